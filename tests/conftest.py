@@ -1,0 +1,84 @@
+"""Fixtures that the tests share, each made once a session: tiny pipelines, synthetic clips, clips of real footage."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Before any library is imported, and inherited by the scripts that tests start.
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+
+# number of clips, width, height, frames per second, frames
+SYNTHETIC = ((3, 96, 64, 8, 17), (2, 128, 96, 25, 60), (1, 64, 96, 30, 50))
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 70, 220),
+    "yellow": (230, 210, 50),
+    "white": (240, 240, 240),
+    "purple": (150, 60, 180),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny(kind) is the folder of a tiny pipeline of that kind, made on first use. Read only: the session shares it."""
+    from tiny_cogvideox import make_tiny
+
+    root = tmp_path_factory.mktemp("tiny")
+    return functools.cache(lambda kind: make_tiny(root / kind, kind))
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """The data set of examples/real_clips.py, kept between sessions. Fails, never skips, where it cannot be had."""
+    from real_clips import DownloadError, make_clips
+
+    cache = Path(os.environ.get("COGVIDEOX_TEST_CACHE") or Path.home() / ".cache" / "cogvideox-tests")
+    try:
+        return make_clips(cache / "real_clips")
+    except DownloadError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of six moving shapes (see SYNTHETIC): videos/00000.mp4 and so on, prompts.txt, videos.txt."""
+    from real_clips import write_video
+
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "videos").mkdir()
+    sizes = [rest for number, *rest in SYNTHETIC for _ in range(number)]
+    names = [f"videos/{index:05d}.mp4" for index in range(len(sizes))]
+    for index, (name, colour, (width, height, fps, frames)) in enumerate(zip(names, COLOURS, sizes, strict=True)):
+        write_video(folder / name, moving_shape(COLOURS[colour], index % 2 == 0, width, height, frames), fps)
+    shapes = [
+        f"A {colour} {'square' if i % 2 == 0 else 'disc'} moves to the right." for i, colour in enumerate(COLOURS)
+    ]
+    (folder / "prompts.txt").write_text("".join(f"{line}\n" for line in shapes))
+    (folder / "videos.txt").write_text("".join(f"{line}\n" for line in names))
+    return folder
+
+
+def moving_shape(
+    colour: tuple[int, int, int], square: bool, width: int, height: int, frames: int
+) -> Iterator[np.ndarray]:
+    """A square or disc that crosses the picture from left to right in front of a grey slope."""
+    import numpy as np
+
+    rows, columns = np.mgrid[:height, :width]
+    background = np.repeat((60 + 60 * rows / height).astype(np.uint8)[..., None], 3, axis=2)
+    radius = min(width, height) // 5
+    for index in range(frames):
+        x = radius + (width - 2 * radius) * index / max(1, frames - 1)
+        across, down = np.abs(columns - x), np.abs(rows - height / 2)
+        inside = np.maximum(across, down) < radius if square else np.hypot(across, down) < radius
+        yield np.where(inside[..., None], np.array(colour, np.uint8), background)

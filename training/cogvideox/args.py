@@ -1,0 +1,549 @@
+"""Every flag once, grouped by who reads it, as frozen dataclasses; ``parse()`` fills them. Standard library only.
+
+Command line -> strings (argparse) -> typed groups -> derived values -> problems, all of them in one message.
+A flag's field name is its name; ``aliases`` are the names that other CogVideoX trainers gave it.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar
+
+from cogvideox.errors import UsageError
+
+SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+USAGE_EXIT = 2
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    aliases: Sequence[str] = (),
+    choices: Sequence[str] = (),
+    const: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """One flag. ``const`` is the value of the bare flag; ``least`` and ``most`` bound a number, both included."""
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const, "least": least, "most": most}
+    return field(default=default, metadata=metadata)
+
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+# -- the flags ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Read by geometry.py and models.py."""
+
+    pretrained_model_name_or_path: str = flag(
+        REQUIRED,
+        "CogVideoX pipeline: a folder or a hub id such as THUDM/CogVideoX-5b",
+        aliases=("model_path", "model_id"),
+    )
+    revision: str | None = flag(None, "branch, tag or commit of a hub model")
+    variant: str | None = flag(None, "variant of the weight files, such as fp16")
+    cache_dir: str | None = flag(None, "folder of the hub's downloads")
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Read by prepare.py: which clips, and how each becomes a tensor."""
+
+    data_root: str = flag(
+        REQUIRED,
+        "folder of the clips with prompts.txt and videos.txt; with --load_tensors a prepared folder",
+        aliases=("instance_data_root",),
+    )
+    caption_column: str | None = flag(None, "file in data_root, one caption a line (prompts.txt, else prompt.txt)")
+    video_column: str | None = flag(None, "file in data_root, one path a line, relative to data_root (videos.txt)")
+    id_token: str | None = flag(None, "put before every caption; use it in prompts to call up what was learned")
+    allow_path: tuple[str, ...] = flag((), "folders outside data_root in which listed files may lie")
+    height_buckets: tuple[int, ...] = flag(SIZES, "heights in pixels to train at", least=1)
+    width_buckets: tuple[int, ...] = flag(SIZES, "widths in pixels to train at", least=1)
+    frame_buckets: tuple[int, ...] = flag((49,), "frame counts to train at: 4k+1", least=1)
+    max_num_frames: int = flag(49, "longest clip in frames; larger frame buckets are not used", least=1)
+    fps: float | None = flag(
+        None,
+        "frames a second to sample the clips at (the model's: 8, or 16 for 1.5)",
+        aliases=("target_fps",),
+        least=0.1,
+    )
+    frame_selection: str = flag(
+        "middle",
+        "window of the clip: its middle, head, a random place for each variant, or frames spread over it (uniform)",
+        choices=("middle", "head", "random", "uniform"),
+    )
+    skip_frames_start: int = flag(0, "source frames to leave out at the start of each clip", least=0)
+    skip_frames_end: int = flag(0, "source frames to leave out at the end of each clip", least=0)
+    video_reshape_mode: str = flag(
+        "none",
+        "how a clip gets its bucket's shape: none stretches it; center and random keep its aspect ratio and cut",
+        choices=("none", "center", "random"),
+    )
+    random_flip: float | None = flag(
+        None, "probability that a variant of a clip is mirrored, whole", const="0.5", least=0.0, most=1.0
+    )
+    num_augmentations: int | None = flag(
+        None, "variants of each clip to cache, one used per epoch (1; 2 with --random_flip)", least=1
+    )
+    max_bad_fraction: float = flag(
+        0.0, "share of clips that may fail to decode or be too short; beyond it nothing is trained", least=0.0, most=1.0
+    )
+    seed: int = flag(42, "all random draws follow from it", least=0)
+    dataloader_num_workers: int = flag(
+        0, "processes that load tensors; decoding uses as many, at least one", aliases=("num_workers",), least=0
+    )
+
+
+@dataclass(frozen=True)
+class EncodeFlags:
+    """Read by prepare.py and models.py: how clips and captions are encoded."""
+
+    dtype: str | None = flag(
+        None, "precision of the VAE and T5 (what the weight files hold)", choices=("fp32", "fp16", "bf16")
+    )
+    encode_tiling: bool = flag(
+        False, "encode in tiles: less memory, but other latents than the model was trained on", aliases=("use_tiling",)
+    )
+    max_sequence_length: int | None = flag(
+        None, "tokens of a caption; must be what the transformer's config says", least=1
+    )
+
+
+@dataclass(frozen=True)
+class PrepareFlags:
+    """Read by prepare_dataset.py alone."""
+
+    output_dir: str = flag(REQUIRED, "folder for the tensors; give it to a training script as --data_root")
+    save_latents_and_embeddings: bool = flag(True, "accepted for old commands: this is what the script does")
+    batch_size: int = flag(1, "captions encoded at once", least=1)
+    dry_run: bool = flag(False, "show what would be encoded, and stop")
+
+
+@dataclass(frozen=True)
+class LoaderFlags:
+    """Read by the training scripts: which tensors, and how they reach the device."""
+
+    load_tensors: bool = flag(False, "data_root is a folder made by prepare_dataset.py")
+    tensor_cache: str | None = flag(
+        None, "folder for tensors made here when --load_tensors is not given (DATA_ROOT/cogvideox_tensors)"
+    )
+    pin_memory: bool = flag(False, "page-locked host memory for batches")
+    caption_dropout: float = flag(
+        0.1, "share of samples trained with the empty caption, for classifier-free guidance", least=0.0, most=1.0
+    )
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """Read by loop.py, run.py and checkpoint.py."""
+
+    output_dir: str = flag("cogvideox-lora", "folder of the run: checkpoints, videos, metrics, the result")
+    mixed_precision: str | None = flag(
+        None, "compute type of the network (accelerate's setting, else no: fp32)", choices=("no", "fp16", "bf16")
+    )
+    train_batch_size: int = flag(4, "samples a device in one forward pass", aliases=("batch_size",), least=1)
+    gradient_accumulation_steps: int = flag(1, "forward passes for one optimizer step", least=1)
+    num_train_epochs: int = flag(1, "passes over the data", aliases=("train_epochs",), least=1)
+    max_train_steps: int | None = flag(
+        None, "optimizer steps; overrides --num_train_epochs", aliases=("train_steps",), least=1
+    )
+    gradient_checkpointing: bool = flag(False, "recompute blocks in the backward pass: slower, far less memory")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0 leaves them", least=0.0)
+    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", least=1)
+    checkpoints_total_limit: int | None = flag(
+        None,
+        "checkpoints to keep, the newest; older ones go once a new one is safe",
+        aliases=("checkpointing_limit",),
+        least=1,
+    )
+    resume_from_checkpoint: str | None = flag(
+        None, "checkpoint folder, its name in output_dir, or latest (which is the default where there is one)"
+    )
+    no_resume: bool = flag(False, "start anew; output_dir must be empty")
+    allow_tf32: bool = flag(False, "TF32 for fp32 matrix products on a GPU")
+    nccl_timeout: int = flag(600, "seconds that a device waits for the others", least=1)
+    report_to: str | None = flag(None, "tracker beside metrics.jsonl", choices=("none", "wandb", "tensorboard", "all"))
+    tracker_name: str | None = flag(None, "project name in the tracker (cogvideox)")
+    logging_dir: str = flag("logs", "folder in output_dir for tracker files")
+
+
+@dataclass(frozen=True)
+class LoraFlags:
+    """Read by methods.py."""
+
+    rank: int = flag(64, "rank of the LoRA matrices", least=1)
+    lora_alpha: float = flag(64.0, "the LoRA is scaled by lora_alpha / rank", least=0.0)
+    target_modules: tuple[str, ...] = flag(
+        ("to_q", "to_k", "to_v", "to_out.0"), "names of the linear layers that get a LoRA"
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """Read by optim.py."""
+
+    optimizer: str = flag("adam", "optimizer; adam has L2, adamw decoupled weight decay", choices=("adam", "adamw"))
+    learning_rate: float = flag(1e-4, "peak learning rate", least=0.0)
+    scale_lr: bool = flag(False, "multiply the learning rate by the number of samples in an optimizer step")
+    lr_scheduler: str = flag("constant", "shape of the learning rate over the run", choices=SCHEDULES)
+    lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up (not for constant)", least=0)
+    lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
+    lr_power: float = flag(1.0, "power of polynomial", least=0.0)
+    beta1: float = flag(0.9, "decay of the first moment", aliases=("adam_beta1",), least=0.0, most=1.0)
+    beta2: float = flag(0.95, "decay of the second moment", aliases=("adam_beta2",), least=0.0, most=1.0)
+    weight_decay: float = flag(1e-4, "weight decay", aliases=("adam_weight_decay",), least=0.0)
+    epsilon: float = flag(1e-8, "added to the root of the second moment", aliases=("adam_epsilon",), least=0.0)
+
+
+@dataclass(frozen=True)
+class ValidationFlags:
+    """Read by validation.py: the videos made while training."""
+
+    validation_prompt: str | None = flag(None, "prompts of the validation videos, joined by the separator")
+    validation_prompt_separator: str = flag(":::", "between two prompts", aliases=("validation_prompt_seperator",))
+    negative_prompt: str = flag("", "what guidance leads away from")
+    num_validation_videos: int = flag(1, "videos a prompt", least=1)
+    validation_steps: int | None = flag(
+        None,
+        "optimizer steps between validations, beside those before the first and after the last step",
+        least=1,
+    )
+    validation_epochs: int | None = flag(None, "epochs between validations", least=1)
+    num_inference_steps: int = flag(50, "sampling steps of a validation video", least=1)
+    guidance_scale: float = flag(6.0, "classifier-free guidance; 1 turns it off", least=0.0)
+    use_dynamic_cfg: bool = flag(False, "let the guidance grow over the sampling steps")
+    height: int | None = flag(
+        None, "height of validation videos in pixels (first height bucket given, else 480)", least=1
+    )
+    width: int | None = flag(None, "width of validation videos in pixels (first width bucket given, else 720)", least=1)
+    validation_frames: int | None = flag(None, "frames of validation videos (the longest frame bucket in use)", least=1)
+    validation_fps: float | None = flag(None, "frames a second of the files (--fps)", aliases=("gen_fps",), least=0.1)
+    enable_slicing: bool = flag(False, "decode validation videos one at a time")
+    enable_tiling: bool = flag(False, "decode validation videos in tiles: far less memory")
+
+
+@dataclass(frozen=True)
+class ScriptFlags:
+    """Read by parse() itself."""
+
+    print_config: bool = flag(False, "print every flag's value and where it comes from, and stop")
+
+
+# -- what each script takes --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """prepare_dataset.py."""
+
+    model: ModelFlags
+    data: DataFlags
+    encode: EncodeFlags
+    prepare: PrepareFlags
+    script: ScriptFlags
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What every training script takes."""
+
+    model: ModelFlags
+    data: DataFlags
+    loader: LoaderFlags
+    encode: EncodeFlags
+    train: TrainFlags
+    optimizer: OptimizerFlags
+    validation: ValidationFlags
+    script: ScriptFlags
+
+
+@dataclass(frozen=True)
+class LoraOptions(TrainOptions):
+    """The LoRA scripts."""
+
+    lora: LoraFlags
+
+
+Options = TypeVar("Options", PrepareOptions, TrainOptions, LoraOptions)
+Check = Callable[[Any], Iterator[str]]
+
+
+def derive(options: Any, sources: dict[str, str]) -> Any:
+    """Values that follow from other flags; needs no file. Records each one's origin in ``sources``."""
+    data: DataFlags = options.data
+    found: dict[str, dict[str, Any]] = {"data": {}}
+    if data.num_augmentations is None:
+        found["data"]["num_augmentations"] = 2 if data.random_flip else 1
+    if isinstance(options, TrainOptions):
+        validation = options.validation
+        given = {name for name, source in sources.items() if source.startswith("given")}
+        wanted = {
+            "height": data.height_buckets[0] if "height_buckets" in given else 480,
+            "width": data.width_buckets[0] if "width_buckets" in given else 720,
+            "validation_frames": max((f for f in data.frame_buckets if f <= data.max_num_frames), default=49),
+        }
+        found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
+        if options.loader.tensor_cache is None and not options.loader.load_tensors:
+            found["loader"] = {"tensor_cache": str(Path(data.data_root) / "cogvideox_tensors")}
+    for values in found.values():
+        sources.update(dict.fromkeys(values, "derived"))
+    groups = {name: dataclasses.replace(getattr(options, name), **values) for name, values in found.items()}
+    return dataclasses.replace(options, **groups)
+
+
+def flag_problems(options: Any) -> Iterator[str]:
+    """Contradictions between flags; needs no file."""
+    data: DataFlags = options.data
+    if not any(frames <= data.max_num_frames for frames in data.frame_buckets):
+        yield (
+            f"--max_num_frames {data.max_num_frames}: every frame bucket is longer; "
+            f"nearest: --max_num_frames {min(data.frame_buckets)}"
+        )
+    if data.frame_selection == "uniform" and data.fps is not None:
+        yield "--frame_selection uniform: has no rate; leave out --fps, or use middle, head or random"
+    if isinstance(options, PrepareOptions) and not options.prepare.save_latents_and_embeddings:
+        yield "--save_latents_and_embeddings false: nothing else is written; leave it out, or use --dry_run"
+    if isinstance(options, TrainOptions):
+        yield from train_problems(options)
+
+
+def train_problems(options: TrainOptions) -> Iterator[str]:
+    """Contradictions between the flags of a training script."""
+    train, validation = options.train, options.validation
+    if train.no_resume and train.resume_from_checkpoint:
+        yield f"--no_resume: contradicts --resume_from_checkpoint {train.resume_from_checkpoint}; give one of them"
+    if options.loader.load_tensors and options.loader.tensor_cache:
+        yield "--tensor_cache: with --load_tensors the tensors are read from --data_root; leave it out"
+    scheduled = "--validation_steps" if validation.validation_steps else "--validation_epochs"
+    if (validation.validation_steps or validation.validation_epochs) and not validation.validation_prompt:
+        yield f"{scheduled}: there is nothing to render; give --validation_prompt"
+    if validation.validation_steps and validation.validation_epochs:
+        yield "--validation_steps: contradicts --validation_epochs; give one of them"
+
+
+def check_trackers(options: TrainOptions) -> Iterator[str]:
+    """Problems of --report_to, for args.parse."""
+    wanted = tracker_names(options.train.report_to)
+    for name in wanted:
+        if importlib.util.find_spec(name) is None:
+            yield f"--report_to {name}: {name} is not installed; pip install {name}, or leave the flag out"
+    login = os.environ.get("WANDB_API_KEY") or any(Path.home().joinpath(name).exists() for name in (".netrc", "_netrc"))
+    if "wandb" in wanted and not login and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        yield "--report_to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline"
+
+
+def tracker_names(report_to: str | None) -> list[str]:
+    """The trackers that --report_to asks for."""
+    return {None: [], "none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [str(report_to)])
+
+
+# -- parsing -----------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors join the other problems."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(message)
+
+
+def fields_of(options_type: type) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
+    """(group name, field, type of its value) of every flag."""
+    for group_name, group_type in typing.get_type_hints(options_type).items():
+        types = typing.get_type_hints(group_type)
+        for item in dataclasses.fields(group_type):
+            yield group_name, item, types[item.name]
+
+
+def value_type(annotation: Any) -> tuple[type, bool]:
+    """(type of one value, whether the flag takes several)."""
+    arguments = [a for a in typing.get_args(annotation) if a not in (NoneType, Ellipsis)]
+    return (arguments[0] if arguments else annotation), typing.get_origin(annotation) is tuple
+
+
+def build_parser(options_type: type, description: str | None) -> Parser:
+    """A parser that hands every value over as the strings that were typed."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {
+        name: parser.add_argument_group(f"{name}: {(of.__doc__ or '').splitlines()[0]}")
+        for name, of in typing.get_type_hints(options_type).items()
+    }
+    for group_name, item, annotation in fields_of(options_type):
+        of, many = value_type(annotation)
+        const = "true" if of is bool else item.metadata["const"]
+        nargs = "+" if many else ("?" if const else None)
+        names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
+        metavar = "|".join(item.metadata["choices"]) or ("true|false" if of is bool else of.__name__.upper())
+        groups[group_name].add_argument(
+            *names,
+            dest=item.name,
+            nargs=nargs,
+            const=const,
+            default=argparse.SUPPRESS,
+            metavar=metavar,
+            help=help_text(item).replace("%", "%%"),
+        )
+    return parser
+
+
+def help_text(item: "dataclasses.Field[Any]") -> str:
+    """The help line with the default behind it."""
+    text: str = item.metadata["help"]
+    if item.default is dataclasses.MISSING:
+        return f"{text} [required]"
+    shown = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+    return text if shown in (None, "") else f"{text} [{shown}]"
+
+
+def convert(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
+    """One typed value out of one string; raises UsageError with the rule and the nearest fix."""
+    name = f"--{item.name} {text}"
+    if of is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise UsageError(f"{name}: takes true or false, or nothing for true")
+        return text.lower() in ("true", "1", "yes")
+    choices = item.metadata["choices"]
+    if choices:
+        value = next((choice for choice in choices if choice.lower() == text.lower()), None)
+        if value is None:
+            near = difflib.get_close_matches(text.lower(), choices, 1, 0.4)
+            raise UsageError(f"{name}: is one of {', '.join(choices)}" + (f"; nearest: {near[0]}" if near else ""))
+        return value
+    try:
+        value = of(text)
+    except ValueError:
+        raise UsageError(f"{name}: takes {'a whole number' if of is int else 'a number'}") from None
+    least, most = item.metadata["least"], item.metadata["most"]
+    if least is not None and not value >= least:  # NaN fails too
+        raise UsageError(f"{name}: must be at least {least}; nearest: {least}")
+    if most is not None and not value <= most:
+        raise UsageError(f"{name}: must be at most {most}; nearest: {most}")
+    return value
+
+
+def unknown_flags(rest: Sequence[str], parser: Parser) -> Iterator[str]:
+    """One problem for each argument that nothing takes, with the nearest flag."""
+    known = list(parser._option_string_actions)
+    for text in rest:
+        name = text.split("=")[0]
+        if not name.startswith("--"):
+            yield f"{text}: belongs to no flag; quote a value that has spaces"
+            continue
+        near = difflib.get_close_matches(name, known, 1)
+        yield f"{name}: no such flag" + (f"; nearest: {near[0]}" if near else "; see --help")
+
+
+def spelling(argv: Sequence[str], names: Sequence[str]) -> str:
+    """The name under which a flag was given."""
+    given = {text.split("=")[0] for text in argv}
+    return next(name for name in names if f"--{name}" in given)
+
+
+def read_flags(
+    options_type: type[Options], argv: Sequence[str], description: str | None
+) -> tuple[Options, dict[str, str]]:
+    """Options with only what was given and the defaults, and where each value comes from.
+
+    Raises:
+        UsageError: all unknown flags, bad values and missing flags at once.
+    """
+    parser = build_parser(options_type, description)
+    namespace, rest = parser.parse_known_args(list(argv))
+    problems = list(unknown_flags(rest, parser))
+    values: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}
+    for group_name, item, annotation in fields_of(options_type):
+        group = values.setdefault(group_name, {})
+        sources[item.name] = "default"
+        if not hasattr(namespace, item.name):
+            if item.default is dataclasses.MISSING:
+                problems.append(f"--{item.name}: is required: {item.metadata['help']}")
+            continue
+        given = getattr(namespace, item.name)
+        used = spelling(argv, (item.name, *item.metadata["aliases"]))
+        sources[item.name] = "given" if used == item.name else f"given as --{used}"
+        of, many = value_type(annotation)
+        try:
+            group[item.name] = tuple(convert(item, of, text) for text in given) if many else convert(item, of, given)
+        except UsageError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UsageError(problems)
+    groups = {name: of(**values[name]) for name, of in typing.get_type_hints(options_type).items()}
+    return options_type(**groups), sources
+
+
+def config_text(options: Any, sources: dict[str, str]) -> str:
+    """Every flag with its value and origin, a line each."""
+    lines = []
+    for group_name, item, _ in fields_of(type(options)):
+        value = getattr(getattr(options, group_name), item.name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        lines.append(f"{item.name:31} {sources[item.name]:30} {shown}".rstrip())
+    return "\n".join(lines)
+
+
+def config_dict(options: Any) -> dict[str, Any]:
+    """Every flag's value by its name, for config.json and the recipe."""
+    values: dict[str, Any] = {}
+    for group in typing.get_type_hints(type(options)):
+        values.update(dataclasses.asdict(getattr(options, group)))
+    return values
+
+
+def parse(
+    options_type: type[Options],
+    description: str | None = None,
+    argv: Sequence[str] | None = None,
+    checks: Sequence[Check] = (),
+) -> Options:
+    """The options of a script; ``--help`` and ``--print_config`` end it with status 0.
+
+    ``checks`` look at files and configs (never at weights); they run once the flags themselves are in order, and not
+    at all for ``--print_config``.
+
+    Raises:
+        UsageError: every problem at once.
+    """
+    options, sources = read_flags(options_type, sys.argv[1:] if argv is None else argv, description)
+    options = derive(options, sources)
+    problems = list(flag_problems(options))
+    if options.script.print_config and not problems:
+        print(config_text(options, sources))
+        sys.exit(0)
+    for check in checks:
+        try:
+            problems.extend(check(options))
+        except UsageError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UsageError(problems)
+    return options
+
+
+def run_script(
+    main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
+) -> typing.NoReturn:
+    """Parses, runs ``main`` and ends the script: status 2 and a line for each problem where the user can mend it."""
+    try:
+        sys.exit(main(parse(options_type, doc, None, checks)))
+    except UsageError as error:
+        count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
+        lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {text}" for text in error.problems)]
+        print(*lines, sep="\n", file=sys.stderr)
+        sys.exit(USAGE_EXIT)

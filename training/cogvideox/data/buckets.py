@@ -1,0 +1,85 @@
+"""Frame counts and sizes: which are legal, and which bucket a clip goes to. Owns no file; numbers flow through.
+
+All clips of one bucket become tensors of one shape, so a batch never mixes buckets. Sizes are in pixels of the
+video that the model is trained on, before the VAE.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cogvideox.errors import UsageError
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """One training shape: frames, then height and width in pixels; written as 49x480x720."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+def parse_bucket(text: str) -> Bucket:
+    """The inverse of str(bucket). Raises UsageError for anything but three positive whole numbers."""
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)x([1-9][0-9]*)", text.strip(), re.ASCII)
+    if match is None:
+        raise UsageError(f"bucket {text!r}: must be FRAMESxHEIGHTxWIDTH, such as 49x480x720")
+    return Bucket(*(int(number) for number in match.groups()))
+
+
+def make_buckets(frames: Iterable[int], heights: Iterable[int], widths: Iterable[int]) -> tuple[Bucket, ...]:
+    """Every combination of the listed values, sorted by frames, height, width, without repeats."""
+    heights, widths = set(heights), set(widths)
+    return tuple(sorted(Bucket(f, h, w) for f in set(frames) for h in heights for w in widths))
+
+
+def frame_problem(frames: int, temporal_compression: int) -> str | None:
+    """Why a VAE with this temporal compression cannot take `frames` frames, with the nearest legal counts; or None.
+
+    With compression c, 1 and kc+1 are exact. kc is accepted as well: published commands use 16, 24 and 48.
+    """
+    c = temporal_compression
+    if frames >= 1 and (frames == 1 or frames % c in (0, 1 % c)):
+        return None
+    below = (frames - 1) // c * c + 1
+    nearest = [str(count) for count in (below, below + c) if count >= 1]
+    return f"CogVideoX encodes {c}k+1 frames; nearest: {', '.join(nearest) if frames >= 1 else 1}"
+
+
+def size_problem(size: int, multiple: int) -> str | None:
+    """Why `size` pixels cannot be a height or width, with the nearest sizes that can; or None."""
+    if size > 0 and size % multiple == 0:
+        return None
+    below = size // multiple * multiple
+    nearest = [str(legal) for legal in (below, below + multiple) if legal > 0] or [str(multiple)]
+    return f"must be a multiple of {multiple}; nearest: {', '.join(nearest)}"
+
+
+def nearest_bucket(buckets: Sequence[Bucket], frames: int, height: int, width: int) -> Bucket | None:
+    """The bucket for a clip that can give `frames` frames of height x width pixels; None if it is too short for all.
+
+    Frames first (the most that the clip can fill), then the aspect ratio (least stretching or cutting), then the
+    largest size that needs no upscaling, or the smallest there is if all do. The order of `buckets` has no effect.
+    """
+    most = max((bucket.frames for bucket in buckets if bucket.frames <= frames), default=None)
+    fitting = [bucket for bucket in buckets if bucket.frames == most]
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda bucket: (_aspect_distance(bucket, height, width), bucket.height / bucket.width))
+    alike = [bucket for bucket in fitting if bucket.width * best.height == best.width * bucket.height]
+    covered = [bucket for bucket in alike if bucket.height <= height and bucket.width <= width]
+    return max(covered, key=_area) if covered else min(alike, key=_area)
+
+
+def _aspect_distance(bucket: Bucket, height: int, width: int) -> float:
+    # Rounded, so that two mirrored ratios tie exactly whatever the floats say; the wider one is then taken.
+    return round(abs(math.log(bucket.width * height / (bucket.height * width))), 9)
+
+
+def _area(bucket: Bucket) -> int:
+    return bucket.height * bucket.width

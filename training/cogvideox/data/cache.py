@@ -1,0 +1,204 @@
+"""The cache of encoded clips and captions: content-addressed, checked, safe against a kill at any moment.
+
+    tensors/ab/abcd....safetensors   one clip variant's moments, or one caption's embedding; SHA-256 in its header
+    ledger.jsonl                     what became of each source file under a recipe: its plan, or why it failed
+    index.json                       the samples of the last preparation, which is what --load_tensors reads
+
+A key is the hash of all that determines the tensor, so nothing is ever overwritten with something else, and two jobs
+may share a folder. Scale factors are not in the keys: moments are stored unscaled.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cogvideox.data.buckets import Bucket
+from cogvideox.errors import UsageError
+
+INDEX_FORMAT = 1
+
+
+class CacheError(RuntimeError):
+    """A tensor file that is missing or is not what was written."""
+
+
+def hash_of(values: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file has either its old content or all of the new one, whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def remove_stale_temporaries(folder: Path) -> None:
+    """Deletes temporary files under ``folder`` whose process on this machine is gone."""
+    for path in folder.rglob(".*.tmp"):
+        host, pid = path.name.removesuffix(".tmp").rsplit(".", 2)[-2:]
+        if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)
+
+
+class TensorCache:
+    """Tensors by key under one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        """Where the tensors of a key lie, or would."""
+        return self.folder / "tensors" / key[:2] / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        """Whether the tensors are there; ``read`` checks that they are right."""
+        return self.path(key).is_file()
+
+    def write(self, key: str, tensors: dict[str, Any]) -> int:
+        """Stores CPU tensors under a key; returns the bytes written."""
+        from safetensors.torch import save
+
+        content = save(tensors, metadata={"sha256": checksum(tensors)})
+        write_atomically(self.path(key), content)
+        return len(content)
+
+    def read(self, key: str) -> dict[str, Any]:
+        """The tensors of a key.
+
+        Raises:
+            CacheError: the file is missing, torn, or a byte of it has changed.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                expected = (file.metadata() or {}).get("sha256")
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"{path}: {error}; delete it and prepare again") from None
+        if checksum(tensors) != expected:
+            raise CacheError(f"{path}: its checksum is wrong; delete it and prepare again")
+        return tensors
+
+
+def checksum(tensors: dict[str, Any]) -> str:
+    """SHA-256 over names, shapes, types and bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Ledger:
+    """What became of each source file, by request: the hash of its path, size, time and the recipe."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "ledger.jsonl"
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """The newest record of each request. A line torn by a kill is skipped."""
+        records = {}
+        for line in self._lines():
+            try:
+                record = json.loads(line)
+                records[record["request"]] = record
+            except (ValueError, KeyError, TypeError):
+                continue
+        return records
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Adds records; safe beside other processes that do the same."""
+        text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
+        if not text:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0, os.SEEK_END)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+                text = "\n" + text if torn else text
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _lines(self) -> Iterator[bytes]:
+        if self.path.is_file():
+            with open(self.path, "rb") as file:
+                yield from file
+
+
+@dataclass(frozen=True)
+class CachedSample:
+    """A sample whose tensors are in the cache."""
+
+    id: str
+    caption: str
+    bucket: Bucket
+    video_keys: tuple[str, ...]  # one a variant
+    prompt_key: str
+
+
+@dataclass(frozen=True)
+class CacheIndex:
+    """The samples of one preparation, and what they were encoded with."""
+
+    samples: tuple[CachedSample, ...]
+    empty_prompt_key: str
+    fps: float
+    vae: str  # fingerprint of the weights
+    text_encoder: str
+    dtypes: dict[str, str]
+    text_length: int
+
+    def save(self, folder: Path) -> None:
+        """Writes index.json."""
+        content = json.dumps({"format": INDEX_FORMAT} | asdict(self), indent=1, ensure_ascii=False)
+        write_atomically(folder / "index.json", content.encode())
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any tensor of any sample does."""
+        return hash_of([[s.id, s.video_keys, s.prompt_key] for s in self.samples] + [self.empty_prompt_key])
+
+
+def open_index(folder: Path) -> CacheIndex:
+    """The index of a prepared folder.
+
+    Raises:
+        UsageError: the folder is not prepared, or by another version.
+    """
+    path = folder / "index.json"
+    if not path.is_file():
+        raise UsageError(
+            f"--load_tensors: {folder} has no index.json; run prepare_dataset.py --output_dir {folder}, "
+            "or leave out --load_tensors and give the folder of the clips"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: is no JSON ({error}); run prepare_dataset.py again") from None
+    if values.pop("format", None) != INDEX_FORMAT:
+        raise UsageError(f"{path}: was written by another version; run prepare_dataset.py again")
+    samples = tuple(
+        CachedSample(**s | {"bucket": Bucket(**s["bucket"]), "video_keys": tuple(s["video_keys"])})
+        for s in values.pop("samples")
+    )
+    return CacheIndex(samples=samples, **values)

@@ -1,0 +1,87 @@
+"""The noise schedule and the loss, in fp32. x0 are scaled latents; v is the velocity that CogVideoX predicts.
+
+    x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps        (Ho et al. 2020, eq. 4)
+    v_t = sqrt(abar_t) eps - sqrt(1 - abar_t) x0        (Salimans & Ho 2022, appendix D)
+    x0_hat = sqrt(abar_t) x_t - sqrt(1 - abar_t) v_hat
+
+The loss is |v_hat - v_t|^2. It equals |x0_hat - x0|^2 / (1 - abar_t), the form in which the CogVideoX papers write it.
+Shapes: B samples, F latent frames, C channels, H and W latents.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """abar_t for t = 0 .. T-1, fp32, shape (T,)."""
+
+    alphas_cumprod: Tensor
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
+        """The schedule of a CogVideoX scheduler_config.json.
+
+        Scaled-linear betas, SNR shift by ``snr_shift_scale``, then zero terminal SNR (Lin et al. 2023, algorithm 1).
+
+        Raises:
+            ValueError: another kind of schedule or prediction, which CogVideoX does not have.
+        """
+        for name, wanted in (("beta_schedule", "scaled_linear"), ("prediction_type", "v_prediction")):
+            if config[name] != wanted:
+                raise ValueError(f"scheduler_config.json: {name} is {config[name]}; CogVideoX has {wanted}")
+        steps = config["num_train_timesteps"]
+        roots = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, steps, dtype=torch.float64)
+        abar = torch.cumprod(1.0 - roots**2, dim=0)
+        shift = config.get("snr_shift_scale", 1.0)
+        abar = abar / (shift + (1.0 - shift) * abar)
+        if config.get("rescale_betas_zero_snr"):
+            root = abar.sqrt()
+            abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return cls(abar.float())
+
+    def to(self, device: torch.device) -> "NoiseSchedule":
+        """The same schedule on a device."""
+        return NoiseSchedule(self.alphas_cumprod.to(device))
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def signal_and_noise(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), each (B, 1, 1, 1, 1)."""
+        abar = self.alphas_cumprod[timestep_B].view(-1, 1, 1, 1, 1)
+        return abar.sqrt(), (1.0 - abar).sqrt()
+
+    def add_noise(self, x0_BFCHW: Tensor, noise_BFCHW: Tensor, timestep_B: Tensor) -> Tensor:
+        """x_t, fp32."""
+        signal, noise = self.signal_and_noise(timestep_B)
+        return signal * x0_BFCHW + noise * noise_BFCHW
+
+    def velocity(self, x0_BFCHW: Tensor, noise_BFCHW: Tensor, timestep_B: Tensor) -> Tensor:
+        """v_t, fp32."""
+        signal, noise = self.signal_and_noise(timestep_B)
+        return signal * noise_BFCHW - noise * x0_BFCHW
+
+    def predicted_x0(self, x_t_BFCHW: Tensor, velocity_BFCHW: Tensor, timestep_B: Tensor) -> Tensor:
+        """x0_hat, fp32."""
+        signal, noise = self.signal_and_noise(timestep_B)
+        return signal * x_t_BFCHW - noise * velocity_BFCHW
+
+
+Predictor = Callable[[Tensor, Tensor], Tensor]
+
+
+def loss(
+    schedule: NoiseSchedule, predict: Predictor, x0_BFCHW: Tensor, noise_BFCHW: Tensor, timestep_B: Tensor
+) -> Tensor:
+    """Mean squared velocity error of each sample, shape (B,), fp32.
+
+    ``predict(x_t, timestep)`` returns v_hat in any float type.
+    """
+    x_t = schedule.add_noise(x0_BFCHW, noise_BFCHW, timestep_B)
+    target = schedule.velocity(x0_BFCHW, noise_BFCHW, timestep_B)
+    return (predict(x_t, timestep_B).float() - target).square().mean(dim=(1, 2, 3, 4))

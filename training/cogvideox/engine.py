@@ -1,0 +1,115 @@
+"""Who runs the backward pass and the update: this process with fp32 masters, or DeepSpeed.
+
+An engine has ``model`` (what the loss calls), ``backward(loss)``, ``step(lr, stop)``, ``save(folder)`` on all ranks and
+``load(folder)``. DeepSpeed's own checkpoint files are the only ones of the project that are not safetensors.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cogvideox.args import LoraOptions
+from cogvideox.optim import MasterWeights, StepResult, make_optimizer
+
+STATE_NAME = "optimizer.safetensors"
+DEEPSPEED_TAG = "deepspeed"
+
+
+class Engine(Protocol):
+    """See the top of the file."""
+
+    model: Any
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self, lr: float, stop: bool = False) -> StepResult: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class LocalEngine:
+    """The whole trainable state on every rank; gradients are averaged over the ranks in fp32."""
+
+    def __init__(self, model: Any, masters: MasterWeights, writes: bool) -> None:
+        self.model = model
+        self.masters = masters
+        self.writes = writes
+        self.backward = masters.backward
+        self.step = masters.step
+
+    def save(self, folder: Path) -> None:
+        """Writes masters and optimizer state, on one rank."""
+        from safetensors.torch import save_file
+
+        if self.writes:
+            save_file(self.masters.state(), folder / STATE_NAME)
+
+    def load(self, folder: Path) -> None:
+        """Takes up what ``save`` wrote."""
+        from safetensors.torch import load_file
+
+        self.masters.load_state(load_file(folder / STATE_NAME))
+
+
+class DeepSpeedEngine:
+    """ZeRO through accelerate's plugin; masters, clipping and accumulation are DeepSpeed's."""
+
+    def __init__(self, accelerator: Any, transformer: Any, parameters: list[Any], options: LoraOptions) -> None:
+        train = options.train
+        self.accumulation = train.gradient_accumulation_steps
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=train.train_batch_size,
+            gradient_accumulation_steps=self.accumulation,
+            gradient_clipping=train.max_grad_norm,
+        )
+        optimizer = make_optimizer(options.optimizer, parameters)
+        self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
+        self.tail = torch.zeros(2, device=accelerator.device)
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed divides by the accumulation steps itself."""
+        self.tail[0] += loss.detach()
+        self.micro_loss = loss * self.accumulation
+        self.model.backward(self.micro_loss)
+        if not self.model.is_gradient_accumulation_boundary():
+            self.model.step()
+
+    def step(self, lr: float, stop: bool = False) -> StepResult:
+        """The optimizer step that ends an accumulation."""
+        self.tail[1] = float(stop)
+        for group in self.model.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.step()
+        dist.all_reduce(self.tail)
+        self.tail /= dist.get_world_size()
+        norm = torch.as_tensor(self.model.get_global_grad_norm() or 0.0, device=self.tail.device).float()
+        skipped = (~torch.isfinite(norm)).float()
+        result = StepResult(torch.stack([self.tail[0], norm, skipped, self.tail[1]]))
+        self.tail.zero_()
+        return result
+
+    def save(self, folder: Path) -> None:
+        """Writes DeepSpeed's checkpoint, on all ranks."""
+        self.model.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """Takes up what ``save`` wrote."""
+        loaded, _ = self.model.load_checkpoint(str(folder), tag=DEEPSPEED_TAG, load_module_strict=False)
+        if loaded is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found nothing to resume from")
+
+
+def make_engine(accelerator: Any, transformer: Any, method: Any, options: LoraOptions, dtype: torch.dtype) -> Engine:
+    """The engine that accelerate's configuration asks for."""
+    parameters = method.parameters()
+    if accelerator.state.deepspeed_plugin is not None:
+        return DeepSpeedEngine(accelerator, transformer, list(parameters.values()), options)
+    make = partial(make_optimizer, options.optimizer)
+    masters = MasterWeights(parameters, make, options.train.max_grad_norm, dynamic_scale=dtype == torch.float16)
+    return LocalEngine(transformer, masters, writes=accelerator.is_main_process)

@@ -1,0 +1,167 @@
+"""What a model's config files say: compressions, patch sizes, channels, text length, noise schedule.
+
+config.json of the transformer and the VAE, scheduler_config.json -> Geometry -> every shape that training needs.
+Standard library only (huggingface_hub for a hub model), so that wrong sizes end a script before torch is imported.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogvideox.args import ModelFlags, TrainOptions
+from cogvideox.data.buckets import Bucket, frame_problem, size_problem
+from cogvideox.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The numbers of one CogVideoX. Pixels and frames are of videos; latent sizes are behind the VAE."""
+
+    in_channels: int
+    latent_channels: int
+    spatial_compression: int
+    temporal_compression: int
+    patch_size: int
+    patch_size_t: int | None
+    sample_height: int  # latents
+    sample_width: int
+    attention_head_dim: int
+    rotary: bool
+    max_text_seq_length: int
+    text_embed_dim: int
+    scaling_factor: float
+    default_fps: int
+    schedule: dict[str, Any]
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of a video are multiples of this."""
+        return self.spatial_compression * self.patch_size
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames that the VAE makes of ``frames`` frames (4k+1 -> k+1, 4k -> k)."""
+        return (frames - 1) // self.temporal_compression + 1
+
+    def padding_frames(self, latent_frames: int) -> int:
+        """Latent frames to repeat in front, so that patches of patch_size_t frames fit."""
+        return -latent_frames % (self.patch_size_t or 1)
+
+    def latent_shape(self, bucket: Bucket) -> tuple[int, int, int, int]:
+        """(F, C, H, W) of one clip's latents as the transformer takes them, padding included."""
+        frames = self.latent_frames(bucket.frames)
+        height, width = bucket.height // self.spatial_compression, bucket.width // self.spatial_compression
+        return frames + self.padding_frames(frames), self.latent_channels, height, width
+
+    def bucket_problems(self, buckets: list[tuple[str, str, int]]) -> Iterator[str]:
+        """Problems of (flag, kind, value), kind being frames or size."""
+        for name, kind, value in buckets:
+            frames = kind == "frames"
+            problem = (
+                frame_problem(value, self.temporal_compression) if frames else size_problem(value, self.size_multiple)
+            )
+            if problem:
+                yield f"{name} {value}: {problem}"
+
+
+def read_geometry(model: ModelFlags) -> Geometry:
+    """The geometry of a pipeline folder or hub id.
+
+    Raises:
+        UsageError: there is no such model, or it is no CogVideoX.
+    """
+    transformer = read_config(model, "transformer", "config.json")
+    vae = read_config(model, "vae", "config.json")
+    scheduler = read_config(model, "scheduler", "scheduler_config.json")
+    name = transformer.get("_class_name")
+    if name != "CogVideoXTransformer3DModel":
+        raise UsageError(f"{flag_text(model)}: its transformer is a {name}; give a CogVideoX pipeline")
+    return geometry_of(transformer, vae, scheduler)
+
+
+def geometry_of(transformer: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]) -> Geometry:
+    """Geometry out of the three config dictionaries."""
+    return Geometry(
+        in_channels=transformer["in_channels"],
+        latent_channels=vae["latent_channels"],
+        spatial_compression=2 ** (len(vae["block_out_channels"]) - 1),
+        temporal_compression=int(vae["temporal_compression_ratio"]),
+        patch_size=transformer["patch_size"],
+        patch_size_t=transformer.get("patch_size_t"),
+        sample_height=transformer["sample_height"],
+        sample_width=transformer["sample_width"],
+        attention_head_dim=transformer["attention_head_dim"],
+        rotary=transformer["use_rotary_positional_embeddings"],
+        max_text_seq_length=transformer["max_text_seq_length"],
+        text_embed_dim=transformer["text_embed_dim"],
+        scaling_factor=vae["scaling_factor"],
+        default_fps=16 if transformer.get("patch_size_t") else 8,  # the rates that 1.5 and 1.0 were trained at
+        schedule=scheduler,
+    )
+
+
+def read_config(model: ModelFlags, part: str, name: str) -> dict[str, Any]:
+    """One json file of the pipeline."""
+    folder = Path(model.pretrained_model_name_or_path)
+    path = folder / part / name if folder.is_dir() else hub_file(model, f"{part}/{name}")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{flag_text(model)}: has no {part}/{name}; give the folder of a whole pipeline") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: is no JSON ({error}); download the model again") from None
+    return config
+
+
+def hub_file(model: ModelFlags, name: str) -> Path:
+    """A file of a hub model, downloaded if need be."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    repo = model.pretrained_model_name_or_path
+    try:
+        return Path(hf_hub_download(repo, name, revision=model.revision, cache_dir=model.cache_dir))
+    except HFValidationError:
+        raise UsageError(f"{flag_text(model)}: no such folder, and no hub id either") from None
+    except (OSError, ValueError) as error:  # offline, no such repository, no access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{flag_text(model)}: no such folder, and not to be had from the hub ({reason}); "
+            f"where there is a network: hf download {repo}"
+        ) from None
+
+
+def flag_text(model: ModelFlags) -> str:
+    """The flag as typed, for messages."""
+    return f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}"
+
+
+def check_text_to_video(options: Any) -> Iterator[str]:
+    """Problems of the model and the sizes for a text-to-video script. Reads config files only."""
+    geometry = read_geometry(options.model)
+    if geometry.in_channels != geometry.latent_channels:
+        yield (
+            f"{flag_text(options.model)}: takes {geometry.in_channels} channels, so it is an image-to-video model; "
+            f"text-to-video takes {geometry.latent_channels}"
+        )
+    yield from check_sizes(options, geometry)
+
+
+def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
+    """Problems of the buckets, the validation size and the text length."""
+    data = options.data
+    sizes = [("--frame_buckets", "frames", value) for value in data.frame_buckets]
+    sizes += [("--height_buckets", "size", value) for value in data.height_buckets]
+    sizes += [("--width_buckets", "size", value) for value in data.width_buckets]
+    if isinstance(options, TrainOptions):
+        validation = options.validation
+        sizes += [("--height", "size", validation.height or 0), ("--width", "size", validation.width or 0)]
+        sizes += [("--validation_frames", "frames", validation.validation_frames or 0)]
+    yield from geometry.bucket_problems(sizes)
+    length = options.encode.max_sequence_length
+    if length not in (None, geometry.max_text_seq_length):
+        yield (
+            f"--max_sequence_length {length}: the transformer's config says {geometry.max_text_seq_length}; "
+            "another padding changes every embedding; leave the flag out"
+        )

@@ -1,0 +1,128 @@
+"""The one training loop: batches in, optimizer steps out. Nothing in it waits for the device."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from cogvideox import diffusion, models
+from cogvideox.args import LoraOptions
+from cogvideox.checkpoint import Saver, resume
+from cogvideox.data.dataset import LatentDataset, build_loader, collate
+from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
+from cogvideox.diffusion import NoiseSchedule
+from cogvideox.engine import make_engine
+from cogvideox.optim import learning_rate
+from cogvideox.plan import ExecutionPlan
+from cogvideox.publish import publish
+from cogvideox.run import REQUEUE_EXIT, Metrics, Run
+from cogvideox.tensors import Tensors
+from cogvideox.validation import Prompts, Validator
+
+
+class Trainer:
+    """Everything of a run between its data and its result: ``train`` and ``finish``."""
+
+    def __init__(
+        self, run: Run, options: LoraOptions, tensors: Tensors, prompts: Prompts, task: Any, method: Any
+    ) -> None:
+        self.run, self.options, self.task, self.method = run, options, task, method
+        train, seed = options.train, options.data.seed
+        plan = ExecutionPlan(recompute=train.gradient_checkpointing, compiled=run.compiled)
+        plan.apply(method.transformer)
+        run.say(f"plan: {plan}")
+        self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype)
+        self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
+        self.dataset = LatentDataset(
+            tensors.cache, tensors.index, tensors.geometry, seed, options.loader.caption_dropout
+        )
+        self.global_batch = train.train_batch_size * train.gradient_accumulation_steps * run.world
+        samples = tensors.index.samples
+        self.order = Order([s.id for s in samples], [s.bucket for s in samples], self.global_batch, seed)
+        self.total_steps = train.max_train_steps or self.order.steps_through(train.num_train_epochs - 1)
+        self.recipe = self._recipe(tensors)
+        self.first_step = resume(run, self.engine, self.recipe, options)
+        self.saver = Saver(
+            run, self.engine, method, self.recipe, train.checkpointing_steps, train.checkpoints_total_limit
+        )
+        self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, self.order)
+
+    def _recipe(self, tensors: Tensors) -> dict[str, Any]:
+        """All that decides the result, whatever the number of ranks and of steps. Compared when a run is resumed."""
+        options = self.options
+        return {
+            "task": type(self.task).__name__,
+            "method": type(self.method).__name__,
+            "transformer": models.fingerprint(options.model, "transformer"),
+            "data": tensors.index.fingerprint,
+            "precision": self.run.precision,
+            "seed": options.data.seed,
+            "samples_per_step": self.global_batch,
+            "caption_dropout": options.loader.caption_dropout,
+            "max_grad_norm": options.train.max_grad_norm,
+            "optimizer": asdict(options.optimizer),
+            "lora": asdict(options.lora) | {"target_modules": list(options.lora.target_modules)},
+        }
+
+    def train(self) -> int:
+        """Trains up to the last step, or until a signal asks for the end; returns the step reached, which is saved.
+
+        An optimizer step is made of --gradient_accumulation_steps batches of every rank, all of one bucket. Its loss
+        is the mean over all of their samples.
+        """
+        accumulation = self.options.train.gradient_accumulation_steps
+        if self.first_step == 0:
+            self.validator.render(0)
+        metrics = Metrics(self.run, self.options, self.first_step, self.total_steps)
+        batches = iter(self._loader())
+        step = saved = self.first_step
+        while step < self.total_steps and not metrics.stop_agreed:
+            rate = learning_rate(self.options.optimizer, step, self.total_steps, self.global_batch)
+            for _ in range(accumulation):
+                batch = next(batches).to(self.run.device)
+                predict = self.task.predictor(self.engine.model, batch)
+                losses_B = diffusion.loss(
+                    self.schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B
+                )
+                self.engine.backward(losses_B.mean() / accumulation)
+            result = self.engine.step(rate, stop=self.run.stop_requested)
+            step += 1
+            metrics.push(step, rate, result)
+            if self.saver.due(step):
+                self.saver.save(step)
+                saved = step
+            if self.validator.due(step) and step < self.total_steps:
+                self.validator.render(step)
+        metrics.close()
+        if saved < step:
+            self.saver.save(step)
+        return step
+
+    def _loader(self) -> Any:
+        run, train, loader = self.run, self.options.train, self.options.loader
+        sampler = BucketBatchSampler(
+            self.order,
+            train.train_batch_size,
+            train.gradient_accumulation_steps,
+            run.accelerator.process_index,
+            run.world,
+            self.first_step,
+            self.total_steps,
+        )
+        run.say(
+            f"{len(self.order.sample_ids)} clips in {len(self.order.members)} buckets, {self.global_batch} an optimizer "
+            f"step: epoch 1 has {self.order.steps_through(0)} steps; {self.total_steps} steps in all"
+        )
+        pin = loader.pin_memory and torch.cuda.is_available()
+        return build_loader(self.dataset, sampler, self.options.data.dataloader_num_workers, pin)
+
+    def finish(self, step: int) -> int:
+        """The last validation and the result; returns the script's exit status."""
+        if step < self.total_steps:
+            self.run.say(f"stopped and saved after step {step} of {self.total_steps}; the same command goes on")
+            return REQUEUE_EXIT
+        self.validator.render(step)
+        batch = collate([self.dataset[Visit(0, 0)]])
+        publish(self.run, self.options, self.task, self.method, self.validator, batch, self.recipe, step)
+        self.run.accelerator.end_training()
+        return 0

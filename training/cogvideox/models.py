@@ -1,0 +1,153 @@
+"""The parts of a CogVideoX pipeline: found, identified by their weights, loaded one at a time.
+
+T5 and the VAE are ``with`` blocks: they leave the device, and memory, when the block ends. Types come from the
+safetensors headers, never from a model's name.
+"""
+
+import gc
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogvideox.args import ModelFlags
+from cogvideox.errors import UsageError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+HEAD_BYTES = 4096
+
+
+def part_folder(model: ModelFlags, part: str) -> Path:
+    """The folder of one part (transformer, vae, text_encoder, ...), downloaded if the model is a hub id."""
+    folder = Path(model.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt"]
+        repo = model.pretrained_model_name_or_path
+        folder = Path(snapshot_download(repo, revision=model.revision, cache_dir=model.cache_dir, allow_patterns=patterns))
+    if not (folder / part).is_dir():
+        raise UsageError(f"--pretrained_model_name_or_path {folder}: has no folder {part}")
+    return folder / part
+
+
+def weight_files(model: ModelFlags, part: str) -> list[Path]:
+    """The safetensors files of a part, of the variant that was asked for."""
+    files = sorted(part_folder(model, part).glob("*.safetensors"))
+    variants = {path: (path.name.split(".")[1:-1] or [None])[0] for path in files}
+    chosen = [path for path in files if (variants[path] or "").split("-")[0] == (model.variant or "")]
+    if not chosen:
+        has = ", ".join(path.name for path in files) or "none"
+        raise UsageError(f"--variant {model.variant}: {part} has no such safetensors file (there: {has})")
+    return chosen
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """(tensor entries of a safetensors header, offset of the data)."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def stored_dtype(model: ModelFlags, part: str) -> str:
+    """fp32, fp16 or bf16: what most of the weights are stored in."""
+    bytes_of: Counter[str] = Counter()
+    for path in weight_files(model, part):
+        for entry in read_header(path)[0].values():
+            bytes_of[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    stored = bytes_of.most_common(1)[0][0]
+    if stored not in STORED:
+        raise UsageError(f"{part_folder(model, part)}: weights are {stored}; give fp32, fp16 or bf16 weights")
+    return STORED[stored]
+
+
+def fingerprint(model: ModelFlags, part: str) -> str:
+    """Identifies the weights: hash of every tensor's name, shape, type and first 4 KiB."""
+    digest = hashlib.sha256()
+    for path in weight_files(model, part):
+        header, start = read_header(path)
+        with open(path, "rb") as file:
+            for name, entry in sorted(header.items()):
+                digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+                begin, end = entry["data_offsets"]
+                file.seek(start + begin)
+                digest.update(file.read(min(HEAD_BYTES, end - begin)))
+    return digest.hexdigest()
+
+
+def discard(module: torch.nn.Module) -> None:
+    """Frees a model's memory now, whoever still holds a name for it."""
+    module.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def text_fingerprint(model: ModelFlags) -> str:
+    """Identifies the T5 weights together with the tokenizer's files."""
+    digest = hashlib.sha256(fingerprint(model, "text_encoder").encode())
+    for path in sorted(part_folder(model, "tokenizer").iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def text_encoder(model: ModelFlags, dtype: str, device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """(tokenizer, T5 encoder on the device), freed afterwards."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(part_folder(model, "tokenizer"))
+    folder = part_folder(model, "text_encoder")
+    encoder = T5EncoderModel.from_pretrained(folder, dtype=DTYPES[dtype], variant=model.variant)
+    encoder.requires_grad_(False).eval().to(device)
+    try:
+        yield tokenizer, encoder
+    finally:
+        discard(encoder)
+
+
+def load_vae(model: ModelFlags, dtype: torch.dtype) -> Any:
+    """The VAE, on the CPU."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    folder = part_folder(model, "vae")
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder, torch_dtype=dtype, variant=model.variant)
+    return vae.requires_grad_(False).eval()
+
+
+@contextmanager
+def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: bool) -> Iterator[Any]:
+    """The VAE on the device, freed afterwards."""
+    vae = load_vae(model, DTYPES[dtype]).to(device)
+    if tiling:
+        vae.enable_tiling()
+    try:
+        yield vae
+    finally:
+        discard(vae)
+
+
+def load_transformer(model: ModelFlags, dtype: torch.dtype) -> Any:
+    """The transformer, frozen, on the CPU."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    folder = part_folder(model, "transformer")
+    transformer = CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, variant=model.variant)
+    return transformer.requires_grad_(False)
+
+
+def load_scheduler(model: ModelFlags) -> Any:
+    """The sampler that the pipeline's scheduler_config.json names."""
+    import diffusers
+
+    folder = part_folder(model, "scheduler")
+    name = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    return getattr(diffusers, name).from_pretrained(folder)

@@ -1,0 +1,154 @@
+"""The result of a run: written, reloaded through the stock pipeline, compared, and described.
+
+OUTPUT_DIR gets the weights, inference.py (how to use them) and, last, recipe.json (how they were made). A folder with
+recipe.json is finished.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvideox.args import LoraOptions, config_dict
+from cogvideox.data.cache import write_atomically
+from cogvideox.data.dataset import Batch
+from cogvideox.run import Run, environment
+from cogvideox.tasks import TextToVideo
+from cogvideox.validation import Validator, evaluation, prompts_of
+
+RECIPE_NAME, INFERENCE_NAME = "recipe.json", "inference.py"
+MIN_COSINE = 0.9999
+
+INFERENCE = '''\
+"""Makes a video with this LoRA in plain diffusers: python inference.py ["a prompt"] [OUTPUT.mp4]"""
+
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import {pipeline}
+from diffusers.utils.export_utils import encode_video
+
+PROMPT = {prompt}
+prompt = sys.argv[1] if len(sys.argv) > 1 else PROMPT
+output = sys.argv[2] if len(sys.argv) > 2 else "output.mp4"
+
+pipe = {pipeline}.from_pretrained({model}, revision={revision}, variant={variant}, torch_dtype=torch.{dtype})
+pipe.load_lora_weights(str(Path(__file__).parent), weight_name={weights}, adapter_name="cogvideox-lora")
+pipe.set_adapters(["cogvideox-lora"], [1.0])  # rank and alpha come from the file
+if torch.cuda.is_available():
+    pipe.enable_model_cpu_offload()
+{vae}
+video = pipe(
+    prompt=prompt,
+    negative_prompt={negative_prompt},
+    height={height},
+    width={width},
+    num_frames={frames},
+    num_inference_steps={steps},
+    guidance_scale={guidance_scale},
+    use_dynamic_cfg={use_dynamic_cfg},
+    max_sequence_length={text_length},
+    generator=torch.Generator().manual_seed({seed}),
+    output_type="pt",
+).frames[0]
+frames = (video.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
+encode_video(frames, fps={fps}, output_path=output)
+print(output)
+'''
+
+
+def publish(
+    run: Run,
+    options: LoraOptions,
+    task: TextToVideo,
+    method: Any,
+    validator: Validator,
+    batch: Batch,
+    recipe: dict[str, Any],
+    step: int,
+) -> None:
+    """Writes the finished run's files; on the main process.
+
+    Raises:
+        RuntimeError: the reloaded weights do not give what the trained ones gave.
+    """
+    if run.is_main:
+        folder = run.output_dir
+        write_weights(method, folder)
+        before = forward(task, method.transformer, batch, run)
+        after = reloaded(method, folder, task, batch, run)
+        difference, cosine = compare(before, after)
+        run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")
+        if cosine < MIN_COSINE or (difference > 0 and run.device.type == "cpu" and run.dtype == torch.float32):
+            raise RuntimeError(f"{folder / method.weights_name}: reloaded, it gives another output; please report this")
+        write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
+        made = {"step": step, **recipe, "flags": config_dict(options), **environment()}
+        made["verification"] = {"max_difference": difference, "cosine": cosine}
+        write_atomically(folder / RECIPE_NAME, json.dumps(made, indent=1, ensure_ascii=False).encode())
+        run.say(f"finished: {folder / method.weights_name}; to use it: python {folder / INFERENCE_NAME}")
+    run.barrier()
+
+
+def write_weights(method: Any, folder: Path) -> None:
+    """The weights under their final name, never half-written."""
+    temporary = folder / ".weights.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    method.save(temporary)
+    os.replace(temporary / method.weights_name, folder / method.weights_name)
+    shutil.rmtree(temporary)
+
+
+def forward(task: TextToVideo, transformer: Any, batch: Batch, run: Run) -> Tensor:
+    """The transformer's output for one batch of the data, fp32 on the CPU."""
+    batch = batch.to(run.device)
+    with evaluation(transformer):
+        return task.predictor(transformer, batch)(batch.x0_BFCHW, batch.timestep_B).float().cpu()
+
+
+def reloaded(method: Any, folder: Path, task: TextToVideo, batch: Batch, run: Run) -> Tensor:
+    """The same after the adapter has been dropped and loaded from its file by the stock pipeline."""
+    import diffusers
+
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+    pipeline = getattr(diffusers, task.pipeline)(**parts, transformer=method.transformer)
+    method.reload(pipeline, folder)
+    return forward(task, method.transformer, batch, run)
+
+
+def compare(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """(largest difference, cosine of the angle between the two)."""
+    cosine = torch.nn.functional.cosine_similarity(first.double().flatten(), second.double().flatten(), dim=0)
+    return (first - second).abs().max().item(), cosine.item()
+
+
+def inference_script(options: LoraOptions, task: TextToVideo, method: Any, validator: Validator, run: Run) -> str:
+    """A script that makes the first validation video again in stock diffusers."""
+    flags, model = options.validation, options.model
+    folder = Path(model.pretrained_model_name_or_path)
+    prompts = prompts_of(flags) or [f"{options.data.id_token or ''} a video".strip()]
+    tricks = [("enable_slicing", flags.enable_slicing), ("enable_tiling", flags.enable_tiling)]
+    return INFERENCE.format(
+        pipeline=task.pipeline,
+        prompt=repr(prompts[0]),
+        model=repr(str(folder.resolve()) if folder.is_dir() else model.pretrained_model_name_or_path),
+        revision=repr(model.revision),
+        variant=repr(model.variant),
+        dtype=str(run.dtype).removeprefix("torch."),
+        weights=repr(method.weights_name),
+        vae="\n".join(f"pipe.vae.{name}()" for name, wanted in tricks if wanted),
+        negative_prompt=repr(flags.negative_prompt),
+        height=flags.height,
+        width=flags.width,
+        frames=flags.validation_frames,
+        steps=flags.num_inference_steps,
+        guidance_scale=flags.guidance_scale,
+        use_dynamic_cfg=flags.use_dynamic_cfg,
+        text_length=validator.text_length,
+        seed=options.data.seed,
+        fps=round(validator.fps),
+    )

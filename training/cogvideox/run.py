@@ -1,0 +1,280 @@
+"""One run: processes and device, the output folder and its lock, metrics, trackers, the wish to stop.
+
+start_run() -> Run. metrics.jsonl gets a line for every optimizer step, read from the device one step late, so that
+logging never makes the device wait.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+
+from cogvideox.args import LoraOptions, config_dict, tracker_names
+from cogvideox.data.cache import write_atomically
+from cogvideox.errors import UsageError
+from cogvideox.optim import StepResult
+
+CONFIG_NAME, METRICS_NAME, LOCK_NAME = "config.json", "metrics.jsonl", ".lock"
+REQUEUE_EXIT = 75  # EX_TEMPFAIL: stopped by a signal, everything saved; run the same command again
+MAX_SKIPPED = 32  # optimizer steps in a row; fp16's loss scale needs up to 16 to settle
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")
+
+
+@dataclass
+class Run:
+    """What every part of a training run may use."""
+
+    accelerator: Any
+    output_dir: Path
+    precision: str  # no, fp16, bf16
+    compiled: bool
+    stop_requested: bool = False
+    _lock: IO[str] | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer runs."""
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type of the network."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.accelerator.is_main_process
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.accelerator.num_processes
+
+    def say(self, text: str) -> None:
+        """One line for the user, from the main process, beside the progress bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def barrier(self) -> None:
+        """Waits for the other ranks."""
+        self.accelerator.wait_for_everyone()
+
+
+def start_run(options: LoraOptions) -> Run:
+    """Joins the other ranks, takes the output folder and writes config.json.
+
+    Raises:
+        UsageError: the folder belongs to something else, or the launcher's configuration does not fit the machine.
+    """
+    accelerator = make_accelerator(options)
+    output_dir = Path(options.train.output_dir)
+    compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    run = Run(accelerator, output_dir, precision_of(options.train.mixed_precision), compiled)
+    if options.train.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    problem = take_folder(run, options) if run.is_main else None
+    everyones = [problem]
+    if run.world > 1:
+        torch.distributed.broadcast_object_list(everyones)
+    if everyones[0]:
+        raise UsageError(everyones[0])
+    install_signal_handlers(run)
+    return run
+
+
+def precision_of(flag: str | None) -> str:
+    """The flag, else what `accelerate launch` was told, else no."""
+    return flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def make_accelerator(options: LoraOptions) -> Any:
+    """accelerate's Accelerator; precision, compilation and gradients stay in our hands (except under DeepSpeed)."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import ProjectConfiguration
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    handlers = []
+    if world > 1 or deepspeed:
+        timeout = timedelta(seconds=options.train.nccl_timeout)
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
+    if deepspeed and on_cpu:
+        import deepspeed as library
+
+        library.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled with g++ for a minute
+    project = ProjectConfiguration(options.train.output_dir, str(Path(options.train.output_dir, options.train.logging_dir)))
+    accelerator = Accelerator(
+        mixed_precision=precision_of(options.train.mixed_precision) if deepspeed else "no",
+        dynamo_backend="no",
+        cpu=on_cpu,
+        log_with=tracker_names(options.train.report_to) or None,
+        project_config=project,
+        kwargs_handlers=handlers,
+    )
+    if accelerator.num_processes != world:
+        raise UsageError(
+            f"accelerate started {world} processes that do not know each other (a configuration for GPUs on a machine "
+            "without?); for one process: --config_file accelerate_configs/cpu.yaml; "
+            f"for {world} on a CPU: ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
+def take_folder(run: Run, options: LoraOptions) -> str | None:
+    """Makes and locks the output folder and writes config.json; returns what stands in the way."""
+    folder, train = run.output_dir, options.train
+    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME) if folder.is_dir() else []
+    if there and CONFIG_NAME not in there and there != [train.logging_dir]:
+        return f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"
+    if there and train.no_resume:
+        return f"--no_resume: {folder} is not empty; give an empty --output_dir, or delete it"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run._lock = open(folder / LOCK_NAME, "w")  # noqa: SIM115 - held until the process ends
+        fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"--output_dir {folder}: another run is using it; wait for it, or give another folder"
+    except OSError as error:
+        return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
+    config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
+    write_atomically(folder / CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
+    return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for config.json and benchmark results."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"versions": versions, "python": platform.python_version(), "device": device}
+
+
+def install_signal_handlers(run: Run) -> None:
+    """The first SIGTERM, SIGINT or SIGUSR1 asks for a checkpoint and an end; the second ends at once."""
+
+    def handle(number: int, _frame: Any) -> None:
+        if run.stop_requested:
+            os._exit(128 + number)
+        run.stop_requested = True
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, handle)
+
+
+@dataclass
+class Pending:
+    """A step whose numbers are still on their way from the device."""
+
+    step: int
+    lr: float
+    values: torch.Tensor
+    arrived: Any  # CUDA event, or None on the CPU
+
+
+class Metrics:
+    """Losses and the rest: to metrics.jsonl, the trackers and the progress bar."""
+
+    def __init__(self, run: Run, options: LoraOptions, first_step: int, total_steps: int) -> None:
+        self.run = run
+        self.path = run.output_dir / METRICS_NAME
+        self.pending: Pending | None = None
+        self.last: dict[str, float] = {}  # numbers of the newest step that has arrived
+        self.skipped_in_a_row = 0
+        self.time = time.perf_counter()
+        self.bar = tqdm(
+            initial=first_step, total=total_steps, desc="training", unit="step", disable=not run.is_main, dynamic_ncols=True
+        )
+        if run.is_main:
+            self._keep_until(first_step)
+        if tracker_names(options.train.report_to):
+            config = {name: str(value) for name, value in config_dict(options).items()}
+            tracker_options = {"wandb": {"dir": str(run.output_dir), "name": run.output_dir.name}}
+            run.accelerator.init_trackers(options.train.tracker_name or "cogvideox", config, tracker_options)
+
+    def _keep_until(self, step: int) -> None:
+        """Drops lines of steps that are going to be done again."""
+        if self.path.is_file():
+            lines = [line for line in self.path.read_text().splitlines() if finished_by(line, step)]
+            write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
+
+    @property
+    def stop_agreed(self) -> bool:
+        """Whether any rank asked for the end, as of the newest step that has arrived: the same on every rank."""
+        return self.last.get("stop", 0.0) > 0
+
+    def push(self, step: int, lr: float, result: StepResult) -> None:
+        """Queues a step's numbers and writes those of the step before, which are there by now."""
+        values = result.values.to("cpu", non_blocking=True)
+        arrived = None
+        if result.values.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.flush()
+        self.pending = Pending(step, lr, values, arrived)
+
+    def flush(self) -> None:
+        """Writes the step that is queued, if any."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        self.last = dict(zip(StepResult.NAMES, pending.values.tolist(), strict=True))
+        now = time.perf_counter()
+        record = {"step": pending.step, "lr": pending.lr, "seconds": round(now - self.time, 4), **self.last}
+        if torch.cuda.is_available():
+            record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        self.time = now
+        if self.run.is_main:
+            self._write(record)
+        self._check_skipped(pending.step, self.last["skipped"])
+
+    def _write(self, record: dict[str, float]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        step = int(record["step"])
+        self.run.accelerator.log({k: v for k, v in record.items() if k not in ("step", "stop")}, step=step)
+        shown = {"loss": f"{record['loss']:.4f}", "lr": f"{record['lr']:.2e}", "s/step": f"{record['seconds']:.2f}"}
+        if "peak_gib" in record:
+            shown["GiB"] = f"{record['peak_gib']:.2f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def _check_skipped(self, step: int, skipped: float) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise FloatingPointError(
+                f"the gradients of {MAX_SKIPPED} steps in a row up to {step} were not finite; none of them changed a "
+                "weight. Lower --learning_rate, or train in --mixed_precision bf16; checkpoints are as they were"
+            )
+
+    def close(self) -> None:
+        """Writes the last step and ends the bar."""
+        self.flush()
+        self.bar.close()
+
+
+def finished_by(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and of a step up to ``step``."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False

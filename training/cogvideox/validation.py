@@ -1,0 +1,181 @@
+"""Videos of the validation prompts, made with the weights as they are at a step.
+
+Prompts are embedded before the first step, so T5 is never loaded while training. The stock pipeline samples, with the
+transformer that is being trained; the videos are shared out over the ranks. What is changed is put back.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvideox import models
+from cogvideox.args import LoraOptions, ValidationFlags
+from cogvideox.data.sampler import Order
+from cogvideox.prepare import cache_prompts
+from cogvideox.run import Run
+from cogvideox.tensors import Tensors
+
+FOLDER = "validation"
+
+
+def prompts_of(flags: ValidationFlags) -> list[str]:
+    """The validation prompts, one by one."""
+    texts = (flags.validation_prompt or "").split(flags.validation_prompt_separator)
+    return [text.strip() for text in texts if text.strip()]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The validation prompts and their embeddings, each (1, L, D), in the compute type."""
+
+    texts: list[str]
+    embeds_BLD: list[Tensor]
+    negative_BLD: Tensor | None
+
+
+def embed_prompts(run: Run, options: LoraOptions, tensors: Tensors) -> Prompts:
+    """Embeds the validation prompts; T5 is loaded only where the cache lacks them, and freed."""
+    texts = prompts_of(options.validation)
+    if not texts:
+        return Prompts([], [], None)
+    wanted = [*texts, options.validation.negative_prompt]
+    if run.is_main:
+        cache_prompts(tensors.cache, options.model, tensors.encoders, wanted, len(wanted), run.accelerator.state)
+    run.barrier()
+    keys = [tensors.encoders.prompt_key(text) for text in wanted]
+    *embeds, negative = (tensors.cache.read(key)["prompt_LD"].unsqueeze(0).to(run.dtype) for key in keys)
+    return Prompts(texts, embeds, negative)
+
+
+@contextmanager
+def evaluation(module: Any) -> Iterator[None]:
+    """No gradients and evaluation mode, put back afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
+
+
+class Validator:
+    """Renders the validation videos of a run. ``render`` is called on all ranks."""
+
+    def __init__(
+        self,
+        run: Run,
+        options: LoraOptions,
+        pipeline_name: str,
+        transformer: Any,
+        prompts: Prompts,
+        tensors: Tensors,
+        order: Order,
+    ) -> None:
+        self.run, self.options, self.flags = run, options, options.validation
+        self.transformer, self.prompts, self.order = transformer, prompts, order
+        self.fps = self.flags.validation_fps or tensors.index.fps
+        self.text_length = tensors.geometry.max_text_seq_length
+        self.pipeline = self._make_pipeline(pipeline_name) if prompts.texts else None
+
+    def _make_pipeline(self, name: str) -> Any:
+        import diffusers
+
+        vae = models.load_vae(self.options.model, self.run.dtype)
+        if self.flags.enable_slicing:
+            vae.enable_slicing()
+        if self.flags.enable_tiling:
+            vae.enable_tiling()
+        scheduler = models.load_scheduler(self.options.model)
+        pipeline = getattr(diffusers, name)(
+            tokenizer=None, text_encoder=None, vae=vae, transformer=self.transformer, scheduler=scheduler
+        )
+        pipeline.set_progress_bar_config(desc="validation", leave=False, disable=not self.run.is_main)
+        return pipeline
+
+    def due(self, step: int) -> bool:
+        """Whether validation belongs after this optimizer step."""
+        if self.flags.validation_steps:
+            return step % self.flags.validation_steps == 0
+        if self.flags.validation_epochs:
+            epoch = self.order.epoch_of(step - 1)
+            return self.order.steps_through(epoch) == step and (epoch + 1) % self.flags.validation_epochs == 0
+        return False
+
+    def render(self, step: int) -> list[Path]:
+        """Makes the videos of a step that are not there yet; returns the paths of all of them."""
+        jobs = [(p, k) for p in range(len(self.prompts.texts)) for k in range(self.flags.num_validation_videos)]
+        paths = [self.path(step, p, k) for p, k in jobs]
+        share = slice(self.run.accelerator.process_index, None, self.run.world)
+        todo = [(job, path) for job, path in list(zip(jobs, paths, strict=True))[share] if not path.exists()]
+        if todo:
+            with evaluation(self.transformer), self._vae_on_device():
+                for (p, k), path in todo:
+                    write_video(path, self.sample(p, k), self.fps)
+        self.run.barrier()
+        if self.run.is_main and paths:
+            self._log(step, paths)
+        return paths
+
+    def path(self, step: int, prompt: int, video: int) -> Path:
+        """Where a video lies: step, number of the prompt and its first words, number of the video."""
+        words = re.sub(r"[^A-Za-z0-9]+", "-", self.prompts.texts[prompt]).strip("-")[:40].rstrip("-")
+        return self.run.output_dir / FOLDER / f"step-{step:06d}_prompt-{prompt}_{words}_{video}.mp4"
+
+    def sample(self, prompt: int, number: int) -> Tensor:
+        """One video, uint8 (F, H, W, 3); the same draws at every step."""
+        flags = self.flags
+        generator = torch.Generator().manual_seed(self.options.data.seed + number)
+        assert self.pipeline is not None
+        video_BFCHW = self.pipeline(
+            prompt_embeds=prompt.embeds_BLD.to(self.run.device),
+            negative_prompt_embeds=self.negative_BLD.to(self.run.device),
+            height=flags.height,
+            width=flags.width,
+            num_frames=flags.validation_frames,
+            num_inference_steps=flags.num_inference_steps,
+            guidance_scale=flags.guidance_scale,
+            use_dynamic_cfg=flags.use_dynamic_cfg,
+            max_sequence_length=self.text_length,
+            generator=generator,
+            output_type="pt",
+        ).frames
+        return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
+
+    @contextmanager
+    def _vae_on_device(self) -> Iterator[None]:
+        assert self.pipeline is not None
+        self.pipeline.vae.to(self.run.device)
+        try:
+            yield
+        finally:
+            self.pipeline.vae.to("cpu")
+            models.free_memory()
+
+    def _log(self, step: int, paths: list[Path]) -> None:
+        self.run.say(f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4")
+        for tracker in self.run.accelerator.trackers:
+            if tracker.name == "wandb":
+                import wandb
+
+                videos = [wandb.Video(str(path), caption=path.stem) for path in paths]
+                tracker.log({"validation": videos}, step=step)
+
+
+def write_video(path: Path, frames_FHWC: Tensor, fps: float) -> None:
+    """An mp4 by diffusers' own writer, under a temporary name until it is whole."""
+    from diffusers.utils.export_utils import encode_video
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    with redirect_stderr(io.StringIO()):  # its progress bar over a single chunk
+        encode_video(frames_FHWC, fps=round(fps), output_path=str(temporary))
+    os.replace(temporary, path)
