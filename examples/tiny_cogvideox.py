@@ -37,6 +37,7 @@ CAPTIONS = (
     "A fat grey cartoon rabbit crawls out of a dark burrow in a mossy bank and holds on to a boulder.",
     "The big grey rabbit stands up in a sunlit meadow, throws both arms into the air, yawns and rubs its brow.",
     "A plump rabbit tips its head back and stretches with its mouth wide open in front of bright green grass.",
+    "The cartoon rabbit drops one arm and lifts the other hand in a green meadow.",
     "Four tall skyscrapers stand at night, their windows lit in green and white under a purple sky.",
     "The camera drifts past a curved glass tower with warm lights in its windows, seen from below.",
     "A lower office block glows in pale stripes beside the bright roof of a tower against a dark night sky.",

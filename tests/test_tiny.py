@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_cogvideox
 import torch
+from real_clips import CLIPS
 from safetensors import safe_open
 from tiny_cogvideox import CAPTIONS, KINDS, STYLES, TEXT_LENGTH, make_tiny
 
@@ -130,6 +131,14 @@ def test_tokenizer_round_trip(tiny: Tiny) -> None:
         assert ids[-1] == 1
         assert 2 not in ids
         assert tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
+
+
+def test_captions_of_the_demo_fit_in_the_text_length(tiny: Tiny) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny("5b") / "tokenizer")
+    lengths = {clip.name: len(tokenizer(f"{STYLES[0]} {clip.caption}").input_ids) for clip in CLIPS}
+    assert max(lengths.values()) <= TEXT_LENGTH, lengths
 
 
 def test_command_line_parses_before_it_imports_torch() -> None:

@@ -279,7 +279,7 @@ class LoraOptions(TrainOptions):
     lora: LoraFlags
 
 
-Options = TypeVar("Options", PrepareOptions, TrainOptions, LoraOptions)
+Options = TypeVar("Options", bound=PrepareOptions | TrainOptions)
 Check = Callable[[Any], Iterator[str]]
 
 

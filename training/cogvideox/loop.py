@@ -81,18 +81,18 @@ class Trainer:
             for _ in range(accumulation):
                 batch = next(batches).to(self.run.device)
                 predict = self.task.predictor(self.engine.model, batch)
-                losses_B = diffusion.loss(
-                    self.schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B
-                )
+                losses_B = diffusion.loss(self.schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
                 self.engine.backward(losses_B.mean() / accumulation)
             result = self.engine.step(rate, stop=self.run.stop_requested)
             step += 1
             metrics.push(step, rate, result)
             if self.saver.due(step):
-                self.saver.save(step)
+                with metrics.paused():
+                    self.saver.save(step)
                 saved = step
             if self.validator.due(step) and step < self.total_steps:
-                self.validator.render(step)
+                with metrics.paused():
+                    self.validator.render(step)
         metrics.close()
         if saved < step:
             self.saver.save(step)
@@ -110,8 +110,8 @@ class Trainer:
             self.total_steps,
         )
         run.say(
-            f"{len(self.order.sample_ids)} clips in {len(self.order.members)} buckets, {self.global_batch} an optimizer "
-            f"step: epoch 1 has {self.order.steps_through(0)} steps; {self.total_steps} steps in all"
+            f"{len(self.order.sample_ids)} clips in {len(self.order.members)} buckets, {self.global_batch} samples an "
+            f"optimizer step: {self.order.steps_through(0)} steps in epoch 1, {self.total_steps} in all"
         )
         pin = loader.pin_memory and torch.cuda.is_available()
         return build_loader(self.dataset, sampler, self.options.data.dataloader_num_workers, pin)

@@ -34,7 +34,7 @@ class Lora:
                 raise UsageError(f"--target_modules {target}: no linear layer has this name; there are {endings}")
         config = LoraConfig(
             r=self.flags.rank,
-            lora_alpha=self.flags.lora_alpha,  # type: ignore[arg-type]
+            lora_alpha=self.flags.lora_alpha,
             init_lora_weights=True,
             target_modules=list(self.flags.target_modules),
         )

@@ -31,7 +31,9 @@ def part_folder(model: ModelFlags, part: str) -> Path:
 
         patterns = [f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt"]
         repo = model.pretrained_model_name_or_path
-        folder = Path(snapshot_download(repo, revision=model.revision, cache_dir=model.cache_dir, allow_patterns=patterns))
+        folder = Path(
+            snapshot_download(repo, revision=model.revision, cache_dir=model.cache_dir, allow_patterns=patterns)
+        )
     if not (folder / part).is_dir():
         raise UsageError(f"--pretrained_model_name_or_path {folder}: has no folder {part}")
     return folder / part
@@ -40,8 +42,8 @@ def part_folder(model: ModelFlags, part: str) -> Path:
 def weight_files(model: ModelFlags, part: str) -> list[Path]:
     """The safetensors files of a part, of the variant that was asked for."""
     files = sorted(part_folder(model, part).glob("*.safetensors"))
-    variants = {path: (path.name.split(".")[1:-1] or [None])[0] for path in files}
-    chosen = [path for path in files if (variants[path] or "").split("-")[0] == (model.variant or "")]
+    variants = {path: (path.name.split(".")[1:-1] or [""])[0] for path in files}
+    chosen = [path for path in files if variants[path].split("-")[0] == (model.variant or "")]
     if not chosen:
         has = ", ".join(path.name for path in files) or "none"
         raise UsageError(f"--variant {model.variant}: {part} has no such safetensors file (there: {has})")

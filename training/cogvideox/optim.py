@@ -95,13 +95,14 @@ class MasterWeights:
             view.view_as(p) for view, p in zip(self.flat.split([p.numel() for p in params]), params, strict=True)
         ]
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._collector(g)) for p, g in zip(params, self.gradients, strict=True)
+            p.register_post_accumulate_grad_hook(self._collector(g))
+            for p, g in zip(params, self.gradients, strict=True)
         ]
 
     @staticmethod
     def _collector(gradient: Tensor) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
-            gradient.add_(parameter.grad)  # type: ignore[arg-type]
+            gradient.add_(parameter.grad)
             parameter.grad = None
 
         return collect
@@ -133,8 +134,8 @@ class MasterWeights:
             group["lr"] = lr
         for master, gradient in zip(self.masters, self.gradients, strict=True):
             master.grad = gradient
-        self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = divisor
+        self.optimizer.found_inf = skipped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._publish()

@@ -112,7 +112,9 @@ class Preparation:
         with worker_pool(self.data) as pool:
             jobs = ((plan_clip, path, self.recipe) for path in todo)
             batch: list[dict[str, Any]] = []
-            for record in self._progress(run_in_order(pool, jobs), len(todo), "reading headers", "clip"):
+            for record in self._progress(
+                run_in_order(pool, jobs, 2 * num_workers(self.data)), len(todo), "reading headers", "clip"
+            ):
                 batch.append(record)
                 if len(batch) == LEDGER_EVERY:
                     self.ledger.append(batch)
@@ -165,7 +167,9 @@ class Preparation:
             worker_pool(self.data) as pool,
         ):
             jobs = ((decode_variant, Path(record["path"]), variant) for record, variant in missing.values())
-            results = self._progress(run_in_order(pool, jobs), len(missing), "encoding clips", "clip")
+            results = self._progress(
+                run_in_order(pool, jobs, 2 * num_workers(self.data)), len(missing), "encoding clips", "clip"
+            )
             for (key, (record, _)), frames in zip(missing.items(), results, strict=True):
                 if isinstance(frames, str):
                     self.ledger.append([{**record, "status": FAILED, "reason": frames, "variants": []}])
@@ -225,20 +229,26 @@ def cache_prompts(
 
 def worker_pool(data: DataFlags) -> ProcessPoolExecutor:
     """Processes for media files; spawned, so that they hold neither torch nor the device."""
-    return ProcessPoolExecutor(max(1, data.dataloader_num_workers), multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(num_workers(data), multiprocessing.get_context("spawn"))
 
 
-def run_in_order(pool: ProcessPoolExecutor, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-    """Results of (function, arguments...) in order, with a few jobs ahead: decoded clips are large."""
+def num_workers(data: DataFlags) -> int:
+    """Processes that decode: decoding never runs in this one."""
+    return max(1, data.dataloader_num_workers)
+
+
+def run_in_order(pool: ProcessPoolExecutor, jobs: Iterable[tuple[Any, ...]], ahead: int) -> Iterator[Any]:
+    """Results of (function, arguments...) in order, with at most ``ahead`` jobs waiting: decoded clips are large."""
     jobs = iter(jobs)
-    ahead = 2 * pool._max_workers
     queue: list[tuple[Future[Any], tuple[Any, ...]]] = [(pool.submit(*job), job) for job in islice(jobs, ahead)]
     while queue:
         future, job = queue.pop(0)
         try:
             result = future.result()
         except BrokenProcessPool:
-            raise RuntimeError(f"a worker process died at or just after {job[1]}; remove that clip and run again") from None
+            raise RuntimeError(
+                f"a worker process died at or just after {job[1]}; remove that clip and run again"
+            ) from None
         queue += [(pool.submit(*job), job) for job in islice(jobs, 1)]
         yield result
 
@@ -287,7 +297,9 @@ def record_scale(record: dict[str, Any]) -> float:
 
 def record_stretch(record: dict[str, Any]) -> float:
     """How far a clip's aspect ratio is changed; 1: not at all."""
-    return stretch(Variant.from_record(record["variants"][0]).fit, record["source"]["height"], record["source"]["width"])
+    return stretch(
+        Variant.from_record(record["variants"][0]).fit, record["source"]["height"], record["source"]["width"]
+    )
 
 
 def cached_bytes(cache: TensorCache, encoders: Encoders) -> Callable[[dict[str, Any]], int]:

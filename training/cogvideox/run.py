@@ -11,7 +11,8 @@ import platform
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -118,7 +119,9 @@ def make_accelerator(options: LoraOptions) -> Any:
         import deepspeed as library
 
         library.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled with g++ for a minute
-    project = ProjectConfiguration(options.train.output_dir, str(Path(options.train.output_dir, options.train.logging_dir)))
+    project = ProjectConfiguration(
+        options.train.output_dir, str(Path(options.train.output_dir, options.train.logging_dir))
+    )
     accelerator = Accelerator(
         mixed_precision=precision_of(options.train.mixed_precision) if deepspeed else "no",
         dynamo_backend="no",
@@ -141,7 +144,9 @@ def take_folder(run: Run, options: LoraOptions) -> str | None:
     folder, train = run.output_dir, options.train
     there = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME) if folder.is_dir() else []
     if there and CONFIG_NAME not in there and there != [train.logging_dir]:
-        return f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"
+        return (
+            f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"
+        )
     if there and train.no_resume:
         return f"--no_resume: {folder} is not empty; give an empty --output_dir, or delete it"
     try:
@@ -200,7 +205,12 @@ class Metrics:
         self.skipped_in_a_row = 0
         self.time = time.perf_counter()
         self.bar = tqdm(
-            initial=first_step, total=total_steps, desc="training", unit="step", disable=not run.is_main, dynamic_ncols=True
+            initial=first_step,
+            total=total_steps,
+            desc="training",
+            unit="step",
+            disable=not run.is_main,
+            dynamic_ncols=True,
         )
         if run.is_main:
             self._keep_until(first_step)
@@ -265,6 +275,13 @@ class Metrics:
                 f"the gradients of {MAX_SKIPPED} steps in a row up to {step} were not finite; none of them changed a "
                 "weight. Lower --learning_rate, or train in --mixed_precision bf16; checkpoints are as they were"
             )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what is done inside out of the seconds a step."""
+        self.flush()
+        yield
+        self.time = time.perf_counter()
 
     def close(self) -> None:
         """Writes the last step and ends the bar."""

@@ -43,9 +43,7 @@ def open_tensors(run: Run, options: LoraOptions) -> Tensors:
 
 def prepare_here(run: Run, options: LoraOptions, geometry: Geometry, folder: Path) -> CacheIndex:
     """What prepare_dataset.py does, before training."""
-    preparation = Preparation(
-        options.model, options.data, options.encode, geometry, folder, run.accelerator.state
-    )
+    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.accelerator.state)
     records = preparation.plan()
     run.say(table(records))
     check_bad(records, options.data.max_bad_fraction)

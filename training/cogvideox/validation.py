@@ -135,9 +135,10 @@ class Validator:
         flags = self.flags
         generator = torch.Generator().manual_seed(self.options.data.seed + number)
         assert self.pipeline is not None
+        assert self.prompts.negative_BLD is not None
         video_BFCHW = self.pipeline(
-            prompt_embeds=prompt.embeds_BLD.to(self.run.device),
-            negative_prompt_embeds=self.negative_BLD.to(self.run.device),
+            prompt_embeds=self.prompts.embeds_BLD[prompt].to(self.run.device),
+            negative_prompt_embeds=self.prompts.negative_BLD.to(self.run.device),
             height=flags.height,
             width=flags.width,
             num_frames=flags.validation_frames,
@@ -158,7 +159,7 @@ class Validator:
             yield
         finally:
             self.pipeline.vae.to("cpu")
-            models.free_memory()
+            torch.cuda.empty_cache()
 
     def _log(self, step: int, paths: list[Path]) -> None:
         self.run.say(f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4")

@@ -1,6 +1,6 @@
 """From a video file to frames in a bucket's shape: planned from the header, then decoded. No torch: workers stay light.
 
-path -> plan_clip: content hash, bucket, and for each variant the frame indices and the Fit -> decode_variant: uint8 FHWC
+path -> plan_clip: content hash, bucket, and for each variant frame indices and Fit -> decode_variant: uint8 FHWC
 """
 
 import hashlib
@@ -110,4 +110,3 @@ def decode_variant(path: Path, variant: Variant) -> np.ndarray | str:
     except (VideoError, OSError) as error:
         return str(error)
     return apply_fit(frames, variant.fit)
-

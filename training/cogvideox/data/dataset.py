@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from cogvideox.data.cache import CacheIndex, TensorCache
 from cogvideox.data.sampler import BucketBatchSampler, Visit
-from cogvideox.geometry import Geometry
 from cogvideox.draws import key_of, uniform
+from cogvideox.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def build_loader(dataset: LatentDataset, sampler: BucketBatchSampler, workers: i
     """A DataLoader over the rank's micro-batches, in order."""
     return DataLoader(
         dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type]
+        batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,

@@ -85,9 +85,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         return VideoInfo(times, height, width, rotation, codec, float(stream.average_rate or 0))
 
 
-def frames_available(
-    times: Sequence[float], target_fps: float | None, skip_start: int = 0, skip_end: int = 0
-) -> int:
+def frames_available(times: Sequence[float], target_fps: float | None, skip_start: int = 0, skip_end: int = 0) -> int:
     """How many frames the clip can give at target_fps (None: each source frame), at least 1 if any are left.
 
     times: seconds of the source frames; skip_start, skip_end: source frames cut off first. 0 if nothing is left.
@@ -183,7 +181,7 @@ class _Missed(VideoError):
 class _PacketIndex:
     """Timestamps in units of time_base seconds: of the shown frames, and of the frames where decoding can start.
 
-    seek_to holds, for each keyframe, the timestamp that finds it: containers are ordered by decoding time.
+    seek_to holds, for each keyframe, the timestamp that finds it in this container.
     """
 
     pts: tuple[int, ...]
@@ -233,7 +231,9 @@ def _index_packets(path: str | os.PathLike[str]) -> _PacketIndex:
     with _reading(path) as (container, stream):
         _check_size(stream.height, stream.width)
         packets = _timestamps(container, stream)
-        keyframes = sorted((pts, dts) for pts, dts, is_keyframe, _ in packets if is_keyframe)
+        # mp4 and mkv are searched by display time; the others by decoding time, where the former lands too late.
+        by_display = container.format.name.startswith(("mov", "matroska"))
+        keyframes = sorted((pts, pts if by_display else dts) for pts, dts, is_keyframe, _ in packets if is_keyframe)
         # What precedes the first keyframe in display order refers to frames that are not in the file.
         first = keyframes[0][0] if keyframes else math.inf
         shown = {pts for pts, _, _, is_shown in packets if is_shown and pts >= first}

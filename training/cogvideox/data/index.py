@@ -96,9 +96,7 @@ class _List:
     undecodable: frozenset[int]  # line numbers, from 1
 
 
-def _read_list(
-    root: str, name: str | None, defaults: tuple[str, ...], flag: str, problems: _Problems
-) -> _List | None:
+def _read_list(root: str, name: str | None, defaults: tuple[str, ...], flag: str, problems: _Problems) -> _List | None:
     names = (name,) if name is not None else defaults
     files = [file for file in (os.path.join(root, name) for name in names) if os.path.isfile(file)]
     if not files:
@@ -198,7 +196,7 @@ class _PathRules:
             real, mode = self._look(full)
         except OSError as error:
             return "unreadable path", f"{_short(path)}: cannot be read ({error.strerror}); check the path"
-        if not real.startswith(self.allowed):
+        if not os.path.join(real, "").startswith(self.allowed):
             return "outside the data root", (
                 f"{path}: leads outside the data root, to {real}; "
                 f"move it there or pass --allow_path {os.path.dirname(real)}"
