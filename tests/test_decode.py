@@ -22,7 +22,7 @@ from cogvideox.data.decode import (
 
 HEIGHT, WIDTH, RATE, COUNT = 64, 96, 30, 60
 CLOCK = Fraction(1, RATE)
-OPEN_GOP = "open-gop=1:keyint=10:bframes=3:b-pyramid=normal:scenecut=0"
+OPEN_GOP = "open-gop=1:keyint=10:min-keyint=1:bframes=3:b-adapt=0:b-pyramid=normal:scenecut=0"
 
 
 def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -144,8 +144,11 @@ def test_a_jump_decodes_no_more_than_it_needs(clip, monkeypatch):
     frames = decode._frames
     monkeypatch.setattr(decode, "_frames", lambda *args: (taken.append(frame) or frame for frame in frames(*args)))
     assert read_numbers(clip, [0, 1, 50], probe(clip)) == [0, 1, 50]
-    # The probe takes 1, then 0 and 1, then from the keyframe at 48 on.
+    # The probe takes frame 0, then 0 and 1 are read, then the keyframe at 48 and on to 50.
     assert len(taken) <= 1 + 2 + 4
+    taken.clear()
+    assert read_numbers(clip, range(COUNT), probe(clip)) == list(range(COUNT))
+    assert len(taken) == 1 + COUNT
 
 
 def test_a_seek_that_lands_too_late_is_made_up_for(clip, monkeypatch):
@@ -153,6 +156,20 @@ def test_a_seek_that_lands_too_late_is_made_up_for(clip, monkeypatch):
     late = decode._PacketIndex(index.pts, index.keyframes, (index.keyframes[-1],) * len(index.keyframes), CLOCK)
     monkeypatch.setattr(decode, "_index_packets", lambda path: late)
     assert read_numbers(clip, [0, 13, 27, 59], probe(clip)) == [0, 13, 27, 59]
+
+
+def test_a_stream_that_starts_in_mid_gop_starts_at_its_first_whole_frame(tmp_path):
+    whole = encode(tmp_path / "whole.ts", options={"x264-params": OPEN_GOP})
+    with av.open(str(whole)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    second = [place for place, packet in enumerate(packets) if packet.is_keyframe][1]
+    assert any(packet.pts < packets[second].pts for packet in packets[second:])  # they refer to what is cut off
+    start = probe(whole).num_frames - sum(packet.pts >= packets[second].pts for packet in packets)
+    data = whole.read_bytes()
+    path = tmp_path / "cut.ts"
+    path.write_bytes(data[: 3 * 188] + data[packets[second].pos :])  # the tables, then from the keyframe on
+    info = probe(path)
+    assert read_numbers(path, range(info.num_frames), info) == list(range(start, COUNT))
 
 
 def test_variable_rate(tmp_path):
@@ -298,7 +315,7 @@ def test_indices_out_of_range(clip, indices):
         read_frames(clip, probe(clip), indices, HEIGHT, WIDTH)
 
 
-def test_limits(clip, monkeypatch):
+def test_limits(tmp_path, clip, monkeypatch):
     monkeypatch.setattr(decode, "MAX_FRAMES", COUNT - 1)
     with pytest.raises(VideoError, match="more than 59 frames"):
         probe(clip)
@@ -306,6 +323,9 @@ def test_limits(clip, monkeypatch):
     monkeypatch.setattr(decode, "MAX_SIDE", WIDTH - 1)
     with pytest.raises(VideoError, match="is 96x64; at most 95"):
         probe(clip)
+    monkeypatch.setattr(decode, "MAX_SIDE", WIDTH)
+    with pytest.raises(VideoError, match="is 128x64; at most 96"):
+        probe(encode(tmp_path / "wide.mp4", 5, aspect=Fraction(4, 3)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 48), (64, 96), (128, 192), (48, 128), (33, 51)])

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import logging
 import os
 import sys
 import typing
@@ -22,6 +23,8 @@ from cogvideox.errors import UsageError
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 USAGE_EXIT = 2
+# loggers that warn, wherever the package is merely installed, of extras that nothing here uses
+NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
 def flag(
@@ -130,7 +133,7 @@ class PrepareFlags:
 
     output_dir: str = flag(REQUIRED, "folder for the tensors; give it to a training script as --data_root")
     save_latents_and_embeddings: bool = flag(True, "accepted for old commands: this is what the script does")
-    batch_size: int = flag(1, "captions encoded at once", least=1)
+    batch_size: int = flag(1, "captions encoded at once; more than 1 changes embeddings by rounding", least=1)
     dry_run: bool = flag(False, "show what would be encoded, and stop")
 
 
@@ -540,6 +543,8 @@ def run_script(
     main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
 ) -> typing.NoReturn:
     """Parses, runs ``main`` and ends the script: status 2 and a line for each problem where the user can mend it."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         sys.exit(main(parse(options_type, doc, None, checks)))
     except UsageError as error:

@@ -121,7 +121,7 @@ def load_vae(model: ModelFlags, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKLCogVideoX
 
     folder = part_folder(model, "vae")
-    vae = AutoencoderKLCogVideoX.from_pretrained(folder, torch_dtype=dtype, variant=model.variant)
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder, dtype=dtype, variant=model.variant)
     return vae.requires_grad_(False).eval()
 
 
@@ -142,7 +142,7 @@ def load_transformer(model: ModelFlags, dtype: torch.dtype) -> Any:
     from diffusers import CogVideoXTransformer3DModel
 
     folder = part_folder(model, "transformer")
-    transformer = CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, variant=model.variant)
+    transformer = CogVideoXTransformer3DModel.from_pretrained(folder, dtype=dtype, variant=model.variant)
     return transformer.requires_grad_(False)
 
 

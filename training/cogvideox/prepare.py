@@ -123,7 +123,7 @@ class Preparation:
         self.state.wait_for_everyone()
         return self._records()
 
-    def encode(self, records: Sequence[dict[str, Any]], caption_batch: int) -> CacheIndex:
+    def encode(self, records: Sequence[dict[str, Any]], caption_batch: int = 1) -> CacheIndex:
         """Encodes what is missing, T5 first, and writes the index.
 
         Raises:

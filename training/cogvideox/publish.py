@@ -37,7 +37,7 @@ PROMPT = {prompt}
 prompt = sys.argv[1] if len(sys.argv) > 1 else PROMPT
 output = sys.argv[2] if len(sys.argv) > 2 else "output.mp4"
 
-pipe = {pipeline}.from_pretrained({model}, revision={revision}, variant={variant}, torch_dtype=torch.{dtype})
+pipe = {pipeline}.from_pretrained({model}, revision={revision}, variant={variant}, dtype=torch.{dtype})
 pipe.load_lora_weights(str(Path(__file__).parent), weight_name={weights}, adapter_name="cogvideox-lora")
 pipe.set_adapters(["cogvideox-lora"], [1.0])  # rank and alpha come from the file
 if torch.cuda.is_available():

@@ -190,6 +190,7 @@ class Pending:
 
     step: int
     lr: float
+    loading_seconds: float  # that this process waited for batches
     values: torch.Tensor
     arrived: Any  # CUDA event, or None on the CPU
 
@@ -204,6 +205,7 @@ class Metrics:
         self.last: dict[str, float] = {}  # numbers of the newest step that has arrived
         self.skipped_in_a_row = 0
         self.time = time.perf_counter()
+        self.loading_seconds = 0.0
         self.bar = tqdm(
             initial=first_step,
             total=total_steps,
@@ -238,7 +240,8 @@ class Metrics:
             arrived = torch.cuda.Event()
             arrived.record()
         self.flush()
-        self.pending = Pending(step, lr, values, arrived)
+        self.pending = Pending(step, lr, self.loading_seconds, values, arrived)
+        self.loading_seconds = 0.0
 
     def flush(self) -> None:
         """Writes the step that is queued, if any."""
@@ -249,7 +252,8 @@ class Metrics:
             pending.arrived.synchronize()
         self.last = dict(zip(StepResult.NAMES, pending.values.tolist(), strict=True))
         now = time.perf_counter()
-        record = {"step": pending.step, "lr": pending.lr, "seconds": round(now - self.time, 4), **self.last}
+        record = {"step": pending.step, "lr": pending.lr, "seconds": round(now - self.time, 4)}
+        record |= {"loading_seconds": round(pending.loading_seconds, 5), **self.last}
         if torch.cuda.is_available():
             record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         self.time = now
@@ -275,6 +279,13 @@ class Metrics:
                 f"the gradients of {MAX_SKIPPED} steps in a row up to {step} were not finite; none of them changed a "
                 "weight. Lower --learning_rate, or train in --mixed_precision bf16; checkpoints are as they were"
             )
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Counts what is done inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.loading_seconds += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:

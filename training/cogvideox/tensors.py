@@ -47,7 +47,7 @@ def prepare_here(run: Run, options: LoraOptions, geometry: Geometry, folder: Pat
     records = preparation.plan()
     run.say(table(records))
     check_bad(records, options.data.max_bad_fraction)
-    return preparation.encode(records, options.train.train_batch_size)
+    return preparation.encode(records)
 
 
 def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:

@@ -42,13 +42,13 @@ class Prompts:
 
 
 def embed_prompts(run: Run, options: LoraOptions, tensors: Tensors) -> Prompts:
-    """Embeds the validation prompts; T5 is loaded only where the cache lacks them, and freed."""
+    """Embeds the validation prompts, one at a time as a pipeline does; T5 is loaded only where the cache lacks them."""
     texts = prompts_of(options.validation)
     if not texts:
         return Prompts([], [], None)
     wanted = [*texts, options.validation.negative_prompt]
     if run.is_main:
-        cache_prompts(tensors.cache, options.model, tensors.encoders, wanted, len(wanted), run.accelerator.state)
+        cache_prompts(tensors.cache, options.model, tensors.encoders, wanted, 1, run.accelerator.state)
     run.barrier()
     keys = [tensors.encoders.prompt_key(text) for text in wanted]
     *embeds, negative = (tensors.cache.read(key)["prompt_LD"].unsqueeze(0).to(run.dtype) for key in keys)

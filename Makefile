@@ -1,0 +1,27 @@
+# make demo: set up and run the main job on real clips.   make test: set up and pass the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test quality clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/ready: requirements.txt constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@
+
+demo: $(VENV)/ready
+	PYTHON=$(BIN)/python bash examples/demo.sh
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not gpu"
+
+quality: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf demo runs .mypy_cache .ruff_cache
