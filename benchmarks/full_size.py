@@ -177,7 +177,7 @@ def device_and_versions() -> dict[str, Any]:
     from cogvideox.run import environment
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    commit = git.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    commit = os.environ.get("COMMIT") or git.stdout.strip()  # COMMIT where the tree travels without its history
     return environment() | {"commit": commit, "command": " ".join(sys.argv)}
 
 

@@ -80,7 +80,8 @@ class Trainer:
             rate = learning_rate(self.options.optimizer, step, self.total_steps, self.global_batch)
             for _ in range(accumulation):
                 with metrics.loading():
-                    batch = next(batches).to(self.run.device)
+                    batch = next(batches)
+                batch = batch.to(self.run.device)
                 predict = self.task.predictor(self.engine.model, batch)
                 losses_B = diffusion.loss(self.schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
                 self.engine.backward(losses_B.mean() / accumulation)

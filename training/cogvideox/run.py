@@ -184,6 +184,27 @@ def install_signal_handlers(run: Run) -> None:
         signal.signal(number, handle)
 
 
+class Mark:
+    """A moment in the device's work, or in time on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.time = time.perf_counter()
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event is not None:
+            self.event.record()
+
+    def reached(self) -> None:
+        """Waits until the device is there."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """Time between two moments that have been reached."""
+        if self.event is None or earlier.event is None:
+            return self.time - earlier.time
+        return earlier.event.elapsed_time(self.event) / 1000.0
+
+
 @dataclass
 class Pending:
     """A step whose numbers are still on their way from the device."""
@@ -192,7 +213,8 @@ class Pending:
     lr: float
     loading_seconds: float  # that this process waited for batches
     values: torch.Tensor
-    arrived: Any  # CUDA event, or None on the CPU
+    start: Mark
+    end: Mark
 
 
 class Metrics:
@@ -204,7 +226,7 @@ class Metrics:
         self.pending: Pending | None = None
         self.last: dict[str, float] = {}  # numbers of the newest step that has arrived
         self.skipped_in_a_row = 0
-        self.time = time.perf_counter()
+        self.mark = Mark(run.device)  # the end of the step before
         self.loading_seconds = 0.0
         self.bar = tqdm(
             initial=first_step,
@@ -235,28 +257,23 @@ class Metrics:
     def push(self, step: int, lr: float, result: StepResult) -> None:
         """Queues a step's numbers and writes those of the step before, which are there by now."""
         values = result.values.to("cpu", non_blocking=True)
-        arrived = None
-        if result.values.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
+        end = Mark(self.run.device)
         self.flush()
-        self.pending = Pending(step, lr, self.loading_seconds, values, arrived)
-        self.loading_seconds = 0.0
+        self.pending = Pending(step, lr, self.loading_seconds, values, self.mark, end)
+        self.mark, self.loading_seconds = end, 0.0
 
     def flush(self) -> None:
         """Writes the step that is queued, if any."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
-        if pending.arrived is not None:
-            pending.arrived.synchronize()
+        pending.end.reached()
         self.last = dict(zip(StepResult.NAMES, pending.values.tolist(), strict=True))
-        now = time.perf_counter()
-        record = {"step": pending.step, "lr": pending.lr, "seconds": round(now - self.time, 4)}
-        record |= {"loading_seconds": round(pending.loading_seconds, 5), **self.last}
+        record = {"step": pending.step, "lr": pending.lr, **self.last}
+        record |= {"seconds": round(pending.end.seconds_since(pending.start), 5)}
+        record |= {"loading_seconds": round(pending.loading_seconds, 5)}
         if torch.cuda.is_available():
             record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        self.time = now
         if self.run.is_main:
             self._write(record)
         self._check_skipped(pending.step, self.last["skipped"])
@@ -292,7 +309,7 @@ class Metrics:
         """Keeps what is done inside out of the seconds a step."""
         self.flush()
         yield
-        self.time = time.perf_counter()
+        self.mark = Mark(self.run.device)
 
     def close(self) -> None:
         """Writes the last step and ends the bar."""
