@@ -13,6 +13,8 @@ from cogvideox import args
 from cogvideox.data.index import check_data
 from cogvideox.geometry import check_text_to_video
 
+CHECKS = (check_text_to_video, check_data, args.check_trackers)
+
 
 def main(options: args.LoraOptions) -> int:
     """Returns the exit status: 0, or 75 where a signal ended the run early with everything saved."""
@@ -35,4 +37,4 @@ def main(options: args.LoraOptions) -> int:
 
 
 if __name__ == "__main__":
-    args.run_script(main, args.LoraOptions, __doc__, (check_text_to_video, check_data, args.check_trackers))
+    args.run_script(main, args.LoraOptions, __doc__, CHECKS)

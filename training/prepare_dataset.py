@@ -11,6 +11,8 @@ from cogvideox import args
 from cogvideox.data.index import check_data
 from cogvideox.geometry import check_text_to_video, read_geometry
 
+CHECKS = (check_text_to_video, check_data)
+
 
 def main(options: args.PrepareOptions) -> int:
     """Returns the exit status."""
@@ -35,4 +37,4 @@ def main(options: args.PrepareOptions) -> int:
 
 
 if __name__ == "__main__":
-    args.run_script(main, args.PrepareOptions, __doc__, (check_text_to_video, check_data))
+    args.run_script(main, args.PrepareOptions, __doc__, CHECKS)

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Encodes a folder of clips and captions once. Train on the result with
+#   DATA_ROOT=./video-dataset-disney-prepared EXTRA_FLAGS=--load_tensors ./train_text_to_video_lora.sh
+#
+#   ./prepare_dataset.sh
+#   DRY_RUN=1 ./prepare_dataset.sh                       # prints the command, runs nothing
+#   NUM_GPUS=8 HEIGHT_BUCKETS="480 720" WIDTH_BUCKETS="720 960" ./prepare_dataset.sh
+#
+# Every NAME below can be set from outside. Relative paths count from this folder. An interrupted run goes on.
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+source scripts/sweep.sh
+
+words HEIGHT_BUCKETS 480
+words WIDTH_BUCKETS 720
+words FRAME_BUCKETS 49
+words EXTRA_FLAGS
+setting NUM_GPUS 1
+setting MODEL THUDM/CogVideoX-5b
+setting DATA_ROOT ./video-dataset-disney
+setting CAPTION_COLUMN prompt.txt
+setting VIDEO_COLUMN videos.txt
+setting OUTPUT_DIR ./video-dataset-disney-prepared
+setting ID_TOKEN BW_STYLE  # goes into the captions here: with --load_tensors, training does not add it
+setting MAX_NUM_FRAMES 49
+setting MAX_SEQUENCE_LENGTH 226
+setting TARGET_FPS 8
+setting BATCH_SIZE 1
+setting DTYPE fp32
+
+check_data
+if ((NUM_GPUS > 1)); then
+  tool TORCHRUN torchrun
+  COMMAND=("$TORCHRUN" --nproc_per_node "$NUM_GPUS")
+else
+  tool PYTHON python
+  COMMAND=("$PYTHON")
+fi
+COMMAND+=(
+  training/prepare_dataset.py
+  --model_id "$MODEL" --output_dir "$OUTPUT_DIR"
+  --data_root "$DATA_ROOT" --caption_column "$CAPTION_COLUMN" --video_column "$VIDEO_COLUMN" --id_token "$ID_TOKEN"
+  --height_buckets "${HEIGHT_BUCKETS[@]}" --width_buckets "${WIDTH_BUCKETS[@]}"
+  --frame_buckets "${FRAME_BUCKETS[@]}" --max_num_frames "$MAX_NUM_FRAMES"
+  --max_sequence_length "$MAX_SEQUENCE_LENGTH" --target_fps "$TARGET_FPS"
+  --batch_size "$BATCH_SIZE" --dtype "$DTYPE" --save_latents_and_embeddings
+  "${EXTRA_FLAGS[@]}"
+)
+if dry_run; then show "${COMMAND[@]}"; else exec "${COMMAND[@]}"; fi

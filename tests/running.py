@@ -1,0 +1,128 @@
+"""How the tests run the scripts: in this process (fast), or as a user does, in processes of their own."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cogvideox_text_to_video_lora as lora_script
+import prepare_dataset as prepare_script
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from cogvideox import args
+
+ROOT = Path(__file__).resolve().parent.parent
+LORA_SCRIPT = ROOT / "training" / "cogvideox_text_to_video_lora.py"
+PREPARE_SCRIPT = ROOT / "training" / "prepare_dataset.py"
+SIZE = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9", "--max_num_frames", "9"]
+WEIGHTS = "pytorch_lora_weights.safetensors"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def lora_flags(model: Path, data: Path, output: Path, *more: object) -> list[str]:
+    """Flags of a small LoRA run; later ones override."""
+    flags = ["--pretrained_model_name_or_path", model, "--data_root", data, "--output_dir", output, *SIZE]
+    flags += [
+        "--rank",
+        "4",
+        "--lora_alpha",
+        "8",
+        "--train_batch_size",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
+        "--max_train_steps",
+        "6",
+    ]
+    flags += [
+        "--checkpointing_steps",
+        "2",
+        "--optimizer",
+        "adamw",
+        "--learning_rate",
+        "1e-2",
+        "--num_inference_steps",
+        "2",
+    ]
+    return [str(flag) for flag in (*flags, *more)]
+
+
+def in_process(script: Any, options_type: type, flags: Sequence[str]) -> int:
+    """Runs a script's main here; leaves no state of accelerate, no lock and no signal handler behind."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        return script.main(args.parse(options_type, None, list(flags), script.CHECKS))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        gc.collect()
+
+
+def train(flags: Sequence[str]) -> int:
+    """Runs the LoRA script here."""
+    return in_process(lora_script, args.LoraOptions, flags)
+
+
+def prepare(model: Path, data: Path, output: Path, *more: object) -> int:
+    """Runs prepare_dataset.py here."""
+    flags = ["--model_id", model, "--data_root", data, "--output_dir", output, *SIZE, *more]
+    return in_process(prepare_script, args.PrepareOptions, [str(flag) for flag in flags])
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a started script."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_") and k not in ("WORLD_SIZE", "RANK")}
+    return clean | more
+
+
+def start(command: Sequence[object], **more: str) -> "subprocess.Popen[str]":
+    """Starts a command in a session of its own."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env=environment(**more),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]", status: int = 0) -> str:
+    """Waits for the end and returns the output; the exit status must be the one given."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output[-4000:]
+    return output
+
+
+def python(script: Path, *flags: object) -> list[object]:
+    """A command that runs a script with this Python."""
+    return [sys.executable, script, *flags]
+
+
+def losses(output: Path) -> list[float]:
+    """The loss of every optimizer step."""
+    return [line["loss"] for line in metrics(output)]
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output: Path) -> dict[str, Any]:
+    """The exported LoRA."""
+    return load_file(output / WEIGHTS)
+
+
+def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two sets of tensors are the same, bit for bit."""
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)

@@ -1,0 +1,347 @@
+"""cogvideox/args.py and the command lines of the scripts, run with everything heavy made unimportable."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+from cogvideox import args
+from cogvideox.errors import UsageError
+
+TESTS = Path(__file__).parent
+TRAINING = TESTS.parent / "training"
+GOLDEN = TESTS / "golden"
+LORA, PREPARE = "cogvideox_text_to_video_lora.py", "prepare_dataset.py"
+SCRIPTS = {LORA: args.LoraOptions, PREPARE: args.PrepareOptions}
+HEAVY = ("torch", "numpy", "av", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
+MODEL = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b")
+LEAST = {LORA: (*MODEL, "--data_root", "d"), PREPARE: (*MODEL, "--data_root", "d", "--output_dir", "o")}
+
+# The guides' commands, prompts shortened.
+FACTORY_LORA = (
+    *MODEL,
+    *("--data_root", "/path/to/my/datasets/video-dataset-disney"),
+    *("--caption_column", "prompt.txt", "--video_column", "videos.txt", "--id_token", "BW_STYLE"),
+    *("--height_buckets", "480", "--width_buckets", "720", "--frame_buckets", "49"),
+    *("--dataloader_num_workers", "8", "--pin_memory"),
+    *("--validation_prompt", "BW_STYLE A black and white scene:::BW_STYLE A panda", "--validation_prompt_separator"),
+    *(":::", "--num_validation_videos", "1", "--validation_epochs", "10", "--seed", "42"),
+    *("--rank", "128", "--lora_alpha", "128", "--mixed_precision", "bf16", "--output_dir", "/path/to/my/models/lora/"),
+    *("--max_num_frames", "49", "--train_batch_size", "1", "--max_train_steps", "3000"),
+    *("--checkpointing_steps", "1000", "--gradient_accumulation_steps", "1", "--gradient_checkpointing"),
+    *("--learning_rate", "1e-4", "--lr_scheduler", "cosine_with_restarts", "--lr_warmup_steps", "400"),
+    *("--lr_num_cycles", "1", "--enable_slicing", "--enable_tiling", "--optimizer", "adamw"),
+    *("--beta1", "0.9", "--beta2", "0.95", "--weight_decay", "0.001", "--max_grad_norm", "1.0", "--allow_tf32"),
+    *("--report_to", "wandb", "--nccl_timeout", "1800"),
+)
+FACTORY_PREPARE = (
+    *("--model_id", "THUDM/CogVideoX-2b", "--data_root", "D"),
+    *("--caption_column", "prompt.txt", "--video_column", "videos.txt", "--output_dir", "O"),
+    *("--height_buckets", "480", "720", "--width_buckets", "720", "960", "--frame_buckets", "49"),
+    *("--max_num_frames", "49", "--max_sequence_length", "226", "--target_fps", "8", "--batch_size", "1"),
+    *("--dtype", "fp32", "--save_latents_and_embeddings"),
+)
+
+
+@pytest.fixture(scope="session")
+def light(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which no heavy library can be imported."""
+    folder = tmp_path_factory.mktemp("blocked")
+    for name in HEAVY:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f"raise ImportError('{name} is blocked')\n")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def run(command: list[str], env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def parse(*given: str, script: str = LORA, checks: typing.Any = ()) -> typing.Any:
+    return args.parse(SCRIPTS[script], None, [*LEAST[script], *given], checks)
+
+
+def problems(*argv: str, script: str = LORA) -> tuple[str, ...]:
+    with pytest.raises(UsageError) as caught:
+        args.parse(SCRIPTS[script], None, list(argv))
+    assert all("\n" not in problem for problem in caught.value.problems)
+    return caught.value.problems
+
+
+# -- without torch -----------------------------------------------------------------------------------------------------
+
+
+def test_the_block_blocks(light: dict[str, str], tmp_path: Path) -> None:
+    for name in HEAVY:
+        assert "is blocked" in run(["-c", f"import {name}"], light, tmp_path).stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_torch_and_names_every_flag(script: str, light: dict[str, str], tmp_path: Path) -> None:
+    done = run([str(TRAINING / script), "--help"], light, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = set(re.findall(r"--[a-z0-9_]+", done.stdout))
+    assert {f"--{item.name}" for _, item, _ in args.fields_of(SCRIPTS[script])} <= shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "command", "golden"),
+    [(LORA, FACTORY_LORA, "factory_lora.txt"), (PREPARE, FACTORY_PREPARE, "factory_prepare.txt")],
+)
+def test_published_commands(
+    script: str, command: tuple[str, ...], golden: str, light: dict[str, str], tmp_path: Path
+) -> None:
+    done = run([str(TRAINING / script), *command, "--print_config"], light, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (GOLDEN / golden).read_text()
+
+
+def test_a_bad_command_ends_with_2_and_all_problems_on_stderr(light: dict[str, str], tmp_path: Path) -> None:
+    wrong = ("--data_rot=d", "--rank", "0", "--optimizer", "adamm", "--seed", "x", "--print_config")
+    done = run([str(TRAINING / LORA), *wrong], light, tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    first, *lines = done.stderr.splitlines()
+    assert first == f"{LORA}: {len(lines)} problems"
+    assert {line.split(":")[0] for line in lines} == {
+        "  --data_rot",
+        "  --pretrained_model_name_or_path",
+        "  --data_root",
+        "  --rank 0",
+        "  --optimizer adamm",
+        "  --seed x",
+    }
+
+
+def test_a_missing_model_and_data_set_come_together(light: dict[str, str], tmp_path: Path) -> None:
+    command = ["--pretrained_model_name_or_path", str(tmp_path), "--data_root", str(tmp_path / "no")]
+    done = run([str(TRAINING / LORA), *command, "--output_dir", str(tmp_path / "out")], light, tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "has no transformer/config.json" in done.stderr
+    assert "no such folder; it must hold prompts.txt" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# -- reading flags -----------------------------------------------------------------------------------------------------
+
+
+def test_problems_give_flag_value_rule_and_fix() -> None:
+    found = problems(
+        *("--data_root", "d", "--optimiser=adam", "adam", "--fps", "0", "--mixed_precision", "bf61", "--learning_rate"),
+        *("nan", "--rank", "1.5", "--height_buckets", "480", "0", "--pin_memory", "maybe", "--random_flip", "2"),
+    )
+    assert set(found) == {
+        "--pretrained_model_name_or_path: is required: CogVideoX pipeline: a folder or a hub id such as "
+        "THUDM/CogVideoX-5b",
+        "--optimiser: no such flag; nearest: --optimizer",
+        "adam: belongs to no flag; quote a value that has spaces",
+        "--fps 0: must be at least 0.1; nearest: 0.1",
+        "--mixed_precision bf61: is one of no, fp16, bf16; nearest: bf16",
+        "--learning_rate nan: must be at least 0.0; nearest: 0.0",
+        "--rank 1.5: takes a whole number",
+        "--height_buckets 0: must be at least 1; nearest: 1",
+        "--pin_memory maybe: takes true or false, or nothing for true",
+        "--random_flip 2: must be at most 1.0; nearest: 1.0",
+    }
+
+
+@pytest.mark.parametrize("short", ["--data_roo", "--learning", "--ran", "--validation_prom"])
+def test_no_abbreviations(short: str) -> None:
+    found = problems(*LEAST[LORA], f"{short}=1")
+    assert found[0].startswith(f"{short}: no such flag; nearest: --")
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ((), False),
+        (("--pin_memory",), True),
+        (("--pin_memory", "true"), True),
+        (("--pin_memory", "True"), True),
+        (("--pin_memory=true",), True),
+        (("--pin_memory", "1"), True),
+        (("--pin_memory", "false"), False),
+        (("--pin_memory", "False"), False),
+        (("--pin_memory=false",), False),
+        (("--pin_memory=0",), False),
+        (("--pin_memory", "no"), False),
+        (("--pin_memory", "--allow_tf32"), True),
+    ],
+)
+def test_switches(given: tuple[str, ...], value: bool) -> None:
+    assert parse(*given).loader.pin_memory is value
+
+
+def test_a_bare_flag_with_a_value_of_its_own() -> None:
+    assert parse().data.random_flip is None
+    assert parse("--random_flip").data.random_flip == 0.5
+    assert parse("--random_flip", "0.25").data.random_flip == 0.25
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_alias_fills_its_flag(script: str) -> None:
+    values = {int: ("7", 7), float: ("0.5", 0.5), str: ("text", "text"), bool: ("true", True)}
+    aliases = [
+        (item, of, alias) for _, item, of in args.fields_of(SCRIPTS[script]) for alias in item.metadata["aliases"]
+    ]
+    assert aliases
+    for item, annotation, alias in aliases:
+        text, value = values[args.value_type(annotation)[0]]
+        others = [flag for flag in zip(*[iter(LEAST[script])] * 2, strict=True) if flag[0] != f"--{item.name}"]
+        argv = [part for pair in others for part in pair] + [f"--{alias}", text]
+        options, sources = args.read_flags(SCRIPTS[script], argv, None)
+        assert args.config_dict(options)[item.name] == value
+        assert sources[item.name] == f"given as --{alias}"
+
+
+def test_choices_are_read_in_any_case() -> None:
+    assert parse("--optimizer", "AdamW").optimizer.optimizer == "adamw"
+
+
+def test_derived_values() -> None:
+    options = parse("--height_buckets", "256", "320", "--frame_buckets", "9", "17", "81", "--random_flip")
+    assert (options.validation.height, options.validation.width) == (256, 720)
+    assert options.validation.validation_frames == 17
+    assert options.data.num_augmentations == 2
+    assert options.loader.tensor_cache == str(Path("d/cogvideox_tensors"))
+    given = parse("--height", "64", "--width", "96", "--validation_frames", "9", "--num_augmentations", "3")
+    assert (given.validation.height, given.validation.width, given.validation.validation_frames) == (64, 96, 9)
+    assert given.data.num_augmentations == 3
+    assert parse("--load_tensors").loader.tensor_cache is None
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "flag"),
+    [
+        (LORA, ("--frame_buckets", "81"), "--max_num_frames"),
+        (LORA, ("--frame_selection", "uniform", "--fps", "8"), "--frame_selection"),
+        (LORA, ("--no_resume", "--resume_from_checkpoint", "latest"), "--no_resume"),
+        (LORA, ("--load_tensors", "--tensor_cache", "t"), "--tensor_cache"),
+        (LORA, ("--validation_steps", "5"), "--validation_steps"),
+        (LORA, ("--validation_epochs", "5"), "--validation_epochs"),
+        (LORA, ("--validation_prompt", "p", "--validation_steps", "5", "--validation_epochs", "5"), "--validation_s"),
+        (PREPARE, ("--save_latents_and_embeddings", "false"), "--save_latents_and_embeddings"),
+    ],
+)
+def test_contradictions(script: str, given: tuple[str, ...], flag: str) -> None:
+    (found,) = problems(*LEAST[script], *given, script=script)
+    assert found.startswith(flag)
+    assert ";" in found
+
+
+def test_checks_run_after_the_flags_and_their_problems_are_joined() -> None:
+    def first(options: typing.Any) -> typing.Iterator[str]:
+        yield f"first saw {options.data.data_root}"
+
+    def second(options: typing.Any) -> typing.Iterator[str]:
+        raise UsageError(["second a", "second b"])
+
+    with pytest.raises(UsageError) as caught:
+        parse("--frame_buckets", "81", checks=(first, second))
+    assert caught.value.problems[0].startswith("--max_num_frames 49")
+    assert caught.value.problems[1:] == ("first saw d", "second a", "second b")
+
+
+def test_print_config_runs_no_check(capsys: pytest.CaptureFixture[str]) -> None:
+    def never(options: typing.Any) -> typing.Iterator[str]:
+        raise AssertionError
+
+    with pytest.raises(SystemExit) as ended:
+        parse("--print_config", checks=(never,))
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list(args.fields_of(args.LoraOptions)))
+
+
+def test_options_are_frozen() -> None:
+    options = parse()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.data.seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.data = None
+
+
+@pytest.mark.xfail(strict=True, reason="argparse stops at the first flag without its value: other problems stay hidden")
+def test_a_flag_without_its_value_joins_the_other_problems() -> None:
+    assert len(problems("--data_root", "d", "--seed", "x", "--rank")) == 3
+
+
+@pytest.mark.xfail(strict=True, reason="the value of an unknown flag is called a second problem, with a wrong fix")
+def test_an_unknown_flag_is_one_problem_with_its_value() -> None:
+    assert len(problems(*LEAST[LORA], "--optimiser", "adam")) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="torch's Adam refuses a decay of 1, after the models have been loaded")
+@pytest.mark.parametrize("flag", ["--beta1", "--beta2"])
+def test_decays_that_no_optimizer_takes_are_refused(flag: str) -> None:
+    problems(*LEAST[LORA], flag, "1.0")
+
+
+@pytest.mark.xfail(strict=True, reason="an infinite value passes as a number that has only a lower bound")
+@pytest.mark.parametrize("flag", ["--fps", "--learning_rate", "--lora_alpha", "--weight_decay"])
+def test_infinite_values_are_refused(flag: str) -> None:
+    problems(*LEAST[LORA], flag, "inf")
+
+
+# -- the declarations --------------------------------------------------------------------------------------------------
+
+GROUPS = {name: of for name, of in vars(args).items() if dataclasses.is_dataclass(of) and name.endswith("Flags")}
+
+
+def attributes_read(tree: ast.AST) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+def test_every_flag_has_a_reader() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in TRAINING.rglob("*.py")}
+    own = trees.pop(Path(args.__file__))
+    readers = set().union(*map(attributes_read, trees.values()))
+    functions = set().union(*(attributes_read(node) for node in own.body if isinstance(node, ast.FunctionDef)))
+    unread = {
+        f"{group}.{item.name}"
+        for group, of in GROUPS.items()
+        for item in dataclasses.fields(of)
+        if item.name not in readers
+    }
+    # What parse() itself reads.
+    only_here = {"ScriptFlags.print_config", "PrepareFlags.save_latents_and_embeddings"}
+    assert unread == only_here
+    assert {name.split(".")[1] for name in only_here} <= functions
+
+
+def test_every_group_is_taken_by_a_script() -> None:
+    taken = {of for options in SCRIPTS.values() for of in typing.get_type_hints(options).values()}
+    assert taken == set(GROUPS.values())
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_flag_has_one_help_line(group: str) -> None:
+    for item in dataclasses.fields(GROUPS[group]):
+        assert item.metadata["help"].strip(), item.name
+        assert "\n" not in item.metadata["help"], item.name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_name_is_used_twice_in_a_script(script: str) -> None:
+    names = [name for _, item, _ in args.fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_defaults_obey_their_own_rules(group: str) -> None:
+    types = typing.get_type_hints(GROUPS[group])
+    for item in dataclasses.fields(GROUPS[group]):
+        if item.default in (dataclasses.MISSING, None):
+            continue
+        of, many = args.value_type(types[item.name])
+        for value in item.default if many else [item.default]:
+            assert args.convert(item, of, str(value)) == value

@@ -1,0 +1,234 @@
+"""cogvideox/data/dataset.py: a sample of a batch is a function of (seed, visit, id) and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from cogvideox.args import ModelFlags
+from cogvideox.data.buckets import Bucket
+from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache, hash_of
+from cogvideox.data.dataset import Batch, LatentDataset, build_loader, collate, normal, pad_front, sample_posterior
+from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
+from cogvideox.geometry import read_geometry
+
+Tiny = Callable[[str], Path]
+BUCKET = Bucket(9, 64, 96)
+NAMES = [f"videos/{k}.mp4" for k in range(5)]
+SHAPE = (3, 16, 8, 12)  # latent frames, channels, height, width
+VARIANTS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of five clips with two variants each."""
+    cache = TensorCache(tmp_path_factory.mktemp("cache"))
+    generator = torch.Generator().manual_seed(0)
+    for name in NAMES:
+        for variant in range(VARIANTS):
+            moments = torch.randn(32, 3, 8, 12, generator=generator)
+            cache.write(hash_of([name, variant]), {"moments_CFHW": moments})
+        cache.write(hash_of(["prompt", name]), {"prompt_LD": torch.randn(32, 32, generator=generator).bfloat16()})
+    cache.write(hash_of(""), {"prompt_LD": torch.zeros(32, 32, dtype=torch.bfloat16)})
+    return cache.folder
+
+
+def index(names: list[str] = NAMES) -> CacheIndex:
+    samples = tuple(
+        CachedSample(name, name, BUCKET, tuple(hash_of([name, k]) for k in range(VARIANTS)), hash_of(["prompt", name]))
+        for name in names
+    )
+    return CacheIndex(samples, hash_of(""), 8.0, "vae", "t5", {"vae": "fp32", "text_encoder": "bf16"}, 32)
+
+
+@pytest.fixture
+def make(tiny: Tiny, folder: Path) -> Callable[..., LatentDataset]:
+    def make(kind: str = "5b", seed: int = 0, dropout: float = 0.0, names: list[str] = NAMES) -> LatentDataset:
+        return LatentDataset(
+            TensorCache(folder), index(names), read_geometry(ModelFlags(str(tiny(kind)))), seed, dropout
+        )
+
+    return make
+
+
+def same(one: Batch, other: Batch) -> bool:
+    pairs = zip(one.tensors().values(), other.tensors().values(), strict=True)
+    return one.ids == other.ids and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+def test_types_and_shapes(make: Callable[..., LatentDataset]) -> None:
+    sample = make()[Visit(0, 0)]
+    assert (sample.x0_BFCHW.shape, sample.x0_BFCHW.dtype) == (SHAPE, torch.float32)
+    assert (sample.noise_BFCHW.shape, sample.noise_BFCHW.dtype) == (SHAPE, torch.float32)
+    assert (sample.timestep_B.shape, sample.timestep_B.dtype) == ((), torch.int64)
+    assert (sample.prompt_BLD.shape, sample.prompt_BLD.dtype) == ((32, 32), torch.bfloat16)
+    assert sample.ids == (NAMES[0],)
+    batch = collate([make()[Visit(k, 0)] for k in (3, 1)])
+    assert batch.x0_BFCHW.shape == (2, *SHAPE)
+    assert batch.timestep_B.shape == (2,)
+    assert batch.ids == (NAMES[3], NAMES[1])
+    assert torch.equal(batch.x0_BFCHW[1], make()[Visit(1, 0)].x0_BFCHW)
+    assert same(batch.to(torch.device("cpu")), batch)
+
+
+def test_the_same_visit_twice_is_the_same(make: Callable[..., LatentDataset]) -> None:
+    before = torch.get_rng_state()
+    first = make(dropout=0.5)[Visit(2, 3)]
+    torch.rand(10)
+    assert same(first, make(dropout=0.5)[Visit(2, 3)])
+    torch.set_rng_state(before)
+    make()[Visit(2, 3)]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("index", "visit", "seed"), [(0, 2, 0), (1, 0, 0), (0, 0, 1)])
+def test_another_visit_sample_or_seed_draws_anew(
+    make: Callable[..., LatentDataset], index: int, visit: int, seed: int
+) -> None:
+    # Visits 0 and 2 use the same variant, so the posterior differs by its noise alone.
+    one, other = make()[Visit(0, 0)], make(seed=seed)[Visit(index, visit)]
+    assert not torch.equal(one.x0_BFCHW, other.x0_BFCHW)
+    assert not torch.equal(one.noise_BFCHW, other.noise_BFCHW)
+    assert one.timestep_B != other.timestep_B
+
+
+def test_purposes_do_not_share_their_numbers(make: Callable[..., LatentDataset]) -> None:
+    sample = make()[Visit(0, 0)]
+    mean, std = moments_of(make(), 0, 0)
+    eps_FCHW = (sample.x0_BFCHW / 0.7 - mean) / std
+    # In both layouts: the posterior is drawn with the channels first.
+    for eps in (eps_FCHW, eps_FCHW.transpose(0, 1)):
+        correlation = torch.corrcoef(torch.stack([eps.flatten(), sample.noise_BFCHW.flatten()]))[0, 1]
+        assert abs(correlation) < 0.08  # 4608 numbers: five standard deviations
+
+
+def test_other_samples_have_no_effect(make: Callable[..., LatentDataset]) -> None:
+    alone = make(names=[NAMES[3]], dropout=0.5)
+    together = make(dropout=0.5)
+    for visit in range(4):
+        assert same(alone[Visit(0, visit)], together[Visit(3, visit)])
+
+
+def moments_of(dataset: LatentDataset, index: int, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation as the VAE's own distribution has them, each (F, C, H, W)."""
+    moments = dataset.cache.read(hash_of([NAMES[index], variant]))["moments_CFHW"]
+    posterior = DiagonalGaussianDistribution(moments[None])
+    return posterior.mean[0].transpose(0, 1), posterior.std[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("5b", 0.7), ("2b", 1.15258426)])
+def test_x0_is_a_scaled_draw_from_the_posterior(make: Callable[..., LatentDataset], kind: str, scale: float) -> None:
+    dataset = make(kind, seed=5)
+    for visit in range(4):
+        mean, std = moments_of(dataset, 1, visit % VARIANTS)
+        eps = normal((16, 3, 8, 12), 5, visit, NAMES[1], "posterior").transpose(0, 1)
+        torch.testing.assert_close(dataset[Visit(1, visit)].x0_BFCHW, (mean + std * eps) * scale)
+
+
+def test_the_posterior_s_noise_is_standard_normal(make: Callable[..., LatentDataset]) -> None:
+    dataset = make()
+    draws = []
+    for visit in range(0, 20, VARIANTS):
+        mean, std = moments_of(dataset, 0, 0)
+        draws.append((dataset[Visit(0, visit)].x0_BFCHW / 0.7 - mean) / std)
+        draws.append(dataset[Visit(0, visit)].noise_BFCHW)
+    numbers = torch.stack(draws)
+    assert abs(numbers.mean()) < 0.02
+    assert abs(numbers.std() - 1) < 0.02
+
+
+def test_log_variances_are_clamped_as_the_vae_does() -> None:
+    moments = torch.tensor([1.0, 1.0, 1.0, -100.0, 0.0, 100.0]).view(6, 1, 1, 1)
+    noise = torch.full((3, 1, 1, 1), 2.0)
+    posterior = DiagonalGaussianDistribution(moments[None])
+    torch.testing.assert_close(sample_posterior(moments, noise), (posterior.mean + posterior.std * noise)[0])
+    assert sample_posterior(moments.bfloat16(), noise).dtype == torch.float32
+
+
+def test_one_cache_serves_two_scale_factors(make: Callable[..., LatentDataset]) -> None:
+    one, other = make("5b")[Visit(0, 0)], make("2b")[Visit(0, 0)]
+    torch.testing.assert_close(one.x0_BFCHW / 0.7, other.x0_BFCHW / 1.15258426)
+    assert torch.equal(one.noise_BFCHW, other.noise_BFCHW)
+
+
+def test_1_5_repeats_the_first_latent_in_front(make: Callable[..., LatentDataset]) -> None:
+    plain, padded = make("5b")[Visit(0, 0)], make("1.5-5b")[Visit(0, 0)]
+    assert padded.x0_BFCHW.shape == (4, 16, 8, 12)
+    assert torch.equal(padded.x0_BFCHW[0], plain.x0_BFCHW[0])
+    assert torch.equal(padded.x0_BFCHW[1:], plain.x0_BFCHW)
+    assert padded.noise_BFCHW.shape == padded.x0_BFCHW.shape
+    assert not torch.equal(padded.noise_BFCHW[0], padded.noise_BFCHW[1])
+
+
+def test_pad_front() -> None:
+    latents = torch.arange(12.0).view(3, 4, 1, 1)
+    assert pad_front(latents, 0) is latents
+    assert torch.equal(pad_front(latents, 2), torch.cat([latents[:1], latents[:1], latents]))
+
+
+def test_the_visit_picks_the_variant(make: Callable[..., LatentDataset]) -> None:
+    dataset = make()
+    read: list[str] = []
+    original = dataset.cache.read
+    dataset.cache.read = lambda key: (read.append(key), original(key))[1]  # type: ignore[method-assign]
+    for visit in range(4):
+        dataset[Visit(0, visit)]
+    assert read[::2] == [hash_of([NAMES[0], visit % 2]) for visit in range(4)]
+
+
+@pytest.mark.parametrize(("rate", "least", "most"), [(0.0, 0, 0), (1.0, 400, 400), (0.1, 16, 64), (0.5, 160, 240)])
+def test_caption_dropout(make: Callable[..., LatentDataset], rate: float, least: int, most: int) -> None:
+    """Four standard deviations of a binomial; the numbers are fixed by the seed."""
+    dataset = make(dropout=rate)
+    samples = [dataset[Visit(k % 5, k // 5)] for k in range(400)]
+    assert least <= sum(not sample.prompt_BLD.any() for sample in samples) <= most
+
+
+def test_caption_dropout_changes_nothing_else(make: Callable[..., LatentDataset]) -> None:
+    kept, dropped = make(dropout=0.0)[Visit(0, 0)], make(dropout=1.0)[Visit(0, 0)]
+    assert torch.equal(kept.prompt_BLD, make().cache.read(hash_of(["prompt", NAMES[0]]))["prompt_LD"])
+    assert not dropped.prompt_BLD.any()
+    assert torch.equal(kept.x0_BFCHW, dropped.x0_BFCHW)
+    assert torch.equal(kept.noise_BFCHW, dropped.noise_BFCHW)
+    assert kept.timestep_B == dropped.timestep_B
+
+
+def test_timesteps_are_uniform(make: Callable[..., LatentDataset]) -> None:
+    dataset = make()
+    timesteps = torch.stack([dataset[Visit(k % 5, k // 5)].timestep_B for k in range(400)])
+    assert timesteps.min() >= 0
+    assert timesteps.max() < 1000
+    quarters = torch.bincount(timesteps // 250, minlength=4)
+    assert len(quarters) == 4
+    assert (quarters > 100 - 4 * 8.7).all()
+
+
+def test_a_damaged_tensor_is_an_error(make: Callable[..., LatentDataset], tmp_path: Path) -> None:
+    dataset = make()
+    dataset.cache = TensorCache(tmp_path)
+    with pytest.raises(CacheError, match="prepare again"):
+        dataset[Visit(0, 0)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_has_no_effect(make: Callable[..., LatentDataset], workers: int) -> None:
+    def batches(workers: int) -> list[Batch]:
+        torch.manual_seed(workers)
+        sampler = BucketBatchSampler(Order(NAMES, [BUCKET] * 5, 4, 0), 2, 2, 0, 1, 0, 4)
+        return list(build_loader(make(dropout=0.5), sampler, workers, pin=False))
+
+    alone, helped = batches(0), batches(workers)
+    assert len(alone) == 8
+    assert all(same(one, other) for one, other in zip(alone, helped, strict=True))
+
+
+def test_listing_the_samples_in_another_order_has_no_effect(make: Callable[..., LatentDataset]) -> None:
+    def batches(names: list[str]) -> list[Batch]:
+        sampler = BucketBatchSampler(Order(names, [BUCKET] * 5, 2, 0), 2, 1, 0, 1, 0, 5)
+        return list(build_loader(make(dropout=0.5, names=names), sampler, 0, pin=False))
+
+    assert all(same(*pair) for pair in zip(batches(NAMES), batches(NAMES[::-1]), strict=True))

@@ -1,0 +1,147 @@
+"""cogvideox/diffusion.py against the schedulers of the published models, in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+
+from cogvideox.diffusion import NoiseSchedule, loss
+
+PUBLISHED = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "set_alpha_to_one": True,
+    "clip_sample": False,
+}
+SCHEDULERS = {"5b": (CogVideoXDPMScheduler, 1.0), "2b": (CogVideoXDDIMScheduler, 3.0)}
+TIMESTEPS = torch.tensor([0, 1, 2, 20, 500, 998, 999])
+SHAPE = (len(TIMESTEPS), 3, 4, 5, 6)
+
+
+def scheduler(kind: str, **changes: Any) -> Any:
+    of, shift = SCHEDULERS[kind]
+    return of(**PUBLISHED, snr_shift_scale=shift, **changes)
+
+
+def schedule(kind: str) -> NoiseSchedule:
+    return NoiseSchedule.from_config(dict(scheduler(kind).config))
+
+
+@pytest.fixture
+def draws() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_alphas_are_the_scheduler_s(kind: str) -> None:
+    ours, theirs = schedule(kind).alphas_cumprod, scheduler(kind).alphas_cumprod
+    assert ours.dtype == torch.float32
+    assert len(schedule(kind)) == 1000
+    assert torch.equal(ours, theirs.float())
+    assert ours[-1] == 0
+
+
+def test_the_two_models_differ() -> None:
+    assert not torch.equal(schedule("5b").alphas_cumprod, schedule("2b").alphas_cumprod)
+
+
+def test_without_zero_terminal_snr() -> None:
+    reference = CogVideoXDDIMScheduler(**PUBLISHED | {"rescale_betas_zero_snr": False}, snr_shift_scale=3.0)
+    ours = NoiseSchedule.from_config(dict(reference.config))
+    assert torch.equal(ours.alphas_cumprod, reference.alphas_cumprod.float())
+    assert ours.alphas_cumprod[-1] > 0
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_noise_and_velocity_are_the_scheduler_s(kind: str, draws: tuple[torch.Tensor, ...]) -> None:
+    x0, noise, _ = draws
+    ours, theirs = schedule(kind), scheduler(kind)
+    assert torch.equal(ours.add_noise(x0, noise, TIMESTEPS), theirs.add_noise(x0, noise, TIMESTEPS))
+    assert torch.equal(ours.velocity(x0, noise, TIMESTEPS), theirs.get_velocity(x0, noise, TIMESTEPS))
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_the_true_velocity_gives_x0_back(kind: str, draws: tuple[torch.Tensor, ...]) -> None:
+    x0, noise, _ = draws
+    ours = schedule(kind)
+    x_t, velocity = ours.add_noise(x0, noise, TIMESTEPS), ours.velocity(x0, noise, TIMESTEPS)
+    torch.testing.assert_close(ours.predicted_x0(x_t, velocity, TIMESTEPS), x0)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_loss_is_the_error_of_x0_over_one_minus_alpha(kind: str, draws: tuple[torch.Tensor, ...]) -> None:
+    x0, noise, predicted = draws
+    ours = schedule(kind)
+    losses = loss(ours, lambda x_t, t: predicted, x0, noise, TIMESTEPS)
+    x_t = scheduler(kind).add_noise(x0.double(), noise.double(), TIMESTEPS)
+    abar = scheduler(kind).alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1, 1)
+    x0_hat = abar.sqrt() * x_t - (1 - abar).sqrt() * predicted.double()
+    weighted = ((x0_hat - x0.double()) ** 2 / (1 - abar)).mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(losses.double(), weighted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses[0], weighted[0].float(), rtol=1e-4, atol=0)
+
+
+def test_loss_is_per_sample(draws: tuple[torch.Tensor, ...]) -> None:
+    x0, noise, predicted = draws
+    ours = schedule("5b")
+
+    def alone(i: int) -> torch.Tensor:
+        one = slice(i, i + 1)
+        return loss(ours, lambda x_t, t: predicted[one], x0[one], noise[one], TIMESTEPS[one])[0]
+
+    losses = loss(ours, lambda x_t, t: predicted, x0, noise, TIMESTEPS)
+    assert losses.shape == (len(TIMESTEPS),)
+    torch.testing.assert_close(losses, torch.stack([alone(i) for i in range(len(TIMESTEPS))]), rtol=1e-6, atol=0)
+    right = ours.velocity(x0, noise, TIMESTEPS)
+    right[3] += 1.0
+    losses = loss(ours, lambda x_t, t: right, x0, noise, TIMESTEPS)
+    torch.testing.assert_close(losses, torch.tensor([0.0, 0, 0, 1, 0, 0, 0]))
+
+
+def test_loss_is_fp32_whatever_the_network_returns(draws: tuple[torch.Tensor, ...]) -> None:
+    x0, noise, predicted = draws
+    seen = []
+
+    def predict(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        seen.append((x_t.dtype, timestep))
+        return predicted.bfloat16()
+
+    ours = schedule("5b")
+    losses = loss(ours, predict, x0, noise, TIMESTEPS)
+    assert losses.dtype == torch.float32
+    assert seen[0][0] == torch.float32
+    assert torch.equal(seen[0][1], TIMESTEPS)
+    rounded = predicted.bfloat16().float()
+    assert torch.equal(losses, loss(ours, lambda x_t, t: rounded, x0, noise, TIMESTEPS))
+
+
+def test_bf16_latents_do_not_round_the_schedule(draws: tuple[torch.Tensor, ...]) -> None:
+    x0, noise, _ = (draw.bfloat16() for draw in draws)
+    ours = schedule("5b")
+    assert ours.add_noise(x0, noise, TIMESTEPS).dtype == torch.float32
+    assert torch.equal(
+        ours.add_noise(x0, noise, TIMESTEPS), scheduler("5b").add_noise(x0.float(), noise.float(), TIMESTEPS)
+    )
+    signal, sigma = ours.signal_and_noise(torch.arange(1000))
+    assert len(sigma.unique()) == 1000
+    assert (sigma > 0).all()
+    torch.testing.assert_close(signal**2 + sigma**2, torch.ones_like(signal))
+
+
+@pytest.mark.parametrize(("name", "value"), [("beta_schedule", "linear"), ("prediction_type", "epsilon")])
+def test_other_schedules_are_refused(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        NoiseSchedule.from_config(dict(scheduler("5b").config) | {name: value})
+
+
+def test_to_keeps_the_numbers() -> None:
+    moved = schedule("2b").to(torch.device("cpu"))
+    assert torch.equal(moved.alphas_cumprod, schedule("2b").alphas_cumprod)

@@ -1,0 +1,169 @@
+"""cogvideox/geometry.py: every number comes from the configs and agrees with the pipeline that reads the same ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+
+from cogvideox import args
+from cogvideox.args import ModelFlags
+from cogvideox.data.buckets import Bucket
+from cogvideox.errors import UsageError
+from cogvideox.geometry import Geometry, check_text_to_video, read_geometry
+
+Tiny = Callable[[str], Path]
+KINDS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
+PARTS = ("transformer", "vae", "scheduler")
+
+
+def geometry(folder: Path) -> Geometry:
+    return read_geometry(ModelFlags(str(folder)))
+
+
+@pytest.fixture
+def configs(tiny: Tiny, tmp_path: Path) -> Path:
+    """The three config files of a model, without its weights."""
+    for part in PARTS:
+        (tmp_path / part).mkdir()
+        for path in (tiny("5b") / part).glob("*.json"):
+            shutil.copy(path, tmp_path / part)
+    return tmp_path
+
+
+def edit(folder: Path, name: str, **values: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_are_the_configs(tiny: Tiny, kind: str) -> None:
+    found = geometry(tiny(kind))
+    transformer = json.loads((tiny(kind) / "transformer/config.json").read_text())
+    vae = json.loads((tiny(kind) / "vae/config.json").read_text())
+    for name in ("in_channels", "patch_size", "patch_size_t", "sample_height", "sample_width", "max_text_seq_length"):
+        assert getattr(found, name) == transformer[name]
+    assert found.rotary is (kind != "2b")
+    assert found.text_embed_dim == transformer["text_embed_dim"]
+    assert found.scaling_factor == vae["scaling_factor"]
+    assert found.latent_channels == vae["latent_channels"]
+    assert found.default_fps == (16 if kind.startswith("1.5") else 8)
+    assert found.schedule == json.loads((tiny(kind) / "scheduler/scheduler_config.json").read_text())
+
+
+def test_compressions_are_the_pipeline_s(tiny: Tiny) -> None:
+    vae = AutoencoderKLCogVideoX.from_pretrained(tiny("5b") / "vae")
+    pipeline = CogVideoXPipeline(None, None, vae, None, None)
+    found = geometry(tiny("5b"))
+    assert found.spatial_compression == pipeline.vae_scale_factor_spatial == 8
+    assert found.temporal_compression == pipeline.vae_scale_factor_temporal == 4
+    assert found.scaling_factor == pipeline.vae_scaling_factor_image
+    assert found.size_multiple == 16
+
+
+def test_other_configs_give_other_numbers(configs: Path) -> None:
+    edit(configs, "vae/config.json", block_out_channels=[8, 8, 8], temporal_compression_ratio=8, scaling_factor=2.0)
+    edit(configs, "transformer/config.json", patch_size=4, max_text_seq_length=99)
+    found = geometry(configs)
+    assert (found.spatial_compression, found.temporal_compression, found.size_multiple) == (4, 8, 16)
+    assert (found.scaling_factor, found.max_text_seq_length) == (2.0, 99)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 5, 8, 9, 12, 13])
+def test_latent_shape_is_what_the_vae_makes(tiny: Tiny, frames: int) -> None:
+    vae = AutoencoderKLCogVideoX.from_pretrained(tiny("5b") / "vae")
+    with torch.no_grad():
+        latents = vae.encode(torch.zeros(1, 3, frames, 32, 48)).latent_dist.mode()
+    channels, count, height, width = latents.shape[1:]
+    assert geometry(tiny("5b")).latent_shape(Bucket(frames, 32, 48)) == (count, channels, height, width)
+    assert geometry(tiny("1.5-5b")).latent_shape(Bucket(frames, 32, 48))[0] == count + count % 2
+
+
+def test_padding_frames(tiny: Tiny) -> None:
+    assert [geometry(tiny("5b")).padding_frames(n) for n in (1, 2, 13)] == [0, 0, 0]
+    assert [geometry(tiny("1.5-5b")).padding_frames(n) for n in (1, 2, 13, 14, 21, 22)] == [1, 0, 1, 0, 1, 0]
+
+
+def test_reading_needs_no_weights(configs: Path, tiny: Tiny) -> None:
+    assert geometry(configs) == geometry(tiny("5b"))
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def found_problems(folder: Path, *given: str, options_type: Any = args.LoraOptions) -> list[str]:
+    argv = ["--pretrained_model_name_or_path", str(folder), "--data_root", "d", *given]
+    options, sources = args.read_flags(options_type, argv, None)
+    return list(check_text_to_video(args.derive(options, sources)))
+
+
+def test_a_good_command_has_no_problem(tiny: Tiny) -> None:
+    for kind in ("2b", "5b", "1.5-5b"):
+        assert found_problems(tiny(kind)) == []
+        assert found_problems(tiny(kind), "--max_sequence_length", "32", "--frame_buckets", "16", "49") == []
+    assert found_problems(tiny("5b"), "--output_dir", "o", options_type=args.PrepareOptions) == []
+
+
+def test_all_sizes_are_checked_together(tiny: Tiny) -> None:
+    found = found_problems(
+        tiny("5b"),
+        *("--frame_buckets", "50", "9", "--height_buckets", "490", "480", "--width_buckets", "720", "8"),
+        *("--height", "100", "--width", "64", "--validation_frames", "7", "--max_sequence_length", "226"),
+    )
+    assert found == [
+        "--frame_buckets 50: CogVideoX encodes 4k+1 frames; nearest: 49, 53",
+        "--height_buckets 490: must be a multiple of 16; nearest: 480, 496",
+        "--width_buckets 8: must be a multiple of 16; nearest: 16",
+        "--height 100: must be a multiple of 16; nearest: 96, 112",
+        "--validation_frames 7: CogVideoX encodes 4k+1 frames; nearest: 5, 9",
+        "--max_sequence_length 226: the transformer's config says 32; another padding changes every embedding; "
+        "leave the flag out",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["5b-i2v", "1.5-5b-i2v"])
+def test_image_to_video_models_are_refused(tiny: Tiny, kind: str) -> None:
+    (found,) = found_problems(tiny(kind))
+    assert "takes 32 channels, so it is an image-to-video model; text-to-video takes 16" in found
+
+
+def test_another_transformer_is_refused(configs: Path) -> None:
+    edit(configs, "transformer/config.json", _class_name="WanTransformer3DModel")
+    with pytest.raises(UsageError, match="is a WanTransformer3DModel; give a CogVideoX pipeline"):
+        geometry(configs)
+
+
+@pytest.mark.parametrize("name", ["transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
+def test_broken_folders(configs: Path, name: str) -> None:
+    (configs / name).write_text("{")
+    with pytest.raises(UsageError, match=f"{name}: is no JSON"):
+        geometry(configs)
+    (configs / name).unlink()
+    with pytest.raises(UsageError, match=f"has no {name}; give the folder of a whole pipeline"):
+        geometry(configs)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "no-such-owner/no-such-model", "a b/c", "x/y/z"])
+def test_a_model_that_is_not_there(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--pretrained_model_name_or_path {name}: no such folder"):
+        read_geometry(ModelFlags(name, cache_dir=str(tmp_path)))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the size that is derived from the first bucket is listed as a problem of its own"
+)
+def test_a_derived_size_is_not_reported_again(tiny: Tiny) -> None:
+    assert len(found_problems(tiny("5b"), "--height_buckets", "490")) == 1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="1.5 has rotary rows and columns for its base grid only; larger sizes fail at step 1"
+)
+def test_sizes_beyond_the_grid_of_1_5_are_refused(tiny: Tiny) -> None:
+    assert found_problems(tiny("1.5-5b"), "--height_buckets", "64", "128", "--width_buckets", "96", "--height", "64")

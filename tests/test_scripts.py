@@ -1,0 +1,316 @@
+"""The main job end to end: prepared, trained, killed, resumed, exported, used."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from running import (
+    LORA_SCRIPT,
+    ROOT,
+    SIZE,
+    WEIGHTS,
+    equal,
+    finish,
+    lora_flags,
+    losses,
+    metrics,
+    prepare,
+    python,
+    start,
+    train,
+    weights,
+)
+from safetensors import safe_open
+
+from cogvideox.errors import UsageError
+
+PROMPT = "TOKEN a red square moves"
+
+
+@pytest.fixture(scope="session")
+def model(tiny: Callable[[str], Path]) -> Path:
+    return tiny("5b")
+
+
+@pytest.fixture(scope="session")
+def tensors(model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of the synthetic clips."""
+    folder = tmp_path_factory.mktemp("tensors")
+    assert prepare(model, clips, folder, "--id_token", "TOKEN") == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run with a validation video."""
+    output = tmp_path_factory.mktemp("reference") / "lora"
+    assert train(lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)) == 0
+    return output
+
+
+def wait_until(process: "subprocess.Popen[str]", reached: Callable[[], bool]) -> None:
+    """Polls until something is seen on the disk."""
+    while not reached():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        time.sleep(0.001)
+
+
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_run_leaves_what_a_user_needs(reference: Path) -> None:
+    there = {path.name for path in reference.iterdir()}
+    assert {"config.json", "metrics.jsonl", "recipe.json", "inference.py", WEIGHTS, "validation"} <= there
+    assert {"checkpoint-2", "checkpoint-4", "checkpoint-6"} <= there
+    assert [line["step"] for line in metrics(reference)] == [1, 2, 3, 4, 5, 6]
+    videos = sorted(path.name for path in (reference / "validation").iterdir())
+    assert [name[:11] for name in videos] == ["step-000000", "step-000006"]
+    assert not list(reference.rglob("*.tmp*"))
+
+
+def test_exported_lora_carries_rank_and_alpha(reference: Path) -> None:
+    with safe_open(reference / WEIGHTS, "pt") as file:
+        metadata = file.metadata()["lora_adapter_metadata"]
+    assert '"transformer.lora_alpha": 8' in metadata
+    assert '"transformer.r": 4' in metadata
+
+
+def test_stock_diffusers_gives_the_validated_video(reference: Path, tmp_path: Path) -> None:
+    video = tmp_path / "again.mp4"
+    finish(start(python(reference / "inference.py", PROMPT, video)))
+    validated = next((reference / "validation").glob("step-000006*"))
+    assert digest(video) == digest(validated)
+    assert digest(video) != digest(next((reference / "validation").glob("step-000000*")))
+
+
+def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, tmp_path: Path) -> None:
+    """The guide's own flags; only model, paths, buckets, steps and the tracker's mode are changed."""
+    data = tmp_path / "data"
+    shutil.copytree(real_clips, data, ignore=shutil.ignore_patterns("packages"))
+    (data / "prompts.txt").rename(data / "prompt.txt")
+    output = tmp_path / "cogvideox-lora__optimizer_adamw__steps_3"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    flags = ["--pretrained_model_name_or_path", model, "--data_root", data, "--caption_column", "prompt.txt"]
+    flags += ["--video_column", "videos.txt", "--id_token", "BW_STYLE", "--height_buckets", 64, "--width_buckets", 96]
+    flags += ["--frame_buckets", 9, "--dataloader_num_workers", 2, "--pin_memory"]
+    flags += ["--validation_prompt", 'BW_STYLE A black and white scene:::BW_STYLE A panda\'s song, in a "red" jacket']
+    flags += ["--validation_prompt_separator", ":::", "--num_validation_videos", 1, "--validation_epochs", 10]
+    flags += ["--seed", 42, "--rank", 128, "--lora_alpha", 128, "--mixed_precision", "bf16", "--output_dir", output]
+    flags += ["--max_num_frames", 49, "--train_batch_size", 1, "--max_train_steps", 3, "--checkpointing_steps", 1000]
+    flags += ["--gradient_accumulation_steps", 1, "--gradient_checkpointing", "--learning_rate", "1e-3"]
+    flags += ["--lr_scheduler", "cosine_with_restarts", "--lr_warmup_steps", 400, "--lr_num_cycles", 1]
+    flags += ["--enable_slicing", "--enable_tiling", "--optimizer", "adamw", "--beta1", 0.9, "--beta2", 0.95]
+    flags += ["--weight_decay", 0.001, "--max_grad_norm", 1.0, "--allow_tf32", "--report_to", "wandb"]
+    flags += ["--nccl_timeout", 1800]
+    text = finish(start([*launcher, LORA_SCRIPT, *flags], WANDB_MODE="offline"))
+    assert "cosine 1.0000" in text
+    assert len(weights(output)) == 2 * 4 * 2  # two matrices for each of four layers in two blocks
+    assert len(list((output / "validation").iterdir())) == 4
+    assert list(output.glob("wandb/offline-run-*/*.wandb"))
+    assert (data / "cogvideox_tensors" / "index.json").is_file()
+
+
+def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, tmp_path: Path) -> None:
+    """kill -9 while encoding, training, validating and saving; the same command, started again, is not told apart."""
+    more = ("--validation_prompt", PROMPT, "--validation_steps", 3)
+    whole = tmp_path / "whole"
+    assert train(lora_flags(model, clips, whole, "--tensor_cache", tmp_path / "cache-whole", *more)) == 0
+
+    output, cache = tmp_path / "killed", tmp_path / "cache"
+    command = python(LORA_SCRIPT, *lora_flags(model, clips, output, "--tensor_cache", cache, *more))
+    moments: list[Callable[[], bool]] = [
+        lambda: len(list(cache.glob("tensors/*/*.safetensors"))) >= 9,
+        lambda: (output / "validation").exists(),
+        lambda: lines(output / "metrics.jsonl") >= 1,
+        lambda: any(output.glob(".checkpoint-*.tmp")),
+        lambda: any(output.glob("validation/*step-000003*")),
+        lambda: (output / WEIGHTS).exists(),
+    ]
+    for reached in moments:
+        process = start(command)
+        wait_until(process, reached)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finish(start(command))
+    assert equal(weights(output), weights(whole))
+    assert losses(output) == losses(whole)
+    assert not [path for folder in (output, cache) for path in folder.rglob(".*.tmp*")]
+    videos = [sorted(digest(path) for path in (run / "validation").iterdir()) for run in (output, whole)]
+    assert videos[0] == videos[1]
+
+
+def test_signal_saves_and_the_same_command_goes_on(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
+    output = tmp_path / "lora"
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)
+    process = start(python(LORA_SCRIPT, *flags, "--checkpointing_steps", 1000))
+    wait_until(process, lambda: lines(output / "metrics.jsonl") >= 1)
+    process.send_signal(signal.SIGTERM)
+    text = finish(process, status=75)
+    assert "the same command goes on" in text
+    steps = lines(output / "metrics.jsonl")
+    assert 1 <= steps < 6
+    assert (output / f"checkpoint-{steps}").is_dir()
+    assert train(flags) == 0
+    assert equal(weights(output), weights(reference))
+    assert losses(output) == losses(reference)
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_two_processes_have_the_losses_of_one(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path, launcher: str
+) -> None:
+    output = tmp_path / "lora"
+    commands = {
+        "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+        "--mixed_precision no --dynamo_backend no --main_process_port 29571",
+        "torchrun": "-m torch.distributed.run --nproc_per_node 2 --master_port 29572",
+    }
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)
+    more = ["--gradient_accumulation_steps", 1]
+    command = [sys.executable, *commands[launcher].split(), LORA_SCRIPT, *flags, *more]
+    finish(start(command, ACCELERATE_USE_CPU="true"))
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-5)
+    for name, tensor in weights(reference).items():
+        torch.testing.assert_close(weights(output)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_batch_size_and_accumulation_are_interchangeable(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path
+) -> None:
+    more = ["--load_tensors", "--train_batch_size", 2, "--gradient_accumulation_steps", 1]
+    assert train(lora_flags(model, tensors, tmp_path / "lora", *more)) == 0
+    assert losses(tmp_path / "lora") == pytest.approx(losses(reference), rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
+    assert train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--gradient_checkpointing")) == 0
+    assert equal(weights(tmp_path / "lora"), weights(reference))
+
+
+def test_preparing_while_training_is_the_same_as_before(
+    model: Path, clips: Path, reference: Path, tmp_path: Path
+) -> None:
+    flags = lora_flags(model, clips, tmp_path / "lora", "--tensor_cache", tmp_path / "cache", "--id_token", "TOKEN")
+    assert train(flags) == 0
+    assert equal(weights(tmp_path / "lora"), weights(reference))
+
+
+def test_longer_run_extends_a_finished_one(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
+    output = tmp_path / "lora"
+    flags = lora_flags(model, tensors, output, "--load_tensors")
+    assert train([*flags, "--max_train_steps", "4"]) == 0
+    assert train(flags) == 0
+    assert equal(weights(output), weights(reference))
+
+
+def test_seed_matters(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
+    assert train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--seed", 7)) == 0
+    assert losses(tmp_path / "lora") != losses(reference)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_like_fp32(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path, precision: str
+) -> None:
+    output = tmp_path / "lora"
+    assert train(lora_flags(model, tensors, output, "--load_tensors", "--mixed_precision", precision)) == 0
+    assert losses(output) == pytest.approx(losses(reference), rel=0.02)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert {tensor.dtype for tensor in weights(output).values()} == {dtype}
+
+
+@pytest.mark.parametrize("kind", ["2b", "1.5-5b"])
+def test_other_text_to_video_models_train(tiny: Callable[[str], Path], clips: Path, tmp_path: Path, kind: str) -> None:
+    flags = lora_flags(tiny(kind), clips, tmp_path / "lora", "--tensor_cache", tmp_path / "cache")
+    assert train([*flags, "--max_train_steps", "2", "--fps", "8"]) == 0
+    assert all(0.1 < loss < 10 for loss in losses(tmp_path / "lora"))
+
+
+def test_trackers(model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 2)
+    assert train([*flags, "--report_to", "tensorboard"]) == 0
+    assert list((tmp_path / "lora" / "logs").rglob("events.out.tfevents*"))
+
+
+def test_runs_without_the_optional_packages(model: Path, tensors: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.machinery as m\n"
+        "hidden = {'deepspeed', 'bitsandbytes', 'torchao', 'wandb', 'decord', 'tensorboard'}\n"
+        "find = m.PathFinder.find_spec\n"
+        "m.PathFinder.find_spec = classmethod(\n"
+        "    lambda cls, name, *rest: None if name.split('.')[0] in hidden else find(name, *rest))\n"
+    )
+    probe = [sys.executable, "-c", "import wandb"]
+    assert "ModuleNotFoundError" in finish(start(probe, PYTHONPATH=str(tmp_path)), status=1)
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 2)
+    finish(start(python(LORA_SCRIPT, *flags), PYTHONPATH=str(tmp_path)))
+    assert (tmp_path / "lora" / "recipe.json").is_file()
+
+
+@pytest.mark.slow
+def test_deepspeed_zero_2_has_the_losses_of_one_process(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "lora"
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--gradient_accumulation_steps", 1)
+    launcher = "-m accelerate.commands.launch --config_file accelerate_configs/deepspeed.yaml --mixed_precision no"
+    command = [sys.executable, *launcher.split(), "--num_processes", 2, "--main_process_port", 29573]
+    finish(start([*command, LORA_SCRIPT, *flags, "--max_train_steps", 4], ACCELERATE_USE_CPU="true"))
+    finish(start([*command, LORA_SCRIPT, *flags], ACCELERATE_USE_CPU="true"))  # resumed from DeepSpeed's checkpoint
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-4)
+
+
+def refused(flags: list[str]) -> str:
+    with pytest.raises(UsageError) as error:
+        train(flags)
+    return str(error.value)
+
+
+def test_other_settings_are_not_mixed_into_a_run(model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 2)
+    assert train(flags) == 0
+    text = refused([*flags, "--learning_rate", "0.5"])
+    assert "optimizer" in text
+    assert "0.5" in text
+    assert "is not empty" in refused([*flags, "--no_resume"])
+    assert "checkpoint-9" in refused([*flags, "--resume_from_checkpoint", "checkpoint-9"])
+
+
+def test_foreign_folder_is_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    assert "thesis.txt" in refused(lora_flags(model, tensors, tmp_path, "--load_tensors"))
+
+
+def test_image_to_video_model_is_refused(tiny: Callable[[str], Path], clips: Path, tmp_path: Path) -> None:
+    assert "image-to-video" in refused(lora_flags(tiny("5b-i2v"), clips, tmp_path / "lora"))
+
+
+def test_all_problems_come_at_once_before_torch(clips: Path, tmp_path: Path) -> None:
+    flags = ["--pretrained_model_name_or_path", tmp_path / "nowhere", "--data_root", tmp_path / "nodata", *SIZE]
+    text = finish(start(python(LORA_SCRIPT, *flags, "--frame_buckets", "50")), status=2)
+    assert "nowhere" in text
+    assert "nodata" in text
+    assert not (ROOT / "cogvideox-lora").exists()
+
+
+def test_processes_that_do_not_know_each_other_are_refused(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = SimpleNamespace(num_processes=1)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "do not know each other" in refused(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors"))
