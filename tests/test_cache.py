@@ -213,7 +213,6 @@ def test_temporaries_of_the_dead_go_and_of_the_living_stay(tmp_path: Path, monke
     assert finished.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="a host name with dots is cut at its last dot, so its temporaries stay for ever")
 def test_temporaries_on_a_machine_whose_name_has_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "node-1.cluster.example")
     dead = leave_temporary(tmp_path, monkeypatch, f"{KEY}.safetensors", dead_process())

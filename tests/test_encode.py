@@ -141,9 +141,6 @@ def test_bf16_weights_give_bf16_moments(vae: Any, frames_FHWC: np.ndarray) -> No
     assert torch.nn.functional.cosine_similarity(moments.float().flatten(), exact.flatten(), dim=0) > 0.99
 
 
-@pytest.mark.xfail(
-    strict=True, reason="pixels are divided in bf16 and rounded again: bright ones lose half a grey level"
-)
 def test_pixels_are_rounded_to_the_vae_s_type_once(vae: Any, frames_FHWC: np.ndarray) -> None:
     vae.to(torch.bfloat16)
     assert torch.equal(video_moments(vae, frames_FHWC), reference(vae, in_range(frames_FHWC)))

@@ -308,7 +308,6 @@ def test_state_before_the_first_step() -> None:
     assert state_equal(engine.state(), resumed.state())
 
 
-@pytest.mark.xfail(strict=True, reason="load_state keeps the tensors it is given as moments, and steps change them")
 def test_load_state_copies() -> None:
     params = parameters()
     engine = masters(params)
@@ -380,9 +379,6 @@ def test_a_rate_of_zero(name: str) -> None:
     assert {learning_rate(flags, step, TOTAL, 1) for step in range(TOTAL)} == {0.0}
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ZeroDivisionError, reason="--learning_rate 0 is allowed; polynomial divides by it"
-)
 def test_a_rate_of_zero_with_polynomial() -> None:
     flags = OptimizerFlags(learning_rate=0.0, lr_scheduler="polynomial", lr_warmup_steps=0)
     assert learning_rate(flags, 5, TOTAL, 1) == 0.0

@@ -434,9 +434,6 @@ def test_a_clip_that_does_not_decode_is_found_and_kept_in_mind(
         check_bad(after, 0.0)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="of two equal files that do not decode only the last is dropped: the other has no tensor"
-)
 def test_copies_of_a_clip_that_does_not_decode_are_all_dropped(
     tiny: Tiny, data: Path, tmp_path: Path, threads: None
 ) -> None:

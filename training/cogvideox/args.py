@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import logging
+import math
 import os
 import sys
 import typing
@@ -22,6 +23,7 @@ from cogvideox.errors import UsageError
 
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+POLYNOMIAL_END = 1e-7  # learning rate at the end of the polynomial schedule
 USAGE_EXIT = 2
 # loggers that warn, wherever the package is merely installed, of extras that nothing here uses
 NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
@@ -36,9 +38,13 @@ def flag(
     const: str | None = None,
     least: float | None = None,
     most: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """One flag. ``const`` is the value of the bare flag; ``least`` and ``most`` bound a number, both included."""
-    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const, "least": least, "most": most}
+    """One flag. ``const`` is the value of the bare flag. A number is at least ``least``, at most ``most``, and less
+    than ``below``.
+    """
+    limits = {"least": least, "most": most, "below": below}
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const} | limits
     return field(default=default, metadata=metadata)
 
 
@@ -207,8 +213,8 @@ class OptimizerFlags:
     lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up (not for constant)", least=0)
     lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
     lr_power: float = flag(1.0, "power of polynomial", least=0.0)
-    beta1: float = flag(0.9, "decay of the first moment", aliases=("adam_beta1",), least=0.0, most=1.0)
-    beta2: float = flag(0.95, "decay of the second moment", aliases=("adam_beta2",), least=0.0, most=1.0)
+    beta1: float = flag(0.9, "decay of the first moment", aliases=("adam_beta1",), least=0.0, below=1.0)
+    beta2: float = flag(0.95, "decay of the second moment", aliases=("adam_beta2",), least=0.0, below=1.0)
     weight_decay: float = flag(1e-4, "weight decay", aliases=("adam_weight_decay",), least=0.0)
     epsilon: float = flag(1e-8, "added to the root of the second moment", aliases=("adam_epsilon",), least=0.0)
 
@@ -332,6 +338,12 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
         yield f"--no_resume: contradicts --resume_from_checkpoint {train.resume_from_checkpoint}; give one of them"
     if options.loader.load_tensors and options.loader.tensor_cache:
         yield "--tensor_cache: with --load_tensors the tensors are read from --data_root; leave it out"
+    optimizer = options.optimizer
+    if optimizer.lr_scheduler == "polynomial" and optimizer.learning_rate <= POLYNOMIAL_END:
+        yield (
+            f"--learning_rate {optimizer.learning_rate:g}: polynomial goes down to {POLYNOMIAL_END:g}; "
+            "give a larger one, or --lr_scheduler constant"
+        )
     scheduled = "--validation_steps" if validation.validation_steps else "--validation_epochs"
     if (validation.validation_steps or validation.validation_epochs) and not validation.validation_prompt:
         yield f"{scheduled}: there is nothing to render; give --validation_prompt"
@@ -358,11 +370,11 @@ def tracker_names(report_to: str | None) -> list[str]:
 # -- parsing -----------------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors join the other problems."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Every flag takes any number of strings from argparse; read_value() counts them. Help shows what it accepts."""
 
-    def error(self, message: str) -> typing.NoReturn:
-        raise UsageError(message)
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return str(action.metavar) if action.nargs == "*" else super()._format_args(action, default_metavar)
 
 
 def fields_of(options_type: type) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
@@ -379,26 +391,23 @@ def value_type(annotation: Any) -> tuple[type, bool]:
     return (arguments[0] if arguments else annotation), typing.get_origin(annotation) is tuple
 
 
-def build_parser(options_type: type, description: str | None) -> Parser:
+def build_parser(options_type: type, description: str | None) -> argparse.ArgumentParser:
     """A parser that hands every value over as the strings that were typed."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
     groups = {
         name: parser.add_argument_group(f"{name}: {(of.__doc__ or '').splitlines()[0]}")
         for name, of in typing.get_type_hints(options_type).items()
     }
     for group_name, item, annotation in fields_of(options_type):
         of, many = value_type(annotation)
-        const = "true" if of is bool else item.metadata["const"]
-        nargs = "+" if many else ("?" if const else None)
-        names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
-        metavar = "|".join(item.metadata["choices"]) or ("true|false" if of is bool else of.__name__.upper())
+        value = "|".join(item.metadata["choices"]) or ("true|false" if of is bool else of.__name__.upper())
+        optional = of is bool or item.metadata["const"]
         groups[group_name].add_argument(
-            *names,
+            *(f"--{name}" for name in (item.name, *item.metadata["aliases"])),
             dest=item.name,
-            nargs=nargs,
-            const=const,
+            nargs="*",
             default=argparse.SUPPRESS,
-            metavar=metavar,
+            metavar=f"[{value}]" if optional else (f"{value} ..." if many else value),
             help=help_text(item).replace("%", "%%"),
         )
     return parser
@@ -431,30 +440,51 @@ def convert(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
         value = of(text)
     except ValueError:
         raise UsageError(f"{name}: takes {'a whole number' if of is int else 'a number'}") from None
-    least, most = item.metadata["least"], item.metadata["most"]
+    least, most, below = item.metadata["least"], item.metadata["most"], item.metadata["below"]
+    if of in (int, float) and not math.isfinite(value):
+        raise UsageError(f"{name}: must be a finite number")
     if least is not None and not value >= least:  # NaN fails too
         raise UsageError(f"{name}: must be at least {least}; nearest: {least}")
     if most is not None and not value <= most:
         raise UsageError(f"{name}: must be at most {most}; nearest: {most}")
+    if below is not None and not value < below:
+        raise UsageError(f"{name}: must be less than {below}")
     return value
 
 
-def unknown_flags(rest: Sequence[str], parser: Parser) -> Iterator[str]:
-    """One problem for each argument that nothing takes, with the nearest flag."""
+def read_value(item: "dataclasses.Field[Any]", annotation: Any, given: Sequence[str]) -> Any:
+    """The typed value of a flag out of the strings behind it."""
+    of, many = value_type(annotation)
+    bare = "true" if of is bool else item.metadata["const"]
+    texts = list(given) or ([bare] if bare else [])
+    if not texts:
+        raise UsageError(f"--{item.name}: takes a value: {item.metadata['help']}")
+    if many:
+        return tuple(convert(item, of, text) for text in texts)
+    if len(texts) > 1:
+        raise UsageError(f"--{item.name} {' '.join(texts)}: takes one value; quote it if it has spaces")
+    return convert(item, of, texts[0])
+
+
+def unknown_flags(rest: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[str]:
+    """One problem for each flag that does not exist, with the nearest one; its values are passed over."""
     known = list(parser._option_string_actions)
-    for text in rest:
-        name = text.split("=")[0]
-        if not name.startswith("--"):
-            yield f"{text}: belongs to no flag; quote a value that has spaces"
-            continue
-        near = difflib.get_close_matches(name, known, 1)
-        yield f"{name}: no such flag" + (f"; nearest: {near[0]}" if near else "; see --help")
+    names = [text.split("=")[0] for text in rest]
+    for name in names:
+        if name.startswith("--"):
+            near = difflib.get_close_matches(name, known, 1)
+            yield f"{name}: no such flag" + (f"; nearest: {near[0]}" if near else "; see --help")
+        elif name == names[0]:
+            yield f"{name}: belongs to no flag"
 
 
-def spelling(argv: Sequence[str], names: Sequence[str]) -> str:
-    """The name under which a flag was given."""
+def spelling(argv: Sequence[str], item: "dataclasses.Field[Any]") -> str:
+    """The name under which a flag was given; raises UsageError where it was given under two."""
     given = {text.split("=")[0] for text in argv}
-    return next(name for name in names if f"--{name}" in given)
+    used = [name for name in (item.name, *item.metadata["aliases"]) if f"--{name}" in given]
+    if len(used) > 1:
+        raise UsageError(f"--{used[0]}: is the same flag as --{used[1]}; give one of them")
+    return used[0]
 
 
 def read_flags(
@@ -468,21 +498,18 @@ def read_flags(
     parser = build_parser(options_type, description)
     namespace, rest = parser.parse_known_args(list(argv))
     problems = list(unknown_flags(rest, parser))
-    values: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, Any]] = {name: {} for name in typing.get_type_hints(options_type)}
     sources: dict[str, str] = {}
-    for group_name, item, annotation in fields_of(options_type):
-        group = values.setdefault(group_name, {})
+    for group, item, annotation in fields_of(options_type):
         sources[item.name] = "default"
         if not hasattr(namespace, item.name):
             if item.default is dataclasses.MISSING:
                 problems.append(f"--{item.name}: is required: {item.metadata['help']}")
             continue
-        given = getattr(namespace, item.name)
-        used = spelling(argv, (item.name, *item.metadata["aliases"]))
-        sources[item.name] = "given" if used == item.name else f"given as --{used}"
-        of, many = value_type(annotation)
         try:
-            group[item.name] = tuple(convert(item, of, text) for text in given) if many else convert(item, of, given)
+            used = spelling(argv, item)
+            sources[item.name] = "given" if used == item.name else f"given as --{used}"
+            values[group][item.name] = read_value(item, annotation, getattr(namespace, item.name))
         except UsageError as error:
             problems.extend(error.problems)
     if problems:
@@ -546,9 +573,16 @@ def run_script(
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        sys.exit(main(parse(options_type, doc, None, checks)))
+        leave(main(parse(options_type, doc, None, checks)))
     except UsageError as error:
         count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
         lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {text}" for text in error.problems)]
         print(*lines, sep="\n", file=sys.stderr)
-        sys.exit(USAGE_EXIT)
+        leave(USAGE_EXIT)
+
+
+def leave(status: int | None) -> typing.NoReturn:
+    """Ends the script. accelerate and torchrun make 1 of every status; who needs it (scripts/sweep.sh) names a file."""
+    if path := os.environ.get("COGVIDEOX_EXIT_FILE"):
+        Path(path).write_text(str(status or 0))  # on every rank: the launcher may kill those that come last
+    sys.exit(status)

@@ -18,7 +18,7 @@ def video_moments(vae: Any, frames_FHWC: np.ndarray) -> Tensor:
     ``frames`` are uint8 RGB.
     """
     pixels = torch.from_numpy(frames_FHWC).to(vae.device).permute(3, 0, 1, 2)
-    video_BCFHW = (pixels.to(vae.dtype) / 127.5 - 1.0).unsqueeze(0)
+    video_BCFHW = (pixels.float() / 127.5 - 1.0).to(vae.dtype).unsqueeze(0)
     return vae.encode(video_BCFHW).latent_dist.parameters[0].cpu()
 
 

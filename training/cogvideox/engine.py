@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvideox.args import LoraOptions
+from cogvideox.errors import UsageError
 from cogvideox.optim import MasterWeights, StepResult, make_optimizer
 
 STATE_NAME = "optimizer.safetensors"
@@ -22,6 +23,7 @@ DEEPSPEED_TAG = "deepspeed"
 class Engine(Protocol):
     """See the top of the file."""
 
+    name: str  # part of the recipe: an engine reads only its own checkpoints
     model: Any
 
     def backward(self, loss: Tensor) -> None: ...
@@ -35,6 +37,8 @@ class Engine(Protocol):
 
 class LocalEngine:
     """The whole trainable state on every rank; gradients are averaged over the ranks in fp32."""
+
+    name = "local"
 
     def __init__(self, model: Any, masters: MasterWeights, writes: bool) -> None:
         self.model = model
@@ -61,9 +65,13 @@ class DeepSpeedEngine:
     """ZeRO through accelerate's plugin; masters, clipping and accumulation are DeepSpeed's."""
 
     def __init__(self, accelerator: Any, transformer: Any, parameters: list[Any], options: LoraOptions) -> None:
+        self.name = f"DeepSpeed x {accelerator.num_processes}"  # each holds its share of the state
         train = options.train
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            raise UsageError("deepspeed zero_stage 3: no rank has the whole model for validation and export; use 2")
         self.accumulation = train.gradient_accumulation_steps
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+        plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=train.train_batch_size,
             gradient_accumulation_steps=self.accumulation,
             gradient_clipping=train.max_grad_norm,

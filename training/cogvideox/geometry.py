@@ -54,15 +54,14 @@ class Geometry:
         height, width = bucket.height // self.spatial_compression, bucket.width // self.spatial_compression
         return frames + self.padding_frames(frames), self.latent_channels, height, width
 
-    def bucket_problems(self, buckets: list[tuple[str, str, int]]) -> Iterator[str]:
-        """Problems of (flag, kind, value), kind being frames or size."""
-        for name, kind, value in buckets:
-            frames = kind == "frames"
-            problem = (
-                frame_problem(value, self.temporal_compression) if frames else size_problem(value, self.size_multiple)
-            )
-            if problem:
-                yield f"{name} {value}: {problem}"
+    def problem(self, kind: str, value: int) -> str | None:
+        """What is wrong with a number of frames, or a height or width in pixels."""
+        if kind == "frames":
+            return frame_problem(value, self.temporal_compression)
+        largest = {"height": self.sample_height, "width": self.sample_width}[kind] * self.spatial_compression
+        if self.rotary and self.patch_size_t and value > largest:
+            return f"this model's positions end at {largest}; give less"
+        return size_problem(value, self.size_multiple)
 
 
 def read_geometry(model: ModelFlags) -> Geometry:
@@ -152,13 +151,18 @@ def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
     """Problems of the buckets, the validation size and the text length."""
     data = options.data
     sizes = [("--frame_buckets", "frames", value) for value in data.frame_buckets]
-    sizes += [("--height_buckets", "size", value) for value in data.height_buckets]
-    sizes += [("--width_buckets", "size", value) for value in data.width_buckets]
+    sizes += [("--height_buckets", "height", value) for value in data.height_buckets]
+    sizes += [("--width_buckets", "width", value) for value in data.width_buckets]
     if isinstance(options, TrainOptions):
+        known = {value for _, _, value in sizes}  # sizes taken over from the buckets are reported once
         validation = options.validation
-        sizes += [("--height", "size", validation.height or 0), ("--width", "size", validation.width or 0)]
-        sizes += [("--validation_frames", "frames", validation.validation_frames or 0)]
-    yield from geometry.bucket_problems(sizes)
+        more = [("--height", "height", validation.height), ("--width", "width", validation.width)]
+        more += [("--validation_frames", "frames", validation.validation_frames)]
+        sizes += [(name, kind, value) for name, kind, value in more if value is not None and value not in known]
+    for name, kind, value in sizes:
+        problem = geometry.problem(kind, value)
+        if problem:
+            yield f"{name} {value}: {problem}"
     length = options.encode.max_sequence_length
     if length not in (None, geometry.max_text_seq_length):
         yield (

@@ -56,6 +56,7 @@ class Trainer:
             "transformer": models.fingerprint(options.model, "transformer"),
             "data": tensors.index.fingerprint,
             "precision": self.run.precision,
+            "engine": self.engine.name,
             "seed": options.data.seed,
             "samples_per_step": self.global_batch,
             "caption_dropout": options.loader.caption_dropout,

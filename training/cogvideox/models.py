@@ -20,7 +20,7 @@ from cogvideox.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-HEAD_BYTES = 4096
+PROBES, PROBE_BYTES = 16, 4096  # of each tensor, for fingerprints
 
 
 def part_folder(model: ModelFlags, part: str) -> Path:
@@ -72,7 +72,10 @@ def stored_dtype(model: ModelFlags, part: str) -> str:
 
 
 def fingerprint(model: ModelFlags, part: str) -> str:
-    """Identifies the weights: hash of every tensor's name, shape, type and first 4 KiB."""
+    """Identifies the weights: hash of every tensor's name, shape, type, and 16 blocks of 4 KiB from first to last.
+
+    Reading all of T5 would take longer than most runs of prepare_dataset.py; training or merging changes every block.
+    """
     digest = hashlib.sha256()
     for path in weight_files(model, part):
         header, start = read_header(path)
@@ -80,8 +83,10 @@ def fingerprint(model: ModelFlags, part: str) -> str:
             for name, entry in sorted(header.items()):
                 digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
                 begin, end = entry["data_offsets"]
-                file.seek(start + begin)
-                digest.update(file.read(min(HEAD_BYTES, end - begin)))
+                last = max(begin, end - PROBE_BYTES)
+                for offset in sorted({begin + (last - begin) * i // (PROBES - 1) for i in range(PROBES)}):
+                    file.seek(start + offset)
+                    digest.update(file.read(min(PROBE_BYTES, end - offset)))
     return digest.hexdigest()
 
 
@@ -96,7 +101,7 @@ def discard(module: torch.nn.Module) -> None:
 def text_fingerprint(model: ModelFlags) -> str:
     """Identifies the T5 weights together with the tokenizer's files."""
     digest = hashlib.sha256(fingerprint(model, "text_encoder").encode())
-    for path in sorted(part_folder(model, "tokenizer").iterdir()):
+    for path in sorted(path for path in part_folder(model, "tokenizer").iterdir() if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from cogvideox.args import OptimizerFlags
+from cogvideox.args import POLYNOMIAL_END, OptimizerFlags
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
@@ -23,7 +23,7 @@ INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
 def learning_rate(flags: OptimizerFlags, step: int, total_steps: int, global_batch: int) -> float:
     """The learning rate of an optimizer step (from 0) of a run of ``total_steps``."""
     peak = flags.learning_rate * (global_batch if flags.scale_lr else 1)
-    return peak * schedule_factor(flags, step, total_steps, peak)
+    return peak * schedule_factor(flags, step, total_steps, peak) if peak else 0.0
 
 
 def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: float) -> float:
@@ -43,9 +43,9 @@ def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: fl
     if name == "cosine_with_restarts":
         return 0.0 if progress >= 1.0 else 0.5 * (1.0 + math.cos(math.pi * (flags.lr_num_cycles * progress % 1.0)))
     if step > total_steps:
-        return 1e-7 / peak
+        return POLYNOMIAL_END / peak
     remaining = 1.0 - (step - warmup) / max(1, total_steps - warmup)
-    return ((peak - 1e-7) * remaining**flags.lr_power + 1e-7) / peak  # polynomial, down to 1e-7
+    return ((peak - POLYNOMIAL_END) * remaining**flags.lr_power + POLYNOMIAL_END) / peak
 
 
 def make_optimizer(flags: OptimizerFlags, parameters: Sequence[Parameter]) -> torch.optim.Optimizer:
@@ -175,7 +175,7 @@ class MasterWeights:
             for full, tensor in tensors.items():
                 key, _, of = full.partition("/")
                 if of == name and key != "master":
-                    values[key] = tensor.to(self.device)
+                    values[key] = tensor.to(self.device, copy=True)
             if values:
                 self.optimizer.state[master] = values
         self._publish()

@@ -28,13 +28,14 @@ from cogvideox.data.cache import (
     hash_of,
     remove_stale_temporaries,
 )
-from cogvideox.data.clips import FAILED, OK, ClipRecipe, Variant, decode_variant, plan_clip
+from cogvideox.data.clips import FAILED, OK, UNREADABLE, ClipRecipe, Variant, decode_variant, plan_clip
 from cogvideox.data.index import read_samples
 from cogvideox.data.transforms import scale, stretch
 from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry
 
 LEDGER_EVERY = 64  # records written to the ledger at once while planning
+RETRY = {"status": UNREADABLE}
 SHOWN = 20  # bad clips listed in a message
 
 
@@ -108,7 +109,7 @@ class Preparation:
         known = self.ledger.read()
         paths = [sample.video for sample in self.samples]
         mine = dict.fromkeys(paths[self.state.process_index :: self.state.num_processes])
-        todo = [path for path in mine if self.recipe.request(path) not in known]
+        todo = [path for path in mine if known.get(self.recipe.request(path), RETRY)["status"] == UNREADABLE]
         with worker_pool(self.data) as pool:
             jobs = ((plan_clip, path, self.recipe) for path in todo)
             batch: list[dict[str, Any]] = []
@@ -154,29 +155,30 @@ class Preparation:
         return [known[self.recipe.request(sample.video)] for sample in self.samples]
 
     def _encode_clips(self, records: Sequence[dict[str, Any]], encoders: Encoders) -> None:
-        missing = {}
+        missing: dict[str, tuple[Variant, list[dict[str, Any]]]] = {}  # copies of a clip share a key
         for record in records:
             for variant in record.get("variants", ()):
                 key = encoders.video_key(record["content"], variant)
                 if not self.cache.has(key):
-                    missing[key] = (record, Variant.from_record(variant))
+                    missing.setdefault(key, (Variant.from_record(variant), []))[1].append(record)
         if not missing:
             return
         with (
             models.video_encoder(self.model, encoders.vae_dtype, self.state.device, encoders.tiling) as vae,
             worker_pool(self.data) as pool,
         ):
-            jobs = ((decode_variant, Path(record["path"]), variant) for record, variant in missing.values())
+            jobs = ((decode_variant, Path(record["path"]), variant) for variant, (record, *_) in missing.values())
             results = self._progress(
                 run_in_order(pool, jobs, 2 * num_workers(self.data)), len(missing), "encoding clips", "clip"
             )
-            for (key, (record, _)), frames in zip(missing.items(), results, strict=True):
+            for (key, (_, copies)), frames in zip(missing.items(), results, strict=True):
                 if isinstance(frames, str):
-                    self.ledger.append([{**record, "status": FAILED, "reason": frames, "variants": []}])
+                    failure = {"status": FAILED, "reason": frames, "variants": []}
+                    self.ledger.append({**record, **failure} for record in copies)
                     continue
                 moments = encode.video_moments(vae, frames)
                 if not torch.isfinite(moments).all():
-                    rule = f"--dtype {encoders.vae_dtype}: the VAE overflows on {record['path']}; give bf16 or fp32"
+                    rule = f"--dtype {encoders.vae_dtype}: the VAE overflows on {copies[0]['path']}; give bf16 or fp32"
                     raise UsageError(rule)
                 self.cache.write(key, {"moments_CFHW": moments})
 

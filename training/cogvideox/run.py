@@ -29,6 +29,7 @@ from cogvideox.optim import StepResult
 
 CONFIG_NAME, METRICS_NAME, LOCK_NAME = "config.json", "metrics.jsonl", ".lock"
 REQUEUE_EXIT = 75  # EX_TEMPFAIL: stopped by a signal, everything saved; run the same command again
+SECOND_SIGNAL = 1.0  # seconds; sooner, it is the first one again: schedulers signal the launcher and its children
 MAX_SKIPPED = 32  # optimizer steps in a row; fp16's loss scale needs up to 16 to settle
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")
@@ -110,7 +111,14 @@ def make_accelerator(options: LoraOptions) -> Any:
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by accelerate launch
+    if launched and not asked_for_cpu and not torch.cuda.is_available():
+        raise UsageError(
+            "accelerate launch: its configuration is for GPUs and torch sees none; mend the driver or the torch build, "
+            "or train on the CPU: --config_file accelerate_configs/cpu.yaml, or ACCELERATE_USE_CPU=true and this one"
+        )
+    on_cpu = asked_for_cpu or not torch.cuda.is_available()
     handlers = []
     if world > 1 or deepspeed:
         timeout = timedelta(seconds=options.train.nccl_timeout)
@@ -118,6 +126,7 @@ def make_accelerator(options: LoraOptions) -> Any:
     if deepspeed and on_cpu:
         import deepspeed as library
 
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, as with cpu=True, accelerate drops DeepSpeed silently
         library.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled with g++ for a minute
     project = ProjectConfiguration(
         options.train.output_dir, str(Path(options.train.output_dir, options.train.logging_dir))
@@ -125,11 +134,13 @@ def make_accelerator(options: LoraOptions) -> Any:
     accelerator = Accelerator(
         mixed_precision=precision_of(options.train.mixed_precision) if deepspeed else "no",
         dynamo_backend="no",
-        cpu=on_cpu,
+        cpu=on_cpu and not deepspeed,
         log_with=tracker_names(options.train.report_to) or None,
         project_config=project,
         kwargs_handlers=handlers,
     )
+    if deepspeed and accelerator.state.deepspeed_plugin is None:
+        raise UsageError("accelerate launch: its configuration asks for DeepSpeed, and accelerate did not start it")
     if accelerator.num_processes != world:
         raise UsageError(
             f"accelerate started {world} processes that do not know each other (a configuration for GPUs on a machine "
@@ -175,8 +186,13 @@ def environment() -> dict[str, Any]:
 def install_signal_handlers(run: Run) -> None:
     """The first SIGTERM, SIGINT or SIGUSR1 asks for a checkpoint and an end; the second ends at once."""
 
+    first = 0.0
+
     def handle(number: int, _frame: Any) -> None:
-        if run.stop_requested:
+        nonlocal first
+        if not run.stop_requested:
+            first = time.monotonic()
+        elif time.monotonic() - first > SECOND_SIGNAL:
             os._exit(128 + number)
         run.stop_requested = True
 

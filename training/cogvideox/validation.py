@@ -4,11 +4,9 @@ Prompts are embedded before the first step, so T5 is never loaded while training
 transformer that is being trained; the videos are shared out over the ranks. What is changed is put back.
 """
 
-import io
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from cogvideox import models
 from cogvideox.args import LoraOptions, ValidationFlags
+from cogvideox.data.decode import write_video
 from cogvideox.data.sampler import Order
 from cogvideox.prepare import cache_prompts
 from cogvideox.run import Run
@@ -119,7 +118,8 @@ class Validator:
         if todo:
             with evaluation(self.transformer), self._vae_on_device():
                 for (p, k), path in todo:
-                    write_video(path, self.sample(p, k), self.fps)
+                    path.parent.mkdir(exist_ok=True)
+                    write_video(path, self.sample(p, k).numpy(), self.fps)
         self.run.barrier()
         if self.run.is_main and paths:
             self._log(step, paths)
@@ -169,14 +169,3 @@ class Validator:
 
                 videos = [wandb.Video(str(path), caption=path.stem) for path in paths]
                 tracker.log({"validation": videos}, step=step)
-
-
-def write_video(path: Path, frames_FHWC: Tensor, fps: float) -> None:
-    """An mp4 by diffusers' own writer, under a temporary name until it is whole."""
-    from diffusers.utils.export_utils import encode_video
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp.mp4")
-    with redirect_stderr(io.StringIO()):  # its progress bar over a single chunk
-        encode_video(frames_FHWC, fps=round(fps), output_path=str(temporary))
-    os.replace(temporary, path)

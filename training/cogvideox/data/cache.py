@@ -47,8 +47,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 def remove_stale_temporaries(folder: Path) -> None:
     """Deletes temporary files under ``folder`` whose process on this machine is gone."""
     for path in folder.rglob(".*.tmp"):
-        host, pid = path.name.removesuffix(".tmp").rsplit(".", 2)[-2:]
-        if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
+        owner, _, pid = path.name.removesuffix(".tmp").rpartition(".")
+        if owner.endswith(f".{socket.gethostname()}") and not Path(f"/proc/{pid}").exists():
             path.unlink(missing_ok=True)
 
 

@@ -18,6 +18,7 @@ from cogvideox.data.transforms import Fit, apply_fit, fit
 from cogvideox.draws import uniform
 
 OK, FAILED, SHORT = "ok", "failed", "short"
+UNREADABLE = "unreadable"  # the file system refused: tried again at the next preparation
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,10 @@ def plan_clip(path: Path, recipe: ClipRecipe) -> dict[str, Any]:
             return record | {"status": SHORT, "reason": short_reason(info, recipe, available)}
         content = content_hash(path)
         variants = [plan_variant(info, bucket, recipe, content, k) for k in range(recipe.variants)]
-    except (VideoError, OSError) as error:
+    except VideoError as error:
         return record | {"status": FAILED, "reason": str(error)}
+    except OSError as error:
+        return record | {"status": UNREADABLE, "reason": str(error)}
     plans = [asdict(variant) for variant in variants]
     return record | {"status": OK, "content": content, "bucket": asdict(bucket), "variants": plans}
 
@@ -107,6 +110,6 @@ def decode_variant(path: Path, variant: Variant) -> np.ndarray | str:
     """The frames of a variant, uint8 (F, H, W, 3), or why they could not be read."""
     try:
         frames = read_frames(path, probe(path), variant.indices, variant.fit.resize_height, variant.fit.resize_width)
-    except (VideoError, OSError) as error:
+    except VideoError as error:
         return str(error)
     return apply_fit(frames, variant.fit)

@@ -4,6 +4,7 @@ Visit -> moments of this visit's variant -> x0 (posterior sampled, scaled, padde
 Shapes: B samples, F latent frames (padding included), C channels, H and W latents, L text tokens, D text channels.
 """
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,6 +97,12 @@ class LatentDataset(Dataset[Batch]):
         )
 
 
+def ignore_signals(_worker: int) -> None:
+    """A signal to the whole group asks the training process for a checkpoint; it needs its workers until then."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(dataset: LatentDataset, sampler: BucketBatchSampler, workers: int, pin: bool) -> DataLoader[Batch]:
     """A DataLoader over the rank's micro-batches, in order."""
     return DataLoader(
@@ -105,4 +112,5 @@ def build_loader(dataset: LatentDataset, sampler: BucketBatchSampler, workers: i
         collate_fn=collate,
         pin_memory=pin,
         persistent_workers=False,
+        worker_init_fn=ignore_signals,
     )
