@@ -26,7 +26,7 @@ setting MAX_NUM_FRAMES 49
 setting MAX_SEQUENCE_LENGTH 226
 setting TARGET_FPS 8
 setting BATCH_SIZE 1
-setting DTYPE fp32
+setting DTYPE bf16  # the guide has fp32, in which T5 alone takes 18 GiB
 
 check_data
 if ((NUM_GPUS > 1)); then

@@ -20,7 +20,7 @@ def main(options: args.PrepareOptions) -> int:
 
     from accelerate import PartialState
 
-    from cogvideox.prepare import Preparation, check_bad, table
+    from cogvideox.prepare import Preparation, check_bad
 
     state = PartialState()
     folder = Path(options.prepare.output_dir)
@@ -28,11 +28,11 @@ def main(options: args.PrepareOptions) -> int:
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, state)
     records = preparation.plan()
     if options.prepare.dry_run:
-        state.print(table(records))
+        state.print(preparation.report(records))
         return 0
     check_bad(records, options.data.max_bad_fraction)
     preparation.encode(records, options.prepare.batch_size)
-    state.print(preparation.summary())
+    state.print(preparation.report(records, with_bytes=True))
     return 0
 
 

@@ -44,6 +44,13 @@ class Geometry:
         """Latent frames that the VAE makes of ``frames`` frames (4k+1 -> k+1, 4k -> k)."""
         return (frames - 1) // self.temporal_compression + 1
 
+    def inference_frames(self, frames: int) -> int:
+        """Frames that the pipelines make when asked for ``frames``: the VAE decodes latent frames two by two, and of an
+        odd number the first becomes a single frame.
+        """
+        latents = self.latent_frames(frames)
+        return self.temporal_compression * (latents - latents % 2) + latents % 2
+
     def padding_frames(self, latent_frames: int) -> int:
         """Latent frames to repeat in front, so that patches of patch_size_t frames fit."""
         return -latent_frames % (self.patch_size_t or 1)

@@ -15,7 +15,7 @@ from cogvideox.engine import make_engine
 from cogvideox.optim import learning_rate
 from cogvideox.plan import ExecutionPlan
 from cogvideox.publish import publish
-from cogvideox.run import REQUEUE_EXIT, Metrics, Run
+from cogvideox.run import REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop
 from cogvideox.tensors import Tensors
 from cogvideox.validation import Prompts, Validator
 
@@ -71,9 +71,13 @@ class Trainer:
         An optimizer step is made of --gradient_accumulation_steps batches of every rank, all of one bucket. Its loss
         is the mean over all of their samples.
         """
+        if self.first_step == 0 or self.validator.due(self.first_step):
+            self.validator.render(self.first_step)  # a video that is there is not made again
+        with signals_ask_to_stop(self.run):
+            return self._train()
+
+    def _train(self) -> int:
         accumulation = self.options.train.gradient_accumulation_steps
-        if self.first_step == 0:
-            self.validator.render(0)
         metrics = Metrics(self.run, self.options, self.first_step, self.total_steps)
         batches = iter(self._loader())
         step = saved = self.first_step

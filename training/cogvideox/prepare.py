@@ -145,10 +145,20 @@ class Preparation:
         self.state.wait_for_everyone()
         return index
 
-    def summary(self) -> str:
-        """The closing table, with the bytes in the cache."""
-        encoders = Encoders.of(self.model, self.flags, self.geometry)
-        return table(self._records(), cached_bytes(self.cache, encoders))
+    def report(self, records: Sequence[dict[str, Any]], with_bytes: bool = False) -> str:
+        """Clips per bucket and what becomes of them; what inference makes of frame counts that are not as usual."""
+        cached = None
+        if with_bytes:
+            records = self._records()
+            cached = cached_bytes(self.cache, Encoders.of(self.model, self.flags, self.geometry))
+        return "\n".join([table(records, cached), *self._frame_notes(records)])
+
+    def _frame_notes(self, records: Sequence[dict[str, Any]]) -> Iterator[str]:
+        for frames in sorted({record["bucket"]["frames"] for record in records if record["status"] == OK}):
+            made = self.geometry.inference_frames(frames)
+            if made != frames or frames % self.geometry.temporal_compression == 0:
+                latents = self.geometry.latent_frames(frames)
+                yield f"{frames} frames are {latents} latent frames, of which inference makes {made} frames"
 
     def _records(self) -> list[dict[str, Any]]:
         known = self.ledger.read()

@@ -29,6 +29,7 @@ from cogvideox.optim import StepResult
 
 CONFIG_NAME, METRICS_NAME, LOCK_NAME = "config.json", "metrics.jsonl", ".lock"
 REQUEUE_EXIT = 75  # EX_TEMPFAIL: stopped by a signal, everything saved; run the same command again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECOND_SIGNAL = 1.0  # seconds; sooner, it is the first one again: schedulers signal the launcher and its children
 MAX_SKIPPED = 32  # optimizer steps in a row; fp16's loss scale needs up to 16 to settle
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -95,7 +96,6 @@ def start_run(options: LoraOptions) -> Run:
         torch.distributed.broadcast_object_list(everyones)
     if everyones[0]:
         raise UsageError(everyones[0])
-    install_signal_handlers(run)
     return run
 
 
@@ -183,9 +183,9 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "python": platform.python_version(), "device": device}
 
 
-def install_signal_handlers(run: Run) -> None:
-    """The first SIGTERM, SIGINT or SIGUSR1 asks for a checkpoint and an end; the second ends at once."""
-
+@contextmanager
+def signals_ask_to_stop(run: Run) -> Iterator[None]:
+    """The first SIGTERM, SIGINT or SIGUSR1 asks for a checkpoint and an end; another, later, ends at once."""
     first = 0.0
 
     def handle(number: int, _frame: Any) -> None:
@@ -196,8 +196,12 @@ def install_signal_handlers(run: Run) -> None:
             os._exit(128 + number)
         run.stop_requested = True
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, handle)
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Mark:

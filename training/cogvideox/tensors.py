@@ -7,7 +7,7 @@ from cogvideox.args import LoraOptions
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry, read_geometry
-from cogvideox.prepare import Encoders, Preparation, check_bad, table
+from cogvideox.prepare import Encoders, Preparation, check_bad
 from cogvideox.run import Run
 
 
@@ -45,7 +45,7 @@ def prepare_here(run: Run, options: LoraOptions, geometry: Geometry, folder: Pat
     """What prepare_dataset.py does, before training."""
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.accelerator.state)
     records = preparation.plan()
-    run.say(table(records))
+    run.say(preparation.report(records))
     check_bad(records, options.data.max_bad_fraction)
     return preparation.encode(records)
 

@@ -4,10 +4,11 @@ Prompts are embedded before the first step, so T5 is never loaded while training
 transformer that is being trained; the videos are shared out over the ranks. What is changed is put back.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from cogvideox import models
 from cogvideox.args import LoraOptions, ValidationFlags
+from cogvideox.data.cache import write_atomically
 from cogvideox.data.decode import write_video
 from cogvideox.data.sampler import Order
 from cogvideox.prepare import cache_prompts
 from cogvideox.run import Run
 from cogvideox.tensors import Tensors
 
-FOLDER = "validation"
+FOLDER, SETTINGS_NAME = "validation", "settings.json"
 
 
 def prompts_of(flags: ValidationFlags) -> list[str]:
@@ -84,6 +86,7 @@ class Validator:
         self.fps = self.flags.validation_fps or tensors.index.fps
         self.text_length = tensors.geometry.max_text_seq_length
         self.pipeline = self._make_pipeline(pipeline_name) if prompts.texts else None
+        self.keeps = self._same_settings() if prompts.texts else False
 
     def _make_pipeline(self, name: str) -> Any:
         import diffusers
@@ -100,6 +103,16 @@ class Validator:
         pipeline.set_progress_bar_config(desc="validation", leave=False, disable=not self.run.is_main)
         return pipeline
 
+    def _same_settings(self) -> bool:
+        """Whether the videos that are there were made with these settings; writes them down."""
+        flags = {**asdict(self.flags), "seed": self.options.data.seed, "fps": self.fps}
+        path, settings = self.run.output_dir / FOLDER / SETTINGS_NAME, json.dumps(flags, indent=1, ensure_ascii=False)
+        same = path.is_file() and path.read_text(encoding="utf-8") == settings
+        self.run.barrier()
+        if self.run.is_main and not same:
+            write_atomically(path, settings.encode())
+        return same
+
     def due(self, step: int) -> bool:
         """Whether validation belongs after this optimizer step."""
         if self.flags.validation_steps:
@@ -114,11 +127,14 @@ class Validator:
         jobs = [(p, k) for p in range(len(self.prompts.texts)) for k in range(self.flags.num_validation_videos)]
         paths = [self.path(step, p, k) for p, k in jobs]
         share = slice(self.run.accelerator.process_index, None, self.run.world)
-        todo = [(job, path) for job, path in list(zip(jobs, paths, strict=True))[share] if not path.exists()]
+        todo = [
+            (job, path)
+            for job, path in list(zip(jobs, paths, strict=True))[share]
+            if not (self.keeps and path.exists())
+        ]
         if todo:
             with evaluation(self.transformer), self._vae_on_device():
                 for (p, k), path in todo:
-                    path.parent.mkdir(exist_ok=True)
                     write_video(path, self.sample(p, k).numpy(), self.fps)
         self.run.barrier()
         if self.run.is_main and paths:

@@ -1,0 +1,81 @@
+"""Every command of the README: its flags parse, its files and make targets exist; the table is what was measured."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from running import ROOT
+
+from cogvideox import args
+
+README = (ROOT / "README.md").read_text()
+OPTIONS = {"prepare_dataset.py": args.PrepareOptions, "cogvideox_text_to_video_lora.py": args.LoraOptions}
+
+
+def commands() -> list[str]:
+    """The command lines of all bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command: str) -> None:
+    words = shlex.split(command)
+    while "=" in words[0]:
+        words.pop(0)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[0].startswith("./"):
+        assert (ROOT / words[0]).stat().st_mode & 0o111
+    elif words[0] == "hf":
+        assert " ".join(words) in (ROOT / "scripts" / "sweep.sh").read_text().replace(
+            "$DATASET", "Wild-Heart/Disney-VideoGeneration-Dataset"
+        )
+    elif words[1] == "my-lora/inference.py":
+        assert len(words) == 4
+    else:
+        script = next(word for word in words if word.startswith("training/"))
+        args.read_flags(OPTIONS[Path(script).name], words[words.index(script) + 1 :], None)
+        assert (ROOT / script).is_file()
+        if "--config_file" in words:
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+
+
+def test_there_are_commands() -> None:
+    assert len(commands()) >= 10
+
+
+def test_listed_files_exist() -> None:
+    listed = re.findall(r"`([\w./]+)`", README.split("## The files")[1].split("##")[0])
+    missing = [name for name in listed if not (ROOT / name).exists() and name != "__init__.py"]
+    assert len(listed) > 10
+    assert missing == []
+
+
+def test_package_docstring_lists_every_file() -> None:
+    folder = ROOT / "training" / "cogvideox"
+    text = (folder / "__init__.py").read_text()
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if path.name != "__init__.py"}
+    assert set(re.findall(r"^    ([\w/]+\.py) ", text, re.MULTILINE)) == there
+
+
+def test_flags_in_the_text_exist() -> None:
+    known = {f"--{item.name}" for options in OPTIONS.values() for _, item, _ in args.fields_of(options)}
+    outside = {"--work_dir", "--results"}  # of benchmarks/full_size.py
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    named = set(re.findall(r"--[a-z_]+", text)) - outside
+    assert named <= known
+
+
+def test_table_is_what_was_measured() -> None:
+    rows = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("full_size_lora_*"))]
+    assert rows
+    for row in rows:
+        ours, stock = row["ours"], row["stock"]
+        cells = [f"{ours['seconds_per_step']:.2f} s", f"{ours['peak_gib']:.1f} GiB"]
+        cells += [f"{stock['seconds_per_step']:.2f} s", f"{stock['peak_gib']:.1f} GiB", row["device"]]
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| {row['kind']} ")]
+        assert all(cell in line for cell in cells)
