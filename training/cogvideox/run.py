@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from cogvideox.args import LoraOptions, config_dict, tracker_names
-from cogvideox.data.cache import write_atomically
+from cogvideox.data.cache import remove_stale_temporaries, write_atomically
 from cogvideox.errors import UsageError
 from cogvideox.optim import StepResult
 
@@ -168,6 +168,7 @@ def take_folder(run: Run, options: LoraOptions) -> str | None:
         return f"--output_dir {folder}: another run is using it; wait for it, or give another folder"
     except OSError as error:
         return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
+    remove_stale_temporaries(folder)
     config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
     write_atomically(folder / CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
     return None
