@@ -2,23 +2,13 @@ import itertools
 
 import pytest
 
-from cogvideox.data.buckets import Bucket, frame_problem, make_buckets, nearest_bucket, parse_bucket, size_problem
-from cogvideox.errors import UsageError
+from cogvideox.data.buckets import Bucket, frame_problem, make_buckets, nearest_bucket, size_problem
 
 BUCKETS = make_buckets((9, 49), (256, 480, 720), (256, 480, 720))
 
 
-def test_text_and_back():
+def test_text():
     assert str(Bucket(49, 480, 720)) == "49x480x720"
-    assert parse_bucket("49x480x720") == Bucket(49, 480, 720)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "49x480", "49x480x720x3", "0x480x720", "-9x16x16", "49 x480x720", "49.0x480x720", "axbxc"]
-)
-def test_bad_bucket_text(text):
-    with pytest.raises(UsageError, match="49x480x720"):
-        parse_bucket(text)
 
 
 def test_make_buckets_is_the_sorted_product_without_repeats():

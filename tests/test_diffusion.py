@@ -73,7 +73,8 @@ def test_the_true_velocity_gives_x0_back(kind: str, draws: tuple[torch.Tensor, .
     x0, noise, _ = draws
     ours = schedule(kind)
     x_t, velocity = ours.add_noise(x0, noise, TIMESTEPS), ours.velocity(x0, noise, TIMESTEPS)
-    torch.testing.assert_close(ours.predicted_x0(x_t, velocity, TIMESTEPS), x0)
+    signal, scale = ours.signal_and_noise(TIMESTEPS)
+    torch.testing.assert_close(signal * x_t - scale * velocity, x0)
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)

@@ -245,7 +245,7 @@ def test_prepare_uses_torchrun_for_several_gpus(sandbox):
     assert one[0] == "training/prepare_dataset.py"
     assert eight[:3] == ["--nproc_per_node", "8", "training/prepare_dataset.py"]
     assert read(eight)[0].data.id_token == HOSTILE
-    expected = {"dtype": "fp32", "fps": 8.0, "max_sequence_length": 226, "batch_size": 1, "frame_buckets": (49,)}
+    expected = {"dtype": "bf16", "fps": 8.0, "max_sequence_length": 226, "batch_size": 1, "frame_buckets": (49,)}
     values = args.config_dict(read(one)[0])
     assert {name: values[name] for name in expected} == expected
 

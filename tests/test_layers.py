@@ -16,7 +16,7 @@ PACKAGE = TRAINING / "cogvideox"
 
 # From bottom to top. A module imports from the layers below its own, never from its own or from above.
 LAYERS = (
-    ("errors",),
+    ("errors", "files"),
     ("args", "draws"),
     ("data.buckets", "data.transforms", "data.decode"),
     ("geometry",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("encode", "models"),
     ("prepare",),
     ("tasks", "methods", "optim"),
-    ("engine", "plan"),
+    ("engine", "plan", "ranks"),
     ("run",),
     ("tensors",),
     ("checkpoint", "validation"),
@@ -39,7 +39,7 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 
 # Scripts end with --help or with all problems, and workers start, without torch.
 WITHOUT_TORCH = (
-    *("args", "errors", "draws", "geometry"),
+    *("args", "errors", "files", "draws", "geometry"),
     *(f"data.{name}" for name in ("buckets", "index", "decode", "transforms", "clips", "cache", "sampler")),
 )
 STANDARD_LIBRARY_ONLY = ("args", "errors", "draws", "data.buckets", "data.cache", "data.index", "data.sampler")

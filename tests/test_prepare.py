@@ -148,7 +148,7 @@ def test_the_index_and_its_tensors(prepared: Path, clips: Path, tiny: Tiny) -> N
     for sample in index.samples:
         assert cache.read(sample.video_keys[0])["moments_CFHW"].shape == (32, 2, 4, 6)
         assert cache.read(sample.prompt_key)["prompt_LD"].shape == (32, 32)
-    assert sorted(path.name for path in prepared.iterdir()) == ["index.json", "ledger.jsonl", "tensors"]
+    assert sorted(path.name for path in prepared.iterdir()) == [".lock", "index.json", "ledger.jsonl", "tensors"]
 
 
 def test_the_tensors_are_those_of_the_clips_and_captions(prepared: Path, clips: Path, tiny: Tiny) -> None:

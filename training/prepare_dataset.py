@@ -21,11 +21,13 @@ def main(options: args.PrepareOptions) -> int:
     from accelerate import PartialState
 
     from cogvideox.prepare import Preparation, check_bad
+    from cogvideox.ranks import Ranks
 
     state = PartialState()
+    ranks = Ranks(state)
     folder = Path(options.prepare.output_dir)
     geometry = read_geometry(options.model)
-    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, state)
+    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, ranks)
     records = preparation.plan()
     if options.prepare.dry_run:
         state.print(preparation.report(records))

@@ -181,7 +181,7 @@ class TrainFlags:
         least=1,
     )
     resume_from_checkpoint: str | None = flag(
-        None, "checkpoint folder, its name in output_dir, or latest (which is the default where there is one)"
+        None, "checkpoint folder or its name in output_dir, at every start; unset: the newest, where there is one"
     )
     no_resume: bool = flag(False, "start anew; output_dir must be empty")
     allow_tf32: bool = flag(False, "TF32 for fp32 matrix products on a GPU")
@@ -425,6 +425,8 @@ def help_text(item: "dataclasses.Field[Any]") -> str:
 def convert(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
     """One typed value out of one string; raises UsageError with the rule and the nearest fix."""
     name = f"--{item.name} {text}"
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UsageError(f"--{item.name}: holds bytes that are no UTF-8")
     if of is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise UsageError(f"{name}: takes true or false, or nothing for true")

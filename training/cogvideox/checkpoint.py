@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.args import LoraOptions
-from cogvideox.data.cache import write_atomically
 from cogvideox.engine import Engine
 from cogvideox.errors import UsageError
+from cogvideox.files import write_atomically
 from cogvideox.run import Run
 
 PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
@@ -60,8 +60,13 @@ def fault(folder: Path) -> str | None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
-    found = [p for p in output_dir.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)), reverse=True)
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 @dataclass
@@ -93,16 +98,25 @@ class Saver:
             self.method.save(temporary)
             progress = {"step": step, "recipe": self.recipe}
             (temporary / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
-            publish(temporary, target)
-            for old in checkpoints(self.run.output_dir)[self.limit or None :] if self.limit else ():
+            seal(temporary, target)
+            for old in replaced_by(step, checkpoints(self.run.output_dir), self.limit):
                 remove(old)
         self.run.barrier()
 
 
-def publish(temporary: Path, target: Path) -> None:
+def replaced_by(step: int, found: list[Path], limit: int | None) -> list[Path]:
+    """Of the checkpoints (newest first), those that a new one of ``step`` makes obsolete: later ones, which are damaged
+    or of a future that was given up, and the oldest beyond the limit.
+    """
+    later = [path for path in found if step_of(path) > step]
+    rest = [path for path in found if step_of(path) <= step]
+    return later + (rest[limit:] if limit else [])
+
+
+def seal(temporary: Path, target: Path) -> None:
     """Gives a finished folder its name; a folder of that name (of the same step, or torn) makes room."""
     write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest_of(temporary), indent=1).encode())
-    for path in temporary.rglob("*"):
+    for path in (*temporary.rglob("*"), temporary):
         fsync(path)
     problem = fault(temporary)
     if problem:
@@ -136,6 +150,9 @@ def resume(run: Run, engine: Engine, recipe: dict[str, Any], options: LoraOption
         return 0
     progress = json.loads((folder / PROGRESS_NAME).read_text())
     check_recipe(folder, progress["recipe"], recipe)
+    if not engine.safe_to_load and folder.resolve().parent != run.output_dir.resolve():
+        rule = "DeepSpeed's files can run code, so only those of this --output_dir are loaded"
+        raise UsageError(f"--resume_from_checkpoint {folder}: {rule}")
     engine.load(folder)
     run.say(f"resuming from {folder} after step {progress['step']}")
     return progress["step"]
@@ -161,6 +178,7 @@ def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
 
 def check_recipe(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises UsageError where the run that wrote the checkpoint was another one."""
+    now = json.loads(json.dumps(now))  # as it would have been written: tuples are lists
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if changed:
         differences = [f"  {name}: {then.get(name)} there, {now.get(name)} now" for name in changed]

@@ -66,11 +66,6 @@ class NoiseSchedule:
         signal, noise = self.signal_and_noise(timestep_B)
         return signal * noise_BFCHW - noise * x0_BFCHW
 
-    def predicted_x0(self, x_t_BFCHW: Tensor, velocity_BFCHW: Tensor, timestep_B: Tensor) -> Tensor:
-        """x0_hat, fp32."""
-        signal, noise = self.signal_and_noise(timestep_B)
-        return signal * x_t_BFCHW - noise * velocity_BFCHW
-
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,7 +8,7 @@ import hashlib
 
 
 def key_of(*parts: object) -> int:
-    """A 63-bit number out of the parts."""
+    """A 63-bit number out of the parts. torch's CPU generator uses the low 32 bits of a seed."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -24,6 +24,7 @@ class Engine(Protocol):
     """See the top of the file."""
 
     name: str  # part of the recipe: an engine reads only its own checkpoints
+    safe_to_load: bool  # whether its files are data only
     model: Any
 
     def backward(self, loss: Tensor) -> None: ...
@@ -39,6 +40,7 @@ class LocalEngine:
     """The whole trainable state on every rank; gradients are averaged over the ranks in fp32."""
 
     name = "local"
+    safe_to_load = True
 
     def __init__(self, model: Any, masters: MasterWeights, writes: bool) -> None:
         self.model = model
@@ -64,6 +66,8 @@ class LocalEngine:
 class DeepSpeedEngine:
     """ZeRO through accelerate's plugin; masters, clipping and accumulation are DeepSpeed's."""
 
+    safe_to_load = False
+
     def __init__(self, accelerator: Any, transformer: Any, parameters: list[Any], options: LoraOptions) -> None:
         self.name = f"DeepSpeed x {accelerator.num_processes}"  # each holds its share of the state
         train = options.train
@@ -75,16 +79,17 @@ class DeepSpeedEngine:
             train_micro_batch_size_per_gpu=train.train_batch_size,
             gradient_accumulation_steps=self.accumulation,
             gradient_clipping=train.max_grad_norm,
+            data_types={"grad_accum_dtype": "fp32"},
+            communication_data_type="fp32",
         )
         optimizer = make_optimizer(options.optimizer, parameters)
-        self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
+        self.model, _ = accelerator.prepare(transformer, optimizer)
         self.tail = torch.zeros(2, device=accelerator.device)
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed divides by the accumulation steps itself."""
         self.tail[0] += loss.detach()
-        self.micro_loss = loss * self.accumulation
-        self.model.backward(self.micro_loss)
+        self.model.backward(loss * self.accumulation)
         if not self.model.is_gradient_accumulation_boundary():
             self.model.step()
 

@@ -161,11 +161,11 @@ def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
     sizes += [("--height_buckets", "height", value) for value in data.height_buckets]
     sizes += [("--width_buckets", "width", value) for value in data.width_buckets]
     if isinstance(options, TrainOptions):
-        known = {value for _, _, value in sizes}  # sizes taken over from the buckets are reported once
+        known = {(kind, value) for _, kind, value in sizes}  # sizes taken over from the buckets are reported once
         validation = options.validation
         more = [("--height", "height", validation.height), ("--width", "width", validation.width)]
         more += [("--validation_frames", "frames", validation.validation_frames)]
-        sizes += [(name, kind, value) for name, kind, value in more if value is not None and value not in known]
+        sizes += [(name, kind, value) for name, kind, value in more if value is not None and (kind, value) not in known]
     for name, kind, value in sizes:
         problem = geometry.problem(kind, value)
         if problem:

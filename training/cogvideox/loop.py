@@ -8,14 +8,15 @@ import torch
 from cogvideox import diffusion, models
 from cogvideox.args import LoraOptions
 from cogvideox.checkpoint import Saver, resume
-from cogvideox.data.dataset import LatentDataset, build_loader, collate
-from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
+from cogvideox.data.dataset import LatentDataset, build_loader
+from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
+from cogvideox.errors import UsageError
 from cogvideox.optim import learning_rate
 from cogvideox.plan import ExecutionPlan
 from cogvideox.publish import publish
-from cogvideox.run import REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop
+from cogvideox.run import REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, write_config
 from cogvideox.tensors import Tensors
 from cogvideox.validation import Prompts, Validator
 
@@ -42,6 +43,13 @@ class Trainer:
         self.total_steps = train.max_train_steps or self.order.steps_through(train.num_train_epochs - 1)
         self.recipe = self._recipe(tensors)
         self.first_step = resume(run, self.engine, self.recipe, options)
+        if self.first_step > self.total_steps:
+            raise UsageError(
+                f"--max_train_steps {self.total_steps}: {run.output_dir} is at step {self.first_step} already; "
+                "give more, or --resume_from_checkpoint with an earlier one"
+            )
+        if run.is_main:
+            write_config(run, options)
         self.saver = Saver(
             run, self.engine, method, self.recipe, train.checkpointing_steps, train.checkpoints_total_limit
         )
@@ -61,8 +69,9 @@ class Trainer:
             "samples_per_step": self.global_batch,
             "caption_dropout": options.loader.caption_dropout,
             "max_grad_norm": options.train.max_grad_norm,
-            "optimizer": asdict(options.optimizer),
-            "lora": asdict(options.lora) | {"target_modules": list(options.lora.target_modules)},
+            **asdict(tensors.geometry),
+            **asdict(options.optimizer),
+            **asdict(options.lora),
         }
 
     def train(self) -> int:
@@ -71,14 +80,18 @@ class Trainer:
         An optimizer step is made of --gradient_accumulation_steps batches of every rank, all of one bucket. Its loss
         is the mean over all of their samples.
         """
-        if self.first_step == 0 or self.validator.due(self.first_step):
-            self.validator.render(self.first_step)  # a video that is there is not made again
-        with signals_ask_to_stop(self.run):
-            return self._train()
-
-    def _train(self) -> int:
-        accumulation = self.options.train.gradient_accumulation_steps
         metrics = Metrics(self.run, self.options, self.first_step, self.total_steps)
+        self.validator.set_aside(self.first_step, self.recipe)
+        if self.first_step == 0 or self.validator.due(self.first_step):
+            with metrics.paused():
+                self.validator.render(self.first_step)  # only what is not there: a kill may have come in between
+        with signals_ask_to_stop(self.run):
+            step = self._train(metrics)
+        metrics.close()
+        return step
+
+    def _train(self, metrics: Metrics) -> int:
+        accumulation = self.options.train.gradient_accumulation_steps
         batches = iter(self._loader())
         step = saved = self.first_step
         while step < self.total_steps and not metrics.stop_agreed:
@@ -99,8 +112,9 @@ class Trainer:
                 saved = step
             if self.validator.due(step) and step < self.total_steps:
                 with metrics.paused():
-                    self.validator.render(step)
-        metrics.close()
+                    if not metrics.stop_agreed:
+                        self.validator.render(step)
+        metrics.flush()
         if saved < step:
             self.saver.save(step)
         return step
@@ -111,7 +125,7 @@ class Trainer:
             self.order,
             train.train_batch_size,
             train.gradient_accumulation_steps,
-            run.accelerator.process_index,
+            run.ranks.process_index,
             run.world,
             self.first_step,
             self.total_steps,
@@ -119,9 +133,15 @@ class Trainer:
         run.say(
             f"{len(self.order.sample_ids)} clips in {len(self.order.members)} buckets, {self.global_batch} samples an "
             f"optimizer step: {self.order.steps_through(0)} steps in epoch 1, {self.total_steps} in all"
+            + self._filled()
         )
         pin = loader.pin_memory and torch.cuda.is_available()
         return build_loader(self.dataset, sampler, self.options.data.dataloader_num_workers, pin)
+
+    def _filled(self) -> str:
+        """How many samples come early to fill the last batches of --num_train_epochs, if any."""
+        filled = self.order.filled(self.options.train.num_train_epochs)
+        return f"; {filled} samples come early to fill last batches" if filled else ""
 
     def finish(self, step: int) -> int:
         """The last validation and the result; returns the script's exit status."""
@@ -129,7 +149,6 @@ class Trainer:
             self.run.say(f"stopped and saved after step {step} of {self.total_steps}; the same command goes on")
             return REQUEUE_EXIT
         self.validator.render(step)
-        batch = collate([self.dataset[Visit(0, 0)]])
-        publish(self.run, self.options, self.task, self.method, self.validator, batch, self.recipe, step)
+        publish(self.run, self.options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
         self.run.accelerator.end_training()
         return 0

@@ -46,7 +46,10 @@ def weight_files(model: ModelFlags, part: str) -> list[Path]:
     chosen = [path for path in files if variants[path].split("-")[0] == (model.variant or "")]
     if not chosen:
         has = ", ".join(path.name for path in files) or "none"
-        raise UsageError(f"--variant {model.variant}: {part} has no such safetensors file (there: {has})")
+        subject = (
+            f"--variant {model.variant}" if model.variant else f"{model.pretrained_model_name_or_path}, no --variant"
+        )
+        raise UsageError(f"{subject}: {part} has no such safetensors file (there: {has})")
     return chosen
 
 

@@ -138,10 +138,10 @@ class MasterWeights:
         self.optimizer.found_inf = skipped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._publish()
+        self._round_into_model()
 
     @torch.no_grad()
-    def _publish(self) -> None:
+    def _round_into_model(self) -> None:
         """Rounds the masters into the model."""
         for parameter, master in zip(self.parameters.values(), self.masters, strict=True):
             if parameter is not master:
@@ -178,4 +178,4 @@ class MasterWeights:
                     values[key] = tensor.to(self.device, copy=True)
             if values:
                 self.optimizer.state[master] = values
-        self._publish()
+        self._round_into_model()

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+MAX_GRAPHS = 256
+
 
 @dataclass(frozen=True)
 class ExecutionPlan:
@@ -16,6 +20,9 @@ class ExecutionPlan:
         if self.recompute:
             transformer.enable_gradient_checkpointing()
         if self.compiled:
+            # beyond the limit torch runs blocks eagerly without a word; each bucket is a graph, and so is validation
+            torch._dynamo.config.recompile_limit = MAX_GRAPHS
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             for block in transformer.transformer_blocks:
                 block.compile(dynamic=False)
 

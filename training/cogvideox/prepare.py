@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,12 +27,13 @@ from cogvideox.data.cache import (
     Ledger,
     TensorCache,
     hash_of,
-    remove_stale_temporaries,
+    sole_writer,
 )
 from cogvideox.data.clips import FAILED, OK, UNREADABLE, ClipRecipe, Variant, decode_variant, plan_clip
 from cogvideox.data.index import read_samples
 from cogvideox.data.transforms import scale, stretch
 from cogvideox.errors import UsageError
+from cogvideox.files import remove_stale_temporaries
 from cogvideox.geometry import Geometry
 
 LEDGER_EVERY = 64  # records written to the ledger at once while planning
@@ -108,7 +110,7 @@ class Preparation:
         """The ledger record of every sample, in order; files that have none yet are probed, in workers."""
         known = self.ledger.read()
         paths = [sample.video for sample in self.samples]
-        mine = dict.fromkeys(paths[self.state.process_index :: self.state.num_processes])
+        mine = self._share(list(dict.fromkeys(paths)))
         todo = [path for path in mine if known.get(self.recipe.request(path), RETRY)["status"] == UNREADABLE]
         with worker_pool(self.data) as pool:
             jobs = ((plan_clip, path, self.recipe) for path in todo)
@@ -130,13 +132,16 @@ class Preparation:
         Raises:
             UsageError: more clips than --max_bad_fraction could not be decoded.
         """
-        remove_stale_temporaries(self.folder)
         encoders = Encoders.of(self.model, self.flags, self.geometry)
-        share = slice(self.state.process_index, None, self.state.num_processes)
-        captions = [sample.caption for sample, r in zip(self.samples, records, strict=True) if r["status"] == OK]
-        cache_prompts(self.cache, self.model, encoders, ["", *captions][share], caption_batch, self.state)
-        self._encode_clips(records[share], encoders)
-        self.state.wait_for_everyone()
+        with self._sole_writer():
+            remove_stale_temporaries(self.folder)
+            captions = [sample.caption for sample, r in zip(self.samples, records, strict=True) if r["status"] == OK]
+            missing_prompts = self._share(missing_captions(self.cache, encoders, ["", *captions]))
+            missing_clips = dict(self._share(list(self._missing_clips(records, encoders).items())))
+            self.state.wait_for_everyone()  # nobody writes before everybody has looked
+            encode_captions(self.cache, self.model, encoders, missing_prompts, caption_batch, self.state)
+            self._encode_clips(missing_clips, encoders)
+            self.state.wait_for_everyone()
         records = self._records()
         check_bad(records, self.data.max_bad_fraction)
         index = self._index(records, encoders)
@@ -164,13 +169,31 @@ class Preparation:
         known = self.ledger.read()
         return [known[self.recipe.request(sample.video)] for sample in self.samples]
 
-    def _encode_clips(self, records: Sequence[dict[str, Any]], encoders: Encoders) -> None:
-        missing: dict[str, tuple[Variant, list[dict[str, Any]]]] = {}  # copies of a clip share a key
+    @contextmanager
+    def _sole_writer(self) -> Iterator[None]:
+        if not self.state.is_main_process:
+            yield
+            return
+        with sole_writer(self.folder, tqdm.write):
+            yield
+
+    def _share(self, items: list[Any]) -> list[Any]:
+        """This rank's part of a list."""
+        return items[self.state.process_index :: self.state.num_processes]
+
+    def _missing_clips(
+        self, records: Sequence[dict[str, Any]], encoders: Encoders
+    ) -> dict[str, tuple[Variant, list[dict[str, Any]]]]:
+        """By key: a variant that is not in the cache, and the records of the clips that have it (copies share keys)."""
+        missing: dict[str, tuple[Variant, list[dict[str, Any]]]] = {}
         for record in records:
             for variant in record.get("variants", ()):
                 key = encoders.video_key(record["content"], variant)
                 if not self.cache.has(key):
                     missing.setdefault(key, (Variant.from_record(variant), []))[1].append(record)
+        return missing
+
+    def _encode_clips(self, missing: dict[str, tuple[Variant, list[dict[str, Any]]]], encoders: Encoders) -> None:
         if not missing:
             return
         with (
@@ -221,18 +244,24 @@ class Preparation:
         yield from tqdm(items, total=total, desc=what, unit=unit, disable=hidden)
 
 
-def cache_prompts(
+def missing_captions(cache: TensorCache, encoders: Encoders, captions: Sequence[str]) -> list[str]:
+    """The captions whose embeddings are not in the cache, each once."""
+    return [text for text in dict.fromkeys(captions) if not cache.has(encoders.prompt_key(text))]
+
+
+def encode_captions(
     cache: TensorCache, model: ModelFlags, encoders: Encoders, captions: Sequence[str], batch: int, state: Any
 ) -> None:
-    """Embeds the captions that are not in the cache; T5 is loaded only if there are any."""
-    missing = [text for text in dict.fromkeys(captions) if not cache.has(encoders.prompt_key(text))]
-    if not missing:
+    """Embeds captions into the cache; T5 is loaded only if there are any."""
+    if not captions:
         return
     with models.text_encoder(model, encoders.text_dtype, state.device) as (tokenizer, encoder):
-        bar = tqdm(total=len(missing), desc="encoding captions", unit="caption", disable=not state.is_main_process)
-        for start in range(0, len(missing), batch):
-            texts = missing[start : start + batch]
+        bar = tqdm(total=len(captions), desc="encoding captions", unit="caption", disable=not state.is_main_process)
+        for start in range(0, len(captions), batch):
+            texts = captions[start : start + batch]
             embeds_BLD = encode.prompt_embeds(tokenizer, encoder, texts, encoders.text_length)
+            if not torch.isfinite(embeds_BLD).all():
+                raise UsageError(f"--dtype {encoders.text_dtype}: T5 overflows on {texts}; give bf16 or fp32")
             for text, embed in zip(texts, embeds_BLD, strict=True):
                 cache.write(encoders.prompt_key(text), {"prompt_LD": embed.clone()})
             bar.update(len(texts))

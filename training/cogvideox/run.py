@@ -6,6 +6,7 @@ logging never makes the device wait.
 
 import fcntl
 import json
+import math
 import os
 import platform
 import signal
@@ -23,9 +24,10 @@ import torch
 from tqdm import tqdm
 
 from cogvideox.args import LoraOptions, config_dict, tracker_names
-from cogvideox.data.cache import remove_stale_temporaries, write_atomically
 from cogvideox.errors import UsageError
+from cogvideox.files import remove_stale_temporaries, write_atomically
 from cogvideox.optim import StepResult
+from cogvideox.ranks import Ranks
 
 CONFIG_NAME, METRICS_NAME, LOCK_NAME = "config.json", "metrics.jsonl", ".lock"
 REQUEUE_EXIT = 75  # EX_TEMPFAIL: stopped by a signal, everything saved; run the same command again
@@ -41,6 +43,7 @@ class Run:
     """What every part of a training run may use."""
 
     accelerator: Any
+    ranks: Ranks
     output_dir: Path
     precision: str  # no, fp16, bf16
     compiled: bool
@@ -50,7 +53,7 @@ class Run:
     @property
     def device(self) -> torch.device:
         """Where the transformer runs."""
-        return self.accelerator.device
+        return self.ranks.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,12 +63,12 @@ class Run:
     @property
     def is_main(self) -> bool:
         """Whether this rank writes and prints."""
-        return self.accelerator.is_main_process
+        return self.ranks.is_main_process
 
     @property
     def world(self) -> int:
         """Number of ranks."""
-        return self.accelerator.num_processes
+        return self.ranks.num_processes
 
     def say(self, text: str) -> None:
         """One line for the user, from the main process, beside the progress bar."""
@@ -74,7 +77,7 @@ class Run:
 
     def barrier(self) -> None:
         """Waits for the other ranks."""
-        self.accelerator.wait_for_everyone()
+        self.ranks.wait_for_everyone()
 
 
 def start_run(options: LoraOptions) -> Run:
@@ -86,7 +89,7 @@ def start_run(options: LoraOptions) -> Run:
     accelerator = make_accelerator(options)
     output_dir = Path(options.train.output_dir)
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
-    run = Run(accelerator, output_dir, precision_of(options.train.mixed_precision), compiled)
+    run = Run(accelerator, Ranks(accelerator.state), output_dir, precision_of(options.train.mixed_precision), compiled)
     if options.train.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -153,25 +156,32 @@ def make_accelerator(options: LoraOptions) -> Any:
 def take_folder(run: Run, options: LoraOptions) -> str | None:
     """Makes and locks the output folder and writes config.json; returns what stands in the way."""
     folder, train = run.output_dir, options.train
-    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME) if folder.is_dir() else []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # a POSIX lock: DataLoader workers that outlive a killed run do not hold it
+        run._lock = open(folder / LOCK_NAME, "w")  # noqa: SIM115 - held until the process ends
+        fcntl.lockf(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"--output_dir {folder}: another run is using it; wait for it, or give another folder"
+    except OSError as error:
+        return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
+    remove_stale_temporaries(folder)
+    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME)
     if there and CONFIG_NAME not in there and there != [train.logging_dir]:
         return (
             f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"
         )
     if there and train.no_resume:
         return f"--no_resume: {folder} is not empty; give an empty --output_dir, or delete it"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        run._lock = open(folder / LOCK_NAME, "w")  # noqa: SIM115 - held until the process ends
-        fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return f"--output_dir {folder}: another run is using it; wait for it, or give another folder"
-    except OSError as error:
-        return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
-    remove_stale_temporaries(folder)
-    config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
-    write_atomically(folder / CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
+    if CONFIG_NAME not in there:
+        write_config(run, options)
     return None
+
+
+def write_config(run: Run, options: LoraOptions) -> None:
+    """config.json: flags, precision, ranks and versions of the run that goes on in the folder."""
+    config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
+    write_atomically(run.output_dir / CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
 
 
 def environment() -> dict[str, Any]:
@@ -257,6 +267,8 @@ class Metrics:
             disable=not run.is_main,
             dynamic_ncols=True,
         )
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of training, not of what was encoded before
         if run.is_main:
             self._keep_until(first_step)
         if tracker_names(options.train.report_to):
@@ -301,7 +313,8 @@ class Metrics:
 
     def _write(self, record: dict[str, float]) -> None:
         with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+            file.write(json.dumps(finite) + "\n")
         step = int(record["step"])
         self.run.accelerator.log({k: v for k, v in record.items() if k not in ("step", "stop")}, step=step)
         shown = {"loss": f"{record['loss']:.4f}", "lr": f"{record['lr']:.2e}", "s/step": f"{record['seconds']:.2f}"}
@@ -315,7 +328,8 @@ class Metrics:
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise FloatingPointError(
                 f"the gradients of {MAX_SKIPPED} steps in a row up to {step} were not finite; none of them changed a "
-                "weight. Lower --learning_rate, or train in --mixed_precision bf16; checkpoints are as they were"
+                "weight, and the checkpoints are as they were. Start with another --output_dir and a lower "
+                "--learning_rate, or --mixed_precision bf16"
             )
 
     @contextmanager

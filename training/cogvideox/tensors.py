@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogvideox.args import LoraOptions
+from cogvideox.args import DataFlags, LoraOptions
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry, read_geometry
@@ -34,6 +34,7 @@ def open_tensors(run: Run, options: LoraOptions) -> Tensors:
         index = open_index(folder)
         encoders = replace(encoders, vae_dtype=index.dtypes["vae"], text_dtype=index.dtypes["text_encoder"])
         check_index(index, encoders, folder)
+        check_flags(index, options.data)
     else:
         folder = Path(str(options.loader.tensor_cache))
         index = prepare_here(run, options, geometry, folder)
@@ -43,7 +44,7 @@ def open_tensors(run: Run, options: LoraOptions) -> Tensors:
 
 def prepare_here(run: Run, options: LoraOptions, geometry: Geometry, folder: Path) -> CacheIndex:
     """What prepare_dataset.py does, before training."""
-    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.accelerator.state)
+    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks)
     records = preparation.plan()
     run.say(preparation.report(records))
     check_bad(records, options.data.max_bad_fraction)
@@ -63,3 +64,18 @@ def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:
             f"--data_root {folder}: its tensors were made with another {' and '.join(wrong)} than this model's; "
             "run prepare_dataset.py with this model and another --output_dir"
         )
+
+
+def check_flags(index: CacheIndex, data: DataFlags) -> None:
+    """Raises UsageError where flags ask for what the prepared tensors are not."""
+    problems = []
+    token = (data.id_token or "").strip()
+    if any(not sample.caption.startswith(token) for sample in index.samples):
+        problems.append(f"--id_token {token}: the captions were prepared without it; prepare_dataset.py takes the flag")
+    for name, of in (("frame_buckets", "frames"), ("height_buckets", "height"), ("width_buckets", "width")):
+        given = getattr(data, name)
+        there = sorted({getattr(sample.bucket, of) for sample in index.samples})
+        if given != getattr(DataFlags, name) and not set(there) <= set(given):
+            problems.append(f"--{name} {' '.join(map(str, given))}: the tensors were prepared with {there}; give those")
+    if problems:
+        raise UsageError(problems)

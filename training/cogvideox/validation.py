@@ -5,6 +5,7 @@ transformer that is being trained; the videos are shared out over the ranks. Wha
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from cogvideox import models
 from cogvideox.args import LoraOptions, ValidationFlags
-from cogvideox.data.cache import write_atomically
+from cogvideox.data.cache import TensorCache
 from cogvideox.data.decode import write_video
 from cogvideox.data.sampler import Order
-from cogvideox.prepare import cache_prompts
+from cogvideox.files import write_atomically
+from cogvideox.prepare import encode_captions, missing_captions
 from cogvideox.run import Run
 from cogvideox.tensors import Tensors
 
@@ -43,16 +45,18 @@ class Prompts:
 
 
 def embed_prompts(run: Run, options: LoraOptions, tensors: Tensors) -> Prompts:
-    """Embeds the validation prompts, one at a time as a pipeline does; T5 is loaded only where the cache lacks them."""
+    """Embeds the validation prompts, one at a time as a pipeline does, into the run's own folder; T5 is freed again."""
     texts = prompts_of(options.validation)
     if not texts:
         return Prompts([], [], None)
     wanted = [*texts, options.validation.negative_prompt]
+    cache = TensorCache(run.output_dir / FOLDER)
     if run.is_main:
-        cache_prompts(tensors.cache, options.model, tensors.encoders, wanted, 1, run.accelerator.state)
+        missing = missing_captions(cache, tensors.encoders, wanted)
+        encode_captions(cache, options.model, tensors.encoders, missing, 1, run.ranks)
     run.barrier()
     keys = [tensors.encoders.prompt_key(text) for text in wanted]
-    *embeds, negative = (tensors.cache.read(key)["prompt_LD"].unsqueeze(0).to(run.dtype) for key in keys)
+    *embeds, negative = (cache.read(key)["prompt_LD"].unsqueeze(0).to(run.dtype) for key in keys)
     return Prompts(texts, embeds, negative)
 
 
@@ -84,9 +88,16 @@ class Validator:
         self.run, self.options, self.flags = run, options, options.validation
         self.transformer, self.prompts, self.order = transformer, prompts, order
         self.fps = self.flags.validation_fps or tensors.index.fps
-        self.text_length = tensors.geometry.max_text_seq_length
         self.pipeline = self._make_pipeline(pipeline_name) if prompts.texts else None
-        self.keeps = self._same_settings() if prompts.texts else False
+        self.sampling = {
+            "height": self.flags.height,
+            "width": self.flags.width,
+            "num_frames": self.flags.validation_frames,
+            "num_inference_steps": self.flags.num_inference_steps,
+            "guidance_scale": self.flags.guidance_scale,
+            "use_dynamic_cfg": self.flags.use_dynamic_cfg,
+            "max_sequence_length": tensors.geometry.max_text_seq_length,
+        }
 
     def _make_pipeline(self, name: str) -> Any:
         import diffusers
@@ -103,35 +114,37 @@ class Validator:
         pipeline.set_progress_bar_config(desc="validation", leave=False, disable=not self.run.is_main)
         return pipeline
 
-    def _same_settings(self) -> bool:
-        """Whether the videos that are there were made with these settings; writes them down."""
+    def set_aside(self, first_step: int, recipe: dict[str, Any]) -> None:
+        """Moves videos away that this run is going to make again, or that other settings made."""
+        folder = self.run.output_dir / FOLDER
         flags = {**asdict(self.flags), "seed": self.options.data.seed, "fps": self.fps}
-        path, settings = self.run.output_dir / FOLDER / SETTINGS_NAME, json.dumps(flags, indent=1, ensure_ascii=False)
-        same = path.is_file() and path.read_text(encoding="utf-8") == settings
+        settings = json.dumps({"validation": flags, "recipe": recipe}, indent=1, ensure_ascii=False)
+        path = folder / SETTINGS_NAME
+        if self.run.is_main and self.prompts.texts:
+            same = path.is_file() and path.read_text(encoding="utf-8") == settings
+            stale = [p for p in folder.glob("step-*.mp4") if not same or int(p.name[5:11]) > first_step]
+            older = folder / f"older-{len(list(folder.glob('older-*')))}"
+            for video in stale:
+                older.mkdir(exist_ok=True)
+                os.rename(video, older / video.name)
+            write_atomically(path, settings.encode())  # last: after a kill the moving goes on
         self.run.barrier()
-        if self.run.is_main and not same:
-            write_atomically(path, settings.encode())
-        return same
 
     def due(self, step: int) -> bool:
         """Whether validation belongs after this optimizer step."""
         if self.flags.validation_steps:
-            return step % self.flags.validation_steps == 0
+            return step > 0 and step % self.flags.validation_steps == 0
         if self.flags.validation_epochs:
-            epoch = self.order.epoch_of(step - 1)
-            return self.order.steps_through(epoch) == step and (epoch + 1) % self.flags.validation_epochs == 0
+            every = self.flags.validation_epochs  # passed in this step, if it does not end with one
+            return step > 0 and self.order.epoch_of(step) // every > self.order.epoch_of(step - 1) // every
         return False
 
     def render(self, step: int) -> list[Path]:
         """Makes the videos of a step that are not there yet; returns the paths of all of them."""
         jobs = [(p, k) for p in range(len(self.prompts.texts)) for k in range(self.flags.num_validation_videos)]
         paths = [self.path(step, p, k) for p, k in jobs]
-        share = slice(self.run.accelerator.process_index, None, self.run.world)
-        todo = [
-            (job, path)
-            for job, path in list(zip(jobs, paths, strict=True))[share]
-            if not (self.keeps and path.exists())
-        ]
+        share = slice(self.run.ranks.process_index, None, self.run.world)
+        todo = [(job, path) for job, path in list(zip(jobs, paths, strict=True))[share] if not path.exists()]
         if todo:
             with evaluation(self.transformer), self._vae_on_device():
                 for (p, k), path in todo:
@@ -148,20 +161,13 @@ class Validator:
 
     def sample(self, prompt: int, number: int) -> Tensor:
         """One video, uint8 (F, H, W, 3); the same draws at every step."""
-        flags = self.flags
         generator = torch.Generator().manual_seed(self.options.data.seed + number)
         assert self.pipeline is not None
         assert self.prompts.negative_BLD is not None
         video_BFCHW = self.pipeline(
             prompt_embeds=self.prompts.embeds_BLD[prompt].to(self.run.device),
             negative_prompt_embeds=self.prompts.negative_BLD.to(self.run.device),
-            height=flags.height,
-            width=flags.width,
-            num_frames=flags.validation_frames,
-            num_inference_steps=flags.num_inference_steps,
-            guidance_scale=flags.guidance_scale,
-            use_dynamic_cfg=flags.use_dynamic_cfg,
-            max_sequence_length=self.text_length,
+            **self.sampling,
             generator=generator,
             output_type="pt",
         ).frames

@@ -5,11 +5,8 @@ video that the model is trained on, before the VAE.
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-from cogvideox.errors import UsageError
 
 
 @dataclass(frozen=True, order=True)
@@ -22,14 +19,6 @@ class Bucket:
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
-
-
-def parse_bucket(text: str) -> Bucket:
-    """The inverse of str(bucket). Raises UsageError for anything but three positive whole numbers."""
-    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)x([1-9][0-9]*)", text.strip(), re.ASCII)
-    if match is None:
-        raise UsageError(f"bucket {text!r}: must be FRAMESxHEIGHTxWIDTH, such as 49x480x720")
-    return Bucket(*(int(number) for number in match.groups()))
 
 
 def make_buckets(frames: Iterable[int], heights: Iterable[int], widths: Iterable[int]) -> tuple[Bucket, ...]:

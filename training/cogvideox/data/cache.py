@@ -12,44 +12,26 @@ import fcntl
 import hashlib
 import json
 import os
-import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
+from cogvideox.files import write_atomically
 
 INDEX_FORMAT = 1
 
 
-class CacheError(RuntimeError):
+class CacheError(UsageError):
     """A tensor file that is missing or is not what was written."""
 
 
 def hash_of(values: Any) -> str:
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file has either its old content or all of the new one, whenever the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def remove_stale_temporaries(folder: Path) -> None:
-    """Deletes temporary files under ``folder`` whose process on this machine is gone."""
-    for path in folder.rglob(".*.tmp"):
-        owner, _, pid = path.name.removesuffix(".tmp").rpartition(".")
-        if owner.endswith(f".{socket.gethostname()}") and not Path(f"/proc/{pid}").exists():
-            path.unlink(missing_ok=True)
 
 
 class TensorCache:
@@ -87,11 +69,20 @@ class TensorCache:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 expected = (file.metadata() or {}).get("sha256")
+        except FileNotFoundError:
+            raise CacheError(f"{path}: is not there; prepare again") from None
         except (OSError, SafetensorError) as error:
-            raise CacheError(f"{path}: {error}; delete it and prepare again") from None
+            raise self._damaged(path, str(error)) from None
         if checksum(tensors) != expected:
-            raise CacheError(f"{path}: its checksum is wrong; delete it and prepare again")
+            raise self._damaged(path, "its checksum is wrong")
         return tensors
+
+    @staticmethod
+    def _damaged(path: Path, fault: str) -> CacheError:
+        """The error for a file that is not what was written; the file makes room, so that preparing again mends it."""
+        with suppress(OSError):
+            os.replace(path, path.with_suffix(".damaged"))
+        return CacheError(f"{path}: {fault}; prepare again, it is encoded anew")
 
 
 def checksum(tensors: dict[str, Any]) -> str:
@@ -143,6 +134,19 @@ class Ledger:
         if self.path.is_file():
             with open(self.path, "rb") as file:
                 yield from file
+
+
+@contextmanager
+def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Lets one job at a time encode into a folder: a second one waits, and then finds most of its work done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{folder}: another job is preparing it; waiting")
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from cogvideox.data.cache import hash_of
 from cogvideox.data.decode import VideoError, VideoInfo, frame_indices, frames_available, probe, read_frames
 from cogvideox.data.transforms import Fit, apply_fit, fit
 from cogvideox.draws import uniform
+from cogvideox.errors import UsageError
 
 OK, FAILED, SHORT = "ok", "failed", "short"
 UNREADABLE = "unreadable"  # the file system refused: tried again at the next preparation
@@ -112,4 +113,6 @@ def decode_variant(path: Path, variant: Variant) -> np.ndarray | str:
         frames = read_frames(path, probe(path), variant.indices, variant.fit.resize_height, variant.fit.resize_width)
     except VideoError as error:
         return str(error)
+    except OSError as error:  # not the file's fault: nothing is written down about it
+        raise UsageError(f"{error}; mend that and run the same command again") from None
     return apply_fit(frames, variant.fit)

@@ -5,6 +5,7 @@ that are shown (edit lists are honoured) and found again by its timestamp, so a 
 Nothing here imports torch: decode workers stay small. Shape suffixes: F frames, H height, W width, C colour channels.
 """
 
+import errno
 import math
 import os
 import statistics
@@ -26,6 +27,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation
 from av.video.stream import VideoStream
 
+from cogvideox.files import temporary_of
+
 MAX_SIDE = 16384  # pixels
 MAX_FRAMES = 200_000
 SELECTIONS = ("middle", "head", "random", "uniform")
@@ -35,6 +38,10 @@ _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,ivf,h264,hevc,m4v"
 # Without the last three, chroma is not interpolated and the pixels depend on the instruction set of the CPU.
 _EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 _TIME_SLACK = 1e-6  # seconds, or frames; above float noise, far below a frame
+
+
+# Of the file system or the machine, not of the file: tried again another time
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
 class VideoError(ValueError):
@@ -165,7 +172,7 @@ def write_video(path: str | os.PathLike[str], frames_FHWC: np.ndarray, fps: floa
     _, height, width, _ = frames_FHWC.shape
     even_FHWC = np.pad(frames_FHWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         _encode(temporary, even_FHWC, fps, crf)
         os.replace(temporary, path)
@@ -204,7 +211,11 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[tuple[InputContainer, Vid
             yield container, _video_stream(container)
     except VideoError as error:
         raise type(error)(f"{path}: {error}") from error
-    except (av.FFmpegError, OSError, EOFError) as error:
+    except OSError as error:
+        if error.errno in REFUSALS:
+            raise OSError(error.errno, f"{path}: {error.strerror}") from None
+        raise VideoError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (av.FFmpegError, EOFError) as error:
         raise VideoError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
