@@ -1,6 +1,7 @@
 """The library behind the scripts in training/. Imports go downward only; a test enforces it.
 
 errors.py           UsageError: what a user can mend
+files.py            files that are whole or not there
 args.py             every flag once, as frozen dataclasses; parse()
 draws.py            every random draw as a function of (seed, visit, sample, purpose)
 data/buckets.py     frames x height x width; which one a clip goes to
@@ -21,6 +22,7 @@ tasks.py            what the transformer gets: text to video
 methods.py          what is trained: LoRA
 optim.py            fp32 masters, optimizers, learning rate
 engine.py           who runs backward and step: this process, or DeepSpeed
+ranks.py            the processes of a run, and patient barriers
 plan.py             how the blocks are executed
 run.py              one run: ranks, output folder, metrics, trackers, signals
 tensors.py          a prepared folder, or one prepared now
