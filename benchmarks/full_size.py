@@ -52,28 +52,32 @@ VAE = {
 def make_pipeline(kind: str, folder: Path) -> None:
     """A pipeline folder with random bf16 weights; T5 has its real width, but one layer."""
     import torch
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDPMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
     from tiny_cogvideox import _tokenizer
     from transformers import T5Config, T5EncoderModel
 
-    if (folder / "scheduler").is_dir():
+    if (folder / "model_index.json").is_file():
         return
-    scaling = {"2b": 1.15258426, "5b": 0.7}[kind]
     tokenizer = _tokenizer()
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        CogVideoXTransformer3DModel(**TRANSFORMERS[kind]).save_pretrained(folder / "transformer")
-        AutoencoderKLCogVideoX(**VAE, scaling_factor=scaling).save_pretrained(folder / "vae")
-        config = T5Config(d_model=4096, num_layers=1, d_kv=64, num_heads=64, d_ff=10240, vocab_size=len(tokenizer))
-        T5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    torch.set_default_dtype(torch.float32)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    CogVideoXDPMScheduler(
+    scheduler = CogVideoXDPMScheduler(
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         snr_shift_scale={"2b": 3.0, "5b": 1.0}[kind],
         timestep_spacing="trailing",
-    ).save_pretrained(folder / "scheduler")
+    )
+    config = T5Config(d_model=4096, num_layers=1, d_kv=64, num_heads=64, d_ff=10240, vocab_size=len(tokenizer))
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        transformer = CogVideoXTransformer3DModel(**TRANSFORMERS[kind])
+        vae = AutoencoderKLCogVideoX(**VAE, scaling_factor={"2b": 1.15258426, "5b": 0.7}[kind])
+        text_encoder = T5EncoderModel(config)
+    torch.set_default_dtype(torch.float32)
+    CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
 
 
 def make_tensors(pipeline: Path, folder: Path, samples: int = 2) -> None:
