@@ -140,7 +140,9 @@ def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: b
     if tiling:
         vae.enable_tiling()
     try:
-        yield vae
+        # torch lets cuDNN round fp32 convolutions to TF32 unless told not to
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield vae
     finally:
         discard(vae)
 

@@ -90,9 +90,8 @@ def start_run(options: LoraOptions) -> Run:
     output_dir = Path(options.train.output_dir)
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
     run = Run(accelerator, Ranks(accelerator.state), output_dir, precision_of(options.train.mixed_precision), compiled)
-    if options.train.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
+    torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch's own default is on
     problem = take_folder(run, options) if run.is_main else None
     everyones = [problem]
     if run.world > 1:
