@@ -82,3 +82,29 @@ def moving_shape(
         across, down = np.abs(columns - x), np.abs(rows - height / 2)
         inside = np.maximum(across, down) < radius if square else np.hypot(across, down) < radius
         yield np.where(inside[..., None], np.array(colour, np.uint8), background)
+
+
+@pytest.fixture(scope="session")
+def model(tiny: Callable[[str], Path]) -> Path:
+    """The tiny CogVideoX-5b. Read only."""
+    return tiny("5b")
+
+
+@pytest.fixture(scope="session")
+def tensors(model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of the synthetic clips. Read only."""
+    from running import prepare
+
+    folder = tmp_path_factory.mktemp("tensors")
+    assert prepare(model, clips, folder, "--id_token", "TOKEN") == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run with a validation video. Read only."""
+    from running import PROMPT, lora_flags, train
+
+    output = tmp_path_factory.mktemp("reference") / "lora"
+    assert train(lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)) == 0
+    return output

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LORA_SCRIPT = ROOT / "training" / "cogvideox_text_to_video_lora.py"
 PREPARE_SCRIPT = ROOT / "training" / "prepare_dataset.py"
 SIZE = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9", "--max_num_frames", "9"]
+PROMPT = "TOKEN a red square moves"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

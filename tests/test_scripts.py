@@ -18,6 +18,7 @@ import pytest
 import torch
 from running import (
     LORA_SCRIPT,
+    PROMPT,
     ROOT,
     SIZE,
     WEIGHTS,
@@ -26,7 +27,6 @@ from running import (
     lora_flags,
     losses,
     metrics,
-    prepare,
     python,
     start,
     train,
@@ -37,29 +37,6 @@ from safetensors import safe_open
 from cogvideox import validation
 from cogvideox.data.decode import probe
 from cogvideox.errors import UsageError
-
-PROMPT = "TOKEN a red square moves"
-
-
-@pytest.fixture(scope="session")
-def model(tiny: Callable[[str], Path]) -> Path:
-    return tiny("5b")
-
-
-@pytest.fixture(scope="session")
-def tensors(model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder of the synthetic clips."""
-    folder = tmp_path_factory.mktemp("tensors")
-    assert prepare(model, clips, folder, "--id_token", "TOKEN") == 0
-    return folder
-
-
-@pytest.fixture(scope="session")
-def reference(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run with a validation video."""
-    output = tmp_path_factory.mktemp("reference") / "lora"
-    assert train(lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)) == 0
-    return output
 
 
 def wait_until(process: "subprocess.Popen[str]", reached: Callable[[], bool]) -> None:

@@ -140,6 +140,8 @@ class Trainer:
 
     def _filled(self) -> str:
         """How many samples come early to fill the last batches of --num_train_epochs, if any."""
+        if self.options.train.max_train_steps:
+            return ""
         filled = self.order.filled(self.options.train.num_train_epochs)
         return f"; {filled} samples come early to fill last batches" if filled else ""
 
