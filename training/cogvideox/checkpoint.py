@@ -49,6 +49,8 @@ def fault(folder: Path) -> str | None:
         json.loads((folder / PROGRESS_NAME).read_text())
     except (OSError, ValueError) as error:
         return f"{type(error).__name__} in its json files"
+    if not isinstance(manifest, dict) or PROGRESS_NAME not in manifest:
+        return f"{MANIFEST_NAME} lists no {PROGRESS_NAME}"
     for name, entry in manifest.items():
         path = folder / name
         if not path.is_file():
@@ -121,18 +123,24 @@ def seal(temporary: Path, target: Path) -> None:
     problem = fault(temporary)
     if problem:
         raise OSError(f"{temporary}: {problem}; is the disk full?")
-    remove(target)
+    old = aside(target)
     os.rename(temporary, target)
     fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
     """Deletes a checkpoint; a kill in between leaves nothing that looks like one."""
+    shutil.rmtree(aside(folder), ignore_errors=True)
+
+
+def aside(folder: Path) -> Path:
+    """Takes a checkpoint's name away from a folder, if it is there; the next start deletes what has the new name."""
+    other = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(other, ignore_errors=True)
     if folder.exists():
-        aside = folder.with_name(f".{folder.name}.old.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-        shutil.rmtree(aside)
+        os.rename(folder, other)
+    return other
 
 
 def resume(run: Run, engine: Engine, recipe: dict[str, Any], options: LoraOptions) -> int:

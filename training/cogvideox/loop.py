@@ -1,5 +1,7 @@
 """The one training loop: batches in, optimizer steps out. Nothing in it waits for the device."""
 
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +10,8 @@ import torch
 from cogvideox import diffusion, models
 from cogvideox.args import LoraOptions
 from cogvideox.checkpoint import Saver, resume
-from cogvideox.data.dataset import LatentDataset, build_loader
+from cogvideox.data.cache import CacheError
+from cogvideox.data.dataset import Batch, LatentDataset, build_loader
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
@@ -81,18 +84,17 @@ class Trainer:
         is the mean over all of their samples.
         """
         metrics = Metrics(self.run, self.options, self.first_step, self.total_steps)
-        self.validator.set_aside(self.first_step, self.recipe)
+        self.validator.set_aside(self.first_step, self.total_steps, self.recipe)
         if self.first_step == 0 or self.validator.due(self.first_step):
             with metrics.paused():
                 self.validator.render(self.first_step)  # only what is not there: a kill may have come in between
-        with signals_ask_to_stop(self.run):
-            step = self._train(metrics)
+        with signals_ask_to_stop(self.run), closing(self._batches()) as batches:
+            step = self._train(metrics, batches)
         metrics.close()
         return step
 
-    def _train(self, metrics: Metrics) -> int:
+    def _train(self, metrics: Metrics, batches: Iterator[Batch]) -> int:
         accumulation = self.options.train.gradient_accumulation_steps
-        batches = iter(self._loader())
         step = saved = self.first_step
         while step < self.total_steps and not metrics.stop_agreed:
             rate = learning_rate(self.options.optimizer, step, self.total_steps, self.global_batch)
@@ -118,6 +120,18 @@ class Trainer:
         if saved < step:
             self.saver.save(step)
         return step
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        """This rank's micro-batches; closing it ends the workers, which do not listen to signals."""
+        batches = iter(self._loader())
+        try:
+            yield from batches
+        except CacheError as error:  # a worker's error arrives with its traceback in the text
+            line = str(error).strip().splitlines()[-1]
+            raise CacheError(line.removeprefix(f"{CacheError.__module__}.{CacheError.__name__}: ")) from None
+        finally:
+            if hasattr(batches, "_shutdown_workers"):
+                batches._shutdown_workers()
 
     def _loader(self) -> Any:
         run, train, loader = self.run, self.options.train, self.options.loader

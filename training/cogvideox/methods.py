@@ -1,5 +1,7 @@
 """What is trained: which parameters are added or freed, and how the result is written and read back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,15 @@ class Lora:
     def parameters(self) -> dict[str, Parameter]:
         """The trainable parameters by name."""
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The transformer as it was before training."""
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
 
     def state(self) -> dict[str, Tensor]:
         """The LoRA in PEFT's names, as validation runs it."""

@@ -97,6 +97,7 @@ def start_run(options: LoraOptions) -> Run:
     if run.world > 1:
         torch.distributed.broadcast_object_list(everyones)
     if everyones[0]:
+        accelerator.end_training()
         raise UsageError(everyones[0])
     return run
 
@@ -165,7 +166,7 @@ def take_folder(run: Run, options: LoraOptions) -> str | None:
     except OSError as error:
         return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
     remove_stale_temporaries(folder)
-    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME)
+    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME and not path.match(".*.tmp"))
     if there and CONFIG_NAME not in there and there != [train.logging_dir]:
         return (
             f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"

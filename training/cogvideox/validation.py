@@ -114,20 +114,23 @@ class Validator:
         pipeline.set_progress_bar_config(desc="validation", leave=False, disable=not self.run.is_main)
         return pipeline
 
-    def set_aside(self, first_step: int, recipe: dict[str, Any]) -> None:
-        """Moves videos away that this run is going to make again, or that other settings made."""
+    def set_aside(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
+        """Moves videos away that other settings made, or that another learning rate schedule made after this step."""
         folder = self.run.output_dir / FOLDER
         flags = {**asdict(self.flags), "seed": self.options.data.seed, "fps": self.fps}
-        settings = json.dumps({"validation": flags, "recipe": recipe}, indent=1, ensure_ascii=False)
+        settings = json.loads(json.dumps({"validation": flags, "recipe": recipe, "total_steps": total_steps}))
         path = folder / SETTINGS_NAME
         if self.run.is_main and self.prompts.texts:
-            same = path.is_file() and path.read_text(encoding="utf-8") == settings
-            stale = [p for p in folder.glob("step-*.mp4") if not same or int(p.name[5:11]) > first_step]
+            then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            same_made = {**then, "total_steps": total_steps} == settings
+            last_good = total_steps if then == settings else first_step if same_made else -1
+            stale = [video for video in folder.glob("step-*.mp4") if int(video.name[5:11]) > last_good]
             older = folder / f"older-{len(list(folder.glob('older-*')))}"
             for video in stale:
                 older.mkdir(exist_ok=True)
                 os.rename(video, older / video.name)
-            write_atomically(path, settings.encode())  # last: after a kill the moving goes on
+            # last: after a kill the moving goes on
+            write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False).encode())
         self.run.barrier()
 
     def due(self, step: int) -> bool:

@@ -1,0 +1,322 @@
+"""cogvideox/checkpoint.py: whole or not there, the newest whole one is resumed, nothing goes before the new is safe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import FakeEngine, edit_json, flip_byte, options_of, run_alone, save_steps, saver_of
+from running import PROMPT, equal, lora_flags, losses, metrics, train, weights
+
+from cogvideox import checkpoint
+from cogvideox.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoints, fault, replaced_by, resume
+from cogvideox.errors import UsageError
+
+
+def names(output: Path) -> list[str]:
+    """The checkpoints in a folder, newest first."""
+    return [path.name for path in checkpoints(output)]
+
+
+def taken_up(output: Path, *flags: object) -> tuple[int, float]:
+    """(step that is resumed, the step that its tensor holds)."""
+    engine: Any = FakeEngine()
+    step = resume(run_alone(output), engine, {"seed": 1}, options_of(output, *flags))
+    return step, engine.weight[0].item()
+
+
+def truncate(folder: Path) -> str:
+    with open(folder / "optimizer.safetensors", "r+b") as file:
+        file.truncate(20)
+    return "optimizer.safetensors is not what was written"
+
+
+def flip(folder: Path) -> str:
+    flip_byte(folder / "lora.safetensors")
+    return "lora.safetensors is not what was written"
+
+
+def lose(folder: Path) -> str:
+    (folder / "optimizer.safetensors").unlink()
+    return "optimizer.safetensors is missing"
+
+
+def tear_progress(folder: Path) -> str:
+    (folder / PROGRESS_NAME).write_text('{"step": 4,')
+    return "JSONDecodeError in its json files"
+
+
+def tear_manifest(folder: Path) -> str:
+    (folder / MANIFEST_NAME).write_text("")
+    return "JSONDecodeError in its json files"
+
+
+def lose_manifest(folder: Path) -> str:
+    (folder / MANIFEST_NAME).unlink()
+    return "FileNotFoundError in its json files"
+
+
+def another_step(folder: Path) -> str:
+    edit_json(folder / PROGRESS_NAME, step=5)
+    return "progress.json is not what was written"
+
+
+DAMAGES = [truncate, flip, lose, tear_progress, tear_manifest, lose_manifest, another_step]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_the_one_before_is_resumed(
+    tmp_path: Path, damage: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    assert fault(tmp_path / "checkpoint-4") is None
+    assert taken_up(tmp_path) == (4, 4.0)
+    why = damage(tmp_path / "checkpoint-4")
+    assert fault(tmp_path / "checkpoint-4") == why
+    capfd.readouterr()
+    assert taken_up(tmp_path) == (2, 2.0)
+    shown = capfd.readouterr().err
+    assert f"{tmp_path / 'checkpoint-4'}: {why}; trying the one before" in shown
+    assert "checkpoint-2 after step 2" in shown
+
+
+def test_a_damaged_one_that_is_asked_for_is_refused(tmp_path: Path) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    lose(tmp_path / "checkpoint-4")
+    with pytest.raises(UsageError, match=r"optimizer\.safetensors is missing.*checkpoint-4, checkpoint-2"):
+        taken_up(tmp_path, "--resume_from_checkpoint", "checkpoint-4")
+
+
+def test_the_first_steps_are_done_again_where_none_is_whole(tmp_path: Path) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    for folder in checkpoints(tmp_path):
+        lose(folder)
+    assert taken_up(tmp_path) == (0, 0.0)
+
+
+def test_steps_are_numbers_not_text(tmp_path: Path) -> None:
+    save_steps(run_alone(tmp_path), 9, 10, 100)
+    (tmp_path / "checkpoint-last").mkdir()
+    assert names(tmp_path) == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
+
+
+@pytest.mark.parametrize(
+    ("step", "there", "limit", "gone"),
+    [
+        (6, [6, 4, 2], None, []),
+        (6, [6, 4, 2], 1, [4, 2]),
+        (6, [6, 4, 2], 2, [2]),
+        (3, [4, 3, 2], None, [4]),
+        (3, [4, 3, 2], 1, [4, 2]),
+        (2, [8, 6, 2], 1, [8, 6]),
+        (2, [8, 6, 2], 9, [8, 6]),
+    ],
+)
+def test_which_ones_are_replaced(step: int, there: list[int], limit: int | None, gone: list[int]) -> None:
+    found = [Path(f"checkpoint-{number}") for number in there]
+    assert replaced_by(step, found, limit) == [Path(f"checkpoint-{number}") for number in gone]
+
+
+@pytest.mark.parametrize("whole", [[], [2]])
+def test_with_a_limit_of_one_the_damaged_newest_goes_and_the_new_one_stays(tmp_path: Path, whole: list[int]) -> None:
+    run = run_alone(tmp_path)
+    save_steps(run, *whole, 8)
+    truncate(tmp_path / "checkpoint-8")
+    first = taken_up(tmp_path)[0]
+    save_steps(run, first + 2, limit=1)
+    assert names(tmp_path) == [f"checkpoint-{first + 2}"]
+    assert taken_up(tmp_path) == (first + 2, first + 2.0)
+
+
+def test_the_limit_keeps_the_newest(tmp_path: Path) -> None:
+    save_steps(run_alone(tmp_path), 2, 4, 6, 8, limit=2)
+    assert names(tmp_path) == ["checkpoint-8", "checkpoint-6"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    engine = FakeEngine()
+    engine.weight = torch.full((8,), 44.0)
+    truncate(tmp_path / "checkpoint-4")
+    saver_of(run_alone(tmp_path), engine).save(4)
+    assert taken_up(tmp_path) == (4, 44.0)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4"]
+
+
+def fails(*_: Any) -> None:
+    raise OSError("no space left on device")
+
+
+def test_nothing_is_deleted_before_the_new_one_is_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(run_alone(tmp_path), 2, 4, 8)
+    monkeypatch.setattr(checkpoint, "seal", fails)
+    with pytest.raises(OSError, match="no space"):
+        save_steps(run_alone(tmp_path), 4, limit=1)
+    assert names(tmp_path) == ["checkpoint-8", "checkpoint-4", "checkpoint-2"]
+    assert taken_up(tmp_path) == (8, 8.0)
+
+
+@pytest.mark.parametrize("function", ["fsync", "write_atomically", "fault"])
+def test_a_disk_that_fails_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    broken = (lambda folder: "torn") if function == "fault" else fails
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, function, broken)
+        with pytest.raises(OSError, match=r"no space|torn; is the disk full\?"):
+            save_steps(run_alone(tmp_path), 4, limit=1)
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-2"]
+    assert taken_up(tmp_path) == (4, 4.0)
+
+
+def test_seal_finds_a_file_that_changes_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(run_alone(tmp_path), 2)
+    before = checkpoint.fsync
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: (before(path), path.is_dir() and lose(path)))
+    with pytest.raises(OSError, match=r"optimizer.safetensors is missing; is the disk full\?"):
+        save_steps(run_alone(tmp_path), 4, limit=1)
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_leftovers_are_removed_at_the_start(tmp_path: Path) -> None:
+    save_steps(run_alone(tmp_path), 2)
+    for name in (".checkpoint-4.tmp", ".checkpoint-1.old.tmp", ".checkpoint-30.tmp"):
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
+    (tmp_path / ".checkpoint-5.tmp").mkdir()
+    assert taken_up(tmp_path) == (2, 2.0)
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+def test_differences_are_listed_name_by_name(tmp_path: Path) -> None:
+    run, engine, options = run_alone(tmp_path), FakeEngine(), options_of(tmp_path)
+    then = {"seed": 1, "rank": 4, "targets": ("a", "b"), "gone": 3, "schedule": {"snr": 1.0}}
+    saver_of(run, engine, then).save(2)
+    assert resume(run, engine, then, options) == 2  # type: ignore[arg-type]
+    now = {"seed": 2, "rank": 4, "targets": ("a", "b"), "schedule": {"snr": 3.0}, "new": True}
+    with pytest.raises(UsageError) as error:
+        resume(run, engine, now, options)  # type: ignore[arg-type]
+    rule, *differences = error.value.problems
+    assert "checkpoint-2: was made with other settings" in rule
+    assert sorted(differences) == [
+        "  gone: 3 there, None now",
+        "  new: None there, True now",
+        "  schedule: {'snr': 1.0} there, {'snr': 3.0} now",
+        "  seed: 1 there, 2 now",
+    ]
+
+
+def test_files_that_can_run_code_are_loaded_from_the_own_folder_only(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder in (own, other):
+        save_steps(run_alone(folder), 2)
+    (own / "checkpoint-3").symlink_to(other / "checkpoint-2")
+
+    def load(wanted: str, safe: bool) -> int:
+        engine: Any = FakeEngine(safe)
+        return resume(run_alone(own), engine, {"seed": 1}, options_of(own, "--resume_from_checkpoint", wanted))
+
+    assert load("checkpoint-2", safe=False) == 2
+    assert load(str(other / "checkpoint-2"), safe=True) == 2
+    for wanted in (str(other / "checkpoint-2"), "checkpoint-3", "latest", f"{own}/../other/checkpoint-2"):
+        with pytest.raises(UsageError, match="can run code"):
+            load(wanted, safe=False)
+
+
+# -- in whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def again(reference: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(reference, tmp_path / "again"))
+
+
+def refused(flags: list[str]) -> str:
+    with pytest.raises(UsageError) as error:
+        train(flags)
+    return str(error.value)
+
+
+def test_a_checkpoint_holds_only_safetensors_and_json(reference: Path) -> None:
+    files = [path for folder in checkpoints(reference) for path in folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {
+        "optimizer.safetensors",
+        "pytorch_lora_weights.safetensors",
+        PROGRESS_NAME,
+        MANIFEST_NAME,
+    }
+    assert all(fault(folder) is None for folder in checkpoints(reference))
+    manifest = json.loads((reference / "checkpoint-6" / MANIFEST_NAME).read_text())
+    assert manifest.keys() == {path.name for path in files} - {MANIFEST_NAME}
+
+
+def test_an_older_one_drops_the_later_ones_at_the_first_save(
+    model: Path, tensors: Path, reference: Path, again: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    save = checkpoint.Saver.save
+    monkeypatch.setattr(
+        checkpoint.Saver,
+        "save",
+        lambda self, step: (seen.append(names(again)), save(self, step), seen.append(names(again))),
+    )
+    flags = lora_flags(model, tensors, again, "--load_tensors", "--validation_prompt", PROMPT)
+    assert train([*flags, "--resume_from_checkpoint", "checkpoint-2", "--checkpointing_steps", "3"]) == 0
+    assert seen[:2] == [["checkpoint-6", "checkpoint-4", "checkpoint-2"], ["checkpoint-3", "checkpoint-2"]]
+    assert equal(weights(again), weights(reference))
+    assert losses(again) == losses(reference)
+
+
+def test_a_damaged_checkpoint_ends_in_the_same_lora(
+    model: Path, tensors: Path, reference: Path, again: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flip_byte(again / "checkpoint-6" / "optimizer.safetensors")
+    flags = lora_flags(model, tensors, again, "--load_tensors", "--validation_prompt", PROMPT)
+    assert train([*flags, "--checkpoints_total_limit", "1"]) == 0
+    assert (
+        "checkpoint-6: optimizer.safetensors is not what was written; trying the one before" in capfd.readouterr().err
+    )
+    assert names(again) == ["checkpoint-6"]
+    assert fault(again / "checkpoint-6") is None
+    assert equal(weights(again), weights(reference))
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(model: Path, tensors: Path, again: Path) -> None:
+    flags = lora_flags(model, tensors, again, "--load_tensors", "--max_train_steps", 3)
+    text = refused(flags)
+    assert "--max_train_steps 3" in text
+    assert "is at step 6 already" in text
+    assert train([*flags, "--resume_from_checkpoint", "checkpoint-2"]) == 0
+    assert names(again) == ["checkpoint-3", "checkpoint-2"]
+
+
+def test_a_finished_run_is_extended(model: Path, tensors: Path, reference: Path, again: Path) -> None:
+    flags = lora_flags(model, tensors, again, "--load_tensors", "--max_train_steps", 8)
+    assert train(flags) == 0
+    assert [line["step"] for line in metrics(again)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert losses(again)[:6] == losses(reference)
+    assert not equal(weights(again), weights(reference))
+    assert json.loads((again / "recipe.json").read_text())["step"] == 8
+    assert names(again)[0] == "checkpoint-8"
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("scheduler/scheduler_config.json", "snr_shift_scale"), ("vae/config.json", "scaling_factor")]
+)
+def test_a_changed_number_of_the_model_is_refused(
+    model: Path, tensors: Path, again: Path, tmp_path: Path, part: str, name: str
+) -> None:
+    changed = Path(shutil.copytree(model, tmp_path / "model"))
+    flags = lora_flags(changed, tensors, again, "--load_tensors", "--max_train_steps", 8)
+    then = json.loads((changed / part).read_text())[name]
+    edit_json(changed / part, **{name: then * 2})
+    text = refused(flags)
+    assert "made with other settings" in text
+    assert name in text
+    assert str(then * 2) in text
+    edit_json(changed / part, **{name: then})
+    assert train(flags) == 0

@@ -1,0 +1,150 @@
+"""cogvideox/engine.py: what is trained moves, what is frozen stays, and a saved engine goes on bit for bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fakes import options_of
+from running import lora_flags, train
+from safetensors.torch import load_file
+
+from cogvideox import loop
+from cogvideox.engine import STATE_NAME, DeepSpeedEngine, LocalEngine, make_engine
+from cogvideox.errors import UsageError
+from cogvideox.optim import MasterWeights, make_optimizer
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_after_two_steps_every_trainable_parameter_moved_and_no_frozen_one(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Without weight decay, which moves what has no gradient."""
+    before: dict[str, torch.Tensor] = {}
+    after: dict[str, torch.Tensor] = {}
+    make, publish = loop.make_engine, loop.publish
+
+    def made(accelerator: Any, transformer: Any, *rest: Any) -> Any:
+        before.update({name: p.detach().clone() for name, p in transformer.named_parameters()})
+        before.update({name: b.clone() for name, b in transformer.named_buffers()})
+        return make(accelerator, transformer, *rest)
+
+    def published(run: Any, options: Any, task: Any, method: Any, *rest: Any) -> None:
+        after.update({name: p.detach().clone() for name, p in method.transformer.named_parameters()})
+        after.update({name: b.clone() for name, b in method.transformer.named_buffers()})
+        publish(run, options, task, method, *rest)
+
+    monkeypatch.setattr(loop, "make_engine", made)
+    monkeypatch.setattr(loop, "publish", published)
+    flags = ["--load_tensors", "--max_train_steps", 2, "--weight_decay", 0, "--mixed_precision", precision]
+    # fp16: the first steps lower the loss scale, and may change nothing
+    flags += ["--caption_dropout", 0, *(["--max_train_steps", 8] if precision == "fp16" else [])]
+    assert train(lora_flags(model, tensors, tmp_path / "lora", *flags)) == 0
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert len(moved) == 2 * 4 * 2
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+
+
+def engine_of(seed: int, dtype: torch.dtype, writes: bool = True) -> tuple[LocalEngine, torch.nn.Module]:
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 2).to(dtype)
+    flags = options_of(Path("x")).optimizer
+    make = partial(make_optimizer, flags)
+    masters = MasterWeights(dict(model.named_parameters()), make, 1.0, dynamic_scale=dtype == torch.float16)
+    return LocalEngine(model, masters, writes), model
+
+
+def advance(engine: LocalEngine, steps: range) -> list[list[float]]:
+    results = []
+    for step in steps:
+        features = torch.full((4, 3), float(step + 1)).to(engine.model.weight.dtype)
+        engine.backward(engine.model(features).float().square().mean())
+        results.append(engine.step(0.01, stop=step == 3).values.tolist())
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_saved_engine_goes_on_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole, model = engine_of(0, dtype)
+    first = advance(whole, range(3))
+    whole.save(tmp_path)
+    then = advance(whole, range(3, 6))
+    assert first != then
+    other, again = engine_of(1, dtype)
+    assert not again.weight.equal(model.weight)
+    other.load(tmp_path)
+    assert advance(other, range(3, 6)) == then
+    for name, value in model.state_dict().items():
+        assert again.state_dict()[name].equal(value)
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]
+    assert {t.dtype for n, t in load_file(tmp_path / STATE_NAME).items() if n.startswith("master/")} == {torch.float32}
+
+
+def test_one_rank_writes(tmp_path: Path) -> None:
+    engine, _ = engine_of(0, torch.float32, writes=False)
+    engine.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_engine_is_what_accelerate_s_configuration_asks_for() -> None:
+    model = torch.nn.Linear(3, 2)
+    method = SimpleNamespace(parameters=lambda: dict(model.named_parameters()))
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
+    options = options_of(Path("x"))
+
+    def made(plugin: Any, main: bool = True) -> Any:
+        state = SimpleNamespace(deepspeed_plugin=plugin)
+        accelerator = SimpleNamespace(state=state, is_main_process=main, num_processes=2)
+        return make_engine(accelerator, model, method, options, torch.float16)
+
+    local = made(None)
+    assert (local.name, local.safe_to_load, local.writes, made(None, main=False).writes) == ("local", True, True, False)
+    assert local.masters.dynamic_scale
+    with pytest.raises(UsageError, match="zero_stage 3"):
+        made(plugin)
+    assert not DeepSpeedEngine.safe_to_load
+
+
+def test_deepspeed_gets_the_flags() -> None:
+    """Its own accumulation, clipping and batch size, and our rate; two of three backward passes end no step."""
+    done: list[Any] = []
+
+    class Fake:
+        optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+
+        def backward(self, loss: torch.Tensor) -> None:
+            done.append(loss.item())
+
+        def step(self) -> None:
+            done.append(self.optimizer.param_groups[0]["lr"])
+
+        def is_gradient_accumulation_boundary(self) -> bool:
+            return sum(isinstance(entry, float) and entry > 1 for entry in done) == 3
+
+        def load_checkpoint(self, *_: Any, **__: Any) -> tuple[None, None]:
+            return None, None
+
+    plugin = SimpleNamespace(zero_stage=2, deepspeed_config={})
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+        num_processes=2,
+        device=torch.device("cpu"),
+        prepare=lambda *_: (Fake(), None),
+    )
+    options = options_of(Path("x"), "--gradient_accumulation_steps", 3, "--max_grad_norm", 0.5, "--train_batch_size", 2)
+    engine = DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options)
+    assert engine.name == "DeepSpeed x 2"
+    assert plugin.deepspeed_config["gradient_accumulation_steps"] == 3
+    assert plugin.deepspeed_config["gradient_clipping"] == 0.5
+    assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 2
+    for _ in range(3):
+        engine.backward(torch.tensor(0.5))
+    assert done == [1.5, 0.0, 1.5, 0.0, 1.5]  # DeepSpeed divides by 3 again; the last step waits for its rate
+    with pytest.raises(RuntimeError, match="found nothing to resume from"):
+        engine.load(Path("nowhere"))

@@ -1,0 +1,174 @@
+"""cogvideox/tensors.py: a prepared folder fits the model and the flags, or a line says why not; damage is mended."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import edit_json, flip_byte, listing, options_of, run_alone
+from running import LORA_SCRIPT, PROMPT, equal, lora_flags, python, start, train, weights
+from safetensors.torch import load_file, save_file
+from tiny_cogvideox import make_tiny
+
+from cogvideox.data.cache import CacheError, open_index
+from cogvideox.errors import UsageError
+from cogvideox.tensors import check_flags, open_tensors
+
+
+def refused(flags: list[str]) -> str:
+    """The only line of the error."""
+    with pytest.raises(UsageError) as error:
+        train(flags)
+    (line,) = error.value.problems
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--id_token", "OTHER", "--id_token OTHER: the captions were prepared without it"),
+        ("--height_buckets", 128, "--height_buckets 128: the tensors were prepared with [64]; give those"),
+        ("--width_buckets", 128, "--width_buckets 128: the tensors were prepared with [96]; give those"),
+        ("--frame_buckets", 5, "--frame_buckets 5: the tensors were prepared with [9]; give those"),
+    ],
+)
+def test_flags_that_do_not_fit_the_tensors(
+    model: Path, tensors: Path, tmp_path: Path, flag: str, value: object, says: str
+) -> None:
+    before = listing(tensors)
+    assert says in refused(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", flag, value))
+    assert listing(tensors) == before
+    assert not (tmp_path / "lora" / "checkpoint-2").exists()
+
+
+def test_flags_that_fit(tensors: Path) -> None:
+    index = open_index(tensors)
+    for more in (
+        ["--id_token", "TOKEN"],
+        ["--id_token", " TOKEN "],
+        [],
+        ["--height_buckets", 32, 64, "--id_token", "T"],
+    ):
+        check_flags(index, options_of(Path("x"), *more).data)
+    fresh = dataclasses.replace(
+        options_of(Path("x")).data, **dict.fromkeys(("frame_buckets", "height_buckets", "width_buckets"), (1,))
+    )
+    with pytest.raises(UsageError) as error:
+        check_flags(index, dataclasses.replace(fresh, id_token="Z"))
+    assert len(error.value.problems) == 4  # all at once
+
+
+def test_tensors_of_another_model(tensors: Path, tmp_path: Path) -> None:
+    other = make_tiny(tmp_path / "other", "5b", seed=1)
+    line = refused(lora_flags(other, tensors, tmp_path / "lora", "--load_tensors"))
+    assert str(tensors) in line
+    assert "another VAE and text encoder than this model's" in line
+    assert "prepare_dataset.py" in line
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("vae", "VAE"), ("text_encoder", "text encoder"), ("tokenizer", "text encoder")]
+)
+def test_tensors_of_another_part(model: Path, tensors: Path, tmp_path: Path, part: str, name: str) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    if part == "tokenizer":
+        edit_json(next((other / part).glob("*_config.json")), another=True)
+    else:
+        path = next((other / part).glob("*.safetensors"))
+        values = load_file(path)
+        first = next(n for n, t in values.items() if t.numel() > 1)
+        save_file(values | {first: values[first] + 1}, path, {"format": "pt"})
+    line = refused(lora_flags(other, tensors, tmp_path / "lora", "--load_tensors"))
+    assert f"made with another {name} than this model's" in line
+
+
+def test_a_folder_of_clips_is_no_prepared_folder(model: Path, clips: Path, tmp_path: Path) -> None:
+    line = refused(lora_flags(model, clips, tmp_path / "lora", "--load_tensors"))
+    assert "has no index.json" in line
+    assert "leave out --load_tensors" in line
+
+
+def test_prepared_before_and_prepared_now_are_the_same(model: Path, clips: Path, tensors: Path, tmp_path: Path) -> None:
+    prepared = ["--pretrained_model_name_or_path", model, "--data_root", tensors, "--load_tensors"]
+    now = ["--pretrained_model_name_or_path", model, "--data_root", clips, "--tensor_cache", tmp_path / "cache"]
+    one = open_tensors(run_alone(tmp_path / "one"), options_of(tmp_path / "one", *prepared))
+    two = open_tensors(run_alone(tmp_path / "two"), options_of(tmp_path / "two", *now, "--id_token", "TOKEN"))
+    assert one.index == two.index
+    assert one.index.fingerprint == two.index.fingerprint
+    assert one.encoders == two.encoders
+    without = open_tensors(run_alone(tmp_path / "two"), options_of(tmp_path / "two", *now))
+    assert without.index.fingerprint != two.index.fingerprint
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    flip_byte(path)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, lose])
+def test_damage_names_the_file_and_training_from_the_clips_mends_it(
+    model: Path,
+    clips: Path,
+    tensors: Path,
+    reference: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+) -> None:
+    cache = Path(shutil.copytree(tensors, tmp_path / "cache"))
+    sample = open_index(cache).samples[0]
+    path = cache / "tensors" / sample.video_keys[0][:2] / f"{sample.video_keys[0]}.safetensors"
+    content = path.read_bytes()
+    damage(path)
+    more = ["--validation_prompt", PROMPT]
+    with pytest.raises(CacheError) as error:
+        train(lora_flags(model, cache, tmp_path / "lora", "--load_tensors", *more))
+    assert str(path) in str(error.value)
+    assert "prepare again" in str(error.value)
+    assert (
+        train(lora_flags(model, clips, tmp_path / "lora", "--tensor_cache", cache, "--id_token", "TOKEN", *more)) == 0
+    )
+    assert path.read_bytes() == content
+    assert equal(weights(tmp_path / "lora"), weights(reference))
+
+
+def test_a_damaged_embedding_is_found_too(model: Path, tensors: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(tensors, tmp_path / "cache"))
+    for sample in open_index(cache).samples:
+        flip_byte(cache / "tensors" / sample.prompt_key[:2] / f"{sample.prompt_key}.safetensors")
+    with pytest.raises(CacheError, match=r"\.safetensors: its checksum is wrong; prepare again"):
+        train(lora_flags(model, cache, tmp_path / "lora", "--load_tensors", "--caption_dropout", 0))
+    assert torch.is_grad_enabled()
+
+
+def test_damage_found_by_a_worker_ends_the_script_with_one_line(model: Path, tensors: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(tensors, tmp_path / "cache"))
+    for path in cache.glob("tensors/*/*.safetensors"):
+        flip_byte(path)
+    flags = lora_flags(model, cache, tmp_path / "lora", "--load_tensors", "--dataloader_num_workers", 1)
+    process = start(python(LORA_SCRIPT, *flags))
+    try:
+        text = process.communicate(timeout=120)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 2
+    assert "its checksum is wrong; prepare again" in text
+    assert "Traceback" not in text
