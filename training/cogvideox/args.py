@@ -393,7 +393,9 @@ def value_type(annotation: Any) -> tuple[type, bool]:
 
 def build_parser(options_type: type, description: str | None) -> argparse.ArgumentParser:
     """A parser that hands every value over as the strings that were typed."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --flag value ...", description=description, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     groups = {
         name: parser.add_argument_group(f"{name}: {(of.__doc__ or '').splitlines()[0]}")
         for name, of in typing.get_type_hints(options_type).items()
