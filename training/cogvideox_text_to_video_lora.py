@@ -1,4 +1,4 @@
-"""Trains a text-to-video LoRA for CogVideoX on a folder of clips and captions.
+r"""Trains a text-to-video LoRA for CogVideoX on a folder of clips and captions.
 
     accelerate launch --config_file accelerate_configs/uncompiled_1.yaml training/cogvideox_text_to_video_lora.py \
         --pretrained_model_name_or_path THUDM/CogVideoX-5b --data_root video-dataset --id_token BW_STYLE \

@@ -1,4 +1,4 @@
-"""Encodes a folder of clips and captions once, so that training needs neither the VAE nor T5.
+r"""Encodes a folder of clips and captions once, so that training needs neither the VAE nor T5.
 
     python training/prepare_dataset.py --model_id THUDM/CogVideoX-5b --data_root video-dataset --output_dir prepared \
         --height_buckets 480 --width_buckets 720 --frame_buckets 49

@@ -396,10 +396,7 @@ def build_parser(options_type: type, description: str | None) -> argparse.Argume
     parser = argparse.ArgumentParser(
         usage="%(prog)s --flag value ...", description=description, allow_abbrev=False, formatter_class=HelpFormatter
     )
-    groups = {
-        name: parser.add_argument_group(f"{name}: {(of.__doc__ or '').splitlines()[0]}")
-        for name, of in typing.get_type_hints(options_type).items()
-    }
+    groups = {name: parser.add_argument_group(name) for name in typing.get_type_hints(options_type)}
     for group_name, item, annotation in fields_of(options_type):
         of, many = value_type(annotation)
         value = "|".join(item.metadata["choices"]) or ("true|false" if of is bool else of.__name__.upper())
