@@ -93,7 +93,7 @@ def clip_recipe(data: DataFlags, geometry: Geometry) -> ClipRecipe:
 class Preparation:
     """One preparation of a data set into a folder.
 
-    ``state`` is an accelerate PartialState: rank, number of ranks, device, barrier.
+    ``state`` is a Ranks: rank, number of ranks, device, barrier.
     """
 
     def __init__(
@@ -112,17 +112,14 @@ class Preparation:
         paths = [sample.video for sample in self.samples]
         mine = self._share(list(dict.fromkeys(paths)))
         todo = [path for path in mine if known.get(self.recipe.request(path), RETRY)["status"] == UNREADABLE]
-        with worker_pool(self.data) as pool:
-            jobs = ((plan_clip, path, self.recipe) for path in todo)
-            batch: list[dict[str, Any]] = []
-            for record in self._progress(
-                run_in_order(pool, jobs, 2 * num_workers(self.data)), len(todo), "reading headers", "clip"
-            ):
-                batch.append(record)
-                if len(batch) == LEDGER_EVERY:
-                    self.ledger.append(batch)
-                    batch = []
-            self.ledger.append(batch)
+        jobs = ((plan_clip, path, self.recipe) for path in todo)
+        batch: list[dict[str, Any]] = []
+        for record in self._in_workers(jobs, len(todo), "reading headers"):
+            batch.append(record)
+            if len(batch) == LEDGER_EVERY:
+                self.ledger.append(batch)
+                batch = []
+        self.ledger.append(batch)
         self.state.wait_for_everyone()
         return self._records()
 
@@ -134,11 +131,12 @@ class Preparation:
         """
         encoders = Encoders.of(self.model, self.flags, self.geometry)
         with self._sole_writer():
+            self.state.wait_for_everyone()  # main may have waited for another job: all look at the same state
             remove_stale_temporaries(self.folder)
             captions = [sample.caption for sample, r in zip(self.samples, records, strict=True) if r["status"] == OK]
             missing_prompts = self._share(missing_captions(self.cache, encoders, ["", *captions]))
             missing_clips = dict(self._share(list(self._missing_clips(records, encoders).items())))
-            self.state.wait_for_everyone()  # nobody writes before everybody has looked
+            self.state.wait_for_everyone()  # nobody writes before everybody has looked, else the shares do not fit
             encode_captions(self.cache, self.model, encoders, missing_prompts, caption_batch, self.state)
             self._encode_clips(missing_clips, encoders)
             self.state.wait_for_everyone()
@@ -196,14 +194,9 @@ class Preparation:
     def _encode_clips(self, missing: dict[str, tuple[Variant, list[dict[str, Any]]]], encoders: Encoders) -> None:
         if not missing:
             return
-        with (
-            models.video_encoder(self.model, encoders.vae_dtype, self.state.device, encoders.tiling) as vae,
-            worker_pool(self.data) as pool,
-        ):
+        with models.video_encoder(self.model, encoders.vae_dtype, self.state.device, encoders.tiling) as vae:
             jobs = ((decode_variant, Path(record["path"]), variant) for variant, (record, *_) in missing.values())
-            results = self._progress(
-                run_in_order(pool, jobs, 2 * num_workers(self.data)), len(missing), "encoding clips", "clip"
-            )
+            results = self._in_workers(jobs, len(missing), "encoding clips")
             for (key, (_, copies)), frames in zip(missing.items(), results, strict=True):
                 if isinstance(frames, str):
                     failure = {"status": FAILED, "reason": frames, "variants": []}
@@ -239,9 +232,12 @@ class Preparation:
             text_length=encoders.text_length,
         )
 
-    def _progress(self, items: Iterable[Any], total: int, what: str, unit: str) -> Iterator[Any]:
+    def _in_workers(self, jobs: Iterable[tuple[Any, ...]], total: int, what: str) -> Iterator[Any]:
+        """The jobs' results in order, from worker processes, with a progress bar."""
         hidden = not self.state.is_main_process or total == 0
-        yield from tqdm(items, total=total, desc=what, unit=unit, disable=hidden)
+        with worker_pool(self.data) as pool:
+            results = run_in_order(pool, jobs, ahead=2 * num_workers(self.data))
+            yield from tqdm(results, total=total, desc=what, unit="clip", disable=hidden)
 
 
 def missing_captions(cache: TensorCache, encoders: Encoders, captions: Sequence[str]) -> list[str]:
