@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -72,19 +73,48 @@ class ModelFlags:
 class DataFlags:
     """Read by prepare.py: which clips, and how each becomes a tensor."""
 
-    data_root: str = flag(
+    data_root: tuple[str, ...] = flag(
         REQUIRED,
-        "folder of the clips with prompts.txt and videos.txt; with --load_tensors a prepared folder",
+        "folders of the clips, in any of the forms that README lists; with --load_tensors one prepared folder",
         aliases=("instance_data_root",),
     )
-    caption_column: str | None = flag(None, "file in data_root, one caption a line (prompts.txt, else prompt.txt)")
-    video_column: str | None = flag(None, "file in data_root, one path a line, relative to data_root (videos.txt)")
+    dataset_file: str | None = flag(
+        None, "CSV, JSON or JSON lines file with a row a clip, in each data_root (or a path); columns name its columns"
+    )
+    caption_column: str | None = flag(
+        None, "file in data_root with one caption a line (prompts.txt, else prompt.txt); of a table, its column"
+    )
+    video_column: str | None = flag(
+        None, "file in data_root with one path a line, relative to data_root (videos.txt); of a table, its column"
+    )
+    image_column: str | None = flag(
+        None, "file in data_root with one path of a first frame a line (images.txt); of a table, its column"
+    )
+    repeats: tuple[int, ...] = flag((1,), "how often an epoch has each clip: one number, or one a data_root", least=1)
+    validation_data_root: tuple[str, ...] = flag(
+        (), "folders of clips to measure the loss on, never trained on; in the same form as data_root"
+    )
     id_token: str | None = flag(None, "put before every caption; use it in prompts to call up what was learned")
     allow_path: tuple[str, ...] = flag((), "folders outside data_root in which listed files may lie")
+    train_resolution: tuple[str, ...] = flag(
+        (), "buckets as FRAMESxHEIGHTxWIDTH, such as 49x480x720; instead of the three lists of buckets"
+    )
     height_buckets: tuple[int, ...] = flag(SIZES, "heights in pixels to train at", least=1)
     width_buckets: tuple[int, ...] = flag(SIZES, "widths in pixels to train at", least=1)
-    frame_buckets: tuple[int, ...] = flag((49,), "frame counts to train at: 4k+1", least=1)
-    max_num_frames: int = flag(49, "longest clip in frames; larger frame buckets are not used", least=1)
+    frame_buckets: tuple[int, ...] = flag((49,), "frame counts to train at: 4k+1; 1 takes images", least=1)
+    max_num_frames: int | None = flag(
+        None,
+        "longest clip in frames; larger frame buckets are not used (49; the longest of --train_resolution)",
+        least=1,
+    )
+    bucket_choice: str = flag(
+        "nearest",
+        "buckets of a clip: the nearest one, or every one that it fills and whose shape is about as near",
+        choices=("nearest", "every"),
+    )
+    max_upscale: float = flag(
+        1.5, "how far a clip may be enlarged; one that would be enlarged more is not used", least=1.0
+    )
     fps: float | None = flag(
         None,
         "frames a second to sample the clips at (the model's: 8, or 16 for 1.5)",
@@ -110,8 +140,16 @@ class DataFlags:
         None, "variants of each clip to cache, one used per epoch (1; 2 with --random_flip)", least=1
     )
     max_bad_fraction: float = flag(
-        0.0, "share of clips that may fail to decode or be too short; beyond it nothing is trained", least=0.0, most=1.0
+        0.0,
+        "share of clips that may be damaged, too short or too small; beyond it nothing is trained",
+        least=0.0,
+        most=1.0,
     )
+    video_reader: str = flag(
+        "pyav", "library that decodes: pyav, exact; or decord 0.6, where it is installed", choices=("pyav", "decord")
+    )
+    decode_timeout: float = flag(120.0, "seconds after which a clip that still decodes is given up", least=1.0)
+    decode_memory: float = flag(4.0, "GiB of memory that decoding one clip may take", least=0.5)
     seed: int = flag(42, "all random draws follow from it", least=0)
     dataloader_num_workers: int = flag(
         0, "processes that load tensors; decoding uses as many, at least one", aliases=("num_workers",), least=0
@@ -140,7 +178,9 @@ class PrepareFlags:
     output_dir: str = flag(REQUIRED, "folder for the tensors; give it to a training script as --data_root")
     save_latents_and_embeddings: bool = flag(True, "accepted for old commands: this is what the script does")
     batch_size: int = flag(1, "captions encoded at once; more than 1 changes embeddings by rounding", least=1)
-    dry_run: bool = flag(False, "show what would be encoded, and stop")
+    dry_run: bool = flag(False, "show what would be encoded, and what it costs, and stop")
+    verify: bool = flag(False, "check every tensor in output_dir against the data, change nothing, and stop")
+    repair: bool = flag(False, "check every tensor in output_dir, and encode anew what is damaged or out of date")
 
 
 @dataclass(frozen=True)
@@ -298,37 +338,77 @@ def derive(options: Any, sources: dict[str, str]) -> Any:
     found: dict[str, dict[str, Any]] = {"data": {}}
     if data.num_augmentations is None:
         found["data"]["num_augmentations"] = 2 if data.random_flip else 1
+    if data.max_num_frames is None:
+        found["data"]["max_num_frames"] = max((frames for frames, _, _ in resolutions(data)), default=49)
     if isinstance(options, TrainOptions):
         validation = options.validation
         given = {name for name, source in sources.items() if source.startswith("given")}
+        listed = resolutions(data)
+        longest = data.max_num_frames or found["data"]["max_num_frames"]
+        counts = [frames for frames, _, _ in listed] or data.frame_buckets
         wanted = {
-            "height": data.height_buckets[0] if "height_buckets" in given else 480,
-            "width": data.width_buckets[0] if "width_buckets" in given else 720,
-            "validation_frames": max((f for f in data.frame_buckets if f <= data.max_num_frames), default=49),
+            "height": listed[0][1] if listed else data.height_buckets[0] if "height_buckets" in given else 480,
+            "width": listed[0][2] if listed else data.width_buckets[0] if "width_buckets" in given else 720,
+            "validation_frames": max((count for count in counts if count <= longest), default=49),
         }
         found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
         if options.loader.tensor_cache is None and not options.loader.load_tensors:
-            found["loader"] = {"tensor_cache": str(Path(data.data_root) / "cogvideox_tensors")}
+            found["loader"] = {"tensor_cache": str(Path(data.data_root[0]) / "cogvideox_tensors")}
     for values in found.values():
         sources.update(dict.fromkeys(values, "derived"))
     groups = {name: dataclasses.replace(getattr(options, name), **values) for name, values in found.items()}
     return dataclasses.replace(options, **groups)
 
 
-def flag_problems(options: Any) -> Iterator[str]:
+def resolutions(data: DataFlags) -> list[tuple[int, int, int]]:
+    """The well-formed values of --train_resolution as (frames, height, width)."""
+    parts = [re.fullmatch(r"(\d+)[xX*](\d+)[xX*](\d+)", text) for text in data.train_resolution]
+    return [(int(m[1]), int(m[2]), int(m[3])) for m in parts if m]
+
+
+def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
     """Contradictions between flags; needs no file."""
     data: DataFlags = options.data
-    if not any(frames <= data.max_num_frames for frames in data.frame_buckets):
-        yield (
-            f"--max_num_frames {data.max_num_frames}: every frame bucket is longer; "
-            f"nearest: --max_num_frames {min(data.frame_buckets)}"
-        )
+    given = {name for name, source in sources.items() if source.startswith("given")}
+    yield from bucket_problems(data, given)
     if data.frame_selection == "uniform" and data.fps is not None:
         yield "--frame_selection uniform: has no rate; leave out --fps, or use middle, head or random"
-    if isinstance(options, PrepareOptions) and not options.prepare.save_latents_and_embeddings:
-        yield "--save_latents_and_embeddings false: nothing else is written; leave it out, or use --dry_run"
+    if len(data.repeats) not in (1, len(data.data_root)):
+        yield (
+            f"--repeats {' '.join(map(str, data.repeats))}: {len(data.repeats)} numbers for {len(data.data_root)} "
+            "folders of --data_root; give one number, or one for each"
+        )
+    if isinstance(options, PrepareOptions):
+        yield from prepare_problems(options.prepare)
     if isinstance(options, TrainOptions):
         yield from train_problems(options)
+
+
+def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
+    """Contradictions between the flags that list buckets."""
+    for text in data.train_resolution:
+        if not resolutions(dataclasses.replace(data, train_resolution=(text,))):
+            yield f"--train_resolution {text}: takes FRAMESxHEIGHTxWIDTH; nearest: 49x480x720"
+    lists = sorted({"height_buckets", "width_buckets", "frame_buckets"} & given)
+    if data.train_resolution and lists:
+        yield f"--train_resolution: contradicts --{', --'.join(lists)}; give either"
+    counts = [frames for frames, _, _ in resolutions(data)] or data.frame_buckets
+    if data.max_num_frames is not None and min(counts) > data.max_num_frames:
+        yield (
+            f"--max_num_frames {data.max_num_frames}: every frame bucket is longer; "
+            f"nearest: --max_num_frames {min(counts)}"
+        )
+    if data.bucket_choice == "every" and not (data.train_resolution or {"height_buckets", "width_buckets"} <= given):
+        yield "--bucket_choice every: needs your own buckets; give --train_resolution"
+
+
+def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
+    """Contradictions between the flags of prepare_dataset.py alone."""
+    if not prepare.save_latents_and_embeddings:
+        yield "--save_latents_and_embeddings false: nothing else is written; leave it out, or use --dry_run"
+    modes = [name for name in ("dry_run", "verify", "repair") if getattr(prepare, name)]
+    if len(modes) > 1:
+        yield f"--{modes[0]}: contradicts --{modes[1]}; give one of them"
 
 
 def train_problems(options: TrainOptions) -> Iterator[str]:
@@ -336,8 +416,8 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
     train, validation = options.train, options.validation
     if train.no_resume and train.resume_from_checkpoint:
         yield f"--no_resume: contradicts --resume_from_checkpoint {train.resume_from_checkpoint}; give one of them"
-    if options.loader.load_tensors and options.loader.tensor_cache:
-        yield "--tensor_cache: with --load_tensors the tensors are read from --data_root; leave it out"
+    if options.loader.load_tensors:
+        yield from load_tensors_problems(options)
     optimizer = options.optimizer
     if optimizer.lr_scheduler == "polynomial" and optimizer.learning_rate <= POLYNOMIAL_END:
         yield (
@@ -349,6 +429,16 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
         yield f"{scheduled}: there is nothing to render; give --validation_prompt"
     if validation.validation_steps and validation.validation_epochs:
         yield "--validation_steps: contradicts --validation_epochs; give one of them"
+
+
+def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
+    """Contradictions with --load_tensors."""
+    if options.loader.tensor_cache:
+        yield "--tensor_cache: with --load_tensors the tensors are read from --data_root; leave it out"
+    if len(options.data.data_root) > 1:
+        yield "--data_root: --load_tensors takes one prepared folder; give prepare_dataset.py all folders of clips"
+    if options.data.validation_data_root:
+        yield "--validation_data_root: --load_tensors takes its clips from the prepared folder; prepare with the flag"
 
 
 def check_trackers(options: TrainOptions) -> Iterator[str]:
@@ -553,7 +643,7 @@ def parse(
     """
     options, sources = read_flags(options_type, sys.argv[1:] if argv is None else argv, description)
     options = derive(options, sources)
-    problems = list(flag_problems(options))
+    problems = list(flag_problems(options, sources))
     if options.script.print_config and not problems:
         print(config_text(options, sources))
         sys.exit(0)

@@ -75,7 +75,7 @@ class Encoders:
 
 def clip_recipe(data: DataFlags, geometry: Geometry) -> ClipRecipe:
     """How clips are cut, from the flags and the model's frame rate."""
-    frames = [count for count in data.frame_buckets if count <= data.max_num_frames]
+    frames = [count for count in data.frame_buckets if count <= (data.max_num_frames or count)]
     uniform = data.frame_selection == "uniform"
     return ClipRecipe(
         buckets=make_buckets(frames, data.height_buckets, data.width_buckets),

@@ -30,7 +30,7 @@ def open_tensors(run: Run, options: LoraOptions) -> Tensors:
     geometry = read_geometry(options.model)
     encoders = Encoders.of(options.model, options.encode, geometry)
     if options.loader.load_tensors:
-        folder = Path(options.data.data_root)
+        folder = Path(options.data.data_root[0])
         index = open_index(folder)
         encoders = replace(encoders, vae_dtype=index.dtypes["vae"], text_dtype=index.dtypes["text_encoder"])
         check_index(index, encoders, folder)

@@ -275,14 +275,14 @@ def _with_token(token: str, caption: str) -> str:
 def read_samples(data: Any) -> list[Sample]:
     """The rows that DataFlags name; raises UsageError with all problems of the data set's files."""
     folders = [Path(folder) for folder in data.allow_path]
-    return read_index(Path(data.data_root), data.caption_column, data.video_column, data.id_token, folders)
+    return read_index(Path(data.data_root[0]), data.caption_column, data.video_column, data.id_token, folders)
 
 
 def check_data(options: Any) -> Iterator[str]:
     """Problems of --data_root, for args.parse."""
     loader = getattr(options, "loader", None)
     if loader is not None and loader.load_tensors:
-        open_index(Path(options.data.data_root))
+        open_index(Path(options.data.data_root[0]))
     else:
         read_samples(options.data)
     yield from ()
