@@ -110,3 +110,13 @@ def reference(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFacto
     output = tmp_path_factory.mktemp("reference") / "lora"
     assert train(lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)) == 0
     return output
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Media files are read in this process: worker processes take half a second each to start."""
+    from preparing import Here
+
+    from cogvideox import prepare
+
+    monkeypatch.setattr(prepare, "worker_pool", lambda data, limits: Here())

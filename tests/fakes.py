@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from running import lora_flags
 from safetensors.torch import load_file, save_file
@@ -93,3 +95,17 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every file under a folder."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def state_of(transformer: Any) -> dict[str, Any]:
+    """All that validation must leave as it was."""
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": str(np.random.get_state()),
+        "python": random.getstate(),
+        "gradients": torch.is_grad_enabled(),
+        "modes": {name: module.training for name, module in transformer.named_modules()},
+        "trainable": {name: p.requires_grad for name, p in transformer.named_parameters()},
+        "left": {name: p.grad is None for name, p in transformer.named_parameters()},
+        "weights": {name: p.detach().numpy().tobytes() for name, p in transformer.named_parameters()},
+    }

@@ -111,7 +111,7 @@ def python(script: Path, *flags: object) -> list[object]:
 
 def losses(output: Path) -> list[float]:
     """The loss of every optimizer step."""
-    return [line["loss"] for line in metrics(output)]
+    return [line["loss"] for line in metrics(output) if "loss" in line]
 
 
 def metrics(output: Path) -> list[dict[str, float]]:

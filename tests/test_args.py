@@ -127,7 +127,7 @@ def test_a_missing_model_and_data_set_come_together(light: dict[str, str], tmp_p
     done = run([str(TRAINING / LORA), *command, "--output_dir", str(tmp_path / "out")], light, tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "has no transformer/config.json" in done.stderr
-    assert "no such folder; it must hold prompts.txt" in done.stderr
+    assert "no such folder; give the folder of the clips" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -194,11 +194,12 @@ def test_every_alias_fills_its_flag(script: str) -> None:
     ]
     assert aliases
     for item, annotation, alias in aliases:
-        text, value = values[args.value_type(annotation)[0]]
+        of, many = args.value_type(annotation)
+        text, value = values[of]
         others = [flag for flag in zip(*[iter(LEAST[script])] * 2, strict=True) if flag[0] != f"--{item.name}"]
         argv = [part for pair in others for part in pair] + [f"--{alias}", text]
         options, sources = args.read_flags(SCRIPTS[script], argv, None)
-        assert args.config_dict(options)[item.name] == value
+        assert args.config_dict(options)[item.name] == ((value,) if many else value)
         assert sources[item.name] == f"given as --{alias}"
 
 
@@ -218,13 +219,32 @@ def test_derived_values() -> None:
     assert parse("--load_tensors").loader.tensor_cache is None
 
 
+def test_resolutions_take_the_place_of_the_lists() -> None:
+    options = parse("--train_resolution", "81x768x1360", "25X256x384")
+    assert args.resolutions(options.data) == [(81, 768, 1360), (25, 256, 384)]
+    assert options.data.max_num_frames == 81
+    validation = options.validation
+    assert (validation.validation_frames, validation.height, validation.width) == (81, 768, 1360)
+    shorter = parse("--train_resolution", "81x768x1360", "25x256x384", "--max_num_frames", "49")
+    assert shorter.validation.validation_frames == 25
+
+
 @pytest.mark.parametrize(
     ("script", "given", "flag"),
     [
         (LORA, ("--frame_buckets", "81"), "--max_num_frames"),
+        (LORA, ("--train_resolution", "49x480"), "--train_resolution 49x480"),
+        (LORA, ("--train_resolution", "49x480x720", "--frame_buckets", "49"), "--train_resolution"),
+        (LORA, ("--train_resolution", "81x480x720", "--max_num_frames", "49"), "--max_num_frames 49"),
+        (LORA, ("--bucket_choice", "every"), "--bucket_choice every"),
+        (LORA, ("--bucket_choice", "every", "--height_buckets", "480"), "--bucket_choice every"),
+        (LORA, ("--repeats", "1", "2"), "--repeats 1 2"),
+        (LORA, ("--load_tensors", "--data_root", "a", "b"), "--data_root"),
+        (LORA, ("--load_tensors", "--validation_data_root", "v"), "--validation_data_root"),
+        (PREPARE, ("--verify", "--repair"), "--verify"),
+        (PREPARE, ("--verify", "--dry_run"), "--dry_run"),
         (LORA, ("--frame_selection", "uniform", "--fps", "8"), "--frame_selection"),
         (LORA, ("--no_resume", "--resume_from_checkpoint", "latest"), "--no_resume"),
-        (LORA, ("--load_tensors", "--tensor_cache", "t"), "--tensor_cache"),
         (LORA, ("--validation_steps", "5"), "--validation_steps"),
         (LORA, ("--validation_epochs", "5"), "--validation_epochs"),
         (LORA, ("--validation_prompt", "p", "--validation_steps", "5", "--validation_epochs", "5"), "--validation_s"),
@@ -247,7 +267,7 @@ def test_checks_run_after_the_flags_and_their_problems_are_joined() -> None:
     with pytest.raises(UsageError) as caught:
         parse("--frame_buckets", "81", checks=(first, second))
     assert caught.value.problems[0].startswith("--max_num_frames 49")
-    assert caught.value.problems[1:] == ("first saw d", "second a", "second b")
+    assert caught.value.problems[1:] == ("first saw ('d',)", "second a", "second b")
 
 
 def test_print_config_runs_no_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -334,3 +335,38 @@ def test_a_folder_that_is_not_prepared(tmp_path: Path, content: str | None, reas
 def test_hash_of_does_not_depend_on_the_order_of_names() -> None:
     assert hash_of({"a": 1, "b": [1.5, "x"]}) == hash_of({"b": [1.5, "x"], "a": 1})
     assert len({hash_of(value) for value in ([], {}, None, 0, 1, 1.0, "1", [1], ["1"], [[1]], "", "é")}) == 12
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_set_aside(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write(KEY, tensors())
+
+    def too_many(self: Path) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", too_many)
+        with pytest.raises(UsageError, match="Too many open files") as caught:
+            cache.read(KEY)
+    assert not isinstance(caught.value, CacheError)
+    assert cache.read(KEY).keys() == tensors().keys()
+
+
+def test_a_file_of_another_key_is_found(cache: TensorCache) -> None:
+    cache.write(KEY, tensors())
+    other = KEY[::-1]
+    cache.path(other).parent.mkdir(parents=True, exist_ok=True)
+    cache.path(KEY).rename(cache.path(other))
+    with pytest.raises(CacheError, match="holds the tensors of another key"):
+        cache.examine(other)
+    assert cache.has(other)  # looking changes nothing
+    with pytest.raises(CacheError):
+        cache.read(other)
+    assert not cache.has(other)
+
+
+def test_equal_tensors_are_equal_files(cache: TensorCache) -> None:
+    written = set()
+    for _ in range(20):
+        cache.write(KEY, tensors())
+        written.add(cache.path(KEY).read_bytes())
+    assert len(written) == 1

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from fakes import flip_byte
+from running import lora_flags, losses, metrics, train
 
 from cogvideox.args import ModelFlags
 from cogvideox.data.buckets import Bucket
-from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache, hash_of
+from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache, hash_of, open_index
 from cogvideox.data.dataset import Batch, LatentDataset, build_loader, collate, normal, pad_front, sample_posterior
 from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
+from cogvideox.errors import UsageError
 from cogvideox.geometry import read_geometry
+from cogvideox.loop import BadClips
 
 Tiny = Callable[[str], Path]
 BUCKET = Bucket(9, 64, 96)
@@ -232,3 +238,166 @@ def test_listing_the_samples_in_another_order_has_no_effect(make: Callable[..., 
         return list(build_loader(make(dropout=0.5, names=names), sampler, 0, pin=False))
 
     assert all(same(*pair) for pair in zip(batches(NAMES), batches(NAMES[::-1]), strict=True))
+
+
+# -- bad tensors -------------------------------------------------------------------------------------------------------
+
+OTHER = Bucket(5, 64, 96)
+
+
+@pytest.fixture
+def broken(make: Callable[..., LatentDataset], tmp_path: Path) -> Callable[..., LatentDataset]:
+    """broken(0, 3) replaces bad clips, which 0 and 3 are, in a cache of its own; ``part`` says which tensor of theirs.
+    Clip 2 is in another bucket, alone.
+    """
+    dataset = make(dropout=0.5)
+    dataset.cache = TensorCache(Path(shutil.copytree(dataset.cache.folder, tmp_path / "cache")))
+    samples = list(dataset.index.samples)
+    samples[2] = replace(samples[2], bucket=OTHER)
+    dataset.index = replace(dataset.index, samples=tuple(samples))
+    for variant in range(VARIANTS):
+        dataset.cache.write(hash_of([NAMES[2], variant]), {"moments_CFHW": torch.ones(32, 2, 8, 12)})
+
+    def broken(*numbers: int, part: str = "video") -> LatentDataset:
+        dataset.replace_bad = True
+        for number in numbers:
+            sample = dataset.index.samples[number]
+            for key in sample.video_keys if part == "video" else [sample.prompt_key]:
+                flip_byte(dataset.cache.path(key))
+        return dataset
+
+    return broken
+
+
+def visited(dataset: LatentDataset, index: int, visit: int = 0) -> tuple[str, ...]:
+    """(clip that came, clips that were bad)."""
+    batch = dataset[Visit(index, visit)]
+    return batch.ids[0], *(name for name, _ in batch.replaced)
+
+
+def test_a_bad_clip_s_place_is_taken_by_the_next_of_its_bucket(broken: Callable[..., LatentDataset]) -> None:
+    whole = broken()
+    expected = {(k, v): whole[Visit(k, v)] for k in range(5) for v in range(4)}
+    dataset = broken(1, 4)
+    for visit in range(4):  # both variants, with and without the caption
+        for index, taken_by in enumerate([0, 3, 2, 3, 0]):
+            batch = dataset[Visit(index, visit)]
+            bad = [NAMES[index]] if index != taken_by else []
+            assert [name for name, _ in batch.replaced] == bad
+            assert same(replace(batch, replaced=()), expected[taken_by, visit])
+
+
+def test_bad_clips_in_a_row_are_all_named(broken: Callable[..., LatentDataset]) -> None:
+    dataset = broken(3, 4)
+    assert visited(dataset, 3) == (NAMES[0], NAMES[3], NAMES[4])
+    (first, why), (second, _) = dataset[Visit(3, 0)].replaced
+    assert (first, second) == (NAMES[3], NAMES[4])
+    assert str(dataset.cache.path(hash_of([NAMES[3], 0]))) in why
+    batch = collate([dataset[Visit(k, 0)] for k in (0, 3, 4)])
+    assert batch.ids == (NAMES[0],) * 3
+    assert [name for name, _ in batch.replaced] == [NAMES[3], NAMES[4], NAMES[4]]
+    assert batch.to(torch.device("cpu")).replaced == batch.replaced
+
+
+def test_a_bad_embedding_is_met_where_the_caption_is_used(broken: Callable[..., LatentDataset]) -> None:
+    whole = broken()
+    dropped = [not whole[Visit(1, visit)].prompt_BLD.any() for visit in range(8)]
+    assert 0 < sum(dropped) < 8
+    dataset = broken(1, part="prompt")
+    came = [visited(dataset, 1, visit) for visit in range(8)]
+    assert came == [(NAMES[1],) if without else (NAMES[3], NAMES[1]) for without in dropped]
+
+
+def test_the_listing_has_no_effect_on_what_comes_instead(broken: Callable[..., LatentDataset]) -> None:
+    dataset = broken(1, 3)
+    straight = [visited(dataset, k) for k in range(5)]
+    dataset.index = replace(dataset.index, samples=dataset.index.samples[::-1])
+    assert [visited(dataset, 4 - k) for k in range(5)] == straight
+
+
+def test_a_bucket_without_a_good_clip_is_an_error(broken: Callable[..., LatentDataset]) -> None:
+    dataset = broken(2)
+    with pytest.raises(CacheError, match=r"^bucket 5x64x96: not one of its 1 clips can be read; .*checksum is wrong"):
+        dataset[Visit(2, 0)]
+    assert visited(dataset, 1) == (NAMES[1],)
+
+
+def test_a_bad_empty_caption_is_an_error(broken: Callable[..., LatentDataset]) -> None:
+    """It is no clip's own: all would be replaced, and no caption dropped any more."""
+    dataset = broken()
+    flip_byte(dataset.cache.path(dataset.index.empty_prompt_key))
+    with pytest.raises(CacheError, match="checksum is wrong"):
+        [dataset[Visit(k, 0)] for k in range(5)]
+
+
+@pytest.mark.parametrize("shape", [(32, 2, 8, 12), (32, 3, 12, 8), (16, 3, 8, 12), (3, 32, 8, 12), (32, 3, 8)])
+def test_moments_of_another_shape_than_the_bucket_s(
+    broken: Callable[..., LatentDataset], shape: tuple[int, ...]
+) -> None:
+    dataset = broken()
+    key = hash_of([NAMES[1], 0])
+    dataset.cache.write(key, {"moments_CFHW": torch.zeros(shape)})
+    assert visited(dataset, 1) == (NAMES[3], NAMES[1])
+    dataset.replace_bad = False
+    with pytest.raises(CacheError) as error:
+        dataset[Visit(1, 0)]
+    says = f"{dataset.cache.path(key)}: its moments_CFHW is {shape}, not (32, 3, 8, 12); delete the file and prepare"
+    assert str(error.value).startswith(says)
+
+
+@pytest.mark.parametrize("content", [{"prompt_LD": torch.zeros(31, 32)}, {"other": torch.zeros(32, 32)}])
+def test_embeddings_of_another_shape_or_name(
+    broken: Callable[..., LatentDataset], content: dict[str, torch.Tensor]
+) -> None:
+    dataset = broken()
+    dataset.caption_dropout = 0.0
+    dataset.cache.write(hash_of(["prompt", NAMES[1]]), content)
+    assert visited(dataset, 1) == (NAMES[3], NAMES[1])
+
+
+def test_bad_clips_are_counted_once_said_once_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = BadClips(0.25, 8)
+    assert bad.count([]) == 0
+    assert bad.count([("a", "torn")]) == 1
+    assert bad.count([("a", "is not there"), ("b", "lost"), ("a", "torn")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "a: cannot be read, another clip takes its place; torn",
+        "b: cannot be read, another clip takes its place; lost",
+    ]
+    with pytest.raises(UsageError) as error:
+        bad.count([("c", "torn")])
+    *listed, rule = error.value.problems
+    assert listed == ["a: torn", "b: lost", "c: torn"]
+    assert rule.startswith("--max_bad_fraction 0.25: 3 of 8 clips cannot be read; ")
+    with pytest.raises(UsageError) as error:
+        BadClips(0.2, 100).count([(str(k), "torn") for k in range(30)])
+    assert error.value.problems[19:21] == ("19: torn", "... and 10 more")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_replaces_bad_clips_and_counts_them(
+    model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    cache = Path(shutil.copytree(tensors, tmp_path / "cache"))
+    sample = open_index(cache).samples[1]
+    flip_byte(TensorCache(cache).path(sample.video_keys[0]))
+    flags = lora_flags(model, cache, tmp_path / "lora", "--load_tensors", "--dataloader_num_workers", workers)
+    assert train([*flags, "--max_bad_fraction", "0.2"]) == 0
+    counts = [line["bad_clips"] for line in metrics(tmp_path / "lora")]
+    assert counts == sorted(counts)
+    assert counts[-1] == 1
+    assert capsys.readouterr().err.count(f"{sample.id}: cannot be read") == 1
+    assert all(loss > 0 for loss in losses(tmp_path / "lora"))
+
+
+def test_too_many_bad_clips_end_the_run(model: Path, tensors: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(tensors, tmp_path / "cache"))
+    for sample in open_index(cache).samples[:3]:
+        TensorCache(cache).path(sample.video_keys[0]).unlink()
+    flags = lora_flags(model, cache, tmp_path / "lora", "--load_tensors", "--max_bad_fraction", 0.34)
+    with pytest.raises(UsageError) as error:
+        train(flags)
+    *listed, rule = error.value.problems
+    assert len(listed) == 3
+    assert all("is not there; prepare again" in line for line in listed)
+    assert rule.startswith("--max_bad_fraction 0.34: 3 of 6 clips cannot be read")

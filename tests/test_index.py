@@ -1,42 +1,57 @@
+"""Lists and what all forms share: captions, paths, ids, repeats, several folders. test_forms.py has the other forms."""
+
+from __future__ import annotations
+
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from cogvideox.data.index import Sample, read_index
+from cogvideox.args import DataFlags
+from cogvideox.data.index import Sample, check_data, read_samples, read_validation
 from cogvideox.errors import UsageError
 
 
 def write(root: Path, captions: str | bytes, videos: str | bytes, files: tuple[str, ...] = ("a.mp4", "b.mp4")) -> Path:
     for name, text in (("prompts.txt", captions), ("videos.txt", videos)):
         (root / name).write_bytes(text.encode() if isinstance(text, str) else text)
-    for name in files:
+    return touch(root, *files)
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"not read")
     return root
 
 
-def problems(root: Path, **options) -> tuple[str, ...]:
+def read(*roots: Path, **options: Any) -> list[Sample]:
+    return read_samples(DataFlags(data_root=tuple(map(str, roots)), **options))
+
+
+def problems(*roots: Path, **options: Any) -> tuple[str, ...]:
     with pytest.raises(UsageError) as caught:
-        read_index(root, **options)
-    assert all("\n" not in problem for problem in caught.value.problems)
+        read(*roots, **options)
+    assert all(problem.isprintable() and len(problem) <= 500 for problem in caught.value.problems)
     return caught.value.problems
 
 
-def captions(root: Path, **options) -> list[str]:
-    return [sample.caption for sample in read_index(root, **options)]
+def captions(*roots: Path, **options: Any) -> list[str]:
+    return [sample.caption for sample in read(*roots, **options)]
 
 
-def test_rows_become_samples(tmp_path):
+def test_rows_become_samples(tmp_path: Path) -> None:
     write(tmp_path, "one\ntwo\n", "a.mp4\nsub/b.mp4\n", ("a.mp4", "sub/b.mp4"))
-    assert read_index(tmp_path) == [
+    assert read(tmp_path) == [
         Sample("a.mp4", "one", tmp_path / "a.mp4"),
         Sample("sub/b.mp4", "two", tmp_path / "sub/b.mp4"),
     ]
 
 
-def test_prompt_txt_is_found_and_prompts_txt_wins(tmp_path):
+def test_prompt_txt_is_found_and_prompts_txt_wins(tmp_path: Path) -> None:
     write(tmp_path, "one", "a.mp4")
     (tmp_path / "prompt.txt").write_text("other")
     assert captions(tmp_path) == ["one"]
@@ -44,69 +59,70 @@ def test_prompt_txt_is_found_and_prompts_txt_wins(tmp_path):
     assert captions(tmp_path) == ["other"]
 
 
-def test_named_lists_and_a_relative_root(tmp_path, monkeypatch):
+def test_named_lists_and_a_relative_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "one", "a.mp4")
     (tmp_path / "prompts.txt").rename(tmp_path / "c.txt")
     (tmp_path / "videos.txt").rename(tmp_path / "v.txt")
     monkeypatch.chdir(tmp_path.parent)
-    assert read_index(Path(tmp_path.name), "c.txt", "v.txt") == [Sample("a.mp4", "one", tmp_path / "a.mp4")]
+    names = {"caption_column": "c.txt", "video_column": "v.txt"}
+    assert read(Path(tmp_path.name), **names) == [Sample("a.mp4", "one", tmp_path / "a.mp4")]
 
 
-def test_repeated_paths_get_their_own_ids(tmp_path):
+def test_repeated_paths_get_their_own_ids(tmp_path: Path) -> None:
     write(tmp_path, "1\n2\n3\n4\n5", "a.mp4#2\na.mp4\n./a.mp4\na.mp4\na.mp4#2", ("a.mp4", "a.mp4#2"))
-    assert [sample.id for sample in read_index(tmp_path)] == ["a.mp4#2", "a.mp4", "a.mp4#3", "a.mp4#4", "a.mp4#2#2"]
+    assert [sample.id for sample in read(tmp_path)] == ["a.mp4#2", "a.mp4", "a.mp4#3", "a.mp4#4", "a.mp4#2#2"]
 
 
-def test_id_token_is_put_in_front_once(tmp_path):
+def test_id_token_is_put_in_front_once(tmp_path: Path) -> None:
     write(tmp_path, "DOG runs\nDOGS run\na DOG\nDOG, asleep", "a.mp4\n" * 4)
     expected = ["DOG runs", "DOG DOGS run", "DOG a DOG", "DOG, asleep"]
     assert captions(tmp_path, id_token=" DOG ") == expected
     assert captions(tmp_path, id_token="  ") == ["DOG runs", "DOGS run", "a DOG", "DOG, asleep"]
 
 
-def test_encodings_and_separators(tmp_path):
+def test_encodings_and_separators(tmp_path: Path) -> None:
     odd = ["first", "caf\u00e9 \U0001f436", "a\u2028b\x0bc\x0cd\x85e", "$(touch x) `y` \"q\" 'p'; rm"]
     text = "\ufeff" + "\r\n".join(odd) + "\r\n\r\n \n"
     write(tmp_path, text, "\ufeffa.mp4\r\n" + "b.mp4\r\n" * 3 + "\n\n")
     assert captions(tmp_path) == odd
-    assert read_index(tmp_path)[0].id == "a.mp4"
+    assert read(tmp_path)[0].id == "a.mp4"
 
 
-def test_a_very_long_caption_is_kept(tmp_path):
+def test_a_very_long_caption_is_kept(tmp_path: Path) -> None:
     write(tmp_path, "x" * 10_000_000, "a.mp4")
     assert len(captions(tmp_path)[0]) == 10_000_000
 
 
-def test_bytes_that_are_not_utf8_name_the_line(tmp_path):
+def test_bytes_that_are_not_utf8_name_the_line(tmp_path: Path) -> None:
     write(tmp_path, b"one\ncaf\xe9\n", "a.mp4\nb.mp4")
     assert problems(tmp_path) == (f"{tmp_path}/prompts.txt:2: is not UTF-8 (byte 4 is 0xe9); save the file as UTF-8",)
 
 
-def test_missing_root_is_the_only_problem(tmp_path):
+def test_missing_root_is_the_only_problem(tmp_path: Path) -> None:
     assert problems(tmp_path / "no") == (
-        f"--data_root {tmp_path / 'no'}: no such folder; it must hold prompts.txt and videos.txt",
+        f"--data_root {tmp_path / 'no'}: no such folder; give the folder of the clips and captions",
     )
     (tmp_path / "file").touch()
     assert "not a folder" in problems(tmp_path / "file")[0]
 
 
-def test_missing_lists_name_flag_and_files(tmp_path):
+def test_missing_lists_name_flag_and_files(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").touch()
-    found = problems(tmp_path, video_file="clips.txt")
+    found = problems(tmp_path, video_column="clips.txt")
     assert len(found) == 2
     assert "prompts.txt or prompt.txt (--caption_column)" in found[0]
     assert "--video_column clips.txt" in found[1]
     assert all("there are: metadata.csv" in problem for problem in found)
 
 
-def test_a_pipe_as_list_is_not_opened(tmp_path):
+def test_a_pipe_as_list_is_not_opened(tmp_path: Path) -> None:
     write(tmp_path, "one", "a.mp4")
     (tmp_path / "prompts.txt").unlink()
     os.mkfifo(tmp_path / "prompts.txt")
     assert "no such file" in problems(tmp_path)[0]
 
 
-def test_empty_lists(tmp_path):
+def test_empty_lists(tmp_path: Path) -> None:
     write(tmp_path, "\n\n", "")
     assert [problem.split(": ")[1] for problem in problems(tmp_path)] == [
         "is empty; it needs one line for each clip"
@@ -117,25 +133,27 @@ def test_empty_lists(tmp_path):
     ("texts", "longer", "line", "counts"),
     [(("1\n2\n3", "a.mp4"), "prompts", 2, "3 lines"), (("1", "a.mp4\nb.mp4"), "videos", 2, "2 lines")],
 )
-def test_unequal_counts_name_both_and_the_first_surplus_line(tmp_path, texts, longer, line, counts):
+def test_unequal_counts_name_both_and_the_first_surplus_line(
+    tmp_path: Path, texts: tuple[str, str], longer: str, line: int, counts: str
+) -> None:
     (found,) = problems(write(tmp_path, *texts))
     assert found.startswith(f"{tmp_path}/{longer}.txt:{line}:")
     assert counts in found
     assert "has 1" in found
 
 
-def test_all_problems_come_together(tmp_path):
+def test_all_problems_come_together(tmp_path: Path) -> None:
     write(tmp_path, "one\n\nthree\nfour", "a.mp4\nb.mp4\nno.mp4\n\nb.mp4")
     found = problems(tmp_path)
     assert [problem.split(": ")[0].rsplit("/", 1)[1] for problem in found] == [
+        "videos.txt:5",
         "prompts.txt:2",
         "videos.txt:3",
         "videos.txt:4",
-        "videos.txt:5",
     ]
 
 
-def test_many_problems_of_a_kind_are_cut_short(tmp_path):
+def test_many_problems_of_a_kind_are_cut_short(tmp_path: Path) -> None:
     write(tmp_path, "x\n" * 26, "".join(f"no{k}.mp4\n" for k in range(25)) + "https://x.org/a.mp4")
     found = problems(tmp_path)
     assert len(found) == 22
@@ -144,15 +162,15 @@ def test_many_problems_of_a_kind_are_cut_short(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["https://x.org/a.mp4", "file:///etc/passwd", "file:/etc/passwd", "s3://b/a.mp4"])
-def test_urls_are_refused(tmp_path, path):
+def test_urls_are_refused(tmp_path: Path, path: str) -> None:
     assert "is a URL; download" in problems(write(tmp_path, "x", path))[0]
 
 
-def test_colons_in_names_are_fine(tmp_path):
-    assert read_index(write(tmp_path, "x", "12:30.mp4", ("12:30.mp4",)))[0].id == "12:30.mp4"
+def test_colons_in_names_are_fine(tmp_path: Path) -> None:
+    assert read(write(tmp_path, "x", "12:30.mp4", ("12:30.mp4",)))[0].id == "12:30.mp4"
 
 
-def test_what_is_not_a_regular_file_is_refused_unopened(tmp_path, monkeypatch):
+def test_what_is_not_a_regular_file_is_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.mp4")
     Path("folder.mp4").mkdir()
@@ -165,10 +183,10 @@ def test_what_is_not_a_regular_file_is_refused_unopened(tmp_path, monkeypatch):
     assert [problem.split("is a ")[1].split(";")[0] for problem in found] == [
         "pipe", "folder", "pipe", "socket", "folder", "folder"
     ]  # fmt: skip
-    assert "is a device" in problems(write(tmp_path, "x", "/dev/null", ()), allow_paths=[Path("/dev")])[0]
+    assert "is a device" in problems(write(tmp_path, "x", "/dev/null", ()), allow_path=("/dev",))[0]
 
 
-def test_paths_out_of_the_root_need_allow_path(tmp_path):
+def test_paths_out_of_the_root_need_allow_path(tmp_path: Path) -> None:
     root, other = tmp_path / "data", tmp_path / "database"
     root.mkdir()
     other.mkdir()
@@ -183,31 +201,31 @@ def test_paths_out_of_the_root_need_allow_path(tmp_path):
     assert all("leads outside the data root" in problem for problem in found)
     assert found[0].endswith(f"pass --allow_path {other}")
     write(root, "x\n" * 4, "\n".join(listed[:4]))
-    samples = read_index(root, allow_paths=[other])
+    samples = read(root, allow_path=(str(other),))
     assert [sample.id for sample in samples][2:] == ["link.mp4", "folder/o.mp4"]
     assert all(sample.video.is_file() and sample.video.is_absolute() for sample in samples)
 
 
-def test_absolute_paths_and_links_inside_the_root_are_fine(tmp_path):
+def test_absolute_paths_and_links_inside_the_root_are_fine(tmp_path: Path) -> None:
     root = write(tmp_path, "x\n" * 4, f"{tmp_path}/a.mp4\nsub/../a.mp4\nlink.mp4\n./b.mp4", ("a.mp4", "b.mp4", "sub/c"))
     (root / "link.mp4").symlink_to("b.mp4")
-    assert [sample.id for sample in read_index(root)] == ["a.mp4", "a.mp4#2", "link.mp4", "b.mp4"]
+    assert [sample.id for sample in read(root)] == ["a.mp4", "a.mp4#2", "link.mp4", "b.mp4"]
 
 
-def test_a_root_that_is_a_link_counts_as_what_it_leads_to(tmp_path):
+def test_a_root_that_is_a_link_counts_as_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     write(tmp_path / "real", "x", "a.mp4")
     (tmp_path / "link").symlink_to("real")
-    assert read_index(tmp_path / "link") == [Sample("a.mp4", "x", tmp_path / "link" / "a.mp4")]
+    assert read(tmp_path / "link") == [Sample("a.mp4", "x", tmp_path / "link" / "a.mp4")]
 
 
-def test_dot_dot_after_a_link_means_what_the_system_means(tmp_path):
+def test_dot_dot_after_a_link_means_what_the_system_means(tmp_path: Path) -> None:
     root = write(tmp_path, "x", "link/../c.mp4", ("c.mp4", "sub/c.mp4", "sub/deep/d"))
     (root / "link").symlink_to("sub/deep")
-    assert read_index(root)[0].video.resolve() == root / "sub/c.mp4"
+    assert read(root)[0].video.resolve() == root / "sub/c.mp4"
 
 
-def test_odd_paths(tmp_path):
+def test_odd_paths(tmp_path: Path) -> None:
     write(tmp_path, "1\n2\n3", f"a\0.mp4\n{'x' * 5000}\na.mp4/b.mp4")
     found = problems(tmp_path)
     assert "NUL" in found[0]
@@ -216,8 +234,125 @@ def test_odd_paths(tmp_path):
     assert "no such file" in found[2]
 
 
-def test_many_rows(tmp_path):
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    (found,) = problems(write(tmp_path, "x", "\x1b[2J\u202e.mp4"))
+    assert "\\x1b[2J\\u202e.mp4: no such file" in found
+
+
+def test_what_no_tokenizer_should_get(tmp_path: Path) -> None:
+    (found,) = problems(write(tmp_path, b"o\0n\0e\0", "a.mp4"))
+    assert found == f"{tmp_path}/prompts.txt:1: holds a NUL byte; save the file as plain UTF-8 text"
+
+
+def test_paths_of_any_script(tmp_path: Path) -> None:
+    names = ("caf\u00e9.mp4", "\u72ac/\U0001f436.mp4", "$(touch x);`y`.mp4", "a b'c\"d.mp4", "-rf.mp4", "a.v1.mp4")
+    write(tmp_path, "x\n" * 6, "\n".join(names), names)
+    assert [sample.id for sample in read(tmp_path)] == list(names)
+
+
+def test_a_third_list_has_the_images(tmp_path: Path) -> None:
+    write(tmp_path, "1\n2", "a.mp4\nb.mp4", ("a.mp4", "b.mp4", "a.png", "sub/b.png"))
+    assert [sample.image for sample in read(tmp_path)] == [None, None]
+    (tmp_path / "images.txt").write_text("a.png\nsub/b.png\n")
+    for options in ({}, {"image_column": "images.txt"}, {"caption_column": "prompts.txt"}):
+        assert [sample.image for sample in read(tmp_path, **options)] == [tmp_path / "a.png", tmp_path / "sub/b.png"]
+    assert read(tmp_path, video_column="videos.txt")[0].image is None
+
+
+def test_images_have_the_rules_of_videos(tmp_path: Path) -> None:
+    root = write(tmp_path, "1\n2\n3\n4\n5\n6", "a.mp4\n" * 6, ("a.mp4", "sub/b.png"))
+    (root / "first.txt").write_text("no.png\nsub\n/etc/passwd\nhttps://x.org/a.png\n\nsub/b.png\nsub/b.png")
+    found = problems(root, image_column="first.txt")
+    assert [problem.removeprefix(f"{root}/first.txt:").split("; ")[0] for problem in found] == [
+        f"7: first line without a caption (7 lines, but {root}/prompts.txt has 6)",
+        f"1: no.png: no such file in {root}",
+        "2: sub: is a folder",
+        "3: /etc/passwd: leads outside the data root, to /etc/passwd",
+        "4: https://x.org/a.png: is a URL",
+        "5: blank path of the image",
+    ]
+    (root / "first.txt").write_text("sub/b.png")
+    assert "prompts.txt:2: first line without an image" in problems(root, image_column="first.txt")[0]
+
+
+def test_a_repeat_is_the_rows_listed_again(tmp_path: Path) -> None:
+    once = write(tmp_path, "1\n2\n3", "a.mp4\nb.mp4\na.mp4")
+    repeated = read(once, repeats=(3,))
+    write(tmp_path, "1\n2\n3\n" * 3, "a.mp4\nb.mp4\na.mp4\n" * 3)
+    assert repeated == read(once)
+    assert [sample.id for sample in repeated[:5]] == ["a.mp4", "b.mp4", "a.mp4#2", "a.mp4#3", "b.mp4#2"]
+
+
+def folders(tmp_path: Path, *names: str) -> list[Path]:
+    for name in names:
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, f"of {name}\nalso of {name}", "a.mp4\nb.mp4")
+    return [tmp_path / name for name in names]
+
+
+def test_folders_come_in_order_with_their_own_repeats(tmp_path: Path) -> None:
+    one, two = folders(tmp_path, "two", "one")
+    samples = read(one, two, repeats=(1, 2))
+    assert [(sample.id, sample.video) for sample in samples] == [
+        ("a.mp4", one / "a.mp4"),
+        ("b.mp4", one / "b.mp4"),
+        ("a.mp4#2", two / "a.mp4"),
+        ("b.mp4#2", two / "b.mp4"),
+        ("a.mp4#3", two / "a.mp4"),
+        ("b.mp4#3", two / "b.mp4"),
+    ]
+    assert [sample.caption for sample in samples[1:3]] == ["also of two", "of one"]
+    assert read(one, two, repeats=(2,))[:4] == read(one, repeats=(2,))
+
+
+def test_a_folder_does_not_open_another(tmp_path: Path) -> None:
+    one, two = folders(tmp_path, "one", "two")
+    (two / "videos.txt").write_text("a.mp4\n../one/a.mp4")
+    assert "leads outside the data root" in problems(one, two)[0]
+
+
+def test_problems_of_all_folders_come_together(tmp_path: Path) -> None:
+    one, two, three = folders(tmp_path, "one", "two", "three")
+    (one / "prompts.txt").write_text("x\n")
+    (three / "videos.txt").write_text("".join(f"no{k}.mp4\n" for k in range(25)))
+    (three / "prompts.txt").write_text("x\n" * 25)
+    found = problems(one, two, three, tmp_path / "four")
+    assert len(found) == 1 + 21 + 1
+    assert "videos.txt:2: first line without a caption" in found[0]
+    assert found[-1] == f"--data_root {tmp_path}/four: no such folder; give the folder of the clips and captions"
+
+
+def test_validation_folders_are_read_apart(tmp_path: Path) -> None:
+    train, held_out = folders(tmp_path, "train", "held_out")
+    data = DataFlags(data_root=(str(train),), repeats=(3,), id_token="DOG", validation_data_root=(str(held_out),))
+    assert [sample.caption for sample in read_validation(data)] == ["DOG of held_out", "DOG also of held_out"]
+    assert [sample.id for sample in read_validation(data)] == ["a.mp4", "b.mp4"]
+    assert {sample.video.parent for sample in read_samples(data)} == {train}
+    assert read_validation(DataFlags(data_root=(str(train),))) == []
+
+
+def test_the_check_lists_training_and_validation(tmp_path: Path) -> None:
+    one, two = folders(tmp_path, "one", "two")
+    roots = (str(one), str(two))
+    (one / "a.mp4").unlink()
+    (two / "b.mp4").unlink()
+    # A wrong number of repeats is reported by the flags' own checks, which run as well.
+    data = DataFlags(data_root=roots, validation_data_root=(str(tmp_path / "no"),), repeats=(1, 2, 3))
+    found = list(check_data(SimpleNamespace(data=data)))
+    assert [problem.split(": ")[0] for problem in found] == [
+        f"{one}/videos.txt:1", f"{two}/videos.txt:2", f"--validation_data_root {tmp_path}/no",
+    ]  # fmt: skip
+
+
+def test_the_check_leaves_a_prepared_folder_to_others(tmp_path: Path) -> None:
+    options = SimpleNamespace(data=DataFlags(data_root=(str(tmp_path),)), loader=SimpleNamespace(load_tensors=True))
+    assert list(check_data(options)) == []
+    options.loader.load_tensors = False
+    assert "has none of: prompts.txt" in next(check_data(options))
+
+
+def test_many_rows(tmp_path: Path) -> None:
     write(tmp_path, "".join(f"caption {k}\n" for k in range(100_000)), "a.mp4\n" * 100_000)
-    samples = read_index(tmp_path)
+    samples = read(tmp_path)
     assert len(samples) == 100_000
     assert samples[-1] == Sample("a.mp4#100000", "caption 99999", tmp_path / "a.mp4")

@@ -90,7 +90,7 @@ def read(command: list[str]) -> tuple[args.PrepareOptions | args.TrainOptions, d
     name, flags = after_script(command)
     options, sources = args.read_flags(OPTIONS[name], flags, None)
     options = args.derive(options, sources)
-    assert not list(args.flag_problems(options))
+    assert not list(args.flag_problems(options, sources))
     return options, sources
 
 
@@ -140,7 +140,7 @@ def test_the_sweep_of_the_guide(sandbox):
     assert seen == [(1e-4, "adamw"), (1e-4, "adam"), (1e-3, "adamw"), (1e-3, "adam")]
     expected = {
         "pretrained_model_name_or_path": "THUDM/CogVideoX-5b",
-        "data_root": "./video-dataset-disney",
+        "data_root": ("./video-dataset-disney",),
         "caption_column": "prompt.txt",
         "video_column": "videos.txt",
         "id_token": "BW_STYLE",
@@ -211,7 +211,7 @@ def test_hostile_values_are_one_argument_each(sandbox):
     [command] = sandbox.calls()
     options, _ = read(command)
     assert options.validation.validation_prompt == options.data.id_token == HOSTILE
-    assert options.data.data_root == str(data)
+    assert options.data.data_root == (str(data),)
     assert options.train.output_dir.startswith("o`touch PWNED` ;x/cogvideox-lora__")
     dry = sandbox.run(LORA, LEARNING_RATES="1e-4", OPTIMIZERS="adam", DRY_RUN=1, **hostile)
     again = subprocess.run(["bash", "-c", f"printf '%s\\0' {dry.stdout}"], capture_output=True, cwd=sandbox.root)

@@ -9,27 +9,26 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import prepare_dataset
 import pytest
 import torch
-from accelerate import PartialState
+from preparing import complete, preparation, tensor_files
 
-from cogvideox import args, encode, models, prepare
-from cogvideox.args import DataFlags, EncodeFlags, ModelFlags, PrepareOptions
+from cogvideox import encode, models, prepare
+from cogvideox.args import EncodeFlags, ModelFlags
 from cogvideox.data import clips as clips_module
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.data.clips import FAILED, OK, SHORT, Variant, decode_variant
 from cogvideox.data.decode import write_video
+from cogvideox.data.transforms import Fit
 from cogvideox.errors import UsageError
-from cogvideox.geometry import read_geometry
-from cogvideox.prepare import Encoders, Preparation, check_bad, table
+from cogvideox.prepare import Encoders, check_bad
 
 Tiny = Callable[[str], Path]
 NUM_CLIPS = 6  # of the fixture `clips`
@@ -75,43 +74,10 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Encoded:
     return counts
 
 
-def in_threads(data: DataFlags) -> ThreadPoolExecutor:
-    """In place of worker processes, which take half a second each to start."""
-    return ThreadPoolExecutor(prepare.num_workers(data))
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "worker_pool", in_threads)
-
-
 @pytest.fixture
 def data(clips: Path, tmp_path: Path) -> Path:
     """A copy of the six clips that a test may change."""
     return Path(shutil.copytree(clips, tmp_path / "data"))
-
-
-def data_flags(root: Path, **changes: Any) -> DataFlags:
-    return DataFlags(
-        str(root),
-        **{"height_buckets": (32,), "width_buckets": (48,), "frame_buckets": (5,), "max_num_frames": 49} | changes,
-    )
-
-
-def preparation(
-    model: Path, root: Path, output: Path, state: Any = None, encode_flags: EncodeFlags | None = None, **changes: Any
-) -> Preparation:
-    flags = ModelFlags(str(model))
-    state = state or PartialState()
-    given = data_flags(root, **changes)
-    return Preparation(flags, given, encode_flags or EncodeFlags(), read_geometry(flags), output, state)
-
-
-def complete(*arguments: Any, caption_batch: int = 4, **changes: Any) -> CacheIndex:
-    made = preparation(*arguments, **changes)
-    records = made.plan()
-    check_bad(records, made.data.max_bad_fraction)
-    return made.encode(records, caption_batch)
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +92,6 @@ def prepared(tiny: Tiny, clips: Path, tmp_path_factory: pytest.TempPathFactory) 
 def output(prepared: Path, tmp_path: Path) -> Path:
     """A copy of the prepared cache."""
     return Path(shutil.copytree(prepared, tmp_path / "output"))
-
-
-def tensor_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -154,7 +116,7 @@ def test_the_index_and_its_tensors(prepared: Path, clips: Path, tiny: Tiny) -> N
 def test_the_tensors_are_those_of_the_clips_and_captions(prepared: Path, clips: Path, tiny: Tiny) -> None:
     index, cache, model = open_index(prepared), TensorCache(prepared), ModelFlags(str(tiny("5b")))
     record = preparation(tiny("5b"), clips, prepared).plan()[3]
-    frames = decode_variant(Path(record["path"]), Variant.from_record(record["variants"][0]))
+    frames = decode_variant(Path(record["path"]), Variant.from_record(record["cuts"][0]["variants"][0]))
     sample, cpu = index.samples[3], torch.device("cpu")
     with models.video_encoder(model, "fp32", cpu, tiling=False) as vae:
         moments = encode.video_moments(vae, frames)
@@ -209,7 +171,7 @@ def test_a_second_run_encodes_and_loads_nothing(
     before, index = tensor_files(output), open_index(output)
     for name in ("text_encoder", "video_encoder"):
         monkeypatch.setattr(models, name, never)
-    monkeypatch.setattr(ProcessPoolExecutor, "submit", never)
+    monkeypatch.setattr(prepare, "worker_pool", never)
     assert complete(tiny("5b"), clips, output) == index
     assert encoded == Encoded()
     assert tensor_files(output) == before
@@ -342,7 +304,7 @@ def test_augmentations_are_variants(tiny: Tiny, clips: Path, tmp_path: Path, enc
         tiny("5b"), clips, tmp_path, num_augmentations=3, random_flip=0.5, video_reshape_mode="random", seed=1
     ).plan()
     assert {len(sample.video_keys) for sample in index.samples} == {3}
-    flips = [variant["fit"]["flip"] for record in records for variant in record["variants"]]
+    flips = [variant["fit"]["flip"] for record in records for variant in record["cuts"][0]["variants"]]
     assert len(flips) == 3 * NUM_CLIPS
     assert set(flips) == {True, False}
     assert encoded.clips == len({key for sample in index.samples for key in sample.video_keys})
@@ -354,7 +316,7 @@ def test_augmentations_are_variants(tiny: Tiny, clips: Path, tmp_path: Path, enc
 def test_a_short_clip_goes_to_a_smaller_bucket(tiny: Tiny, clips: Path, tmp_path: Path) -> None:
     records = preparation(tiny("5b"), clips, tmp_path, frame_buckets=(9, 17, 81)).plan()
     # 17 frames at 8 a second; 60 at 25 and 50 at 30, which give 19 and 13.
-    assert [record["bucket"]["frames"] for record in records] == [17, 17, 17, 17, 17, 9]
+    assert [record["cuts"][0]["bucket"]["frames"] for record in records] == [17, 17, 17, 17, 17, 9]
     assert {record["status"] for record in records} == {OK}
 
 
@@ -362,7 +324,8 @@ def test_a_clip_too_short_for_all_stops_the_run(tiny: Tiny, clips: Path, tmp_pat
     with pytest.raises(UsageError) as caught:
         complete(tiny("5b"), clips, tmp_path, frame_buckets=(17,))
     assert caught.value.problems == (
-        f"{clips}/videos/00005.mp4: 1.67 s give 13 frames at 8 frames a second; the shortest bucket has 17",
+        f"{clips}/videos/00005.mp4: 1.67 s give 13 frames at 8 frames a second; the shortest bucket has 17; "
+        "give a smaller bucket, or a higher --fps",
         "--max_bad_fraction 0: 1 of 6 clips cannot be used; mend or remove them, or allow it with "
         "--max_bad_fraction 0.167",
     )
@@ -394,8 +357,6 @@ def test_files_that_are_no_videos_are_listed_with_the_reason(
     assert [record["status"] for record in records] == [FAILED, OK, FAILED, OK, OK, OK]
     for record in (records[0], records[2]):
         assert "Invalid data found" in record["reason"]
-        assert record["path"] in table(records)
-    assert "2 failed" in table(records)
     with pytest.raises(UsageError, match="2 of 6 clips cannot be used"):
         check_bad(records, 0.3)
     check_bad(records, 0.34)
@@ -534,73 +495,9 @@ def test_nothing_is_probed_or_decoded_in_this_process(
     for name in ("read_frames", "probe", "content_hash"):
         monkeypatch.setattr(clips_module, name, never)
     with pytest.raises(AssertionError, match="in the main process"):
-        decode_variant(clips / "videos/00000.mp4", None)  # type: ignore[arg-type]
+        decode_variant(clips / "videos/00000.mp4", Variant((0,), Fit(8, 8, 0, 0, 8, 8, False), "pyav"))
     complete(tiny("5b"), clips, tmp_path, dataloader_num_workers=2)
     assert encoded.clips == NUM_CLIPS
-
-
-def test_results_come_in_order_and_few_are_waiting() -> None:
-    started: list[int] = []
-
-    def job(number: int) -> int:
-        started.append(number)
-        return number * number
-
-    with ThreadPoolExecutor(4) as pool:
-        results = prepare.run_in_order(pool, ((job, k) for k in range(20)), 3)  # type: ignore[arg-type]
-        first = next(results)
-        assert max(started) <= 3
-        assert [first, *results] == [k * k for k in range(20)]
-    assert list(prepare.run_in_order(pool, iter(()), 3)) == []  # type: ignore[arg-type]
-
-
-# -- dry run -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def configs(tiny: Tiny, tmp_path: Path) -> Iterator[Path]:
-    """A model folder without any weights."""
-    for part in ("transformer", "vae", "scheduler"):
-        (tmp_path / "model" / part).mkdir(parents=True)
-        for path in (tiny("5b") / part).glob("*.json"):
-            shutil.copy(path, tmp_path / "model" / part)
-    return tmp_path / "model"  # type: ignore[return-value]
-
-
-def test_a_dry_run_reads_no_weights(
-    configs: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: None
-) -> None:
-    argv = ["--model_id", str(configs), "--data_root", str(clips), "--output_dir", str(tmp_path / "out"), "--dry_run"]
-    argv += ["--height_buckets", "32", "--width_buckets", "48", "--frame_buckets", "9", "17"]
-    options = args.parse(PrepareOptions, None, argv)
-    assert prepare_dataset.main(options) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [
-        ["bucket", "clips", "variants", "upscaled", "stretched"],
-        ["9x32x48", "1", "1", "0", "125%"],
-        ["17x32x48", "5", "5", "0", "12%"],
-    ]
-    assert not list(tmp_path.rglob("*.safetensors"))
-    assert not (tmp_path / "out" / "index.json").exists()
-
-
-def test_the_script_prepares_and_shows_a_table(
-    tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: None
-) -> None:
-    argv = [
-        "--model_id",
-        str(tiny("5b")),
-        "--data_root",
-        str(clips),
-        "--output_dir",
-        str(tmp_path),
-        "--batch_size",
-        "3",
-    ]
-    argv += ["--height_buckets", "32", "--width_buckets", "48", "--frame_buckets", "5"]
-    assert prepare_dataset.main(args.parse(PrepareOptions, None, argv)) == 0
-    assert len(open_index(tmp_path).samples) == NUM_CLIPS
-    assert capsys.readouterr().out.splitlines()[1].split() == ["5x32x48", "6", "6", "0", "125%", "0.0"]
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,12 @@ README = (ROOT / "README.md").read_text()
 OPTIONS = {"prepare_dataset.py": args.PrepareOptions, "cogvideox_text_to_video_lora.py": args.LoraOptions}
 
 
+TEXTS = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+
+
 def commands() -> list[str]:
     """The command lines of all bash blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", TEXTS, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
@@ -64,8 +67,8 @@ def test_package_docstring_lists_every_file() -> None:
 
 def test_flags_in_the_text_exist() -> None:
     known = {f"--{item.name}" for options in OPTIONS.values() for _, item, _ in args.fields_of(options)}
-    outside = {"--work_dir", "--results", "--help"}  # of benchmarks/full_size.py and of every script
-    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    outside = {"--work_dir", "--results", "--help", "--write"}  # of benchmarks, of tests/odd_files.py, of every script
+    text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
     named = set(re.findall(r"--[a-z_]+", text)) - outside
     assert named <= known
 

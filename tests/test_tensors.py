@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import edit_json, flip_byte, listing, options_of, run_alone
-from running import LORA_SCRIPT, PROMPT, equal, lora_flags, python, start, train, weights
+from running import LORA_SCRIPT, PROMPT, equal, lora_flags, losses, python, start, train, weights
 from safetensors.torch import load_file, save_file
 from tiny_cogvideox import make_tiny
 
-from cogvideox.data.cache import CacheError, open_index
+from cogvideox.data.cache import CacheError, TensorCache, open_index
 from cogvideox.errors import UsageError
 from cogvideox.tensors import check_flags, open_tensors
 
@@ -172,3 +172,52 @@ def test_damage_found_by_a_worker_ends_the_script_with_one_line(model: Path, ten
     assert process.returncode == 2
     assert "its checksum is wrong; prepare again" in text
     assert "Traceback" not in text
+
+
+# -- the factory's layout ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def factory_folder(tensors: Path, tmp_path: Path) -> Path:
+    """The prepared folder of the tests in the factory's layout."""
+    index, cache, folder = open_index(tensors), TensorCache(tensors), tmp_path / "factory"
+    for name in ("video_latents", "prompt_embeds"):
+        (folder / name).mkdir(parents=True)
+    for sample in index.samples:
+        stem = Path(sample.id).stem
+        torch.save(cache.read(sample.video_keys[0])["moments_CFHW"], folder / "video_latents" / f"{stem}.pt")
+        torch.save(cache.read(sample.prompt_key)["prompt_LD"], folder / "prompt_embeds" / f"{stem}.pt")
+    (folder / "prompts.txt").write_text("".join(f"{sample.caption}\n" for sample in index.samples))
+    (folder / "videos.txt").write_text("".join(f"{sample.id}\n" for sample in index.samples))
+    return folder
+
+
+def test_a_factory_folder_trains_as_ours_does(model: Path, tensors: Path, factory_folder: Path, tmp_path: Path) -> None:
+    assert train(lora_flags(model, tensors, tmp_path / "ours", "--load_tensors")) == 0
+    more = ("--load_tensors", "--id_token", "TOKEN", "--tensor_cache", tmp_path / "converted")
+    assert train(lora_flags(model, factory_folder, tmp_path / "theirs", *more)) == 0
+    assert losses(tmp_path / "ours") == losses(tmp_path / "theirs")
+    assert equal(weights(tmp_path / "ours"), weights(tmp_path / "theirs"))
+    # what was converted is an ordinary prepared folder
+    again = lora_flags(model, tmp_path / "converted", tmp_path / "again", "--load_tensors", "--max_train_steps", 2)
+    assert train(again) == 0
+    assert losses(tmp_path / "again") == losses(tmp_path / "ours")[:2]
+
+
+def test_a_factory_folder_with_a_missing_tensor_ends_before_anything_is_read(
+    model: Path, factory_folder: Path, tmp_path: Path
+) -> None:
+    (factory_folder / "video_latents" / "00003.pt").unlink()
+    with pytest.raises(UsageError, match=r"00003\.pt: no such file"):
+        train(lora_flags(model, factory_folder, tmp_path / "lora", "--load_tensors"))
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_schedule_without_anything_to_validate(model: Path, tensors: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--validation_steps: there is nothing to validate"):
+        train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--validation_steps", 2))
+
+
+def test_our_own_folder_takes_no_tensor_cache(model: Path, tensors: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--tensor_cache: the tensors of this folder are used as they are"):
+        train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--tensor_cache", tmp_path))

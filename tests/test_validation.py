@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from fakes import listing, options_of, run_alone
+from fakes import listing, options_of, run_alone, state_of
 from running import PROMPT, lora_flags, train
 
 from cogvideox import validation
@@ -197,20 +195,6 @@ def test_evaluation_puts_mode_and_gradients_back(training: bool) -> None:
         fail()
     assert module.training == module[1].training == training
     assert torch.is_grad_enabled()
-
-
-def state_of(transformer: Any) -> dict[str, Any]:
-    """All that validation must leave as it was."""
-    return {
-        "torch": torch.get_rng_state().tolist(),
-        "numpy": str(np.random.get_state()),
-        "python": random.getstate(),
-        "gradients": torch.is_grad_enabled(),
-        "modes": {name: module.training for name, module in transformer.named_modules()},
-        "trainable": {name: p.requires_grad for name, p in transformer.named_parameters()},
-        "left": {name: p.grad is None for name, p in transformer.named_parameters()},
-        "weights": {name: p.detach().numpy().tobytes() for name, p in transformer.named_parameters()},
-    }
 
 
 def test_nothing_of_the_run_is_changed(

@@ -10,10 +10,12 @@ CogVideoXPipeline.load_lora_weights; inference.py beside it shows how. The same 
 """
 
 from cogvideox import args
+from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.index import check_data
+from cogvideox.factory import check_tensors
 from cogvideox.geometry import check_text_to_video
 
-CHECKS = (check_text_to_video, check_data, args.check_trackers)
+CHECKS = (check_text_to_video, check_data, check_reader, check_tensors, args.check_trackers)
 
 
 def main(options: args.LoraOptions) -> int:

@@ -4,14 +4,16 @@ r"""Encodes a folder of clips and captions once, so that training needs neither 
         --height_buckets 480 --width_buckets 720 --frame_buckets 49
 
 Train with --data_root prepared --load_tensors. The same command again does nothing; an interrupted one goes on; edited
-clips and captions are seen. On several GPUs: accelerate launch --multi_gpu, one share a GPU.
+clips and captions are seen. With --dry_run it shows what would be encoded, with --verify what is wrong with what was,
+and --repair mends that. On several GPUs: accelerate launch --multi_gpu, one share a GPU.
 """
 
 from cogvideox import args
+from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.index import check_data
 from cogvideox.geometry import check_text_to_video, read_geometry
 
-CHECKS = (check_text_to_video, check_data)
+CHECKS = (check_text_to_video, check_data, check_reader)
 
 
 def main(options: args.PrepareOptions) -> int:
@@ -22,19 +24,27 @@ def main(options: args.PrepareOptions) -> int:
 
     from cogvideox.prepare import Preparation, check_bad
     from cogvideox.ranks import Ranks
+    from cogvideox.report import describe
+    from cogvideox.verify import find_faults, mend
 
-    state = PartialState()
-    ranks = Ranks(state)
-    folder = Path(options.prepare.output_dir)
+    state, prepare = PartialState(), options.prepare
     geometry = read_geometry(options.model)
-    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, ranks)
+    preparation = Preparation(
+        options.model, options.data, options.encode, geometry, Path(prepare.output_dir), Ranks(state)
+    )
     records = preparation.plan()
-    if options.prepare.dry_run:
-        state.print(preparation.report(records))
-        return 0
-    check_bad(records, options.data.max_bad_fraction)
-    preparation.encode(records, options.prepare.batch_size)
-    state.print(preparation.report(records, with_bytes=True))
+    if prepare.verify or prepare.repair:
+        faults = find_faults(preparation, records)
+        print(*(fault.text for fault in faults), f"faults: {len(faults)}", sep="\n")
+        if prepare.verify:
+            return 1 if faults else 0
+        mend(preparation, faults, records)
+        records = preparation.plan()
+    if not prepare.dry_run:
+        check_bad(records, options.data.max_bad_fraction)
+        preparation.encode(records, prepare.batch_size)
+        records = preparation.records()
+    state.print(describe(preparation, records, costs=prepare.dry_run))
     return 0
 
 

@@ -1,33 +1,48 @@
 """The library behind the scripts in training/. Imports go downward only; a test enforces it.
 
-errors.py           UsageError: what a user can mend
-files.py            files that are whole or not there
-args.py             every flag once, as frozen dataclasses; parse()
-draws.py            every random draw as a function of (seed, visit, sample, purpose)
-data/buckets.py     frames x height x width; which one a clip goes to
-data/decode.py      probe, frame selection by time, exact frames, mp4 writing
-data/transforms.py  resize, crop, flip of a whole clip
-geometry.py         the numbers in a model's config files
-data/cache.py       encoded clips and captions: content-addressed, checked, atomic
-data/index.py       prompts.txt and videos.txt -> samples
-data/clips.py       a file and a recipe -> a plan -> frames
-data/sampler.py     which samples make up each optimizer step
-diffusion.py        noise schedule and loss
-rope.py             rotary tables
-data/dataset.py     cached tensors -> batches
-encode.py           clips and captions -> tensors
-models.py           parts of a pipeline: found, identified, loaded
-prepare.py          a folder of clips -> the cache
-tasks.py            what the transformer gets: text to video
-methods.py          what is trained: LoRA
-optim.py            fp32 masters, optimizers, learning rate
-engine.py           who runs backward and step: this process, or DeepSpeed
-ranks.py            the processes of a run, and patient barriers
-plan.py             how the blocks are executed
-run.py              one run: ranks, output folder, metrics, trackers, signals
-tensors.py          a prepared folder, or one prepared now
-checkpoint.py       checkpoints that are whole or not there
-validation.py       videos while training
-publish.py          the result, reloaded and compared
-loop.py             Trainer: the one loop
+errors.py             UsageError: what a user can mend
+files.py              files that are whole or not there
+args.py               every flag once, as frozen dataclasses; parse()
+draws.py              every random draw as a function of (seed, visit, sample, purpose)
+sheets.py             contact sheets: labels and frames in one PNG
+data/workers.py       processes for media files: limits, kills, results in order
+data/columns.py       one value a row, its place, and all that is wrong
+data/paths.py         which files a data set may name
+data/tables.py        CSV, TSV, JSON lines, JSON -> columns
+data/forms.py         which form a folder has -> columns
+data/index.py         folders of clips -> samples
+data/buckets.py       frames x height x width; which ones a clip goes to
+data/transforms.py    resize, crop, flip of a whole clip
+data/faults.py        what a file that cannot be used says
+data/frames.py        which frames: selection by time
+data/packets.py       a video's packets -> when each frame is shown, where decoding can start
+data/pictures.py      still images
+data/decord_reader.py decord 0.6 as another reader
+data/decode.py        probe, exact frames, mp4 writing
+geometry.py           the numbers in a model's config files
+data/cache.py         encoded clips and captions: content-addressed, checked, atomic
+data/clips.py         a file and a recipe -> a plan -> frames
+data/sampler.py       which samples make up each optimizer step
+diffusion.py          noise schedule and loss
+rope.py               rotary tables
+data/dataset.py       cached tensors -> batches
+encode.py             clips and captions -> tensors
+models.py             parts of a pipeline: found, identified, loaded
+factory.py            folders that the CogVideoX factory prepared -> the cache
+prepare.py            folders of clips -> the cache
+report.py             what a preparation makes of a data set: table, pictures, costs
+verify.py             a cache against its data: what is wrong, and mending it
+tasks.py              what the transformer gets: text to video
+methods.py            what is trained: LoRA
+optim.py              fp32 masters, optimizers, learning rate
+engine.py             who runs backward and step: this process, or DeepSpeed
+ranks.py              the processes of a run, and patient barriers
+plan.py               how the blocks are executed
+run.py                one run: ranks, output folder, metrics, trackers, signals
+tensors.py            a prepared folder, or one prepared now
+checkpoint.py         checkpoints that are whole or not there
+validation.py         videos while training
+held_out.py           the loss on clips that are never trained on
+publish.py            the result, reloaded and compared
+loop.py               Trainer: the one loop
 """

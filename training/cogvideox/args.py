@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, one_line
 
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -179,7 +179,7 @@ class PrepareFlags:
     save_latents_and_embeddings: bool = flag(True, "accepted for old commands: this is what the script does")
     batch_size: int = flag(1, "captions encoded at once; more than 1 changes embeddings by rounding", least=1)
     dry_run: bool = flag(False, "show what would be encoded, and what it costs, and stop")
-    verify: bool = flag(False, "check every tensor in output_dir against the data, change nothing, and stop")
+    verify: bool = flag(False, "check every tensor in output_dir against the data, encode nothing, and stop")
     repair: bool = flag(False, "check every tensor in output_dir, and encode anew what is damaged or out of date")
 
 
@@ -189,7 +189,8 @@ class LoaderFlags:
 
     load_tensors: bool = flag(False, "data_root is a folder made by prepare_dataset.py")
     tensor_cache: str | None = flag(
-        None, "folder for tensors made here when --load_tensors is not given (DATA_ROOT/cogvideox_tensors)"
+        None,
+        "folder for tensors made here: no --load_tensors, or the factory's .pt files (DATA_ROOT/cogvideox_tensors)",
     )
     pin_memory: bool = flag(False, "page-locked host memory for batches")
     caption_dropout: float = flag(
@@ -360,10 +361,15 @@ def derive(options: Any, sources: dict[str, str]) -> Any:
     return dataclasses.replace(options, **groups)
 
 
+def resolution(text: str) -> tuple[int, int, int] | None:
+    """(frames, height, width) out of 49x480x720; None if it is not of that form."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.lower())
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
 def resolutions(data: DataFlags) -> list[tuple[int, int, int]]:
-    """The well-formed values of --train_resolution as (frames, height, width)."""
-    parts = [re.fullmatch(r"(\d+)[xX*](\d+)[xX*](\d+)", text) for text in data.train_resolution]
-    return [(int(m[1]), int(m[2]), int(m[3])) for m in parts if m]
+    """The well-formed values of --train_resolution."""
+    return [numbers for text in data.train_resolution if (numbers := resolution(text))]
 
 
 def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
@@ -387,7 +393,7 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
     """Contradictions between the flags that list buckets."""
     for text in data.train_resolution:
-        if not resolutions(dataclasses.replace(data, train_resolution=(text,))):
+        if resolution(text) is None:
             yield f"--train_resolution {text}: takes FRAMESxHEIGHTxWIDTH; nearest: 49x480x720"
     lists = sorted({"height_buckets", "width_buckets", "frame_buckets"} & given)
     if data.train_resolution and lists:
@@ -425,16 +431,15 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
             "give a larger one, or --lr_scheduler constant"
         )
     scheduled = "--validation_steps" if validation.validation_steps else "--validation_epochs"
-    if (validation.validation_steps or validation.validation_epochs) and not validation.validation_prompt:
-        yield f"{scheduled}: there is nothing to render; give --validation_prompt"
+    wanted = validation.validation_prompt or options.data.validation_data_root or options.loader.load_tensors
+    if (validation.validation_steps or validation.validation_epochs) and not wanted:
+        yield f"{scheduled}: there is nothing to validate; give --validation_prompt or --validation_data_root"
     if validation.validation_steps and validation.validation_epochs:
         yield "--validation_steps: contradicts --validation_epochs; give one of them"
 
 
 def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
     """Contradictions with --load_tensors."""
-    if options.loader.tensor_cache:
-        yield "--tensor_cache: with --load_tensors the tensors are read from --data_root; leave it out"
     if len(options.data.data_root) > 1:
         yield "--data_root: --load_tensors takes one prepared folder; give prepare_dataset.py all folders of clips"
     if options.data.validation_data_root:
@@ -667,7 +672,7 @@ def run_script(
         leave(main(parse(options_type, doc, None, checks)))
     except UsageError as error:
         count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
-        lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {text}" for text in error.problems)]
+        lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in error.problems)]
         print(*lines, sep="\n", file=sys.stderr)
         leave(USAGE_EXIT)
 

@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 
 
+def one_line(text: str) -> str:
+    """The text with line breaks and other characters that cannot be shown written as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 class UsageError(ValueError):
     """Everything that is wrong with the flags, the files or the model, found before any model loads.
 

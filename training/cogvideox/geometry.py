@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogvideox.args import ModelFlags, TrainOptions
+from cogvideox.args import ModelFlags, TrainOptions, resolution
 from cogvideox.data.buckets import Bucket, frame_problem, size_problem
 from cogvideox.errors import UsageError
 
@@ -60,6 +60,11 @@ class Geometry:
         frames = self.latent_frames(bucket.frames)
         height, width = bucket.height // self.spatial_compression, bucket.width // self.spatial_compression
         return frames + self.padding_frames(frames), self.latent_channels, height, width
+
+    def moments_shape(self, bucket: Bucket) -> tuple[int, int, int, int]:
+        """(2C, F, H, W) of the VAE's posterior of one clip: mean and log variance, without padding."""
+        height, width = bucket.height // self.spatial_compression, bucket.width // self.spatial_compression
+        return 2 * self.latent_channels, self.latent_frames(bucket.frames), height, width
 
     def problem(self, kind: str, value: int) -> str | None:
         """What is wrong with a number of frames, or a height or width in pixels."""
@@ -157,9 +162,15 @@ def check_text_to_video(options: Any) -> Iterator[str]:
 def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
     """Problems of the buckets, the validation size and the text length."""
     data = options.data
-    sizes = [("--frame_buckets", "frames", value) for value in data.frame_buckets]
-    sizes += [("--height_buckets", "height", value) for value in data.height_buckets]
-    sizes += [("--width_buckets", "width", value) for value in data.width_buckets]
+    sizes = [
+        (f"--train_resolution {text}: {kind}", kind, value)
+        for text in data.train_resolution
+        for kind, value in zip(("frames", "height", "width"), resolution(text) or (), strict=False)
+    ]
+    if not data.train_resolution:
+        sizes = [("--frame_buckets", "frames", value) for value in data.frame_buckets]
+        sizes += [("--height_buckets", "height", value) for value in data.height_buckets]
+        sizes += [("--width_buckets", "width", value) for value in data.width_buckets]
     if isinstance(options, TrainOptions):
         known = {(kind, value) for _, kind, value in sizes}  # sizes taken over from the buckets are reported once
         validation = options.validation

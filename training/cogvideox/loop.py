@@ -1,11 +1,15 @@
 """The one training loop: batches in, optimizer steps out. Nothing in it waits for the device."""
 
-from collections.abc import Generator, Iterator
+import sys
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from cogvideox import diffusion, models
 from cogvideox.args import LoraOptions
@@ -16,12 +20,47 @@ from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
 from cogvideox.errors import UsageError
+from cogvideox.held_out import HeldOut
 from cogvideox.optim import learning_rate
 from cogvideox.plan import ExecutionPlan
 from cogvideox.publish import publish
 from cogvideox.run import REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, write_config
 from cogvideox.tensors import Tensors
 from cogvideox.validation import Prompts, Validator
+
+SHOWN = 20  # bad clips listed in a message
+
+
+def losses_of(task: Any, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
+    """The loss of each sample of a batch on the device, (B,), fp32: what is trained, and what is measured."""
+    predict = task.predictor(transformer, batch)
+    return diffusion.loss(schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
+
+
+class BadClips:
+    """Clips that others had to replace, each counted once; says each, and ends the run where they are too many."""
+
+    def __init__(self, max_fraction: float, num_clips: int) -> None:
+        self.max_fraction, self.num_clips = max_fraction, num_clips
+        self.reasons: dict[str, str] = {}
+
+    def count(self, replaced: Sequence[tuple[str, str]]) -> int:
+        """How many there are, these (id, reason) included.
+
+        Raises:
+            UsageError: more than the flag allows, with all of them listed.
+        """
+        for clip, reason in replaced:
+            if clip not in self.reasons:
+                self.reasons[clip] = reason
+                tqdm.write(f"{clip}: cannot be read, another clip takes its place; {reason}", file=sys.stderr)
+        bad = len(self.reasons)
+        if bad > self.max_fraction * self.num_clips:
+            more = [f"... and {bad - SHOWN} more"] if bad > SHOWN else []
+            rule = f"--max_bad_fraction {self.max_fraction:g}: {bad} of {self.num_clips} clips cannot be read"
+            listed = [f"{clip}: {reason}" for clip, reason in self.reasons.items()][:SHOWN]
+            raise UsageError([*listed, *more, f"{rule}; mend them, or allow it with a larger fraction"])
+        return bad
 
 
 class Trainer:
@@ -37,9 +76,11 @@ class Trainer:
         run.say(f"plan: {plan}")
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
+        max_bad = options.data.max_bad_fraction
         self.dataset = LatentDataset(
-            tensors.cache, tensors.index, tensors.geometry, seed, options.loader.caption_dropout
+            tensors.cache, tensors.index, tensors.geometry, seed, options.loader.caption_dropout, max_bad > 0
         )
+        self.bad_clips = BadClips(max_bad, len(tensors.index.samples))
         self.global_batch = train.train_batch_size * train.gradient_accumulation_steps * run.world
         samples = tensors.index.samples
         self.order = Order([s.id for s in samples], [s.bucket for s in samples], self.global_batch, seed)
@@ -57,6 +98,9 @@ class Trainer:
             run, self.engine, method, self.recipe, train.checkpointing_steps, train.checkpoints_total_limit
         )
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, self.order)
+        self.held_out = HeldOut(
+            run, tensors, seed, method.transformer, partial(losses_of, task, self.schedule, method.transformer)
+        )
 
     def _recipe(self, tensors: Tensors) -> dict[str, Any]:
         """All that decides the result, whatever the number of ranks and of steps. Compared when a run is resumed."""
@@ -85,9 +129,9 @@ class Trainer:
         """
         metrics = Metrics(self.run, self.options, self.first_step, self.total_steps)
         self.validator.set_aside(self.first_step, self.total_steps, self.recipe)
-        if self.first_step == 0 or self.validator.due(self.first_step):
+        if self._looks_due(self.first_step):
             with metrics.paused():
-                self.validator.render(self.first_step)  # only what is not there: a kill may have come in between
+                self._look(self.first_step)  # only what is not there: a kill may have come in between
         with signals_ask_to_stop(self.run), closing(self._batches()) as batches:
             step = self._train(metrics, batches)
         metrics.close()
@@ -101,9 +145,8 @@ class Trainer:
             for _ in range(accumulation):
                 with metrics.loading():
                     batch = next(batches)
-                batch = batch.to(self.run.device)
-                predict = self.task.predictor(self.engine.model, batch)
-                losses_B = diffusion.loss(self.schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
+                metrics.bad_clips = self.bad_clips.count(batch.replaced)
+                losses_B = losses_of(self.task, self.schedule, self.engine.model, batch.to(self.run.device))
                 self.engine.backward(losses_B.mean() / accumulation)
             result = self.engine.step(rate, stop=self.run.stop_requested)
             step += 1
@@ -112,14 +155,32 @@ class Trainer:
                 with metrics.paused():
                     self.saver.save(step)
                 saved = step
-            if self.validator.due(step) and step < self.total_steps:
+            if self._looks_due(step) and step < self.total_steps:
                 with metrics.paused():
                     if not metrics.stop_agreed:
-                        self.validator.render(step)
+                        self._look(step)
         metrics.flush()
         if saved < step:
             self.saver.save(step)
         return step
+
+    def _looks_due(self, step: int) -> bool:
+        """Whether the weights are to be looked at after a step: always before the first and after the last."""
+        return step in (0, self.total_steps) or self.validator.due(step) or self._held_out_due(step)
+
+    def _held_out_due(self, step: int) -> bool:
+        """As often as the flags say for validation, else with each checkpoint."""
+        flags = self.options.validation
+        scheduled = flags.validation_steps or flags.validation_epochs
+        return bool(self.held_out) and (self.validator if scheduled else self.saver).due(step)
+
+    def _look(self, step: int) -> None:
+        """The held-out loss and the validation videos that belong after a step and are not there yet."""
+        ends = step in (0, self.total_steps)
+        if ends or self._held_out_due(step):
+            self.held_out.measure(step)
+        if ends or self.validator.due(step):
+            self.validator.render(step)
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This rank's micro-batches; closing it ends the workers, which do not listen to signals."""
@@ -164,7 +225,7 @@ class Trainer:
         if step < self.total_steps:
             self.run.say(f"stopped and saved after step {step} of {self.total_steps}; the same command goes on")
             return REQUEUE_EXIT
-        self.validator.render(step)
+        self._look(step)
         publish(self.run, self.options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
         self.run.accelerator.end_training()
         return 0

@@ -109,12 +109,19 @@ def text_fingerprint(model: ModelFlags) -> str:
     return digest.hexdigest()
 
 
+def load_tokenizer(model: ModelFlags) -> Any:
+    """T5's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(part_folder(model, "tokenizer"))
+
+
 @contextmanager
 def text_encoder(model: ModelFlags, dtype: str, device: torch.device) -> Iterator[tuple[Any, Any]]:
     """(tokenizer, T5 encoder on the device), freed afterwards."""
-    from transformers import AutoTokenizer, T5EncoderModel
+    from transformers import T5EncoderModel
 
-    tokenizer = AutoTokenizer.from_pretrained(part_folder(model, "tokenizer"))
+    tokenizer = load_tokenizer(model)
     folder = part_folder(model, "text_encoder")
     encoder = T5EncoderModel.from_pretrained(folder, dtype=DTYPES[dtype], variant=model.variant)
     encoder.requires_grad_(False).eval().to(device)

@@ -1,17 +1,13 @@
-"""A folder of clips and captions into the cache: planned, reported, encoded, indexed. Resumable at any point.
+"""A folder of clips and captions into the cache: planned, encoded, indexed. Resumable at any point.
 
-samples -> plans (ledger) -> table -> T5 embeddings, T5 freed -> VAE moments -> index. Rank r takes samples r, r+R, ...
-Decoding runs in worker processes that never import torch; this process only encodes and writes.
+samples -> plans (ledger) -> T5 embeddings, T5 freed -> VAE moments -> index. Rank r takes samples r, r+R, ...
+Media files are opened in worker processes only, which may be killed; this process only encodes and writes.
 """
 
-import multiprocessing
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from cogvideox import encode, models
-from cogvideox.args import DataFlags, EncodeFlags, ModelFlags
+from cogvideox.args import DataFlags, EncodeFlags, ModelFlags, resolutions
 from cogvideox.data.buckets import Bucket, make_buckets
 from cogvideox.data.cache import (
     CachedSample,
@@ -29,15 +25,24 @@ from cogvideox.data.cache import (
     hash_of,
     sole_writer,
 )
-from cogvideox.data.clips import FAILED, OK, UNREADABLE, ClipRecipe, Variant, decode_variant, plan_clip
-from cogvideox.data.index import read_samples
-from cogvideox.data.transforms import scale, stretch
+from cogvideox.data.clips import (
+    FAILED,
+    KILLED,
+    OK,
+    UNREADABLE,
+    ClipRecipe,
+    Variant,
+    bad_line,
+    decode_variant,
+    plan_clip,
+)
+from cogvideox.data.index import Sample, read_samples, read_validation
+from cogvideox.data.workers import Killed, Limits, Workers
 from cogvideox.errors import UsageError
 from cogvideox.files import remove_stale_temporaries
 from cogvideox.geometry import Geometry
 
 LEDGER_EVERY = 64  # records written to the ledger at once while planning
-RETRY = {"status": UNREADABLE}
 SHOWN = 20  # bad clips listed in a message
 
 
@@ -73,12 +78,28 @@ class Encoders:
         return hash_of(["prompt", caption, self.text_encoder, self.text_dtype, self.text_length])
 
 
+@dataclass(frozen=True)
+class Cut:
+    """One tensor to be: a variant of a clip in a bucket. Copies of a file share it."""
+
+    bucket: Bucket
+    variant: Variant
+    path: Path
+    records: list[dict[str, Any]]
+
+
+def list_buckets(data: DataFlags) -> tuple[Bucket, ...]:
+    """The buckets that the flags ask for, none longer than --max_num_frames."""
+    listed = [Bucket(*numbers) for numbers in resolutions(data)]
+    buckets = sorted(set(listed)) or make_buckets(data.frame_buckets, data.height_buckets, data.width_buckets)
+    return tuple(bucket for bucket in buckets if bucket.frames <= (data.max_num_frames or bucket.frames))
+
+
 def clip_recipe(data: DataFlags, geometry: Geometry) -> ClipRecipe:
     """How clips are cut, from the flags and the model's frame rate."""
-    frames = [count for count in data.frame_buckets if count <= (data.max_num_frames or count)]
     uniform = data.frame_selection == "uniform"
     return ClipRecipe(
-        buckets=make_buckets(frames, data.height_buckets, data.width_buckets),
+        buckets=list_buckets(data),
         fps=None if uniform else data.fps or float(geometry.default_fps),
         frame_selection=data.frame_selection,
         skip_frames_start=data.skip_frames_start,
@@ -87,13 +108,17 @@ def clip_recipe(data: DataFlags, geometry: Geometry) -> ClipRecipe:
         flip_probability=data.random_flip or 0.0,
         variants=data.num_augmentations or 1,
         seed=data.seed,
+        max_upscale=data.max_upscale,
+        every_bucket=data.bucket_choice == "every",
+        reader=data.video_reader,
     )
 
 
 class Preparation:
     """One preparation of a data set into a folder.
 
-    ``state`` is a Ranks: rank, number of ranks, device, barrier.
+    ``state`` is a Ranks: rank, number of ranks, device, barrier. ``samples`` are those to train on, then the
+    ``num_validation`` ones to measure on; records are in their order.
     """
 
     def __init__(
@@ -104,24 +129,26 @@ class Preparation:
         self.cache = TensorCache(folder)
         self.ledger = Ledger(folder)
         self.recipe = clip_recipe(data, geometry)
-        self.samples = read_samples(data)
+        self.limits = Limits(data.decode_timeout, int(data.decode_memory * 2**30))
+        validation = read_validation(data)
+        self.samples: list[Sample] = read_samples(data) + validation
+        self.num_validation = len(validation)
 
     def plan(self) -> list[dict[str, Any]]:
         """The ledger record of every sample, in order; files that have none yet are probed, in workers."""
         known = self.ledger.read()
-        paths = [sample.video for sample in self.samples]
-        mine = self._share(list(dict.fromkeys(paths)))
-        todo = [path for path in mine if known.get(self.recipe.request(path), RETRY)["status"] == UNREADABLE]
+        mine = self.share(list(dict.fromkeys(sample.video for sample in self.samples)))
+        todo = [path for path in mine if not self._settled(known.get(self.recipe.request(path)))]
         jobs = ((plan_clip, path, self.recipe) for path in todo)
         batch: list[dict[str, Any]] = []
-        for record in self._in_workers(jobs, len(todo), "reading headers"):
-            batch.append(record)
+        for path, record in zip(todo, self.in_workers(jobs, len(todo), "reading headers"), strict=True):
+            batch.append(self._killed(path, record) if isinstance(record, Killed) else record)
             if len(batch) == LEDGER_EVERY:
                 self.ledger.append(batch)
                 batch = []
         self.ledger.append(batch)
         self.state.wait_for_everyone()
-        return self._records()
+        return self.records()
 
     def encode(self, records: Sequence[dict[str, Any]], caption_batch: int = 1) -> CacheIndex:
         """Encodes what is missing, T5 first, and writes the index.
@@ -133,14 +160,14 @@ class Preparation:
         with self._sole_writer():
             self.state.wait_for_everyone()  # main may have waited for another job: all look at the same state
             remove_stale_temporaries(self.folder)
-            captions = [sample.caption for sample, r in zip(self.samples, records, strict=True) if r["status"] == OK]
-            missing_prompts = self._share(missing_captions(self.cache, encoders, ["", *captions]))
-            missing_clips = dict(self._share(list(self._missing_clips(records, encoders).items())))
+            missing_prompts = self.share(missing_captions(self.cache, encoders, self.captions(records)))
+            missing = self.cuts(records, encoders)
+            missing_cuts = self.share([(key, cut) for key, cut in missing.items() if not self.cache.has(key)])
             self.state.wait_for_everyone()  # nobody writes before everybody has looked, else the shares do not fit
             encode_captions(self.cache, self.model, encoders, missing_prompts, caption_batch, self.state)
-            self._encode_clips(missing_clips, encoders)
+            self._encode_cuts(dict(missing_cuts), encoders)
             self.state.wait_for_everyone()
-        records = self._records()
+        records = self.records()
         check_bad(records, self.data.max_bad_fraction)
         index = self._index(records, encoders)
         if self.state.is_main_process:
@@ -148,24 +175,52 @@ class Preparation:
         self.state.wait_for_everyone()
         return index
 
-    def report(self, records: Sequence[dict[str, Any]], with_bytes: bool = False) -> str:
-        """Clips per bucket and what becomes of them; what inference makes of frame counts that are not as usual."""
-        cached = None
-        if with_bytes:
-            records = self._records()
-            cached = cached_bytes(self.cache, Encoders.of(self.model, self.flags, self.geometry))
-        return "\n".join([table(records, cached), *self._frame_notes(records)])
-
-    def _frame_notes(self, records: Sequence[dict[str, Any]]) -> Iterator[str]:
-        for frames in sorted({record["bucket"]["frames"] for record in records if record["status"] == OK}):
-            made = self.geometry.inference_frames(frames)
-            if made != frames or frames % self.geometry.temporal_compression == 0:
-                latents = self.geometry.latent_frames(frames)
-                yield f"{frames} frames are {latents} latent frames, of which inference makes {made} frames"
-
-    def _records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, Any]]:
+        """The ledger's record of every sample, in order."""
         known = self.ledger.read()
-        return [known[self.recipe.request(sample.video)] for sample in self.samples]
+        request = {path: self.recipe.request(path) for path in {sample.video for sample in self.samples}}
+        return [known[request[sample.video]] for sample in self.samples]
+
+    def captions(self, records: Sequence[dict[str, Any]]) -> list[str]:
+        """The captions to embed, each once: the empty one first."""
+        used = (sample.caption for sample, r in zip(self.samples, records, strict=True) if r["status"] == OK)
+        return list(dict.fromkeys(["", *used]))
+
+    def cuts(self, records: Sequence[dict[str, Any]], encoders: Encoders) -> dict[str, Cut]:
+        """By key: every tensor of clips that the records ask for."""
+        found: dict[str, Cut] = {}
+        for record in {record["request"]: record for record in records if record["status"] == OK}.values():
+            for cut in record["cuts"]:
+                for variant in cut["variants"]:
+                    key = encoders.video_key(record["content"], variant)
+                    bucket, path = Bucket(**cut["bucket"]), Path(record["path"])
+                    found.setdefault(key, Cut(bucket, Variant.from_record(variant), path, [])).records.append(record)
+        return found
+
+    def share(self, items: list[Any]) -> list[Any]:
+        """This rank's part of a list."""
+        return items[self.state.process_index :: self.state.num_processes]
+
+    def in_workers(self, jobs: Iterable[tuple[Any, ...]], total: int, what: str) -> Iterator[Any]:
+        """The jobs' results in order, from worker processes, with a progress bar; Killed in place of a worker's end."""
+        if not total:
+            return
+        with worker_pool(self.data, self.limits) as workers:
+            hidden = not self.state.is_main_process
+            yield from tqdm(workers.run(jobs), total=total, desc=what, unit="clip", disable=hidden)
+
+    def _settled(self, record: dict[str, Any] | None) -> bool:
+        """Whether a file need not be looked at again."""
+        if record is None or record["status"] == UNREADABLE:
+            return False
+        return record["status"] != KILLED or record["limits"] == self._limits()
+
+    def _limits(self) -> list[float]:
+        return [self.limits.seconds, self.limits.memory]
+
+    def _killed(self, path: Path, killed: Killed) -> dict[str, Any]:
+        reason = {"status": KILLED, "reason": killed.reason, "limits": self._limits()}
+        return {"request": self.recipe.request(path), "path": str(path), **reason}
 
     @contextmanager
     def _sole_writer(self) -> Iterator[None]:
@@ -175,53 +230,41 @@ class Preparation:
         with sole_writer(self.folder, tqdm.write):
             yield
 
-    def _share(self, items: list[Any]) -> list[Any]:
-        """This rank's part of a list."""
-        return items[self.state.process_index :: self.state.num_processes]
-
-    def _missing_clips(
-        self, records: Sequence[dict[str, Any]], encoders: Encoders
-    ) -> dict[str, tuple[Variant, list[dict[str, Any]]]]:
-        """By key: a variant that is not in the cache, and the records of the clips that have it (copies share keys)."""
-        missing: dict[str, tuple[Variant, list[dict[str, Any]]]] = {}
-        for record in records:
-            for variant in record.get("variants", ()):
-                key = encoders.video_key(record["content"], variant)
-                if not self.cache.has(key):
-                    missing.setdefault(key, (Variant.from_record(variant), []))[1].append(record)
-        return missing
-
-    def _encode_clips(self, missing: dict[str, tuple[Variant, list[dict[str, Any]]]], encoders: Encoders) -> None:
+    def _encode_cuts(self, missing: dict[str, Cut], encoders: Encoders) -> None:
         if not missing:
             return
         with models.video_encoder(self.model, encoders.vae_dtype, self.state.device, encoders.tiling) as vae:
-            jobs = ((decode_variant, Path(record["path"]), variant) for variant, (record, *_) in missing.values())
-            results = self._in_workers(jobs, len(missing), "encoding clips")
-            for (key, (_, copies)), frames in zip(missing.items(), results, strict=True):
-                if isinstance(frames, str):
-                    failure = {"status": FAILED, "reason": frames, "variants": []}
-                    self.ledger.append({**record, **failure} for record in copies)
+            jobs = ((decode_variant, cut.path, cut.variant) for cut in missing.values())
+            results = self.in_workers(jobs, len(missing), "encoding clips")
+            for (key, cut), frames in zip(missing.items(), results, strict=True):
+                if isinstance(frames, (str, Killed)):
+                    self._give_up(cut, frames)
                     continue
                 moments = encode.video_moments(vae, frames)
                 if not torch.isfinite(moments).all():
-                    rule = f"--dtype {encoders.vae_dtype}: the VAE overflows on {copies[0]['path']}; give bf16 or fp32"
+                    rule = f"--dtype {encoders.vae_dtype}: the VAE overflows on {cut.path}; give bf16 or fp32"
                     raise UsageError(rule)
                 self.cache.write(key, {"moments_CFHW": moments})
 
+    def _give_up(self, cut: Cut, reason: str | Killed) -> None:
+        """Writes down that the files of a cut cannot be used."""
+        for record in cut.records:
+            if isinstance(reason, Killed):
+                end = {"status": KILLED, "reason": reason.reason, "limits": self._limits()}
+            else:
+                end = {"status": FAILED, "reason": reason}
+            self.ledger.append([{name: value for name, value in record.items() if name != "cuts"} | end])
+
     def _index(self, records: Sequence[dict[str, Any]], encoders: Encoders) -> CacheIndex:
-        samples = tuple(
-            CachedSample(
-                id=sample.id,
-                caption=sample.caption,
-                bucket=Bucket(**record["bucket"]),
-                video_keys=tuple(encoders.video_key(record["content"], v) for v in record["variants"]),
-                prompt_key=encoders.prompt_key(sample.caption),
-            )
-            for sample, record in zip(self.samples, records, strict=True)
-            if record["status"] == OK
+        listed = len(self.samples) - self.num_validation
+        pairs = list(zip(self.samples, records, strict=True))
+        samples, validation = (
+            tuple(entry for sample, record in part for entry in cached_samples(sample, record, encoders))
+            for part in (pairs[:listed], pairs[listed:])
         )
         if not samples:
-            raise UsageError(f"--data_root {self.data.data_root}: no clip is left to train on; see the table")
+            roots = " ".join(self.data.data_root)
+            raise UsageError(f"--data_root {roots}: no clip is left to train on; see the table")
         return CacheIndex(
             samples=samples,
             empty_prompt_key=encoders.prompt_key(""),
@@ -230,14 +273,22 @@ class Preparation:
             text_encoder=encoders.text_encoder,
             dtypes={"vae": encoders.vae_dtype, "text_encoder": encoders.text_dtype},
             text_length=encoders.text_length,
+            validation=validation,
         )
 
-    def _in_workers(self, jobs: Iterable[tuple[Any, ...]], total: int, what: str) -> Iterator[Any]:
-        """The jobs' results in order, from worker processes, with a progress bar."""
-        hidden = not self.state.is_main_process or total == 0
-        with worker_pool(self.data) as pool:
-            results = run_in_order(pool, jobs, ahead=2 * num_workers(self.data))
-            yield from tqdm(results, total=total, desc=what, unit="clip", disable=hidden)
+
+def cached_samples(sample: Sample, record: dict[str, Any], encoders: Encoders) -> Iterator[CachedSample]:
+    """A sample's entries in the index: one a bucket, none if its clip cannot be used."""
+    cuts = record["cuts"] if record["status"] == OK else []
+    for cut in cuts:
+        bucket = Bucket(**cut["bucket"])
+        yield CachedSample(
+            id=sample.id if len(cuts) == 1 else f"{sample.id}@{bucket}",
+            caption=sample.caption,
+            bucket=bucket,
+            video_keys=tuple(encoders.video_key(record["content"], variant) for variant in cut["variants"]),
+            prompt_key=encoders.prompt_key(sample.caption),
+        )
 
 
 def missing_captions(cache: TensorCache, encoders: Encoders, captions: Sequence[str]) -> list[str]:
@@ -264,35 +315,14 @@ def encode_captions(
         bar.close()
 
 
-def worker_pool(data: DataFlags) -> ProcessPoolExecutor:
-    """Processes for media files; spawned, so that they hold neither torch nor the device."""
-    return ProcessPoolExecutor(num_workers(data), multiprocessing.get_context("spawn"))
-
-
-def num_workers(data: DataFlags) -> int:
-    """Processes that decode: decoding never runs in this one."""
-    return max(1, data.dataloader_num_workers)
-
-
-def run_in_order(pool: ProcessPoolExecutor, jobs: Iterable[tuple[Any, ...]], ahead: int) -> Iterator[Any]:
-    """Results of (function, arguments...) in order, with at most ``ahead`` jobs waiting: decoded clips are large."""
-    jobs = iter(jobs)
-    queue: list[tuple[Future[Any], tuple[Any, ...]]] = [(pool.submit(*job), job) for job in islice(jobs, ahead)]
-    while queue:
-        future, job = queue.pop(0)
-        try:
-            result = future.result()
-        except BrokenProcessPool:
-            raise RuntimeError(
-                f"a worker process died at or just after {job[1]}; remove that clip and run again"
-            ) from None
-        queue += [(pool.submit(*job), job) for job in islice(jobs, 1)]
-        yield result
+def worker_pool(data: DataFlags, limits: Limits) -> Workers:
+    """Processes for media files: at least one, because nothing is decoded in this one."""
+    return Workers(max(1, data.dataloader_num_workers), limits)
 
 
 def bad_clips(records: Iterable[dict[str, Any]]) -> list[str]:
     """file: reason, of every clip that cannot be used."""
-    return [f"{record['path']}: {record['reason']}" for record in records if record["status"] != OK]
+    return [bad_line(record["path"], record["reason"]) for record in records if record["status"] != OK]
 
 
 def check_bad(records: Sequence[dict[str, Any]], max_bad_fraction: float) -> None:
@@ -301,49 +331,9 @@ def check_bad(records: Sequence[dict[str, Any]], max_bad_fraction: float) -> Non
     if len(bad) <= max_bad_fraction * len(records):
         return
     more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+    enough = math.ceil(len(bad) / len(records) * 1000) / 1000
     rule = (
         f"--max_bad_fraction {max_bad_fraction:g}: {len(bad)} of {len(records)} clips cannot be used; "
-        f"mend or remove them, or allow it with --max_bad_fraction {len(bad) / len(records):.3g}"
+        f"mend or remove them, or allow it with --max_bad_fraction {enough:g}"
     )
     raise UsageError([*bad[:SHOWN], *more, rule])
-
-
-def table(records: Sequence[dict[str, Any]], cached: Callable[[dict[str, Any]], int] | None = None) -> str:
-    """Clips per bucket, what is done to them, what was dropped and why; bytes where ``cached`` tells them."""
-    rows = [("bucket", "clips", "variants", "upscaled", "stretched", *(["MiB"] if cached else []))]
-    good = [record for record in records if record["status"] == OK]
-    for bucket in sorted({Bucket(**record["bucket"]) for record in good}):
-        inside = [record for record in good if Bucket(**record["bucket"]) == bucket]
-        fits = [Variant.from_record(variant).fit for record in inside for variant in record["variants"]]
-        upscaled = sum(record_scale(record) > 1.0 for record in inside)
-        stretched = max(record_stretch(record) for record in inside)
-        size = [f"{sum(map(cached, inside)) / 2**20:.1f}"] if cached else []
-        rows.append((str(bucket), str(len(inside)), str(len(fits)), str(upscaled), f"{stretched - 1:.0%}", *size))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    dropped = Counter(record["status"] for record in records if record["status"] != OK)
-    lines += [f"{count} {status}" for status, count in dropped.items()]
-    lines += [f"  {text}" for text in bad_clips(records)[:SHOWN]]
-    return "\n".join(lines)
-
-
-def record_scale(record: dict[str, Any]) -> float:
-    """How far a clip is enlarged; 1 or less: not at all."""
-    return scale(Variant.from_record(record["variants"][0]).fit, record["source"]["height"], record["source"]["width"])
-
-
-def record_stretch(record: dict[str, Any]) -> float:
-    """How far a clip's aspect ratio is changed; 1: not at all."""
-    return stretch(
-        Variant.from_record(record["variants"][0]).fit, record["source"]["height"], record["source"]["width"]
-    )
-
-
-def cached_bytes(cache: TensorCache, encoders: Encoders) -> Callable[[dict[str, Any]], int]:
-    """A function that tells the bytes of a record's tensors in the cache."""
-
-    def size(record: dict[str, Any]) -> int:
-        keys = (encoders.video_key(record["content"], variant) for variant in record["variants"])
-        return sum(cache.path(key).stat().st_size for key in keys if cache.has(key))
-
-    return size

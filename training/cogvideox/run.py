@@ -243,6 +243,7 @@ class Pending:
     step: int
     lr: float
     loading_seconds: float  # that this process waited for batches
+    bad_clips: int
     values: torch.Tensor
     start: Mark
     end: Mark
@@ -259,6 +260,7 @@ class Metrics:
         self.skipped_in_a_row = 0
         self.mark = Mark(run.device)  # the end of the step before
         self.loading_seconds = 0.0
+        self.bad_clips = 0  # that this process has met so far
         self.bar = tqdm(
             initial=first_step,
             total=total_steps,
@@ -279,7 +281,7 @@ class Metrics:
     def _keep_until(self, step: int) -> None:
         """Drops lines of steps that are going to be done again."""
         if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if finished_by(line, step)]
+            lines = [line for line in self.path.read_text().splitlines() if step and finished_by(line, step)]
             write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     @property
@@ -292,7 +294,7 @@ class Metrics:
         values = result.values.to("cpu", non_blocking=True)
         end = Mark(self.run.device)
         self.flush()
-        self.pending = Pending(step, lr, self.loading_seconds, values, self.mark, end)
+        self.pending = Pending(step, lr, self.loading_seconds, self.bad_clips, values, self.mark, end)
         self.mark, self.loading_seconds = end, 0.0
 
     def flush(self) -> None:
@@ -304,7 +306,7 @@ class Metrics:
         self.last = dict(zip(StepResult.NAMES, pending.values.tolist(), strict=True))
         record = {"step": pending.step, "lr": pending.lr, **self.last}
         record |= {"seconds": round(pending.end.seconds_since(pending.start), 5)}
-        record |= {"loading_seconds": round(pending.loading_seconds, 5)}
+        record |= {"loading_seconds": round(pending.loading_seconds, 5), "bad_clips": pending.bad_clips}
         if torch.cuda.is_available():
             record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if self.run.is_main:
@@ -312,16 +314,12 @@ class Metrics:
         self._check_skipped(pending.step, self.last["skipped"])
 
     def _write(self, record: dict[str, float]) -> None:
-        with open(self.path, "a") as file:
-            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-            file.write(json.dumps(finite) + "\n")
-        step = int(record["step"])
-        self.run.accelerator.log({k: v for k, v in record.items() if k not in ("step", "stop")}, step=step)
+        write_metrics(self.run, record)
         shown = {"loss": f"{record['loss']:.4f}", "lr": f"{record['lr']:.2e}", "s/step": f"{record['seconds']:.2f}"}
         if "peak_gib" in record:
             shown["GiB"] = f"{record['peak_gib']:.2f}"
         self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
+        self.bar.update(int(record["step"]) - self.bar.n)
 
     def _check_skipped(self, step: int, skipped: float) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
@@ -350,6 +348,18 @@ class Metrics:
         """Writes the last step and ends the bar."""
         self.flush()
         self.bar.close()
+
+
+def write_metrics(run: Run, record: dict[str, float]) -> None:
+    """A line of metrics.jsonl, null where a number is not finite, and the same for the trackers; on the main process.
+
+    ``record`` has the step under "step".
+    """
+    finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    with open(run.output_dir / METRICS_NAME, "a") as file:
+        file.write(json.dumps(finite) + "\n")
+    values = {name: value for name, value in record.items() if name not in ("step", "stop")}
+    run.accelerator.log(values, step=int(record["step"]))
 
 
 def finished_by(line: str, step: int) -> bool:

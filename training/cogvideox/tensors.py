@@ -3,11 +3,15 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogvideox.args import DataFlags, LoraOptions
+from cogvideox.args import DataFlags, LoraOptions, ValidationFlags, resolutions
+from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
+from cogvideox.data.forms import TENSOR_FOLDER
 from cogvideox.errors import UsageError
+from cogvideox.factory import is_factory_layout, open_factory
 from cogvideox.geometry import Geometry, read_geometry
-from cogvideox.prepare import Encoders, Preparation, check_bad
+from cogvideox.prepare import Encoders, Preparation, check_bad, encode_captions, missing_captions
+from cogvideox.report import describe
 from cogvideox.run import Run
 
 
@@ -29,26 +33,52 @@ def open_tensors(run: Run, options: LoraOptions) -> Tensors:
     """
     geometry = read_geometry(options.model)
     encoders = Encoders.of(options.model, options.encode, geometry)
-    if options.loader.load_tensors:
-        folder = Path(options.data.data_root[0])
-        index = open_index(folder)
+    root = Path(options.data.data_root[0])
+    if not options.loader.load_tensors:
+        folder = Path(str(options.loader.tensor_cache))
+        index = prepare_here(run, options, geometry, folder)
+    elif is_factory_layout(root):
+        folder = Path(options.loader.tensor_cache or root / TENSOR_FOLDER)
+        index = convert_here(run, options, geometry, encoders, folder)
+        check_flags(index, options.data)
+    else:
+        folder, index = root, open_index(root)
         encoders = replace(encoders, vae_dtype=index.dtypes["vae"], text_dtype=index.dtypes["text_encoder"])
         check_index(index, encoders, folder)
         check_flags(index, options.data)
-    else:
-        folder = Path(str(options.loader.tensor_cache))
-        index = prepare_here(run, options, geometry, folder)
+    check_schedule(index, options.validation)
     run.say(f"{len(index.samples)} clips in {folder}")
     return Tensors(geometry, TensorCache(folder), index, encoders)
+
+
+def convert_here(run: Run, options: LoraOptions, geometry: Geometry, encoders: Encoders, folder: Path) -> CacheIndex:
+    """The index of a factory's folder, whose tensors are converted once."""
+    cache, data = TensorCache(folder), options.data
+
+    def embed_empty() -> None:
+        if options.loader.caption_dropout:
+            encode_captions(cache, options.model, encoders, missing_captions(cache, encoders, [""]), 1, run.ranks)
+
+    return open_factory(Path(data.data_root[0]), data, geometry, cache, encoders, embed_empty, run.ranks, run.say)
 
 
 def prepare_here(run: Run, options: LoraOptions, geometry: Geometry, folder: Path) -> CacheIndex:
     """What prepare_dataset.py does, before training."""
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks)
     records = preparation.plan()
-    run.say(preparation.report(records))
     check_bad(records, options.data.max_bad_fraction)
-    return preparation.encode(records)
+    index = preparation.encode(records)
+    run.say(describe(preparation, preparation.records()))
+    return index
+
+
+def check_schedule(index: CacheIndex, validation: ValidationFlags) -> None:
+    """Raises UsageError where flags say when to validate, and there is nothing to validate."""
+    name = "validation_steps" if validation.validation_steps else "validation_epochs"
+    if getattr(validation, name) and not validation.validation_prompt and not index.validation:
+        raise UsageError(
+            f"--{name}: there is nothing to validate; give --validation_prompt, or prepare with --validation_data_root"
+        )
 
 
 def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:
@@ -72,10 +102,16 @@ def check_flags(index: CacheIndex, data: DataFlags) -> None:
     token = (data.id_token or "").strip()
     if any(not sample.caption.startswith(token) for sample in index.samples):
         problems.append(f"--id_token {token}: the captions were prepared without it; prepare_dataset.py takes the flag")
+    there = sorted({sample.bucket for sample in index.samples})
+    given = [Bucket(*numbers) for numbers in resolutions(data)]
+    if given and not set(there) <= set(given):
+        names = " ".join(map(str, there))
+        problems.append(f"--train_resolution {' '.join(data.train_resolution)}: prepared were {names}; give those")
     for name, of in (("frame_buckets", "frames"), ("height_buckets", "height"), ("width_buckets", "width")):
-        given = getattr(data, name)
-        there = sorted({getattr(sample.bucket, of) for sample in index.samples})
-        if given != getattr(DataFlags, name) and not set(there) <= set(given):
-            problems.append(f"--{name} {' '.join(map(str, given))}: the tensors were prepared with {there}; give those")
+        values = sorted({getattr(bucket, of) for bucket in there})
+        listed = getattr(data, name)
+        if listed != getattr(DataFlags, name) and not set(values) <= set(listed):
+            shown = " ".join(map(str, listed))
+            problems.append(f"--{name} {shown}: the tensors were prepared with {values}; give those")
     if problems:
         raise UsageError(problems)

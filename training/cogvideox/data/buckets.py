@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+ASPECT_SLACK = 1.2  # with every bucket: 16:9 clips go to 480x720 too, portrait ones do not
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
@@ -49,19 +51,37 @@ def size_problem(size: int, multiple: int) -> str | None:
     return f"must be a multiple of {multiple}; nearest: {', '.join(nearest)}"
 
 
-def nearest_bucket(buckets: Sequence[Bucket], frames: int, height: int, width: int) -> Bucket | None:
-    """The bucket for a clip that can give `frames` frames of height x width pixels; None if it is too short for all.
+def choose_buckets(
+    buckets: Sequence[Bucket], frames: int, height: int, width: int, max_upscale: float, every: bool = False
+) -> tuple[Bucket, ...]:
+    """The buckets for a clip that can give `frames` frames of height x width pixels; none if it fills none.
 
-    Frames first (the most that the clip can fill), then the aspect ratio (least stretching or cutting), then the
-    largest size that needs no upscaling, or the smallest there is if all do. The order of `buckets` has no effect.
+    A clip fills a bucket that asks for no more frames than it has, and for which it is not enlarged more than
+    max_upscale times. Of those, the nearest one: frames first (the most), then the aspect ratio (least stretching or
+    cutting), then the largest size that needs no upscaling, or the smallest there is if all do. `every`: of each frame
+    count all whose aspect ratio is at most ASPECT_SLACK times farther than the nearest one's. The order of `buckets`
+    has no effect.
     """
-    most = max((bucket.frames for bucket in buckets if bucket.frames <= frames), default=None)
-    fitting = [bucket for bucket in buckets if bucket.frames == most]
-    if not fitting:
-        return None
-    best = min(fitting, key=lambda bucket: (_aspect_distance(bucket, height, width), bucket.height / bucket.width))
-    alike = [bucket for bucket in fitting if bucket.width * best.height == best.width * bucket.height]
-    covered = [bucket for bucket in alike if bucket.height <= height and bucket.width <= width]
+    filled = [b for b in buckets if b.frames <= frames and upscale(b, height, width) <= max_upscale]
+    if not filled:
+        return ()
+    if not every:
+        most = max(bucket.frames for bucket in filled)
+        return (_nearest([bucket for bucket in filled if bucket.frames == most], height, width),)
+    least = min(_aspect_distance(bucket, height, width) for bucket in filled)
+    near = [b for b in filled if _aspect_distance(b, height, width) <= least + math.log(ASPECT_SLACK)]
+    return tuple(sorted(near))
+
+
+def upscale(bucket: Bucket, height: int, width: int) -> float:
+    """How far a clip of height x width pixels is enlarged to fill a bucket; 1 or less: not at all."""
+    return max(bucket.height / height, bucket.width / width)
+
+
+def _nearest(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
+    best = min(buckets, key=lambda bucket: (_aspect_distance(bucket, height, width), bucket.height / bucket.width))
+    alike = [bucket for bucket in buckets if bucket.width * best.height == best.width * bucket.height]
+    covered = [bucket for bucket in alike if upscale(bucket, height, width) <= 1]
     return max(covered, key=_area) if covered else min(alike, key=_area)
 
 

@@ -22,7 +22,7 @@ from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 
 
 class CacheError(UsageError):
@@ -52,37 +52,59 @@ class TensorCache:
         """Stores CPU tensors under a key; returns the bytes written."""
         from safetensors.torch import save
 
-        content = save(tensors, metadata={"sha256": checksum(tensors)})
+        # One entry, because safetensors writes several in any order, and equal tensors shall be equal files.
+        content = save(tensors, metadata={"written": json.dumps({"key": key, "sha256": checksum(tensors)})})
         write_atomically(self.path(key), content)
         return len(content)
 
     def read(self, key: str) -> dict[str, Any]:
-        """The tensors of a key.
+        """The tensors of a key. A file that is not what was written is set aside, so that preparing again mends it.
 
         Raises:
-            CacheError: the file is missing, torn, or a byte of it has changed.
+            CacheError: the file is missing, torn, a byte of it has changed, or it belongs to another key.
         """
-        from safetensors import SafetensorError, safe_open
+        try:
+            return self.examine(key)
+        except CacheError:
+            self.set_aside(key)
+            raise
+
+    def examine(self, key: str) -> dict[str, Any]:
+        """As ``read``, but changes nothing."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
         path = self.path(key)
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                expected = (file.metadata() or {}).get("sha256")
+            content = path.read_bytes()
         except FileNotFoundError:
             raise CacheError(f"{path}: is not there; prepare again") from None
-        except (OSError, SafetensorError) as error:
-            raise self._damaged(path, str(error)) from None
-        if checksum(tensors) != expected:
-            raise self._damaged(path, "its checksum is wrong")
+        except OSError as error:  # not the file's fault
+            raise UsageError(f"{path}: cannot be read ({error.strerror}); mend that and run again") from None
+        try:
+            tensors = load(content)
+            written = json.loads(header_of(content)["__metadata__"]["written"])
+            written_key, written_sum = written["key"], written["sha256"]
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            raise CacheError(f"{path}: is torn; prepare again, it is encoded anew") from None
+        if written_key != key:
+            raise CacheError(f"{path}: holds the tensors of another key; prepare again, it is encoded anew")
+        if written_sum != checksum(tensors):
+            raise CacheError(f"{path}: its checksum is wrong; prepare again, it is encoded anew")
         return tensors
 
-    @staticmethod
-    def _damaged(path: Path, fault: str) -> CacheError:
-        """The error for a file that is not what was written; the file makes room, so that preparing again mends it."""
+    def set_aside(self, key: str) -> None:
+        """Renames the file of a key, so that it counts as missing."""
+        path = self.path(key)
         with suppress(OSError):
             os.replace(path, path.with_suffix(".damaged"))
-        return CacheError(f"{path}: {fault}; prepare again, it is encoded anew")
+
+
+def header_of(content: bytes) -> dict[str, Any]:
+    """The header of a safetensors file."""
+    length = int.from_bytes(content[:8], "little")
+    header: dict[str, Any] = json.loads(content[8 : 8 + length])
+    return header
 
 
 def checksum(tensors: dict[str, Any]) -> str:
@@ -171,6 +193,7 @@ class CacheIndex:
     text_encoder: str
     dtypes: dict[str, str]
     text_length: int
+    validation: tuple[CachedSample, ...] = ()  # never trained on
 
     def save(self, folder: Path) -> None:
         """Writes index.json."""
@@ -180,7 +203,8 @@ class CacheIndex:
     @property
     def fingerprint(self) -> str:
         """Changes when any tensor of any sample does."""
-        return hash_of([[s.id, s.video_keys, s.prompt_key] for s in self.samples] + [self.empty_prompt_key])
+        samples = [[s.id, s.video_keys, s.prompt_key] for s in (*self.samples, *self.validation)]
+        return hash_of([*samples, len(self.samples), self.empty_prompt_key])
 
 
 def open_index(folder: Path) -> CacheIndex:
@@ -201,8 +225,9 @@ def open_index(folder: Path) -> CacheIndex:
         raise UsageError(f"{path}: is no JSON ({error}); run prepare_dataset.py again") from None
     if values.pop("format", None) != INDEX_FORMAT:
         raise UsageError(f"{path}: was written by another version; run prepare_dataset.py again")
-    samples = tuple(
-        CachedSample(**s | {"bucket": Bucket(**s["bucket"]), "video_keys": tuple(s["video_keys"])})
-        for s in values.pop("samples")
-    )
-    return CacheIndex(samples=samples, **values)
+    for name in ("samples", "validation"):
+        values[name] = tuple(
+            CachedSample(**s | {"bucket": Bucket(**s["bucket"]), "video_keys": tuple(s["video_keys"])})
+            for s in values[name]
+        )
+    return CacheIndex(**values)

@@ -3,23 +3,30 @@
 path -> plan_clip: content hash, bucket, and for each variant frame indices and Fit -> decode_variant: uint8 FHWC
 """
 
+import errno
 import hashlib
+import math
 import os
+import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cogvideox.data.buckets import Bucket, nearest_bucket
+from cogvideox.data.buckets import Bucket, choose_buckets, upscale
 from cogvideox.data.cache import hash_of
-from cogvideox.data.decode import VideoError, VideoInfo, frame_indices, frames_available, probe, read_frames
+from cogvideox.data.decode import probe, read_frames
+from cogvideox.data.faults import VideoError
+from cogvideox.data.frames import VideoInfo, frame_indices, frames_available
 from cogvideox.data.transforms import Fit, apply_fit, fit
 from cogvideox.draws import uniform
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, one_line
 
-OK, FAILED, SHORT = "ok", "failed", "short"
+OK, FAILED, SHORT, SMALL = "ok", "failed", "short", "small"
 UNREADABLE = "unreadable"  # the file system refused: tried again at the next preparation
+KILLED = "killed"  # its decoder crashed, hung or ate the memory: tried again under other limits
 
 
 @dataclass(frozen=True)
@@ -35,30 +42,50 @@ class ClipRecipe:
     flip_probability: float
     variants: int
     seed: int
+    max_upscale: float = 1.5
+    every_bucket: bool = False
+    reader: str = "pyav"
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with any field."""
+        return hash_of(asdict(self))
 
     def request(self, path: Path) -> str:
-        """Names this recipe applied to the file as it is now, without reading it."""
-        status = os.stat(path)
-        return hash_of([str(path), status.st_size, status.st_mtime_ns, asdict(self)])
+        """Names this recipe applied to the file as it is now, or to its absence, without reading it."""
+        try:
+            status = os.stat(path)
+        except OSError:
+            return hash_of([str(path), self.digest])
+        return hash_of([str(path), status.st_size, status.st_mtime_ns, self.digest])
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to cut a clip: which frames, and how they get the bucket's shape."""
+    """One way to cut a clip: which frames, how they get the bucket's shape, and what decodes them."""
 
     indices: tuple[int, ...]
     fit: Fit
+    reader: str
 
     @classmethod
     def from_record(cls, values: dict[str, Any]) -> "Variant":
         """Out of a ledger record."""
-        return cls(tuple(values["indices"]), Fit(**values["fit"]))
+        return cls(tuple(values["indices"]), Fit(**values["fit"]), values["reader"])
 
 
 def content_hash(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_change(path: str, content: str) -> str | None:
+    """What has become of a file whose content hash was ``content``; None: nothing."""
+    try:
+        return None if content_hash(Path(path)) == content else "its content has changed since it was planned"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def plan_clip(path: Path, recipe: ClipRecipe) -> dict[str, Any]:
@@ -69,24 +96,40 @@ def plan_clip(path: Path, recipe: ClipRecipe) -> dict[str, Any]:
         source = {"frames": info.num_frames, "fps": round(info.fps, 3), "height": info.height, "width": info.width}
         record |= {"source": source | {"codec": info.codec}}
         available = frames_available(info.times, recipe.fps, recipe.skip_frames_start, recipe.skip_frames_end)
-        bucket = nearest_bucket(recipe.buckets, available, info.height, info.width)
-        if bucket is None:
-            return record | {"status": SHORT, "reason": short_reason(info, recipe, available)}
+        size = (info.height, info.width)
+        buckets = choose_buckets(recipe.buckets, available, *size, recipe.max_upscale, recipe.every_bucket)
+        if not buckets:
+            return record | refusal(info, recipe, available)
         content = content_hash(path)
-        variants = [plan_variant(info, bucket, recipe, content, k) for k in range(recipe.variants)]
+        cuts = [plan_cut(info, bucket, recipe, content) for bucket in buckets]
     except VideoError as error:
         return record | {"status": FAILED, "reason": str(error)}
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise  # of this worker's limit, not of the disk
         return record | {"status": UNREADABLE, "reason": str(error)}
-    plans = [asdict(variant) for variant in variants]
-    return record | {"status": OK, "content": content, "bucket": asdict(bucket), "variants": plans}
+    return record | {"status": OK, "content": content, "cuts": cuts}
 
 
-def short_reason(info: VideoInfo, recipe: ClipRecipe, available: int) -> str:
-    """Why a clip has no bucket."""
+def refusal(info: VideoInfo, recipe: ClipRecipe, available: int) -> dict[str, str]:
+    """Why a clip fills no bucket: part of its record."""
     shortest = min(bucket.frames for bucket in recipe.buckets)
-    rate = f" at {recipe.fps:g} frames a second" if recipe.fps else ""
-    return f"{info.duration:.2f} s give {available} frames{rate}; the shortest bucket has {shortest}"
+    if available < shortest:
+        rate = f" at {recipe.fps:g} frames a second" if recipe.fps else ""
+        fix = f"give --frame_buckets {available}" if available == 1 else "give a smaller bucket, or a higher --fps"
+        reason = f"{info.duration:.2f} s give {available} frames{rate}; the shortest bucket has {shortest}; {fix}"
+        return {"status": SHORT, "reason": reason}
+    filled = [bucket for bucket in recipe.buckets if bucket.frames <= available]
+    least = min(upscale(bucket, info.height, info.width) for bucket in filled)
+    fix = f"give a smaller bucket, or --max_upscale {math.ceil(least * 100) / 100:g}"
+    reason = f"{info.width}x{info.height} pixels would be enlarged {least:.2f} times; {fix}"
+    return {"status": SMALL, "reason": reason}
+
+
+def plan_cut(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: str) -> dict[str, Any]:
+    """What a clip gives to one bucket, as in the ledger: every variant's frames and shape."""
+    variants = [asdict(plan_variant(info, bucket, recipe, content, number)) for number in range(recipe.variants)]
+    return {"bucket": asdict(bucket), "variants": variants}
 
 
 def plan_variant(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: str, number: int) -> Variant:
@@ -104,15 +147,29 @@ def plan_variant(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: s
     flip = uniform(*draw, "flip") < recipe.flip_probability
     top, left = uniform(*draw, "top"), uniform(*draw, "left")
     size = (bucket.height, bucket.width)
-    return Variant(tuple(indices), fit(info.height, info.width, *size, recipe.reshape_mode, top, left, flip))
+    shape = fit(info.height, info.width, *size, recipe.reshape_mode, top, left, flip)
+    return Variant(tuple(indices), shape, recipe.reader)
 
 
 def decode_variant(path: Path, variant: Variant) -> np.ndarray | str:
     """The frames of a variant, uint8 (F, H, W, 3), or why they could not be read."""
     try:
-        frames = read_frames(path, probe(path), variant.indices, variant.fit.resize_height, variant.fit.resize_width)
+        size = (variant.fit.resize_height, variant.fit.resize_width)
+        frames = read_frames(path, probe(path), variant.indices, *size, variant.reader)
     except VideoError as error:
         return str(error)
     except OSError as error:  # not the file's fault: nothing is written down about it
         raise UsageError(f"{error}; mend that and run the same command again") from None
     return apply_fit(frames, variant.fit)
+
+
+def time_decode(path: Path, variant: Variant) -> tuple[float, np.ndarray] | str:
+    """Seconds that decode_variant takes, and its frames; or why they could not be read."""
+    start = time.perf_counter()
+    frames = decode_variant(path, variant)
+    return frames if isinstance(frames, str) else (time.perf_counter() - start, frames)
+
+
+def bad_line(path: str, reason: str) -> str:
+    """file: reason, in one line."""
+    return one_line(f"{path}: {reason.removeprefix(f'{path}: ')}")

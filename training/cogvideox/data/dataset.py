@@ -1,18 +1,19 @@
 """Cached tensors -> batches. Everything random about a sample is drawn here, on the CPU, from (seed, visit, id).
 
 Visit -> moments of this visit's variant -> x0 (posterior sampled, scaled, padded), noise, timestep, prompt -> Batch.
+A sample whose tensors are bad is an error, or makes room for the next one of its bucket, which the batch then says.
 Shapes: B samples, F latent frames (padding included), C channels, H and W latents, L text tokens, D text channels.
 """
 
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cogvideox.data.cache import CacheIndex, TensorCache
+from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache
 from cogvideox.data.sampler import BucketBatchSampler, Visit
 from cogvideox.draws import key_of, uniform
 from cogvideox.geometry import Geometry
@@ -27,6 +28,7 @@ class Batch:
     timestep_B: Tensor  # int64
     prompt_BLD: Tensor  # as cached
     ids: tuple[str, ...]
+    replaced: tuple[tuple[str, str], ...] = ()  # id of each sample that could not be read, and what is wrong with it
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name."""
@@ -34,18 +36,22 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        return Batch(ids=self.ids, **{n: t.to(device, non_blocking=True) for n, t in self.tensors().items()})
+        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in self.tensors().items()})
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory; the DataLoader calls it."""
-        return Batch(ids=self.ids, **{n: t.pin_memory() for n, t in self.tensors().items()})
+        return replace(self, **{n: t.pin_memory() for n, t in self.tensors().items()})
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
     """Samples of one bucket, stacked."""
     names = samples[0].tensors()
     stacked = {name: torch.stack([sample.tensors()[name] for sample in samples]) for name in names}
-    return Batch(ids=tuple(id for sample in samples for id in sample.ids), **stacked)
+    return Batch(
+        ids=tuple(id for sample in samples for id in sample.ids),
+        replaced=tuple(bad for sample in samples for bad in sample.replaced),
+        **stacked,
+    )
 
 
 def normal(shape: tuple[int, ...], *draw: object) -> Tensor:
@@ -65,36 +71,98 @@ def pad_front(latents_FCHW: Tensor, frames: int) -> Tensor:
     return torch.cat([latents_FCHW[:1].expand(frames, -1, -1, -1), latents_FCHW]) if frames else latents_FCHW
 
 
+def read_moments(cache: TensorCache, sample: CachedSample, variant: int, geometry: Geometry) -> Tensor:
+    """The moments of one of a sample's variants, counted in a circle: (2C, F, H, W), without padding.
+
+    Raises:
+        CacheError: the file is missing or damaged, or does not have the shape of the sample's bucket.
+    """
+    shape = geometry.moments_shape(sample.bucket)
+    return _read(cache, sample.video_keys[variant % len(sample.video_keys)], "moments_CFHW", shape)
+
+
+def read_prompt(cache: TensorCache, key: str, geometry: Geometry) -> Tensor:
+    """A caption's embedding, (L, D); raises CacheError as ``read_moments`` does."""
+    return _read(cache, key, "prompt_LD", (geometry.max_text_seq_length, geometry.text_embed_dim))
+
+
+def _read(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = cache.read(key).get(name)
+    found = None if tensor is None else tuple(tensor.shape)
+    if tensor is None or found != shape:
+        raise CacheError(f"{cache.path(key)}: its {name} is {found}, not {shape}; delete the file and prepare again")
+    return tensor
+
+
+def draw_sample(
+    moments_CFHW: Tensor, prompt_LD: Tensor, timestep: int, geometry: Geometry, draw: tuple[object, ...], sample_id: str
+) -> Batch:
+    """One sample out of its tensors, without the leading dimension; ``draw`` is what its random numbers follow from."""
+    channels, *rest = moments_CFHW.shape
+    latents = sample_posterior(moments_CFHW, normal((channels // 2, *rest), *draw, "posterior"))
+    x0 = latents.mul_(geometry.scaling_factor).transpose(0, 1).contiguous()
+    x0 = pad_front(x0, geometry.padding_frames(len(x0)))
+    return Batch(
+        x0_BFCHW=x0,
+        noise_BFCHW=normal(tuple(x0.shape), *draw, "noise"),
+        timestep_B=torch.tensor(timestep),
+        prompt_BLD=prompt_LD,
+        ids=(sample_id,),
+    )
+
+
 class LatentDataset(Dataset[Batch]):
-    """Samples by Visit. Reading checks the checksums and raises CacheError."""
+    """Samples by Visit. Reading checks checksums and shapes.
+
+    A sample that cannot be read raises CacheError, or, with ``replace_bad``, makes room for the next one of its bucket,
+    in the order of the ids and in a circle. What comes in its place is drawn as in a visit of its own, so all ranks
+    keep their shapes, and nothing depends on when or where the fault was found.
+    """
 
     def __init__(
-        self, cache: TensorCache, index: CacheIndex, geometry: Geometry, seed: int, caption_dropout: float
+        self,
+        cache: TensorCache,
+        index: CacheIndex,
+        geometry: Geometry,
+        seed: int,
+        caption_dropout: float,
+        replace_bad: bool = False,
     ) -> None:
         self.cache = cache
         self.index = index
         self.geometry = geometry
         self.seed = seed
         self.caption_dropout = caption_dropout
+        self.replace_bad = replace_bad
         self.timesteps = int(geometry.schedule["num_train_timesteps"])
 
     def __getitem__(self, visit: Visit) -> Batch:
-        sample = self.index.samples[visit.index]
-        draw = (self.seed, visit.visit, sample.id)
-        moments = self.cache.read(sample.video_keys[visit.visit % len(sample.video_keys)])["moments_CFHW"]
-        channels, *rest = moments.shape
-        latents = sample_posterior(moments, normal((channels // 2, *rest), *draw, "posterior"))
-        x0 = latents.mul_(self.geometry.scaling_factor).transpose(0, 1).contiguous()
-        x0 = pad_front(x0, self.geometry.padding_frames(len(x0)))
-        dropped = uniform(*draw, "caption") < self.caption_dropout
-        prompt_key = self.index.empty_prompt_key if dropped else sample.prompt_key
-        return Batch(
-            x0_BFCHW=x0,
-            noise_BFCHW=normal(tuple(x0.shape), *draw, "noise"),
-            timestep_B=torch.tensor(int(uniform(*draw, "timestep") * self.timesteps)),
-            prompt_BLD=self.cache.read(prompt_key)["prompt_LD"],
-            ids=(sample.id,),
-        )
+        replaced: list[tuple[str, str]] = []
+        for sample in self._candidates(visit.index):
+            draw = (self.seed, visit.visit, sample.id)
+            dropped = uniform(*draw, "caption") < self.caption_dropout
+            try:
+                moments = read_moments(self.cache, sample, visit.visit, self.geometry)
+                prompt = None if dropped else read_prompt(self.cache, sample.prompt_key, self.geometry)
+            except CacheError as error:
+                if not self.replace_bad:
+                    raise
+                replaced.append((sample.id, str(error)))
+                continue
+            if prompt is None:  # a fault here is no sample's own
+                prompt = read_prompt(self.cache, self.index.empty_prompt_key, self.geometry)
+            timestep = int(uniform(*draw, "timestep") * self.timesteps)
+            made = draw_sample(moments, prompt, timestep, self.geometry, draw, sample.id)
+            return replace(made, replaced=tuple(replaced))
+        bucket = self.index.samples[visit.index].bucket
+        raise CacheError(f"bucket {bucket}: not one of its {len(replaced)} clips can be read; {replaced[0][1]}")
+
+    def _candidates(self, index: int) -> Iterator[CachedSample]:
+        """The sample, then all others of its bucket."""
+        first = self.index.samples[index]
+        yield first
+        others = [s for s in self.index.samples if s.bucket == first.bucket and s.id != first.id]
+        yield from sorted(others, key=lambda sample: (sample.id < first.id, sample.id))
 
 
 def ignore_signals(_worker: int) -> None:

@@ -1,0 +1,616 @@
+"""Odd media files, each made on the spot, and what must come of each: SECTIONS of Cases, and the table in docs.
+
+A case puts something at a path and says which numbered pictures must come out of it, upright and in order, or what the
+error line must say. `python tests/odd_files.py --write` writes the table, docs/odd_files.md; a test compares it.
+"""
+
+import argparse
+import functools
+import io
+import itertools
+import re
+import struct
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+from numbered import (
+    COUNT,
+    HEIGHT,
+    RATE,
+    VPX,
+    WIDTH,
+    X264,
+    X265,
+    add_stream,
+    encode,
+    number_in,
+    picture,
+    pictures,
+    plain,
+    remux,
+    silence,
+    written,
+)
+
+from cogvideox.data.buckets import Bucket
+from cogvideox.data.clips import FAILED, OK, ClipRecipe, Variant, bad_line, decode_variant, plan_clip
+
+TABLE = Path(__file__).parents[1] / "docs" / "odd_files.md"
+THEORA = Path(__file__).parent / "samples" / "theora.ogv"  # the pictures; no wheel has an encoder for it
+SIZE = (48, 64)  # of the clips: height, width
+CLIP_FRAMES, CLIP_RATE = 9, 8
+MIDDLE = tuple(range(4, 29, 3))  # 9 frames at 8 a second from the middle of 36 at 24
+
+RAISES = "raises"  # an outcome that is never right
+
+Place = Callable[[Path], object]
+Make = Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One odd file and what must come of it: the pictures of these numbers, or (no numbers) a line that matches."""
+
+    name: str
+    place: Place
+    numbers: tuple[int, ...] = MIDDLE
+    line: str = ""
+    num_frames: int = CLIP_FRAMES
+    grey: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a file: frames (uint8 FHWC) and their places among the shown ones, or the line that says why not."""
+
+    frames_FHWC: np.ndarray | None = None
+    indices: tuple[int, ...] = ()
+    line: str = ""
+    status: str = OK  # as in the ledger, or RAISES
+
+
+def outcome_of(path: Path, num_frames: int = CLIP_FRAMES) -> Outcome:
+    """Plans and decodes a file as a preparation does. The line is the one that a preparation prints."""
+    buckets = (Bucket(num_frames, *SIZE),)
+    record = plan_clip(path, ClipRecipe(buckets, CLIP_RATE, "middle", 0, 0, "none", 0.0, 1, 0))
+    if record["status"] != OK:
+        return Outcome(line=bad_line(str(path), record["reason"]), status=record["status"])
+    variant = Variant.from_record(record["cuts"][0]["variants"][0])
+    frames = decode_variant(path, variant)
+    if isinstance(frames, str):
+        return Outcome(line=bad_line(str(path), frames), status=FAILED)
+    return Outcome(frames, variant.indices)
+
+
+def good(name: str, make: Make, numbers: Sequence[int] = MIDDLE, **rest: Any) -> Case:
+    """A file of these bytes, out of which the numbers must come."""
+    return Case(name, lambda path: path.write_bytes(make()), tuple(numbers), **rest)
+
+
+def bad(name: str, make: Make, line: str, **rest: Any) -> Case:
+    """A file of these bytes, for which the line must match."""
+    return Case(name, lambda path: path.write_bytes(make()), (), line, **rest)
+
+
+def edited(edit: Callable[..., bytes], make: Make, *rest: float) -> Make:
+    """The bytes of another file, edited."""
+    return lambda: edit(make(), *rest)
+
+
+# How it is coded
+
+
+def coded_cases() -> Iterator[Case]:
+    """Containers, codecs and ways of coding: all give the right frames."""
+    for name, container, codec in [
+        ("h264.mp4", "mp4", "libx264"),
+        ("h264.mov", "mov", "libx264"),
+        ("h264.mkv", "matroska", "libx264"),
+        ("h264.flv", "flv", "libx264"),
+        ("h264.ts", "mpegts", "libx264"),
+        ("hevc.mp4", "mp4", "libx265"),
+        ("av1.mp4", "mp4", "libsvtav1"),
+        ("av1.webm", "webm", "libsvtav1"),
+        ("vp9.webm", "webm", "libvpx-vp9"),
+        ("vp9.ivf", "ivf", "libvpx-vp9"),
+        ("vp8.webm", "webm", "libvpx"),
+        ("mpeg4_part_2.avi", "avi", "mpeg4"),
+        ("mpeg2.ts", "mpegts", "mpeg2video"),
+        ("mpeg2.mpg", "mpeg", "mpeg2video"),
+        ("motion_jpeg.avi", "avi", "mjpeg"),
+        ("wmv2.wmv", "asf", "wmv2"),
+        ("prores.mov", "mov", "prores_ks"),
+        ("ffv1.mkv", "matroska", "ffv1"),
+        ("animated.gif", "gif", "gif"),
+    ]:
+        yield good(name, functools.partial(plain, container, codec))
+    yield good("theora.ogv", THEORA.read_bytes)
+    open_gop = {"x264-params": "open-gop=1:keyint=10:min-keyint=1:bframes=3:b-adapt=0:b-pyramid=normal:scenecut=0"}
+    no_b = {"g": "6", "bf": "0", "sc_threshold": "0"}
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {
+        "fragments.mp4": (("mp4",), {"muxer": {"movflags": "frag_keyframe+empty_moov"}}),
+        "open_gop_b_frames.mp4": (("mp4",), {"options": open_gop}),
+        "open_gop_b_frames.ts": (("mpegts",), {"options": open_gop}),
+        "interlaced.mp4": (("mp4",), {"options": X264 | {"x264-params": "interlaced=1"}}),
+        "yuv444.mp4": (("mp4",), {"pix_fmt": "yuv444p"}),
+        "yuv422_10_bit.mp4": (("mp4",), {"pix_fmt": "yuv422p10le"}),
+        "full_range.mp4": (("mp4",), {"full_range": True}),
+        "rgb.mkv": (("matroska", "libx264rgb"), {"pix_fmt": "rgb24"}),
+        "hevc_10_bit.mp4": (("mp4", "libx265"), {"pix_fmt": "yuv420p10le", "options": X265}),
+        "vp9_alpha.webm": (
+            ("webm", "libvpx-vp9"),
+            {"pix_fmt": "yuva420p", "options": VPX | {"auto-alt-ref": "0", "lag-in-frames": "0"}},
+        ),
+        "with_sound.mp4": (("mp4",), {"sound": True}),
+        "odd_size_97x63.mp4": (("mp4",), {"frames": pictures(height=63, width=97), "pix_fmt": "yuv444p"}),
+        "odd_size_97x63.gif": (("gif", "gif"), {"frames": pictures(height=63, width=97), "pix_fmt": "rgb8"}),
+        "wide_pixels.mp4": (("mp4",), {"aspect": Fraction(4, 3)}),
+    }
+    for name, (what, how) in ways.items():
+        yield good(name, functools.partial(encode, *what, **how))
+    yield good("grey.mp4", functools.partial(encode, "mp4", pix_fmt="gray"), grey=True)
+    yield good("two_video_streams.mp4", two_streams, note="the first stream")
+    yield good("cover_beside_video.mp4", lambda: sounds(cover=True, video=True))
+    for container, suffix in {"mp4": "mp4", "matroska": "mkv", "mpegts": "ts"}.items():
+        make = functools.partial(headless, container, no_b)
+        yield good(f"no_keyframe_first.{suffix}", make, range(7, 32, 3), note="from the first keyframe on")
+    line = "(timestamps|out of order)"
+    yield bad("h264_b_frames.wmv", functools.partial(plain, "asf"), line)
+
+
+def two_streams() -> bytes:
+    """Two video streams: the first with the numbers 0 ..., the second with 100 ..."""
+
+    def fill(output: Any) -> None:
+        streams = [add_stream(output, "libx264", picture(0), **X264) for _ in range(2)]
+        for number, (first, stream) in itertools.product(range(COUNT), zip((0, 100), streams, strict=True)):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(first + number))))
+        for stream in streams:
+            output.mux(stream.encode())
+
+    return written("mp4", fill)
+
+
+def sounds(cover: bool = False, video: bool = False) -> bytes:
+    """An mp4 with sound; on demand with a cover picture (which comes first), and with the video."""
+
+    def fill(output: Any) -> None:
+        shown = [pictures()[1:2]] * cover + [pictures()] * video
+        streams = [add_stream(output, "mjpeg", picture(1), "yuvj420p")] if cover else []
+        streams += [add_stream(output, "libx264", picture(0), **X264)] if video else []
+        sound = output.add_stream("aac", rate=44100, layout="mono")
+        if cover:
+            streams[0].disposition = av.stream.Disposition.attached_pic
+        for stream, numbered in zip(streams, shown, strict=True):
+            for pixels in numbered:
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+            output.mux(stream.encode())
+        output.mux(silence(sound))
+
+    return written("mp4", fill)
+
+
+def headless(container: str, options: dict[str, str]) -> bytes:
+    """A clip whose first three packets, the keyframe among them, are missing."""
+    return remux(encode("matroska", options=options), container, skip=3)
+
+
+# Clocks, lengths and turns
+
+# The picture's x and y axes as shown; the first three are what phones write for each clockwise turn.
+MATRICES = {
+    "90": (0, 1, -1, 0),
+    "180": (-1, 0, 0, -1),
+    "270": (0, -1, 1, 0),
+    "mirror": (-1, 0, 0, 1),
+    "45": (1, 1, -1, 1),
+}
+TICKS = [8 * (number // 4) + (0, 1, 2, 6)[number % 4] for number in range(COUNT)]  # of 1/24 s
+
+
+def timed_cases() -> Iterator[Case]:
+    """Clocks, lengths and turns."""
+    # Nearest to ticks 22, 25, 28 ... 46: the earlier where two are as near.
+    yield good("variable_rate.mp4", lambda: encode("mp4", pts=TICKS), (11, 13, 14, 15, 18, 19, 20, 22, 23))
+    yield good("trimmed_by_edit_list.mp4", lambda: trimmed(7, 28), range(7, 32, 3))
+    yield bad("trimmed_too_short.mp4", lambda: trimmed(7, 9), "0.38 s give 3 frames .* has 9")
+    yield bad("shorter_than_bucket.mp4", lambda: plain_of(10), "0.42 s give 3 frames .* has 9")
+    yield bad("one_frame.mp4", lambda: plain_of(1), "give 1 frames? .* has 9")
+    yield good("one_frame_in_bucket_of_1.mp4", lambda: plain_of(1), (0,), num_frames=1)
+    for turn in ("90", "180", "270"):
+        yield good(f"turned_by_{turn}.mp4", functools.partial(turned, turn), note="upright")
+    yield bad("mirrored.mp4", lambda: turned("mirror"), "mirrored")
+    yield bad("turned_by_45.mp4", lambda: turned("45"), "rotated by -?45 degrees")
+    yield bad("rate_90000.avi", lambda: avi_rate(1, 90000), "give 1 frames")
+    yield good("rate_0.avi", lambda: avi_rate(1, 0))
+    yield good("rate_without_scale.avi", lambda: avi_rate(0, 24))
+    yield good("frame_every_1000_s.mp4", lambda: slow(1000), (17,) * 9, note="one picture, nine times")
+    yield good("no_rate_in_header.mkv", lambda: without_rate(plain("matroska")))
+    yield good("header_says_weeks.mp4", long_header)
+    yield bad("no_timestamps.h264", lambda: plain("h264"), "no timestamps")
+
+
+def plain_of(count: int) -> bytes:
+    """The first pictures in an mp4."""
+    return encode("mp4", frames=pictures(range(count)))
+
+
+def patched(data: bytes, at: int, new: bytes) -> bytes:
+    """`data` with `new` written over it at `at`."""
+    return data[:at] + new + data[at + len(new) :]
+
+
+def turned(turn: str) -> bytes:
+    """Pictures stored turned to the left, and a display matrix that turns them to the right by as much."""
+    quarters = {"90": 1, "180": 2, "270": 3}.get(turn, 0)
+    data = encode("mp4", frames=[np.ascontiguousarray(np.rot90(pixels, quarters)) for pixels in pictures()])
+    a, b, c, d = (value << 16 for value in MATRICES[turn])
+    return patched(data, data.index(b"tkhd") + 44, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30))
+
+
+def trimmed(hidden: int, shown: int) -> bytes:
+    """A stream-copied trim: an edit list hides the first frames and those after the shown ones."""
+    data = plain()
+    at = data.index(b"elst") + 4
+    movie, media = (struct.unpack_from(">I", data, data.index(box) + 16)[0] for box in (b"mvhd", b"mdhd"))
+    start = struct.unpack_from(">i", data, at + 12)[0] + hidden * media // RATE
+    return patched(data, at + 8, struct.pack(">Ii", shown * movie // RATE, start))
+
+
+def avi_rate(scale: int, rate: int) -> bytes:
+    """An avi whose stream says rate / scale frames per second, which is all that it knows of time."""
+    data = plain("avi", "mpeg4")
+    return patched(data, data.index(b"strh") + 28, struct.pack("<II", scale, rate))
+
+
+def slow(seconds: int) -> bytes:
+    """An mp4 that shows each frame for so long."""
+    data = encode("mp4", options={"g": "12", "bf": "0"}).replace(b"edts", b"skip")
+    clock = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)[0]
+    return patched(data, data.index(b"stts") + 16, struct.pack(">I", clock * seconds))
+
+
+def without_rate(data: bytes) -> bytes:
+    """A matroska without the default duration of a frame: the element becomes a void one of the same length."""
+    return patched(data, data.index(b"\x23\xe3\x83\x84"), b"\xec\x86" + bytes(6))
+
+
+def long_header() -> bytes:
+    """An mp4 whose headers say that it lasts for weeks; its index of frames is as it was."""
+    data = plain()
+    for box, at in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24)):
+        data = patched(data, data.index(box) + at, struct.pack(">I", 0x7FFFFFFF))
+    return data
+
+
+# Damaged, or no video at all
+
+BROKEN = "is damaged|is truncated|cannot be read"
+BASES = {
+    "mp4": ("mp4", "libx264"),
+    "mkv": ("matroska", "libx264"),
+    "webm": ("webm", "libvpx-vp9"),
+    "avi": ("avi", "mpeg4"),
+    "flv": ("flv", "libx264"),
+    "ts": ("mpegts", "libx264"),
+    "gif": ("gif", "gif"),
+}
+
+
+def damaged_cases() -> Iterator[Case]:
+    """Files that were cut off or overwritten, or whose headers are absurd."""
+    yield bad("truncated_index_first.mp4", lambda: part(plain(), 0.9), "is truncated: .* of 36")
+    yield bad("truncated_index_last.mp4", lambda: part(encode("mp4"), 0.6), BROKEN)
+    for suffix, base in list(BASES.items())[1:]:
+        make = functools.partial(plain, *base)
+        yield bad(f"half_of_it.{suffix}", edited(part, make, 0.5), f"give . frames|{BROKEN}")
+        if suffix == "ts":  # nothing in it says how many frames there should be
+            note = "the middle of what is there"
+            yield good(f"most_of_it.{suffix}", edited(part, make, 0.9), range(2, 29, 3), note=note)
+        else:
+            yield bad(f"most_of_it.{suffix}", edited(part, make, 0.9), BROKEN)
+    for suffix in ("mp4", "mkv", "ts", "avi", "webm"):
+        make = functools.partial(plain, *BASES[suffix])
+        yield bad(f"overwritten.{suffix}", edited(overwritten, make), BROKEN)
+    yield good("container_says_20000x20000.mp4", lambda: sized(20000), note="the codec knows better")
+    wide = np.zeros((16, 16400, 3), np.uint8)
+    yield bad("picture_of_16400x16.mkv", lambda: encode("matroska", "ffv1", [wide]), "16400x16; at most 16384 ")
+    yield bad("codec_says_16000x16000.avi", lambda: jpeg_size(plain("avi", "mjpeg"), 16000, 16000), BROKEN)
+    yield bad("codec_says_8000x8000.webm", lambda: vp8_size(8000), BROKEN)
+    yield good("index_misses_a_frame.avi", index_with_a_gap)
+    yield good("title_is_not_utf8.mkv", lambda: titled().replace(b"title in utf", b"t\xeftl\xe9 in utf"))
+    yield good("index_of_4_gib.mp4", lambda: patched(plain(), plain().index(b"moov") - 4, b"\xff\xff\xff\x00"))
+    many = patched(plain(), plain().index(b"stsz") + 12, b"\x7f\xff\xff\xff")
+    yield bad("index_of_2_billion_frames.mp4", lambda: many, BROKEN)
+    unknown = plain("matroska").replace(b"/ISO/AVC", b"/ISO/ZZZ")
+    yield bad("unknown_codec.mkv", lambda: unknown, "no decoder")
+
+
+def part(data: bytes, share: float) -> bytes:
+    """The first part of a file."""
+    return data[: int(len(data) * share)]
+
+
+def overwritten(data: bytes, frame: int = 12, num_bytes: int = 64) -> bytes:
+    """Bytes changed in the middle of the packet of a frame, by default a keyframe."""
+    with av.open(io.BytesIO(data), "r") as container:
+        victim = [packet for packet in container.demux(video=0) if packet.size][frame]
+    assert victim.pos is not None
+    at = victim.pos + victim.size // 2
+    return patched(data, at, bytes(byte ^ 0x5A for byte in data[at : at + num_bytes]))
+
+
+def sized(side: int) -> bytes:
+    """An mp4 whose sample description says that the picture has this many pixels a side."""
+    data = plain()
+    return patched(data, data.index(b"avc1", data.index(b"stsd")) + 28, struct.pack(">HH", side, side))
+
+
+def jpeg_size(data: bytes, height: int, width: int) -> bytes:
+    """Jpeg pictures, alone or in an avi, whose headers say another size."""
+    size = struct.pack(">HH", height, width)
+    return re.sub(rb"(?s)(\xff\xc0\x00\x11\x08)....", lambda match: match[1] + size, data)
+
+
+def vp8_size(side: int) -> bytes:
+    """A vp8 whose keyframes say that they have this many pixels a side."""
+    size = struct.pack("<HH", side, side)
+    return re.sub(rb"(?s)(\x9d\x01\x2a)....", lambda match: match[1] + size, plain("webm", "libvpx"))
+
+
+def index_with_a_gap() -> bytes:
+    """An avi whose index, which comes last, has an entry that is none of its stream's."""
+    data = plain("avi", "mpeg4")
+    return patched(data, data.index(b"idx1") + 8 + 16 * 13, b"junk")
+
+
+def titled() -> bytes:
+    """A matroska with a title."""
+
+    def fill(output: Any) -> None:
+        output.metadata["title"] = "title in utf"
+        stream = add_stream(output, "libx264", picture(0), **X264)
+        for pixels in pictures():
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        output.mux(stream.encode())
+
+    return written("matroska", fill)
+
+
+def foreign_cases() -> Iterator[Case]:
+    """What is no video under the name of one."""
+    line = "(cannot be read|is empty|is not|no video)"
+    yield bad("zero_bytes.mp4", lambda: b"", line)
+    yield bad("text.mp4", lambda: b"not a video\n" * 100, line)
+    yield bad("web_page.mp4", lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n" * 20, line)
+    for name, text in {
+        "playlist_m3u8.mp4": "#EXTM3U\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n",
+        "playlist_concat.mp4": "ffconcat version 1.0\nfile other.mp4\n",
+        "session_sdp.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+    }.items():
+        yield Case(name, functools.partial(beside_a_clip, text), (), line)
+    yield bad("sound_only.mp4", sounds, "has no video stream")
+    yield bad("sound_with_cover.m4a", lambda: sounds(cover=True), "has no video stream")
+    yield bad("zero_frames.mp4", lambda: plain_header(), "has no (frames|video stream)")
+    yield Case("folder.mp4", lambda path: path.mkdir(), (), "[Ii]s a (directory|folder)")
+
+
+def beside_a_clip(text: str, path: Path) -> None:
+    """A text file with a good clip beside it, which the text names."""
+    (path.parent / "other.mp4").write_bytes(plain())
+    path.write_text(text)
+
+
+def plain_header() -> bytes:
+    """An mp4 that declares a video stream and holds nothing."""
+
+    def fill(output: Any) -> None:
+        add_stream(output, "libx264", picture(0))
+        output.start_encoding()
+
+    return written("mp4", fill)
+
+
+def named_cases() -> Iterator[Case]:
+    """Names that are special to a shell, to a decoder or to a list. The file itself is good."""
+    for name in [
+        "with space.mp4",
+        "colon: a.mp4",
+        "concat:h264.mp4",
+        "quotes'\".mp4",
+        "unicode_\u00e9\u4e2d\U0001f3ac.mp4",
+        "new\nline.mp4",
+        "percent%03d.mp4",
+        "-dash.mp4",
+        "$(shell)`;.mp4",
+        "no_suffix",
+        "mp4_named.txt",
+        "mp4_named.gif",
+        "mp4_named.png",
+    ]:
+        yield good(name, plain)
+    yield bad("text_in_new\nline.mp4", lambda: b"not a video\n", "cannot be read")
+    yield Case("link.mp4", functools.partial(link, "other.mp4"))
+    yield Case("link_to_nothing.mp4", functools.partial(link, "nothing.mp4"), (), "[Nn]o such file")
+
+
+def link(target: str, path: Path) -> None:
+    """A symbolic link, beside a good clip."""
+    (path.parent / "other.mp4").write_bytes(plain())
+    path.symlink_to(target)
+
+
+# Still images
+
+
+def still_cases() -> Iterator[Case]:
+    """Still images: one upright frame, or one line."""
+    stills: dict[str, Make] = {
+        "still.png": lambda: still("PNG"),
+        "still.jpg": lambda: still("JPEG", quality=95),
+        "still.webp": lambda: still("WEBP", lossless=True),
+        "progressive.jpg": lambda: still("JPEG", quality=95, progressive=True),
+        "odd_size_97x63.jpg": lambda: still("JPEG", picture(5, 63, 97), quality=95),
+        "palette.png": lambda: still("PNG", mode="P"),
+        "16_bit.png": png_16_bit,
+        "printing_colours.jpg": lambda: still("JPEG", mode="CMYK", quality=95),
+        "jpg_named.png": lambda: still("JPEG", quality=95),
+    }
+    for name, make in stills.items():
+        yield good(name, make, (5,), num_frames=1)
+    yield good("grey.png", lambda: still("PNG", mode="L"), (5,), num_frames=1, grey=True)
+    yield good("alpha.png", lambda: still("PNG", with_alpha()), (5,), num_frames=1, note="transparent parts are black")
+    for orientation in TURNS:
+        make = functools.partial(still_turned, orientation)
+        yield good(f"exif_orientation_{orientation}.jpg", make, (5,), num_frames=1, note="upright")
+    yield bad("image_for_9_frames.png", lambda: still("PNG"), "(still|image|give 1 frame)")
+    for suffix, kind in {"jpg": "JPEG", "png": "PNG"}.items():
+        make = functools.partial(still, kind)
+        yield bad(f"truncated.{suffix}", edited(part, make, 0.6), BROKEN, num_frames=1)
+    yield bad("header_says_20000x20000.png", lambda: png_size(still("PNG"), 20000), "20000x20000", num_frames=1)
+    huge = jpeg_size(still("JPEG"), 20000, 20000)
+    yield bad("header_says_20000x20000.jpg", lambda: huge, "20000x20000", num_frames=1)
+    yield bad("text.png", lambda: b"not a picture\n" * 9, "cannot be read", num_frames=1)
+    yield bad("moving.webp", moving_webp, "holds 36 pictures", num_frames=1)
+
+
+# How each EXIF orientation is undone, as np.rot90 counts; 2 is mirrored.
+TURNS = {2: 0, 3: 2, 6: 1, 8: 3}
+
+
+def still(kind: str, pixels: np.ndarray | None = None, mode: str = "", **options: Any) -> bytes:
+    """Picture 5 (or these pixels) as an image file of this kind."""
+    image = Image.fromarray(picture(5) if pixels is None else pixels)
+    memory = io.BytesIO()
+    (image.convert(mode) if mode else image).save(memory, kind, **options)
+    return memory.getvalue()
+
+
+def still_turned(orientation: int) -> bytes:
+    """A jpeg that is stored turned or mirrored, and says so as cameras do."""
+    pixels = np.fliplr(picture(5)) if orientation == 2 else np.rot90(picture(5), TURNS[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return still("JPEG", np.ascontiguousarray(pixels), quality=95, exif=exif)
+
+
+def with_alpha() -> np.ndarray:
+    """Picture 5 + 64 + 128, transparent where the two high bits are light."""
+    alpha = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    alpha[HEIGHT * 2 // 3 :, WIDTH // 2 :] = 0
+    return np.dstack([picture(5 + 64 + 128), alpha])
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a png file, with its checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_size(data: bytes, side: int) -> bytes:
+    """A png whose header says another size."""
+    return patched(data, 8, png_chunk(b"IHDR", struct.pack(">II", side, side) + data[24:29]))
+
+
+def png_16_bit() -> bytes:
+    """Picture 5 with 16 bits a channel."""
+    rows = b"".join(b"\0" + row.tobytes() for row in picture(5).astype(">u2") * 257)
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*part) for part in parts)
+
+
+def moving_webp() -> bytes:
+    """All pictures in a webp that moves."""
+    first, *rest = [Image.fromarray(pixels) for pixels in pictures()]
+    memory = io.BytesIO()
+    first.save(memory, "WEBP", save_all=True, append_images=rest, duration=42, lossless=True)
+    return memory.getvalue()
+
+
+# The table
+
+SECTIONS: dict[str, tuple[Case, ...]] = {
+    "Containers, codecs, ways of coding": tuple(coded_cases()),
+    "Clocks, lengths, turns": tuple(timed_cases()),
+    "Cut off, overwritten, absurd headers": tuple(damaged_cases()),
+    "No video under the name of one": tuple(foreign_cases()),
+    "Names": tuple(named_cases()),
+    "Still images": tuple(still_cases()),
+}
+CASES = [case for cases in SECTIONS.values() for case in cases]
+
+INTRODUCTION = f"""# Odd files and what comes of them
+
+Written by `python tests/odd_files.py --write`; `tests/test_odd_files.py` checks that it is true.
+
+Each file is made by the test and goes through planning and decoding as in a preparation with --frame_buckets
+{CLIP_FRAMES} (1 for still images), --fps {CLIP_RATE} and frames from the middle. The good ones have {COUNT} frames
+at {RATE} frames a second. "Frames" are those that came out, by the number that each picture shows: they are upright
+and have the pixels of a plain decode from start to end. Otherwise the line is what the preparation prints, without the
+folder.
+"""
+
+
+def described(case: Case, path: Path, outcome: Outcome) -> str:
+    """The outcome as a cell of the table."""
+    if outcome.frames_FHWC is None:
+        return outcome.line.replace(f"{path.parent}/", "")
+    numbers = [str(number_in(frame, grey=case.grey)) for frame in outcome.frames_FHWC]
+    note = f" ({case.note})" if case.note else ""
+    return f"frames {', '.join(numbers)}{note}" if len(numbers) > 1 else f"the frame{note}"
+
+
+def cell(text: str) -> str:
+    """As it is shown in a table of Markdown."""
+    return "".join(f"\\{sign}" if sign in "|`*_<[\\" else sign for sign in text.replace("\n", "\\n"))
+
+
+def place_and_read(case: Case, folder: Path) -> tuple[Path, Outcome]:
+    """Makes the file of a case in a folder of its own; where it lies, and what comes of it."""
+    path = Path(tempfile.mkdtemp(dir=folder)) / case.name
+    case.place(path)
+    try:
+        return path, outcome_of(path, case.num_frames)
+    except Exception as error:  # the other files are read all the same; the tests allow no such status
+        return path, Outcome(line=f"raises {type(error).__name__}: {error}", status=RAISES)
+
+
+def table(folder: Path, read: Callable[[Case, Path], tuple[Path, Outcome]] = place_and_read) -> str:
+    """docs/odd_files.md as it is now; the files are made in `folder`. Another section is another heading and table."""
+    parts = [INTRODUCTION]
+    for title, cases in SECTIONS.items():
+        rows = [f"| {cell(case.name)} | {cell(described(case, *read(case, folder)))} |" for case in cases]
+        parts.append("\n".join([f"## {title}", "", "| file | outcome |", "|---|---|", *rows, ""]))
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Prints the table, or writes it."""
+    parser = argparse.ArgumentParser(description="The table of odd files and their outcomes.")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} instead of printing it")
+    write = parser.parse_args().write
+    with tempfile.TemporaryDirectory() as folder:
+        text = table(Path(folder))
+    if write:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""Tables, pairs of clip.mp4 and clip.txt, and the choice of a form. test_index.py has the lists."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz_index import fuzz_indexes
+from test_index import captions, problems, read, touch, write
+
+from cogvideox.args import DataFlags
+from cogvideox.data.index import Sample, read_validation
+from cogvideox.errors import UsageError
+
+ODD = (
+    "a, b",
+    'a "quoted" one',
+    "two\nlines",
+    "tab\there",
+    "caf\u00e9 \U0001f436",
+    "$(x) `y`; 'z' \\",
+    "1.50",
+    "\u2028",
+)
+SUFFIXES = ("csv", "tsv", "jsonl", "json")
+
+
+def write_table(file: Path, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+    """A table as the libraries of its format write it."""
+    if file.suffix in (".csv", ".tsv"):
+        with open(file, "w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream, delimiter="," if file.suffix == ".csv" else "\t").writerows([names, *rows])
+        return file
+    objects = [dict(zip(names, row, strict=True)) for row in rows]
+    lines = "\n".join(json.dumps(cells) for cells in objects)
+    file.write_text(json.dumps(objects, indent=1) if file.suffix == ".json" else lines, encoding="utf-8")
+    return file
+
+
+def table(tmp_path: Path, text: str | bytes, suffix: str = "csv") -> dict[str, Any]:
+    """The flag of a table with the text, beside clips a.mp4 and b.mp4."""
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / f"t.{suffix}").write_bytes(text.encode() if isinstance(text, str) else text)
+    return {"dataset_file": f"t.{suffix}"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_table_keeps_captions_with_their_clips(tmp_path: Path, suffix: str) -> None:
+    names = [f"clips/{k}.mp4" for k in range(len(ODD))]
+    touch(tmp_path, *names)
+    write_table(tmp_path / f"t.{suffix}", ["n", "video", "text"], [[0, *row] for row in zip(names, ODD, strict=True)])
+    expected = [Sample(name, odd.strip(), tmp_path / name) for name, odd in zip(names[:-1], ODD, strict=False)]
+    assert problems(tmp_path, dataset_file=f"t.{suffix}")[0].endswith("blank caption; write one, or remove the row")
+    rows = [[0, *row] for row in zip(names[:-1], ODD, strict=False)]
+    write_table(tmp_path / f"t.{suffix}", ["n", "video", "text"], rows)
+    assert read(tmp_path, dataset_file=f"t.{suffix}") == expected
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_line_ends_and_byte_order_marks(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4")
+    file = write_table(tmp_path / f"t.{suffix}", ["video", "text"], [["a.mp4", "one"], ["b.mp4", "two\nlines"]])
+    text = file.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    file.write_bytes(b"\xef\xbb\xbf" + text + b"\r\n\r\n")
+    assert captions(tmp_path, dataset_file=file.name) == ["one", "two\nlines"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_very_long_caption(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path, "a.mp4")
+    usual = csv.field_size_limit(1000)
+    write_table(tmp_path / f"t.{suffix}", ["video", "text"], [["a.mp4", "x" * 10_000_000]])
+    assert len(captions(tmp_path, dataset_file=f"t.{suffix}")[0]) == 10_000_000
+    assert csv.field_size_limit(usual) == 1000
+
+
+def test_columns_are_found_by_their_usual_names(tmp_path: Path) -> None:
+    found = {}
+    for caption in ("prompt", "caption", "text"):
+        for video in ("path", "video_path", "file_name", "video"):
+            found[caption] = caption
+            flags = table(tmp_path, f"{video},{','.join(found)}\na.mp4,{','.join(found.values())}\n")
+            assert captions(tmp_path, **flags) == [caption]
+
+
+def test_columns_given_by_flags(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    flags = table(tmp_path, "text,long,video,clip,image,first\nx,y,no.mp4,a.mp4,no.png,a.png\n")
+    names = {"caption_column": "long", "video_column": "clip", "image_column": "first"}
+    assert read(tmp_path, **flags, **names) == [Sample("a.mp4", "y", tmp_path / "a.mp4", tmp_path / "a.png")]
+
+
+def test_missing_columns_name_those_there_and_the_nearest(tmp_path: Path) -> None:
+    flags = table(tmp_path, "id,Caption,vids\n1,x,a.mp4\n")
+    assert problems(tmp_path, **flags, image_column="imag") == (
+        f"{tmp_path}/t.csv: has no column text or caption or prompt; there are: id, Caption, vids; "
+        "nearest: --caption_column Caption",
+        f"{tmp_path}/t.csv: has no column video or file_name or video_path or path; there are: id, Caption, vids; "
+        "nearest: --video_column vids",
+        f"--image_column imag: no such column in {tmp_path}/t.csv; there are: id, Caption, vids; "
+        "name one with --image_column",
+    )
+    assert "nearest: --video_column vids" in problems(tmp_path, **flags, video_column="vid")[-1]
+
+
+def test_an_image_column_is_used_if_there(tmp_path: Path) -> None:
+    flags = table(tmp_path, '{"text": "x", "video": "a.mp4", "image": "b.mp4"}', "jsonl")
+    assert read(tmp_path, **flags)[0].image == tmp_path / "b.mp4"
+    table(tmp_path, '{"text": "x", "video": "a.mp4", "image": "b.mp4"}\n{"text": "y", "video": "b.mp4"}', "jsonl")
+    assert problems(tmp_path, **flags) == (
+        f"{tmp_path}/t.jsonl:2: blank path of the image; write one, or remove the row",
+    )
+
+
+def test_problems_name_the_line_on_which_a_row_starts(tmp_path: Path) -> None:
+    rows = ['"two\nlines",a.mp4', "", ",a.mp4", 'x,"\nno.mp4"', "x", "x,a.mp4,z", "nan,a.mp4", "x,", "x,b.mp4"]
+    found = problems(tmp_path, **table(tmp_path, "text,video\n" + "\n".join(rows)))
+    assert [problem.removeprefix(f"{tmp_path}/t.csv:").split("; ")[0] for problem in found] == [
+        "8: 1 cells, but 2 columns",
+        "9: 3 cells, but 2 columns",
+        "5: blank caption",
+        "10: blank caption",
+        f"6: no.mp4: no such file in {tmp_path}",
+        "11: blank path of the video",
+    ]
+
+
+def test_a_quote_that_never_closes_swallows_no_rows(tmp_path: Path) -> None:
+    found = problems(tmp_path, **table(tmp_path, 'text,video\nx,a.mp4\n"y,b.mp4\nz,a.mp4\n'))
+    assert found[0].startswith(f"{tmp_path}/t.csv:3: malformed row (unexpected end of data)")
+    found = problems(tmp_path, **table(tmp_path, 'text,video\n"y" z,a.mp4\nx,a.mp4\n"y"z,a.mp4\n'))
+    assert [problem.split(": ")[0] for problem in found] == [f"{tmp_path}/t.csv:2", f"{tmp_path}/t.csv:4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("", "is empty; it needs a row with the names"),
+        ("\n \n", "is empty; it needs a row with the names"),
+        ("text,video\n", "has no rows; it needs one for each clip"),
+        ("text,video,text\nx,a.mp4,y\n", "has two columns text; rename one"),
+        ("text,video\rx,a.mp4\r", "malformed row (new-line character seen in unquoted field"),
+    ],
+)
+def test_csv_without_rows_or_with_a_bad_header(tmp_path: Path, text: str, rule: str) -> None:
+    assert rule in problems(tmp_path, **table(tmp_path, text))[0]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_bytes_that_are_not_utf8_name_every_line(tmp_path: Path, suffix: str) -> None:
+    found = problems(tmp_path, **table(tmp_path, b'text,video\n"\xe9,a.mp4\nx,b.mp4\ny,\xff\n', suffix))
+    marks = [problem for problem in found if "save the file as UTF-8" in problem]
+    assert [mark.split(": ")[0] for mark in marks] == [f"{tmp_path}/t.{suffix}:2", f"{tmp_path}/t.{suffix}:4"]
+
+
+def test_bad_json_lines(tmp_path: Path) -> None:
+    good = '{"text": "x", "video": "a.mp4"}'
+    values = ['["x"]', "true", '{"text": true, "video": ["a"]}', '{"text": null, "video": {}}', "[" * 100_000]
+    found = problems(tmp_path, **table(tmp_path, "\n".join([good, "", good[:-1], *values]), "jsonl"))
+    assert [problem.removeprefix(f"{tmp_path}/t.jsonl:").split("; ")[0] for problem in found] == [
+        "3: is no JSON (Expecting ',' delimiter, column 31)",
+        "8: is no JSON (nested too deep)",
+        "4: is no object",
+        "5: is no object",
+        "6: text is true or false",
+        "6: video is a list",
+        "7: video is an object",
+        "7: blank caption",
+    ]
+
+
+def test_bad_json_lists(tmp_path: Path) -> None:
+    row = '{"text": "x", "video": "a.mp4"}'
+    flags = table(tmp_path, f"[{row},\n 3, {row.replace('a.mp4', 'no.mp4')}]", "json")
+    assert [problem.split("; ")[0] for problem in problems(tmp_path, **flags)] == [
+        f"{tmp_path}/t.json: element 2: is no object",
+        f"{tmp_path}/t.json: element 3: no.mp4: no such file in {tmp_path}",
+    ]
+    rules = {row + "\n" + row: "json:2: is no JSON (Extra data", row: "is not a list", "[]": "has no rows"}
+    for text, rule in rules.items():
+        assert rule in problems(tmp_path, **table(tmp_path, text, "json"))[0]
+
+
+def test_numbers_are_captions_as_written_and_nan_is_none(tmp_path: Path) -> None:
+    texts = ("1.50", "7", "1e3", "1" * 5000, "Infinity")
+    lines = [f'{{"text": {text}, "video": "a.mp4"}}' for text in texts]
+    assert captions(tmp_path, **table(tmp_path, "\n".join(lines), "jsonl")) == list(texts)
+    blanks = ("NaN", "null", '""', '" \\n"', '"None"', '"nan"')
+    lines = [f'{{"text": {text}, "video": "a.mp4"}}' for text in blanks]
+    found = problems(tmp_path, **table(tmp_path, "\n".join(lines), "jsonl"))
+    assert sum("blank caption" in problem for problem in found) == len(found) == len(blanks)
+
+
+def test_half_a_character_and_nul_in_json(tmp_path: Path) -> None:
+    text = r"""{"text": "\ud83d", "video": "a.mp4"}
+{"text": "x", "video": "\ud83d.mp4"}
+{"text": "\u0000", "video": "a\u0000.mp4"}
+{"text": "\ud83d\udc36", "video": "a.mp4"}"""
+    found = problems(tmp_path, **table(tmp_path, text, "jsonl"))
+    assert [problem.removeprefix(f"{tmp_path}/t.jsonl:").split("; ")[0] for problem in found] == [
+        "1: holds half of a surrogate pair",
+        "3: holds a NUL byte",
+        "2: \\ud83d.mp4: is not UTF-8",
+        "3: a\\x00.mp4: holds a NUL byte",
+    ]
+
+
+def test_paths_of_tables_have_the_rules_of_lists(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    touch(tmp_path, "sub/c")
+    (tmp_path / "out.mp4").symlink_to("/etc/passwd")
+    paths = ("https://x.org/a.mp4", "/dev/null", "../a.mp4", "pipe.mp4", "sub", "out.mp4", "no.mp4")
+    found = problems(tmp_path, **table(tmp_path, "text,path\n" + "".join(f"x,{path}\n" for path in paths)))
+    assert len(found) == len(paths)
+    assert [sample.id for sample in read(tmp_path, **table(tmp_path, f"text,path\nx,{tmp_path}/a.mp4\ny,a.mp4\n"))] == [
+        "a.mp4",
+        "a.mp4#2",
+    ]
+
+
+def test_file_name_is_relative_to_the_table(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a.mp4", "a.mp4")
+    for column, name in (("file_name", "train/a.mp4"), ("video", "a.mp4")):
+        write_table(tmp_path / "train" / "metadata.csv", ["text", column], [["x", "a.mp4"]])
+        assert read(tmp_path, dataset_file="train/metadata.csv") == [Sample(name, "x", tmp_path / name)]
+
+
+def test_a_table_elsewhere_serves_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (one := tmp_path / "one").mkdir()
+    (two := tmp_path / "two").mkdir()
+    table(one, "text,video\nof one,a.mp4\n")
+    table(two, "text,video\nof two,a.mp4\n")
+    table(tmp_path, "text,video\nof both,a.mp4\n")
+    monkeypatch.chdir(tmp_path)
+    assert captions(one, dataset_file="t.csv") == ["of one"]
+    assert captions(one, two, dataset_file="t.csv") == ["of one", "of two"]
+    (two / "t.csv").unlink()
+    assert captions(two, dataset_file="t.csv") == captions(two, dataset_file=str(tmp_path / "t.csv")) == ["of both"]
+    assert captions(one, dataset_file="one/t.csv") == ["of one"]
+    (found,) = problems(one, two, dataset_file="t.csv")
+    assert found.startswith(f"--dataset_file t.csv: no such file in {two}; of several folders each needs its own")
+    data = DataFlags(data_root=(str(one),), validation_data_root=(str(two),), dataset_file="one/t.csv")
+    with pytest.raises(UsageError, match="each needs its own"):
+        read_validation(data)
+
+
+def test_a_table_that_is_not_there_or_of_no_format(tmp_path: Path) -> None:
+    flags = table(tmp_path, "x", "parquet")
+    assert "must end in .csv or .tsv or .jsonl or .json" in problems(tmp_path, **flags)[0]
+    table(tmp_path, "x", "csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name in ("no.csv", "pipe.csv", "."):
+        found = problems(tmp_path, dataset_file=name)
+        assert found == (f"--dataset_file {name}: no such file in {tmp_path}; there are: t.csv",)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_is_found(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "a.mp4", "a.txt")
+    write_table(tmp_path / name, ["file_name", "text"], [["a.mp4", "from the table"]])
+    assert captions(tmp_path) == ["from the table"]
+
+
+def test_two_data_sets_need_a_flag(tmp_path: Path) -> None:
+    write(tmp_path, "of the lists", "a.mp4")
+    (tmp_path / "images.txt").write_text("b.mp4")
+    for name in ("metadata.csv", "metadata.jsonl"):
+        write_table(tmp_path / name, ["file_name", "text"], [["a.mp4", f"of {name}"]])
+    assert problems(tmp_path) == (
+        f"{tmp_path}: metadata.csv and metadata.jsonl and prompts.txt with videos.txt are two data sets; choose with "
+        "--dataset_file metadata.csv or --dataset_file metadata.jsonl or --caption_column prompts.txt",
+    )
+    assert captions(tmp_path, dataset_file="metadata.jsonl") == ["of metadata.jsonl"]
+    assert read(tmp_path, caption_column="prompts.txt") == [
+        Sample("a.mp4", "of the lists", tmp_path / "a.mp4", tmp_path / "b.mp4")
+    ]
+    (tmp_path / "prompts.txt").unlink()
+    (tmp_path / "metadata.csv").unlink()
+    assert captions(tmp_path) == ["of metadata.jsonl"]
+
+
+def test_a_column_of_a_table_without_the_table(tmp_path: Path) -> None:
+    write_table(touch(tmp_path, "a.mp4") / "metadata.csv", ["file_name", "long"], [["a.mp4", "x"]])
+    assert problems(tmp_path, caption_column="long")[0].endswith("for a column of a table give --dataset_file too")
+    assert captions(tmp_path, dataset_file="metadata.csv", caption_column="long") == ["x"]
+
+
+def pairs(root: Path, **texts: str) -> Path:
+    """name_mp4="..." makes name.mp4 and name.txt; __ stands for a slash."""
+    for name, text in texts.items():
+        stem, _, suffix = name.replace("__", "/").rpartition("_")
+        touch(root, f"{stem}.{suffix}")
+        (root / f"{stem}.txt").write_bytes(text.encode())
+    return root
+
+
+def test_clips_beside_their_captions(tmp_path: Path) -> None:
+    pairs(tmp_path, b_mp4="b", sub__deep__a_MOV=" two\r\nlines\n", a_png="an image", B_gif="\ufeffB")
+    pairs(tmp_path, _hidden_mp4="x").joinpath("_hidden.mp4").rename(tmp_path / ".hidden.mp4")
+    (tmp_path / "_hidden.txt").unlink()
+    touch(tmp_path, "a.v1.mp4", "a.v2.mp4", "README.md", ".git/x.txt", "cogvideox_tensors/x.mp4", "c.mp4/notes.md")
+    (tmp_path / "a.v1.txt").write_text("v1")
+    (tmp_path / "a.v2.txt").write_text("v2")
+    assert [(sample.id, sample.caption) for sample in read(tmp_path)] == [
+        ("B.gif", "B"),
+        ("a.png", "an image"),
+        ("a.v1.mp4", "v1"),
+        ("a.v2.mp4", "v2"),
+        ("b.mp4", "b"),
+        ("sub/deep/a.MOV", "two\nlines"),
+    ]
+
+
+def test_lists_win_over_captions_beside_clips(tmp_path: Path) -> None:
+    pairs(tmp_path, a_mp4="of the pair", b_mp4="not listed")
+    write(tmp_path, "of the list", "a.mp4")
+    assert captions(tmp_path) == ["of the list"]
+
+
+def test_what_is_no_pair_is_named_with_its_fix(tmp_path: Path) -> None:
+    pairs(tmp_path, both_mp4="x", empty_mp4=" \n", bad_mp4="x")
+    touch(tmp_path, "both.png", "sub/alone.mp4", "README.txt")
+    (tmp_path / "bad.txt").write_bytes(b"x\ncaf\xe9")
+    assert sorted(problem.removeprefix(str(tmp_path)) for problem in problems(tmp_path)) == [
+        "/bad.txt:2: is not UTF-8 (byte 4 is 0xe9); save the file as UTF-8",
+        "/empty.txt: blank caption; write one, or remove the clip",
+        ": README.txt: is a caption without a clip; add the clip, or rename it to end in something else",
+        ": both.mp4 and both.png: are clips of one name; rename all but one",
+        ": sub/alone.mp4: has no caption; write it into sub/alone.txt",
+    ]
+
+
+def test_pairs_open_no_pipe_and_follow_no_link_out(tmp_path: Path) -> None:
+    root = pairs(tmp_path / "data", a_mp4="x")
+    touch(root, "pipe.mp4", "out.mp4")
+    os.mkfifo(root / "pipe.txt")
+    (root / "out.txt").symlink_to("/etc/passwd")
+    pairs(tmp_path / "other", o_mp4="other")
+    (root / "link").symlink_to(tmp_path / "other")
+    assert [problem.removeprefix(f"{root}: ").split(";")[0] for problem in problems(root)] == [
+        f"link: leads outside the data root, to {tmp_path}/other",
+        "out.txt: leads outside the data root, to /etc/passwd",
+        "pipe.txt: is a pipe",
+    ]
+    for name in ("pipe.mp4", "pipe.txt", "out.mp4", "out.txt"):
+        (root / name).unlink()
+    assert [sample.id for sample in read(root, allow_path=(str(tmp_path / "other"),))] == ["a.mp4", "link/o.mp4"]
+
+
+def test_folders_linked_inside_the_root_count_once(tmp_path: Path) -> None:
+    pairs(tmp_path, z__a_mp4="x")
+    (tmp_path / "a").symlink_to("z")
+    (tmp_path / "zz").symlink_to("z")
+    (tmp_path / "z" / "up").symlink_to("..")
+    (tmp_path / "loop").symlink_to("loop")
+    assert [sample.id for sample in read(tmp_path)] == ["z/a.mp4"]
+
+
+def test_names_that_are_not_utf8_or_look_like_urls(tmp_path: Path) -> None:
+    pairs(tmp_path / "http:", a_mp4="x")
+    assert [sample.id for sample in read(tmp_path)] == ["http:/a.mp4"]
+    for name in (b"caf\xe9.mp4", b"caf\xe9.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("x")
+    assert all("caf\\udce9" in problem and "is not UTF-8; rename" in problem for problem in problems(tmp_path))
+
+
+def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
+    touch(tmp_path, "train.csv", "x.parquet")
+    assert problems(tmp_path) == (
+        f"{tmp_path}: has none of: prompts.txt or prompt.txt with videos.txt, metadata.csv, metadata.jsonl, "
+        "clip.mp4 with clip.txt; there are: train.csv",
+    )
+
+
+def test_folders_of_different_forms(tmp_path: Path) -> None:
+    one, two = pairs(tmp_path / "one", a_mp4="a pair"), touch(tmp_path / "two", "a.mp4")
+    write_table(two / "metadata.jsonl", ["video", "prompt"], [["a.mp4", "a table"]])
+    assert [(sample.id, sample.caption) for sample in read(one, two)] == [("a.mp4", "a pair"), ("a.mp4#2", "a table")]
+
+
+def test_damaged_data_sets_end_in_samples_or_problems(tmp_path: Path) -> None:
+    assert fuzz_indexes(60, 0, tmp_path) == []

@@ -1,0 +1,179 @@
+"""cogvideox/report.py: what a preparation says before and after, compared with what it then does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import prepare_dataset
+import pytest
+from PIL import Image
+from preparing import preparation, tensor_files
+
+from cogvideox import report
+from cogvideox.args import PrepareOptions, parse
+from cogvideox.data.cache import open_index
+from cogvideox.data.decode import write_video
+
+Tiny = Callable[[str], Path]
+pytestmark = pytest.mark.usefixtures("threads")
+SIZE = ("--height_buckets", "32", "--width_buckets", "48")
+
+
+@pytest.fixture
+def configs(tiny: Tiny, tmp_path: Path) -> Path:
+    """A model folder without any weights."""
+    for part in ("transformer", "vae", "scheduler", "tokenizer"):
+        (tmp_path / "model" / part).mkdir(parents=True)
+        for path in (tiny("5b") / part).glob("*[!s]"):
+            shutil.copy(path, tmp_path / "model" / part)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def data(clips: Path, tmp_path: Path) -> Path:
+    """A copy of the six clips that a test may change."""
+    return Path(shutil.copytree(clips, tmp_path / "data"))
+
+
+def run(model: Path, data: Path, output: Path, *more: str) -> int:
+    argv = ["--model_id", str(model), "--data_root", str(data), "--output_dir", str(output), *SIZE, *more]
+    return prepare_dataset.main(parse(PrepareOptions, None, argv))
+
+
+def described(model: Path, data: Path, output: Path, costs: bool = False, **changes: Any) -> list[str]:
+    made = preparation(model, data, output, **changes)
+    return report.describe(made, made.plan(), costs).splitlines()
+
+
+def test_a_dry_run_reads_no_weights_and_encodes_nothing(
+    configs: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(configs, clips, tmp_path / "out", "--dry_run", "--frame_buckets", "9", "17") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["bucket", "clips", "variants", "upscaled", "stretched", "cut", "off", "MiB"],
+        ["9x32x48", "1", "1", "0", "125%", "0%", "0.0"],
+        ["17x32x48", "5", "5", "0", "12%", "0%", "0.0"],
+    ]
+    assert lines[-1].startswith("hours are not known: ")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_the_costs_are_what_is_then_written(
+    tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny("5b"), clips, tmp_path, "--dry_run", "--frame_buckets", "5") == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    match = re.fullmatch(
+        r"to encode: 6 clips and 7 captions, ([\d.]+) MiB, clips about ([\d.e-]+) hours on one cpu", line
+    )
+    assert match
+    assert 0 < float(match[2]) < 0.1
+    assert run(tiny("5b"), clips, tmp_path, "--frame_buckets", "5") == 0
+    written = sum(map(len, tensor_files(tmp_path).values())) - 13 * 400  # headers
+    assert float(match[1]) == pytest.approx(written / 2**20, abs=0.06)
+    assert run(tiny("5b"), clips, tmp_path, "--dry_run", "--frame_buckets", "5") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "to encode: 0 clips and 0 captions, 0.0 MiB"
+    assert len(open_index(tmp_path).samples) == 6
+
+
+def test_what_is_done_to_the_clips_of_a_bucket(configs: Path, data: Path, tmp_path: Path) -> None:
+    changes = {"height_buckets": (96,), "width_buckets": (96,), "video_reshape_mode": "center"}
+    lines = described(configs, data, tmp_path / "out", **changes, num_augmentations=2)
+    # 96x64, 128x96 and 64x96 (width x height): all but the second are enlarged 1.5 times
+    assert lines[1].split() == ["5x96x96", "6", "12", "4", "0%", "33%", "0.2"]
+
+
+def test_dropped_clips_have_a_status_and_a_reason(configs: Path, data: Path, tmp_path: Path) -> None:
+    (data / "videos/00000.mp4").write_text("not a video")
+    lines = described(configs, data, tmp_path / "out", frame_buckets=(17,), height_buckets=(80,), width_buckets=(112,))
+    assert "1 failed" in lines
+    assert "1 short" in lines
+    assert any(re.match(r"  \S+00000.mp4: .*Invalid data", line) for line in lines)
+    assert any(re.match(r"  \S+00005.mp4: 1.67 s give 13 frames .*; give a smaller bucket", line) for line in lines)
+    lines = described(configs, data, tmp_path / "out", height_buckets=(128,), width_buckets=(160,))
+    assert "3 small" in lines
+    wanted = "/videos/00001.mp4: 96x64 pixels would be enlarged 2.00 times; give a smaller bucket, or --max_upscale 2"
+    assert any(line.endswith(wanted) for line in lines)
+    lines = described(configs, data, tmp_path / "out", height_buckets=(128,), width_buckets=(160,), max_upscale=2.5)
+    assert lines[1].split()[:4] == ["5x128x160", "5", "5", "5"]
+
+
+def test_captions_that_are_cut_are_named_the_longest_first(configs: Path, data: Path, tmp_path: Path) -> None:
+    captions = (data / "prompts.txt").read_text().splitlines()
+    captions[1], captions[4] = "a red square " * 20, "a red square " * 40
+    (data / "prompts.txt").write_text("\n".join(captions))
+    lines = described(configs, data, tmp_path / "out")
+    (at,) = (number for number, line in enumerate(lines) if "captions are cut" in line)
+    assert lines[at].startswith("2 captions are cut after 32 tokens")
+    found = [re.fullmatch(r"  (\S+): (\d+) tokens", line) for line in lines[at + 1 : at + 3]]
+    assert [match[1] for match in found if match] == ["videos/00004.mp4", "videos/00001.mp4"]
+    assert all(match and int(match[2]) > 32 for match in found)
+    assert not any("tokens" in line for line in lines[at + 3 :])
+
+
+def test_frame_counts_that_inference_changes_are_said(configs: Path, clips: Path, tmp_path: Path) -> None:
+    lines = described(configs, clips, tmp_path / "out", frame_buckets=(8,))
+    assert "8 frames are 2 latent frames, of which inference makes 8 frames" in lines
+
+
+def test_a_validation_clip_that_is_trained_on_is_said(configs: Path, clips: Path, data: Path, tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (17, 64, 96, 3), np.uint8)
+    write_video(data / "videos/00003.mp4", frames, 8)
+    lines = described(configs, clips, tmp_path / "out", validation_data_root=(str(data),))
+    assert "--validation_data_root: 5 clips are trained on too, and say nothing:" in lines
+    assert f"  {data / 'videos/00000.mp4'}" in lines
+    assert not any("00003" in line for line in lines)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def pictures(lines: list[str]) -> list[Path]:
+    return [Path(line.removeprefix("picture: ")) for line in lines if line.startswith("picture: ")]
+
+
+def test_a_picture_for_every_bucket_drawn_once(configs: Path, clips: Path, tmp_path: Path) -> None:
+    first = pictures(described(configs, clips, tmp_path, frame_buckets=(9, 17)))
+    assert [path.name.split("-")[0] for path in first] == ["9x32x48", "17x32x48"]
+    for path in first:
+        with Image.open(path) as picture:
+            assert len(picture.convert("RGB").getcolors(2**24) or ()) > 20
+    before = {path: path.stat().st_mtime_ns for path in first}
+    assert pictures(described(configs, clips, tmp_path, frame_buckets=(9, 17))) == first
+    assert {path: path.stat().st_mtime_ns for path in first} == before
+    (other,) = pictures(described(configs, clips, tmp_path, frame_buckets=(9,)))
+    assert list((tmp_path / "preview").iterdir()) == [other]  # what is no longer true goes
+
+
+def test_the_picture_follows_the_clip_and_the_caption(configs: Path, data: Path, tmp_path: Path) -> None:
+    (first,) = pictures(described(configs, data, tmp_path / "out"))
+    (data / "prompts.txt").write_text((data / "prompts.txt").read_text().replace("A ", "The "))
+    (second,) = pictures(described(configs, data, tmp_path / "out"))
+    assert first != second
+
+
+def test_spread() -> None:
+    assert report.spread(range(10), 4) == (0, 3, 6, 9)
+    assert report.spread(range(3), 4) == (0, 1, 2)
+    assert report.spread(range(10), 1) == (0,)
+    assert report.spread((), 4) == ()
+
+
+def test_clips_that_do_not_decode_are_left_out_of_the_picture(
+    configs: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(report, "contact_sheet", lambda rows, path, title: drawn.extend(row.label for row in rows))
+    real = report.decode_variant
+    monkeypatch.setattr(
+        report, "decode_variant", lambda path, variant: "damaged" if "00002" in str(path) else real(path, variant)
+    )
+    described(configs, data, tmp_path / "out")
+    assert [label.split(":")[0] for label in drawn] == [f"videos/0000{k}.mp4" for k in (0, 1, 3, 4, 5)]

@@ -1,0 +1,146 @@
+"""Contact sheets: every frame is where it belongs with its own shape and colours, and no text leaves the sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogvideox.sheets import INK, MARGIN, PAPER, STRIP_HEIGHT, Row, contact_sheet
+
+COLOURS = [(255, 0, 0), (0, 200, 0), (0, 0, 255), (200, 0, 200)]
+
+
+def plain(colour: tuple[int, int, int], height: int = 60, width: int = 90) -> np.ndarray:
+    return np.full((height, width, 3), colour, np.uint8)
+
+
+def sheet(path: Path, rows: list[Row], title: str = "Title", width: int = 1200) -> np.ndarray:
+    contact_sheet(rows, path, title, width)
+    with Image.open(path) as image:
+        assert (image.format, image.mode, image.width) == ("PNG", "RGB", width)
+        return np.asarray(image)
+
+
+def box(pixels: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """top, left, height, width of the one rectangle of a colour."""
+    rows, columns = np.nonzero((pixels == colour).all(axis=2))
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    assert len(rows) == height * width
+    return int(rows.min()), int(columns.min()), int(height), int(width)
+
+
+def ink(pixels: np.ndarray) -> np.ndarray:
+    """Rows that have text."""
+    return np.nonzero((pixels.max(axis=2) < max(INK) + 60).any(axis=1))[0]
+
+
+def margins_are_empty(pixels: np.ndarray) -> bool:
+    frame = np.ones(pixels.shape[:2], bool)
+    frame[MARGIN - 1 : 1 - MARGIN, MARGIN - 1 : 1 - MARGIN] = False
+    return bool((pixels[frame] == PAPER).all())
+
+
+def test_frames_stand_in_order_with_their_shapes(tmp_path: Path) -> None:
+    first = Row("first", [plain(COLOURS[0]), plain(COLOURS[1], 50, 30)])
+    pixels = sheet(tmp_path / "sheet.png", [first, Row("second", [plain(COLOURS[2], 480, 720), plain(COLOURS[3])])])
+    boxes = [box(pixels, colour) for colour in COLOURS]
+    assert [(height, width) for _, _, height, width in boxes] == [(240, 360), (240, 144), (240, 360), (240, 360)]
+    assert boxes[0][0] == boxes[1][0] < boxes[2][0] == boxes[3][0]
+    assert boxes[0][1] == boxes[2][1]
+    assert boxes[0][1] + 360 < boxes[1][1] == boxes[3][1]
+    assert boxes[0][0] + 240 < boxes[2][0]
+    assert margins_are_empty(pixels)
+
+
+def test_the_picture_is_not_turned_or_mirrored(tmp_path: Path) -> None:
+    frame = np.concatenate([plain(COLOURS[0]), plain(COLOURS[1])], axis=1)
+    frame = np.concatenate([frame, np.concatenate([plain(COLOURS[2]), plain(COLOURS[3])], axis=1)])
+    pixels = sheet(tmp_path / "sheet.png", [Row("", [frame])])
+    rows, columns = np.nonzero((pixels != PAPER).any(axis=2) & (np.arange(len(pixels)) > 80)[:, None])
+    middle, centre = (rows.min() + rows.max()) // 2, (columns.min() + columns.max()) // 2
+    found = [tuple(pixels[middle + y, centre + x]) for y in (-50, 50) for x in (-50, 50)]
+    assert found == COLOURS
+
+
+def test_a_row_that_is_too_wide_is_made_lower(tmp_path: Path) -> None:
+    pixels = sheet(tmp_path / "sheet.png", [Row("wide", [plain(colour, 40, 160) for colour in COLOURS])], width=600)
+    boxes = [box(pixels, colour) for colour in COLOURS]
+    assert len({height for _, _, height, _ in boxes}) == 1
+    assert boxes[0][2] < STRIP_HEIGHT
+    assert all(abs(width - 4 * height) <= 4 for _, _, height, width in boxes)
+    assert boxes[-1][1] + boxes[-1][3] > 0.97 * (600 - MARGIN)
+    assert margins_are_empty(pixels)
+
+
+def test_text_is_dark_and_above_its_frames(tmp_path: Path) -> None:
+    pixels = sheet(tmp_path / "sheet.png", [Row("A label", [plain(COLOURS[0])]), Row("Another", [plain(COLOURS[1])])])
+    tops = [box(pixels, colour)[0] for colour in COLOURS[:2]]
+    rows = ink(pixels)
+    title_label, other = rows[rows < tops[0]], rows[(rows > tops[0] + STRIP_HEIGHT) & (rows < tops[1])]
+    assert len(other) == other[-1] - other[0] + 1 >= 12  # the whole letters
+    assert (np.diff(title_label) > 5).sum() == 1  # a gap between the title and the label
+    assert rows.max() < tops[1]
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "one word after another " * 100,
+        "x" * 3000,
+        "first\nsecond\nthird\nfourth\nfifth",
+        "two cats \U0001f431 \u4e24\u53ea\u732b \u05d0\u05d1 e\u0301 " * 60,
+        "a name that is no text: \udc80\udcff, \x00, \x1b[31m and a tab\t" * 30,
+        "\u4e24\u53ea\u732b" * 500,
+    ],
+    ids=["words", "letters", "lines", "scripts", "bytes", "no spaces"],
+)
+def test_a_long_label_takes_three_lines_and_stays_inside(tmp_path: Path, label: str) -> None:
+    pixels = sheet(tmp_path / "sheet.png", [Row(label, [plain(COLOURS[0])])])
+    three = sheet(tmp_path / "three.png", [Row("1\n2\n3", [plain(COLOURS[0])])])
+    assert pixels.shape == three.shape
+    assert margins_are_empty(pixels)
+
+
+def test_what_is_left_out_shows_as_dots(tmp_path: Path) -> None:
+    def bytes_of(label: str) -> bytes:
+        sheet(tmp_path / "sheet.png", [Row(label, [])])
+        return (tmp_path / "sheet.png").read_bytes()
+
+    assert bytes_of("a\nb\nc\nd") == bytes_of("a\nb\nc ...") != bytes_of("a\nb\nc")
+    assert bytes_of("a\x00b\x1bc\udc80") == bytes_of("a b c")
+    assert bytes_of("  a\t b \n\n c ") == bytes_of("a b\nc")
+
+
+@pytest.mark.parametrize("label", ["", "\n", "\u200b", "\U0001f431", "\u0301"])
+def test_odd_labels_do_no_harm(tmp_path: Path, label: str) -> None:
+    assert box(sheet(tmp_path / "sheet.png", [Row(label, [plain(COLOURS[0])])], title=label), COLOURS[0])[2] == 240
+
+
+def test_sixteen_rows_and_rows_without_frames(tmp_path: Path) -> None:
+    colours = [(10 * k, 255 - 10 * k, 100) for k in range(16)]
+    pixels = sheet(
+        tmp_path / "sheet.png", [Row(f"clip {k}", [plain(colour)]) for k, colour in enumerate(colours)], width=420
+    )
+    tops = [box(pixels, colour)[0] for colour in colours]
+    assert len(set(np.diff(tops))) == 1
+    assert tops[-1] + STRIP_HEIGHT + 1 + MARGIN == len(pixels)
+    assert len(sheet(tmp_path / "none.png", [Row("no frames", [])])) > len(sheet(tmp_path / "empty.png", [])) > 0
+
+
+def test_equal_rows_give_equal_bytes_and_one_file(tmp_path: Path) -> None:
+    rows = [Row("label", [plain(COLOURS[0]), plain(COLOURS[1], 64, 32)])]
+    contact_sheet(rows, tmp_path / "new" / "a.png", "Title")
+    contact_sheet(rows, tmp_path / "new" / "b.png", "Title")
+    assert (tmp_path / "new" / "a.png").read_bytes() == (tmp_path / "new" / "b.png").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4), (0, 4, 3)])
+def test_other_arrays_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    for frame in (np.zeros(shape, np.uint8), np.zeros((4, 4, 3), np.float32)):
+        with pytest.raises(ValueError, match=r"uint8 \(H, W, 3\)"):
+            contact_sheet([Row("", [frame])], tmp_path / "sheet.png", "Title")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,119 @@
+"""Columns of text: one value a row, where each stands, and everything that is wrong with them.
+
+Owns the decoding of text files into lines, and the collection of problems. Lists, tables and captions beside their
+clips all become columns, so that each rule on captions and paths is written once.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PROBLEMS_SHOWN = 20  # of one kind
+LONGEST_PROBLEM = 500  # characters
+
+
+@dataclass(frozen=True)
+class Column:
+    """One value a row, stripped; None where the value is already among the problems.
+
+    place: says where the value of a row, from 0, stands: file:line. removal: how the user gets rid of a row.
+    folder: what the column's paths are relative to; absolute.
+    """
+
+    values: Sequence[str | None]
+    place: Callable[[int], str]
+    removal: str
+    folder: str
+
+    def texts(self) -> list[str]:
+        """The values of a column without problems."""
+        return [value for value in self.values if value is not None]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The rows of a data set: captions, videos and, if it names them, images; of one length if there is no problem."""
+
+    captions: Column | None = None  # None: could not be read, which is among the problems
+    videos: Column | None = None
+    images: Column | None = None
+
+
+class Problems:
+    """What was found so far, by kind: one printable line each, no more than PROBLEMS_SHOWN of a kind."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[str]] = defaultdict(list)
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, kind: str, line: str) -> None:
+        """Notes a problem; the line is escaped, and cut in its middle where it is long."""
+        self._counts[kind] += 1
+        if self._counts[kind] <= PROBLEMS_SHOWN:
+            self._lines[kind].append(one_line(line))
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def lines(self) -> list[str]:
+        """The lines of each kind, and how many more there are."""
+        found = []
+        for kind, count in self._counts.items():
+            found += self._lines[kind]
+            if count > PROBLEMS_SHOWN:
+                found.append(f"... and {count - PROBLEMS_SHOWN} more: {kind}")
+        return found
+
+
+def one_line(text: str) -> str:
+    """The text on one printable line of at most LONGEST_PROBLEM characters: its start says where, its end the fix."""
+    if len(text) > 2 * LONGEST_PROBLEM:
+        text = text[:LONGEST_PROBLEM] + text[-LONGEST_PROBLEM:]
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    start = LONGEST_PROBLEM * 3 // 5
+    return text if len(text) <= LONGEST_PROBLEM else f"{text[:start]} ... {text[start + 5 - LONGEST_PROBLEM :]}"
+
+
+def listing(names: Iterable[str]) -> str:
+    """The first ten names."""
+    names = list(names)
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; half a surrogate pair cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_lines(file: str, problems: Problems) -> list[str | None] | None:
+    r"""The lines of a UTF-8 file with or without a byte order mark; None if it cannot be read.
+
+    A line ends at \n or \r\n only, so captions may hold any other separator. A line that is not UTF-8 is None.
+    """
+    try:
+        data = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        problems.add("unreadable file", f"{file}: cannot be read ({error.strerror}); check its permissions")
+        return None
+    try:
+        return [line.removesuffix("\r") for line in data.decode().split("\n")]
+    except UnicodeDecodeError:
+        rows = enumerate(data.split(b"\n"), start=1)
+        return [_decode_line(f"{file}:{number}", raw, problems) for number, raw in rows]
+
+
+def _decode_line(place: str, raw: bytes, problems: Problems) -> str | None:
+    try:
+        return raw.decode().removesuffix("\r")
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start + 1} is 0x{raw[error.start]:02x}"
+        problems.add("not UTF-8", f"{place}: is not UTF-8 ({where}); save the file as UTF-8")
+        return None

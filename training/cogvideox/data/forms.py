@@ -1,0 +1,212 @@
+"""The forms that a data set may have: what a folder holds -> columns of captions, videos and images.
+
+    lists      prompts.txt (or prompt.txt) and videos.txt, and images.txt: line n of each is one clip
+    table      CSV, TSV, JSON lines or JSON, with a row a clip: --dataset_file, or metadata.csv or metadata.jsonl
+    pairs      clip.mp4 beside clip.txt, which holds its caption, in any folder below the root
+
+Owns the choice between them. A file that names the clips wins over pairs; two such files need a flag to decide.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from cogvideox.args import DataFlags
+from cogvideox.data.columns import Column, Columns, Problems, listing, read_lines
+from cogvideox.data.paths import PathRules
+from cogvideox.data.tables import FORMATS, Names, read_table
+
+CAPTION_FILES = ("prompts.txt", "prompt.txt")
+VIDEO_FILES = ("videos.txt",)
+IMAGE_FILES = ("images.txt",)
+TABLE_FILES = ("metadata.csv", "metadata.jsonl")
+MEDIA_SUFFIXES = (
+    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif",
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
+)  # fmt: skip
+NO_NAMES: Names = (None, None, None)
+TENSOR_FOLDER = "cogvideox_tensors"  # the default of --tensor_cache, in the data root itself
+
+
+def read_columns(root: str, data: DataFlags, rules: PathRules, problems: Problems) -> Columns:
+    """The rows of a folder in whatever form it has; what could not be read is missing. ``root``: absolute, a folder."""
+    names = (data.caption_column, data.video_column, data.image_column)
+    if data.dataset_file is not None:
+        alone = len(data.data_root) + len(data.validation_data_root) == 1
+        file = _find_table(root, data.dataset_file, alone, problems)
+        return read_table(file, root, names, problems) if file is not None else Columns()
+    if names != NO_NAMES:
+        return _read_lists(root, names, problems)
+    return _read_what_is_there(root, rules, problems)
+
+
+def _find_table(root: str, name: str, alone: bool, problems: Problems) -> str | None:
+    """The file of --dataset_file: in the folder, else from the working directory.
+
+    A file outside the folder serves one folder only, or validation could measure the clips of training.
+    """
+    for file in (os.path.normpath(os.path.join(root, name)), os.path.abspath(name)):
+        if os.path.isfile(file) and (alone or file.startswith(os.path.join(root, ""))):
+            return file
+    fix = "" if alone else "; of several folders each needs its own"
+    problems.add("no table", f"--dataset_file {name}: no such file in {root}{fix}; there are: {_text_files(root)}")
+    return None
+
+
+def _read_what_is_there(root: str, rules: PathRules, problems: Problems) -> Columns:
+    captions, videos = _files(root, CAPTION_FILES), _files(root, VIDEO_FILES)
+    tables = _files(root, TABLE_FILES)
+    choices = {name: f"--dataset_file {name}" for name in tables}
+    if captions and videos:
+        choices[f"{captions[0]} with {videos[0]}"] = f"--caption_column {captions[0]}"
+    if len(choices) > 1:
+        fix = f"choose with {' or '.join(choices.values())}"
+        problems.add("two data sets", f"{root}: {' and '.join(choices)} are two data sets; {fix}")
+        return Columns()
+    if tables:
+        return read_table(os.path.join(root, tables[0]), root, NO_NAMES, problems)
+    if captions or videos:
+        return _read_lists(root, NO_NAMES, problems)
+    return _read_pairs(root, rules, problems)
+
+
+def _files(root: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if os.path.isfile(os.path.join(root, name))]
+
+
+def _text_files(root: str) -> str:
+    """What a user may have meant: the names of the files that are not videos or hidden, at most ten."""
+    names = _files(root, _names(root, Problems()))
+    return listing([name for name in names if name.endswith((".txt", *FORMATS))] or names)
+
+
+def _read_lists(root: str, names: Names, problems: Problems) -> Columns:
+    captions = _read_list(root, names[0], CAPTION_FILES, "--caption_column", problems)
+    videos = _read_list(root, names[1], VIDEO_FILES, "--video_column", problems)
+    # images.txt belongs to videos.txt; a list with another name may be about other clips.
+    has_images = names[2] is not None or (names[1] is None and _files(root, IMAGE_FILES))
+    images = _read_list(root, names[2], IMAGE_FILES, "--image_column", problems) if has_images else None
+    for paths, what in ((videos, "a path"), (images, "an image")):
+        if captions is not None and paths is not None:
+            _check_counts(captions, paths, what, problems)
+    return Columns(captions, videos, images)
+
+
+def _read_list(root: str, name: str | None, defaults: Sequence[str], flag: str, problems: Problems) -> Column | None:
+    files = _files(root, defaults if name is None else (name,))
+    if not files:
+        listed = f"{flag} {name}" if name is not None else f"{' or '.join(defaults)} ({flag})"
+        hint = "; for a column of a table give --dataset_file too" if _files(root, TABLE_FILES) else ""
+        problems.add("no list", f"{listed}: no such file in {root}; there are: {_text_files(root)}{hint}")
+        return None
+    file = os.path.join(root, files[0])
+    if (lines := read_lines(file, problems)) is None:
+        return None
+    values = [line if line is None else line.strip() for line in lines]
+    while values and values[-1] == "":
+        values.pop()
+    if not values:
+        problems.add("empty list", f"{file}: is empty; it needs one line for each clip")
+    return Column(values, lambda row: f"{file}:{row + 1}", "remove its line from each list", root)
+
+
+def _check_counts(captions: Column, paths: Column, what: str, problems: Problems) -> None:
+    if len(captions.values) == len(paths.values) or not (captions.values and paths.values):
+        return  # an empty list is a problem of its own
+    pairs = ((captions, paths, what), (paths, captions, "a caption"))
+    longer, shorter, missing = max(pairs, key=lambda pair: len(pair[0].values))
+    first = len(shorter.values)
+    file = shorter.place(0).rpartition(":")[0]
+    counts = f"{len(longer.values)} lines, but {file} has {first}"
+    fix = "add a line there or remove this one"
+    problems.add("unequal line counts", f"{longer.place(first)}: first line without {missing} ({counts}); {fix}")
+
+
+def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
+    """Media files with their captions, in the order of their paths."""
+    media, texts = _scan(root, rules, problems)
+    if not media:
+        looked = f"{' or '.join(CAPTION_FILES)} with {VIDEO_FILES[0]}, {', '.join(TABLE_FILES)}, clip.mp4 with clip.txt"
+        problems.add("no data set", f"{root}: has none of: {looked}; there are: {_text_files(root)}")
+        return Columns()
+    for stem in sorted(media.keys() | texts.keys()):
+        _check_pair(root, stem, media.get(stem, []), texts.get(stem, []), problems)
+    videos = sorted(names[0] for stem, names in media.items() if stem in texts)
+    captions = [texts[os.path.splitext(video)[0]][0] for video in videos]
+    values = [_read_caption(root, name, rules, problems) for name in captions]
+    return Columns(
+        Column(values, lambda row: os.path.join(root, captions[row]), "remove the clip", root),
+        Column(videos, lambda row: root, "remove it", root),
+    )
+
+
+def _scan(root: str, rules: PathRules, problems: Problems) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The media and the caption files below the root, each by its path without the last suffix."""
+    media: dict[str, list[str]] = defaultdict(list)
+    texts: dict[str, list[str]] = defaultdict(list)
+    for path in _walk(root, rules, problems):
+        stem, suffix = os.path.splitext(path)
+        if suffix.lower() in MEDIA_SUFFIXES:
+            media[stem].append(path)
+        elif suffix.lower() == ".txt":
+            texts[stem].append(path)
+    return media, texts
+
+
+def _walk(root: str, rules: PathRules, problems: Problems) -> Iterator[str]:
+    """Every file below the root, relative to it; not hidden ones, nor our own tensors.
+
+    A linked folder must be one that may be read. It comes last, so that what lies below the root anyway has that path.
+    """
+    folders, links = [""], list[str]()
+    seen = set()
+    while folders or links:
+        folder = (folders or links).pop()
+        real = os.path.realpath(os.path.join(root, folder))
+        if real in seen:
+            continue
+        seen.add(real)
+        if not rules.allows(real):
+            fix = f"remove the link or pass --allow_path {real}"
+            problems.add("outside the data root", f"{root}: {folder}: leads outside the data root, to {real}; {fix}")
+            continue
+        for name in _names(os.path.join(root, folder), problems):
+            path = os.path.join(folder, name)
+            full = os.path.join(root, path)
+            if os.path.isdir(full):
+                (links if os.path.islink(full) else folders).append(path)
+            else:
+                yield path
+
+
+def _names(folder: str, problems: Problems) -> list[str]:
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        problems.add("unreadable folder", f"{folder}: cannot be read ({error.strerror}); check its permissions")
+        return []
+    return sorted(name for name in names if not name.startswith(".") and name != TENSOR_FOLDER)
+
+
+def _check_pair(root: str, stem: str, media: list[str], texts: list[str], problems: Problems) -> None:
+    """A clip has one caption, and the other way round."""
+    for kind, names in (("clips", media), ("captions", texts)):
+        if len(names) > 1:
+            rule = f"are {kind} of one name; rename all but one"
+            problems.add(f"{kind} of one name", f"{root}: {' and '.join(sorted(names))}: {rule}")
+    if not texts:
+        problems.add("no caption", f"{root}: {media[0]}: has no caption; write it into {stem}.txt")
+    if not media:
+        fix = "add the clip, or rename it to end in something else"
+        problems.add("caption without a clip", f"{root}: {texts[0]}: is a caption without a clip; {fix}")
+
+
+def _read_caption(root: str, name: str, rules: PathRules, problems: Problems) -> str | None:
+    """The whole text of a caption file, stripped; None if it breaks a rule."""
+    if (verdict := rules.verdict(name, root, "caption")) is not None:
+        problems.add(verdict[0], f"{root}: {verdict[1]}")
+        return None
+    lines = read_lines(os.path.join(root, name), problems)
+    if lines is None or None in lines:
+        return None
+    return "\n".join(line for line in lines if line is not None).strip()

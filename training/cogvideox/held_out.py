@@ -1,0 +1,97 @@
+"""The loss on clips that are never trained on, over a fixed grid of clips, timesteps and noise.
+
+Every draw is a function of (seed, clip, place in the grid), so that only the weights change from one measurement to the
+next. One forward pass a place, and the losses are gathered whole, so neither the batch size nor the number of ranks has
+an effect. Clips are read from the cache; lines go to metrics.jsonl.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cogvideox.data.cache import CachedSample
+from cogvideox.data.dataset import Batch, collate, draw_sample, read_moments, read_prompt
+from cogvideox.draws import uniform
+from cogvideox.run import METRICS_NAME, Run, write_metrics
+from cogvideox.tensors import Tensors
+from cogvideox.validation import evaluation
+
+PLACES = 8  # timesteps of each clip, one from each eighth of the schedule
+LossOf = Callable[[Batch], Tensor]  # a batch on the device -> the loss of each sample, (B,)
+
+
+class HeldOut:
+    """Measures the loss on the index's validation clips, if it has any. ``measure`` is called on all ranks.
+
+    ``losses_of`` is the loss that is trained, on ``transformer``.
+
+    Raises:
+        CacheError: a tensor of theirs is bad; the clips that a loss is compared on are not replaced.
+    """
+
+    def __init__(self, run: Run, tensors: Tensors, seed: int, transformer: Any, losses_of: LossOf) -> None:
+        self.run, self.seed, self.transformer, self.losses_of = run, seed, transformer, losses_of
+        self.cache, self.geometry = tensors.cache, tensors.geometry
+        self.samples = tensors.index.validation
+        for sample in self.samples:  # now, not at the first measurement after a resume
+            self._read(sample)
+
+    def __bool__(self) -> bool:
+        return bool(self.samples)
+
+    def measure(self, step: int) -> None:
+        """Measures the weights as they are after a step, unless metrics.jsonl has that already, and writes it there."""
+        if not self.samples or self._measured(step):
+            return
+        mean, error = mean_and_error(self.losses())
+        if self.run.is_main:
+            write_metrics(self.run, {"step": step, "held_out_loss": mean, "held_out_error": error})
+        clips = "1 clip" if len(self.samples) == 1 else f"+- {error:.5f}, {len(self.samples)} clips"
+        self.run.say(f"held-out loss after step {step}: {mean:.5f} ({clips})")
+
+    def losses(self) -> Tensor:
+        """The loss of every clip at every place, (clips, PLACES), float64, the same on all ranks."""
+        run = self.run
+        grid = torch.zeros(len(self.samples), PLACES, dtype=torch.float64, device=run.device)
+        with evaluation(self.transformer):
+            for number in range(run.ranks.process_index, grid.numel(), run.world):
+                clip, place = divmod(number, PLACES)
+                grid[clip, place] = self.losses_of(self.draw(self.samples[clip], place).to(run.device))[0].double()
+        run.barrier()  # which waits longer than the sum does
+        if run.world > 1:
+            dist.all_reduce(grid)  # each value is one rank's and zero elsewhere: the sum is exact
+        return grid.cpu()
+
+    def draw(self, sample: CachedSample, place: int) -> Batch:
+        """A clip at one place of the grid, as a batch of one: its timestep and noise are always the same."""
+        draw = (self.seed, "held_out", sample.id, place)
+        total = int(self.geometry.schedule["num_train_timesteps"])
+        timestep = int((place + uniform(*draw, "timestep")) * total / PLACES)
+        return collate([draw_sample(*self._read(sample), timestep, self.geometry, draw, sample.id)])
+
+    def _read(self, sample: CachedSample) -> tuple[Tensor, Tensor]:
+        moments = read_moments(self.cache, sample, 0, self.geometry)
+        return moments, read_prompt(self.cache, sample.prompt_key, self.geometry)
+
+    def _measured(self, step: int) -> bool:
+        """Whether metrics.jsonl has the line of a step; the main process looks for all."""
+        path = self.run.output_dir / METRICS_NAME
+        there = [False]
+        if self.run.is_main and path.is_file():
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            there = [any(record["step"] == step and "held_out_loss" in record for record in records)]
+        if self.run.world > 1:
+            dist.broadcast_object_list(there)
+        return there[0]
+
+
+def mean_and_error(losses: Tensor) -> tuple[float, float]:
+    """Mean of (clips, places) losses, and the standard error of the clips' means; NaN where there is one clip."""
+    clips = losses.mean(dim=1)
+    error = clips.std().item() / math.sqrt(len(clips)) if len(clips) > 1 else math.nan
+    return clips.mean().item(), error

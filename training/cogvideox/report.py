@@ -1,0 +1,243 @@
+"""What a preparation makes of a data set, before and after: a table, pictures, cut captions, bytes and hours.
+
+Records of the ledger -> text and contact sheets. Nothing here decides anything; ``describe`` is what scripts print.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cogvideox import encode, models
+from cogvideox.args import EncodeFlags, ModelFlags
+from cogvideox.data.buckets import Bucket
+from cogvideox.data.cache import hash_of
+from cogvideox.data.clips import OK, Variant, decode_variant, time_decode
+from cogvideox.data.index import Sample
+from cogvideox.data.transforms import scale, stretch
+from cogvideox.errors import UsageError
+from cogvideox.geometry import Geometry
+from cogvideox.prepare import SHOWN, Cut, Encoders, Preparation, bad_clips, missing_captions
+from cogvideox.sheets import Row, contact_sheet
+
+SHEET_CLIPS, SHEET_FRAMES = 8, 4  # in the picture of a bucket
+SHEETS_CLIPS = 64  # in all pictures together, where there are many buckets
+TIMED_FRAMES = 9  # the VAE encodes 8 at a time, and the first one apart
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+Records = Sequence[dict[str, Any]]
+
+
+def describe(preparation: Preparation, records: Records, costs: bool = False) -> str:
+    """The whole report, on the main rank; ``costs`` adds what encoding will take. Writes the contact sheets."""
+    if not preparation.state.is_main_process:
+        return ""
+    geometry, flags = preparation.geometry, preparation.flags
+    lines = [table(records, geometry, stored_bytes(preparation.model, flags, "vae"))]
+    lines += frame_notes(records, geometry)
+    lines += leak_notes(preparation, records)
+    lines += caption_notes(preparation.model, preparation.samples, geometry.max_text_seq_length)
+    lines += sheets(preparation, records)
+    if costs:
+        lines.append(cost(preparation, records))
+    return "\n".join(lines)
+
+
+def stored_bytes(model: ModelFlags, flags: EncodeFlags, part: str) -> int:
+    """Bytes of one number that a part encodes to; 2 where the weights are not here to tell."""
+    try:
+        return BYTES[flags.dtype or models.stored_dtype(model, part)]
+    except UsageError:
+        return BYTES["bf16"]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def cuts_of(records: Records) -> list[tuple[Bucket, list[Variant], dict[str, Any]]]:
+    """(bucket, variants, record) of everything that is used."""
+    return [
+        (Bucket(**cut["bucket"]), [Variant.from_record(variant) for variant in cut["variants"]], record)
+        for record in records
+        if record["status"] == OK
+        for cut in record["cuts"]
+    ]
+
+
+def table(records: Records, geometry: Geometry, number_bytes: int) -> str:
+    """Clips per bucket, what is done to them and how large they become; what was dropped, and why."""
+    rows: list[tuple[str, ...]] = [("bucket", "clips", "variants", "upscaled", "stretched", "cut off", "MiB")]
+    used = cuts_of(records)
+    for bucket in sorted({bucket for bucket, _, _ in used}):
+        inside = [(variants, record["source"]) for of, variants, record in used if of == bucket]
+        rows.append(
+            (str(bucket), *bucket_cells(inside), f"{moments_bytes(inside, bucket, geometry, number_bytes):.1f}")
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    dropped = Counter(record["status"] for record in records if record["status"] != OK)
+    lines += [f"{count} {status}" for status, count in dropped.items()]
+    lines += listed(bad_clips(records))
+    return "\n".join(lines)
+
+
+def bucket_cells(inside: list[tuple[list[Variant], dict[str, Any]]]) -> tuple[str, ...]:
+    """Cells of a bucket's row: clips, variants, how many are upscaled, the most that one is stretched and cut."""
+    fits = [(variants[0].fit, source["height"], source["width"]) for variants, source in inside]
+    upscaled = sum(scale(*fit) > 1.0 for fit in fits)
+    stretched = max(stretch(*fit) for fit in fits) - 1
+    lost = max(1 - fit.height * fit.width / (fit.resize_height * fit.resize_width) for fit, _, _ in fits)
+    counts = (len(inside), sum(len(variants) for variants, _ in inside), upscaled)
+    return (*map(str, counts), f"{stretched:.0%}", f"{lost:.0%}")
+
+
+def moments_bytes(inside: list[Any], bucket: Bucket, geometry: Geometry, number_bytes: int) -> float:
+    """MiB of a bucket's tensors."""
+    return sum(len(variants) for variants, _ in inside) * moments_size(bucket, geometry) * number_bytes / 2**20
+
+
+def moments_size(bucket: Bucket, geometry: Geometry) -> int:
+    """Numbers in the moments of one clip."""
+    return math.prod(geometry.moments_shape(bucket))
+
+
+def listed(lines: Sequence[str]) -> list[str]:
+    """The first of many lines, indented."""
+    more = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return [*(f"  {line}" for line in lines[:SHOWN]), *more]
+
+
+# -- notes -------------------------------------------------------------------------------------------------------------
+
+
+def frame_notes(records: Records, geometry: Geometry) -> Iterator[str]:
+    """What inference makes of frame counts that are not as usual."""
+    for frames in sorted({bucket.frames for bucket, _, _ in cuts_of(records)}):
+        made = geometry.inference_frames(frames)
+        if made != frames or frames % geometry.temporal_compression == 0:
+            latents = geometry.latent_frames(frames)
+            yield f"{frames} frames are {latents} latent frames, of which inference makes {made} frames"
+
+
+def leak_notes(preparation: Preparation, records: Records) -> list[str]:
+    """Clips that are measured on and trained on."""
+    number = len(records) - preparation.num_validation
+    trained = {record["content"] for record in records[:number] if record["status"] == OK}
+    leaked = [r["path"] for r in records[number:] if r["status"] == OK and r["content"] in trained]
+    if not leaked:
+        return []
+    return [f"--validation_data_root: {len(leaked)} clips are trained on too, and say nothing:", *listed(leaked)]
+
+
+def caption_notes(model: ModelFlags, samples: Sequence[Sample], length: int) -> list[str]:
+    """Captions of which T5 sees the first ``length`` tokens only, the longest first."""
+    # A token has at least one character, and one is for the end, so short captions need not be counted.
+    long = [sample for sample in samples if len(sample.caption) + 1 > length]
+    counts = encode.token_counts(models.load_tokenizer(model), [sample.caption for sample in long]) if long else []
+    cut = sorted((-count, sample.id) for count, sample in zip(counts, long, strict=True) if count > length)
+    if not cut:
+        return []
+    lines = [f"{id}: {-count} tokens" for count, id in cut]
+    return [f"{len(cut)} captions are cut after {length} tokens; the most telling words belong first:", *listed(lines)]
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def sheets(preparation: Preparation, records: Records) -> list[str]:
+    """A picture for every bucket with some of its clips as they are trained on; returns lines with their paths.
+
+    A picture's name holds the hash of what it shows, so that only new ones are drawn.
+    """
+    folder = preparation.folder / "preview"
+    picks = {folder / f"{bucket}-{digest_of(some)}.png": some for bucket, some in picked(preparation, records).items()}
+    todo = [(path, *item) for path, some in picks.items() if not path.is_file() for item in some]
+    jobs = ((decode_variant, sample.video, variant) for _, sample, variant in todo)
+    rows: dict[Path, list[Row]] = {}
+    for (path, sample, _), frames in zip(todo, preparation.in_workers(jobs, len(todo), "drawing"), strict=True):
+        if isinstance(frames, np.ndarray):  # else encoding will say what is wrong with it
+            rows.setdefault(path, []).append(Row(f"{sample.id}: {sample.caption}", list(frames)))
+    for path, drawn in rows.items():
+        bucket = path.stem.rpartition("-")[0]
+        contact_sheet(drawn, path, f"{bucket}: first to last frame of {len(drawn)} clips, as trained on")
+    for old in set(folder.glob("*.png")) - set(picks):
+        old.unlink()
+    return [f"picture: {path}" for path in picks if path.is_file()]
+
+
+def picked(preparation: Preparation, records: Records) -> dict[Bucket, list[tuple[Sample, Variant]]]:
+    """Some clips of every bucket, evenly from all of them, each cut down to a few of its frames."""
+    inside: dict[Bucket, list[tuple[Sample, Variant]]] = {}
+    for sample, record in zip(preparation.samples, records, strict=True):
+        for bucket, (variant, *_), _ in cuts_of([record]):
+            inside.setdefault(bucket, []).append((sample, variant))
+    number = max(1, min(SHEET_CLIPS, SHEETS_CLIPS // max(1, len(inside))))
+    return {
+        bucket: [(sample, replace(v, indices=spread(v.indices, SHEET_FRAMES))) for sample, v in spread(clips, number)]
+        for bucket, clips in sorted(inside.items())
+    }
+
+
+def spread(items: Sequence[Any], number: int) -> tuple[Any, ...]:
+    """At most ``number`` of the items, from the first to the last."""
+    if len(items) <= number:
+        return tuple(items)
+    last = max(1, number - 1)
+    return tuple(items[(len(items) - 1) * i // last] for i in range(number))
+
+
+def digest_of(clips: Sequence[tuple[Sample, Variant]]) -> str:
+    """Names what a picture shows."""
+    shown = [[sample.id, sample.caption, sample.video.stat().st_mtime_ns, asdict(v)] for sample, v in clips]
+    return hash_of(shown)[:8]
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def cost(preparation: Preparation, records: Records) -> str:
+    """What is still to be encoded, in bytes and hours. Hours need the VAE's weights: a piece of one clip is timed."""
+    flags, geometry = preparation.flags, preparation.geometry
+    try:
+        encoders = Encoders.of(preparation.model, flags, geometry)
+    except UsageError as error:
+        return f"hours are not known: {error}"
+    cache = preparation.cache
+    todo = [cut for key, cut in preparation.cuts(records, encoders).items() if not cache.has(key)]
+    captions = missing_captions(cache, encoders, preparation.captions(records))
+    size = sum(moments_size(cut.bucket, geometry) for cut in todo) * BYTES[encoders.vae_dtype]
+    size += len(captions) * geometry.max_text_seq_length * geometry.text_embed_dim * BYTES[encoders.text_dtype]
+    line = f"to encode: {len(todo)} clips and {len(captions)} captions, {size / 2**20:.1f} MiB"
+    if not todo:
+        return line
+    pixels = sum(cut.bucket.frames * cut.bucket.height * cut.bucket.width for cut in todo)
+    hours = pixels * seconds_a_pixel(preparation, encoders, todo[0]) / 3600
+    return f"{line}, clips about {hours:.2g} hours on one {device_name(preparation.state.device)}"
+
+
+def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cut: Cut) -> float:
+    """Seconds to encode one pixel of a frame, or to decode it where that is slower; measured on a piece of a clip."""
+    variant = replace(cut.variant, indices=cut.variant.indices[:TIMED_FRAMES])
+    jobs = [(time_decode, cut.path, variant)]
+    (result,) = preparation.in_workers(jobs, 1, "timing")
+    if not isinstance(result, tuple):
+        raise UsageError(f"{cut.path}: {result}")
+    decode_seconds, frames = result
+    device = preparation.state.device
+    with models.video_encoder(preparation.model, encoders.vae_dtype, device, encoders.tiling) as vae:
+        for _ in range(2):  # the first time also chooses kernels
+            start = time.perf_counter()
+            encode.video_moments(vae, frames)  # ends on the CPU, so the device is done
+            seconds = time.perf_counter() - start
+    return max(seconds, decode_seconds / max(1, preparation.data.dataloader_num_workers)) / frames[..., 0].size
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,124 @@
+"""A cache against the data it was made from: what is damaged, foreign, out of date or missing, and making it right.
+
+Preparation and its records -> find_faults() -> Fault, a line each; mend() lets the next preparation encode them anew.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, open_index
+from cogvideox.data.clips import FAILED, KILLED, OK, UNREADABLE, content_change
+from cogvideox.data.workers import Killed
+from cogvideox.errors import UsageError
+from cogvideox.prepare import Encoders, Preparation, cached_samples
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a cache, and what mends it: a tensor to encode, or a file to plan, anew."""
+
+    text: str
+    key: str | None = None
+    record: dict[str, Any] | None = None
+
+
+def find_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> list[Fault]:
+    """Everything wrong with this rank's share of the cache. Reads every file, changes none."""
+    encoders = Encoders.of(preparation.model, preparation.flags, preparation.geometry)
+    try:
+        index = open_index(preparation.folder)
+    except UsageError as error:
+        return [Fault(line) for line in error.problems] if preparation.state.is_main_process else []
+    expected = {
+        entry.id: entry
+        for sample, record in zip(preparation.samples, records, strict=True)
+        for entry in cached_samples(sample, record, encoders)
+    }
+    there = {entry.id: entry for entry in (*index.samples, *index.validation)}
+    faults = [*encoder_faults(index, encoders), *sample_faults(expected, there)]
+    if not preparation.state.is_main_process:
+        faults = []
+    return [*faults, *source_faults(preparation, records), *tensor_faults(preparation, records, encoders, index)]
+
+
+def encoder_faults(index: CacheIndex, encoders: Encoders) -> Iterator[Fault]:
+    """Other weights, or another precision, than the model's."""
+    pairs = {
+        "VAE": (index.vae, encoders.vae),
+        "text encoder": (index.text_encoder, encoders.text_encoder),
+        "precision of the VAE": (index.dtypes["vae"], encoders.vae_dtype),
+        "precision of the text encoder": (index.dtypes["text_encoder"], encoders.text_dtype),
+        "text length": (index.text_length, encoders.text_length),
+    }
+    for name, (then, now) in pairs.items():
+        if then != now:
+            yield Fault(f"index.json: its tensors were made with another {name}")
+
+
+def sample_faults(expected: dict[str, CachedSample], there: dict[str, CachedSample]) -> Iterator[Fault]:
+    """Clips that are new, gone or changed since the cache was made."""
+    for id in expected.keys() | there.keys():
+        now, then = expected.get(id), there.get(id)
+        if then is None:
+            yield Fault(f"{id}: is not in the cache yet")
+        elif now is None:
+            yield Fault(f"{id}: is in the cache, but is no longer listed or cannot be used")
+        elif now.caption != then.caption:
+            yield Fault(f"{id}: its caption has changed since it was encoded")
+        elif now.video_keys != then.video_keys:
+            yield Fault(f"{id}: the clip, or a flag that cuts it, has changed since it was encoded")
+
+
+def source_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> Iterator[Fault]:
+    """Clips whose content is not what was planned, though size and time are."""
+    used = {record["request"]: record for record in records if record["status"] == OK}
+    mine = preparation.share(list(used.values()))
+    jobs = ((content_change, record["path"], record["content"]) for record in mine)
+    for record, change in zip(mine, preparation.in_workers(jobs, len(mine), "checking clips"), strict=True):
+        if change is not None:
+            reason = change.reason if isinstance(change, Killed) else change
+            yield Fault(f"{record['path']}: {reason}", record=record)
+
+
+def tensor_faults(
+    preparation: Preparation, records: Sequence[dict[str, Any]], encoders: Encoders, index: CacheIndex
+) -> Iterator[Fault]:
+    """Tensors that are missing although indexed, damaged, of the wrong shape, or not finite."""
+    geometry, cache = preparation.geometry, preparation.cache
+    cuts = preparation.cuts(records, encoders)
+    shapes: dict[str, tuple[int, ...]] = {key: geometry.moments_shape(cut.bucket) for key, cut in cuts.items()}
+    text_shape = (encoders.text_length, geometry.text_embed_dim)
+    shapes |= {encoders.prompt_key(text): text_shape for text in preparation.captions(records)}
+    entries = (*index.samples, *index.validation)
+    indexed = {key for entry in entries for key in (*entry.video_keys, entry.prompt_key)} | {index.empty_prompt_key}
+    for key, shape in preparation.share(list(shapes.items())):
+        if not cache.has(key) and key not in indexed:
+            continue  # of a clip that is not in the cache yet
+        try:
+            for tensor in cache.examine(key).values():
+                if tuple(tensor.shape) != shape:
+                    yield Fault(f"{cache.path(key)}: has shape {tuple(tensor.shape)}, its bucket needs {shape}", key)
+                elif not torch.isfinite(tensor).all():
+                    yield Fault(f"{cache.path(key)}: holds numbers that are not finite", key)
+        except CacheError as error:
+            yield Fault(str(error), key)
+
+
+def mend(preparation: Preparation, faults: Sequence[Fault], records: Sequence[dict[str, Any]]) -> None:
+    """Sets aside what is damaged and forgets what is out of date, so that preparing makes it anew.
+
+    Files that failed, or whose decoder had to be killed, are tried once more.
+    """
+    for fault in faults:
+        if fault.key is not None:
+            preparation.cache.set_aside(fault.key)
+    retried = [fault.record for fault in faults if fault.record is not None]
+    retried += preparation.share([record for record in records if record["status"] in (FAILED, KILLED)])
+    preparation.ledger.append(
+        {"request": record["request"], "path": record["path"], "status": UNREADABLE, "reason": "to be tried again"}
+        for record in retried
+    )
+    preparation.state.wait_for_everyone()
