@@ -1,9 +1,10 @@
 # make demo: set up and run the main job on real clips.   make test: set up and pass the tests.
+# make fuzz: 500 damaged media files and 500 damaged lists; a short form is among the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quality clean
+.PHONY: demo test quality fuzz clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: requirements.txt constraints.txt
@@ -22,6 +23,10 @@ quality: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/ready
+	$(BIN)/python tests/fuzz_media.py --count 500
+	$(BIN)/python tests/fuzz_index.py --count 500
 
 clean:
 	rm -rf demo runs .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -253,11 +254,11 @@ def judge_samples(samples: list[Sample], see: Callable[[], Rows], root: Path) ->
         rows = see()
     except Exception as error:
         return f"{len(samples)} samples of a file that {error!r}"
-    expected = [(root / video, caption, root / image if image is not None else None) for video, caption, image in rows]
+    expected = [(str(root / video), caption, str(root / image) if image else None) for video, caption, image in rows]
     found = [(sample.video, sample.caption, sample.image) for sample in samples]
     if len({sample.id for sample in samples}) < len(samples):
         return "two samples have one id"
-    if not all(sample.video.is_file() and sample.caption for sample in samples):
+    if not all(os.path.isfile(sample.video) and sample.caption for sample in samples):
         return "a sample has no video or no caption"
     return None if found == expected else f"read {found}, but the files say {expected}"
 

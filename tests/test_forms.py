@@ -54,7 +54,7 @@ def test_a_table_keeps_captions_with_their_clips(tmp_path: Path, suffix: str) ->
     names = [f"clips/{k}.mp4" for k in range(len(ODD))]
     touch(tmp_path, *names)
     write_table(tmp_path / f"t.{suffix}", ["n", "video", "text"], [[0, *row] for row in zip(names, ODD, strict=True)])
-    expected = [Sample(name, odd.strip(), tmp_path / name) for name, odd in zip(names[:-1], ODD, strict=False)]
+    expected = [Sample(name, odd.strip(), str(tmp_path / name)) for name, odd in zip(names[:-1], ODD, strict=False)]
     assert problems(tmp_path, dataset_file=f"t.{suffix}")[0].endswith("blank caption; write one, or remove the row")
     rows = [[0, *row] for row in zip(names[:-1], ODD, strict=False)]
     write_table(tmp_path / f"t.{suffix}", ["n", "video", "text"], rows)
@@ -92,7 +92,7 @@ def test_columns_given_by_flags(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
     flags = table(tmp_path, "text,long,video,clip,image,first\nx,y,no.mp4,a.mp4,no.png,a.png\n")
     names = {"caption_column": "long", "video_column": "clip", "image_column": "first"}
-    assert read(tmp_path, **flags, **names) == [Sample("a.mp4", "y", tmp_path / "a.mp4", tmp_path / "a.png")]
+    assert read(tmp_path, **flags, **names) == [Sample("a.mp4", "y", str(tmp_path / "a.mp4"), str(tmp_path / "a.png"))]
 
 
 def test_missing_columns_name_those_there_and_the_nearest(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_missing_columns_name_those_there_and_the_nearest(tmp_path: Path) -> Non
 
 def test_an_image_column_is_used_if_there(tmp_path: Path) -> None:
     flags = table(tmp_path, '{"text": "x", "video": "a.mp4", "image": "b.mp4"}', "jsonl")
-    assert read(tmp_path, **flags)[0].image == tmp_path / "b.mp4"
+    assert read(tmp_path, **flags)[0].image == str(tmp_path / "b.mp4")
     table(tmp_path, '{"text": "x", "video": "a.mp4", "image": "b.mp4"}\n{"text": "y", "video": "b.mp4"}', "jsonl")
     assert problems(tmp_path, **flags) == (
         f"{tmp_path}/t.jsonl:2: blank path of the image; write one, or remove the row",
@@ -227,7 +227,7 @@ def test_file_name_is_relative_to_the_table(tmp_path: Path) -> None:
     touch(tmp_path, "train/a.mp4", "a.mp4")
     for column, name in (("file_name", "train/a.mp4"), ("video", "a.mp4")):
         write_table(tmp_path / "train" / "metadata.csv", ["text", column], [["x", "a.mp4"]])
-        assert read(tmp_path, dataset_file="train/metadata.csv") == [Sample(name, "x", tmp_path / name)]
+        assert read(tmp_path, dataset_file="train/metadata.csv") == [Sample(name, "x", str(tmp_path / name))]
 
 
 def test_a_table_elsewhere_serves_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ def test_two_data_sets_need_a_flag(tmp_path: Path) -> None:
     )
     assert captions(tmp_path, dataset_file="metadata.jsonl") == ["of metadata.jsonl"]
     assert read(tmp_path, caption_column="prompts.txt") == [
-        Sample("a.mp4", "of the lists", tmp_path / "a.mp4", tmp_path / "b.mp4")
+        Sample("a.mp4", "of the lists", str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"))
     ]
     (tmp_path / "prompts.txt").unlink()
     (tmp_path / "metadata.csv").unlink()

@@ -84,7 +84,7 @@ class Cut:
 
     bucket: Bucket
     variant: Variant
-    path: Path
+    path: str
     records: list[dict[str, Any]]
 
 
@@ -193,8 +193,8 @@ class Preparation:
             for cut in record["cuts"]:
                 for variant in cut["variants"]:
                     key = encoders.video_key(record["content"], variant)
-                    bucket, path = Bucket(**cut["bucket"]), Path(record["path"])
-                    found.setdefault(key, Cut(bucket, Variant.from_record(variant), path, [])).records.append(record)
+                    bucket, plan = Bucket(**cut["bucket"]), Variant.from_record(variant)
+                    found.setdefault(key, Cut(bucket, plan, record["path"], [])).records.append(record)
         return found
 
     def share(self, items: list[Any]) -> list[Any]:
@@ -218,9 +218,9 @@ class Preparation:
     def _limits(self) -> list[float]:
         return [self.limits.seconds, self.limits.memory]
 
-    def _killed(self, path: Path, killed: Killed) -> dict[str, Any]:
+    def _killed(self, path: str, killed: Killed) -> dict[str, Any]:
         reason = {"status": KILLED, "reason": killed.reason, "limits": self._limits()}
-        return {"request": self.recipe.request(path), "path": str(path), **reason}
+        return {"request": self.recipe.request(path), "path": path, **reason}
 
     @contextmanager
     def _sole_writer(self) -> Iterator[None]:

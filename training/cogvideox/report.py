@@ -4,6 +4,7 @@ Records of the ledger -> text and contact sheets. Nothing here decides anything;
 """
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -194,7 +195,7 @@ def spread(items: Sequence[Any], number: int) -> tuple[Any, ...]:
 
 def digest_of(clips: Sequence[tuple[Sample, Variant]]) -> str:
     """Names what a picture shows."""
-    shown = [[sample.id, sample.caption, sample.video.stat().st_mtime_ns, asdict(v)] for sample, v in clips]
+    shown = [[sample.id, sample.caption, os.stat(sample.video).st_mtime_ns, asdict(v)] for sample, v in clips]
     return hash_of(shown)[:8]
 
 

@@ -10,7 +10,6 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ from cogvideox.data.frames import VideoInfo, frame_indices, frames_available
 from cogvideox.data.transforms import Fit, apply_fit, fit
 from cogvideox.draws import uniform
 from cogvideox.errors import UsageError, one_line
+
+StrPath = str | os.PathLike[str]
 
 OK, FAILED, SHORT, SMALL = "ok", "failed", "short", "small"
 UNREADABLE = "unreadable"  # the file system refused: tried again at the next preparation
@@ -51,7 +52,7 @@ class ClipRecipe:
         """Changes with any field."""
         return hash_of(asdict(self))
 
-    def request(self, path: Path) -> str:
+    def request(self, path: StrPath) -> str:
         """Names this recipe applied to the file as it is now, or to its absence, without reading it."""
         try:
             status = os.stat(path)
@@ -74,7 +75,7 @@ class Variant:
         return cls(tuple(values["indices"]), Fit(**values["fit"]), values["reader"])
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: StrPath) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -83,12 +84,12 @@ def content_hash(path: Path) -> str:
 def content_change(path: str, content: str) -> str | None:
     """What has become of a file whose content hash was ``content``; None: nothing."""
     try:
-        return None if content_hash(Path(path)) == content else "its content has changed since it was planned"
+        return None if content_hash(path) == content else "its content has changed since it was planned"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
 
-def plan_clip(path: Path, recipe: ClipRecipe) -> dict[str, Any]:
+def plan_clip(path: StrPath, recipe: ClipRecipe) -> dict[str, Any]:
     """The ledger record of a file: its plan, or why there is none. Decodes nothing; never raises for a bad file."""
     record: dict[str, Any] = {"request": recipe.request(path), "path": str(path)}
     try:
@@ -151,7 +152,7 @@ def plan_variant(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: s
     return Variant(tuple(indices), shape, recipe.reader)
 
 
-def decode_variant(path: Path, variant: Variant) -> np.ndarray | str:
+def decode_variant(path: StrPath, variant: Variant) -> np.ndarray | str:
     """The frames of a variant, uint8 (F, H, W, 3), or why they could not be read."""
     try:
         size = (variant.fit.resize_height, variant.fit.resize_width)
@@ -163,7 +164,7 @@ def decode_variant(path: Path, variant: Variant) -> np.ndarray | str:
     return apply_fit(frames, variant.fit)
 
 
-def time_decode(path: Path, variant: Variant) -> tuple[float, np.ndarray] | str:
+def time_decode(path: StrPath, variant: Variant) -> tuple[float, np.ndarray] | str:
     """Seconds that decode_variant takes, and its frames; or why they could not be read."""
     start = time.perf_counter()
     frames = decode_variant(path, variant)

@@ -7,7 +7,6 @@ is opened.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from cogvideox.args import DataFlags
@@ -28,8 +27,8 @@ class Sample:
 
     id: str
     caption: str
-    video: Path
-    image: Path | None = None
+    video: str
+    image: str | None = None
 
 
 def read_samples(data: DataFlags) -> list[Sample]:
@@ -118,16 +117,16 @@ def _clips(root: str, columns: Columns, token: str) -> Iterator[Sample]:
     captions, videos, images = columns.captions, columns.videos, columns.images
     assert captions is not None
     assert videos is not None
-    first_frames: list[Path | None] = [None] * len(videos.values)
+    first_frames: list[str | None] = [None] * len(videos.values)
     if images is not None:
-        first_frames = [Path(images.folder, path) for path in images.texts()]
+        first_frames = [os.path.join(images.folder, path) for path in images.texts()]
     inside = os.path.join(root, "")
     for caption, path, image in zip(captions.texts(), videos.texts(), first_frames, strict=True):
         # Not the normal form: "link/../a.mp4" is beside what the link leads to.
         full = os.path.join(videos.folder, path)
         # An allowed path elsewhere keeps its absolute form.
         name = os.path.normpath(full).removeprefix(inside).replace(os.sep, "/")
-        yield Sample(name, _with_token(token, caption), Path(full), image)
+        yield Sample(name, _with_token(token, caption), full, image)
 
 
 def _with_unique_id(clip: Sample, uses: dict[str, int]) -> Sample:
