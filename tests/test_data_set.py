@@ -14,11 +14,13 @@ from pathlib import Path
 
 import av
 import numpy as np
+import prepare_dataset
 import pytest
 from PIL import Image
 from preparing import tensor_files
-from running import PREPARE_SCRIPT, finish, lora_flags, losses, metrics, prepare, python, start, train
+from running import PREPARE_SCRIPT, finish, in_process, lora_flags, losses, metrics, prepare, python, start, train
 
+from cogvideox.args import PrepareOptions
 from cogvideox.data.cache import CacheIndex, open_index
 
 # name, container, codec, frames a second, height and width
@@ -80,7 +82,14 @@ def keys(index: CacheIndex) -> set[str]:
     return {f"{name}.safetensors" for name in names}
 
 
-def test_interrupted_edited_extended_verified_trained(mixed: Path, model: Path, tmp_path: Path) -> None:
+def again(flags: Sequence[object]) -> int:
+    """prepare_dataset.py in this process."""
+    return in_process(prepare_dataset, PrepareOptions, [str(flag) for flag in flags])
+
+
+def test_interrupted_edited_extended_verified_trained(
+    mixed: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = Path(shutil.copytree(mixed, tmp_path / "data"))
     output = tmp_path / "tensors"
     flags = ["--model_id", model, "--data_root", data, "--output_dir", output, *BUCKETS, *CUT]
@@ -111,7 +120,7 @@ def test_interrupted_edited_extended_verified_trained(mixed: Path, model: Path, 
     assert [str(s.bucket) for s in index.samples if s.id.startswith("still.png")] == ["1x64x96"]
 
     # Again: nothing.
-    finish(start(python(PREPARE_SCRIPT, *flags)))
+    assert again(flags) == 0
     assert written(output) == after
     assert open_index(output) == index
 
@@ -123,7 +132,7 @@ def test_interrupted_edited_extended_verified_trained(mixed: Path, model: Path, 
     (data / "backwards.txt").write_text("Backwards.")
     for suffix in ("webm", "txt"):
         (data / f"rabbit_stands.{suffix}").unlink()
-    finish(start(python(PREPARE_SCRIPT, *flags)))
+    assert again(flags) == 0
     edited, now = open_index(output), written(output)
     assert after.items() <= now.items()  # nothing was made twice, nothing was lost
     new = set(now) - set(after)
@@ -133,8 +142,8 @@ def test_interrupted_edited_extended_verified_trained(mixed: Path, model: Path, 
     assert not any(sample.id.startswith("rabbit_stands") for sample in edited.samples)
 
     # Checked.
-    text = finish(start(python(PREPARE_SCRIPT, *flags, "--verify")))
-    assert text.splitlines()[-1] == "faults: 0"
+    assert again([*flags, "--verify"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "faults: 0"
     assert written(output) == now
 
     # Trained on: every bucket gives batches, and every loss is a number.

@@ -6,7 +6,6 @@ in open GOPs, avi and mpegts it jumps to other frames than asked for. Both witho
 
 import os
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.data.faults import VideoError, naming
@@ -63,6 +62,8 @@ def read_with_decord(
 
 
 def _installed(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # takes longer than all else here
+
     try:
         return version(package)
     except PackageNotFoundError:
