@@ -40,7 +40,7 @@ def installed(**versions: str) -> Callable[[str], str]:
     ],
 )
 def test_reader_problem(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], said: str | None) -> None:
-    monkeypatch.setattr(decord_reader, "version", installed(**versions))
+    monkeypatch.setattr("importlib.metadata.version", installed(**versions))
     problem = reader_problem("decord")
     assert problem is None if said is None else said in (problem or "")
     assert "\n" not in (problem or "")

@@ -145,7 +145,8 @@ def caption_notes(model: ModelFlags, samples: Sequence[Sample], length: int) -> 
     if not cut:
         return []
     lines = [f"{id}: {-count} tokens" for count, id in cut]
-    return [f"{len(cut)} captions are cut after {length} tokens; the most telling words belong first:", *listed(lines)]
+    rule = f"{len(cut)} of {len(samples)} captions are cut after {length} tokens; the most telling words belong first:"
+    return [rule, *listed(lines)]
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -218,8 +219,8 @@ def cost(preparation: Preparation, records: Records) -> str:
     if not todo:
         return line
     pixels = sum(cut.bucket.frames * cut.bucket.height * cut.bucket.width for cut in todo)
-    hours = pixels * seconds_a_pixel(preparation, encoders, todo[0]) / 3600
-    return f"{line}, clips about {hours:.2g} hours on one {device_name(preparation.state.device)}"
+    seconds = pixels * seconds_a_pixel(preparation, encoders, todo[0])
+    return f"{line}; clips take about {duration(seconds)} on one {device_name(preparation.state.device)}"
 
 
 def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cut: Cut) -> float:
@@ -237,6 +238,14 @@ def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cut: Cut) -> f
             encode.video_moments(vae, frames)  # ends on the CPU, so the device is done
             seconds = time.perf_counter() - start
     return max(seconds, decode_seconds / max(1, preparation.data.dataloader_num_workers)) / frames[..., 0].size
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 14 s, 3.2 min, 2.4 hours."""
+    for size, unit in ((3600, "hours"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def device_name(device: torch.device) -> str:
