@@ -48,7 +48,7 @@ def complete(*arguments: Any, caption_batch: int = 4, **changes: Any) -> CacheIn
     made = preparation(*arguments, **changes)
     records = made.plan()
     check_bad(records, made.data.max_bad_fraction)
-    return made.encode(records, caption_batch)
+    return made.encode(records, caption_batch)[0]
 
 
 def tensor_files(folder: Path) -> dict[str, bytes]:

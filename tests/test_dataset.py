@@ -284,7 +284,11 @@ def test_a_bad_clip_s_place_is_taken_by_the_next_of_its_bucket(broken: Callable[
             batch = dataset[Visit(index, visit)]
             bad = [NAMES[index]] if index != taken_by else []
             assert [name for name, _ in batch.replaced] == bad
-            assert same(replace(batch, replaced=()), expected[taken_by, visit])
+            come = replace(batch, replaced=())
+            assert come.ids == (NAMES[taken_by],)
+            # the clip comes by itself too, in the same epoch: it must not be the same draw
+            assert same(come, expected[taken_by, visit]) == (not bad)
+            assert same(replace(dataset[Visit(index, visit)], replaced=()), come)
 
 
 def test_bad_clips_in_a_row_are_all_named(broken: Callable[..., LatentDataset]) -> None:

@@ -325,7 +325,7 @@ def test_a_clip_too_short_for_all_stops_the_run(tiny: Tiny, clips: Path, tmp_pat
         complete(tiny("5b"), clips, tmp_path, frame_buckets=(17,))
     assert caught.value.problems == (
         f"{clips}/videos/00005.mp4: 1.67 s give 13 frames at 8 frames a second; the shortest bucket has 17; "
-        "give a smaller bucket, or a higher --fps",
+        "give a bucket of 13 frames or less, or a higher --fps",
         "--max_bad_fraction 0: 1 of 6 clips cannot be used; mend or remove them, or allow it with "
         "--max_bad_fraction 0.167",
     )
@@ -386,7 +386,7 @@ def test_a_clip_that_does_not_decode_is_found_and_kept_in_mind(
     )
     records = made.plan()
     assert records[3]["status"] == OK
-    index = made.encode(records, 4)
+    index, _ = made.encode(records, 4)
     assert [sample.id for sample in index.samples] == [f"videos/0000{k}.mp4" for k in (0, 1, 2, 4)]
     after = made.plan()
     assert [record["status"] for record in after] == [OK, OK, OK, FAILED, OK, SHORT]
@@ -403,7 +403,7 @@ def test_copies_of_a_clip_that_does_not_decode_are_all_dropped(
     made = preparation(
         tiny("5b"), data, tmp_path / "out", frame_buckets=(17,), frame_selection="head", max_bad_fraction=0.5
     )
-    index = made.encode(made.plan(), 4)
+    index, _ = made.encode(made.plan(), 4)
     cache = TensorCache(tmp_path / "out")
     assert all(cache.has(key) for sample in index.samples for key in sample.video_keys)
 

@@ -192,6 +192,25 @@ def test_an_empty_folder_says_what_to_do(tiny: Tiny, clips: Path, tmp_path: Path
     assert "has no index.json" in fault.text
 
 
+def test_damage_is_found_and_mended_without_an_index(tiny: Tiny, data: Path) -> None:
+    path = first_clip(data)
+    flip_a_bit(path)
+    (data / "tensors" / "index.json").unlink()
+    found = faults(tiny, data)
+    assert len(found) == 2
+    assert any("its checksum is wrong" in text for text in found)
+    assert repair(tiny, data) == (1, 0)
+    assert faults(tiny, data) == []
+
+
+def test_a_validation_clip_of_the_same_name_hides_nothing(tiny: Tiny, data: Path, clips: Path) -> None:
+    held = {"validation_data_root": (str(clips),)}
+    complete(tiny("5b"), data, data / "tensors", **held)
+    lines = (data / "prompts.txt").read_text().splitlines()
+    (data / "prompts.txt").write_text("\n".join(["Edited.", *lines[1:]]))
+    assert faults(tiny, data, **held) == ["videos/00000.mp4: its caption has changed since it was encoded"]
+
+
 def test_the_flags(tiny: Tiny, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def script(*more: str) -> int:
         argv = ["--model_id", str(tiny("5b")), "--data_root", str(data), "--output_dir", str(data / "tensors")]

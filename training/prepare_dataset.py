@@ -20,31 +20,26 @@ def main(options: args.PrepareOptions) -> int:
     """Returns the exit status."""
     from pathlib import Path
 
-    from accelerate import PartialState
-
     from cogvideox.prepare import Preparation, check_bad
-    from cogvideox.ranks import Ranks
+    from cogvideox.ranks import Ranks, start_processes
     from cogvideox.report import describe
     from cogvideox.verify import find_faults, mend
 
-    state, prepare = PartialState(), options.prepare
-    geometry = read_geometry(options.model)
-    preparation = Preparation(
-        options.model, options.data, options.encode, geometry, Path(prepare.output_dir), Ranks(state)
-    )
+    ranks, prepare = Ranks(start_processes()), options.prepare
+    geometry, folder = read_geometry(options.model), Path(prepare.output_dir)
+    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, ranks)
     records = preparation.plan()
     if prepare.verify or prepare.repair:
-        faults = find_faults(preparation, records)
-        print(*(fault.text for fault in faults), f"faults: {len(faults)}", sep="\n")
+        faults = ranks.gather(find_faults(preparation, records))
+        ranks.say(*(fault.text for fault in faults), f"faults: {len(faults)}")
         if prepare.verify:
             return 1 if faults else 0
         mend(preparation, faults, records)
         records = preparation.plan()
     if not prepare.dry_run:
         check_bad(records, options.data.max_bad_fraction)
-        preparation.encode(records, prepare.batch_size)
-        records = preparation.records()
-    state.print(describe(preparation, records, costs=prepare.dry_run))
+        _, records = preparation.encode(records, prepare.batch_size)
+    ranks.say(describe(preparation, records, costs=prepare.dry_run))
     return 0
 
 

@@ -344,14 +344,13 @@ def derive(options: Any, sources: dict[str, str]) -> Any:
     if isinstance(options, TrainOptions):
         validation = options.validation
         given = {name for name, source in sources.items() if source.startswith("given")}
-        listed = resolutions(data)
-        longest = data.max_num_frames or found["data"]["max_num_frames"]
-        counts = [frames for frames, _, _ in listed] or data.frame_buckets
-        wanted = {
-            "height": listed[0][1] if listed else data.height_buckets[0] if "height_buckets" in given else 480,
-            "width": listed[0][2] if listed else data.width_buckets[0] if "width_buckets" in given else 720,
-            "validation_frames": max((count for count in counts if count <= longest), default=49),
-        }
+        most = data.max_num_frames or found["data"]["max_num_frames"]
+        height = data.height_buckets[0] if "height_buckets" in given else 480
+        width = data.width_buckets[0] if "width_buckets" in given else 720
+        usual = (max((count for count in data.frame_buckets if count <= most), default=49), height, width)
+        listed = [numbers for numbers in resolutions(data) if numbers[0] <= most]
+        longest = max(listed, key=lambda numbers: numbers[0], default=usual)  # the first of those
+        wanted = dict(zip(("validation_frames", "height", "width"), longest, strict=True))
         found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
         if options.loader.tensor_cache is None and not options.loader.load_tensors:
             found["loader"] = {"tensor_cache": str(Path(data.data_root[0]) / "cogvideox_tensors")}

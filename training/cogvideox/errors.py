@@ -2,10 +2,24 @@
 
 from collections.abc import Sequence
 
+SHOWN = 20  # lines of one kind in a message
+LONGEST_LINE = 500  # characters
+
 
 def one_line(text: str) -> str:
-    """The text with line breaks and other characters that cannot be shown written as escapes."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    """The text on one printable line of at most LONGEST_LINE characters: its start says where, its end the fix."""
+    if len(text) > 2 * LONGEST_LINE:
+        text = text[:LONGEST_LINE] + text[-LONGEST_LINE:]
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    start = LONGEST_LINE * 3 // 5
+    return text if len(text) <= LONGEST_LINE else f"{text[:start]} ... {text[start + 5 - LONGEST_LINE :]}"
+
+
+def first_of(lines: Sequence[str]) -> list[str]:
+    """The first of many lines, and how many more there are."""
+    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return [*lines[:SHOWN], *more]
 
 
 class UsageError(ValueError):

@@ -11,7 +11,6 @@ of its file, and the ledger has the key of each path, size and time, so a second
 import hashlib
 import io
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, open_index, sole_writer
 from cogvideox.data.columns import Columns, Problems, is_unicode
 from cogvideox.data.forms import read_columns
+from cogvideox.data.index import unique_id
 from cogvideox.data.paths import PathRules
 from cogvideox.errors import UsageError
 from cogvideox.files import remove_stale_temporaries
@@ -65,6 +65,8 @@ def check_tensors(options: Any) -> Iterator[str]:
     elif options.loader.load_tensors:
         if options.loader.tensor_cache:
             yield "--tensor_cache: the tensors of this folder are used as they are; leave it out"
+        if options.data.repeats != (1,):
+            yield "--repeats: the clips of this folder are used as they were prepared; prepare with the flag"
         open_index(folder)
 
 
@@ -124,9 +126,9 @@ def read_rows(folder: Path, data: DataFlags) -> list[Row]:
     rows = list(_rows(root, columns, rules, problems)) if not problems else []
     if problems:
         raise UsageError(problems.lines())
-    uses = Counter[str]()
+    uses: dict[str, int] = {}
     repeated = [row for _ in range(data.repeats[0]) for row in rows]
-    return [Row(_unique_id(row.id, uses), row.caption, row.moments, row.embeds) for row in repeated]
+    return [Row(unique_id(row.id, uses), row.caption, row.moments, row.embeds) for row in repeated]
 
 
 def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems) -> Iterator[Row]:
@@ -158,11 +160,6 @@ def _files_of(video: str) -> tuple[Path, Path]:
     whole, cut = os.path.splitext(name)[0], name.split(".")[0]
     stem = whole if os.path.lexists(beside / MOMENTS / f"{whole}.pt") else cut
     return beside / MOMENTS / f"{stem}.pt", beside / EMBEDS / f"{stem}.pt"
-
-
-def _unique_id(name: str, uses: Counter[str]) -> str:
-    uses[name] += 1
-    return name if uses[name] == 1 else f"{name}#{uses[name]}"
 
 
 # -- the tensors -------------------------------------------------------------------------------------------------------

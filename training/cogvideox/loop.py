@@ -14,12 +14,12 @@ from tqdm import tqdm
 from cogvideox import diffusion, models
 from cogvideox.args import LoraOptions
 from cogvideox.checkpoint import Saver, resume
-from cogvideox.data.cache import CacheError
+from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, build_loader
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, first_of
 from cogvideox.held_out import HeldOut
 from cogvideox.optim import learning_rate
 from cogvideox.plan import ExecutionPlan
@@ -27,8 +27,6 @@ from cogvideox.publish import publish
 from cogvideox.run import REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, write_config
 from cogvideox.tensors import Tensors
 from cogvideox.validation import Prompts, Validator
-
-SHOWN = 20  # bad clips listed in a message
 
 
 def losses_of(task: Any, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
@@ -55,11 +53,10 @@ class BadClips:
                 self.reasons[clip] = reason
                 tqdm.write(f"{clip}: cannot be read, another clip takes its place; {reason}", file=sys.stderr)
         bad = len(self.reasons)
-        if bad > self.max_fraction * self.num_clips:
-            more = [f"... and {bad - SHOWN} more"] if bad > SHOWN else []
+        if bad > max_bad(self.max_fraction, self.num_clips):
             rule = f"--max_bad_fraction {self.max_fraction:g}: {bad} of {self.num_clips} clips cannot be read"
-            listed = [f"{clip}: {reason}" for clip, reason in self.reasons.items()][:SHOWN]
-            raise UsageError([*listed, *more, f"{rule}; mend them, or allow it with a larger fraction"])
+            listed = first_of([f"{clip}: {reason}" for clip, reason in self.reasons.items()])
+            raise UsageError([*listed, f"{rule}; mend them, or allow it with a larger fraction"])
         return bad
 
 
@@ -187,9 +184,9 @@ class Trainer:
         batches = iter(self._loader())
         try:
             yield from batches
-        except CacheError as error:  # a worker's error arrives with its traceback in the text
-            line = str(error).strip().splitlines()[-1]
-            raise CacheError(line.removeprefix(f"{CacheError.__module__}.{CacheError.__name__}: ")) from None
+        except UsageError as error:  # a worker's error arrives with its traceback in the text
+            kind, line = type(error), str(error).strip().splitlines()[-1]
+            raise kind(line.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from None
         finally:
             if hasattr(batches, "_shutdown_workers"):
                 batches._shutdown_workers()

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,17 @@ from cogvideox.data.clips import (
     Variant,
     bad_line,
     decode_variant,
+    max_bad,
     plan_clip,
 )
 from cogvideox.data.index import Sample, read_samples, read_validation
 from cogvideox.data.workers import Killed, Limits, Workers
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, first_of
 from cogvideox.files import remove_stale_temporaries
 from cogvideox.geometry import Geometry
 
 LEDGER_EVERY = 64  # records written to the ledger at once while planning
-SHOWN = 20  # bad clips listed in a message
+CHANGED = "has changed while it was prepared; run the same command again"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Cut:
     bucket: Bucket
     variant: Variant
     path: str
+    stamp: list[int]
     records: list[dict[str, Any]]
 
 
@@ -134,11 +137,16 @@ class Preparation:
         self.samples: list[Sample] = read_samples(data) + validation
         self.num_validation = len(validation)
 
+    @cached_property
+    def requests(self) -> dict[str, str]:
+        """By path: the name of the recipe applied to the file as it was when this preparation began."""
+        return {path: self.recipe.request(path) for path in dict.fromkeys(sample.video for sample in self.samples)}
+
     def plan(self) -> list[dict[str, Any]]:
         """The ledger record of every sample, in order; files that have none yet are probed, in workers."""
-        known = self.ledger.read()
-        mine = self.share(list(dict.fromkeys(sample.video for sample in self.samples)))
-        todo = [path for path in mine if not self._settled(known.get(self.recipe.request(path)))]
+        known = self.ledger.read(set(self.requests.values()))
+        mine = self.share(list(self.requests.items()))
+        todo = [path for path, request in mine if not self._settled(known.get(request))]
         jobs = ((plan_clip, path, self.recipe) for path in todo)
         batch: list[dict[str, Any]] = []
         for path, record in zip(todo, self.in_workers(jobs, len(todo), "reading headers"), strict=True):
@@ -148,10 +156,12 @@ class Preparation:
                 batch = []
         self.ledger.append(batch)
         self.state.wait_for_everyone()
-        return self.records()
+        return self._records()
 
-    def encode(self, records: Sequence[dict[str, Any]], caption_batch: int = 1) -> CacheIndex:
-        """Encodes what is missing, T5 first, and writes the index.
+    def encode(
+        self, records: Sequence[dict[str, Any]], caption_batch: int = 1
+    ) -> tuple[CacheIndex, list[dict[str, Any]]]:
+        """Encodes what is missing, T5 first, and writes the index; returns it and what became of each sample.
 
         Raises:
             UsageError: more clips than --max_bad_fraction could not be decoded.
@@ -160,26 +170,29 @@ class Preparation:
         with self._sole_writer():
             self.state.wait_for_everyone()  # main may have waited for another job: all look at the same state
             remove_stale_temporaries(self.folder)
-            missing_prompts = self.share(missing_captions(self.cache, encoders, self.captions(records)))
-            missing = self.cuts(records, encoders)
-            missing_cuts = self.share([(key, cut) for key, cut in missing.items() if not self.cache.has(key)])
-            self.state.wait_for_everyone()  # nobody writes before everybody has looked, else the shares do not fit
-            encode_captions(self.cache, self.model, encoders, missing_prompts, caption_batch, self.state)
-            self._encode_cuts(dict(missing_cuts), encoders)
+            # Shared out before looking at what is there, because that changes while ranks look.
+            prompts = missing_captions(self.cache, encoders, self.share(self.captions(records)))
+            encode_captions(self.cache, self.model, encoders, prompts, caption_batch, self.state)
+            cuts = self.share(list(self.cuts(records, encoders).items()))
+            self._encode_cuts({key: cut for key, cut in cuts if not self.cache.has(key)}, encoders)
             self.state.wait_for_everyone()
-        records = self.records()
-        check_bad(records, self.data.max_bad_fraction)
-        index = self._index(records, encoders)
-        if self.state.is_main_process:
-            index.save(self.folder)
+            final = self._records()
+            check_bad(final, self.data.max_bad_fraction)
+            index = self._index(final, encoders)
+            if self.state.is_main_process:
+                self._check_whole(index)
+                index.save(self.folder)
         self.state.wait_for_everyone()
-        return index
+        return index, final
 
-    def records(self) -> list[dict[str, Any]]:
+    def _records(self) -> list[dict[str, Any]]:
         """The ledger's record of every sample, in order."""
-        known = self.ledger.read()
-        request = {path: self.recipe.request(path) for path in {sample.video for sample in self.samples}}
-        return [known[request[sample.video]] for sample in self.samples]
+        known = self.ledger.read(set(self.requests.values()))
+        changed = {"status": UNREADABLE, "reason": CHANGED}
+        return [
+            known.get(self.requests[path], {"request": self.requests[path], "path": path} | changed)
+            for path in (sample.video for sample in self.samples)
+        ]
 
     def captions(self, records: Sequence[dict[str, Any]]) -> list[str]:
         """The captions to embed, each once: the empty one first."""
@@ -194,7 +207,8 @@ class Preparation:
                 for variant in cut["variants"]:
                     key = encoders.video_key(record["content"], variant)
                     bucket, plan = Bucket(**cut["bucket"]), Variant.from_record(variant)
-                    found.setdefault(key, Cut(bucket, plan, record["path"], [])).records.append(record)
+                    new = Cut(bucket, plan, record["path"], record["stamp"], [])
+                    found.setdefault(key, new).records.append(record)
         return found
 
     def share(self, items: list[Any]) -> list[Any]:
@@ -219,8 +233,9 @@ class Preparation:
         return [self.limits.seconds, self.limits.memory]
 
     def _killed(self, path: str, killed: Killed) -> dict[str, Any]:
-        reason = {"status": KILLED, "reason": killed.reason, "limits": self._limits()}
-        return {"request": self.recipe.request(path), "path": path, **reason}
+        status = UNREADABLE if killed.transient else KILLED
+        reason = {"status": status, "reason": killed.reason, "limits": self._limits()}
+        return {"request": self.requests[path], "path": path, **reason}
 
     @contextmanager
     def _sole_writer(self) -> Iterator[None]:
@@ -234,7 +249,7 @@ class Preparation:
         if not missing:
             return
         with models.video_encoder(self.model, encoders.vae_dtype, self.state.device, encoders.tiling) as vae:
-            jobs = ((decode_variant, cut.path, cut.variant) for cut in missing.values())
+            jobs = ((decode_variant, cut.path, cut.variant, cut.stamp) for cut in missing.values())
             results = self.in_workers(jobs, len(missing), "encoding clips")
             for (key, cut), frames in zip(missing.items(), results, strict=True):
                 if isinstance(frames, (str, Killed)):
@@ -249,11 +264,20 @@ class Preparation:
     def _give_up(self, cut: Cut, reason: str | Killed) -> None:
         """Writes down that the files of a cut cannot be used."""
         for record in cut.records:
+            path = record["path"]
             if isinstance(reason, Killed):
-                end = {"status": KILLED, "reason": reason.reason, "limits": self._limits()}
+                end = self._killed(path, reason)
+            elif self.recipe.request(path) != record["request"]:
+                end = {"status": UNREADABLE, "reason": CHANGED}
             else:
                 end = {"status": FAILED, "reason": reason}
             self.ledger.append([{name: value for name, value in record.items() if name != "cuts"} | end])
+
+    def _check_whole(self, index: CacheIndex) -> None:
+        """Raises UsageError if a tensor is not there: another job has set it aside, or given its clip up."""
+        missing = sum(not self.cache.has(key) for key in index.keys)
+        if missing:
+            raise UsageError(f"{self.folder}: {missing} tensors went missing meanwhile; run the same command again")
 
     def _index(self, records: Sequence[dict[str, Any]], encoders: Encoders) -> CacheIndex:
         listed = len(self.samples) - self.num_validation
@@ -265,6 +289,9 @@ class Preparation:
         if not samples:
             roots = " ".join(self.data.data_root)
             raise UsageError(f"--data_root {roots}: no clip is left to train on; see the table")
+        if self.num_validation and not validation:
+            roots = " ".join(self.data.validation_data_root)
+            raise UsageError(f"--validation_data_root {roots}: no clip is left to measure on; see the table")
         return CacheIndex(
             samples=samples,
             empty_prompt_key=encoders.prompt_key(""),
@@ -320,6 +347,16 @@ def worker_pool(data: DataFlags, limits: Limits) -> Workers:
     return Workers(max(1, data.dataloader_num_workers), limits)
 
 
+def other_encoders(index: CacheIndex, encoders: Encoders) -> list[str]:
+    """What a cache was made with that is not the model's."""
+    pairs = {
+        "VAE": (index.vae, encoders.vae),
+        "text encoder": (index.text_encoder, encoders.text_encoder),
+        "text length": (index.text_length, encoders.text_length),
+    }
+    return [name for name, (then, now) in pairs.items() if then != now]
+
+
 def bad_clips(records: Iterable[dict[str, Any]]) -> list[str]:
     """file: reason, of every clip that cannot be used."""
     return [bad_line(record["path"], record["reason"]) for record in records if record["status"] != OK]
@@ -328,12 +365,11 @@ def bad_clips(records: Iterable[dict[str, Any]]) -> list[str]:
 def check_bad(records: Sequence[dict[str, Any]], max_bad_fraction: float) -> None:
     """Raises UsageError where more clips are bad than allowed."""
     bad = bad_clips(records)
-    if len(bad) <= max_bad_fraction * len(records):
+    if len(bad) <= max_bad(max_bad_fraction, len(records)):
         return
-    more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
     enough = math.ceil(len(bad) / len(records) * 1000) / 1000
     rule = (
         f"--max_bad_fraction {max_bad_fraction:g}: {len(bad)} of {len(records)} clips cannot be used; "
         f"mend or remove them, or allow it with --max_bad_fraction {enough:g}"
     )
-    raise UsageError([*bad[:SHOWN], *more, rule])
+    raise UsageError([*first_of(bad), rule])

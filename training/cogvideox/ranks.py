@@ -1,12 +1,36 @@
 """The processes of a run: which one this is, its device, and a barrier that waits as long as it takes."""
 
+import os
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+from cogvideox.errors import UsageError
 
 PATIENCE = timedelta(days=7)  # the launcher ends the others when one dies, so waiting long costs nothing
+
+
+def start_processes() -> Any:
+    """accelerate's PartialState: this process and those that it was launched with, on GPUs where there are any."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    check_world(state.num_processes)
+    return state
+
+
+def check_world(number: int) -> None:
+    """Raises UsageError where accelerate knows another number of processes than were launched."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if number != launched:
+        raise UsageError(
+            f"accelerate started {launched} processes that do not know each other (a configuration for GPUs on a "
+            "machine without?); for one process: --config_file accelerate_configs/cpu.yaml; "
+            f"for {launched} on a CPU: ACCELERATE_USE_CPU=true"
+        )
 
 
 class Ranks:
@@ -23,6 +47,19 @@ class Ranks:
         self.is_main_process: bool = state.is_main_process
         self.device: torch.device = state.device
         self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_processes > 1 else None
+
+    def say(self, *lines: str) -> None:
+        """Lines for the user on the standard output, from the main process, beside a progress bar."""
+        if self.is_main_process:
+            tqdm.write("\n".join(lines))
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, on each of them."""
+        if self._patient is None:
+            return items
+        lists: list[Any] = [None] * self.num_processes
+        dist.all_gather_object(lists, items, self._patient)
+        return [item for part in lists for item in part]
 
     def wait_for_everyone(self) -> None:
         """Returns when every process has come here."""

@@ -4,11 +4,10 @@ Records of the ledger -> text and contact sheets. Nothing here decides anything;
 """
 
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,17 @@ from cogvideox.args import EncodeFlags, ModelFlags
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import OK, Variant, decode_variant, time_decode
+from cogvideox.data.forms import PREVIEW_FOLDER
 from cogvideox.data.index import Sample
 from cogvideox.data.transforms import scale, stretch
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, first_of
 from cogvideox.geometry import Geometry
-from cogvideox.prepare import SHOWN, Cut, Encoders, Preparation, bad_clips, missing_captions
+from cogvideox.prepare import Cut, Encoders, Preparation, bad_clips, missing_captions
 from cogvideox.sheets import Row, contact_sheet
 
 SHEET_CLIPS, SHEET_FRAMES = 8, 4  # in the picture of a bucket
 SHEETS_CLIPS = 64  # in all pictures together, where there are many buckets
+TRIED = 3  # clips to time
 TIMED_FRAMES = 9  # the VAE encodes 8 at a time, and the first one apart
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -40,11 +41,12 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
     if not preparation.state.is_main_process:
         return ""
     geometry, flags = preparation.geometry, preparation.flags
-    lines = [table(records, geometry, stored_bytes(preparation.model, flags, "vae"))]
-    lines += frame_notes(records, geometry)
+    used = by_bucket(records)
+    lines = [table(records, used, geometry, stored_bytes(preparation.model, flags, "vae"))]
+    lines += frame_notes(used, geometry)
     lines += leak_notes(preparation, records)
     lines += caption_notes(preparation.model, preparation.samples, geometry.max_text_seq_length)
-    lines += sheets(preparation, records)
+    lines += sheets(preparation, used)
     if costs:
         lines.append(cost(preparation, records))
     return "\n".join(lines)
@@ -61,46 +63,49 @@ def stored_bytes(model: ModelFlags, flags: EncodeFlags, part: str) -> int:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def cuts_of(records: Records) -> list[tuple[Bucket, list[Variant], dict[str, Any]]]:
-    """(bucket, variants, record) of everything that is used."""
-    return [
-        (Bucket(**cut["bucket"]), [Variant.from_record(variant) for variant in cut["variants"]], record)
-        for record in records
-        if record["status"] == OK
-        for cut in record["cuts"]
-    ]
+@dataclass(frozen=True)
+class Used:
+    """What one clip gives to one bucket: its place among the samples, its first variant, how many there are."""
+
+    place: int
+    variant: Variant
+    num_variants: int
+    source: dict[str, Any]
 
 
-def table(records: Records, geometry: Geometry, number_bytes: int) -> str:
+def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
+    """Everything that is used, sorted by bucket."""
+    found: dict[Bucket, list[Used]] = {}
+    for place, record in enumerate(records):
+        for cut in record["cuts"] if record["status"] == OK else []:
+            variants = cut["variants"]
+            used = Used(place, Variant.from_record(variants[0]), len(variants), record["source"])
+            found.setdefault(Bucket(**cut["bucket"]), []).append(used)
+    return dict(sorted(found.items()))
+
+
+def table(records: Records, used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int) -> str:
     """Clips per bucket, what is done to them and how large they become; what was dropped, and why."""
     rows: list[tuple[str, ...]] = [("bucket", "clips", "variants", "upscaled", "stretched", "cut off", "MiB")]
-    used = cuts_of(records)
-    for bucket in sorted({bucket for bucket, _, _ in used}):
-        inside = [(variants, record["source"]) for of, variants, record in used if of == bucket]
-        rows.append(
-            (str(bucket), *bucket_cells(inside), f"{moments_bytes(inside, bucket, geometry, number_bytes):.1f}")
-        )
+    for bucket, clips in used.items():
+        size = sum(clip.num_variants for clip in clips) * moments_size(bucket, geometry) * number_bytes / 2**20
+        rows.append((str(bucket), *bucket_cells(clips), f"{size:.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     dropped = Counter(record["status"] for record in records if record["status"] != OK)
     lines += [f"{count} {status}" for status, count in dropped.items()]
-    lines += listed(bad_clips(records))
+    lines += indented(bad_clips(records))
     return "\n".join(lines)
 
 
-def bucket_cells(inside: list[tuple[list[Variant], dict[str, Any]]]) -> tuple[str, ...]:
+def bucket_cells(clips: list[Used]) -> tuple[str, ...]:
     """Cells of a bucket's row: clips, variants, how many are upscaled, the most that one is stretched and cut."""
-    fits = [(variants[0].fit, source["height"], source["width"]) for variants, source in inside]
+    fits = [(clip.variant.fit, clip.source["height"], clip.source["width"]) for clip in clips]
     upscaled = sum(scale(*fit) > 1.0 for fit in fits)
     stretched = max(stretch(*fit) for fit in fits) - 1
     lost = max(1 - fit.height * fit.width / (fit.resize_height * fit.resize_width) for fit, _, _ in fits)
-    counts = (len(inside), sum(len(variants) for variants, _ in inside), upscaled)
+    counts = (len(clips), sum(clip.num_variants for clip in clips), upscaled)
     return (*map(str, counts), f"{stretched:.0%}", f"{lost:.0%}")
-
-
-def moments_bytes(inside: list[Any], bucket: Bucket, geometry: Geometry, number_bytes: int) -> float:
-    """MiB of a bucket's tensors."""
-    return sum(len(variants) for variants, _ in inside) * moments_size(bucket, geometry) * number_bytes / 2**20
 
 
 def moments_size(bucket: Bucket, geometry: Geometry) -> int:
@@ -108,18 +113,17 @@ def moments_size(bucket: Bucket, geometry: Geometry) -> int:
     return math.prod(geometry.moments_shape(bucket))
 
 
-def listed(lines: Sequence[str]) -> list[str]:
-    """The first of many lines, indented."""
-    more = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return [*(f"  {line}" for line in lines[:SHOWN]), *more]
+def indented(lines: Sequence[str]) -> list[str]:
+    """The first of many lines, as details of the one before."""
+    return [f"  {line}" for line in first_of(lines)]
 
 
 # -- notes -------------------------------------------------------------------------------------------------------------
 
 
-def frame_notes(records: Records, geometry: Geometry) -> Iterator[str]:
+def frame_notes(used: dict[Bucket, list[Used]], geometry: Geometry) -> Iterator[str]:
     """What inference makes of frame counts that are not as usual."""
-    for frames in sorted({bucket.frames for bucket, _, _ in cuts_of(records)}):
+    for frames in sorted({bucket.frames for bucket in used}):
         made = geometry.inference_frames(frames)
         if made != frames or frames % geometry.temporal_compression == 0:
             latents = geometry.latent_frames(frames)
@@ -133,32 +137,37 @@ def leak_notes(preparation: Preparation, records: Records) -> list[str]:
     leaked = [r["path"] for r in records[number:] if r["status"] == OK and r["content"] in trained]
     if not leaked:
         return []
-    return [f"--validation_data_root: {len(leaked)} clips are trained on too, and say nothing:", *listed(leaked)]
+    return [f"--validation_data_root: {len(leaked)} clips are trained on too, and say nothing:", *indented(leaked)]
 
 
 def caption_notes(model: ModelFlags, samples: Sequence[Sample], length: int) -> list[str]:
     """Captions of which T5 sees the first ``length`` tokens only, the longest first."""
     # A token has at least one character, and one is for the end, so short captions need not be counted.
-    long = [sample for sample in samples if len(sample.caption) + 1 > length]
+    long = list({sample.caption: sample for sample in samples if len(sample.caption) + 1 > length}.values())
     counts = encode.token_counts(models.load_tokenizer(model), [sample.caption for sample in long]) if long else []
     cut = sorted((-count, sample.id) for count, sample in zip(counts, long, strict=True) if count > length)
     if not cut:
         return []
     lines = [f"{id}: {-count} tokens" for count, id in cut]
-    rule = f"{len(cut)} of {len(samples)} captions are cut after {length} tokens; the most telling words belong first:"
-    return [rule, *listed(lines)]
+    rule = f"{len(cut)} captions are cut after {length} tokens; the most telling words belong first:"
+    return [rule, *indented(lines)]
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def sheets(preparation: Preparation, records: Records) -> list[str]:
+def sheets(preparation: Preparation, used: dict[Bucket, list[Used]]) -> list[str]:
     """A picture for every bucket with some of its clips as they are trained on; returns lines with their paths.
 
     A picture's name holds the hash of what it shows, so that only new ones are drawn.
     """
-    folder = preparation.folder / "preview"
-    picks = {folder / f"{bucket}-{digest_of(some)}.png": some for bucket, some in picked(preparation, records).items()}
+    folder, picks = preparation.folder / PREVIEW_FOLDER, {}
+    number = max(1, min(SHEET_CLIPS, SHEETS_CLIPS // max(1, len(used))))
+    for bucket, clips in used.items():
+        some = [pick(preparation.samples[clip.place], clip.variant) for clip in spread(clips, number)]
+        picks[folder / f"{bucket}-{digest_of(preparation, some)}.png"] = some
+        for old in set(folder.glob(f"{bucket}-????????.png")) - set(picks):
+            old.unlink(missing_ok=True)
     todo = [(path, *item) for path, some in picks.items() if not path.is_file() for item in some]
     jobs = ((decode_variant, sample.video, variant) for _, sample, variant in todo)
     rows: dict[Path, list[Row]] = {}
@@ -166,24 +175,14 @@ def sheets(preparation: Preparation, records: Records) -> list[str]:
         if isinstance(frames, np.ndarray):  # else encoding will say what is wrong with it
             rows.setdefault(path, []).append(Row(f"{sample.id}: {sample.caption}", list(frames)))
     for path, drawn in rows.items():
-        bucket = path.stem.rpartition("-")[0]
-        contact_sheet(drawn, path, f"{bucket}: first to last frame of {len(drawn)} clips, as trained on")
-    for old in set(folder.glob("*.png")) - set(picks):
-        old.unlink()
+        name = path.stem.rpartition("-")[0]
+        contact_sheet(drawn, path, f"{name}: first to last frame of {len(drawn)} clips, as trained on")
     return [f"picture: {path}" for path in picks if path.is_file()]
 
 
-def picked(preparation: Preparation, records: Records) -> dict[Bucket, list[tuple[Sample, Variant]]]:
-    """Some clips of every bucket, evenly from all of them, each cut down to a few of its frames."""
-    inside: dict[Bucket, list[tuple[Sample, Variant]]] = {}
-    for sample, record in zip(preparation.samples, records, strict=True):
-        for bucket, (variant, *_), _ in cuts_of([record]):
-            inside.setdefault(bucket, []).append((sample, variant))
-    number = max(1, min(SHEET_CLIPS, SHEETS_CLIPS // max(1, len(inside))))
-    return {
-        bucket: [(sample, replace(v, indices=spread(v.indices, SHEET_FRAMES))) for sample, v in spread(clips, number)]
-        for bucket, clips in sorted(inside.items())
-    }
+def pick(sample: Sample, variant: Variant) -> tuple[Sample, Variant]:
+    """A clip with a few of its frames."""
+    return sample, replace(variant, indices=spread(variant.indices, SHEET_FRAMES))
 
 
 def spread(items: Sequence[Any], number: int) -> tuple[Any, ...]:
@@ -194,10 +193,10 @@ def spread(items: Sequence[Any], number: int) -> tuple[Any, ...]:
     return tuple(items[(len(items) - 1) * i // last] for i in range(number))
 
 
-def digest_of(clips: Sequence[tuple[Sample, Variant]]) -> str:
+def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]]) -> str:
     """Names what a picture shows."""
-    shown = [[sample.id, sample.caption, os.stat(sample.video).st_mtime_ns, asdict(v)] for sample, v in clips]
-    return hash_of(shown)[:8]
+    requests = preparation.requests
+    return hash_of([[sample.id, sample.caption, requests[sample.video], asdict(v)] for sample, v in clips])[:8]
 
 
 # -- costs -------------------------------------------------------------------------------------------------------------
@@ -215,22 +214,30 @@ def cost(preparation: Preparation, records: Records) -> str:
     captions = missing_captions(cache, encoders, preparation.captions(records))
     size = sum(moments_size(cut.bucket, geometry) for cut in todo) * BYTES[encoders.vae_dtype]
     size += len(captions) * geometry.max_text_seq_length * geometry.text_embed_dim * BYTES[encoders.text_dtype]
-    line = f"to encode: {len(todo)} clips and {len(captions)} captions, {size / 2**20:.1f} MiB"
+    line = f"to encode: {len(todo)} variants of clips and {len(captions)} captions, {size / 2**20:.1f} MiB"
     if not todo:
         return line
-    pixels = sum(cut.bucket.frames * cut.bucket.height * cut.bucket.width for cut in todo)
-    seconds = pixels * seconds_a_pixel(preparation, encoders, todo[0])
-    return f"{line}; clips take about {duration(seconds)} on one {device_name(preparation.state.device)}"
+    rate = seconds_a_pixel(preparation, encoders, sorted(todo, key=pixels_of)[-TRIED:])
+    if rate is None:
+        return f"{line}; hours are not known: the longest clips do not decode"
+    seconds = rate * sum(map(pixels_of, todo))
+    return f"{line}; the clips take about {duration(seconds)} on one {device_name(preparation.state.device)}"
 
 
-def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cut: Cut) -> float:
-    """Seconds to encode one pixel of a frame, or to decode it where that is slower; measured on a piece of a clip."""
-    variant = replace(cut.variant, indices=cut.variant.indices[:TIMED_FRAMES])
-    jobs = [(time_decode, cut.path, variant)]
-    (result,) = preparation.in_workers(jobs, 1, "timing")
-    if not isinstance(result, tuple):
-        raise UsageError(f"{cut.path}: {result}")
-    decode_seconds, frames = result
+def pixels_of(cut: Cut) -> int:
+    """Pixels of all frames."""
+    return cut.bucket.frames * cut.bucket.height * cut.bucket.width
+
+
+def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cuts: Sequence[Cut]) -> float | None:
+    """Seconds to encode one pixel of a frame, or to decode it where that is slower; measured on a piece of the last
+    clip that decodes. None if none does.
+    """
+    jobs = [(time_decode, cut.path, replace(cut.variant, indices=cut.variant.indices[:TIMED_FRAMES])) for cut in cuts]
+    timed = [result for result in preparation.in_workers(jobs, len(jobs), "timing") if isinstance(result, tuple)]
+    if not timed:
+        return None
+    decode_seconds, frames = timed[-1]
     device = preparation.state.device
     with models.video_encoder(preparation.model, encoders.vae_dtype, device, encoders.tiling) as vae:
         for _ in range(2):  # the first time also chooses kernels

@@ -27,7 +27,7 @@ from cogvideox.args import LoraOptions, config_dict, tracker_names
 from cogvideox.errors import UsageError
 from cogvideox.files import remove_stale_temporaries, write_atomically
 from cogvideox.optim import StepResult
-from cogvideox.ranks import Ranks
+from cogvideox.ranks import Ranks, check_world
 
 CONFIG_NAME, METRICS_NAME, LOCK_NAME = "config.json", "metrics.jsonl", ".lock"
 REQUEUE_EXIT = 75  # EX_TEMPFAIL: stopped by a signal, everything saved; run the same command again
@@ -144,12 +144,7 @@ def make_accelerator(options: LoraOptions) -> Any:
     )
     if deepspeed and accelerator.state.deepspeed_plugin is None:
         raise UsageError("accelerate launch: its configuration asks for DeepSpeed, and accelerate did not start it")
-    if accelerator.num_processes != world:
-        raise UsageError(
-            f"accelerate started {world} processes that do not know each other (a configuration for GPUs on a machine "
-            "without?); for one process: --config_file accelerate_configs/cpu.yaml; "
-            f"for {world} on a CPU: ACCELERATE_USE_CPU=true"
-        )
+    check_world(accelerator.num_processes)
     return accelerator
 
 

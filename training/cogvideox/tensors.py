@@ -10,7 +10,7 @@ from cogvideox.data.forms import TENSOR_FOLDER
 from cogvideox.errors import UsageError
 from cogvideox.factory import is_factory_layout, open_factory
 from cogvideox.geometry import Geometry, read_geometry
-from cogvideox.prepare import Encoders, Preparation, check_bad, encode_captions, missing_captions
+from cogvideox.prepare import Encoders, Preparation, check_bad, encode_captions, missing_captions, other_encoders
 from cogvideox.report import describe
 from cogvideox.run import Run
 
@@ -67,8 +67,9 @@ def prepare_here(run: Run, options: LoraOptions, geometry: Geometry, folder: Pat
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks)
     records = preparation.plan()
     check_bad(records, options.data.max_bad_fraction)
-    index = preparation.encode(records)
-    run.say(describe(preparation, preparation.records()))
+    index, records = preparation.encode(records)
+    run.say(describe(preparation, records))
+    run.barrier()  # drawing pictures takes longer than the other ranks wait elsewhere
     return index
 
 
@@ -83,12 +84,7 @@ def check_schedule(index: CacheIndex, validation: ValidationFlags) -> None:
 
 def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:
     """Raises UsageError where the tensors were made with another VAE, T5 or text length."""
-    pairs = {
-        "VAE": (index.vae, encoders.vae),
-        "text encoder": (index.text_encoder, encoders.text_encoder),
-        "text length": (index.text_length, encoders.text_length),
-    }
-    wrong = [name for name, (then, now) in pairs.items() if then != now]
+    wrong = other_encoders(index, encoders)
     if wrong:
         raise UsageError(
             f"--data_root {folder}: its tensors were made with another {' and '.join(wrong)} than this model's; "

@@ -13,7 +13,7 @@ from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, open_inde
 from cogvideox.data.clips import FAILED, KILLED, OK, UNREADABLE, content_change
 from cogvideox.data.workers import Killed
 from cogvideox.errors import UsageError
-from cogvideox.prepare import Encoders, Preparation, cached_samples
+from cogvideox.prepare import Encoders, Preparation, cached_samples, other_encoders
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,16 @@ class Fault:
 def find_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> list[Fault]:
     """Everything wrong with this rank's share of the cache. Reads every file, changes none."""
     encoders = Encoders.of(preparation.model, preparation.flags, preparation.geometry)
+    index, faults = None, []
     try:
         index = open_index(preparation.folder)
-    except UsageError as error:
-        return [Fault(line) for line in error.problems] if preparation.state.is_main_process else []
-    expected = {
-        entry.id: entry
-        for sample, record in zip(preparation.samples, records, strict=True)
-        for entry in cached_samples(sample, record, encoders)
-    }
-    there = {entry.id: entry for entry in (*index.samples, *index.validation)}
-    faults = [*encoder_faults(index, encoders), *sample_faults(expected, there)]
+    except UsageError:
+        faults.append(
+            Fault(f"{preparation.folder}: has no index.json that can be read; it was never prepared to the end")
+        )
+    if index is not None:
+        faults += encoder_faults(index, encoders)
+        faults += sample_faults(preparation, records, encoders, index)
     if not preparation.state.is_main_process:
         faults = []
     return [*faults, *source_faults(preparation, records), *tensor_faults(preparation, records, encoders, index)]
@@ -46,30 +45,41 @@ def find_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> 
 
 def encoder_faults(index: CacheIndex, encoders: Encoders) -> Iterator[Fault]:
     """Other weights, or another precision, than the model's."""
-    pairs = {
-        "VAE": (index.vae, encoders.vae),
-        "text encoder": (index.text_encoder, encoders.text_encoder),
-        "precision of the VAE": (index.dtypes["vae"], encoders.vae_dtype),
-        "precision of the text encoder": (index.dtypes["text_encoder"], encoders.text_dtype),
-        "text length": (index.text_length, encoders.text_length),
-    }
-    for name, (then, now) in pairs.items():
-        if then != now:
-            yield Fault(f"index.json: its tensors were made with another {name}")
+    names = other_encoders(index, encoders)
+    dtypes = {"vae": encoders.vae_dtype, "text_encoder": encoders.text_dtype}
+    names += [f"precision of the {part}" for part, dtype in dtypes.items() if index.dtypes[part] != dtype]
+    for name in names:
+        yield Fault(f"index.json: its tensors were made with another {name}")
 
 
-def sample_faults(expected: dict[str, CachedSample], there: dict[str, CachedSample]) -> Iterator[Fault]:
+def sample_faults(
+    preparation: Preparation, records: Sequence[dict[str, Any]], encoders: Encoders, index: CacheIndex
+) -> Iterator[Fault]:
     """Clips that are new, gone or changed since the cache was made."""
-    for id in expected.keys() | there.keys():
-        now, then = expected.get(id), there.get(id)
-        if then is None:
-            yield Fault(f"{id}: is not in the cache yet")
-        elif now is None:
-            yield Fault(f"{id}: is in the cache, but is no longer listed or cannot be used")
-        elif now.caption != then.caption:
-            yield Fault(f"{id}: its caption has changed since it was encoded")
-        elif now.video_keys != then.video_keys:
-            yield Fault(f"{id}: the clip, or a flag that cuts it, has changed since it was encoded")
+    listed = len(records) - preparation.num_validation
+    pairs = list(zip(preparation.samples, records, strict=True))
+    for name, part, there in (
+        ("", pairs[:listed], index.samples),
+        ("validation clip ", pairs[listed:], index.validation),
+    ):
+        now = {entry.id: entry for sample, r in part for entry in cached_samples(sample, r, encoders)}
+        then = {entry.id: entry for entry in there}
+        for id in sorted(now.keys() | then.keys()):
+            if change := change_of(now.get(id), then.get(id)):
+                yield Fault(f"{name}{id}: {change}")
+
+
+def change_of(now: CachedSample | None, then: CachedSample | None) -> str | None:
+    """What has become of a sample since the cache was made; None: nothing."""
+    if then is None:
+        return "is not in the cache yet"
+    if now is None:
+        return "is in the cache, but is no longer listed or cannot be used"
+    if now.caption != then.caption:
+        return "its caption has changed since it was encoded"
+    if now.video_keys != then.video_keys:
+        return "the clip, or a flag that cuts it, has changed since it was encoded"
+    return None
 
 
 def source_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> Iterator[Fault]:
@@ -84,7 +94,7 @@ def source_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -
 
 
 def tensor_faults(
-    preparation: Preparation, records: Sequence[dict[str, Any]], encoders: Encoders, index: CacheIndex
+    preparation: Preparation, records: Sequence[dict[str, Any]], encoders: Encoders, index: CacheIndex | None
 ) -> Iterator[Fault]:
     """Tensors that are missing although indexed, damaged, of the wrong shape, or not finite."""
     geometry, cache = preparation.geometry, preparation.cache
@@ -92,8 +102,7 @@ def tensor_faults(
     shapes: dict[str, tuple[int, ...]] = {key: geometry.moments_shape(cut.bucket) for key, cut in cuts.items()}
     text_shape = (encoders.text_length, geometry.text_embed_dim)
     shapes |= {encoders.prompt_key(text): text_shape for text in preparation.captions(records)}
-    entries = (*index.samples, *index.validation)
-    indexed = {key for entry in entries for key in (*entry.video_keys, entry.prompt_key)} | {index.empty_prompt_key}
+    indexed = index.keys if index is not None else set()
     for key, shape in preparation.share(list(shapes.items())):
         if not cache.has(key) and key not in indexed:
             continue  # of a clip that is not in the cache yet
@@ -110,15 +119,16 @@ def tensor_faults(
 def mend(preparation: Preparation, faults: Sequence[Fault], records: Sequence[dict[str, Any]]) -> None:
     """Sets aside what is damaged and forgets what is out of date, so that preparing makes it anew.
 
-    Files that failed, or whose decoder had to be killed, are tried once more.
+    ``faults`` are those of all ranks. Files that failed, or whose decoder had to be killed, are tried once more.
     """
-    for fault in faults:
-        if fault.key is not None:
-            preparation.cache.set_aside(fault.key)
-    retried = [fault.record for fault in faults if fault.record is not None]
-    retried += preparation.share([record for record in records if record["status"] in (FAILED, KILLED)])
-    preparation.ledger.append(
-        {"request": record["request"], "path": record["path"], "status": UNREADABLE, "reason": "to be tried again"}
-        for record in retried
-    )
+    if preparation.state.is_main_process:
+        for fault in faults:
+            if fault.key is not None:
+                preparation.cache.set_aside(fault.key)
+        retried = [fault.record for fault in faults if fault.record is not None]
+        retried += [record for record in records if record["status"] in (FAILED, KILLED)]
+        preparation.ledger.append(
+            {"request": record["request"], "path": record["path"], "status": UNREADABLE, "reason": "to be tried again"}
+            for record in retried
+        )
     preparation.state.wait_for_everyone()

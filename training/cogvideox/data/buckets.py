@@ -68,9 +68,13 @@ def choose_buckets(
     if not every:
         most = max(bucket.frames for bucket in filled)
         return (_nearest([bucket for bucket in filled if bucket.frames == most], height, width),)
-    least = min(_aspect_distance(bucket, height, width) for bucket in filled)
-    near = [b for b in filled if _aspect_distance(b, height, width) <= least + math.log(ASPECT_SLACK)]
-    return tuple(sorted(near))
+    counts = sorted({bucket.frames for bucket in filled})
+    return tuple(b for count in counts for b in _near([b for b in filled if b.frames == count], height, width))
+
+
+def _near(buckets: Sequence[Bucket], height: int, width: int) -> list[Bucket]:
+    least = min(_aspect_distance(bucket, height, width) for bucket in buckets)
+    return sorted(b for b in buckets if _aspect_distance(b, height, width) <= least + math.log(ASPECT_SLACK))
 
 
 def upscale(bucket: Bucket, height: int, width: int) -> float:

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,13 +124,14 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "ledger.jsonl"
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        """The newest record of each request. A line torn by a kill is skipped."""
+    def read(self, requests: Container[str] | None = None) -> dict[str, dict[str, Any]]:
+        """The newest record of each of the requests (None: of all). A line torn by a kill is skipped."""
         records = {}
         for line in self._lines():
             try:
                 record = json.loads(line)
-                records[record["request"]] = record
+                if requests is None or record["request"] in requests:
+                    records[record["request"]] = record
             except (ValueError, KeyError, TypeError):
                 continue
         return records
@@ -201,10 +202,15 @@ class CacheIndex:
         write_atomically(folder / "index.json", content.encode())
 
     @property
+    def keys(self) -> set[str]:
+        """Those of all tensors that it names."""
+        entries = (*self.samples, *self.validation)
+        return {key for e in entries for key in (*e.video_keys, e.prompt_key)} | {self.empty_prompt_key}
+
+    @property
     def fingerprint(self) -> str:
-        """Changes when any tensor of any sample does."""
-        samples = [[s.id, s.video_keys, s.prompt_key] for s in (*self.samples, *self.validation)]
-        return hash_of([*samples, len(self.samples), self.empty_prompt_key])
+        """Changes when any tensor of any sample that is trained on does."""
+        return hash_of([[s.id, s.video_keys, s.prompt_key] for s in self.samples] + [self.empty_prompt_key])
 
 
 def open_index(folder: Path) -> CacheIndex:

@@ -25,6 +25,8 @@ from cogvideox.errors import UsageError, one_line
 
 StrPath = str | os.PathLike[str]
 
+RULES = 1  # another number where equal flags begin to mean other cuts: what was planned before is planned again
+
 OK, FAILED, SHORT, SMALL = "ok", "failed", "short", "small"
 UNREADABLE = "unreadable"  # the file system refused: tried again at the next preparation
 KILLED = "killed"  # its decoder crashed, hung or ate the memory: tried again under other limits
@@ -50,15 +52,11 @@ class ClipRecipe:
     @cached_property
     def digest(self) -> str:
         """Changes with any field."""
-        return hash_of(asdict(self))
+        return hash_of([RULES, asdict(self)])
 
     def request(self, path: StrPath) -> str:
         """Names this recipe applied to the file as it is now, or to its absence, without reading it."""
-        try:
-            status = os.stat(path)
-        except OSError:
-            return hash_of([str(path), self.digest])
-        return hash_of([str(path), status.st_size, status.st_mtime_ns, self.digest])
+        return hash_of([str(path), stamp_of(path), self.digest])
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,15 @@ class Variant:
     def from_record(cls, values: dict[str, Any]) -> "Variant":
         """Out of a ledger record."""
         return cls(tuple(values["indices"]), Fit(**values["fit"]), values["reader"])
+
+
+def stamp_of(path: StrPath) -> list[int]:
+    """Changes when a file is written: its size and time; empty if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
 
 
 def content_hash(path: StrPath) -> str:
@@ -91,7 +98,7 @@ def content_change(path: str, content: str) -> str | None:
 
 def plan_clip(path: StrPath, recipe: ClipRecipe) -> dict[str, Any]:
     """The ledger record of a file: its plan, or why there is none. Decodes nothing; never raises for a bad file."""
-    record: dict[str, Any] = {"request": recipe.request(path), "path": str(path)}
+    record: dict[str, Any] = {"request": recipe.request(path), "path": str(path), "stamp": stamp_of(path)}
     try:
         info = probe(path)
         source = {"frames": info.num_frames, "fps": round(info.fps, 3), "height": info.height, "width": info.width}
@@ -115,10 +122,15 @@ def plan_clip(path: StrPath, recipe: ClipRecipe) -> dict[str, Any]:
 def refusal(info: VideoInfo, recipe: ClipRecipe, available: int) -> dict[str, str]:
     """Why a clip fills no bucket: part of its record."""
     shortest = min(bucket.frames for bucket in recipe.buckets)
+    if not available:
+        skipped = f"--skip_frames_start {recipe.skip_frames_start} and --skip_frames_end {recipe.skip_frames_end}"
+        return {"status": SHORT, "reason": f"{skipped} leave nothing of its {info.num_frames} frames; give less"}
     if available < shortest:
         rate = f" at {recipe.fps:g} frames a second" if recipe.fps else ""
-        fix = f"give --frame_buckets {available}" if available == 1 else "give a smaller bucket, or a higher --fps"
-        reason = f"{info.duration:.2f} s give {available} frames{rate}; the shortest bucket has {shortest}; {fix}"
+        more = ", or a higher --fps" if recipe.fps and info.num_frames > available else ""
+        fix = f"give a bucket of {available} {'frame' if available == 1 else 'frames or less'}{more}"
+        frames = f"{available} {'frame' if available == 1 else 'frames'}"
+        reason = f"{info.duration:.2f} s give {frames}{rate}; the shortest bucket has {shortest}; {fix}"
         return {"status": SHORT, "reason": reason}
     filled = [bucket for bucket in recipe.buckets if bucket.frames <= available]
     least = min(upscale(bucket, info.height, info.width) for bucket in filled)
@@ -152,8 +164,11 @@ def plan_variant(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: s
     return Variant(tuple(indices), shape, recipe.reader)
 
 
-def decode_variant(path: StrPath, variant: Variant) -> np.ndarray | str:
-    """The frames of a variant, uint8 (F, H, W, 3), or why they could not be read."""
+def decode_variant(path: StrPath, variant: Variant, stamp: list[int] | None = None) -> np.ndarray | str:
+    """The frames of a variant, uint8 (F, H, W, 3), or why they could not be read.
+
+    ``stamp`` is that of the file when the variant was planned, if it must be the same file still.
+    """
     try:
         size = (variant.fit.resize_height, variant.fit.resize_width)
         frames = read_frames(path, probe(path), variant.indices, *size, variant.reader)
@@ -161,7 +176,14 @@ def decode_variant(path: StrPath, variant: Variant) -> np.ndarray | str:
         return str(error)
     except OSError as error:  # not the file's fault: nothing is written down about it
         raise UsageError(f"{error}; mend that and run the same command again") from None
+    if stamp is not None and stamp_of(path) != stamp:
+        return f"{path}: has changed since it was planned"
     return apply_fit(frames, variant.fit)
+
+
+def max_bad(fraction: float, number: int) -> int:
+    """How many of a number of clips may be bad; a fraction that was rounded counts in full."""
+    return math.floor(fraction * number + 1e-6)
 
 
 def time_decode(path: StrPath, variant: Variant) -> tuple[float, np.ndarray] | str:

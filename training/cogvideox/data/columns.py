@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PROBLEMS_SHOWN = 20  # of one kind
-LONGEST_PROBLEM = 500  # characters
+from cogvideox.errors import SHOWN, one_line
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Columns:
 
 
 class Problems:
-    """What was found so far, by kind: one printable line each, no more than PROBLEMS_SHOWN of a kind."""
+    """What was found so far, by kind: one printable line each, no more than SHOWN of a kind."""
 
     def __init__(self) -> None:
         self._lines: dict[str, list[str]] = defaultdict(list)
@@ -50,7 +49,7 @@ class Problems:
     def add(self, kind: str, line: str) -> None:
         """Notes a problem; the line is escaped, and cut in its middle where it is long."""
         self._counts[kind] += 1
-        if self._counts[kind] <= PROBLEMS_SHOWN:
+        if self._counts[kind] <= SHOWN:
             self._lines[kind].append(one_line(line))
 
     def __bool__(self) -> bool:
@@ -61,19 +60,9 @@ class Problems:
         found = []
         for kind, count in self._counts.items():
             found += self._lines[kind]
-            if count > PROBLEMS_SHOWN:
-                found.append(f"... and {count - PROBLEMS_SHOWN} more: {kind}")
+            if count > SHOWN:
+                found.append(f"... and {count - SHOWN} more: {kind}")
         return found
-
-
-def one_line(text: str) -> str:
-    """The text on one printable line of at most LONGEST_PROBLEM characters: its start says where, its end the fix."""
-    if len(text) > 2 * LONGEST_PROBLEM:
-        text = text[:LONGEST_PROBLEM] + text[-LONGEST_PROBLEM:]
-    if not text.isprintable():
-        text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    start = LONGEST_PROBLEM * 3 // 5
-    return text if len(text) <= LONGEST_PROBLEM else f"{text[:start]} ... {text[start + 5 - LONGEST_PROBLEM :]}"
 
 
 def listing(names: Iterable[str]) -> str:

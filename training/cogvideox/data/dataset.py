@@ -139,7 +139,9 @@ class LatentDataset(Dataset[Batch]):
     def __getitem__(self, visit: Visit) -> Batch:
         replaced: list[tuple[str, str]] = []
         for sample in self._candidates(visit.index):
-            draw = (self.seed, visit.visit, sample.id)
+            draw: tuple[object, ...] = (self.seed, visit.visit, sample.id)
+            if replaced:  # a visit of its own: this clip comes by itself, too
+                draw = (*draw, "instead of", replaced[0][0])
             dropped = uniform(*draw, "caption") < self.caption_dropout
             try:
                 moments = read_moments(self.cache, sample, visit.visit, self.geometry)

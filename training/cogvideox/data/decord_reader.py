@@ -21,6 +21,9 @@ _OTHER = "use --video_reader pyav"
 
 def check_reader(options: Any) -> Iterator[str]:
     """Problems of --video_reader, for args.parse."""
+    loader = getattr(options, "loader", None)
+    if loader is not None and loader.load_tensors:
+        return  # nothing is decoded
     if problem := reader_problem(options.data.video_reader):
         yield f"--video_reader {options.data.video_reader}: {problem}"
 

@@ -26,6 +26,8 @@ MEDIA_SUFFIXES = (
 )  # fmt: skip
 NO_NAMES: Names = (None, None, None)
 TENSOR_FOLDER = "cogvideox_tensors"  # the default of --tensor_cache, in the data root itself
+PREVIEW_FOLDER = "preview"  # pictures of what was prepared, in the output folder
+OUTPUTS = (("ledger.jsonl",), ("config.json", "metrics.jsonl"))  # files by which folders of our own are known
 
 
 def read_columns(root: str, data: DataFlags, rules: PathRules, problems: Problems) -> Columns:
@@ -174,9 +176,16 @@ def _walk(root: str, rules: PathRules, problems: Problems) -> Iterator[str]:
             path = os.path.join(folder, name)
             full = os.path.join(root, path)
             if os.path.isdir(full):
+                if _is_output(full) or (path == PREVIEW_FOLDER and _is_output(root)):
+                    continue
                 (links if os.path.islink(full) else folders).append(path)
             else:
                 yield path
+
+
+def _is_output(folder: str) -> bool:
+    """Whether a folder is of our own making: prepared tensors, or a training run."""
+    return any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in OUTPUTS)
 
 
 def _names(folder: str, problems: Problems) -> list[str]:

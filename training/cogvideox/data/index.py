@@ -130,11 +130,11 @@ def _clips(root: str, columns: Columns, token: str) -> Iterator[Sample]:
 
 
 def _with_unique_id(clip: Sample, uses: dict[str, int]) -> Sample:
-    sample_id = _unique_id(clip.id, uses)
+    sample_id = unique_id(clip.id, uses)
     return clip if sample_id == clip.id else replace(clip, id=sample_id)
 
 
-def _unique_id(name: str, uses: dict[str, int]) -> str:
+def unique_id(name: str, uses: dict[str, int]) -> str:
     """The name, or name#2 and so on where it is taken; ``uses`` counts the uses of each id and is updated."""
     number = uses.get(name, 0) + 1
     while number > 1 and f"{name}#{number}" in uses:  # a file may itself be called "a.mp4#2"

@@ -34,8 +34,10 @@ class Order:
         self.sample_ids = sample_ids
         self.global_batch = global_batch
         self.seed = seed
-        names = sorted(set(map(str, buckets)))
-        self.members = {name: [i for i, bucket in enumerate(buckets) if str(bucket) == name] for name in names}
+        members: dict[Hashable, list[int]] = {}
+        for index, bucket in enumerate(buckets):
+            members.setdefault(bucket, []).append(index)
+        self.members = dict(sorted((str(bucket), indices) for bucket, indices in members.items()))
 
     def steps_through(self, epoch: int) -> int:
         """Optimizer steps up to the end of an epoch (from 0); -1 gives 0."""

@@ -50,9 +50,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Killed:
-    """In place of a result: why the worker did not survive the job, in one line."""
+    """In place of a result: why the worker did not survive the job, in one line; transient: the file may be fine."""
 
     reason: str
+    transient: bool = False
 
 
 class Workers:
@@ -136,12 +137,12 @@ class _Seat:
             try:
                 return worker.ask(job, self._limits)
             except _Lost as lost:
-                self._worker, reason, final = None, str(lost), lost.final
-            if final:
+                self._worker, last = None, lost
+            if last.final:
                 break
         if not worker.has_started:
-            raise RuntimeError(f"worker processes do not start: {reason}")
-        return Killed(reason)
+            raise RuntimeError(f"worker processes do not start: {last}")
+        return Killed(str(last), last.transient)
 
     def close(self) -> None:
         """Ends the worker, whatever it does; there will be no other."""
@@ -164,11 +165,13 @@ class _Seat:
 
 
 class _Lost(Exception):
-    """The worker is gone, for this reason; final: another attempt would only cost the same time again."""
+    """The worker is gone, for this reason; final: another attempt would only cost the same time again; transient: the
+    machine may be the cause, not the job.
+    """
 
-    def __init__(self, reason: str, final: bool = False) -> None:
+    def __init__(self, reason: str, final: bool = False, transient: bool = False) -> None:
         super().__init__(reason)
-        self.final = final
+        self.final, self.transient = final, transient
 
 
 class _Worker:
@@ -193,7 +196,8 @@ class _Worker:
             self._end()
             raise _Lost(f"no result after {limits.seconds:g} s; --decode_timeout gives it more", final=True) from None
         except (EOFError, OSError):
-            raise _Lost(_cause_of_death(self.wait())) from None
+            code = self.wait()
+            raise _Lost(_cause_of_death(code), transient=code in (None, -signal.SIGKILL)) from None
         if kind == ERROR:
             raise value
         if kind == NO_MEMORY:
