@@ -385,3 +385,15 @@ def test_folders_of_different_forms(tmp_path: Path) -> None:
 
 def test_damaged_data_sets_end_in_samples_or_problems(tmp_path: Path) -> None:
     assert fuzz_indexes(60, 0, tmp_path) == []
+
+
+def test_folders_of_our_own_making_are_no_clips(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.txt", "prepared/preview/b.png", "run/validation/c.mp4", "preview/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for name in ("prepared/ledger.jsonl", "run/config.json", "run/metrics.jsonl", "ledger.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert [sample.id for sample in read(tmp_path)] == ["a.mp4"]
+    (tmp_path / "run/metrics.jsonl").unlink()  # now anybody's folder
+    with pytest.raises(UsageError, match="has no caption"):
+        read(tmp_path)

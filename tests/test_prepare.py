@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from preparing import complete, preparation, tensor_files
+from preparing import Here, complete, preparation, tensor_files
 
 from cogvideox import encode, models, prepare
 from cogvideox.args import EncodeFlags, ModelFlags
 from cogvideox.data import clips as clips_module
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
-from cogvideox.data.clips import FAILED, OK, SHORT, Variant, decode_variant
+from cogvideox.data.clips import FAILED, KILLED, OK, SHORT, UNREADABLE, Variant, decode_variant
 from cogvideox.data.decode import write_video
 from cogvideox.data.transforms import Fit
+from cogvideox.data.workers import Killed
 from cogvideox.errors import UsageError
 from cogvideox.prepare import Encoders, check_bad
 
@@ -538,3 +539,107 @@ def test_a_cache_is_not_bound_to_the_data_s_place(
 ) -> None:
     assert complete(tiny("5b"), data, output).samples == open_index(output).samples
     assert encoded == Encoded()
+
+
+# -- while others change things ----------------------------------------------------------------------------------------
+
+
+def during_encoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    """Calls ``act`` once, between planning and the decoding of clips."""
+    real, done = models.video_encoder, []
+
+    def encoder(*arguments: Any) -> Any:
+        if not done:
+            done.append(act())
+        return real(*arguments)
+
+    monkeypatch.setattr(models, "video_encoder", encoder)
+
+
+def test_a_clip_that_changes_after_planning_is_never_stored_as_what_it_was(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    clip, output = data / "videos/00001.mp4", tmp_path / "out"
+    original = clip.read_bytes()
+    with monkeypatch.context() as patch:
+        during_encoding(patch, lambda: shutil.copy(data / "videos/00004.mp4", clip))
+        with pytest.raises(UsageError, match=r"00001\.mp4: has changed while it was prepared"):
+            complete(tiny("5b"), data, output)
+    clip.write_bytes(original)
+    index = complete(tiny("5b"), data, output)
+    reference = complete(tiny("5b"), data, tmp_path / "fresh")
+    assert index.samples == reference.samples
+    assert tensor_files(output) == tensor_files(tmp_path / "fresh")
+
+
+def test_a_clip_that_goes_and_comes_back_is_not_remembered_as_failed(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    clip, away, output = data / "videos/00001.mp4", tmp_path / "away.mp4", tmp_path / "out"
+    with monkeypatch.context() as patch:
+        during_encoding(patch, lambda: os.rename(clip, away))
+        with pytest.raises(UsageError, match="has changed while it was prepared"):
+            complete(tiny("5b"), data, output)
+    os.rename(away, clip)
+    assert len(complete(tiny("5b"), data, output).samples) == NUM_CLIPS
+
+
+def test_tensors_that_another_job_takes_away_are_not_indexed(
+    tiny: Tiny, clips: Path, output: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    made = preparation(tiny("5b"), clips, output)
+    records = made.plan()
+    key = open_index(output).samples[0].video_keys[0]
+    monkeypatch.setattr(made, "_encode_cuts", lambda missing, encoders: made.cache.set_aside(key))
+    with pytest.raises(UsageError, match="1 tensors went missing meanwhile; run the same command again"):
+        made.encode(records)
+    assert len(complete(tiny("5b"), clips, output).samples) == NUM_CLIPS
+
+
+def test_a_validation_set_that_comes_to_nothing_is_an_error(
+    tiny: Tiny, clips: Path, tmp_path: Path, threads: None
+) -> None:
+    held = tmp_path / "held"
+    (held / "videos").mkdir(parents=True)
+    shutil.copy(clips / "videos/00005.mp4", held / "videos")
+    (held / "prompts.txt").write_text("short\n")
+    (held / "videos.txt").write_text("videos/00005.mp4\n")
+    flags = {"validation_data_root": (str(held),), "frame_buckets": (17,), "max_bad_fraction": 0.5}
+    with pytest.raises(UsageError, match="no clip is left to measure on"):
+        complete(tiny("5b"), clips, tmp_path / "out", **flags)
+
+
+def test_killed_workers_are_remembered_under_their_limits_only(
+    tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Killing(Here):
+        def run(self, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+            for function, path, *rest in jobs:
+                asked.append(Path(path).name)
+                killed = Killed("no result after 9 s"), Killed("its worker was killed", transient=True)
+                number = {"00001.mp4": 0, "00002.mp4": 1}.get(asked[-1])
+                yield function(path, *rest) if number is None else killed[number]
+
+    monkeypatch.setattr(prepare, "worker_pool", lambda data, limits: Killing())
+    statuses = [record["status"] for record in preparation(tiny("5b"), clips, tmp_path).plan()]
+    assert statuses == [OK, KILLED, UNREADABLE, OK, OK, OK]
+    asked.clear()
+    preparation(tiny("5b"), clips, tmp_path).plan()
+    assert asked == ["00002.mp4"]  # the machine's fault: tried again
+    asked.clear()
+    preparation(tiny("5b"), clips, tmp_path, decode_timeout=500.0).plan()
+    assert sorted(asked) == ["00001.mp4", "00002.mp4"]
+
+
+@pytest.mark.parametrize("number", [3, 7, 29, 97, 100, 355])
+def test_the_fraction_that_is_advised_is_enough(number: int) -> None:
+    for bad in range(1, number):
+        records: list[dict[str, Any]] = [{"status": OK}] * (number - bad)
+        records += [{"status": SHORT, "path": "p", "reason": "r"}] * bad
+        with pytest.raises(UsageError) as caught:
+            check_bad(records, (bad - 1) / number)
+        check_bad(records, float(caught.value.problems[-1].rpartition(" ")[2]))
+        with pytest.raises(UsageError):
+            check_bad(records, (bad - 0.5) / number)
