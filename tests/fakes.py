@@ -107,5 +107,5 @@ def state_of(transformer: Any) -> dict[str, Any]:
         "modes": {name: module.training for name, module in transformer.named_modules()},
         "trainable": {name: p.requires_grad for name, p in transformer.named_parameters()},
         "left": {name: p.grad is None for name, p in transformer.named_parameters()},
-        "weights": {name: p.detach().numpy().tobytes() for name, p in transformer.named_parameters()},
+        "weights": {name: p.detach().cpu().numpy().tobytes() for name, p in transformer.named_parameters()},
     }

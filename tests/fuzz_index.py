@@ -147,7 +147,7 @@ def see_table(root: Path, names: list[str]) -> Rows:
             for row in csv.reader(io.StringIO(text, newline=""), dialect_of(name), strict=True)
             if row not in ([], [" "])
         ]
-        rows = [dict(zip([cell.strip() for cell in header], row, strict=True)) for row in cells]
+        rows = [dict(zip([name.strip() for name in header], row, strict=True)) for row in cells]
     return [(cell(row, VIDEO), cell(row, CAPTION), cell(row, ("image",)) if "image" in row else None) for row in rows]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import errno
 import os
 import re
 import subprocess
@@ -360,3 +361,36 @@ def test_defaults_obey_their_own_rules(group: str) -> None:
         of, many = args.value_type(types[item.name])
         for value in item.default if many else [item.default]:
             assert args.convert(item, of, str(value)) == value
+
+
+# -- the end of a script -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UsageError("a\nb"), 2, "script: 1 problem\n  a\\nb\n"),
+        (KeyboardInterrupt(), 130, "stopped; the same command goes on\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/d/x"), 2, "/d/x: No space left on device; mend that and "),
+    ],
+)
+def test_what_the_user_can_mend_is_a_line(
+    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(options: typing.Any) -> int:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
+    with pytest.raises(SystemExit) as ended:
+        args.run_script(main, args.PrepareOptions, "doc", ())
+    assert ended.value.code == status
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_what_the_user_cannot_mend_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(options: typing.Any) -> int:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        args.run_script(main, args.PrepareOptions, "doc", ())

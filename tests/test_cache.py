@@ -370,3 +370,10 @@ def test_equal_tensors_are_equal_files(cache: TensorCache) -> None:
         cache.write(KEY, tensors())
         written.add(cache.path(KEY).read_bytes())
     assert len(written) == 1
+
+
+@pytest.mark.parametrize("content", ['{"format": 2}', "[]", '{"format": 2, "samples": [{}], "validation": []}', "x"])
+def test_a_damaged_index_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(UsageError, match=r"run prepare_dataset\.py again"):
+        open_index(tmp_path)

@@ -397,3 +397,9 @@ def test_folders_of_our_own_making_are_no_clips(tmp_path: Path) -> None:
     (tmp_path / "run/metrics.jsonl").unlink()  # now anybody's folder
     with pytest.raises(UsageError, match="has no caption"):
         read(tmp_path)
+
+
+def test_a_prepared_folder_says_which_flag_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text("")
+    with pytest.raises(UsageError, match="to train on it add --load_tensors"):
+        read(tmp_path)

@@ -327,7 +327,8 @@ def test_a_clip_too_short_for_all_stops_the_run(tiny: Tiny, clips: Path, tmp_pat
     assert caught.value.problems == (
         f"{clips}/videos/00005.mp4: 1.67 s give 13 frames at 8 frames a second; the shortest bucket has 17; "
         "give a bucket of 13 frames or less, or a higher --fps",
-        "--max_bad_fraction 0: 1 of 6 clips cannot be used; mend or remove them, or allow it with "
+        "--max_bad_fraction 0: 1 of 6 clips cannot be used; mend or remove them "
+        "(ledger.jsonl has all), or allow it with "
         "--max_bad_fraction 0.167",
     )
     assert not (tmp_path / "index.json").exists()
@@ -590,7 +591,7 @@ def test_tensors_that_another_job_takes_away_are_not_indexed(
     made = preparation(tiny("5b"), clips, output)
     records = made.plan()
     key = open_index(output).samples[0].video_keys[0]
-    monkeypatch.setattr(made, "_encode_cuts", lambda missing, encoders: made.cache.set_aside(key))
+    monkeypatch.setattr(made, "_encode_cuts", lambda missing, encoders: made.cache.remove(key))
     with pytest.raises(UsageError, match="1 tensors went missing meanwhile; run the same command again"):
         made.encode(records)
     assert len(complete(tiny("5b"), clips, output).samples) == NUM_CLIPS
@@ -643,3 +644,15 @@ def test_the_fraction_that_is_advised_is_enough(number: int) -> None:
         check_bad(records, float(caught.value.problems[-1].rpartition(" ")[2]))
         with pytest.raises(UsageError):
             check_bad(records, (bad - 0.5) / number)
+
+
+@pytest.mark.parametrize("change", [{"status": "odd"}, {"cuts": None}, {"content": None}])
+def test_a_ledger_line_of_another_kind_is_as_good_as_none(
+    tiny: Tiny, clips: Path, output: Path, encoded: Encoded, threads: None, change: dict[str, Any]
+) -> None:
+    index, path = open_index(output), output / "ledger.jsonl"
+    records = [json.loads(line) | change for line in path.read_text().splitlines()]
+    records = [{name: value for name, value in record.items() if value is not None} for record in records]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert complete(tiny("5b"), clips, output) == index
+    assert encoded == Encoded()

@@ -86,7 +86,7 @@ def test_what_is_done_to_the_clips_of_a_bucket(configs: Path, data: Path, tmp_pa
     changes = {"height_buckets": (96,), "width_buckets": (96,), "video_reshape_mode": "center"}
     lines = described(configs, data, tmp_path / "out", **changes, num_augmentations=2)
     # 96x64, 128x96 and 64x96 (width x height): all but the second are enlarged 1.5 times
-    assert lines[1].split() == ["5x96x96", "6", "12", "4", "0%", "33%", "0.2"]
+    assert lines[1].split() == ["5x96x96", "6", "12", "4", "0%", "33%", "0.1"]
 
 
 def test_dropped_clips_have_a_status_and_a_reason(configs: Path, data: Path, tmp_path: Path) -> None:
@@ -189,3 +189,17 @@ def test_clips_that_do_not_decode_are_left_out_of_the_picture(
     )
     described(configs, data, tmp_path / "out")
     assert [label.split(":")[0] for label in drawn] == [f"videos/0000{k}.mp4" for k in (0, 1, 3, 4, 5)]
+
+
+def test_copies_and_repeats_share_their_bytes(configs: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copy(data / "videos/00000.mp4", data / "videos/00001.mp4")
+    size = {"height_buckets": (128,), "width_buckets": (192,), "max_upscale": 10.0, "frame_buckets": (9,)}
+    once = described(configs, data, tmp_path / "out", **size)[1].split()
+    thrice = described(configs, data, tmp_path / "out", **size, repeats=(3,))[1].split()
+    assert (once[1], thrice[1]) == ("6", "18")
+    assert once[-1] == thrice[-1] == f"{5 * 32 * 3 * 16 * 24 * 2 / 2**20:.1f}"
+
+
+def test_videos_that_become_stills_are_said(configs: Path, clips: Path, tmp_path: Path) -> None:
+    lines = described(configs, clips, tmp_path / "out", frame_buckets=(1,))
+    assert "1x32x48: 6 videos give one frame each; to train on motion give longer buckets too" in lines

@@ -144,3 +144,8 @@ def test_other_arrays_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> Non
         with pytest.raises(ValueError, match=r"uint8 \(H, W, 3\)"):
             contact_sheet([Row("", [frame])], tmp_path / "sheet.png", "Title")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_label_of_ten_megabytes(tmp_path: Path) -> None:
+    contact_sheet([Row("word " * 2_000_000, [np.zeros((8, 8, 3), np.uint8)])], tmp_path / "a.png", "title")
+    assert (tmp_path / "a.png").stat().st_size > 0

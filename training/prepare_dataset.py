@@ -36,10 +36,14 @@ def main(options: args.PrepareOptions) -> int:
             return 1 if faults else 0
         mend(preparation, faults, records)
         records = preparation.plan()
-    if not prepare.dry_run:
+    if prepare.dry_run:
+        ranks.say(describe(preparation, records, costs=True))
         check_bad(records, options.data.max_bad_fraction)
-        _, records = preparation.encode(records, prepare.batch_size)
-    ranks.say(describe(preparation, records, costs=prepare.dry_run))
+        return 0
+    check_bad(records, options.data.max_bad_fraction)
+    index, records = preparation.encode(records, prepare.batch_size)
+    ranks.say(describe(preparation, records))
+    ranks.say(f"{len(index.samples)} samples in {folder}; train with --data_root {folder} --load_tensors")
     return 0
 
 

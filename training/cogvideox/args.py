@@ -7,6 +7,7 @@ A flag's field name is its name; ``aliases`` are the names that other CogVideoX 
 import argparse
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import logging
 import math
@@ -25,7 +26,18 @@ from cogvideox.errors import UsageError, one_line
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 POLYNOMIAL_END = 1e-7  # learning rate at the end of the polynomial schedule
-USAGE_EXIT = 2
+USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
+# of the file system: the user can mend them
+REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ENOENT,
+}
 # loggers that warn, wherever the package is merely installed, of extras that nothing here uses
 NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
@@ -75,7 +87,7 @@ class DataFlags:
 
     data_root: tuple[str, ...] = flag(
         REQUIRED,
-        "folders of the clips, in any of the forms that README lists; with --load_tensors one prepared folder",
+        "folders of the clips, in any of the forms that docs/data.md lists; with --load_tensors one prepared folder",
         aliases=("instance_data_root",),
     )
     dataset_file: str | None = flag(
@@ -145,9 +157,7 @@ class DataFlags:
         least=0.0,
         most=1.0,
     )
-    video_reader: str = flag(
-        "pyav", "library that decodes: pyav, exact; or decord 0.6, where it is installed", choices=("pyav", "decord")
-    )
+    video_reader: str = flag("pyav", "library that decodes: pyav, exact; or decord (0.6), where it is installed")
     decode_timeout: float = flag(120.0, "seconds after which a clip that still decodes is given up", least=1.0)
     decode_memory: float = flag(4.0, "GiB of memory that decoding one clip may take", least=0.5)
     seed: int = flag(42, "all random draws follow from it", least=0)
@@ -393,7 +403,7 @@ def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
     """Contradictions between the flags that list buckets."""
     for text in data.train_resolution:
         if resolution(text) is None:
-            yield f"--train_resolution {text}: takes FRAMESxHEIGHTxWIDTH; nearest: 49x480x720"
+            yield f"--train_resolution {text}: is no bucket; give FRAMESxHEIGHTxWIDTH, such as 49x480x720"
     lists = sorted({"height_buckets", "width_buckets", "frame_buckets"} & given)
     if data.train_resolution and lists:
         yield f"--train_resolution: contradicts --{', --'.join(lists)}; give either"
@@ -411,6 +421,8 @@ def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
     """Contradictions between the flags of prepare_dataset.py alone."""
     if not prepare.save_latents_and_embeddings:
         yield "--save_latents_and_embeddings false: nothing else is written; leave it out, or use --dry_run"
+    if not prepare.output_dir:
+        yield "--output_dir: is empty; give a folder for the tensors"
     modes = [name for name in ("dry_run", "verify", "repair") if getattr(prepare, name)]
     if len(modes) > 1:
         yield f"--{modes[0]}: contradicts --{modes[1]}; give one of them"
@@ -673,6 +685,14 @@ def run_script(
         count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
         lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in error.problems)]
         print(*lines, sep="\n", file=sys.stderr)
+        leave(USAGE_EXIT)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        leave(INTERRUPTED_EXIT)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        print(f"{error.filename or 'the disk'}: {error.strerror}; mend that and run the same command", file=sys.stderr)
         leave(USAGE_EXIT)
 
 

@@ -65,6 +65,8 @@ def check_tensors(options: Any) -> Iterator[str]:
     elif options.loader.load_tensors:
         if options.loader.tensor_cache:
             yield "--tensor_cache: the tensors of this folder are used as they are; leave it out"
+        if options.data.dataset_file:
+            yield "--dataset_file: this folder has its own list of what was prepared; leave it out"
         if options.data.repeats != (1,):
             yield "--repeats: the clips of this folder are used as they were prepared; prepare with the flag"
         open_index(folder)

@@ -35,6 +35,7 @@ from cogvideox.data.clips import (
     Variant,
     bad_line,
     decode_variant,
+    is_record,
     max_bad,
     plan_clip,
 )
@@ -144,7 +145,7 @@ class Preparation:
 
     def plan(self) -> list[dict[str, Any]]:
         """The ledger record of every sample, in order; files that have none yet are probed, in workers."""
-        known = self.ledger.read(set(self.requests.values()))
+        known = self._known()
         mine = self.share(list(self.requests.items()))
         todo = [path for path, request in mine if not self._settled(known.get(request))]
         jobs = ((plan_clip, path, self.recipe) for path in todo)
@@ -187,7 +188,7 @@ class Preparation:
 
     def _records(self) -> list[dict[str, Any]]:
         """The ledger's record of every sample, in order."""
-        known = self.ledger.read(set(self.requests.values()))
+        known = self._known()
         changed = {"status": UNREADABLE, "reason": CHANGED}
         return [
             known.get(self.requests[path], {"request": self.requests[path], "path": path} | changed)
@@ -223,11 +224,16 @@ class Preparation:
             hidden = not self.state.is_main_process
             yield from tqdm(workers.run(jobs), total=total, desc=what, unit="clip", disable=hidden)
 
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """What the ledger has on the files as they are."""
+        records = self.ledger.read(set(self.requests.values()))
+        return {request: record for request, record in records.items() if is_record(record)}
+
     def _settled(self, record: dict[str, Any] | None) -> bool:
         """Whether a file need not be looked at again."""
         if record is None or record["status"] == UNREADABLE:
             return False
-        return record["status"] != KILLED or record["limits"] == self._limits()
+        return record["status"] != KILLED or record.get("limits") == self._limits()
 
     def _limits(self) -> list[float]:
         return [self.limits.seconds, self.limits.memory]
@@ -370,6 +376,6 @@ def check_bad(records: Sequence[dict[str, Any]], max_bad_fraction: float) -> Non
     enough = math.ceil(len(bad) / len(records) * 1000) / 1000
     rule = (
         f"--max_bad_fraction {max_bad_fraction:g}: {len(bad)} of {len(records)} clips cannot be used; "
-        f"mend or remove them, or allow it with --max_bad_fraction {enough:g}"
+        f"mend or remove them (ledger.jsonl has all), or allow it with --max_bad_fraction {enough:g}"
     )
     raise UsageError([*first_of(bad), rule])

@@ -44,6 +44,9 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
     used = by_bucket(records)
     lines = [table(records, used, geometry, stored_bytes(preparation.model, flags, "vae"))]
     lines += frame_notes(used, geometry)
+    lines += still_notes(used)
+    if preparation.num_validation:
+        lines.append(f"{preparation.num_validation} of the clips are for validation")
     lines += leak_notes(preparation, records)
     lines += caption_notes(preparation.model, preparation.samples, geometry.max_text_seq_length)
     lines += sheets(preparation, used)
@@ -65,11 +68,12 @@ def stored_bytes(model: ModelFlags, flags: EncodeFlags, part: str) -> int:
 
 @dataclass(frozen=True)
 class Used:
-    """What one clip gives to one bucket: its place among the samples, its first variant, how many there are."""
+    """What one clip gives to one bucket: its place among the samples, its first variant, what names its tensors."""
 
     place: int
     variant: Variant
     num_variants: int
+    tensors: frozenset[str]
     source: dict[str, Any]
 
 
@@ -79,7 +83,8 @@ def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
     for place, record in enumerate(records):
         for cut in record["cuts"] if record["status"] == OK else []:
             variants = cut["variants"]
-            used = Used(place, Variant.from_record(variants[0]), len(variants), record["source"])
+            tensors = frozenset(f"{record['content']} {variant}" for variant in variants)
+            used = Used(place, Variant.from_record(variants[0]), len(variants), tensors, record["source"])
             found.setdefault(Bucket(**cut["bucket"]), []).append(used)
     return dict(sorted(found.items()))
 
@@ -88,7 +93,8 @@ def table(records: Records, used: dict[Bucket, list[Used]], geometry: Geometry, 
     """Clips per bucket, what is done to them and how large they become; what was dropped, and why."""
     rows: list[tuple[str, ...]] = [("bucket", "clips", "variants", "upscaled", "stretched", "cut off", "MiB")]
     for bucket, clips in used.items():
-        size = sum(clip.num_variants for clip in clips) * moments_size(bucket, geometry) * number_bytes / 2**20
+        tensors = set().union(*(clip.tensors for clip in clips))  # copies and repeats share theirs
+        size = len(tensors) * moments_size(bucket, geometry) * number_bytes / 2**20
         rows.append((str(bucket), *bucket_cells(clips), f"{size:.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -128,6 +134,14 @@ def frame_notes(used: dict[Bucket, list[Used]], geometry: Geometry) -> Iterator[
         if made != frames or frames % geometry.temporal_compression == 0:
             latents = geometry.latent_frames(frames)
             yield f"{frames} frames are {latents} latent frames, of which inference makes {made} frames"
+
+
+def still_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
+    """Videos of which one frame is all that is used."""
+    for bucket, clips in used.items():
+        videos = sum(clip.source["frames"] > 1 for clip in clips)
+        if bucket.frames == 1 and videos:
+            yield f"{bucket}: {videos} videos give one frame each; to train on motion give longer buckets too"
 
 
 def leak_notes(preparation: Preparation, records: Records) -> list[str]:

@@ -21,6 +21,7 @@ TITLE_SIZE, LABEL_SIZE = 26, 16
 MAX_LINES = 3
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+LONGEST_LABEL = 2000  # characters; three lines take fewer
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _text(text: str, size: int, width: int) -> _Text:
 
 def _wrapped(text: str, font: Font, width: int) -> Iterator[str]:
     """Lines no wider than `width`, broken between words, and inside a word only if it fills a line by itself."""
-    for paragraph in text.splitlines():
+    for paragraph in text[:LONGEST_LABEL].splitlines():
         line = ""
         for word in "".join(letter if letter.isprintable() else " " for letter in paragraph).split():
             rest = f"{line} {word}".strip()

@@ -117,14 +117,14 @@ def tensor_faults(
 
 
 def mend(preparation: Preparation, faults: Sequence[Fault], records: Sequence[dict[str, Any]]) -> None:
-    """Sets aside what is damaged and forgets what is out of date, so that preparing makes it anew.
+    """Deletes what is damaged and forgets what is out of date, so that preparing makes it anew.
 
     ``faults`` are those of all ranks. Files that failed, or whose decoder had to be killed, are tried once more.
     """
     if preparation.state.is_main_process:
         for fault in faults:
             if fault.key is not None:
-                preparation.cache.set_aside(fault.key)
+                preparation.cache.remove(fault.key)
         retried = [fault.record for fault in faults if fault.record is not None]
         retried += [record for record in records if record["status"] in (FAILED, KILLED)]
         preparation.ledger.append(

@@ -65,9 +65,11 @@ class TensorCache:
         """
         try:
             return self.examine(key)
-        except CacheError:
-            self.set_aside(key)
-            raise
+        except CacheError as error:
+            path = self.path(key)
+            with suppress(OSError):
+                os.replace(path, path.with_suffix(".damaged"))
+            raise CacheError(f"{error}; prepare again, it is encoded anew") from None
 
     def examine(self, key: str) -> dict[str, Any]:
         """As ``read``, but changes nothing."""
@@ -78,7 +80,7 @@ class TensorCache:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            raise CacheError(f"{path}: is not there; prepare again") from None
+            raise CacheError(f"{path}: is not there") from None
         except OSError as error:  # not the file's fault
             raise UsageError(f"{path}: cannot be read ({error.strerror}); mend that and run again") from None
         try:
@@ -86,18 +88,16 @@ class TensorCache:
             written = json.loads(header_of(content)["__metadata__"]["written"])
             written_key, written_sum = written["key"], written["sha256"]
         except (SafetensorError, KeyError, TypeError, ValueError):
-            raise CacheError(f"{path}: is torn; prepare again, it is encoded anew") from None
+            raise CacheError(f"{path}: is torn") from None
         if written_key != key:
-            raise CacheError(f"{path}: holds the tensors of another key; prepare again, it is encoded anew")
+            raise CacheError(f"{path}: holds the tensors of another key")
         if written_sum != checksum(tensors):
-            raise CacheError(f"{path}: its checksum is wrong; prepare again, it is encoded anew")
+            raise CacheError(f"{path}: its checksum is wrong")
         return tensors
 
-    def set_aside(self, key: str) -> None:
-        """Renames the file of a key, so that it counts as missing."""
-        path = self.path(key)
-        with suppress(OSError):
-            os.replace(path, path.with_suffix(".damaged"))
+    def remove(self, key: str) -> None:
+        """Deletes the tensors of a key, so that they count as missing."""
+        self.path(key).unlink(missing_ok=True)
 
 
 def header_of(content: bytes) -> dict[str, Any]:
@@ -229,11 +229,14 @@ def open_index(folder: Path) -> CacheIndex:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path}: is no JSON ({error}); run prepare_dataset.py again") from None
-    if values.pop("format", None) != INDEX_FORMAT:
+    if not isinstance(values, dict) or values.pop("format", None) != INDEX_FORMAT:
         raise UsageError(f"{path}: was written by another version; run prepare_dataset.py again")
-    for name in ("samples", "validation"):
-        values[name] = tuple(
-            CachedSample(**s | {"bucket": Bucket(**s["bucket"]), "video_keys": tuple(s["video_keys"])})
-            for s in values[name]
-        )
-    return CacheIndex(**values)
+    try:
+        for name in ("samples", "validation"):
+            values[name] = tuple(
+                CachedSample(**s | {"bucket": Bucket(**s["bucket"]), "video_keys": tuple(s["video_keys"])})
+                for s in values[name]
+            )
+        return CacheIndex(**values)
+    except (KeyError, TypeError):
+        raise UsageError(f"{path}: is damaged; run prepare_dataset.py again") from None

@@ -30,6 +30,7 @@ RULES = 1  # another number where equal flags begin to mean other cuts: what was
 OK, FAILED, SHORT, SMALL = "ok", "failed", "short", "small"
 UNREADABLE = "unreadable"  # the file system refused: tried again at the next preparation
 KILLED = "killed"  # its decoder crashed, hung or ate the memory: tried again under other limits
+STATUSES = (OK, FAILED, SHORT, SMALL, UNREADABLE, KILLED)
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,12 @@ def time_decode(path: StrPath, variant: Variant) -> tuple[float, np.ndarray] | s
     start = time.perf_counter()
     frames = decode_variant(path, variant)
     return frames if isinstance(frames, str) else (time.perf_counter() - start, frames)
+
+
+def is_record(record: dict[str, Any]) -> bool:
+    """Whether a line of the ledger says all that it must; one that does not is as good as none."""
+    names = ("path", "content", "cuts", "stamp", "source") if record.get("status") == OK else ("path", "reason")
+    return record.get("status") in STATUSES and all(name in record for name in names)
 
 
 def bad_line(path: str, reason: str) -> str:

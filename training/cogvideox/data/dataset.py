@@ -90,7 +90,7 @@ def _read(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Te
     tensor = cache.read(key).get(name)
     found = None if tensor is None else tuple(tensor.shape)
     if tensor is None or found != shape:
-        raise CacheError(f"{cache.path(key)}: its {name} is {found}, not {shape}; delete the file and prepare again")
+        raise CacheError(f"{cache.path(key)}: its {name} is {found}, not {shape}; prepare_dataset.py --repair mends it")
     return tensor
 
 

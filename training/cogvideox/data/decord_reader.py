@@ -32,6 +32,8 @@ def reader_problem(name: str) -> str | None:
     """Why a reader of videos cannot be used, in one line that says what to do; None if it can."""
     if name == "pyav":
         return None
+    if name == "decord2":
+        return "returns wrong frames without an error; use pyav, or decord 0.6"
     if name not in READERS:
         return f"must be one of {', '.join(READERS)}"
     if _installed("decord2"):

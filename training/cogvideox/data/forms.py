@@ -69,7 +69,10 @@ def _read_what_is_there(root: str, rules: PathRules, problems: Problems) -> Colu
         return read_table(os.path.join(root, tables[0]), root, NO_NAMES, problems)
     if captions or videos:
         return _read_lists(root, NO_NAMES, problems)
-    return _read_pairs(root, rules, problems)
+    columns = _read_pairs(root, rules, problems)
+    if _is_output(root) and problems:
+        problems.add("an output", f"{root}: is a folder that was prepared here; to train on it add --load_tensors")
+    return columns
 
 
 def _files(root: str, names: Sequence[str]) -> list[str]:
