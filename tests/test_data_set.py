@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -18,7 +19,7 @@ import prepare_dataset
 import pytest
 from PIL import Image
 from preparing import tensor_files
-from running import PREPARE_SCRIPT, finish, in_process, lora_flags, losses, metrics, prepare, python, start, train
+from running import PREPARE_SCRIPT, SIZE, finish, in_process, lora_flags, losses, metrics, prepare, python, start, train
 
 from cogvideox.args import PrepareOptions
 from cogvideox.data.cache import CacheIndex, open_index
@@ -180,3 +181,22 @@ def test_folders_repeats_and_a_validation_set(mixed: Path, clips: Path, model: P
     flags = lora_flags(model, tmp_path / "tensors", tmp_path / "lora", "--load_tensors", "--frame_buckets", 9, 1)
     assert train(flags) == 0
     assert any("held_out_loss" in line for line in metrics(tmp_path / "lora"))
+
+
+@pytest.mark.slow
+def test_two_processes_prepare_and_verify_what_one_does(
+    model: Path, clips: Path, tensors: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "tensors"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29573]
+    flags = ["--model_id", model, "--data_root", clips, "--output_dir", output, "--id_token", "TOKEN", *SIZE]
+    finish(start([*launch, PREPARE_SCRIPT, *flags]))
+    assert open_index(output) == open_index(tensors)
+    assert tensor_files(output).keys() == tensor_files(tensors).keys()
+    for path in sorted(output.glob("tensors/*/*"))[:5]:
+        path.write_bytes(path.read_bytes()[:-1])
+    text = finish(start([*launch, PREPARE_SCRIPT, *flags, "--verify"]), status=1)  # of both ranks, once
+    assert len([line for line in text.splitlines() if line.endswith("is torn")]) == 5
+    assert [line for line in text.splitlines() if line.startswith("faults")] == ["faults: 5"]
+    finish(start([*launch, PREPARE_SCRIPT, *flags, "--repair"]))
+    assert prepare(model, clips, output, "--id_token", "TOKEN", "--verify") == 0

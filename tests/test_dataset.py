@@ -345,7 +345,7 @@ def test_moments_of_another_shape_than_the_bucket_s(
     dataset.replace_bad = False
     with pytest.raises(CacheError) as error:
         dataset[Visit(1, 0)]
-    says = f"{dataset.cache.path(key)}: its moments_CFHW is {shape}, not (32, 3, 8, 12); delete the file and prepare"
+    says = f"{dataset.cache.path(key)}: its moments_CFHW is {shape}, not (32, 3, 8, 12); prepare_dataset.py"
     assert str(error.value).startswith(says)
 
 

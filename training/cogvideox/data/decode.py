@@ -38,6 +38,8 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     if is_picture(path):
         return probe_picture(path)
     stamp = stamp_of(path)
+    if stamp[0] == 0:
+        raise VideoError(f"{path}: is empty; download it again")
     with reading(path) as (container, stream):
         index, frame = scan(container, stream, stamp)
         rotation = _rotation(frame)
