@@ -259,7 +259,7 @@ def bad_file(tmp_path: Path, clip: Path, kind: str) -> Path:
     [
         ("truncated", "is truncated: [0-9]+ of 60 frames"),
         ("truncated_index_last", "cannot be read: "),
-        ("empty", "cannot be read: "),
+        ("empty", "is empty; "),
         ("text", "cannot be read: "),
         ("playlist", "cannot be read: "),
         ("audio", "has no video stream"),
