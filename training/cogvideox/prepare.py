@@ -269,11 +269,11 @@ class Preparation:
 
     def _give_up(self, cut: Cut, reason: str | Killed) -> None:
         """Writes down that the files of a cut cannot be used."""
+        changed = any(self.recipe.request(record["path"]) != record["request"] for record in cut.records)
         for record in cut.records:
-            path = record["path"]
             if isinstance(reason, Killed):
-                end = self._killed(path, reason)
-            elif self.recipe.request(path) != record["request"]:
+                end = self._killed(record["path"], reason)
+            elif changed:
                 end = {"status": UNREADABLE, "reason": CHANGED}
             else:
                 end = {"status": FAILED, "reason": reason}
