@@ -100,7 +100,7 @@ class DataFlags:
         None, "file in data_root with one path a line, relative to data_root (videos.txt); of a table, its column"
     )
     image_column: str | None = flag(
-        None, "file in data_root with one path of a first frame a line (images.txt); of a table, its column"
+        None, "file in data_root with a first frame a line, for image-to-video (images.txt); of a table, its column"
     )
     repeats: tuple[int, ...] = flag((1,), "how often an epoch has each clip: one number, or one a data_root", least=1)
     validation_data_root: tuple[str, ...] = flag(
