@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 if "COGVIDEOX_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the references are exact on a CPU only
+
+# A shell ignores Ctrl-C for what it runs in the background, and what is ignored stays so in every process started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # number of clips, width, height, frames per second, frames
 SYNTHETIC = ((3, 96, 64, 8, 17), (2, 128, 96, 25, 60), (1, 64, 96, 30, 50))
