@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cogvideox import held_out
 from cogvideox.args import ModelFlags
+from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CachedSample, CacheError, TensorCache, open_index
 from cogvideox.data.dataset import Batch, normal
 from cogvideox.geometry import read_geometry
@@ -130,10 +131,18 @@ def test_the_ranks_shares_add_up_to_the_same(
 
 def test_mean_and_error_are_over_clips() -> None:
     losses = torch.tensor([[1.0, 3.0], [4.0, 4.0], [2.0, 10.0]], dtype=torch.float64)  # clips: 2, 4, 6
-    assert mean_and_error(losses) == (4.0, pytest.approx(2.0 / math.sqrt(3)))
-    mean, error = mean_and_error(losses[:1])
+    assert mean_and_error(losses, ["a", "b", "c"]) == (4.0, pytest.approx(2.0 / math.sqrt(3)))
+    mean, error = mean_and_error(losses[:1], ["a"])
     assert mean == 2.0
     assert math.isnan(error)
+
+
+def test_a_clip_in_two_buckets_counts_once() -> None:
+    losses = torch.tensor([[1.0], [3.0], [6.0]], dtype=torch.float64)
+    assert mean_and_error(losses, ["a", "a", "b"]) == (4.0, pytest.approx(2.0))
+    bucket = Bucket(9, 64, 96)
+    assert CachedSample("x@y.mp4@9x64x96", "", bucket, (), "").clip == "x@y.mp4"
+    assert CachedSample("x@y.mp4", "", bucket, (), "").clip == "x@y.mp4"
 
 
 def test_no_validation_clips_nothing_measured(model: Path, tensors: Path, tmp_path: Path) -> None:

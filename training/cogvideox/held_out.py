@@ -7,7 +7,7 @@ an effect. Clips are read from the cache; lines go to metrics.jsonl.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,10 +48,12 @@ class HeldOut:
         """Measures the weights as they are after a step, unless metrics.jsonl has that already, and writes it there."""
         if not self.samples or self._measured(step):
             return
-        mean, error = mean_and_error(self.losses())
+        names = [sample.clip for sample in self.samples]
+        mean, error = mean_and_error(self.losses(), names)
         if self.run.is_main:
             write_metrics(self.run, {"step": step, "held_out_loss": mean, "held_out_error": error})
-        clips = "1 clip" if len(self.samples) == 1 else f"+- {error:.5f}, {len(self.samples)} clips"
+        number = len(set(names))
+        clips = "1 clip" if number == 1 else f"+- {error:.5f}, {number} clips"
         self.run.say(f"held-out loss after step {step}: {mean:.5f} ({clips})")
 
     def losses(self) -> Tensor:
@@ -90,8 +92,14 @@ class HeldOut:
         return there[0]
 
 
-def mean_and_error(losses: Tensor) -> tuple[float, float]:
-    """Mean of (clips, places) losses, and the standard error of the clips' means; NaN where there is one clip."""
-    clips = losses.mean(dim=1)
-    error = clips.std().item() / math.sqrt(len(clips)) if len(clips) > 1 else math.nan
-    return clips.mean().item(), error
+def mean_and_error(losses: Tensor, clips: Sequence[str]) -> tuple[float, float]:
+    """Mean of (samples, places) losses, and the standard error of the clips' means; NaN where there is one clip.
+
+    ``clips`` names the clip of each sample: one that is in several buckets counts once.
+    """
+    of_clip: dict[str, list[Tensor]] = {}
+    for clip, row in zip(clips, losses, strict=True):
+        of_clip.setdefault(clip, []).append(row.mean())
+    means = torch.stack([torch.stack(rows).mean() for rows in of_clip.values()])
+    error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return means.mean().item(), error

@@ -182,6 +182,11 @@ class CachedSample:
     video_keys: tuple[str, ...]  # one a variant
     prompt_key: str
 
+    @property
+    def clip(self) -> str:
+        """Names the clip, which may be in several buckets."""
+        return self.id.removesuffix(f"@{self.bucket}")
+
 
 @dataclass(frozen=True)
 class CacheIndex:
