@@ -159,20 +159,24 @@ def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, t
     assert videos[0] == videos[1]
 
 
-def test_signal_saves_and_the_same_command_goes_on(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
-    output = tmp_path / "lora"
-    flags = lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)
-    process = start(python(LORA_SCRIPT, *flags, "--checkpointing_steps", 1000))
-    wait_until(process, lambda: lines(output / "metrics.jsonl") >= 1)
+def test_signal_saves_and_the_same_command_goes_on(model: Path, tensors: Path, tmp_path: Path) -> None:
+    more = ("--load_tensors", "--validation_prompt", PROMPT, "--checkpointing_steps", 1000)
+    stopped = lora_flags(model, tensors, tmp_path / "stopped", *more)
+    # far more steps than there is time for: the signal always comes in between
+    process = start(python(LORA_SCRIPT, *stopped, "--max_train_steps", 2000))
+    wait_until(process, lambda: lines(tmp_path / "stopped" / "metrics.jsonl") >= 1)
     process.send_signal(signal.SIGTERM)
     text = finish(process, status=75)
     assert "the same command goes on" in text
-    steps = lines(output / "metrics.jsonl")
-    assert 1 <= steps < 6
-    assert (output / f"checkpoint-{steps}").is_dir()
-    assert train(flags) == 0
-    assert equal(weights(output), weights(reference))
-    assert losses(output) == losses(reference)
+    steps = lines(tmp_path / "stopped" / "metrics.jsonl")
+    assert 1 <= steps < 2000
+    assert (tmp_path / "stopped" / f"checkpoint-{steps}").is_dir()
+    end = ["--max_train_steps", str(steps + 3)]
+    whole = lora_flags(model, tensors, tmp_path / "whole", *more)
+    assert train([*stopped, *end]) == train([*whole, *end]) == 0
+    assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == steps + 3
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
