@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,11 +147,16 @@ def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, t
         lambda: any(output.glob("validation/*step-000003*")),
         lambda: (output / WEIGHTS).exists(),
     ]
+    killed = 0
     for reached in moments:
         process = start(command)
-        wait_until(process, reached)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        while process.poll() is None and not reached():
+            time.sleep(0.001)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() in (0, -signal.SIGKILL)  # on a busy machine a moment may be over before it is seen
+        killed += process.returncode != 0
+    assert killed >= 4
     finish(start(command))
     assert equal(weights(output), weights(whole))
     assert losses(output) == losses(whole)
