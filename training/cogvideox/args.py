@@ -23,12 +23,13 @@ from typing import Any, TypeVar
 
 from cogvideox.errors import UsageError, one_line
 
+TENSOR_FOLDER = "cogvideox_tensors"  # the default of --tensor_cache, in the data root itself
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 POLYNOMIAL_END = 1e-7  # learning rate at the end of the polynomial schedule
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
 # of the file system: the user can mend them
-REFUSALS = {
+DISK_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
@@ -200,7 +201,7 @@ class LoaderFlags:
     load_tensors: bool = flag(False, "data_root is a folder made by prepare_dataset.py")
     tensor_cache: str | None = flag(
         None,
-        "folder for tensors made here: no --load_tensors, or the factory's .pt files (DATA_ROOT/cogvideox_tensors)",
+        f"folder for tensors made here: of clips, or of the factory's .pt files (DATA_ROOT/{TENSOR_FOLDER})",
     )
     pin_memory: bool = flag(False, "page-locked host memory for batches")
     caption_dropout: float = flag(
@@ -363,7 +364,7 @@ def derive(options: Any, sources: dict[str, str]) -> Any:
         wanted = dict(zip(("validation_frames", "height", "width"), longest, strict=True))
         found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
         if options.loader.tensor_cache is None and not options.loader.load_tensors:
-            found["loader"] = {"tensor_cache": str(Path(data.data_root[0]) / "cogvideox_tensors")}
+            found["loader"] = {"tensor_cache": str(Path(data.data_root[0]) / TENSOR_FOLDER)}
     for values in found.values():
         sources.update(dict.fromkeys(values, "derived"))
     groups = {name: dataclasses.replace(getattr(options, name), **values) for name, values in found.items()}
@@ -379,6 +380,12 @@ def resolution(text: str) -> tuple[int, int, int] | None:
 def resolutions(data: DataFlags) -> list[tuple[int, int, int]]:
     """The well-formed values of --train_resolution."""
     return [numbers for text in data.train_resolution if (numbers := resolution(text))]
+
+
+def reads_clips(options: Any) -> bool:
+    """Whether media files are opened: not where --load_tensors takes what was made of them."""
+    loader = getattr(options, "loader", None)
+    return loader is None or not loader.load_tensors
 
 
 def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
@@ -690,7 +697,7 @@ def run_script(
         print("stopped; the same command goes on", file=sys.stderr)
         leave(INTERRUPTED_EXIT)
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if error.errno not in DISK_ERRORS:
             raise
         print(f"{error.filename or 'the disk'}: {error.strerror}; mend that and run the same command", file=sys.stderr)
         leave(USAGE_EXIT)

@@ -26,7 +26,7 @@ from cogvideox.data.forms import read_columns
 from cogvideox.data.index import unique_id
 from cogvideox.data.paths import PathRules
 from cogvideox.errors import UsageError
-from cogvideox.files import remove_stale_temporaries
+from cogvideox.files import remove_stale_temporaries, stamp_of
 from cogvideox.geometry import Geometry
 
 MOMENTS, EMBEDS = "video_latents", "prompt_embeds"  # the folders
@@ -218,8 +218,7 @@ def bucket_of(shape: tuple[int, ...], geometry: Geometry, data: DataFlags) -> Bu
 
 
 def _request(path: Path) -> str:
-    status = os.stat(path)
-    return hash_of(["factory", str(path), status.st_size, status.st_mtime_ns])
+    return hash_of(["factory", str(path), *stamp_of(path)])
 
 
 def _record(known: dict[str, dict[str, Any]], path: Path, cache: TensorCache) -> dict[str, Any] | None:

@@ -21,6 +21,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def stamp_of(path: str | os.PathLike[str]) -> list[int]:
+    """Changes when a file is written: its size and time; empty if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
 def remove_stale_temporaries(folder: Path) -> None:
     """Deletes temporary files under ``folder`` whose process on this machine is gone."""
     for path in folder.rglob(".*.tmp"):

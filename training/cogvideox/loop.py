@@ -73,11 +73,11 @@ class Trainer:
         run.say(f"plan: {plan}")
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
-        max_bad = options.data.max_bad_fraction
+        bad_fraction = options.data.max_bad_fraction
         self.dataset = LatentDataset(
-            tensors.cache, tensors.index, tensors.geometry, seed, options.loader.caption_dropout, max_bad > 0
+            tensors.cache, tensors.index, tensors.geometry, seed, options.loader.caption_dropout, bad_fraction > 0
         )
-        self.bad_clips = BadClips(max_bad, len(tensors.index.samples))
+        self.bad_clips = BadClips(bad_fraction, len(tensors.index.samples))
         self.global_batch = train.train_batch_size * train.gradient_accumulation_steps * run.world
         samples = tensors.index.samples
         self.order = Order([s.id for s in samples], [s.bucket for s in samples], self.global_batch, seed)

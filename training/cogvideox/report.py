@@ -31,7 +31,6 @@ SHEET_CLIPS, SHEET_FRAMES = 8, 4  # in the picture of a bucket
 SHEETS_CLIPS = 64  # in all pictures together, where there are many buckets
 TRIED = 3  # clips to time
 TIMED_FRAMES = 9  # the VAE encodes 8 at a time, and the first one apart
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 Records = Sequence[dict[str, Any]]
 
@@ -58,9 +57,9 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
 def stored_bytes(model: ModelFlags, flags: EncodeFlags, part: str) -> int:
     """Bytes of one number that a part encodes to; 2 where the weights are not here to tell."""
     try:
-        return BYTES[flags.dtype or models.stored_dtype(model, part)]
+        return models.DTYPES[flags.dtype or models.stored_dtype(model, part)].itemsize
     except UsageError:
-        return BYTES["bf16"]
+        return 2
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -226,8 +225,13 @@ def cost(preparation: Preparation, records: Records) -> str:
     cache = preparation.cache
     todo = [cut for key, cut in preparation.cuts(records, encoders).items() if not cache.has(key)]
     captions = missing_captions(cache, encoders, preparation.captions(records))
-    size = sum(moments_size(cut.bucket, geometry) for cut in todo) * BYTES[encoders.vae_dtype]
-    size += len(captions) * geometry.max_text_seq_length * geometry.text_embed_dim * BYTES[encoders.text_dtype]
+    size = sum(moments_size(cut.bucket, geometry) for cut in todo) * models.DTYPES[encoders.vae_dtype].itemsize
+    size += (
+        len(captions)
+        * geometry.max_text_seq_length
+        * geometry.text_embed_dim
+        * models.DTYPES[encoders.text_dtype].itemsize
+    )
     line = f"to encode: {len(todo)} variants of clips and {len(captions)} captions, {size / 2**20:.1f} MiB"
     if not todo:
         return line

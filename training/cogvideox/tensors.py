@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogvideox.args import DataFlags, LoraOptions, ValidationFlags, resolutions
+from cogvideox.args import TENSOR_FOLDER, DataFlags, LoraOptions, ValidationFlags, resolutions
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
-from cogvideox.data.forms import TENSOR_FOLDER
 from cogvideox.errors import UsageError
 from cogvideox.factory import is_factory_layout, open_factory
 from cogvideox.geometry import Geometry, read_geometry

@@ -22,6 +22,7 @@ from cogvideox.data.frames import VideoInfo, frame_indices, frames_available
 from cogvideox.data.transforms import Fit, apply_fit, fit
 from cogvideox.draws import uniform
 from cogvideox.errors import UsageError, one_line
+from cogvideox.files import stamp_of
 
 StrPath = str | os.PathLike[str]
 
@@ -72,15 +73,6 @@ class Variant:
     def from_record(cls, values: dict[str, Any]) -> "Variant":
         """Out of a ledger record."""
         return cls(tuple(values["indices"]), Fit(**values["fit"]), values["reader"])
-
-
-def stamp_of(path: StrPath) -> list[int]:
-    """Changes when a file is written: its size and time; empty if there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return []
-    return [status.st_size, status.st_mtime_ns]
 
 
 def content_hash(path: StrPath) -> str:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cogvideox.args import reads_clips
 from cogvideox.data.faults import VideoError, naming
 from cogvideox.data.frames import VideoInfo
 
@@ -21,10 +22,8 @@ _OTHER = "use --video_reader pyav"
 
 def check_reader(options: Any) -> Iterator[str]:
     """Problems of --video_reader, for args.parse."""
-    loader = getattr(options, "loader", None)
-    if loader is not None and loader.load_tensors:
-        return  # nothing is decoded
-    if problem := reader_problem(options.data.video_reader):
+    problem = reader_problem(options.data.video_reader) if reads_clips(options) else None
+    if problem:
         yield f"--video_reader {options.data.video_reader}: {problem}"
 
 

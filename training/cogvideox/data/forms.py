@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from cogvideox.args import DataFlags
+from cogvideox.args import TENSOR_FOLDER, DataFlags
 from cogvideox.data.columns import Column, Columns, Problems, listing, read_lines
 from cogvideox.data.paths import PathRules
 from cogvideox.data.tables import FORMATS, Names, read_table
@@ -25,7 +25,6 @@ MEDIA_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
 )  # fmt: skip
 NO_NAMES: Names = (None, None, None)
-TENSOR_FOLDER = "cogvideox_tensors"  # the default of --tensor_cache, in the data root itself
 PREVIEW_FOLDER = "preview"  # pictures of what was prepared, in the output folder
 OUTPUTS = (("ledger.jsonl",), ("config.json", "metrics.jsonl"))  # files by which folders of our own are known
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cogvideox.args import DataFlags
+from cogvideox.args import DataFlags, reads_clips
 from cogvideox.data.columns import Column, Columns, Problems, is_unicode
 from cogvideox.data.forms import read_columns
 from cogvideox.data.paths import PathRules
@@ -53,8 +53,7 @@ def read_validation(data: DataFlags) -> list[Sample]:
 
 def check_data(options: Any) -> Iterator[str]:
     """Problems of --data_root and --validation_data_root, for args.parse."""
-    loader = getattr(options, "loader", None)
-    if loader is not None and loader.load_tensors:
+    if not reads_clips(options):
         return
     for read in (read_samples, read_validation):
         try:
