@@ -59,11 +59,11 @@ class FakeEngine:
 class FakeMethod:
     """Writes one tensor."""
 
-    weights_name = "lora.safetensors"
+    result = "lora.safetensors"
 
     def save(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        save_file({"lora": torch.ones(4)}, folder / self.weights_name)
+        save_file({"lora": torch.ones(4)}, folder / self.result)
 
 
 def saver_of(run: Run, engine: FakeEngine, recipe: dict[str, Any] | None = None, limit: int | None = None) -> Saver:

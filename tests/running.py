@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cogvideox_text_to_video_lora as lora_script
+import cogvideox_text_to_video_sft as sft_script
 import prepare_dataset as prepare_script
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
@@ -28,12 +29,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def lora_flags(model: Path, data: Path, output: Path, *more: object) -> list[str]:
     """Flags of a small LoRA run; later ones override."""
+    return sft_flags(model, data, output, "--rank", 4, "--lora_alpha", 8, *more)
+
+
+def sft_flags(model: Path, data: Path, output: Path, *more: object) -> list[str]:
+    """Flags of a small run of all weights; later ones override."""
     flags = ["--pretrained_model_name_or_path", model, "--data_root", data, "--output_dir", output, *SIZE]
     flags += [
-        "--rank",
-        "4",
-        "--lora_alpha",
-        "8",
         "--train_batch_size",
         "1",
         "--gradient_accumulation_steps",
@@ -70,6 +72,11 @@ def in_process(script: Any, options_type: type, flags: Sequence[str]) -> int:
 def train(flags: Sequence[str]) -> int:
     """Runs the LoRA script here."""
     return in_process(lora_script, args.LoraOptions, flags)
+
+
+def train_all(flags: Sequence[str]) -> int:
+    """Runs the script that trains all weights here."""
+    return in_process(sft_script, args.SftOptions, flags)
 
 
 def prepare(model: Path, data: Path, output: Path, *more: object) -> int:

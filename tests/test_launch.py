@@ -20,7 +20,11 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
 TRAIN = sorted(ROOT.glob("train_*.sh"))
 LORA = "train_text_to_video_lora.sh"
-OPTIONS = {"cogvideox_text_to_video_lora.py": args.LoraOptions, "prepare_dataset.py": args.PrepareOptions}
+OPTIONS = {
+    "cogvideox_text_to_video_lora.py": args.LoraOptions,
+    "cogvideox_text_to_video_sft.py": args.SftOptions,
+    "prepare_dataset.py": args.PrepareOptions,
+}
 HOSTILE = "BW_STYLE $(touch PWNED) `touch PWNED` \"q\" 'q' ; touch PWNED #\n* \\ é & | > PWNED :::two"
 
 # Writes its arguments to $CALLS, a file a call, and does what $STUB says: python code that has the arguments as `argv`.

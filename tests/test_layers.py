@@ -27,7 +27,7 @@ LAYERS = (
     ("data.dataset",),
     ("encode", "models"),
     ("factory", "prepare"),
-    ("report", "verify"),
+    ("report", "verify", "checks"),
     ("tasks", "methods", "optim"),
     ("engine", "plan", "ranks"),
     ("run",),

@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 import torch
 from fakes import options_of
-from running import equal
+from running import equal, sft_flags
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from cogvideox import args
 from cogvideox.errors import UsageError
-from cogvideox.methods import WEIGHTS_NAME, Lora
+from cogvideox.methods import WEIGHTS_NAME, FullFinetune, Lora
 from cogvideox.models import load_transformer
 
 
 def lora(model: Path, *flags: object, seed: int = 1, dtype: torch.dtype = torch.float32) -> Lora:
-    options = options_of(Path("x"), "--pretrained_model_name_or_path", model, *flags)
-    return Lora(load_transformer(options.model, dtype), options.lora, seed)
+    options = options_of(Path("x"), "--pretrained_model_name_or_path", model, "--seed", seed, *flags)
+    return Lora(load_transformer(options.model, dtype), options)
 
 
-def disturb(method: Lora) -> None:
+def disturb(method: Any) -> None:
     """Weights as after training: at the start half of them are zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -101,3 +102,43 @@ def test_saved_with_rank_and_alpha_and_read_back(model: Path, tmp_path: Path) ->
 def scales(transformer: Any, adapter: str) -> set[float]:
     """alpha / rank of every layer."""
     return {module.scaling[adapter] for module in transformer.modules() if hasattr(module, "scaling")}
+
+
+# -- all weights -------------------------------------------------------------------------------------------------------
+
+
+def full(model: Path, dtype: torch.dtype = torch.float32) -> FullFinetune:
+    options = args.parse(args.SftOptions, None, sft_flags(model, Path("data"), Path("x")))
+    return FullFinetune(load_transformer(options.model, dtype), options)
+
+
+def test_every_weight_is_trainable(model: Path) -> None:
+    method = full(model)
+    assert len(method.parameters()) == len(list(method.transformer.named_parameters())) > 20
+    assert method.recipe() == {}
+
+
+def test_off_is_the_model_before_training_and_is_undone(model: Path) -> None:
+    method = full(model, torch.bfloat16)
+    base = {name: tensor.clone() for name, tensor in method.transformer.state_dict().items()}
+    disturb(method)
+    trained = {name: tensor.clone() for name, tensor in method.transformer.state_dict().items()}
+    with method.off():
+        assert equal(method.transformer.state_dict(), base)
+        assert not equal(base, trained)
+    assert equal(method.transformer.state_dict(), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_weights_are_saved_as_stock_diffusers_reads_them(model: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    from diffusers import CogVideoXTransformer3DModel
+
+    method = full(model, dtype)
+    disturb(method)
+    trained = {name: tensor.clone() for name, tensor in method.transformer.state_dict().items()}
+    method.save(tmp_path)
+    stock = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "transformer", dtype=dtype)
+    assert equal(stock.state_dict(), trained)
+    assert {path.suffix for path in (tmp_path / "transformer").iterdir()} == {".json", ".safetensors"}
+    method.reload(None, tmp_path)
+    assert equal(method.transformer.state_dict(), trained)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cogvideox import publish
+from cogvideox.methods import Lora
 from cogvideox.publish import INFERENCE_NAME, MIN_COSINE, RECIPE_NAME, compare, faithful, inference_script
 from cogvideox.tasks import TextToVideo
 
@@ -181,7 +182,7 @@ def test_the_recipe_says_how_it_was_made(reference: Path) -> None:
 
 def script_of(output: Path, *flags: object, sampling: dict[str, Any] | None = None) -> ast.Module:
     validator: Any = SimpleNamespace(sampling=sampling or SAMPLING, fps=8.0)
-    method = SimpleNamespace(weights_name=WEIGHTS)
+    method = SimpleNamespace(inference=lambda dtype: Lora.inference(None, dtype))  # type: ignore[arg-type]
     task: Any = TextToVideo
     return ast.parse(inference_script(options_of(output, *flags), task, method, validator, run_alone(output)))
 
@@ -222,7 +223,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path, text: str) -> None:
     more = ["--pretrained_model_name_or_path", f"hub/{name}", "--revision", name, "--variant", name, "--id_token", name]
     tree = script_of(tmp_path, *more)
     assert prompt_in(tree) == f"{name} a video".strip()
-    loaded = calls(tree, "CogVideoXPipeline.from_pretrained")
+    loaded = calls(tree, "diffusers.CogVideoXPipeline.from_pretrained")
     assert ast.literal_eval(loaded.args[0]) == f"hub/{name}"
     assert values(loaded) == {"revision": name, "variant": name}
     assert statements(tree) == plain

@@ -11,7 +11,11 @@ from running import ROOT
 from cogvideox import args
 
 README = (ROOT / "README.md").read_text()
-OPTIONS = {"prepare_dataset.py": args.PrepareOptions, "cogvideox_text_to_video_lora.py": args.LoraOptions}
+OPTIONS = {
+    "prepare_dataset.py": args.PrepareOptions,
+    "cogvideox_text_to_video_lora.py": args.LoraOptions,
+    "cogvideox_text_to_video_sft.py": args.SftOptions,
+}
 
 
 TEXTS = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))

@@ -29,11 +29,14 @@ from running import (
     losses,
     metrics,
     python,
+    sft_flags,
     start,
     train,
+    train_all,
     weights,
 )
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from cogvideox import validation
 from cogvideox.data.decode import probe
@@ -215,6 +218,36 @@ def test_batch_size_and_accumulation_are_interchangeable(
 def test_gradient_checkpointing_changes_nothing(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
     assert train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--gradient_checkpointing")) == 0
     assert equal(weights(tmp_path / "lora"), weights(reference))
+
+
+def test_all_weights_train_resume_and_give_the_validated_video(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validated: dict[str, Any] = {}
+    write = validation.write_video
+    monkeypatch.setattr(
+        validation,
+        "write_video",
+        lambda path, frames, fps: (validated.update({path.name[:11]: frames}), write(path, frames, fps)),
+    )
+    more = ("--load_tensors", "--learning_rate", "1e-3", "--validation_prompt", PROMPT)
+    flags = sft_flags(model, tensors, tmp_path / "whole", *more)
+    assert train_all(flags) == 0
+    stock = frames_of(tmp_path / "whole" / "inference.py", monkeypatch).numpy()
+    assert (stock == validated["step-000006"]).all()
+    assert (stock != validated["step-000000"]).any()
+    before = safetensors_of(model / "transformer")
+    after = safetensors_of(tmp_path / "whole" / "transformer")
+    assert not [name for name, tensor in before.items() if after[name].equal(tensor)], "a weight did not move"
+    parted = sft_flags(model, tensors, tmp_path / "parted", *more)
+    assert train_all([*parted, "--max_train_steps", "4"]) == 0
+    assert train_all(parted) == 0
+    assert equal(safetensors_of(tmp_path / "parted" / "transformer"), after)
+    assert losses(tmp_path / "parted") == losses(tmp_path / "whole")
+
+
+def safetensors_of(folder: Path) -> dict[str, Any]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def test_preparing_while_training_is_the_same_as_before(

@@ -10,32 +10,19 @@ CogVideoXPipeline.load_lora_weights; inference.py beside it shows how. The same 
 """
 
 from cogvideox import args
-from cogvideox.data.decord_reader import check_reader
-from cogvideox.data.index import check_data
-from cogvideox.factory import check_tensors
+from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.geometry import check_text_to_video
 
-CHECKS = (check_text_to_video, check_data, check_reader, check_tensors, args.check_trackers)
+CHECKS = (check_text_to_video, *TRAINING_CHECKS)
 
 
 def main(options: args.LoraOptions) -> int:
     """Returns the exit status: 0, or 75 where a signal ended the run early with everything saved."""
-    from cogvideox.loop import Trainer
+    from cogvideox.loop import fine_tune
     from cogvideox.methods import Lora
-    from cogvideox.models import load_transformer
-    from cogvideox.run import start_run
     from cogvideox.tasks import TextToVideo
-    from cogvideox.tensors import open_tensors
-    from cogvideox.validation import embed_prompts
 
-    run = start_run(options)
-    tensors = open_tensors(run, options)
-    prompts = embed_prompts(run, options, tensors)
-    transformer = load_transformer(options.model, run.dtype).to(run.device)
-    method = Lora(transformer, options.lora, options.data.seed)
-    task = TextToVideo(tensors.geometry, run.device, run.dtype)
-    trainer = Trainer(run, options, tensors, prompts, task, method)
-    return trainer.finish(trainer.train())
+    return fine_tune(options, TextToVideo, Lora)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ data/dataset.py       cached tensors -> batches
 encode.py             clips and captions -> tensors
 models.py             parts of a pipeline: found, identified, loaded
 factory.py            folders that the CogVideoX factory prepared -> the cache
+checks.py             what a script looks at before anything heavy is imported
 prepare.py            folders of clips -> the cache
 report.py             what a preparation makes of a data set: table, pictures, costs
 verify.py             a cache against its data: what is wrong, and mending it
 tasks.py              what the transformer gets: text to video
-methods.py            what is trained: LoRA
+methods.py            what is trained: a LoRA, or all weights
 optim.py              fp32 masters, optimizers, learning rate
 engine.py             who runs backward and step: this process, or DeepSpeed
 ranks.py              the processes of a run, and patient barriers
@@ -44,5 +45,5 @@ checkpoint.py         checkpoints that are whole or not there
 validation.py         videos while training
 held_out.py           the loss on clips that are never trained on
 publish.py            the result, reloaded and compared
-loop.py               Trainer: the one loop
+loop.py               fine_tune: what every script does; Trainer: the one loop
 """

@@ -340,6 +340,11 @@ class LoraOptions(TrainOptions):
     lora: LoraFlags
 
 
+@dataclass(frozen=True)
+class SftOptions(TrainOptions):
+    """The scripts that train all weights."""
+
+
 Options = TypeVar("Options", bound=PrepareOptions | TrainOptions)
 Check = Callable[[Any], Iterator[str]]
 

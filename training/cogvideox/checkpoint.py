@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogvideox.args import LoraOptions
+from cogvideox.args import TrainOptions
 from cogvideox.engine import Engine
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
@@ -143,7 +143,7 @@ def aside(folder: Path) -> Path:
     return other
 
 
-def resume(run: Run, engine: Engine, recipe: dict[str, Any], options: LoraOptions) -> int:
+def resume(run: Run, engine: Engine, recipe: dict[str, Any], options: TrainOptions) -> int:
     """Takes up the newest whole checkpoint, or the one asked for; returns its step, 0 where there is none.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cogvideox.args import LoraOptions
+from cogvideox.args import TrainOptions
 from cogvideox.errors import UsageError
 from cogvideox.optim import MasterWeights, StepResult, make_optimizer
 
@@ -68,7 +68,7 @@ class DeepSpeedEngine:
 
     safe_to_load = False
 
-    def __init__(self, accelerator: Any, transformer: Any, parameters: list[Any], options: LoraOptions) -> None:
+    def __init__(self, accelerator: Any, transformer: Any, parameters: list[Any], options: TrainOptions) -> None:
         self.name = f"DeepSpeed x {accelerator.num_processes}"  # each holds its share of the state
         train = options.train
         plugin = accelerator.state.deepspeed_plugin
@@ -118,7 +118,7 @@ class DeepSpeedEngine:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to resume from")
 
 
-def make_engine(accelerator: Any, transformer: Any, method: Any, options: LoraOptions, dtype: torch.dtype) -> Engine:
+def make_engine(accelerator: Any, transformer: Any, method: Any, options: TrainOptions, dtype: torch.dtype) -> Engine:
     """The engine that accelerate's configuration asks for."""
     parameters = method.parameters()
     if accelerator.state.deepspeed_plugin is not None:

@@ -1,4 +1,4 @@
-"""The one training loop: batches in, optimizer steps out. Nothing in it waits for the device."""
+"""What every training script does, and its one loop: batches in, optimizer steps out, nothing waits for the device."""
 
 import sys
 from collections.abc import Generator, Iterator, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox import diffusion, models
-from cogvideox.args import LoraOptions
+from cogvideox.args import TrainOptions
 from cogvideox.checkpoint import Saver, resume
 from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, build_loader
@@ -24,9 +24,9 @@ from cogvideox.held_out import HeldOut
 from cogvideox.optim import learning_rate
 from cogvideox.plan import ExecutionPlan
 from cogvideox.publish import publish
-from cogvideox.run import REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, write_config
-from cogvideox.tensors import Tensors
-from cogvideox.validation import Prompts, Validator
+from cogvideox.run import REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
+from cogvideox.tensors import Tensors, open_tensors
+from cogvideox.validation import Prompts, Validator, embed_prompts
 
 
 def losses_of(task: Any, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
@@ -64,7 +64,7 @@ class Trainer:
     """Everything of a run between its data and its result: ``train`` and ``finish``."""
 
     def __init__(
-        self, run: Run, options: LoraOptions, tensors: Tensors, prompts: Prompts, task: Any, method: Any
+        self, run: Run, options: TrainOptions, tensors: Tensors, prompts: Prompts, task: Any, method: Any
     ) -> None:
         self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
@@ -115,7 +115,7 @@ class Trainer:
             "max_grad_norm": options.train.max_grad_norm,
             **asdict(tensors.geometry),
             **asdict(options.optimizer),
-            **asdict(options.lora),
+            **self.method.recipe(),
         }
 
     def train(self) -> int:
@@ -226,3 +226,18 @@ class Trainer:
         publish(self.run, self.options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
         self.run.accelerator.end_training()
         return 0
+
+
+def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
+    """What every training script does: data, then the model, then training, then the result.
+
+    Returns the exit status: 0, or 75 where a signal ended the run early with everything saved.
+    """
+    run = start_run(options)
+    tensors = open_tensors(run, options)
+    prompts = embed_prompts(run, options, tensors)
+    transformer = models.load_transformer(options.model, run.dtype).to(run.device)
+    method = method_type(transformer, options)
+    task = task_type(tensors.geometry, run.device, run.dtype)
+    trainer = Trainer(run, options, tensors, prompts, task, method)
+    return trainer.finish(trainer.train())

@@ -1,7 +1,13 @@
-"""What is trained: which parameters are added or freed, and how the result is written and read back."""
+"""What is trained: which parameters are added or freed, and how the result is written and read back.
+
+A method is made of (transformer, options). It has ``transformer``, ``result`` (the name of what ``save`` writes),
+``parameters()``, ``recipe()``, ``save``, ``reload``, ``off()`` and ``inference(dtype)``: an argument of from_pretrained
+that brings in what was trained, and the lines after it, for inference.py.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cogvideox.args import LoraFlags
+from cogvideox.args import LoraOptions, SftOptions
 from cogvideox.errors import UsageError
+from cogvideox.models import load_transformer
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
@@ -19,12 +26,12 @@ ADAPTER = "default"
 class Lora:
     """A PEFT LoRA on a frozen transformer, its matrices in the transformer's own type."""
 
-    weights_name = WEIGHTS_NAME
+    result = WEIGHTS_NAME
 
-    def __init__(self, transformer: Any, flags: LoraFlags, seed: int) -> None:
+    def __init__(self, transformer: Any, options: LoraOptions) -> None:
         self.transformer = transformer
-        self.flags = flags
-        self.config = self._attach(seed)
+        self.flags = options.lora
+        self.config = self._attach(options.data.seed)
 
     def _attach(self, seed: int) -> Any:
         from peft import LoraConfig
@@ -47,7 +54,11 @@ class Lora:
 
     def parameters(self) -> dict[str, Parameter]:
         """The trainable parameters by name."""
-        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        return trainable(self.transformer)
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the result."""
+        return asdict(self.flags)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -79,3 +90,63 @@ class Lora:
         """Drops the trained adapter and loads the saved one through the pipeline's own loader."""
         self.transformer.delete_adapters(ADAPTER)
         pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME, adapter_name=ADAPTER)
+
+    def inference(self, dtype: str) -> tuple[str, str]:
+        """Code that loads the result from the folder ``here``."""
+        name = f'"{WEIGHTS_NAME}"'
+        load = f'pipe.load_lora_weights(str(here), weight_name={name}, adapter_name="cogvideox-lora")\n'
+        return "", load + 'pipe.set_adapters(["cogvideox-lora"], [1.0])  # rank and alpha come from the file'
+
+
+class FullFinetune:
+    """All weights of the transformer, in its own type."""
+
+    result = "transformer"
+
+    def __init__(self, transformer: Any, options: SftOptions) -> None:
+        self.transformer = transformer.requires_grad_(True)
+        self.model = options.model
+
+    def parameters(self) -> dict[str, Parameter]:
+        """The trainable parameters by name."""
+        return trainable(self.transformer)
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the result: no flag of its own."""
+        return {}
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The transformer as it was before training, read from its files again."""
+        trained = {name: tensor.to("cpu", copy=True) for name, tensor in self.transformer.state_dict().items()}
+        self.transformer.load_state_dict(load_transformer(self.model, self.transformer.dtype).state_dict())
+        try:
+            yield
+        finally:
+            self.transformer.load_state_dict(trained)
+
+    def save(self, folder: Path) -> None:
+        """Writes the transformer as from_pretrained reads it, in shards of 5 GB, into a folder of the result's name."""
+        self.transformer.save_pretrained(folder / self.result, max_shard_size="5GB")
+
+    def reload(self, _pipeline: Any, folder: Path) -> None:
+        """Takes up the weights that stock diffusers reads from the saved folder.
+
+        Raises:
+            RuntimeError: they do not fit.
+        """
+        with torch.no_grad():
+            for parameter in self.parameters().values():
+                parameter.fill_(torch.nan)  # so that only the files can bring them back
+        saved = type(self.transformer).from_pretrained(folder / self.result, dtype=self.transformer.dtype)
+        self.transformer.load_state_dict(saved.state_dict())
+
+    def inference(self, dtype: str) -> tuple[str, str]:
+        """Code that loads the result from the folder ``here``."""
+        name = type(self.transformer).__name__
+        return f'transformer=diffusers.{name}.from_pretrained(here / "{self.result}", dtype=torch.{dtype}),', ""
+
+
+def trainable(module: Any) -> dict[str, Parameter]:
+    """The trainable parameters of a module by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

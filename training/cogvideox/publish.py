@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox.args import LoraOptions, config_dict
+from cogvideox.args import TrainOptions, config_dict
 from cogvideox.checkpoint import fsync
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
@@ -28,22 +28,25 @@ MAX_SHARE = 0.01  # of the effect of training
 ROUNDING = 1e-6  # of the output
 
 INFERENCE = '''\
-"""Makes a video with this LoRA in plain diffusers: python inference.py ["a prompt"] [OUTPUT.mp4]"""
+"""Makes a video with what was trained, in plain diffusers: python inference.py ["a prompt"] [OUTPUT.mp4]"""
 
 import sys
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import {pipeline}
 from diffusers.utils.export_utils import encode_video
 
 PROMPT = {prompt}
 prompt = sys.argv[1] if len(sys.argv) > 1 else PROMPT
 output = sys.argv[2] if len(sys.argv) > 2 else "output.mp4"
 
-pipe = {pipeline}.from_pretrained({model}, revision={revision}, variant={variant}, dtype=torch.{dtype})
-pipe.load_lora_weights(str(Path(__file__).parent), weight_name={weights}, adapter_name="cogvideox-lora")
-pipe.set_adapters(["cogvideox-lora"], [1.0])  # rank and alpha come from the file
+here = Path(__file__).parent
+pipe = diffusers.{pipeline}.from_pretrained(
+    {model}, revision={revision}, variant={variant}, dtype=torch.{dtype},
+    {parts}
+)
+{load}
 if torch.cuda.is_available():
     pipe.enable_model_cpu_offload()
 {vae}
@@ -62,7 +65,7 @@ print(output)
 
 def publish(
     run: Run,
-    options: LoraOptions,
+    options: TrainOptions,
     task: TextToVideo,
     method: Any,
     validator: Validator,
@@ -81,29 +84,32 @@ def publish(
         write_weights(method, folder)
         batch = collate([dataset[Visit(0, 0)]])
         before = forward(task, method.transformer, batch, run)
+        after = reloaded(method, folder, task, batch, run)
         with method.off():
             base = forward(task, method.transformer, batch, run)
-        after = reloaded(method, folder, task, batch, run)
         difference, cosine = compare(before, after)
         run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")
         exact = run.device.type == "cpu" and run.dtype == torch.float32
         if not faithful(base, before, after) or not cosine >= MIN_COSINE or (exact and difference != 0):  # NaN fails
-            raise RuntimeError(f"{folder / method.weights_name}: reloaded, it gives another output; please report this")
+            raise RuntimeError(f"{folder / method.result}: reloaded, it gives another output; please report this")
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
         made = {"step": step, **recipe, "flags": config_dict(options), **environment()}
         made["verification"] = {"max_difference": difference, "cosine": cosine}
         write_atomically(folder / RECIPE_NAME, json.dumps(made, indent=1, ensure_ascii=False).encode())
-        run.say(f"finished: {folder / method.weights_name}; to use it: python {folder / INFERENCE_NAME}")
+        run.say(f"finished: {folder / method.result}; to use it: python {folder / INFERENCE_NAME}")
     run.barrier()
 
 
 def write_weights(method: Any, folder: Path) -> None:
-    """The weights under their final name, never half-written."""
-    temporary = folder / ".weights.tmp"
+    """The weights under their final name, never half-written: a file, or a folder."""
+    temporary, target = folder / ".weights.tmp", folder / method.result
     shutil.rmtree(temporary, ignore_errors=True)
     method.save(temporary)
-    fsync(temporary / method.weights_name)
-    os.replace(temporary / method.weights_name, folder / method.weights_name)
+    for path in temporary.rglob("*"):
+        fsync(path)
+    if target.is_dir():  # a folder that is not empty cannot be replaced; without recipe.json nothing counts as finished
+        shutil.rmtree(target)
+    os.replace(temporary / method.result, target)
     shutil.rmtree(temporary)
 
 
@@ -115,7 +121,7 @@ def forward(task: TextToVideo, transformer: Any, batch: Batch, run: Run) -> Tens
 
 
 def reloaded(method: Any, folder: Path, task: TextToVideo, batch: Batch, run: Run) -> Tensor:
-    """The same after the adapter has been dropped and loaded from its file by the stock pipeline."""
+    """The same after the weights have been dropped and loaded from their files by the stock classes."""
     import diffusers
 
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
@@ -138,11 +144,12 @@ def faithful(base: Tensor, trained: Tensor, reloaded: Tensor) -> bool:
     return bool(error <= MAX_SHARE * effect + ROUNDING * trained.norm())
 
 
-def inference_script(options: LoraOptions, task: TextToVideo, method: Any, validator: Validator, run: Run) -> str:
+def inference_script(options: TrainOptions, task: TextToVideo, method: Any, validator: Validator, run: Run) -> str:
     """A script that makes the first validation video again in stock diffusers."""
     flags, model = options.validation, options.model
     folder = Path(model.pretrained_model_name_or_path)
     prompts = prompts_of(flags) or [f"{options.data.id_token or ''} a video".strip()]
+    parts, load = method.inference(str(run.dtype).removeprefix("torch."))
     tricks = [("enable_slicing", flags.enable_slicing), ("enable_tiling", flags.enable_tiling)]
     return INFERENCE.format(
         pipeline=task.pipeline,
@@ -151,7 +158,8 @@ def inference_script(options: LoraOptions, task: TextToVideo, method: Any, valid
         revision=repr(model.revision),
         variant=repr(model.variant),
         dtype=str(run.dtype).removeprefix("torch."),
-        weights=repr(method.weights_name),
+        parts=parts,
+        load=load,
         vae="\n".join(f"pipe.vae.{name}()" for name, wanted in tricks if wanted),
         negative_prompt=repr(flags.negative_prompt),
         sampling="\n".join(f"    {name}={value!r}," for name, value in validator.sampling.items()),

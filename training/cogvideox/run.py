@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from cogvideox.args import LoraOptions, config_dict, tracker_names
+from cogvideox.args import TrainOptions, config_dict, tracker_names
 from cogvideox.errors import UsageError
 from cogvideox.files import remove_stale_temporaries, write_atomically
 from cogvideox.optim import StepResult
@@ -80,7 +80,7 @@ class Run:
         self.ranks.wait_for_everyone()
 
 
-def start_run(options: LoraOptions) -> Run:
+def start_run(options: TrainOptions) -> Run:
     """Joins the other ranks, takes the output folder and writes config.json.
 
     Raises:
@@ -107,7 +107,7 @@ def precision_of(flag: str | None) -> str:
     return flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def make_accelerator(options: LoraOptions) -> Any:
+def make_accelerator(options: TrainOptions) -> Any:
     """accelerate's Accelerator; precision, compilation and gradients stay in our hands (except under DeepSpeed)."""
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
@@ -148,7 +148,7 @@ def make_accelerator(options: LoraOptions) -> Any:
     return accelerator
 
 
-def take_folder(run: Run, options: LoraOptions) -> str | None:
+def take_folder(run: Run, options: TrainOptions) -> str | None:
     """Makes and locks the output folder and writes config.json; returns what stands in the way."""
     folder, train = run.output_dir, options.train
     try:
@@ -173,7 +173,7 @@ def take_folder(run: Run, options: LoraOptions) -> str | None:
     return None
 
 
-def write_config(run: Run, options: LoraOptions) -> None:
+def write_config(run: Run, options: TrainOptions) -> None:
     """config.json: flags, precision, ranks and versions of the run that goes on in the folder."""
     config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
     write_atomically(run.output_dir / CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
@@ -247,7 +247,7 @@ class Pending:
 class Metrics:
     """Losses and the rest: to metrics.jsonl, the trackers and the progress bar."""
 
-    def __init__(self, run: Run, options: LoraOptions, first_step: int, total_steps: int) -> None:
+    def __init__(self, run: Run, options: TrainOptions, first_step: int, total_steps: int) -> None:
         self.run = run
         self.path = run.output_dir / METRICS_NAME
         self.pending: Pending | None = None

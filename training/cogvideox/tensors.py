@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogvideox.args import TENSOR_FOLDER, DataFlags, LoraOptions, ValidationFlags, resolutions
+from cogvideox.args import TENSOR_FOLDER, DataFlags, TrainOptions, ValidationFlags, resolutions
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.errors import UsageError
@@ -24,7 +24,7 @@ class Tensors:
     encoders: Encoders
 
 
-def open_tensors(run: Run, options: LoraOptions) -> Tensors:
+def open_tensors(run: Run, options: TrainOptions) -> Tensors:
     """Opens --data_root as a prepared folder, or prepares it into --tensor_cache first.
 
     Raises:
@@ -50,7 +50,7 @@ def open_tensors(run: Run, options: LoraOptions) -> Tensors:
     return Tensors(geometry, TensorCache(folder), index, encoders)
 
 
-def convert_here(run: Run, options: LoraOptions, geometry: Geometry, encoders: Encoders, folder: Path) -> CacheIndex:
+def convert_here(run: Run, options: TrainOptions, geometry: Geometry, encoders: Encoders, folder: Path) -> CacheIndex:
     """The index of a factory's folder, whose tensors are converted once."""
     cache, data = TensorCache(folder), options.data
 
@@ -61,7 +61,7 @@ def convert_here(run: Run, options: LoraOptions, geometry: Geometry, encoders: E
     return open_factory(Path(data.data_root[0]), data, geometry, cache, encoders, embed_empty, run.ranks, run.say)
 
 
-def prepare_here(run: Run, options: LoraOptions, geometry: Geometry, folder: Path) -> CacheIndex:
+def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Path) -> CacheIndex:
     """What prepare_dataset.py does, before training."""
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks)
     records = preparation.plan()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cogvideox import models
-from cogvideox.args import LoraOptions, ValidationFlags
+from cogvideox.args import TrainOptions, ValidationFlags
 from cogvideox.data.cache import TensorCache
 from cogvideox.data.decode import write_video
 from cogvideox.data.sampler import Order
@@ -44,7 +44,7 @@ class Prompts:
     negative_BLD: Tensor | None
 
 
-def embed_prompts(run: Run, options: LoraOptions, tensors: Tensors) -> Prompts:
+def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors) -> Prompts:
     """Embeds the validation prompts, one at a time as a pipeline does, into the run's own folder; T5 is freed again."""
     texts = prompts_of(options.validation)
     if not texts:
@@ -78,7 +78,7 @@ class Validator:
     def __init__(
         self,
         run: Run,
-        options: LoraOptions,
+        options: TrainOptions,
         pipeline_name: str,
         transformer: Any,
         prompts: Prompts,

@@ -1,0 +1,8 @@
+"""What a training script looks at before anything heavy is imported; beside these, what its task asks of the model."""
+
+from cogvideox.args import check_trackers
+from cogvideox.data.decord_reader import check_reader
+from cogvideox.data.index import check_data
+from cogvideox.factory import check_tensors
+
+TRAINING_CHECKS = (check_data, check_reader, check_tensors, check_trackers)
