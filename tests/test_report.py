@@ -171,13 +171,6 @@ def test_duration() -> None:
     ]
 
 
-def test_spread() -> None:
-    assert report.spread(range(10), 4) == (0, 3, 6, 9)
-    assert report.spread(range(3), 4) == (0, 1, 2)
-    assert report.spread(range(10), 1) == (0,)
-    assert report.spread((), 4) == ()
-
-
 def test_clips_that_do_not_decode_are_left_out_of_the_picture(
     configs: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from cogvideox.data.transforms import scale, stretch
 from cogvideox.errors import UsageError, first_of
 from cogvideox.geometry import Geometry
 from cogvideox.prepare import Cut, Encoders, Preparation, bad_clips, missing_captions
-from cogvideox.sheets import Row, contact_sheet
+from cogvideox.sheets import Panel, Row, contact_sheet, spread
 
 SHEET_CLIPS, SHEET_FRAMES = 8, 4  # in the picture of a bucket
 SHEETS_CLIPS = 64  # in all pictures together, where there are many buckets
@@ -186,7 +186,7 @@ def sheets(preparation: Preparation, used: dict[Bucket, list[Used]]) -> list[str
     rows: dict[Path, list[Row]] = {}
     for (path, sample, _), frames in zip(todo, preparation.in_workers(jobs, len(todo), "drawing"), strict=True):
         if isinstance(frames, np.ndarray):  # else encoding will say what is wrong with it
-            rows.setdefault(path, []).append(Row(f"{sample.id}: {sample.caption}", list(frames)))
+            rows.setdefault(path, []).append(Row(f"{sample.id}: {sample.caption}", [Panel("", list(frames))]))
     for path, drawn in rows.items():
         name = path.stem.rpartition("-")[0]
         contact_sheet(drawn, path, f"{name}: first to last frame of {len(drawn)} clips, as trained on")
@@ -196,14 +196,6 @@ def sheets(preparation: Preparation, used: dict[Bucket, list[Used]]) -> list[str
 def pick(sample: Sample, variant: Variant) -> tuple[Sample, Variant]:
     """A clip with a few of its frames."""
     return sample, replace(variant, indices=spread(variant.indices, SHEET_FRAMES))
-
-
-def spread(items: Sequence[Any], number: int) -> tuple[Any, ...]:
-    """At most ``number`` of the items, from the first to the last."""
-    if len(items) <= number:
-        return tuple(items)
-    last = max(1, number - 1)
-    return tuple(items[(len(items) - 1) * i // last] for i in range(number))
 
 
 def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]]) -> str:
