@@ -17,7 +17,7 @@ PACKAGE = TRAINING / "cogvideox"
 # From bottom to top. A module imports from the layers below its own, never from its own or from above.
 LAYERS = (
     ("errors", "files"),
-    ("args", "draws", "sheets", "data.workers"),
+    ("args", "draws", "sheets", "curves", "data.workers"),
     ("data.buckets", "data.transforms", "data.columns", "data.faults"),
     ("geometry", "data.frames", "data.paths", "data.tables"),
     ("data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
@@ -48,7 +48,7 @@ FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.name != "
 
 # Scripts end with --help or with all problems, and workers start, without torch.
 WITHOUT_TORCH = (
-    *("args", "errors", "files", "draws", "geometry", "sheets"),
+    *("args", "errors", "files", "draws", "geometry", "sheets", "curves"),
     *(name for name in FILES if name.startswith("data.") and name != "data.dataset"),
 )
 LIGHT_DATA = ("buckets", "cache", "columns", "faults", "forms", "index", "paths", "sampler", "tables", "workers")

@@ -5,6 +5,7 @@ files.py              files that are whole or not there
 args.py               every flag once, as frozen dataclasses; parse()
 draws.py              every random draw as a function of (seed, visit, sample, purpose)
 sheets.py             contact sheets: labels and frames in one PNG
+curves.py             metrics.jsonl -> a picture of loss and learning rate
 data/workers.py       processes for media files: limits, kills, results in order
 data/columns.py       one value a row, its place, and all that is wrong
 data/paths.py         which files a data set may name

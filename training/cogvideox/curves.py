@@ -1,0 +1,174 @@
+"""The run's curves: metrics.jsonl -> curves.png with loss, held-out loss, learning rate and gradient norm.
+
+Drawn with matplotlib's objects alone, so that nothing of the process changes. Numbers that are not finite are passed
+over. However long the run is, a line has a few thousand points, its peaks among them.
+"""
+
+import io
+import json
+import math
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cogvideox.files import write_atomically
+
+CURVES_NAME = "curves.png"
+INCHES, DPI = (12.0, 8.0), 100
+STRETCHES = 2000  # of a line, each drawn by its lowest and highest point; more than the picture has columns
+MIN_WINDOW, MAX_WINDOW = 10, 1000  # steps of the running mean; a tenth of all in between
+USUAL = (1.0, 99.0)  # percentiles of the steps' losses that the axis has room for
+MARGIN = 0.05  # of an axis, above and below
+LOG_RANGE = 20.0  # an axis whose highest value is this many times the median is logarithmic
+LOSS, HELD_OUT, RATE, NORM, SKIPPED = "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:red"
+
+Records = list[dict[str, Any]]
+
+
+def draw_curves(metrics: Path, picture: Path, name: str) -> None:
+    """Draws the picture of the run of that name anew. Where there are no numbers yet, there is none."""
+    records = read_records(metrics)
+    figure = curves_figure(records, name)  # without any, too: a matplotlib that is missing shows at the first look
+    if not records:
+        return
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks
+        figure.savefig(file, format="png", dpi=DPI)
+    write_atomically(picture, file.getvalue())
+
+
+def read_records(metrics: Path) -> Records:
+    """The lines that are whole and have a step."""
+    records = []
+    for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def column(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the records that have a finite number of that name."""
+    pairs = [(record["step"], value) for record in records if is_finite(value := record.get(name))]
+    steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, and neither infinite nor NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value and those before it, ``window`` in all, fewer at the start."""
+    start = values[: window - 1]
+    means = np.cumsum(start) / np.arange(1, len(start) + 1)
+    if len(values) < window:
+        return means
+    return np.concatenate([means, np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=1)])
+
+
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The line with the lowest and the highest point of each of STRETCHES parts, in order."""
+    if len(values) <= 2 * STRETCHES:
+        return steps, values
+    bounds = np.linspace(0, len(values), STRETCHES + 1).astype(int)
+    parts = list(pairwise(bounds))
+    lowest = [start + int(values[start:end].argmin()) for start, end in parts]
+    highest = [start + int(values[start:end].argmax()) for start, end in parts]
+    kept = np.unique(lowest + highest)
+    return steps[kept], values[kept]
+
+
+def curves_figure(records: Records, name: str) -> Any:
+    """The matplotlib Figure: loss above, learning rate and gradient norm in a smaller panel below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained", facecolor="white")
+    printable = "".join(letter if letter.isprintable() else " " for letter in name)
+    last = max((record["step"] for record in records), default=0)
+    figure.suptitle(f"{printable}: {last} steps", fontsize=14, parse_math=False)
+    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    draw_loss(loss_axes, records)
+    draw_rate_and_norm(rate_axes, records)
+    rate_axes.set_xlabel("optimizer step")
+    return figure
+
+
+def draw_loss(axes: Any, records: Records) -> None:
+    """Loss of each step, its running mean, the held-out loss, and which steps changed no weight.
+
+    The axis has room for nearly all steps, and for all of the mean and of the held-out loss: these are to be read.
+    """
+    steps, losses = column(records, "loss")
+    window = min(MAX_WINDOW, max(MIN_WINDOW, len(losses) // 100 * 10))
+    axes.plot(*thinned(steps, losses), color=LOSS, alpha=0.3, linewidth=0.8, label="training loss of each step")
+    means = running_mean(losses, window)
+    full = min(window, len(losses)) // 4  # before, there are too few to say anything
+    label = f"running mean over {window} steps"
+    axes.plot(*thinned(steps[full:], means[full:]), color=LOSS, linewidth=2, label=label)
+    measured = draw_held_out(axes, records)
+    draw_skipped(axes, records)
+    if len(losses):
+        usual = np.percentile(losses, USUAL)
+        scale(axes, losses, np.concatenate([usual, means[full:], measured]))
+    axes.set_ylabel("loss: mean squared error of the velocity")
+    finish(axes, *axes.get_legend_handles_labels())
+
+
+def draw_held_out(axes: Any, records: Records) -> np.ndarray:
+    """The held-out loss with its standard error, which there is none of for a single clip; returns what it spans."""
+    steps, losses = column(records, "held_out_loss")
+    found = dict(zip(*column(records, "held_out_error"), strict=True))
+    errors = np.array([found.get(step, math.nan) for step in steps])
+    if len(losses):
+        label = "held-out loss" + (" ± standard error" if found else "")
+        axes.errorbar(steps, losses, errors, color=HELD_OUT, marker="o", markersize=5, capsize=4, label=label)
+    return np.concatenate([losses - np.nan_to_num(errors), losses + np.nan_to_num(errors)])
+
+
+def draw_skipped(axes: Any, records: Records) -> None:
+    """Marks on the lower edge where a step changed no weight, as its gradients were not finite."""
+    steps, _ = column([record for record in records if record.get("skipped")], "step")
+    marks = {"marker": "|", "markersize": 14, "linestyle": "none", "transform": axes.get_xaxis_transform()}
+    if len(steps):
+        axes.plot(steps, np.full(len(steps), 0.02), color=SKIPPED, label=f"skipped steps: {len(steps)}", **marks)
+
+
+def draw_rate_and_norm(axes: Any, records: Records) -> None:
+    """Learning rate on the left axis, gradient norm on the right one."""
+    steps, norms = column(records, "grad_norm")
+    right = axes.twinx()
+    (norm,) = right.plot(*thinned(steps, norms), color=NORM, alpha=0.6, linewidth=0.8, label="gradient norm")
+    right.set_ylabel("gradient norm", color=NORM)
+    scale(right, norms, norms)
+    (rate,) = axes.plot(*thinned(*column(records, "lr")), color=RATE, linewidth=2, label="learning rate")
+    axes.set_ylabel("learning rate", color=RATE)
+    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.set_zorder(right.get_zorder() + 1)  # the smooth line on top
+    axes.patch.set_visible(False)
+    finish(axes, [rate, norm], [rate.get_label(), norm.get_label()])
+
+
+def scale(axes: Any, values: np.ndarray, shown: np.ndarray) -> None:
+    """Room for what is to be shown; logarithmic where all values are positive and few would flatten the others."""
+    if not len(values):
+        return
+    low, high = shown.min(), shown.max()
+    if values.min() > 0 and high > LOG_RANGE * np.median(values):
+        axes.set_yscale("log")
+    elif high > low:
+        axes.set_ylim(low - MARGIN * (high - low), high + MARGIN * (high - low))
+
+
+def finish(axes: Any, handles: list[Any], labels: list[str]) -> None:
+    """A grid, and the legend above the panel, where it hides nothing."""
+    axes.grid(alpha=0.3)
+    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
