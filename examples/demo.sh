@@ -28,6 +28,8 @@ cat <<END
 clips and captions   $out/clips
 encoded tensors      $out/tensors
 the LoRA             $out/lora/pytorch_lora_weights.safetensors
+before and after     $out/lora/contact_sheet.png
+its curves           $out/lora/curves.png
 its metrics          $out/lora/metrics.jsonl
 validation videos    $out/lora/validation
 a video with it      $out/sample.mp4

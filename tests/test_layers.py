@@ -33,7 +33,7 @@ LAYERS = (
     ("run",),
     ("tensors",),
     ("checkpoint", "validation"),
-    ("held_out", "publish"),
+    ("before_after", "held_out", "publish"),
     ("loop",),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

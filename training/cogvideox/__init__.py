@@ -44,6 +44,7 @@ run.py                one run: ranks, output folder, metrics, trackers, signals
 tensors.py            a prepared folder, or one prepared now
 checkpoint.py         checkpoints that are whole or not there
 validation.py         videos while training
+before_after.py       each prompt before and after training, beside a training clip
 held_out.py           the loss on clips that are never trained on
 publish.py            the result, reloaded and compared
 loop.py               fine_tune: what every script does; Trainer: the one loop

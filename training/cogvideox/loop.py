@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from cogvideox import diffusion, models
 from cogvideox.args import TrainOptions
+from cogvideox.before_after import BeforeAfter
 from cogvideox.checkpoint import Saver, resume
+from cogvideox.curves import CURVES_NAME, draw_curves
 from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, build_loader
 from cogvideox.data.sampler import BucketBatchSampler, Order
@@ -24,7 +26,7 @@ from cogvideox.held_out import HeldOut
 from cogvideox.optim import learning_rate
 from cogvideox.plan import ExecutionPlan
 from cogvideox.publish import publish
-from cogvideox.run import REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
+from cogvideox.run import METRICS_NAME, REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
 from cogvideox.tensors import Tensors, open_tensors
 from cogvideox.validation import Prompts, Validator, embed_prompts
 
@@ -95,6 +97,7 @@ class Trainer:
             run, self.engine, method, self.recipe, train.checkpointing_steps, train.checkpoints_total_limit
         )
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, self.order)
+        self.before_after = BeforeAfter(run, tensors, self.validator)
         self.held_out = HeldOut(
             run, tensors, seed, method.transformer, partial(losses_of, task, self.schedule, method.transformer)
         )
@@ -172,12 +175,21 @@ class Trainer:
         return bool(self.held_out) and (self.validator if scheduled else self.saver).due(step)
 
     def _look(self, step: int) -> None:
-        """The held-out loss and the validation videos that belong after a step and are not there yet."""
+        """The held-out loss and the videos that belong after a step and are not there yet, and pictures of them."""
         ends = step in (0, self.total_steps)
         if ends or self._held_out_due(step):
             self.held_out.measure(step)
         if ends or self.validator.due(step):
             self.validator.render(step)
+        self._draw(step)
+
+    def _draw(self, step: int) -> None:
+        """The run's curves and its contact sheet, as of a step."""
+        if self.run.is_main:
+            folder = self.run.output_dir
+            draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, folder.resolve().name)
+            self.before_after.draw(step)
+        self.run.barrier()
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This rank's micro-batches; closing it ends the workers, which do not listen to signals."""

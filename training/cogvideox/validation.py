@@ -2,6 +2,7 @@
 
 Prompts are embedded before the first step, so T5 is never loaded while training. The stock pipeline samples, with the
 transformer that is being trained; the videos are shared out over the ranks. What is changed is put back.
+The pipeline's VAE also shows what it makes of training clips.
 """
 
 import json
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,6 +74,11 @@ def evaluation(module: Any) -> Iterator[None]:
         module.train(training)
 
 
+def frames_of(video_BFCHW: Tensor) -> Tensor:
+    """A pipeline's video, of numbers from 0 to 1, as uint8 (F, H, W, 3) on the CPU."""
+    return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
+
+
 class Validator:
     """Renders the validation videos of a run. ``render`` is called on all ranks."""
 
@@ -89,7 +96,7 @@ class Validator:
         self.transformer, self.prompts, self.order = transformer, prompts, order
         self.fps = self.flags.validation_fps or tensors.index.fps
         self.pipeline = self._make_pipeline(pipeline_name) if prompts.texts else None
-        self.sampling = {
+        self.sampling: dict[str, Any] = {
             "height": self.flags.height,
             "width": self.flags.width,
             "num_frames": self.flags.validation_frames,
@@ -174,16 +181,38 @@ class Validator:
             generator=generator,
             output_type="pt",
         ).frames
-        return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
+        return frames_of(video_BFCHW)
+
+    def videos(self, prompt: int) -> dict[int, Path]:
+        """The first video of a prompt by the step after which it was made, as far as they are there."""
+        first = self.path(0, prompt, 0)
+        found = first.parent.glob(f"step-*_{first.name.partition('_')[2]}")
+        return {int(path.name[5:].partition("_")[0]): path for path in found}
+
+    @torch.no_grad()
+    def decode(self, moments_CFHW: Tensor) -> np.ndarray:
+        """A training clip as the VAE shows it, uint8 (F, H, W, 3): the mean of its posterior, unscaled as it is cached.
+
+        One that is larger than the validation videos is decoded in tiles, to need no more memory than they do.
+        """
+        assert self.pipeline is not None
+        mean_FCHW = moments_CFHW.chunk(2)[0].transpose(0, 1).float()
+        latents_BFCHW = (self.pipeline.vae_scaling_factor_image * mean_FCHW).unsqueeze(0)
+        pixels = mean_FCHW[0, 0].numel() * self.pipeline.vae_scale_factor_spatial**2
+        with self._vae_on_device(tiling=pixels > self.sampling["height"] * self.sampling["width"]):
+            video_BCFHW = self.pipeline.decode_latents(latents_BFCHW.to(self.run.device, self.run.dtype))
+            return frames_of(self.pipeline.video_processor.postprocess_video(video_BCFHW, output_type="pt")).numpy()
 
     @contextmanager
-    def _vae_on_device(self) -> Iterator[None]:
+    def _vae_on_device(self, tiling: bool = False) -> Iterator[None]:
         assert self.pipeline is not None
-        self.pipeline.vae.to(self.run.device)
+        vae = self.pipeline.vae.to(self.run.device)
+        tiled, vae.use_tiling = vae.use_tiling, vae.use_tiling or tiling
         try:
             yield
         finally:
-            self.pipeline.vae.to("cpu")
+            vae.use_tiling = tiled
+            vae.to("cpu")
             torch.cuda.empty_cache()
 
     def _log(self, step: int, paths: list[Path]) -> None:
