@@ -33,7 +33,8 @@ LAYERS = (
     ("run",),
     ("tensors",),
     ("checkpoint", "validation"),
-    ("held_out", "publish"),
+    ("held_out", "card"),
+    ("publish",),
     ("loop",),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

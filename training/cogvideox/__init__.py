@@ -44,6 +44,7 @@ tensors.py            a prepared folder, or one prepared now
 checkpoint.py         checkpoints that are whole or not there
 validation.py         videos while training
 held_out.py           the loss on clips that are never trained on
+card.py               the model card
 publish.py            the result, reloaded and compared
 loop.py               fine_tune: what every script does; Trainer: the one loop
 """

@@ -47,6 +47,7 @@ class Run:
     output_dir: Path
     precision: str  # no, fp16, bf16
     compiled: bool
+    repository: str | None = None  # on the hub, where the result goes; the main process knows it
     stop_requested: bool = False
     _lock: IO[str] | None = field(default=None, repr=False)
 
