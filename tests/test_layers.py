@@ -19,7 +19,7 @@ LAYERS = (
     ("errors", "files"),
     ("args", "draws", "sheets", "data.workers"),
     ("data.buckets", "data.transforms", "data.columns", "data.faults"),
-    ("geometry", "data.frames", "data.paths", "data.tables"),
+    ("geometry", "hub", "data.frames", "data.paths", "data.tables"),
     ("data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
     ("data.decode", "data.index"),
     ("data.clips", "data.sampler"),
@@ -49,7 +49,7 @@ FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.name != "
 
 # Scripts end with --help or with all problems, and workers start, without torch.
 WITHOUT_TORCH = (
-    *("args", "errors", "files", "draws", "geometry", "sheets"),
+    *("args", "errors", "files", "draws", "geometry", "hub", "sheets"),
     *(name for name in FILES if name.startswith("data.") and name != "data.dataset"),
 )
 LIGHT_DATA = ("buckets", "cache", "columns", "faults", "forms", "index", "paths", "sampler", "tables", "workers")

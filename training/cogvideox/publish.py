@@ -73,12 +73,13 @@ def publish(
     dataset: LatentDataset,
     recipe: dict[str, Any],
     step: int,
-) -> None:
-    """Writes the finished run's files; on the main process.
+) -> list[Path]:
+    """Writes the finished run's files; on the main process. Returns those that make up the result, to share.
 
     Raises:
         RuntimeError: the reloaded weights do not give what the trained ones gave.
     """
+    files: list[Path] = []
     if run.is_main:
         folder = run.output_dir
         (folder / RECIPE_NAME).unlink(missing_ok=True)  # unfinished, until the new weights are compared
@@ -96,10 +97,17 @@ def publish(
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
         made = {"step": step, **recipe, "flags": config_dict(options), **environment()}
         made["verification"] = {"max_difference": difference, "cosine": cosine}
-        write_card(run, options, task, method, validator, dataset.index, made)
+        shown = write_card(run, options, task, method, validator, dataset.index, made)
         write_atomically(folder / RECIPE_NAME, json.dumps(made, indent=1, ensure_ascii=False).encode())
         run.say(f"finished: {folder / method.result}; to use it: python {folder / INFERENCE_NAME}")
+        files = [*files_of(folder / method.result), folder / INFERENCE_NAME, folder / RECIPE_NAME, *shown]
     run.barrier()
+    return files
+
+
+def files_of(result: Path) -> list[Path]:
+    """A file, or all files of a folder."""
+    return sorted(path for path in (result, *result.rglob("*")) if path.is_file())
 
 
 def write_weights(method: Any, folder: Path) -> None:
