@@ -250,6 +250,12 @@ def test_resolutions_take_the_place_of_the_lists() -> None:
         (LORA, ("--validation_epochs", "5"), "--validation_epochs"),
         (LORA, ("--validation_prompt", "p", "--validation_steps", "5", "--validation_epochs", "5"), "--validation_s"),
         (PREPARE, ("--save_latents_and_embeddings", "false"), "--save_latents_and_embeddings"),
+        (LORA, ("--hub_token", "hf_abc"), "--hub_token: has no effect without --push_to_hub"),
+        (LORA, ("--hub_model_id", "me/x"), "--hub_model_id: has no effect without --push_to_hub"),
+        (LORA, ("--hub_private",), "--hub_private: has no effect without --push_to_hub"),
+        (LORA, ("--push_to_hub", "--hub_token", ""), "--hub_token: is empty"),
+        (LORA, ("--push_to_hub", "--hub_token", "hf a"), "--hub_token: is empty, or holds spaces"),
+        (LORA, ("--push_to_hub", "--hub_token", "hf_\n"), "--hub_token: is empty, or holds spaces"),
     ],
 )
 def test_contradictions(script: str, given: tuple[str, ...], flag: str) -> None:

@@ -19,7 +19,7 @@ LAYERS = (
     ("errors", "files"),
     ("args", "draws", "sheets", "curves", "data.workers"),
     ("data.buckets", "data.transforms", "data.columns", "data.faults"),
-    ("geometry", "data.frames", "data.paths", "data.tables"),
+    ("geometry", "hub", "data.frames", "data.paths", "data.tables"),
     ("data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
     ("data.decode", "data.index"),
     ("data.clips", "data.sampler"),
@@ -33,7 +33,8 @@ LAYERS = (
     ("run",),
     ("tensors",),
     ("checkpoint", "validation"),
-    ("before_after", "held_out", "publish"),
+    ("before_after", "held_out", "card"),
+    ("publish",),
     ("loop",),
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -48,7 +49,7 @@ FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.name != "
 
 # Scripts end with --help or with all problems, and workers start, without torch.
 WITHOUT_TORCH = (
-    *("args", "errors", "files", "draws", "geometry", "sheets", "curves"),
+    *("args", "errors", "files", "draws", "geometry", "hub", "sheets", "curves"),
     *(name for name in FILES if name.startswith("data.") and name != "data.dataset"),
 )
 LIGHT_DATA = ("buckets", "cache", "columns", "faults", "forms", "index", "paths", "sampler", "tables", "workers")

@@ -16,7 +16,8 @@ from running import PROMPT, WEIGHTS, lora_flags, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cogvideox import publish
+from cogvideox import card, publish
+from cogvideox.card import CARD_NAME
 from cogvideox.methods import Lora
 from cogvideox.publish import INFERENCE_NAME, MIN_COSINE, RECIPE_NAME, compare, faithful, inference_script
 from cogvideox.tasks import TextToVideo
@@ -147,13 +148,17 @@ def test_the_recipe_comes_last(model: Path, tensors: Path, tmp_path: Path, monke
     write = publish.write_atomically
 
     def watched(path: Path, content: bytes) -> None:
-        there[path.name] = {name for name in (WEIGHTS, INFERENCE_NAME, RECIPE_NAME) if (output / name).exists()}
+        there[path.name] = {
+            name for name in (WEIGHTS, INFERENCE_NAME, CARD_NAME, RECIPE_NAME) if (output / name).exists()
+        }
         write(path, content)
 
     monkeypatch.setattr(publish, "write_atomically", watched)
+    monkeypatch.setattr(card, "write_atomically", watched)
     assert train(lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 1)) == 0
-    assert there == {INFERENCE_NAME: {WEIGHTS}, RECIPE_NAME: {WEIGHTS, INFERENCE_NAME}}
-    assert list(there) == [INFERENCE_NAME, RECIPE_NAME]
+    written = [WEIGHTS, INFERENCE_NAME, CARD_NAME, RECIPE_NAME]
+    assert list(there) == written[1:]
+    assert there == {name: set(written[:place]) for place, name in enumerate(written) if place}
     assert not list(output.rglob("*.tmp"))
 
 

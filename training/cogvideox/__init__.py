@@ -20,6 +20,7 @@ data/packets.py       a video's packets -> when each frame is shown, where decod
 data/pictures.py      still images
 data/decord_reader.py decord 0.6 as another reader
 data/decode.py        probe, exact frames, mp4 writing
+hub.py                the repository on the hub: made at the start, filled at the end
 geometry.py           the numbers in a model's config files
 data/cache.py         encoded clips and captions: content-addressed, checked, atomic
 data/clips.py         a file and a recipe -> a plan -> frames
@@ -46,6 +47,7 @@ checkpoint.py         checkpoints that are whole or not there
 validation.py         videos while training
 before_after.py       each prompt before and after training, beside a training clip
 held_out.py           the loss on clips that are never trained on
+card.py               the model card
 publish.py            the result, reloaded and compared
 loop.py               fine_tune: what every script does; Trainer: the one loop
 """

@@ -28,6 +28,7 @@ SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 POLYNOMIAL_END = 1e-7  # learning rate at the end of the polynomial schedule
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
+HIDDEN = "(not shown)"  # instead of a secret
 # of the file system: the user can mend them
 DISK_ERRORS = {
     errno.ENOSPC,
@@ -53,13 +54,14 @@ def flag(
     least: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    secret: bool = False,
 ) -> Any:
     """One flag. ``const`` is the value of the bare flag. A number is at least ``least``, at most ``most``, and less
-    than ``below``.
+    than ``below``. The value of a ``secret`` is shown and written nowhere.
     """
     limits = {"least": least, "most": most, "below": below}
-    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const} | limits
-    return field(default=default, metadata=metadata)
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const, "secret": secret} | limits
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 REQUIRED: Any = dataclasses.MISSING
@@ -299,6 +301,20 @@ class ValidationFlags:
 
 
 @dataclass(frozen=True)
+class HubFlags:
+    """Read by hub.py: where the result is shared."""
+
+    push_to_hub: bool = flag(False, "upload the result to the Hugging Face hub; the repository is made at the start")
+    hub_token: str | None = flag(
+        None,
+        "token that may write (HF_TOKEN, or that of `hf auth login`, which nobody sees in a list of processes)",
+        secret=True,
+    )
+    hub_model_id: str | None = flag(None, "name of the repository, or namespace/name (the name of output_dir)")
+    hub_private: bool = flag(False, "make a repository that only you can see; one that is there stays as it is")
+
+
+@dataclass(frozen=True)
 class ScriptFlags:
     """Read by parse() itself."""
 
@@ -330,6 +346,7 @@ class TrainOptions:
     train: TrainFlags
     optimizer: OptimizerFlags
     validation: ValidationFlags
+    hub: HubFlags
     script: ScriptFlags
 
 
@@ -459,6 +476,17 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
         yield f"{scheduled}: there is nothing to validate; give --validation_prompt or --validation_data_root"
     if validation.validation_steps and validation.validation_epochs:
         yield "--validation_steps: contradicts --validation_epochs; give one of them"
+    yield from hub_problems(options.hub)
+
+
+def hub_problems(hub: HubFlags) -> Iterator[str]:
+    """Contradictions between the flags of the hub, and a token that cannot be one."""
+    if not hub.push_to_hub:
+        for name in ("hub_token", "hub_model_id", "hub_private"):
+            if getattr(hub, name) not in (None, False):
+                yield f"--{name}: has no effect without --push_to_hub; give it too, or leave this out"
+    if hub.hub_token is not None and not re.fullmatch("[!-~]+", hub.hub_token):
+        yield "--hub_token: is empty, or holds spaces or other characters that no token has; copy it again"
 
 
 def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
@@ -539,9 +567,14 @@ def help_text(item: "dataclasses.Field[Any]") -> str:
     return text if shown in (None, "") else f"{text} [{shown}]"
 
 
+def as_typed(item: "dataclasses.Field[Any]", texts: Sequence[str]) -> str:
+    """A flag and its value for messages; of a secret only the flag."""
+    return f"--{item.name}" if item.metadata["secret"] else f"--{item.name} {' '.join(texts)}"
+
+
 def convert(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
     """One typed value out of one string; raises UsageError with the rule and the nearest fix."""
-    name = f"--{item.name} {text}"
+    name = as_typed(item, [text])
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UsageError(f"--{item.name}: holds bytes that are no UTF-8")
     if of is bool:
@@ -581,7 +614,7 @@ def read_value(item: "dataclasses.Field[Any]", annotation: Any, given: Sequence[
     if many:
         return tuple(convert(item, of, text) for text in texts)
     if len(texts) > 1:
-        raise UsageError(f"--{item.name} {' '.join(texts)}: takes one value; quote it if it has spaces")
+        raise UsageError(f"{as_typed(item, texts)}: takes one value; quote it if it has spaces")
     return convert(item, of, texts[0])
 
 
@@ -641,18 +674,30 @@ def config_text(options: Any, sources: dict[str, str]) -> str:
     """Every flag with its value and origin, a line each."""
     lines = []
     for group_name, item, _ in fields_of(type(options)):
-        value = getattr(getattr(options, group_name), item.name)
+        value = to_show(item, getattr(getattr(options, group_name), item.name))
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         lines.append(f"{item.name:31} {sources[item.name]:30} {shown}".rstrip())
     return "\n".join(lines)
 
 
 def config_dict(options: Any) -> dict[str, Any]:
-    """Every flag's value by its name, for config.json and the recipe."""
-    values: dict[str, Any] = {}
-    for group in typing.get_type_hints(type(options)):
-        values.update(dataclasses.asdict(getattr(options, group)))
-    return values
+    """Every flag's value by its name, for config.json, the recipe and trackers; secrets are left out."""
+    return {
+        item.name: to_show(item, getattr(getattr(options, group), item.name))
+        for group, item, _ in fields_of(type(options))
+    }
+
+
+def to_show(item: "dataclasses.Field[Any]", value: Any) -> Any:
+    """A flag's value, or of a secret that there is one."""
+    return HIDDEN if item.metadata["secret"] and value is not None else value
+
+
+def hide_secrets(options: Any) -> None:
+    """Takes the values of secrets out of sys.argv, which trackers record."""
+    values = [(item, getattr(getattr(options, group), item.name)) for group, item, _ in fields_of(type(options))]
+    for secret in [value for item, value in values if item.metadata["secret"] and value]:
+        sys.argv[1:] = [text.replace(secret, HIDDEN) for text in sys.argv[1:]]
 
 
 def parse(
@@ -692,7 +737,9 @@ def run_script(
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        leave(main(parse(options_type, doc, None, checks)))
+        options = parse(options_type, doc, None, checks)
+        hide_secrets(options)
+        leave(main(options))
     except UsageError as error:
         count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
         lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in error.problems)]

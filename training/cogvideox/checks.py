@@ -4,5 +4,6 @@ from cogvideox.args import check_trackers
 from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.index import check_data
 from cogvideox.factory import check_tensors
+from cogvideox.hub import check_hub
 
-TRAINING_CHECKS = (check_data, check_reader, check_tensors, check_trackers)
+TRAINING_CHECKS = (check_data, check_reader, check_tensors, check_trackers, check_hub)

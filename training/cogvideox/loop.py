@@ -23,6 +23,7 @@ from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
 from cogvideox.errors import UsageError, first_of
 from cogvideox.held_out import HeldOut
+from cogvideox.hub import upload
 from cogvideox.optim import learning_rate
 from cogvideox.plan import ExecutionPlan
 from cogvideox.publish import publish
@@ -235,8 +236,11 @@ class Trainer:
             self.run.say(f"stopped and saved after step {step} of {self.total_steps}; the same command goes on")
             return REQUEUE_EXIT
         self._look(step)
-        publish(self.run, self.options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
-        self.run.accelerator.end_training()
+        run, options = self.run, self.options
+        files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
+        run.accelerator.end_training()
+        if run.repository:  # on the main process, for which nobody waits any more
+            upload(run.repository, options.hub, run.output_dir, files, run.say)
         return 0
 
 

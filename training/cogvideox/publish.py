@@ -1,7 +1,7 @@
 """The result of a run: written, reloaded through the stock pipeline, compared, and described.
 
-OUTPUT_DIR gets the weights, inference.py (how to use them) and, last, recipe.json (how they were made). A folder with
-recipe.json is finished.
+OUTPUT_DIR gets the weights, inference.py (how to use them), README.md (the model card) and, last, recipe.json (how they
+were made). A folder with recipe.json is finished.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cogvideox.args import TrainOptions, config_dict
+from cogvideox.card import write_card
 from cogvideox.checkpoint import fsync
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
@@ -72,12 +73,13 @@ def publish(
     dataset: LatentDataset,
     recipe: dict[str, Any],
     step: int,
-) -> None:
-    """Writes the finished run's files; on the main process.
+) -> list[Path]:
+    """Writes the finished run's files; on the main process. Returns those that make up the result, to share.
 
     Raises:
         RuntimeError: the reloaded weights do not give what the trained ones gave.
     """
+    files: list[Path] = []
     if run.is_main:
         folder = run.output_dir
         (folder / RECIPE_NAME).unlink(missing_ok=True)  # unfinished, until the new weights are compared
@@ -95,9 +97,17 @@ def publish(
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
         made = {"step": step, **recipe, "flags": config_dict(options), **environment()}
         made["verification"] = {"max_difference": difference, "cosine": cosine}
+        shown = write_card(run, options, task, method, validator, dataset.index, made)
         write_atomically(folder / RECIPE_NAME, json.dumps(made, indent=1, ensure_ascii=False).encode())
         run.say(f"finished: {folder / method.result}; to use it: python {folder / INFERENCE_NAME}")
+        files = [*files_of(folder / method.result), folder / INFERENCE_NAME, folder / RECIPE_NAME, *shown]
     run.barrier()
+    return files
+
+
+def files_of(result: Path) -> list[Path]:
+    """A file, or all files of a folder."""
+    return sorted(path for path in (result, *result.rglob("*")) if path.is_file())
 
 
 def write_weights(method: Any, folder: Path) -> None:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from cogvideox.args import TrainOptions, config_dict, tracker_names
 from cogvideox.errors import UsageError
 from cogvideox.files import remove_stale_temporaries, write_atomically
+from cogvideox.hub import open_repository
 from cogvideox.optim import StepResult
 from cogvideox.ranks import Ranks, check_world
 
@@ -47,6 +48,7 @@ class Run:
     output_dir: Path
     precision: str  # no, fp16, bf16
     compiled: bool
+    repository: str | None = None  # on the hub, where the result goes; the main process knows it
     stop_requested: bool = False
     _lock: IO[str] | None = field(default=None, repr=False)
 
@@ -81,10 +83,11 @@ class Run:
 
 
 def start_run(options: TrainOptions) -> Run:
-    """Joins the other ranks, takes the output folder and writes config.json.
+    """Joins the other ranks, takes the output folder, writes config.json and makes the repository on the hub.
 
     Raises:
-        UsageError: the folder belongs to something else, or the launcher's configuration does not fit the machine.
+        UsageError: the folder belongs to something else, the launcher's configuration does not fit the machine, or the
+            hub refuses.
     """
     accelerator = make_accelerator(options)
     output_dir = Path(options.train.output_dir)
@@ -92,7 +95,7 @@ def start_run(options: TrainOptions) -> Run:
     run = Run(accelerator, Ranks(accelerator.state), output_dir, precision_of(options.train.mixed_precision), compiled)
     torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
     torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch's own default is on
-    problem = take_folder(run, options) if run.is_main else None
+    problem = (take_folder(run, options) or take_repository(run, options)) if run.is_main else None
     everyones = [problem]
     if run.world > 1:
         torch.distributed.broadcast_object_list(everyones)
@@ -170,6 +173,15 @@ def take_folder(run: Run, options: TrainOptions) -> str | None:
         return f"--no_resume: {folder} is not empty; give an empty --output_dir, or delete it"
     if CONFIG_NAME not in there:
         write_config(run, options)
+    return None
+
+
+def take_repository(run: Run, options: TrainOptions) -> str | None:
+    """Makes or finds the repository on the hub, if one is wanted; returns what stands in the way."""
+    try:
+        run.repository = open_repository(options, run.say)
+    except UsageError as error:
+        return str(error)
     return None
 
 
