@@ -58,12 +58,12 @@ def make_pipeline(kind: str, folder: Path) -> None:
         CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )
-    from tiny_cogvideox import _tokenizer
+    from tiny_cogvideox import make_tokenizer
     from transformers import T5Config, T5EncoderModel
 
     if (folder / "model_index.json").is_file():
         return
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     scheduler = CogVideoXDPMScheduler(
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,

