@@ -115,9 +115,9 @@ class Footage:
 
 
 def pyramid(film: Tensor) -> Iterator[Tensor]:
-    """A film, (F, C, H, W), in sizes from its own down to the smallest that holds a whole frame."""
+    """A film, (F, C, H, W), in up to five sizes, the smallest of which just holds a whole frame."""
     largest = min(film.shape[2] / shapes.HEIGHT, film.shape[3] / shapes.WIDTH)
-    for factor in {1.0, *(scale for scale in (1.5, 2.0, 3.0, 4.0) if scale < largest)}:
+    for factor in [1.0, *(scale for scale in (1.5, 2.0, 3.0, 4.0) if scale < largest)]:
         size = [math.ceil(length * factor / largest) for length in film.shape[2:]]
         yield interpolate(film.float(), size, mode="bilinear", antialias=True).round().byte()
 
@@ -129,7 +129,11 @@ def train_vae(vae: Any, footage: Footage, steps: int, batch: int, peak: float) -
     start = time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = (
+                peak
+                * min(1.0, (step + 1) / min(100, 1 + steps // 10))
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            )
         video = footage.batch(batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             posterior = vae.encode(video).latent_dist
