@@ -99,7 +99,7 @@ class Footage:
         real = torch.stack([self._window() for _ in range(size - size // 2)])
         gain = 0.7 + 0.6 * self.random.random((len(real), 1, 3, 1, 1), dtype=np.float32)
         real = (real * torch.from_numpy(gain).to(real.device)).clamp(0, 255)
-        return (torch.cat([self.drawn[picks].float(), real]) / 127.5 - 1.0).transpose(1, 2)
+        return (torch.cat([self.drawn[picks].float(), real]) / 127.5 - 1.0).transpose(1, 2).contiguous()
 
     def _window(self) -> Tensor:
         """Nine frames out of a film, uint8 (F, C, HEIGHT, WIDTH)."""
