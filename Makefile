@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo test quality fuzz clean
 .DEFAULT_GOAL := demo
@@ -17,7 +18,7 @@ demo: $(VENV)/ready
 	PYTHON=$(BIN)/python bash examples/demo.sh
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadgroup
 
 quality: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import signal
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # Before any library is imported, and inherited by the scripts that tests start.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; threads that wait for each other cost more
 if "COGVIDEOX_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the references are exact on a CPU only
 
@@ -50,8 +52,11 @@ def real_clips() -> Path:
     from real_clips import DownloadError, make_clips
 
     cache = Path(os.environ.get("COGVIDEOX_TEST_CACHE") or Path.home() / ".cache" / "cogvideox-tests")
+    cache.mkdir(parents=True, exist_ok=True)
     try:
-        return make_clips(cache / "real_clips")
+        with open(cache / ".lock", "w") as lock:  # processes that test side by side share it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return make_clips(cache / "real_clips")
     except DownloadError as error:
         pytest.fail(str(error), pytrace=False)
 

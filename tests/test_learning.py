@@ -19,6 +19,8 @@ from cogvideox import args
 from cogvideox.data.clips import Variant, decode_variant, plan_clip
 from cogvideox.data.decode import probe, read_frames
 
+pytestmark = pytest.mark.xdist_group("learning")  # one process trains for all of them
+
 MODEL = ROOT / "examples" / "model"
 SIZE = ["--train_resolution", "9x64x96"]
 PROMPT = "BUNNY A big grey cartoon rabbit stands up in a sunlit meadow and throws both arms into the air."
