@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from cogvideox import loop
 from cogvideox.engine import STATE_NAME, DeepSpeedEngine, LocalEngine, make_engine
 from cogvideox.errors import UsageError
-from cogvideox.optim import MasterWeights, make_optimizer
+from cogvideox.optim import MasterWeights
+from cogvideox.optimizers import make_optimizer
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

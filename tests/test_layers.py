@@ -26,10 +26,11 @@ LAYERS = (
     ("diffusion", "rope"),
     ("data.dataset",),
     ("encode", "models"),
-    ("factory", "prepare"),
+    ("factory", "prepare", "optimizers"),
     ("report", "verify", "checks"),
     ("tasks", "methods", "optim"),
-    ("engine", "plan", "ranks"),
+    ("offload", "plan", "ranks"),
+    ("engine",),
     ("run",),
     ("tensors",),
     ("checkpoint", "validation"),
@@ -49,7 +50,7 @@ FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.name != "
 
 # Scripts end with --help or with all problems, and workers start, without torch.
 WITHOUT_TORCH = (
-    *("args", "errors", "files", "draws", "geometry", "hub", "sheets", "curves"),
+    *("args", "errors", "files", "draws", "geometry", "hub", "optimizers", "sheets", "curves"),
     *(name for name in FILES if name.startswith("data.") and name != "data.dataset"),
 )
 LIGHT_DATA = ("buckets", "cache", "columns", "faults", "forms", "index", "paths", "sampler", "tables", "workers")

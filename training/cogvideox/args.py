@@ -27,6 +27,9 @@ TENSOR_FOLDER = "cogvideox_tensors"  # the default of --tensor_cache, in the dat
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 POLYNOMIAL_END = 1e-7  # learning rate at the end of the polynomial schedule
+ADAMS, RULES = ("adam", "adamw"), ("adam", "adamw", "prodigy", "came")  # of optimizers
+NAMED_CLASS = "a class by its dotted name"
+LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
 HIDDEN = "(not shown)"  # instead of a secret
 # of the file system: the user can mend them
@@ -54,13 +57,17 @@ def flag(
     least: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    dotted: bool = False,
+    only: Sequence[str] = (),
     secret: bool = False,
 ) -> Any:
     """One flag. ``const`` is the value of the bare flag. A number is at least ``least``, at most ``most``, and less
-    than ``below``. The value of a ``secret`` is shown and written nowhere.
+    than ``below``. A ``dotted`` flag takes a dotted name beside its ``choices``. ``only``: the optimizers that have it.
+    The value of a ``secret`` is shown and written nowhere.
     """
     limits = {"least": least, "most": most, "below": below}
-    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const, "secret": secret} | limits
+    kinds = {"choices": choices, "const": const, "dotted": dotted, "only": only, "secret": secret}
+    metadata = {"help": help, "aliases": aliases} | kinds | limits
     return field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -260,17 +267,65 @@ class LoraFlags:
 class OptimizerFlags:
     """Read by optim.py."""
 
-    optimizer: str = flag("adam", "optimizer; adam has L2, adamw decoupled weight decay", choices=("adam", "adamw"))
+    optimizer: str = flag(
+        "adam",
+        "adam has L2, adamw decoupled weight decay; prodigy finds its own step size (give --learning_rate 1); came; or "
+        "a class by its dotted name, such as torch.optim.RAdam",
+        choices=RULES,
+        dotted=True,
+    )
+    optimizer_args: tuple[str, ...] = flag(
+        (), "arguments of the class as key=value, values as in Python: momentum=0.9", only=(NAMED_CLASS,)
+    )
+    use_8bit: bool = flag(
+        False,
+        "moments in 8 bits, by bitsandbytes (whose weight decay is decoupled for adam too) or torchao",
+        aliases=("use_8bit_adam",),
+        only=ADAMS,
+    )
+    use_4bit: bool = flag(False, "moments in 4 bits; needs --use_torchao", only=ADAMS)
+    use_fp8: bool = flag(False, "moments in fp8; needs --use_torchao", only=ADAMS)
+    use_torchao: bool = flag(False, "low-bit moments by torchao instead of bitsandbytes", only=ADAMS)
+    use_cpu_offload_optimizer: bool = flag(
+        False, "masters, moments and the step on the CPU, by torchao; one GPU; needs --max_grad_norm 0", only=ADAMS
+    )
+    offload_gradients: bool = flag(
+        False, "with --use_cpu_offload_optimizer: free each gradient on the GPU at once; no accumulation", only=ADAMS
+    )
     learning_rate: float = flag(1e-4, "peak learning rate", least=0.0)
     scale_lr: bool = flag(False, "multiply the learning rate by the number of samples in an optimizer step")
     lr_scheduler: str = flag("constant", "shape of the learning rate over the run", choices=SCHEDULES)
     lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up (not for constant)", least=0)
     lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
     lr_power: float = flag(1.0, "power of polynomial", least=0.0)
-    beta1: float = flag(0.9, "decay of the first moment", aliases=("adam_beta1",), least=0.0, below=1.0)
-    beta2: float = flag(0.95, "decay of the second moment", aliases=("adam_beta2",), least=0.0, below=1.0)
-    weight_decay: float = flag(1e-4, "weight decay", aliases=("adam_weight_decay",), least=0.0)
-    epsilon: float = flag(1e-8, "added to the root of the second moment", aliases=("adam_epsilon",), least=0.0)
+    beta1: float | None = flag(0.9, "decay of the first moment", aliases=("adam_beta1",), least=0.0, below=1.0)
+    beta2: float | None = flag(0.95, "decay of the second moment", aliases=("adam_beta2",), least=0.0, below=1.0)
+    beta3: float | None = flag(
+        None,
+        "prodigy: decay of the step size's sums (root of beta2); came: of the instability (0.9999)",
+        aliases=("prodigy_beta3",),
+        least=0.0,
+        below=1.0,
+        only=("prodigy", "came"),
+    )
+    weight_decay: float | None = flag(1e-4, "weight decay", aliases=("adam_weight_decay",), least=0.0)
+    epsilon: float | None = flag(
+        1e-8,
+        "added to the root of the second moment",
+        aliases=("adam_epsilon",),
+        least=0.0,
+        only=(*ADAMS, "prodigy", NAMED_CLASS),
+    )
+    prodigy_decouple: bool = flag(False, "decoupled weight decay, as adamw's", only=("prodigy",))
+    prodigy_use_bias_correction: bool = flag(False, "Adam's bias correction", only=("prodigy",))
+    prodigy_safeguard_warmup: bool = flag(
+        False, "keep the learning rate out of the step size's estimate, for warm-up", only=("prodigy",)
+    )
+
+    @property
+    def kind(self) -> str:
+        """The rule, or that it is a class by its dotted name."""
+        return NAMED_CLASS if "." in self.optimizer else self.optimizer
 
 
 @dataclass(frozen=True)
@@ -385,12 +440,21 @@ def derive(options: Any, sources: dict[str, str]) -> Any:
         longest = max(listed, key=lambda numbers: numbers[0], default=usual)  # the first of those
         wanted = dict(zip(("validation_frames", "height", "width"), longest, strict=True))
         found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
+        found["optimizer"] = dict.fromkeys(left_to_library(options.optimizer, given))
         if options.loader.tensor_cache is None and not options.loader.load_tensors:
             found["loader"] = {"tensor_cache": str(Path(data.data_root[0]) / TENSOR_FOLDER)}
     for values in found.values():
         sources.update(dict.fromkeys(values, "derived"))
     groups = {name: dataclasses.replace(getattr(options, name), **values) for name, values in found.items()}
     return dataclasses.replace(options, **groups)
+
+
+def left_to_library(flags: OptimizerFlags, given: set[str]) -> Iterator[str]:
+    """Flags whose default is not for this optimizer: its library's own value holds."""
+    if flags.kind == NAMED_CLASS:
+        yield from {"beta1", "beta2", "weight_decay", "epsilon"} - given
+    elif flags.kind == "came":
+        yield from {"epsilon"} - given
 
 
 def resolution(text: str) -> tuple[int, int, int] | None:
@@ -426,6 +490,7 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
         yield from prepare_problems(options.prepare)
     if isinstance(options, TrainOptions):
         yield from train_problems(options)
+        yield from optimizer_problems(options, given)
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
@@ -489,6 +554,42 @@ def hub_problems(hub: HubFlags) -> Iterator[str]:
         yield "--hub_token: is empty, or holds spaces or other characters that no token has; copy it again"
 
 
+def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
+    """Contradictions between the flags of the optimizer, and flags that the one chosen does not have."""
+    flags, train = options.optimizer, options.train
+    for item in dataclasses.fields(flags):
+        only = item.metadata["only"]
+        if only and flags.kind not in only and item.name in given and getattr(flags, item.name) is not False:
+            yield f"--{item.name}: has no effect with --optimizer {flags.optimizer}; it is for {', '.join(only)}"
+    low = [f"--{name}" for name in LOW_BIT if getattr(flags, name)]
+    if len(low) > 1:
+        yield f"{low[0]}: contradicts {low[1]}; give one of them"
+    if low and low[0] != "--use_8bit" and not flags.use_torchao:
+        yield f"{low[0]}: bitsandbytes has no such optimizer; add --use_torchao"
+    if flags.use_torchao and not low:
+        yield "--use_torchao: says whose low-bit moments; add --use_8bit, --use_4bit or --use_fp8"
+    if flags.offload_gradients and not flags.use_cpu_offload_optimizer:
+        yield "--offload_gradients: needs an optimizer on the CPU; add --use_cpu_offload_optimizer"
+    if flags.use_cpu_offload_optimizer:
+        yield from offload_problems(flags, train, low)
+
+
+def offload_problems(flags: OptimizerFlags, train: TrainFlags, low: list[str]) -> Iterator[str]:
+    """What torchao's optimizer on the CPU cannot do."""
+    name = "--use_cpu_offload_optimizer"
+    if low:
+        yield f"{name}: contradicts {low[0]}: on the CPU moments are fp32; give either"
+    if train.max_grad_norm:
+        yield f"{name}: torchao clips no gradients, and --max_grad_norm is {train.max_grad_norm:g}; give 0"
+    if train.mixed_precision == "fp16":
+        yield f"{name}: torchao knows no loss scale, which fp16 needs; give --mixed_precision bf16"
+    if flags.offload_gradients and train.gradient_accumulation_steps > 1:
+        yield (
+            f"--offload_gradients: contradicts --gradient_accumulation_steps {train.gradient_accumulation_steps}: each "
+            "gradient leaves the GPU at once; give 1, or leave --offload_gradients out"
+        )
+
+
 def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
     """Contradictions with --load_tensors."""
     if len(options.data.data_root) > 1:
@@ -506,6 +607,11 @@ def check_trackers(options: TrainOptions) -> Iterator[str]:
     login = os.environ.get("WANDB_API_KEY") or any(Path.home().joinpath(name).exists() for name in (".netrc", "_netrc"))
     if "wandb" in wanted and not login and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
         yield "--report_to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline"
+
+
+def precision_of(flag: str | None) -> str:
+    """The flag, else what `accelerate launch` was told, else no."""
+    return flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def tracker_names(report_to: str | None) -> list[str]:
@@ -545,7 +651,8 @@ def build_parser(options_type: type, description: str | None) -> argparse.Argume
     groups = {name: parser.add_argument_group(name) for name in typing.get_type_hints(options_type)}
     for group_name, item, annotation in fields_of(options_type):
         of, many = value_type(annotation)
-        value = "|".join(item.metadata["choices"]) or ("true|false" if of is bool else of.__name__.upper())
+        shown = (*item.metadata["choices"], *(["DOTTED.NAME"] if item.metadata["dotted"] else []))
+        value = "|".join(shown) or ("true|false" if of is bool else of.__name__.upper())
         optional = of is bool or item.metadata["const"]
         groups[group_name].add_argument(
             *(f"--{name}" for name in (item.name, *item.metadata["aliases"])),
@@ -582,11 +689,12 @@ def convert(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
             raise UsageError(f"{name}: takes true or false, or nothing for true")
         return text.lower() in ("true", "1", "yes")
     choices = item.metadata["choices"]
-    if choices:
+    if choices and not (item.metadata["dotted"] and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", text)):
         value = next((choice for choice in choices if choice.lower() == text.lower()), None)
         if value is None:
             near = difflib.get_close_matches(text.lower(), choices, 1, 0.4)
-            raise UsageError(f"{name}: is one of {', '.join(choices)}" + (f"; nearest: {near[0]}" if near else ""))
+            among = f"is one of {', '.join(choices)}" + (", or a dotted name" if item.metadata["dotted"] else "")
+            raise UsageError(f"{name}: {among}" + (f"; nearest: {near[0]}" if near else ""))
         return value
     try:
         value = of(text)
