@@ -30,6 +30,7 @@ rope.py               rotary tables
 data/dataset.py       cached tensors -> batches
 encode.py             clips and captions -> tensors
 models.py             parts of a pipeline: found, identified, loaded
+prompts.py            validation prompts, of the command line or a file
 factory.py            folders that the CogVideoX factory prepared -> the cache
 optimizers.py         which optimizer, and what each needs and refuses
 checks.py             what a script looks at before anything heavy is imported

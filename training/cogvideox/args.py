@@ -27,8 +27,10 @@ TENSOR_FOLDER = "cogvideox_tensors"  # the default of --tensor_cache, in the dat
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 POLYNOMIAL_END = 1e-7  # learning rate at the end of the polynomial schedule
+MODEL_NAMES = ("cogvideox-t2v", "cogvideox-i2v", "cogvideox1.5-t2v", "cogvideox1.5-i2v")  # in the CogVideo guide
 ADAMS, RULES = ("adam", "adamw"), ("adam", "adamw", "prodigy", "came")  # of optimizers
 NAMED_CLASS = "a class by its dotted name"
+LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
 LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
 HIDDEN = "(not shown)"  # instead of a secret
@@ -60,18 +62,25 @@ def flag(
     dotted: bool = False,
     only: Sequence[str] = (),
     secret: bool = False,
+    idle: bool = False,
 ) -> Any:
     """One flag. ``const`` is the value of the bare flag. A number is at least ``least``, at most ``most``, and less
     than ``below``. A ``dotted`` flag takes a dotted name beside its ``choices``. ``only``: the optimizers that have it.
-    The value of a ``secret`` is shown and written nowhere.
+    The value of a ``secret`` is shown and written nowhere. An ``idle`` flag is taken from old commands and does
+    nothing; its help says why.
     """
     limits = {"least": least, "most": most, "below": below}
-    kinds = {"choices": choices, "const": const, "dotted": dotted, "only": only, "secret": secret}
+    kinds = {"choices": choices, "const": const, "dotted": dotted, "only": only, "secret": secret, "idle": idle}
     metadata = {"help": help, "aliases": aliases} | kinds | limits
     return field(default=default, metadata=metadata, repr=not secret)
 
 
 REQUIRED: Any = dataclasses.MISSING
+
+
+def idle(default: Any, why: str) -> Any:
+    """A flag of other trainers that has no effect here."""
+    return flag(default, f"has no effect here; {why}", idle=True)
 
 
 # -- the flags ---------------------------------------------------------------------------------------------------------
@@ -170,6 +179,8 @@ class DataFlags:
     video_reader: str = flag("pyav", "library that decodes: pyav, exact; or decord (0.6), where it is installed")
     decode_timeout: float = flag(120.0, "seconds after which a clip that still decodes is given up", least=1.0)
     decode_memory: float = flag(4.0, "GiB of memory that decoding one clip may take", least=0.5)
+    dataset_name: str | None = flag(None, "refused: a data set of the hub is downloaded first")
+    dataset_config_name: str | None = flag(None, "refused, as --dataset_name")
     seed: int = flag(42, "all random draws follow from it", least=0)
     dataloader_num_workers: int = flag(
         0, "processes that load tensors; decoding uses as many, at least one", aliases=("num_workers",), least=0
@@ -201,6 +212,19 @@ class PrepareFlags:
     dry_run: bool = flag(False, "show what would be encoded, and what it costs, and stop")
     verify: bool = flag(False, "check every tensor in output_dir against the data, encode nothing, and stop")
     repair: bool = flag(False, "check every tensor in output_dir, and encode anew what is damaged or out of date")
+    use_slicing: bool = idle(False, "clips are encoded one at a time")
+    pin_memory: bool = idle(False, "no batch waits for a device")
+    num_decode_threads: int = idle(0, "--dataloader_num_workers says how many processes decode")
+    num_artifact_workers: int = idle(4, "tensors are written while the next clip is decoded; clips are not copied")
+
+
+@dataclass(frozen=True)
+class GuideFlags:
+    """The CogVideo guide's, for its one script that does everything; compared with this script and its model."""
+
+    model_type: str | None = flag(None, "task, which the script's name says", choices=("t2v", "i2v"))
+    training_type: str | None = flag(None, "method, which the script's name says", choices=("lora", "sft"))
+    model_name: str | None = flag(None, "family of the model, which its config says", choices=MODEL_NAMES)
 
 
 @dataclass(frozen=True)
@@ -261,6 +285,15 @@ class LoraFlags:
     target_modules: tuple[str, ...] = flag(
         ("to_q", "to_k", "to_v", "to_out.0"), "names of the linear layers that get a LoRA"
     )
+
+
+@dataclass(frozen=True)
+class NoLoraFlags:
+    """Those of LoraFlags, where all weights are trained."""
+
+    rank: int = idle(64, "all weights are trained; a LoRA is trained by the script with lora in its name")
+    lora_alpha: float = idle(64.0, "as --rank")
+    target_modules: tuple[str, ...] = idle((), "as --rank")
 
 
 @dataclass(frozen=True)
@@ -332,8 +365,11 @@ class OptimizerFlags:
 class ValidationFlags:
     """Read by validation.py: the videos made while training."""
 
+    do_validation: bool | None = flag(None, "make validation videos (where there are prompts)")
     validation_prompt: str | None = flag(None, "prompts of the validation videos, joined by the separator")
     validation_prompt_separator: str = flag(":::", "between two prompts", aliases=("validation_prompt_seperator",))
+    validation_dir: str | None = flag(None, "folder of --validation_prompts")
+    validation_prompts: str | None = flag(None, "file with a prompt a line, in validation_dir (or a path)")
     negative_prompt: str = flag("", "what guidance leads away from")
     num_validation_videos: int = flag(1, "videos a prompt", least=1)
     validation_steps: int | None = flag(
@@ -370,6 +406,16 @@ class HubFlags:
 
 
 @dataclass(frozen=True)
+class IdleFlags:
+    """Of other trainers' training scripts; each says why it does nothing."""
+
+    enable_model_cpu_offload: bool = idle(
+        False, "T5 is gone before training, and the VAE is on the device for validation only"
+    )
+    validation_videos: str | None = idle(None, "no video is a condition of what is sampled")
+
+
+@dataclass(frozen=True)
 class ScriptFlags:
     """Read by parse() itself."""
 
@@ -392,9 +438,13 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What every training script takes."""
+    """What every training script takes; ``task`` and ``method`` are the CogVideo guide's names."""
+
+    task = "t2v"
+    method = "lora"
 
     model: ModelFlags
+    guide: GuideFlags
     data: DataFlags
     loader: LoaderFlags
     encode: EncodeFlags
@@ -402,6 +452,7 @@ class TrainOptions:
     optimizer: OptimizerFlags
     validation: ValidationFlags
     hub: HubFlags
+    idle: IdleFlags
     script: ScriptFlags
 
 
@@ -415,6 +466,10 @@ class LoraOptions(TrainOptions):
 @dataclass(frozen=True)
 class SftOptions(TrainOptions):
     """The scripts that train all weights."""
+
+    method = "sft"
+
+    lora: NoLoraFlags
 
 
 Options = TypeVar("Options", bound=PrepareOptions | TrainOptions)
@@ -524,7 +579,7 @@ def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
 
 def train_problems(options: TrainOptions) -> Iterator[str]:
     """Contradictions between the flags of a training script."""
-    train, validation = options.train, options.validation
+    train = options.train
     if train.no_resume and train.resume_from_checkpoint:
         yield f"--no_resume: contradicts --resume_from_checkpoint {train.resume_from_checkpoint}; give one of them"
     if options.loader.load_tensors:
@@ -535,13 +590,26 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
             f"--learning_rate {optimizer.learning_rate:g}: polynomial goes down to {POLYNOMIAL_END:g}; "
             "give a larger one, or --lr_scheduler constant"
         )
+    yield from validation_problems(options, options.validation)
+    yield from hub_problems(options.hub)
+
+
+def validation_problems(options: TrainOptions, validation: ValidationFlags) -> Iterator[str]:
+    """Contradictions between the flags of validation."""
+    off, prompts = validation.do_validation is False, validation.validation_prompt or validation.validation_prompts
     scheduled = "--validation_steps" if validation.validation_steps else "--validation_epochs"
-    wanted = validation.validation_prompt or options.data.validation_data_root or options.loader.load_tensors
-    if (validation.validation_steps or validation.validation_epochs) and not wanted:
+    if validation.do_validation and not prompts:
+        yield "--do_validation: there is no prompt; give --validation_prompt or --validation_prompts"
+    elif (validation.validation_steps or validation.validation_epochs) and not (
+        off or prompts or options.data.validation_data_root or options.loader.load_tensors
+    ):
         yield f"{scheduled}: there is nothing to validate; give --validation_prompt or --validation_data_root"
     if validation.validation_steps and validation.validation_epochs:
         yield "--validation_steps: contradicts --validation_epochs; give one of them"
-    yield from hub_problems(options.hub)
+    if validation.validation_prompt and validation.validation_prompts:
+        yield "--validation_prompt: contradicts --validation_prompts; give one of them"
+    if validation.validation_dir and not (off or validation.validation_prompts):
+        yield f"--validation_dir {validation.validation_dir}: names no file; give --validation_prompts too"
 
 
 def hub_problems(hub: HubFlags) -> Iterator[str]:
@@ -747,6 +815,40 @@ def spelling(argv: Sequence[str], item: "dataclasses.Field[Any]") -> str:
     return used[0]
 
 
+def foreign_problems(options_type: type[Options], values: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What commands of other trainers ask of another script, or of the hub; they may have unknown flags too."""
+    data_set = values["data"].get("dataset_name")
+    if data_set or "dataset_config_name" in values["data"]:
+        download = f"hf download --repo-type dataset {data_set or 'NAME'} --local-dir D"
+        yield f"--dataset_name {data_set}: is not downloaded here; {download}, then give --data_root D"
+    if issubclass(options_type, TrainOptions):
+        yield from script_problems(options_type, GuideFlags(**values["guide"]))
+
+
+def script_problems(options_type: type[TrainOptions], guide: GuideFlags) -> Iterator[str]:
+    """What the CogVideo guide's flags say of the script, where it is another one."""
+    family = (guide.model_name or "").rpartition("-")[2]
+    task, method = guide.model_type or family or options_type.task, guide.training_type or options_type.method
+    if family and task != family:
+        yield f"--model_name {guide.model_name}: contradicts --model_type {task}; give one of them"
+    if (task, method) != (options_type.task, options_type.method):
+        values = {"model_type": guide.model_type, "model_name": guide.model_name, "training_type": guide.training_type}
+        asked = " ".join(f"--{name} {value}" for name, value in values.items() if value)
+        right = f"cogvideox_{'image' if task == 'i2v' else 'text'}_to_video_{method}.py"
+        yield f"{asked}: is not what this script trains; the right one is {right}"
+
+
+def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
+    """What a user may want to know of flags that are no problem."""
+    for group, item, _ in fields_of(type(options)):
+        if item.metadata["idle"] and sources[item.name] != "default" and getattr(getattr(options, group), item.name):
+            yield f"--{item.name}: {item.metadata['help']}"
+    if isinstance(options, TrainOptions) and options.optimizer.kind == "prodigy":
+        rate = options.optimizer.learning_rate
+        if rate < LOW_FOR_PRODIGY:
+            yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; usual: 1"
+
+
 def read_flags(
     options_type: type[Options], argv: Sequence[str], description: str | None
 ) -> tuple[Options, dict[str, str]]:
@@ -772,6 +874,7 @@ def read_flags(
             values[group][item.name] = read_value(item, annotation, getattr(namespace, item.name))
         except UsageError as error:
             problems.extend(error.problems)
+    problems.extend(foreign_problems(options_type, values))
     if problems:
         raise UsageError(problems)
     groups = {name: of(**values[name]) for name, of in typing.get_type_hints(options_type).items()}
@@ -825,6 +928,9 @@ def parse(
     options, sources = read_flags(options_type, sys.argv[1:] if argv is None else argv, description)
     options = derive(options, sources)
     problems = list(flag_problems(options, sources))
+    if not problems and os.environ.get("RANK", "0") == "0":
+        for remark in remarks(options, sources):
+            print(remark, file=sys.stderr)
     if options.script.print_config and not problems:
         print(config_text(options, sources))
         sys.exit(0)
