@@ -484,11 +484,15 @@ def test_a_model_s_name_that_contradicts_its_type() -> None:
     assert found.startswith("--model_name cogvideox-i2v: contradicts --model_type t2v")
 
 
-@pytest.mark.parametrize("given", [("--dataset_name", "N"), ("--dataset_name", "N", "--dataset_config_name", "C")])
-def test_data_sets_of_the_hub_are_downloaded_first(given: tuple[str, ...]) -> None:
-    missing, found = problems(*MODEL, *given)
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("--dataset_name N", "N"), ("--dataset_name N --dataset_config_name C", "N"), ("--dataset_config_name C", "NAME")],
+)
+def test_data_sets_of_the_hub_are_downloaded_first(given: str, name: str) -> None:
+    missing, found = problems(*MODEL, *given.split())
     assert missing.startswith("--data_root: is required")
-    assert "hf download --repo-type dataset N --local-dir D, then give --data_root D" in found
+    download = f"hf download --repo-type dataset {name} --local-dir D"
+    assert found == f"{given}: is not downloaded here; {download}, then give --data_root D"
 
 
 # -- the declarations --------------------------------------------------------------------------------------------------

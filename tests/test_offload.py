@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torchao.optim
+from fakes import options_of
 from safetensors.torch import load_file, save_file
 from stepping import loss_of, parameters, state_equal, train, values
 from torch.nn import Parameter
 
 from cogvideox.args import OptimizerFlags
+from cogvideox.engine import STATE_NAME, LocalEngine, make_engine
 from cogvideox.offload import HostMasters, OffloadedWeights
 from cogvideox.optim import MasterWeights
 from cogvideox.optimizers import make_optimizer
@@ -130,3 +133,17 @@ def test_micro_batches_add_up(device: torch.device) -> None:
         assert values(engine.step(0.01)) == pytest.approx(values(reference.step(0.01)), rel=1e-5)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_flag_asks_for_it(device: torch.device, tmp_path: Path) -> None:
+    params = placed(device, torch.bfloat16)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None), is_main_process=True)
+    flags = ["--use_cpu_offload_optimizer", "--max_grad_norm", 0, "--offload_gradients"]
+    options = options_of(Path("x"), *flags, "--gradient_accumulation_steps", 1)
+    engine: Any = make_engine(accelerator, None, SimpleNamespace(parameters=lambda: params), options, torch.bfloat16)
+    assert isinstance(engine, LocalEngine)
+    assert isinstance(engine.masters, OffloadedWeights)
+    train(engine, params, 0, 2)
+    assert all(parameter.grad is None for parameter in params.values())
+    engine.save(tmp_path)
+    assert load_file(tmp_path / STATE_NAME).keys() == engine.masters.state().keys()

@@ -246,7 +246,9 @@ class LoaderFlags:
 class TrainFlags:
     """Read by loop.py, run.py and checkpoint.py."""
 
-    output_dir: str = flag("cogvideox-lora", "folder of the run: checkpoints, videos, metrics, the result")
+    output_dir: str = flag(
+        "", "folder of the run: checkpoints, videos, metrics, the result (cogvideox-lora or cogvideox-sft)"
+    )
     mixed_precision: str | None = flag(
         None, "compute type of the network (accelerate's setting, else no: fp32)", choices=("no", "fp16", "bf16")
     )
@@ -495,6 +497,8 @@ def derive(options: Any, sources: dict[str, str]) -> Any:
         longest = max(listed, key=lambda numbers: numbers[0], default=usual)  # the first of those
         wanted = dict(zip(("validation_frames", "height", "width"), longest, strict=True))
         found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
+        if not options.train.output_dir:
+            found["train"] = {"output_dir": f"cogvideox-{options.method}"}
         found["optimizer"] = dict.fromkeys(left_to_library(options.optimizer, given))
         if options.loader.tensor_cache is None and not options.loader.load_tensors:
             found["loader"] = {"tensor_cache": str(Path(data.data_root[0]) / TENSOR_FOLDER)}
@@ -817,10 +821,11 @@ def spelling(argv: Sequence[str], item: "dataclasses.Field[Any]") -> str:
 
 def foreign_problems(options_type: type[Options], values: dict[str, dict[str, Any]]) -> Iterator[str]:
     """What commands of other trainers ask of another script, or of the hub; they may have unknown flags too."""
-    data_set = values["data"].get("dataset_name")
-    if data_set or "dataset_config_name" in values["data"]:
-        download = f"hf download --repo-type dataset {data_set or 'NAME'} --local-dir D"
-        yield f"--dataset_name {data_set}: is not downloaded here; {download}, then give --data_root D"
+    asked = {name: values["data"][name] for name in ("dataset_name", "dataset_config_name") if name in values["data"]}
+    if asked:
+        flags = " ".join(f"--{name} {value}" for name, value in asked.items())
+        download = f"hf download --repo-type dataset {asked.get('dataset_name', 'NAME')} --local-dir D"
+        yield f"{flags}: is not downloaded here; {download}, then give --data_root D"
     if issubclass(options_type, TrainOptions):
         yield from script_problems(options_type, GuideFlags(**values["guide"]))
 
