@@ -70,10 +70,11 @@ def test_package_docstring_lists_every_file() -> None:
 
 
 def test_flags_in_the_text_exist() -> None:
-    known = {f"--{item.name}" for options in OPTIONS.values() for _, item, _ in args.fields_of(options)}
+    items = [item for options in OPTIONS.values() for _, item, _ in args.fields_of(options)]
+    known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
     outside = {"--work_dir", "--results", "--help", "--write"}  # of benchmarks, of tests/odd_files.py, of every script
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
-    named = set(re.findall(r"--[a-z_]+", text)) - outside
+    named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
     assert named <= known
 
 
