@@ -120,6 +120,11 @@ def test_a_step_that_is_not_finite_changes_nothing(device: torch.device, offload
     after = values(train(engine, params, 3, 4)[0])
     assert (after["skipped"], after["stop"]) == (0, 0)
     assert not params["down"].equal(before["down"])
+    engine.backward(params["down"].float().sum() * float("nan"))
+    engine.step(0.1)
+    engine.backward(params["up"].float().sum())  # what is left of the bad step is not used when a gradient is missing
+    assert values(engine.step(0.1))["skipped"] == 0
+    assert all(torch.isfinite(parameter).all() for parameter in params.values())
 
 
 def test_micro_batches_add_up(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from cogvideox import args
 from cogvideox.args import OptimizerFlags
 from cogvideox.errors import UsageError
-from cogvideox.optim import MasterWeights, as_tensor, set_rate
+from cogvideox.optim import MasterWeights, as_tensor, plain_tensors, set_rate
 from cogvideox.optimizers import check_optimizer, make_optimizer, optimizer_class
 
 BETAS, EPSILON, DECAY = (0.9, 0.95), 1e-8, 1e-4  # the defaults of the flags
@@ -98,9 +98,10 @@ def library_s(command: str, params: dict[str, Parameter]) -> torch.optim.Optimiz
 @pytest.mark.parametrize("command", EVERY)
 @pytest.mark.parametrize("norm", [0.0, 5.0])
 def test_equals_its_library(command: str, norm: float) -> None:
-    """Bit for bit, but for what clipping rounds: torch multiplies where the masters divide."""
+    """Bit for bit, moments too, but for what clipping rounds: torch multiplies where the masters divide."""
     ours, theirs = parameters(command), parameters(command)
     engine, reference = engine_of(command, ours, norm), library_s(command, theirs)
+    assert type(engine.optimizer) is type(reference)
     for step in range(6):
         engine.backward(loss_of(ours, step))
         result = values(engine.step(rate(step)))
@@ -117,6 +118,8 @@ def test_equals_its_library(command: str, norm: float) -> None:
             assert (ours[name] - theirs[name]).abs().mean() < 1e-3 * moved
         else:
             assert ours[name].equal(theirs[name])
+            state = engine.state()
+            assert all(state[f"{key}/{name}"].equal(t) for key, t in plain_tensors(reference.state[theirs[name]]))
 
 
 # -- going on, and skipping --------------------------------------------------------------------------------------------
@@ -131,11 +134,18 @@ def test_goes_on_bit_for_bit_from_a_safetensors_file(command: str, dtype: torch.
     save_file(engine.state(), tmp_path / "state.safetensors")
     resumed.load_state(load_file(tmp_path / "state.safetensors"))
     assert state_equal(engine.state(), resumed.state())
+    assert kinds(engine) == kinds(resumed)
     advance(engine, whole, 4, 8)
     advance(resumed, again, 4, 8)
     assert state_equal(engine.state(), resumed.state())
     assert all(whole[name].equal(again[name]) for name in whole)
     assert not state_equal(engine.state(), load_file(tmp_path / "state.safetensors"))
+
+
+def kinds(engine: MasterWeights) -> list[dict[str, type]]:
+    """The type of everything that an optimizer keeps."""
+    kept = [engine.optimizer.state[master] for master in engine.masters] + engine.optimizer.param_groups
+    return [{key: type(value) for key, value in values.items()} for values in kept]
 
 
 def test_a_run_resumed_before_its_first_step() -> None:
@@ -354,6 +364,7 @@ def test_a_class_with_its_library_s_own_values() -> None:
     flags = flags_of("--optimizer torch.optim.RAdam --beta1 0.8")
     assert (flags.beta1, flags.beta2, flags.epsilon, flags.weight_decay) == (0.8, None, None, None)
     assert optimizer_class(flags) == (torch.optim.RAdam, {"betas": (0.8, 0.999)})
+    assert flags_of("--optimizer came").epsilon is None
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

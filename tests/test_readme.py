@@ -87,3 +87,11 @@ def test_table_is_what_was_measured() -> None:
         cells += [f"{stock['seconds_per_step']:.2f} s", f"{stock['peak_gib']:.1f} GiB", row["device"]]
         (line,) = [line for line in README.splitlines() if line.startswith(f"| {row['kind']} ")]
         assert all(cell in line for cell in cells)
+
+
+def test_names_that_other_trainers_give_are_listed() -> None:
+    text = (ROOT / "docs" / "other_trainers.md").read_text()
+    items = [item for options in OPTIONS.values() for _, item, _ in args.fields_of(options)]
+    names = {name for item in items for name in item.metadata["aliases"]} - {"validation_prompt_seperator"}
+    names |= {item.name for item in items if item.metadata["idle"]} - {"rank", "lora_alpha", "target_modules"}
+    assert {name for name in names if f"--{name}" not in text} == set()

@@ -30,7 +30,7 @@ class HostMasters:
     def step(self) -> None:
         """One update of the masters, rounded into the parameters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = parameter.grad.float()
+            master.grad = None if parameter.grad is None else parameter.grad.float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.round()
