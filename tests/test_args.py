@@ -314,6 +314,7 @@ def test_resolutions_take_the_place_of_the_lists() -> None:
         (LORA, ("--do_validation",), "--do_validation"),
         (LORA, ("--validation_prompt", "p", "--validation_prompts", "f"), "--validation_prompt"),
         (LORA, ("--validation_dir", "V"), "--validation_dir V"),
+        (LORA, ("--validation_dir", "V", "--validation_prompt", "p"), "--validation_dir V"),
     ],
 )
 def test_contradictions(script: str, given: tuple[str, ...], flag: str) -> None:

@@ -392,6 +392,11 @@ class ValidationFlags:
     enable_slicing: bool = flag(False, "decode validation videos one at a time")
     enable_tiling: bool = flag(False, "decode validation videos in tiles: far less memory")
 
+    @property
+    def settled(self) -> bool:
+        """Whether the command says what to make videos of, or that there are none."""
+        return self.do_validation is False or bool(self.validation_prompt or self.validation_prompts)
+
 
 @dataclass(frozen=True)
 class HubFlags:
@@ -600,19 +605,18 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
 
 def validation_problems(options: TrainOptions, validation: ValidationFlags) -> Iterator[str]:
     """Contradictions between the flags of validation."""
-    off, prompts = validation.do_validation is False, validation.validation_prompt or validation.validation_prompts
     scheduled = "--validation_steps" if validation.validation_steps else "--validation_epochs"
-    if validation.do_validation and not prompts:
+    if validation.do_validation and not validation.settled:
         yield "--do_validation: there is no prompt; give --validation_prompt or --validation_prompts"
     elif (validation.validation_steps or validation.validation_epochs) and not (
-        off or prompts or options.data.validation_data_root or options.loader.load_tensors
+        validation.settled or options.data.validation_data_root or options.loader.load_tensors
     ):
         yield f"{scheduled}: there is nothing to validate; give --validation_prompt or --validation_data_root"
     if validation.validation_steps and validation.validation_epochs:
         yield "--validation_steps: contradicts --validation_epochs; give one of them"
     if validation.validation_prompt and validation.validation_prompts:
         yield "--validation_prompt: contradicts --validation_prompts; give one of them"
-    if validation.validation_dir and not (off or validation.validation_prompts):
+    if validation.validation_dir and not validation.validation_prompts and validation.do_validation is not False:
         yield f"--validation_dir {validation.validation_dir}: names no file; give --validation_prompts too"
 
 
