@@ -20,11 +20,12 @@ from cogvideox.errors import UsageError
 TESTS = Path(__file__).parent
 TRAINING = TESTS.parent / "training"
 GOLDEN = TESTS / "golden"
-LORA, PREPARE = "cogvideox_text_to_video_lora.py", "prepare_dataset.py"
-SCRIPTS = {LORA: args.LoraOptions, PREPARE: args.PrepareOptions}
+LORA, SFT, PREPARE = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video_sft.py", "prepare_dataset.py"
+SCRIPTS = {LORA: args.LoraOptions, SFT: args.SftOptions, PREPARE: args.PrepareOptions}
 HEAVY = ("torch", "numpy", "av", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 MODEL = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b")
-LEAST = {LORA: (*MODEL, "--data_root", "d"), PREPARE: (*MODEL, "--data_root", "d", "--output_dir", "o")}
+TRAIN_LEAST = (*MODEL, "--data_root", "d")
+LEAST = {LORA: TRAIN_LEAST, SFT: TRAIN_LEAST, PREPARE: (*TRAIN_LEAST, "--output_dir", "o")}
 
 # The guides' commands, prompts shortened.
 FACTORY_LORA = (
@@ -50,6 +51,54 @@ FACTORY_PREPARE = (
     *("--max_num_frames", "49", "--max_sequence_length", "226", "--target_fps", "8", "--batch_size", "1"),
     *("--dtype", "fp32", "--save_latents_and_embeddings"),
 )
+
+
+FACTORY_SFT = (
+    *MODEL,
+    *("--data_root", "/path/to/my/datasets/video-dataset-disney"),
+    *("--caption_column", "prompt.txt", "--video_column", "videos.txt"),
+    *("--height_buckets", "480", "--width_buckets", "720", "--frame_buckets", "49"),
+    *("--dataloader_num_workers", "8", "--pin_memory"),
+    *("--validation_prompt", "A black and white scene:::A panda", "--validation_prompt_separator", ":::"),
+    *("--num_validation_videos", "1", "--validation_epochs", "1", "--seed", "42", "--mixed_precision", "bf16"),
+    *("--output_dir", "/path/to/my/models/sft/", "--max_num_frames", "49", "--train_batch_size", "1"),
+    *("--max_train_steps", "20000", "--checkpointing_steps", "2000", "--gradient_accumulation_steps", "4"),
+    *("--gradient_checkpointing", "--learning_rate", "1e-5", "--lr_scheduler", "cosine_with_restarts"),
+    *("--lr_warmup_steps", "800", "--lr_num_cycles", "1", "--enable_slicing", "--enable_tiling"),
+    *("--optimizer", "adamw", "--beta1", "0.9", "--beta2", "0.95", "--weight_decay", "0.001"),
+    *("--max_grad_norm", "1.0", "--allow_tf32", "--report_to", "wandb", "--nccl_timeout", "1800"),
+)
+COGVIDEO = (
+    *("--model_path", "THUDM/CogVideoX1.5-5B", "--model_name", "cogvideox1.5-t2v", "--model_type", "t2v"),
+    *("--output_dir", "O", "--report_to", "tensorboard", "--data_root", "D"),
+    *("--caption_column", "prompt.txt", "--video_column", "videos.txt", "--train_resolution", "81x768x1360"),
+    *("--train_epochs", "10", "--seed", "42", "--batch_size", "1", "--gradient_accumulation_steps", "1"),
+    *("--mixed_precision", "bf16", "--num_workers", "8", "--pin_memory", "True", "--nccl_timeout", "1800"),
+    *("--checkpointing_steps", "10", "--checkpointing_limit", "2", "--resume_from_checkpoint", "C"),
+    *("--do_validation", "false", "--validation_dir", "V", "--validation_steps", "20"),
+    *("--validation_prompts", "prompts.txt", "--gen_fps", "16"),
+)
+DIFFUSERS = (
+    *("--pretrained_model_name_or_path", "THUDM/CogVideoX-2b", "--cache_dir", "C", "--instance_data_root", "D"),
+    *("--caption_column", "captions.txt", "--video_column", "videos.txt", "--id_token", "T"),
+    *("--validation_prompt", "a:::b", "--validation_prompt_separator", ":::", "--num_validation_videos", "1"),
+    *("--validation_epochs", "10", "--seed", "42", "--rank", "64", "--lora_alpha", "64", "--mixed_precision", "fp16"),
+    *("--output_dir", "O", "--height", "480", "--width", "720", "--fps", "8", "--max_num_frames", "49"),
+    *("--skip_frames_start", "0", "--skip_frames_end", "0", "--train_batch_size", "1", "--num_train_epochs", "30"),
+    *("--checkpointing_steps", "1000", "--gradient_accumulation_steps", "1", "--learning_rate", "1e-3"),
+    *("--lr_scheduler", "cosine_with_restarts", "--lr_warmup_steps", "200", "--lr_num_cycles", "1"),
+    *("--enable_slicing", "--enable_tiling", "--optimizer", "Adam", "--adam_beta1", "0.9", "--adam_beta2", "0.95"),
+    *("--max_grad_norm", "1.0", "--report_to", "wandb"),
+)
+PUBLISHED = {
+    "factory_lora": (LORA, FACTORY_LORA),
+    "factory_sft": (SFT, FACTORY_SFT),
+    "factory_prepare": (PREPARE, FACTORY_PREPARE),
+    "cogvideo_lora": (LORA, (*COGVIDEO, "--training_type", "lora")),
+    "cogvideo_sft": (SFT, (*COGVIDEO, "--training_type", "sft")),
+    "diffusers_lora": (LORA, DIFFUSERS),
+    "diffusers_lora_8bit": (LORA, (*DIFFUSERS, "--use_8bit_adam")),
+}
 
 
 @pytest.fixture(scope="session")
@@ -94,16 +143,22 @@ def test_help_needs_no_torch_and_names_every_flag(script: str, light: dict[str, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("script", "command", "golden"),
-    [(LORA, FACTORY_LORA, "factory_lora.txt"), (PREPARE, FACTORY_PREPARE, "factory_prepare.txt")],
-)
-def test_published_commands(
-    script: str, command: tuple[str, ...], golden: str, light: dict[str, str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_commands(name: str, light: dict[str, str], tmp_path: Path) -> None:
+    """All but the defaults, which are in the file of the script's least command."""
+    script, command = PUBLISHED[name]
     done = run([str(TRAINING / script), *command, "--print_config"], light, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (GOLDEN / golden).read_text()
+    lines = [line for line in done.stdout.splitlines() if line.split()[1] != "default"]
+    assert lines == (GOLDEN / f"{name}.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--print_config", script=script)
+    golden = GOLDEN / f"defaults_{Path(script).stem}.txt"
+    assert capsys.readouterr().out.splitlines() == golden.read_text().splitlines()
 
 
 def test_a_bad_command_ends_with_2_and_all_problems_on_stderr(light: dict[str, str], tmp_path: Path) -> None:
@@ -256,6 +311,10 @@ def test_resolutions_take_the_place_of_the_lists() -> None:
         (LORA, ("--push_to_hub", "--hub_token", ""), "--hub_token: is empty"),
         (LORA, ("--push_to_hub", "--hub_token", "hf a"), "--hub_token: is empty, or holds spaces"),
         (LORA, ("--push_to_hub", "--hub_token", "hf_\n"), "--hub_token: is empty, or holds spaces"),
+        (LORA, ("--do_validation",), "--do_validation"),
+        (LORA, ("--validation_prompt", "p", "--validation_prompts", "f"), "--validation_prompt"),
+        (LORA, ("--validation_dir", "V"), "--validation_dir V"),
+        (LORA, ("--validation_dir", "V", "--validation_prompt", "p"), "--validation_dir V"),
     ],
 )
 def test_contradictions(script: str, given: tuple[str, ...], flag: str) -> None:
@@ -314,6 +373,129 @@ def test_infinite_values_are_refused(flag: str) -> None:
     problems(*LEAST[LORA], flag, "inf")
 
 
+# -- the dialects ------------------------------------------------------------------------------------------------------
+
+# Every flag of each published script.
+FACTORY_FLAGS = """
+    pretrained_model_name_or_path revision variant cache_dir
+    data_root dataset_file video_column caption_column id_token height_buckets width_buckets frame_buckets load_tensors
+    random_flip dataloader_num_workers pin_memory
+    validation_prompt validation_images validation_prompt_separator num_validation_videos validation_epochs
+    validation_steps guidance_scale use_dynamic_cfg enable_model_cpu_offload
+    seed rank lora_alpha mixed_precision output_dir height width video_reshape_mode fps max_num_frames
+    skip_frames_start skip_frames_end train_batch_size num_train_epochs max_train_steps checkpointing_steps
+    checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate
+    scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power enable_slicing enable_tiling noised_image_dropout
+    ignore_learned_positional_embeddings
+    optimizer use_8bit use_4bit use_torchao beta1 beta2 beta3 prodigy_decouple weight_decay epsilon max_grad_norm
+    prodigy_use_bias_correction prodigy_safeguard_warmup use_cpu_offload_optimizer offload_gradients
+    tracker_name push_to_hub hub_token hub_model_id logging_dir allow_tf32 nccl_timeout report_to
+"""
+FACTORY_PREPARE_FLAGS = """
+    model_id data_root dataset_file caption_column video_column id_token height_buckets width_buckets frame_buckets
+    random_flip dataloader_num_workers pin_memory video_reshape_mode save_image_latents output_dir max_num_frames
+    max_sequence_length target_fps save_latents_and_embeddings use_slicing use_tiling batch_size num_decode_threads
+    dtype seed num_artifact_workers
+"""
+DIFFUSERS_FLAGS = """
+    dataset_name dataset_config_name instance_data_root use_8bit_adam adam_beta1 adam_beta2 prodigy_beta3
+    adam_weight_decay adam_epsilon rank lora_alpha video_reshape_mode validation_epochs output_dir random_flip optimizer
+    pretrained_model_name_or_path revision variant cache_dir video_column caption_column id_token
+    dataloader_num_workers validation_prompt validation_prompt_separator num_validation_videos guidance_scale
+    use_dynamic_cfg seed mixed_precision height width fps max_num_frames skip_frames_start skip_frames_end
+    train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit
+    resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
+    lr_warmup_steps lr_num_cycles lr_power enable_slicing enable_tiling prodigy_decouple prodigy_use_bias_correction
+    prodigy_safeguard_warmup max_grad_norm tracker_name push_to_hub hub_token hub_model_id logging_dir allow_tf32
+    report_to
+"""
+COGVIDEO_FLAGS = """
+    model_path model_name model_type training_type output_dir data_root caption_column video_column train_resolution
+    report_to seed train_epochs train_steps gradient_accumulation_steps batch_size learning_rate optimizer beta1 beta2
+    beta3 epsilon weight_decay max_grad_norm lr_scheduler lr_warmup_steps lr_num_cycles lr_power num_workers pin_memory
+    image_column mixed_precision gradient_checkpointing enable_slicing enable_tiling nccl_timeout rank lora_alpha
+    target_modules checkpointing_steps checkpointing_limit resume_from_checkpoint do_validation validation_steps
+    validation_dir validation_prompts validation_images validation_videos gen_fps tracker_name
+"""
+# Of image-to-video.
+ELSEWHERE = {"validation_images", "noised_image_dropout", "ignore_learned_positional_embeddings", "save_image_latents"}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (LORA, FACTORY_FLAGS),
+        (SFT, FACTORY_FLAGS),
+        (LORA, DIFFUSERS_FLAGS),
+        (LORA, COGVIDEO_FLAGS),
+        (SFT, COGVIDEO_FLAGS),
+        (PREPARE, FACTORY_PREPARE_FLAGS),
+    ],
+)
+def test_every_published_flag_is_known(script: str, flags: str) -> None:
+    known = {name for _, item, _ in args.fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])}
+    assert set(flags.split()) - known <= ELSEWHERE
+    assert len(flags.split()) == len(set(flags.split()))
+
+
+def test_flags_without_effect_say_so(light: dict[str, str], tmp_path: Path) -> None:
+    idle = ("--num_artifact_workers", "8", "--use_slicing", "--num_decode_threads", "4", "--pin_memory", "false")
+    command = [str(TRAINING / PREPARE), *LEAST[PREPARE], *idle, "--print_config"]
+    first, second = (run(command, {**light, "RANK": rank}, tmp_path) for rank in "01")
+    assert (first.returncode, second.returncode, second.stderr) == (0, 0, "")
+    lines = first.stderr.splitlines()
+    assert [line.split(": has no effect here; ")[0] for line in lines] == [
+        "--use_slicing",
+        "--num_decode_threads",
+        "--num_artifact_workers",
+    ]
+    other_rank = run(
+        [str(TRAINING / PREPARE), *LEAST[PREPARE], *idle, "--print_config"], light | {"RANK": "1"}, tmp_path
+    )
+    assert (other_rank.returncode, other_rank.stderr) == (0, "")
+
+
+def test_prodigy_with_the_rate_of_adam_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
+    parse("--optimizer", "prodigy", "--learning_rate", "1")
+    assert capsys.readouterr().err == ""
+    parse("--optimizer", "prodigy")
+    assert capsys.readouterr().err.startswith("--learning_rate 0.0001: prodigy")
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "right"),
+    [
+        (LORA, "--training_type sft", SFT),
+        (SFT, "--model_type t2v --training_type lora", LORA),
+        (LORA, "--model_type i2v", "cogvideox_image_to_video_lora.py"),
+        (LORA, "--model_type i2v --training_type sft", "cogvideox_image_to_video_sft.py"),
+        (SFT, "--model_name cogvideox1.5-i2v", "cogvideox_image_to_video_sft.py"),
+        (LORA, "--model_type i2v --nonsense 3", "cogvideox_image_to_video_lora.py"),
+    ],
+)
+def test_the_right_script_is_named(script: str, given: str, right: str) -> None:
+    found = problems(*LEAST[script], *given.split(), script=script)
+    assert found[-1].startswith(given.split(" --nonsense")[0])
+    assert found[-1].endswith(f" {right}")
+    assert len(found) == 1 + ("--nonsense" in given)
+
+
+def test_a_model_s_name_that_contradicts_its_type() -> None:
+    (found,) = problems(*LEAST[LORA], "--model_name", "cogvideox-i2v", "--model_type", "t2v")
+    assert found.startswith("--model_name cogvideox-i2v: contradicts --model_type t2v")
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("--dataset_name N", "N"), ("--dataset_name N --dataset_config_name C", "N"), ("--dataset_config_name C", "NAME")],
+)
+def test_data_sets_of_the_hub_are_downloaded_first(given: str, name: str) -> None:
+    missing, found = problems(*MODEL, *given.split())
+    assert missing.startswith("--data_root: is required")
+    download = f"hf download --repo-type dataset {name} --local-dir D"
+    assert found == f"{given}: is not downloaded here; {download}, then give --data_root D"
+
+
 # -- the declarations --------------------------------------------------------------------------------------------------
 
 GROUPS = {name: of for name, of in vars(args).items() if dataclasses.is_dataclass(of) and name.endswith("Flags")}
@@ -332,12 +514,23 @@ def test_every_flag_has_a_reader() -> None:
         f"{group}.{item.name}"
         for group, of in GROUPS.items()
         for item in dataclasses.fields(of)
-        if item.name not in readers
+        if item.name not in readers and not item.metadata["idle"]
     }
-    # What parse() itself reads.
+    # What parse() itself reads, and refuses.
     only_here = {"ScriptFlags.print_config", "PrepareFlags.save_latents_and_embeddings"}
-    assert unread == only_here
+    only_here |= {"GuideFlags.model_type", "GuideFlags.training_type"}
+    refused = {"DataFlags.dataset_name", "DataFlags.dataset_config_name"}
+    assert unread == only_here | refused
     assert {name.split(".")[1] for name in only_here} <= functions
+
+
+def test_idle_flags_are_read_by_nobody() -> None:
+    """Nor do they have a reader's name, but for those of other scripts."""
+    idle = {item.name: of for of in GROUPS.values() for item in dataclasses.fields(of) if item.metadata["idle"]}
+    assert {"num_artifact_workers", "use_slicing", "enable_model_cpu_offload", "rank"} <= set(idle)
+    trees = [ast.parse(path.read_text()) for path in TRAINING.rglob("*.py")]
+    read = set().union(*map(attributes_read, trees))
+    assert read & set(idle) == {"pin_memory", "rank", "lora_alpha", "target_modules"}
 
 
 def test_every_group_is_taken_by_a_script() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from fakes import options_of
 from running import lora_flags, train
 from safetensors.torch import load_file
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 from cogvideox import loop
 from cogvideox.engine import STATE_NAME, DeepSpeedEngine, LocalEngine, make_engine
 from cogvideox.errors import UsageError
-from cogvideox.optim import MasterWeights, make_optimizer
+from cogvideox.optim import MasterWeights
+from cogvideox.optimizers import make_optimizer
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -109,6 +111,19 @@ def test_the_engine_is_what_accelerate_s_configuration_asks_for() -> None:
     with pytest.raises(UsageError, match="zero_stage 3"):
         made(plugin)
     assert not DeepSpeedEngine.safe_to_load
+
+
+def test_deepspeed_gets_the_optimizer() -> None:
+    made: list[Any] = []
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
+        num_processes=2,
+        device=torch.device("cpu"),
+        prepare=lambda model, optimizer: (made.append(optimizer), None),
+    )
+    for flags in ((), ("--use_8bit",)):
+        DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options_of(Path("x"), *flags))
+    assert [type(optimizer) for optimizer in made] == [torch.optim.AdamW, AdamW8bit]
 
 
 def test_deepspeed_gets_the_flags() -> None:

@@ -166,3 +166,11 @@ def test_a_derived_size_is_not_reported_again(tiny: Tiny) -> None:
 
 def test_sizes_beyond_the_grid_of_1_5_are_refused(tiny: Tiny) -> None:
     assert found_problems(tiny("1.5-5b"), "--height_buckets", "64", "128", "--width_buckets", "96", "--height", "64")
+
+
+def test_the_guide_s_name_of_another_model_is_refused(tiny: Tiny) -> None:
+    assert found_problems(tiny("5b"), *BASE_SIZE, "--model_name", "cogvideox-t2v") == []
+    (found,) = found_problems(tiny("5b"), *BASE_SIZE, "--model_name", "cogvideox1.5-t2v")
+    assert found == "--model_name cogvideox1.5-t2v: the model's config says 1.0; leave the flag out"
+    (found,) = found_problems(tiny("1.5-5b"), *BASE_SIZE, "--model_name", "cogvideox-t2v")
+    assert found.endswith("the model's config says 1.5; leave the flag out")

@@ -19,17 +19,18 @@ LAYERS = (
     ("errors", "files"),
     ("args", "draws", "sheets", "curves", "data.workers"),
     ("data.buckets", "data.transforms", "data.columns", "data.faults"),
-    ("geometry", "hub", "data.frames", "data.paths", "data.tables"),
+    ("geometry", "hub", "prompts", "data.frames", "data.paths", "data.tables"),
     ("data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
     ("data.decode", "data.index"),
     ("data.clips", "data.sampler"),
     ("diffusion", "rope"),
     ("data.dataset",),
     ("encode", "models"),
-    ("factory", "prepare"),
+    ("factory", "prepare", "optimizers"),
     ("report", "verify", "checks"),
     ("tasks", "methods", "optim"),
-    ("engine", "plan", "ranks"),
+    ("offload", "plan", "ranks"),
+    ("engine",),
     ("run",),
     ("tensors",),
     ("checkpoint", "validation"),
@@ -49,11 +50,11 @@ FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.name != "
 
 # Scripts end with --help or with all problems, and workers start, without torch.
 WITHOUT_TORCH = (
-    *("args", "errors", "files", "draws", "geometry", "hub", "sheets", "curves"),
+    *("args", "errors", "files", "draws", "geometry", "hub", "optimizers", "prompts", "sheets", "curves"),
     *(name for name in FILES if name.startswith("data.") and name != "data.dataset"),
 )
 LIGHT_DATA = ("buckets", "cache", "columns", "faults", "forms", "index", "paths", "sampler", "tables", "workers")
-STANDARD_LIBRARY_ONLY = ("args", "errors", "draws", *(f"data.{name}" for name in LIGHT_DATA))
+STANDARD_LIBRARY_ONLY = ("args", "errors", "draws", "prompts", *(f"data.{name}" for name in LIGHT_DATA))
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -8,20 +8,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
+from stepping import SHAPES, loss_of, parameters, rate, state_equal, train, values
 from torch.nn import Parameter
 
 from cogvideox import optim
 from cogvideox.args import SCHEDULES, OptimizerFlags
-from cogvideox.optim import MasterWeights, StepResult, learning_rate, make_optimizer
+from cogvideox.optim import MasterWeights, learning_rate
+from cogvideox.optimizers import make_optimizer
 
-SHAPES = {"down": (8, 5), "up": (6, 8), "bias": (7,)}
 RULES = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 FLAGS = OptimizerFlags(weight_decay=0.01)
-
-
-def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
 
 
 def masters(
@@ -29,38 +25,6 @@ def masters(
 ) -> MasterWeights:
     flags = OptimizerFlags(optimizer=rule, weight_decay=FLAGS.weight_decay)
     return MasterWeights(params, partial(make_optimizer, flags), norm, scale)
-
-
-def factors(step: int, size: float = 1.0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    return {name: size * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-
-
-def loss_of(params: dict[str, Parameter], step: int, size: float = 1.0) -> torch.Tensor:
-    """A loss whose gradients differ from step to step."""
-    weights = factors(step, size)
-    return sum(((p.float() - weights[name]) ** 2).sum() for name, p in params.items())  # type: ignore[return-value]
-
-
-def rate(step: int) -> float:
-    return 0.01 * (1 + step % 3)
-
-
-def train(engine: MasterWeights, params: dict[str, Parameter], first: int, last: int) -> list[StepResult]:
-    results = []
-    for step in range(first, last):
-        engine.backward(loss_of(params, step))
-        results.append(engine.step(rate(step)))
-    return results
-
-
-def values(result: StepResult) -> dict[str, float]:
-    return dict(zip(StepResult.NAMES, result.values.tolist(), strict=True))
-
-
-def state_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], ignore: tuple[str, ...] = ()) -> bool:
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[name], other[name]) for name in one if name not in ignore)
 
 
 # -- against torch -----------------------------------------------------------------------------------------------------
@@ -148,7 +112,7 @@ def test_updates_too_small_for_bf16_add_up() -> None:
 def test_four_micro_batches_equal_one_batch_of_four(dtype: torch.dtype) -> None:
     whole, parts = parameters(dtype), parameters(dtype)
     one, four = masters(whole, norm=5.0), masters(parts, norm=5.0)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.0, "atol": 0.02}
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.0, "atol": 0.03}
     for step in range(5):
         one.backward(torch.stack([loss_of(whole, 4 * step + k) for k in range(4)]).mean())
         for k in range(4):

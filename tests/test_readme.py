@@ -70,10 +70,11 @@ def test_package_docstring_lists_every_file() -> None:
 
 
 def test_flags_in_the_text_exist() -> None:
-    known = {f"--{item.name}" for options in OPTIONS.values() for _, item, _ in args.fields_of(options)}
+    items = [item for options in OPTIONS.values() for _, item, _ in args.fields_of(options)]
+    known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
     outside = {"--work_dir", "--results", "--help", "--write"}  # of benchmarks, of tests/odd_files.py, of every script
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
-    named = set(re.findall(r"--[a-z_]+", text)) - outside
+    named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
     assert named <= known
 
 
@@ -86,3 +87,11 @@ def test_table_is_what_was_measured() -> None:
         cells += [f"{stock['seconds_per_step']:.2f} s", f"{stock['peak_gib']:.1f} GiB", row["device"]]
         (line,) = [line for line in README.splitlines() if line.startswith(f"| {row['kind']} ")]
         assert all(cell in line for cell in cells)
+
+
+def test_names_that_other_trainers_give_are_listed() -> None:
+    text = (ROOT / "docs" / "other_trainers.md").read_text()
+    items = [item for options in OPTIONS.values() for _, item, _ in args.fields_of(options)]
+    names = {name for item in items for name in item.metadata["aliases"]} - {"validation_prompt_seperator"}
+    names |= {item.name for item in items if item.metadata["idle"]} - {"rank", "lora_alpha", "target_modules"}
+    assert {name for name in names if f"--{name}" not in text} == set()

@@ -9,6 +9,8 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from running import LORA_SCRIPT, PROMPT, equal, lora_flags, losses, python, star
 from safetensors.torch import load_file, save_file
 from tiny_cogvideox import make_tiny
 
+from cogvideox.args import ValidationFlags
 from cogvideox.data.cache import CacheError, TensorCache, open_index
 from cogvideox.errors import UsageError
-from cogvideox.tensors import check_flags, open_tensors
+from cogvideox.tensors import check_flags, check_schedule, open_tensors
 
 
 def refused(flags: list[str]) -> str:
@@ -216,6 +219,9 @@ def test_a_factory_folder_with_a_missing_tensor_ends_before_anything_is_read(
 def test_a_schedule_without_anything_to_validate(model: Path, tensors: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--validation_steps: there is nothing to validate"):
         train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--validation_steps", 2))
+    index: Any = SimpleNamespace(validation=())
+    check_schedule(index, ValidationFlags(validation_steps=2, do_validation=False))
+    check_schedule(index, ValidationFlags(validation_steps=2, validation_prompts="prompts.txt"))
 
 
 def test_our_own_folder_takes_no_tensor_cache(model: Path, tensors: Path, tmp_path: Path) -> None:

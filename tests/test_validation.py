@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from running import PROMPT, lora_flags, train
 from cogvideox import validation
 from cogvideox.checkpoint import checkpoints
 from cogvideox.data.sampler import Order
-from cogvideox.validation import FOLDER, Prompts, Validator, evaluation, prompts_of
+from cogvideox.validation import FOLDER, Prompts, Validator, evaluation
 
 HOSTILE = [
     "two\nlines\r\n\tand more",
@@ -92,13 +91,6 @@ def test_prompts_with_the_same_words_have_their_own_files(tmp_path: Path) -> Non
     assert validator.path(0, 0, 0).name == "step-000000_prompt-0_a-cat_0.mp4"
 
 
-def test_prompts_are_split_at_the_separator(tmp_path: Path) -> None:
-    flags = options_of(tmp_path, "--validation_prompt", " a ::: b:c\n::: :::").validation
-    assert prompts_of(flags) == ["a", "b:c"]
-    assert prompts_of(replace(flags, validation_prompt_separator="b")) == ["a :::", ":c\n::: :::"]
-    assert prompts_of(replace(flags, validation_prompt=None)) == []
-
-
 # -- other settings ----------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +130,14 @@ def test_videos_of_other_settings_are_moved_away(tmp_path: Path, other: str) -> 
     flags, recipe, fps = OTHERS[other]
     bare(tmp_path, *flags, fps=fps).set_aside(4, 4, recipe)
     assert videos(tmp_path) == {"older-0": [0, 2, 4], "older-1": [0, 2, 4]}
+
+
+def test_videos_of_another_prompt_with_the_same_words_are_moved_away(tmp_path: Path) -> None:
+    """A prompt of a file is in no flag."""
+    bare(tmp_path, texts=["a"]).set_aside(4, 4, {})
+    fill(tmp_path, 4)
+    bare(tmp_path, texts=["a!"]).set_aside(4, 4, {})
+    assert videos(tmp_path) == {"older-0": [4]}
 
 
 def test_videos_that_another_schedule_made_after_the_step_are_moved_away(tmp_path: Path) -> None:

@@ -30,14 +30,17 @@ rope.py               rotary tables
 data/dataset.py       cached tensors -> batches
 encode.py             clips and captions -> tensors
 models.py             parts of a pipeline: found, identified, loaded
+prompts.py            validation prompts, of the command line or a file
 factory.py            folders that the CogVideoX factory prepared -> the cache
+optimizers.py         which optimizer, and what each needs and refuses
 checks.py             what a script looks at before anything heavy is imported
 prepare.py            folders of clips -> the cache
 report.py             what a preparation makes of a data set: table, pictures, costs
 verify.py             a cache against its data: what is wrong, and mending it
 tasks.py              what the transformer gets: text to video
 methods.py            what is trained: a LoRA, or all weights
-optim.py              fp32 masters, optimizers, learning rate
+optim.py              fp32 masters, learning rate
+offload.py            masters, moments and the step in host memory
 engine.py             who runs backward and step: this process, or DeepSpeed
 ranks.py              the processes of a run, and patient barriers
 plan.py               how the blocks are executed

@@ -27,6 +27,11 @@ TENSOR_FOLDER = "cogvideox_tensors"  # the default of --tensor_cache, in the dat
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 POLYNOMIAL_END = 1e-7  # learning rate at the end of the polynomial schedule
+MODEL_NAMES = ("cogvideox-t2v", "cogvideox-i2v", "cogvideox1.5-t2v", "cogvideox1.5-i2v")  # in the CogVideo guide
+ADAMS, RULES = ("adam", "adamw"), ("adam", "adamw", "prodigy", "came")  # of optimizers
+NAMED_CLASS = "a class by its dotted name"
+LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
+LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
 HIDDEN = "(not shown)"  # instead of a secret
 # of the file system: the user can mend them
@@ -54,17 +59,28 @@ def flag(
     least: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    dotted: bool = False,
+    only: Sequence[str] = (),
     secret: bool = False,
+    idle: bool = False,
 ) -> Any:
     """One flag. ``const`` is the value of the bare flag. A number is at least ``least``, at most ``most``, and less
-    than ``below``. The value of a ``secret`` is shown and written nowhere.
+    than ``below``. A ``dotted`` flag takes a dotted name beside its ``choices``. ``only``: the optimizers that have it.
+    The value of a ``secret`` is shown and written nowhere. An ``idle`` flag is taken from old commands and does
+    nothing; its help says why.
     """
     limits = {"least": least, "most": most, "below": below}
-    metadata = {"help": help, "aliases": aliases, "choices": choices, "const": const, "secret": secret} | limits
+    kinds = {"choices": choices, "const": const, "dotted": dotted, "only": only, "secret": secret, "idle": idle}
+    metadata = {"help": help, "aliases": aliases} | kinds | limits
     return field(default=default, metadata=metadata, repr=not secret)
 
 
 REQUIRED: Any = dataclasses.MISSING
+
+
+def idle(default: Any, why: str) -> Any:
+    """A flag of other trainers that has no effect here."""
+    return flag(default, f"has no effect here; {why}", idle=True)
 
 
 # -- the flags ---------------------------------------------------------------------------------------------------------
@@ -163,6 +179,8 @@ class DataFlags:
     video_reader: str = flag("pyav", "library that decodes: pyav, exact; or decord (0.6), where it is installed")
     decode_timeout: float = flag(120.0, "seconds after which a clip that still decodes is given up", least=1.0)
     decode_memory: float = flag(4.0, "GiB of memory that decoding one clip may take", least=0.5)
+    dataset_name: str | None = flag(None, "refused: a data set of the hub is downloaded first")
+    dataset_config_name: str | None = flag(None, "refused, as --dataset_name")
     seed: int = flag(42, "all random draws follow from it", least=0)
     dataloader_num_workers: int = flag(
         0, "processes that load tensors; decoding uses as many, at least one", aliases=("num_workers",), least=0
@@ -194,6 +212,19 @@ class PrepareFlags:
     dry_run: bool = flag(False, "show what would be encoded, and what it costs, and stop")
     verify: bool = flag(False, "check every tensor in output_dir against the data, encode nothing, and stop")
     repair: bool = flag(False, "check every tensor in output_dir, and encode anew what is damaged or out of date")
+    use_slicing: bool = idle(False, "clips are encoded one at a time")
+    pin_memory: bool = idle(False, "no batch waits for a device")
+    num_decode_threads: int = idle(0, "--dataloader_num_workers says how many processes decode")
+    num_artifact_workers: int = idle(4, "tensors are written while the next clip is decoded; clips are not copied")
+
+
+@dataclass(frozen=True)
+class GuideFlags:
+    """The CogVideo guide's, for its one script that does everything; compared with this script and its model."""
+
+    model_type: str | None = flag(None, "task, which the script's name says", choices=("t2v", "i2v"))
+    training_type: str | None = flag(None, "method, which the script's name says", choices=("lora", "sft"))
+    model_name: str | None = flag(None, "family of the model, which its config says", choices=MODEL_NAMES)
 
 
 @dataclass(frozen=True)
@@ -215,7 +246,9 @@ class LoaderFlags:
 class TrainFlags:
     """Read by loop.py, run.py and checkpoint.py."""
 
-    output_dir: str = flag("cogvideox-lora", "folder of the run: checkpoints, videos, metrics, the result")
+    output_dir: str = flag(
+        "", "folder of the run: checkpoints, videos, metrics, the result (cogvideox-lora or cogvideox-sft)"
+    )
     mixed_precision: str | None = flag(
         None, "compute type of the network (accelerate's setting, else no: fp32)", choices=("no", "fp16", "bf16")
     )
@@ -257,28 +290,88 @@ class LoraFlags:
 
 
 @dataclass(frozen=True)
+class NoLoraFlags:
+    """Those of LoraFlags, where all weights are trained."""
+
+    rank: int = idle(64, "all weights are trained; a LoRA is trained by the script with lora in its name")
+    lora_alpha: float = idle(64.0, "as --rank")
+    target_modules: tuple[str, ...] = idle((), "as --rank")
+
+
+@dataclass(frozen=True)
 class OptimizerFlags:
     """Read by optim.py."""
 
-    optimizer: str = flag("adam", "optimizer; adam has L2, adamw decoupled weight decay", choices=("adam", "adamw"))
+    optimizer: str = flag(
+        "adam",
+        "adam has L2, adamw decoupled weight decay; prodigy finds its own step size (give --learning_rate 1); came; or "
+        "a class by its dotted name, such as torch.optim.RAdam",
+        choices=RULES,
+        dotted=True,
+    )
+    optimizer_args: tuple[str, ...] = flag(
+        (), "arguments of the class as key=value, values as in Python: momentum=0.9", only=(NAMED_CLASS,)
+    )
+    use_8bit: bool = flag(
+        False,
+        "moments in 8 bits, by bitsandbytes (whose weight decay is decoupled for adam too) or torchao",
+        aliases=("use_8bit_adam",),
+        only=ADAMS,
+    )
+    use_4bit: bool = flag(False, "moments in 4 bits; needs --use_torchao", only=ADAMS)
+    use_fp8: bool = flag(False, "moments in fp8; needs --use_torchao", only=ADAMS)
+    use_torchao: bool = flag(False, "low-bit moments by torchao instead of bitsandbytes", only=ADAMS)
+    use_cpu_offload_optimizer: bool = flag(
+        False, "masters, moments and the step on the CPU, by torchao; one GPU; needs --max_grad_norm 0", only=ADAMS
+    )
+    offload_gradients: bool = flag(
+        False, "with --use_cpu_offload_optimizer: free each gradient on the GPU at once; no accumulation", only=ADAMS
+    )
     learning_rate: float = flag(1e-4, "peak learning rate", least=0.0)
     scale_lr: bool = flag(False, "multiply the learning rate by the number of samples in an optimizer step")
     lr_scheduler: str = flag("constant", "shape of the learning rate over the run", choices=SCHEDULES)
     lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up (not for constant)", least=0)
     lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
     lr_power: float = flag(1.0, "power of polynomial", least=0.0)
-    beta1: float = flag(0.9, "decay of the first moment", aliases=("adam_beta1",), least=0.0, below=1.0)
-    beta2: float = flag(0.95, "decay of the second moment", aliases=("adam_beta2",), least=0.0, below=1.0)
-    weight_decay: float = flag(1e-4, "weight decay", aliases=("adam_weight_decay",), least=0.0)
-    epsilon: float = flag(1e-8, "added to the root of the second moment", aliases=("adam_epsilon",), least=0.0)
+    beta1: float | None = flag(0.9, "decay of the first moment", aliases=("adam_beta1",), least=0.0, below=1.0)
+    beta2: float | None = flag(0.95, "decay of the second moment", aliases=("adam_beta2",), least=0.0, below=1.0)
+    beta3: float | None = flag(
+        None,
+        "prodigy: decay of the step size's sums (root of beta2); came: of the instability (0.9999)",
+        aliases=("prodigy_beta3",),
+        least=0.0,
+        below=1.0,
+        only=("prodigy", "came"),
+    )
+    weight_decay: float | None = flag(1e-4, "weight decay", aliases=("adam_weight_decay",), least=0.0)
+    epsilon: float | None = flag(
+        1e-8,
+        "added to the root of the second moment",
+        aliases=("adam_epsilon",),
+        least=0.0,
+        only=(*ADAMS, "prodigy", NAMED_CLASS),
+    )
+    prodigy_decouple: bool = flag(False, "decoupled weight decay, as adamw's", only=("prodigy",))
+    prodigy_use_bias_correction: bool = flag(False, "Adam's bias correction", only=("prodigy",))
+    prodigy_safeguard_warmup: bool = flag(
+        False, "keep the learning rate out of the step size's estimate, for warm-up", only=("prodigy",)
+    )
+
+    @property
+    def kind(self) -> str:
+        """The rule, or that it is a class by its dotted name."""
+        return NAMED_CLASS if "." in self.optimizer else self.optimizer
 
 
 @dataclass(frozen=True)
 class ValidationFlags:
     """Read by validation.py: the videos made while training."""
 
+    do_validation: bool | None = flag(None, "make validation videos (where there are prompts)")
     validation_prompt: str | None = flag(None, "prompts of the validation videos, joined by the separator")
     validation_prompt_separator: str = flag(":::", "between two prompts", aliases=("validation_prompt_seperator",))
+    validation_dir: str | None = flag(None, "folder of --validation_prompts")
+    validation_prompts: str | None = flag(None, "file with a prompt a line, in validation_dir (or a path)")
     negative_prompt: str = flag("", "what guidance leads away from")
     num_validation_videos: int = flag(1, "videos a prompt", least=1)
     validation_steps: int | None = flag(
@@ -299,6 +392,11 @@ class ValidationFlags:
     enable_slicing: bool = flag(False, "decode validation videos one at a time")
     enable_tiling: bool = flag(False, "decode validation videos in tiles: far less memory")
 
+    @property
+    def settled(self) -> bool:
+        """Whether the command says what to make videos of, or that there are none."""
+        return self.do_validation is False or bool(self.validation_prompt or self.validation_prompts)
+
 
 @dataclass(frozen=True)
 class HubFlags:
@@ -312,6 +410,16 @@ class HubFlags:
     )
     hub_model_id: str | None = flag(None, "name of the repository, or namespace/name (the name of output_dir)")
     hub_private: bool = flag(False, "make a repository that only you can see; one that is there stays as it is")
+
+
+@dataclass(frozen=True)
+class IdleFlags:
+    """Of other trainers' training scripts; each says why it does nothing."""
+
+    enable_model_cpu_offload: bool = idle(
+        False, "T5 is gone before training, and the VAE is on the device for validation only"
+    )
+    validation_videos: str | None = idle(None, "no video is a condition of what is sampled")
 
 
 @dataclass(frozen=True)
@@ -337,9 +445,13 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What every training script takes."""
+    """What every training script takes; ``task`` and ``method`` are the CogVideo guide's names."""
+
+    task = "t2v"
+    method = "lora"
 
     model: ModelFlags
+    guide: GuideFlags
     data: DataFlags
     loader: LoaderFlags
     encode: EncodeFlags
@@ -347,6 +459,7 @@ class TrainOptions:
     optimizer: OptimizerFlags
     validation: ValidationFlags
     hub: HubFlags
+    idle: IdleFlags
     script: ScriptFlags
 
 
@@ -360,6 +473,10 @@ class LoraOptions(TrainOptions):
 @dataclass(frozen=True)
 class SftOptions(TrainOptions):
     """The scripts that train all weights."""
+
+    method = "sft"
+
+    lora: NoLoraFlags
 
 
 Options = TypeVar("Options", bound=PrepareOptions | TrainOptions)
@@ -385,12 +502,23 @@ def derive(options: Any, sources: dict[str, str]) -> Any:
         longest = max(listed, key=lambda numbers: numbers[0], default=usual)  # the first of those
         wanted = dict(zip(("validation_frames", "height", "width"), longest, strict=True))
         found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
+        if not options.train.output_dir:
+            found["train"] = {"output_dir": f"cogvideox-{options.method}"}
+        found["optimizer"] = dict.fromkeys(left_to_library(options.optimizer, given))
         if options.loader.tensor_cache is None and not options.loader.load_tensors:
             found["loader"] = {"tensor_cache": str(Path(data.data_root[0]) / TENSOR_FOLDER)}
     for values in found.values():
         sources.update(dict.fromkeys(values, "derived"))
     groups = {name: dataclasses.replace(getattr(options, name), **values) for name, values in found.items()}
     return dataclasses.replace(options, **groups)
+
+
+def left_to_library(flags: OptimizerFlags, given: set[str]) -> Iterator[str]:
+    """Flags whose default is not for this optimizer: its library's own value holds."""
+    if flags.kind == NAMED_CLASS:
+        yield from {"beta1", "beta2", "weight_decay", "epsilon"} - given
+    elif flags.kind == "came":
+        yield from {"epsilon"} - given
 
 
 def resolution(text: str) -> tuple[int, int, int] | None:
@@ -426,6 +554,7 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
         yield from prepare_problems(options.prepare)
     if isinstance(options, TrainOptions):
         yield from train_problems(options)
+        yield from optimizer_problems(options, given)
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
@@ -459,7 +588,7 @@ def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
 
 def train_problems(options: TrainOptions) -> Iterator[str]:
     """Contradictions between the flags of a training script."""
-    train, validation = options.train, options.validation
+    train = options.train
     if train.no_resume and train.resume_from_checkpoint:
         yield f"--no_resume: contradicts --resume_from_checkpoint {train.resume_from_checkpoint}; give one of them"
     if options.loader.load_tensors:
@@ -470,13 +599,25 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
             f"--learning_rate {optimizer.learning_rate:g}: polynomial goes down to {POLYNOMIAL_END:g}; "
             "give a larger one, or --lr_scheduler constant"
         )
+    yield from validation_problems(options, options.validation)
+    yield from hub_problems(options.hub)
+
+
+def validation_problems(options: TrainOptions, validation: ValidationFlags) -> Iterator[str]:
+    """Contradictions between the flags of validation."""
     scheduled = "--validation_steps" if validation.validation_steps else "--validation_epochs"
-    wanted = validation.validation_prompt or options.data.validation_data_root or options.loader.load_tensors
-    if (validation.validation_steps or validation.validation_epochs) and not wanted:
+    if validation.do_validation and not validation.settled:
+        yield "--do_validation: there is no prompt; give --validation_prompt or --validation_prompts"
+    elif (validation.validation_steps or validation.validation_epochs) and not (
+        validation.settled or options.data.validation_data_root or options.loader.load_tensors
+    ):
         yield f"{scheduled}: there is nothing to validate; give --validation_prompt or --validation_data_root"
     if validation.validation_steps and validation.validation_epochs:
         yield "--validation_steps: contradicts --validation_epochs; give one of them"
-    yield from hub_problems(options.hub)
+    if validation.validation_prompt and validation.validation_prompts:
+        yield "--validation_prompt: contradicts --validation_prompts; give one of them"
+    if validation.validation_dir and not validation.validation_prompts and validation.do_validation is not False:
+        yield f"--validation_dir {validation.validation_dir}: names no file; give --validation_prompts too"
 
 
 def hub_problems(hub: HubFlags) -> Iterator[str]:
@@ -487,6 +628,42 @@ def hub_problems(hub: HubFlags) -> Iterator[str]:
                 yield f"--{name}: has no effect without --push_to_hub; give it too, or leave this out"
     if hub.hub_token is not None and not re.fullmatch("[!-~]+", hub.hub_token):
         yield "--hub_token: is empty, or holds spaces or other characters that no token has; copy it again"
+
+
+def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
+    """Contradictions between the flags of the optimizer, and flags that the one chosen does not have."""
+    flags, train = options.optimizer, options.train
+    for item in dataclasses.fields(flags):
+        only = item.metadata["only"]
+        if only and flags.kind not in only and item.name in given and getattr(flags, item.name) is not False:
+            yield f"--{item.name}: has no effect with --optimizer {flags.optimizer}; it is for {', '.join(only)}"
+    low = [f"--{name}" for name in LOW_BIT if getattr(flags, name)]
+    if len(low) > 1:
+        yield f"{low[0]}: contradicts {low[1]}; give one of them"
+    if low and low[0] != "--use_8bit" and not flags.use_torchao:
+        yield f"{low[0]}: bitsandbytes has no such optimizer; add --use_torchao"
+    if flags.use_torchao and not low:
+        yield "--use_torchao: says whose low-bit moments; add --use_8bit, --use_4bit or --use_fp8"
+    if flags.offload_gradients and not flags.use_cpu_offload_optimizer:
+        yield "--offload_gradients: needs an optimizer on the CPU; add --use_cpu_offload_optimizer"
+    if flags.use_cpu_offload_optimizer:
+        yield from offload_problems(flags, train, low)
+
+
+def offload_problems(flags: OptimizerFlags, train: TrainFlags, low: list[str]) -> Iterator[str]:
+    """What torchao's optimizer on the CPU cannot do."""
+    name = "--use_cpu_offload_optimizer"
+    if low:
+        yield f"{name}: contradicts {low[0]}: on the CPU moments are fp32; give either"
+    if train.max_grad_norm:
+        yield f"{name}: torchao clips no gradients, and --max_grad_norm is {train.max_grad_norm:g}; give 0"
+    if train.mixed_precision == "fp16":
+        yield f"{name}: torchao knows no loss scale, which fp16 needs; give --mixed_precision bf16"
+    if flags.offload_gradients and train.gradient_accumulation_steps > 1:
+        yield (
+            f"--offload_gradients: contradicts --gradient_accumulation_steps {train.gradient_accumulation_steps}: each "
+            "gradient leaves the GPU at once; give 1, or leave --offload_gradients out"
+        )
 
 
 def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
@@ -506,6 +683,11 @@ def check_trackers(options: TrainOptions) -> Iterator[str]:
     login = os.environ.get("WANDB_API_KEY") or any(Path.home().joinpath(name).exists() for name in (".netrc", "_netrc"))
     if "wandb" in wanted and not login and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
         yield "--report_to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline"
+
+
+def precision_of(flag: str | None) -> str:
+    """The flag, else what `accelerate launch` was told, else no."""
+    return flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def tracker_names(report_to: str | None) -> list[str]:
@@ -545,7 +727,8 @@ def build_parser(options_type: type, description: str | None) -> argparse.Argume
     groups = {name: parser.add_argument_group(name) for name in typing.get_type_hints(options_type)}
     for group_name, item, annotation in fields_of(options_type):
         of, many = value_type(annotation)
-        value = "|".join(item.metadata["choices"]) or ("true|false" if of is bool else of.__name__.upper())
+        shown = (*item.metadata["choices"], *(["DOTTED.NAME"] if item.metadata["dotted"] else []))
+        value = "|".join(shown) or ("true|false" if of is bool else of.__name__.upper())
         optional = of is bool or item.metadata["const"]
         groups[group_name].add_argument(
             *(f"--{name}" for name in (item.name, *item.metadata["aliases"])),
@@ -582,11 +765,12 @@ def convert(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
             raise UsageError(f"{name}: takes true or false, or nothing for true")
         return text.lower() in ("true", "1", "yes")
     choices = item.metadata["choices"]
-    if choices:
+    if choices and not (item.metadata["dotted"] and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", text)):
         value = next((choice for choice in choices if choice.lower() == text.lower()), None)
         if value is None:
             near = difflib.get_close_matches(text.lower(), choices, 1, 0.4)
-            raise UsageError(f"{name}: is one of {', '.join(choices)}" + (f"; nearest: {near[0]}" if near else ""))
+            among = f"is one of {', '.join(choices)}" + (", or a dotted name" if item.metadata["dotted"] else "")
+            raise UsageError(f"{name}: {among}" + (f"; nearest: {near[0]}" if near else ""))
         return value
     try:
         value = of(text)
@@ -639,6 +823,41 @@ def spelling(argv: Sequence[str], item: "dataclasses.Field[Any]") -> str:
     return used[0]
 
 
+def foreign_problems(options_type: type[Options], values: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What commands of other trainers ask of another script, or of the hub; they may have unknown flags too."""
+    asked = {name: values["data"][name] for name in ("dataset_name", "dataset_config_name") if name in values["data"]}
+    if asked:
+        flags = " ".join(f"--{name} {value}" for name, value in asked.items())
+        download = f"hf download --repo-type dataset {asked.get('dataset_name', 'NAME')} --local-dir D"
+        yield f"{flags}: is not downloaded here; {download}, then give --data_root D"
+    if issubclass(options_type, TrainOptions):
+        yield from script_problems(options_type, GuideFlags(**values["guide"]))
+
+
+def script_problems(options_type: type[TrainOptions], guide: GuideFlags) -> Iterator[str]:
+    """What the CogVideo guide's flags say of the script, where it is another one."""
+    family = (guide.model_name or "").rpartition("-")[2]
+    task, method = guide.model_type or family or options_type.task, guide.training_type or options_type.method
+    if family and task != family:
+        yield f"--model_name {guide.model_name}: contradicts --model_type {task}; give one of them"
+    if (task, method) != (options_type.task, options_type.method):
+        values = {"model_type": guide.model_type, "model_name": guide.model_name, "training_type": guide.training_type}
+        asked = " ".join(f"--{name} {value}" for name, value in values.items() if value)
+        right = f"cogvideox_{'image' if task == 'i2v' else 'text'}_to_video_{method}.py"
+        yield f"{asked}: is not what this script trains; the right one is {right}"
+
+
+def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
+    """What a user may want to know of flags that are no problem."""
+    for group, item, _ in fields_of(type(options)):
+        if item.metadata["idle"] and sources[item.name] != "default" and getattr(getattr(options, group), item.name):
+            yield f"--{item.name}: {item.metadata['help']}"
+    if isinstance(options, TrainOptions) and options.optimizer.kind == "prodigy":
+        rate = options.optimizer.learning_rate
+        if rate < LOW_FOR_PRODIGY:
+            yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; usual: 1"
+
+
 def read_flags(
     options_type: type[Options], argv: Sequence[str], description: str | None
 ) -> tuple[Options, dict[str, str]]:
@@ -664,6 +883,7 @@ def read_flags(
             values[group][item.name] = read_value(item, annotation, getattr(namespace, item.name))
         except UsageError as error:
             problems.extend(error.problems)
+    problems.extend(foreign_problems(options_type, values))
     if problems:
         raise UsageError(problems)
     groups = {name: of(**values[name]) for name, of in typing.get_type_hints(options_type).items()}
@@ -717,6 +937,9 @@ def parse(
     options, sources = read_flags(options_type, sys.argv[1:] if argv is None else argv, description)
     options = derive(options, sources)
     problems = list(flag_problems(options, sources))
+    if not problems and os.environ.get("RANK", "0") == "0":
+        for remark in remarks(options, sources):
+            print(remark, file=sys.stderr)
     if options.script.print_config and not problems:
         print(config_text(options, sources))
         sys.exit(0)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from cogvideox.args import TrainOptions
 from cogvideox.errors import UsageError
-from cogvideox.optim import MasterWeights, StepResult, make_optimizer
+from cogvideox.offload import OffloadedWeights
+from cogvideox.optim import MasterWeights, StepResult
+from cogvideox.optimizers import make_optimizer
 
 STATE_NAME = "optimizer.safetensors"
 DEEPSPEED_TAG = "deepspeed"
@@ -42,7 +44,7 @@ class LocalEngine:
     name = "local"
     safe_to_load = True
 
-    def __init__(self, model: Any, masters: MasterWeights, writes: bool) -> None:
+    def __init__(self, model: Any, masters: MasterWeights | OffloadedWeights, writes: bool) -> None:
         self.model = model
         self.masters = masters
         self.writes = writes
@@ -124,5 +126,9 @@ def make_engine(accelerator: Any, transformer: Any, method: Any, options: TrainO
     if accelerator.state.deepspeed_plugin is not None:
         return DeepSpeedEngine(accelerator, transformer, list(parameters.values()), options)
     make = partial(make_optimizer, options.optimizer)
-    masters = MasterWeights(parameters, make, options.train.max_grad_norm, dynamic_scale=dtype == torch.float16)
+    masters: MasterWeights | OffloadedWeights
+    if options.optimizer.use_cpu_offload_optimizer:
+        masters = OffloadedWeights(parameters, make, options.optimizer.offload_gradients)
+    else:
+        masters = MasterWeights(parameters, make, options.train.max_grad_norm, dynamic_scale=dtype == torch.float16)
     return LocalEngine(transformer, masters, writes=accelerator.is_main_process)

@@ -177,6 +177,9 @@ def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
         more = [("--height", "height", validation.height), ("--width", "width", validation.width)]
         more += [("--validation_frames", "frames", validation.validation_frames)]
         sizes += [(name, kind, value) for name, kind, value in more if value is not None and (kind, value) not in known]
+        named, patched = options.guide.model_name, geometry.patch_size_t is not None
+        if named and named.startswith("cogvideox1.5") != patched:
+            yield f"--model_name {named}: the model's config says {'1.5' if patched else '1.0'}; leave the flag out"
     for name, kind, value in sizes:
         problem = geometry.problem(kind, value)
         if problem:

@@ -1,11 +1,13 @@
-"""Optimizers, the learning rate, and the fp32 masters that every optimizer works on.
+"""The learning rate, and the fp32 masters that every optimizer works on.
 
 Trainable parameters stay in the compute type inside the model. Each backward pass adds their gradients to one flat fp32
 buffer; a step averages it over the ranks, clips, skips what is not finite and updates fp32 masters, all on the device.
+Only fused optimizers of torch can skip a step there: before a step of any other, this process waits for the device.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cogvideox.args import POLYNOMIAL_END, OptimizerFlags
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
+ALL = "*"  # in the names of tensors, instead of a parameter
 
 
 def learning_rate(flags: OptimizerFlags, step: int, total_steps: int, global_batch: int) -> float:
@@ -48,14 +52,6 @@ def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: fl
     return ((peak - POLYNOMIAL_END) * remaining**flags.lr_power + POLYNOMIAL_END) / peak
 
 
-def make_optimizer(flags: OptimizerFlags, parameters: Sequence[Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the flags name; its learning rate is set before every step."""
-    rule = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[flags.optimizer]
-    betas = (flags.beta1, flags.beta2)
-    # fused: the kernel takes the clipping factor and the non-finite flag as tensors, so nothing waits for the device
-    return rule(parameters, lr=0.0, betas=betas, eps=flags.epsilon, weight_decay=flags.weight_decay, fused=True)
-
-
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did, still on the device: loss, gradient norm, skipped, stop, each a scalar."""
@@ -66,7 +62,7 @@ class StepResult:
 
 
 class MasterWeights:
-    """fp32 masters around any torch optimizer.
+    """fp32 masters around any optimizer whose step needs no more than gradients.
 
     Args:
         parameters: the trainable parameters, in any float type; they hold the masters rounded to it.
@@ -83,6 +79,8 @@ class MasterWeights:
         self.device = params[0].device
         self.masters = [p if p.dtype == torch.float32 else Parameter(p.detach().float()) for p in params]
         self.optimizer = make(self.masters)
+        self.fused = is_fused(self.optimizer)
+        self.fresh_numbers = group_numbers(self.optimizer)
         self.max_grad_norm = max_grad_norm
         self.scale = torch.tensor(INITIAL_SCALE if dynamic_scale else 1.0, device=self.device)
         self.good_steps = torch.zeros((), device=self.device)
@@ -130,12 +128,16 @@ class MasterWeights:
         return result
 
     def _update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        if self.fused:
+            self.optimizer.grad_scale = divisor
+            self.optimizer.found_inf = skipped
+        elif skipped.item():  # waits for the device; a step counted on the host cannot be undone there
+            return
+        else:
+            self.flat.div_(divisor)
+        set_rate(self.optimizer, lr)
         for master, gradient in zip(self.masters, self.gradients, strict=True):
             master.grad = gradient
-        self.optimizer.grad_scale = divisor
-        self.optimizer.found_inf = skipped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._round_into_model()
@@ -156,26 +158,92 @@ class MasterWeights:
         self.good_steps = torch.where(grown, 0.0, self.good_steps)
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, as tensors by name: masters, moments, loss scale."""
+        """All that a resumed run needs, as plain tensors by name: masters, the optimizer's values, loss scale."""
         tensors = {"loss_scale": self.scale, "good_steps": self.good_steps}
         for name, master in zip(self.parameters, self.masters, strict=True):
             tensors[f"master/{name}"] = master.detach()
-            for key, value in self.optimizer.state[master].items():
-                tensors[f"{key}/{name}"] = torch.as_tensor(value)
+            for key, tensor in plain_tensors(self.optimizer.state[master]):
+                tensors[f"{key}/{name}"] = tensor
+        for key, value in group_numbers(self.optimizer).items():
+            if self.fresh_numbers.get(key) != value:
+                tensors[f"{key}/{ALL}"] = as_tensor(value)
         return {name: tensor.clone().cpu().contiguous() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes up what ``state`` returned."""
+        of = by_parameter(tensors)
+        if any(len(of[name]) > 1 for name in self.parameters):  # more than a master
+            # a first step, of gradients and a rate of zero, makes what is then written over
+            self._update(0.0, torch.ones((), device=self.device), torch.zeros((), device=self.device))
+            self.buffer.zero_()  # some optimizers add weight decay to the gradients themselves
         self.scale.copy_(tensors["loss_scale"])
         self.good_steps.copy_(tensors["good_steps"])
+        numbers = {key: tensor.item() for key, tensor in of[ALL].items()}
+        self.optimizer.param_groups[0].update(self.fresh_numbers | numbers)
         for name, master in zip(self.parameters, self.masters, strict=True):
-            master.copy_(tensors[f"master/{name}"])
-            values: dict[str, Any] = {}
-            for full, tensor in tensors.items():
-                key, _, of = full.partition("/")
-                if of == name and key != "master":
-                    values[key] = tensor.to(self.device, copy=True)
-            if values:
-                self.optimizer.state[master] = values
+            master.copy_(of[name].pop("master"))
+            overwrite(self.optimizer.state[master], of[name], self.device)
         self._round_into_model()
+
+
+# -- what optimizers keep ----------------------------------------------------------------------------------------------
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step skips itself. torch's SGD says so too, but leaves its momentum undefined when the first does."""
+    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    return adam and getattr(optimizer, "_step_supports_amp_scaling", False)  # as torch.amp.GradScaler asks
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step; torchao's must stay the tensor that it is."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def group_numbers(optimizer: torch.optim.Optimizer) -> dict[str, bool | int | float]:
+    """What an optimizer counts for all parameters together, as prodigy its step size; and its settings."""
+    group = optimizer.param_groups[0]
+    return {key: value for key, value in group.items() if isinstance(value, (bool, int, float)) and key != "lr"}
+
+
+def as_tensor(value: Tensor | bool | int | float) -> Tensor:
+    """A number as a tensor that holds all of it."""
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else torch.as_tensor(value)
+
+
+def plain_tensors(values: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """What an optimizer keeps for a parameter, as tensors by name: numbers too, and quantised ones in their parts."""
+    for key, value in values.items():
+        if is_traceable_wrapper_subclass(value):
+            yield from ((f"{key}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0])
+        elif value is not None:
+            yield key, as_tensor(value)
+
+
+def by_parameter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors named key/parameter, as key -> tensor for each parameter."""
+    of: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for full, tensor in tensors.items():
+        key, _, name = full.partition("/")
+        of[name][key] = tensor
+    return of
+
+
+def overwrite(values: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Puts what ``plain_tensors`` gave into the values of an optimizer that has made a step."""
+    for name, tensor in tensors.items():
+        key, _, part = name.partition(".")
+        value = values.get(key)
+        if part:
+            getattr(value, part).copy_(tensor)
+        elif isinstance(value, Tensor) and value.shape == tensor.shape:
+            value.copy_(tensor)
+        elif isinstance(value, (bool, int, float)):
+            values[key] = type(value)(tensor.item())
+        else:
+            values[key] = tensor.to(device, copy=True)

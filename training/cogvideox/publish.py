@@ -19,9 +19,10 @@ from cogvideox.checkpoint import fsync
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
 from cogvideox.files import write_atomically
+from cogvideox.prompts import prompts_of
 from cogvideox.run import Run, environment
 from cogvideox.tasks import TextToVideo
-from cogvideox.validation import Validator, evaluation, prompts_of
+from cogvideox.validation import Validator, evaluation
 
 RECIPE_NAME, INFERENCE_NAME = "recipe.json", "inference.py"
 MIN_COSINE = 0.9999

@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from cogvideox.args import TrainOptions, config_dict, tracker_names
+from cogvideox.args import TrainOptions, config_dict, precision_of, tracker_names
 from cogvideox.errors import UsageError
 from cogvideox.files import remove_stale_temporaries, write_atomically
 from cogvideox.hub import open_repository
@@ -103,11 +103,6 @@ def start_run(options: TrainOptions) -> Run:
         accelerator.end_training()
         raise UsageError(everyones[0])
     return run
-
-
-def precision_of(flag: str | None) -> str:
-    """The flag, else what `accelerate launch` was told, else no."""
-    return flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def make_accelerator(options: TrainOptions) -> Any:

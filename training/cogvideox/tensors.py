@@ -75,7 +75,7 @@ def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Pa
 def check_schedule(index: CacheIndex, validation: ValidationFlags) -> None:
     """Raises UsageError where flags say when to validate, and there is nothing to validate."""
     name = "validation_steps" if validation.validation_steps else "validation_epochs"
-    if getattr(validation, name) and not validation.validation_prompt and not index.validation:
+    if getattr(validation, name) and not (validation.settled or index.validation):
         raise UsageError(
             f"--{name}: there is nothing to validate; give --validation_prompt, or prepare with --validation_data_root"
         )

@@ -19,22 +19,17 @@ import torch
 from torch import Tensor
 
 from cogvideox import models
-from cogvideox.args import TrainOptions, ValidationFlags
+from cogvideox.args import TrainOptions
 from cogvideox.data.cache import TensorCache
 from cogvideox.data.decode import write_video
 from cogvideox.data.sampler import Order
 from cogvideox.files import write_atomically
 from cogvideox.prepare import encode_captions, missing_captions
+from cogvideox.prompts import prompts_of
 from cogvideox.run import Run
 from cogvideox.tensors import Tensors
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"
-
-
-def prompts_of(flags: ValidationFlags) -> list[str]:
-    """The validation prompts, one by one."""
-    texts = (flags.validation_prompt or "").split(flags.validation_prompt_separator)
-    return [text.strip() for text in texts if text.strip()]
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,8 @@ class Validator:
         """Moves videos away that other settings made, or that another learning rate schedule made after this step."""
         folder = self.run.output_dir / FOLDER
         flags = {**asdict(self.flags), "seed": self.options.data.seed, "fps": self.fps}
-        settings = json.loads(json.dumps({"validation": flags, "recipe": recipe, "total_steps": total_steps}))
+        made = {"validation": flags, "prompts": self.prompts.texts, "recipe": recipe, "total_steps": total_steps}
+        settings = json.loads(json.dumps(made))
         path = folder / SETTINGS_NAME
         if self.run.is_main and self.prompts.texts:
             then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
