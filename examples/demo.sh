@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${DEMO_DIR:-demo}
 model=examples/model
+# several threads make so small a model hardly faster, and far slower where the machine is busy
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 prompt="BUNNY A big grey cartoon rabbit stands up in a sunlit meadow and throws both arms into the air."
 other="BUNNY A grey cartoon rabbit yawns in a green meadow."
 
