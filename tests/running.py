@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cogvideox_image_to_video_lora as image_lora_script
+import cogvideox_image_to_video_sft as image_sft_script
 import cogvideox_text_to_video_lora as lora_script
 import cogvideox_text_to_video_sft as sft_script
 import prepare_dataset as prepare_script
@@ -77,6 +79,16 @@ def train(flags: Sequence[str]) -> int:
 def train_all(flags: Sequence[str]) -> int:
     """Runs the script that trains all weights here."""
     return in_process(sft_script, args.SftOptions, flags)
+
+
+def train_image(flags: Sequence[str]) -> int:
+    """Runs the image-to-video LoRA script here."""
+    return in_process(image_lora_script, args.ImageLoraOptions, flags)
+
+
+def train_image_all(flags: Sequence[str]) -> int:
+    """Runs the image-to-video script that trains all weights here."""
+    return in_process(image_sft_script, args.ImageSftOptions, flags)
 
 
 def prepare(model: Path, data: Path, output: Path, *more: object) -> int:

@@ -21,11 +21,14 @@ TESTS = Path(__file__).parent
 TRAINING = TESTS.parent / "training"
 GOLDEN = TESTS / "golden"
 LORA, SFT, PREPARE = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video_sft.py", "prepare_dataset.py"
-SCRIPTS = {LORA: args.LoraOptions, SFT: args.SftOptions, PREPARE: args.PrepareOptions}
+IMAGE_LORA, IMAGE_SFT = "cogvideox_image_to_video_lora.py", "cogvideox_image_to_video_sft.py"
+TEXT_SCRIPTS = {LORA: args.LoraOptions, SFT: args.SftOptions}
+IMAGE_SCRIPTS = {IMAGE_LORA: args.ImageLoraOptions, IMAGE_SFT: args.ImageSftOptions}
+SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, PREPARE: args.PrepareOptions}
 HEAVY = ("torch", "numpy", "av", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 MODEL = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b")
 TRAIN_LEAST = (*MODEL, "--data_root", "d")
-LEAST = {LORA: TRAIN_LEAST, SFT: TRAIN_LEAST, PREPARE: (*TRAIN_LEAST, "--output_dir", "o")}
+LEAST = dict.fromkeys(SCRIPTS, TRAIN_LEAST) | {PREPARE: (*TRAIN_LEAST, "--output_dir", "o")}
 
 # The guides' commands, prompts shortened.
 FACTORY_LORA = (

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -238,6 +239,105 @@ def test_listing_the_samples_in_another_order_has_no_effect(make: Callable[..., 
         return list(build_loader(make(dropout=0.5, names=names), sampler, 0, pin=False))
 
     assert all(same(*pair) for pair in zip(batches(NAMES), batches(NAMES[::-1]), strict=True))
+
+
+# -- first frames ------------------------------------------------------------------------------------------------------
+
+NOISES = 3
+
+
+@pytest.fixture
+def with_images(make: Callable[..., LatentDataset], tmp_path: Path) -> Callable[..., LatentDataset]:
+    """The five clips with three encodings of the first frame of each variant, in a cache of its own."""
+    folder = Path(shutil.copytree(make().cache.folder, tmp_path / "images"))
+    generator = torch.Generator().manual_seed(1)
+    for name in NAMES:
+        for variant in range(VARIANTS):
+            image = torch.randn(NOISES, 32, 8, 12, generator=generator)
+            TensorCache(folder).write(hash_of(["image", name, variant]), {"image_moments_KCHW": image})
+
+    def with_images(kind: str = "5b-i2v", image_dropout: float = 0.0, **more: Any) -> LatentDataset:
+        dataset = make(kind, **more)
+        dataset.cache, dataset.image_dropout = TensorCache(folder), image_dropout
+        samples = tuple(
+            replace(s, image_keys=tuple(hash_of(["image", s.id, k]) for k in range(VARIANTS)))
+            for s in dataset.index.samples
+        )
+        dataset.index = replace(dataset.index, samples=samples, image_variants=NOISES)
+        return dataset
+
+    return with_images
+
+
+def image_of(sample: Batch) -> torch.Tensor:
+    assert sample.image_BCHW is not None
+    return sample.image_BCHW
+
+
+def test_the_image_is_an_unscaled_draw_from_its_posterior(with_images: Callable[..., LatentDataset]) -> None:
+    """Of the clip variant that the visit has, and of its noises the next one each time that this variant comes."""
+    dataset = with_images(seed=5)
+    used = set()
+    for visit in range(8):
+        variant, noise = visit % VARIANTS, visit // VARIANTS % NOISES
+        moments = dataset.cache.read(hash_of(["image", NAMES[1], variant]))["image_moments_KCHW"][noise]
+        posterior = DiagonalGaussianDistribution(moments[None, :, None])
+        eps = normal((16, 8, 12), 5, visit, NAMES[1], "image posterior")
+        image = image_of(dataset[Visit(1, visit)])
+        assert image.dtype == torch.float32
+        torch.testing.assert_close(image, posterior.mean[0, :, 0] + posterior.std[0, :, 0] * eps)
+        used.add((variant, noise))
+    assert len(used) == VARIANTS * NOISES
+
+
+def test_images_change_nothing_else(
+    make: Callable[..., LatentDataset], with_images: Callable[..., LatentDataset]
+) -> None:
+    plain, beside = make("5b-i2v", dropout=0.5), with_images(dropout=0.5, image_dropout=0.5)
+    for visit in range(4):
+        one, other = plain[Visit(2, visit)], beside[Visit(2, visit)]
+        assert one.image_BCHW is None
+        assert same(one, replace(other, image_BCHW=None))
+    assert make().index == with_images().index.without_images()
+
+
+def test_images_are_dropped_one_by_one(with_images: Callable[..., LatentDataset]) -> None:
+    """Four standard deviations of a binomial; apart from captions, and from the other samples of a batch."""
+    dataset = with_images(image_dropout=0.3, dropout=0.3)
+    samples = [dataset[Visit(k % 5, k // 5)] for k in range(400)]
+    images = torch.tensor([not image_of(sample).any() for sample in samples])
+    captions = torch.tensor([not sample.prompt_BLD.any() for sample in samples])
+    assert abs(images.sum() - 120) < 4 * 9.2
+    assert abs((images & captions).sum() - 36) < 4 * 5.8
+    in_a_visit = images.view(80, 5).sum(dim=1)
+    assert ((in_a_visit > 0) & (in_a_visit < 5)).any()
+    kept = with_images()[Visit(0, 0)]
+    assert all(image_of(with_images()[Visit(k % 5, k // 5)]).any() for k in range(20))
+    dropped = with_images(image_dropout=1.0)[Visit(0, 0)]
+    assert image_of(dropped).shape == image_of(kept).shape
+    assert same(replace(dropped, image_BCHW=None), replace(kept, image_BCHW=None))
+
+
+def test_images_are_collated(with_images: Callable[..., LatentDataset]) -> None:
+    batch = collate([with_images()[Visit(k, 0)] for k in (3, 1)])
+    assert image_of(batch).shape == (2, 16, 8, 12)
+    assert torch.equal(image_of(batch)[1], image_of(with_images()[Visit(1, 0)]))
+    assert same(batch.to(torch.device("cpu")), batch)
+
+
+@pytest.mark.parametrize("damage", ["byte", "shape"])
+def test_a_bad_image_makes_room_for_another_clip(with_images: Callable[..., LatentDataset], damage: str) -> None:
+    dataset = with_images()
+    key = dataset.index.samples[1].image_keys[0]
+    if damage == "byte":
+        flip_byte(dataset.cache.path(key))
+    else:
+        dataset.cache.write(key, {"image_moments_KCHW": torch.zeros(NOISES + 1, 32, 8, 12)})
+    with pytest.raises(CacheError, match="its checksum is wrong" if damage == "byte" else "is \\(4, 32, 8, 12\\), not"):
+        dataset[Visit(1, 0)]
+    dataset.replace_bad = True
+    batch = dataset[Visit(1, 0)]
+    assert (batch.ids[0], [name for name, _ in batch.replaced]) == (NAMES[2], [NAMES[1]])
 
 
 # -- bad tensors -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from diffusers.video_processor import VideoProcessor
 
-from cogvideox.encode import prompt_embeds, video_moments
+from cogvideox.encode import IMAGE_NOISE, image_moments, prompt_embeds, video_moments
 
 Tiny = Callable[[str], Path]
 CAPTIONS = ["A red square moves slowly to the right.", "", "word " * 200]
@@ -144,3 +145,58 @@ def test_bf16_weights_give_bf16_moments(vae: Any, frames_FHWC: np.ndarray) -> No
 def test_pixels_are_rounded_to_the_vae_s_type_once(vae: Any, frames_FHWC: np.ndarray) -> None:
     vae.to(torch.bfloat16)
     assert torch.equal(video_moments(vae, frames_FHWC), reference(vae, in_range(frames_FHWC)))
+
+
+# -- first frames ------------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """A VAE that keeps what it is given; its posterior is that, twice."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self) -> None:
+        self.images: list[torch.Tensor] = []
+
+    def encode(self, video_BCFHW: torch.Tensor) -> Any:
+        self.images.append(video_BCFHW[0, :, 0])
+        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=torch.cat([video_BCFHW] * 2, dim=1)))
+
+
+def noise_on(frame_HWC: np.ndarray, number: int) -> torch.Tensor:
+    """What one drawing adds to the pixels, (3, H, W)."""
+    seen = Seen()
+    image_moments(seen, frame_HWC, [("seed", "content", number)])
+    return seen.images[0] - in_range(frame_HWC[None])[0, :, 0]
+
+
+def test_a_first_frame_s_moments_are_the_vae_s_of_the_noisy_frame(vae: Any, frames_FHWC: np.ndarray) -> None:
+    moments = image_moments(vae, frames_FHWC[0], [("a", 0), ("a", 1), ("b", 0)])
+    assert moments.shape == (3, 32, 4, 6)
+    seen = Seen()
+    image_moments(seen, frames_FHWC[0], [("a", 0), ("a", 1), ("b", 0)])
+    for made, image_CHW in zip(moments, seen.images, strict=True):
+        assert torch.equal(made, reference(vae, image_CHW[None, :, None])[:, 0])
+    assert not torch.equal(moments[0], moments[1])
+    clean = video_moments(vae, frames_FHWC[:1])[:, 0]
+    assert torch.nn.functional.cosine_similarity(moments.flatten(1), clean.flatten(), dim=1).min() > 0.9
+
+
+def test_the_noise_follows_from_its_draw_alone(vae: Any, frames_FHWC: np.ndarray) -> None:
+    draws = [("a", number) for number in range(3)]
+    three = image_moments(vae, frames_FHWC[0], draws)
+    torch.manual_seed(1)
+    assert torch.equal(image_moments(vae, frames_FHWC[0], draws), three)
+    assert torch.equal(image_moments(vae, frames_FHWC[0], draws[1:2])[0], three[1])
+
+
+def test_the_noise_is_as_strong_as_the_model_was_trained_with(frames_FHWC: np.ndarray) -> None:
+    """sigma = exp(N(-3, 0.5)), drawn anew for each encoding; the pixels of one are white noise of that strength."""
+    noises = torch.stack([noise_on(frames_FHWC[0], number) for number in range(400)])
+    sigmas = noises.flatten(1).std(dim=1)
+    assert IMAGE_NOISE == (-3.0, 0.5)
+    assert abs(sigmas.log().mean() + 3.0) < 4 * 0.5 / 20
+    assert abs(sigmas.log().std() - 0.5) < 4 * 0.5 / 28
+    white = noises / sigmas.view(-1, 1, 1, 1)
+    assert abs(white.mean()) < 0.005
+    assert abs((white[..., 1:] * white[..., :-1]).mean()) < 0.005

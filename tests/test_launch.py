@@ -23,6 +23,8 @@ LORA = "train_text_to_video_lora.sh"
 OPTIONS = {
     "cogvideox_text_to_video_lora.py": args.LoraOptions,
     "cogvideox_text_to_video_sft.py": args.SftOptions,
+    "cogvideox_image_to_video_lora.py": args.ImageLoraOptions,
+    "cogvideox_image_to_video_sft.py": args.ImageSftOptions,
     "prepare_dataset.py": args.PrepareOptions,
 }
 HOSTILE = "BW_STYLE $(touch PWNED) `touch PWNED` \"q\" 'q' ; touch PWNED #\n* \\ é & | > PWNED :::two"

@@ -32,7 +32,7 @@ LAYERS = (
     ("offload", "plan", "ranks"),
     ("engine",),
     ("run",),
-    ("tensors",),
+    ("images", "tensors"),
     ("checkpoint", "validation"),
     ("before_after", "held_out", "card"),
     ("publish",),

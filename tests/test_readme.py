@@ -15,6 +15,8 @@ OPTIONS = {
     "prepare_dataset.py": args.PrepareOptions,
     "cogvideox_text_to_video_lora.py": args.LoraOptions,
     "cogvideox_text_to_video_sft.py": args.SftOptions,
+    "cogvideox_image_to_video_lora.py": args.ImageLoraOptions,
+    "cogvideox_image_to_video_sft.py": args.ImageSftOptions,
 }
 
 

@@ -4,16 +4,17 @@ r"""Encodes a folder of clips and captions once, so that training needs neither 
         --height_buckets 480 --width_buckets 720 --frame_buckets 49
 
 Train with --data_root prepared --load_tensors. The same command again does nothing; an interrupted one goes on; edited
-clips and captions are seen. With --dry_run it shows what would be encoded, with --verify what is wrong with what was,
-and --repair mends that. On several GPUs: accelerate launch --multi_gpu, one share a GPU.
+clips and captions are seen. --save_image_latents adds what image-to-video needs. With --dry_run it shows what would be
+encoded, with --verify what is wrong with what was, and --repair mends that. On several GPUs: accelerate launch
+--multi_gpu, one share a GPU.
 """
 
 from cogvideox import args
 from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.index import check_data
-from cogvideox.geometry import check_text_to_video, read_geometry
+from cogvideox.geometry import check_preparation, read_geometry
 
-CHECKS = (check_text_to_video, check_data, check_reader)
+CHECKS = (check_preparation, check_data, check_reader)
 
 
 def main(options: args.PrepareOptions) -> int:
@@ -27,7 +28,9 @@ def main(options: args.PrepareOptions) -> int:
 
     ranks, prepare = Ranks(start_processes()), options.prepare
     geometry, folder = read_geometry(options.model), Path(prepare.output_dir)
-    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, ranks)
+    with_images = geometry.image_to_video if prepare.save_image_latents is None else prepare.save_image_latents
+    image_variants = options.first_frames.num_image_noise_variants if with_images else 0
+    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, ranks, image_variants)
     records = preparation.plan()
     if prepare.verify or prepare.repair:
         faults = ranks.gather(find_faults(preparation, records))

@@ -28,7 +28,7 @@ data/sampler.py       which samples make up each optimizer step
 diffusion.py          noise schedule and loss
 rope.py               rotary tables
 data/dataset.py       cached tensors -> batches
-encode.py             clips and captions -> tensors
+encode.py             clips, first frames and captions -> tensors
 models.py             parts of a pipeline: found, identified, loaded
 prompts.py            validation prompts, of the command line or a file
 factory.py            folders that the CogVideoX factory prepared -> the cache
@@ -37,7 +37,7 @@ checks.py             what a script looks at before anything heavy is imported
 prepare.py            folders of clips -> the cache
 report.py             what a preparation makes of a data set: table, pictures, costs
 verify.py             a cache against its data: what is wrong, and mending it
-tasks.py              what the transformer gets: text to video
+tasks.py              what the transformer gets: text to video, image to video
 methods.py            what is trained: a LoRA, or all weights
 optim.py              fp32 masters, learning rate
 offload.py            masters, moments and the step in host memory
@@ -45,6 +45,7 @@ engine.py             who runs backward and step: this process, or DeepSpeed
 ranks.py              the processes of a run, and patient barriers
 plan.py               how the blocks are executed
 run.py                one run: ranks, output folder, metrics, trackers, signals
+images.py             the images that validation videos begin with
 tensors.py            a prepared folder, or one prepared now
 checkpoint.py         checkpoints that are whole or not there
 validation.py         videos while training

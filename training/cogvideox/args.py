@@ -203,11 +203,21 @@ class EncodeFlags:
 
 
 @dataclass(frozen=True)
+class FirstFrameFlags:
+    """Read by prepare.py: how the images are encoded that clips begin with, for image-to-video."""
+
+    num_image_noise_variants: int = flag(
+        8, "encodings of each first frame to cache, each of the frame with other noise; one used per epoch", least=1
+    )
+
+
+@dataclass(frozen=True)
 class PrepareFlags:
     """Read by prepare_dataset.py alone."""
 
     output_dir: str = flag(REQUIRED, "folder for the tensors; give it to a training script as --data_root")
     save_latents_and_embeddings: bool = flag(True, "accepted for old commands: this is what the script does")
+    save_image_latents: bool | None = flag(None, "encode first frames too, for image-to-video (where the model is one)")
     batch_size: int = flag(1, "captions encoded at once; more than 1 changes embeddings by rounding", least=1)
     dry_run: bool = flag(False, "show what would be encoded, and what it costs, and stop")
     verify: bool = flag(False, "check every tensor in output_dir against the data, encode nothing, and stop")
@@ -243,11 +253,29 @@ class LoaderFlags:
 
 
 @dataclass(frozen=True)
+class ImageFlags:
+    """Read by the image-to-video scripts: the images that videos begin with."""
+
+    noised_image_dropout: float = flag(0.05, "share of samples trained without their image", least=0.0, most=1.0)
+    image_latent_scale: str = flag(
+        "auto",
+        "what is done to image latents with the VAE's scaling factor: auto is as the pipeline of the model does",
+        choices=("auto", "mul", "div", "none"),
+    )
+    ignore_learned_positional_embeddings: bool = flag(
+        False, "train without the learned positions of CogVideoX-5b-I2V, which are for one size alone"
+    )
+    validation_images: str | None = flag(
+        None, "images that the validation videos begin with, one a prompt, joined by the separator: paths or URLs"
+    )
+
+
+@dataclass(frozen=True)
 class TrainFlags:
     """Read by loop.py, run.py and checkpoint.py."""
 
     output_dir: str = flag(
-        "", "folder of the run: checkpoints, videos, metrics, the result (cogvideox-lora or cogvideox-sft)"
+        "", "folder of the run: checkpoints, videos, metrics, the result (cogvideox-lora, cogvideox-i2v-sft, ...)"
     )
     mixed_precision: str | None = flag(
         None, "compute type of the network (accelerate's setting, else no: fp32)", choices=("no", "fp16", "bf16")
@@ -439,6 +467,7 @@ class PrepareOptions:
     model: ModelFlags
     data: DataFlags
     encode: EncodeFlags
+    first_frames: FirstFrameFlags
     prepare: PrepareFlags
     script: ScriptFlags
 
@@ -479,6 +508,26 @@ class SftOptions(TrainOptions):
     lora: NoLoraFlags
 
 
+@dataclass(frozen=True)
+class ImageLoraOptions(LoraOptions):
+    """The LoRA script for image-to-video."""
+
+    task = "i2v"
+
+    first_frames: FirstFrameFlags
+    image: ImageFlags
+
+
+@dataclass(frozen=True)
+class ImageSftOptions(SftOptions):
+    """The script that trains all weights for image-to-video."""
+
+    task = "i2v"
+
+    first_frames: FirstFrameFlags
+    image: ImageFlags
+
+
 Options = TypeVar("Options", bound=PrepareOptions | TrainOptions)
 Check = Callable[[Any], Iterator[str]]
 
@@ -503,7 +552,8 @@ def derive(options: Any, sources: dict[str, str]) -> Any:
         wanted = dict(zip(("validation_frames", "height", "width"), longest, strict=True))
         found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
         if not options.train.output_dir:
-            found["train"] = {"output_dir": f"cogvideox-{options.method}"}
+            task = "i2v-" if options.task == "i2v" else ""
+            found["train"] = {"output_dir": f"cogvideox-{task}{options.method}"}
         found["optimizer"] = dict.fromkeys(left_to_library(options.optimizer, given))
         if options.loader.tensor_cache is None and not options.loader.load_tensors:
             found["loader"] = {"tensor_cache": str(Path(data.data_root[0]) / TENSOR_FOLDER)}
@@ -530,6 +580,34 @@ def resolution(text: str) -> tuple[int, int, int] | None:
 def resolutions(data: DataFlags) -> list[tuple[int, int, int]]:
     """The well-formed values of --train_resolution."""
     return [numbers for text in data.train_resolution if (numbers := resolution(text))]
+
+
+def image_flags(options: Any) -> ImageFlags | None:
+    """The flags of an image-to-video script; None: it is another one."""
+    flags: ImageFlags | None = getattr(options, "image", None)
+    return flags
+
+
+def noise_variants(options: TrainOptions) -> int:
+    """How many encodings of each first frame a script trains on; 0: none."""
+    flags: FirstFrameFlags | None = getattr(options, "first_frames", None)
+    return flags.num_image_noise_variants if flags is not None else 0
+
+
+def ignores_positions(options: Any) -> bool:
+    """Whether a model is trained without its learned positions."""
+    flags = image_flags(options)
+    return flags is not None and flags.ignore_learned_positional_embeddings
+
+
+def separated(text: str | None, separator: str) -> list[str]:
+    """The texts in a value of --validation_prompt or --validation_images."""
+    return [part.strip() for part in (text or "").split(separator) if part.strip()]
+
+
+def is_url(text: str) -> bool:
+    """Whether an image is to be fetched from the web."""
+    return text.startswith(("http://", "https://"))
 
 
 def reads_clips(options: Any) -> bool:

@@ -1,11 +1,49 @@
 """What a training script looks at before anything heavy is imported; beside these, what its task asks of the model."""
 
-from cogvideox.args import check_trackers
+from collections.abc import Iterator
+from typing import Any
+
+from cogvideox.args import check_trackers, image_flags, is_url
 from cogvideox.data.decord_reader import check_reader
+from cogvideox.data.faults import VideoError
 from cogvideox.data.index import check_data
 from cogvideox.factory import check_tensors
 from cogvideox.hub import check_hub
 from cogvideox.optimizers import check_optimizer
-from cogvideox.prompts import check_prompts
+from cogvideox.prompts import check_prompts, images_of, prompts_of
 
-TRAINING_CHECKS = (check_data, check_reader, check_tensors, check_optimizer, check_prompts, check_trackers, check_hub)
+
+def check_images(options: Any) -> Iterator[str]:
+    """Problems of --validation_images: pairs with the prompts, files. URLs are fetched when the run starts."""
+    flags = image_flags(options)
+    if flags is None or any(check_prompts(options)):
+        return
+    try:
+        images, prompts = images_of(options), len(prompts_of(options.validation))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is no UTF-8"
+        yield f"--validation_images {flags.validation_images}: {reason}; give a list in --validation_dir"
+        return
+    if len(images) != prompts:
+        yield f"--validation_images: {len(images)} images for {prompts} prompts; give one for each"
+    for text in images:
+        if not is_url(text):
+            yield from image_problems(text)
+
+
+def image_problems(path: str) -> Iterator[str]:
+    """What is wrong with a file that should be a still image."""
+    from cogvideox.data.pictures import is_picture, probe_picture, read_picture
+
+    try:
+        if not is_picture(path):
+            yield f"--validation_images {path}: is no png, jpeg, webp, bmp or tiff image; give a still image"
+            return
+        info = probe_picture(path)
+        read_picture(path, info, 1, info.height, info.width)
+    except (OSError, VideoError) as error:
+        yield f"--validation_images {getattr(error, 'strerror', None) or error}"
+
+
+DATA_CHECKS = (check_data, check_reader, check_tensors)
+TRAINING_CHECKS = (*DATA_CHECKS, check_optimizer, check_prompts, check_images, check_trackers, check_hub)

@@ -1,6 +1,7 @@
-"""Clips and captions into tensors: one copy for every caller.
+"""Clips, first frames and captions into tensors: one copy for every caller.
 
-Shapes: F frames, H and W pixels; C latent channels, f, h, w latent sizes; L text tokens, D text channels.
+Shapes: F frames, H and W pixels; K encodings of one image; C latent channels, f, h, w latent sizes; L text tokens, D
+text channels.
 """
 
 from collections.abc import Sequence
@@ -10,16 +11,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogvideox.data.dataset import normal
 
-@torch.no_grad()
+# Of the noise on first frames, as CogVideoX was trained: its standard deviation is exp(N(mean, deviation)), of pixels
+# from -1 to 1.
+IMAGE_NOISE = (-3.0, 0.5)
+
+
 def video_moments(vae: Any, frames_FHWC: np.ndarray) -> Tensor:
     """The VAE's posterior of one clip, unscaled: mean and log variance, (2C, f, h, w), on the CPU.
 
     ``frames`` are uint8 RGB.
     """
-    pixels = torch.from_numpy(frames_FHWC).to(vae.device).permute(3, 0, 1, 2)
-    video_BCFHW = (pixels.float() / 127.5 - 1.0).to(vae.dtype).unsqueeze(0)
-    return vae.encode(video_BCFHW).latent_dist.parameters[0].cpu()
+    return moments_of(vae, pixels_of(frames_FHWC, vae.device))
+
+
+def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object, ...]]) -> Tensor:
+    """The same of one image with noise on its pixels, once for each of ``draws``, which the noise is a function of:
+    (K, 2C, h, w).
+    """
+    image_CFHW = pixels_of(frame_HWC[None], vae.device)
+    mean, deviation = IMAGE_NOISE
+    moments = []
+    for draw in draws:  # one by one: no more memory than for a clip, and K has no effect on an encoding
+        sigma = (mean + deviation * normal((), *draw, "sigma")).exp().item()
+        noise_CFHW = normal(tuple(image_CFHW.shape), *draw, "pixels").to(vae.device)
+        moments.append(moments_of(vae, image_CFHW + sigma * noise_CFHW)[:, 0])
+    return torch.stack(moments)
+
+
+def pixels_of(frames_FHWC: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 RGB as the VAE takes it: fp32 from -1 to 1, (3, F, H, W)."""
+    return torch.from_numpy(frames_FHWC).to(device).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+
+
+@torch.no_grad()
+def moments_of(vae: Any, video_CFHW: Tensor) -> Tensor:
+    """The VAE's posterior, (2C, f, h, w), on the CPU."""
+    return vae.encode(video_CFHW.to(vae.dtype).unsqueeze(0)).latent_dist.parameters[0].cpu()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     prompts.txt, videos.txt    line n of each is one clip (or a table); videos/NAME.mp4 need not be there any more
     video_latents/NAME.pt      beside videos/: the VAE's posterior, unscaled: mean and log variance, (2C, F, H, W)
     prompt_embeds/NAME.pt      T5's embedding of the caption, id token included, (L, D)
+    image_latents/NAME.pt      the posterior of the first frame without noise, (2C, 1, H, W): for image-to-video
 
 Each .pt is read as plain data: what else a pickle asks for is refused, nothing of it is run. A tensor's key is the hash
 of its file, and the ledger has the key of each path, size and time, so a second start reads no .pt.
@@ -12,13 +13,13 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cogvideox.args import DataFlags, resolutions
+from cogvideox.args import DataFlags, image_flags, resolutions
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, open_index, sole_writer
 from cogvideox.data.columns import Columns, Problems, is_unicode
@@ -29,8 +30,8 @@ from cogvideox.errors import UsageError
 from cogvideox.files import remove_stale_temporaries, stamp_of
 from cogvideox.geometry import Geometry
 
-MOMENTS, EMBEDS = "video_latents", "prompt_embeds"  # the folders
-NAMES = {MOMENTS: "moments_CFHW", EMBEDS: "prompt_LD"}  # the tensors in the cache
+MOMENTS, EMBEDS, IMAGES = "video_latents", "prompt_embeds", "image_latents"  # the folders
+NAMES = {MOMENTS: "moments_CFHW", EMBEDS: "prompt_LD", IMAGES: "image_moments_KCHW"}  # the tensors in the cache
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Row:
     caption: str
     moments: Path
     embeds: Path
+    image: Path | None = None  # for image-to-video
 
-    def files(self) -> tuple[tuple[str, Path], tuple[str, Path]]:
-        """(folder's name, path) of both."""
-        return (MOMENTS, self.moments), (EMBEDS, self.embeds)
+    def files(self) -> tuple[tuple[str, Path], ...]:
+        """(folder's name, path) of each."""
+        images = () if self.image is None else ((IMAGES, self.image),)
+        return (MOMENTS, self.moments), (EMBEDS, self.embeds), *images
 
 
 def is_factory_layout(folder: Path) -> bool:
@@ -59,7 +62,7 @@ def check_tensors(options: Any) -> Iterator[str]:
     folder = Path(options.data.data_root[0])
     if options.loader.load_tensors and is_factory_layout(folder):
         try:
-            read_rows(folder, options.data)
+            read_rows(folder, options.data, image_flags(options) is not None)
         except UsageError as error:
             yield from error.problems
     elif options.loader.load_tensors:
@@ -69,7 +72,8 @@ def check_tensors(options: Any) -> Iterator[str]:
             yield "--dataset_file: this folder has its own list of what was prepared; leave it out"
         if options.data.repeats != (1,):
             yield "--repeats: the clips of this folder are used as they were prepared; prepare with the flag"
-        open_index(folder)
+        if not open_index(folder).image_variants and image_flags(options) is not None:
+            yield f"--load_tensors: {folder} holds no image latents; prepare it with --save_image_latents"
 
 
 def open_factory(
@@ -81,16 +85,17 @@ def open_factory(
     embed_empty: Callable[[], None],
     ranks: Any,
     say: Callable[[str], None],
+    images: bool = False,
 ) -> CacheIndex:
     """The index of a factory's folder, its tensors in ``cache``: the main process converts, the others wait for it.
 
     ``encoders`` is a prepare.Encoders, the model's: a .pt does not tell what made it. ``embed_empty`` puts the empty
-    caption into the cache, where it is needed; ``ranks`` is a Ranks.
+    caption into the cache, where it is needed; ``ranks`` is a Ranks. ``images``: with the first frames.
 
     Raises:
         UsageError: everything that is wrong with the lists and the files.
     """
-    rows = read_rows(folder, data)
+    rows = read_rows(folder, data, images)
     if ranks.is_main_process:
         with sole_writer(cache.folder, say):
             remove_stale_temporaries(cache.folder)
@@ -98,6 +103,10 @@ def open_factory(
             embed_empty()
     ranks.wait_for_everyone()
     say(f"{folder}: that its .pt files were made with this VAE and T5 cannot be checked")
+    if images:
+        say(
+            f"{folder}: its first frames are without the noise that models are trained with; prepare_dataset.py adds it"
+        )
     index = CacheIndex(
         samples=cached_samples(rows, geometry, cache, data),
         empty_prompt_key=encoders.prompt_key(""),
@@ -106,6 +115,7 @@ def open_factory(
         text_encoder=encoders.text_encoder,
         dtypes={"vae": encoders.vae_dtype, "text_encoder": encoders.text_dtype},
         text_length=encoders.text_length,
+        image_variants=int(images),
     )
     if ranks.is_main_process:
         index.save(cache.folder)  # from now on the cache can be given in the folder's place
@@ -115,8 +125,8 @@ def open_factory(
 # -- the lists ---------------------------------------------------------------------------------------------------------
 
 
-def read_rows(folder: Path, data: DataFlags) -> list[Row]:
-    """The clips that the lists name, as often as --repeats says, each with two files that may be read.
+def read_rows(folder: Path, data: DataFlags, images: bool = False) -> list[Row]:
+    """The clips that the lists name, as often as --repeats says, each with its files, which may be read.
 
     Raises:
         UsageError: all problems of the lists and of the paths.
@@ -125,15 +135,15 @@ def read_rows(folder: Path, data: DataFlags) -> list[Row]:
     root = os.path.abspath(folder)
     rules = PathRules(root, data.allow_path)
     columns = read_columns(root, data, rules, problems)
-    rows = list(_rows(root, columns, rules, problems)) if not problems else []
+    rows = list(_rows(root, columns, rules, problems, images)) if not problems else []
     if problems:
         raise UsageError(problems.lines())
     uses: dict[str, int] = {}
     repeated = [row for _ in range(data.repeats[0]) for row in rows]
-    return [Row(unique_id(row.id, uses), row.caption, row.moments, row.embeds) for row in repeated]
+    return [replace(row, id=unique_id(row.id, uses)) for row in repeated]
 
 
-def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems) -> Iterator[Row]:
+def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems, images: bool) -> Iterator[Row]:
     """The rows of columns that have no problems, with their own ones added; ids may not be unique."""
     captions, videos = columns.captions, columns.videos
     assert captions is not None
@@ -141,7 +151,7 @@ def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems) -> 
     owners: dict[Path, str] = {}
     for number, (caption, path) in enumerate(zip(captions.texts(), videos.texts(), strict=True)):
         video = os.path.normpath(os.path.join(videos.folder, path))
-        row = Row(os.path.relpath(video, root).replace(os.sep, "/"), caption, *_files_of(video))
+        row = Row(os.path.relpath(video, root).replace(os.sep, "/"), caption, *_files_of(video, images))
         if not is_unicode(caption):
             problems.add("not UTF-8", f"{captions.place(number)}: is no Unicode text; write the characters themselves")
         if owners.setdefault(row.moments, video) != video:
@@ -155,13 +165,14 @@ def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems) -> 
         yield row
 
 
-def _files_of(video: str) -> tuple[Path, Path]:
+def _files_of(video: str, images: bool) -> tuple[Path, ...]:
     """The tensors of a clip. The factory cuts its name at the first dot; a file of the whole name goes before."""
     folder, name = os.path.split(video)
     beside = Path(os.path.dirname(folder))
     whole, cut = os.path.splitext(name)[0], name.split(".")[0]
     stem = whole if os.path.lexists(beside / MOMENTS / f"{whole}.pt") else cut
-    return beside / MOMENTS / f"{stem}.pt", beside / EMBEDS / f"{stem}.pt"
+    kinds = (MOMENTS, EMBEDS, IMAGES) if images else (MOMENTS, EMBEDS)
+    return tuple(beside / kind / f"{stem}.pt" for kind in kinds)
 
 
 # -- the tensors -------------------------------------------------------------------------------------------------------
@@ -199,9 +210,13 @@ def cached_samples(
     known = Ledger(cache.folder).read()
     samples = []
     for row in rows:
-        moments, embeds = known[_request(row.moments)], known[_request(row.embeds)]
+        moments, embeds, *images = (known[_request(path)] for _, path in row.files())
+        sizes = {tuple(record["shape"][2:]) for record in (moments, *images)}
+        if len(sizes) > 1:
+            raise UsageError(f"{row.image}: has another size than {row.moments.name} of its clip; encode both again")
         bucket = bucket_of(tuple(moments["shape"]), geometry, data)
-        samples.append(CachedSample(row.id, row.caption, bucket, (moments["key"],), embeds["key"]))
+        image_keys = tuple(image["key"] for image in images)
+        samples.append(CachedSample(row.id, row.caption, bucket, (moments["key"],), embeds["key"], image_keys))
     return tuple(samples)
 
 
@@ -234,9 +249,11 @@ def _convert_file(kind: str, path: Path, cache: TensorCache) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     tensor = read_tensor(path, content)
-    key = hash_of(["factory", hashlib.sha256(content).hexdigest()])
+    kinds = [IMAGES] if kind == IMAGES else []  # the same bytes are stored in another shape
+    key = hash_of(["factory", *kinds, hashlib.sha256(content).hexdigest()])
     if not cache.has(key):
-        cache.write(key, {NAMES[kind]: tensor})
+        stored = tensor.transpose(0, 1).contiguous() if kind == IMAGES else tensor  # one encoding of the image
+        cache.write(key, {NAMES[kind]: stored})
     return {"request": request, "path": str(path), "key": key, "shape": list(tensor.shape)}
 
 
@@ -270,8 +287,9 @@ def _check_shape(kind: str, path: Path, shape: tuple[int, ...], geometry: Geomet
             raise UsageError(f"{path}: is {shape}, this model takes {wanted}; encode the captions again for it")
         return
     channels = 2 * geometry.latent_channels
-    if len(shape) != 4 or shape[0] != channels or 0 in shape:
-        rule = f"this model takes ({channels}, F, H, W), mean and log variance; encode the clips again for it"
+    frames = "1" if kind == IMAGES else "F"
+    if len(shape) != 4 or shape[0] != channels or 0 in shape or frames not in ("F", str(shape[1])):
+        rule = f"this model takes ({channels}, {frames}, H, W), mean and log variance; encode the clips again for it"
         raise UsageError(f"{path}: is {shape}, {rule}")
     for side, size in zip(("height", "width"), shape[2:], strict=True):
         pixels = size * geometry.spatial_compression

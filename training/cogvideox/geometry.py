@@ -6,11 +6,11 @@ Standard library only (huggingface_hub for a hub model), so that wrong sizes end
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cogvideox.args import ModelFlags, TrainOptions, resolution
+from cogvideox.args import LoraOptions, ModelFlags, TrainOptions, reads_clips, resolution
 from cogvideox.data.buckets import Bucket, frame_problem, size_problem
 from cogvideox.errors import UsageError
 
@@ -27,13 +27,28 @@ class Geometry:
     patch_size_t: int | None
     sample_height: int  # latents
     sample_width: int
+    sample_frames: int  # of a video
     attention_head_dim: int
     rotary: bool
+    learned_positions: bool  # for sample_frames of sample_height x sample_width alone
+    ofs: bool  # whether an offset is embedded beside the timestep
     max_text_seq_length: int
     text_embed_dim: int
     scaling_factor: float
+    invert_scale_latents: bool  # image latents are divided by the scaling factor
     default_fps: int
     schedule: dict[str, Any]
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether the transformer takes image latents beside those of the video."""
+        return self.in_channels == 2 * self.latent_channels
+
+    @property
+    def own_bucket(self) -> Bucket:
+        """What the transformer was configured for."""
+        side = self.spatial_compression
+        return Bucket(self.sample_frames, self.sample_height * side, self.sample_width * side)
 
     @property
     def size_multiple(self) -> int:
@@ -65,6 +80,15 @@ class Geometry:
         """(2C, F, H, W) of the VAE's posterior of one clip: mean and log variance, without padding."""
         height, width = bucket.height // self.spatial_compression, bucket.width // self.spatial_compression
         return 2 * self.latent_channels, self.latent_frames(bucket.frames), height, width
+
+    def image_shape(self, bucket: Bucket) -> tuple[int, int, int]:
+        """(2C, H, W) of the VAE's posterior of one image."""
+        channels, _, height, width = self.moments_shape(bucket)
+        return channels, height, width
+
+    def has_positions(self, bucket: Bucket) -> bool:
+        """Whether learned positions, if any, are for this bucket."""
+        return not self.learned_positions or self.moments_shape(bucket) == self.moments_shape(self.own_bucket)
 
     def problem(self, kind: str, value: int) -> str | None:
         """What is wrong with a number of frames, or a height or width in pixels."""
@@ -102,11 +126,15 @@ def geometry_of(transformer: dict[str, Any], vae: dict[str, Any], scheduler: dic
         patch_size_t=transformer.get("patch_size_t"),
         sample_height=transformer["sample_height"],
         sample_width=transformer["sample_width"],
+        sample_frames=transformer.get("sample_frames", 49),  # what diffusers takes where a config has none
         attention_head_dim=transformer["attention_head_dim"],
         rotary=transformer["use_rotary_positional_embeddings"],
+        learned_positions=transformer.get("use_learned_positional_embeddings", False),
+        ofs=transformer.get("ofs_embed_dim") is not None,
         max_text_seq_length=transformer["max_text_seq_length"],
         text_embed_dim=transformer["text_embed_dim"],
         scaling_factor=vae["scaling_factor"],
+        invert_scale_latents=vae.get("invert_scale_latents", False),
         default_fps=16 if transformer.get("patch_size_t") else 8,  # the rates that 1.5 and 1.0 were trained at
         schedule=scheduler,
     )
@@ -151,16 +179,58 @@ def flag_text(model: ModelFlags) -> str:
 def check_text_to_video(options: Any) -> Iterator[str]:
     """Problems of the model and the sizes for a text-to-video script. Reads config files only."""
     geometry = read_geometry(options.model)
-    if geometry.in_channels != geometry.latent_channels:
-        yield (
-            f"{flag_text(options.model)}: takes {geometry.in_channels} channels, so it is an image-to-video model; "
-            f"text-to-video takes {geometry.latent_channels}"
-        )
+    yield from channel_problems(options, geometry, "text-to-video")
     yield from check_sizes(options, geometry)
 
 
-def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
-    """Problems of the buckets, the validation size and the text length."""
+def check_image_to_video(options: Any) -> Iterator[str]:
+    """Problems of the model and the sizes for an image-to-video script. Reads config files only."""
+    geometry = read_geometry(options.model)
+    yield from channel_problems(options, geometry, "image-to-video")
+    yield from check_sizes(options, geometry)
+    yield from position_problems(options, geometry)
+
+
+def check_preparation(options: Any) -> Iterator[str]:
+    """Problems of the model and the sizes for prepare_dataset.py, which takes every model. Reads config files only."""
+    yield from check_sizes(options, read_geometry(options.model))
+
+
+def channel_problems(options: Any, geometry: Geometry, wanted: str) -> Iterator[str]:
+    """A model that is for another script."""
+    channels = {"text-to-video": geometry.latent_channels, "image-to-video": 2 * geometry.latent_channels}
+    if geometry.in_channels == channels[wanted]:
+        return
+    takes = f"{flag_text(options.model)}: takes {geometry.in_channels} channels"
+    (other,) = channels.keys() - {wanted}
+    if geometry.in_channels != channels[other]:
+        yield f"{takes}, {wanted} has {channels[wanted]}; no script here trains it"
+        return
+    method = "lora" if isinstance(options, LoraOptions) else "sft"
+    script = f"cogvideox_{other.replace('-', '_')}_{method}.py"
+    article = "an" if other.startswith("image") else "a"
+    yield f"{takes}, so it is {article} {other} model; {wanted} takes {channels[wanted]}; use {script}"
+
+
+def position_problems(options: Any, geometry: Geometry) -> Iterator[str]:
+    """Sizes for which a model has no learned positions."""
+    ignored, own = options.image.ignore_learned_positional_embeddings, geometry.own_bucket
+    if ignored and not geometry.learned_positions:
+        yield "--ignore_learned_positional_embeddings: this model has none; leave the flag out"
+    if ignored or not geometry.learned_positions:
+        return
+    sizes = all_sizes(options, listed_sizes(options) if reads_clips(options) else [])
+    wrong: dict[tuple[str, str], list[str]] = {}
+    for name, kind, value in sizes:
+        if not geometry.has_positions(replace(own, **{kind: value})):
+            wrong.setdefault((name, kind), []).append(str(value))
+    for (name, kind), values in wrong.items():
+        rule = f"this model's learned positions are for {own} alone; nearest: {getattr(own, kind)}"
+        yield f"{name} {' '.join(values)}: {rule}, or --ignore_learned_positional_embeddings"
+
+
+def listed_sizes(options: Any) -> list[tuple[str, str, int]]:
+    """(flag, kind, value) of each number of frames or pixels in the flags for buckets."""
     data = options.data
     sizes = [
         (f"--train_resolution {text}: {kind}", kind, value)
@@ -171,16 +241,23 @@ def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
         sizes = [("--frame_buckets", "frames", value) for value in data.frame_buckets]
         sizes += [("--height_buckets", "height", value) for value in data.height_buckets]
         sizes += [("--width_buckets", "width", value) for value in data.width_buckets]
-    if isinstance(options, TrainOptions):
-        known = {(kind, value) for _, kind, value in sizes}  # sizes taken over from the buckets are reported once
-        validation = options.validation
-        more = [("--height", "height", validation.height), ("--width", "width", validation.width)]
-        more += [("--validation_frames", "frames", validation.validation_frames)]
-        sizes += [(name, kind, value) for name, kind, value in more if value is not None and (kind, value) not in known]
-        named, patched = options.guide.model_name, geometry.patch_size_t is not None
-        if named and named.startswith("cogvideox1.5") != patched:
-            yield f"--model_name {named}: the model's config says {'1.5' if patched else '1.0'}; leave the flag out"
-    for name, kind, value in sizes:
+    return sizes
+
+
+def all_sizes(options: Any, listed: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Listed sizes, then those of validation videos that are not taken over from them."""
+    if not isinstance(options, TrainOptions):
+        return listed
+    known = {(kind, value) for _, kind, value in listed}
+    flags = options.validation
+    more = [("--height", "height", flags.height), ("--width", "width", flags.width)]
+    more += [("--validation_frames", "frames", flags.validation_frames)]
+    return listed + [(name, kind, value) for name, kind, value in more if value and (kind, value) not in known]
+
+
+def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
+    """Problems of the buckets, the validation size, the text length and the guide's name of the model."""
+    for name, kind, value in all_sizes(options, listed_sizes(options)):
         problem = geometry.problem(kind, value)
         if problem:
             yield f"{name} {value}: {problem}"
@@ -190,3 +267,6 @@ def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
             f"--max_sequence_length {length}: the transformer's config says {geometry.max_text_seq_length}; "
             "another padding changes every embedding; leave the flag out"
         )
+    named, patched = options.guide.model_name if isinstance(options, TrainOptions) else None, geometry.patch_size_t
+    if named and named.startswith("cogvideox1.5") != (patched is not None):
+        yield f"--model_name {named}: the model's config says {'1.5' if patched else '1.0'}; leave the flag out"

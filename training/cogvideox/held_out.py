@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvideox.data.cache import CachedSample
-from cogvideox.data.dataset import Batch, collate, draw_sample, read_moments, read_prompt
+from cogvideox.data.dataset import Batch, collate, draw_sample, read_image, read_moments, read_prompt
 from cogvideox.draws import uniform
 from cogvideox.run import METRICS_NAME, Run, write_metrics
 from cogvideox.tensors import Tensors
@@ -37,7 +37,7 @@ class HeldOut:
     def __init__(self, run: Run, tensors: Tensors, seed: int, transformer: Any, losses_of: LossOf) -> None:
         self.run, self.seed, self.transformer, self.losses_of = run, seed, transformer, losses_of
         self.cache, self.geometry = tensors.cache, tensors.geometry
-        self.samples = tensors.index.validation
+        self.samples, self.image_variants = tensors.index.validation, tensors.index.image_variants
         for sample in self.samples:  # now, not at the first measurement after a resume
             self._read(sample)
 
@@ -74,11 +74,15 @@ class HeldOut:
         draw = (self.seed, "held_out", sample.id, place)
         total = int(self.geometry.schedule["num_train_timesteps"])
         timestep = int((place + uniform(*draw, "timestep")) * total / PLACES)
-        return collate([draw_sample(*self._read(sample), timestep, self.geometry, draw, sample.id)])
+        moments, prompt, image = self._read(sample, place)
+        return collate([draw_sample(moments, prompt, timestep, self.geometry, draw, sample.id, image)])
 
-    def _read(self, sample: CachedSample) -> tuple[Tensor, Tensor]:
+    def _read(self, sample: CachedSample, place: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Moments and prompt, and those of the first frame, with another noise for each place."""
         moments = read_moments(self.cache, sample, 0, self.geometry)
-        return moments, read_prompt(self.cache, sample.prompt_key, self.geometry)
+        visit = place * len(sample.image_keys)  # of the first clip variant
+        image = read_image(self.cache, sample, visit, self.image_variants, self.geometry)
+        return moments, read_prompt(self.cache, sample.prompt_key, self.geometry), image
 
     def _measured(self, step: int) -> bool:
         """Whether metrics.jsonl has the line of a step; the main process looks for all."""

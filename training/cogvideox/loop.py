@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox import diffusion, models
-from cogvideox.args import TrainOptions
+from cogvideox.args import TrainOptions, ignores_positions, image_flags
 from cogvideox.before_after import BeforeAfter
 from cogvideox.checkpoint import Saver, resume
 from cogvideox.curves import CURVES_NAME, draw_curves
@@ -24,6 +24,7 @@ from cogvideox.engine import make_engine
 from cogvideox.errors import UsageError, first_of
 from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
+from cogvideox.images import take_images
 from cogvideox.optim import learning_rate
 from cogvideox.plan import ExecutionPlan
 from cogvideox.publish import publish
@@ -77,8 +78,15 @@ class Trainer:
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
         bad_fraction = options.data.max_bad_fraction
+        images = image_flags(options)
         self.dataset = LatentDataset(
-            tensors.cache, tensors.index, tensors.geometry, seed, options.loader.caption_dropout, bad_fraction > 0
+            tensors.cache,
+            tensors.index,
+            tensors.geometry,
+            seed,
+            options.loader.caption_dropout,
+            replace_bad=bad_fraction > 0,
+            image_dropout=images.noised_image_dropout if images is not None else 0.0,
         )
         self.bad_clips = BadClips(bad_fraction, len(tensors.index.samples))
         self.global_batch = train.train_batch_size * train.gradient_accumulation_steps * run.world
@@ -119,6 +127,7 @@ class Trainer:
             "max_grad_norm": options.train.max_grad_norm,
             **asdict(tensors.geometry),
             **asdict(options.optimizer),
+            **self.task.recipe(),
             **self.method.recipe(),
         }
 
@@ -250,10 +259,11 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     Returns the exit status: 0, or 75 where a signal ended the run early with everything saved.
     """
     run = start_run(options)
+    images = take_images(run, options)
     tensors = open_tensors(run, options)
-    prompts = embed_prompts(run, options, tensors)
-    transformer = models.load_transformer(options.model, run.dtype).to(run.device)
+    prompts = embed_prompts(run, options, tensors, images)
+    transformer = models.load_transformer(options.model, run.dtype, ignores_positions(options)).to(run.device)
     method = method_type(transformer, options)
-    task = task_type(tensors.geometry, run.device, run.dtype)
+    task = task_type(options, tensors.geometry, run.device, run.dtype)
     trainer = Trainer(run, options, tensors, prompts, task, method)
     return trainer.finish(trainer.train())

@@ -8,6 +8,7 @@ that brings in what was trained, and the lines after it, for inference.py.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cogvideox.args import LoraOptions, SftOptions
+from cogvideox.args import LoraOptions, SftOptions, ignores_positions
 from cogvideox.errors import UsageError
 from cogvideox.models import load_transformer
 
@@ -105,7 +106,7 @@ class FullFinetune:
 
     def __init__(self, transformer: Any, options: SftOptions) -> None:
         self.transformer = transformer.requires_grad_(True)
-        self.model = options.model
+        self.load = partial(load_transformer, options.model, transformer.dtype, ignores_positions(options))
 
     def parameters(self) -> dict[str, Parameter]:
         """The trainable parameters by name."""
@@ -119,7 +120,7 @@ class FullFinetune:
     def off(self) -> Iterator[None]:
         """The transformer as it was before training, read from its files again."""
         trained = {name: tensor.to("cpu", copy=True) for name, tensor in self.transformer.state_dict().items()}
-        self.transformer.load_state_dict(load_transformer(self.model, self.transformer.dtype).state_dict())
+        self.transformer.load_state_dict(self.load().state_dict())
         try:
             yield
         finally:

@@ -154,13 +154,22 @@ def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: b
         discard(vae)
 
 
-def load_transformer(model: ModelFlags, dtype: torch.dtype) -> Any:
-    """The transformer, frozen, on the CPU."""
+def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: bool = False) -> Any:
+    """The transformer, frozen, on the CPU; ``without_positions``: without its learned positions."""
     from diffusers import CogVideoXTransformer3DModel
 
     folder = part_folder(model, "transformer")
     transformer = CogVideoXTransformer3DModel.from_pretrained(folder, dtype=dtype, variant=model.variant)
+    if without_positions:
+        ignore_learned_positions(transformer)
     return transformer.requires_grad_(False)
+
+
+def ignore_learned_positions(transformer: Any) -> None:
+    """Takes away the learned positions, which are for one size alone; the rotary ones stay. Part of inference.py."""
+    del transformer.patch_embed.pos_embedding
+    transformer.patch_embed.use_learned_positional_embeddings = False
+    transformer.register_to_config(use_learned_positional_embeddings=False)
 
 
 def load_scheduler(model: ModelFlags) -> Any:

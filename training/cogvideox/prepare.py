@@ -1,17 +1,20 @@
 """A folder of clips and captions into the cache: planned, encoded, indexed. Resumable at any point.
 
 samples -> plans (ledger) -> T5 embeddings, T5 freed -> VAE moments -> index. Rank r takes samples r, r+R, ...
+For image-to-video the frame that each variant of a clip begins with is encoded too, or an image that the data set
+names, cut as the clip is.
 Media files are opened in worker processes only, which may be killed; this process only encodes and writes.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -35,18 +38,24 @@ from cogvideox.data.clips import (
     Variant,
     bad_line,
     decode_variant,
+    image_refusal,
+    image_request,
     is_record,
     max_bad,
     plan_clip,
+    plan_image,
 )
 from cogvideox.data.index import Sample, read_samples, read_validation
 from cogvideox.data.workers import Killed, Limits, Workers
 from cogvideox.errors import UsageError, first_of
-from cogvideox.files import remove_stale_temporaries
+from cogvideox.files import remove_stale_temporaries, stamp_of
 from cogvideox.geometry import Geometry
 
 LEDGER_EVERY = 64  # records written to the ledger at once while planning
 CHANGED = "has changed while it was prepared; run the same command again"
+
+
+Draws = tuple[tuple[object, ...], ...]  # what the noise on each encoding of a first frame is a function of
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,11 @@ class Encoders:
         """The key of one variant's moments; ``variant`` as in the ledger."""
         return hash_of(["video", content, variant, self.vae, self.vae_dtype, self.tiling])
 
+    def image_key(self, content: str, first_frame: dict[str, Any], draws: Draws) -> str:
+        """The key of the moments of a first frame, which is a variant of the file with this content."""
+        noise = [encode.IMAGE_NOISE, draws]
+        return hash_of(["image", content, first_frame, noise, self.vae, self.vae_dtype, self.tiling])
+
     def prompt_key(self, caption: str) -> str:
         """The key of a caption's embedding."""
         return hash_of(["prompt", caption, self.text_encoder, self.text_dtype, self.text_length])
@@ -83,13 +97,31 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Cut:
-    """One tensor to be: a variant of a clip in a bucket. Copies of a file share it."""
+    """One tensor to be: a variant of a clip in a bucket, or its first frame. Copies of a file share it."""
 
     bucket: Bucket
     variant: Variant
     path: str
     stamp: list[int]
-    records: list[dict[str, Any]]
+    records: list[dict[str, Any]]  # of the files that it may be made from
+    draws: Draws = ()  # of a first frame
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all frames that are encoded."""
+        return (len(self.draws) or self.bucket.frames) * self.bucket.height * self.bucket.width
+
+    def shape(self, geometry: Geometry) -> tuple[int, ...]:
+        """That of the tensor."""
+        if self.draws:
+            return len(self.draws), *geometry.image_shape(self.bucket)
+        return geometry.moments_shape(self.bucket)
+
+    def encode(self, vae: Any, frames_FHWC: np.ndarray) -> dict[str, torch.Tensor]:
+        """The tensor by its name in the cache, from the decoded frames."""
+        if self.draws:
+            return {"image_moments_KCHW": encode.image_moments(vae, frames_FHWC[0], self.draws)}
+        return {"moments_CFHW": encode.video_moments(vae, frames_FHWC)}
 
 
 def list_buckets(data: DataFlags) -> tuple[Bucket, ...]:
@@ -122,14 +154,22 @@ class Preparation:
     """One preparation of a data set into a folder.
 
     ``state`` is a Ranks: rank, number of ranks, device, barrier. ``samples`` are those to train on, then the
-    ``num_validation`` ones to measure on; records are in their order.
+    ``num_validation`` ones to measure on; records are in their order. ``image_variants`` is how often each first frame
+    is encoded, with noise of its own: 0 without first frames.
     """
 
     def __init__(
-        self, model: ModelFlags, data: DataFlags, flags: EncodeFlags, geometry: Geometry, folder: Path, state: Any
+        self,
+        model: ModelFlags,
+        data: DataFlags,
+        flags: EncodeFlags,
+        geometry: Geometry,
+        folder: Path,
+        state: Any,
+        image_variants: int = 0,
     ) -> None:
         self.model, self.data, self.flags, self.geometry, self.folder = model, data, flags, geometry, folder
-        self.state = state
+        self.state, self.image_variants = state, image_variants
         self.cache = TensorCache(folder)
         self.ledger = Ledger(folder)
         self.recipe = clip_recipe(data, geometry)
@@ -143,15 +183,23 @@ class Preparation:
         """By path: the name of the recipe applied to the file as it was when this preparation began."""
         return {path: self.recipe.request(path) for path in dict.fromkeys(sample.video for sample in self.samples)}
 
+    @cached_property
+    def image_requests(self) -> dict[str, str]:
+        """The same of the files of first frames, where they are encoded and the data set names them."""
+        images = (sample.image for sample in self.samples if sample.image is not None and self.image_variants)
+        return {path: image_request(path) for path in dict.fromkeys(images)}
+
     def plan(self) -> list[dict[str, Any]]:
         """The ledger record of every sample, in order; files that have none yet are probed, in workers."""
         known = self._known()
-        mine = self.share(list(self.requests.items()))
-        todo = [path for path, request in mine if not self._settled(known.get(request))]
-        jobs = ((plan_clip, path, self.recipe) for path in todo)
+        files: list[tuple[str, str, tuple[Any, ...]]] = []
+        files += [(request, path, (plan_clip, path, self.recipe)) for path, request in self.requests.items()]
+        files += [(request, path, (plan_image, path)) for path, request in self.image_requests.items()]
+        todo = [file for file in self.share(files) if not self._settled(known.get(file[0]))]
+        results = self.in_workers((job for _, _, job in todo), len(todo), "reading headers")
         batch: list[dict[str, Any]] = []
-        for path, record in zip(todo, self.in_workers(jobs, len(todo), "reading headers"), strict=True):
-            batch.append(self._killed(path, record) if isinstance(record, Killed) else record)
+        for (request, path, _), record in zip(todo, results, strict=True):
+            batch.append(self._killed(request, path, record) if isinstance(record, Killed) else record)
             if len(batch) == LEDGER_EVERY:
                 self.ledger.append(batch)
                 batch = []
@@ -187,13 +235,18 @@ class Preparation:
         return index, final
 
     def _records(self) -> list[dict[str, Any]]:
-        """The ledger's record of every sample, in order."""
+        """The ledger's record of every sample, in order, with that of its image under "image" if it has one."""
         known = self._known()
-        changed = {"status": UNREADABLE, "reason": CHANGED}
-        return [
-            known.get(self.requests[path], {"request": self.requests[path], "path": path} | changed)
-            for path in (sample.video for sample in self.samples)
-        ]
+        return [self._record(sample, known) for sample in self.samples]
+
+    def _record(self, sample: Sample, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        record = recorded(known, self.requests[sample.video], sample.video)
+        if record["status"] != OK or sample.image not in self.image_requests:
+            return record
+        image = recorded(known, self.image_requests[sample.image], sample.image)
+        if image["status"] == OK and (reason := image_refusal(record, image)):
+            image = image | {"status": FAILED, "reason": reason}
+        return record | {"image": image} if image["status"] == OK else image
 
     def captions(self, records: Sequence[dict[str, Any]]) -> list[str]:
         """The captions to embed, each once: the empty one first."""
@@ -203,14 +256,27 @@ class Preparation:
     def cuts(self, records: Sequence[dict[str, Any]], encoders: Encoders) -> dict[str, Cut]:
         """By key: every tensor of clips that the records ask for."""
         found: dict[str, Cut] = {}
-        for record in {record["request"]: record for record in records if record["status"] == OK}.values():
+        used = {(r["request"], r.get("image", r)["request"]): r for r in records if r["status"] == OK}
+        for record in used.values():
             for cut in record["cuts"]:
                 for variant in cut["variants"]:
-                    key = encoders.video_key(record["content"], variant)
-                    bucket, plan = Bucket(**cut["bucket"]), Variant.from_record(variant)
-                    new = Cut(bucket, plan, record["path"], record["stamp"], [])
-                    found.setdefault(key, new).records.append(record)
+                    for key, file, frames, draws in self.tensors_of(record, variant, encoders):
+                        new = Cut(Bucket(**cut["bucket"]), frames, file["path"], file["stamp"], [], draws)
+                        found.setdefault(key, new).records.append(file)
         return found
+
+    def tensors_of(
+        self, record: dict[str, Any], variant: dict[str, Any], encoders: Encoders
+    ) -> Iterator[tuple[str, dict[str, Any], Variant, Draws]]:
+        """(key, record of the file, frames of it, noises) of a variant of a clip, then of its first frame."""
+        frames = Variant.from_record(variant)
+        yield encoders.video_key(record["content"], variant), record, frames, ()
+        if self.image_variants:
+            file = record.get("image", record)
+            first = frames.first_frame(is_own=file is record)
+            drawn = (self.data.seed, file["content"], hash_of(asdict(first)))
+            draws = tuple((*drawn, number) for number in range(self.image_variants))
+            yield encoders.image_key(file["content"], asdict(first), draws), file, first, draws
 
     def share(self, items: list[Any]) -> list[Any]:
         """This rank's part of a list."""
@@ -226,7 +292,7 @@ class Preparation:
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """What the ledger has on the files as they are."""
-        records = self.ledger.read(set(self.requests.values()))
+        records = self.ledger.read({*self.requests.values(), *self.image_requests.values()})
         return {request: record for request, record in records.items() if is_record(record)}
 
     def _settled(self, record: dict[str, Any] | None) -> bool:
@@ -238,10 +304,10 @@ class Preparation:
     def _limits(self) -> list[float]:
         return [self.limits.seconds, self.limits.memory]
 
-    def _killed(self, path: str, killed: Killed) -> dict[str, Any]:
+    def _killed(self, request: str, path: str, killed: Killed) -> dict[str, Any]:
         status = UNREADABLE if killed.transient else KILLED
         reason = {"status": status, "reason": killed.reason, "limits": self._limits()}
-        return {"request": self.requests[path], "path": path, **reason}
+        return {"request": request, "path": path, **reason}
 
     @contextmanager
     def _sole_writer(self) -> Iterator[None]:
@@ -261,23 +327,24 @@ class Preparation:
                 if isinstance(frames, (str, Killed)):
                     self._give_up(cut, frames)
                     continue
-                moments = encode.video_moments(vae, frames)
-                if not torch.isfinite(moments).all():
+                tensors = cut.encode(vae, frames)
+                if not all(torch.isfinite(moments).all() for moments in tensors.values()):
                     rule = f"--dtype {encoders.vae_dtype}: the VAE overflows on {cut.path}; give bf16 or fp32"
                     raise UsageError(rule)
-                self.cache.write(key, {"moments_CFHW": moments})
+                self.cache.write(key, tensors)
 
     def _give_up(self, cut: Cut, reason: str | Killed) -> None:
         """Writes down that the files of a cut cannot be used."""
-        changed = any(self.recipe.request(record["path"]) != record["request"] for record in cut.records)
+        changed = any(stamp_of(record["path"]) != record["stamp"] for record in cut.records)
         for record in cut.records:
             if isinstance(reason, Killed):
-                end = self._killed(record["path"], reason)
+                end = self._killed(record["request"], record["path"], reason)
             elif changed:
                 end = {"status": UNREADABLE, "reason": CHANGED}
             else:
                 end = {"status": FAILED, "reason": reason}
-            self.ledger.append([{name: value for name, value in record.items() if name != "cuts"} | end])
+            kept = {name: value for name, value in record.items() if name not in ("cuts", "image")}
+            self.ledger.append([kept | end])
 
     def _check_whole(self, index: CacheIndex) -> None:
         """Raises UsageError if a tensor is not there: another job has set it aside, or given its clip up."""
@@ -289,7 +356,7 @@ class Preparation:
         listed = len(self.samples) - self.num_validation
         pairs = list(zip(self.samples, records, strict=True))
         samples, validation = (
-            tuple(entry for sample, record in part for entry in cached_samples(sample, record, encoders))
+            tuple(entry for sample, record in part for entry in self.cached_samples(sample, record, encoders))
             for part in (pairs[:listed], pairs[listed:])
         )
         if not samples:
@@ -307,21 +374,28 @@ class Preparation:
             dtypes={"vae": encoders.vae_dtype, "text_encoder": encoders.text_dtype},
             text_length=encoders.text_length,
             validation=validation,
+            image_variants=self.image_variants,
         )
 
+    def cached_samples(self, sample: Sample, record: dict[str, Any], encoders: Encoders) -> Iterator[CachedSample]:
+        """A sample's entries in the index: one a bucket, none if its clip cannot be used."""
+        cuts = record["cuts"] if record["status"] == OK else []
+        for cut in cuts:
+            bucket = Bucket(**cut["bucket"])
+            tensors = [list(self.tensors_of(record, variant, encoders)) for variant in cut["variants"]]
+            yield CachedSample(
+                id=sample.id if len(cuts) == 1 else f"{sample.id}@{bucket}",
+                caption=sample.caption,
+                bucket=bucket,
+                video_keys=tuple(of_clip[0][0] for of_clip in tensors),
+                prompt_key=encoders.prompt_key(sample.caption),
+                image_keys=tuple(key for of_clip in tensors for key, *_ in of_clip[1:]),
+            )
 
-def cached_samples(sample: Sample, record: dict[str, Any], encoders: Encoders) -> Iterator[CachedSample]:
-    """A sample's entries in the index: one a bucket, none if its clip cannot be used."""
-    cuts = record["cuts"] if record["status"] == OK else []
-    for cut in cuts:
-        bucket = Bucket(**cut["bucket"])
-        yield CachedSample(
-            id=sample.id if len(cuts) == 1 else f"{sample.id}@{bucket}",
-            caption=sample.caption,
-            bucket=bucket,
-            video_keys=tuple(encoders.video_key(record["content"], variant) for variant in cut["variants"]),
-            prompt_key=encoders.prompt_key(sample.caption),
-        )
+
+def recorded(known: dict[str, dict[str, Any]], request: str, path: str) -> dict[str, Any]:
+    """The ledger's record of a file; where it has none, the file has changed since its request was made."""
+    return known.get(request, {"request": request, "path": path, "status": UNREADABLE, "reason": CHANGED})
 
 
 def missing_captions(cache: TensorCache, encoders: Encoders, captions: Sequence[str]) -> list[str]:

@@ -1,9 +1,9 @@
-"""The validation prompts: of the command line, or of a file with one a line."""
+"""The validation prompts and their images: of the command line, or of files with one a line."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from cogvideox.args import TrainOptions, ValidationFlags
+from cogvideox.args import TrainOptions, ValidationFlags, image_flags, is_url, separated
 
 
 def prompts_of(flags: ValidationFlags) -> list[str]:
@@ -11,10 +11,27 @@ def prompts_of(flags: ValidationFlags) -> list[str]:
     if flags.do_validation is False:
         return []
     if flags.validation_prompts:
-        texts = list_file(flags).read_text(encoding="utf-8-sig").splitlines()
-    else:
-        texts = (flags.validation_prompt or "").split(flags.validation_prompt_separator)
-    return [text.strip() for text in texts if text.strip()]
+        return lines_of(list_file(flags))
+    return separated(flags.validation_prompt, flags.validation_prompt_separator)
+
+
+def images_of(options: TrainOptions) -> list[str]:
+    """The images of the validation prompts, paths or URLs; none for text-to-video, nor with --do_validation false.
+
+    With --validation_dir they are the lines of a file in it, relative to that file.
+    """
+    image, flags = image_flags(options), options.validation
+    if image is None or image.validation_images is None or flags.do_validation is False:
+        return []
+    if not flags.validation_dir:
+        return separated(image.validation_images, flags.validation_prompt_separator)
+    file = Path(flags.validation_dir, image.validation_images)
+    return [line if is_url(line) else str(file.parent / line) for line in lines_of(file)]
+
+
+def lines_of(file: Path) -> list[str]:
+    """The lines of a text file that hold something."""
+    return separated(file.read_text(encoding="utf-8-sig").replace("\r\n", "\n"), "\n")
 
 
 def list_file(flags: ValidationFlags) -> Path:

@@ -4,6 +4,7 @@ OUTPUT_DIR gets the weights, inference.py (how to use them), README.md (the mode
 were made). A folder with recipe.json is finished.
 """
 
+import inspect
 import json
 import os
 import shutil
@@ -13,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox.args import TrainOptions, config_dict
+from cogvideox.args import LoraOptions, TrainOptions, config_dict, ignores_positions
 from cogvideox.card import write_card
 from cogvideox.checkpoint import fsync
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
 from cogvideox.files import write_atomically
+from cogvideox.models import ignore_learned_positions
 from cogvideox.prompts import prompts_of
 from cogvideox.run import Run, environment
-from cogvideox.tasks import TextToVideo
+from cogvideox.tasks import Task
 from cogvideox.validation import Validator, evaluation
 
 RECIPE_NAME, INFERENCE_NAME = "recipe.json", "inference.py"
@@ -30,7 +32,7 @@ MAX_SHARE = 0.01  # of the effect of training
 ROUNDING = 1e-6  # of the output
 
 INFERENCE = '''\
-"""Makes a video with what was trained, in plain diffusers: python inference.py ["a prompt"] [OUTPUT.mp4]"""
+"""Makes a video with what was trained, in plain diffusers: python inference.py ["a prompt"]{usage} [OUTPUT.mp4]"""
 
 import sys
 from pathlib import Path
@@ -40,10 +42,10 @@ import torch
 from diffusers.utils.export_utils import encode_video
 
 PROMPT = {prompt}
-prompt = sys.argv[1] if len(sys.argv) > 1 else PROMPT
-output = sys.argv[2] if len(sys.argv) > 2 else "output.mp4"
-
 here = Path(__file__).parent
+defaults = [PROMPT,{defaults} "output.mp4"]
+prompt,{names} output = sys.argv[1:] + defaults[len(sys.argv) - 1 :]
+
 pipe = diffusers.{pipeline}.from_pretrained(
     {model}, revision={revision}, variant={variant}, dtype=torch.{dtype},
     {parts}
@@ -53,7 +55,7 @@ if torch.cuda.is_available():
     pipe.enable_model_cpu_offload()
 {vae}
 video = pipe(
-    prompt=prompt,
+    prompt=prompt,{arguments}
     negative_prompt={negative_prompt},
 {sampling}
     generator=torch.Generator().manual_seed({seed}),
@@ -68,7 +70,7 @@ print(output)
 def publish(
     run: Run,
     options: TrainOptions,
-    task: TextToVideo,
+    task: Task,
     method: Any,
     validator: Validator,
     dataset: LatentDataset,
@@ -124,14 +126,14 @@ def write_weights(method: Any, folder: Path) -> None:
     shutil.rmtree(temporary)
 
 
-def forward(task: TextToVideo, transformer: Any, batch: Batch, run: Run) -> Tensor:
+def forward(task: Task, transformer: Any, batch: Batch, run: Run) -> Tensor:
     """The transformer's output for one batch of the data, fp32 on the CPU."""
     batch = batch.to(run.device)
     with evaluation(transformer):
         return task.predictor(transformer, batch)(batch.x0_BFCHW, batch.timestep_B).float().cpu()
 
 
-def reloaded(method: Any, folder: Path, task: TextToVideo, batch: Batch, run: Run) -> Tensor:
+def reloaded(method: Any, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
     """The same after the weights have been dropped and loaded from their files by the stock classes."""
     import diffusers
 
@@ -155,14 +157,17 @@ def faithful(base: Tensor, trained: Tensor, reloaded: Tensor) -> bool:
     return bool(error <= MAX_SHARE * effect + ROUNDING * trained.norm())
 
 
-def inference_script(options: TrainOptions, task: TextToVideo, method: Any, validator: Validator, run: Run) -> str:
+def inference_script(options: TrainOptions, task: Task, method: Any, validator: Validator, run: Run) -> str:
     """A script that makes the first validation video again in stock diffusers."""
     flags, model = options.validation, options.model
     folder = Path(model.pretrained_model_name_or_path)
     prompts = prompts_of(flags) or [f"{options.data.id_token or ''} a video".strip()]
     parts, load = method.inference(str(run.dtype).removeprefix("torch."))
+    if ignores_positions(options) and isinstance(options, LoraOptions):  # all weights are saved without them
+        load = f"{inspect.getsource(ignore_learned_positions)}\n\nignore_learned_positions(pipe.transformer)\n{load}"
     tricks = [("enable_slicing", flags.enable_slicing), ("enable_tiling", flags.enable_tiling)]
     return INFERENCE.format(
+        **task.inference,
         pipeline=task.pipeline,
         prompt=repr(prompts[0]),
         model=repr(str(folder.resolve()) if folder.is_dir() else model.pretrained_model_name_or_path),

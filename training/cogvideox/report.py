@@ -41,7 +41,8 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
         return ""
     geometry, flags = preparation.geometry, preparation.flags
     used = by_bucket(records)
-    lines = [table(records, used, geometry, stored_bytes(preparation.model, flags, "vae"))]
+    number_bytes = stored_bytes(preparation.model, flags, "vae")
+    lines = [table(records, used, geometry, number_bytes, preparation.image_variants)]
     lines += frame_notes(used, geometry)
     lines += still_notes(used)
     if preparation.num_validation:
@@ -88,12 +89,15 @@ def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
     return dict(sorted(found.items()))
 
 
-def table(records: Records, used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int) -> str:
+def table(
+    records: Records, used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int, image_variants: int = 0
+) -> str:
     """Clips per bucket, what is done to them and how large they become; what was dropped, and why."""
     rows: list[tuple[str, ...]] = [("bucket", "clips", "variants", "upscaled", "stretched", "cut off", "MiB")]
     for bucket, clips in used.items():
         tensors = set().union(*(clip.tensors for clip in clips))  # copies and repeats share theirs
-        size = len(tensors) * moments_size(bucket, geometry) * number_bytes / 2**20
+        numbers = math.prod(geometry.moments_shape(bucket)) + image_variants * math.prod(geometry.image_shape(bucket))
+        size = len(tensors) * numbers * number_bytes / 2**20
         rows.append((str(bucket), *bucket_cells(clips), f"{size:.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -111,11 +115,6 @@ def bucket_cells(clips: list[Used]) -> tuple[str, ...]:
     lost = max(1 - fit.height * fit.width / (fit.resize_height * fit.resize_width) for fit, _, _ in fits)
     counts = (len(clips), sum(clip.num_variants for clip in clips), upscaled)
     return (*map(str, counts), f"{stretched:.0%}", f"{lost:.0%}")
-
-
-def moments_size(bucket: Bucket, geometry: Geometry) -> int:
-    """Numbers in the moments of one clip."""
-    return math.prod(geometry.moments_shape(bucket))
 
 
 def indented(lines: Sequence[str]) -> list[str]:
@@ -217,26 +216,24 @@ def cost(preparation: Preparation, records: Records) -> str:
     cache = preparation.cache
     todo = [cut for key, cut in preparation.cuts(records, encoders).items() if not cache.has(key)]
     captions = missing_captions(cache, encoders, preparation.captions(records))
-    size = sum(moments_size(cut.bucket, geometry) for cut in todo) * models.DTYPES[encoders.vae_dtype].itemsize
+    size = sum(math.prod(cut.shape(geometry)) for cut in todo) * models.DTYPES[encoders.vae_dtype].itemsize
     size += (
         len(captions)
         * geometry.max_text_seq_length
         * geometry.text_embed_dim
         * models.DTYPES[encoders.text_dtype].itemsize
     )
-    line = f"to encode: {len(todo)} variants of clips and {len(captions)} captions, {size / 2**20:.1f} MiB"
+    images = sum(bool(cut.draws) for cut in todo)
+    frames = f", {images} first frames {preparation.image_variants} times each" if images else ""
+    counts = f"{len(todo) - images} variants of clips{frames} and {len(captions)} captions"
+    line = f"to encode: {counts}, {size / 2**20:.1f} MiB"
     if not todo:
         return line
-    rate = seconds_a_pixel(preparation, encoders, sorted(todo, key=pixels_of)[-TRIED:])
+    rate = seconds_a_pixel(preparation, encoders, sorted(todo, key=lambda cut: cut.pixels)[-TRIED:])
     if rate is None:
         return f"{line}; hours are not known: the longest clips do not decode"
-    seconds = rate * sum(map(pixels_of, todo))
+    seconds = rate * sum(cut.pixels for cut in todo)
     return f"{line}; the clips take about {duration(seconds)} on one {device_name(preparation.state.device)}"
-
-
-def pixels_of(cut: Cut) -> int:
-    """Pixels of all frames."""
-    return cut.bucket.frames * cut.bucket.height * cut.bucket.width
 
 
 def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cuts: Sequence[Cut]) -> float | None:

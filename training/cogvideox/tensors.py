@@ -3,7 +3,17 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogvideox.args import TENSOR_FOLDER, DataFlags, TrainOptions, ValidationFlags, resolutions
+from cogvideox.args import (
+    TENSOR_FOLDER,
+    DataFlags,
+    FirstFrameFlags,
+    TrainOptions,
+    ValidationFlags,
+    ignores_positions,
+    image_flags,
+    noise_variants,
+    resolutions,
+)
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.errors import UsageError
@@ -46,6 +56,8 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
         check_index(index, encoders, folder)
         check_flags(index, options.data)
     check_schedule(index, options.validation)
+    check_first_frames(index, geometry, options)
+    index = index if image_flags(options) is not None else index.without_images()
     run.say(f"{len(index.samples)} clips in {folder}")
     return Tensors(geometry, TensorCache(folder), index, encoders)
 
@@ -58,12 +70,15 @@ def convert_here(run: Run, options: TrainOptions, geometry: Geometry, encoders: 
         if options.loader.caption_dropout:
             encode_captions(cache, options.model, encoders, missing_captions(cache, encoders, [""]), 1, run.ranks)
 
-    return open_factory(Path(data.data_root[0]), data, geometry, cache, encoders, embed_empty, run.ranks, run.say)
+    images = image_flags(options) is not None
+    root = Path(data.data_root[0])
+    return open_factory(root, data, geometry, cache, encoders, embed_empty, run.ranks, run.say, images)
 
 
 def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Path) -> CacheIndex:
     """What prepare_dataset.py does, before training."""
-    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks)
+    image_variants = noise_variants(options)
+    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks, image_variants)
     records = preparation.plan()
     check_bad(records, options.data.max_bad_fraction)
     index, records = preparation.encode(records)
@@ -79,6 +94,20 @@ def check_schedule(index: CacheIndex, validation: ValidationFlags) -> None:
         raise UsageError(
             f"--{name}: there is nothing to validate; give --validation_prompt, or prepare with --validation_data_root"
         )
+
+
+def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:
+    """Raises UsageError where an image-to-video script asks for what the prepared tensors are not."""
+    problems, wanted = [], noise_variants(options)
+    if wanted not in (0, index.image_variants, FirstFrameFlags.num_image_noise_variants):
+        rule = f"the tensors were prepared with {index.image_variants}; leave the flag out, or prepare with it"
+        problems.append(f"--num_image_noise_variants {wanted}: {rule}")
+    others = sorted({str(sample.bucket) for sample in index.samples if not geometry.has_positions(sample.bucket)})
+    if others and not ignores_positions(options):
+        rule = f"this model's learned positions are for {geometry.own_bucket} alone, prepared were {' '.join(others)}"
+        problems.append(f"--load_tensors: {rule}; prepare that, or give --ignore_learned_positional_embeddings")
+    if problems:
+        raise UsageError(problems)
 
 
 def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:

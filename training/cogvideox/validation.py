@@ -5,10 +5,11 @@ transformer that is being trained; the videos are shared out over the ranks. Wha
 The pipeline's VAE also shows what it makes of training clips.
 """
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,14 +35,15 @@ FOLDER, SETTINGS_NAME = "validation", "settings.json"
 
 @dataclass(frozen=True)
 class Prompts:
-    """The validation prompts and their embeddings, each (1, L, D), in the compute type."""
+    """The validation prompts and their embeddings, each (1, L, D), in the compute type; files of their images."""
 
     texts: list[str]
     embeds_BLD: list[Tensor]
     negative_BLD: Tensor | None
+    images: Sequence[Path] = ()
 
 
-def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors) -> Prompts:
+def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Sequence[Path] = ()) -> Prompts:
     """Embeds the validation prompts, one at a time as a pipeline does, into the run's own folder; T5 is freed again."""
     texts = prompts_of(options.validation)
     if not texts:
@@ -54,7 +56,7 @@ def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors) -> Prompts:
     run.barrier()
     keys = [tensors.encoders.prompt_key(text) for text in wanted]
     *embeds, negative = (cache.read(key)["prompt_LD"].unsqueeze(0).to(run.dtype) for key in keys)
-    return Prompts(texts, embeds, negative)
+    return Prompts(texts, embeds, negative, images)
 
 
 @contextmanager
@@ -119,7 +121,8 @@ class Validator:
     def set_aside(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
         """Moves videos away that other settings made, or that another learning rate schedule made after this step."""
         folder = self.run.output_dir / FOLDER
-        flags = {**asdict(self.flags), "seed": self.options.data.seed, "fps": self.fps}
+        images = [hashlib.sha256(image.read_bytes()).hexdigest() for image in self.prompts.images]
+        flags = {**asdict(self.flags), "seed": self.options.data.seed, "fps": self.fps, "images": images}
         made = {"validation": flags, "prompts": self.prompts.texts, "recipe": recipe, "total_steps": total_steps}
         settings = json.loads(json.dumps(made))
         path = folder / SETTINGS_NAME
@@ -173,6 +176,7 @@ class Validator:
         video_BFCHW = self.pipeline(
             prompt_embeds=self.prompts.embeds_BLD[prompt].to(self.run.device),
             negative_prompt_embeds=self.prompts.negative_BLD.to(self.run.device),
+            **self._image(prompt),
             **self.sampling,
             generator=generator,
             output_type="pt",
@@ -198,6 +202,13 @@ class Validator:
         with self._vae_on_device(tiling=pixels > self.sampling["height"] * self.sampling["width"]):
             video_BCFHW = self.pipeline.decode_latents(latents_BFCHW.to(self.run.device, self.run.dtype))
             return frames_of(self.pipeline.video_processor.postprocess_video(video_BCFHW, output_type="pt")).numpy()
+
+    def _image(self, prompt: int) -> dict[str, Any]:
+        if not self.prompts.images:
+            return {}
+        from diffusers.utils import load_image
+
+        return {"image": load_image(str(self.prompts.images[prompt]))}
 
     @contextmanager
     def _vae_on_device(self, tiling: bool = False) -> Iterator[None]:

@@ -13,7 +13,7 @@ from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, open_inde
 from cogvideox.data.clips import FAILED, KILLED, OK, UNREADABLE, content_change
 from cogvideox.data.workers import Killed
 from cogvideox.errors import UsageError
-from cogvideox.prepare import Encoders, Preparation, cached_samples, other_encoders
+from cogvideox.prepare import Encoders, Preparation, other_encoders
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def sample_faults(
         ("", pairs[:listed], index.samples),
         ("validation clip ", pairs[listed:], index.validation),
     ):
-        now = {entry.id: entry for sample, r in part for entry in cached_samples(sample, r, encoders)}
+        now = {entry.id: entry for sample, r in part for entry in preparation.cached_samples(sample, r, encoders)}
         then = {entry.id: entry for entry in there}
         for id in sorted(now.keys() | then.keys()):
             if change := change_of(now.get(id), then.get(id)):
@@ -79,12 +79,15 @@ def change_of(now: CachedSample | None, then: CachedSample | None) -> str | None
         return "its caption has changed since it was encoded"
     if now.video_keys != then.video_keys:
         return "the clip, or a flag that cuts it, has changed since it was encoded"
+    if now.image_keys != then.image_keys:
+        return "its first frame, or a flag for it, has changed since it was encoded"
     return None
 
 
 def source_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> Iterator[Fault]:
     """Clips whose content is not what was planned, though size and time are."""
-    used = {record["request"]: record for record in records if record["status"] == OK}
+    files = [file for record in records if record["status"] == OK for file in (record, record.get("image", record))]
+    used = {file["request"]: file for file in files}
     mine = preparation.share(list(used.values()))
     jobs = ((content_change, record["path"], record["content"]) for record in mine)
     for record, change in zip(mine, preparation.in_workers(jobs, len(mine), "checking clips"), strict=True):
@@ -99,7 +102,7 @@ def tensor_faults(
     """Tensors that are missing although indexed, damaged, of the wrong shape, or not finite."""
     geometry, cache = preparation.geometry, preparation.cache
     cuts = preparation.cuts(records, encoders)
-    shapes: dict[str, tuple[int, ...]] = {key: geometry.moments_shape(cut.bucket) for key, cut in cuts.items()}
+    shapes: dict[str, tuple[int, ...]] = {key: cut.shape(geometry) for key, cut in cuts.items()}
     text_shape = (encoders.text_length, geometry.text_embed_dim)
     shapes |= {encoders.prompt_key(text): text_shape for text in preparation.captions(records)}
     indexed = index.keys if index is not None else set()

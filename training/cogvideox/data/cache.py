@@ -1,6 +1,7 @@
 """The cache of encoded clips and captions: content-addressed, checked, safe against a kill at any moment.
 
-    tensors/ab/abcd....safetensors   one clip variant's moments, or one caption's embedding; SHA-256 in its header
+    tensors/ab/abcd....safetensors   one clip variant's moments, the moments of its first frame with several noises, or
+                                     one caption's embedding; SHA-256 in its header
     ledger.jsonl                     what became of each source file under a recipe: its plan, or why it failed
     index.json                       the samples of the last preparation, which is what --load_tensors reads
 
@@ -14,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
 
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
+KEYS = ("video_keys", "image_keys")  # fields of CachedSample
 
 
 class CacheError(UsageError):
@@ -181,6 +183,7 @@ class CachedSample:
     bucket: Bucket
     video_keys: tuple[str, ...]  # one a variant
     prompt_key: str
+    image_keys: tuple[str, ...] = ()  # one a variant, for image-to-video; none if first frames were not encoded
 
     @property
     def clip(self) -> str:
@@ -200,6 +203,7 @@ class CacheIndex:
     dtypes: dict[str, str]
     text_length: int
     validation: tuple[CachedSample, ...] = ()  # never trained on
+    image_variants: int = 0  # encodings of each first frame, each with noise of its own
 
     def save(self, folder: Path) -> None:
         """Writes index.json."""
@@ -210,12 +214,20 @@ class CacheIndex:
     def keys(self) -> set[str]:
         """Those of all tensors that it names."""
         entries = (*self.samples, *self.validation)
-        return {key for e in entries for key in (*e.video_keys, e.prompt_key)} | {self.empty_prompt_key}
+        return {key for e in entries for key in (*e.video_keys, *e.image_keys, e.prompt_key)} | {self.empty_prompt_key}
 
     @property
     def fingerprint(self) -> str:
         """Changes when any tensor of any sample that is trained on does."""
-        return hash_of([[s.id, s.video_keys, s.prompt_key] for s in self.samples] + [self.empty_prompt_key])
+        rows = [[s.id, s.video_keys, s.prompt_key, *s.image_keys] for s in self.samples]
+        return hash_of([*rows, self.empty_prompt_key])
+
+    def without_images(self) -> "CacheIndex":
+        """What text-to-video trains on."""
+        samples, validation = (
+            tuple(replace(sample, image_keys=()) for sample in part) for part in (self.samples, self.validation)
+        )
+        return replace(self, samples=samples, validation=validation, image_variants=0)
 
 
 def open_index(folder: Path) -> CacheIndex:
@@ -239,7 +251,7 @@ def open_index(folder: Path) -> CacheIndex:
     try:
         for name in ("samples", "validation"):
             values[name] = tuple(
-                CachedSample(**s | {"bucket": Bucket(**s["bucket"]), "video_keys": tuple(s["video_keys"])})
+                CachedSample(**s | {"bucket": Bucket(**s["bucket"])} | {keys: tuple(s[keys]) for keys in KEYS})
                 for s in values[name]
             )
         return CacheIndex(**values)

@@ -8,7 +8,8 @@ import hashlib
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +28,8 @@ from cogvideox.files import stamp_of
 StrPath = str | os.PathLike[str]
 
 RULES = 1  # another number where equal flags begin to mean other cuts: what was planned before is planned again
+
+IMAGE_STRETCH = 1.03  # to which an image's aspect ratio may differ from its clip's: sizes are whole pixels
 
 OK, FAILED, SHORT, SMALL = "ok", "failed", "short", "small"
 UNREADABLE = "unreadable"  # the file system refused: tried again at the next preparation
@@ -74,6 +77,10 @@ class Variant:
         """Out of a ledger record."""
         return cls(tuple(values["indices"]), Fit(**values["fit"]), values["reader"])
 
+    def first_frame(self, is_own: bool = True) -> "Variant":
+        """The frame that a clip of this variant begins with, or an image of its own that is cut in the same way."""
+        return replace(self, indices=self.indices[:1] if is_own else (0,))
+
 
 def content_hash(path: StrPath) -> str:
     """SHA-256 of a file."""
@@ -91,28 +98,56 @@ def content_change(path: str, content: str) -> str | None:
 
 def plan_clip(path: StrPath, recipe: ClipRecipe) -> dict[str, Any]:
     """The ledger record of a file: its plan, or why there is none. Decodes nothing; never raises for a bad file."""
-    record: dict[str, Any] = {"request": recipe.request(path), "path": str(path), "stamp": stamp_of(path)}
+    return _record(path, recipe.request(path), lambda info: plan_cuts(path, info, recipe))
+
+
+def image_request(path: StrPath) -> str:
+    """Names the file of a first frame as it is now, without reading it."""
+    return hash_of(["first frame", str(path), stamp_of(path)])
+
+
+def plan_image(path: StrPath) -> dict[str, Any]:
+    """The same of the file of a first frame; how it is cut is its clip's plan."""
+    return _record(path, image_request(path), lambda _: {"status": OK, "content": content_hash(path), "cuts": []})
+
+
+def _record(path: StrPath, request: str, plan: Callable[[VideoInfo], dict[str, Any]]) -> dict[str, Any]:
+    record: dict[str, Any] = {"request": request, "path": str(path), "stamp": stamp_of(path)}
     try:
         info = probe(path)
         source = {"frames": info.num_frames, "fps": round(info.fps, 3), "height": info.height, "width": info.width}
         record |= {"source": source | {"codec": info.codec}}
-        available = frames_available(info.times, recipe.fps, recipe.skip_frames_start, recipe.skip_frames_end)
-        size = (info.height, info.width)
-        buckets = choose_buckets(recipe.buckets, available, *size, recipe.max_upscale, recipe.every_bucket)
-        if not buckets:
-            return record | refusal(info, recipe, available)
-        content = content_hash(path)
-        cuts = [plan_cut(info, bucket, recipe, content) for bucket in buckets]
+        return record | plan(info)
     except VideoError as error:
         return record | {"status": FAILED, "reason": str(error)}
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise  # of this worker's limit, not of the disk
         return record | {"status": UNREADABLE, "reason": str(error)}
-    return record | {"status": OK, "content": content, "cuts": cuts}
 
 
-def refusal(info: VideoInfo, recipe: ClipRecipe, available: int) -> dict[str, str]:
+def plan_cuts(path: StrPath, info: VideoInfo, recipe: ClipRecipe) -> dict[str, Any]:
+    """What a clip gives to its buckets, or why it fills none: part of its record."""
+    available = frames_available(info.times, recipe.fps, recipe.skip_frames_start, recipe.skip_frames_end)
+    size = (info.height, info.width)
+    buckets = choose_buckets(recipe.buckets, available, *size, recipe.max_upscale, recipe.every_bucket)
+    if not buckets:
+        return refusal(info, recipe, available)
+    content = content_hash(path)
+    return {"status": OK, "content": content, "cuts": [plan_cut(info, bucket, recipe, content) for bucket in buckets]}
+
+
+def image_refusal(clip: dict[str, Any], image: dict[str, Any]) -> str | None:
+    """Why an image cannot be the first frame of a clip, from their ledger records; None: it can."""
+    (height, width), (clip_height, clip_width) = ((r["source"]["height"], r["source"]["width"]) for r in (image, clip))
+    ratio = (width * clip_height) / (height * clip_width)
+    if max(ratio, 1 / ratio) <= IMAGE_STRETCH:
+        return None
+    shapes = f"is {width}x{height}, its clip {clip_width}x{clip_height}"
+    return f"{shapes}: a first frame has its clip's shape; cut it to that, or list no images"
+
+
+def refusal(info: VideoInfo, recipe: ClipRecipe, available: int) -> dict[str, Any]:
     """Why a clip fills no bucket: part of its record."""
     shortest = min(bucket.frames for bucket in recipe.buckets)
     if not available:

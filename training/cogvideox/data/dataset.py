@@ -1,8 +1,10 @@
 """Cached tensors -> batches. Everything random about a sample is drawn here, on the CPU, from (seed, visit, id).
 
 Visit -> moments of this visit's variant -> x0 (posterior sampled, scaled, padded), noise, timestep, prompt -> Batch.
+With first frames in the index also the image of that variant (posterior sampled, unscaled; zeros where it is dropped).
 A sample whose tensors are bad is an error, or makes room for the next one of its bucket, which the batch then says.
-Shapes: B samples, F latent frames (padding included), C channels, H and W latents, L text tokens, D text channels.
+Shapes: B samples, F latent frames (padding included), C channels, H and W latents, L text tokens, D text channels; K
+encodings of one image.
 """
 
 import signal
@@ -29,6 +31,7 @@ class Batch:
     prompt_BLD: Tensor  # as cached
     ids: tuple[str, ...]
     replaced: tuple[tuple[str, str], ...] = ()  # id of each sample that could not be read, and what is wrong with it
+    image_BCHW: Tensor | None = None  # fp32, unscaled; None for text-to-video
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name."""
@@ -59,11 +62,13 @@ def normal(shape: tuple[int, ...], *draw: object) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(key_of(*draw)))
 
 
-def sample_posterior(moments_CFHW: Tensor, noise_CFHW: Tensor) -> Tensor:
-    """A draw from the VAE's posterior, fp32, unscaled. ``moments`` holds mean and log variance, (2C, F, H, W)."""
-    mean, log_variance = moments_CFHW.float().chunk(2)
+def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
+    """A draw from the VAE's posterior, fp32, unscaled. ``moments`` holds mean and log variance: (2C, F, H, W) of a
+    clip, (2C, H, W) of an image; ``noise`` has C channels.
+    """
+    mean, log_variance = moments.float().chunk(2)
     # the bounds of AutoencoderKLCogVideoX's DiagonalGaussianDistribution
-    return mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * noise_CFHW
+    return mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * noise
 
 
 def pad_front(latents_FCHW: Tensor, frames: int) -> Tensor:
@@ -81,6 +86,21 @@ def read_moments(cache: TensorCache, sample: CachedSample, variant: int, geometr
     return _read(cache, sample.video_keys[variant % len(sample.video_keys)], "moments_CFHW", shape)
 
 
+def read_image(
+    cache: TensorCache, sample: CachedSample, visit: int, variants: int, geometry: Geometry
+) -> Tensor | None:
+    """The moments of a sample's first frame, (2C, H, W), from the clip variant of this visit; of its ``variants`` with
+    other noise, the next one each time that this clip variant comes. None if there are none.
+
+    Raises CacheError as ``read_moments`` does.
+    """
+    if not sample.image_keys:
+        return None
+    times, variant = divmod(visit, len(sample.image_keys))
+    shape = (variants, *geometry.image_shape(sample.bucket))
+    return _read(cache, sample.image_keys[variant], "image_moments_KCHW", shape)[times % variants]
+
+
 def read_prompt(cache: TensorCache, key: str, geometry: Geometry) -> Tensor:
     """A caption's embedding, (L, D); raises CacheError as ``read_moments`` does."""
     return _read(cache, key, "prompt_LD", (geometry.max_text_seq_length, geometry.text_embed_dim))
@@ -95,19 +115,29 @@ def _read(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Te
 
 
 def draw_sample(
-    moments_CFHW: Tensor, prompt_LD: Tensor, timestep: int, geometry: Geometry, draw: tuple[object, ...], sample_id: str
+    moments_CFHW: Tensor,
+    prompt_LD: Tensor,
+    timestep: int,
+    geometry: Geometry,
+    draw: tuple[object, ...],
+    sample_id: str,
+    image_moments_CHW: Tensor | None = None,
 ) -> Batch:
     """One sample out of its tensors, without the leading dimension; ``draw`` is what its random numbers follow from."""
     channels, *rest = moments_CFHW.shape
     latents = sample_posterior(moments_CFHW, normal((channels // 2, *rest), *draw, "posterior"))
     x0 = latents.mul_(geometry.scaling_factor).transpose(0, 1).contiguous()
     x0 = pad_front(x0, geometry.padding_frames(len(x0)))
+    image = None
+    if image_moments_CHW is not None:
+        image = sample_posterior(image_moments_CHW, normal((channels // 2, *rest[1:]), *draw, "image posterior"))
     return Batch(
         x0_BFCHW=x0,
         noise_BFCHW=normal(tuple(x0.shape), *draw, "noise"),
         timestep_B=torch.tensor(timestep),
         prompt_BLD=prompt_LD,
         ids=(sample_id,),
+        image_BCHW=image,
     )
 
 
@@ -127,6 +157,7 @@ class LatentDataset(Dataset[Batch]):
         seed: int,
         caption_dropout: float,
         replace_bad: bool = False,
+        image_dropout: float = 0.0,
     ) -> None:
         self.cache = cache
         self.index = index
@@ -134,6 +165,7 @@ class LatentDataset(Dataset[Batch]):
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.replace_bad = replace_bad
+        self.image_dropout = image_dropout
         self.timesteps = int(geometry.schedule["num_train_timesteps"])
 
     def __getitem__(self, visit: Visit) -> Batch:
@@ -145,6 +177,7 @@ class LatentDataset(Dataset[Batch]):
             dropped = uniform(*draw, "caption") < self.caption_dropout
             try:
                 moments = read_moments(self.cache, sample, visit.visit, self.geometry)
+                image = read_image(self.cache, sample, visit.visit, self.index.image_variants, self.geometry)
                 prompt = None if dropped else read_prompt(self.cache, sample.prompt_key, self.geometry)
             except CacheError as error:
                 if not self.replace_bad:
@@ -154,7 +187,9 @@ class LatentDataset(Dataset[Batch]):
             if prompt is None:  # a fault here is no sample's own
                 prompt = read_prompt(self.cache, self.index.empty_prompt_key, self.geometry)
             timestep = int(uniform(*draw, "timestep") * self.timesteps)
-            made = draw_sample(moments, prompt, timestep, self.geometry, draw, sample.id)
+            made = draw_sample(moments, prompt, timestep, self.geometry, draw, sample.id, image)
+            if made.image_BCHW is not None and uniform(*draw, "image") < self.image_dropout:
+                made = replace(made, image_BCHW=torch.zeros_like(made.image_BCHW))
             return replace(made, replaced=tuple(replaced))
         bucket = self.index.samples[visit.index].bucket
         raise CacheError(f"bucket {bucket}: not one of its {len(replaced)} clips can be read; {replaced[0][1]}")

@@ -1,0 +1,30 @@
+r"""Trains an image-to-video LoRA for CogVideoX on a folder of clips and captions.
+
+    accelerate launch --config_file accelerate_configs/uncompiled_1.yaml training/cogvideox_image_to_video_lora.py \
+        --pretrained_model_name_or_path THUDM/CogVideoX-5b-I2V --data_root video-dataset --id_token BW_STYLE \
+        --height_buckets 480 --width_buckets 720 --frame_buckets 49 --rank 128 --lora_alpha 128 --mixed_precision bf16 \
+        --train_batch_size 1 --max_train_steps 3000 --gradient_checkpointing --output_dir my-lora
+
+Clips, their first frames and captions are encoded first, once (or beforehand: prepare_dataset.py and --load_tensors).
+The result loads with CogVideoXImageToVideoPipeline.load_lora_weights; inference.py beside it shows how. The same
+command goes on where a run was stopped.
+"""
+
+from cogvideox import args
+from cogvideox.checks import TRAINING_CHECKS
+from cogvideox.geometry import check_image_to_video
+
+CHECKS = (check_image_to_video, *TRAINING_CHECKS)
+
+
+def main(options: args.ImageLoraOptions) -> int:
+    """Returns the exit status: 0, or 75 where a signal ended the run early with everything saved."""
+    from cogvideox.loop import fine_tune
+    from cogvideox.methods import Lora
+    from cogvideox.tasks import ImageToVideo
+
+    return fine_tune(options, ImageToVideo, Lora)
+
+
+if __name__ == "__main__":
+    args.run_script(main, args.ImageLoraOptions, __doc__, CHECKS)
