@@ -36,12 +36,18 @@ def data_flags(root: Path, **changes: Any) -> DataFlags:
 
 
 def preparation(
-    model: Path, root: Path, output: Path, state: Any = None, encode_flags: EncodeFlags | None = None, **changes: Any
+    model: Path,
+    root: Path,
+    output: Path,
+    state: Any = None,
+    encode_flags: EncodeFlags | None = None,
+    image_variants: int = 0,
+    **changes: Any,
 ) -> Preparation:
     flags = ModelFlags(str(model))
     state = state or PartialState()
     given = data_flags(root, **changes)
-    return Preparation(flags, given, encode_flags or EncodeFlags(), read_geometry(flags), output, state)
+    return Preparation(flags, given, encode_flags or EncodeFlags(), read_geometry(flags), output, state, image_variants)
 
 
 def complete(*arguments: Any, caption_batch: int = 4, **changes: Any) -> CacheIndex:

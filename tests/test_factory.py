@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from fakes import listing, options_of
+from running import lora_flags
 from torch import Tensor
 
-from cogvideox import factory
+from cogvideox import args, factory
 from cogvideox.args import DataFlags, ModelFlags
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, hash_of, open_index
@@ -74,13 +76,13 @@ class Opened:
         self.said: list[str] = []
         self.empty = 0
 
-    def __call__(self, main: bool = True) -> CacheIndex:
+    def __call__(self, main: bool = True, images: bool = False) -> CacheIndex:
         encoders = SimpleNamespace(
             vae="V", text_encoder="T", vae_dtype="fp32", text_dtype="bf16", text_length=32, prompt_key=hash_of
         )
         ranks = SimpleNamespace(is_main_process=main, wait_for_everyone=lambda: None)
         said, embed = self.said.append, self.embed_empty
-        return open_factory(self.folder, self.data, self.geometry, self.cache, encoders, embed, ranks, said)
+        return open_factory(self.folder, self.data, self.geometry, self.cache, encoders, embed, ranks, said, images)
 
     def embed_empty(self) -> None:
         self.empty += 1
@@ -408,3 +410,60 @@ def test_lists_of_unequal_length(make: Make) -> None:
     (folder / "prompts.txt").write_text("one\ntwo\n")
     with pytest.raises(UsageError, match=r"videos\.txt:3: first line without a caption"):
         read_rows(folder, flags_of(folder))
+
+
+# -- first frames ------------------------------------------------------------------------------------------------------
+
+
+def image(number: int) -> Tensor:
+    return torch.randn(32, 1, 8, 12, generator=torch.Generator().manual_seed(200 + number))
+
+
+@pytest.fixture
+def with_images(make: Make) -> Path:
+    folder = make()
+    (folder / factory.IMAGES).mkdir()
+    for number, name in enumerate(NAMES):
+        torch.save(image(number), folder / factory.IMAGES / f"{name}.pt")
+    return folder
+
+
+def test_first_frames_come_through(with_images: Path, geometry: Geometry) -> None:
+    opened = Opened(with_images, geometry)
+    index = opened(images=True)
+    assert opened(main=False, images=True) == index
+    assert index.image_variants == 1
+    for number, sample in enumerate(index.samples):
+        (key,) = sample.image_keys
+        assert opened.cache.read(key)["image_moments_KCHW"].equal(image(number).transpose(0, 1))
+    batch = LatentDataset(opened.cache, index, geometry, 0, 0.0)[Visit(1, 3)]
+    assert batch.image_BCHW is not None
+    assert batch.image_BCHW.shape == (16, 8, 12)
+    assert any("without the noise" in line for line in opened.said)
+    assert opened().samples == index.without_images().samples
+
+
+@pytest.mark.parametrize(
+    ("tensor", "rule"),
+    [
+        (torch.zeros(32, 2, 8, 12), "takes (32, 1, H, W)"),
+        (torch.zeros(16, 1, 8, 12), "takes (32, 1, H, W)"),
+        (torch.zeros(32, 1, 8, 8), "has another size than 00001.pt of its clip"),
+    ],
+)
+def test_first_frames_of_another_shape_are_refused(
+    with_images: Path, geometry: Geometry, tensor: Tensor, rule: str
+) -> None:
+    torch.save(tensor, with_images / factory.IMAGES / "00001.pt")
+    with pytest.raises(UsageError, match=re.escape(rule)):
+        Opened(with_images, geometry)(images=True)
+
+
+def test_missing_first_frames_are_named_before_anything_is_loaded(make: Make, model: Path, loaded: list[str]) -> None:
+    folder = make()
+    flags = lora_flags(model, folder, Path("out"), "--load_tensors")
+    options = args.parse(args.ImageLoraOptions, None, flags)
+    lines = list(check_tensors(options))
+    assert len(lines) == 3
+    assert "image_latents/00000.pt: no such file" in lines[0]
+    assert list(check_tensors(options_of(Path("out"), "--load_tensors", "--data_root", folder))) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cogvideox import args
 from cogvideox.args import ModelFlags
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
-from cogvideox.geometry import Geometry, check_text_to_video, read_geometry
+from cogvideox.geometry import Geometry, check_image_to_video, check_preparation, check_text_to_video, read_geometry
 
 Tiny = Callable[[str], Path]
 KINDS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
@@ -50,6 +51,9 @@ def test_numbers_are_the_configs(tiny: Tiny, kind: str) -> None:
     for name in ("in_channels", "patch_size", "patch_size_t", "sample_height", "sample_width", "max_text_seq_length"):
         assert getattr(found, name) == transformer[name]
     assert found.rotary is (kind != "2b")
+    assert found.image_to_video is kind.endswith("i2v")
+    assert found.learned_positions is (kind == "5b-i2v")
+    assert found.ofs is found.invert_scale_latents is (kind == "1.5-5b-i2v")
     assert found.text_embed_dim == transformer["text_embed_dim"]
     assert found.scaling_factor == vae["scaling_factor"]
     assert found.latent_channels == vae["latent_channels"]
@@ -98,12 +102,22 @@ def test_reading_needs_no_weights(configs: Path, tiny: Tiny) -> None:
 
 
 BASE_SIZE = ("--height_buckets", "64", "--width_buckets", "96")
+NINE = ("--frame_buckets", "9", "--max_num_frames", "9")
+
+
+CHECKS = {
+    args.LoraOptions: check_text_to_video,
+    args.SftOptions: check_text_to_video,
+    args.ImageLoraOptions: check_image_to_video,
+    args.ImageSftOptions: check_image_to_video,
+    args.PrepareOptions: check_preparation,
+}
 
 
 def found_problems(folder: Path, *given: str, options_type: Any = args.LoraOptions) -> list[str]:
     argv = ["--pretrained_model_name_or_path", str(folder), "--data_root", "d", *given]
     options, sources = args.read_flags(options_type, argv, None)
-    return list(check_text_to_video(args.derive(options, sources)))
+    return list(CHECKS[options_type](args.derive(options, sources)))
 
 
 def test_a_good_command_has_no_problem(tiny: Tiny) -> None:
@@ -112,7 +126,10 @@ def test_a_good_command_has_no_problem(tiny: Tiny) -> None:
         assert (
             found_problems(tiny(kind), *BASE_SIZE, "--max_sequence_length", "32", "--frame_buckets", "16", "49") == []
         )
-    assert found_problems(tiny("5b"), "--output_dir", "o", options_type=args.PrepareOptions) == []
+    for kind in ("5b", "5b-i2v"):
+        assert found_problems(tiny(kind), "--output_dir", "o", options_type=args.PrepareOptions) == []
+    for kind in ("5b-i2v", "1.5-5b-i2v"):
+        assert found_problems(tiny(kind), *BASE_SIZE, *NINE, options_type=args.ImageLoraOptions) == []
 
 
 def test_all_sizes_are_checked_together(tiny: Tiny) -> None:
@@ -134,8 +151,67 @@ def test_all_sizes_are_checked_together(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("kind", ["5b-i2v", "1.5-5b-i2v"])
 def test_image_to_video_models_are_refused(tiny: Tiny, kind: str) -> None:
-    (found,) = found_problems(tiny(kind), *BASE_SIZE)
-    assert "takes 32 channels, so it is an image-to-video model; text-to-video takes 16" in found
+    for options_type, method in ((args.LoraOptions, "lora"), (args.SftOptions, "sft")):
+        (found,) = found_problems(tiny(kind), *BASE_SIZE, options_type=options_type)
+        assert "takes 32 channels, so it is an image-to-video model; text-to-video takes 16" in found
+        assert found.endswith(f"use cogvideox_image_to_video_{method}.py")
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b", "1.5-5b"])
+def test_text_to_video_models_are_refused(tiny: Tiny, kind: str) -> None:
+    for options_type, method in ((args.ImageLoraOptions, "lora"), (args.ImageSftOptions, "sft")):
+        (found,) = found_problems(tiny(kind), *BASE_SIZE, options_type=options_type)
+        assert "takes 16 channels, so it is a text-to-video model; image-to-video takes 32" in found
+        assert found.endswith(f"use cogvideox_text_to_video_{method}.py")
+
+
+@pytest.mark.parametrize("options_type", [args.LoraOptions, args.ImageLoraOptions])
+def test_other_channels_are_refused(configs: Path, options_type: Any) -> None:
+    edit(configs, "transformer/config.json", in_channels=48)
+    (found,) = found_problems(configs, *BASE_SIZE, options_type=options_type)
+    assert "takes 48 channels" in found
+    assert found.endswith("no script here trains it")
+
+
+# -- learned positions -------------------------------------------------------------------------------------------------
+
+
+IGNORE = "--ignore_learned_positional_embeddings"
+
+
+def test_learned_positions_are_for_one_size(tiny: Tiny) -> None:
+    found = found_problems(
+        tiny("5b-i2v"),
+        *("--frame_buckets", "9", "13", "12", "--height_buckets", "64", "48", "80", "--width_buckets", "96"),
+        *("--height", "64", "--width", "48", "--validation_frames", "5"),
+        options_type=args.ImageLoraOptions,
+    )
+    rule = f"this model's learned positions are for 9x64x96 alone; nearest: {{}}, or {IGNORE}"
+    assert found == [  # 12 frames become as many latents as 9
+        f"--frame_buckets 13: {rule.format(9)}",
+        f"--height_buckets 48 80: {rule.format(64)}",
+        f"--width 48: {rule.format(96)}",
+        f"--validation_frames 5: {rule.format(9)}",
+    ]
+
+
+def test_learned_positions_may_be_ignored_where_there_are_any(tiny: Tiny) -> None:
+    other = ("--frame_buckets", "13", "--height_buckets", "48", "--width_buckets", "96", IGNORE)
+    assert found_problems(tiny("5b-i2v"), *other, options_type=args.ImageLoraOptions) == []
+    (found,) = found_problems(tiny("1.5-5b-i2v"), *BASE_SIZE, IGNORE, options_type=args.ImageLoraOptions)
+    assert found == f"{IGNORE}: this model has none; leave the flag out"
+
+
+def test_buckets_of_prepared_tensors_are_not_those_of_the_flags(tiny: Tiny) -> None:
+    found = found_problems(tiny("5b-i2v"), "--load_tensors", options_type=args.ImageLoraOptions)
+    assert [line.split(":")[0] for line in found] == ["--height 480", "--width 720", "--validation_frames 49"]
+
+
+def test_published_positions_are_for_49x480x720(tiny: Tiny) -> None:
+    real = replace(geometry(tiny("5b-i2v")), sample_height=60, sample_width=90, sample_frames=49)
+    assert real.own_bucket == Bucket(49, 480, 720)
+    assert real.has_positions(Bucket(49, 480, 720))
+    assert not any(map(real.has_positions, (Bucket(49, 720, 480), Bucket(25, 480, 720), Bucket(1, 480, 720))))
 
 
 def test_another_transformer_is_refused(configs: Path) -> None:

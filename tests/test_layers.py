@@ -34,7 +34,7 @@ LAYERS = (
     ("run",),
     ("images", "tensors"),
     ("checkpoint", "validation"),
-    ("before_after", "held_out", "card"),
+    ("before_after", "held_out", "parity", "card"),
     ("publish",),
     ("loop",),
 )

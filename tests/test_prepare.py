@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from preparing import Here, complete, preparation, tensor_files
 
 from cogvideox import encode, models, prepare
@@ -430,6 +431,174 @@ def test_moments_that_are_not_finite_stop_the_run(
     with pytest.raises(UsageError, match=r"--dtype fp16: the VAE overflows on .*00000.mp4; give bf16 or fp32"):
         complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(dtype="fp16"))
     assert not (tmp_path / "index.json").exists()
+
+
+# -- first frames ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def framed(tiny: Tiny, clips: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared cache with two encodings of each first frame added. Read only: copy it."""
+    folder = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("framed") / "out"))
+    complete(tiny("5b-i2v"), clips, folder, image_variants=2)
+    return folder
+
+
+def write_image(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
+    frame = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(frame).save(path)
+    return frame
+
+
+def with_images(data: Path, sizes: Sequence[tuple[int, int]]) -> list[Path]:
+    """Keeps as many of the first clips (three are 96x64) as there are sizes, and lists an image of its own for each."""
+    for name in ("prompts.txt", "videos.txt"):
+        lines = (data / name).read_text().splitlines()[: len(sizes)]
+        (data / name).write_text("".join(f"{line}\n" for line in lines))
+    paths = [data / f"{number}.png" for number in range(len(sizes))]
+    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        write_image(path, *size, seed=number)
+    (data / "images.txt").write_text("".join(f"{path.name}\n" for path in paths))
+    return paths
+
+
+SHAPES = [(64, 96)] * 3
+
+
+def test_first_frames_are_added_to_what_is_there(prepared: Path, framed: Path) -> None:
+    before, after = open_index(prepared), open_index(framed)
+    assert after.without_images() == before
+    assert (before.image_variants, after.image_variants) == (0, 2)
+    keys = {key for sample in after.samples for key in sample.image_keys}
+    assert len(keys) == NUM_CLIPS
+    assert keys <= after.keys
+    assert set(tensor_files(framed)) - set(tensor_files(prepared)) == {f"{key}.safetensors" for key in keys}
+    assert {k: v for k, v in tensor_files(framed).items() if k in tensor_files(prepared)} == tensor_files(prepared)
+    assert after.fingerprint != before.fingerprint == after.without_images().fingerprint
+
+
+def images_of(folder: Path, number: int) -> list[torch.Tensor]:
+    """The encodings of a clip's first frame, one tensor a clip variant."""
+    sample = open_index(folder).samples[number]
+    return [TensorCache(folder).read(key)["image_moments_KCHW"] for key in sample.image_keys]
+
+
+def test_a_first_frame_is_the_clip_s_cut_as_the_clip(
+    tiny: Tiny, clips: Path, tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each variant: window, resize, crop and flip are those of the clip."""
+    clips_seen: list[bytes] = []
+    images_seen: list[bytes] = []
+    image, video = encode.image_moments, encode.video_moments
+    monkeypatch.setattr(encode, "video_moments", lambda *a: (clips_seen.append(a[1][0].tobytes()), video(*a))[1])
+    monkeypatch.setattr(encode, "image_moments", lambda *a: (images_seen.append(a[1].tobytes()), image(*a))[1])
+    changes = {"num_augmentations": 3, "random_flip": 0.5, "video_reshape_mode": "random", "frame_selection": "random"}
+    index = complete(tiny("5b-i2v"), clips, tmp_path, image_variants=2, **changes)
+    assert set(clips_seen) == set(images_seen)
+    assert len(set(images_seen)) > NUM_CLIPS
+    assert {len(sample.image_keys) for sample in index.samples} == {3}
+    assert {image.shape for image in images_of(tmp_path, 0)} == {(2, 32, 4, 6)}
+
+
+def test_a_listed_image_is_cut_as_its_clip(
+    tiny: Tiny, data: Path, tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any size; only its shape is the clip's."""
+    with_images(data, [(128, 192)])
+    picture = np.asarray(Image.open(data / "0.png"))
+    seen: list[np.ndarray] = []
+    image = encode.image_moments
+    monkeypatch.setattr(encode, "image_moments", lambda *a: (seen.append(a[1]), image(*a))[1])
+    changes = {"random_flip": 1.0, "video_reshape_mode": "center", "height_buckets": (64,)}
+    complete(tiny("5b-i2v"), data, tmp_path / "out", image_variants=1, num_augmentations=1, **changes)
+    half = picture.reshape(64, 2, 96, 2, 3).mean(axis=(1, 3))
+    assert np.abs(seen[0] - half[:, 24:72][:, ::-1]).max() <= 1
+
+
+def test_a_second_run_encodes_no_first_frame(
+    tiny: Tiny, clips: Path, framed: Path, tmp_path: Path, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Path(shutil.copytree(framed, tmp_path / "out"))
+    monkeypatch.setattr(prepare, "worker_pool", lambda *_: pytest.fail("a file was opened"))
+    assert complete(tiny("5b-i2v"), clips, output, image_variants=2) == open_index(framed)
+    assert complete(tiny("5b"), clips, output) == open_index(framed).without_images()
+    assert encoded == Encoded()
+
+
+@pytest.mark.parametrize("changes", [{"image_variants": 3}, {"seed": 7}], ids=["more noises", "seed"])
+def test_other_noise_costs_the_first_frames_alone(
+    tiny: Tiny, clips: Path, framed: Path, tmp_path: Path, encoded: Encoded, threads: None, changes: dict[str, Any]
+) -> None:
+    output = Path(shutil.copytree(framed, tmp_path / "out"))
+    complete(tiny("5b-i2v"), clips, output, **{"image_variants": 2} | changes)
+    assert encoded == Encoded()
+    one, other = images_of(framed, 0)[0], images_of(output, 0)[0]
+    assert torch.equal(one[:2], other[:2]) == ("image_variants" in changes)
+
+
+def test_an_edited_image_costs_that_image(
+    tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None
+) -> None:
+    paths = with_images(data, SHAPES)
+    before = complete(tiny("5b-i2v"), data, tmp_path, image_variants=1)
+    encoded.clips = 0
+    write_image(paths[2], *SHAPES[2], seed=99)
+    after = complete(tiny("5b-i2v"), data, tmp_path, image_variants=1)
+    assert encoded.clips == 0
+    pairs = list(zip(before.samples, after.samples, strict=True))
+    assert [one.image_keys == other.image_keys for one, other in pairs] == [True, True, False]
+    assert [one.video_keys == other.video_keys for one, other in pairs] == [True] * 3
+
+
+def test_one_clip_with_two_images(tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None) -> None:
+    with_images(data, SHAPES)
+    lines = (data / "videos.txt").read_text().splitlines()
+    (data / "videos.txt").write_text("\n".join([lines[0], lines[0], lines[1]]))
+    index = complete(tiny("5b-i2v"), data, tmp_path, image_variants=1)
+    first, second, third = index.samples
+    assert first.video_keys == second.video_keys != third.video_keys
+    assert len({first.image_keys, second.image_keys, third.image_keys}) == 3
+    assert all(TensorCache(tmp_path).has(key) for key in index.keys)
+
+
+def test_images_are_not_looked_at_for_text_to_video(tiny: Tiny, data: Path, tmp_path: Path, threads: None) -> None:
+    with_images(data, [(10, 10)])
+    assert len(complete(tiny("5b"), data, tmp_path).samples) == 1
+
+
+def test_bad_images_are_listed_and_their_clips_dropped(
+    tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None
+) -> None:
+    """No image, another shape than the clip's, cut off in the middle."""
+    paths = with_images(data, [*SHAPES[:2], (64, 64), (96, 128)])
+    paths[0].write_text("not an image")
+    with Image.open(paths[1]) as picture:
+        picture.convert("RGB").save(paths[1], "JPEG")  # of which the header is read by itself
+    paths[1].write_bytes(paths[1].read_bytes()[:-2000])
+    made = preparation(tiny("5b-i2v"), data, tmp_path, image_variants=1, max_bad_fraction=0.75)
+    records = made.plan()
+    assert [record["status"] for record in records] == [FAILED, OK, FAILED, OK]
+    assert records[0]["path"] == str(paths[0])
+    assert records[2]["reason"].startswith("is 64x64, its clip 96x64: a first frame has its clip's shape; ")
+    index, after = made.encode(records, 4)
+    assert [record["status"] for record in after] == [FAILED, FAILED, FAILED, OK]
+    assert "1.png" in after[1]["reason"]
+    assert [sample.id for sample in index.samples] == ["videos/00003.mp4"]
+    assert made.plan() == after  # kept in mind
+    assert len(complete(tiny("5b"), data, tmp_path).samples) == 4
+
+
+def test_an_image_that_changes_while_it_is_prepared_is_given_up_for_this_time(
+    tiny: Tiny, data: Path, tmp_path: Path, threads: None
+) -> None:
+    paths = with_images(data, SHAPES)
+    made = preparation(tiny("5b-i2v"), data, tmp_path, image_variants=1, max_bad_fraction=0.5)
+    records = made.plan()
+    write_image(paths[1], *SHAPES[1], seed=99)
+    os.utime(paths[1], ns=(1, 1))
+    index, after = made.encode(records, 4)
+    assert [record["status"] for record in after] == [OK, UNREADABLE, OK]
+    assert len(complete(tiny("5b-i2v"), data, tmp_path, image_variants=1).samples) == len(index.samples) + 1
 
 
 # -- ranks and processes -----------------------------------------------------------------------------------------------

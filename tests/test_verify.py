@@ -11,6 +11,7 @@ from typing import Any
 import prepare_dataset
 import pytest
 import torch
+from PIL import Image
 from preparing import complete, preparation, tensor_files
 
 from cogvideox import encode, models
@@ -225,3 +226,60 @@ def test_the_flags(tiny: Tiny, data: Path, capsys: pytest.CaptureFixture[str]) -
     assert "faults: 1" in capsys.readouterr().out
     assert script("--repair") == 0
     assert script("--verify") == 0
+
+
+# -- first frames ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def framed(tiny: Tiny, clips: Path, tmp_path: Path) -> Path:
+    """Two clips with a first frame of their own, prepared with two encodings of each."""
+    data = tmp_path / "framed"
+    shutil.copytree(clips, data)
+    for name in ("prompts.txt", "videos.txt"):
+        (data / name).write_text("".join((data / name).read_text().splitlines(keepends=True)[:2]))
+    for number in range(2):
+        Image.new("RGB", (96, 64), (number * 100, 50, 50)).save(data / f"{number}.png")
+    (data / "images.txt").write_text("0.png\n1.png\n")
+    complete(tiny("5b-i2v"), data, data / "tensors", image_variants=2)
+    return data
+
+
+def test_damaged_first_frames_are_found_and_alone_encoded_anew(tiny: Tiny, framed: Path) -> None:
+    before, index = tensor_files(framed), open_index(framed / "tensors")
+    cache = TensorCache(framed / "tensors")
+    assert faults(tiny, framed, "5b-i2v", image_variants=2) == []
+    torn, foreign = (cache.path(sample.image_keys[0]) for sample in index.samples)
+    tear(torn)
+    cache.write(index.samples[1].image_keys[0], {"image_moments_KCHW": torch.zeros(3, 32, 4, 6)})
+    found = faults(tiny, framed, "5b-i2v", image_variants=2)
+    assert found == sorted([f"{torn}: is torn", f"{foreign}: has shape (3, 32, 4, 6), its bucket needs (2, 32, 4, 6)"])
+    made = preparation(tiny("5b-i2v"), framed, framed / "tensors", image_variants=2)
+    records = made.plan()
+    mend(made, find_faults(made, records), records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "video_moments", lambda *_: pytest.fail("a clip was encoded"))
+        made.encode(made.plan(), 4)
+    assert tensor_files(framed) == before
+
+
+def test_a_changed_image_is_found(tiny: Tiny, framed: Path) -> None:
+    """Also where size and time say nothing; and it is encoded anew."""
+    path = framed / "1.png"
+    status = path.stat()
+    flip_a_bit(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    (found,) = faults(tiny, framed, "5b-i2v", image_variants=2)
+    assert found == f"{path}: its content has changed since it was planned"
+    made = preparation(tiny("5b-i2v"), framed, framed / "tensors", image_variants=2)
+    mend(made, find_faults(made, made.plan()), made.plan())
+    keys = {sample.image_keys for sample in open_index(framed / "tensors").samples}
+    index, _ = made.encode(made.plan(), 4)
+    assert len(keys & {sample.image_keys for sample in index.samples}) == 1
+
+
+def test_another_number_of_noises_is_found(tiny: Tiny, framed: Path) -> None:
+    for variants in (0, 3):
+        found = faults(tiny, framed, "5b-i2v", image_variants=variants)
+        rule = "its first frame, or a flag for it, has changed since it was encoded"
+        assert found == [f"videos/0000{number}.mp4: {rule}" for number in range(2)]

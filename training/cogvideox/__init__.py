@@ -49,6 +49,7 @@ images.py             the images that validation videos begin with
 tensors.py            a prepared folder, or one prepared now
 checkpoint.py         checkpoints that are whole or not there
 validation.py         videos while training
+parity.py             what training feeds the transformer against what the pipeline does
 before_after.py       each prompt before and after training, beside a training clip
 held_out.py           the loss on clips that are never trained on
 card.py               the model card

@@ -26,6 +26,7 @@ from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
 from cogvideox.images import take_images
 from cogvideox.optim import learning_rate
+from cogvideox.parity import check_parity
 from cogvideox.plan import ExecutionPlan
 from cogvideox.publish import publish
 from cogvideox.run import METRICS_NAME, REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
@@ -265,5 +266,6 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     transformer = models.load_transformer(options.model, run.dtype, ignores_positions(options)).to(run.device)
     method = method_type(transformer, options)
     task = task_type(options, tensors.geometry, run.device, run.dtype)
+    check_parity(run, options, tensors, task, transformer)
     trainer = Trainer(run, options, tensors, prompts, task, method)
     return trainer.finish(trainer.train())
