@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +115,28 @@ def tensors(model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def image_tensors(
+    tiny: Callable[[str], Path], tensors: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same with two encodings of each first frame. All tiny models have one VAE and one T5. Read only."""
+    from running import prepare
+
+    folder = Path(shutil.copytree(tensors, tmp_path_factory.mktemp("image_tensors") / "out"))
+    assert prepare(tiny("5b-i2v"), clips, folder, "--id_token", "TOKEN", "--num_image_noise_variants", 2) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of another size than the tiny models'. Read only."""
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("image") / "an image.jpg"
+    Image.effect_mandelbrot((150, 100), (-2, -1.2, 1, 1.2), 20).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def reference(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with a validation video. Read only."""
     from running import PROMPT, lora_flags, train
@@ -120,6 +144,36 @@ def reference(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFacto
     output = tmp_path_factory.mktemp("reference") / "lora"
     assert train(lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)) == 0
     return output
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[None]:
+    """The tiny models are slower on several threads, and each part that is freed collects garbage."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def validated(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """The frames of validation videos, uint8 (F, H, W, 3), by the "step-000000" of their names."""
+    from cogvideox import validation
+
+    frames_of: dict[str, np.ndarray] = {}
+    write = validation.write_video
+
+    def kept(path: Path, frames: np.ndarray, fps: float) -> None:
+        frames_of[path.name[:11]] = frames
+        write(path, frames, fps)
+
+    monkeypatch.setattr(validation, "write_video", kept)
+    return frames_of
 
 
 @pytest.fixture

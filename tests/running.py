@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import cogvideox_image_to_video_sft as image_sft_script
 import cogvideox_text_to_video_lora as lora_script
 import cogvideox_text_to_video_sft as sft_script
 import prepare_dataset as prepare_script
+import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
@@ -146,3 +149,17 @@ def weights(output: Path) -> dict[str, Any]:
 def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether two sets of tensors are the same, bit for bit."""
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def safetensors_of(folder: Path) -> dict[str, Any]:
+    """All tensors of a folder."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def frames_of(script: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> torch.Tensor:
+    """What inference.py hands to the video writer."""
+    caught: list[torch.Tensor] = []
+    monkeypatch.setattr("diffusers.utils.export_utils.encode_video", lambda frames, **_: caught.append(frames))
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+    return caught[0]

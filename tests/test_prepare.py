@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -34,18 +33,7 @@ from cogvideox.prepare import Encoders, check_bad
 
 Tiny = Callable[[str], Path]
 NUM_CLIPS = 6  # of the fixture `clips`
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small() -> Iterator[None]:
-    """The tiny models are slower on several threads, and each part that is freed collects garbage."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @dataclass

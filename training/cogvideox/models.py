@@ -165,7 +165,7 @@ def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: b
     return transformer.requires_grad_(False)
 
 
-def ignore_learned_positions(transformer: Any) -> None:
+def ignore_learned_positions(transformer: torch.nn.Module) -> None:
     """Takes away the learned positions, which are for one size alone; the rotary ones stay. Part of inference.py."""
     del transformer.patch_embed.pos_embedding
     transformer.patch_embed.use_learned_positional_embeddings = False
