@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from cogvideox import held_out
 from cogvideox.args import ModelFlags
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CachedSample, CacheError, TensorCache, open_index
-from cogvideox.data.dataset import Batch, normal
+from cogvideox.data.dataset import Batch, normal, sample_posterior
 from cogvideox.geometry import read_geometry
 from cogvideox.held_out import PLACES, HeldOut, mean_and_error
 from cogvideox.run import METRICS_NAME
+
+Tiny = Callable[[str], Path]
 
 
 def split(tensors: Path, folder: Path, *validation: int, train: slice = slice(None)) -> Path:
@@ -93,6 +96,18 @@ def test_one_timestep_from_each_eighth_and_noise_of_its_own(model: Path, prepare
     assert noises[PLACES + 3][0].equal(normal(shape, 0, "held_out", ids[1], 3, "noise"))
     captions = [sample.prompt_key for sample in open_index(prepared).validation]
     assert alone.seen[-1].prompt_BLD[0].equal(TensorCache(prepared).read(captions[1])["prompt_LD"])
+
+
+def test_each_place_has_a_noise_of_the_first_frame(tiny: Tiny, image_tensors: Path, tmp_path: Path) -> None:
+    folder = split(image_tensors, tmp_path / "split", 5)
+    alone = Alone(tiny("5b-i2v"), folder, tmp_path)
+    alone.held_out.losses()
+    (sample,) = open_index(folder).validation
+    moments = TensorCache(folder).read(sample.image_keys[0])["image_moments_KCHW"]
+    for place, batch in enumerate(alone.seen):
+        noise = normal((16, 8, 12), 0, "held_out", sample.id, place, "image posterior")
+        assert batch.image_BCHW is not None
+        assert batch.image_BCHW[0].equal(sample_posterior(moments[place % 2], noise))
 
 
 def test_the_same_grid_every_time_and_another_one_for_another_seed(model: Path, prepared: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import edit_json
 from PIL import Image
 from running import (
     PROMPT,
@@ -24,7 +25,10 @@ from running import (
     train_image_all,
 )
 
+from cogvideox import tasks
 from cogvideox.checkpoint import checkpoints
+from cogvideox.errors import UsageError
+from cogvideox.parity import ParityError
 
 Tiny = Callable[[str], Path]
 KINDS = ["2b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"]  # 5b is in test_scripts.py
@@ -93,3 +97,59 @@ def test_trains_resumes_and_gives_the_validated_video(
     assert run(flags) == 0
     assert equal(result_of(output), whole)
     assert losses(output) == whole_losses
+
+
+def refused(run: Callable[[list[str]], int], flags: list[str]) -> str:
+    """The only line of the error."""
+    with pytest.raises(UsageError) as error:
+        run(flags)
+    (line,) = error.value.problems
+    return line
+
+
+def test_first_frames_prepared_while_training_are_the_same_as_before(
+    tiny: Tiny, clips: Path, image_tensors: Path, tmp_path: Path, threads: None
+) -> None:
+    more = ("--id_token", "TOKEN", "--max_train_steps", 2, "--num_image_noise_variants", 2)
+    before = lora_flags(tiny("5b-i2v"), image_tensors, tmp_path / "before", "--load_tensors", *more)
+    now = lora_flags(tiny("5b-i2v"), clips, tmp_path / "now", "--tensor_cache", tmp_path / "cache", *more)
+    assert train_image(before) == train_image(now) == 0
+    assert losses(tmp_path / "before") == losses(tmp_path / "now")
+
+
+def test_images_matter(tiny: Tiny, image_tensors: Path, tmp_path: Path) -> None:
+    for name, rate in (("none", 0), ("all", 1)):
+        more = ("--load_tensors", "--noised_image_dropout", rate, "--max_train_steps", 1)
+        assert train_image(lora_flags(tiny("5b-i2v"), image_tensors, tmp_path / name, *more)) == 0
+    assert losses(tmp_path / "none") != losses(tmp_path / "all")
+
+
+def test_a_folder_without_first_frames_says_which_flag_to_prepare_with(
+    tiny: Tiny, tensors: Path, tmp_path: Path
+) -> None:
+    line = refused(train_image, lora_flags(tiny("5b-i2v"), tensors, tmp_path / "lora", "--load_tensors"))
+    assert line == f"--load_tensors: {tensors} holds no image latents; prepare it with --save_image_latents"
+
+
+def test_prepared_tensors_of_another_number_of_noises(tiny: Tiny, image_tensors: Path, tmp_path: Path) -> None:
+    more = ("--load_tensors", "--num_image_noise_variants", 3)
+    line = refused(train_image, lora_flags(tiny("5b-i2v"), image_tensors, tmp_path / "lora", *more))
+    assert line.startswith("--num_image_noise_variants 3: the tensors were prepared with 2; ")
+
+
+def test_prepared_buckets_without_learned_positions(tiny: Tiny, image_tensors: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny("5b-i2v"), tmp_path / "model"))
+    edit_json(model / "transformer" / "config.json", sample_frames=17)
+    more = ("--load_tensors", "--validation_frames", 17)
+    line = refused(train_image, lora_flags(model, image_tensors, tmp_path / "lora", *more))
+    rule = "this model's learned positions are for 17x64x96 alone, prepared were 9x64x96"
+    assert line == f"--load_tensors: {rule}; prepare that, or give {IGNORE}"
+
+
+def test_a_run_that_would_feed_something_else_is_not_begun(
+    tiny: Tiny, image_tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "OFS", 1.0)
+    with pytest.raises(ParityError, match=r"9x64x96: ofs: 1 apart; nothing was trained"):
+        train_image(lora_flags(tiny("1.5-5b-i2v"), image_tensors, tmp_path / "lora", "--load_tensors"))
+    assert not list((tmp_path / "lora").glob("checkpoint-*"))

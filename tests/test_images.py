@@ -1,0 +1,122 @@
+"""cogvideox/images.py and the check of --validation_images: what cannot be had is said before anything is loaded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import run_alone
+from PIL import Image
+from running import PROMPT, lora_flags
+
+from cogvideox import args
+from cogvideox.checks import check_images
+from cogvideox.errors import UsageError
+from cogvideox.images import take_images
+
+
+def options_of(*images: object, separator: str = ":::") -> Any:
+    """Options of a run with an image for each prompt."""
+    prompts = separator.join([PROMPT] * len(images))
+    flags = ["--validation_prompt", prompts, "--validation_images", separator.join(map(str, images))]
+    flags += ["--validation_prompt_separator", separator]
+    return args.parse(args.ImageLoraOptions, None, lora_flags(Path("model"), Path("data"), Path("out"), *flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ((), None),
+        (("--validation_prompt", "a", "--validation_images", "x.png"), None),
+        (("--validation_prompt", "a:::b", "--validation_images", "x.png:::http://h/y.png"), None),
+        (("--validation_prompt", "a:::b", "--validation_images", "x.png"), "1 images for 2 prompts"),
+        (("--validation_prompt", "a"), "0 images for 1 prompts"),
+        (("--validation_images", "x.png"), "1 images for 0 prompts"),
+    ],
+)
+def test_an_image_for_each_prompt(flags: tuple[str, ...], problem: str | None) -> None:
+    argv = lora_flags(Path("model"), Path("data"), Path("out"), *flags)
+    if problem is None:
+        args.parse(args.ImageLoraOptions, None, argv)
+        return
+    with pytest.raises(UsageError) as error:
+        args.parse(args.ImageLoraOptions, None, argv)
+    (line,) = error.value.problems
+    assert line.startswith(f"--validation_images: {problem} of --validation_prompt; ")
+
+
+def test_files_that_are_no_images_are_all_named(tmp_path: Path, image: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "torn.jpg").write_bytes(image.read_bytes()[:-500])
+    names = ("text.png", "torn.jpg", "missing.png", "")
+    lines = list(check_images(options_of(image, *(tmp_path / name for name in names), "http://h/x.png")))
+    assert [line.split(": ")[0] for line in lines] == [f"--validation_images {tmp_path / name}" for name in names]
+    assert all(";" in line for line in lines)
+
+
+def test_images_are_kept_as_they_are_shown(tmp_path: Path) -> None:
+    """Upright, without transparency; whatever the separator."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "b.png")
+    paths = take_images(run_alone(tmp_path / "out"), options_of(tmp_path / "a.png", tmp_path / "b.png", separator="|"))
+    assert [path.name for path in paths] == ["image-0.png", "image-1.png"]
+    assert (np.asarray(Image.open(paths[0])) == np.rot90(pixels, -1)).all()
+    assert not np.asarray(Image.open(paths[1])).any()
+    assert np.asarray(Image.open(paths[1])).shape == (8, 8, 3)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["image-0.png", "image-1.png"]
+
+
+def test_text_to_video_has_none(tmp_path: Path) -> None:
+    options = args.parse(args.LoraOptions, None, lora_flags(Path("model"), Path("data"), tmp_path))
+    assert take_images(run_alone(tmp_path / "out"), options) == []
+    assert list(check_images(options)) == []
+
+
+@pytest.fixture
+def server(tmp_path: Path, image: Path) -> Iterator[str]:
+    """The address of a web server with an image and a text."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    (folder / "image.jpg").write_bytes(image.read_bytes())
+    (folder / "text.html").write_text("not an image")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+def test_an_image_of_the_web_is_fetched(tmp_path: Path, server: str, image: Path) -> None:
+    (path,) = take_images(run_alone(tmp_path / "out"), options_of(f"{server}/image.jpg"))
+    assert (np.asarray(Image.open(path)) == np.asarray(Image.open(image))).all()
+
+
+@pytest.mark.parametrize(("name", "says"), [("text.html", "is no image that can be read"), ("no.png", "404")])
+def test_what_cannot_be_fetched_is_said(tmp_path: Path, server: str, name: str, says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        take_images(run_alone(tmp_path / "out"), options_of(f"{server}/{name}"))
+    (line,) = error.value.problems
+    assert line.startswith(f"--validation_images {server}/{name}: ")
+    assert says in line
+    assert line.endswith("download it and give its path")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_nobody_answers(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be fetched"):
+        take_images(run_alone(tmp_path / "out"), options_of("http://127.0.0.1:9/x.png"))
