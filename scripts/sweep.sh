@@ -41,6 +41,19 @@ check_data() {
 
 show() { printf '%q ' "$@"; echo; }
 
+# validation_images: the flag for the images that validation videos begin with, into IMAGE_FLAGS; without images there
+# are no such videos.
+validation_images() {
+  setting VALIDATION_IMAGES ""
+  IMAGE_FLAGS=()
+  if [[ $VALIDATION_IMAGES ]]; then
+    IMAGE_FLAGS=(--validation_images "$VALIDATION_IMAGES")
+  elif [[ ${VALIDATION_PROMPT-} ]]; then
+    say "VALIDATION_IMAGES is not set, so no validation videos are made; give two images, joined by :::"
+    VALIDATION_PROMPT=
+  fi
+}
+
 # settings: what every training script reads.
 settings() {
   words LEARNING_RATES 1e-4

@@ -188,6 +188,37 @@ def test_the_sweep_of_the_guide(sandbox):
     assert all(prompt.startswith("BW_STYLE ") for prompt in prompts)
 
 
+def test_the_image_to_video_sweeps(sandbox):
+    images = {"VALIDATION_IMAGES": "a b.png:::$(touch PWNED).png"}
+    assert sandbox.run("train_image_to_video_lora.sh", **images).returncode == 0
+    assert sandbox.run("train_image_to_video_sft.sh", **images).returncode == 0
+    *loras, sft = (read(command)[0] for command in sandbox.calls())
+    assert len(loras) == 4
+    assert {run.model.pretrained_model_name_or_path for run in loras} == {"THUDM/CogVideoX-5b-I2V"}
+    assert {(run.data.frame_buckets, run.data.id_token, run.lora.rank) for run in loras} == {((49,), "BW_STYLE", 128)}
+    assert sft.model.pretrained_model_name_or_path == "THUDM/CogVideoX1.5-5B-I2V"
+    assert (sft.data.frame_buckets, sft.data.max_num_frames, sft.data.id_token) == ((77,), 77, "BW_STYLE")
+    assert (sft.train.max_train_steps, sft.train.gradient_accumulation_steps) == (20000, 4)
+    assert (sft.optimizer.learning_rate, sft.optimizer.lr_warmup_steps, sft.train.checkpointing_steps) == (
+        1e-5,
+        800,
+        2000,
+    )
+    for run in (*loras, sft):
+        assert (run.image.noised_image_dropout, run.image.validation_images) == (0.05, images["VALIDATION_IMAGES"])
+        assert all(prompt.startswith("BW_STYLE ") for prompt in run.validation.validation_prompt.split(":::"))
+        assert "i2v" in run.train.output_dir  # a finished text-to-video run of the same values is not this one
+
+
+def test_without_images_there_are_no_validation_videos(sandbox):
+    done = sandbox.run("train_image_to_video_sft.sh")
+    assert done.returncode == 0
+    assert "VALIDATION_IMAGES is not set" in done.stderr
+    options, _ = read(sandbox.calls()[0])
+    assert (options.image.validation_images, options.validation.validation_prompt) == (None, None)
+    assert "VALIDATION_IMAGES" not in sandbox.run("train_image_to_video_sft.sh", VALIDATION_PROMPT="").stderr
+
+
 def test_the_environment_sets_values_and_extra_flags_come_last(sandbox):
     done = sandbox.run(
         LORA,
