@@ -56,6 +56,9 @@ class FakeEngine:
         self.weight = load_file(folder / "optimizer.safetensors")["weight"]
 
 
+PLAIN: Any = SimpleNamespace(ignores_positions=False)  # in place of a Lora, for its code
+
+
 class FakeMethod:
     """Writes one tensor."""
 

@@ -93,7 +93,29 @@ DIFFUSERS = (
     *("--enable_slicing", "--enable_tiling", "--optimizer", "Adam", "--adam_beta1", "0.9", "--adam_beta2", "0.95"),
     *("--max_grad_norm", "1.0", "--report_to", "wandb"),
 )
+IMAGES = ("--validation_images", "/path/to/image1.png:::/path/to/image2.png", "--noised_image_dropout", "0.05")
+I2V = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b-I2V")
+I2V_1_5 = ("--pretrained_model_name_or_path", "THUDM/CogVideoX1.5-5B-I2V")
+SEVENTY_SEVEN = ("--id_token", "BW_STYLE", "--frame_buckets", "77", "--max_num_frames", "77")
+I2V_NAMES = ("--model_name", "cogvideox1.5-i2v", "--model_type", "i2v", "--model_path", "THUDM/CogVideoX1.5-5B-I2V")
+COGVIDEO_IMAGES = ("--image_column", "images.txt", "--validation_images", "images.txt")
+
+
+def instead(command: tuple[str, ...], *flags: str) -> tuple[str, ...]:
+    """The command with these flags, each of which has one value, added or in the place of its own."""
+    pairs = dict(zip(flags[::2], flags[1::2], strict=True))
+    there = [place for place, text in enumerate(command) if text in pairs]
+    kept = [text for place, text in enumerate(command) if place not in there and place - 1 not in there]
+    return (*kept, *flags)
+
+
 PUBLISHED = {
+    "factory_image_lora": (IMAGE_LORA, instead(FACTORY_LORA, *I2V, *IMAGES)),
+    "factory_image_sft": (IMAGE_SFT, instead(FACTORY_SFT, *I2V_1_5, *IMAGES, *SEVENTY_SEVEN)),
+    "factory_prepare_images": (PREPARE, (*FACTORY_PREPARE, "--save_image_latents")),
+    "cogvideo_image_lora": (IMAGE_LORA, instead(COGVIDEO, *I2V_NAMES, *COGVIDEO_IMAGES, "--training_type", "lora")),
+    "cogvideo_image_sft": (IMAGE_SFT, instead(COGVIDEO, *I2V_NAMES, *COGVIDEO_IMAGES, "--training_type", "sft")),
+    "diffusers_image_lora": (IMAGE_LORA, instead(DIFFUSERS, *I2V, *IMAGES)),
     "factory_lora": (LORA, FACTORY_LORA),
     "factory_sft": (SFT, FACTORY_SFT),
     "factory_prepare": (PREPARE, FACTORY_PREPARE),
@@ -421,7 +443,7 @@ COGVIDEO_FLAGS = """
     validation_dir validation_prompts validation_images validation_videos gen_fps tracker_name
 """
 # Of image-to-video.
-ELSEWHERE = {"validation_images", "noised_image_dropout", "ignore_learned_positional_embeddings", "save_image_latents"}
+ELSEWHERE = {"validation_images", "noised_image_dropout", "ignore_learned_positional_embeddings"}
 
 
 @pytest.mark.parametrize(
@@ -432,12 +454,17 @@ ELSEWHERE = {"validation_images", "noised_image_dropout", "ignore_learned_positi
         (LORA, DIFFUSERS_FLAGS),
         (LORA, COGVIDEO_FLAGS),
         (SFT, COGVIDEO_FLAGS),
+        (IMAGE_LORA, FACTORY_FLAGS),
+        (IMAGE_SFT, FACTORY_FLAGS),
+        (IMAGE_LORA, DIFFUSERS_FLAGS + "validation_images noised_image_dropout nccl_timeout"),
+        (IMAGE_LORA, COGVIDEO_FLAGS),
+        (IMAGE_SFT, COGVIDEO_FLAGS),
         (PREPARE, FACTORY_PREPARE_FLAGS),
     ],
 )
 def test_every_published_flag_is_known(script: str, flags: str) -> None:
     known = {name for _, item, _ in args.fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])}
-    assert set(flags.split()) - known <= ELSEWHERE
+    assert set(flags.split()) - known <= (ELSEWHERE if script in TEXT_SCRIPTS else set())
     assert len(flags.split()) == len(set(flags.split()))
 
 
@@ -474,6 +501,9 @@ def test_prodigy_with_the_rate_of_adam_is_remarked(capsys: pytest.CaptureFixture
         (LORA, "--model_type i2v --training_type sft", "cogvideox_image_to_video_sft.py"),
         (SFT, "--model_name cogvideox1.5-i2v", "cogvideox_image_to_video_sft.py"),
         (LORA, "--model_type i2v --nonsense 3", "cogvideox_image_to_video_lora.py"),
+        (IMAGE_LORA, "--model_type t2v", LORA),
+        (IMAGE_LORA, "--training_type sft", IMAGE_SFT),
+        (IMAGE_SFT, "--model_name cogvideox-t2v --training_type lora", LORA),
     ],
 )
 def test_the_right_script_is_named(script: str, given: str, right: str) -> None:

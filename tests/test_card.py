@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fakes import options_of, run_alone
+from fakes import PLAIN, options_of, run_alone
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -68,7 +68,7 @@ def facts(**changes: Any) -> Facts:
         "model": ModelFlags("THUDM/CogVideoX-5b"),
         "pipeline": "CogVideoXPipeline",
         "dtype": "bfloat16",
-        "code": Lora.inference(None, "bfloat16"),  # type: ignore[arg-type]
+        "code": Lora.inference(PLAIN, "bfloat16"),
         "sampling": SAMPLING,
         "decoding": ["enable_tiling"],
         "fps": 8,

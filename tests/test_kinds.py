@@ -81,6 +81,11 @@ def test_trains_resumes_and_gives_the_validated_video(
     assert not [name for name, tensor in whole.items() if not tensor.any() and "lora_B" in name]
     assert json.loads((output / "recipe.json").read_text())["verification"]["max_difference"] == 0
 
+    for name in ("inference.py", "README.md"):  # all weights are saved without the positions already
+        assert ("ignore_learned_positions(pipe" in (output / name).read_text()) == (
+            kind.endswith("ns") and method == "lora"
+        )
+
     stock = frames_of(output / "inference.py", monkeypatch).numpy()
     assert (stock == validated["step-000003"]).all()
     assert (stock != validated["step-000000"]).any()

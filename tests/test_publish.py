@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import options_of, run_alone
+from fakes import PLAIN, options_of, run_alone
 from running import PROMPT, WEIGHTS, lora_flags, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -187,7 +187,7 @@ def test_the_recipe_says_how_it_was_made(reference: Path) -> None:
 
 def script_of(output: Path, *flags: object, sampling: dict[str, Any] | None = None) -> ast.Module:
     validator: Any = SimpleNamespace(sampling=sampling or SAMPLING, fps=8.0)
-    method = SimpleNamespace(inference=lambda dtype: Lora.inference(None, dtype))  # type: ignore[arg-type]
+    method = SimpleNamespace(inference=lambda dtype: Lora.inference(PLAIN, dtype))
     task: Any = TextToVideo
     return ast.parse(inference_script(options_of(output, *flags), task, method, validator, run_alone(output)))
 

@@ -1,8 +1,10 @@
 """The main job end to end: prepared, trained, killed, resumed, exported, used."""
 
+import ast
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,6 +57,20 @@ def lines(path: Path) -> int:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_four_scripts_differ_in_task_method_options_and_check() -> None:
+    stories = set()
+    for task, name in (("TextToVideo", "text_to_video"), ("ImageToVideo", "image_to_video")):
+        for method, suffix in (("Lora", "lora"), ("FullFinetune", "sft")):
+            code = ast.parse((ROOT / "training" / f"cogvideox_{name}_{suffix}.py").read_text())
+            text = ast.unparse(code.body[1:])  # without the docstring
+            options = f"{'Image' if task == 'ImageToVideo' else ''}{suffix.title()}Options"
+            for word, of in ((task, "TASK"), (method, "METHOD"), (options, "OPTIONS"), (f"check_{name}", "CHECK")):
+                text, number = re.subn(rf"\b{word}\b", of, text)
+                assert number == 2
+            stories.add(text)
+    assert len(stories) == 1
 
 
 def test_run_leaves_what_a_user_needs(reference: Path) -> None:

@@ -17,9 +17,10 @@ from cogvideox.data.cache import CacheIndex
 from cogvideox.files import write_atomically
 from cogvideox.geometry import hub_file
 from cogvideox.run import Run
+from cogvideox.tasks import IMAGE_NAME
 from cogvideox.validation import Validator
 
-CARD_NAME, IMAGE_NAME = "README.md", "image-{}.png"  # of image-to-video: the first frame that goes with a prompt
+CARD_NAME = "README.md"
 PICTURES = {  # where the run has them
     "contact_sheet.png": "Validation prompts before and after training",
     "curves.png": "Loss, learning rate and gradient norm",

@@ -5,6 +5,7 @@ A method is made of (transformer, options). It has ``transformer``, ``result`` (
 that brings in what was trained, and the lines after it, for inference.py.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from torch.nn import Parameter
 
 from cogvideox.args import LoraOptions, SftOptions, ignores_positions
 from cogvideox.errors import UsageError
-from cogvideox.models import load_transformer
+from cogvideox.models import ignore_learned_positions, load_transformer
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
@@ -32,6 +33,7 @@ class Lora:
     def __init__(self, transformer: Any, options: LoraOptions) -> None:
         self.transformer = transformer
         self.flags = options.lora
+        self.ignores_positions = ignores_positions(options)
         self.config = self._attach(options.data.seed)
 
     def _attach(self, seed: int) -> Any:
@@ -96,6 +98,9 @@ class Lora:
         """Code that loads the result from the folder ``here``."""
         name = f'"{WEIGHTS_NAME}"'
         load = f'pipe.load_lora_weights(str(here), weight_name={name}, adapter_name="cogvideox-lora")\n'
+        if self.ignores_positions:  # the base model has them
+            function = inspect.getsource(ignore_learned_positions)
+            load = f"{function}\n\nignore_learned_positions(pipe.transformer)\n{load}"
         return "", load + 'pipe.set_adapters(["cogvideox-lora"], [1.0])  # rank and alpha come from the file'
 
 

@@ -4,7 +4,6 @@ OUTPUT_DIR gets the weights, inference.py (how to use them), README.md (the mode
 were made). A folder with recipe.json is finished.
 """
 
-import inspect
 import json
 import os
 import shutil
@@ -14,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox.args import LoraOptions, TrainOptions, config_dict, ignores_positions
+from cogvideox.args import TrainOptions, config_dict
 from cogvideox.card import write_card
 from cogvideox.checkpoint import fsync
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
 from cogvideox.files import write_atomically
-from cogvideox.models import ignore_learned_positions
 from cogvideox.prompts import prompts_of
 from cogvideox.run import Run, environment
 from cogvideox.tasks import Task
@@ -163,8 +161,6 @@ def inference_script(options: TrainOptions, task: Task, method: Any, validator: 
     folder = Path(model.pretrained_model_name_or_path)
     prompts = prompts_of(flags) or [f"{options.data.id_token or ''} a video".strip()]
     parts, load = method.inference(str(run.dtype).removeprefix("torch."))
-    if ignores_positions(options) and isinstance(options, LoraOptions):  # all weights are saved without them
-        load = f"{inspect.getsource(ignore_learned_positions)}\n\nignore_learned_positions(pipe.transformer)\n{load}"
     tricks = [("enable_slicing", flags.enable_slicing), ("enable_tiling", flags.enable_tiling)]
     return INFERENCE.format(
         **task.inference,
