@@ -43,8 +43,8 @@ def test_command(command: str) -> None:
         assert " ".join(words) in (ROOT / "scripts" / "sweep.sh").read_text().replace(
             "$DATASET", "Wild-Heart/Disney-VideoGeneration-Dataset"
         )
-    elif words[1] == "my-lora/inference.py":
-        assert len(words) == 4
+    elif words[1].endswith("/inference.py"):
+        assert len(words) == (5 if "i2v" in words[1] else 4)
     else:
         script = next(word for word in words if word.startswith("training/"))
         args.read_flags(OPTIONS[Path(script).name], words[words.index(script) + 1 :], None)
