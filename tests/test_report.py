@@ -79,6 +79,27 @@ def test_the_costs_are_what_is_then_written(
     assert float(match[1]) == pytest.approx(written / 2**20, abs=0.06)
     assert run(tiny("5b"), clips, tmp_path, "--dry_run", "--frame_buckets", "5") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "to encode: 0 variants of clips and 0 captions, 0.0 MiB"
+
+
+def test_the_costs_of_first_frames(tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image-to-video model has them without a flag, another one with it; false leaves them out."""
+    flags = ("--frame_buckets", "5", "--num_image_noise_variants", "3")
+    assert run(tiny("5b"), clips, tmp_path, *flags) == 0
+    before = capsys.readouterr().out.splitlines()[1].split()[-1]
+    written = sum(map(len, tensor_files(tmp_path).values()))
+    assert run(tiny("5b"), clips, tmp_path, *flags, "--save_image_latents", "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(
+        r"to encode: 0 variants of clips, 6 first frames 3 times each and 0 captions, [\d.]+ MiB", lines[-1]
+    )
+    size = float(lines[-1].split(" captions, ")[1].split()[0])
+    assert float(lines[1].split()[-1]) == pytest.approx(float(before) + size, abs=0.11)
+    assert run(tiny("5b-i2v"), clips, tmp_path, *flags) == 0
+    added = sum(map(len, tensor_files(tmp_path).values())) - written - 6 * 400
+    assert size == pytest.approx(added / 2**20, abs=0.06)
+    assert open_index(tmp_path).image_variants == 3
+    assert run(tiny("5b-i2v"), clips, tmp_path, *flags, "--save_image_latents", "false") == 0
+    assert open_index(tmp_path).image_variants == 0
     assert len(open_index(tmp_path).samples) == 6
 
 
