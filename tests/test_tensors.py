@@ -93,6 +93,17 @@ def test_tensors_of_another_part(model: Path, tensors: Path, tmp_path: Path, par
     assert f"made with another {name} than this model's" in line
 
 
+def test_text_to_video_sees_no_first_frames(model: Path, tensors: Path, image_tensors: Path, tmp_path: Path) -> None:
+    """A run is the same with them in the folder: one that was begun before they were added goes on."""
+    flags = ["--pretrained_model_name_or_path", model, "--load_tensors", "--data_root"]
+    with_images, without = (
+        open_tensors(run_alone(tmp_path / "out"), options_of(tmp_path / "out", *flags, folder)).index
+        for folder in (image_tensors, tensors)
+    )
+    assert with_images == without
+    assert with_images.fingerprint == without.fingerprint
+
+
 def test_a_folder_of_clips_is_no_prepared_folder(model: Path, clips: Path, tmp_path: Path) -> None:
     line = refused(lora_flags(model, clips, tmp_path / "lora", "--load_tensors"))
     assert "has no index.json" in line

@@ -140,6 +140,21 @@ def test_videos_of_another_prompt_with_the_same_words_are_moved_away(tmp_path: P
     assert videos(tmp_path) == {"older-0": [4]}
 
 
+def test_videos_of_another_image_are_moved_away(tmp_path: Path) -> None:
+    """Whatever its name is."""
+    image = tmp_path / "image-0.png"
+    image.write_bytes(b"one")
+    validator = bare(tmp_path)
+    validator.prompts = Prompts(["a"], [], None, [image])
+    validator.set_aside(0, 4, {})
+    fill(tmp_path, 0, 4)
+    validator.set_aside(4, 4, {})
+    assert videos(tmp_path) == {FOLDER: [0, 4]}
+    image.write_bytes(b"two")
+    validator.set_aside(4, 4, {})
+    assert videos(tmp_path) == {"older-0": [0, 4]}
+
+
 def test_videos_that_another_schedule_made_after_the_step_are_moved_away(tmp_path: Path) -> None:
     bare(tmp_path).set_aside(0, 4, {})
     fill(tmp_path, 0, 2, 4)

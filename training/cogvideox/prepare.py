@@ -85,10 +85,9 @@ class Encoders:
         """The key of one variant's moments; ``variant`` as in the ledger."""
         return hash_of(["video", content, variant, self.vae, self.vae_dtype, self.tiling])
 
-    def image_key(self, content: str, first_frame: dict[str, Any], draws: Draws) -> str:
-        """The key of the moments of a first frame, which is a variant of the file with this content."""
-        noise = [encode.IMAGE_NOISE, draws]
-        return hash_of(["image", content, first_frame, noise, self.vae, self.vae_dtype, self.tiling])
+    def image_key(self, draws: Draws) -> str:
+        """The key of the moments of a first frame; the draws name its file's content and how it is cut."""
+        return hash_of(["image", encode.IMAGE_NOISE, draws, self.vae, self.vae_dtype, self.tiling])
 
     def prompt_key(self, caption: str) -> str:
         """The key of a caption's embedding."""
@@ -276,7 +275,7 @@ class Preparation:
             first = frames.first_frame(is_own=file is record)
             drawn = (self.data.seed, file["content"], hash_of(asdict(first)))
             draws = tuple((*drawn, number) for number in range(self.image_variants))
-            yield encoders.image_key(file["content"], asdict(first), draws), file, first, draws
+            yield encoders.image_key(draws), file, first, draws
 
     def share(self, items: list[Any]) -> list[Any]:
         """This rank's part of a list."""
@@ -343,8 +342,7 @@ class Preparation:
                 end = {"status": UNREADABLE, "reason": CHANGED}
             else:
                 end = {"status": FAILED, "reason": reason}
-            kept = {name: value for name, value in record.items() if name not in ("cuts", "image")}
-            self.ledger.append([kept | end])
+            self.ledger.append([{name: value for name, value in record.items() if name != "cuts"} | end])
 
     def _check_whole(self, index: CacheIndex) -> None:
         """Raises UsageError if a tensor is not there: another job has set it aside, or given its clip up."""
