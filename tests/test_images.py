@@ -19,6 +19,7 @@ from cogvideox import args
 from cogvideox.checks import check_images
 from cogvideox.errors import UsageError
 from cogvideox.images import take_images
+from cogvideox.prompts import images_of
 
 
 def options_of(*images: object, separator: str = ":::") -> Any:
@@ -33,22 +34,48 @@ def options_of(*images: object, separator: str = ":::") -> Any:
     ("flags", "problem"),
     [
         ((), None),
-        (("--validation_prompt", "a", "--validation_images", "x.png"), None),
-        (("--validation_prompt", "a:::b", "--validation_images", "x.png:::http://h/y.png"), None),
-        (("--validation_prompt", "a:::b", "--validation_images", "x.png"), "1 images for 2 prompts"),
+        (("--validation_prompt", "a", "--validation_images", "http://h/x.png"), None),
+        (("--validation_prompt", "a:::b", "--validation_images", "http://h/x.png:::https://h/y.png"), None),
+        (("--validation_prompt", "a:::b", "--validation_images", "http://h/x.png"), "1 images for 2 prompts"),
         (("--validation_prompt", "a"), "0 images for 1 prompts"),
-        (("--validation_images", "x.png"), "1 images for 0 prompts"),
+        (("--validation_prompt", "a", "--do_validation", "false"), None),
+        (("--validation_images", "http://h/x.png"), "1 images for 0 prompts"),
     ],
 )
 def test_an_image_for_each_prompt(flags: tuple[str, ...], problem: str | None) -> None:
     argv = lora_flags(Path("model"), Path("data"), Path("out"), *flags)
-    if problem is None:
-        args.parse(args.ImageLoraOptions, None, argv)
-        return
-    with pytest.raises(UsageError) as error:
-        args.parse(args.ImageLoraOptions, None, argv)
-    (line,) = error.value.problems
-    assert line.startswith(f"--validation_images: {problem} of --validation_prompt; ")
+    found = list(check_images(args.parse(args.ImageLoraOptions, None, argv)))
+    assert found == ([f"--validation_images: {problem}; give one for each"] if problem else [])
+
+
+def test_images_of_a_list(tmp_path: Path, image: Path) -> None:
+    """Of the CogVideo guide: prompts and images a line each, in one folder, to which paths are relative."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.jpg").write_bytes(image.read_bytes())
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "images.txt").write_text(f"\ufeffsub/a.jpg\n\n  {image}\r\nhttps://h/x.png\n", encoding="utf-8")
+
+    def options(name: str, *more: str) -> Any:
+        flags = [
+            "--validation_dir",
+            tmp_path,
+            "--validation_prompts",
+            "prompts.txt",
+            "--validation_images",
+            name,
+            *more,
+        ]
+        return args.parse(args.ImageLoraOptions, None, lora_flags(Path("model"), Path("data"), Path("out"), *flags))
+
+    assert images_of(options("images.txt")) == [str(tmp_path / "sub" / "a.jpg"), str(image), "https://h/x.png"]
+    assert list(check_images(options("images.txt"))) == []
+    (found,) = check_images(options("none.txt"))
+    assert found == "--validation_images none.txt: No such file or directory; give a list in --validation_dir"
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
+    assert ["is no UTF-8" in line for line in check_images(options("bad.txt"))] == [True]
+    assert list(check_images(options("none.txt", "--do_validation", "false"))) == []
+    (tmp_path / "prompts.txt").unlink()
+    assert list(check_images(options("none.txt"))) == []  # which check_prompts says
 
 
 def test_files_that_are_no_images_are_all_named(tmp_path: Path, image: Path) -> None:

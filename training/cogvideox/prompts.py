@@ -31,7 +31,7 @@ def images_of(options: TrainOptions) -> list[str]:
 
 def lines_of(file: Path) -> list[str]:
     """The lines of a text file that hold something."""
-    return separated(file.read_text(encoding="utf-8-sig").replace("\r\n", "\n"), "\n")
+    return separated(file.read_text(encoding="utf-8-sig"), "\n")
 
 
 def list_file(flags: ValidationFlags) -> Path:
