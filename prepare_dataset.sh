@@ -5,6 +5,7 @@
 #   ./prepare_dataset.sh
 #   DRY_RUN=1 ./prepare_dataset.sh                       # prints the command, runs nothing
 #   NUM_GPUS=8 HEIGHT_BUCKETS="480 720" WIDTH_BUCKETS="720 960" ./prepare_dataset.sh
+#   MODEL=THUDM/CogVideoX-5b-I2V ./prepare_dataset.sh    # with the first frames, for image-to-video
 #
 # Every NAME below can be set from outside. Relative paths count from this folder. An interrupted run goes on.
 set -euo pipefail
