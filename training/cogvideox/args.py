@@ -32,6 +32,8 @@ ADAMS, RULES = ("adam", "adamw"), ("adam", "adamw", "prodigy", "came")  # of opt
 NAMED_CLASS = "a class by its dotted name"
 LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
 LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")
+WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")
+WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
 HIDDEN = "(not shown)"  # instead of a secret
 # of the file system: the user can mend them
@@ -279,6 +281,27 @@ class TrainFlags:
 
 
 @dataclass(frozen=True)
+class SignalFlags:
+    """Read by diffusion.py and data/dataset.py: which timesteps are trained, and how much each counts."""
+
+    loss_weighting: str = flag(
+        "none",
+        "weight of a timestep's squared velocity error; none: all the same. The formulas are in diffusion.py",
+        choices=WEIGHTINGS,
+    )
+    snr_gamma: float = flag(5.0, "signal-to-noise ratio at which the weights with snr in their name cap", least=1e-3)
+    p2_gamma: float = flag(1.0, "exponent of p2", least=0.0)
+    p2_k: float = flag(1.0, "added to the signal-to-noise ratio by p2", least=1e-3)
+    min_timestep: int = flag(0, "first timestep to train on; 0 has the least noise", least=0)
+    max_timestep: int | None = flag(None, "last timestep to train on (the scheduler's last)", least=0)
+    timestep_sampling: str = flag(
+        "uniform",
+        "uniform: each timestep on its own; stratified: the samples of an optimizer step share the range out evenly",
+        choices=("uniform", "stratified"),
+    )
+
+
+@dataclass(frozen=True)
 class LoraFlags:
     """Read by methods.py."""
 
@@ -456,6 +479,7 @@ class TrainOptions:
     loader: LoaderFlags
     encode: EncodeFlags
     train: TrainFlags
+    signal: SignalFlags
     optimizer: OptimizerFlags
     validation: ValidationFlags
     hub: HubFlags
@@ -555,6 +579,7 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
     if isinstance(options, TrainOptions):
         yield from train_problems(options)
         yield from optimizer_problems(options, given)
+        yield from signal_problems(options.signal, given)
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
@@ -618,6 +643,21 @@ def validation_problems(options: TrainOptions, validation: ValidationFlags) -> I
         yield "--validation_prompt: contradicts --validation_prompts; give one of them"
     if validation.validation_dir and not validation.validation_prompts and validation.do_validation is not False:
         yield f"--validation_dir {validation.validation_dir}: names no file; give --validation_prompts too"
+
+
+def signal_problems(signal: SignalFlags, given: set[str]) -> Iterator[str]:
+    """Contradictions between the flags of the training signal, and parameters of what is not used."""
+    for name, weightings in (("snr_gamma", WITH_SNR_GAMMA), ("p2_gamma", ("p2",)), ("p2_k", ("p2",))):
+        if name in given and signal.loss_weighting not in weightings:
+            yield (
+                f"--{name}: has no effect with --loss_weighting {signal.loss_weighting}; it is for "
+                f"{', '.join(weightings)}"
+            )
+    if signal.max_timestep is not None and signal.max_timestep < signal.min_timestep:
+        yield (
+            f"--max_timestep {signal.max_timestep}: is before --min_timestep {signal.min_timestep}; "
+            f"nearest: --max_timestep {signal.min_timestep}"
+        )
 
 
 def hub_problems(hub: HubFlags) -> Iterator[str]:

@@ -172,6 +172,7 @@ def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
         sizes += [("--height_buckets", "height", value) for value in data.height_buckets]
         sizes += [("--width_buckets", "width", value) for value in data.width_buckets]
     if isinstance(options, TrainOptions):
+        yield from check_timesteps(options, geometry)
         known = {(kind, value) for _, kind, value in sizes}  # sizes taken over from the buckets are reported once
         validation = options.validation
         more = [("--height", "height", validation.height), ("--width", "width", validation.width)]
@@ -190,3 +191,12 @@ def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
             f"--max_sequence_length {length}: the transformer's config says {geometry.max_text_seq_length}; "
             "another padding changes every embedding; leave the flag out"
         )
+
+
+def check_timesteps(options: TrainOptions, geometry: Geometry) -> Iterator[str]:
+    """Problems of the range of timesteps: the scheduler's config says how many there are."""
+    last = int(geometry.schedule["num_train_timesteps"]) - 1
+    for name in ("min_timestep", "max_timestep"):
+        value = getattr(options.signal, name)
+        if value is not None and value > last:
+            yield f"--{name} {value}: the scheduler's last timestep is {last}; nearest: --{name} {last}"

@@ -17,7 +17,7 @@ from cogvideox.before_after import BeforeAfter
 from cogvideox.checkpoint import Saver, resume
 from cogvideox.curves import CURVES_NAME, draw_curves
 from cogvideox.data.clips import max_bad
-from cogvideox.data.dataset import Batch, LatentDataset, build_loader
+from cogvideox.data.dataset import Batch, LatentDataset, build_loader, timesteps_of
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
@@ -33,7 +33,7 @@ from cogvideox.validation import Prompts, Validator, embed_prompts
 
 
 def losses_of(task: Any, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
-    """The loss of each sample of a batch on the device, (B,), fp32: what is trained, and what is measured."""
+    """The squared error of each sample of a batch on the device, (B,), fp32; training gives it weights."""
     predict = task.predictor(transformer, batch)
     return diffusion.loss(schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
 
@@ -76,14 +76,17 @@ class Trainer:
         run.say(f"plan: {plan}")
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
-        bad_fraction = options.data.max_bad_fraction
+        self.weights_T = diffusion.loss_weights(self.schedule, options.signal)
+        bad_fraction, dropout = options.data.max_bad_fraction, options.loader.caption_dropout
+        timesteps = timesteps_of(options.signal, len(self.schedule))
         self.dataset = LatentDataset(
-            tensors.cache, tensors.index, tensors.geometry, seed, options.loader.caption_dropout, bad_fraction > 0
+            tensors.cache, tensors.index, tensors.geometry, seed, dropout, bad_fraction > 0, timesteps
         )
         self.bad_clips = BadClips(bad_fraction, len(tensors.index.samples))
         self.global_batch = train.train_batch_size * train.gradient_accumulation_steps * run.world
         samples = tensors.index.samples
-        self.order = Order([s.id for s in samples], [s.bucket for s in samples], self.global_batch, seed)
+        stratified = options.signal.timestep_sampling == "stratified"
+        self.order = Order([s.id for s in samples], [s.bucket for s in samples], self.global_batch, seed, stratified)
         self.total_steps = train.max_train_steps or self.order.steps_through(train.num_train_epochs - 1)
         self.recipe = self._recipe(tensors)
         self.first_step = resume(run, self.engine, self.recipe, options)
@@ -118,6 +121,7 @@ class Trainer:
             "caption_dropout": options.loader.caption_dropout,
             "max_grad_norm": options.train.max_grad_norm,
             **asdict(tensors.geometry),
+            **asdict(options.signal),
             **asdict(options.optimizer),
             **self.method.recipe(),
         }
@@ -126,7 +130,7 @@ class Trainer:
         """Trains up to the last step, or until a signal asks for the end; returns the step reached, which is saved.
 
         An optimizer step is made of --gradient_accumulation_steps batches of every rank, all of one bucket. Its loss
-        is the mean over all of their samples.
+        is the mean over all of their samples, weighted by timestep; metrics.jsonl has that as "loss".
         """
         metrics = Metrics(self.run, self.options, self.first_step, self.total_steps)
         self.validator.set_aside(self.first_step, self.total_steps, self.recipe)
@@ -147,7 +151,9 @@ class Trainer:
                 with metrics.loading():
                     batch = next(batches)
                 metrics.bad_clips = self.bad_clips.count(batch.replaced)
-                losses_B = losses_of(self.task, self.schedule, self.engine.model, batch.to(self.run.device))
+                batch = batch.to(self.run.device)
+                losses_B = losses_of(self.task, self.schedule, self.engine.model, batch)
+                losses_B = losses_B * self.weights_T[batch.timestep_B]
                 self.engine.backward(losses_B.mean() / accumulation)
             result = self.engine.step(rate, stop=self.run.stop_requested)
             step += 1
