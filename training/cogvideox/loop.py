@@ -194,7 +194,8 @@ class Trainer:
         """The run's curves and its contact sheet, as of a step."""
         if self.run.is_main:
             folder = self.run.output_dir
-            draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, folder.resolve().name)
+            name, weighting = folder.resolve().name, self.options.signal.loss_weighting
+            draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
             self.before_after.draw(step)
         self.run.barrier()
 
