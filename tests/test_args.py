@@ -275,6 +275,14 @@ def test_derived_values() -> None:
     assert parse("--load_tensors").loader.tensor_cache is None
 
 
+def test_deepspeed_has_no_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not list(args.check_ema(parse("--use_ema")))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert not list(args.check_ema(parse()))
+    (found,) = args.check_ema(parse("--use_ema"))
+    assert found.startswith("--use_ema: under DeepSpeed")
+
+
 def test_resolutions_take_the_place_of_the_lists() -> None:
     options = parse("--train_resolution", "81x768x1360", "25X256x384")
     assert args.resolutions(options.data) == [(81, 768, 1360), (25, 256, 384)]

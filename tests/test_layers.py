@@ -28,7 +28,7 @@ LAYERS = (
     ("encode", "models"),
     ("factory", "prepare", "optimizers"),
     ("report", "verify", "checks"),
-    ("tasks", "methods", "optim"),
+    ("tasks", "methods", "optim", "ema"),
     ("offload", "plan", "ranks"),
     ("engine",),
     ("run",),

@@ -216,8 +216,8 @@ def test_batch_size_and_accumulation_are_interchangeable(
 
 
 def test_the_training_signal_does_not_depend_on_how_it_is_cut(model: Path, tensors: Path, tmp_path: Path) -> None:
-    """Weights, a range of timesteps, and strata, with accumulation or a batch, at once or in two goes."""
-    signal = ["--loss_weighting", "min_snr", "--min_timestep", 100, "--max_timestep", 899]
+    """Weights, a range of timesteps, strata and an average, with accumulation or a batch, at once or in two goes."""
+    signal = ["--loss_weighting", "min_snr", "--min_timestep", 100, "--max_timestep", 899, "--use_ema"]
     more = ["--load_tensors", *signal, "--timestep_sampling", "stratified", "--max_train_steps", 4]
     whole, batched, parted = (lora_flags(model, tensors, tmp_path / name, *more) for name in ("whole", "b", "parted"))
     assert train(whole) == 0

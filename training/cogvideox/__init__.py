@@ -41,6 +41,7 @@ tasks.py              what the transformer gets: text to video
 methods.py            what is trained: a LoRA, or all weights
 optim.py              fp32 masters, learning rate
 offload.py            masters, moments and the step in host memory
+ema.py                a moving average of the masters, to be looked at and exported
 engine.py             who runs backward and step: this process, or DeepSpeed
 ranks.py              the processes of a run, and patient barriers
 plan.py               how the blocks are executed

@@ -282,7 +282,7 @@ class TrainFlags:
 
 @dataclass(frozen=True)
 class SignalFlags:
-    """Read by diffusion.py and data/dataset.py: which timesteps are trained, and how much each counts."""
+    """Read by diffusion.py, data/dataset.py and ema.py: what is learned from, and what is made of the weights."""
 
     loss_weighting: str = flag(
         "none",
@@ -298,6 +298,15 @@ class SignalFlags:
         "uniform",
         "uniform: each timestep on its own; stratified: the samples of an optimizer step share the range out evenly",
         choices=("uniform", "stratified"),
+    )
+    use_ema: bool = flag(
+        False, "validate and export an exponential moving average of the trained weights, kept in fp32"
+    )
+    ema_decay: float = flag(
+        0.9999,
+        "share of the average that a step keeps; (1 + n) / (10 + n) after n steps, while that is less",
+        least=0.0,
+        below=1.0,
     )
 
 
@@ -658,6 +667,8 @@ def signal_problems(signal: SignalFlags, given: set[str]) -> Iterator[str]:
             f"--max_timestep {signal.max_timestep}: is before --min_timestep {signal.min_timestep}; "
             f"nearest: --max_timestep {signal.min_timestep}"
         )
+    if "ema_decay" in given and not signal.use_ema:
+        yield "--ema_decay: has no effect without --use_ema; give it too, or leave this out"
 
 
 def hub_problems(hub: HubFlags) -> Iterator[str]:
@@ -712,6 +723,15 @@ def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
         yield "--data_root: --load_tensors takes one prepared folder; give prepare_dataset.py all folders of clips"
     if options.data.validation_data_root:
         yield "--validation_data_root: --load_tensors takes its clips from the prepared folder; prepare with the flag"
+
+
+def check_ema(options: TrainOptions) -> Iterator[str]:
+    """Problems of --use_ema with the launcher's configuration, for args.parse."""
+    if options.signal.use_ema and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        yield (
+            "--use_ema: under DeepSpeed no rank has all fp32 weights to average; leave it out, or launch with "
+            "accelerate_configs/uncompiled_2.yaml"
+        )
 
 
 def check_trackers(options: TrainOptions) -> Iterator[str]:

@@ -97,7 +97,8 @@ class Saver:
         self.engine.save(temporary)
         self.run.barrier()
         if self.run.is_main:
-            self.method.save(temporary)
+            with self.engine.averaged():
+                self.method.save(temporary)
             progress = {"step": step, "recipe": self.recipe}
             (temporary / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
             seal(temporary, target)

@@ -1,6 +1,6 @@
 """What a training script looks at before anything heavy is imported; beside these, what its task asks of the model."""
 
-from cogvideox.args import check_trackers
+from cogvideox.args import check_ema, check_trackers
 from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.index import check_data
 from cogvideox.factory import check_tensors
@@ -8,4 +8,13 @@ from cogvideox.hub import check_hub
 from cogvideox.optimizers import check_optimizer
 from cogvideox.prompts import check_prompts
 
-TRAINING_CHECKS = (check_data, check_reader, check_tensors, check_optimizer, check_prompts, check_trackers, check_hub)
+TRAINING_CHECKS = (
+    check_data,
+    check_reader,
+    check_tensors,
+    check_optimizer,
+    check_ema,
+    check_prompts,
+    check_trackers,
+    check_hub,
+)

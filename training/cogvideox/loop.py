@@ -184,11 +184,12 @@ class Trainer:
     def _look(self, step: int) -> None:
         """The held-out loss and the videos that belong after a step and are not there yet, and pictures of them."""
         ends = step in (0, self.total_steps)
-        if ends or self._held_out_due(step):
-            self.held_out.measure(step)
-        if ends or self.validator.due(step):
-            self.validator.render(step)
-        self._draw(step)
+        with self.engine.averaged():
+            if ends or self._held_out_due(step):
+                self.held_out.measure(step)
+            if ends or self.validator.due(step):
+                self.validator.render(step)
+            self._draw(step)
 
     def _draw(self, step: int) -> None:
         """The run's curves and its contact sheet, as of a step."""
@@ -244,7 +245,8 @@ class Trainer:
             return REQUEUE_EXIT
         self._look(step)
         run, options = self.run, self.options
-        files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
+        with self.engine.averaged():
+            files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
         run.accelerator.end_training()
         if run.repository:  # on the main process, for which nobody waits any more
             upload(run.repository, options.hub, run.output_dir, files, run.say)
