@@ -34,7 +34,7 @@ LAYERS = (
     ("run",),
     ("tensors",),
     ("checkpoint", "validation"),
-    ("before_after", "held_out", "card"),
+    ("before_after", "best", "held_out", "card"),
     ("publish",),
     ("loop",),
 )

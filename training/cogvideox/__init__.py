@@ -50,6 +50,7 @@ tensors.py            a prepared folder, or one prepared now
 checkpoint.py         checkpoints that are whole or not there
 validation.py         videos while training
 before_after.py       each prompt before and after training, beside a training clip
+best.py               the checkpoint with the lowest held-out loss, kept
 held_out.py           the loss on clips that are never trained on
 card.py               the model card
 publish.py            the result, reloaded and compared

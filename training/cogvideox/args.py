@@ -269,6 +269,10 @@ class TrainFlags:
         aliases=("checkpointing_limit",),
         least=1,
     )
+    keep_best: bool = flag(
+        False, "keep the checkpoint with the lowest held-out loss beyond --checkpoints_total_limit; best.json names it"
+    )
+    export_best: bool = flag(False, "with --keep_best: the result is that checkpoint, not the last step")
     resume_from_checkpoint: str | None = flag(
         None, "checkpoint folder or its name in output_dir, at every start; unset: the newest, where there is one"
     )
@@ -589,6 +593,7 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
         yield from train_problems(options)
         yield from optimizer_problems(options, given)
         yield from signal_problems(options.signal, given)
+        yield from best_problems(options)
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
@@ -669,6 +674,15 @@ def signal_problems(signal: SignalFlags, given: set[str]) -> Iterator[str]:
         )
     if "ema_decay" in given and not signal.use_ema:
         yield "--ema_decay: has no effect without --use_ema; give it too, or leave this out"
+
+
+def best_problems(options: TrainOptions) -> Iterator[str]:
+    """What --keep_best and --export_best lack, as far as flags say."""
+    train = options.train
+    if train.export_best and not train.keep_best:
+        yield "--export_best: no checkpoint is kept for it; add --keep_best"
+    if train.keep_best and not options.data.validation_data_root and not options.loader.load_tensors:
+        yield "--keep_best: there are no clips to measure the loss on; give --validation_data_root"
 
 
 def hub_problems(hub: HubFlags) -> Iterator[str]:

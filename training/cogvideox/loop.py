@@ -14,6 +14,7 @@ from tqdm import tqdm
 from cogvideox import diffusion, models
 from cogvideox.args import TrainOptions
 from cogvideox.before_after import BeforeAfter
+from cogvideox.best import Best
 from cogvideox.checkpoint import Saver, resume
 from cogvideox.curves import CURVES_NAME, draw_curves
 from cogvideox.data.clips import max_bad
@@ -100,6 +101,7 @@ class Trainer:
         self.saver = Saver(
             run, self.engine, method, self.recipe, train.checkpointing_steps, train.checkpoints_total_limit
         )
+        self.best = Best(self.saver, train.keep_best)
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, self.order)
         self.before_after = BeforeAfter(run, tensors, self.validator)
         self.held_out = HeldOut(
@@ -133,6 +135,7 @@ class Trainer:
         is the mean over all of their samples, weighted by timestep; metrics.jsonl has that as "loss".
         """
         metrics = Metrics(self.run, self.options, self.first_step, self.total_steps)
+        self.best.update(self.first_step)
         self.validator.set_aside(self.first_step, self.total_steps, self.recipe)
         if self._looks_due(self.first_step):
             with metrics.paused():
@@ -176,10 +179,11 @@ class Trainer:
         return step in (0, self.total_steps) or self.validator.due(step) or self._held_out_due(step)
 
     def _held_out_due(self, step: int) -> bool:
-        """As often as the flags say for validation, else with each checkpoint."""
+        """As often as the flags say for validation, else with each checkpoint, as --keep_best always needs it."""
         flags = self.options.validation
-        scheduled = flags.validation_steps or flags.validation_epochs
-        return bool(self.held_out) and (self.validator if scheduled else self.saver).due(step)
+        scheduled = bool(flags.validation_steps or flags.validation_epochs)
+        with_checkpoint = self.saver.due(step) and (self.options.train.keep_best or not scheduled)
+        return bool(self.held_out) and (with_checkpoint or self.validator.due(step))
 
     def _look(self, step: int) -> None:
         """The held-out loss and the videos that belong after a step and are not there yet, and pictures of them."""
@@ -187,6 +191,7 @@ class Trainer:
         with self.engine.averaged():
             if ends or self._held_out_due(step):
                 self.held_out.measure(step)
+                self.best.update(step)
             if ends or self.validator.due(step):
                 self.validator.render(step)
             self._draw(step)
@@ -245,12 +250,25 @@ class Trainer:
             return REQUEUE_EXIT
         self._look(step)
         run, options = self.run, self.options
+        if options.train.export_best:
+            step = self._take_best(step)
         with self.engine.averaged():
             files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
         run.accelerator.end_training()
         if run.repository:  # on the main process, for which nobody waits any more
             upload(run.repository, options.hub, run.output_dir, files, run.say)
         return 0
+
+    def _take_best(self, last: int) -> int:
+        """Takes up the weights of the best checkpoint, makes the videos that it lacks, and returns its step."""
+        step = self.best.step()
+        if step != last:
+            self.run.say(f"the result is the best checkpoint, of step {step}, not of the last step, {last}")
+            self.engine.load(self.best.path(step))
+            with self.engine.averaged():
+                self.validator.render(step)
+                self._draw(step)
+        return step
 
 
 def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
