@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,9 @@ class FakeEngine:
 
     def save(self, folder: Path) -> None:
         save_file({"weight": self.weight}, folder / "optimizer.safetensors")
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def load(self, folder: Path) -> None:
         self.weight = load_file(folder / "optimizer.safetensors")["weight"]

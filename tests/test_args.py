@@ -300,6 +300,30 @@ def test_derived_values() -> None:
     assert parse("--load_tensors").loader.tensor_cache is None
 
 
+def test_flags_of_the_training_signal_that_do_nothing_are_refused() -> None:
+    wrong = ("--snr_gamma", "4", "--p2_k", "2", "--loss_weighting", "debiased", "--ema_decay", "0.9", "--export_best")
+    wrong += ("--min_timestep", "500", "--max_timestep", "499", "--keep_best")
+    assert problems(*LEAST[LORA], *wrong) == (
+        "--snr_gamma: has no effect with --loss_weighting debiased; it is for min_snr, min_snr_plus_one, soft_min_snr",
+        "--p2_k: has no effect with --loss_weighting debiased; it is for p2",
+        "--max_timestep 499: is before --min_timestep 500; nearest: --max_timestep 500",
+        "--ema_decay: has no effect without --use_ema; give it too, or leave this out",
+        "--keep_best: there are no clips to measure the loss on; give --validation_data_root",
+    )
+    assert problems(*LEAST[LORA], "--export_best") == ("--export_best: no checkpoint is kept for it; add --keep_best",)
+    right = ("--loss_weighting", "p2", "--p2_k", "2", "--use_ema", "--ema_decay", "0.9", "--keep_best", "--export_best")
+    assert parse(*right, "--validation_data_root", "v").train.export_best
+    assert parse("--max_timestep", "0").signal.max_timestep == 0
+
+
+def test_deepspeed_has_no_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not list(args.check_ema(parse("--use_ema")))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert not list(args.check_ema(parse()))
+    (found,) = args.check_ema(parse("--use_ema"))
+    assert found.startswith("--use_ema: under DeepSpeed")
+
+
 def test_resolutions_take_the_place_of_the_lists() -> None:
     options = parse("--train_resolution", "81x768x1360", "25X256x384")
     assert args.resolutions(options.data) == [(81, 768, 1360), (25, 256, 384)]

@@ -25,6 +25,9 @@ def steps(losses: list[Any], **more: Any) -> list[dict[str, Any]]:
     return [{"step": step, "loss": loss, **STEP, **more} for step, loss in enumerate(losses, 1)]
 
 
+BY_TIMESTEP = "held_out_by_timestep"
+
+
 def held(step: int, loss: float | None, error: float | None) -> dict[str, Any]:
     return {"step": step, "held_out_loss": loss, "held_out_error": error}
 
@@ -163,6 +166,32 @@ def test_short_lines_are_whole(number: int) -> None:
     kept = thinned(values, values)
     assert kept[0].tolist() == kept[1].tolist()
     assert len(kept[0]) == min(number, 2 * STRETCHES)
+
+
+def test_the_held_out_loss_by_timestep_is_a_multiple_of_its_first_value() -> None:
+    records = [held(0, 0.6, 0.1) | {BY_TIMESTEP: [0.4, 0.8, None]}, *steps([1.0, 0.8])]
+    records += [held(1, 0.5, 0.1), held(2, 0.5, 0.1) | {BY_TIMESTEP: [0.2, 1.2, 0.5]}]
+    records += [held(3, 0.5, 0.1) | {BY_TIMESTEP: [None, 0.4, 0.25]}]
+    _, axes, rate_axes, _ = curves_figure(records, "run").axes
+    assert line(axes, "part 1 of 3 (least noise)") == ([0, 2], [1.0, 0.5])
+    assert line(axes, "2") == ([0, 2, 3], pytest.approx([1.0, 1.5, 0.5]))
+    assert line(axes, "part 3 of 3 (most noise)") == ([2, 3], [1.0, 0.5])
+    assert "relative to the first" in axes.get_ylabel()
+    assert labels(rate_axes) == ["learning rate", "gradient norm"]
+    assert len(curves_figure([held(0, 0.6, 0.1)], "run").axes) == 3
+
+
+@pytest.mark.parametrize("values", [[], [None], [0.0, 0.0], [math.inf], ["x"]])
+def test_odd_values_by_timestep_do_no_harm(tmp_path: Path, values: list[Any]) -> None:
+    records = [held(step, 0.6, 0.1) | {BY_TIMESTEP: values} for step in (0, 2)]
+    draw_curves(write(tmp_path / "m.jsonl", records), tmp_path / "a.png", "run")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (1200, 1100)
+
+
+def test_the_label_says_how_the_training_loss_is_weighted() -> None:
+    (axes, *_) = curves_figure(steps([1.0]), "run", "min_snr").axes
+    assert labels(axes)[0] == f"{LOSS}, weighted by min_snr"
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

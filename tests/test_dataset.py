@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,20 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from fakes import flip_byte
 from running import lora_flags, losses, metrics, train
 
-from cogvideox.args import ModelFlags
+from cogvideox.args import ModelFlags, SignalFlags
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache, hash_of, open_index
-from cogvideox.data.dataset import Batch, LatentDataset, build_loader, collate, normal, pad_front, sample_posterior
+from cogvideox.data.dataset import (
+    Batch,
+    LatentDataset,
+    build_loader,
+    collate,
+    normal,
+    pad_front,
+    sample_posterior,
+    timestep_in,
+    timesteps_of,
+)
 from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
 from cogvideox.errors import UsageError
 from cogvideox.geometry import read_geometry
@@ -212,6 +223,44 @@ def test_timesteps_are_uniform(make: Callable[..., LatentDataset]) -> None:
     quarters = torch.bincount(timesteps // 250, minlength=4)
     assert len(quarters) == 4
     assert (quarters > 100 - 4 * 8.7).all()
+
+
+def test_a_range_of_timesteps(make: Callable[..., LatentDataset]) -> None:
+    dataset, all_of_them = make(), make()
+    dataset.timesteps = timesteps_of(SignalFlags(min_timestep=300, max_timestep=302), 1000)
+    found = Counter(int(dataset[Visit(k % 5, k // 5)].timestep_B) for k in range(60))
+    assert sorted(found) == [300, 301, 302]
+    assert min(found.values()) > 8
+    for k in range(20):  # the same draw, on another scale, and nothing else
+        one, other = dataset[Visit(0, k)], all_of_them[Visit(0, k)]
+        assert int(one.timestep_B) == 300 + int(other.timestep_B) * 3 // 1000
+        assert torch.equal(one.noise_BFCHW, other.noise_BFCHW)
+    assert timesteps_of(SignalFlags(), 1000) == range(1000)
+    assert timesteps_of(SignalFlags(min_timestep=999), 1000) == range(999, 1000)
+
+
+def test_strata_share_the_range_out_evenly(make: Callable[..., LatentDataset]) -> None:
+    """Each sample of a step comes from a part of its own, anywhere in it; a first number of 1 is no last timestep."""
+    dataset = make()
+    for step in range(10):
+        timesteps = [int(dataset[Visit(k, step, (k, 5))].timestep_B) for k in range(5)]
+        assert [timestep // 200 for timestep in timesteps] == [0, 1, 2, 3, 4]
+    assert len({int(dataset[Visit(0, step, (0, 5))].timestep_B) for step in range(10)}) > 5
+    whole, part = dataset[Visit(1, 1)], dataset[Visit(1, 1, (3, 4))]
+    assert int(part.timestep_B) == 750 + int(whole.timestep_B) // 4
+    assert torch.equal(whole.x0_BFCHW, part.x0_BFCHW)
+    assert torch.equal(whole.noise_BFCHW, part.noise_BFCHW)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 7, 1000])
+def test_the_ends_of_strata(parts: int) -> None:
+    timesteps = range(10, 110)
+    last = 1 - 2**-53
+    assert timestep_in(timesteps, (0, parts), 0.0) == 10
+    assert timestep_in(timesteps, (parts - 1, parts), last) == 109
+    found = Counter(timestep_in(timesteps, (k, parts), n / 1000) for k in range(parts) for n in range(1000))
+    assert sorted(found) == list(timesteps)
+    assert max(found.values()) - min(found.values()) <= 2 * parts  # rounding at the ends of the timesteps
 
 
 def test_a_damaged_tensor_is_an_error(make: Callable[..., LatentDataset], tmp_path: Path) -> None:

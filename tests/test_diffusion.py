@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from diffusers.training_utils import compute_snr
 
-from cogvideox.diffusion import NoiseSchedule, loss
+from cogvideox.args import WEIGHTINGS, SignalFlags
+from cogvideox.diffusion import NoiseSchedule, loss, loss_weights
 
 PUBLISHED = {
     "num_train_timesteps": 1000,
@@ -146,3 +148,69 @@ def test_other_schedules_are_refused(name: str, value: str) -> None:
 def test_to_keeps_the_numbers() -> None:
     moved = schedule("2b").to(torch.device("cpu"))
     assert torch.equal(moved.alphas_cumprod, schedule("2b").alphas_cumprod)
+
+
+# -- weightings --------------------------------------------------------------------------------------------------------
+
+GAMMA, K = 3.0, 0.5
+# As published, in the signal-to-noise ratio: of the error of x0, of eps, or of v.
+PUBLISHED_WEIGHTS = {
+    "min_snr": ("x0", lambda snr: snr.clamp(max=GAMMA)),
+    "min_snr_plus_one": ("x0", lambda snr: (snr + 1).clamp(max=GAMMA)),
+    "soft_min_snr": ("x0", lambda snr: snr * GAMMA / (snr + GAMMA)),
+    "debiased": ("eps", lambda snr: 1 / snr.sqrt()),
+    "p2": ("eps", lambda snr: 1 / (K + snr) ** 2),
+    "none": ("v", torch.ones_like),
+}
+
+
+def weights(kind: str, weighting: str) -> torch.Tensor:
+    flags = SignalFlags(loss_weighting=weighting, snr_gamma=GAMMA, p2_gamma=2.0, p2_k=K)
+    return loss_weights(schedule(kind), flags)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_weighted_velocity_errors_are_the_published_losses(
+    kind: str, weighting: str, draws: tuple[torch.Tensor, ...]
+) -> None:
+    """At each timestep but the last, where there is no eps to be had from v, or no end of the ratio."""
+    x0, noise, predicted = (draw.double()[:1].expand(999, -1, -1, -1, -1) for draw in draws)
+    of = scheduler(kind)
+    timesteps = torch.arange(999)
+    abar = of.alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1, 1)
+    x_t, v = of.add_noise(x0, noise, timesteps), of.get_velocity(x0, noise, timesteps)
+    errors = {
+        "x0": abar.sqrt() * x_t - (1 - abar).sqrt() * predicted - x0,
+        "eps": abar.sqrt() * predicted + (1 - abar).sqrt() * x_t - noise,
+        "v": predicted - v,
+    }
+    name, published = PUBLISHED_WEIGHTS[weighting]
+    expected = published(compute_snr(of, timesteps).double()) * errors[name].square().mean(dim=(1, 2, 3, 4))
+    ours = weights(kind, weighting)[:-1] * errors["v"].square().mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-7)  # fp32's 1 - abar is coarse near 1
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_weights_are_finite_where_there_is_no_signal(kind: str, weighting: str) -> None:
+    found = weights(kind, weighting)
+    assert (found.shape, found.dtype) == ((1000,), torch.float32)
+    assert torch.isfinite(found).all()
+    assert (found[:-1] > 0).all()
+    assert found[-1] == (1.0 if weighting in ("none", "min_snr_plus_one") else 0.0)
+
+
+def test_weights_follow_their_parameters() -> None:
+    of = schedule("5b")
+
+    def made(**flags: Any) -> torch.Tensor:
+        return loss_weights(of, SignalFlags(**flags))
+
+    assert SignalFlags().loss_weighting == "none"
+    assert made().eq(1).all()
+    gammas = [made(loss_weighting="min_snr", snr_gamma=gamma) for gamma in (1.0, 5.0, 1e9)]
+    assert (gammas[0] <= gammas[1]).all()
+    torch.testing.assert_close(gammas[2], of.alphas_cumprod)  # uncapped: the error of eps
+    assert made(loss_weighting="p2", p2_gamma=0.0).equal(of.alphas_cumprod)
+    assert not made(loss_weighting="p2", p2_k=2.0).equal(made(loss_weighting="p2"))

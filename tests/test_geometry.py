@@ -250,3 +250,12 @@ def test_the_guide_s_name_of_another_model_is_refused(tiny: Tiny) -> None:
     assert found == "--model_name cogvideox1.5-t2v: the model's config says 1.0; leave the flag out"
     (found,) = found_problems(tiny("1.5-5b"), *BASE_SIZE, "--model_name", "cogvideox-t2v")
     assert found.endswith("the model's config says 1.5; leave the flag out")
+
+
+def test_timesteps_beyond_the_scheduler_s_are_refused(tiny: Tiny) -> None:
+    found = found_problems(tiny("5b"), "--min_timestep", "1000", "--max_timestep", "2000")
+    assert found == [
+        "--min_timestep 1000: the scheduler's last timestep is 999; nearest: --min_timestep 999",
+        "--max_timestep 2000: the scheduler's last timestep is 999; nearest: --max_timestep 999",
+    ]
+    assert not found_problems(tiny("5b"), "--min_timestep", "999", "--max_timestep", "999")

@@ -23,7 +23,7 @@ from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CachedSample, CacheError, TensorCache, open_index
 from cogvideox.data.dataset import Batch, normal, sample_posterior
 from cogvideox.geometry import read_geometry
-from cogvideox.held_out import PLACES, HeldOut, mean_and_error
+from cogvideox.held_out import PLACES, HeldOut, by_clip, mean_and_error
 from cogvideox.run import METRICS_NAME
 
 Tiny = Callable[[str], Path]
@@ -160,6 +160,19 @@ def test_a_clip_in_two_buckets_counts_once() -> None:
     assert CachedSample("x@y.mp4", "", bucket, (), "").clip == "x@y.mp4"
 
 
+def test_means_by_timestep_count_each_clip_once(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = torch.tensor([[1.0, 2.0], [3.0, 6.0], [6.0, 0.0]], dtype=torch.float64)
+    assert by_clip(losses, ["a", "a", "b"]).tolist() == [[2.0, 4.0], [6.0, 0.0]]
+    alone = Alone(model, split(tensors, tmp_path / "two", 4, 5), tmp_path / "out")
+    alone.held_out.measure(7)
+    record = json.loads((tmp_path / "out" / METRICS_NAME).read_text())
+    expected = alone.held_out.losses()
+    assert record["held_out_by_timestep"] == expected.mean(dim=0).tolist()
+    assert record["held_out_loss"] == pytest.approx(sum(record["held_out_by_timestep"]) / PLACES)
+
+
 def test_no_validation_clips_nothing_measured(model: Path, tensors: Path, tmp_path: Path) -> None:
     alone = Alone(model, tensors, tmp_path)
     alone.held_out.measure(0)
@@ -234,6 +247,14 @@ def test_training_is_the_same_without_it(model: Path, prepared: Path, looked: Pa
     assert train(lora_flags(model, folder, tmp_path / "lora", "--load_tensors")) == 0
     assert not lines(tmp_path / "lora")
     assert equal(weights(tmp_path / "lora"), weights(looked))
+
+
+def test_it_has_no_weights_whatever_training_has(model: Path, prepared: Path, looked: Path, tmp_path: Path) -> None:
+    """Also of timesteps that are not trained, and where the samples of a step share them out."""
+    more = ["--loss_weighting", "min_snr", "--max_timestep", 500, "--timestep_sampling", "stratified"]
+    assert train(lora_flags(model, prepared, tmp_path, "--load_tensors", *more, "--max_train_steps", 2)) == 0
+    assert lines(tmp_path)[0] == lines(looked)[0]
+    assert lines(tmp_path)[2] != lines(looked)[2]
 
 
 def test_nothing_of_the_run_is_changed(

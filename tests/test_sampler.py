@@ -157,6 +157,24 @@ def test_resuming_gives_the_tail(first: int) -> None:
     assert micro_batches(2, 2, 1, first, 30) == whole[first:]
 
 
+@pytest.mark.parametrize("global_batch", [1, 4, 25])
+def test_strata_are_the_places_in_the_global_batch(global_batch: int) -> None:
+    """And nothing else of the order changes."""
+    plain, stratified = order(global_batch), Order(IDS, BUCKETS, global_batch, 0, stratified=True)
+    for step in range(20):
+        assert [visit.stratum for visit in stratified.batch(step)] == [(k, global_batch) for k in range(global_batch)]
+        assert {visit.stratum for visit in plain.batch(step)} == {(0, 1)}
+        assert steps(plain, step, step + 1) == steps(stratified, step, step + 1)
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 4), (2, 2), (4, 1)])
+def test_ranks_and_accumulation_share_the_strata_out(ranks: int, accumulation: int) -> None:
+    of = Order(IDS, BUCKETS, 4, 0, stratified=True)
+    samplers = [BucketBatchSampler(of, 1, accumulation, rank, ranks, 3, 4) for rank in range(ranks)]
+    found = [visit for micro in zip(*samplers, strict=True) for batch in micro for visit in batch]
+    assert found == of.batch(3)
+
+
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="global batch 4 is not 1 \\* 3 \\* 1"):
         BucketBatchSampler(order(4), 1, 3, 0, 1, 0, 1)

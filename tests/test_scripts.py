@@ -40,6 +40,7 @@ from running import (
 )
 from safetensors import safe_open
 
+from cogvideox import loop
 from cogvideox.data.decode import probe
 from cogvideox.errors import UsageError
 
@@ -212,6 +213,42 @@ def test_batch_size_and_accumulation_are_interchangeable(
     more = ["--load_tensors", "--train_batch_size", 2, "--gradient_accumulation_steps", 1]
     assert train(lora_flags(model, tensors, tmp_path / "lora", *more)) == 0
     assert losses(tmp_path / "lora") == pytest.approx(losses(reference), rel=1e-5)
+
+
+def test_the_training_signal_does_not_depend_on_how_it_is_cut(model: Path, tensors: Path, tmp_path: Path) -> None:
+    """Weights, a range of timesteps, strata and an average, with accumulation or a batch, at once or in two goes."""
+    signal = ["--loss_weighting", "min_snr", "--min_timestep", 100, "--max_timestep", 899, "--use_ema"]
+    more = ["--load_tensors", *signal, "--timestep_sampling", "stratified", "--max_train_steps", 4]
+    whole, batched, parted = (lora_flags(model, tensors, tmp_path / name, *more) for name in ("whole", "b", "parted"))
+    assert train(whole) == 0
+    assert train([*batched, "--train_batch_size", "2", "--gradient_accumulation_steps", "1"]) == 0
+    assert train([*parted, "--max_train_steps", "3"]) == train(parted) == 0
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "b")[name], tensor, rtol=1e-3, atol=1e-5)
+    assert losses(tmp_path / "parted") == losses(tmp_path / "whole")
+    assert equal(weights(tmp_path / "parted"), weights(tmp_path / "whole"))
+    plain = lora_flags(model, tensors, tmp_path / "plain", "--load_tensors", "--max_train_steps", 1)
+    assert train(plain) == 0
+    assert losses(tmp_path / "plain")[0] != losses(tmp_path / "whole")[0]
+
+
+def test_the_training_signal_is_what_the_flags_say(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two samples a step, one from each half of the range; at the last timestep min_snr has no weight."""
+    seen: list[int] = []
+    before = loop.losses_of
+    monkeypatch.setattr(loop, "losses_of", lambda *given: (seen.append(int(given[3].timestep_B)), before(*given))[1])
+    signal = ["--min_timestep", 100, "--max_timestep", 899, "--timestep_sampling", "stratified"]
+    assert train(lora_flags(model, tensors, tmp_path / "strata", "--load_tensors", *signal)) == 0
+    assert len(seen) == 12
+    assert [(timestep - 100) // 400 for timestep in seen] == [0, 1] * 6
+    last = ["--load_tensors", "--min_timestep", 999, "--max_train_steps", 1, "--loss_weighting"]
+    for weighting, expected in (("none", False), ("min_snr", True)):
+        assert train(lora_flags(model, tensors, tmp_path / weighting, *last, weighting)) == 0
+        assert (losses(tmp_path / weighting) == [0.0]) is expected
+    assert set(seen[12:]) == {999}
 
 
 def test_gradient_checkpointing_changes_nothing(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:

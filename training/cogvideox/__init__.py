@@ -41,6 +41,7 @@ tasks.py              what the transformer gets: text to video, image to video
 methods.py            what is trained: a LoRA, or all weights
 optim.py              fp32 masters, learning rate
 offload.py            masters, moments and the step in host memory
+ema.py                a moving average of the masters, to be looked at and exported
 engine.py             who runs backward and step: this process, or DeepSpeed
 ranks.py              the processes of a run, and patient barriers
 plan.py               how the blocks are executed
@@ -51,6 +52,7 @@ checkpoint.py         checkpoints that are whole or not there
 validation.py         videos while training
 parity.py             what training feeds the transformer against what the pipeline does
 before_after.py       each prompt before and after training, beside a training clip
+best.py               the checkpoint with the lowest held-out loss, kept
 held_out.py           the loss on clips that are never trained on
 card.py               the model card
 publish.py            the result, reloaded and compared

@@ -32,6 +32,8 @@ ADAMS, RULES = ("adam", "adamw"), ("adam", "adamw", "prodigy", "came")  # of opt
 NAMED_CLASS = "a class by its dotted name"
 LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
 LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")
+WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")
+WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
 HIDDEN = "(not shown)"  # instead of a secret
 # of the file system: the user can mend them
@@ -295,6 +297,10 @@ class TrainFlags:
         aliases=("checkpointing_limit",),
         least=1,
     )
+    keep_best: bool = flag(
+        False, "keep the checkpoint with the lowest held-out loss beyond --checkpoints_total_limit; best.json names it"
+    )
+    export_best: bool = flag(False, "with --keep_best: the result is that checkpoint, not the last step")
     resume_from_checkpoint: str | None = flag(
         None, "checkpoint folder or its name in output_dir, at every start; unset: the newest, where there is one"
     )
@@ -304,6 +310,36 @@ class TrainFlags:
     report_to: str | None = flag(None, "tracker beside metrics.jsonl", choices=("none", "wandb", "tensorboard", "all"))
     tracker_name: str | None = flag(None, "project name in the tracker (cogvideox)")
     logging_dir: str = flag("logs", "folder in output_dir for tracker files")
+
+
+@dataclass(frozen=True)
+class SignalFlags:
+    """Read by diffusion.py, data/dataset.py and ema.py: what is learned from, and what is made of the weights."""
+
+    loss_weighting: str = flag(
+        "none",
+        "weight of a timestep's squared velocity error; none: all the same. The formulas are in diffusion.py",
+        choices=WEIGHTINGS,
+    )
+    snr_gamma: float = flag(5.0, "signal-to-noise ratio at which the weights with snr in their name cap", least=1e-3)
+    p2_gamma: float = flag(1.0, "exponent of p2", least=0.0)
+    p2_k: float = flag(1.0, "added to the signal-to-noise ratio by p2", least=1e-3)
+    min_timestep: int = flag(0, "first timestep to train on; 0 has the least noise", least=0)
+    max_timestep: int | None = flag(None, "last timestep to train on (the scheduler's last)", least=0)
+    timestep_sampling: str = flag(
+        "uniform",
+        "uniform: each timestep on its own; stratified: the samples of an optimizer step share the range out evenly",
+        choices=("uniform", "stratified"),
+    )
+    use_ema: bool = flag(
+        False, "validate and export an exponential moving average of the trained weights, kept in fp32"
+    )
+    ema_decay: float = flag(
+        0.9999,
+        "share of the average that a step keeps; (1 + n) / (10 + n) after n steps, while that is less",
+        least=0.0,
+        below=1.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -485,6 +521,7 @@ class TrainOptions:
     loader: LoaderFlags
     encode: EncodeFlags
     train: TrainFlags
+    signal: SignalFlags
     optimizer: OptimizerFlags
     validation: ValidationFlags
     hub: HubFlags
@@ -633,6 +670,8 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
     if isinstance(options, TrainOptions):
         yield from train_problems(options)
         yield from optimizer_problems(options, given)
+        yield from signal_problems(options.signal, given)
+        yield from best_problems(options)
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
@@ -698,6 +737,32 @@ def validation_problems(options: TrainOptions, validation: ValidationFlags) -> I
         yield f"--validation_dir {validation.validation_dir}: names no file; give --validation_prompts too"
 
 
+def signal_problems(signal: SignalFlags, given: set[str]) -> Iterator[str]:
+    """Contradictions between the flags of the training signal, and parameters of what is not used."""
+    for name, weightings in (("snr_gamma", WITH_SNR_GAMMA), ("p2_gamma", ("p2",)), ("p2_k", ("p2",))):
+        if name in given and signal.loss_weighting not in weightings:
+            yield (
+                f"--{name}: has no effect with --loss_weighting {signal.loss_weighting}; it is for "
+                f"{', '.join(weightings)}"
+            )
+    if signal.max_timestep is not None and signal.max_timestep < signal.min_timestep:
+        yield (
+            f"--max_timestep {signal.max_timestep}: is before --min_timestep {signal.min_timestep}; "
+            f"nearest: --max_timestep {signal.min_timestep}"
+        )
+    if "ema_decay" in given and not signal.use_ema:
+        yield "--ema_decay: has no effect without --use_ema; give it too, or leave this out"
+
+
+def best_problems(options: TrainOptions) -> Iterator[str]:
+    """What --keep_best and --export_best lack, as far as flags say."""
+    train = options.train
+    if train.export_best and not train.keep_best:
+        yield "--export_best: no checkpoint is kept for it; add --keep_best"
+    if train.keep_best and not options.data.validation_data_root and not options.loader.load_tensors:
+        yield "--keep_best: there are no clips to measure the loss on; give --validation_data_root"
+
+
 def hub_problems(hub: HubFlags) -> Iterator[str]:
     """Contradictions between the flags of the hub, and a token that cannot be one."""
     if not hub.push_to_hub:
@@ -750,6 +815,15 @@ def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
         yield "--data_root: --load_tensors takes one prepared folder; give prepare_dataset.py all folders of clips"
     if options.data.validation_data_root:
         yield "--validation_data_root: --load_tensors takes its clips from the prepared folder; prepare with the flag"
+
+
+def check_ema(options: TrainOptions) -> Iterator[str]:
+    """Problems of --use_ema with the launcher's configuration, for args.parse."""
+    if options.signal.use_ema and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        yield (
+            "--use_ema: under DeepSpeed no rank has all fp32 weights to average; leave it out, or launch with "
+            "accelerate_configs/uncompiled_2.yaml"
+        )
 
 
 def check_trackers(options: TrainOptions) -> Iterator[str]:

@@ -81,6 +81,7 @@ class Saver:
     recipe: dict[str, Any]
     every: int
     limit: int | None
+    kept: int | None = None  # the step of a checkpoint that the limit does not concern
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after this optimizer step."""
@@ -97,22 +98,30 @@ class Saver:
         self.engine.save(temporary)
         self.run.barrier()
         if self.run.is_main:
-            self.method.save(temporary)
+            with self.engine.averaged():
+                self.method.save(temporary)
             progress = {"step": step, "recipe": self.recipe}
             (temporary / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
             seal(temporary, target)
-            for old in replaced_by(step, checkpoints(self.run.output_dir), self.limit):
-                remove(old)
+            self._remove_replaced(step, checkpoints(self.run.output_dir))
         self.run.barrier()
 
+    def trim(self, step: int) -> None:
+        """Removes checkpoints up to a step that the limit has no room for; later ones stay. On the main process."""
+        self._remove_replaced(step, [path for path in checkpoints(self.run.output_dir) if step_of(path) <= step])
 
-def replaced_by(step: int, found: list[Path], limit: int | None) -> list[Path]:
+    def _remove_replaced(self, step: int, found: list[Path]) -> None:
+        for old in replaced_by(step, found, self.limit, self.kept):
+            remove(old)
+
+
+def replaced_by(step: int, found: list[Path], limit: int | None, kept: int | None = None) -> list[Path]:
     """Of the checkpoints (newest first), those that a new one of ``step`` makes obsolete: later ones, which are damaged
-    or of a future that was given up, and the oldest beyond the limit.
+    or of a future that was given up, and the oldest beyond the limit but the one ``kept``.
     """
     later = [path for path in found if step_of(path) > step]
     rest = [path for path in found if step_of(path) <= step]
-    return later + (rest[limit:] if limit else [])
+    return later + [path for path in (rest[limit:] if limit else []) if step_of(path) != kept]
 
 
 def seal(temporary: Path, target: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from cogvideox.args import check_trackers, image_flags, is_url
+from cogvideox.args import check_ema, check_trackers, image_flags, is_url
 from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.faults import VideoError
 from cogvideox.data.index import check_data
@@ -46,4 +46,4 @@ def image_problems(path: str) -> Iterator[str]:
 
 
 DATA_CHECKS = (check_data, check_reader, check_tensors)
-TRAINING_CHECKS = (*DATA_CHECKS, check_optimizer, check_prompts, check_images, check_trackers, check_hub)
+TRAINING_CHECKS = (*DATA_CHECKS, check_optimizer, check_ema, check_prompts, check_images, check_trackers, check_hub)

@@ -1,5 +1,7 @@
 """The run's curves: metrics.jsonl -> curves.png with loss, held-out loss, learning rate and gradient norm.
 
+Where the held-out loss was measured by timestep, a panel between shows what became of it in each part of the schedule.
+
 Drawn with matplotlib's objects alone, so that nothing of the process changes. Numbers that are not finite are passed
 over. However long the run is, a line has a few thousand points, its peaks among them.
 """
@@ -17,21 +19,28 @@ import numpy as np
 from cogvideox.files import write_atomically
 
 CURVES_NAME = "curves.png"
-INCHES, DPI = (12.0, 8.0), 100
+WIDTH, HEIGHT, PANEL_HEIGHT, DPI = 12.0, 8.0, 3.0, 100  # in inches; dots an inch
 STRETCHES = 2000  # of a line, each drawn by its lowest and highest point; more than the picture has columns
 MIN_WINDOW, MAX_WINDOW = 10, 1000  # steps of the running mean; a tenth of all in between
 USUAL = (1.0, 99.0)  # percentiles of the steps' losses that the axis has room for
 MARGIN = 0.05  # of an axis, above and below
 LOG_RANGE = 20.0  # an axis whose highest value is this many times the median is logarithmic
 LOSS, HELD_OUT, RATE, NORM, SKIPPED = "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:red"
+BY_TIMESTEP = "held_out_by_timestep"  # mean losses in equal parts of the schedule, the least noise first
+DARKEST_FIRST = 0.92  # of the colour map, whose end is too light on white
 
 Records = list[dict[str, Any]]
 
 
-def draw_curves(metrics: Path, picture: Path, name: str) -> None:
-    """Draws the picture of the run of that name anew. Where there are no numbers yet, there is none."""
+def draw_curves(metrics: Path, picture: Path, name: str, weighting: str = "none") -> None:
+    """Draws the picture of the run of that name anew. Where there are no numbers yet, there is none.
+
+    ``weighting`` is that of the training loss; the held-out loss has none.
+    """
     records = read_records(metrics)
-    figure = curves_figure(records, name)  # without any, too: a matplotlib that is missing shows at the first look
+    figure = curves_figure(
+        records, name, weighting
+    )  # without any, too: a matplotlib that is missing shows at the first look
     if not records:
         return
     file = io.BytesIO()
@@ -87,29 +96,36 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return steps[kept], values[kept]
 
 
-def curves_figure(records: Records, name: str) -> Any:
-    """The matplotlib Figure: loss above, learning rate and gradient norm in a smaller panel below."""
+def curves_figure(records: Records, name: str, weighting: str = "none") -> Any:
+    """The matplotlib Figure: loss above, learning rate and gradient norm in a smaller panel at the bottom."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained", facecolor="white")
+    measured = [record for record in records if isinstance(record.get(BY_TIMESTEP), list)]
+    size = (WIDTH, HEIGHT + PANEL_HEIGHT * bool(measured))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     printable = "".join(letter if letter.isprintable() else " " for letter in name)
     last = max((record["step"] for record in records), default=0)
     figure.suptitle(f"{printable}: {last} steps", fontsize=14, parse_math=False)
-    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    draw_loss(loss_axes, records)
+    ratios = (3, 1.5, 1) if measured else (3, 1)
+    loss_axes, *middle, rate_axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
+    draw_loss(loss_axes, records, weighting)
+    for axes in middle:
+        draw_by_timestep(axes, measured)
     draw_rate_and_norm(rate_axes, records)
     rate_axes.set_xlabel("optimizer step")
     return figure
 
 
-def draw_loss(axes: Any, records: Records) -> None:
+def draw_loss(axes: Any, records: Records, weighting: str) -> None:
     """Loss of each step, its running mean, the held-out loss, and which steps changed no weight.
 
     The axis has room for nearly all steps, and for all of the mean and of the held-out loss: these are to be read.
     """
     steps, losses = column(records, "loss")
     window = min(MAX_WINDOW, max(MIN_WINDOW, len(losses) // 100 * 10))
-    axes.plot(*thinned(steps, losses), color=LOSS, alpha=0.3, linewidth=0.8, label="training loss of each step")
+    weighted = "" if weighting == "none" else f", weighted by {weighting}"
+    label = f"training loss of each step{weighted}"
+    axes.plot(*thinned(steps, losses), color=LOSS, alpha=0.3, linewidth=0.8, label=label)
     means = running_mean(losses, window)
     full = min(window, len(losses)) // 4  # before, there are too few to say anything
     label = f"running mean over {window} steps"
@@ -121,6 +137,29 @@ def draw_loss(axes: Any, records: Records) -> None:
         scale(axes, losses, np.concatenate([usual, means[full:], measured]))
     axes.set_ylabel("loss: mean squared error of the velocity")
     finish(axes, *axes.get_legend_handles_labels())
+
+
+def draw_by_timestep(axes: Any, measured: Records) -> None:
+    """The held-out loss in each part of the schedule, as a multiple of its first measurement: one line a part.
+
+    The losses themselves lie far apart: the network sees little of a clip at one end, and nearly all at the other.
+    """
+    from matplotlib import colormaps
+
+    parts = min(len(record[BY_TIMESTEP]) for record in measured)
+    for part in range(parts):
+        rows = [{"step": record["step"], "loss": record[BY_TIMESTEP][part]} for record in measured]
+        steps, losses = column(rows, "loss")
+        if not len(losses) or losses[0] <= 0:
+            continue
+        ends = {0: " (least noise)", parts - 1: " (most noise)"}
+        label = f"part {part + 1} of {parts}{ends[part]}" if part in ends else f"{part + 1}"
+        colour = colormaps["viridis"](part / max(1, parts - 1) * DARKEST_FIRST)
+        axes.plot(steps, losses / losses[0], color=colour, marker=".", linewidth=1.5, label=label)
+    axes.axhline(1.0, color="black", alpha=0.3, linewidth=0.8)
+    axes.set_ylabel("held-out loss by timestep,\nrelative to the first")
+    handles, labels = axes.get_legend_handles_labels()
+    finish(axes, handles, labels, columns=parts)
 
 
 def draw_held_out(axes: Any, records: Records) -> np.ndarray:
@@ -168,7 +207,7 @@ def scale(axes: Any, values: np.ndarray, shown: np.ndarray) -> None:
         axes.set_ylim(low - MARGIN * (high - low), high + MARGIN * (high - low))
 
 
-def finish(axes: Any, handles: list[Any], labels: list[str]) -> None:
+def finish(axes: Any, handles: list[Any], labels: list[str], columns: int = 4) -> None:
     """A grid, and the legend above the panel, where it hides nothing."""
     axes.grid(alpha=0.3)
-    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False)

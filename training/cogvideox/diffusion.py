@@ -5,6 +5,12 @@
     x0_hat = sqrt(abar_t) x_t - sqrt(1 - abar_t) v_hat
 
 The loss is |v_hat - v_t|^2. It equals |x0_hat - x0|^2 / (1 - abar_t), the form in which the CogVideoX papers write it.
+Weightings of that error were published for the error of x0 or eps; with SNR_t = abar_t / (1 - abar_t),
+
+    |v_hat - v_t|^2 = (SNR_t + 1) |x0_hat - x0|^2 = (SNR_t + 1) / SNR_t |eps_hat - eps|^2
+
+so a weight of x0's error is divided by SNR + 1 = 1 / (1 - abar), and one of eps' error multiplied by
+SNR / (SNR + 1) = abar.
 Shapes: B samples, F latent frames, C channels, H and W latents.
 """
 
@@ -14,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from cogvideox.args import SignalFlags
 
 
 @dataclass(frozen=True)
@@ -80,3 +88,29 @@ def loss(
     x_t = schedule.add_noise(x0_BFCHW, noise_BFCHW, timestep_B)
     target = schedule.velocity(x0_BFCHW, noise_BFCHW, timestep_B)
     return (predict(x_t, timestep_B).float() - target).square().mean(dim=(1, 2, 3, 4))
+
+
+def loss_weights(schedule: NoiseSchedule, flags: SignalFlags) -> Tensor:
+    """The weight of the velocity error at each timestep, shape (T,), fp32.
+
+    Written in abar, which leaves no division by zero where SNR is 0 (the last timestep). Every weighting but none and
+    min_snr_plus_one is 0 there, as published: the first step of sampling is then not trained.
+    """
+    abar, gamma = schedule.alphas_cumprod, flags.snr_gamma
+    noise = 1.0 - abar  # 1 / (SNR + 1)
+    if flags.loss_weighting == "min_snr":
+        # min(SNR, gamma) / (SNR + 1)                         (Hang et al. 2023, for velocity prediction)
+        return torch.minimum(abar, gamma * noise)
+    if flags.loss_weighting == "min_snr_plus_one":
+        # min(SNR + 1, gamma) / (SNR + 1)                     (min_snr_value of CogVideo's own training code)
+        return (gamma * noise).clamp(max=1.0)
+    if flags.loss_weighting == "soft_min_snr":
+        # SNR gamma / (SNR + gamma) / (SNR + 1)               (Crowson et al. 2024, soft-min-SNR of x0's error)
+        return gamma * abar * noise / (abar + gamma * noise)
+    if flags.loss_weighting == "debiased":
+        # SNR / (SNR + 1) / sqrt(SNR)                         (Yu et al. 2023, 1 / sqrt(SNR) of eps' error)
+        return (abar * noise).sqrt()
+    if flags.loss_weighting == "p2":
+        # SNR / (SNR + 1) / (k + SNR)^gamma                   (Choi et al. 2022, eq. 8, of eps' error)
+        return abar * (noise / (flags.p2_k * noise + abar)) ** flags.p2_gamma
+    return torch.ones_like(abar)

@@ -1,9 +1,11 @@
 """Who runs the backward pass and the update: this process with fp32 masters, or DeepSpeed.
 
-An engine has ``model`` (what the loss calls), ``backward(loss)``, ``step(lr, stop)``, ``save(folder)`` on all ranks and
-``load(folder)``. DeepSpeed's own checkpoint files are the only ones of the project that are not safetensors.
+An engine has ``model`` (what the loss calls), ``backward(loss)``, ``step(lr, stop)``, ``save(folder)`` on all ranks,
+``load(folder)`` and ``averaged()``: the model with the weights that are looked at and exported.
+DeepSpeed's own checkpoint files are the only ones of the project that are not safetensors.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogvideox.args import TrainOptions
+from cogvideox.ema import Ema
 from cogvideox.errors import UsageError
 from cogvideox.offload import OffloadedWeights
 from cogvideox.optim import MasterWeights, StepResult
 from cogvideox.optimizers import make_optimizer
 
-STATE_NAME = "optimizer.safetensors"
+STATE_NAME, EMA_NAME = "optimizer.safetensors", "ema.safetensors"
 DEEPSPEED_TAG = "deepspeed"
 
 
@@ -37,6 +40,8 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> None: ...
 
+    def averaged(self) -> AbstractContextManager[None]: ...
+
 
 class LocalEngine:
     """The whole trainable state on every rank; gradients are averaged over the ranks in fp32."""
@@ -44,25 +49,42 @@ class LocalEngine:
     name = "local"
     safe_to_load = True
 
-    def __init__(self, model: Any, masters: MasterWeights | OffloadedWeights, writes: bool) -> None:
+    def __init__(
+        self, model: Any, masters: MasterWeights | OffloadedWeights, writes: bool, ema: Ema | None = None
+    ) -> None:
         self.model = model
         self.masters = masters
         self.writes = writes
+        self.ema = ema
         self.backward = masters.backward
-        self.step = masters.step
+
+    def step(self, lr: float, stop: bool = False) -> StepResult:
+        """One optimizer step over all ranks."""
+        result = self.masters.step(lr, stop)
+        if self.ema:
+            self.ema.update(result.skipped)
+        return result
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The average in the model, if there is one."""
+        return self.ema.applied() if self.ema else nullcontext()
 
     def save(self, folder: Path) -> None:
-        """Writes masters and optimizer state, on one rank."""
+        """Writes masters, optimizer state and the average, on one rank."""
         from safetensors.torch import save_file
 
         if self.writes:
             save_file(self.masters.state(), folder / STATE_NAME)
+        if self.writes and self.ema:
+            save_file(self.ema.state(), folder / EMA_NAME)
 
     def load(self, folder: Path) -> None:
         """Takes up what ``save`` wrote."""
         from safetensors.torch import load_file
 
         self.masters.load_state(load_file(folder / STATE_NAME))
+        if self.ema:
+            self.ema.load_state(load_file(folder / EMA_NAME))
 
 
 class DeepSpeedEngine:
@@ -109,6 +131,10 @@ class DeepSpeedEngine:
         self.tail.zero_()
         return result
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """The trained weights: args.py refuses --use_ema here."""
+        return nullcontext()
+
     def save(self, folder: Path) -> None:
         """Writes DeepSpeed's checkpoint, on all ranks."""
         self.model.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, exclude_frozen_parameters=True)
@@ -131,4 +157,6 @@ def make_engine(accelerator: Any, transformer: Any, method: Any, options: TrainO
         masters = OffloadedWeights(parameters, make, options.optimizer.offload_gradients)
     else:
         masters = MasterWeights(parameters, make, options.train.max_grad_norm, dynamic_scale=dtype == torch.float16)
-    return LocalEngine(transformer, masters, writes=accelerator.is_main_process)
+    signal = options.signal
+    ema = Ema(parameters, masters.named_masters(), signal.ema_decay) if signal.use_ema else None
+    return LocalEngine(transformer, masters, accelerator.is_main_process, ema)

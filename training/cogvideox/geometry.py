@@ -257,6 +257,8 @@ def all_sizes(options: Any, listed: list[tuple[str, str, int]]) -> list[tuple[st
 
 def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
     """Problems of the buckets, the validation size, the text length and the guide's name of the model."""
+    if isinstance(options, TrainOptions):
+        yield from check_timesteps(options, geometry)
     for name, kind, value in all_sizes(options, listed_sizes(options)):
         problem = geometry.problem(kind, value)
         if problem:
@@ -270,3 +272,12 @@ def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
     named, patched = options.guide.model_name if isinstance(options, TrainOptions) else None, geometry.patch_size_t
     if named and named.startswith("cogvideox1.5") != (patched is not None):
         yield f"--model_name {named}: the model's config says {'1.5' if patched else '1.0'}; leave the flag out"
+
+
+def check_timesteps(options: TrainOptions, geometry: Geometry) -> Iterator[str]:
+    """Problems of the range of timesteps: the scheduler's config says how many there are."""
+    last = int(geometry.schedule["num_train_timesteps"]) - 1
+    for name in ("min_timestep", "max_timestep"):
+        value = getattr(options.signal, name)
+        if value is not None and value > last:
+            yield f"--{name} {value}: the scheduler's last timestep is {last}; nearest: --{name} {last}"

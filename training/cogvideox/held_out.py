@@ -3,9 +3,10 @@
 Every draw is a function of (seed, clip, place in the grid), so that only the weights change from one measurement to the
 next. One forward pass a place, and the losses are gathered whole, so neither the batch size nor the number of ranks has
 an effect. Clips are read from the cache; lines go to metrics.jsonl.
+A line's "held_out_by_timestep" has the mean loss in each of PLACES equal parts of the schedule of T timesteps: the k-th
+number, from 0, is of timesteps k T / PLACES up to, not with, (k + 1) T / PLACES. The first part has the least noise.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cogvideox.curves import BY_TIMESTEP, read_records
 from cogvideox.data.cache import CachedSample
-from cogvideox.data.dataset import Batch, collate, draw_sample, read_image, read_moments, read_prompt
+from cogvideox.data.dataset import Batch, collate, draw_sample, read_image, read_moments, read_prompt, timestep_in
 from cogvideox.draws import uniform
 from cogvideox.run import METRICS_NAME, Run, write_metrics
 from cogvideox.tensors import Tensors
@@ -28,7 +30,7 @@ LossOf = Callable[[Batch], Tensor]  # a batch on the device -> the loss of each 
 class HeldOut:
     """Measures the loss on the index's validation clips, if it has any. ``measure`` is called on all ranks.
 
-    ``losses_of`` is the loss that is trained, on ``transformer``.
+    ``losses_of`` is the velocity's squared error on ``transformer``, whatever weights it is trained with.
 
     Raises:
         CacheError: a tensor of theirs is bad; the clips that a loss is compared on are not replaced.
@@ -49,9 +51,11 @@ class HeldOut:
         if not self.samples or self._measured(step):
             return
         names = [sample.clip for sample in self.samples]
-        mean, error = mean_and_error(self.losses(), names)
+        losses = self.losses()
+        mean, error = mean_and_error(losses, names)
         if self.run.is_main:
-            write_metrics(self.run, {"step": step, "held_out_loss": mean, "held_out_error": error})
+            record = {"step": step, "held_out_loss": mean, "held_out_error": error}
+            write_metrics(self.run, record | {BY_TIMESTEP: by_clip(losses, names).mean(dim=0).tolist()})
         number = len(set(names))
         clips = "1 clip" if number == 1 else f"+- {error:.5f}, {number} clips"
         self.run.say(f"held-out loss after step {step}: {mean:.5f} ({clips})")
@@ -73,7 +77,7 @@ class HeldOut:
         """A clip at one place of the grid, as a batch of one: its timestep and noise are always the same."""
         draw = (self.seed, "held_out", sample.id, place)
         total = int(self.geometry.schedule["num_train_timesteps"])
-        timestep = int((place + uniform(*draw, "timestep")) * total / PLACES)
+        timestep = timestep_in(range(total), (place, PLACES), uniform(*draw, "timestep"))
         moments, prompt, image = self._read(sample, place)
         return collate([draw_sample(moments, prompt, timestep, self.geometry, draw, sample.id, image)])
 
@@ -86,24 +90,23 @@ class HeldOut:
 
     def _measured(self, step: int) -> bool:
         """Whether metrics.jsonl has the line of a step; the main process looks for all."""
-        path = self.run.output_dir / METRICS_NAME
-        there = [False]
-        if self.run.is_main and path.is_file():
-            records = [json.loads(line) for line in path.read_text().splitlines()]
-            there = [any(record["step"] == step and "held_out_loss" in record for record in records)]
-        if self.run.world > 1:
-            dist.broadcast_object_list(there)
-        return there[0]
+        records = read_records(self.run.output_dir / METRICS_NAME) if self.run.is_main else []
+        there = any(record["step"] == step and "held_out_loss" in record for record in records)
+        return bool(self.run.from_main(there))
 
 
 def mean_and_error(losses: Tensor, clips: Sequence[str]) -> tuple[float, float]:
-    """Mean of (samples, places) losses, and the standard error of the clips' means; NaN where there is one clip.
+    """Mean of (samples, places) losses, and the standard error of the clips' means; NaN where there is one clip."""
+    means = by_clip(losses, clips).mean(dim=1)
+    error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return means.mean().item(), error
 
-    ``clips`` names the clip of each sample: one that is in several buckets counts once.
+
+def by_clip(losses: Tensor, clips: Sequence[str]) -> Tensor:
+    """(samples, places) losses as (clips, places). ``clips`` names the clip of each sample: one that is in several
+    buckets counts once.
     """
     of_clip: dict[str, list[Tensor]] = {}
     for clip, row in zip(clips, losses, strict=True):
-        of_clip.setdefault(clip, []).append(row.mean())
-    means = torch.stack([torch.stack(rows).mean() for rows in of_clip.values()])
-    error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.nan
-    return means.mean().item(), error
+        of_clip.setdefault(clip, []).append(row)
+    return torch.stack([torch.stack(rows).mean(dim=0) for rows in of_clip.values()])

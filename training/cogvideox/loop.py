@@ -14,10 +14,11 @@ from tqdm import tqdm
 from cogvideox import diffusion, models
 from cogvideox.args import TrainOptions, ignores_positions, image_flags
 from cogvideox.before_after import BeforeAfter
+from cogvideox.best import Best
 from cogvideox.checkpoint import Saver, resume
 from cogvideox.curves import CURVES_NAME, draw_curves
 from cogvideox.data.clips import max_bad
-from cogvideox.data.dataset import Batch, LatentDataset, build_loader
+from cogvideox.data.dataset import Batch, LatentDataset, build_loader, timesteps_of
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
@@ -35,7 +36,7 @@ from cogvideox.validation import Prompts, Validator, embed_prompts
 
 
 def losses_of(task: Any, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
-    """The loss of each sample of a batch on the device, (B,), fp32: what is trained, and what is measured."""
+    """The squared error of each sample of a batch on the device, (B,), fp32; training gives it weights."""
     predict = task.predictor(transformer, batch)
     return diffusion.loss(schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
 
@@ -78,6 +79,7 @@ class Trainer:
         run.say(f"plan: {plan}")
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
+        self.weights_T = diffusion.loss_weights(self.schedule, options.signal)
         bad_fraction = options.data.max_bad_fraction
         images = image_flags(options)
         self.dataset = LatentDataset(
@@ -87,12 +89,14 @@ class Trainer:
             seed,
             options.loader.caption_dropout,
             replace_bad=bad_fraction > 0,
+            timesteps=timesteps_of(options.signal, len(self.schedule)),
             image_dropout=images.noised_image_dropout if images is not None else 0.0,
         )
         self.bad_clips = BadClips(bad_fraction, len(tensors.index.samples))
         self.global_batch = train.train_batch_size * train.gradient_accumulation_steps * run.world
         samples = tensors.index.samples
-        self.order = Order([s.id for s in samples], [s.bucket for s in samples], self.global_batch, seed)
+        stratified = options.signal.timestep_sampling == "stratified"
+        self.order = Order([s.id for s in samples], [s.bucket for s in samples], self.global_batch, seed, stratified)
         self.total_steps = train.max_train_steps or self.order.steps_through(train.num_train_epochs - 1)
         self.recipe = self._recipe(tensors)
         self.first_step = resume(run, self.engine, self.recipe, options)
@@ -106,6 +110,7 @@ class Trainer:
         self.saver = Saver(
             run, self.engine, method, self.recipe, train.checkpointing_steps, train.checkpoints_total_limit
         )
+        self.best = Best(self.saver, train.keep_best)
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, self.order)
         self.before_after = BeforeAfter(run, tensors, self.validator)
         self.held_out = HeldOut(
@@ -127,6 +132,7 @@ class Trainer:
             "caption_dropout": options.loader.caption_dropout,
             "max_grad_norm": options.train.max_grad_norm,
             **asdict(tensors.geometry),
+            **asdict(options.signal),
             **asdict(options.optimizer),
             **self.task.recipe(),
             **self.method.recipe(),
@@ -136,9 +142,10 @@ class Trainer:
         """Trains up to the last step, or until a signal asks for the end; returns the step reached, which is saved.
 
         An optimizer step is made of --gradient_accumulation_steps batches of every rank, all of one bucket. Its loss
-        is the mean over all of their samples.
+        is the mean over all of their samples, weighted by timestep; metrics.jsonl has that as "loss".
         """
         metrics = Metrics(self.run, self.options, self.first_step, self.total_steps)
+        self.best.update(self.first_step)
         self.validator.set_aside(self.first_step, self.total_steps, self.recipe)
         if self._looks_due(self.first_step):
             with metrics.paused():
@@ -157,7 +164,9 @@ class Trainer:
                 with metrics.loading():
                     batch = next(batches)
                 metrics.bad_clips = self.bad_clips.count(batch.replaced)
-                losses_B = losses_of(self.task, self.schedule, self.engine.model, batch.to(self.run.device))
+                batch = batch.to(self.run.device)
+                losses_B = losses_of(self.task, self.schedule, self.engine.model, batch)
+                losses_B = losses_B * self.weights_T[batch.timestep_B]
                 self.engine.backward(losses_B.mean() / accumulation)
             result = self.engine.step(rate, stop=self.run.stop_requested)
             step += 1
@@ -180,25 +189,29 @@ class Trainer:
         return step in (0, self.total_steps) or self.validator.due(step) or self._held_out_due(step)
 
     def _held_out_due(self, step: int) -> bool:
-        """As often as the flags say for validation, else with each checkpoint."""
+        """As often as the flags say for validation, else with each checkpoint, as --keep_best always needs it."""
         flags = self.options.validation
-        scheduled = flags.validation_steps or flags.validation_epochs
-        return bool(self.held_out) and (self.validator if scheduled else self.saver).due(step)
+        scheduled = bool(flags.validation_steps or flags.validation_epochs)
+        with_checkpoint = self.saver.due(step) and (self.options.train.keep_best or not scheduled)
+        return bool(self.held_out) and (with_checkpoint or self.validator.due(step))
 
     def _look(self, step: int) -> None:
         """The held-out loss and the videos that belong after a step and are not there yet, and pictures of them."""
         ends = step in (0, self.total_steps)
-        if ends or self._held_out_due(step):
-            self.held_out.measure(step)
-        if ends or self.validator.due(step):
-            self.validator.render(step)
-        self._draw(step)
+        with self.engine.averaged():
+            if ends or self._held_out_due(step):
+                self.held_out.measure(step)
+                self.best.update(step)
+            if ends or self.validator.due(step):
+                self.validator.render(step)
+            self._draw(step)
 
     def _draw(self, step: int) -> None:
         """The run's curves and its contact sheet, as of a step."""
         if self.run.is_main:
             folder = self.run.output_dir
-            draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, folder.resolve().name)
+            name, weighting = folder.resolve().name, self.options.signal.loss_weighting
+            draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
             self.before_after.draw(step)
         self.run.barrier()
 
@@ -247,11 +260,25 @@ class Trainer:
             return REQUEUE_EXIT
         self._look(step)
         run, options = self.run, self.options
-        files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
+        if options.train.export_best:
+            step = self._take_best(step)
+        with self.engine.averaged():
+            files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
         run.accelerator.end_training()
         if run.repository:  # on the main process, for which nobody waits any more
             upload(run.repository, options.hub, run.output_dir, files, run.say)
         return 0
+
+    def _take_best(self, last: int) -> int:
+        """Takes up the weights of the best checkpoint, makes the videos that it lacks, and returns its step."""
+        step = self.best.step()
+        if step != last:
+            self.run.say(f"the result is the best checkpoint, of step {step}, not of the last step, {last}")
+            self.engine.load(self.best.path(step))
+            with self.engine.averaged():
+                self.validator.render(step)
+                self._draw(step)
+        return step
 
 
 def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:

@@ -101,6 +101,10 @@ class OffloadedWeights:
         self.tail.zero_()
         return result
 
+    def named_masters(self) -> dict[str, Parameter]:
+        """The masters by their parameters' names, on the CPU where torchao has them."""
+        return {name: master for name, _, _, master in self._masters()}
+
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs, as plain tensors by name, as MasterWeights names them."""
         tensors = {}

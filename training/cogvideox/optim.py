@@ -60,6 +60,11 @@ class StepResult:
 
     NAMES = ("loss", "grad_norm", "skipped", "stop")
 
+    @property
+    def skipped(self) -> Tensor:
+        """1 where the step changed no weight, else 0."""
+        return self.values[self.NAMES.index("skipped")]
+
 
 class MasterWeights:
     """fp32 masters around any optimizer whose step needs no more than gradients.
@@ -156,6 +161,10 @@ class MasterWeights:
         factor = torch.where(skipped > 0, 0.5, torch.where(grown, 2.0, 1.0))
         self.scale = self.scale * factor
         self.good_steps = torch.where(grown, 0.0, self.good_steps)
+
+    def named_masters(self) -> dict[str, Parameter]:
+        """The masters by their parameters' names."""
+        return dict(zip(self.parameters, self.masters, strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs, as plain tensors by name: masters, the optimizer's values, loss scale."""

@@ -81,6 +81,13 @@ class Run:
         """Waits for the other ranks."""
         self.ranks.wait_for_everyone()
 
+    def from_main(self, value: Any) -> Any:
+        """The main process' value, on every rank."""
+        held = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(held)
+        return held[0]
+
 
 def start_run(options: TrainOptions) -> Run:
     """Joins the other ranks, takes the output folder, writes config.json and makes the repository on the hub.
@@ -96,12 +103,10 @@ def start_run(options: TrainOptions) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
     torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch's own default is on
     problem = (take_folder(run, options) or take_repository(run, options)) if run.is_main else None
-    everyones = [problem]
-    if run.world > 1:
-        torch.distributed.broadcast_object_list(everyones)
-    if everyones[0]:
+    problem = run.from_main(problem)
+    if problem:
         accelerator.end_training()
-        raise UsageError(everyones[0])
+        raise UsageError(problem)
     return run
 
 
@@ -352,16 +357,24 @@ class Metrics:
         self.bar.close()
 
 
-def write_metrics(run: Run, record: dict[str, float]) -> None:
+def write_metrics(run: Run, record: dict[str, Any]) -> None:
     """A line of metrics.jsonl, null where a number is not finite, and the same for the trackers; on the main process.
 
-    ``record`` has the step under "step".
+    ``record`` has the step under "step". Trackers get a list as numbers of their own: name/0, name/1, ...
     """
-    finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    lists = {name: value for name, value in record.items() if isinstance(value, list)}
+    numbers = {name: value for name, value in record.items() if name not in lists}
+    line: dict[str, Any] = {name: finite(value) for name, value in numbers.items()}
+    line |= {name: [finite(value) for value in values] for name, values in lists.items()}
     with open(run.output_dir / METRICS_NAME, "a") as file:
-        file.write(json.dumps(finite) + "\n")
-    values = {name: value for name, value in record.items() if name not in ("step", "stop")}
-    run.accelerator.log(values, step=int(record["step"]))
+        file.write(json.dumps(line) + "\n")
+    numbers |= {f"{name}/{place}": value for name, values in lists.items() for place, value in enumerate(values)}
+    run.accelerator.log({n: v for n, v in numbers.items() if n not in ("step", "stop")}, step=int(record["step"]))
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where it is infinite or NaN, which JSON does not know."""
+    return value if math.isfinite(value) else None
 
 
 def finished_by(line: str, step: int) -> bool:

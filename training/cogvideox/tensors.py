@@ -55,7 +55,7 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
         encoders = replace(encoders, vae_dtype=index.dtypes["vae"], text_dtype=index.dtypes["text_encoder"])
         check_index(index, encoders, folder)
         check_flags(index, options.data)
-    check_schedule(index, options.validation)
+    check_schedule(index, options.validation, options.train.keep_best)
     check_first_frames(index, geometry, options)
     index = index if image_flags(options) is not None else index.without_images()
     run.say(f"{len(index.samples)} clips in {folder}")
@@ -87,13 +87,18 @@ def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Pa
     return index
 
 
-def check_schedule(index: CacheIndex, validation: ValidationFlags) -> None:
-    """Raises UsageError where flags say when to validate, and there is nothing to validate."""
+def check_schedule(index: CacheIndex, validation: ValidationFlags, keep_best: bool = False) -> None:
+    """Raises UsageError where flags say when to validate or what to keep, and there is nothing to validate."""
+    problems = []
     name = "validation_steps" if validation.validation_steps else "validation_epochs"
     if getattr(validation, name) and not (validation.settled or index.validation):
-        raise UsageError(
+        problems.append(
             f"--{name}: there is nothing to validate; give --validation_prompt, or prepare with --validation_data_root"
         )
+    if keep_best and not index.validation:
+        problems.append("--keep_best: there are no clips to measure the loss on; prepare with --validation_data_root")
+    if problems:
+        raise UsageError(problems)
 
 
 def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:

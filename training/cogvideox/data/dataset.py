@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cogvideox.args import SignalFlags
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache
 from cogvideox.data.sampler import BucketBatchSampler, Visit
 from cogvideox.draws import key_of, uniform
@@ -114,6 +115,18 @@ def _read(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Te
     return tensor
 
 
+def timesteps_of(flags: SignalFlags, total: int) -> range:
+    """The timesteps that are trained, of all of the scheduler's."""
+    return range(total)[flags.min_timestep : total if flags.max_timestep is None else flags.max_timestep + 1]
+
+
+def timestep_in(timesteps: range, stratum: tuple[int, int], number: float) -> int:
+    """The timestep that a number in [0, 1) picks from the k-th of n equal parts of the range."""
+    part, parts = stratum
+    place = int((part + number) / parts * len(timesteps))
+    return timesteps[min(place, len(timesteps) - 1)]  # the sum may round up to the next whole number
+
+
 def draw_sample(
     moments_CFHW: Tensor,
     prompt_LD: Tensor,
@@ -146,7 +159,8 @@ class LatentDataset(Dataset[Batch]):
 
     A sample that cannot be read raises CacheError, or, with ``replace_bad``, makes room for the next one of its bucket,
     in the order of the ids and in a circle. What comes in its place is drawn as in a visit of its own, so all ranks
-    keep their shapes, and nothing depends on when or where the fault was found.
+    keep their shapes, and nothing depends on when or where the fault was found. Timesteps are drawn from ``timesteps``,
+    or from all of the scheduler's.
     """
 
     def __init__(
@@ -157,6 +171,7 @@ class LatentDataset(Dataset[Batch]):
         seed: int,
         caption_dropout: float,
         replace_bad: bool = False,
+        timesteps: range | None = None,
         image_dropout: float = 0.0,
     ) -> None:
         self.cache = cache
@@ -166,7 +181,7 @@ class LatentDataset(Dataset[Batch]):
         self.caption_dropout = caption_dropout
         self.replace_bad = replace_bad
         self.image_dropout = image_dropout
-        self.timesteps = int(geometry.schedule["num_train_timesteps"])
+        self.timesteps = timesteps or range(int(geometry.schedule["num_train_timesteps"]))
 
     def __getitem__(self, visit: Visit) -> Batch:
         replaced: list[tuple[str, str]] = []
@@ -186,7 +201,7 @@ class LatentDataset(Dataset[Batch]):
                 continue
             if prompt is None:  # a fault here is no sample's own
                 prompt = read_prompt(self.cache, self.index.empty_prompt_key, self.geometry)
-            timestep = int(uniform(*draw, "timestep") * self.timesteps)
+            timestep = timestep_in(self.timesteps, visit.stratum, uniform(*draw, "timestep"))
             made = draw_sample(moments, prompt, timestep, self.geometry, draw, sample.id, image)
             if made.image_BCHW is not None and uniform(*draw, "image") < self.image_dropout:
                 made = replace(made, image_BCHW=torch.zeros_like(made.image_BCHW))

@@ -18,6 +18,7 @@ class Visit:
 
     index: int
     visit: int
+    stratum: tuple[int, int] = (0, 1)  # (k, n): its timestep comes from the k-th of n equal parts of the range
 
 
 class Order:
@@ -28,12 +29,21 @@ class Order:
         buckets: the bucket of each sample.
         global_batch: samples in one optimizer step, over all ranks and accumulation steps.
         seed: of the run.
+        stratified: each sample of a step has a stratum of its own, by its place in the global batch.
     """
 
-    def __init__(self, sample_ids: Sequence[str], buckets: Sequence[Hashable], global_batch: int, seed: int) -> None:
+    def __init__(
+        self,
+        sample_ids: Sequence[str],
+        buckets: Sequence[Hashable],
+        global_batch: int,
+        seed: int,
+        stratified: bool = False,
+    ) -> None:
         self.sample_ids = sample_ids
         self.global_batch = global_batch
         self.seed = seed
+        self.strata = [(k, global_batch) if stratified else (0, 1) for k in range(global_batch)]
         members: dict[Hashable, list[int]] = {}
         for index, bucket in enumerate(buckets):
             members.setdefault(bucket, []).append(index)
@@ -59,7 +69,10 @@ class Order:
         name, number = self._epoch_plan(epoch)[step - self.steps_through(epoch - 1)]
         size = len(self.members[name])
         positions = range(number * self.global_batch, (number + 1) * self.global_batch)
-        return [Visit(self._permutation(name, p // size)[p % size], p // size) for p in positions]
+        return [
+            Visit(self._permutation(name, p // size)[p % size], p // size, stratum)
+            for p, stratum in zip(positions, self.strata, strict=True)
+        ]
 
     def filled(self, epochs: int) -> int:
         """Samples that the first epochs take from later permutations to fill their last batches."""

@@ -1,0 +1,71 @@
+"""The checkpoint with the lowest held-out loss: kept beyond the limit, named in best.json, exported where wanted.
+
+Which one it is follows from the checkpoints that are there and from metrics.jsonl, so a kill at any moment, a resumed
+run and one that goes back to an earlier checkpoint come to the same. best.json says it to others.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cogvideox.checkpoint import Saver, checkpoints, fault, step_of
+from cogvideox.curves import column, read_records
+from cogvideox.errors import UsageError
+from cogvideox.files import write_atomically
+from cogvideox.run import METRICS_NAME
+
+BEST_NAME = "best.json"
+
+
+def best_of(output_dir: Path, last: int) -> dict[str, Any] | None:
+    """Of the checkpoints up to a step whose held-out loss was measured, the lowest; the earlier one of two equals."""
+    measured = dict(zip(*column(read_records(output_dir / METRICS_NAME), "held_out_loss"), strict=True))
+    steps = [step for step in map(step_of, checkpoints(output_dir)) if step <= last and step in measured]
+    if not steps:
+        return None
+    best = min(steps, key=lambda step: (measured[step], step))
+    return {"step": best, "checkpoint": f"checkpoint-{best}", "held_out_loss": float(measured[best])}
+
+
+class Best:
+    """Keeps the best checkpoint of ``saver``; ``wanted`` is --keep_best."""
+
+    def __init__(self, saver: Saver, wanted: bool) -> None:
+        self.saver, self.wanted = saver, wanted
+        self.folder, self.run = saver.run.output_dir, saver.run
+
+    def update(self, step: int) -> None:
+        """Finds the best checkpoint up to a step, at the start and after measuring, and lets go of the one before."""
+        if not self.run.is_main:
+            return
+        path = self.folder / BEST_NAME
+        best = best_of(self.folder, step) if self.wanted else None
+        self.saver.kept = best["step"] if best else None
+        if best is None:
+            path.unlink(missing_ok=True)  # of a run that was begun anew, or that keeps none any more
+            return
+        content = json.dumps(best, indent=1).encode()
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomically(path, content)
+            self.run.say(f"best so far: {best['checkpoint']}, held-out loss {best['held_out_loss']:.5f}")
+        self.saver.trim(step)
+
+    def step(self) -> int:
+        """The best checkpoint's step, on every rank.
+
+        Raises:
+            UsageError: there is none, or it is damaged.
+        """
+        found, problem = None, None
+        if self.run.is_main:
+            found = self.saver.kept
+            problem = "no checkpoint has a held-out loss" if found is None else fault(self.path(found))
+        found, problem = self.run.from_main((found, problem))
+        if problem:
+            rule = "leave the flag out to export the last step"
+            raise UsageError(f"--export_best: {self.folder}: {problem}; {rule}")
+        return int(found)
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.folder / f"checkpoint-{step}"
