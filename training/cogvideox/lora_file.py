@@ -64,7 +64,9 @@ def read_header(given: str) -> LoraFile:
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, path.stat().st_size)))
+            if 8 + length > path.stat().st_size:
+                raise ValueError(length)
+            header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
         shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
         config = json.loads(metadata.get(CONFIG_NAME, "{}"))
