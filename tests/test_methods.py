@@ -201,6 +201,16 @@ def test_a_rank_beyond_the_layers_is_refused_for_pissa(model: Path) -> None:
         lora(model, "--init_lora_weights", "pissa", "--rank", 65)
 
 
+def test_dora_trains_and_saves_a_length_for_every_output_channel(model: Path) -> None:
+    method = lora(model, "--use_dora", "--target_modules", "attn1.to_q", "ff.net.0.proj")
+    lengths = {name: tensor for name, tensor in method.state().items() if name.endswith(".lora_magnitude_vector")}
+    assert len(lengths) == 4
+    assert len(method.parameters()) == 3 * 4
+    for name, tensor in lengths.items():
+        weight = stock(model).get_submodule(name.removesuffix(".lora_magnitude_vector")).weight
+        torch.testing.assert_close(tensor, weight.norm(dim=1))
+
+
 def test_rslora_and_gaussian(model: Path) -> None:
     assert scales(lora(model, "--use_rslora").transformer, "default") == {8 / 4**0.5}
     drawn = torch.cat(
