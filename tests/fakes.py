@@ -72,6 +72,9 @@ class FakeMethod:
         folder.mkdir(exist_ok=True)
         save_file({"lora": torch.ones(4)}, folder / self.result)
 
+    def resume(self, folder: Path) -> None:
+        """Has nothing beside what the engine has."""
+
 
 def saver_of(run: Run, engine: FakeEngine, recipe: dict[str, Any] | None = None, limit: int | None = None) -> Saver:
     """Saves ``engine`` into the run's folder."""

@@ -288,6 +288,15 @@ def test_choices_are_read_in_any_case() -> None:
     assert parse("--optimizer", "AdamW").optimizer.optimizer == "adamw"
 
 
+def test_the_start_of_a_lora_is_told_its_nearest() -> None:
+    (found,) = problems(*LEAST[LORA], "--init_lora_weights", "gausian")
+    assert found.endswith("; nearest: gaussian")
+
+
+def test_a_single_target_that_is_no_plain_name_is_an_expression() -> None:
+    assert [args.target_pattern(given) for given in (("to_out.0",), ("a|b",), ("to_q", "to_k"))] == [None, "a|b", None]
+
+
 def test_derived_values() -> None:
     options = parse("--height_buckets", "256", "320", "--frame_buckets", "9", "17", "81", "--random_flip")
     assert (options.validation.height, options.validation.width) == (256, 720)
@@ -364,6 +373,17 @@ def test_resolutions_take_the_place_of_the_lists() -> None:
         (LORA, ("--validation_prompt", "p", "--validation_prompts", "f"), "--validation_prompt"),
         (LORA, ("--validation_dir", "V"), "--validation_dir V"),
         (LORA, ("--validation_dir", "V", "--validation_prompt", "p"), "--validation_dir V"),
+        (LORA, ("--init_lora_weights", "pisa"), "--init_lora_weights pisa: is one of default, gaussian, pissa, pissa_"),
+        (LORA, ("--init_lora_weights", "pissa_niter_0"), "--init_lora_weights pissa_niter_0: is one of"),
+        (LORA, ("--init_lora_weights", "pissa", "--use_dora"), "--init_lora_weights pissa: contradicts --use_dora"),
+        (LORA, ("--init_lora_weights", "pissa", "--lora_alpha", "0"), "--lora_alpha 0: PiSSA divides"),
+        (
+            LORA,
+            ("--init_lora_weights", "gaussian", "--lora_path", "x"),
+            "--init_lora_weights gaussian: contradicts --l",
+        ),
+        (LORA, ("--target_modules", "(to_q"), "--target_modules (to_q: is no regular expression: missing )"),
+        (LORA, ("--target_modules", "to_k", ".*to_q"), "--target_modules .*to_q: a regular expression stands alone"),
     ],
 )
 def test_contradictions(script: str, given: tuple[str, ...], flag: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeEngine, edit_json, flip_byte, options_of, run_alone, save_steps, saver_of
+from fakes import FakeEngine, FakeMethod, edit_json, flip_byte, options_of, run_alone, save_steps, saver_of
 from running import PROMPT, equal, lora_flags, losses, metrics, train, weights
 
 from cogvideox import checkpoint
@@ -26,7 +26,7 @@ def names(output: Path) -> list[str]:
 def taken_up(output: Path, *flags: object) -> tuple[int, float]:
     """(step that is resumed, the step that its tensor holds)."""
     engine: Any = FakeEngine()
-    step = resume(run_alone(output), engine, {"seed": 1}, options_of(output, *flags))
+    step = resume(run_alone(output), engine, FakeMethod(), {"seed": 1}, options_of(output, *flags))
     return step, engine.weight[0].item()
 
 
@@ -195,10 +195,10 @@ def test_differences_are_listed_name_by_name(tmp_path: Path) -> None:
     run, engine, options = run_alone(tmp_path), FakeEngine(), options_of(tmp_path)
     then = {"seed": 1, "rank": 4, "targets": ("a", "b"), "gone": 3, "schedule": {"snr": 1.0}}
     saver_of(run, engine, then).save(2)
-    assert resume(run, engine, then, options) == 2  # type: ignore[arg-type]
+    assert resume(run, engine, FakeMethod(), then, options) == 2  # type: ignore[arg-type]
     now = {"seed": 2, "rank": 4, "targets": ("a", "b"), "schedule": {"snr": 3.0}, "new": True}
     with pytest.raises(UsageError) as error:
-        resume(run, engine, now, options)  # type: ignore[arg-type]
+        resume(run, engine, FakeMethod(), now, options)  # type: ignore[arg-type]
     rule, *differences = error.value.problems
     assert "checkpoint-2: was made with other settings" in rule
     assert sorted(differences) == [
@@ -217,7 +217,9 @@ def test_files_that_can_run_code_are_loaded_from_the_own_folder_only(tmp_path: P
 
     def load(wanted: str, safe: bool) -> int:
         engine: Any = FakeEngine(safe)
-        return resume(run_alone(own), engine, {"seed": 1}, options_of(own, "--resume_from_checkpoint", wanted))
+        return resume(
+            run_alone(own), engine, FakeMethod(), {"seed": 1}, options_of(own, "--resume_from_checkpoint", wanted)
+        )
 
     assert load("checkpoint-2", safe=False) == 2
     assert load(str(other / "checkpoint-2"), safe=True) == 2

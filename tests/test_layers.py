@@ -19,11 +19,11 @@ LAYERS = (
     ("errors", "files"),
     ("args", "draws", "sheets", "curves", "data.workers"),
     ("data.buckets", "data.transforms", "data.columns", "data.faults"),
-    ("geometry", "hub", "prompts", "data.frames", "data.paths", "data.tables"),
+    ("geometry", "hub", "lora_file", "prompts", "data.frames", "data.paths", "data.tables"),
     ("data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
     ("data.decode", "data.index"),
     ("data.clips", "data.sampler"),
-    ("diffusion", "rope"),
+    ("diffusion", "rope", "lora"),
     ("data.dataset",),
     ("encode", "models"),
     ("factory", "prepare", "optimizers"),
@@ -50,11 +50,11 @@ FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.name != "
 
 # Scripts end with --help or with all problems, and workers start, without torch.
 WITHOUT_TORCH = (
-    *("args", "errors", "files", "draws", "geometry", "hub", "optimizers", "prompts", "sheets", "curves"),
+    *("args", "errors", "files", "draws", "geometry", "hub", "lora_file", "optimizers", "prompts", "sheets", "curves"),
     *(name for name in FILES if name.startswith("data.") and name != "data.dataset"),
 )
 LIGHT_DATA = ("buckets", "cache", "columns", "faults", "forms", "index", "paths", "sampler", "tables", "workers")
-STANDARD_LIBRARY_ONLY = ("args", "errors", "draws", "prompts", *(f"data.{name}" for name in LIGHT_DATA))
+STANDARD_LIBRARY_ONLY = ("args", "errors", "draws", "lora_file", "prompts", *(f"data.{name}" for name in LIGHT_DATA))
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

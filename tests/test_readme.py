@@ -1,5 +1,6 @@
 """Every command of the README: its flags parse, its files and make targets exist; the table is what was measured."""
 
+import importlib
 import json
 import re
 import shlex
@@ -18,6 +19,9 @@ OPTIONS = {
     "cogvideox_image_to_video_lora.py": args.ImageLoraOptions,
     "cogvideox_image_to_video_sft.py": args.ImageSftOptions,
 }
+
+
+LORA_SCRIPTS = ("merge_lora", "extract_lora", "convert_lora")
 
 
 TEXTS = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
@@ -45,6 +49,8 @@ def test_command(command: str) -> None:
         )
     elif words[1].endswith("/inference.py"):
         assert len(words) == (5 if "i2v" in words[1] else 4)
+    elif words[1].startswith("scripts/"):
+        importlib.import_module(Path(words[1]).stem).build_parser().parse_args(words[2:])
     else:
         script = next(word for word in words if word.startswith("training/"))
         args.read_flags(OPTIONS[Path(script).name], words[words.index(script) + 1 :], None)
@@ -74,6 +80,8 @@ def test_package_docstring_lists_every_file() -> None:
 def test_flags_in_the_text_exist() -> None:
     items = [item for options in OPTIONS.values() for _, item, _ in args.fields_of(options)]
     known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
+    for name in LORA_SCRIPTS:
+        known |= set(importlib.import_module(name).build_parser()._option_string_actions)
     outside = {"--work_dir", "--results", "--help", "--write"}  # of benchmarks, of tests/odd_files.py, of every script
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
     named = set(re.findall(r"--[a-z0-9_]+", text)) - outside

@@ -21,12 +21,14 @@ data/pictures.py      still images
 data/decord_reader.py decord 0.6 as another reader
 data/decode.py        probe, exact frames, mp4 writing
 hub.py                the repository on the hub: made at the start, filled at the end
+lora_file.py          a LoRA's file, read before anything heavy is imported
 geometry.py           the numbers in a model's config files
 data/cache.py         encoded clips and captions: content-addressed, checked, atomic
 data/clips.py         a file and a recipe -> a plan -> frames
 data/sampler.py       which samples make up each optimizer step
 diffusion.py          noise schedule and loss
 rope.py               rotary tables
+lora.py               parts of a LoRA: layers, PiSSA's start, dropout that repeats
 data/dataset.py       cached tensors -> batches
 encode.py             clips, first frames and captions -> tensors
 models.py             parts of a pipeline: found, identified, loaded

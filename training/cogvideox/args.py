@@ -344,12 +344,28 @@ class SignalFlags:
 
 @dataclass(frozen=True)
 class LoraFlags:
-    """Read by methods.py."""
+    """Read by lora_file.py, lora.py and methods.py."""
 
     rank: int = flag(64, "rank of the LoRA matrices", least=1)
     lora_alpha: float = flag(64.0, "the LoRA is scaled by lora_alpha / rank", least=0.0)
     target_modules: tuple[str, ...] = flag(
-        ("to_q", "to_k", "to_v", "to_out.0"), "names of the linear layers that get a LoRA"
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        "names of the linear layers that get a LoRA, or one regular expression for whole names, such as .*attn1.*",
+    )
+    use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(rank), so that a high rank learns as fast as a low one")
+    use_dora: bool = flag(False, "DoRA: train the length of every output channel's weights apart from their direction")
+    lora_dropout: float = flag(
+        0.0, "share of a LoRA's inputs set to zero in training, drawn anew for every sample", least=0.0, below=1.0
+    )
+    init_lora_weights: str = flag(
+        "default",
+        "start of the matrices: default, gaussian, pissa (largest singular values), or pissa_niter_N (N rounds of a "
+        "faster SVD)",
+    )
+    lora_path: str | None = flag(
+        None,
+        "safetensors file or folder of a LoRA to start from; its rank, alpha and layers must be those of the flags",
+        aliases=("init_lora_from",),
     )
 
 
@@ -672,6 +688,8 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
         yield from optimizer_problems(options, given)
         yield from signal_problems(options.signal, given)
         yield from best_problems(options)
+    if isinstance(options, LoraOptions):
+        yield from lora_problems(options.lora)
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
@@ -807,6 +825,45 @@ def offload_problems(flags: OptimizerFlags, train: TrainFlags, low: list[str]) -
             f"--offload_gradients: contradicts --gradient_accumulation_steps {train.gradient_accumulation_steps}: each "
             "gradient leaves the GPU at once; give 1, or leave --offload_gradients out"
         )
+
+
+def lora_problems(lora: LoraFlags) -> Iterator[str]:
+    """Contradictions between the flags of a LoRA, and values that are of no known form."""
+    yield from target_problems(lora.target_modules)
+    init = lora.init_lora_weights
+    given = f"--init_lora_weights {init}"
+    if not re.fullmatch("default|gaussian|pissa|pissa_niter_[1-9][0-9]*", init):
+        yield f"{given}: is one of default, gaussian, pissa, pissa_niter_N; nearest: {nearest_init(init)}"
+    elif lora.lora_path and init != "default":
+        yield f"{given}: contradicts --lora_path {lora.lora_path}, which has the matrices to start from; give one"
+    if init.startswith("pissa") and lora.use_dora:
+        yield f"{given}: contradicts --use_dora, with which its result is no plain LoRA; give one of them"
+    if init.startswith("pissa") and not lora.lora_alpha:
+        yield "--lora_alpha 0: PiSSA divides by the scale of the LoRA; give the rank"
+
+
+def target_problems(target_modules: Sequence[str]) -> Iterator[str]:
+    """What is wrong with --target_modules by itself."""
+    patterns = [target for target in target_modules if target_pattern((target,)) is not None]
+    if patterns and len(target_modules) > 1:
+        yield f"--target_modules {patterns[0]}: a regular expression stands alone; join them: 'one|other'"
+    for text in patterns:
+        try:
+            re.compile(text)
+        except re.error as error:
+            yield f"--target_modules {text}: is no regular expression: {error}; give names, or mend it"
+
+
+def target_pattern(target_modules: Sequence[str]) -> str | None:
+    """The regular expression that --target_modules is; None where it lists names."""
+    plain = len(target_modules) != 1 or re.fullmatch(r"[\w.]+", target_modules[0])
+    return None if plain else target_modules[0]
+
+
+def nearest_init(text: str) -> str:
+    """The value of --init_lora_weights that looks most like a text."""
+    known = ("default", "gaussian", "pissa", "pissa_niter_4")
+    return (difflib.get_close_matches(text, known, 1, 0.3) or known)[0]
 
 
 def load_tensors_problems(options: TrainOptions) -> Iterator[str]:

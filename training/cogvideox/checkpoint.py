@@ -152,7 +152,7 @@ def aside(folder: Path) -> Path:
     return other
 
 
-def resume(run: Run, engine: Engine, recipe: dict[str, Any], options: TrainOptions) -> int:
+def resume(run: Run, engine: Engine, method: Any, recipe: dict[str, Any], options: TrainOptions) -> int:
     """Takes up the newest whole checkpoint, or the one asked for; returns its step, 0 where there is none.
 
     Raises:
@@ -171,6 +171,7 @@ def resume(run: Run, engine: Engine, recipe: dict[str, Any], options: TrainOptio
         rule = "DeepSpeed's files can run code, so only those of this --output_dir are loaded"
         raise UsageError(f"--resume_from_checkpoint {folder}: {rule}")
     engine.load(folder)
+    method.resume(folder)
     run.say(f"resuming from {folder} after step {progress['step']}")
     return progress["step"]
 

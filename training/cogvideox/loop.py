@@ -99,7 +99,7 @@ class Trainer:
         self.order = Order([s.id for s in samples], [s.bucket for s in samples], self.global_batch, seed, stratified)
         self.total_steps = train.max_train_steps or self.order.steps_through(train.num_train_epochs - 1)
         self.recipe = self._recipe(tensors)
-        self.first_step = resume(run, self.engine, self.recipe, options)
+        self.first_step = resume(run, self.engine, method, self.recipe, options)
         if self.first_step > self.total_steps:
             raise UsageError(
                 f"--max_train_steps {self.total_steps}: {run.output_dir} is at step {self.first_step} already; "
@@ -160,10 +160,11 @@ class Trainer:
         step = saved = self.first_step
         while step < self.total_steps and not metrics.stop_agreed:
             rate = learning_rate(self.options.optimizer, step, self.total_steps, self.global_batch)
-            for _ in range(accumulation):
+            for micro in range(accumulation):
                 with metrics.loading():
                     batch = next(batches)
                 metrics.bad_clips = self.bad_clips.count(batch.replaced)
+                self.method.draw_for(step, (micro * self.run.world + self.run.ranks.process_index) * len(batch.ids))
                 batch = batch.to(self.run.device)
                 losses_B = losses_of(self.task, self.schedule, self.engine.model, batch)
                 losses_B = losses_B * self.weights_T[batch.timestep_B]

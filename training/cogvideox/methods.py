@@ -1,11 +1,14 @@
 """What is trained: which parameters are added or freed, and how the result is written and read back.
 
 A method is made of (transformer, options). It has ``transformer``, ``result`` (the name of what ``save`` writes),
-``parameters()``, ``recipe()``, ``save``, ``reload``, ``off()`` and ``inference(dtype)``: an argument of from_pretrained
-that brings in what was trained, and the lines after it, for inference.py.
+``parameters()``, ``recipe()``, ``draw_for(step, first)`` before each forward pass of training, ``save``, ``reload``,
+``resume(folder)`` after the engine has taken up a checkpoint, ``off()`` and ``inference(dtype)``: an argument of
+from_pretrained that brings in what was trained, and the lines after it, for inference.py.
 """
 
+import hashlib
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,9 +22,10 @@ from torch.nn import Parameter
 
 from cogvideox.args import LoraOptions, SftOptions, ignores_positions
 from cogvideox.errors import UsageError
+from cogvideox.lora import Place, SampleDropout, Shifted, start_from_principal, targets
+from cogvideox.lora_file import PREFIX, WEIGHTS_NAME, lora_file
 from cogvideox.models import ignore_learned_positions, load_transformer
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
 
 
@@ -34,34 +38,84 @@ class Lora:
         self.transformer = transformer
         self.flags = options.lora
         self.ignores_positions = ignores_positions(options)
-        self.config = self._attach(options.data.seed)
+        self.pissa = self.flags.init_lora_weights.startswith("pissa")
+        self.place = Place()
+        self._attach(options.data.seed)
+        if self.flags.lora_path is not None:
+            self._start_from(self.flags.lora_path)
 
-    def _attach(self, seed: int) -> Any:
+    def _attach(self, seed: int) -> None:
         from peft import LoraConfig
 
-        names = [name for name, module in self.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-        for target in self.flags.target_modules:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                endings = sorted({".".join(name.split(".")[-2:]) for name in names if "blocks" in name})
-                raise UsageError(f"--target_modules {target}: no linear layer has this name; there are {endings}")
+        flags = self.flags
         config = LoraConfig(
-            r=self.flags.rank,
-            lora_alpha=self.flags.lora_alpha,
-            init_lora_weights=True,
-            target_modules=list(self.flags.target_modules),
+            r=flags.rank,
+            lora_alpha=flags.lora_alpha,
+            init_lora_weights="gaussian" if flags.init_lora_weights == "gaussian" else True,
+            target_modules=targets(self.transformer, flags.target_modules),
+            use_rslora=flags.use_rslora,
+            use_dora=flags.use_dora,
+            lora_dropout=flags.lora_dropout,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # PEFT draws the initial matrices from the global generator of the CPU
             self.transformer.add_adapter(config, adapter_name=ADAPTER)
-        return config
+        if self.pissa:
+            start_from_principal(self._layers(), ADAPTER, flags.rank, flags.init_lora_weights, seed)
+        if flags.lora_dropout:
+            for name, layer in self._layers().items():
+                layer.lora_dropout[ADAPTER] = SampleDropout(flags.lora_dropout, name, seed, self.place)
+
+    def _layers(self) -> dict[str, Any]:
+        """PEFT's layers by name."""
+        return {name: module for name, module in self.transformer.named_modules() if hasattr(module, "lora_A")}
+
+    @torch.no_grad()
+    def _start_from(self, given: str) -> None:
+        """Takes up the matrices of a file whose header check_lora has compared with the flags.
+
+        Raises:
+            UsageError: it has other layers, or layers of other sizes, than this model's.
+        """
+        from safetensors.torch import load_file
+
+        found = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(lora_file(given)).items()}
+        own = self.state()
+        odd = [name for name in {**own, **found} if name not in own or name not in found]
+        odd += [name for name in own if name in found and own[name].shape != found[name].shape]
+        if odd:
+            rule = f"{odd[0]} is not the same there and here ({len(odd)} such tensors)"
+            raise UsageError(f"--lora_path {given}: {rule}; give a LoRA for this model, and its own --target_modules")
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+
+    def draw_for(self, step: int, first: int) -> None:
+        """Says which samples come next, for dropout: those from position ``first`` of a step's global batch on."""
+        self.place.step, self.place.first = step, first
+
+    def resume(self, folder: Path) -> None:
+        """Takes up what is neither trained nor a function of the flags alone: an SVD may differ by machine."""
+        from safetensors.torch import load_file
+
+        if self.pissa:
+            saved = load_file(folder / self.result)
+            for name, matrix in self._shifted().items():
+                matrix.take_up(saved[PREFIX + name])
+
+    def _shifted(self) -> dict[str, Shifted]:
+        """PiSSA's matrices by the names that PEFT gives them in a file."""
+        pairs = [(f"{n}.{part}", getattr(m, part)) for n, m in self._layers().items() for part in ("lora_A", "lora_B")]
+        return {f"{name}.weight": part[ADAPTER] for name, part in pairs if ADAPTER in part} if self.pissa else {}
 
     def parameters(self) -> dict[str, Parameter]:
         """The trainable parameters by name."""
         return trainable(self.transformer)
 
     def recipe(self) -> dict[str, Any]:
-        """What decides the result."""
-        return asdict(self.flags)
+        """What decides the result; of a LoRA to start from its content."""
+        path = self.flags.lora_path
+        content = None if path is None else hashlib.sha256(lora_file(path).read_bytes()).hexdigest()
+        return asdict(self.flags) | {"lora_path": content}
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -73,10 +127,19 @@ class Lora:
             self.transformer.enable_adapters()
 
     def state(self) -> dict[str, Tensor]:
-        """The LoRA in PEFT's names, as validation runs it."""
+        """The LoRA in PEFT's names, as validation runs it; after PiSSA of twice the rank, for the original base."""
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
+        state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
+        return state | {name: matrix.whole().detach() for name, matrix in self._shifted().items()}
+
+    def config(self) -> dict[str, Any]:
+        """The fields of PEFT's LoraConfig with which ``state`` gives what was trained. No dropout: it is for use."""
+        fields = self.transformer.peft_config[ADAPTER].to_dict() | {"lora_dropout": 0.0}
+        if self.pissa:
+            growth = math.sqrt(2.0) if self.flags.use_rslora else 2.0  # so that the scale stays
+            fields |= {"r": 2 * fields["r"], "lora_alpha": growth * fields["lora_alpha"]}
+        return fields
 
     def save(self, folder: Path) -> None:
         """Writes the LoRA as stock diffusers loads it, rank and alpha in the file's metadata."""
@@ -86,7 +149,7 @@ class Lora:
             str(folder),
             transformer_lora_layers={name: tensor.contiguous() for name, tensor in self.state().items()},
             weight_name=WEIGHTS_NAME,
-            transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
+            transformer_lora_adapter_metadata=self.config(),
         )
 
     def reload(self, pipeline: Any, folder: Path) -> None:
@@ -120,6 +183,12 @@ class FullFinetune:
     def recipe(self) -> dict[str, Any]:
         """What decides the result: no flag of its own."""
         return {}
+
+    def draw_for(self, step: int, first: int) -> None:
+        """Nothing here is random."""
+
+    def resume(self, folder: Path) -> None:
+        """The engine has all."""
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -1,0 +1,90 @@
+"""What the LoRA scripts share: the transformer of a model, and files that are whole or not there.
+
+Needs diffusers, peft and safetensors, and nothing of training/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
+PREFIX = "transformer."  # diffusers' prefix of a LoRA's keys and of its metadata
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # as the header of a safetensors file says it
+
+
+def transformer_folder(model: str) -> Path:
+    """The folder of a transformer's config.json: in a pipeline's folder, itself, or downloaded.
+
+    Raises:
+        ValueError: a folder is there, but holds none.
+    """
+    for folder in (Path(model) / "transformer", Path(model)):
+        if (folder / "config.json").is_file():
+            return folder
+    if Path(model).exists():
+        raise ValueError(f"{model}: has no transformer/config.json; give a CogVideoX pipeline, or its transformer")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=["transformer/*"])) / "transformer"
+
+
+def stored_dtype(folder: Path) -> str:
+    """fp32, fp16 or bf16: what most tensors of a folder's safetensors files are.
+
+    Raises:
+        ValueError: it has no such files.
+    """
+    found: Counter[str] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        found.update(entry["dtype"] for name, entry in header.items() if name != "__metadata__")
+    names = [name for name, stored in DTYPES.items() if found and stored == found.most_common(1)[0][0]]
+    if not names:
+        raise ValueError(f"{folder}: has no weights in safetensors files of fp32, fp16 or bf16")
+    return names[0]
+
+
+def load_transformer(folder: Path, dtype: str) -> Any:
+    """A transformer on the CPU."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel.from_pretrained(folder, dtype=torch_dtype(dtype)).requires_grad_(False)
+
+
+def torch_dtype(name: str) -> Any:
+    """torch's type of fp32, fp16 or bf16."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def lora_file(given: str) -> Path:
+    """A LoRA's file: itself, or the one in a folder.
+
+    Raises:
+        ValueError: there is none, or it is no safetensors file.
+    """
+    path = Path(given) / WEIGHTS_NAME if Path(given).is_dir() else Path(given)
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ValueError(f"{given}: is no .safetensors file and no folder with {WEIGHTS_NAME}")
+    return path
+
+
+def replace_by(target: Path, write: Callable[[Path], None]) -> None:
+    """Lets ``write`` make a file or folder under another name, and gives it its own name once it is whole.
+
+    Raises:
+        ValueError: the target is a folder that is not empty.
+    """
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target}: is not empty; give another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    write(temporary)
+    os.replace(temporary, target)

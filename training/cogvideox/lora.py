@@ -1,0 +1,147 @@
+"""Parts of a LoRA that PEFT does not have: its layers, PiSSA's start on an untouched base, dropout that repeats.
+
+A layer computes W x + scale * B (A dropout(x)). A is (rank, in), B is (out, rank).
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.functional import linear
+
+from cogvideox.args import target_pattern
+from cogvideox.draws import key_of
+from cogvideox.errors import UsageError
+from cogvideox.lora_file import selected, unused
+
+
+def linear_layers(transformer: Module) -> list[str]:
+    """The names of the linear layers."""
+    return [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def targets(transformer: Module, target_modules: Sequence[str]) -> list[str]:
+    """--target_modules for PEFT: the names as they are, or all linear layers that a regular expression means.
+
+    Raises:
+        UsageError: a name or the expression means no linear layer.
+    """
+    names = linear_layers(transformer)
+    missing = unused(target_modules, names)
+    if missing:
+        endings = sorted({".".join(name.split(".")[-2:]) for name in names if "blocks" in name})
+        pattern = target_pattern(target_modules)
+        rule = "no linear layer has this name" if pattern is None else "matches no linear layer's whole name"
+        there = f"there are {endings}" + (f", as in {names[-1]}" if pattern is not None else "")
+        raise UsageError([f"--target_modules {target}: {rule}; {there}" for target in missing])
+    return list(target_modules) if target_pattern(target_modules) is None else selected(target_modules, names)
+
+
+# -- dropout -----------------------------------------------------------------------------------------------------------
+
+
+class SampleDropout(Module):
+    """Dropout whose mask is a function of (seed, step, position of the sample in the global batch, layer).
+
+    So another number of ranks or accumulation steps changes nothing, a recomputed block has the same mask again, and
+    there is no state to save. ``place`` is shared by all layers of a model, and set before each forward pass.
+    """
+
+    def __init__(self, p: float, layer: str, seed: int, place: "Place") -> None:
+        super().__init__()
+        self.p, self.layer, self.seed, self.place = p, layer, seed, place
+
+    @torch.compiler.disable  # the keys change with every step: each would be a graph of its own
+    def forward(self, x: Tensor) -> Tensor:
+        """Of (B, ...): each value zero with probability p, else divided by 1 - p. In evaluation x itself."""
+        if not self.training:
+            return x
+        kept = torch.stack([self._kept(x[sample], self.place.first + sample) for sample in range(len(x))])
+        return x * kept.to(x.dtype) / (1.0 - self.p)
+
+    def _kept(self, x: Tensor, position: int) -> Tensor:
+        key = key_of(self.seed, "lora dropout", self.place.step, position, self.layer)
+        generator = torch.Generator(x.device).manual_seed(key)
+        return torch.rand(x.shape, generator=generator, device=x.device) >= self.p
+
+
+class Place:
+    """Where a run is: the optimizer step, and the position in its global batch of the first sample of a micro-batch."""
+
+    step = first = 0
+
+
+# -- PiSSA -------------------------------------------------------------------------------------------------------------
+
+
+class Shifted(Module):
+    """A LoRA matrix beside its own start, as one matrix: [A; A0], or [B, -B0].
+
+    PiSSA (arXiv:2404.02948) starts from the largest singular values of W: B0 A0, and takes them out of the base:
+    (W - s B0 A0) + s B A. This is W + s [B, -B0] [A; A0]: the base stays what it is in every precision, and the plain
+    LoRA of twice the rank that is saved computes what was trained.
+    """
+
+    start: Tensor
+
+    def __init__(self, start: Tensor, dim: int, sign: float) -> None:
+        super().__init__()
+        self.weight = Parameter(start.clone())
+        self.dim, self.sign = dim, sign
+        self.register_buffer("start", start, persistent=False)
+
+    def whole(self) -> Tensor:
+        """The matrix of twice the rank."""
+        return torch.cat([self.weight, self.sign * self.start], self.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with it."""
+        return linear(x, self.whole())
+
+    @torch.no_grad()
+    def take_up(self, whole: Tensor) -> None:
+        """Restores the start out of what ``whole`` returned, which was saved."""
+        self.start.copy_(self.sign * whole.chunk(2, self.dim)[1])
+
+
+def principal(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> tuple[Tensor, Tensor]:
+    """(A0, B0) in the weight's type, scale * B0 A0 being the part of the weight with its ``rank`` largest singular
+    values, half of each value in either matrix.
+    """
+    matrix = weight.detach().float()
+    rounds = re.fullmatch(r"pissa_niter_(\d+)", init)
+    if rounds:
+        devices = [weight.device] if weight.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)  # the faster SVD begins with random vectors
+            left, values, right = torch.svd_lowrank(matrix, rank, niter=int(rounds[1]))
+        rows = right.T
+    else:
+        left, values, rows = torch.linalg.svd(matrix, full_matrices=False)
+    roots = (values[:rank] / scale).sqrt()
+    start = (roots[:, None] * rows[:rank], left[:, :rank] * roots)
+    return start[0].to(weight.dtype).contiguous(), start[1].to(weight.dtype).contiguous()
+
+
+def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: str, seed: int) -> None:
+    """Gives PEFT's layers the start of PiSSA. All ranks take that of the first one: an SVD may differ by machine.
+
+    Raises:
+        UsageError: a layer is smaller than the rank.
+    """
+    sizes = {name: min(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
+    small = min(sizes, key=lambda name: sizes[name])
+    if sizes[small] < rank:
+        rule = f"{small} has {sizes[small]} singular values for PiSSA to start from"
+        raise UsageError(f"--rank {rank}: {rule}; give at most --rank {sizes[small]}")
+    for layer in layers.values():
+        start = principal(layer.get_base_layer().weight, rank, layer.scaling[adapter], init, seed)
+        if dist.is_available() and dist.is_initialized():
+            for tensor in start:
+                dist.broadcast(tensor, src=0)
+        layer.lora_A[adapter] = Shifted(start[0], dim=0, sign=1.0)
+        layer.lora_B[adapter] = Shifted(start[1], dim=1, sign=-1.0)
