@@ -229,13 +229,13 @@ def test_the_environment_sets_values_and_extra_flags_come_last(sandbox):
         RANK=0,  # of a cluster's process group, not of the LoRA
         LORA_RANK=16,
         VALIDATION_PROMPT="",
-        EXTRA_FLAGS="--seed 7 --target_modules to_q * --max_grad_norm 0",
+        EXTRA_FLAGS="--seed 7 --allow_path one * --max_grad_norm 0",
     )
     assert done.returncode == 0, done.stderr
     first, second = (read(command)[0] for command in sandbox.calls())
     assert (first.optimizer.learning_rate, second.optimizer.learning_rate) == (2e-5, 3e-5)
     assert (first.train.max_train_steps, first.data.height_buckets, first.lora.rank) == (7, (480, 720), 16)
-    assert (first.data.seed, first.train.max_grad_norm, first.lora.target_modules) == (7, 0.0, ("to_q", "*"))
+    assert (first.data.seed, first.train.max_grad_norm, first.data.allow_path) == (7, 0.0, ("one", "*"))
     assert first.validation.validation_prompt is None
 
 
