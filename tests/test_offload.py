@@ -76,6 +76,15 @@ def placed(device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str,
     return {name: Parameter(p.detach().to(device)) for name, p in parameters(dtype, seed).items()}
 
 
+def assert_rounded_alike(first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> None:
+    """Equal but for the rounding of CPU and GPU kernels. A master halfway between two bf16 numbers may be rounded to
+    the other one, and what follows from that weight is then off by a bf16 unit: in one of a thousand at most.
+    """
+    far = (first - second).abs() > 1e-5
+    assert far.float().mean() <= (0.0 if dtype == torch.float32 else 1e-3)
+    torch.testing.assert_close(first[far], second[far], rtol=2.0**-7, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offload_gradients", [False, True])
 def test_equals_masters_on_the_device(device: torch.device, dtype: torch.dtype, offload_gradients: bool) -> None:
@@ -84,11 +93,12 @@ def test_equals_masters_on_the_device(device: torch.device, dtype: torch.dtype, 
     for step in range(8):
         (result,), (wanted,) = train(engine, ours, step, step + 1), train(reference, theirs, step, step + 1)
         assert values(result) == pytest.approx(values(wanted), rel=1e-5)
-    # the kernels of CPU and GPU round differently
-    tolerance = {"rtol": 0.0, "atol": 0.0 if device.type == "cpu" else 1e-5}
     state = reference.state()
     for name, tensor in engine.state().items():
-        torch.testing.assert_close(tensor, state[name], **tolerance)
+        if device.type == "cpu":
+            torch.testing.assert_close(tensor, state[name], rtol=0.0, atol=0.0)
+        else:
+            assert_rounded_alike(tensor, state[name], dtype)
         assert tensor.dtype == torch.float32
     assert all(parameter.grad is None for parameter in ours.values())
     assert all(ours[name].equal(engine.state()[f"master/{name}"].to(device, dtype)) for name in ours)
