@@ -27,6 +27,25 @@ if "COGVIDEOX_TEST_GPU" not in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def schedule_as_usual() -> None:
+    """SVT-AV1, with which tests encode, makes the process that calls it a real-time one where it may. Children inherit
+    that, and a few that are busy then keep everything else from the cores.
+    """
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    schedule_as_usual()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    schedule_as_usual()
+
+
 # number of clips, width, height, frames per second, frames
 SYNTHETIC = ((3, 96, 64, 8, 17), (2, 128, 96, 25, 60), (1, 64, 96, 30, 50))
 COLOURS = {

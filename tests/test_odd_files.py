@@ -1,10 +1,12 @@
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import schedule_as_usual
 from numbered import COUNT, HEIGHT, RATE, WIDTH, differ, number_in, picture, plain, sequential
 from odd_files import BASES, CASES, RAISES, SECTIONS, SIZE, TABLE, THEORA, Case, Outcome, part, place_and_read, table
 from PIL import Image
@@ -114,3 +116,10 @@ def test_the_table_in_docs_is_what_comes_out(read: Read, tmp_path: Path, capsys:
     with capsys.disabled():
         print(f"\n{now}\n{TABLE}")
     assert TABLE.read_text(encoding="utf-8") == now, "run: python tests/odd_files.py --write"
+
+
+def test_an_encoder_s_real_time_is_given_back() -> None:
+    """Without it, tests of busy workers that run side by side never end; see conftest.py."""
+    plain("webm", "libsvtav1")  # makes this process a real-time one, where it may
+    schedule_as_usual()
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
