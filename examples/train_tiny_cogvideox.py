@@ -40,7 +40,7 @@ KL_WEIGHT = 1e-4
 SIZE = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9", "--max_num_frames", "9"]
 
 
-def build(kind: str, seed: int, scaling_factor: float, vae: Any) -> Any:
+def build(seed: int, scaling_factor: float, vae: Any) -> Any:
     """The whole pipeline, its transformer random."""
     from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
@@ -65,7 +65,7 @@ def build(kind: str, seed: int, scaling_factor: float, vae: Any) -> Any:
         )
         text_encoder = make_text_encoder(len(tokenizer), TEXT_DIM)
     vae.register_to_config(scaling_factor=scaling_factor)
-    return CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, make_scheduler(kind))
+    return CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, make_scheduler("5b"))
 
 
 # -- the VAE -----------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def make_base(work: Path, options: argparse.Namespace, device: torch.device) -> 
     if not check.report(figures):
         raise SystemExit("the VAE misses a limit; give more --vae_steps")
     scale = latent_scale(vae, drawn)
-    pipeline = build("5b", options.seed, scale, vae.cpu())
+    pipeline = build(options.seed, scale, vae.cpu())
     temporary = folder.with_name(".base.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_pipeline(pipeline, temporary)

@@ -34,7 +34,8 @@ LAYERS = (
     ("run",),
     ("images", "tensors"),
     ("checkpoint", "validation"),
-    ("before_after", "best", "held_out", "parity", "card"),
+    ("before_after", "best", "held_out", "parity"),
+    ("card",),
     ("publish",),
     ("loop",),
 )

@@ -68,7 +68,7 @@ def test_the_scale_makes_latents_of_unit_size() -> None:
 
 
 def test_the_finished_pipeline_is_fp16_and_names_no_folder(tmp_path: Path) -> None:
-    pipeline = training.build("5b", 0, 1.25, training.make_vae((8, 8, 8, 8)))
+    pipeline = training.build(0, 1.25, training.make_vae((8, 8, 8, 8)))
     training.save_pipeline(pipeline, tmp_path / "base")
     with torch.no_grad():
         pipeline.transformer.proj_out.weight.fill_(0.5)
@@ -83,7 +83,7 @@ def test_the_finished_pipeline_is_fp16_and_names_no_folder(tmp_path: Path) -> No
 
 
 def test_the_vocabulary_has_every_word() -> None:
-    tokenizer = training.build("5b", 0, 1.0, training.make_vae((8, 8, 8, 8))).tokenizer
+    tokenizer = training.build(0, 1.0, training.make_vae((8, 8, 8, 8))).tokenizer
     texts = [scene.caption for scene in shapes.scenes()[::90]] + ["BUNNY A grey rabbit stands in a meadow."]
     for text in texts:
         ids = tokenizer(text).input_ids

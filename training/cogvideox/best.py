@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cogvideox.checkpoint import Saver, checkpoints, fault, step_of
+from cogvideox.checkpoint import PREFIX, Saver, checkpoints, fault, step_of
 from cogvideox.curves import column, read_records
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
@@ -24,7 +24,7 @@ def best_of(output_dir: Path, last: int) -> dict[str, Any] | None:
     if not steps:
         return None
     best = min(steps, key=lambda step: (measured[step], step))
-    return {"step": best, "checkpoint": f"checkpoint-{best}", "held_out_loss": float(measured[best])}
+    return {"step": best, "checkpoint": f"{PREFIX}{best}", "held_out_loss": float(measured[best])}
 
 
 class Best:
@@ -68,4 +68,4 @@ class Best:
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
-        return self.folder / f"checkpoint-{step}"
+        return self.folder / f"{PREFIX}{step}"

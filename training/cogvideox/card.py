@@ -13,6 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 from cogvideox.args import ModelFlags, TrainOptions
+from cogvideox.before_after import SHEET_NAME
+from cogvideox.curves import CURVES_NAME
 from cogvideox.data.cache import CacheIndex
 from cogvideox.files import write_atomically
 from cogvideox.geometry import hub_file
@@ -22,8 +24,8 @@ from cogvideox.validation import Validator
 
 CARD_NAME = "README.md"
 PICTURES = {  # where the run has them
-    "contact_sheet.png": "Validation prompts before and after training",
-    "curves.png": "Loss, learning rate and gradient norm",
+    SHEET_NAME: "Validation prompts before and after training",
+    CURVES_NAME: "Loss, learning rate and gradient norm",
 }
 # in Markdown, its tables and formulas, and HTML; within a word _ means nothing
 MEANINGFUL = re.compile(r"[&<>\\`*\[\]{}|~$#]|(?<![^\W_])_|_(?![^\W_])")
