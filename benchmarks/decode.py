@@ -174,7 +174,7 @@ def main() -> None:
     show("720p film", figures["film_720p"])
     print("  ".join(f"{name} {value:.2f}" for name, value in figures["workers"].items()))
     if args.results:
-        from full_size import device_and_versions
+        from record import device_and_versions
 
         row: dict[str, Any] = {
             "work": f"up to {FRAMES} frames of a clip at {HEIGHT}x{WIDTH}, opening included, median of {args.repeats}"

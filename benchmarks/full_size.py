@@ -10,7 +10,6 @@ of its own. One JSON file a kind is written.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,101 +17,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-FRAMES, HEIGHT, WIDTH = 49, 480, 720
-COMMON = {
-    "attention_head_dim": 64,
-    "in_channels": 16,
-    "out_channels": 16,
-    "time_embed_dim": 512,
-    "text_embed_dim": 4096,
-    "max_text_seq_length": 226,
-    "sample_height": 60,
-    "sample_width": 90,
-    "sample_frames": 49,
-    "patch_size": 2,
-    "temporal_compression_ratio": 4,
-}
-TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "2b": COMMON | {"num_attention_heads": 30, "num_layers": 30, "use_rotary_positional_embeddings": False},
-    "5b": COMMON | {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
-}
-VAE = {
-    "block_out_channels": (128, 256, 256, 512),
-    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
-    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
-    "latent_channels": 16,
-    "layers_per_block": 3,
-    "sample_height": 480,
-    "sample_width": 720,
-    "temporal_compression_ratio": 4,
-}
+from random_models import ROOT, make_pipeline, make_tensors
+from record import device_and_versions
 
-
-def make_pipeline(kind: str, folder: Path) -> None:
-    """A pipeline folder with random bf16 weights; T5 has its real width, but one layer."""
-    import torch
-    from diffusers import (
-        AutoencoderKLCogVideoX,
-        CogVideoXDPMScheduler,
-        CogVideoXPipeline,
-        CogVideoXTransformer3DModel,
-    )
-    from tiny_cogvideox import make_tokenizer
-    from transformers import T5Config, T5EncoderModel
-
-    if (folder / "model_index.json").is_file():
-        return
-    tokenizer = make_tokenizer()
-    scheduler = CogVideoXDPMScheduler(
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        snr_shift_scale={"2b": 3.0, "5b": 1.0}[kind],
-        timestep_spacing="trailing",
-    )
-    config = T5Config(d_model=4096, num_layers=1, d_kv=64, num_heads=64, d_ff=10240, vocab_size=len(tokenizer))
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        transformer = CogVideoXTransformer3DModel(**TRANSFORMERS[kind])
-        vae = AutoencoderKLCogVideoX(**VAE, scaling_factor={"2b": 1.15258426, "5b": 0.7}[kind])
-        text_encoder = T5EncoderModel(config)
-    torch.set_default_dtype(torch.float32)
-    CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
-
-
-def make_tensors(pipeline: Path, folder: Path, samples: int = 2) -> None:
-    """A prepared folder with random moments and embeddings."""
-    import torch
-
-    from cogvideox.args import EncodeFlags, ModelFlags
-    from cogvideox.data.buckets import Bucket
-    from cogvideox.data.cache import CachedSample, CacheIndex, TensorCache
-    from cogvideox.geometry import read_geometry
-    from cogvideox.prepare import Encoders
-
-    model = ModelFlags(str(pipeline))
-    geometry = read_geometry(model)
-    encoders = Encoders.of(model, EncodeFlags(), geometry)
-    cache, bucket = TensorCache(folder), Bucket(FRAMES, HEIGHT, WIDTH)
-    frames, channels, height, width = geometry.latent_shape(bucket)
-    cached = []
-    for i in range(samples):
-        sample = CachedSample(f"{i}.mp4", f"clip {i}", bucket, (f"aa{i}",), f"bb{i}")
-        cache.write(sample.video_keys[0], {"moments_CFHW": torch.randn(2 * channels, frames, height, width).bfloat16()})
-        cached.append(sample)
-    for key in [sample.prompt_key for sample in cached] + ["bbempty"]:
-        shape = (geometry.max_text_seq_length, geometry.text_embed_dim)
-        cache.write(key, {"prompt_LD": torch.randn(shape).bfloat16()})
-    dtypes = {"vae": "bf16", "text_encoder": "bf16"}
-    length = geometry.max_text_seq_length
-    CacheIndex(tuple(cached), "bbempty", 8.0, encoders.vae, encoders.text_encoder, dtypes, length).save(folder)
+KINDS = ("2b", "5b")
 
 
 def ours(pipeline: Path, tensors: Path, output: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The training script, as a user runs it; figures from its metrics.jsonl."""
     command = [sys.executable, str(ROOT / "training/cogvideox_text_to_video_lora.py")]
     command += ["--pretrained_model_name_or_path", str(pipeline), "--data_root", str(tensors), "--load_tensors"]
-    command += ["--output_dir", str(output), "--height_buckets", str(HEIGHT), "--width_buckets", str(WIDTH)]
+    command += ["--output_dir", str(output), "--train_resolution", "49x480x720"]
     command += ["--rank", str(args.rank), "--lora_alpha", str(args.rank), "--mixed_precision", args.mixed_precision]
     command += ["--train_batch_size", "1", "--max_train_steps", str(args.steps), "--gradient_checkpointing"]
     command += ["--optimizer", "adamw", "--dataloader_num_workers", "2", "--pin_memory"]
@@ -151,7 +66,7 @@ def stock(pipeline: Path, steps: int, rank: int) -> dict[str, Any]:
     pipe = CogVideoXPipeline(**parts, transformer=transformer, scheduler=scheduler)
     rotary = None
     if transformer.config.use_rotary_positional_embeddings:
-        rotary = pipe._prepare_rotary_positional_embeddings(HEIGHT, WIDTH, 13, accelerator.device)
+        rotary = pipe._prepare_rotary_positional_embeddings(480, 720, 13, accelerator.device)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4)
     model, optimizer = accelerator.prepare(transformer, optimizer)
@@ -177,18 +92,9 @@ def stock(pipeline: Path, steps: int, rank: int) -> dict[str, Any]:
     return {"seconds_per_step": statistics.median(seconds[2:] or seconds), "peak_gib": round(peak, 3)}
 
 
-def device_and_versions() -> dict[str, Any]:
-    """What a result was measured with."""
-    from cogvideox.run import environment
-
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    commit = os.environ.get("COMMIT") or git.stdout.strip()  # COMMIT where the tree travels without its history
-    return environment() | {"commit": commit, "command": " ".join(sys.argv)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=TRANSFORMERS, default=list(TRANSFORMERS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--mixed_precision", default="bf16")
@@ -196,15 +102,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--stock_pipeline", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sys.path[:0] = [str(ROOT / "training"), str(ROOT / "examples")]
     if args.stock_pipeline:
         print(json.dumps(stock(args.stock_pipeline, args.steps, args.rank)))
         return
     for kind in args.kinds:
         pipeline, tensors = args.work_dir / kind, args.work_dir / f"{kind}-tensors"
         make_pipeline(kind, pipeline)
-        make_tensors(pipeline, tensors)
-        row = {"kind": kind, "work": f"text-to-video LoRA, {FRAMES}x{HEIGHT}x{WIDTH}, batch 1, gradient checkpointing"}
+        make_tensors(kind, pipeline, tensors)
+        row = {"kind": kind, "work": "text-to-video LoRA, 49x480x720, batch 1, gradient checkpointing"}
         row |= {"rank": args.rank, "precision": args.mixed_precision, **device_and_versions()}
         row["ours"] = ours(pipeline, tensors, args.work_dir / f"{kind}-lora", args)
         again = [sys.executable, __file__, "--stock_pipeline", str(pipeline), "--work_dir", str(args.work_dir)]

@@ -1,0 +1,133 @@
+"""Full-size CogVideoX pipeline folders with random weights, and prepared folders with random tensors, for benchmarks.
+
+Weights decide neither time nor memory. The configs are those of the five published checkpoints; T5 has its real width,
+but one layer, because training never runs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "training"), str(ROOT / "examples")]
+
+VERSION_1 = {
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "time_embed_dim": 512,
+    "text_embed_dim": 4096,
+    "max_text_seq_length": 226,
+    "sample_height": 60,
+    "sample_width": 90,
+    "sample_frames": 49,
+    "patch_size": 2,
+    "temporal_compression_ratio": 4,
+}
+LARGE = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+VERSION_1_5 = {
+    "max_text_seq_length": 224,
+    "sample_height": 300,
+    "sample_width": 300,
+    "sample_frames": 81,
+    "patch_size_t": 2,
+    "patch_bias": False,
+}
+IMAGE = {"in_channels": 32}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "2b": VERSION_1 | {"num_attention_heads": 30, "num_layers": 30, "use_rotary_positional_embeddings": False},
+    "5b": VERSION_1 | LARGE,
+    "5b-i2v": VERSION_1 | LARGE | IMAGE | {"use_learned_positional_embeddings": True},
+    "1.5-5b": VERSION_1 | LARGE | VERSION_1_5,
+    "1.5-5b-i2v": VERSION_1 | LARGE | VERSION_1_5 | IMAGE | {"ofs_embed_dim": 512},
+}
+KINDS = tuple(TRANSFORMERS)
+VAE = {
+    "block_out_channels": (128, 256, 256, 512),
+    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+    "latent_channels": 16,
+    "layers_per_block": 3,
+    "sample_height": 480,
+    "sample_width": 720,
+    "temporal_compression_ratio": 4,
+}
+IMAGE_VARIANTS = 2
+
+
+def is_image_to_video(kind: str) -> bool:
+    """Whether a kind takes a first frame."""
+    return kind.endswith("i2v")
+
+
+def clip_size(kind: str) -> tuple[int, int, int]:
+    """(frames, height, width) that the guides train a kind on."""
+    return (81, 768, 1360) if kind.startswith("1.5") else (49, 480, 720)
+
+
+def make_transformer(kind: str) -> Any:
+    """A random bf16 transformer on the GPU."""
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return CogVideoXTransformer3DModel(**TRANSFORMERS[kind])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def make_pipeline(kind: str, folder: Path) -> None:
+    """A pipeline folder with random bf16 weights, if it is not there yet."""
+    import diffusers
+    import torch
+    from tiny_cogvideox import make_scheduler, make_tokenizer
+    from transformers import T5Config, T5EncoderModel
+
+    if (folder / "model_index.json").is_file():
+        return
+    tokenizer = make_tokenizer()
+    config = T5Config(d_model=4096, num_layers=1, d_kv=64, num_heads=64, d_ff=10240, vocab_size=len(tokenizer))
+    vae_config = VAE | {"scaling_factor": 1.15258426 if kind == "2b" else 0.7}
+    vae_config |= {"invert_scale_latents": kind == "1.5-5b-i2v"}
+    with torch.device("cuda"):
+        vae = diffusers.AutoencoderKLCogVideoX(**vae_config).bfloat16()
+        text_encoder = T5EncoderModel(config).bfloat16()
+    pipeline = diffusers.CogVideoXImageToVideoPipeline if is_image_to_video(kind) else diffusers.CogVideoXPipeline
+    parts = (tokenizer, text_encoder, vae, make_transformer(kind), make_scheduler(kind))
+    pipeline(*parts).save_pretrained(folder)
+
+
+def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> None:
+    """A prepared folder with random moments and embeddings."""
+    import torch
+
+    from cogvideox.args import EncodeFlags, ModelFlags
+    from cogvideox.data.buckets import Bucket
+    from cogvideox.data.cache import CachedSample, CacheIndex, TensorCache
+    from cogvideox.geometry import read_geometry
+    from cogvideox.prepare import Encoders
+
+    model = ModelFlags(str(pipeline))
+    geometry = read_geometry(model)
+    encoders = Encoders.of(model, EncodeFlags(), geometry)
+    cache, bucket = TensorCache(folder), Bucket(*clip_size(kind))
+    cached = []
+    for i in range(samples):
+        images = (f"cc{i}",) if is_image_to_video(kind) else ()
+        sample = CachedSample(f"{i}.mp4", f"clip {i}", bucket, (f"aa{i}",), f"bb{i}", image_keys=images)
+        cache.write(sample.video_keys[0], {"moments_CFHW": torch.randn(geometry.moments_shape(bucket)).bfloat16()})
+        for key in images:
+            moments_KCHW = torch.randn(IMAGE_VARIANTS, *geometry.image_shape(bucket)).bfloat16()
+            cache.write(key, {"image_moments_KCHW": moments_KCHW})
+        cached.append(sample)
+    for key in [sample.prompt_key for sample in cached] + ["bbempty"]:
+        shape = (geometry.max_text_seq_length, geometry.text_embed_dim)
+        cache.write(key, {"prompt_LD": torch.randn(shape).bfloat16()})
+    dtypes = {"vae": "bf16", "text_encoder": "bf16"}
+    length = geometry.max_text_seq_length
+    fps = float(geometry.default_fps)
+    CacheIndex(tuple(cached), "bbempty", fps, encoders.vae, encoders.text_encoder, dtypes, length).save(folder)
