@@ -60,7 +60,7 @@ def run(command: list[str], output: Path, steps: int, complete: bool) -> dict[st
     row: dict[str, Any] = {"steps": len(lines), "losses": [line["loss"] for line in lines]}
     row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "command": " ".join(command)}
     if lines:
-        row |= {"peak_gib": lines[-1]["peak_gib"], "seconds": [line["seconds"] for line in lines]}
+        row |= {"peak_gib": lines[-1].get("peak_gib"), "seconds": [line["seconds"] for line in lines]}
     recipe = output / "recipe.json"
     row["verification"] = json.loads(recipe.read_text())["verification"] if recipe.is_file() else None
     if not made or (complete and not recipe.is_file()):

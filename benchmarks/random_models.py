@@ -7,6 +7,7 @@ but one layer, because training never runs it.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,4 +131,5 @@ def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> N
     dtypes = {"vae": "bf16", "text_encoder": "bf16"}
     length = geometry.max_text_seq_length
     fps = float(geometry.default_fps)
-    CacheIndex(tuple(cached), "bbempty", fps, encoders.vae, encoders.text_encoder, dtypes, length).save(folder)
+    index = CacheIndex(tuple(cached), "bbempty", fps, encoders.vae, encoders.text_encoder, dtypes, length)
+    replace(index, image_variants=IMAGE_VARIANTS if is_image_to_video(kind) else 0).save(folder)
