@@ -76,14 +76,15 @@ def split() -> tuple[list[Scene], list[Scene]]:
     return parts
 
 
-def write_data_set(folder: Path, chosen: Sequence[Scene]) -> Path:
-    """Writes scenes as a data set that the training scripts take: videos/, videos.txt, prompts.txt."""
+def write_data_set(folder: Path, chosen: Sequence[Scene], captions: Sequence[str] = ()) -> Path:
+    """Writes scenes, with their own captions or others, as the training scripts take it: videos/ and two lists."""
     (folder / "videos").mkdir(parents=True, exist_ok=True)
+    own = [scene.caption for scene in chosen]
     names = [f"videos/{number:04d}.mp4" for number in range(len(chosen))]
     for name, scene in zip(names, chosen, strict=True):
         if not (folder / name).is_file():
             write_video(folder / name, scene.frames(), FPS)
-    (folder / "prompts.txt").write_text("".join(f"{scene.caption}\n" for scene in chosen))
+    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions or own))
     (folder / "videos.txt").write_text("".join(f"{name}\n" for name in names))
     return folder
 

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENS = ("BUNNY", "CITY")  # words for subjects to come
 TEXT_LENGTH, TEXT_DIM = 32, 64
 KL_WEIGHT = 1e-4
+SCRIPT = "cogvideox_text_to_video_sft.py"
 SIZE = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9", "--max_num_frames", "9"]
 
 
@@ -193,8 +194,15 @@ def run(script: str, *flags: object) -> None:
     subprocess.run([str(part) for part in command], check=True, env=environment)
 
 
-def train_transformer(work: Path, base: Path, options: argparse.Namespace) -> Path:
-    """The run folder of the full fine-tune, which goes on where it was stopped."""
+def shown() -> list[shapes.Scene]:
+    """The scenes whose videos the runs make."""
+    return shapes.split()[1][::40]
+
+
+def train_transformer(
+    work: Path, base: Path, options: argparse.Namespace, script: str = SCRIPT, more: Sequence[object] = ()
+) -> Path:
+    """The run folder of the full fine-tune, which goes on where it was stopped. The script gets ``more`` flags."""
     tensors, output = work / "tensors", work / "sft"
     data = [work / "shapes" / name for name in ("train", "held_out")]
     common = ["--pretrained_model_name_or_path", base, *SIZE]
@@ -214,21 +222,22 @@ def train_transformer(work: Path, base: Path, options: argparse.Namespace) -> Pa
         "--batch_size",
         8,
     )
-    run("cogvideox_text_to_video_sft.py", *common, *workers, "--data_root", tensors, "--load_tensors",
+    run(script, *common, *workers, "--data_root", tensors, "--load_tensors",
         "--output_dir", output, "--train_batch_size", options.batch, "--max_train_steps", options.steps,
         "--learning_rate", options.learning_rate, "--optimizer", "adamw", "--beta2", 0.99, "--lr_scheduler", "cosine",
-        "--lr_warmup_steps", 200, "--checkpointing_steps", 2500, "--checkpoints_total_limit", 1, "--allow_tf32",
-        "--validation_prompt", ":::".join(scene.caption for scene in shapes.split()[1][::40]),
-        "--num_inference_steps", 20, "--guidance_scale", check.GUIDANCE)  # fmt: skip
+        "--lr_warmup_steps", min(200, options.steps // 10), "--allow_tf32",
+        "--checkpointing_steps", 2500, "--checkpoints_total_limit", 1,
+        "--validation_prompt", ":::".join(scene.caption for scene in shown()),
+        "--num_inference_steps", 20, "--guidance_scale", check.GUIDANCE, *more)  # fmt: skip
     return output
 
 
 def assemble(base: Path, trained: Path, folder: Path) -> None:
     """The finished pipeline, fp16, readable for all, without the paths of the machine that made it."""
-    from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+    from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 
     transformer = CogVideoXTransformer3DModel.from_pretrained(trained / "transformer")
-    pipeline = CogVideoXPipeline.from_pretrained(base, transformer=transformer)
+    pipeline = DiffusionPipeline.from_pretrained(base, transformer=transformer)
     shutil.rmtree(folder, ignore_errors=True)
     save_pipeline(pipeline.to(dtype=torch.float16), folder)
     for path in folder.rglob("*.json"):

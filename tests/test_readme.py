@@ -49,7 +49,7 @@ def test_command(command: str) -> None:
         )
     elif words[1].endswith("/inference.py"):
         assert len(words) == (5 if "i2v" in words[1] else 4)
-    elif words[1].startswith("scripts/"):
+    elif words[1].startswith(("scripts/", "examples/")):
         importlib.import_module(Path(words[1]).stem).build_parser().parse_args(words[2:])
     else:
         script = next(word for word in words if word.startswith("training/"))

@@ -1,0 +1,40 @@
+"""Saves the first frame of a video as a picture of a given size; what does not fit its shape is cut off evenly.
+
+Image-to-video pipelines stretch a picture to the size of the video. Training with --video_reshape_mode center cuts, so
+pictures for validation have to be cut likewise.
+
+    python examples/first_frame.py clip.mp4 clip.png --size 64x96
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import av
+from PIL import Image, ImageOps
+
+
+def first_frame(video: Path, height: int, width: int) -> Image.Image:
+    """The picture, RGB."""
+    with av.open(str(video)) as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    return ImageOps.fit(Image.fromarray(frame), (width, height))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Save the first frame of a video.")
+    parser.add_argument("video", type=Path)
+    parser.add_argument("picture", type=Path, help="file to write; its ending says the format")
+    parser.add_argument("--size", default="480x720", help="HEIGHTxWIDTH in pixels (%(default)s)")
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
+    height, width = map(int, options.size.split("x"))
+    first_frame(options.video, height, width).save(options.picture)
+
+
+if __name__ == "__main__":
+    main()
