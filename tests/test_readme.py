@@ -82,7 +82,8 @@ def test_flags_in_the_text_exist() -> None:
     known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
     for name in LORA_SCRIPTS:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
-    outside = {"--work_dir", "--results", "--help", "--write"}  # of benchmarks, of tests/odd_files.py, of every script
+    # of benchmarks, of examples, of tests/odd_files.py, of every script
+    outside = {"--work_dir", "--results", "--clips", "--steps", "--batch", "--help", "--write"}
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
     named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
     assert named <= known
