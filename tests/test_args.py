@@ -615,6 +615,11 @@ def test_every_group_is_taken_by_a_script() -> None:
     assert taken == set(GROUPS.values())
 
 
+def test_trackers_can_be_left_off() -> None:
+    given = ((), ("--report_to", "none"), ("--report_to", "wandb"))
+    assert [args.tracker_names(parse(*flags).train.report_to) for flags in given] == [[], [], ["wandb"]]
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_flag_has_one_help_line(group: str) -> None:
     for item in dataclasses.fields(GROUPS[group]):

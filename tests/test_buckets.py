@@ -17,7 +17,7 @@ def test_make_buckets_is_the_sorted_product_without_repeats():
     assert make_buckets(iter([9]), iter([16, 32]), iter([16, 32])) == make_buckets([9], [16, 32], [16, 32])
 
 
-@pytest.mark.parametrize("frames", [1, 4, 5, 8, 9, 16, 24, 48, 49, 81])
+@pytest.mark.parametrize("frames", [1, 4, 5, 8, 9, 16, 24, 45, 48, 49, 53, 77, 81, 85])
 def test_legal_frames(frames):
     assert frame_problem(frames, 4) is None
 

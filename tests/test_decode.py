@@ -2,6 +2,7 @@ import itertools
 import struct
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -329,6 +330,20 @@ def test_resize(clip, height, width):
     frames = read_frames(clip, probe(clip), [7, 41], height, width)
     assert (frames.shape, frames.dtype) == ((2, height, width, 3), np.uint8)
     assert numbers_in(frames) == [7, 41]
+
+
+def test_frames_are_shrunk_as_they_are_decoded(tmp_path):
+    path = tmp_path / "large.mp4"
+    write_video(path, np.zeros((24, 512, 768, 3), np.uint8), 8)
+    info = probe(path)
+    tracemalloc.start()
+    try:
+        frames = read_frames(path, info, range(24), 32, 48)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert frames.shape == (24, 32, 48, 3)
+    assert peak < 2 * 512 * 768 * 3  # not 24 frames at full size, and nothing in fp32
 
 
 def test_shrinking_averages(tmp_path):

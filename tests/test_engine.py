@@ -163,3 +163,26 @@ def test_deepspeed_gets_the_flags() -> None:
     assert done == [1.5, 0.0, 1.5, 0.0, 1.5]  # DeepSpeed divides by 3 again; the last step waits for its rate
     with pytest.raises(RuntimeError, match="found nothing to resume from"):
         engine.load(Path("nowhere"))
+
+
+def test_deepspeed_steps_at_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the schedule of its configuration, in every group."""
+    groups = [{"lr": 0.5}, {"lr": 0.5}]
+    at: list[list[float]] = []
+    model = SimpleNamespace(
+        optimizer=SimpleNamespace(param_groups=groups),
+        step=lambda: at.append([group["lr"] for group in groups]),
+        get_global_grad_norm=lambda: 2.0,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
+        num_processes=1,
+        device=torch.device("cpu"),
+        prepare=lambda *_: (model, None),
+    )
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    engine = DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options_of(Path("x")))
+    results = [engine.step(rate).values.tolist() for rate in (1e-3, 1e-4)]
+    assert at == [[1e-3, 1e-3], [1e-4, 1e-4]]
+    assert results == [[0.0, 2.0, 0.0, 0.0]] * 2  # loss, norm, skipped, stop

@@ -154,6 +154,7 @@ def test_the_sweep_of_the_guide(sandbox):
         "width_buckets": (720,),
         "frame_buckets": (49,),
         "max_num_frames": 49,
+        "load_tensors": False,  # the data set is one of clips
         "dataloader_num_workers": 8,
         "pin_memory": True,
         "validation_prompt_separator": ":::",

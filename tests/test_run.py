@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from running import LORA_SCRIPT, lora_flags, python, start, train
 from cogvideox import run as run_module
 from cogvideox.errors import UsageError
 from cogvideox.optim import StepResult
+from cogvideox.ranks import Ranks
 from cogvideox.run import CONFIG_NAME, LOCK_NAME, METRICS_NAME, STOP_SIGNALS, Metrics, signals_ask_to_stop, take_folder
 
 
@@ -31,6 +33,25 @@ def take(output: Path, *flags: object) -> str | None:
     if run._lock:
         run._lock.close()
     return problem
+
+
+@pytest.mark.parametrize("plugin", [None, SimpleNamespace(zero_stage=2)], ids=["alone", "DeepSpeed"])
+@pytest.mark.parametrize("precision", list(run_module.PRECISIONS))
+def test_the_compute_type_is_the_precision_s_whoever_makes_the_steps(
+    tmp_path: Path, precision: str, plugin: Any
+) -> None:
+    run = run_alone(tmp_path)
+    run.accelerator.state.deepspeed_plugin, run.precision = plugin, precision
+    assert run.dtype is {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def test_a_process_has_the_device_that_it_has_on_its_own_machine() -> None:
+    """Process 9 of several machines may be number 1 on its own."""
+    device = torch.device("cuda:1")
+    state = SimpleNamespace(process_index=9, num_processes=1, is_main_process=False, device=device)
+    assert Ranks(state).device == device
+    texts = {path: path.read_text() for path in LORA_SCRIPT.parent.rglob("*.py")}
+    assert [path.name for path, text in texts.items() if "cuda:" in text] == []
 
 
 def in_a_child(work: Callable[[int], None]) -> tuple[int, int]:

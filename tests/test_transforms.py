@@ -75,6 +75,16 @@ def test_apply_fit_takes_the_right_pixels(flip):
     assert (result[1, :, :, 0] == 1).all()
 
 
+@pytest.mark.parametrize("num_frames", [1, 5])
+@pytest.mark.parametrize("flip", [False, True])
+def test_all_frames_of_a_clip_are_cut_and_mirrored_alike(num_frames, flip):
+    result = apply_fit(coordinates(num_frames, 20, 30), Fit(20, 30, 3, 5, 10, 12, flip))
+    assert result.shape == (num_frames, 10, 12, 3)
+    assert result[:, 0, 0, 0].tolist() == list(range(num_frames))
+    assert (result[..., 1:] == result[0, ..., 1:]).all()
+    assert result[0, 0, :, 2].tolist() == (list(range(16, 4, -1)) if flip else list(range(5, 17)))
+
+
 @pytest.mark.parametrize("shape", [(2, 20, 31, 3), (20, 30, 3), (2, 20, 30, 4), (2, 3, 20, 30)])
 def test_apply_fit_checks_the_size(shape):
     with pytest.raises(ValueError, match="expected"):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from fakes import listing, options_of, run_alone, state_of
 from running import PROMPT, lora_flags, train
 
-from cogvideox import validation
+from cogvideox import models, validation
 from cogvideox.checkpoint import checkpoints
 from cogvideox.data.sampler import Order
 from cogvideox.validation import FOLDER, Prompts, Validator, evaluation
@@ -192,6 +195,41 @@ def test_killed_while_moving_ends_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert videos(tmp_path)[FOLDER] == [0, 2, 4]
 
 
+# -- who renders what --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_videos_are_shared_out_over_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    made: list[list[Path]] = [[] for _ in range(world)]
+    monkeypatch.setattr(Validator, "_vae_on_device", lambda self: nullcontext())
+    monkeypatch.setattr(Validator, "sample", lambda self, prompt, number: torch.zeros(1))
+    for rank in range(world):
+        validator = bare(tmp_path, "--num_validation_videos", 2, texts=["a", "b", "c"])
+        validator.transformer = torch.nn.Linear(1, 1)
+        validator.run.ranks.process_index, validator.run.ranks.num_processes = rank, world
+        monkeypatch.setattr(validation, "write_video", lambda path, *_, rank=rank: made[rank].append(path))
+        paths = validator.render(3)
+    assert len(paths) == 6
+    assert sorted(path for share in made for path in share) == sorted(paths)
+    assert max(map(len, made)) - min(map(len, made)) <= 1
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_seed_of_a_video_is_the_run_s_and_its_number(tmp_path: Path, seed: int) -> None:
+    used: list[int] = []
+
+    def pipeline(generator: torch.Generator, **_: Any) -> Any:
+        used.append(generator.initial_seed())
+        return SimpleNamespace(frames=torch.zeros(1, 1, 3, 8, 8))
+
+    validator = bare(tmp_path, "--seed", seed)
+    validator.pipeline, validator.sampling = pipeline, {}
+    validator.prompts = Prompts(["a"], [torch.zeros(1)], torch.zeros(1))
+    for number in range(2):
+        validator.sample(0, number)
+    assert used == [seed, seed + 1]
+
+
 # -- what it leaves behind ---------------------------------------------------------------------------------------------
 
 
@@ -308,9 +346,47 @@ def test_videos_of_other_settings_are_made_again(
     assert len(sampled) == 3
 
 
-def test_a_run_without_prompts_loads_no_vae(
+def test_a_run_without_prompts_loads_neither_t5_nor_the_vae(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validation.models, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
+    monkeypatch.setattr(models, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
+    monkeypatch.setattr(models, "text_encoder", lambda *_: pytest.fail("T5 was loaded"))
     assert train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 1)) == 0
     assert not list((tmp_path / "lora").rglob("*.mp4"))
+
+
+class Loads(Exception):
+    """Ends a run where it would load the transformer."""
+
+
+def test_t5_and_vae_are_gone_before_the_transformer_is_loaded(
+    model: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[Any] = []
+    text_encoder, video_encoder = models.text_encoder, models.video_encoder
+
+    @contextmanager
+    def watched_text(*arguments: Any) -> Iterator[Any]:
+        with text_encoder(*arguments) as (tokenizer, encoder):
+            held.append(encoder)
+            yield tokenizer, encoder
+
+    @contextmanager
+    def watched_video(*arguments: Any) -> Iterator[Any]:
+        with video_encoder(*arguments) as vae:
+            held.append(vae)
+            yield vae
+
+    def load_transformer(*_: Any) -> None:
+        raise Loads([all(tensor.is_meta for tensor in module.parameters()) for module in held])
+
+    monkeypatch.setattr(models, "text_encoder", watched_text)
+    monkeypatch.setattr(models, "video_encoder", watched_video)
+    monkeypatch.setattr(models, "load_transformer", load_transformer)
+    flags = lora_flags(
+        model, clips, tmp_path / "lora", "--tensor_cache", tmp_path / "cache", "--validation_prompt", "a"
+    )
+    with pytest.raises(Loads) as reached:
+        train(flags)
+    assert [type(module).__name__ for module in held] == ["T5EncoderModel", "AutoencoderKLCogVideoX", "T5EncoderModel"]
+    assert reached.value.args[0] == [True] * 3
