@@ -28,7 +28,7 @@ from cogvideox.hub import upload
 from cogvideox.images import take_images
 from cogvideox.optim import learning_rate
 from cogvideox.parity import check_parity
-from cogvideox.plan import ExecutionPlan
+from cogvideox.plan import ModulePlan
 from cogvideox.publish import publish
 from cogvideox.run import METRICS_NAME, REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
 from cogvideox.tensors import Tensors, open_tensors
@@ -74,7 +74,7 @@ class Trainer:
     ) -> None:
         self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
-        plan = ExecutionPlan(recompute=train.gradient_checkpointing, compiled=run.compiled)
+        plan = ModulePlan(recompute=train.gradient_checkpointing, compiled=run.compiled)
         plan.apply(method.transformer)
         run.say(f"plan: {plan}")
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype)

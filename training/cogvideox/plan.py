@@ -5,12 +5,19 @@ from typing import Any
 
 import torch
 
+DEVICE, HOST = "device", "host"
 MAX_GRAPHS = 256
 
 
+def allow_graphs() -> None:
+    """Lets torch compile a graph for each bucket and for sampling, and fail where it would go on eagerly."""
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 @dataclass(frozen=True)
-class ExecutionPlan:
-    """One way to run the blocks, chosen before the first step and printed."""
+class ModulePlan:
+    """The blocks as diffusers runs them: the reference, and what any method can be trained with."""
 
     recompute: bool  # a block's activations are computed again in the backward pass
     compiled: bool  # each block by torch.compile, one graph for all
@@ -20,12 +27,28 @@ class ExecutionPlan:
         if self.recompute:
             transformer.enable_gradient_checkpointing()
         if self.compiled:
-            # beyond the limit torch runs blocks eagerly without a word; each bucket is a graph, and so is validation
-            torch._dynamo.config.recompile_limit = MAX_GRAPHS
-            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            allow_graphs()
             for block in transformer.transformer_blocks:
                 block.compile(dynamic=False)
 
     def __str__(self) -> str:
         blocks = "compiled" if self.compiled else "eager"
         return f"blocks {blocks}, activations {'recomputed' if self.recompute else 'kept'}"
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: where its frozen weights lie, what forward keeps for backward (blocks.KEPT), and where."""
+
+    weights: str = DEVICE
+    keep: str = "input"
+    kept: str = DEVICE
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """One way to run the blocks, chosen before the first step and printed."""
+
+    blocks: tuple[BlockPlan, ...]
+    compiled: bool
+    attention: str  # attention.BACKENDS, or cpu

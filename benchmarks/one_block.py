@@ -1,0 +1,204 @@
+"""One block at full width and length on a GPU: gradients against fp32, time, peak and kernels of every way to run it.
+
+    python benchmarks/one_block.py --kind 5b --results benchmarks/results
+
+The reference is diffusers' block with PEFT's LoRA in fp32; the stock arm is the same in bf16, eager, with autograd.
+Then training/cogvideox/blocks.py with each attention backend, each level of keeping, eager and compiled. A step of
+the model costs about (forward + backward) x blocks.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_models import KINDS, TRANSFORMERS, clip_size
+from record import device_and_versions
+from torch import Tensor
+
+from cogvideox import attention, blocks
+from cogvideox.stack import weights_of
+
+MIB = 2**20
+
+
+def shape_of(kind: str) -> tuple[int, int]:
+    """(tokens, of them text)."""
+    config = TRANSFORMERS[kind]
+    frames, height, width = clip_size(kind)
+    latent_frames = (frames - 1) // 4 + 1
+    patches = -(-latent_frames // config.get("patch_size_t", 1)) * (height // 16) * (width // 16)
+    text = config["max_text_seq_length"]
+    return text + patches, text
+
+
+def make_block(kind: str, rank: int) -> Any:
+    """A random block with a LoRA, bf16, on the GPU."""
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = TRANSFORMERS[kind]
+    heads, size = config["num_attention_heads"], config["attention_head_dim"]
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        block = CogVideoXBlock(heads * size, heads, size, config["time_embed_dim"], attention_bias=True)
+        block.requires_grad_(False)
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False), block
+        )
+    return block.bfloat16()
+
+
+def inputs_of(kind: str) -> dict[str, Any]:
+    """Random inputs of a block, and the gradient of its output."""
+    config = TRANSFORMERS[kind]
+    tokens, text = shape_of(kind)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    x, dy = (torch.randn(1, tokens, width, device="cuda").bfloat16() for _ in range(2))
+    temb = torch.randn(1, config["time_embed_dim"], device="cuda").bfloat16()
+    rotary = None
+    if config["use_rotary_positional_embeddings"]:
+        angles = torch.rand(tokens, config["attention_head_dim"] // 2, device="cuda").repeat_interleave(2, -1) * 6.28
+        angles[:text] = 0
+        rotary = (angles.cos(), angles.sin())
+    return {"x": x, "dy": dy, "temb": temb, "rotary": rotary, "text": text}
+
+
+def stock_step(block: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Forward and backward of diffusers' block; returns the gradients by name."""
+    text = inputs["text"]
+    x = inputs["x"].detach().requires_grad_()
+    rotary = inputs["rotary"] and tuple(table[text:] for table in inputs["rotary"])
+    hidden, encoder = block(x[:, text:], x[:, :text], inputs["temb"], rotary)
+    torch.autograd.backward([hidden, encoder], [inputs["dy"][:, text:], inputs["dy"][:, :text]])
+    gradients = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
+    block.zero_grad(set_to_none=True)
+    return gradients | {"x": x.grad}
+
+
+def to_fp32(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs in fp32."""
+    return {name: value.float() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def cosine(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """The lowest cosine of the gradient of the input and of all LoRA matrices together."""
+    names = [name for name in right if name != "x"]
+    lora = [torch.cat([g[name].flatten().double() for name in names]) for g in (found, right)]
+    both = [(found["x"].flatten().double(), right["x"].flatten().double()), tuple(lora)]
+    return min(float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in both)
+
+
+def timed(run: Callable[[], Any], repeats: int = 7) -> float:
+    """Median milliseconds of a call."""
+    seconds = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end))
+    return statistics.median(seconds)
+
+
+def peak_over(run: Callable[[], Any]) -> float:
+    """MiB that a call needs beside what is there before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    del result
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def kernels_of(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The kernels that take longest in a call, milliseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:24]
+    return [{"kernel": e.key[:90], "calls": e.count, "ms": round(e.self_device_time_total / 1000, 3)} for e in events]
+
+
+def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, compiled: bool, right: Any) -> dict[str, Any]:
+    """One row."""
+    heads, keep = block.attn1.heads, blocks.KEPT[level]
+    p = weights_of(block)
+    shared = blocks.Shared(inputs["temb"], inputs["rotary"], inputs["text"], heads, backend)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    wrap: Any = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
+    forward, backward = wrap(blocks.forward), wrap(blocks.backward)
+    x, dy = inputs["x"], inputs["dy"]
+
+    def kept_of() -> dict[str, Tensor]:
+        return forward(x, p, shared, keep)[1] | {"x": x}
+
+    with torch.no_grad():
+        kept = kept_of()
+        dx, pairs = backward(dy, p, shared, kept)
+        paths = {"q": "attn1.to_q", "k": "attn1.to_k", "v": "attn1.to_v", "out": "attn1.to_out.0"}
+        found = {"x": dx}
+        for name, (da, db) in pairs.items():
+            found[f"{paths[name]}.lora_A.default.weight"] = da
+            found[f"{paths[name]}.lora_B.default.weight"] = db
+        row: dict[str, Any] = {"backend": backend, "level": level, "compiled": compiled, "cosine": cosine(found, right)}
+        del dx, pairs, found
+        row["kept_mib"] = round(sum(t.numel() * t.element_size() for t in kept.values()) / MIB, 1)
+        row["forward_ms"], row["backward_ms"] = timed(kept_of), timed(lambda: backward(dy, p, shared, kept))
+        row["backward_mib"] = round(peak_over(lambda: backward(dy, p, shared, kept)), 1)
+        row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        if compiled:
+            row["kernels"] = {
+                "forward": kernels_of(kept_of),
+                "backward": kernels_of(lambda: backward(dy, p, shared, kept)),
+            }
+        del kept
+        row["forward_mib"] = round(peak_over(kept_of), 1)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=KINDS, default="5b")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--levels", nargs="+", choices=blocks.KEPT, default=list(blocks.KEPT))
+    parser.add_argument("--backends", nargs="+", default=list(attention.BACKENDS))
+    parser.add_argument("--eager", action="store_true", help="also without compiling")
+    parser.add_argument("--results", type=Path)
+    args = parser.parse_args()
+    block, inputs = make_block(args.kind, args.rank), inputs_of(args.kind)
+    right = stock_step(block.float(), to_fp32(inputs))
+    right = {name: gradient.cpu() for name, gradient in right.items()}
+    block.bfloat16()
+    torch.cuda.empty_cache()
+    right = {name: gradient.cuda() for name, gradient in right.items()}
+    tokens, _ = shape_of(args.kind)
+    rows: list[dict[str, Any]] = []
+    stock = {"cosine": cosine(stock_step(block, inputs), right), "ms": timed(lambda: stock_step(block, inputs))}
+    stock["mib"] = round(peak_over(lambda: stock_step(block, inputs)), 1)
+    print(json.dumps({"stock": stock}), flush=True)
+    for backend in args.backends:
+        try:
+            attention.choose_backend(torch.device("cuda"), torch.bfloat16, backend)
+        except ValueError as error:
+            print(error, flush=True)
+            continue
+        for level in args.levels:
+            for compiled in (False, True) if args.eager else (True,):
+                rows.append(ours(block, inputs, backend, level, compiled, right))
+                print(json.dumps({key: value for key, value in rows[-1].items() if key != "kernels"}), flush=True)
+    if args.results:
+        args.results.mkdir(parents=True, exist_ok=True)
+        table = {"kind": args.kind, "rank": args.rank, "tokens": tokens, **device_and_versions()}
+        table |= {"stock": stock, "rows": rows}
+        (args.results / f"one_block_{args.kind}.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Attention without a mask, forward and backward as two operators, by whichever kernels the device has.
+
+attend(q, k, v, backend) -> (o, lse); attend_backward(do, q, k, v, o, lse, backend) -> (dq, dk, dv). All of q, k, v, o
+are (B, S, H, D): what the linear layers write and read, so that nothing is transposed. lse, (B, H, S) fp32, is the log of
+each row's sum of exponentials, from which the backward pass makes the attention weights again. Operators, so that
+torch.compile sees one node and neither traces nor splits it. Shapes: B samples, S tokens, H heads, D head dim.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+CUDNN, FLASH, FLASH_4, CPU = "cudnn", "flash", "flash-4", "cpu"
+BACKENDS = (FLASH_4, CUDNN, FLASH)  # of a GPU, the fastest first
+HOPPER = (9, 0)
+TOLERANCE = 2e-2  # relative, of bf16 gradients against fp32 ones; a wrong kernel is off by 1 or more
+PROBE = (1, 353, 2, 64)  # an odd number of tokens, so that the last tile is a part of one
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+@torch.library.custom_op("cogvideox::attend", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """(attention output, lse) of q, k, v."""
+    if backend == FLASH_4:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        o, lse = _flash_attn_fwd(q, k, v, return_lse=True)[:2]
+        return o, lse
+    q, k, v = _heads_first(q, k, v)
+    if backend == CUDNN:
+        o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    elif backend == FLASH:
+        o, lse = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    else:
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return o.transpose(1, 2).contiguous(), lse.reshape(q.shape[:3]).contiguous()
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("cogvideox::attend_backward", mutates_args=())
+def attend_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v from that of the output, and from what ``attend`` returned."""
+    if backend == FLASH_4:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        dq, dk, dv = _flash_attn_bwd(q, k, v, o, do, lse)[:3]
+        return dq, dk, dv
+    length = q.shape[1]
+    do, q, k, v, o = _heads_first(do, q, k, v, o)
+    if backend == CPU:
+        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, False)
+    else:
+        seed = torch.zeros((), dtype=torch.int64, device=q.device if backend == FLASH else "cpu")  # of no dropout
+        ends = (None, None, length, length)
+        if backend == CUDNN:
+            seeds = (seed.to(q.device), seed.to(q.device))
+            gradients = aten._scaled_dot_product_cudnn_attention_backward(
+                do, q, k, v, o, lse.unsqueeze(-1), *seeds, None, *ends, 0.0, False
+            )
+        else:
+            gradients = aten._scaled_dot_product_flash_attention_backward(
+                do, q, k, v, o, lse, *ends, 0.0, False, seed, seed
+            )
+    dq, dk, dv = (gradient.transpose(1, 2).contiguous() for gradient in gradients)
+    return dq, dk, dv
+
+
+@attend_backward.register_fake
+def _(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+# -- choice ------------------------------------------------------------------------------------------------------------
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> tuple[str, str]:
+    """(backend, why): the fastest one that the device has and whose gradients are right.
+
+    Raises:
+        ValueError: the wanted one is not to be had; the text says why.
+    """
+    if device.type != "cuda":
+        if wanted not in ("auto", CPU):
+            raise ValueError(f"{wanted} needs a GPU; leave it out")
+        return CPU, "there is no GPU"
+    reasons = []
+    for backend in BACKENDS if wanted == "auto" else (wanted,):
+        problem = _problem(backend, device, dtype)
+        if problem is None:
+            return backend, "; ".join(reasons) or "the fastest, its gradients checked"
+        reasons.append(f"not {backend}: {problem}")
+    raise ValueError("; ".join(reasons))
+
+
+def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float32:
+        return "it computes in bf16 and fp16 alone"
+    if backend == FLASH_4 and find_spec("flash_attn") is None:
+        return "flash-attn-4 is not installed"
+    if backend in (FLASH_4, CUDNN) and torch.cuda.get_device_capability(device) < HOPPER:
+        return "the device is older than Hopper"
+    try:
+        worst = gradient_error(backend, device, dtype)
+    except Exception as error:  # whatever a kernel or its compiler says: another backend is there
+        return f"it fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return None if worst < TOLERANCE else f"its gradients are off by {worst:.2g}"
+
+
+def gradient_error(backend: str, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest relative difference of output and gradients from plain fp32 arithmetic, on random numbers."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, do = (torch.randn(PROBE, generator=generator, device=device).to(dtype) for _ in range(4))
+    o, lse = attend(q, k, v, backend)
+    found = (o, *attend_backward(do, q, k, v, o, lse, backend))
+    exact = [x.float().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    weights = (exact[0] @ exact[1].mT * PROBE[-1] ** -0.5).softmax(-1)
+    expected = weights @ exact[2]
+    expected.backward(do.float().transpose(1, 2))
+    right = (expected, *(x.grad for x in exact))
+    return max(
+        float((a.float() - b.transpose(1, 2)).norm() / b.norm())
+        for a, b in zip(found, right, strict=True)
+        if b is not None
+    )

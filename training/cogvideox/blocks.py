@@ -1,0 +1,199 @@
+"""One CogVideoX block as two pure functions of tensors: forward and, with what forward kept, backward.
+
+The block is that of diffusers (CogVideoXBlock) with PEFT's LoRA on its linear layers. Text and video are one sequence
+from end to end: what differs by token, modulation and rotary embedding, is looked up by position. The functions take
+all weights as arguments, so they may lie in any buffer, and one compiled graph serves all blocks. Frozen weights get
+no gradients. What forward keeps is a choice (KEPT); backward computes the rest again.
+
+    x -> n1 = modulate(x)              n2 = modulate(h)
+         q, k, v = linear(n1)          f = linear(n2)
+         o = attend(rotate(q, k), v)   y = h + gate * linear(gelu(f))
+         h = x + gate * linear(o)
+
+Shapes: B samples, S tokens (L of text, then the video's), D channels, H heads, E head dim, R rank.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cogvideox.attention import attend, attend_backward
+
+KEPT: dict[str, tuple[str, ...]] = {
+    "input": ("x",),
+    "attention": ("x", "o", "lse"),
+    "linear": ("x", "o", "lse", "q", "k", "v", "h", "f"),
+    "all": ("x", "o", "lse", "q", "k", "v", "h", "f", "n1", "rq", "rk", "n2", "g"),
+}
+"""What forward keeps at each level, from least to most; the names of the formulas above, g the output of gelu."""
+UNITS: dict[str, int] = {"x": 1, "o": 1, "lse": 0, "q": 1, "k": 1, "v": 1, "h": 1, "f": 4, "n1": 1, "rq": 1, "rk": 1}
+UNITS |= {"n2": 1, "g": 4}
+"""Their sizes, in the size of x."""
+
+
+class Linear(NamedTuple):
+    """A linear layer, with a LoRA or without: W x + bias + scale * B (A x)."""
+
+    weight: Tensor  # (out, in), frozen
+    bias: Tensor | None
+    a: Tensor | None = None  # (R, in)
+    b: Tensor | None = None  # (out, R)
+    scale: float = 1.0
+
+
+class Norm(NamedTuple):
+    """A layer norm's weight and bias."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Block(NamedTuple):
+    """The weights of a block."""
+
+    modulation1: Linear  # adaLN: of the time embedding
+    norm1: Norm
+    q: Linear
+    k: Linear
+    v: Linear
+    norm_q: Norm
+    norm_k: Norm
+    out: Linear
+    modulation2: Linear
+    norm2: Norm
+    ff1: Linear
+    ff2: Linear
+
+
+LORA_LAYERS = ("q", "k", "v", "out", "ff1", "ff2")
+
+
+class Shared(NamedTuple):
+    """What is the same in all blocks of one forward pass."""
+
+    temb: Tensor  # (B, time embedding)
+    rotary: tuple[Tensor, Tensor] | None  # (S, E) each: cos and sin, 1 and 0 over the text
+    text_length: int
+    heads: int
+    backend: str
+
+
+Kept = dict[str, Tensor]
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, p: Linear) -> Tensor:
+    """The layer of x, (..., in) -> (..., out)."""
+    y = F.linear(x, p.weight, p.bias)
+    return y if p.a is None or p.b is None else y + F.linear(F.linear(x, p.a), p.b) * p.scale
+
+
+def linear_backward(dy: Tensor, x: Tensor, p: Linear) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """(gradient of x, those of a and b if there is a LoRA)."""
+    dx = dy @ p.weight
+    if p.a is None or p.b is None:
+        return dx, None
+    x2, dy2 = x.flatten(0, -2), dy.flatten(0, -2)
+    du = (dy2 @ p.b) * p.scale
+    db = dy2.mT @ F.linear(x2, p.a) * p.scale
+    return dx + (du @ p.a).view_as(x), (du.mT @ x2, db)
+
+
+def modulations(p: Linear, shared: Shared, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(shift, scale, gate) of each token, (B, S, D)."""
+    shift, scale, gate, *text = linear(F.silu(shared.temb), p).unsqueeze(1).chunk(6, dim=-1)
+    is_text = (torch.arange(length, device=shift.device) < shared.text_length).view(1, -1, 1)
+    shift, scale, gate = (torch.where(is_text, t, v) for t, v in zip(text, (shift, scale, gate), strict=True))
+    return shift, scale, gate
+
+
+def modulate(x: Tensor, norm: Norm, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN of x, (B, S, D)."""
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps) * (1 + scale) + shift
+
+
+def rotate(x: Tensor, norm: Norm, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Queries or keys, (B, S, H, E), normalised and with rotary embedding."""
+    x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    if rotary is None:
+        return x
+    cos, sin = (table[None, :, None, :] for table in rotary)
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+def gelu(f: Tensor) -> Tensor:
+    """The approximation by tanh."""
+    return F.gelu(f, approximate="tanh")
+
+
+def vjp(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
+    """The gradient of x."""
+    dx: Tensor = torch.func.vjp(function, x)[1](dy)[0]
+    return dx
+
+
+# -- the block ---------------------------------------------------------------------------------------------------------
+
+
+def forward(x: Tensor, p: Block, shared: Shared, keep: tuple[str, ...]) -> tuple[Tensor, Kept]:
+    """(y, what was asked to keep), for x of shape (B, S, D)."""
+    split = (*x.shape[:2], shared.heads, -1)
+    shift, scale, gate = modulations(p.modulation1, shared, x.shape[1])
+    n1 = modulate(x, p.norm1, shift, scale)
+    q, k, v = (linear(n1, layer).view(split) for layer in (p.q, p.k, p.v))
+    rq, rk = rotate(q, p.norm_q, shared.rotary), rotate(k, p.norm_k, shared.rotary)
+    o, lse = attend(rq, rk, v, shared.backend)
+    h = x + gate * linear(o.view(x.shape), p.out)
+    shift, scale, gate = modulations(p.modulation2, shared, x.shape[1])
+    n2 = modulate(h, p.norm2, shift, scale)
+    f = linear(n2, p.ff1)
+    g = gelu(f)
+    y = h + gate * linear(g, p.ff2)
+    made = {"o": o, "lse": lse, "q": q, "k": k, "v": v, "h": h, "f": f, "n1": n1, "rq": rq, "rk": rk, "n2": n2, "g": g}
+    return y, {name: made[name] for name in keep if name != "x"}
+
+
+def backward(
+    dy: Tensor, p: Block, shared: Shared, kept: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """(gradient of x, those of the LoRAs by layer), computing again what was not kept."""
+    x = kept["x"]
+    split = (*x.shape[:2], shared.heads, -1)
+    shift1, scale1, gate1 = modulations(p.modulation1, shared, x.shape[1])
+    shift2, scale2, gate2 = modulations(p.modulation2, shared, x.shape[1])
+
+    def again(name: str, compute: Callable[[], Any]) -> Any:
+        return kept[name] if name in kept else compute()
+
+    n1 = again("n1", lambda: modulate(x, p.norm1, shift1, scale1))
+    q, k, v = (again(name, lambda layer=getattr(p, name): linear(n1, layer).view(split)) for name in "qkv")
+    rq = again("rq", lambda: rotate(q, p.norm_q, shared.rotary))
+    rk = again("rk", lambda: rotate(k, p.norm_k, shared.rotary))
+    o, lse = (kept["o"], kept["lse"]) if "o" in kept else attend(rq, rk, v, shared.backend)
+    h = again("h", lambda: x + gate1 * linear(o.view(x.shape), p.out))
+    n2 = again("n2", lambda: modulate(h, p.norm2, shift2, scale2))
+    f = again("f", lambda: linear(n2, p.ff1))
+    g = again("g", lambda: gelu(f))
+
+    found = {}
+    dg, found["ff2"] = linear_backward(gate2 * dy, g, p.ff2)
+    dn2, found["ff1"] = linear_backward(vjp(gelu, f, dg), n2, p.ff1)
+    dh = dy + vjp(lambda h: modulate(h, p.norm2, shift2, scale2), h, dn2)
+    do, found["out"] = linear_backward(gate1 * dh, o.view(x.shape), p.out)
+    drq, drk, dv = attend_backward(do.view(split), rq, rk, v, o, lse, shared.backend)
+    dq = vjp(lambda q: rotate(q, p.norm_q, shared.rotary), q, drq)
+    dk = vjp(lambda k: rotate(k, p.norm_k, shared.rotary), k, drk)
+    dn1 = torch.zeros((), dtype=x.dtype, device=x.device)
+    for name, dz in (("q", dq), ("k", dk), ("v", dv)):
+        dz_in, found[name] = linear_backward(dz.reshape(x.shape), n1, getattr(p, name))
+        dn1 = dn1 + dz_in
+    dx = dh + vjp(lambda x: modulate(x, p.norm1, shift1, scale1), x, dn1)
+    return dx, {name: pair for name, pair in found.items() if pair is not None}

@@ -1,0 +1,236 @@
+"""Runs a transformer's blocks under an execution plan, in place of their own forward passes.
+
+Stack(transformer, plan, device).install(): diffusers' forward, and so the pipeline's sampling too, then runs all blocks
+here. Each block is one autograd function around the two functions of blocks.py: what is kept between them and where,
+where frozen weights lie, whether it is compiled, is the plan's. Names and values of the parameters stay as they were.
+Shapes as in blocks.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogvideox import blocks
+from cogvideox.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
+from cogvideox.plan import DEVICE, HOST, ExecutionPlan, allow_graphs
+from cogvideox.streaming import HostStore, Layout, Ring, pinned
+
+
+class Stack:
+    """See the top of the file.
+
+    Args:
+        transformer: a CogVideoX of diffusers, with PEFT's adapters or without. Only matrices of plain LoRAs in
+            attention and feed-forward layers may be trained; ``plain_lora`` says whether that is so.
+        device: where it computes. Blocks come to it as the plan says; the rest must be there.
+    """
+
+    def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.modules = list(transformer.transformer_blocks)
+        self.heads = self.modules[0].attn1.heads
+        self.store = HostStore(device)
+        self._rotary: tuple[Any, Any] = (None, None)
+        self.forward_block, self.backward_block = blocks.forward, blocks.backward
+        if plan.compiled:
+            allow_graphs()
+            self.forward_block, self.backward_block = (
+                torch.compile(function, fullgraph=True, dynamic=False) for function in (blocks.forward, blocks.backward)
+            )
+        self._place(transformer)
+
+    def _place(self, transformer: Any) -> None:
+        """Moves everything to where the plan wants it, a block at a time."""
+        frozen = [[p for p in module.parameters() if not p.requires_grad] for module in self.modules]
+        streamed = [i for i, block in enumerate(self.plan.blocks) if block.weights == HOST]
+        layout, hosts = Layout(frozen[0]), {}
+        for i in streamed:
+            hosts[i] = pinned(layout.num_bytes)
+            for parameter, view in zip(frozen[i], layout.views(hosts[i]), strict=True):
+                view.copy_(parameter)
+                parameter.data = view
+        kept_here = {id(p) for i in streamed for p in frozen[i]}
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            if id(tensor) not in kept_here:
+                tensor.data = tensor.data.to(self.device)
+        self.ring = Ring(hosts, self.device) if hosts else None
+        self.views: list[list[Tensor]] = [layout.views(slot) for slot in self.ring.slots] if self.ring else []
+        self.order = [{id(p): k for k, p in enumerate(parameters)} for parameters in frozen]
+
+    def install(self) -> None:
+        """The first block runs them all, the others nothing: diffusers passes from one to the next."""
+        self.modules[0].forward = self.run
+        for module in self.modules[1:]:
+            module.forward = lambda hidden_states, encoder_hidden_states, **_: (hidden_states, encoder_hidden_states)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All blocks: (video, (B, S - L, D), and text, (B, L, D)) -> the same."""
+        length = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        shared = Shared(temb, self._padded(image_rotary_emb, length), length, self.heads, self.plan.attention)
+        if torch.is_grad_enabled():
+            for i in range(len(self.modules)):
+                x = RunBlock.apply(x, i, self, shared, *self._trained(i))
+        else:
+            x = self._sample(x, shared)
+        return x[:, length:], x[:, :length]
+
+    def _sample(self, x: Tensor, shared: Shared) -> Tensor:
+        """All blocks without gradients; a guided pair of samples one after the other, to need no more than one does."""
+        samples = list(x.split(1))
+        conditions = [shared._replace(temb=temb) for temb in shared.temb.split(1)]
+        for i in range(len(self.modules)):
+            p = self.weights(i, 1, self._trained(i))
+            for k, condition in enumerate(conditions):
+                samples[k] = self.forward_block(samples[k], p, condition, ())[0]
+        return torch.cat(samples)
+
+    def _padded(self, rotary: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor] | None:
+        """The tables with no turn in front, for the text; the last ones are kept, a run has few shapes in a row."""
+        if rotary is None:
+            return None
+        if self._rotary[0] is not rotary[0]:
+            cos, sin = (table.to(self.device, torch.float32) for table in rotary)
+            text = cos.new_ones(length, cos.shape[1])
+            padded = (torch.cat([text, cos]), torch.cat([torch.zeros_like(text), sin]))
+            self._rotary = (rotary[0], padded)
+        tables: tuple[Tensor, Tensor] = self._rotary[1]
+        return tables
+
+    def _trained(self, i: int) -> list[Tensor]:
+        """The LoRA matrices of a block, in the order of blocks.LORA_LAYERS, two a layer that has them."""
+        pairs = (lora_of(layer) for layer in layers_of(self.modules[i]).values())
+        return [matrix for pair in pairs if pair is not None for matrix in pair[:2]]
+
+    def weights(self, i: int, direction: int, trained: list[Tensor]) -> Block:
+        """A block's weights for what the compute stream gets next; the block after it starts to come."""
+        if self.ring is not None:
+            ahead = self.ring.after(i, direction)
+            slot = self.ring.get(i) if self.plan.blocks[i].weights == HOST else None
+            if ahead is not None:
+                self.ring.fetch(ahead)
+            if slot is not None:
+                views, order = self.views[slot], self.order[i]
+                return weights_of(self.modules[i], trained, lambda p: views[order[id(p)]])
+        return weights_of(self.modules[i], trained)
+
+
+class RunBlock(torch.autograd.Function):
+    """One block of a Stack: (x, number, stack, what is shared, its LoRA matrices) -> y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, i: int, stack: Stack, shared: Shared, *trained: Tensor) -> Tensor:
+        plan = stack.plan.blocks[i]
+        y, kept = stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, blocks.KEPT[plan.keep])
+        kept["x"] = x
+        ctx.i, ctx.stack, ctx.shared, ctx.names = i, stack, shared, tuple(kept)
+        if plan.kept == HOST:
+            ctx.save_for_backward(*trained)
+            stack.store.put(i, kept)
+        else:
+            ctx.save_for_backward(*trained, *kept.values())
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        i, stack = ctx.i, ctx.stack
+        here = stack.plan.blocks[i].kept == DEVICE
+        count = len(ctx.saved_tensors) - (len(ctx.names) if here else 0)
+        trained = list(ctx.saved_tensors[:count])
+        kept = dict(zip(ctx.names, ctx.saved_tensors[count:], strict=True)) if here else stack.store.take(i)
+        if i and stack.plan.blocks[i - 1].kept == HOST:
+            stack.store.fetch(i - 1)
+        dx, pairs = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
+        gradients = [matrix for name in LORA_LAYERS if name in pairs for matrix in pairs[name]]
+        return dx, None, None, None, *gradients
+
+
+# -- a block's weights -------------------------------------------------------------------------------------------------
+
+
+def layers_of(module: Any) -> dict[str, Any]:
+    """The linear layers that a plain LoRA may be on, by their names in blocks.Block."""
+    attention, feed_forward = module.attn1, module.ff.net
+    modules = (
+        attention.to_q,
+        attention.to_k,
+        attention.to_v,
+        attention.to_out[0],
+        feed_forward[0].proj,
+        feed_forward[2],
+    )
+    return dict(zip(LORA_LAYERS, modules, strict=True))
+
+
+def lora_of(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """(A, B, scale) of a layer's active adapter, if it has one."""
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or not layer.active_adapters:
+        return None
+    (adapter,) = layer.active_adapters
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    matrices = (m.whole() if hasattr(m, "whole") else m.weight for m in (a, b))
+    return *matrices, layer.scaling[adapter]
+
+
+def weights_of(
+    module: Any, trained: list[Tensor] | None = None, place: Callable[[Tensor], Tensor] = lambda p: p
+) -> Block:
+    """A block's weights out of its module.
+
+    Args:
+        trained: the LoRA matrices; those of the module if not given.
+        place: where a frozen parameter lies now.
+    """
+    matrices = iter(trained) if trained is not None else None
+
+    def linear(layer: nn.Module, lora: bool = True) -> Linear:
+        base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        found = lora_of(layer) if lora else None
+        weights = place(base.weight), None if base.bias is None else place(base.bias)
+        if found is None:
+            return Linear(*weights)
+        a, b = (next(matrices), next(matrices)) if matrices is not None else found[:2]
+        return Linear(*weights, a.detach(), b.detach(), found[2])
+
+    def norm(layer: Any) -> Norm:
+        weight, bias = (None if p is None else place(p) for p in (layer.weight, layer.bias))
+        return Norm(weight, bias, layer.eps)
+
+    layers = {name: linear(layer) for name, layer in layers_of(module).items()}
+    return Block(
+        modulation1=linear(module.norm1.linear, lora=False),
+        norm1=norm(module.norm1.norm),
+        norm_q=norm(module.attn1.norm_q),
+        norm_k=norm(module.attn1.norm_k),
+        modulation2=linear(module.norm2.linear, lora=False),
+        norm2=norm(module.norm2.norm),
+        **layers,
+    )
+
+
+def plain_lora(transformer: Any) -> bool:
+    """Whether all that is trained are LoRA matrices of the blocks that a Stack runs."""
+    own = {
+        id(m)
+        for module in transformer.transformer_blocks
+        for layer in layers_of(module).values()
+        for m in layer.parameters()
+        if hasattr(layer, "lora_A")
+    }
+    layers = [m for m in transformer.modules() if hasattr(m, "lora_A")]
+    odd = any(any(layer.use_dora.values()) or _drops(layer) for layer in layers)
+    return not odd and all(id(p) in own for p in transformer.parameters() if p.requires_grad)
+
+
+def _drops(layer: Any) -> bool:
+    return any(not isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
