@@ -84,9 +84,9 @@ def make_tensors(pipeline: Path, folder: Path, samples: int = 2) -> None:
     """A prepared folder with random moments and embeddings."""
     import torch
 
-    from cogvideox.args import EncodeFlags, ModelFlags
     from cogvideox.data.buckets import Bucket
     from cogvideox.data.cache import CachedSample, CacheIndex, TensorCache
+    from cogvideox.flags import EncodeFlags, ModelFlags
     from cogvideox.geometry import read_geometry
     from cogvideox.prepare import Encoders
 

@@ -1,4 +1,4 @@
-"""cogvideox/args.py and the command lines of the scripts, run with everything heavy made unimportable."""
+"""args.py, the three files below it, and the command lines of the scripts, with everything heavy made unimportable."""
 
 from __future__ import annotations
 
@@ -14,17 +14,27 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox import args
+from cogvideox import args, flags
+from cogvideox.conflicts import check_ema
 from cogvideox.errors import UsageError
+from cogvideox.options import (
+    ImageLoraOptions,
+    ImageSftOptions,
+    LoraOptions,
+    PrepareOptions,
+    SftOptions,
+    resolutions,
+    target_pattern,
+)
 
 TESTS = Path(__file__).parent
 TRAINING = TESTS.parent / "training"
 GOLDEN = TESTS / "golden"
 LORA, SFT, PREPARE = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video_sft.py", "prepare_dataset.py"
 IMAGE_LORA, IMAGE_SFT = "cogvideox_image_to_video_lora.py", "cogvideox_image_to_video_sft.py"
-TEXT_SCRIPTS = {LORA: args.LoraOptions, SFT: args.SftOptions}
-IMAGE_SCRIPTS = {IMAGE_LORA: args.ImageLoraOptions, IMAGE_SFT: args.ImageSftOptions}
-SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, PREPARE: args.PrepareOptions}
+TEXT_SCRIPTS = {LORA: LoraOptions, SFT: SftOptions}
+IMAGE_SCRIPTS = {IMAGE_LORA: ImageLoraOptions, IMAGE_SFT: ImageSftOptions}
+SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, PREPARE: PrepareOptions}
 HEAVY = ("torch", "numpy", "av", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 MODEL = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b")
 TRAIN_LEAST = (*MODEL, "--data_root", "d")
@@ -294,7 +304,7 @@ def test_the_start_of_a_lora_is_told_its_nearest() -> None:
 
 
 def test_a_single_target_that_is_no_plain_name_is_an_expression() -> None:
-    assert [args.target_pattern(given) for given in (("to_out.0",), ("a|b",), ("to_q", "to_k"))] == [None, "a|b", None]
+    assert [target_pattern(given) for given in (("to_out.0",), ("a|b",), ("to_q", "to_k"))] == [None, "a|b", None]
 
 
 def test_derived_values() -> None:
@@ -326,16 +336,16 @@ def test_flags_of_the_training_signal_that_do_nothing_are_refused() -> None:
 
 
 def test_deepspeed_has_no_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not list(args.check_ema(parse("--use_ema")))
+    assert not list(check_ema(parse("--use_ema")))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert not list(args.check_ema(parse()))
-    (found,) = args.check_ema(parse("--use_ema"))
+    assert not list(check_ema(parse()))
+    (found,) = check_ema(parse("--use_ema"))
     assert found.startswith("--use_ema: under DeepSpeed")
 
 
 def test_resolutions_take_the_place_of_the_lists() -> None:
     options = parse("--train_resolution", "81x768x1360", "25X256x384")
-    assert args.resolutions(options.data) == [(81, 768, 1360), (25, 256, 384)]
+    assert resolutions(options.data) == [(81, 768, 1360), (25, 256, 384)]
     assert options.data.max_num_frames == 81
     validation = options.validation
     assert (validation.validation_frames, validation.height, validation.width) == (81, 768, 1360)
@@ -413,7 +423,7 @@ def test_print_config_runs_no_check(capsys: pytest.CaptureFixture[str]) -> None:
         parse("--print_config", checks=(never,))
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(list(args.fields_of(args.LoraOptions)))
+    assert len(lines) == len(list(args.fields_of(LoraOptions)))
 
 
 def test_options_are_frozen() -> None:
@@ -575,7 +585,7 @@ def test_data_sets_of_the_hub_are_downloaded_first(given: str, name: str) -> Non
 
 # -- the declarations --------------------------------------------------------------------------------------------------
 
-GROUPS = {name: of for name, of in vars(args).items() if dataclasses.is_dataclass(of) and name.endswith("Flags")}
+GROUPS = {name: of for name, of in vars(flags).items() if dataclasses.is_dataclass(of) and name.endswith("Flags")}
 
 
 def attributes_read(tree: ast.AST) -> set[str]:
@@ -584,16 +594,17 @@ def attributes_read(tree: ast.AST) -> set[str]:
 
 def test_every_flag_has_a_reader() -> None:
     trees = {path: ast.parse(path.read_text()) for path in TRAINING.rglob("*.py")}
-    own = trees.pop(Path(args.__file__))
+    own = [trees.pop(TRAINING / "cogvideox" / f"{name}.py") for name in ("flags", "options", "conflicts", "args")]
     readers = set().union(*map(attributes_read, trees.values()))
-    functions = set().union(*(attributes_read(node) for node in own.body if isinstance(node, ast.FunctionDef)))
+    defined = [node for tree in own for node in tree.body if isinstance(node, ast.FunctionDef)]
+    functions = set().union(*map(attributes_read, defined))
     unread = {
         f"{group}.{item.name}"
         for group, of in GROUPS.items()
         for item in dataclasses.fields(of)
         if item.name not in readers and not item.metadata["idle"]
     }
-    # What parse() itself reads, and refuses.
+    # What parsing itself reads, and refuses.
     only_here = {"ScriptFlags.print_config", "PrepareFlags.save_latents_and_embeddings"}
     only_here |= {"GuideFlags.model_type", "GuideFlags.training_type"}
     refused = {"DataFlags.dataset_name", "DataFlags.dataset_config_name"}
@@ -658,7 +669,7 @@ def test_what_the_user_can_mend_is_a_line(
 
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(SystemExit) as ended:
-        args.run_script(main, args.PrepareOptions, "doc", ())
+        args.run_script(main, PrepareOptions, "doc", ())
     assert ended.value.code == status
     assert capsys.readouterr().err.startswith(line)
 
@@ -669,4 +680,4 @@ def test_what_the_user_cannot_mend_keeps_its_traceback(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(OSError, match="Bad file descriptor"):
-        args.run_script(main, args.PrepareOptions, "doc", ())
+        args.run_script(main, PrepareOptions, "doc", ())

@@ -10,14 +10,15 @@ import pytest
 from running import ROOT
 
 from cogvideox import args
+from cogvideox.options import ImageLoraOptions, ImageSftOptions, LoraOptions, PrepareOptions, SftOptions
 
 README = (ROOT / "README.md").read_text()
 OPTIONS = {
-    "prepare_dataset.py": args.PrepareOptions,
-    "cogvideox_text_to_video_lora.py": args.LoraOptions,
-    "cogvideox_text_to_video_sft.py": args.SftOptions,
-    "cogvideox_image_to_video_lora.py": args.ImageLoraOptions,
-    "cogvideox_image_to_video_sft.py": args.ImageSftOptions,
+    "prepare_dataset.py": PrepareOptions,
+    "cogvideox_text_to_video_lora.py": LoraOptions,
+    "cogvideox_text_to_video_sft.py": SftOptions,
+    "cogvideox_image_to_video_lora.py": ImageLoraOptions,
+    "cogvideox_image_to_video_sft.py": ImageSftOptions,
 }
 
 
