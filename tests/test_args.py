@@ -23,6 +23,8 @@ from cogvideox.options import (
     LoraOptions,
     PrepareOptions,
     SftOptions,
+    elsewhere,
+    fields_of,
     resolutions,
     target_pattern,
 )
@@ -174,7 +176,7 @@ def test_help_needs_no_torch_and_names_every_flag(script: str, light: dict[str, 
     done = run([str(TRAINING / script), "--help"], light, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     shown = set(re.findall(r"--[a-z0-9_]+", done.stdout))
-    assert {f"--{item.name}" for _, item, _ in args.fields_of(SCRIPTS[script])} <= shown
+    assert {f"--{item.name}" for _, item, _ in fields_of(SCRIPTS[script])} <= shown
     assert not list(tmp_path.iterdir())
 
 
@@ -280,9 +282,7 @@ def test_a_bare_flag_with_a_value_of_its_own() -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_alias_fills_its_flag(script: str) -> None:
     values = {int: ("7", 7), float: ("0.5", 0.5), str: ("text", "text"), bool: ("true", True)}
-    aliases = [
-        (item, of, alias) for _, item, of in args.fields_of(SCRIPTS[script]) for alias in item.metadata["aliases"]
-    ]
+    aliases = [(item, of, alias) for _, item, of in fields_of(SCRIPTS[script]) for alias in item.metadata["aliases"]]
     assert aliases
     for item, annotation, alias in aliases:
         of, many = args.value_type(annotation)
@@ -423,7 +423,7 @@ def test_print_config_runs_no_check(capsys: pytest.CaptureFixture[str]) -> None:
         parse("--print_config", checks=(never,))
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(list(args.fields_of(LoraOptions)))
+    assert len(lines) == len(list(fields_of(LoraOptions)))
 
 
 def test_options_are_frozen() -> None:
@@ -497,7 +497,6 @@ COGVIDEO_FLAGS = """
     validation_dir validation_prompts validation_images validation_videos gen_fps tracker_name
 """
 # Of image-to-video.
-ELSEWHERE = {"validation_images", "noised_image_dropout", "ignore_learned_positional_embeddings"}
 
 
 @pytest.mark.parametrize(
@@ -517,8 +516,11 @@ ELSEWHERE = {"validation_images", "noised_image_dropout", "ignore_learned_positi
     ],
 )
 def test_every_published_flag_is_known(script: str, flags: str) -> None:
-    known = {name for _, item, _ in args.fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])}
-    assert set(flags.split()) - known <= (ELSEWHERE if script in TEXT_SCRIPTS else set())
+    known = {name for _, item, _ in fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])}
+    known |= {
+        name for other in elsewhere(SCRIPTS[script]) if not other.item.metadata["refused"] for name in other.names
+    }
+    assert set(flags.split()) <= known
     assert len(flags.split()) == len(set(flags.split()))
 
 
@@ -537,6 +539,66 @@ def test_flags_without_effect_say_so(light: dict[str, str], tmp_path: Path) -> N
         [str(TRAINING / PREPARE), *LEAST[PREPARE], *idle, "--print_config"], light | {"RANK": "1"}, tmp_path
     )
     assert (other_rank.returncode, other_rank.stderr) == (0, "")
+
+
+OTHERS_FLAGS = (
+    *("--validation_images", "a.png:::b.png", "--noised_image_dropout", "0.05", "--num_image_noise_variants", "2"),
+    *("--image_column", "images.txt", "--rank", "128", "--lora_alpha", "64", "--use_dora", "--use_slicing"),
+    *("--num_decode_threads", "4", "--save_image_latents", "--dry_run", "false"),
+)
+OF_IMAGES = {"--validation_images", "--noised_image_dropout", "--num_image_noise_variants", "--image_column"}
+OF_LORA = {"--rank", "--lora_alpha", "--use_dora"}
+OF_PREPARATION = {"--use_slicing", "--num_decode_threads", "--save_image_latents"}
+
+
+@pytest.mark.parametrize(
+    ("script", "without_effect"),
+    [
+        (LORA, OF_IMAGES | OF_PREPARATION),
+        (SFT, OF_IMAGES | OF_LORA | OF_PREPARATION),
+        (IMAGE_LORA, OF_PREPARATION),
+        (IMAGE_SFT, OF_LORA | OF_PREPARATION),
+        (PREPARE, {"--validation_images", "--noised_image_dropout", "--use_slicing", "--num_decode_threads"} | OF_LORA),
+    ],
+)
+def test_flags_of_other_scripts_are_taken_and_named(
+    script: str, without_effect: set[str], light: dict[str, str], tmp_path: Path
+) -> None:
+    """Through each script: one line for each such flag, and the configuration without them."""
+    done = run([str(TRAINING / script), *LEAST[script], *OTHERS_FLAGS, "--print_config"], light, tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(": ", 1) for line in done.stderr.splitlines())
+    assert set(lines) == without_effect
+    assert all(line.startswith("has no effect here; ") for line in lines.values())
+    shown = {line.split()[0] for line in done.stdout.splitlines()}
+    assert shown == {item.name for _, item, _ in fields_of(SCRIPTS[script])}
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "found"),
+    [
+        (SFT, "--lora_path l", f"--lora_path: is for {LORA}, {IMAGE_LORA}; this one would not start from it"),
+        (IMAGE_SFT, "--init_lora_from l", f"--lora_path: is for {LORA}, {IMAGE_LORA}; this one would not start"),
+        (LORA, "--dry_run", "--dry_run: is for prepare_dataset.py; this one would train"),
+        (IMAGE_LORA, "--verify true", "--verify: is for prepare_dataset.py; this one would train"),
+        (PREPARE, "--load_tensors", "--load_tensors: is for the training scripts; this one reads clips"),
+        (PREPARE, "--push_to_hub", "--push_to_hub: is for the training scripts; this one uploads nothing"),
+        (SFT, "--rank x", "--rank x: takes a whole number"),
+        (PREPARE, "--max_train_steps 3 --train_steps 4", "--max_train_steps: is the same flag as --train_steps"),
+    ],
+)
+def test_flags_of_other_scripts_that_would_surprise_are_refused(script: str, given: str, found: str) -> None:
+    (problem,) = problems(*LEAST[script], *given.split(), script=script)
+    assert problem.startswith(found)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_and_suggests_a_scripts_own_flags_only(script: str) -> None:
+    (found,) = problems(*LEAST[script], "--validation_imags", "x", script=script)
+    assert ("nearest: --validation_images" in found) == (script in IMAGE_SCRIPTS)
+    text = args.build_parser(SCRIPTS[script], None).format_help()
+    assert ("--noised_image_dropout" in text) == (script in IMAGE_SCRIPTS)
+    assert ("--use_dora" in text) == (script in (LORA, IMAGE_LORA))
 
 
 def test_prodigy_with_the_rate_of_adam_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -615,10 +677,10 @@ def test_every_flag_has_a_reader() -> None:
 def test_idle_flags_are_read_by_nobody() -> None:
     """Nor do they have a reader's name, but for those of other scripts."""
     idle = {item.name: of for of in GROUPS.values() for item in dataclasses.fields(of) if item.metadata["idle"]}
-    assert {"num_artifact_workers", "use_slicing", "enable_model_cpu_offload", "rank"} <= set(idle)
+    assert {"num_artifact_workers", "use_slicing", "enable_model_cpu_offload"} <= set(idle)
     trees = [ast.parse(path.read_text()) for path in TRAINING.rglob("*.py")]
     read = set().union(*map(attributes_read, trees))
-    assert read & set(idle) == {"pin_memory", "rank", "lora_alpha", "target_modules"}
+    assert read & set(idle) == {"pin_memory"}
 
 
 def test_every_group_is_taken_by_a_script() -> None:
@@ -635,7 +697,7 @@ def test_every_flag_has_one_help_line(group: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_name_is_used_twice_in_a_script(script: str) -> None:
-    names = [name for _, item, _ in args.fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])]
+    names = [name for _, item, _ in fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])]
     assert len(names) == len(set(names))
 
 

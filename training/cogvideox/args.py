@@ -22,9 +22,11 @@ from typing import Any
 from cogvideox.conflicts import flag_problems, foreign_problems
 from cogvideox.errors import UsageError, one_line
 from cogvideox.flags import HIDDEN
-from cogvideox.options import Options, TrainOptions, derive
+from cogvideox.options import Options, TrainOptions, derive, elsewhere, fields_of, image_flags, names_of
 
 LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
+EPILOG = "Flags of the suite's other scripts are taken, and named as having no effect here."
+TAKEN = "no effect"  # the origin of a flag that only other scripts have
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
 # of the file system: the user can mend them
 DISK_ERRORS = {
@@ -51,14 +53,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return str(action.metavar) if action.nargs == "*" else super()._format_args(action, default_metavar)
 
 
-def fields_of(options_type: type) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
-    """(group name, field, type of its value) of every flag."""
-    for group_name, group_type in typing.get_type_hints(options_type).items():
-        types = typing.get_type_hints(group_type)
-        for item in dataclasses.fields(group_type):
-            yield group_name, item, types[item.name]
-
-
 def value_type(annotation: Any) -> tuple[type, bool]:
     """(type of one value, whether the flag takes several)."""
     arguments = [a for a in typing.get_args(annotation) if a not in (NoneType, Ellipsis)]
@@ -68,7 +62,11 @@ def value_type(annotation: Any) -> tuple[type, bool]:
 def build_parser(options_type: type, description: str | None) -> argparse.ArgumentParser:
     """A parser that hands every value over as the strings that were typed."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --flag value ...", description=description, allow_abbrev=False, formatter_class=HelpFormatter
+        usage="%(prog)s --flag value ...",
+        description=description,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     groups = {name: parser.add_argument_group(name) for name in typing.get_type_hints(options_type)}
     for group_name, item, annotation in fields_of(options_type):
@@ -77,13 +75,16 @@ def build_parser(options_type: type, description: str | None) -> argparse.Argume
         value = "|".join(shown) or ("true|false" if of is bool else of.__name__.upper())
         optional = of is bool or item.metadata["const"]
         groups[group_name].add_argument(
-            *(f"--{name}" for name in (item.name, *item.metadata["aliases"])),
+            *(f"--{name}" for name in names_of(item)),
             dest=item.name,
             nargs="*",
             default=argparse.SUPPRESS,
             metavar=f"[{value}]" if optional else (f"{value} ..." if many else value),
             help=help_text(item).replace("%", "%%"),
         )
+    for other in elsewhere(options_type):
+        names = [f"--{name}" for name in other.names]
+        parser.add_argument(*names, dest=other.item.name, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -150,7 +151,8 @@ def read_value(item: "dataclasses.Field[Any]", annotation: Any, given: Sequence[
 
 def unknown_flags(rest: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[str]:
     """One problem for each flag that does not exist, with the nearest one; its values are passed over."""
-    known = list(parser._option_string_actions)
+    actions = parser._option_string_actions.items()
+    known = [name for name, action in actions if action.help != argparse.SUPPRESS]
     names = [text.split("=")[0] for text in rest]
     for name in names:
         if name.startswith("--"):
@@ -163,7 +165,7 @@ def unknown_flags(rest: Sequence[str], parser: argparse.ArgumentParser) -> Itera
 def spelling(argv: Sequence[str], item: "dataclasses.Field[Any]") -> str:
     """The name under which a flag was given; raises UsageError where it was given under two."""
     given = {text.split("=")[0] for text in argv}
-    used = [name for name in (item.name, *item.metadata["aliases"]) if f"--{name}" in given]
+    used = [name for name in names_of(item) if f"--{name}" in given]
     if len(used) > 1:
         raise UsageError(f"--{used[0]}: is the same flag as --{used[1]}; give one of them")
     return used[0]
@@ -174,10 +176,35 @@ def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
     for group, item, _ in fields_of(type(options)):
         if item.metadata["idle"] and sources[item.name] != "default" and getattr(getattr(options, group), item.name):
             yield f"--{item.name}: {item.metadata['help']}"
+    yield from (other.verdict() for other in elsewhere(type(options)) if sources.get(other.item.name) == TAKEN)
+    if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
+        yield "--image_column: has no effect here; no image is a condition of what is trained"
     if isinstance(options, TrainOptions) and options.optimizer.kind == "prodigy":
         rate = options.optimizer.learning_rate
         if rate < LOW_FOR_PRODIGY:
             yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; usual: 1"
+
+
+def flags_elsewhere(
+    options_type: type, argv: Sequence[str], namespace: argparse.Namespace
+) -> tuple[list[str], list[str]]:
+    """(given flags of other scripts, to be named as having no effect; problems: those that are refused, bad values)."""
+    without_effect: list[str] = []
+    problems: list[str] = []
+    for other in elsewhere(options_type):
+        if not hasattr(namespace, other.item.name):
+            continue
+        try:
+            spelling(argv, other.item)
+            value = read_value(other.item, other.annotation, getattr(namespace, other.item.name))
+        except UsageError as error:
+            problems.extend(error.problems)
+            continue
+        if value is not False and other.item.metadata["refused"]:
+            problems.append(other.verdict())
+        elif value is not False:
+            without_effect.append(other.item.name)
+    return without_effect, problems
 
 
 def read_flags(
@@ -205,6 +232,9 @@ def read_flags(
             values[group][item.name] = read_value(item, annotation, getattr(namespace, item.name))
         except UsageError as error:
             problems.extend(error.problems)
+    without_effect, found = flags_elsewhere(options_type, argv, namespace)
+    sources.update(dict.fromkeys(without_effect, TAKEN))
+    problems.extend(found)
     problems.extend(foreign_problems(options_type, values))
     if problems:
         raise UsageError(problems)

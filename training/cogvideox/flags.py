@@ -35,14 +35,20 @@ def flag(
     only: Sequence[str] = (),
     secret: bool = False,
     idle: bool = False,
+    refused: str | None = None,
 ) -> Any:
     """One flag. ``const`` is the value of the bare flag. A number is at least ``least``, at most ``most``, and less
     than ``below``. A ``dotted`` flag takes a dotted name beside its ``choices``. ``only``: the optimizers that have it.
     The value of a ``secret`` is shown and written nowhere. An ``idle`` flag is taken from old commands and does
     nothing; its help says why.
+
+    A script takes the flags of the suite's other scripts too, says that they have no effect, and goes on. ``refused``
+    is why it ends instead: without the flag's effect it would do something else than was asked. That is so for flags
+    that say what to start from, what is read, where the result goes, or that nothing is trained.
     """
     limits = {"least": least, "most": most, "below": below}
     kinds = {"choices": choices, "const": const, "dotted": dotted, "only": only, "secret": secret, "idle": idle}
+    kinds["refused"] = refused
     metadata = {"help": help, "aliases": aliases} | kinds | limits
     return field(default=default, metadata=metadata, repr=not secret)
 
@@ -188,9 +194,19 @@ class PrepareFlags:
     save_latents_and_embeddings: bool = flag(True, "accepted for old commands: this is what the script does")
     save_image_latents: bool | None = flag(None, "encode first frames too, for image-to-video (where the model is one)")
     batch_size: int = flag(1, "captions encoded at once; more than 1 changes embeddings by rounding", least=1)
-    dry_run: bool = flag(False, "show what would be encoded, and what it costs, and stop")
-    verify: bool = flag(False, "check every tensor in output_dir against the data, encode nothing, and stop")
-    repair: bool = flag(False, "check every tensor in output_dir, and encode anew what is damaged or out of date")
+    dry_run: bool = flag(
+        False, "show what would be encoded, and what it costs, and stop", refused="this one would train"
+    )
+    verify: bool = flag(
+        False,
+        "check every tensor in output_dir against the data, encode nothing, and stop",
+        refused="this one would train",
+    )
+    repair: bool = flag(
+        False,
+        "check every tensor in output_dir, and encode anew what is damaged or out of date",
+        refused="this one would train",
+    )
     use_slicing: bool = idle(False, "clips are encoded one at a time")
     pin_memory: bool = idle(False, "no batch waits for a device")
     num_decode_threads: int = idle(0, "--dataloader_num_workers says how many processes decode")
@@ -210,7 +226,7 @@ class GuideFlags:
 class LoaderFlags:
     """Read by the training scripts: which tensors, and how they reach the device."""
 
-    load_tensors: bool = flag(False, "data_root is a folder made by prepare_dataset.py")
+    load_tensors: bool = flag(False, "data_root is a folder made by prepare_dataset.py", refused="this one reads clips")
     tensor_cache: str | None = flag(
         None,
         f"folder for tensors made here: of clips, or of the factory's .pt files (DATA_ROOT/{TENSOR_FOLDER})",
@@ -333,16 +349,8 @@ class LoraFlags:
         None,
         "safetensors file or folder of a LoRA to start from; its rank, alpha and layers must be those of the flags",
         aliases=("init_lora_from",),
+        refused="this one would not start from it",
     )
-
-
-@dataclass(frozen=True)
-class NoLoraFlags:
-    """Those of LoraFlags, where all weights are trained."""
-
-    rank: int = idle(64, "all weights are trained; a LoRA is trained by the script with lora in its name")
-    lora_alpha: float = idle(64.0, "as --rank")
-    target_modules: tuple[str, ...] = idle((), "as --rank")
 
 
 @dataclass(frozen=True)
@@ -449,7 +457,11 @@ class ValidationFlags:
 class HubFlags:
     """Read by hub.py: where the result is shared."""
 
-    push_to_hub: bool = flag(False, "upload the result to the Hugging Face hub; the repository is made at the start")
+    push_to_hub: bool = flag(
+        False,
+        "upload the result to the Hugging Face hub; the repository is made at the start",
+        refused="this one uploads nothing",
+    )
     hub_token: str | None = flag(
         None,
         "token that may write (HF_TOKEN, or that of `hf auth login`, which nobody sees in a list of processes)",

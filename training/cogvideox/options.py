@@ -6,6 +6,7 @@ Groups of flags.py -> the options of a script -> ``derive()``: values that follo
 import dataclasses
 import os
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ from cogvideox.flags import (
     LoaderFlags,
     LoraFlags,
     ModelFlags,
-    NoLoraFlags,
     OptimizerFlags,
     PrepareFlags,
     ScriptFlags,
@@ -80,8 +80,6 @@ class SftOptions(TrainOptions):
 
     method = "sft"
 
-    lora: NoLoraFlags
-
 
 @dataclass(frozen=True)
 class ImageLoraOptions(LoraOptions):
@@ -103,7 +101,58 @@ class ImageSftOptions(SftOptions):
     image: ImageFlags
 
 
+SCRIPTS: dict[str, type] = {
+    "prepare_dataset.py": PrepareOptions,
+    "cogvideox_text_to_video_lora.py": LoraOptions,
+    "cogvideox_text_to_video_sft.py": SftOptions,
+    "cogvideox_image_to_video_lora.py": ImageLoraOptions,
+    "cogvideox_image_to_video_sft.py": ImageSftOptions,
+}
 Options = TypeVar("Options", bound=PrepareOptions | TrainOptions)
+
+
+def fields_of(options_type: type) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
+    """(group name, field, type of its value) of every flag."""
+    for group_name, group_type in typing.get_type_hints(options_type).items():
+        types = typing.get_type_hints(group_type)
+        for item in dataclasses.fields(group_type):
+            yield group_name, item, types[item.name]
+
+
+def names_of(item: "dataclasses.Field[Any]") -> tuple[str, ...]:
+    """The names of a flag, its own first."""
+    return (item.name, *item.metadata["aliases"])
+
+
+@dataclass
+class Elsewhere:
+    """A flag that only other scripts have: the names that are free for it here, and whose it is."""
+
+    item: "dataclasses.Field[Any]"
+    annotation: Any
+    names: tuple[str, ...]
+    scripts: list[str]
+
+    def verdict(self) -> str:
+        """What to say where it is given: that it has no effect, or why it is refused."""
+        training = len(self.scripts) == len(SCRIPTS) - 1
+        whose = "the training scripts" if training else ", ".join(self.scripts)
+        refused = self.item.metadata["refused"]
+        if refused:
+            return f"--{self.item.name}: is for {whose}; {refused}"
+        return f"--{self.item.name}: has no effect here; it is for {whose}"
+
+
+def elsewhere(options_type: type) -> list[Elsewhere]:
+    """The flags of the suite that a script does not have."""
+    taken = {name for _, item, _ in fields_of(options_type) for name in names_of(item)}
+    found: dict[str, Elsewhere] = {}
+    for script, other in SCRIPTS.items():
+        for _, item, annotation in fields_of(other):
+            if item.name not in taken:
+                names = tuple(name for name in names_of(item) if name not in taken)
+                found.setdefault(item.name, Elsewhere(item, annotation, names, [])).scripts.append(script)
+    return list(found.values())
 
 
 def derive(options: Any, sources: dict[str, str]) -> Any:
