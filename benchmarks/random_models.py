@@ -106,7 +106,7 @@ def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> N
     """A prepared folder with random moments and embeddings."""
     import torch
 
-    from cogvideox.args import EncodeFlags, ModelFlags
+    from cogvideox.flags import EncodeFlags, ModelFlags
     from cogvideox.data.buckets import Bucket
     from cogvideox.data.cache import CachedSample, CacheIndex, TensorCache
     from cogvideox.geometry import read_geometry

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cogvideox import args
 from cogvideox.checkpoint import Saver
+from cogvideox.options import LoraOptions
 from cogvideox.run import Run
 
 
@@ -38,7 +39,7 @@ def run_alone(output: Path, logged: list[Any] | None = None) -> Run:
 
 def options_of(output: Path, *more: object) -> Any:
     """The options of a small LoRA run; no file is looked at."""
-    return args.parse(args.LoraOptions, None, lora_flags(Path("model"), Path("data"), output, *more))
+    return args.parse(LoraOptions, None, lora_flags(Path("model"), Path("data"), output, *more))
 
 
 class FakeEngine:

@@ -25,9 +25,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 
-from cogvideox.args import DataFlags
 from cogvideox.data.index import Sample, read_samples
 from cogvideox.errors import UsageError
+from cogvideox.flags import DataFlags
 
 SECONDS = 20.0  # for one data set
 CLIPS = tuple(f"clips/{k}.mp4" for k in range(8))

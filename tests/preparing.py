@@ -8,8 +8,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from cogvideox.args import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.data.cache import CacheIndex
+from cogvideox.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.geometry import read_geometry
 from cogvideox.prepare import Preparation, check_bad
 

@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from cogvideox import args
+from cogvideox.options import ImageLoraOptions, ImageSftOptions, LoraOptions, PrepareOptions, SftOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA_SCRIPT = ROOT / "training" / "cogvideox_text_to_video_lora.py"
@@ -76,28 +77,28 @@ def in_process(script: Any, options_type: type, flags: Sequence[str]) -> int:
 
 def train(flags: Sequence[str]) -> int:
     """Runs the LoRA script here."""
-    return in_process(lora_script, args.LoraOptions, flags)
+    return in_process(lora_script, LoraOptions, flags)
 
 
 def train_all(flags: Sequence[str]) -> int:
     """Runs the script that trains all weights here."""
-    return in_process(sft_script, args.SftOptions, flags)
+    return in_process(sft_script, SftOptions, flags)
 
 
 def train_image(flags: Sequence[str]) -> int:
     """Runs the image-to-video LoRA script here."""
-    return in_process(image_lora_script, args.ImageLoraOptions, flags)
+    return in_process(image_lora_script, ImageLoraOptions, flags)
 
 
 def train_image_all(flags: Sequence[str]) -> int:
     """Runs the image-to-video script that trains all weights here."""
-    return in_process(image_sft_script, args.ImageSftOptions, flags)
+    return in_process(image_sft_script, ImageSftOptions, flags)
 
 
 def prepare(model: Path, data: Path, output: Path, *more: object) -> int:
     """Runs prepare_dataset.py here."""
     flags = ["--model_id", model, "--data_root", data, "--output_dir", output, *SIZE, *more]
-    return in_process(prepare_script, args.PrepareOptions, [str(flag) for flag in flags])
+    return in_process(prepare_script, PrepareOptions, [str(flag) for flag in flags])
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""cogvideox/args.py and the command lines of the scripts, run with everything heavy made unimportable."""
+"""args.py, the three files below it, and the command lines of the scripts, with everything heavy made unimportable."""
 
 from __future__ import annotations
 
@@ -14,17 +14,29 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox import args
+from cogvideox import args, flags
+from cogvideox.conflicts import check_ema
 from cogvideox.errors import UsageError
+from cogvideox.options import (
+    ImageLoraOptions,
+    ImageSftOptions,
+    LoraOptions,
+    PrepareOptions,
+    SftOptions,
+    elsewhere,
+    fields_of,
+    resolutions,
+    target_pattern,
+)
 
 TESTS = Path(__file__).parent
 TRAINING = TESTS.parent / "training"
 GOLDEN = TESTS / "golden"
 LORA, SFT, PREPARE = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video_sft.py", "prepare_dataset.py"
 IMAGE_LORA, IMAGE_SFT = "cogvideox_image_to_video_lora.py", "cogvideox_image_to_video_sft.py"
-TEXT_SCRIPTS = {LORA: args.LoraOptions, SFT: args.SftOptions}
-IMAGE_SCRIPTS = {IMAGE_LORA: args.ImageLoraOptions, IMAGE_SFT: args.ImageSftOptions}
-SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, PREPARE: args.PrepareOptions}
+TEXT_SCRIPTS = {LORA: LoraOptions, SFT: SftOptions}
+IMAGE_SCRIPTS = {IMAGE_LORA: ImageLoraOptions, IMAGE_SFT: ImageSftOptions}
+SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, PREPARE: PrepareOptions}
 HEAVY = ("torch", "numpy", "av", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 MODEL = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b")
 TRAIN_LEAST = (*MODEL, "--data_root", "d")
@@ -164,7 +176,7 @@ def test_help_needs_no_torch_and_names_every_flag(script: str, light: dict[str, 
     done = run([str(TRAINING / script), "--help"], light, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     shown = set(re.findall(r"--[a-z0-9_]+", done.stdout))
-    assert {f"--{item.name}" for _, item, _ in args.fields_of(SCRIPTS[script])} <= shown
+    assert {f"--{item.name}" for _, item, _ in fields_of(SCRIPTS[script])} <= shown
     assert not list(tmp_path.iterdir())
 
 
@@ -270,9 +282,7 @@ def test_a_bare_flag_with_a_value_of_its_own() -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_alias_fills_its_flag(script: str) -> None:
     values = {int: ("7", 7), float: ("0.5", 0.5), str: ("text", "text"), bool: ("true", True)}
-    aliases = [
-        (item, of, alias) for _, item, of in args.fields_of(SCRIPTS[script]) for alias in item.metadata["aliases"]
-    ]
+    aliases = [(item, of, alias) for _, item, of in fields_of(SCRIPTS[script]) for alias in item.metadata["aliases"]]
     assert aliases
     for item, annotation, alias in aliases:
         of, many = args.value_type(annotation)
@@ -294,7 +304,7 @@ def test_the_start_of_a_lora_is_told_its_nearest() -> None:
 
 
 def test_a_single_target_that_is_no_plain_name_is_an_expression() -> None:
-    assert [args.target_pattern(given) for given in (("to_out.0",), ("a|b",), ("to_q", "to_k"))] == [None, "a|b", None]
+    assert [target_pattern(given) for given in (("to_out.0",), ("a|b",), ("to_q", "to_k"))] == [None, "a|b", None]
 
 
 def test_derived_values() -> None:
@@ -326,16 +336,16 @@ def test_flags_of_the_training_signal_that_do_nothing_are_refused() -> None:
 
 
 def test_deepspeed_has_no_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not list(args.check_ema(parse("--use_ema")))
+    assert not list(check_ema(parse("--use_ema")))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert not list(args.check_ema(parse()))
-    (found,) = args.check_ema(parse("--use_ema"))
+    assert not list(check_ema(parse()))
+    (found,) = check_ema(parse("--use_ema"))
     assert found.startswith("--use_ema: under DeepSpeed")
 
 
 def test_resolutions_take_the_place_of_the_lists() -> None:
     options = parse("--train_resolution", "81x768x1360", "25X256x384")
-    assert args.resolutions(options.data) == [(81, 768, 1360), (25, 256, 384)]
+    assert resolutions(options.data) == [(81, 768, 1360), (25, 256, 384)]
     assert options.data.max_num_frames == 81
     validation = options.validation
     assert (validation.validation_frames, validation.height, validation.width) == (81, 768, 1360)
@@ -413,7 +423,7 @@ def test_print_config_runs_no_check(capsys: pytest.CaptureFixture[str]) -> None:
         parse("--print_config", checks=(never,))
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(list(args.fields_of(args.LoraOptions)))
+    assert len(lines) == len(list(fields_of(LoraOptions)))
 
 
 def test_options_are_frozen() -> None:
@@ -487,7 +497,6 @@ COGVIDEO_FLAGS = """
     validation_dir validation_prompts validation_images validation_videos gen_fps tracker_name
 """
 # Of image-to-video.
-ELSEWHERE = {"validation_images", "noised_image_dropout", "ignore_learned_positional_embeddings"}
 
 
 @pytest.mark.parametrize(
@@ -507,8 +516,11 @@ ELSEWHERE = {"validation_images", "noised_image_dropout", "ignore_learned_positi
     ],
 )
 def test_every_published_flag_is_known(script: str, flags: str) -> None:
-    known = {name for _, item, _ in args.fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])}
-    assert set(flags.split()) - known <= (ELSEWHERE if script in TEXT_SCRIPTS else set())
+    known = {name for _, item, _ in fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])}
+    known |= {
+        name for other in elsewhere(SCRIPTS[script]) if not other.item.metadata["refused"] for name in other.names
+    }
+    assert set(flags.split()) <= known
     assert len(flags.split()) == len(set(flags.split()))
 
 
@@ -527,6 +539,66 @@ def test_flags_without_effect_say_so(light: dict[str, str], tmp_path: Path) -> N
         [str(TRAINING / PREPARE), *LEAST[PREPARE], *idle, "--print_config"], light | {"RANK": "1"}, tmp_path
     )
     assert (other_rank.returncode, other_rank.stderr) == (0, "")
+
+
+OTHERS_FLAGS = (
+    *("--validation_images", "a.png:::b.png", "--noised_image_dropout", "0.05", "--num_image_noise_variants", "2"),
+    *("--image_column", "images.txt", "--rank", "128", "--lora_alpha", "64", "--use_dora", "--use_slicing"),
+    *("--num_decode_threads", "4", "--save_image_latents", "--dry_run", "false"),
+)
+OF_IMAGES = {"--validation_images", "--noised_image_dropout", "--num_image_noise_variants", "--image_column"}
+OF_LORA = {"--rank", "--lora_alpha", "--use_dora"}
+OF_PREPARATION = {"--use_slicing", "--num_decode_threads", "--save_image_latents"}
+
+
+@pytest.mark.parametrize(
+    ("script", "without_effect"),
+    [
+        (LORA, OF_IMAGES | OF_PREPARATION),
+        (SFT, OF_IMAGES | OF_LORA | OF_PREPARATION),
+        (IMAGE_LORA, OF_PREPARATION),
+        (IMAGE_SFT, OF_LORA | OF_PREPARATION),
+        (PREPARE, {"--validation_images", "--noised_image_dropout", "--use_slicing", "--num_decode_threads"} | OF_LORA),
+    ],
+)
+def test_flags_of_other_scripts_are_taken_and_named(
+    script: str, without_effect: set[str], light: dict[str, str], tmp_path: Path
+) -> None:
+    """Through each script: one line for each such flag, and the configuration without them."""
+    done = run([str(TRAINING / script), *LEAST[script], *OTHERS_FLAGS, "--print_config"], light, tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(": ", 1) for line in done.stderr.splitlines())
+    assert set(lines) == without_effect
+    assert all(line.startswith("has no effect here; ") for line in lines.values())
+    shown = {line.split()[0] for line in done.stdout.splitlines()}
+    assert shown == {item.name for _, item, _ in fields_of(SCRIPTS[script])}
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "found"),
+    [
+        (SFT, "--lora_path l", f"--lora_path: is for {LORA}, {IMAGE_LORA}; this one would not start from it"),
+        (IMAGE_SFT, "--init_lora_from l", f"--lora_path: is for {LORA}, {IMAGE_LORA}; this one would not start"),
+        (LORA, "--dry_run", "--dry_run: is for prepare_dataset.py; this one would train"),
+        (IMAGE_LORA, "--verify true", "--verify: is for prepare_dataset.py; this one would train"),
+        (PREPARE, "--load_tensors", "--load_tensors: is for the training scripts; this one reads clips"),
+        (PREPARE, "--push_to_hub", "--push_to_hub: is for the training scripts; this one uploads nothing"),
+        (SFT, "--rank x", "--rank x: takes a whole number"),
+        (PREPARE, "--max_train_steps 3 --train_steps 4", "--max_train_steps: is the same flag as --train_steps"),
+    ],
+)
+def test_flags_of_other_scripts_that_would_surprise_are_refused(script: str, given: str, found: str) -> None:
+    (problem,) = problems(*LEAST[script], *given.split(), script=script)
+    assert problem.startswith(found)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_and_suggests_a_scripts_own_flags_only(script: str) -> None:
+    (found,) = problems(*LEAST[script], "--validation_imags", "x", script=script)
+    assert ("nearest: --validation_images" in found) == (script in IMAGE_SCRIPTS)
+    text = args.build_parser(SCRIPTS[script], None).format_help()
+    assert ("--noised_image_dropout" in text) == (script in IMAGE_SCRIPTS)
+    assert ("--use_dora" in text) == (script in (LORA, IMAGE_LORA))
 
 
 def test_prodigy_with_the_rate_of_adam_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -575,7 +647,7 @@ def test_data_sets_of_the_hub_are_downloaded_first(given: str, name: str) -> Non
 
 # -- the declarations --------------------------------------------------------------------------------------------------
 
-GROUPS = {name: of for name, of in vars(args).items() if dataclasses.is_dataclass(of) and name.endswith("Flags")}
+GROUPS = {name: of for name, of in vars(flags).items() if dataclasses.is_dataclass(of) and name.endswith("Flags")}
 
 
 def attributes_read(tree: ast.AST) -> set[str]:
@@ -584,16 +656,17 @@ def attributes_read(tree: ast.AST) -> set[str]:
 
 def test_every_flag_has_a_reader() -> None:
     trees = {path: ast.parse(path.read_text()) for path in TRAINING.rglob("*.py")}
-    own = trees.pop(Path(args.__file__))
+    own = [trees.pop(TRAINING / "cogvideox" / f"{name}.py") for name in ("flags", "options", "conflicts", "args")]
     readers = set().union(*map(attributes_read, trees.values()))
-    functions = set().union(*(attributes_read(node) for node in own.body if isinstance(node, ast.FunctionDef)))
+    defined = [node for tree in own for node in tree.body if isinstance(node, ast.FunctionDef)]
+    functions = set().union(*map(attributes_read, defined))
     unread = {
         f"{group}.{item.name}"
         for group, of in GROUPS.items()
         for item in dataclasses.fields(of)
         if item.name not in readers and not item.metadata["idle"]
     }
-    # What parse() itself reads, and refuses.
+    # What parsing itself reads, and refuses.
     only_here = {"ScriptFlags.print_config", "PrepareFlags.save_latents_and_embeddings"}
     only_here |= {"GuideFlags.model_type", "GuideFlags.training_type"}
     refused = {"DataFlags.dataset_name", "DataFlags.dataset_config_name"}
@@ -604,10 +677,10 @@ def test_every_flag_has_a_reader() -> None:
 def test_idle_flags_are_read_by_nobody() -> None:
     """Nor do they have a reader's name, but for those of other scripts."""
     idle = {item.name: of for of in GROUPS.values() for item in dataclasses.fields(of) if item.metadata["idle"]}
-    assert {"num_artifact_workers", "use_slicing", "enable_model_cpu_offload", "rank"} <= set(idle)
+    assert {"num_artifact_workers", "use_slicing", "enable_model_cpu_offload"} <= set(idle)
     trees = [ast.parse(path.read_text()) for path in TRAINING.rglob("*.py")]
     read = set().union(*map(attributes_read, trees))
-    assert read & set(idle) == {"pin_memory", "rank", "lora_alpha", "target_modules"}
+    assert read & set(idle) == {"pin_memory"}
 
 
 def test_every_group_is_taken_by_a_script() -> None:
@@ -629,7 +702,7 @@ def test_every_flag_has_one_help_line(group: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_name_is_used_twice_in_a_script(script: str) -> None:
-    names = [name for _, item, _ in args.fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])]
+    names = [name for _, item, _ in fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])]
     assert len(names) == len(set(names))
 
 
@@ -663,7 +736,7 @@ def test_what_the_user_can_mend_is_a_line(
 
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(SystemExit) as ended:
-        args.run_script(main, args.PrepareOptions, "doc", ())
+        args.run_script(main, PrepareOptions, "doc", ())
     assert ended.value.code == status
     assert capsys.readouterr().err.startswith(line)
 
@@ -674,4 +747,4 @@ def test_what_the_user_cannot_mend_keeps_its_traceback(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(OSError, match="Bad file descriptor"):
-        args.run_script(main, args.PrepareOptions, "doc", ())
+        args.run_script(main, PrepareOptions, "doc", ())

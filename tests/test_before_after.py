@@ -17,13 +17,13 @@ from PIL import Image
 from running import PROMPT, lora_flags, train
 
 from cogvideox import before_after, loop
-from cogvideox.args import ModelFlags
 from cogvideox.before_after import SHEET_NAME, BeforeAfter, nearest_samples
 from cogvideox.curves import CURVES_NAME
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CachedSample, TensorCache, open_index
 from cogvideox.data.dataset import read_moments
 from cogvideox.data.decode import write_video
+from cogvideox.flags import ModelFlags
 from cogvideox.geometry import read_geometry
 from cogvideox.sheets import Panel, Row
 from cogvideox.tensors import Tensors

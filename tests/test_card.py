@@ -20,9 +20,9 @@ from markdown_it.token import Token
 from running import PROMPT
 
 from cogvideox import card as card_module
-from cogvideox.args import ModelFlags
 from cogvideox.card import Facts, Video, card_text, escaped, read_licence, snippet, write_card
 from cogvideox.errors import UsageError
+from cogvideox.flags import ModelFlags
 from cogvideox.methods import Lora
 from cogvideox.validation import Validator
 

@@ -21,8 +21,8 @@ from PIL import Image
 from preparing import tensor_files
 from running import PREPARE_SCRIPT, SIZE, finish, in_process, lora_flags, losses, metrics, prepare, python, start, train
 
-from cogvideox.args import PrepareOptions
 from cogvideox.data.cache import CacheIndex, open_index
+from cogvideox.options import PrepareOptions
 
 # name, container, codec, frames a second, height and width
 MIXED = (

@@ -15,7 +15,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from fakes import flip_byte
 from running import lora_flags, losses, metrics, train
 
-from cogvideox.args import ModelFlags, SignalFlags
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache, hash_of, open_index
 from cogvideox.data.dataset import (
@@ -31,6 +30,7 @@ from cogvideox.data.dataset import (
 )
 from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
 from cogvideox.errors import UsageError
+from cogvideox.flags import ModelFlags, SignalFlags
 from cogvideox.geometry import read_geometry
 from cogvideox.loop import BadClips
 

@@ -9,8 +9,8 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from cogvideox.args import WEIGHTINGS, SignalFlags
 from cogvideox.diffusion import NoiseSchedule, loss, loss_weights
+from cogvideox.flags import WEIGHTINGS, SignalFlags
 
 PUBLISHED = {
     "num_train_timesteps": 1000,

@@ -19,14 +19,15 @@ from running import lora_flags
 from torch import Tensor
 
 from cogvideox import args, factory
-from cogvideox.args import DataFlags, ModelFlags
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, hash_of, open_index
 from cogvideox.data.dataset import LatentDataset
 from cogvideox.data.sampler import Visit
 from cogvideox.errors import UsageError
 from cogvideox.factory import bucket_of, check_tensors, is_factory_layout, open_factory, read_rows
+from cogvideox.flags import DataFlags, ModelFlags
 from cogvideox.geometry import Geometry, read_geometry
+from cogvideox.options import ImageLoraOptions
 
 NAMES = ("00000", "00001", "00002")
 Make = Callable[..., Path]
@@ -462,7 +463,7 @@ def test_first_frames_of_another_shape_are_refused(
 def test_missing_first_frames_are_named_before_anything_is_loaded(make: Make, model: Path, loaded: list[str]) -> None:
     folder = make()
     flags = lora_flags(model, folder, Path("out"), "--load_tensors")
-    options = args.parse(args.ImageLoraOptions, None, flags)
+    options = args.parse(ImageLoraOptions, None, flags)
     lines = list(check_tensors(options))
     assert len(lines) == 3
     assert "image_latents/00000.pt: no such file" in lines[0]

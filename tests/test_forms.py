@@ -13,9 +13,9 @@ import pytest
 from fuzz_index import fuzz_indexes
 from test_index import captions, problems, read, touch, write
 
-from cogvideox.args import DataFlags
 from cogvideox.data.index import Sample, read_validation
 from cogvideox.errors import UsageError
+from cogvideox.flags import DataFlags
 
 ODD = (
     "a, b",

@@ -14,10 +14,11 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
 from cogvideox import args
-from cogvideox.args import ModelFlags
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
+from cogvideox.flags import ModelFlags
 from cogvideox.geometry import Geometry, check_image_to_video, check_preparation, check_text_to_video, read_geometry
+from cogvideox.options import ImageLoraOptions, ImageSftOptions, LoraOptions, PrepareOptions, SftOptions, derive
 
 Tiny = Callable[[str], Path]
 KINDS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
@@ -106,18 +107,18 @@ NINE = ("--frame_buckets", "9", "--max_num_frames", "9")
 
 
 CHECKS = {
-    args.LoraOptions: check_text_to_video,
-    args.SftOptions: check_text_to_video,
-    args.ImageLoraOptions: check_image_to_video,
-    args.ImageSftOptions: check_image_to_video,
-    args.PrepareOptions: check_preparation,
+    LoraOptions: check_text_to_video,
+    SftOptions: check_text_to_video,
+    ImageLoraOptions: check_image_to_video,
+    ImageSftOptions: check_image_to_video,
+    PrepareOptions: check_preparation,
 }
 
 
-def found_problems(folder: Path, *given: str, options_type: Any = args.LoraOptions) -> list[str]:
+def found_problems(folder: Path, *given: str, options_type: Any = LoraOptions) -> list[str]:
     argv = ["--pretrained_model_name_or_path", str(folder), "--data_root", "d", *given]
     options, sources = args.read_flags(options_type, argv, None)
-    return list(CHECKS[options_type](args.derive(options, sources)))
+    return list(CHECKS[options_type](derive(options, sources)))
 
 
 def test_a_good_command_has_no_problem(tiny: Tiny) -> None:
@@ -127,9 +128,9 @@ def test_a_good_command_has_no_problem(tiny: Tiny) -> None:
             found_problems(tiny(kind), *BASE_SIZE, "--max_sequence_length", "32", "--frame_buckets", "16", "49") == []
         )
     for kind in ("5b", "5b-i2v"):
-        assert found_problems(tiny(kind), "--output_dir", "o", options_type=args.PrepareOptions) == []
+        assert found_problems(tiny(kind), "--output_dir", "o", options_type=PrepareOptions) == []
     for kind in ("5b-i2v", "1.5-5b-i2v"):
-        assert found_problems(tiny(kind), *BASE_SIZE, *NINE, options_type=args.ImageLoraOptions) == []
+        assert found_problems(tiny(kind), *BASE_SIZE, *NINE, options_type=ImageLoraOptions) == []
 
 
 def test_all_sizes_are_checked_together(tiny: Tiny) -> None:
@@ -151,7 +152,7 @@ def test_all_sizes_are_checked_together(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("kind", ["5b-i2v", "1.5-5b-i2v"])
 def test_image_to_video_models_are_refused(tiny: Tiny, kind: str) -> None:
-    for options_type, method in ((args.LoraOptions, "lora"), (args.SftOptions, "sft")):
+    for options_type, method in ((LoraOptions, "lora"), (SftOptions, "sft")):
         (found,) = found_problems(tiny(kind), *BASE_SIZE, options_type=options_type)
         assert "takes 32 channels, so it is an image-to-video model; text-to-video takes 16" in found
         assert found.endswith(f"use cogvideox_image_to_video_{method}.py")
@@ -159,13 +160,13 @@ def test_image_to_video_models_are_refused(tiny: Tiny, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["2b", "5b", "1.5-5b"])
 def test_text_to_video_models_are_refused(tiny: Tiny, kind: str) -> None:
-    for options_type, method in ((args.ImageLoraOptions, "lora"), (args.ImageSftOptions, "sft")):
+    for options_type, method in ((ImageLoraOptions, "lora"), (ImageSftOptions, "sft")):
         (found,) = found_problems(tiny(kind), *BASE_SIZE, options_type=options_type)
         assert "takes 16 channels, so it is a text-to-video model; image-to-video takes 32" in found
         assert found.endswith(f"use cogvideox_text_to_video_{method}.py")
 
 
-@pytest.mark.parametrize("options_type", [args.LoraOptions, args.ImageLoraOptions])
+@pytest.mark.parametrize("options_type", [LoraOptions, ImageLoraOptions])
 def test_other_channels_are_refused(configs: Path, options_type: Any) -> None:
     edit(configs, "transformer/config.json", in_channels=48)
     (found,) = found_problems(configs, *BASE_SIZE, options_type=options_type)
@@ -184,7 +185,7 @@ def test_learned_positions_are_for_one_size(tiny: Tiny) -> None:
         tiny("5b-i2v"),
         *("--frame_buckets", "9", "13", "12", "--height_buckets", "64", "48", "80", "--width_buckets", "96"),
         *("--height", "64", "--width", "48", "--validation_frames", "5"),
-        options_type=args.ImageLoraOptions,
+        options_type=ImageLoraOptions,
     )
     rule = f"this model's learned positions are for 9x64x96 alone; nearest: {{}}, or {IGNORE}"
     assert found == [  # 12 frames become as many latents as 9
@@ -197,13 +198,13 @@ def test_learned_positions_are_for_one_size(tiny: Tiny) -> None:
 
 def test_learned_positions_may_be_ignored_where_there_are_any(tiny: Tiny) -> None:
     other = ("--frame_buckets", "13", "--height_buckets", "48", "--width_buckets", "96", IGNORE)
-    assert found_problems(tiny("5b-i2v"), *other, options_type=args.ImageLoraOptions) == []
-    (found,) = found_problems(tiny("1.5-5b-i2v"), *BASE_SIZE, IGNORE, options_type=args.ImageLoraOptions)
+    assert found_problems(tiny("5b-i2v"), *other, options_type=ImageLoraOptions) == []
+    (found,) = found_problems(tiny("1.5-5b-i2v"), *BASE_SIZE, IGNORE, options_type=ImageLoraOptions)
     assert found == f"{IGNORE}: this model has none; leave the flag out"
 
 
 def test_buckets_of_prepared_tensors_are_not_those_of_the_flags(tiny: Tiny) -> None:
-    found = found_problems(tiny("5b-i2v"), "--load_tensors", options_type=args.ImageLoraOptions)
+    found = found_problems(tiny("5b-i2v"), "--load_tensors", options_type=ImageLoraOptions)
     assert [line.split(":")[0] for line in found] == ["--height 480", "--width 720", "--validation_frames 49"]
 
 

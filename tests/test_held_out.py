@@ -18,10 +18,10 @@ from running import LORA_SCRIPT, PROMPT, equal, finish, lora_flags, metrics, sta
 from torch import Tensor
 
 from cogvideox import held_out
-from cogvideox.args import ModelFlags
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CachedSample, CacheError, TensorCache, open_index
 from cogvideox.data.dataset import Batch, normal, sample_posterior
+from cogvideox.flags import ModelFlags
 from cogvideox.geometry import read_geometry
 from cogvideox.held_out import PLACES, HeldOut, by_clip, mean_and_error
 from cogvideox.run import METRICS_NAME

@@ -19,6 +19,7 @@ from cogvideox import args
 from cogvideox.checks import check_images
 from cogvideox.errors import UsageError
 from cogvideox.images import take_images
+from cogvideox.options import ImageLoraOptions, LoraOptions
 from cogvideox.prompts import images_of
 
 
@@ -27,7 +28,7 @@ def options_of(*images: object, separator: str = ":::") -> Any:
     prompts = separator.join([PROMPT] * len(images))
     flags = ["--validation_prompt", prompts, "--validation_images", separator.join(map(str, images))]
     flags += ["--validation_prompt_separator", separator]
-    return args.parse(args.ImageLoraOptions, None, lora_flags(Path("model"), Path("data"), Path("out"), *flags))
+    return args.parse(ImageLoraOptions, None, lora_flags(Path("model"), Path("data"), Path("out"), *flags))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def options_of(*images: object, separator: str = ":::") -> Any:
 )
 def test_an_image_for_each_prompt(flags: tuple[str, ...], problem: str | None) -> None:
     argv = lora_flags(Path("model"), Path("data"), Path("out"), *flags)
-    found = list(check_images(args.parse(args.ImageLoraOptions, None, argv)))
+    found = list(check_images(args.parse(ImageLoraOptions, None, argv)))
     assert found == ([f"--validation_images: {problem}; give one for each"] if problem else [])
 
 
@@ -65,7 +66,7 @@ def test_images_of_a_list(tmp_path: Path, image: Path) -> None:
             name,
             *more,
         ]
-        return args.parse(args.ImageLoraOptions, None, lora_flags(Path("model"), Path("data"), Path("out"), *flags))
+        return args.parse(ImageLoraOptions, None, lora_flags(Path("model"), Path("data"), Path("out"), *flags))
 
     assert images_of(options("images.txt")) == [str(tmp_path / "sub" / "a.jpg"), str(image), "https://h/x.png"]
     assert list(check_images(options("images.txt"))) == []
@@ -103,7 +104,7 @@ def test_images_are_kept_as_they_are_shown(tmp_path: Path) -> None:
 
 
 def test_text_to_video_has_none(tmp_path: Path) -> None:
-    options = args.parse(args.LoraOptions, None, lora_flags(Path("model"), Path("data"), tmp_path))
+    options = args.parse(LoraOptions, None, lora_flags(Path("model"), Path("data"), tmp_path))
     assert take_images(run_alone(tmp_path / "out"), options) == []
     assert list(check_images(options)) == []
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from cogvideox.args import DataFlags
 from cogvideox.data.index import Sample, check_data, read_samples, read_validation
 from cogvideox.errors import UsageError
+from cogvideox.flags import DataFlags
 
 
 def write(root: Path, captions: str | bytes, videos: str | bytes, files: tuple[str, ...] = ("a.mp4", "b.mp4")) -> Path:

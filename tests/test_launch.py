@@ -14,6 +14,16 @@ import pytest
 import yaml
 
 from cogvideox import args
+from cogvideox.conflicts import flag_problems
+from cogvideox.options import (
+    ImageLoraOptions,
+    ImageSftOptions,
+    LoraOptions,
+    PrepareOptions,
+    SftOptions,
+    TrainOptions,
+    derive,
+)
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -21,11 +31,11 @@ SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
 TRAIN = sorted(ROOT.glob("train_*.sh"))
 LORA = "train_text_to_video_lora.sh"
 OPTIONS = {
-    "cogvideox_text_to_video_lora.py": args.LoraOptions,
-    "cogvideox_text_to_video_sft.py": args.SftOptions,
-    "cogvideox_image_to_video_lora.py": args.ImageLoraOptions,
-    "cogvideox_image_to_video_sft.py": args.ImageSftOptions,
-    "prepare_dataset.py": args.PrepareOptions,
+    "cogvideox_text_to_video_lora.py": LoraOptions,
+    "cogvideox_text_to_video_sft.py": SftOptions,
+    "cogvideox_image_to_video_lora.py": ImageLoraOptions,
+    "cogvideox_image_to_video_sft.py": ImageSftOptions,
+    "prepare_dataset.py": PrepareOptions,
 }
 HOSTILE = "BW_STYLE $(touch PWNED) `touch PWNED` \"q\" 'q' ; touch PWNED #\n* \\ é & | > PWNED :::two"
 
@@ -91,12 +101,12 @@ def after_script(command: list[str]) -> tuple[str, list[str]]:
     return Path(command[index]).name, command[index + 1 :]
 
 
-def read(command: list[str]) -> tuple[args.PrepareOptions | args.TrainOptions, dict[str, str]]:
+def read(command: list[str]) -> tuple[PrepareOptions | TrainOptions, dict[str, str]]:
     """The options of a command line; raises UsageError where the script would."""
     name, flags = after_script(command)
     options, sources = args.read_flags(OPTIONS[name], flags, None)
-    options = args.derive(options, sources)
-    assert not list(args.flag_problems(options, sources))
+    options = derive(options, sources)
+    assert not list(flag_problems(options, sources))
     return options, sources
 
 

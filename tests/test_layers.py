@@ -17,10 +17,10 @@ PACKAGE = TRAINING / "cogvideox"
 # From bottom to top. A module imports from the layers below its own, never from its own or from above.
 LAYERS = (
     ("errors", "files"),
-    ("args", "draws", "sheets", "curves", "data.workers"),
-    ("data.buckets", "data.transforms", "data.columns", "data.faults"),
-    ("geometry", "hub", "lora_file", "prompts", "data.frames", "data.paths", "data.tables"),
-    ("data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
+    ("flags", "draws", "sheets", "curves", "data.workers"),
+    ("options", "data.buckets", "data.transforms", "data.columns", "data.faults"),
+    ("conflicts", "geometry", "hub", "lora_file", "prompts", "data.frames", "data.paths", "data.tables"),
+    ("args", "data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
     ("data.decode", "data.index"),
     ("data.clips", "data.sampler"),
     ("diffusion", "rope", "lora"),
@@ -51,11 +51,13 @@ FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.name != "
 
 # Scripts end with --help or with all problems, and workers start, without torch.
 WITHOUT_TORCH = (
-    *("args", "errors", "files", "draws", "geometry", "hub", "lora_file", "optimizers", "prompts", "sheets", "curves"),
+    *("flags", "options", "conflicts", "args", "errors", "files", "draws", "geometry", "hub", "lora_file"),
+    *("optimizers", "prompts", "sheets", "curves"),
     *(name for name in FILES if name.startswith("data.") and name != "data.dataset"),
 )
 LIGHT_DATA = ("buckets", "cache", "columns", "faults", "forms", "index", "paths", "sampler", "tables", "workers")
-STANDARD_LIBRARY_ONLY = ("args", "errors", "draws", "lora_file", "prompts", *(f"data.{name}" for name in LIGHT_DATA))
+FLAGS = ("flags", "options", "conflicts", "args")
+STANDARD_LIBRARY_ONLY = (*FLAGS, "errors", "draws", "lora_file", "prompts", *(f"data.{name}" for name in LIGHT_DATA))
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -94,7 +96,7 @@ def test_imports_go_downward(module: str) -> None:
 
 def test_the_test_sees_imports() -> None:
     """Of each form: from cogvideox import x, from cogvideox.x import y, and inside functions."""
-    assert {"encode", "models", "data.cache", "args"} <= own_imports(FILES["prepare"])
+    assert {"encode", "models", "data.cache", "options"} <= own_imports(FILES["prepare"])
     assert {"data.forms"} <= own_imports(FILES["data.index"])
     assert "huggingface_hub.hf_hub_download" in set(imports(ast.parse(FILES["geometry"].read_text())))
 

@@ -11,10 +11,11 @@ import pytest
 from real_clips import CLIPS, make_clips
 from running import ROOT, frames_of, in_process, metrics, train
 
-from cogvideox import args
 from cogvideox.data.clips import Variant, decode_variant, plan_clip
 from cogvideox.data.decode import probe, read_frames
+from cogvideox.flags import DataFlags, ModelFlags
 from cogvideox.geometry import read_geometry
+from cogvideox.options import PrepareOptions
 from cogvideox.prepare import clip_recipe
 
 pytestmark = pytest.mark.xdist_group("learning")  # one process trains for all of them
@@ -37,7 +38,7 @@ def data(real_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["--model_id", MODEL, "--data_root", folder / "clips", "--validation_data_root", folder / "unseen", *SIZE]
     flags += ["--output_dir", folder / "tensors", "--id_token", "BUNNY", "--video_reshape_mode", "center"]
     flags += ["--dtype", "fp32"]
-    assert in_process(prepare_dataset, args.PrepareOptions, [str(flag) for flag in flags]) == 0
+    assert in_process(prepare_dataset, PrepareOptions, [str(flag) for flag in flags]) == 0
     return folder
 
 
@@ -54,9 +55,9 @@ def run(data: Path, output: Path, learning_rate: float, steps: int) -> Path:
 
 def target(data: Path) -> np.ndarray:
     """The clip of the prompt, as training saw it, (F, H, W, 3)."""
-    flags = args.DataFlags((str(data),), train_resolution=("9x64x96",), video_reshape_mode="center", max_num_frames=9)
+    flags = DataFlags((str(data),), train_resolution=("9x64x96",), video_reshape_mode="center", max_num_frames=9)
     path = data / "clips" / "videos" / "rabbit_stands.mp4"
-    record = plan_clip(path, clip_recipe(flags, read_geometry(args.ModelFlags(str(MODEL)))))
+    record = plan_clip(path, clip_recipe(flags, read_geometry(ModelFlags(str(MODEL)))))
     frames = decode_variant(path, Variant.from_record(record["cuts"][0]["variants"][0]))
     assert isinstance(frames, np.ndarray)
     return frames

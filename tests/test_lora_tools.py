@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogvideox import args
-from cogvideox.args import LoraFlags, ModelFlags
 from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.errors import UsageError
+from cogvideox.flags import LoraFlags, ModelFlags
 from cogvideox.lora_file import check_lora, misfits, read_header
 from cogvideox.methods import WEIGHTS_NAME
 from cogvideox.models import load_transformer
+from cogvideox.options import LoraOptions, SftOptions
 
 NAMES = ["to_q", "to_out.0", "ff.net.0.proj", "proj_out"]
 
@@ -290,11 +291,11 @@ def test_a_lora_that_does_not_fit_is_found_with_the_other_problems(model: Path, 
     make_lora(tmp_path, model)
     given = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--lora_path", str(tmp_path), "--rank", "4"]
     with pytest.raises(UsageError) as caught:
-        args.parse(args.LoraOptions, None, [*given, "--use_dora"], (check_lora,))
+        args.parse(LoraOptions, None, [*given, "--use_dora"], (check_lora,))
     flags = [line.split(" ")[0].rstrip(":") for line in caught.value.problems]
     assert flags == ["--lora_alpha", "--use_dora", "--target_modules"]
     assert check_lora in TRAINING_CHECKS
-    assert list(check_lora(args.parse(args.SftOptions, None, given[:4]))) == []
+    assert list(check_lora(args.parse(SftOptions, None, given[:4]))) == []
 
 
 def test_a_lora_that_names_no_alpha_has_its_rank_as_diffusers_reads_it(model: Path, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 
 from cogvideox import args
 from cogvideox.errors import UsageError
+from cogvideox.flags import ModelFlags
 from cogvideox.lora import principal
 from cogvideox.methods import WEIGHTS_NAME, FullFinetune, Lora
 from cogvideox.models import load_transformer
+from cogvideox.options import SftOptions
 
 
 def lora(model: Path, *flags: object, seed: int = 1, dtype: torch.dtype = torch.float32) -> Lora:
@@ -92,7 +94,7 @@ def test_a_regular_expression_is_matched_with_whole_names(model: Path) -> None:
 
 def stock(model: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model without a LoRA."""
-    return load_transformer(args.ModelFlags(str(model)), dtype)
+    return load_transformer(ModelFlags(str(model)), dtype)
 
 
 # -- variants ----------------------------------------------------------------------------------------------------------
@@ -337,7 +339,7 @@ def scales(transformer: Any, adapter: str) -> set[float]:
 
 
 def full(model: Path, dtype: torch.dtype = torch.float32) -> FullFinetune:
-    options = args.parse(args.SftOptions, None, sft_flags(model, Path("data"), Path("x")))
+    options = args.parse(SftOptions, None, sft_flags(model, Path("data"), Path("x")))
     return FullFinetune(load_transformer(options.model, dtype), options)
 
 

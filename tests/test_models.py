@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cogvideox import models
-from cogvideox.args import ModelFlags
 from cogvideox.errors import UsageError
+from cogvideox.flags import ModelFlags
 
 Tiny = Callable[[str], Path]
 CPU = torch.device("cpu")

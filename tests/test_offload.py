@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from stepping import loss_of, parameters, state_equal, train, values
 from torch.nn import Parameter
 
-from cogvideox.args import OptimizerFlags
 from cogvideox.engine import STATE_NAME, LocalEngine, make_engine
+from cogvideox.flags import OptimizerFlags
 from cogvideox.offload import HostMasters, OffloadedWeights
 from cogvideox.optim import MasterWeights
 from cogvideox.optimizers import make_optimizer

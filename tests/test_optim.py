@@ -12,7 +12,7 @@ from stepping import SHAPES, loss_of, parameters, rate, state_equal, train, valu
 from torch.nn import Parameter
 
 from cogvideox import optim
-from cogvideox.args import SCHEDULES, OptimizerFlags
+from cogvideox.flags import SCHEDULES, OptimizerFlags
 from cogvideox.optim import MasterWeights, learning_rate
 from cogvideox.optimizers import make_optimizer
 

@@ -17,10 +17,11 @@ from stepping import train as advance
 from torch.nn import Parameter
 
 from cogvideox import args
-from cogvideox.args import OptimizerFlags
 from cogvideox.errors import UsageError
+from cogvideox.flags import OptimizerFlags
 from cogvideox.optim import MasterWeights, as_tensor, plain_tensors, set_rate
 from cogvideox.optimizers import check_optimizer, make_optimizer, optimizer_class
+from cogvideox.options import LoraOptions
 
 BETAS, EPSILON, DECAY = (0.9, 0.95), 1e-8, 1e-4  # the defaults of the flags
 ADAM = {"betas": BETAS, "eps": EPSILON, "weight_decay": DECAY}
@@ -67,7 +68,7 @@ EACH_KIND = [command for command in EVERY if command != "--optimizer adam --use_
 
 
 def flags_of(command: str) -> OptimizerFlags:
-    options: Any = args.parse(args.LoraOptions, None, [*lora_flags_without_optimizer(), *command.split()])
+    options: Any = args.parse(LoraOptions, None, [*lora_flags_without_optimizer(), *command.split()])
     return options.optimizer
 
 
@@ -278,7 +279,7 @@ def test_a_run_that_stopped_ends_with_the_same_lora(
 def problems(*given: object, checks: bool = True) -> tuple[str, ...]:
     argv = [*lora_flags_without_optimizer(), *map(str, given)]
     with pytest.raises(UsageError) as caught:
-        args.parse(args.LoraOptions, None, argv, [check_optimizer] if checks else [])
+        args.parse(LoraOptions, None, argv, [check_optimizer] if checks else [])
     return caught.value.problems
 
 
@@ -375,7 +376,7 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
     assert problems("--use_8bit") == ("--use_8bit: bitsandbytes is not installed; pip install bitsandbytes",)
     (found,) = problems("--use_8bit", "--use_torchao")
     assert found == "--use_torchao: torchao is not installed; pip install torchao"
-    args.parse(args.LoraOptions, None, lora_flags_without_optimizer(), [check_optimizer])
+    args.parse(LoraOptions, None, lora_flags_without_optimizer(), [check_optimizer])
 
 
 def test_a_compiler_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,7 +408,7 @@ def test_what_deepspeed_cannot_run_is_named(given: str, start: str, monkeypatch:
     (found,) = problems(*given.split())
     assert found.startswith(f"{start}: ")
     for runs in ("--optimizer adam", "--optimizer adamw --use_8bit"):
-        args.parse(args.LoraOptions, None, [*lora_flags_without_optimizer(), *runs.split()], [check_optimizer])
+        args.parse(LoraOptions, None, [*lora_flags_without_optimizer(), *runs.split()], [check_optimizer])
 
 
 def test_parameters_that_a_class_does_not_take() -> None:

@@ -18,6 +18,7 @@ from cogvideox import args, models, parity, rope, tasks
 from cogvideox.data import dataset
 from cogvideox.data.buckets import Bucket
 from cogvideox.geometry import read_geometry
+from cogvideox.options import ImageLoraOptions, LoraOptions, derive, ignores_positions
 from cogvideox.parity import ParityError, check_parity
 from cogvideox.tasks import ImageToVideo, TextToVideo
 
@@ -34,16 +35,16 @@ def check(
 ) -> None:
     """The check of a run on these buckets."""
     images = kind.endswith("i2v")
-    options_type = args.ImageLoraOptions if images else args.LoraOptions
+    options_type = ImageLoraOptions if images else LoraOptions
     argv = lora_flags(tiny(kind), Path("data"), Path("out"), *flags)
     options, sources = args.read_flags(options_type, argv, None)
-    options = args.derive(options, sources)
+    options = derive(options, sources)
     geometry = read_geometry(options.model)
     samples = tuple(SimpleNamespace(bucket=bucket) for bucket in buckets)
     tensors: Any = SimpleNamespace(geometry=geometry, index=SimpleNamespace(samples=samples, validation=()))
     run = run_alone(Path("/tmp"))
     run.say = (said if said is not None else []).append  # type: ignore[method-assign]
-    transformer = models.load_transformer(options.model, torch.bfloat16, args.ignores_positions(options))
+    transformer = models.load_transformer(options.model, torch.bfloat16, ignores_positions(options))
     task = (ImageToVideo if images else TextToVideo)(options, geometry, run.device, torch.bfloat16)
     check_parity(run, options, tensors, task, transformer)
     assert "forward" not in vars(transformer)

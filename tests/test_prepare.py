@@ -20,7 +20,6 @@ from PIL import Image
 from preparing import Here, complete, preparation, tensor_files
 
 from cogvideox import encode, models, prepare
-from cogvideox.args import EncodeFlags, ModelFlags
 from cogvideox.data import clips as clips_module
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
@@ -29,6 +28,7 @@ from cogvideox.data.decode import write_video
 from cogvideox.data.transforms import Fit
 from cogvideox.data.workers import Killed
 from cogvideox.errors import UsageError
+from cogvideox.flags import EncodeFlags, ModelFlags
 from cogvideox.prepare import Encoders, check_bad
 
 Tiny = Callable[[str], Path]

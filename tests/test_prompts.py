@@ -9,8 +9,8 @@ import pytest
 from fakes import options_of
 from running import lora_flags, train
 
-from cogvideox.args import ValidationFlags
 from cogvideox.errors import UsageError
+from cogvideox.flags import ValidationFlags
 from cogvideox.prompts import check_prompts, prompts_of
 
 

@@ -15,9 +15,10 @@ from PIL import Image
 from preparing import preparation, tensor_files
 
 from cogvideox import report
-from cogvideox.args import PrepareOptions, parse
+from cogvideox.args import parse
 from cogvideox.data.cache import open_index
 from cogvideox.data.decode import write_video
+from cogvideox.options import PrepareOptions
 
 Tiny = Callable[[str], Path]
 pytestmark = pytest.mark.usefixtures("threads")

@@ -11,7 +11,7 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
-from cogvideox.args import ModelFlags
+from cogvideox.flags import ModelFlags
 from cogvideox.geometry import Geometry, read_geometry
 from cogvideox.rope import RotaryTables, centred_region
 

@@ -12,9 +12,10 @@ import torch
 from running import lora_flags
 
 from cogvideox import args
-from cogvideox.args import ModelFlags
 from cogvideox.data.dataset import Batch
+from cogvideox.flags import ModelFlags
 from cogvideox.geometry import read_geometry
+from cogvideox.options import ImageLoraOptions, derive
 from cogvideox.tasks import ImageToVideo, TextToVideo, image_scale, on_first_frame
 
 Tiny = Callable[[str], Path]
@@ -46,7 +47,7 @@ def test_the_image_is_on_the_first_latent_frame() -> None:
 
 def task(tiny: Tiny, kind: str, *flags: object, dtype: torch.dtype = torch.float32) -> ImageToVideo:
     argv = lora_flags(tiny(kind), Path("data"), Path("out"), *flags)
-    options = args.derive(*args.read_flags(args.ImageLoraOptions, argv, None))
+    options = derive(*args.read_flags(ImageLoraOptions, argv, None))
     return ImageToVideo(options, read_geometry(options.model), CPU, dtype)
 
 

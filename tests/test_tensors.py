@@ -19,9 +19,9 @@ from running import LORA_SCRIPT, PROMPT, equal, lora_flags, losses, python, star
 from safetensors.torch import load_file, save_file
 from tiny_cogvideox import make_tiny
 
-from cogvideox.args import ValidationFlags
 from cogvideox.data.cache import CacheError, TensorCache, open_index
 from cogvideox.errors import UsageError
+from cogvideox.flags import ValidationFlags
 from cogvideox.tensors import check_flags, check_schedule, open_tensors
 
 

@@ -15,8 +15,9 @@ from PIL import Image
 from preparing import complete, preparation, tensor_files
 
 from cogvideox import encode, models
-from cogvideox.args import PrepareOptions, parse
+from cogvideox.args import parse
 from cogvideox.data.cache import TensorCache, open_index
+from cogvideox.options import PrepareOptions
 from cogvideox.verify import find_faults, mend
 
 Tiny = Callable[[str], Path]

@@ -13,11 +13,12 @@ command goes on where a run was stopped.
 from cogvideox import args
 from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.geometry import check_image_to_video
+from cogvideox.options import ImageLoraOptions
 
 CHECKS = (check_image_to_video, *TRAINING_CHECKS)
 
 
-def main(options: args.ImageLoraOptions) -> int:
+def main(options: ImageLoraOptions) -> int:
     """Returns the exit status: 0, or 75 where a signal ended the run early with everything saved."""
     from cogvideox.loop import fine_tune
     from cogvideox.methods import Lora
@@ -27,4 +28,4 @@ def main(options: args.ImageLoraOptions) -> int:
 
 
 if __name__ == "__main__":
-    args.run_script(main, args.ImageLoraOptions, __doc__, CHECKS)
+    args.run_script(main, ImageLoraOptions, __doc__, CHECKS)

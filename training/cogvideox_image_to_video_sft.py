@@ -13,11 +13,12 @@ shows how. The same command goes on where a run was stopped.
 from cogvideox import args
 from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.geometry import check_image_to_video
+from cogvideox.options import ImageSftOptions
 
 CHECKS = (check_image_to_video, *TRAINING_CHECKS)
 
 
-def main(options: args.ImageSftOptions) -> int:
+def main(options: ImageSftOptions) -> int:
     """Returns the exit status: 0, or 75 where a signal ended the run early with everything saved."""
     from cogvideox.loop import fine_tune
     from cogvideox.methods import FullFinetune
@@ -27,4 +28,4 @@ def main(options: args.ImageSftOptions) -> int:
 
 
 if __name__ == "__main__":
-    args.run_script(main, args.ImageSftOptions, __doc__, CHECKS)
+    args.run_script(main, ImageSftOptions, __doc__, CHECKS)

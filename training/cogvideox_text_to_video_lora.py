@@ -12,11 +12,12 @@ CogVideoXPipeline.load_lora_weights; inference.py beside it shows how. The same 
 from cogvideox import args
 from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.geometry import check_text_to_video
+from cogvideox.options import LoraOptions
 
 CHECKS = (check_text_to_video, *TRAINING_CHECKS)
 
 
-def main(options: args.LoraOptions) -> int:
+def main(options: LoraOptions) -> int:
     """Returns the exit status: 0, or 75 where a signal ended the run early with everything saved."""
     from cogvideox.loop import fine_tune
     from cogvideox.methods import Lora
@@ -26,4 +27,4 @@ def main(options: args.LoraOptions) -> int:
 
 
 if __name__ == "__main__":
-    args.run_script(main, args.LoraOptions, __doc__, CHECKS)
+    args.run_script(main, LoraOptions, __doc__, CHECKS)

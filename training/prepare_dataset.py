@@ -13,11 +13,12 @@ from cogvideox import args
 from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.index import check_data
 from cogvideox.geometry import check_preparation, read_geometry
+from cogvideox.options import PrepareOptions
 
 CHECKS = (check_preparation, check_data, check_reader)
 
 
-def main(options: args.PrepareOptions) -> int:
+def main(options: PrepareOptions) -> int:
     """Returns the exit status."""
     from pathlib import Path
 
@@ -51,4 +52,4 @@ def main(options: args.PrepareOptions) -> int:
 
 
 if __name__ == "__main__":
-    args.run_script(main, args.PrepareOptions, __doc__, CHECKS)
+    args.run_script(main, PrepareOptions, __doc__, CHECKS)

@@ -2,7 +2,10 @@
 
 errors.py             UsageError: what a user can mend
 files.py              files that are whole or not there
-args.py               every flag once, as frozen dataclasses; parse()
+flags.py              every flag once, as frozen dataclasses
+options.py            what each script takes, what follows from it
+conflicts.py          what flags contradict
+args.py               the command line: parsed, printed, suggested
 draws.py              every random draw as a function of (seed, visit, sample, purpose)
 sheets.py             contact sheets: labels and frames in one PNG
 curves.py             metrics.jsonl -> a picture of loss and learning rate

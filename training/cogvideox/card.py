@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from cogvideox.args import ModelFlags, TrainOptions
 from cogvideox.before_after import SHEET_NAME
 from cogvideox.curves import CURVES_NAME
 from cogvideox.data.cache import CacheIndex
 from cogvideox.files import write_atomically
+from cogvideox.flags import ModelFlags
 from cogvideox.geometry import hub_file
+from cogvideox.options import TrainOptions
 from cogvideox.run import Run
 from cogvideox.tasks import IMAGE_NAME
 from cogvideox.validation import Validator

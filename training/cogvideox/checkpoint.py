@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogvideox.args import TrainOptions
 from cogvideox.engine import Engine
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
+from cogvideox.options import TrainOptions
 from cogvideox.run import Run
 
 PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from cogvideox.args import check_ema, check_trackers, image_flags, is_url
+from cogvideox.conflicts import check_ema, check_trackers
 from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.faults import VideoError
 from cogvideox.data.index import check_data
@@ -11,6 +11,7 @@ from cogvideox.factory import check_tensors
 from cogvideox.hub import check_hub
 from cogvideox.lora_file import check_lora
 from cogvideox.optimizers import check_optimizer
+from cogvideox.options import image_flags, is_url
 from cogvideox.prompts import check_prompts, images_of, prompts_of
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox.args import SignalFlags
+from cogvideox.flags import SignalFlags
 
 
 @dataclass(frozen=True)

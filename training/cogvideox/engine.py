@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cogvideox.args import TrainOptions
 from cogvideox.ema import Ema
 from cogvideox.errors import UsageError
 from cogvideox.offload import OffloadedWeights
 from cogvideox.optim import MasterWeights, StepResult
 from cogvideox.optimizers import make_optimizer
+from cogvideox.options import TrainOptions
 
 STATE_NAME, EMA_NAME = "optimizer.safetensors", "ema.safetensors"
 DEEPSPEED_TAG = "deepspeed"
@@ -132,7 +132,7 @@ class DeepSpeedEngine:
         return result
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The trained weights: args.py refuses --use_ema here."""
+        """The trained weights: conflicts.py refuses --use_ema here."""
         return nullcontext()
 
     def save(self, folder: Path) -> None:

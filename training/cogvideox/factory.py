@@ -19,7 +19,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cogvideox.args import DataFlags, image_flags, resolutions
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, open_index, sole_writer
 from cogvideox.data.columns import Columns, Problems, is_unicode
@@ -28,7 +27,9 @@ from cogvideox.data.index import unique_id
 from cogvideox.data.paths import PathRules
 from cogvideox.errors import UsageError
 from cogvideox.files import remove_stale_temporaries, stamp_of
+from cogvideox.flags import DataFlags
 from cogvideox.geometry import Geometry
+from cogvideox.options import image_flags, resolutions
 
 MOMENTS, EMBEDS, IMAGES = "video_latents", "prompt_embeds", "image_latents"  # the folders
 NAMES = {MOMENTS: "moments_CFHW", EMBEDS: "prompt_LD", IMAGES: "image_moments_KCHW"}  # the tensors in the cache

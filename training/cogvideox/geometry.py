@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cogvideox.args import LoraOptions, ModelFlags, TrainOptions, reads_clips, resolution
 from cogvideox.data.buckets import Bucket, frame_problem, size_problem
 from cogvideox.errors import UsageError
+from cogvideox.flags import ModelFlags
+from cogvideox.options import LoraOptions, TrainOptions, reads_clips, resolution
 
 
 @dataclass(frozen=True)

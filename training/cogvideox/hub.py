@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cogvideox.args import HIDDEN, HubFlags, TrainOptions
 from cogvideox.errors import UsageError
+from cogvideox.flags import HIDDEN, HubFlags
+from cogvideox.options import TrainOptions
 
 WAITS = (2.0, 8.0, 30.0)  # seconds before the second, third and fourth try
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers that may be others a little later

@@ -5,11 +5,11 @@ import io
 import urllib.request
 from pathlib import Path
 
-from cogvideox.args import TrainOptions, is_url
 from cogvideox.data.faults import VideoError
 from cogvideox.data.pictures import probe_picture, read_picture
 from cogvideox.errors import UsageError
 from cogvideox.files import temporary_of, write_atomically
+from cogvideox.options import TrainOptions, is_url
 from cogvideox.prompts import images_of
 from cogvideox.run import Run
 from cogvideox.tasks import IMAGE_NAME

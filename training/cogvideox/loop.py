@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox import diffusion, models
-from cogvideox.args import TrainOptions, ignores_positions, image_flags
 from cogvideox.before_after import BeforeAfter
 from cogvideox.best import Best
 from cogvideox.checkpoint import Saver, resume
@@ -27,6 +26,7 @@ from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
 from cogvideox.images import take_images
 from cogvideox.optim import learning_rate
+from cogvideox.options import TrainOptions, ignores_positions, image_flags
 from cogvideox.parity import check_parity
 from cogvideox.plan import ModulePlan
 from cogvideox.publish import publish

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.functional import linear
 
-from cogvideox.args import target_pattern
 from cogvideox.draws import key_of
 from cogvideox.errors import UsageError
 from cogvideox.lora_file import selected, unused
+from cogvideox.options import target_pattern
 
 
 def linear_layers(transformer: Module) -> list[str]:

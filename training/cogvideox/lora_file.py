@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogvideox.args import LoraFlags, LoraOptions, target_pattern
 from cogvideox.errors import UsageError
+from cogvideox.flags import LoraFlags
+from cogvideox.options import LoraOptions, target_pattern
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
 PREFIX = "transformer."  # of a pipeline's part, before PEFT's names

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cogvideox.args import LoraOptions, SftOptions, ignores_positions
 from cogvideox.errors import UsageError
 from cogvideox.lora import Place, SampleDropout, Shifted, start_from_principal, targets
 from cogvideox.lora_file import PREFIX, WEIGHTS_NAME, lora_file
 from cogvideox.models import ignore_learned_positions, load_transformer
+from cogvideox.options import LoraOptions, SftOptions, ignores_positions
 
 ADAPTER = "default"
 

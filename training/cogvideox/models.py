@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from cogvideox.args import ModelFlags
 from cogvideox.errors import UsageError
+from cogvideox.flags import ModelFlags
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}

@@ -1,7 +1,7 @@
 """fp32 masters, moments and the optimizer step in host memory: torchao's CPUOffloadOptimizer, made safe to resume.
 
 A backward pass sends each gradient to page-locked memory; a step updates fp32 masters there, tensor by tensor, and
-sends the rounded weights back. torchao has neither clipping nor a loss scale; args.py refuses both by name.
+sends the rounded weights back. torchao has neither clipping nor a loss scale; conflicts.py refuses both by name.
 """
 
 from collections.abc import Iterator

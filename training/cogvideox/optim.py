@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cogvideox.args import POLYNOMIAL_END, OptimizerFlags
+from cogvideox.flags import POLYNOMIAL_END, OptimizerFlags
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from cogvideox.args import ADAMS, NAMED_CLASS, OptimizerFlags, TrainOptions, precision_of
 from cogvideox.errors import UsageError
+from cogvideox.flags import ADAMS, NAMED_CLASS, OptimizerFlags
+from cogvideox.options import TrainOptions, precision_of
 
 if TYPE_CHECKING:
     from torch.nn import Parameter

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from cogvideox import encode, models
-from cogvideox.args import ModelFlags, TrainOptions, ignores_positions
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.dataset import Batch, collate, draw_sample, normal, sample_posterior
 from cogvideox.diffusion import NoiseSchedule
+from cogvideox.flags import ModelFlags
 from cogvideox.geometry import Geometry
+from cogvideox.options import TrainOptions, ignores_positions
 from cogvideox.run import Run
 from cogvideox.tasks import ImageToVideo, Task, image_scale
 from cogvideox.tensors import Tensors

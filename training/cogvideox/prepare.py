@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from cogvideox import encode, models
-from cogvideox.args import DataFlags, EncodeFlags, ModelFlags, resolutions
 from cogvideox.data.buckets import Bucket, make_buckets
 from cogvideox.data.cache import (
     CachedSample,
@@ -49,7 +48,9 @@ from cogvideox.data.index import Sample, read_samples, read_validation
 from cogvideox.data.workers import Killed, Limits, Workers
 from cogvideox.errors import UsageError, first_of
 from cogvideox.files import remove_stale_temporaries, stamp_of
+from cogvideox.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.geometry import Geometry
+from cogvideox.options import resolutions
 
 LEDGER_EVERY = 64  # records written to the ledger at once while planning
 CHANGED = "has changed while it was prepared; run the same command again"

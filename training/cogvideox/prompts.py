@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from cogvideox.args import TrainOptions, ValidationFlags, image_flags, is_url, separated
+from cogvideox.flags import ValidationFlags
+from cogvideox.options import TrainOptions, image_flags, is_url, separated
 
 
 def prompts_of(flags: ValidationFlags) -> list[str]:

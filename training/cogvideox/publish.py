@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox.args import TrainOptions, config_dict
+from cogvideox.args import config_dict
 from cogvideox.card import write_card
 from cogvideox.checkpoint import fsync
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
 from cogvideox.files import write_atomically
+from cogvideox.options import TrainOptions
 from cogvideox.prompts import prompts_of
 from cogvideox.run import Run, environment
 from cogvideox.tasks import Task

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from cogvideox import encode, models
-from cogvideox.args import EncodeFlags, ModelFlags
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import OK, Variant, decode_variant, time_decode
@@ -23,6 +22,7 @@ from cogvideox.data.forms import PREVIEW_FOLDER
 from cogvideox.data.index import Sample
 from cogvideox.data.transforms import scale, stretch
 from cogvideox.errors import UsageError, first_of
+from cogvideox.flags import EncodeFlags, ModelFlags
 from cogvideox.geometry import Geometry
 from cogvideox.prepare import Cut, Encoders, Preparation, bad_clips, missing_captions
 from cogvideox.sheets import Panel, Row, contact_sheet, spread

@@ -23,11 +23,12 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from cogvideox.args import TrainOptions, config_dict, precision_of, tracker_names
+from cogvideox.args import config_dict
 from cogvideox.errors import UsageError
 from cogvideox.files import remove_stale_temporaries, write_atomically
 from cogvideox.hub import open_repository
 from cogvideox.optim import StepResult
+from cogvideox.options import TrainOptions, precision_of, tracker_names
 from cogvideox.ranks import Ranks, check_world
 
 CONFIG_NAME, METRICS_NAME, LOCK_NAME = "config.json", "metrics.jsonl", ".lock"

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cogvideox.args import TrainOptions, image_flags
 from cogvideox.data.dataset import Batch
 from cogvideox.diffusion import Predictor
 from cogvideox.geometry import Geometry
+from cogvideox.options import TrainOptions, image_flags
 from cogvideox.rope import RotaryTables
 
 OFS = 2.0  # the offset that CogVideoX 1.5 image-to-video was trained with

@@ -3,22 +3,13 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogvideox.args import (
-    TENSOR_FOLDER,
-    DataFlags,
-    FirstFrameFlags,
-    TrainOptions,
-    ValidationFlags,
-    ignores_positions,
-    image_flags,
-    noise_variants,
-    resolutions,
-)
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.errors import UsageError
 from cogvideox.factory import is_factory_layout, open_factory
+from cogvideox.flags import TENSOR_FOLDER, DataFlags, FirstFrameFlags, ValidationFlags
 from cogvideox.geometry import Geometry, read_geometry
+from cogvideox.options import TrainOptions, ignores_positions, image_flags, noise_variants, resolutions
 from cogvideox.prepare import Encoders, Preparation, check_bad, encode_captions, missing_captions, other_encoders
 from cogvideox.report import describe
 from cogvideox.run import Run

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from cogvideox import models
-from cogvideox.args import TrainOptions
 from cogvideox.data.cache import TensorCache
 from cogvideox.data.decode import write_video
 from cogvideox.data.sampler import Order
 from cogvideox.files import write_atomically
+from cogvideox.options import TrainOptions
 from cogvideox.prepare import encode_captions, missing_captions
 from cogvideox.prompts import prompts_of
 from cogvideox.run import Run

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cogvideox.args import SignalFlags
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache
 from cogvideox.data.sampler import BucketBatchSampler, Visit
 from cogvideox.draws import key_of, uniform
+from cogvideox.flags import SignalFlags
 from cogvideox.geometry import Geometry
 
 

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cogvideox.args import reads_clips
 from cogvideox.data.faults import VideoError, naming
 from cogvideox.data.frames import VideoInfo
+from cogvideox.options import reads_clips
 
 if TYPE_CHECKING:
     import numpy as np

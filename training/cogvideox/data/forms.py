@@ -11,10 +11,10 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from cogvideox.args import TENSOR_FOLDER, DataFlags
 from cogvideox.data.columns import Column, Columns, Problems, listing, read_lines
 from cogvideox.data.paths import PathRules
 from cogvideox.data.tables import FORMATS, Names, read_table
+from cogvideox.flags import TENSOR_FOLDER, DataFlags
 
 CAPTION_FILES = ("prompts.txt", "prompt.txt")
 VIDEO_FILES = ("videos.txt",)

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cogvideox.args import DataFlags, reads_clips
 from cogvideox.data.columns import Column, Columns, Problems, is_unicode
 from cogvideox.data.forms import read_columns
 from cogvideox.data.paths import PathRules
 from cogvideox.errors import UsageError
+from cogvideox.flags import DataFlags
+from cogvideox.options import reads_clips
 
 
 @dataclass(frozen=True)
