@@ -106,9 +106,9 @@ def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> N
     """A prepared folder with random moments and embeddings."""
     import torch
 
-    from cogvideox.flags import EncodeFlags, ModelFlags
     from cogvideox.data.buckets import Bucket
     from cogvideox.data.cache import CachedSample, CacheIndex, TensorCache
+    from cogvideox.flags import EncodeFlags, ModelFlags
     from cogvideox.geometry import read_geometry
     from cogvideox.prepare import Encoders
 

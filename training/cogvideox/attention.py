@@ -1,8 +1,8 @@
 """Attention without a mask, forward and backward as two operators, by whichever kernels the device has.
 
 attend(q, k, v, backend) -> (o, lse); attend_backward(do, q, k, v, o, lse, backend) -> (dq, dk, dv). All of q, k, v, o
-are (B, S, H, D): what the linear layers write and read, so that nothing is transposed. lse, (B, H, S) fp32, is the log of
-each row's sum of exponentials, from which the backward pass makes the attention weights again. Operators, so that
+are (B, S, H, D): what the linear layers write and read, so that nothing is transposed. lse, (B, H, S) fp32, is the log
+of each row's sum of exponentials, from which the backward pass makes the attention weights again. Operators, so that
 torch.compile sees one node and neither traces nor splits it. Shapes: B samples, S tokens, H heads, D head dim.
 """
 
@@ -97,7 +97,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str = "auto
         if wanted not in ("auto", CPU):
             raise ValueError(f"{wanted} needs a GPU; leave it out")
         return CPU, "there is no GPU"
-    reasons = []
+    reasons: list[str] = []
     for backend in BACKENDS if wanted == "auto" else (wanted,):
         problem = _problem(backend, device, dtype)
         if problem is None:
@@ -130,7 +130,7 @@ def gradient_error(backend: str, device: torch.device, dtype: torch.dtype) -> fl
     weights = (exact[0] @ exact[1].mT * PROBE[-1] ** -0.5).softmax(-1)
     expected = weights @ exact[2]
     expected.backward(do.float().transpose(1, 2))
-    right = (expected, *(x.grad for x in exact))
+    right = (expected.detach(), *(x.grad for x in exact))
     return max(
         float((a.float() - b.transpose(1, 2)).norm() / b.norm())
         for a, b in zip(found, right, strict=True)

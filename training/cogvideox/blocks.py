@@ -174,7 +174,9 @@ def backward(
         return kept[name] if name in kept else compute()
 
     n1 = again("n1", lambda: modulate(x, p.norm1, shift1, scale1))
-    q, k, v = (again(name, lambda layer=getattr(p, name): linear(n1, layer).view(split)) for name in "qkv")
+    q = again("q", lambda: linear(n1, p.q).view(split))
+    k = again("k", lambda: linear(n1, p.k).view(split))
+    v = again("v", lambda: linear(n1, p.v).view(split))
     rq = again("rq", lambda: rotate(q, p.norm_q, shared.rotary))
     rk = again("rk", lambda: rotate(k, p.norm_k, shared.rotary))
     o, lse = (kept["o"], kept["lse"]) if "o" in kept else attend(rq, rk, v, shared.backend)
