@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from cogvideox import args
-from cogvideox.conflicts import flag_problems
+from cogvideox.checks import TRAINING_CHECKS
+from cogvideox.conflicts import check_launcher, flag_problems
 from cogvideox.options import (
     ImageLoraOptions,
     ImageSftOptions,
@@ -455,3 +456,14 @@ def test_a_configuration_reaches_the_scripts(monkeypatch):
     assert [env["ACCELERATE_DYNAMO_BACKEND"] for env in (cpu, eager, compiled)] == ["NO", "NO", "INDUCTOR"]
     assert {env["ACCELERATE_MIXED_PRECISION"] for env in (cpu, eager, compiled)} == {"no"}
     assert eager["CUDA_VISIBLE_DEVICES"] == "6"  # the scheduler's choice stands
+
+
+@pytest.mark.parametrize("value", ["true", "True"])
+def test_fsdp_is_refused(monkeypatch, value):
+    """Under accelerate's setting for FSDP each GPU would train the whole model without a word."""
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    assert not list(check_launcher(None))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
+    (problem,) = check_launcher(None)
+    assert "FSDP" in problem and "accelerate_configs/deepspeed.yaml" in problem
+    assert check_launcher in TRAINING_CHECKS

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from cogvideox.conflicts import check_ema, check_trackers
+from cogvideox.conflicts import check_ema, check_launcher, check_trackers
 from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.faults import VideoError
 from cogvideox.data.index import check_data
@@ -50,5 +50,5 @@ def image_problems(path: str) -> Iterator[str]:
 DATA_CHECKS = (check_data, check_reader, check_tensors)
 TRAINING_CHECKS = (
     *(*DATA_CHECKS, check_optimizer, check_lora, check_ema),
-    *(check_prompts, check_images, check_trackers, check_hub),
+    *(check_prompts, check_images, check_trackers, check_hub, check_launcher),
 )

@@ -271,6 +271,15 @@ def check_ema(options: TrainOptions) -> Iterator[str]:
         )
 
 
+def check_launcher(_options: TrainOptions) -> Iterator[str]:
+    """Problems of accelerate's configuration, for args.parse."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        yield (
+            "accelerate launch: its configuration is for FSDP, under which these scripts would divide nothing; "
+            "launch with accelerate_configs/deepspeed.yaml or accelerate_configs/uncompiled_2.yaml"
+        )
+
+
 def check_trackers(options: TrainOptions) -> Iterator[str]:
     """Problems of --report_to, for args.parse."""
     wanted = tracker_names(options.train.report_to)
