@@ -465,5 +465,6 @@ def test_fsdp_is_refused(monkeypatch, value):
     assert not list(check_launcher(None))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
     (problem,) = check_launcher(None)
-    assert "FSDP" in problem and "accelerate_configs/deepspeed.yaml" in problem
+    assert "FSDP" in problem
+    assert "accelerate_configs/deepspeed.yaml" in problem
     assert check_launcher in TRAINING_CHECKS

@@ -18,6 +18,7 @@ ADAMS, RULES = ("adam", "adamw"), ("adam", "adamw", "prodigy", "came")  # of opt
 NAMED_CLASS = "a class by its dotted name"
 WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")
 WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
+PLACES = ("auto", "device", "host")
 HIDDEN = "(not shown)"  # instead of a secret
 
 
@@ -322,6 +323,41 @@ class SignalFlags:
         "share of the average that a step keeps; (1 + n) / (10 + n) after n steps, while that is less",
         least=0.0,
         below=1.0,
+    )
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    """Read by execution.py: how the transformer's blocks are run. plan.py chooses what is left open."""
+
+    plan: str = flag(
+        "auto",
+        "how blocks are run: auto is the fastest way that fits the memory; fast keeps weights on the device, and as "
+        "many activations as fit; balanced keeps attention outputs, for 24 GB cards; lean keeps next to nothing on "
+        "the device",
+        choices=("auto", "fast", "balanced", "lean"),
+    )
+    vram_budget: float | None = flag(
+        None, "plan for a card with so many GiB in place of this one's free memory", least=1.0
+    )
+    weights_on: str = flag(
+        "auto", "where frozen weights of blocks lie: on the device, or on the host, streamed", choices=PLACES
+    )
+    keep: str = flag(
+        "auto",
+        "what forward keeps of a block for backward: its input, attention outputs too, those of linear layers too, or "
+        "all; the rest is computed again",
+        choices=("auto", "input", "attention", "linear", "all"),
+    )
+    kept_on: str = flag("auto", "where that is kept", choices=PLACES)
+    optimizer_state_on: str = flag("auto", "where fp32 masters and the optimizer's moments lie", choices=PLACES)
+    compile_blocks: str = flag(
+        "auto", "compile the blocks with torch.compile; auto does on a GPU", choices=("auto", "yes", "no")
+    )
+    attention_backend: str = flag(
+        "auto",
+        "attention kernels; auto is the fastest one that is there and passes a check of its gradients",
+        choices=("auto", "flash-4", "cudnn", "flash", "cpu"),
     )
 
 

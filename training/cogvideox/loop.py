@@ -22,13 +22,13 @@ from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
 from cogvideox.errors import UsageError, first_of
+from cogvideox.execution import make_plan, place
 from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
 from cogvideox.images import take_images
 from cogvideox.optim import learning_rate
 from cogvideox.options import TrainOptions, ignores_positions, image_flags
 from cogvideox.parity import check_parity
-from cogvideox.plan import ModulePlan
 from cogvideox.publish import publish
 from cogvideox.run import METRICS_NAME, REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
 from cogvideox.tensors import Tensors, open_tensors
@@ -74,9 +74,6 @@ class Trainer:
     ) -> None:
         self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
-        plan = ModulePlan(recompute=train.gradient_checkpointing, compiled=run.compiled)
-        plan.apply(method.transformer)
-        run.say(f"plan: {plan}")
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
         self.weights_T = diffusion.loss_weights(self.schedule, options.signal)
@@ -291,8 +288,11 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     images = take_images(run, options)
     tensors = open_tensors(run, options)
     prompts = embed_prompts(run, options, tensors, images)
-    transformer = models.load_transformer(options.model, run.dtype, ignores_positions(options)).to(run.device)
+    transformer = models.load_transformer(options.model, run.dtype, ignores_positions(options))
     method = method_type(transformer, options)
+    plan = make_plan(run, options, tensors, transformer)
+    run.say(f"plan: {plan}")
+    place(transformer, plan, run.device)
     task = task_type(options, tensors.geometry, run.device, run.dtype)
     check_parity(run, options, tensors, task, transformer)
     trainer = Trainer(run, options, tensors, prompts, task, method)

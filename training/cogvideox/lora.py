@@ -112,10 +112,11 @@ def principal(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> 
     """(A0, B0) in the weight's type, scale * B0 A0 being the part of the weight with its ``rank`` largest singular
     values, half of each value in either matrix.
     """
-    matrix = weight.detach().float()
+    fast = torch.accelerator.current_accelerator() or weight.device  # weights may still lie on the host
+    matrix = weight.detach().to(fast).float()
     rounds = re.fullmatch(r"pissa_niter_(\d+)", init)
     if rounds:
-        devices = [weight.device] if weight.device.type == "cuda" else []
+        devices = [matrix.device] if matrix.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)  # the faster SVD begins with random vectors
             left, values, right = torch.svd_lowrank(matrix, rank, niter=int(rounds[1]))
@@ -124,7 +125,8 @@ def principal(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> 
         left, values, rows = torch.linalg.svd(matrix, full_matrices=False)
     roots = (values[:rank] / scale).sqrt()
     start = (roots[:, None] * rows[:rank], left[:, :rank] * roots)
-    return start[0].to(weight.dtype).contiguous(), start[1].to(weight.dtype).contiguous()
+    a, b = (matrix.to(weight.device, weight.dtype).contiguous() for matrix in start)
+    return a, b
 
 
 def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: str, seed: int) -> None:

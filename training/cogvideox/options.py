@@ -26,6 +26,7 @@ from cogvideox.flags import (
     LoraFlags,
     ModelFlags,
     OptimizerFlags,
+    PlanFlags,
     PrepareFlags,
     ScriptFlags,
     SignalFlags,
@@ -72,6 +73,7 @@ class LoraOptions(TrainOptions):
     """The LoRA scripts."""
 
     lora: LoraFlags
+    plan: PlanFlags
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,70 @@
-"""How the transformer's blocks are executed: recomputed in the backward pass or not, compiled or not."""
+"""How the transformer's blocks are executed: where weights lie, what forward keeps and where, compiled or not.
 
+Sizes (of model, data and LoRA) and Machine (free memory, measured rates) -> choose() -> ExecutionPlan, with the peak of
+the device's memory and the time of a step that it predicts. Standard library only; nothing here touches a device.
+Bytes, seconds, FLOP a second. Shapes as in blocks.py; a unit is the size of a block's input.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import combinations_with_replacement, product
 
-import torch
-
+GIB = 2**30
 DEVICE, HOST = "device", "host"
-MAX_GRAPHS = 256
-
-
-def allow_graphs() -> None:
-    """Lets torch compile a graph for each bucket and for sampling, and fail where it would go on eagerly."""
-    torch._dynamo.config.recompile_limit = MAX_GRAPHS
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
+UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10, "all": 18}
+SLOTS, IN_FLIGHT = 3, 2  # of streaming.py
+CHUNKS_BYTES = 3 * 64 * 2**20  # of an optimizer state that passes through the device
+STATE_BYTES = 12  # of a trained number: fp32 master and two moments
+WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/results/one_block_5b.json
+    True: {"input": 19.1, "attention": 17.2, "linear": 15.2, "all": 12.0},
+    False: {"input": 42.2, "attention": 41.2, "linear": 33.2, "all": 30.0},
+}
+ENDS_UNITS = 5.0  # tensors in front of and behind the blocks
+RECOMPUTED = {"input": (8 / 12, 1.0), "attention": (8 / 12, 0.0), "linear": (0.0, 0.0), "all": (0.0, 0.0)}
+"""Shares of a block's forward linear layers and attention that backward computes again."""
+TRAFFIC_UNITS = {True: (30.0, 75.0), False: (120.0, 270.0)}  # read and written outside matrix products, by pass
+HIDDEN_COPY = 0.02
+FRAGMENTS = 0.94  # the share of free memory that can be filled
+CONTEXT = 0.6 * GIB  # of CUDA itself, on a card that --vram_budget describes
 
 
 @dataclass(frozen=True)
-class ModulePlan:
-    """The blocks as diffusers runs them: the reference, and what any method can be trained with."""
+class Sizes:
+    """What memory and time follow from."""
 
-    recompute: bool  # a block's activations are computed again in the backward pass
-    compiled: bool  # each block by torch.compile, one graph for all
+    blocks: int
+    block_bytes: int  # the frozen weights of one block
+    rest_bytes: int  # weights and buffers outside the blocks
+    trained: int  # numbers in the LoRA
+    item_bytes: int  # of a number in the compute type
+    samples: int  # in a micro-batch
+    tokens: int  # of a sample in the largest bucket
+    width: int  # D
+    heads: int
 
-    def apply(self, transformer: Any) -> None:
-        """Sets the transformer up; adapters must be attached already."""
-        if self.recompute:
-            transformer.enable_gradient_checkpointing()
-        if self.compiled:
-            allow_graphs()
-            for block in transformer.transformer_blocks:
-                block.compile(dynamic=False)
+    @property
+    def unit(self) -> int:
+        """Bytes of a block's input."""
+        return self.samples * self.tokens * self.width * self.item_bytes
 
-    def __str__(self) -> str:
-        blocks = "compiled" if self.compiled else "eager"
-        return f"blocks {blocks}, activations {'recomputed' if self.recompute else 'kept'}"
+    def kept_bytes(self, level: str) -> int:
+        """Bytes that forward keeps of one block."""
+        lse = 4 * self.samples * self.tokens * self.heads if level != "input" else 0
+        return UNITS_KEPT[level] * self.unit + lse
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on."""
+
+    device_bytes: int  # that may be filled
+    host_bytes: int
+    matmul: float = 5e11
+    attention: float = 2e11  # forward
+    attention_backward: float = 2e11
+    memory: float = 2e10  # bytes a second, of the device
+    copies: float = 1e10  # bytes a second between host and device, one way
 
 
 @dataclass(frozen=True)
@@ -46,9 +77,152 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class Axes:
+    """What the user wants of a plan; of each axis the values that are allowed."""
+
+    weights: Sequence[str] = (DEVICE, HOST)
+    keep: Sequence[str] = LEVELS
+    kept: Sequence[str] = (DEVICE, HOST)
+    state: Sequence[str] = (DEVICE, HOST)
+
+
+PRESETS = {  # of --plan
+    "auto": Axes(),
+    "fast": Axes(weights=(DEVICE,), kept=(DEVICE,), state=(DEVICE,)),
+    "balanced": Axes(weights=(DEVICE,), keep=("attention",), kept=(DEVICE,), state=(DEVICE,)),
+    "lean": Axes(weights=(HOST,), keep=("attention",), kept=(HOST,), state=(HOST,)),
+}
+
+
+@dataclass(frozen=True)
 class ExecutionPlan:
     """One way to run the blocks, chosen before the first step and printed."""
 
     blocks: tuple[BlockPlan, ...]
     compiled: bool
     attention: str  # attention.BACKENDS, or cpu
+    state: str = DEVICE  # where fp32 masters and moments lie
+    peak: int = 0  # predicted, bytes
+    seconds: float = 0.0  # predicted, of an optimizer step with one micro-batch
+
+    def __str__(self) -> str:
+        count = len(self.blocks)
+        streamed = sum(block.weights == HOST for block in self.blocks)
+        levels = [
+            f"{level} of {n} on the {place}"
+            for level, place in product(LEVELS, (DEVICE, HOST))
+            if (n := sum((b.keep, b.kept) == (level, place) for b in self.blocks))
+        ]
+        parts = [
+            f"{count} blocks {'compiled' if self.compiled else 'eager'}, {count - streamed} on the device"
+            + (f" and {streamed} streamed from the host" if streamed else ""),
+            f"kept for backward: {', '.join(levels)}",
+            f"attention by {self.attention}",
+            f"optimizer state on the {self.state}",
+        ]
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """The blocks as diffusers runs them: the reference, and what any method can be trained with."""
+
+    recompute: bool  # a block's activations are computed again in the backward pass
+    compiled: bool  # each block by torch.compile, one graph for all
+
+    def __str__(self) -> str:
+        blocks = "compiled" if self.compiled else "eager"
+        return f"blocks {blocks}, as diffusers runs them; activations {'recomputed' if self.recompute else 'kept'}"
+
+
+class NoPlanError(ValueError):
+    """No plan that is allowed fits; the text has the smallest one's sizes."""
+
+
+# -- prediction --------------------------------------------------------------------------------------------------------
+
+
+def mixture(first: BlockPlan, second: BlockPlan, count: int, total: int) -> tuple[BlockPlan, ...]:
+    """``count`` blocks of the first kind among ``total``, evenly spread, so that copies have time between them."""
+    return tuple(first if (i + 1) * count // total > i * count // total else second for i in range(total))
+
+
+def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes) -> int:
+    """The device's memory at its fullest: as backward begins, all that was kept is there."""
+    streamed = sum(n for kind, n in kinds.items() if kind.weights == HOST)
+    total = sizes.rest_bytes + (sizes.blocks - streamed + min(SLOTS, streamed)) * sizes.block_bytes
+    total += sizes.trained * (sizes.item_bytes + 4)  # weights, and the flat fp32 gradients
+    total += sizes.trained * STATE_BYTES if state == DEVICE else min(CHUNKS_BYTES, sizes.trained * STATE_BYTES)
+    here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
+    total += sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items())
+    away = [sizes.kept_bytes(kind.keep) * min(n, IN_FLIGHT + 1) for kind, n in kinds.items() if kind.kept == HOST]
+    total += max(away, default=0)
+    work = max(WORKSPACE_UNITS[compiled][kind.keep] for kind in kinds)
+    return round(total + (work + ENDS_UNITS) * sizes.unit)
+
+
+def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
+    """Host memory beside the weights, which were loaded there already."""
+    kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
+    return kept + (sizes.trained * STATE_BYTES if state == HOST else 0) + sizes.block_bytes
+
+
+def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
+    """Seconds of a step: each pass of a block takes as long as its arithmetic or its copies, whichever is more."""
+    linear = 24 * sizes.samples * sizes.tokens * sizes.width**2 / machine.matmul
+    scores = 4 * sizes.samples * sizes.tokens**2 * sizes.width
+    attend, attend_backward = scores / machine.attention, 2.5 * scores / machine.attention_backward
+    forward_traffic, backward_traffic = (n * sizes.unit / machine.memory for n in TRAFFIC_UNITS[compiled])
+    total = 0.0
+    for kind, n in kinds.items():
+        weights = sizes.block_bytes / machine.copies if kind.weights == HOST else 0.0
+        kept = sizes.kept_bytes(kind.keep) / machine.copies if kind.kept == HOST else 0.0
+        linears, attentions = RECOMPUTED[kind.keep]
+        forward = linear + attend + forward_traffic
+        again = linears * linear + attentions * attend
+        backward = again + linear + attend_backward + backward_traffic
+        # hidden copies still take a little of the device's own bandwidth
+        total += n * (max(forward, weights, kept) + max(backward, weights + kept) + HIDDEN_COPY * 2 * (weights + kept))
+    moved = STATE_BYTES * sizes.trained
+    return total + (moved / machine.copies if state == HOST else 2 * moved / machine.memory)
+
+
+# -- choice ------------------------------------------------------------------------------------------------------------
+
+
+def candidates(axes: Axes, blocks: int) -> Iterator[tuple[BlockPlan, BlockPlan, int, str]]:
+    """(kind, other kind, how many of the first, where the state is): all plans of at most two kinds of blocks."""
+    kinds = [BlockPlan(*values) for values in product(axes.weights, axes.keep, axes.kept)]
+    for first, second in combinations_with_replacement(kinds, 2):
+        for count in range(1, blocks + 1) if first == second else range(1, blocks):
+            if first != second or count == blocks:
+                for state in axes.state:
+                    yield first, second, count, state
+
+
+def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
+    """The fastest plan that fits; of equally fast ones that with the lowest peak.
+
+    Raises:
+        NoPlanError: none fits.
+    """
+    best: tuple[float, int] | None = None
+    found, least = None, None
+    for first, second, count, state in candidates(axes, sizes.blocks):
+        kinds = {first: count} if first == second else {first: count, second: sizes.blocks - count}
+        peak, host = peak_bytes(kinds, state, compiled, sizes), host_bytes(kinds, state, sizes)
+        least = min(least or (peak, host), (peak, host))
+        if peak > machine.device_bytes or host > machine.host_bytes:
+            continue
+        seconds = step_seconds(kinds, state, compiled, sizes, machine)
+        if best is None or (round(seconds, 3), peak) < best:
+            best, found = (round(seconds, 3), peak), (first, second, count, state)
+    if found is None or best is None:
+        assert least is not None
+        raise NoPlanError(
+            f"the smallest allowed plan needs {least[0] / GIB:.1f} GiB of the device and {least[1] / GIB:.1f} GiB of "
+            f"the host beside the weights; {machine.device_bytes / GIB:.1f} and {machine.host_bytes / GIB:.1f} are free"
+        )
+    first, second, count, state = found
+    blocks = mixture(first, second, count, sizes.blocks)
+    return ExecutionPlan(blocks, compiled, attention, state, best[1], best[0])

@@ -14,8 +14,16 @@ from torch import Tensor, nn
 
 from cogvideox import blocks
 from cogvideox.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
-from cogvideox.plan import DEVICE, HOST, ExecutionPlan, allow_graphs
+from cogvideox.plan import DEVICE, HOST, ExecutionPlan
 from cogvideox.streaming import HostStore, Layout, Ring, pinned
+
+MAX_GRAPHS = 256
+
+
+def allow_graphs() -> None:
+    """Lets torch compile a graph for each bucket and for sampling, and fail where it would go on eagerly."""
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 class Stack:
@@ -43,7 +51,7 @@ class Stack:
 
     def _place(self, transformer: Any) -> None:
         """Moves everything to where the plan wants it, a block at a time."""
-        frozen = [[p for p in module.parameters() if not p.requires_grad] for module in self.modules]
+        frozen = [frozen_of(module) for module in self.modules]
         streamed = [i for i, block in enumerate(self.plan.blocks) if block.weights == HOST]
         layout, hosts = Layout(frozen[0]), {}
         for i in streamed:
@@ -130,6 +138,7 @@ class RunBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, i: int, stack: Stack, shared: Shared, *trained: Tensor) -> Tensor:
         plan = stack.plan.blocks[i]
+        x = x.detach()  # only the first block's needs no gradient: one graph is to serve all
         y, kept = stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, blocks.KEPT[plan.keep])
         kept["x"] = x
         ctx.i, ctx.stack, ctx.shared, ctx.names = i, stack, shared, tuple(kept)
@@ -147,7 +156,8 @@ class RunBlock(torch.autograd.Function):
         here = stack.plan.blocks[i].kept == DEVICE
         count = len(ctx.saved_tensors) - (len(ctx.names) if here else 0)
         trained = list(ctx.saved_tensors[:count])
-        kept = dict(zip(ctx.names, ctx.saved_tensors[count:], strict=True)) if here else stack.store.take(i)
+        saved = [tensor.detach() for tensor in ctx.saved_tensors[count:]]
+        kept = dict(zip(ctx.names, saved, strict=True)) if here else stack.store.take(i)
         if i and stack.plan.blocks[i - 1].kept == HOST:
             stack.store.fetch(i - 1)
         dx, pairs = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
@@ -156,6 +166,16 @@ class RunBlock(torch.autograd.Function):
 
 
 # -- a block's weights -------------------------------------------------------------------------------------------------
+
+
+def frozen_of(module: Any) -> list[Tensor]:
+    """The frozen parameters of a block."""
+    return [p for p in module.parameters() if not p.requires_grad]
+
+
+def frozen_bytes(module: Any) -> int:
+    """What they take in a flat buffer."""
+    return Layout(frozen_of(module)).num_bytes
 
 
 def layers_of(module: Any) -> dict[str, Any]:

@@ -1,0 +1,186 @@
+"""A transformer under an execution plan is the transformer of diffusers: outputs, samples and gradients."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_cogvideox import KINDS, is_image_to_video, is_version_1_5
+from torch import Tensor
+
+from cogvideox import blocks
+from cogvideox.plan import DEVICE, HOST, LEVELS, BlockPlan, ExecutionPlan
+from cogvideox.stack import Stack, plain_lora
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+CPU = torch.device("cpu")
+MIXED = (BlockPlan(DEVICE, "linear", DEVICE), BlockPlan(HOST, "attention", HOST))
+pytestmark = pytest.mark.usefixtures("small")
+
+
+def make(kind: str, depth: int = 3, targets: list[str] = TARGETS, **lora: Any) -> Any:
+    """A random tiny transformer with a LoRA that is not zero; always the same."""
+    import tiny_cogvideox
+    from diffusers import CogVideoXTransformer3DModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = dict(tiny_cogvideox._transformer(kind).config) | {"num_layers": depth}
+        transformer = CogVideoXTransformer3DModel.from_config(config).requires_grad_(False)
+        transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **lora))
+    return transformer
+
+
+def arguments_of(kind: str, frames: int = 4, samples: int = 2) -> dict[str, Any]:
+    """Random arguments of a transformer's forward."""
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    angles = randn(frames * 24 // (2 if is_version_1_5(kind) else 1), 32)
+    return {
+        "hidden_states": randn(samples, frames, 32 if is_image_to_video(kind) else 16, 8, 12),
+        "encoder_hidden_states": randn(samples, 32, 32),
+        "timestep": torch.tensor([3, 700][:samples]),
+        "image_rotary_emb": None if kind == "2b" else (angles.cos(), angles.sin()),
+        "ofs": torch.full((1,), 2.0) if kind == "1.5-5b-i2v" else None,
+        "return_dict": False,
+    }
+
+
+def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Output, sample without gradients, and gradient of every LoRA matrix."""
+    output = transformer(**arguments)[0]
+    with torch.no_grad():
+        sample = transformer(**arguments)[0]
+    output.square().mean().backward()
+    gradients = {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}
+    for parameter in transformer.parameters():
+        parameter.grad = None
+    return {"output": output.detach(), "sample": sample, **gradients}
+
+
+def under(transformer: Any, kinds: tuple[BlockPlan, ...], compiled: bool = False) -> Any:
+    """The transformer with its blocks under plans that take turns."""
+    count = len(transformer.transformer_blocks)
+    plan = ExecutionPlan(tuple(kinds[i % len(kinds)] for i in range(count)), compiled, "cpu")
+    Stack(transformer, plan, CPU).install()
+    return transformer
+
+
+def check(found: dict[str, Tensor], right: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == right.keys()
+    for name, tensor in right.items():
+        assert tensor.abs().max() > 0, name
+        assert (found[name] - tensor).abs().max() <= tolerance * tensor.abs().max(), name
+
+
+def same(found: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return found.keys() == right.keys() and all(found[name].equal(right[name]) for name in right)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_plan_is_the_transformer_of_diffusers(kind: str) -> None:
+    arguments = arguments_of(kind)
+    right = outcome(make(kind), arguments)
+    plans = [(BlockPlan(*values),) for values in product((DEVICE, HOST), LEVELS, (DEVICE, HOST))]
+    first = outcome(under(make(kind), plans[0]), arguments)
+    check(first, right, tolerance=1e-5)
+    for plan in [*plans[1:], MIXED]:
+        assert same(outcome(under(make(kind), plan), arguments), first), plan
+
+
+def test_every_level_keeps_what_it_says() -> None:
+    p = blocks.KEPT
+    assert list(p) == list(LEVELS)
+    for less, more in zip(LEVELS, LEVELS[1:], strict=False):
+        assert set(p[less]) < set(p[more])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_kept_is_not_computed_again(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products and attentions of one backward pass, beside those for gradients."""
+    transformer = under(make("5b", depth=1), (BlockPlan(DEVICE, level, DEVICE),))
+    counted: dict[str, int] = {"linear": 0, "attend": 0}
+    output = transformer(**arguments_of("5b"))[0]
+    for name in counted:
+        function = getattr(blocks, name)
+
+        def counting(*args: Any, name: str = name, function: Any = function) -> Any:
+            counted[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(blocks, name, counting)
+    output.square().mean().backward()
+    modulations = 2
+    assert counted["linear"] - modulations == {"input": 5, "attention": 5, "linear": 0, "all": 0}[level]
+    assert counted["attend"] == (level == "input")
+
+
+def test_compiled_is_one_graph_a_pass_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    arguments = arguments_of("5b", samples=1)
+    right = outcome(under(make("5b"), MIXED[1:]), arguments)
+    transformer = under(make("5b"), MIXED[1:], compiled=True)
+    check(outcome(transformer, arguments), right, tolerance=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 3  # forward, backward, sampling: of all three blocks
+    outcome(transformer, arguments)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
+
+
+def test_accumulated_steps_of_several_shapes_are_those_of_resident_blocks() -> None:
+    """What lies on the host is overwritten by the next forward pass, whatever its shape."""
+    sequence = [arguments_of("5b", frames, samples) for frames, samples in ((4, 2), (2, 1), (6, 1), (4, 2))]
+    resident, streamed = under(make("5b"), (BlockPlan(),)), under(make("5b"), (BlockPlan(HOST, "attention", HOST),))
+    for arguments in sequence:
+        assert same(outcome(streamed, arguments), outcome(resident, arguments))
+
+
+def test_parameters_keep_names_and_values() -> None:
+    plain, streamed = make("5b").state_dict(), under(make("5b"), (BlockPlan(HOST),)).state_dict()
+    assert plain.keys() == streamed.keys()
+    assert all(plain[name].equal(streamed[name]) for name in plain)
+
+
+def test_without_adapters_it_is_the_base_model() -> None:
+    arguments = arguments_of("5b")
+    plain, streamed = make("5b"), under(make("5b"), (BlockPlan(HOST),))
+    outputs = []
+    for transformer in (plain, streamed):
+        trained = transformer(**arguments)[0].detach()
+        transformer.disable_adapters()
+        with torch.no_grad():
+            outputs.append(transformer(**arguments)[0])
+        assert not torch.allclose(outputs[-1], trained, atol=1e-3)
+        transformer.enable_adapters()
+        assert transformer(**arguments)[0].detach().equal(trained)
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("targets", "lora", "plain"),
+    [
+        (TARGETS, {}, True),
+        (["to_q"], {"use_rslora": True}, True),
+        (["to_q"], {"use_dora": True}, False),
+        (["to_q"], {"lora_dropout": 0.1}, False),
+        (["to_q", "norm1.linear"], {}, False),
+        (["to_q", "proj_out"], {}, False),
+    ],
+)
+def test_what_is_plain(targets: list[str], lora: dict[str, Any], plain: bool) -> None:
+    assert plain_lora(make("5b", targets=targets, **lora)) is plain
+
+
+def test_a_lora_on_some_layers_only() -> None:
+    arguments = arguments_of("5b")
+    targets = ["to_v", "ff.net.2"]
+    right = outcome(make("5b", targets=targets), arguments)
+    check(outcome(under(make("5b", targets=targets), MIXED), arguments), right, tolerance=1e-5)

@@ -1,0 +1,176 @@
+"""Makes the plan of a run and sets the transformer up for it: sizes read, the machine measured, blocks placed.
+
+make_plan(run, options, tensors, transformer) -> ExecutionPlan or ModulePlan; place(transformer, it, device) moves
+everything to where the plan wants it. The reference, ModulePlan, serves what a Stack does not: full fine-tuning, DoRA,
+dropout, LoRAs elsewhere than in attention and feed-forward layers, DeepSpeed, fp32 on a GPU, and a CPU unless asked.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import psutil
+import torch
+
+from cogvideox import plan
+from cogvideox.attention import CPU, attend, attend_backward, choose_backend
+from cogvideox.data.buckets import Bucket
+from cogvideox.errors import UsageError
+from cogvideox.geometry import Geometry
+from cogvideox.options import LoraOptions, TrainOptions
+from cogvideox.plan import Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
+from cogvideox.run import Run
+from cogvideox.stack import Stack, allow_graphs, frozen_bytes, plain_lora
+from cogvideox.streaming import pinned
+from cogvideox.tensors import Tensors
+
+HOST_SHARE = 0.9  # of the free host memory that may be pinned
+PROBE_TOKENS = 8192
+COPY_BYTES = 64 * 2**20
+
+
+def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: Any) -> ExecutionPlan | ModulePlan:
+    """How this run executes the transformer, which lies on the CPU with its adapters.
+
+    Raises:
+        UsageError: what was asked for cannot be done or does not fit.
+    """
+    reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
+    if not isinstance(options, LoraOptions):
+        return reference
+    asked = [f"--{name} {value}" for name, value in asdict(options.plan).items() if value not in ("auto", None)]
+    obstacle = _obstacle(run, transformer)
+    if obstacle and asked:
+        raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")
+    if obstacle or (run.device.type == "cpu" and not asked):
+        return reference
+    try:
+        backend, reason = choose_backend(run.device, run.dtype, options.plan.attention_backend)
+    except ValueError as error:
+        raise UsageError(f"--attention_backend {options.plan.attention_backend}: {error}") from None
+    run.say(f"attention by {backend}: {reason}")
+    sizes = sizes_of(transformer, tensors.geometry, buckets_of(tensors), options.train.train_batch_size, run.dtype)
+    compiled = {"yes": True, "no": False, "auto": run.compiled or run.device.type == "cuda"}[
+        options.plan.compile_blocks
+    ]
+    try:
+        machine = measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)
+        return plan.choose(axes_of(options), sizes, machine, compiled, backend)
+    except NoPlanError as error:
+        raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {_smaller(sizes)}") from None
+
+
+def _obstacle(run: Run, transformer: Any) -> str | None:
+    """Why a Stack cannot run this model, if it cannot."""
+    if run.accelerator.state.deepspeed_plugin is not None:
+        return "DeepSpeed places the weights itself"
+    if not plain_lora(transformer):
+        return "is for LoRAs without DoRA and dropout, on the blocks' attention and feed-forward layers"
+    if run.device.type == "cuda" and run.dtype == torch.float32:
+        return "is for --mixed_precision bf16 and fp16"
+    return None
+
+
+def _smaller(sizes: Sizes) -> str:
+    batch = f"--train_batch_size below {sizes.samples}, " if sizes.samples > 1 else ""
+    return f"give {batch}a smaller bucket or --rank, or free memory"
+
+
+def buckets_of(tensors: Tensors) -> list[Bucket]:
+    """The buckets of a run."""
+    return sorted({sample.bucket for sample in tensors.index.samples})
+
+
+def axes_of(options: LoraOptions) -> Axes:
+    """What the flags leave open."""
+    flags, axes = options.plan, plan.PRESETS[options.plan.plan]
+    given = {"weights": flags.weights_on, "keep": flags.keep, "kept": flags.kept_on, "state": flags.optimizer_state_on}
+    axes = replace(axes, **{name: (value,) for name, value in given.items() if value != "auto"})
+    if options.train.gradient_checkpointing and flags.keep == "auto":
+        axes = replace(axes, keep=tuple(level for level in axes.keep if level in ("input", "attention")))
+    return axes
+
+
+def sizes_of(transformer: Any, geometry: Geometry, buckets: list[Bucket], samples: int, dtype: torch.dtype) -> Sizes:
+    """The sizes of a run."""
+    patch, patch_t = geometry.patch_size, geometry.patch_size_t or 1
+    shapes = [geometry.latent_shape(bucket) for bucket in buckets]
+    patches = max(f // patch_t * (h // patch) * (w // patch) for f, _, h, w in shapes)
+    blocks = transformer.transformer_blocks
+    in_blocks = {id(p) for block in blocks for p in block.parameters()}
+    rest = [t for t in (*transformer.parameters(), *transformer.buffers()) if id(t) not in in_blocks]
+    return Sizes(
+        blocks=len(blocks),
+        block_bytes=frozen_bytes(blocks[0]),
+        rest_bytes=sum(t.numel() * t.element_size() for t in rest),
+        trained=sum(p.numel() for p in transformer.parameters() if p.requires_grad),
+        item_bytes=dtype.itemsize,
+        samples=samples,
+        tokens=geometry.max_text_seq_length + patches,
+        width=blocks[0].attn1.inner_dim,
+        heads=blocks[0].attn1.heads,
+    )
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
+    """Free memory, and rates by probes of a fraction of a second; on a CPU nominal rates."""
+    host = int(psutil.virtual_memory().available * HOST_SHARE)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    fits = int(free * plan.FRAGMENTS)
+    if budget is not None:
+        fits = min(fits, int(budget * plan.GIB * plan.FRAGMENTS - plan.CONTEXT))
+    machine = Machine(fits, host)
+    return with_rates(machine, device, dtype, backend, sizes) if device.type == "cuda" else machine
+
+
+def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes) -> Machine:
+    """The machine with measured rates: FLOP a second of matrix products and attention, bytes a second of copies."""
+    assert backend != CPU
+    width, heads = sizes.width, sizes.heads
+    x = torch.randn(PROBE_TOKENS, width, device=device, dtype=dtype)
+    w = torch.randn(4 * width, width, device=device, dtype=dtype)
+    q = x.view(1, PROBE_TOKENS, heads, width // heads)
+    o, lse = attend(q, q, q, backend)
+    host, here = pinned(COPY_BYTES), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    scores = 4 * PROBE_TOKENS**2 * width
+    return replace(
+        machine,
+        matmul=8 * PROBE_TOKENS * width**2 / seconds(lambda: x @ w.mT),
+        attention=scores / seconds(lambda: attend(q, q, q, backend)),
+        attention_backward=2.5 * scores / seconds(lambda: attend_backward(o, q, q, q, o, lse, backend)),
+        memory=2 * here.numel() / seconds(lambda: here.clone()),
+        copies=host.numel() / seconds(lambda: here.copy_(host, non_blocking=True)),
+    )
+
+
+def seconds(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Of one call on the device, the fastest of a few."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+# -- setting up --------------------------------------------------------------------------------------------------------
+
+
+def place(transformer: Any, chosen: ExecutionPlan | ModulePlan, device: torch.device) -> None:
+    """Moves the transformer, which lies on the CPU, to where the plan wants it, and makes it run so."""
+    if isinstance(chosen, ExecutionPlan):
+        Stack(transformer, chosen, device).install()
+        return
+    transformer.to(device)
+    if chosen.recompute:
+        transformer.enable_gradient_checkpointing()
+    if chosen.compiled:
+        allow_graphs()
+        for block in transformer.transformer_blocks:
+            block.compile(dynamic=False)
