@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -97,7 +97,7 @@ def test_every_plan_is_the_transformer_of_diffusers(kind: str) -> None:
 def test_every_level_keeps_what_it_says() -> None:
     p = blocks.KEPT
     assert list(p) == list(LEVELS)
-    for less, more in zip(LEVELS, LEVELS[1:], strict=False):
+    for less, more in pairwise(LEVELS):
         assert set(p[less]) < set(p[more])
 
 

@@ -1,0 +1,126 @@
+"""Runs under a plan, through the script: as without one, whatever the plan, and refused where it cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import PROMPT, equal, frames_of, lora_flags, losses, train, train_all, train_image, weights
+
+from cogvideox.errors import UsageError
+from cogvideox.stack import Stack
+
+Tiny = Callable[[str], Path]
+LEAN = ("--plan", "lean")
+pytestmark = pytest.mark.usefixtures("small")
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The plans that were run."""
+    found: list[Any] = []
+    start = Stack.__init__
+
+    def noting(self: Stack, transformer: Any, plan: Any, device: torch.device) -> None:
+        found.append(plan)
+        start(self, transformer, plan, device)
+
+    monkeypatch.setattr(Stack, "__init__", noting)
+    return found
+
+
+def run(model: Path, tensors: Path, output: Path, *more: object, script: Callable[[list[str]], int] = train) -> Path:
+    assert script(lora_flags(model, tensors, output, "--load_tensors", *more)) == 0
+    return output
+
+
+def verification(output: Path) -> float:
+    return json.loads((output / "recipe.json").read_text())["verification"]["max_difference"]
+
+
+def test_a_lean_run_is_a_run(
+    model: Path,
+    tensors: Path,
+    reference: Path,
+    tmp_path: Path,
+    plans: list[Any],
+    validated: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = run(model, tensors, tmp_path / "lean", *LEAN, "--validation_prompt", PROMPT)
+    assert {(b.weights, b.keep, b.kept) for plan in plans for b in plan.blocks} == {("host", "attention", "host")}
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-5)
+    for name, tensor in weights(output).items():
+        torch.testing.assert_close(tensor, weights(reference)[name], rtol=1e-2, atol=1e-4)
+    assert verification(output) == 0
+    stock = frames_of(output / "inference.py", monkeypatch).numpy()
+    assert abs(stock.astype(int) - validated["step-000006"]).max() <= 1  # sampled one by one here, as a pair there
+
+
+def test_every_plan_makes_the_same_weights_and_they_resume_each_other(
+    model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    lean = run(model, tensors, tmp_path / "lean", *LEAN)
+    fast = run(model, tensors, tmp_path / "fast", "--plan", "fast")
+    mixed = tmp_path / "mixed"
+    run(model, tensors, mixed, "--plan", "balanced", "--max_train_steps", 3)
+    run(model, tensors, mixed, "--weights_on", "host", "--keep", "linear", "--kept_on", "host")
+    assert equal(weights(lean), weights(fast))
+    assert equal(weights(lean), weights(mixed))
+    assert losses(lean) == losses(fast) == losses(mixed)
+
+
+def test_image_to_video(tiny: Tiny, image_tensors: Path, image: Path, tmp_path: Path, plans: list[Any]) -> None:
+    more = ["--validation_prompt", PROMPT, "--validation_images", image, "--max_train_steps", 2]
+    output = run(tiny("1.5-5b-i2v"), image_tensors, tmp_path / "run", *LEAN, *more, script=train_image)
+    plain = run(tiny("1.5-5b-i2v"), image_tensors, tmp_path / "plain", *more, script=train_image)
+    assert len(plans) == 1
+    assert losses(output) == pytest.approx(losses(plain), rel=1e-5)
+    assert verification(output) == 0
+
+
+def test_on_a_cpu_nothing_is_planned_unless_asked(
+    reference: Path, model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+) -> None:
+    output = run(model, tensors, tmp_path / "run", "--gradient_checkpointing")
+    assert not plans
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--plan", "lean", "--lora_dropout", "0.1"), "--plan lean: is for LoRAs without DoRA and dropout"),
+        (("--keep", "linear", "--use_dora"), "--keep linear: is for LoRAs without DoRA"),
+        (("--weights_on", "host", "--target_modules", "proj_out"), "--weights_on host: is for LoRAs"),
+        (("--plan", "lean", "--attention_backend", "cudnn"), "--attention_backend cudnn: cudnn needs a GPU"),
+        (("--plan", "fast", "--vram_budget", "0.6001"), "--vram_budget"),
+        (("--plan", "fast", "--vram_budget", "1", "--rank", "60000"), "the smallest allowed plan needs"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    model: Path, tensors: Path, tmp_path: Path, flags: tuple[str, ...], told: str
+) -> None:
+    with pytest.raises(UsageError, match=".*") as caught:
+        train(lora_flags(model, tensors, tmp_path / "run", "--load_tensors", *flags))
+    assert told in str(caught.value)
+
+
+def test_gradient_checkpointing_keeps_attention_outputs_at_most(
+    model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+) -> None:
+    run(model, tensors, tmp_path / "kept", "--weights_on", "device", "--max_train_steps", 1)
+    run(model, tensors, tmp_path / "not", "--weights_on", "device", "--max_train_steps", 1, "--gradient_checkpointing")
+    assert {block.keep for block in plans[0].blocks} <= {"linear", "all"}
+    assert {block.keep for block in plans[1].blocks} == {"attention"}
+
+
+def test_all_weights_have_no_plan_yet(model: Path, tensors: Path, tmp_path: Path, capsys: Any) -> None:
+    from running import sft_flags
+
+    assert train_all(sft_flags(model, tensors, tmp_path / "run", "--load_tensors", *LEAN, "--max_train_steps", 1)) == 0
+    assert "--plan: has no effect here" in capsys.readouterr().err

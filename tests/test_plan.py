@@ -1,0 +1,114 @@
+"""The choice of an execution plan: what fits, what is fastest, what the flags allow."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from cogvideox.plan import (
+    DEVICE,
+    GIB,
+    HOST,
+    LEVELS,
+    PRESETS,
+    Axes,
+    BlockPlan,
+    Machine,
+    NoPlanError,
+    Sizes,
+    choose,
+    host_bytes,
+    mixture,
+    peak_bytes,
+    step_seconds,
+)
+
+LARGE = Sizes(  # CogVideoX-5b, rank 128, 49x480x720
+    blocks=42,
+    block_bytes=252 * 2**20,
+    rest_bytes=80 * 2**20,
+    trained=132_120_576,
+    item_bytes=2,
+    samples=1,
+    tokens=17776,
+    width=3072,
+    heads=48,
+)
+FAST = Machine(
+    78 * GIB, 100 * GIB, matmul=7e14, attention=4.3e14, attention_backward=4.3e14, memory=2.6e12, copies=5e10
+)
+
+
+def pick(gib: float, axes: Axes = PRESETS["auto"], machine: Machine = FAST, compiled: bool = True):  # type: ignore[no-untyped-def]
+    return choose(axes, LARGE, replace(machine, device_bytes=int(gib * GIB)), compiled, "cudnn")
+
+
+@pytest.mark.parametrize("gib", [70, 40, 22.5, 14, 10, 6.5, 5])
+def test_the_plan_fits_and_more_memory_is_never_slower(gib: float) -> None:
+    plan = pick(gib)
+    assert plan.peak <= gib * GIB
+    assert plan.seconds <= pick(4.9).seconds
+    assert pick(gib + 8).seconds <= plan.seconds
+
+
+def test_what_fits_stays_on_the_device() -> None:
+    plan = pick(75)
+    assert {block.weights for block in plan.blocks} == {DEVICE}
+    assert {block.kept for block in plan.blocks} == {DEVICE}
+    assert plan.state == DEVICE
+
+
+def test_the_smallest_card() -> None:
+    plan = pick(4.8)
+    assert {block.weights for block in plan.blocks} == {HOST}
+    assert plan.state == HOST
+    with pytest.raises(NoPlanError, match=r"needs 4\.\d GiB of the device .* 3\.0 and 100\.0 are free"):
+        pick(3)
+
+
+def test_slow_copies_keep_weights_on_the_device() -> None:
+    slow = replace(FAST, copies=2e9)
+    assert sum(block.weights == HOST for block in pick(24, machine=slow).blocks) < 42
+    assert pick(24, machine=slow).seconds > pick(24).seconds
+
+
+def test_too_little_host_memory() -> None:
+    with pytest.raises(NoPlanError):
+        pick(5, machine=replace(FAST, host_bytes=2 * GIB))
+    assert pick(30, machine=replace(FAST, host_bytes=2 * GIB)).state == DEVICE
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_obeyed(name: str) -> None:
+    axes = PRESETS[name]
+    plan = pick(75, axes)
+    assert all(b.weights in axes.weights and b.keep in axes.keep and b.kept in axes.kept for b in plan.blocks)
+    assert plan.state in axes.state
+
+
+def test_a_mixture_is_spread_evenly() -> None:
+    first, second = BlockPlan(HOST), BlockPlan(DEVICE)
+    blocks = mixture(first, second, 10, 42)
+    assert blocks.count(first) == 10
+    places = [i for i, block in enumerate(blocks) if block == first]
+    gaps = {b - a for a, b in itertools.pairwise(places)}
+    assert gaps <= {4, 5}
+
+
+def test_keeping_more_costs_memory_and_saves_time() -> None:
+    kinds = [{BlockPlan(keep=level): 42} for level in LEVELS[:3]]
+    peaks = [peak_bytes(kind, DEVICE, True, LARGE) for kind in kinds]
+    times = [step_seconds(kind, DEVICE, True, LARGE, FAST) for kind in kinds]
+    assert peaks == sorted(peaks)
+    assert times == sorted(times, reverse=True)
+    assert host_bytes({BlockPlan(kept=HOST, keep="attention"): 42}, HOST, LARGE) > 8 * GIB
+
+
+def test_the_text_says_all() -> None:
+    text = str(pick(10))
+    assert "42 blocks compiled" in text
+    assert "streamed from the host" in text
+    assert "attention by cudnn" in text
+    assert "optimizer state on the" in text

@@ -1,0 +1,86 @@
+"""Weights and activations that pass through the device: the right values at the right time, in few slots."""
+
+from __future__ import annotations
+
+import torch
+
+from cogvideox.streaming import IN_FLIGHT, SLOTS, HostStore, Layout, Ring
+
+CPU = torch.device("cpu")
+
+
+def ring_of(count: int) -> tuple[Ring, list[int]]:
+    """A ring whose block i is full of i, and the list of the blocks that were copied."""
+    ring = Ring({i: torch.full((512,), i, dtype=torch.uint8) for i in range(count)}, CPU)
+    copied: list[int] = []
+    copy = ring.copy
+
+    def counting(slot: torch.Tensor, host: torch.Tensor) -> None:
+        copied.append(int(host[0]))
+        copy(slot, host)
+
+    ring.copy = counting  # type: ignore[method-assign]
+    return ring, copied
+
+
+def use(ring: Ring, block: int, step: int) -> None:
+    """As a Stack uses it: the block, and the next one ahead."""
+    ahead = ring.after(block, step)
+    slot = ring.get(block)
+    if ahead is not None:
+        ring.fetch(ahead)
+    assert (ring.slots[slot] == block).all()  # what comes ahead did not take its place
+
+
+def test_a_step_copies_each_block_twice_but_for_the_turn() -> None:
+    ring, copied = ring_of(8)
+    assert len(ring.slots) == SLOTS
+    for block in range(8):
+        use(ring, block, 1)
+    for block in reversed(range(8)):
+        use(ring, block, -1)
+    assert copied == [0, 1, 2, 3, 4, 5, 6, 7, 4, 3, 2, 1, 0]
+    copied.clear()
+    for block in range(8):
+        use(ring, block, 1)
+    assert copied == [3, 4, 5, 6, 7]
+
+
+def test_only_some_blocks_are_streamed() -> None:
+    ring = Ring({i: torch.zeros(256, dtype=torch.uint8) for i in (1, 4, 7)}, CPU)
+    assert [ring.after(i, 1) for i in range(9)] == [1, 4, 4, 4, 7, 7, 7, None, None]
+    assert [ring.after(i, -1) for i in range(9)] == [None, None, 1, 1, 1, 4, 4, 4, 7]
+
+
+def test_written_weights_are_copied_again() -> None:
+    ring, copied = ring_of(2)
+    use(ring, 0, 1)
+    ring.forget()
+    use(ring, 0, 1)
+    assert copied == [0, 1, 0, 1]
+
+
+def test_a_layout_is_aligned_and_gives_views() -> None:
+    tensors = [torch.arange(5.0), torch.arange(3, dtype=torch.bfloat16), torch.ones(2, 3)]
+    layout = Layout(tensors)
+    buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+    for view, tensor in zip(layout.views(buffer), tensors, strict=True):
+        assert view.data_ptr() % 256 == buffer.data_ptr() % 256
+        view.copy_(tensor)
+    assert all(view.equal(tensor) for view, tensor in zip(layout.views(buffer), tensors, strict=True))
+
+
+def test_kept_tensors_come_back_whatever_their_shape() -> None:
+    store = HostStore(CPU)
+    for size in (4, 9, 2):  # larger and smaller than the buffers that are there
+        kept = [{"x": torch.full((size,), float(block)), "o": torch.arange(size)} for block in range(5)]
+        for block, tensors in enumerate(kept):
+            store.put(block, dict(tensors))
+        assert len(store.leaving) == IN_FLIGHT
+        for block in reversed(range(5)):
+            store.fetch(block - 1)
+            taken = store.take(block)
+            assert taken.keys() == kept[block].keys()
+            assert all(taken[name].equal(kept[block][name]) for name in taken)
+        assert not store.arriving
+        assert not store.leaving
