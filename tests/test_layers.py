@@ -35,7 +35,7 @@ LAYERS = (
     ("images", "tensors"),
     ("checkpoint", "validation"),
     ("before_after", "best", "held_out", "parity"),
-    ("card",),
+    ("card", "pipeline_folder"),
     ("publish",),
     ("loop",),
 )
