@@ -579,6 +579,7 @@ def test_flags_of_other_scripts_are_taken_and_named(
     [
         (SFT, "--lora_path l", f"--lora_path: is for {LORA}, {IMAGE_LORA}; this one would not start from it"),
         (IMAGE_SFT, "--init_lora_from l", f"--lora_path: is for {LORA}, {IMAGE_LORA}; this one would not start"),
+        (LORA, "--save_pipeline", f"--save_pipeline: is for {SFT}, {IMAGE_SFT}; this one makes no transformer"),
         (LORA, "--dry_run", "--dry_run: is for prepare_dataset.py; this one would train"),
         (IMAGE_LORA, "--verify true", "--verify: is for prepare_dataset.py; this one would train"),
         (PREPARE, "--load_tensors", "--load_tensors: is for the training scripts; this one reads clips"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ def test_every_plan_makes_the_same_weights_and_they_resume_each_other(
     lean = run(model, tensors, tmp_path / "lean", *LEAN)
     fast = run(model, tensors, tmp_path / "fast", "--plan", "fast")
     mixed = tmp_path / "mixed"
-    run(model, tensors, mixed, "--plan", "balanced", "--max_train_steps", 3)
+    run(model, tensors, mixed, "--plan", "balanced")
+    shutil.rmtree(mixed / "checkpoint-6")
+    shutil.rmtree(mixed / "checkpoint-4")
+    (mixed / "recipe.json").unlink()
     run(model, tensors, mixed, "--weights_on", "host", "--keep", "linear", "--kept_on", "host")
     assert equal(weights(lean), weights(fast))
     assert equal(weights(lean), weights(mixed))
@@ -105,7 +109,7 @@ def test_on_a_cpu_nothing_is_planned_unless_asked(
 def test_what_cannot_be_planned_is_refused(
     model: Path, tensors: Path, tmp_path: Path, flags: tuple[str, ...], told: str
 ) -> None:
-    with pytest.raises(UsageError, match=".*") as caught:
+    with pytest.raises(UsageError, match=r"--") as caught:
         train(lora_flags(model, tensors, tmp_path / "run", "--load_tensors", *flags))
     assert told in str(caught.value)
 

@@ -353,7 +353,8 @@ def test_a_run_uploads_its_result_and_keeps_the_token_secret(
 
 def test_all_weights_are_uploaded_as_a_folder(hub: StandIn, model: Path, tensors: Path, tmp_path: Path) -> None:
     flags = sft_flags(model, tensors, tmp_path / "full", "--load_tensors", "--max_train_steps", 1, *PUSH)
-    assert train_all(flags) == 0
+    assert train_all([*flags, "--save_pipeline"]) == 0
+    assert (tmp_path / "full" / "pipeline" / "vae").is_dir()  # which is not uploaded
     assert hub.repositories == {"team/style": shared(tmp_path / "full")}
     assert {name for name in hub.repositories["team/style"] if name.startswith("transformer/")} == {
         "transformer/config.json",

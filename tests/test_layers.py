@@ -36,7 +36,7 @@ LAYERS = (
     ("execution",),
     ("checkpoint", "validation"),
     ("before_after", "best", "held_out", "parity"),
-    ("card",),
+    ("card", "pipeline_folder"),
     ("publish",),
     ("loop",),
 )

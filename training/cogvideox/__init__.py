@@ -60,6 +60,7 @@ before_after.py       each prompt before and after training, beside a training c
 best.py               the checkpoint with the lowest held-out loss, kept
 held_out.py           the loss on clips that are never trained on
 card.py               the model card
+pipeline_folder.py    a whole pipeline beside all trained weights, of links and copies
 publish.py            the result, reloaded and compared
 loop.py               fine_tune: what every script does; Trainer: the one loop
 """

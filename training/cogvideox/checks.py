@@ -8,6 +8,7 @@ from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.faults import VideoError
 from cogvideox.data.index import check_data
 from cogvideox.factory import check_tensors
+from cogvideox.geometry import check_pipeline
 from cogvideox.hub import check_hub
 from cogvideox.lora_file import check_lora
 from cogvideox.optimizers import check_optimizer
@@ -50,5 +51,5 @@ def image_problems(path: str) -> Iterator[str]:
 DATA_CHECKS = (check_data, check_reader, check_tensors)
 TRAINING_CHECKS = (
     *(*DATA_CHECKS, check_optimizer, check_lora, check_ema),
-    *(check_prompts, check_images, check_trackers, check_hub, check_launcher),
+    *(check_prompts, check_images, check_trackers, check_hub, check_pipeline, check_launcher),
 )

@@ -390,6 +390,18 @@ class LoraFlags:
 
 
 @dataclass(frozen=True)
+class FullFlags:
+    """Read by pipeline_folder.py, where all weights are trained."""
+
+    save_pipeline: bool = flag(
+        False,
+        "make output_dir/pipeline too: a whole pipeline for from_pretrained, of hard links (else copies) to the base's "
+        "files and the trained ones; --push_to_hub does not upload it",
+        refused="this one makes no transformer of its own; scripts/merge_lora.py makes one with a LoRA",
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerFlags:
     """Read by optim.py."""
 

@@ -12,8 +12,11 @@ from typing import Any
 
 from cogvideox.data.buckets import Bucket, frame_problem, size_problem
 from cogvideox.errors import UsageError
-from cogvideox.flags import ModelFlags
+from cogvideox.flags import FullFlags, ModelFlags
 from cogvideox.options import LoraOptions, TrainOptions, reads_clips, resolution
+
+INDEX_NAME = "model_index.json"
+PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")  # of a pipeline, beside the transformer
 
 
 @dataclass(frozen=True)
@@ -145,13 +148,42 @@ def read_config(model: ModelFlags, part: str, name: str) -> dict[str, Any]:
     """One json file of the pipeline."""
     folder = Path(model.pretrained_model_name_or_path)
     path = folder / part / name if folder.is_dir() else hub_file(model, f"{part}/{name}")
+    return read_json(path, model, f"{part}/{name}")
+
+
+def read_json(path: Path, model: ModelFlags, name: str) -> dict[str, Any]:
+    """A json file of the pipeline, which messages call ``name``."""
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{flag_text(model)}: has no {part}/{name}; give the folder of a whole pipeline") from None
+        raise UsageError(f"{flag_text(model)}: has no {name}; give the folder of a whole pipeline") from None
     except ValueError as error:
         raise UsageError(f"{path}: is no JSON ({error}); download the model again") from None
     return config
+
+
+def read_model_index(model: ModelFlags) -> dict[str, Any]:
+    """The pipeline's model_index.json: which classes its parts have."""
+    folder = Path(model.pretrained_model_name_or_path)
+    path = folder / INDEX_NAME if folder.is_dir() else hub_file(model, INDEX_NAME)
+    return read_json(path, model, INDEX_NAME)
+
+
+def saves_pipeline(options: Any) -> bool:
+    """Whether a whole pipeline is to be made."""
+    flags: FullFlags | None = getattr(options, "full", None)
+    return flags is not None and flags.save_pipeline
+
+
+def check_pipeline(options: Any) -> Iterator[str]:
+    """What --save_pipeline lacks in a base that is a folder, for args.parse; one of the hub has it."""
+    if not saves_pipeline(options):
+        return
+    folder = Path(options.model.pretrained_model_name_or_path)
+    read_model_index(options.model)
+    missing = [part for part in PARTS if folder.is_dir() and not (folder / part).is_dir()]
+    if missing:
+        yield f"--save_pipeline: {folder} has no {', '.join(missing)}; give the folder of a whole pipeline"
 
 
 def hub_file(model: ModelFlags, name: str) -> Path:

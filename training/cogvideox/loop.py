@@ -29,6 +29,7 @@ from cogvideox.images import take_images
 from cogvideox.optim import learning_rate
 from cogvideox.options import TrainOptions, ignores_positions, image_flags
 from cogvideox.parity import check_parity
+from cogvideox.pipeline_folder import fetch_parts
 from cogvideox.publish import publish
 from cogvideox.run import METRICS_NAME, REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
 from cogvideox.tensors import Tensors, open_tensors
@@ -287,6 +288,7 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     run = start_run(options)
     images = take_images(run, options)
     tensors = open_tensors(run, options)
+    fetch_parts(run, options)
     prompts = embed_prompts(run, options, tensors, images)
     transformer = models.load_transformer(options.model, run.dtype, ignores_positions(options))
     method = method_type(transformer, options)

@@ -18,6 +18,7 @@ from cogvideox.flags import (
     DataFlags,
     EncodeFlags,
     FirstFrameFlags,
+    FullFlags,
     GuideFlags,
     HubFlags,
     IdleFlags,
@@ -81,6 +82,8 @@ class SftOptions(TrainOptions):
     """The scripts that train all weights."""
 
     method = "sft"
+
+    full: FullFlags
 
 
 @dataclass(frozen=True)

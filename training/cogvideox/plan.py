@@ -215,8 +215,9 @@ def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention
         if peak > machine.device_bytes or host > machine.host_bytes:
             continue
         seconds = step_seconds(kinds, state, compiled, sizes, machine)
-        if best is None or (round(seconds, 3), peak) < best:
-            best, found = (round(seconds, 3), peak), (first, second, count, state)
+        rank = float(f"{seconds:.3g}"), peak
+        if best is None or rank < best:
+            best, found = rank, (first, second, count, state)
     if found is None or best is None:
         assert least is not None
         raise NoPlanError(

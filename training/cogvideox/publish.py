@@ -1,7 +1,7 @@
 """The result of a run: written, reloaded through the stock pipeline, compared, and described.
 
-OUTPUT_DIR gets the weights, inference.py (how to use them), README.md (the model card) and, last, recipe.json (how they
-were made). A folder with recipe.json is finished.
+OUTPUT_DIR gets the weights, inference.py (how to use them), README.md (the model card), with --save_pipeline the whole
+pipeline, and, last, recipe.json (how they were made). A folder with recipe.json is finished.
 """
 
 import json
@@ -19,7 +19,9 @@ from cogvideox.checkpoint import fsync
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
 from cogvideox.files import write_atomically
+from cogvideox.geometry import saves_pipeline
 from cogvideox.options import TrainOptions
+from cogvideox.pipeline_folder import remove_pipeline, write_pipeline
 from cogvideox.prompts import prompts_of
 from cogvideox.run import Run, environment
 from cogvideox.tasks import Task
@@ -85,6 +87,7 @@ def publish(
     if run.is_main:
         folder = run.output_dir
         (folder / RECIPE_NAME).unlink(missing_ok=True)  # unfinished, until the new weights are compared
+        remove_pipeline(folder)
         write_weights(method, folder)
         batch = collate([dataset[Visit(0, 0)]])
         before = forward(task, method.transformer, batch, run)
@@ -100,6 +103,9 @@ def publish(
         made = {"step": step, **recipe, "flags": config_dict(options), **environment()}
         made["verification"] = {"max_difference": difference, "cosine": cosine}
         shown = write_card(run, options, task, method, validator, dataset.index, made)
+        if saves_pipeline(options):
+            whole = write_pipeline(options.model, task.pipeline, folder / method.result)
+            run.say(f"a whole pipeline, for {task.pipeline}.from_pretrained: {whole}")
         write_atomically(folder / RECIPE_NAME, json.dumps(made, indent=1, ensure_ascii=False).encode())
         run.say(f"finished: {folder / method.result}; to use it: python {folder / INFERENCE_NAME}")
         files = [*files_of(folder / method.result), folder / INFERENCE_NAME, folder / RECIPE_NAME, *shown]
