@@ -215,7 +215,7 @@ def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention
         if peak > machine.device_bytes or host > machine.host_bytes:
             continue
         seconds = step_seconds(kinds, state, compiled, sizes, machine)
-        rank = float(f"{seconds:.3g}"), peak
+        rank = float(f"{seconds:.4g}"), peak
         if best is None or rank < best:
             best, found = rank, (first, second, count, state)
     if found is None or best is None:

@@ -50,18 +50,23 @@ class Stack:
         self._place(transformer)
 
     def _place(self, transformer: Any) -> None:
-        """Moves everything to where the plan wants it, a block at a time."""
+        """Moves everything to where the plan wants it, a block at a time, each into one flat buffer.
+
+        One layout for all: on a CPU the bits of a matrix product depend on where its factors begin.
+        """
         frozen = [frozen_of(module) for module in self.modules]
-        streamed = [i for i, block in enumerate(self.plan.blocks) if block.weights == HOST]
         layout, hosts = Layout(frozen[0]), {}
-        for i in streamed:
-            hosts[i] = pinned(layout.num_bytes)
-            for parameter, view in zip(frozen[i], layout.views(hosts[i]), strict=True):
+        for i, (block, parameters) in enumerate(zip(self.plan.blocks, frozen, strict=True)):
+            if block.weights == HOST:
+                buffer = hosts[i] = pinned(layout.num_bytes)
+            else:
+                buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
+            for parameter, view in zip(parameters, layout.views(buffer), strict=True):
                 view.copy_(parameter)
                 parameter.data = view
-        kept_here = {id(p) for i in streamed for p in frozen[i]}
+        placed = {id(p) for parameters in frozen for p in parameters}
         for tensor in (*transformer.parameters(), *transformer.buffers()):
-            if id(tensor) not in kept_here:
+            if id(tensor) not in placed:
                 tensor.data = tensor.data.to(self.device)
         self.ring = Ring(hosts, self.device) if hosts else None
         self.views: list[list[Tensor]] = [layout.views(slot) for slot in self.ring.slots] if self.ring else []
