@@ -184,3 +184,117 @@ def test_a_lora_on_some_layers_only() -> None:
     targets = ["to_v", "ff.net.2"]
     right = outcome(make("5b", targets=targets), arguments)
     check(outcome(under(make("5b", targets=targets), MIXED), arguments), right, tolerance=1e-5)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def wide(plans: tuple[BlockPlan, ...], compiled: bool, backend: str) -> tuple[Any, Stack]:
+    """Four blocks of CogVideoX-5b in bf16 under plans that take turns."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=48, num_layers=4, use_rotary_positional_embeddings=True
+    )
+    transformer.to(torch.bfloat16).requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS[:4], init_lora_weights=False))
+    transformer.to(torch.bfloat16)
+    plan = ExecutionPlan(tuple(plans[i % len(plans)] for i in range(4)), compiled, backend)
+    stack = Stack(transformer, plan, torch.device("cuda"))
+    stack.install()
+    return transformer, stack
+
+
+def delayed(stack: Stack) -> None:
+    """Makes every copy of weights and of what is kept start late, by a random time."""
+    assert stack.ring is not None
+    generator = torch.Generator().manual_seed(0)
+
+    def late(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            torch.cuda._sleep(int(torch.randint(1, 20_000_000, (), generator=generator)))
+            return function(*args)
+
+        return call
+
+    stack.ring.copy = late(stack.ring.copy)  # type: ignore[method-assign]
+    for side in (stack.store.out, stack.store.back):
+        side.mark = late_mark(side, generator)  # type: ignore[method-assign]
+
+
+def late_mark(side: Any, generator: torch.Generator) -> Any:
+    """``mark`` of a stream on which a pause comes first."""
+    mark = side.mark
+
+    def call() -> Any:
+        with torch.cuda.stream(side.stream):
+            torch.cuda._sleep(int(torch.randint(1, 20_000_000, (), generator=generator)))
+        return mark()
+
+    return call
+
+
+def trained(plans: tuple[BlockPlan, ...], compiled: bool, steps: int, delays: bool = False) -> dict[str, Tensor]:
+    """The LoRA after some steps of gradient descent."""
+    transformer, stack = wide(plans, compiled, "flash")
+    if delays:
+        delayed(stack)
+    parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    generator = torch.Generator("cuda").manual_seed(1)
+    for step in range(steps):
+        frames = (3, 5)[step % 2]
+        angles = torch.rand(frames * 30 * 45, 64, generator=generator, device="cuda")
+        x, prompt = (
+            torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+            for shape in ((1, frames, 16, 60, 90), (1, 226, 4096))
+        )
+        output = transformer(
+            x,
+            prompt,
+            torch.tensor([500], device="cuda"),
+            image_rotary_emb=(angles.cos(), angles.sin()),
+            return_dict=False,
+        )[0]
+        output.float().square().mean().backward()
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    return {name: p.detach().cpu() for name, p in parameters.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_streamed_is_resident_bit_for_bit(compiled: bool) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        resident = trained((BlockPlan(DEVICE, "attention", DEVICE),), compiled, steps=50)
+        streamed = trained((BlockPlan(HOST, "attention", HOST),), compiled, steps=50)
+        late = trained((BlockPlan(HOST, "input", HOST), BlockPlan(HOST, "attention", HOST)), compiled, 50, delays=True)
+        start = trained((BlockPlan(),), compiled, steps=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not same(start, resident)
+    assert same(streamed, resident)
+    assert same(late, resident)
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device() -> None:
+    transformer, _ = wide((BlockPlan(HOST, "attention", HOST),), False, "cudnn")
+    x = torch.randn(1, 3, 16, 60, 90, device="cuda", dtype=torch.bfloat16)
+    prompt = torch.randn(1, 226, 4096, device="cuda", dtype=torch.bfloat16)
+    timestep, angles = torch.tensor([500], device="cuda"), torch.rand(3 * 30 * 45, 64, device="cuda")
+
+    def step() -> None:
+        rotary = (angles, angles)
+        output = transformer(x, prompt, timestep, image_rotary_emb=rotary, return_dict=False)[0]
+        output.float().square().mean().backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

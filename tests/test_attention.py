@@ -1,0 +1,68 @@
+"""Attention operators against torch's own, and the choice of kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from cogvideox import attention
+from cogvideox.attention import BACKENDS, CPU, attend, attend_backward, choose_backend, gradient_error
+
+SHAPES = [(2, 17, 3, 32), (1, 353, 2, 64), (1, 64 * 3, 2, 64)]
+
+
+def inputs(shape: tuple[int, ...], device: str = "cpu") -> list[torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device) for _ in range(4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_operators_are_torch_s_attention(shape: tuple[int, ...]) -> None:
+    q, k, v, do = inputs(shape)
+    o, lse = attend(q, k, v, CPU)
+    gradients = attend_backward(do, q, k, v, o, lse, CPU)
+    leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
+    right = scaled_dot_product_attention(*leaves)
+    right.backward(do.transpose(1, 2))
+    torch.testing.assert_close(o, right.transpose(1, 2))
+    for found, leaf in zip(gradients, leaves, strict=True):
+        torch.testing.assert_close(found, leaf.grad.transpose(1, 2))
+
+
+def test_operators_are_what_the_compiler_is_told() -> None:
+    q, k, v, do = inputs(SHAPES[0])
+    o, lse = attend(q, k, v, CPU)
+    for operator, arguments in ((attend, (q, k, v, CPU)), (attend_backward, (do, q, k, v, o, lse, CPU))):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_cpu_has_one_choice() -> None:
+    assert choose_backend(torch.device("cpu"), torch.float32)[0] == CPU
+    with pytest.raises(ValueError, match="flash-4 needs a GPU"):
+        choose_backend(torch.device("cpu"), torch.float32, "flash-4")
+
+
+def test_wrong_gradients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gradient_error(CPU, torch.device("cpu"), torch.float32) < 1e-5
+    right = attention.attend_backward
+
+    def wrong(*arguments: object) -> tuple[torch.Tensor, ...]:
+        dq, dk, dv = right(*arguments)
+        return dq, dk * 1.1, dv
+
+    monkeypatch.setattr(attention, "attend_backward", wrong)
+    assert gradient_error(CPU, torch.device("cpu"), torch.float32) == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [353, 17 * 64, 1350 * 5 + 226])
+def test_backends_of_a_gpu(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PROBE", (1, tokens, 2, 64))
+    device = torch.device("cuda")
+    chosen, _ = choose_backend(device, torch.bfloat16)
+    for backend in BACKENDS[BACKENDS.index(chosen) :]:
+        for dtype in (torch.bfloat16, torch.float16):
+            assert gradient_error(backend, device, dtype) < attention.TOLERANCE
+    with pytest.raises(ValueError, match="it computes in bf16 and fp16 alone"):
+        choose_backend(device, torch.float32)
