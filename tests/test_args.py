@@ -27,6 +27,7 @@ from cogvideox.options import (
     fields_of,
     resolutions,
     target_pattern,
+    tracker_names,
 )
 
 TESTS = Path(__file__).parent
@@ -691,7 +692,7 @@ def test_every_group_is_taken_by_a_script() -> None:
 
 def test_trackers_can_be_left_off() -> None:
     given = ((), ("--report_to", "none"), ("--report_to", "wandb"))
-    assert [args.tracker_names(parse(*flags).train.report_to) for flags in given] == [[], [], ["wandb"]]
+    assert [tracker_names(parse(*flags).train.report_to) for flags in given] == [[], [], ["wandb"]]
 
 
 @pytest.mark.parametrize("group", GROUPS)

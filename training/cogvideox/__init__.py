@@ -49,10 +49,15 @@ offload.py            masters, moments and the step in host memory
 ema.py                a moving average of the masters, to be looked at and exported
 engine.py             who runs backward and step: this process, or DeepSpeed
 ranks.py              the processes of a run, and patient barriers
-plan.py               how the blocks are executed
+plan.py               how the blocks are executed: what fits, what is fastest
+attention.py          attention by the kernels of the device
+streaming.py          tensors that pass through the device: weights, what forward keeps
+blocks.py             one block, forward and backward, as functions of tensors
+stack.py              all blocks of a transformer under a plan
 run.py                one run: ranks, output folder, metrics, trackers, signals
 images.py             the images that validation videos begin with
 tensors.py            a prepared folder, or one prepared now
+execution.py          the plan of a run: sizes, the machine measured, blocks placed
 checkpoint.py         checkpoints that are whole or not there
 validation.py         videos while training
 parity.py             what training feeds the transformer against what the pipeline does

@@ -25,12 +25,13 @@ from cogvideox.stack import Stack, allow_graphs, frozen_bytes, plain_lora
 from cogvideox.streaming import pinned
 from cogvideox.tensors import Tensors
 
+Plan = ExecutionPlan | ModulePlan
 HOST_SHARE = 0.9  # of the free host memory that may be pinned
 PROBE_TOKENS = 8192
 COPY_BYTES = 64 * 2**20
 
 
-def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: Any) -> ExecutionPlan | ModulePlan:
+def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: Any) -> Plan:
     """How this run executes the transformer, which lies on the CPU with its adapters.
 
     Raises:
@@ -56,7 +57,9 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     ]
     try:
         machine = measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)
-        return plan.choose(axes_of(options), sizes, machine, compiled, backend)
+        chosen = plan.choose(axes_of(options), sizes, machine, compiled, backend)
+        passes = options.train.gradient_accumulation_steps if run.device.type == "cuda" else 0  # no rates of a CPU
+        return replace(chosen, seconds=chosen.seconds * passes)
     except NoPlanError as error:
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {_smaller(sizes)}") from None
 
@@ -162,7 +165,7 @@ def seconds(run: Callable[[], Any], repeats: int = 5) -> float:
 # -- setting up --------------------------------------------------------------------------------------------------------
 
 
-def place(transformer: Any, chosen: ExecutionPlan | ModulePlan, device: torch.device) -> None:
+def place(transformer: Any, chosen: Plan, device: torch.device) -> None:
     """Moves the transformer, which lies on the CPU, to where the plan wants it, and makes it run so."""
     if isinstance(chosen, ExecutionPlan):
         Stack(transformer, chosen, device).install()
@@ -174,3 +177,12 @@ def place(transformer: Any, chosen: ExecutionPlan | ModulePlan, device: torch.de
         allow_graphs()
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False)
+
+
+def measured(step_seconds: float) -> str:
+    """What steps take and have taken up to now, for a comparison with what the plan predicted."""
+    parts = [f"{step_seconds:.2f} s a step"]
+    if torch.cuda.is_available():
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        parts.append(f"peak {peak / plan.GIB:.2f} GiB, reserved {reserved / plan.GIB:.2f} GiB")
+    return f"measured: {', '.join(parts)}"

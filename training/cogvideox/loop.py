@@ -22,7 +22,7 @@ from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
 from cogvideox.errors import UsageError, first_of
-from cogvideox.execution import make_plan, place
+from cogvideox.execution import Plan, make_plan, measured, place
 from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
 from cogvideox.images import take_images
@@ -34,6 +34,8 @@ from cogvideox.publish import publish
 from cogvideox.run import METRICS_NAME, REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
 from cogvideox.tensors import Tensors, open_tensors
 from cogvideox.validation import Prompts, Validator, embed_prompts
+
+STEADY_STEPS = 6  # after so many of a run, one is like the next: everything is compiled and has its memory
 
 
 def losses_of(task: Any, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
@@ -71,9 +73,9 @@ class Trainer:
     """Everything of a run between its data and its result: ``train`` and ``finish``."""
 
     def __init__(
-        self, run: Run, options: TrainOptions, tensors: Tensors, prompts: Prompts, task: Any, method: Any
+        self, run: Run, options: TrainOptions, tensors: Tensors, prompts: Prompts, task: Any, method: Any, plan: Plan
     ) -> None:
-        self.run, self.options, self.task, self.method = run, options, task, method
+        self.run, self.options, self.task, self.method, self.plan = run, options, task, method, plan
         train, seed = options.train, options.data.seed
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
@@ -170,6 +172,8 @@ class Trainer:
             result = self.engine.step(rate, stop=self.run.stop_requested)
             step += 1
             metrics.push(step, rate, result)
+            if step == self.first_step + STEADY_STEPS:
+                self.run.say(measured(metrics.seconds))
             if self.saver.due(step):
                 with metrics.paused():
                     self.saver.save(step)
@@ -297,5 +301,5 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     place(transformer, plan, run.device)
     task = task_type(options, tensors.geometry, run.device, run.dtype)
     check_parity(run, options, tensors, task, transformer)
-    trainer = Trainer(run, options, tensors, prompts, task, method)
+    trainer = Trainer(run, options, tensors, prompts, task, method, plan)
     return trainer.finish(trainer.train())

@@ -103,7 +103,7 @@ class ExecutionPlan:
     attention: str  # attention.BACKENDS, or cpu
     state: str = DEVICE  # where fp32 masters and moments lie
     peak: int = 0  # predicted, bytes
-    seconds: float = 0.0  # predicted, of an optimizer step with one micro-batch
+    seconds: float = 0.0  # predicted, of a step; 0 where the machine was not measured
 
     def __str__(self) -> str:
         count = len(self.blocks)
@@ -120,6 +120,8 @@ class ExecutionPlan:
             f"attention by {self.attention}",
             f"optimizer state on the {self.state}",
         ]
+        if self.seconds:
+            parts.append(f"predicted: peak {self.peak / GIB:.2f} GiB, {self.seconds:.2f} s a step")
         return "; ".join(parts)
 
 

@@ -97,6 +97,7 @@ def start_run(options: TrainOptions) -> Run:
         UsageError: the folder belongs to something else, the launcher's configuration does not fit the machine, or the
             hub refuses.
     """
+    use_growing_segments()
     accelerator = make_accelerator(options)
     output_dir = Path(options.train.output_dir)
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
@@ -109,6 +110,12 @@ def start_run(options: TrainOptions) -> Run:
         accelerator.end_training()
         raise UsageError(problem)
     return run
+
+
+def use_growing_segments() -> None:
+    """Lets the allocator grow what it reserved, so that buckets of several sizes leave no unused gaps on the GPU."""
+    if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def make_accelerator(options: TrainOptions) -> Any:
@@ -265,6 +272,7 @@ class Metrics:
         self.path = run.output_dir / METRICS_NAME
         self.pending: Pending | None = None
         self.last: dict[str, float] = {}  # numbers of the newest step that has arrived
+        self.seconds = 0.0  # of that step
         self.skipped_in_a_row = 0
         self.mark = Mark(run.device)  # the end of the step before
         self.loading_seconds = 0.0
@@ -312,11 +320,13 @@ class Metrics:
         pending, self.pending = self.pending, None
         pending.end.reached()
         self.last = dict(zip(StepResult.NAMES, pending.values.tolist(), strict=True))
+        self.seconds = pending.end.seconds_since(pending.start)
         record = {"step": pending.step, "lr": pending.lr, **self.last}
-        record |= {"seconds": round(pending.end.seconds_since(pending.start), 5)}
+        record |= {"seconds": round(self.seconds, 5)}
         record |= {"loading_seconds": round(pending.loading_seconds, 5), "bad_clips": pending.bad_clips}
         if torch.cuda.is_available():
             record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+            record["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
         if self.run.is_main:
             self._write(record)
         self._check_skipped(pending.step, self.last["skipped"])
