@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from diffusers.optimization import get_scheduler
 from stepping import SHAPES, loss_of, parameters, rate, state_equal, train, values
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogvideox import optim
+from cogvideox import optim, streaming
 from cogvideox.ema import Ema
 from cogvideox.flags import SCHEDULES, OptimizerFlags
 from cogvideox.optim import MasterWeights, learning_rate
@@ -348,6 +350,7 @@ def test_a_chunk_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
     monkeypatch.setattr(optim, "CHUNK_BYTES", 1)
     (_, (engine, params)) = pair(torch.float32)
     homes = [chunk.host.data_ptr() for chunk in engine.chunks]
+    assert not {parameter.data_ptr() for parameter in params.values()} & set(homes)
     seen: list[int] = []
     update = optim.Chunk.update
 
@@ -365,6 +368,57 @@ def test_a_chunk_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
     names = [f"{key}/{name}" for name in params for key in ("master", "exp_avg", "exp_avg_sq")]
     views = [view for chunk in engine.chunks for view in chunk.layout.views(chunk.host)]
     assert all(engine.state()[name].equal(view) for name, view in zip(names, views, strict=True))
+
+
+class LateSide:
+    """A stream that copies only what somebody waits for, as late as its events allow."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.given: list[Callable[[], object]] = []
+        self.done = 0
+
+    def after_compute(self, *others: LateSide) -> TorchDispatchMode:
+        self.given += [partial(other.run, len(other.given)) for other in others]
+        return Deferred(self.given)
+
+    def mark(self) -> Callable[[], None]:
+        return partial(self.run, len(self.given))
+
+    def run(self, until: int) -> None:
+        while self.done < until:
+            self.done += 1
+            self.given[self.done - 1]()
+
+
+class Deferred(TorchDispatchMode):
+    """Puts copies into a list."""
+
+    def __init__(self, given: list[Callable[[], object]]) -> None:
+        super().__init__()
+        self.given = given
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.copy_.default:
+            return func(*args, **(kwargs or {}))
+        self.given.append(partial(func, *args))
+        return args[0]
+
+
+@pytest.mark.parametrize("chunk", ENDS)
+def test_copies_that_are_as_late_as_their_events_allow(chunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of streams, without a GPU. What is computed, and what reads the host afterwards, finds all there."""
+    monkeypatch.setattr(optim, "CHUNK_BYTES", ENDS[chunk])
+    monkeypatch.setattr(streaming, "Side", LateSide)
+    monkeypatch.setattr(streaming, "compute_waits_for", lambda event: event())
+    shapes = {str(number): (number % 5 + 1, 7) for number in range(8)} | SHAPES
+    resident, hosted = pair(torch.bfloat16, shapes=shapes)
+    for step in range(4):
+        for engine, params in (resident, hosted):
+            engine.backward(torch.stack([(p.float() - step).square().sum() for p in params.values()]).sum())
+            engine.step(rate(step))
+        assert_alike(resident, hosted)
+    assert hosted[0].conveyor is not None
+    assert len(hosted[0].conveyor.out.given) == 4 * len(hosted[0].chunks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
