@@ -7,12 +7,14 @@ from torch.nn import Parameter
 
 from cogvideox.optim import MasterWeights, StepResult
 
-SHAPES = {"down": (64, 64), "up": (6, 8), "bias": (7,)}
+SHAPES: dict[str, tuple[int, ...]] = {"down": (64, 64), "up": (6, 8), "bias": (7,)}
 
 
-def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Parameter]:
+def parameters(
+    dtype: torch.dtype = torch.float32, seed: int = 0, shapes: dict[str, tuple[int, ...]] = SHAPES
+) -> dict[str, Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+    return {name: Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in shapes.items()}
 
 
 def factors(step: int, size: float = 1.0) -> dict[str, torch.Tensor]:

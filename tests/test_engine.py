@@ -11,11 +11,11 @@ import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
 from fakes import options_of
-from running import lora_flags, train
+from running import equal, lora_flags, train
 from safetensors.torch import load_file
 
 from cogvideox import loop
-from cogvideox.engine import STATE_NAME, DeepSpeedEngine, LocalEngine, make_engine
+from cogvideox.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, make_engine
 from cogvideox.errors import UsageError
 from cogvideox.optim import MasterWeights
 from cogvideox.optimizers import make_optimizer
@@ -111,6 +111,54 @@ def test_the_engine_is_what_accelerate_s_configuration_asks_for() -> None:
     with pytest.raises(UsageError, match="zero_stage 3"):
         made(plugin)
     assert not DeepSpeedEngine.safe_to_load
+
+
+def made_with(*flags: object, deepspeed: Any = None, model: torch.nn.Module | None = None, host: bool = True) -> Any:
+    """An engine of these flags, with its masters on the host."""
+    model = model or torch.nn.Linear(3, 2)
+    state = SimpleNamespace(deepspeed_plugin=deepspeed)
+    accelerator = SimpleNamespace(state=state, is_main_process=True, num_processes=1)
+    method = SimpleNamespace(parameters=lambda: dict(model.named_parameters()))
+    return make_engine(accelerator, model, method, options_of(Path("x"), *flags), torch.bfloat16, state_on_host=host)
+
+
+@pytest.mark.parametrize("ema", [(), ("--use_ema",)])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_checkpoint_goes_on_with_masters_elsewhere(tmp_path: Path, first: bool, ema: tuple[str, ...]) -> None:
+    models = [torch.nn.Linear(3, 2).bfloat16() for _ in range(2)]
+    one, other = (made_with(*ema, model=m, host=h) for m, h in zip(models, (first, not first), strict=True))
+    assert (one.masters.conveyor is None, other.masters.conveyor is None) == (not first, first)
+    advance(one, range(3))
+    one.save(tmp_path)
+    other.load(tmp_path)
+    assert advance(one, range(3, 6)) == advance(other, range(3, 6))
+    assert all(p.equal(q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    (tmp_path / "other").mkdir()
+    other.save(tmp_path / "other")
+    one.save(tmp_path)
+    names = (STATE_NAME, *([EMA_NAME] if ema else []))
+    assert all(equal(load_file(tmp_path / name), load_file(tmp_path / "other" / name)) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("flags", "deepspeed", "named", "fix"),
+    [
+        (["--optimizer", "prodigy"], None, "--optimizer prodigy cannot skip", "adam or adamw without low bits"),
+        (["--optimizer", "came"], None, "--optimizer came cannot skip", "--optimizer_state_on device"),
+        (["--use_8bit"], None, "--use_8bit cannot skip", "--optimizer_state_on device"),
+        (["--use_4bit", "--use_torchao"], None, "--use_torchao cannot skip", "--optimizer_state_on device"),
+        (["--optimizer", "torch.optim.AdamW"], None, "--optimizer torch.optim.AdamW cannot", "--optimizer adam"),
+        (["--use_cpu_offload_optimizer", "--max_grad_norm", 0], None, "has it there already", "give one of them"),
+        ([], SimpleNamespace(zero_stage=2), "DeepSpeed places", "offload_optimizer_device: cpu"),
+    ],
+)
+def test_what_cannot_have_its_masters_on_the_host(flags: list[object], deepspeed: Any, named: str, fix: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        made_with(*flags, deepspeed=deepspeed)
+    (problem,) = caught.value.problems
+    assert problem.startswith("--optimizer_state_on host: ")
+    assert named in problem
+    assert fix in problem
 
 
 def test_deepspeed_gets_the_optimizer() -> None:

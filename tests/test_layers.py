@@ -23,7 +23,7 @@ LAYERS = (
     ("args", "data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
     ("data.decode", "data.index"),
     ("data.clips", "data.sampler"),
-    ("diffusion", "rope", "lora"),
+    ("diffusion", "rope", "lora", "streaming"),
     ("data.dataset",),
     ("encode", "models"),
     ("factory", "prepare", "optimizers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from diffusers.optimization import get_scheduler
 from stepping import SHAPES, loss_of, parameters, rate, state_equal, train, values
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogvideox import optim
+from cogvideox import optim, streaming
+from cogvideox.ema import Ema
 from cogvideox.flags import SCHEDULES, OptimizerFlags
 from cogvideox.optim import MasterWeights, learning_rate
 from cogvideox.optimizers import make_optimizer
@@ -281,6 +284,250 @@ def test_load_state_copies() -> None:
     engine.load_state(state)
     train(engine, params, 2, 4)
     assert state_equal(state, kept)
+
+
+# -- masters and moments on the host -----------------------------------------------------------------------------------
+
+ENDS = {"chunks of one": 1, "two chunks": 12 * (64 * 64), "one chunk": 64 * 2**20}  # bytes of a chunk
+
+
+def pair(
+    dtype: torch.dtype, device: str = "cpu", rule: str = "adamw", shapes: dict[str, tuple[int, ...]] = SHAPES
+) -> list[tuple[MasterWeights, dict[str, Parameter]]]:
+    """The same weights twice: masters on the device, masters on the host."""
+    flags = OptimizerFlags(optimizer=rule, weight_decay=0.01)
+    made = []
+    for on_host in (False, True):
+        start = parameters(dtype, shapes=shapes)
+        params = {name: Parameter(p.detach().to(device)) for name, p in start.items()}
+        scale = dtype == torch.float16
+        made.append((MasterWeights(params, partial(make_optimizer, flags), 5.0, scale, state_on_host=on_host), params))
+    return made
+
+
+def eventful_step(engine: MasterWeights, params: dict[str, Parameter], step: int) -> torch.Tensor:
+    """Two micro-batches; gradients of steps 6 and 7 are not finite, those of every third are below the limit."""
+    for part in range(2):
+        engine.backward(loss_of(params, 2 * step + part) * (1e-3 if step % 3 == 0 else 0.5))
+    if step in (6, 7):
+        engine.backward(params["bias"][3].float() * float("inf" if step == 6 else "nan"))
+    return engine.step(rate(step), stop=step == 9).values
+
+
+def assert_alike(resident: tuple[MasterWeights, Any], hosted: tuple[MasterWeights, Any]) -> None:
+    assert state_equal(resident[0].state(), hosted[0].state())
+    assert all(p.equal(hosted[1][name]) and p.device == hosted[1][name].device for name, p in resident[1].items())
+
+
+@pytest.mark.parametrize("chunk", ENDS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_the_host_is_the_same_bit_for_bit(
+    dtype: torch.dtype, rule: str, chunk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clipped, not clipped and skipped steps of two micro-batches each, and a loss scale that changes with fp16."""
+    monkeypatch.setattr(optim, "CHUNK_BYTES", ENDS[chunk])
+    monkeypatch.setattr(optim, "GROWTH_INTERVAL", 5)
+    resident, hosted = pair(dtype, rule=rule)
+    assert len(hosted[0].chunks) == {"chunks of one": 3, "two chunks": 2, "one chunk": 1}[chunk]
+    norms, skipped, scales = [], [], []
+    for step in range(20):
+        wanted, found = eventful_step(*resident, step), eventful_step(*hosted, step)
+        torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+        assert_alike(resident, hosted)
+        norms.append(wanted[1].item())
+        skipped += [step] if wanted[2] else []
+        scales.append(hosted[0].scale.item())
+    assert min(norms) < 5.0 < max(n for n in norms if n < float("inf"))
+    assert skipped == [6, 7] if dtype != torch.float16 else {6, 7} < set(skipped)  # the first scale is too large
+    assert len(set(scales)) == 1 if dtype != torch.float16 else sorted(scales, reverse=True) != scales
+
+
+def test_a_chunk_is_in_host_memory_between_steps_and_on_the_device_during_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two slots serve all chunks, and an update sees what lies in one of them."""
+    monkeypatch.setattr(optim, "CHUNK_BYTES", 1)
+    (_, (engine, params)) = pair(torch.float32)
+    homes = [chunk.host.data_ptr() for chunk in engine.chunks]
+    assert not {parameter.data_ptr() for parameter in params.values()} & set(homes)
+    seen: list[int] = []
+    update = optim.Chunk.update
+
+    def watched(chunk: optim.Chunk, *rest: Any) -> None:
+        held = [chunk.masters[0], *(chunk.optimizer.state[chunk.masters[0]][key] for key in ("exp_avg", "exp_avg_sq"))]
+        assert len({tensor.untyped_storage().data_ptr() for tensor in held}) == 1
+        seen.append(held[0].data_ptr())
+        update(chunk, *rest)
+
+    monkeypatch.setattr(optim.Chunk, "update", watched)
+    train(engine, params, 0, 1)
+    assert seen[0] == seen[2] != seen[1]
+    assert not set(seen) & set(homes)
+    assert [chunk.masters[0].data_ptr() for chunk in engine.chunks] == homes
+    names = [f"{key}/{name}" for name in params for key in ("master", "exp_avg", "exp_avg_sq")]
+    views = [view for chunk in engine.chunks for view in chunk.layout.views(chunk.host)]
+    assert all(engine.state()[name].equal(view) for name, view in zip(names, views, strict=True))
+
+
+class LateSide:
+    """A stream that copies only what somebody waits for, as late as its events allow."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.given: list[Callable[[], object]] = []
+        self.done = 0
+
+    def after_compute(self, *others: LateSide) -> TorchDispatchMode:
+        self.given += [partial(other.run, len(other.given)) for other in others]
+        return Deferred(self.given)
+
+    def mark(self) -> Callable[[], None]:
+        return partial(self.run, len(self.given))
+
+    def run(self, until: int) -> None:
+        while self.done < until:
+            self.done += 1
+            self.given[self.done - 1]()
+
+
+class Deferred(TorchDispatchMode):
+    """Puts copies into a list."""
+
+    def __init__(self, given: list[Callable[[], object]]) -> None:
+        super().__init__()
+        self.given = given
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.copy_.default:
+            return func(*args, **(kwargs or {}))
+        self.given.append(partial(func, *args))
+        return args[0]
+
+
+@pytest.mark.parametrize("chunk", ENDS)
+def test_copies_that_are_as_late_as_their_events_allow(chunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of streams, without a GPU. What is computed, and what reads the host afterwards, finds all there."""
+    monkeypatch.setattr(optim, "CHUNK_BYTES", ENDS[chunk])
+    monkeypatch.setattr(streaming, "Side", LateSide)
+    monkeypatch.setattr(streaming, "compute_waits_for", lambda event: event())
+    shapes = {str(number): (number % 5 + 1, 7) for number in range(8)} | SHAPES
+    resident, hosted = pair(torch.bfloat16, shapes=shapes)
+    for step in range(4):
+        for engine, params in (resident, hosted):
+            engine.backward(torch.stack([(p.float() - step).square().sum() for p in params.values()]).sum())
+            engine.step(rate(step))
+        assert_alike(resident, hosted)
+    assert hosted[0].conveyor is not None
+    assert len(hosted[0].conveyor.out.given) == 4 * len(hosted[0].chunks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("steps", [0, 5])
+def test_either_goes_on_from_the_other_s_state(
+    dtype: torch.dtype, first: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "CHUNK_BYTES", 1)
+    (source, whole), (target, again) = pair(dtype)[:: -1 if first else 1]
+    train(target, again, 40, 42)  # what it has is written over
+    train(source, whole, 0, steps)
+    target.load_state(source.state())
+    assert_alike((source, whole), (target, again))
+    train(source, whole, steps, steps + 5)
+    train(target, again, steps, steps + 5)
+    assert_alike((source, whole), (target, again))
+
+
+def test_the_average_is_the_same_over_masters_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "CHUNK_BYTES", 1)
+    states = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for engine, params in pair(dtype):
+            ema = Ema(params, engine.named_masters(), 0.5)
+            before = ema.state()
+            for step in range(8):
+                ema.update(eventful_step(engine, params, step)[2])
+            with ema.applied():
+                looked_at = {name: p.detach().clone() for name, p in params.items()}
+            states.append({**ema.state(), **engine.state(), **looked_at})
+            assert not state_equal(before, ema.state())
+    assert state_equal(states[0], states[1])
+    assert state_equal(states[2], states[3])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "ends"),
+    [
+        ([3], 1, [1]),
+        ([1, 1, 1], 2, [2, 3]),
+        ([5, 1, 1, 5], 4, [1, 3, 4]),
+        ([2, 2, 2], 6, [3]),
+        ([1, 9, 1], 4, [1, 2, 3]),
+    ],
+)
+def test_parts_follow_each_other_and_are_small(sizes: list[int], most: int, ends: list[int]) -> None:
+    parts = optim.split(sizes, most)
+    assert [part.stop for part in parts] == ends
+    assert [size for part in parts for size in sizes[part]] == sizes
+
+
+def test_what_is_not_fused_cannot_pass_through() -> None:
+    with pytest.raises(ValueError, match="SGD cannot pass"):
+        MasterWeights(parameters(), partial(torch.optim.SGD, lr=0.0, fused=True), 0.0, False, state_on_host=True)
+
+
+BIG = {"first": (700, 1000), "second": (900, 1000), "bias": (7,), "last": (1100, 1000)}  # 8 to 13 MB each
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_nobody_waits_and_the_numbers_are_the_same(
+    dtype: torch.dtype, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large enough that a copy that nobody waited for would still be on its way."""
+    monkeypatch.setattr(optim, "CHUNK_BYTES", 12 * 2**20)
+    resident, hosted = pair(dtype, "cuda", rule, BIG)
+    assert len(hosted[0].chunks) > 2
+    assert all(tensor.device.type == "cpu" for chunk in hosted[0].chunks for tensor in [*chunk.masters, chunk.host])
+    for step in range(20):
+        results = []
+        for engine, params in (resident, hosted):
+            for name, parameter in params.items():
+                bad = float("inf") if step == 6 and name == "bias" else 1.0
+                engine.backward((parameter.float() * bad - step).square().mean() * (1e-3 if step % 3 else 1.0))
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                results.append(engine.step(rate(step)).values)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(*results, rtol=0.0, atol=0.0, equal_nan=True)
+        # fp16 overflows until its scale is low enough
+        assert results[0][2].item() == (step == 6) or (dtype == torch.float16 and step != 6)
+        for name, parameter in resident[1].items():
+            assert parameter.equal(hosted[1][name])
+        if step % 5 == 4:
+            assert_alike(resident, hosted)
+    again = pair(dtype, "cuda", rule, BIG)
+    again[0][0].load_state(hosted[0].state())
+    again[1][0].load_state(resident[0].state())
+    assert_alike(*again)
+    assert_alike(resident, again[1])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_device_holds_two_chunks_and_only_during_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "CHUNK_BYTES", 12 * 2**20)
+    params = {str(number): Parameter(torch.randn(1000, 1000, device="cuda")) for number in range(16)}
+    bare = torch.cuda.memory_allocated()
+    engine = MasterWeights(params, partial(make_optimizer, FLAGS), 0.0, False, state_on_host=True)
+    rest = torch.cuda.memory_allocated()
+    assert rest - bare < 1.05 * engine.buffer.nbytes
+    torch.cuda.reset_peak_memory_stats()
+    engine.step(0.1)
+    assert torch.cuda.max_memory_allocated() - rest < 2.3 * 12 * 10**6
+    assert torch.cuda.memory_allocated() - rest < 10**4
 
 
 # -- the learning rate -------------------------------------------------------------------------------------------------

@@ -19,8 +19,14 @@ from torch.nn import Parameter
 from cogvideox import args
 from cogvideox.errors import UsageError
 from cogvideox.flags import OptimizerFlags
-from cogvideox.optim import MasterWeights, as_tensor, plain_tensors, set_rate
-from cogvideox.optimizers import check_optimizer, make_optimizer, optimizer_class
+from cogvideox.optim import MasterWeights, as_tensor, is_fused, plain_tensors, set_rate
+from cogvideox.optimizers import (
+    check_optimizer,
+    host_state_problems,
+    make_optimizer,
+    optimizer_class,
+    steps_on_device,
+)
 from cogvideox.options import LoraOptions
 
 BETAS, EPSILON, DECAY = (0.9, 0.95), 1e-8, 1e-4  # the defaults of the flags
@@ -102,7 +108,7 @@ def test_equals_its_library(command: str, norm: float) -> None:
     """Bit for bit, moments too, but for what clipping rounds: torch multiplies where the masters divide."""
     ours, theirs = parameters(command), parameters(command)
     engine, reference = engine_of(command, ours, norm), library_s(command, theirs)
-    assert type(engine.optimizer) is type(reference)
+    assert type(engine.chunks[0].optimizer) is type(reference)
     for step in range(6):
         engine.backward(loss_of(ours, step))
         result = values(engine.step(rate(step)))
@@ -145,7 +151,8 @@ def test_goes_on_bit_for_bit_from_a_safetensors_file(command: str, dtype: torch.
 
 def kinds(engine: MasterWeights) -> list[dict[str, type]]:
     """The type of everything that an optimizer keeps."""
-    kept = [engine.optimizer.state[master] for master in engine.masters] + engine.optimizer.param_groups
+    optimizer = engine.chunks[0].optimizer
+    kept = [optimizer.state[master] for master in engine.masters] + optimizer.param_groups
     return [{key: type(value) for key, value in values.items()} for values in kept]
 
 
@@ -206,9 +213,9 @@ def test_numbers_keep_every_digit() -> None:
 def test_what_is_fused_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others do, once a step, to know whether to skip it."""
 
-    def waits(command: str) -> bool:
+    def waits(command: str, on_host: bool = False) -> bool:
         params = parameters(command)
-        engine = engine_of(command, params)
+        engine = MasterWeights(params, partial(make_optimizer, flags_of(command)), 0.0, False, on_host)
         engine.backward(loss_of(params, 0))
         asked = []
         item = torch.Tensor.item
@@ -218,6 +225,7 @@ def test_what_is_fused_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatc
         return bool(asked)
 
     assert [waits(f"--optimizer {rule}") for rule in ("adam", "adamw", "came")] == [False, False, True]
+    assert not waits("--optimizer adam", on_host=True)
 
 
 LARGE = (512, 512)  # bitsandbytes pages out what is larger than 100,000 numbers
@@ -249,6 +257,37 @@ def test_on_a_gpu(command: str, tmp_path: Path) -> None:
         assert ours["down"].equal(theirs["down"])
     assert again["down"].equal(ours["down"])
     assert state_equal(engine.state(), resumed.state())
+
+
+# -- state on the host -------------------------------------------------------------------------------------------------
+
+FUSED = "--optimizer torch.optim.AdamW --optimizer_args fused=True amsgrad=True"
+
+
+@pytest.mark.parametrize(
+    ("command", "fused"),
+    [
+        *((command, False) for command in (*ON_THE_CPU, *TORCHAO, "--optimizer torch.optim.AdamW")),
+        *((command, True) for command in ("--optimizer adam", "--optimizer adamw", FUSED)),
+    ],
+)
+def test_what_steps_on_the_device_is_what_is_fused(command: str, fused: bool) -> None:
+    """Known from the flags, before there is a parameter."""
+    flags = flags_of(command)
+    assert steps_on_device(flags) == is_fused(make_optimizer(flags, list(parameters(command).values()))) == fused
+    assert bool(list(host_state_problems(flags, deepspeed=False))) == (not fused)
+
+
+def test_a_third_moment_rests_on_the_host_too() -> None:
+    states = []
+    for on_host in (False, True):
+        params = parameters(FUSED, torch.bfloat16)
+        engine = MasterWeights(params, partial(make_optimizer, flags_of(FUSED)), 5.0, False, state_on_host=on_host)
+        advance(engine, params, 0, 6)
+        states.append(engine.state())
+    assert "max_exp_avg_sq/down" in states[0]
+    assert state_equal(*states)
+    assert len(engine.chunks[0].at_rest) == 4 * len(params)
 
 
 # -- through the script ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 This warm-up is that of TensorFlow's and of diffusers' EMA: an average over about the last ninth of the steps so far,
 until it is as long as --ema_decay says. n is counted on the device, so that a skipped step needs no word from there.
+Where the masters live on the host, so do the averages, and the share is fetched from the device: each update waits.
 """
 
 from collections.abc import Iterator

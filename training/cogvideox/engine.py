@@ -18,7 +18,7 @@ from cogvideox.ema import Ema
 from cogvideox.errors import UsageError
 from cogvideox.offload import OffloadedWeights
 from cogvideox.optim import MasterWeights, StepResult
-from cogvideox.optimizers import make_optimizer
+from cogvideox.optimizers import host_state_problems, make_optimizer
 from cogvideox.options import TrainOptions
 
 STATE_NAME, EMA_NAME = "optimizer.safetensors", "ema.safetensors"
@@ -146,17 +146,35 @@ class DeepSpeedEngine:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to resume from")
 
 
-def make_engine(accelerator: Any, transformer: Any, method: Any, options: TrainOptions, dtype: torch.dtype) -> Engine:
-    """The engine that accelerate's configuration asks for."""
+def make_engine(
+    accelerator: Any,
+    transformer: Any,
+    method: Any,
+    options: TrainOptions,
+    dtype: torch.dtype,
+    state_on_host: bool = False,
+) -> Engine:
+    """The engine that accelerate's configuration asks for.
+
+    Args:
+        state_on_host: masters and moments live in host memory between steps.
+
+    Raises:
+        UsageError: this engine or optimizer cannot have them there.
+    """
     parameters = method.parameters()
-    if accelerator.state.deepspeed_plugin is not None:
+    deepspeed = accelerator.state.deepspeed_plugin is not None
+    if state_on_host and (problems := list(host_state_problems(options.optimizer, deepspeed))):
+        raise UsageError(problems)
+    if deepspeed:
         return DeepSpeedEngine(accelerator, transformer, list(parameters.values()), options)
     make = partial(make_optimizer, options.optimizer)
     masters: MasterWeights | OffloadedWeights
     if options.optimizer.use_cpu_offload_optimizer:
         masters = OffloadedWeights(parameters, make, options.optimizer.offload_gradients)
     else:
-        masters = MasterWeights(parameters, make, options.train.max_grad_norm, dynamic_scale=dtype == torch.float16)
+        scaled = dtype == torch.float16
+        masters = MasterWeights(parameters, make, options.train.max_grad_norm, scaled, state_on_host)
     signal = options.signal
     ema = Ema(parameters, masters.named_masters(), signal.ema_decay) if signal.use_ema else None
     return LocalEngine(transformer, masters, accelerator.is_main_process, ema)

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cogvideox.flags import POLYNOMIAL_END, OptimizerFlags
+from cogvideox.streaming import Conveyor, Layout, pinned
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
+STATE_BYTES = 12  # of a parameter: master and two moments, fp32
+CHUNK_BYTES = 64 * 2**20  # large enough that a copy runs at full speed, small beside anything else on the device
 ALL = "*"  # in the names of tensors, instead of a parameter
 
 
@@ -66,6 +70,101 @@ class StepResult:
         return self.values[self.NAMES.index("skipped")]
 
 
+class Chunk:
+    """Consecutive parameters with their gradients, their fp32 masters, and an optimizer of their own.
+
+    On the device unless ``rest_on_host`` was called: then masters and moments are there only while they are held there.
+    Where the optimizer is fused, all that it keeps exists from the start.
+    """
+
+    def __init__(
+        self, parameters: dict[str, Parameter], gradients: Sequence[Tensor], make: MakeOptimizer, own_masters: bool
+    ) -> None:
+        self.parameters, self.gradients = parameters, gradients
+        self.masters = [
+            p if p.dtype == torch.float32 and not own_masters else Parameter(p.detach().to(torch.float32, copy=True))
+            for p in parameters.values()
+        ]
+        self.optimizer = make(self.masters)
+        self.fused = is_fused(self.optimizer)
+        if self.fused:  # a step that is skipped makes the moments, of zeros
+            one = torch.ones((), device=self.masters[0].device)
+            self.update(0.0, divisor=one, skipped=one)
+
+    def update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:
+        """One step of the masters, rounded into the model; only a fused one divides the gradients and skips itself."""
+        if self.fused:
+            self.optimizer.grad_scale = divisor
+            self.optimizer.found_inf = skipped
+        set_rate(self.optimizer, lr)
+        for master, gradient in zip(self.masters, self.gradients, strict=True):
+            master.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.round()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Rounds the masters into the model."""
+        for parameter, master in zip(self.parameters.values(), self.masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
+
+    def rest_on_host(self) -> None:
+        """Moves masters and moments to pinned memory. The step counters stay: they are small, and the kernel's."""
+        if not self.fused:
+            raise ValueError(f"{type(self.optimizer).__name__} cannot pass through the device")
+        tensors = self._held()
+        self.layout = Layout(tensors)
+        self.host = pinned(self.layout.num_bytes)
+        self.at_rest = self.layout.views(self.host)
+        for host, tensor in zip(self.at_rest, tensors, strict=True):
+            host.copy_(tensor)
+        self.hold(self.at_rest)
+
+    def _held(self) -> list[Tensor]:
+        """Each master and its moments."""
+        states = [(master, self.optimizer.state[master]) for master in self.masters]
+        return [t for master, state in states for t in (master.detach(), *map(state.get, moments(state)))]
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """Masters and moments are these, in the order of the layout."""
+        rest = iter(tensors)
+        for master in self.masters:
+            master.data = next(rest)
+            state = self.optimizer.state[master]
+            state.update({key: next(rest) for key in moments(state)})
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and what the optimizer keeps for each, as key/parameter."""
+        tensors = {}
+        for name, master in zip(self.parameters, self.masters, strict=True):
+            tensors[f"master/{name}"] = master.detach()
+            for key, tensor in plain_tensors(self.optimizer.state[master]):
+                tensors[f"{key}/{name}"] = tensor
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, of: dict[str, dict[str, Tensor]], numbers: dict[str, bool | int | float]) -> None:
+        """Takes up what ``state`` returned, by parameter, and ``group_numbers``."""
+        self.optimizer.param_groups[0].update(numbers)
+        for name, master in zip(self.parameters, self.masters, strict=True):
+            master.copy_(of[name].pop("master"))
+            overwrite(self.optimizer.state[master], of[name], master.device)
+        self.round()
+
+
+def split(sizes: Sequence[int], most: int) -> list[slice]:
+    """Consecutive runs of entries, each of at most that size together, or of one entry."""
+    starts, total = [0], 0
+    for number, size in enumerate(sizes):
+        if number and total + size > most:
+            starts.append(number)
+            total = 0
+        total += size
+    return [slice(start, end) for start, end in pairwise([*starts, len(sizes)])]
+
+
 class MasterWeights:
     """fp32 masters around any optimizer whose step needs no more than gradients.
 
@@ -74,33 +173,45 @@ class MasterWeights:
         make: makes the optimizer for the masters.
         max_grad_norm: gradients are scaled down to it; 0 leaves them.
         dynamic_scale: scale the loss so that fp16 gradients do not vanish, and lower the scale when they overflow.
+        state_on_host: masters and moments live in pinned host memory, and pass through the device in chunks at each
+            step, with the same numbers bit for bit; for fused optimizers only. Else they are one chunk, on the device.
     """
 
     def __init__(
-        self, parameters: dict[str, Parameter], make: MakeOptimizer, max_grad_norm: float, dynamic_scale: bool
+        self,
+        parameters: dict[str, Parameter],
+        make: MakeOptimizer,
+        max_grad_norm: float,
+        dynamic_scale: bool,
+        state_on_host: bool = False,
     ) -> None:
         self.parameters = parameters
         params = list(parameters.values())
         self.device = params[0].device
-        self.masters = [p if p.dtype == torch.float32 else Parameter(p.detach().float()) for p in params]
-        self.optimizer = make(self.masters)
-        self.fused = is_fused(self.optimizer)
-        self.fresh_numbers = group_numbers(self.optimizer)
         self.max_grad_norm = max_grad_norm
         self.scale = torch.tensor(INITIAL_SCALE if dynamic_scale else 1.0, device=self.device)
         self.good_steps = torch.zeros((), device=self.device)
         self.dynamic_scale = dynamic_scale
-        count = sum(p.numel() for p in params)
+        sizes = [p.numel() for p in params]
+        count = sum(sizes)
         # the tail carries the loss and the stop flag through the same all-reduce as the gradients
         self.buffer = torch.zeros(count + 2, device=self.device)
         self.flat, self.tail = self.buffer[:count], self.buffer[count:]
-        self.gradients = [
-            view.view_as(p) for view, p in zip(self.flat.split([p.numel() for p in params]), params, strict=True)
-        ]
+        gradients = [view.view_as(p) for view, p in zip(self.flat.split(sizes), params, strict=True)]
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._collector(g))
-            for p, g in zip(params, self.gradients, strict=True)
+            p.register_post_accumulate_grad_hook(self._collector(g)) for p, g in zip(params, gradients, strict=True)
         ]
+        names = list(parameters)
+        self.chunks: list[Chunk] = []
+        for part in split(sizes, CHUNK_BYTES // STATE_BYTES if state_on_host else count):
+            named = {name: parameters[name] for name in names[part]}
+            self.chunks.append(Chunk(named, gradients[part], make, own_masters=state_on_host))
+            if state_on_host:
+                self.chunks[-1].rest_on_host()  # before the next is made, so that the device holds one at a time
+        self.masters = [master for chunk in self.chunks for master in chunk.masters]
+        self.conveyor = Conveyor([chunk.host for chunk in self.chunks], self.device) if state_on_host else None
+        self.fused = self.chunks[0].fused
+        self.fresh_numbers = group_numbers(self.chunks[0].optimizer)
 
     @staticmethod
     def _collector(gradient: Tensor) -> Callable[[Tensor], None]:
@@ -133,26 +244,28 @@ class MasterWeights:
         return result
 
     def _update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:
-        if self.fused:
-            self.optimizer.grad_scale = divisor
-            self.optimizer.found_inf = skipped
-        elif skipped.item():  # waits for the device; a step counted on the host cannot be undone there
-            return
-        else:
+        if not self.fused:
+            if skipped.item():  # waits for the device; a step counted on the host cannot be undone there
+                return
             self.flat.div_(divisor)
-        set_rate(self.optimizer, lr)
-        for master, gradient in zip(self.masters, self.gradients, strict=True):
-            master.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._round_into_model()
+        for chunk in self._on_device():
+            chunk.update(lr, divisor, skipped)
 
-    @torch.no_grad()
-    def _round_into_model(self) -> None:
-        """Rounds the masters into the model."""
-        for parameter, master in zip(self.parameters.values(), self.masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
+    def _on_device(self) -> Iterator[Chunk]:
+        """Each chunk, on the device until the next is asked for."""
+        if self.conveyor is None:
+            yield from self.chunks
+            return
+        for number, slot in self.conveyor.passes():
+            chunk = self.chunks[number]
+            chunk.hold(chunk.layout.views(slot))
+            yield chunk
+            chunk.hold(chunk.at_rest)
+
+    def _wait(self) -> None:
+        """The host may read and write what rests there."""
+        if self.conveyor is not None:
+            self.conveyor.wait()
 
     def _adapt_scale(self, skipped: Tensor) -> None:
         """Halve the loss scale after an overflow, double it after many good steps, without asking the device."""
@@ -163,37 +276,33 @@ class MasterWeights:
         self.good_steps = torch.where(grown, 0.0, self.good_steps)
 
     def named_masters(self) -> dict[str, Parameter]:
-        """The masters by their parameters' names."""
+        """The masters by their parameters' names. On the host, who reads them waits for the compute stream first."""
         return dict(zip(self.parameters, self.masters, strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs, as plain tensors by name: masters, the optimizer's values, loss scale."""
+        self._wait()
         tensors = {"loss_scale": self.scale, "good_steps": self.good_steps}
-        for name, master in zip(self.parameters, self.masters, strict=True):
-            tensors[f"master/{name}"] = master.detach()
-            for key, tensor in plain_tensors(self.optimizer.state[master]):
-                tensors[f"{key}/{name}"] = tensor
-        for key, value in group_numbers(self.optimizer).items():
+        for chunk in self.chunks:
+            tensors |= chunk.state()
+        for key, value in group_numbers(self.chunks[0].optimizer).items():  # the same in all
             if self.fresh_numbers.get(key) != value:
                 tensors[f"{key}/{ALL}"] = as_tensor(value)
         return {name: tensor.clone().cpu().contiguous() for name, tensor in tensors.items()}
 
-    @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Takes up what ``state`` returned."""
+        """Takes up what ``state`` returned, wherever that had its masters."""
         of = by_parameter(tensors)
-        if any(len(of[name]) > 1 for name in self.parameters):  # more than a master
+        if not self.fused and any(len(of[name]) > 1 for name in self.parameters):  # more than a master
             # a first step, of gradients and a rate of zero, makes what is then written over
             self._update(0.0, torch.ones((), device=self.device), torch.zeros((), device=self.device))
             self.buffer.zero_()  # some optimizers add weight decay to the gradients themselves
+        self._wait()
         self.scale.copy_(tensors["loss_scale"])
         self.good_steps.copy_(tensors["good_steps"])
-        numbers = {key: tensor.item() for key, tensor in of[ALL].items()}
-        self.optimizer.param_groups[0].update(self.fresh_numbers | numbers)
-        for name, master in zip(self.parameters, self.masters, strict=True):
-            master.copy_(of[name].pop("master"))
-            overwrite(self.optimizer.state[master], of[name], self.device)
-        self._round_into_model()
+        numbers = self.fresh_numbers | {key: tensor.item() for key, tensor in of[ALL].items()}
+        for chunk in self.chunks:
+            chunk.load_state(of, numbers)
 
 
 # -- what optimizers keep ----------------------------------------------------------------------------------------------
@@ -203,6 +312,11 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its step skips itself. torch's SGD says so too, but leaves its momentum undefined when the first does."""
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     return adam and getattr(optimizer, "_step_supports_amp_scaling", False)  # as torch.amp.GradScaler asks
+
+
+def moments(state: dict[str, Any]) -> list[str]:
+    """What a fused Adam keeps for each element of a parameter: all but its step counter."""
+    return [key for key in state if key != "step"]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

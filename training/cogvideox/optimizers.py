@@ -238,3 +238,25 @@ def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
         yield "--use_torchao: not under DeepSpeed; give --use_8bit alone"
     if flags.use_cpu_offload_optimizer:
         yield "--use_cpu_offload_optimizer: not under DeepSpeed; set offload_optimizer_device: cpu in its configuration"
+
+
+def host_state_problems(flags: OptimizerFlags, deepspeed: bool) -> Iterator[str]:
+    """What cannot have its state in host memory between steps: optim.py moves only what torch's fused Adam keeps."""
+    name = "--optimizer_state_on host"
+    if deepspeed:
+        yield f"{name}: DeepSpeed places the state; set offload_optimizer_device: cpu in its configuration"
+    elif flags.use_cpu_offload_optimizer:
+        yield f"{name}: --use_cpu_offload_optimizer has it there already, and steps there; give one of them"
+    elif not steps_on_device(flags):
+        yield (
+            f"{name}: {flag_of(flags)} cannot skip a step on the device, or keeps more than plain moments; "
+            "give --optimizer adam or adamw without low bits, or --optimizer_state_on device"
+        )
+
+
+def steps_on_device(flags: OptimizerFlags) -> bool:
+    """Whether the optimizer will be what optim.is_fused says."""
+    from torch.optim import Adam, AdamW
+
+    kind, arguments = optimizer_class(flags)
+    return issubclass(kind, (Adam, AdamW)) and bool(arguments.get("fused"))

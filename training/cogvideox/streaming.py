@@ -2,14 +2,17 @@
 
 Ring: the frozen weights of blocks, one flat pinned buffer a block, copied ahead of use into a few slots of the device.
 HostStore: what forward keeps for backward, sent to the host and brought back one block ahead.
+Conveyor: buffers that the device changes, one after another: in, worked on, and out again.
 Copies run on streams of their own; events order them against the compute stream, and the host never waits for the
 device. Without a GPU the same code copies at once.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from mmap import PAGESIZE
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -27,12 +30,16 @@ def pinned(num_bytes: int) -> Tensor:
 
     torch's own pinned allocator rounds up to powers of two, which costs gigabytes here; so plain memory is registered.
     """
-    buffer = torch.zeros(num_bytes, dtype=torch.uint8)  # written, so that it is there
+    pages = -(-num_bytes // PAGESIZE) * PAGESIZE  # what is registered: no two buffers may share a page
+    memory = torch.zeros(pages + PAGESIZE, dtype=torch.uint8)  # written, so that it is there
+    buffer = memory[-memory.data_ptr() % PAGESIZE :][:num_bytes]
     if torch.cuda.is_available():
         runtime: Any = torch.cuda.cudart()
-        status = runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
+        status = runtime.cudaHostRegister(buffer.data_ptr(), pages, 0)
         if int(status) != 0:
             raise MemoryError(f"the system does not let {num_bytes / 2**30:.1f} GiB more be pinned (CUDA: {status})")
+        # when the memory is freed, or the next buffer at its address could not be registered
+        finalize(memory.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
     return buffer
 
 
@@ -61,11 +68,12 @@ class Side:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def after_compute(self) -> AbstractContextManager[Any]:
-        """Work in this block follows what the compute stream was given so far."""
+    def after_compute(self, *others: "Side") -> AbstractContextManager[Any]:
+        """Work in this block follows what the compute stream, and others, were given so far."""
         if self.stream is None:
             return nullcontext()
-        self.stream.wait_stream(torch.cuda.current_stream())
+        for stream in (torch.cuda.current_stream(), *(other.stream for other in others)):
+            self.stream.wait_stream(stream)
         return torch.cuda.stream(self.stream)
 
     def mark(self) -> Any:
@@ -181,3 +189,45 @@ class HostStore:
         kept, event = self.leaving.pop(block) if block in self.leaving else self.arriving.pop(block)
         compute_waits_for(event)
         return kept
+
+
+# -- what the device changes -------------------------------------------------------------------------------------------
+
+
+class Conveyor:
+    """Host buffers that pass through two slots of the device one after another.
+
+    While one is worked on, the next comes in and the last goes out. The slots are there only during a pass.
+    """
+
+    def __init__(self, hosts: Sequence[Tensor], device: torch.device) -> None:
+        self.hosts, self.device = hosts, device
+        self.into, self.out = Side(device), Side(device)
+
+    def passes(self) -> Iterator[tuple[int, Tensor]]:
+        """(number, slot that has this buffer) until the next is asked for; the slot is then copied to the host.
+
+        Afterwards the compute stream is behind all copies: what it does next, or who waits for it, finds all written.
+        """
+        size = max(host.numel() for host in self.hosts)
+        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in self.hosts[:2]]
+        self._fetch(slots[0], self.hosts[0])
+        for number, host in enumerate(self.hosts):
+            slot = slots[number % 2]
+            compute_waits_for(self.into.mark())
+            if number + 1 < len(self.hosts):
+                self._fetch(slots[(number + 1) % 2], self.hosts[number + 1])
+            yield number, slot
+            with self.out.after_compute():
+                host.copy_(slot[: host.numel()], non_blocking=True)
+        compute_waits_for(self.out.mark())
+
+    def _fetch(self, slot: Tensor, host: Tensor) -> None:
+        """Starts the copy of a buffer over the one before the last, once that is out."""
+        with self.into.after_compute(self.out):
+            slot[: host.numel()].copy_(host, non_blocking=True)
+
+    def wait(self) -> None:
+        """Waits for the device: then the host may read and write the buffers."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
