@@ -54,6 +54,7 @@ def test_a_lean_run_is_a_run(
 ) -> None:
     output = run(model, tensors, tmp_path / "lean", *LEAN, "--validation_prompt", PROMPT)
     assert {(b.weights, b.keep, b.kept) for plan in plans for b in plan.blocks} == {("host", "attention", "host")}
+    assert plans[0].state == "host"
     assert losses(output) == pytest.approx(losses(reference), rel=1e-5)
     for name, tensor in weights(output).items():
         torch.testing.assert_close(tensor, weights(reference)[name], rtol=1e-2, atol=1e-4)
@@ -93,6 +94,17 @@ def test_on_a_cpu_nothing_is_planned_unless_asked(
     output = run(model, tensors, tmp_path / "run", "--gradient_checkpointing")
     assert not plans
     assert losses(output) == pytest.approx(losses(reference), rel=1e-6)
+
+
+def test_an_optimizer_that_cannot_rest_on_the_host_stays(
+    model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+) -> None:
+    """--plan lean leaves the choice; --optimizer_state_on host does not."""
+    flags = (*LEAN, "--optimizer", "came", "--max_train_steps", 1)
+    run(model, tensors, tmp_path / "run", *flags)
+    assert plans[0].state == "device"
+    with pytest.raises(UsageError, match="--optimizer_state_on host: .*came"):
+        run(model, tensors, tmp_path / "other", *flags, "--optimizer_state_on", "host")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from cogvideox.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry
+from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.plan import Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run
@@ -89,6 +90,8 @@ def axes_of(options: LoraOptions) -> Axes:
     """What the flags leave open."""
     flags, axes = options.plan, plan.PRESETS[options.plan.plan]
     given = {"weights": flags.weights_on, "keep": flags.keep, "kept": flags.kept_on, "state": flags.optimizer_state_on}
+    if list(host_state_problems(options.optimizer, deepspeed=False)):
+        axes = replace(axes, state=(plan.DEVICE,))
     axes = replace(axes, **{name: (value,) for name, value in given.items() if value != "auto"})
     if options.train.gradient_checkpointing and flags.keep == "auto":
         axes = replace(axes, keep=tuple(level for level in axes.keep if level in ("input", "attention")))

@@ -30,6 +30,7 @@ from cogvideox.optim import learning_rate
 from cogvideox.options import TrainOptions, ignores_positions, image_flags
 from cogvideox.parity import check_parity
 from cogvideox.pipeline_folder import fetch_parts
+from cogvideox.plan import HOST, ExecutionPlan
 from cogvideox.publish import publish
 from cogvideox.run import METRICS_NAME, REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
 from cogvideox.tensors import Tensors, open_tensors
@@ -77,7 +78,8 @@ class Trainer:
     ) -> None:
         self.run, self.options, self.task, self.method, self.plan = run, options, task, method, plan
         train, seed = options.train, options.data.seed
-        self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype)
+        on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
+        self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype, on_host)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
         self.weights_T = diffusion.loss_weights(self.schedule, options.signal)
         bad_fraction = options.data.max_bad_fraction
