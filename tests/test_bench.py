@@ -1,7 +1,8 @@
 """benchmarks/bench.py on a tiny model and the CPU: every arm, one process a size, what is done is not done again."""
 
 import json
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,23 @@ def test_every_row_has_a_limit_and_a_plan() -> None:
         assert set(bench_table.LIMITS[process.kind]) == set(bench_table.PLANS)
         assert process.plans[0] == "stock"
     assert set(arms.BLOCKS) == set(bench_table.PLANS) - {"stock"}
+
+
+@pytest.mark.parametrize("arm", [lambda work: arms.stock(work, 2), lambda work: arms.ours(work, "lean", 2, True)])
+def test_nothing_of_an_arm_is_left(arm: Callable[[arms.Work], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    make = arms.Work.make_transformer
+
+    def watched(self: arms.Work) -> Any:
+        transformer = make(self)
+        made.append(weakref.ref(transformer))
+        return transformer
+
+    monkeypatch.setattr(arms.Work, "make_transformer", watched)
+    work = arms.Work("5b", 16, 1, torch.device("cpu"))
+    arm(work)
+    arms.make_room(work.device)
+    assert [found() for found in made] == [None]
 
 
 def test_peaks_need_the_memory_of_the_arm_before(monkeypatch: pytest.MonkeyPatch) -> None:
