@@ -1,11 +1,12 @@
 # make demo: set up and run the main job on real clips.   make test: set up and pass the tests.
+# make bench: on a GPU, train steps of full-size models, stock and ours; goes on where it was stopped.
 # make fuzz: 500 damaged media files and 500 damaged lists; a short form is among the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test quality fuzz clean
+.PHONY: demo test quality bench fuzz clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: requirements.txt constraints.txt
@@ -24,6 +25,9 @@ quality: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/bench.py --all; status=$$?; $(BIN)/python benchmarks/bench.py --table; exit $$status
 
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz_media.py --count 500

@@ -68,17 +68,32 @@ def clip_size(kind: str) -> tuple[int, int, int]:
     return (81, 768, 1360) if kind.startswith("1.5") else (49, 480, 720)
 
 
-def make_transformer(kind: str) -> Any:
-    """A random bf16 transformer on the GPU."""
+def vae_config(kind: str) -> dict[str, Any]:
+    """The VAE's config of a kind."""
+    scaled = {"scaling_factor": 1.15258426 if kind == "2b" else 0.7, "invert_scale_latents": kind == "1.5-5b-i2v"}
+    return VAE | scaled
+
+
+def make_transformer(kind: str, device: str = "cuda") -> Any:
+    """A random bf16 transformer on the device."""
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device(device):
             return CogVideoXTransformer3DModel(**TRANSFORMERS[kind])
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def make_vae(kind: str, device: str = "cuda") -> Any:
+    """A random bf16 VAE on the device."""
+    import torch
+    from diffusers import AutoencoderKLCogVideoX
+
+    with torch.device(device):
+        return AutoencoderKLCogVideoX(**vae_config(kind)).bfloat16()
 
 
 def make_pipeline(kind: str, folder: Path) -> None:
@@ -92,13 +107,10 @@ def make_pipeline(kind: str, folder: Path) -> None:
         return
     tokenizer = make_tokenizer()
     config = T5Config(d_model=4096, num_layers=1, d_kv=64, num_heads=64, d_ff=10240, vocab_size=len(tokenizer))
-    vae_config = VAE | {"scaling_factor": 1.15258426 if kind == "2b" else 0.7}
-    vae_config |= {"invert_scale_latents": kind == "1.5-5b-i2v"}
     with torch.device("cuda"):
-        vae = diffusers.AutoencoderKLCogVideoX(**vae_config).bfloat16()
         text_encoder = T5EncoderModel(config).bfloat16()
     pipeline = diffusers.CogVideoXImageToVideoPipeline if is_image_to_video(kind) else diffusers.CogVideoXPipeline
-    parts = (tokenizer, text_encoder, vae, make_transformer(kind), make_scheduler(kind))
+    parts = (tokenizer, text_encoder, make_vae(kind), make_transformer(kind), make_scheduler(kind))
     pipeline(*parts).save_pretrained(folder)
 
 

@@ -6,6 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
+import bench
+import bench_table
 import pytest
 from running import ROOT
 
@@ -50,7 +52,7 @@ def test_command(command: str) -> None:
         )
     elif words[1].endswith("/inference.py"):
         assert len(words) == (5 if "i2v" in words[1] else 4)
-    elif words[1].startswith(("scripts/", "examples/")):
+    elif words[1].startswith(("scripts/", "examples/", "benchmarks/")):
         importlib.import_module(Path(words[1]).stem).build_parser().parse_args(words[2:])
     else:
         script = next(word for word in words if word.startswith("training/"))
@@ -83,7 +85,8 @@ def test_flags_in_the_text_exist() -> None:
     known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
     for name in LORA_SCRIPTS:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
-    # of benchmarks, of examples, of tests/odd_files.py, of every script
+    known |= set(bench.build_parser()._option_string_actions)
+    # of other benchmarks, of examples, of tests/odd_files.py, of every script
     outside = {"--work_dir", "--results", "--clips", "--steps", "--batch", "--help", "--write"}
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
     named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
@@ -99,6 +102,11 @@ def test_table_is_what_was_measured() -> None:
         cells += [f"{stock['seconds_per_step']:.2f} s", f"{stock['peak_gib']:.1f} GiB", row["device"]]
         (line,) = [line for line in README.splitlines() if line.startswith(f"| {row['kind']} ")]
         assert all(cell in line for cell in cells)
+
+
+def test_table_of_bench_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--table"]) == 0
+    assert bench_table.between(README)[1] == capsys.readouterr().out
 
 
 def test_names_that_other_trainers_give_are_listed() -> None:

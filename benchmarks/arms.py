@@ -1,0 +1,320 @@
+"""The arms of bench.py: a plain diffusers and PEFT loop, and this project's training step under a plan.
+
+Work (model, rank, batch, device) -> stock(work, steps) or ours(work, plan, steps) -> figures of that arm. Nothing is
+read from files or written: weights, latents and prompts are random, and decide neither time nor memory. The steps of
+our arm are put together from the library's own parts, as loop.Trainer does it, but for data and checkpoints.
+"""
+
+import gc
+import inspect
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any
+
+import random_models
+import torch
+from torch import Tensor
+
+from cogvideox import args, attention
+from cogvideox.blocks import KEPT, UNITS
+from cogvideox.data.buckets import Bucket
+from cogvideox.data.dataset import Batch
+from cogvideox.diffusion import NoiseSchedule, loss_weights
+from cogvideox.geometry import Geometry, geometry_of
+from cogvideox.loop import losses_of
+from cogvideox.methods import Lora
+from cogvideox.optim import MasterWeights, learning_rate
+from cogvideox.optimizers import make_optimizer
+from cogvideox.options import LoraOptions
+from cogvideox.plan import DEVICE, HOST, BlockPlan, ExecutionPlan
+from cogvideox.run import Mark
+from cogvideox.stack import Stack
+from cogvideox.tasks import TextToVideo
+from cogvideox.validation import evaluation
+
+GIB = 2**30
+DTYPE, BYTES = torch.bfloat16, 2
+LEFT = GIB // 4  # bytes that may stay on the device between arms: the workspaces of cuBLAS
+MASTER_BYTES = 16  # of a trained number: fp32 master, two moments, gradient
+WORKING_UNITS = 24  # what a block's backward pass needs beside what is kept, in the size of its input
+SPARE = 2 * GIB
+SAMPLING_STEPS, GUIDANCE = 2, 6.0
+BLOCKS = {
+    "fast": BlockPlan(DEVICE, "linear", DEVICE),
+    "balanced": BlockPlan(DEVICE, "attention", DEVICE),
+    "lean": BlockPlan(HOST, "attention", HOST),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both arms do: text-to-video LoRA steps of one size on one device."""
+
+    kind: str
+    rank: int
+    batch: int
+    device: torch.device
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The transformer's."""
+        return random_models.TRANSFORMERS[self.kind]
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The pipeline's."""
+        from tiny_cogvideox import make_scheduler
+
+        return make_scheduler(self.kind)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Of the published model."""
+        return geometry_of(self.config, random_models.vae_config(self.kind), dict(self.scheduler.config))
+
+    @cached_property
+    def bucket(self) -> Bucket:
+        """The size of the clips."""
+        return Bucket(*random_models.clip_size(self.kind))
+
+    @cached_property
+    def options(self) -> LoraOptions:
+        """As the command line of the training script gives them."""
+        flags = ["--pretrained_model_name_or_path", self.kind, "--data_root", self.kind, "--load_tensors"]
+        flags += ["--rank", str(self.rank), "--lora_alpha", str(self.rank), "--mixed_precision", "bf16"]
+        flags += ["--optimizer", "adamw", "--learning_rate", "1e-4", "--train_batch_size", str(self.batch)]
+        return args.parse(LoraOptions, argv=flags)
+
+    @property
+    def width(self) -> int:
+        """Channels of the transformer."""
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sample, text and video."""
+        frames, _, height, width = self.geometry.latent_shape(self.bucket)
+        patch, patch_t = self.geometry.patch_size, self.geometry.patch_size_t or 1
+        return self.geometry.max_text_seq_length + frames // patch_t * (height // patch) * (width // patch)
+
+    def random(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        """Normal numbers on the device, a batch of them."""
+        return torch.randn(self.batch, *shape, device=self.device, dtype=dtype)
+
+    def random_prompt(self) -> Tensor:
+        """(B, L, D)."""
+        return self.random(self.geometry.max_text_seq_length, self.geometry.text_embed_dim)
+
+    def random_timestep(self) -> Tensor:
+        """(B,)."""
+        return torch.randint(0, len(self.scheduler.alphas_cumprod), (self.batch,), device=self.device)
+
+    def random_batch(self) -> Batch:
+        """What the loader gives, on the device."""
+        x0, noise = (self.random(*self.geometry.latent_shape(self.bucket), dtype=torch.float32) for _ in range(2))
+        ids = tuple(map(str, range(self.batch)))
+        return Batch(x0, noise, self.random_timestep(), self.random_prompt(), ids)
+
+    def make_transformer(self) -> Any:
+        """Frozen, on the device."""
+        return random_models.make_transformer(self.kind, str(self.device)).requires_grad_(False)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def peak_gib(device: torch.device) -> dict[str, float | None]:
+    """Peaks since the last call, which are forgotten with this one; none without a GPU."""
+    if device.type != "cuda":
+        return {"allocated": None, "reserved": None}
+    peaks = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
+    torch.cuda.reset_peak_memory_stats(device)
+    return {name: round(value / GIB, 3) for name, value in peaks.items()}
+
+
+def make_room(device: torch.device) -> None:
+    """Frees what an earlier arm left.
+
+    Raises:
+        RuntimeError: something is still there, which the next arm's peak would contain.
+    """
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        left = torch.cuda.memory_allocated(device)
+        if left > LEFT:
+            raise RuntimeError(f"{left / GIB:.2f} GiB of the arm before are still on the device")
+        peak_gib(device)
+
+
+class Meter:
+    """Seconds and peaks of an arm's steps. As in training, the host is never more than a step ahead of the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.losses: list[Tensor] = []
+        self.peaks: list[dict[str, float | None]] = []
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what making the model has left
+        peak_gib(device)
+        self.marks = [Mark(device)]
+
+    def step_ended(self, loss: Tensor) -> None:
+        """Takes note of a step that the device has been given."""
+        self.marks.append(Mark(self.device))
+        self.losses.append(loss.detach())
+        self.peaks.append(peak_gib(self.device))
+        self.marks[-2].reached()
+
+    def figures(self) -> dict[str, Any]:
+        """Of at least two steps. Peaks are of all steps, the first one with its compiling included."""
+        self.marks[-1].reached()
+        seconds = [end.seconds_since(start) for start, end in pairwise(self.marks)]
+        peaks = {name: [peak[name] for peak in self.peaks] for name in self.peaks[0]}
+        return {
+            "seconds_per_step": round(statistics.median(seconds[2:] or seconds[1:]), 4),
+            "first_step_seconds": round(seconds[0], 2),
+            "peak_gib": {name: None if None in values else max(values) for name, values in peaks.items()},
+            "first_step_peak_gib": self.peaks[0],
+            "seconds": [round(value, 4) for value in seconds],
+            "losses": [float(loss) for loss in self.losses],
+        }
+
+
+# -- the stock arm -----------------------------------------------------------------------------------------------------
+
+
+def stock(work: Work, steps: int) -> dict[str, Any]:
+    """As published trainers do it: diffusers, PEFT, accelerate's autocast, full checkpointing, AdamW, clipping."""
+    from accelerate import Accelerator
+    from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+    from peft import LoraConfig
+
+    device = work.device
+    accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
+    transformer = work.make_transformer()
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    transformer.add_adapter(LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules=targets))
+    transformer.enable_gradient_checkpointing()
+    scheduler = CogVideoXDPMScheduler.from_config(work.scheduler.config)
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+    pipe = CogVideoXPipeline(**parts, transformer=transformer, scheduler=scheduler)
+    frames, *rest = work.geometry.latent_shape(work.bucket)
+    rotary = None
+    if transformer.config.use_rotary_positional_embeddings:
+        rotary = pipe._prepare_rotary_positional_embeddings(work.bucket.height, work.bucket.width, frames, device)
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4)
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+    clean, prompt = work.random(frames, *rest), work.random_prompt()
+    meter = Meter(device)
+    for _ in range(steps):
+        noise, timestep = torch.randn_like(clean), work.random_timestep()
+        noisy = scheduler.add_noise(clean, noise, timestep)
+        output = model(noisy, prompt, timestep, image_rotary_emb=rotary, return_dict=False)[0]
+        predicted = scheduler.get_velocity(output, noisy, timestep)
+        weight = 1 / (1 - scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1, 1))
+        loss = (weight * (predicted - clean) ** 2).mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        meter.step_ended(loss)
+    accelerator.free_memory()
+    return meter.figures()
+
+
+# -- our arm -----------------------------------------------------------------------------------------------------------
+
+
+def blocks_that_fit(work: Work, count: int, num_trained: int) -> int:
+    """How many of the blocks can keep the outputs of their linear layers, if all others keep those of attention."""
+    if work.device.type != "cuda":
+        return count
+    unit = work.batch * work.tokens * work.width * BYTES
+    more, least = (sum(UNITS[name] for name in KEPT[level]) for level in ("linear", "attention"))
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(work.device)[0] - SPARE - MASTER_BYTES * num_trained
+    units = free // unit - WORKING_UNITS - least * count
+    return max(0, min(count, units // (more - least)))
+
+
+def run_under_plan(transformer: Any, name: str, work: Work, num_trained: int) -> dict[str, Any]:
+    """Lets a transformer with its LoRA run as a plan of this name says; returns the plan in words."""
+    count = len(transformer.transformer_blocks)
+    blocks = [BLOCKS[name]] * count
+    if name == "fast":
+        fit = blocks_that_fit(work, count, num_trained)
+        blocks[fit:] = [BLOCKS["balanced"]] * (count - fit)
+    backend, why = attention.choose_backend(work.device, DTYPE)
+    compiled = work.device.type == "cuda"
+    Stack(transformer, ExecutionPlan(tuple(blocks), compiled, backend), work.device).install()
+    shown = Counter(f"weights {b.weights}, {b.keep} kept on {b.kept}" for b in blocks)
+    return {"blocks": dict(shown), "compiled": compiled, "attention": f"{backend}: {why}"}
+
+
+def master_weights(method: Lora, options: LoraOptions, on_host: bool) -> MasterWeights:
+    """The optimizer's state, as engine.make_engine makes it."""
+    known = inspect.signature(MasterWeights).parameters
+    where = {"state_on_host": on_host} if "state_on_host" in known else {}
+    make = partial(make_optimizer, options.optimizer)
+    return MasterWeights(method.parameters(), make, options.train.max_grad_norm, dynamic_scale=False, **where)
+
+
+def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
+    """Training steps under a plan; then what validation needs beside them, if asked for."""
+    options, device = work.options, work.device
+    transformer = work.make_transformer()
+    method = Lora(transformer, options)
+    execution = run_under_plan(transformer, name, work, sum(p.numel() for p in method.parameters().values()))
+    task = TextToVideo(options, work.geometry, device, DTYPE)
+    schedule = NoiseSchedule.from_config(work.geometry.schedule).to(device)
+    weights_T = loss_weights(schedule, options.signal)
+    masters = master_weights(method, options, on_host=name == "lean")
+    meter = Meter(device)
+    for step in range(steps):
+        batch = work.random_batch()
+        method.draw_for(step, 0)
+        losses_B = losses_of(task, schedule, transformer, batch) * weights_T[batch.timestep_B]
+        masters.backward(losses_B.mean())
+        result = masters.step(learning_rate(options.optimizer, step, steps, work.batch))
+        meter.step_ended(result.values[0])
+    figures = meter.figures() | {"execution": execution}
+    return figures | {"validation": sample(work, transformer)} if validates else figures
+
+
+def sample(work: Work, transformer: Any) -> dict[str, Any]:
+    """Peaks of sampling by the stock pipeline, and of decoding in tiles, with all of training still there."""
+    from diffusers import CogVideoXPipeline
+
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+    pipe = CogVideoXPipeline(**parts, transformer=transformer, scheduler=work.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"num_frames": work.bucket.frames, "height": work.bucket.height, "width": work.bucket.width}
+    size |= {"max_sequence_length": work.geometry.max_text_seq_length}
+    prompts = {name: work.random_prompt()[:1] for name in ("prompt_embeds", "negative_prompt_embeds")}
+    many = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
+    peak_gib(work.device)
+    start = Mark(work.device)
+    with evaluation(transformer):
+        latents_BFCHW = pipe(**prompts, **size, **many).frames
+    end = Mark(work.device)
+    end.reached()
+    sampling = peak_gib(work.device)
+    vae = random_models.make_vae(work.kind, str(work.device))
+    vae.enable_tiling()
+    padding = work.geometry.padding_frames(work.geometry.latent_frames(work.bucket.frames))
+    with torch.no_grad():
+        vae.decode(latents_BFCHW[:, padding:].transpose(1, 2) / work.geometry.scaling_factor)
+    return {
+        "sampling_steps": SAMPLING_STEPS,
+        "sampling_seconds": round(end.seconds_since(start), 2),
+        "sampling_peak_gib": sampling,
+        "decoding_peak_gib": peak_gib(work.device),
+    }

@@ -1,0 +1,181 @@
+"""Trains full-size CogVideoX configs with random weights on a GPU, stock and ours: seconds a step, memory, utilisation.
+
+    python benchmarks/bench.py --all                     # every row whose result is not there yet
+    python benchmarks/bench.py --rows 5b-r128-fast       # some of them
+    python benchmarks/bench.py --table                   # the README's table; --table README.md puts it there
+
+A row is a model, a rank, a batch size and a plan. Rows that differ in their plan alone share a process: the stock arm
+first, then each of them, so that every ratio is of one run (arms.py). A row's result is a JSON file; what is there is
+not run again, and a row that fails keeps no other from running.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import Work, make_room, ours, stock
+from bench_table import PREFIX, put_into, read_rows, speed_figures, table, useful_flops
+from random_models import ROOT
+from record import device_and_versions
+
+from cogvideox.files import write_atomically
+
+NO_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Process:
+    """Rows that differ in their plan alone, and how many steps each arm makes."""
+
+    kind: str
+    rank: int
+    batch: int
+    plans: tuple[str, ...]
+    steps: int = 8
+    stock_steps: int = 6
+    validates: bool = False  # the lean plan samples and decodes too
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """Plans by the names of the rows."""
+        batch = f"-b{self.batch}" if self.batch > 1 else ""
+        return {f"{self.kind}-r{self.rank}{batch}-{plan}": plan for plan in self.plans}
+
+
+PROCESSES = (
+    Process("2b", 128, 1, ("stock", "fast", "balanced", "lean"), validates=True),
+    Process("5b", 128, 1, ("stock", "fast", "balanced", "lean"), validates=True),
+    Process("5b", 16, 1, ("stock", "lean")),
+    Process("5b", 256, 1, ("stock", "lean")),
+    Process("5b", 64, 4, ("stock", "lean"), steps=4, stock_steps=3),
+    Process("1.5-5b", 128, 1, ("stock", "fast", "lean"), steps=4, stock_steps=2),
+)
+# lean comes last in each: the host memory that it pins stays pinned until the process ends
+ROWS = {row: process for process in PROCESSES for row in process.rows}
+
+
+def path_of(results: Path, row: str) -> Path:
+    """Where a row's result lies."""
+    return results / f"{PREFIX}{row}.json"
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+def stock_arm(work: Work, steps: int) -> dict[str, Any]:
+    """The stock arm's figures, or that it does not fit, which is a result too."""
+    make_room(work.device)
+    try:
+        return stock(work, steps)
+    except torch.OutOfMemoryError:
+        return {"failed": NO_MEMORY}
+
+
+def our_arm(work: Work, plan: str, process: Process) -> dict[str, Any]:
+    """Our figures, or how it failed."""
+    make_room(work.device)
+    try:
+        return ours(work, plan, process.steps, process.validates and plan == "lean")
+    except Exception as error:  # of one row; the next ones shall run
+        traceback.print_exc()
+        return {"failed": NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error) or repr(error)}
+
+
+def result_of(row: str, work: Work, arm: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
+    """All of a row: what was done and with what, its arm's figures, and the stock arm's beside them."""
+    plan = ROWS[row].rows[row]
+    result = {"row": row, "kind": work.kind, "rank": work.rank, "batch": work.batch, "plan": plan}
+    result |= {"clip": str(work.bucket), "tokens": work.tokens, "precision": "bf16"}
+    result |= device_and_versions() | {"command": f"python benchmarks/bench.py --row {row}"}
+    result["useful_flops"] = useful_flops(work.tokens, work.width, work.config["num_layers"], work.batch)
+    result |= arm
+    if "failed" not in arm:
+        result |= speed_figures(result) | {"ratio": None}
+    if plan != "stock":
+        result["stock"] = beside
+        if "failed" not in beside:
+            result["ratio"] = round(beside["seconds_per_step"] / arm["seconds_per_step"], 4)
+    return result
+
+
+def run_rows(rows: Sequence[str], results: Path, device: torch.device) -> int:
+    """The stock arm, then rows of one process; returns how many failed."""
+    process = ROWS[rows[0]]
+    work = Work(process.kind, process.rank, process.batch, device)
+    beside = stock_arm(work, process.stock_steps)
+    failed = 0
+    for row, plan in process.rows.items():
+        if row not in rows:
+            continue
+        arm = beside if plan == "stock" else our_arm(work, plan, process)
+        print(json.dumps({"row": row, **arm}), flush=True)
+        if plan != "stock" and "failed" in arm:
+            failed += 1
+            continue
+        result = result_of(row, work, arm, beside)
+        results.mkdir(parents=True, exist_ok=True)
+        write_atomically(path_of(results, row), (json.dumps(result, indent=1) + "\n").encode())
+    return failed
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def spawn(arguments: Sequence[str]) -> None:
+    """This script in a process of its own; what it has not written has failed."""
+    subprocess.run([sys.executable, __file__, *arguments], check=False)
+
+
+def drive(rows: Sequence[str], results: Path, device: torch.device) -> int:
+    """Runs the rows that are not there yet, a process after the other; returns how many failed."""
+    failed: list[str] = []
+    for process in PROCESSES:
+        todo = [row for row in process.rows if row in rows and not path_of(results, row).is_file()]
+        if todo:
+            spawn(["--row", *todo, "--results", str(results), "--device", str(device)])
+        failed += [row for row in todo if not path_of(results, row).is_file()]
+    print(json.dumps({"failed": failed}), flush=True)
+    return len(failed)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="every row")
+    which.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"some of {', '.join(ROWS)}")
+    which.add_argument("--row", nargs="+", choices=ROWS, metavar="ROW", help="in this process, if there or not")
+    which.add_argument("--table", nargs="?", const="", metavar="FILE", help="print the table, or put it into a file")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = build_parser()
+    flags = parser.parse_args(argv)
+    if flags.table is not None:
+        rows = read_rows(flags.results)
+        if flags.table:
+            put_into(Path(flags.table), rows)
+        else:
+            print(table(rows), end="")
+        return 0
+    device = torch.device(flags.device)
+    if flags.row:
+        if len({ROWS[row] for row in flags.row}) > 1:
+            parser.error("--row: these rows do not share a process; give --rows")
+        return min(1, run_rows(flags.row, flags.results, device))
+    return min(1, drive(flags.rows or list(ROWS), flags.results, device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

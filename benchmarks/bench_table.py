@@ -1,0 +1,149 @@
+"""What a measured step is held against: FLOPs, limits and published figures; and the table of the README.
+
+A row is what bench.py writes; rows -> table(rows), as it stands in README.md between BEGIN and END.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PREFIX = "bench_"
+BEGIN, END = "<!-- bench.py --table: begin -->\n", "<!-- bench.py --table: end -->\n"
+PLANS = ("stock", "fast", "balanced", "lean")
+MODELS = ("2b", "5b", "1.5-5b")
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # a second, dense bf16, by a part of the device's name
+LIMITS = {"2b": dict.fromkeys(PLANS, 0.68), "1.5-5b": dict.fromkeys(PLANS, 8.75)}
+LIMITS["5b"] = dict.fromkeys(PLANS, 1.84) | {"fast": 1.66}
+"""Seconds a sample, on an H100: matmuls and attention at the rates measured there, all else fused to its fewest bytes.
+At rank 128; the LoRA's own matmuls are 3 % of a step there, less at lower ranks."""
+GUIDE = {
+    ("2b", 16, 1): (12.945, 21.121),
+    ("2b", 64, 1): (13.035, 21.564),
+    ("2b", 256, 1): (13.095, 22.344),
+    ("5b", 16, 1): (19.742, 28.746),
+    ("5b", 64, 1): (20.818, 30.338),
+    ("5b", 256, 1): (22.119, 31.939),
+    ("2b", 16, 4): (21.803, 21.814),
+    ("2b", 64, 4): (22.254, 22.254),
+    ("2b", 256, 4): (22.020, 22.033),
+    ("5b", 16, 4): (46.492, 46.492),
+    ("5b", 64, 4): (47.805, 47.805),
+    ("5b", 256, 4): (47.268, 47.332),
+}
+"""(kind, rank, batch) -> GiB of training without validation and with it, of the CogVideoX factory's guide: AdamW, with
+gradient checkpointing; its columns memory_before_validation and memory_after_validation."""
+HEAD = (
+    "model, clip",
+    "rank, batch",
+    "plan",
+    "a step",
+    "stock / ours",
+    "peak (reserved)",
+    "in validation",
+    "MFU",
+    "of the limit",
+    "factory's guide (in validation)",
+)
+UNKNOWN = ""
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def useful_flops(tokens: int, width: int, layers: int, batch: int) -> float:
+    """FLOPs of a LoRA step's matmuls and attention that no way of doing it can leave out.
+
+    A block's linear layers take 24 N D^2, attention 4 N^2 D; backward the same again for the linear layers' inputs, and
+    twice for attention. The LoRA's own matmuls are not counted, nor what is computed again.
+    """
+    linear, attention = 24 * tokens * width**2, 4 * tokens**2 * width
+    return float(batch * layers * (2 * linear + 3 * attention))
+
+
+def speed_figures(row: dict[str, Any]) -> dict[str, float | None]:
+    """Model FLOPs utilisation, and the share of the limit that is reached; none on devices without known figures."""
+    flops = next((flops for name, flops in PEAK_FLOPS.items() if name in row["device"]), None)
+    if flops is None:
+        return {"mfu": None, "limit_ratio": None}
+    seconds, limit = row["seconds_per_step"], LIMITS[row["kind"]][row["plan"]] * row["batch"]
+    return {"mfu": round(row["useful_flops"] / (seconds * flops), 4), "limit_ratio": round(limit / seconds, 4)}
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def read_rows(results: Path) -> list[dict[str, Any]]:
+    """All rows that were measured, in the order of the table."""
+    rows = [json.loads(path.read_text()) for path in results.glob(f"{PREFIX}*.json")]
+    return sorted(rows, key=lambda r: (MODELS.index(r["kind"]), r["batch"], r["rank"], PLANS.index(r["plan"])))
+
+
+def number(form: str, value: float | None) -> str:
+    """A number, or nothing."""
+    return UNKNOWN if value is None else form.format(value)
+
+
+def peak(peaks: dict[str, float | None]) -> str:
+    """Peak allocated, with the peak reserved behind it."""
+    return number("{:.1f}", peaks["allocated"]) + number(" ({:.1f})", peaks["reserved"])
+
+
+def validation_peak(row: dict[str, Any]) -> str:
+    """The higher peak of sampling and decoding."""
+    if "validation" not in row:
+        return UNKNOWN
+    both = [row["validation"][name] for name in ("sampling_peak_gib", "decoding_peak_gib")]
+    return peak(max(both, key=lambda peaks: peaks["allocated"] or 0.0))
+
+
+def cells(row: dict[str, Any]) -> Iterator[str]:
+    """One row's, in the order of HEAD."""
+    yield f"{row['kind']}, {row['clip']}"
+    yield f"{row['rank']}, {row['batch']}"
+    yield row["plan"]
+    if "failed" in row:
+        yield from (row["failed"], *[UNKNOWN] * 5)
+    else:
+        yield f"{row['seconds_per_step']:.2f} s"
+        yield number("{:.2f}x", row["ratio"])
+        yield peak(row["peak_gib"])
+        yield validation_peak(row)
+        yield number("{:.0%}", row["mfu"])
+        yield number("{:.0%}", row["limit_ratio"])
+    guide = GUIDE.get((row["kind"], row["rank"], row["batch"]))
+    yield UNKNOWN if guide is None else "{:.1f} ({:.1f})".format(*guide)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; empty without rows."""
+    if not rows:
+        return ""
+    lines = [HEAD, ["---"] * len(HEAD), *map(cells, rows)]
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    groups: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        groups[f"{row['device']}, torch {row['versions']['torch']}"].append(row["row"])
+    shown = [name if len(groups) == 1 else f"{name}: {', '.join(names)}" for name, names in groups.items()]
+    return f"{text}\nMemory in GiB. Measured on {'; '.join(shown)}.\n"
+
+
+def between(text: str) -> tuple[str, str, str]:
+    """A text before its table, the table, and after it.
+
+    Raises:
+        ValueError: it has no place for one.
+    """
+    for mark in (BEGIN, END):
+        if mark not in text:
+            raise ValueError(f"has no line {mark.strip()}")
+    before, _, rest = text.partition(BEGIN)
+    inside, _, after = rest.partition(END)
+    return before + BEGIN, inside, END + after
+
+
+def put_into(readme: Path, rows: list[dict[str, Any]]) -> None:
+    """Replaces the table of a file."""
+    before, _, after = between(readme.read_text())
+    readme.write_text(before + table(rows) + after)

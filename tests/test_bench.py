@@ -1,0 +1,237 @@
+"""benchmarks/bench.py on a tiny model and the CPU: every arm, one process a size, what is done is not done again."""
+
+import json
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import arms
+import bench
+import bench_table
+import pytest
+import random_models
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "time_embed_dim": 16}
+TINY |= {"text_embed_dim": 8, "max_text_seq_length": 6, "sample_height": 8, "sample_width": 12, "sample_frames": 9}
+TINY_VAE = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
+TINY_VAE |= {"sample_height": 64, "sample_width": 96}
+CPU = ["--device", "cpu", "--results"]
+FIGURES = ("seconds_per_step", "first_step_seconds", "losses", "seconds", "peak_gib", "ratio", "mfu", "limit_ratio")
+ALL = ["5b-r128-stock", "5b-r128-fast", "5b-r128-balanced", "5b-r128-lean"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The 5b shrunk, and processes run in this one."""
+    monkeypatch.setitem(random_models.TRANSFORMERS, "5b", random_models.TRANSFORMERS["5b"] | TINY)
+    monkeypatch.setattr(random_models, "VAE", random_models.VAE | TINY_VAE)
+    monkeypatch.setattr(random_models, "clip_size", lambda kind: (9, 64, 96))
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The rows of each process that was started, in this process."""
+    calls: list[list[str]] = []
+
+    def spawn(arguments: Sequence[str]) -> None:
+        calls.append(list(arguments[1 : arguments.index("--results")]))
+        bench.main(arguments)
+
+    monkeypatch.setattr(bench, "spawn", spawn)
+    return calls
+
+
+def results_in(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["row"]: row for row in bench_table.read_rows(folder)}
+
+
+def test_rows_from_end_to_end(tmp_path: Path, spawned: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--rows", *ALL, *CPU, str(tmp_path)]) == 0
+    assert spawned == [ALL]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["row"] for line in lines[:-1]] == ALL
+    assert lines[-1] == {"failed": []}
+    results = results_in(tmp_path)
+    assert list(results) == ALL
+    stock = results["5b-r128-stock"]
+    for row in results.values():
+        assert set(FIGURES) <= set(row)
+        assert len(row["losses"]) == len(row["seconds"])
+        assert all(0 < loss < 1e5 for loss in row["losses"])  # stock's has the weight 1 / (1 - abar)
+    for name in ALL[1:]:
+        row = results[name]
+        assert row["ratio"] == pytest.approx(stock["seconds_per_step"] / row["seconds_per_step"], rel=1e-3)
+        assert row["stock"] == {key: stock[key] for key in row["stock"]}
+    assert results["5b-r128-lean"]["plan"] == "lean"
+    assert results["5b-r128-lean"]["execution"]["blocks"] == {"weights host, attention kept on host": 2}
+    assert results["5b-r128-fast"]["execution"]["blocks"] == {"weights device, linear kept on device": 2}
+    assert results["5b-r128-lean"]["validation"]["sampling_seconds"] > 0
+    assert "validation" not in results["5b-r128-fast"]
+
+
+def test_what_is_there_is_not_run_again(tmp_path: Path, spawned: list[list[str]]) -> None:
+    rows = ["5b-r16-stock", "5b-r16-lean"]
+    assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 0
+    stock = bench.path_of(tmp_path, "5b-r16-stock").read_bytes()
+    bench.path_of(tmp_path, "5b-r16-lean").unlink()
+    assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 0
+    assert spawned == [rows, rows[1:]]
+    assert bench.path_of(tmp_path, "5b-r16-stock").read_bytes() == stock
+    lean = results_in(tmp_path)["5b-r16-lean"]
+    own = lean["stock"]["seconds_per_step"]  # of the second process, not of the file
+    assert lean["ratio"] == pytest.approx(own / lean["seconds_per_step"], rel=1e-3)
+    assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 0
+    assert len(spawned) == 2
+
+
+def test_a_row_that_fails_keeps_no_other_from_running(
+    tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = arms.run_under_plan
+
+    def failing(transformer: Any, name: str, *more: Any) -> dict[str, Any]:
+        if name == "fast":
+            raise RuntimeError("no such kernel")
+        return run(transformer, name, *more)
+
+    monkeypatch.setattr(arms, "run_under_plan", failing)
+    rows = ["5b-r128-fast", "5b-r128-balanced", "5b-r16-lean"]
+    assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 1
+    assert spawned == [rows[:2], rows[2:]]
+    assert set(results_in(tmp_path)) == set(rows[1:])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"failed": ["5b-r128-fast"]}
+
+
+def test_a_stock_arm_that_does_not_fit_is_a_result(
+    tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "stock", full)
+    assert bench.main(["--rows", "5b-r16-stock", "5b-r16-lean", *CPU, str(tmp_path)]) == 0
+    results = results_in(tmp_path)
+    assert results["5b-r16-stock"]["failed"] == bench.NO_MEMORY
+    assert results["5b-r16-lean"]["ratio"] is None
+    assert "| stock | out of memory |" in bench_table.table(list(results.values()))
+
+
+def test_our_arm_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of a batch that stays the same falls."""
+    work = arms.Work("5b", 16, 2, torch.device("cpu"))
+    batch = work.random_batch()
+    monkeypatch.setattr(arms.Work, "random_batch", lambda self: batch)
+    monkeypatch.setattr(arms, "learning_rate", lambda *_: 1e-2)
+    losses = arms.ours(work, "lean", 12, validates=False)["losses"]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_both_arms_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same model, latents, noise and timestep give the same first loss, but for rounding."""
+    work = arms.Work("5b", 16, 1, torch.device("cpu"))
+    make, normal = arms.Work.make_transformer, torch.randn
+
+    def seeded(self: arms.Work) -> Any:
+        torch.manual_seed(0)
+        return make(self)
+
+    def random(self: arms.Work, *shape: int, dtype: torch.dtype = arms.DTYPE) -> torch.Tensor:
+        return normal(1, *shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
+
+    monkeypatch.setattr(arms.Work, "make_transformer", seeded)
+    monkeypatch.setattr(arms.Work, "random", random)
+    monkeypatch.setattr(arms.Work, "random_timestep", lambda self: torch.tensor([700]))
+    monkeypatch.setattr(torch, "randn_like", torch.clone)  # of the latents, for the noise: as random() gives it
+    first = [arms.stock(work, 2)["losses"][0], arms.ours(work, "fast", 2, validates=False)["losses"][0]]
+    assert first[0] == pytest.approx(first[1], rel=0.02)
+
+
+def test_tokens_and_flops_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found = {}
+    for kind, batch in (("2b", 1), ("5b", 1), ("5b", 4), ("1.5-5b", 1)):
+        work = arms.Work(kind, 128, batch, torch.device("cpu"))
+        flops = bench_table.useful_flops(work.tokens, work.width, work.config["num_layers"], batch)
+        found[kind, batch] = (work.tokens, round(flops / 1e12))
+    assert found == {("2b", 1): (17776, 313), ("5b", 1): (17776, 827), ("5b", 4): (17776, 3310)} | {
+        ("1.5-5b", 1): (45104, 4008)
+    }
+
+
+def row_of(**changes: Any) -> dict[str, Any]:
+    """A row as it would be measured."""
+    row = {"row": "5b-r256-lean", "kind": "5b", "rank": 256, "batch": 1, "plan": "lean", "clip": "49x480x720"}
+    row |= {"device": "NVIDIA H100 80GB HBM3", "versions": {"torch": "2.11.0"}, "useful_flops": 989e12}
+    row |= {"seconds_per_step": 2.0, "ratio": 1.96, "peak_gib": {"allocated": 4.21, "reserved": 5.0}}
+    row |= changes
+    return row | bench_table.speed_figures(row)
+
+
+def test_table() -> None:
+    peaks = {"sampling_peak_gib": {"allocated": 3.0, "reserved": 9.0}}
+    peaks["decoding_peak_gib"] = {"allocated": 5.5, "reserved": 6.0}
+    rows = [row_of(validation=peaks), row_of(row="other", batch=4, device="NVIDIA H200")]
+    lines = bench_table.table(rows).splitlines()
+    assert lines[2] == (
+        "| 5b, 49x480x720 | 256, 1 | lean | 2.00 s | 1.96x | 4.2 (5.0) | 5.5 (6.0) | 50% | 92% | 22.1 (31.9) |"
+    )
+    assert "| 368% | 47.3 (47.3) |" in lines[3]  # the limit is of a sample
+    assert {line.count("|") for line in lines[:4]} == {len(bench_table.HEAD) + 1}
+    assert "NVIDIA H100 80GB HBM3, torch 2.11.0: 5b-r256-lean; NVIDIA H200, torch 2.11.0: other" in lines[-1]
+    assert bench_table.table([]) == ""
+
+
+def test_a_device_without_known_figures_has_no_utilisation() -> None:
+    row = row_of(device="Some CPU")
+    assert (row["mfu"], row["limit_ratio"]) == (None, None)
+    assert "| 4.2 (5.0) |  |  |  |" in bench_table.table([row])
+
+
+def test_table_is_put_into_a_file_between_its_marks(tmp_path: Path) -> None:
+    text = "before\n" + bench_table.BEGIN + "old\n" + bench_table.END + "after\n"
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    (tmp_path / "bench_x.json").write_text(json.dumps(row_of()))
+    assert bench.main(["--table", str(readme), "--results", str(tmp_path)]) == 0
+    assert readme.read_text() == text.replace("old\n", bench_table.table([row_of()]))
+    readme.write_text("no marks\n")
+    with pytest.raises(ValueError, match="has no line"):
+        bench.main(["--table", str(readme), "--results", str(tmp_path)])
+
+
+def test_every_row_has_a_limit_and_a_plan() -> None:
+    for process in bench.PROCESSES:
+        assert set(process.plans) <= set(bench_table.PLANS)
+        assert set(bench_table.LIMITS[process.kind]) == set(bench_table.PLANS)
+        assert process.plans[0] == "stock"
+    assert set(arms.BLOCKS) == set(bench_table.PLANS) - {"stock"}
+
+
+@pytest.mark.parametrize("arm", [lambda work: arms.stock(work, 2), lambda work: arms.ours(work, "lean", 2, True)])
+def test_nothing_of_an_arm_is_left(arm: Callable[[arms.Work], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    make = arms.Work.make_transformer
+
+    def watched(self: arms.Work) -> Any:
+        transformer = make(self)
+        made.append(weakref.ref(transformer))
+        return transformer
+
+    monkeypatch.setattr(arms.Work, "make_transformer", watched)
+    work = arms.Work("5b", 16, 1, torch.device("cpu"))
+    arm(work)
+    arms.make_room(work.device)
+    assert [found() for found in made] == [None]
+
+
+def test_peaks_need_the_memory_of_the_arm_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * arms.GIB)
+    with pytest.raises(RuntimeError, match=r"3\.00 GiB of the arm before"):
+        arms.make_room(torch.device("cuda"))
