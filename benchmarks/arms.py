@@ -6,9 +6,7 @@ our arm are put together from the library's own parts, as loop.Trainer does it, 
 """
 
 import gc
-import inspect
 import statistics
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -18,8 +16,7 @@ import random_models
 import torch
 from torch import Tensor
 
-from cogvideox import args, attention
-from cogvideox.blocks import KEPT, UNITS
+from cogvideox import args, attention, execution, plan
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.dataset import Batch
 from cogvideox.diffusion import NoiseSchedule, loss_weights
@@ -29,24 +26,15 @@ from cogvideox.methods import Lora
 from cogvideox.optim import MasterWeights, learning_rate
 from cogvideox.optimizers import make_optimizer
 from cogvideox.options import LoraOptions
-from cogvideox.plan import DEVICE, HOST, BlockPlan, ExecutionPlan
+from cogvideox.plan import ExecutionPlan
 from cogvideox.run import Mark
-from cogvideox.stack import Stack
 from cogvideox.tasks import TextToVideo
 from cogvideox.validation import evaluation
 
 GIB = 2**30
-DTYPE, BYTES = torch.bfloat16, 2
+DTYPE = torch.bfloat16
 LEFT = GIB // 4  # bytes that may stay on the device between arms: the workspaces of cuBLAS
-MASTER_BYTES = 16  # of a trained number: fp32 master, two moments, gradient
-WORKING_UNITS = 24  # what a block's backward pass needs beside what is kept, in the size of its input
-SPARE = 2 * GIB
 SAMPLING_STEPS, GUIDANCE = 2, 6.0
-BLOCKS = {
-    "fast": BlockPlan(DEVICE, "linear", DEVICE),
-    "balanced": BlockPlan(DEVICE, "attention", DEVICE),
-    "lean": BlockPlan(HOST, "attention", HOST),
-}
 
 
 @dataclass(frozen=True)
@@ -233,38 +221,26 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
 # -- our arm -----------------------------------------------------------------------------------------------------------
 
 
-def blocks_that_fit(work: Work, count: int, num_trained: int) -> int:
-    """How many of the blocks can keep the outputs of their linear layers, if all others keep those of attention."""
-    if work.device.type != "cuda":
-        return count
-    unit = work.batch * work.tokens * work.width * BYTES
-    more, least = (sum(UNITS[name] for name in KEPT[level]) for level in ("linear", "attention"))
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(work.device)[0] - SPARE - MASTER_BYTES * num_trained
-    units = free // unit - WORKING_UNITS - least * count
-    return max(0, min(count, units // (more - least)))
-
-
-def run_under_plan(transformer: Any, name: str, work: Work, num_trained: int) -> dict[str, Any]:
-    """Lets a transformer with its LoRA run as a plan of this name says; returns the plan in words."""
-    count = len(transformer.transformer_blocks)
-    blocks = [BLOCKS[name]] * count
-    if name == "fast":
-        fit = blocks_that_fit(work, count, num_trained)
-        blocks[fit:] = [BLOCKS["balanced"]] * (count - fit)
+def run_under_plan(transformer: Any, name: str, work: Work) -> tuple[ExecutionPlan, dict[str, Any]]:
+    """Lets a transformer with its LoRA run as the plan of this name; returns it, and what is recorded of it."""
+    transformer.to("cpu")  # where training starts from
+    if work.device.type == "cuda":
+        torch.cuda.empty_cache()
     backend, why = attention.choose_backend(work.device, DTYPE)
+    sizes = execution.sizes_of(transformer, work.geometry, [work.bucket], work.batch, DTYPE)
+    machine = execution.measure(work.device, DTYPE, backend, sizes, budget=None)
     compiled = work.device.type == "cuda"
-    Stack(transformer, ExecutionPlan(tuple(blocks), compiled, backend), work.device).install()
-    shown = Counter(f"weights {b.weights}, {b.keep} kept on {b.kept}" for b in blocks)
-    return {"blocks": dict(shown), "compiled": compiled, "attention": f"{backend}: {why}"}
+    chosen = plan.choose(plan.PRESETS[name], sizes, machine, compiled, backend)
+    execution.place(transformer, chosen, work.device)
+    predicted = {"peak_gib": round(chosen.peak / GIB, 3), "seconds_per_step": round(chosen.seconds, 3)}
+    return chosen, {"execution": str(chosen), "attention": f"{backend}: {why}", "predicted": predicted}
 
 
 def master_weights(method: Lora, options: LoraOptions, on_host: bool) -> MasterWeights:
     """The optimizer's state, as engine.make_engine makes it."""
-    known = inspect.signature(MasterWeights).parameters
-    where = {"state_on_host": on_host} if "state_on_host" in known else {}
     make = partial(make_optimizer, options.optimizer)
-    return MasterWeights(method.parameters(), make, options.train.max_grad_norm, dynamic_scale=False, **where)
+    parameters = method.parameters()
+    return MasterWeights(parameters, make, options.train.max_grad_norm, dynamic_scale=False, state_on_host=on_host)
 
 
 def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
@@ -272,11 +248,11 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
     options, device = work.options, work.device
     transformer = work.make_transformer()
     method = Lora(transformer, options)
-    execution = run_under_plan(transformer, name, work, sum(p.numel() for p in method.parameters().values()))
+    chosen, record = run_under_plan(transformer, name, work)
     task = TextToVideo(options, work.geometry, device, DTYPE)
     schedule = NoiseSchedule.from_config(work.geometry.schedule).to(device)
     weights_T = loss_weights(schedule, options.signal)
-    masters = master_weights(method, options, on_host=name == "lean")
+    masters = master_weights(method, options, on_host=chosen.state == plan.HOST)
     meter = Meter(device)
     for step in range(steps):
         batch = work.random_batch()
@@ -285,7 +261,7 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
         masters.backward(losses_B.mean())
         result = masters.step(learning_rate(options.optimizer, step, steps, work.batch))
         meter.step_ended(result.values[0])
-    figures = meter.figures() | {"execution": execution}
+    figures = meter.figures() | record
     return figures | {"validation": sample(work, transformer)} if validates else figures
 
 

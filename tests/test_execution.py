@@ -103,7 +103,7 @@ def test_an_optimizer_that_cannot_rest_on_the_host_stays(
     flags = (*LEAN, "--optimizer", "came", "--max_train_steps", 1)
     run(model, tensors, tmp_path / "run", *flags)
     assert plans[0].state == "device"
-    with pytest.raises(UsageError, match="--optimizer_state_on host: .*came"):
+    with pytest.raises(UsageError, match=r"--optimizer_state_on host: .*came"):
         run(model, tensors, tmp_path / "other", *flags, "--optimizer_state_on", "host")
 
 
