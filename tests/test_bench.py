@@ -108,6 +108,23 @@ def test_a_row_that_fails_keeps_no_other_from_running(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"failed": ["5b-r128-fast"]}
 
 
+def test_figures_are_shown_where_validation_fails(
+    tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(random_models, "make_vae")
+    assert bench.main(["--rows", "5b-r128-lean", *CPU, str(tmp_path)]) == 1
+    line = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert line["seconds_per_step"] > 0
+    assert "make_vae" in line["validation"]["failed"]
+    assert results_in(tmp_path) == {}
+
+
+def test_a_gpu_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.main(["--all", "--results", str(tmp_path)])
+
+
 def test_a_stock_arm_that_does_not_fit_is_a_result(
     tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +134,7 @@ def test_a_stock_arm_that_does_not_fit_is_a_result(
     monkeypatch.setattr(bench, "stock", full)
     assert bench.main(["--rows", "5b-r16-stock", "5b-r16-lean", *CPU, str(tmp_path)]) == 0
     results = results_in(tmp_path)
-    assert results["5b-r16-stock"]["failed"] == bench.NO_MEMORY
+    assert results["5b-r16-stock"]["failed"] == arms.NO_MEMORY
     assert results["5b-r16-lean"]["ratio"] is None
     assert "| stock | out of memory |" in bench_table.table(list(results.values()))
 
