@@ -7,6 +7,8 @@ our arm are put together from the library's own parts, as loop.Trainer does it, 
 
 import gc
 import statistics
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -32,6 +34,7 @@ from cogvideox.tasks import TextToVideo
 from cogvideox.validation import evaluation
 
 GIB = 2**30
+NO_MEMORY = "out of memory"
 DTYPE = torch.bfloat16
 LEFT = GIB // 4  # bytes that may stay on the device between arms: the workspaces of cuBLAS
 SAMPLING_STEPS, GUIDANCE = 2, 6.0
@@ -139,6 +142,15 @@ def make_room(device: torch.device) -> None:
         peak_gib(device)
 
 
+def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Figures, or how it failed, so that what comes next runs all the same."""
+    try:
+        return measure(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error) or repr(error)}
+
+
 class Meter:
     """Seconds and peaks of an arm's steps. As in training, the host is never more than a step ahead of the device."""
 
@@ -167,7 +179,7 @@ class Meter:
         return {
             "seconds_per_step": round(statistics.median(seconds[2:] or seconds[1:]), 4),
             "first_step_seconds": round(seconds[0], 2),
-            "peak_gib": {name: None if None in values else max(values) for name, values in peaks.items()},
+            "peak_gib": {name: max(filter(None, values), default=None) for name, values in peaks.items()},
             "first_step_peak_gib": self.peaks[0],
             "seconds": [round(value, 4) for value in seconds],
             "losses": [float(loss) for loss in self.losses],
@@ -262,7 +274,7 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
         result = masters.step(learning_rate(options.optimizer, step, steps, work.batch))
         meter.step_ended(result.values[0])
     figures = meter.figures() | record
-    return figures | {"validation": sample(work, transformer)} if validates else figures
+    return figures | {"validation": attempt(sample, work, transformer)} if validates else figures
 
 
 def sample(work: Work, transformer: Any) -> dict[str, Any]:

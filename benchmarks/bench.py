@@ -13,21 +13,18 @@ import argparse
 import json
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from arms import Work, make_room, ours, stock
+from arms import NO_MEMORY, Work, attempt, make_room, ours, stock
 from bench_table import PREFIX, put_into, read_rows, speed_figures, table, useful_flops
 from random_models import ROOT
 from record import device_and_versions
 
 from cogvideox.files import write_atomically
-
-NO_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,7 @@ def stock_arm(work: Work, steps: int) -> dict[str, Any]:
 def our_arm(work: Work, plan: str, process: Process) -> dict[str, Any]:
     """Our figures, or how it failed."""
     make_room(work.device)
-    try:
-        return ours(work, plan, process.steps, process.validates and plan == "lean")
-    except Exception as error:  # of one row; the next ones shall run
-        traceback.print_exc()
-        return {"failed": NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error) or repr(error)}
+    return attempt(ours, work, plan, process.steps, process.validates and plan == "lean")
 
 
 def result_of(row: str, work: Work, arm: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +109,7 @@ def run_rows(rows: Sequence[str], results: Path, device: torch.device) -> int:
             continue
         arm = beside if plan == "stock" else our_arm(work, plan, process)
         print(json.dumps({"row": row, **arm}), flush=True)
-        if plan != "stock" and "failed" in arm:
+        if plan != "stock" and ("failed" in arm or "failed" in arm.get("validation", {})):
             failed += 1
             continue
         result = result_of(row, work, arm, beside)
@@ -154,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("--row", nargs="+", choices=ROWS, metavar="ROW", help="in this process, if there or not")
     which.add_argument("--table", nargs="?", const="", metavar="FILE", help="print the table, or put it into a file")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda")
     return parser
 
 
@@ -170,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(table(rows), end="")
         return 0
     device = torch.device(flags.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {device}: there is no GPU; --device cpu takes hours")
     if flags.row:
         if len({ROWS[row] for row in flags.row}) > 1:
             parser.error("--row: these rows do not share a process; give --rows")

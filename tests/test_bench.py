@@ -14,6 +14,8 @@ import random_models
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from cogvideox.plan import PRESETS
+
 TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "time_embed_dim": 16}
 TINY |= {"text_embed_dim": 8, "max_text_seq_length": 6, "sample_height": 8, "sample_width": 12, "sample_frames": 9}
 TINY_VAE = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
@@ -109,6 +111,23 @@ def test_a_row_that_fails_keeps_no_other_from_running(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"failed": ["5b-r128-fast"]}
 
 
+def test_figures_are_shown_where_validation_fails(
+    tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(random_models, "make_vae")
+    assert bench.main(["--rows", "5b-r128-lean", *CPU, str(tmp_path)]) == 1
+    line = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert line["seconds_per_step"] > 0
+    assert "make_vae" in line["validation"]["failed"]
+    assert results_in(tmp_path) == {}
+
+
+def test_a_gpu_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.main(["--all", "--results", str(tmp_path)])
+
+
 def test_a_stock_arm_that_does_not_fit_is_a_result(
     tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +137,7 @@ def test_a_stock_arm_that_does_not_fit_is_a_result(
     monkeypatch.setattr(bench, "stock", full)
     assert bench.main(["--rows", "5b-r16-stock", "5b-r16-lean", *CPU, str(tmp_path)]) == 0
     results = results_in(tmp_path)
-    assert results["5b-r16-stock"]["failed"] == bench.NO_MEMORY
+    assert results["5b-r16-stock"]["failed"] == arms.NO_MEMORY
     assert results["5b-r16-lean"]["ratio"] is None
     assert "| stock | out of memory |" in bench_table.table(list(results.values()))
 
@@ -211,7 +230,7 @@ def test_every_row_has_a_limit_and_a_plan() -> None:
         assert set(process.plans) <= set(bench_table.PLANS)
         assert set(bench_table.LIMITS[process.kind]) == set(bench_table.PLANS)
         assert process.plans[0] == "stock"
-    assert set(arms.BLOCKS) == set(bench_table.PLANS) - {"stock"}
+    assert set(PRESETS) == {"auto", *bench_table.PLANS} - {"stock"}
 
 
 @pytest.mark.parametrize("arm", [lambda work: arms.stock(work, 2), lambda work: arms.ours(work, "lean", 2, True)])
