@@ -3,6 +3,7 @@
 Trainable parameters stay in the compute type inside the model. Each backward pass adds their gradients to one flat fp32
 buffer; a step averages it over the ranks, clips, skips what is not finite and updates fp32 masters, all on the device.
 Only fused optimizers of torch can skip a step there: before a step of any other, this process waits for the device.
+The masters and what the optimizer keeps are one chunk on the device, or many on the host that pass through the device.
 """
 
 import math
@@ -201,17 +202,20 @@ class MasterWeights:
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._collector(g)) for p, g in zip(params, gradients, strict=True)
         ]
-        names = list(parameters)
-        self.chunks: list[Chunk] = []
-        for part in split(sizes, CHUNK_BYTES // STATE_BYTES if state_on_host else count):
-            named = {name: parameters[name] for name in names[part]}
-            self.chunks.append(Chunk(named, gradients[part], make, own_masters=state_on_host))
-            if state_on_host:
-                self.chunks[-1].rest_on_host()  # before the next is made, so that the device holds one at a time
+        parts = split(sizes, CHUNK_BYTES // STATE_BYTES if state_on_host else count)
+        # one after another: on their way to the host, the device holds one at a time
+        self.chunks = [self._chunk(part, gradients[part], make, state_on_host) for part in parts]
         self.masters = [master for chunk in self.chunks for master in chunk.masters]
         self.conveyor = Conveyor([chunk.host for chunk in self.chunks], self.device) if state_on_host else None
         self.fused = self.chunks[0].fused
         self.fresh_numbers = group_numbers(self.chunks[0].optimizer)
+
+    def _chunk(self, part: slice, gradients: Sequence[Tensor], make: MakeOptimizer, on_host: bool) -> Chunk:
+        named = dict(list(self.parameters.items())[part])
+        chunk = Chunk(named, gradients, make, own_masters=on_host)
+        if on_host:
+            chunk.rest_on_host()
+        return chunk
 
     @staticmethod
     def _collector(gradient: Tensor) -> Callable[[Tensor], None]:
