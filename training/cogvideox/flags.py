@@ -172,6 +172,12 @@ class EncodeFlags:
     encode_tiling: bool = flag(
         False, "encode in tiles: less memory, but other latents than the model was trained on", aliases=("use_tiling",)
     )
+    t5_on: str = flag(
+        "auto",
+        "where T5's weights lie: device, or host, from where they pass through 1.5 GiB of the device with the same "
+        "result (host where the device has no room for them)",
+        choices=("auto", "host", "device"),
+    )
     max_sequence_length: int | None = flag(
         None, "tokens of a caption; must be what the transformer's config says", least=1
     )
