@@ -57,9 +57,11 @@ COMPILED = {
 class Arms:
     """Runs and records arms."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, results: Path | None) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.begun, self.seconds = time.perf_counter(), seconds
+        self.begun, self.seconds, self.results = time.perf_counter(), seconds, results
+        clip = "x".join(map(str, clip_size("5b")))
+        self.table = {"clip": clip, "text_length": TEXT_LENGTH, **device_and_versions(), "arms": self.rows}
 
     def run(self, name: str, arm: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         """One arm, unless the time is over."""
@@ -76,6 +78,9 @@ class Arms:
         row["at_s"] = round(time.perf_counter() - self.begun, 1)
         self.rows.append(row)
         print(json.dumps(row), flush=True)
+        if self.results:  # after each arm: compiling may take longer than there is time
+            self.results.mkdir(parents=True, exist_ok=True)
+            (self.results / "prepare.json").write_text(json.dumps(self.table, indent=1) + "\n")
 
     def _clean(self) -> None:
         torch._dynamo.reset()
@@ -269,7 +274,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     wanted = args.only or ("vae", "t5", "compiled", "store")
-    arms, vae = Arms(args.seconds), VaeArms()
+    arms, vae = Arms(args.seconds, args.results), VaeArms()
     arms.run("fp32", vae.reference)
     arms.run("stock", vae.arm, PLAIN, "stock")
     for part, settings in (("vae", CHEAP), ("compiled", COMPILED)):
@@ -279,11 +284,6 @@ def main() -> None:
             arms.run("t5 on the host", t5_arms, arms)
         if part == "vae" and "store" in wanted:
             arms.run("store", store, vae.clip_FHWC)
-    if args.results:
-        args.results.mkdir(parents=True, exist_ok=True)
-        clip = "x".join(map(str, clip_size("5b")))
-        table = {"clip": clip, "text_length": TEXT_LENGTH, **device_and_versions(), "arms": arms.rows}
-        (args.results / "prepare.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":
