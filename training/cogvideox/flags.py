@@ -216,7 +216,7 @@ class PrepareFlags:
     use_slicing: bool = idle(False, "clips are encoded one at a time")
     pin_memory: bool = idle(False, "no batch waits for a device")
     num_decode_threads: int = idle(0, "--dataloader_num_workers says how many processes decode")
-    num_artifact_workers: int = idle(4, "tensors are written while the next clip is decoded; clips are not copied")
+    num_artifact_workers: int = idle(4, "tensors are written while the next clip is encoded; clips are not copied")
 
 
 @dataclass(frozen=True)
