@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cogvideox import models
+from cogvideox.encode import prompt_embeds
 from cogvideox.errors import UsageError
 from cogvideox.flags import ModelFlags
 
@@ -212,13 +214,19 @@ def text_encoder(folder: Path) -> Iterator[Any]:
 
 
 @contextmanager
+def streamed_text_encoder(folder: Path) -> Iterator[Any]:
+    with models.text_encoder(flags(folder), "bf16", CPU, "host") as (_, encoder):
+        yield encoder
+
+
+@contextmanager
 def video_encoder(folder: Path) -> Iterator[Any]:
     with models.video_encoder(flags(folder), "bf16", CPU, tiling=False) as vae:
         yield vae
 
 
 @pytest.mark.usefixtures("freed_quickly")
-@pytest.mark.parametrize("block", [text_encoder, video_encoder])
+@pytest.mark.parametrize("block", [text_encoder, streamed_text_encoder, video_encoder])
 @pytest.mark.parametrize("fails", [False, True])
 def test_weights_are_freed_when_the_block_ends(tiny: Tiny, block: Any, fails: bool) -> None:
     held = None
@@ -242,6 +250,87 @@ def test_weights_are_freed_when_the_block_ends(tiny: Tiny, block: Any, fails: bo
 def test_tiling_is_as_asked_for(tiny: Tiny, tiling: bool) -> None:
     with models.video_encoder(flags(tiny("5b")), "fp32", CPU, tiling) as vae:
         assert vae.use_tiling is tiling
+
+
+@pytest.mark.usefixtures("freed_quickly")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_t5_on_the_host_gives_what_it_gives_on_the_device(tiny: Tiny, dtype: str, rows: int) -> None:
+    captions = ["A red square moves to the right.", "", "word " * 200]
+    with models.text_encoder(flags(tiny("5b")), dtype, CPU) as (tokenizer, encoder):
+        parts = [captions[start : start + rows] for start in range(0, 3, rows)]
+        wanted = torch.cat([prompt_embeds(tokenizer, encoder, part, 32) for part in parts])
+    with models.text_encoder(flags(tiny("5b")), dtype, CPU, "host", rows) as (tokenizer, encoder):
+        assert {block.rows for block in encoder.encoder.block} == {rows}  # other batches round alike on a CPU
+        assert torch.equal(prompt_embeds(tokenizer, encoder, captions, 32), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_of_the_weights_are_those_in_memory(tiny: Tiny, dtype: str) -> None:
+    vae = models.load_vae(flags(tiny("5b")), DTYPES[dtype])
+    held = sum(parameter.numel() * parameter.element_size() for parameter in vae.parameters())
+    assert models.weight_bytes(flags(tiny("5b")), "vae", dtype) == held
+
+
+def test_t5_goes_to_the_host_where_its_weights_do_not_fit_beside_2_gib(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, size = flags(tiny("5b")), models.weight_bytes(flags(tiny("5b")), "text_encoder", "bf16")
+    assert models.place_of_t5(model, "bf16", CPU, "auto") == "device"
+    for spare, place in ((0, "device"), (-1, "host")):
+        monkeypatch.setattr(models, "free_bytes", lambda device, spare=spare: size + 2 * 2**30 + spare)
+        assert models.place_of_t5(model, "bf16", CPU, "auto") == place
+        assert models.place_of_t5(model, "fp32", CPU, "auto") == "host"
+        assert [models.place_of_t5(model, "bf16", CPU, given) for given in ("host", "device")] == ["host", "device"]
+
+
+class FakeVae:
+    """Records what it is set to; says that it is on another device."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.formats, self.compiled = torch.device(device), [], []
+        self.encoder = SimpleNamespace(
+            down_blocks=[self.part("d0", 2), self.part("d1", 1)], mid_block=self.part("m", 1)
+        )
+
+    def part(self, name: str, resnets: int = 0) -> Any:
+        parts = [self.part(f"{name}r{number}") for number in range(resnets)]
+        return SimpleNamespace(resnets=parts, compile=lambda **settings: self.compiled.append((name, settings)))
+
+    def to(self, memory_format: Any) -> None:
+        self.formats.append(memory_format)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "parts"), [("", []), ("resnets", ["d0r0", "d0r1", "d1r0", "mr0"]), ("blocks", ["d0", "d1", "m"])]
+)
+@pytest.mark.parametrize("switched", [False, True])
+def test_the_vae_is_tuned_on_a_gpu(compiled: str, parts: list[str], switched: bool) -> None:
+    vae, before = FakeVae("cuda"), torch._dynamo.config.recompile_limit
+    with models.tuned(vae, models.VaeTuning(switched, switched, compiled)):
+        assert torch.backends.cudnn.benchmark is switched
+        assert not torch.backends.cudnn.allow_tf32
+        assert (torch._dynamo.config.recompile_limit != before) == bool(compiled)
+    assert vae.formats == [torch.channels_last_3d] * switched
+    assert vae.compiled == [(part, {"fullgraph": True, "dynamic": False}) for part in parts]
+    assert torch._dynamo.config.recompile_limit == before
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_the_vae_is_not_tuned_elsewhere() -> None:
+    vae = FakeVae("cpu")
+    with models.tuned(vae, models.VaeTuning(True, True, "blocks")):
+        assert not torch.backends.cudnn.benchmark
+    assert (vae.formats, vae.compiled) == ([], [])
+
+
+@pytest.mark.parametrize("compiled", ["resnets", "blocks"])
+def test_compiled_parts_hold_every_convolution_of_the_encoder_but_the_first_and_last(tiny: Tiny, compiled: str) -> None:
+    encoder = models.load_vae(flags(tiny("5b")), torch.float32).encoder
+    parts = models.compiled_parts(encoder, compiled)
+    inside = {id(module) for part in parts for module in part.modules()}
+    left = [name for name, m in encoder.named_modules() if isinstance(m, torch.nn.Conv3d) and id(m) not in inside]
+    assert left == ["conv_in.conv", "conv_out.conv"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

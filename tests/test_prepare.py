@@ -29,7 +29,7 @@ from cogvideox.data.transforms import Fit
 from cogvideox.data.workers import Killed
 from cogvideox.errors import UsageError
 from cogvideox.flags import EncodeFlags, ModelFlags
-from cogvideox.prepare import Encoders, check_bad
+from cogvideox.prepare import Encoders, check_bad, one_behind
 
 Tiny = Callable[[str], Path]
 NUM_CLIPS = 6  # of the fixture `clips`
@@ -189,7 +189,7 @@ def test_an_interrupted_run_goes_on(
             complete(tiny("5b"), clips, tmp_path)
     assert not (tmp_path / "index.json").exists()
     index = complete(tiny("5b"), clips, tmp_path)
-    assert encoded.clips == 3 + NUM_CLIPS - 2
+    assert encoded.clips == 3 + NUM_CLIPS - 1  # a clip is written when the next one is encoded: one was
     assert len(encoded.captions) == NUM_CLIPS + 1
     assert index == open_index(prepared)
     assert tensor_files(tmp_path) == tensor_files(prepared)
@@ -419,6 +419,111 @@ def test_moments_that_are_not_finite_stop_the_run(
     with pytest.raises(UsageError, match=r"--dtype fp16: the VAE overflows on .*00000.mp4; give bf16 or fp32"):
         complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(dtype="fp16"))
     assert not (tmp_path / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("tiling", "message"),
+    [
+        (False, r"--encode_tiling false: .* too little free memory to encode 5x32x48; give --encode_tiling true"),
+        (True, r"--encode_tiling true: .* too little free memory to encode 5x32x48; give smaller buckets"),
+    ],
+)
+def test_a_clip_that_does_not_fit_on_the_device_names_the_flag(
+    tiny: Tiny,
+    clips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: None,
+    tiling: bool,
+    message: str,
+) -> None:
+    def full(vae: Any, frames: np.ndarray) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(encode, "video_moments", full)
+    with pytest.raises(UsageError, match=message):
+        complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(encode_tiling=tiling))
+
+
+def test_a_clip_is_stored_while_the_next_is_encoded(
+    tiny: Tiny, clips: Path, tmp_path: Path, encoded: Encoded, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    write, begun = TensorCache.write, []
+
+    def watched(self: TensorCache, key: str, tensors: dict[str, Any]) -> int:
+        if "moments_CFHW" in tensors:
+            begun.append(encoded.clips)
+        return write(self, key, tensors)
+
+    monkeypatch.setattr(TensorCache, "write", watched)
+    complete(tiny("5b"), clips, tmp_path)
+    assert begun == [2, 3, 4, 5, 6, 6]
+
+
+def test_one_behind_loses_nothing_and_keeps_the_order() -> None:
+    for number in range(4):
+        assert list(one_behind(iter(range(number)))) == list(range(number))
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 5), (1,)])
+def test_what_arrives_is_whole_and_contiguous(shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape)
+    turned = {"a": tensor.movedim(0, -1), "b": tensor}
+    arrived = encode.Arriving(turned).wait()
+    assert all(torch.equal(arrived[name], turned[name]) and arrived[name].is_contiguous() for name in turned)
+
+
+# -- where T5 lies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_t5_on_the_host_makes_the_same_embeddings(
+    tiny: Tiny,
+    clips: Path,
+    tmp_path: Path,
+    encoded: Encoded,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: None,
+    batch: int,
+) -> None:
+    text_encoder, opened = models.text_encoder, []
+
+    def watched(*arguments: Any) -> Any:
+        opened.append(arguments[3:])
+        return text_encoder(*arguments)
+
+    monkeypatch.setattr(models, "text_encoder", watched)
+    monkeypatch.setattr(prepare, "CAPTIONS_A_PASS", 2)
+    folders = {place: tmp_path / place for place in ("device", "host")}
+    for place, folder in folders.items():
+        complete(tiny("5b"), clips, folder, encode_flags=EncodeFlags(t5_on=place), caption_batch=batch)
+    assert opened == [("device", batch), ("host", batch)]
+    assert len(encoded.captions) == 2 * (NUM_CLIPS + 1)
+    assert tensor_files(folders["device"]) == tensor_files(folders["host"])
+
+
+def test_t5_that_does_not_fit_on_the_device_names_the_flag(
+    tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(encode, "prompt_embeds", full)
+    with pytest.raises(UsageError, match=r"--t5_on device: .* too little free memory for T5; give --t5_on host"):
+        complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(t5_on="device"))
+
+
+def test_a_caption_whose_embedding_is_not_finite_is_named(
+    tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    def overflowing(tokenizer: Any, encoder: Any, captions: list[str], length: int) -> torch.Tensor:
+        return torch.tensor([float("inf") if "green" in caption else 0.0 for caption in captions])[:, None, None]
+
+    monkeypatch.setattr(encode, "prompt_embeds", overflowing)
+    with pytest.raises(
+        UsageError, match=r"--dtype fp16: T5 overflows on 'A green disc moves to the right.'; give bf16"
+    ):
+        complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(dtype="fp16"))
 
 
 # -- first frames ------------------------------------------------------------------------------------------------------

@@ -363,10 +363,12 @@ def test_t5_and_vae_are_gone_before_the_transformer_is_loaded(
     model: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[Any] = []
+    places: list[str] = []
     text_encoder, video_encoder = models.text_encoder, models.video_encoder
 
     @contextmanager
     def watched_text(*arguments: Any) -> Iterator[Any]:
+        places.append(arguments[3])
         with text_encoder(*arguments) as (tokenizer, encoder):
             held.append(encoder)
             yield tokenizer, encoder
@@ -384,9 +386,11 @@ def test_t5_and_vae_are_gone_before_the_transformer_is_loaded(
     monkeypatch.setattr(models, "video_encoder", watched_video)
     monkeypatch.setattr(models, "load_transformer", load_transformer)
     flags = lora_flags(
-        model, clips, tmp_path / "lora", "--tensor_cache", tmp_path / "cache", "--validation_prompt", "a"
+        *(model, clips, tmp_path / "lora", "--tensor_cache", tmp_path / "cache", "--validation_prompt", "a"),
+        *("--t5_on", "host"),
     )
     with pytest.raises(Loads) as reached:
         train(flags)
+    assert places == ["host", "host"]
     assert [type(module).__name__ for module in held] == ["T5EncoderModel", "AutoencoderKLCogVideoX", "T5EncoderModel"]
     assert reached.value.args[0] == [True] * 3

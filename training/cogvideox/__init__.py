@@ -34,6 +34,8 @@ rope.py               rotary tables
 lora.py               parts of a LoRA: layers, PiSSA's start, dropout that repeats
 data/dataset.py       cached tensors -> batches
 encode.py             clips, first frames and captions -> tensors
+streaming.py          weights that pass through the device
+t5_stream.py          T5 with its blocks in host memory
 models.py             parts of a pipeline: found, identified, loaded
 prompts.py            validation prompts, of the command line or a file
 factory.py            folders that the CogVideoX factory prepared -> the cache

@@ -19,9 +19,9 @@ IMAGE_NOISE = (-3.0, 0.5)
 
 
 def video_moments(vae: Any, frames_FHWC: np.ndarray) -> Tensor:
-    """The VAE's posterior of one clip, unscaled: mean and log variance, (2C, f, h, w), on the CPU.
+    """The VAE's posterior of one clip, unscaled: mean and log variance, (2C, f, h, w).
 
-    ``frames`` are uint8 RGB.
+    ``frames`` are uint8 RGB. A GPU is not waited for: the next clip can be on its way while it works.
     """
     return moments_of(vae, pixels_of(frames_FHWC, vae.device))
 
@@ -42,13 +42,31 @@ def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object,
 
 def pixels_of(frames_FHWC: np.ndarray, device: torch.device) -> Tensor:
     """uint8 RGB as the VAE takes it: fp32 from -1 to 1, (3, F, H, W)."""
-    return torch.from_numpy(frames_FHWC).to(device).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+    frames = torch.from_numpy(frames_FHWC)
+    frames = frames.pin_memory() if device.type == "cuda" else frames  # else the copy waits for the clip before
+    return frames.to(device, non_blocking=True).permute(3, 0, 1, 2).float() / 127.5 - 1.0
 
 
 @torch.no_grad()
 def moments_of(vae: Any, video_CFHW: Tensor) -> Tensor:
-    """The VAE's posterior, (2C, f, h, w), on the CPU."""
-    return vae.encode(video_CFHW.to(vae.dtype).unsqueeze(0)).latent_dist.parameters[0].cpu()
+    """The VAE's posterior, (2C, f, h, w)."""
+    parameters: Tensor = vae.encode(video_CFHW.to(vae.dtype).unsqueeze(0)).latent_dist.parameters
+    return parameters[0]
+
+
+class Arriving:
+    """Tensors on their way from the device to the CPU."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+        devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+        self.events = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    def wait(self) -> dict[str, Tensor]:
+        """The tensors, when they are there."""
+        for event in self.events:
+            event.synchronize()
+        return {name: tensor.contiguous() for name, tensor in self.tensors.items()}
 
 
 @torch.no_grad()

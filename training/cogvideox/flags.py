@@ -173,6 +173,12 @@ class EncodeFlags:
     encode_tiling: bool = flag(
         False, "encode in tiles: less memory, but other latents than the model was trained on", aliases=("use_tiling",)
     )
+    t5_on: str = flag(
+        "auto",
+        "where T5's weights lie: device, or host, from where they pass through 1.5 GiB of the device with the same "
+        "result (host where the device has no room for them)",
+        choices=("auto", "host", "device"),
+    )
     max_sequence_length: int | None = flag(
         None, "tokens of a caption; must be what the transformer's config says", least=1
     )
@@ -211,7 +217,7 @@ class PrepareFlags:
     use_slicing: bool = idle(False, "clips are encoded one at a time")
     pin_memory: bool = idle(False, "no batch waits for a device")
     num_decode_threads: int = idle(0, "--dataloader_num_workers says how many processes decode")
-    num_artifact_workers: int = idle(4, "tensors are written while the next clip is decoded; clips are not copied")
+    num_artifact_workers: int = idle(4, "tensors are written while the next clip is encoded; clips are not copied")
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,24 @@ safetensors headers, never from a model's name.
 import gc
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cogvideox import t5_stream
 from cogvideox.errors import UsageError
 from cogvideox.flags import ModelFlags
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 PROBES, PROBE_BYTES = 16, 4096  # of each tensor, for fingerprints
+BESIDE_T5 = 2 * 2**30  # bytes of the device that must stay free beside T5's weights
 
 
 def part_folder(model: ModelFlags, part: str) -> Path:
@@ -116,17 +120,46 @@ def load_tokenizer(model: ModelFlags) -> Any:
     return AutoTokenizer.from_pretrained(part_folder(model, "tokenizer"))
 
 
+def free_bytes(device: torch.device) -> float:
+    """What may still be allocated on a device; without a GPU nobody counts."""
+    if device.type != "cuda":
+        return float("inf")
+    cached: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + cached)
+
+
+def weight_bytes(model: ModelFlags, part: str, dtype: str) -> int:
+    """Bytes of a part's weights in a precision, from the headers of its files."""
+    headers = (read_header(path)[0] for path in weight_files(model, part))
+    numbers = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+    return numbers * DTYPES[dtype].itemsize
+
+
+def place_of_t5(model: ModelFlags, dtype: str, device: torch.device, t5_on: str) -> str:
+    """host or device, from --t5_on; auto is the host where the weights do not fit."""
+    if t5_on != "auto":
+        return t5_on
+    fits = weight_bytes(model, "text_encoder", dtype) + BESIDE_T5 <= free_bytes(device)
+    return "device" if fits else "host"
+
+
 @contextmanager
-def text_encoder(model: ModelFlags, dtype: str, device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """(tokenizer, T5 encoder on the device), freed afterwards."""
+def text_encoder(
+    model: ModelFlags, dtype: str, device: torch.device, place: str = "device", rows: int = 1
+) -> Iterator[tuple[Any, Any]]:
+    """(tokenizer, T5 encoder that runs on the device), freed afterwards.
+
+    ``place``: of its blocks, host or device. On the host any number of captions is computed ``rows`` at a time.
+    """
     from transformers import T5EncoderModel
 
     tokenizer = load_tokenizer(model)
     folder = part_folder(model, "text_encoder")
     encoder = T5EncoderModel.from_pretrained(folder, dtype=DTYPES[dtype], variant=model.variant)
-    encoder.requires_grad_(False).eval().to(device)
+    encoder.requires_grad_(False).eval()
     try:
-        yield tokenizer, encoder
+        with t5_stream.streamed(encoder, device, rows) if place == "host" else nullcontext():
+            yield tokenizer, encoder if place == "host" else encoder.to(device)
     finally:
         discard(encoder)
 
@@ -140,6 +173,47 @@ def load_vae(model: ModelFlags, dtype: torch.dtype) -> Any:
     return vae.requires_grad_(False).eval()
 
 
+@dataclass(frozen=True)
+class VaeTuning:
+    """How the VAE's encoder runs on a GPU: weights in channels_last_3d; cuDNN tries its kernels on each new shape, and
+    may choose others in the next run; compiled: "resnets" or "blocks" of the encoder, "" for none.
+    """
+
+    channels_last: bool = False
+    benchmark: bool = False
+    compiled: str = ""
+
+
+TUNING = VaeTuning()  # benchmarks/results/prepare.json has the figures of each setting
+GRAPHS = 4096  # two a resnet of its own shape and a bucket; torch would run the ninth uncompiled
+
+
+@contextmanager
+def tuned(vae: Any, tuning: VaeTuning) -> Iterator[None]:
+    """Settings of torch for encoding on the VAE's device; ``tuning`` is for GPUs only."""
+    tuning = tuning if vae.device.type == "cuda" else VaeTuning()
+    if tuning.channels_last:
+        vae.to(memory_format=torch.channels_last_3d)
+    for module in compiled_parts(vae.encoder, tuning.compiled):
+        module.compile(fullgraph=True, dynamic=False)
+    # torch lets cuDNN round fp32 convolutions to TF32 unless told not to
+    with torch.backends.cudnn.flags(enabled=True, benchmark=tuning.benchmark, allow_tf32=False):
+        if not tuning.compiled:
+            yield
+            return
+        limits = {"recompile_limit": GRAPHS, "accumulated_recompile_limit": GRAPHS}
+        with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
+            yield
+
+
+def compiled_parts(encoder: Any, which: str) -> list[Any]:
+    """The parts of a VAE's encoder that are compiled each on its own."""
+    if which == "blocks":
+        return [*encoder.down_blocks, encoder.mid_block]
+    blocks = [*encoder.down_blocks, encoder.mid_block] if which == "resnets" else []
+    return [resnet for block in blocks for resnet in block.resnets]
+
+
 @contextmanager
 def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: bool) -> Iterator[Any]:
     """The VAE on the device, freed afterwards."""
@@ -147,8 +221,7 @@ def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: b
     if tiling:
         vae.enable_tiling()
     try:
-        # torch lets cuDNN round fp32 convolutions to TF32 unless told not to
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with tuned(vae, TUNING):
             yield vae
     finally:
         discard(vae)

@@ -7,12 +7,13 @@ Media files are opened in worker processes only, which may be killed; this proce
 """
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,11 +47,13 @@ from cogvideox.data.clips import (
 )
 from cogvideox.data.index import Sample, read_samples, read_validation
 from cogvideox.data.workers import Killed, Limits, Workers
+from cogvideox.encode import Arriving
 from cogvideox.errors import UsageError, first_of
 from cogvideox.files import remove_stale_temporaries, stamp_of
 from cogvideox.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.geometry import Geometry
 from cogvideox.options import resolutions
+from cogvideox.t5_stream import CAPTIONS_A_PASS
 
 LEDGER_EVERY = 64  # records written to the ledger at once while planning
 CHANGED = "has changed while it was prepared; run the same command again"
@@ -118,7 +121,7 @@ class Cut:
         return geometry.moments_shape(self.bucket)
 
     def encode(self, vae: Any, frames_FHWC: np.ndarray) -> dict[str, torch.Tensor]:
-        """The tensor by its name in the cache, from the decoded frames."""
+        """The tensor by its name in the cache, from the decoded frames; a GPU is not waited for."""
         if self.draws:
             return {"image_moments_KCHW": encode.image_moments(vae, frames_FHWC[0], self.draws)}
         return {"moments_CFHW": encode.video_moments(vae, frames_FHWC)}
@@ -221,7 +224,7 @@ class Preparation:
             remove_stale_temporaries(self.folder)
             # Shared out before looking at what is there, because that changes while ranks look.
             prompts = missing_captions(self.cache, encoders, self.share(self.captions(records)))
-            encode_captions(self.cache, self.model, encoders, prompts, caption_batch, self.state)
+            encode_captions(self.cache, self.model, encoders, prompts, caption_batch, self.state, self.flags.t5_on)
             cuts = self.share(list(self.cuts(records, encoders).items()))
             self._encode_cuts({key: cut for key, cut in cuts if not self.cache.has(key)}, encoders)
             self.state.wait_for_everyone()
@@ -321,17 +324,24 @@ class Preparation:
         if not missing:
             return
         with models.video_encoder(self.model, encoders.vae_dtype, self.state.device, encoders.tiling) as vae:
-            jobs = ((decode_variant, cut.path, cut.variant, cut.stamp) for cut in missing.values())
-            results = self.in_workers(jobs, len(missing), "encoding clips")
-            for (key, cut), frames in zip(missing.items(), results, strict=True):
-                if isinstance(frames, (str, Killed)):
-                    self._give_up(cut, frames)
-                    continue
-                tensors = cut.encode(vae, frames)
+            for key, cut, arriving in one_behind(self._arriving(missing, vae, encoders.tiling)):
+                tensors = arriving.wait()
                 if not all(torch.isfinite(moments).all() for moments in tensors.values()):
                     rule = f"--dtype {encoders.vae_dtype}: the VAE overflows on {cut.path}; give bf16 or fp32"
                     raise UsageError(rule)
                 self.cache.write(key, tensors)
+
+    def _arriving(self, missing: dict[str, Cut], vae: Any, tiling: bool) -> Iterator[tuple[str, Cut, Arriving]]:
+        """(key, cut, tensors on their way) of every cut that decodes."""
+        jobs = ((decode_variant, cut.path, cut.variant, cut.stamp) for cut in missing.values())
+        results = self.in_workers(jobs, len(missing), "encoding clips")
+        for (key, cut), frames in zip(missing.items(), results, strict=True):
+            if isinstance(frames, (str, Killed)):
+                self._give_up(cut, frames)
+                continue
+            with room_for(f"--encode_tiling {tiling}".lower(), f"to encode {cut.bucket}", no_room(tiling)):
+                arriving = Arriving(cut.encode(vae, frames))
+            yield key, cut, arriving
 
     def _give_up(self, cut: Cut, reason: str | Killed) -> None:
         """Writes down that the files of a cut cannot be used."""
@@ -403,22 +413,60 @@ def missing_captions(cache: TensorCache, encoders: Encoders, captions: Sequence[
 
 
 def encode_captions(
-    cache: TensorCache, model: ModelFlags, encoders: Encoders, captions: Sequence[str], batch: int, state: Any
+    cache: TensorCache,
+    model: ModelFlags,
+    encoders: Encoders,
+    captions: Sequence[str],
+    batch: int,
+    state: Any,
+    t5_on: str = "auto",
 ) -> None:
-    """Embeds captions into the cache; T5 is loaded only if there are any."""
+    """Embeds captions into the cache, ``batch`` at a time; T5 is loaded only if there are any."""
     if not captions:
         return
-    with models.text_encoder(model, encoders.text_dtype, state.device) as (tokenizer, encoder):
+    place = models.place_of_t5(model, encoders.text_dtype, state.device, t5_on)
+    at_once = batch * (CAPTIONS_A_PASS if place == "host" else 1)
+    room = room_for(f"--t5_on {t5_on}", "for T5", "give --t5_on host")
+    with room, models.text_encoder(model, encoders.text_dtype, state.device, place, batch) as (tokenizer, encoder):
         bar = tqdm(total=len(captions), desc="encoding captions", unit="caption", disable=not state.is_main_process)
-        for start in range(0, len(captions), batch):
-            texts = captions[start : start + batch]
+        for start in range(0, len(captions), at_once):
+            texts = captions[start : start + at_once]
             embeds_BLD = encode.prompt_embeds(tokenizer, encoder, texts, encoders.text_length)
-            if not torch.isfinite(embeds_BLD).all():
-                raise UsageError(f"--dtype {encoders.text_dtype}: T5 overflows on {texts}; give bf16 or fp32")
             for text, embed in zip(texts, embeds_BLD, strict=True):
+                if not torch.isfinite(embed).all():
+                    raise UsageError(f"--dtype {encoders.text_dtype}: T5 overflows on {text!r}; give bf16 or fp32")
                 cache.write(encoders.prompt_key(text), {"prompt_LD": embed.clone()})
             bar.update(len(texts))
         bar.close()
+
+
+Item = TypeVar("Item")
+
+
+def one_behind(items: Iterable[Item]) -> Iterator[Item]:
+    """Each item after the next one was begun, so that the device works while this one is stored."""
+    begun: deque[Item] = deque()
+    for item in items:
+        begun.append(item)
+        if len(begun) > 1:
+            yield begun.popleft()
+    yield from begun
+
+
+@contextmanager
+def room_for(flag: str, what: str, fix: str) -> Iterator[None]:
+    """Raises UsageError where the device has too little memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"{flag}: the device has too little free memory {what}; {fix}") from error
+
+
+def no_room(tiling: bool) -> str:
+    """What helps where a clip does not fit."""
+    if tiling:
+        return "give smaller buckets, or end what else uses it"
+    return "give --encode_tiling true (other latents than the model was trained on), or smaller buckets"
 
 
 def worker_pool(data: DataFlags, limits: Limits) -> Workers:

@@ -249,7 +249,7 @@ def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cuts: Sequence
     with models.video_encoder(preparation.model, encoders.vae_dtype, device, encoders.tiling) as vae:
         for _ in range(2):  # the first time also chooses kernels
             start = time.perf_counter()
-            encode.video_moments(vae, frames)  # ends on the CPU, so the device is done
+            encode.video_moments(vae, frames).cpu()  # ends on the CPU, so the device is done
             seconds = time.perf_counter() - start
     return max(seconds, decode_seconds / max(1, preparation.data.dataloader_num_workers)) / frames[..., 0].size
 

@@ -43,6 +43,16 @@ def pinned(num_bytes: int) -> Tensor:
     return buffer
 
 
+def unpin(buffer: Tensor) -> None:
+    """Undoes ``pinned`` before the memory is freed: the driver would hold it on, and refuse the next buffer there.
+
+    Copies from and to it must have ended.
+    """
+    if torch.cuda.is_available():
+        runtime: Any = torch.cuda.cudart()
+        runtime.cudaHostUnregister(buffer.data_ptr())
+
+
 class Layout:
     """Where tensors of given shapes and types lie in one flat buffer of bytes."""
 
@@ -95,13 +105,14 @@ class Ring:
 
     Args:
         hosts: the flat host buffer of each block by its number, all of one size.
+        slots: on the device; 2 are enough where the direction never turns.
     """
 
-    def __init__(self, hosts: dict[int, Tensor], device: torch.device) -> None:
+    def __init__(self, hosts: dict[int, Tensor], device: torch.device, slots: int = SLOTS) -> None:
         self.hosts = hosts
         self.side = Side(device)
         size = max(host.numel() for host in hosts.values())
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(SLOTS, len(hosts)))]
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(hosts)))]
         self.holds: OrderedDict[int, int] = OrderedDict()  # block -> slot, the one used longest ago first
         self.arrived: dict[int, Any] = {}  # by block
 

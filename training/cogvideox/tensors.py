@@ -59,7 +59,8 @@ def convert_here(run: Run, options: TrainOptions, geometry: Geometry, encoders: 
 
     def embed_empty() -> None:
         if options.loader.caption_dropout:
-            encode_captions(cache, options.model, encoders, missing_captions(cache, encoders, [""]), 1, run.ranks)
+            missing = missing_captions(cache, encoders, [""])
+            encode_captions(cache, options.model, encoders, missing, 1, run.ranks, options.encode.t5_on)
 
     images = image_flags(options) is not None
     root = Path(data.data_root[0])

@@ -52,7 +52,7 @@ def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Seq
     cache = TensorCache(run.output_dir / FOLDER)
     if run.is_main:
         missing = missing_captions(cache, tensors.encoders, wanted)
-        encode_captions(cache, options.model, tensors.encoders, missing, 1, run.ranks)
+        encode_captions(cache, options.model, tensors.encoders, missing, 1, run.ranks, options.encode.t5_on)
     run.barrier()
     keys = [tensors.encoders.prompt_key(text) for text in wanted]
     *embeds, negative = (cache.read(key)["prompt_LD"].unsqueeze(0).to(run.dtype) for key in keys)

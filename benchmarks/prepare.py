@@ -1,0 +1,290 @@
+"""Preparation at full size on a GPU: seconds a clip and a caption, peak, and what each way of encoding changes.
+
+    python benchmarks/prepare.py --results benchmarks/results
+
+A random VAE of the published size encodes a clip of 49x480x720 in each setting of models.VaeTuning; moments are
+compared with those of the stock setting and with fp32. A random T5-XXL embeds captions on the device and streamed from
+the host. The last arm stores clips as prepare_dataset.py does, with the setting that models.TUNING holds. Each arm is
+printed when it is done; one that fails is recorded with its error, one that would begin too late is left out.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from random_models import VAE, clip_size
+from record import device_and_versions
+from torch import Tensor
+
+from cogvideox import encode, models, t5_stream
+from cogvideox.data.cache import TensorCache
+from cogvideox.models import VaeTuning
+from cogvideox.prepare import one_behind
+
+GIB = 2**30
+DEVICE = torch.device("cuda")
+TEXT_LENGTH, WIDTH = 226, 4096
+T5_XXL = {"d_model": WIDTH, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+CAPTIONS = 64
+CLIPS = 6  # of the arm that stores them
+PLAIN = VaeTuning()
+CHEAP = {
+    "tiled": PLAIN,
+    "benchmark": VaeTuning(benchmark=True),
+    "channels_last": VaeTuning(channels_last=True),
+    "channels_last+benchmark": VaeTuning(channels_last=True, benchmark=True),
+}
+COMPILED = {
+    "resnets+channels_last": VaeTuning(channels_last=True, compiled="resnets"),
+    "resnets+channels_last+benchmark": VaeTuning(channels_last=True, benchmark=True, compiled="resnets"),
+    "blocks+channels_last": VaeTuning(channels_last=True, compiled="blocks"),
+    "resnets": VaeTuning(compiled="resnets"),
+}
+
+
+# -- arms --------------------------------------------------------------------------------------------------------------
+
+
+class Arms:
+    """Runs and records arms."""
+
+    def __init__(self, seconds: float, results: Path | None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.begun, self.seconds, self.results = time.perf_counter(), seconds, results
+        clip = "x".join(map(str, clip_size("5b")))
+        self.table = {"clip": clip, "text_length": TEXT_LENGTH, **device_and_versions(), "arms": self.rows}
+
+    def run(self, name: str, arm: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        """One arm, unless the time is over."""
+        row: dict[str, Any] = {"arm": name}
+        elapsed = time.perf_counter() - self.begun
+        if elapsed > self.seconds:
+            row["error"] = f"left out: {elapsed:.0f} s have passed"
+        else:
+            try:
+                row |= arm(*arguments)
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}"[:500]
+            self._clean()
+        row["at_s"] = round(time.perf_counter() - self.begun, 1)
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        if self.results:  # after each arm: compiling may take longer than there is time
+            self.results.mkdir(parents=True, exist_ok=True)
+            (self.results / "prepare.json").write_text(json.dumps(self.table, indent=1) + "\n")
+
+    def _clean(self) -> None:
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def timed(run: Callable[[], Any], repeats: int = 5) -> dict[str, Any]:
+    """Seconds of the first run (kernels are chosen, graphs compiled) and of the later ones, their peak in GiB."""
+    first = seconds(run)
+    torch.cuda.reset_peak_memory_stats()
+    later = [seconds(run) for _ in range(repeats)]
+    peak = {"peak_gib": torch.cuda.max_memory_allocated() / GIB, "reserved_gib": torch.cuda.max_memory_reserved() / GIB}
+    times = {"first_s": first, "median_s": statistics.median(later), "fastest_s": min(later)}
+    return {name: round(value, 4) for name, value in (times | peak).items()}
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Of one run, the device's work included."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+# -- the VAE -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def random_vae(dtype: torch.dtype, tuning: VaeTuning) -> Iterator[Any]:
+    """A VAE of the published size on the GPU, the same weights each time."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    torch.manual_seed(0)
+    with DEVICE:
+        vae = AutoencoderKLCogVideoX(**VAE).requires_grad_(False).eval()
+    vae.to(dtype)
+    torch.cuda.empty_cache()
+    try:
+        with models.tuned(vae, tuning):
+            yield vae
+    finally:
+        models.discard(vae)
+
+
+def make_clip() -> np.ndarray:
+    """Smooth moving colours with some noise, uint8 (F, H, W, 3)."""
+    frames, height, width = clip_size("5b")
+    f, h, w = np.ogrid[:frames, :height, :width]
+    waves = [np.sin(h / (40 + 9 * c) + w / (25 + 7 * c) + f / (5 + c)) for c in range(3)]
+    noise = np.random.default_rng(0).normal(0, 8, (frames, height, width, 1))
+    return (127.5 + 100 * np.stack(waves, -1) + noise).clip(0, 255).astype(np.uint8)
+
+
+class VaeArms:
+    """Arms that encode one clip, and the moments that they are compared with."""
+
+    def __init__(self) -> None:
+        self.clip_FHWC = make_clip()
+        self.known: dict[str, Tensor] = {}
+
+    def reference(self) -> dict[str, Any]:
+        """Moments in fp32; in tiles would be others."""
+        with random_vae(torch.float32, PLAIN) as vae:
+            return timed(lambda: self._keep("fp32", encode.video_moments(vae, self.clip_FHWC)), repeats=1)
+
+    def arm(self, tuning: VaeTuning, name: str) -> dict[str, Any]:
+        """One setting in bf16."""
+        found: dict[str, Tensor] = {}
+        with random_vae(torch.bfloat16, tuning) as vae:
+            if name == "tiled":
+                vae.enable_tiling()
+            row = timed(lambda: found.update(moments=encode.video_moments(vae, self.clip_FHWC).cpu()))
+        if name == "stock":
+            self._keep("stock", found["moments"])
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if tuning.compiled else 0
+        torch._dynamo.utils.counters.clear()
+        return row | {"graphs": graphs} | {f"from_{n}": apart(found["moments"], of) for n, of in self.known.items()}
+
+    def _keep(self, name: str, moments: Tensor) -> None:
+        self.known[name] = moments.cpu()
+
+
+def apart(moments: Tensor, reference: Tensor) -> dict[str, float]:
+    """The largest difference by the largest value, and the same of root mean squares."""
+    difference, reference = moments.double() - reference.double(), reference.double()
+    largest = (difference.abs().max() / reference.abs().max()).item()
+    return {"max": float(f"{largest:.3g}"), "rms": float(f"{(difference.norm() / reference.norm()).item():.3g}")}
+
+
+def store(clip_FHWC: np.ndarray) -> dict[str, Any]:
+    """Clips that are decoded already, into a cache: the device's time, and what is not hidden behind it."""
+    with tempfile.TemporaryDirectory() as folder, random_vae(torch.bfloat16, models.TUNING) as vae:
+        cache = TensorCache(Path(folder))
+
+        def encoded(number: int) -> Iterator[encode.Arriving]:
+            for _ in range(number):
+                yield encode.Arriving({"moments_CFHW": encode.video_moments(vae, clip_FHWC)})
+
+        def stored(number: int) -> None:
+            for count, arriving in enumerate(one_behind(encoded(number))):
+                cache.write(f"{count:04}", arriving.wait())
+
+        stored(1)
+        write = {"moments_CFHW": encode.video_moments(vae, clip_FHWC).cpu()}
+        alone = seconds(lambda: cache.write("alone", write))
+        row = timed(lambda: stored(CLIPS), repeats=1)
+    return row | {"seconds_a_clip": round(row["median_s"] / CLIPS, 4), "write_s": round(alone, 4)}
+
+
+# -- T5 ----------------------------------------------------------------------------------------------------------------
+
+
+class Tokens:
+    """In place of a tokenizer: random ids, padded as captions are."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(1, 30000, (CAPTIONS, TEXT_LENGTH), generator=generator)
+        for number in range(CAPTIONS):
+            self.ids[number, 8 + 3 * number :] = 0
+
+    def __call__(self, captions: list[str], **_: Any) -> Any:
+        return argparse.Namespace(input_ids=self.ids[[int(caption) for caption in captions]])
+
+
+class T5Arms:
+    """Arms that embed captions with one encoder, first on the device, then streamed."""
+
+    def __init__(self) -> None:
+        from transformers import T5Config, T5EncoderModel
+
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with DEVICE:
+                self.encoder = T5EncoderModel(T5Config(**T5_XXL, feed_forward_proj="gated-gelu"))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        self.encoder.requires_grad_(False).eval()
+        self.tokens, self.known = Tokens(), torch.empty(0)
+
+    def embed(self, number: int, at_once: int) -> Tensor:
+        """The first captions."""
+        names = [str(caption) for caption in range(number)]
+        parts = [names[start : start + at_once] for start in range(0, number, at_once)]
+        embeds = [encode.prompt_embeds(self.tokens, self.encoder, part, TEXT_LENGTH) for part in parts]
+        return torch.cat(embeds)
+
+    def arm(self, number: int, at_once: int) -> dict[str, Any]:
+        """So many captions, so many at once."""
+        found: dict[str, Tensor] = {}
+        row = timed(lambda: found.update(embeds=self.embed(number, at_once)), repeats=3)
+        embeds = found["embeds"]
+        if not len(self.known):
+            self.known = embeds
+        known = self.known[:number]
+        row |= {"captions": number, "at_once": at_once, "finite": bool(torch.isfinite(embeds).all())}
+        row |= {"seconds_a_caption": round(row["median_s"] / number, 5), "is_equal": torch.equal(embeds, known)}
+        return row | {"from_one_by_one": apart(embeds, known)}
+
+    def streamed(self, arms: Arms) -> dict[str, Any]:
+        """Moves the blocks to the host, and runs the arms that stream them."""
+        begun = time.perf_counter()
+        with t5_stream.streamed(self.encoder, DEVICE, rows=1):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            move = time.perf_counter() - begun
+            rest = torch.cuda.memory_allocated() / GIB
+            arms.run("t5 streamed", self.arm, CAPTIONS, t5_stream.CAPTIONS_A_PASS)
+            arms.run("t5 streamed, one a pass", self.arm, 4, 1)
+        return {"seconds_to_pin": round(move, 2), "resident_gib": round(rest, 3)}
+
+
+def t5_arms(arms: Arms) -> dict[str, Any]:
+    """All arms of T5."""
+    t5 = T5Arms()
+    try:
+        arms.run("t5 resident", t5.arm, CAPTIONS, 1)
+        arms.run("t5 resident, 8 at once", t5.arm, CAPTIONS, 8)
+        return t5.streamed(arms)
+    finally:
+        models.discard(t5.encoder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=130, help="no arm begins later")
+    parser.add_argument("--only", nargs="+", choices=("vae", "t5", "compiled", "store"), help="some of the arms")
+    parser.add_argument("--results", type=Path)
+    args = parser.parse_args()
+    wanted = args.only or ("vae", "t5", "compiled", "store")
+    arms, vae = Arms(args.seconds, args.results), VaeArms()
+    arms.run("fp32", vae.reference)
+    arms.run("stock", vae.arm, PLAIN, "stock")
+    for part, settings in (("vae", CHEAP), ("compiled", COMPILED)):
+        for name, tuning in settings.items() if part in wanted else ():
+            arms.run(name, vae.arm, tuning, name)
+        if part == "vae" and "t5" in wanted:
+            arms.run("t5 on the host", t5_arms, arms)
+        if part == "vae" and "store" in wanted:
+            arms.run("store", store, vae.clip_FHWC)
+
+
+if __name__ == "__main__":
+    main()
