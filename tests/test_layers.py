@@ -29,7 +29,7 @@ LAYERS = (
     ("factory", "prepare", "optimizers"),
     ("report", "verify", "checks"),
     ("tasks", "methods", "optim", "ema"),
-    ("offload", "plan", "ranks", "streaming", "attention"),
+    ("offload", "plan", "ranks", "attention"),
     ("engine", "blocks"),
     ("run", "stack"),
     ("images", "tensors"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
+from weakref import finalize
 
 import pytest
 import torch
@@ -37,18 +38,15 @@ def tokens_BL() -> Tensor:
 def pinned_now(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Addresses of the buffers that are pinned."""
     addresses: list[int] = []
-    pinned, unpin = t5_stream.pinned, t5_stream.unpin
+    pinned = t5_stream.pinned
 
     def pin(num_bytes: int) -> Tensor:
-        addresses.append((buffer := pinned(num_bytes)).data_ptr())
+        buffer = pinned(num_bytes)
+        addresses.append(address := buffer.untyped_storage().data_ptr())
+        finalize(buffer.untyped_storage(), addresses.remove, address)
         return buffer
 
-    def undo(buffer: Tensor) -> None:
-        unpin(buffer)
-        addresses.remove(buffer.data_ptr())
-
     monkeypatch.setattr(t5_stream, "pinned", pin)
-    monkeypatch.setattr(t5_stream, "unpin", undo)
     return addresses
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from fakes import listing, options_of, run_alone, state_of
 from running import PROMPT, lora_flags, train
 
@@ -394,3 +395,32 @@ def test_t5_and_vae_are_gone_before_the_transformer_is_loaded(
     assert places == ["host", "host"]
     assert [type(module).__name__ for module in held] == ["T5EncoderModel", "AutoencoderKLCogVideoX", "T5EncoderModel"]
     assert reached.value.args[0] == [True] * 3
+
+
+@pytest.mark.parametrize(("fits", "tiles"), [(10**9, None), (250 * 370, (240, 360)), (130 * 190, (120, 180))])
+def test_decoding_takes_tiles_that_fit(fits: int, tiles: tuple[int, int] | None) -> None:
+    """A VAE whose decoding runs out of memory above some number of pixels."""
+    said: list[str] = []
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 16, 16),
+        latent_channels=16,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_height=480,
+        sample_width=720,
+    )
+
+    def decode(latents: torch.Tensor) -> str:
+        pixels = vae.tile_sample_min_height * vae.tile_sample_min_width if vae.use_tiling else 480 * 720
+        if pixels > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "decoded"
+
+    vae.decode = decode  # type: ignore[method-assign]
+    assert validation.decode_what_fits(vae, said.append)(torch.empty(0)) == "decoded"
+    assert (vae.use_tiling and (vae.tile_sample_min_height, vae.tile_sample_min_width)) == (tiles or False)
+    assert len(said) == [None, (240, 360), (120, 180)].index(tiles)
+    fits = 100
+    with pytest.raises(torch.OutOfMemoryError):
+        validation.decode_what_fits(vae, said.append)(torch.empty(0))
+    assert vae.tile_sample_min_height >= validation.SMALLEST_TILE

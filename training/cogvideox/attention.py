@@ -55,19 +55,19 @@ def attend_backward(
     if backend == FLASH_4:
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        dq, dk, dv = _flash_attn_bwd(q, k, v, o, do, lse)[:3]
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        dq, dk, dv = _flash_attn_bwd(q, k, v, o, do, lse, deterministic=deterministic)[:3]
         return dq, dk, dv
     length = q.shape[1]
     do, q, k, v, o = _heads_first(do, q, k, v, o)
     if backend == CPU:
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, False)
     else:
-        seed = torch.zeros((), dtype=torch.int64, device=q.device if backend == FLASH else "cpu")  # of no dropout
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of no dropout
         ends = (None, None, length, length)
         if backend == CUDNN:
-            seeds = (seed.to(q.device), seed.to(q.device))
             gradients = aten._scaled_dot_product_cudnn_attention_backward(
-                do, q, k, v, o, lse.unsqueeze(-1), *seeds, None, *ends, 0.0, False
+                do, q, k, v, o, lse.unsqueeze(-1), seed, seed, None, *ends, 0.0, False
             )
         else:
             gradients = aten._scaled_dot_product_flash_attention_backward(
@@ -109,7 +109,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str = "auto
 def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float32:
         return "it computes in bf16 and fp16 alone"
-    if backend == FLASH_4 and find_spec("flash_attn") is None:
+    if backend == FLASH_4 and not _installed("flash_attn", "cute"):
         return "flash-attn-4 is not installed"
     if backend in (FLASH_4, CUDNN) and torch.cuda.get_device_capability(device) < HOPPER:
         return "the device is older than Hopper"
@@ -118,6 +118,11 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     except Exception as error:  # whatever a kernel or its compiler says: another backend is there
         return f"it fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None if worst < TOLERANCE else f"its gradients are off by {worst:.2g}"
+
+
+def _installed(package: str, part: str) -> bool:
+    """Whether a package is there with this part, which other packages of its name lack."""
+    return find_spec(package) is not None and find_spec(f"{package}.{part}") is not None
 
 
 def gradient_error(backend: str, device: torch.device, dtype: torch.dtype) -> float:

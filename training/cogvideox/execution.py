@@ -18,6 +18,7 @@ from cogvideox.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry
+from cogvideox.models import free_bytes
 from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.plan import Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
@@ -125,12 +126,24 @@ def sizes_of(transformer: Any, geometry: Geometry, buckets: list[Bucket], sample
 def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
     """Free memory, and rates by probes of a fraction of a second; on a CPU nominal rates."""
     host = int(psutil.virtual_memory().available * HOST_SHARE)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
-    fits = int(free * plan.FRAGMENTS)
-    if budget is not None:
-        fits = min(fits, int(budget * plan.GIB * plan.FRAGMENTS - plan.CONTEXT))
-    machine = Machine(fits, host)
+    fits = min(free_bytes(device), host)
+    if budget is not None and device.type != "cuda":
+        fits = min(fits, allowed_bytes(budget))
+    machine = Machine(int(fits * plan.FRAGMENTS), host)
     return with_rates(machine, device, dtype, backend, sizes) if device.type == "cuda" else machine
+
+
+def allowed_bytes(budget: float) -> float:
+    """What tensors may take on a card of so many GiB."""
+    return budget * plan.GIB - plan.CONTEXT
+
+
+def keep_to_budget(run: Run, options: TrainOptions) -> None:
+    """Holds everything from now on, T5 and validation too, to --vram_budget: more is out of memory, as on that card."""
+    budget = options.plan.vram_budget if isinstance(options, LoraOptions) else None
+    if budget is not None and run.device.type == "cuda":
+        total = torch.cuda.mem_get_info(run.device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes(budget) / total), run.device)
 
 
 def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes) -> Machine:

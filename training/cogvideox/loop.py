@@ -22,7 +22,7 @@ from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
 from cogvideox.errors import UsageError, first_of
-from cogvideox.execution import Plan, make_plan, measured, place
+from cogvideox.execution import Plan, keep_to_budget, make_plan, measured, place
 from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
 from cogvideox.images import take_images
@@ -292,6 +292,7 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     Returns the exit status: 0, or 75 where a signal ended the run early with everything saved.
     """
     run = start_run(options)
+    keep_to_budget(run, options)
     images = take_images(run, options)
     tensors = open_tensors(run, options)
     fetch_parts(run, options)

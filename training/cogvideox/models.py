@@ -124,8 +124,10 @@ def free_bytes(device: torch.device) -> float:
     """What may still be allocated on a device; without a GPU nobody counts."""
     if device.type != "cuda":
         return float("inf")
-    cached: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return float(torch.cuda.mem_get_info(device)[0] + cached)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total  # less where --vram_budget is given
+    return float(min(free + reserved, allowed) - allocated)
 
 
 def weight_bytes(model: ModelFlags, part: str, dtype: str) -> int:

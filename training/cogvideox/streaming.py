@@ -38,19 +38,9 @@ def pinned(num_bytes: int) -> Tensor:
         status = runtime.cudaHostRegister(buffer.data_ptr(), pages, 0)
         if int(status) != 0:
             raise MemoryError(f"the system does not let {num_bytes / 2**30:.1f} GiB more be pinned (CUDA: {status})")
-        # when the memory is freed, or the next buffer at its address could not be registered
+        # when the memory is freed, or the driver would refuse the next buffer there; copies must have ended by then
         finalize(memory.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
     return buffer
-
-
-def unpin(buffer: Tensor) -> None:
-    """Undoes ``pinned`` before the memory is freed: the driver would hold it on, and refuse the next buffer there.
-
-    Copies from and to it must have ended.
-    """
-    if torch.cuda.is_available():
-        runtime: Any = torch.cuda.cudart()
-        runtime.cudaHostUnregister(buffer.data_ptr())
 
 
 class Layout:

@@ -11,12 +11,13 @@ Shapes: B captions, L tokens, D channels.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cogvideox.streaming import Layout, Ring, pinned, unpin
+from cogvideox.streaming import Layout, Ring, pinned
 
 CAPTIONS_A_PASS = 32  # batches that share one copy of the weights; a batch of one holds 2 MB between blocks
 SLOTS = 2  # one computes, one arrives
@@ -81,19 +82,19 @@ def streamed(encoder: Any, device: torch.device, rows: int) -> Iterator[None]:
 
 @contextmanager
 def on_host(blocks: Any, names: list[str], layout: Layout) -> Iterator[dict[int, Tensor]]:
-    """The named parameters of each block in a pinned buffer by its number; pinned until the block ends."""
+    """The named parameters of each block in a pinned buffer by its number; freed with the last of them."""
     hosts: dict[int, Tensor] = {}
+    weights = [[block.get_parameter(name) for name in names] for block in blocks]
     try:
-        for number, block in enumerate(blocks):
+        for number, of_block in enumerate(weights):
             hosts[number] = pinned(layout.num_bytes)
-            for name, view in zip(names, layout.views(hosts[number]), strict=True):
-                weight = block.get_parameter(name)
+            for weight, view in zip(of_block, layout.views(hosts[number]), strict=True):
                 weight.data = view.copy_(weight)  # its own memory is free now: never twice the model
         yield hosts
     finally:
-        for host in hosts.values():
-            unpin(host)
         hosts.clear()
+        for weight in chain.from_iterable(weights):
+            weight.data = weight.new_empty(0)
 
 
 def shared_names(blocks: Any) -> list[str]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from cogvideox.run import Run
 from cogvideox.tensors import Tensors
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"
+SMALLEST_TILE = 96  # pixels; below, seams are most of a tile
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,35 @@ def frames_of(video_BFCHW: Tensor) -> Tensor:
     return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
 
 
+def decode_what_fits(vae: Any, say: Callable[[str], None]) -> Callable[..., Any]:
+    """The VAE's decode; in tiles, and smaller ones, where the device is too small for what it was set to."""
+    decode = vae.decode
+
+    def decoded(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            torch.cuda.empty_cache()  # sampling has left gaps
+            try:
+                return decode(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                if not take_smaller_tiles(vae):
+                    raise
+            say(f"decoding in tiles of {vae.tile_sample_min_height}x{vae.tile_sample_min_width}: more does not fit")
+
+    return decoded
+
+
+def take_smaller_tiles(vae: Any) -> bool:
+    """Turns tiling on, or halves the tiles; whether that could be done."""
+    if not vae.use_tiling:
+        vae.enable_tiling()
+        return True
+    height, width = vae.tile_sample_min_height // 2, vae.tile_sample_min_width // 2
+    if min(height, width) < SMALLEST_TILE:
+        return False
+    vae.enable_tiling(height, width)
+    return True
+
+
 class Validator:
     """Renders the validation videos of a run. ``render`` is called on all ranks."""
 
@@ -111,6 +141,7 @@ class Validator:
             vae.enable_slicing()
         if self.flags.enable_tiling:
             vae.enable_tiling()
+        vae.decode = decode_what_fits(vae, self.run.say)
         scheduler = models.load_scheduler(self.options.model)
         pipeline = getattr(diffusers, name)(
             tokenizer=None, text_encoder=None, vae=vae, transformer=self.transformer, scheduler=scheduler
