@@ -122,7 +122,8 @@ class Stack:
     def _trained(self, i: int) -> list[Tensor]:
         """The LoRA matrices of a block, in the order of blocks.LORA_LAYERS, two a layer that has them."""
         pairs = (lora_of(layer) for layer in layers_of(self.modules[i]).values())
-        return [matrix for pair in pairs if pair is not None for matrix in pair[:2]]
+        # PEFT puts what it loads beside the base layer, which may be on the host
+        return [matrix.to(self.device) for pair in pairs if pair is not None for matrix in pair[:2]]
 
     def weights(self, i: int, direction: int, trained: list[Tensor]) -> Block:
         """A block's weights for what the compute stream gets next; the block after it starts to come."""

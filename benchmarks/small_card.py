@@ -1,0 +1,67 @@
+"""Trains a full-size LoRA end to end on a part of a GPU's memory, by the real script, with validation and export.
+
+    python benchmarks/small_card.py --kind 5b --gib 6 --work_dir /tmp/small_card --results benchmarks/results
+
+Weights and tensors are random. --vram_budget holds all of the process to the memory of a card of that size: what needs
+more is out of memory, as there. One JSON file is written: what the script said of its plan, peaks, losses, export.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from every_task import lines_of
+from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
+from record import device_and_versions
+
+SAYS = ("attention by", "plan:", "measured:", "decoding in tiles", "reloaded in")
+
+
+def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> list[str]:
+    """The training script's command line."""
+    command = [sys.executable, str(ROOT / "training/cogvideox_text_to_video_lora.py"), "--load_tensors"]
+    command += ["--pretrained_model_name_or_path", str(work_dir / kind), "--data_root", str(work_dir / "tensors")]
+    command += ["--output_dir", str(work_dir / "lora"), "--train_resolution", "x".join(map(str, clip_size(kind)))]
+    command += ["--plan", "lean", "--vram_budget", str(gib), "--rank", str(rank), "--lora_alpha", str(rank)]
+    command += ["--mixed_precision", "bf16", "--train_batch_size", "1", "--max_train_steps", str(steps)]
+    command += ["--optimizer", "adamw", "--learning_rate", "1e-4", "--dataloader_num_workers", "1"]
+    return [*command, "--validation_prompt", "A red square moves to the right.", "--num_inference_steps", "2"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=[kind for kind in KINDS if not is_image_to_video(kind)], default="5b")
+    parser.add_argument("--gib", type=float, default=6.0)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--results", type=Path, required=True)
+    args = parser.parse_args()
+    make_pipeline(args.kind, args.work_dir / args.kind)
+    make_tensors(args.kind, args.work_dir / args.kind, args.work_dir / "tensors")
+    command = command_of(args.kind, args.work_dir, args.gib, args.rank, args.steps)
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    output = args.work_dir / "lora"
+    said = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines() if line.strip().startswith(SAYS)]
+    row: dict[str, Any] = {"kind": args.kind, "gib": args.gib, "rank": args.rank, "status": done.returncode}
+    row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "said": said, **device_and_versions()}
+    row["steps"] = lines_of(output)
+    row["videos"] = sorted(path.name for path in output.glob("validation/*.mp4"))
+    recipe = output / "recipe.json"
+    row["verification"] = json.loads(recipe.read_text())["verification"] if recipe.is_file() else None
+    print(json.dumps(row, indent=1))
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+    else:
+        args.results.mkdir(parents=True, exist_ok=True)
+        (args.results / f"small_card_{args.kind}.json").write_text(json.dumps(row, indent=1) + "\n")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
