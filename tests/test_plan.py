@@ -45,11 +45,11 @@ def pick(gib: float, axes: Axes = PRESETS["auto"], machine: Machine = FAST, comp
     return choose(axes, LARGE, replace(machine, device_bytes=int(gib * GIB)), compiled, "cudnn")
 
 
-@pytest.mark.parametrize("gib", [70, 40, 22.5, 14, 10, 6.5, 5])
+@pytest.mark.parametrize("gib", [70, 40, 22.5, 14, 10, 6.5, 4])
 def test_the_plan_fits_and_more_memory_is_never_slower(gib: float) -> None:
     plan = pick(gib)
     assert plan.peak <= gib * GIB
-    assert plan.seconds <= pick(4.9).seconds
+    assert plan.seconds <= pick(3.95).seconds
     assert pick(gib + 8).seconds <= plan.seconds
 
 
@@ -61,10 +61,10 @@ def test_what_fits_stays_on_the_device() -> None:
 
 
 def test_the_smallest_card() -> None:
-    plan = pick(4.8)
+    plan = pick(4)
     assert {block.weights for block in plan.blocks} == {HOST}
     assert plan.state == HOST
-    with pytest.raises(NoPlanError, match=r"needs 4\.\d GiB of the device .* 3\.0 and 100\.0 are free"):
+    with pytest.raises(NoPlanError, match=r"needs 3\.\d GiB of the device .* 3\.0 and 100\.0 are free"):
         pick(3)
 
 

@@ -122,6 +122,8 @@ def test_what_is_kept_is_not_computed_again(level: str, monkeypatch: pytest.Monk
 
 
 def test_compiled_is_one_graph_a_pass_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, but not made into kernels, which takes most of a minute here; on a GPU they are."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     arguments = arguments_of("5b", samples=1)

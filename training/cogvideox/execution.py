@@ -143,7 +143,7 @@ def keep_to_budget(run: Run, options: TrainOptions) -> None:
     budget = options.plan.vram_budget if isinstance(options, LoraOptions) else None
     if budget is not None and run.device.type == "cuda":
         total = torch.cuda.mem_get_info(run.device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes(budget) / total), run.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes(budget) / total))
 
 
 def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes) -> Machine:

@@ -126,7 +126,7 @@ def free_bytes(device: torch.device) -> float:
         return float("inf")
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total  # less where --vram_budget is given
+    allowed = torch.cuda.get_per_process_memory_fraction() * total  # less where --vram_budget is given
     return float(min(free + reserved, allowed) - allocated)
 
 

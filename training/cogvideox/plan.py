@@ -14,13 +14,12 @@ DEVICE, HOST = "device", "host"
 LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
 UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10, "all": 18}
 SLOTS, IN_FLIGHT = 3, 2  # of streaming.py
-CHUNKS_BYTES = 3 * 64 * 2**20  # of an optimizer state that passes through the device
 STATE_BYTES = 12  # of a trained number: fp32 master and two moments
 WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/results/one_block_5b.json
     True: {"input": 19.1, "attention": 17.2, "linear": 15.2, "all": 12.0},
     False: {"input": 42.2, "attention": 41.2, "linear": 33.2, "all": 30.0},
 }
-ENDS_UNITS = 5.0  # tensors in front of and behind the blocks
+ENDS_UNITS = 1.8  # tensors in front of and behind the blocks
 RECOMPUTED = {"input": (8 / 12, 1.0), "attention": (8 / 12, 0.0), "linear": (0.0, 0.0), "all": (0.0, 0.0)}
 """Shares of a block's forward linear layers and attention that backward computes again."""
 TRAFFIC_UNITS = {True: (30.0, 75.0), False: (120.0, 270.0)}  # read and written outside matrix products, by pass
@@ -154,10 +153,10 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
     streamed = sum(n for kind, n in kinds.items() if kind.weights == HOST)
     total = sizes.rest_bytes + (sizes.blocks - streamed + min(SLOTS, streamed)) * sizes.block_bytes
     total += sizes.trained * (sizes.item_bytes + 4)  # weights, and the flat fp32 gradients
-    total += sizes.trained * STATE_BYTES if state == DEVICE else min(CHUNKS_BYTES, sizes.trained * STATE_BYTES)
+    total += sizes.trained * STATE_BYTES if state == DEVICE else 0  # its chunks come when the blocks are done
     here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
     total += sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items())
-    away = [sizes.kept_bytes(kind.keep) * min(n, IN_FLIGHT + 1) for kind, n in kinds.items() if kind.kept == HOST]
+    away = [sizes.kept_bytes(kind.keep) * min(n, IN_FLIGHT) for kind, n in kinds.items() if kind.kept == HOST]
     total += max(away, default=0)
     work = max(WORKSPACE_UNITS[compiled][kind.keep] for kind in kinds)
     return round(total + (work + ENDS_UNITS) * sizes.unit)

@@ -115,7 +115,7 @@ def start_run(options: TrainOptions) -> Run:
 def use_growing_segments() -> None:
     """Lets the allocator grow what it reserved, so that buckets of several sizes leave no unused gaps on the GPU."""
     if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def make_accelerator(options: TrainOptions) -> Any:
