@@ -102,7 +102,7 @@ def cells(row: dict[str, Any]) -> Iterator[str]:
     """One row's, in the order of HEAD."""
     yield f"{row['kind']}, {row['clip']}"
     yield f"{row['rank']}, {row['batch']}"
-    yield row["plan"]
+    yield row["plan"] if "attention" not in row else f"{row['plan']}, {row['attention'].split(':')[0]}"
     if "failed" in row:
         yield from (row["failed"], *[UNKNOWN] * 5)
     else:
