@@ -146,6 +146,26 @@ def test_accumulated_steps_of_several_shapes_are_those_of_resident_blocks() -> N
         assert same(outcome(streamed, arguments), outcome(resident, arguments))
 
 
+@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.gpu)])  # a minute on two busy cores
+def test_many_steps_of_streamed_blocks_are_those_of_resident_ones(steps: int) -> None:
+    """Bit for bit, with buckets that take turns."""
+    ends = []
+    for plans in ((BlockPlan(DEVICE, "attention", DEVICE),), (BlockPlan(HOST, "attention", HOST),)):
+        transformer = under(make("5b", depth=4), plans)
+        parameters = [p for p in transformer.parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in parameters]
+        arguments = [arguments_of("5b", frames, samples=1) for frames in (1, 2)]
+        for step in range(steps):
+            transformer(**arguments[step % 2])[0].square().mean().backward()
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+        assert not any(p.equal(before) for p, before in zip(parameters, start, strict=True))
+        ends.append(parameters)
+    assert all(a.equal(b) for a, b in zip(*ends, strict=True))
+
+
 def test_parameters_keep_names_and_values() -> None:
     plain, streamed = make("5b").state_dict(), under(make("5b"), (BlockPlan(HOST),)).state_dict()
     assert plain.keys() == streamed.keys()
