@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from running import PROMPT, equal, frames_of, lora_flags, losses, train, train_all, train_image, weights
 
+from cogvideox import execution
 from cogvideox.errors import UsageError
 from cogvideox.stack import Stack
 
@@ -105,6 +107,16 @@ def test_an_optimizer_that_cannot_rest_on_the_host_stays(
     assert plans[0].state == "device"
     with pytest.raises(UsageError, match=r"--optimizer_state_on host: .*came"):
         run(model, tensors, tmp_path / "other", *flags, "--optimizer_state_on", "host")
+
+
+def test_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution.psutil, "virtual_memory", lambda: SimpleNamespace(available=80_000))
+    found = []
+    for ranks in ("1", "8"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        machine = execution.measure(torch.device("cpu"), torch.float32, "cpu", None, None)  # type: ignore[arg-type]
+        found.append(machine.host_bytes)
+    assert found == [72_000, 9_000]
 
 
 @pytest.mark.parametrize(
