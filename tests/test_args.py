@@ -17,6 +17,7 @@ import pytest
 from cogvideox import args, flags
 from cogvideox.conflicts import check_ema
 from cogvideox.errors import UsageError
+from cogvideox.optimizers import check_optimizer
 from cogvideox.options import (
     ImageLoraOptions,
     ImageSftOptions,
@@ -334,6 +335,21 @@ def test_flags_of_the_training_signal_that_do_nothing_are_refused() -> None:
     right = ("--loss_weighting", "p2", "--p2_k", "2", "--use_ema", "--ema_decay", "0.9", "--keep_best", "--export_best")
     assert parse(*right, "--validation_data_root", "v").train.export_best
     assert parse("--max_timestep", "0").signal.max_timestep == 0
+
+
+def test_plans_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
+    lean = ("--plan", "lean", "--keep", "input")
+    assert problems(*LEAST[LORA], *lean, "--use_dora") == (
+        "--plan lean, --keep input: contradicts --use_dora, which diffusers' own modules run; leave one of them out",
+    )
+    assert parse("--use_dora").lora.use_dora
+    host = parse("--optimizer_state_on", "host", "--optimizer", "came")
+    (found,) = check_optimizer(host)
+    assert found.startswith("--optimizer_state_on host: --optimizer came cannot skip a step on the device")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    (found,) = problems(*LEAST[LORA], *lean)
+    assert found.startswith("--plan lean, --keep input: DeepSpeed places the weights itself")
+    assert parse().plan.plan == "auto"
 
 
 def test_deepspeed_has_no_average(monkeypatch: pytest.MonkeyPatch) -> None:

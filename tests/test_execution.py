@@ -123,7 +123,6 @@ def test_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> No
     ("flags", "told"),
     [
         (("--plan", "lean", "--lora_dropout", "0.1"), "--plan lean: is for LoRAs without DoRA and dropout"),
-        (("--keep", "linear", "--use_dora"), "--keep linear: is for LoRAs without DoRA"),
         (("--weights_on", "host", "--target_modules", "proj_out"), "--weights_on host: is for LoRAs"),
         (("--plan", "lean", "--attention_backend", "cudnn"), "--attention_backend cudnn: cudnn needs a GPU"),
         (("--plan", "fast", "--vram_budget", "0.6001"), "--vram_budget"),

@@ -30,6 +30,7 @@ from cogvideox.options import (
     Options,
     PrepareOptions,
     TrainOptions,
+    asked_of_plan,
     resolution,
     resolutions,
     target_pattern,
@@ -60,6 +61,7 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
         yield from best_problems(options)
     if isinstance(options, LoraOptions):
         yield from lora_problems(options.lora)
+        yield from plan_problems(options)
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
@@ -210,6 +212,15 @@ def lora_problems(lora: LoraFlags) -> Iterator[str]:
         yield f"{given}: contradicts --use_dora, with which its result is no plain LoRA; give one of them"
     if init.startswith("pissa") and not lora.lora_alpha:
         yield "--lora_alpha 0: PiSSA divides by the scale of the LoRA; give the rank"
+
+
+def plan_problems(options: LoraOptions) -> Iterator[str]:
+    """What cannot be run under a plan; models say more when they are loaded."""
+    asked = ", ".join(asked_of_plan(options))
+    if asked and options.lora.use_dora:
+        yield f"{asked}: contradicts --use_dora, which diffusers' own modules run; leave one of them out"
+    if asked and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        yield f"{asked}: DeepSpeed places the weights itself; leave it out, or launch with another configuration"
 
 
 def target_problems(target_modules: Sequence[str]) -> Iterator[str]:

@@ -8,7 +8,7 @@ dropout, LoRAs elsewhere than in attention and feed-forward layers, DeepSpeed, f
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -21,7 +21,7 @@ from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry
 from cogvideox.models import free_bytes
 from cogvideox.optimizers import host_state_problems
-from cogvideox.options import LoraOptions, TrainOptions
+from cogvideox.options import LoraOptions, TrainOptions, asked_of_plan
 from cogvideox.plan import Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run
 from cogvideox.stack import Stack, allow_graphs, frozen_bytes, plain_lora
@@ -43,7 +43,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
     if not isinstance(options, LoraOptions):
         return reference
-    asked = [f"--{name} {value}" for name, value in asdict(options.plan).items() if value not in ("auto", None)]
+    asked = asked_of_plan(options)
     obstacle = _obstacle(run, transformer)
     if obstacle and asked:
         raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")

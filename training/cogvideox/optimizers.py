@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogvideox.errors import UsageError
 from cogvideox.flags import ADAMS, NAMED_CLASS, OptimizerFlags
-from cogvideox.options import TrainOptions, precision_of
+from cogvideox.options import LoraOptions, TrainOptions, precision_of
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -180,8 +180,11 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
         yield "--use_torchao: compiles its step, and there is no C++ compiler; install g++, or leave it out"
     if flags.use_cpu_offload_optimizer:
         yield from offload_problems(options)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if deepspeed:
         yield from deepspeed_problems(flags)
+    elif isinstance(options, LoraOptions) and options.plan.optimizer_state_on == "host":
+        yield from host_state_problems(flags, deepspeed)
 
 
 def package_of(flags: OptimizerFlags) -> str | None:
