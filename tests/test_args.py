@@ -349,6 +349,7 @@ def test_plans_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     (found,) = problems(*LEAST[LORA], *lean)
     assert found.startswith("--plan lean, --keep input: DeepSpeed places the weights itself")
+    assert problems(*LEAST[LORA], "--plan", "off", "--keep", "all")[0].startswith("--keep all: contradicts --plan off")
     assert parse().plan.plan == "auto"
 
 

@@ -217,6 +217,8 @@ def lora_problems(lora: LoraFlags) -> Iterator[str]:
 def plan_problems(options: LoraOptions) -> Iterator[str]:
     """What cannot be run under a plan; models say more when they are loaded."""
     asked = ", ".join(asked_of_plan(options))
+    if asked and options.plan.plan == "off":
+        yield f"{asked}: contradicts --plan off; leave one of them out"
     if asked and options.lora.use_dora:
         yield f"{asked}: contradicts --use_dora, which diffusers' own modules run; leave one of them out"
     if asked and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":

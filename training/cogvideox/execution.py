@@ -41,7 +41,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
         UsageError: what was asked for cannot be done or does not fit.
     """
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
-    if not isinstance(options, LoraOptions):
+    if not isinstance(options, LoraOptions) or options.plan.plan == "off":
         return reference
     asked = asked_of_plan(options)
     obstacle = _obstacle(run, transformer)

@@ -340,8 +340,8 @@ class PlanFlags:
         "auto",
         "how blocks are run: auto is the fastest way that fits the memory; fast keeps weights on the device, and as "
         "many activations as fit; balanced keeps attention outputs, for 24 GB cards; lean keeps next to nothing on "
-        "the device",
-        choices=("auto", "fast", "balanced", "lean"),
+        "the device; off runs diffusers' own modules",
+        choices=("auto", "fast", "balanced", "lean", "off"),
     )
     vram_budget: float | None = flag(
         None, "plan for a card with so many GiB in place of this one's free memory", least=1.0

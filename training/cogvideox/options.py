@@ -263,4 +263,4 @@ def tracker_names(report_to: str | None) -> list[str]:
 def asked_of_plan(options: LoraOptions) -> list[str]:
     """The flags with which a user asks for a plan, or for a part of one, with their values."""
     values = dataclasses.asdict(options.plan).items()
-    return [f"--{name} {value}" for name, value in values if value not in ("auto", None)]
+    return [f"--{name} {value}" for name, value in values if value not in ("auto", "off", None)]
