@@ -13,7 +13,7 @@ from tiny_cogvideox import KINDS, is_image_to_video, is_version_1_5
 from torch import Tensor
 
 from cogvideox import blocks
-from cogvideox.plan import DEVICE, HOST, LEVELS, BlockPlan, ExecutionPlan
+from cogvideox.plan import DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
 from cogvideox.stack import Stack, plain_lora
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -100,6 +100,7 @@ def test_every_level_keeps_what_it_says() -> None:
     assert list(p) == list(LEVELS)
     for less, more in pairwise(LEVELS):
         assert set(p[less]) < set(p[more])
+    assert {level: sum(blocks.UNITS[name] for name in p[level]) for level in LEVELS} == UNITS_KEPT
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -187,6 +188,19 @@ def test_a_lora_on_some_layers_only() -> None:
     targets = ["to_v", "ff.net.2"]
     right = outcome(make("5b", targets=targets), arguments)
     check(outcome(under(make("5b", targets=targets), MIXED), arguments), right, tolerance=1e-5)
+
+
+def test_blocks_in_front_of_the_first_lora_keep_nothing() -> None:
+    """No backward pass comes to them, so nobody would take it."""
+    targets: Any = r"transformer_blocks\.2\.attn1\.to_q"
+    transformer = make("5b", targets=targets)
+    stack = Stack(transformer, ExecutionPlan((BlockPlan(HOST, "attention", HOST),) * 3, False, "cpu"), CPU)
+    stack.install()
+    right = outcome(make("5b", targets=targets), arguments_of("5b"))
+    check(outcome(transformer, arguments_of("5b")), right, tolerance=1e-5)
+    assert list(stack.store.buffers) == [2]
+    assert not stack.store.layouts
+    assert not stack.store.leaving
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

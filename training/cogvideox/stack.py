@@ -144,6 +144,8 @@ class RunBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, i: int, stack: Stack, shared: Shared, *trained: Tensor) -> Tensor:
         plan = stack.plan.blocks[i]
+        if not any(ctx.needs_input_grad):  # in front of the first LoRA: no backward pass would take what is kept
+            return stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, ())[0]
         x = x.detach()  # only the first block's needs no gradient: one graph is to serve all
         y, kept = stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, blocks.KEPT[plan.keep])
         kept["x"] = x
