@@ -6,13 +6,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from running import PROMPT, equal, frames_of, lora_flags, losses, train, train_all, train_image, weights
 
+from cogvideox import execution
 from cogvideox.errors import UsageError
+from cogvideox.plan import FRAGMENTS, GIB
 from cogvideox.stack import Stack
 
 Tiny = Callable[[str], Path]
@@ -133,6 +136,19 @@ def test_gradient_checkpointing_keeps_attention_outputs_at_most(
     run(model, tensors, tmp_path / "not", "--weights_on", "device", "--max_train_steps", 1, "--gradient_checkpointing")
     assert {block.keep for block in plans[0].blocks} <= {"linear", "all"}
     assert {block.keep for block in plans[1].blocks} == {"attention"}
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, available = 50 * GIB, 10 * GIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(execution, "free_bytes", lambda device: float(free))
+    monkeypatch.setattr(execution, "with_rates", lambda machine, *_: machine)
+    monkeypatch.setattr(execution.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    sizes: Any = None  # of the probes, which are not made
+    machine = execution.measure(torch.device("cuda"), torch.bfloat16, "flash", sizes, None)
+    assert machine.device_bytes == int(free * FRAGMENTS)
+    assert machine.host_bytes == int(available * execution.HOST_SHARE / ranks)
 
 
 def test_all_weights_have_no_plan_yet(model: Path, tensors: Path, tmp_path: Path, capsys: Any) -> None:

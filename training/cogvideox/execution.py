@@ -5,6 +5,7 @@ everything to where the plan wants it. The reference, ModulePlan, serves what a 
 dropout, LoRAs elsewhere than in attention and feed-forward layers, DeepSpeed, fp32 on a GPU, and a CPU unless asked.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -125,8 +126,9 @@ def sizes_of(transformer: Any, geometry: Geometry, buckets: list[Bucket], sample
 
 def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
     """Free memory, and rates by probes of a fraction of a second; on a CPU nominal rates."""
-    host = int(psutil.virtual_memory().available * HOST_SHARE)
-    fits = min(free_bytes(device), host)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this host; all of them measure now, and pin later
+    host = int(psutil.virtual_memory().available * HOST_SHARE / ranks)
+    fits = free_bytes(device) if device.type == "cuda" else float(host)
     if budget is not None and device.type != "cuda":
         fits = min(fits, allowed_bytes(budget))
     machine = Machine(int(fits * plan.FRAGMENTS), host)
