@@ -388,6 +388,8 @@ def test_resolutions_take_the_place_of_the_lists() -> None:
         (LORA, ("--init_lora_weights", "pissa_niter_0"), "--init_lora_weights pissa_niter_0: is one of"),
         (LORA, ("--init_lora_weights", "pissa", "--use_dora"), "--init_lora_weights pissa: contradicts --use_dora"),
         (LORA, ("--init_lora_weights", "pissa", "--lora_alpha", "0"), "--lora_alpha 0: PiSSA divides"),
+        (LORA, ("--plan", "lean", "--use_dora"), "--plan lean: is for LoRAs without DoRA and dropout"),
+        (LORA, ("--keep", "all", "--lora_dropout", "0.1"), "--keep all: is for LoRAs without DoRA and dropout"),
         (
             LORA,
             ("--init_lora_weights", "gaussian", "--lora_path", "x"),

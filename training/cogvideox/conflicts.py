@@ -60,6 +60,7 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
         yield from best_problems(options)
     if isinstance(options, LoraOptions):
         yield from lora_problems(options.lora)
+        yield from plan_problems(options)
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
@@ -210,6 +211,14 @@ def lora_problems(lora: LoraFlags) -> Iterator[str]:
         yield f"{given}: contradicts --use_dora, with which its result is no plain LoRA; give one of them"
     if init.startswith("pissa") and not lora.lora_alpha:
         yield "--lora_alpha 0: PiSSA divides by the scale of the LoRA; give the rank"
+
+
+def plan_problems(options: LoraOptions) -> Iterator[str]:
+    """Flags of the plan beside a LoRA that runs as diffusers runs it; execution.py knows more of those."""
+    asked, lora = options.plan.asked, options.lora
+    odd = ["--use_dora"] * lora.use_dora + [f"--lora_dropout {lora.lora_dropout:g}"] * bool(lora.lora_dropout)
+    if asked and odd:
+        yield f"{', '.join(asked)}: is for LoRAs without DoRA and dropout; leave it out, or {' and '.join(odd)}"
 
 
 def target_problems(target_modules: Sequence[str]) -> Iterator[str]:

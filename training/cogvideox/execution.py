@@ -8,7 +8,7 @@ dropout, LoRAs elsewhere than in attention and feed-forward layers, DeepSpeed, f
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -43,7 +43,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
     if not isinstance(options, LoraOptions):
         return reference
-    asked = [f"--{name} {value}" for name, value in asdict(options.plan).items() if value not in ("auto", None)]
+    asked = options.plan.asked
     obstacle = _obstacle(run, transformer)
     if obstacle and asked:
         raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")

@@ -366,6 +366,12 @@ class PlanFlags:
         choices=("auto", "flash-4", "cudnn", "flash", "cpu"),
     )
 
+    @property
+    def asked(self) -> list[str]:
+        """The flags that leave something less open, as they are typed."""
+        values = dataclasses.asdict(self).items()
+        return [f"--{name} {value}" for name, value in values if value not in ("auto", None)]
+
 
 @dataclass(frozen=True)
 class LoraFlags:

@@ -13,12 +13,12 @@ import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.errors import UsageError
 from cogvideox.flags import ADAMS, NAMED_CLASS, OptimizerFlags
-from cogvideox.options import TrainOptions, precision_of
+from cogvideox.options import LoraOptions, TrainOptions, precision_of
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -182,6 +182,14 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
         yield from offload_problems(options)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         yield from deepspeed_problems(flags)
+
+
+def check_state_place(options: TrainOptions) -> Iterator[str]:
+    """Problems of --optimizer_state_on host; of an optimizer that cannot be made at all check_optimizer tells."""
+    if isinstance(options, LoraOptions) and options.plan.optimizer_state_on == "host":
+        with suppress(ImportError, UsageError):
+            deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+            yield from host_state_problems(options.optimizer, deepspeed)
 
 
 def package_of(flags: OptimizerFlags) -> str | None:
