@@ -344,7 +344,7 @@ class PlanFlags:
         choices=("auto", "fast", "balanced", "lean"),
     )
     vram_budget: float | None = flag(
-        None, "plan for a card with so many GiB in place of this one's free memory", least=1.0
+        None, "GiB of the GPU that the run may take, T5 and validation too: plans for a card of that size", least=1.0
     )
     weights_on: str = flag(
         "auto", "where frozen weights of blocks lie: on the device, or on the host, streamed", choices=PLACES
