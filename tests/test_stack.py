@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from itertools import pairwise, product
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from cogvideox import blocks
 from cogvideox.plan import DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
-from cogvideox.stack import Stack, plain_lora
+from cogvideox.stack import MAX_GRAPHS, Stack, plain_lora
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 CPU = torch.device("cpu")
@@ -136,6 +137,24 @@ def test_compiled_is_one_graph_a_pass_and_the_same(monkeypatch: pytest.MonkeyPat
     assert graphs == 3  # forward, backward, sampling: of all three blocks
     outcome(transformer, arguments)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
+
+
+def test_backward_may_compile_as_many_graphs_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU autograd has one; on a CPU a thread that runs both passes stands for it."""
+    limits: list[int] = []
+
+    def compiler(graph: Any, _: Any) -> Any:
+        limits.append(torch._dynamo.config.recompile_limit)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    torch._dynamo.reset()
+    transformer = under(make("5b", depth=1), MIXED[1:], compiled=True)
+    thread = threading.Thread(target=lambda: outcome(transformer, arguments_of("5b", samples=1)))
+    thread.start()
+    thread.join()
+    assert limits == [MAX_GRAPHS] * 3
     torch._dynamo.reset()
 
 
