@@ -17,7 +17,7 @@ import pytest
 from cogvideox import args, flags
 from cogvideox.conflicts import check_ema
 from cogvideox.errors import UsageError
-from cogvideox.optimizers import check_optimizer
+from cogvideox.optimizers import check_state_place
 from cogvideox.options import (
     ImageLoraOptions,
     ImageSftOptions,
@@ -344,7 +344,7 @@ def test_plans_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert parse("--use_dora").lora.use_dora
     host = parse("--optimizer_state_on", "host", "--optimizer", "came")
-    (found,) = check_optimizer(host)
+    (found,) = check_state_place(host)
     assert found.startswith("--optimizer_state_on host: --optimizer came cannot skip a step on the device")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     (found,) = problems(*LEAST[LORA], *lean)
@@ -405,6 +405,7 @@ def test_resolutions_take_the_place_of_the_lists() -> None:
         (LORA, ("--init_lora_weights", "pissa_niter_0"), "--init_lora_weights pissa_niter_0: is one of"),
         (LORA, ("--init_lora_weights", "pissa", "--use_dora"), "--init_lora_weights pissa: contradicts --use_dora"),
         (LORA, ("--init_lora_weights", "pissa", "--lora_alpha", "0"), "--lora_alpha 0: PiSSA divides"),
+        (LORA, ("--plan", "lean", "--use_dora"), "--plan lean: contradicts --use_dora"),
         (
             LORA,
             ("--init_lora_weights", "gaussian", "--lora_path", "x"),

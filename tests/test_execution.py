@@ -15,6 +15,7 @@ from running import PROMPT, equal, frames_of, lora_flags, losses, train, train_a
 
 from cogvideox import execution
 from cogvideox.errors import UsageError
+from cogvideox.plan import FRAGMENTS, GIB
 from cogvideox.stack import Stack
 
 Tiny = Callable[[str], Path]
@@ -109,16 +110,6 @@ def test_an_optimizer_that_cannot_rest_on_the_host_stays(
         run(model, tensors, tmp_path / "other", *flags, "--optimizer_state_on", "host")
 
 
-def test_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution.psutil, "virtual_memory", lambda: SimpleNamespace(available=80_000))
-    found = []
-    for ranks in ("1", "8"):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        machine = execution.measure(torch.device("cpu"), torch.float32, "cpu", None, None)  # type: ignore[arg-type]
-        found.append(machine.host_bytes)
-    assert found == [72_000, 9_000]
-
-
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -144,6 +135,19 @@ def test_gradient_checkpointing_keeps_attention_outputs_at_most(
     run(model, tensors, tmp_path / "not", "--weights_on", "device", "--max_train_steps", 1, "--gradient_checkpointing")
     assert {block.keep for block in plans[0].blocks} <= {"linear", "all"}
     assert {block.keep for block in plans[1].blocks} == {"attention"}
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, available = 50 * GIB, 10 * GIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(execution, "free_bytes", lambda device: float(free))
+    monkeypatch.setattr(execution, "with_rates", lambda machine, *_: machine)
+    monkeypatch.setattr(execution.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    sizes: Any = None  # of the probes, which are not made
+    machine = execution.measure(torch.device("cuda"), torch.bfloat16, "flash", sizes, None)
+    assert machine.device_bytes == int(free * FRAGMENTS)
+    assert machine.host_bytes == int(available * execution.HOST_SHARE / ranks)
 
 
 def test_all_weights_have_no_plan_yet(model: Path, tensors: Path, tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from cogvideox import args
 from cogvideox.errors import UsageError
 from cogvideox.flags import ModelFlags
-from cogvideox.lora import principal
+from cogvideox.lora import of_first_rank, principal
 from cogvideox.methods import WEIGHTS_NAME, FullFinetune, Lora
 from cogvideox.models import load_transformer
 from cogvideox.options import SftOptions
@@ -196,6 +197,20 @@ def test_pissa_reloads_on_the_original_base(model: Path, tmp_path: Path, dtype: 
     base = stock(model, dtype)
     diffusers.CogVideoXPipeline(**parts, transformer=base).load_lora_weights(str(tmp_path))
     assert base.transformer_blocks[0].attn1.to_q(torch.ones(1, 2, 64, dtype=dtype)).equal(trained)
+
+
+@pytest.mark.parametrize(("backend", "through"), [("nccl", "meta"), ("gloo", "cpu")])
+def test_ranks_share_a_start_through_memory_that_their_backend_knows(
+    backend: str, through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are on the host then, and NCCL sends only what is on a device; meta stands for one."""
+    sent: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor.device.type))
+    with contextlib.suppress(NotImplementedError):  # nothing comes back from meta
+        of_first_rank(torch.ones(2))
+    assert sent == [through]
 
 
 def test_a_rank_beyond_the_layers_is_refused_for_pissa(model: Path) -> None:

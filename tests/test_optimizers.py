@@ -17,11 +17,13 @@ from stepping import train as advance
 from torch.nn import Parameter
 
 from cogvideox import args
+from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.errors import UsageError
 from cogvideox.flags import OptimizerFlags
 from cogvideox.optim import MasterWeights, as_tensor, is_fused, plain_tensors, set_rate
 from cogvideox.optimizers import (
     check_optimizer,
+    check_state_place,
     host_state_problems,
     make_optimizer,
     optimizer_class,
@@ -276,6 +278,14 @@ def test_what_steps_on_the_device_is_what_is_fused(command: str, fused: bool) ->
     flags = flags_of(command)
     assert steps_on_device(flags) == is_fused(make_optimizer(flags, list(parameters(command).values()))) == fused
     assert bool(list(host_state_problems(flags, deepspeed=False))) == (not fused)
+
+
+@pytest.mark.parametrize("command", ["--optimizer came", "--optimizer adam --use_8bit", "--optimizer adamw", ""])
+def test_a_state_that_cannot_rest_on_the_host_is_refused_before_anything_is_loaded(command: str) -> None:
+    flags = [*lora_flags_without_optimizer(), *command.split(), "--optimizer_state_on"]
+    found = [list(check_state_place(args.parse(LoraOptions, None, [*flags, place]))) for place in ("host", "auto")]
+    assert [len(problems) for problems in found] == [1 if "came" in command or "8bit" in command else 0, 0]
+    assert check_state_place in TRAINING_CHECKS
 
 
 def test_a_third_moment_rests_on_the_host_too() -> None:

@@ -509,8 +509,9 @@ def test_t5_that_does_not_fit_on_the_device_names_the_flag(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(encode, "prompt_embeds", full)
-    with pytest.raises(UsageError, match=r"--t5_on device: .* too little free memory for T5; give --t5_on host"):
-        complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(t5_on="device"))
+    for place, fix in (("device", "give --t5_on host"), ("host", "end what else uses it")):
+        with pytest.raises(UsageError, match=f"--t5_on {place}: .* too little free memory for T5; {fix}"):
+            complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(t5_on=place))
 
 
 def test_a_caption_whose_embedding_is_not_finite_is_named(

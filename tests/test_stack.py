@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from itertools import pairwise, product
 from typing import Any
@@ -13,8 +14,8 @@ from tiny_cogvideox import KINDS, is_image_to_video, is_version_1_5
 from torch import Tensor
 
 from cogvideox import blocks
-from cogvideox.plan import DEVICE, HOST, LEVELS, BlockPlan, ExecutionPlan
-from cogvideox.stack import Stack, plain_lora
+from cogvideox.plan import DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
+from cogvideox.stack import MAX_GRAPHS, Stack, plain_lora
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 CPU = torch.device("cpu")
@@ -100,6 +101,7 @@ def test_every_level_keeps_what_it_says() -> None:
     assert list(p) == list(LEVELS)
     for less, more in pairwise(LEVELS):
         assert set(p[less]) < set(p[more])
+    assert {level: sum(blocks.UNITS[name] for name in p[level]) for level in LEVELS} == UNITS_KEPT
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -135,6 +137,24 @@ def test_compiled_is_one_graph_a_pass_and_the_same(monkeypatch: pytest.MonkeyPat
     assert graphs == 3  # forward, backward, sampling: of all three blocks
     outcome(transformer, arguments)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
+
+
+def test_backward_may_compile_as_many_graphs_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU autograd has one; on a CPU a thread that runs both passes stands for it."""
+    limits: list[int] = []
+
+    def compiler(graph: Any, _: Any) -> Any:
+        limits.append(torch._dynamo.config.recompile_limit)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    torch._dynamo.reset()
+    transformer = under(make("5b", depth=1), MIXED[1:], compiled=True)
+    thread = threading.Thread(target=lambda: outcome(transformer, arguments_of("5b", samples=1)))
+    thread.start()
+    thread.join()
+    assert limits == [MAX_GRAPHS] * 3
     torch._dynamo.reset()
 
 
@@ -207,6 +227,19 @@ def test_a_lora_on_some_layers_only() -> None:
     targets = ["to_v", "ff.net.2"]
     right = outcome(make("5b", targets=targets), arguments)
     check(outcome(under(make("5b", targets=targets), MIXED), arguments), right, tolerance=1e-5)
+
+
+def test_blocks_in_front_of_the_first_lora_keep_nothing() -> None:
+    """No backward pass comes to them, so nobody would take it."""
+    targets: Any = r"transformer_blocks\.2\.attn1\.to_q"
+    transformer = make("5b", targets=targets)
+    stack = Stack(transformer, ExecutionPlan((BlockPlan(HOST, "attention", HOST),) * 3, False, "cpu"), CPU)
+    stack.install()
+    right = outcome(make("5b", targets=targets), arguments_of("5b"))
+    check(outcome(transformer, arguments_of("5b")), right, tolerance=1e-5)
+    assert list(stack.store.buffers) == [2]
+    assert not stack.store.layouts
+    assert not stack.store.leaving
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+
+import pytest
 import torch
 
 from cogvideox.streaming import IN_FLIGHT, SLOTS, HostStore, Layout, Ring
@@ -68,6 +71,22 @@ def test_a_layout_is_aligned_and_gives_views() -> None:
         assert view.data_ptr() % 256 == buffer.data_ptr() % 256
         view.copy_(tensor)
     assert all(view.equal(tensor) for view, tensor in zip(layout.views(buffer), tensors, strict=True))
+
+
+def test_a_buffer_is_given_up_only_when_its_copies_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU copies end at once: what is seen is that both streams are waited for, the buffer still there."""
+    store = HostStore(CPU)
+    store.put(0, {"x": torch.zeros(4)})
+    store.take(0)
+    buffer, waited = weakref.ref(store.buffers[0].untyped_storage()), []
+    for side in (store.out, store.back):
+        monkeypatch.setattr(side, "wait", lambda: waited.append(buffer() is not None))
+    store.put(0, {"x": torch.zeros(3)})
+    assert waited == []
+    store.take(0)
+    store.put(0, {"x": torch.zeros(4096)})
+    assert waited == [True, True]
+    assert buffer() is None
 
 
 def test_kept_tensors_come_back_whatever_their_shape() -> None:

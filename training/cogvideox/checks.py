@@ -11,7 +11,7 @@ from cogvideox.factory import check_tensors
 from cogvideox.geometry import check_pipeline
 from cogvideox.hub import check_hub
 from cogvideox.lora_file import check_lora
-from cogvideox.optimizers import check_optimizer
+from cogvideox.optimizers import check_optimizer, check_state_place
 from cogvideox.options import image_flags, is_url
 from cogvideox.prompts import check_prompts, images_of, prompts_of
 
@@ -50,6 +50,6 @@ def image_problems(path: str) -> Iterator[str]:
 
 DATA_CHECKS = (check_data, check_reader, check_tensors)
 TRAINING_CHECKS = (
-    *(*DATA_CHECKS, check_optimizer, check_lora, check_ema),
+    *(*DATA_CHECKS, check_optimizer, check_state_place, check_lora, check_ema),
     *(check_prompts, check_images, check_trackers, check_hub, check_pipeline, check_launcher),
 )

@@ -30,7 +30,6 @@ from cogvideox.options import (
     Options,
     PrepareOptions,
     TrainOptions,
-    asked_of_plan,
     resolution,
     resolutions,
     target_pattern,
@@ -216,7 +215,7 @@ def lora_problems(lora: LoraFlags) -> Iterator[str]:
 
 def plan_problems(options: LoraOptions) -> Iterator[str]:
     """What cannot be run under a plan; models say more when they are loaded."""
-    asked = ", ".join(asked_of_plan(options))
+    asked = ", ".join(options.plan.asked)
     if asked and options.plan.plan == "off":
         yield f"{asked}: contradicts --plan off; leave one of them out"
     if asked and options.lora.use_dora:

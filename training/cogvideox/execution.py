@@ -21,7 +21,7 @@ from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry
 from cogvideox.models import free_bytes
 from cogvideox.optimizers import host_state_problems
-from cogvideox.options import LoraOptions, TrainOptions, asked_of_plan
+from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.plan import Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run
 from cogvideox.stack import Stack, allow_graphs, frozen_bytes, plain_lora
@@ -43,7 +43,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
     if not isinstance(options, LoraOptions) or options.plan.plan == "off":
         return reference
-    asked = asked_of_plan(options)
+    asked = options.plan.asked
     obstacle = _obstacle(run, transformer)
     if obstacle and asked:
         raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")
@@ -126,9 +126,9 @@ def sizes_of(transformer: Any, geometry: Geometry, buckets: list[Bucket], sample
 
 def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
     """Free memory, and rates by probes of a fraction of a second; on a CPU nominal rates."""
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks that share this host's memory
-    host = int(psutil.virtual_memory().available * HOST_SHARE / neighbours)
-    fits = min(free_bytes(device), host)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this host; all of them measure now, and pin later
+    host = int(psutil.virtual_memory().available * HOST_SHARE / ranks)
+    fits = free_bytes(device) if device.type == "cuda" else float(host)
     if budget is not None and device.type != "cuda":
         fits = min(fits, allowed_bytes(budget))
     machine = Machine(int(fits * plan.FRAGMENTS), host)

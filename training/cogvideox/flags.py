@@ -344,7 +344,7 @@ class PlanFlags:
         choices=("auto", "fast", "balanced", "lean", "off"),
     )
     vram_budget: float | None = flag(
-        None, "plan for a card with so many GiB in place of this one's free memory", least=1.0
+        None, "GiB of the GPU that the run may take, T5 and validation too: plans for a card of that size", least=1.0
     )
     weights_on: str = flag(
         "auto", "where frozen weights of blocks lie: on the device, or on the host, streamed", choices=PLACES
@@ -365,6 +365,12 @@ class PlanFlags:
         "attention kernels; auto is the fastest one that is there and passes a check of its gradients",
         choices=("auto", "flash-4", "cudnn", "flash", "cpu"),
     )
+
+    @property
+    def asked(self) -> list[str]:
+        """The flags that leave something less open, as they are typed."""
+        values = dataclasses.asdict(self).items()
+        return [f"--{name} {value}" for name, value in values if value not in ("auto", "off", None)]
 
 
 @dataclass(frozen=True)

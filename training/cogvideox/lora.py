@@ -141,9 +141,17 @@ def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: 
         rule = f"{small} has {sizes[small]} singular values for PiSSA to start from"
         raise UsageError(f"--rank {rank}: {rule}; give at most --rank {sizes[small]}")
     for layer in layers.values():
-        start = principal(layer.get_base_layer().weight, rank, layer.scaling[adapter], init, seed)
+        a, b = principal(layer.get_base_layer().weight, rank, layer.scaling[adapter], init, seed)
         if dist.is_available() and dist.is_initialized():
-            for tensor in start:
-                dist.broadcast(tensor, src=0)
-        layer.lora_A[adapter] = Shifted(start[0], dim=0, sign=1.0)
-        layer.lora_B[adapter] = Shifted(start[1], dim=1, sign=-1.0)
+            a, b = of_first_rank(a), of_first_rank(b)
+        layer.lora_A[adapter] = Shifted(a, dim=0, sign=1.0)
+        layer.lora_B[adapter] = Shifted(b, dim=1, sign=-1.0)
+
+
+def of_first_rank(tensor: Tensor) -> Tensor:
+    """The first rank's tensor, on all; it lies where this one's does."""
+    fast = torch.accelerator.current_accelerator()
+    # NCCL knows no memory of the host, where the weights still are
+    here = tensor.to(fast) if fast is not None and dist.get_backend() == "nccl" else tensor
+    dist.broadcast(here, src=0)
+    return here.to(tensor.device)

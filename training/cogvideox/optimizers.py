@@ -13,7 +13,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.errors import UsageError
@@ -180,11 +180,16 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
         yield "--use_torchao: compiles its step, and there is no C++ compiler; install g++, or leave it out"
     if flags.use_cpu_offload_optimizer:
         yield from offload_problems(options)
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if deepspeed:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         yield from deepspeed_problems(flags)
-    elif isinstance(options, LoraOptions) and options.plan.optimizer_state_on == "host":
-        yield from host_state_problems(flags, deepspeed)
+
+
+def check_state_place(options: TrainOptions) -> Iterator[str]:
+    """Problems of --optimizer_state_on host; of an optimizer that cannot be made at all check_optimizer tells."""
+    if isinstance(options, LoraOptions) and options.plan.optimizer_state_on == "host":
+        with suppress(ImportError, UsageError):
+            deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+            yield from host_state_problems(options.optimizer, deepspeed)
 
 
 def package_of(flags: OptimizerFlags) -> str | None:

@@ -258,9 +258,3 @@ def precision_of(flag: str | None) -> str:
 def tracker_names(report_to: str | None) -> list[str]:
     """The trackers that --report_to asks for."""
     return {None: [], "none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [str(report_to)])
-
-
-def asked_of_plan(options: LoraOptions) -> list[str]:
-    """The flags with which a user asks for a plan, or for a part of one, with their values."""
-    values = dataclasses.asdict(options.plan).items()
-    return [f"--{name} {value}" for name, value in values if value not in ("auto", "off", None)]

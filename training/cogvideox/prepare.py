@@ -426,7 +426,8 @@ def encode_captions(
         return
     place = models.place_of_t5(model, encoders.text_dtype, state.device, t5_on)
     at_once = batch * (CAPTIONS_A_PASS if place == "host" else 1)
-    room = room_for(f"--t5_on {t5_on}", "for T5", "give --t5_on host")
+    fix = "give --t5_on host" if place == "device" else "end what else uses it"
+    room = room_for(f"--t5_on {t5_on}", "for T5", fix)
     with room, models.text_encoder(model, encoders.text_dtype, state.device, place, batch) as (tokenizer, encoder):
         bar = tqdm(total=len(captions), desc="encoding captions", unit="caption", disable=not state.is_main_process)
         for start in range(0, len(captions), at_once):

@@ -6,6 +6,7 @@ where frozen weights lie, whether it is compiled, is the plan's. Names and value
 Shapes as in blocks.py.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,23 @@ def allow_graphs() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
+def allowing_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function, before whose first call in each thread ``allow_graphs`` is called there.
+
+    Since torch 2.12 each thread has settings of its own, and on a GPU backward passes run in a thread of autograd's,
+    where the ninth graph would be the end of the run.
+    """
+    thread = threading.local()
+
+    def call(*arguments: Any) -> Any:
+        if not hasattr(thread, "ready"):
+            allow_graphs()
+            thread.ready = True
+        return function(*arguments)
+
+    return call
+
+
 class Stack:
     """See the top of the file.
 
@@ -43,9 +61,9 @@ class Stack:
         self._rotary: tuple[Any, Any] = (None, None)
         self.forward_block, self.backward_block = blocks.forward, blocks.backward
         if plan.compiled:
-            allow_graphs()
             self.forward_block, self.backward_block = (
-                torch.compile(function, fullgraph=True, dynamic=False) for function in (blocks.forward, blocks.backward)
+                allowing_graphs(torch.compile(function, fullgraph=True, dynamic=False))
+                for function in (blocks.forward, blocks.backward)
             )
         self._place(transformer)
 
@@ -144,6 +162,8 @@ class RunBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, i: int, stack: Stack, shared: Shared, *trained: Tensor) -> Tensor:
         plan = stack.plan.blocks[i]
+        if not any(ctx.needs_input_grad):  # in front of the first LoRA: no backward pass would take what is kept
+            return stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, ())[0]
         x = x.detach()  # only the first block's needs no gradient: one graph is to serve all
         y, kept = stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, blocks.KEPT[plan.keep])
         kept["x"] = x

@@ -76,6 +76,11 @@ class Side:
             self.stream.wait_stream(stream)
         return torch.cuda.stream(self.stream)
 
+    def wait(self) -> None:
+        """The host waits for all that this stream was given so far."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
     def mark(self) -> Any:
         """An event after what this stream was given so far."""
         return self.stream.record_event() if self.stream is not None else None
@@ -160,9 +165,7 @@ class HostStore:
         """Starts the copy to the host. The tensors stay on the device until two more blocks were put."""
         layout = Layout(list(kept.values()))
         self.layouts[block] = tuple(kept), layout
-        if block not in self.buffers or self.buffers[block].numel() < layout.num_bytes:
-            self.buffers.pop(block, None)
-            self.buffers[block] = pinned(layout.num_bytes)
+        self._make_room(block, layout.num_bytes)
         with self.out.after_compute():
             for host, tensor in zip(layout.views(self.buffers[block]), kept.values(), strict=True):
                 host.copy_(tensor, non_blocking=True)
@@ -170,6 +173,16 @@ class HostStore:
         if len(self.leaving) > IN_FLIGHT:
             _, (_, event) = self.leaving.popitem(last=False)
             compute_waits_for(event)  # so that its memory may be given to what is computed next
+
+    def _make_room(self, block: int, num_bytes: int) -> None:
+        """A host buffer for a block, of so many bytes at least."""
+        if block in self.buffers and self.buffers[block].numel() >= num_bytes:
+            return
+        if block in self.buffers:  # a larger bucket than before: the last step's copies may not have ended yet
+            self.out.wait()
+            self.back.wait()
+            del self.buffers[block]
+        self.buffers[block] = pinned(num_bytes)
 
     def fetch(self, block: int) -> None:
         """Starts bringing a block's tensors back, unless they are still there."""
