@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import weakref
+from mmap import PAGESIZE
+from pathlib import Path
 
 import pytest
 import torch
 
-from cogvideox.streaming import IN_FLIGHT, SLOTS, HostStore, Layout, Ring
+from cogvideox.streaming import IN_FLIGHT, SLOTS, HostStore, Layout, Ring, pinned
 
 CPU = torch.device("cpu")
 
@@ -71,6 +74,25 @@ def test_a_layout_is_aligned_and_gives_views() -> None:
         assert view.data_ptr() % 256 == buffer.data_ptr() % 256
         view.copy_(tensor)
     assert all(view.equal(tensor) for view, tensor in zip(layout.views(buffer), tensors, strict=True))
+
+
+def test_a_fork_does_not_copy_pinned_memory() -> None:
+    """Linux copies pinned pages for each worker that loads data, so they must not be there."""
+    buffer = pinned(3 * PAGESIZE + 5)
+    assert buffer.data_ptr() % PAGESIZE == 0
+    assert int(buffer.sum()) == 0
+    child = os.fork()
+    if not child:
+        ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        there = any(int(start, 16) <= buffer.data_ptr() < int(end, 16) for start, end in ranges)
+        os._exit(int(there))
+    assert os.waitpid(child, 0)[1] == 0
+    storage = weakref.ref(buffer.untyped_storage())
+    view = buffer[7:]
+    del buffer
+    assert storage() is not None
+    del view
+    assert storage() is None
 
 
 def test_a_buffer_is_given_up_only_when_its_copies_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ device. Without a GPU the same code copies at once.
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from mmap import PAGESIZE
+from mmap import MADV_DONTFORK, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
 from weakref import finalize
 
@@ -29,17 +29,19 @@ def pinned(num_bytes: int) -> Tensor:
     """Host memory that the device copies from and to by itself; plain memory without a GPU.
 
     torch's own pinned allocator rounds up to powers of two, which costs gigabytes here; so plain memory is registered.
+    It is a mapping of its own, which processes that load data do not inherit: a fork copies pinned pages at once.
     """
-    pages = -(-num_bytes // PAGESIZE) * PAGESIZE  # what is registered: no two buffers may share a page
-    memory = torch.zeros(pages + PAGESIZE, dtype=torch.uint8)  # written, so that it is there
-    buffer = memory[-memory.data_ptr() % PAGESIZE :][:num_bytes]
+    memory = mmap(-1, max(1, num_bytes), flags=MAP_PRIVATE | MAP_ANONYMOUS)  # whole pages: no two buffers share one
+    memory.madvise(MADV_DONTFORK)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
+    buffer.zero_()  # written, so that it is there
     if torch.cuda.is_available():
         runtime: Any = torch.cuda.cudart()
-        status = runtime.cudaHostRegister(buffer.data_ptr(), pages, 0)
+        status = runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
         if int(status) != 0:
             raise MemoryError(f"the system does not let {num_bytes / 2**30:.1f} GiB more be pinned (CUDA: {status})")
         # when the memory is freed, or the driver would refuse the next buffer there; copies must have ended by then
-        finalize(memory.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
+        finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
     return buffer
 
 
