@@ -155,3 +155,47 @@ def test_all_weights_have_no_plan_yet(model: Path, tensors: Path, tmp_path: Path
 
     assert train_all(sft_flags(model, tensors, tmp_path / "run", "--load_tensors", *LEAN, "--max_train_steps", 1)) == 0
     assert "--plan: has no effect here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "buckets", "compiled"),
+    [
+        ("auto", "cpu", 1, False),
+        ("auto", "cuda", 8, True),
+        ("auto", "cuda", 9, False),
+        ("yes", "cuda", 64, True),
+        ("no", "cuda", 1, False),
+    ],
+)
+def test_many_buckets_are_not_compiled(wanted: str, device: str, buckets: int, compiled: bool) -> None:
+    said: list[str] = []
+    run: Any = SimpleNamespace(device=torch.device(device), compiled=False, say=said.append)
+    assert execution.compiles(run, wanted, buckets) is compiled
+    assert len(said) == (wanted == "auto" and buckets == 9)
+    with pytest.raises(UsageError, match="--compile_blocks yes: 65 buckets"):
+        execution.compiles(run, "yes", 65)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+            "the GPU's memory does not suffice; give --plan",
+        ),
+        (
+            MemoryError("the system does not let 3.0 GiB more be pinned"),
+            "the host's memory does not suffice: the system",
+        ),
+    ],
+)
+def test_out_of_memory_is_told(
+    error: Exception, told: str, model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("cogvideox.loop.losses_of", fails)
+    with pytest.raises(UsageError) as caught:
+        train(lora_flags(model, tensors, tmp_path / "run", "--load_tensors"))
+    assert str(caught.value).startswith(told)

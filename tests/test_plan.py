@@ -112,3 +112,16 @@ def test_the_text_says_all() -> None:
     assert "streamed from the host" in text
     assert "attention by cudnn" in text
     assert "optimizer state on the" in text
+
+
+def test_what_a_streamed_base_and_an_average_take() -> None:
+    lean = {BlockPlan(HOST, "attention", HOST): 42}
+    weights = 42 * LARGE.block_bytes
+    more = host_bytes(lean, HOST, replace(LARGE, mapped=True)) - host_bytes(lean, HOST, LARGE)
+    assert more == weights - LARGE.block_bytes  # pages of the file do not become the pinned ones
+    resident = {BlockPlan(keep="attention"): 42}
+    with_average = replace(LARGE, state_bytes=LARGE.state_bytes + 4)
+    assert (
+        peak_bytes(resident, DEVICE, True, with_average) - peak_bytes(resident, DEVICE, True, LARGE)
+        == 4 * LARGE.trained
+    )

@@ -19,17 +19,19 @@ from cogvideox.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry
-from cogvideox.models import free_bytes
+from cogvideox.models import DTYPES, free_bytes, stored_dtype
 from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.plan import Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run
-from cogvideox.stack import Stack, allow_graphs, frozen_bytes, plain_lora
+from cogvideox.stack import MAX_GRAPHS, Stack, allowing_graphs, frozen_bytes, plain_lora
 from cogvideox.streaming import pinned
 from cogvideox.tensors import Tensors
 
 Plan = ExecutionPlan | ModulePlan
 HOST_SHARE = 0.9  # of the free host memory that may be pinned
+FEW_BUCKETS, MOST_BUCKETS = 8, MAX_GRAPHS // 4  # of forward: two kinds of blocks, sampling, the held-out loss
+AVERAGE_BYTES = 4  # of a trained number, with --use_ema
 PROBE_TOKENS = 8192
 COPY_BYTES = 64 * 2**20
 
@@ -54,17 +56,34 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     except ValueError as error:
         raise UsageError(f"--attention_backend {options.plan.attention_backend}: {error}") from None
     run.say(f"attention by {backend}: {reason}")
-    sizes = sizes_of(transformer, tensors.geometry, buckets_of(tensors), options.train.train_batch_size, run.dtype)
-    compiled = {"yes": True, "no": False, "auto": run.compiled or run.device.type == "cuda"}[
-        options.plan.compile_blocks
-    ]
+    buckets = buckets_of(tensors)
+    sizes = sizes_of(transformer, tensors.geometry, buckets, options.train.train_batch_size, run.dtype)
+    averages = AVERAGE_BYTES if options.signal.use_ema else 0
+    mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
+    sizes = replace(sizes, state_bytes=sizes.state_bytes + averages, mapped=mapped)
+    compiled = compiles(run, options.plan.compile_blocks, len(buckets))
     try:
         machine = measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)
         chosen = plan.choose(axes_of(options), sizes, machine, compiled, backend)
         passes = options.train.gradient_accumulation_steps if run.device.type == "cuda" else 0  # no rates of a CPU
         return replace(chosen, seconds=chosen.seconds * passes)
-    except NoPlanError as error:
+    except (NoPlanError, torch.OutOfMemoryError) as error:
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {_smaller(sizes)}") from None
+
+
+def compiles(run: Run, wanted: str, num_buckets: int) -> bool:
+    """Whether blocks are compiled: each bucket costs graphs of its own, 20 seconds or more.
+
+    Raises:
+        UsageError: they shall be, and torch would give up.
+    """
+    if wanted == "yes" and num_buckets > MOST_BUCKETS:
+        rule = f"{num_buckets} buckets take more graphs than torch compiles"
+        raise UsageError(f"--compile_blocks yes: {rule}; give at most {MOST_BUCKETS} buckets, or --compile_blocks no")
+    if wanted == "auto" and run.device.type == "cuda" and num_buckets > FEW_BUCKETS:
+        run.say(f"{num_buckets} buckets: blocks are not compiled, each would take its time; --compile_blocks yes does")
+        return False
+    return wanted == "yes" or (wanted == "auto" and (run.compiled or run.device.type == "cuda"))
 
 
 def _obstacle(run: Run, transformer: Any) -> str | None:
@@ -192,9 +211,9 @@ def place(transformer: Any, chosen: Plan, device: torch.device) -> None:
     if chosen.recompute:
         transformer.enable_gradient_checkpointing()
     if chosen.compiled:
-        allow_graphs()
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False)
+            block._compiled_call_impl = allowing_graphs(block._compiled_call_impl)
 
 
 def measured(step_seconds: float) -> str:

@@ -278,7 +278,10 @@ class TrainFlags:
     max_train_steps: int | None = flag(
         None, "optimizer steps; overrides --num_train_epochs", aliases=("train_steps",), least=1
     )
-    gradient_checkpointing: bool = flag(False, "recompute blocks in the backward pass: slower, far less memory")
+    gradient_checkpointing: bool = flag(
+        False,
+        "recompute blocks in the backward pass: slower, far less memory; a plan then keeps attention outputs at most",
+    )
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0 leaves them", least=0.0)
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", least=1)
     checkpoints_total_limit: int | None = flag(

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -152,6 +152,7 @@ class Trainer:
         if self._looks_due(self.first_step):
             with metrics.paused():
                 self._look(self.first_step)  # only what is not there: a kill may have come in between
+            metrics.forget_peaks()
         with signals_ask_to_stop(self.run), closing(self._batches()) as batches:
             step = self._train(metrics, batches)
         metrics.close()
@@ -301,8 +302,23 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     method = method_type(transformer, options)
     plan = make_plan(run, options, tensors, transformer)
     run.say(f"plan: {plan}")
-    place(transformer, plan, run.device)
-    task = task_type(options, tensors.geometry, run.device, run.dtype)
-    check_parity(run, options, tensors, task, transformer)
-    trainer = Trainer(run, options, tensors, prompts, task, method, plan)
-    return trainer.finish(trainer.train())
+    with memory_errors_told():
+        place(transformer, plan, run.device)
+        task = task_type(options, tensors.geometry, run.device, run.dtype)
+        check_parity(run, options, tensors, task, transformer)
+        trainer = Trainer(run, options, tensors, prompts, task, method, plan)
+        return trainer.finish(trainer.train())
+
+
+@contextmanager
+def memory_errors_told() -> Iterator[None]:
+    """Out of memory, on the device or for pinned memory of the host, becomes a UsageError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        line = str(error).splitlines()[0]
+        fix = "give --plan lean, a smaller bucket, --train_batch_size or --rank, or a larger --vram_budget"
+        raise UsageError(f"the GPU's memory does not suffice; {fix} ({line})") from None
+    except MemoryError as error:
+        fix = "free some, or give --weights_on, --kept_on or --optimizer_state_on device"
+        raise UsageError(f"the host's memory does not suffice: {error}; {fix}") from None

@@ -14,7 +14,7 @@ DEVICE, HOST = "device", "host"
 LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
 UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10, "all": 18}
 SLOTS, IN_FLIGHT = 3, 2  # of streaming.py
-STATE_BYTES = 12  # of a trained number: fp32 master and two moments
+ADAM_BYTES = 12  # of a trained number: fp32 master and two moments
 WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/results/one_block_5b.json
     True: {"input": 19.1, "attention": 17.2, "linear": 15.2, "all": 12.0},
     False: {"input": 42.2, "attention": 41.2, "linear": 33.2, "all": 30.0},
@@ -41,6 +41,8 @@ class Sizes:
     tokens: int  # of a sample in the largest bucket
     width: int  # D
     heads: int
+    state_bytes: int = ADAM_BYTES  # of a trained number: master, moments, its average if there is one
+    mapped: bool = False  # weights are pages of their file: pinned, they take memory of their own
 
     @property
     def unit(self) -> int:
@@ -153,7 +155,7 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
     streamed = sum(n for kind, n in kinds.items() if kind.weights == HOST)
     total = sizes.rest_bytes + (sizes.blocks - streamed + min(SLOTS, streamed)) * sizes.block_bytes
     total += sizes.trained * (sizes.item_bytes + 4)  # weights, and the flat fp32 gradients
-    total += sizes.trained * STATE_BYTES if state == DEVICE else 0  # its chunks come when the blocks are done
+    total += sizes.trained * sizes.state_bytes if state == DEVICE else 0  # its chunks come when the blocks are done
     here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
     total += sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items())
     away = [sizes.kept_bytes(kind.keep) * min(n, IN_FLIGHT) for kind, n in kinds.items() if kind.kept == HOST]
@@ -163,9 +165,11 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
 
 
 def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
-    """Host memory beside the weights, which were loaded there already."""
+    """Host memory beside what was loaded there already, of which streamed blocks take over their share."""
     kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
-    return kept + (sizes.trained * STATE_BYTES if state == HOST else 0) + sizes.block_bytes
+    streamed = sum(n for kind, n in kinds.items() if kind.weights == HOST)
+    weights = (streamed if sizes.mapped else min(1, streamed)) * sizes.block_bytes
+    return kept + weights + (sizes.trained * sizes.state_bytes if state == HOST else 0)
 
 
 def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
@@ -184,7 +188,7 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
         backward = again + linear + attend_backward + backward_traffic
         # hidden copies still take a little of the device's own bandwidth
         total += n * (max(forward, weights, kept) + max(backward, weights + kept) + HIDDEN_COPY * 2 * (weights + kept))
-    moved = STATE_BYTES * sizes.trained
+    moved = sizes.state_bytes * sizes.trained
     return total + (moved / machine.copies if state == HOST else 2 * moved / machine.memory)
 
 

@@ -285,14 +285,19 @@ class Metrics:
             disable=not run.is_main,
             dynamic_ncols=True,
         )
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # of training, not of what was encoded before
+        self.forget_peaks()
         if run.is_main:
             self._keep_until(first_step)
         if tracker_names(options.train.report_to):
             config = {name: str(value) for name, value in config_dict(options).items()}
             tracker_options = {"wandb": {"dir": str(run.output_dir), "name": run.output_dir.name}}
             run.accelerator.init_trackers(options.train.tracker_name or "cogvideox", config, tracker_options)
+
+    def forget_peaks(self) -> None:
+        """Peaks are of training and of what comes beside it, not of what was encoded or looked at before."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def _keep_until(self, step: int) -> None:
         """Drops lines of steps that are going to be done again."""

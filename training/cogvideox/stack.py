@@ -35,11 +35,11 @@ def allowing_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     thread = threading.local()
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         if not hasattr(thread, "ready"):
             allow_graphs()
             thread.ready = True
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return call
 
@@ -121,8 +121,8 @@ class Stack:
         conditions = [shared._replace(temb=temb) for temb in shared.temb.split(1)]
         for i in range(len(self.modules)):
             p = self.weights(i, 1, self._trained(i))
-            for k, condition in enumerate(conditions):
-                samples[k] = self.forward_block(samples[k], p, condition, ())[0]
+            pairs = zip(samples, conditions, strict=True)
+            samples = [self.forward_block(sample, p, condition, ())[0] for sample, condition in pairs]
         return torch.cat(samples)
 
     def _padded(self, rotary: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor] | None:

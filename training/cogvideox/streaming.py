@@ -143,11 +143,6 @@ class Ring:
         ahead = [other for other in self.hosts if (other - block) * step > 0]
         return min(ahead, key=lambda other: abs(other - block), default=None)
 
-    def forget(self) -> None:
-        """The host buffers were written: nothing in the slots counts any more."""
-        self.holds.clear()
-        self.arrived.clear()
-
 
 # -- what forward keeps ------------------------------------------------------------------------------------------------
 
@@ -164,7 +159,13 @@ class HostStore:
         self.arriving: dict[int, tuple[dict[str, Tensor], Any]] = {}
 
     def put(self, block: int, kept: dict[str, Tensor]) -> None:
-        """Starts the copy to the host. The tensors stay on the device until two more blocks were put."""
+        """Starts the copy to the host. The tensors stay on the device until two more blocks were put.
+
+        Raises:
+            RuntimeError: what is there was not taken: two forward passes came before a backward pass.
+        """
+        if block in self.layouts:
+            raise RuntimeError(f"block {block}: what an earlier forward pass kept was not used yet")
         layout = Layout(list(kept.values()))
         self.layouts[block] = tuple(kept), layout
         self._make_room(block, layout.num_bytes)
