@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,9 +108,42 @@ def test_an_optimizer_that_cannot_rest_on_the_host_stays(
         run(model, tensors, tmp_path / "other", *flags, "--optimizer_state_on", "host")
 
 
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_quantised_base(
+    precision: str,
+    model: Path,
+    tensors: Path,
+    reference: Path,
+    tmp_path: Path,
+    plans: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Trained, reloaded and compared on the same base; resumed on no other."""
+    flags = (*LEAN, "--base_precision", precision)
+    output = run(model, tensors, tmp_path / "lean", *flags, "--validation_prompt", PROMPT)
+    assert plans[0].base_precision == precision
+    said = re.search(
+        rf"base in {precision}: gradients of 2 sample blocks: cosine (.*) against float32(; that is low)?",
+        capsys.readouterr().err,
+    )
+    assert said is not None
+    assert (
+        (float(said[1]) < 0.99) == (said[2] is not None) == (precision == "nf4")
+    )  # few random numbers are hard on nf4
+    assert verification(output) == 0
+    assert losses(output) != losses(reference)
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-2)
+    fast = run(model, tensors, tmp_path / "fast", "--plan", "fast", *flags[2:])
+    assert equal(weights(output), weights(fast))
+    assert set(weights(output)) == set(weights(reference))
+    with pytest.raises(UsageError, match=rf"base_precision: {precision} there, None now"):
+        run(model, tensors, output, *LEAN, "--max_train_steps", 8)
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
+        (("--base_precision", "nf4", "--use_dora"), "--base_precision nf4: is for LoRAs without DoRA"),
         (("--plan", "lean", "--lora_dropout", "0.1"), "--plan lean: is for LoRAs without DoRA and dropout"),
         (("--keep", "linear", "--use_dora"), "--keep linear: is for LoRAs without DoRA"),
         (("--weights_on", "host", "--target_modules", "proj_out"), "--weights_on host: is for LoRAs"),

@@ -21,9 +21,9 @@ from cogvideox.geometry import Geometry
 from cogvideox.models import free_bytes
 from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
-from cogvideox.plan import Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
+from cogvideox.plan import AUTO, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run
-from cogvideox.stack import Stack, allow_graphs, frozen_bytes, plain_lora
+from cogvideox.stack import Stack, allow_graphs, frozen_bytes, gradient_cosine, plain_lora, trained_of, whole_bytes
 from cogvideox.streaming import pinned
 from cogvideox.tensors import Tensors
 
@@ -31,6 +31,7 @@ Plan = ExecutionPlan | ModulePlan
 HOST_SHARE = 0.9  # of the free host memory that may be pinned
 PROBE_TOKENS = 8192
 COPY_BYTES = 64 * 2**20
+LOW_COSINE = 0.99
 
 
 def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: Any) -> Plan:
@@ -53,17 +54,23 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     except ValueError as error:
         raise UsageError(f"--attention_backend {options.plan.attention_backend}: {error}") from None
     run.say(f"attention by {backend}: {reason}")
-    sizes = sizes_of(transformer, tensors.geometry, buckets_of(tensors), options.train.train_batch_size, run.dtype)
+    precision, samples = options.plan.base_precision, options.train.train_batch_size
+    try:
+        sizes = sizes_of(transformer, tensors.geometry, buckets_of(tensors), samples, run.dtype, precision)
+    except ValueError as error:
+        raise UsageError(f"--base_precision {precision}: {error}; give int8") from None
     compiled = {"yes": True, "no": False, "auto": run.compiled or run.device.type == "cuda"}[
         options.plan.compile_blocks
     ]
     try:
         machine = measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)
         chosen = plan.choose(axes_of(options), sizes, machine, compiled, backend)
-        passes = options.train.gradient_accumulation_steps if run.device.type == "cuda" else 0  # no rates of a CPU
-        return replace(chosen, seconds=chosen.seconds * passes)
     except NoPlanError as error:
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {_smaller(sizes)}") from None
+    if precision != AUTO:
+        run.say(fidelity(transformer, precision, run.device, backend))
+    passes = options.train.gradient_accumulation_steps if run.device.type == "cuda" else 0  # no rates of a CPU
+    return replace(chosen, seconds=chosen.seconds * passes, base_precision=precision)
 
 
 def _obstacle(run: Run, transformer: Any) -> str | None:
@@ -99,7 +106,25 @@ def axes_of(options: LoraOptions) -> Axes:
     return axes
 
 
-def sizes_of(transformer: Any, geometry: Geometry, buckets: list[Bucket], samples: int, dtype: torch.dtype) -> Sizes:
+def fidelity(transformer: Any, precision: str, device: torch.device, backend: str) -> str:
+    """What a quantised base does to the LoRA's gradients, of the first, the middle and the last block that has one."""
+    trained = [block for block in transformer.transformer_blocks if trained_of(block, device)]
+    sample = {id(trained[i]): trained[i] for i in (0, len(trained) // 2, -1)}.values()
+    cosine = min(gradient_cosine(block, precision, device, backend) for block in sample)
+    exact = str(trained[0].norm1.linear.weight.dtype).removeprefix("torch.")
+    low = f"; that is low (below {LOW_COSINE}): the LoRA learns for another base; int8 is nearer"
+    text = f"base in {precision}: gradients of {len(sample)} sample blocks: cosine {cosine:.4f} against {exact}"
+    return text if cosine >= LOW_COSINE else text + low
+
+
+def sizes_of(
+    transformer: Any,
+    geometry: Geometry,
+    buckets: list[Bucket],
+    samples: int,
+    dtype: torch.dtype,
+    precision: str = AUTO,
+) -> Sizes:
     """The sizes of a run."""
     patch, patch_t = geometry.patch_size, geometry.patch_size_t or 1
     shapes = [geometry.latent_shape(bucket) for bucket in buckets]
@@ -109,7 +134,7 @@ def sizes_of(transformer: Any, geometry: Geometry, buckets: list[Bucket], sample
     rest = [t for t in (*transformer.parameters(), *transformer.buffers()) if id(t) not in in_blocks]
     return Sizes(
         blocks=len(blocks),
-        block_bytes=frozen_bytes(blocks[0]),
+        block_bytes=frozen_bytes(blocks[0], precision),
         rest_bytes=sum(t.numel() * t.element_size() for t in rest),
         trained=sum(p.numel() for p in transformer.parameters() if p.requires_grad),
         item_bytes=dtype.itemsize,
@@ -117,6 +142,7 @@ def sizes_of(transformer: Any, geometry: Geometry, buckets: list[Bucket], sample
         tokens=geometry.max_text_seq_length + patches,
         width=blocks[0].attn1.inner_dim,
         heads=blocks[0].attn1.heads,
+        matrix_bytes=whole_bytes(blocks[0]) if precision != AUTO else 0,
     )
 
 
