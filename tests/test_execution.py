@@ -136,6 +136,9 @@ def test_a_quantised_base(
     fast = run(model, tensors, tmp_path / "fast", "--plan", "fast", *flags[2:])
     assert equal(weights(output), weights(fast))
     assert set(weights(output)) == set(weights(reference))
+    run(model, tensors, tmp_path / "whole", "--plan", "fast", "--max_train_steps", 1)
+    assert plans[-1].blocks == plans[-2].blocks
+    assert plans[-1].peak > plans[-2].peak
     with pytest.raises(UsageError, match=rf"base_precision: {precision} there, None now"):
         run(model, tensors, output, *LEAN, "--max_train_steps", 8)
 

@@ -272,7 +272,7 @@ def test_the_cosine_of_an_unquantised_base_is_1() -> None:
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
-def wide(plans: tuple[BlockPlan, ...], compiled: bool, backend: str) -> tuple[Any, Stack]:
+def wide(plans: tuple[BlockPlan, ...], compiled: bool, backend: str, precision: str = AUTO) -> tuple[Any, Stack]:
     """Four blocks of CogVideoX-5b in bf16 under plans that take turns."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -283,7 +283,8 @@ def wide(plans: tuple[BlockPlan, ...], compiled: bool, backend: str) -> tuple[An
     transformer.to(torch.bfloat16).requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS[:4], init_lora_weights=False))
     transformer.to(torch.bfloat16)
-    plan = ExecutionPlan(tuple(plans[i % len(plans)] for i in range(4)), compiled, backend)
+    kinds = tuple(plans[i % len(plans)] for i in range(4))
+    plan = ExecutionPlan(kinds, compiled, backend, base_precision=precision)
     stack = Stack(transformer, plan, torch.device("cuda"))
     stack.install()
     return transformer, stack
@@ -318,9 +319,11 @@ def late_mark(side: Any, generator: torch.Generator) -> Any:
     return call
 
 
-def trained(plans: tuple[BlockPlan, ...], compiled: bool, steps: int, delays: bool = False) -> dict[str, Tensor]:
+def trained(
+    plans: tuple[BlockPlan, ...], compiled: bool, steps: int, delays: bool = False, precision: str = AUTO
+) -> dict[str, Tensor]:
     """The LoRA after some steps of gradient descent."""
-    transformer, stack = wide(plans, compiled, "flash")
+    transformer, stack = wide(plans, compiled, "flash", precision)
     if delays:
         delayed(stack)
     parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
@@ -348,13 +351,16 @@ def trained(plans: tuple[BlockPlan, ...], compiled: bool, steps: int, delays: bo
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_streamed_is_resident_bit_for_bit(compiled: bool) -> None:
+@pytest.mark.parametrize(
+    ("compiled", "precision"), [(False, AUTO), (True, AUTO), (True, "int8"), (True, "fp8"), (True, "nf4")]
+)
+def test_streamed_is_resident_bit_for_bit(compiled: bool, precision: str) -> None:
     torch.use_deterministic_algorithms(True)
+    run = partial(trained, compiled=compiled, steps=50, precision=precision)
     try:
-        resident = trained((BlockPlan(DEVICE, "attention", DEVICE),), compiled, steps=50)
-        streamed = trained((BlockPlan(HOST, "attention", HOST),), compiled, steps=50)
-        late = trained((BlockPlan(HOST, "input", HOST), BlockPlan(HOST, "attention", HOST)), compiled, 50, delays=True)
+        resident = run((BlockPlan(DEVICE, "attention", DEVICE),))
+        streamed = run((BlockPlan(HOST, "attention", HOST),))
+        late = run((BlockPlan(HOST, "input", HOST), BlockPlan(HOST, "attention", HOST)), delays=True)
         start = trained((BlockPlan(),), compiled, steps=0)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -364,8 +370,9 @@ def test_streamed_is_resident_bit_for_bit(compiled: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_does_not_wait_for_the_device() -> None:
-    transformer, _ = wide((BlockPlan(HOST, "attention", HOST),), False, "cudnn")
+@pytest.mark.parametrize("precision", [AUTO, "nf4"])
+def test_a_step_does_not_wait_for_the_device(precision: str) -> None:
+    transformer, _ = wide((BlockPlan(HOST, "attention", HOST),), False, "cudnn", precision)
     x = torch.randn(1, 3, 16, 60, 90, device="cuda", dtype=torch.bfloat16)
     prompt = torch.randn(1, 226, 4096, device="cuda", dtype=torch.bfloat16)
     timestep, angles = torch.tensor([500], device="cuda"), torch.rand(3 * 30 * 45, 64, device="cuda")

@@ -23,7 +23,16 @@ from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.plan import AUTO, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run
-from cogvideox.stack import Stack, allow_graphs, frozen_bytes, gradient_cosine, plain_lora, trained_of, whole_bytes
+from cogvideox.stack import (
+    Stack,
+    allow_graphs,
+    frozen_bytes,
+    gradient_cosine,
+    layers_of,
+    lora_of,
+    plain_lora,
+    whole_bytes,
+)
 from cogvideox.streaming import pinned
 from cogvideox.tensors import Tensors
 
@@ -108,7 +117,7 @@ def axes_of(options: LoraOptions) -> Axes:
 
 def fidelity(transformer: Any, precision: str, device: torch.device, backend: str) -> str:
     """What a quantised base does to the LoRA's gradients, of the first, the middle and the last block that has one."""
-    trained = [block for block in transformer.transformer_blocks if trained_of(block, device)]
+    trained = [block for block in transformer.transformer_blocks if any(map(lora_of, layers_of(block).values()))]
     sample = {id(trained[i]): trained[i] for i in (0, len(trained) // 2, -1)}.values()
     cosine = min(gradient_cosine(block, precision, device, backend) for block in sample)
     exact = str(trained[0].norm1.linear.weight.dtype).removeprefix("torch.")
