@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,17 @@ def test_every_plan_makes_the_same_weights_and_they_resume_each_other(
     assert losses(lean) == losses(fast) == losses(mixed)
 
 
+def test_dropout_has_the_masks_that_it_has_without_a_plan(model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = ("--lora_dropout", 0.5, "--train_batch_size", 2)
+    plain = run(model, tensors, tmp_path / "plain", *flags)
+    lean = run(model, tensors, tmp_path / "lean", *flags, *LEAN)
+    assert losses(lean) == pytest.approx(losses(plain), rel=1e-5)
+    for name, tensor in weights(lean).items():
+        torch.testing.assert_close(tensor, weights(plain)[name], rtol=1e-2, atol=1e-4)
+    assert losses(run(model, tensors, tmp_path / "none", *LEAN, *flags[2:])) != pytest.approx(losses(plain), rel=1e-4)
+    assert verification(lean) == 0
+
+
 def test_image_to_video(tiny: Tiny, image_tensors: Path, image: Path, tmp_path: Path, plans: list[Any]) -> None:
     more = ["--validation_prompt", PROMPT, "--validation_images", image, "--max_train_steps", 2]
     output = run(tiny("1.5-5b-i2v"), image_tensors, tmp_path / "run", *LEAN, *more, script=train_image)
@@ -110,10 +122,46 @@ def test_an_optimizer_that_cannot_rest_on_the_host_stays(
         run(model, tensors, tmp_path / "other", *flags, "--optimizer_state_on", "host")
 
 
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_quantised_base(
+    precision: str,
+    model: Path,
+    tensors: Path,
+    reference: Path,
+    tmp_path: Path,
+    plans: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Trained, reloaded and compared on the same base; resumed on no other."""
+    flags = (*LEAN, "--base_precision", precision)
+    output = run(model, tensors, tmp_path / "lean", *flags, "--validation_prompt", PROMPT)
+    assert plans[0].base_precision == precision
+    said = re.search(
+        rf"base in {precision}: gradients of 2 sample blocks: cosine (.*) against float32(; that is low)?",
+        capsys.readouterr().err,
+    )
+    assert said is not None
+    assert (
+        (float(said[1]) < 0.99) == (said[2] is not None) == (precision == "nf4")
+    )  # few random numbers are hard on nf4
+    assert verification(output) == 0
+    assert losses(output) != losses(reference)
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-2)
+    fast = run(model, tensors, tmp_path / "fast", "--plan", "fast", *flags[2:])
+    assert equal(weights(output), weights(fast))
+    assert set(weights(output)) == set(weights(reference))
+    run(model, tensors, tmp_path / "whole", "--plan", "fast", "--max_train_steps", 1)
+    assert plans[-1].blocks == plans[-2].blocks
+    assert plans[-1].peak > plans[-2].peak
+    with pytest.raises(UsageError, match=rf"base_precision: {precision} there, None now"):
+        run(model, tensors, output, *LEAN, "--max_train_steps", 8)
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--plan", "lean", "--lora_dropout", "0.1"), "--plan lean: is for LoRAs without DoRA and dropout"),
+        (("--base_precision", "nf4", "--use_dora"), "--base_precision nf4: contradicts --use_dora"),
+        (("--plan", "lean", "--lora_dropout", "0.1", "--compile_blocks", "yes"), "dropout cannot be compiled"),
         (("--weights_on", "host", "--target_modules", "proj_out"), "--weights_on host: is for LoRAs"),
         (("--plan", "lean", "--attention_backend", "cudnn"), "--attention_backend cudnn: cudnn needs a GPU"),
         (("--plan", "fast", "--vram_budget", "0.6001"), "--vram_budget"),
@@ -170,10 +218,11 @@ def test_all_weights_have_no_plan_yet(model: Path, tensors: Path, tmp_path: Path
 def test_many_buckets_are_not_compiled(wanted: str, device: str, buckets: int, compiled: bool) -> None:
     said: list[str] = []
     run: Any = SimpleNamespace(device=torch.device(device), compiled=False, say=said.append)
-    assert execution.compiles(run, wanted, buckets) is compiled
+    assert execution.compiles(run, wanted, buckets, drops=False) is compiled
+    assert not execution.compiles(run, "auto", buckets, drops=True)
     assert len(said) == (wanted == "auto" and buckets == 9)
     with pytest.raises(UsageError, match="--compile_blocks yes: 65 buckets"):
-        execution.compiles(run, "yes", 65)
+        execution.compiles(run, "yes", 65, drops=False)
 
 
 @pytest.mark.parametrize(

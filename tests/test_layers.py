@@ -23,7 +23,7 @@ LAYERS = (
     ("args", "data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
     ("data.decode", "data.index"),
     ("data.clips", "data.sampler"),
-    ("diffusion", "rope", "lora", "streaming"),
+    ("diffusion", "rope", "lora", "streaming", "quant"),
     ("data.dataset", "t5_stream"),
     ("encode", "models"),
     ("factory", "prepare", "optimizers"),

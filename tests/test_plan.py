@@ -106,6 +106,14 @@ def test_keeping_more_costs_memory_and_saves_time() -> None:
     assert host_bytes({BlockPlan(kept=HOST, keep="attention"): 42}, HOST, LARGE) > 8 * GIB
 
 
+def test_a_quantised_block_is_smaller_but_whole_while_it_runs() -> None:
+    small = replace(LARGE, block_bytes=LARGE.block_bytes // 2, matrix_bytes=LARGE.block_bytes)
+    for weights, stored in ((DEVICE, LARGE.blocks), (HOST, 3)):
+        kinds = {BlockPlan(weights): LARGE.blocks}
+        saved = peak_bytes(kinds, HOST, True, LARGE) - peak_bytes(kinds, HOST, True, small)
+        assert saved == (stored / 2 - 1) * LARGE.block_bytes
+
+
 def test_the_text_says_all() -> None:
     text = str(pick(10))
     assert "42 blocks compiled" in text

@@ -13,9 +13,19 @@ from peft import LoraConfig
 from tiny_cogvideox import KINDS, is_image_to_video, is_version_1_5
 from torch import Tensor
 
-from cogvideox import blocks
-from cogvideox.plan import DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
-from cogvideox.stack import MAX_GRAPHS, Stack, plain_lora
+from cogvideox import blocks, quant
+from cogvideox.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
+from cogvideox.quant import dequantise, quantise
+from cogvideox.stack import (
+    MAX_GRAPHS,
+    Stack,
+    frozen_bytes,
+    frozen_of,
+    gradient_cosine,
+    kinds_of,
+    plain_lora,
+    whole_bytes,
+)
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 CPU = torch.device("cpu")
@@ -66,10 +76,11 @@ def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
     return {"output": output.detach(), "sample": sample, **gradients}
 
 
-def under(transformer: Any, kinds: tuple[BlockPlan, ...], compiled: bool = False) -> Any:
+def under(transformer: Any, kinds: tuple[BlockPlan, ...], compiled: bool = False, precision: str = AUTO) -> Any:
     """The transformer with its blocks under plans that take turns."""
     count = len(transformer.transformer_blocks)
-    plan = ExecutionPlan(tuple(kinds[i % len(kinds)] for i in range(count)), compiled, "cpu")
+    blocks = tuple(kinds[i % len(kinds)] for i in range(count))
+    plan = ExecutionPlan(blocks, compiled, "cpu", base_precision=precision)
     Stack(transformer, plan, CPU).install()
     return transformer
 
@@ -124,14 +135,15 @@ def test_what_is_kept_is_not_computed_again(level: str, monkeypatch: pytest.Monk
     assert counted["attend"] == (level == "input")
 
 
-def test_compiled_is_one_graph_a_pass_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", [AUTO, "int8", "nf4"])
+def test_compiled_is_one_graph_a_pass_and_the_same(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced, but not made into kernels, which takes most of a minute here; on a GPU they are."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     arguments = arguments_of("5b", samples=1)
-    right = outcome(under(make("5b"), MIXED[1:]), arguments)
-    transformer = under(make("5b"), MIXED[1:], compiled=True)
+    right = outcome(under(make("5b"), MIXED[1:], precision=precision), arguments)
+    transformer = under(make("5b"), MIXED[1:], compiled=True, precision=precision)
     check(outcome(transformer, arguments), right, tolerance=1e-4)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == 3  # forward, backward, sampling: of all three blocks
@@ -242,10 +254,87 @@ def test_blocks_in_front_of_the_first_lora_keep_nothing() -> None:
     assert not stack.store.leaving
 
 
+# -- a quantised base --------------------------------------------------------------------------------------------------
+
+
+def rounded(transformer: Any, precision: str) -> Any:
+    """The transformer with the values that a quantised base has in its own type."""
+    for module in transformer.transformer_blocks:
+        for matrix, kind in kinds_of(module, precision).items():
+            matrix.data = dequantise(quantise(matrix.data, kind), matrix.dtype)
+    return transformer
+
+
+@pytest.mark.parametrize("precision", quant.KINDS)
+def test_a_quantised_base_is_the_transformer_of_diffusers_with_its_values(precision: str) -> None:
+    """Streamed or resident, with and without its adapters."""
+    arguments = arguments_of("5b")
+    resident = under(make("5b"), (BlockPlan(),), precision=precision)
+    first = outcome(resident, arguments)
+    check(first, outcome(rounded(make("5b"), precision), arguments), tolerance=1e-5)
+    assert not first["output"].equal(outcome(under(make("5b"), (BlockPlan(),)), arguments)["output"])
+    for plan in ((BlockPlan(HOST, "attention", HOST),), (BlockPlan(HOST, "input"),), MIXED):
+        assert same(outcome(under(make("5b"), plan, precision=precision), arguments), first), plan
+    resident.disable_adapters()
+    bare = rounded(make("5b"), precision)
+    bare.disable_adapters()
+    with torch.no_grad():
+        torch.testing.assert_close(resident(**arguments)[0], bare(**arguments)[0])
+
+
+def test_what_is_quantised_is_nowhere_else() -> None:
+    """Nothing can compute with a module's weight by mistake, and PEFT still finds its type and device."""
+    for plan in (BlockPlan(), BlockPlan(HOST)):
+        transformer = under(make("5b"), (plan,), precision="nf4")
+        module = transformer.transformer_blocks[0]
+        matrices = list(kinds_of(module, "nf4"))
+        assert len(matrices) == 8
+        assert all(m.numel() == 0 and m.dtype == torch.float32 for m in matrices)
+        assert all(p.numel() for p in frozen_of(module) if all(p is not m for m in matrices))
+        with pytest.raises(RuntimeError, match="must be a matrix"):
+            module.attn1.to_q(torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize(("precision", "share"), [("int8", 0.5), ("fp8", 0.5), ("nf4", 0.31)])
+def test_the_buffer_of_a_full_size_block(precision: str, share: float) -> None:
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+
+    with torch.device("meta"):
+        module = CogVideoXBlock(3072, 48, 64, 512).to(torch.bfloat16).requires_grad_(False)
+    assert frozen_bytes(module, precision) / frozen_bytes(module) == pytest.approx(share, abs=0.01)
+    assert whole_bytes(module) == pytest.approx(frozen_bytes(module), rel=0.01)
+
+
+def test_what_is_stored_is_what_is_foretold() -> None:
+    transformer = make("5b")
+    plan = ExecutionPlan((BlockPlan(HOST),) * 3, False, "cpu", base_precision="nf4")
+    foretold, before = (frozen_bytes(transformer.transformer_blocks[0], kind) for kind in ("nf4", AUTO))
+    ring = Stack(transformer, plan, CPU).ring
+    assert ring is not None
+    assert {host.numel() for host in ring.hosts.values()} == {foretold}
+    assert foretold < before / 2
+
+
+@pytest.mark.parametrize(("precision", "least"), [("int8", 0.9998), ("fp8", 0.999), ("nf4", 0.99)])
+def test_a_quantised_base_hardly_turns_the_gradients(precision: str, least: float) -> None:
+    def gradients(precision: str) -> Tensor:
+        found = outcome(under(make("5b"), (BlockPlan(),), precision=precision), arguments_of("5b"))
+        return torch.cat([g.flatten() for name, g in found.items() if "lora" in name])
+
+    cosine = torch.cosine_similarity(gradients(precision), gradients(AUTO), dim=0)
+    assert least <= cosine < 1 - 1e-6
+    sampled = [gradient_cosine(m, precision, CPU, "cpu") for m in make("5b").transformer_blocks]
+    assert least <= min(sampled) <= max(sampled) < 1 - 1e-6
+
+
+def test_the_cosine_of_an_unquantised_base_is_1() -> None:
+    assert gradient_cosine(make("5b").transformer_blocks[0], AUTO, CPU, "cpu") == pytest.approx(1.0, abs=1e-12)
+
+
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
-def wide(plans: tuple[BlockPlan, ...], compiled: bool, backend: str) -> tuple[Any, Stack]:
+def wide(plans: tuple[BlockPlan, ...], compiled: bool, backend: str, precision: str = AUTO) -> tuple[Any, Stack]:
     """Four blocks of CogVideoX-5b in bf16 under plans that take turns."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -256,7 +345,8 @@ def wide(plans: tuple[BlockPlan, ...], compiled: bool, backend: str) -> tuple[An
     transformer.to(torch.bfloat16).requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS[:4], init_lora_weights=False))
     transformer.to(torch.bfloat16)
-    plan = ExecutionPlan(tuple(plans[i % len(plans)] for i in range(4)), compiled, backend)
+    kinds = tuple(plans[i % len(plans)] for i in range(4))
+    plan = ExecutionPlan(kinds, compiled, backend, base_precision=precision)
     stack = Stack(transformer, plan, torch.device("cuda"))
     stack.install()
     return transformer, stack
@@ -291,9 +381,11 @@ def late_mark(side: Any, generator: torch.Generator) -> Any:
     return call
 
 
-def trained(plans: tuple[BlockPlan, ...], compiled: bool, steps: int, delays: bool = False) -> dict[str, Tensor]:
+def trained(
+    plans: tuple[BlockPlan, ...], compiled: bool, steps: int, delays: bool = False, precision: str = AUTO
+) -> dict[str, Tensor]:
     """The LoRA after some steps of gradient descent."""
-    transformer, stack = wide(plans, compiled, "flash")
+    transformer, stack = wide(plans, compiled, "flash", precision)
     if delays:
         delayed(stack)
     parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
@@ -321,13 +413,16 @@ def trained(plans: tuple[BlockPlan, ...], compiled: bool, steps: int, delays: bo
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_streamed_is_resident_bit_for_bit(compiled: bool) -> None:
+@pytest.mark.parametrize(
+    ("compiled", "precision"), [(False, AUTO), (True, AUTO), (True, "int8"), (True, "fp8"), (True, "nf4")]
+)
+def test_streamed_is_resident_bit_for_bit(compiled: bool, precision: str) -> None:
     torch.use_deterministic_algorithms(True)
+    run = partial(trained, compiled=compiled, steps=50, precision=precision)
     try:
-        resident = trained((BlockPlan(DEVICE, "attention", DEVICE),), compiled, steps=50)
-        streamed = trained((BlockPlan(HOST, "attention", HOST),), compiled, steps=50)
-        late = trained((BlockPlan(HOST, "input", HOST), BlockPlan(HOST, "attention", HOST)), compiled, 50, delays=True)
+        resident = run((BlockPlan(DEVICE, "attention", DEVICE),))
+        streamed = run((BlockPlan(HOST, "attention", HOST),))
+        late = run((BlockPlan(HOST, "input", HOST), BlockPlan(HOST, "attention", HOST)), delays=True)
         start = trained((BlockPlan(),), compiled, steps=0)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -337,8 +432,9 @@ def test_streamed_is_resident_bit_for_bit(compiled: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_does_not_wait_for_the_device() -> None:
-    transformer, _ = wide((BlockPlan(HOST, "attention", HOST),), False, "cudnn")
+@pytest.mark.parametrize("precision", [AUTO, "nf4"])
+def test_a_step_does_not_wait_for_the_device(precision: str) -> None:
+    transformer, _ = wide((BlockPlan(HOST, "attention", HOST),), False, "cudnn", precision)
     x = torch.randn(1, 3, 16, 60, 90, device="cuda", dtype=torch.bfloat16)
     prompt = torch.randn(1, 226, 4096, device="cuda", dtype=torch.bfloat16)
     timestep, angles = torch.tensor([500], device="cuda"), torch.rand(3 * 30 * 45, 64, device="cuda")

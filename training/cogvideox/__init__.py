@@ -54,6 +54,7 @@ ranks.py              the processes of a run, and patient barriers
 plan.py               how the blocks are executed: what fits, what is fastest
 attention.py          attention by the kernels of the device
 streaming.py          tensors that pass through the device: weights, what forward keeps
+quant.py              frozen matrices in int8, fp8, nf4
 blocks.py             one block, forward and backward, as functions of tensors
 stack.py              all blocks of a transformer under a plan
 run.py                one run: ranks, output folder, metrics, trackers, signals

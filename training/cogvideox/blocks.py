@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogvideox.attention import attend, attend_backward
+from cogvideox.quant import Weight, dequantise
 
 KEPT: dict[str, tuple[str, ...]] = {
     "input": ("x",),
@@ -37,11 +38,14 @@ UNITS |= {"n2": 1, "g": 4}
 class Linear(NamedTuple):
     """A linear layer, with a LoRA or without: W x + bias + scale * B (A x)."""
 
-    weight: Tensor  # (out, in), frozen
+    weight: Weight  # (out, in), frozen; if quantised, made whole for each product
     bias: Tensor | None
     a: Tensor | None = None  # (R, in)
     b: Tensor | None = None  # (out, R)
     scale: float = 1.0
+    drop: Callable[[Tensor], Tensor] | None = (
+        None  # of x in front of A; linear, and the same mask at every call of a step
+    )
 
 
 class Norm(NamedTuple):
@@ -90,19 +94,22 @@ Kept = dict[str, Tensor]
 
 def linear(x: Tensor, p: Linear) -> Tensor:
     """The layer of x, (..., in) -> (..., out)."""
-    y = F.linear(x, p.weight, p.bias)
-    return y if p.a is None or p.b is None else y + F.linear(F.linear(x, p.a), p.b) * p.scale
+    y = F.linear(x, dequantise(p.weight, x.dtype), p.bias)
+    if p.a is None or p.b is None:
+        return y
+    return y + F.linear(F.linear(p.drop(x) if p.drop else x, p.a), p.b) * p.scale
 
 
 def linear_backward(dy: Tensor, x: Tensor, p: Linear) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """(gradient of x, those of a and b if there is a LoRA)."""
-    dx = dy @ p.weight
+    dx = dy @ dequantise(p.weight, dy.dtype)
     if p.a is None or p.b is None:
         return dx, None
-    x2, dy2 = x.flatten(0, -2), dy.flatten(0, -2)
+    x2, dy2 = (p.drop(x) if p.drop else x).flatten(0, -2), dy.flatten(0, -2)
     du = (dy2 @ p.b) * p.scale
     db = dy2.mT @ F.linear(x2, p.a) * p.scale
-    return dx + (du @ p.a).view_as(x), (du.mT @ x2, db)
+    through = (du @ p.a).view_as(x)
+    return dx + (p.drop(through) if p.drop else through), (du.mT @ x2, db)
 
 
 def modulations(p: Linear, shared: Shared, length: int) -> tuple[Tensor, Tensor, Tensor]:

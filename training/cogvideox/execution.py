@@ -2,7 +2,7 @@
 
 make_plan(run, options, tensors, transformer) -> ExecutionPlan or ModulePlan; place(transformer, it, device) moves
 everything to where the plan wants it. The reference, ModulePlan, serves what a Stack does not: full fine-tuning, DoRA,
-dropout, LoRAs elsewhere than in attention and feed-forward layers, DeepSpeed, fp32 on a GPU, and a CPU unless asked.
+LoRAs elsewhere than in attention and feed-forward layers, DeepSpeed, fp32 on a GPU, and a CPU unless asked.
 """
 
 import os
@@ -22,9 +22,19 @@ from cogvideox.geometry import Geometry
 from cogvideox.models import DTYPES, free_bytes, stored_dtype
 from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
-from cogvideox.plan import Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
+from cogvideox.plan import AUTO, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run
-from cogvideox.stack import MAX_GRAPHS, Stack, allowing_graphs, frozen_bytes, plain_lora
+from cogvideox.stack import (
+    MAX_GRAPHS,
+    Stack,
+    allowing_graphs,
+    frozen_bytes,
+    gradient_cosine,
+    layers_of,
+    lora_of,
+    plain_lora,
+    whole_bytes,
+)
 from cogvideox.streaming import pinned
 from cogvideox.tensors import Tensors
 
@@ -34,6 +44,7 @@ FEW_BUCKETS, MOST_BUCKETS = 8, MAX_GRAPHS // 4  # of forward: two kinds of block
 AVERAGE_BYTES = 4  # of a trained number, with --use_ema
 PROBE_TOKENS = 8192
 COPY_BYTES = 64 * 2**20
+LOW_COSINE = 0.99
 
 
 def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: Any) -> Plan:
@@ -56,27 +67,46 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     except ValueError as error:
         raise UsageError(f"--attention_backend {options.plan.attention_backend}: {error}") from None
     run.say(f"attention by {backend}: {reason}")
-    buckets = buckets_of(tensors)
-    sizes = sizes_of(transformer, tensors.geometry, buckets, options.train.train_batch_size, run.dtype)
-    averages = AVERAGE_BYTES if options.signal.use_ema else 0
-    mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
-    sizes = replace(sizes, state_bytes=sizes.state_bytes + averages, mapped=mapped)
-    compiled = compiles(run, options.plan.compile_blocks, len(buckets))
+    buckets, precision = buckets_of(tensors), options.plan.base_precision
+    sizes = sizes_of_run(run, options, tensors.geometry, buckets, transformer)
+    compiled = compiles(run, options.plan.compile_blocks, len(buckets), options.lora.lora_dropout > 0)
     try:
         machine = measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)
         chosen = plan.choose(axes_of(options), sizes, machine, compiled, backend)
-        passes = options.train.gradient_accumulation_steps if run.device.type == "cuda" else 0  # no rates of a CPU
-        return replace(chosen, seconds=chosen.seconds * passes)
     except (NoPlanError, torch.OutOfMemoryError) as error:
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {_smaller(sizes)}") from None
+    if precision != AUTO:
+        run.say(fidelity(transformer, precision, run.device, backend))
+    passes = options.train.gradient_accumulation_steps if run.device.type == "cuda" else 0  # no rates of a CPU
+    return replace(chosen, seconds=chosen.seconds * passes, base_precision=precision)
 
 
-def compiles(run: Run, wanted: str, num_buckets: int) -> bool:
-    """Whether blocks are compiled: each bucket costs graphs of its own, 20 seconds or more.
+def sizes_of_run(run: Run, options: LoraOptions, geometry: Geometry, buckets: list[Bucket], transformer: Any) -> Sizes:
+    """``sizes_of`` with what the flags add.
+
+    Raises:
+        UsageError: the base cannot be quantised so.
+    """
+    precision = options.plan.base_precision
+    try:
+        sizes = sizes_of(transformer, geometry, buckets, options.train.train_batch_size, run.dtype, precision)
+    except ValueError as error:
+        raise UsageError(f"--base_precision {precision}: {error}; give int8") from None
+    averages = AVERAGE_BYTES if options.signal.use_ema else 0
+    mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
+    return replace(sizes, state_bytes=sizes.state_bytes + averages, mapped=mapped)
+
+
+def compiles(run: Run, wanted: str, num_buckets: int, drops: bool) -> bool:
+    """Whether blocks are compiled: each bucket costs graphs of its own, 20 seconds or more; dropout changes each step.
 
     Raises:
         UsageError: they shall be, and torch would give up.
     """
+    if drops:
+        if wanted == "yes":
+            raise UsageError("--compile_blocks yes: dropout cannot be compiled; give --lora_dropout 0, or leave it out")
+        return False
     if wanted == "yes" and num_buckets > MOST_BUCKETS:
         rule = f"{num_buckets} buckets take more graphs than torch compiles"
         raise UsageError(f"--compile_blocks yes: {rule}; give at most {MOST_BUCKETS} buckets, or --compile_blocks no")
@@ -91,7 +121,7 @@ def _obstacle(run: Run, transformer: Any) -> str | None:
     if run.accelerator.state.deepspeed_plugin is not None:
         return "DeepSpeed places the weights itself"
     if not plain_lora(transformer):
-        return "is for LoRAs without DoRA and dropout, on the blocks' attention and feed-forward layers"
+        return "is for LoRAs without DoRA, on the blocks' attention and feed-forward layers"
     if run.device.type == "cuda" and run.dtype == torch.float32:
         return "is for --mixed_precision bf16 and fp16"
     return None
@@ -119,7 +149,25 @@ def axes_of(options: LoraOptions) -> Axes:
     return axes
 
 
-def sizes_of(transformer: Any, geometry: Geometry, buckets: list[Bucket], samples: int, dtype: torch.dtype) -> Sizes:
+def fidelity(transformer: Any, precision: str, device: torch.device, backend: str) -> str:
+    """What a quantised base does to the LoRA's gradients, of the first, the middle and the last block that has one."""
+    trained = [block for block in transformer.transformer_blocks if any(map(lora_of, layers_of(block).values()))]
+    sample = {id(trained[i]): trained[i] for i in (0, len(trained) // 2, -1)}.values()
+    cosine = min(gradient_cosine(block, precision, device, backend) for block in sample)
+    exact = str(trained[0].norm1.linear.weight.dtype).removeprefix("torch.")
+    low = f"; that is low (below {LOW_COSINE}): the LoRA learns for another base; int8 is nearer"
+    text = f"base in {precision}: gradients of {len(sample)} sample blocks: cosine {cosine:.4f} against {exact}"
+    return text if cosine >= LOW_COSINE else text + low
+
+
+def sizes_of(
+    transformer: Any,
+    geometry: Geometry,
+    buckets: list[Bucket],
+    samples: int,
+    dtype: torch.dtype,
+    precision: str = AUTO,
+) -> Sizes:
     """The sizes of a run."""
     patch, patch_t = geometry.patch_size, geometry.patch_size_t or 1
     shapes = [geometry.latent_shape(bucket) for bucket in buckets]
@@ -129,7 +177,7 @@ def sizes_of(transformer: Any, geometry: Geometry, buckets: list[Bucket], sample
     rest = [t for t in (*transformer.parameters(), *transformer.buffers()) if id(t) not in in_blocks]
     return Sizes(
         blocks=len(blocks),
-        block_bytes=frozen_bytes(blocks[0]),
+        block_bytes=frozen_bytes(blocks[0], precision),
         rest_bytes=sum(t.numel() * t.element_size() for t in rest),
         trained=sum(p.numel() for p in transformer.parameters() if p.requires_grad),
         item_bytes=dtype.itemsize,
@@ -137,6 +185,7 @@ def sizes_of(transformer: Any, geometry: Geometry, buckets: list[Bucket], sample
         tokens=geometry.max_text_seq_length + patches,
         width=blocks[0].attn1.inner_dim,
         heads=blocks[0].attn1.heads,
+        matrix_bytes=whole_bytes(blocks[0]) if precision != AUTO else 0,
     )
 
 

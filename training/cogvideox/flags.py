@@ -352,6 +352,13 @@ class PlanFlags:
     weights_on: str = flag(
         "auto", "where frozen weights of blocks lie: on the device, or on the host, streamed", choices=PLACES
     )
+    base_precision: str = flag(
+        "auto",
+        "type in which the blocks' frozen matrices are stored while training and validating; inference.py loads the "
+        "base as it is. auto is the type of the computation; int8 and fp8 take half of bf16, nf4 (QLoRA) a third. How "
+        "far that turns the gradients is printed",
+        choices=("auto", "int8", "fp8", "nf4"),
+    )
     keep: str = flag(
         "auto",
         "what forward keeps of a block for backward: its input, attention outputs too, those of linear layers too, or "

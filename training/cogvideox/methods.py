@@ -37,6 +37,7 @@ class Lora:
     def __init__(self, transformer: Any, options: LoraOptions) -> None:
         self.transformer = transformer
         self.flags = options.lora
+        self.base_precision = options.plan.base_precision
         self.ignores_positions = ignores_positions(options)
         self.pissa = self.flags.init_lora_weights.startswith("pissa")
         self.place = Place()
@@ -115,7 +116,8 @@ class Lora:
         """What decides the result; of a LoRA to start from its content."""
         path = self.flags.lora_path
         content = None if path is None else hashlib.sha256(lora_file(path).read_bytes()).hexdigest()
-        return asdict(self.flags) | {"lora_path": content}
+        base = {} if self.base_precision == "auto" else {"base_precision": self.base_precision}
+        return asdict(self.flags) | {"lora_path": content} | base
 
     @contextmanager
     def off(self) -> Iterator[None]:

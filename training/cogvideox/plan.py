@@ -11,6 +11,7 @@ from itertools import combinations_with_replacement, product
 
 GIB = 2**30
 DEVICE, HOST = "device", "host"
+AUTO = "auto"  # of a base precision: the compute type
 LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
 UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10, "all": 18}
 SLOTS, IN_FLIGHT = 3, 2  # of streaming.py
@@ -23,6 +24,9 @@ ENDS_UNITS = 1.8  # tensors in front of and behind the blocks
 RECOMPUTED = {"input": (8 / 12, 1.0), "attention": (8 / 12, 0.0), "linear": (0.0, 0.0), "all": (0.0, 0.0)}
 """Shares of a block's forward linear layers and attention that backward computes again."""
 TRAFFIC_UNITS = {True: (30.0, 75.0), False: (120.0, 270.0)}  # read and written outside matrix products, by pass
+WHOLE_MATRICES = {True: 1.0, False: 1.2}
+"""Share of a block's quantised matrices that is whole at a time: a graph makes each once and keeps it for its second
+use; without one the largest, a third of them, is made by way of fp32."""
 HIDDEN_COPY = 0.02
 FRAGMENTS = 0.94  # the share of free memory that can be filled
 CONTEXT = 0.6 * GIB  # of CUDA itself, on a card that --vram_budget describes
@@ -43,6 +47,7 @@ class Sizes:
     heads: int
     state_bytes: int = ADAM_BYTES  # of a trained number: master, moments, its average if there is one
     mapped: bool = False  # weights are pages of their file: pinned, they take memory of their own
+    matrix_bytes: int = 0  # what a block's quantised matrices take in the compute type
 
     @property
     def unit(self) -> int:
@@ -103,6 +108,7 @@ class ExecutionPlan:
     compiled: bool
     attention: str  # attention.BACKENDS, or cpu
     state: str = DEVICE  # where fp32 masters and moments lie
+    base_precision: str = AUTO  # of the blocks' frozen matrices: quant.KINDS, or as they were loaded
     peak: int = 0  # predicted, bytes
     seconds: float = 0.0  # predicted, of a step; 0 where the machine was not measured
 
@@ -121,6 +127,8 @@ class ExecutionPlan:
             f"attention by {self.attention}",
             f"optimizer state on the {self.state}",
         ]
+        if self.base_precision != AUTO:
+            parts.append(f"base in {self.base_precision}")
         if self.seconds:
             parts.append(f"predicted: peak {self.peak / GIB:.2f} GiB, {self.seconds:.2f} s a step")
         return "; ".join(parts)
@@ -154,6 +162,7 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
     """The device's memory at its fullest: as backward begins, all that was kept is there."""
     streamed = sum(n for kind, n in kinds.items() if kind.weights == HOST)
     total = sizes.rest_bytes + (sizes.blocks - streamed + min(SLOTS, streamed)) * sizes.block_bytes
+    total += round(sizes.matrix_bytes * WHOLE_MATRICES[compiled])
     total += sizes.trained * (sizes.item_bytes + 4)  # weights, and the flat fp32 gradients
     total += sizes.trained * sizes.state_bytes if state == DEVICE else 0  # its chunks come when the blocks are done
     here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
@@ -231,4 +240,4 @@ def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention
         )
     first, second, count, state = found
     blocks = mixture(first, second, count, sizes.blocks)
-    return ExecutionPlan(blocks, compiled, attention, state, best[1], best[0])
+    return ExecutionPlan(blocks, compiled, attention, state, peak=best[1], seconds=best[0])

@@ -2,7 +2,8 @@
 
 Stack(transformer, plan, device).install(): diffusers' forward, and so the pipeline's sampling too, then runs all blocks
 here. Each block is one autograd function around the two functions of blocks.py: what is kept between them and where,
-where frozen weights lie, whether it is compiled, is the plan's. Names and values of the parameters stay as they were.
+where frozen weights lie, whether it is compiled, is the plan's. Names and values of the parameters stay as they were,
+but for those that the plan quantises: their module has an empty tensor, so that nothing else can compute with it.
 Shapes as in blocks.py.
 """
 
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 
 from cogvideox import blocks
 from cogvideox.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
-from cogvideox.plan import DEVICE, HOST, ExecutionPlan
+from cogvideox.lora import SampleDropout
+from cogvideox.plan import AUTO, DEVICE, HOST, ExecutionPlan
+from cogvideox.quant import Quantised, Weight, quantise
 from cogvideox.streaming import HostStore, Layout, Ring, pinned
 
 MAX_GRAPHS = 256
+META = torch.device("meta")
+SAMPLE_TOKENS = 256  # of gradient_cosine, a fourth of them text
 
 
 def allow_graphs() -> None:
@@ -72,22 +77,30 @@ class Stack:
 
         One layout for all: on a CPU the bits of a matrix product depend on where its factors begin.
         """
+        precision = self.plan.base_precision
         frozen = [frozen_of(module) for module in self.modules]
-        layout, hosts = Layout(frozen[0]), {}
+        like = forms_of(self.modules[0], precision, META)
+        layout, hosts = Layout(flat(like)), {}
+        self.resident: dict[int, list[Weight]] = {}
         for i, (block, parameters) in enumerate(zip(self.plan.blocks, frozen, strict=True)):
             if block.weights == HOST:
                 buffer = hosts[i] = pinned(layout.num_bytes)
             else:
                 buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
-            for parameter, view in zip(parameters, layout.views(buffer), strict=True):
-                view.copy_(parameter)
-                parameter.data = view
+            forms = shaped(like, layout.views(buffer))
+            for view, tensor in zip(flat(forms), flat(forms_of(self.modules[i], precision, self.device)), strict=True):
+                view.copy_(tensor)
+            for parameter, form in zip(parameters, forms, strict=True):
+                whole = isinstance(form, Tensor)
+                parameter.data = form if whole else torch.empty(0, dtype=parameter.dtype, device=self.device)
+            if block.weights == DEVICE:
+                self.resident[i] = forms
         placed = {id(p) for parameters in frozen for p in parameters}
         for tensor in (*transformer.parameters(), *transformer.buffers()):
             if id(tensor) not in placed:
                 tensor.data = tensor.data.to(self.device)
         self.ring = Ring(hosts, self.device) if hosts else None
-        self.views: list[list[Tensor]] = [layout.views(slot) for slot in self.ring.slots] if self.ring else []
+        self.slots = [shaped(like, layout.views(slot)) for slot in self.ring.slots] if self.ring else []
         self.order = [{id(p): k for k, p in enumerate(parameters)} for parameters in frozen]
 
     def install(self) -> None:
@@ -139,21 +152,18 @@ class Stack:
 
     def _trained(self, i: int) -> list[Tensor]:
         """The LoRA matrices of a block, in the order of blocks.LORA_LAYERS, two a layer that has them."""
-        pairs = (lora_of(layer) for layer in layers_of(self.modules[i]).values())
-        # PEFT puts what it loads beside the base layer, which may be on the host
-        return [matrix.to(self.device) for pair in pairs if pair is not None for matrix in pair[:2]]
+        return trained_of(self.modules[i], self.device)
 
     def weights(self, i: int, direction: int, trained: list[Tensor]) -> Block:
         """A block's weights for what the compute stream gets next; the block after it starts to come."""
+        forms, order = self.resident.get(i), self.order[i]
         if self.ring is not None:
             ahead = self.ring.after(i, direction)
-            slot = self.ring.get(i) if self.plan.blocks[i].weights == HOST else None
+            forms = self.slots[self.ring.get(i)] if forms is None else forms
             if ahead is not None:
                 self.ring.fetch(ahead)
-            if slot is not None:
-                views, order = self.views[slot], self.order[i]
-                return weights_of(self.modules[i], trained, lambda p: views[order[id(p)]])
-        return weights_of(self.modules[i], trained)
+        assert forms is not None
+        return weights_of(self.modules[i], trained, lambda p: forms[order[id(p)]])
 
 
 class RunBlock(torch.autograd.Function):
@@ -199,9 +209,40 @@ def frozen_of(module: Any) -> list[Tensor]:
     return [p for p in module.parameters() if not p.requires_grad]
 
 
-def frozen_bytes(module: Any) -> int:
+def forms_of(module: Any, precision: str, device: torch.device) -> list[Weight]:
+    """The same: as they are, or, if a precision is given, the matrices of linear layers quantised on a device."""
+    kinds = kinds_of(module, precision) if precision != AUTO else {}
+    return [quantise(p.detach().to(device), kinds[p]) if p in kinds else p for p in frozen_of(module)]
+
+
+def kinds_of(module: Any, precision: str) -> dict[Tensor, str]:
+    """In which kind each matrix of a block's linear layers is quantised.
+
+    Those of adaLN are int8 in all: nf4 there would save 4 % of bf16 more, and turn gradients as far again as the rest.
+    """
+    kinds = {base_of(layer).weight: precision for layer in layers_of(module).values()}
+    return kinds | {layer.weight: "int8" for layer in (module.norm1.linear, module.norm2.linear)}
+
+
+def flat(forms: list[Weight]) -> list[Tensor]:
+    """All tensors that weights are made of."""
+    return [tensor for form in forms for tensor in ((form,) if isinstance(form, Tensor) else form)]
+
+
+def shaped(forms: list[Weight], tensors: list[Tensor]) -> list[Weight]:
+    """Weights like others, made of other tensors: the inverse of ``flat``."""
+    left = iter(tensors)
+    return [next(left) if isinstance(f, Tensor) else Quantised(next(left), next(left), next(left)) for f in forms]
+
+
+def frozen_bytes(module: Any, precision: str = AUTO) -> int:
     """What they take in a flat buffer."""
-    return Layout(frozen_of(module)).num_bytes
+    return Layout(flat(forms_of(module, precision, META))).num_bytes
+
+
+def whole_bytes(module: Any) -> int:
+    """What the matrices that may be quantised take as they are."""
+    return sum(matrix.nbytes for matrix in kinds_of(module, AUTO))
 
 
 def layers_of(module: Any) -> dict[str, Any]:
@@ -218,35 +259,45 @@ def layers_of(module: Any) -> dict[str, Any]:
     return dict(zip(LORA_LAYERS, modules, strict=True))
 
 
-def lora_of(layer: Any) -> tuple[Tensor, Tensor, float] | None:
-    """(A, B, scale) of a layer's active adapter, if it has one."""
+def lora_of(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
+    """(A, B, scale, dropout or None) of a layer's active adapter, if it has one."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters or not layer.active_adapters:
         return None
     (adapter,) = layer.active_adapters
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     matrices = (m.whole() if hasattr(m, "whole") else m.weight for m in (a, b))
-    return *matrices, layer.scaling[adapter]
+    dropout = layer.lora_dropout[adapter]
+    return *matrices, layer.scaling[adapter], None if isinstance(dropout, nn.Identity) else dropout
 
 
-def weights_of(
-    module: Any, trained: list[Tensor] | None = None, place: Callable[[Tensor], Tensor] = lambda p: p
-) -> Block:
+def base_of(layer: Any) -> Any:
+    """A linear layer without its adapters."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def trained_of(module: Any, device: torch.device) -> list[Tensor]:
+    """The LoRA matrices of a block on a device: PEFT puts what it loads beside the base layer, maybe on the host."""
+    pairs = (lora_of(layer) for layer in layers_of(module).values())
+    return [matrix.to(device) for pair in pairs if pair is not None for matrix in pair[:2]]
+
+
+def weights_of(module: Any, trained: list[Tensor] | None = None, place: Callable[[Tensor], Any] = lambda p: p) -> Block:
     """A block's weights out of its module.
 
     Args:
         trained: the LoRA matrices; those of the module if not given.
-        place: where a frozen parameter lies now.
+        place: where, and in which form, a frozen parameter lies now.
     """
     matrices = iter(trained) if trained is not None else None
 
     def linear(layer: nn.Module, lora: bool = True) -> Linear:
-        base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        base = base_of(layer)
         found = lora_of(layer) if lora else None
         weights = place(base.weight), None if base.bias is None else place(base.bias)
         if found is None:
             return Linear(*weights)
         a, b = (next(matrices), next(matrices)) if matrices is not None else found[:2]
-        return Linear(*weights, a.detach(), b.detach(), found[2])
+        return Linear(*weights, a.detach(), b.detach(), *found[2:])
 
     def norm(layer: Any) -> Norm:
         weight, bias = (None if p is None else place(p) for p in (layer.weight, layer.bias))
@@ -274,9 +325,41 @@ def plain_lora(transformer: Any) -> bool:
         if hasattr(layer, "lora_A")
     }
     layers = [m for m in transformer.modules() if hasattr(m, "lora_A")]
-    odd = any(any(layer.use_dora.values()) or _drops(layer) for layer in layers)
+    odd = any(any(layer.use_dora.values()) or not _drops_alike(layer) for layer in layers)
     return not odd and all(id(p) in own for p in transformer.parameters() if p.requires_grad)
 
 
-def _drops(layer: Any) -> bool:
-    return any(not isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+def _drops_alike(layer: Any) -> bool:
+    """Whether dropout, if any, has the same mask when a block is computed again."""
+    return all(isinstance(dropout, (nn.Identity, SampleDropout)) for dropout in layer.lora_dropout.values())
+
+
+# -- what quantising costs ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def gradient_cosine(module: Any, precision: str, device: torch.device, backend: str) -> float:
+    """Between a block's LoRA gradients with its weights quantised and as they are: of random inputs and outputs."""
+    generator = torch.Generator().manual_seed(0)
+    heads, dtype = module.attn1.heads, module.norm1.linear.weight.dtype
+    sizes = ((1, SAMPLE_TOKENS, module.attn1.inner_dim),) * 2 + ((1, module.norm1.linear.in_features),)
+    x, dy, temb = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
+    shared = Shared(temb, None, SAMPLE_TOKENS // 4, heads, backend)
+    found = []
+    for kind in (AUTO, precision):
+        p = weights_in(module, kind, device)
+        kept = blocks.forward(x, p, shared, blocks.KEPT["attention"])[1]
+        pairs = blocks.backward(dy, p, shared, {"x": x, **kept})[1]
+        found.append(torch.cat([matrix.flatten() for pair in pairs.values() for matrix in pair]).double())
+    return torch.cosine_similarity(*found, dim=0).item()
+
+
+def weights_in(module: Any, precision: str, device: torch.device) -> Block:
+    """A copy of a block's weights on a device in a precision."""
+    forms = dict(zip(frozen_of(module), forms_of(module, precision, device), strict=True))
+
+    def place(p: Tensor) -> Weight:
+        form = forms[p]
+        return form.to(device) if isinstance(form, Tensor) else form
+
+    return weights_of(module, trained_of(module, device), place)
