@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from cogvideox.card import CARD_NAME
 from cogvideox.methods import Lora
 from cogvideox.publish import INFERENCE_NAME, MIN_COSINE, RECIPE_NAME, compare, faithful, inference_script
 from cogvideox.tasks import TextToVideo
+from cogvideox.validation import Validator
 
 HOSTILE = [
     'it\'s "quoted"',
@@ -186,10 +188,12 @@ def test_the_recipe_says_how_it_was_made(reference: Path) -> None:
 
 
 def script_of(output: Path, *flags: object, sampling: dict[str, Any] | None = None) -> ast.Module:
-    validator: Any = SimpleNamespace(sampling=sampling or SAMPLING, fps=8.0)
+    options = options_of(output, *flags)
+    validator: Any = SimpleNamespace(sampling=sampling or SAMPLING, fps=8.0, flags=options.validation, pipeline=None)
+    validator.vae_calls = partial(Validator.vae_calls, validator)
     method = SimpleNamespace(inference=lambda dtype: Lora.inference(PLAIN, dtype))
     task: Any = TextToVideo
-    return ast.parse(inference_script(options_of(output, *flags), task, method, validator, run_alone(output)))
+    return ast.parse(inference_script(options, task, method, validator, run_alone(output)))
 
 
 def calls(tree: ast.Module, name: str) -> ast.Call:

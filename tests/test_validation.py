@@ -424,3 +424,14 @@ def test_decoding_takes_tiles_that_fit(fits: int, tiles: tuple[int, int] | None)
     with pytest.raises(torch.OutOfMemoryError):
         validation.decode_what_fits(vae, said.append)(torch.empty(0))
     assert vae.tile_sample_min_height >= validation.SMALLEST_TILE
+
+
+def test_inference_decodes_as_validation_did() -> None:
+    vae = SimpleNamespace(use_tiling=False, tile_sample_min_height=120, tile_sample_min_width=180)
+    flags = SimpleNamespace(enable_slicing=True, enable_tiling=False)
+    validator: Any = SimpleNamespace(flags=flags, pipeline=SimpleNamespace(vae=vae))
+    assert list(Validator.vae_calls(validator)) == ["enable_slicing()"]
+    vae.use_tiling = True
+    assert list(Validator.vae_calls(validator)) == ["enable_slicing()", "enable_tiling(120, 180)"]
+    validator.pipeline, flags.enable_tiling = None, True
+    assert list(Validator.vae_calls(validator)) == ["enable_slicing()", "enable_tiling()"]

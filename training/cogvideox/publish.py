@@ -168,7 +168,6 @@ def inference_script(options: TrainOptions, task: Task, method: Any, validator: 
     folder = Path(model.pretrained_model_name_or_path)
     prompts = prompts_of(flags) or [f"{options.data.id_token or ''} a video".strip()]
     parts, load = method.inference(str(run.dtype).removeprefix("torch."))
-    tricks = [("enable_slicing", flags.enable_slicing), ("enable_tiling", flags.enable_tiling)]
     return INFERENCE.format(
         **task.inference,
         pipeline=task.pipeline,
@@ -179,7 +178,7 @@ def inference_script(options: TrainOptions, task: Task, method: Any, validator: 
         dtype=str(run.dtype).removeprefix("torch."),
         parts=parts,
         load=load,
-        vae="\n".join(f"pipe.vae.{name}()" for name, wanted in tricks if wanted),
+        vae="\n".join(f"pipe.vae.{call}" for call in validator.vae_calls()),
         negative_prompt=repr(flags.negative_prompt),
         sampling="\n".join(f"    {name}={value!r}," for name, value in validator.sampling.items()),
         seed=options.data.seed,

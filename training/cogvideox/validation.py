@@ -149,6 +149,16 @@ class Validator:
         pipeline.set_progress_bar_config(desc="validation", leave=False, disable=not self.run.is_main)
         return pipeline
 
+    def vae_calls(self) -> Iterator[str]:
+        """What sets a VAE to decode as this one did, which may have found that only small tiles fit."""
+        if self.flags.enable_slicing:
+            yield "enable_slicing()"
+        vae = self.pipeline.vae if self.pipeline else None
+        if vae and vae.use_tiling:
+            yield f"enable_tiling({vae.tile_sample_min_height}, {vae.tile_sample_min_width})"
+        elif self.flags.enable_tiling:
+            yield "enable_tiling()"
+
     def set_aside(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
         """Moves videos away that other settings made, or that another learning rate schedule made after this step."""
         folder = self.run.output_dir / FOLDER
