@@ -67,12 +67,9 @@ def path_of(results: Path, row: str) -> Path:
 
 
 def stock_arm(work: Work, steps: int) -> dict[str, Any]:
-    """The stock arm's figures, or that it does not fit, which is a result too."""
+    """The stock arm's figures, or how it failed: that it does not fit is a result too."""
     make_room(work.device)
-    try:
-        return stock(work, steps)
-    except torch.OutOfMemoryError:
-        return {"failed": NO_MEMORY}
+    return attempt(stock, work, steps)
 
 
 def our_arm(work: Work, plan: str, process: Process) -> dict[str, Any]:
@@ -109,7 +106,8 @@ def run_rows(rows: Sequence[str], results: Path, device: torch.device) -> int:
             continue
         arm = beside if plan == "stock" else our_arm(work, plan, process)
         print(json.dumps({"row": row, **arm}), flush=True)
-        if plan != "stock" and ("failed" in arm or "failed" in arm.get("validation", {})):
+        is_result = plan == "stock" and arm.get("failed") == NO_MEMORY
+        if not is_result and ("failed" in arm or "failed" in arm.get("validation", {})):
             failed += 1
             continue
         result = result_of(row, work, arm, beside)
