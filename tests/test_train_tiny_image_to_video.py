@@ -12,12 +12,12 @@ import train_tiny_image_to_video as training
 from running import ROOT, image_sft_script, in_process, metrics, prepare_script
 from safetensors.torch import load_file
 
-from cogvideox import args
+from cogvideox.options import ImageSftOptions, PrepareOptions
 
 MODEL = ROOT / "examples" / "model"
 STAGES = {
-    "prepare_dataset.py": (prepare_script, args.PrepareOptions),
-    training.SCRIPT: (image_sft_script, args.ImageSftOptions),
+    "prepare_dataset.py": (prepare_script, PrepareOptions),
+    training.SCRIPT: (image_sft_script, ImageSftOptions),
 }
 
 
