@@ -87,9 +87,7 @@ class Work:
     @property
     def tokens(self) -> int:
         """Tokens of a sample, text and video."""
-        frames, _, height, width = self.geometry.latent_shape(self.bucket)
-        patch, patch_t = self.geometry.patch_size, self.geometry.patch_size_t or 1
-        return self.geometry.max_text_seq_length + frames // patch_t * (height // patch) * (width // patch)
+        return self.geometry.tokens(self.bucket)
 
     def random(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
         """Normal numbers on the device, a batch of them."""

@@ -34,6 +34,7 @@ from cogvideox.options import (
     resolutions,
     target_pattern,
     tracker_names,
+    under_deepspeed,
 )
 
 LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")
@@ -220,7 +221,7 @@ def plan_problems(options: LoraOptions) -> Iterator[str]:
         yield f"{asked}: contradicts --plan off; leave one of them out"
     if asked and options.lora.use_dora:
         yield f"{asked}: contradicts --use_dora, which diffusers' own modules run; leave one of them out"
-    if asked and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    if asked and under_deepspeed():
         yield f"{asked}: DeepSpeed places the weights itself; leave it out, or launch with another configuration"
 
 
@@ -276,7 +277,7 @@ def script_problems(options_type: type[TrainOptions], guide: GuideFlags) -> Iter
 
 def check_ema(options: TrainOptions) -> Iterator[str]:
     """Problems of --use_ema with the launcher's configuration, for args.parse."""
-    if options.signal.use_ema and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    if options.signal.use_ema and under_deepspeed():
         yield (
             "--use_ema: under DeepSpeed no rank has all fp32 weights to average; leave it out, or launch with "
             "accelerate_configs/uncompiled_2.yaml"

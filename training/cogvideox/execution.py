@@ -169,9 +169,6 @@ def sizes_of(
     precision: str = AUTO,
 ) -> Sizes:
     """The sizes of a run."""
-    patch, patch_t = geometry.patch_size, geometry.patch_size_t or 1
-    shapes = [geometry.latent_shape(bucket) for bucket in buckets]
-    patches = max(f // patch_t * (h // patch) * (w // patch) for f, _, h, w in shapes)
     blocks = transformer.transformer_blocks
     in_blocks = {id(p) for block in blocks for p in block.parameters()}
     rest = [t for t in (*transformer.parameters(), *transformer.buffers()) if id(t) not in in_blocks]
@@ -182,7 +179,7 @@ def sizes_of(
         trained=sum(p.numel() for p in transformer.parameters() if p.requires_grad),
         item_bytes=dtype.itemsize,
         samples=samples,
-        tokens=geometry.max_text_seq_length + patches,
+        tokens=max(map(geometry.tokens, buckets)),
         width=blocks[0].attn1.inner_dim,
         heads=blocks[0].attn1.heads,
         matrix_bytes=whole_bytes(blocks[0]) if precision != AUTO else 0,

@@ -85,6 +85,12 @@ class Geometry:
         height, width = bucket.height // self.spatial_compression, bucket.width // self.spatial_compression
         return 2 * self.latent_channels, self.latent_frames(bucket.frames), height, width
 
+    def tokens(self, bucket: Bucket) -> int:
+        """Tokens of one sample in the transformer, text and video."""
+        frames, _, height, width = self.latent_shape(bucket)
+        patches = frames // (self.patch_size_t or 1) * (height // self.patch_size) * (width // self.patch_size)
+        return self.max_text_seq_length + patches
+
     def image_shape(self, bucket: Bucket) -> tuple[int, int, int]:
         """(2C, H, W) of the VAE's posterior of one image."""
         channels, _, height, width = self.moments_shape(bucket)

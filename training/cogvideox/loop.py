@@ -76,7 +76,7 @@ class Trainer:
     def __init__(
         self, run: Run, options: TrainOptions, tensors: Tensors, prompts: Prompts, task: Any, method: Any, plan: Plan
     ) -> None:
-        self.run, self.options, self.task, self.method, self.plan = run, options, task, method, plan
+        self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype, on_host)

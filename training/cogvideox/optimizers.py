@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogvideox.errors import UsageError
 from cogvideox.flags import ADAMS, NAMED_CLASS, OptimizerFlags
-from cogvideox.options import LoraOptions, TrainOptions, precision_of
+from cogvideox.options import LoraOptions, TrainOptions, precision_of, under_deepspeed
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -180,7 +180,7 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
         yield "--use_torchao: compiles its step, and there is no C++ compiler; install g++, or leave it out"
     if flags.use_cpu_offload_optimizer:
         yield from offload_problems(options)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    if under_deepspeed():
         yield from deepspeed_problems(flags)
 
 
@@ -188,8 +188,7 @@ def check_state_place(options: TrainOptions) -> Iterator[str]:
     """Problems of --optimizer_state_on host; of an optimizer that cannot be made at all check_optimizer tells."""
     if isinstance(options, LoraOptions) and options.plan.optimizer_state_on == "host":
         with suppress(ImportError, UsageError):
-            deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-            yield from host_state_problems(options.optimizer, deepspeed)
+            yield from host_state_problems(options.optimizer, under_deepspeed())
 
 
 def package_of(flags: OptimizerFlags) -> str | None:

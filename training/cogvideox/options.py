@@ -255,6 +255,11 @@ def precision_of(flag: str | None) -> str:
     return flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
+def under_deepspeed() -> bool:
+    """Whether accelerate's configuration is for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
 def tracker_names(report_to: str | None) -> list[str]:
     """The trackers that --report_to asks for."""
     return {None: [], "none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [str(report_to)])

@@ -1,7 +1,7 @@
 """How the transformer's blocks are executed: where weights lie, what forward keeps and where, compiled or not.
 
 Sizes (of model, data and LoRA) and Machine (free memory, measured rates) -> choose() -> ExecutionPlan, with the peak of
-the device's memory and the time of a step that it predicts. Standard library only; nothing here touches a device.
+the device's memory and the time of a step that it predicts. Nothing here touches a device.
 Bytes, seconds, FLOP a second. Shapes as in blocks.py; a unit is the size of a block's input.
 """
 
@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, product
 
+from cogvideox.optim import STATE_BYTES
+from cogvideox.streaming import IN_FLIGHT, SLOTS
+
 GIB = 2**30
 DEVICE, HOST = "device", "host"
 AUTO = "auto"  # of a base precision: the compute type
 LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
 UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10, "all": 18}
-SLOTS, IN_FLIGHT = 3, 2  # of streaming.py
-ADAM_BYTES = 12  # of a trained number: fp32 master and two moments
 WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/results/one_block_5b.json
     True: {"input": 19.1, "attention": 17.2, "linear": 15.2, "all": 12.0},
     False: {"input": 42.2, "attention": 41.2, "linear": 33.2, "all": 30.0},
@@ -45,7 +46,7 @@ class Sizes:
     tokens: int  # of a sample in the largest bucket
     width: int  # D
     heads: int
-    state_bytes: int = ADAM_BYTES  # of a trained number: master, moments, its average if there is one
+    state_bytes: int = STATE_BYTES  # of a trained number: master, moments, its average if there is one
     mapped: bool = False  # weights are pages of their file: pinned, they take memory of their own
     matrix_bytes: int = 0  # what a block's quantised matrices take in the compute type
 
