@@ -16,6 +16,7 @@ from typing import Any
 
 import random_models
 import torch
+from profiling import shares_of
 from torch import Tensor
 
 from cogvideox import args, attention, execution, plan
@@ -38,6 +39,7 @@ NO_MEMORY = "out of memory"
 DTYPE = torch.bfloat16
 LEFT = GIB // 4  # bytes that may stay on the device between arms: the workspaces of cuBLAS
 SAMPLING_STEPS, GUIDANCE = 2, 6.0
+CARDS = {"24gb": 24.0, "12gb": 12.0}  # --plan auto within the memory of such a card, GiB
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def make_room(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
         left = torch.cuda.memory_allocated(device)
         if left > LEFT:
             raise RuntimeError(f"{left / GIB:.2f} GiB of the arm before are still on the device")
@@ -232,15 +235,18 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
 
 
 def run_under_plan(transformer: Any, name: str, work: Work) -> tuple[ExecutionPlan, dict[str, Any]]:
-    """Lets a transformer with its LoRA run as the plan of this name; returns it, and what is recorded of it."""
+    """Lets a transformer with its LoRA run as a preset or on one of CARDS; returns its plan, and what is recorded."""
     transformer.to("cpu")  # where training starts from
+    preset, budget = ("auto", CARDS[name]) if name in CARDS else (name, None)
     if work.device.type == "cuda":
         torch.cuda.empty_cache()
+        if budget is not None:
+            execution.hold_to(budget)
     backend, why = attention.choose_backend(work.device, DTYPE)
     sizes = execution.sizes_of(transformer, work.geometry, [work.bucket], work.batch, DTYPE)
-    machine = execution.measure(work.device, DTYPE, backend, sizes, budget=None)
+    machine = execution.measure(work.device, DTYPE, backend, sizes, budget)
     compiled = work.device.type == "cuda"
-    chosen = plan.choose(plan.PRESETS[name], sizes, machine, compiled, backend)
+    chosen = plan.choose(plan.PRESETS[preset], sizes, machine, compiled, backend)
     execution.place(transformer, chosen, work.device)
     predicted = {"peak_gib": round(chosen.peak / GIB, 3), "seconds_per_step": round(chosen.seconds, 3)}
     return chosen, {"execution": str(chosen), "attention": f"{backend}: {why}", "predicted": predicted}
@@ -263,15 +269,20 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
     schedule = NoiseSchedule.from_config(work.geometry.schedule).to(device)
     weights_T = loss_weights(schedule, options.signal)
     masters = master_weights(method, options, on_host=chosen.state == plan.HOST)
-    meter = Meter(device)
-    for step in range(steps):
+
+    def make_step(step: int) -> Tensor:
         batch = work.random_batch()
         method.draw_for(step, 0)
         losses_B = losses_of(task, schedule, transformer, batch) * weights_T[batch.timestep_B]
         masters.backward(losses_B.mean())
-        result = masters.step(learning_rate(options.optimizer, step, steps, work.batch))
-        meter.step_ended(result.values[0])
+        return masters.step(learning_rate(options.optimizer, step, steps, work.batch)).values[0]
+
+    meter = Meter(device)
+    for step in range(steps):
+        meter.step_ended(make_step(step))
     figures = meter.figures() | record
+    if device.type == "cuda":
+        figures["kernels_ms"] = shares_of(lambda: make_step(steps - 1))
     return figures | {"validation": attempt(sample, work, transformer)} if validates else figures
 
 

@@ -4,9 +4,9 @@
     python benchmarks/bench.py --rows 5b-r128-fast       # some of them
     python benchmarks/bench.py --table                   # the README's table; --table README.md puts it there
 
-A row is a model, a rank, a batch size and a plan. Rows that differ in their plan alone share a process: the stock arm
-first, then each of them, so that every ratio is of one run (arms.py). A row's result is a JSON file; what is there is
-not run again, and a row that fails keeps no other from running.
+A row is a model, a rank, a batch size and a plan: a preset, or what auto takes on a smaller card. Rows that differ in
+their plan alone share a process: the stock arm first, then each of them, so that every ratio is of one run (arms.py). A
+row's result is a JSON file; what is there is not run again, and a row that fails keeps no other from running.
 """
 
 import argparse
@@ -47,12 +47,12 @@ class Process:
 
 
 PROCESSES = (
-    Process("2b", 128, 1, ("stock", "fast", "balanced", "lean"), validates=True),
-    Process("5b", 128, 1, ("stock", "fast", "balanced", "lean"), validates=True),
-    Process("5b", 16, 1, ("stock", "lean")),
-    Process("5b", 256, 1, ("stock", "lean")),
+    Process("2b", 128, 1, ("stock", "fast", "24gb", "lean"), validates=True),
+    Process("5b", 128, 1, ("stock", "fast", "24gb", "12gb", "lean"), validates=True),
+    Process("5b", 16, 1, ("stock", "lean"), stock_steps=4),
+    Process("5b", 256, 1, ("stock", "lean"), stock_steps=4),
     Process("5b", 64, 4, ("stock", "lean"), steps=4, stock_steps=3),
-    Process("1.5-5b", 128, 1, ("stock", "fast", "lean"), steps=4, stock_steps=2),
+    Process("1.5-5b", 128, 1, ("stock", "fast", "24gb", "lean"), steps=4, stock_steps=2),
 )
 # lean comes last in each: the host memory that it pins stays pinned until the process ends
 ROWS = {row: process for process in PROCESSES for row in process.rows}

@@ -11,11 +11,11 @@ from typing import Any
 
 PREFIX = "bench_"
 BEGIN, END = "<!-- bench.py --table: begin -->\n", "<!-- bench.py --table: end -->\n"
-PLANS = ("stock", "fast", "balanced", "lean")
+PLANS = ("stock", "fast", "24gb", "12gb", "lean")
 MODELS = ("2b", "5b", "1.5-5b")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # a second, dense bf16, by a part of the device's name
 LIMITS = {"2b": dict.fromkeys(PLANS, 0.68), "1.5-5b": dict.fromkeys(PLANS, 8.75)}
-LIMITS["5b"] = dict.fromkeys(PLANS, 1.84) | {"fast": 1.66}
+LIMITS["5b"] = dict.fromkeys(PLANS, 1.66) | {"lean": 1.84}
 """Seconds a sample, on an H100: matmuls and attention at the rates measured there, all else fused to its fewest bytes.
 At rank 128; the LoRA's own matmuls are 3 % of a step there, less at lower ranks."""
 GUIDE = {

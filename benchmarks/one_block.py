@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from profiling import kernels_of
 from random_models import KINDS, TRANSFORMERS, clip_size
 from record import device_and_versions
 from torch import Tensor
@@ -114,15 +115,6 @@ def peak_over(run: Callable[[], Any]) -> float:
     result = run()
     del result
     return (torch.cuda.max_memory_allocated() - before) / MIB
-
-
-def kernels_of(run: Callable[[], Any]) -> list[dict[str, Any]]:
-    """The kernels that take longest in a call, milliseconds."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:24]
-    return [{"kernel": e.key[:90], "calls": e.count, "ms": round(e.self_device_time_total / 1000, 3)} for e in events]
 
 
 def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, compiled: bool, right: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--mixed_precision", default="no")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
-    found = {plan: [train(args, plan, seed) for seed in range(args.seeds)] for plan in PLANS}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {plan: [pool.submit(train, args, plan, seed) for seed in range(args.seeds)] for plan in PLANS}
+        found = {plan: [run.result() for run in of_plan] for plan, of_plan in runs.items()}
     row = {
         "steps": args.steps,
         "precision": args.mixed_precision,
@@ -75,7 +79,7 @@ def main() -> None:
     print(json.dumps({name: row[name] for name in FIGURES}, indent=1))
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
-        (args.results / "seeds.json").write_text(json.dumps(row, indent=1) + "\n")
+        (args.results / f"seeds_{args.mixed_precision}.json").write_text(json.dumps(row, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ more is out of memory, as there. One JSON file is written: what the script said 
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> 
     command += ["--output_dir", str(work_dir / "lora"), "--train_resolution", "x".join(map(str, clip_size(kind)))]
     command += ["--plan", "lean", "--vram_budget", str(gib), "--rank", str(rank), "--lora_alpha", str(rank)]
     command += ["--mixed_precision", "bf16", "--train_batch_size", "1", "--max_train_steps", str(steps)]
-    command += ["--optimizer", "adamw", "--learning_rate", "1e-4", "--dataloader_num_workers", "1"]
+    command += ["--optimizer", "adamw", "--learning_rate", "1e-4", "--dataloader_num_workers", "2"]
     return [*command, "--validation_prompt", "A red square moves to the right.", "--num_inference_steps", "2"]
 
 
@@ -50,6 +51,7 @@ def main() -> int:
     said = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines() if line.strip().startswith(SAYS)]
     row: dict[str, Any] = {"kind": args.kind, "gib": args.gib, "rank": args.rank, "status": done.returncode}
     row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "said": said, **device_and_versions()}
+    row["host_peak_gib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2)  # of KiB
     row["steps"] = lines_of(output)
     row["videos"] = sorted(path.name for path in output.glob("validation/*.mp4"))
     recipe = output / "recipe.json"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from cogvideox import attention
-from cogvideox.attention import BACKENDS, CPU, attend, attend_backward, choose_backend, gradient_error
+from cogvideox.attention import BACKENDS, CPU, SAGE, attend, attend_backward, choose_backend, gradient_error
 
 SHAPES = [(2, 17, 3, 32), (1, 353, 2, 64), (1, 64 * 3, 2, 64)]
 
@@ -53,6 +57,36 @@ def test_wrong_gradients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention, "attend_backward", wrong)
     assert gradient_error(CPU, torch.device("cpu"), torch.float32) == pytest.approx(0.1, rel=1e-3)
+
+
+def sage(monkeypatch: pytest.MonkeyPatch, sageattn: object) -> None:
+    module = ModuleType("sageattention")
+    module.__spec__ = ModuleSpec("sageattention", None)
+    module.sageattn = sageattn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sageattention", module)
+
+
+def test_sage_of_version_1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert attention._problem(SAGE, device, torch.bfloat16) == "sageattention is not installed"
+    sage(monkeypatch, lambda q, k, v, tensor_layout="HND", **kwargs: q)
+    assert "returns no lse" in str(attention._problem(SAGE, device, torch.bfloat16))
+
+
+def test_sage_is_asked_for_tokens_first_and_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As version 2 has it; its kernels are not to be had here."""
+
+    def sageattn(q, k, v, tensor_layout="HND", return_lse=False):  # type: ignore[no-untyped-def]
+        assert tensor_layout == "NHD"
+        assert return_lse
+        return attend(q, k, v, CPU)
+
+    sage(monkeypatch, sageattn)
+    q, k, v, _ = inputs(SHAPES[0])
+    for found, right in zip(attend(q, k, v, SAGE), attend(q, k, v, CPU), strict=True):
+        assert found.equal(right)
+    assert SAGE not in BACKENDS
+    assert "return" not in str(attention._problem(SAGE, torch.device("cpu"), torch.bfloat16))
 
 
 @pytest.mark.gpu

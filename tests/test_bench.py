@@ -22,7 +22,7 @@ TINY_VAE = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_n
 TINY_VAE |= {"sample_height": 64, "sample_width": 96}
 CPU = ["--device", "cpu", "--results"]
 FIGURES = ("seconds_per_step", "first_step_seconds", "losses", "seconds", "peak_gib", "ratio", "mfu", "limit_ratio")
-ALL = ["5b-r128-stock", "5b-r128-fast", "5b-r128-balanced", "5b-r128-lean"]
+ALL = ["5b-r128-stock", "5b-r128-fast", "5b-r128-24gb", "5b-r128-lean"]
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_a_row_that_fails_keeps_no_other_from_running(
         return run(transformer, name, *more)
 
     monkeypatch.setattr(arms, "run_under_plan", failing)
-    rows = ["5b-r128-fast", "5b-r128-balanced", "5b-r16-lean"]
+    rows = ["5b-r128-fast", "5b-r128-24gb", "5b-r16-lean"]
     assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 1
     assert spawned == [rows[:2], rows[2:]]
     assert set(results_in(tmp_path)) == set(rows[1:])
@@ -230,7 +230,7 @@ def test_every_row_has_a_limit_and_a_plan() -> None:
         assert set(process.plans) <= set(bench_table.PLANS)
         assert set(bench_table.LIMITS[process.kind]) == set(bench_table.PLANS)
         assert process.plans[0] == "stock"
-    assert set(PRESETS) == {"auto", *bench_table.PLANS} - {"stock"}
+    assert set(bench_table.PLANS) <= {"stock", *PRESETS, *arms.CARDS}
 
 
 @pytest.mark.parametrize("arm", [lambda work: arms.stock(work, 2), lambda work: arms.ours(work, "lean", 2, True)])
@@ -252,6 +252,7 @@ def test_nothing_of_an_arm_is_left(arm: Callable[[arms.Work], Any], monkeypatch:
 
 def test_peaks_need_the_memory_of_the_arm_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * arms.GIB)
     with pytest.raises(RuntimeError, match=r"3\.00 GiB of the arm before"):
         arms.make_room(torch.device("cuda"))

@@ -6,6 +6,8 @@ of each row's sum of exponentials, from which the backward pass makes the attent
 torch.compile sees one node and neither traces nor splits it. Shapes: B samples, S tokens, H heads, D head dim.
 """
 
+import inspect
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -13,10 +15,11 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-CUDNN, FLASH, FLASH_4, CPU = "cudnn", "flash", "flash-4", "cpu"
-BACKENDS = (FLASH_4, CUDNN, FLASH)  # of a GPU, the fastest first
+CUDNN, FLASH, FLASH_4, SAGE, CPU = "cudnn", "flash", "flash-4", "sage", "cpu"
+BACKENDS = (FLASH_4, CUDNN, FLASH)  # of a GPU, the fastest first; sage quantises, so it has to be asked for
 HOPPER = (9, 0)
 TOLERANCE = 2e-2  # relative, of bf16 gradients against fp32 ones; a wrong kernel is off by 1 or more
+TOLERANCE_QUANTISED = 4.5e-2  # a cosine of 0.999
 PROBE = (1, 353, 2, 64)  # an odd number of tokens, so that the last tile is a part of one
 
 
@@ -32,6 +35,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tenso
 
         o, lse = _flash_attn_fwd(q, k, v, return_lse=True)[:2]
         return o, lse
+    if backend == SAGE:
+        o, lse = import_module("sageattention").sageattn(q, k, v, tensor_layout="NHD", return_lse=True)
+        return o.contiguous(), lse.float().contiguous()
     q, k, v = _heads_first(q, k, v)
     if backend == CUDNN:
         o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
@@ -51,7 +57,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 def attend_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from that of the output, and from what ``attend`` returned."""
+    """Gradients of q, k, v from that of the output, and from what ``attend`` returned; of sage by the flash kernels."""
     if backend == FLASH_4:
         from flash_attn.cute.interface import _flash_attn_bwd
 
@@ -113,11 +119,22 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         return "flash-attn-4 is not installed"
     if backend in (FLASH_4, CUDNN) and torch.cuda.get_device_capability(device) < HOPPER:
         return "the device is older than Hopper"
+    if backend == SAGE and (problem := _problem_of_sage()):
+        return problem
     try:
         worst = gradient_error(backend, device, dtype)
     except Exception as error:  # whatever a kernel or its compiler says: another backend is there
         return f"it fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    return None if worst < TOLERANCE else f"its gradients are off by {worst:.2g}"
+    allowed = TOLERANCE_QUANTISED if backend == SAGE else TOLERANCE
+    return None if worst < allowed else f"its gradients are off by {worst:.2g}"
+
+
+def _problem_of_sage() -> str | None:
+    """Its version 1, the one on PyPI, has no lse, without which there is no backward pass."""
+    if find_spec("sageattention") is None:
+        return "sageattention is not installed"
+    known = inspect.signature(import_module("sageattention").sageattn).parameters
+    return None if "return_lse" in known else "this sageattention returns no lse; version 2 does"
 
 
 def _installed(package: str, part: str) -> bool:

@@ -13,7 +13,9 @@ no gradients. What forward keeps is a choice (KEPT); backward computes the rest 
 Shapes: B samples, S tokens (L of text, then the video's), D channels, H heads, E head dim, R rank.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -92,29 +94,63 @@ Kept = dict[str, Tensor]
 # -- pieces ------------------------------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, p: Linear) -> Tensor:
-    """The layer of x, (..., in) -> (..., out)."""
-    y = F.linear(x, dequantise(p.weight, x.dtype), p.bias)
-    if p.a is None or p.b is None:
-        return y
-    return y + F.linear(F.linear(p.drop(x) if p.drop else x, p.a), p.b) * p.scale
+def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
+    """Layers of one x, (..., in) -> (..., out) each."""
+    ys = [F.linear(x, dequantise(p.weight, x.dtype), p.bias) for p in layers]
+    for group in lora_groups(layers):
+        for i, u in zip(group, lora_inputs(x, [layers[i] for i in group]), strict=True):
+            ys[i] = ys[i] + F.linear(u, matrix(layers[i].b)) * layers[i].scale
+    return ys
 
 
-def linear_backward(dy: Tensor, x: Tensor, p: Linear) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """(gradient of x, those of a and b if there is a LoRA)."""
-    dx = dy @ dequantise(p.weight, dy.dtype)
-    if p.a is None or p.b is None:
-        return dx, None
-    x2, dy2 = (p.drop(x) if p.drop else x).flatten(0, -2), dy.flatten(0, -2)
-    du = (dy2 @ p.b) * p.scale
-    db = dy2.mT @ F.linear(x2, p.a) * p.scale
-    through = (du @ p.a).view_as(x)
-    return dx + (p.drop(through) if p.drop else through), (du.mT @ x2, db)
+def linears_backward(
+    dys: Sequence[Tensor], x: Tensor, layers: Sequence[Linear]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
+    """(gradient of x, for each layer those of a and b if it has a LoRA)."""
+    dx = reduce(add, [dy @ dequantise(p.weight, dy.dtype) for dy, p in zip(dys, layers, strict=True)])
+    found: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
+    for group in lora_groups(layers):
+        members = [layers[i] for i in group]
+        drop = members[0].drop
+        us = lora_inputs(x, members)
+        du = joined([dys[i] @ matrix(layers[i].b) * layers[i].scale for i in group], dim=-1)
+        das = (du.flatten(0, -2).mT @ (drop(x) if drop else x).flatten(0, -2)).split([u.shape[-1] for u in us])
+        for i, u, da in zip(group, us, das, strict=True):
+            found[i] = da, dys[i].flatten(0, -2).mT @ u.flatten(0, -2) * layers[i].scale
+        through = du @ joined([matrix(p.a) for p in members], dim=0)
+        dx = dx + (drop(through) if drop else through)
+    return dx, found
+
+
+def lora_groups(layers: Sequence[Linear]) -> list[list[int]]:
+    """Layers of one x whose LoRAs have the same input, so that their A are one product: all but those that drop."""
+    trained = [i for i, p in enumerate(layers) if p.a is not None]
+    together = [i for i in trained if layers[i].drop is None]
+    return [group for group in (together, *([i] for i in trained if i not in together)) if group]
+
+
+def lora_inputs(x: Tensor, group: Sequence[Linear]) -> list[Tensor]:
+    """A x of each layer of a group, (..., R)."""
+    drop = group[0].drop
+    matrices = [matrix(p.a) for p in group]
+    u = F.linear(drop(x) if drop else x, joined(matrices, dim=0))
+    return list(u.split([a.shape[0] for a in matrices], dim=-1))
+
+
+def joined(tensors: list[Tensor], dim: int) -> Tensor:
+    """One tensor; without a copy if it is one already."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def matrix(given: Tensor | None) -> Tensor:
+    """A matrix of a LoRA that is there."""
+    assert given is not None
+    return given
 
 
 def modulations(p: Linear, shared: Shared, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """(shift, scale, gate) of each token, (B, S, D)."""
-    shift, scale, gate, *text = linear(F.silu(shared.temb), p).unsqueeze(1).chunk(6, dim=-1)
+    shift, scale, gate, *text = linears(F.silu(shared.temb), [p])[0].unsqueeze(1).chunk(6, dim=-1)
     is_text = (torch.arange(length, device=shift.device) < shared.text_length).view(1, -1, 1)
     shift, scale, gate = (torch.where(is_text, t, v) for t, v in zip(text, (shift, scale, gate), strict=True))
     return shift, scale, gate
@@ -131,9 +167,9 @@ def rotate(x: Tensor, norm: Norm, rotary: tuple[Tensor, Tensor] | None) -> Tenso
     if rotary is None:
         return x
     cos, sin = (table[None, :, None, :] for table in rotary)
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # an index, so that it fuses with the norm
+    sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1
+    return (x.float() * cos + swapped.float() * (sin * sign)).to(x.dtype)
 
 
 def gelu(f: Tensor) -> Tensor:
@@ -155,15 +191,15 @@ def forward(x: Tensor, p: Block, shared: Shared, keep: tuple[str, ...]) -> tuple
     split = (*x.shape[:2], shared.heads, -1)
     shift, scale, gate = modulations(p.modulation1, shared, x.shape[1])
     n1 = modulate(x, p.norm1, shift, scale)
-    q, k, v = (linear(n1, layer).view(split) for layer in (p.q, p.k, p.v))
+    q, k, v = (z.view(split) for z in linears(n1, (p.q, p.k, p.v)))
     rq, rk = rotate(q, p.norm_q, shared.rotary), rotate(k, p.norm_k, shared.rotary)
     o, lse = attend(rq, rk, v, shared.backend)
-    h = x + gate * linear(o.view(x.shape), p.out)
+    h = x + gate * linears(o.view(x.shape), [p.out])[0]
     shift, scale, gate = modulations(p.modulation2, shared, x.shape[1])
     n2 = modulate(h, p.norm2, shift, scale)
-    f = linear(n2, p.ff1)
+    (f,) = linears(n2, [p.ff1])
     g = gelu(f)
-    y = h + gate * linear(g, p.ff2)
+    y = h + gate * linears(g, [p.ff2])[0]
     made = {"o": o, "lse": lse, "q": q, "k": k, "v": v, "h": h, "f": f, "n1": n1, "rq": rq, "rk": rk, "n2": n2, "g": g}
     return y, {name: made[name] for name in keep if name != "x"}
 
@@ -181,28 +217,27 @@ def backward(
         return kept[name] if name in kept else compute()
 
     n1 = again("n1", lambda: modulate(x, p.norm1, shift1, scale1))
-    q = again("q", lambda: linear(n1, p.q).view(split))
-    k = again("k", lambda: linear(n1, p.k).view(split))
-    v = again("v", lambda: linear(n1, p.v).view(split))
+    if "q" in kept:
+        q, k, v = (kept[name] for name in "qkv")
+    else:
+        q, k, v = (z.view(split) for z in linears(n1, (p.q, p.k, p.v)))
     rq = again("rq", lambda: rotate(q, p.norm_q, shared.rotary))
     rk = again("rk", lambda: rotate(k, p.norm_k, shared.rotary))
     o, lse = (kept["o"], kept["lse"]) if "o" in kept else attend(rq, rk, v, shared.backend)
-    h = again("h", lambda: x + gate1 * linear(o.view(x.shape), p.out))
+    h = again("h", lambda: x + gate1 * linears(o.view(x.shape), [p.out])[0])
     n2 = again("n2", lambda: modulate(h, p.norm2, shift2, scale2))
-    f = again("f", lambda: linear(n2, p.ff1))
+    f = again("f", lambda: linears(n2, [p.ff1])[0])
     g = again("g", lambda: gelu(f))
 
-    found = {}
-    dg, found["ff2"] = linear_backward(gate2 * dy, g, p.ff2)
-    dn2, found["ff1"] = linear_backward(vjp(gelu, f, dg), n2, p.ff1)
+    found: dict[str, tuple[Tensor, Tensor] | None] = {}
+    dg, (found["ff2"],) = linears_backward([gate2 * dy], g, [p.ff2])
+    dn2, (found["ff1"],) = linears_backward([vjp(gelu, f, dg)], n2, [p.ff1])
     dh = dy + vjp(lambda h: modulate(h, p.norm2, shift2, scale2), h, dn2)
-    do, found["out"] = linear_backward(gate1 * dh, o.view(x.shape), p.out)
+    do, (found["out"],) = linears_backward([gate1 * dh], o.view(x.shape), [p.out])
     drq, drk, dv = attend_backward(do.view(split), rq, rk, v, o, lse, shared.backend)
     dq = vjp(lambda q: rotate(q, p.norm_q, shared.rotary), q, drq)
     dk = vjp(lambda k: rotate(k, p.norm_k, shared.rotary), k, drk)
-    dn1 = torch.zeros((), dtype=x.dtype, device=x.device)
-    for name, dz in (("q", dq), ("k", dk), ("v", dv)):
-        dz_in, found[name] = linear_backward(dz.reshape(x.shape), n1, getattr(p, name))
-        dn1 = dn1 + dz_in
+    dqkv = [dz.reshape(x.shape) for dz in (dq, dk, dv)]
+    dn1, (found["q"], found["k"], found["v"]) = linears_backward(dqkv, n1, (p.q, p.k, p.v))
     dx = dh + vjp(lambda x: modulate(x, p.norm1, shift1, scale1), x, dn1)
     return dx, {name: pair for name, pair in found.items() if pair is not None}

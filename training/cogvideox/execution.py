@@ -209,8 +209,13 @@ def keep_to_budget(run: Run, options: TrainOptions) -> None:
     """Holds everything from now on, T5 and validation too, to --vram_budget: more is out of memory, as on that card."""
     budget = options.plan.vram_budget if isinstance(options, LoraOptions) else None
     if budget is not None and run.device.type == "cuda":
-        total = torch.cuda.mem_get_info(run.device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes(budget) / total))
+        hold_to(budget)
+
+
+def hold_to(budget: float) -> None:
+    """Makes the current GPU one of so many GiB for this process."""
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes(budget) / total))
 
 
 def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes) -> Machine:

@@ -372,8 +372,9 @@ class PlanFlags:
     )
     attention_backend: str = flag(
         "auto",
-        "attention kernels; auto is the fastest one that is there and passes a check of its gradients",
-        choices=("auto", "flash-4", "cudnn", "flash", "cpu"),
+        "attention kernels; auto is the fastest exact one that is there and passes a check of its gradients; sage, "
+        "SageAttention 2, quantises",
+        choices=("auto", "flash-4", "cudnn", "flash", "sage", "cpu"),
     )
 
     @property

@@ -18,17 +18,18 @@ AUTO = "auto"  # of a base precision: the compute type
 LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
 UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10, "all": 18}
 WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/results/one_block_5b.json
-    True: {"input": 19.1, "attention": 17.2, "linear": 15.2, "all": 12.0},
+    True: {"input": 19.1, "attention": 17.2, "linear": 13.2, "all": 12.0},
     False: {"input": 42.2, "attention": 41.2, "linear": 33.2, "all": 30.0},
 }
 ENDS_UNITS = 1.8  # tensors in front of and behind the blocks
 RECOMPUTED = {"input": (8 / 12, 1.0), "attention": (8 / 12, 0.0), "linear": (0.0, 0.0), "all": (0.0, 0.0)}
 """Shares of a block's forward linear layers and attention that backward computes again."""
-TRAFFIC_UNITS = {True: (30.0, 75.0), False: (120.0, 270.0)}  # read and written outside matrix products, by pass
+TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}  # read and written outside frozen products, by pass
 WHOLE_MATRICES = {True: 1.0, False: 1.2}
 """Share of a block's quantised matrices that is whole at a time: a graph makes each once and keeps it for its second
 use; without one the largest, a third of them, is made by way of fp32."""
-HIDDEN_COPY = 0.02
+HIDDEN_COPY = 0.06
+COPY_SHARE = 0.85  # of the measured rate, as both directions run at once and blocks of different kinds are not alike
 FRAGMENTS = 0.94  # the share of free memory that can be filled
 CONTEXT = 0.6 * GIB  # of CUDA itself, on a card that --vram_budget describes
 
@@ -183,21 +184,24 @@ def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
 
 
 def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
-    """Seconds of a step: each pass of a block takes as long as its arithmetic or its copies, whichever is more."""
+    """Seconds of a step: each pass takes as long as its arithmetic or its copies of one direction, whichever is more.
+
+    Of the whole pass, not of each block: blocks of different kinds take turns, and copies start a kind ahead.
+    """
     linear = 24 * sizes.samples * sizes.tokens * sizes.width**2 / machine.matmul
     scores = 4 * sizes.samples * sizes.tokens**2 * sizes.width
     attend, attend_backward = scores / machine.attention, 2.5 * scores / machine.attention_backward
     forward_traffic, backward_traffic = (n * sizes.unit / machine.memory for n in TRAFFIC_UNITS[compiled])
-    total = 0.0
-    for kind, n in kinds.items():
-        weights = sizes.block_bytes / machine.copies if kind.weights == HOST else 0.0
-        kept = sizes.kept_bytes(kind.keep) / machine.copies if kind.kept == HOST else 0.0
-        linears, attentions = RECOMPUTED[kind.keep]
-        forward = linear + attend + forward_traffic
-        again = linears * linear + attentions * attend
-        backward = again + linear + attend_backward + backward_traffic
-        # hidden copies still take a little of the device's own bandwidth
-        total += n * (max(forward, weights, kept) + max(backward, weights + kept) + HIDDEN_COPY * 2 * (weights + kept))
+    copies = COPY_SHARE * machine.copies
+    weights = sum(n for kind, n in kinds.items() if kind.weights == HOST) * sizes.block_bytes / copies
+    kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST) / copies
+    again = sum(
+        n * (RECOMPUTED[kind.keep][0] * linear + RECOMPUTED[kind.keep][1] * attend) for kind, n in kinds.items()
+    )
+    forward = sizes.blocks * (linear + attend + forward_traffic)
+    backward = sizes.blocks * (linear + attend_backward + backward_traffic) + again
+    total = max(forward, weights, kept) + max(backward, weights + kept)
+    total += HIDDEN_COPY * 2 * (weights + kept)  # hidden copies still take a little of the device's own bandwidth
     moved = sizes.state_bytes * sizes.trained
     return total + (moved / machine.copies if state == HOST else 2 * moved / machine.memory)
 

@@ -63,6 +63,8 @@ class Stack:
         self.modules = list(transformer.transformer_blocks)
         self.heads = self.modules[0].attn1.heads
         self.store = HostStore(device)
+        on_host = [i for i, block in enumerate(plan.blocks) if block.kept == HOST]
+        self.kept_before = [max((j for j in on_host if j < i), default=None) for i in range(len(plan.blocks))]
         self._rotary: tuple[Any, Any] = (None, None)
         self.forward_block, self.backward_block = blocks.forward, blocks.backward
         if plan.compiled:
@@ -194,8 +196,8 @@ class RunBlock(torch.autograd.Function):
         trained = list(ctx.saved_tensors[:count])
         saved = [tensor.detach() for tensor in ctx.saved_tensors[count:]]
         kept = dict(zip(ctx.names, saved, strict=True)) if here else stack.store.take(i)
-        if i and stack.plan.blocks[i - 1].kept == HOST:
-            stack.store.fetch(i - 1)
+        if stack.kept_before[i] is not None:
+            stack.store.fetch(stack.kept_before[i])
         dx, pairs = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
         gradients = [matrix for name in LORA_LAYERS if name in pairs for matrix in pairs[name]]
         return dx, None, None, None, *gradients
@@ -260,14 +262,15 @@ def layers_of(module: Any) -> dict[str, Any]:
 
 
 def lora_of(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
-    """(A, B, scale, dropout or None) of a layer's active adapter, if it has one."""
+    """(A, B, scale, dropout or None) of a layer's active adapter, if it has one. Dropout is None in evaluation."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters or not layer.active_adapters:
         return None
     (adapter,) = layer.active_adapters
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     matrices = (m.whole() if hasattr(m, "whole") else m.weight for m in (a, b))
     dropout = layer.lora_dropout[adapter]
-    return *matrices, layer.scaling[adapter], None if isinstance(dropout, nn.Identity) else dropout
+    drops = dropout.training and not isinstance(dropout, nn.Identity)
+    return *matrices, layer.scaling[adapter], dropout if drops else None
 
 
 def base_of(layer: Any) -> Any:

@@ -1,7 +1,7 @@
 """Tensors that live in host memory and pass through the device when they are needed, without anybody waiting.
 
 Ring: the frozen weights of blocks, one flat pinned buffer a block, copied ahead of use into a few slots of the device.
-HostStore: what forward keeps for backward, sent to the host and brought back one block ahead.
+HostStore: what forward keeps for backward, sent to the host and brought back one such block ahead.
 Conveyor: buffers that the device changes, one after another: in, worked on, and out again.
 Copies run on streams of their own; events order them against the compute stream, and the host never waits for the
 device. Without a GPU the same code copies at once.
@@ -9,8 +9,8 @@ device. Without a GPU the same code copies at once.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from mmap import MADV_DONTFORK, MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from contextlib import AbstractContextManager, nullcontext, suppress
+from mmap import MADV_DONTFORK, MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
 from weakref import finalize
 
@@ -33,6 +33,8 @@ def pinned(num_bytes: int) -> Tensor:
     """
     memory = mmap(-1, max(1, num_bytes), flags=MAP_PRIVATE | MAP_ANONYMOUS)  # whole pages: no two buffers share one
     memory.madvise(MADV_DONTFORK)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(MADV_HUGEPAGE)  # fewer pages to make and to register
     buffer = torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
     buffer.zero_()  # written, so that it is there
     if torch.cuda.is_available():
