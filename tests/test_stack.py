@@ -24,6 +24,7 @@ from cogvideox.stack import (
     gradient_cosine,
     kinds_of,
     plain_lora,
+    weights_of,
     whole_bytes,
 )
 
@@ -112,7 +113,21 @@ def test_every_level_keeps_what_it_says() -> None:
     assert list(p) == list(LEVELS)
     for less, more in pairwise(LEVELS):
         assert set(p[less]) < set(p[more])
-    assert {level: sum(blocks.UNITS[name] for name in p[level]) for level in LEVELS} == UNITS_KEPT
+    units = {level: sum(blocks.UNITS[name] for name in p[level]) for level in LEVELS}
+    assert units == UNITS_KEPT | {"all": 18}
+
+
+def test_inputs_of_layers_without_a_lora_are_not_kept() -> None:
+    block = make("5b", depth=1).transformer_blocks[0]
+    p = weights_of(block)
+    everything = set(blocks.KEPT["all"])
+    assert p.ff1.a is not None
+    assert set(blocks.kept_at("all", p)) == everything
+    assert set(blocks.kept_at("all", p._replace(ff1=p.ff1._replace(a=None)))) == everything - {"n2"}
+    assert set(blocks.kept_at("all", p._replace(ff2=p.ff2._replace(a=None)))) == everything - {"g"}
+    bare = {name: getattr(p, name)._replace(a=None) for name in "qk"}
+    assert set(blocks.kept_at("all", p._replace(**bare))) == everything
+    assert set(blocks.kept_at("all", p._replace(**bare, v=p.v._replace(a=None)))) == everything - {"n1"}
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -31,7 +31,7 @@ KEPT: dict[str, tuple[str, ...]] = {
     "linear": ("x", "o", "lse", "q", "k", "v", "h", "f"),
     "all": ("x", "o", "lse", "q", "k", "v", "h", "f", "n1", "rq", "rk", "n2", "g"),
 }
-"""What forward keeps at each level, from least to most; the names of the formulas above, g the output of gelu."""
+"""What forward may keep at each level, from least to most; the names of the formulas above, g the output of gelu."""
 UNITS: dict[str, int] = {"x": 1, "o": 1, "lse": 0, "q": 1, "k": 1, "v": 1, "h": 1, "f": 4, "n1": 1, "rq": 1, "rk": 1}
 UNITS |= {"n2": 1, "g": 4}
 """Their sizes, in the size of x."""
@@ -89,6 +89,13 @@ class Shared(NamedTuple):
 
 
 Kept = dict[str, Tensor]
+
+
+def kept_at(level: str, p: Block) -> tuple[str, ...]:
+    """What forward keeps of a block: of KEPT, what its backward pass uses. Inputs of layers are for their LoRAs."""
+    inputs = {"n1": (p.q, p.k, p.v), "n2": (p.ff1,), "g": (p.ff2,)}
+    unused = {name for name, layers in inputs.items() if all(layer.a is None for layer in layers)}
+    return tuple(name for name in KEPT[level] if name not in unused)
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 
 from cogvideox import plan
 from cogvideox.attention import CPU, attend, attend_backward, choose_backend
+from cogvideox.blocks import UNITS, kept_at
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry
@@ -33,6 +34,7 @@ from cogvideox.stack import (
     layers_of,
     lora_of,
     plain_lora,
+    weights_of,
     whole_bytes,
 )
 from cogvideox.streaming import pinned
@@ -183,6 +185,7 @@ def sizes_of(
         width=blocks[0].attn1.inner_dim,
         heads=blocks[0].attn1.heads,
         matrix_bytes=whole_bytes(blocks[0]) if precision != AUTO else 0,
+        units_all=max(sum(UNITS[name] for name in kept_at("all", weights_of(block))) for block in blocks),
     )
 
 

@@ -16,14 +16,16 @@ GIB = 2**30
 DEVICE, HOST = "device", "host"
 AUTO = "auto"  # of a base precision: the compute type
 LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
-UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10, "all": 18}
+UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10}
 WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/results/one_block_5b.json
     True: {"input": 19.1, "attention": 17.2, "linear": 13.2, "all": 12.0},
     False: {"input": 42.2, "attention": 41.2, "linear": 33.2, "all": 30.0},
 }
 ENDS_UNITS = 1.8  # tensors in front of and behind the blocks
-RECOMPUTED = {"input": (8 / 12, 1.0), "attention": (8 / 12, 0.0), "linear": (0.0, 0.0), "all": (0.0, 0.0)}
-"""Shares of a block's forward linear layers and attention that backward computes again."""
+RECOMPUTED = {"input": (8 / 12, 1.0, 0.0), "attention": (8 / 12, 0.0, 0.0), "linear": (0.0, 0.0, 0.0)}
+RECOMPUTED["all"] = (0.0, 0.0, -6.0)
+"""Shares of a block's forward linear layers and attention that backward computes again; units that it has less to read
+and write than TRAFFIC_UNITS says."""
 TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}  # read and written outside frozen products, by pass
 WHOLE_MATRICES = {True: 1.0, False: 1.2}
 """Share of a block's quantised matrices that is whole at a time: a graph makes each once and keeps it for its second
@@ -50,6 +52,7 @@ class Sizes:
     state_bytes: int = STATE_BYTES  # of a trained number: master, moments, its average if there is one
     mapped: bool = False  # weights are pages of their file: pinned, they take memory of their own
     matrix_bytes: int = 0  # what a block's quantised matrices take in the compute type
+    units_all: int = 18  # kept at the level "all", with LoRAs on all layers; blocks.kept_at
 
     @property
     def unit(self) -> int:
@@ -59,7 +62,7 @@ class Sizes:
     def kept_bytes(self, level: str) -> int:
         """Bytes that forward keeps of one block."""
         lse = 4 * self.samples * self.tokens * self.heads if level != "input" else 0
-        return UNITS_KEPT[level] * self.unit + lse
+        return (self.units_all if level == "all" else UNITS_KEPT[level]) * self.unit + lse
 
 
 @dataclass(frozen=True)
@@ -191,13 +194,15 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     linear = 24 * sizes.samples * sizes.tokens * sizes.width**2 / machine.matmul
     scores = 4 * sizes.samples * sizes.tokens**2 * sizes.width
     attend, attend_backward = scores / machine.attention, 2.5 * scores / machine.attention_backward
-    forward_traffic, backward_traffic = (n * sizes.unit / machine.memory for n in TRAFFIC_UNITS[compiled])
+    unit = sizes.unit / machine.memory
+    forward_traffic, backward_traffic = (n * unit for n in TRAFFIC_UNITS[compiled])
     copies = COPY_SHARE * machine.copies
     weights = sum(n for kind, n in kinds.items() if kind.weights == HOST) * sizes.block_bytes / copies
     kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST) / copies
-    again = sum(
-        n * (RECOMPUTED[kind.keep][0] * linear + RECOMPUTED[kind.keep][1] * attend) for kind, n in kinds.items()
-    )
+    again = 0.0
+    for kind, n in kinds.items():
+        linears, attentions, units = RECOMPUTED[kind.keep]
+        again += n * (linears * linear + attentions * attend + units * unit)
     forward = sizes.blocks * (linear + attend + forward_traffic)
     backward = sizes.blocks * (linear + attend_backward + backward_traffic) + again
     total = max(forward, weights, kept) + max(backward, weights + kept)

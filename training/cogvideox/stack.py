@@ -177,7 +177,8 @@ class RunBlock(torch.autograd.Function):
         if not any(ctx.needs_input_grad):  # in front of the first LoRA: no backward pass would take what is kept
             return stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, ())[0]
         x = x.detach()  # only the first block's needs no gradient: one graph is to serve all
-        y, kept = stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, blocks.KEPT[plan.keep])
+        p = stack.weights(i, 1, list(trained))
+        y, kept = stack.forward_block(x, p, shared, blocks.kept_at(plan.keep, p))
         kept["x"] = x
         ctx.i, ctx.stack, ctx.shared, ctx.names = i, stack, shared, tuple(kept)
         if plan.kept == HOST:
