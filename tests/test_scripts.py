@@ -24,6 +24,7 @@ from running import (
     ROOT,
     SIZE,
     WEIGHTS,
+    Forked,
     equal,
     finish,
     frames_of,
@@ -152,7 +153,7 @@ def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, t
     ]
     killed = 0
     for reached in moments:
-        process = start(command)
+        process = Forked(command)
         while process.poll() is None and not reached():
             time.sleep(0.001)
         with suppress(ProcessLookupError):
@@ -160,7 +161,7 @@ def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, t
         assert process.wait() in (0, -signal.SIGKILL)  # on a busy machine a moment may be over before it is seen
         killed += process.returncode != 0
     assert killed >= 4
-    finish(start(command))
+    finish(Forked(command))
     assert equal(weights(output), weights(whole))
     assert losses(output) == losses(whole)
     assert not [path for folder in (output, cache) for path in folder.rglob(".*.tmp*")]
