@@ -8,6 +8,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,21 @@ def frozen() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def rendered() -> None:
+    """For tests that look at the picture of a run's curves."""
+
+
+@pytest.fixture(autouse=True)
+def unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run draws its curves after each validation. Every figure is made, but its letters and lines become pixels,
+    which takes a third of the time of a short run, only for tests that look at them and in processes of their own.
+    """
+    curves = sys.modules.get("cogvideox.curves")
+    if curves and "rendered" not in request.fixturenames:
+        monkeypatch.setattr(curves, "png", lambda figure: b"not rendered")
 
 
 def schedule_as_usual() -> None:
