@@ -9,6 +9,7 @@ ranks are as in any other process.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -58,6 +59,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent / "training")
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # what is imported stays; looking through it would copy its pages, too
     wanted = serve(socket.socket(fileno=int(sys.argv[1])))
     if wanted is not None:
         become(wanted)

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import json
 import os
 import runpy
@@ -128,7 +129,7 @@ class Forked:
     """A script in a process that is forked from one that has imported what scripts import; as a Popen otherwise."""
 
     def __init__(self, command: Sequence[object], **more: str) -> None:
-        self.output = Path(tempfile.mkstemp(prefix="forked-")[1])
+        self.output = Path(outputs().name) / str(next(NUMBERS))
         request = {"argv": [str(part) for part in command[1:]], "env": environment(**more)}
         self.pid: int = ask_server(request | {"cwd": str(ROOT), "output": str(self.output)})
         self.returncode: int | None = None
@@ -157,6 +158,15 @@ class Forked:
 
 
 Process = Union["subprocess.Popen[str]", Forked]
+
+
+NUMBERS = itertools.count()
+
+
+@functools.cache
+def outputs() -> "tempfile.TemporaryDirectory[str]":
+    """Where forked scripts write what they say; removed at the end of this process."""
+    return tempfile.TemporaryDirectory(prefix="forked-")
 
 
 @functools.cache

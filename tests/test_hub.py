@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
