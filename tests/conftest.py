@@ -8,9 +8,10 @@ import gc
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -26,6 +27,55 @@ if "COGVIDEOX_TEST_GPU" not in os.environ:
 # A shell ignores Ctrl-C for what it runs in the background, and what is ignored stays so in every process started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# What is imported stays; to look through it for garbage again and again takes a tenth of the time of an import.
+gc.disable()
+
+# Files of which one process runs every test: what their module fixtures make is made once, not once a process.
+# xdist_group would say so in the files, but pytest-xdist 3.8 passes it over under pytest 9.2 without a word.
+TOGETHER = ("test_learning.py", "test_held_out.py", "test_pipeline_folder.py", "test_verify.py", "test_data_set.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Single tests to whichever process is free, the files of TOGETHER first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            return path if Path(path).name in TOGETHER else nodeid
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadgroup" else None
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """Each part that is freed, and each script that ends, collects garbage. What is there by now would be looked
+    through each time, for a quarter of the time of a run: half a million objects, most of them of libraries.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def rendered() -> None:
+    """For tests that look at the picture of a run's curves."""
+
+
+@pytest.fixture(autouse=True)
+def unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run draws its curves after each validation. Every figure is made, but its letters and lines become pixels,
+    which takes a third of the time of a short run, only for tests that look at them and in processes of their own.
+    """
+    curves = sys.modules.get("cogvideox.curves")
+    if curves and "rendered" not in request.fixturenames:
+        monkeypatch.setattr(curves, "png", lambda figure: b"not rendered")
 
 
 def schedule_as_usual() -> None:
@@ -167,15 +217,12 @@ def reference(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[None]:
-    """The tiny models are slower on several threads, and each part that is freed collects garbage."""
+    """The tiny models are slower on several threads."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

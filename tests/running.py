@@ -1,15 +1,20 @@
 """How the tests run the scripts: in this process (fast), or as a user does, in processes of their own."""
 
+import functools
 import gc
+import itertools
 import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import cogvideox_image_to_video_lora as image_lora_script
 import cogvideox_image_to_video_sft as image_sft_script
@@ -120,7 +125,77 @@ def start(command: Sequence[object], **more: str) -> "subprocess.Popen[str]":
     )
 
 
-def finish(process: "subprocess.Popen[str]", status: int = 0) -> str:
+class Forked:
+    """A script in a process that is forked from one that has imported what scripts import; as a Popen otherwise."""
+
+    def __init__(self, command: Sequence[object], **more: str) -> None:
+        self.output = Path(outputs().name) / str(next(NUMBERS))
+        request = {"argv": [str(part) for part in command[1:]], "env": environment(**more)}
+        self.pid: int = ask_server(request | {"cwd": str(ROOT), "output": str(self.output)})
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None as long as it runs."""
+        if self.returncode is None:
+            self.returncode = ask_server({"pid": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.005)
+        return status
+
+    def communicate(self, timeout: float = 300) -> tuple[str, None]:
+        """What it wrote until its end."""
+        self.wait(timeout)
+        return self.output.read_text(), None
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+Process = Union["subprocess.Popen[str]", Forked]
+
+
+NUMBERS = itertools.count()
+
+
+@functools.cache
+def outputs() -> "tempfile.TemporaryDirectory[str]":
+    """Where forked scripts write what they say; removed at the end of this process."""
+    return tempfile.TemporaryDirectory(prefix="forked-")
+
+
+@functools.cache
+def server() -> Any:
+    """The lines to and from forking.py, which is started on first use and ends with this process."""
+    ours, its = socket.socketpair()
+    command = [sys.executable, Path(__file__).with_name("forking.py"), str(its.fileno())]
+    subprocess.Popen(command, env=environment(), pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
+    its.close()
+    return ours.makefile("rw")
+
+
+def ask_server(request: dict[str, Any]) -> Any:
+    server().write(f"{json.dumps(request)}\n")
+    server().flush()
+    return json.loads(server().readline())
+
+
+def fork_ranks(number: int, command: Sequence[object], **more: str) -> list[Forked]:
+    """As a launcher starts it, on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"} | more
+    return [Forked(command, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(number)]
+
+
+def finish(process: Process, status: int = 0) -> str:
     """Waits for the end and returns the output; the exit status must be the one given."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == status, output[-4000:]

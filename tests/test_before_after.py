@@ -296,6 +296,7 @@ def test_a_run_leaves_both_pictures(reference: Path) -> None:
     assert 500 < height < 1000
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_run_that_goes_on_draws_the_same(
     model: Path, tensors: Path, reference: Path, tmp_path: Path, drawn: list[tuple[str, list[Row]]]
 ) -> None:

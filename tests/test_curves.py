@@ -15,6 +15,8 @@ from PIL import Image
 
 from cogvideox.curves import STRETCHES, curves_figure, draw_curves, read_records, running_mean, thinned
 
+pytestmark = pytest.mark.usefixtures("rendered")
+
 STEP = {"lr": 1e-4, "grad_norm": 0.5, "skipped": 0.0}
 LOSS, MEAN = "training loss of each step", "running mean over 10 steps"
 HELD_OUT, SKIPPED = "held-out loss", "skipped steps: "

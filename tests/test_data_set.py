@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -19,7 +18,20 @@ import prepare_dataset
 import pytest
 from PIL import Image
 from preparing import tensor_files
-from running import PREPARE_SCRIPT, SIZE, finish, in_process, lora_flags, losses, metrics, prepare, python, start, train
+from running import (
+    PREPARE_SCRIPT,
+    SIZE,
+    Forked,
+    finish,
+    fork_ranks,
+    in_process,
+    lora_flags,
+    losses,
+    metrics,
+    prepare,
+    python,
+    train,
+)
 
 from cogvideox.data.cache import CacheIndex, open_index
 from cogvideox.options import PrepareOptions
@@ -96,7 +108,7 @@ def test_interrupted_edited_extended_verified_trained(
     flags = ["--model_id", model, "--data_root", data, "--output_dir", output, *BUCKETS, *CUT]
 
     # Interrupted while it encodes, by kill -9.
-    process = start(python(PREPARE_SCRIPT, *flags))
+    process = Forked(python(PREPARE_SCRIPT, *flags))
     while len(before := written(output)) < 12:
         assert process.poll() is None
         time.sleep(0.01)
@@ -106,7 +118,7 @@ def test_interrupted_edited_extended_verified_trained(
     assert not (output / "index.json").exists()
 
     # The same command goes on.
-    text = finish(start(python(PREPARE_SCRIPT, *flags)))
+    text = finish(Forked(python(PREPARE_SCRIPT, *flags)))
     index, after = open_index(output), written(output)
     assert before.items() <= after.items()
     assert keys(index) == set(after)
@@ -187,11 +199,11 @@ def test_two_processes_verify_together(model: Path, clips: Path, tensors: Path, 
     output = Path(shutil.copytree(tensors, tmp_path / "tensors"))
     for path in sorted(output.glob("tensors/*/*"))[:5]:
         path.write_bytes(path.read_bytes()[:-1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29573]
     flags = ["--model_id", model, "--data_root", clips, "--output_dir", output, "--id_token", "TOKEN", *SIZE]
-    text = finish(start([*launch, PREPARE_SCRIPT, *flags, "--verify"]), status=1)  # of both, once
-    assert len([line for line in text.splitlines() if line.endswith("is torn")]) == 5
-    assert [line for line in text.splitlines() if line.startswith("faults")] == ["faults: 5"]
+    ranks = fork_ranks(2, python(PREPARE_SCRIPT, *flags, "--verify"))
+    lines = [line for rank in ranks for line in finish(rank, status=1).splitlines()]  # of both, once
+    assert len([line for line in lines if line.endswith("is torn")]) == 5
+    assert [line for line in lines if line.startswith("faults")] == ["faults: 5"]
     assert prepare(model, clips, output, "--id_token", "TOKEN", "--repair") == 0
     assert tensor_files(output).keys() == tensor_files(tensors).keys()
     assert prepare(model, clips, output, "--id_token", "TOKEN", "--verify") == 0

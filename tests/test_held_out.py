@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import flip_byte, run_alone, state_of
-from running import LORA_SCRIPT, PROMPT, equal, finish, lora_flags, metrics, start, train, weights
+from running import LORA_SCRIPT, PROMPT, equal, finish, fork_ranks, lora_flags, metrics, python, train, weights
 from torch import Tensor
 
 from cogvideox import held_out
@@ -290,11 +289,10 @@ def test_the_batch_size_has_no_effect(model: Path, prepared: Path, looked: Path,
     assert lines(tmp_path / "lora")[0] == lines(looked)[0]
 
 
-@pytest.mark.slow
 def test_two_ranks_measure_the_same_before_training(model: Path, prepared: Path, looked: Path, tmp_path: Path) -> None:
     flags = lora_flags(model, prepared, tmp_path / "lora", "--load_tensors", "--gradient_accumulation_steps", 1)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29581]
-    finish(start([*launcher, LORA_SCRIPT, *flags], ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"))
+    for rank in fork_ranks(2, python(LORA_SCRIPT, *flags)):
+        finish(rank)
     two, one = lines(tmp_path / "lora"), lines(looked)
     assert list(two) == list(one)
     for step in one:

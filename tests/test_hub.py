@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,10 @@ from running import (
     LORA_SCRIPT,
     PROMPT,
     WEIGHTS,
+    Forked,
     equal,
     finish,
+    fork_ranks,
     lora_flags,
     python,
     sft_flags,
@@ -348,7 +349,7 @@ def test_a_run_uploads_its_result_and_keeps_the_token_secret(
         (download / name).parent.mkdir(parents=True, exist_ok=True)
         (download / name).write_bytes(content)
     video = tmp_path / "again.mp4"
-    assert finish(start(python(download / "inference.py", PROMPT, video))).splitlines()[-1] == str(video)
+    assert finish(Forked(python(download / "inference.py", PROMPT, video))).splitlines()[-1] == str(video)
 
 
 def test_all_weights_are_uploaded_as_a_folder(hub: StandIn, model: Path, tensors: Path, tmp_path: Path) -> None:
@@ -364,15 +365,16 @@ def test_all_weights_are_uploaded_as_a_folder(hub: StandIn, model: Path, tensors
 
 def test_of_two_processes_one_asks_the_hub(hub: StandIn, model: Path, tensors: Path, tmp_path: Path) -> None:
     flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 1, *PUSH)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29591, LORA_SCRIPT]
-    settings = environment(hub, tmp_path / "home") | {"ACCELERATE_USE_CPU": "true"}
-    finish(start([*launch, *flags], **settings))
+    command, settings = python(LORA_SCRIPT, *flags), environment(hub, tmp_path / "home")
+    for rank in fork_ranks(2, command, **settings):
+        finish(rank)
     assert (hub.asked("repos/create"), len(hub.commits)) == (1, 1)
     assert hub.repositories == {"team/style": shared(tmp_path / "lora")}
     hub.writable = lambda repository: False
-    text = finish(start([*launch, *flags], **settings), status=1)
-    assert text.count("this token may not write there") == 2  # each ends by itself: none waits for the other
-    assert_kept_secret(hub, tmp_path, text)
+    for rank in fork_ranks(2, command, **settings):  # each ends by itself: none waits for the other
+        text = finish(rank, status=2)
+        assert text.count("this token may not write there") == 1
+        assert_kept_secret(hub, tmp_path, text)
 
 
 def test_a_refusal_comes_before_anything_loads(
@@ -426,7 +428,7 @@ def test_killed_before_the_upload_the_same_command_uploads(
     hub.fail("preupload", lambda: (reached.set(), release.wait(60)))  # type: ignore[arg-type, func-returns-value]
     flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 2, *PUSH)
     command, settings = python(LORA_SCRIPT, *flags), environment(hub, tmp_path / "home")
-    process = start(command, **settings)
+    process = Forked(command, **settings)
     try:
         assert reached.wait(120)
         assert (output / "recipe.json").is_file()
@@ -436,7 +438,7 @@ def test_killed_before_the_upload_the_same_command_uploads(
         release.set()
     assert hub.commits == []
     before = weights(output)
-    assert "uploaded: " in finish(start(command, **settings))
+    assert "uploaded: " in finish(Forked(command, **settings))
     assert hub.repositories == {"team/style": shared(output)}
     assert equal(weights(output), before)
 

@@ -18,8 +18,6 @@ from cogvideox.geometry import read_geometry
 from cogvideox.options import PrepareOptions
 from cogvideox.prepare import clip_recipe
 
-pytestmark = pytest.mark.xdist_group("learning")  # one process trains for all of them
-
 MODEL = ROOT / "examples" / "model"
 SIZE = ["--train_resolution", "9x64x96"]
 PROMPT = "BUNNY A big grey cartoon rabbit stands up in a sunlit meadow and throws both arms into the air."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -195,14 +194,6 @@ def test_a_folder_beside_the_tokenizer_s_files_is_ignored(own: Path) -> None:
     assert models.text_fingerprint(flags(own)) == before
 
 
-@pytest.fixture
-def freed_quickly() -> Iterator[None]:
-    """Each part that is freed collects garbage; what the session already holds is left out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +216,6 @@ def video_encoder(folder: Path) -> Iterator[Any]:
         yield vae
 
 
-@pytest.mark.usefixtures("freed_quickly")
 @pytest.mark.parametrize("block", [text_encoder, streamed_text_encoder, video_encoder])
 @pytest.mark.parametrize("fails", [False, True])
 def test_weights_are_freed_when_the_block_ends(tiny: Tiny, block: Any, fails: bool) -> None:
@@ -245,14 +235,12 @@ def test_weights_are_freed_when_the_block_ends(tiny: Tiny, block: Any, fails: bo
     assert all(tensor.is_meta for tensor in (*held.parameters(), *held.buffers()))
 
 
-@pytest.mark.usefixtures("freed_quickly")
 @pytest.mark.parametrize("tiling", [False, True])
 def test_tiling_is_as_asked_for(tiny: Tiny, tiling: bool) -> None:
     with models.video_encoder(flags(tiny("5b")), "fp32", CPU, tiling) as vae:
         assert vae.use_tiling is tiling
 
 
-@pytest.mark.usefixtures("freed_quickly")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_t5_on_the_host_gives_what_it_gives_on_the_device(tiny: Tiny, dtype: str, rows: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import options_of, run_alone
-from running import LORA_SCRIPT, lora_flags, python, start, train
+from running import LORA_SCRIPT, Forked, lora_flags, python, train
 
 from cogvideox import run as run_module
 from cogvideox.errors import UsageError
@@ -354,7 +354,7 @@ def test_what_stops_the_first_rank_stops_all(model: Path, tensors: Path, tmp_pat
     command = python(LORA_SCRIPT, *lora_flags(model, tensors, output, "--load_tensors"))
     exits = [tmp_path / f"exit-{r}" for r in range(2)]
     own = [{"RANK": str(r), "LOCAL_RANK": str(r), "COGVIDEOX_EXIT_FILE": str(exits[r])} for r in range(2)]
-    ranks = [start(command, OMP_NUM_THREADS="1", **shared, **mine) for mine in own]
+    ranks = [Forked(command, **shared, **mine) for mine in own]
     try:
         texts = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import edit_json, flip_byte, listing, options_of, run_alone
-from running import LORA_SCRIPT, PROMPT, equal, lora_flags, losses, python, start, train, weights
+from running import LORA_SCRIPT, PROMPT, Forked, equal, lora_flags, losses, python, train, weights
 from safetensors.torch import load_file, save_file
 from tiny_cogvideox import make_tiny
 
@@ -177,7 +177,7 @@ def test_damage_found_by_a_worker_ends_the_script_with_one_line(model: Path, ten
     for path in cache.glob("tensors/*/*.safetensors"):
         flip_byte(path)
     flags = lora_flags(model, cache, tmp_path / "lora", "--load_tensors", "--dataloader_num_workers", 1)
-    process = start(python(LORA_SCRIPT, *flags))
+    process = Forked(python(LORA_SCRIPT, *flags))
     try:
         text = process.communicate(timeout=120)[0]
     finally:

@@ -41,13 +41,17 @@ def draw_curves(metrics: Path, picture: Path, name: str, weighting: str = "none"
     figure = curves_figure(
         records, name, weighting
     )  # without any, too: a matplotlib that is missing shows at the first look
-    if not records:
-        return
+    if records:
+        write_atomically(picture, png(figure))
+
+
+def png(figure: Any) -> bytes:
+    """The figure as the content of a PNG file."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks
         figure.savefig(file, format="png", dpi=DPI)
-    write_atomically(picture, file.getvalue())
+    return file.getvalue()
 
 
 def read_records(metrics: Path) -> Records:
