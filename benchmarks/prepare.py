@@ -2,10 +2,10 @@
 
     python benchmarks/prepare.py --results benchmarks/results
 
-A random VAE of the published size encodes a clip of 49x480x720 in each setting of models.VaeTuning; moments are
-compared with those of the stock setting and with fp32. A random T5-XXL embeds captions on the device and streamed from
-the host. The last arm stores clips as prepare_dataset.py does, with the setting that models.TUNING holds. Each arm is
-printed when it is done; one that fails is recorded with its error, one that would begin too late is left out.
+A random VAE of the published size encodes a clip of 49x480x720 as diffusers has it and quickened, whole and in tiles;
+moments are compared with fp32 and with those of diffusers in bf16. One arm stores clips as prepare_dataset.py does. A
+random T5-XXL embeds captions on the device and streamed from the host. Each arm is printed when it is done; one that
+fails is recorded with its error, one that would begin too late is left out.
 """
 
 import argparse
@@ -25,9 +25,8 @@ from random_models import VAE, clip_size
 from record import device_and_versions
 from torch import Tensor
 
-from cogvideox import encode, models, t5_stream
+from cogvideox import encode, models, t5_stream, vae_encoder
 from cogvideox.data.cache import TensorCache
-from cogvideox.models import VaeTuning
 from cogvideox.prepare import one_behind
 
 GIB = 2**30
@@ -36,18 +35,11 @@ TEXT_LENGTH, WIDTH = 226, 4096
 T5_XXL = {"d_model": WIDTH, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
 CAPTIONS = 64
 CLIPS = 6  # of the arm that stores them
-PLAIN = VaeTuning()
-CHEAP = {
-    "tiled": PLAIN,
-    "benchmark": VaeTuning(benchmark=True),
-    "channels_last": VaeTuning(channels_last=True),
-    "channels_last+benchmark": VaeTuning(channels_last=True, benchmark=True),
-}
-COMPILED = {
-    "resnets+channels_last": VaeTuning(channels_last=True, compiled="resnets"),
-    "resnets+channels_last+benchmark": VaeTuning(channels_last=True, benchmark=True, compiled="resnets"),
-    "blocks+channels_last": VaeTuning(channels_last=True, compiled="blocks"),
-    "resnets": VaeTuning(compiled="resnets"),
+VAE_ARMS = {  # name: (quickened, in tiles)
+    "vae, stock": (False, False),
+    "vae, quickened": (True, False),
+    "vae, stock, tiled": (False, True),
+    "vae, quickened, tiled": (True, True),
 }
 
 
@@ -111,7 +103,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 @contextmanager
-def random_vae(dtype: torch.dtype, tuning: VaeTuning) -> Iterator[Any]:
+def random_vae(dtype: torch.dtype, quickened: bool) -> Iterator[Any]:
     """A VAE of the published size on the GPU, the same weights each time."""
     from diffusers import AutoencoderKLCogVideoX
 
@@ -121,7 +113,9 @@ def random_vae(dtype: torch.dtype, tuning: VaeTuning) -> Iterator[Any]:
     vae.to(dtype)
     torch.cuda.empty_cache()
     try:
-        with models.tuned(vae, tuning):
+        if quickened:
+            vae_encoder.quicken(vae)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             yield vae
     finally:
         models.discard(vae)
@@ -145,21 +139,20 @@ class VaeArms:
 
     def reference(self) -> dict[str, Any]:
         """Moments in fp32; in tiles would be others."""
-        with random_vae(torch.float32, PLAIN) as vae:
+        with random_vae(torch.float32, quickened=False) as vae:
             return timed(lambda: self._keep("fp32", encode.video_moments(vae, self.clip_FHWC)), repeats=1)
 
-    def arm(self, tuning: VaeTuning, name: str) -> dict[str, Any]:
-        """One setting in bf16."""
+    def arm(self, name: str) -> dict[str, Any]:
+        """One of VAE_ARMS in bf16."""
+        quickened, tiled = VAE_ARMS[name]
         found: dict[str, Tensor] = {}
-        with random_vae(torch.bfloat16, tuning) as vae:
-            if name == "tiled":
-                vae.enable_tiling()
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        with random_vae(torch.bfloat16, quickened) as vae:
+            vae.use_tiling = tiled
             row = timed(lambda: found.update(moments=encode.video_moments(vae, self.clip_FHWC).cpu()))
-        if name == "stock":
-            self._keep("stock", found["moments"])
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if tuning.compiled else 0
-        torch._dynamo.utils.counters.clear()
-        return row | {"graphs": graphs} | {f"from_{n}": apart(found["moments"], of) for n, of in self.known.items()}
+        self._keep(name, found["moments"])
+        row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        return row | {f"from {other}": apart(found["moments"], of) for other, of in self.known.items() if other != name}
 
     def _keep(self, name: str, moments: Tensor) -> None:
         self.known[name] = moments.cpu()
@@ -174,7 +167,7 @@ def apart(moments: Tensor, reference: Tensor) -> dict[str, float]:
 
 def store(clip_FHWC: np.ndarray) -> dict[str, Any]:
     """Clips that are decoded already, into a cache: the device's time, and what is not hidden behind it."""
-    with tempfile.TemporaryDirectory() as folder, random_vae(torch.bfloat16, models.TUNING) as vae:
+    with tempfile.TemporaryDirectory() as folder, random_vae(torch.bfloat16, quickened=True) as vae:
         cache = TensorCache(Path(folder))
 
         def encoded(number: int) -> Iterator[encode.Arriving]:
@@ -270,20 +263,19 @@ def t5_arms(arms: Arms) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=130, help="no arm begins later")
-    parser.add_argument("--only", nargs="+", choices=("vae", "t5", "compiled", "store"), help="some of the arms")
+    parser.add_argument("--only", nargs="+", choices=("vae", "store", "t5"), help="some of the arms")
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
-    wanted = args.only or ("vae", "t5", "compiled", "store")
+    wanted = args.only or ("vae", "store", "t5")
     arms, vae = Arms(args.seconds, args.results), VaeArms()
-    arms.run("fp32", vae.reference)
-    arms.run("stock", vae.arm, PLAIN, "stock")
-    for part, settings in (("vae", CHEAP), ("compiled", COMPILED)):
-        for name, tuning in settings.items() if part in wanted else ():
-            arms.run(name, vae.arm, tuning, name)
-        if part == "vae" and "t5" in wanted:
-            arms.run("t5 on the host", t5_arms, arms)
-        if part == "vae" and "store" in wanted:
-            arms.run("store", store, vae.clip_FHWC)
+    if "vae" in wanted:
+        arms.run("vae, fp32", vae.reference)
+        for name in VAE_ARMS:
+            arms.run(name, vae.arm, name)
+    if "store" in wanted:
+        arms.run("store", store, vae.clip_FHWC)
+    if "t5" in wanted:
+        arms.run("t5 on the host", t5_arms, arms)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,53 +271,20 @@ def test_t5_goes_to_the_host_where_its_weights_do_not_fit_beside_2_gib(
         assert [models.place_of_t5(model, "bf16", CPU, given) for given in ("host", "device")] == ["host", "device"]
 
 
-class FakeVae:
-    """Records what it is set to; says that it is on another device."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.formats, self.compiled = torch.device(device), [], []
-        self.encoder = SimpleNamespace(
-            down_blocks=[self.part("d0", 2), self.part("d1", 1)], mid_block=self.part("m", 1)
-        )
-
-    def part(self, name: str, resnets: int = 0) -> Any:
-        parts = [self.part(f"{name}r{number}") for number in range(resnets)]
-        return SimpleNamespace(resnets=parts, compile=lambda **settings: self.compiled.append((name, settings)))
-
-    def to(self, memory_format: Any) -> None:
-        self.formats.append(memory_format)
+def test_where_the_encoder_cannot_be_quickened_it_is_as_it_was(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = models.load_vae(flags(tiny("5b")), torch.float32)
+    monkeypatch.setattr(vae.encoder.mid_block.resnets[0], "nonlinearity", torch.nn.ReLU())
+    models.quicken(vae)
+    assert "at half the speed: the encoder's resnets are not those of CogVideoX" in capsys.readouterr().err
+    assert not any("forward" in vars(module) for module in vae.modules())
 
 
-@pytest.mark.parametrize(
-    ("compiled", "parts"), [("", []), ("resnets", ["d0r0", "d0r1", "d1r0", "mr0"]), ("blocks", ["d0", "d1", "m"])]
-)
-@pytest.mark.parametrize("switched", [False, True])
-def test_the_vae_is_tuned_on_a_gpu(compiled: str, parts: list[str], switched: bool) -> None:
-    vae, before = FakeVae("cuda"), torch._dynamo.config.recompile_limit
-    with models.tuned(vae, models.VaeTuning(switched, switched, compiled)):
-        assert torch.backends.cudnn.benchmark is switched
+def test_on_a_cpu_the_encoder_is_that_of_diffusers(tiny: Tiny) -> None:
+    with video_encoder(tiny("5b")) as vae:
+        assert not any("forward" in vars(module) for module in vae.modules())
         assert not torch.backends.cudnn.allow_tf32
-        assert (torch._dynamo.config.recompile_limit != before) == bool(compiled)
-    assert vae.formats == [torch.channels_last_3d] * switched
-    assert vae.compiled == [(part, {"fullgraph": True, "dynamic": False}) for part in parts]
-    assert torch._dynamo.config.recompile_limit == before
-    assert not torch.backends.cudnn.benchmark
-
-
-def test_the_vae_is_not_tuned_elsewhere() -> None:
-    vae = FakeVae("cpu")
-    with models.tuned(vae, models.VaeTuning(True, True, "blocks")):
-        assert not torch.backends.cudnn.benchmark
-    assert (vae.formats, vae.compiled) == ([], [])
-
-
-@pytest.mark.parametrize("compiled", ["resnets", "blocks"])
-def test_compiled_parts_hold_every_convolution_of_the_encoder_but_the_first_and_last(tiny: Tiny, compiled: str) -> None:
-    encoder = models.load_vae(flags(tiny("5b")), torch.float32).encoder
-    parts = models.compiled_parts(encoder, compiled)
-    inside = {id(module) for part in parts for module in part.modules()}
-    left = [name for name, m in encoder.named_modules() if isinstance(m, torch.nn.Conv3d) and id(m) not in inside]
-    assert left == ["conv_in.conv", "conv_out.conv"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,16 +8,17 @@ import gc
 import hashlib
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from cogvideox import t5_stream
+from cogvideox import t5_stream, vae_encoder
 from cogvideox.errors import UsageError
 from cogvideox.flags import ModelFlags
 
@@ -175,58 +176,29 @@ def load_vae(model: ModelFlags, dtype: torch.dtype) -> Any:
     return vae.requires_grad_(False).eval()
 
 
-@dataclass(frozen=True)
-class VaeTuning:
-    """How the VAE's encoder runs on a GPU: weights in channels_last_3d; cuDNN tries its kernels on each new shape, and
-    may choose others in the next run; compiled: "resnets" or "blocks" of the encoder, "" for none.
-    """
-
-    channels_last: bool = False
-    benchmark: bool = False
-    compiled: str = ""
-
-
-TUNING = VaeTuning()  # benchmarks/results/prepare.json has the figures of each setting
-GRAPHS = 4096  # two a resnet of its own shape and a bucket; torch would run the ninth uncompiled
-
-
-@contextmanager
-def tuned(vae: Any, tuning: VaeTuning) -> Iterator[None]:
-    """Settings of torch for encoding on the VAE's device; ``tuning`` is for GPUs only."""
-    tuning = tuning if vae.device.type == "cuda" else VaeTuning()
-    if tuning.channels_last:
-        vae.to(memory_format=torch.channels_last_3d)
-    for module in compiled_parts(vae.encoder, tuning.compiled):
-        module.compile(fullgraph=True, dynamic=False)
-    # torch lets cuDNN round fp32 convolutions to TF32 unless told not to
-    with torch.backends.cudnn.flags(enabled=True, benchmark=tuning.benchmark, allow_tf32=False):
-        if not tuning.compiled:
-            yield
-            return
-        limits = {"recompile_limit": GRAPHS, "accumulated_recompile_limit": GRAPHS}
-        with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
-            yield
-
-
-def compiled_parts(encoder: Any, which: str) -> list[Any]:
-    """The parts of a VAE's encoder that are compiled each on its own."""
-    if which == "blocks":
-        return [*encoder.down_blocks, encoder.mid_block]
-    blocks = [*encoder.down_blocks, encoder.mid_block] if which == "resnets" else []
-    return [resnet for block in blocks for resnet in block.resnets]
-
-
 @contextmanager
 def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: bool) -> Iterator[Any]:
-    """The VAE on the device, freed afterwards."""
+    """The VAE on the device, its encoder quickened on a GPU; freed afterwards."""
     vae = load_vae(model, DTYPES[dtype]).to(device)
     if tiling:
         vae.enable_tiling()
+    if device.type == "cuda":
+        quicken(vae)
     try:
-        with tuned(vae, TUNING):
+        # torch lets cuDNN round fp32 convolutions to TF32 unless told not to
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             yield vae
     finally:
         discard(vae)
+
+
+def quicken(vae: Any) -> None:
+    """``vae_encoder.quicken``, unless it does not work here: a compiler is missing, or the VAE is another."""
+    try:
+        vae_encoder.quicken(vae)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        tqdm.write(f"the VAE encodes as diffusers has it, at half the speed: {reason}", file=sys.stderr)
 
 
 def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: bool = False) -> Any:
