@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 	PYTHON=$(BIN)/python bash examples/demo.sh
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -m "not gpu and not long" -n $(WORKERS) --dist loadgroup
 
 quality: $(VENV)/ready
 	$(BIN)/ruff check .

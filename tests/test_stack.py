@@ -193,7 +193,7 @@ def test_accumulated_steps_of_several_shapes_are_those_of_resident_blocks() -> N
         assert same(outcome(streamed, arguments), outcome(resident, arguments))
 
 
-@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.gpu)])  # a minute on two busy cores
+@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.long)])  # a minute on two busy cores
 def test_many_steps_of_streamed_blocks_are_those_of_resident_ones(steps: int) -> None:
     """Bit for bit, with buckets that take turns."""
     ends = []
