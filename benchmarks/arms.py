@@ -9,7 +9,7 @@ import gc
 import statistics
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -249,7 +249,9 @@ def run_under_plan(transformer: Any, name: str, work: Work) -> tuple[ExecutionPl
     chosen = plan.choose(plan.PRESETS[preset], sizes, machine, compiled, backend)
     execution.place(transformer, chosen, work.device)
     predicted = {"peak_gib": round(chosen.peak / GIB, 3), "seconds_per_step": round(chosen.seconds, 3)}
-    return chosen, {"execution": str(chosen), "attention": f"{backend}: {why}", "predicted": predicted}
+    rates = {name: float(f"{rate:.4g}") for name, rate in asdict(machine).items()}
+    record = {"execution": str(chosen), "attention": f"{backend}: {why}", "machine": rates, "predicted": predicted}
+    return chosen, record
 
 
 def master_weights(method: Lora, options: LoraOptions, on_host: bool) -> MasterWeights:

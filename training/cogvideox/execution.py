@@ -241,16 +241,18 @@ def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backe
     )
 
 
-def seconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Of one call on the device, the fastest of a few."""
+def seconds(run: Callable[[], Any], rounds: int = 3, calls: int = 4) -> float:
+    """Of one call on the device: a few in a row, so that starting them does not count; the fastest of the rounds."""
+    run()
     times = []
-    for _ in range(repeats):
+    for _ in range(rounds):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        run()
+        for _ in range(calls):
+            run()
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+        times.append((time.perf_counter() - started) / calls)
+    return min(times)
 
 
 # -- setting up --------------------------------------------------------------------------------------------------------
