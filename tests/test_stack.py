@@ -77,11 +77,11 @@ def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
     return {"output": output.detach(), "sample": sample, **gradients}
 
 
-def under(transformer: Any, kinds: tuple[BlockPlan, ...], compiled: bool = False, precision: str = AUTO) -> Any:
+def under(transformer: Any, kinds: tuple[BlockPlan, ...], compiled: bool = False, **more: Any) -> Any:
     """The transformer with its blocks under plans that take turns."""
     count = len(transformer.transformer_blocks)
     blocks = tuple(kinds[i % len(kinds)] for i in range(count))
-    plan = ExecutionPlan(blocks, compiled, "cpu", base_precision=precision)
+    plan = ExecutionPlan(blocks, compiled, "cpu", **more)
     Stack(transformer, plan, CPU).install()
     return transformer
 
@@ -157,13 +157,25 @@ def test_compiled_is_one_graph_a_pass_and_the_same(precision: str, monkeypatch: 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     arguments = arguments_of("5b", samples=1)
-    right = outcome(under(make("5b"), MIXED[1:], precision=precision), arguments)
-    transformer = under(make("5b"), MIXED[1:], compiled=True, precision=precision)
+    right = outcome(under(make("5b"), MIXED[1:], base_precision=precision), arguments)
+    transformer = under(make("5b"), MIXED[1:], compiled=True, base_precision=precision)
     check(outcome(transformer, arguments), right, tolerance=1e-4)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == 3  # forward, backward, sampling: of all three blocks
     outcome(transformer, arguments)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
+
+
+def test_one_graph_a_pass_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    transformer = under(make("5b", depth=1), MIXED[:1], compiled=True, any_length=True)
+    for frames in (4, 3, 5):
+        arguments = arguments_of("5b", frames, samples=1)
+        check(outcome(transformer, arguments), outcome(under(make("5b", depth=1), MIXED), arguments), tolerance=1e-4)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     torch._dynamo.reset()
 
 
@@ -284,12 +296,12 @@ def rounded(transformer: Any, precision: str) -> Any:
 def test_a_quantised_base_is_the_transformer_of_diffusers_with_its_values(precision: str) -> None:
     """Streamed or resident, with and without its adapters."""
     arguments = arguments_of("5b")
-    resident = under(make("5b"), (BlockPlan(),), precision=precision)
+    resident = under(make("5b"), (BlockPlan(),), base_precision=precision)
     first = outcome(resident, arguments)
     check(first, outcome(rounded(make("5b"), precision), arguments), tolerance=1e-5)
     assert not first["output"].equal(outcome(under(make("5b"), (BlockPlan(),)), arguments)["output"])
     for plan in ((BlockPlan(HOST, "attention", HOST),), (BlockPlan(HOST, "input"),), MIXED):
-        assert same(outcome(under(make("5b"), plan, precision=precision), arguments), first), plan
+        assert same(outcome(under(make("5b"), plan, base_precision=precision), arguments), first), plan
     resident.disable_adapters()
     bare = rounded(make("5b"), precision)
     bare.disable_adapters()
@@ -300,7 +312,7 @@ def test_a_quantised_base_is_the_transformer_of_diffusers_with_its_values(precis
 def test_what_is_quantised_is_nowhere_else() -> None:
     """Nothing can compute with a module's weight by mistake, and PEFT still finds its type and device."""
     for plan in (BlockPlan(), BlockPlan(HOST)):
-        transformer = under(make("5b"), (plan,), precision="nf4")
+        transformer = under(make("5b"), (plan,), base_precision="nf4")
         module = transformer.transformer_blocks[0]
         matrices = list(kinds_of(module, "nf4"))
         assert len(matrices) == 8
@@ -333,7 +345,7 @@ def test_what_is_stored_is_what_is_foretold() -> None:
 @pytest.mark.parametrize(("precision", "least"), [("int8", 0.9998), ("fp8", 0.999), ("nf4", 0.99)])
 def test_a_quantised_base_hardly_turns_the_gradients(precision: str, least: float) -> None:
     def gradients(precision: str) -> Tensor:
-        found = outcome(under(make("5b"), (BlockPlan(),), precision=precision), arguments_of("5b"))
+        found = outcome(under(make("5b"), (BlockPlan(),), base_precision=precision), arguments_of("5b"))
         return torch.cat([g.flatten() for name, g in found.items() if "lora" in name])
 
     cosine = torch.cosine_similarity(gradients(precision), gradients(AUTO), dim=0)

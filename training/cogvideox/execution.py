@@ -26,7 +26,6 @@ from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.plan import AUTO, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run
 from cogvideox.stack import (
-    MAX_GRAPHS,
     Stack,
     allowing_graphs,
     frozen_bytes,
@@ -42,7 +41,7 @@ from cogvideox.tensors import Tensors
 
 Plan = ExecutionPlan | ModulePlan
 HOST_SHARE = 0.9  # of the free host memory that may be pinned
-FEW_BUCKETS, MOST_BUCKETS = 8, MAX_GRAPHS // 4  # of forward: two kinds of blocks, sampling, the held-out loss
+FEW_BUCKETS = 8  # graphs of their own for each take 20 seconds or more
 AVERAGE_BYTES = 4  # of a trained number, with --use_ema
 PROBE_TOKENS = 8192
 COPY_BYTES = 64 * 2**20
@@ -80,7 +79,8 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     if precision != AUTO:
         run.say(fidelity(transformer, precision, run.device, backend))
     passes = options.train.gradient_accumulation_steps if run.device.type == "cuda" else 0  # no rates of a CPU
-    return replace(chosen, seconds=chosen.seconds * passes, base_precision=precision)
+    seconds_per_step, any_length = chosen.seconds * passes, compiled and len(buckets) > FEW_BUCKETS
+    return replace(chosen, seconds=seconds_per_step, any_length=any_length, base_precision=precision)
 
 
 def sizes_of_run(run: Run, options: LoraOptions, geometry: Geometry, buckets: list[Bucket], transformer: Any) -> Sizes:
@@ -100,20 +100,17 @@ def sizes_of_run(run: Run, options: LoraOptions, geometry: Geometry, buckets: li
 
 
 def compiles(run: Run, wanted: str, num_buckets: int, drops: bool) -> bool:
-    """Whether blocks are compiled: each bucket costs graphs of its own, 20 seconds or more; dropout changes each step.
+    """Whether blocks are compiled. Dropout has other masks in each step, each of which would be a graph.
 
     Raises:
-        UsageError: they shall be, and torch would give up.
+        UsageError: they shall be, and drop.
     """
     if drops:
         if wanted == "yes":
             raise UsageError("--compile_blocks yes: dropout cannot be compiled; give --lora_dropout 0, or leave it out")
         return False
-    if wanted == "yes" and num_buckets > MOST_BUCKETS:
-        rule = f"{num_buckets} buckets take more graphs than torch compiles"
-        raise UsageError(f"--compile_blocks yes: {rule}; give at most {MOST_BUCKETS} buckets, or --compile_blocks no")
     if wanted == "auto" and run.device.type == "cuda" and num_buckets > FEW_BUCKETS:
-        run.say(f"{num_buckets} buckets: blocks are not compiled, each would take its time; --compile_blocks yes does")
+        run.say(f"{num_buckets} buckets: blocks are not compiled; --compile_blocks yes compiles one graph for all")
         return False
     return wanted == "yes" or (wanted == "auto" and (run.compiled or run.device.type == "cuda"))
 

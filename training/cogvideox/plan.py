@@ -113,6 +113,7 @@ class ExecutionPlan:
     compiled: bool
     attention: str  # attention.BACKENDS, or cpu
     state: str = DEVICE  # where fp32 masters and moments lie
+    any_length: bool = False  # compiled once for all buckets, in place of once for each
     base_precision: str = AUTO  # of the blocks' frozen matrices: quant.KINDS, or as they were loaded
     peak: int = 0  # predicted, bytes
     seconds: float = 0.0  # predicted, of a step; 0 where the machine was not measured
@@ -125,8 +126,9 @@ class ExecutionPlan:
             for level, place in product(LEVELS, (DEVICE, HOST))
             if (n := sum((b.keep, b.kept) == (level, place) for b in self.blocks))
         ]
+        how = "compiled" + " for any length" * self.any_length if self.compiled else "eager"
         parts = [
-            f"{count} blocks {'compiled' if self.compiled else 'eager'}, {count - streamed} on the device"
+            f"{count} blocks {how}, {count - streamed} on the device"
             + (f" and {streamed} streamed from the host" if streamed else ""),
             f"kept for backward: {', '.join(levels)}",
             f"attention by {self.attention}",

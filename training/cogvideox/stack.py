@@ -49,6 +49,20 @@ def allowing_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
+    """blocks.forward or blocks.backward, compiled: one graph for all numbers of tokens."""
+
+    def call(x: Tensor, p: Block, shared: Shared, last: Any) -> Any:
+        marked = [(x, 1), *((table, 0) for table in shared.rotary or ())]
+        if isinstance(last, dict):  # what forward kept
+            marked += [(tensor, 2 if name == "lse" else 1) for name, tensor in last.items()]
+        for tensor, dim in marked:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return function(x, p, shared, last)
+
+    return call
+
+
 class Stack:
     """See the top of the file.
 
@@ -68,10 +82,11 @@ class Stack:
         self._rotary: tuple[Any, Any] = (None, None)
         self.forward_block, self.backward_block = blocks.forward, blocks.backward
         if plan.compiled:
-            self.forward_block, self.backward_block = (
-                allowing_graphs(torch.compile(function, fullgraph=True, dynamic=False))
+            functions = [
+                allowing_graphs(torch.compile(function, fullgraph=True, dynamic=None if plan.any_length else False))
                 for function in (blocks.forward, blocks.backward)
-            )
+            ]
+            self.forward_block, self.backward_block = map(for_any_length, functions) if plan.any_length else functions
         self._place(transformer)
 
     def _place(self, transformer: Any) -> None:
