@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ from record import device_and_versions
 from torch import Tensor
 
 from cogvideox import attention, blocks
-from cogvideox.stack import weights_of
+from cogvideox.stack import for_any_length, weights_of
 
 MIB = 2**20
+compiled = partial(torch.compile, fullgraph=True)
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "eager": lambda function: function,
+    "compiled": lambda function: compiled(function, dynamic=False),
+    "for any length": lambda function: for_any_length(compiled(function)),
+}
 
 
 def shape_of(kind: str) -> tuple[int, int]:
@@ -117,15 +124,14 @@ def peak_over(run: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, compiled: bool, right: Any) -> dict[str, Any]:
-    """One row."""
-    heads, keep = block.attn1.heads, blocks.KEPT[level]
+def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str, right: Any) -> dict[str, Any]:
+    """One row; how is one of WAYS."""
     p = weights_of(block)
+    heads, keep = block.attn1.heads, blocks.kept_at(level, p)
     shared = blocks.Shared(inputs["temb"], inputs["rotary"], inputs["text"], heads, backend)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    wrap: Any = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
-    forward, backward = wrap(blocks.forward), wrap(blocks.backward)
+    forward, backward = (WAYS[how](function) for function in (blocks.forward, blocks.backward))
     x, dy = inputs["x"], inputs["dy"]
 
     def kept_of() -> dict[str, Tensor]:
@@ -139,13 +145,13 @@ def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, compiled:
         for name, (da, db) in pairs.items():
             found[f"{paths[name]}.lora_A.default.weight"] = da
             found[f"{paths[name]}.lora_B.default.weight"] = db
-        row: dict[str, Any] = {"backend": backend, "level": level, "compiled": compiled, "cosine": cosine(found, right)}
+        row: dict[str, Any] = {"backend": backend, "level": level, "how": how, "cosine": cosine(found, right)}
         del dx, pairs, found
         row["kept_mib"] = round(sum(t.numel() * t.element_size() for t in kept.values()) / MIB, 1)
         row["forward_ms"], row["backward_ms"] = timed(kept_of), timed(lambda: backward(dy, p, shared, kept))
         row["backward_mib"] = round(peak_over(lambda: backward(dy, p, shared, kept)), 1)
         row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        if compiled:
+        if how == "compiled":
             row["kernels"] = {
                 "forward": kernels_of(kept_of),
                 "backward": kernels_of(lambda: backward(dy, p, shared, kept)),
@@ -161,7 +167,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--levels", nargs="+", choices=blocks.KEPT, default=list(blocks.KEPT))
     parser.add_argument("--backends", nargs="+", default=list(attention.BACKENDS))
-    parser.add_argument("--eager", action="store_true", help="also without compiling")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["compiled"])
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     block, inputs = make_block(args.kind, args.rank), inputs_of(args.kind)
@@ -182,8 +188,8 @@ def main() -> None:
             print(error, flush=True)
             continue
         for level in args.levels:
-            for compiled in (False, True) if args.eager else (True,):
-                rows.append(ours(block, inputs, backend, level, compiled, right))
+            for how in args.ways:
+                rows.append(ours(block, inputs, backend, level, how, right))
                 print(json.dumps({key: value for key, value in rows[-1].items() if key != "kernels"}), flush=True)
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
