@@ -40,7 +40,6 @@ from cogvideox.streaming import pinned
 from cogvideox.tensors import Tensors
 
 Plan = ExecutionPlan | ModulePlan
-HOST_SHARE = 0.9  # of the free host memory that may be pinned
 FEW_BUCKETS = 8  # graphs of their own for each take 20 seconds or more
 AVERAGE_BYTES = 4  # of a trained number, with --use_ema
 PROBE_TOKENS = 8192
@@ -192,7 +191,7 @@ def sizes_of(
 def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
     """Free memory, and rates by probes of a fraction of a second; on a CPU nominal rates."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this host; all of them measure now, and pin later
-    host = int(psutil.virtual_memory().available * HOST_SHARE / ranks)
+    host = int(psutil.virtual_memory().available / ranks)
     fits = free_bytes(device) if device.type == "cuda" else float(host)
     if budget is not None and device.type != "cuda":
         fits = min(fits, allowed_bytes(budget))

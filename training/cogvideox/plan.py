@@ -6,7 +6,7 @@ Bytes, seconds, FLOP a second. Shapes as in blocks.py; a unit is the size of a b
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, product
 
 from cogvideox.optim import STATE_BYTES
@@ -33,6 +33,7 @@ use; without one the largest, a third of them, is made by way of fp32."""
 HIDDEN_COPY = 0.06
 COPY_SHARE = 0.85  # of the measured rate, as both directions run at once and blocks of different kinds are not alike
 FRAGMENTS = 0.94  # the share of free memory that can be filled
+HOST_SHARES = (0.6, 0.9)  # of the free host memory that plans may pin; the second if nothing fits the first
 CONTEXT = 0.6 * GIB  # of CUDA itself, on a card that --vram_budget describes
 
 
@@ -70,7 +71,7 @@ class Machine:
     """What there is to run on."""
 
     device_bytes: int  # that may be filled
-    host_bytes: int
+    host_bytes: int  # free
     matmul: float = 5e11
     attention: float = 2e11  # forward
     attention_backward: float = 2e11
@@ -232,6 +233,15 @@ def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention
     Raises:
         NoPlanError: none fits.
     """
+    comfortable, all_of_it = (replace(machine, host_bytes=int(machine.host_bytes * share)) for share in HOST_SHARES)
+    try:
+        return fastest(axes, sizes, comfortable, compiled, attention)
+    except NoPlanError:
+        return fastest(axes, sizes, all_of_it, compiled, attention)
+
+
+def fastest(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
+    """``choose``, where all of the machine's host memory may be pinned."""
     best: tuple[float, int] | None = None
     found, least = None, None
     for first, second, count, state in candidates(axes, sizes.blocks):
@@ -246,9 +256,10 @@ def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention
             best, found = rank, (first, second, count, state)
     if found is None or best is None:
         assert least is not None
+        gibs = [f"{size / GIB:.1f}" for size in (*least, machine.device_bytes, machine.host_bytes)]
         raise NoPlanError(
-            f"the smallest allowed plan needs {least[0] / GIB:.1f} GiB of the device and {least[1] / GIB:.1f} GiB of "
-            f"the host beside the weights; {machine.device_bytes / GIB:.1f} and {machine.host_bytes / GIB:.1f} are free"
+            "the smallest allowed plan needs {} GiB of the device and {} GiB of the host beside the weights; {} and {} "
+            "may be filled".format(*gibs)
         )
     first, second, count, state = found
     blocks = mixture(first, second, count, sizes.blocks)
