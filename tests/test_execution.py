@@ -141,9 +141,7 @@ def test_a_quantised_base(
         capsys.readouterr().err,
     )
     assert said is not None
-    assert (
-        (float(said[1]) < 0.99) == (said[2] is not None) == (precision == "nf4")
-    )  # few random numbers are hard on nf4
+    assert (float(said[1]) < 0.999) == (said[2] is not None) == (precision == "nf4")
     assert verification(output) == 0
     assert losses(output) != losses(reference)
     assert losses(output) == pytest.approx(losses(reference), rel=1e-2)

@@ -44,7 +44,7 @@ FEW_BUCKETS = 8  # graphs of their own for each take 20 seconds or more
 AVERAGE_BYTES = 4  # of a trained number, with --use_ema
 PROBE_TOKENS = 8192
 COPY_BYTES = 64 * 2**20
-LOW_COSINE = 0.99
+LOW_COSINE = 0.999
 
 
 def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: Any) -> Plan:
