@@ -7,10 +7,10 @@ Copies run on streams of their own; events order them against the compute stream
 device. Without a GPU the same code copies at once.
 """
 
+import mmap
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from mmap import MADV_DONTFORK, MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
 from weakref import finalize
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 ALIGNMENT = 256  # bytes; kernels read 16 at once, and one layout serves host and device
 SLOTS = 3  # one in use, one arriving, one that was used last and is needed first when the direction turns
+ADVICE = ("MADV_DONTFORK", "MADV_HUGEPAGE")  # the second: fewer pages to make and to register
 IN_FLIGHT = 2  # blocks whose kept tensors may be on their way to the host
 
 
@@ -31,10 +32,11 @@ def pinned(num_bytes: int) -> Tensor:
     torch's own pinned allocator rounds up to powers of two, which costs gigabytes here; so plain memory is registered.
     It is a mapping of its own, which processes that load data do not inherit: a fork copies pinned pages at once.
     """
-    memory = mmap(-1, max(1, num_bytes), flags=MAP_PRIVATE | MAP_ANONYMOUS)  # whole pages: no two buffers share one
-    memory.madvise(MADV_DONTFORK)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(MADV_HUGEPAGE)  # fewer pages to make and to register
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, max(1, num_bytes), flags=flags)  # whole pages: no two buffers share one
+    for name in ADVICE:
+        with suppress(AttributeError, OSError):  # a system or a kernel that does not know it
+            memory.madvise(getattr(mmap, name))
     buffer = torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
     buffer.zero_()  # written, so that it is there
     if torch.cuda.is_available():
