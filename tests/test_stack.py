@@ -14,10 +14,10 @@ from tiny_cogvideox import KINDS, is_image_to_video, is_version_1_5
 from torch import Tensor
 
 from cogvideox import blocks, quant
+from cogvideox.graphs import MAX_GRAPHS
 from cogvideox.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
 from cogvideox.quant import dequantise, quantise
 from cogvideox.stack import (
-    MAX_GRAPHS,
     Stack,
     frozen_bytes,
     frozen_of,

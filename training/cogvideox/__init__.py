@@ -34,8 +34,10 @@ rope.py               rotary tables
 lora.py               parts of a LoRA: layers, PiSSA's start, dropout that repeats
 data/dataset.py       cached tensors -> batches
 encode.py             clips, first frames and captions -> tensors
-streaming.py          weights that pass through the device
+graphs.py             compiled functions with a graph for each size
+streaming.py          tensors that pass through the device: weights, what forward keeps
 t5_stream.py          T5 with its blocks in host memory
+vae_encoder.py        the VAE's encoder, faster on a GPU
 models.py             parts of a pipeline: found, identified, loaded
 prompts.py            validation prompts, of the command line or a file
 factory.py            folders that the CogVideoX factory prepared -> the cache
@@ -53,7 +55,6 @@ engine.py             who runs backward and step: this process, or DeepSpeed
 ranks.py              the processes of a run, and patient barriers
 plan.py               how the blocks are executed: what fits, what is fastest
 attention.py          attention by the kernels of the device
-streaming.py          tensors that pass through the device: weights, what forward keeps
 quant.py              frozen matrices in int8, fp8, nf4
 blocks.py             one block, forward and backward, as functions of tensors
 stack.py              all blocks of a transformer under a plan

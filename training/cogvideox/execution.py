@@ -20,6 +20,7 @@ from cogvideox.blocks import UNITS, kept_at
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry
+from cogvideox.graphs import allowing_graphs
 from cogvideox.models import DTYPES, free_bytes, stored_dtype
 from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
@@ -27,7 +28,6 @@ from cogvideox.plan import AUTO, Axes, ExecutionPlan, Machine, ModulePlan, NoPla
 from cogvideox.run import Run
 from cogvideox.stack import (
     Stack,
-    allowing_graphs,
     frozen_bytes,
     gradient_cosine,
     layers_of,

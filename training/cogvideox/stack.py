@@ -7,7 +7,6 @@ but for those that the plan quantises: their module has an empty tensor, so that
 Shapes as in blocks.py.
 """
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,37 +15,14 @@ from torch import Tensor, nn
 
 from cogvideox import blocks
 from cogvideox.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
+from cogvideox.graphs import allowing_graphs
 from cogvideox.lora import SampleDropout
 from cogvideox.plan import AUTO, DEVICE, HOST, ExecutionPlan
 from cogvideox.quant import Quantised, Weight, quantise
 from cogvideox.streaming import HostStore, Layout, Ring, pinned
 
-MAX_GRAPHS = 256
 META = torch.device("meta")
 SAMPLE_TOKENS = 256  # of gradient_cosine, a fourth of them text
-
-
-def allow_graphs() -> None:
-    """Lets torch compile a graph for each bucket and for sampling, and fail where it would go on eagerly."""
-    torch._dynamo.config.recompile_limit = MAX_GRAPHS
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-
-
-def allowing_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function, before whose first call in each thread ``allow_graphs`` is called there.
-
-    Since torch 2.12 each thread has settings of its own, and on a GPU backward passes run in a thread of autograd's,
-    where the ninth graph would be the end of the run.
-    """
-    thread = threading.local()
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        if not hasattr(thread, "ready"):
-            allow_graphs()
-            thread.ready = True
-        return function(*arguments, **named)
-
-    return call
 
 
 def for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogvideox.stack import allowing_graphs
+from cogvideox.graphs import allowing_graphs
 
 FORMAT = torch.channels_last_3d
 Cache = dict[str, Any]
