@@ -249,8 +249,8 @@ def run_under_plan(transformer: Any, name: str, work: Work) -> tuple[ExecutionPl
     chosen = plan.choose(plan.PRESETS[preset], sizes, machine, compiled, backend)
     execution.place(transformer, chosen, work.device)
     predicted = {"peak_gib": round(chosen.peak / GIB, 3), "seconds_per_step": round(chosen.seconds, 3)}
-    rates = {name: float(f"{rate:.4g}") for name, rate in asdict(machine).items()}
-    record = {"execution": str(chosen), "attention": f"{backend}: {why}", "machine": rates, "predicted": predicted}
+    measured = {field: float(f"{value:.4g}") for field, value in asdict(machine).items()}
+    record = {"execution": str(chosen), "attention": f"{backend}: {why}", "machine": measured, "predicted": predicted}
     return chosen, record
 
 
@@ -284,7 +284,7 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
         meter.step_ended(make_step(step))
     figures = meter.figures() | record
     if device.type == "cuda":
-        figures["kernels_ms"] = shares_of(lambda: make_step(steps - 1))
+        figures["kernels_ms"] = attempt(shares_of, lambda: make_step(steps - 1))
     return figures | {"validation": attempt(sample, work, transformer)} if validates else figures
 
 

@@ -54,7 +54,6 @@ PROCESSES = (
     Process("5b", 64, 4, ("stock", "lean"), steps=4, stock_steps=3),
     Process("1.5-5b", 128, 1, ("stock", "fast", "24gb", "lean"), steps=4, stock_steps=2),
 )
-# lean comes last in each: the host memory that it pins stays pinned until the process ends
 ROWS = {row: process for process in PROCESSES for row in process.rows}
 
 

@@ -29,7 +29,7 @@ compiled = partial(torch.compile, fullgraph=True)
 WAYS: dict[str, Callable[[Any], Any]] = {
     "eager": lambda function: function,
     "compiled": lambda function: compiled(function, dynamic=False),
-    "for any length": lambda function: for_any_length(compiled(function)),
+    "any_length": lambda function: for_any_length(compiled(function, dynamic=False)),
 }
 
 

@@ -67,10 +67,11 @@ def sage(monkeypatch: pytest.MonkeyPatch, sageattn: object) -> None:
 
 
 def test_sage_of_version_1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cpu")
-    assert attention._problem(SAGE, device, torch.bfloat16) == "sageattention is not installed"
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    assert attention._problem(SAGE, torch.device("cpu"), torch.bfloat16) == "sageattention is not installed"
+    monkeypatch.undo()
     sage(monkeypatch, lambda q, k, v, tensor_layout="HND", **kwargs: q)
-    assert "returns no lse" in str(attention._problem(SAGE, device, torch.bfloat16))
+    assert "returns no lse" in str(attention._problem(SAGE, torch.device("cpu"), torch.bfloat16))
 
 
 def test_sage_is_asked_for_tokens_first_and_lse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,7 @@ def test_sage_is_asked_for_tokens_first_and_lse(monkeypatch: pytest.MonkeyPatch)
     for found, right in zip(attend(q, k, v, SAGE), attend(q, k, v, CPU), strict=True):
         assert found.equal(right)
     assert SAGE not in BACKENDS
-    assert "return" not in str(attention._problem(SAGE, torch.device("cpu"), torch.bfloat16))
+    assert attention._problem_of_sage() is None
 
 
 @pytest.mark.gpu

@@ -150,6 +150,43 @@ def test_what_is_kept_is_not_computed_again(level: str, monkeypatch: pytest.Monk
     assert counted["attend"] == (level == "input")
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_inputs_of_layers_without_a_lora_are_not_computed_again(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer = under(make("5b", depth=1, targets=TARGETS[:4]), (BlockPlan(DEVICE, level, DEVICE),))
+    output = transformer(**arguments_of("5b"))[0]
+    calls: list[str] = []
+    for name in ("modulate", "gelu"):
+        function = getattr(blocks, name)
+
+        def recording(*args: Any, name: str = name, function: Any = function) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(blocks, name, recording)
+    output.square().mean().backward()
+    derivatives = {"modulate": 2, "gelu": 1}
+    again = {"input": 2, "attention": 2, "linear": 1, "all": 0}[level]  # n1 is an input of LoRAs, n2 and g are not
+    assert {name: calls.count(name) for name in derivatives} == {"modulate": 2 + again, "gelu": 1}
+
+
+def test_what_is_kept_on_the_host_comes_back_from_the_next_such_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the blocks between them run, not once they have."""
+    there, away = BlockPlan(DEVICE, "attention", DEVICE), BlockPlan(DEVICE, "linear", HOST)
+    transformer = make("5b", depth=6)
+    plan = ExecutionPlan((away, there, there, away, there, there), False, "cpu")
+    stack = Stack(transformer, plan, CPU)
+    stack.install()
+    events: list[tuple[str, int]] = []
+    fetch, weights = stack.store.fetch, stack.weights
+    monkeypatch.setattr(stack.store, "fetch", lambda i: (events.append(("fetch", i)), fetch(i)))
+    monkeypatch.setattr(stack, "weights", lambda i, *more: (events.append(("run", i)), weights(i, *more))[1])
+    output = transformer(**arguments_of("5b"))[0]
+    events.clear()
+    output.square().mean().backward()
+    assert events.index(("fetch", 3)) < events.index(("run", 5))
+    assert events.index(("fetch", 0)) < events.index(("run", 3))
+
+
 @pytest.mark.parametrize("precision", [AUTO, "int8", "nf4"])
 def test_compiled_is_one_graph_a_pass_and_the_same(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced, but not made into kernels, which takes most of a minute here; on a GPU they are."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
 from cogvideox import vae_encoder
@@ -21,9 +22,13 @@ SIZES = [(1, 48, 64), (9, 32, 40), (16, 24, 16), (17, 48, 64), (21, 16, 16)]  # 
 
 @pytest.fixture
 def vae(tiny: Callable[[str], Path]) -> Any:
-    """The tiny VAE with norms that do something, as trained ones do."""
-    vae = load_vae(ModelFlags(str(tiny("5b"))), torch.float32)
+    """A tiny VAE of three numbers of channels, as CogVideoX's, with norms that do something, as trained ones do."""
     generator = torch.Generator().manual_seed(0)
+    config = load_vae(ModelFlags(str(tiny("5b"))), torch.float32).config
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLCogVideoX.from_config({**config, "block_out_channels": (8, 16, 16, 32)})
+    vae.requires_grad_(False).eval()
     for module in vae.encoder.modules():
         if isinstance(module, torch.nn.GroupNorm):
             for parameter in module.parameters():
@@ -96,13 +101,33 @@ def test_two_graphs_for_each_number_of_channels(vae: Any, monkeypatch: pytest.Mo
     copied = quick(vae, compiled=True)
     for size in SIZES:
         assert apart(moments(copied, clip(*size)), moments(vae, clip(*size))) < 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * len(channels)
+    assert len(channels) == 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + 2 * len(
+        channels
+    )  # one to see that it compiles
 
 
 def test_weights_and_names_stay(vae: Any) -> None:
     copied = quick(vae).state_dict()
     assert list(copied) == list(vae.state_dict())
     assert all(copied[name].equal(tensor) for name, tensor in vae.state_dict().items())
+
+
+def test_where_nothing_compiles_all_stays_as_it_was(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(function: Any, **_: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    strides = [tensor.stride() for tensor in vae.state_dict().values()]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        vae_encoder.quicken(vae)
+    assert [tensor.stride() for tensor in vae.state_dict().values()] == strides
+    assert not any("forward" in vars(module) for module in vae.modules())
+
+
+def test_two_clips_at_once_are_refused(vae: Any) -> None:
+    with pytest.raises(ValueError, match="takes one clip"):
+        moments(quick(vae), clip(9, 32, 40).repeat(2, 1, 1, 1, 1))
 
 
 def test_another_encoder_is_refused(vae: Any) -> None:

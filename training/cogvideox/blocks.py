@@ -92,10 +92,15 @@ Kept = dict[str, Tensor]
 
 
 def kept_at(level: str, p: Block) -> tuple[str, ...]:
-    """What forward keeps of a block: of KEPT, what its backward pass uses. Inputs of layers are for their LoRAs."""
-    inputs = {"n1": (p.q, p.k, p.v), "n2": (p.ff1,), "g": (p.ff2,)}
-    unused = {name for name, layers in inputs.items() if all(layer.a is None for layer in layers)}
+    """What forward keeps of a block: of KEPT, what its backward pass uses."""
+    unused = {"n1", "n2", "g"} - for_loras(p)
     return tuple(name for name in KEPT[level] if name not in unused)
+
+
+def for_loras(p: Block) -> set[str]:
+    """What only gradients of LoRAs need once all linear outputs are there: the inputs of the layers that have one."""
+    inputs = {"n1": (p.q, p.k, p.v), "n2": (p.ff1,), "g": (p.ff2,)}
+    return {name for name, layers in inputs.items() if any(layer.a is not None for layer in layers)}
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
@@ -111,12 +116,13 @@ def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
 
 
 def linears_backward(
-    dys: Sequence[Tensor], x: Tensor, layers: Sequence[Linear]
+    dys: Sequence[Tensor], x: Tensor | None, layers: Sequence[Linear]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
-    """(gradient of x, for each layer those of a and b if it has a LoRA)."""
+    """(gradient of x, for each layer those of a and b if it has a LoRA, for which alone x is needed)."""
     dx = reduce(add, [dy @ dequantise(p.weight, dy.dtype) for dy, p in zip(dys, layers, strict=True)])
     found: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
     for group in lora_groups(layers):
+        assert x is not None
         members = [layers[i] for i in group]
         drop = members[0].drop
         us = lora_inputs(x, members)
@@ -223,7 +229,8 @@ def backward(
     def again(name: str, compute: Callable[[], Any]) -> Any:
         return kept[name] if name in kept else compute()
 
-    n1 = again("n1", lambda: modulate(x, p.norm1, shift1, scale1))
+    used = for_loras(p)
+    n1 = again("n1", lambda: modulate(x, p.norm1, shift1, scale1)) if "n1" in used or "q" not in kept else None
     if "q" in kept:
         q, k, v = (kept[name] for name in "qkv")
     else:
@@ -232,9 +239,9 @@ def backward(
     rk = again("rk", lambda: rotate(k, p.norm_k, shared.rotary))
     o, lse = (kept["o"], kept["lse"]) if "o" in kept else attend(rq, rk, v, shared.backend)
     h = again("h", lambda: x + gate1 * linears(o.view(x.shape), [p.out])[0])
-    n2 = again("n2", lambda: modulate(h, p.norm2, shift2, scale2))
+    n2 = again("n2", lambda: modulate(h, p.norm2, shift2, scale2)) if "n2" in used or "f" not in kept else None
     f = again("f", lambda: linears(n2, [p.ff1])[0])
-    g = again("g", lambda: gelu(f))
+    g = again("g", lambda: gelu(f)) if "g" in used else None
 
     found: dict[str, tuple[Tensor, Tensor] | None] = {}
     dg, (found["ff2"],) = linears_backward([gate2 * dy], g, [p.ff2])

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -193,12 +194,13 @@ def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: b
 
 
 def quicken(vae: Any) -> None:
-    """``vae_encoder.quicken``, unless it does not work here: a compiler is missing, or the VAE is another."""
+    """``vae_encoder.quicken``, unless it does not work here: a compiler is missing, or the VAE is another one."""
     try:
         vae_encoder.quicken(vae)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        tqdm.write(f"the VAE encodes as diffusers has it, at half the speed: {reason}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            tqdm.write(f"the VAE encodes as diffusers has it, more slowly: {reason}", file=sys.stderr)
 
 
 def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: bool = False) -> Any:

@@ -17,7 +17,7 @@ DEVICE, HOST = "device", "host"
 AUTO = "auto"  # of a base precision: the compute type
 LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
 UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10}
-WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/results/one_block_5b.json
+WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/one_block.py prints it
     True: {"input": 19.1, "attention": 17.2, "linear": 13.2, "all": 12.0},
     False: {"input": 42.2, "attention": 41.2, "linear": 33.2, "all": 30.0},
 }
@@ -192,7 +192,7 @@ def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
 def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
     """Seconds of a step: each pass takes as long as its arithmetic or its copies of one direction, whichever is more.
 
-    Of the whole pass, not of each block: blocks of different kinds take turns, and copies start a kind ahead.
+    Of the whole pass, not of each block: blocks of different kinds take turns, and copies start ahead.
     """
     linear = 24 * sizes.samples * sizes.tokens * sizes.width**2 / machine.matmul
     scores = 4 * sizes.samples * sizes.tokens**2 * sizes.width
@@ -211,7 +211,7 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     total = max(forward, weights, kept) + max(backward, weights + kept)
     total += HIDDEN_COPY * 2 * (weights + kept)  # hidden copies still take a little of the device's own bandwidth
     moved = sizes.state_bytes * sizes.trained
-    return total + (moved / machine.copies if state == HOST else 2 * moved / machine.memory)
+    return total + (moved / copies if state == HOST else 2 * moved / machine.memory)
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------

@@ -28,13 +28,13 @@ SAMPLE_TOKENS = 256  # of gradient_cosine, a fourth of them text
 def for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
     """blocks.forward or blocks.backward, compiled: one graph for all numbers of tokens."""
 
-    def call(x: Tensor, p: Block, shared: Shared, last: Any) -> Any:
+    def call(x: Tensor, p: Block, shared: Shared, keep_or_kept: Any) -> Any:
         marked = [(x, 1), *((table, 0) for table in shared.rotary or ())]
-        if isinstance(last, dict):  # what forward kept
-            marked += [(tensor, 2 if name == "lse" else 1) for name, tensor in last.items()]
+        if isinstance(keep_or_kept, dict):  # of tensors, in backward; forward is given names
+            marked += [(tensor, 2 if name == "lse" else 1) for name, tensor in keep_or_kept.items()]
         for tensor, dim in marked:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        return function(x, p, shared, last)
+        return function(x, p, shared, keep_or_kept)
 
     return call
 
@@ -59,7 +59,7 @@ class Stack:
         self.forward_block, self.backward_block = blocks.forward, blocks.backward
         if plan.compiled:
             functions = [
-                allowing_graphs(torch.compile(function, fullgraph=True, dynamic=None if plan.any_length else False))
+                allowing_graphs(torch.compile(function, fullgraph=True, dynamic=False))
                 for function in (blocks.forward, blocks.backward)
             ]
             self.forward_block, self.backward_block = map(for_any_length, functions) if plan.any_length else functions
