@@ -125,7 +125,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     groups: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        groups[f"{row['device']}, torch {row['versions']['torch']}"].append(row["row"])
+        groups[f"{row['device']}, torch {row['versions']['torch']}, commit {row['commit']}"].append(row["row"])
     shown = [name if len(groups) == 1 else f"{name}: {', '.join(names)}" for name, names in groups.items()]
     return f"{text}\nMemory in GiB. Measured on {'; '.join(shown)}.\n"
 

@@ -187,7 +187,7 @@ def test_tokens_and_flops_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch
 def row_of(**changes: Any) -> dict[str, Any]:
     """A row as it would be measured."""
     row = {"row": "5b-r256-lean", "kind": "5b", "rank": 256, "batch": 1, "plan": "lean", "clip": "49x480x720"}
-    row |= {"device": "NVIDIA H100 80GB HBM3", "versions": {"torch": "2.11.0"}, "useful_flops": 989e12}
+    row |= {"device": "NVIDIA H100 80GB HBM3", "versions": {"torch": "2.11.0"}, "commit": "abc", "useful_flops": 989e12}
     row |= {"seconds_per_step": 2.0, "ratio": 1.96, "peak_gib": {"allocated": 4.21, "reserved": 5.0}}
     row |= changes
     return row | bench_table.speed_figures(row)
@@ -203,7 +203,8 @@ def test_table() -> None:
     )
     assert "| 368% | 47.3 (47.3) |" in lines[3]  # the limit is of a sample
     assert {line.count("|") for line in lines[:4]} == {len(bench_table.HEAD) + 1}
-    assert "NVIDIA H100 80GB HBM3, torch 2.11.0: 5b-r256-lean; NVIDIA H200, torch 2.11.0: other" in lines[-1]
+    assert "NVIDIA H100 80GB HBM3, torch 2.11.0, commit abc: 5b-r256-lean; NVIDIA H200" in lines[-1]
+    assert "NVIDIA H200, torch 2.11.0, commit abc: other" in lines[-1]
     assert bench_table.table([]) == ""
 
 
