@@ -189,11 +189,11 @@ def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, m
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setattr(execution, "free_bytes", lambda device: float(free))
     monkeypatch.setattr(execution, "with_rates", lambda machine, *_: machine)
-    monkeypatch.setattr(execution.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    monkeypatch.setattr(execution, "free_host_bytes", lambda: available)
     sizes: Any = None  # of the probes, which are not made
     machine = execution.measure(torch.device("cuda"), torch.bfloat16, "flash", sizes, None)
     assert machine.device_bytes == int(free * FRAGMENTS)
-    assert machine.host_bytes == int(available / ranks)
+    assert machine.host_bytes == available // ranks
 
 
 def test_all_weights_have_no_plan_yet(model: Path, tensors: Path, tmp_path: Path, capsys: Any) -> None:

@@ -16,7 +16,7 @@ PACKAGE = TRAINING / "cogvideox"
 
 # From bottom to top. A module imports from the layers below its own, never from its own or from above.
 LAYERS = (
-    ("errors", "files"),
+    ("errors", "files", "host_memory"),
     ("flags", "draws", "sheets", "curves", "data.workers"),
     ("options", "data.buckets", "data.transforms", "data.columns", "data.faults"),
     ("conflicts", "geometry", "hub", "lora_file", "prompts", "data.frames", "data.paths", "data.tables"),

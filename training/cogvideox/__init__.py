@@ -2,6 +2,7 @@
 
 errors.py             UsageError: what a user can mend
 files.py              files that are whole or not there
+host_memory.py        memory of the host, or of the container, that is free
 flags.py              every flag once, as frozen dataclasses
 options.py            what each script takes, what follows from it
 conflicts.py          what flags contradict

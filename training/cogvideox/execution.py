@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 
 from cogvideox import plan
@@ -21,6 +20,7 @@ from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry
 from cogvideox.graphs import allowing_graphs
+from cogvideox.host_memory import free_host_bytes
 from cogvideox.models import DTYPES, free_bytes, stored_dtype
 from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
@@ -191,7 +191,7 @@ def sizes_of(
 def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
     """Free memory, and rates by probes of a fraction of a second; on a CPU nominal rates."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this host; all of them measure now, and pin later
-    host = int(psutil.virtual_memory().available / ranks)
+    host = free_host_bytes() // ranks
     fits = free_bytes(device) if device.type == "cuda" else float(host)
     if budget is not None and device.type != "cuda":
         fits = min(fits, allowed_bytes(budget))
