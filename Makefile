@@ -1,4 +1,5 @@
 # make demo: set up and run the main job on real clips.   make test: set up and pass the tests.
+# make test-gpu: the tests that need a GPU.
 # make bench: on a GPU, train steps of full-size models, stock and ours; goes on where it was stopped.
 # make fuzz: 500 damaged media files and 500 damaged lists; a short form is among the tests.
 PYTHON ?= python3
@@ -6,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test quality bench fuzz clean
+.PHONY: demo test test-gpu quality bench fuzz clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: requirements.txt constraints.txt
@@ -20,6 +21,9 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not gpu and not long" -n $(WORKERS) --dist loadgroup
+
+test-gpu: $(VENV)/ready
+	COGVIDEOX_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 quality: $(VENV)/ready
 	$(BIN)/ruff check .
