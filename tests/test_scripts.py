@@ -109,6 +109,20 @@ def test_inference_script_writes_a_video(reference: Path, tmp_path: Path) -> Non
     assert probe(video).num_frames == 9
 
 
+@pytest.mark.parametrize(("gib", "moved"), [(3.9, "enable_sequential_cpu_offload"), (4.1, "enable_model_cpu_offload")])
+def test_inference_script_on_a_gpu(gib: float, moved: str, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part at a time where the largest fits beside 4 GiB, else a layer at a time."""
+    import diffusers
+
+    called: list[str] = []
+    for name in ("enable_sequential_cpu_offload", "enable_model_cpu_offload"):
+        monkeypatch.setattr(diffusers.CogVideoXPipeline, name, lambda self, name=name: called.append(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(gib * 2**30), 80 * 2**30))
+    assert len(frames_of(reference / "inference.py", monkeypatch)) == 9
+    assert called == [moved]
+
+
 def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, tmp_path: Path) -> None:
     """The guide's own flags; only model, paths, buckets, steps and the tracker's mode are changed."""
     data = tmp_path / "data"

@@ -52,8 +52,12 @@ pipe = diffusers.{pipeline}.from_pretrained(
     {parts}
 )
 {load}
-if torch.cuda.is_available():
-    pipe.enable_model_cpu_offload()
+parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+largest = max(sum(p.nbytes for p in part.parameters()) for part in parts)
+if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > largest + 4 * 2**30:
+    pipe.enable_model_cpu_offload()  # a part at a time on the GPU
+elif torch.cuda.is_available():
+    pipe.enable_sequential_cpu_offload()  # a layer at a time: slow, but of a small GPU
 {vae}
 video = pipe(
     prompt=prompt,{arguments}
