@@ -123,6 +123,7 @@ def test_inference_script_on_a_gpu(gib: float, moved: str, reference: Path, monk
     assert called == [moved]
 
 
+@pytest.mark.slow
 def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, tmp_path: Path) -> None:
     """The guide's own flags; only model, paths, buckets, steps and the tracker's mode are changed."""
     data = tmp_path / "data"
@@ -150,6 +151,7 @@ def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, t
     assert (data / "cogvideox_tensors" / "index.json").is_file()
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, tmp_path: Path) -> None:
     """kill -9 while encoding, training, validating and saving; the same command, started again, is not told apart."""
     more = ("--validation_prompt", PROMPT, "--validation_steps", 3)
@@ -204,6 +206,7 @@ def test_signal_saves_and_the_same_command_goes_on(model: Path, tensors: Path, t
     assert len(losses(tmp_path / "whole")) == steps + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_two_processes_have_the_losses_of_one(
     model: Path, tensors: Path, reference: Path, tmp_path: Path, launcher: str

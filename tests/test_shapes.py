@@ -74,6 +74,7 @@ def test_the_report_fails_with_any_figure(capsys: pytest.CaptureFixture[str]) ->
     assert "27" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_model_fits_and_meets_its_limits_on_a_sample(real_clips: Path) -> None:
     """The whole measurement takes minutes: examples/check_tiny_cogvideox.py."""
     size = sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file())
