@@ -110,7 +110,8 @@ def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
     """Layers of one x, (..., in) -> (..., out) each."""
     ys = [F.linear(x, dequantise(p.weight, x.dtype), p.bias) for p in layers]
     for group in lora_groups(layers):
-        for i, u in zip(group, lora_inputs(x, [layers[i] for i in group]), strict=True):
+        members = [layers[i] for i in group]
+        for i, u in zip(group, inner(dropped(x, members), members), strict=True):
             ys[i] = ys[i] + F.linear(u, matrix(layers[i].b)) * layers[i].scale
     return ys
 
@@ -124,14 +125,13 @@ def linears_backward(
     for group in lora_groups(layers):
         assert x is not None
         members = [layers[i] for i in group]
-        drop = members[0].drop
-        us = lora_inputs(x, members)
+        x_in = dropped(x, members)
+        us = inner(x_in, members)
         du = joined([dys[i] @ matrix(layers[i].b) * layers[i].scale for i in group], dim=-1)
-        das = (du.flatten(0, -2).mT @ (drop(x) if drop else x).flatten(0, -2)).split([u.shape[-1] for u in us])
+        das = (du.flatten(0, -2).mT @ x_in.flatten(0, -2)).split([u.shape[-1] for u in us])
         for i, u, da in zip(group, us, das, strict=True):
             found[i] = da, dys[i].flatten(0, -2).mT @ u.flatten(0, -2) * layers[i].scale
-        through = du @ joined([matrix(p.a) for p in members], dim=0)
-        dx = dx + (drop(through) if drop else through)
+        dx = dx + dropped(du @ joined([matrix(p.a) for p in members], dim=0), members)
     return dx, found
 
 
@@ -142,11 +142,16 @@ def lora_groups(layers: Sequence[Linear]) -> list[list[int]]:
     return [group for group in (together, *([i] for i in trained if i not in together)) if group]
 
 
-def lora_inputs(x: Tensor, group: Sequence[Linear]) -> list[Tensor]:
-    """A x of each layer of a group, (..., R)."""
+def dropped(x: Tensor, group: Sequence[Linear]) -> Tensor:
+    """What the LoRAs of a group get of x, or its gradient."""
     drop = group[0].drop
+    return drop(x) if drop else x
+
+
+def inner(x: Tensor, group: Sequence[Linear]) -> list[Tensor]:
+    """A x of each layer of a group, (..., R)."""
     matrices = [matrix(p.a) for p in group]
-    u = F.linear(drop(x) if drop else x, joined(matrices, dim=0))
+    u = F.linear(x, joined(matrices, dim=0))
     return list(u.split([a.shape[0] for a in matrices], dim=-1))
 
 
