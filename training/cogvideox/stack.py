@@ -53,8 +53,6 @@ class Stack:
         self.modules = list(transformer.transformer_blocks)
         self.heads = self.modules[0].attn1.heads
         self.store = HostStore(device)
-        on_host = [i for i, block in enumerate(plan.blocks) if block.kept == HOST]
-        self.kept_before = [max((j for j in on_host if j < i), default=None) for i in range(len(plan.blocks))]
         self._rotary: tuple[Any, Any] = (None, None)
         self.forward_block, self.backward_block = blocks.forward, blocks.backward
         if plan.compiled:
@@ -188,8 +186,7 @@ class RunBlock(torch.autograd.Function):
         trained = list(ctx.saved_tensors[:count])
         saved = [tensor.detach() for tensor in ctx.saved_tensors[count:]]
         kept = dict(zip(ctx.names, saved, strict=True)) if here else stack.store.take(i)
-        if stack.kept_before[i] is not None:
-            stack.store.fetch(stack.kept_before[i])
+        stack.store.fetch_next()
         dx, pairs = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
         gradients = [matrix for name in LORA_LAYERS if name in pairs for matrix in pairs[name]]
         return dx, None, None, None, *gradients

@@ -203,6 +203,11 @@ class HostStore:
                 tensor.copy_(host, non_blocking=True)
         self.arriving[block] = kept, self.back.mark()
 
+    def fetch_next(self) -> None:
+        """``fetch`` of the block that a backward pass takes next, the last one put, if any are left."""
+        if self.layouts:
+            self.fetch(next(reversed(self.layouts)))
+
     def take(self, block: int) -> dict[str, Tensor]:
         """A block's tensors, once, for what the compute stream gets next."""
         self.fetch(block)
