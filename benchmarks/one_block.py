@@ -25,11 +25,11 @@ from cogvideox import attention, blocks
 from cogvideox.stack import for_any_length, weights_of
 
 MIB = 2**20
-compiled = partial(torch.compile, fullgraph=True)
+compiled = partial(torch.compile, fullgraph=True, dynamic=False)
 WAYS: dict[str, Callable[[Any], Any]] = {
     "eager": lambda function: function,
-    "compiled": lambda function: compiled(function, dynamic=False),
-    "any_length": lambda function: for_any_length(compiled(function, dynamic=False)),
+    "compiled": compiled,
+    "any_length": lambda function: for_any_length(compiled(function)),
 }
 
 

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from cogvideox.errors import first_line
+
 aten = torch.ops.aten
 
 CUDNN, FLASH, FLASH_4, SAGE, CPU = "cudnn", "flash", "flash-4", "sage", "cpu"
@@ -124,7 +126,7 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     try:
         worst = gradient_error(backend, device, dtype)
     except Exception as error:  # whatever a kernel or its compiler says: another backend is there
-        return f"it fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return f"it fails ({first_line(error)})"
     allowed = TOLERANCE_QUANTISED if backend == SAGE else TOLERANCE
     return None if worst < allowed else f"its gradients are off by {worst:.2g}"
 

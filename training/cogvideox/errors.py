@@ -22,6 +22,12 @@ def first_of(lines: Sequence[str]) -> list[str]:
     return [*lines[:SHOWN], *more]
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its type if that is nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class UsageError(ValueError):
     """Everything that is wrong with the flags, the files or the model, found before any model loads.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.data.buckets import Bucket, frame_problem, size_problem
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, first_line
 from cogvideox.flags import FullFlags, ModelFlags
 from cogvideox.options import LoraOptions, TrainOptions, reads_clips, resolution
 
@@ -203,7 +203,7 @@ def hub_file(model: ModelFlags, name: str) -> Path:
     except HFValidationError:
         raise UsageError(f"{flag_text(model)}: no such folder, and no hub id either") from None
     except (OSError, ValueError) as error:  # offline, no such repository, no access
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UsageError(
             f"{flag_text(model)}: no such folder, and not to be had from the hub ({reason}); "
             f"where there is a network: hf download {repo}"

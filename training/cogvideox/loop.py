@@ -21,7 +21,7 @@ from cogvideox.data.dataset import Batch, LatentDataset, build_loader, timesteps
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import make_engine
-from cogvideox.errors import UsageError, first_of
+from cogvideox.errors import UsageError, first_line, first_of
 from cogvideox.execution import Plan, keep_to_budget, make_plan, measured, place
 from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
@@ -316,7 +316,7 @@ def memory_errors_told() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        line = str(error).splitlines()[0]
+        line = first_line(error)
         fix = "give --plan lean, a smaller bucket, --train_batch_size or --rank, or a larger --vram_budget"
         raise UsageError(f"the GPU's memory does not suffice; {fix} ({line})") from None
     except MemoryError as error:

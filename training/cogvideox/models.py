@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from cogvideox import t5_stream, vae_encoder
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, first_line
 from cogvideox.flags import ModelFlags
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -198,9 +198,8 @@ def quicken(vae: Any) -> None:
     try:
         vae_encoder.quicken(vae)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if os.environ.get("RANK", "0") == "0":
-            tqdm.write(f"the VAE encodes as diffusers has it, more slowly: {reason}", file=sys.stderr)
+            tqdm.write(f"the VAE encodes as diffusers has it, more slowly: {first_line(error)}", file=sys.stderr)
 
 
 def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: bool = False) -> Any:
