@@ -179,7 +179,7 @@ def store(clip_FHWC: np.ndarray) -> dict[str, Any]:
                 cache.write(f"{count:04}", arriving.wait())
 
         stored(1)
-        write = {"moments_CFHW": encode.video_moments(vae, clip_FHWC).cpu()}
+        write = encode.Arriving({"moments_CFHW": encode.video_moments(vae, clip_FHWC)}).wait()
         alone = seconds(lambda: cache.write("alone", write))
         row = timed(lambda: stored(CLIPS), repeats=1)
     return row | {"seconds_a_clip": round(row["median_s"] / CLIPS, 4), "write_s": round(alone, 4)}

@@ -404,14 +404,15 @@ def wide(plans: tuple[BlockPlan, ...], compiled: bool, backend: str, precision: 
     from diffusers import CogVideoXTransformer3DModel
 
     torch.manual_seed(0)
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=48, num_layers=4, use_rotary_positional_embeddings=True
-    )
+    with torch.device("cuda"):
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=48, num_layers=4, use_rotary_positional_embeddings=True
+        )
     transformer.to(torch.bfloat16).requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS[:4], init_lora_weights=False))
-    transformer.to(torch.bfloat16)
+    transformer.to("cpu", torch.bfloat16)
     kinds = tuple(plans[i % len(plans)] for i in range(4))
-    plan = ExecutionPlan(kinds, compiled, backend, base_precision=precision)
+    plan = ExecutionPlan(kinds, compiled, backend, any_length=compiled, base_precision=precision)
     stack = Stack(transformer, plan, torch.device("cuda"))
     stack.install()
     return transformer, stack

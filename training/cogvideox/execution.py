@@ -40,7 +40,6 @@ from cogvideox.streaming import pinned
 from cogvideox.tensors import Tensors
 
 Plan = ExecutionPlan | ModulePlan
-FEW_BUCKETS = 8  # graphs of their own for each take 20 seconds or more
 AVERAGE_BYTES = 4  # of a trained number, with --use_ema
 PROBE_TOKENS = 8192
 COPY_BYTES = 64 * 2**20
@@ -69,7 +68,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     run.say(f"attention by {backend}: {reason}")
     buckets, precision = buckets_of(tensors), options.plan.base_precision
     sizes = sizes_of_run(run, options, tensors.geometry, buckets, transformer)
-    compiled = compiles(run, options.plan.compile_blocks, len(buckets), options.lora.lora_dropout > 0)
+    compiled = compiles(run, options.plan.compile_blocks, options.lora.lora_dropout > 0)
     try:
         machine = measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)
         chosen = plan.choose(axes_of(options), sizes, machine, compiled, backend)
@@ -78,7 +77,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     if precision != AUTO:
         run.say(fidelity(transformer, precision, run.device, backend))
     passes = options.train.gradient_accumulation_steps if run.device.type == "cuda" else 0  # no rates of a CPU
-    seconds_per_step, any_length = chosen.seconds * passes, compiled and len(buckets) > FEW_BUCKETS
+    seconds_per_step, any_length = chosen.seconds * passes, compiled and len(buckets) > 1
     return replace(chosen, seconds=seconds_per_step, any_length=any_length, base_precision=precision)
 
 
@@ -98,7 +97,7 @@ def sizes_of_run(run: Run, options: LoraOptions, geometry: Geometry, buckets: li
     return replace(sizes, state_bytes=sizes.state_bytes + averages, mapped=mapped)
 
 
-def compiles(run: Run, wanted: str, num_buckets: int, drops: bool) -> bool:
+def compiles(run: Run, wanted: str, drops: bool) -> bool:
     """Whether blocks are compiled. Dropout has other masks in each step, each of which would be a graph.
 
     Raises:
@@ -107,9 +106,6 @@ def compiles(run: Run, wanted: str, num_buckets: int, drops: bool) -> bool:
     if drops:
         if wanted == "yes":
             raise UsageError("--compile_blocks yes: dropout cannot be compiled; give --lora_dropout 0, or leave it out")
-        return False
-    if wanted == "auto" and run.device.type == "cuda" and num_buckets > FEW_BUCKETS:
-        run.say(f"{num_buckets} buckets: blocks are not compiled; --compile_blocks yes compiles one graph for all")
         return False
     return wanted == "yes" or (wanted == "auto" and (run.compiled or run.device.type == "cuda"))
 

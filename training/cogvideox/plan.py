@@ -18,12 +18,12 @@ AUTO = "auto"  # of a base precision: the compute type
 LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
 UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10}
 WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/one_block.py prints it
-    True: {"input": 19.1, "attention": 17.2, "linear": 13.2, "all": 12.0},
-    False: {"input": 42.2, "attention": 41.2, "linear": 33.2, "all": 30.0},
+    True: {"input": 19.1, "attention": 17.2, "linear": 13.2, "all": 9.3},
+    False: {"input": 38.2, "attention": 37.2, "linear": 28.2, "all": 25.2},
 }
 ENDS_UNITS = 1.8  # tensors in front of and behind the blocks
 RECOMPUTED = {"input": (8 / 12, 1.0, 0.0), "attention": (8 / 12, 0.0, 0.0), "linear": (0.0, 0.0, 0.0)}
-RECOMPUTED["all"] = (0.0, 0.0, -6.0)
+RECOMPUTED["all"] = (0.0, 0.0, -10.0)
 """Shares of a block's forward linear layers and attention that backward computes again; units that it has less to read
 and write than TRAFFIC_UNITS says."""
 TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}  # read and written outside frozen products, by pass
