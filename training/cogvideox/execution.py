@@ -41,7 +41,7 @@ from cogvideox.tensors import Tensors
 
 Plan = ExecutionPlan | ModulePlan
 AVERAGE_BYTES = 4  # of a trained number, with --use_ema
-PROBE_TOKENS = 8192
+PROBE_SECONDS = 0.2  # long enough for a card to meet its power limit, as it does in a run
 COPY_BYTES = 64 * 2**20
 LOW_COSINE = 0.999
 
@@ -214,18 +214,21 @@ def hold_to(budget: float) -> None:
 
 
 def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes) -> Machine:
-    """The machine with measured rates: FLOP a second of matrix products and attention, bytes a second of copies."""
+    """The machine with measured rates: FLOP a second of matrix products and attention, bytes a second of copies.
+
+    Of the shapes of one sample: what it takes is less than a block's backward pass needs.
+    """
     assert backend != CPU
-    width, heads = sizes.width, sizes.heads
-    x = torch.randn(PROBE_TOKENS, width, device=device, dtype=dtype)
+    tokens, width, heads = sizes.tokens, sizes.width, sizes.heads
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
     w = torch.randn(4 * width, width, device=device, dtype=dtype)
-    q = x.view(1, PROBE_TOKENS, heads, width // heads)
+    q = x.view(1, tokens, heads, width // heads)
     o, lse = attend(q, q, q, backend)
     host, here = pinned(COPY_BYTES), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-    scores = 4 * PROBE_TOKENS**2 * width
+    scores = 4 * tokens**2 * width
     return replace(
         machine,
-        matmul=8 * PROBE_TOKENS * width**2 / seconds(lambda: x @ w.mT),
+        matmul=8 * tokens * width**2 / seconds(lambda: x @ w.mT),
         attention=scores / seconds(lambda: attend(q, q, q, backend)),
         attention_backward=2.5 * scores / seconds(lambda: attend_backward(o, q, q, q, o, lse, backend)),
         memory=2 * here.numel() / seconds(lambda: here.clone()),
@@ -233,18 +236,19 @@ def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backe
     )
 
 
-def seconds(run: Callable[[], Any], rounds: int = 3, calls: int = 4) -> float:
-    """Of one call on the device: a few in a row, so that starting them does not count; the fastest of the rounds."""
+def seconds(run: Callable[[], Any]) -> float:
+    """Of one call on the device, in a long row of them."""
     run()
-    times = []
-    for _ in range(rounds):
+    calls, taken = 1, 0.0
+    while taken < PROBE_SECONDS:
+        calls *= 2
         torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(calls):
             run()
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) / calls)
-    return min(times)
+        taken = time.perf_counter() - started
+    return taken / calls
 
 
 # -- setting up --------------------------------------------------------------------------------------------------------

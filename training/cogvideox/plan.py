@@ -30,8 +30,9 @@ TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}  # read and written 
 WHOLE_MATRICES = {True: 1.0, False: 1.2}
 """Share of a block's quantised matrices that is whole at a time: a graph makes each once and keeps it for its second
 use; without one the largest, a third of them, is made by way of fp32."""
-HIDDEN_COPY = 0.06
-COPY_SHARE = 0.85  # of the measured rate, as both directions run at once and blocks of different kinds are not alike
+HIDDEN_COPY = 0.01  # of a copy's time: what it costs the arithmetic beside it
+COPY_SHARE = 0.96  # of the measured rate, as both directions run at once
+AS_FAST = 1.01  # plans whose predicted times are nearer than predictions are good count as equally fast
 FRAGMENTS = 0.94  # the share of free memory that can be filled
 HOST_SHARES = (0.6, 0.9)  # of the free host memory that plans may pin; the second if nothing fits the first
 CONTEXT = 0.6 * GIB  # of CUDA itself, on a card that --vram_budget describes
@@ -183,10 +184,16 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
 
 def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     """Host memory beside what was loaded there already, of which streamed blocks take over their share."""
-    kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
+    _, kept = copied_bytes(kinds, sizes)
     streamed = sum(n for kind, n in kinds.items() if kind.weights == HOST)
     weights = (streamed if sizes.mapped else min(1, streamed)) * sizes.block_bytes
     return kept + weights + (sizes.trained * sizes.state_bytes if state == HOST else 0)
+
+
+def copied_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> tuple[int, int]:
+    """Bytes of weights and of what was kept that come from the host in backward; forward copies as many."""
+    weights = sum(n for kind, n in kinds.items() if kind.weights == HOST) * sizes.block_bytes
+    return weights, sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
 
 
 def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
@@ -200,8 +207,7 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     unit = sizes.unit / machine.memory
     forward_traffic, backward_traffic = (n * unit for n in TRAFFIC_UNITS[compiled])
     copies = COPY_SHARE * machine.copies
-    weights = sum(n for kind, n in kinds.items() if kind.weights == HOST) * sizes.block_bytes / copies
-    kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST) / copies
+    weights, kept = (number / copies for number in copied_bytes(kinds, sizes))
     again = 0.0
     for kind, n in kinds.items():
         linears, attentions, units = RECOMPUTED[kind.keep]
@@ -209,7 +215,7 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     forward = sizes.blocks * (linear + attend + forward_traffic)
     backward = sizes.blocks * (linear + attend_backward + backward_traffic) + again
     total = max(forward, weights, kept) + max(backward, weights + kept)
-    total += HIDDEN_COPY * 2 * (weights + kept)  # hidden copies still take a little of the device's own bandwidth
+    total += HIDDEN_COPY * 2 * (weights + kept)
     moved = sizes.state_bytes * sizes.trained
     return total + (moved / copies if state == HOST else 2 * moved / machine.memory)
 
@@ -228,7 +234,7 @@ def candidates(axes: Axes, blocks: int) -> Iterator[tuple[BlockPlan, BlockPlan, 
 
 
 def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
-    """The fastest plan that fits; of equally fast ones that with the lowest peak.
+    """Of the plans that fit and are as fast as the fastest, the one that copies least between host and device.
 
     Raises:
         NoPlanError: none fits.
@@ -242,8 +248,7 @@ def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention
 
 def fastest(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
     """``choose``, where all of the machine's host memory may be pinned."""
-    best: tuple[float, int] | None = None
-    found, least = None, None
+    found, least = [], None
     for first, second, count, state in candidates(axes, sizes.blocks):
         kinds = {first: count} if first == second else {first: count, second: sizes.blocks - count}
         peak, host = peak_bytes(kinds, state, compiled, sizes), host_bytes(kinds, state, sizes)
@@ -251,16 +256,17 @@ def fastest(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attentio
         if peak > machine.device_bytes or host > machine.host_bytes:
             continue
         seconds = step_seconds(kinds, state, compiled, sizes, machine)
-        rank = float(f"{seconds:.4g}"), peak
-        if best is None or rank < best:
-            best, found = rank, (first, second, count, state)
-    if found is None or best is None:
+        found.append((seconds, sum(copied_bytes(kinds, sizes)), peak, (first, second, count, state)))
+    if not found:
         assert least is not None
         gibs = [f"{size / GIB:.1f}" for size in (*least, machine.device_bytes, machine.host_bytes)]
         raise NoPlanError(
             "the smallest allowed plan needs {} GiB of the device and {} GiB of the host beside the weights; {} and {} "
             "may be filled".format(*gibs)
         )
-    first, second, count, state = found
+    enough = AS_FAST * min(seconds for seconds, *_ in found)
+    seconds, _, peak, (first, second, count, state) = min(
+        (plan for plan in found if plan[0] <= enough), key=lambda plan: (plan[1], float(f"{plan[0]:.4g}"), plan[2])
+    )
     blocks = mixture(first, second, count, sizes.blocks)
-    return ExecutionPlan(blocks, compiled, attention, state, peak=best[1], seconds=best[0])
+    return ExecutionPlan(blocks, compiled, attention, state, peak=peak, seconds=seconds)
