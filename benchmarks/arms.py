@@ -9,7 +9,7 @@ import gc
 import statistics
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -32,14 +32,22 @@ from cogvideox.options import LoraOptions
 from cogvideox.plan import ExecutionPlan
 from cogvideox.run import Mark
 from cogvideox.tasks import TextToVideo
-from cogvideox.validation import evaluation
+from cogvideox.validation import decode_what_fits, evaluation
 
 GIB = 2**30
 NO_MEMORY = "out of memory"
 DTYPE = torch.bfloat16
 LEFT = GIB // 4  # bytes that may stay on the device between arms: the workspaces of cuBLAS
 SAMPLING_STEPS, GUIDANCE = 2, 6.0
-CARDS = {"24gb": 24.0, "12gb": 12.0}  # --plan auto within the memory of such a card, GiB
+PLAN_FLAGS = {  # of training, by the names of plans
+    "fast": ("--plan", "fast"),
+    "24gb": ("--vram_budget", "24"),
+    "12gb": ("--vram_budget", "12"),
+    "8gb": ("--vram_budget", "8"),
+    "lean": ("--plan", "lean"),
+    "lean-int8": ("--plan", "lean", "--base_precision", "int8"),
+    "lean-nf4": ("--plan", "lean", "--base_precision", "nf4"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,13 +81,12 @@ class Work:
         """The size of the clips."""
         return Bucket(*random_models.clip_size(self.kind))
 
-    @cached_property
-    def options(self) -> LoraOptions:
+    def options(self, plan_name: str) -> LoraOptions:
         """As the command line of the training script gives them."""
         flags = ["--pretrained_model_name_or_path", self.kind, "--data_root", self.kind, "--load_tensors"]
         flags += ["--rank", str(self.rank), "--lora_alpha", str(self.rank), "--mixed_precision", "bf16"]
         flags += ["--optimizer", "adamw", "--learning_rate", "1e-4", "--train_batch_size", str(self.batch)]
-        return args.parse(LoraOptions, argv=flags)
+        return args.parse(LoraOptions, argv=[*flags, *PLAN_FLAGS[plan_name]])
 
     @property
     def width(self) -> int:
@@ -234,23 +241,26 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
 # -- our arm -----------------------------------------------------------------------------------------------------------
 
 
-def run_under_plan(transformer: Any, name: str, work: Work) -> tuple[ExecutionPlan, dict[str, Any]]:
-    """Lets a transformer with its LoRA run as a preset or on one of CARDS; returns its plan, and what is recorded."""
+def run_under_plan(transformer: Any, options: LoraOptions, work: Work) -> tuple[ExecutionPlan, dict[str, Any]]:
+    """Lets a transformer with its LoRA run as the flags say; returns its plan, and what is recorded."""
     transformer.to("cpu")  # where training starts from
-    preset, budget = ("auto", CARDS[name]) if name in CARDS else (name, None)
+    flags = options.plan
     if work.device.type == "cuda":
         torch.cuda.empty_cache()
-        if budget is not None:
-            execution.hold_to(budget)
+        if flags.vram_budget is not None:
+            execution.hold_to(flags.vram_budget)
     backend, why = attention.choose_backend(work.device, DTYPE)
-    sizes = execution.sizes_of(transformer, work.geometry, [work.bucket], work.batch, DTYPE)
-    machine = execution.measure(work.device, DTYPE, backend, sizes, budget)
+    sizes = execution.sizes_of(transformer, work.geometry, [work.bucket], work.batch, DTYPE, flags.base_precision)
+    machine = execution.measure(work.device, DTYPE, backend, sizes, flags.vram_budget)
     compiled = work.device.type == "cuda"
-    chosen = plan.choose(plan.PRESETS[preset], sizes, machine, compiled, backend)
-    execution.place(transformer, chosen, work.device)
+    chosen = plan.choose(execution.axes_of(options), sizes, machine, compiled, backend)
+    chosen = replace(chosen, base_precision=flags.base_precision)
     predicted = {"peak_gib": round(chosen.peak / GIB, 3), "seconds_per_step": round(chosen.seconds, 3)}
     measured = {field: float(f"{value:.4g}") for field, value in asdict(machine).items()}
     record = {"execution": str(chosen), "attention": f"{backend}: {why}", "machine": measured, "predicted": predicted}
+    if flags.base_precision != plan.AUTO:
+        record["fidelity"] = execution.fidelity(transformer, flags.base_precision, work.device, backend)
+    execution.place(transformer, chosen, work.device)
     return chosen, record
 
 
@@ -263,10 +273,10 @@ def master_weights(method: Lora, options: LoraOptions, on_host: bool) -> MasterW
 
 def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
     """Training steps under a plan; then what validation needs beside them, if asked for."""
-    options, device = work.options, work.device
+    options, device = work.options(name), work.device
     transformer = work.make_transformer()
     method = Lora(transformer, options)
-    chosen, record = run_under_plan(transformer, name, work)
+    chosen, record = run_under_plan(transformer, options, work)
     task = TextToVideo(options, work.geometry, device, DTYPE)
     schedule = NoiseSchedule.from_config(work.geometry.schedule).to(device)
     weights_T = loss_weights(schedule, options.signal)
@@ -285,13 +295,21 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
     figures = meter.figures() | record
     if device.type == "cuda":
         figures["kernels_ms"] = attempt(shares_of, lambda: make_step(steps - 1))
-    return figures | {"validation": attempt(sample, work, transformer)} if validates else figures
+    if not validates:
+        return figures
+    return figures | {"validation": attempt(sample, work, transformer, figures["peak_gib"]["reserved"])}
 
 
-def sample(work: Work, transformer: Any) -> dict[str, Any]:
-    """Peaks of sampling by the stock pipeline, and of decoding in tiles, with all of training still there."""
+def sample(work: Work, transformer: Any, gib: float | None) -> dict[str, Any]:
+    """Peaks of sampling by the stock pipeline, and of decoding in tiles that fit, with all of training still there.
+
+    ``gib``: what training reserved, which the process is held to.
+    """
     from diffusers import CogVideoXPipeline
 
+    if gib is not None:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.mem_get_info()[1])
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
     pipe = CogVideoXPipeline(**parts, transformer=transformer, scheduler=work.scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -310,10 +328,12 @@ def sample(work: Work, transformer: Any) -> dict[str, Any]:
     vae.enable_tiling()
     padding = work.geometry.padding_frames(work.geometry.latent_frames(work.bucket.frames))
     with torch.no_grad():
-        vae.decode(latents_BFCHW[:, padding:].transpose(1, 2) / work.geometry.scaling_factor)
+        decode = decode_what_fits(vae, print)
+        decode(latents_BFCHW[:, padding:].transpose(1, 2) / work.geometry.scaling_factor)
     return {
         "sampling_steps": SAMPLING_STEPS,
         "sampling_seconds": round(end.seconds_since(start), 2),
         "sampling_peak_gib": sampling,
         "decoding_peak_gib": peak_gib(work.device),
+        "tiles": [vae.tile_sample_min_height, vae.tile_sample_min_width],
     }

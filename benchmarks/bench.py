@@ -4,7 +4,7 @@
     python benchmarks/bench.py --rows 5b-r128-fast       # some of them
     python benchmarks/bench.py --table                   # the README's table; --table README.md puts it there
 
-A row is a model, a rank, a batch size and a plan: a preset, or what auto takes on a smaller card. Rows that differ in
+A row is a model, a rank, a batch size and a plan: flags of training, arms.PLAN_FLAGS says which. Rows that differ in
 their plan alone share a process: the stock arm first, then each of them, so that every ratio is of one run (arms.py). A
 row's result is a JSON file; what is there is not run again, and a row that fails keeps no other from running.
 """
@@ -48,7 +48,7 @@ class Process:
 
 PROCESSES = (
     Process("2b", 128, 1, ("stock", "fast", "24gb", "lean"), validates=True),
-    Process("5b", 128, 1, ("stock", "fast", "24gb", "12gb", "lean"), validates=True),
+    Process("5b", 128, 1, ("stock", "fast", "24gb", "12gb", "8gb", "lean", "lean-int8", "lean-nf4"), validates=True),
     Process("5b", 16, 1, ("stock", "lean"), stock_steps=4),
     Process("5b", 256, 1, ("stock", "lean"), stock_steps=4),
     Process("5b", 64, 4, ("stock", "lean"), steps=4, stock_steps=3),

@@ -11,11 +11,11 @@ from typing import Any
 
 PREFIX = "bench_"
 BEGIN, END = "<!-- bench.py --table: begin -->\n", "<!-- bench.py --table: end -->\n"
-PLANS = ("stock", "fast", "24gb", "12gb", "lean")
+PLANS = ("stock", "fast", "24gb", "12gb", "8gb", "lean", "lean-int8", "lean-nf4")
 MODELS = ("2b", "5b", "1.5-5b")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # a second, dense bf16, by a part of the device's name
 LIMITS = {"2b": dict.fromkeys(PLANS, 0.68), "1.5-5b": dict.fromkeys(PLANS, 8.75)}
-LIMITS["5b"] = dict.fromkeys(PLANS, 1.66) | {"lean": 1.84}
+LIMITS["5b"] = {name: 1.84 if name.startswith("lean") else 1.66 for name in PLANS}
 """Seconds a sample, on an H100: matmuls and attention at the rates measured there, all else fused to its fewest bytes,
 nothing computed again; for 5b lean with attention outputs kept alone, what that plan can reach.
 At rank 128; the LoRA's own matmuls are 3 % of a step there, less at lower ranks."""

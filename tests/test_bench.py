@@ -14,8 +14,6 @@ import random_models
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from cogvideox.plan import PRESETS
-
 TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "time_embed_dim": 16}
 TINY |= {"text_embed_dim": 8, "max_text_seq_length": 6, "sample_height": 8, "sample_width": 12, "sample_frames": 9}
 TINY_VAE = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
@@ -98,10 +96,10 @@ def test_a_row_that_fails_keeps_no_other_from_running(
 ) -> None:
     run = arms.run_under_plan
 
-    def failing(transformer: Any, name: str, *more: Any) -> dict[str, Any]:
-        if name == "fast":
+    def failing(transformer: Any, options: Any, *more: Any) -> Any:
+        if options.plan.plan == "fast":
             raise RuntimeError("no such kernel")
-        return run(transformer, name, *more)
+        return run(transformer, options, *more)
 
     monkeypatch.setattr(arms, "run_under_plan", failing)
     rows = ["5b-r128-fast", "5b-r128-24gb", "5b-r16-lean"]
@@ -231,7 +229,7 @@ def test_every_row_has_a_limit_and_a_plan() -> None:
         assert set(process.plans) <= set(bench_table.PLANS)
         assert set(bench_table.LIMITS[process.kind]) == set(bench_table.PLANS)
         assert process.plans[0] == "stock"
-    assert set(bench_table.PLANS) <= {"stock", *PRESETS, *arms.CARDS}
+    assert set(bench_table.PLANS) == {"stock", *arms.PLAN_FLAGS}
 
 
 @pytest.mark.parametrize("arm", [lambda work: arms.stock(work, 2), lambda work: arms.ours(work, "lean", 2, True)])
