@@ -14,6 +14,7 @@ from cogvideox.plan import (
     HOST,
     LEVELS,
     PRESETS,
+    WHOLE_MATRICES,
     Axes,
     BlockPlan,
     Machine,
@@ -21,6 +22,7 @@ from cogvideox.plan import (
     Sizes,
     choose,
     host_bytes,
+    in_flight_bytes,
     mixture,
     peak_bytes,
     step_seconds,
@@ -121,7 +123,17 @@ def test_a_quantised_block_is_smaller_but_whole_while_it_runs() -> None:
     for weights, stored in ((DEVICE, LARGE.blocks), (HOST, 3)):
         kinds = {BlockPlan(weights): LARGE.blocks}
         saved = peak_bytes(kinds, HOST, True, LARGE) - peak_bytes(kinds, HOST, True, small)
-        assert saved == (stored / 2 - 1) * LARGE.block_bytes
+        assert saved == pytest.approx((stored / 2 - WHOLE_MATRICES[True]) * LARGE.block_bytes)
+
+
+def test_one_block_in_a_row_is_on_its_way_if_every_other_stays() -> None:
+    heavy, light, here = (BlockPlan(HOST, *where) for where in (("linear", HOST), ("attention", HOST), ("linear",)))
+    linear, attention = LARGE.kept_bytes("linear"), LARGE.kept_bytes("attention")
+    assert in_flight_bytes({heavy: 42}, LARGE) == 2 * linear
+    assert in_flight_bytes({heavy: 22, light: 20}, LARGE) == 2 * linear
+    assert in_flight_bytes({light: 21, heavy: 21}, LARGE) == linear + attention
+    assert in_flight_bytes({here: 30, heavy: 12}, LARGE) == linear
+    assert in_flight_bytes({here: 42}, LARGE) == 0
 
 
 def test_the_text_says_all() -> None:

@@ -27,9 +27,9 @@ RECOMPUTED["all"] = (0.0, 0.0, -10.0)
 """Shares of a block's forward linear layers and attention that backward computes again; units that it has less to read
 and write than TRAFFIC_UNITS says."""
 TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}  # read and written outside frozen products, by pass
-WHOLE_MATRICES = {True: 1.0, False: 1.2}
-"""Share of a block's quantised matrices that is whole at a time: a graph makes each once and keeps it for its second
-use; without one the largest, a third of them, is made by way of fp32."""
+WHOLE_MATRICES = {True: 0.1, False: 1.2}
+"""Share of a block's quantised matrices that is whole where memory is fullest: in a graph hardly any, measured; without
+one the largest, a third of them, is made by way of fp32."""
 HIDDEN_COPY = 0.01  # of a copy's time: what it costs the arithmetic beside it
 COPY_SHARE = 0.96  # of the measured rate, as both directions run at once
 AS_FAST = 1.01  # plans whose predicted times are nearer than predictions are good count as equally fast
@@ -176,10 +176,17 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
     total += sizes.trained * sizes.state_bytes if state == DEVICE else 0  # its chunks come when the blocks are done
     here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
     total += sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items())
-    away = [sizes.kept_bytes(kind.keep) * min(n, IN_FLIGHT) for kind, n in kinds.items() if kind.kept == HOST]
-    total += max(away, default=0)
+    total += in_flight_bytes(kinds, sizes)
     work = max(WORKSPACE_UNITS[compiled][kind.keep] for kind in kinds)
     return round(total + (work + ENDS_UNITS) * sizes.unit)
+
+
+def in_flight_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
+    """What leaves for the host, or comes back, of as many blocks in a row as may be on their way at a time."""
+    away = {kind: sizes.kept_bytes(kind.keep) if kind.kept == HOST else 0 for kind in kinds}
+    *light, heavy = sorted(kinds, key=away.__getitem__)
+    most = -(-IN_FLIGHT * kinds[heavy] // sizes.blocks)  # they take turns
+    return most * away[heavy] + sum((IN_FLIGHT - most) * away[kind] for kind in light)
 
 
 def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
