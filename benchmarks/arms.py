@@ -39,6 +39,7 @@ NO_MEMORY = "out of memory"
 DTYPE = torch.bfloat16
 LEFT = GIB // 4  # bytes that may stay on the device between arms: the workspaces of cuBLAS
 SAMPLING_STEPS, GUIDANCE = 2, 6.0
+SMALLEST_CARD = 4.0  # GiB
 PLAN_FLAGS = {  # of training, by the names of plans
     "fast": ("--plan", "fast"),
     "24gb": ("--vram_budget", "24"),
@@ -303,13 +304,13 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
 def sample(work: Work, transformer: Any, gib: float | None) -> dict[str, Any]:
     """Peaks of sampling by the stock pipeline, and of decoding in tiles that fit, with all of training still there.
 
-    ``gib``: what training reserved, which the process is held to.
+    ``gib``: what training reserved, which the process is held to, or to a card of SMALLEST_CARD if that has more.
     """
     from diffusers import CogVideoXPipeline
 
     if gib is not None:
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.mem_get_info()[1])
+        execution.hold_to(max(gib + plan.CONTEXT / GIB, SMALLEST_CARD))
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
     pipe = CogVideoXPipeline(**parts, transformer=transformer, scheduler=work.scheduler)
     pipe.set_progress_bar_config(disable=True)

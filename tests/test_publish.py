@@ -243,13 +243,13 @@ def test_the_first_prompt_is_the_script_s(tmp_path: Path) -> None:
     assert prompt_in(script_of(tmp_path)) == "a video"
 
 
-def test_tiling_and_slicing_are_the_validation_s(tmp_path: Path) -> None:
-    text = ast.unparse(script_of(tmp_path))
-    assert "enable_tiling" not in text
-    assert "enable_slicing" not in text
-    tree = script_of(tmp_path, "--enable_tiling", "--enable_slicing")
-    calls(tree, "pipe.vae.enable_tiling")
-    calls(tree, "pipe.vae.enable_slicing")
+@pytest.mark.parametrize("flags", [(), ("--enable_tiling", "--enable_slicing")])
+def test_tiling_and_slicing_are_the_validation_s(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Beside the tiles that it takes where whole frames do not fit."""
+    lines = [ast.unparse(statement) for statement in script_of(tmp_path, *flags).body]
+    assert [line for line in lines if line.startswith("pipe.vae.enable")] == [
+        f"pipe.vae.{flag.removeprefix('--')}()" for flag in sorted(flags)
+    ]
 
 
 def test_the_script_samples_as_the_validation_does(

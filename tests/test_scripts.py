@@ -123,6 +123,24 @@ def test_inference_script_on_a_gpu(gib: float, moved: str, reference: Path, monk
     assert called == [moved]
 
 
+def test_inference_script_decodes_in_tiles_where_frames_do_not_fit(
+    reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKLCogVideoX
+
+    whole, seen = AutoencoderKLCogVideoX.decode, []
+
+    def decode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.use_tiling)
+        if not self.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKLCogVideoX, "decode", decode)
+    assert len(frames_of(reference / "inference.py", monkeypatch)) == 9
+    assert seen == [False, True]
+
+
 @pytest.mark.slow
 def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, tmp_path: Path) -> None:
     """The guide's own flags; only model, paths, buckets, steps and the tracker's mode are changed."""

@@ -426,6 +426,16 @@ def test_decoding_takes_tiles_that_fit(fits: int, tiles: tuple[int, int] | None)
     assert vae.tile_sample_min_height >= validation.SMALLEST_TILE
 
 
+def test_that_only_tiles_fit_is_remembered() -> None:
+    """Unless the clip that was decoded is larger than the videos."""
+    vae: Any = SimpleNamespace(use_tiling=False, to=lambda device: vae)
+    validator: Any = SimpleNamespace(pipeline=SimpleNamespace(vae=vae), run=SimpleNamespace(device="cpu"))
+    for larger, remembered in ((True, False), (False, True)):
+        with Validator._vae_on_device(validator, tiling=larger):
+            vae.use_tiling = True
+        assert vae.use_tiling is remembered
+
+
 def test_inference_decodes_as_validation_did() -> None:
     vae = SimpleNamespace(use_tiling=False, tile_sample_min_height=120, tile_sample_min_width=180)
     flags = SimpleNamespace(enable_slicing=True, enable_tiling=False)

@@ -59,6 +59,18 @@ if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > largest + 4 * 2*
 elif torch.cuda.is_available():
     pipe.enable_sequential_cpu_offload()  # a layer at a time: slow, but of a small GPU
 {vae}
+
+
+def decode(latents, decode=pipe.vae.decode):
+    try:
+        return decode(latents)
+    except torch.OutOfMemoryError:
+        pipe.vae.enable_tiling()  # slightly other pixels; whole frames do not fit
+    torch.cuda.empty_cache()
+    return decode(latents)
+
+
+pipe.vae.decode = decode
 video = pipe(
     prompt=prompt,{arguments}
     negative_prompt={negative_prompt},

@@ -255,11 +255,13 @@ class Validator:
     def _vae_on_device(self, tiling: bool = False) -> Iterator[None]:
         assert self.pipeline is not None
         vae = self.pipeline.vae.to(self.run.device)
-        tiled, vae.use_tiling = vae.use_tiling, vae.use_tiling or tiling
+        before = vae.use_tiling
+        vae.use_tiling = before or tiling
         try:
             yield
         finally:
-            vae.use_tiling = tiled
+            if tiling:  # else it says what fits, which stays so
+                vae.use_tiling = before
             vae.to("cpu")
             torch.cuda.empty_cache()
 
