@@ -32,6 +32,7 @@ from cogvideox.tensors import Tensors
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"
 SMALLEST_TILE = 96  # pixels; below, seams are most of a tile
+SMALLER = 0.7  # of a tile's side, that of the next one at most
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,29 @@ def decode_what_fits(vae: Any, say: Callable[[str], None]) -> Callable[..., Any]
 
 
 def take_smaller_tiles(vae: Any) -> bool:
-    """Turns tiling on, or halves the tiles; whether that could be done."""
+    """Turns tiling on, or makes tiles smaller; whether that could be done."""
     if not vae.use_tiling:
         vae.enable_tiling()
         return True
-    height, width = vae.tile_sample_min_height // 2, vae.tile_sample_min_width // 2
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    height = tile_below(vae.tile_sample_min_height, vae.tile_overlap_factor_height, scale)
+    width = tile_below(vae.tile_sample_min_width, vae.tile_overlap_factor_width, scale)
     if min(height, width) < SMALLEST_TILE:
         return False
     vae.enable_tiling(height, width)
     return True
+
+
+def tile_below(pixels: int, overlap: float, scale: int) -> int:
+    """The next smaller side of a tile, in pixels; 0 if there is none.
+
+    Diffusers makes a video of the right size only of tiles whose part that does not overlap is whole latents.
+    """
+    for latents in range(int(pixels * SMALLER) // scale, 0, -1):
+        side = latents * scale
+        if side - int(side * overlap) == int(latents * (1 - overlap)) * scale:
+            return side
+    return 0
 
 
 class Validator:
