@@ -408,6 +408,20 @@ def test_colours_follow_the_tags_of_the_file(tmp_path, matrix, tag, sampling, fu
     assert np.abs(back[:, 16, 16].astype(int) - COLOURS).max() <= 4
 
 
+def test_the_same_frames_make_the_same_file(tmp_path):
+    """Whatever lies in the memory that the encoder is given."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :96]
+    waves = [np.stack([127 + 100 * np.sin(x / 9 + f + y / (7 + c)) for c in range(3)], -1) for f in range(9)]
+    files = set()
+    for _ in range(12):
+        used = [rng.integers(0, 255, rng.integers(1000, 400_000), dtype=np.uint8) for _ in range(50)]
+        del used
+        write_video(tmp_path / "out.mp4", np.stack(waves).astype(np.uint8), 8.0)
+        files.add((tmp_path / "out.mp4").read_bytes())
+    assert len(files) == 1
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     def fill_the_disk(path: Path, *_):
         path.write_bytes(b"half")

@@ -5,6 +5,7 @@ that are shown (edit lists are honoured) and found again by its timestamp, so a 
 Nothing here imports torch: decode workers stay small. Shape suffixes: F frames, H height, W width, C colour channels.
 """
 
+import functools
 import os
 import struct
 from bisect import bisect_left
@@ -196,12 +197,19 @@ def _shown_size(frame: VideoFrame, stream: VideoStream, rotation: int) -> tuple[
     return (width, frame.height) if rotation % 180 else (frame.height, width)
 
 
+@functools.cache
+def _same_each_time() -> dict[str, str]:
+    """Options with which x264 makes the same file of the same frames: with AVX-512 it reads memory that is not set."""
+    features = Path("/proc/cpuinfo")
+    return {"x264-params": "asm=avx2"} if features.exists() and "avx512" in features.read_text() else {}
+
+
 def _encode(path: Path, frames_FHWC: np.ndarray, fps: float, crf: int) -> None:
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames_FHWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf)}
+        stream.options = {"crf": str(crf)} | _same_each_time()
         # Tagged, because players guess the matrix of untagged files from the size of the picture.
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709
