@@ -32,14 +32,15 @@ from cogvideox.options import LoraOptions
 from cogvideox.plan import ExecutionPlan
 from cogvideox.run import Mark
 from cogvideox.tasks import TextToVideo
-from cogvideox.validation import decode_what_fits, evaluation
+from cogvideox.vae_decoder import Decoder
+from cogvideox.validation import evaluation
 
 GIB = 2**30
 NO_MEMORY = "out of memory"
 DTYPE = torch.bfloat16
 LEFT = GIB // 4  # bytes that may stay on the device between arms: the workspaces of cuBLAS
 SAMPLING_STEPS, GUIDANCE = 2, 6.0
-SMALLEST_CARD = 4.0  # GiB
+SMALLEST_CARD = 4.0  # GiB; the VAE alone does not decode in what 2b trains in
 PLAN_FLAGS = {  # of training, by the names of plans
     "fast": ("--plan", "fast"),
     "24gb": ("--vram_budget", "24"),
@@ -301,16 +302,16 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
     return figures | {"validation": attempt(sample, work, transformer, figures["peak_gib"]["reserved"])}
 
 
-def sample(work: Work, transformer: Any, gib: float | None) -> dict[str, Any]:
-    """Peaks of sampling by the stock pipeline, and of decoding in tiles that fit, with all of training still there.
+def sample(work: Work, transformer: Any, reserved_gib: float | None) -> dict[str, Any]:
+    """Peaks of sampling by the stock pipeline and of decoding what fits, with all of training still there.
 
-    ``gib``: what training reserved, which the process is held to, or to a card of SMALLEST_CARD if that has more.
+    The process is held to what training reserved, or to a card of SMALLEST_CARD if that has more.
     """
     from diffusers import CogVideoXPipeline
 
-    if gib is not None:
+    if reserved_gib is not None:
         torch.cuda.empty_cache()
-        execution.hold_to(max(gib + plan.CONTEXT / GIB, SMALLEST_CARD))
+        execution.hold_to(max(reserved_gib + plan.CONTEXT / GIB, SMALLEST_CARD))
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
     pipe = CogVideoXPipeline(**parts, transformer=transformer, scheduler=work.scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -326,15 +327,14 @@ def sample(work: Work, transformer: Any, gib: float | None) -> dict[str, Any]:
     end.reached()
     sampling = peak_gib(work.device)
     vae = random_models.make_vae(work.kind, str(work.device))
-    vae.enable_tiling()
+    Decoder(vae, print)
     padding = work.geometry.padding_frames(work.geometry.latent_frames(work.bucket.frames))
     with torch.no_grad():
-        decode = decode_what_fits(vae, print)
-        decode(latents_BFCHW[:, padding:].transpose(1, 2) / work.geometry.scaling_factor)
+        vae.decode(latents_BFCHW[:, padding:].transpose(1, 2) / work.geometry.scaling_factor)
     return {
         "sampling_steps": SAMPLING_STEPS,
         "sampling_seconds": round(end.seconds_since(start), 2),
         "sampling_peak_gib": sampling,
         "decoding_peak_gib": peak_gib(work.device),
-        "tiles": [vae.tile_sample_min_height, vae.tile_sample_min_width],
+        "tile": vae.decode.left[0],
     }

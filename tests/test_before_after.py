@@ -181,25 +181,29 @@ def test_larger_clips_are_decoded_in_tiles(
 ) -> None:
     validator = validator_of(tmp_path, model, opened(model, tensors), *flags)
     vae, seen = validator.pipeline.vae, []
-    decode = vae.decode
-    monkeypatch.setattr(vae, "decode", lambda latents: (seen.append(vae.use_tiling), decode(latents))[1])
+    decoder = vae.decode
+    decode, left = decoder.decode, list(decoder.left)
+    monkeypatch.setattr(decoder, "decode", lambda latents: (seen.append(vae.use_tiling), decode(latents))[1])
     validator.decode(moments_of(opened(model, tensors)))
     assert seen == [tiled]
-    assert vae.use_tiling == ("--enable_tiling" in flags)
+    assert decoder.left == left
+    assert not vae.use_tiling
 
 
 def test_the_vae_leaves_the_device_whatever_happens(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     validator = validator_of(tmp_path, model, opened(model, tensors), "--height", 32)
-    vae, moves, tiling = validator.pipeline.vae, [], validator.pipeline.vae.use_tiling
+    vae, moves = validator.pipeline.vae, []
+    left = list(vae.decode.left)
     monkeypatch.setattr(vae, "to", lambda device: moves.append(torch.device(device)) or vae)
     validator.run.ranks.device = torch.device("cpu", 0)
-    monkeypatch.setattr(vae, "decode", lambda latents: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    monkeypatch.setattr(vae.decode, "decode", lambda latents: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         validator.decode(moments_of(opened(model, tensors)))
     assert moves == [torch.device("cpu", 0), torch.device("cpu")]
-    assert vae.use_tiling == tiling
+    assert vae.decode.left == left
+    assert not vae.use_tiling
 
 
 # -- the sheet ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ from cogvideox.card import CARD_NAME
 from cogvideox.methods import Lora
 from cogvideox.publish import INFERENCE_NAME, MIN_COSINE, RECIPE_NAME, compare, faithful, inference_script
 from cogvideox.tasks import TextToVideo
+from cogvideox.vae_decoder import PUBLISHED, tiles_from
 from cogvideox.validation import Validator
 
 HOSTILE = [
@@ -187,10 +187,13 @@ def test_the_recipe_says_how_it_was_made(reference: Path) -> None:
 # -- inference.py ------------------------------------------------------------------------------------------------------
 
 
+TILES = tiles_from(*PUBLISHED)
+
+
 def script_of(output: Path, *flags: object, sampling: dict[str, Any] | None = None) -> ast.Module:
     options = options_of(output, *flags)
     validator: Any = SimpleNamespace(sampling=sampling or SAMPLING, fps=8.0, flags=options.validation, pipeline=None)
-    validator.vae_calls = partial(Validator.vae_calls, validator)
+    validator.tiles = Validator.tiles.fget(validator)  # type: ignore[attr-defined]
     method = SimpleNamespace(inference=lambda dtype: Lora.inference(PLAIN, dtype))
     task: Any = TextToVideo
     return ast.parse(inference_script(options, task, method, validator, run_alone(output)))
@@ -243,13 +246,16 @@ def test_the_first_prompt_is_the_script_s(tmp_path: Path) -> None:
     assert prompt_in(script_of(tmp_path)) == "a video"
 
 
-@pytest.mark.parametrize("flags", [(), ("--enable_tiling", "--enable_slicing")])
-def test_tiling_and_slicing_are_the_validation_s(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    """Beside the tiles that it takes where whole frames do not fit."""
+@pytest.mark.parametrize(
+    ("flags", "slicing", "tiles"),
+    [((), [], [None, *TILES]), (("--enable_tiling", "--enable_slicing"), ["pipe.vae.enable_slicing()"], TILES)],
+)
+def test_tiling_and_slicing_are_the_validation_s(
+    tmp_path: Path, flags: tuple[str, ...], slicing: list[str], tiles: list[tuple[int, int]]
+) -> None:
     lines = [ast.unparse(statement) for statement in script_of(tmp_path, *flags).body]
-    assert [line for line in lines if line.startswith("pipe.vae.enable")] == [
-        f"pipe.vae.{flag.removeprefix('--')}()" for flag in sorted(flags)
-    ]
+    assert [line for line in lines if line.startswith("pipe.vae.enable")] == slicing
+    assert f"TILES = {tiles}" in lines
 
 
 def test_the_script_samples_as_the_validation_does(

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX
 from fakes import listing, options_of, run_alone, state_of
 from running import PROMPT, lora_flags, train
 
@@ -395,73 +394,3 @@ def test_t5_and_vae_are_gone_before_the_transformer_is_loaded(
     assert places == ["host", "host"]
     assert [type(module).__name__ for module in held] == ["T5EncoderModel", "AutoencoderKLCogVideoX", "T5EncoderModel"]
     assert reached.value.args[0] == [True] * 3
-
-
-def vae_of_published_tiles() -> AutoencoderKLCogVideoX:
-    torch.manual_seed(0)
-    return AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 16, 16),
-        latent_channels=16,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_height=480,
-        sample_width=720,
-    )
-
-
-@pytest.mark.parametrize(
-    ("fits", "tiles"), [(10**9, None), (250 * 370, (240, 360)), (150 * 250, (144, 240)), (100 * 170, (96, 160))]
-)
-def test_decoding_takes_tiles_that_fit(fits: int, tiles: tuple[int, int] | None) -> None:
-    """A VAE whose decoding runs out of memory above some number of pixels."""
-    said: list[str] = []
-    vae = vae_of_published_tiles()
-
-    def decode(latents: torch.Tensor) -> str:
-        pixels = vae.tile_sample_min_height * vae.tile_sample_min_width if vae.use_tiling else 480 * 720
-        if pixels > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return "decoded"
-
-    vae.decode = decode  # type: ignore[method-assign]
-    assert validation.decode_what_fits(vae, said.append)(torch.empty(0)) == "decoded"
-    assert (vae.use_tiling and (vae.tile_sample_min_height, vae.tile_sample_min_width)) == (tiles or False)
-    assert len(said) == [None, (240, 360), (144, 240), (96, 160)].index(tiles)
-    fits = 100
-    with pytest.raises(torch.OutOfMemoryError):
-        validation.decode_what_fits(vae, said.append)(torch.empty(0))
-    assert vae.tile_sample_min_height >= validation.SMALLEST_TILE
-
-
-def test_a_video_of_tiles_has_its_size_and_hardly_other_pixels() -> None:
-    """Half of 240x360 does not: diffusers cut 480x720 to 496x760 of it."""
-    vae, (height, width) = vae_of_published_tiles(), (240, 400)
-    with torch.no_grad():
-        latents_BCFHW = torch.randn(1, 16, 1, height // 8, width // 8)
-        whole = vae.decode(latents_BCFHW).sample
-        while validation.take_smaller_tiles(vae):
-            tiled = vae.decode(latents_BCFHW).sample
-            assert tiled.shape == whole.shape == (1, 3, 1, height, width)
-            assert (tiled - whole).abs().mean() < 0.2 * whole.std()
-    assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == (96, 160)
-
-
-def test_that_only_tiles_fit_is_remembered() -> None:
-    """Unless the clip that was decoded is larger than the videos."""
-    vae: Any = SimpleNamespace(use_tiling=False, to=lambda device: vae)
-    validator: Any = SimpleNamespace(pipeline=SimpleNamespace(vae=vae), run=SimpleNamespace(device="cpu"))
-    for larger, remembered in ((True, False), (False, True)):
-        with Validator._vae_on_device(validator, tiling=larger):
-            vae.use_tiling = True
-        assert vae.use_tiling is remembered
-
-
-def test_inference_decodes_as_validation_did() -> None:
-    vae = SimpleNamespace(use_tiling=False, tile_sample_min_height=120, tile_sample_min_width=180)
-    flags = SimpleNamespace(enable_slicing=True, enable_tiling=False)
-    validator: Any = SimpleNamespace(flags=flags, pipeline=SimpleNamespace(vae=vae))
-    assert list(Validator.vae_calls(validator)) == ["enable_slicing()"]
-    vae.use_tiling = True
-    assert list(Validator.vae_calls(validator)) == ["enable_slicing()", "enable_tiling(120, 180)"]
-    validator.pipeline, flags.enable_tiling = None, True
-    assert list(Validator.vae_calls(validator)) == ["enable_slicing()", "enable_tiling()"]

@@ -39,6 +39,7 @@ graphs.py             compiled functions with a graph for each size
 streaming.py          tensors that pass through the device: weights, what forward keeps
 t5_stream.py          T5 with its blocks in host memory
 vae_encoder.py        the VAE's encoder, faster on a GPU
+vae_decoder.py        decoding what fits: whole frames, or tiles
 models.py             parts of a pipeline: found, identified, loaded
 prompts.py            validation prompts, of the command line or a file
 factory.py            folders that the CogVideoX factory prepared -> the cache

@@ -43,6 +43,7 @@ import torch
 from diffusers.utils.export_utils import encode_video
 
 PROMPT = {prompt}
+TILES = {tiles}  # to decode in, the first that fits; None: whole frames
 here = Path(__file__).parent
 defaults = [PROMPT,{defaults} "output.mp4"]
 prompt,{names} output = sys.argv[1:] + defaults[len(sys.argv) - 1 :]
@@ -58,16 +59,20 @@ if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > largest + 4 * 2*
     pipe.enable_model_cpu_offload()  # a part at a time on the GPU
 elif torch.cuda.is_available():
     pipe.enable_sequential_cpu_offload()  # a layer at a time: slow, but of a small GPU
-{vae}
-
+{slicing}
 
 def decode(latents, decode=pipe.vae.decode):
-    try:
-        return decode(latents)
-    except torch.OutOfMemoryError:
-        pipe.vae.enable_tiling()  # slightly other pixels; whole frames do not fit
-    torch.cuda.empty_cache()
-    return decode(latents)
+    for tile in TILES:
+        torch.cuda.empty_cache()
+        if tile:
+            pipe.vae.enable_tiling(*tile)
+        try:
+            return decode(latents)
+        except torch.OutOfMemoryError:
+            if tile == TILES[-1]:
+                raise
+        finally:
+            pipe.vae.disable_tiling()  # what is encoded is never tiled
 
 
 pipe.vae.decode = decode
@@ -194,7 +199,8 @@ def inference_script(options: TrainOptions, task: Task, method: Any, validator: 
         dtype=str(run.dtype).removeprefix("torch."),
         parts=parts,
         load=load,
-        vae="\n".join(f"pipe.vae.{call}" for call in validator.vae_calls()),
+        slicing="pipe.vae.enable_slicing()\n" if flags.enable_slicing else "",
+        tiles=validator.tiles,
         negative_prompt=repr(flags.negative_prompt),
         sampling="\n".join(f"    {name}={value!r}," for name, value in validator.sampling.items()),
         seed=options.data.seed,

@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ from cogvideox.prepare import encode_captions, missing_captions
 from cogvideox.prompts import prompts_of
 from cogvideox.run import Run
 from cogvideox.tensors import Tensors
+from cogvideox.vae_decoder import PUBLISHED, Decoder, Tile, tiles_from
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"
-SMALLEST_TILE = 96  # pixels; below, seams are most of a tile
-SMALLER = 0.7  # of a tile's side, that of the next one at most
 
 
 @dataclass(frozen=True)
@@ -78,49 +77,6 @@ def frames_of(video_BFCHW: Tensor) -> Tensor:
     return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
 
 
-def decode_what_fits(vae: Any, say: Callable[[str], None]) -> Callable[..., Any]:
-    """The VAE's decode; in tiles, and smaller ones, where the device is too small for what it was set to."""
-    decode = vae.decode
-
-    def decoded(*args: Any, **kwargs: Any) -> Any:
-        while True:
-            torch.cuda.empty_cache()  # sampling has left gaps
-            try:
-                return decode(*args, **kwargs)
-            except torch.OutOfMemoryError:
-                if not take_smaller_tiles(vae):
-                    raise
-            say(f"decoding in tiles of {vae.tile_sample_min_height}x{vae.tile_sample_min_width}: more does not fit")
-
-    return decoded
-
-
-def take_smaller_tiles(vae: Any) -> bool:
-    """Turns tiling on, or makes tiles smaller; whether that could be done."""
-    if not vae.use_tiling:
-        vae.enable_tiling()
-        return True
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    height = tile_below(vae.tile_sample_min_height, vae.tile_overlap_factor_height, scale)
-    width = tile_below(vae.tile_sample_min_width, vae.tile_overlap_factor_width, scale)
-    if min(height, width) < SMALLEST_TILE:
-        return False
-    vae.enable_tiling(height, width)
-    return True
-
-
-def tile_below(pixels: int, overlap: float, scale: int) -> int:
-    """The next smaller side of a tile, in pixels; 0 if there is none.
-
-    Diffusers makes a video of the right size only of tiles whose part that does not overlap is whole latents.
-    """
-    for latents in range(int(pixels * SMALLER) // scale, 0, -1):
-        side = latents * scale
-        if side - int(side * overlap) == int(latents * (1 - overlap)) * scale:
-            return side
-    return 0
-
-
 class Validator:
     """Renders the validation videos of a run. ``render`` is called on all ranks."""
 
@@ -154,9 +110,7 @@ class Validator:
         vae = models.load_vae(self.options.model, self.run.dtype)
         if self.flags.enable_slicing:
             vae.enable_slicing()
-        if self.flags.enable_tiling:
-            vae.enable_tiling()
-        vae.decode = decode_what_fits(vae, self.run.say)
+        Decoder(vae, self.run.say, tiled=self.flags.enable_tiling)
         scheduler = models.load_scheduler(self.options.model)
         pipeline = getattr(diffusers, name)(
             tokenizer=None, text_encoder=None, vae=vae, transformer=self.transformer, scheduler=scheduler
@@ -164,15 +118,12 @@ class Validator:
         pipeline.set_progress_bar_config(desc="validation", leave=False, disable=not self.run.is_main)
         return pipeline
 
-    def vae_calls(self) -> Iterator[str]:
-        """What sets a VAE to decode as this one did, which may have found that only small tiles fit."""
-        if self.flags.enable_slicing:
-            yield "enable_slicing()"
-        vae = self.pipeline.vae if self.pipeline else None
-        if vae and vae.use_tiling:
-            yield f"enable_tiling({vae.tile_sample_min_height}, {vae.tile_sample_min_width})"
-        elif self.flags.enable_tiling:
-            yield "enable_tiling()"
+    @property
+    def tiles(self) -> list[Tile | None]:
+        """What decoding is tried in: whole frames (None) unless they did not fit, then tiles."""
+        if self.pipeline:
+            return list(self.pipeline.vae.decode.left)
+        return ([] if self.flags.enable_tiling else [None]) + tiles_from(*PUBLISHED)
 
     def set_aside(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
         """Moves videos away that other settings made, or that another learning rate schedule made after this step."""
@@ -255,7 +206,8 @@ class Validator:
         mean_FCHW = moments_CFHW.chunk(2)[0].transpose(0, 1).float()
         latents_BFCHW = (self.pipeline.vae_scaling_factor_image * mean_FCHW).unsqueeze(0)
         pixels = mean_FCHW[0, 0].numel() * self.pipeline.vae_scale_factor_spatial**2
-        with self._vae_on_device(tiling=pixels > self.sampling["height"] * self.sampling["width"]):
+        larger = pixels > self.sampling["height"] * self.sampling["width"]
+        with self._vae_on_device(), self.pipeline.vae.decode.in_tiles() if larger else nullcontext():
             video_BCFHW = self.pipeline.decode_latents(latents_BFCHW.to(self.run.device, self.run.dtype))
             return frames_of(self.pipeline.video_processor.postprocess_video(video_BCFHW, output_type="pt")).numpy()
 
@@ -267,16 +219,12 @@ class Validator:
         return {"image": load_image(str(self.prompts.images[prompt]))}
 
     @contextmanager
-    def _vae_on_device(self, tiling: bool = False) -> Iterator[None]:
+    def _vae_on_device(self) -> Iterator[None]:
         assert self.pipeline is not None
         vae = self.pipeline.vae.to(self.run.device)
-        before = vae.use_tiling
-        vae.use_tiling = before or tiling
         try:
             yield
         finally:
-            if tiling:  # else it says what fits, which stays so
-                vae.use_tiling = before
             vae.to("cpu")
             torch.cuda.empty_cache()
 

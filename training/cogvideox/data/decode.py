@@ -198,7 +198,7 @@ def _shown_size(frame: VideoFrame, stream: VideoStream, rotation: int) -> tuple[
 
 
 @functools.cache
-def _same_each_time() -> dict[str, str]:
+def _same_each_time() -> dict[str, object]:
     """Options with which x264 makes the same file of the same frames: with AVX-512 it reads memory that is not set."""
     features = Path("/proc/cpuinfo")
     return {"x264-params": "asm=avx2"} if features.exists() and "avx512" in features.read_text() else {}
