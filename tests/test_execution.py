@@ -16,7 +16,7 @@ from running import PROMPT, equal, frames_of, lora_flags, losses, train, train_a
 
 from cogvideox import execution
 from cogvideox.errors import UsageError
-from cogvideox.plan import FRAGMENTS, GIB
+from cogvideox.plan import FRAGMENTS, GIB, Machine
 from cogvideox.stack import Stack
 
 Tiny = Callable[[str], Path]
@@ -194,6 +194,29 @@ def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, m
     machine = execution.measure(torch.device("cuda"), torch.bfloat16, "flash", sizes, None)
     assert machine.device_bytes == int(free * FRAGMENTS)
     assert machine.host_bytes == available // ranks
+
+
+def test_ranks_plan_for_the_least_of_each_figure() -> None:
+    """A plan that fits one of two unlike cards would not fit the other."""
+    first, second = Machine(8, 20, copies=3.0), Machine(9, 10, copies=2.0)
+    assert execution.agreed([first, second]) == Machine(8, 10, copies=2.0)
+    assert execution.agreed([first]) == first
+
+
+def test_a_probe_is_long_enough_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(execution.time, "perf_counter", lambda: now[0])
+    for each, calls in ((0.01, 20), (3.0, 1)):
+        durations = iter([5.0, *[each] * 100])  # the first one compiles
+        made: list[float] = []
+
+        def run(durations: Any = durations, made: list[float] = made) -> None:
+            made.append(next(durations))
+            now[0] += made[-1]
+
+        assert execution.seconds(run) == pytest.approx(each)
+        assert len(made) == 2 + calls
 
 
 def test_all_weights_have_no_plan_yet(model: Path, tensors: Path, tmp_path: Path, capsys: Any) -> None:

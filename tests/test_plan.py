@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 
 from cogvideox.plan import (
     AS_FAST,
@@ -14,19 +15,20 @@ from cogvideox.plan import (
     HOST,
     LEVELS,
     PRESETS,
-    WHOLE_MATRICES,
     Axes,
     BlockPlan,
     Machine,
     NoPlanError,
     Sizes,
     choose,
+    copied_bytes,
     host_bytes,
     in_flight_bytes,
     mixture,
     peak_bytes,
     step_seconds,
 )
+from cogvideox.streaming import HostStore
 
 LARGE = Sizes(  # CogVideoX-5b, rank 128, 49x480x720
     blocks=42,
@@ -118,22 +120,36 @@ def test_keeping_more_costs_memory_and_saves_time() -> None:
     assert host_bytes({BlockPlan(kept=HOST, keep="attention"): 42}, HOST, LARGE) > 8 * GIB
 
 
-def test_a_quantised_block_is_smaller_but_whole_while_it_runs() -> None:
+def test_a_quantised_block_is_smaller_and_hardly_any_of_it_is_whole() -> None:
     small = replace(LARGE, block_bytes=LARGE.block_bytes // 2, matrix_bytes=LARGE.block_bytes)
     for weights, stored in ((DEVICE, LARGE.blocks), (HOST, 3)):
         kinds = {BlockPlan(weights): LARGE.blocks}
         saved = peak_bytes(kinds, HOST, True, LARGE) - peak_bytes(kinds, HOST, True, small)
-        assert saved == pytest.approx((stored / 2 - WHOLE_MATRICES[True]) * LARGE.block_bytes)
+        assert saved == pytest.approx((stored / 2 - 0.1) * LARGE.block_bytes)
 
 
-def test_one_block_in_a_row_is_on_its_way_if_every_other_stays() -> None:
-    heavy, light, here = (BlockPlan(HOST, *where) for where in (("linear", HOST), ("attention", HOST), ("linear",)))
-    linear, attention = LARGE.kept_bytes("linear"), LARGE.kept_bytes("attention")
-    assert in_flight_bytes({heavy: 42}, LARGE) == 2 * linear
-    assert in_flight_bytes({heavy: 22, light: 20}, LARGE) == 2 * linear
-    assert in_flight_bytes({light: 21, heavy: 21}, LARGE) == linear + attention
-    assert in_flight_bytes({here: 30, heavy: 12}, LARGE) == linear
-    assert in_flight_bytes({here: 42}, LARGE) == 0
+@pytest.mark.parametrize("kept", [DEVICE, HOST])
+def test_what_is_on_its_way_is_what_a_store_holds(kept: str) -> None:
+    """Of all mixtures; what stays on the device never makes what leaves it go."""
+    heavy, other = BlockPlan(HOST, "linear", HOST), BlockPlan(HOST, "attention", kept)
+    units = {heavy: 10, other: 2}
+    for count in range(1, 13):
+        store, most = HostStore(torch.device("cpu")), 0
+        blocks = mixture(heavy, other, count, 12)
+        for i, block in enumerate(blocks):
+            if block.kept == HOST:
+                store.put(i, {"kept": torch.zeros(units[block], dtype=torch.uint8)})
+            most = max(most, sum(tensors["kept"].numel() for tensors, _ in store.leaving.values()))
+        small = replace(LARGE, blocks=12, tokens=1, width=1, item_bytes=1, heads=0)
+        assert in_flight_bytes({kind: blocks.count(kind) for kind in set(blocks)}, small) == most
+
+
+def test_of_equally_fast_plans_the_one_that_copies_least_is_taken() -> None:
+    """The optimizer's state counts: on this card it fits beside blocks that copy a little more."""
+    assert pick(18).state == DEVICE
+    kinds = {kind: pick(75).blocks.count(kind) for kind in set(pick(75).blocks)}
+    assert copied_bytes(kinds, DEVICE, LARGE) == (0, 0, 0)
+    assert copied_bytes(kinds, HOST, LARGE) == (0, 0, LARGE.trained * LARGE.state_bytes)
 
 
 def test_the_text_says_all() -> None:

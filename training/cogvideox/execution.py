@@ -8,7 +8,7 @@ LoRAs elsewhere than in attention and feed-forward layers, DeepSpeed, fp32 on a 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     sizes = sizes_of_run(run, options, tensors.geometry, buckets, transformer)
     compiled = compiles(run, options.plan.compile_blocks, options.lora.lora_dropout > 0)
     try:
-        machine = measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)
+        run.barrier()  # ranks of one host share its memory and its copies
+        machine = agreed(run.from_all(measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)))
         chosen = plan.choose(axes_of(options), sizes, machine, compiled, backend)
     except (NoPlanError, torch.OutOfMemoryError) as error:
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {_smaller(sizes)}") from None
@@ -185,7 +186,7 @@ def sizes_of(
 
 
 def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
-    """Free memory, and rates by probes of a fraction of a second; on a CPU nominal rates."""
+    """Free memory, and rates by probes of about a second in all; on a CPU nominal rates."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this host; all of them measure now, and pin later
     host = free_host_bytes() // ranks
     fits = free_bytes(device) if device.type == "cuda" else float(host)
@@ -193,6 +194,11 @@ def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes
         fits = min(fits, allowed_bytes(budget))
     machine = Machine(int(fits * plan.FRAGMENTS), host)
     return with_rates(machine, device, dtype, backend, sizes) if device.type == "cuda" else machine
+
+
+def agreed(machines: list[Machine]) -> Machine:
+    """The least of each figure, for all ranks to plan alike: what fits it fits everywhere."""
+    return Machine(*map(min, zip(*map(astuple, machines), strict=True)))
 
 
 def allowed_bytes(budget: float) -> float:
@@ -237,18 +243,19 @@ def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backe
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of one call on the device, in a long row of them."""
-    run()
-    calls, taken = 1, 0.0
-    while taken < PROBE_SECONDS:
-        calls *= 2
+    """Of one call on the device, in a row of them that takes PROBE_SECONDS."""
+
+    def row(calls: int) -> float:
         torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(calls):
             run()
         torch.cuda.synchronize()
-        taken = time.perf_counter() - started
-    return taken / calls
+        return time.perf_counter() - started
+
+    row(1)  # kernels are chosen and compiled
+    calls = max(1, round(PROBE_SECONDS / row(1)))
+    return row(calls) / calls
 
 
 # -- setting up --------------------------------------------------------------------------------------------------------

@@ -182,25 +182,26 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
 
 
 def in_flight_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
-    """What leaves for the host, or comes back, of as many blocks in a row as may be on their way at a time."""
-    away = {kind: sizes.kept_bytes(kind.keep) if kind.kept == HOST else 0 for kind in kinds}
-    *light, heavy = sorted(kinds, key=away.__getitem__)
-    most = -(-IN_FLIGHT * kinds[heavy] // sizes.blocks)  # they take turns
-    return most * away[heavy] + sum((IN_FLIGHT - most) * away[kind] for kind in light)
+    """What leaves for the host, or comes back: of the last blocks that keep there, however far apart they are."""
+    away = {kind: n for kind, n in kinds.items() if kind.kept == HOST}
+    total, left = 0, min(IN_FLIGHT, sum(away.values()))
+    for kind, n in sorted(away.items(), key=lambda item: -sizes.kept_bytes(item[0].keep)):
+        count = min(left, -(-IN_FLIGHT * n // sum(away.values())))  # they take turns
+        total, left = total + count * sizes.kept_bytes(kind.keep), left - count
+    return total
 
 
 def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     """Host memory beside what was loaded there already, of which streamed blocks take over their share."""
-    _, kept = copied_bytes(kinds, sizes)
-    streamed = sum(n for kind, n in kinds.items() if kind.weights == HOST)
-    weights = (streamed if sizes.mapped else min(1, streamed)) * sizes.block_bytes
-    return kept + weights + (sizes.trained * sizes.state_bytes if state == HOST else 0)
+    weights, kept, moved = copied_bytes(kinds, state, sizes)
+    return kept + moved + (weights if sizes.mapped else min(sizes.block_bytes, weights))
 
 
-def copied_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> tuple[int, int]:
-    """Bytes of weights and of what was kept that come from the host in backward; forward copies as many."""
+def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple[int, int, int]:
+    """Half of what a step copies between host and device: weights, what was kept, the optimizer's state."""
     weights = sum(n for kind, n in kinds.items() if kind.weights == HOST) * sizes.block_bytes
-    return weights, sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
+    kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
+    return weights, kept, sizes.trained * sizes.state_bytes if state == HOST else 0
 
 
 def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
@@ -214,7 +215,7 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     unit = sizes.unit / machine.memory
     forward_traffic, backward_traffic = (n * unit for n in TRAFFIC_UNITS[compiled])
     copies = COPY_SHARE * machine.copies
-    weights, kept = (number / copies for number in copied_bytes(kinds, sizes))
+    weights, kept, moved = (number / copies for number in copied_bytes(kinds, state, sizes))
     again = 0.0
     for kind, n in kinds.items():
         linears, attentions, units = RECOMPUTED[kind.keep]
@@ -223,8 +224,7 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     backward = sizes.blocks * (linear + attend_backward + backward_traffic) + again
     total = max(forward, weights, kept) + max(backward, weights + kept)
     total += HIDDEN_COPY * 2 * (weights + kept)
-    moved = sizes.state_bytes * sizes.trained
-    return total + (moved / copies if state == HOST else 2 * moved / machine.memory)
+    return total + (moved or 2 * sizes.state_bytes * sizes.trained / machine.memory)
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def fastest(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attentio
         if peak > machine.device_bytes or host > machine.host_bytes:
             continue
         seconds = step_seconds(kinds, state, compiled, sizes, machine)
-        found.append((seconds, sum(copied_bytes(kinds, sizes)), peak, (first, second, count, state)))
+        found.append((seconds, sum(copied_bytes(kinds, state, sizes)), peak, (first, second, count, state)))
     if not found:
         assert least is not None
         gibs = [f"{size / GIB:.1f}" for size in (*least, machine.device_bytes, machine.host_bytes)]

@@ -89,6 +89,13 @@ class Run:
             torch.distributed.broadcast_object_list(held)
         return held[0]
 
+    def from_all(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
 
 def start_run(options: TrainOptions) -> Run:
     """Joins the other ranks, takes the output folder, writes config.json and makes the repository on the hub.
