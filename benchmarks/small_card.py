@@ -19,7 +19,9 @@ from every_task import lines_of
 from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
 from record import device_and_versions
 
-SAYS = ("attention by", "plan:", "measured:", "decoding in tiles", "reloaded in")
+from cogvideox.data.decode import probe
+
+SAYS = ("attention by", "plan:", "measured:", "decoding in tiles", "validation after", "reloaded in")
 
 
 def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> list[str]:
@@ -31,6 +33,12 @@ def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> 
     command += ["--mixed_precision", "bf16", "--train_batch_size", "1", "--max_train_steps", str(steps)]
     command += ["--optimizer", "adamw", "--learning_rate", "1e-4", "--dataloader_num_workers", "2"]
     return [*command, "--validation_prompt", "A red square moves to the right.", "--num_inference_steps", "2"]
+
+
+def size_of(video: Path) -> str:
+    """Frames, height and width, as in the names of buckets."""
+    info = probe(video)
+    return f"{info.num_frames}x{info.height}x{info.width}"
 
 
 def main() -> int:
@@ -53,12 +61,13 @@ def main() -> int:
     row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "said": said, **device_and_versions()}
     row["host_peak_gib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2)  # of KiB
     row["steps"] = lines_of(output)
-    row["videos"] = sorted(path.name for path in output.glob("validation/*.mp4"))
+    row["videos"] = {path.name: size_of(path) for path in sorted(output.glob("validation/*.mp4"))}
     recipe = output / "recipe.json"
     row["verification"] = json.loads(recipe.read_text())["verification"] if recipe.is_file() else None
     print(json.dumps(row, indent=1))
-    if done.returncode:
+    if done.returncode or set(row["videos"].values()) != {"x".join(map(str, clip_size(args.kind)))}:
         print(done.stderr[-3000:], file=sys.stderr)
+        return done.returncode or 1
     else:
         args.results.mkdir(parents=True, exist_ok=True)
         (args.results / f"small_card_{args.kind}.json").write_text(json.dumps(row, indent=1) + "\n")

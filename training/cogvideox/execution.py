@@ -25,7 +25,7 @@ from cogvideox.models import DTYPES, free_bytes, stored_dtype
 from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.plan import AUTO, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
-from cogvideox.run import Run
+from cogvideox.run import Run, memory_peaks
 from cogvideox.stack import (
     Stack,
     frozen_bytes,
@@ -277,8 +277,4 @@ def place(transformer: Any, chosen: Plan, device: torch.device) -> None:
 
 def measured(step_seconds: float) -> str:
     """What steps take and have taken up to now, for a comparison with what the plan predicted."""
-    parts = [f"{step_seconds:.2f} s a step"]
-    if torch.cuda.is_available():
-        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        parts.append(f"peak {peak / plan.GIB:.2f} GiB, reserved {reserved / plan.GIB:.2f} GiB")
-    return f"measured: {', '.join(parts)}"
+    return ", ".join(filter(None, (f"measured: {step_seconds:.2f} s a step", memory_peaks())))

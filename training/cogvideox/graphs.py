@@ -1,4 +1,4 @@
-"""Compiled functions that may have many graphs: one for each size, and no silent way back to eager."""
+"""Compiled functions that may have many graphs, for sizes, levels of keeping or sampling; never eager in silence."""
 
 import threading
 from collections.abc import Callable
@@ -10,7 +10,7 @@ MAX_GRAPHS = 256
 
 
 def allow_graphs() -> None:
-    """Lets torch compile a graph for each bucket and for sampling, and fail where it would go on eagerly."""
+    """Lets torch compile many graphs, and fail where it would go on eagerly."""
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 

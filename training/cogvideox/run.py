@@ -97,6 +97,14 @@ class Run:
         return values
 
 
+def memory_peaks() -> str:
+    """The GPU's, for the user; empty without one."""
+    if not torch.cuda.is_available():
+        return ""
+    peak, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+    return f"peak {peak:.2f} GiB, reserved {reserved:.2f} GiB"
+
+
 def start_run(options: TrainOptions) -> Run:
     """Joins the other ranks, takes the output folder, writes config.json and makes the repository on the hub.
 

@@ -27,7 +27,7 @@ from cogvideox.files import write_atomically
 from cogvideox.options import TrainOptions
 from cogvideox.prepare import encode_captions, missing_captions
 from cogvideox.prompts import prompts_of
-from cogvideox.run import Run
+from cogvideox.run import Run, memory_peaks
 from cogvideox.tensors import Tensors
 from cogvideox.vae_decoder import PUBLISHED, Decoder, Tile, tiles_from
 
@@ -229,7 +229,10 @@ class Validator:
             torch.cuda.empty_cache()
 
     def _log(self, step: int, paths: list[Path]) -> None:
-        self.run.say(f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4")
+        peaks = memory_peaks()  # of what was before, too: the same as in training if nothing was added
+        self.run.say(
+            f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4" + f"; {peaks}" * bool(peaks)
+        )
         for tracker in self.run.accelerator.trackers:
             if tracker.name == "wandb":
                 import wandb
