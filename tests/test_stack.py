@@ -399,7 +399,9 @@ def test_the_cosine_of_an_unquantised_base_is_1() -> None:
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
-def wide(plans: tuple[BlockPlan, ...], compiled: bool, backend: str, precision: str = AUTO) -> tuple[Any, Stack]:
+def wide(
+    plans: tuple[BlockPlan, ...], compiled: bool, backend: str, precision: str = AUTO, any_length: bool = False
+) -> tuple[Any, Stack]:
     """Four blocks of CogVideoX-5b in bf16 under plans that take turns."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -412,7 +414,7 @@ def wide(plans: tuple[BlockPlan, ...], compiled: bool, backend: str, precision: 
     transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS[:4], init_lora_weights=False))
     transformer.to("cpu", torch.bfloat16)
     kinds = tuple(plans[i % len(plans)] for i in range(4))
-    plan = ExecutionPlan(kinds, compiled, backend, any_length=compiled, base_precision=precision)
+    plan = ExecutionPlan(kinds, compiled, backend, any_length=any_length, base_precision=precision)
     stack = Stack(transformer, plan, torch.device("cuda"))
     stack.install()
     return transformer, stack
@@ -448,10 +450,15 @@ def late_mark(side: Any, generator: torch.Generator) -> Any:
 
 
 def trained(
-    plans: tuple[BlockPlan, ...], compiled: bool, steps: int, delays: bool = False, precision: str = AUTO
+    plans: tuple[BlockPlan, ...],
+    compiled: bool,
+    steps: int,
+    delays: bool = False,
+    precision: str = AUTO,
+    any_length: bool = False,
 ) -> dict[str, Tensor]:
-    """The LoRA after some steps of gradient descent."""
-    transformer, stack = wide(plans, compiled, "flash", precision)
+    """The LoRA after some steps of gradient descent, of two lengths in turn."""
+    transformer, stack = wide(plans, compiled, "flash", precision, any_length)
     if delays:
         delayed(stack)
     parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
@@ -480,13 +487,24 @@ def trained(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("compiled", "precision"), [(False, AUTO), (True, AUTO), (True, "int8"), (True, "fp8"), (True, "nf4")]
+    ("compiled", "any_length", "precision"),
+    [
+        (False, False, AUTO),
+        (True, False, AUTO),
+        (True, True, AUTO),
+        (True, True, "int8"),
+        (True, True, "fp8"),
+        (True, True, "nf4"),
+    ],
 )
-def test_streamed_is_resident_bit_for_bit(compiled: bool, precision: str) -> None:
+def test_streamed_is_resident_bit_for_bit(compiled: bool, any_length: bool, precision: str) -> None:
     torch.use_deterministic_algorithms(True)
-    run = partial(trained, compiled=compiled, steps=50, precision=precision)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = partial(trained, compiled=compiled, steps=50, precision=precision, any_length=any_length)
     try:
         resident = run((BlockPlan(DEVICE, "attention", DEVICE),))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled * (2 if any_length else 4)
         streamed = run((BlockPlan(HOST, "attention", HOST),))
         late = run((BlockPlan(HOST, "input", HOST), BlockPlan(HOST, "attention", HOST)), delays=True)
         start = trained((BlockPlan(),), compiled, steps=0)
