@@ -229,8 +229,8 @@ class Validator:
             torch.cuda.empty_cache()
 
     def _log(self, step: int, paths: list[Path]) -> None:
-        videos = f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4"
-        self.run.say("; ".join(filter(None, (videos, memory_peaks()))))  # with all that was before
+        said = f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4"
+        self.run.say("; ".join(filter(None, (said, memory_peaks()))))  # with all that was before
         for tracker in self.run.accelerator.trackers:
             if tracker.name == "wandb":
                 import wandb
