@@ -35,7 +35,7 @@ rope.py               rotary tables
 lora.py               parts of a LoRA: layers, PiSSA's start, dropout that repeats
 data/dataset.py       cached tensors -> batches
 encode.py             clips, first frames and captions -> tensors
-graphs.py             compiled functions with a graph for each size
+graphs.py             compiled functions that may have many graphs
 streaming.py          tensors that pass through the device: weights, what forward keeps
 t5_stream.py          T5 with its blocks in host memory
 vae_encoder.py        the VAE's encoder, faster on a GPU
