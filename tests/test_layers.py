@@ -24,7 +24,7 @@ LAYERS = (
     ("data.decode", "data.index"),
     ("data.clips", "data.sampler"),
     ("diffusion", "rope", "lora", "streaming", "quant", "graphs"),
-    ("data.dataset", "t5_stream", "vae_encoder"),
+    ("data.dataset", "t5_stream", "vae_encoder", "vae_decoder"),
     ("encode", "models"),
     ("factory", "prepare", "optimizers"),
     ("report", "verify", "checks"),
