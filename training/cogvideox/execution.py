@@ -25,7 +25,7 @@ from cogvideox.models import DTYPES, free_bytes, stored_dtype
 from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.plan import AUTO, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
-from cogvideox.run import Run, memory_peaks
+from cogvideox.run import Run, with_peaks
 from cogvideox.stack import (
     Stack,
     frozen_bytes,
@@ -71,7 +71,8 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     compiled = compiles(run, options.plan.compile_blocks, options.lora.lora_dropout > 0)
     try:
         run.barrier()  # ranks of one host share its memory and its copies
-        machine = agreed(run.from_all(measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)))
+        own = measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)
+        machine = agreed(run.ranks.gather([own]))
         chosen = plan.choose(axes_of(options), sizes, machine, compiled, backend)
     except (NoPlanError, torch.OutOfMemoryError) as error:
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {_smaller(sizes)}") from None
@@ -277,4 +278,4 @@ def place(transformer: Any, chosen: Plan, device: torch.device) -> None:
 
 def measured(step_seconds: float) -> str:
     """What steps take and have taken up to now, for a comparison with what the plan predicted."""
-    return ", ".join(filter(None, (f"measured: {step_seconds:.2f} s a step", memory_peaks())))
+    return with_peaks(f"measured: {step_seconds:.2f} s a step")

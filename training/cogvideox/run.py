@@ -89,20 +89,18 @@ class Run:
             torch.distributed.broadcast_object_list(held)
         return held[0]
 
-    def from_all(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
-        values = [value] * self.world
-        if self.world > 1:
-            torch.distributed.all_gather_object(values, value)
-        return values
 
-
-def memory_peaks() -> str:
-    """The GPU's, for the user; empty without one."""
+def memory_peaks() -> tuple[float, float] | None:
+    """GiB that tensors took, and that torch held for them, at most; none without a GPU."""
     if not torch.cuda.is_available():
-        return ""
-    peak, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
-    return f"peak {peak:.2f} GiB, reserved {reserved:.2f} GiB"
+        return None
+    return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+
+
+def with_peaks(said: str) -> str:
+    """A line for the user, with the peaks up to now behind it."""
+    peaks = memory_peaks()
+    return said + ", peak {:.2f} GiB, reserved {:.2f} GiB".format(*peaks) if peaks else said
 
 
 def start_run(options: TrainOptions) -> Run:
@@ -344,9 +342,8 @@ class Metrics:
         record = {"step": pending.step, "lr": pending.lr, **self.last}
         record |= {"seconds": round(self.seconds, 5)}
         record |= {"loading_seconds": round(pending.loading_seconds, 5), "bad_clips": pending.bad_clips}
-        if torch.cuda.is_available():
-            record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-            record["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
+        if peaks := memory_peaks():
+            record["peak_gib"], record["reserved_gib"] = (round(peak, 3) for peak in peaks)
         if self.run.is_main:
             self._write(record)
         self._check_skipped(pending.step, self.last["skipped"])

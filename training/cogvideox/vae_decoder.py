@@ -16,6 +16,11 @@ OVERLAPS = (1 / 6, 1 / 5)  # of height and width, diffusers'
 PUBLISHED = (240, 360), 8  # diffusers' tile for the published models, and pixels of one of their latents
 
 
+def ways_to_decode(first: Tile, scale: int, tiled: bool) -> list[Tile | None]:
+    """Whole frames (None) unless ``tiled``, then ``tiles_from``."""
+    return ([] if tiled else [None]) + tiles_from(first, scale)
+
+
 def tiles_from(first: Tile, scale: int) -> list[Tile]:
     """Tiles from the first one down; ``scale``: pixels of a latent."""
     tiles = []
@@ -51,7 +56,7 @@ class Decoder:
         self.vae, self.say, self.decode = vae, say, vae.decode
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         first = vae.tile_sample_min_height, vae.tile_sample_min_width
-        self.left: list[Tile | None] = ([] if tiled else [None]) + tiles_from(first, scale)
+        self.left = ways_to_decode(first, scale, tiled)
         vae.decode = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

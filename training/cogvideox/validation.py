@@ -27,9 +27,9 @@ from cogvideox.files import write_atomically
 from cogvideox.options import TrainOptions
 from cogvideox.prepare import encode_captions, missing_captions
 from cogvideox.prompts import prompts_of
-from cogvideox.run import Run, memory_peaks
+from cogvideox.run import Run, with_peaks
 from cogvideox.tensors import Tensors
-from cogvideox.vae_decoder import PUBLISHED, Decoder, Tile, tiles_from
+from cogvideox.vae_decoder import PUBLISHED, Decoder, Tile, ways_to_decode
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"
 
@@ -123,7 +123,7 @@ class Validator:
         """What decoding is tried in: whole frames (None) unless they did not fit, then tiles."""
         if self.pipeline:
             return list(self.pipeline.vae.decode.left)
-        return ([] if self.flags.enable_tiling else [None]) + tiles_from(*PUBLISHED)
+        return ways_to_decode(*PUBLISHED, tiled=self.flags.enable_tiling)
 
     def set_aside(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
         """Moves videos away that other settings made, or that another learning rate schedule made after this step."""
@@ -229,8 +229,7 @@ class Validator:
             torch.cuda.empty_cache()
 
     def _log(self, step: int, paths: list[Path]) -> None:
-        said = f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4"
-        self.run.say("; ".join(filter(None, (said, memory_peaks()))))  # with all that was before
+        self.run.say(with_peaks(f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4"))
         for tracker in self.run.accelerator.trackers:
             if tracker.name == "wandb":
                 import wandb
