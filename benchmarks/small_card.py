@@ -19,6 +19,7 @@ from every_task import lines_of
 from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
 from record import device_and_versions
 
+from cogvideox.data.buckets import Bucket
 from cogvideox.data.decode import probe
 
 SAYS = ("attention by", "plan:", "measured:", "decoding in tiles", "validation after", "reloaded in")
@@ -35,10 +36,10 @@ def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> 
     return [*command, "--validation_prompt", "A red square moves to the right.", "--num_inference_steps", "2"]
 
 
-def size_of(video: Path) -> str:
-    """Frames, height and width, as in the names of buckets."""
+def size_of(video: Path) -> Bucket:
+    """What a video is a clip of."""
     info = probe(video)
-    return f"{info.num_frames}x{info.height}x{info.width}"
+    return Bucket(info.num_frames, info.height, info.width)
 
 
 def main() -> int:
@@ -61,17 +62,17 @@ def main() -> int:
     row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "said": said, **device_and_versions()}
     row["host_peak_gib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2)  # of KiB
     row["steps"] = lines_of(output)
-    row["videos"] = {path.name: size_of(path) for path in sorted(output.glob("validation/*.mp4"))}
+    videos = {path.name: size_of(path) for path in sorted(output.glob("validation/*.mp4"))}
+    row["videos"] = {name: str(size) for name, size in videos.items()}
     recipe = output / "recipe.json"
     row["verification"] = json.loads(recipe.read_text())["verification"] if recipe.is_file() else None
     print(json.dumps(row, indent=1))
-    if done.returncode or set(row["videos"].values()) != {"x".join(map(str, clip_size(args.kind)))}:
+    if done.returncode or set(videos.values()) != {Bucket(*clip_size(args.kind))}:
         print(done.stderr[-3000:], file=sys.stderr)
         return done.returncode or 1
-    else:
-        args.results.mkdir(parents=True, exist_ok=True)
-        (args.results / f"small_card_{args.kind}.json").write_text(json.dumps(row, indent=1) + "\n")
-    return done.returncode
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / f"small_card_{args.kind}.json").write_text(json.dumps(row, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

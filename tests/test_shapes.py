@@ -74,7 +74,6 @@ def test_the_report_fails_with_any_figure(capsys: pytest.CaptureFixture[str]) ->
     assert "27" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_model_is_small() -> None:
     assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) < 12e6
 
