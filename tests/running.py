@@ -31,6 +31,7 @@ from cogvideox.options import ImageLoraOptions, ImageSftOptions, LoraOptions, Pr
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA_SCRIPT = ROOT / "training" / "cogvideox_text_to_video_lora.py"
+IMAGE_SFT_SCRIPT = ROOT / "training" / "cogvideox_image_to_video_sft.py"
 PREPARE_SCRIPT = ROOT / "training" / "prepare_dataset.py"
 SIZE = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9", "--max_num_frames", "9"]
 PROMPT = "TOKEN a red square moves"
@@ -128,9 +129,10 @@ def start(command: Sequence[object], **more: str) -> "subprocess.Popen[str]":
 class Forked:
     """A script in a process that is forked from one that has imported what scripts import; as a Popen otherwise."""
 
-    def __init__(self, command: Sequence[object], **more: str) -> None:
+    def __init__(self, command: Sequence[object], killed_at: tuple[str, int] | None = None, **more: str) -> None:
+        """``killed_at``: see forking.die_at; the same moment on any machine, however busy."""
         self.output = Path(outputs().name) / str(next(NUMBERS))
-        request = {"argv": [str(part) for part in command[1:]], "env": environment(**more)}
+        request = {"argv": [str(part) for part in command[1:]], "env": environment(**more), "killed_at": killed_at}
         self.pid: int = ask_server(request | {"cwd": str(ROOT), "output": str(self.output)})
         self.returncode: int | None = None
 

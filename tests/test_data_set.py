@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -108,13 +107,10 @@ def test_interrupted_edited_extended_verified_trained(
     flags = ["--model_id", model, "--data_root", data, "--output_dir", output, *BUCKETS, *CUT]
 
     # Interrupted while it encodes, by kill -9.
-    process = Forked(python(PREPARE_SCRIPT, *flags))
-    while len(before := written(output)) < 12:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = Forked(python(PREPARE_SCRIPT, *flags), (r"rename .*\.safetensors", 13))
+    assert process.wait() == -signal.SIGKILL
     before = written(output)
+    assert len(before) == 12
     assert not (output / "index.json").exists()
 
     # The same command goes on.
