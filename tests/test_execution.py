@@ -12,10 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from running import PROMPT, equal, frames_of, lora_flags, losses, train, train_all, train_image, weights
+from running import (
+    PROMPT,
+    equal,
+    frames_of,
+    lora_flags,
+    losses,
+    safetensors_of,
+    sft_flags,
+    train,
+    train_all,
+    train_image,
+    weights,
+)
+from safetensors.torch import load_file
 
-from cogvideox import execution
+from cogvideox import args, execution
 from cogvideox.errors import UsageError
+from cogvideox.options import SftOptions
 from cogvideox.plan import FRAGMENTS, GIB, Machine
 from cogvideox.stack import Stack
 
@@ -219,11 +233,80 @@ def test_a_probe_is_long_enough_and_no_longer(monkeypatch: pytest.MonkeyPatch) -
         assert len(made) == 2 + calls
 
 
-def test_all_weights_have_no_plan_yet(model: Path, tensors: Path, tmp_path: Path, capsys: Any) -> None:
-    from running import sft_flags
+# -- all weights -------------------------------------------------------------------------------------------------------
 
-    assert train_all(sft_flags(model, tensors, tmp_path / "run", "--load_tensors", *LEAN, "--max_train_steps", 1)) == 0
-    assert "--plan: has no effect here" in capsys.readouterr().err
+
+def run_whole(model: Path, tensors: Path, output: Path, *more: object) -> Path:
+    flags = ("--load_tensors", "--learning_rate", "1e-3", "--max_grad_norm", 0.1)  # which scales every gradient down
+    assert train_all(sft_flags(model, tensors, output, *flags, *more)) == 0
+    return output
+
+
+def whole(output: Path) -> dict[str, Any]:
+    """The exported transformer."""
+    return safetensors_of(output / "transformer")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_all_weights_are_trained_alike_under_every_plan(
+    accumulation: int, model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+) -> None:
+    """Gradients of several passes meet in fp32, wherever; the average, clipping and going on included."""
+    more = ("--train_batch_size", 2 // accumulation, "--gradient_accumulation_steps", accumulation, "--use_ema")
+    more += ("--validation_prompt", PROMPT)
+    off = run_whole(model, tensors, tmp_path / "off", *more)
+    assert not plans
+    lean = run_whole(model, tensors, tmp_path / "lean", *more, *LEAN)
+    assert {(b.weights, b.keep, b.kept) for plan in plans for b in plan.blocks} == {("host", "attention", "host")}
+    assert plans[0].state == "host"
+    fast = run_whole(model, tensors, tmp_path / "fast", *more, "--plan", "fast")
+    mixed = tmp_path / "mixed"
+    run_whole(model, tensors, mixed, *more, *LEAN, "--max_train_steps", 2)
+    run_whole(model, tensors, mixed, *more, "--plan", "fast", "--optimizer_state_on", "host", "--max_train_steps", 4)
+    run_whole(model, tensors, mixed, *more, *LEAN)
+    assert losses(fast) == losses(lean) == losses(mixed)
+    assert equal(whole(lean), whole(fast))
+    assert equal(whole(lean), whole(mixed))
+    assert losses(lean) == pytest.approx(losses(off), rel=1e-4)
+    assert verification(lean) == verification(mixed) == 0
+    for name, tensor in whole(off).items():
+        torch.testing.assert_close(whole(lean)[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_all_weights_in_bf16(model: Path, tensors: Path, tmp_path: Path) -> None:
+    more = ("--mixed_precision", "bf16", "--max_train_steps", 3)
+    lean, fast = (run_whole(model, tensors, tmp_path / plan, *more, "--plan", plan) for plan in ("lean", "fast"))
+    assert equal(whole(lean), whole(fast))
+    assert {tensor.dtype for tensor in whole(lean).values()} == {torch.bfloat16}
+    states = [load_file(output / "checkpoint-2" / "optimizer.safetensors") for output in (lean, fast)]
+    assert equal(*states)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((*LEAN, "--optimizer", "adamw", "--use_8bit"), "--plan lean: --use_8bit cannot skip a step on the device"),
+        (("--weights_on", "host", "--optimizer", "came"), "--weights_on host: --optimizer came cannot skip a step"),
+        (("--weights_on", "host", "--optimizer_state_on", "device"), "the optimizer's state must be there too"),
+        ((*LEAN, "--use_cpu_offload_optimizer"), "--plan lean: contradicts --use_cpu_offload_optimizer"),
+        ((*LEAN, "--plan", "off", "--keep", "input"), "--keep input: contradicts --plan off"),
+    ],
+)
+def test_weights_that_cannot_be_trained_on_the_host(
+    flags: tuple[str, ...], told: str, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        run_whole(model, tensors, tmp_path / "run", *flags)
+
+
+def test_weights_are_trained_on_the_host_by_one_process(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path), ())
+    assert [execution.axes_of(options, world).weights for world in (1, 2)] == [("device", "host"), ("device",)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--plan lean: weights that are trained on the host are for one GPU"):
+        args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, *LEAN), ())
 
 
 @pytest.mark.parametrize(

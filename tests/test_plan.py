@@ -148,8 +148,8 @@ def test_of_equally_fast_plans_the_one_that_copies_least_is_taken() -> None:
     """The optimizer's state counts: on this card it fits beside blocks that copy a little more."""
     assert pick(18).state == DEVICE
     kinds = {kind: pick(75).blocks.count(kind) for kind in set(pick(75).blocks)}
-    assert copied_bytes(kinds, DEVICE, LARGE) == (0, 0, 0)
-    assert copied_bytes(kinds, HOST, LARGE) == (0, 0, LARGE.trained * LARGE.state_bytes)
+    assert copied_bytes(kinds, DEVICE, LARGE) == (0, 0, 0, 0)
+    assert copied_bytes(kinds, HOST, LARGE) == (0, 0, 0, LARGE.trained * LARGE.state_bytes)
 
 
 def test_the_text_says_all() -> None:

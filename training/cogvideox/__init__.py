@@ -36,7 +36,7 @@ lora.py               parts of a LoRA: layers, PiSSA's start, dropout that repea
 data/dataset.py       cached tensors -> batches
 encode.py             clips, first frames and captions -> tensors
 graphs.py             compiled functions that may have many graphs
-streaming.py          tensors that pass through the device: weights, what forward keeps
+streaming.py          tensors that pass through the device: weights, what forward keeps, gradients, masters
 t5_stream.py          T5 with its blocks in host memory
 vae_encoder.py        the VAE's encoder, faster on a GPU
 vae_decoder.py        decoding what fits: whole frames, or tiles

@@ -2,13 +2,15 @@
 
 The block is that of diffusers (CogVideoXBlock) with PEFT's LoRA on its linear layers. Text and video are one sequence
 from end to end: what differs by token, modulation and rotary embedding, is looked up by position. The functions take
-all weights as arguments, so they may lie in any buffer, and one compiled graph serves all blocks. Frozen weights get
-no gradients. What forward keeps is a choice (KEPT); backward computes the rest again.
+all weights as arguments, so they may lie in any buffer, and one compiled graph serves all blocks. Each layer says what
+of it gets gradients: its LoRA, its own weights, or nothing. What forward keeps is a choice (KEPT); backward computes
+the rest again.
 
     x -> n1 = modulate(x)              n2 = modulate(h)
          q, k, v = linear(n1)          f = linear(n2)
-         o = attend(rotate(q, k), v)   y = h + gate * linear(gelu(f))
-         h = x + gate * linear(o)
+         o = attend(rotate(q, k), v)   z = linear(gelu(f))
+         a = linear(o)                 y = h + gate * z
+         h = x + gate * a
 
 Shapes: B samples, S tokens (L of text, then the video's), D channels, H heads, E head dim, R rank.
 """
@@ -28,19 +30,19 @@ from cogvideox.quant import Weight, dequantise
 KEPT: dict[str, tuple[str, ...]] = {
     "input": ("x",),
     "attention": ("x", "o", "lse"),
-    "linear": ("x", "o", "lse", "q", "k", "v", "h", "f"),
-    "all": ("x", "o", "lse", "q", "k", "v", "h", "f", "n1", "rq", "rk", "n2", "g"),
+    "linear": ("x", "o", "lse", "q", "k", "v", "h", "f", "a", "z"),
+    "all": ("x", "o", "lse", "q", "k", "v", "h", "f", "a", "z", "n1", "rq", "rk", "n2", "g"),
 }
 """What forward may keep at each level, from least to most; the names of the formulas above, g the output of gelu."""
-UNITS: dict[str, int] = {"x": 1, "o": 1, "lse": 0, "q": 1, "k": 1, "v": 1, "h": 1, "f": 4, "n1": 1, "rq": 1, "rk": 1}
-UNITS |= {"n2": 1, "g": 4}
+UNITS: dict[str, int] = {"x": 1, "o": 1, "lse": 0, "q": 1, "k": 1, "v": 1, "h": 1, "f": 4, "a": 1, "z": 1}
+UNITS |= {"n1": 1, "rq": 1, "rk": 1, "n2": 1, "g": 4}
 """Their sizes, in the size of x."""
 
 
 class Linear(NamedTuple):
     """A linear layer, with a LoRA or without: W x + bias + scale * B (A x)."""
 
-    weight: Weight  # (out, in), frozen; if quantised, made whole for each product
+    weight: Weight  # (out, in); if quantised, made whole for each product
     bias: Tensor | None
     a: Tensor | None = None  # (R, in)
     b: Tensor | None = None  # (out, R)
@@ -48,6 +50,7 @@ class Linear(NamedTuple):
     drop: Callable[[Tensor], Tensor] | None = (
         None  # of x in front of A; linear, and the same mask at every call of a step
     )
+    trained: bool = False  # weight and bias
 
 
 class Norm(NamedTuple):
@@ -56,6 +59,7 @@ class Norm(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    trained: bool = False
 
 
 class Block(NamedTuple):
@@ -76,6 +80,8 @@ class Block(NamedTuple):
 
 
 LORA_LAYERS = ("q", "k", "v", "out", "ff1", "ff2")
+Gradients = tuple[Tensor, ...]
+"""Of one layer: of a and b, or of weight and bias, or nothing."""
 
 
 class Shared(NamedTuple):
@@ -93,14 +99,15 @@ Kept = dict[str, Tensor]
 
 def kept_at(level: str, p: Block) -> tuple[str, ...]:
     """What forward keeps of a block: of KEPT, what its backward pass uses."""
-    unused = {"n1", "n2", "g"} - for_loras(p)
+    unused = {"n1", "n2", "g", "a", "z"} - for_weights(p)
     return tuple(name for name in KEPT[level] if name not in unused)
 
 
-def for_loras(p: Block) -> set[str]:
-    """What only gradients of LoRAs need once all linear outputs are there: the inputs of the layers that have one."""
+def for_weights(p: Block) -> set[str]:
+    """What only gradients of weights need once all linear outputs are there: inputs of layers, and what is gated."""
     inputs = {"n1": (p.q, p.k, p.v), "n2": (p.ff1,), "g": (p.ff2,)}
-    return {name for name, layers in inputs.items() if any(layer.a is not None for layer in layers)}
+    used = {name for name, layers in inputs.items() if any(p.trained or p.a is not None for p in layers)}
+    return used | {name for name, gate in (("a", p.modulation1), ("z", p.modulation2)) if gate.trained}
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
@@ -118,14 +125,17 @@ def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
 
 def linears_backward(
     dys: Sequence[Tensor], x: Tensor | None, layers: Sequence[Linear]
-) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
-    """(gradient of x, for each layer those of a and b if it has a LoRA, for which alone x is needed)."""
+) -> tuple[Tensor, list[Gradients]]:
+    """(gradient of x, for each layer those of what it trains, for which alone x is needed)."""
     dx = reduce(add, [dy @ dequantise(p.weight, dy.dtype) for dy, p in zip(dys, layers, strict=True)])
-    found: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
+    found: list[Gradients] = [()] * len(layers)
+    for i, (dy, p) in enumerate(zip(dys, layers, strict=True)):
+        if p.trained:
+            dy = dy.flatten(0, -2)
+            found[i] = dy.mT @ matrix(x).flatten(0, -2), *([] if p.bias is None else [dy.sum(0)])
     for group in lora_groups(layers):
-        assert x is not None
         members = [layers[i] for i in group]
-        x_in = dropped(x, members)
+        x_in = dropped(matrix(x), members)
         us = inner(x_in, members)
         du = joined([dys[i] @ matrix(layers[i].b) * layers[i].scale for i in group], dim=-1)
         das = (du.flatten(0, -2).mT @ x_in.flatten(0, -2)).split([u.shape[-1] for u in us])
@@ -161,7 +171,7 @@ def joined(tensors: list[Tensor], dim: int) -> Tensor:
 
 
 def matrix(given: Tensor | None) -> Tensor:
-    """A matrix of a LoRA that is there."""
+    """One that is there."""
     assert given is not None
     return given
 
@@ -174,9 +184,32 @@ def modulations(p: Linear, shared: Shared, length: int) -> tuple[Tensor, Tensor,
     return shift, scale, gate
 
 
+def modulations_backward(dtokens: Sequence[Tensor], p: Linear, shared: Shared) -> tuple[Tensor, Gradients]:
+    """(gradient of temb, those of the layer), for gradients of shift, scale and gate of each token."""
+    of_text, of_video = slice(None, shared.text_length), slice(shared.text_length, None)
+    sums = [dtoken[:, part].sum(1) for part in (of_video, of_text) for dtoken in dtokens]
+    dx, (found,) = linears_backward([torch.cat(sums, dim=-1)], F.silu(shared.temb), [p])
+    return vjp(F.silu, shared.temb, dx), found
+
+
 def modulate(x: Tensor, norm: Norm, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN of x, (B, S, D)."""
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps) * (1 + scale) + shift
+
+
+def modulate_backward(
+    dn: Tensor, x: Tensor, norm: Norm, shift: Tensor, scale: Tensor, dy: Tensor, gated: Tensor | None
+) -> tuple[Tensor, Gradients, list[Tensor]]:
+    """(gradient of x, those of the norm, those of shift, scale and gate of each token if ``gated`` is given).
+
+    Args:
+        gated: what the gate is multiplied with before it is added, for a gradient dy of the sum.
+    """
+    if gated is None:
+        dx, dnorm, _ = norm_vjp(lambda x, norm: modulate(x, norm, shift, scale), x, norm, dn)
+        return dx, dnorm, []
+    dx, dnorm, dtokens = norm_vjp(modulate, x, norm, dn, shift, scale)
+    return dx, dnorm, [*dtokens, dy * gated]
 
 
 def rotate(x: Tensor, norm: Norm, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -201,6 +234,19 @@ def vjp(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
     return dx
 
 
+def norm_vjp(
+    function: Callable[..., Tensor], x: Tensor, norm: Norm, dy: Tensor, *more: Tensor
+) -> tuple[Tensor, Gradients, list[Tensor]]:
+    """(gradient of x, those of the norm if it is trained, those of more), of a function of x, norm and more."""
+    weights = {name: w for name in ("weight", "bias") if (w := getattr(norm, name)) is not None} if norm.trained else {}
+
+    def call(x: Tensor, weights: dict[str, Tensor], *more: Tensor) -> Tensor:
+        return function(x, norm._replace(**weights), *more)
+
+    dx, dweights, *dmore = torch.func.vjp(call, x, weights, *more)[1](dy)
+    return dx, tuple(dweights.values()), dmore
+
+
 # -- the block ---------------------------------------------------------------------------------------------------------
 
 
@@ -212,21 +258,25 @@ def forward(x: Tensor, p: Block, shared: Shared, keep: tuple[str, ...]) -> tuple
     q, k, v = (z.view(split) for z in linears(n1, (p.q, p.k, p.v)))
     rq, rk = rotate(q, p.norm_q, shared.rotary), rotate(k, p.norm_k, shared.rotary)
     o, lse = attend(rq, rk, v, shared.backend)
-    h = x + gate * linears(o.view(x.shape), [p.out])[0]
+    (a,) = linears(o.view(x.shape), [p.out])
+    h = x + gate * a
     shift, scale, gate = modulations(p.modulation2, shared, x.shape[1])
     n2 = modulate(h, p.norm2, shift, scale)
     (f,) = linears(n2, [p.ff1])
     g = gelu(f)
-    y = h + gate * linears(g, [p.ff2])[0]
-    made = {"o": o, "lse": lse, "q": q, "k": k, "v": v, "h": h, "f": f, "n1": n1, "rq": rq, "rk": rk, "n2": n2, "g": g}
-    return y, {name: made[name] for name in keep if name != "x"}
+    (z,) = linears(g, [p.ff2])
+    made = {"o": o, "lse": lse, "q": q, "k": k, "v": v, "h": h, "f": f, "a": a, "z": z}
+    made |= {"n1": n1, "rq": rq, "rk": rk, "n2": n2, "g": g}
+    return h + gate * z, {name: made[name] for name in keep if name != "x"}
 
 
 def backward(
     dy: Tensor, p: Block, shared: Shared, kept: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """(gradient of x, those of the LoRAs by layer), computing again what was not kept."""
-    x = kept["x"]
+) -> tuple[Tensor, Tensor | None, dict[str, Gradients]]:
+    """(gradients of x, of temb if the modulations are trained, of what is trained by layer), computing again what was
+    not kept.
+    """
+    x, rotary = kept["x"], shared.rotary
     split = (*x.shape[:2], shared.heads, -1)
     shift1, scale1, gate1 = modulations(p.modulation1, shared, x.shape[1])
     shift2, scale2, gate2 = modulations(p.modulation2, shared, x.shape[1])
@@ -234,29 +284,37 @@ def backward(
     def again(name: str, compute: Callable[[], Any]) -> Any:
         return kept[name] if name in kept else compute()
 
-    used = for_loras(p)
+    used = for_weights(p)
     n1 = again("n1", lambda: modulate(x, p.norm1, shift1, scale1)) if "n1" in used or "q" not in kept else None
     if "q" in kept:
         q, k, v = (kept[name] for name in "qkv")
     else:
         q, k, v = (z.view(split) for z in linears(n1, (p.q, p.k, p.v)))
-    rq = again("rq", lambda: rotate(q, p.norm_q, shared.rotary))
-    rk = again("rk", lambda: rotate(k, p.norm_k, shared.rotary))
+    rq = again("rq", lambda: rotate(q, p.norm_q, rotary))
+    rk = again("rk", lambda: rotate(k, p.norm_k, rotary))
     o, lse = (kept["o"], kept["lse"]) if "o" in kept else attend(rq, rk, v, shared.backend)
-    h = again("h", lambda: x + gate1 * linears(o.view(x.shape), [p.out])[0])
+    a = again("a", lambda: linears(o.view(x.shape), [p.out])[0]) if "a" in used or "h" not in kept else None
+    h = again("h", lambda: x + gate1 * matrix(a))
     n2 = again("n2", lambda: modulate(h, p.norm2, shift2, scale2)) if "n2" in used or "f" not in kept else None
     f = again("f", lambda: linears(n2, [p.ff1])[0])
-    g = again("g", lambda: gelu(f)) if "g" in used else None
+    g = again("g", lambda: gelu(f)) if used & {"g", "z"} else None
+    z = again("z", lambda: linears(matrix(g), [p.ff2])[0]) if "z" in used else None
 
-    found: dict[str, tuple[Tensor, Tensor] | None] = {}
+    found: dict[str, Gradients] = {}
     dg, (found["ff2"],) = linears_backward([gate2 * dy], g, [p.ff2])
     dn2, (found["ff1"],) = linears_backward([vjp(gelu, f, dg)], n2, [p.ff1])
-    dh = dy + vjp(lambda h: modulate(h, p.norm2, shift2, scale2), h, dn2)
+    dh, found["norm2"], dtokens2 = modulate_backward(dn2, h, p.norm2, shift2, scale2, dy, z)
+    dh = dy + dh
     do, (found["out"],) = linears_backward([gate1 * dh], o.view(x.shape), [p.out])
     drq, drk, dv = attend_backward(do.view(split), rq, rk, v, o, lse, shared.backend)
-    dq = vjp(lambda q: rotate(q, p.norm_q, shared.rotary), q, drq)
-    dk = vjp(lambda k: rotate(k, p.norm_k, shared.rotary), k, drk)
+    dq, found["norm_q"], _ = norm_vjp(lambda q, norm: rotate(q, norm, rotary), q, p.norm_q, drq)
+    dk, found["norm_k"], _ = norm_vjp(lambda k, norm: rotate(k, norm, rotary), k, p.norm_k, drk)
     dqkv = [dz.reshape(x.shape) for dz in (dq, dk, dv)]
     dn1, (found["q"], found["k"], found["v"]) = linears_backward(dqkv, n1, (p.q, p.k, p.v))
-    dx = dh + vjp(lambda x: modulate(x, p.norm1, shift1, scale1), x, dn1)
-    return dx, {name: pair for name, pair in found.items() if pair is not None}
+    dx, found["norm1"], dtokens1 = modulate_backward(dn1, x, p.norm1, shift1, scale1, dh, a)
+    dtembs = []
+    for name, dtokens in (("modulation1", dtokens1), ("modulation2", dtokens2)):
+        if dtokens:
+            dtemb, found[name] = modulations_backward(dtokens, getattr(p, name), shared)
+            dtembs.append(dtemb)
+    return dh + dx, reduce(add, dtembs) if dtembs else None, found

@@ -59,9 +59,9 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
         yield from optimizer_problems(options, given)
         yield from signal_problems(options.signal, given)
         yield from best_problems(options)
+        yield from plan_problems(options)
     if isinstance(options, LoraOptions):
         yield from lora_problems(options.lora)
-        yield from plan_problems(options)
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
@@ -214,13 +214,18 @@ def lora_problems(lora: LoraFlags) -> Iterator[str]:
         yield "--lora_alpha 0: PiSSA divides by the scale of the LoRA; give the rank"
 
 
-def plan_problems(options: LoraOptions) -> Iterator[str]:
+def plan_problems(options: TrainOptions) -> Iterator[str]:
     """What cannot be run under a plan; models say more when they are loaded."""
     asked = ", ".join(options.plan.asked)
     if asked and options.plan.plan == "off":
         yield f"{asked}: contradicts --plan off; leave one of them out"
-    if asked and options.lora.use_dora:
+    if asked and isinstance(options, LoraOptions) and options.lora.use_dora:
         yield f"{asked}: contradicts --use_dora, which diffusers' own modules run; leave one of them out"
+    host = options.plan.plan == "lean" or options.plan.weights_on == "host"
+    if host and not isinstance(options, LoraOptions) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield f"{asked}: weights that are trained on the host are for one GPU; launch one process"
+    if asked and options.optimizer.use_cpu_offload_optimizer:
+        yield f"{asked}: contradicts --use_cpu_offload_optimizer, which places gradients and masters itself; give one"
     if asked and under_deepspeed():
         yield f"{asked}: DeepSpeed places the weights itself; leave it out, or launch with another configuration"
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from cogvideox.optim import for_file
+
 COUNT = "steps"  # in the names of tensors, beside the parameters
 
 
@@ -56,10 +58,10 @@ class Ema:
             else:
                 parameter.copy_(master if back else average)
 
-    def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, on the CPU."""
+    def state(self, copy: bool = True) -> dict[str, Tensor]:
+        """All that a resumed run needs, on the CPU; ``copy`` as in optim.for_file."""
         tensors = {COUNT: self.steps, **{f"average/{name}": average for name, average in self.averages.items()}}
-        return {name: tensor.clone().cpu().contiguous() for name, tensor in tensors.items()}
+        return for_file(tensors, copy)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes up what ``state`` returned."""

@@ -5,7 +5,8 @@ An engine has ``model`` (what the loss calls), ``backward(loss)``, ``step(lr, st
 DeepSpeed's own checkpoint files are the only ones of the project that are not safetensors.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from cogvideox.offload import OffloadedWeights
 from cogvideox.optim import MasterWeights, StepResult
 from cogvideox.optimizers import host_state_problems, make_optimizer
 from cogvideox.options import TrainOptions
+from cogvideox.streaming import Away
 
 STATE_NAME, EMA_NAME = "optimizer.safetensors", "ema.safetensors"
 DEEPSPEED_TAG = "deepspeed"
@@ -65,18 +67,22 @@ class LocalEngine:
             self.ema.update(result.skipped)
         return result
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """The average in the model, if there is one."""
-        return self.ema.applied() if self.ema else nullcontext()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average in the model, if there is one. The weights may rest on the host, where anybody may read them."""
+        self.masters.wait()
+        with self.ema.applied() if self.ema else nullcontext():
+            yield
+            self.masters.wait()
 
     def save(self, folder: Path) -> None:
         """Writes masters, optimizer state and the average, on one rank."""
         from safetensors.torch import save_file
 
         if self.writes:
-            save_file(self.masters.state(), folder / STATE_NAME)
+            save_file(self.masters.state(copy=False), folder / STATE_NAME)
         if self.writes and self.ema:
-            save_file(self.ema.state(), folder / EMA_NAME)
+            save_file(self.ema.state(copy=False), folder / EMA_NAME)
 
     def load(self, folder: Path) -> None:
         """Takes up what ``save`` wrote."""
@@ -153,11 +159,13 @@ def make_engine(
     options: TrainOptions,
     dtype: torch.dtype,
     state_on_host: bool = False,
+    away: Away | None = None,
 ) -> Engine:
     """The engine that accelerate's configuration asks for.
 
     Args:
         state_on_host: masters and moments live in host memory between steps.
+        away: what of the transformer does so too, with its gradients.
 
     Raises:
         UsageError: this engine or optimizer cannot have them there.
@@ -174,7 +182,7 @@ def make_engine(
         masters = OffloadedWeights(parameters, make, options.optimizer.offload_gradients)
     else:
         scaled = dtype == torch.float16
-        masters = MasterWeights(parameters, make, options.train.max_grad_norm, scaled, state_on_host)
+        masters = MasterWeights(parameters, make, options.train.max_grad_norm, scaled, state_on_host, away)
     signal = options.signal
     ema = Ema(parameters, masters.named_masters(), signal.ema_decay) if signal.use_ema else None
     return LocalEngine(transformer, masters, accelerator.is_main_process, ema)

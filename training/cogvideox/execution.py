@@ -1,8 +1,8 @@
 """Makes the plan of a run and sets the transformer up for it: sizes read, the machine measured, blocks placed.
 
 make_plan(run, options, tensors, transformer) -> ExecutionPlan or ModulePlan; place(transformer, it, device) moves
-everything to where the plan wants it. The reference, ModulePlan, serves what a Stack does not: full fine-tuning, DoRA,
-LoRAs elsewhere than in attention and feed-forward layers, DeepSpeed, fp32 on a GPU, and a CPU unless asked.
+everything to where the plan wants it. The reference, ModulePlan, serves what a Stack does not: DoRA, LoRAs elsewhere
+than in attention and feed-forward layers, DeepSpeed, fp32 on a GPU; and, unless asked, full fine-tuning and a CPU.
 """
 
 import os
@@ -18,25 +18,27 @@ from cogvideox.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.blocks import UNITS, kept_at
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
+from cogvideox.flags import LoraPlanFlags
 from cogvideox.geometry import Geometry
 from cogvideox.graphs import allowing_graphs
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.models import DTYPES, free_bytes, stored_dtype
 from cogvideox.optimizers import host_state_problems
 from cogvideox.options import LoraOptions, TrainOptions
-from cogvideox.plan import AUTO, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
+from cogvideox.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run, with_peaks
 from cogvideox.stack import (
     Stack,
-    frozen_bytes,
     gradient_cosine,
     layers_of,
     lora_of,
-    plain_lora,
+    own_bytes,
+    own_of,
+    runs,
     weights_of,
     whole_bytes,
 )
-from cogvideox.streaming import pinned
+from cogvideox.streaming import Away, pinned
 from cogvideox.tensors import Tensors
 
 Plan = ExecutionPlan | ModulePlan
@@ -53,27 +55,26 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
         UsageError: what was asked for cannot be done or does not fit.
     """
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
-    if not isinstance(options, LoraOptions) or options.plan.plan == "off":
-        return reference
-    asked = options.plan.asked
+    asked, is_lora = options.plan.asked, isinstance(options, LoraOptions)
     obstacle = _obstacle(run, transformer)
     if obstacle and asked:
         raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")
-    if obstacle or (run.device.type == "cpu" and not asked):
+    if options.plan.plan == "off" or obstacle or (not asked and (run.device.type == "cpu" or not is_lora)):
         return reference
     try:
         backend, reason = choose_backend(run.device, run.dtype, options.plan.attention_backend)
     except ValueError as error:
         raise UsageError(f"--attention_backend {options.plan.attention_backend}: {error}") from None
     run.say(f"attention by {backend}: {reason}")
-    buckets, precision = buckets_of(tensors), options.plan.base_precision
+    buckets, precision = buckets_of(tensors), base_precision(options)
     sizes = sizes_of_run(run, options, tensors.geometry, buckets, transformer)
-    compiled = compiles(run, options.plan.compile_blocks, options.lora.lora_dropout > 0)
+    drops = isinstance(options, LoraOptions) and options.lora.lora_dropout > 0
+    compiled = compiles(run, options.plan.compile_blocks, drops)
     try:
         run.barrier()  # ranks of one host share its memory and its copies
         own = measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)
         machine = agreed(run.ranks.gather([own]))
-        chosen = plan.choose(axes_of(options), sizes, machine, compiled, backend)
+        chosen = plan.choose(axes_of(options, run.world), sizes, machine, compiled, backend)
     except (NoPlanError, torch.OutOfMemoryError) as error:
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {_smaller(sizes)}") from None
     if precision != AUTO:
@@ -83,20 +84,26 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     return replace(chosen, seconds=seconds_per_step, any_length=any_length, base_precision=precision)
 
 
-def sizes_of_run(run: Run, options: LoraOptions, geometry: Geometry, buckets: list[Bucket], transformer: Any) -> Sizes:
+def base_precision(options: TrainOptions) -> str:
+    """In which type frozen matrices are stored."""
+    return options.plan.base_precision if isinstance(options.plan, LoraPlanFlags) else AUTO
+
+
+def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: list[Bucket], transformer: Any) -> Sizes:
     """``sizes_of`` with what the flags add.
 
     Raises:
         UsageError: the base cannot be quantised so.
     """
-    precision = options.plan.base_precision
+    precision = base_precision(options)
     try:
         sizes = sizes_of(transformer, geometry, buckets, options.train.train_batch_size, run.dtype, precision)
     except ValueError as error:
         raise UsageError(f"--base_precision {precision}: {error}; give int8") from None
     averages = AVERAGE_BYTES if options.signal.use_ema else 0
     mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
-    return replace(sizes, state_bytes=sizes.state_bytes + averages, mapped=mapped)
+    sum_bytes = 4 if options.train.gradient_accumulation_steps > 1 else sizes.item_bytes
+    return replace(sizes, state_bytes=sizes.state_bytes + averages, mapped=mapped, sum_bytes=sum_bytes)
 
 
 def compiles(run: Run, wanted: str, drops: bool) -> bool:
@@ -116,7 +123,7 @@ def _obstacle(run: Run, transformer: Any) -> str | None:
     """Why a Stack cannot run this model, if it cannot."""
     if run.accelerator.state.deepspeed_plugin is not None:
         return "DeepSpeed places the weights itself"
-    if not plain_lora(transformer):
+    if not runs(transformer):
         return "is for LoRAs without DoRA, on the blocks' attention and feed-forward layers"
     if run.device.type == "cuda" and run.dtype == torch.float32:
         return "is for --mixed_precision bf16 and fp16"
@@ -133,12 +140,16 @@ def buckets_of(tensors: Tensors) -> list[Bucket]:
     return sorted({sample.bucket for sample in tensors.index.samples})
 
 
-def axes_of(options: LoraOptions) -> Axes:
+def axes_of(options: TrainOptions, world: int = 1) -> Axes:
     """What the flags leave open."""
     flags, axes = options.plan, plan.PRESETS[options.plan.plan]
     given = {"weights": flags.weights_on, "keep": flags.keep, "kept": flags.kept_on, "state": flags.optimizer_state_on}
-    if list(host_state_problems(options.optimizer, deepspeed=False)):
+    stays = bool(list(host_state_problems(options.optimizer, deepspeed=False)))
+    if stays:
         axes = replace(axes, state=(plan.DEVICE,))
+    trains_all = not isinstance(options, LoraOptions)
+    if trains_all and (stays or world > 1):  # weights that are trained have their state where they lie
+        axes = replace(axes, weights=(plan.DEVICE,))
     axes = replace(axes, **{name: (value,) for name, value in given.items() if value != "auto"})
     if options.train.gradient_checkpointing and flags.keep == "auto":
         axes = replace(axes, keep=tuple(level for level in axes.keep if level in ("input", "attention")))
@@ -166,20 +177,24 @@ def sizes_of(
 ) -> Sizes:
     """The sizes of a run."""
     blocks = transformer.transformer_blocks
-    in_blocks = {id(p) for block in blocks for p in block.parameters()}
-    rest = [t for t in (*transformer.parameters(), *transformer.buffers()) if id(t) not in in_blocks]
+    trained = [p for p in transformer.parameters() if p.requires_grad]
+    elsewhere = {id(p) for p in (*trained, *(p for block in blocks for p in block.parameters()))}
+    rest = [t for t in (*transformer.parameters(), *transformer.buffers()) if id(t) not in elsewhere]
+    block_trained = sum(p.numel() for p in own_of(blocks[0]) if p.requires_grad)
+    kept = [[sum(UNITS[name] for name in kept_at(level, weights_of(block))) for level in LEVELS] for block in blocks]
     return Sizes(
         blocks=len(blocks),
-        block_bytes=frozen_bytes(blocks[0], precision),
+        block_bytes=own_bytes(blocks[0], precision),
         rest_bytes=sum(t.numel() * t.element_size() for t in rest),
-        trained=sum(p.numel() for p in transformer.parameters() if p.requires_grad),
+        trained=sum(p.numel() for p in trained) - len(blocks) * block_trained,
         item_bytes=dtype.itemsize,
         samples=samples,
         tokens=max(map(geometry.tokens, buckets)),
         width=blocks[0].attn1.inner_dim,
         heads=blocks[0].attn1.heads,
         matrix_bytes=whole_bytes(blocks[0]) if precision != AUTO else 0,
-        units_all=max(sum(UNITS[name] for name in kept_at("all", weights_of(block))) for block in blocks),
+        units_kept=tuple(map(max, *kept)) if len(kept) > 1 else tuple(kept[0]),
+        block_trained=block_trained,
     )
 
 
@@ -209,7 +224,7 @@ def allowed_bytes(budget: float) -> float:
 
 def keep_to_budget(run: Run, options: TrainOptions) -> None:
     """Holds everything from now on, T5 and validation too, to --vram_budget: more is out of memory, as on that card."""
-    budget = options.plan.vram_budget if isinstance(options, LoraOptions) else None
+    budget = options.plan.vram_budget
     if budget is not None and run.device.type == "cuda":
         hold_to(budget)
 
@@ -262,11 +277,15 @@ def seconds(run: Callable[[], Any]) -> float:
 # -- setting up --------------------------------------------------------------------------------------------------------
 
 
-def place(transformer: Any, chosen: Plan, device: torch.device) -> None:
-    """Moves the transformer, which lies on the CPU, to where the plan wants it, and makes it run so."""
+def place(transformer: Any, chosen: Plan, device: torch.device) -> Away | None:
+    """Moves the transformer, which lies on the CPU, to where the plan wants it, and makes it run so.
+
+    Returns what is trained on the host, if anything is.
+    """
     if isinstance(chosen, ExecutionPlan):
-        Stack(transformer, chosen, device).install()
-        return
+        stack = Stack(transformer, chosen, device)
+        stack.install()
+        return stack.away
     transformer.to(device)
     if chosen.recompute:
         transformer.enable_gradient_checkpointing()
@@ -274,6 +293,7 @@ def place(transformer: Any, chosen: Plan, device: torch.device) -> None:
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False)
             block._compiled_call_impl = allowing_graphs(block._compiled_call_impl)
+    return None
 
 
 def measured(step_seconds: float) -> str:

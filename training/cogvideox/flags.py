@@ -343,21 +343,14 @@ class PlanFlags:
         "auto",
         "how blocks are run: auto is the fastest way that fits the memory; fast keeps weights on the device, and as "
         "many activations as fit; balanced keeps attention outputs, for 24 GB cards; lean keeps next to nothing on "
-        "the device; off runs diffusers' own modules",
+        "the device; off runs diffusers' own modules, and so does auto where all weights are trained",
         choices=("auto", "fast", "balanced", "lean", "off"),
     )
     vram_budget: float | None = flag(
         None, "GiB of the GPU that the run may take, T5 and validation too: plans for a card of that size", least=1.0
     )
     weights_on: str = flag(
-        "auto", "where frozen weights of blocks lie: on the device, or on the host, streamed", choices=PLACES
-    )
-    base_precision: str = flag(
-        "auto",
-        "type in which the blocks' frozen matrices are stored while training and validating; inference.py loads the "
-        "base as it is. auto is the type of the computation; int8 and fp8 take half of bf16, nf4 (QLoRA) a third. How "
-        "far that turns the gradients is printed",
-        choices=("auto", "int8", "fp8", "nf4"),
+        "auto", "where weights of blocks lie: on the device, or on the host, streamed", choices=PLACES
     )
     keep: str = flag(
         "auto",
@@ -382,6 +375,19 @@ class PlanFlags:
         """The flags that leave something less open, as they are typed."""
         values = dataclasses.asdict(self).items()
         return [f"--{name} {value}" for name, value in values if value not in ("auto", "off", None)]
+
+
+@dataclass(frozen=True)
+class LoraPlanFlags(PlanFlags):
+    """The same, where the blocks' own weights are frozen."""
+
+    base_precision: str = flag(
+        "auto",
+        "type in which the blocks' frozen matrices are stored while training and validating; inference.py loads the "
+        "base as it is. auto is the type of the computation; int8 and fp8 take half of bf16, nf4 (QLoRA) a third. How "
+        "far that turns the gradients is printed",
+        choices=("auto", "int8", "fp8", "nf4"),
+    )
 
 
 @dataclass(frozen=True)

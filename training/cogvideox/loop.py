@@ -33,6 +33,7 @@ from cogvideox.pipeline_folder import fetch_parts
 from cogvideox.plan import HOST, ExecutionPlan
 from cogvideox.publish import publish
 from cogvideox.run import METRICS_NAME, REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
+from cogvideox.streaming import Away
 from cogvideox.tensors import Tensors, open_tensors
 from cogvideox.validation import Prompts, Validator, embed_prompts
 
@@ -74,12 +75,20 @@ class Trainer:
     """Everything of a run between its data and its result: ``train`` and ``finish``."""
 
     def __init__(
-        self, run: Run, options: TrainOptions, tensors: Tensors, prompts: Prompts, task: Any, method: Any, plan: Plan
+        self,
+        run: Run,
+        options: TrainOptions,
+        tensors: Tensors,
+        prompts: Prompts,
+        task: Any,
+        method: Any,
+        plan: Plan,
+        away: Away | None,
     ) -> None:
         self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
-        self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype, on_host)
+        self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype, on_host, away)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
         self.weights_T = diffusion.loss_weights(self.schedule, options.signal)
         bad_fraction = options.data.max_bad_fraction
@@ -303,10 +312,10 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     plan = make_plan(run, options, tensors, transformer)
     run.say(f"plan: {plan}")
     with memory_errors_told():
-        place(transformer, plan, run.device)
+        away = place(transformer, plan, run.device)
         task = task_type(options, tensors.geometry, run.device, run.dtype)
         check_parity(run, options, tensors, task, transformer)
-        trainer = Trainer(run, options, tensors, prompts, task, method, plan)
+        trainer = Trainer(run, options, tensors, prompts, task, method, plan, away)
         return trainer.finish(trainer.train())
 
 

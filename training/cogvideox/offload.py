@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cogvideox.optim import MakeOptimizer, StepResult, by_parameter, overwrite, plain_tensors, set_rate
+from cogvideox.optim import MakeOptimizer, StepResult, by_parameter, for_file, overwrite, plain_tensors, set_rate
 
 
 class HostMasters:
@@ -101,18 +101,21 @@ class OffloadedWeights:
         self.tail.zero_()
         return result
 
+    def wait(self) -> None:
+        """A step has waited for the device already."""
+
     def named_masters(self) -> dict[str, Parameter]:
         """The masters by their parameters' names, on the CPU where torchao has them."""
         return {name: master for name, _, _, master in self._masters()}
 
-    def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, as plain tensors by name, as MasterWeights names them."""
+    def state(self, copy: bool = True) -> dict[str, Tensor]:
+        """All that a resumed run needs, as plain tensors by name, as MasterWeights names them; copied as there."""
         tensors = {}
         for name, _, inner, master in self._masters():
             tensors[f"master/{name}"] = master.detach()
             for key, tensor in plain_tensors(inner.optimizer.state[master]):
                 tensors[f"{key}/{name}"] = tensor
-        return {name: tensor.clone().cpu().contiguous() for name, tensor in tensors.items()}
+        return for_file(tensors, copy)
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ Trainable parameters stay in the compute type inside the model. Each backward pa
 buffer; a step averages it over the ranks, clips, skips what is not finite and updates fp32 masters, all on the device.
 Only fused optimizers of torch can skip a step there: before a step of any other, this process waits for the device.
 The masters and what the optimizer keeps are one chunk on the device, or many on the host that pass through the device.
+Parameters that live on the host themselves, with their gradients (streaming.Away), pass through it with their masters.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cogvideox.flags import POLYNOMIAL_END, OptimizerFlags
-from cogvideox.streaming import Conveyor, Layout, pinned
+from cogvideox.streaming import Away, Conveyor, Layout, Part, norms_of, pinned
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
@@ -74,18 +75,25 @@ class StepResult:
 class Chunk:
     """Consecutive parameters with their gradients, their fp32 masters, and an optimizer of their own.
 
-    On the device unless ``rest_on_host`` was called: then masters and moments are there only while they are held there.
-    Where the optimizer is fused, all that it keeps exists from the start.
+    On the device unless ``rest_on_host`` was called: then what is not needed between steps is there only while it is
+    held there. Where the optimizer is fused, all that it keeps exists from the start.
+
+    Args:
+        gradients: fp32, on the device.
+        masters: what is updated, of each parameter.
+        away: for parameters that live on the host, with their gradients: the block, and which of its parameters.
     """
 
     def __init__(
-        self, parameters: dict[str, Parameter], gradients: Sequence[Tensor], make: MakeOptimizer, own_masters: bool
+        self,
+        parameters: dict[str, Parameter],
+        gradients: Sequence[Tensor],
+        masters: list[Parameter],
+        make: MakeOptimizer,
+        away: tuple[Away, int, slice] | None = None,
     ) -> None:
-        self.parameters, self.gradients = parameters, gradients
-        self.masters = [
-            p if p.dtype == torch.float32 and not own_masters else Parameter(p.detach().to(torch.float32, copy=True))
-            for p in parameters.values()
-        ]
+        self.parameters, self.gradients, self.masters, self.away = parameters, gradients, masters, away
+        self.rounded: Sequence[Tensor] = list(parameters.values())
         self.optimizer = make(self.masters)
         self.fused = is_fused(self.optimizer)
         if self.fused:  # a step that is skipped makes the moments, of zeros
@@ -107,9 +115,9 @@ class Chunk:
     @torch.no_grad()
     def round(self) -> None:
         """Rounds the masters into the model."""
-        for parameter, master in zip(self.parameters.values(), self.masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
+        for rounded, master in zip(self.rounded, self.masters, strict=True):
+            if rounded is not master:
+                rounded.copy_(master)
 
     def rest_on_host(self) -> None:
         """Moves masters and moments to pinned memory. The step counters stay: they are small, and the kernel's."""
@@ -121,20 +129,44 @@ class Chunk:
         self.at_rest = self.layout.views(self.host)
         for host, tensor in zip(self.at_rest, tensors, strict=True):
             host.copy_(tensor)
-        self.hold(self.at_rest)
+        self.release()
 
     def _held(self) -> list[Tensor]:
         """Each master and its moments."""
         states = [(master, self.optimizer.state[master]) for master in self.masters]
         return [t for master, state in states for t in (master.detach(), *map(state.get, moments(state)))]
 
-    def hold(self, tensors: Sequence[Tensor]) -> None:
+    def load(self) -> list[Part]:
+        """What passes through the device in a step."""
+        state = Part(self.host, self.layout)
+        if self.away is None:
+            return [state]
+        away, block, which = self.away
+        gradients = Part(*away.gradients.part(block, which), leaves=False)
+        return [gradients, state, Part(*away.layout.part(away.hosts[block], which), comes=False)]
+
+    def hold(self, load: Sequence[Sequence[Tensor]]) -> None:
+        """Works on the tensors of a load, on the device."""
+        if self.away is None:
+            (state,) = load
+        else:
+            gradients, state, self.rounded = load
+            self.gradients = [gradient.float() for gradient in gradients]
+        self._hold(state)
+
+    def release(self) -> None:
+        """Masters and moments, parameters that live on the host too, are there again."""
+        self._hold(self.at_rest)
+        if self.away is not None:
+            self.gradients, self.rounded = (), list(self.parameters.values())
+
+    def _hold(self, state: Sequence[Tensor]) -> None:
         """Masters and moments are these, in the order of the layout."""
-        rest = iter(tensors)
+        rest = iter(state)
         for master in self.masters:
             master.data = next(rest)
-            state = self.optimizer.state[master]
-            state.update({key: next(rest) for key in moments(state)})
+            values = self.optimizer.state[master]
+            values.update({key: next(rest) for key in moments(values)})
 
     def state(self) -> dict[str, Tensor]:
         """Masters and what the optimizer keeps for each, as key/parameter."""
@@ -176,6 +208,7 @@ class MasterWeights:
         dynamic_scale: scale the loss so that fp16 gradients do not vanish, and lower the scale when they overflow.
         state_on_host: masters and moments live in pinned host memory, and pass through the device in chunks at each
             step, with the same numbers bit for bit; for fused optimizers only. Else they are one chunk, on the device.
+        away: which parameters live there too, with their gradients. All others are on the device.
     """
 
     def __init__(
@@ -185,9 +218,13 @@ class MasterWeights:
         max_grad_norm: float,
         dynamic_scale: bool,
         state_on_host: bool = False,
+        away: Away | None = None,
     ) -> None:
-        self.parameters = parameters
-        params = list(parameters.values())
+        self.parameters, self.away, self.make = parameters, away, make
+        self.names = {p: name for name, p in parameters.items()}
+        absent = {p for block in away.parameters.values() for p in block} if away else set()
+        here = {name: p for name, p in parameters.items() if p not in absent}
+        params = list(here.values())
         self.device = params[0].device
         self.max_grad_norm = max_grad_norm
         self.scale = torch.tensor(INITIAL_SCALE if dynamic_scale else 1.0, device=self.device)
@@ -198,24 +235,42 @@ class MasterWeights:
         # the tail carries the loss and the stop flag through the same all-reduce as the gradients
         self.buffer = torch.zeros(count + 2, device=self.device)
         self.flat, self.tail = self.buffer[:count], self.buffer[count:]
-        gradients = [view.view_as(p) for view, p in zip(self.flat.split(sizes), params, strict=True)]
+        self.gradients = {n: g.view_as(p) for (n, p), g in zip(here.items(), self.flat.split(sizes), strict=True)}
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._collector(g)) for p, g in zip(params, gradients, strict=True)
+            p.register_post_accumulate_grad_hook(self._collector(self.gradients[n])) for n, p in here.items()
         ]
-        parts = split(sizes, CHUNK_BYTES // STATE_BYTES if state_on_host else count)
         # one after another: on their way to the host, the device holds one at a time
-        self.chunks = [self._chunk(part, gradients[part], make, state_on_host) for part in parts]
-        self.masters = [master for chunk in self.chunks for master in chunk.masters]
-        self.conveyor = Conveyor([chunk.host for chunk in self.chunks], self.device) if state_on_host else None
+        self.chunks = list(self._chunks(here, state_on_host))
+        named = {name: m for chunk in self.chunks for name, m in zip(chunk.parameters, chunk.masters, strict=True)}
+        self.masters = [named[name] for name in parameters]
+        self.conveyor = Conveyor(self.device) if state_on_host else None
         self.fused = self.chunks[0].fused
         self.fresh_numbers = group_numbers(self.chunks[0].optimizer)
 
-    def _chunk(self, part: slice, gradients: Sequence[Tensor], make: MakeOptimizer, on_host: bool) -> Chunk:
-        named = dict(list(self.parameters.items())[part])
-        chunk = Chunk(named, gradients, make, own_masters=on_host)
-        if on_host:
-            chunk.rest_on_host()
+    def _chunks(self, here: dict[str, Parameter], on_host: bool) -> Iterator[Chunk]:
+        """One of all parameters; on the host many, none of them of parameters on the device and others."""
+        if not on_host:
+            masters = [p if p.dtype == torch.float32 else self._master(p) for p in here.values()]
+            yield Chunk(here, list(self.gradients.values()), masters, self.make)
+            return
+        for which in split([p.numel() for p in here.values()], CHUNK_BYTES // STATE_BYTES):
+            yield self._chunk(dict(list(here.items())[which]))
+        if self.away:
+            for block, parameters in self.away.parameters.items():
+                for which in split([p.numel() for p in parameters], CHUNK_BYTES // STATE_BYTES):
+                    yield self._chunk({self.names[p]: p for p in parameters[which]}, (self.away, block, which))
+
+    def _chunk(self, parameters: dict[str, Parameter], away: tuple[Away, int, slice] | None = None) -> Chunk:
+        masters = [self._master(p) for p in parameters.values()]
+        gradients = [
+            torch.zeros_like(m) if away else self.gradients[n] for n, m in zip(parameters, masters, strict=True)
+        ]
+        chunk = Chunk(parameters, gradients, masters, self.make, away)
+        chunk.rest_on_host()
         return chunk
+
+    def _master(self, parameter: Parameter) -> Parameter:
+        return Parameter(parameter.detach().to(self.device, torch.float32, copy=True))
 
     @staticmethod
     def _collector(gradient: Tensor) -> Callable[[Tensor], None]:
@@ -237,15 +292,25 @@ class MasterWeights:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.buffer)
             self.buffer.div_(dist.get_world_size())
-        norm = self.flat.norm() / self.scale
+        norm = self._norm() / self.scale
         skipped = (~torch.isfinite(norm)).float()
         clip = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else torch.ones_like(norm)
         self._update(lr, divisor=clip * self.scale, skipped=skipped)
         result = StepResult(torch.stack([self.tail[0], norm, skipped, self.tail[1]]))
         self.buffer.zero_()
+        if self.away:
+            self.away.gradients.clear()
         if self.dynamic_scale:
             self._adapt_scale(skipped)
         return result
+
+    def _norm(self) -> Tensor:
+        """Of all gradients: by parameter, so that it is the same wherever they lie."""
+        norms = dict(zip(self.gradients, norms_of(list(self.gradients.values())), strict=True))
+        if self.away:
+            for block, parameters in self.away.parameters.items():
+                norms |= zip((self.names[p] for p in parameters), self.away.gradients.norms[block], strict=True)
+        return torch.stack([norms[name] for name in self.parameters]).norm()
 
     def _update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:
         if not self.fused:
@@ -260,14 +325,16 @@ class MasterWeights:
         if self.conveyor is None:
             yield from self.chunks
             return
-        for number, slot in self.conveyor.passes():
-            chunk = self.chunks[number]
-            chunk.hold(chunk.layout.views(slot))
+        if self.away:
+            self.away.gradients.settle()
+        loads = [chunk.load() for chunk in self.chunks]
+        for chunk, tensors in zip(self.chunks, self.conveyor.passes(loads), strict=True):
+            chunk.hold(tensors)
             yield chunk
-            chunk.hold(chunk.at_rest)
+            chunk.release()
 
-    def _wait(self) -> None:
-        """The host may read and write what rests there."""
+    def wait(self) -> None:
+        """The host may read and write what rests there, parameters too."""
         if self.conveyor is not None:
             self.conveyor.wait()
 
@@ -283,16 +350,20 @@ class MasterWeights:
         """The masters by their parameters' names. On the host, who reads them waits for the compute stream first."""
         return dict(zip(self.parameters, self.masters, strict=True))
 
-    def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, as plain tensors by name: masters, the optimizer's values, loss scale."""
-        self._wait()
+    def state(self, copy: bool = True) -> dict[str, Tensor]:
+        """All that a resumed run needs, as plain tensors by name: masters, the optimizer's values, loss scale.
+
+        Args:
+            copy: see ``for_file``.
+        """
+        self.wait()
         tensors = {"loss_scale": self.scale, "good_steps": self.good_steps}
         for chunk in self.chunks:
             tensors |= chunk.state()
         for key, value in group_numbers(self.chunks[0].optimizer).items():  # the same in all
             if self.fresh_numbers.get(key) != value:
                 tensors[f"{key}/{ALL}"] = as_tensor(value)
-        return {name: tensor.clone().cpu().contiguous() for name, tensor in tensors.items()}
+        return for_file(tensors, copy)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes up what ``state`` returned, wherever that had its masters."""
@@ -301,7 +372,7 @@ class MasterWeights:
             # a first step, of gradients and a rate of zero, makes what is then written over
             self._update(0.0, torch.ones((), device=self.device), torch.zeros((), device=self.device))
             self.buffer.zero_()  # some optimizers add weight decay to the gradients themselves
-        self._wait()
+        self.wait()
         self.scale.copy_(tensors["loss_scale"])
         self.good_steps.copy_(tensors["good_steps"])
         numbers = self.fresh_numbers | {key: tensor.item() for key, tensor in of[ALL].items()}
@@ -350,6 +421,21 @@ def plain_tensors(values: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{key}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0])
         elif value is not None:
             yield key, as_tensor(value)
+
+
+def for_file(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
+    """Tensors on the CPU, each in memory of its own.
+
+    Args:
+        copy: if not, what is there already stays where it is, as it may take most of the memory: to be written at once.
+    """
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.cpu().contiguous()
+        found[name] = here.clone() if copy or here.data_ptr() in taken else here
+        taken.add(here.data_ptr())
+    return found
 
 
 def by_parameter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -185,10 +185,17 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
 
 
 def check_state_place(options: TrainOptions) -> Iterator[str]:
-    """Problems of --optimizer_state_on host; of an optimizer that cannot be made at all check_optimizer tells."""
-    if isinstance(options, LoraOptions) and options.plan.optimizer_state_on == "host":
+    """Problems of state that is to lie on the host; of an optimizer that cannot be made at all check_optimizer tells.
+
+    Weights that are trained on the host have their state there.
+    """
+    flags, trains_all = options.plan, not isinstance(options, LoraOptions)
+    asked = {"--optimizer_state_on host": flags.optimizer_state_on == "host"}
+    asked |= {"--plan lean": trains_all and flags.plan == "lean"}
+    asked |= {"--weights_on host": trains_all and flags.weights_on == "host"}
+    for name in [name for name, given in asked.items() if given]:
         with suppress(ImportError, UsageError):
-            yield from host_state_problems(options.optimizer, under_deepspeed())
+            yield from host_state_problems(options.optimizer, under_deepspeed(), name)
 
 
 def package_of(flags: OptimizerFlags) -> str | None:
@@ -247,9 +254,10 @@ def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
         yield "--use_cpu_offload_optimizer: not under DeepSpeed; set offload_optimizer_device: cpu in its configuration"
 
 
-def host_state_problems(flags: OptimizerFlags, deepspeed: bool) -> Iterator[str]:
+def host_state_problems(
+    flags: OptimizerFlags, deepspeed: bool, name: str = "--optimizer_state_on host"
+) -> Iterator[str]:
     """What cannot have its state in host memory between steps: optim.py moves only what torch's fused Adam keeps."""
-    name = "--optimizer_state_on host"
     if deepspeed:
         yield f"{name}: DeepSpeed places the state; set offload_optimizer_device: cpu in its configuration"
     elif flags.use_cpu_offload_optimizer:
@@ -257,7 +265,7 @@ def host_state_problems(flags: OptimizerFlags, deepspeed: bool) -> Iterator[str]
     elif not steps_on_device(flags):
         yield (
             f"{name}: {flag_of(flags)} cannot skip a step on the device, or keeps more than plain moments; "
-            "give --optimizer adam or adamw without low bits, or --optimizer_state_on device"
+            "give --optimizer adam or adamw without low bits, or keep its state on the device"
         )
 
 

@@ -25,6 +25,7 @@ from cogvideox.flags import (
     ImageFlags,
     LoaderFlags,
     LoraFlags,
+    LoraPlanFlags,
     ModelFlags,
     OptimizerFlags,
     PlanFlags,
@@ -63,6 +64,7 @@ class TrainOptions:
     train: TrainFlags
     signal: SignalFlags
     optimizer: OptimizerFlags
+    plan: PlanFlags
     validation: ValidationFlags
     hub: HubFlags
     idle: IdleFlags
@@ -74,7 +76,7 @@ class LoraOptions(TrainOptions):
     """The LoRA scripts."""
 
     lora: LoraFlags
-    plan: PlanFlags
+    plan: LoraPlanFlags
 
 
 @dataclass(frozen=True)

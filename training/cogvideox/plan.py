@@ -1,7 +1,7 @@
 """How the transformer's blocks are executed: where weights lie, what forward keeps and where, compiled or not.
 
-Sizes (of model, data and LoRA) and Machine (free memory, measured rates) -> choose() -> ExecutionPlan, with the peak of
-the device's memory and the time of a step that it predicts. Nothing here touches a device.
+Sizes (of model, data and what is trained) and Machine (free memory, measured rates) -> choose() -> ExecutionPlan, with
+the peak of the device's memory and the time of a step that it predicts. Nothing here touches a device.
 Bytes, seconds, FLOP a second. Shapes as in blocks.py; a unit is the size of a block's input.
 """
 
@@ -16,12 +16,13 @@ GIB = 2**30
 DEVICE, HOST = "device", "host"
 AUTO = "auto"  # of a base precision: the compute type
 LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
-UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10}
+UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10, "all": 18}  # with LoRAs on all layers; blocks.kept_at
 WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/one_block.py prints it
     True: {"input": 19.1, "attention": 17.2, "linear": 13.2, "all": 9.3},
     False: {"input": 38.2, "attention": 37.2, "linear": 28.2, "all": 25.2},
 }
 ENDS_UNITS = 1.8  # tensors in front of and behind the blocks
+TRAINED_UNITS = 6.0  # what gradients of all weights need beside, themselves not counted; by lifetimes, not measured
 RECOMPUTED = {"input": (8 / 12, 1.0, 0.0), "attention": (8 / 12, 0.0, 0.0), "linear": (0.0, 0.0, 0.0)}
 RECOMPUTED["all"] = (0.0, 0.0, -10.0)
 """Shares of a block's forward linear layers and attention that backward computes again; units that it has less to read
@@ -43,9 +44,9 @@ class Sizes:
     """What memory and time follow from."""
 
     blocks: int
-    block_bytes: int  # the frozen weights of one block
-    rest_bytes: int  # weights and buffers outside the blocks
-    trained: int  # numbers in the LoRA
+    block_bytes: int  # the weights of one block, without its LoRA
+    rest_bytes: int  # frozen weights and buffers outside the blocks
+    trained: int  # numbers outside of a block's own weights: in the LoRA, or in front of and behind the blocks
     item_bytes: int  # of a number in the compute type
     samples: int  # in a micro-batch
     tokens: int  # of a sample in the largest bucket
@@ -54,7 +55,14 @@ class Sizes:
     state_bytes: int = STATE_BYTES  # of a trained number: master, moments, its average if there is one
     mapped: bool = False  # weights are pages of their file: pinned, they take memory of their own
     matrix_bytes: int = 0  # what a block's quantised matrices take in the compute type
-    units_all: int = 18  # kept at the level "all", with LoRAs on all layers; blocks.kept_at
+    units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
+    block_trained: int = 0  # numbers in one block, if all its weights are trained
+    sum_bytes: int = 4  # of a number in gradients that are summed on the host
+
+    @property
+    def all_trained(self) -> int:
+        """Numbers that are trained."""
+        return self.trained + self.blocks * self.block_trained
 
     @property
     def unit(self) -> int:
@@ -64,7 +72,7 @@ class Sizes:
     def kept_bytes(self, level: str) -> int:
         """Bytes that forward keeps of one block."""
         lse = 4 * self.samples * self.tokens * self.heads if level != "input" else 0
-        return (self.units_all if level == "all" else UNITS_KEPT[level]) * self.unit + lse
+        return self.units_kept[LEVELS.index(level)] * self.unit + lse
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: where its frozen weights lie, what forward keeps for backward (blocks.KEPT), and where."""
+    """One block: where its weights lie, with their gradients, what forward keeps (blocks.KEPT), and where."""
 
     weights: str = DEVICE
     keep: str = "input"
@@ -169,16 +177,25 @@ def mixture(first: BlockPlan, second: BlockPlan, count: int, total: int) -> tupl
 
 def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes) -> int:
     """The device's memory at its fullest: as backward begins, all that was kept is there."""
-    streamed = sum(n for kind, n in kinds.items() if kind.weights == HOST)
+    streamed = streamed_blocks(kinds)
     total = sizes.rest_bytes + (sizes.blocks - streamed + min(SLOTS, streamed)) * sizes.block_bytes
     total += round(sizes.matrix_bytes * WHOLE_MATRICES[compiled])
     total += sizes.trained * (sizes.item_bytes + 4)  # weights, and the flat fp32 gradients
-    total += sizes.trained * sizes.state_bytes if state == DEVICE else 0  # its chunks come when the blocks are done
+    total += (sizes.blocks - streamed) * sizes.block_trained * 4 + gradient_bytes(streamed, sizes)
+    total += sizes.all_trained * sizes.state_bytes if state == DEVICE else 0  # its chunks come when the blocks are done
     here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
     total += sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items())
     total += in_flight_bytes(kinds, sizes)
-    work = max(WORKSPACE_UNITS[compiled][kind.keep] for kind in kinds)
+    work = max(WORKSPACE_UNITS[compiled][kind.keep] for kind in kinds) + (TRAINED_UNITS if sizes.block_trained else 0)
     return round(total + (work + ENDS_UNITS) * sizes.unit)
+
+
+def gradient_bytes(streamed: int, sizes: Sizes) -> int:
+    """What there is of gradients of whole blocks, outside the sums: one block's, and those on their way to the host."""
+    sums = sizes.sum_bytes * min(IN_FLIGHT, streamed)
+    if streamed and sizes.sum_bytes > sizes.item_bytes:
+        sums += 2 * sizes.sum_bytes  # the sums of earlier passes come back, one block ahead
+    return sizes.block_trained * (sizes.item_bytes + sums)
 
 
 def in_flight_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
@@ -193,15 +210,26 @@ def in_flight_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
 
 def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     """Host memory beside what was loaded there already, of which streamed blocks take over their share."""
-    weights, kept, moved = copied_bytes(kinds, state, sizes)
-    return kept + moved + (weights if sizes.mapped else min(sizes.block_bytes, weights))
+    weights, kept, _, moved = copied_bytes(kinds, state, sizes)
+    sums = streamed_blocks(kinds) * sizes.block_trained * sizes.sum_bytes
+    state_bytes = sizes.all_trained * sizes.state_bytes if moved else 0
+    return kept + sums + state_bytes + (weights if sizes.mapped else min(sizes.block_bytes, weights))
 
 
-def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple[int, int, int]:
-    """Half of what a step copies between host and device: weights, what was kept, the optimizer's state."""
-    weights = sum(n for kind, n in kinds.items() if kind.weights == HOST) * sizes.block_bytes
+def streamed_blocks(kinds: dict[BlockPlan, int]) -> int:
+    """How many have their weights on the host."""
+    return sum(n for kind, n in kinds.items() if kind.weights == HOST)
+
+
+def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple[int, int, int, int]:
+    """What is copied between host and device: weights in each pass, what was kept each way, gradients, and each way
+    what an optimizer step works on.
+    """
+    streamed = streamed_blocks(kinds)
     kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
-    return weights, kept, sizes.trained * sizes.state_bytes if state == HOST else 0
+    gradients = streamed * sizes.block_trained * sizes.sum_bytes
+    state_bytes = sizes.all_trained * sizes.state_bytes + gradients  # as many weights leave as gradients come, or fewer
+    return streamed * sizes.block_bytes, kept, gradients, state_bytes if state == HOST else 0
 
 
 def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
@@ -215,29 +243,37 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     unit = sizes.unit / machine.memory
     forward_traffic, backward_traffic = (n * unit for n in TRAFFIC_UNITS[compiled])
     copies = COPY_SHARE * machine.copies
-    weights, kept, moved = (number / copies for number in copied_bytes(kinds, state, sizes))
+    weights, kept, gradients, moved = (number / copies for number in copied_bytes(kinds, state, sizes))
+    trains_all = sizes.block_trained > 0
     again = 0.0
     for kind, n in kinds.items():
         linears, attentions, units = RECOMPUTED[kind.keep]
+        linears = 1.0 if linears and trains_all else linears  # gates too need what their layers gave
         again += n * (linears * linear + attentions * attend + units * unit)
     forward = sizes.blocks * (linear + attend + forward_traffic)
-    backward = sizes.blocks * (linear + attend_backward + backward_traffic) + again
-    total = max(forward, weights, kept) + max(backward, weights + kept)
-    total += HIDDEN_COPY * 2 * (weights + kept)
-    return total + (moved or 2 * sizes.state_bytes * sizes.trained / machine.memory)
+    backward = sizes.blocks * ((2 if trains_all else 1) * linear + attend_backward + backward_traffic) + again
+    total = max(forward, weights, kept) + max(backward, weights + kept, gradients)
+    total += HIDDEN_COPY * (2 * (weights + kept) + gradients)
+    return total + (moved or 2 * sizes.state_bytes * sizes.all_trained / machine.memory)
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------
 
 
-def candidates(axes: Axes, blocks: int) -> Iterator[tuple[BlockPlan, BlockPlan, int, str]]:
-    """(kind, other kind, how many of the first, where the state is): all plans of at most two kinds of blocks."""
+def candidates(axes: Axes, sizes: Sizes) -> Iterator[tuple[BlockPlan, BlockPlan, int, str]]:
+    """(kind, other kind, how many of the first, where the state is): all plans of at most two kinds of blocks.
+
+    Weights that are trained on the host have their masters there.
+    """
+    blocks = sizes.blocks
     kinds = [BlockPlan(*values) for values in product(axes.weights, axes.keep, axes.kept)]
     for first, second in combinations_with_replacement(kinds, 2):
         for count in range(1, blocks + 1) if first == second else range(1, blocks):
             if first != second or count == blocks:
+                trained_there = sizes.block_trained and HOST in (first.weights, second.weights)
                 for state in axes.state:
-                    yield first, second, count, state
+                    if state == HOST or not trained_there:
+                        yield first, second, count, state
 
 
 def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
@@ -256,7 +292,7 @@ def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention
 def fastest(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
     """``choose``, where all of the machine's host memory may be pinned."""
     found, least = [], None
-    for first, second, count, state in candidates(axes, sizes.blocks):
+    for first, second, count, state in candidates(axes, sizes):
         kinds = {first: count} if first == second else {first: count, second: sizes.blocks - count}
         peak, host = peak_bytes(kinds, state, compiled, sizes), host_bytes(kinds, state, sizes)
         least = min(least or (peak, host), (peak, host))
@@ -265,7 +301,8 @@ def fastest(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attentio
         seconds = step_seconds(kinds, state, compiled, sizes, machine)
         found.append((seconds, sum(copied_bytes(kinds, state, sizes)), peak, (first, second, count, state)))
     if not found:
-        assert least is not None
+        if least is None:
+            raise NoPlanError("all weights are trained: with them on the host, the optimizer's state must be there too")
         gibs = [f"{size / GIB:.1f}" for size in (*least, machine.device_bytes, machine.host_bytes)]
         raise NoPlanError(
             "the smallest allowed plan needs {} GiB of the device and {} GiB of the host beside the weights; {} and {} "

@@ -2,8 +2,10 @@
 
 Stack(transformer, plan, device).install(): diffusers' forward, and so the pipeline's sampling too, then runs all blocks
 here. Each block is one autograd function around the two functions of blocks.py: what is kept between them and where,
-where frozen weights lie, whether it is compiled, is the plan's. Names and values of the parameters stay as they were,
-but for those that the plan quantises: their module has an empty tensor, so that nothing else can compute with it.
+where weights lie, whether it is compiled, is the plan's. Names and values of the parameters stay as they were, but for
+those that the plan quantises: their module has an empty tensor, so that nothing else can compute with it.
+Trained are LoRAs, which stay on the device, or all weights. Of these, gradients follow weights: autograd has those of
+the device, ``away`` those of the host.
 Shapes as in blocks.py.
 """
 
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from cogvideox import blocks
 from cogvideox.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
@@ -19,7 +22,7 @@ from cogvideox.graphs import allowing_graphs
 from cogvideox.lora import SampleDropout
 from cogvideox.plan import AUTO, DEVICE, HOST, ExecutionPlan
 from cogvideox.quant import Quantised, Weight, quantise
-from cogvideox.streaming import HostStore, Layout, Ring, pinned
+from cogvideox.streaming import Away, HostStore, Layout, Ring, pinned
 
 META = torch.device("meta")
 SAMPLE_TOKENS = 256  # of gradient_cosine, a fourth of them text
@@ -43,8 +46,8 @@ class Stack:
     """See the top of the file.
 
     Args:
-        transformer: a CogVideoX of diffusers, with PEFT's adapters or without. Only matrices of plain LoRAs in
-            attention and feed-forward layers may be trained; ``plain_lora`` says whether that is so.
+        transformer: a CogVideoX of diffusers, all of which is trained, or on which PEFT put adapters, of which only
+            matrices of plain LoRAs in attention and feed-forward layers; ``runs`` says whether that is so.
         device: where it computes. Blocks come to it as the plan says; the rest must be there.
     """
 
@@ -52,6 +55,7 @@ class Stack:
         self.plan, self.device = plan, device
         self.modules = list(transformer.transformer_blocks)
         self.heads = self.modules[0].attn1.heads
+        self.trains_all = own_of(self.modules[0])[0].requires_grad
         self.store = HostStore(device)
         self._rotary: tuple[Any, Any] = (None, None)
         self.forward_block, self.backward_block = blocks.forward, blocks.backward
@@ -69,11 +73,11 @@ class Stack:
         One layout for all: on a CPU the bits of a matrix product depend on where its factors begin.
         """
         precision = self.plan.base_precision
-        frozen = [frozen_of(module) for module in self.modules]
+        own = [own_of(module) for module in self.modules]
         like = forms_of(self.modules[0], precision, META)
         layout, hosts = Layout(flat(like)), {}
         self.resident: dict[int, list[Weight]] = {}
-        for i, (block, parameters) in enumerate(zip(self.plan.blocks, frozen, strict=True)):
+        for i, (block, parameters) in enumerate(zip(self.plan.blocks, own, strict=True)):
             if block.weights == HOST:
                 buffer = hosts[i] = pinned(layout.num_bytes)
             else:
@@ -86,13 +90,15 @@ class Stack:
                 parameter.data = form if whole else torch.empty(0, dtype=parameter.dtype, device=self.device)
             if block.weights == DEVICE:
                 self.resident[i] = forms
-        placed = {id(p) for parameters in frozen for p in parameters}
+        placed = {id(p) for parameters in own for p in parameters}
         for tensor in (*transformer.parameters(), *transformer.buffers()):
             if id(tensor) not in placed:
                 tensor.data = tensor.data.to(self.device)
         self.ring = Ring(hosts, self.device) if hosts else None
         self.slots = [shaped(like, layout.views(slot)) for slot in self.ring.slots] if self.ring else []
-        self.order = [{id(p): k for k, p in enumerate(parameters)} for parameters in frozen]
+        self.order = [{id(p): k for k, p in enumerate(parameters)} for parameters in own]
+        trained = {i: own[i] for i in hosts} if self.trains_all else {}
+        self.away = Away(trained, hosts, layout, self.device) if trained else None
 
     def install(self) -> None:
         """The first block runs them all, the others nothing: diffusers passes from one to the next."""
@@ -111,10 +117,13 @@ class Stack:
         """All blocks: (video, (B, S - L, D), and text, (B, L, D)) -> the same."""
         length = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        shared = Shared(temb, self._padded(image_rotary_emb, length), length, self.heads, self.plan.attention)
+        rotary = self._padded(image_rotary_emb, length)
+        shared = Shared(temb.detach(), rotary, length, self.heads, self.plan.attention)
+        if self.away and self.ring:
+            self.ring.forget()  # since the last pass the weights on the host may have changed
         if torch.is_grad_enabled():
             for i in range(len(self.modules)):
-                x = RunBlock.apply(x, i, self, shared, *self._trained(i))
+                x = RunBlock.apply(x, temb, i, self, shared, *self._trained(i))
         else:
             x = self._sample(x, shared)
         return x[:, length:], x[:, :length]
@@ -142,8 +151,10 @@ class Stack:
         return tables
 
     def _trained(self, i: int) -> list[Tensor]:
-        """The LoRA matrices of a block, in the order of blocks.LORA_LAYERS, two a layer that has them."""
-        return trained_of(self.modules[i], self.device)
+        """What autograd gets a block's gradients for, in the order of blocks.Block."""
+        if self.trains_all:
+            return own_of(self.modules[i]) if i in self.resident else []
+        return matrices_of(self.modules[i], self.device)
 
     def weights(self, i: int, direction: int, trained: list[Tensor]) -> Block:
         """A block's weights for what the compute stream gets next; the block after it starts to come."""
@@ -158,10 +169,10 @@ class Stack:
 
 
 class RunBlock(torch.autograd.Function):
-    """One block of a Stack: (x, number, stack, what is shared, its LoRA matrices) -> y."""
+    """One block of a Stack: (x, time embedding, number, stack, what is shared, what autograd trains of it) -> y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, i: int, stack: Stack, shared: Shared, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, _temb: Tensor, i: int, stack: Stack, shared: Shared, *trained: Tensor) -> Tensor:
         plan = stack.plan.blocks[i]
         if not any(ctx.needs_input_grad):  # in front of the first LoRA: no backward pass would take what is kept
             return stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, ())[0]
@@ -187,23 +198,27 @@ class RunBlock(torch.autograd.Function):
         saved = [tensor.detach() for tensor in ctx.saved_tensors[count:]]
         kept = dict(zip(ctx.names, saved, strict=True)) if here else stack.store.take(i)
         stack.store.fetch_next()
-        dx, pairs = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
-        gradients = [matrix for name in LORA_LAYERS if name in pairs for matrix in pairs[name]]
-        return dx, None, None, None, *gradients
+        dx, dtemb, found = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
+        gradients = [gradient for name in Block._fields for gradient in found.get(name, ())]
+        if gradients and not trained:
+            stack.away.gradients.add(i, gradients)
+            gradients = []
+        return dx, dtemb, None, None, None, *gradients
 
 
 # -- a block's weights -------------------------------------------------------------------------------------------------
 
 
-def frozen_of(module: Any) -> list[Tensor]:
-    """The frozen parameters of a block."""
-    return [p for p in module.parameters() if not p.requires_grad]
+def own_of(module: Any) -> list[Parameter]:
+    """The parameters of a block without its LoRAs, in the order of blocks.Block."""
+    layers = map(base_of, pieces_of(module).values())
+    return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
 
 
 def forms_of(module: Any, precision: str, device: torch.device) -> list[Weight]:
     """The same: as they are, or, if a precision is given, the matrices of linear layers quantised on a device."""
     kinds = kinds_of(module, precision) if precision != AUTO else {}
-    return [quantise(p.detach().to(device), kinds[p]) if p in kinds else p for p in frozen_of(module)]
+    return [quantise(p.detach().to(device), kinds[p]) if p in kinds else p.detach() for p in own_of(module)]
 
 
 def kinds_of(module: Any, precision: str) -> dict[Tensor, str]:
@@ -226,7 +241,7 @@ def shaped(forms: list[Weight], tensors: list[Tensor]) -> list[Weight]:
     return [next(left) if isinstance(f, Tensor) else Quantised(next(left), next(left), next(left)) for f in forms]
 
 
-def frozen_bytes(module: Any, precision: str = AUTO) -> int:
+def own_bytes(module: Any, precision: str = AUTO) -> int:
     """What they take in a flat buffer."""
     return Layout(flat(forms_of(module, precision, META))).num_bytes
 
@@ -236,18 +251,30 @@ def whole_bytes(module: Any) -> int:
     return sum(matrix.nbytes for matrix in kinds_of(module, AUTO))
 
 
+def pieces_of(module: Any) -> dict[str, Any]:
+    """The layers of a block by their names in blocks.Block, in its order."""
+    attention, feed_forward = module.attn1, module.ff.net
+    pieces = {
+        "modulation1": module.norm1.linear,
+        "norm1": module.norm1.norm,
+        "q": attention.to_q,
+        "k": attention.to_k,
+        "v": attention.to_v,
+        "norm_q": attention.norm_q,
+        "norm_k": attention.norm_k,
+        "out": attention.to_out[0],
+        "modulation2": module.norm2.linear,
+        "norm2": module.norm2.norm,
+        "ff1": feed_forward[0].proj,
+        "ff2": feed_forward[2],
+    }
+    return {name: pieces[name] for name in Block._fields}
+
+
 def layers_of(module: Any) -> dict[str, Any]:
     """The linear layers that a plain LoRA may be on, by their names in blocks.Block."""
-    attention, feed_forward = module.attn1, module.ff.net
-    modules = (
-        attention.to_q,
-        attention.to_k,
-        attention.to_v,
-        attention.to_out[0],
-        feed_forward[0].proj,
-        feed_forward[2],
-    )
-    return dict(zip(LORA_LAYERS, modules, strict=True))
+    pieces = pieces_of(module)
+    return {name: pieces[name] for name in LORA_LAYERS}
 
 
 def lora_of(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
@@ -267,44 +294,50 @@ def base_of(layer: Any) -> Any:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
-def trained_of(module: Any, device: torch.device) -> list[Tensor]:
+def matrices_of(module: Any, device: torch.device) -> list[Tensor]:
     """The LoRA matrices of a block on a device: PEFT puts what it loads beside the base layer, maybe on the host."""
     pairs = (lora_of(layer) for layer in layers_of(module).values())
     return [matrix.to(device) for pair in pairs if pair is not None for matrix in pair[:2]]
 
 
-def weights_of(module: Any, trained: list[Tensor] | None = None, place: Callable[[Tensor], Any] = lambda p: p) -> Block:
+def weights_of(
+    module: Any, matrices: list[Tensor] | None = None, place: Callable[[Tensor], Any] = lambda p: p
+) -> Block:
     """A block's weights out of its module.
 
     Args:
-        trained: the LoRA matrices; those of the module if not given.
-        place: where, and in which form, a frozen parameter lies now.
+        matrices: of its LoRAs; those of the module if not given.
+        place: where, and in which form, a parameter of its own lies now.
     """
-    matrices = iter(trained) if trained is not None else None
+    given = iter(matrices) if matrices is not None else None
 
-    def linear(layer: nn.Module, lora: bool = True) -> Linear:
-        base = base_of(layer)
-        found = lora_of(layer) if lora else None
-        weights = place(base.weight), None if base.bias is None else place(base.bias)
-        if found is None:
-            return Linear(*weights)
-        a, b = (next(matrices), next(matrices)) if matrices is not None else found[:2]
-        return Linear(*weights, a.detach(), b.detach(), *found[2:])
-
-    def norm(layer: Any) -> Norm:
+    def own(layer: Any) -> tuple[Any, Any]:
         weight, bias = (None if p is None else place(p) for p in (layer.weight, layer.bias))
-        return Norm(weight, bias, layer.eps)
+        return weight, bias
 
-    layers = {name: linear(layer) for name, layer in layers_of(module).items()}
-    return Block(
-        modulation1=linear(module.norm1.linear, lora=False),
-        norm1=norm(module.norm1.norm),
-        norm_q=norm(module.attn1.norm_q),
-        norm_k=norm(module.attn1.norm_k),
-        modulation2=linear(module.norm2.linear, lora=False),
-        norm2=norm(module.norm2.norm),
-        **layers,
-    )
+    def piece(name: str, layer: Any) -> Linear | Norm:
+        base = base_of(layer)
+        trained = base.weight is not None and base.weight.requires_grad
+        if not isinstance(base, nn.Linear):
+            return Norm(*own(base), base.eps, trained)
+        found = lora_of(layer) if name in LORA_LAYERS else None
+        if found is None:
+            return Linear(*own(base), trained=trained)
+        a, b = (next(given), next(given)) if given is not None else found[:2]
+        return Linear(*own(base), a.detach(), b.detach(), *found[2:])
+
+    return Block(*(piece(name, layer) for name, layer in pieces_of(module).items()))  # type: ignore[arg-type]
+
+
+def lora_layers(transformer: Any) -> list[Any]:
+    """All layers that PEFT put adapters on."""
+    return [module for module in transformer.modules() if hasattr(module, "lora_A")]
+
+
+def runs(transformer: Any) -> bool:
+    """Whether a Stack runs it: all of it is trained, or only plain LoRAs of its blocks are."""
+    layers = lora_layers(transformer)
+    return plain_lora(transformer) if layers else all(p.requires_grad for p in transformer.parameters())
 
 
 def plain_lora(transformer: Any) -> bool:
@@ -316,8 +349,7 @@ def plain_lora(transformer: Any) -> bool:
         for m in layer.parameters()
         if hasattr(layer, "lora_A")
     }
-    layers = [m for m in transformer.modules() if hasattr(m, "lora_A")]
-    odd = any(any(layer.use_dora.values()) or not _drops_alike(layer) for layer in layers)
+    odd = any(any(layer.use_dora.values()) or not _drops_alike(layer) for layer in lora_layers(transformer))
     return not odd and all(id(p) in own for p in transformer.parameters() if p.requires_grad)
 
 
@@ -341,17 +373,17 @@ def gradient_cosine(module: Any, precision: str, device: torch.device, backend: 
     for kind in (AUTO, precision):
         p = weights_in(module, kind, device)
         kept = blocks.forward(x, p, shared, blocks.KEPT["attention"])[1]
-        pairs = blocks.backward(dy, p, shared, {"x": x, **kept})[1]
-        found.append(torch.cat([matrix.flatten() for pair in pairs.values() for matrix in pair]).double())
+        gradients = blocks.backward(dy, p, shared, {"x": x, **kept})[2]
+        found.append(torch.cat([matrix.flatten() for pair in gradients.values() for matrix in pair]).double())
     return torch.cosine_similarity(*found, dim=0).item()
 
 
 def weights_in(module: Any, precision: str, device: torch.device) -> Block:
     """A copy of a block's weights on a device in a precision."""
-    forms = dict(zip(frozen_of(module), forms_of(module, precision, device), strict=True))
+    forms = dict(zip(own_of(module), forms_of(module, precision, device), strict=True))
 
     def place(p: Tensor) -> Weight:
         form = forms[p]
         return form.to(device) if isinstance(form, Tensor) else form
 
-    return weights_of(module, trained_of(module, device), place)
+    return weights_of(module, matrices_of(module, device), place)

@@ -1,7 +1,8 @@
 """Tensors that live in host memory and pass through the device when they are needed, without anybody waiting.
 
-Ring: the frozen weights of blocks, one flat pinned buffer a block, copied ahead of use into a few slots of the device.
+Ring: the weights of blocks, one flat pinned buffer a block, copied ahead of use into a few slots of the device.
 HostStore: what forward keeps for backward, sent to the host and brought back one such block ahead.
+Away: blocks that are trained on the host: their weights, and the sums of their gradients.
 Conveyor: buffers that the device changes, one after another: in, worked on, and out again.
 Copies run on streams of their own; events order them against the compute stream, and the host never waits for the
 device. Without a GPU the same code copies at once.
@@ -11,11 +12,13 @@ import mmap
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 from weakref import finalize
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 ALIGNMENT = 256  # bytes; kernels read 16 at once, and one layout serves host and device
 SLOTS = 3  # one in use, one arriving, one that was used last and is needed first when the direction turns
@@ -63,6 +66,13 @@ class Layout:
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors in a buffer."""
         return [buffer[start : start + size].view(dtype).view(shape) for start, size, shape, dtype in self.entries]
+
+    def part(self, buffer: Tensor, which: slice) -> tuple[Tensor, "Layout"]:
+        """The bytes of a buffer that have some consecutive tensors, and the layout of these in them."""
+        views = self.views(buffer)[which]
+        start = self.entries[which][0][0]
+        layout = Layout(views)
+        return buffer[start : start + layout.num_bytes], layout
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -142,6 +152,11 @@ class Ring:
         """One copy, on the current stream."""
         slot.copy_(host, non_blocking=True)
 
+    def forget(self) -> None:
+        """What the slots have is out of date."""
+        self.holds.clear()
+        self.arrived.clear()
+
     def after(self, block: int, step: int) -> int | None:
         """The next block of the ring in a direction, 1 or -1."""
         ahead = [other for other in self.hosts if (other - block) * step > 0]
@@ -203,10 +218,17 @@ class HostStore:
                 tensor.copy_(host, non_blocking=True)
         self.arriving[block] = kept, self.back.mark()
 
-    def fetch_next(self) -> None:
-        """``fetch`` of the block that a backward pass takes next, the last one put, if any are left."""
+    def fetch_next(self, first: bool = False) -> None:
+        """``fetch`` of the block that a backward pass takes next: the last one put, or the first, if any are left."""
         if self.layouts:
-            self.fetch(next(reversed(self.layouts)))
+            self.fetch(next(iter(self.layouts) if first else reversed(self.layouts)))
+
+    def clear(self) -> None:
+        """Forgets all that was put and not taken; buffers stay."""
+        for _, event in (*self.leaving.values(), *self.arriving.values()):
+            compute_waits_for(event)  # their memory may be given to what is computed next
+        for held in (self.layouts, self.leaving, self.arriving):
+            held.clear()
 
     def take(self, block: int) -> dict[str, Tensor]:
         """A block's tensors, once, for what the compute stream gets next."""
@@ -217,7 +239,70 @@ class HostStore:
         return kept
 
 
+# -- what is trained ---------------------------------------------------------------------------------------------------
+
+
+class Sums:
+    """Gradients of blocks, on the host: of each the sum over the backward passes of a step, with its norms."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.store = HostStore(device)
+        self.norms: dict[int, list[Tensor]] = {}
+
+    def add(self, block: int, gradients: list[Tensor]) -> None:
+        """Adds a block's gradients, of the type that they have; a sum of several is in fp32."""
+        if block in self.norms:
+            earlier = self.store.take(block).values()
+            gradients = [one.float() + other for one, other in zip(earlier, gradients, strict=True)]
+            self.store.fetch_next(first=True)  # of the block that comes now, as in the last pass
+        self.store.put(block, {str(k): gradient for k, gradient in enumerate(gradients)})
+        self.norms[block] = norms_of(gradients)
+
+    def settle(self) -> None:
+        """What the compute stream gets next finds all sums on the host."""
+        compute_waits_for(self.store.out.mark())
+
+    def part(self, block: int, which: slice) -> tuple[Tensor, Layout]:
+        """Where some consecutive gradients of a block lie."""
+        return self.store.layouts[block][1].part(self.store.buffers[block], which)
+
+    def clear(self) -> None:
+        """Begins a step."""
+        self.store.clear()
+        self.norms.clear()
+
+
+def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each, fp32: the same wherever they lie; of several at once, as fast as a kernel can read."""
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return list(torch._foreach_norm(list(gradients)))
+    return [torch._foreach_norm([gradient.float()])[0] for gradient in gradients]
+
+
+class Away:
+    """Blocks that are trained while they live on the host.
+
+    Args:
+        parameters: of each block by its number, in the order of the layout; views of its flat host buffer.
+    """
+
+    def __init__(
+        self, parameters: dict[int, list[Parameter]], hosts: dict[int, Tensor], layout: Layout, device: torch.device
+    ) -> None:
+        self.parameters, self.hosts, self.layout = parameters, hosts, layout
+        self.gradients = Sums(device)
+
+
 # -- what the device changes -------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Some of what a Conveyor carries at a time: a host buffer, and what is in it."""
+
+    host: Tensor
+    layout: Layout
+    comes: bool = True
+    leaves: bool = True
 
 
 class Conveyor:
@@ -226,34 +311,44 @@ class Conveyor:
     While one is worked on, the next comes in and the last goes out. The slots are there only during a pass.
     """
 
-    def __init__(self, hosts: Sequence[Tensor], device: torch.device) -> None:
-        self.hosts, self.device = hosts, device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.into, self.out = Side(device), Side(device)
 
-    def passes(self) -> Iterator[tuple[int, Tensor]]:
-        """(number, slot that has this buffer) until the next is asked for; the slot is then copied to the host.
+    def passes(self, loads: Sequence[Sequence[Part]]) -> Iterator[list[list[Tensor]]]:
+        """The tensors of each part of a load, on the device until the next is asked for; then what leaves is copied.
 
         Afterwards the compute stream is behind all copies: what it does next, or who waits for it, finds all written.
         """
-        size = max(host.numel() for host in self.hosts)
-        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in self.hosts[:2]]
-        self._fetch(slots[0], self.hosts[0])
-        for number, host in enumerate(self.hosts):
+        size = max(sum(part.layout.num_bytes for part in load) for load in loads)
+        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in loads[:2]]
+        self._fetch(slots[0], loads[0])
+        for number, load in enumerate(loads):
             slot = slots[number % 2]
             compute_waits_for(self.into.mark())
-            if number + 1 < len(self.hosts):
-                self._fetch(slots[(number + 1) % 2], self.hosts[number + 1])
-            yield number, slot
+            if number + 1 < len(loads):
+                self._fetch(slots[(number + 1) % 2], loads[number + 1])
+            yield [part.layout.views(place) for part, place in placed(load, slot)]
             with self.out.after_compute():
-                host.copy_(slot[: host.numel()], non_blocking=True)
+                for part, place in placed(load, slot):
+                    if part.leaves:
+                        part.host.copy_(place, non_blocking=True)
         compute_waits_for(self.out.mark())
 
-    def _fetch(self, slot: Tensor, host: Tensor) -> None:
-        """Starts the copy of a buffer over the one before the last, once that is out."""
+    def _fetch(self, slot: Tensor, load: Sequence[Part]) -> None:
+        """Starts the copies of a load over the one before the last, once that is out."""
         with self.into.after_compute(self.out):
-            slot[: host.numel()].copy_(host, non_blocking=True)
+            for part, place in placed(load, slot):
+                if part.comes:
+                    place.copy_(part.host, non_blocking=True)
 
     def wait(self) -> None:
         """Waits for the device: then the host may read and write the buffers."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+
+def placed(load: Sequence[Part], slot: Tensor) -> list[tuple[Part, Tensor]]:
+    """Where each part of a load lies in a slot, one behind the other."""
+    ends = [0, *accumulate(part.layout.num_bytes for part in load)]
+    return [(part, slot[start:end]) for part, (start, end) in zip(load, pairwise(ends), strict=True)]
