@@ -1,8 +1,9 @@
 """The arms of bench.py: a plain diffusers and PEFT loop, and this project's training step under a plan.
 
-Work (model, rank, batch, device) -> stock(work, steps) or ours(work, plan, steps) -> figures of that arm. Nothing is
-read from files or written: weights, latents and prompts are random, and decide neither time nor memory. The steps of
-our arm are put together from the library's own parts, as loop.Trainer does it, but for data and checkpoints.
+Work (model, rank, batch, device; rank 0: all weights) -> stock(work, steps) or ours(work, plan, steps) -> figures of
+that arm. Nothing is read from files or written: weights, latents and prompts are random, and decide neither time nor
+memory. The steps of our arm are put together from the library's own parts, as loop.Trainer does it, but for data and
+checkpoints.
 """
 
 import gc
@@ -25,12 +26,13 @@ from cogvideox.data.dataset import Batch
 from cogvideox.diffusion import NoiseSchedule, loss_weights
 from cogvideox.geometry import Geometry, geometry_of
 from cogvideox.loop import losses_of
-from cogvideox.methods import Lora
+from cogvideox.methods import FullFinetune, Lora
 from cogvideox.optim import MasterWeights, learning_rate
 from cogvideox.optimizers import make_optimizer
-from cogvideox.options import LoraOptions
+from cogvideox.options import LoraOptions, SftOptions
 from cogvideox.plan import ExecutionPlan
 from cogvideox.run import Mark
+from cogvideox.streaming import Away
 from cogvideox.tasks import TextToVideo
 from cogvideox.vae_decoder import Decoder
 from cogvideox.validation import evaluation
@@ -54,10 +56,10 @@ PLAN_FLAGS = {  # of training, by the names of plans
 
 @dataclass(frozen=True)
 class Work:
-    """What both arms do: text-to-video LoRA steps of one size on one device."""
+    """What both arms do: text-to-video steps of one size on one device."""
 
     kind: str
-    rank: int
+    rank: int  # of the LoRA; 0: all weights are trained
     batch: int
     device: torch.device
 
@@ -83,12 +85,14 @@ class Work:
         """The size of the clips."""
         return Bucket(*random_models.clip_size(self.kind))
 
-    def options(self, plan_name: str) -> LoraOptions:
+    def options(self, plan_name: str) -> LoraOptions | SftOptions:
         """As the command line of the training script gives them."""
         flags = ["--pretrained_model_name_or_path", self.kind, "--data_root", self.kind, "--load_tensors"]
-        flags += ["--rank", str(self.rank), "--lora_alpha", str(self.rank), "--mixed_precision", "bf16"]
-        flags += ["--optimizer", "adamw", "--learning_rate", "1e-4", "--train_batch_size", str(self.batch)]
-        return args.parse(LoraOptions, argv=[*flags, *PLAN_FLAGS[plan_name]])
+        flags += ["--mixed_precision", "bf16", "--optimizer", "adamw", "--learning_rate", "1e-4"]
+        flags += ["--train_batch_size", str(self.batch), *PLAN_FLAGS[plan_name]]
+        if not self.rank:
+            return args.parse(SftOptions, argv=flags)
+        return args.parse(LoraOptions, argv=[*flags, "--rank", str(self.rank), "--lora_alpha", str(self.rank)])
 
     @property
     def width(self) -> int:
@@ -208,8 +212,11 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
     device = work.device
     accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
     transformer = work.make_transformer()
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    transformer.add_adapter(LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules=targets))
+    if work.rank:
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        transformer.add_adapter(LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules=targets))
+    else:
+        transformer.requires_grad_(True)  # in bf16, with moments in bf16, as published trainers do it
     transformer.enable_gradient_checkpointing()
     scheduler = CogVideoXDPMScheduler.from_config(work.scheduler.config)
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
@@ -243,8 +250,10 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
 # -- our arm -----------------------------------------------------------------------------------------------------------
 
 
-def run_under_plan(transformer: Any, options: LoraOptions, work: Work) -> tuple[ExecutionPlan, dict[str, Any]]:
-    """Lets a transformer with its LoRA run as the flags say; returns its plan, and what is recorded."""
+def run_under_plan(
+    transformer: Any, options: LoraOptions | SftOptions, work: Work
+) -> tuple[ExecutionPlan, Away | None, dict[str, Any]]:
+    """Lets a transformer run as the flags say; returns its plan, what is trained on the host, and what is recorded."""
     transformer.to("cpu")  # where training starts from
     flags = options.plan
     if work.device.type == "cuda":
@@ -252,37 +261,38 @@ def run_under_plan(transformer: Any, options: LoraOptions, work: Work) -> tuple[
         if flags.vram_budget is not None:
             execution.hold_to(flags.vram_budget)
     backend, why = attention.choose_backend(work.device, DTYPE)
-    sizes = execution.sizes_of(transformer, work.geometry, [work.bucket], work.batch, DTYPE, flags.base_precision)
+    precision = execution.base_precision(options)
+    sizes = execution.sizes_of(transformer, work.geometry, [work.bucket], work.batch, DTYPE, precision)
     machine = execution.measure(work.device, DTYPE, backend, sizes, flags.vram_budget)
     compiled = work.device.type == "cuda"
     chosen = plan.choose(execution.axes_of(options), sizes, machine, compiled, backend)
-    chosen = replace(chosen, base_precision=flags.base_precision)
+    chosen = replace(chosen, base_precision=precision)
     predicted = {"peak_gib": round(chosen.peak / GIB, 3), "seconds_per_step": round(chosen.seconds, 3)}
     measured = {field: float(f"{value:.4g}") for field, value in asdict(machine).items()}
     record = {"execution": str(chosen), "attention": f"{backend}: {why}", "machine": measured, "predicted": predicted}
-    if flags.base_precision != plan.AUTO:
-        record["fidelity"] = execution.fidelity(transformer, flags.base_precision, work.device, backend)
-    execution.place(transformer, chosen, work.device)
-    return chosen, record
+    if precision != plan.AUTO:
+        record["fidelity"] = execution.fidelity(transformer, precision, work.device, backend)
+    return chosen, execution.place(transformer, chosen, work.device), record
 
 
-def master_weights(method: Lora, options: LoraOptions, on_host: bool) -> MasterWeights:
+def master_weights(
+    method: Lora | FullFinetune, options: LoraOptions | SftOptions, on_host: bool, away: Away | None
+) -> MasterWeights:
     """The optimizer's state, as engine.make_engine makes it."""
     make = partial(make_optimizer, options.optimizer)
-    parameters = method.parameters()
-    return MasterWeights(parameters, make, options.train.max_grad_norm, dynamic_scale=False, state_on_host=on_host)
+    return MasterWeights(method.parameters(), make, options.train.max_grad_norm, False, on_host, away)
 
 
 def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
     """Training steps under a plan; then what validation needs beside them, if asked for."""
     options, device = work.options(name), work.device
     transformer = work.make_transformer()
-    method = Lora(transformer, options)
-    chosen, record = run_under_plan(transformer, options, work)
+    method = Lora(transformer, options) if isinstance(options, LoraOptions) else FullFinetune(transformer, options)
+    chosen, away, record = run_under_plan(transformer, options, work)
     task = TextToVideo(options, work.geometry, device, DTYPE)
     schedule = NoiseSchedule.from_config(work.geometry.schedule).to(device)
     weights_T = loss_weights(schedule, options.signal)
-    masters = master_weights(method, options, on_host=chosen.state == plan.HOST)
+    masters = master_weights(method, options, chosen.state == plan.HOST, away)
 
     def make_step(step: int) -> Tensor:
         batch = work.random_batch()

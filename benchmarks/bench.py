@@ -4,9 +4,10 @@
     python benchmarks/bench.py --rows 5b-r128-fast       # some of them
     python benchmarks/bench.py --table                   # the README's table; --table README.md puts it there
 
-A row is a model, a rank, a batch size and a plan: flags of training, arms.PLAN_FLAGS says which. Rows that differ in
-their plan alone share a process: the stock arm first, then each of them, so that every ratio is of one run (arms.py). A
-row's result is a JSON file; what is there is not run again, and a row that fails keeps no other from running.
+A row is a model, a rank (or sft: all weights), a batch size and a plan: flags of training, arms.PLAN_FLAGS says which.
+Rows that differ in their plan alone share a process: the stock arm first, then each of them, so that every ratio is of
+one run (arms.py). A row's result is a JSON file; what is there is not run again, and a row that fails keeps no other
+from running.
 """
 
 import argparse
@@ -32,7 +33,7 @@ class Process:
     """Rows that differ in their plan alone, and how many steps each arm makes."""
 
     kind: str
-    rank: int
+    rank: int  # 0: all weights are trained
     batch: int
     plans: tuple[str, ...]
     steps: int = 8
@@ -43,7 +44,8 @@ class Process:
     def rows(self) -> dict[str, str]:
         """Plans by the names of the rows."""
         batch = f"-b{self.batch}" if self.batch > 1 else ""
-        return {f"{self.kind}-r{self.rank}{batch}-{plan}": plan for plan in self.plans}
+        trained = f"r{self.rank}" if self.rank else "sft"
+        return {f"{self.kind}-{trained}{batch}-{plan}": plan for plan in self.plans}
 
 
 PROCESSES = (
@@ -53,6 +55,8 @@ PROCESSES = (
     Process("5b", 256, 1, ("stock", "lean"), stock_steps=4),
     Process("5b", 64, 4, ("stock", "lean"), steps=4, stock_steps=3),
     Process("1.5-5b", 128, 1, ("stock", "fast", "24gb", "lean"), steps=4, stock_steps=2),
+    Process("2b", 0, 1, ("stock", "fast", "lean"), stock_steps=4),
+    Process("5b", 0, 1, ("stock", "lean"), steps=5, stock_steps=4),
 )
 ROWS = {row: process for process in PROCESSES for row in process.rows}
 
@@ -83,7 +87,8 @@ def result_of(row: str, work: Work, arm: dict[str, Any], beside: dict[str, Any])
     result = {"row": row, "kind": work.kind, "rank": work.rank, "batch": work.batch, "plan": plan}
     result |= {"clip": str(work.bucket), "tokens": work.tokens, "precision": "bf16"}
     result |= device_and_versions() | {"command": f"python benchmarks/bench.py --row {row}"}
-    result["useful_flops"] = useful_flops(work.tokens, work.width, work.config["num_layers"], work.batch)
+    layers, batch = work.config["num_layers"], work.batch
+    result["useful_flops"] = useful_flops(work.tokens, work.width, layers, batch, trains_all=not work.rank)
     result |= arm
     if "failed" not in arm:
         result |= speed_figures(result) | {"ratio": None}

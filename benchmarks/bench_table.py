@@ -16,6 +16,7 @@ MODELS = ("2b", "5b", "1.5-5b")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # a second, dense bf16, by a part of the device's name
 LIMITS = {"2b": dict.fromkeys(PLANS, 0.68), "1.5-5b": dict.fromkeys(PLANS, 8.75)}
 LIMITS["5b"] = {name: 1.84 if name.startswith("lean") else 1.66 for name in PLANS}
+LIMITS_OF_ALL = {"5b": 2.0}  # where all weights are trained
 """Seconds a sample, on an H100: matmuls and attention at the rates measured there, all else fused to its fewest bytes,
 nothing computed again; for 5b lean with attention outputs kept alone, what that plan can reach.
 At rank 128; the LoRA's own matmuls are 3 % of a step there, less at lower ranks."""
@@ -53,14 +54,15 @@ UNKNOWN = ""
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def useful_flops(tokens: int, width: int, layers: int, batch: int) -> float:
-    """FLOPs of a LoRA step's matmuls and attention that no way of doing it can leave out.
+def useful_flops(tokens: int, width: int, layers: int, batch: int, trains_all: bool = False) -> float:
+    """FLOPs of a step's matmuls and attention that no way of doing it can leave out.
 
-    A block's linear layers take 24 N D^2, attention 4 N^2 D; backward the same again for the linear layers' inputs, and
-    twice for attention. The LoRA's own matmuls are not counted, nor what is computed again.
+    A block's linear layers take 24 N D^2, attention 4 N^2 D; backward the same again for the linear layers' inputs and,
+    if these are trained, for their weights, and twice for attention. A LoRA's own matmuls are not counted, nor what is
+    computed again.
     """
     linear, attention = 24 * tokens * width**2, 4 * tokens**2 * width
-    return float(batch * layers * (2 * linear + 3 * attention))
+    return float(batch * layers * ((3 if trains_all else 2) * linear + 3 * attention))
 
 
 def speed_figures(row: dict[str, Any]) -> dict[str, float | None]:
@@ -68,8 +70,10 @@ def speed_figures(row: dict[str, Any]) -> dict[str, float | None]:
     flops = next((flops for name, flops in PEAK_FLOPS.items() if name in row["device"]), None)
     if flops is None:
         return {"mfu": None, "limit_ratio": None}
-    seconds, limit = row["seconds_per_step"], LIMITS[row["kind"]][row["plan"]] * row["batch"]
-    return {"mfu": round(row["useful_flops"] / (seconds * flops), 4), "limit_ratio": round(limit / seconds, 4)}
+    seconds = row["seconds_per_step"]
+    limit = LIMITS[row["kind"]][row["plan"]] if row["rank"] else LIMITS_OF_ALL.get(row["kind"])
+    reached = None if limit is None else round(limit * row["batch"] / seconds, 4)
+    return {"mfu": round(row["useful_flops"] / (seconds * flops), 4), "limit_ratio": reached}
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -78,7 +82,9 @@ def speed_figures(row: dict[str, Any]) -> dict[str, float | None]:
 def read_rows(results: Path) -> list[dict[str, Any]]:
     """All rows that were measured, in the order of the table."""
     rows = [json.loads(path.read_text()) for path in results.glob(f"{PREFIX}*.json")]
-    return sorted(rows, key=lambda r: (MODELS.index(r["kind"]), r["batch"], r["rank"], PLANS.index(r["plan"])))
+    return sorted(
+        rows, key=lambda r: (MODELS.index(r["kind"]), not r["rank"], r["batch"], r["rank"], PLANS.index(r["plan"]))
+    )
 
 
 def number(form: str, value: float | None) -> str:
@@ -102,7 +108,7 @@ def validation_peak(row: dict[str, Any]) -> str:
 def cells(row: dict[str, Any]) -> Iterator[str]:
     """One row's, in the order of HEAD."""
     yield f"{row['kind']}, {row['clip']}"
-    yield f"{row['rank']}, {row['batch']}"
+    yield f"{row['rank'] or 'all weights'}, {row['batch']}"
     yield row["plan"] if "attention" not in row else f"{row['plan']}, {row['attention'].split(':')[0]}"
     if "failed" in row:
         yield from (row["failed"], *[UNKNOWN] * 5)

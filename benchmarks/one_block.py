@@ -2,9 +2,9 @@
 
     python benchmarks/one_block.py --kind 5b --results benchmarks/results
 
-The reference is diffusers' block with PEFT's LoRA in fp32; the stock arm is the same in bf16, eager, with autograd.
-Then training/cogvideox/blocks.py with each attention backend, each level of keeping, eager and compiled. A step of
-the model costs about (forward + backward) x blocks.
+The reference is diffusers' block in fp32, with PEFT's LoRA or trained itself; the stock arm is the same in bf16, eager,
+with autograd. Then training/cogvideox/blocks.py with each attention backend, each level of keeping, eager and compiled.
+A step of the model costs about (forward + backward) x blocks.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from record import device_and_versions
 from torch import Tensor
 
 from cogvideox import attention, blocks
-from cogvideox.stack import for_any_length, weights_of
+from cogvideox.stack import for_any_length, pieces_of, weights_of
 
 MIB = 2**20
 compiled = partial(torch.compile, fullgraph=True, dynamic=False)
@@ -45,7 +45,7 @@ def shape_of(kind: str) -> tuple[int, int]:
 
 
 def make_block(kind: str, rank: int) -> Any:
-    """A random block with a LoRA, bf16, on the GPU."""
+    """A random block with a LoRA, or trained itself, bf16, on the GPU."""
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -54,11 +54,11 @@ def make_block(kind: str, rank: int) -> Any:
     torch.manual_seed(0)
     with torch.device("cuda"):
         block = CogVideoXBlock(heads * size, heads, size, config["time_embed_dim"], attention_bias=True)
-        block.requires_grad_(False)
-        targets = ["to_q", "to_k", "to_v", "to_out.0"]
-        inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False), block
-        )
+        if rank:
+            block.requires_grad_(False)
+            targets = ["to_q", "to_k", "to_v", "to_out.0"]
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False)
+            inject_adapter_in_model(config, block)
     return block.bfloat16()
 
 
@@ -95,10 +95,10 @@ def to_fp32(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def cosine(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """The lowest cosine of the gradient of the input and of all LoRA matrices together."""
+    """The lowest cosine of the gradient of the input and of all that is trained together."""
     names = [name for name in right if name != "x"]
-    lora = [torch.cat([g[name].flatten().double() for name in names]) for g in (found, right)]
-    both = [(found["x"].flatten().double(), right["x"].flatten().double()), tuple(lora)]
+    trained = [torch.cat([g[name].flatten().double() for name in names]) for g in (found, right)]
+    both = [(found["x"].flatten().double(), right["x"].flatten().double()), tuple(trained)]
     return min(float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in both)
 
 
@@ -125,6 +125,15 @@ def peak_over(run: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
+def named(block: Any, gradients: dict[str, blocks.Gradients]) -> dict[str, Tensor]:
+    """Gradients by the names of their parameters."""
+    names, found = {p: name for name, p in block.named_parameters()}, {}
+    for layer, piece in pieces_of(block).items():
+        trained = [names[p] for p in piece.parameters() if p.requires_grad]
+        found |= zip(trained, gradients[layer], strict=True) if trained else {}
+    return found
+
+
 def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str, right: Any) -> dict[str, Any]:
     """One row; how is one of WAYS."""
     p = weights_of(block)
@@ -141,17 +150,13 @@ def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str,
     with torch.no_grad():
         begun = time.perf_counter()
         kept = kept_of()
-        dx, pairs = backward(dy, p, shared, kept)
+        dx, _, gradients = backward(dy, p, shared, kept)
         torch.cuda.synchronize()
         first = time.perf_counter() - begun
-        paths = {"q": "attn1.to_q", "k": "attn1.to_k", "v": "attn1.to_v", "out": "attn1.to_out.0"}
-        found = {"x": dx}
-        for name, (da, db) in pairs.items():
-            found[f"{paths[name]}.lora_A.default.weight"] = da
-            found[f"{paths[name]}.lora_B.default.weight"] = db
+        found = {"x": dx} | named(block, gradients)
         row: dict[str, Any] = {"backend": backend, "level": level, "how": how, "cosine": cosine(found, right)}
         row["first_s"] = round(first, 1)  # compiling, unless it was done before
-        del dx, pairs, found
+        del dx, gradients, found
         row["kept_mib"] = round(sum(t.numel() * t.element_size() for t in kept.values()) / MIB, 1)
         row["forward_ms"], row["backward_ms"] = timed(kept_of), timed(lambda: backward(dy, p, shared, kept))
         row["backward_mib"] = round(peak_over(lambda: backward(dy, p, shared, kept)), 1)
@@ -169,7 +174,7 @@ def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="5b")
-    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=128, help="of the LoRA; 0: the block's own weights are trained")
     parser.add_argument("--levels", nargs="+", choices=blocks.KEPT, default=list(blocks.KEPT))
     parser.add_argument("--backends", nargs="+", default=list(attention.BACKENDS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["compiled"])
@@ -200,7 +205,8 @@ def main() -> None:
         args.results.mkdir(parents=True, exist_ok=True)
         table = {"kind": args.kind, "rank": args.rank, "tokens": tokens, **device_and_versions()}
         table |= {"stock": stock, "rows": rows}
-        (args.results / f"one_block_{args.kind}.json").write_text(json.dumps(table, indent=1) + "\n")
+        name = f"one_block_{args.kind}{'' if args.rank else '_sft'}.json"
+        (args.results / name).write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,17 @@ def test_rows_from_end_to_end(tmp_path: Path, spawned: list[list[str]], capsys: 
     assert "validation" not in results["5b-r128-fast"]
 
 
+def test_all_weights(tmp_path: Path, spawned: list[list[str]]) -> None:
+    rows = ["5b-sft-stock", "5b-sft-lean"]
+    assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 0
+    results = results_in(tmp_path)
+    assert list(results) == rows
+    assert "2 streamed from the host" in results["5b-sft-lean"]["execution"]
+    assert results["5b-sft-lean"]["ratio"] > 0
+    assert results["5b-sft-lean"]["useful_flops"] > 0
+    assert "| 5b, 9x64x96 | all weights, 1 | stock |" in bench_table.table(list(results.values()))
+
+
 def test_what_is_there_is_not_run_again(tmp_path: Path, spawned: list[list[str]]) -> None:
     rows = ["5b-r16-stock", "5b-r16-lean"]
     assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 0
@@ -140,9 +151,10 @@ def test_a_stock_arm_that_does_not_fit_is_a_result(
     assert "| stock | out of memory |" in bench_table.table(list(results.values()))
 
 
-def test_our_arm_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [16, 0])
+def test_our_arm_trains(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of a batch that stays the same falls."""
-    work = arms.Work("5b", 16, 2, torch.device("cpu"))
+    work = arms.Work("5b", rank, 2, torch.device("cpu"))
     batch = work.random_batch()
     monkeypatch.setattr(arms.Work, "random_batch", lambda self: batch)
     monkeypatch.setattr(arms, "learning_rate", lambda *_: 1e-2)
@@ -173,6 +185,7 @@ def test_both_arms_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_and_flops_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     found = {}
+    assert round(bench_table.useful_flops(17776, 3072, 42, 1, trains_all=True) / 1e12) == 997
     for kind, batch in (("2b", 1), ("5b", 1), ("5b", 4), ("1.5-5b", 1)):
         work = arms.Work(kind, 128, batch, torch.device("cpu"))
         flops = bench_table.useful_flops(work.tokens, work.width, work.config["num_layers"], batch)
