@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from cogvideox.plan import (
     in_flight_bytes,
     mixture,
     peak_bytes,
+    pinned_bytes,
     step_seconds,
 )
 from cogvideox.streaming import HostStore
@@ -44,6 +46,10 @@ LARGE = Sizes(  # CogVideoX-5b, rank 128, 49x480x720
 FAST = Machine(
     78 * GIB, 100 * GIB, matmul=7e14, attention=4.3e14, attention_backward=4.3e14, memory=2.6e12, copies=5e10
 )
+
+
+WHOLE = replace(LARGE, trained=19_000_000, rest_bytes=0, block_trained=LARGE.block_bytes // 2, sum_bytes=2)
+LEAN = {BlockPlan(HOST, "attention", HOST): 42}
 
 
 def pick(gib: float, axes: Axes = PRESETS["auto"], machine: Machine = FAST, compiled: bool = True):  # type: ignore[no-untyped-def]
@@ -158,6 +164,7 @@ def test_the_text_says_all() -> None:
     assert "streamed from the host" in text
     assert "attention by cudnn" in text
     assert "optimizer state on the" in text
+    assert re.search(r"predicted: peak 9\.\d\d GiB, \d+\.\d GiB of host memory, \d\.\d\d s a step$", text)
 
 
 def test_what_a_streamed_base_and_an_average_take() -> None:
@@ -171,3 +178,40 @@ def test_what_a_streamed_base_and_an_average_take() -> None:
         peak_bytes(resident, DEVICE, True, with_average) - peak_bytes(resident, DEVICE, True, LARGE)
         == 4 * LARGE.trained
     )
+
+
+# -- all weights -------------------------------------------------------------------------------------------------------
+
+
+def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -> None:
+    plan = choose(
+        PRESETS["lean"], WHOLE, replace(FAST, device_bytes=int(7.4 * GIB), host_bytes=128 * GIB), True, "cudnn"
+    )
+    assert plan.blocks == mixture(next(iter(LEAN)), next(iter(LEAN)), 42, 42)
+    per_number = 2 + 2 + 12  # weight, gradient, master and moments
+    kept = 42 * WHOLE.kept_bytes("attention")
+    assert plan.pinned == 42 * WHOLE.block_trained * per_number + kept + WHOLE.trained * 12
+    with pytest.raises(NoPlanError, match="of the host"):
+        choose(PRESETS["lean"], WHOLE, replace(FAST, host_bytes=64 * GIB), True, "cudnn")
+
+
+def test_trained_weights_on_the_host_have_their_state_there() -> None:
+    axes = Axes(weights=(HOST,), state=(DEVICE,))
+    with pytest.raises(NoPlanError, match="the optimizer's state must be there too"):
+        choose(axes, WHOLE, replace(FAST, host_bytes=1000 * GIB), True, "cudnn")
+    assert choose(axes, LARGE, FAST, True, "cudnn").state == DEVICE
+
+
+def test_sums_of_several_passes_take_twice_the_memory() -> None:
+    several = replace(WHOLE, sum_bytes=4)
+    more = pinned_bytes(LEAN, HOST, several) - pinned_bytes(LEAN, HOST, WHOLE)
+    assert more == 2 * 42 * WHOLE.block_trained
+    more = peak_bytes(LEAN, HOST, True, several) - peak_bytes(LEAN, HOST, True, WHOLE)
+    assert more == WHOLE.block_trained * (2 * (4 - 2) + 2 * 4)  # two leave, and two come back
+
+
+def test_training_all_weights_takes_more_of_everything() -> None:
+    resident = {BlockPlan(keep="attention"): 42}
+    for kinds, state in ((LEAN, HOST), (resident, DEVICE), (resident, HOST)):
+        assert step_seconds(kinds, state, True, WHOLE, FAST) > step_seconds(kinds, state, True, LARGE, FAST)
+        assert peak_bytes(kinds, state, True, WHOLE) > peak_bytes(kinds, state, True, replace(LARGE, trained=0))

@@ -102,7 +102,7 @@ def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: l
         raise UsageError(f"--base_precision {precision}: {error}; give int8") from None
     averages = AVERAGE_BYTES if options.signal.use_ema else 0
     mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
-    sum_bytes = 4 if options.train.gradient_accumulation_steps > 1 else sizes.item_bytes
+    sum_bytes = 4 if options.train.gradient_accumulation_steps > 1 else sizes.sum_bytes
     return replace(sizes, state_bytes=sizes.state_bytes + averages, mapped=mapped, sum_bytes=sum_bytes)
 
 
@@ -195,6 +195,7 @@ def sizes_of(
         matrix_bytes=whole_bytes(blocks[0]) if precision != AUTO else 0,
         units_kept=tuple(map(max, *kept)) if len(kept) > 1 else tuple(kept[0]),
         block_trained=block_trained,
+        sum_bytes=dtype.itemsize,
     )
 
 

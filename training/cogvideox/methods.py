@@ -203,7 +203,10 @@ class FullFinetune:
             self.transformer.load_state_dict(trained)
 
     def save(self, folder: Path) -> None:
-        """Writes the transformer as from_pretrained reads it, in shards of 5 GB, into a folder of the result's name."""
+        """Writes the transformer as from_pretrained reads it into a folder of the result's name.
+
+        In shards of 5 GB; under a plan they are larger, as tensors of a block lie in one buffer, of which one counts.
+        """
         self.transformer.save_pretrained(folder / self.result, max_shard_size="5GB")
 
     def reload(self, _pipeline: Any, folder: Path) -> None:

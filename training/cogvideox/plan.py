@@ -125,7 +125,8 @@ class ExecutionPlan:
     state: str = DEVICE  # where fp32 masters and moments lie
     any_length: bool = False  # compiled once for all buckets, in place of once for each
     base_precision: str = AUTO  # of the blocks' frozen matrices: quant.KINDS, or as they were loaded
-    peak: int = 0  # predicted, bytes
+    peak: int = 0  # predicted, bytes of the device
+    pinned: int = 0  # bytes of the host
     seconds: float = 0.0  # predicted, of a step; 0 where the machine was not measured
 
     def __str__(self) -> str:
@@ -147,7 +148,8 @@ class ExecutionPlan:
         if self.base_precision != AUTO:
             parts.append(f"base in {self.base_precision}")
         if self.seconds:
-            parts.append(f"predicted: peak {self.peak / GIB:.2f} GiB, {self.seconds:.2f} s a step")
+            host = f", {self.pinned / GIB:.1f} GiB of host memory" if self.pinned else ""
+            parts.append(f"predicted: peak {self.peak / GIB:.2f} GiB{host}, {self.seconds:.2f} s a step")
         return "; ".join(parts)
 
 
@@ -210,10 +212,15 @@ def in_flight_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
 
 def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     """Host memory beside what was loaded there already, of which streamed blocks take over their share."""
-    weights, kept, _, moved = copied_bytes(kinds, state, sizes)
-    sums = streamed_blocks(kinds) * sizes.block_trained * sizes.sum_bytes
-    state_bytes = sizes.all_trained * sizes.state_bytes if moved else 0
-    return kept + sums + state_bytes + (weights if sizes.mapped else min(sizes.block_bytes, weights))
+    weights = streamed_blocks(kinds) * sizes.block_bytes
+    loaded = 0 if sizes.mapped else max(0, weights - sizes.block_bytes)
+    return pinned_bytes(kinds, state, sizes) - loaded
+
+
+def pinned_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
+    """Host memory that the device copies from and to: weights, what was kept, gradients, the optimizer's state."""
+    weights, kept, gradients, _ = copied_bytes(kinds, state, sizes)
+    return weights + kept + gradients + (sizes.all_trained * sizes.state_bytes if state == HOST else 0)
 
 
 def streamed_blocks(kinds: dict[BlockPlan, int]) -> int:
@@ -313,4 +320,5 @@ def fastest(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attentio
         (plan for plan in found if plan[0] <= enough), key=lambda plan: (plan[1], float(f"{plan[0]:.4g}"), plan[2])
     )
     blocks = mixture(first, second, count, sizes.blocks)
-    return ExecutionPlan(blocks, compiled, attention, state, peak=peak, seconds=seconds)
+    pinned = pinned_bytes({kind: blocks.count(kind) for kind in blocks}, state, sizes)
+    return ExecutionPlan(blocks, compiled, attention, state, peak=peak, pinned=pinned, seconds=seconds)
