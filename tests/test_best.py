@@ -117,6 +117,13 @@ def test_without_the_flag_nothing_is_kept_and_nothing_is_said(tmp_path: Path) ->
     assert names(tmp_path) == [6]
 
 
+def test_what_a_kill_left_beyond_the_limit_goes_at_the_next_start(tmp_path: Path) -> None:
+    """After the last checkpoint was written, before an older one was removed; nothing is saved any more."""
+    save_steps(run_alone(tmp_path), 2, 4)
+    Best(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=False).update(4)
+    assert names(tmp_path) == [4]
+
+
 def test_nothing_to_export(tmp_path: Path) -> None:
     best = Best(saver_of(run_alone(tmp_path), FakeEngine()), wanted=True)
     best.update(0)

@@ -41,14 +41,13 @@ class Best:
         path = self.folder / BEST_NAME
         best = best_of(self.folder, step) if self.wanted else None
         self.saver.kept = best["step"] if best else None
+        content = json.dumps(best, indent=1).encode()
         if best is None:
             path.unlink(missing_ok=True)  # of a run that was begun anew, or that keeps none any more
-            return
-        content = json.dumps(best, indent=1).encode()
-        if not path.is_file() or path.read_bytes() != content:
+        elif not path.is_file() or path.read_bytes() != content:
             write_atomically(path, content)
             self.run.say(f"best so far: {best['checkpoint']}, held-out loss {best['held_out_loss']:.5f}")
-        self.saver.trim(step)
+        self.saver.trim(step)  # at the start too: a kill may have come before
 
     def step(self) -> int:
         """The best checkpoint's step, on every rank.
