@@ -247,13 +247,11 @@ def whole(output: Path) -> dict[str, Any]:
     return safetensors_of(output / "transformer")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
 def test_all_weights_are_trained_alike_under_every_plan(
-    accumulation: int, model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+    model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
 ) -> None:
-    """Gradients of several passes meet in fp32, wherever; the average, clipping and going on included."""
-    more = ("--train_batch_size", 2 // accumulation, "--gradient_accumulation_steps", accumulation, "--use_ema")
-    more += ("--validation_prompt", PROMPT)
+    """Gradients of two passes meet in fp32, wherever; the average, clipping and going on included."""
+    more = ("--use_ema", "--max_train_steps", 4, "--validation_prompt", PROMPT)
     off = run_whole(model, tensors, tmp_path / "off", *more)
     assert not plans
     lean = run_whole(model, tensors, tmp_path / "lean", *more, *LEAN)
@@ -262,8 +260,7 @@ def test_all_weights_are_trained_alike_under_every_plan(
     fast = run_whole(model, tensors, tmp_path / "fast", *more, "--plan", "fast")
     mixed = tmp_path / "mixed"
     run_whole(model, tensors, mixed, *more, *LEAN, "--max_train_steps", 2)
-    run_whole(model, tensors, mixed, *more, "--plan", "fast", "--optimizer_state_on", "host", "--max_train_steps", 4)
-    run_whole(model, tensors, mixed, *more, *LEAN)
+    run_whole(model, tensors, mixed, *more, "--plan", "fast", "--optimizer_state_on", "host")
     assert losses(fast) == losses(lean) == losses(mixed)
     assert equal(whole(lean), whole(fast))
     assert equal(whole(lean), whole(mixed))
@@ -274,7 +271,7 @@ def test_all_weights_are_trained_alike_under_every_plan(
 
 
 def test_all_weights_in_bf16(model: Path, tensors: Path, tmp_path: Path) -> None:
-    more = ("--mixed_precision", "bf16", "--max_train_steps", 3)
+    more = ("--mixed_precision", "bf16", "--max_train_steps", 3, "--gradient_accumulation_steps", 1)
     lean, fast = (run_whole(model, tensors, tmp_path / plan, *more, "--plan", plan) for plan in ("lean", "fast"))
     assert equal(whole(lean), whole(fast))
     assert {tensor.dtype for tensor in whole(lean).values()} == {torch.bfloat16}

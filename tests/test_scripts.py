@@ -178,9 +178,7 @@ def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, t
     command = python(LORA_SCRIPT, *lora_flags(model, clips, output, "--tensor_cache", cache, *more))
     moments = [
         (rf"rename .* {cache}/tensors/.*\.safetensors", 9),
-        (rf"mkdir {output}/validation ", 1),
         (r"open .*metrics\.jsonl", 2),
-        (r"open .*\.checkpoint-2\.tmp/progress\.json", 1),
         (r"rename .*\.checkpoint-2\.tmp", 1),
         (r"rename .* .*step-000003.*\.mp4", 1),
         (rf"rename .* {output}/{WEIGHTS}", 1),
