@@ -284,8 +284,8 @@ def test_all_weights_in_bf16(model: Path, tensors: Path, tmp_path: Path) -> None
     [
         ((*LEAN, "--optimizer", "adamw", "--use_8bit"), "--plan lean: --use_8bit cannot skip a step on the device"),
         (("--weights_on", "host", "--optimizer", "came"), "--weights_on host: --optimizer came cannot skip a step"),
-        (("--weights_on", "host", "--optimizer_state_on", "device"), "the optimizer's state must be there too"),
-        ((*LEAN, "--use_cpu_offload_optimizer"), "--plan lean: contradicts --use_cpu_offload_optimizer"),
+        ((*LEAN, "--optimizer_state_on", "device"), "that are trained on the host have their state there; leave out"),
+        ((*LEAN, "--use_cpu_offload_optimizer"), "--plan lean: --use_cpu_offload_optimizer has it there already"),
         ((*LEAN, "--plan", "off", "--keep", "input"), "--keep input: contradicts --plan off"),
     ],
 )
@@ -296,11 +296,41 @@ def test_weights_that_cannot_be_trained_on_the_host(
         run_whole(model, tensors, tmp_path / "run", *flags)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (*LEAN, "--weights_on", "device", "--optimizer_state_on", "device", "--use_8bit", "--use_torchao"),
+        ("--plan", "fast", "--weights_on", "host"),
+    ],
+)
+def test_a_flag_of_its_own_wins_over_the_preset(
+    flags: tuple[str, ...], model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+) -> None:
+    run_whole(model, tensors, tmp_path / "run", "--max_train_steps", 1, *flags)
+    weights_on = flags[flags.index("--weights_on") + 1]
+    assert {(block.weights, plans[0].state) for block in plans[0].blocks} == {(weights_on, weights_on)}
+
+
+def test_what_does_not_fit_says_what_stays_on_the_device(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "measure", lambda *_: Machine(1000, 1000))
+    found = []
+    for flags in ((), ("--use_8bit", "--use_torchao")):
+        with pytest.raises(UsageError) as caught:
+            run_whole(model, tensors, tmp_path / "run", "--keep", "input", *flags)
+        found.append(str(caught.value))
+    assert "--rank" not in "".join(found)
+    assert "what stays on the device: masters and moments: --use_torchao cannot skip a step" in found[1]
+    assert "stays on the device" not in found[0]
+
+
 def test_weights_are_trained_on_the_host_by_one_process(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path), ())
     assert [execution.axes_of(options, world).weights for world in (1, 2)] == [("device", "host"), ("device",)]
+    assert list(execution.staying(options, 2)) == ["weights are trained on the host on one GPU only"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="--plan lean: weights that are trained on the host are for one GPU"):
         args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, *LEAN), ())

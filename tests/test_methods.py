@@ -139,7 +139,7 @@ def outputs(transformer: Any) -> torch.Tensor:
 
 def test_pissa_starts_as_the_model_and_from_its_largest_singular_values(model: Path) -> None:
     method = lora(model, "--init_lora_weights", "pissa", "--rank", 3)
-    with method.off():
+    with method.off(Path()):
         base = outputs(method.transformer)
     torch.testing.assert_close(outputs(method.transformer), base, rtol=0, atol=1e-5)
     disturb(method)
@@ -364,12 +364,13 @@ def test_every_weight_is_trainable(model: Path) -> None:
     assert method.recipe() == {}
 
 
-def test_off_is_the_model_before_training_and_is_undone(model: Path) -> None:
+def test_off_is_the_model_before_training_and_then_what_was_saved(model: Path, tmp_path: Path) -> None:
     method = full(model, torch.bfloat16)
     base = {name: tensor.clone() for name, tensor in method.transformer.state_dict().items()}
     disturb(method)
     trained = {name: tensor.clone() for name, tensor in method.transformer.state_dict().items()}
-    with method.off():
+    method.save(tmp_path)
+    with method.off(tmp_path):
         assert equal(method.transformer.state_dict(), base)
         assert not equal(base, trained)
     assert equal(method.transformer.state_dict(), trained)

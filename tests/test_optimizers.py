@@ -20,7 +20,7 @@ from cogvideox import args
 from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.errors import UsageError
 from cogvideox.flags import OptimizerFlags
-from cogvideox.optim import MasterWeights, as_tensor, is_fused, plain_tensors, set_rate
+from cogvideox.optim import MasterWeights, as_tensor, is_fused, plain_tensors, set_rate, state_bytes
 from cogvideox.optimizers import (
     check_optimizer,
     check_state_place,
@@ -286,6 +286,21 @@ def test_a_state_that_cannot_rest_on_the_host_is_refused_before_anything_is_load
     found = [list(check_state_place(args.parse(LoraOptions, None, [*flags, place]))) for place in ("host", "auto")]
     assert [len(problems) for problems in found] == [1 if "came" in command or "8bit" in command else 0, 0]
     assert check_state_place in TRAINING_CHECKS
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("--optimizer adamw", 12),
+        ("--optimizer adamw --use_8bit --use_torchao", 6),
+        ("--optimizer came", 8),
+        ("--optimizer prodigy --learning_rate 1", 20),
+        ("--optimizer torch.optim.SGD", 4),
+    ],
+)
+def test_what_an_optimizer_keeps_of_a_number(command: str, expected: int) -> None:
+    """Its fp32 master included."""
+    assert state_bytes(partial(make_optimizer, flags_of(command)), torch.device("cpu")) == expected
 
 
 def test_a_third_moment_rests_on_the_host_too() -> None:

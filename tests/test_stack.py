@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
+import late_streams
 import pytest
 import torch
 from peft import LoraConfig
 from tiny_cogvideox import KINDS, is_image_to_video, is_version_1_5
 from torch import Tensor
 
-from cogvideox import blocks, quant
+from cogvideox import blocks, optim, quant, streaming
 from cogvideox.graphs import MAX_GRAPHS
 from cogvideox.optim import MasterWeights
 from cogvideox.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
@@ -29,7 +31,7 @@ from cogvideox.stack import (
     weights_of,
     whole_bytes,
 )
-from cogvideox.streaming import Sums
+from cogvideox.streaming import Ring, Sums
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 CPU = torch.device("cpu")
@@ -240,6 +242,21 @@ def test_inputs_of_layers_without_a_lora_are_not_computed_again(level: str, monk
     derivatives = {"modulate": 2, "gelu": 1}
     again = {"input": 2, "attention": 2, "linear": 1, "all": 0}[level]  # n1 is an input of LoRAs, n2 and g are not
     assert {name: calls.count(name) for name in derivatives} == {"modulate": 2 + again, "gelu": 1}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_frozen_gets_no_gradient(level: str) -> None:
+    p = weights_of(make("5b", depth=1).transformer_blocks[0])
+    generator = torch.Generator().manual_seed(0)
+    x, dy, temb = (
+        torch.randn(size, generator=generator)
+        for size in ((1, 40, 64), (1, 40, 64), (1, p.modulation1.weight.shape[1]))
+    )
+    shared = blocks.Shared(temb, None, 8, 2, "cpu")
+    kept = blocks.forward(x, p, shared, blocks.kept_at(level, p))[1] | {"x": x}
+    _, dtemb, gradients = blocks.backward(dy, p, shared, kept)
+    assert dtemb is None
+    assert {name for name, found in gradients.items() if found} == set(blocks.LORA_LAYERS)
 
 
 def test_what_is_kept_on_the_host_comes_back_from_the_next_such_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,6 +486,66 @@ def test_a_quantised_base_hardly_turns_the_gradients(precision: str, least: floa
 
 def test_the_cosine_of_an_unquantised_base_is_1() -> None:
     assert gradient_cosine(make("5b").transformer_blocks[0], AUTO, CPU, "cpu") == pytest.approx(1.0, abs=1e-12)
+
+
+# -- copies that are late ----------------------------------------------------------------------------------------------
+
+TURNS = (BlockPlan(HOST, "linear", HOST), BlockPlan(DEVICE, "attention", HOST), BlockPlan(HOST, "input", DEVICE))
+AWAY = (BlockPlan(HOST, "attention", HOST),)
+RESIDENT = (BlockPlan(DEVICE, "attention", DEVICE),)
+
+
+def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int) -> dict[str, Tensor]:
+    """What is trained, its masters and moments, after steps of AdamW with clipping; of buckets that take turns.
+
+    One step is not finite, and between two of them the state is taken up again and a video sampled.
+    """
+    transformer = made("5b", depth=5).bfloat16()
+    stack = installed(transformer, plans)
+    parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    on_host = plans is not RESIDENT
+    make = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+    masters = MasterWeights(parameters, make, 0.1, False, on_host, stack.away)
+    found: dict[str, Tensor] = {}
+    for step, (frames, samples) in enumerate([(4, 2), (2, 1), (6, 1), (4, 2)]):
+        arguments = {
+            name: value.bfloat16() if name.endswith("states") else value
+            for name, value in arguments_of("5b", frames, samples).items()
+        }
+        for number in range(accumulation):
+            loss = (transformer(**arguments)[0].float() * (number + 1)).square().mean()
+            masters.backward(loss / accumulation * (torch.inf if step == 1 else 1.0))
+        masters.step(1e-3)
+        if step == 2:
+            masters.load_state(masters.state())
+            with torch.no_grad():
+                found["sample"] = transformer(**arguments)[0]
+    return found | masters.state() | {name: p.detach().clone() for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("made", [make, make_whole])
+@pytest.mark.parametrize(("plans", "accumulation"), [(AWAY, 1), (TURNS, 2)])
+def test_late_copies_change_nothing(
+    made: Callable[..., Any],
+    plans: tuple[BlockPlan, ...],
+    accumulation: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(optim, "CHUNK_BYTES", 12 * 3000)  # several chunks a block
+    right = steps_of(made, RESIDENT, accumulation)
+    for seed in (None, 0):
+        late_streams.use(monkeypatch, seed)
+        assert same(steps_of(made, plans, accumulation), right), seed
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Sums, "settle"), (Ring, "forget"), (streaming, "compute_waits_for")])
+def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "CHUNK_BYTES", 12 * 3000)
+    right = steps_of(make_whole, RESIDENT, 2)
+    late_streams.use(monkeypatch, None)
+    monkeypatch.setattr(owner, name, lambda *_: None)
+    with suppress(late_streams.Freed):
+        assert not same(steps_of(make_whole, AWAY, 2), right)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
     for group in lora_groups(layers):
         members = [layers[i] for i in group]
         for i, u in zip(group, inner(dropped(x, members), members), strict=True):
-            ys[i] = ys[i] + F.linear(u, matrix(layers[i].b)) * layers[i].scale
+            ys[i] = ys[i] + F.linear(u, given(layers[i].b)) * layers[i].scale
     return ys
 
 
@@ -132,16 +132,16 @@ def linears_backward(
     for i, (dy, p) in enumerate(zip(dys, layers, strict=True)):
         if p.trained:
             dy = dy.flatten(0, -2)
-            found[i] = dy.mT @ matrix(x).flatten(0, -2), *([] if p.bias is None else [dy.sum(0)])
+            found[i] = dy.mT @ given(x).flatten(0, -2), *([] if p.bias is None else [dy.sum(0)])
     for group in lora_groups(layers):
         members = [layers[i] for i in group]
-        x_in = dropped(matrix(x), members)
+        x_in = dropped(given(x), members)
         us = inner(x_in, members)
-        du = joined([dys[i] @ matrix(layers[i].b) * layers[i].scale for i in group], dim=-1)
+        du = joined([dys[i] @ given(layers[i].b) * layers[i].scale for i in group], dim=-1)
         das = (du.flatten(0, -2).mT @ x_in.flatten(0, -2)).split([u.shape[-1] for u in us])
         for i, u, da in zip(group, us, das, strict=True):
             found[i] = da, dys[i].flatten(0, -2).mT @ u.flatten(0, -2) * layers[i].scale
-        dx = dx + dropped(du @ joined([matrix(p.a) for p in members], dim=0), members)
+        dx = dx + dropped(du @ joined([given(p.a) for p in members], dim=0), members)
     return dx, found
 
 
@@ -160,7 +160,7 @@ def dropped(x: Tensor, group: Sequence[Linear]) -> Tensor:
 
 def inner(x: Tensor, group: Sequence[Linear]) -> list[Tensor]:
     """A x of each layer of a group, (..., R)."""
-    matrices = [matrix(p.a) for p in group]
+    matrices = [given(p.a) for p in group]
     u = F.linear(x, joined(matrices, dim=0))
     return list(u.split([a.shape[0] for a in matrices], dim=-1))
 
@@ -170,10 +170,10 @@ def joined(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-def matrix(given: Tensor | None) -> Tensor:
-    """One that is there."""
-    assert given is not None
-    return given
+def given(tensor: Tensor | None) -> Tensor:
+    """A tensor that is there."""
+    assert tensor is not None
+    return tensor
 
 
 def modulations(p: Linear, shared: Shared, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,12 +293,12 @@ def backward(
     rq = again("rq", lambda: rotate(q, p.norm_q, rotary))
     rk = again("rk", lambda: rotate(k, p.norm_k, rotary))
     o, lse = (kept["o"], kept["lse"]) if "o" in kept else attend(rq, rk, v, shared.backend)
-    a = again("a", lambda: linears(o.view(x.shape), [p.out])[0]) if "a" in used or "h" not in kept else None
-    h = again("h", lambda: x + gate1 * matrix(a))
+    a = again("a", lambda: linears(o.view(x.shape), [p.out])[0]) if "a" in used else None
+    h = again("h", lambda: x + gate1 * (linears(o.view(x.shape), [p.out])[0] if a is None else a))
     n2 = again("n2", lambda: modulate(h, p.norm2, shift2, scale2)) if "n2" in used or "f" not in kept else None
     f = again("f", lambda: linears(n2, [p.ff1])[0])
     g = again("g", lambda: gelu(f)) if used & {"g", "z"} else None
-    z = again("z", lambda: linears(matrix(g), [p.ff2])[0]) if "z" in used else None
+    z = again("z", lambda: linears(given(g), [p.ff2])[0]) if "z" in used else None
 
     found: dict[str, Gradients] = {}
     dg, (found["ff2"],) = linears_backward([gate2 * dy], g, [p.ff2])

@@ -34,6 +34,7 @@ from cogvideox.options import (
     resolutions,
     target_pattern,
     tracker_names,
+    trains_on_host,
     under_deepspeed,
 )
 
@@ -221,11 +222,10 @@ def plan_problems(options: TrainOptions) -> Iterator[str]:
         yield f"{asked}: contradicts --plan off; leave one of them out"
     if asked and isinstance(options, LoraOptions) and options.lora.use_dora:
         yield f"{asked}: contradicts --use_dora, which diffusers' own modules run; leave one of them out"
-    host = options.plan.plan == "lean" or options.plan.weights_on == "host"
-    if host and not isinstance(options, LoraOptions) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if trains_on_host(options) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield f"{asked}: weights that are trained on the host are for one GPU; launch one process"
-    if asked and options.optimizer.use_cpu_offload_optimizer:
-        yield f"{asked}: contradicts --use_cpu_offload_optimizer, which places gradients and masters itself; give one"
+    if trains_on_host(options) and options.plan.optimizer_state_on == "device":
+        yield f"{asked}: weights that are trained on the host have their state there; leave out --optimizer_state_on"
     if asked and under_deepspeed():
         yield f"{asked}: DeepSpeed places the weights itself; leave it out, or launch with another configuration"
 

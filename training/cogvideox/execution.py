@@ -7,8 +7,9 @@ than in attention and feed-forward layers, DeepSpeed, fp32 on a GPU; and, unless
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from cogvideox.geometry import Geometry
 from cogvideox.graphs import allowing_graphs
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.models import DTYPES, free_bytes, stored_dtype
-from cogvideox.optimizers import host_state_problems
-from cogvideox.options import LoraOptions, TrainOptions
+from cogvideox.optim import state_bytes
+from cogvideox.optimizers import host_state_problems, make_optimizer
+from cogvideox.options import LoraOptions, TrainOptions, trains_on_host
 from cogvideox.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run, with_peaks
 from cogvideox.stack import (
@@ -76,12 +78,13 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
         machine = agreed(run.ranks.gather([own]))
         chosen = plan.choose(axes_of(options, run.world), sizes, machine, compiled, backend)
     except (NoPlanError, torch.OutOfMemoryError) as error:
-        raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {_smaller(sizes)}") from None
+        fix = _smaller(options, sizes, run.world)
+        raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {fix}") from None
     if precision != AUTO:
         run.say(fidelity(transformer, precision, run.device, backend))
-    passes = options.train.gradient_accumulation_steps if run.device.type == "cuda" else 0  # no rates of a CPU
-    seconds_per_step, any_length = chosen.seconds * passes, compiled and len(buckets) > 1
-    return replace(chosen, seconds=seconds_per_step, any_length=any_length, base_precision=precision)
+    predicted = chosen.seconds if run.device.type == "cuda" else 0.0  # no rates of a CPU
+    any_length = compiled and len(buckets) > 1
+    return replace(chosen, seconds=predicted, any_length=any_length, base_precision=precision)
 
 
 def base_precision(options: TrainOptions) -> str:
@@ -102,8 +105,10 @@ def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: l
         raise UsageError(f"--base_precision {precision}: {error}; give int8") from None
     averages = AVERAGE_BYTES if options.signal.use_ema else 0
     mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
-    sum_bytes = 4 if options.train.gradient_accumulation_steps > 1 else sizes.sum_bytes
-    return replace(sizes, state_bytes=sizes.state_bytes + averages, mapped=mapped, sum_bytes=sum_bytes)
+    passes = options.train.gradient_accumulation_steps
+    sum_bytes = 4 if passes > 1 else sizes.sum_bytes
+    state = state_bytes(partial(make_optimizer, options.optimizer), run.device) + averages
+    return replace(sizes, state_bytes=state, mapped=mapped, sum_bytes=sum_bytes, passes=passes)
 
 
 def compiles(run: Run, wanted: str, drops: bool) -> bool:
@@ -130,9 +135,13 @@ def _obstacle(run: Run, transformer: Any) -> str | None:
     return None
 
 
-def _smaller(sizes: Sizes) -> str:
+def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
+    """What makes a plan fit."""
     batch = f"--train_batch_size below {sizes.samples}, " if sizes.samples > 1 else ""
-    return f"give {batch}a smaller bucket or --rank, or free memory"
+    if isinstance(options, LoraOptions):
+        return f"give {batch}a smaller bucket or --rank, or free memory"
+    stays = [f"; what stays on the device: {reason}" for reason in staying(options, world)]
+    return f"give {batch}a smaller bucket, or free memory{''.join(stays)}"
 
 
 def buckets_of(tensors: Tensors) -> list[Bucket]:
@@ -140,16 +149,23 @@ def buckets_of(tensors: Tensors) -> list[Bucket]:
     return sorted({sample.bucket for sample in tensors.index.samples})
 
 
+def staying(options: TrainOptions, world: int) -> Iterator[str]:
+    """Why weights and state stay on the device, beside the flags of the plan: all that host_state_problems says."""
+    yield from host_state_problems(options.optimizer, deepspeed=False, name="masters and moments")
+    if world > 1 and not isinstance(options, LoraOptions):
+        yield "weights are trained on the host on one GPU only"
+
+
 def axes_of(options: TrainOptions, world: int = 1) -> Axes:
     """What the flags leave open."""
     flags, axes = options.plan, plan.PRESETS[options.plan.plan]
     given = {"weights": flags.weights_on, "keep": flags.keep, "kept": flags.kept_on, "state": flags.optimizer_state_on}
-    stays = bool(list(host_state_problems(options.optimizer, deepspeed=False)))
-    if stays:
+    if list(host_state_problems(options.optimizer, deepspeed=False)):
         axes = replace(axes, state=(plan.DEVICE,))
-    trains_all = not isinstance(options, LoraOptions)
-    if trains_all and (stays or world > 1):  # weights that are trained have their state where they lie
-        axes = replace(axes, weights=(plan.DEVICE,))
+    if trains_on_host(options):
+        axes = replace(axes, state=(plan.HOST,))
+    elif not isinstance(options, LoraOptions) and any(staying(options, world)):
+        axes = replace(axes, weights=(plan.DEVICE,))  # weights that are trained have their state where they lie
     axes = replace(axes, **{name: (value,) for name, value in given.items() if value != "auto"})
     if options.train.gradient_checkpointing and flags.keep == "auto":
         axes = replace(axes, keep=tuple(level for level in axes.keep if level in ("input", "attention")))
@@ -196,6 +212,7 @@ def sizes_of(
         units_kept=tuple(map(max, *kept)) if len(kept) > 1 else tuple(kept[0]),
         block_trained=block_trained,
         sum_bytes=dtype.itemsize,
+        largest=max((p.numel() for p in trained), default=0),
     )
 
 

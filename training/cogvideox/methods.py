@@ -2,7 +2,7 @@
 
 A method is made of (transformer, options). It has ``transformer``, ``result`` (the name of what ``save`` writes),
 ``parameters()``, ``recipe()``, ``draw_for(step, first)`` before each forward pass of training, ``save``, ``reload``,
-``resume(folder)`` after the engine has taken up a checkpoint, ``off()`` and ``inference(dtype)``: an argument of
+``resume(folder)`` after the engine has taken up a checkpoint, ``off(folder)`` and ``inference(dtype)``: an argument of
 from_pretrained that brings in what was trained, and the lines after it, for inference.py.
 """
 
@@ -120,7 +120,7 @@ class Lora:
         return asdict(self.flags) | {"lora_path": content} | base
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def off(self, _folder: Path) -> Iterator[None]:
         """The transformer as it was before training."""
         self.transformer.disable_adapters()
         try:
@@ -193,14 +193,16 @@ class FullFinetune:
         """The engine has all."""
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """The transformer as it was before training, read from its files again."""
-        trained = {name: tensor.to("cpu", copy=True) for name, tensor in self.transformer.state_dict().items()}
+    def off(self, folder: Path) -> Iterator[None]:
+        """The transformer as it was before training, read from its files again; then as ``save`` wrote it to a folder.
+
+        So no copy is made: where weights are trained on the host, there may be no room for one.
+        """
         self.transformer.load_state_dict(self.load().state_dict())
         try:
             yield
         finally:
-            self.transformer.load_state_dict(trained)
+            self.reload(None, folder)
 
     def save(self, folder: Path) -> None:
         """Writes the transformer as from_pretrained reads it into a folder of the result's name.

@@ -25,7 +25,7 @@ from cogvideox.streaming import Away, Conveyor, Layout, Part, norms_of, pinned
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
-STATE_BYTES = 12  # of a parameter: master and two moments, fp32
+STATE_BYTES = 12  # of a number: master and two moments, fp32; what a fused Adam moves through the device
 CHUNK_BYTES = 64 * 2**20  # large enough that a copy runs at full speed, small beside anything else on the device
 ALL = "*"  # in the names of tensors, instead of a parameter
 
@@ -381,6 +381,16 @@ class MasterWeights:
 
 
 # -- what optimizers keep ----------------------------------------------------------------------------------------------
+
+
+def state_bytes(make: MakeOptimizer, device: torch.device) -> int:
+    """Bytes of a trained number: its fp32 master, and what the optimizer keeps, as a step on many numbers shows."""
+    parameter = Parameter(torch.ones(1024, 1024, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make([parameter])
+    optimizer.step()
+    kept = sum(tensor.nbytes for _, tensor in plain_tensors(optimizer.state[parameter]))
+    return parameter.element_size() + math.ceil(kept / parameter.numel() - 0.1)  # tables and counters are small change
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogvideox.errors import UsageError
 from cogvideox.flags import ADAMS, NAMED_CLASS, OptimizerFlags
-from cogvideox.options import LoraOptions, TrainOptions, precision_of, under_deepspeed
+from cogvideox.options import TrainOptions, precision_of, trains_on_host, under_deepspeed
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -185,15 +185,11 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
 
 
 def check_state_place(options: TrainOptions) -> Iterator[str]:
-    """Problems of state that is to lie on the host; of an optimizer that cannot be made at all check_optimizer tells.
-
-    Weights that are trained on the host have their state there.
-    """
-    flags, trains_all = options.plan, not isinstance(options, LoraOptions)
-    asked = {"--optimizer_state_on host": flags.optimizer_state_on == "host"}
-    asked |= {"--plan lean": trains_all and flags.plan == "lean"}
-    asked |= {"--weights_on host": trains_all and flags.weights_on == "host"}
-    for name in [name for name, given in asked.items() if given]:
+    """Problems of state that is to lie on the host; check_optimizer tells of optimizers that cannot be made at all."""
+    if options.plan.optimizer_state_on == "host" or trains_on_host(options):
+        name = "--optimizer_state_on host"
+        if options.plan.optimizer_state_on != "host":
+            name = "--weights_on host" if options.plan.weights_on == "host" else "--plan lean"
         with suppress(ImportError, UsageError):
             yield from host_state_problems(options.optimizer, under_deepspeed(), name)
 

@@ -257,6 +257,13 @@ def precision_of(flag: str | None) -> str:
     return flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
+def trains_on_host(options: TrainOptions) -> bool:
+    """Whether the flags of the plan want weights of blocks trained in host memory, with all that belongs to them."""
+    flags = options.plan
+    wanted = flags.weights_on == "host" or (flags.plan == "lean" and flags.weights_on == "auto")
+    return wanted and not isinstance(options, LoraOptions)
+
+
 def under_deepspeed() -> bool:
     """Whether accelerate's configuration is for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"

@@ -113,7 +113,7 @@ def publish(
         batch = collate([dataset[Visit(0, 0)]])
         before = forward(task, method.transformer, batch, run)
         after = reloaded(method, folder, task, batch, run)
-        with method.off():
+        with method.off(folder):
             base = forward(task, method.transformer, batch, run)
         difference, cosine = compare(before, after)
         run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")

@@ -218,10 +218,10 @@ class HostStore:
                 tensor.copy_(host, non_blocking=True)
         self.arriving[block] = kept, self.back.mark()
 
-    def fetch_next(self, first: bool = False) -> None:
-        """``fetch`` of the block that a backward pass takes next: the last one put, or the first, if any are left."""
+    def fetch_next(self) -> None:
+        """``fetch`` of the block that a backward pass takes next, the last one put, if any are left."""
         if self.layouts:
-            self.fetch(next(iter(self.layouts) if first else reversed(self.layouts)))
+            self.fetch(next(reversed(self.layouts)))
 
     def clear(self) -> None:
         """Forgets all that was put and not taken; buffers stay."""
@@ -254,13 +254,15 @@ class Sums:
         if block in self.norms:
             earlier = self.store.take(block).values()
             gradients = [one.float() + other for one, other in zip(earlier, gradients, strict=True)]
-            self.store.fetch_next(first=True)  # of the block that comes now, as in the last pass
+            if following := [other for other in self.norms if other < block]:
+                self.store.fetch(max(following))  # a backward pass goes from the last block to the first
         self.store.put(block, {str(k): gradient for k, gradient in enumerate(gradients)})
         self.norms[block] = norms_of(gradients)
 
     def settle(self) -> None:
-        """What the compute stream gets next finds all sums on the host."""
+        """What the compute stream gets next finds all sums on the host, and their memory free."""
         compute_waits_for(self.store.out.mark())
+        self.store.leaving.clear()
 
     def part(self, block: int, which: slice) -> tuple[Tensor, Layout]:
         """Where some consecutive gradients of a block lie."""

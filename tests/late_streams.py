@@ -1,0 +1,97 @@
+"""Side streams of a GPU, simulated on a CPU: copies happen as late as what waits for them allows, or at random.
+
+What is computed happens at once, so a copy that nobody waited for is seen too late, or over what came after it; and
+memory that was let go before its copy is told of. use(monkeypatch, seed) puts them in place of streaming.Side.
+"""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from cogvideox import streaming
+
+
+class Freed(AssertionError):
+    """Memory was let go while a copy from it or to it was to come."""
+
+
+class Place(NamedTuple):
+    """A tensor, without keeping its memory."""
+
+    storage: weakref.ref[Any]
+    dtype: torch.dtype
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Place:
+        storage = weakref.ref(tensor.untyped_storage())
+        return cls(storage, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    def tensor(self) -> Tensor:
+        storage = self.storage()
+        if storage is None:
+            raise Freed
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+
+
+class Recorded(TorchFunctionMode):
+    """Copies are given to a stream instead of made."""
+
+    def __init__(self, side: LateSide, others: tuple[LateSide, ...]) -> None:
+        super().__init__()
+        self.side, self.waits = side, [(other, len(other.copies)) for other in others]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not Tensor.copy_:
+            return function(*args, **(kwargs or {}))
+        self.side.copies.append((Place.of(args[0]), Place.of(args[1]), self.waits))
+        if not self.side.late():
+            self.side.run(len(self.side.copies))
+        return args[0]
+
+
+class LateSide:
+    """A stream beside the compute stream, which is done with all that it was given."""
+
+    late: Callable[[], bool] = staticmethod(lambda: True)
+
+    def __init__(self, _device: torch.device) -> None:
+        self.copies: list[tuple[Place, Place, list[tuple[LateSide, int]]]] = []
+        self.done = 0
+
+    def after_compute(self, *others: LateSide) -> AbstractContextManager[Any]:
+        return Recorded(self, others)
+
+    def run(self, count: int) -> None:
+        """Makes the first so many copies, if they are not made yet."""
+        while self.done < count:
+            target, source, waits = self.copies[self.done]
+            for other, number in waits:
+                other.run(number)
+            target.tensor().copy_(source.tensor())
+            self.done += 1
+
+    def wait(self) -> None:
+        self.run(len(self.copies))
+
+    def mark(self) -> tuple[LateSide, int]:
+        return self, len(self.copies)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
+    """From now on streams are late: as late as they can be, or half of their copies, at random."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(LateSide, "late", staticmethod(lambda: seed is None or draw.random() < 0.5))
+    monkeypatch.setattr(streaming, "Side", LateSide)
+    monkeypatch.setattr(streaming, "compute_waits_for", lambda event: event and event[0].run(event[1]))
