@@ -299,7 +299,7 @@ def test_weights_that_cannot_be_trained_on_the_host(
 @pytest.mark.parametrize(
     "flags",
     [
-        (*LEAN, "--weights_on", "device", "--optimizer_state_on", "device", "--use_8bit", "--use_torchao"),
+        (*LEAN, "--weights_on", "device", "--optimizer_state_on", "device", "--optimizer", "came"),
         ("--plan", "fast", "--weights_on", "host"),
     ],
 )

@@ -292,7 +292,7 @@ def test_a_state_that_cannot_rest_on_the_host_is_refused_before_anything_is_load
     ("command", "expected"),
     [
         ("--optimizer adamw", 12),
-        ("--optimizer adamw --use_8bit --use_torchao", 6),
+        pytest.param("--optimizer adamw --use_8bit --use_torchao", 6, marks=pytest.mark.long),  # it compiles
         ("--optimizer came", 8),
         ("--optimizer prodigy --learning_rate 1", 20),
         ("--optimizer torch.optim.SGD", 4),
