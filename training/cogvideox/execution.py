@@ -209,7 +209,7 @@ def sizes_of(
         width=blocks[0].attn1.inner_dim,
         heads=blocks[0].attn1.heads,
         matrix_bytes=whole_bytes(blocks[0]) if precision != AUTO else 0,
-        units_kept=tuple(map(max, *kept)) if len(kept) > 1 else tuple(kept[0]),
+        units_kept=tuple(map(max, zip(*kept, strict=True))),
         block_trained=block_trained,
         sum_bytes=dtype.itemsize,
         largest=max((p.numel() for p in trained), default=0),
