@@ -1,6 +1,8 @@
-"""Trains a full-size LoRA end to end on a part of a GPU's memory, by the real script, with validation and export.
+"""Trains a full-size LoRA, or all weights, end to end on a part of a GPU's memory: the real script, with validation and
+export.
 
     python benchmarks/small_card.py --kind 5b --gib 6 --work_dir /tmp/small_card --results benchmarks/results
+    python benchmarks/small_card.py --kind 2b --gib 8 --rank 0 --work_dir /tmp/small_card --results benchmarks/results
 
 Weights and tensors are random. --vram_budget holds all of the process to the memory of a card of that size: what needs
 more is out of memory, as there. One JSON file is written: what the script said of its plan, peaks, losses, export.
@@ -26,11 +28,12 @@ SAYS = ("attention by", "plan:", "measured:", "decoding in tiles", "validation a
 
 
 def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> list[str]:
-    """The training script's command line."""
-    command = [sys.executable, str(ROOT / "training/cogvideox_text_to_video_lora.py"), "--load_tensors"]
+    """The training script's command line; of rank 0 that which trains all weights."""
+    script = f"training/cogvideox_text_to_video_{'lora' if rank else 'sft'}.py"
+    command = [sys.executable, str(ROOT / script), "--load_tensors", "--plan", "lean", "--vram_budget", str(gib)]
     command += ["--pretrained_model_name_or_path", str(work_dir / kind), "--data_root", str(work_dir / "tensors")]
-    command += ["--output_dir", str(work_dir / "lora"), "--train_resolution", "x".join(map(str, clip_size(kind)))]
-    command += ["--plan", "lean", "--vram_budget", str(gib), "--rank", str(rank), "--lora_alpha", str(rank)]
+    command += ["--output_dir", str(work_dir / "run"), "--train_resolution", "x".join(map(str, clip_size(kind)))]
+    command += ["--rank", str(rank), "--lora_alpha", str(rank)] if rank else []
     command += ["--mixed_precision", "bf16", "--train_batch_size", "1", "--max_train_steps", str(steps)]
     command += ["--optimizer", "adamw", "--learning_rate", "1e-4", "--dataloader_num_workers", "2"]
     return [*command, "--validation_prompt", "A red square moves to the right.", "--num_inference_steps", "2"]
@@ -46,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=[kind for kind in KINDS if not is_image_to_video(kind)], default="5b")
     parser.add_argument("--gib", type=float, default=6.0)
-    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=128, help="of the LoRA; 0: all weights, with checkpoints to match")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
@@ -56,7 +59,7 @@ def main() -> int:
     command = command_of(args.kind, args.work_dir, args.gib, args.rank, args.steps)
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
-    output = args.work_dir / "lora"
+    output = args.work_dir / "run"
     said = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines() if line.strip().startswith(SAYS)]
     row: dict[str, Any] = {"kind": args.kind, "gib": args.gib, "rank": args.rank, "status": done.returncode}
     row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "said": said, **device_and_versions()}
@@ -71,7 +74,8 @@ def main() -> int:
         print(done.stderr[-3000:], file=sys.stderr)
         return done.returncode or 1
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / f"small_card_{args.kind}.json").write_text(json.dumps(row, indent=1) + "\n")
+    name = f"small_card_{args.kind}{'' if args.rank else '_sft'}.json"
+    (args.results / name).write_text(json.dumps(row, indent=1) + "\n")
     return 0
 
 
