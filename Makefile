@@ -1,5 +1,5 @@
 # make demo: set up and run the main job on real clips.   make test: set up and pass the tests.
-# make test-gpu: the tests that need a GPU.
+# make test-gpu: the tests that need a GPU.   make test-long: those that take half an hour, kills at every moment.
 # make bench: on a GPU, train steps of full-size models, stock and ours; goes on where it was stopped.
 # make fuzz: 500 damaged media files and 500 damaged lists; a short form is among the tests.
 PYTHON ?= python3
@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-gpu quality bench fuzz clean
+.PHONY: demo test test-gpu test-long quality bench fuzz clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: requirements.txt constraints.txt
@@ -24,6 +24,9 @@ test: $(VENV)/ready
 
 test-gpu: $(VENV)/ready
 	COGVIDEOX_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
+
+test-long: $(VENV)/ready
+	$(BIN)/python -m pytest -m "long and not gpu" -n $(WORKERS) --dist loadgroup
 
 quality: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 import torch
 from running import (
+    LORA_SCRIPT,
     PROMPT,
     equal,
+    finish,
+    fork_ranks,
     frames_of,
     lora_flags,
     losses,
+    python,
     safetensors_of,
     sft_flags,
     train,
@@ -277,6 +281,17 @@ def test_all_weights_in_bf16(model: Path, tensors: Path, tmp_path: Path) -> None
     assert {tensor.dtype for tensor in whole(lean).values()} == {torch.bfloat16}
     states = [load_file(output / "checkpoint-2" / "optimizer.safetensors") for output in (lean, fast)]
     assert equal(*states)
+
+
+@pytest.mark.long
+def test_two_processes_train_all_weights_under_a_plan_as_one_does(model: Path, tensors: Path, tmp_path: Path) -> None:
+    more = ("--load_tensors", "--learning_rate", "1e-3", "--plan", "fast", "--gradient_accumulation_steps")
+    script = LORA_SCRIPT.with_name("cogvideox_text_to_video_sft.py")
+    ranks = fork_ranks(2, python(script, *sft_flags(model, tensors, tmp_path / "two", *more, 1)))
+    said = [finish(rank) for rank in ranks]
+    assert "plan: 2 blocks eager, 2 on the device" in said[0]
+    assert train_all(sft_flags(model, tensors, tmp_path / "one", *more, 2)) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 @pytest.mark.parametrize(
