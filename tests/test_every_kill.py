@@ -28,6 +28,7 @@ SHORT = ("--max_train_steps", 3, "--checkpointing_steps", 1, "--checkpoints_tota
 SHORT += ("--num_inference_steps", 1, "--use_ema", "--gradient_accumulation_steps", 1)
 KINDS = {
     "lora": ("5b", LORA_SCRIPT, lora_flags, train),
+    "best": ("5b", LORA_SCRIPT, lora_flags, train),
     "image": ("5b-i2v", IMAGE_SFT_SCRIPT, sft_flags, train_image_all),
 }
 
@@ -42,7 +43,9 @@ def test_the_same_command_ends_the_same(
     kind: str, tiny: Callable[[str], Path], clips: Path, image: Path, tmp_path: Path
 ) -> None:
     name, script, flags_of, run = KINDS[kind]
-    more = [*SHORT, "--validation_prompt", PROMPT, *(["--validation_images", image] if kind == "image" else [])]
+    own = {"image": ["--validation_images", image]}
+    own["best"] = ["--keep_best", "--export_best", "--validation_data_root", clips]
+    more = [*SHORT, "--validation_prompt", PROMPT, *own.get(kind, [])]
 
     def flags(folder: Path) -> list[str]:
         return flags_of(tiny(name), clips, folder / "out", "--tensor_cache", folder / "cache", *more)
