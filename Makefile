@@ -1,5 +1,5 @@
 # make demo: set up and run the main job on real clips.   make test: set up and pass the tests.
-# make test-gpu: the tests that need a GPU.   make test-long: those that take half an hour, kills at every moment.
+# make test-gpu: the tests that need a GPU.   make test-long: those that take an hour, kills at every moment.
 # make bench: on a GPU, train steps of full-size models, stock and ours; goes on where it was stopped.
 # make fuzz: 500 damaged media files and 500 damaged lists; a short form is among the tests.
 PYTHON ?= python3
