@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from running import (
-    LORA_SCRIPT,
     PROMPT,
+    SFT_SCRIPT,
     equal,
     finish,
     fork_ranks,
@@ -286,8 +286,7 @@ def test_all_weights_in_bf16(model: Path, tensors: Path, tmp_path: Path) -> None
 @pytest.mark.long
 def test_two_processes_train_all_weights_under_a_plan_as_one_does(model: Path, tensors: Path, tmp_path: Path) -> None:
     more = ("--load_tensors", "--learning_rate", "1e-3", "--plan", "fast", "--gradient_accumulation_steps")
-    script = LORA_SCRIPT.with_name("cogvideox_text_to_video_sft.py")
-    ranks = fork_ranks(2, python(script, *sft_flags(model, tensors, tmp_path / "two", *more, 1)))
+    ranks = fork_ranks(2, python(SFT_SCRIPT, *sft_flags(model, tensors, tmp_path / "two", *more, 1)))
     said = [finish(rank) for rank in ranks]
     assert "plan: 2 blocks eager, 2 on the device" in said[0]
     assert train_all(sft_flags(model, tensors, tmp_path / "one", *more, 2)) == 0

@@ -99,11 +99,18 @@ def of_host(sums: Sums, block: int) -> list[Tensor]:
     return layout.views(buffer)
 
 
-def installed(transformer: Any, kinds: tuple[BlockPlan, ...], compiled: bool = False, **more: Any) -> Stack:
+def installed(
+    transformer: Any,
+    kinds: tuple[BlockPlan, ...],
+    compiled: bool = False,
+    backend: str = "cpu",
+    device: torch.device = CPU,
+    **more: Any,
+) -> Stack:
     """A Stack with blocks under plans that take turns."""
     count = len(transformer.transformer_blocks)
     blocks = tuple(kinds[i % len(kinds)] for i in range(count))
-    stack = Stack(transformer, ExecutionPlan(blocks, compiled, "cpu", **more), CPU)
+    stack = Stack(transformer, ExecutionPlan(blocks, compiled, backend, **more), device)
     stack.install()
     return stack
 
@@ -571,11 +578,8 @@ def wide(
     if not whole:
         transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS[:4], init_lora_weights=False))
     transformer.to("cpu", torch.bfloat16)
-    kinds = tuple(plans[i % len(plans)] for i in range(4))
-    plan = ExecutionPlan(kinds, compiled, backend, any_length=any_length, base_precision=precision)
-    stack = Stack(transformer, plan, torch.device("cuda"))
-    stack.install()
-    return transformer, stack
+    more = {"any_length": any_length, "base_precision": precision}
+    return transformer, installed(transformer, plans, compiled, backend, torch.device("cuda"), **more)
 
 
 def delayed(stack: Stack) -> None:

@@ -41,13 +41,18 @@ class Best:
         path = self.folder / BEST_NAME
         best = best_of(self.folder, step) if self.wanted else None
         self.saver.kept = best["step"] if best else None
-        content = json.dumps(best, indent=1).encode()
         if best is None:
             path.unlink(missing_ok=True)  # of a run that was begun anew, or that keeps none any more
-        elif not path.is_file() or path.read_bytes() != content:
+        else:
+            self._name(path, best)
+        self.saver.trim(step)  # at the start too: a kill may have come before
+
+    def _name(self, path: Path, best: dict[str, Any]) -> None:
+        """Says which it is, if the file does not say so already."""
+        content = json.dumps(best, indent=1).encode()
+        if not path.is_file() or path.read_bytes() != content:
             write_atomically(path, content)
             self.run.say(f"best so far: {best['checkpoint']}, held-out loss {best['held_out_loss']:.5f}")
-        self.saver.trim(step)  # at the start too: a kill may have come before
 
     def step(self) -> int:
         """The best checkpoint's step, on every rank.

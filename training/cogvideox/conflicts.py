@@ -30,6 +30,7 @@ from cogvideox.options import (
     Options,
     PrepareOptions,
     TrainOptions,
+    launched_processes,
     resolution,
     resolutions,
     target_pattern,
@@ -222,7 +223,7 @@ def plan_problems(options: TrainOptions) -> Iterator[str]:
         yield f"{asked}: contradicts --plan off; leave one of them out"
     if asked and isinstance(options, LoraOptions) and options.lora.use_dora:
         yield f"{asked}: contradicts --use_dora, which diffusers' own modules run; leave one of them out"
-    if trains_on_host(options) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if trains_on_host(options) and launched_processes() > 1:
         yield f"{asked}: weights that are trained on the host are for one GPU; launch one process"
     if trains_on_host(options) and options.plan.optimizer_state_on == "device":
         yield f"{asked}: weights that are trained on the host have their state there; leave out --optimizer_state_on"

@@ -19,7 +19,6 @@ from cogvideox.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.blocks import UNITS, kept_at
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
-from cogvideox.flags import LoraPlanFlags
 from cogvideox.geometry import Geometry
 from cogvideox.graphs import allowing_graphs
 from cogvideox.host_memory import free_host_bytes
@@ -89,7 +88,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
 
 def base_precision(options: TrainOptions) -> str:
     """In which type frozen matrices are stored."""
-    return options.plan.base_precision if isinstance(options.plan, LoraPlanFlags) else AUTO
+    return options.plan.base_precision if isinstance(options, LoraOptions) else AUTO
 
 
 def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: list[Bucket], transformer: Any) -> Sizes:
@@ -197,7 +196,7 @@ def sizes_of(
     elsewhere = {id(p) for p in (*trained, *(p for block in blocks for p in block.parameters()))}
     rest = [t for t in (*transformer.parameters(), *transformer.buffers()) if id(t) not in elsewhere]
     block_trained = sum(p.numel() for p in own_of(blocks[0]) if p.requires_grad)
-    kept = [[sum(UNITS[name] for name in kept_at(level, weights_of(block))) for level in LEVELS] for block in blocks]
+    kept = [[sum(UNITS[name] for name in kept_at(level, p)) for level in LEVELS] for p in map(weights_of, blocks)]
     return Sizes(
         blocks=len(blocks),
         block_bytes=own_bytes(blocks[0], precision),

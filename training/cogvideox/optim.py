@@ -220,7 +220,7 @@ class MasterWeights:
         state_on_host: bool = False,
         away: Away | None = None,
     ) -> None:
-        self.parameters, self.away, self.make = parameters, away, make
+        self.parameters, self.away = parameters, away
         self.names = {p: name for name, p in parameters.items()}
         absent = {p for block in away.parameters.values() for p in block} if away else set()
         here = {name: p for name, p in parameters.items() if p not in absent}
@@ -240,32 +240,32 @@ class MasterWeights:
             p.register_post_accumulate_grad_hook(self._collector(self.gradients[n])) for n, p in here.items()
         ]
         # one after another: on their way to the host, the device holds one at a time
-        self.chunks = list(self._chunks(here, state_on_host))
+        self.chunks = list(self._chunks(here, make, state_on_host))
         named = {name: m for chunk in self.chunks for name, m in zip(chunk.parameters, chunk.masters, strict=True)}
         self.masters = [named[name] for name in parameters]
         self.conveyor = Conveyor(self.device) if state_on_host else None
         self.fused = self.chunks[0].fused
         self.fresh_numbers = group_numbers(self.chunks[0].optimizer)
 
-    def _chunks(self, here: dict[str, Parameter], on_host: bool) -> Iterator[Chunk]:
+    def _chunks(self, here: dict[str, Parameter], make: MakeOptimizer, on_host: bool) -> Iterator[Chunk]:
         """One of all parameters; on the host many, none of them of parameters on the device and others."""
         if not on_host:
             masters = [p if p.dtype == torch.float32 else self._master(p) for p in here.values()]
-            yield Chunk(here, list(self.gradients.values()), masters, self.make)
+            yield Chunk(here, list(self.gradients.values()), masters, make)
             return
         for which in split([p.numel() for p in here.values()], CHUNK_BYTES // STATE_BYTES):
-            yield self._chunk(dict(list(here.items())[which]))
+            yield self._chunk(dict(list(here.items())[which]), make)
         if self.away:
             for block, parameters in self.away.parameters.items():
                 for which in split([p.numel() for p in parameters], CHUNK_BYTES // STATE_BYTES):
-                    yield self._chunk({self.names[p]: p for p in parameters[which]}, (self.away, block, which))
+                    yield self._chunk({self.names[p]: p for p in parameters[which]}, make, (self.away, block, which))
 
-    def _chunk(self, parameters: dict[str, Parameter], away: tuple[Away, int, slice] | None = None) -> Chunk:
+    def _chunk(
+        self, parameters: dict[str, Parameter], make: MakeOptimizer, away: tuple[Away, int, slice] | None = None
+    ) -> Chunk:
         masters = [self._master(p) for p in parameters.values()]
-        gradients = [
-            torch.zeros_like(m) if away else self.gradients[n] for n, m in zip(parameters, masters, strict=True)
-        ]
-        chunk = Chunk(parameters, gradients, masters, self.make, away)
+        gradients = [torch.zeros_like(m) for m in masters] if away else [self.gradients[name] for name in parameters]
+        chunk = Chunk(parameters, gradients, masters, make, away)
         chunk.rest_on_host()
         return chunk
 

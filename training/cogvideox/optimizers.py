@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogvideox.errors import UsageError
 from cogvideox.flags import ADAMS, NAMED_CLASS, OptimizerFlags
-from cogvideox.options import TrainOptions, precision_of, trains_on_host, under_deepspeed
+from cogvideox.options import TrainOptions, launched_processes, precision_of, trains_on_host, under_deepspeed
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -234,7 +234,7 @@ def offload_problems(options: TrainOptions) -> Iterator[str]:
     name = "--use_cpu_offload_optimizer"
     if not torch.cuda.is_available():
         yield f"{name}: torchao wants a CUDA device and torch sees none; leave it out"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         yield f"{name}: torchao knows one GPU; launch one process, or use accelerate_configs/deepspeed.yaml"
     if options.train.mixed_precision is None and precision_of(None) == "fp16":
         yield f"{name}: torchao knows no loss scale, which fp16 needs; give --mixed_precision bf16"

@@ -264,6 +264,11 @@ def trains_on_host(options: TrainOptions) -> bool:
     return wanted and not isinstance(options, LoraOptions)
 
 
+def launched_processes() -> int:
+    """How many processes of this run the launcher started, as it says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def under_deepspeed() -> bool:
     """Whether accelerate's configuration is for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"

@@ -1,6 +1,5 @@
 """The processes of a run: which one this is, its device, and a barrier that waits as long as it takes."""
 
-import os
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from cogvideox.errors import UsageError
+from cogvideox.options import launched_processes
 
 PATIENCE = timedelta(days=7)  # the launcher ends the others when one dies, so waiting long costs nothing
 
@@ -24,7 +24,7 @@ def start_processes() -> Any:
 
 def check_world(number: int) -> None:
     """Raises UsageError where accelerate knows another number of processes than were launched."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launched_processes()
     if number != launched:
         raise UsageError(
             f"accelerate started {launched} processes that do not know each other (a configuration for GPUs on a "

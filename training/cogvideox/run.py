@@ -28,7 +28,7 @@ from cogvideox.errors import UsageError
 from cogvideox.files import remove_stale_temporaries, write_atomically
 from cogvideox.hub import open_repository
 from cogvideox.optim import StepResult
-from cogvideox.options import TrainOptions, precision_of, tracker_names, under_deepspeed
+from cogvideox.options import TrainOptions, launched_processes, precision_of, tracker_names, under_deepspeed
 from cogvideox.ranks import Ranks, check_world
 
 CONFIG_NAME, METRICS_NAME, LOCK_NAME = "config.json", "metrics.jsonl", ".lock"
@@ -136,7 +136,7 @@ def make_accelerator(options: TrainOptions) -> Any:
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched_processes()
     deepspeed = under_deepspeed()
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by accelerate launch

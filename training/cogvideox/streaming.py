@@ -61,7 +61,7 @@ class Layout:
         for tensor in tensors:
             size = tensor.numel() * tensor.element_size()
             self.entries.append((self.num_bytes, size, tensor.shape, tensor.dtype))
-            self.num_bytes += -(-size // ALIGNMENT) * ALIGNMENT
+            self.num_bytes += aligned(size)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors in a buffer."""
@@ -69,10 +69,16 @@ class Layout:
 
     def part(self, buffer: Tensor, which: slice) -> tuple[Tensor, "Layout"]:
         """The bytes of a buffer that have some consecutive tensors, and the layout of these in them."""
-        views = self.views(buffer)[which]
-        start = self.entries[which][0][0]
-        layout = Layout(views)
+        entries, layout = self.entries[which], Layout(())
+        start, (last, last_size, _, _) = entries[0][0], entries[-1]
+        layout.entries = [(place - start, size, shape, dtype) for place, size, shape, dtype in entries]
+        layout.num_bytes = last - start + aligned(last_size)
         return buffer[start : start + layout.num_bytes], layout
+
+
+def aligned(size: int) -> int:
+    """The bytes after which the next tensor begins."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -330,9 +336,10 @@ class Conveyor:
             compute_waits_for(self.into.mark())
             if number + 1 < len(loads):
                 self._fetch(slots[(number + 1) % 2], loads[number + 1])
-            yield [part.layout.views(place) for part, place in placed(load, slot)]
+            parts = placed(load, slot)
+            yield [part.layout.views(place) for part, place in parts]
             with self.out.after_compute():
-                for part, place in placed(load, slot):
+                for part, place in parts:
                     if part.leaves:
                         part.host.copy_(place, non_blocking=True)
         compute_waits_for(self.out.mark())
