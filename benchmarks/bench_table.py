@@ -82,9 +82,12 @@ def speed_figures(row: dict[str, Any]) -> dict[str, float | None]:
 def read_rows(results: Path) -> list[dict[str, Any]]:
     """All rows that were measured, in the order of the table."""
     rows = [json.loads(path.read_text()) for path in results.glob(f"{PREFIX}*.json")]
-    return sorted(
-        rows, key=lambda r: (MODELS.index(r["kind"]), not r["rank"], r["batch"], r["rank"], PLANS.index(r["plan"]))
-    )
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        kind, plan = MODELS.index(row["kind"]), PLANS.index(row["plan"])
+        return kind, not row["rank"], row["batch"], row["rank"], plan, row["row"]
+
+    return sorted(rows, key=place)
 
 
 def number(form: str, value: float | None) -> str:
