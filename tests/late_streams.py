@@ -48,14 +48,14 @@ class Place(NamedTuple):
 class Recorded(TorchFunctionMode):
     """Copies are given to a stream instead of made."""
 
-    def __init__(self, side: LateSide, others: tuple[LateSide, ...]) -> None:
+    def __init__(self, side: LateSide, event: Event | None) -> None:
         super().__init__()
-        self.side, self.waits = side, [(other, len(other.copies)) for other in others]
+        self.side, self.event = side, event
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is not Tensor.copy_:
             return function(*args, **(kwargs or {}))
-        self.side.copies.append((Place.of(args[0]), Place.of(args[1]), self.waits))
+        self.side.copies.append((Place.of(args[0]), Place.of(args[1]), self.event))
         if not self.side.late():
             self.side.run(len(self.side.copies))
         return args[0]
@@ -67,26 +67,37 @@ class LateSide:
     late: Callable[[], bool] = staticmethod(lambda: True)
 
     def __init__(self, _device: torch.device) -> None:
-        self.copies: list[tuple[Place, Place, list[tuple[LateSide, int]]]] = []
+        self.copies: list[tuple[Place, Place, Event | None]] = []
         self.done = 0
 
-    def after_compute(self, *others: LateSide) -> AbstractContextManager[Any]:
-        return Recorded(self, others)
+    def after_compute(self) -> AbstractContextManager[Any]:
+        return Recorded(self, None)
+
+    def after(self, event: Event | None) -> AbstractContextManager[Any]:
+        return Recorded(self, event)
 
     def run(self, count: int) -> None:
         """Makes the first so many copies, if they are not made yet."""
         while self.done < count:
-            target, source, waits = self.copies[self.done]
-            for other, number in waits:
-                other.run(number)
+            target, source, event = self.copies[self.done]
+            reach(event)
             target.tensor().copy_(source.tensor())
             self.done += 1
 
     def wait(self) -> None:
         self.run(len(self.copies))
 
-    def mark(self) -> tuple[LateSide, int]:
+    def mark(self) -> Event:
         return self, len(self.copies)
+
+
+Event = tuple[LateSide, int]  # a stream, and how many of its copies have been made
+
+
+def reach(event: Event | None) -> None:
+    """Makes the copies of an event; of what is computed there are none to wait for."""
+    if event is not None:
+        event[0].run(event[1])
 
 
 def use(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
@@ -94,4 +105,4 @@ def use(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
     draw = random.Random(seed)
     monkeypatch.setattr(LateSide, "late", staticmethod(lambda: seed is None or draw.random() < 0.5))
     monkeypatch.setattr(streaming, "Side", LateSide)
-    monkeypatch.setattr(streaming, "compute_waits_for", lambda event: event and event[0].run(event[1]))
+    monkeypatch.setattr(streaming, "compute_waits_for", reach)

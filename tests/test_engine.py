@@ -55,7 +55,7 @@ def test_after_two_steps_every_trainable_parameter_moved_and_no_frozen_one(
 
 def engine_of(seed: int, dtype: torch.dtype, writes: bool = True) -> tuple[LocalEngine, torch.nn.Module]:
     torch.manual_seed(seed)
-    model = torch.nn.Linear(3, 2).to(dtype)
+    model = torch.nn.Linear(4, 16).to(dtype)
     flags = options_of(Path("x")).optimizer
     make = partial(make_optimizer, flags)
     masters = MasterWeights(dict(model.named_parameters()), make, 1.0, dynamic_scale=dtype == torch.float16)
@@ -65,7 +65,7 @@ def engine_of(seed: int, dtype: torch.dtype, writes: bool = True) -> tuple[Local
 def advance(engine: LocalEngine, steps: range) -> list[list[float]]:
     results = []
     for step in steps:
-        features = torch.full((4, 3), float(step + 1)).to(engine.model.weight.dtype)
+        features = torch.full((4, 4), float(step + 1)).to(engine.model.weight.dtype)
         engine.backward(engine.model(features).float().square().mean())
         results.append(engine.step(0.01, stop=step == 3).values.tolist())
     return results
@@ -95,7 +95,7 @@ def test_one_rank_writes(tmp_path: Path) -> None:
 
 
 def test_the_engine_is_what_accelerate_s_configuration_asks_for() -> None:
-    model = torch.nn.Linear(3, 2)
+    model = torch.nn.Linear(4, 16)
     method = SimpleNamespace(parameters=lambda: dict(model.named_parameters()))
     plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
     options = options_of(Path("x"))
@@ -115,7 +115,7 @@ def test_the_engine_is_what_accelerate_s_configuration_asks_for() -> None:
 
 def made_with(*flags: object, deepspeed: Any = None, model: torch.nn.Module | None = None, host: bool = True) -> Any:
     """An engine of these flags, with its masters on the host."""
-    model = model or torch.nn.Linear(3, 2)
+    model = model or torch.nn.Linear(4, 16)
     state = SimpleNamespace(deepspeed_plugin=deepspeed)
     accelerator = SimpleNamespace(state=state, is_main_process=True, num_processes=1)
     method = SimpleNamespace(parameters=lambda: dict(model.named_parameters()))
@@ -125,7 +125,7 @@ def made_with(*flags: object, deepspeed: Any = None, model: torch.nn.Module | No
 @pytest.mark.parametrize("ema", [(), ("--use_ema",)])
 @pytest.mark.parametrize("first", [False, True])
 def test_a_checkpoint_goes_on_with_masters_elsewhere(tmp_path: Path, first: bool, ema: tuple[str, ...]) -> None:
-    models = [torch.nn.Linear(3, 2).bfloat16() for _ in range(2)]
+    models = [torch.nn.Linear(4, 16).bfloat16() for _ in range(2)]
     one, other = (made_with(*ema, model=m, host=h) for m, h in zip(models, (first, not first), strict=True))
     assert (one.masters.conveyor is None, other.masters.conveyor is None) == (not first, first)
     advance(one, range(3))

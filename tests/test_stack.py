@@ -16,7 +16,7 @@ from peft import LoraConfig
 from tiny_cogvideox import KINDS, is_image_to_video, is_version_1_5
 from torch import Tensor
 
-from cogvideox import blocks, optim, quant, streaming
+from cogvideox import blocks, quant, streaming
 from cogvideox.graphs import MAX_GRAPHS
 from cogvideox.optim import MasterWeights
 from cogvideox.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
@@ -95,8 +95,7 @@ def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 def of_host(sums: Sums, block: int) -> list[Tensor]:
     """The gradients of a block."""
-    buffer, layout = sums.part(block, slice(None))
-    return layout.views(buffer)
+    return sums.store.layouts[block][1].views(sums.store.buffers[block])
 
 
 def installed(
@@ -538,7 +537,7 @@ def test_late_copies_change_nothing(
     accumulation: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(optim, "CHUNK_BYTES", 12 * 3000)  # several chunks a block
+    monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", 12 * 3000)  # several chunks a block
     right = steps_of(made, RESIDENT, accumulation)
     for seed in (None, 0):
         late_streams.use(monkeypatch, seed)
@@ -547,7 +546,7 @@ def test_late_copies_change_nothing(
 
 @pytest.mark.parametrize(("owner", "name"), [(Sums, "settle"), (Ring, "forget"), (streaming, "compute_waits_for")])
 def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "CHUNK_BYTES", 12 * 3000)
+    monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", 12 * 3000)
     right = steps_of(make_whole, RESIDENT, 2)
     late_streams.use(monkeypatch, None)
     monkeypatch.setattr(owner, name, lambda *_: None)

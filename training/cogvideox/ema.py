@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cogvideox.optim import for_file
+from cogvideox.masters import for_file
 
 COUNT = "steps"  # in the names of tensors, beside the parameters
 
@@ -23,7 +23,7 @@ COUNT = "steps"  # in the names of tensors, beside the parameters
 class Ema:
     """The average of ``masters``, each on its master's device; ``parameters`` are what the model runs, by name too."""
 
-    def __init__(self, parameters: dict[str, Parameter], masters: dict[str, Parameter], decay: float) -> None:
+    def __init__(self, parameters: dict[str, Parameter], masters: dict[str, Tensor], decay: float) -> None:
         self.parameters, self.masters, self.decay = parameters, masters, decay
         self.averages = {name: master.detach().clone() for name, master in masters.items()}
         self.steps = torch.zeros((), device=next(iter(parameters.values())).device)  # exact in fp32 up to 16 million

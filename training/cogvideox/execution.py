@@ -22,8 +22,8 @@ from cogvideox.errors import UsageError
 from cogvideox.geometry import Geometry
 from cogvideox.graphs import allowing_graphs
 from cogvideox.host_memory import free_host_bytes
+from cogvideox.masters import state_bytes
 from cogvideox.models import DTYPES, free_bytes, stored_dtype
-from cogvideox.optim import state_bytes
 from cogvideox.optimizers import host_state_problems, make_optimizer
 from cogvideox.options import LoraOptions, TrainOptions, trains_on_host
 from cogvideox.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
@@ -211,7 +211,6 @@ def sizes_of(
         units_kept=tuple(map(max, zip(*kept, strict=True))),
         block_trained=block_trained,
         sum_bytes=dtype.itemsize,
-        largest=max((p.numel() for p in trained), default=0),
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cogvideox.optim import MakeOptimizer, StepResult, by_parameter, for_file, overwrite, plain_tensors, set_rate
+from cogvideox.masters import MakeOptimizer, by_parameter, for_file, overwrite, plain_tensors, set_rate
+from cogvideox.optim import StepResult
 
 
 class HostMasters:
@@ -104,7 +105,7 @@ class OffloadedWeights:
     def wait(self) -> None:
         """A step has waited for the device already."""
 
-    def named_masters(self) -> dict[str, Parameter]:
+    def named_masters(self) -> dict[str, Tensor]:
         """The masters by their parameters' names, on the CPU where torchao has them."""
         return {name: master for name, _, _, master in self._masters()}
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, product
 
-from cogvideox.optim import CHUNK_BYTES, STATE_BYTES
-from cogvideox.streaming import IN_FLIGHT, SLOTS
+from cogvideox.masters import CHUNK_BYTES, STATE_BYTES
+from cogvideox.streaming import IN_FLIGHT, LOADS, SLOTS
 
 GIB = 2**30
 DEVICE, HOST = "device", "host"
@@ -22,9 +22,9 @@ WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; 
     False: {"input": 38.2, "attention": 37.2, "linear": 28.2, "all": 25.2},
 }
 ENDS_UNITS = 1.8  # tensors in front of and behind the blocks
-TRAINED_UNITS = {  # what that needs more where all weights are trained, their gradients not counted; of a CPU so far
-    True: {"input": 11.0, "attention": 12.9, "linear": 0.0, "all": 0.0},
-    False: {"input": 10.5, "attention": 10.5, "linear": 9.4, "all": 9.4},
+TRAINED_UNITS = {  # what that needs more where all weights are trained, their gradients not counted; printed there too
+    True: {"input": 0.6, "attention": 1.5, "linear": 0.0, "all": 0.0},
+    False: {"input": 7.5, "attention": 7.4, "linear": 6.4, "all": 1.4},
 }
 RECOMPUTED = {"input": (8 / 12, 1.0, 0.0), "attention": (8 / 12, 0.0, 0.0), "linear": (0.0, 0.0, 0.0)}
 RECOMPUTED["all"] = (0.0, 0.0, -10.0)
@@ -61,7 +61,6 @@ class Sizes:
     units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
     block_trained: int = 0  # numbers in one block, if all its weights are trained
     sum_bytes: int = 4  # of a number in gradients that are summed on the host
-    largest: int = 0  # numbers in the largest tensor that is trained
     passes: int = 1  # forward and backward, in an optimizer step
 
     @property
@@ -199,10 +198,11 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
 
 
 def load_bytes(streamed: int, sizes: Sizes) -> int:
-    """Two loads of the optimizer's state on their way through the device, each of one tensor at least."""
-    numbers = min(sizes.all_trained, max(sizes.largest, CHUNK_BYTES // STATE_BYTES))
+    """The optimizer's state on its way through the device."""
+    numbers = min(sizes.all_trained, CHUNK_BYTES // STATE_BYTES)
     with_weights = streamed and sizes.block_trained  # these come with gradients, which become fp32, and leave
-    return numbers * (2 * (STATE_BYTES + sizes.sum_bytes + sizes.item_bytes) + 4 if with_weights else 2 * STATE_BYTES)
+    load = STATE_BYTES + (sizes.sum_bytes + sizes.item_bytes if with_weights else 0)
+    return numbers * (LOADS * load + (4 if with_weights else 0))
 
 
 def gradient_bytes(streamed: int, sizes: Sizes) -> int:

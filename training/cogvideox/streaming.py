@@ -12,7 +12,7 @@ import mmap
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, NamedTuple
 from weakref import finalize
 
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-ALIGNMENT = 256  # bytes; kernels read 16 at once, and one layout serves host and device
+ALIGNMENT = 256  # numbers, and so bytes at least; kernels read 16 at once, and one layout serves host and device
 SLOTS = 3  # one in use, one arriving, one that was used last and is needed first when the direction turns
 ADVICE = ("MADV_DONTFORK", "MADV_HUGEPAGE")  # the second: fewer pages to make and to register
 IN_FLIGHT = 2  # blocks whose kept tensors may be on their way to the host
+LOADS = 3  # of a Conveyor: one comes, one is worked on, one leaves
 
 
 # -- flat buffers ------------------------------------------------------------------------------------------------------
@@ -53,7 +54,10 @@ def pinned(num_bytes: int) -> Tensor:
 
 
 class Layout:
-    """Where tensors of given shapes and types lie in one flat buffer of bytes."""
+    """Where tensors of given shapes and types lie in one flat buffer of bytes.
+
+    If all are of one type, the same shapes of another begin at the same numbers.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.entries: list[tuple[int, int, torch.Size, torch.dtype]] = []
@@ -61,23 +65,35 @@ class Layout:
         for tensor in tensors:
             size = tensor.numel() * tensor.element_size()
             self.entries.append((self.num_bytes, size, tensor.shape, tensor.dtype))
-            self.num_bytes += aligned(size)
+            self.num_bytes += aligned(tensor.numel()) * tensor.element_size()
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors in a buffer."""
-        return [buffer[start : start + size].view(dtype).view(shape) for start, size, shape, dtype in self.entries]
+        memory = buffer.view(torch.uint8)
+        return [memory[start : start + size].view(dtype).view(shape) for start, size, shape, dtype in self.entries]
 
-    def part(self, buffer: Tensor, which: slice) -> tuple[Tensor, "Layout"]:
-        """The bytes of a buffer that have some consecutive tensors, and the layout of these in them."""
-        entries, layout = self.entries[which], Layout(())
-        start, (last, last_size, _, _) = entries[0][0], entries[-1]
-        layout.entries = [(place - start, size, shape, dtype) for place, size, shape, dtype in entries]
-        layout.num_bytes = last - start + aligned(last_size)
-        return buffer[start : start + layout.num_bytes], layout
+    def flat(self, buffer: Tensor) -> Tensor:
+        """All numbers in a buffer, those between the tensors too, which mean nothing; of tensors of one type."""
+        return buffer[: self.num_bytes].view(self._dtype)
+
+    @property
+    def numbers(self) -> int:
+        """How many these are."""
+        return self.num_bytes // self._dtype.itemsize
+
+    @property
+    def starts(self) -> list[int]:
+        """The number that each tensor begins with."""
+        return [start // self._dtype.itemsize for start, *_ in self.entries]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        (dtype,) = {dtype for *_, dtype in self.entries}
+        return dtype
 
 
 def aligned(size: int) -> int:
-    """The bytes after which the next tensor begins."""
+    """After how many numbers, or bytes, the next tensor begins."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -88,14 +104,18 @@ class Side:
     """A stream beside the compute stream; without a GPU nothing at all."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def after_compute(self, *others: "Side") -> AbstractContextManager[Any]:
-        """Work in this block follows what the compute stream, and others, were given so far."""
+    def after_compute(self) -> AbstractContextManager[Any]:
+        """Work in this block follows what the compute stream was given so far."""
+        return self.after(computed(self.device))
+
+    def after(self, event: Any) -> AbstractContextManager[Any]:
+        """Work in this block follows an event."""
         if self.stream is None:
             return nullcontext()
-        for stream in (torch.cuda.current_stream(), *(other.stream for other in others)):
-            self.stream.wait_stream(stream)
+        self.stream.wait_event(event)
         return torch.cuda.stream(self.stream)
 
     def wait(self) -> None:
@@ -106,6 +126,11 @@ class Side:
     def mark(self) -> Any:
         """An event after what this stream was given so far."""
         return self.stream.record_event() if self.stream is not None else None
+
+
+def computed(device: torch.device) -> Any:
+    """An event after what the compute stream was given so far."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def compute_waits_for(event: Any) -> None:
@@ -270,9 +295,9 @@ class Sums:
         compute_waits_for(self.store.out.mark())
         self.store.leaving.clear()
 
-    def part(self, block: int, which: slice) -> tuple[Tensor, Layout]:
-        """Where some consecutive gradients of a block lie."""
-        return self.store.layouts[block][1].part(self.store.buffers[block], which)
+    def flat(self, block: int) -> Tensor:
+        """All numbers of a block's gradients, where they lie."""
+        return self.store.layouts[block][1].flat(self.store.buffers[block])
 
     def clear(self) -> None:
         """Begins a step."""
@@ -300,21 +325,24 @@ class Away:
         self.parameters, self.hosts, self.layout = parameters, hosts, layout
         self.gradients = Sums(device)
 
+    def flat(self, block: int) -> Tensor:
+        """All numbers of a block's weights, where they lie."""
+        return self.layout.flat(self.hosts[block])
+
 
 # -- what the device changes -------------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """Some of what a Conveyor carries at a time: a host buffer, and what is in it."""
+    """Some of what a Conveyor carries at a time."""
 
-    host: Tensor
-    layout: Layout
+    host: Tensor  # its numbers, in a row
     comes: bool = True
     leaves: bool = True
 
 
 class Conveyor:
-    """Host buffers that pass through two slots of the device one after another.
+    """Host memory that passes through a few slots of the device, a load after the other.
 
     While one is worked on, the next comes in and the last goes out. The slots are there only during a pass.
     """
@@ -323,33 +351,36 @@ class Conveyor:
         self.device = device
         self.into, self.out = Side(device), Side(device)
 
-    def passes(self, loads: Sequence[Sequence[Part]]) -> Iterator[list[list[Tensor]]]:
-        """The tensors of each part of a load, on the device until the next is asked for; then what leaves is copied.
+    def passes(self, loads: Sequence[Sequence[Part]]) -> Iterator[list[Tensor]]:
+        """The parts of each load, on the device until the next is asked for; then what leaves is copied.
 
         Afterwards the compute stream is behind all copies: what it does next, or who waits for it, finds all written.
         """
-        size = max(sum(part.layout.num_bytes for part in load) for load in loads)
-        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in loads[:2]]
-        self._fetch(slots[0], loads[0])
+        size = max(sum(aligned(part.host.nbytes) for part in load) for load in loads)
+        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in loads[:LOADS]]
+        left = [computed(self.device)] * len(slots)  # after which a slot is free
+        arrived = [self._fetch(slots[0], loads[0], left[0])]
         for number, load in enumerate(loads):
-            slot = slots[number % 2]
-            compute_waits_for(self.into.mark())
             if number + 1 < len(loads):
-                self._fetch(slots[(number + 1) % 2], loads[number + 1])
-            parts = placed(load, slot)
-            yield [part.layout.views(place) for part, place in parts]
+                slot = (number + 1) % len(slots)
+                arrived.append(self._fetch(slots[slot], loads[number + 1], left[slot]))
+            compute_waits_for(arrived[number])
+            tensors = placed(load, slots[number % len(slots)])
+            yield tensors
             with self.out.after_compute():
-                for part, place in parts:
+                for part, tensor in zip(load, tensors, strict=True):
                     if part.leaves:
-                        part.host.copy_(place, non_blocking=True)
+                        part.host.copy_(tensor, non_blocking=True)
+            left[number % len(slots)] = self.out.mark()
         compute_waits_for(self.out.mark())
 
-    def _fetch(self, slot: Tensor, load: Sequence[Part]) -> None:
-        """Starts the copies of a load over the one before the last, once that is out."""
-        with self.into.after_compute(self.out):
-            for part, place in placed(load, slot):
+    def _fetch(self, slot: Tensor, load: Sequence[Part], free: Any) -> Any:
+        """Starts the copies of a load, and returns the event that they have arrived."""
+        with self.into.after(free):
+            for part, tensor in zip(load, placed(load, slot), strict=True):
                 if part.comes:
-                    place.copy_(part.host, non_blocking=True)
+                    tensor.copy_(part.host, non_blocking=True)
+        return self.into.mark()
 
     def wait(self) -> None:
         """Waits for the device: then the host may read and write the buffers."""
@@ -357,7 +388,7 @@ class Conveyor:
             torch.cuda.current_stream(self.device).synchronize()
 
 
-def placed(load: Sequence[Part], slot: Tensor) -> list[tuple[Part, Tensor]]:
-    """Where each part of a load lies in a slot, one behind the other."""
-    ends = [0, *accumulate(part.layout.num_bytes for part in load)]
-    return [(part, slot[start:end]) for part, (start, end) in zip(load, pairwise(ends), strict=True)]
+def placed(load: Sequence[Part], slot: Tensor) -> list[Tensor]:
+    """Each part of a load in a slot, one behind the other."""
+    starts = accumulate((aligned(part.host.nbytes) for part in load), initial=0)
+    return [slot[i : i + part.host.nbytes].view(part.host.dtype) for i, part in zip(starts, load, strict=False)]
