@@ -45,6 +45,7 @@ SAMPLING_STEPS, GUIDANCE = 2, 6.0
 SMALLEST_CARD = 4.0  # GiB; the VAE alone does not decode in what 2b trains in
 PLAN_FLAGS = {  # of training, by the names of plans
     "fast": ("--plan", "fast"),
+    "auto": ("--plan", "auto"),
     "24gb": ("--vram_budget", "24"),
     "12gb": ("--vram_budget", "12"),
     "8gb": ("--vram_budget", "8"),

@@ -55,8 +55,8 @@ PROCESSES = (
     Process("5b", 256, 1, ("stock", "lean"), stock_steps=4),
     Process("5b", 64, 4, ("stock", "lean"), steps=4, stock_steps=3),
     Process("1.5-5b", 128, 1, ("stock", "fast", "24gb", "lean"), steps=4, stock_steps=2),
-    Process("2b", 0, 1, ("stock", "fast", "lean"), stock_steps=4),
-    Process("5b", 0, 1, ("stock", "lean"), steps=5, stock_steps=4),
+    Process("2b", 0, 1, ("stock", "fast", "24gb", "lean"), stock_steps=4),
+    Process("5b", 0, 1, ("stock", "lean", "24gb", "auto"), steps=5, stock_steps=4),
 )
 ROWS = {row: process for process in PROCESSES for row in process.rows}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 PREFIX = "bench_"
 BEGIN, END = "<!-- bench.py --table: begin -->\n", "<!-- bench.py --table: end -->\n"
-PLANS = ("stock", "fast", "24gb", "12gb", "8gb", "lean", "lean-int8", "lean-nf4")
+PLANS = ("stock", "fast", "auto", "24gb", "12gb", "8gb", "lean", "lean-int8", "lean-nf4")
 MODELS = ("2b", "5b", "1.5-5b")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # a second, dense bf16, by a part of the device's name
 LIMITS = {"2b": dict.fromkeys(PLANS, 0.68), "1.5-5b": dict.fromkeys(PLANS, 8.75)}

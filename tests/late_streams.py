@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cogvideox import streaming
+from cogvideox import optim, streaming
 
 
 class Freed(AssertionError):
@@ -48,14 +48,14 @@ class Place(NamedTuple):
 class Recorded(TorchFunctionMode):
     """Copies are given to a stream instead of made."""
 
-    def __init__(self, side: LateSide, event: Event | None) -> None:
+    def __init__(self, side: LateSide, events: tuple[Event | None, ...]) -> None:
         super().__init__()
-        self.side, self.event = side, event
+        self.side, self.events = side, events
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is not Tensor.copy_:
             return function(*args, **(kwargs or {}))
-        self.side.copies.append((Place.of(args[0]), Place.of(args[1]), self.event))
+        self.side.copies.append((Place.of(args[0]), Place.of(args[1]), self.events))
         if not self.side.late():
             self.side.run(len(self.side.copies))
         return args[0]
@@ -66,21 +66,27 @@ class LateSide:
 
     late: Callable[[], bool] = staticmethod(lambda: True)
 
-    def __init__(self, _device: torch.device) -> None:
-        self.copies: list[tuple[Place, Place, Event | None]] = []
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.copies: list[tuple[Place, Place, tuple[Event | None, ...]]] = []
         self.done = 0
 
     def after_compute(self) -> AbstractContextManager[Any]:
-        return Recorded(self, None)
+        return Recorded(self, ())
 
-    def after(self, event: Event | None) -> AbstractContextManager[Any]:
-        return Recorded(self, event)
+    def after(self, *events: Event | None) -> AbstractContextManager[Any]:
+        return Recorded(self, events)
+
+    def computing(self, event: Event | None) -> AbstractContextManager[Any]:
+        reach(event)
+        return nullcontext()
 
     def run(self, count: int) -> None:
         """Makes the first so many copies, if they are not made yet."""
         while self.done < count:
-            target, source, event = self.copies[self.done]
-            reach(event)
+            target, source, events = self.copies[self.done]
+            for event in events:
+                reach(event)
             target.tensor().copy_(source.tensor())
             self.done += 1
 
@@ -105,4 +111,5 @@ def use(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
     draw = random.Random(seed)
     monkeypatch.setattr(LateSide, "late", staticmethod(lambda: seed is None or draw.random() < 0.5))
     monkeypatch.setattr(streaming, "Side", LateSide)
-    monkeypatch.setattr(streaming, "compute_waits_for", reach)
+    for module in (streaming, optim):
+        monkeypatch.setattr(module, "compute_waits_for", reach)

@@ -31,7 +31,7 @@ from cogvideox.stack import (
     weights_of,
     whole_bytes,
 )
-from cogvideox.streaming import Ring, Sums
+from cogvideox.streaming import Away, Conveyor, Ring, Sums
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 CPU = torch.device("cpu")
@@ -513,7 +513,7 @@ def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulatio
     make = partial(torch.optim.AdamW, lr=1e-3, fused=True)
     masters = MasterWeights(parameters, make, 0.1, False, on_host, stack.away)
     found: dict[str, Tensor] = {}
-    for step, (frames, samples) in enumerate([(4, 2), (2, 1), (6, 1), (4, 2)]):
+    for step, (frames, samples) in enumerate([(4, 2), (2, 1), (6, 1), (4, 2), (2, 1)]):
         arguments = {
             name: value.bfloat16() if name.endswith("states") else value
             for name, value in arguments_of("5b", frames, samples).items()
@@ -544,7 +544,16 @@ def test_late_copies_change_nothing(
         assert same(steps_of(made, plans, accumulation), right), seed
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Sums, "settle"), (Ring, "forget"), (streaming, "compute_waits_for")])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Sums, "settle"),
+        (Ring, "forget"),
+        (Away, "changed"),
+        (Conveyor, "finish"),
+        (streaming, "compute_waits_for"),
+    ],
+)
 def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", 12 * 3000)
     right = steps_of(make_whole, RESIDENT, 2)
@@ -689,7 +698,8 @@ def wholly_trained(
     if delays:
         delayed(stack)
         generator = torch.Generator().manual_seed(1)
-        for side in (masters.conveyor.into, masters.conveyor.out):  # type: ignore[union-attr]
+        assert masters.conveyor is not None
+        for side in (masters.conveyor.into, masters.conveyor.work, masters.conveyor.out):
             side.mark = late_mark(side, generator)  # type: ignore[method-assign]
     for number, loss in enumerate(random_losses(transformer, steps * accumulation), start=1):
         masters.backward(loss / accumulation)

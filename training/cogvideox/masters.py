@@ -11,6 +11,7 @@ And what any optimizer keeps, as plain tensors by name.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cogvideox.streaming import ALIGNMENT, Layout, Part, pinned
+from cogvideox.streaming import ALIGNMENT, Layout, Load, Part, pinned
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 STATE_BYTES = 12  # of a number: master and two moments, fp32; what a fused Adam moves through the device
@@ -139,19 +140,20 @@ class Hosted:
                 numbers = parameter.detach().view(-1)[first - start : last - start]
                 yield numbers, slice(first - which.start, last - which.start)
 
-    def loads(self) -> Iterator[list[Part]]:
-        """What passes through the device in a step, range by range: gradients, masters and moments, weights."""
+    def update(self, lr: float, divisor: Tensor, skipped: Tensor) -> Iterator[Load]:
+        """One step, range by range: masters and moments pass through the device, gradients and weights if need be."""
         gradients = self.gradients()
-        for which in self.ranges:
-            load = [Part(array[which]) for array in self.arrays.values()]
+        for which, optimized in zip(self.ranges, self.optimized, strict=True):
+            parts = [Part(array[which]) for array in self.arrays.values()]
             if self.weights is not None:
-                load += [Part(gradients[which], leaves=False), Part(self.weights[which], comes=False)]
-            yield load
+                parts += [Part(gradients[which], leaves=False), Part(self.weights[which], comes=False)]
+            yield Load(parts, partial(self._update, which, optimized, lr, divisor, skipped))
 
     @torch.no_grad()
-    def update(self, number: int, load: list[Tensor], lr: float, divisor: Tensor, skipped: Tensor) -> None:
+    def _update(
+        self, which: slice, optimized: Optimized, lr: float, divisor: Tensor, skipped: Tensor, load: list[Tensor]
+    ) -> None:
         """One step of a range, whose load is on the device, rounded into the parameters there."""
-        which, optimized = self.ranges[number], self.optimized[number]
         count = len(self.arrays)
         state, rest = dict(zip(self.arrays, load[:count], strict=True)), load[count:]
         gradient = rest[0] if rest else self.gradients()[which]

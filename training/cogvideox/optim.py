@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from cogvideox.masters import (
     group_numbers,
     layout_of,
 )
-from cogvideox.streaming import Away, Conveyor, norms_of
+from cogvideox.streaming import Away, Conveyor, compute_waits_for, norms_of
 
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
 ALL = "*"  # in the names of tensors, instead of a parameter
@@ -135,6 +136,8 @@ class MasterWeights:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this micro-batch's share of the step's mean loss."""
+        if self.conveyor:
+            self.conveyor.finish()  # which the forward pass was behind
         self.tail[0] += loss.detach()
         (loss * self.scale).backward()
 
@@ -172,13 +175,22 @@ class MasterWeights:
                     return
                 self.flat.div_(divisor)
             self.resident.update(list(self.gradients.values()), lr, divisor, skipped)
+        if self.conveyor:
+            self._pass(self.conveyor, lr, divisor, skipped)
+
+    def _pass(self, conveyor: Conveyor, lr: float, divisor: Tensor, skipped: Tensor) -> None:
+        """All that is hosted, through the device. The next forward pass begins while blocks are still to come."""
         if self.away:
             self.away.gradients.settle()
-        if self.conveyor:
-            work = [(hosted, number) for hosted in self.hosted for number in range(len(hosted.ranges))]
-            loads = [load for hosted in self.hosted for load in hosted.loads()]
-            for (hosted, number), load in zip(work, self.conveyor.passes(loads), strict=True):
-                hosted.update(number, load, lr, divisor, skipped)
+        loads = [list(hosted.update(lr, divisor, skipped)) for hosted in self.hosted]
+        ended = conveyor.start([load for group in loads for load in group], divisor, skipped)
+        last = [ended[end - 1] for end in accumulate(map(len, loads))]
+        compute_waits_for(last[0])  # what is on the device comes first
+        if self.away:
+            for block, event in zip(self.away.parameters, last[1:], strict=True):
+                self.away.changed(block, event)
+        else:
+            conveyor.finish()
 
     def wait(self) -> None:
         """The host may read and write what rests there, parameters too."""

@@ -249,8 +249,8 @@ def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple
     streamed = streamed_blocks(kinds)
     kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
     gradients = streamed * sizes.block_trained * sizes.sum_bytes
-    state_bytes = sizes.all_trained * sizes.state_bytes + gradients  # as many weights leave as gradients come, or fewer
-    return streamed * sizes.block_bytes, kept, gradients, state_bytes if state == HOST else 0
+    moved = sizes.all_trained * STATE_BYTES + gradients  # as many weights leave as gradients come, or fewer
+    return streamed * sizes.block_bytes, kept, gradients, moved if state == HOST else 0
 
 
 def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
@@ -276,7 +276,12 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     earlier = gradients * (1 - 1 / sizes.passes)  # sums come back for all passes of a step but the first
     total = max(forward, weights, kept) + max(backward, weights + kept + earlier, gradients)
     total += HIDDEN_COPY * (2 * (weights + kept) + gradients + earlier)
-    return sizes.passes * total + (moved or 2 * sizes.state_bytes * sizes.all_trained / machine.memory)
+    if state == DEVICE:
+        return sizes.passes * total + 2 * sizes.state_bytes * sizes.all_trained / machine.memory
+    # weights that are trained on the host pass while the next forward pass begins, all others before it
+    behind = moved * streamed_blocks(kinds) * sizes.block_trained / sizes.all_trained
+    hidden = max(forward, weights, kept) + behind - max(forward, weights + behind, kept + behind)
+    return sizes.passes * total + moved - hidden
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,14 @@
 Ring: the weights of blocks, one flat pinned buffer a block, copied ahead of use into a few slots of the device.
 HostStore: what forward keeps for backward, sent to the host and brought back one such block ahead.
 Away: blocks that are trained on the host: their weights, and the sums of their gradients.
-Conveyor: buffers that the device changes, one after another: in, worked on, and out again.
+Conveyor: memory that the device changes, a load after the other: in, worked on, and out again.
 Copies run on streams of their own; events order them against the compute stream, and the host never waits for the
 device. Without a GPU the same code copies at once.
 """
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -108,15 +108,20 @@ class Side:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def after_compute(self) -> AbstractContextManager[Any]:
-        """Work in this block follows what the compute stream was given so far."""
+        """Copies in this block follow what the compute stream was given so far."""
         return self.after(computed(self.device))
 
-    def after(self, event: Any) -> AbstractContextManager[Any]:
-        """Work in this block follows an event."""
+    def after(self, *events: Any) -> AbstractContextManager[Any]:
+        """Copies in this block follow events."""
         if self.stream is None:
             return nullcontext()
-        self.stream.wait_event(event)
+        for event in filter(None, events):
+            self.stream.wait_event(event)
         return torch.cuda.stream(self.stream)
+
+    def computing(self, event: Any) -> AbstractContextManager[Any]:
+        """As ``after``, if it is not only copies."""
+        return self.after(event)
 
     def wait(self) -> None:
         """The host waits for all that this stream was given so far."""
@@ -139,6 +144,12 @@ def compute_waits_for(event: Any) -> None:
         torch.cuda.current_stream().wait_event(event)
 
 
+def host_waits_for(event: Any) -> None:
+    """The host goes on after an event."""
+    if event is not None:
+        event.synchronize()
+
+
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +163,7 @@ class Ring:
 
     def __init__(self, hosts: dict[int, Tensor], device: torch.device, slots: int = SLOTS) -> None:
         self.hosts = hosts
+        self.written: dict[int, Any] = {}  # after which a block's buffer may be read, where it is changed
         self.side = Side(device)
         size = max(host.numel() for host in hosts.values())
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(hosts)))]
@@ -174,7 +186,7 @@ class Ring:
         else:
             last, slot = self.holds.popitem(last=False)
             del self.arrived[last]
-        with self.side.after_compute():  # the last use of the slot
+        with self.side.after(computed(self.side.device), self.written.get(block)):  # the last use of the slot too
             self.copy(self.slots[slot], self.hosts[block])
         self.arrived[block] = self.side.mark()
         self.holds[block] = slot
@@ -234,6 +246,7 @@ class HostStore:
         if block in self.buffers:  # a larger bucket than before: the last step's copies may not have ended yet
             self.out.wait()
             self.back.wait()
+            host_waits_for(computed(self.device))  # which is behind the optimizer's pass over gradients
             del self.buffers[block]
         self.buffers[block] = pinned(num_bytes)
 
@@ -316,18 +329,20 @@ class Away:
     """Blocks that are trained while they live on the host.
 
     Args:
-        parameters: of each block by its number, in the order of the layout; views of its flat host buffer.
+        parameters: of each block by its number, in the order of the layout; views of its buffer in the ring.
     """
 
-    def __init__(
-        self, parameters: dict[int, list[Parameter]], hosts: dict[int, Tensor], layout: Layout, device: torch.device
-    ) -> None:
-        self.parameters, self.hosts, self.layout = parameters, hosts, layout
-        self.gradients = Sums(device)
+    def __init__(self, parameters: dict[int, list[Parameter]], ring: Ring, layout: Layout) -> None:
+        self.parameters, self.ring, self.layout = parameters, ring, layout
+        self.gradients = Sums(ring.side.device)
 
     def flat(self, block: int) -> Tensor:
         """All numbers of a block's weights, where they lie."""
-        return self.layout.flat(self.hosts[block])
+        return self.layout.flat(self.ring.hosts[block])
+
+    def changed(self, block: int, event: Any) -> None:
+        """They are others after an event."""
+        self.ring.written[block] = event
 
 
 # -- what the device changes -------------------------------------------------------------------------------------------
@@ -341,54 +356,73 @@ class Part(NamedTuple):
     leaves: bool = True
 
 
-class Conveyor:
-    """Host memory that passes through a few slots of the device, a load after the other.
+class Load(NamedTuple):
+    """What a Conveyor carries at a time, and what is done with it on the device."""
 
-    While one is worked on, the next comes in and the last goes out. The slots are there only during a pass.
+    parts: Sequence[Part]
+    work: Callable[[list[Tensor]], None]
+
+
+class Conveyor:
+    """Host memory that passes through a few slots of the device, a load after the other, beside the compute stream.
+
+    While one is worked on, the next comes in and the last goes out. The slots are there until ``finish``.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.into, self.out = Side(device), Side(device)
+        self.into, self.work, self.out = Side(device), Side(device), Side(device)
+        self.held: list[Any] = []
 
-    def passes(self, loads: Sequence[Sequence[Part]]) -> Iterator[list[Tensor]]:
-        """The parts of each load, on the device until the next is asked for; then what leaves is copied.
+    def start(self, loads: Sequence[Load], *needed: Tensor) -> list[Any]:
+        """Begins a pass, after what the compute stream was given so far; returns an event for the end of each load.
 
-        Afterwards the compute stream is behind all copies: what it does next, or who waits for it, finds all written.
+        Args:
+            needed: what the work reads beside its load.
         """
-        size = max(sum(aligned(part.host.nbytes) for part in load) for load in loads)
+        self.finish()
+        size = max(sum(aligned(part.host.nbytes) for part in load.parts) for load in loads)
         slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in loads[:LOADS]]
-        left = [computed(self.device)] * len(slots)  # after which a slot is free
-        arrived = [self._fetch(slots[0], loads[0], left[0])]
+        self.held = [slots, needed]
+        free = [computed(self.device)] * len(slots)
+        ended: list[Any] = []
+        arrived = self._fetch(slots[0], loads[0], free[0])
         for number, load in enumerate(loads):
+            here, ahead = number % len(slots), (number + 1) % len(slots)
+            tensors = placed(load.parts, slots[here])
+            with self.work.computing(arrived):
+                load.work(tensors)
             if number + 1 < len(loads):
-                slot = (number + 1) % len(slots)
-                arrived.append(self._fetch(slots[slot], loads[number + 1], left[slot]))
-            compute_waits_for(arrived[number])
-            tensors = placed(load, slots[number % len(slots)])
-            yield tensors
-            with self.out.after_compute():
-                for part, tensor in zip(load, tensors, strict=True):
+                arrived = self._fetch(slots[ahead], loads[number + 1], free[ahead])
+            with self.out.after(self.work.mark()):
+                for part, tensor in zip(load.parts, tensors, strict=True):
                     if part.leaves:
                         part.host.copy_(tensor, non_blocking=True)
-            left[number % len(slots)] = self.out.mark()
-        compute_waits_for(self.out.mark())
+            free[here] = self.out.mark()
+            ended.append(free[here])
+        return ended
 
-    def _fetch(self, slot: Tensor, load: Sequence[Part], free: Any) -> Any:
+    def _fetch(self, slot: Tensor, load: Load, free: Any) -> Any:
         """Starts the copies of a load, and returns the event that they have arrived."""
         with self.into.after(free):
-            for part, tensor in zip(load, placed(load, slot), strict=True):
+            for part, tensor in zip(load.parts, placed(load.parts, slot), strict=True):
                 if part.comes:
                     tensor.copy_(part.host, non_blocking=True)
         return self.into.mark()
 
+    def finish(self) -> None:
+        """What the compute stream gets next finds all of a pass where it belongs, and the memory of the slots free."""
+        if self.held:
+            compute_waits_for(self.out.mark())
+            self.held = []
+
     def wait(self) -> None:
         """Waits for the device: then the host may read and write the buffers."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        self.finish()
+        host_waits_for(computed(self.device))
 
 
-def placed(load: Sequence[Part], slot: Tensor) -> list[Tensor]:
+def placed(parts: Sequence[Part], slot: Tensor) -> list[Tensor]:
     """Each part of a load in a slot, one behind the other."""
-    starts = accumulate((aligned(part.host.nbytes) for part in load), initial=0)
-    return [slot[i : i + part.host.nbytes].view(part.host.dtype) for i, part in zip(starts, load, strict=False)]
+    starts = accumulate((aligned(part.host.nbytes) for part in parts), initial=0)
+    return [slot[i : i + part.host.nbytes].view(part.host.dtype) for i, part in zip(starts, parts, strict=False)]
