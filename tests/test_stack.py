@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from itertools import pairwise, product
 from typing import Any
@@ -555,12 +554,19 @@ def test_late_copies_change_nothing(
     ],
 )
 def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", 12 * 3000)
+    """As late as can be, or at random: it may be another wait that comes in time."""
     right = steps_of(make_whole, RESIDENT, 2)
-    late_streams.use(monkeypatch, None)
-    monkeypatch.setattr(owner, name, lambda *_: None)
-    with suppress(late_streams.Freed):
-        assert not same(steps_of(make_whole, AWAY, 2), right)
+
+    def is_seen(seed: int | None) -> bool:
+        with monkeypatch.context() as patch:
+            late_streams.use(patch, seed)
+            patch.setattr(owner, name, lambda *_: None)
+            try:
+                return not same(steps_of(make_whole, AWAY, 2), right)
+            except late_streams.Freed:
+                return True
+
+    assert any(map(is_seen, (None, 0, 1)))
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

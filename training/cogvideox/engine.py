@@ -64,6 +64,7 @@ class LocalEngine:
         """One optimizer step over all ranks."""
         result = self.masters.step(lr, stop)
         if self.ema:
+            self.masters.wait()  # if they rest on the host, who reads them there
             self.ema.update(result.skipped)
         return result
 

@@ -179,16 +179,16 @@ class MasterWeights:
             self._pass(self.conveyor, lr, divisor, skipped)
 
     def _pass(self, conveyor: Conveyor, lr: float, divisor: Tensor, skipped: Tensor) -> None:
-        """All that is hosted, through the device. The next forward pass begins while blocks are still to come."""
+        """All that is hosted, through the device: a block that lives on the host when somebody needs its weights."""
         if self.away:
             self.away.gradients.settle()
         loads = [list(hosted.update(lr, divisor, skipped)) for hosted in self.hosted]
-        ended = conveyor.start([load for group in loads for load in group], divisor, skipped)
-        last = [ended[end - 1] for end in accumulate(map(len, loads))]
-        compute_waits_for(last[0])  # what is on the device comes first
+        conveyor.start([load for group in loads for load in group], divisor, skipped)
+        here, *ends = accumulate(map(len, loads))
+        compute_waits_for(conveyor.reach(here))
         if self.away:
-            for block, event in zip(self.away.parameters, last[1:], strict=True):
-                self.away.changed(block, event)
+            for block, end in zip(self.away.parameters, ends, strict=True):
+                self.away.changed(block, partial(conveyor.reach, end))
         else:
             conveyor.finish()
 

@@ -10,9 +10,10 @@ device. Without a GPU the same code copies at once.
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 from weakref import finalize
 
@@ -81,12 +82,12 @@ class Layout:
         """How many these are."""
         return self.num_bytes // self._dtype.itemsize
 
-    @property
+    @cached_property
     def starts(self) -> list[int]:
         """The number that each tensor begins with."""
         return [start // self._dtype.itemsize for start, *_ in self.entries]
 
-    @property
+    @cached_property
     def _dtype(self) -> torch.dtype:
         (dtype,) = {dtype for *_, dtype in self.entries}
         return dtype
@@ -163,7 +164,7 @@ class Ring:
 
     def __init__(self, hosts: dict[int, Tensor], device: torch.device, slots: int = SLOTS) -> None:
         self.hosts = hosts
-        self.written: dict[int, Any] = {}  # after which a block's buffer may be read, where it is changed
+        self.written: dict[int, Callable[[], Any]] = {}  # the event after which a changed block may be read
         self.side = Side(device)
         size = max(host.numel() for host in hosts.values())
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(hosts)))]
@@ -186,7 +187,8 @@ class Ring:
         else:
             last, slot = self.holds.popitem(last=False)
             del self.arrived[last]
-        with self.side.after(computed(self.side.device), self.written.get(block)):  # the last use of the slot too
+        written = self.written[block]() if block in self.written else None
+        with self.side.after(computed(self.side.device), written):  # the first: the last use of the slot
             self.copy(self.slots[slot], self.hosts[block])
         self.arrived[block] = self.side.mark()
         self.holds[block] = slot
@@ -340,8 +342,8 @@ class Away:
         """All numbers of a block's weights, where they lie."""
         return self.layout.flat(self.ring.hosts[block])
 
-    def changed(self, block: int, event: Any) -> None:
-        """They are others after an event."""
+    def changed(self, block: int, event: Callable[[], Any]) -> None:
+        """They are others after an event, which who reads them asks for."""
         self.ring.written[block] = event
 
 
@@ -366,16 +368,19 @@ class Load(NamedTuple):
 class Conveyor:
     """Host memory that passes through a few slots of the device, a load after the other, beside the compute stream.
 
-    While one is worked on, the next comes in and the last goes out. The slots are there until ``finish``.
+    While one is worked on, the next comes in and the last goes out. A pass goes as far as somebody asks for: what needs
+    its first loads runs beside the others. The slots are there until ``finish``.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.into, self.work, self.out = Side(device), Side(device), Side(device)
-        self.held: list[Any] = []
+        self.events: list[Any] = []  # of each load so far, after which it is where it belongs
+        self.rest: Iterator[Any] = iter(())
+        self.held: list[Tensor] = []
 
-    def start(self, loads: Sequence[Load], *needed: Tensor) -> list[Any]:
-        """Begins a pass, after what the compute stream was given so far; returns an event for the end of each load.
+    def start(self, loads: Sequence[Load], *needed: Tensor) -> None:
+        """Begins a pass, after what the compute stream was given so far.
 
         Args:
             needed: what the work reads beside its load.
@@ -383,10 +388,29 @@ class Conveyor:
         self.finish()
         size = max(sum(aligned(part.host.nbytes) for part in load.parts) for load in loads)
         slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in loads[:LOADS]]
-        self.held = [slots, needed]
-        free = [computed(self.device)] * len(slots)
-        ended: list[Any] = []
-        arrived = self._fetch(slots[0], loads[0], free[0])
+        self.events, self.rest = [], self._pass(loads, slots, computed(self.device))
+        self.held = [*slots, *needed]
+
+    def reach(self, count: int) -> Any:
+        """Lets the first so many loads pass; returns the event after which they are where they belong."""
+        self.events += islice(self.rest, max(0, count - len(self.events)))
+        return self.events[count - 1]
+
+    def finish(self) -> None:
+        """What the compute stream gets next finds all of a pass where it belongs, and the memory of the slots free."""
+        self.events += self.rest
+        if self.held:
+            compute_waits_for(self.events[-1])
+            self.held = []
+
+    def wait(self) -> None:
+        """Waits for the device: then the host may read and write the buffers."""
+        self.finish()
+        host_waits_for(computed(self.device))
+
+    def _pass(self, loads: Sequence[Load], slots: list[Tensor], start: Any) -> Iterator[Any]:
+        free = [start] * len(slots)
+        arrived = self._fetch(slots[0], loads[0], start)
         for number, load in enumerate(loads):
             here, ahead = number % len(slots), (number + 1) % len(slots)
             tensors = placed(load.parts, slots[here])
@@ -399,8 +423,7 @@ class Conveyor:
                     if part.leaves:
                         part.host.copy_(tensor, non_blocking=True)
             free[here] = self.out.mark()
-            ended.append(free[here])
-        return ended
+            yield free[here]
 
     def _fetch(self, slot: Tensor, load: Load, free: Any) -> Any:
         """Starts the copies of a load, and returns the event that they have arrived."""
@@ -409,17 +432,6 @@ class Conveyor:
                 if part.comes:
                     tensor.copy_(part.host, non_blocking=True)
         return self.into.mark()
-
-    def finish(self) -> None:
-        """What the compute stream gets next finds all of a pass where it belongs, and the memory of the slots free."""
-        if self.held:
-            compute_waits_for(self.out.mark())
-            self.held = []
-
-    def wait(self) -> None:
-        """Waits for the device: then the host may read and write the buffers."""
-        self.finish()
-        host_waits_for(computed(self.device))
 
 
 def placed(parts: Sequence[Part], slot: Tensor) -> list[Tensor]:
