@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from running import (
 )
 from safetensors.torch import load_file
 
-from cogvideox import args, execution
+from cogvideox import args, execution, plan
 from cogvideox.errors import UsageError
 from cogvideox.options import SftOptions
 from cogvideox.plan import FRAGMENTS, GIB, Machine
@@ -274,6 +275,27 @@ def test_all_weights_are_trained_alike_under_every_plan(
         torch.testing.assert_close(whole(lean)[name], tensor, rtol=1e-2, atol=1e-3)
 
 
+def test_state_of_some_blocks_stays_on_the_device(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With accumulation and an average; a run goes on with the state elsewhere."""
+    more = ("--use_ema", *LEAN, "--max_train_steps")
+    lean = run_whole(model, tensors, tmp_path / "lean", *more, 4)
+    choose = plan.choose
+
+    def here(*arguments: Any) -> Any:
+        chosen = choose(*arguments)
+        first, *others = chosen.blocks
+        return replace(chosen, blocks=(replace(first, state="device"), *others))
+
+    monkeypatch.setattr(plan, "choose", here)
+    run_whole(model, tensors, tmp_path / "here", *more, 2)
+    monkeypatch.setattr(plan, "choose", choose)
+    assert losses(run_whole(model, tensors, tmp_path / "here", *more, 4)) == losses(lean)
+    assert equal(whole(tmp_path / "here"), whole(lean))
+    assert equal(*(load_file(tmp_path / run / "checkpoint-4" / "optimizer.safetensors") for run in ("here", "lean")))
+
+
 def test_all_weights_in_bf16(model: Path, tensors: Path, tmp_path: Path) -> None:
     more = ("--mixed_precision", "bf16", "--max_train_steps", 3, "--gradient_accumulation_steps", 1)
     lean, fast = (run_whole(model, tensors, tmp_path / plan, *more, "--plan", plan) for plan in ("lean", "fast"))
@@ -298,7 +320,6 @@ def test_two_processes_train_all_weights_under_a_plan_as_one_does(model: Path, t
     [
         ((*LEAN, "--optimizer", "adamw", "--use_8bit"), "--plan lean: --use_8bit cannot skip a step on the device"),
         (("--weights_on", "host", "--optimizer", "came"), "--weights_on host: --optimizer came cannot skip a step"),
-        ((*LEAN, "--optimizer_state_on", "device"), "that are trained on the host have their state there; leave out"),
         ((*LEAN, "--use_cpu_offload_optimizer"), "--plan lean: --use_cpu_offload_optimizer has it there already"),
         ((*LEAN, "--plan", "off", "--keep", "input"), "--keep input: contradicts --plan off"),
     ],
@@ -315,14 +336,16 @@ def test_weights_that_cannot_be_trained_on_the_host(
     [
         (*LEAN, "--weights_on", "device", "--optimizer_state_on", "device", "--optimizer", "came"),
         ("--plan", "fast", "--weights_on", "host"),
+        (*LEAN, "--optimizer_state_on", "device"),
     ],
 )
 def test_a_flag_of_its_own_wins_over_the_preset(
     flags: tuple[str, ...], model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
 ) -> None:
     run_whole(model, tensors, tmp_path / "run", "--max_train_steps", 1, *flags)
-    weights_on = flags[flags.index("--weights_on") + 1]
-    assert {(block.weights, plans[0].state) for block in plans[0].blocks} == {(weights_on, weights_on)}
+    weights_on = flags[flags.index("--weights_on") + 1] if "--weights_on" in flags else "host"
+    assert {block.weights for block in plans[0].blocks} == {weights_on}
+    assert "device" in {plans[0].state, *(block.state for block in plans[0].blocks)}
 
 
 def test_what_does_not_fit_says_what_stays_on_the_device(

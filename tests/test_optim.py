@@ -331,7 +331,7 @@ def test_on_the_host_is_the_same_bit_for_bit(
     monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", RANGES[ranges])
     monkeypatch.setattr(optim, "GROWTH_INTERVAL", 5)
     resident, hosted = pair(dtype, rule=rule)
-    assert len(hosted[0].hosted[0].ranges) == {"many": 9, "two": 2, "one": 1}[ranges]
+    assert len(hosted[0].passing[0].ranges) == {"many": 9, "two": 2, "one": 1}[ranges]
     norms, skipped, scales = [], [], []
     for step in range(20):
         wanted, found = eventful_step(*resident, step), eventful_step(*hosted, step)
@@ -365,7 +365,7 @@ def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
     """A few slots serve all ranges, and an update sees what lies in one of them."""
     monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", SMALL)
     (_, (engine, params)) = pair(torch.float32)
-    (hosted,) = engine.hosted
+    (hosted,) = engine.passing
     homes = {key: array.data_ptr() for key, array in hosted.arrays.items()}
     assert homes.keys() == {"master", "exp_avg", "exp_avg_sq"}
     seen: list[int] = []
@@ -470,8 +470,8 @@ def test_on_a_gpu_nobody_waits_and_the_numbers_are_the_same(
     """Large enough that a copy that nobody waited for would still be on its way."""
     monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", 12 * 2**20)
     resident, hosted = pair(dtype, "cuda", rule, BIG)
-    assert len(hosted[0].hosted[0].ranges) > 2
-    assert all(array.device.type == "cpu" for array in hosted[0].hosted[0].arrays.values())
+    assert len(hosted[0].passing[0].ranges) > 2
+    assert all(array.device.type == "cpu" for array in hosted[0].passing[0].arrays.values())
     for step in range(20):
         results = []
         for engine, params in (resident, hosted):

@@ -314,7 +314,7 @@ def test_a_third_moment_rests_on_the_host_too() -> None:
         states.append(engine.state())
     assert "max_exp_avg_sq/down" in states[0]
     assert state_equal(*states)
-    assert set(engine.hosted[0].arrays) == {"master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+    assert set(engine.passing[0].arrays) == {"master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 
 # -- through the script ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from cogvideox import plan
 from cogvideox.masters import CHUNK_BYTES
 from cogvideox.plan import (
     AS_FAST,
+    BOTH_WAYS,
     COPY_SHARE,
     DEVICE,
     GIB,
@@ -199,6 +200,32 @@ def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -
         choose(PRESETS["lean"], WHOLE, replace(FAST, host_bytes=64 * GIB), True, "cudnn")
 
 
+def test_state_on_the_device_takes_room_there_and_does_not_pass() -> None:
+    staying = {BlockPlan(HOST, "attention", HOST, DEVICE): 10, next(iter(LEAN)): 32}
+    numbers = 10 * WHOLE.block_trained
+    assert peak_bytes(staying, HOST, True, WHOLE) - peak_bytes(LEAN, HOST, True, WHOLE) == 12 * numbers
+    assert pinned_bytes(LEAN, HOST, WHOLE) - pinned_bytes(staying, HOST, WHOLE) == 12 * numbers
+    assert copied_bytes(LEAN, HOST, WHOLE)[3] - copied_bytes(staying, HOST, WHOLE)[3] == 12 * numbers
+    assert step_seconds(staying, HOST, True, WHOLE, FAST) < step_seconds(LEAN, HOST, True, WHOLE, FAST)
+
+
+@pytest.mark.parametrize(("gib", "least", "most"), [(10, 1, 8), (24, 5, 20), (80, 30, 42)])
+def test_as_much_state_as_fits_stays_on_the_device(gib: float, least: int, most: int) -> None:
+    machine = replace(FAST, device_bytes=int(gib * GIB), host_bytes=160 * GIB)
+    chosen = choose(PRESETS["auto"], WHOLE, machine, True, "cudnn")
+    here = sum(block.state == DEVICE for block in chosen.blocks)
+    assert least <= here <= most
+    assert f"optimizer state on the host, of {here} blocks on the device" in str(chosen)
+    assert chosen.peak <= machine.device_bytes
+    assert chosen.seconds < choose(PRESETS["lean"], WHOLE, machine, True, "cudnn").seconds
+
+
+def test_a_checkpoint_copies_the_state_that_is_on_the_device() -> None:
+    """So that a host that cannot hold it is not found out at the first checkpoint."""
+    resident, sizes = {BlockPlan(keep="attention"): 42}, replace(WHOLE, mapped=True)
+    assert host_bytes(resident, DEVICE, sizes) == 12 * sizes.all_trained
+
+
 def test_trained_weights_on_the_host_have_their_state_there() -> None:
     machine = replace(FAST, device_bytes=200 * GIB, host_bytes=1000 * GIB)
     stays = choose(Axes(state=(DEVICE,)), WHOLE, machine, True, "cudnn")
@@ -237,7 +264,7 @@ def test_the_optimizer_s_step_counts_once_whatever_the_passes() -> None:
 def test_weights_that_live_on_the_host_pass_while_the_next_step_begins(weights: str, hides: bool) -> None:
     """What lives on the device has to be there before."""
     kinds = {BlockPlan(weights, "attention"): 42}
-    moved = copied_bytes(kinds, HOST, WHOLE)[3] / (COPY_SHARE * FAST.copies)
+    moved = copied_bytes(kinds, HOST, WHOLE)[3] / (COPY_SHARE * FAST.copies * BOTH_WAYS)
     at_once, really = (step_seconds(kinds, HOST, True, WHOLE, m) for m in (replace(FAST, copies=1e15), FAST))
     assert (really < at_once + moved - 0.1 * at_once) == hides
     assert really > moved

@@ -497,6 +497,7 @@ def test_the_cosine_of_an_unquantised_base_is_1() -> None:
 
 TURNS = (BlockPlan(HOST, "linear", HOST), BlockPlan(DEVICE, "attention", HOST), BlockPlan(HOST, "input", DEVICE))
 AWAY = (BlockPlan(HOST, "attention", HOST),)
+STATE_HERE = (BlockPlan(HOST, "attention", HOST, DEVICE), BlockPlan(HOST, "input", DEVICE), BlockPlan(DEVICE))
 RESIDENT = (BlockPlan(DEVICE, "attention", DEVICE),)
 
 
@@ -529,7 +530,7 @@ def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulatio
 
 
 @pytest.mark.parametrize("made", [make, make_whole])
-@pytest.mark.parametrize(("plans", "accumulation"), [(AWAY, 1), (TURNS, 2)])
+@pytest.mark.parametrize(("plans", "accumulation"), [(AWAY, 1), (TURNS, 2), (STATE_HERE, 1)])
 def test_late_copies_change_nothing(
     made: Callable[..., Any],
     plans: tuple[BlockPlan, ...],

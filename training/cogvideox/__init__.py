@@ -50,7 +50,8 @@ report.py             what a preparation makes of a data set: table, pictures, c
 verify.py             a cache against its data: what is wrong, and mending it
 tasks.py              what the transformer gets: text to video, image to video
 methods.py            what is trained: a LoRA, or all weights
-optim.py              fp32 masters, learning rate
+masters.py            fp32 masters and what optimizers keep: on the device, or passing through it
+optim.py              an optimizer step, learning rate
 offload.py            masters, moments and the step in host memory
 ema.py                a moving average of the masters, to be looked at and exported
 engine.py             who runs backward and step: this process, or DeepSpeed

@@ -225,8 +225,6 @@ def plan_problems(options: TrainOptions) -> Iterator[str]:
         yield f"{asked}: contradicts --use_dora, which diffusers' own modules run; leave one of them out"
     if trains_on_host(options) and launched_processes() > 1:
         yield f"{asked}: weights that are trained on the host are for one GPU; launch one process"
-    if trains_on_host(options) and options.plan.optimizer_state_on == "device":
-        yield f"{asked}: weights that are trained on the host have their state there; leave out --optimizer_state_on"
     if asked and under_deepspeed():
         yield f"{asked}: DeepSpeed places the weights itself; leave it out, or launch with another configuration"
 

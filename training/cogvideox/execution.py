@@ -2,7 +2,7 @@
 
 make_plan(run, options, tensors, transformer) -> ExecutionPlan or ModulePlan; place(transformer, it, device) moves
 everything to where the plan wants it. The reference, ModulePlan, serves what a Stack does not: DoRA, LoRAs elsewhere
-than in attention and feed-forward layers, DeepSpeed, fp32 on a GPU; and, unless asked, full fine-tuning and a CPU.
+than in attention and feed-forward layers, DeepSpeed, fp32 on a GPU; and, unless asked, a CPU.
 """
 
 import os
@@ -25,7 +25,7 @@ from cogvideox.host_memory import free_host_bytes
 from cogvideox.masters import state_bytes
 from cogvideox.models import DTYPES, free_bytes, stored_dtype
 from cogvideox.optimizers import host_state_problems, make_optimizer
-from cogvideox.options import LoraOptions, TrainOptions, trains_on_host
+from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.run import Run, with_peaks
 from cogvideox.stack import (
@@ -56,11 +56,11 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
         UsageError: what was asked for cannot be done or does not fit.
     """
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
-    asked, is_lora = options.plan.asked, isinstance(options, LoraOptions)
+    asked = options.plan.asked
     obstacle = _obstacle(run, transformer)
     if obstacle and asked:
         raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")
-    if options.plan.plan == "off" or obstacle or (not asked and (run.device.type == "cpu" or not is_lora)):
+    if options.plan.plan == "off" or obstacle or (not asked and run.device.type == "cpu"):
         return reference
     try:
         backend, reason = choose_backend(run.device, run.dtype, options.plan.attention_backend)
@@ -161,9 +161,7 @@ def axes_of(options: TrainOptions, world: int = 1) -> Axes:
     given = {"weights": flags.weights_on, "keep": flags.keep, "kept": flags.kept_on, "state": flags.optimizer_state_on}
     if list(host_state_problems(options.optimizer, deepspeed=False)):
         axes = replace(axes, state=(plan.DEVICE,))
-    if trains_on_host(options):
-        axes = replace(axes, state=(plan.HOST,))
-    elif not isinstance(options, LoraOptions) and any(staying(options, world)):
+    if not isinstance(options, LoraOptions) and any(staying(options, world)):
         axes = replace(axes, weights=(plan.DEVICE,))  # weights that are trained have their state where they lie
     axes = replace(axes, **{name: (value,) for name, value in given.items() if value != "auto"})
     if options.train.gradient_checkpointing and flags.keep == "auto":

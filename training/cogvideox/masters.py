@@ -1,10 +1,10 @@
-"""fp32 masters and what an optimizer keeps for them: on the device, or in host memory, through the device in ranges.
+"""fp32 masters and what an optimizer keeps for them.
 
-Resident: a master of each parameter, and one optimizer for all of them.
-Hosted: masters and moments of some parameters in flat arrays of pinned host memory, a master behind the other; each of
-their ranges has an optimizer of its own, which sees one tensor. Number by number it does what Resident does, with the
-same bits; on a CPU if all parameters have multiples of 16 numbers, as those of CogVideoX do: it rounds other ends in
-another way.
+Resident: a master of each parameter on its device, and one optimizer for all of them.
+Flat: masters and moments of some parameters in flat arrays, a master behind the other, in pinned host memory or on the
+device; they are updated range by range, and each range has an optimizer of its own, which sees one tensor. Number by
+number it does what Resident does, with the same bits; on a CPU if all parameters have multiples of 16 numbers, as those
+of CogVideoX do: it rounds other ends in another way.
 And what any optimizer keeps, as plain tensors by name.
 """
 
@@ -91,14 +91,15 @@ class Resident(Optimized):
         self._round()
 
 
-class Hosted:
-    """Parameters whose masters and moments rest in host memory.
+class Flat:
+    """Parameters whose masters and moments are numbers in a row.
 
     Args:
         parameters: on the device, or views of ``weights``.
         weights: all numbers of the parameters on the host, as Layout places them; None where they are on the device.
         gradients: all numbers of the gradients, placed alike; on the device, or on the host where the parameters are.
         device: where they are updated.
+        on_host: masters and moments are in pinned host memory; else they are on the device too.
     """
 
     def __init__(
@@ -108,7 +109,9 @@ class Hosted:
         device: torch.device,
         gradients: Callable[[], Tensor],
         weights: Tensor | None = None,
+        on_host: bool = True,
     ) -> None:
+        self.make_room = pinned if on_host else partial(torch.empty, dtype=torch.uint8, device=device)
         self.parameters, self.device, self.gradients, self.weights = parameters, device, gradients, weights
         self.layout, step = layout_of(parameters), CHUNK_BYTES // STATE_BYTES // ALIGNMENT * ALIGNMENT
         self.ranges = [slice(i, min(i + step, self.layout.numbers)) for i in range(0, self.layout.numbers, step)]
@@ -118,7 +121,7 @@ class Hosted:
 
     @torch.no_grad()
     def _start(self, which: slice, make: MakeOptimizer) -> Optimized:
-        """Masters and moments of a range, made on the device and brought to the host."""
+        """Masters and moments of a range, made on the device and brought to where they rest."""
         master = torch.zeros(which.stop - which.start, device=self.device)
         for numbers, where in self._pieces(which):
             master[where] = numbers.to(self.device)
@@ -127,7 +130,7 @@ class Hosted:
             raise ValueError(f"{type(optimized.optimizer).__name__} cannot pass through the device")
         for key, tensor in held(optimized).items():
             if key not in self.arrays:
-                self.arrays[key] = self.layout.flat(pinned(self.layout.num_bytes))
+                self.arrays[key] = self.layout.flat(self.make_room(self.layout.num_bytes))
             self.arrays[key][which].copy_(tensor)
         hold(optimized, {key: tensor.new_empty(0) for key, tensor in held(optimized).items()})
         return optimized

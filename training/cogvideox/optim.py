@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from cogvideox.flags import POLYNOMIAL_END, OptimizerFlags
 from cogvideox.masters import (
-    Hosted,
+    Flat,
     MakeOptimizer,
     Resident,
     as_tensor,
@@ -87,7 +87,8 @@ class MasterWeights:
         dynamic_scale: scale the loss so that fp16 gradients do not vanish, and lower the scale when they overflow.
         state_on_host: masters and moments live in pinned host memory, and pass through the device in ranges at each
             step, with the same numbers bit for bit; for fused optimizers only.
-        away: which parameters live there too, with their gradients. All others are on the device.
+        away: which parameters live there too, with their gradients, and which of these have masters and moments on the
+            device. All others are on the device.
     """
 
     def __init__(
@@ -117,12 +118,13 @@ class MasterWeights:
             p.register_post_accumulate_grad_hook(self._collector(self.gradients[n])) for n, p in here.items()
         ]
         self.resident = None if state_on_host else Resident(here, make)
-        self.hosted = [Hosted(here, make, self.device, lambda: self.flat)] if state_on_host else []
+        self.passing = [Flat(here, make, self.device, lambda: self.flat)] if state_on_host else []
         if away:
             for block, own in away.parameters.items():
                 named, gradients = {self.names[p]: p for p in own}, partial(away.gradients.flat, block)
-                self.hosted.append(Hosted(named, make, self.device, gradients, away.flat(block)))
-        self.groups = [self.resident] if self.resident else self.hosted
+                on_host = block not in away.state_here
+                self.passing.append(Flat(named, make, self.device, gradients, away.flat(block), on_host))
+        self.groups = [self.resident] if self.resident else self.passing
         self.conveyor = Conveyor(self.device) if state_on_host else None
         self.fresh_numbers = group_numbers(self.groups[0].optimizer)
 
@@ -179,10 +181,10 @@ class MasterWeights:
             self._pass(self.conveyor, lr, divisor, skipped)
 
     def _pass(self, conveyor: Conveyor, lr: float, divisor: Tensor, skipped: Tensor) -> None:
-        """All that is hosted, through the device: a block that lives on the host when somebody needs its weights."""
+        """All that passes through the device: a block that lives on the host when somebody needs its weights."""
         if self.away:
             self.away.gradients.settle()
-        loads = [list(hosted.update(lr, divisor, skipped)) for hosted in self.hosted]
+        loads = [list(flat.update(lr, divisor, skipped)) for flat in self.passing]
         conveyor.start([load for group in loads for load in group], divisor, skipped)
         here, *ends = accumulate(map(len, loads))
         compute_waits_for(conveyor.reach(here))

@@ -35,7 +35,8 @@ WHOLE_MATRICES = {True: 0.1, False: 1.2}
 """Share of a block's quantised matrices that is whole where memory is fullest: in a graph hardly any, measured; without
 one the largest, a third of them, is made by way of fp32."""
 HIDDEN_COPY = 0.01  # of a copy's time: what it costs the arithmetic beside it
-COPY_SHARE = 0.96  # of the measured rate, as both directions run at once
+COPY_SHARE = 0.96  # of the measured rate, which the copies beside arithmetic reach
+BOTH_WAYS = 0.7  # of that, where both directions are full: in the optimizer's pass
 AS_FAST = 1.01  # plans whose predicted times are nearer than predictions are good count as equally fast
 FRAGMENTS = 0.94  # the share of free memory that can be filled
 HOST_SHARES = (0.6, 0.9)  # of the free host memory that plans may pin; the second if nothing fits the first
@@ -99,6 +100,7 @@ class BlockPlan:
     weights: str = DEVICE
     keep: str = "input"
     kept: str = DEVICE
+    state: str = HOST  # of weights that are trained on the host; where that of all others lies says the plan
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class ExecutionPlan:
     seconds: float = 0.0  # predicted, of a step; 0 where the machine was not measured
 
     def __str__(self) -> str:
-        count = len(self.blocks)
+        count, here = len(self.blocks), sum(block.state == DEVICE for block in self.blocks)
         streamed = sum(block.weights == HOST for block in self.blocks)
         levels = [
             f"{level} of {n} on the {place}"
@@ -147,7 +149,7 @@ class ExecutionPlan:
             + (f" and {streamed} streamed from the host" if streamed else ""),
             f"kept for backward: {', '.join(levels)}",
             f"attention by {self.attention}",
-            f"optimizer state on the {self.state}",
+            f"optimizer state on the {self.state}" + (f", of {here} blocks on the device" if here else ""),
         ]
         if self.base_precision != AUTO:
             parts.append(f"base in {self.base_precision}")
@@ -187,7 +189,7 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
     total = sizes.rest_bytes + (sizes.blocks - streamed + min(SLOTS, streamed)) * sizes.block_bytes
     total += sizes.trained * (sizes.item_bytes + 4)  # weights, and the flat fp32 gradients
     total += (sizes.blocks - streamed) * sizes.block_trained * 4
-    total += sizes.all_trained * sizes.state_bytes if state == DEVICE else 0
+    total += state_on_device(kinds, state, sizes) * sizes.state_bytes
     here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
     passes = sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items()) + in_flight_bytes(kinds, sizes)
     passes += round(sizes.matrix_bytes * WHOLE_MATRICES[compiled]) + gradient_bytes(streamed, sizes)
@@ -228,18 +230,27 @@ def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     weights = streamed_blocks(kinds) * sizes.block_bytes
     loaded = 0 if sizes.mapped else max(0, weights - sizes.block_bytes)
     again = 0 if sizes.mapped or not sizes.block_trained else sizes.blocks * sizes.block_bytes  # at the end, to compare
-    return pinned_bytes(kinds, state, sizes) - loaded + again
+    checkpoint = state_on_device(kinds, state, sizes) * sizes.state_bytes  # a copy of what is on the device
+    return pinned_bytes(kinds, state, sizes) - loaded + max(again, checkpoint)
 
 
 def pinned_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     """Host memory that the device copies from and to: weights, what was kept, gradients, the optimizer's state."""
     weights, kept, gradients, _ = copied_bytes(kinds, state, sizes)
-    return weights + kept + gradients + (sizes.all_trained * sizes.state_bytes if state == HOST else 0)
+    on_host = sizes.all_trained - state_on_device(kinds, state, sizes)
+    return weights + kept + gradients + on_host * sizes.state_bytes
 
 
 def streamed_blocks(kinds: dict[BlockPlan, int]) -> int:
     """How many have their weights on the host."""
     return sum(n for kind, n in kinds.items() if kind.weights == HOST)
+
+
+def state_on_device(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
+    """How many trained numbers have masters and moments there."""
+    if state == DEVICE:
+        return sizes.all_trained
+    return sum(n for kind, n in kinds.items() if kind.state == DEVICE) * sizes.block_trained
 
 
 def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple[int, int, int, int]:
@@ -249,7 +260,8 @@ def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple
     streamed = streamed_blocks(kinds)
     kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
     gradients = streamed * sizes.block_trained * sizes.sum_bytes
-    moved = sizes.all_trained * STATE_BYTES + gradients  # as many weights leave as gradients come, or fewer
+    on_host = sizes.all_trained - state_on_device(kinds, state, sizes)
+    moved = on_host * STATE_BYTES + gradients  # as many weights leave as gradients come, or fewer
     return streamed * sizes.block_bytes, kept, gradients, moved if state == HOST else 0
 
 
@@ -276,12 +288,12 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     earlier = gradients * (1 - 1 / sizes.passes)  # sums come back for all passes of a step but the first
     total = max(forward, weights, kept) + max(backward, weights + kept + earlier, gradients)
     total += HIDDEN_COPY * (2 * (weights + kept) + gradients + earlier)
-    if state == DEVICE:
-        return sizes.passes * total + 2 * sizes.state_bytes * sizes.all_trained / machine.memory
-    # weights that are trained on the host pass while the next forward pass begins, all others before it
-    behind = moved * streamed_blocks(kinds) * sizes.block_trained / sizes.all_trained
+    on_device = 2 * sizes.state_bytes * state_on_device(kinds, state, sizes) / machine.memory
+    # what belongs to weights that are trained on the host passes while the next forward pass begins, all else before it
+    before = (sizes.trained + (sizes.blocks - streamed_blocks(kinds)) * sizes.block_trained) * STATE_BYTES / copies
+    before, behind = (min(moved, before) / BOTH_WAYS, max(0.0, moved - before) / BOTH_WAYS)
     hidden = max(forward, weights, kept) + behind - max(forward, weights + behind, kept + behind)
-    return sizes.passes * total + moved - hidden
+    return sizes.passes * total + before + behind - hidden + on_device
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------
@@ -290,17 +302,20 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
 def candidates(axes: Axes, sizes: Sizes) -> Iterator[tuple[BlockPlan, BlockPlan, int, str]]:
     """(kind, other kind, how many of the first, where the state is): all plans of at most two kinds of blocks.
 
-    Weights that are trained on the host have their masters there.
+    Where weights are trained on the host, each block has its state here or there, and all others' passes through too.
     """
     blocks = sizes.blocks
-    kinds = [BlockPlan(*values) for values in product(axes.weights, axes.keep, axes.kept)]
+    kinds = [
+        BlockPlan(weights, keep, kept, state)
+        for weights, keep, kept in product(axes.weights, axes.keep, axes.kept)
+        for state in (axes.state if weights == HOST and sizes.block_trained else (HOST,))
+    ]
     for first, second in combinations_with_replacement(kinds, 2):
         for count in range(1, blocks + 1) if first == second else range(1, blocks):
             if first != second or count == blocks:
                 trained_there = sizes.block_trained and HOST in (first.weights, second.weights)
-                for state in axes.state:
-                    if state == HOST or not trained_there:
-                        yield first, second, count, state
+                for state in (HOST,) if trained_there else axes.state:
+                    yield first, second, count, state
 
 
 def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:

@@ -332,10 +332,13 @@ class Away:
 
     Args:
         parameters: of each block by its number, in the order of the layout; views of its buffer in the ring.
+        state_here: the blocks that have masters and moments on the device all the same.
     """
 
-    def __init__(self, parameters: dict[int, list[Parameter]], ring: Ring, layout: Layout) -> None:
-        self.parameters, self.ring, self.layout = parameters, ring, layout
+    def __init__(
+        self, parameters: dict[int, list[Parameter]], ring: Ring, layout: Layout, state_here: frozenset[int]
+    ) -> None:
+        self.parameters, self.ring, self.layout, self.state_here = parameters, ring, layout, state_here
         self.gradients = Sums(ring.side.device)
 
     def flat(self, block: int) -> Tensor:
@@ -353,7 +356,7 @@ class Away:
 class Part(NamedTuple):
     """Some of what a Conveyor carries at a time."""
 
-    host: Tensor  # its numbers, in a row
+    home: Tensor  # its numbers, in a row; on the host or on the device
     comes: bool = True
     leaves: bool = True
 
@@ -366,7 +369,7 @@ class Load(NamedTuple):
 
 
 class Conveyor:
-    """Host memory that passes through a few slots of the device, a load after the other, beside the compute stream.
+    """Memory that passes through a few slots of the device, a load after the other, beside the compute stream.
 
     While one is worked on, the next comes in and the last goes out. A pass goes as far as somebody asks for: what needs
     its first loads runs beside the others. The slots are there until ``finish``.
@@ -386,7 +389,7 @@ class Conveyor:
             needed: what the work reads beside its load.
         """
         self.finish()
-        size = max(sum(aligned(part.host.nbytes) for part in load.parts) for load in loads)
+        size = max(sum(aligned(part.home.nbytes) for part in load.parts) for load in loads)
         slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in loads[:LOADS]]
         self.events, self.rest = [], self._pass(loads, slots, computed(self.device))
         self.held = [*slots, *needed]
@@ -421,7 +424,7 @@ class Conveyor:
             with self.out.after(self.work.mark()):
                 for part, tensor in zip(load.parts, tensors, strict=True):
                     if part.leaves:
-                        part.host.copy_(tensor, non_blocking=True)
+                        part.home.copy_(tensor, non_blocking=True)
             free[here] = self.out.mark()
             yield free[here]
 
@@ -430,11 +433,11 @@ class Conveyor:
         with self.into.after(free):
             for part, tensor in zip(load.parts, placed(load.parts, slot), strict=True):
                 if part.comes:
-                    tensor.copy_(part.host, non_blocking=True)
+                    tensor.copy_(part.home, non_blocking=True)
         return self.into.mark()
 
 
 def placed(parts: Sequence[Part], slot: Tensor) -> list[Tensor]:
     """Each part of a load in a slot, one behind the other."""
-    starts = accumulate((aligned(part.host.nbytes) for part in parts), initial=0)
-    return [slot[i : i + part.host.nbytes].view(part.host.dtype) for i, part in zip(starts, parts, strict=False)]
+    starts = accumulate((aligned(part.home.nbytes) for part in parts), initial=0)
+    return [slot[i : i + part.home.nbytes].view(part.home.dtype) for i, part in zip(starts, parts, strict=False)]
