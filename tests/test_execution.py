@@ -33,7 +33,10 @@ from running import (
 from safetensors.torch import load_file
 
 from cogvideox import args, execution, plan
+from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
+from cogvideox.geometry import read_geometry
+from cogvideox.models import load_transformer
 from cogvideox.options import SftOptions
 from cogvideox.plan import FRAGMENTS, GIB, Machine
 from cogvideox.stack import Stack
@@ -360,6 +363,21 @@ def test_what_does_not_fit_says_what_stays_on_the_device(
     assert "--rank" not in "".join(found)
     assert "what stays on the device: masters and moments: --use_torchao cannot skip a step" in found[1]
     assert "stays on the device" not in found[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [((), 12), (("--use_ema",), 16), (("--use_cpu_offload_optimizer", "--max_grad_norm", "0"), 0)],
+)
+def test_what_state_takes_beside_a_trained_number(
+    flags: tuple[str, ...], expected: int, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    """torchao's offloaded optimizer has its own in host memory, whatever the plan."""
+    options = args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, "--optimizer", "adamw", *flags), ())
+    transformer = load_transformer(options.model, torch.float32)
+    run, geometry = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32), read_geometry(options.model)
+    sizes = execution.sizes_of_run(run, options, geometry, [Bucket(9, 64, 96)], transformer)  # type: ignore[arg-type]
+    assert sizes.state_bytes == expected
 
 
 def test_weights_are_trained_on_the_host_by_one_process(

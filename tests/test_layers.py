@@ -27,7 +27,7 @@ LAYERS = (
     ("data.dataset", "t5_stream", "vae_encoder", "vae_decoder"),
     ("encode", "models"),
     ("factory", "prepare", "optimizers"),
-    ("report", "verify", "checks"),
+    ("report", "verify", "checks", "masters"),
     ("tasks", "methods", "optim"),
     ("offload", "ema", "plan", "ranks", "attention"),
     ("engine", "blocks"),

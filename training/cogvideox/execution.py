@@ -106,8 +106,10 @@ def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: l
     mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
     passes = options.train.gradient_accumulation_steps
     sum_bytes = 4 if passes > 1 else sizes.sum_bytes
-    state = state_bytes(partial(make_optimizer, options.optimizer), run.device) + averages
-    return replace(sizes, state_bytes=state, mapped=mapped, sum_bytes=sum_bytes, passes=passes)
+    state = state_bytes(partial(make_optimizer, options.optimizer), run.device)
+    if options.optimizer.use_cpu_offload_optimizer:
+        state = 0  # torchao has it in host memory, whatever the plan
+    return replace(sizes, state_bytes=state + averages, mapped=mapped, sum_bytes=sum_bytes, passes=passes)
 
 
 def compiles(run: Run, wanted: str, drops: bool) -> bool:

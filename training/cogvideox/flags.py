@@ -343,8 +343,7 @@ class PlanFlags:
         "auto",
         "how blocks are run: auto is the fastest way that fits the memory; fast keeps weights on the device, and as "
         "many activations as fit; balanced keeps attention outputs, for 24 GB cards; lean keeps next to nothing on "
-        "the device; off runs diffusers' own modules, and so does auto where all weights are trained and no other flag "
-        "of a plan is given",
+        "the device; off runs diffusers' own modules",
         choices=("auto", "fast", "balanced", "lean", "off"),
     )
     vram_budget: float | None = flag(
