@@ -20,8 +20,8 @@ from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeli
 from record import device_and_versions
 
 METHODS: dict[str, list[str]] = {
-    "lora": ["--rank", "128", "--lora_alpha", "128", "--optimizer", "adamw"],
-    "sft": ["--optimizer", "adamw", "--use_8bit"],
+    "lora": ["--rank", "128", "--lora_alpha", "128", "--optimizer", "adamw", "--plan", "off"],
+    "sft": ["--optimizer", "adamw", "--use_8bit", "--plan", "off"],
 }
 
 

@@ -1,7 +1,7 @@
-"""Side streams of a GPU, simulated on a CPU: copies happen as late as what waits for them allows, or at random.
+"""Side streams of a GPU, simulated on a CPU: what they do happens as late as what waits for it allows, or at random.
 
-What is computed happens at once, so a copy that nobody waited for is seen too late, or over what came after it; and
-memory that was let go before its copy is told of. use(monkeypatch, seed) puts them in place of streaming.Side.
+The compute stream's own work happens at once, so that what nobody waited for is seen too late, or over what came after
+it; and memory that was let go before its copy is told of. use(monkeypatch, seed) puts them in place of streaming.Side.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -55,10 +56,12 @@ class Recorded(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is not Tensor.copy_:
             return function(*args, **(kwargs or {}))
-        self.side.copies.append((Place.of(args[0]), Place.of(args[1]), self.events))
-        if not self.side.late():
-            self.side.run(len(self.side.copies))
+        self.side.give(partial(copy, Place.of(args[0]), Place.of(args[1])), self.events)
         return args[0]
+
+
+def copy(target: Place, source: Place) -> None:
+    target.tensor().copy_(source.tensor())
 
 
 class LateSide:
@@ -68,7 +71,7 @@ class LateSide:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.copies: list[tuple[Place, Place, tuple[Event | None, ...]]] = []
+        self.given: list[tuple[Callable[[], None], tuple[Event | None, ...]]] = []
         self.done = 0
 
     def after_compute(self) -> AbstractContextManager[Any]:
@@ -77,31 +80,40 @@ class LateSide:
     def after(self, *events: Event | None) -> AbstractContextManager[Any]:
         return Recorded(self, events)
 
-    def computing(self, event: Event | None) -> AbstractContextManager[Any]:
-        reach(event)
-        return nullcontext()
+    def does(self, work: Callable[[], None], event: Event | None) -> None:
+        self.give(work, (event,))
+
+    def give(self, work: Callable[[], None], events: tuple[Event | None, ...]) -> None:
+        self.given.append((work, events))
+        if not self.late():
+            self.run(len(self.given))
 
     def run(self, count: int) -> None:
-        """Makes the first so many copies, if they are not made yet."""
+        """Does the first so much of what was given, if it is not done yet."""
         while self.done < count:
-            target, source, events = self.copies[self.done]
+            work, events = self.given[self.done]
             for event in events:
                 reach(event)
-            target.tensor().copy_(source.tensor())
+            work()
+            self.given[self.done] = (done, ())
             self.done += 1
 
     def wait(self) -> None:
-        self.run(len(self.copies))
+        self.run(len(self.given))
 
     def mark(self) -> Event:
-        return self, len(self.copies)
+        return self, len(self.given)
 
 
-Event = tuple[LateSide, int]  # a stream, and how many of its copies have been made
+def done() -> None:
+    """In the place of work that was done, which keeps memory."""
+
+
+Event = tuple[LateSide, int]  # a stream, and how much of what it was given is done
 
 
 def reach(event: Event | None) -> None:
-    """Makes the copies of an event; of what is computed there are none to wait for."""
+    """Makes an event happen; of what is computed there are none to wait for."""
     if event is not None:
         event[0].run(event[1])
 

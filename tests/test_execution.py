@@ -348,7 +348,10 @@ def test_a_flag_of_its_own_wins_over_the_preset(
     run_whole(model, tensors, tmp_path / "run", "--max_train_steps", 1, *flags)
     weights_on = flags[flags.index("--weights_on") + 1] if "--weights_on" in flags else "host"
     assert {block.weights for block in plans[0].blocks} == {weights_on}
-    assert "device" in {plans[0].state, *(block.state for block in plans[0].blocks)}
+    if weights_on == "device" or "--optimizer_state_on" in flags:
+        assert plans[0].state == "device"
+    if weights_on == "host":
+        assert {block.state for block in plans[0].blocks} == {"device"}
 
 
 def test_what_does_not_fit_says_what_stays_on_the_device(
@@ -365,19 +368,22 @@ def test_what_does_not_fit_says_what_stays_on_the_device(
     assert "stays on the device" not in found[0]
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [((), 12), (("--use_ema",), 16), (("--use_cpu_offload_optimizer", "--max_grad_norm", "0"), 0)],
-)
-def test_what_state_takes_beside_a_trained_number(
-    flags: tuple[str, ...], expected: int, model: Path, tensors: Path, tmp_path: Path
+@pytest.mark.parametrize(("flags", "expected"), [((), (12, 12, 0)), (("--use_ema",), (16, 12, 4))])
+def test_what_state_takes_of_a_trained_number(
+    flags: tuple[str, ...],
+    expected: tuple[int, int, int],
+    model: Path,
+    tensors: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torchao's offloaded optimizer has its own in host memory, whatever the plan."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     options = args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, "--optimizer", "adamw", *flags), ())
     transformer = load_transformer(options.model, torch.float32)
     run, geometry = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32), read_geometry(options.model)
     sizes = execution.sizes_of_run(run, options, geometry, [Bucket(9, 64, 96)], transformer)  # type: ignore[arg-type]
-    assert sizes.state_bytes == expected
+    assert (sizes.state_bytes, sizes.moving_bytes, sizes.average_bytes) == expected
+    assert sizes.ranks == 2
 
 
 def test_weights_are_trained_on_the_host_by_one_process(

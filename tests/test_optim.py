@@ -405,14 +405,15 @@ def test_copies_that_are_late(ranges: str, seed: int | None, monkeypatch: pytest
         assert_alike(resident, hosted)
 
 
-@pytest.mark.parametrize(("name", "event"), [("left", None), ("arrived", None)])
-def test_a_wait_that_a_conveyor_leaves_out_is_seen(name: str, event: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["into", "work", "out"])
+def test_a_wait_that_a_conveyor_leaves_out_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what has come, for what is done, for what has left."""
     monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", SMALL)
     late_streams.use(monkeypatch, None)
     resident, hosted = pair(torch.bfloat16)
     conveyor = hosted[0].conveyor
     assert conveyor is not None
-    monkeypatch.setattr(conveyor.out if name == "left" else conveyor.into, "mark", lambda: event)
+    monkeypatch.setattr(getattr(conveyor, name), "mark", lambda: None)
     for engine, params in (resident, hosted):
         train(engine, params, 0, 2)
     with pytest.raises(AssertionError):

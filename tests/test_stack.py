@@ -30,7 +30,7 @@ from cogvideox.stack import (
     weights_of,
     whole_bytes,
 )
-from cogvideox.streaming import Away, Conveyor, Ring, Sums
+from cogvideox.streaming import Away, Ring, Sums
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 CPU = torch.device("cpu")
@@ -495,9 +495,13 @@ def test_the_cosine_of_an_unquantised_base_is_1() -> None:
 
 # -- copies that are late ----------------------------------------------------------------------------------------------
 
-TURNS = (BlockPlan(HOST, "linear", HOST), BlockPlan(DEVICE, "attention", HOST), BlockPlan(HOST, "input", DEVICE))
-AWAY = (BlockPlan(HOST, "attention", HOST),)
-STATE_HERE = (BlockPlan(HOST, "attention", HOST, DEVICE), BlockPlan(HOST, "input", DEVICE), BlockPlan(DEVICE))
+TURNS = (
+    BlockPlan(HOST, "linear", HOST, HOST),
+    BlockPlan(DEVICE, "attention", HOST),
+    BlockPlan(HOST, "input", DEVICE, HOST),
+)
+AWAY = (BlockPlan(HOST, "attention", HOST, HOST),)
+STATE_HERE = (BlockPlan(HOST, "attention", HOST, DEVICE), BlockPlan(HOST, "input", DEVICE, HOST), BlockPlan(DEVICE))
 RESIDENT = (BlockPlan(DEVICE, "attention", DEVICE),)
 
 
@@ -550,7 +554,6 @@ def test_late_copies_change_nothing(
         (Sums, "settle"),
         (Ring, "forget"),
         (Away, "changed"),
-        (Conveyor, "finish"),
         (streaming, "compute_waits_for"),
     ],
 )
@@ -695,13 +698,13 @@ def random_losses(transformer: Any, count: int) -> Iterator[Tensor]:
 
 
 def wholly_trained(
-    plan: BlockPlan, compiled: bool, steps: int, accumulation: int, delays: bool = False
+    plans: tuple[BlockPlan, ...], compiled: bool, steps: int, accumulation: int, delays: bool = False
 ) -> dict[str, Tensor]:
     """All weights and masters after some steps of AdamW with clipping."""
-    transformer, stack = wide((plan,), compiled, "flash", whole=True)
+    transformer, stack = wide(plans, compiled, "flash", whole=True)
     make = partial(torch.optim.AdamW, lr=1e-4, fused=True)
     parameters = dict(transformer.named_parameters())
-    masters = MasterWeights(parameters, make, 0.01, False, plan.weights == HOST, stack.away)
+    masters = MasterWeights(parameters, make, 0.01, False, plans is not RESIDENT, stack.away)
     if delays:
         delayed(stack)
         generator = torch.Generator().manual_seed(1)
@@ -723,10 +726,10 @@ def test_all_weights_are_trained_streamed_as_resident_bit_for_bit(compiled: bool
     torch._dynamo.reset()
     run = partial(wholly_trained, compiled=compiled, accumulation=accumulation)
     try:
-        resident = run(BlockPlan(DEVICE, "attention", DEVICE), steps=10)
-        streamed = run(BlockPlan(HOST, "attention", HOST), steps=10)
-        late = run(BlockPlan(HOST, "attention", HOST), steps=10, delays=True)
-        start = run(BlockPlan(), steps=0)
+        resident = run(RESIDENT, steps=10)
+        streamed = run(AWAY, steps=10)
+        late = run((*AWAY, BlockPlan(HOST, "attention", HOST, DEVICE)), steps=10, delays=True)
+        start = run(RESIDENT, steps=0)
     finally:
         torch.use_deterministic_algorithms(False)
     assert not same(start, resident)

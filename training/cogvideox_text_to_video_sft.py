@@ -3,7 +3,7 @@ r"""Trains all weights of a CogVideoX transformer on a folder of clips and capti
     accelerate launch --config_file accelerate_configs/uncompiled_1.yaml training/cogvideox_text_to_video_sft.py \
         --pretrained_model_name_or_path THUDM/CogVideoX-2b --data_root video-dataset \
         --height_buckets 480 --width_buckets 720 --frame_buckets 49 --mixed_precision bf16 \
-        --train_batch_size 1 --max_train_steps 20000 --learning_rate 1e-5 --gradient_checkpointing --output_dir my-model
+        --train_batch_size 1 --max_train_steps 20000 --learning_rate 1e-5 --output_dir my-model
 
 Clips and captions are encoded first, once (or beforehand: prepare_dataset.py and --load_tensors). The result, a folder
 named transformer, loads with CogVideoXTransformer3DModel.from_pretrained; inference.py beside it shows how. The same

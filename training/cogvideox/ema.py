@@ -59,7 +59,7 @@ class Ema:
                 parameter.copy_(master if back else average)
 
     def state(self, copy: bool = True) -> dict[str, Tensor]:
-        """All that a resumed run needs, on the CPU; ``copy`` as in optim.for_file."""
+        """All that a resumed run needs, on the CPU; ``copy`` as in masters.for_file."""
         tensors = {COUNT: self.steps, **{f"average/{name}": average for name, average in self.averages.items()}}
         return for_file(tensors, copy)
 

@@ -57,7 +57,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     """
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
     asked = options.plan.asked
-    obstacle = _obstacle(run, transformer)
+    obstacle = _obstacle(run, options, transformer)
     if obstacle and asked:
         raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")
     if options.plan.plan == "off" or obstacle or (not asked and run.device.type == "cpu"):
@@ -65,6 +65,9 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     try:
         backend, reason = choose_backend(run.device, run.dtype, options.plan.attention_backend)
     except ValueError as error:
+        if not asked:
+            run.say(f"no plan: {error}")
+            return reference
         raise UsageError(f"--attention_backend {options.plan.attention_backend}: {error}") from None
     run.say(f"attention by {backend}: {reason}")
     buckets, precision = buckets_of(tensors), base_precision(options)
@@ -106,10 +109,9 @@ def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: l
     mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
     passes = options.train.gradient_accumulation_steps
     sum_bytes = 4 if passes > 1 else sizes.sum_bytes
-    state = state_bytes(partial(make_optimizer, options.optimizer), run.device)
-    if options.optimizer.use_cpu_offload_optimizer:
-        state = 0  # torchao has it in host memory, whatever the plan
-    return replace(sizes, state_bytes=state + averages, mapped=mapped, sum_bytes=sum_bytes, passes=passes)
+    state = state_bytes(partial(make_optimizer, options.optimizer), run.device) + averages
+    sizes = replace(sizes, state_bytes=state, average_bytes=averages, ranks=ranks_here())
+    return replace(sizes, mapped=mapped, sum_bytes=sum_bytes, passes=passes)
 
 
 def compiles(run: Run, wanted: str, drops: bool) -> bool:
@@ -125,8 +127,10 @@ def compiles(run: Run, wanted: str, drops: bool) -> bool:
     return wanted == "yes" or (wanted == "auto" and (run.compiled or run.device.type == "cuda"))
 
 
-def _obstacle(run: Run, transformer: Any) -> str | None:
-    """Why a Stack cannot run this model, if it cannot."""
+def _obstacle(run: Run, options: TrainOptions, transformer: Any) -> str | None:
+    """Why a Stack does not run this model, if it does not."""
+    if options.optimizer.use_cpu_offload_optimizer and not isinstance(options, LoraOptions):
+        return "--use_cpu_offload_optimizer places what all weights need itself"
     if run.accelerator.state.deepspeed_plugin is not None:
         return "DeepSpeed places the weights itself"
     if not runs(transformer):
@@ -139,6 +143,7 @@ def _obstacle(run: Run, transformer: Any) -> str | None:
 def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
     """What makes a plan fit."""
     batch = f"--train_batch_size below {sizes.samples}, " if sizes.samples > 1 else ""
+    batch += "--plan off, with --gradient_checkpointing, " if not options.plan.asked else ""
     if isinstance(options, LoraOptions):
         return f"give {batch}a smaller bucket or --rank, or free memory"
     stays = [f"; what stays on the device: {reason}" for reason in staying(options, world)]
@@ -219,13 +224,17 @@ def sizes_of(
 
 def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
     """Free memory, and rates by probes of about a second in all; on a CPU nominal rates."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this host; all of them measure now, and pin later
-    host = free_host_bytes() // ranks
+    host = free_host_bytes() // ranks_here()  # all of them measure now, and pin later
     fits = free_bytes(device) if device.type == "cuda" else float(host)
     if budget is not None and device.type != "cuda":
         fits = min(fits, allowed_bytes(budget))
     machine = Machine(int(fits * plan.FRAGMENTS), host)
     return with_rates(machine, device, dtype, backend, sizes) if device.type == "cuda" else machine
+
+
+def ranks_here() -> int:
+    """How many processes of this run are on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def agreed(machines: list[Machine]) -> Machine:

@@ -359,7 +359,12 @@ class PlanFlags:
         choices=("auto", "input", "attention", "linear", "all"),
     )
     kept_on: str = flag("auto", "where that is kept", choices=PLACES)
-    optimizer_state_on: str = flag("auto", "where fp32 masters and the optimizer's moments lie", choices=PLACES)
+    optimizer_state_on: str = flag(
+        "auto",
+        "where fp32 masters and the optimizer's moments lie; where all weights are trained auto may have those of some "
+        "blocks on the device",
+        choices=PLACES,
+    )
     compile_blocks: str = flag(
         "auto", "compile the blocks with torch.compile; auto does on a GPU", choices=("auto", "yes", "no")
     )

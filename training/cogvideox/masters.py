@@ -30,12 +30,12 @@ MASTER = "master"
 class Optimized:
     """Masters and an optimizer for them. Where that is fused, all that it keeps exists from the start."""
 
-    def __init__(self, masters: list[Parameter], make: MakeOptimizer) -> None:
+    def __init__(self, masters: list[Parameter], gradients: Sequence[Tensor], make: MakeOptimizer) -> None:
         self.masters, self.optimizer = masters, make(masters)
         self.fused = is_fused(self.optimizer)
         if self.fused:  # a step that is skipped makes the moments, of zeros
             one = torch.ones((), device=masters[0].device)
-            self.update([torch.zeros_like(master) for master in masters], 0.0, divisor=one, skipped=one)
+            self.update(gradients, 0.0, divisor=one, skipped=one)
 
     def update(self, gradients: Sequence[Tensor], lr: float, divisor: Tensor, skipped: Tensor) -> None:
         """One step of the masters; only a fused one divides the gradients, of fp32, and skips itself."""
@@ -50,12 +50,12 @@ class Optimized:
 
 
 class Resident(Optimized):
-    """Parameters with a master each, on their device; one of fp32 is its own."""
+    """Parameters with a master each, on their device; one of fp32 is its own. Their gradients are of zeros so far."""
 
-    def __init__(self, parameters: dict[str, Parameter], make: MakeOptimizer) -> None:
+    def __init__(self, parameters: dict[str, Parameter], gradients: Sequence[Tensor], make: MakeOptimizer) -> None:
         self.parameters = parameters
         own = [p if p.dtype == torch.float32 else Parameter(p.detach().float()) for p in parameters.values()]
-        super().__init__(own, make)
+        super().__init__(own, gradients, make)
 
     def update(self, gradients: Sequence[Tensor], lr: float, divisor: Tensor, skipped: Tensor) -> None:
         """One step of the masters, rounded into the model."""
@@ -111,29 +111,34 @@ class Flat:
         weights: Tensor | None = None,
         on_host: bool = True,
     ) -> None:
-        self.make_room = pinned if on_host else partial(torch.empty, dtype=torch.uint8, device=device)
+        self.on_host = on_host
         self.parameters, self.device, self.gradients, self.weights = parameters, device, gradients, weights
         self.layout, step = layout_of(parameters), CHUNK_BYTES // STATE_BYTES // ALIGNMENT * ALIGNMENT
         self.ranges = [slice(i, min(i + step, self.layout.numbers)) for i in range(0, self.layout.numbers, step)]
+        self.pieces = [list(self._pieces(which)) for which in self.ranges]
         self.arrays: dict[str, Tensor] = {}  # by key: masters, moments
-        self.optimized = [self._start(which, make) for which in self.ranges]
+        self.optimized = [self._start(*own, make) for own in zip(self.ranges, self.pieces, strict=True)]
         self.optimizer = self.optimized[0].optimizer
 
     @torch.no_grad()
-    def _start(self, which: slice, make: MakeOptimizer) -> Optimized:
+    def _start(self, which: slice, pieces: list[tuple[Tensor, slice]], make: MakeOptimizer) -> Optimized:
         """Masters and moments of a range, made on the device and brought to where they rest."""
         master = torch.zeros(which.stop - which.start, device=self.device)
-        for numbers, where in self._pieces(which):
+        for numbers, where in pieces:
             master[where] = numbers.to(self.device)
-        optimized = Optimized([Parameter(master)], make)
+        optimized = Optimized([Parameter(master)], [torch.zeros_like(master)], make)
         if not optimized.fused:
             raise ValueError(f"{type(optimized.optimizer).__name__} cannot pass through the device")
         for key, tensor in held(optimized).items():
             if key not in self.arrays:
-                self.arrays[key] = self.layout.flat(self.make_room(self.layout.num_bytes))
+                self.arrays[key] = self.layout.flat(self._room(self.layout.num_bytes))
             self.arrays[key][which].copy_(tensor)
         hold(optimized, {key: tensor.new_empty(0) for key, tensor in held(optimized).items()})
         return optimized
+
+    def _room(self, num_bytes: int) -> Tensor:
+        """Memory for an array."""
+        return pinned(num_bytes) if self.on_host else torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def _pieces(self, which: slice) -> Iterator[tuple[Tensor, slice]]:
         """What parameters have in a range: the numbers, and where in the range they are."""
@@ -144,26 +149,26 @@ class Flat:
                 yield numbers, slice(first - which.start, last - which.start)
 
     def update(self, lr: float, divisor: Tensor, skipped: Tensor) -> Iterator[Load]:
-        """One step, range by range: masters and moments pass through the device, gradients and weights if need be."""
+        """One step, range by range: what is on the host passes through the device."""
         gradients = self.gradients()
-        for which, optimized in zip(self.ranges, self.optimized, strict=True):
-            parts = [Part(array[which]) for array in self.arrays.values()]
+        for number, which in enumerate(self.ranges):
+            parts = [Part(array[which]) for array in self.arrays.values()] if self.on_host else []
             if self.weights is not None:
                 parts += [Part(gradients[which], leaves=False), Part(self.weights[which], comes=False)]
-            yield Load(parts, partial(self._update, which, optimized, lr, divisor, skipped))
+            yield Load(parts, partial(self._update, number, lr, divisor, skipped))
 
     @torch.no_grad()
-    def _update(
-        self, which: slice, optimized: Optimized, lr: float, divisor: Tensor, skipped: Tensor, load: list[Tensor]
-    ) -> None:
+    def _update(self, number: int, lr: float, divisor: Tensor, skipped: Tensor, load: list[Tensor]) -> None:
         """One step of a range, whose load is on the device, rounded into the parameters there."""
-        count = len(self.arrays)
-        state, rest = dict(zip(self.arrays, load[:count], strict=True)), load[count:]
-        gradient = rest[0] if rest else self.gradients()[which]
+        which, optimized, passing = self.ranges[number], self.optimized[number], iter(load)
+        state = {key: next(passing) if self.on_host else array[which] for key, array in self.arrays.items()}
+        if self.weights is None:
+            gradient, rounded = self.gradients()[which], self.pieces[number]
+        else:
+            gradient, rounded = next(passing), [(next(passing), slice(None))]
         hold(optimized, state)
         optimized.update([gradient.float()], lr, divisor, skipped)
         hold(optimized, {key: tensor.new_empty(0) for key, tensor in state.items()})
-        rounded = [(rest[1], slice(None))] if rest else self._pieces(which)
         for numbers, where in rounded:
             numbers.copy_(state[MASTER][where])
 

@@ -87,8 +87,8 @@ class MasterWeights:
         dynamic_scale: scale the loss so that fp16 gradients do not vanish, and lower the scale when they overflow.
         state_on_host: masters and moments live in pinned host memory, and pass through the device in ranges at each
             step, with the same numbers bit for bit; for fused optimizers only.
-        away: which parameters live there too, with their gradients, and which of these have masters and moments on the
-            device. All others are on the device.
+        away: which parameters live there themselves, with their gradients, and which of these have masters and moments
+            on the device, whatever all others have; for fused optimizers only.
     """
 
     def __init__(
@@ -117,15 +117,16 @@ class MasterWeights:
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._collector(self.gradients[n])) for n, p in here.items()
         ]
-        self.resident = None if state_on_host else Resident(here, make)
-        self.passing = [Flat(here, make, self.device, lambda: self.flat)] if state_on_host else []
+        passes = state_on_host or away is not None
+        self.resident = None if passes else Resident(here, list(self.gradients.values()), make)
+        self.passing = [Flat(here, make, self.device, lambda: self.flat, on_host=state_on_host)] if passes else []
         if away:
             for block, own in away.parameters.items():
                 named, gradients = {self.names[p]: p for p in own}, partial(away.gradients.flat, block)
                 on_host = block not in away.state_here
                 self.passing.append(Flat(named, make, self.device, gradients, away.flat(block), on_host))
         self.groups = [self.resident] if self.resident else self.passing
-        self.conveyor = Conveyor(self.device) if state_on_host else None
+        self.conveyor = Conveyor(self.device) if passes else None
         self.fresh_numbers = group_numbers(self.groups[0].optimizer)
 
     @staticmethod
@@ -195,7 +196,7 @@ class MasterWeights:
             conveyor.finish()
 
     def wait(self) -> None:
-        """The host may read and write what rests there, parameters too."""
+        """Who comes next may read and write masters and parameters, wherever they are."""
         if self.conveyor:
             self.conveyor.wait()
 
@@ -208,7 +209,7 @@ class MasterWeights:
         self.good_steps = torch.where(grown, 0.0, self.good_steps)
 
     def named_masters(self) -> dict[str, Tensor]:
-        """The masters by their parameters' names. On the host, who reads them waits for the compute stream first."""
+        """The masters by their parameters' names. Who reads them calls ``wait`` first: a pass may still be to come."""
         masters = {name: master for group in self.groups for name, master in group.named_masters().items()}
         return {name: masters[name] for name in self.parameters}
 

@@ -266,7 +266,7 @@ def host_state_problems(
 
 
 def steps_on_device(flags: OptimizerFlags) -> bool:
-    """Whether the optimizer will be what optim.is_fused says."""
+    """Whether the optimizer will be what masters.is_fused says."""
     from torch.optim import Adam, AdamW
 
     kind, arguments = optimizer_class(flags)

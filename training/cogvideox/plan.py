@@ -57,6 +57,8 @@ class Sizes:
     width: int  # D
     heads: int
     state_bytes: int = STATE_BYTES  # of a trained number: master, moments, its average if there is one
+    average_bytes: int = 0  # of these the average, which is where the master is, and is updated there
+    ranks: int = 1  # on this host; one of them writes
     mapped: bool = False  # weights are pages of their file: pinned, they take memory of their own
     matrix_bytes: int = 0  # what a block's quantised matrices take in the compute type
     units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
@@ -68,6 +70,11 @@ class Sizes:
     def all_trained(self) -> int:
         """Numbers that are trained."""
         return self.trained + self.blocks * self.block_trained
+
+    @property
+    def moving_bytes(self) -> int:
+        """What an optimizer step works on, of a trained number."""
+        return self.state_bytes - self.average_bytes
 
     @property
     def unit(self) -> int:
@@ -100,7 +107,7 @@ class BlockPlan:
     weights: str = DEVICE
     keep: str = "input"
     kept: str = DEVICE
-    state: str = HOST  # of weights that are trained on the host; where that of all others lies says the plan
+    state: str | None = None  # of weights that are trained on the host; else, and if none, where the plan has it
 
 
 @dataclass(frozen=True)
@@ -136,20 +143,25 @@ class ExecutionPlan:
     seconds: float = 0.0  # predicted, of a step; 0 where the machine was not measured
 
     def __str__(self) -> str:
-        count, here = len(self.blocks), sum(block.state == DEVICE for block in self.blocks)
+        count = len(self.blocks)
         streamed = sum(block.weights == HOST for block in self.blocks)
         levels = [
             f"{level} of {n} on the {place}"
             for level, place in product(LEVELS, (DEVICE, HOST))
             if (n := sum((b.keep, b.kept) == (level, place) for b in self.blocks))
         ]
+        elsewhere = "".join(
+            f", of {n} blocks on the {place}"
+            for place in (DEVICE, HOST)
+            if place != self.state and (n := sum(block.state == place for block in self.blocks))
+        )
         how = "compiled" + " for any length" * self.any_length if self.compiled else "eager"
         parts = [
             f"{count} blocks {how}, {count - streamed} on the device"
             + (f" and {streamed} streamed from the host" if streamed else ""),
             f"kept for backward: {', '.join(levels)}",
             f"attention by {self.attention}",
-            f"optimizer state on the {self.state}" + (f", of {here} blocks on the device" if here else ""),
+            f"optimizer state on the {self.state}" + elsewhere,
         ]
         if self.base_precision != AUTO:
             parts.append(f"base in {self.base_precision}")
@@ -196,14 +208,14 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
     more = TRAINED_UNITS[compiled] if sizes.block_trained else dict.fromkeys(LEVELS, 0.0)
     work = max(WORKSPACE_UNITS[compiled][kind.keep] + more[kind.keep] for kind in kinds)
     passes += round((work + ENDS_UNITS) * sizes.unit)
-    return total + max(passes, load_bytes(streamed, sizes) if state == HOST else 0)
+    return total + max(passes, load_bytes(streamed, sizes) if copied_bytes(kinds, state, sizes)[3] else 0)
 
 
 def load_bytes(streamed: int, sizes: Sizes) -> int:
     """The optimizer's state on its way through the device."""
     numbers = min(sizes.all_trained, CHUNK_BYTES // STATE_BYTES)
     with_weights = streamed and sizes.block_trained  # these come with gradients, which become fp32, and leave
-    load = STATE_BYTES + (sizes.sum_bytes + sizes.item_bytes if with_weights else 0)
+    load = sizes.moving_bytes + (sizes.sum_bytes + sizes.item_bytes if with_weights else 0)
     return numbers * (LOADS * load + (4 if with_weights else 0))
 
 
@@ -229,9 +241,11 @@ def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     """Host memory beside what was loaded there already, of which streamed blocks take over their share."""
     weights = streamed_blocks(kinds) * sizes.block_bytes
     loaded = 0 if sizes.mapped else max(0, weights - sizes.block_bytes)
-    again = 0 if sizes.mapped or not sizes.block_trained else sizes.blocks * sizes.block_bytes  # at the end, to compare
-    checkpoint = state_on_device(kinds, state, sizes) * sizes.state_bytes  # a copy of what is on the device
-    return pinned_bytes(kinds, state, sizes) - loaded + max(again, checkpoint)
+    written = 0
+    if sizes.block_trained:  # state that is on the device is copied for a checkpoint; the end has all weights again
+        again = 0 if sizes.mapped else sizes.blocks * sizes.block_bytes
+        written = max(again, state_on_device(kinds, state, sizes) * sizes.state_bytes) // sizes.ranks
+    return pinned_bytes(kinds, state, sizes) - loaded + written
 
 
 def pinned_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
@@ -248,9 +262,13 @@ def streamed_blocks(kinds: dict[BlockPlan, int]) -> int:
 
 def state_on_device(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     """How many trained numbers have masters and moments there."""
-    if state == DEVICE:
-        return sizes.all_trained
-    return sum(n for kind, n in kinds.items() if kind.state == DEVICE) * sizes.block_trained
+    blocks = sum(n for kind, n in kinds.items() if kind.weights == HOST and (kind.state or state) == DEVICE)
+    return blocks * sizes.block_trained + (others(kinds, sizes) if state == DEVICE else 0)
+
+
+def others(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
+    """How many numbers are trained, but not on the host."""
+    return sizes.trained + (sizes.blocks - streamed_blocks(kinds)) * sizes.block_trained
 
 
 def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple[int, int, int, int]:
@@ -261,8 +279,8 @@ def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple
     kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
     gradients = streamed * sizes.block_trained * sizes.sum_bytes
     on_host = sizes.all_trained - state_on_device(kinds, state, sizes)
-    moved = on_host * STATE_BYTES + gradients  # as many weights leave as gradients come, or fewer
-    return streamed * sizes.block_bytes, kept, gradients, moved if state == HOST else 0
+    moved = on_host * sizes.moving_bytes + gradients  # as many weights leave as gradients come, or fewer
+    return streamed * sizes.block_bytes, kept, gradients, moved
 
 
 def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
@@ -290,10 +308,12 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     total += HIDDEN_COPY * (2 * (weights + kept) + gradients + earlier)
     on_device = 2 * sizes.state_bytes * state_on_device(kinds, state, sizes) / machine.memory
     # what belongs to weights that are trained on the host passes while the next forward pass begins, all else before it
-    before = (sizes.trained + (sizes.blocks - streamed_blocks(kinds)) * sizes.block_trained) * STATE_BYTES / copies
-    before, behind = (min(moved, before) / BOTH_WAYS, max(0.0, moved - before) / BOTH_WAYS)
+    before = others(kinds, sizes) * sizes.moving_bytes / copies if state == HOST else 0.0
+    behind = (moved - before) / BOTH_WAYS
     hidden = max(forward, weights, kept) + behind - max(forward, weights + behind, kept + behind)
-    return sizes.passes * total + before + behind - hidden + on_device
+    if sizes.average_bytes and moved:
+        hidden = 0.0  # the average on the host waits for all
+    return sizes.passes * total + before / BOTH_WAYS + behind - hidden + on_device
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------
@@ -302,19 +322,18 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
 def candidates(axes: Axes, sizes: Sizes) -> Iterator[tuple[BlockPlan, BlockPlan, int, str]]:
     """(kind, other kind, how many of the first, where the state is): all plans of at most two kinds of blocks.
 
-    Where weights are trained on the host, each block has its state here or there, and all others' passes through too.
+    Where weights are trained on the host, the state of each such block is here or there, whatever all others have.
     """
     blocks = sizes.blocks
     kinds = [
         BlockPlan(weights, keep, kept, state)
         for weights, keep, kept in product(axes.weights, axes.keep, axes.kept)
-        for state in (axes.state if weights == HOST and sizes.block_trained else (HOST,))
+        for state in (axes.state if weights == HOST and sizes.block_trained else (None,))
     ]
     for first, second in combinations_with_replacement(kinds, 2):
         for count in range(1, blocks + 1) if first == second else range(1, blocks):
             if first != second or count == blocks:
-                trained_there = sizes.block_trained and HOST in (first.weights, second.weights)
-                for state in (HOST,) if trained_there else axes.state:
+                for state in axes.state:
                     yield first, second, count, state
 
 

@@ -98,7 +98,7 @@ class Stack:
         self.slots = [shaped(like, layout.views(slot)) for slot in self.ring.slots] if self.ring else []
         self.order = [{id(p): k for k, p in enumerate(parameters)} for parameters in own]
         trained = {i: own[i] for i in hosts} if self.trains_all else {}
-        here = frozenset(i for i in trained if self.plan.blocks[i].state == DEVICE)
+        here = frozenset(i for i in trained if (self.plan.blocks[i].state or self.plan.state) == DEVICE)
         self.away = Away(trained, self.ring, layout, here) if trained and self.ring else None
 
     def install(self) -> None:

@@ -12,7 +12,7 @@ import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
 from weakref import finalize
@@ -120,9 +120,10 @@ class Side:
             self.stream.wait_event(event)
         return torch.cuda.stream(self.stream)
 
-    def computing(self, event: Any) -> AbstractContextManager[Any]:
-        """As ``after``, if it is not only copies."""
-        return self.after(event)
+    def does(self, work: Callable[[], None], event: Any) -> None:
+        """Work that is not only copies follows an event."""
+        with self.after(event):
+            work()
 
     def wait(self) -> None:
         """The host waits for all that this stream was given so far."""
@@ -417,8 +418,7 @@ class Conveyor:
         for number, load in enumerate(loads):
             here, ahead = number % len(slots), (number + 1) % len(slots)
             tensors = placed(load.parts, slots[here])
-            with self.work.computing(arrived):
-                load.work(tensors)
+            self.work.does(partial(load.work, tensors), arrived)
             if number + 1 < len(loads):
                 arrived = self._fetch(slots[ahead], loads[number + 1], free[ahead])
             with self.out.after(self.work.mark()):
