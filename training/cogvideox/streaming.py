@@ -3,7 +3,7 @@
 Ring: the weights of blocks, one flat pinned buffer a block, copied ahead of use into a few slots of the device.
 HostStore: what forward keeps for backward, sent to the host and brought back one such block ahead.
 Away: blocks that are trained on the host: their weights, and the sums of their gradients.
-Conveyor: memory that the device changes, a load after the other: in, worked on, and out again.
+Conveyor: host memory that the device changes, a load after the other: in, worked on, and out again.
 Copies run on streams of their own; events order them against the compute stream, and the host never waits for the
 device. Without a GPU the same code copies at once.
 """
@@ -357,7 +357,7 @@ class Away:
 class Part(NamedTuple):
     """Some of what a Conveyor carries at a time."""
 
-    home: Tensor  # its numbers, in a row; on the host or on the device
+    home: Tensor  # its numbers on the host, in a row
     comes: bool = True
     leaves: bool = True
 
@@ -370,7 +370,7 @@ class Load(NamedTuple):
 
 
 class Conveyor:
-    """Memory that passes through a few slots of the device, a load after the other, beside the compute stream.
+    """Host memory that passes through a few slots of the device, a load after the other, beside the compute stream.
 
     While one is worked on, the next comes in and the last goes out. A pass goes as far as somebody asks for: what needs
     its first loads runs beside the others. The slots are there until ``finish``.
