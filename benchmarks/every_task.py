@@ -20,8 +20,8 @@ from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeli
 from record import device_and_versions
 
 METHODS: dict[str, list[str]] = {
-    "lora": ["--rank", "128", "--lora_alpha", "128", "--optimizer", "adamw", "--plan", "off"],
-    "sft": ["--optimizer", "adamw", "--use_8bit", "--plan", "off"],
+    "lora": ["--rank", "128", "--lora_alpha", "128", "--optimizer", "adamw"],
+    "sft": ["--optimizer", "adamw", "--use_8bit"],
 }
 
 
@@ -33,7 +33,7 @@ def command_of(kind: str, method: str, work_dir: Path, steps: int) -> list[str]:
     command += ["--pretrained_model_name_or_path", str(work_dir / kind), "--load_tensors"]
     command += ["--data_root", str(work_dir / f"{kind}-tensors"), "--output_dir", str(work_dir / f"{kind}-{method}")]
     command += ["--train_resolution", f"{frames}x{height}x{width}", "--mixed_precision", "bf16"]
-    command += ["--gradient_checkpointing", "--train_batch_size", "1", "--max_train_steps", str(steps)]
+    command += ["--plan", "off", "--gradient_checkpointing", "--train_batch_size", "1", "--max_train_steps", str(steps)]
     return [*command, "--dataloader_num_workers", "1", "--learning_rate", "1e-4", *METHODS[method]]
 
 

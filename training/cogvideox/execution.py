@@ -142,12 +142,12 @@ def _obstacle(run: Run, options: TrainOptions, transformer: Any) -> str | None:
 
 def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
     """What makes a plan fit."""
-    batch = f"--train_batch_size below {sizes.samples}, " if sizes.samples > 1 else ""
-    batch += "--plan off, with --gradient_checkpointing, " if not options.plan.asked else ""
-    if isinstance(options, LoraOptions):
-        return f"give {batch}a smaller bucket or --rank, or free memory"
-    stays = [f"; what stays on the device: {reason}" for reason in staying(options, world)]
-    return f"give {batch}a smaller bucket, or free memory{''.join(stays)}"
+    is_lora = isinstance(options, LoraOptions)
+    ways = [f"--train_batch_size below {sizes.samples}"] if sizes.samples > 1 else []
+    ways += [] if options.plan.asked else ["--plan off, with --gradient_checkpointing"]
+    ways += ["a smaller bucket or --rank" if is_lora else "a smaller bucket"]
+    stays = [] if is_lora else [f"; what stays on the device: {reason}" for reason in staying(options, world)]
+    return f"give {', '.join(ways)}, or free memory{''.join(stays)}"
 
 
 def buckets_of(tensors: Tensors) -> list[Bucket]:

@@ -309,11 +309,11 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     on_device = 2 * sizes.state_bytes * state_on_device(kinds, state, sizes) / machine.memory
     # what belongs to weights that are trained on the host passes while the next forward pass begins, all else before it
     before = others(kinds, sizes) * sizes.moving_bytes / copies if state == HOST else 0.0
-    behind = (moved - before) / BOTH_WAYS
+    before, behind = before / BOTH_WAYS, (moved - before) / BOTH_WAYS
     hidden = max(forward, weights, kept) + behind - max(forward, weights + behind, kept + behind)
     if sizes.average_bytes and moved:
         hidden = 0.0  # the average on the host waits for all
-    return sizes.passes * total + before / BOTH_WAYS + behind - hidden + on_device
+    return sizes.passes * total + before + behind - hidden + on_device
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------

@@ -414,13 +414,13 @@ class Conveyor:
 
     def _pass(self, loads: Sequence[Load], slots: list[Tensor], start: Any) -> Iterator[Any]:
         free = [start] * len(slots)
-        arrived = self._fetch(slots[0], loads[0], start)
+        coming = self._fetch(slots[0], loads[0], start)
         for number, load in enumerate(loads):
             here, ahead = number % len(slots), (number + 1) % len(slots)
-            tensors = placed(load.parts, slots[here])
+            tensors, arrived = coming
             self.work.does(partial(load.work, tensors), arrived)
             if number + 1 < len(loads):
-                arrived = self._fetch(slots[ahead], loads[number + 1], free[ahead])
+                coming = self._fetch(slots[ahead], loads[number + 1], free[ahead])
             with self.out.after(self.work.mark()):
                 for part, tensor in zip(load.parts, tensors, strict=True):
                     if part.leaves:
@@ -428,13 +428,14 @@ class Conveyor:
             free[here] = self.out.mark()
             yield free[here]
 
-    def _fetch(self, slot: Tensor, load: Load, free: Any) -> Any:
-        """Starts the copies of a load, and returns the event that they have arrived."""
+    def _fetch(self, slot: Tensor, load: Load, free: Any) -> tuple[list[Tensor], Any]:
+        """Starts the copies of a load; returns its tensors, and the event after which they are there."""
+        tensors = placed(load.parts, slot)
         with self.into.after(free):
-            for part, tensor in zip(load.parts, placed(load.parts, slot), strict=True):
+            for part, tensor in zip(load.parts, tensors, strict=True):
                 if part.comes:
                     tensor.copy_(part.home, non_blocking=True)
-        return self.into.mark()
+        return tensors, self.into.mark()
 
 
 def placed(parts: Sequence[Part], slot: Tensor) -> list[Tensor]:
