@@ -114,7 +114,7 @@ def read_geometry(model: ModelFlags) -> Geometry:
     """The geometry of a pipeline folder or hub id.
 
     Raises:
-        UsageError: there is no such model, or it is no CogVideoX.
+        UsageError: there is no such model, it is no CogVideoX, or its transformer has dropout of its own.
     """
     transformer = read_config(model, "transformer", "config.json")
     vae = read_config(model, "vae", "config.json")
@@ -122,6 +122,9 @@ def read_geometry(model: ModelFlags) -> Geometry:
     name = transformer.get("_class_name")
     if name != "CogVideoXTransformer3DModel":
         raise UsageError(f"{flag_text(model)}: its transformer is a {name}; give a CogVideoX pipeline")
+    if transformer.get("dropout"):
+        rule = f"has a dropout of {transformer['dropout']:g}, whose masks a resumed run could not draw again"
+        raise UsageError(f'{flag_text(model)}: its transformer {rule}; set "dropout" to 0 in transformer/config.json')
     return geometry_of(transformer, vae, scheduler)
 
 

@@ -87,6 +87,7 @@ class Trainer:
     ) -> None:
         self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
+        method.transformer.train()  # as loaded it is in evaluation mode, in which there is no dropout
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype, on_host, away)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)

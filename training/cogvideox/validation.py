@@ -62,14 +62,15 @@ def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Seq
 
 @contextmanager
 def evaluation(module: Any) -> Iterator[None]:
-    """No gradients and evaluation mode, put back afterwards."""
-    training = module.training
+    """No gradients and evaluation mode; afterwards every module is in the mode of its own that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        module.train(training)
+        for part, training in modes:
+            part.training = training
 
 
 def frames_of(video_BFCHW: Tensor) -> Tensor:
