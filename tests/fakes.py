@@ -45,10 +45,7 @@ def options_of(output: Path, *more: object) -> Any:
 class FakeEngine:
     """Holds one tensor."""
 
-    name = "fake"
-
-    def __init__(self, safe_to_load: bool = True) -> None:
-        self.safe_to_load = safe_to_load
+    def __init__(self) -> None:
         self.weight = torch.arange(8.0)
 
     def save(self, folder: Path) -> None:

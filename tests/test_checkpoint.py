@@ -14,7 +14,7 @@ from fakes import FakeEngine, FakeMethod, edit_json, flip_byte, options_of, run_
 from running import PROMPT, equal, lora_flags, losses, metrics, train, weights
 
 from cogvideox import checkpoint
-from cogvideox.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoints, fault, replaced_by, resume
+from cogvideox.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoints, fault, find_start, replaced_by
 from cogvideox.errors import UsageError
 
 
@@ -26,8 +26,10 @@ def names(output: Path) -> list[str]:
 def taken_up(output: Path, *flags: object) -> tuple[int, float]:
     """(step that is resumed, the step that its tensor holds)."""
     engine: Any = FakeEngine()
-    step = resume(run_alone(output), engine, FakeMethod(), {"seed": 1}, options_of(output, *flags))
-    return step, engine.weight[0].item()
+    run = run_alone(output)
+    start = find_start(run, {"seed": 1}, options_of(output, "--max_train_steps", 1000, *flags))
+    start.load(run, engine, FakeMethod())
+    return start.step, engine.weight[0].item()
 
 
 def truncate(folder: Path) -> str:
@@ -195,10 +197,10 @@ def test_differences_are_listed_name_by_name(tmp_path: Path) -> None:
     run, engine, options = run_alone(tmp_path), FakeEngine(), options_of(tmp_path)
     then = {"seed": 1, "rank": 4, "targets": ("a", "b"), "gone": 3, "schedule": {"snr": 1.0}}
     saver_of(run, engine, then).save(2)
-    assert resume(run, engine, FakeMethod(), then, options) == 2  # type: ignore[arg-type]
+    assert find_start(run, then, options).step == 2
     now = {"seed": 2, "rank": 4, "targets": ("a", "b"), "schedule": {"snr": 3.0}, "new": True}
     with pytest.raises(UsageError) as error:
-        resume(run, engine, FakeMethod(), now, options)  # type: ignore[arg-type]
+        find_start(run, now, options)
     rule, *differences = error.value.problems
     assert "checkpoint-2: was made with other settings" in rule
     assert sorted(differences) == [
@@ -216,10 +218,9 @@ def test_files_that_can_run_code_are_loaded_from_the_own_folder_only(tmp_path: P
     (own / "checkpoint-3").symlink_to(other / "checkpoint-2")
 
     def load(wanted: str, safe: bool) -> int:
-        engine: Any = FakeEngine(safe)
-        return resume(
-            run_alone(own), engine, FakeMethod(), {"seed": 1}, options_of(own, "--resume_from_checkpoint", wanted)
-        )
+        run = run_alone(own)
+        run.accelerator.state.deepspeed_plugin = None if safe else object()
+        return find_start(run, {"seed": 1}, options_of(own, "--resume_from_checkpoint", wanted)).step
 
     assert load("checkpoint-2", safe=False) == 2
     assert load(str(other / "checkpoint-2"), safe=True) == 2

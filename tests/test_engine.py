@@ -15,7 +15,7 @@ from running import equal, lora_flags, train
 from safetensors.torch import load_file
 
 from cogvideox import loop
-from cogvideox.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, make_engine
+from cogvideox.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, engine_name, make_engine
 from cogvideox.errors import UsageError
 from cogvideox.optim import MasterWeights
 from cogvideox.optimizers import make_optimizer
@@ -106,11 +106,10 @@ def test_the_engine_is_what_accelerate_s_configuration_asks_for() -> None:
         return make_engine(accelerator, model, method, options, torch.float16)
 
     local = made(None)
-    assert (local.name, local.safe_to_load, local.writes, made(None, main=False).writes) == ("local", True, True, False)
+    assert (local.writes, made(None, main=False).writes) == (True, False)
     assert local.masters.dynamic_scale
     with pytest.raises(UsageError, match="zero_stage 3"):
         made(plugin)
-    assert not DeepSpeedEngine.safe_to_load
 
 
 def made_with(*flags: object, deepspeed: Any = None, model: torch.nn.Module | None = None, host: bool = True) -> Any:
@@ -202,7 +201,7 @@ def test_deepspeed_gets_the_flags() -> None:
     )
     options = options_of(Path("x"), "--gradient_accumulation_steps", 3, "--max_grad_norm", 0.5, "--train_batch_size", 2)
     engine = DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options)
-    assert engine.name == "DeepSpeed x 2"
+    assert engine_name(accelerator) == "DeepSpeed x 2"
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == 3
     assert plugin.deepspeed_config["gradient_clipping"] == 0.5
     assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 2

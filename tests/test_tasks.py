@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,14 @@ def test_the_image_is_on_the_first_latent_frame() -> None:
     assert not condition[:, 1:].any()
 
 
-def task(tiny: Tiny, kind: str, *flags: object, dtype: torch.dtype = torch.float32) -> ImageToVideo:
+def image_options(tiny: Tiny, kind: str, *flags: object) -> ImageLoraOptions:
     argv = lora_flags(tiny(kind), Path("data"), Path("out"), *flags)
-    options = derive(*args.read_flags(ImageLoraOptions, argv, None))
+    options: ImageLoraOptions = derive(*args.read_flags(ImageLoraOptions, argv, None))
+    return options
+
+
+def task(tiny: Tiny, kind: str, *flags: object, dtype: torch.dtype = torch.float32) -> ImageToVideo:
+    options = image_options(tiny, kind, *flags)
     return ImageToVideo(options, read_geometry(options.model), CPU, dtype)
 
 
@@ -81,8 +85,9 @@ def test_the_transformer_gets_x_t_and_image_in_the_compute_type(
 
 
 def test_what_decides_the_result_is_in_the_recipe(tiny: Tiny) -> None:
+    geometry = read_geometry(ModelFlags(str(tiny("5b-i2v"))))
     recipes = [
-        task(tiny, "5b-i2v", *flags).recipe()
+        ImageToVideo.recipe(image_options(tiny, "5b-i2v", *flags), geometry)
         for flags in (
             (),
             ("--image_latent_scale", "none"),
@@ -94,4 +99,4 @@ def test_what_decides_the_result_is_in_the_recipe(tiny: Tiny) -> None:
     ]
     assert recipes[0] == recipes[4] == recipes[5]
     assert all(recipes[i] != recipes[j] for i in range(4) for j in range(i))
-    assert TextToVideo.recipe(replace) == {}  # type: ignore[arg-type]
+    assert TextToVideo.recipe(None, None) == {}  # type: ignore[arg-type]

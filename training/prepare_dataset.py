@@ -29,6 +29,7 @@ def main(options: PrepareOptions) -> int:
 
     ranks, prepare = Ranks(start_processes()), options.prepare
     geometry, folder = read_geometry(options.model), Path(prepare.output_dir)
+    ranks.check_shared(folder, "--output_dir")
     with_images = geometry.image_to_video if prepare.save_image_latents is None else prepare.save_image_latents
     image_variants = options.first_frames.num_image_noise_variants if with_images else 0
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, ranks, image_variants)

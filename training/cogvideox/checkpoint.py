@@ -8,17 +8,23 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
+from cogvideox.data.cache import CacheIndex
 from cogvideox.engine import Engine
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
-from cogvideox.options import TrainOptions
+from cogvideox.flags import CHANGEABLE
+from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.run import Run
 
 PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
+SAMPLES_NAME = "samples.json"
+DATA = "data"  # the entry of a recipe that names the samples
+NAMES_SHOWN = 5
 
 
 def file_hash(path: Path) -> str:
@@ -152,11 +158,29 @@ def aside(folder: Path) -> Path:
     return other
 
 
-def resume(run: Run, engine: Engine, method: Any, recipe: dict[str, Any], options: TrainOptions) -> int:
-    """Takes up the newest whole checkpoint, or the one asked for; returns its step, 0 where there is none.
+@dataclass(frozen=True)
+class StartPoint:
+    """Where training starts: a whole checkpoint, with the optimizer step and the recipe that it was saved with."""
+
+    folder: Path | None = None  # None: the run is new
+    step: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def load(self, run: Run, engine: Engine, method: Any) -> None:
+        """Loads the checkpoint, if there is one, into the engine and the method."""
+        if self.folder is not None:
+            engine.load(self.folder)
+            method.resume(self.folder)
+            run.say(f"resuming from {self.folder} after step {self.step}")
+
+
+def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> StartPoint:
+    """Finds the newest whole checkpoint, or the one that was asked for, and compares its recipe with this run's.
+
+    Needs no model: ``recipe`` has everything but the data, which ``check_data`` compares once they are known.
 
     Raises:
-        UsageError: the checkpoint asked for is not there or not whole, or was made with another recipe.
+        UsageError: the checkpoint asked for does not exist or is damaged, or it was made with other settings.
     """
     if run.is_main:
         for leftover in run.output_dir.glob(f".{PREFIX}*.tmp"):
@@ -164,16 +188,16 @@ def resume(run: Run, engine: Engine, method: Any, recipe: dict[str, Any], option
     run.barrier()
     folder = find_checkpoint(run, options.train.resume_from_checkpoint)
     if folder is None:
-        return 0
+        return StartPoint()
     progress = json.loads((folder / PROGRESS_NAME).read_text())
-    check_recipe(folder, progress["recipe"], recipe)
-    if not engine.safe_to_load and folder.resolve().parent != run.output_dir.resolve():
+    start = StartPoint(folder, progress["step"], progress["recipe"])
+    check_recipe(start, recipe, options)
+    under_deepspeed = run.accelerator.state.deepspeed_plugin is not None
+    if under_deepspeed and folder.resolve().parent != run.output_dir.resolve():
         rule = "DeepSpeed's files can run code, so only those of this --output_dir are loaded"
         raise UsageError(f"--resume_from_checkpoint {folder}: {rule}")
-    engine.load(folder)
-    method.resume(folder)
-    run.say(f"resuming from {folder} after step {progress['step']}")
-    return progress["step"]
+    check_length(start, options.train.max_train_steps, run.output_dir)
+    return start
 
 
 def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
@@ -194,11 +218,82 @@ def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
     return None
 
 
-def check_recipe(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UsageError where the run that wrote the checkpoint was another one."""
+# -- what a resumed run must have in common with the one that was interrupted ------------------------------------------
+
+
+def check_length(start: StartPoint, total_steps: int | None, output_dir: Path) -> None:
+    """Raises UsageError where a run is further than its last step, if that is known."""
+    if total_steps is not None and start.step > total_steps:
+        raise UsageError(
+            f"--max_train_steps {total_steps}: {output_dir} is at step {start.step} already; "
+            "give more, or --resume_from_checkpoint with an earlier one"
+        )
+
+
+def check_recipe(start: StartPoint, now: dict[str, Any], options: TrainOptions) -> None:
+    """Raises UsageError where the run that wrote the checkpoint had other settings than --allow_changed permits."""
     now = json.loads(json.dumps(now))  # as it would have been written: tuples are lists
-    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    free = {DATA, *options.train.allow_changed}
+    changed = [name for name in {**start.recipe, **now} if start.recipe.get(name) != now.get(name) and name not in free]
     if changed:
-        differences = [f"  {name}: {then.get(name)} there, {now.get(name)} now" for name in changed]
-        rule = f"{folder}: was made with other settings; give them again, or start anew with another --output_dir"
+        differences = [f"  {name}: {start.recipe.get(name)} there, {now.get(name)} now" for name in changed]
+        rule = f"{start.folder}: was made with other settings; give them again, or {ways_on(start, changed, options)}"
         raise UsageError([rule, *differences])
+
+
+def check_data(start: StartPoint, index: CacheIndex, options: TrainOptions) -> None:
+    """Raises UsageError where a checkpoint was trained on other samples, unless --allow_changed permits it."""
+    same = start.folder is None or start.recipe.get(DATA) == index.fingerprint
+    if same or DATA in options.train.allow_changed:
+        return
+    assert start.folder is not None
+    difference = data_difference(start, index)
+    way = ways_on(start, [DATA], options)
+    raise UsageError(f"{start.folder}: was trained on other data: {difference}; give the same data, or {way}")
+
+
+def data_difference(start: StartPoint, index: CacheIndex) -> str:
+    """How the samples of an index differ from those that a checkpoint was trained on, as far as its run wrote it."""
+    assert start.folder is not None
+    try:
+        written = json.loads((start.folder.parent / SAMPLES_NAME).read_text(encoding="utf-8"))
+        then: dict[str, str] = dict(written["samples"])
+        known = written["fingerprint"] == start.recipe.get(DATA)
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        return "clips or captions differ"
+    now = index.digests
+    groups = {
+        "added": [name for name in now if name not in then],
+        "removed": [name for name in then if name not in now],
+        "changed": [name for name in now if name in then and now[name] != then[name]],
+    }
+    parts = [f"{count(len(names), 'clip')} {what} ({listed(names)})" for what, names in groups.items() if names]
+    return ", ".join(parts) or "the clips come in another order, or another text encoder embedded them"
+
+
+def ways_on(start: StartPoint, changed: list[str], options: TrainOptions) -> str:
+    """What else than the settings of a checkpoint can be given: flags that allow the change, or a new run."""
+    allowed = "add --allow_changed " + " ".join(changed) + ", or " if set(changed) <= set(CHANGEABLE) else ""
+    if isinstance(options, LoraOptions):
+        weights = f"--lora_path {quote(str(start.folder))} continues with its weights"
+    else:
+        weights = "--pretrained_model_name_or_path with the folder of --save_pipeline continues with its weights"
+    return f"{allowed}start a new run with another --output_dir ({weights})"
+
+
+def count(number: int, what: str) -> str:
+    """A number of things in words."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def listed(names: list[str]) -> str:
+    """The first names of many."""
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+
+
+def write_samples(output_dir: Path, index: CacheIndex) -> None:
+    """samples.json: which samples a run is trained on, to say later what has changed."""
+    content = {"fingerprint": index.fingerprint, "samples": index.digests}
+    write_atomically(output_dir / SAMPLES_NAME, json.dumps(content, ensure_ascii=False, indent=0).encode())

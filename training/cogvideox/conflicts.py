@@ -304,5 +304,5 @@ def check_trackers(options: TrainOptions) -> Iterator[str]:
         if importlib.util.find_spec(name) is None:
             yield f"--report_to {name}: {name} is not installed; pip install {name}, or leave the flag out"
     login = os.environ.get("WANDB_API_KEY") or any(Path.home().joinpath(name).exists() for name in (".netrc", "_netrc"))
-    if "wandb" in wanted and not login and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+    if "wandb" in wanted and not login and os.environ.get("WANDB_MODE") not in ("offline", "dryrun", "disabled"):
         yield "--report_to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline"

@@ -30,8 +30,6 @@ DEEPSPEED_TAG = "deepspeed"
 class Engine(Protocol):
     """See the top of the file."""
 
-    name: str  # part of the recipe: an engine reads only its own checkpoints
-    safe_to_load: bool  # whether its files are data only
     model: Any
 
     def backward(self, loss: Tensor) -> None: ...
@@ -47,9 +45,6 @@ class Engine(Protocol):
 
 class LocalEngine:
     """The whole trainable state on every rank; gradients are averaged over the ranks in fp32."""
-
-    name = "local"
-    safe_to_load = True
 
     def __init__(
         self, model: Any, masters: MasterWeights | OffloadedWeights, writes: bool, ema: Ema | None = None
@@ -97,10 +92,7 @@ class LocalEngine:
 class DeepSpeedEngine:
     """ZeRO through accelerate's plugin; masters, clipping and accumulation are DeepSpeed's."""
 
-    safe_to_load = False
-
     def __init__(self, accelerator: Any, transformer: Any, parameters: list[Any], options: TrainOptions) -> None:
-        self.name = f"DeepSpeed x {accelerator.num_processes}"  # each holds its share of the state
         train = options.train
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
@@ -151,6 +143,12 @@ class DeepSpeedEngine:
         loaded, _ = self.model.load_checkpoint(str(folder), tag=DEEPSPEED_TAG, load_module_strict=False)
         if loaded is None:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to resume from")
+
+
+def engine_name(accelerator: Any) -> str:
+    """Part of the recipe: an engine reads only its own checkpoints, and DeepSpeed only those of as many processes."""
+    deepspeed = accelerator.state.deepspeed_plugin is not None
+    return f"DeepSpeed x {accelerator.num_processes}" if deepspeed else "local"
 
 
 def make_engine(

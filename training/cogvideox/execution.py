@@ -18,7 +18,7 @@ from cogvideox import plan
 from cogvideox.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.blocks import UNITS, kept_at
 from cogvideox.data.buckets import Bucket
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, first_line
 from cogvideox.geometry import Geometry
 from cogvideox.graphs import allowing_graphs
 from cogvideox.host_memory import free_host_bytes
@@ -75,9 +75,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     drops = isinstance(options, LoraOptions) and options.lora.lora_dropout > 0
     compiled = compiles(run, options.plan.compile_blocks, drops)
     try:
-        run.barrier()  # ranks of one host share its memory and its copies
-        own = measure(run.device, run.dtype, backend, sizes, options.plan.vram_budget)
-        machine = agreed(run.ranks.gather([own]))
+        machine = measure_all(run, backend, sizes, options.plan.vram_budget)
         chosen = plan.choose(axes_of(options, run.world), sizes, machine, compiled, backend)
     except (NoPlanError, torch.OutOfMemoryError) as error:
         fix = _smaller(options, sizes, run.world)
@@ -230,6 +228,25 @@ def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes
         fits = min(fits, allowed_bytes(budget))
     machine = Machine(int(fits * plan.FRAGMENTS), host)
     return with_rates(machine, device, dtype, backend, sizes) if device.type == "cuda" else machine
+
+
+def measure_all(run: Run, backend: str, sizes: Sizes, budget: float | None) -> Machine:
+    """What all processes have; each measures its own device.
+
+    Raises:
+        torch.OutOfMemoryError: on all of them, where one device has no room even for the probes.
+    """
+    run.barrier()  # processes of one host share its memory and its copies
+    own: Machine | str
+    try:
+        own = measure(run.device, run.dtype, backend, sizes, budget)
+    except torch.OutOfMemoryError as error:  # told to the others, who would wait for this one
+        own = first_line(error)
+    found = run.ranks.gather([own])
+    for number, one in enumerate(found):
+        if isinstance(one, str):
+            raise torch.OutOfMemoryError(f"process {number}: {one}")
+    return agreed(found)
 
 
 def ranks_here() -> int:

@@ -20,6 +20,12 @@ WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")
 WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
 PLACES = ("auto", "device", "host")
 HIDDEN = "(not shown)"  # instead of a secret
+# Entries of a run's recipe that its state does not depend on, so that a checkpoint can be resumed with other values.
+CHANGEABLE = (
+    *("learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "weight_decay"),
+    *("max_grad_norm", "caption_dropout", "noised_image_dropout", "lora_dropout", "loss_weighting", "snr_gamma"),
+    *("p2_gamma", "p2_k", "min_timestep", "max_timestep", "timestep_sampling", "ema_decay", "samples_per_step", "data"),
+)
 
 
 def flag(
@@ -298,6 +304,11 @@ class TrainFlags:
         None, "checkpoint folder or its name in output_dir, at every start; unset: the newest, where there is one"
     )
     no_resume: bool = flag(False, "start anew; output_dir must be empty")
+    allow_changed: tuple[str, ...] = flag(
+        (),
+        "settings that may differ from those of the resumed checkpoint; the step and the schedule's phase stay",
+        choices=CHANGEABLE,
+    )
     allow_tf32: bool = flag(False, "TF32 for fp32 matrix products on a GPU")
     nccl_timeout: int = flag(600, "seconds that a device waits for the others", least=1)
     report_to: str | None = flag(None, "tracker beside metrics.jsonl", choices=("none", "wandb", "tensorboard", "all"))

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,17 @@ from tqdm import tqdm
 from cogvideox import diffusion, models
 from cogvideox.before_after import BeforeAfter
 from cogvideox.best import Best
-from cogvideox.checkpoint import Saver, resume
+from cogvideox.checkpoint import DATA, Saver, StartPoint, check_data, check_length, find_start, write_samples
 from cogvideox.curves import CURVES_NAME, draw_curves
+from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, build_loader, timesteps_of
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.diffusion import NoiseSchedule
-from cogvideox.engine import make_engine
+from cogvideox.engine import engine_name, make_engine
 from cogvideox.errors import UsageError, first_line, first_of
 from cogvideox.execution import Plan, keep_to_budget, make_plan, measured, place
+from cogvideox.geometry import Geometry, read_geometry
 from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
 from cogvideox.images import take_images
@@ -32,7 +34,16 @@ from cogvideox.parity import check_parity
 from cogvideox.pipeline_folder import fetch_parts
 from cogvideox.plan import HOST, ExecutionPlan
 from cogvideox.publish import publish
-from cogvideox.run import METRICS_NAME, REQUEUE_EXIT, Metrics, Run, signals_ask_to_stop, start_run, write_config
+from cogvideox.run import (
+    METRICS_NAME,
+    REQUEUE_EXIT,
+    Metrics,
+    Run,
+    signals_ask_to_stop,
+    start_run,
+    start_trackers,
+    write_config,
+)
 from cogvideox.streaming import Away
 from cogvideox.tensors import Tensors, open_tensors
 from cogvideox.validation import Prompts, Validator, embed_prompts
@@ -44,6 +55,66 @@ def losses_of(task: Any, schedule: NoiseSchedule, transformer: Any, batch: Batch
     """The squared error of each sample of a batch on the device, (B,), fp32; training gives it weights."""
     predict = task.predictor(transformer, batch)
     return diffusion.loss(schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The optimizer steps of a run: what each is made of, how many there are, and where this process begins."""
+
+    order: Order  # which samples belong to which step
+    total: int
+    recipe: dict[str, Any]  # all that decides the result
+    start: StartPoint
+
+    @property
+    def first(self) -> int:
+        """The step that has been reached before this process started."""
+        return self.start.step
+
+
+def recipe_of(run: Run, options: TrainOptions, geometry: Geometry, task_type: Any, method_type: Any) -> dict[str, Any]:
+    """All that decides the result but the data, whatever the number of processes. Compared when a run is resumed."""
+    return {
+        "task": task_type.__name__,
+        "method": method_type.__name__,
+        "transformer": models.fingerprint(options.model, "transformer"),
+        "precision": run.precision,
+        "engine": engine_name(run.accelerator),
+        "seed": options.data.seed,
+        "samples_per_step": samples_per_step(run, options),
+        "caption_dropout": options.loader.caption_dropout,
+        "max_grad_norm": options.train.max_grad_norm,
+        **asdict(geometry),
+        **asdict(options.signal),
+        **asdict(options.optimizer),
+        **task_type.recipe(options, geometry),
+        **method_type.recipe(options),
+    }
+
+
+def samples_per_step(run: Run, options: TrainOptions) -> int:
+    """Samples that one optimizer step averages over, on all processes and micro-batches."""
+    return options.train.train_batch_size * options.train.gradient_accumulation_steps * run.world
+
+
+def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[str, Any], start: StartPoint) -> Steps:
+    """The steps of a run on its data.
+
+    Raises:
+        UsageError: the checkpoint was trained on other data or is further than the last step, or the processes do not
+            see the same data.
+    """
+    index, train = tensors.index, options.train
+    held_out = {"the held-out clips": hash_of([sample.clip for sample in index.validation])}
+    fix = "give all processes one --data_root (and --tensor_cache) that they share, or equal copies"
+    run.ranks.check_agreement({"the training data": index.fingerprint} | held_out, fix)
+    check_data(start, index, options)
+    stratified = options.signal.timestep_sampling == "stratified"
+    ids, buckets = [s.id for s in index.samples], [s.bucket for s in index.samples]
+    order = Order(ids, buckets, samples_per_step(run, options), options.data.seed, stratified)
+    total = train.max_train_steps or order.steps_through(train.num_train_epochs - 1)
+    check_length(start, total, run.output_dir)
+    return Steps(order, total, recipe | {DATA: index.fingerprint}, start)
 
 
 class BadClips:
@@ -84,6 +155,7 @@ class Trainer:
         method: Any,
         plan: Plan,
         away: Away | None,
+        steps: Steps,
     ) -> None:
         self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
@@ -105,50 +177,20 @@ class Trainer:
             image_dropout=images.noised_image_dropout if images is not None else 0.0,
         )
         self.bad_clips = BadClips(bad_fraction, len(tensors.index.samples))
-        self.global_batch = train.train_batch_size * train.gradient_accumulation_steps * run.world
-        samples = tensors.index.samples
-        stratified = options.signal.timestep_sampling == "stratified"
-        self.order = Order([s.id for s in samples], [s.bucket for s in samples], self.global_batch, seed, stratified)
-        self.total_steps = train.max_train_steps or self.order.steps_through(train.num_train_epochs - 1)
-        self.recipe = self._recipe(tensors)
-        self.first_step = resume(run, self.engine, method, self.recipe, options)
-        if self.first_step > self.total_steps:
-            raise UsageError(
-                f"--max_train_steps {self.total_steps}: {run.output_dir} is at step {self.first_step} already; "
-                "give more, or --resume_from_checkpoint with an earlier one"
-            )
+        self.steps = steps
+        steps.start.load(run, self.engine, method)
         if run.is_main:
             write_config(run, options)
+            write_samples(run.output_dir, tensors.index)
         self.saver = Saver(
-            run, self.engine, method, self.recipe, train.checkpointing_steps, train.checkpoints_total_limit
+            run, self.engine, method, steps.recipe, train.checkpointing_steps, train.checkpoints_total_limit
         )
         self.best = Best(self.saver, train.keep_best)
-        self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, self.order)
+        self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, steps.order)
         self.before_after = BeforeAfter(run, tensors, self.validator)
         self.held_out = HeldOut(
             run, tensors, seed, method.transformer, partial(losses_of, task, self.schedule, method.transformer)
         )
-
-    def _recipe(self, tensors: Tensors) -> dict[str, Any]:
-        """All that decides the result, whatever the number of ranks and of steps. Compared when a run is resumed."""
-        options = self.options
-        return {
-            "task": type(self.task).__name__,
-            "method": type(self.method).__name__,
-            "transformer": models.fingerprint(options.model, "transformer"),
-            "data": tensors.index.fingerprint,
-            "precision": self.run.precision,
-            "engine": self.engine.name,
-            "seed": options.data.seed,
-            "samples_per_step": self.global_batch,
-            "caption_dropout": options.loader.caption_dropout,
-            "max_grad_norm": options.train.max_grad_norm,
-            **asdict(tensors.geometry),
-            **asdict(options.signal),
-            **asdict(options.optimizer),
-            **self.task.recipe(),
-            **self.method.recipe(),
-        }
 
     def train(self) -> int:
         """Trains up to the last step, or until a signal asks for the end; returns the step reached, which is saved.
@@ -156,12 +198,12 @@ class Trainer:
         An optimizer step is made of --gradient_accumulation_steps batches of every rank, all of one bucket. Its loss
         is the mean over all of their samples, weighted by timestep; metrics.jsonl has that as "loss".
         """
-        metrics = Metrics(self.run, self.options, self.first_step, self.total_steps)
-        self.best.update(self.first_step)
-        self.validator.set_aside(self.first_step, self.total_steps, self.recipe)
-        if self._looks_due(self.first_step):
+        metrics = Metrics(self.run, self.options, self.steps.first, self.steps.total)
+        self.best.update(self.steps.first)
+        self.validator.set_aside(self.steps.first, self.steps.total, self.steps.recipe)
+        if self._looks_due(self.steps.first):
             with metrics.paused():
-                self._look(self.first_step)  # only what is not there: a kill may have come in between
+                self._look(self.steps.first)  # only what is not there: a kill may have come in between
             metrics.forget_peaks()
         with signals_ask_to_stop(self.run), closing(self._batches()) as batches:
             step = self._train(metrics, batches)
@@ -170,9 +212,9 @@ class Trainer:
 
     def _train(self, metrics: Metrics, batches: Iterator[Batch]) -> int:
         accumulation = self.options.train.gradient_accumulation_steps
-        step = saved = self.first_step
-        while step < self.total_steps and not metrics.stop_agreed:
-            rate = learning_rate(self.options.optimizer, step, self.total_steps, self.global_batch)
+        step = saved = self.steps.first
+        while step < self.steps.total and not metrics.stop_agreed:
+            rate = learning_rate(self.options.optimizer, step, self.steps.total, self.steps.order.global_batch)
             for micro in range(accumulation):
                 with metrics.loading():
                     batch = next(batches)
@@ -185,13 +227,13 @@ class Trainer:
             result = self.engine.step(rate, stop=self.run.stop_requested)
             step += 1
             metrics.push(step, rate, result)
-            if step == self.first_step + STEADY_STEPS:
+            if step == self.steps.first + STEADY_STEPS:
                 self.run.say(measured(metrics.seconds))
             if self.saver.due(step):
                 with metrics.paused():
                     self.saver.save(step)
                 saved = step
-            if self._looks_due(step) and step < self.total_steps:
+            if self._looks_due(step) and step < self.steps.total:
                 with metrics.paused():
                     if not metrics.stop_agreed:
                         self._look(step)
@@ -202,7 +244,7 @@ class Trainer:
 
     def _looks_due(self, step: int) -> bool:
         """Whether the weights are to be looked at after a step: always before the first and after the last."""
-        return step in (0, self.total_steps) or self.validator.due(step) or self._held_out_due(step)
+        return step in (0, self.steps.total) or self.validator.due(step) or self._held_out_due(step)
 
     def _held_out_due(self, step: int) -> bool:
         """As often as the flags say for validation, else with each checkpoint, as --keep_best always needs it."""
@@ -213,7 +255,7 @@ class Trainer:
 
     def _look(self, step: int) -> None:
         """The held-out loss and the videos that belong after a step and are not there yet, and pictures of them."""
-        ends = step in (0, self.total_steps)
+        ends = step in (0, self.steps.total)
         with self.engine.averaged():
             if ends or self._held_out_due(step):
                 self.held_out.measure(step)
@@ -245,19 +287,19 @@ class Trainer:
 
     def _loader(self) -> Any:
         run, train, loader = self.run, self.options.train, self.options.loader
+        order = self.steps.order
         sampler = BucketBatchSampler(
-            self.order,
+            order,
             train.train_batch_size,
             train.gradient_accumulation_steps,
             run.ranks.process_index,
             run.world,
-            self.first_step,
-            self.total_steps,
+            self.steps.first,
+            self.steps.total,
         )
         run.say(
-            f"{len(self.order.sample_ids)} clips in {len(self.order.members)} buckets, {self.global_batch} samples an "
-            f"optimizer step: {self.order.steps_through(0)} steps in epoch 1, {self.total_steps} in all"
-            + self._filled()
+            f"{len(order.sample_ids)} clips in {len(order.members)} buckets, {order.global_batch} samples an "
+            f"optimizer step: {order.steps_through(0)} steps in epoch 1, {self.steps.total} in all" + self._filled()
         )
         pin = loader.pin_memory and torch.cuda.is_available()
         return build_loader(self.dataset, sampler, self.options.data.dataloader_num_workers, pin)
@@ -266,20 +308,20 @@ class Trainer:
         """How many samples come early to fill the last batches of --num_train_epochs, if any."""
         if self.options.train.max_train_steps:
             return ""
-        filled = self.order.filled(self.options.train.num_train_epochs)
+        filled = self.steps.order.filled(self.options.train.num_train_epochs)
         return f"; {filled} samples come early to fill last batches" if filled else ""
 
     def finish(self, step: int) -> int:
         """The last validation and the result; returns the script's exit status."""
-        if step < self.total_steps:
-            self.run.say(f"stopped and saved after step {step} of {self.total_steps}; the same command goes on")
+        if step < self.steps.total:
+            self.run.say(f"stopped and saved after step {step} of {self.steps.total}; the same command goes on")
             return REQUEUE_EXIT
         self._look(step)
         run, options = self.run, self.options
         if options.train.export_best:
             step = self._take_best(step)
         with self.engine.averaged():
-            files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.recipe, step)
+            files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.steps.recipe, step)
         run.accelerator.end_training()
         if run.repository:  # on the main process, for which nobody waits any more
             upload(run.repository, options.hub, run.output_dir, files, run.say)
@@ -304,19 +346,28 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     """
     run = start_run(options)
     keep_to_budget(run, options)
+    geometry = read_geometry(options.model)
+    recipe = recipe_of(run, options, geometry, task_type, method_type)
+    start = find_start(run, recipe, options)
+    run.ranks.check_agreement(
+        {"the first step": start.step} | recipe, "give all processes the same command and folders"
+    )
+    start_trackers(run, options)
     images = take_images(run, options)
     tensors = open_tensors(run, options)
+    steps = plan_steps(run, options, tensors, recipe, start)
     fetch_parts(run, options)
     prompts = embed_prompts(run, options, tensors, images)
     transformer = models.load_transformer(options.model, run.dtype, ignores_positions(options))
     method = method_type(transformer, options)
     plan = make_plan(run, options, tensors, transformer)
+    run.ranks.check_agreement({"the plan": str(plan)}, "give all of them GPUs of one kind, or --plan and its axes")
     run.say(f"plan: {plan}")
     with memory_errors_told():
         away = place(transformer, plan, run.device)
         task = task_type(options, tensors.geometry, run.device, run.dtype)
         check_parity(run, options, tensors, task, transformer)
-        trainer = Trainer(run, options, tensors, prompts, task, method, plan, away)
+        trainer = Trainer(run, options, tensors, prompts, task, method, plan, away, steps)
         return trainer.finish(trainer.train())
 
 

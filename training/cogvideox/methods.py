@@ -1,9 +1,10 @@
 """What is trained: which parameters are added or freed, and how the result is written and read back.
 
 A method is made of (transformer, options). It has ``transformer``, ``result`` (the name of what ``save`` writes),
-``parameters()``, ``recipe()``, ``draw_for(step, first)`` before each forward pass of training, ``save``, ``reload``,
-``resume(folder)`` after the engine has taken up a checkpoint, ``off(folder)`` and ``inference(dtype)``: an argument of
-from_pretrained that brings in what was trained, and the lines after it, for inference.py.
+``parameters()``, ``draw_for(step, first)`` before each forward pass of training, ``save``, ``reload``,
+``recipe(options)``, which needs no method, ``resume(folder)`` after the engine has loaded a checkpoint, ``off(folder)``
+and ``inference(dtype)``: an argument of from_pretrained that brings in what was trained, and the lines after it, for
+inference.py.
 """
 
 import hashlib
@@ -37,7 +38,6 @@ class Lora:
     def __init__(self, transformer: Any, options: LoraOptions) -> None:
         self.transformer = transformer
         self.flags = options.lora
-        self.base_precision = options.plan.base_precision
         self.ignores_positions = ignores_positions(options)
         self.pissa = self.flags.init_lora_weights.startswith("pissa")
         self.place = Place()
@@ -112,12 +112,13 @@ class Lora:
         """The trainable parameters by name."""
         return trainable(self.transformer)
 
-    def recipe(self) -> dict[str, Any]:
+    @staticmethod
+    def recipe(options: LoraOptions) -> dict[str, Any]:
         """What decides the result; of a LoRA to start from its content."""
-        path = self.flags.lora_path
+        path, precision = options.lora.lora_path, options.plan.base_precision
         content = None if path is None else hashlib.sha256(lora_file(path).read_bytes()).hexdigest()
-        base = {} if self.base_precision == "auto" else {"base_precision": self.base_precision}
-        return asdict(self.flags) | {"lora_path": content} | base
+        base = {} if precision == "auto" else {"base_precision": precision}
+        return asdict(options.lora) | {"lora_path": content} | base
 
     @contextmanager
     def off(self, _folder: Path) -> Iterator[None]:
@@ -182,7 +183,8 @@ class FullFinetune:
         """The trainable parameters by name."""
         return trainable(self.transformer)
 
-    def recipe(self) -> dict[str, Any]:
+    @staticmethod
+    def recipe(_options: SftOptions) -> dict[str, Any]:
         """What decides the result: no flag of its own."""
         return {}
 

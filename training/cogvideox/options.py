@@ -275,5 +275,7 @@ def under_deepspeed() -> bool:
 
 
 def tracker_names(report_to: str | None) -> list[str]:
-    """The trackers that --report_to asks for."""
-    return {None: [], "none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [str(report_to)])
+    """The trackers that --report_to asks for, without wandb where WANDB_DISABLED says so."""
+    names = {None: [], "none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [str(report_to)])
+    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
+    return [name for name in names if not (name == "wandb" and disabled)]

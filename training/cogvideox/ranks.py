@@ -1,15 +1,19 @@
 """The processes of a run: which one this is, its device, and a barrier that waits as long as it takes."""
 
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, first_of
+from cogvideox.files import temporary_of
 from cogvideox.options import launched_processes
 
+SHARED_SECONDS = 10.0  # network file systems show new files to other machines some seconds late
 PATIENCE = timedelta(days=7)  # the launcher ends the others when one dies, so waiting long costs nothing
 
 
@@ -65,3 +69,43 @@ class Ranks:
         """Returns when every process has come here."""
         if self._patient is not None:
             dist.barrier(self._patient)
+
+    def check_agreement(self, values: dict[str, Any], fix: str) -> None:
+        """Compares what each process has, by name, before it can make them differ or wait for each other for ever.
+
+        Raises:
+            UsageError: on all of them, with each name whose values are not equal, and ``fix``.
+        """
+        everyone = self.gather([values])
+        problems = [
+            f"process {number} has {name} {theirs[name]!r}, process 0 has {everyone[0][name]!r}; {fix}"
+            for number, theirs in enumerate(everyone)
+            for name in values
+            if theirs[name] != everyone[0][name]
+        ]
+        if problems:
+            raise UsageError(first_of(problems))
+
+    def check_shared(self, folder: Path, flag: str) -> None:
+        """Looks whether all processes have the same folder, which the main process can write to.
+
+        Raises:
+            UsageError: on all of them, where one of them does not see what the main process writes there.
+        """
+        if self.num_processes == 1:
+            return
+        written: Path | None = None
+        if self.is_main_process:
+            written = temporary_of(folder / "shared")
+            folder.mkdir(parents=True, exist_ok=True)
+            written.touch()
+        (name,) = (name for name in self.gather([written and written.name]) if name)
+        end = time.monotonic() + SHARED_SECONDS
+        while not (seen := (folder / name).exists()) and time.monotonic() < end:
+            time.sleep(0.1)
+        blind = [str(number) for number, sees in enumerate(self.gather([seen])) if not sees]
+        if written is not None:
+            written.unlink(missing_ok=True)
+        if blind:
+            rule = f"process {', '.join(blind)} has another folder of this name than process 0"
+            raise UsageError(f"{flag} {folder}: {rule}; give one that all machines share")

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from cogvideox.args import config_dict
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, first_line
 from cogvideox.files import remove_stale_temporaries, write_atomically
 from cogvideox.hub import open_repository
 from cogvideox.optim import StepResult
@@ -35,6 +35,7 @@ CONFIG_NAME, METRICS_NAME, LOCK_NAME = "config.json", "metrics.jsonl", ".lock"
 REQUEUE_EXIT = 75  # EX_TEMPFAIL: stopped by a signal, everything saved; run the same command again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECOND_SIGNAL = 1.0  # seconds; sooner, it is the first one again: schedulers signal the launcher and its children
+WANDB_SECONDS = 20.0  # to reach its server; its own default is 90
 MAX_SKIPPED = 32  # optimizer steps in a row; fp16's loss scale needs up to 16 to settle
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")
@@ -122,7 +123,39 @@ def start_run(options: TrainOptions) -> Run:
     if problem:
         accelerator.end_training()
         raise UsageError(problem)
+    run.ranks.check_shared(output_dir, "--output_dir")
     return run
+
+
+def start_trackers(run: Run, options: TrainOptions) -> None:
+    """Starts the trackers of --report_to, before anything is loaded that would have to wait for them.
+
+    Raises:
+        UsageError: one cannot start: no network, a wrong key, a folder that cannot be written.
+    """
+    problem = run.from_main(tracker_problem(run, options) if run.is_main else None)
+    if problem:
+        run.accelerator.end_training()
+        raise UsageError(problem)
+
+
+def tracker_problem(run: Run, options: TrainOptions) -> str | None:
+    """Starts the trackers on the main process; returns what stands in the way."""
+    names = tracker_names(options.train.report_to)
+    if not names:
+        return None
+    config = {name: str(value) for name, value in config_dict(options).items()}
+    wandb: dict[str, Any] = {"dir": str(run.output_dir), "name": run.output_dir.name}
+    if "wandb" in names and "WANDB_INIT_TIMEOUT" not in os.environ:
+        from wandb import Settings
+
+        wandb["settings"] = Settings(init_timeout=WANDB_SECONDS)
+    try:
+        run.accelerator.init_trackers(options.train.tracker_name or "cogvideox", config, {"wandb": wandb})
+    except Exception as error:  # each tracker has errors of its own
+        fix = "set WANDB_MODE=offline and upload later with `wandb sync`, " if "wandb" in names else ""
+        return f"--report_to {' '.join(names)}: cannot start: {first_line(error)}; {fix}or leave the flag out"
+    return None
 
 
 def use_growing_segments() -> None:
@@ -301,10 +334,6 @@ class Metrics:
         self.forget_peaks()
         if run.is_main:
             self._keep_until(first_step)
-        if tracker_names(options.train.report_to):
-            config = {name: str(value) for name, value in config_dict(options).items()}
-            tracker_options = {"wandb": {"dir": str(run.output_dir), "name": run.output_dir.name}}
-            run.accelerator.init_trackers(options.train.tracker_name or "cogvideox", config, tracker_options)
 
     def forget_peaks(self) -> None:
         """Peaks are of training and of what comes beside it, not of what was encoded or looked at before."""

@@ -1,8 +1,8 @@
 """What is generated from what: which inputs the transformer gets, and which pipeline samples from it.
 
 Batch -> predictor(transformer, batch): (x_t, timestep) -> velocity, as the matching diffusers pipeline calls the model.
-A task is made of (options, geometry, device, compute type). It has ``pipeline``, ``predictor``, ``recipe()`` and
-``inference``: what inference.py takes beside a prompt.
+A task is made of (options, geometry, device, compute type). It has ``pipeline``, ``predictor``, ``inference``: what
+inference.py takes beside a prompt, and ``recipe(options, geometry)``, which needs no task.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,8 @@ class TextToVideo:
         self.rotary = RotaryTables(geometry, device)
         self.dtype = dtype
 
-    def recipe(self) -> dict[str, Any]:
+    @staticmethod
+    def recipe(_options: TrainOptions, _geometry: Geometry) -> dict[str, Any]:
         """What decides the result: no flag of its own."""
         return {}
 
@@ -60,12 +61,15 @@ class ImageToVideo:
         self.scale = image_scale(geometry, flags.image_latent_scale)
         self.flags = flags
 
-    def recipe(self) -> dict[str, Any]:
+    @staticmethod
+    def recipe(options: TrainOptions, geometry: Geometry) -> dict[str, Any]:
         """What decides the result."""
+        flags = image_flags(options)
+        assert flags is not None
         return {
-            "image_scale": self.scale,
-            "noised_image_dropout": self.flags.noised_image_dropout,
-            "ignore_learned_positional_embeddings": self.flags.ignore_learned_positional_embeddings,
+            "image_scale": image_scale(geometry, flags.image_latent_scale),
+            "noised_image_dropout": flags.noised_image_dropout,
+            "ignore_learned_positional_embeddings": flags.ignore_learned_positional_embeddings,
         }
 
     def predictor(self, transformer: Any, batch: Batch) -> Predictor:

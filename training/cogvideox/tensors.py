@@ -36,9 +36,11 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
     root = Path(options.data.data_root[0])
     if not options.loader.load_tensors:
         folder = Path(str(options.loader.tensor_cache))
+        run.ranks.check_shared(folder, "--tensor_cache")
         index = prepare_here(run, options, geometry, folder)
     elif is_factory_layout(root):
         folder = Path(options.loader.tensor_cache or root / TENSOR_FOLDER)
+        run.ranks.check_shared(folder, "--tensor_cache")
         index = convert_here(run, options, geometry, encoders, folder)
         check_flags(index, options.data)
     else:

@@ -78,6 +78,12 @@ def frames_of(video_BFCHW: Tensor) -> Tensor:
     return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
 
 
+def without(names: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of videos, the recipe in them without some of its entries."""
+    recipe = settings.get("recipe", {})
+    return {**settings, "recipe": {name: value for name, value in recipe.items() if name not in names}}
+
+
 class Validator:
     """Renders the validation videos of a run. ``render`` is called on all ranks."""
 
@@ -136,7 +142,8 @@ class Validator:
         path = folder / SETTINGS_NAME
         if self.run.is_main and self.prompts.texts:
             then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            same_made = {**then, "total_steps": total_steps} == settings
+            allowed = self.options.train.allow_changed
+            same_made = without(allowed, {**then, "total_steps": total_steps}) == without(allowed, settings)
             last_good = total_steps if then == settings else first_step if same_made else -1
             stale = [video for video in folder.glob("step-*.mp4") if int(video.name[5:11]) > last_good]
             older = folder / f"older-{len(list(folder.glob('older-*')))}"

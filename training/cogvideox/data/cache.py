@@ -222,6 +222,11 @@ class CacheIndex:
         rows = [[s.id, s.video_keys, s.prompt_key, *s.image_keys] for s in self.samples]
         return hash_of([*rows, self.empty_prompt_key])
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """A short hash of the tensors of each sample that is trained on, by the sample's id."""
+        return {s.id: hash_of([s.video_keys, s.prompt_key, *s.image_keys])[:12] for s in self.samples}
+
     def without_images(self) -> "CacheIndex":
         """What text-to-video trains on."""
         samples, validation = (
