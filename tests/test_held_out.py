@@ -109,6 +109,22 @@ def test_each_place_has_a_noise_of_the_first_frame(tiny: Tiny, image_tensors: Pa
         assert batch.image_BCHW[0].equal(sample_posterior(moments[place % 2], noise))
 
 
+def test_a_clip_in_several_variants_is_measured_in_the_first(tiny: Tiny, image_tensors: Path, tmp_path: Path) -> None:
+    """As --num_augmentations prepares them; at all places, and with the noises of its own first frame in turn."""
+    folder = split(image_tensors, tmp_path / "split", 5)
+    index = open_index(folder)
+    (sample,), other = index.validation, index.samples[0]
+    both = {"video_keys": sample.video_keys + other.video_keys, "image_keys": sample.image_keys + other.image_keys}
+    dataclasses.replace(index, validation=(dataclasses.replace(sample, **both),)).save(folder)
+    several = Alone(tiny("5b-i2v"), folder, tmp_path / "several")
+    alone = Alone(tiny("5b-i2v"), split(image_tensors, tmp_path / "alone", 5), tmp_path)
+    assert several.held_out.losses().equal(alone.held_out.losses())
+    for batch, wanted in zip(several.seen, alone.seen, strict=True):
+        assert batch.image_BCHW is not None
+        assert wanted.image_BCHW is not None
+        assert batch.image_BCHW.equal(wanted.image_BCHW)
+
+
 def test_the_same_grid_every_time_and_another_one_for_another_seed(model: Path, prepared: Path, tmp_path: Path) -> None:
     alone = Alone(model, prepared, tmp_path)
     first = alone.held_out.losses()

@@ -35,6 +35,19 @@ def masters(
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_ranks_with_the_same_samples_step_as_one_does(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, norm and loss are means over the ranks: of four that have the same, exactly that."""
+    one, four = parameters(), parameters()
+    wanted = train(masters(one, norm=1.0, rule=rule), one, 0, 3)
+    monkeypatch.setattr(optim.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(optim.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(optim.dist, "all_reduce", lambda buffer: buffer.mul_(4))
+    found = train(masters(four, norm=1.0, rule=rule), four, 0, 3)
+    assert [values(result) for result in found] == [values(result) for result in wanted]
+    assert all(four[name].equal(one[name]) for name in one)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("norm", [0.0, 5.0, 1e6])
 def test_fp32_equals_torch(rule: str, norm: float) -> None:
     ours, theirs = parameters(), parameters()

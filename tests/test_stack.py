@@ -10,6 +10,7 @@ from typing import Any
 
 import late_streams
 import pytest
+import stream_races
 import torch
 from peft import LoraConfig
 from tiny_cogvideox import KINDS, is_image_to_video, is_version_1_5
@@ -571,6 +572,27 @@ def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pyt
                 return True
 
     assert any(map(is_seen, (None, 0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("made", "plans", "accumulation"), [(make, TURNS, 1), (make_whole, AWAY, 2), (make_whole, STATE_HERE, 1)]
+)
+def test_every_stream_waits_for_what_it_touches(
+    made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compute as well as copies, whichever is late."""
+    monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", 12 * 3000)
+    with stream_races.watched(monkeypatch) as streams:
+        steps_of(made, plans, accumulation)
+    assert len(streams.clocks) == 8 + 2 * (made is make_whole)  # what sums of gradients need has two of its own
+
+
+@pytest.mark.parametrize("left_out", ["mark", "wait"])
+def test_a_stream_that_does_not_wait_is_seen(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events that say nothing, and events that nobody waits for."""
+    monkeypatch.setattr(stream_races.Streams, left_out, lambda *_: {})
+    with pytest.raises(stream_races.Race), stream_races.watched(monkeypatch):
+        steps_of(make_whole, AWAY, 1)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from mmap import PAGESIZE
 from pathlib import Path
 
 import pytest
+import stream_races
 import torch
 
+from cogvideox import streaming
 from cogvideox.streaming import IN_FLIGHT, SLOTS, HostStore, Layout, Ring, pinned
 
 CPU = torch.device("cpu")
@@ -101,6 +104,41 @@ def test_a_buffer_is_given_up_only_when_its_copies_have_ended(monkeypatch: pytes
     store.put(0, {"x": torch.zeros(4096)})
     assert waited == [True, True]
     assert buffer() is None
+
+
+def larger_while_compute_reads(store: HostStore) -> None:
+    """A larger bucket, while the optimizer's pass may still read what the host has of the last one."""
+    store.put(0, {"x": torch.zeros(4)})
+    store.take(0)
+    store.buffers[0].sum()
+    store.put(0, {"x": torch.zeros(4096)})
+
+
+def given_up(store: HostStore) -> None:
+    """A step is dropped while its copies are on their way."""
+    for block in range(4):
+        store.put(block, {"x": torch.zeros(4)})
+    store.fetch(1)
+    store.clear()
+    torch.zeros(4)
+
+
+@pytest.mark.parametrize("left_out", [None, "host_waits_for", "compute_waits_for"])
+def test_memory_is_let_go_after_its_last_use(left_out: str | None) -> None:
+    def races(use: Callable[[HostStore], None]) -> bool:
+        with pytest.MonkeyPatch.context() as patch:
+            try:
+                with stream_races.watched(patch):
+                    if left_out:
+                        patch.setattr(streaming, left_out, lambda event: None)
+                    store = HostStore(CPU)  # which outlives what watches: its buffers are in use until then
+                    use(store)
+            except stream_races.Race:
+                return True
+        return False
+
+    assert races(larger_while_compute_reads) is (left_out is not None)
+    assert races(given_up) is (left_out == "compute_waits_for")
 
 
 def test_kept_tensors_come_back_whatever_their_shape() -> None:
