@@ -188,14 +188,23 @@ def ask_server(request: dict[str, Any]) -> Any:
     return json.loads(server().readline())
 
 
-def fork_ranks(number: int, command: Sequence[object], **more: str) -> list[Forked]:
-    """As a launcher starts it, on the CPU."""
+def free_port() -> str:
+    """A port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def ranks_environment(rank: int, number: int, port: str) -> dict[str, str]:
+    """What a launcher tells one of its processes on the CPU of this machine."""
     shared = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"} | more
-    return [Forked(command, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(number)]
+    return shared | {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def fork_ranks(number: int, command: Sequence[object], **more: str) -> list[Forked]:
+    """As a launcher starts it, on the CPU."""
+    port = free_port()
+    return [Forked(command, **ranks_environment(rank, number, port), **more) for rank in range(number)]
 
 
 def finish(process: Process, status: int = 0) -> str:

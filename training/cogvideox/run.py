@@ -153,6 +153,7 @@ def tracker_problem(run: Run, options: TrainOptions) -> str | None:
     try:
         run.accelerator.init_trackers(options.train.tracker_name or "cogvideox", config, {"wandb": wandb})
     except Exception as error:  # each tracker has errors of its own
+        run.accelerator.trackers.clear()  # those that did not start cannot be ended
         fix = "set WANDB_MODE=offline and upload later with `wandb sync`, " if "wandb" in names else ""
         return f"--report_to {' '.join(names)}: cannot start: {first_line(error)}; {fix}or leave the flag out"
     return None
