@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fakes import FakeEngine, flip_byte, run_alone, save_steps, saver_of
 from running import PROMPT, equal, lora_flags, train, weights
 from test_held_out import split
@@ -15,8 +16,9 @@ from test_held_out import split
 from cogvideox import best as best_module
 from cogvideox.best import BEST_NAME, Best, best_of
 from cogvideox.checkpoint import checkpoints, fault, step_of
+from cogvideox.curves import GRID
 from cogvideox.errors import UsageError
-from cogvideox.held_out import HeldOut
+from cogvideox.held_out import PLACES, HeldOut
 from cogvideox.run import METRICS_NAME, write_metrics
 
 LOSSES = {0: 0.1, 2: 0.5, 3: 0.8, 4: 0.9, 6: 0.7, 8: 0.6, 10: 0.4}  # 0 is no checkpoint
@@ -26,8 +28,8 @@ def names(output: Path) -> list[int]:
     return sorted(map(step_of, checkpoints(output)))
 
 
-def measured(output: Path, losses: dict[int, float | None]) -> None:
-    lines = [json.dumps({"step": step, "held_out_loss": loss}) for step, loss in losses.items()]
+def measured(output: Path, losses: dict[int, float | None], grid: str | None = "g") -> None:
+    lines = [json.dumps({"step": step, "held_out_loss": loss, GRID: grid}) for step, loss in losses.items()]
     (output / METRICS_NAME).write_text("".join(f"{line}\n" for line in lines))
 
 
@@ -56,26 +58,46 @@ def test_the_lowest_of_those_that_are_there(
 ) -> None:
     save_steps(run_alone(tmp_path), 2, 4, 6)
     measured(tmp_path, losses)
-    found = best_of(tmp_path, last)
+    found = best_of(tmp_path, last, "g")
     assert (found and found["step"]) == expected
     if found:
         assert found == {"step": expected, "checkpoint": f"checkpoint-{expected}", "held_out_loss": losses[expected]}  # type: ignore[index]
 
 
+@pytest.mark.parametrize("other", ["h", None])
+def test_losses_of_other_clips_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str | None
+) -> None:
+    """Lines without a fingerprint, as older versions wrote them, are of other clips too."""
+    save_steps(run_alone(tmp_path), 2, 4, 6)
+    measured(tmp_path, {2: 0.1, 4: 0.2, 6: 0.3}, grid=other)
+    before = (tmp_path / METRICS_NAME).read_text()
+    assert best_of(tmp_path, 6, "g") is None
+    measured(tmp_path, {4: 0.9, 6: 0.8})
+    (tmp_path / METRICS_NAME).write_text(before + (tmp_path / METRICS_NAME).read_text())
+    best = Best(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=True, grid="g")
+    best.start(6)
+    assert chosen(tmp_path) == 6
+    (told, _) = capsys.readouterr().err.splitlines()
+    assert told.startswith("--keep_best: checkpoint-2: measured on other held-out clips")
+
+
 def test_a_torn_line_is_no_measurement(tmp_path: Path) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
-    (tmp_path / METRICS_NAME).write_text('{"step": 2, "held_out_loss": 0.5}\n{"step": 4, "held_out_loss": 0.1')
-    assert (best_of(tmp_path, 4) or {})["step"] == 2
+    (tmp_path / METRICS_NAME).write_text(
+        '{"step": 2, "held_out_loss": 0.5, "held_out_grid": "g"}\n{"step": 4, "held_out_loss": 0.1'
+    )
+    assert (best_of(tmp_path, 4, "g") or {})["step"] == 2
 
 
 def kept_after(output: Path, losses: dict[int, float], limit: int) -> tuple[list[int], int | None]:
     """Saves and measures step by step, as a run does."""
     run = run_alone(output)
     saver = saver_of(run, FakeEngine(), limit=limit)
-    best = Best(saver, wanted=True)
+    best = Best(saver, wanted=True, grid="g")
     for step, loss in losses.items():
         saver.save(step)
-        write_metrics(run, {"step": step, "held_out_loss": loss})
+        write_metrics(run, {"step": step, "held_out_loss": loss, GRID: "g"})
         best.update(step)
     return names(output), chosen(output)
 
@@ -100,7 +122,7 @@ def test_a_best_of_a_future_that_was_given_up_is_forgotten(tmp_path: Path) -> No
     assert kept_after(tmp_path, {2: 0.5, 4: 0.6, 6: 0.1}, limit=9)[1] == 6
     saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
     measured(tmp_path, {2: 0.5, 4: 0.6})  # as the metrics of a run that goes on from step 4
-    best = Best(saver, wanted=True)
+    best = Best(saver, wanted=True, grid="g")
     best.update(4)
     assert chosen(tmp_path) == 2
     assert names(tmp_path) == [2, 4, 6]  # later ones go once a new one is safe
@@ -111,7 +133,7 @@ def test_a_best_of_a_future_that_was_given_up_is_forgotten(tmp_path: Path) -> No
 def test_without_the_flag_nothing_is_kept_and_nothing_is_said(tmp_path: Path) -> None:
     kept_after(tmp_path, {2: 0.5, 4: 0.6}, limit=1)
     saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
-    Best(saver, wanted=False).update(4)
+    Best(saver, wanted=False, grid="g").update(4)
     assert chosen(tmp_path) is None
     saver.save(6)
     assert names(tmp_path) == [6]
@@ -120,12 +142,12 @@ def test_without_the_flag_nothing_is_kept_and_nothing_is_said(tmp_path: Path) ->
 def test_what_a_kill_left_beyond_the_limit_goes_at_the_next_start(tmp_path: Path) -> None:
     """After the last checkpoint was written, before an older one was removed; nothing is saved any more."""
     save_steps(run_alone(tmp_path), 2, 4)
-    Best(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=False).update(4)
+    Best(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=False, grid="g").update(4)
     assert names(tmp_path) == [4]
 
 
 def test_nothing_to_export(tmp_path: Path) -> None:
-    best = Best(saver_of(run_alone(tmp_path), FakeEngine()), wanted=True)
+    best = Best(saver_of(run_alone(tmp_path), FakeEngine()), wanted=True, grid="g")
     best.update(0)
     with pytest.raises(UsageError, match=r"--export_best: .*: no checkpoint has a held-out loss"):
         best.step()
@@ -152,7 +174,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def measure(self: HeldOut, step: int) -> None:
         if not self._measured(step):
-            write_metrics(self.run, {"step": step, "held_out_loss": LOSSES[step]})
+            write_metrics(self.run, {"step": step, "held_out_loss": LOSSES[step], GRID: self.grid})
 
     monkeypatch.setattr(HeldOut, "measure", measure)
 
@@ -235,6 +257,21 @@ def test_a_kill_at_any_moment_changes_nothing(
     assert (names(tmp_path), chosen(tmp_path)) == ([10], 10)
     assert equal(weights(tmp_path), weights(tmp_path / "checkpoint-10"))
     assert fault(tmp_path / "checkpoint-10") is None
+
+
+@pytest.mark.fault("data: other validation clips when a run is resumed")
+def test_a_run_that_is_resumed_with_other_validation_clips(
+    model: Path, tensors: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its new clips are twice as hard; the old losses are lower and say nothing of them."""
+    monkeypatch.setattr(HeldOut, "losses", lambda self: torch.full((len(self.samples), PLACES), next(losses)).double())
+    losses = iter([0.1, 0.1, 0.1, 0.6, 0.5])
+    flags = ("--load_tensors", "--keep_best", "--learning_rate", 1e-4)
+    assert train(lora_flags(model, prepared, tmp_path / "lora", *flags, "--max_train_steps", 4)) == 0
+    other = split(tensors, tmp_path / "other", 3, 4, train=slice(4))
+    assert train(lora_flags(model, other, tmp_path / "lora", *flags, "--max_train_steps", 6)) == 0
+    assert json.loads((tmp_path / "lora" / BEST_NAME).read_text())["held_out_loss"] == 0.5
+    assert chosen(tmp_path / "lora") == 6
 
 
 def test_without_clips_to_measure_on_it_ends_before_a_model_loads(

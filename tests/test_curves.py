@@ -183,6 +183,19 @@ def test_the_held_out_loss_by_timestep_is_a_multiple_of_its_first_value() -> Non
     assert len(curves_figure([held(0, 0.6, 0.1)], "run").axes) == 3
 
 
+def test_losses_of_two_grids_are_two_lines_and_only_the_newest_is_told_by_timestep() -> None:
+    old = [held(step, 0.9 - step / 10, 0.1) | {BY_TIMESTEP: [0.4, 0.8]} for step in (0, 2)]
+    new = [held(step, 0.4, 0.1) | {BY_TIMESTEP: [0.2, 0.3], "held_out_grid": "g"} for step in (2, 4)]
+    loss_axes, axes, *_ = curves_figure([old[0], *steps([1.0, 0.8]), old[1], *new], "run").axes
+    assert labels(loss_axes)[-2:] == [f"{HELD_OUT} on an earlier grid ± standard error", f"{HELD_OUT} ± standard error"]
+    old_line, new_line = (container.lines[0] for container in loss_axes.containers)
+    assert list(old_line.get_ydata()) == [0.9, 0.7]
+    assert list(new_line.get_xdata()) == [2, 4]
+    assert line(axes, "part 1 of 2 (least noise)") == ([2, 4], [1.0, 1.0])
+    odd = held(0, 0.9, 0.1) | {"held_out_grid": ["not", "a", "text"]}
+    assert len(curves_figure([odd], "run").axes[0].containers) == 1
+
+
 @pytest.mark.parametrize("values", [[], [None], [0.0, 0.0], [math.inf], ["x"]])
 def test_odd_values_by_timestep_do_no_harm(tmp_path: Path, values: list[Any]) -> None:
     records = [held(step, 0.6, 0.1) | {BY_TIMESTEP: values} for step in (0, 2)]

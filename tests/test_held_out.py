@@ -141,6 +141,37 @@ def test_a_clip_s_losses_do_not_depend_on_the_others(
     assert alone[0].equal(both[1])
 
 
+def test_the_fingerprint_changes_with_whatever_decides_a_loss(
+    model: Path, tiny: Tiny, prepared: Path, tmp_path: Path
+) -> None:
+    def grid(seed: int = 0, of: Path = model, **changed: Any) -> str:
+        alone = Alone(of, prepared, tmp_path, seed)
+        alone.held_out.samples = tuple(dataclasses.replace(s, **changed) for s in alone.held_out.samples)
+        return alone.held_out._fingerprint()
+
+    alone = Alone(model, prepared, tmp_path).held_out
+    assert grid() == alone.grid
+    others = [grid(seed=1), grid(id="a"), grid(video_keys=("a",)), grid(prompt_key="a"), grid(image_keys=("a",))]
+    others += [grid(of=tiny("2b"))]  # another scaling factor, and another schedule
+    assert len({*others, grid()}) == len(others) + 1
+    assert grid(caption="a") == grid()
+    alone.samples = alone.samples[::-1]
+    assert alone._fingerprint() == grid()
+    alone.samples = alone.samples[:1]
+    assert alone._fingerprint() != grid()
+
+
+def test_a_step_is_measured_again_on_other_clips(model: Path, tensors: Path, prepared: Path, tmp_path: Path) -> None:
+    first = Alone(model, prepared, tmp_path / "out").held_out
+    other = Alone(model, split(tensors, tmp_path / "other", 3, 4), tmp_path / "out").held_out
+    for grid in (first, other, first, other):
+        grid.measure(4)
+    assert [line["held_out_grid"] for line in metrics(tmp_path / "out")] == [first.grid, other.grid]
+    (tmp_path / "out" / METRICS_NAME).write_text('{"step": 4, "held_out_loss": 1.0}\n')  # of an older version
+    first.measure(4)
+    assert len(metrics(tmp_path / "out")) == 2
+
+
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_the_ranks_shares_add_up_to_the_same(
     model: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int

@@ -1,7 +1,8 @@
 """The checkpoint with the lowest held-out loss: kept beyond the limit, named in best.json, exported where wanted.
 
-Which one it is follows from the checkpoints that are there and from metrics.jsonl, so a kill at any moment, a resumed
-run and one that goes back to an earlier checkpoint come to the same. best.json says it to others.
+Only losses that were measured on the grid of the current run are compared (held_out.py). Which one it is follows from
+the checkpoints that are there and from metrics.jsonl, so a kill at any moment, a resumed run and one that goes back to
+an earlier checkpoint come to the same. best.json says it to others.
 """
 
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.checkpoint import PREFIX, Saver, checkpoints, fault, step_of
-from cogvideox.curves import column, read_records
+from cogvideox.curves import column, of_grid, read_records
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
 from cogvideox.run import METRICS_NAME
@@ -17,9 +18,22 @@ from cogvideox.run import METRICS_NAME
 BEST_NAME = "best.json"
 
 
-def best_of(output_dir: Path, last: int) -> dict[str, Any] | None:
-    """Of the checkpoints up to a step whose held-out loss was measured, the lowest; the earlier one of two equals."""
+def losses_on(output_dir: Path, grid: str) -> dict[float, float]:
+    """The held-out loss by step, as far as it was measured on this grid."""
+    records = of_grid(read_records(output_dir / METRICS_NAME), grid)
+    return dict(zip(*column(records, "held_out_loss"), strict=True))
+
+
+def not_comparable(output_dir: Path, grid: str) -> list[int]:
+    """The steps of the checkpoints that have a held-out loss, but none on this grid."""
     measured = dict(zip(*column(read_records(output_dir / METRICS_NAME), "held_out_loss"), strict=True))
+    steps = measured.keys() - losses_on(output_dir, grid).keys()
+    return sorted(step for step in map(step_of, checkpoints(output_dir)) if step in steps)
+
+
+def best_of(output_dir: Path, last: int, grid: str) -> dict[str, Any] | None:
+    """Of the checkpoints up to a step with a held-out loss on this grid, the lowest; the earlier one of two equals."""
+    measured = losses_on(output_dir, grid)
     steps = [step for step in map(step_of, checkpoints(output_dir)) if step <= last and step in measured]
     if not steps:
         return None
@@ -28,18 +42,25 @@ def best_of(output_dir: Path, last: int) -> dict[str, Any] | None:
 
 
 class Best:
-    """Keeps the best checkpoint of ``saver``; ``wanted`` is --keep_best."""
+    """Keeps the best checkpoint of ``saver``; ``wanted`` is --keep_best, ``grid`` what losses are measured on."""
 
-    def __init__(self, saver: Saver, wanted: bool) -> None:
-        self.saver, self.wanted = saver, wanted
+    def __init__(self, saver: Saver, wanted: bool, grid: str) -> None:
+        self.saver, self.wanted, self.grid = saver, wanted, grid
         self.folder, self.run = saver.run.output_dir, saver.run
 
+    def start(self, step: int) -> None:
+        """As ``update``, at the start, and says which checkpoints have a loss that cannot be compared."""
+        if self.wanted and self.run.is_main and (others := not_comparable(self.folder, self.grid)):
+            names = ", ".join(f"{PREFIX}{other}" for other in others)
+            self.run.say(f"--keep_best: {names}: measured on other held-out clips, and so never the best from now on")
+        self.update(step)
+
     def update(self, step: int) -> None:
-        """Finds the best checkpoint up to a step, at the start and after measuring, and lets go of the one before."""
+        """Finds the best checkpoint up to a step, after measuring, and lets go of the one before."""
         if not self.run.is_main:
             return
         path = self.folder / BEST_NAME
-        best = best_of(self.folder, step) if self.wanted else None
+        best = best_of(self.folder, step, self.grid) if self.wanted else None
         self.saver.kept = best["step"] if best else None
         if best is None:
             path.unlink(missing_ok=True)  # of a run that was begun anew, or that keeps none any more
@@ -63,7 +84,9 @@ class Best:
         found, problem = None, None
         if self.run.is_main:
             found = self.saver.kept
-            problem = "no checkpoint has a held-out loss" if found is None else fault(self.path(found))
+            problem = (
+                "no checkpoint has a held-out loss of the current clips" if found is None else fault(self.path(found))
+            )
         found, problem = self.run.from_main((found, problem))
         if problem:
             rule = "leave the flag out to export the last step"

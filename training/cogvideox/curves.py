@@ -26,6 +26,8 @@ USUAL = (1.0, 99.0)  # percentiles of the steps' losses that the axis has room f
 MARGIN = 0.05  # of an axis, above and below
 LOG_RANGE = 20.0  # an axis whose highest value is this many times the median is logarithmic
 LOSS, HELD_OUT, RATE, NORM, SKIPPED = "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:red"
+OTHER_GRID = "tab:gray"
+GRID = "held_out_grid"  # the fingerprint of what the held-out loss is measured on; older versions wrote none
 BY_TIMESTEP = "held_out_by_timestep"  # mean losses in equal parts of the schedule, the least noise first
 DARKEST_FIRST = 0.92  # of the colour map, whose end is too light on white
 
@@ -67,6 +69,23 @@ def read_records(metrics: Path) -> Records:
     return records
 
 
+def of_grid(records: Records, grid: str | None) -> Records:
+    """The records of held-out losses that were measured on a grid; those of two grids cannot be compared."""
+    return [record for record in records if "held_out_loss" in record and grid_of(record) == grid]
+
+
+def by_grid(records: Records) -> list[Records]:
+    """The records of held-out losses, those of each grid by themselves; that of the newest record comes last."""
+    newest_first = dict.fromkeys(grid_of(record) for record in reversed(records) if "held_out_loss" in record)
+    return [of_grid(records, grid) for grid in reversed(newest_first)]
+
+
+def grid_of(record: dict[str, Any]) -> str | None:
+    """The fingerprint of a record's grid, if it has one."""
+    grid = record.get(GRID)
+    return grid if isinstance(grid, str) else None
+
+
 def column(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the records that have a finite number of that name."""
     pairs = [(record["step"], value) for record in records if is_finite(value := record.get(name))]
@@ -104,7 +123,8 @@ def curves_figure(records: Records, name: str, weighting: str = "none") -> Any:
     """The matplotlib Figure: loss above, learning rate and gradient norm in a smaller panel at the bottom."""
     from matplotlib.figure import Figure
 
-    measured = [record for record in records if isinstance(record.get(BY_TIMESTEP), list)]
+    newest = by_grid(records)[-1:]
+    measured = [record for grid in newest for record in grid if isinstance(record.get(BY_TIMESTEP), list)]
     size = (WIDTH, HEIGHT + PANEL_HEIGHT * bool(measured))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     printable = "".join(letter if letter.isprintable() else " " for letter in name)
@@ -167,13 +187,23 @@ def draw_by_timestep(axes: Any, measured: Records) -> None:
 
 
 def draw_held_out(axes: Any, records: Records) -> np.ndarray:
-    """The held-out loss with its standard error, which there is none of for a single clip; returns what it spans."""
+    """The held-out loss, one line for each grid that it was measured on; returns what they span.
+
+    No line leads from one grid to another, as other clips have other losses whatever was learned.
+    """
+    *older, newest = by_grid(records) or [[]]
+    spans = [draw_grid(axes, grid, OTHER_GRID, "held-out loss on an earlier grid") for grid in older]
+    return np.concatenate([*spans, draw_grid(axes, newest, HELD_OUT, "held-out loss")])
+
+
+def draw_grid(axes: Any, records: Records, colour: str, label: str) -> np.ndarray:
+    """The losses of one grid with their standard error, which a single clip has none of; returns what they span."""
     steps, losses = column(records, "held_out_loss")
     found = dict(zip(*column(records, "held_out_error"), strict=True))
     errors = np.array([found.get(step, math.nan) for step in steps])
     if len(losses):
-        label = "held-out loss" + (" ± standard error" if found else "")
-        axes.errorbar(steps, losses, errors, color=HELD_OUT, marker="o", markersize=5, capsize=4, label=label)
+        label += " ± standard error" if found else ""
+        axes.errorbar(steps, losses, errors, color=colour, marker="o", markersize=5, capsize=4, label=label)
     return np.concatenate([losses - np.nan_to_num(errors), losses + np.nan_to_num(errors)])
 
 

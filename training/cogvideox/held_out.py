@@ -3,26 +3,29 @@
 Every draw is a function of (seed, clip, place in the grid), so that only the weights change from one measurement to the
 next. One forward pass a place, and the losses are gathered whole, so neither the batch size nor the number of ranks has
 an effect. Clips are read from the cache; lines go to metrics.jsonl.
-A line's "held_out_by_timestep" has the mean loss in each of PLACES equal parts of the schedule of T timesteps: the k-th
-number, from 0, is of timesteps k T / PLACES up to, not with, (k + 1) T / PLACES. The first part has the least noise.
+A line's "held_out_grid" is the fingerprint of all that decides the number but the weights: only lines of one grid are
+compared. Its "held_out_by_timestep" has the mean loss in each of PLACES equal parts of the schedule of T timesteps: the
+k-th number, from 0, is of timesteps k T / PLACES up to, not with, (k + 1) T / PLACES. The first has the least noise.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cogvideox.curves import BY_TIMESTEP, read_records
-from cogvideox.data.cache import CachedSample
+from cogvideox.curves import BY_TIMESTEP, GRID, of_grid, read_records
+from cogvideox.data.cache import CachedSample, hash_of
 from cogvideox.data.dataset import Batch, collate, draw_sample, read_image, read_moments, read_prompt, timestep_in
 from cogvideox.draws import uniform
 from cogvideox.run import METRICS_NAME, Run, write_metrics
 from cogvideox.tensors import Tensors
 from cogvideox.validation import evaluation
 
+FINGERPRINT_DIGITS = 16
 PLACES = 8  # timesteps of each clip, one from each eighth of the schedule
 LossOf = Callable[[Batch], Tensor]  # a batch on the device -> the loss of each sample, (B,)
 
@@ -42,6 +45,7 @@ class HeldOut:
         self.samples, self.image_variants = tensors.index.validation, tensors.index.image_variants
         for sample in self.samples:  # now, not at the first measurement after a resume
             self._read(sample)
+        self.grid = self._fingerprint()
 
     def __bool__(self) -> bool:
         return bool(self.samples)
@@ -54,7 +58,7 @@ class HeldOut:
         losses = self.losses()
         mean, error = mean_and_error(losses, names)
         if self.run.is_main:
-            record = {"step": step, "held_out_loss": mean, "held_out_error": error}
+            record = {"step": step, "held_out_loss": mean, "held_out_error": error, GRID: self.grid}
             write_metrics(self.run, record | {BY_TIMESTEP: by_clip(losses, names).mean(dim=0).tolist()})
         number = len(set(names))
         clips = "1 clip" if number == 1 else f"+- {error:.5f}, {number} clips"
@@ -88,10 +92,19 @@ class HeldOut:
         image = read_image(self.cache, sample, visit, self.image_variants, self.geometry)
         return moments, read_prompt(self.cache, sample.prompt_key, self.geometry), image
 
+    def _fingerprint(self) -> str:
+        """A hash of the clips with their tensors, the places, the draws, and what makes latents and noise of them.
+
+        The order of the clips, and their names beyond their ids, have no effect on a loss.
+        """
+        clips = sorted([s.id, s.clip, s.video_keys[:1], s.prompt_key, *s.image_keys[:1]] for s in self.samples)
+        decides = {"seed": self.seed, "places": PLACES, "clips": clips, "image_variants": self.image_variants}
+        return hash_of(decides | {"geometry": asdict(self.geometry)})[:FINGERPRINT_DIGITS]
+
     def _measured(self, step: int) -> bool:
-        """Whether metrics.jsonl has the line of a step; the main process looks for all."""
+        """Whether metrics.jsonl has the line of a step on this grid; the main process looks for all."""
         records = read_records(self.run.output_dir / METRICS_NAME) if self.run.is_main else []
-        there = any(record["step"] == step and "held_out_loss" in record for record in records)
+        there = any(record["step"] == step and "held_out_loss" in record for record in of_grid(records, self.grid))
         return bool(self.run.from_main(there))
 
 

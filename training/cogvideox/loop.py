@@ -185,12 +185,12 @@ class Trainer:
         self.saver = Saver(
             run, self.engine, method, steps.recipe, train.checkpointing_steps, train.checkpoints_total_limit
         )
-        self.best = Best(self.saver, train.keep_best)
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, steps.order)
         self.before_after = BeforeAfter(run, tensors, self.validator)
         self.held_out = HeldOut(
             run, tensors, seed, method.transformer, partial(losses_of, task, self.schedule, method.transformer)
         )
+        self.best = Best(self.saver, train.keep_best, self.held_out.grid)
 
     def train(self) -> int:
         """Trains up to the last step, or until a signal asks for the end; returns the step reached, which is saved.
@@ -199,7 +199,7 @@ class Trainer:
         is the mean over all of their samples, weighted by timestep; metrics.jsonl has that as "loss".
         """
         metrics = Metrics(self.run, self.options, self.steps.first, self.steps.total)
-        self.best.update(self.steps.first)
+        self.best.start(self.steps.first)
         self.validator.set_aside(self.steps.first, self.steps.total, self.steps.recipe)
         if self._looks_due(self.steps.first):
             with metrics.paused():

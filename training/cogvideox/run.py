@@ -418,11 +418,12 @@ class Metrics:
 def write_metrics(run: Run, record: dict[str, Any]) -> None:
     """A line of metrics.jsonl, null where a number is not finite, and the same for the trackers; on the main process.
 
-    ``record`` has the step under "step". Trackers get a list as numbers of their own: name/0, name/1, ...
+    ``record`` has the step under "step". Trackers get a list as numbers of their own: name/0, name/1, ... and no text.
     """
     lists = {name: value for name, value in record.items() if isinstance(value, list)}
-    numbers = {name: value for name, value in record.items() if name not in lists}
-    line: dict[str, Any] = {name: finite(value) for name, value in numbers.items()}
+    texts = {name: value for name, value in record.items() if isinstance(value, str)}
+    numbers = {name: value for name, value in record.items() if name not in (*lists, *texts)}
+    line: dict[str, Any] = {name: finite(value) for name, value in numbers.items()} | texts
     line |= {name: [finite(value) for value in values] for name, values in lists.items()}
     with open(run.output_dir / METRICS_NAME, "a") as file:
         file.write(json.dumps(line) + "\n")
