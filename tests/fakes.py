@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cogvideox import args
 from cogvideox.checkpoint import Saver
+from cogvideox.data.cache import TensorCache
 from cogvideox.options import LoraOptions
 from cogvideox.run import Run
 
@@ -97,6 +98,14 @@ def flip_byte(path: Path, place: int = -1) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 0x55
     path.write_bytes(content)
+
+
+def poison(path: Path, value: float = float("nan")) -> None:
+    """Sets one number of each tensor of a cached file; its checksum is right, as if it had been encoded so."""
+    tensors = load_file(path)
+    for tensor in tensors.values():
+        tensor.view(-1)[tensor.numel() // 2] = value
+    TensorCache(path.parent.parent.parent).write(path.stem, tensors)
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:

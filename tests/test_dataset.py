@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from fakes import flip_byte
+from fakes import flip_byte, poison
 from running import lora_flags, losses, metrics, train
 
 from cogvideox.data.buckets import Bucket
@@ -494,7 +494,7 @@ def test_moments_of_another_shape_than_the_bucket_s(
     dataset.replace_bad = False
     with pytest.raises(CacheError) as error:
         dataset[Visit(1, 0)]
-    says = f"{dataset.cache.path(key)}: its moments_CFHW is {shape}, not (32, 3, 8, 12); prepare_dataset.py"
+    says = f"{NAMES[1]}: {dataset.cache.path(key)}: its moments_CFHW is {shape}, not (32, 3, 8, 12); prepare_dataset.py"
     assert str(error.value).startswith(says)
 
 
@@ -527,13 +527,40 @@ def test_bad_clips_are_counted_once_said_once_and_limited(capsys: pytest.Capture
     assert error.value.problems[19:21] == ("19: torn", "... and 10 more")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.fault("numbers: NaN or infinity in a cached tensor", times=4)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["video", "prompt"])
+def test_numbers_that_are_not_finite_are_found_when_they_are_read(
+    broken: Callable[..., LatentDataset], part: str, value: float
+) -> None:
+    dataset = broken()
+    dataset.caption_dropout = 0.0
+    sample = dataset.index.samples[1]
+    path = dataset.cache.path(sample.video_keys[0] if part == "video" else sample.prompt_key)
+    poison(path, value)
+    dataset.replace_bad = False
+    with pytest.raises(CacheError) as error:
+        dataset[Visit(1, 0)]
+    assert str(error.value).startswith(f"{NAMES[1]}: {path}: its ")
+    assert "holds numbers that are not finite; prepare again" in str(error.value)
+    assert path.with_suffix(".damaged").is_file()
+    dataset.replace_bad = True
+    assert visited(dataset, 1) == (NAMES[3], NAMES[1])
+
+
+@pytest.mark.fault("numbers: NaN latents of one sample within --max_bad_fraction", times=2)
+@pytest.mark.parametrize(("workers", "damage"), [(0, flip_byte), (1, poison), (0, poison)])
 def test_a_run_replaces_bad_clips_and_counts_them(
-    model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+    model: Path,
+    tensors: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    workers: int,
+    damage: Callable[[Path], None],
 ) -> None:
     cache = Path(shutil.copytree(tensors, tmp_path / "cache"))
     sample = open_index(cache).samples[1]
-    flip_byte(TensorCache(cache).path(sample.video_keys[0]))
+    damage(TensorCache(cache).path(sample.video_keys[0]))
     flags = lora_flags(model, cache, tmp_path / "lora", "--load_tensors", "--dataloader_num_workers", workers)
     assert train([*flags, "--max_bad_fraction", "0.2"]) == 0
     counts = [line["bad_clips"] for line in metrics(tmp_path / "lora")]

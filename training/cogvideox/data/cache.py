@@ -68,10 +68,14 @@ class TensorCache:
         try:
             return self.examine(key)
         except CacheError as error:
-            path = self.path(key)
-            with suppress(OSError):
-                os.replace(path, path.with_suffix(".damaged"))
-            raise CacheError(f"{error}; prepare again, it is encoded anew") from None
+            raise self.set_aside(key, str(error)) from None
+
+    def set_aside(self, key: str, problem: str) -> CacheError:
+        """Renames the file of a key that can be of no use, so that preparing again encodes it anew; what to raise."""
+        path = self.path(key)
+        with suppress(OSError):
+            os.replace(path, path.with_suffix(".damaged"))
+        return CacheError(f"{problem}; prepare again, it is encoded anew")
 
     def examine(self, key: str) -> dict[str, Any]:
         """As ``read``, but changes nothing."""

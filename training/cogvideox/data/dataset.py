@@ -81,7 +81,8 @@ def read_moments(cache: TensorCache, sample: CachedSample, variant: int, geometr
     """The moments of one of a sample's variants, counted in a circle: (2C, F, H, W), without padding.
 
     Raises:
-        CacheError: the file is missing or damaged, or does not have the shape of the sample's bucket.
+        CacheError: the file is missing or damaged, holds numbers that are not finite, or does not have the shape of
+            the sample's bucket.
     """
     shape = geometry.moments_shape(sample.bucket)
     return _read(cache, sample.video_keys[variant % len(sample.video_keys)], "moments_CFHW", shape)
@@ -112,6 +113,8 @@ def _read(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Te
     found = None if tensor is None else tuple(tensor.shape)
     if tensor is None or found != shape:
         raise CacheError(f"{cache.path(key)}: its {name} is {found}, not {shape}; prepare_dataset.py --repair mends it")
+    if not torch.isfinite(tensor).all():  # preparing refuses to write such a file, whatever wrote this one
+        raise cache.set_aside(key, f"{cache.path(key)}: its {name} holds numbers that are not finite")
     return tensor
 
 
@@ -196,7 +199,7 @@ class LatentDataset(Dataset[Batch]):
                 prompt = None if dropped else read_prompt(self.cache, sample.prompt_key, self.geometry)
             except CacheError as error:
                 if not self.replace_bad:
-                    raise
+                    raise CacheError(f"{sample.id}: {error}") from None
                 replaced.append((sample.id, str(error)))
                 continue
             if prompt is None:  # a fault here is no sample's own
