@@ -18,19 +18,15 @@ from cogvideox import args
 from cogvideox.checkpoint import Saver
 from cogvideox.data.cache import TensorCache
 from cogvideox.options import LoraOptions
+from cogvideox.ranks import Ranks
 from cogvideox.run import Run
 
 
 def run_alone(output: Path, logged: list[Any] | None = None) -> Run:
     """A run of one process on the CPU that owns ``output``; what goes to the trackers is added to ``logged``."""
     output.mkdir(parents=True, exist_ok=True)
-    ranks: Any = SimpleNamespace(
-        process_index=0,
-        num_processes=1,
-        is_main_process=True,
-        device=torch.device("cpu"),
-        wait_for_everyone=lambda: None,
-    )
+    alone = {"process_index": 0, "num_processes": 1, "is_main_process": True}
+    ranks = Ranks(SimpleNamespace(**alone, device=torch.device("cpu")))
     log = (lambda values, step: logged.append((step, values))) if logged is not None else lambda values, step: None
     accelerator = SimpleNamespace(
         log=log, trackers=[], is_main_process=True, num_processes=1, state=SimpleNamespace(deepspeed_plugin=None)

@@ -56,23 +56,35 @@ def become(request: dict[str, Any]) -> None:
     sys.argv = request["argv"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     if request["killed_at"]:
-        die_at(*request["killed_at"])
+        signal_at(*request["killed_at"])
 
 
-def die_at(moment: str, nth: int) -> None:
-    """This process gets SIGKILL before it changes the disk for the nth time in a way that ``moment``, a regular
-    expression, finds in its audit event: "os.rename FROM TO -1 -1", "os.mkdir PATH MODE -1", "open PATH w FLAGS".
+def signal_at(moment: str, nth: int, number: int = signal.SIGKILL) -> None:
+    """This process gets a signal the nth time that ``moment``, a regular expression, is found in what it is about to do
+    to the disk: "os.rename FROM TO -1 -1", "os.mkdir PATH MODE -1", "open PATH w FLAGS", "read PATH r FLAGS"; or has
+    just done: "unit NAME", of stopping.unit.
     """
     left = nth
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    def look(event: str, *arguments: Any) -> None:
         nonlocal left
-        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            left -= re.search(moment, " ".join((event, *map(str, arguments)))) is not None
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+        left -= re.search(moment, " ".join((event, *map(str, arguments)))) is not None
+        if left == 0:
+            left = -1
+            os.kill(os.getpid(), number)
 
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            writes = arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            look("open" if writes else "read", *arguments)
+        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            look(event, *arguments)
+
+    def unit(name: str) -> None:
+        look("unit", name)
+        done(name)
+
+    done, stopping.unit = stopping.unit, unit
     sys.addaudithook(hook)
 
 
@@ -80,6 +92,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent / "training")
     for name in IMPORTED:
         importlib.import_module(name)
+    stopping = importlib.import_module("cogvideox.stopping")
     gc.freeze()  # what is imported stays; looking through it would copy its pages, too
     wanted = serve(socket.socket(fileno=int(sys.argv[1])))
     if wanted is not None:

@@ -6,13 +6,12 @@ import itertools
 import json
 import os
 import runpy
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -37,7 +36,6 @@ PREPARE_SCRIPT = ROOT / "training" / "prepare_dataset.py"
 SIZE = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9", "--max_num_frames", "9"]
 PROMPT = "TOKEN a red square moves"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def lora_flags(model: Path, data: Path, output: Path, *more: object) -> list[str]:
@@ -70,13 +68,10 @@ def sft_flags(model: Path, data: Path, output: Path, *more: object) -> list[str]
 
 
 def in_process(script: Any, options_type: type, flags: Sequence[str]) -> int:
-    """Runs a script's main here; leaves no state of accelerate, no lock and no signal handler behind."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    """Runs a script's main here; leaves no state of accelerate and no lock behind."""
     try:
         return script.main(args.parse(options_type, None, list(flags), script.CHECKS))
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         gc.collect()
@@ -127,11 +122,14 @@ def start(command: Sequence[object], **more: str) -> "subprocess.Popen[str]":
     )
 
 
+Moment = tuple[str, int] | tuple[str, int, int]  # of forking.signal_at
+
+
 class Forked:
     """A script in a process that is forked from one that has imported what scripts import; as a Popen otherwise."""
 
-    def __init__(self, command: Sequence[object], killed_at: tuple[str, int] | None = None, **more: str) -> None:
-        """``killed_at``: see forking.die_at; the same moment on any machine, however busy."""
+    def __init__(self, command: Sequence[object], killed_at: Moment | None = None, **more: str) -> None:
+        """``killed_at``: see forking.signal_at; the same moment on any machine, however busy."""
         self.output = Path(outputs().name) / str(next(NUMBERS))
         request = {"argv": [str(part) for part in command[1:]], "env": environment(**more), "killed_at": killed_at}
         self.pid: int = ask_server(request | {"cwd": str(ROOT), "output": str(self.output)})
@@ -201,10 +199,12 @@ def ranks_environment(rank: int, number: int, port: str) -> dict[str, str]:
     return shared | {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
-def fork_ranks(number: int, command: Sequence[object], **more: str) -> list[Forked]:
-    """As a launcher starts it, on the CPU."""
-    port = free_port()
-    return [Forked(command, **ranks_environment(rank, number, port), **more) for rank in range(number)]
+def fork_ranks(
+    number: int, command: Sequence[object], moments: Mapping[int, Moment] | None = None, **more: str
+) -> list[Forked]:
+    """As a launcher starts it, on the CPU; a rank gets a signal at the moment that ``moments`` has for it."""
+    port, at = free_port(), moments or {}
+    return [Forked(command, at.get(rank), **ranks_environment(rank, number, port), **more) for rank in range(number)]
 
 
 def finish(process: Process, status: int = 0) -> str:

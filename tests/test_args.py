@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox import args, flags
+from cogvideox import args, flags, stopping
 from cogvideox.conflicts import check_ema
 from cogvideox.errors import UsageError
 from cogvideox.optimizers import check_state_place
@@ -744,7 +744,7 @@ def test_defaults_obey_their_own_rules(group: str) -> None:
     ("error", "status", "line"),
     [
         (UsageError("a\nb"), 2, "script: 1 problem\n  a\\nb\n"),
-        (KeyboardInterrupt(), 130, "stopped; the same command goes on\n"),
+        (stopping.Stopped(), 75, "stopped; the same command continues\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/d/x"), 2, "/d/x: No space left on device; mend that and "),
     ],
 )
@@ -754,6 +754,7 @@ def test_what_the_user_can_mend_is_a_line(
     def main(options: typing.Any) -> int:
         raise error
 
+    monkeypatch.setattr(stopping, "install", lambda: None)
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(SystemExit) as ended:
         args.run_script(main, PrepareOptions, "doc", ())
@@ -765,6 +766,7 @@ def test_what_the_user_cannot_mend_keeps_its_traceback(monkeypatch: pytest.Monke
     def main(options: typing.Any) -> int:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
+    monkeypatch.setattr(stopping, "install", lambda: None)
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(OSError, match="Bad file descriptor"):
         args.run_script(main, PrepareOptions, "doc", ())

@@ -16,7 +16,7 @@ PACKAGE = TRAINING / "cogvideox"
 
 # From bottom to top. A module imports from the layers below its own, never from its own or from above.
 LAYERS = (
-    ("errors", "files", "host_memory"),
+    ("errors", "files", "host_memory", "stopping"),
     ("flags", "draws", "sheets", "curves", "data.workers"),
     ("options", "data.buckets", "data.transforms", "data.columns", "data.faults"),
     ("conflicts", "geometry", "hub", "lora_file", "prompts", "data.frames", "data.paths", "data.tables"),
@@ -53,12 +53,15 @@ FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.name != "
 # Scripts end with --help or with all problems, and workers start, without torch.
 WITHOUT_TORCH = (
     *("flags", "options", "conflicts", "args", "errors", "files", "draws", "geometry", "hub", "lora_file"),
-    *("optimizers", "prompts", "sheets", "curves"),
+    *("optimizers", "prompts", "sheets", "curves", "stopping"),
     *(name for name in FILES if name.startswith("data.") and name != "data.dataset"),
 )
 LIGHT_DATA = ("buckets", "cache", "columns", "faults", "forms", "index", "paths", "sampler", "tables", "workers")
 FLAGS = ("flags", "options", "conflicts", "args")
-STANDARD_LIBRARY_ONLY = (*FLAGS, "errors", "draws", "lora_file", "prompts", *(f"data.{name}" for name in LIGHT_DATA))
+STANDARD_LIBRARY_ONLY = (
+    *(*FLAGS, "errors", "draws", "lora_file", "prompts", "stopping"),
+    *(f"data.{name}" for name in LIGHT_DATA),
+)
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

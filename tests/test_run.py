@@ -1,4 +1,4 @@
-"""cogvideox/run.py: one run a folder, metrics that are whole, signals that end a run with everything saved."""
+"""cogvideox/run.py: one run a folder, metrics that are whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cogvideox import run as run_module
 from cogvideox.errors import UsageError
 from cogvideox.optim import StepResult
 from cogvideox.ranks import Ranks
-from cogvideox.run import CONFIG_NAME, LOCK_NAME, METRICS_NAME, STOP_SIGNALS, Metrics, signals_ask_to_stop, take_folder
+from cogvideox.run import CONFIG_NAME, LOCK_NAME, METRICS_NAME, Metrics, take_folder
 
 
 def take(output: Path, *flags: object) -> str | None:
@@ -244,10 +244,8 @@ def test_every_step_is_written_once_and_one_step_late(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         metrics.push(step, step / 10, result(float(step), stop=float(step == 3)))
         assert len(logged) == step - 1
-        assert not metrics.stop_agreed
     metrics.flush()
     metrics.close()
-    assert metrics.stop_agreed
     assert [(step, values["loss"], values["lr"]) for step, values in logged] == [
         (1, 1.0, 0.1),
         (2, 2.0, 0.2),
@@ -286,54 +284,6 @@ def test_a_run_that_only_skips_ends_and_keeps_its_checkpoints(
 def poisoned(predict: Any, x0: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """Losses whose gradients are NaN."""
     return predict(x0, timestep).flatten(1).mean(1) * float("nan")
-
-
-# -- signals -----------------------------------------------------------------------------------------------------------
-
-
-def signalled(monkeypatch: pytest.MonkeyPatch, patience: float, first: int, second: int) -> int:
-    """The exit status of a process that gets two signals; 7: it went on after both."""
-    monkeypatch.setattr(run_module, "SECOND_SIGNAL", patience)
-
-    def work(_: int) -> None:
-        run = run_alone(Path("."))
-        with signals_ask_to_stop(run):
-            os.kill(os.getpid(), first)
-            if not run.stop_requested:
-                os._exit(8)
-            os.kill(os.getpid(), second)
-            os._exit(7)
-
-    child, read = in_a_child(work)
-    os.close(read)
-    return status_of(child)
-
-
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_another_signal_later_ends_at_once(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    assert signalled(monkeypatch, -1.0, signal.SIGTERM, number) == 128 + number
-
-
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_the_same_moment_s_signals_are_one(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    assert signalled(monkeypatch, 1e9, number, signal.SIGTERM) == 7
-
-
-def test_handlers_are_put_back(tmp_path: Path) -> None:
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    run = run_alone(tmp_path)
-    inside: dict[int, Any] = {}
-
-    def fail() -> None:
-        with signals_ask_to_stop(run):
-            inside.update({number: signal.getsignal(number) for number in STOP_SIGNALS})
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert all(inside[number] != before[number] for number in STOP_SIGNALS)
-    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
-    assert not run.stop_requested
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

@@ -6,9 +6,7 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,17 +41,6 @@ from safetensors import safe_open
 from cogvideox import loop
 from cogvideox.data.decode import probe
 from cogvideox.errors import UsageError
-
-
-def wait_until(process: "subprocess.Popen[str]", reached: Callable[[], bool]) -> None:
-    """Polls until something is seen on the disk."""
-    while not reached():
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        time.sleep(0.001)
-
-
-def lines(path: Path) -> int:
-    return path.read_text().count("\n") if path.is_file() else 0
 
 
 def digest(path: Path) -> str:
@@ -192,26 +179,6 @@ def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, t
     assert not [path for folder in (output, cache) for path in folder.rglob(".*.tmp*")]
     videos = [sorted(path.name for path in (run / "validation").iterdir()) for run in (output, whole)]
     assert videos[0] == videos[1]
-
-
-def test_signal_saves_and_the_same_command_goes_on(model: Path, tensors: Path, tmp_path: Path) -> None:
-    more = ("--load_tensors", "--validation_prompt", PROMPT, "--checkpointing_steps", 1000)
-    stopped = lora_flags(model, tensors, tmp_path / "stopped", *more)
-    # far more steps than there is time for: the signal always comes in between
-    process = start(python(LORA_SCRIPT, *stopped, "--max_train_steps", 2000))
-    wait_until(process, lambda: lines(tmp_path / "stopped" / "metrics.jsonl") >= 1)
-    process.send_signal(signal.SIGTERM)
-    text = finish(process, status=75)
-    assert "the same command goes on" in text
-    steps = lines(tmp_path / "stopped" / "metrics.jsonl")
-    assert 1 <= steps < 2000
-    assert (tmp_path / "stopped" / f"checkpoint-{steps}").is_dir()
-    end = ["--max_train_steps", str(steps + 3)]
-    whole = lora_flags(model, tensors, tmp_path / "whole", *more)
-    assert train([*stopped, *end]) == train([*whole, *end]) == 0
-    assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "whole")) == steps + 3
 
 
 @pytest.mark.slow

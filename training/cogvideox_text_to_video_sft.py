@@ -19,7 +19,7 @@ CHECKS = (check_text_to_video, *TRAINING_CHECKS)
 
 
 def main(options: SftOptions) -> int:
-    """Returns the exit status: 0, or 75 where a signal ended the run early with everything saved."""
+    """Returns the exit status. A signal ends the run early with everything saved, and with status 75."""
     from cogvideox.loop import fine_tune
     from cogvideox.methods import FullFinetune
     from cogvideox.tasks import TextToVideo

@@ -27,7 +27,8 @@ def main(options: PrepareOptions) -> int:
     from cogvideox.report import describe
     from cogvideox.verify import find_faults, mend
 
-    ranks, prepare = Ranks(start_processes()), options.prepare
+    prepare = options.prepare
+    ranks = Ranks(start_processes(), prepare.nccl_timeout)
     geometry, folder = read_geometry(options.model), Path(prepare.output_dir)
     ranks.check_shared(folder, "--output_dir")
     with_images = geometry.image_to_video if prepare.save_image_latents is None else prepare.save_image_latents

@@ -3,6 +3,7 @@
 errors.py             UsageError: what a user can mend
 files.py              files that are whole or not there
 host_memory.py        memory of the host, or of the container, that is free
+stopping.py           ending early without losing work: signals, the launcher's death, hangs
 flags.py              every flag once, as frozen dataclasses
 options.py            what each script takes, what follows from it
 conflicts.py          what flags contradict
@@ -55,13 +56,13 @@ optim.py              an optimizer step, learning rate
 offload.py            masters, moments and the step in host memory
 ema.py                a moving average of the masters, to be looked at and exported
 engine.py             who runs backward and step: this process, or DeepSpeed
-ranks.py              the processes of a run, and patient barriers
+ranks.py              the processes of a run: barriers, and stopping before the same step
 plan.py               how the blocks are executed: what fits, what is fastest
 attention.py          attention by the kernels of the device
 quant.py              frozen matrices in int8, fp8, nf4
 blocks.py             one block, forward and backward, as functions of tensors
 stack.py              all blocks of a transformer under a plan
-run.py                one run: ranks, output folder, metrics, trackers, signals
+run.py                one run: ranks, output folder, metrics, trackers
 images.py             the images that validation videos begin with
 tensors.py            a prepared folder, or one prepared now
 execution.py          the plan of a run: sizes, the machine measured, blocks placed

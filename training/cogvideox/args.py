@@ -19,6 +19,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from cogvideox import stopping
 from cogvideox.conflicts import flag_problems, foreign_problems
 from cogvideox.errors import UsageError, one_line
 from cogvideox.flags import HIDDEN
@@ -27,7 +28,7 @@ from cogvideox.options import Options, TrainOptions, derive, elsewhere, fields_o
 LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
 EPILOG = "Flags of the suite's other scripts are taken, and named as having no effect here."
 TAKEN = "no effect"  # the origin of a flag that only other scripts have
-USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
+USAGE_EXIT = 2
 # of the file system: the user can mend them
 DISK_ERRORS = {
     errno.ENOSPC,
@@ -308,30 +309,44 @@ def parse(
 def run_script(
     main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
 ) -> typing.NoReturn:
-    """Parses, runs ``main`` and ends the script: status 2 and a line for each problem where the user can mend it."""
+    """Parses, runs ``main`` and ends the script: status 2 and a line for each problem where the user can fix it, 75
+    where the script was asked to stop.
+    """
+    stopping.install()
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
+        status = status_of(main, options_type, doc, checks)
+    except stopping.Stopped:
+        status = stopped_status()
+    except Exception:
+        if not stopping.stops_now():
+            raise
+        status = stopped_status()  # the other side of a collective operation has stopped before this one
+    stopping.leave(status)
+
+
+def status_of(
+    main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
+) -> int | None:
+    """What ``main`` returns for the parsed options, or 2 after a line for each problem that the user can fix."""
+    try:
         options = parse(options_type, doc, None, checks)
         hide_secrets(options)
-        leave(main(options))
+        return main(options)
     except UsageError as error:
         count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
         lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in error.problems)]
         print(*lines, sep="\n", file=sys.stderr)
-        leave(USAGE_EXIT)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        leave(INTERRUPTED_EXIT)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         print(f"{error.filename or 'the disk'}: {error.strerror}; mend that and run the same command", file=sys.stderr)
-        leave(USAGE_EXIT)
+    return USAGE_EXIT
 
 
-def leave(status: int | None) -> typing.NoReturn:
-    """Ends the script. accelerate and torchrun make 1 of every status; who needs it (scripts/sweep.sh) names a file."""
-    if path := os.environ.get("COGVIDEOX_EXIT_FILE"):
-        Path(path).write_text(str(status or 0))  # on every rank: the launcher may kill those that come last
-    sys.exit(status)
+def stopped_status() -> int:
+    """The exit status of a script that was asked to stop, after a line that says so."""
+    if stopping.speaks():
+        print(stopping.last_line(), file=sys.stderr)
+    return stopping.REQUEUE_EXIT

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -87,11 +88,17 @@ class Saver:
     recipe: dict[str, Any]
     every: int
     limit: int | None
+    every_minutes: float | None = None
     kept: int | None = None  # the step of a checkpoint that the limit does not concern
+    saved_at: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after this optimizer step."""
         return step % self.every == 0
+
+    def overdue(self) -> bool:
+        """Whether so much time has passed since the last checkpoint, or the start, that another one is wanted."""
+        return self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
 
     def save(self, step: int) -> None:
         """Leaves a whole checkpoint of ``step``, then removes those beyond the limit."""
@@ -111,6 +118,7 @@ class Saver:
             seal(temporary, target)
             self._remove_replaced(step, checkpoints(self.run.output_dir))
         self.run.barrier()
+        self.saved_at = time.monotonic()
 
     def trim(self, step: int) -> None:
         """Removes checkpoints up to a step that the limit has no room for; later ones stay. On the main process."""

@@ -30,6 +30,7 @@ DEEPSPEED_TAG = "deepspeed"
 class Engine(Protocol):
     """See the top of the file."""
 
+    reduces_in_backward: bool  # whether ranks wait for each other in a backward pass, not only in a step
     model: Any
 
     def backward(self, loss: Tensor) -> None: ...
@@ -45,6 +46,8 @@ class Engine(Protocol):
 
 class LocalEngine:
     """The whole trainable state on every rank; gradients are averaged over the ranks in fp32."""
+
+    reduces_in_backward = False
 
     def __init__(
         self, model: Any, masters: MasterWeights | OffloadedWeights, writes: bool, ema: Ema | None = None
@@ -91,6 +94,8 @@ class LocalEngine:
 
 class DeepSpeedEngine:
     """ZeRO through accelerate's plugin; masters, clipping and accumulation are DeepSpeed's."""
+
+    reduces_in_backward = True
 
     def __init__(self, accelerator: Any, transformer: Any, parameters: list[Any], options: TrainOptions) -> None:
         train = options.train

@@ -220,6 +220,7 @@ class PrepareFlags:
         "check every tensor in output_dir, and encode anew what is damaged or out of date",
         refused="this one would train",
     )
+    nccl_timeout: int = flag(600, "seconds that a device waits for the others while none makes progress", least=1)
     use_slicing: bool = idle(False, "clips are encoded one at a time")
     pin_memory: bool = idle(False, "no batch waits for a device")
     num_decode_threads: int = idle(0, "--dataloader_num_workers says how many processes decode")
@@ -290,6 +291,9 @@ class TrainFlags:
     )
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0 leaves them", least=0.0)
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", least=1)
+    save_every_minutes: float | None = flag(
+        None, "minutes after which a checkpoint is saved, in addition to those of --checkpointing_steps", least=0.0
+    )
     checkpoints_total_limit: int | None = flag(
         None,
         "checkpoints to keep, the newest; older ones go once a new one is safe",
@@ -310,7 +314,11 @@ class TrainFlags:
         choices=CHANGEABLE,
     )
     allow_tf32: bool = flag(False, "TF32 for fp32 matrix products on a GPU")
-    nccl_timeout: int = flag(600, "seconds that a device waits for the others", least=1)
+    nccl_timeout: int = flag(
+        600,
+        "seconds that a device waits for the others in a training step, or elsewhere while none makes progress",
+        least=1,
+    )
     report_to: str | None = flag(None, "tracker beside metrics.jsonl", choices=("none", "wandb", "tensorboard", "all"))
     tracker_name: str | None = flag(None, "project name in the tracker (cogvideox)")
     logging_dir: str = flag("logs", "folder in output_dir for tracker files")

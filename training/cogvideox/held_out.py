@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cogvideox import stopping
 from cogvideox.curves import BY_TIMESTEP, GRID, of_grid, read_records
 from cogvideox.data.cache import CachedSample, hash_of
 from cogvideox.data.dataset import Batch, collate, draw_sample, read_image, read_moments, read_prompt, timestep_in
@@ -68,11 +69,11 @@ class HeldOut:
         """The loss of every clip at every place, (clips, PLACES), float64, the same on all ranks."""
         run = self.run
         grid = torch.zeros(len(self.samples), PLACES, dtype=torch.float64, device=run.device)
-        with evaluation(self.transformer):
+        with run.ranks.together(), evaluation(self.transformer):  # which waits longer than the sum does
             for number in range(run.ranks.process_index, grid.numel(), run.world):
                 clip, place = divmod(number, PLACES)
                 grid[clip, place] = self.losses_of(self.draw(self.samples[clip], place).to(run.device))[0].double()
-        run.barrier()  # which waits longer than the sum does
+                stopping.unit("held-out loss")
         if run.world > 1:
             dist.all_reduce(grid)  # each value is one rank's and zero elsewhere: the sum is exact
         return grid.cpu()

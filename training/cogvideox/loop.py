@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cogvideox import diffusion, models
+from cogvideox import diffusion, models, stopping
 from cogvideox.before_after import BeforeAfter
 from cogvideox.best import Best
 from cogvideox.checkpoint import DATA, Saver, StartPoint, check_data, check_length, find_start, write_samples
@@ -34,16 +34,7 @@ from cogvideox.parity import check_parity
 from cogvideox.pipeline_folder import fetch_parts
 from cogvideox.plan import HOST, ExecutionPlan
 from cogvideox.publish import publish
-from cogvideox.run import (
-    METRICS_NAME,
-    REQUEUE_EXIT,
-    Metrics,
-    Run,
-    signals_ask_to_stop,
-    start_run,
-    start_trackers,
-    write_config,
-)
+from cogvideox.run import METRICS_NAME, Metrics, Run, start_run, start_trackers, write_config
 from cogvideox.streaming import Away
 from cogvideox.tensors import Tensors, open_tensors
 from cogvideox.validation import Prompts, Validator, embed_prompts
@@ -183,7 +174,13 @@ class Trainer:
             write_config(run, options)
             write_samples(run.output_dir, tensors.index)
         self.saver = Saver(
-            run, self.engine, method, steps.recipe, train.checkpointing_steps, train.checkpoints_total_limit
+            run,
+            self.engine,
+            method,
+            steps.recipe,
+            train.checkpointing_steps,
+            train.checkpoints_total_limit,
+            train.save_every_minutes,
         )
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, steps.order)
         self.before_after = BeforeAfter(run, tensors, self.validator)
@@ -192,11 +189,14 @@ class Trainer:
         )
         self.best = Best(self.saver, train.keep_best, self.held_out.grid)
 
-    def train(self) -> int:
-        """Trains up to the last step, or until a signal asks for the end; returns the step reached, which is saved.
+    def train(self) -> None:
+        """Trains up to the last step, which is then saved.
 
         An optimizer step is made of --gradient_accumulation_steps batches of every rank, all of one bucket. Its loss
         is the mean over all of their samples, weighted by timestep; metrics.jsonl has that as "loss".
+
+        Raises:
+            Stopped: a signal asked for the end; the steps up to then are saved.
         """
         metrics = Metrics(self.run, self.options, self.steps.first, self.steps.total)
         self.best.start(self.steps.first)
@@ -205,42 +205,67 @@ class Trainer:
             with metrics.paused():
                 self._look(self.steps.first)  # only what is not there: a kill may have come in between
             metrics.forget_peaks()
-        with signals_ask_to_stop(self.run), closing(self._batches()) as batches:
-            step = self._train(metrics, batches)
+        with closing(self._batches()) as batches:
+            self._train(metrics, batches)
         metrics.close()
-        return step
 
-    def _train(self, metrics: Metrics, batches: Iterator[Batch]) -> int:
-        accumulation = self.options.train.gradient_accumulation_steps
+    def _train(self, metrics: Metrics, batches: Iterator[Batch]) -> None:
         step = saved = self.steps.first
-        while step < self.steps.total and not metrics.stop_agreed:
-            rate = learning_rate(self.options.optimizer, step, self.steps.total, self.steps.order.global_batch)
-            for micro in range(accumulation):
-                with metrics.loading():
-                    batch = next(batches)
-                metrics.bad_clips = self.bad_clips.count(batch.replaced)
-                self.method.draw_for(step, (micro * self.run.world + self.run.ranks.process_index) * len(batch.ids))
-                batch = batch.to(self.run.device)
-                losses_B = losses_of(self.task, self.schedule, self.engine.model, batch)
-                losses_B = losses_B * self.weights_T[batch.timestep_B]
-                self.engine.backward(losses_B.mean() / accumulation)
-            result = self.engine.step(rate, stop=self.run.stop_requested)
-            step += 1
-            metrics.push(step, rate, result)
-            if step == self.steps.first + STEADY_STEPS:
-                self.run.say(measured(metrics.seconds))
-            if self.saver.due(step):
-                with metrics.paused():
-                    self.saver.save(step)
-                saved = step
-            if self._looks_due(step) and step < self.steps.total:
-                with metrics.paused():
-                    if not metrics.stop_agreed:
+        try:
+            while step < self.steps.total:
+                save = self._accumulate(step, metrics, batches)
+                rate = learning_rate(self.options.optimizer, step, self.steps.total, self.steps.order.global_batch)
+                result = self.engine.step(rate)
+                step += 1
+                metrics.push(step, rate, result)
+                if step == self.steps.first + STEADY_STEPS:
+                    self.run.say(measured(metrics.seconds))
+                if save or self.saver.due(step):
+                    with metrics.paused():
+                        self._save(step)
+                    saved = step
+                if self._looks_due(step) and step < self.steps.total:
+                    with metrics.paused():
                         self._look(step)
+        except stopping.Stopped:
+            pass  # on every rank before the same step, of which nothing but gradients exists yet
         metrics.flush()
         if saved < step:
-            self.saver.save(step)
-        return step
+            self._save(step)
+        stopping.allow()
+
+    def _accumulate(self, step: int, metrics: Metrics, batches: Iterator[Batch]) -> bool:
+        """The gradients of an optimizer step, as far as no rank sums them yet; whether it is to be saved.
+
+        Raises:
+            Stopped: a rank was asked to stop, and no rank takes this step.
+        """
+        train = self.options.train
+        if self.engine.reduces_in_backward:
+            self._commit(step)
+        for micro in range(train.gradient_accumulation_steps):
+            self.run.ranks.consensus.may_stop(step)
+            with metrics.loading():
+                batch = next(batches)
+            metrics.bad_clips = self.bad_clips.count(batch.replaced)
+            self.method.draw_for(step, (micro * self.run.world + self.run.ranks.process_index) * len(batch.ids))
+            batch = batch.to(self.run.device)
+            losses_B = losses_of(self.task, self.schedule, self.engine.model, batch)
+            losses_B = losses_B * self.weights_T[batch.timestep_B]
+            self.engine.backward(losses_B.mean() / train.gradient_accumulation_steps)
+            stopping.unit("micro-batch")
+        return self._commit(step)
+
+    def _commit(self, step: int) -> bool:
+        """Takes a step on all ranks, unless one was asked to stop; returns whether it is saved. From now on there is
+        something to lose.
+        """
+        stopping.defer()
+        return self.run.ranks.consensus.commit(step, self.saver.overdue())
+
+    def _save(self, step: int) -> None:
+        self.saver.save(step)
+        stopping.allow(f"and saved after step {step} of {self.steps.total}")
 
     def _looks_due(self, step: int) -> bool:
         """Whether the weights are to be looked at after a step: always before the first and after the last."""
@@ -266,12 +291,12 @@ class Trainer:
 
     def _draw(self, step: int) -> None:
         """The run's curves and its contact sheet, as of a step."""
-        if self.run.is_main:
-            folder = self.run.output_dir
-            name, weighting = folder.resolve().name, self.options.signal.loss_weighting
-            draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
-            self.before_after.draw(step)
-        self.run.barrier()
+        folder = self.run.output_dir
+        name, weighting = folder.resolve().name, self.options.signal.loss_weighting
+        with self.run.ranks.together():
+            if self.run.is_main:
+                draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
+                self.before_after.draw(step)
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This rank's micro-batches; closing it ends the workers, which do not listen to signals."""
@@ -311,11 +336,9 @@ class Trainer:
         filled = self.steps.order.filled(self.options.train.num_train_epochs)
         return f"; {filled} samples come early to fill last batches" if filled else ""
 
-    def finish(self, step: int) -> int:
+    def finish(self) -> int:
         """The last validation and the result; returns the script's exit status."""
-        if step < self.steps.total:
-            self.run.say(f"stopped and saved after step {step} of {self.steps.total}; the same command goes on")
-            return REQUEUE_EXIT
+        step = self.steps.total
         self._look(step)
         run, options = self.run, self.options
         if options.train.export_best:
@@ -342,7 +365,10 @@ class Trainer:
 def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     """What every training script does: data, then the model, then training, then the result.
 
-    Returns the exit status: 0, or 75 where a signal ended the run early with everything saved.
+    Returns the exit status, 0.
+
+    Raises:
+        Stopped: a signal ended the run early with everything saved.
     """
     run = start_run(options)
     keep_to_budget(run, options)
@@ -368,7 +394,8 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
         task = task_type(options, tensors.geometry, run.device, run.dtype)
         check_parity(run, options, tensors, task, transformer)
         trainer = Trainer(run, options, tensors, prompts, task, method, plan, away, steps)
-        return trainer.finish(trainer.train())
+        trainer.train()
+        return trainer.finish()
 
 
 @contextmanager

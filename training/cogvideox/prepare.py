@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cogvideox import encode, models
+from cogvideox import encode, models, stopping
 from cogvideox.data.buckets import Bucket, make_buckets
 from cogvideox.data.cache import (
     CachedSample,
@@ -291,7 +291,9 @@ class Preparation:
             return
         with worker_pool(self.data, self.limits) as workers:
             hidden = not self.state.is_main_process
-            yield from tqdm(workers.run(jobs), total=total, desc=what, unit="clip", disable=hidden)
+            for result in tqdm(workers.run(jobs), total=total, desc=what, unit="clip", disable=hidden):
+                stopping.unit("clip")
+                yield result
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """What the ledger has on the files as they are."""
@@ -437,6 +439,7 @@ def encode_captions(
                 if not torch.isfinite(embed).all():
                     raise UsageError(f"--dtype {encoders.text_dtype}: T5 overflows on {text!r}; give bf16 or fp32")
                 cache.write(encoders.prompt_key(text), {"prompt_LD": embed.clone()})
+            stopping.unit("caption")
             bar.update(len(texts))
         bar.close()
 

@@ -1,4 +1,4 @@
-"""One run: processes and device, the output folder and its lock, metrics, trackers, the wish to stop.
+"""One run: processes and device, the output folder and its lock, metrics, trackers.
 
 start_run() -> Run. metrics.jsonl gets a line for every optimizer step, read from the device one step late, so that
 logging never makes the device wait.
@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -32,9 +31,6 @@ from cogvideox.options import TrainOptions, launched_processes, precision_of, tr
 from cogvideox.ranks import Ranks, check_world
 
 CONFIG_NAME, METRICS_NAME, LOCK_NAME = "config.json", "metrics.jsonl", ".lock"
-REQUEUE_EXIT = 75  # EX_TEMPFAIL: stopped by a signal, everything saved; run the same command again
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SECOND_SIGNAL = 1.0  # seconds; sooner, it is the first one again: schedulers signal the launcher and its children
 WANDB_SECONDS = 20.0  # to reach its server; its own default is 90
 MAX_SKIPPED = 32  # optimizer steps in a row; fp16's loss scale needs up to 16 to settle
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,7 +47,6 @@ class Run:
     precision: str  # no, fp16, bf16
     compiled: bool
     repository: str | None = None  # on the hub, where the result goes; the main process knows it
-    stop_requested: bool = False
     _lock: IO[str] | None = field(default=None, repr=False)
 
     @property
@@ -115,7 +110,8 @@ def start_run(options: TrainOptions) -> Run:
     accelerator = make_accelerator(options)
     output_dir = Path(options.train.output_dir)
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
-    run = Run(accelerator, Ranks(accelerator.state), output_dir, precision_of(options.train.mixed_precision), compiled)
+    ranks = Ranks(accelerator.state, options.train.nccl_timeout)
+    run = Run(accelerator, ranks, output_dir, precision_of(options.train.mixed_precision), compiled)
     torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
     torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch's own default is on
     problem = (take_folder(run, options) or take_repository(run, options)) if run.is_main else None
@@ -256,27 +252,6 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "python": platform.python_version(), "device": device}
 
 
-@contextmanager
-def signals_ask_to_stop(run: Run) -> Iterator[None]:
-    """The first SIGTERM, SIGINT or SIGUSR1 asks for a checkpoint and an end; another, later, ends at once."""
-    first = 0.0
-
-    def handle(number: int, _frame: Any) -> None:
-        nonlocal first
-        if not run.stop_requested:
-            first = time.monotonic()
-        elif time.monotonic() - first > SECOND_SIGNAL:
-            os._exit(128 + number)
-        run.stop_requested = True
-
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Mark:
     """A moment in the device's work, or in time on the CPU."""
 
@@ -347,11 +322,6 @@ class Metrics:
         if self.path.is_file():
             lines = [line for line in self.path.read_text().splitlines() if step and finished_by(line, step)]
             write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
-
-    @property
-    def stop_agreed(self) -> bool:
-        """Whether any rank asked for the end, as of the newest step that has arrived: the same on every rank."""
-        return self.last.get("stop", 0.0) > 0
 
     def push(self, step: int, lr: float, result: StepResult) -> None:
         """Queues a step's numbers and writes those of the step before, which are there by now."""

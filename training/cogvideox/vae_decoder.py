@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from cogvideox import stopping
+
 Tile = tuple[int, int]  # height and width, pixels
 SMALLEST = 96  # pixels; below, seams are most of a tile
 NEXT = 0.7  # of a tile's side, that of the next smaller one at most
@@ -58,6 +60,7 @@ class Decoder:
         first = vae.tile_sample_min_height, vae.tile_sample_min_width
         self.left = ways_to_decode(first, scale, tiled)
         vae.decode = self
+        vae.decoder.register_forward_hook(lambda *_: stopping.unit("decoded tile"))  # of some frames
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         while True:

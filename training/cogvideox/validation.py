@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideox import models
+from cogvideox import models, stopping
 from cogvideox.data.cache import TensorCache
 from cogvideox.data.decode import write_video
 from cogvideox.data.sampler import Order
@@ -82,6 +82,12 @@ def without(names: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of videos, the recipe in them without some of its entries."""
     recipe = settings.get("recipe", {})
     return {**settings, "recipe": {name: value for name, value in recipe.items() if name not in names}}
+
+
+def after_denoising_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Lets a video be given up after each step of a pipeline; changes nothing."""
+    stopping.unit("denoising step")
+    return tensors
 
 
 class Validator:
@@ -169,11 +175,11 @@ class Validator:
         paths = [self.path(step, p, k) for p, k in jobs]
         share = slice(self.run.ranks.process_index, None, self.run.world)
         todo = [(job, path) for job, path in list(zip(jobs, paths, strict=True))[share] if not path.exists()]
-        if todo:
-            with evaluation(self.transformer), self._vae_on_device():
-                for (p, k), path in todo:
-                    write_video(path, self.sample(p, k).numpy(), self.fps)
-        self.run.barrier()
+        with self.run.ranks.together():
+            if todo:
+                with evaluation(self.transformer), self._vae_on_device():
+                    for (p, k), path in todo:
+                        write_video(path, self.sample(p, k).numpy(), self.fps)
         if self.run.is_main and paths:
             self._log(step, paths)
         return paths
@@ -195,6 +201,7 @@ class Validator:
             **self.sampling,
             generator=generator,
             output_type="pt",
+            callback_on_step_end=after_denoising_step,
         ).frames
         return frames_of(video_BFCHW)
 

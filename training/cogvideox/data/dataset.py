@@ -7,7 +7,7 @@ Shapes: B samples, F latent frames (padding included), C channels, H and W laten
 encodings of one image.
 """
 
-import signal
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache
 from cogvideox.data.sampler import BucketBatchSampler, Visit
+from cogvideox.data.workers import end_with_parent, ignore_stop_signals
 from cogvideox.draws import key_of, uniform
 from cogvideox.flags import SignalFlags
 from cogvideox.geometry import Geometry
@@ -220,10 +221,14 @@ class LatentDataset(Dataset[Batch]):
         yield from sorted(others, key=lambda sample: (sample.id < first.id, sample.id))
 
 
-def ignore_signals(_worker: int) -> None:
-    """A signal to the whole group asks the training process for a checkpoint; it needs its workers until then."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def begin_worker(_worker: int) -> None:
+    """A signal to the whole group asks the training process for a checkpoint, and it needs its workers until then. They
+    end with it, however it ends.
+    """
+    ignore_stop_signals()
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        end_with_parent(parent.pid)
 
 
 def build_loader(dataset: LatentDataset, sampler: BucketBatchSampler, workers: int, pin: bool) -> DataLoader[Batch]:
@@ -235,5 +240,5 @@ def build_loader(dataset: LatentDataset, sampler: BucketBatchSampler, workers: i
         collate_fn=collate,
         pin_memory=pin,
         persistent_workers=False,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=begin_worker,
     )

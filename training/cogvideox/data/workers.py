@@ -30,6 +30,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cogvideox.stopping import STOP_SIGNALS
+
 ATTEMPTS = 2
 PATIENCE = 5.0  # seconds for a killed process to be gone; one that hangs in a dead network mount never is
 
@@ -175,7 +177,7 @@ class _Lost(Exception):
 
 
 class _Worker:
-    """One process and the socket to it. Created by a thread that outlives it (see _end_with_parent)."""
+    """One process and the socket to it. Created by a thread that outlives it (see end_with_parent)."""
 
     def __init__(self, memory: int) -> None:
         ours, theirs = socket.socketpair()
@@ -258,7 +260,7 @@ def _cause_of_death(code: int | None) -> str:
 def serve(channel: int, memory: int, parent: int) -> None:
     """The life of a worker: jobs from the socket `channel` until its other end closes. memory: bytes; parent: pid."""
     _confine(memory)
-    _end_with_parent(parent)
+    end_with_parent(parent)
     with socket.socket(fileno=channel) as connection, suppress(EOFError, ConnectionError):
         stream = connection.makefile("rwb")
         while True:
@@ -296,9 +298,14 @@ def _sendable(error: Exception) -> Exception:
     return copy
 
 
-def _confine(memory: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # some launchers send them to every process
+def ignore_stop_signals() -> None:
+    """Some launchers and terminals send them to every process; only the process of the run acts on them."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _confine(memory: int) -> None:
+    ignore_stop_signals()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Not RLIMIT_AS, which also counts libraries, mapped files and address space that is only reserved.
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
@@ -308,7 +315,7 @@ def _confine(memory: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel shall take this process before the run
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """Lets the kernel end this process when the thread that created it ends, for example by kill -9."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

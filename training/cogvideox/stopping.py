@@ -1,0 +1,364 @@
+"""How a script ends early without losing work: signals, the end of its launcher, another rank's wish, and hangs.
+
+A script is always in one of two situations.
+
+*Nothing to lose*: everything done so far is on the disk, or can be done again. This is so while modules are imported,
+models load, tensors are prepared, and between a checkpoint and the next optimizer step. The first signal raises Stopped
+in the main thread. Where that thread is inside a long call of a library, no exception can reach it, so a watcher thread
+ends the process a moment later.
+
+*Something to lose*: from ``defer`` until ``allow``, optimizer steps exist in memory only. The first signal is only
+remembered. ``requested`` and ``unit`` ask for it after each unit of work (a micro-batch, a denoising step), so that the
+caller can save a checkpoint and then call ``allow``, which raises Stopped.
+
+Either way the script ends with REQUEUE_EXIT, and the same command continues the work. Standard library only: this is
+installed before anything heavy is imported.
+"""
+
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, Protocol
+
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REQUEUE_EXIT, HANG_EXIT = 75, 1  # 75 is EX_TEMPFAIL of sysexits.h
+SECOND_SIGNAL = 1.0  # seconds; sooner, it is the first one again: schedulers signal a launcher and its children
+UNWINDING = 0.5  # seconds for the main thread to end by itself when nothing is to be saved
+FAREWELL = 2.0  # seconds for it after a checkpoint was saved, for example to close trackers
+PERIOD = 0.2  # seconds between two looks of the watcher
+IO_UNIT = 24  # bits: 16 MiB read or written count as a unit of work, such as a part of a large checkpoint
+LAUNCHERS = (
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
+    *("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch"),
+)
+
+
+class Stopped(BaseException):
+    """The work ends here because the process was asked to stop. Not an Exception, which code may handle as an error."""
+
+
+class Store(Protocol):
+    """Counters that all ranks share, such as a torch.distributed.TCPStore."""
+
+    def add(self, key: str, amount: int) -> int: ...
+
+
+class _State:
+    """What this process knows about its end. Written by the main thread unless a comment says otherwise."""
+
+    def __init__(self) -> None:
+        self.asked = False  # to stop; also written by the watcher, which may hear of a signal first
+        self.deferred = False  # steps exist in memory only
+        self.stoppable = False  # unit() may raise
+        self.status: int | None = None  # the exit status, once it is decided
+        self.achieved = ""  # what was saved, for the last line
+        self.grace = UNWINDING
+        self.units = 0
+        self.last_unit = "start"
+        self.waiting_since: float | None = None  # for other ranks
+        self.watcher: _Watcher | None = None
+
+
+_state = _State()
+
+
+def requested() -> bool:
+    """Whether the process was asked to stop."""
+    return _state.asked
+
+
+def stops_now() -> bool:
+    """Whether the process was asked to stop and has nothing to lose."""
+    return _state.asked and not _state.deferred
+
+
+def defer() -> None:
+    """From now on there is something to lose: signals are remembered until ``allow``."""
+    _state.deferred = True
+
+
+def allow(achieved: str = "") -> None:
+    """From now on there is nothing to lose.
+
+    Args:
+        achieved: what was saved, such as "and saved after step 3 of 6", for the line that a stopped script ends with.
+
+    Raises:
+        Stopped: a signal was deferred.
+    """
+    _state.grace, _state.deferred, _state.achieved = FAREWELL, False, achieved
+    if _state.asked:
+        _raise_stopped()
+
+
+def unit(name: str) -> None:
+    """Counts a finished unit of work, which shows that this process does not hang.
+
+    Raises:
+        Stopped: the process was asked to stop and is inside ``stoppable``.
+    """
+    _state.units += 1
+    _state.last_unit = name
+    if _state.stoppable and _state.asked:
+        raise Stopped
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Work that can be left after each of its units and is done again later."""
+    before, _state.stoppable = _state.stoppable, True
+    try:
+        yield
+    finally:
+        _state.stoppable = before
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """A wait for other ranks, which ends the run where no rank makes progress."""
+    _state.waiting_since = time.monotonic()
+    try:
+        yield
+    finally:
+        _state.waiting_since = None
+
+
+def stop() -> NoReturn:
+    """Does for the wish of another rank what a signal does after a unit of work.
+
+    Raises:
+        Stopped: always.
+    """
+    _state.asked = True
+    raise Stopped
+
+
+def _raise_stopped() -> NoReturn:
+    _state.status = REQUEUE_EXIT
+    raise Stopped
+
+
+def _handle(_number: int, _frame: FrameType | None) -> None:
+    """Runs in the main thread between two bytecodes, possibly long after the signal."""
+    _state.asked = True
+    if not _state.deferred and _state.status is None:
+        _raise_stopped()
+
+
+def install() -> None:
+    """Takes over the signals of this process and starts the watcher. Called once, by the main thread of a script."""
+    bell, ringer = socket.socketpair()
+    ringer.setblocking(False)
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, _handle)
+    # faulthandler prints the stacks even if Python itself hangs; then the watcher hears of the signal and tells others
+    signal.signal(signal.SIGQUIT, lambda *_: None)
+    faulthandler.register(signal.SIGQUIT, file=2, all_threads=True, chain=True)
+    signal.set_wakeup_fd(ringer.fileno(), warn_on_full_buffer=False)
+    _state.watcher = _Watcher(bell, ringer, os.getppid())
+    _state.watcher.start()
+
+
+def join_ranks(store: Store, rank: int, number: int, patience: float) -> None:
+    """Lets the watcher exchange requests and progress with the other ranks.
+
+    Args:
+        store: used by the watcher thread alone.
+        rank: of this process, of ``number``.
+        patience: seconds without progress on any rank, while one waits for others, after which all ranks end.
+    """
+    if _state.watcher is not None:
+        _state.watcher.others = _Others(store, rank, number, patience)
+
+
+def leave(status: int | None) -> NoReturn:
+    """Ends the script. accelerate and torchrun turn every status into 1; COGVIDEOX_EXIT_FILE names a file for it."""
+    status = _state.status = status or 0
+    _write_exit_file(status)
+    if _state.watcher is not None:
+        _state.watcher.close()
+    sys.exit(status)
+
+
+def last_line() -> str:
+    """What a script that was stopped says."""
+    return f"stopped{_state.achieved and ' ' + _state.achieved}; the same command continues"
+
+
+def speaks() -> bool:
+    """Whether this process speaks for all ranks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _write_exit_file(status: int) -> None:
+    """Every rank writes it: the launcher may kill those that come last."""
+    if path := os.environ.get("COGVIDEOX_EXIT_FILE"):
+        Path(path).write_text(str(status))
+
+
+def _end(status: int, line: str = "") -> NoReturn:
+    """Ends the process from any thread, whatever the main thread does. Worker processes end with their parent."""
+    if line:
+        os.write(2, f"{line}\n".encode())
+    with suppress(OSError):
+        _write_exit_file(status)
+    os._exit(status)
+
+
+class _Watcher(threading.Thread):
+    """Sees to it that the process ends in time. A daemon, so that it never keeps a finished script alive."""
+
+    def __init__(self, bell: socket.socket, ringer: socket.socket, parent: int) -> None:
+        super().__init__(name="stopping", daemon=True)
+        self.bell, self.ringer = bell, ringer
+        self.parent = parent if is_launcher(parent) else None
+        self.others: _Others | None = None
+        self.first_signal: float | None = None
+        self.deadline: float | None = None
+        self.closing = False
+
+    def run(self) -> None:
+        while not (self.closing and self._told_others()):
+            for number in self._heard():
+                self._take(number)
+            orphaned = self.parent is not None and os.getppid() != self.parent
+            if (self._asked_by_others() or orphaned) and not _state.asked:
+                os.kill(os.getpid(), signal.SIGTERM)  # interrupts what the main thread waits for, too
+            self._end_if_late()
+
+    def close(self) -> None:
+        """Ends the thread: one that is inside a library while the interpreter is taken down can abort the process."""
+        self.closing = True
+        self.ringer.send(b"\0")
+        self.join(UNWINDING)
+
+    def _told_others(self) -> bool:
+        return self.others is None or not _state.asked or self.others.all_know()
+
+    def _asked_by_others(self) -> bool:
+        if self.others is not None and not self.others.exchange():
+            self.others = None  # their store is gone; a collective operation will say more
+        return self.others is not None and self.others.stopping > 0
+
+    def _heard(self) -> bytes:
+        """The numbers of the signals that have arrived, after at most a PERIOD."""
+        ready, _, _ = select.select([self.bell], [], [], PERIOD)
+        return self.bell.recv(256) if ready else b""
+
+    def _take(self, number: int) -> None:
+        now = time.monotonic()
+        if number == signal.SIGQUIT and self.others is not None:
+            self.others.ask_for_stacks()
+        if number not in STOP_SIGNALS:
+            return
+        _state.asked = True
+        if self.first_signal is None:
+            self.first_signal = now
+        elif now - self.first_signal >= SECOND_SIGNAL:
+            _end(128 + number if _state.status is None else _state.status)
+
+    def _end_if_late(self) -> None:
+        """Ends the process where the main thread had nothing to save and does not come to its end."""
+        if not stops_now():
+            self.deadline = None
+            return
+        if self.deadline is None:
+            self.deadline = time.monotonic() + _state.grace
+        elif time.monotonic() >= self.deadline:
+            decided = _state.status not in (None, REQUEUE_EXIT)  # a script that was ending already says so itself
+            _end(_state.status or 0 if decided else REQUEUE_EXIT, last_line() if speaks() and not decided else "")
+
+
+class _Others:
+    """The watcher's exchange with those of the other ranks, through counters that all of them add to."""
+
+    def __init__(self, store: Store, rank: int, number: int, patience: float) -> None:
+        self.store, self.rank, self.number, self.patience = store, rank, number, patience
+        self.stopping = 0  # ranks that know of the wish to stop
+        self.told_stop = False
+        self.progress, self.told_units = 0, 0  # of all ranks; of this one
+        self.changed = time.monotonic()
+        self.stacks = 0  # dumps of all stacks that were asked for
+
+    def all_know(self) -> bool:
+        """Whether every rank knows that all are to stop."""
+        return self.stopping >= self.number
+
+    def exchange(self) -> bool:
+        """Tells and asks; False where the store does not answer any more."""
+        try:
+            self._exchange_stop()
+            self._exchange_stacks()
+            self._exchange_progress()
+        except Exception:
+            return False
+        return True
+
+    def ask_for_stacks(self) -> None:
+        """Lets the other ranks print their stacks; this one has done so."""
+        with suppress(Exception):
+            self.stacks = self.store.add("stacks", 1)
+
+    def _exchange_stop(self) -> None:
+        tells = _state.asked and not self.told_stop
+        self.stopping = self.store.add("stop", int(tells))
+        self.told_stop |= tells
+
+    def _exchange_stacks(self) -> None:
+        wanted = self.store.add("stacks", 0)
+        if wanted > self.stacks:
+            faulthandler.dump_traceback(2, all_threads=True)
+        self.stacks = wanted
+
+    def _exchange_progress(self) -> None:
+        units = _state.units + (_bytes_moved() >> IO_UNIT)
+        progress = self.store.add("progress", units - self.told_units)
+        self.told_units = units
+        now = time.monotonic()
+        if progress != self.progress:
+            self.progress, self.changed = progress, now
+        since = _state.waiting_since
+        hangs = since is not None and now - max(since, self.changed) > self.patience
+        if hangs or self.store.add("hang", 0):
+            self._end_hang()
+
+    def _end_hang(self) -> NoReturn:
+        """Prints the stacks of this rank and ends it, not before all ranks know."""
+        known = self.store.add("hang", 1)
+        what = "waits for the others" if _state.waiting_since is not None else f"last finished: {_state.last_unit}"
+        rule = f"no rank made progress for {self.patience:g} s (--nccl_timeout)"
+        os.write(2, f"rank {self.rank}: {rule}; this one {what}. Its threads:\n".encode())
+        faulthandler.dump_traceback(2, all_threads=True)
+        end = time.monotonic() + FAREWELL
+        while known < self.number and time.monotonic() < end:
+            time.sleep(PERIOD)
+            known = self.store.add("hang", 0)
+        _end(HANG_EXIT)
+
+
+def _bytes_moved() -> int:
+    """Bytes that this process has read and written so far, through system calls or from mapped files."""
+    with suppress(OSError, ValueError):
+        pairs = (line.split(":") for line in Path("/proc/self/io").read_text().splitlines())
+        return sum(int(value) for name, value in pairs if name in ("rchar", "wchar", "read_bytes"))
+    return 0
+
+
+def is_launcher(pid: int) -> bool:
+    """Whether a process is a launcher of training processes, which must not outlive it."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:6]
+    except OSError:
+        return False
+    names = {Path(word).name.removesuffix(".py") for word in words} | set(words)
+    return bool(names & set(LAUNCHERS))
