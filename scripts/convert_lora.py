@@ -26,6 +26,7 @@ from lora_tools import PREFIX, WEIGHTS_NAME, lora_file, replace_by
 
 COMFY_PREFIX = "lora_unet_"
 CONFIG_NAME = "lora_adapter_metadata"
+TRAINING_NAME = "cogvideox_training"  # how a LoRA of this suite was scaled in training
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 # All linear layers of CogVideoX 1.0 and 1.5: with _ for dots, a name alone does not say where the dots were.
 IN_BLOCKS = (
@@ -130,7 +131,10 @@ def to_diffusers(tensors: Tensors, metadata: dict[str, str]) -> tuple[Tensors, d
 
 
 def with_config(metadata: dict[str, str], ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, str]:
-    """The metadata with which diffusers scales each layer by alpha / rank; as it is where it says that already."""
+    """The metadata with which diffusers scales each layer by alpha / rank; as it is where it says that already.
+
+    What it says of a training is dropped where another program has changed the scales since.
+    """
     import torch
 
     config = config_of(metadata)
@@ -143,7 +147,7 @@ def with_config(metadata: dict[str, str], ranks: dict[str, int], alphas: dict[st
     fields["rank_pattern"] = {f"^{re.escape(layer)}": r for layer, r in ranks.items() if r != rank}
     fields["alpha_pattern"] = {f"^{re.escape(layer)}": a for layer, a in wanted.items() if a != alpha}
     text = json.dumps({f"{PREFIX}{name}": value for name, value in fields.items()}, indent=2, sort_keys=True)
-    return metadata | {CONFIG_NAME: text}
+    return {name: value for name, value in metadata.items() if name != TRAINING_NAME} | {CONFIG_NAME: text}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

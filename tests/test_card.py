@@ -54,6 +54,7 @@ HOSTILE = [
 MADE: dict[str, Any] = {"task": "TextToVideo", "method": "Lora", "step": 3000, "seed": 42, "samples_per_step": 1}
 MADE |= {"learning_rate": 1e-4, "lr_scheduler": "constant", "optimizer": "adamw"}
 MADE |= {"rank": 128, "lora_alpha": 64.0, "target_modules": ["to_q", "to_out.0"]}
+MADE |= {"lora_scale": 0.5, "lora_scale_folded": "exactly"}
 MADE |= {"versions": {"torch": "2.13.0+cpu"}, "python": "3.11.7", "device": "x86_64"}
 MADE |= {"verification": {"max_difference": 0.25, "cosine": 0.99995}}
 CLIPS: Any = SimpleNamespace(samples=[SimpleNamespace(bucket="49x480x720")])

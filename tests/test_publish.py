@@ -79,9 +79,13 @@ def after_writing(change: Callable[[Path], None]) -> Callable[[pytest.MonkeyPatc
 
     def fault(patch: pytest.MonkeyPatch) -> None:
         write = publish.write_weights
-        patch.setattr(
-            publish, "write_weights", lambda method, folder: (write(method, folder), change(folder / WEIGHTS))
-        )
+
+        def written(method: Any, folder: Path) -> dict[str, Any]:
+            about = write(method, folder)
+            change(folder / WEIGHTS)
+            return about
+
+        patch.setattr(publish, "write_weights", written)
 
     return fault
 
@@ -109,7 +113,7 @@ FAULTS = {
     "NaN": not_finite,
     "a tensor changed": after_writing(lambda path: rewrite(path, True, 1.001)),
     "a block missing": after_writing(without_one),
-    "no rank and alpha": after_writing(lambda path: rewrite(path, False, 1.0)),
+    "no scale": after_writing(lambda path: rewrite(path, False, 1.0)),
     "torn": after_writing(torn),
 }
 
@@ -120,7 +124,8 @@ def test_what_reloads_as_something_else_is_not_published(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     output = tmp_path / "lora"
-    flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 2)
+    scale = ["--lora_alpha", 6]  # of 1.5, which the metadata say
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 2, *scale)
     with monkeypatch.context() as patch:
         FAULTS[fault](patch)
         expected = (

@@ -18,6 +18,7 @@ from cogvideox.data.cache import CacheIndex
 from cogvideox.files import write_atomically
 from cogvideox.flags import ModelFlags
 from cogvideox.geometry import hub_file
+from cogvideox.lora_file import NO, ROUNDED
 from cogvideox.options import TrainOptions
 from cogvideox.run import Run
 from cogvideox.tasks import IMAGE_NAME
@@ -291,9 +292,20 @@ def training(facts: Facts) -> str:
     ]
     if facts.is_lora:
         targets = ", ".join(made["target_modules"])
-        lines.insert(2, f"LoRA: rank {made['rank']}, alpha {made['lora_alpha']:g}, on {targets}.")
+        lines.insert(2, f"LoRA: rank {made['rank']}, alpha {made['lora_alpha']:g}, on {targets}.{scale_said(made)}")
     listed = "\n".join(f"- {escaped(line)}" for line in lines)
     return f"## How it was made\n\n{listed}\n\n[recipe.json](recipe.json) has every setting."
+
+
+def scale_said(made: dict[str, Any]) -> str:
+    """Where a LoRA's scale is, for readers who load the file with other programs."""
+    scale = made["lora_scale"]
+    if scale == 1:
+        return ""
+    if made["lora_scale_folded"] == NO:
+        return f" In the file its scale, {scale:g}, is only in the file's metadata; loaders that ignore it take 1."
+    rounded = " (rounded)" if made["lora_scale_folded"] == ROUNDED else ""
+    return f" In the file its scale, {scale:g}, is multiplied into its matrices{rounded}: the file's alpha is its rank."
 
 
 def licence(facts: Facts) -> str:

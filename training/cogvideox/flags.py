@@ -440,6 +440,11 @@ class LoraFlags:
         aliases=("init_lora_from",),
         refused="this one would not start from it",
     )
+    fold_lora_scale: bool = flag(
+        False,
+        "multiply the result's matrices by the LoRA's scale, with rounding, for loaders that do not read a file's "
+        "metadata; a scale that is a power of two needs no flag, it is always multiplied in without rounding",
+    )
 
 
 @dataclass(frozen=True)

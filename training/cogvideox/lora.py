@@ -1,8 +1,10 @@
-"""Parts of a LoRA that PEFT does not have: its layers, PiSSA's start on an untouched base, dropout that repeats.
+"""Parts of a LoRA that PEFT does not have: its layers, PiSSA's start on an untouched base, dropout that repeats, and a
+scale that is part of the matrices.
 
 A layer computes W x + scale * B (A dropout(x)). A is (rank, in), B is (out, rank).
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from torch.nn.functional import linear
 
 from cogvideox.draws import key_of
 from cogvideox.errors import UsageError
-from cogvideox.lora_file import selected, unused
+from cogvideox.lora_file import EXACT, NO, PREFIX, ROUNDED, LoraFile, selected, unused
 from cogvideox.options import target_pattern
 
 
@@ -155,3 +157,53 @@ def of_first_rank(tensor: Tensor) -> Tensor:
     here = tensor.to(fast) if fast is not None and dist.get_backend() == "nccl" else tensor
     dist.broadcast(here, src=0)
     return here.to(tensor.device)
+
+
+# -- scale -------------------------------------------------------------------------------------------------------------
+
+
+def fold_scale(state: dict[str, Tensor], scale: float, rounded: bool = False) -> tuple[dict[str, Tensor], str]:
+    """A LoRA that needs no scale any more, and EXACT or ROUNDED; or the same LoRA, and NO.
+
+    A power of two changes no bit of a product but its exponent, unless a number of B leaves the range of its type.
+
+    Args:
+        state: matrices by PEFT's names.
+        scale: what B A is multiplied by.
+        rounded: multiply by any scale.
+
+    Raises:
+        UsageError: a number becomes too large for its type.
+    """
+    folded = {name: tensor * scale if is_b(name) else tensor for name, tensor in state.items()}
+    if is_power_of_two(scale) and all(
+        (folded[name] / scale).equal(tensor) for name, tensor in state.items() if is_b(name)
+    ):
+        return folded, EXACT
+    if not rounded:
+        return state, NO
+    for name, tensor in folded.items():
+        if not tensor.isfinite().all():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UsageError(f"--fold_lora_scale: {name} times {scale:g} is too large for {kind}; leave the flag out")
+    return folded, ROUNDED
+
+
+def is_b(name: str) -> bool:
+    """Whether a tensor is the matrix that is multiplied last."""
+    return name.endswith("lora_B.weight")
+
+
+def is_power_of_two(number: float) -> bool:
+    """Whether a positive number has no bits but those of its exponent."""
+    return math.frexp(number)[0] == 0.5
+
+
+def trained_matrices(file: LoraFile) -> dict[str, Tensor]:
+    """A file's matrices by PEFT's names, as training had them; where folding rounded, as they are."""
+    from safetensors.torch import load_file
+
+    found = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file.path).items()}
+    if file.training is None or file.folded != EXACT:
+        return found
+    return {name: tensor / file.training.scale if is_b(name) else tensor for name, tensor in found.items()}

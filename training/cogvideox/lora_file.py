@@ -4,6 +4,7 @@ safetensors only: a length, a JSON header (names, shapes, metadata), the numbers
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,27 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
 PREFIX = "transformer."  # of a pipeline's part, before PEFT's names
 KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 CONFIG_NAME = "lora_adapter_metadata"  # in the file's metadata: the fields of PEFT's LoraConfig
+TRAINING_NAME = "cogvideox_training"  # in the file's metadata: the fields of Training
+NO, EXACT, ROUNDED = "no", "exactly", "with rounding"  # whether, and how, the scale is multiplied into the matrices
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a LoRA was scaled in training, and whether the matrices of its file have this scale in them already.
+
+    ``rank`` is that of the file's matrices: after PiSSA twice the one that was trained, and alpha grows with it.
+    """
+
+    rank: int
+    lora_alpha: float
+    use_rslora: bool
+    scale: float
+    scale_folded: str = NO
+
+
+def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
+    """What a LoRA's product of two matrices is multiplied by, as PEFT computes it."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,7 @@ class LoraFile:
     path: Path
     shapes: dict[str, tuple[int, ...]]  # by key
     config: dict[str, Any]  # without the prefix; empty where the file has none: diffusers then takes alpha = rank
+    training: Training | None = None  # None: another trainer's
 
     @property
     def layers(self) -> list[str]:
@@ -37,6 +60,17 @@ class LoraFile:
     def ranks(self) -> list[int]:
         """The ranks of its matrices."""
         return sorted({shape[0] for key, shape in self.shapes.items() if key.endswith("lora_A.weight")})
+
+    @property
+    def folded(self) -> str:
+        """Whether, and how, its matrices have the scale of training in them."""
+        return self.training.scale_folded if self.training else NO
+
+    def scaling(self, rank: int) -> tuple[float, bool]:
+        """(alpha, whether it is rsLoRA's) with which training goes on; where folding rounded, that of the file."""
+        if self.training and self.folded == EXACT:
+            return self.training.lora_alpha, self.training.use_rslora
+        return self.config.get("lora_alpha", rank), bool(self.config.get("use_rslora"))
 
 
 def check_lora(options: Any) -> Iterator[str]:
@@ -71,9 +105,10 @@ def read_header(given: str) -> LoraFile:
         metadata = header.pop("__metadata__", {})
         shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
         config = json.loads(metadata.get(CONFIG_NAME, "{}"))
+        training = Training(**json.loads(metadata[TRAINING_NAME])) if TRAINING_NAME in metadata else None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{rule}: {path.name} is damaged, or no safetensors file; get it again") from None
-    return LoraFile(path, shapes, {name.removeprefix(PREFIX): value for name, value in config.items()})
+    return LoraFile(path, shapes, {name.removeprefix(PREFIX): value for name, value in config.items()}, training)
 
 
 def misfits(file: LoraFile, lora: LoraFlags) -> Iterator[str]:
@@ -88,18 +123,35 @@ def misfits(file: LoraFile, lora: LoraFlags) -> Iterator[str]:
         yield f"--lora_path {file.path}: its layers differ in rank or alpha; give one that has the same for all"
         return
     (rank,) = file.ranks
-    alpha = file.config.get("lora_alpha", rank)
     if rank != lora.rank:
         yield f"--rank {lora.rank}: the LoRA of --lora_path has another; give --rank {rank}"
-    if alpha != lora.lora_alpha:
-        yield f"--lora_alpha {lora.lora_alpha:g}: the LoRA of --lora_path has another; give --lora_alpha {alpha:g}"
+    yield from other_scaling(file, rank, lora)
     dora = any(key.endswith("lora_magnitude_vector") for key in file.shapes)
-    yield from other_variant("use_rslora", lora.use_rslora, bool(file.config.get("use_rslora")))
     yield from other_variant("use_dora", lora.use_dora, dora)
     if set(selected(lora.target_modules, file.layers)) != set(file.layers) or unused(lora.target_modules, file.layers):
         names = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in file.layers})  # the same in every block
         rule = "the LoRA of --lora_path is on other layers"
         yield f"--target_modules {' '.join(lora.target_modules)}: {rule}; give --target_modules {' '.join(names)}"
+
+
+def other_scaling(file: LoraFile, rank: int, lora: LoraFlags) -> Iterator[str]:
+    """Problems where alpha or rsLoRA of the flags are not those with which the file's matrices go on."""
+    alpha, rslora = file.scaling(rank)
+    given = f"--lora_alpha {written(lora.lora_alpha)}"
+    if file.training and file.folded == ROUNDED and (lora.lora_alpha, lora.use_rslora) != (alpha, rslora):
+        rule = f"the LoRA of --lora_path has its scale, {file.training.scale:g}, in its matrices, with rounding"
+        fix = f"give --lora_alpha {written(alpha)} without --use_rslora to go on with them as they are"
+        yield f"{given}: {rule}; {fix}, or a checkpoint of its training, whose matrices are not rounded"
+        return
+    if alpha != lora.lora_alpha:
+        yield f"{given}: the LoRA of --lora_path has another; give --lora_alpha {written(alpha)}"
+    yield from other_variant("use_rslora", lora.use_rslora, rslora)
+
+
+def written(number: float) -> str:
+    """A number as short as it can be, and exact."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def other_variant(flag: str, given: bool, has: bool) -> Iterator[str]:

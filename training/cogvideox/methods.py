@@ -1,18 +1,19 @@
 """What is trained: which parameters are added or freed, and how the result is written and read back.
 
 A method is made of (transformer, options). It has ``transformer``, ``result`` (the name of what ``save`` writes),
-``parameters()``, ``draw_for(step, first)`` before each forward pass of training, ``save``, ``reload``,
-``recipe(options)``, which needs no method, ``resume(folder)`` after the engine has loaded a checkpoint, ``off(folder)``
-and ``inference(dtype)``: an argument of from_pretrained that brings in what was trained, and the lines after it, for
-inference.py.
+``parameters()``, ``draw_for(step, first)`` before each forward pass of training, ``save`` for checkpoints and
+``export`` for the result (both return what recipe.json says of the file), ``reload``, ``recipe(options)``, which needs
+no method, ``resume(folder)`` after the engine has loaded a checkpoint, ``off(folder)`` and ``inference(dtype)``: an
+argument of from_pretrained that brings in what was trained, and the lines after it, for inference.py.
 """
 
 import hashlib
 import inspect
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,26 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cogvideox.errors import UsageError
-from cogvideox.lora import Place, SampleDropout, Shifted, start_from_principal, targets
-from cogvideox.lora_file import PREFIX, WEIGHTS_NAME, lora_file
+from cogvideox.lora import (
+    Place,
+    SampleDropout,
+    Shifted,
+    fold_scale,
+    start_from_principal,
+    targets,
+    trained_matrices,
+)
+from cogvideox.lora_file import (
+    CONFIG_NAME,
+    NO,
+    PREFIX,
+    TRAINING_NAME,
+    WEIGHTS_NAME,
+    Training,
+    lora_file,
+    read_header,
+    scale_of,
+)
 from cogvideox.models import ignore_learned_positions, load_transformer
 from cogvideox.options import LoraOptions, SftOptions, ignores_positions
 
@@ -78,9 +97,7 @@ class Lora:
         Raises:
             UsageError: it has other layers, or layers of other sizes, than this model's.
         """
-        from safetensors.torch import load_file
-
-        found = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(lora_file(given)).items()}
+        found = trained_matrices(read_header(given))
         own = self.state()
         odd = [name for name in {**own, **found} if name not in own or name not in found]
         odd += [name for name in own if name in found and own[name].shape != found[name].shape]
@@ -96,12 +113,10 @@ class Lora:
 
     def resume(self, folder: Path) -> None:
         """Takes up what is neither trained nor a function of the flags alone: an SVD may differ by machine."""
-        from safetensors.torch import load_file
-
         if self.pissa:
-            saved = load_file(folder / self.result)
+            saved = trained_matrices(read_header(str(folder / self.result)))
             for name, matrix in self._shifted().items():
-                matrix.take_up(saved[PREFIX + name])
+                matrix.take_up(saved[name])
 
     def _shifted(self) -> dict[str, Shifted]:
         """PiSSA's matrices by the names that PEFT gives them in a file."""
@@ -118,7 +133,8 @@ class Lora:
         path, precision = options.lora.lora_path, options.plan.base_precision
         content = None if path is None else hashlib.sha256(lora_file(path).read_bytes()).hexdigest()
         base = {} if precision == "auto" else {"base_precision": precision}
-        return asdict(options.lora) | {"lora_path": content} | base
+        flags = {name: value for name, value in asdict(options.lora).items() if name != "fold_lora_scale"}
+        return flags | {"lora_path": content} | base
 
     @contextmanager
     def off(self, _folder: Path) -> Iterator[None]:
@@ -136,24 +152,47 @@ class Lora:
         state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
         return state | {name: matrix.whole().detach() for name, matrix in self._shifted().items()}
 
-    def config(self) -> dict[str, Any]:
-        """The fields of PEFT's LoraConfig with which ``state`` gives what was trained. No dropout: it is for use."""
+    def training(self) -> Training:
+        """How ``state`` is scaled to give what was trained."""
+        flags = self.flags
+        scale = scale_of(flags.rank, flags.lora_alpha, flags.use_rslora)
+        if not self.pissa:
+            return Training(flags.rank, flags.lora_alpha, flags.use_rslora, scale)
+        growth = math.sqrt(2.0) if flags.use_rslora else 2.0  # so that the scale stays
+        return Training(2 * flags.rank, growth * flags.lora_alpha, flags.use_rslora, scale)
+
+    def config(self, training: Training) -> dict[str, Any]:
+        """The fields of PEFT's LoraConfig for a file. No dropout: it is for use."""
+        alpha, rslora = float(training.rank), False
+        if training.scale_folded == NO:
+            alpha, rslora = training.lora_alpha, training.use_rslora
         fields = self.transformer.peft_config[ADAPTER].to_dict() | {"lora_dropout": 0.0}
-        if self.pissa:
-            growth = math.sqrt(2.0) if self.flags.use_rslora else 2.0  # so that the scale stays
-            fields |= {"r": 2 * fields["r"], "lora_alpha": growth * fields["lora_alpha"]}
-        return fields
+        fields |= {"r": training.rank, "lora_alpha": alpha, "use_rslora": rslora}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
-    def save(self, folder: Path) -> None:
-        """Writes the LoRA as stock diffusers loads it, rank and alpha in the file's metadata."""
-        from diffusers import CogVideoXPipeline
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Writes the LoRA as diffusers loads it; loaders that ignore a file's metadata see a scale of 1, so a scale
+        that is a power of two is multiplied into B, which changes no bit of the product.
+        """
+        return self._save(folder, rounded=False)
 
-        CogVideoXPipeline.save_lora_weights(
-            str(folder),
-            transformer_lora_layers={name: tensor.contiguous() for name, tensor in self.state().items()},
-            weight_name=WEIGHTS_NAME,
-            transformer_lora_adapter_metadata=self.config(),
-        )
+    def export(self, folder: Path) -> dict[str, Any]:
+        """The same; with --fold_lora_scale any scale is multiplied into B, with rounding."""
+        return self._save(folder, rounded=self.flags.fold_lora_scale)
+
+    def _save(self, folder: Path, rounded: bool) -> dict[str, Any]:
+        from safetensors.torch import save_file
+
+        training = self.training()
+        state, folded = fold_scale(self.state(), training.scale, rounded)
+        training = replace(training, scale_folded=folded)
+        config = {f"{PREFIX}{name}": value for name, value in self.config(training).items()}
+        metadata = {CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True)}
+        metadata |= {TRAINING_NAME: json.dumps(asdict(training)), "format": "pt"}
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / WEIGHTS_NAME, metadata)
+        return {"lora_scale": training.scale, "lora_scale_folded": folded}
 
     def reload(self, pipeline: Any, folder: Path) -> None:
         """Drops the trained adapter and loads the saved one through the pipeline's own loader."""
@@ -167,7 +206,7 @@ class Lora:
         if self.ignores_positions:  # the base model has them
             function = inspect.getsource(ignore_learned_positions)
             load = f"{function}\n\nignore_learned_positions(pipe.transformer)\n{load}"
-        return "", load + 'pipe.set_adapters(["cogvideox-lora"], [1.0])  # rank and alpha come from the file'
+        return "", load + 'pipe.set_adapters(["cogvideox-lora"], [1.0])  # 1: as strong as it was trained'
 
 
 class FullFinetune:
@@ -206,12 +245,15 @@ class FullFinetune:
         finally:
             self.reload(None, folder)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> dict[str, Any]:
         """Writes the transformer as from_pretrained reads it into a folder of the result's name.
 
         In shards of 5 GB; under a plan they are larger, as tensors of a block lie in one buffer, of which one counts.
         """
         self.transformer.save_pretrained(folder / self.result, max_shard_size="5GB")
+        return {}
+
+    export = save
 
     def reload(self, _pipeline: Any, folder: Path) -> None:
         """Takes up the weights that stock diffusers reads from the saved folder.

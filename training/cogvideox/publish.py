@@ -20,6 +20,7 @@ from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
 from cogvideox.files import write_atomically
 from cogvideox.geometry import saves_pipeline
+from cogvideox.lora_file import NO, ROUNDED
 from cogvideox.options import TrainOptions
 from cogvideox.pipeline_folder import remove_pipeline, write_pipeline
 from cogvideox.prompts import prompts_of
@@ -109,7 +110,9 @@ def publish(
         folder = run.output_dir
         (folder / RECIPE_NAME).unlink(missing_ok=True)  # unfinished, until the new weights are compared
         remove_pipeline(folder)
-        write_weights(method, folder)
+        about = write_weights(method, folder)
+        if about.get("lora_scale_folded") == NO and about["lora_scale"] != 1:
+            run.say(scale_warning(about["lora_scale"]))
         batch = collate([dataset[Visit(0, 0)]])
         before = forward(task, method.transformer, batch, run)
         after = reloaded(method, folder, task, batch, run)
@@ -118,10 +121,11 @@ def publish(
         difference, cosine = compare(before, after)
         run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")
         exact = run.device.type == "cpu" and run.dtype == torch.float32
+        exact = exact and about.get("lora_scale_folded") != ROUNDED
         if not faithful(base, before, after) or not cosine >= MIN_COSINE or (exact and difference != 0):  # NaN fails
             raise RuntimeError(f"{folder / method.result}: reloaded, it gives another output; please report this")
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
-        made = {"step": step, **recipe, "flags": config_dict(options), **environment()}
+        made = {"step": step, **recipe, **about, "flags": config_dict(options), **environment()}
         made["verification"] = {"max_difference": difference, "cosine": cosine}
         shown = write_card(run, options, task, method, validator, dataset.index, made)
         if saves_pipeline(options):
@@ -139,17 +143,27 @@ def files_of(result: Path) -> list[Path]:
     return sorted(path for path in (result, *result.rglob("*")) if path.is_file())
 
 
-def write_weights(method: Any, folder: Path) -> None:
-    """The weights under their final name, never half-written: a file, or a folder."""
+def scale_warning(scale: float) -> str:
+    """Which loaders read a LoRA wrongly whose scale could not be multiplied into its matrices without rounding."""
+    return (
+        f"the LoRA's scale, {scale:g}, is only in the file's metadata: diffusers 0.34 and newer reads it there; older "
+        "ones, load_lora_weights of a dict, and ComfyUI without scripts/convert_lora.py take 1. The same command with "
+        "--fold_lora_scale multiplies the matrices by it, with rounding"
+    )
+
+
+def write_weights(method: Any, folder: Path) -> dict[str, Any]:
+    """The weights under their final name, never half-written: a file, or a folder. Returns what ``export`` does."""
     temporary, target = folder / ".weights.tmp", folder / method.result
     shutil.rmtree(temporary, ignore_errors=True)
-    method.save(temporary)
+    about: dict[str, Any] = method.export(temporary)
     for path in temporary.rglob("*"):
         fsync(path)
     if target.is_dir():  # a folder that is not empty cannot be replaced; without recipe.json nothing counts as finished
         shutil.rmtree(target)
     os.replace(temporary / method.result, target)
     shutil.rmtree(temporary)
+    return about
 
 
 def forward(task: Task, transformer: Any, batch: Batch, run: Run) -> Tensor:
