@@ -3,7 +3,7 @@
 # The model, an argument, is what examples/train_tiny_image_to_video.py makes.
 source "$(dirname "$0")/rabbit.sh"
 model=${1:-runs/tiny-i2v/model}
-[[ -d $model ]] || { echo "$model: no such folder; make it with $python examples/train_tiny_image_to_video.py" >&2; exit 1; }
+[[ -d $model ]] || { echo "$model: no such folder; make it with $(printf %q "$python") examples/train_tiny_image_to_video.py" >&2; exit 1; }
 
 # windows begin with the clip, as the pictures below do
 encode "$model" "$out/i2v-tensors" --frame_selection head

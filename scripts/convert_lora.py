@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_tools import PREFIX, WEIGHTS_NAME, lora_file, replace_by
+from lora_tools import PREFIX, WEIGHTS_NAME, check_output, lora_file, replace_by
 
 COMFY_PREFIX = "lora_unet_"
 CONFIG_NAME = "lora_adapter_metadata"
@@ -158,11 +158,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from safetensors.torch import save_file
 
     try:
-        with safe_open(lora_file(given.input), "pt") as file:
+        source = lora_file(given.input)
+        output = given.output if given.output.suffix == ".safetensors" else given.output / WEIGHTS_NAME
+        check_output(output, [source], folder=False)
+        with safe_open(source, "pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         convert = to_comfyui if given.to == "comfyui" else to_diffusers
         made, about = convert(tensors, metadata)
-        output = given.output if given.output.suffix == ".safetensors" else given.output / WEIGHTS_NAME
         replace_by(output, lambda path: save_file(made, path, {"format": "pt"} | about))
     except (ValueError, SafetensorError) as error:
         parser.error(f"{given.input}: {error}")

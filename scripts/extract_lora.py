@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_tools import WEIGHTS_NAME, load_transformer, replace_by, stored_dtype, transformer_folder
+from lora_tools import WEIGHTS_NAME, check_output, load_transformer, replace_by, stored_dtype, transformer_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.rank < 1:
             raise ValueError(f"--rank {given.rank}: must be at least 1")
         folders = [transformer_folder(model) for model in (given.base_model, given.tuned_model)]
+        check_output(given.output_dir, folders, folder=True)
         base, tuned = (load_transformer(folder, stored_dtype(folder)) for folder in folders)
         lora = extract(base, tuned, given.rank, given.layers, given.device)
         replace_by(given.output_dir, lambda path: save(lora, given.rank, path))

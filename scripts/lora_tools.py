@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,32 @@ def lora_file(given: str) -> Path:
     return path
 
 
-def replace_by(target: Path, write: Callable[[Path], None]) -> None:
-    """Lets ``write`` make a file or folder under another name, and gives it its own name once it is whole.
+def check_output(target: Path, inputs: Sequence[Path], folder: bool) -> None:
+    """Refuses an output, before any work, that would replace what is read, or that cannot be written.
+
+    Args:
+        target: what is going to be written.
+        inputs: files and folders that are read; links to them, and other names of them, count as well.
+        folder: whether the target is to be a folder.
 
     Raises:
-        ValueError: the target is a folder that is not empty.
+        ValueError: the output is one of the inputs, a folder with something in it, or a file where a folder is to be.
     """
-    if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"{target}: is not empty; give another folder")
+    for source in inputs:
+        if target.exists() and target.samefile(source):
+            raise ValueError(f"{target}: is the same as the input {source}; give another output")
+    if target.is_dir() and (not folder or any(target.iterdir())):
+        raise ValueError(f"{target}: is a folder{' that is not empty' if folder else ''}; give another output")
+    if folder and target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: is a file; give a new folder")
+
+
+def replace_by(target: Path, write: Callable[[Path], Any]) -> None:
+    """Lets ``write`` make a file or folder under another name, and gives it its own name once it is whole.
+
+    A target that is a link stays one: what it leads to is written.
+    """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     write(temporary)

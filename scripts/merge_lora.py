@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_tools import DTYPES, load_transformer, lora_file, replace_by, stored_dtype, torch_dtype, transformer_folder
+from lora_tools import (
+    DTYPES,
+    check_output,
+    load_transformer,
+    lora_file,
+    replace_by,
+    stored_dtype,
+    torch_dtype,
+    transformer_folder,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     try:
         lora, folder = lora_file(given.lora), transformer_folder(given.base_model)
+        check_output(given.output_dir, [lora, folder], folder=True)
         dtype = given.dtype or stored_dtype(folder)
         result = merged(load_transformer(folder, "fp32"), lora, given.lora_scale).to(torch_dtype(dtype))
         replace_by(given.output_dir, lambda path: result.save_pretrained(path, max_shard_size="5GB"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from fuzz_index import fuzz_indexes
 from test_index import captions, problems, read, touch, write
 
+from cogvideox.data.cache import open_index
 from cogvideox.data.index import Sample, read_validation
 from cogvideox.errors import UsageError
 from cogvideox.flags import DataFlags
@@ -403,3 +406,31 @@ def test_a_prepared_folder_says_which_flag_it_needs(tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").write_text("")
     with pytest.raises(UsageError, match="to train on it add --load_tensors"):
         read(tmp_path)
+
+
+# -- what is printed can be typed --------------------------------------------------------------------------------------
+
+HARD = "it's $HOME; a `b`"  # for a shell
+
+
+def flags_told(text: str) -> list[str]:
+    """The words behind the last word of advice, as a shell reads them."""
+    return shlex.split(re.split(r"pass |choose with |nearest: |run prepare_dataset\.py ", text)[-1])
+
+
+def test_fixes_with_names_of_the_user_can_be_given_to_a_shell(tmp_path: Path) -> None:
+    other, root = tmp_path / f"{HARD} outside", tmp_path / HARD
+    touch(other, "o.mp4")
+    touch(root, "a.mp4")
+    (root / "link").symlink_to(other)
+    write(root, "x\n", "link/o.mp4", ())
+    assert flags_told(problems(root)[0]) == ["--allow_path", str(other)]
+    for name in ("prompts.txt", "videos.txt"):
+        (root / name).unlink()
+    assert flags_told(problems(root)[0]) == ["--allow_path", str(other)]
+    (root / "t.csv").write_text(f"{HARD},video\nx,a.mp4\n")
+    (told, *_) = problems(root, dataset_file="t.csv", caption_column=f"{HARD}c")
+    assert flags_told(told) == ["--caption_column", HARD]
+    with pytest.raises(UsageError) as error:
+        open_index(root)
+    assert flags_told(str(error.value).replace(",", " "))[:2] == ["--output_dir", str(root)]

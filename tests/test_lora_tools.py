@@ -254,6 +254,48 @@ def test_what_cannot_be_converted(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert not output.exists()
 
 
+def linked(place: Path, target: Path) -> Path:
+    place.symlink_to(target)
+    return place
+
+
+@pytest.mark.fault("flags: an output that is the input", times=3)
+def test_no_script_replaces_what_it_reads(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither under its own name nor through a link; and what cannot be written is said before the work."""
+    make_lora(tmp_path / "lora", model)
+    file = tmp_path / "lora" / WEIGHTS
+    before = file.read_bytes()
+    hard = tmp_path / "hard.safetensors"
+    hard.hardlink_to(file)
+    outputs = [file, tmp_path / "lora", linked(tmp_path / "link.safetensors", file)]
+    outputs += [linked(tmp_path / "folder", tmp_path / "lora"), hard, tmp_path / "lora" / ".." / "lora" / WEIGHTS]
+    for output in outputs:
+        told = fails(capsys, convert_lora.main, tmp_path / "lora", output, "--to", "comfyui")
+        assert f"is the same as the input {file}; give another output" in told
+    (tmp_path / "x.safetensors").mkdir()
+    told = fails(capsys, convert_lora.main, file, tmp_path / "x.safetensors", "--to", "comfyui")
+    assert "is a folder; give another output" in told
+    merge = ("--base_model", model, "--lora", file, "--output_dir")
+    extract = ("--base_model", model, "--tuned_model", model, "--output_dir")
+    for main, given in ((merge_lora.main, merge), (extract_lora.main, extract)):
+        for output in (model / "transformer", linked(tmp_path / main.__module__, model / "transformer")):
+            told = fails(capsys, main, *given, output)
+            assert f"is the same as the input {model / 'transformer'}; give another output" in told
+        assert "is a folder that is not empty" in fails(capsys, main, *given, tmp_path / "lora")
+        assert "is a file; give a new folder" in fails(capsys, main, *given, model / "model_index.json")
+    assert "is the same as the input" in fails(capsys, merge_lora.main, *merge, file)
+    assert file.read_bytes() == before
+
+
+def test_a_link_as_output_stays_one(model: Path, tmp_path: Path) -> None:
+    make_lora(tmp_path / "lora", model)
+    (tmp_path / "empty").mkdir()
+    link = linked(tmp_path / "link", tmp_path / "empty")
+    merge_lora.main(["--base_model", str(model), "--lora", str(tmp_path / "lora"), "--output_dir", str(link)])
+    assert link.is_symlink()
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("script", ["merge_lora.py", "extract_lora.py", "convert_lora.py"])
 def test_help_needs_nothing_but_python(script: str, tmp_path: Path) -> None:
     command = [sys.executable, "-S", str(ROOT / "scripts" / script), "--help"]  # -S: no installed packages

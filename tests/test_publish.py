@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,3 +292,20 @@ def test_the_script_samples_as_the_validation_does(
     assert ast.literal_eval(calls(tree, "torch.Generator().manual_seed").args[0]) == called[-1]["generator"] == 7
     assert values(calls(tree, "encode_video"))["fps"] == 12
     assert ast.literal_eval(calls(tree, "pipe.set_adapters").args[1]) == [1.0]
+
+
+@pytest.mark.fault("flags: inference.py under a diffusers that is too old")
+@pytest.mark.parametrize(
+    ("version", "old"), [("0.39.9", True), ("0.40.0", False), ("0.41.0.dev0", False), ("1.0", False)]
+)
+def test_an_old_diffusers_is_named_before_anything_is_imported_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, old: bool
+) -> None:
+    """Before 0.39 there is no encode_video, and dtype= is ignored before 0.40."""
+    tree = script_of(tmp_path)
+    end = next(i for i, node in enumerate(tree.body) if ast.unparse(node).startswith("from diffusers"))
+    tree.body = tree.body[:end]
+    monkeypatch.setattr("diffusers.__version__", version)
+    told = f"diffusers {version} is too old; 0.40 or newer is needed: pip install -U diffusers"
+    with pytest.raises(SystemExit, match=re.escape(told)) if old else nullcontext():
+        exec(compile(tree, "inference.py", "exec"), {})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -156,18 +158,22 @@ def test_a_run_says_which_loaders_read_its_scale(
     model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--load_tensors", "--max_train_steps", 1]
-    assert train(lora_flags(model, tensors, tmp_path, *flags, "--lora_alpha", 6)) == 0
+    output = tmp_path / "it's $mine"
+    assert train(lora_flags(model, tensors, output, *flags, "--lora_alpha", 6)) == 0
     told = "the LoRA's scale, 1.5, is only in the file's metadata"
-    assert told in capsys.readouterr().err
-    made = json.loads((tmp_path / "recipe.json").read_text())
+    said = capsys.readouterr().err
+    assert told in said
+    (command,) = re.findall("to use it: (.+)", said)
+    assert shlex.split(command) == ["python", str(output / "inference.py")]
+    made = json.loads((output / "recipe.json").read_text())
     assert (made["lora_alpha"], made["lora_scale"], made["lora_scale_folded"]) == (6, 1.5, NO)
-    assert "its scale, 1.5, is only in the file's metadata" in (tmp_path / "README.md").read_text()
-    assert train(lora_flags(model, tensors, tmp_path, *flags, "--lora_alpha", 6, "--fold_lora_scale")) == 0
+    assert "its scale, 1.5, is only in the file's metadata" in (output / "README.md").read_text()
+    assert train(lora_flags(model, tensors, output, *flags, "--lora_alpha", 6, "--fold_lora_scale")) == 0
     assert told not in capsys.readouterr().err
-    made = json.loads((tmp_path / "recipe.json").read_text())
+    made = json.loads((output / "recipe.json").read_text())
     assert (made["lora_alpha"], made["lora_scale_folded"]) == (6, ROUNDED)
-    assert read_header(str(tmp_path)).config["lora_alpha"] == 4
-    assert "its scale, 1.5, is multiplied into its matrices" in (tmp_path / "README.md").read_text()
+    assert read_header(str(output)).config["lora_alpha"] == 4
+    assert "its scale, 1.5, is multiplied into its matrices" in (output / "README.md").read_text()
 
 
 def test_for_comfyui_and_back_a_folded_file_is_the_same(model: Path, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ PICTURES = {  # where the run has them
 }
 # in Markdown, its tables and formulas, and HTML; within a word _ means nothing
 MEANINGFUL = re.compile(r"[&<>\\`*\[\]{}|~$#]|(?<![^\W_])_|_(?![^\W_])")
-PACKAGES = "diffusers transformers accelerate peft sentencepiece protobuf av imageio imageio-ffmpeg"
+MIN_DIFFUSERS = (0, 40)  # older ones ignore dtype= and load in fp32, or write no videos
+PACKAGES = "transformers accelerate peft sentencepiece protobuf av imageio imageio-ffmpeg"
 HUB = "https://huggingface.co"
 
 
@@ -213,9 +214,11 @@ def usage(facts: Facts) -> str:
     image = "first_frame.png " if facts.task == "image-to-video" else ""
     script = f'inference.py in this folder takes a prompt of yours: `python inference.py "a prompt" {image}video.mp4`.'
     again = " Without one it makes the first video of the table below again." if facts.videos else ""
+    oldest = ".".join(map(str, MIN_DIFFUSERS))
     blocks = [
         "## Use it",
-        f"```bash\npip install {PACKAGES}\n```",
+        f"This needs diffusers {oldest} or newer: older ones ignore `dtype` and load the model in fp32.",
+        f"```bash\npip install 'diffusers>={oldest}' {PACKAGES}\n```",
         f"```python\n{snippet(facts)}\n```",
         script + again,
     ]

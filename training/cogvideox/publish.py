@@ -8,13 +8,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cogvideox.args import config_dict
-from cogvideox.card import write_card
+from cogvideox.card import MIN_DIFFUSERS, write_card
 from cogvideox.checkpoint import fsync
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
@@ -41,6 +42,10 @@ from pathlib import Path
 
 import diffusers
 import torch
+
+if tuple(map(int, diffusers.__version__.split(".")[:2])) < {diffusers}:
+    sys.exit(f"diffusers {{diffusers.__version__}} is too old; {oldest} or newer is needed: pip install -U diffusers")
+
 from diffusers.utils.export_utils import encode_video
 
 PROMPT = {prompt}
@@ -132,7 +137,7 @@ def publish(
             whole = write_pipeline(options.model, task.pipeline, folder / method.result)
             run.say(f"a whole pipeline, for {task.pipeline}.from_pretrained: {whole}")
         write_atomically(folder / RECIPE_NAME, json.dumps(made, indent=1, ensure_ascii=False).encode())
-        run.say(f"finished: {folder / method.result}; to use it: python {folder / INFERENCE_NAME}")
+        run.say(f"finished: {folder / method.result}; to use it: python {quote(str(folder / INFERENCE_NAME))}")
         files = [*files_of(folder / method.result), folder / INFERENCE_NAME, folder / RECIPE_NAME, *shown]
     run.barrier()
     return files
@@ -205,6 +210,8 @@ def inference_script(options: TrainOptions, task: Task, method: Any, validator: 
     parts, load = method.inference(str(run.dtype).removeprefix("torch."))
     return INFERENCE.format(
         **task.inference,
+        diffusers=MIN_DIFFUSERS,
+        oldest=".".join(map(str, MIN_DIFFUSERS)),
         pipeline=task.pipeline,
         prompt=repr(prompts[0]),
         model=repr(str(folder.resolve()) if folder.is_dir() else model.pretrained_model_name_or_path),

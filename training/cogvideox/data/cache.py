@@ -17,6 +17,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from cogvideox.data.buckets import Bucket
@@ -248,7 +249,7 @@ def open_index(folder: Path) -> CacheIndex:
     path = folder / "index.json"
     if not path.is_file():
         raise UsageError(
-            f"--load_tensors: {folder} has no index.json; run prepare_dataset.py --output_dir {folder}, "
+            f"--load_tensors: {folder} has no index.json; run prepare_dataset.py --output_dir {quote(str(folder))}, "
             "or leave out --load_tensors and give the folder of the clips"
         )
     try:

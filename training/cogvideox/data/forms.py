@@ -10,6 +10,7 @@ Owns the choice between them. A file that names the clips wins over pairs; two s
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from shlex import quote
 
 from cogvideox.data.columns import Column, Columns, Problems, listing, read_lines
 from cogvideox.data.paths import PathRules
@@ -57,9 +58,9 @@ def _find_table(root: str, name: str, alone: bool, problems: Problems) -> str | 
 def _read_what_is_there(root: str, rules: PathRules, problems: Problems) -> Columns:
     captions, videos = _files(root, CAPTION_FILES), _files(root, VIDEO_FILES)
     tables = _files(root, TABLE_FILES)
-    choices = {name: f"--dataset_file {name}" for name in tables}
+    choices = {name: f"--dataset_file {quote(name)}" for name in tables}
     if captions and videos:
-        choices[f"{captions[0]} with {videos[0]}"] = f"--caption_column {captions[0]}"
+        choices[f"{captions[0]} with {videos[0]}"] = f"--caption_column {quote(captions[0])}"
     if len(choices) > 1:
         fix = f"choose with {' or '.join(choices.values())}"
         problems.add("two data sets", f"{root}: {' and '.join(choices)} are two data sets; {fix}")
@@ -171,7 +172,7 @@ def _walk(root: str, rules: PathRules, problems: Problems) -> Iterator[str]:
             continue
         seen.add(real)
         if not rules.allows(real):
-            fix = f"remove the link or pass --allow_path {real}"
+            fix = f"remove the link or pass --allow_path {quote(real)}"
             problems.add("outside the data root", f"{root}: {folder}: leads outside the data root, to {real}; {fix}")
             continue
         for name in _names(os.path.join(root, folder), problems):

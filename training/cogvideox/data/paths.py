@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from shlex import quote
 
 from cogvideox.data.columns import Column, Problems, is_unicode
 
@@ -50,7 +51,7 @@ class PathRules:
         except OSError as error:
             return "unreadable path", f"{path}: cannot be read ({error.strerror}); check the path"
         if not self.allows(real):
-            fix = f"move it there or pass --allow_path {os.path.dirname(real)}"
+            fix = f"move it there or pass --allow_path {quote(os.path.dirname(real))}"
             return "outside the data root", f"{path}: leads outside the data root, to {real}; {fix}"
         if mode is None and _URL.match(path):
             return "URL", f"{path}: is a URL; download the file into {folder} and list its path"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from shlex import quote
 from typing import Any
 
 from cogvideox.data.columns import Column, Columns, Problems, listing, read_lines
@@ -85,7 +86,7 @@ def _read_column(
 
 def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Sequence[str], problems: Problems) -> None:
     near = [match for name in wanted for match in difflib.get_close_matches(name, table.columns, 1)]
-    fix = f"nearest: {flag} {near[0]}" if near else f"name one with {flag}"
+    fix = f"nearest: {flag} {quote(near[0])}" if near else f"name one with {flag}"
     rule = f"{table.file}: has no column {' or '.join(wanted)}"
     if given is not None:
         rule = f"{flag} {given}: no such column in {table.file}"
