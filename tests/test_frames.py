@@ -23,6 +23,22 @@ def test_frames_available():
     assert frames_available((0.0,), 8) == 1
 
 
+@pytest.mark.fault("data: a clip that just suffices for its bucket")
+@pytest.mark.parametrize(
+    ("source", "target", "count", "least"), [(24, 8, 49, 145), (25, 8, 9, 26), (30, 8, 9, 31), (60, 16, 81, 301)]
+)
+def test_a_clip_that_just_suffices_gives_its_frames(source: int, target: int, count: int, least: int) -> None:
+    """The last frame that is asked for is the clip's last one, or shown before it: nothing is missing."""
+    for selection, draw in (("head", 0), ("middle", 0), ("random", 0.999)):
+        chosen = frame_indices(regular(least, source), count, target, selection, draw=draw)
+        assert chosen[-1] <= least - 1
+        assert len(set(chosen)) == count
+        if source % target == 0:
+            assert chosen == tuple(range(0, least, source // target))
+    assert frames_available(regular(least, source), target) == count
+    assert frames_available(regular(least - 1, source), target) == count - 1
+
+
 @pytest.mark.parametrize("rate", [23.976, 24, 25, 29.97, 30, 48, 59.94, 60])
 @pytest.mark.parametrize("count", [9, 49, 300])
 def test_rates_survive_timestamps_in_milliseconds(rate: float, count: int) -> None:
@@ -82,7 +98,7 @@ def test_windows_stay_inside_and_reach_both_ends(source, target):
 
 
 def test_too_short_says_how_short():
-    with pytest.raises(VideoError, match="49 frames asked for, 26 available at 8 fps"):
+    with pytest.raises(VideoError, match="49 frames asked for, 27 available at 8 fps"):
         frame_indices(regular(100, 30), 49, 8, "middle")
     with pytest.raises(VideoError, match="49 frames asked for, 48 available"):
         frame_indices(regular(48, 30), 49, 8, "uniform")

@@ -314,8 +314,8 @@ def test_a_clip_too_short_for_all_stops_the_run(tiny: Tiny, clips: Path, tmp_pat
     with pytest.raises(UsageError) as caught:
         complete(tiny("5b"), clips, tmp_path, frame_buckets=(17,))
     assert caught.value.problems == (
-        f"{clips}/videos/00005.mp4: 1.67 s give 13 frames at 8 frames a second; the shortest bucket has 17; "
-        "give a bucket of 13 frames or less, or a higher --fps",
+        f"{clips}/videos/00005.mp4: 1.67 s give 14 frames at 8 frames a second; the shortest bucket has 17; "
+        "give a bucket of 14 frames or less, or a higher --fps",
         "--max_bad_fraction 0: 1 of 6 clips cannot be used; mend or remove them "
         "(ledger.jsonl has all), or allow it with "
         "--max_bad_fraction 0.167",

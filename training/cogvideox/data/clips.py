@@ -27,7 +27,7 @@ from cogvideox.files import stamp_of
 
 StrPath = str | os.PathLike[str]
 
-RULES = 1  # another number where equal flags begin to mean other cuts: what was planned before is planned again
+RULES = 2  # another number where equal flags begin to mean other cuts: what was planned before is planned again
 
 IMAGE_STRETCH = 1.03  # to which an image's aspect ratio may differ from its clip's: sizes are whole pixels
 

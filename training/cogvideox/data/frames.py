@@ -84,13 +84,15 @@ class VideoInfo:
 def frames_available(times: Sequence[float], target_fps: float | None, skip_start: int = 0, skip_end: int = 0) -> int:
     """How many frames the clip can give at target_fps (None: each source frame), at least 1 if any are left.
 
+    The last one is due while a source frame is still to come or, at rates above the source's, still shown.
     times: seconds of the source frames; skip_start, skip_end: source frames cut off first. 0 if nothing is left.
     """
     window = _window(times, skip_start, skip_end)
     if not window or target_fps is None:
         return len(window)
-    seconds = window[-1] - window[0] + _usual_interval(times) + _CLOCK
-    return max(1, math.floor(seconds * target_fps + _TIME_SLACK))
+    shown = max(0.0, _usual_interval(times) - 1 / target_fps)
+    seconds = window[-1] - window[0] + shown + _CLOCK
+    return 1 + math.floor(seconds * target_fps + _TIME_SLACK)
 
 
 def frame_indices(
@@ -158,6 +160,7 @@ def _at_rate(
         start = _start(len(window) - count + 1, selection, draw)
         return list(range(start, start + count))
     # Starting on a source frame keeps equal rates exact: half a frame off, float noise would repeat and skip.
+    # A window lasts until its last frame is over; in a clip that ends with that frame it starts at the first one.
     spare = window[-1] - window[0] + interval - count / rate
     start = _start(max(1, bisect_right(window, window[0] + spare + _TIME_SLACK)), selection, draw)
     return [_nearest(window, window[start] + k / rate) for k in range(count)]
