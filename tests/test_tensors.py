@@ -9,8 +9,6 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +19,7 @@ from tiny_cogvideox import make_tiny
 
 from cogvideox.data.cache import CacheError, TensorCache, open_index
 from cogvideox.errors import UsageError
-from cogvideox.flags import ValidationFlags
-from cogvideox.tensors import check_flags, check_schedule, open_tensors
+from cogvideox.tensors import check_flags, open_tensors
 
 
 def refused(flags: list[str]) -> str:
@@ -228,12 +225,15 @@ def test_a_factory_folder_with_a_missing_tensor_ends_before_anything_is_read(
     assert not (tmp_path / "lora").exists()
 
 
-def test_a_schedule_without_anything_to_validate(model: Path, tensors: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--validation_steps: there is nothing to validate"):
-        train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--validation_steps", 2))
-    index: Any = SimpleNamespace(validation=())
-    check_schedule(index, ValidationFlags(validation_steps=2, do_validation=False))
-    check_schedule(index, ValidationFlags(validation_steps=2, validation_prompts="prompts.txt"))
+@pytest.mark.fault("flags: a schedule of validation for a prepared folder without clips for it")
+def test_a_schedule_without_anything_to_validate_is_named(
+    model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--pretrained_model_name_or_path", model, "--load_tensors", "--data_root", tensors)
+    for flags, said in (((), True), (("--validation_prompt", PROMPT), False), (("--do_validation", "false"), False)):
+        run = run_alone(tmp_path / "lora")
+        open_tensors(run, options_of(tmp_path / "lora", *more, "--validation_epochs", 10, *flags))
+        assert ("--validation_epochs 10: has no effect; there is no " in capsys.readouterr().err) == said
 
 
 def test_our_own_folder_takes_no_tensor_cache(model: Path, tensors: Path, tmp_path: Path) -> None:

@@ -108,19 +108,26 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
             f"--learning_rate {optimizer.learning_rate:g}: polynomial goes down to {POLYNOMIAL_END:g}; "
             "give a larger one, or --lr_scheduler constant"
         )
-    yield from validation_problems(options, options.validation)
+    yield from validation_problems(options.validation)
     yield from hub_problems(options.hub)
 
 
-def validation_problems(options: TrainOptions, validation: ValidationFlags) -> Iterator[str]:
+def idle_schedule(validation: ValidationFlags, held_out: bool) -> Iterator[str]:
+    """What to say of flags for when to validate, where there is neither a prompt nor, in ``held_out``, a clip for it.
+
+    Published commands have them without a prompt, so the run goes on. --do_validation asks for videos, and is refused.
+    """
+    for name in ("validation_steps", "validation_epochs"):
+        value = getattr(validation, name)
+        if value is not None and not (validation.settled or held_out):
+            rule = "there is no --validation_prompt and no clip of --validation_data_root"
+            yield f"--{name} {value}: has no effect; {rule}"
+
+
+def validation_problems(validation: ValidationFlags) -> Iterator[str]:
     """Contradictions between the flags of validation."""
-    scheduled = "--validation_steps" if validation.validation_steps else "--validation_epochs"
     if validation.do_validation and not validation.settled:
         yield "--do_validation: there is no prompt; give --validation_prompt or --validation_prompts"
-    elif (validation.validation_steps or validation.validation_epochs) and not (
-        validation.settled or options.data.validation_data_root or options.loader.load_tensors
-    ):
-        yield f"{scheduled}: there is nothing to validate; give --validation_prompt or --validation_data_root"
     if validation.validation_steps and validation.validation_epochs:
         yield "--validation_steps: contradicts --validation_epochs; give one of them"
     if validation.validation_prompt and validation.validation_prompts:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cogvideox.conflicts import idle_schedule
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.errors import UsageError
 from cogvideox.factory import is_factory_layout, open_factory
-from cogvideox.flags import TENSOR_FOLDER, DataFlags, FirstFrameFlags, ValidationFlags
+from cogvideox.flags import TENSOR_FOLDER, DataFlags, FirstFrameFlags
 from cogvideox.geometry import Geometry, read_geometry
 from cogvideox.options import TrainOptions, ignores_positions, image_flags, noise_variants, resolutions
 from cogvideox.prepare import Encoders, Preparation, check_bad, encode_captions, missing_captions, other_encoders
@@ -48,10 +49,15 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
         encoders = replace(encoders, vae_dtype=index.dtypes["vae"], text_dtype=index.dtypes["text_encoder"])
         check_index(index, encoders, folder)
         check_flags(index, options.data)
-    check_schedule(index, options.validation, options.train.keep_best)
+    if options.train.keep_best and not index.validation:
+        rule = "there are no clips to measure the loss on; prepare with --validation_data_root"
+        raise UsageError(f"--keep_best: {rule}")
     check_first_frames(index, geometry, options)
     index = index if image_flags(options) is not None else index.without_images()
     run.say(f"{len(index.samples)} clips in {folder}")
+    if options.loader.load_tensors:
+        for line in idle_schedule(options.validation, bool(index.validation)):
+            run.say(line)
     return Tensors(geometry, TensorCache(folder), index, encoders)
 
 
@@ -79,20 +85,6 @@ def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Pa
     run.say(describe(preparation, records))
     run.barrier()  # drawing pictures takes longer than the other ranks wait elsewhere
     return index
-
-
-def check_schedule(index: CacheIndex, validation: ValidationFlags, keep_best: bool = False) -> None:
-    """Raises UsageError where flags say when to validate or what to keep, and there is nothing to validate."""
-    problems = []
-    name = "validation_steps" if validation.validation_steps else "validation_epochs"
-    if getattr(validation, name) and not (validation.settled or index.validation):
-        problems.append(
-            f"--{name}: there is nothing to validate; give --validation_prompt, or prepare with --validation_data_root"
-        )
-    if keep_best and not index.validation:
-        problems.append("--keep_best: there are no clips to measure the loss on; prepare with --validation_data_root")
-    if problems:
-        raise UsageError(problems)
 
 
 def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:
