@@ -275,7 +275,7 @@ def test_the_number_of_workers_has_no_effect(make: Callable[..., LatentDataset],
     def batches(workers: int) -> list[Batch]:
         torch.manual_seed(workers)
         sampler = BucketBatchSampler(Order(NAMES, [BUCKET] * 5, 4, 0), 2, 2, 0, 1, 0, 4)
-        return list(build_loader(make(dropout=0.5), sampler, workers, pin=False))
+        return list(build_loader(make(dropout=0.5), sampler, workers, 2, pin=False))
 
     alone, helped = batches(0), batches(workers)
     assert len(alone) == 8
@@ -285,7 +285,7 @@ def test_the_number_of_workers_has_no_effect(make: Callable[..., LatentDataset],
 def test_listing_the_samples_in_another_order_has_no_effect(make: Callable[..., LatentDataset]) -> None:
     def batches(names: list[str]) -> list[Batch]:
         sampler = BucketBatchSampler(Order(names, [BUCKET] * 5, 2, 0), 2, 1, 0, 1, 0, 5)
-        return list(build_loader(make(dropout=0.5, names=names), sampler, 0, pin=False))
+        return list(build_loader(make(dropout=0.5, names=names), sampler, 0, 2, pin=False))
 
     assert all(same(*pair) for pair in zip(batches(NAMES), batches(NAMES[::-1]), strict=True))
 

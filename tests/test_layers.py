@@ -22,7 +22,7 @@ LAYERS = (
     ("conflicts", "geometry", "hub", "lora_file", "prompts", "data.frames", "data.paths", "data.tables"),
     ("args", "data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
     ("data.decode", "data.index"),
-    ("data.clips", "data.sampler"),
+    ("data.clips", "data.sampler", "data.shared_memory"),
     ("diffusion", "rope", "lora", "streaming", "quant", "graphs"),
     ("data.dataset", "t5_stream", "vae_encoder", "vae_decoder"),
     ("encode", "models"),

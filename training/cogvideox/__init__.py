@@ -34,6 +34,7 @@ data/sampler.py       which samples make up each optimizer step
 diffusion.py          noise schedule and loss
 rope.py               rotary tables
 lora.py               parts of a LoRA: layers, PiSSA's start, dropout that repeats
+data/shared_memory.py room for batches in /dev/shm: how many workers of the loader fit
 data/dataset.py       cached tensors -> batches
 encode.py             clips, first frames and captions -> tensors
 graphs.py             compiled functions that may have many graphs

@@ -1,7 +1,7 @@
 """What every training script does, and its one loop: batches in, optimizer steps out, nothing waits for the device."""
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,8 +18,9 @@ from cogvideox.checkpoint import DATA, Saver, StartPoint, check_data, check_leng
 from cogvideox.curves import CURVES_NAME, draw_curves
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import max_bad
-from cogvideox.data.dataset import Batch, LatentDataset, build_loader, timesteps_of
+from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, timesteps_of
 from cogvideox.data.sampler import BucketBatchSampler, Order
+from cogvideox.data.shared_memory import batch_bytes, choose_workers
 from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import engine_name, make_engine
 from cogvideox.errors import UsageError, first_line, first_of
@@ -29,7 +30,7 @@ from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
 from cogvideox.images import take_images
 from cogvideox.optim import learning_rate
-from cogvideox.options import TrainOptions, ignores_positions, image_flags
+from cogvideox.options import TrainOptions, ignores_positions, image_flags, local_processes
 from cogvideox.parity import check_parity
 from cogvideox.pipeline_folder import fetch_parts
 from cogvideox.plan import HOST, ExecutionPlan
@@ -205,7 +206,7 @@ class Trainer:
             with metrics.paused():
                 self._look(self.steps.first)  # only what is not there: a kill may have come in between
             metrics.forget_peaks()
-        with closing(self._batches()) as batches:
+        with closing(batches_of(self._loader())) as batches:
             self._train(metrics, batches)
         metrics.close()
 
@@ -298,18 +299,6 @@ class Trainer:
                 draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
                 self.before_after.draw(step)
 
-    def _batches(self) -> Generator[Batch, None, None]:
-        """This rank's micro-batches; closing it ends the workers, which do not listen to signals."""
-        batches = iter(self._loader())
-        try:
-            yield from batches
-        except UsageError as error:  # a worker's error arrives with its traceback in the text
-            kind, line = type(error), str(error).strip().splitlines()[-1]
-            raise kind(line.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from None
-        finally:
-            if hasattr(batches, "_shutdown_workers"):
-                batches._shutdown_workers()
-
     def _loader(self) -> Any:
         run, train, loader = self.run, self.options.train, self.options.loader
         order = self.steps.order
@@ -327,7 +316,17 @@ class Trainer:
             f"optimizer step: {order.steps_through(0)} steps in epoch 1, {self.steps.total} in all" + self._filled()
         )
         pin = loader.pin_memory and torch.cuda.is_available()
-        return build_loader(self.dataset, sampler, self.options.data.dataloader_num_workers, pin)
+        return build_loader(self.dataset, sampler, *self._workers(), pin)
+
+    def _workers(self) -> tuple[int, int]:
+        """(workers of the loader, batches that each has ready), for which /dev/shm has room."""
+        dataset = self.dataset
+        batch = batch_bytes(dataset.geometry, dataset.index, self.options.train.train_batch_size)
+        asked = self.options.data.dataloader_num_workers
+        workers, prefetch, line = choose_workers(asked, batch, local_processes())
+        if line:
+            self.run.say(line)
+        return workers, prefetch
 
     def _filled(self) -> str:
         """How many samples come early to fill the last batches of --num_train_epochs, if any."""

@@ -8,7 +8,7 @@ encodings of one image.
 """
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,8 +19,12 @@ from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCac
 from cogvideox.data.sampler import BucketBatchSampler, Visit
 from cogvideox.data.workers import end_with_parent, ignore_stop_signals
 from cogvideox.draws import key_of, uniform
+from cogvideox.errors import UsageError, first_line
 from cogvideox.flags import SignalFlags
 from cogvideox.geometry import Geometry
+
+LOADER_SECONDS = 300  # after which a batch that has not come never will
+FEWER_WORKERS = "run again with --dataloader_num_workers 0, or with a larger /dev/shm (docker run --shm-size 2g)"
 
 
 @dataclass(frozen=True)
@@ -231,14 +235,58 @@ def begin_worker(_worker: int) -> None:
         end_with_parent(parent.pid)
 
 
-def build_loader(dataset: LatentDataset, sampler: BucketBatchSampler, workers: int, pin: bool) -> DataLoader[Batch]:
-    """A DataLoader over the rank's micro-batches, in order."""
+def collate_shared(samples: Sequence[Batch]) -> Batch:
+    """``collate`` in a worker, into shared memory at once: where there is no room for it, that is said here.
+
+    Left to the thread that sends the batch, the error would be printed, the batch lost, and training would wait for it.
+    """
+    batch = collate(samples)
+    try:
+        for tensor in batch.tensors().values():
+            tensor.share_memory_()
+    except RuntimeError as error:
+        raise UsageError(f"/dev/shm: has no room for a batch ({first_line(error)}); {FEWER_WORKERS}") from None
+    return batch
+
+
+def build_loader(
+    dataset: LatentDataset, sampler: BucketBatchSampler, workers: int, prefetch: int, pin: bool
+) -> DataLoader[Batch]:
+    """A DataLoader over the rank's micro-batches, in order; each of the workers has ``prefetch`` of them ready."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        prefetch_factor=prefetch if workers else None,
+        timeout=LOADER_SECONDS if workers else 0,
+        collate_fn=collate_shared if workers else collate,
         pin_memory=pin,
         persistent_workers=False,
         worker_init_fn=begin_worker,
     )
+
+
+def batches_of(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
+    """The batches of a loader; closing it ends the workers, which do not listen to signals.
+
+    Raises:
+        UsageError: what a worker raised, or that one ended or no batch came.
+    """
+    batches = iter(loader)
+    try:
+        yield from batches
+    except UsageError as error:  # a worker's error arrives with its traceback in the text
+        kind, line = type(error), str(error).strip().splitlines()[-1]
+        raise kind(line.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from None
+    except RuntimeError as error:
+        line = first_line(error)
+        if line.startswith("DataLoader timed out"):
+            rule = f"no batch came for {LOADER_SECONDS} s; the disk does not answer, or /dev/shm is full"
+            raise UsageError(f"--dataloader_num_workers {loader.num_workers}: {rule}; {FEWER_WORKERS}") from None
+        if line.startswith("DataLoader worker (pid"):
+            rule = f"{line}; a lack of memory, or of /dev/shm, ends workers like that"
+            raise UsageError(f"--dataloader_num_workers {loader.num_workers}: {rule}; {FEWER_WORKERS}") from None
+        raise
+    finally:
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
