@@ -54,7 +54,9 @@ def load_transformer(folder: Path, dtype: str) -> Any:
     """A transformer on the CPU."""
     from diffusers import CogVideoXTransformer3DModel
 
-    return CogVideoXTransformer3DModel.from_pretrained(folder, dtype=torch_dtype(dtype)).requires_grad_(False)
+    return CogVideoXTransformer3DModel.from_pretrained(
+        folder, dtype=torch_dtype(dtype), use_safetensors=True
+    ).requires_grad_(False)
 
 
 def torch_dtype(name: str) -> Any:

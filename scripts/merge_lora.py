@@ -46,7 +46,7 @@ def merged(transformer: Any, lora: Path, scale: float) -> Any:
 
     parts: Any = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
     pipeline = CogVideoXPipeline(**parts, transformer=transformer)
-    pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="merged")
+    pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="merged", use_safetensors=True)
     if not getattr(transformer, "peft_config", None):
         raise ValueError(f"{lora}: holds no LoRA in diffusers' names; scripts/convert_lora.py makes them")
     pipeline.fuse_lora(components=["transformer"], lora_scale=scale, safe_fusing=True)

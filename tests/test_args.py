@@ -16,7 +16,7 @@ import pytest
 
 from cogvideox import args, flags, stopping
 from cogvideox.conflicts import check_ema
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, public_urls
 from cogvideox.optimizers import check_state_place
 from cogvideox.options import (
     ImageLoraOptions,
@@ -387,8 +387,6 @@ def test_resolutions_take_the_place_of_the_lists() -> None:
         (PREPARE, ("--verify", "--dry_run"), "--dry_run"),
         (LORA, ("--frame_selection", "uniform", "--fps", "8"), "--frame_selection"),
         (LORA, ("--no_resume", "--resume_from_checkpoint", "latest"), "--no_resume"),
-        (LORA, ("--validation_steps", "5"), "--validation_steps"),
-        (LORA, ("--validation_epochs", "5"), "--validation_epochs"),
         (LORA, ("--validation_prompt", "p", "--validation_steps", "5", "--validation_epochs", "5"), "--validation_s"),
         (PREPARE, ("--save_latents_and_embeddings", "false"), "--save_latents_and_embeddings"),
         (LORA, ("--hub_token", "hf_abc"), "--hub_token: has no effect without --push_to_hub"),
@@ -398,6 +396,7 @@ def test_resolutions_take_the_place_of_the_lists() -> None:
         (LORA, ("--push_to_hub", "--hub_token", "hf a"), "--hub_token: is empty, or holds spaces"),
         (LORA, ("--push_to_hub", "--hub_token", "hf_\n"), "--hub_token: is empty, or holds spaces"),
         (LORA, ("--do_validation",), "--do_validation"),
+        (LORA, ("--do_validation", "--validation_epochs", "10"), "--do_validation"),
         (LORA, ("--validation_prompt", "p", "--validation_prompts", "f"), "--validation_prompt"),
         (LORA, ("--validation_dir", "V"), "--validation_dir V"),
         (LORA, ("--validation_dir", "V", "--validation_prompt", "p"), "--validation_dir V"),
@@ -626,6 +625,48 @@ def test_prodigy_with_the_rate_of_adam_is_remarked(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == ""
     parse("--optimizer", "prodigy")
     assert capsys.readouterr().err.startswith("--learning_rate 0.0001: prodigy")
+
+
+@pytest.mark.fault("flags: a schedule of validation without a prompt or a clip", times=2)
+@pytest.mark.parametrize("flag", ["--validation_epochs", "--validation_steps"])
+def test_a_schedule_without_anything_to_validate_is_remarked(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Published commands have it, so the run goes on."""
+    parse(flag, "10")
+    assert capsys.readouterr().err.startswith(f"{flag} 10: has no effect; there is no --validation_prompt and no clip")
+    for more in (("--validation_prompt", "p"), ("--validation_data_root", "v"), ("--do_validation", "false")):
+        parse(flag, "10", *more)
+        assert capsys.readouterr().err == ""
+
+
+SIGNED = "https://me:pass@cdn.example/a/x.png?X-Signature=secret&e=1#part"
+
+
+@pytest.mark.fault("security: a URL with a password and a signature among the flags", times=4)
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (SIGNED, "https://cdn.example/a/x.png"),
+        (f"{SIGNED}:::{SIGNED}", "https://cdn.example/a/x.png:::https://cdn.example/a/x.png"),
+        (f"{SIGNED}|{SIGNED}", "https://cdn.example/a/x.png"),
+        ("http://h/x.png:::s3://key:word@b/y:z.png", "http://h/x.png:::s3://b/y:z.png"),
+    ],
+)
+def test_what_is_secret_in_a_url_is_written_nowhere(text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = parse("--validation_prompt", "p", "--validation_images", text, script=IMAGE_LORA)
+    assert options.image.validation_images == text
+    assert args.config_dict(options)["validation_images"] == shown
+    assert "secret" not in args.config_text(options, dict.fromkeys(args.config_dict(options), "given"))
+    monkeypatch.setattr(sys, "argv", ["script", "--validation_images", text])
+    args.hide_secrets(options)
+    assert sys.argv == ["script", "--validation_images", shown]
+    (found,) = UsageError(f"--data_root {text}: no such folder").problems
+    assert "secret" not in found
+    assert "pass" not in found
+
+
+def test_texts_without_urls_stay_as_they_are() -> None:
+    for text in ("a:::b? c#1", "me@host: x", "C:/clips?", "50 % ?", "https://h/a b?", "a://"):
+        assert public_urls(text) in (text, text.removesuffix("?"))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -377,3 +378,52 @@ def test_a_damaged_index_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(UsageError, match=r"run prepare_dataset\.py again"):
         open_index(tmp_path)
+
+
+OUTSIDE = "../mine/my-lora"
+
+
+def as_written_by_others(folder: Path, **changes: Any) -> None:
+    """An index.json whose first sample, or the whole, has other values than a preparation writes."""
+    index().save(folder)
+    values = json.loads((folder / "index.json").read_text())
+    whole = {name: changes.pop(name) for name in list(changes) if name in values}
+    values["samples"][0] |= changes
+    (folder / "index.json").write_text(json.dumps(values | whole))
+
+
+@pytest.mark.fault("security: a foreign index.json whose keys lead outside its folder", times=7)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"video_keys": [OUTSIDE]},
+        {"image_keys": [OUTSIDE]},
+        {"prompt_key": OUTSIDE},
+        {"empty_prompt_key": OUTSIDE},
+        {"video_keys": [KEY.upper()]},
+        {"video_keys": [f"{KEY}\n"]},
+        {"video_keys": [7]},
+    ],
+)
+def test_a_foreign_index_names_nothing_outside_its_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
+    as_written_by_others(tmp_path, **changes)
+    with pytest.raises(
+        UsageError, match=r"is not the key of a tensor, so it was changed; run prepare_dataset\.py again"
+    ):
+        open_index(tmp_path)
+
+
+@pytest.mark.fault("security: a tensor file is asked for under a key that leads outside the folder")
+def test_a_file_outside_the_folder_is_neither_read_nor_renamed(tmp_path: Path) -> None:
+    """It would be set aside under another name, as any file that is not what was written."""
+    mine = tmp_path / "mine" / "my-lora.safetensors"
+    mine.parent.mkdir()
+    mine.write_bytes(b"precious")
+    (tmp_path / "foreign" / "tensors").mkdir(parents=True)
+    cache = TensorCache(tmp_path / "foreign")
+    for ask in (cache.read, cache.examine, cache.has, cache.remove):
+        for key in (OUTSIDE, f"../{OUTSIDE}", f"../../{OUTSIDE}", str(mine.with_suffix(""))):
+            with pytest.raises(CacheError, match="is not the key of a tensor"):
+                ask(key)
+    assert mine.read_bytes() == b"precious"
+    assert files(mine.parent) == [mine.name]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +13,30 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
 
 from cogvideox import args
 from cogvideox.data.buckets import Bucket
+from cogvideox.diffusion import NoiseSchedule
 from cogvideox.errors import UsageError
 from cogvideox.flags import ModelFlags
-from cogvideox.geometry import Geometry, check_image_to_video, check_preparation, check_text_to_video, read_geometry
+from cogvideox.geometry import (
+    SCHEDULER_DEFAULTS,
+    TRANSFORMER_DEFAULTS,
+    VAE_DEFAULTS,
+    Geometry,
+    check_image_to_video,
+    check_preparation,
+    check_text_to_video,
+    read_geometry,
+)
+from cogvideox.models import load_weights
 from cogvideox.options import ImageLoraOptions, ImageSftOptions, LoraOptions, PrepareOptions, SftOptions, derive
 
 Tiny = Callable[[str], Path]
@@ -260,3 +279,112 @@ def test_timesteps_beyond_the_scheduler_s_are_refused(tiny: Tiny) -> None:
         "--max_timestep 2000: the scheduler's last timestep is 999; nearest: --max_timestep 999",
     ]
     assert not found_problems(tiny("5b"), "--min_timestep", "999", "--max_timestep", "999")
+
+
+# -- configs that lack something, or name something else ---------------------------------------------------------------
+
+
+CLASSES = {
+    CogVideoXTransformer3DModel: TRANSFORMER_DEFAULTS,
+    AutoencoderKLCogVideoX: VAE_DEFAULTS,
+    CogVideoXDDIMScheduler: SCHEDULER_DEFAULTS,
+    CogVideoXDPMScheduler: SCHEDULER_DEFAULTS,
+}
+
+
+@pytest.mark.parametrize("of", CLASSES)
+def test_what_a_config_does_not_have_is_the_class_s_default(of: Any) -> None:
+    theirs = {name: item.default for name, item in inspect.signature(of.__init__).parameters.items()}
+    assert CLASSES[of].items() <= theirs.items()
+    assert CLASSES[of] != SCHEDULER_DEFAULTS or len(CLASSES[of]) == len(theirs) - 1  # all but self
+
+
+@pytest.mark.fault("data: a scheduler_config.json without one of its entries", times=5)
+@pytest.mark.parametrize(
+    "name", ["snr_shift_scale", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr"]
+)
+def test_a_schedule_without_an_entry_is_diffusers(configs: Path, name: str) -> None:
+    path = configs / "scheduler" / "scheduler_config.json"
+    values = json.loads(path.read_text())
+    del values[name]
+    path.write_text(json.dumps(values))
+    theirs = CogVideoXDPMScheduler.from_pretrained(path.parent).alphas_cumprod
+    assert torch.equal(NoiseSchedule.from_config(geometry(configs).schedule).alphas_cumprod, theirs.float())
+
+
+def test_a_transformer_without_an_entry_is_diffusers(configs: Path) -> None:
+    path = configs / "transformer" / "config.json"
+    values = json.loads(path.read_text())
+    for name in TRANSFORMER_DEFAULTS:
+        path.write_text(json.dumps({entry: value for entry, value in values.items() if entry != name}))
+        whole = CogVideoXTransformer3DModel.load_config(path.parent)
+        with torch.device("meta"):
+            config = CogVideoXTransformer3DModel.from_config(whole).config if name != "attention_head_dim" else {}
+        assert config.get(name, TRANSFORMER_DEFAULTS[name]) == TRANSFORMER_DEFAULTS[name]
+        geometry(configs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beta_schedule", "linear"),
+        ("prediction_type", "epsilon"),
+        ("trained_betas", [0.1]),
+        pytest.param("_class_name", "DiffusionPipeline", marks=pytest.mark.fault("security: a scheduler of any class")),
+        pytest.param("_class_name", "os.system", marks=pytest.mark.fault("security: a scheduler that is no class")),
+        pytest.param("_class_name", None, marks=pytest.mark.fault("security: a scheduler without a class")),
+    ],
+)
+def test_other_schedules_are_refused(configs: Path, name: str, value: Any) -> None:
+    edit(configs, "scheduler/scheduler_config.json", **{name: value})
+    with pytest.raises(UsageError, match=f"scheduler_config.json: {name} is ") as error:
+        geometry(configs)
+    assert len(error.value.problems) == 1
+
+
+@pytest.mark.fault("data: a scheduler_config.json that does not say what is predicted")
+def test_a_schedule_that_would_predict_noise_is_refused(configs: Path) -> None:
+    path = configs / "scheduler" / "scheduler_config.json"
+    values = {name: value for name, value in json.loads(path.read_text()).items() if name != "prediction_type"}
+    path.write_text(json.dumps(values))
+    with pytest.raises(UsageError, match="prediction_type is epsilon; CogVideoX has v_prediction"):
+        geometry(configs)
+
+
+@pytest.mark.fault("data: a config.json that is JSON, but no object")
+def test_a_config_that_is_a_list_is_one_line(configs: Path) -> None:
+    (configs / "vae" / "config.json").write_text("[]")
+    with pytest.raises(UsageError, match="is not one JSON object"):
+        geometry(configs)
+
+
+@pytest.mark.fault("security: a model whose weights are pickles", times=3)
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_weights_in_pickles_only_are_refused_and_not_opened(tiny: Tiny, tmp_path: Path, part: str) -> None:
+    """One that leaves a file behind when it is unpickled leaves none."""
+    model, canary = Path(shutil.copytree(tiny("5b"), tmp_path / "model")), tmp_path / "canary"
+    for path in (model / part).glob("*.safetensors"):
+        path.unlink()
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    (model / part / name).write_bytes(pickle.dumps(Runs(canary)))
+    (found,) = found_problems(model, *BASE_SIZE)
+    assert found.startswith(f"{model / part}: its weights are in {name} only; ")
+    assert "save_pretrained(FOLDER) writes safetensors" in found
+    with pytest.raises(UsageError, match=f"{part} has no such safetensors file"):
+        load_weights(None, ModelFlags(str(model)), part, torch.float32)
+    assert not canary.exists()
+
+
+class Runs:
+    """An object that touches a file when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.canary,)
+
+
+def test_unpickling_would_touch_the_canary(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Runs(tmp_path / "canary")))
+    assert (tmp_path / "canary").exists()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from fakes import run_alone
 from PIL import Image
 from running import PROMPT, lora_flags
 
-from cogvideox import args
+from cogvideox import args, images
 from cogvideox.checks import check_images
 from cogvideox.errors import UsageError
 from cogvideox.images import take_images
@@ -148,3 +150,90 @@ def test_what_cannot_be_fetched_is_said(tmp_path: Path, server: str, name: str, 
 def test_nobody_answers(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be fetched"):
         take_images(run_alone(tmp_path / "out"), options_of("http://127.0.0.1:9/x.png"))
+
+
+# -- addresses that somebody else chose --------------------------------------------------------------------------------
+
+
+class Answers(BaseHTTPRequestHandler):
+    """By path: a redirect to what follows /to/, a byte now and then, or more bytes than are taken."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.end_headers()
+        elif self.path.startswith("/slow"):
+            with suppress(OSError):
+                for letter in b"HTTP/1.0 200 OK\r\nX: " + b"y" * 60:
+                    self.wfile.write(bytes([letter]))
+                    time.sleep(0.1)
+        else:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                self.wfile.write(b"x" * 5000)
+
+
+@pytest.fixture
+def answers() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as httpd:
+        httpd.daemon_threads = True
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def refusal(folder: Path, url: str) -> str:
+    with pytest.raises(UsageError) as error:
+        take_images(run_alone(folder / "out"), options_of(url))
+    (line,) = error.value.problems
+    return line
+
+
+@pytest.mark.fault("security: an image's server that sends a byte now and then")
+def test_a_server_that_never_ends_is_given_up(tmp_path: Path, answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "FETCH_SECONDS", 0.5)
+    start = time.monotonic()
+    line = refusal(tmp_path, f"{answers}/slow?X-Signature=secret")
+    assert time.monotonic() - start < 5
+    assert line == f"--validation_images {answers}/slow: cannot be fetched (it is not there after 0.5 s); {FIX}"
+
+
+@pytest.mark.fault("security: an image's server that redirects to a file or another kind of server", times=3)
+@pytest.mark.parametrize("to", ["file:///etc/hostname", "ftp://127.0.0.1/x.png", "data:image/png;base64,AAAA"])
+def test_only_http_is_followed(tmp_path: Path, answers: str, to: str) -> None:
+    line = refusal(tmp_path, f"{answers}/to/{to}")
+    assert "cannot be fetched" in line
+    assert to in line
+    assert "which is not http or https" in line or "is not allowed" in line
+
+
+def test_a_redirect_within_the_web_is_followed(tmp_path: Path, answers: str, server: str, image: Path) -> None:
+    (path,) = take_images(run_alone(tmp_path / "out"), options_of(f"{answers}/to/{server}/image.jpg"))
+    assert (np.asarray(Image.open(path)) == np.asarray(Image.open(image))).all()
+
+
+@pytest.mark.fault("security: an image that is larger than anybody needs")
+def test_more_bytes_than_the_limit_are_refused(tmp_path: Path, answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "FETCH_BYTES", 2**12)
+    assert "cannot be fetched (it is larger than 0 MiB)" in refusal(tmp_path, f"{answers}/much")
+
+
+@pytest.mark.fault("security: a signed URL that cannot be fetched", times=3)
+@pytest.mark.parametrize("path", ["/to/file:///etc/hostname?X-Signature=secret", "/much?secret", "/no#secret"])
+def test_no_message_has_the_signature(tmp_path: Path, answers: str, path: str) -> None:
+    assert "secret" not in refusal(tmp_path, f"{answers}{path}".replace("http://", "http://me:secret@"))
+
+
+@pytest.mark.fault("security: a signed URL with a space in it", times=2)
+@pytest.mark.parametrize("space", [" ", "\t"])
+def test_a_url_with_a_space_is_refused_before_it_is_written_anywhere(space: str) -> None:
+    (found,) = check_images(options_of(f"https://me:secret@h/a{space}b?X-Signature=secret"))
+    assert found == "--validation_images https://h/a: is cut off by a space; write %20 for it"
+
+
+FIX = "download it and give its path"

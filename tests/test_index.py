@@ -22,6 +22,7 @@ def write(root: Path, captions: str | bytes, videos: str | bytes, files: tuple[s
 
 
 def touch(root: Path, *names: str) -> Path:
+    root.mkdir(exist_ok=True)
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"not read")
@@ -204,6 +205,43 @@ def test_paths_out_of_the_root_need_allow_path(tmp_path: Path) -> None:
     samples = read(root, allow_path=(str(other),))
     assert [sample.id for sample in samples][2:] == ["link.mp4", "folder/o.mp4"]
     assert all(os.path.isfile(sample.video) and os.path.isabs(sample.video) for sample in samples)
+
+
+@pytest.mark.fault("security: a list, or a table, that is a link out of the data root", times=6)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("prompts.txt", {}),
+        ("videos.txt", {}),
+        ("images.txt", {}),
+        ("other.txt", {"caption_column": "other.txt"}),
+        ("metadata.csv", {}),
+        ("sub/table.csv", {"dataset_file": "sub/table.csv"}),
+    ],
+)
+def test_lists_that_lead_out_of_the_root_need_allow_path(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    """Somebody else's folder must not choose which file of this machine becomes captions."""
+    root, other = tmp_path / "data", tmp_path / "private"
+    other.mkdir()
+    if name.endswith(".txt"):
+        write(touch(root), "one\ntwo\n", "a.mp4\nb.mp4\n")
+        (root / "images.txt").write_text("a.mp4\nb.mp4\n")
+    touch(root, "a.mp4", "b.mp4", name)
+    (root / name).unlink()
+    text = "file_name,text\na.mp4,one\n" if name.endswith(".csv") else "a.mp4\nb.mp4\n"
+    (other / "secret").write_text(text)
+    (root / name).symlink_to(other / "secret")
+    (found,) = problems(root, **options)
+    assert f"{name}: leads outside the data root, to {other / 'secret'}" in found
+    assert found.endswith(f"pass --allow_path {other}")
+    if name != "sub/table.csv":  # whose paths are relative to itself
+        assert read(root, allow_path=(str(other),), **options)
+
+
+def test_a_list_elsewhere_that_the_user_names_is_read(tmp_path: Path) -> None:
+    root = write(touch(tmp_path / "data"), "one\ntwo\n", "a.mp4\nb.mp4\n")
+    (tmp_path / "mine.txt").write_text("three\nfour\n")
+    assert captions(root, caption_column="../mine.txt") == captions(root, caption_column=str(tmp_path / "mine.txt"))
 
 
 def test_absolute_paths_and_links_inside_the_root_are_fine(tmp_path: Path) -> None:

@@ -299,3 +299,12 @@ def test_the_scheduler_is_the_config_s(tiny: Tiny, kind: str, name: str) -> None
     scheduler = models.load_scheduler(flags(tiny(kind)))
     assert type(scheduler).__name__ == name
     assert scheduler.config.snr_shift_scale == (3.0 if kind == "2b" else 1.0)
+
+
+@pytest.mark.fault("security: a scheduler_config.json that names another class of diffusers")
+def test_a_scheduler_of_another_class_is_not_made(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny("5b") / "scheduler", tmp_path / "scheduler")
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "DDPMScheduler"}))
+    with pytest.raises(UsageError, match="names the scheduler DDPMScheduler; CogVideoX has CogVideoXDDIMScheduler or"):
+        models.load_scheduler(flags(tmp_path))

@@ -58,3 +58,19 @@ def test_a_run_renders_the_prompts_of_a_file(tmp_path: Path, model: Path, tensor
         "step-000001_prompt-0_a-red-disc_0.mp4",
         "step-000001_prompt-1_a-blue-square_0.mp4",
     ]
+
+
+@pytest.mark.fault("security: a list of prompts that is a link out of --validation_dir")
+def test_a_list_of_prompts_that_leads_out_of_its_folder_needs_allow_path(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "validation", tmp_path / "secret.txt"
+    folder.mkdir()
+    secret.write_text("a secret\n")
+    (folder / "prompts.txt").symlink_to(secret)
+    given = ["--validation_dir", folder, "--validation_prompts", "prompts.txt"]
+    (found,) = check_prompts(options_of(Path("x"), *given))
+    assert found.startswith(f"{folder / 'prompts.txt'}: leads outside --validation_dir, to {secret}; ")
+    assert list(check_prompts(options_of(Path("x"), *given, "--allow_path", tmp_path))) == []
+    (folder / "prompts.txt").unlink()
+    (folder / "own.txt").write_text("mine\n")
+    (folder / "prompts.txt").symlink_to("own.txt")
+    assert list(check_prompts(options_of(Path("x"), *given))) == []

@@ -20,8 +20,8 @@ from types import NoneType
 from typing import Any
 
 from cogvideox import stopping
-from cogvideox.conflicts import flag_problems, foreign_problems
-from cogvideox.errors import UsageError, one_line
+from cogvideox.conflicts import flag_problems, foreign_problems, idle_schedule
+from cogvideox.errors import UsageError, one_line, public_urls
 from cogvideox.flags import HIDDEN
 from cogvideox.options import Options, TrainOptions, derive, elsewhere, fields_of, image_flags, names_of
 
@@ -180,6 +180,8 @@ def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
     yield from (other.verdict() for other in elsewhere(type(options)) if sources.get(other.item.name) == TAKEN)
     if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
         yield "--image_column: has no effect here; no image is a condition of what is trained"
+    if isinstance(options, TrainOptions) and not options.loader.load_tensors:  # else a prepared folder may have clips
+        yield from idle_schedule(options.validation, bool(options.data.validation_data_root))
     if isinstance(options, TrainOptions) and options.optimizer.kind == "prodigy":
         rate = options.optimizer.learning_rate
         if rate < LOW_FOR_PRODIGY:
@@ -254,7 +256,7 @@ def config_text(options: Any, sources: dict[str, str]) -> str:
 
 
 def config_dict(options: Any) -> dict[str, Any]:
-    """Every flag's value by its name, for config.json, the recipe and trackers; secrets are left out."""
+    """Every flag's value by its name, for config.json, the recipe and trackers; secrets are left out, in URLs too."""
     return {
         item.name: to_show(item, getattr(getattr(options, group), item.name))
         for group, item, _ in fields_of(type(options))
@@ -262,8 +264,12 @@ def config_dict(options: Any) -> dict[str, Any]:
 
 
 def to_show(item: "dataclasses.Field[Any]", value: Any) -> Any:
-    """A flag's value, or of a secret that there is one."""
-    return HIDDEN if item.metadata["secret"] and value is not None else value
+    """A flag's value, or of a secret that there is one; of a URL no query, which may be a signature."""
+    if item.metadata["secret"] and value is not None:
+        return HIDDEN
+    if isinstance(value, tuple):
+        return tuple(to_show(item, one) for one in value)
+    return public_urls(value) if isinstance(value, str) else value
 
 
 def hide_secrets(options: Any) -> None:
@@ -271,6 +277,7 @@ def hide_secrets(options: Any) -> None:
     values = [(item, getattr(getattr(options, group), item.name)) for group, item, _ in fields_of(type(options))]
     for secret in [value for item, value in values if item.metadata["secret"] and value]:
         sys.argv[1:] = [text.replace(secret, HIDDEN) for text in sys.argv[1:]]
+    sys.argv[1:] = [public_urls(text) for text in sys.argv[1:]]
 
 
 def parse(

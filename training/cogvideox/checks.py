@@ -1,19 +1,21 @@
 """What a training script looks at before anything heavy is imported; beside these, what its task asks of the model."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from cogvideox.conflicts import check_ema, check_launcher, check_trackers
 from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.faults import VideoError
 from cogvideox.data.index import check_data
+from cogvideox.errors import public_urls
 from cogvideox.factory import check_tensors
 from cogvideox.geometry import check_pipeline
 from cogvideox.hub import check_hub
 from cogvideox.lora_file import check_lora
 from cogvideox.optimizers import check_optimizer, check_state_place
 from cogvideox.options import image_flags, is_url
-from cogvideox.prompts import check_prompts, images_of, prompts_of
+from cogvideox.prompts import check_prompts, images_of, link_problems, prompts_of
 
 
 def check_images(options: Any) -> Iterator[str]:
@@ -27,11 +29,16 @@ def check_images(options: Any) -> Iterator[str]:
         reason = getattr(error, "strerror", None) or "is no UTF-8"
         yield f"--validation_images {flags.validation_images}: {reason}; give a list in --validation_dir"
         return
+    if options.validation.validation_dir and flags.validation_images:
+        folder = Path(options.validation.validation_dir)
+        yield from link_problems(folder, folder / flags.validation_images, options.data.allow_path)
     if len(images) != prompts:
         yield f"--validation_images: {len(images)} images for {prompts} prompts; give one for each"
     for text in images:
         if not is_url(text):
             yield from image_problems(text)
+        elif len(text.split()) > 1 or not text.isprintable():
+            yield f"--validation_images {public_urls(text.split()[0])}: is cut off by a space; write %20 for it"
 
 
 def image_problems(path: str) -> Iterator[str]:

@@ -35,19 +35,14 @@ class NoiseSchedule:
         """The schedule of a CogVideoX scheduler_config.json.
 
         Scaled-linear betas, SNR shift by ``snr_shift_scale``, then zero terminal SNR (Lin et al. 2023, algorithm 1).
-
-        Raises:
-            ValueError: another kind of schedule or prediction, which CogVideoX does not have.
+        ``config`` is whole, as in Geometry.schedule, and of the kind that geometry.scheduler_problems() asks for.
         """
-        for name, wanted in (("beta_schedule", "scaled_linear"), ("prediction_type", "v_prediction")):
-            if config[name] != wanted:
-                raise ValueError(f"scheduler_config.json: {name} is {config[name]}; CogVideoX has {wanted}")
         steps = config["num_train_timesteps"]
         roots = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, steps, dtype=torch.float64)
         abar = torch.cumprod(1.0 - roots**2, dim=0)
-        shift = config.get("snr_shift_scale", 1.0)
+        shift = config["snr_shift_scale"]
         abar = abar / (shift + (1.0 - shift) * abar)
-        if config.get("rescale_betas_zero_snr"):
+        if config["rescale_betas_zero_snr"]:
             root = abar.sqrt()
             abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         return cls(abar.float())

@@ -1,9 +1,12 @@
 """The errors that a user can cause. Owns nothing; every layer raises them, the scripts print them and exit 2."""
 
+import re
 from collections.abc import Sequence
 
 SHOWN = 20  # lines of one kind in a message
 LONGEST_LINE = 500  # characters
+# of a URL: scheme, user and password, host and path, query and fragment; ::: separates two
+_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#]*@)?((?:(?!:::)[^\s?#])*)([?#](?:(?!:::[A-Za-z]+://)\S)*)?")
 
 
 def one_line(text: str) -> str:
@@ -14,6 +17,11 @@ def one_line(text: str) -> str:
         text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     start = LONGEST_LINE * 3 // 5
     return text if len(text) <= LONGEST_LINE else f"{text[:start]} ... {text[start + 5 - LONGEST_LINE :]}"
+
+
+def public_urls(text: str) -> str:
+    """The text with every URL in it cut down to scheme, host and path: passwords and signatures are in the rest."""
+    return _URL.sub(r"\1\3", text) if "://" in text else text
 
 
 def first_of(lines: Sequence[str]) -> list[str]:
@@ -32,9 +40,10 @@ class UsageError(ValueError):
     """Everything that is wrong with the flags, the files or the model, found before any model loads.
 
     Each problem is one line: the flag or file with its value, the rule, and the nearest fix, such as
-    ``--frame_buckets 50: CogVideoX encodes 4k+1 frames; nearest: 49, 53``.
+    ``--frame_buckets 50: CogVideoX encodes 4k+1 frames; nearest: 49, 53``. Of URLs no query and no password is kept.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        listed = (problems,) if isinstance(problems, str) else problems
+        self.problems: tuple[str, ...] = tuple(map(public_urls, listed))
         super().__init__("\n".join(self.problems))

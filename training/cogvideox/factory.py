@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cogvideox.data.buckets import Bucket
-from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, open_index, sole_writer
+from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, is_key, open_index, sole_writer
 from cogvideox.data.columns import Columns, Problems, is_unicode
 from cogvideox.data.forms import read_columns
 from cogvideox.data.index import unique_id
@@ -240,7 +240,7 @@ def _request(path: Path) -> str:
 def _record(known: dict[str, dict[str, Any]], path: Path, cache: TensorCache) -> dict[str, Any] | None:
     """What the ledger has on a file as it is now, if its tensor is in the cache."""
     record = known.get(_request(path))
-    return record if record is not None and cache.has(record["key"]) else None
+    return record if record is not None and is_key(record.get("key")) and cache.has(record["key"]) else None
 
 
 def _convert_file(kind: str, path: Path, cache: TensorCache) -> dict[str, Any]:

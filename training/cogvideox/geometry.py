@@ -5,7 +5,7 @@ Standard library only (huggingface_hub for a hub model), so that wrong sizes end
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,52 @@ from cogvideox.options import LoraOptions, TrainOptions, reads_clips, resolution
 
 INDEX_NAME = "model_index.json"
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")  # of a pipeline, beside the transformer
+SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # those that the CogVideoX pipelines sample with
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # weight files that can run code when they are read
+
+NO_PICKLES = (
+    "a file of that kind can run code when it is read, so it is not; load the model with diffusers where you trust it, "
+    "and save_pretrained(FOLDER) writes safetensors"
+)
+
+# What diffusers takes for an entry that a config does not have: the defaults of the classes themselves.
+TRANSFORMER_DEFAULTS: dict[str, Any] = {
+    "in_channels": 16,
+    "patch_size": 2,
+    "patch_size_t": None,
+    "sample_height": 60,
+    "sample_width": 90,
+    "sample_frames": 49,
+    "attention_head_dim": 64,
+    "use_rotary_positional_embeddings": False,
+    "use_learned_positional_embeddings": False,
+    "ofs_embed_dim": None,
+    "max_text_seq_length": 226,
+    "text_embed_dim": 4096,
+}
+VAE_DEFAULTS: dict[str, Any] = {
+    "latent_channels": 16,
+    "block_out_channels": (128, 256, 256, 512),
+    "temporal_compression_ratio": 4,
+    "scaling_factor": 1.15258426,
+    "invert_scale_latents": False,
+}
+SCHEDULER_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "clip_sample": True,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "prediction_type": "epsilon",
+    "clip_sample_range": 1.0,
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "rescale_betas_zero_snr": False,
+    "snr_shift_scale": 3.0,
+}
 
 
 @dataclass(frozen=True)
@@ -125,31 +171,47 @@ def read_geometry(model: ModelFlags) -> Geometry:
     if transformer.get("dropout"):
         rule = f"has a dropout of {transformer['dropout']:g}, whose masks a resumed run could not draw again"
         raise UsageError(f'{flag_text(model)}: its transformer {rule}; set "dropout" to 0 in transformer/config.json')
-    return geometry_of(transformer, vae, scheduler)
+    geometry = geometry_of(transformer, vae, scheduler)
+    if problems := list(scheduler_problems(geometry.schedule)):
+        raise UsageError(problems)
+    return geometry
+
+
+def scheduler_problems(config: dict[str, Any]) -> Iterator[str]:
+    """Why a scheduler, or its noise schedule, is none that CogVideoX is sampled with."""
+    name = config.get("_class_name")
+    if name not in SCHEDULERS:
+        yield f"scheduler_config.json: _class_name is {name}; CogVideoX has {' or '.join(SCHEDULERS)}; name one"
+    wanted = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "trained_betas": None}
+    for entry, value in wanted.items():
+        if config[entry] != value:
+            rule = f"{entry} is {config[entry]}; CogVideoX has {value}"
+            yield f"scheduler_config.json: {rule}; take the file of the published model"
 
 
 def geometry_of(transformer: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]) -> Geometry:
-    """Geometry out of the three config dictionaries."""
+    """Geometry out of the three config dictionaries; what one does not have is diffusers' default."""
+    transformer, vae = TRANSFORMER_DEFAULTS | transformer, VAE_DEFAULTS | vae
     return Geometry(
         in_channels=transformer["in_channels"],
         latent_channels=vae["latent_channels"],
         spatial_compression=2 ** (len(vae["block_out_channels"]) - 1),
         temporal_compression=int(vae["temporal_compression_ratio"]),
         patch_size=transformer["patch_size"],
-        patch_size_t=transformer.get("patch_size_t"),
+        patch_size_t=transformer["patch_size_t"],
         sample_height=transformer["sample_height"],
         sample_width=transformer["sample_width"],
-        sample_frames=transformer.get("sample_frames", 49),  # what diffusers takes where a config has none
+        sample_frames=transformer["sample_frames"],
         attention_head_dim=transformer["attention_head_dim"],
         rotary=transformer["use_rotary_positional_embeddings"],
-        learned_positions=transformer.get("use_learned_positional_embeddings", False),
-        ofs=transformer.get("ofs_embed_dim") is not None,
+        learned_positions=transformer["use_learned_positional_embeddings"],
+        ofs=transformer["ofs_embed_dim"] is not None,
         max_text_seq_length=transformer["max_text_seq_length"],
         text_embed_dim=transformer["text_embed_dim"],
         scaling_factor=vae["scaling_factor"],
-        invert_scale_latents=vae.get("invert_scale_latents", False),
-        default_fps=16 if transformer.get("patch_size_t") else 8,  # the rates that 1.5 and 1.0 were trained at
-        schedule=scheduler,
+        invert_scale_latents=vae["invert_scale_latents"],
+        default_fps=16 if transformer["patch_size_t"] else 8,  # the rates that 1.5 and 1.0 were trained at
+        schedule=SCHEDULER_DEFAULTS | scheduler,
     )
 
 
@@ -163,11 +225,13 @@ def read_config(model: ModelFlags, part: str, name: str) -> dict[str, Any]:
 def read_json(path: Path, model: ModelFlags, name: str) -> dict[str, Any]:
     """A json file of the pipeline, which messages call ``name``."""
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{flag_text(model)}: has no {name}; give the folder of a whole pipeline") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is no JSON ({error}); download the model again") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{path}: is not one JSON object; download the model again")
     return config
 
 
@@ -221,6 +285,7 @@ def flag_text(model: ModelFlags) -> str:
 def check_text_to_video(options: Any) -> Iterator[str]:
     """Problems of the model and the sizes for a text-to-video script. Reads config files only."""
     geometry = read_geometry(options.model)
+    yield from weight_problems(options.model, ("transformer", "vae", "text_encoder"))
     yield from channel_problems(options, geometry, "text-to-video")
     yield from check_sizes(options, geometry)
 
@@ -228,6 +293,7 @@ def check_text_to_video(options: Any) -> Iterator[str]:
 def check_image_to_video(options: Any) -> Iterator[str]:
     """Problems of the model and the sizes for an image-to-video script. Reads config files only."""
     geometry = read_geometry(options.model)
+    yield from weight_problems(options.model, ("transformer", "vae", "text_encoder"))
     yield from channel_problems(options, geometry, "image-to-video")
     yield from check_sizes(options, geometry)
     yield from position_problems(options, geometry)
@@ -235,7 +301,18 @@ def check_image_to_video(options: Any) -> Iterator[str]:
 
 def check_preparation(options: Any) -> Iterator[str]:
     """Problems of the model and the sizes for prepare_dataset.py, which takes every model. Reads config files only."""
-    yield from check_sizes(options, read_geometry(options.model))
+    geometry = read_geometry(options.model)
+    yield from weight_problems(options.model, ("vae", "text_encoder"))
+    yield from check_sizes(options, geometry)
+
+
+def weight_problems(model: ModelFlags, parts: Sequence[str]) -> Iterator[str]:
+    """Parts of a model folder whose weights are in pickle files only, which are never read."""
+    for part in parts:
+        folder = Path(model.pretrained_model_name_or_path, part)
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles and not any(folder.glob("*.safetensors")):
+            yield f"{folder}: its weights are in {pickles[0]} only; {NO_PICKLES}"
 
 
 def channel_problems(options: Any, geometry: Geometry, wanted: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, public_urls
 from cogvideox.flags import HIDDEN, HubFlags
 from cogvideox.options import TrainOptions
 
@@ -109,7 +109,7 @@ def upload(
             f"{folder}: is finished, but was not uploaded to {repository}: {reason(error, token)}; "
             "the same command again only uploads"
         ) from None
-    say(f"uploaded: {api.endpoint}/{repository}")
+    say(f"uploaded: {public_urls(api.endpoint)}/{repository}")
 
 
 def patiently(call: Callable[[], Result], say: Say, waits: Sequence[float]) -> Result:

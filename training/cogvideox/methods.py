@@ -197,7 +197,7 @@ class Lora:
     def reload(self, pipeline: Any, folder: Path) -> None:
         """Drops the trained adapter and loads the saved one through the pipeline's own loader."""
         self.transformer.delete_adapters(ADAPTER)
-        pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME, adapter_name=ADAPTER)
+        pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME, adapter_name=ADAPTER, use_safetensors=True)
 
     def inference(self, dtype: str) -> tuple[str, str]:
         """Code that loads the result from the folder ``here``."""
@@ -264,7 +264,9 @@ class FullFinetune:
         with torch.no_grad():
             for parameter in self.parameters().values():
                 parameter.fill_(torch.nan)  # so that only the files can bring them back
-        saved = type(self.transformer).from_pretrained(folder / self.result, dtype=self.transformer.dtype)
+        saved = type(self.transformer).from_pretrained(
+            folder / self.result, dtype=self.transformer.dtype, use_safetensors=True
+        )
         self.transformer.load_state_dict(saved.state_dict())
 
     def inference(self, dtype: str) -> tuple[str, str]:

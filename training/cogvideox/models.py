@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cogvideox import t5_stream, vae_encoder
 from cogvideox.errors import UsageError, first_line
 from cogvideox.flags import ModelFlags
+from cogvideox.geometry import NO_PICKLES, SCHEDULERS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -55,7 +56,7 @@ def weight_files(model: ModelFlags, part: str) -> list[Path]:
         subject = (
             f"--variant {model.variant}" if model.variant else f"{model.pretrained_model_name_or_path}, no --variant"
         )
-        raise UsageError(f"{subject}: {part} has no such safetensors file (there: {has})")
+        raise UsageError(f"{subject}: {part} has no such safetensors file (there: {has}); of .bin files, {NO_PICKLES}")
     return chosen
 
 
@@ -99,6 +100,16 @@ def fingerprint(model: ModelFlags, part: str) -> str:
     return digest.hexdigest()
 
 
+def load_weights(of: Any, model: ModelFlags, part: str, dtype: torch.dtype) -> Any:
+    """A part of a pipeline by its class, out of safetensors files; no other file with weights is opened.
+
+    Raises:
+        UsageError: it has none of the variant that was asked for.
+    """
+    folder = weight_files(model, part)[0].parent
+    return of.from_pretrained(folder, dtype=dtype, variant=model.variant, use_safetensors=True)
+
+
 def discard(module: torch.nn.Module) -> None:
     """Frees a model's memory now, whoever still holds a name for it."""
     module.to("meta")
@@ -119,7 +130,7 @@ def load_tokenizer(model: ModelFlags) -> Any:
     """T5's tokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(part_folder(model, "tokenizer"))
+    return AutoTokenizer.from_pretrained(part_folder(model, "tokenizer"), trust_remote_code=False)
 
 
 def free_bytes(device: torch.device) -> float:
@@ -158,8 +169,7 @@ def text_encoder(
     from transformers import T5EncoderModel
 
     tokenizer = load_tokenizer(model)
-    folder = part_folder(model, "text_encoder")
-    encoder = T5EncoderModel.from_pretrained(folder, dtype=DTYPES[dtype], variant=model.variant)
+    encoder = load_weights(T5EncoderModel, model, "text_encoder", DTYPES[dtype])
     encoder.requires_grad_(False).eval()
     try:
         with t5_stream.streamed(encoder, device, rows) if place == "host" else nullcontext():
@@ -172,9 +182,7 @@ def load_vae(model: ModelFlags, dtype: torch.dtype) -> Any:
     """The VAE, on the CPU."""
     from diffusers import AutoencoderKLCogVideoX
 
-    folder = part_folder(model, "vae")
-    vae = AutoencoderKLCogVideoX.from_pretrained(folder, dtype=dtype, variant=model.variant)
-    return vae.requires_grad_(False).eval()
+    return load_weights(AutoencoderKLCogVideoX, model, "vae", dtype).requires_grad_(False).eval()
 
 
 @contextmanager
@@ -206,8 +214,7 @@ def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: b
     """The transformer, frozen, on the CPU; ``without_positions``: without its learned positions."""
     from diffusers import CogVideoXTransformer3DModel
 
-    folder = part_folder(model, "transformer")
-    transformer = CogVideoXTransformer3DModel.from_pretrained(folder, dtype=dtype, variant=model.variant)
+    transformer = load_weights(CogVideoXTransformer3DModel, model, "transformer", dtype)
     if without_positions:
         ignore_learned_positions(transformer)
     return transformer.requires_grad_(False)
@@ -221,9 +228,11 @@ def ignore_learned_positions(transformer: torch.nn.Module) -> None:
 
 
 def load_scheduler(model: ModelFlags) -> Any:
-    """The sampler that the pipeline's scheduler_config.json names."""
+    """The sampler that the pipeline's scheduler_config.json names; raises UsageError where it is none of CogVideoX."""
     import diffusers
 
     folder = part_folder(model, "scheduler")
     name = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    if name not in SCHEDULERS:
+        raise UsageError(f"{folder}: names the scheduler {name}; CogVideoX has {' or '.join(SCHEDULERS)}")
     return getattr(diffusers, name).from_pretrained(folder)

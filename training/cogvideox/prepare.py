@@ -296,9 +296,12 @@ class Preparation:
                 yield result
 
     def _known(self) -> dict[str, dict[str, Any]]:
-        """What the ledger has on the files as they are."""
-        records = self.ledger.read({*self.requests.values(), *self.image_requests.values()})
-        return {request: record for request, record in records.items() if is_record(record)}
+        """What the ledger has on the files as they are; not a record that leads to another file than its request."""
+        files = {
+            request: path for requests in (self.requests, self.image_requests) for path, request in requests.items()
+        }
+        records = self.ledger.read(files)
+        return {name: record for name, record in records.items() if is_record(record) and record["path"] == files[name]}
 
     def _settled(self, record: dict[str, Any] | None) -> bool:
         """Whether a file need not be looked at again."""

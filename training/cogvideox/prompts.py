@@ -1,6 +1,7 @@
 """The validation prompts and their images: of the command line, or of files with one a line."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cogvideox.flags import ValidationFlags
@@ -53,3 +54,13 @@ def check_prompts(options: TrainOptions) -> Iterator[str]:
         problem = "is no UTF-8"
     if problem:
         yield f"--validation_prompts {list_file(flags)}: {problem}; give a file with a prompt a line"
+    elif flags.validation_dir:
+        yield from link_problems(Path(flags.validation_dir), list_file(flags), options.data.allow_path)
+
+
+def link_problems(folder: Path, file: Path, allowed: Sequence[str]) -> Iterator[str]:
+    """A list in a folder that is a link out of it: somebody else's folder must not choose which file is read."""
+    real = Path(os.path.realpath(file))
+    inside = Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder))
+    if inside and not any(real.is_relative_to(os.path.realpath(place)) for place in (str(folder), *allowed)):
+        yield f"{file}: leads outside --validation_dir, to {real}; move it there or pass --allow_path {real.parent}"

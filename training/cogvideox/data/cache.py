@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ from cogvideox.files import write_atomically
 
 INDEX_FORMAT = 3
 KEYS = ("video_keys", "image_keys")  # fields of CachedSample
+KEY = re.compile("[0-9a-f]{64}")
 
 
 class CacheError(UsageError):
@@ -37,6 +39,11 @@ def hash_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
+def is_key(value: Any) -> bool:
+    """Whether a value may be a key: 64 hexadecimal digits. An index that somebody else made may hold anything."""
+    return isinstance(value, str) and KEY.fullmatch(value) is not None
+
+
 class TensorCache:
     """Tensors by key under one folder."""
 
@@ -44,7 +51,13 @@ class TensorCache:
         self.folder = folder
 
     def path(self, key: str) -> Path:
-        """Where the tensors of a key lie, or would."""
+        """Where the tensors of a key lie, or would: inside the folder, so nothing outside it is read or renamed.
+
+        Raises:
+            CacheError: the key is no key.
+        """
+        if not is_key(key):
+            raise CacheError(f"{self.folder}: {key!r} is not the key of a tensor; it must be 64 hexadecimal digits")
         return self.folder / "tensors" / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
@@ -244,7 +257,7 @@ def open_index(folder: Path) -> CacheIndex:
     """The index of a prepared folder.
 
     Raises:
-        UsageError: the folder is not prepared, or by another version.
+        UsageError: the folder is not prepared, or by another version, or its index is not as it was written.
     """
     path = folder / "index.json"
     if not path.is_file():
@@ -254,7 +267,7 @@ def open_index(folder: Path) -> CacheIndex:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is no JSON ({error}); run prepare_dataset.py again") from None
     if not isinstance(values, dict) or values.pop("format", None) != INDEX_FORMAT:
         raise UsageError(f"{path}: was written by another version; run prepare_dataset.py again")
@@ -264,6 +277,11 @@ def open_index(folder: Path) -> CacheIndex:
                 CachedSample(**s | {"bucket": Bucket(**s["bucket"])} | {keys: tuple(s[keys]) for keys in KEYS})
                 for s in values[name]
             )
-        return CacheIndex(**values)
+        index = CacheIndex(**values)
+        bad = sorted(repr(key) for key in index.keys if not is_key(key))
     except (KeyError, TypeError):
         raise UsageError(f"{path}: is damaged; run prepare_dataset.py again") from None
+    if bad:
+        rule = f"{bad[0]} is not the key of a tensor, so it was changed"
+        raise UsageError(f"{path}: {rule}; run prepare_dataset.py again")
+    return index

@@ -36,10 +36,26 @@ def read_columns(root: str, data: DataFlags, rules: PathRules, problems: Problem
     if data.dataset_file is not None:
         alone = len(data.data_root) + len(data.validation_data_root) == 1
         file = _find_table(root, data.dataset_file, alone, problems)
-        return read_table(file, root, names, problems) if file is not None else Columns()
+        return _read_table(root, file, names, rules, problems) if file is not None else Columns()
     if names != NO_NAMES:
-        return _read_lists(root, names, problems)
+        return _read_lists(root, names, rules, problems)
     return _read_what_is_there(root, rules, problems)
+
+
+def _read_table(root: str, file: str, names: Names, rules: PathRules, problems: Problems) -> Columns:
+    return read_table(file, root, names, problems) if _may_read(root, file, rules, problems) else Columns()
+
+
+def _may_read(root: str, file: str, rules: PathRules, problems: Problems) -> bool:
+    """Whether a list or table may be read: one in the folder must not be a link out of it, as clips must not.
+
+    A file elsewhere has its place from a flag, so the user chose it.
+    """
+    inside = os.path.join(root, "")
+    verdict = rules.verdict(file.removeprefix(inside), root, "list") if file.startswith(inside) else None
+    if verdict is not None:
+        problems.add(verdict[0], f"{root}: {verdict[1]}")
+    return verdict is None
 
 
 def _find_table(root: str, name: str, alone: bool, problems: Problems) -> str | None:
@@ -66,9 +82,9 @@ def _read_what_is_there(root: str, rules: PathRules, problems: Problems) -> Colu
         problems.add("two data sets", f"{root}: {' and '.join(choices)} are two data sets; {fix}")
         return Columns()
     if tables:
-        return read_table(os.path.join(root, tables[0]), root, NO_NAMES, problems)
+        return _read_table(root, os.path.join(root, tables[0]), NO_NAMES, rules, problems)
     if captions or videos:
-        return _read_lists(root, NO_NAMES, problems)
+        return _read_lists(root, NO_NAMES, rules, problems)
     columns = _read_pairs(root, rules, problems)
     if _is_output(root) and problems:
         problems.add("an output", f"{root}: is a folder that was prepared here; to train on it add --load_tensors")
@@ -85,27 +101,29 @@ def _text_files(root: str) -> str:
     return listing([name for name in names if name.endswith((".txt", *FORMATS))] or names)
 
 
-def _read_lists(root: str, names: Names, problems: Problems) -> Columns:
-    captions = _read_list(root, names[0], CAPTION_FILES, "--caption_column", problems)
-    videos = _read_list(root, names[1], VIDEO_FILES, "--video_column", problems)
+def _read_lists(root: str, names: Names, rules: PathRules, problems: Problems) -> Columns:
+    captions = _read_list(root, names[0], CAPTION_FILES, "--caption_column", rules, problems)
+    videos = _read_list(root, names[1], VIDEO_FILES, "--video_column", rules, problems)
     # images.txt belongs to videos.txt; a list with another name may be about other clips.
     has_images = names[2] is not None or (names[1] is None and _files(root, IMAGE_FILES))
-    images = _read_list(root, names[2], IMAGE_FILES, "--image_column", problems) if has_images else None
+    images = _read_list(root, names[2], IMAGE_FILES, "--image_column", rules, problems) if has_images else None
     for paths, what in ((videos, "a path"), (images, "an image")):
         if captions is not None and paths is not None:
             _check_counts(captions, paths, what, problems)
     return Columns(captions, videos, images)
 
 
-def _read_list(root: str, name: str | None, defaults: Sequence[str], flag: str, problems: Problems) -> Column | None:
+def _read_list(
+    root: str, name: str | None, defaults: Sequence[str], flag: str, rules: PathRules, problems: Problems
+) -> Column | None:
     files = _files(root, defaults if name is None else (name,))
     if not files:
         listed = f"{flag} {name}" if name is not None else f"{' or '.join(defaults)} ({flag})"
         hint = "; for a column of a table give --dataset_file too" if _files(root, TABLE_FILES) else ""
         problems.add("no list", f"{listed}: no such file in {root}; there are: {_text_files(root)}{hint}")
         return None
-    file = os.path.join(root, files[0])
-    if (lines := read_lines(file, problems)) is None:
+    file = os.path.normpath(os.path.join(root, files[0]))
+    if not _may_read(root, file, rules, problems) or (lines := read_lines(file, problems)) is None:
         return None
     values = [line if line is None else line.strip() for line in lines]
     while values and values[-1] == "":
