@@ -21,6 +21,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import disk_faults
+
 # What the scripts import once they run. Nothing here starts a thread, which a fork would lose.
 IMPORTED = ("cogvideox.loop", "cogvideox.prepare", "cogvideox.before_after", "peft", "matplotlib.figure")
 IMPORTED += ("diffusers.pipelines.cogvideo.pipeline_cogvideox", "transformers.models.t5.modeling_t5")
@@ -57,6 +59,8 @@ def become(request: dict[str, Any]) -> None:
     sys.path[0] = str(Path(sys.argv[0]).parent)
     if request["killed_at"]:
         signal_at(*request["killed_at"])
+    for fault in request["disk"]:
+        disk_faults.refuse(*fault)
 
 
 def signal_at(moment: str, nth: int, number: int = signal.SIGKILL) -> None:

@@ -128,10 +128,19 @@ Moment = tuple[str, int] | tuple[str, int, int]  # of forking.signal_at
 class Forked:
     """A script in a process that is forked from one that has imported what scripts import; as a Popen otherwise."""
 
-    def __init__(self, command: Sequence[object], killed_at: Moment | None = None, **more: str) -> None:
-        """``killed_at``: see forking.signal_at; the same moment on any machine, however busy."""
+    def __init__(
+        self,
+        command: Sequence[object],
+        killed_at: Moment | None = None,
+        disk: Sequence[tuple[str, int, int]] = (),
+        **more: str,
+    ) -> None:
+        """``killed_at``: see forking.signal_at; ``disk``: see disk_faults.refuse. The same moments on any machine,
+        however busy.
+        """
         self.output = Path(outputs().name) / str(next(NUMBERS))
         request = {"argv": [str(part) for part in command[1:]], "env": environment(**more), "killed_at": killed_at}
+        request |= {"disk": [list(fault) for fault in disk]}
         self.pid: int = ask_server(request | {"cwd": str(ROOT), "output": str(self.output)})
         self.returncode: int | None = None
 

@@ -1,4 +1,6 @@
+import errno
 import itertools
+import os
 import struct
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from cogvideox.data import decode, faults, packets
 from cogvideox.data.decode import probe, read_frames, write_video
 from cogvideox.data.faults import VideoError
 from cogvideox.data.frames import VideoInfo, frame_indices
+from cogvideox.errors import DiskError
 
 HEIGHT, WIDTH, RATE, COUNT = 64, 96, 30, 60
 CLOCK = Fraction(1, RATE)
@@ -432,6 +435,28 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     target.write_bytes(b"old")
     with pytest.raises(OSError, match="no space"):
         write_video(target, np.zeros((2, 16, 16, 3), np.uint8), 8.0)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out.mp4", b"old")]
+
+
+@pytest.mark.fault("disk: a video that cannot be fsynced")
+def test_a_video_gets_its_name_once_the_disk_has_it(tmp_path, monkeypatch):
+    seen, real = [], os.fsync
+
+    def seen_fsync(handle: int) -> None:
+        seen.append((os.path.basename(os.readlink(f"/proc/self/fd/{handle}")), os.listdir(tmp_path)))
+        real(handle)
+
+    frames, target = np.zeros((2, 16, 16, 3), np.uint8), tmp_path / "out.mp4"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", seen_fsync)
+        write_video(target, frames, 8.0)
+    ((name, there),) = seen
+    assert there == [name]
+    assert name.startswith(".out.mp4.")
+    target.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(DiskError, match="Input/output error"):
+        write_video(target, frames, 8.0)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out.mp4", b"old")]
 
 

@@ -16,8 +16,9 @@ PACKAGE = TRAINING / "cogvideox"
 
 # From bottom to top. A module imports from the layers below its own, never from its own or from above.
 LAYERS = (
-    ("errors", "files", "host_memory", "stopping"),
-    ("flags", "draws", "sheets", "curves", "data.workers"),
+    ("errors", "host_memory", "stopping"),
+    ("files",),
+    ("flags", "draws", "sheets", "curves", "data.workers", "locks"),
     ("options", "data.buckets", "data.transforms", "data.columns", "data.faults"),
     ("conflicts", "geometry", "hub", "lora_file", "prompts", "data.frames", "data.paths", "data.tables"),
     ("args", "data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
@@ -53,15 +54,13 @@ FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.name != "
 # Scripts end with --help or with all problems, and workers start, without torch.
 WITHOUT_TORCH = (
     *("flags", "options", "conflicts", "args", "errors", "files", "draws", "geometry", "hub", "lora_file"),
-    *("optimizers", "prompts", "sheets", "curves", "stopping"),
+    *("optimizers", "prompts", "sheets", "curves", "stopping", "locks"),
     *(name for name in FILES if name.startswith("data.") and name != "data.dataset"),
 )
 LIGHT_DATA = ("buckets", "cache", "columns", "faults", "forms", "index", "paths", "sampler", "tables", "workers")
 FLAGS = ("flags", "options", "conflicts", "args")
-STANDARD_LIBRARY_ONLY = (
-    *(*FLAGS, "errors", "draws", "lora_file", "prompts", "stopping"),
-    *(f"data.{name}" for name in LIGHT_DATA),
-)
+LIGHT = ("errors", "files", "locks", "draws", "lora_file", "prompts", "stopping")
+STANDARD_LIBRARY_ONLY = (*FLAGS, *LIGHT, *(f"data.{name}" for name in LIGHT_DATA))
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -31,7 +31,7 @@ def take(output: Path, *flags: object) -> str | None:
     run = run_alone(output)
     problem = take_folder(run, options_of(output, *flags))
     if run._lock:
-        run._lock.close()
+        run._lock.release()
     return problem
 
 
@@ -139,19 +139,28 @@ def test_a_folder_left_by_a_kill_at_the_start_is_taken(tmp_path: Path, gone: int
 
 def test_a_folder_left_by_a_kill_on_another_host_is_taken(tmp_path: Path, gone: int) -> None:
     """A container has another host name at every start."""
-    temporary(tmp_path, CONFIG_NAME, gone, host="node-7")
+    stale = temporary(tmp_path, CONFIG_NAME, gone, host="node-7")
     assert take(tmp_path) is None
+    assert not stale.exists()
 
 
-def test_stale_temporaries_are_removed_and_no_others(tmp_path: Path, gone: int) -> None:
+def test_temporaries_of_every_process_are_removed_and_nothing_else(tmp_path: Path, gone: int) -> None:
+    """Whoever holds the lock is the only one who writes here."""
     assert take(tmp_path) is None
     (tmp_path / "validation" / "tensors").mkdir(parents=True)
     stale = [temporary(folder, "metrics.jsonl", gone) for folder in (tmp_path, tmp_path / "validation" / "tensors")]
-    kept = [temporary(tmp_path, "a", os.getpid()), temporary(tmp_path, "a", gone, host="node-7"), tmp_path / "x.tmp"]
-    kept[-1].touch()
+    stale += [temporary(tmp_path, "a", os.getpid()), temporary(tmp_path, "a", gone, host="node-7")]
+    (tmp_path / "x.tmp").touch()
     assert take(tmp_path) is None
     assert not any(path.exists() for path in stale)
-    assert all(path.exists() for path in kept)
+    assert (tmp_path / "x.tmp").exists()
+
+
+def test_temporaries_in_a_foreign_folder_are_left_alone(tmp_path: Path, gone: int) -> None:
+    (tmp_path / "thesis.txt").touch()
+    kept = temporary(tmp_path, "thesis.txt", gone)
+    assert take(tmp_path) is not None
+    assert kept.exists()
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "checkpoint-2", "metrics.jsonl", ".hidden"])

@@ -1,7 +1,8 @@
 """The library behind the scripts in training/. Imports go downward only; a test enforces it.
 
 errors.py             UsageError: what a user can mend
-files.py              files that are whole or not there
+files.py              files that are whole or not there; what a disk refuses
+locks.py              one process at a time in a folder, on any file system
 host_memory.py        memory of the host, or of the container, that is free
 stopping.py           ending early without losing work: signals, the launcher's death, hangs
 flags.py              every flag once, as frozen dataclasses

@@ -17,7 +17,7 @@ from typing import Any
 from cogvideox.data.cache import CacheIndex
 from cogvideox.engine import Engine
 from cogvideox.errors import UsageError
-from cogvideox.files import write_atomically
+from cogvideox.files import fsync, write_atomically
 from cogvideox.flags import CHANGEABLE
 from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.run import Run
@@ -38,15 +38,6 @@ def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and hash of every file under a folder but the manifest itself."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
     return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in files}
-
-
-def fsync(path: Path) -> None:
-    """Asks the disk to have a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def fault(folder: Path) -> str | None:

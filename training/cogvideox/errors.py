@@ -47,3 +47,15 @@ class UsageError(ValueError):
         listed = (problems,) if isinstance(problems, str) else problems
         self.problems: tuple[str, ...] = tuple(map(public_urls, listed))
         super().__init__("\n".join(self.problems))
+
+
+class DiskError(UsageError):
+    """A disk that is full, fails or refuses to be written. Like all that a user can fix, it is one line."""
+
+    def __init__(self, problem: str, fix: str, safe: str = "") -> None:
+        self.problem, self.fix, self.safe = problem, fix, safe
+        super().__init__("; ".join(part for part in (problem, safe, fix) if part))
+
+    def knowing(self, safe: str) -> "DiskError":
+        """The same with what has not been lost."""
+        return DiskError(self.problem, self.fix, self.safe or safe)

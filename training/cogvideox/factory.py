@@ -26,7 +26,7 @@ from cogvideox.data.forms import read_columns
 from cogvideox.data.index import unique_id
 from cogvideox.data.paths import PathRules
 from cogvideox.errors import UsageError
-from cogvideox.files import remove_stale_temporaries, stamp_of
+from cogvideox.files import stamp_of
 from cogvideox.flags import DataFlags
 from cogvideox.geometry import Geometry
 from cogvideox.options import image_flags, resolutions
@@ -99,7 +99,6 @@ def open_factory(
     rows = read_rows(folder, data, images)
     if ranks.is_main_process:
         with sole_writer(cache.folder, say):
-            remove_stale_temporaries(cache.folder)
             convert(rows, geometry, cache)
             embed_empty()
     ranks.wait_for_everyone()

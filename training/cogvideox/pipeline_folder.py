@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from cogvideox.checkpoint import fsync
+from cogvideox.files import fsync
 from cogvideox.flags import ModelFlags
 from cogvideox.geometry import INDEX_NAME, PARTS, read_model_index, saves_pipeline
 from cogvideox.models import part_folder, weight_files

@@ -49,7 +49,7 @@ from cogvideox.data.index import Sample, read_samples, read_validation
 from cogvideox.data.workers import Killed, Limits, Workers
 from cogvideox.encode import Arriving
 from cogvideox.errors import UsageError, first_of
-from cogvideox.files import remove_stale_temporaries, stamp_of
+from cogvideox.files import stamp_of
 from cogvideox.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.geometry import Geometry
 from cogvideox.options import resolutions
@@ -221,7 +221,6 @@ class Preparation:
         encoders = Encoders.of(self.model, self.flags, self.geometry)
         with self._sole_writer():
             self.state.wait_for_everyone()  # main may have waited for another job: all look at the same state
-            remove_stale_temporaries(self.folder)
             # Shared out before looking at what is there, because that changes while ranks look.
             prompts = missing_captions(self.cache, encoders, self.share(self.captions(records)))
             encode_captions(self.cache, self.model, encoders, prompts, caption_batch, self.state, self.flags.t5_on)

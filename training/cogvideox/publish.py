@@ -16,10 +16,9 @@ from torch import Tensor
 
 from cogvideox.args import config_dict
 from cogvideox.card import MIN_DIFFUSERS, write_card
-from cogvideox.checkpoint import fsync
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
-from cogvideox.files import write_atomically
+from cogvideox.files import fsync, write_atomically
 from cogvideox.geometry import saves_pipeline
 from cogvideox.lora_file import NO, ROUNDED
 from cogvideox.options import TrainOptions

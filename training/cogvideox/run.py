@@ -4,7 +4,6 @@ start_run() -> Run. metrics.jsonl gets a line for every optimizer step, read fro
 logging never makes the device wait.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -17,20 +16,21 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from cogvideox.args import config_dict
 from cogvideox.errors import UsageError, first_line
-from cogvideox.files import remove_stale_temporaries, write_atomically
+from cogvideox.files import LOCK_NAME, disk_errors_told, remove_temporaries, write_atomically
 from cogvideox.hub import open_repository
+from cogvideox.locks import Lock, take
 from cogvideox.optim import StepResult
 from cogvideox.options import TrainOptions, launched_processes, precision_of, tracker_names, under_deepspeed
 from cogvideox.ranks import Ranks, check_world
 
-CONFIG_NAME, METRICS_NAME, LOCK_NAME = "config.json", "metrics.jsonl", ".lock"
+CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
 WANDB_SECONDS = 20.0  # to reach its server; its own default is 90
 MAX_SKIPPED = 32  # optimizer steps in a row; fp16's loss scale needs up to 16 to settle
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,7 +47,7 @@ class Run:
     precision: str  # no, fp16, bf16
     compiled: bool
     repository: str | None = None  # on the hub, where the result goes; the main process knows it
-    _lock: IO[str] | None = field(default=None, repr=False)
+    _lock: Lock | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -207,21 +207,22 @@ def take_folder(run: Run, options: TrainOptions) -> str | None:
     folder, train = run.output_dir, options.train
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # a POSIX lock: DataLoader workers that outlive a killed run do not hold it
-        run._lock = open(folder / LOCK_NAME, "w")  # noqa: SIM115 - held until the process ends
-        fcntl.lockf(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return f"--output_dir {folder}: another run is using it; wait for it, or give another folder"
+        run._lock = take(folder / LOCK_NAME)  # held until the process ends; its workers do not hold it
+    except BlockingIOError as error:
+        owner = f"another run is using it ({error.strerror})"
+        return f"--output_dir {folder}: {owner}; wait for it, or give another folder"
     except OSError as error:
         return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
-    remove_stale_temporaries(folder)
-    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME and not path.match(".*.tmp"))
+    passed = (".*.tmp", f"{LOCK_NAME}*")
+    there = sorted(path.name for path in folder.iterdir() if not any(map(path.match, passed)))
     if there and CONFIG_NAME not in there and there != [train.logging_dir]:
         return (
             f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"
         )
     if there and train.no_resume:
         return f"--no_resume: {folder} is not empty; give an empty --output_dir, or delete it"
+    with disk_errors_told(folder):
+        remove_temporaries(folder)
     if CONFIG_NAME not in there:
         write_config(run, options)
     return None

@@ -9,7 +9,6 @@ A key is the hash of all that determines the tensor, so nothing is ever overwrit
 may share a folder. Scale factors are not in the keys: moments are stored unscaled.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,8 @@ from typing import Any
 
 from cogvideox.data.buckets import Bucket
 from cogvideox.errors import UsageError
-from cogvideox.files import write_atomically
+from cogvideox.files import LOCK_NAME, disk_errors_told, remove_stale_temporaries, remove_temporaries, write_atomically
+from cogvideox.locks import held
 
 INDEX_FORMAT = 3
 KEYS = ("video_keys", "image_keys")  # fields of CachedSample
@@ -161,9 +161,13 @@ class Ledger:
         text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
         if not text:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors_told(self.path.parent, len(text)):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with held(self.path):
+                self._append(text)
+
+    def _append(self, text: str) -> None:
         with open(self.path, "ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -182,13 +186,11 @@ class Ledger:
 @contextmanager
 def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Lets one job at a time encode into a folder: a second one waits, and then finds most of its work done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{folder}: another job is preparing it; waiting")
-            fcntl.lockf(file, fcntl.LOCK_EX)
+    with disk_errors_told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with held(folder / LOCK_NAME, lambda: say(f"{folder}: another job is preparing it; waiting")):
+        remove_stale_temporaries(folder)
+        remove_temporaries(folder / "tensors")  # which only the holder of this lock writes, whose ranks wait for it
         yield
 
 

@@ -28,7 +28,7 @@ from cogvideox.data.faults import AGAIN, VideoError, check_size
 from cogvideox.data.frames import PacketIndex, VideoInfo
 from cogvideox.data.packets import decoded, reading, scan, stamp_of, strict_decoder
 from cogvideox.data.pictures import is_picture, probe_picture, read_picture
-from cogvideox.files import temporary_of
+from cogvideox.files import disk_errors_told, fsync, removed_on_failure, temporary_of
 
 # Without these, chroma is not interpolated and the pixels depend on the instruction set of the CPU.
 _EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -81,7 +81,7 @@ def write_video(path: str | os.PathLike[str], frames_FHWC: np.ndarray, fps: floa
     """Write uint8 RGB (F, H, W, 3) as h264 in mp4, under a temporary name until it is complete.
 
     Odd sizes are made even by repeating the last row or column (yuv420p stores colour for 2 x 2 pixels). Raises
-    ValueError for other arrays and OSError where the folder cannot be written.
+    ValueError for other arrays and DiskError where the disk is full, fails or refuses.
     """
     if frames_FHWC.dtype != np.uint8 or frames_FHWC.ndim != 4 or frames_FHWC.shape[3] != 3 or not frames_FHWC.size:
         raise ValueError(f"frames must be uint8 (F, H, W, 3), got {frames_FHWC.dtype} {frames_FHWC.shape}")
@@ -89,11 +89,10 @@ def write_video(path: str | os.PathLike[str], frames_FHWC: np.ndarray, fps: floa
     even_FHWC = np.pad(frames_FHWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     path = Path(path)
     temporary = temporary_of(path)
-    try:
+    with disk_errors_told(path.parent), removed_on_failure(temporary):
         _encode(temporary, even_FHWC, fps, crf)
+        fsync(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Missed(VideoError):

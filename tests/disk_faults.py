@@ -1,0 +1,141 @@
+"""A disk that fails at a chosen moment, as a process sees it.
+
+    refuse("(open|write|fsync) /some/folder/", 3, errno.ENOSPC)
+
+From then on, whatever the process does to files is a line of text: "open PATH w", "write PATH", "fsync PATH", "lockf
+PATH", "os.rename FROM TO", "os.mkdir PATH", "os.remove PATH", "os.rmdir PATH". The nth that the expression finds fails
+(0: all of them). What Python does itself is seen by an audit hook, which may raise; the rest is wrapped.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import fcntl
+import io
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WRITES = os.O_WRONLY | os.O_RDWR
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+
+def refuse(moment: str, nth: int, number: int) -> None:
+    """The nth thing that ``moment`` finds fails with an error number, 0: each of them. For the life of the process."""
+    seen = 0
+
+    def look(what: str) -> None:
+        nonlocal seen
+        if re.search(moment, what):
+            seen += 1
+            if nth in (0, seen):
+                raise OSError(number, os.strerror(number), what.split(" ", 1)[1])
+
+    hook_events(look)
+    wrap_writes(look)
+    wrap_handles(look)
+    wrap_libraries(look)
+
+
+def hook_events(look: Callable[[str], None]) -> None:
+    """What is opened, renamed, made and removed."""
+    import sys
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and arguments[2] & WRITES:
+            look(f"open {arguments[0]} w")
+        elif event in CHANGES:
+            look(" ".join((event, *map(str, arguments[: 2 if event == "os.rename" else 1]))))
+
+    sys.addaudithook(hook)
+
+
+class Watched:
+    """A file whose writes are looked at."""
+
+    def __init__(self, file: Any, look: Callable[[str], None]) -> None:
+        self._file, self._look = file, look
+
+    def write(self, content: Any) -> Any:
+        """Half of the content may be there when it fails."""
+        try:
+            self._look(f"write {self._file.name}")
+        except OSError:
+            self._file.write(content[: len(content) // 2])
+            raise
+        return self._file.write(content)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> Watched:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._file.__exit__(*error)
+
+    def __iter__(self) -> Any:
+        return iter(self._file)
+
+
+def wrap_writes(look: Callable[[str], None]) -> None:
+    """Files of Python that are open for writing."""
+    real = builtins.open
+
+    def watching(file: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
+        opened = real(file, mode, *more, **named)
+        by_name = not isinstance(file, int) and not str(file).startswith("/proc")
+        return Watched(opened, look) if by_name and set(mode) & set("wax+") else opened
+
+    builtins.open = io.open = watching
+
+
+def wrap_handles(look: Callable[[str], None]) -> None:
+    """fsync and locks."""
+
+    def wrapped(real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def watching(file: Any, *more: Any) -> Any:
+            handle = file if isinstance(file, int) else file.fileno()
+            look(f"{name} {os.readlink(f'/proc/self/fd/{handle}')}")
+            return real(handle, *more)
+
+        return watching
+
+    os.fsync = wrapped(os.fsync, "fsync")
+    fcntl.lockf, fcntl.flock = wrapped(fcntl.lockf, "lockf"), wrapped(fcntl.flock, "lockf")
+
+
+def wrap_libraries(look: Callable[[str], None]) -> None:
+    """What safetensors and FFmpeg write themselves, with their own errors."""
+    import av
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    serialize, open_container = safetensors.torch.serialize_file, av.open
+
+    def serialize_file(tensors: Any, name: Any, *more: Any, **named: Any) -> None:
+        try:
+            look(f"write {name}")
+        except OSError as error:
+            Path(name).write_bytes(b"torn")
+            text = f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
+            raise SafetensorError(text) from None
+        serialize(tensors, name, *more, **named)
+
+    def open_watched(file: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if mode == "w":
+            try:
+                look(f"write {file}")
+            except OSError as error:
+                Path(file).write_bytes(b"torn")
+                av.error.err_check(-error.errno)
+        return open_container(file, mode, *more, **named)
+
+    safetensors.torch.serialize_file, av.open = serialize_file, open_watched
+
+
+NO_LOCKS = ("lockf ", 0, errno.ENOLCK)
