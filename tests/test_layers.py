@@ -36,7 +36,7 @@ LAYERS = (
     ("images", "tensors"),
     ("execution",),
     ("checkpoint", "validation"),
-    ("before_after", "best", "held_out", "parity"),
+    ("before_after", "best", "block_check", "held_out", "parity"),
     ("card", "pipeline_folder"),
     ("publish",),
     ("loop",),

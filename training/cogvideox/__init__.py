@@ -68,6 +68,7 @@ run.py                one run: ranks, output folder, metrics, trackers
 images.py             the images that validation videos begin with
 tensors.py            a prepared folder, or one prepared now
 execution.py          the plan of a run: sizes, the machine measured, blocks placed
+block_check.py        blocks as a plan runs them against diffusers' own, before the first step
 checkpoint.py         checkpoints that are whole or not there
 validation.py         videos while training
 parity.py             what training feeds the transformer against what the pipeline does

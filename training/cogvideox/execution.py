@@ -333,9 +333,14 @@ def place(transformer: Any, chosen: Plan, device: torch.device) -> Away | None:
         transformer.enable_gradient_checkpointing()
     if chosen.compiled:
         for block in transformer.transformer_blocks:
-            block.compile(dynamic=False)
-            block._compiled_call_impl = allowing_graphs(block._compiled_call_impl)
+            compile_block(block)
     return None
+
+
+def compile_block(block: Any) -> None:
+    """Compiles what diffusers computes with a block, in place: one graph serves all blocks of a shape."""
+    block.compile(dynamic=False)
+    block._compiled_call_impl = allowing_graphs(block._compiled_call_impl)
 
 
 def measured(step_seconds: float) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from cogvideox import diffusion, models, stopping
 from cogvideox.before_after import BeforeAfter
 from cogvideox.best import Best
+from cogvideox.block_check import check_blocks
 from cogvideox.checkpoint import DATA, Saver, StartPoint, check_data, check_length, find_start, write_samples
 from cogvideox.curves import CURVES_NAME, draw_curves
 from cogvideox.data.cache import hash_of
@@ -389,6 +390,7 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
     run.ranks.check_agreement({"the plan": str(plan)}, "give all of them GPUs of one kind, or --plan and its axes")
     run.say(f"plan: {plan}")
     with memory_errors_told():
+        check_blocks(run, options.train.train_batch_size, tensors, transformer, plan)
         away = place(transformer, plan, run.device)
         task = task_type(options, tensors.geometry, run.device, run.dtype)
         check_parity(run, options, tensors, task, transformer)

@@ -1,0 +1,186 @@
+"""The checks of a run's start and end at full size on a GPU: cosines, seconds, memory.
+
+    python benchmarks/checks.py --results benchmarks/results
+    python benchmarks/checks.py --whole --results benchmarks/results
+
+Single blocks of random weights under the lean plan, whose memory is the least: the cosine of each quantity that
+block_check.py compares, seconds with compiling and without, the peak of the check against what the plan is to take.
+--whole: one forward pass of all blocks, by a Stack and by diffusers, with a LoRA and without; what separates the two in
+bf16, and each from fp32, is what the comparison of the export has to allow.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from one_block import make_block
+from random_models import KINDS, TRANSFORMERS, clip_size, make_transformer, vae_config
+from record import device_and_versions
+from torch import Tensor
+
+from cogvideox import attention
+from cogvideox.block_check import BlockError, check_block, compare, likeness, random_inputs
+from cogvideox.data.buckets import Bucket
+from cogvideox.geometry import Geometry, geometry_of
+from cogvideox.plan import AUTO, DEVICE, HOST, BlockPlan, ExecutionPlan, Sizes, peak_bytes
+from cogvideox.rope import RotaryTables
+from cogvideox.stack import Stack, own_bytes, own_of, whole_bytes
+
+GPU = torch.device("cuda")
+MIB = 2**20
+REST_BYTES = 60 * MIB  # about: in front of and behind the blocks
+CASES = (("auto", 128), ("auto", 0), ("int8", 128), ("nf4", 128))  # precision of the base, rank
+
+
+def geometry(kind: str) -> Geometry:
+    """Of a kind at full size."""
+    schedule = {"num_train_timesteps": 1000}
+    return geometry_of({"use_rotary_positional_embeddings": True} | TRANSFORMERS[kind], vae_config(kind), schedule)
+
+
+def lean(kind: str, block: Any, precision: str, backend: str) -> ExecutionPlan:
+    """The lean plan for one sample of a kind's usual size, with the peak that is predicted for it."""
+    blocks, config = TRANSFORMERS[kind]["num_layers"], TRANSFORMERS[kind]
+    trained = sum(p.numel() for p in own_of(block) if p.requires_grad)
+    sizes = Sizes(
+        blocks=blocks,
+        block_bytes=own_bytes(block, precision),
+        rest_bytes=REST_BYTES,
+        trained=blocks * sum(p.numel() for p in block.parameters() if p.requires_grad and not trained),
+        item_bytes=2,
+        samples=1,
+        tokens=geometry(kind).tokens(Bucket(*clip_size(kind))),
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+        heads=config["num_attention_heads"],
+        matrix_bytes=whole_bytes(block) if precision != AUTO else 0,
+        block_trained=trained,
+        sum_bytes=2,
+    )
+    kind_of_block = BlockPlan(HOST, "attention", HOST, HOST if trained else None)
+    plan = ExecutionPlan((kind_of_block,) * blocks, True, backend, HOST, base_precision=precision)
+    return replace(plan, peak=peak_bytes({kind_of_block: blocks}, HOST, True, sizes))
+
+
+def row_of(kind: str, precision: str, rank: int, backend: str) -> dict[str, Any]:
+    """One case: the check of a run's start, twice, so that the second time nothing is compiled."""
+    block = make_block(kind, rank).cpu()
+    torch.cuda.empty_cache()
+    plan = lean(kind, block, precision, backend)
+    bucket = Bucket(*clip_size(kind))
+    tensors: Any = SimpleNamespace(
+        geometry=geometry(kind), index=SimpleNamespace(samples=(SimpleNamespace(bucket=bucket),))
+    )
+    row: dict[str, Any] = {"base": precision, "rank": rank, "backend": backend}
+    for name in ("first_s", "second_s"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        try:
+            row["tokens"], row["cosine"] = check_block(GPU, 1, tensors, [block], 0, plan)
+        except BlockError as error:
+            row["error"] = str(error)
+        torch.cuda.synchronize()
+        row[name] = round(time.perf_counter() - begun, 2)
+        row["peak_mib"] = torch.cuda.max_memory_reserved() // MIB
+    row["plan_mib"] = plan.peak // MIB
+    row["cosines"] = cosines(kind, block, replace(plan, compiled=True))
+    return row
+
+
+def cosines(kind: str, block: Any, plan: ExecutionPlan) -> dict[str, float]:
+    """1 - cosine of each quantity at full length."""
+    shape = geometry(kind)
+    frames, _, height, width = shape.latent_shape(Bucket(*clip_size(kind)))
+    tables, length = RotaryTables(shape, GPU)(frames, height, width), shape.max_text_seq_length
+    inputs = random_inputs(block, 1, shape.tokens(Bucket(*clip_size(kind))) - length, length, tables, GPU)
+    found = compare(block, plan, 0, inputs, GPU)
+    return {what: float(f"{1 - cosine:.2e}") for what, cosine in found.items()}
+
+
+@torch.no_grad()
+def whole(kind: str, backend: str, size: tuple[int, int, int]) -> dict[str, Any]:
+    """How far the outputs of a whole transformer are apart, by a Stack and by diffusers, in bf16 and fp32."""
+    from peft import LoraConfig
+
+    shape = geometry(kind)
+    frames, _, height, width = shape.latent_shape(Bucket(*size))
+    transformer = make_transformer(kind).requires_grad_(False).eval()
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+    transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets))
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=1e-3)
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(1, frames, shape.in_channels, height, width, device=GPU).bfloat16(),
+        "encoder_hidden_states": torch.randn(1, shape.max_text_seq_length, shape.text_embed_dim, device=GPU).bfloat16(),
+        "timestep": torch.tensor([500], device=GPU),
+        "image_rotary_emb": RotaryTables(shape, GPU)(frames, height, width),
+        "return_dict": False,
+    }
+
+    def outputs() -> dict[str, Tensor]:
+        with_lora = transformer(**inputs)[0].float()
+        transformer.disable_adapters()
+        without = transformer(**inputs)[0].float()
+        transformer.enable_adapters()
+        return {"lora": with_lora, "base": without, "effect": with_lora - without}
+
+    stock = outputs()
+    floats = {name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+    narrow, inputs = inputs, floats
+    transformer.float()
+    exact = outputs()
+    inputs = narrow
+    transformer.bfloat16()
+    blocks = (BlockPlan(DEVICE, "attention", DEVICE),) * len(transformer.transformer_blocks)
+    Stack(transformer, ExecutionPlan(blocks, True, backend), GPU).install()
+    ours = outputs()
+    pairs = {"stack_and_stock": (ours, stock), "stack_and_fp32": (ours, exact), "stock_and_fp32": (stock, exact)}
+    row: dict[str, Any] = {"whole": kind, "size": size, "backend": backend}
+    row["effect"] = float((exact["effect"].norm() / exact["lora"].norm()).item())
+    for name, (first, second) in pairs.items():
+        row[name] = {what: float(f"{1 - likeness(first[what], second[what], GPU):.2e}") for what in exact}
+    return row
+
+
+def backends() -> list[str]:
+    """Those that this GPU has."""
+    found = []
+    for backend in attention.BACKENDS:
+        try:
+            found.append(attention.choose_backend(GPU, torch.bfloat16, backend)[0])
+        except ValueError as error:
+            print(error, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=KINDS, default="5b")
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--results", type=Path)
+    args = parser.parse_args()
+    available = backends()
+    rows: list[dict[str, Any]] = []
+    if args.whole:
+        runs = [lambda: whole(args.kind, available[0], (17, 480, 720))]
+    else:
+        cases = [(*case, available[0]) for case in CASES] + [(*CASES[0], backend) for backend in available[1:]]
+        runs = [lambda case=case: row_of(args.kind, *case) for case in cases]
+    for run in runs:
+        rows.append(run())
+        print(json.dumps(rows[-1]), flush=True)
+    if args.results:
+        args.results.mkdir(parents=True, exist_ok=True)
+        table = {"kind": args.kind, **device_and_versions(), "rows": rows}
+        name = f"checks_{args.kind}{'_whole' if args.whole else ''}.json"
+        (args.results / name).write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
