@@ -165,12 +165,12 @@ supervise() {
   COGVIDEOX_EXIT_FILE=$exit_file "$@" < /dev/null &
   launcher=$!
   set +m
-  for name in TERM INT USR1; do trap "again=1; stop_training $name $launcher" "$name"; done
+  for name in HUP TERM INT USR1; do trap "again=1; stop_training $name $launcher" "$name"; done
   while ((again)); do  # a signal ends `wait` early
     again=0 status=0
     wait "$launcher" || status=$?
   done
-  trap - TERM INT USR1
+  trap - HUP TERM INT USR1
   # launchers make 1 of every exit code; the scripts leave theirs in the file
   if ((status)) && [[ -s $exit_file ]]; then status=$(< "$exit_file"); fi
   rm -f "$exit_file"

@@ -340,7 +340,7 @@ def test_75_ends_the_sweep_and_is_passed_on(sandbox):
     assert "stopped and saved" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize(("saves", "to_group"), [(True, False), (False, False), (True, True)])
 def test_a_signal_goes_to_the_training_process_once(sandbox, tmp_path, number, saves, to_group):
     """The launcher, which would die of it, does not get it; and the sweep ends whether or not the run could save.
@@ -351,7 +351,7 @@ def test_a_signal_goes_to_the_training_process_once(sandbox, tmp_path, number, s
     worker.write_text(
         "import os, signal, sys, time\n"
         "seen = []\n"
-        f"for number in ({signal.SIGTERM}, {signal.SIGINT}, {signal.SIGUSR1}):\n"
+        f"for number in ({signal.SIGHUP}, {signal.SIGTERM}, {signal.SIGINT}, {signal.SIGUSR1}):\n"
         "    signal.signal(number, lambda n, f: seen.append(n))\n"
         "open(os.environ['READY'], 'w')\n"
         "end = time.time() + 20\n"

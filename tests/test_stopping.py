@@ -8,13 +8,18 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from running import (
     LORA_SCRIPT,
+    PREPARE_SCRIPT,
     PROMPT,
     ROOT,
+    SIZE,
     WEIGHTS,
     Forked,
     Moment,
@@ -26,11 +31,14 @@ from running import (
     losses,
     metrics,
     python,
+    start,
     train,
     weights,
 )
 
 from cogvideox import stopping
+from cogvideox.curves import read_records
+from cogvideox.ranks import Consensus
 
 SIGNALS = stopping.STOP_SIGNALS
 HUP, INT, TERM, USR1 = SIGNALS
@@ -262,3 +270,161 @@ def test_one_of_two_ranks_stops_both_before_the_same_step(model: Path, tensors: 
             finish(rank)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("signals: TERM to accelerate launch, which passes nothing on")
+def test_a_launcher_that_is_terminated_leaves_no_orphan(model: Path, tensors: Path, tmp_path: Path) -> None:
+    output = tmp_path / "lora"
+    launcher = "-m accelerate.commands.launch --config_file accelerate_configs/cpu.yaml"
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--checkpointing_steps", 5000)
+    process = start([sys.executable, *launcher.split(), LORA_SCRIPT, *flags, "--max_train_steps", 5000])
+    assert eventually(lambda: len(read_records(output / "metrics.jsonl")) >= 2, 120)
+    process.send_signal(TERM)
+    text, _ = process.communicate(timeout=60)  # which ends when the trainer has closed its output
+    assert LINE in text
+    assert eventually(lambda: not alive_in_session(process.pid), 10)
+    steps = len(losses(output))
+    assert (output / f"checkpoint-{steps}").is_dir()
+    assert train([*flags, "--max_train_steps", str(steps + 1)]) == 0
+
+
+@pytest.mark.fault("signals: the training process is killed or stopped while loader processes work", times=2)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (TERM, 75)])
+def test_no_loader_process_survives(model: Path, tensors: Path, tmp_path: Path, number: int, status: int) -> None:
+    more = ["--load_tensors", "--dataloader_num_workers", 2, "--max_train_steps", 500]
+    command = python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", *more))
+    process = Forked(command, ("unit micro-batch", 3, number))
+    finish(process, status)
+    assert eventually(lambda: not alive_in_session(process.pid), 3)  # torch's own loaders look every five seconds
+
+
+def alive_in_session(session: int) -> list[str]:
+    """The processes of a session that are not zombies."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            text = path.read_text()
+            state, _, _, its = text.rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(text)
+    return found
+
+
+def eventually(reached: Callable[[], bool], within: float) -> bool:
+    """Whether something becomes true in time."""
+    end = time.monotonic() + within
+    while not (there := reached()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return there
+
+
+def test_a_checkpoint_is_saved_by_the_clock_too(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
+    more = ["--load_tensors", "--max_train_steps", 3, "--checkpointing_steps", 1000, "--checkpoints_total_limit", 2]
+    assert train(lora_flags(model, tensors, tmp_path / "lora", *more, "--save_every_minutes", 0)) == 0
+    assert sorted(path.name for path in tmp_path.glob("lora/checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert losses(tmp_path / "lora") == losses(reference)[:3]
+    assert train(lora_flags(model, tensors, tmp_path / "late", *more, "--save_every_minutes", 60)) == 0
+    assert [path.name for path in tmp_path.glob("late/checkpoint-*")] == ["checkpoint-3"]
+
+
+# -- several ranks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> tuple[Consensus, Consensus]:
+    """What two ranks agree through; what happens to this process is forgotten again."""
+    monkeypatch.setattr(stopping, "_state", stopping._State())
+    store = dist.HashStore()
+    return Consensus(store), Consensus(store)
+
+
+def ask_to_stop(asked: bool = True) -> None:
+    stopping._state.asked = asked
+
+
+def test_whoever_comes_first_decides(two: tuple[Consensus, Consensus]) -> None:
+    first, second = two
+    for step, (mine, other) in enumerate([(False, True), (True, False), (False, False), (True, True)]):
+        assert first.commit(step, mine) is second.commit(step, other) is mine
+    assert second.commit(4, True) is first.commit(4, False) is True
+
+
+def test_a_step_that_a_rank_has_taken_is_taken_by_all(two: tuple[Consensus, Consensus]) -> None:
+    first, second = two
+    assert first.commit(0, save=False) is second.commit(0, save=False) is False
+    assert first.commit(1, save=True)
+    ask_to_stop()
+    second.may_stop(1)  # too late: the first one waits for this step's gradients
+    assert second.commit(1, save=False)
+    with pytest.raises(stopping.Stopped):
+        second.may_stop(2)
+    ask_to_stop(False)
+    with pytest.raises(stopping.Stopped):
+        first.commit(2, save=False)
+    assert stopping.requested()  # as after a signal of its own
+
+
+def test_one_rank_alone_decides_for_itself(two: tuple[Consensus, Consensus]) -> None:
+    alone = Consensus(None)
+    alone.may_stop(0)
+    assert not alone.commit(0, save=False)
+    assert alone.commit(1, save=True)
+    ask_to_stop()
+    with pytest.raises(stopping.Stopped):
+        alone.may_stop(2)
+
+
+RANKS = """
+from cogvideox.ranks import Ranks, start_processes
+def wait_in_vain(): time.sleep(60)
+ranks = Ranks(start_processes(), float(sys.argv[1]))
+ranks.wait_for_everyone()
+ready()
+if ranks.process_index == 1 and sys.argv[2] == "hang":
+    wait_in_vain()
+if ranks.process_index == 1:
+    for _ in range(8): time.sleep(0.5); stopping.unit("a clip")
+ranks.wait_for_everyone()
+"""
+
+
+def two_ranks(folder: Path, patience: float, how: str) -> list[Forked]:
+    (folder / "ranks.py").write_text(script_of(RANKS))
+    return fork_ranks(2, python(folder / "ranks.py", patience, how))
+
+
+@pytest.mark.fault("ranks: one hangs while the other waits in a barrier")
+def test_a_rank_that_hangs_ends_all_with_their_stacks(tmp_path: Path) -> None:
+    texts = [finish(rank, 1) for rank in two_ranks(tmp_path, 2, "hang")]
+    assert all("no rank made progress for 2 s (--nccl_timeout)" in text for text in texts)
+    assert "in wait_for_everyone" in texts[0]
+    assert "in wait_in_vain" in texts[1]
+
+
+def test_a_rank_that_works_is_waited_for(tmp_path: Path) -> None:
+    for rank in two_ranks(tmp_path, 2, "work"):
+        finish(rank)
+
+
+@pytest.mark.fault("signals: one of two ranks, while the other waits in a barrier")
+def test_quit_shows_and_term_ends_both_ranks(tmp_path: Path) -> None:
+    ranks = two_ranks(tmp_path, 60, "hang")
+    assert eventually(lambda: all("ready" in rank.output.read_text() for rank in ranks), 60)
+    ranks[0].send_signal(signal.SIGQUIT)
+    assert eventually(lambda: "in wait_in_vain" in ranks[1].output.read_text(), 10)
+    ranks[0].send_signal(TERM)
+    texts = [finish(rank, 75) for rank in ranks]
+    assert "in wait_for_everyone" in texts[0]
+    assert [LINE in text for text in texts] == [True, False]
+
+
+@pytest.mark.fault("ranks: one is suspended while clips are prepared")
+def test_preparation_ends_where_a_rank_makes_no_progress(model: Path, clips: Path, tmp_path: Path) -> None:
+    flags = ["--model_id", model, "--data_root", clips, "--output_dir", tmp_path / "out", *SIZE, "--nccl_timeout", 2]
+    ranks = fork_ranks(2, python(PREPARE_SCRIPT, *flags), {1: ("unit caption", 1, signal.SIGSTOP)})
+    text = finish(ranks[0], 1)
+    ranks[1].send_signal(signal.SIGKILL)
+    assert "no rank made progress for 2 s (--nccl_timeout)" in text
+    for rank in fork_ranks(2, python(PREPARE_SCRIPT, *flags[:-2])):
+        finish(rank)
