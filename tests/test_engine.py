@@ -67,7 +67,7 @@ def advance(engine: LocalEngine, steps: range) -> list[list[float]]:
     for step in steps:
         features = torch.full((4, 4), float(step + 1)).to(engine.model.weight.dtype)
         engine.backward(engine.model(features).float().square().mean())
-        results.append(engine.step(0.01, stop=step == 3).values.tolist())
+        results.append(engine.step(0.01).values.tolist())
     return results
 
 
@@ -232,4 +232,4 @@ def test_deepspeed_steps_at_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options_of(Path("x")))
     results = [engine.step(rate).values.tolist() for rate in (1e-3, 1e-4)]
     assert at == [[1e-3, 1e-3], [1e-4, 1e-4]]
-    assert results == [[0.0, 2.0, 0.0, 0.0]] * 2  # loss, norm, skipped, stop
+    assert results == [[0.0, 2.0, 0.0]] * 2  # loss, norm, skipped

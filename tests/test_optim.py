@@ -156,9 +156,7 @@ def test_gradients_and_the_loss_start_anew_after_a_step() -> None:
     assert not engine.buffer.any()
     assert all(p.grad is None for p in params.values())
     engine.backward(0.0 * loss_of(params, 0))
-    assert values(engine.step(0.0, stop=True)) == {"loss": 0.0, "grad_norm": 0.0, "skipped": 0.0, "stop": 1.0}
-    engine.backward(0.0 * loss_of(params, 0))
-    assert values(engine.step(0.0))["stop"] == 0.0
+    assert values(engine.step(0.0)) == {"loss": 0.0, "grad_norm": 0.0, "skipped": 0.0}
 
 
 # -- steps that are not finite -----------------------------------------------------------------------------------------
@@ -326,7 +324,7 @@ def eventful_step(engine: MasterWeights, params: dict[str, Parameter], step: int
         engine.backward(loss_of(params, 2 * step + part) * (1e-3 if step % 3 == 0 else 0.5))
     if step in (6, 7):
         engine.backward(params["bias"][3].float() * float("inf" if step == 6 else "nan"))
-    return engine.step(rate(step), stop=step == 9).values
+    return engine.step(rate(step)).values
 
 
 def assert_alike(resident: tuple[MasterWeights, Any], hosted: tuple[MasterWeights, Any]) -> None:

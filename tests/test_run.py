@@ -199,8 +199,8 @@ def test_a_refused_resume_changes_nothing(model: Path, tensors: Path, reference:
 # -- metrics -----------------------------------------------------------------------------------------------------------
 
 
-def result(loss: float = 1.0, skipped: float = 0.0, stop: float = 0.0) -> StepResult:
-    return StepResult(torch.tensor([loss, 0.5, skipped, stop]))
+def result(loss: float = 1.0, skipped: float = 0.0) -> StepResult:
+    return StepResult(torch.tensor([loss, 0.5, skipped]))
 
 
 def metrics_of(output: Path, first: int = 0, logged: list[Any] | None = None) -> Metrics:
@@ -251,7 +251,7 @@ def test_every_step_is_written_once_and_one_step_late(tmp_path: Path) -> None:
     logged: list[Any] = []
     metrics = metrics_of(tmp_path, logged=logged)
     for step in (1, 2, 3):
-        metrics.push(step, step / 10, result(float(step), stop=float(step == 3)))
+        metrics.push(step, step / 10, result(float(step)))
         assert len(logged) == step - 1
     metrics.flush()
     metrics.close()

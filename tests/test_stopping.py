@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,8 +32,10 @@ from running import (
     losses,
     metrics,
     python,
+    sft_flags,
     start,
     train,
+    train_all,
     weights,
 )
 
@@ -428,3 +431,17 @@ def test_preparation_ends_where_a_rank_makes_no_progress(model: Path, clips: Pat
     assert "no rank made progress for 2 s (--nccl_timeout)" in text
     for rank in fork_ranks(2, python(PREPARE_SCRIPT, *flags[:-2])):
         finish(rank)
+
+
+@pytest.mark.parametrize("ema", [(), ("--use_ema",)])
+def test_the_time_to_save_all_weights_is_told_for_the_right_size(
+    model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ema: tuple[str, ...]
+) -> None:
+    output = tmp_path / "sft"
+    assert train_all(sft_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 1, *ema)) == 0
+    said = capsys.readouterr().err
+    told = re.search(r"saving a checkpoint, also when stopped, writes (.*) GiB and takes (\d+) s", said)
+    assert told
+    written = sum(path.stat().st_size for path in (output / "checkpoint-1").rglob("*.safetensors"))
+    assert float(told[1]) * 2**30 == pytest.approx(written, rel=0.05)
+    assert not list(output.glob(".*.tmp"))

@@ -9,16 +9,23 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import torch
+from torch.nn import Parameter
+
 from cogvideox.data.cache import CacheIndex
 from cogvideox.engine import Engine
 from cogvideox.errors import UsageError
-from cogvideox.files import fsync, write_atomically
+from cogvideox.files import fsync, temporary_of, write_atomically
 from cogvideox.flags import CHANGEABLE
+from cogvideox.masters import state_bytes
+from cogvideox.optimizers import make_optimizer
 from cogvideox.options import LoraOptions, TrainOptions
 from cogvideox.run import Run
 
@@ -26,6 +33,7 @@ PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest
 SAMPLES_NAME = "samples.json"
 DATA = "data"  # the entry of a recipe that names the samples
 NAMES_SHOWN = 5
+PROBE_BYTES = 2**26  # of a file that is written to see how fast the disk is
 
 
 def file_hash(path: Path) -> str:
@@ -69,6 +77,29 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
+def expected_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
+    """The size of a checkpoint: each number's master, what the optimizer keeps of it, its average, its value."""
+    state = state_bytes(partial(make_optimizer, options.optimizer), device) + 4 * options.signal.use_ema
+    return sum(parameter.numel() * (state + parameter.element_size()) for parameter in parameters)
+
+
+def seconds_to_write(folder: Path, num_bytes: int) -> float:
+    """An estimate of the time to write that many bytes, from a file of at most PROBE_BYTES that is written and read as
+    those of a checkpoint are.
+    """
+    probe = temporary_of(folder / "probe")
+    size = max(1, min(num_bytes, PROBE_BYTES))
+    start = time.monotonic()
+    try:
+        probe.write_bytes(os.urandom(size))
+        fsync(probe)
+        for _ in ("manifest", "verification"):
+            file_hash(probe)
+    finally:
+        probe.unlink(missing_ok=True)
+    return (time.monotonic() - start) * num_bytes / size
+
+
 @dataclass
 class Saver:
     """Writes the checkpoints of a run. ``save`` is called on all ranks."""
@@ -110,6 +141,14 @@ class Saver:
             self._remove_replaced(step, checkpoints(self.run.output_dir))
         self.run.barrier()
         self.saved_at = time.monotonic()
+
+    def announce(self, options: TrainOptions) -> None:
+        """Says how long saving a checkpoint will take, which is how long a run that is stopped needs to end."""
+        if self.run.is_main:
+            num_bytes = expected_bytes(options, self.method.parameters().values(), self.run.device)
+            seconds = seconds_to_write(self.run.output_dir, num_bytes)
+            size = f"{num_bytes / 2**30:.3g} GiB"
+            self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and takes {seconds:.0f} s")
 
     def trim(self, step: int) -> None:
         """Removes checkpoints up to a step that the limit has no room for; later ones stay. On the main process."""

@@ -1,6 +1,6 @@
 """Who runs the backward pass and the update: this process with fp32 masters, or DeepSpeed.
 
-An engine has ``model`` (what the loss calls), ``backward(loss)``, ``step(lr, stop)``, ``save(folder)`` on all ranks,
+An engine has ``model`` (what the loss calls), ``backward(loss)``, ``step(lr)``, ``save(folder)`` on all ranks,
 ``load(folder)`` and ``averaged()``: the model with the weights that are looked at and exported.
 DeepSpeed's own checkpoint files are the only ones of the project that are not safetensors.
 """
@@ -35,7 +35,7 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def step(self, lr: float, stop: bool = False) -> StepResult: ...
+    def step(self, lr: float) -> StepResult: ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -58,9 +58,9 @@ class LocalEngine:
         self.ema = ema
         self.backward = masters.backward
 
-    def step(self, lr: float, stop: bool = False) -> StepResult:
+    def step(self, lr: float) -> StepResult:
         """One optimizer step over all ranks."""
-        result = self.masters.step(lr, stop)
+        result = self.masters.step(lr)
         if self.ema:
             self.masters.wait()  # if they rest on the host, who reads them there
             self.ema.update(result.skipped)
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         )
         optimizer = make_optimizer(options.optimizer, parameters)
         self.model, _ = accelerator.prepare(transformer, optimizer)
-        self.tail = torch.zeros(2, device=accelerator.device)
+        self.tail = torch.zeros(1, device=accelerator.device)
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed divides by the accumulation steps itself."""
@@ -121,9 +121,8 @@ class DeepSpeedEngine:
         if not self.model.is_gradient_accumulation_boundary():
             self.model.step()
 
-    def step(self, lr: float, stop: bool = False) -> StepResult:
+    def step(self, lr: float) -> StepResult:
         """The optimizer step that ends an accumulation."""
-        self.tail[1] = float(stop)
         for group in self.model.optimizer.param_groups:
             group["lr"] = lr
         self.model.step()
@@ -131,7 +130,7 @@ class DeepSpeedEngine:
         self.tail /= dist.get_world_size()
         norm = torch.as_tensor(self.model.get_global_grad_norm() or 0.0, device=self.tail.device).float()
         skipped = (~torch.isfinite(norm)).float()
-        result = StepResult(torch.stack([self.tail[0], norm, skipped, self.tail[1]]))
+        result = StepResult(torch.stack([self.tail[0], norm, skipped]))
         self.tail.zero_()
         return result
 

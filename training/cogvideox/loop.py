@@ -207,6 +207,8 @@ class Trainer:
             with metrics.paused():
                 self._look(self.steps.first)  # only what is not there: a kill may have come in between
             metrics.forget_peaks()
+        if self.options.method == "sft":
+            self.saver.announce(self.options)  # a LoRA is saved in a moment
         with closing(batches_of(self._loader())) as batches:
             self._train(metrics, batches)
         metrics.close()

@@ -59,7 +59,7 @@ class OffloadedWeights:
 
         self.parameters = parameters
         params = list(parameters.values())
-        self.tail = torch.zeros(2, device=params[0].device)  # loss, stop
+        self.tail = torch.zeros(1, device=params[0].device)  # the loss
         self.norms: dict[Parameter, Tensor] = {}  # of the gradients so far
         for parameter in params:
             parameter.register_post_accumulate_grad_hook(self._measure)  # before torchao's hook, which frees it
@@ -85,9 +85,8 @@ class OffloadedWeights:
         self.tail[0] += loss.detach()
         loss.backward()
 
-    def step(self, lr: float, stop: bool = False) -> StepResult:
+    def step(self, lr: float) -> StepResult:
         """One optimizer step; one with a non-finite gradient changes nothing and is counted."""
-        self.tail[1] = float(stop)
         norm = torch.stack(list(self.norms.values())).norm()
         skipped = (~torch.isfinite(norm)).float()
         if skipped.item():
@@ -98,7 +97,7 @@ class OffloadedWeights:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.norms.clear()
-        result = StepResult(torch.stack([self.tail[0], norm, skipped, self.tail[1]]))
+        result = StepResult(torch.stack([self.tail[0], norm, skipped]))
         self.tail.zero_()
         return result
 

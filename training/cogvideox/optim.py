@@ -65,11 +65,11 @@ def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: fl
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, still on the device: loss, gradient norm, skipped, stop, each a scalar."""
+    """What one optimizer step did, still on the device: loss, gradient norm, skipped, each a scalar."""
 
-    values: Tensor  # (4,) fp32
+    values: Tensor  # (3,) fp32
 
-    NAMES = ("loss", "grad_norm", "skipped", "stop")
+    NAMES = ("loss", "grad_norm", "skipped")
 
     @property
     def skipped(self) -> Tensor:
@@ -110,8 +110,8 @@ class MasterWeights:
         self.good_steps = torch.zeros((), device=self.device)
         self.dynamic_scale = dynamic_scale
         layout = layout_of(here)
-        # the tail carries the loss and the stop flag through the same all-reduce as the gradients
-        self.buffer = torch.zeros(layout.numbers + 2, device=self.device)
+        # the tail carries the loss through the same all-reduce as the gradients
+        self.buffer = torch.zeros(layout.numbers + 1, device=self.device)
         self.flat, self.tail = self.buffer[: layout.numbers], self.buffer[layout.numbers :]
         self.gradients = dict(zip(here, layout.views(self.flat), strict=True))
         self._hooks = [
@@ -144,10 +144,8 @@ class MasterWeights:
         self.tail[0] += loss.detach()
         (loss * self.scale).backward()
 
-    def step(self, lr: float, stop: bool = False) -> StepResult:
+    def step(self, lr: float) -> StepResult:
         """One optimizer step over all ranks; a step with a non-finite gradient changes nothing and is counted."""
-        if stop:
-            self.tail[1] = 1.0
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.buffer)
             self.buffer.div_(dist.get_world_size())
@@ -155,7 +153,7 @@ class MasterWeights:
         skipped = (~torch.isfinite(norm)).float()
         clip = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else torch.ones_like(norm)
         self._update(lr, divisor=clip * self.scale, skipped=skipped)
-        result = StepResult(torch.stack([self.tail[0], norm, skipped, self.tail[1]]))
+        result = StepResult(torch.stack([self.tail[0], norm, skipped]))
         self.buffer.zero_()
         if self.away:
             self.away.gradients.clear()

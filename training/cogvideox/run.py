@@ -399,7 +399,7 @@ def write_metrics(run: Run, record: dict[str, Any]) -> None:
     with open(run.output_dir / METRICS_NAME, "a") as file:
         file.write(json.dumps(line) + "\n")
     numbers |= {f"{name}/{place}": value for name, values in lists.items() for place, value in enumerate(values)}
-    run.accelerator.log({n: v for n, v in numbers.items() if n not in ("step", "stop")}, step=int(record["step"]))
+    run.accelerator.log({n: v for n, v in numbers.items() if n != "step"}, step=int(record["step"]))
 
 
 def finite(value: float) -> float | None:
