@@ -31,6 +31,7 @@ from cogvideox.options import ImageLoraOptions, ImageSftOptions, LoraOptions, Pr
 ROOT = Path(__file__).resolve().parent.parent
 LORA_SCRIPT = ROOT / "training" / "cogvideox_text_to_video_lora.py"
 SFT_SCRIPT = ROOT / "training" / "cogvideox_text_to_video_sft.py"
+IMAGE_LORA_SCRIPT = ROOT / "training" / "cogvideox_image_to_video_lora.py"
 IMAGE_SFT_SCRIPT = ROOT / "training" / "cogvideox_image_to_video_sft.py"
 PREPARE_SCRIPT = ROOT / "training" / "prepare_dataset.py"
 SIZE = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9", "--max_num_frames", "9"]
