@@ -1,5 +1,7 @@
 # make demo: set up and run the main job on real clips.   make test: set up and pass the tests.
 # make test-gpu: the tests that need a GPU.   make test-long: those that take an hour, kills at every moment.
+# make chaos: injects every fault that README.md promises to survive, and prints a table; under an hour on two cores.
+# make mutants: makes one line of the core wrong at a time, and sees that the tests notice.
 # make bench: on a GPU, train steps of full-size models, stock and ours; goes on where it was stopped.
 # make fuzz: 500 damaged media files and 500 damaged lists; a short form is among the tests.
 PYTHON ?= python3
@@ -7,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-gpu test-long quality bench fuzz clean
+.PHONY: demo test test-gpu test-long chaos mutants quality bench fuzz clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: requirements.txt constraints.txt
@@ -27,6 +29,12 @@ test-gpu: $(VENV)/ready
 
 test-long: $(VENV)/ready
 	$(BIN)/python -m pytest -m "long and not gpu" -n $(WORKERS) --dist loadgroup
+
+chaos: $(VENV)/ready
+	$(BIN)/python tests/chaos.py --workers $(WORKERS)
+
+mutants: $(VENV)/ready
+	$(BIN)/python tests/mutants.py --jobs $(WORKERS)
 
 quality: $(VENV)/ready
 	$(BIN)/ruff check .

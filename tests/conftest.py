@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import chaos
 import pytest
 
 if TYPE_CHECKING:
@@ -50,9 +51,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+FAULTS = pytest.StashKey[dict[str, Any]]()  # of all collected tests, those too that pytest leaves out
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Slow ones first: one that begins last keeps one process busy while the others have nothing left."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: (item.get_closest_marker("long") is None, item.get_closest_marker("slow") is None))
+    config.stash[FAULTS] = chaos.rows_of(items)
+    for item in items:
+        item.user_properties += [(chaos.FAULT, fault) for fault in chaos.faults_of(item)]
+
+
+@pytest.fixture
+def injected(request: pytest.FixtureRequest) -> Callable[[int], None]:
+    """injected(n): the test injects its fault n times more than its mark says."""
+    return lambda number: request.node.user_properties.append((chaos.MORE, number))
 
 
 def pytest_collection_finish() -> None:

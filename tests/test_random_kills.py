@@ -33,7 +33,7 @@ from running import (
 )
 
 KILLS = 5  # a test
-MOMENTS = 400  # files that are opened, names that change and units of work: about as many as a whole run has
+MOMENTS = 240  # files that are opened, names that change and units of work: about as many as a whole run has
 SHORT = ("--max_train_steps", 3, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--validation_steps", 2)
 SHORT += ("--num_inference_steps", 1, "--gradient_accumulation_steps", 1, "--validation_prompt", PROMPT)
 LORA, SFT = (LORA_SCRIPT, lora_flags), (SFT_SCRIPT, sft_flags)
