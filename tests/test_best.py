@@ -227,6 +227,7 @@ def test_measured_with_every_checkpoint_whenever_videos_are_due(model: Path, pre
 
 @pytest.mark.usefixtures("scripted")
 @pytest.mark.parametrize("moment", ["saved", "measured", "trimmed"])
+@pytest.mark.fault("kills: ended wherever the best checkpoint is chosen")
 def test_a_kill_at_any_moment_changes_nothing(
     model: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

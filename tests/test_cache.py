@@ -79,6 +79,7 @@ def test_same_tensors_same_bytes(cache: TensorCache) -> None:
     assert cache.path(KEY).read_bytes() == content
 
 
+@pytest.mark.fault("data: one byte of a cached tensor is changed")
 def test_every_flipped_byte_is_found(cache: TensorCache) -> None:
     path = cache.path(KEY)
     content = path.read_bytes()
@@ -142,6 +143,7 @@ def test_a_file_without_checksum_is_refused(cache: TensorCache) -> None:
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.fault("kills: ended while a tensor or an index is written")
 def test_a_kill_while_writing_leaves_nothing_under_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -160,6 +162,7 @@ def test_a_kill_while_writing_leaves_nothing_under_the_name(
     cache.read(KEY)
 
 
+@pytest.mark.fault("kills: ended while a tensor or an index is written")
 def test_a_kill_while_writing_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "index.json"
     write_atomically(path, b"old")
@@ -239,6 +242,7 @@ def test_ledger_round_trip_and_the_newest_wins(tmp_path: Path) -> None:
     assert ledger.read() == {"a": record("a", status="failed"), "b": record("b")}
 
 
+@pytest.mark.fault("data: a ledger that is cut off")
 def test_a_torn_last_line_costs_that_line_only(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.append([record("a"), record("b")])
@@ -261,6 +265,7 @@ def test_lines_that_are_no_records_are_skipped(tmp_path: Path, line: bytes) -> N
     assert ledger.read() == {"a": record("a")}
 
 
+@pytest.mark.fault("ranks: several processes write to one ledger")
 def test_processes_that_append_together_lose_nothing(tmp_path: Path) -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(TRAINING)!r})
@@ -352,6 +357,7 @@ def test_a_file_that_cannot_be_opened_now_is_not_set_aside(cache: TensorCache, m
     assert cache.read(KEY).keys() == tensors().keys()
 
 
+@pytest.mark.fault("data: a cached tensor under the name of another")
 def test_a_file_of_another_key_is_found(cache: TensorCache) -> None:
     cache.write(KEY, tensors())
     other = KEY[::-1]
@@ -374,6 +380,7 @@ def test_equal_tensors_are_equal_files(cache: TensorCache) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"format": 2}', "[]", '{"format": 2, "samples": [{}], "validation": []}', "x"])
+@pytest.mark.fault("data: an index that is damaged")
 def test_a_damaged_index_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(UsageError, match=r"run prepare_dataset\.py again"):

@@ -118,6 +118,7 @@ def shown(text: str) -> str:
 
 
 @pytest.mark.parametrize("prompt", HOSTILE)
+@pytest.mark.fault("security: markup and code in the prompts of a model card")
 def test_the_hub_reads_the_prompt_and_nothing_else(prompt: str) -> None:
     plain = front(card_text(facts()))
     video = Video(prompt, "validation/a.mp4", "validation/b.mp4")
@@ -129,6 +130,7 @@ def test_the_hub_reads_the_prompt_and_nothing_else(prompt: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", HOSTILE)
+@pytest.mark.fault("security: markup and code in the prompts of a model card")
 def test_the_page_shows_the_prompt_and_nothing_else(prompt: str) -> None:
     def kinds(text: str) -> list[tuple[str, str]]:
         return [(token.type, token.tag) for token in tokens(text) if token.type not in ("text", "text_special")]
@@ -142,6 +144,7 @@ def test_the_page_shows_the_prompt_and_nothing_else(prompt: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", HOSTILE)
+@pytest.mark.fault("security: markup and code in the prompts of a model card")
 def test_the_program_passes_the_prompt_and_nothing_else(prompt: str) -> None:
     text = card_text(facts(videos=[Video(prompt, None, "b.mp4")]))
     (code,) = [token.content for token in tokens(text) if token.info == "python"]

@@ -72,6 +72,7 @@ DAMAGES = [truncate, flip, lose, tear_progress, tear_manifest, lose_manifest, an
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.fault("checkpoints: the newest is damaged")
 def test_damage_is_found_and_the_one_before_is_resumed(
     tmp_path: Path, damage: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +165,7 @@ def test_nothing_is_deleted_before_the_new_one_is_sealed(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("function", ["fsync", "write_atomically", "fault"])
+@pytest.mark.fault("disk: a write, an fsync or a rename fails while a checkpoint is saved")
 def test_a_disk_that_fails_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     broken = (lambda folder: "torn") if function == "fault" else fails
@@ -211,6 +213,7 @@ def test_differences_are_listed_name_by_name(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.fault("security: a checkpoint with files that can run code")
 def test_files_that_can_run_code_are_loaded_from_the_own_folder_only(tmp_path: Path) -> None:
     own, other = tmp_path / "own", tmp_path / "other"
     for folder in (own, other):
@@ -274,6 +277,7 @@ def test_an_older_one_drops_the_later_ones_at_the_first_save(
     assert losses(again) == losses(reference)
 
 
+@pytest.mark.fault("checkpoints: the newest is damaged")
 def test_a_damaged_checkpoint_ends_in_the_same_lora(
     model: Path, tensors: Path, reference: Path, again: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

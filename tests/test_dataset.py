@@ -271,6 +271,7 @@ def test_a_damaged_tensor_is_an_error(make: Callable[..., LatentDataset], tmp_pa
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.fault("ranks: another number of loader processes")
 def test_the_number_of_workers_has_no_effect(make: Callable[..., LatentDataset], workers: int) -> None:
     def batches(workers: int) -> list[Batch]:
         torch.manual_seed(workers)
@@ -424,6 +425,7 @@ def visited(dataset: LatentDataset, index: int, visit: int = 0) -> tuple[str, ..
     return batch.ids[0], *(name for name, _ in batch.replaced)
 
 
+@pytest.mark.fault("data: a cached tensor that cannot be read, within --max_bad_fraction")
 def test_a_bad_clip_s_place_is_taken_by_the_next_of_its_bucket(broken: Callable[..., LatentDataset]) -> None:
     whole = broken()
     expected = {(k, v): whole[Visit(k, v)] for k in range(5) for v in range(4)}
@@ -484,6 +486,7 @@ def test_a_bad_empty_caption_is_an_error(broken: Callable[..., LatentDataset]) -
 
 
 @pytest.mark.parametrize("shape", [(32, 2, 8, 12), (32, 3, 12, 8), (16, 3, 8, 12), (3, 32, 8, 12), (32, 3, 8)])
+@pytest.mark.fault("data: a cached tensor of a wrong type, shape, or value")
 def test_moments_of_another_shape_than_the_bucket_s(
     broken: Callable[..., LatentDataset], shape: tuple[int, ...]
 ) -> None:

@@ -172,6 +172,7 @@ def test_a_stream_that_starts_in_mid_gop_starts_at_its_first_whole_frame(tmp_pat
     assert read_numbers(path, range(info.num_frames), info) == list(range(start, COUNT))
 
 
+@pytest.mark.fault("data: a variable frame rate")
 def test_variable_rate(tmp_path):
     pts = list(itertools.accumulate(itertools.islice(itertools.cycle([1, 1, 4, 2]), COUNT), initial=0))[:COUNT]
     path = encode(tmp_path / "vfr.mp4", pts=pts)
@@ -189,6 +190,7 @@ MATRICES = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
 
 
 @pytest.mark.parametrize("clockwise", MATRICES)
+@pytest.mark.fault("data: rotated videos")
 def test_rotation_metadata_is_applied(tmp_path, clip, clockwise):
     data = bytearray(clip.read_bytes())
     a, b, c, d = (value << 16 for value in MATRICES[clockwise])
@@ -271,6 +273,7 @@ def bad_file(tmp_path: Path, clip: Path, kind: str) -> Path:
         ("missing", "No such file"),
     ],
 )
+@pytest.mark.fault("data: media files that cannot be used")
 def test_bad_files_say_why_in_one_line(tmp_path, clip, kind, reason):
     path = bad_file(tmp_path, clip, kind)
     with pytest.raises(VideoError, match=reason) as caught:
@@ -280,6 +283,7 @@ def test_bad_files_say_why_in_one_line(tmp_path, clip, kind, reason):
 
 
 @pytest.mark.parametrize("num_bytes", [1, 64])
+@pytest.mark.fault("data: media files with damage in the middle")
 def test_damage_in_the_middle_is_an_error_from_there_on(tmp_path, clip, num_bytes):
     data = bytearray(clip.read_bytes())
     with av.open(str(clip)) as container:
@@ -303,6 +307,7 @@ def test_a_frame_that_does_not_come_out_is_an_error(clip, monkeypatch):
         read_frames(clip, probe(clip), [3, 11], HEIGHT, WIDTH)
 
 
+@pytest.mark.fault("data: a media file that changes while it is prepared")
 def test_a_file_that_changed_since_the_probe_is_an_error(tmp_path, clip):
     shorter = encode(tmp_path / "clip.mp4", 20)
     with pytest.raises(VideoError, match=r"clip\.mp4: has changed since it was probed"):
@@ -315,6 +320,7 @@ def test_indices_out_of_range(clip, indices):
         read_frames(clip, probe(clip), indices, HEIGHT, WIDTH)
 
 
+@pytest.mark.fault("data: headers of enormous videos")
 def test_limits(tmp_path, clip, monkeypatch):
     monkeypatch.setattr(packets, "MAX_FRAMES", COUNT - 1)
     with pytest.raises(VideoError, match="more than 59 frames"):
@@ -425,6 +431,7 @@ def test_the_same_frames_make_the_same_file(tmp_path):
     assert len(files) == 1
 
 
+@pytest.mark.fault("disk: a video cannot be written")
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     def fill_the_disk(path: Path, *_):
         path.write_bytes(b"half")

@@ -89,6 +89,7 @@ def test_a_lean_run_is_a_run(
     assert abs(stock.astype(int) - validated["step-000006"]).max() <= 1  # sampled one by one here, as a pair there
 
 
+@pytest.mark.fault("checkpoints: of a run under another plan")
 def test_every_plan_makes_the_same_weights_and_they_resume_each_other(
     model: Path, tensors: Path, tmp_path: Path
 ) -> None:
@@ -422,6 +423,7 @@ def test_a_gpu_compiles_but_for_dropout(wanted: str, device: str, compiled: bool
         ),
     ],
 )
+@pytest.mark.fault("memory: out of memory in training")
 def test_out_of_memory_is_told(
     error: Exception, told: str, model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -331,6 +331,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("how", ["torch.save", "pickle", "legacy", "inside"])
+@pytest.mark.fault("security: a pickle that runs code, in a folder of tensors")
 def test_nothing_of_a_file_is_run(make: Make, geometry: Geometry, tmp_path: Path, how: str) -> None:
     folder, canary = make(), tmp_path / "canary"
     path = folder / factory.MOMENTS / "00002.pt"
@@ -383,6 +384,7 @@ def test_one_clip_of_a_name_with_dots_has_the_factory_s_file(make: Make) -> None
     assert [row.moments.name for row in read_rows(folder, flags_of(folder))] == ["a.pt"]
 
 
+@pytest.mark.fault("security: paths and links out of the data root")
 def test_files_outside_the_folder_are_not_read(make: Make, tmp_path: Path, loaded: list[str]) -> None:
     folder = make()
     (tmp_path / "secret.pt").write_bytes((folder / factory.MOMENTS / "00000.pt").read_bytes())

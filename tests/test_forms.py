@@ -65,6 +65,7 @@ def test_a_table_keeps_captions_with_their_clips(tmp_path: Path, suffix: str) ->
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.fault("data: byte order marks, line ends and separators in lists")
 def test_line_ends_and_byte_order_marks(tmp_path: Path, suffix: str) -> None:
     touch(tmp_path, "a.mp4", "b.mp4")
     file = write_table(tmp_path / f"t.{suffix}", ["video", "text"], [["a.mp4", "one"], ["b.mp4", "two\nlines"]])
@@ -133,6 +134,7 @@ def test_problems_name_the_line_on_which_a_row_starts(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.fault("data: a quote in a table that never closes")
 def test_a_quote_that_never_closes_swallows_no_rows(tmp_path: Path) -> None:
     found = problems(tmp_path, **table(tmp_path, 'text,video\nx,a.mp4\n"y,b.mp4\nz,a.mp4\n'))
     assert found[0].startswith(f"{tmp_path}/t.csv:3: malformed row (unexpected end of data)")
@@ -155,6 +157,7 @@ def test_csv_without_rows_or_with_a_bad_header(tmp_path: Path, text: str, rule: 
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.fault("data: bytes that are not UTF-8")
 def test_bytes_that_are_not_utf8_name_every_line(tmp_path: Path, suffix: str) -> None:
     found = problems(tmp_path, **table(tmp_path, b'text,video\n"\xe9,a.mp4\nx,b.mp4\ny,\xff\n', suffix))
     marks = [problem for problem in found if "save the file as UTF-8" in problem]
@@ -213,6 +216,7 @@ def test_half_a_character_and_nul_in_json(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.fault("security: paths and links out of the data root")
 def test_paths_of_tables_have_the_rules_of_lists(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     touch(tmp_path, "sub/c")
@@ -338,6 +342,7 @@ def test_what_is_no_pair_is_named_with_its_fix(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.fault("security: paths and links out of the data root")
 def test_pairs_open_no_pipe_and_follow_no_link_out(tmp_path: Path) -> None:
     root = pairs(tmp_path / "data", a_mp4="x")
     touch(root, "pipe.mp4", "out.mp4")
@@ -386,6 +391,7 @@ def test_folders_of_different_forms(tmp_path: Path) -> None:
     assert [(sample.id, sample.caption) for sample in read(one, two)] == [("a.mp4", "a pair"), ("a.mp4#2", "a table")]
 
 
+@pytest.mark.fault("data: lists damaged at random", times=60)
 def test_damaged_data_sets_end_in_samples_or_problems(tmp_path: Path) -> None:
     assert fuzz_indexes(60, 0, tmp_path) == []
 

@@ -83,6 +83,7 @@ def test_equal_rates_take_consecutive_frames(rate, count):
 
 @pytest.mark.parametrize("source", [8, 24, 25, 30, 60])
 @pytest.mark.parametrize("target", [8, 16])
+@pytest.mark.fault("data: a clip between one and two buckets long")
 def test_windows_stay_inside_and_reach_both_ends(source, target):
     times = regular(200, source)
     most = frames_available(times, target)

@@ -8,6 +8,7 @@ import pytest
 from fuzz_media import BASES, MUTATIONS, Judge, Mutant, mutants
 
 
+@pytest.mark.fault("data: media files damaged at random", times=4 * len(BASES))
 def test_damaged_files_give_right_frames_or_one_line(tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     assert fuzz_media.fuzz_media(len(BASES) * 4, 7, tmp_path, counts) == []
@@ -33,6 +34,7 @@ def test_the_same_seed_makes_the_same_files(tmp_path: Path) -> None:
         (signal.SIGSTOP, "reader hangs", "the reader takes more than 0.5 s"),
     ],
 )
+@pytest.mark.fault("data: a decoder that hangs, crashes or lies")
 def test_a_decoder_that_misbehaves_is_seen_and_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int, kind: str, problem: str
 ) -> None:

@@ -69,6 +69,7 @@ def test_named_lists_and_a_relative_root(tmp_path: Path, monkeypatch: pytest.Mon
     assert read(Path(tmp_path.name), **names) == [Sample("a.mp4", "one", str(tmp_path / "a.mp4"))]
 
 
+@pytest.mark.fault("data: rows that are there twice")
 def test_repeated_paths_get_their_own_ids(tmp_path: Path) -> None:
     write(tmp_path, "1\n2\n3\n4\n5", "a.mp4#2\na.mp4\n./a.mp4\na.mp4\na.mp4#2", ("a.mp4", "a.mp4#2"))
     assert [sample.id for sample in read(tmp_path)] == ["a.mp4#2", "a.mp4", "a.mp4#3", "a.mp4#4", "a.mp4#2#2"]
@@ -81,6 +82,7 @@ def test_id_token_is_put_in_front_once(tmp_path: Path) -> None:
     assert captions(tmp_path, id_token="  ") == ["DOG runs", "DOGS run", "a DOG", "DOG, asleep"]
 
 
+@pytest.mark.fault("data: byte order marks, line ends and separators in lists")
 def test_encodings_and_separators(tmp_path: Path) -> None:
     odd = ["first", "caf\u00e9 \U0001f436", "a\u2028b\x0bc\x0cd\x85e", "$(touch x) `y` \"q\" 'p'; rm"]
     text = "\ufeff" + "\r\n".join(odd) + "\r\n\r\n \n"
@@ -94,6 +96,7 @@ def test_a_very_long_caption_is_kept(tmp_path: Path) -> None:
     assert len(captions(tmp_path)[0]) == 10_000_000
 
 
+@pytest.mark.fault("data: bytes that are not UTF-8")
 def test_bytes_that_are_not_utf8_name_the_line(tmp_path: Path) -> None:
     write(tmp_path, b"one\ncaf\xe9\n", "a.mp4\nb.mp4")
     assert problems(tmp_path) == (f"{tmp_path}/prompts.txt:2: is not UTF-8 (byte 4 is 0xe9); save the file as UTF-8",)
@@ -123,6 +126,7 @@ def test_a_pipe_as_list_is_not_opened(tmp_path: Path) -> None:
     assert "no such file" in problems(tmp_path)[0]
 
 
+@pytest.mark.fault("data: empty lists")
 def test_empty_lists(tmp_path: Path) -> None:
     write(tmp_path, "\n\n", "")
     assert [problem.split(": ")[1] for problem in problems(tmp_path)] == [
@@ -134,6 +138,7 @@ def test_empty_lists(tmp_path: Path) -> None:
     ("texts", "longer", "line", "counts"),
     [(("1\n2\n3", "a.mp4"), "prompts", 2, "3 lines"), (("1", "a.mp4\nb.mp4"), "videos", 2, "2 lines")],
 )
+@pytest.mark.fault("data: more captions than clips, or fewer")
 def test_unequal_counts_name_both_and_the_first_surplus_line(
     tmp_path: Path, texts: tuple[str, str], longer: str, line: int, counts: str
 ) -> None:
@@ -163,6 +168,7 @@ def test_many_problems_of_a_kind_are_cut_short(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["https://x.org/a.mp4", "file:///etc/passwd", "file:/etc/passwd", "s3://b/a.mp4"])
+@pytest.mark.fault("security: URLs in lists of clips")
 def test_urls_are_refused(tmp_path: Path, path: str) -> None:
     assert "is a URL; download" in problems(write(tmp_path, "x", path))[0]
 
@@ -171,6 +177,7 @@ def test_colons_in_names_are_fine(tmp_path: Path) -> None:
     assert read(write(tmp_path, "x", "12:30.mp4", ("12:30.mp4",)))[0].id == "12:30.mp4"
 
 
+@pytest.mark.fault("security: devices, pipes and folders in lists of clips")
 def test_what_is_not_a_regular_file_is_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.mp4")
@@ -282,6 +289,7 @@ def test_what_no_tokenizer_should_get(tmp_path: Path) -> None:
     assert found == f"{tmp_path}/prompts.txt:1: holds a NUL byte; save the file as plain UTF-8 text"
 
 
+@pytest.mark.fault("data: names of any script, and with shell characters")
 def test_paths_of_any_script(tmp_path: Path) -> None:
     names = ("caf\u00e9.mp4", "\u72ac/\U0001f436.mp4", "$(touch x);`y`.mp4", "a b'c\"d.mp4", "-rf.mp4", "a.v1.mp4")
     write(tmp_path, "x\n" * 6, "\n".join(names), names)
@@ -392,6 +400,7 @@ def test_the_check_leaves_a_prepared_folder_to_others(tmp_path: Path) -> None:
     assert "has none of: prompts.txt" in next(check_data(options))
 
 
+@pytest.mark.fault("data: hundreds of thousands of rows")
 def test_many_rows(tmp_path: Path) -> None:
     write(tmp_path, "".join(f"caption {k}\n" for k in range(100_000)), "a.mp4\n" * 100_000)
     samples = read(tmp_path)

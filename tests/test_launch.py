@@ -251,6 +251,7 @@ def test_the_environment_sets_values_and_extra_flags_come_last(sandbox):
     assert first.validation.validation_prompt is None
 
 
+@pytest.mark.fault("security: shell commands in prompts, paths and settings")
 def test_hostile_values_are_one_argument_each(sandbox):
     data = sandbox.root / "clips $(touch PWNED)\n'x'"
     data.mkdir()

@@ -35,6 +35,7 @@ def test_names_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("case", named([case for case in CASES if case.numbers]))
+@pytest.mark.fault("data: unusual media files that are read")
 def test_the_right_frames_come_out_upright(case: Case, read: Read) -> None:
     _, outcome = read(case)
     assert outcome.line == ""
@@ -58,6 +59,7 @@ def test_the_pixels_are_those_of_a_plain_decode(case: Case, read: Read) -> None:
 
 
 @pytest.mark.parametrize("case", named([case for case in CASES if not case.numbers]))
+@pytest.mark.fault("data: media files that cannot be used")
 def test_one_line_says_what_is_wrong(case: Case, read: Read) -> None:
     path, outcome = read(case)
     assert outcome.line, f"frames {[number_in(frame) for frame in outcome.frames_FHWC]}"  # type: ignore[union-attr]
@@ -82,6 +84,7 @@ CUTS = [*BASES.items(), ("hevc", ("mp4", "libx265")), ("av1", ("webm", "libsvtav
 
 
 @pytest.mark.parametrize(("kind", "base"), CUTS, ids=[kind for kind, _ in CUTS])
+@pytest.mark.fault("data: media files that are cut off")
 def test_wherever_a_file_is_cut_off_no_frame_is_wrong(tmp_path: Path, kind: str, base: tuple[str, str]) -> None:
     path = tmp_path / "cut"
     lines, frames = 0, 0

@@ -166,6 +166,7 @@ def test_gradients_and_the_loss_start_anew_after_a_step() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", [0.0, 5.0])
 @pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.fault("numbers: a gradient that is not finite")
 def test_a_step_that_is_not_finite_changes_nothing(bad: float, dtype: torch.dtype, norm: float, first: int) -> None:
     params, undisturbed = parameters(dtype), parameters(dtype)
     engine, reference = masters(params, norm=norm), masters(undisturbed, norm=norm)
@@ -211,6 +212,7 @@ def test_the_scale_keeps_small_fp16_gradients() -> None:
     assert norm(True) == pytest.approx(1e-8, rel=1e-2)
 
 
+@pytest.mark.fault("numbers: fp16 gradients that overflow")
 def test_the_scale_halves_after_an_overflow_and_doubles_after_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "GROWTH_INTERVAL", 3)
     params = parameters(torch.float16)
@@ -404,6 +406,7 @@ def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
 
 @pytest.mark.parametrize("ranges", RANGES)
 @pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.fault("memory: copies to and from the device that are late")
 def test_copies_that_are_late(ranges: str, seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of streams, without a GPU. What is computed, and what reads the host afterwards, finds all there."""
     monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", RANGES[ranges])
@@ -476,6 +479,7 @@ BIG = {"first": (700, 1000), "second": (900, 1000), "bias": (7,), "last": (1100,
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.fault("memory: masters on the host of a GPU, against resident ones")
 def test_on_a_gpu_nobody_waits_and_the_numbers_are_the_same(
     dtype: torch.dtype, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,6 +515,7 @@ def test_on_a_gpu_nobody_waits_and_the_numbers_are_the_same(
 
 
 @pytest.mark.gpu
+@pytest.mark.fault("memory: masters on the host of a GPU, against resident ones")
 def test_on_a_gpu_the_device_holds_three_ranges_and_only_during_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cogvideox.masters.CHUNK_BYTES", 12 * 2**20)
     params = {str(number): Parameter(torch.randn(1000, 1000, device="cuda")) for number in range(16)}

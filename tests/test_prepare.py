@@ -167,6 +167,7 @@ def test_a_second_run_encodes_and_loads_nothing(
     assert tensor_files(output) == before
 
 
+@pytest.mark.fault("kills: preparation is interrupted")
 def test_an_interrupted_run_goes_on(
     tiny: Tiny,
     clips: Path,
@@ -195,6 +196,7 @@ def test_an_interrupted_run_goes_on(
     assert tensor_files(tmp_path) == tensor_files(prepared)
 
 
+@pytest.mark.fault("data: a cached tensor is deleted")
 def test_a_deleted_tensor_is_made_again(tiny: Tiny, clips: Path, output: Path, encoded: Encoded, threads: None) -> None:
     before, index = tensor_files(output), open_index(output)
     TensorCache(output).path(index.samples[2].video_keys[0]).unlink()
@@ -235,6 +237,7 @@ def test_a_touched_file_costs_nothing(tiny: Tiny, data: Path, output: Path, enco
     assert encoded == Encoded()
 
 
+@pytest.mark.fault("data: captions or clips are edited after they were prepared")
 def test_a_changed_clip_costs_that_clip(tiny: Tiny, data: Path, output: Path, encoded: Encoded, threads: None) -> None:
     before, old = open_index(output), tensor_files(output)
     frames = np.random.default_rng(0).integers(0, 256, (17, 64, 96, 3), np.uint8)
@@ -303,6 +306,7 @@ def test_augmentations_are_variants(tiny: Tiny, clips: Path, tmp_path: Path, enc
 # -- bad clips ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("data: a clip that is shorter than its bucket")
 def test_a_short_clip_goes_to_a_smaller_bucket(tiny: Tiny, clips: Path, tmp_path: Path) -> None:
     records = preparation(tiny("5b"), clips, tmp_path, frame_buckets=(5, 17, 81)).plan()
     # 17 frames at 8 a second; 60 at 25 and 50 at 30, which give 19 and 13, to which 17 is nearer than 5.
@@ -323,6 +327,7 @@ def test_a_clip_too_short_for_all_stops_the_run(tiny: Tiny, clips: Path, tmp_pat
     assert not (tmp_path / "index.json").exists()
 
 
+@pytest.mark.fault("data: a clip that is shorter than its bucket")
 def test_a_short_clip_is_dropped_where_that_is_allowed(
     tiny: Tiny, clips: Path, tmp_path: Path, encoded: Encoded, threads: None
 ) -> None:
@@ -339,6 +344,7 @@ def test_nothing_left_is_an_error(tiny: Tiny, clips: Path, tmp_path: Path, threa
         complete(tiny("5b"), clips, tmp_path, frame_buckets=(81,), max_num_frames=81, max_bad_fraction=1.0)
 
 
+@pytest.mark.fault("data: files that are not videos")
 def test_files_that_are_no_videos_are_listed_with_the_reason(
     tiny: Tiny, data: Path, tmp_path: Path, threads: None
 ) -> None:
@@ -368,6 +374,7 @@ def damaged_video(path: Path) -> None:
     cut_in_the_middle(path)
 
 
+@pytest.mark.fault("data: a clip that does not decode")
 def test_a_clip_that_does_not_decode_is_found_and_kept_in_mind(
     tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None
 ) -> None:
@@ -412,6 +419,7 @@ def test_copies_of_a_clip_are_encoded_once(
     assert len({sample.id for sample in index.samples}) == 6
 
 
+@pytest.mark.fault("numbers: an encoding that is not finite")
 def test_moments_that_are_not_finite_stop_the_run(
     tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
@@ -428,6 +436,7 @@ def test_moments_that_are_not_finite_stop_the_run(
         (True, r"--encode_tiling true: .* too little free memory to encode 5x32x48; give smaller buckets"),
     ],
 )
+@pytest.mark.fault("memory: out of memory while a clip is encoded")
 def test_a_clip_that_does_not_fit_on_the_device_names_the_flag(
     tiny: Tiny,
     clips: Path,
@@ -502,6 +511,7 @@ def test_t5_on_the_host_makes_the_same_embeddings(
     assert tensor_files(folders["device"]) == tensor_files(folders["host"])
 
 
+@pytest.mark.fault("memory: out of memory where T5 is loaded")
 def test_t5_that_does_not_fit_on_the_device_names_the_flag(
     tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
@@ -514,6 +524,7 @@ def test_t5_that_does_not_fit_on_the_device_names_the_flag(
             complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(t5_on=place))
 
 
+@pytest.mark.fault("numbers: an encoding that is not finite")
 def test_a_caption_whose_embedding_is_not_finite_is_named(
     tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
@@ -660,6 +671,7 @@ def test_images_are_not_looked_at_for_text_to_video(tiny: Tiny, data: Path, tmp_
     assert len(complete(tiny("5b"), data, tmp_path).samples) == 1
 
 
+@pytest.mark.fault("data: images that cannot be used")
 def test_bad_images_are_listed_and_their_clips_dropped(
     tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None
 ) -> None:
@@ -724,6 +736,7 @@ class Rank:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.fault("ranks: several processes prepare the same folder")
 def test_ranks_together_make_what_one_makes(
     tiny: Tiny, clips: Path, prepared: Path, tmp_path: Path, encoded: Encoded, threads: None, ranks: int
 ) -> None:
@@ -820,6 +833,7 @@ def during_encoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> 
     monkeypatch.setattr(models, "video_encoder", encoder)
 
 
+@pytest.mark.fault("data: a media file that changes while it is prepared")
 def test_a_clip_that_changes_after_planning_is_never_stored_as_what_it_was(
     tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
@@ -848,6 +862,7 @@ def test_a_clip_that_goes_and_comes_back_is_not_remembered_as_failed(
     assert len(complete(tiny("5b"), data, output).samples) == NUM_CLIPS
 
 
+@pytest.mark.fault("ranks: two jobs prepare the same folder")
 def test_tensors_that_another_job_takes_away_are_not_indexed(
     tiny: Tiny, clips: Path, output: Path, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
@@ -873,6 +888,7 @@ def test_a_validation_set_that_comes_to_nothing_is_an_error(
         complete(tiny("5b"), clips, tmp_path / "out", **flags)
 
 
+@pytest.mark.fault("data: a file that kills the process that reads it")
 def test_killed_workers_are_remembered_under_their_limits_only(
     tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

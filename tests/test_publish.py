@@ -122,6 +122,7 @@ FAULTS = {
 
 @pytest.mark.filterwarnings("ignore:.*inconsistency was discovered")
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.fault("export: weights that reload as something else")
 def test_what_reloads_as_something_else_is_not_published(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -232,6 +233,7 @@ def statements(tree: ast.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.fault("security: code in prompts and paths of inference.py")
 def test_hostile_texts_stay_texts(tmp_path: Path, text: str) -> None:
     plain = statements(script_of(tmp_path, "--validation_prompt", "a", "--negative_prompt", "b"))
     tree = script_of(tmp_path, "--validation_prompt", f"a{text}z", "--negative_prompt", text)

@@ -536,6 +536,7 @@ def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulatio
 
 @pytest.mark.parametrize("made", [make, make_whole])
 @pytest.mark.parametrize(("plans", "accumulation"), [(AWAY, 1), (TURNS, 2), (STATE_HERE, 1)])
+@pytest.mark.fault("memory: copies to and from the device that are late", times=2)
 def test_late_copies_change_nothing(
     made: Callable[..., Any],
     plans: tuple[BlockPlan, ...],
@@ -588,6 +589,7 @@ def test_every_stream_waits_for_what_it_touches(
 
 
 @pytest.mark.parametrize("left_out", ["mark", "wait"])
+@pytest.mark.fault("memory: a stream that does not wait for another")
 def test_a_stream_that_does_not_wait_is_seen(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Events that say nothing, and events that nobody waits for."""
     monkeypatch.setattr(stream_races.Streams, left_out, lambda *_: {})
@@ -686,6 +688,7 @@ def trained(
         (True, True, "nf4"),
     ],
 )
+@pytest.mark.fault("memory: blocks that are streamed on a GPU, against resident ones")
 def test_streamed_is_resident_bit_for_bit(compiled: bool, any_length: bool, precision: str) -> None:
     torch.use_deterministic_algorithms(True)
     torch._dynamo.reset()
@@ -743,6 +746,7 @@ def wholly_trained(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("compiled", "accumulation"), [(False, 2), (True, 1)])
+@pytest.mark.fault("memory: blocks that are streamed on a GPU, against resident ones")
 def test_all_weights_are_trained_streamed_as_resident_bit_for_bit(compiled: bool, accumulation: int) -> None:
     torch.use_deterministic_algorithms(True)
     torch._dynamo.reset()

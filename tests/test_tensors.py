@@ -66,6 +66,7 @@ def test_flags_that_fit(tensors: Path) -> None:
     assert len(error.value.problems) == 4  # all at once
 
 
+@pytest.mark.fault("data: tensors of another model or of other flags")
 def test_tensors_of_another_model(tensors: Path, tmp_path: Path) -> None:
     other = make_tiny(tmp_path / "other", "5b", seed=1)
     line = refused(lora_flags(other, tensors, tmp_path / "lora", "--load_tensors"))
@@ -77,6 +78,7 @@ def test_tensors_of_another_model(tensors: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "name"), [("vae", "VAE"), ("text_encoder", "text encoder"), ("tokenizer", "text encoder")]
 )
+@pytest.mark.fault("data: tensors of another model or of other flags")
 def test_tensors_of_another_part(model: Path, tensors: Path, tmp_path: Path, part: str, name: str) -> None:
     other = Path(shutil.copytree(model, tmp_path / "other"))
     if part == "tokenizer":

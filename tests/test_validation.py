@@ -168,6 +168,7 @@ def test_videos_that_another_schedule_made_after_the_step_are_moved_away(tmp_pat
 
 
 @pytest.mark.parametrize("moved", [1, 2, 3])
+@pytest.mark.fault("kills: ended while videos of other settings are moved away")
 def test_killed_while_moving_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int) -> None:
     """Killed after the first, the second, or the last video and before settings.json."""
     bare(tmp_path).set_aside(4, 4, {"learning_rate": 1.0})
@@ -250,6 +251,7 @@ def test_evaluation_puts_mode_and_gradients_back(training: bool) -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.fault("numbers: validation in the middle of training")
 def test_nothing_of_the_run_is_changed(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +302,7 @@ def test_an_unchanged_model_gives_the_same_frames_at_every_step(
     assert not any(frames[i].equal(frames[j]) for i in range(4) for j in range(i))
 
 
+@pytest.mark.fault("security: paths and shell commands in validation prompts")
 def test_hostile_prompts_are_rendered_into_the_folder(model: Path, tensors: Path, tmp_path: Path) -> None:
     hostile = ":::".join(text for text in HOSTILE if "\x00" not in text)
     output, before = tmp_path / "lora", listing(tensors)

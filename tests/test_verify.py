@@ -109,6 +109,7 @@ def test_a_good_cache_has_no_faults_and_is_not_touched(tiny: Tiny, data: Path) -
     ],
     ids=["bit", "torn", "empty", "foreign", "missing"],
 )
+@pytest.mark.fault("data: a cached tensor is damaged, and verified")
 def test_a_damaged_tensor_is_named_and_alone_encoded_anew(
     tiny: Tiny, data: Path, damage: Callable[[Path], Any], what: str
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_damaged_tensor_is_named_and_alone_encoded_anew(
     ("shape", "value", "what"),
     [((32, 3, 4, 6), 0.0, "its bucket needs (32, 2, 4, 6)"), ((32, 2, 4, 6), float("nan"), "not finite")],
 )
+@pytest.mark.fault("data: a cached tensor of a wrong type, shape, or value")
 def test_tensors_that_are_whole_but_wrong(
     tiny: Tiny, data: Path, shape: tuple[int, ...], value: float, what: str
 ) -> None:
@@ -156,6 +158,7 @@ def test_an_edited_caption_a_new_and_a_removed_clip(tiny: Tiny, data: Path) -> N
     assert faults(tiny, data) == []
 
 
+@pytest.mark.fault("data: captions or clips are edited after they were prepared")
 def test_an_edited_clip(tiny: Tiny, data: Path) -> None:
     shutil.copy(data / "videos/00004.mp4", data / "videos/00001.mp4")
     assert faults(tiny, data) == [
@@ -176,6 +179,7 @@ def test_an_edit_that_keeps_size_and_time_is_found_by_content(tiny: Tiny, data: 
     assert faults(tiny, data) == []
 
 
+@pytest.mark.fault("data: tensors of another model or of other flags", times=2)
 def test_other_flags_and_other_weights_are_named(tiny: Tiny, data: Path, tmp_path: Path) -> None:
     assert len(faults(tiny, data, height_buckets=(16,))) == 6
     model = Path(shutil.copytree(tiny("5b"), tmp_path / "model"))
@@ -205,6 +209,7 @@ def test_damage_is_found_and_mended_without_an_index(tiny: Tiny, data: Path) -> 
     assert faults(tiny, data) == []
 
 
+@pytest.mark.fault("data: clips of the same name in two folders")
 def test_a_validation_clip_of_the_same_name_hides_nothing(tiny: Tiny, data: Path, clips: Path) -> None:
     held = {"validation_data_root": (str(clips),)}
     complete(tiny("5b"), data, data / "tensors", **held)

@@ -138,6 +138,7 @@ def test_a_job_that_cannot_be_sent_is_an_error(workers: Workers) -> None:
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("data: a decoder that hangs")
 def test_a_job_that_hangs_is_ended() -> None:
     found = results((pow, 2, 3), (time.sleep, 60), *[(pow, 3, k) for k in range(5)], limits=Limits(1.5, 2**30))
     assert found == [8, Killed("no result after 1.5 s; --decode_timeout gives it more"), 1, 3, 9, 27, 81]
@@ -176,6 +177,7 @@ def test_the_clock_starts_with_the_job(tmp_path: Path, monkeypatch: pytest.Monke
     ],
     ids=["at once", "array", "bit by bit", "in FFmpeg", "as an OSError"],
 )
+@pytest.mark.fault("data: a decoder that takes too much memory")
 def test_a_job_that_takes_too_much_memory_is_ended(job: tuple[Any, ...]) -> None:
     reason = "its worker ran out of memory (0.25 GiB); --decode_memory gives it more"
     assert results(job, (pow, 2, 3), limits=Limits(60, 256 * MIB)) == [Killed(reason), 8]
@@ -211,6 +213,7 @@ def test_workers_that_do_not_start_are_no_fault_of_the_files(monkeypatch: pytest
         ((signal.raise_signal, signal.SIGKILL), "its worker was killed (SIGKILL); this machine may be out of memory"),
     ],
 )
+@pytest.mark.fault("data: a decoder that crashes")
 def test_a_crash_costs_one_job(job: tuple[Any, ...], reason: str) -> None:
     killed = Killed(reason, transient="SIGKILL" in reason)
     assert results((pow, 2, 1), job, (pow, 2, 2), (pow, 2, 3)) == [2, killed, 4, 8]
@@ -232,6 +235,7 @@ def test_a_job_whose_worker_dies_once_is_tried_again(tmp_path: Path) -> None:
     assert results((pow, 2, 3), job, (pow, 2, 4)) == [8, "second", 16]
 
 
+@pytest.mark.fault("kills: SIGKILL of a process that reads media files")
 def test_a_worker_killed_while_idle_is_replaced() -> None:
     with Workers(1, AMPLE) as workers:
         for _ in range(3):
@@ -250,6 +254,7 @@ def test_a_worker_killed_while_busy_loses_nothing() -> None:
         assert list(workers.run([code("(__import__('time').sleep(0.5), 'done')[1]"), (pow, 2, 3)])) == ["done", 8]
 
 
+@pytest.mark.fault("kills: SIGKILL of a process that reads media files", times=4)
 def test_a_kill_while_results_are_sent_corrupts_nothing(workers: Workers) -> None:
     """At random times, so that some fall into the sending of 100 MB by the killed worker or by the other one."""
     draws = random.Random(0)
@@ -359,6 +364,7 @@ with Workers(3, Limits(60, 2**30)) as workers:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.fault("kills: the parent of processes that read media files")
 def test_no_worker_outlives_its_parent(script: tuple[subprocess.Popen[str], list[int]], number: int) -> None:
     """One is idle, one busy, one holds the interpreter's lock; none has imported what the script has."""
     process, pids = script
