@@ -61,6 +61,11 @@ class Killed:
         self.model, self.clips, self.folder = model, clips, folder
         self.images = ["--validation_images", image] if kind == "image-to-video" else []
 
+    def command(self, folder: Path) -> list[object]:
+        """The command of a run in a folder, always the same."""
+        flags = [*SHORT, *self.more, *self.images, "--tensor_cache", folder / "cache"]
+        return python(self.script, *self.flags_of(self.model, self.clips, folder / "out", *flags))
+
     def run(self, folder: Path, killed_at: tuple[str, int] | None = None, after: float | None = None) -> bool:
         """Runs the command for a folder, as often as somebody wishes; returns whether it came to its end.
 
@@ -68,9 +73,7 @@ class Killed:
             killed_at: of the first process, which writes; see forking.signal_at.
             after: seconds after which it is killed.
         """
-        flags = [*SHORT, *self.more, *self.images, "--tensor_cache", folder / "cache"]
-        command = python(self.script, *self.flags_of(self.model, self.clips, folder / "out", *flags))
-        first, *others = ranks = fork_ranks(self.ranks, command, {0: killed_at} if killed_at else None)
+        first, *others = ranks = fork_ranks(self.ranks, self.command(folder), {0: killed_at} if killed_at else None)
         try:
             first.wait(after or 300)
         except subprocess.TimeoutExpired:
@@ -139,6 +142,19 @@ def test_killed_at_random_it_ends_the_same(
     if not ended:
         assert killed.run(folder)
         killed.compare(folder)
+
+
+@pytest.mark.long
+@pytest.mark.fault("ranks: one of two is killed while both train")
+@pytest.mark.parametrize("unit", [12, 20])
+def test_what_is_left_of_a_group_ends_by_itself(unit: int, kinds: Callable[[str], Killed], tmp_path: Path) -> None:
+    """It does not wait for ever for gradients that never come, and the same command goes on."""
+    killed = kinds("two processes")
+    left, dead = fork_ranks(2, killed.command(tmp_path), {1: ("^unit ", unit)})
+    assert dead.wait() == -signal.SIGKILL
+    assert left.wait(120) > 0
+    assert killed.run(tmp_path)
+    killed.compare(tmp_path)
 
 
 def test_two_hundred_kills_are_planned() -> None:

@@ -1,0 +1,68 @@
+"""Machines that are not as usual: a run works, or says what it needs."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running import LORA_SCRIPT, equal, finish, lora_flags, losses, python, start, train, weights
+
+SHORT = ("--load_tensors", "--max_train_steps", 2, "--dataloader_num_workers", 2)
+ODD = "a folder, with 'quotes', ünïcode & $HOME \U0001f407"
+
+
+def limited(command: list[object], limit: str) -> list[object]:
+    """A command under a limit of the shell's."""
+    return ["bash", "-c", f"{limit}; exec {shlex.join(map(str, command))}"]
+
+
+@pytest.fixture(scope="module")
+def usual(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a machine as usual."""
+    output = tmp_path_factory.mktemp("usual") / "lora"
+    assert train(lora_flags(model, tensors, output, *SHORT)) == 0
+    return output
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("limit", "variables"),
+    [
+        pytest.param("true", {"HOME": "/proc/none"}, marks=pytest.mark.fault("disk: a home that cannot be written")),
+        pytest.param("true", {"TMPDIR": "/proc/none"}, marks=pytest.mark.fault("disk: no folder for temporaries")),
+        pytest.param("ulimit -n 128", {}, marks=pytest.mark.fault("disk: 128 open files at most")),
+        pytest.param(
+            "true",
+            {"LC_ALL": "C", "LANG": "C"},
+            marks=pytest.mark.fault("flags: the locale C, and odd characters in paths"),
+        ),
+    ],
+)
+def test_it_ends_as_usual(
+    limit: str, variables: dict[str, str], model: Path, tensors: Path, usual: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / ODD
+    data = Path(shutil.copytree(tensors, folder / "tensors"))
+    own = Path(shutil.copytree(model, folder / "model"))
+    command = python(LORA_SCRIPT, *lora_flags(own, data, folder / "lora", *SHORT))
+    finish(start(limited(command, limit), **variables))
+    assert losses(folder / "lora") == losses(usual)
+    assert equal(weights(folder / "lora"), weights(usual))
+
+
+@pytest.mark.fault("disk: a clock that jumps back and forth")
+def test_a_clock_that_jumps(
+    model: Path, tensors: Path, usual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a day at each look: nothing that a run does is a matter of the time of day."""
+    now: Callable[[], float] = time.time
+    jumps = itertools.cycle((86_400.0, -86_400.0, 0.0))
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    assert train(lora_flags(model, tensors, tmp_path / "lora", *SHORT, "--dataloader_num_workers", 0)) == 0
+    assert losses(tmp_path / "lora") == losses(usual)
+    assert equal(weights(tmp_path / "lora"), weights(usual))
