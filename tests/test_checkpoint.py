@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import functools
+import itertools
 import json
 import os
 import shutil
@@ -10,11 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeEngine, FakeMethod, edit_json, flip_byte, options_of, run_alone, save_steps, saver_of
+from fakes import FakeEngine, FakeMethod, edit_json, flip_byte, listing, options_of, run_alone, save_steps, saver_of
 from running import PROMPT, equal, lora_flags, losses, metrics, train, weights
 
 from cogvideox import checkpoint
-from cogvideox.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoints, fault, find_start, replaced_by
+from cogvideox.checkpoint import (
+    MANIFEST_NAME,
+    PROGRESS_NAME,
+    checkpoints,
+    fault,
+    find_start,
+    replaced_by,
+)
+from cogvideox.data.cache import hash_of
 from cogvideox.errors import UsageError
 
 
@@ -50,7 +62,7 @@ def lose(folder: Path) -> str:
 
 def tear_progress(folder: Path) -> str:
     (folder / PROGRESS_NAME).write_text('{"step": 4,')
-    return "JSONDecodeError in its json files"
+    return "progress.json is not what was written"
 
 
 def tear_manifest(folder: Path) -> str:
@@ -95,11 +107,157 @@ def test_a_damaged_one_that_is_asked_for_is_refused(tmp_path: Path) -> None:
         taken_up(tmp_path, "--resume_from_checkpoint", "checkpoint-4")
 
 
-def test_the_first_steps_are_done_again_where_none_is_whole(tmp_path: Path) -> None:
+@pytest.mark.fault("checkpoints: all are damaged")
+def test_the_first_steps_are_done_again_where_none_is_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
     for folder in checkpoints(tmp_path):
         lose(folder)
+    before = {path.name: listing(path) for path in checkpoints(tmp_path)}
     assert taken_up(tmp_path) == (0, 0.0)
+    assert f"{tmp_path}: all 2 checkpoints are damaged, so training starts at step 0; they" in capfd.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {f"damaged-{name}" for name in (*before, "metrics.jsonl")}
+    save_steps(run_alone(tmp_path), 2, 4, limit=1)
+    assert {name: listing(tmp_path / f"damaged-{name}") for name in before} == before
+    lose(tmp_path / "checkpoint-4")
+    assert taken_up(tmp_path) == (0, 0.0)
+    assert (tmp_path / "damaged-checkpoint-4.2").is_dir()
+
+
+def old_format(manifest: Any) -> Any:
+    """As manifests were before they had a checksum of their own."""
+    return manifest["files"]
+
+
+ALL_BITS = pytest.param(1, marks=[pytest.mark.long, pytest.mark.fault("checkpoints: a changed bit", times=3500)])
+SOME_BITS = pytest.param(13, marks=pytest.mark.fault("checkpoints: a changed bit", times=270))
+
+
+@pytest.mark.parametrize("stride", [SOME_BITS, ALL_BITS])
+@pytest.mark.parametrize("older", [False, True], ids=["newest format", "without a checksum"])
+def test_every_bit_of_the_json_files(tmp_path: Path, older: bool, stride: int) -> None:
+    """Either what they say is the same, or the one before is taken."""
+    save_steps(run_alone(tmp_path), 2, 4)
+    newest = tmp_path / "checkpoint-4"
+    if older:
+        rewrite(newest, old_format)
+    flips = 0
+    for name in (MANIFEST_NAME, PROGRESS_NAME):
+        content = (newest / name).read_bytes()
+        for bit in range(0, 8 * len(content), stride):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            (newest / name).write_bytes(damaged)
+            assert fault(newest) or json.loads(damaged) == json.loads(content), damaged
+            flips += 1
+        (newest / name).write_bytes(content)
+    assert flips > 3000 // stride
+    assert fault(newest) is None
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Any:
+    """The way to every value inside a JSON value, itself included."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield from places(item, (*path, key))
+
+
+def replaced(value: Any, path: tuple[Any, ...], other: Any) -> Any:
+    if not path:
+        return other
+    changed = copy.deepcopy(value)
+    inner = functools.reduce(lambda part, key: part[key], path[:-1], changed)
+    inner[path[-1]] = other
+    return changed
+
+
+STRANGE = [None, [], {}, 0, -1, 10**30, 1.5, True, "", "x", "\ud800", [None], {"size": None}, float("inf")]
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["newest format", "without a checksum"])
+@pytest.mark.fault("checkpoints: a value of the json files is another", times=300)
+def test_every_value_of_the_json_files_in_every_type(tmp_path: Path, older: bool) -> None:
+    save_steps(run_alone(tmp_path), 4)
+    folder = tmp_path / "checkpoint-4"
+    if older:
+        rewrite(folder, old_format)
+    for name in (MANIFEST_NAME, PROGRESS_NAME):
+        text = (folder / name).read_text()
+        value = json.loads(text)
+        for path, other in itertools.product(places(value), STRANGE):
+            (folder / name).write_text(json.dumps(replaced(value, path, other)))
+            assert fault(folder), (name, path, other)
+        (folder / name).write_text(text)
+    assert fault(folder) is None
+
+
+NAMES = ["../x", "/etc/hostname", "a/../../x", "..", ".", "", "\0", "x" * 5000, "\ud800", "C:\\x"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+@pytest.mark.fault("checkpoints: a file outside is named")
+def test_a_name_that_leaves_the_folder_is_damage(tmp_path: Path, name: str) -> None:
+    save_steps(run_alone(tmp_path), 4)
+    folder = tmp_path / "checkpoint-4"
+    (tmp_path / "x").write_bytes((folder / "lora.safetensors").read_bytes())
+
+    def add(manifest: Any) -> Any:
+        files = manifest["files"] | {name: manifest["files"]["lora.safetensors"]}
+        return manifest | {"files": files, "sha256": hash_of(files)}
+
+    rewrite(folder, add)
+    assert fault(folder)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100000, b"\xff\xfe", b'{"a": ' * 30000, b"1" * 9999], ids=range(4))
+@pytest.mark.parametrize("name", [MANIFEST_NAME, PROGRESS_NAME])
+@pytest.mark.fault("checkpoints: strange json")
+def test_strange_json_is_damage(tmp_path: Path, name: str, content: bytes) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    (tmp_path / "checkpoint-4" / name).write_bytes(content)
+    assert fault(tmp_path / "checkpoint-4")
+    assert taken_up(tmp_path) == (2, 2.0)
+
+
+@pytest.mark.fault("checkpoints: of a later version")
+def test_one_of_a_later_version_is_passed_over_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    rewrite(tmp_path / "checkpoint-4", lambda manifest: manifest | {"format": 3})
+    assert taken_up(tmp_path) == (2, 2.0)
+    assert "was written by another version (format 3); trying the one before" in capfd.readouterr().err
+    save_steps(run_alone(tmp_path), 3, limit=1)
+    assert names(tmp_path) == ["checkpoint-3"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "damaged-checkpoint-4"]
+
+
+@pytest.mark.fault("checkpoints: damaged, and its step is saved again")
+def test_a_damaged_one_is_kept_where_its_step_is_saved_again(tmp_path: Path) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    lose(tmp_path / "checkpoint-4")
+    before = listing(tmp_path / "checkpoint-4")
+    save_steps(run_alone(tmp_path), 4)
+    assert listing(tmp_path / "damaged-checkpoint-4") == before
+    assert fault(tmp_path / "checkpoint-4") is None
+
+
+@pytest.mark.fault("checkpoints: a file cannot be read")
+def test_a_disk_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    real = checkpoint.file_hash
+
+    def broken(path: Path) -> str:
+        if path.parent.name == "checkpoint-4":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "file_hash", broken)
+    assert taken_up(tmp_path) == (2, 2.0)
 
 
 def test_steps_are_numbers_not_text(tmp_path: Path) -> None:
@@ -145,7 +303,6 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     engine = FakeEngine()
     engine.weight = torch.full((8,), 44.0)
-    truncate(tmp_path / "checkpoint-4")
     saver_of(run_alone(tmp_path), engine).save(4)
     assert taken_up(tmp_path) == (4, 44.0)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4"]
@@ -257,7 +414,7 @@ def test_a_checkpoint_holds_only_safetensors_and_json(reference: Path) -> None:
     }
     assert all(fault(folder) is None for folder in checkpoints(reference))
     manifest = json.loads((reference / "checkpoint-6" / MANIFEST_NAME).read_text())
-    assert manifest.keys() == {path.name for path in files} - {MANIFEST_NAME}
+    assert manifest["files"].keys() == {path.name for path in files} - {MANIFEST_NAME}
 
 
 def test_an_older_one_drops_the_later_ones_at_the_first_save(

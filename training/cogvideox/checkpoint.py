@@ -1,10 +1,12 @@
 """Checkpoints that are whole or not there: written aside, verified, renamed; older ones go afterwards.
 
 checkpoint-N/ holds the engine's state, the result so far, progress.json (step and recipe) and manifest.json with the
-size and SHA-256 of every other file.
+size and SHA-256 of every other file, and a checksum of that list. A checkpoint that is damaged is never deleted: it
+gets another name, for a person to look at.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,17 +21,19 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from cogvideox.data.cache import CacheIndex
+from cogvideox.data.cache import CacheIndex, hash_of
 from cogvideox.engine import Engine
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, first_line
 from cogvideox.files import fsync, temporary_of, write_atomically
 from cogvideox.flags import CHANGEABLE
 from cogvideox.masters import state_bytes
 from cogvideox.optimizers import make_optimizer
 from cogvideox.options import LoraOptions, TrainOptions
-from cogvideox.run import Run
+from cogvideox.run import METRICS_NAME, Run
 
 PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
+MANIFEST_FORMAT = 2
+DAMAGED = "damaged-"  # before the names of checkpoints that could not be used
 SAMPLES_NAME = "samples.json"
 DATA = "data"  # the entry of a recipe that names the samples
 NAMES_SHOWN = 5
@@ -42,28 +46,70 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file under a folder but the manifest itself."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
-    return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in files}
+class Damage(ValueError):
+    """What is wrong with a checkpoint."""
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Size and hash of every file under a folder but the manifest itself, with a checksum of their list."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+    files = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in paths}
+    return {"format": MANIFEST_FORMAT, "sha256": hash_of(files), "files": files}
 
 
 def fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used; None: it is whole."""
+    """Why a checkpoint cannot be used; None: it is whole.
+
+    Whatever the bytes of its files are, this is an answer and never another error.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text())
-        json.loads((folder / PROGRESS_NAME).read_text())
-    except (OSError, ValueError) as error:
-        return f"{type(error).__name__} in its json files"
-    if not isinstance(manifest, dict) or PROGRESS_NAME not in manifest:
-        return f"{MANIFEST_NAME} lists no {PROGRESS_NAME}"
-    for name, entry in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["size"] or file_hash(path) != entry["sha256"]:
-            return f"{name} is not what was written"
+        for name, entry in listed_files(read_json(folder / MANIFEST_NAME)).items():
+            check_file(folder, name, entry)
+        progress = read_json(folder / PROGRESS_NAME)
+        if type(progress["step"]) is not int or not isinstance(progress["recipe"], dict):
+            raise Damage(f"{PROGRESS_NAME} has no step and recipe")
+    except Damage as damage:
+        return str(damage)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        return f"cannot be read ({first_line(error)})"
     return None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises Damage where there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damage(f"{type(error).__name__} in its json files") from None
+
+
+def listed_files(manifest: Any) -> dict[str, Any]:
+    """The entries of a manifest by the names of their files. Raises Damage where it cannot be trusted."""
+    if not isinstance(manifest, dict):
+        raise Damage(f"{MANIFEST_NAME} is not a list of files")
+    files: Any = manifest  # as earlier versions wrote it
+    if "files" in manifest or "format" in manifest:
+        if manifest.get("format") != MANIFEST_FORMAT:
+            raise Damage(f"{MANIFEST_NAME} was written by another version (format {manifest.get('format')!r})")
+        files = manifest.get("files")
+        if not isinstance(files, dict) or manifest.get("sha256") != hash_of(files):
+            raise Damage(f"{MANIFEST_NAME} is not what was written")
+    if PROGRESS_NAME not in files:
+        raise Damage(f"{MANIFEST_NAME} lists no {PROGRESS_NAME}")
+    return files
+
+
+def check_file(folder: Path, name: str, entry: Any) -> None:
+    """Raises Damage where a file of a checkpoint is not what its entry in the manifest says."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise Damage(f"{MANIFEST_NAME} names {name!r}, which is not inside the checkpoint")
+    if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+        raise Damage(f"{MANIFEST_NAME} has no size and hash of {name}")
+    path = folder / name
+    if not path.is_file():
+        raise Damage(f"{name} is missing")
+    if path.stat().st_size != entry["size"] or file_hash(path) != entry["sha256"]:
+        raise Damage(f"{name} is not what was written")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -156,7 +202,10 @@ class Saver:
 
     def _remove_replaced(self, step: int, found: list[Path]) -> None:
         for old in replaced_by(step, found, self.limit, self.kept):
-            remove(old)
+            if step_of(old) > step and fault(old):
+                keep_damaged(old)
+            else:
+                remove(old)
 
 
 def replaced_by(step: int, found: list[Path], limit: int | None, kept: int | None = None) -> list[Path]:
@@ -176,6 +225,8 @@ def seal(temporary: Path, target: Path) -> None:
     problem = fault(temporary)
     if problem:
         raise OSError(f"{temporary}: {problem}; is the disk full?")
+    if target.exists() and fault(target):
+        keep_damaged(target)
     old = aside(target)
     os.rename(temporary, target)
     fsync(target.parent)
@@ -185,6 +236,26 @@ def seal(temporary: Path, target: Path) -> None:
 def remove(folder: Path) -> None:
     """Deletes a checkpoint; a kill in between leaves nothing that looks like one."""
     shutil.rmtree(aside(folder), ignore_errors=True)
+
+
+def keep_damaged(path: Path) -> Path:
+    """Gives a damaged checkpoint, or what belongs to it, a name under which nothing reads or deletes it."""
+    other = path.with_name(f"{DAMAGED}{path.name}")
+    numbers = itertools.count(2)
+    while other.exists():
+        other = path.with_name(f"{DAMAGED}{path.name}.{next(numbers)}")
+    os.rename(path, other)
+    return other
+
+
+def keep_all_damaged(output_dir: Path) -> None:
+    """Before a run that starts anew: no checkpoint that is there could be used, and the metrics belong to them."""
+    found = checkpoints(output_dir)
+    metrics = output_dir / METRICS_NAME
+    if found and metrics.exists():
+        keep_damaged(metrics)  # first: after a kill the rest follows
+    for folder in found:
+        keep_damaged(folder)
 
 
 def aside(folder: Path) -> Path:
@@ -205,8 +276,11 @@ class StartPoint:
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def load(self, run: Run, engine: Engine, method: Any) -> None:
-        """Loads the checkpoint, if there is one, into the engine and the method."""
-        if self.folder is not None:
+        """Loads the checkpoint, if there is one, into the engine and the method; else keeps what is damaged aside."""
+        if self.folder is None:
+            if run.is_main:
+                keep_all_damaged(run.output_dir)
+        else:
             engine.load(self.folder)
             method.resume(self.folder)
             run.say(f"resuming from {self.folder} after step {self.step}")
@@ -248,11 +322,18 @@ def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
             there = ", ".join(path.name for path in checkpoints(run.output_dir)) or "none"
             raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}; in {run.output_dir}: {there}")
         return folder
-    for folder in checkpoints(run.output_dir):
+    found = checkpoints(run.output_dir)
+    for folder in found:
         problem = fault(folder)
         if problem is None:
             return folder
         run.say(f"{folder}: {problem}; trying the one before")
+    if found:
+        run.say(
+            f"{run.output_dir}: all {len(found)} checkpoints are damaged, so training starts at step 0; they and the "
+            f"metrics are kept as {DAMAGED}*; if there is a whole copy elsewhere, stop this run and give "
+            "--resume_from_checkpoint FOLDER"
+        )
     return None
 
 
