@@ -113,14 +113,14 @@ def at_most(plan: Plan, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.cuda.get_per_process_memory_fraction(device)
+    before = torch.cuda.get_per_process_memory_fraction()
     if isinstance(plan, ExecutionPlan):
         share = plan.peak / torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(before, share), device)
+        torch.cuda.set_per_process_memory_fraction(min(before, share))
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(before)
         torch.cuda.synchronize(device)  # host memory is given back, which copies may still use
         gc.collect()
         torch.cuda.empty_cache()
