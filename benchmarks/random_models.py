@@ -6,6 +6,7 @@ but one layer, because training never runs it.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,11 @@ def make_pipeline(kind: str, folder: Path) -> None:
     pipeline(*parts).save_pretrained(folder)
 
 
+def key_of(what: str, number: int) -> str:
+    """A name for a tensor in the cache, as if it were the hash of its content."""
+    return hashlib.sha256(f"{what} {number}".encode()).hexdigest()
+
+
 def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> None:
     """A prepared folder with random moments and embeddings."""
     import torch
@@ -130,18 +136,20 @@ def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> N
     cache, bucket = TensorCache(folder), Bucket(*clip_size(kind))
     cached = []
     for i in range(samples):
-        images = (f"cc{i}",) if is_image_to_video(kind) else ()
-        sample = CachedSample(f"{i}.mp4", f"clip {i}", bucket, (f"aa{i}",), f"bb{i}", image_keys=images)
+        images = (key_of("image", i),) if is_image_to_video(kind) else ()
+        video, prompt = key_of("video", i), key_of("prompt", i)
+        sample = CachedSample(f"{i}.mp4", f"clip {i}", bucket, (video,), prompt, image_keys=images)
         cache.write(sample.video_keys[0], {"moments_CFHW": torch.randn(geometry.moments_shape(bucket)).bfloat16()})
         for key in images:
             moments_KCHW = torch.randn(IMAGE_VARIANTS, *geometry.image_shape(bucket)).bfloat16()
             cache.write(key, {"image_moments_KCHW": moments_KCHW})
         cached.append(sample)
-    for key in [sample.prompt_key for sample in cached] + ["bbempty"]:
+    empty = key_of("prompt", -1)
+    for key in [sample.prompt_key for sample in cached] + [empty]:
         shape = (geometry.max_text_seq_length, geometry.text_embed_dim)
         cache.write(key, {"prompt_LD": torch.randn(shape).bfloat16()})
     dtypes = {"vae": "bf16", "text_encoder": "bf16"}
     length = geometry.max_text_seq_length
     fps = float(geometry.default_fps)
-    index = CacheIndex(tuple(cached), "bbempty", fps, encoders.vae, encoders.text_encoder, dtypes, length)
+    index = CacheIndex(tuple(cached), empty, fps, encoders.vae, encoders.text_encoder, dtypes, length)
     replace(index, image_variants=IMAGE_VARIANTS if is_image_to_video(kind) else 0).save(folder)
