@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from cogvideox import args
 from cogvideox.checkpoint import Saver
 from cogvideox.data.cache import TensorCache
+from cogvideox.finite import not_finite
 from cogvideox.options import LoraOptions
 from cogvideox.ranks import Ranks
 from cogvideox.run import Run
@@ -50,6 +51,9 @@ class FakeEngine:
 
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def not_finite(self) -> list[str]:
+        return not_finite({"weight": self.weight})
 
     def load(self, folder: Path) -> None:
         self.weight = load_file(folder / "optimizer.safetensors")["weight"]

@@ -27,7 +27,7 @@ from cogvideox.checkpoint import (
     replaced_by,
 )
 from cogvideox.data.cache import hash_of
-from cogvideox.errors import UsageError
+from cogvideox.errors import NonFiniteError, UsageError
 
 
 def names(output: Path) -> list[str]:
@@ -281,6 +281,35 @@ def test_steps_are_numbers_not_text(tmp_path: Path) -> None:
 def test_which_ones_are_replaced(step: int, there: list[int], limit: int | None, gone: list[int]) -> None:
     found = [Path(f"checkpoint-{number}") for number in there]
     assert replaced_by(step, found, limit) == [Path(f"checkpoint-{number}") for number in gone]
+
+
+def test_the_last_checkpoint_before_skipped_steps_stays_as_long_as_they_go_on(tmp_path: Path) -> None:
+    saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
+    for step, good_until in ((2, None), (4, None), (6, 5), (8, 5)):
+        saver.good_until = good_until
+        saver.save(step)
+    assert names(tmp_path) == ["checkpoint-8", "checkpoint-4"]
+    saver.trim(8)
+    assert names(tmp_path) == ["checkpoint-8", "checkpoint-4"]
+    saver.good_until = None
+    saver.save(10)
+    assert names(tmp_path) == ["checkpoint-10"]
+
+
+@pytest.mark.fault("numbers: infinity in what a checkpoint would hold")
+def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    saver = saver_of(run_alone(tmp_path), engine, limit=1)
+    engine.weight[3] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"^checkpoint-2 is not saved: weight holds .*no checkpoint was saved bef"):
+        saver.save(2)
+    engine.weight[3] = 0.0
+    saver.save(2)
+    before = listing(tmp_path)
+    engine.weight[3] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"the last good checkpoint is .*/checkpoint-2: resume with --resume"):
+        saver.save(4)
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("whole", [[], [2]])

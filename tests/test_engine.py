@@ -13,6 +13,7 @@ from bitsandbytes.optim import AdamW8bit
 from fakes import options_of
 from running import equal, lora_flags, train
 from safetensors.torch import load_file
+from stepping import values
 
 from cogvideox import loop
 from cogvideox.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, engine_name, make_engine
@@ -166,7 +167,7 @@ def test_deepspeed_gets_the_optimizer() -> None:
         state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
         num_processes=2,
         device=torch.device("cpu"),
-        prepare=lambda model, optimizer: (made.append(optimizer), None),
+        prepare=lambda model, optimizer: (made.append(optimizer), SimpleNamespace(optimizer=optimizer))[::-1],
     )
     for flags in ((), ("--use_8bit",)):
         DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options_of(Path("x"), *flags))
@@ -220,6 +221,7 @@ def test_deepspeed_steps_at_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer=SimpleNamespace(param_groups=groups),
         step=lambda: at.append([group["lr"] for group in groups]),
         get_global_grad_norm=lambda: 2.0,
+        was_step_applied=lambda: True,
     )
     accelerator = SimpleNamespace(
         state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
@@ -232,4 +234,52 @@ def test_deepspeed_steps_at_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options_of(Path("x")))
     results = [engine.step(rate).values.tolist() for rate in (1e-3, 1e-4)]
     assert at == [[1e-3, 1e-3], [1e-4, 1e-4]]
-    assert results == [[0.0, 2.0, 0.0]] * 2  # loss, norm, skipped
+    assert results == [[0.0, 2.0, 0.0, 1.0]] * 2  # loss, norm, skipped, loss scale
+
+
+class Scaler:
+    """As DeepSpeed's DynamicLossScaler at each overflow."""
+
+    cur_scale, raise_error_at_min_scale = 2.0, True
+
+    def update_scale(self) -> None:
+        assert self.cur_scale > 1.0 or not self.raise_error_at_min_scale
+        self.cur_scale = max(1.0, self.cur_scale / 2)
+
+
+@pytest.mark.fault("numbers: an overflow under DeepSpeed", times=2)
+@pytest.mark.parametrize("norm", [float("inf"), None])  # None: its configuration turns norms off
+def test_deepspeed_skips_count_like_ours(monkeypatch: pytest.MonkeyPatch, norm: float | None) -> None:
+    """At the lowest loss scale DeepSpeed would end the run itself, with a traceback; here the step is counted."""
+    scaler = Scaler()
+    masters = {"params": [torch.nn.Parameter(torch.ones(4))], "lr": 0.0}
+    inner = torch.optim.AdamW(masters["params"])  # type: ignore[arg-type]
+
+    class Optimizer:
+        optimizer, param_groups, loss_scaler = inner, [masters], scaler
+
+        @property
+        def loss_scale(self) -> float:
+            return scaler.cur_scale
+
+    model = SimpleNamespace(
+        optimizer=Optimizer(),
+        step=scaler.update_scale,
+        get_global_grad_norm=lambda: norm,
+        was_step_applied=lambda: False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
+        num_processes=1,
+        device=torch.device("cpu"),
+        prepare=lambda *_: (model, None),
+    )
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    engine = DeepSpeedEngine(accelerator, None, masters["params"], options_of(Path("x")))
+    found = [values(engine.step(0.1)) for _ in range(4)]
+    assert [step["skipped"] for step in found] == [1.0] * 4
+    assert [step["loss_scale"] for step in found] == [2.0, 1.0, 1.0, 1.0]
+    assert engine.not_finite() == []
+    inner.state[masters["params"][0]]["exp_avg"] = torch.tensor([1.0, torch.nan])
+    assert engine.not_finite() == ["exp_avg of parameter group 0"]

@@ -18,7 +18,7 @@ PACKAGE = TRAINING / "cogvideox"
 LAYERS = (
     ("errors", "host_memory", "stopping"),
     ("files",),
-    ("flags", "draws", "sheets", "curves", "data.workers", "locks"),
+    ("flags", "draws", "sheets", "curves", "finite", "data.workers", "locks"),
     ("options", "data.buckets", "data.transforms", "data.columns", "data.faults"),
     ("conflicts", "geometry", "hub", "lora_file", "prompts", "data.frames", "data.paths", "data.tables"),
     ("args", "data.cache", "data.forms", "data.packets", "data.pictures", "data.decord_reader"),
@@ -36,7 +36,7 @@ LAYERS = (
     ("images", "tensors"),
     ("execution",),
     ("checkpoint", "validation"),
-    ("before_after", "best", "block_check", "held_out", "parity"),
+    ("before_after", "best", "block_check", "held_out", "parity", "skipped"),
     ("card", "pipeline_folder"),
     ("publish",),
     ("loop",),

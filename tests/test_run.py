@@ -203,11 +203,11 @@ def test_a_refused_resume_changes_nothing(model: Path, tensors: Path, reference:
 
 
 def result(loss: float = 1.0, skipped: float = 0.0) -> StepResult:
-    return StepResult(torch.tensor([loss, 0.5, skipped]))
+    return StepResult(torch.tensor([loss, 0.5, skipped, 1.0]))
 
 
 def metrics_of(output: Path, first: int = 0, logged: list[Any] | None = None) -> Metrics:
-    return Metrics(run_alone(output, logged), options_of(output), first, 100)
+    return Metrics(run_alone(output, logged), first, 100)
 
 
 def strict_lines(output: Path) -> list[dict[str, Any]]:
@@ -266,36 +266,29 @@ def test_every_step_is_written_once_and_one_step_late(tmp_path: Path) -> None:
     assert [line["step"] for line in strict_lines(tmp_path)] == [1, 2, 3]
 
 
-def test_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
-    metrics = metrics_of(tmp_path)
-    for step in range(1, 100):
-        metrics.push(step, 0.1, result(skipped=float(step % 32 != 0)))  # 31 in a row, again and again
-    metrics.flush()
-    metrics = metrics_of(tmp_path)
-    for step in range(1, 33):
-        metrics.push(step, 0.1, result(float("nan"), skipped=1.0))
-    with pytest.raises(FloatingPointError, match="32 steps in a row up to 32"):
-        metrics.flush()
-    assert len(strict_lines(tmp_path)) == 32
+@pytest.mark.parametrize(("precision", "written"), [("fp16", True), ("bf16", False)])
+def test_the_loss_scale_is_written_where_there_is_one(tmp_path: Path, precision: str, written: bool) -> None:
+    run = run_alone(tmp_path)
+    run.precision = precision
+    metrics = Metrics(run, 0, 100)
+    metrics.push(1, 0.1, result())
+    metrics.close()
+    assert ("loss_scale" in strict_lines(tmp_path)[0]) == written
 
 
-def test_a_run_that_only_skips_ends_and_keeps_its_checkpoints(
-    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "lora"
-    monkeypatch.setattr(
-        "cogvideox.loop.diffusion.loss", lambda schedule, predict, x0, noise, t: poisoned(predict, x0, t)
-    )
-    monkeypatch.setattr(run_module, "MAX_SKIPPED", 3)
-    with pytest.raises(FloatingPointError, match="3 steps in a row up to 3"):
-        train(lora_flags(model, tensors, output, "--load_tensors"))
-    assert [line["skipped"] for line in strict_lines(output)] == [1.0, 1.0, 1.0]
-    assert (output / "checkpoint-2").is_dir()
-
-
-def poisoned(predict: Any, x0: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """Losses whose gradients are NaN."""
-    return predict(x0, timestep).flatten(1).mean(1) * float("nan")
+def test_a_watch_gets_each_step_that_has_arrived(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    metrics = Metrics(run_alone(tmp_path), 0, 100, lambda *arrived: seen.append(arrived))
+    metrics.samples += [("a", 7)]
+    metrics.push(1, 0.1, result(skipped=1.0))
+    assert not seen
+    metrics.samples += [("b", 8)]
+    metrics.push(2, 0.1, result())
+    metrics.close()
+    assert [(step, numbers["skipped"], samples) for step, numbers, samples in seen] == [
+        (1, 1.0, [("a", 7)]),
+        (2, 0.0, [("b", 8)]),
+    ]
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

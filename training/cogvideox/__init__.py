@@ -1,6 +1,6 @@
 """The library behind the scripts in training/. Imports go downward only; a test enforces it.
 
-errors.py             UsageError: what a user can mend
+errors.py             UsageError: what a user can mend; NonFiniteError: training went to NaN
 files.py              files that are whole or not there; what a disk refuses
 locks.py              one process at a time in a folder, on any file system
 host_memory.py        memory of the host, or of the container, that is free
@@ -9,6 +9,7 @@ flags.py              every flag once, as frozen dataclasses
 options.py            what each script takes, what follows from it
 conflicts.py          what flags contradict
 args.py               the command line: parsed, printed, suggested
+finite.py             which tensors hold NaN or infinity
 draws.py              every random draw as a function of (seed, visit, sample, purpose)
 sheets.py             contact sheets: labels and frames in one PNG
 curves.py             metrics.jsonl -> a picture of loss and learning rate
@@ -70,6 +71,7 @@ tensors.py            a prepared folder, or one prepared now
 execution.py          the plan of a run: sizes, the machine measured, blocks placed
 block_check.py        blocks as a plan runs them against diffusers' own, before the first step
 checkpoint.py         checkpoints that are whole or not there
+skipped.py            steps that changed no weight: told, counted, too many end the run
 validation.py         videos while training
 parity.py             what training feeds the transformer against what the pipeline does
 before_after.py       each prompt before and after training, beside a training clip

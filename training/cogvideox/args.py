@@ -21,14 +21,14 @@ from typing import Any
 
 from cogvideox import stopping
 from cogvideox.conflicts import flag_problems, foreign_problems, idle_schedule
-from cogvideox.errors import UsageError, one_line, public_urls
+from cogvideox.errors import NonFiniteError, UsageError, one_line, public_urls
 from cogvideox.flags import HIDDEN
 from cogvideox.options import Options, TrainOptions, derive, elsewhere, fields_of, image_flags, names_of
 
 LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
 EPILOG = "Flags of the suite's other scripts are taken, and named as having no effect here."
 TAKEN = "no effect"  # the origin of a flag that only other scripts have
-USAGE_EXIT = 2
+USAGE_EXIT, NON_FINITE_EXIT = 2, 3
 # of the file system: the user can mend them
 DISK_ERRORS = {
     errno.ENOSPC,
@@ -316,8 +316,8 @@ def parse(
 def run_script(
     main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
 ) -> typing.NoReturn:
-    """Parses, runs ``main`` and ends the script: status 2 and a line for each problem where the user can fix it, 75
-    where the script was asked to stop.
+    """Parses, runs ``main`` and ends the script: status 2 and a line for each problem where the user can fix it, 3 and
+    one line where training went to NaN, 75 where the script was asked to stop.
     """
     stopping.install()
     for name in NOISY:
@@ -345,6 +345,10 @@ def status_of(
         count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
         lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in error.problems)]
         print(*lines, sep="\n", file=sys.stderr)
+    except NonFiniteError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
+        return NON_FINITE_EXIT
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from cogvideox.data.cache import CacheIndex, hash_of
 from cogvideox.engine import Engine
-from cogvideox.errors import UsageError, first_line
+from cogvideox.errors import NonFiniteError, UsageError, first_line
 from cogvideox.files import fsync, temporary_of, write_atomically
 from cogvideox.flags import CHANGEABLE
 from cogvideox.masters import state_bytes
@@ -159,6 +159,7 @@ class Saver:
     every_minutes: float | None = None
     kept: int | None = None  # the step of a checkpoint that the limit does not concern
     saved_at: float = field(default_factory=time.monotonic)
+    good_until: int | None = None  # while steps are skipped, the step before: its last checkpoint stays, too
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after this optimizer step."""
@@ -169,7 +170,12 @@ class Saver:
         return self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
 
     def save(self, step: int) -> None:
-        """Leaves a whole checkpoint of ``step``, then removes those beyond the limit."""
+        """Leaves a whole checkpoint of ``step``, then removes those beyond the limit.
+
+        Raises:
+            NonFiniteError: something of what would be saved is not finite; nothing is written or removed.
+        """
+        self._check_finite(step)
         target = self.run.output_dir / f"{PREFIX}{step}"
         temporary = self.run.output_dir / f".{target.name}.tmp"
         if self.run.is_main:
@@ -196,25 +202,49 @@ class Saver:
             size = f"{num_bytes / 2**30:.3g} GiB"
             self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and takes {seconds:.0f} s")
 
+    def _check_finite(self, step: int) -> None:
+        bad = self.run.ranks.gather(self.engine.not_finite())
+        if bad:
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            back = way_back(self.run.output_dir, step if self.good_until is None else self.good_until)
+            rule = f"{bad[0]}{more} holds numbers that are not finite; older checkpoints are untouched"
+            raise NonFiniteError(f"{PREFIX}{step} is not saved: {rule}; {back}")
+
     def trim(self, step: int) -> None:
         """Removes checkpoints up to a step that the limit has no room for; later ones stay. On the main process."""
         self._remove_replaced(step, [path for path in checkpoints(self.run.output_dir) if step_of(path) <= step])
 
     def _remove_replaced(self, step: int, found: list[Path]) -> None:
-        for old in replaced_by(step, found, self.limit, self.kept):
+        before = None if self.good_until is None else last_until(found, self.good_until)
+        kept = {self.kept, None if before is None else step_of(before)}
+        for old in replaced_by(step, found, self.limit, kept):
             if step_of(old) > step and fault(old):
                 keep_damaged(old)
             else:
                 remove(old)
 
 
-def replaced_by(step: int, found: list[Path], limit: int | None, kept: int | None = None) -> list[Path]:
+def replaced_by(step: int, found: list[Path], limit: int | None, kept: Container[int | None] = ()) -> list[Path]:
     """Of the checkpoints (newest first), those that a new one of ``step`` makes obsolete: later ones, which are damaged
-    or of a future that was given up, and the oldest beyond the limit but the one ``kept``.
+    or of a future that was given up, and the oldest beyond the limit but those whose steps are ``kept``.
     """
     later = [path for path in found if step_of(path) > step]
     rest = [path for path in found if step_of(path) <= step]
-    return later + [path for path in (rest[limit:] if limit else []) if step_of(path) != kept]
+    return later + [path for path in (rest[limit:] if limit else []) if step_of(path) not in kept]
+
+
+def last_until(found: list[Path], step: int) -> Path | None:
+    """Of checkpoints, newest first, the first one that is not of a later step."""
+    return next((path for path in found if step_of(path) <= step), None)
+
+
+def way_back(output_dir: Path, step: int) -> str:
+    """Where training that went to NaN after a step can continue from, and with what, for a message."""
+    good = last_until(checkpoints(output_dir), step)
+    if good is None:
+        return "no checkpoint was saved before; start again with a lower --learning_rate"
+    lower = "a lower --learning_rate and --allow_changed learning_rate"
+    return f"the last good checkpoint is {good}: resume with --resume_from_checkpoint {good.name}, {lower}"
 
 
 def seal(temporary: Path, target: Path) -> None:

@@ -60,8 +60,11 @@ class Ema:
 
     def state(self, copy: bool = True) -> dict[str, Tensor]:
         """All that a resumed run needs, on the CPU; ``copy`` as in masters.for_file."""
-        tensors = {COUNT: self.steps, **{f"average/{name}": average for name, average in self.averages.items()}}
-        return for_file(tensors, copy)
+        return for_file(self.tensors(), copy)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same where they lie: nothing is copied."""
+        return {COUNT: self.steps, **{f"average/{name}": average for name, average in self.averages.items()}}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes up what ``state`` returned."""

@@ -1,7 +1,8 @@
 """Who runs the backward pass and the update: this process with fp32 masters, or DeepSpeed.
 
 An engine has ``model`` (what the loss calls), ``backward(loss)``, ``step(lr)``, ``save(folder)`` on all ranks,
-``load(folder)`` and ``averaged()``: the model with the weights that are looked at and exported.
+``load(folder)``, ``averaged()``: the model with the weights that are looked at and exported, and ``not_finite()``: what
+of all that ``save`` would write here holds NaN or infinity, by name.
 DeepSpeed's own checkpoint files are the only ones of the project that are not safetensors.
 """
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from cogvideox.ema import Ema
 from cogvideox.errors import UsageError
+from cogvideox.finite import not_finite
+from cogvideox.masters import plain_tensors
 from cogvideox.offload import OffloadedWeights
 from cogvideox.optim import MasterWeights, StepResult
 from cogvideox.optimizers import host_state_problems, make_optimizer
@@ -42,6 +45,8 @@ class Engine(Protocol):
     def load(self, folder: Path) -> None: ...
 
     def averaged(self) -> AbstractContextManager[None]: ...
+
+    def not_finite(self) -> list[str]: ...
 
 
 class LocalEngine:
@@ -73,6 +78,15 @@ class LocalEngine:
         with self.ema.applied() if self.ema else nullcontext():
             yield
             self.masters.wait()
+
+    def not_finite(self) -> list[str]:
+        """Weights, masters, moments and averages that are not finite, on the rank that writes them."""
+        if not self.writes:
+            return []
+        averages = self.ema.tensors() if self.ema else {}
+        parameters = self.masters.parameters.items()
+        rounded = {f"weight/{name}": p.detach() for name, p in parameters if p.dtype != torch.float32}
+        return not_finite(self.masters.tensors() | averages | rounded)  # a master may be too large for fp16
 
     def save(self, folder: Path) -> None:
         """Writes masters, optimizer state and the average, on one rank."""
@@ -112,6 +126,9 @@ class DeepSpeedEngine:
         )
         optimizer = make_optimizer(options.optimizer, parameters)
         self.model, _ = accelerator.prepare(transformer, optimizer)
+        scaler = getattr(self.model.optimizer, "loss_scaler", None)
+        if scaler is not None:
+            scaler.raise_error_at_min_scale = False  # steps that are skipped at a scale of 1 are counted instead
         self.tail = torch.zeros(1, device=accelerator.device)
 
     def backward(self, loss: Tensor) -> None:
@@ -125,18 +142,30 @@ class DeepSpeedEngine:
         """The optimizer step that ends an accumulation."""
         for group in self.model.optimizer.param_groups:
             group["lr"] = lr
+        scale = torch.as_tensor(float(getattr(self.model.optimizer, "loss_scale", 1.0)), device=self.tail.device)
         self.model.step()
         dist.all_reduce(self.tail)
         self.tail /= dist.get_world_size()
         norm = torch.as_tensor(self.model.get_global_grad_norm() or 0.0, device=self.tail.device).float()
-        skipped = (~torch.isfinite(norm)).float()
-        result = StepResult(torch.stack([self.tail[0], norm, skipped]))
+        skipped = (~torch.isfinite(norm)).float() if self.model.was_step_applied() else torch.ones_like(norm)
+        result = StepResult(torch.stack([self.tail[0], norm, skipped, scale]))
         self.tail.zero_()
         return result
 
     def averaged(self) -> AbstractContextManager[None]:
         """The trained weights: conflicts.py refuses --use_ema here."""
         return nullcontext()
+
+    def not_finite(self) -> list[str]:
+        """Of this rank's share: DeepSpeed joins the parameters of a group into one, so there are no other names."""
+        inner = getattr(self.model.optimizer, "optimizer", self.model.optimizer)
+        tensors = {}
+        for number, group in enumerate(inner.param_groups):
+            for master in group["params"]:
+                tensors[f"master of parameter group {number}"] = master.detach()
+                for key, tensor in plain_tensors(inner.state[master]):
+                    tensors[f"{key} of parameter group {number}"] = tensor
+        return not_finite(tensors)
 
     def save(self, folder: Path) -> None:
         """Writes DeepSpeed's checkpoint, on all ranks."""

@@ -1,4 +1,4 @@
-"""The errors that a user can cause. Owns nothing; every layer raises them, the scripts print them and exit 2."""
+"""The errors that a user can act on. Every layer raises them; the scripts print them, and exit with 2 or 3."""
 
 import re
 from collections.abc import Sequence
@@ -59,3 +59,10 @@ class DiskError(UsageError):
     def knowing(self, safe: str) -> "DiskError":
         """The same with what has not been lost."""
         return DiskError(self.problem, self.fix, self.safe or safe)
+
+
+class NonFiniteError(ArithmeticError):
+    """Training went to NaN or infinity: what was found, the last good checkpoint, and the nearest fix, on one line.
+
+    It is raised on all ranks at once.
+    """

@@ -36,7 +36,8 @@ from cogvideox.parity import check_parity
 from cogvideox.pipeline_folder import fetch_parts
 from cogvideox.plan import HOST, ExecutionPlan
 from cogvideox.publish import publish
-from cogvideox.run import METRICS_NAME, Metrics, Run, start_run, start_trackers, write_config
+from cogvideox.run import METRICS_NAME, Metrics, Run, Sample, start_run, start_trackers, write_config
+from cogvideox.skipped import SkippedSteps
 from cogvideox.streaming import Away
 from cogvideox.tensors import Tensors, open_tensors
 from cogvideox.validation import Prompts, Validator, embed_prompts
@@ -175,6 +176,7 @@ class Trainer:
         if run.is_main:
             write_config(run, options)
             write_samples(run.output_dir, tensors.index)
+        self.skipped = SkippedSteps(run, steps.first)
         self.saver = Saver(
             run,
             self.engine,
@@ -183,6 +185,7 @@ class Trainer:
             train.checkpointing_steps,
             train.checkpoints_total_limit,
             train.save_every_minutes,
+            good_until=self.skipped.good_until,
         )
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, steps.order)
         self.before_after = BeforeAfter(run, tensors, self.validator)
@@ -200,7 +203,7 @@ class Trainer:
         Raises:
             Stopped: a signal asked for the end; the steps up to then are saved.
         """
-        metrics = Metrics(self.run, self.options, self.steps.first, self.steps.total)
+        metrics = Metrics(self.run, self.steps.first, self.steps.total, self._watch)
         self.best.start(self.steps.first)
         self.validator.set_aside(self.steps.first, self.steps.total, self.steps.recipe)
         if self._looks_due(self.steps.first):
@@ -209,7 +212,7 @@ class Trainer:
             metrics.forget_peaks()
         if self.options.method == "sft":
             self.saver.announce(self.options)  # a LoRA is saved in a moment
-        with closing(batches_of(self._loader())) as batches:
+        with closing(metrics.bar), closing(batches_of(self._loader())) as batches:
             self._train(metrics, batches)
         metrics.close()
 
@@ -252,6 +255,7 @@ class Trainer:
             with metrics.loading():
                 batch = next(batches)
             metrics.bad_clips = self.bad_clips.count(batch.replaced)
+            metrics.samples += batch.samples()
             self.method.draw_for(step, (micro * self.run.world + self.run.ranks.process_index) * len(batch.ids))
             batch = batch.to(self.run.device)
             losses_B = losses_of(self.task, self.schedule, self.engine.model, batch)
@@ -270,6 +274,11 @@ class Trainer:
     def _save(self, step: int) -> None:
         self.saver.save(step)
         stopping.allow(f"and saved after step {step} of {self.steps.total}")
+
+    def _watch(self, step: int, numbers: dict[str, float], samples: list[Sample]) -> None:
+        """Each step whose numbers have arrived: ends the run where too many were skipped."""
+        self.skipped.add(step, numbers, samples)
+        self.saver.good_until = self.skipped.good_until
 
     def _looks_due(self, step: int) -> bool:
         """Whether the weights are to be looked at after a step: always before the first and after the last."""
@@ -341,6 +350,8 @@ class Trainer:
     def finish(self) -> int:
         """The last validation and the result; returns the script's exit status."""
         step = self.steps.total
+        if summary := self.skipped.summary():
+            self.run.say(summary)
         self._look(step)
         run, options = self.run, self.options
         if options.train.export_best:

@@ -97,7 +97,7 @@ class OffloadedWeights:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.norms.clear()
-        result = StepResult(torch.stack([self.tail[0], norm, skipped]))
+        result = StepResult(torch.stack([self.tail[0], norm, skipped, torch.ones_like(norm)]))
         self.tail.zero_()
         return result
 
@@ -110,12 +110,16 @@ class OffloadedWeights:
 
     def state(self, copy: bool = True) -> dict[str, Tensor]:
         """All that a resumed run needs, as plain tensors by name, as MasterWeights names them; copied as there."""
+        return for_file(self.tensors(), copy)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same where they lie: nothing is copied."""
         tensors = {}
         for name, _, inner, master in self._masters():
             tensors[f"master/{name}"] = master.detach()
             for key, tensor in plain_tensors(inner.optimizer.state[master]):
                 tensors[f"{key}/{name}"] = tensor
-        return for_file(tensors, copy)
+        return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:

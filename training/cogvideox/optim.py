@@ -32,6 +32,7 @@ from cogvideox.masters import (
 from cogvideox.streaming import Away, Conveyor, compute_waits_for, norms_of
 
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
+LOSS_SCALE = "loss_scale"
 ALL = "*"  # in the names of tensors, instead of a parameter
 
 
@@ -65,11 +66,13 @@ def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: fl
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, still on the device: loss, gradient norm, skipped, each a scalar."""
+    """What one optimizer step did, still on the device: loss, gradient norm, skipped, and the scale that the loss was
+    multiplied with, which is 1 but for fp16; each a scalar.
+    """
 
-    values: Tensor  # (3,) fp32
+    values: Tensor  # (4,) fp32
 
-    NAMES = ("loss", "grad_norm", "skipped")
+    NAMES = ("loss", "grad_norm", "skipped", LOSS_SCALE)
 
     @property
     def skipped(self) -> Tensor:
@@ -153,7 +156,7 @@ class MasterWeights:
         skipped = (~torch.isfinite(norm)).float()
         clip = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else torch.ones_like(norm)
         self._update(lr, divisor=clip * self.scale, skipped=skipped)
-        result = StepResult(torch.stack([self.tail[0], norm, skipped]))
+        result = StepResult(torch.stack([self.tail[0], norm, skipped, self.scale]))
         self.buffer.zero_()
         if self.away:
             self.away.gradients.clear()
@@ -217,14 +220,18 @@ class MasterWeights:
         Args:
             copy: see ``for_file``.
         """
+        return for_file(self.tensors(), copy)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same where they lie: nothing is copied."""
         self.wait()
-        tensors = {"loss_scale": self.scale, "good_steps": self.good_steps}
+        tensors = {LOSS_SCALE: self.scale, "good_steps": self.good_steps}
         for group in self.groups:
             tensors |= group.state()
         for key, value in group_numbers(self.groups[0].optimizer).items():  # the same in all
             if self.fresh_numbers.get(key) != value:
                 tensors[f"{key}/{ALL}"] = as_tensor(value)
-        return for_file(tensors, copy)
+        return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes up what ``state`` returned, wherever that had its masters."""
@@ -235,7 +242,7 @@ class MasterWeights:
             self._update(0.0, torch.ones((), device=self.device), torch.zeros((), device=self.device))
             self.buffer.zero_()  # some optimizers add weight decay to the gradients themselves
         self.wait()
-        self.scale.copy_(tensors["loss_scale"])
+        self.scale.copy_(tensors[LOSS_SCALE])
         self.good_steps.copy_(tensors["good_steps"])
         numbers = self.fresh_numbers | {key: tensor.item() for key, tensor in of[ALL].items()}
         for group in self.groups:

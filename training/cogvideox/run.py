@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,13 +26,12 @@ from cogvideox.errors import UsageError, first_line
 from cogvideox.files import LOCK_NAME, disk_errors_told, remove_temporaries, write_atomically
 from cogvideox.hub import open_repository
 from cogvideox.locks import Lock, take
-from cogvideox.optim import StepResult
+from cogvideox.optim import LOSS_SCALE, StepResult
 from cogvideox.options import TrainOptions, launched_processes, precision_of, tracker_names, under_deepspeed
 from cogvideox.ranks import Ranks, check_world
 
 CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
 WANDB_SECONDS = 20.0  # to reach its server; its own default is 90
-MAX_SKIPPED = 32  # optimizer steps in a row; fp16's loss scale needs up to 16 to settle
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")
 
@@ -274,6 +273,10 @@ class Mark:
         return earlier.event.elapsed_time(self.event) / 1000.0
 
 
+Sample = tuple[str, int]  # id and timestep
+Watch = Callable[[int, dict[str, float], list[Sample]], None]
+
+
 @dataclass
 class Pending:
     """A step whose numbers are still on their way from the device."""
@@ -282,24 +285,28 @@ class Pending:
     lr: float
     loading_seconds: float  # that this process waited for batches
     bad_clips: int
+    samples: list[Sample]  # that this process had
     values: torch.Tensor
     start: Mark
     end: Mark
 
 
 class Metrics:
-    """Losses and the rest: to metrics.jsonl, the trackers and the progress bar."""
+    """Losses and the rest: to metrics.jsonl, the trackers and the progress bar.
 
-    def __init__(self, run: Run, options: TrainOptions, first_step: int, total_steps: int) -> None:
-        self.run = run
+    ``watch`` gets each step whose numbers have arrived, with StepResult's by name and the samples of this process.
+    """
+
+    def __init__(self, run: Run, first_step: int, total_steps: int, watch: Watch | None = None) -> None:
+        self.run, self.watch = run, watch
         self.path = run.output_dir / METRICS_NAME
         self.pending: Pending | None = None
         self.last: dict[str, float] = {}  # numbers of the newest step that has arrived
         self.seconds = 0.0  # of that step
-        self.skipped_in_a_row = 0
         self.mark = Mark(run.device)  # the end of the step before
         self.loading_seconds = 0.0
         self.bad_clips = 0  # that this process has met so far
+        self.samples: list[Sample] = []  # that this process has had since the last step
         self.bar = tqdm(
             initial=first_step,
             total=total_steps,
@@ -329,8 +336,9 @@ class Metrics:
         values = result.values.to("cpu", non_blocking=True)
         end = Mark(self.run.device)
         self.flush()
-        self.pending = Pending(step, lr, self.loading_seconds, self.bad_clips, values, self.mark, end)
-        self.mark, self.loading_seconds = end, 0.0
+        of_step = (self.loading_seconds, self.bad_clips, self.samples)
+        self.pending = Pending(step, lr, *of_step, values, self.mark, end)
+        self.mark, self.loading_seconds, self.samples = end, 0.0, []
 
     def flush(self) -> None:
         """Writes the step that is queued, if any."""
@@ -341,13 +349,16 @@ class Metrics:
         self.last = dict(zip(StepResult.NAMES, pending.values.tolist(), strict=True))
         self.seconds = pending.end.seconds_since(pending.start)
         record = {"step": pending.step, "lr": pending.lr, **self.last}
+        if self.run.precision != "fp16":
+            del record[LOSS_SCALE]  # always 1
         record |= {"seconds": round(self.seconds, 5)}
         record |= {"loading_seconds": round(pending.loading_seconds, 5), "bad_clips": pending.bad_clips}
         if peaks := memory_peaks():
             record["peak_gib"], record["reserved_gib"] = (round(peak, 3) for peak in peaks)
         if self.run.is_main:
             self._write(record)
-        self._check_skipped(pending.step, self.last["skipped"])
+        if self.watch:
+            self.watch(pending.step, self.last, pending.samples)
 
     def _write(self, record: dict[str, float]) -> None:
         write_metrics(self.run, record)
@@ -356,15 +367,6 @@ class Metrics:
             shown["GiB"] = f"{record['peak_gib']:.2f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(int(record["step"]) - self.bar.n)
-
-    def _check_skipped(self, step: int, skipped: float) -> None:
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row == MAX_SKIPPED:
-            raise FloatingPointError(
-                f"the gradients of {MAX_SKIPPED} steps in a row up to {step} were not finite; none of them changed a "
-                "weight, and the checkpoints are as they were. Start with another --output_dir and a lower "
-                "--learning_rate, or --mixed_precision bf16"
-            )
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from cogvideox.data.sampler import BucketBatchSampler, Visit
 from cogvideox.data.workers import end_with_parent, ignore_stop_signals
 from cogvideox.draws import key_of, uniform
 from cogvideox.errors import UsageError, first_line
+from cogvideox.finite import not_finite
 from cogvideox.flags import SignalFlags
 from cogvideox.geometry import Geometry
 
@@ -42,6 +43,10 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def samples(self) -> list[tuple[str, int]]:
+        """Id and timestep of each sample. Waits for the device if the batch is there."""
+        return list(zip(self.ids, self.timestep_B.tolist(), strict=True))
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
@@ -118,7 +123,7 @@ def _read(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Te
     found = None if tensor is None else tuple(tensor.shape)
     if tensor is None or found != shape:
         raise CacheError(f"{cache.path(key)}: its {name} is {found}, not {shape}; prepare_dataset.py --repair mends it")
-    if not torch.isfinite(tensor).all():  # preparing refuses to write such a file, whatever wrote this one
+    if not_finite({name: tensor}):  # preparing refuses to write such a file, whatever wrote this one
         raise cache.set_aside(key, f"{cache.path(key)}: its {name} holds numbers that are not finite")
     return tensor
 
