@@ -8,6 +8,7 @@ stopping.py           ending early without losing work: signals, the launcher's 
 flags.py              every flag once, as frozen dataclasses
 options.py            what each script takes, what follows from it
 conflicts.py          what flags contradict
+prepared.py           the flags that a prepared folder was made with, for --load_tensors
 args.py               the command line: parsed, printed, suggested
 finite.py             which tensors hold NaN or infinity
 draws.py              every random draw as a function of (seed, visit, sample, purpose)

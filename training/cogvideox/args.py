@@ -24,6 +24,7 @@ from cogvideox.conflicts import flag_problems, foreign_problems, idle_schedule
 from cogvideox.errors import NonFiniteError, UsageError, one_line, public_urls
 from cogvideox.flags import HIDDEN
 from cogvideox.options import Options, TrainOptions, derive, elsewhere, fields_of, image_flags, names_of
+from cogvideox.prepared import as_prepared
 
 LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
 EPILOG = "Flags of the suite's other scripts are taken, and named as having no effect here."
@@ -297,6 +298,8 @@ def parse(
     options, sources = read_flags(options_type, sys.argv[1:] if argv is None else argv, description)
     options = derive(options, sources)
     problems = list(flag_problems(options, sources))
+    options, found = as_prepared(options, sources, read_value)
+    problems.extend(found)
     if not problems and os.environ.get("RANK", "0") == "0":
         for remark in remarks(options, sources):
             print(remark, file=sys.stderr)

@@ -31,6 +31,7 @@ from cogvideox.options import (
     PrepareOptions,
     TrainOptions,
     launched_processes,
+    reads_clips,
     resolution,
     resolutions,
     target_pattern,
@@ -49,7 +50,7 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
     yield from bucket_problems(data, given)
     if data.frame_selection == "uniform" and data.fps is not None:
         yield "--frame_selection uniform: has no rate; leave out --fps, or use middle, head or random"
-    if len(data.repeats) not in (1, len(data.data_root)):
+    if reads_clips(options) and len(data.repeats) not in (1, len(data.data_root)):
         yield (
             f"--repeats {' '.join(map(str, data.repeats))}: {len(data.repeats)} numbers for {len(data.data_root)} "
             "folders of --data_root; give one number, or one for each"

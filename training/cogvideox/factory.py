@@ -30,8 +30,9 @@ from cogvideox.files import stamp_of
 from cogvideox.flags import DataFlags
 from cogvideox.geometry import Geometry
 from cogvideox.options import image_flags, resolutions
+from cogvideox.prepared import MOMENTS, is_factory_layout
 
-MOMENTS, EMBEDS, IMAGES = "video_latents", "prompt_embeds", "image_latents"  # the folders
+EMBEDS, IMAGES = "prompt_embeds", "image_latents"  # the folders beside MOMENTS
 NAMES = {MOMENTS: "moments_CFHW", EMBEDS: "prompt_LD", IMAGES: "image_moments_KCHW"}  # the tensors in the cache
 
 
@@ -51,17 +52,12 @@ class Row:
         return (MOMENTS, self.moments), (EMBEDS, self.embeds), *images
 
 
-def is_factory_layout(folder: Path) -> bool:
-    """Whether a folder, or one in it, holds tensors as the factory writes them, and is not prepared by us."""
-    return not (folder / "index.json").is_file() and any(
-        path.is_dir() for pattern in (MOMENTS, f"*/{MOMENTS}") for path in folder.glob(pattern)
-    )
-
-
 def check_tensors(options: Any) -> Iterator[str]:
     """Problems of the folder that is given with --load_tensors, for args.parse; no tensor is read."""
     folder = Path(options.data.data_root[0])
     if options.loader.load_tensors and is_factory_layout(folder):
+        if len(options.data.repeats) > 1:
+            yield f"--repeats {' '.join(map(str, options.data.repeats))}: there is one folder; give one number"
         try:
             read_rows(folder, options.data, image_flags(options) is not None)
         except UsageError as error:
@@ -69,10 +65,6 @@ def check_tensors(options: Any) -> Iterator[str]:
     elif options.loader.load_tensors:
         if options.loader.tensor_cache:
             yield "--tensor_cache: the tensors of this folder are used as they are; leave it out"
-        if options.data.dataset_file:
-            yield "--dataset_file: this folder has its own list of what was prepared; leave it out"
-        if options.data.repeats != (1,):
-            yield "--repeats: the clips of this folder are used as they were prepared; prepare with the flag"
         if not open_index(folder).image_variants and image_flags(options) is not None:
             yield f"--load_tensors: {folder} holds no image latents; prepare it with --save_image_latents"
 

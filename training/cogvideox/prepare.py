@@ -53,6 +53,7 @@ from cogvideox.files import stamp_of
 from cogvideox.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.geometry import Geometry
 from cogvideox.options import resolutions
+from cogvideox.prepared import kept_values
 from cogvideox.t5_stream import CAPTIONS_A_PASS
 
 LEDGER_EVERY = 64  # records written to the ledger at once while planning
@@ -388,6 +389,13 @@ class Preparation:
             text_length=encoders.text_length,
             validation=validation,
             image_variants=self.image_variants,
+            recipe=kept_values(
+                self.data,
+                self.flags,
+                fps=self.recipe.fps,
+                random_flip=self.recipe.flip_probability,
+                num_augmentations=self.recipe.variants,
+            ),
         )
 
     def cached_samples(self, sample: Sample, record: dict[str, Any], encoders: Encoders) -> Iterator[CachedSample]:

@@ -130,6 +130,7 @@ def publish(
             raise RuntimeError(f"{folder / method.result}: reloaded, it gives another output; please report this")
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
         made = {"step": step, **recipe, **about, "flags": config_dict(options), **environment()}
+        made["prepared"] = dataset.index.recipe  # of what the tensors were made with; its seed is not the run's
         made["verification"] = {"max_difference": difference, "cosine": cosine}
         shown = write_card(run, options, task, method, validator, dataset.index, made)
         if saves_pipeline(options):

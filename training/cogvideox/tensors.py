@@ -7,11 +7,12 @@ from cogvideox.conflicts import idle_schedule
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.errors import UsageError
-from cogvideox.factory import is_factory_layout, open_factory
-from cogvideox.flags import TENSOR_FOLDER, DataFlags, FirstFrameFlags
+from cogvideox.factory import open_factory
+from cogvideox.flags import TENSOR_FOLDER, DataFlags
 from cogvideox.geometry import Geometry, read_geometry
 from cogvideox.options import TrainOptions, ignores_positions, image_flags, noise_variants, resolutions
 from cogvideox.prepare import Encoders, Preparation, check_bad, encode_captions, missing_captions, other_encoders
+from cogvideox.prepared import is_factory_layout
 from cogvideox.report import describe
 from cogvideox.run import Run
 
@@ -88,17 +89,11 @@ def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Pa
 
 
 def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:
-    """Raises UsageError where an image-to-video script asks for what the prepared tensors are not."""
-    problems, wanted = [], noise_variants(options)
-    if wanted not in (0, index.image_variants, FirstFrameFlags.num_image_noise_variants):
-        rule = f"the tensors were prepared with {index.image_variants}; leave the flag out, or prepare with it"
-        problems.append(f"--num_image_noise_variants {wanted}: {rule}")
+    """Raises UsageError where the model has no positions for what was prepared."""
     others = sorted({str(sample.bucket) for sample in index.samples if not geometry.has_positions(sample.bucket)})
     if others and not ignores_positions(options):
         rule = f"this model's learned positions are for {geometry.own_bucket} alone, prepared were {' '.join(others)}"
-        problems.append(f"--load_tensors: {rule}; prepare that, or give --ignore_learned_positional_embeddings")
-    if problems:
-        raise UsageError(problems)
+        raise UsageError(f"--load_tensors: {rule}; prepare that, or give --ignore_learned_positional_embeddings")
 
 
 def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:
@@ -112,7 +107,7 @@ def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:
 
 
 def check_flags(index: CacheIndex, data: DataFlags) -> None:
-    """Raises UsageError where flags ask for what the prepared tensors are not."""
+    """Raises UsageError where flags ask for what the samples are not, in folders that do not keep the flags."""
     problems = []
     token = (data.id_token or "").strip()
     if any(not sample.caption.startswith(token) for sample in index.samples):

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -25,7 +25,7 @@ from cogvideox.errors import UsageError
 from cogvideox.files import LOCK_NAME, disk_errors_told, remove_stale_temporaries, remove_temporaries, write_atomically
 from cogvideox.locks import held
 
-INDEX_FORMAT = 3
+INDEX_FORMAT, OLD_FORMATS = 4, (3,)  # the older one does not have the recipe
 KEYS = ("video_keys", "image_keys")  # fields of CachedSample
 KEY = re.compile("[0-9a-f]{64}")
 
@@ -224,6 +224,7 @@ class CacheIndex:
     text_length: int
     validation: tuple[CachedSample, ...] = ()  # never trained on
     image_variants: int = 0  # encodings of each first frame, each with noise of its own
+    recipe: dict[str, Any] = field(default_factory=dict)  # flags of the preparation: prepared.py; empty: unknown
 
     def save(self, folder: Path) -> None:
         """Writes index.json."""
@@ -271,8 +272,9 @@ def open_index(folder: Path) -> CacheIndex:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is no JSON ({error}); run prepare_dataset.py again") from None
-    if not isinstance(values, dict) or values.pop("format", None) != INDEX_FORMAT:
-        raise UsageError(f"{path}: was written by another version; run prepare_dataset.py again")
+    if not isinstance(values, dict) or values.pop("format", None) not in (INDEX_FORMAT, *OLD_FORMATS):
+        rule = "was written by another version; run prepare_dataset.py again, which encodes nothing that is there"
+        raise UsageError(f"{path}: {rule}")
     try:
         for name in ("samples", "validation"):
             values[name] = tuple(
