@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fakes import run_alone
 from PIL import Image
-from running import PROMPT, lora_flags
+from running import PROMPT, lora_flags, train_image
 
 from cogvideox import args, images
 from cogvideox.checks import check_images
@@ -237,3 +237,17 @@ def test_a_url_with_a_space_is_refused_before_it_is_written_anywhere(space: str)
 
 
 FIX = "download it and give its path"
+
+
+@pytest.mark.fault("security: a run whose image has a signed URL")
+def test_no_file_of_a_run_has_the_signature(
+    tiny: Callable[[str], Path], image_tensors: Path, tmp_path: Path, server: str
+) -> None:
+    url = f"{server}/image.jpg?X-Signature=topsecret"
+    more = ("--load_tensors", "--validation_prompt", PROMPT, "--validation_images", url, "--report_to", "tensorboard")
+    more = (*more, "--max_train_steps", "1", "--num_inference_steps", "1")
+    assert train_image(lora_flags(tiny("5b-i2v"), image_tensors, tmp_path / "lora", *more)) == 0
+    files = [path for path in (tmp_path / "lora").rglob("*") if path.is_file()]
+    assert {"recipe.json", "config.json", "README.md", "metrics.jsonl", "inference.py"} <= {path.name for path in files}
+    assert not [path for path in files if b"topsecret" in path.read_bytes()]
+    assert f"{server}/image.jpg" in (tmp_path / "lora" / "recipe.json").read_text()
