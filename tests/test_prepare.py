@@ -309,7 +309,7 @@ def test_augmentations_are_variants(tiny: Tiny, clips: Path, tmp_path: Path, enc
 @pytest.mark.fault("data: a clip that is shorter than its bucket")
 def test_a_short_clip_goes_to_a_smaller_bucket(tiny: Tiny, clips: Path, tmp_path: Path) -> None:
     records = preparation(tiny("5b"), clips, tmp_path, frame_buckets=(5, 17, 81)).plan()
-    # 17 frames at 8 a second; 60 at 25 and 50 at 30, which give 19 and 13, to which 17 is nearer than 5.
+    # 17 frames at 8 a second; 60 at 25 and 50 at 30, which give 19 and 14, to which 17 is nearer than 5.
     assert [record["cuts"][0]["bucket"]["frames"] for record in records] == [17, 17, 17, 17, 17, 5]
     assert {record["status"] for record in records} == {OK}
 

@@ -118,7 +118,7 @@ def test_dropped_clips_have_a_status_and_a_reason(configs: Path, data: Path, tmp
     assert "1 failed" in lines
     assert "1 short" in lines
     assert any(re.match(r"  \S+00000.mp4: .*Invalid data", line) for line in lines)
-    assert any(re.match(r"  \S+00005.mp4: 1.67 s give 13 frames .*; give a bucket of 13", line) for line in lines)
+    assert any(re.match(r"  \S+00005.mp4: 1.67 s give 14 frames .*; give a bucket of 14", line) for line in lines)
     lines = described(configs, data, tmp_path / "out", height_buckets=(128,), width_buckets=(160,))
     assert "3 small" in lines
     wanted = "/videos/00001.mp4: 96x64 pixels would be enlarged 2.00 times; give a smaller bucket, or --max_upscale 2"
