@@ -239,24 +239,89 @@ MOMENTS = {
 }
 
 
+def stop_at_every_moment(start_at: Callable[[Moment | None], list[Forked]], output: Path, shift: int = 0) -> None:
+    """Stops a run again and again, at each of MOMENTS with the checkpoint that is due then; at last it finishes.
+
+    Args:
+        start_at: starts all ranks, of which some get a signal at a moment.
+        shift: moments get the signals that come so many places later.
+    """
+    for name, (moment, nth, number, saved) in MOMENTS.items():
+        sent = SIGNALS[(SIGNALS.index(number) + shift) % len(SIGNALS)]
+        texts = [finish(rank, 75) for rank in start_at((moment, nth, sent))]
+        assert LINE in texts[0], name
+        assert not any("Traceback" in text for text in texts), name
+        if saved:
+            assert f"stopped and saved after step {saved} of 4" in texts[0], name
+            assert (output / f"checkpoint-{saved}").is_dir(), name
+    for rank in start_at(None):
+        finish(rank)
+    assert not list(output.parent.rglob("*.tmp*"))
+
+
 @pytest.mark.slow
 @pytest.mark.fault("signals: HUP, INT, TERM and USR1 at named moments of a run", times=len(MOMENTS))
 def test_stopped_at_many_moments_a_run_ends_as_if_nothing_had_been(model: Path, clips: Path, tmp_path: Path) -> None:
-    """One run that is stopped again and again; at each moment with the checkpoint that is due then."""
-    (tmp_path / "whole").mkdir()
     assert train(small_flags(model, clips, tmp_path / "whole")) == 0
-    output = tmp_path / "stopped" / "lora"
     command = python(LORA_SCRIPT, *small_flags(model, clips, tmp_path / "stopped"))
-    for name, (moment, nth, number, saved) in MOMENTS.items():
-        text = finish(Forked(command, (moment, nth, number)), status=75)
-        assert LINE in text, name
-        if saved:
-            assert f"stopped and saved after step {saved} of 4" in text, name
-            assert (output / f"checkpoint-{saved}").is_dir()
-        assert "Traceback" not in text, name
-    finish(Forked(command))
+    output = tmp_path / "stopped" / "lora"
+    stop_at_every_moment(lambda moment: [Forked(command, moment)], output)
     is_the_same(output, tmp_path / "whole" / "lora")
-    assert not list(tmp_path.joinpath("stopped").rglob("*.tmp*"))
+
+
+@pytest.mark.long
+@pytest.mark.fault("signals: each signal at each named moment of a run", times=3 * len(MOMENTS))
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_every_signal_at_every_moment(model: Path, clips: Path, tmp_path: Path, shift: int) -> None:
+    more = ["--lora_dropout", 0.5, "--dataloader_num_workers", 1, "--plan", "lean"]
+    for rank in [Forked(python(LORA_SCRIPT, *small_flags(model, clips, tmp_path / "whole", *more)))]:
+        finish(rank)
+    command = python(LORA_SCRIPT, *small_flags(model, clips, tmp_path / "stopped", *more))
+    output = tmp_path / "stopped" / "lora"
+    stop_at_every_moment(lambda moment: [Forked(command, moment)], output, shift)
+    is_the_same(output, tmp_path / "whole" / "lora")
+
+
+# found on every rank; a second video and more clips, so that each has its share
+RANK_MOMENTS: list[tuple[str, int, int | None]] = [
+    (r"read .*/text_encoder/config\.json", 1, None),
+    ("unit caption", 1, None),
+    ("unit clip", 2, None),
+    ("unit micro-batch", 1, None),
+    ("unit micro-batch", 3, 1),
+    ("unit denoising step", 1, 3),
+    ("unit decoded tile", 1, None),
+    ("unit held-out loss", 1, None),
+]
+
+
+@pytest.mark.long
+@pytest.mark.fault("signals: one or both of two ranks at named moments", times=3 * len(RANK_MOMENTS))
+@pytest.mark.parametrize("hit", [(0,), (1,), (0, 1)])
+def test_ranks_stop_together_at_every_moment(model: Path, clips: Path, tmp_path: Path, hit: tuple[int, ...]) -> None:
+    def ranks_of(name: str, moment: Moment | None = None) -> list[Forked]:
+        flags = small_flags(model, clips, tmp_path / name, "--num_validation_videos", 2)
+        return fork_ranks(2, python(LORA_SCRIPT, *flags), dict.fromkeys(hit, moment) if moment else None)
+
+    for place, (moment, nth, saved) in enumerate(RANK_MOMENTS):
+        texts = [finish(rank, 75) for rank in ranks_of("stopped", (moment, nth, SIGNALS[place % len(SIGNALS)]))]
+        assert not any("Traceback" in text for text in texts), moment
+        if saved:
+            assert f"stopped and saved after step {saved} of 4" in texts[0], moment
+    for name in ("stopped", "whole"):
+        for rank in ranks_of(name):
+            finish(rank)
+    is_the_same(tmp_path / "stopped" / "lora", tmp_path / "whole" / "lora")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("signals: while torch is imported")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_torch_is_imported(number: int, model: Path, tensors: Path, tmp_path: Path) -> None:
+    process = start(python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", "--load_tensors")))
+    assert eventually(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), 60)
+    process.send_signal(number)
+    assert finish(process, 75).endswith(f"stopped; {LINE}\n")
 
 
 @pytest.mark.fault("signals: one of two ranks, in an unfinished step")

@@ -218,6 +218,8 @@ class Trainer:
 
     def _train(self, metrics: Metrics, batches: Iterator[Batch]) -> None:
         step = saved = self.steps.first
+        if self.run.world > 1:
+            stopping.defer()  # a rank that left at once would leave the others waiting for its gradients
         try:
             while step < self.steps.total:
                 save = self._accumulate(step, metrics, batches)
@@ -239,7 +241,7 @@ class Trainer:
         metrics.flush()
         if saved < step:
             self._save(step)
-        stopping.allow()
+        stopping.allow(self._achieved(step))
 
     def _accumulate(self, step: int, metrics: Metrics, batches: Iterator[Batch]) -> bool:
         """The gradients of an optimizer step, as far as no rank sums them yet; whether it is to be saved.
@@ -273,7 +275,11 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.saver.save(step)
-        stopping.allow(f"and saved after step {step} of {self.steps.total}")
+        if self.run.world == 1:
+            stopping.allow(self._achieved(step))
+
+    def _achieved(self, step: int) -> str:
+        return f"and saved after step {step} of {self.steps.total}" if step else ""
 
     def _watch(self, step: int, numbers: dict[str, float], samples: list[Sample]) -> None:
         """Each step whose numbers have arrived: ends the run where too many were skipped."""

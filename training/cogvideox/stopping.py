@@ -240,7 +240,7 @@ class _Watcher(threading.Thread):
         """Ends the thread: one that is inside a library while the interpreter is taken down can abort the process."""
         self.closing = True
         self.ringer.send(b"\0")
-        self.join(UNWINDING)
+        self.join(FAREWELL)
 
     def _told_others(self) -> bool:
         return self.others is None or not _state.asked or self.others.all_know()
@@ -274,7 +274,7 @@ class _Watcher(threading.Thread):
             return
         if self.deadline is None:
             self.deadline = time.monotonic() + _state.grace
-        elif time.monotonic() >= self.deadline:
+        elif time.monotonic() >= self.deadline + (0 if self._told_others() else FAREWELL):
             decided = _state.status not in (None, REQUEUE_EXIT)  # a script that was ending already says so itself
             _end(_state.status or 0 if decided else REQUEUE_EXIT, last_line() if speaks() and not decided else "")
 
