@@ -513,3 +513,13 @@ def test_a_changed_number_of_the_model_is_refused(
     assert str(then * 2) in text
     edit_json(changed / part, **{name: then})
     assert train(flags) == 0
+
+
+def test_an_extended_run_says_where_its_learning_rate_jumps(
+    model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--lr_scheduler", "linear")
+    for steps, said in ((2, False), (2, False), (6, True)):
+        assert train([*flags, "--max_train_steps", str(steps), "--lr_warmup_steps", "0"]) == 0
+        text = capsys.readouterr().err
+        assert ("the learning rate jumps from 0.005 at step 2 to 0.00667 at step 3" in text) == said

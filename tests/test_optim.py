@@ -16,7 +16,7 @@ from cogvideox import optim
 from cogvideox.ema import Ema
 from cogvideox.flags import SCHEDULES, OptimizerFlags
 from cogvideox.masters import Optimized, held
-from cogvideox.optim import MasterWeights, learning_rate
+from cogvideox.optim import MasterWeights, learning_rate, rate_jump
 from cogvideox.optimizers import make_optimizer
 from cogvideox.streaming import LOADS
 
@@ -593,6 +593,20 @@ def test_a_rate_of_zero(name: str) -> None:
 def test_a_rate_of_zero_with_polynomial() -> None:
     flags = OptimizerFlags(learning_rate=0.0, lr_scheduler="polynomial", lr_warmup_steps=0)
     assert learning_rate(flags, 5, TOTAL, 1) == 0.0
+
+
+def test_a_schedule_that_is_not_continued_is_said_with_both_rates() -> None:
+    """Six steps with a cosine, and then six more."""
+    flags = OptimizerFlags(learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=0)
+    last = learning_rate(flags, 5, 6, 1)
+    line = rate_jump(flags, last, 6, 12, 1) or ""
+    assert line.startswith("the learning rate jumps from 6.7e-05 at step 6 to 0.0005 at step 7: --lr_scheduler cosine")
+    assert rate_jump(flags, last, 6, 6, 1) is None  # nothing is left to train
+    assert rate_jump(flags, learning_rate(flags, 2, 6, 1), 3, 6, 1) is None  # it was interrupted
+    assert rate_jump(flags, learning_rate(flags, 2999, 6000, 1), 3000, 6001, 1) is None
+    constant = OptimizerFlags(learning_rate=1e-3, lr_scheduler="constant")
+    assert rate_jump(constant, 1e-3, 6, 12, 1) is None
+    assert "from 0.002 at step 6 to 0.001 at step 7" in (rate_jump(constant, 2e-3, 6, 12, 1) or "")
 
 
 def test_the_optimizer_takes_every_flag() -> None:

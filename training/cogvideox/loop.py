@@ -16,7 +16,7 @@ from cogvideox.before_after import BeforeAfter
 from cogvideox.best import Best
 from cogvideox.block_check import check_blocks
 from cogvideox.checkpoint import DATA, Saver, StartPoint, check_data, check_length, find_start, write_samples
-from cogvideox.curves import CURVES_NAME, draw_curves
+from cogvideox.curves import CURVES_NAME, column, draw_curves, read_records
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, timesteps_of
@@ -30,7 +30,7 @@ from cogvideox.geometry import Geometry, read_geometry
 from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
 from cogvideox.images import take_images
-from cogvideox.optim import learning_rate
+from cogvideox.optim import learning_rate, rate_jump
 from cogvideox.options import TrainOptions, ignores_positions, image_flags, local_processes
 from cogvideox.parity import check_parity
 from cogvideox.pipeline_folder import fetch_parts
@@ -204,6 +204,7 @@ class Trainer:
             Stopped: a signal asked for the end; the steps up to then are saved.
         """
         metrics = Metrics(self.run, self.steps.first, self.steps.total, self._watch)
+        self._tell_rate_jump()
         self.best.start(self.steps.first)
         self.validator.set_aside(self.steps.first, self.steps.total, self.steps.recipe)
         if self._looks_due(self.steps.first):
@@ -285,6 +286,15 @@ class Trainer:
         """Each step whose numbers have arrived: ends the run where too many were skipped."""
         self.skipped.add(step, numbers, samples)
         self.saver.good_until = self.skipped.good_until
+
+    def _tell_rate_jump(self) -> None:
+        """Says where the schedule is not what it was when the run was interrupted, or ended."""
+        steps, (numbers, rates) = self.steps, column(read_records(self.run.output_dir / METRICS_NAME), "lr")
+        then = rates[numbers == steps.first]
+        if len(then):
+            batch = steps.order.global_batch
+            if line := rate_jump(self.options.optimizer, then[-1], steps.first, steps.total, batch):
+                self.run.say(line)
 
     def _looks_due(self, step: int) -> bool:
         """Whether the weights are to be looked at after a step: always before the first and after the last."""

@@ -32,6 +32,7 @@ from cogvideox.masters import (
 from cogvideox.streaming import Away, Conveyor, compute_waits_for, norms_of
 
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
+SAME_RATE = 1e-3  # relative; a run that is a little longer changes its schedule by less
 LOSS_SCALE = "loss_scale"
 ALL = "*"  # in the names of tensors, instead of a parameter
 
@@ -62,6 +63,22 @@ def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: fl
         return POLYNOMIAL_END / peak
     remaining = 1.0 - (step - warmup) / max(1, total_steps - warmup)
     return ((peak - POLYNOMIAL_END) * remaining**flags.lr_power + POLYNOMIAL_END) / peak
+
+
+def rate_jump(flags: OptimizerFlags, then: float, step: int, total_steps: int, global_batch: int) -> str | None:
+    """A line for the user where a run that is resumed after a step does not continue the schedule that it had.
+
+    Args:
+        then: the learning rate that this step had, when the run may have had another length.
+    """
+    now, following = (learning_rate(flags, number, total_steps, global_batch) for number in (step - 1, step))
+    if step >= total_steps or math.isclose(then, now, rel_tol=SAME_RATE):
+        return None
+    return (
+        f"the learning rate jumps from {then:.3g} at step {step} to {following:.3g} at step {step + 1}: "
+        f"--lr_scheduler {flags.lr_scheduler} is now that of a run of {total_steps} steps with --learning_rate "
+        f"{flags.learning_rate:g}"
+    )
 
 
 @dataclass(frozen=True)
