@@ -10,6 +10,7 @@ from functools import cached_property, partial, reduce
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cogvideox.data.cache import CachedSample, CacheError
 from cogvideox.data.dataset import read_moments
@@ -63,7 +64,11 @@ class BeforeAfter:
             moments = read_moments(self.tensors.cache, sample, 0, self.tensors.geometry)
         except CacheError:  # what it means for training is not this picture's to say
             return Panel(label, [], f"{sample.id} cannot be read")
-        video_FHWC = self.validator.decode(moments)
+        try:
+            video_FHWC = self.validator.decode(moments)
+        except torch.OutOfMemoryError:
+            self.run.say(f"{SHEET_NAME}: out of memory, the training clip {sample.id} is left out and training goes on")
+            return Panel(label, [], f"{sample.id} does not fit into the memory")
         return frames_panel(label, video_FHWC[shown(*video_FHWC.shape[:3])], sample.caption)
 
 

@@ -132,7 +132,8 @@ def videos_of(validator: Validator, folder: Path, step: int) -> Iterator[Video]:
             before, after = (validator.path(at, place, number) for at in (0, step))
             image = folder / IMAGE_NAME.format(place)
             others = [name_of(path) if path.is_file() else None for path in (before, image)]
-            yield Video(prompt, others[0], name_of(after), others[1])
+            if after.is_file():  # not where the memory did not suffice for it
+                yield Video(prompt, others[0], name_of(after), others[1])
 
 
 def read_licence(model: ModelFlags) -> dict[str, str]:

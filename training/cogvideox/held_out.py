@@ -24,7 +24,7 @@ from cogvideox.data.dataset import Batch, collate, draw_sample, read_image, read
 from cogvideox.draws import uniform
 from cogvideox.run import METRICS_NAME, Run, write_metrics
 from cogvideox.tensors import Tensors
-from cogvideox.validation import evaluation
+from cogvideox.validation import evaluation, release_memory
 
 FINGERPRINT_DIGITS = 16
 PLACES = 8  # timesteps of each clip, one from each eighth of the schedule
@@ -57,6 +57,10 @@ class HeldOut:
             return
         names = [sample.clip for sample in self.samples]
         losses = self.losses()
+        if losses is None:
+            fix = "give --plan lean, or smaller clips in --validation_data_root"
+            self.run.say(f"held-out loss after step {step}: out of memory, not measured; training goes on; {fix}")
+            return
         mean, error = mean_and_error(losses, names)
         if self.run.is_main:
             record = {"step": step, "held_out_loss": mean, "held_out_error": error, GRID: self.grid}
@@ -65,18 +69,33 @@ class HeldOut:
         clips = "1 clip" if number == 1 else f"+- {error:.5f}, {number} clips"
         self.run.say(f"held-out loss after step {step}: {mean:.5f} ({clips})")
 
-    def losses(self) -> Tensor:
-        """The loss of every clip at every place, (clips, PLACES), float64, the same on all ranks."""
+    def losses(self) -> Tensor | None:
+        """The loss of every clip at every place, (clips, PLACES), float64, the same on all ranks.
+
+        None on all where one's memory does not suffice: a mean over other places would be another measure.
+        """
         run = self.run
-        grid = torch.zeros(len(self.samples), PLACES, dtype=torch.float64, device=run.device)
-        with run.ranks.together(), evaluation(self.transformer):  # which waits longer than the sum does
-            for number in range(run.ranks.process_index, grid.numel(), run.world):
-                clip, place = divmod(number, PLACES)
-                grid[clip, place] = self.losses_of(self.draw(self.samples[clip], place).to(run.device))[0].double()
-                stopping.unit("held-out loss")
+        sums = torch.zeros(len(self.samples) * PLACES + 1, dtype=torch.float64, device=run.device)
+        with run.ranks.together():  # which waits longer than the sum does
+            try:
+                self._fill(sums)
+            except torch.OutOfMemoryError:
+                sums[-1] = 1.0
         if run.world > 1:
-            dist.all_reduce(grid)  # each value is one rank's and zero elsewhere: the sum is exact
-        return grid.cpu()
+            dist.all_reduce(sums)  # each value is one rank's and zero elsewhere: the sum is exact
+        if sums[-1] > 0:
+            release_memory()
+            return None
+        return sums[:-1].view(-1, PLACES).cpu()
+
+    def _fill(self, sums: Tensor) -> None:
+        """This rank's share of the losses, each in its place."""
+        run = self.run
+        with evaluation(self.transformer):
+            for number in range(run.ranks.process_index, len(sums) - 1, run.world):
+                clip, place = divmod(number, PLACES)
+                sums[number] = self.losses_of(self.draw(self.samples[clip], place).to(run.device))[0].double()
+                stopping.unit("held-out loss")
 
     def draw(self, sample: CachedSample, place: int) -> Batch:
         """A clip at one place of the grid, as a batch of one: its timestep and noise are always the same."""

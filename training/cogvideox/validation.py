@@ -5,6 +5,7 @@ transformer that is being trained; the videos are shared out over the ranks. Wha
 The pipeline's VAE also shows what it makes of training clips.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from cogvideox import models, stopping
 from cogvideox.data.cache import TensorCache
 from cogvideox.data.decode import write_video
 from cogvideox.data.sampler import Order
+from cogvideox.errors import first_line
 from cogvideox.files import write_atomically
 from cogvideox.options import TrainOptions
 from cogvideox.prepare import encode_captions, missing_captions
@@ -71,6 +73,12 @@ def evaluation(module: Any) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def release_memory() -> None:
+    """Gives the device what nothing refers to any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def frames_of(video_BFCHW: Tensor) -> Tensor:
@@ -170,19 +178,43 @@ class Validator:
         return False
 
     def render(self, step: int) -> list[Path]:
-        """Makes the videos of a step that are not there yet; returns the paths of all of them."""
+        """Makes the videos of a step that are not there yet, if the memory suffices; returns those that are there."""
         jobs = [(p, k) for p in range(len(self.prompts.texts)) for k in range(self.flags.num_validation_videos)]
         paths = [self.path(step, p, k) for p, k in jobs]
         share = slice(self.run.ranks.process_index, None, self.run.world)
         todo = [(job, path) for job, path in list(zip(jobs, paths, strict=True))[share] if not path.exists()]
         with self.run.ranks.together():
-            if todo:
-                with evaluation(self.transformer), self._vae_on_device():
-                    for (p, k), path in todo:
-                        write_video(path, self.sample(p, k).numpy(), self.fps)
-        if self.run.is_main and paths:
-            self._log(step, paths)
-        return paths
+            skipped = self._make(todo) if todo else []
+        skipped = self.run.ranks.gather(skipped)
+        if skipped:
+            names = ", ".join(path.name for path, _ in skipped)
+            fix = "give smaller --height, --width or --validation_frames, --enable_tiling, or --plan lean"
+            self.run.say(
+                f"validation after step {step}: out of memory ({skipped[0][1]}); these videos are skipped and training "
+                f"goes on: {names}; to have them {fix}"
+            )
+        missing = {path for path, _ in skipped}
+        made = [path for path in paths if path not in missing]
+        if self.run.is_main and made:
+            self._log(step, made)
+        return made
+
+    def _make(self, todo: Sequence[tuple[tuple[int, int], Path]]) -> list[tuple[Path, str]]:
+        """Renders videos, ((prompt, number), path). Returns those that the memory does not suffice for, and the reason:
+        the first one that fails, and all after it, which need as much and would take as long to fail.
+        """
+        left, reason = list(todo), ""
+        try:
+            with evaluation(self.transformer), self._vae_on_device():
+                while left:
+                    (prompt, number), path = left[0]
+                    write_video(path, self.sample(prompt, number).numpy(), self.fps)
+                    del left[0]
+        except torch.OutOfMemoryError as error:
+            reason = first_line(error)
+        if left:
+            release_memory()  # what the failed call held is free only now that its error is
+        return [(path, reason) for _, path in left]
 
     def path(self, step: int, prompt: int, video: int) -> Path:
         """Where a video lies: step, number of the prompt and its first words, number of the video."""
@@ -236,8 +268,9 @@ class Validator:
     @contextmanager
     def _vae_on_device(self) -> Iterator[None]:
         assert self.pipeline is not None
-        vae = self.pipeline.vae.to(self.run.device)
+        vae = self.pipeline.vae
         try:
+            vae.to(self.run.device)
             yield
         finally:
             vae.to("cpu")
