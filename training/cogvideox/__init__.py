@@ -80,6 +80,7 @@ best.py               the checkpoint with the lowest held-out loss, kept
 held_out.py           the loss on clips that are never trained on
 card.py               the model card
 pipeline_folder.py    a whole pipeline beside all trained weights, of links and copies
+warm_up.py            the largest bucket before the first step, where no plan bounds the memory
 publish.py            the result, reloaded and compared
 loop.py               fine_tune: what every script does; Trainer: the one loop
 """

@@ -6,7 +6,7 @@ of all that ``save`` would write here holds NaN or infinity, by name.
 DeepSpeed's own checkpoint files are the only ones of the project that are not safetensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
+    def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None: ...
+
     def step(self, lr: float) -> StepResult: ...
 
     def save(self, folder: Path) -> None: ...
@@ -62,6 +64,13 @@ class LocalEngine:
         self.writes = writes
         self.ema = ema
         self.backward = masters.backward
+
+    def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None:
+        """A forward and a backward pass without any effect but on the memory, with room for the optimizer's state."""
+        room = self.masters.room_for_state()
+        self.backward(loss_of(self.model))
+        self.masters.drop()
+        del room
 
     def step(self, lr: float) -> StepResult:
         """One optimizer step over all ranks."""
@@ -137,6 +146,16 @@ class DeepSpeedEngine:
         self.model.backward(loss * self.accumulation)
         if not self.model.is_gradient_accumulation_boundary():
             self.model.step()
+
+    def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None:
+        """A forward and a backward pass without any effect but on the memory.
+
+        Past DeepSpeed, which reduces what its backward pass finds, and counts it: autograd goes through the whole model
+        to the first trained parameter, and keeps no gradient.
+        """
+        module = self.model.module
+        first = next(parameter for parameter in module.parameters() if parameter.requires_grad)
+        torch.autograd.grad(loss_of(module), first)
 
     def step(self, lr: float) -> StepResult:
         """The optimizer step that ends an accumulation."""

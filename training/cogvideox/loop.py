@@ -41,6 +41,7 @@ from cogvideox.skipped import SkippedSteps
 from cogvideox.streaming import Away
 from cogvideox.tensors import Tensors, open_tensors
 from cogvideox.validation import Prompts, Validator, embed_prompts
+from cogvideox.warm_up import has_no_bound, warm_up
 
 STEADY_STEPS = 6  # after so many of a run, one is like the next: everything is compiled and has its memory
 
@@ -154,6 +155,7 @@ class Trainer:
         self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
         method.transformer.train()  # as loaded it is in evaluation mode, in which there is no dropout
+        self.unbounded = has_no_bound(plan, run.device)
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype, on_host, away)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
@@ -203,6 +205,9 @@ class Trainer:
         Raises:
             Stopped: a signal asked for the end; the steps up to then are saved.
         """
+        if self.unbounded:
+            samples = self.options.train.train_batch_size
+            warm_up(self.run, self.engine, self.dataset, samples, partial(losses_of, self.task, self.schedule))
         metrics = Metrics(self.run, self.steps.first, self.steps.total, self._watch)
         self._tell_rate_jump()
         self.best.start(self.steps.first)

@@ -56,6 +56,7 @@ class Resident(Optimized):
         self.parameters = parameters
         own = [p if p.dtype == torch.float32 else Parameter(p.detach().float()) for p in parameters.values()]
         super().__init__(own, gradients, make)
+        self.make = make
 
     def update(self, gradients: Sequence[Tensor], lr: float, divisor: Tensor, skipped: Tensor) -> None:
         """One step of the masters, rounded into the model."""
@@ -67,6 +68,13 @@ class Resident(Optimized):
         for parameter, master in zip(self.parameters.values(), self.masters, strict=True):
             if parameter is not master:
                 parameter.copy_(master)
+
+    def missing_bytes(self) -> int:
+        """What the optimizer is going to make at its first step."""
+        if self.optimizer.state:
+            return 0
+        kept = state_bytes(self.make, self.masters[0].device) - self.masters[0].element_size()
+        return kept * sum(master.numel() for master in self.masters)
 
     def named_masters(self) -> dict[str, Tensor]:
         """The masters by their parameters' names."""

@@ -89,17 +89,24 @@ class OffloadedWeights:
         """One optimizer step; one with a non-finite gradient changes nothing and is counted."""
         norm = torch.stack(list(self.norms.values())).norm()
         skipped = (~torch.isfinite(norm)).float()
-        if skipped.item():
-            self.optimizer.queue.clear()
-        else:
+        if not skipped.item():
             for inner in self._inner():
                 set_rate(inner.optimizer, lr)
             self.optimizer.step()
+        result = StepResult(torch.stack([self.tail[0], norm, skipped, torch.ones_like(norm)]))
+        self.drop()
+        return result
+
+    def drop(self) -> None:
+        """Forgets gradients and losses that no step has used."""
+        self.optimizer.queue.clear()
         self.optimizer.zero_grad()
         self.norms.clear()
-        result = StepResult(torch.stack([self.tail[0], norm, skipped, torch.ones_like(norm)]))
         self.tail.zero_()
-        return result
+
+    def room_for_state(self) -> Tensor:
+        """None: what the optimizer keeps is in host memory."""
+        return torch.empty(0)
 
     def wait(self) -> None:
         """A step has waited for the device already."""

@@ -174,12 +174,21 @@ class MasterWeights:
         clip = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else torch.ones_like(norm)
         self._update(lr, divisor=clip * self.scale, skipped=skipped)
         result = StepResult(torch.stack([self.tail[0], norm, skipped, self.scale]))
-        self.buffer.zero_()
-        if self.away:
-            self.away.gradients.clear()
+        self.drop()
         if self.dynamic_scale:
             self._adapt_scale(skipped)
         return result
+
+    def drop(self) -> None:
+        """Forgets gradients and losses that no step has used."""
+        self.buffer.zero_()
+        if self.away:
+            self.away.gradients.clear()
+
+    def room_for_state(self) -> Tensor:
+        """Memory as large as what the first step of an optimizer is going to make; empty if all is there."""
+        missing = self.resident.missing_bytes() if self.resident else 0
+        return torch.empty(missing, dtype=torch.uint8, device=self.device)
 
     def _norm(self) -> Tensor:
         """Of all gradients: by parameter, so that it is the same wherever they lie."""
