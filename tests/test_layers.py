@@ -36,7 +36,7 @@ LAYERS = (
     ("images", "tensors"),
     ("execution",),
     ("checkpoint", "validation"),
-    ("before_after", "best", "block_check", "held_out", "parity", "skipped"),
+    ("before_after", "best", "block_check", "held_out", "parity", "skipped", "warm_up"),
     ("card", "pipeline_folder"),
     ("publish",),
     ("loop",),
