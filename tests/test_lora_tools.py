@@ -260,7 +260,7 @@ def linked(place: Path, target: Path) -> Path:
     return place
 
 
-@pytest.mark.fault("flags: an output that is the input", times=3)
+@pytest.mark.fault("flags: an output that is the input", times=11)
 def test_no_script_replaces_what_it_reads(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither under its own name nor through a link; and what cannot be written is said before the work."""
     make_lora(tmp_path / "lora", model)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 
 from cogvideox.flags import ValidationFlags
 from cogvideox.options import TrainOptions, image_flags, is_url, separated
@@ -63,4 +64,5 @@ def link_problems(folder: Path, file: Path, allowed: Sequence[str]) -> Iterator[
     real = Path(os.path.realpath(file))
     inside = Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder))
     if inside and not any(real.is_relative_to(os.path.realpath(place)) for place in (str(folder), *allowed)):
-        yield f"{file}: leads outside --validation_dir, to {real}; move it there or pass --allow_path {real.parent}"
+        fix = f"move it there or pass --allow_path {quote(str(real.parent))}"
+        yield f"{file}: leads outside --validation_dir, to {real}; {fix}"
