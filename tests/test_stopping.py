@@ -106,6 +106,18 @@ def test_a_signal_in_a_long_call_ends_the_script_soon(number: int, tmp_path: Pat
     assert script.end(within=8) == (75, f"stopped; {LINE}\n")
 
 
+def test_after_a_checkpoint_a_long_call_ends_as_soon_as_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_state", stopping._State())
+    stopping.defer()
+    stopping.allow("and saved after step 3 of 6")
+    assert stopping._state.grace == stopping.UNWINDING
+    stopping.defer()
+    ask_to_stop()
+    with pytest.raises(stopping.Stopped):
+        stopping.allow("and saved after step 6 of 6")
+    assert stopping._state.grace == stopping.FAREWELL
+
+
 @pytest.mark.fault("signals: between two bytecodes")
 def test_the_main_thread_ends_by_itself_where_it_can(tmp_path: Path) -> None:
     code = "try: ready(); time.sleep(60)\nexcept Exception: print('swallowed')\nfinally: os.write(2, b'cleaned up\\n')"

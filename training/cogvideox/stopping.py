@@ -11,6 +11,9 @@ ends the process a moment later.
 remembered. ``requested`` and ``unit`` ask for it after each unit of work (a micro-batch, a denoising step), so that the
 caller can save a checkpoint and then call ``allow``, which raises Stopped.
 
+With several ranks, all of the training loop counts as something to lose: a rank that left at once would leave the
+others waiting for its gradients.
+
 Either way the script ends with REQUEUE_EXIT, and the same command continues the work. Standard library only: this is
 installed before anything heavy is imported.
 """
@@ -95,7 +98,10 @@ def allow(achieved: str = "") -> None:
     Raises:
         Stopped: a signal was deferred.
     """
-    _state.grace, _state.deferred, _state.achieved = FAREWELL, False, achieved
+    _state.achieved = achieved
+    if _state.asked:
+        _state.grace = FAREWELL
+    _state.deferred = False
     if _state.asked:
         _raise_stopped()
 
