@@ -68,6 +68,8 @@ MUTANTS = (
         "masters.py", "found_inf = skipped", "found_inf = 0 * skipped", ("test_optim.py", "-k", "not_finite_changes")
     ),
     Mutant("ema.py", "* (1.0 - skipped)", "* 1.0", ("test_ema.py", "-k", "skipped_step")),
+    Mutant("skipped.py", "elif scale <= 1:", "else:", ("test_skipped.py", "-k", "lowers_the_loss_scale")),
+    Mutant("finite.py", "(torch.aminmax(tensor))", "(torch.aminmax(tensor)[:1])", ("test_skipped.py", "-k", "which")),
     # streams
     Mutant("streaming.py", "with self.back.after_compute():", "with self.back.after():", (STREAMS,)),
     Mutant("streaming.py", "_pass(loads, slots, computed(self.device))", "_pass(loads, slots, None)", (STREAMS,)),
@@ -81,9 +83,12 @@ MUTANTS = (
         "checkpoint.py", 'or file_hash(path) != entry["sha256"]', "", ("test_checkpoint.py", "-k", "damage_is_found")
     ),
     Mutant("checkpoint.py", "(rest[limit:] if limit", "(rest[:limit] if limit", ("test_checkpoint.py", "-k", "which")),
+    Mutant("lora.py", "tensor * scale if is_b", "tensor if is_b", ("test_scale.py", "-k", "without_its_metadata")),
     # what is looked at
     Mutant("held_out.py", "place * len(sample.image_keys)", "place", ("test_held_out.py", "-k", "several_variants")),
     Mutant("held_out.py", "range(run.ranks.process_index,", "range(0,", ("test_held_out.py", "-k", "shares_add_up")),
+    Mutant("validation.py", "part.training = training", "part.training = True", ("test_dropout.py", "-k", "puts_back")),
+    Mutant("block_check.py", "sorted({0, len(blocks) - 1})", "[0]", ("test_block_check.py", "-k", "last_block")),
     Mutant("validation.py", "seed + number)", "seed)", ("test_validation.py", "-k", "seed_of_a_video")),
     Mutant("parity.py", "not difference <= TOLERANCE", "difference > 1e4", ("test_parity.py", "-k", "difference")),
     Mutant("publish.py", "MAX_SHARE * effect", "effect", ("test_publish.py", "-k", "scale_is_not_faithful")),

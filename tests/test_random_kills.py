@@ -146,13 +146,13 @@ def test_killed_at_random_it_ends_the_same(
 
 @pytest.mark.long
 @pytest.mark.fault("ranks: one of two is killed while both train")
-@pytest.mark.parametrize("unit", [12, 20])
+@pytest.mark.parametrize("unit", [7, 12])
 def test_what_is_left_of_a_group_ends_by_itself(unit: int, kinds: Callable[[str], Killed], tmp_path: Path) -> None:
     """It does not wait for ever for gradients that never come, and the same command goes on."""
     killed = kinds("two processes")
     left, dead = fork_ranks(2, killed.command(tmp_path), {1: ("^unit ", unit)})
     assert dead.wait() == -signal.SIGKILL
-    assert left.wait(120) > 0
+    assert left.wait(120) != 0
     assert killed.run(tmp_path)
     killed.compare(tmp_path)
 
