@@ -627,7 +627,7 @@ def test_prodigy_with_the_rate_of_adam_is_remarked(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.startswith("--learning_rate 0.0001: prodigy")
 
 
-@pytest.mark.fault("flags: a schedule of validation without a prompt or a clip", times=2)
+@pytest.mark.fault("flags: a schedule of validation without a prompt or a clip")
 @pytest.mark.parametrize("flag", ["--validation_epochs", "--validation_steps"])
 def test_a_schedule_without_anything_to_validate_is_remarked(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Published commands have it, so the run goes on."""
@@ -641,7 +641,7 @@ def test_a_schedule_without_anything_to_validate_is_remarked(flag: str, capsys: 
 SIGNED = "https://me:pass@cdn.example/a/x.png?X-Signature=secret&e=1#part"
 
 
-@pytest.mark.fault("security: a URL with a password and a signature among the flags", times=4)
+@pytest.mark.fault("security: a URL with a password and a signature among the flags")
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

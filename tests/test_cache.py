@@ -399,7 +399,7 @@ def as_written_by_others(folder: Path, **changes: Any) -> None:
     (folder / "index.json").write_text(json.dumps(values | whole))
 
 
-@pytest.mark.fault("security: a foreign index.json whose keys lead outside its folder", times=7)
+@pytest.mark.fault("security: a foreign index.json whose keys lead outside its folder")
 @pytest.mark.parametrize(
     "changes",
     [

@@ -299,7 +299,7 @@ def test_what_a_config_does_not_have_is_the_class_s_default(of: Any) -> None:
     assert CLASSES[of] != SCHEDULER_DEFAULTS or len(CLASSES[of]) == len(theirs) - 1  # all but self
 
 
-@pytest.mark.fault("data: a scheduler_config.json without one of its entries", times=5)
+@pytest.mark.fault("data: a scheduler_config.json without one of its entries")
 @pytest.mark.parametrize(
     "name", ["snr_shift_scale", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr"]
 )
@@ -358,7 +358,7 @@ def test_a_config_that_is_a_list_is_one_line(configs: Path) -> None:
         geometry(configs)
 
 
-@pytest.mark.fault("security: a model whose weights are pickles", times=3)
+@pytest.mark.fault("security: a model whose weights are pickles")
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
 def test_weights_in_pickles_only_are_refused_and_not_opened(tiny: Tiny, tmp_path: Path, part: str) -> None:
     """One that leaves a file behind when it is unpickled leaves none."""

@@ -143,7 +143,7 @@ def test_a_small_shared_memory_trains_the_same_lora(
     assert "--dataloader_num_workers 8: needs " in capfd.readouterr().err
 
 
-@pytest.mark.fault("memory: small /dev/shm that fills up while batches are loaded", times=2)
+@pytest.mark.fault("memory: small /dev/shm that fills up while batches are loaded")
 @pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
 def test_a_batch_without_room_is_an_error_and_no_hang(data: LatentDataset, strategy: str) -> None:
     """Workers that were not counted: each strategy of torch takes /dev/shm."""
