@@ -213,6 +213,19 @@ def test_deepspeed_gets_the_flags() -> None:
         engine.load(Path("nowhere"))
 
 
+def deepspeed_around(model: Any, parameters: Any, monkeypatch: pytest.MonkeyPatch) -> DeepSpeedEngine:
+    """Our engine around a stand-in for DeepSpeed's, alone."""
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
+        num_processes=1,
+        device=torch.device("cpu"),
+        prepare=lambda *_: (model, None),
+    )
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    return DeepSpeedEngine(accelerator, None, parameters, options_of(Path("x")))
+
+
 def test_deepspeed_steps_at_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the schedule of its configuration, in every group."""
     groups = [{"lr": 0.5}, {"lr": 0.5}]
@@ -223,15 +236,7 @@ def test_deepspeed_steps_at_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
         get_global_grad_norm=lambda: 2.0,
         was_step_applied=lambda: True,
     )
-    accelerator = SimpleNamespace(
-        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
-        num_processes=1,
-        device=torch.device("cpu"),
-        prepare=lambda *_: (model, None),
-    )
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    engine = DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options_of(Path("x")))
+    engine = deepspeed_around(model, [torch.nn.Parameter(torch.ones(2))], monkeypatch)
     results = [engine.step(rate).values.tolist() for rate in (1e-3, 1e-4)]
     assert at == [[1e-3, 1e-3], [1e-4, 1e-4]]
     assert results == [[0.0, 2.0, 0.0, 1.0]] * 2  # loss, norm, skipped, loss scale
@@ -268,15 +273,7 @@ def test_deepspeed_skips_count_like_ours(monkeypatch: pytest.MonkeyPatch, norm: 
         get_global_grad_norm=lambda: norm,
         was_step_applied=lambda: False,
     )
-    accelerator = SimpleNamespace(
-        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
-        num_processes=1,
-        device=torch.device("cpu"),
-        prepare=lambda *_: (model, None),
-    )
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    engine = DeepSpeedEngine(accelerator, None, masters["params"], options_of(Path("x")))
+    engine = deepspeed_around(model, masters["params"], monkeypatch)
     found = [values(engine.step(0.1)) for _ in range(4)]
     assert [step["skipped"] for step in found] == [1.0] * 4
     assert [step["loss_scale"] for step in found] == [2.0, 1.0, 1.0, 1.0]

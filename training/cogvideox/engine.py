@@ -182,7 +182,7 @@ class DeepSpeedEngine:
         for number, group in enumerate(inner.param_groups):
             for master in group["params"]:
                 tensors[f"master of parameter group {number}"] = master.detach()
-                for key, tensor in plain_tensors(inner.state[master]):
+                for key, tensor in plain_tensors(inner.state.get(master, {})):
                     tensors[f"{key} of parameter group {number}"] = tensor
         return not_finite(tensors)
 
