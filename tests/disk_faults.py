@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 WRITES = os.O_WRONLY | os.O_RDWR
+INJECTED = "injected: "  # before what failed, on the standard error
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
@@ -32,6 +33,7 @@ def refuse(moment: str, nth: int, number: int) -> None:
         if re.search(moment, what):
             seen += 1
             if nth in (0, seen):
+                os.write(2, f"{INJECTED}{what}\n".encode())
                 raise OSError(number, os.strerror(number), what.split(" ", 1)[1])
 
     hook_events(look)

@@ -786,7 +786,11 @@ def test_defaults_obey_their_own_rules(group: str) -> None:
     [
         (UsageError("a\nb"), 2, "script: 1 problem\n  a\\nb\n"),
         (stopping.Stopped(), 75, "stopped; the same command continues\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "/d/x"), 2, "/d/x: No space left on device; mend that and "),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/d/x"),
+            2,
+            "script: 1 problem\n  /d/x: No space left on device, ",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_a_line(

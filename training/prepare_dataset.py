@@ -9,9 +9,12 @@ encoded, with --verify what is wrong with what was, and --repair mends that. On 
 --multi_gpu, one share a GPU.
 """
 
+from pathlib import Path
+
 from cogvideox import args
 from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.index import check_data
+from cogvideox.files import what_is_safe
 from cogvideox.geometry import check_preparation, read_geometry
 from cogvideox.options import PrepareOptions
 
@@ -20,8 +23,13 @@ CHECKS = (check_preparation, check_data, check_reader)
 
 def main(options: PrepareOptions) -> int:
     """Returns the exit status."""
-    from pathlib import Path
+    folder = Path(options.prepare.output_dir)
+    with what_is_safe(folder, lambda: "what is encoded is safe"):
+        return prepare_into(folder, options)
 
+
+def prepare_into(folder: Path, options: PrepareOptions) -> int:
+    """Plans, then verifies or encodes; returns the exit status."""
     from cogvideox.prepare import Preparation, check_bad
     from cogvideox.ranks import Ranks, start_processes
     from cogvideox.report import describe
@@ -29,7 +37,7 @@ def main(options: PrepareOptions) -> int:
 
     prepare = options.prepare
     ranks = Ranks(start_processes(), prepare.nccl_timeout)
-    geometry, folder = read_geometry(options.model), Path(prepare.output_dir)
+    geometry = read_geometry(options.model)
     ranks.check_shared(folder, "--output_dir")
     with_images = geometry.image_to_video if prepare.save_image_latents is None else prepare.save_image_latents
     image_variants = options.first_frames.num_image_noise_variants if with_images else 0

@@ -7,7 +7,6 @@ are in flags.py, what each script takes in options.py, what contradicts what in 
 import argparse
 import dataclasses
 import difflib
-import errno
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from typing import Any
 from cogvideox import stopping
 from cogvideox.conflicts import flag_problems, foreign_problems, idle_schedule
 from cogvideox.errors import NonFiniteError, UsageError, one_line, public_urls
+from cogvideox.files import disk_errno, disk_error
 from cogvideox.flags import HIDDEN
 from cogvideox.options import Options, TrainOptions, derive, elsewhere, fields_of, image_flags, names_of
 from cogvideox.prepared import as_prepared
@@ -30,17 +30,6 @@ LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
 EPILOG = "Flags of the suite's other scripts are taken, and named as having no effect here."
 TAKEN = "no effect"  # the origin of a flag that only other scripts have
 USAGE_EXIT, NON_FINITE_EXIT = 2, 3
-# of the file system: the user can mend them
-DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.ENOENT,
-}
 # loggers that warn, wherever the package is merely installed, of extras that nothing here uses
 NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
@@ -345,17 +334,19 @@ def status_of(
         hide_secrets(options)
         return main(options)
     except UsageError as error:
-        count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
-        lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in error.problems)]
-        print(*lines, sep="\n", file=sys.stderr)
+        problems = error.problems
     except NonFiniteError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
         return NON_FINITE_EXIT
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except Exception as error:
+        number = disk_errno(error)
+        if number is None:
             raise
-        print(f"{error.filename or 'the disk'}: {error.strerror}; mend that and run the same command", file=sys.stderr)
+        problems = disk_error(Path(getattr(error, "filename", None) or "the disk"), number).problems
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in problems)]
+    print(*lines, sep="\n", file=sys.stderr)
     return USAGE_EXIT
 
 

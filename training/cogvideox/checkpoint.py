@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Container, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,8 @@ from torch.nn import Parameter
 
 from cogvideox.data.cache import CacheIndex, hash_of
 from cogvideox.engine import Engine
-from cogvideox.errors import NonFiniteError, UsageError, first_line
-from cogvideox.files import fsync, temporary_of, write_atomically
+from cogvideox.errors import DiskError, NonFiniteError, UsageError, first_line
+from cogvideox.files import check_room, disk_errors_told, fsync, removed_on_failure, temporary_of, write_atomically
 from cogvideox.flags import CHANGEABLE
 from cogvideox.masters import state_bytes
 from cogvideox.optimizers import make_optimizer
@@ -118,6 +119,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def safe_text(output_dir: Path) -> str:
+    """What is safe where a run ends because of the disk."""
+    newest = next(iter(checkpoints(output_dir)), None)
+    return "there is no checkpoint yet" if newest is None else f"{newest.name}, the newest checkpoint, is safe"
+
+
 def step_of(checkpoint: Path) -> int:
     """The optimizer step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix(PREFIX))
@@ -158,6 +165,7 @@ class Saver:
     limit: int | None
     every_minutes: float | None = None
     kept: int | None = None  # the step of a checkpoint that the limit does not concern
+    num_bytes: int | None = None  # of a checkpoint, as far as it is known
     saved_at: float = field(default_factory=time.monotonic)
     good_until: int | None = None  # while steps are skipped, the step before: its last checkpoint stays, too
 
@@ -178,8 +186,16 @@ class Saver:
         self._check_finite(step)
         target = self.run.output_dir / f"{PREFIX}{step}"
         temporary = self.run.output_dir / f".{target.name}.tmp"
+        cleans = removed_on_failure(temporary) if self.run.is_main else nullcontext()
+        with disk_errors_told(self.run.output_dir, self.num_bytes), cleans:
+            self._write(step, temporary, target)
+        self.run.barrier()
+        self.saved_at = time.monotonic()
+
+    def _write(self, step: int, temporary: Path, target: Path) -> None:
         if self.run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
+            check_room(self.run.output_dir, self.num_bytes or 0)
             temporary.mkdir()
         self.run.barrier()
         self.engine.save(temporary)
@@ -191,15 +207,19 @@ class Saver:
             (temporary / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
             seal(temporary, target)
             self._remove_replaced(step, checkpoints(self.run.output_dir))
-        self.run.barrier()
-        self.saved_at = time.monotonic()
 
-    def announce(self, options: TrainOptions) -> None:
-        """Says how long saving a checkpoint will take, which is how long a run that is stopped needs to end."""
+    def foresee(self, options: TrainOptions) -> None:
+        """Finds out how large a checkpoint will be. Raises DiskError where not even the first one has room."""
+        self.num_bytes = expected_bytes(options, self.method.parameters().values(), self.run.device)
         if self.run.is_main:
-            num_bytes = expected_bytes(options, self.method.parameters().values(), self.run.device)
-            seconds = seconds_to_write(self.run.output_dir, num_bytes)
-            size = f"{num_bytes / 2**30:.3g} GiB"
+            check_room(self.run.output_dir, self.num_bytes)
+
+    def announce(self) -> None:
+        """Says how long saving a checkpoint will take, which is how long a run that is stopped needs to end."""
+        if self.run.is_main and self.num_bytes is not None:
+            with disk_errors_told(self.run.output_dir):
+                seconds = seconds_to_write(self.run.output_dir, self.num_bytes)
+            size = f"{self.num_bytes / 2**30:.3g} GiB"
             self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and takes {seconds:.0f} s")
 
     def _check_finite(self, step: int) -> None:
@@ -254,7 +274,8 @@ def seal(temporary: Path, target: Path) -> None:
         fsync(path)
     problem = fault(temporary)
     if problem:
-        raise OSError(f"{temporary}: {problem}; is the disk full?")
+        fix = "is the disk full, or does it fail? find out and run the same command again"
+        raise DiskError(f"{temporary}: was written, but {problem}", fix)
     if target.exists() and fault(target):
         keep_damaged(target)
     old = aside(target)

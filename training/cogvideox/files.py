@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -98,7 +98,21 @@ def disk_errors_told(folder: Path, needed: int | None = None) -> Iterator[None]:
         number = disk_errno(error)
         if number is None:
             raise
-        raise disk_error(folder, number, needed) from error
+        named = Path(os.fsdecode(getattr(error, "filename", None) or folder))
+        inside = folder.absolute() in (named.absolute(), *named.absolute().parents)
+        raise disk_error(folder if inside else named, number, needed) from error
+
+
+@contextmanager
+def what_is_safe(folder: Path, safe: Callable[[], str]) -> Iterator[None]:
+    """Inside, every error of a disk becomes a DiskError that says what has not been lost; ``folder`` is where most is
+    written.
+    """
+    try:
+        with disk_errors_told(folder):
+            yield
+    except DiskError as error:
+        raise error.knowing(safe()) from error
 
 
 def disk_errno(error: BaseException) -> int | None:

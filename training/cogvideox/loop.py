@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from cogvideox import diffusion, models, stopping
 from cogvideox.before_after import BeforeAfter
 from cogvideox.best import Best
 from cogvideox.block_check import check_blocks
-from cogvideox.checkpoint import DATA, Saver, StartPoint, check_data, check_length, find_start, write_samples
+from cogvideox.checkpoint import DATA, Saver, StartPoint, check_data, check_length, find_start, safe_text, write_samples
 from cogvideox.curves import CURVES_NAME, column, draw_curves, read_records
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import max_bad
@@ -26,6 +27,7 @@ from cogvideox.diffusion import NoiseSchedule
 from cogvideox.engine import engine_name, make_engine
 from cogvideox.errors import UsageError, first_line, first_of
 from cogvideox.execution import Plan, keep_to_budget, make_plan, measured, place
+from cogvideox.files import what_is_safe
 from cogvideox.geometry import Geometry, read_geometry
 from cogvideox.held_out import HeldOut
 from cogvideox.hub import upload
@@ -216,8 +218,10 @@ class Trainer:
             with metrics.paused():
                 self._look(self.steps.first)  # only what is not there: a kill may have come in between
             metrics.forget_peaks()
+        if self.steps.first < self.steps.total:
+            self.saver.foresee(self.options)
         if self.options.method == "sft":
-            self.saver.announce(self.options)  # a LoRA is saved in a moment
+            self.saver.announce()  # a LoRA is saved in a moment
         with closing(metrics.bar), closing(batches_of(self._loader())) as batches:
             self._train(metrics, batches)
         metrics.close()
@@ -403,7 +407,15 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
 
     Raises:
         Stopped: a signal ended the run early with everything saved.
+        DiskError: the disk is full, fails or refuses; it says what is safe.
     """
+    folder = Path(options.train.output_dir)
+    with what_is_safe(folder, partial(safe_text, folder)):
+        return run_through(options, task_type, method_type)
+
+
+def run_through(options: TrainOptions, task_type: Any, method_type: Any) -> int:
+    """The parts of a run in their order."""
     run = start_run(options)
     keep_to_budget(run, options)
     geometry = read_geometry(options.model)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from cogvideox.files import fsync
+from cogvideox.files import disk_errors_told, fsync, removed_on_failure
 from cogvideox.flags import ModelFlags
 from cogvideox.geometry import INDEX_NAME, PARTS, read_model_index, saves_pipeline
 from cogvideox.models import part_folder, weight_files
@@ -41,6 +41,15 @@ def write_pipeline(model: ModelFlags, pipeline: str, transformer: Path) -> Path:
     """The pipeline's folder beside the trained transformer's, whole or not there."""
     temporary, target = transformer.parent / f".{PIPELINE_NAME}.tmp", transformer.parent / PIPELINE_NAME
     shutil.rmtree(temporary, ignore_errors=True)
+    with disk_errors_told(transformer.parent), removed_on_failure(temporary):
+        fill(temporary, model, pipeline, transformer)
+    remove_pipeline(transformer.parent)
+    os.replace(temporary, target)
+    return target
+
+
+def fill(temporary: Path, model: ModelFlags, pipeline: str, transformer: Path) -> None:
+    """All files of a pipeline into a folder that is not there yet, and onto the disk."""
     temporary.mkdir()
     index = read_model_index(model) | {"_class_name": pipeline}
     (temporary / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -53,9 +62,6 @@ def write_pipeline(model: ModelFlags, pipeline: str, transformer: Path) -> Path:
         link(source, temporary / transformer.name / source.name)
     for path in (*temporary.rglob("*"), temporary):
         fsync(path)
-    remove_pipeline(transformer.parent)
-    os.replace(temporary, target)
-    return target
 
 
 def files_of_part(model: ModelFlags, part: str) -> Iterator[tuple[str, Path]]:

@@ -18,7 +18,7 @@ from cogvideox.args import config_dict
 from cogvideox.card import MIN_DIFFUSERS, write_card
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
-from cogvideox.files import fsync, write_atomically
+from cogvideox.files import disk_errors_told, fsync, removed_on_failure, write_atomically
 from cogvideox.geometry import saves_pipeline
 from cogvideox.lora_file import NO, ROUNDED
 from cogvideox.options import TrainOptions
@@ -161,9 +161,11 @@ def write_weights(method: Any, folder: Path) -> dict[str, Any]:
     """The weights under their final name, never half-written: a file, or a folder. Returns what ``export`` does."""
     temporary, target = folder / ".weights.tmp", folder / method.result
     shutil.rmtree(temporary, ignore_errors=True)
-    about: dict[str, Any] = method.export(temporary)
-    for path in temporary.rglob("*"):
-        fsync(path)
+    needed = sum(parameter.nbytes for parameter in method.parameters().values())
+    with disk_errors_told(folder, needed), removed_on_failure(temporary):
+        about: dict[str, Any] = method.export(temporary)
+        for path in temporary.rglob("*"):
+            fsync(path)
     if target.is_dir():  # a folder that is not empty cannot be replaced; without recipe.json nothing counts as finished
         shutil.rmtree(target)
     os.replace(temporary / method.result, target)

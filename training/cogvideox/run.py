@@ -398,7 +398,7 @@ def write_metrics(run: Run, record: dict[str, Any]) -> None:
     numbers = {name: value for name, value in record.items() if name not in (*lists, *texts)}
     line: dict[str, Any] = {name: finite(value) for name, value in numbers.items()} | texts
     line |= {name: [finite(value) for value in values] for name, values in lists.items()}
-    with open(run.output_dir / METRICS_NAME, "a") as file:
+    with disk_errors_told(run.output_dir), open(run.output_dir / METRICS_NAME, "a") as file:
         file.write(json.dumps(line) + "\n")
     numbers |= {f"{name}/{place}": value for name, values in lists.items() for place, value in enumerate(values)}
     run.accelerator.log({n: v for n, v in numbers.items() if n != "step"}, step=int(record["step"]))
