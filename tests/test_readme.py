@@ -37,6 +37,29 @@ def commands() -> list[str]:
     return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
 
+def links() -> list[tuple[str, str]]:
+    """(file, target) of every link to a file or a heading of this repository."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [
+        (str(page.relative_to(ROOT)), to) for page in pages for to in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    ]
+    return sorted({(page, to) for page, to in found if not re.match(r"[a-z]+:", to)})
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The names by which GitHub links to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(("page", "target"), links())
+def test_link(page: str, target: str) -> None:
+    name, _, anchor = target.partition("#")
+    path = (ROOT / page).parent / name if name else ROOT / page
+    assert path.exists()
+    assert not anchor or anchor in anchors_of(path)
+
+
 @pytest.mark.parametrize("command", commands())
 def test_command(command: str) -> None:
     words = shlex.split(command)
@@ -87,7 +110,16 @@ def test_flags_in_the_text_exist() -> None:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
     known |= set(bench.build_parser()._option_string_actions)
     # of other benchmarks, of examples, of tests/odd_files.py, of every script
-    outside = {"--work_dir", "--results", "--clips", "--steps", "--batch", "--help", "--write"}
+    outside = {
+        "--work_dir",
+        "--results",
+        "--clips",
+        "--steps",
+        "--batch",
+        "--help",
+        "--write",
+        "--shm",
+    }  # the last is Docker's
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
     named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
     assert named <= known
