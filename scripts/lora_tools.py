@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,9 +103,30 @@ def replace_by(target: Path, write: Callable[[Path], Any]) -> None:
     """Lets ``write`` make a file or folder under another name, and gives it its own name once it is whole.
 
     A target that is a link stays one: what it leads to is written.
+
+    Raises:
+        ValueError: the disk is full, fails or refuses; what was there is as it was, and nothing else is left.
     """
+    from safetensors import SafetensorError
+
     target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        fsync(temporary)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise ValueError(f"{target}: cannot be written ({error}); free some space, or give another place") from error
+
+
+def fsync(path: Path) -> None:
+    """Makes the disk have a file, or all files of a folder."""
+    for part in path.rglob("*") if path.is_dir() else [path]:
+        if part.is_file():
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from lora_tools import stored_dtype, transformer_folder
 from running import ROOT, WEIGHTS, equal
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -286,6 +287,29 @@ def test_no_script_replaces_what_it_reads(model: Path, tmp_path: Path, capsys: p
         assert "is a file; give a new folder" in fails(capsys, main, *given, model / "model_index.json")
     assert "is the same as the input" in fails(capsys, merge_lora.main, *merge, file)
     assert file.read_bytes() == before
+
+
+@pytest.mark.fault("disk: a LoRA script's output cannot be written", times=3)
+def test_a_full_disk_is_a_line_and_leaves_what_was_there(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_lora(tmp_path / "lora", model)
+    output = tmp_path / "out" / "x.safetensors"
+    output.parent.mkdir()
+    output.write_bytes(b"old")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def broken(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name, fails_so in (("safetensors.torch.serialize_file", full), ("os.fsync", broken), ("os.replace", broken)):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fails_so)
+            told = fails(capsys, convert_lora.main, tmp_path / "lora", output, "--to", "comfyui")
+        assert f"{output}: cannot be written (" in told
+        assert [(path.name, path.read_bytes()) for path in output.parent.iterdir()] == [("x.safetensors", b"old")]
 
 
 def test_a_link_as_output_stays_one(model: Path, tmp_path: Path) -> None:
