@@ -25,7 +25,6 @@ from cogvideox.data.buckets import Bucket
 from cogvideox.data.dataset import Batch
 from cogvideox.diffusion import NoiseSchedule, loss_weights
 from cogvideox.geometry import Geometry, geometry_of
-from cogvideox.loop import losses_of
 from cogvideox.methods import FullFinetune, Lora
 from cogvideox.optim import MasterWeights, learning_rate
 from cogvideox.optimizers import make_optimizer
@@ -33,7 +32,7 @@ from cogvideox.options import LoraOptions, SftOptions
 from cogvideox.plan import ExecutionPlan
 from cogvideox.run import Mark
 from cogvideox.streaming import Away
-from cogvideox.tasks import TextToVideo
+from cogvideox.tasks import TextToVideo, losses_of
 from cogvideox.vae_decoder import Decoder
 from cogvideox.validation import evaluation
 

@@ -17,7 +17,7 @@ from cogvideox import loop
 from cogvideox.errors import UsageError
 from cogvideox.flags import ModelFlags
 from cogvideox.geometry import read_geometry
-from cogvideox.loop import losses_of
+from cogvideox.tasks import losses_of
 from cogvideox.validation import evaluation
 
 PLANS: dict[str, tuple[object, ...]] = {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox import diffusion, models, stopping
@@ -41,17 +40,12 @@ from cogvideox.publish import publish
 from cogvideox.run import METRICS_NAME, Metrics, Run, Sample, start_run, start_trackers, write_config
 from cogvideox.skipped import SkippedSteps
 from cogvideox.streaming import Away
+from cogvideox.tasks import losses_of
 from cogvideox.tensors import Tensors, open_tensors
 from cogvideox.validation import Prompts, Validator, embed_prompts
 from cogvideox.warm_up import has_no_bound, warm_up
 
 STEADY_STEPS = 6  # after so many of a run, one is like the next: everything is compiled and has its memory
-
-
-def losses_of(task: Any, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
-    """The squared error of each sample of a batch on the device, (B,), fp32; training gives it weights."""
-    predict = task.predictor(transformer, batch)
-    return diffusion.loss(schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
 
 
 @dataclass(frozen=True)

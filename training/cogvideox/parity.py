@@ -2,8 +2,11 @@
 
 The stock pipeline makes one sampling step around the run's own transformer and scheduler. No network is run: calls of
 the transformer are caught on both sides, and the VAE is stood in for. Compared, for every bucket of the run: latents
-and padding, image latents and their scale, embeddings, timestep, offset, rotary tables, and what the pipeline decodes
-when the transformer answers with the velocity that it is trained for. Shapes as in data/dataset.py; P patches.
+and padding, image latents and their scale, embeddings, timestep, offset, rotary tables, all with their types, and what
+the pipeline decodes when the transformer answers with the velocity that it is trained for. Clips and images are drawn
+from moments on both sides: in training's way, and by diffusers' own distribution. The loss of a transformer that
+answers with the scheduler's velocity must be 0. One bucket is compared in the compute type of the run as well.
+Shapes as in data/dataset.py; P patches.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,11 +26,12 @@ from cogvideox.flags import ModelFlags
 from cogvideox.geometry import Geometry
 from cogvideox.options import TrainOptions, ignores_positions
 from cogvideox.run import Run
-from cogvideox.tasks import ImageToVideo, Task, image_scale
+from cogvideox.tasks import ImageToVideo, Task, image_scale, losses_of
 from cogvideox.tensors import Tensors
 
-TOLERANCE = 1e-4  # of numbers of about 1, in fp32: rounding is far below it, everything else far above
+TOLERANCE = 1e-4  # of numbers of about 1, relative of larger ones: in fp32 rounding is far below, all else far above
 ARGUMENTS = ("encoder_hidden_states", "timestep", "ofs", "image_rotary_emb")  # of the transformer, beside the latents
+PURPOSES = {"clip": "posterior", "image": "image posterior"}  # of draw_sample's draws from moments
 Answer = Callable[[dict[str, Any]], Tensor]
 
 
@@ -46,11 +50,15 @@ def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, 
     schedule = NoiseSchedule.from_config(geometry.schedule).to(run.device)
     pipeline = stock_pipeline(options.model, task.pipeline, transformer)
     check_schedule(schedule, pipeline.scheduler)
+    check_posterior()
     buckets = sorted({sample.bucket for sample in (*index.samples, *index.validation)})
     for bucket in buckets:
         check_bucket(exact, pipeline, schedule, geometry, bucket)
+        check_loss(exact, pipeline, schedule, geometry, bucket)
         if geometry.learned_positions:
             check_positions(transformer, geometry, bucket, ignores_positions(options))
+    check_bucket(task, pipeline, schedule, geometry, buckets[0])
+    check_loss(task, pipeline, schedule, geometry, buckets[0])
     run.say(f"checked on {len(buckets)} buckets: the transformer gets what {task.pipeline} gives it")
     if isinstance(task, ImageToVideo) and other_scale(task, geometry) != 1.0:
         usual = image_scale(geometry)
@@ -115,10 +123,10 @@ def check_bucket(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: G
     """Raises ParityError where training and the pipeline call the transformer in different ways, or where a transformer
     that has learned its target makes another clip there than it was trained on.
     """
-    draw, device = ("parity", bucket), schedule.alphas_cumprod.device
-    moments = normal(geometry.moments_shape(bucket), *draw, "moments")
-    batch = random_batch(moments, schedule, geometry, bucket, draw).to(device)
+    device = schedule.alphas_cumprod.device
+    batch = random_batch(geometry, bucket, len(schedule) - 1).to(device)
     frame_HWC = np.random.default_rng(0).integers(0, 256, (bucket.height, bucket.width, 3), np.uint8)
+    pipeline.vae.image_BCFHW = drawn_by_diffusers(bucket, geometry, "image").to(device)
     theirs = pipeline_call(task, pipeline, batch, schedule, bucket, frame_HWC)
     latents, image = split(theirs, geometry)
     with caught(pipeline.transformer, lambda arguments: arguments["hidden_states"]) as calls:
@@ -128,12 +136,28 @@ def check_bucket(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: G
     if isinstance(task, ImageToVideo):
         compare(f"{bucket}: image latents", own_image, image * other_scale(task, geometry))
         pixels = encode.pixels_of(frame_HWC[None], device)
-        compare(f"{bucket}: pixels of the image", pixels, pipeline.vae.pixels_BCFHW[0])
+        compare(f"{bucket}: pixels of the image", pixels.to(task.dtype), pipeline.vae.pixels_BCFHW[0])
     for name in ARGUMENTS:
         compare(f"{bucket}: {name}", calls[0].get(name), theirs.get(name))
-    channels, *rest = moments.shape
-    clip = sample_posterior(moments, normal((channels // 2, *rest), *draw, "posterior"))
-    compare(f"{bucket}: latents of the clip that is decoded", clip.to(device), pipeline.vae.decoded_BCFHW[0])
+    clip = drawn_by_diffusers(bucket, geometry, "clip").to(device, task.dtype)
+    compare(f"{bucket}: latents of the clip that is decoded", clip, pipeline.vae.decoded_BCFHW)
+
+
+def check_loss(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: Geometry, bucket: Bucket) -> None:
+    """Raises ParityError where the loss of training is not 0 for a transformer that answers with the velocity that the
+    pipeline's scheduler gives for the noised clip, or where it is asked about another clip or timestep.
+    """
+    device, scheduler = schedule.alphas_cumprod.device, pipeline.scheduler
+    batches = [random_batch(geometry, bucket, timestep) for timestep in timesteps_of(schedule)]
+    for batch in (batch.to(device) for batch in batches):
+        clip = batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B
+        velocity = scheduler.get_velocity(*clip).to(task.dtype)
+        with caught(pipeline.transformer, lambda _, velocity=velocity: velocity) as calls:  # type: ignore[misc]
+            loss_B = losses_of(task, schedule, pipeline.transformer, batch)
+        what = f"{bucket}: timestep {batch.timestep_B.item()}"
+        compare(f"{what}: x_t", split(calls[0], geometry)[0], scheduler.add_noise(*clip).to(task.dtype))
+        compare(f"{what}: timestep", calls[0]["timestep"], batch.timestep_B)
+        compare(f"{what}: loss of the scheduler's velocity", loss_B.sqrt(), torch.zeros_like(loss_B), task.dtype)
 
 
 def other_scale(task: ImageToVideo, geometry: Geometry) -> float:
@@ -141,13 +165,43 @@ def other_scale(task: ImageToVideo, geometry: Geometry) -> float:
     return 1.0 if task.flags.image_latent_scale == "auto" else task.scale / image_scale(geometry)
 
 
-def random_batch(
-    moments_CFHW: Tensor, schedule: NoiseSchedule, geometry: Geometry, bucket: Bucket, draw: tuple[object, ...]
-) -> Batch:
-    """One sample as training draws it from a cache, at the timestep where sampling starts."""
+def moments_of(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
+    """Random moments of a clip, (2C, F, H, W), or an image, (2C, H, W), as the VAE would give them."""
+    shape = geometry.moments_shape(bucket) if name == "clip" else geometry.image_shape(bucket)
+    return normal(shape, "parity", bucket, f"{name} moments")
+
+
+def random_batch(geometry: Geometry, bucket: Bucket, timestep: int) -> Batch:
+    """One sample as training draws it from a cache."""
+    draw = ("parity", bucket)
     prompt = normal((geometry.max_text_seq_length, geometry.text_embed_dim), *draw, "prompt")
-    image = normal(geometry.image_shape(bucket), *draw, "image moments")
-    return collate([draw_sample(moments_CFHW, prompt, len(schedule) - 1, geometry, draw, "parity", image)])
+    clip, image = (moments_of(bucket, geometry, name) for name in PURPOSES)
+    return collate([draw_sample(clip, prompt, timestep, geometry, draw, "parity", image)])
+
+
+def drawn_by_diffusers(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
+    """The latents of that sample's clip, (1, C, F, H, W), or image, (1, C, 1, H, W), unscaled, out of its moments."""
+    moments = moments_of(bucket, geometry, name)
+    channels, *rest = moments.shape
+    latents = posterior_by_diffusers(moments, normal((channels // 2, *rest), "parity", bucket, PURPOSES[name]))
+    return latents[None] if name == "clip" else latents[None].unsqueeze(2)
+
+
+def posterior_by_diffusers(moments: Tensor, noise: Tensor) -> Tensor:
+    """What data.dataset.sample_posterior is to give."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    posterior = DiagonalGaussianDistribution(moments[None])
+    return (posterior.mean + posterior.std * noise)[0]
+
+
+def check_posterior() -> None:
+    """Raises ParityError where a draw from moments is not that of diffusers, for log variances of every size."""
+    log_variance = torch.linspace(-40.0, 30.0, 71).view(1, -1)
+    moments = torch.cat([normal((1, 71), "parity", "mean"), log_variance])
+    noise = normal((1, 71), "parity", "noise")
+    ours, theirs = sample_posterior(moments, noise), posterior_by_diffusers(moments, noise)
+    compare("a draw from the VAE's posterior", ours, theirs)
 
 
 def pipeline_call(
@@ -158,13 +212,11 @@ def pipeline_call(
 
     more: dict[str, Any] = {}
     if isinstance(task, ImageToVideo):
-        assert batch.image_BCHW is not None
-        pipeline.vae.image_BCFHW = batch.image_BCHW.unsqueeze(2)
         more["image"] = Image.fromarray(frame_HWC)
     with caught(pipeline.transformer, lambda arguments: velocity_of(batch, arguments, schedule, bucket)) as calls:
         pipeline(
-            prompt_embeds=batch.prompt_BLD,
-            negative_prompt_embeds=batch.prompt_BLD,
+            prompt_embeds=batch.prompt_BLD.to(task.dtype),
+            negative_prompt_embeds=batch.prompt_BLD.to(task.dtype),
             height=bucket.height,
             width=bucket.width,
             num_frames=bucket.frames,
@@ -183,7 +235,8 @@ def velocity_of(batch: Batch, arguments: dict[str, Any], schedule: NoiseSchedule
     x_t_BFCHW = arguments["hidden_states"][:, :, : x0_BFCHW.shape[2]]
     same_shape(f"{bucket}: latents", x0_BFCHW, x_t_BFCHW)
     signal, noise = schedule.signal_and_noise(batch.timestep_B)
-    return schedule.velocity(x0_BFCHW, (x_t_BFCHW - signal * x0_BFCHW) / noise, batch.timestep_B)
+    velocity = schedule.velocity(x0_BFCHW, (x_t_BFCHW - signal * x0_BFCHW) / noise, batch.timestep_B)
+    return velocity.to(x_t_BFCHW.dtype)
 
 
 def split(arguments: dict[str, Any], geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -199,14 +252,18 @@ def check_schedule(schedule: NoiseSchedule, scheduler: Any) -> None:
     """Raises ParityError where noise, velocity, or the x0 that the sampler reads from a velocity, are not its own."""
     device = schedule.alphas_cumprod.device
     x0, noise = (normal((1, 1, 1, 2, 2), "parity", name).to(device) for name in ("x0", "noise"))
-    last = len(schedule) - 1
-    scheduler.set_timesteps(last + 1)
-    for number in (0, 1, last // 2, last):
+    scheduler.set_timesteps(len(schedule))
+    for number in timesteps_of(schedule):
         timestep = torch.tensor([number], device=device)
         x_t, velocity = schedule.add_noise(x0, noise, timestep), schedule.velocity(x0, noise, timestep)
         compare(f"timestep {number}: x_t", x_t, scheduler.add_noise(x0, noise, timestep))
         compare(f"timestep {number}: velocity", velocity, scheduler.get_velocity(x0, noise, timestep))
         compare(f"timestep {number}: x0 out of the velocity", x0, x0_of(scheduler, velocity, number, x_t))
+
+
+def timesteps_of(schedule: NoiseSchedule) -> tuple[int, ...]:
+    """Those that are compared: both ends and the middle."""
+    return 0, 1, len(schedule) // 2, len(schedule) - 1
 
 
 def x0_of(scheduler: Any, velocity: Tensor, timestep: int, x_t: Tensor) -> Tensor:
@@ -241,20 +298,28 @@ def check_positions(transformer: Any, geometry: Geometry, bucket: Bucket, ignore
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
-def compare(what: str, ours: Any, theirs: Any) -> None:
-    """Raises ParityError where two tensors, or pairs of them, or None, are not the same."""
+def compare(what: str, ours: Any, theirs: Any, rounded_to: torch.dtype | None = None) -> None:
+    """Raises ParityError where two tensors, or pairs of them, or None, are not the same.
+
+    Args:
+        rounded_to: the type that numbers went through; if it is not given, that of the tensors.
+    """
     if isinstance(ours, tuple) and isinstance(theirs, tuple):
         for own, their in zip(ours, theirs, strict=True):
-            compare(what, own, their)
+            compare(what, own, their, rounded_to)
         return
     if ours is None and theirs is None:
         return
     if ours is None or theirs is None:
         raise ParityError(message(what, "given by one alone"))
     same_shape(what, ours, theirs)
-    difference = (ours.double() - theirs.double()).abs().max().item()
-    if not difference <= TOLERANCE:  # NaN fails
-        raise ParityError(message(what, f"{difference:.3g} apart"))
+    if ours.dtype != theirs.dtype:
+        raise ParityError(message(what, f"{ours.dtype} in training, {theirs.dtype} in the pipeline"))
+    dtype = rounded_to or ours.dtype
+    tolerance = max(TOLERANCE, torch.finfo(dtype).eps) if dtype.is_floating_point else TOLERANCE
+    difference = (ours.double() - theirs.double()).abs()
+    if not (difference / theirs.double().abs().clamp(min=1.0)).max().item() <= tolerance:  # NaN fails
+        raise ParityError(message(what, f"{difference.max().item():.3g} apart"))
 
 
 def same_shape(what: str, ours: Tensor, theirs: Tensor) -> None:

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cogvideox import diffusion
 from cogvideox.data.dataset import Batch
-from cogvideox.diffusion import Predictor
+from cogvideox.diffusion import NoiseSchedule, Predictor
 from cogvideox.geometry import Geometry
 from cogvideox.options import TrainOptions, image_flags
 from cogvideox.rope import RotaryTables
@@ -84,6 +85,12 @@ class ImageToVideo:
 
 
 Task = TextToVideo | ImageToVideo
+
+
+def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
+    """The squared error of each sample of a batch on the device, (B,), fp32; training gives it weights."""
+    predict = task.predictor(transformer, batch)
+    return diffusion.loss(schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
 
 
 def predictor(
