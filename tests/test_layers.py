@@ -33,7 +33,7 @@ LAYERS = (
     ("offload", "ema", "plan", "ranks", "attention"),
     ("engine", "blocks"),
     ("run", "stack"),
-    ("images", "tensors"),
+    ("images", "layerwise", "tensors"),
     ("execution",),
     ("checkpoint", "validation"),
     ("before_after", "best", "block_check", "held_out", "parity", "skipped", "warm_up"),

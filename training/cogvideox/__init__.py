@@ -66,6 +66,7 @@ attention.py          attention by the kernels of the device
 quant.py              frozen matrices in int8, fp8, nf4
 blocks.py             one block, forward and backward, as functions of tensors
 stack.py              all blocks of a transformer under a plan
+layerwise.py          a transformer that lies on the CPU, run on the device a layer at a time
 run.py                one run: ranks, output folder, metrics, trackers
 images.py             the images that validation videos begin with
 tensors.py            a prepared folder, or one prepared now

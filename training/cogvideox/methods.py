@@ -2,7 +2,8 @@
 
 A method is made of (transformer, options). It has ``transformer``, ``result`` (the name of what ``save`` writes),
 ``parameters()``, ``draw_for(step, first)`` before each forward pass of training, ``save`` for checkpoints and
-``export`` for the result (both return what recipe.json says of the file), ``reload``, ``recipe(options)``, which needs
+``export`` for the result (both return what recipe.json says of the file), ``reload`` into the transformer and ``fresh``
+into a new one, ``recipe(options)``, which needs
 no method, ``resume(folder)`` after the engine has loaded a checkpoint, ``off(folder)`` and ``inference(dtype)``: an
 argument of from_pretrained that brings in what was trained, and the lines after it, for inference.py.
 """
@@ -11,7 +12,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -43,7 +44,7 @@ from cogvideox.lora_file import (
     read_header,
     scale_of,
 )
-from cogvideox.models import ignore_learned_positions, load_transformer
+from cogvideox.models import DTYPES, ignore_learned_positions, load_transformer, stored_dtype
 from cogvideox.options import LoraOptions, SftOptions, ignores_positions
 
 ADAPTER = "default"
@@ -59,6 +60,7 @@ class Lora:
         self.flags = options.lora
         self.ignores_positions = ignores_positions(options)
         self.pissa = self.flags.init_lora_weights.startswith("pissa")
+        self.model = options.model
         self.place = Place()
         self._attach(options.data.seed)
         if self.flags.lora_path is not None:
@@ -197,7 +199,16 @@ class Lora:
     def reload(self, pipeline: Any, folder: Path) -> None:
         """Drops the trained adapter and loads the saved one through the pipeline's own loader."""
         self.transformer.delete_adapters(ADAPTER)
-        pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME, adapter_name=ADAPTER, use_safetensors=True)
+        load_saved(pipeline, folder)
+
+    def fresh(self, pipeline_of: Callable[[Any], Any], folder: Path) -> Any:
+        """A new transformer on the CPU with the saved LoRA by the pipeline's own loader. The base is in the type of its
+        files, so that its tensors are pages of these and take no memory of their own.
+        """
+        dtype = DTYPES[stored_dtype(self.model, "transformer")]
+        transformer = load_transformer(self.model, dtype, self.ignores_positions)
+        load_saved(pipeline_of(transformer), folder)
+        return transformer
 
     def inference(self, dtype: str) -> tuple[str, str]:
         """Code that loads the result from the folder ``here``."""
@@ -255,6 +266,11 @@ class FullFinetune:
 
     export = save
 
+    def fresh(self, _pipeline_of: Callable[[Any], Any] | None, folder: Path) -> Any:
+        """A new transformer on the CPU, out of the saved folder."""
+        dtype = self.transformer.dtype
+        return type(self.transformer).from_pretrained(folder / self.result, dtype=dtype, use_safetensors=True)
+
     def reload(self, _pipeline: Any, folder: Path) -> None:
         """Takes up the weights that stock diffusers reads from the saved folder.
 
@@ -264,15 +280,17 @@ class FullFinetune:
         with torch.no_grad():
             for parameter in self.parameters().values():
                 parameter.fill_(torch.nan)  # so that only the files can bring them back
-        saved = type(self.transformer).from_pretrained(
-            folder / self.result, dtype=self.transformer.dtype, use_safetensors=True
-        )
-        self.transformer.load_state_dict(saved.state_dict())
+        self.transformer.load_state_dict(self.fresh(None, folder).state_dict())
 
     def inference(self, dtype: str) -> tuple[str, str]:
         """Code that loads the result from the folder ``here``."""
         name = type(self.transformer).__name__
         return f'transformer=diffusers.{name}.from_pretrained(here / "{self.result}", dtype=torch.{dtype}),', ""
+
+
+def load_saved(pipeline: Any, folder: Path) -> None:
+    """Loads a saved LoRA as a user of diffusers does."""
+    pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME, adapter_name=ADAPTER, use_safetensors=True)
 
 
 def trainable(module: Any) -> dict[str, Parameter]:

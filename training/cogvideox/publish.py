@@ -7,6 +7,7 @@ pipeline, and, last, recipe.json (how they were made). A folder with recipe.json
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -18,8 +19,10 @@ from cogvideox.args import config_dict
 from cogvideox.card import MIN_DIFFUSERS, write_card
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
+from cogvideox.execution import base_precision
 from cogvideox.files import disk_errors_told, fsync, removed_on_failure, write_atomically
 from cogvideox.geometry import saves_pipeline
+from cogvideox.layerwise import run_layer_by_layer
 from cogvideox.lora_file import NO, ROUNDED
 from cogvideox.options import TrainOptions
 from cogvideox.pipeline_folder import remove_pipeline, write_pipeline
@@ -32,6 +35,8 @@ RECIPE_NAME, INFERENCE_NAME = "recipe.json", "inference.py"
 MIN_COSINE = 0.9999
 MAX_SHARE = 0.01  # of the effect of training
 ROUNDING = 1e-6  # of the output
+ROUNDING_OF_BLOCKS = 1e-5  # of the output, where blocks are computed in another order; fp32 on a CPU
+MIN_COSINE_OF_BLOCKS = 0.999  # in 16 bits: rounding in 42 blocks alone gives 0.9999, benchmarks/checks.py --whole
 
 INFERENCE = '''\
 """Makes a video with what was trained, in plain diffusers: python inference.py ["a prompt"]{usage} [OUTPUT.mp4]"""
@@ -122,16 +127,25 @@ def publish(
         after = reloaded(method, folder, task, batch, run)
         with method.off(folder):
             base = forward(task, method.transformer, batch, run)
+        stock = in_diffusers(method, folder, task, batch, run, base_precision(options))
         difference, cosine = compare(before, after)
         run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")
         exact = run.device.type == "cpu" and run.dtype == torch.float32
         exact = exact and about.get("lora_scale_folded") != ROUNDED
         if not faithful(base, before, after) or not cosine >= MIN_COSINE or (exact and difference != 0):  # NaN fails
             raise RuntimeError(f"{folder / method.result}: reloaded, it gives another output; please report this")
+        apart, likeness = compare(after, stock)
+        run.say(f"run by diffusers alone, in a new transformer: max |difference| {apart:.3g}, cosine {likeness:.7f}")
+        if not alike(after, stock, run):
+            raise RuntimeError(
+                f"{folder / method.result}: diffusers' own blocks give another output than those of training, cosine "
+                f"{likeness:.6f}; please report this"
+            )
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
         made = {"step": step, **recipe, **about, "flags": config_dict(options), **environment()}
         made["prepared"] = dataset.index.recipe  # of what the tensors were made with; its seed is not the run's
         made["verification"] = {"max_difference": difference, "cosine": cosine}
+        made["verification"] |= {"diffusers_max_difference": apart, "diffusers_cosine": likeness}
         shown = write_card(run, options, task, method, validator, dataset.index, made)
         if saves_pipeline(options):
             whole = write_pipeline(options.model, task.pipeline, folder / method.result)
@@ -180,14 +194,32 @@ def forward(task: Task, transformer: Any, batch: Batch, run: Run) -> Tensor:
         return task.predictor(transformer, batch)(batch.x0_BFCHW, batch.timestep_B).float().cpu()
 
 
-def reloaded(method: Any, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
-    """The same after the weights have been dropped and loaded from their files by the stock classes."""
+def pipeline_around(task: Task, transformer: Any) -> Any:
+    """The stock pipeline with this transformer and nothing else."""
     import diffusers
 
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
-    pipeline = getattr(diffusers, task.pipeline)(**parts, transformer=method.transformer)
-    method.reload(pipeline, folder)
+    return getattr(diffusers, task.pipeline)(**parts, transformer=transformer)
+
+
+def reloaded(method: Any, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
+    """The same after the weights have been dropped and loaded from their files by the stock classes."""
+    method.reload(pipeline_around(task, method.transformer), folder)
     return forward(task, method.transformer, batch, run)
+
+
+def in_diffusers(method: Any, folder: Path, task: Task, batch: Batch, run: Run, precision: str) -> Tensor:
+    """The same by a transformer that only diffusers has loaded and runs; of the base in the precision of training."""
+    transformer = method.fresh(partial(pipeline_around, task), folder)
+    run_layer_by_layer(transformer, run.device, run.dtype, precision)
+    return forward(task, transformer, batch, run)
+
+
+def alike(training: Tensor, stock: Tensor, run: Run) -> bool:
+    """Whether two ways to compute one output differ by no more than rounding."""
+    if run.device.type == "cpu" and run.dtype == torch.float32:
+        return bool((stock - training).norm() <= ROUNDING_OF_BLOCKS * training.norm())
+    return compare(training, stock)[1] >= MIN_COSINE_OF_BLOCKS
 
 
 def compare(first: Tensor, second: Tensor) -> tuple[float, float]:
