@@ -216,7 +216,7 @@ def compare(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.devic
     """The cosine of each quantity of block ``i``, between what training computes and what diffusers does."""
     stock = stock_block(module, plan, device)
     balance(inputs, stock)
-    expected = outcome(stock, stock, inputs)
+    expected = {what: tensor.cpu() for what, tensor in outcome(stock, stock, inputs).items()}
     del stock
     own = copy_of(module)
     if isinstance(plan, ExecutionPlan):
@@ -231,7 +231,7 @@ def compare(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.devic
 
 
 def outcome(run: Callable[..., Any], module: Any, inputs: Inputs, away: Away | None = None) -> dict[str, Tensor]:
-    """Outputs and gradients by name, on the CPU; ``run`` computes with the parameters of the module."""
+    """Outputs and gradients by name; ``run`` computes with the parameters of the module."""
     trains_all = own_of(module)[0].requires_grad
     leaves = inputs.leaves(with_temb=trains_all)
     video, text = leaves.call(run)
@@ -248,7 +248,7 @@ def outcome(run: Callable[..., Any], module: Any, inputs: Inputs, away: Away | N
     inner |= layers | ({"all matrices": torch.cat(matrices)} if matrices else {})
     found = {"video": video.detach(), "text": text.detach()}
     found |= {GRADIENT + name: gradient for name, gradient in inner.items() if gradient is not None}
-    return {what: tensor.cpu() for what, tensor in found.items()}
+    return found
 
 
 def take_gradients(away: Away) -> None:
