@@ -50,13 +50,13 @@ pytestmark = pytest.mark.usefixtures("small")
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The plans that were run."""
     found: list[Any] = []
-    start = Stack.__init__
+    install = Stack.install
 
-    def noting(self: Stack, transformer: Any, plan: Any, device: torch.device) -> None:
-        found.append(plan)
-        start(self, transformer, plan, device)
+    def noting(self: Stack) -> None:
+        found.append(self.plan)
+        install(self)
 
-    monkeypatch.setattr(Stack, "__init__", noting)
+    monkeypatch.setattr(Stack, "install", noting)
     return found
 
 
