@@ -800,6 +800,7 @@ def test_what_the_user_can_mend_is_a_line(
         raise error
 
     monkeypatch.setattr(stopping, "install", lambda: None)
+    monkeypatch.setattr(stopping, "_state", stopping._State())  # not that of a run in this process
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(SystemExit) as ended:
         args.run_script(main, PrepareOptions, "doc", ())
