@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import socket
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,13 @@ def test_what_does_not_fit_is_refused_with_both_sizes(tmp_path: Path, monkeypatc
     check_room(tmp_path, 3 * 2**29)
     with pytest.raises(DiskError, match=r": No space left on device, 2\.0 GiB needed, 1\.5 GiB free; free some space"):
         check_room(tmp_path, 2**31)
+
+
+def test_other_processes_get_the_same_line() -> None:
+    error = DiskError("/x: full", "free some space").knowing("checkpoint-2 is safe")
+    copied = pickle.loads(pickle.dumps(error))
+    assert str(copied) == str(error) == "/x: full; checkpoint-2 is safe; free some space"
+    assert str(copied.knowing("more")) == str(error)
 
 
 def test_room_is_looked_up_where_the_folder_will_be(tmp_path: Path) -> None:

@@ -209,10 +209,17 @@ class Saver:
             self._remove_replaced(step, checkpoints(self.run.output_dir))
 
     def foresee(self, options: TrainOptions) -> None:
-        """Finds out how large a checkpoint will be. Raises DiskError where not even the first one has room."""
+        """Finds out how large a checkpoint will be. Raises DiskError, on all ranks, where not even one has room."""
         self.num_bytes = expected_bytes(options, self.method.parameters().values(), self.run.device)
+        shortage = None
         if self.run.is_main:
-            check_room(self.run.output_dir, self.num_bytes)
+            try:
+                check_room(self.run.output_dir, self.num_bytes)
+            except DiskError as error:
+                shortage = error
+        shortage = self.run.from_main(shortage)
+        if shortage is not None:
+            raise shortage
 
     def announce(self) -> None:
         """Says how long saving a checkpoint will take, which is how long a run that is stopped needs to end."""

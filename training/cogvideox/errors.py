@@ -52,9 +52,13 @@ class UsageError(ValueError):
 class DiskError(UsageError):
     """A disk that is full, fails or refuses to be written. Like all that a user can fix, it is one line."""
 
-    def __init__(self, problem: str, fix: str, safe: str = "") -> None:
+    def __init__(self, problem: str, fix: str = "", safe: str = "") -> None:
         self.problem, self.fix, self.safe = problem, fix, safe
         super().__init__("; ".join(part for part in (problem, safe, fix) if part))
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        """For other processes, which otherwise would get the whole line as the problem."""
+        return type(self), (self.problem, self.fix, self.safe)
 
     def knowing(self, safe: str) -> "DiskError":
         """The same with what has not been lost."""
