@@ -16,7 +16,7 @@ import torch
 from block_faults import BLOCK_FAULTS
 from running import WEIGHTS, lora_flags, sft_flags, train, train_all, train_image, train_image_all
 
-from cogvideox import diffusion, loop, rope, tasks
+from cogvideox import diffusion, loop, parity, rope, tasks
 from cogvideox.block_check import BlockError
 from cogvideox.data import dataset
 from cogvideox.data.sampler import BucketBatchSampler
@@ -90,7 +90,11 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
         return
     owner, name, wrong = (CLIP_FAULTS | IMAGE_FAULTS)[fault]
     right = getattr(owner, name)
-    patch.setattr(owner, name, lambda *arguments, **more: wrong(right, *arguments, **more))
+    for place in {
+        owner,
+        parity if hasattr(parity, name) else owner,
+    }:  # a fault in a source file is in all that import it
+        patch.setattr(place, name, lambda *arguments, **more: wrong(right, *arguments, **more))
 
 
 class FirstStepError(Exception):
