@@ -126,9 +126,12 @@ def test_a_cache_is_prepared_without_posix_locks(without_locks: None, tmp_path: 
 def test_a_second_job_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other, said = holder(tmp_path / ".lock", "without", seconds=0.3), []
     monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "none")))
+    units: list[str] = []
+    monkeypatch.setattr("cogvideox.stopping.unit", units.append)
     with sole_writer(tmp_path, said.append):
         assert other.wait(10) == 0
     assert said == [f"{tmp_path}: another job is preparing it; waiting"]
+    assert "wait for a lock" in units  # so that the ranks in the barrier do not end as if this one hung
 
 
 def test_a_lock_file_of_an_earlier_process_of_the_same_number_is_stale(without_locks: None, tmp_path: Path) -> None:

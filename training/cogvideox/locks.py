@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cogvideox import stopping
 from cogvideox.files import age_of, tell_once
 
 HEARTBEAT, STALE = 15.0, 300.0  # seconds
@@ -68,6 +69,7 @@ def held(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[Non
                 on_wait()
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
+            stopping.unit("wait for a lock")  # the other ranks must not take it for a hang
     try:
         yield
     finally:
