@@ -24,7 +24,8 @@ from record import device_and_versions
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.decode import probe
 
-SAYS = ("attention by", "plan:", "measured:", "decoding in tiles", "validation after", "reloaded in")
+SAYS = ("attention by", "checked on", "plan:", "measured:", "decoding in tiles", "validation after", "reloaded in")
+SAYS += ("run by diffusers alone",)
 
 
 def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> list[str]:
