@@ -44,7 +44,7 @@ from cogvideox.lora_file import (
     read_header,
     scale_of,
 )
-from cogvideox.models import DTYPES, ignore_learned_positions, load_transformer, stored_dtype
+from cogvideox.models import ignore_learned_positions, load_transformer
 from cogvideox.options import LoraOptions, SftOptions, ignores_positions
 
 ADAPTER = "default"
@@ -202,11 +202,10 @@ class Lora:
         load_saved(pipeline, folder)
 
     def fresh(self, pipeline_of: Callable[[Any], Any], folder: Path) -> Any:
-        """A new transformer on the CPU with the saved LoRA by the pipeline's own loader. The base is in the type of its
-        files, so that its tensors are pages of these and take no memory of their own.
+        """A new transformer on the CPU with the saved LoRA by the pipeline's own loader, both in the type of training,
+        because the loader rounds a LoRA to the type of its base. A base whose files have that type is mapped, not copied.
         """
-        dtype = DTYPES[stored_dtype(self.model, "transformer")]
-        transformer = load_transformer(self.model, dtype, self.ignores_positions)
+        transformer = load_transformer(self.model, self.transformer.dtype, self.ignores_positions)
         load_saved(pipeline_of(transformer), folder)
         return transformer
 
