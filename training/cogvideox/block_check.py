@@ -229,7 +229,13 @@ def compare(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.devic
     else:
         compile_block(own.to(device))
         found = outcome(own, own, inputs)
-    return {what: likeness(found[what], tensor, device) for what, tensor in expected.items()}
+    parts = {what: overlap(found[what], tensor, device) for what, tensor in expected.items()}
+    names = [GRADIENT + name for name in Block._fields if not name.startswith("norm")]
+    matrices = [parts[name] for name in names if name in parts]
+    if matrices:
+        product, squares = map(sum, zip(*matrices, strict=True))
+        parts[f"{GRADIENT}all matrices"] = product, squares
+    return {what: cosine_of(*part) for what, part in parts.items()}
 
 
 def outcome(run: Callable[..., Any], module: Any, inputs: Inputs, away: Away | None = None) -> dict[str, Tensor]:
@@ -246,10 +252,8 @@ def outcome(run: Callable[..., Any], module: Any, inputs: Inputs, away: Away | N
         for name, piece in pieces_of(module).items()
         if any(p.requires_grad for p in piece.parameters())
     }
-    matrices = [gradient for name, gradient in layers.items() if not name.startswith("norm")]
-    inner |= layers | ({"all matrices": torch.cat(matrices)} if matrices else {})
     found = {"video": video.detach(), "text": text.detach()}
-    found |= {GRADIENT + name: gradient for name, gradient in inner.items() if gradient is not None}
+    found |= {GRADIENT + name: gradient for name, gradient in (inner | layers).items() if gradient is not None}
     return found
 
 
@@ -264,10 +268,20 @@ def take_gradients(away: Away) -> None:
 
 
 def likeness(first: Tensor, second: Tensor, device: torch.device) -> float:
-    """The cosine of two tensors, less where their norms differ too: 2 a.b / (a.a + b.b), in fp64."""
+    """The cosine of two tensors, less where their norms differ too."""
+    return cosine_of(*overlap(first, second, device))
+
+
+def overlap(first: Tensor, second: Tensor, device: torch.device) -> tuple[float, float]:
+    """a.b and a.a + b.b of two tensors, in fp64; both add up over several pairs of tensors."""
     product = squares = 0.0
     for pair in zip(first.flatten().split(CHUNK), second.flatten().split(CHUNK), strict=True):
         a, b = (part.to(device).double() for part in pair)
         product += (a @ b).item()
         squares += (a @ a + b @ b).item()
+    return product, squares
+
+
+def cosine_of(product: float, squares: float) -> float:
+    """2 a.b / (a.a + b.b), which is the cosine where the norms are equal; NaN of zeros."""
     return 2 * product / squares if squares else float("nan")

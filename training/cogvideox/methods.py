@@ -203,7 +203,7 @@ class Lora:
 
     def fresh(self, pipeline_of: Callable[[Any], Any], folder: Path) -> Any:
         """A new transformer on the CPU with the saved LoRA by the pipeline's own loader, both in the type of training,
-        because the loader rounds a LoRA to the type of its base. A base whose files have that type is mapped, not copied.
+        because the loader rounds a LoRA to the type of its base. A base in files of that type is mapped, not copied.
         """
         transformer = load_transformer(self.model, self.transformer.dtype, self.ignores_positions)
         load_saved(pipeline_of(transformer), folder)
