@@ -109,7 +109,7 @@ def short_flags(model: Path, tensors: Path, output: Path) -> list[str]:
     return lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT, *SHORT)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("disk: full or failing while training", times=len(FAULTS))
 def test_a_run_ends_with_a_line_and_goes_on(model: Path, tensors: Path, unharmed: Path, tmp_path: Path) -> None:
     """Each fault comes where the one before has left the run."""

@@ -152,6 +152,7 @@ def test_processes_with_other_settings_are_refused(model: Path, tensors: Path, t
         assert "process 1 has learning_rate 0.005, process 0 has 0.01" in text
 
 
+@pytest.mark.long
 @pytest.mark.fault("ranks: output folders that are not shared")
 def test_processes_with_folders_of_their_own_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
     commands = [lora_flags(model, tensors, tmp_path / name / "out", "--load_tensors") for name in ("a", "b")]

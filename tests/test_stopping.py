@@ -271,7 +271,7 @@ def stop_at_every_moment(start_at: Callable[[Moment | None], list[Forked]], outp
     assert not list(output.parent.rglob("*.tmp*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("signals: HUP, INT, TERM and USR1 at named moments of a run", times=len(MOMENTS))
 def test_stopped_at_many_moments_a_run_ends_as_if_nothing_had_been(model: Path, clips: Path, tmp_path: Path) -> None:
     assert train(small_flags(model, clips, tmp_path / "whole")) == 0
