@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: demo test test-gpu test-long chaos mutants quality bench fuzz clean
 .DEFAULT_GOAL := demo

@@ -4,7 +4,7 @@ A test says with @pytest.mark.fault("group: what is injected", times=N) which fa
 finds out only while it runs adds with the fixture ``injected``. All such tests run, the long ones too, but for those
 that need a GPU, which `make test-gpu` runs.
 
-    python tests/chaos.py [--write] [--workers 2] [pytest's arguments]    ends with 1 if any fault came out wrong
+    python tests/chaos.py [--write [--again]] [--workers 2] [pytest's arguments]    ends with 1 if one came out wrong
 """
 
 from __future__ import annotations
@@ -152,6 +152,16 @@ def rows_in(page: str) -> set[tuple[str, str]]:
     return {(f"{row[0]}: {row[1]}", file) for row in cells[2:] for file in row[-1].split()}
 
 
+def fault_in(line: str) -> str:
+    """Group and fault of a line of the table."""
+    return "|".join(line.split("|")[1:3])
+
+
+def run_rows(rows: dict[str, Row]) -> dict[str, Row]:
+    """Those of which a test has run."""
+    return {name: row for name, row in rows.items() if row.outcomes}
+
+
 def summary(rows: dict[str, Row], seconds: float) -> str:
     """How often, how long, with what."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
@@ -165,10 +175,17 @@ def summary(rows: dict[str, Row], seconds: float) -> str:
     )
 
 
-def write(rows: dict[str, Row], seconds: float) -> None:
-    """Puts the table into the page, which says the rest itself."""
+def write(rows: dict[str, Row], seconds: float, again: bool) -> None:
+    """Puts the table into the page, which says the rest itself. ``again``: only the rows that ran."""
     text = PAGE.read_text(encoding="utf-8")
-    inner = f"{BEGIN}\n{summary(rows, seconds)}\n\n{table(rows)}\n{END}"
+    said, lines = summary(rows, seconds), table(rows)
+    if again:
+        before = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+        new = {fault_in(line): line for line in table(run_rows(rows)).splitlines()}
+        lines = "\n".join(new.get(fault_in(line), line) for line in before if line.startswith("|"))
+        said = "\n".join(line for line in before if not line.startswith("|")).strip()
+        said += f"\n\nRun again since, in place of what came out then: {summary(run_rows(rows), seconds)}"
+    inner = f"{BEGIN}\n{said}\n\n{lines}\n{END}"
     found, number = re.subn(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: inner, text, flags=re.DOTALL)
     assert number == 1, f"{PAGE} has no place for the table"
     PAGE.write_text(found, encoding="utf-8")
@@ -177,6 +194,7 @@ def write(rows: dict[str, Row], seconds: float) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write the table to {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--again", action="store_true", help="with --write: replace only the rows that run now")
     parser.add_argument("--workers", type=int, default=2, help="processes that test at the same time; 0: this one")
     given, more = parser.parse_known_args(arguments)
     began = time.monotonic()
@@ -185,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(rows))
     print(summary(rows, seconds))
     if given.write:
-        write(rows, seconds)
+        write(rows, seconds, given.again)
     not_run = [name for name, row in rows.items() if row.outcome == "NOT RUN"]
     return status or int(bool(not_run and not more))
 

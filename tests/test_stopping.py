@@ -204,7 +204,7 @@ def named(words: list[str]) -> subprocess.Popen[bytes]:
 
 @pytest.mark.fault("signals: QUIT prints the stacks of all threads")
 def test_quit_prints_all_stacks_and_ends_nothing(tmp_path: Path) -> None:
-    code = "ready()\ndef find_me(): time.sleep(1)\nfind_me()"
+    code = "def find_me():\n    ready()\n    time.sleep(1)\nfind_me()"
     script = Script(tmp_path, code)
     script.send(signal.SIGQUIT)
     status, said = script.end()
@@ -307,6 +307,22 @@ RANK_MOMENTS: list[tuple[str, int, int | None]] = [
 ]
 
 
+def saved_after(text: str) -> int:
+    """The step after which a run says that it stopped."""
+    found = re.search(rf"stopped and saved after step (\d+) of \d+; {LINE}", text)
+    assert found, text[-3000:]
+    return int(found[1])
+
+
+def steps_at(step: int, moment: str, hit: tuple[int, ...]) -> tuple[int, ...]:
+    """After which steps two ranks may stop. Where one alone hears of it in a step, the other may have begun to sum."""
+    return (step, step + 1) if moment == "unit micro-batch" and len(hit) == 1 else (step,)
+
+
+def has_said(rank: Forked, text: str) -> bool:
+    return rank.output.exists() and text in rank.output.read_text()
+
+
 @pytest.mark.long
 @pytest.mark.fault("signals: one or both of two ranks at named moments", times=3 * len(RANK_MOMENTS))
 @pytest.mark.parametrize("hit", [(0,), (1,), (0, 1)])
@@ -319,7 +335,7 @@ def test_ranks_stop_together_at_every_moment(model: Path, clips: Path, tmp_path:
         texts = [finish(rank, 75) for rank in ranks_of("stopped", (moment, nth, SIGNALS[place % len(SIGNALS)]))]
         assert not any("Traceback" in text for text in texts), moment
         if saved:
-            assert f"stopped and saved after step {saved} of 4" in texts[0], moment
+            assert saved_after(texts[0]) in steps_at(saved, moment, hit), moment
     for name in ("stopped", "whole"):
         for rank in ranks_of(name):
             finish(rank)
@@ -343,8 +359,9 @@ def test_one_of_two_ranks_stops_both_before_the_same_step(model: Path, tensors: 
         return fork_ranks(2, python(LORA_SCRIPT, *flags), moments)
 
     texts = [finish(rank, 75) for rank in ranks_of("stopped", {1: ("unit micro-batch", 3, TERM)})]
-    assert f"stopped and saved after step 1 of 3; {LINE}" in texts[0]
-    assert (tmp_path / "stopped" / "checkpoint-1").is_dir()
+    step = saved_after(texts[0])
+    assert step in steps_at(1, "unit micro-batch", (1,))
+    assert (tmp_path / "stopped" / f"checkpoint-{step}").is_dir()
     for name in ("stopped", "whole"):
         for rank in ranks_of(name):
             finish(rank)
@@ -490,9 +507,9 @@ def test_a_rank_that_works_is_waited_for(tmp_path: Path) -> None:
 @pytest.mark.fault("signals: one of two ranks, while the other waits in a barrier")
 def test_quit_shows_and_term_ends_both_ranks(tmp_path: Path) -> None:
     ranks = two_ranks(tmp_path, 60, "hang")
-    assert eventually(lambda: all("ready" in rank.output.read_text() for rank in ranks), 60)
+    assert eventually(lambda: all(has_said(rank, "ready") for rank in ranks), 60)
     ranks[0].send_signal(signal.SIGQUIT)
-    assert eventually(lambda: "in wait_in_vain" in ranks[1].output.read_text(), 10)
+    assert eventually(lambda: has_said(ranks[1], "in wait_in_vain"), 10)
     ranks[0].send_signal(TERM)
     texts = [finish(rank, 75) for rank in ranks]
     assert "in wait_for_everyone" in texts[0]

@@ -180,10 +180,10 @@ def write_weights(method: Any, folder: Path) -> dict[str, Any]:
         about: dict[str, Any] = method.export(temporary)
         for path in temporary.rglob("*"):
             fsync(path)
-    if target.is_dir():  # a folder that is not empty cannot be replaced; without recipe.json nothing counts as finished
-        shutil.rmtree(target)
-    os.replace(temporary / method.result, target)
-    shutil.rmtree(temporary)
+        if target.is_dir():  # only an empty folder can be replaced; without recipe.json nothing counts as finished
+            shutil.rmtree(target)
+        os.replace(temporary / method.result, target)
+        shutil.rmtree(temporary)
     return about
 
 
