@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,8 @@ def test_a_tracker_that_cannot_start_ends_the_run_in_one_line(
 def test_what_wandb_s_variables_mean(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("exit", "excepthook"):  # wandb replaces them for the rest of the process
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "online")
