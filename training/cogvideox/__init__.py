@@ -1,6 +1,6 @@
 """The library behind the scripts in training/. Imports go downward only; a test enforces it.
 
-errors.py             UsageError: what a user can mend; NonFiniteError: training went to NaN
+errors.py             UsageError: what a user can fix; NonFiniteError: training produced NaN or infinity
 files.py              files that are whole or not there; what a disk refuses
 locks.py              one process at a time in a folder, on any file system
 host_memory.py        memory of the host, or of the container, that is free

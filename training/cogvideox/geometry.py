@@ -160,7 +160,7 @@ def read_geometry(model: ModelFlags) -> Geometry:
     """The geometry of a pipeline folder or hub id.
 
     Raises:
-        UsageError: there is no such model, it is no CogVideoX, or its transformer has dropout of its own.
+        UsageError: the model does not exist, is not a CogVideoX, or its transformer has dropout of its own.
     """
     transformer = read_config(model, "transformer", "config.json")
     vae = read_config(model, "vae", "config.json")
