@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -276,8 +276,8 @@ class Preparation:
         yield encoders.video_key(record["content"], variant), record, frames, ()
         if self.image_variants:
             file = record.get("image", record)
-            first = frames.first_frame(is_own=file is record)
-            drawn = (self.data.seed, file["content"], hash_of(asdict(first)))
+            first = frames.first_frame(None if file is record else file)
+            drawn = (self.data.seed, file["content"], hash_of(first.record()))
             draws = tuple((*drawn, number) for number in range(self.image_variants))
             yield encoders.image_key(draws), file, first, draws
 

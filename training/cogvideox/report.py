@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ def pick(sample: Sample, variant: Variant) -> tuple[Sample, Variant]:
 def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]]) -> str:
     """Names what a picture shows."""
     requests = preparation.requests
-    return hash_of([[sample.id, sample.caption, requests[sample.video], asdict(v)] for sample, v in clips])[:8]
+    return hash_of([[sample.id, sample.caption, requests[sample.video], v.record()] for sample, v in clips])[:8]
 
 
 # -- costs -------------------------------------------------------------------------------------------------------------

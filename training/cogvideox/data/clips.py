@@ -27,7 +27,7 @@ from cogvideox.files import stamp_of
 
 StrPath = str | os.PathLike[str]
 
-RULES = 2  # another number where equal flags begin to mean other cuts: what was planned before is planned again
+RULES = 3  # another number where equal flags begin to mean other cuts: what was planned before is planned again
 
 IMAGE_STRETCH = 1.03  # to which an image's aspect ratio may differ from its clip's: sizes are whole pixels
 
@@ -66,20 +66,29 @@ class ClipRecipe:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to cut a clip: which frames, how they get the bucket's shape, and what decodes them."""
+    """One way to cut a clip: which frames, how they get the bucket's shape, what decodes and converts them."""
 
     indices: tuple[int, ...]
     fit: Fit
     reader: str
+    conversions: tuple[str, ...] = ()  # see VideoInfo
 
     @classmethod
     def from_record(cls, values: dict[str, Any]) -> "Variant":
         """Out of a ledger record."""
-        return cls(tuple(values["indices"]), Fit(**values["fit"]), values["reader"])
+        conversions = tuple(values.get("conversions", ()))
+        return cls(tuple(values["indices"]), Fit(**values["fit"]), values["reader"], conversions)
 
-    def first_frame(self, is_own: bool = True) -> "Variant":
-        """The frame that a clip of this variant begins with, or an image of its own that is cut in the same way."""
-        return replace(self, indices=self.indices[:1] if is_own else (0,))
+    def record(self) -> dict[str, Any]:
+        """As in the ledger, and in keys: files without conversions keep the keys that they always had."""
+        values = asdict(self)
+        return values if self.conversions else {name: values[name] for name in values if name != "conversions"}
+
+    def first_frame(self, image: dict[str, Any] | None = None) -> "Variant":
+        """The frame that a clip of this variant begins with, or the image of a ledger record, cut in the same way."""
+        if image is None:
+            return replace(self, indices=self.indices[:1])
+        return replace(self, indices=(0,), conversions=tuple(image["source"].get("conversions", ())))
 
 
 def content_hash(path: StrPath) -> str:
@@ -117,6 +126,8 @@ def _record(path: StrPath, request: str, plan: Callable[[VideoInfo], dict[str, A
         info = probe(path)
         source = {"frames": info.num_frames, "fps": round(info.fps, 3), "height": info.height, "width": info.width}
         record |= {"source": source | {"codec": info.codec}}
+        if info.conversions:
+            record["source"] |= {"conversions": info.conversions}
         return record | plan(info)
     except VideoError as error:
         return record | {"status": FAILED, "reason": str(error)}
@@ -169,7 +180,7 @@ def refusal(info: VideoInfo, recipe: ClipRecipe, available: int) -> dict[str, An
 
 def plan_cut(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: str) -> dict[str, Any]:
     """What a clip gives to one bucket, as in the ledger: every variant's frames and shape."""
-    variants = [asdict(plan_variant(info, bucket, recipe, content, number)) for number in range(recipe.variants)]
+    variants = [plan_variant(info, bucket, recipe, content, number).record() for number in range(recipe.variants)]
     return {"bucket": asdict(bucket), "variants": variants}
 
 
@@ -189,7 +200,7 @@ def plan_variant(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: s
     top, left = uniform(*draw, "top"), uniform(*draw, "left")
     size = (bucket.height, bucket.width)
     shape = fit(info.height, info.width, *size, recipe.reshape_mode, top, left, flip)
-    return Variant(tuple(indices), shape, recipe.reader)
+    return Variant(tuple(indices), shape, recipe.reader, info.conversions)
 
 
 def decode_variant(path: StrPath, variant: Variant, stamp: list[int] | None = None) -> np.ndarray | str:

@@ -49,7 +49,8 @@ class VideoInfo:
     times: seconds of each shown frame in display order, from the first one. height, width: pixels as shown, after
     rotation and with non-square pixels made square. rotation: 0, 90, 180 or 270 degrees counter-clockwise, what
     read_frames applies to the coded frames. header_rate: frames per second as declared, 0.0 if it is not.
-    packets: how read_frames finds the frames; None for a still picture.
+    packets: how read_frames finds the frames; None for a still picture. conversions: names of what read_frames does to
+    this file's pixels beyond a plain decode; part of the keys of cached tensors, so a new rule gets a new name.
     """
 
     times: tuple[float, ...]
@@ -59,6 +60,7 @@ class VideoInfo:
     codec: str
     header_rate: float = 0.0
     packets: PacketIndex | None = field(default=None, repr=False, compare=False)
+    conversions: tuple[str, ...] = ()
 
     @property
     def num_frames(self) -> int:
