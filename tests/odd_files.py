@@ -560,15 +560,16 @@ Written by `python tests/odd_files.py --write`; `tests/test_odd_files.py` checks
 Each file is made by the test and goes through planning and decoding as in a preparation with --frame_buckets
 {CLIP_FRAMES} (1 for still images), --fps {CLIP_RATE} and frames from the middle. The good ones have {COUNT} frames
 at {RATE} frames a second. "Frames" are those that came out, by the number that each picture shows: they are upright
-and have the pixels of a plain decode from start to end. Otherwise the line is what the preparation prints, without the
-folder.
+and have the pixels of a plain decode from start to end. Otherwise the outcome is the line that the preparation prints
+after the file's name. Files with the same outcome share a row; where lines differ in their numbers only, the row has
+the line of its first file.
 """
 
 
 def described(case: Case, path: Path, outcome: Outcome) -> str:
     """The outcome as a cell of the table."""
     if outcome.frames_FHWC is None:
-        return outcome.line.replace(f"{path.parent}/", "")
+        return outcome.line.removeprefix(bad_line(str(path), "")).replace(f"{path.parent}/", "")
     numbers = [str(number_in(frame, grey=case.grey)) for frame in outcome.frames_FHWC]
     note = f" ({case.note})" if case.note else ""
     return f"frames {', '.join(numbers)}{note}" if len(numbers) > 1 else f"the frame{note}"
@@ -593,9 +594,20 @@ def table(folder: Path, read: Callable[[Case, Path], tuple[Path, Outcome]] = pla
     """docs/odd_files.md as it is now; the files are made in `folder`. Another section is another heading and table."""
     parts = [INTRODUCTION]
     for title, cases in SECTIONS.items():
-        rows = [f"| {cell(case.name)} | {cell(described(case, *read(case, folder)))} |" for case in cases]
-        parts.append("\n".join([f"## {title}", "", "| file | outcome |", "|---|---|", *rows, ""]))
+        rows = grouped([(case.name, described(case, *read(case, folder))) for case in cases])
+        lines = [f"| {cell(', '.join(names))} | {cell(outcome)} |" for names, outcome in rows]
+        parts.append("\n".join([f"## {title}", "", "| files | outcome |", "|---|---|", *lines, ""]))
     return "\n".join(parts)
+
+
+def grouped(rows: Sequence[tuple[str, str]]) -> Iterator[tuple[list[str], str]]:
+    """(names of the files, outcome) of each kind of outcome, in the order of the first files."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name, outcome in rows:
+        kind = outcome if outcome.startswith("frames") else re.sub(r"\d+", "N", outcome)
+        groups.setdefault(kind, []).append((name, outcome))
+    for members in groups.values():
+        yield [name for name, _ in members], members[0][1]
 
 
 def main() -> None:
