@@ -97,7 +97,7 @@ def encode(
         stream.codec_context.color_range = 2 if full_range else 0
         audio = output.add_stream("aac", rate=44100, layout="mono") if sound else None
         for place, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgba" if pixels.shape[2] == 4 else "rgb24")
             if full_range:
                 frame = frame.reformat(format=pix_fmt, dst_color_range="JPEG")
             frame.pts, frame.time_base = pts[place] if pts else place, Fraction(1, RATE)

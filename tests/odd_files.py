@@ -151,10 +151,6 @@ def coded_cases() -> Iterator[Case]:
         "full_range.mp4": (("mp4",), {"full_range": True}),
         "rgb.mkv": (("matroska", "libx264rgb"), {"pix_fmt": "rgb24"}),
         "hevc_10_bit.mp4": (("mp4", "libx265"), {"pix_fmt": "yuv420p10le", "options": X265}),
-        "vp9_alpha.webm": (
-            ("webm", "libvpx-vp9"),
-            {"pix_fmt": "yuva420p", "options": VPX | {"auto-alt-ref": "0", "lag-in-frames": "0"}},
-        ),
         "with_sound.mp4": (("mp4",), {"sound": True}),
         "odd_size_97x63.mp4": (("mp4",), {"frames": pictures(height=63, width=97), "pix_fmt": "yuv444p"}),
         "odd_size_97x63.gif": (("gif", "gif"), {"frames": pictures(height=63, width=97), "pix_fmt": "rgb8"}),
@@ -295,6 +291,38 @@ def long_header() -> bytes:
     for box, at in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24)):
         data = patched(data, data.index(box) + at, struct.pack(">I", 0x7FFFFFFF))
     return data
+
+
+# Transparency
+
+
+def transparent_cases() -> Iterator[Case]:
+    """Videos with transparent parts, whose hidden colors spell other numbers."""
+    ways: dict[str, tuple[str, str, str, dict[str, str]]] = {
+        "prores_4444.mov": ("mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
+        "vp9_transparent.webm": ("webm", "libvpx-vp9", "yuva420p", VPX_ALPHA),
+        "vp8_transparent.webm": ("webm", "libvpx", "yuva420p", VPX_ALPHA),
+        "png_transparent.mov": ("mov", "png", "rgba", {}),
+        "qtrle_transparent.mov": ("mov", "qtrle", "argb", {}),
+        "ffv1_transparent.mkv": ("matroska", "ffv1", "bgra", {}),
+    }
+    for name, (container, codec, pix_fmt, options) in ways.items():
+        how = {"pix_fmt": pix_fmt, "options": options}
+        make = functools.partial(transparent, container, codec, **how)
+        yield good(name, make, note=ON_BLACK)
+    opaque = functools.partial(encode, "webm", "libvpx-vp9", pix_fmt="yuva420p", options=VPX_ALPHA)
+    yield good("vp9_opaque_alpha.webm", opaque)
+    at_25_fps = (3, 6, 9, 12, 15, 19, 22, 25, 28)
+    yield good("transparent.gif", lambda: moving("GIF", with_alpha, disposal=2), at_25_fps, note=ON_BLACK)
+
+
+ON_BLACK = "transparent parts are black"
+VPX_ALPHA = VPX | {"auto-alt-ref": "0", "lag-in-frames": "0"}
+
+
+def transparent(container: str, codec: str, **how: Any) -> bytes:
+    """A clip of the pictures in which the fields of the two high bits are transparent and hide light ones."""
+    return encode(container, codec, [with_alpha(number) for number in range(COUNT)], **how)
 
 
 # Damaged, or no video at all
@@ -473,7 +501,7 @@ def still_cases() -> Iterator[Case]:
     for name, make in stills.items():
         yield good(name, make, (5,), num_frames=1)
     yield good("grey.png", lambda: still("PNG", mode="L"), (5,), num_frames=1, grey=True)
-    yield good("alpha.png", lambda: still("PNG", with_alpha()), (5,), num_frames=1, note="transparent parts are black")
+    yield good("alpha.png", lambda: still("PNG", with_alpha()), (5,), num_frames=1, note=ON_BLACK)
     for orientation in TURNS:
         make = functools.partial(still_turned, orientation)
         yield good(f"exif_orientation_{orientation}.jpg", make, (5,), num_frames=1, note="upright")
@@ -485,7 +513,7 @@ def still_cases() -> Iterator[Case]:
     huge = jpeg_size(still("JPEG"), 20000, 20000)
     yield bad("header_says_20000x20000.jpg", lambda: huge, "20000x20000", num_frames=1)
     yield bad("text.png", lambda: b"not a picture\n" * 9, "cannot be read", num_frames=1)
-    yield bad("moving.webp", moving_webp, "holds 36 pictures", num_frames=1)
+    yield bad("moving.webp", lambda: moving("WEBP", lossless=True), "holds 36 pictures", num_frames=1)
 
 
 # How each EXIF orientation is undone, as np.rot90 counts; 2 is mirrored.
@@ -508,11 +536,11 @@ def still_turned(orientation: int) -> bytes:
     return still("JPEG", np.ascontiguousarray(pixels), quality=95, exif=exif)
 
 
-def with_alpha() -> np.ndarray:
-    """Picture 5 + 64 + 128, transparent where the two high bits are light."""
+def with_alpha(number: int = 5) -> np.ndarray:
+    """The picture of number + 64 + 128, transparent where the two high bits are light."""
     alpha = np.full((HEIGHT, WIDTH), 255, np.uint8)
     alpha[HEIGHT * 2 // 3 :, WIDTH // 2 :] = 0
-    return np.dstack([picture(5 + 64 + 128), alpha])
+    return np.dstack([picture(number + 64 + 128), alpha])
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -533,11 +561,11 @@ def png_16_bit() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*part) for part in parts)
 
 
-def moving_webp() -> bytes:
-    """All pictures in a webp that moves."""
-    first, *rest = [Image.fromarray(pixels) for pixels in pictures()]
+def moving(kind: str, draw: Callable[[int], np.ndarray] = picture, **options: Any) -> bytes:
+    """All pictures in an image file that moves, 25 a second."""
+    first, *rest = [Image.fromarray(draw(number)) for number in range(COUNT)]
     memory = io.BytesIO()
-    first.save(memory, "WEBP", save_all=True, append_images=rest, duration=42, lossless=True)
+    first.save(memory, kind, save_all=True, append_images=rest, duration=40, **options)
     return memory.getvalue()
 
 
@@ -546,6 +574,7 @@ def moving_webp() -> bytes:
 SECTIONS: dict[str, tuple[Case, ...]] = {
     "Containers, codecs, ways of coding": tuple(coded_cases()),
     "Clocks, lengths, turns": tuple(timed_cases()),
+    "Transparency": tuple(transparent_cases()),
     "Cut off, overwritten, absurd headers": tuple(damaged_cases()),
     "No video under the name of one": tuple(foreign_cases()),
     "Names": tuple(named_cases()),

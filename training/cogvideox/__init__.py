@@ -26,6 +26,7 @@ data/faults.py        what a file that cannot be used says
 data/frames.py        which frames: selection by time
 data/packets.py       a video's packets -> when each frame is shown, where decoding can start
 data/pictures.py      still images
+data/alpha.py         transparency of videos: composited on black before scaling
 data/decord_reader.py decord 0.6 as another reader
 data/decode.py        probe, exact frames, mp4 writing
 hub.py                the repository on the hub: made at the start, filled at the end

@@ -19,10 +19,10 @@ import numpy as np
 from av.container import InputContainer
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.plane import VideoPlane
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from cogvideox.data.alpha import ON_BLACK, is_transparent, on_black, samples
 from cogvideox.data.decord_reader import read_with_decord
 from cogvideox.data.faults import AGAIN, VideoError, check_size
 from cogvideox.data.frames import PacketIndex, VideoInfo
@@ -48,7 +48,8 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         check_size(height, width)
         times = tuple(float((pts - index.pts[0]) * index.time_base) for pts in index.pts)
         codec = stream.codec_context.codec.canonical_name
-        return VideoInfo(times, height, width, rotation, codec, float(stream.average_rate or 0), index)
+        conversions = (ON_BLACK,) if is_transparent(path, stream, frame) else ()
+        return VideoInfo(times, height, width, rotation, codec, float(stream.average_rate or 0), index, conversions)
 
 
 def read_frames(
@@ -163,18 +164,14 @@ def _frames(
 def _write_pixels(scaler: VideoReformatter, frame: VideoFrame, rotation: int, out_HWC: np.ndarray) -> None:
     """A decoded frame as RGB, resized and then turned upright, into uint8 (height, width, 3)."""
     height, width = out_HWC.shape[:2] if rotation % 180 == 0 else out_HWC.shape[1::-1]
+    frame = on_black(frame)
     # Averaging keeps fine patterns from flickering when shrinking; when enlarging it would give blocks.
     shrinks = height <= frame.height and width <= frame.width
     method = Interpolation.AREA if shrinks else Interpolation.BICUBIC
     # In planes and not in rgb24, for which swscale has no fast code with exact flags: it takes twice as long.
     picture = scaler.reformat(frame, width, height, "gbrp", interpolation=method | _EXACT, threads=1)
     for plane, channel in zip(picture.planes, (1, 2, 0), strict=True):
-        out_HWC[..., channel] = np.rot90(_samples(plane), rotation // 90)
-
-
-def _samples(plane: VideoPlane) -> np.ndarray:
-    """The bytes of a plane as uint8 (height, width), without those that pad its lines."""
-    return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+        out_HWC[..., channel] = np.rot90(samples(plane), rotation // 90)
 
 
 def _rotation(frame: VideoFrame) -> int:

@@ -56,6 +56,8 @@ def read_with_decord(
 
     assert info.packets is not None
     with naming(path, decord.DECORDError, RuntimeError):
+        if info.conversions:
+            raise VideoError(f"decord does not convert its pixels ({', '.join(info.conversions)}); {_OTHER}")
         if not (info.packets.stores_pts and info.packets.is_closed):
             raise VideoError(f"decord finds other frames in avi, mpegts and open GOPs; {_OTHER}")
         video = decord.VideoReader(os.path.abspath(path), width=width, height=height, num_threads=1)
