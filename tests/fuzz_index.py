@@ -125,7 +125,9 @@ def write_pairs(root: Path, draw: random.Random) -> tuple[list[str], dict[str, A
 
 
 def text_of(file: Path) -> str:
-    return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    data = file.read_bytes()
+    marked = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")
 
 
 def see_lists(root: Path, names: list[str]) -> Rows:
@@ -249,13 +251,15 @@ def judge_problems(problems: tuple[str, ...], root: Path) -> str | None:
 
 
 def judge_samples(samples: list[Sample], see: Callable[[], Rows], root: Path) -> str | None:
-    """Compares with the independent reader: no caption may be at another row's clip."""
+    """Compares with the independent reader: no caption may be at another row's clip. All clips are in lower case."""
     try:
         rows = see()
     except Exception as error:
         return f"{len(samples)} samples of a file that {error!r}"
-    expected = [(str(root / video), caption, str(root / image) if image else None) for video, caption, image in rows]
-    found = [(sample.video, sample.caption, sample.image) for sample in samples]
+    expected = [
+        (root / video.lower(), caption, root / image.lower() if image else None) for video, caption, image in rows
+    ]
+    found = [(Path(sample.video), sample.caption, Path(sample.image) if sample.image else None) for sample in samples]
     if len({sample.id for sample in samples}) < len(samples):
         return "two samples have one id"
     if not all(os.path.isfile(sample.video) and sample.caption for sample in samples):

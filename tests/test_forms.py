@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from fuzz_index import fuzz_indexes
 from test_index import captions, problems, read, touch, write
 
 from cogvideox.data.cache import open_index
-from cogvideox.data.index import Sample, read_validation
+from cogvideox.data.index import Sample, check_first_frames, read_validation
 from cogvideox.errors import UsageError
-from cogvideox.flags import DataFlags
+from cogvideox.flags import DataFlags, ModelFlags
+from cogvideox.geometry import weight_problems
 
 ODD = (
     "a, b",
@@ -112,13 +115,20 @@ def test_missing_columns_name_those_there_and_the_nearest(tmp_path: Path) -> Non
     assert "nearest: --video_column vids" in problems(tmp_path, **flags, video_column="vid")[-1]
 
 
-def test_an_image_column_is_used_if_there(tmp_path: Path) -> None:
+def test_an_image_column_is_used_if_it_holds_images(tmp_path: Path) -> None:
     flags = table(tmp_path, '{"text": "x", "video": "a.mp4", "image": "b.mp4"}', "jsonl")
     assert read(tmp_path, **flags)[0].image == str(tmp_path / "b.mp4")
     table(tmp_path, '{"text": "x", "video": "a.mp4", "image": "b.mp4"}\n{"text": "y", "video": "b.mp4"}', "jsonl")
-    assert problems(tmp_path, **flags) == (
-        f"{tmp_path}/t.jsonl:2: blank path of the image; write one, or remove the row",
-    )
+    one, two = samples = read(tmp_path, **flags)
+    assert [one.image, two.image] == [str(tmp_path / "b.mp4"), None]
+    with pytest.raises(UsageError, match=r"t.jsonl:2: blank path of the image; write one, or leave the images"):
+        check_first_frames(samples)
+    table(tmp_path, '{"text": "x", "video": "a.mp4", "image": null}\n{"text": "y", "video": "b.mp4"}', "jsonl")
+    samples = read(tmp_path, **flags)
+    assert [sample.image for sample in samples] == [None, None]
+    check_first_frames(samples)
+    with pytest.raises(UsageError, match=r"t.jsonl:1: blank path of the image.*\n.*t.jsonl:2"):
+        check_first_frames(read(tmp_path, **flags, image_column="image"))
 
 
 def test_problems_name_the_line_on_which_a_row_starts(tmp_path: Path) -> None:
@@ -331,14 +341,15 @@ def test_lists_win_over_captions_beside_clips(tmp_path: Path) -> None:
 
 def test_what_is_no_pair_is_named_with_its_fix(tmp_path: Path) -> None:
     pairs(tmp_path, both_mp4="x", empty_mp4=" \n", bad_mp4="x")
-    touch(tmp_path, "both.png", "sub/alone.mp4", "README.txt")
+    touch(tmp_path, "both.png", "sub/alone.mp4", "notes.txt", "turn.insv", "turn.txt")
     (tmp_path / "bad.txt").write_bytes(b"x\ncaf\xe9")
     assert sorted(problem.removeprefix(str(tmp_path)) for problem in problems(tmp_path)) == [
         "/bad.txt:2: is not UTF-8 (byte 4 is 0xe9); save the file as UTF-8",
         "/empty.txt: blank caption; write one, or remove the clip",
-        ": README.txt: is a caption without a clip; add the clip, or rename it to end in something else",
         ": both.mp4 and both.png: are clips of one name; rename all but one",
+        ": notes.txt: is a caption without a clip; add the clip, or rename it to end in something else",
         ": sub/alone.mp4: has no caption; write it into sub/alone.txt",
+        ": turn.insv: has a caption, but its format is not read; convert it to mp4, or an image to png",
     ]
 
 
@@ -378,10 +389,10 @@ def test_names_that_are_not_utf8_or_look_like_urls(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
-    touch(tmp_path, "train.csv", "x.parquet")
+    touch(tmp_path, "train.json", "x.parquet")
     assert problems(tmp_path) == (
         f"{tmp_path}: has none of: prompts.txt or prompt.txt with videos.txt, metadata.csv, metadata.jsonl, "
-        "clip.mp4 with clip.txt; there are: train.csv",
+        "clip.mp4 with clip.txt; there are: train.json",
     )
 
 
@@ -440,3 +451,209 @@ def test_fixes_with_names_of_the_user_can_be_given_to_a_shell(tmp_path: Path) ->
     with pytest.raises(UsageError) as error:
         open_index(root)
     assert flags_told(str(error.value).replace(",", " "))[:2] == ["--output_dir", str(root)]
+
+
+# -- folders as other systems and programs leave them ------------------------------------------------------------------
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 120\n"
+
+
+def test_composed_and_decomposed_names_are_one(tmp_path: Path) -> None:
+    """macOS decomposes accents in names, Linux and Windows do not."""
+    touch(tmp_path / "pairs", f"{DECOMPOSED}.mp4", f"{DECOMPOSED}/{COMPOSED}.MOV")
+    (tmp_path / "pairs" / f"{COMPOSED}.txt").write_text("one")
+    (tmp_path / "pairs" / DECOMPOSED / f"{DECOMPOSED}.TXT").write_text("two")
+    assert [(sample.id, sample.caption) for sample in read(tmp_path / "pairs")] == [
+        (f"{DECOMPOSED}.mp4", "one"),
+        (f"{DECOMPOSED}/{COMPOSED}.MOV", "two"),
+    ]
+    for form in ("lists", "table"):
+        root = touch(tmp_path / form, f"{DECOMPOSED}/{DECOMPOSED}.mp4")
+        if form == "lists":
+            write(root, "one", f"{COMPOSED}/{COMPOSED}.mp4", ())
+        else:
+            write_table(root / "metadata.csv", ["file_name", "text"], [[f"{COMPOSED}/{COMPOSED}.mp4", "one"]])
+        expected = Sample(f"{COMPOSED}/{COMPOSED}.mp4", "one", str(root / DECOMPOSED / f"{DECOMPOSED}.mp4"))
+        assert read(root) == [expected]
+
+
+def test_names_that_differ_in_their_accents_coding_only_are_refused(tmp_path: Path) -> None:
+    names = (f"{COMPOSED}.mp4", f"{DECOMPOSED}.mp4")
+    touch(tmp_path, *names)
+    (tmp_path / f"{COMPOSED}.txt").write_text("one")
+    (found,) = problems(tmp_path)
+    assert r"cafe\u0301.mp4 and caf\xe9.mp4: differ only in how their accents are coded" in found
+    angstrom = ("\u212b.mp4", "A\u030a.mp4")  # two that are no NFC, where the list says a third
+    write(tmp_path, "x", "\u00c5.mp4", angstrom)
+    (found,) = problems(tmp_path)
+    assert "means one of them" in found
+    assert found.endswith("rename all but one")
+    write(tmp_path, "x\ny\n", "\n".join(names), ())  # listed as they are
+    assert [Path(sample.video).name for sample in read(tmp_path)] == list(names)
+
+
+def test_letter_case_and_backslashes_of_other_systems(tmp_path: Path) -> None:
+    touch(tmp_path, "Clips/IMG_1.MOV", "Clips/img_2.mp4", "Clips/same.mp4", "clips/SAME.mp4")
+    flags = table(tmp_path, "video;text\nclips\\img_1.mov;one\nCLIPS/IMG_2.MP4;two\nClips\\same.mp4;three\n")
+    assert [(sample.id, Path(sample.video)) for sample in read(tmp_path, **flags)] == [
+        ("clips/img_1.mov", tmp_path / "Clips/IMG_1.MOV"),
+        ("CLIPS/IMG_2.MP4", tmp_path / "Clips/img_2.mp4"),
+        ("Clips/same.mp4", tmp_path / "Clips/same.mp4"),
+    ]
+    flags = table(tmp_path, "video,text\nCLIPS/Same.mp4,one\n")
+    assert "means one of them: Clips/same.mp4, clips/SAME.mp4; rename" in problems(tmp_path, **flags)[0]
+    pairs(tmp_path / "pairs", B_gif="B", b_mp4="b")
+    (touch(tmp_path / "pairs", "DSC1.MP4") / "dsc1.txt").write_text("dsc")
+    assert captions(tmp_path / "pairs") == ["B", "dsc", "b"]
+
+
+def test_a_search_for_spellings_leaves_the_folder_alone(tmp_path: Path) -> None:
+    root = touch(tmp_path / "data", "a.mp4")
+    touch(tmp_path / "other", "Secret.mp4")
+    (root / "link").symlink_to(tmp_path / "other")
+    for path in ("../other/secret.mp4", "LINK/secret.mp4", str(tmp_path / "other/secret.mp4"), "link/secret.mp4"):
+        found = problems(root, **table(root, f"video,text\n{path},x\n"))
+        assert "Secret" not in str(found)
+
+
+@pytest.mark.parametrize("start", ["/home/other/data/", "C:\\Users\\other\\", "//nas/share/", "/home/it's/"])
+def test_paths_of_another_machine_say_what_to_remove(tmp_path: Path, start: str) -> None:
+    flags = table(touch(tmp_path, "clips/1.mp4"), f"video,text\n{start}clips/1.mp4,x\n{start}clips/2.mp4,x\n")
+    found, missing = problems(tmp_path, **flags)
+    rule = f"{tmp_path}/t.csv:2: {start}clips/1.mp4: is a path of another machine, but clips/1.mp4 is in {tmp_path}; "
+    assert found.startswith(f"{rule}remove {start} from the paths".replace("\\\\", "\\"))
+    assert ("sed -i" in found) == (start in ("/home/other/data/", "//nas/share/"))
+    assert "another machine" not in missing
+    if "sed -i" in found:
+        subprocess.run(shlex.split(found.split("as with: ")[1]), check=True)
+        assert "t.csv:3: clips/2.mp4: no such file" in problems(tmp_path, **flags)[0]
+
+
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_a_csv_with_another_separator(tmp_path: Path, sign: str) -> None:
+    text = f'video{sign}text\na.mp4{sign}"one{sign} two, three"\nb.mp4{sign}four\n'
+    assert captions(tmp_path, **table(tmp_path, text)) == [f"one{sign} two, three", "four"]
+    assert "2: 3 cells, but 2 columns" in problems(tmp_path, **table(tmp_path, f"video,text\na,b{sign}c,d\n"))[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "txt"])
+def test_texts_of_windows_in_utf16(tmp_path: Path, encoding: str, suffix: str) -> None:
+    """PowerShell's > and Notepad's "Unicode" write a byte order mark in front."""
+    text = {
+        "csv": 'video,text\r\na.mp4,"caf\u00e9\r\n\U0001f436"\r\n',
+        "jsonl": '{"video": "a.mp4", "text": "caf\u00e9\\n\U0001f436"}\r\n',
+        "txt": "caf\u00e9\r\n\U0001f436\r\n",
+    }[suffix]
+    data = ("\ufeff" * (encoding != "utf-16") + text).encode(encoding)
+    flags = table(tmp_path, data, suffix)
+    if suffix == "txt":
+        (tmp_path / "t.txt").rename(tmp_path / "a.txt")
+        (tmp_path / "b.mp4").unlink()
+        flags = {}
+    assert captions(tmp_path, **flags) == ["caf\u00e9\n\U0001f436"]
+    ((tmp_path / "a.txt") if suffix == "txt" else tmp_path / f"t.{suffix}").write_bytes(data[:-1])
+    assert "is not valid UTF-16" in problems(tmp_path, **flags)[0]
+
+
+@pytest.mark.parametrize("suffix", [".mts", ".M2TS", ".3gp", ".3g2", ".vob", ".HEIC", ".heif", ".avif"])
+def test_clips_of_cameras_and_phones_are_found(tmp_path: Path, suffix: str) -> None:
+    (touch(tmp_path, f"a{suffix}") / "a.txt").write_text("x")
+    assert [sample.id for sample in read(tmp_path)] == [f"a{suffix}"]
+
+
+def test_what_other_programs_leave_is_passed_over(tmp_path: Path) -> None:
+    pairs(tmp_path, a_mp4="x", readme_mp4="a clip")
+    junk = ("@eaDir/a.mp4/thumb.jpg", ".AppleDouble/a.mp4", "._a.mp4", "__MACOSX/._a.mp4", "Thumbs.db", "desktop.ini")
+    more = (
+        ".DS_Store",
+        "#recycle/b.mp4",
+        "$RECYCLE.BIN/c.mp4",
+        "sub/System Volume Information/d.mp4",
+        "@Recycle/e.mp4",
+    )
+    texts = ("README.txt", "sub/ReadMe.TXT", "LICENSE.txt", "license-2.0.txt", "README.md", "Credits.txt")
+    touch(tmp_path, *junk, *more, *texts)
+    (tmp_path / "README.txt").unlink()
+    assert captions(tmp_path) == ["x", "a clip"]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_one_table_below_the_root_is_read(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "train/a.mp4", "README.txt", "dataset_info.json")
+    write_table(tmp_path / "train" / name, ["file_name", "text"], [["a.mp4", "x"]])
+    assert read(tmp_path) == read(tmp_path, dataset_file=f"train/{name}")
+    touch(tmp_path, "test/b.mp4")
+    write_table(tmp_path / "test" / name, ["file_name", "text"], [["b.mp4", "y"]])
+    assert flags_told(problems(tmp_path)[0]) == [
+        "--dataset_file", f"test/{name}", "or", "--dataset_file", f"train/{name}"
+    ]  # fmt: skip
+    pairs(tmp_path, c_mp4="a pair")
+    assert "train/a.mp4: has no caption" in str(problems(tmp_path))
+
+
+def test_what_names_the_clips_of_a_folder_without_captions(tmp_path: Path) -> None:
+    write(touch(tmp_path, "my set/c.mp4") / "my set", "one\n", "c.mp4\n", ())
+    told = f"{tmp_path}: has no captions beside its clips, but my set/prompts.txt with videos.txt; give "
+    assert problems(tmp_path) == (f"{told}--data_root '{tmp_path}/my set'",)
+    table(tmp_path, "video,text\na.mp4,x\n")
+    assert " or ".join(["--dataset_file t.csv", f"--data_root '{tmp_path}/my set'"]) in problems(tmp_path)[0]
+
+
+def test_the_folders_of_cogvideo_s_own_trainer(tmp_path: Path) -> None:
+    touch(tmp_path, "x/videos/1.mp4", "x/videos/sub/2.MP4", "x/labels/sub/2.txt", "README.txt")
+    (tmp_path / "x/labels/1.txt").write_text("one")
+    (tmp_path / "x/labels/sub/2.txt").write_text("two")
+    assert [(sample.id, sample.caption) for sample in read(tmp_path)] == [
+        ("x/videos/1.mp4", "one"),
+        ("x/videos/sub/2.MP4", "two"),
+    ]
+    (tmp_path / "x/videos/1.txt").write_text("nearer")
+    assert "x/labels/1.txt: is a caption without a clip" in problems(tmp_path)[0]
+
+
+# -- Git LFS -----------------------------------------------------------------------------------------------------------
+
+
+def test_pointers_of_git_lfs_are_one_group_of_lines(tmp_path: Path) -> None:
+    root = tmp_path / HARD
+    for number in range(250):
+        touch(root, f"{number}.mp4")
+        for suffix in ("mp4", "txt"):
+            (root / f"{number}.{suffix}").write_text(LFS)
+    found = problems(root)
+    assert len(found) == 21
+    assert all("is a Git LFS pointer, not the file itself; run: git -C" in line for line in found[:-1])
+    assert found[-1] == "... and 480 more: Git LFS pointer"
+    assert shlex.split(found[0].split("; run: ")[1]) == ["git", "-C", str(root), "lfs", "pull"]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "videos.txt", "images.txt", "t.csv", "t.json", "a.mp4", "first.png"])
+def test_a_pointer_of_git_lfs_is_recognized_anywhere(tmp_path: Path, name: str) -> None:
+    flags = {}
+    if name.startswith("t."):
+        write_table(touch(tmp_path, "a.mp4") / name, ["video", "text"], [["a.mp4", "x"]])
+        flags = {"dataset_file": name}
+    else:
+        write(tmp_path, "x", "a.mp4", ("a.mp4", "first.png"))
+        (tmp_path / "images.txt").write_text("first.png\n")
+    read(tmp_path, **flags)
+    (tmp_path / name).write_text(LFS)
+    found = problems(tmp_path, **flags)
+    assert len([line for line in found if "is a Git LFS pointer" in line]) == len(found) == 1
+
+
+def test_a_file_that_is_like_a_pointer_is_read(tmp_path: Path) -> None:
+    (pairs(tmp_path, a_mp4=f"A text about {LFS}") / "a.mp4").write_bytes(LFS.encode() + bytes(2000))
+    assert captions(tmp_path) == [f"A text about {LFS}".strip()]
+
+
+def test_weights_that_are_pointers_of_git_lfs(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "vae", tmp_path / "vae")
+    flags = ModelFlags(str(tmp_path))
+    assert list(weight_problems(flags, ("vae",))) == []
+    (weights,) = (tmp_path / "vae").glob("*.safetensors")
+    weights.write_text(LFS)
+    (found,) = weight_problems(flags, ("vae",))
+    assert found == f"{weights}: is a Git LFS pointer, not the file itself; run: git -C {tmp_path}/vae lfs pull"

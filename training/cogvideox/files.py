@@ -10,11 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 
 from cogvideox.errors import DiskError
 
 LOCK_NAME = ".lock"  # in a folder that one process at a time writes to
 TEMPORARY = re.compile(r"\..+\..+\.(\d+)\.tmp")  # see temporary_of
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how each of Git LFS's pointer files begins
+LFS_LONGEST = 1024  # bytes of a pointer, by Git LFS's specification
 STALE = 3600.0  # seconds after which nobody writes a temporary file any more
 # Of a file system or a disk; the user can do something about them.
 DISK_ERRORS = {
@@ -26,6 +29,22 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What file systems that cannot fsync a folder answer: CIFS, 9p, some FUSE.
 NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR}
 NO_FOLDER_FSYNC |= {errno.EBADF, errno.ENOTTY}
+
+
+def is_lfs_pointer(path: str | os.PathLike[str], size: int) -> bool:
+    """Whether a regular file of so many bytes is the text that Git LFS leaves in the place of a file not downloaded.
+
+    Only small files are opened. Raises OSError.
+    """
+    if not len(LFS_POINTER) < size <= LFS_LONGEST:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def lfs_rule(folder: str | os.PathLike[str]) -> str:
+    """What to say of a Git LFS pointer in this folder."""
+    return f"is a Git LFS pointer, not the file itself; run: git -C {quote(os.fspath(folder) or '.')} lfs pull"
 
 
 def temporary_of(path: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cogvideox.data.buckets import Bucket, frame_problem, size_problem
 from cogvideox.errors import UsageError, first_line
+from cogvideox.files import is_lfs_pointer, lfs_rule
 from cogvideox.flags import FullFlags, ModelFlags
 from cogvideox.options import LoraOptions, TrainOptions, reads_clips, resolution
 
@@ -310,6 +311,10 @@ def weight_problems(model: ModelFlags, parts: Sequence[str]) -> Iterator[str]:
     """Parts of a model folder whose weights are in pickle files only, which are never read."""
     for part in parts:
         folder = Path(model.pretrained_model_name_or_path, part)
+        weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
+        pointers = [path for path in weights if is_lfs_pointer(path, path.stat().st_size)]
+        if pointers:
+            yield f"{pointers[0]}: {lfs_rule(folder)}"
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles and not any(folder.glob("*.safetensors")):
             yield f"{folder}: its weights are in {pickles[0]} only; {NO_PICKLES}"

@@ -45,7 +45,7 @@ from cogvideox.data.clips import (
     plan_clip,
     plan_image,
 )
-from cogvideox.data.index import Sample, read_samples, read_validation
+from cogvideox.data.index import Sample, check_first_frames, read_samples, read_validation
 from cogvideox.data.workers import Killed, Limits, Workers
 from cogvideox.encode import Arriving
 from cogvideox.errors import UsageError, first_of
@@ -181,6 +181,8 @@ class Preparation:
         validation = read_validation(data)
         self.samples: list[Sample] = read_samples(data) + validation
         self.num_validation = len(validation)
+        if image_variants:
+            check_first_frames(self.samples)
 
     @cached_property
     def requests(self) -> dict[str, str]:

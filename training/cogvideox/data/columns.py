@@ -4,12 +4,17 @@ Owns the decoding of text files into lines, and the collection of problems. List
 clips all become columns, so that each rule on captions and paths is written once.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogvideox.errors import SHOWN, one_line
+from cogvideox.files import LFS_POINTER, lfs_rule
+
+POINTER = "Git LFS pointer"  # a kind of problem
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -83,20 +88,35 @@ def is_unicode(text: str) -> bool:
 
 
 def read_lines(file: str, problems: Problems) -> list[str | None] | None:
-    r"""The lines of a UTF-8 file with or without a byte order mark; None if it cannot be read.
+    r"""The lines of a UTF-8 file, or of a UTF-16 file with a byte order mark; None if it cannot be read.
 
     A line ends at \n or \r\n only, so captions may hold any other separator. A line that is not UTF-8 is None.
     """
     try:
-        data = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = Path(file).read_bytes()
     except OSError as error:
         problems.add("unreadable file", f"{file}: cannot be read ({error.strerror}); check its permissions")
         return None
+    if data.startswith(LFS_POINTER):
+        problems.add(POINTER, f"{file}: {lfs_rule(os.path.dirname(file))}")
+        return None
+    if data.startswith(_UTF16_MARKS):  # as Notepad and PowerShell write
+        return _utf16_lines(file, data, problems)
+    data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         return [line.removesuffix("\r") for line in data.decode().split("\n")]
     except UnicodeDecodeError:
         rows = enumerate(data.split(b"\n"), start=1)
         return [_decode_line(f"{file}:{number}", raw, problems) for number, raw in rows]
+
+
+def _utf16_lines(file: str, data: bytes, problems: Problems) -> list[str | None] | None:
+    try:
+        return [line.removesuffix("\r") for line in data.decode("utf-16").split("\n")]
+    except UnicodeDecodeError as error:
+        rule = f"begins as UTF-16 does, but is not valid UTF-16 (byte {error.start + 1}); save the file as UTF-8"
+        problems.add("not UTF-16", f"{file}: {rule}")
+        return None
 
 
 def _decode_line(place: str, raw: bytes, problems: Problems) -> str | None:

@@ -28,7 +28,7 @@ from cogvideox.data.faults import AGAIN, VideoError, check_size
 from cogvideox.data.frames import PacketIndex, VideoInfo
 from cogvideox.data.packets import decoded, reading, scan, stamp_of, strict_decoder
 from cogvideox.data.pictures import is_picture, probe_picture, read_picture
-from cogvideox.files import disk_errors_told, fsync, removed_on_failure, temporary_of
+from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
 
 # Without these, chroma is not interpolated and the pixels depend on the instruction set of the CPU.
 _EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -36,11 +36,13 @@ _EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolati
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Reads all packets and decodes the first frame (the rotation is stored with it). Raises VideoError."""
-    if is_picture(path):
-        return probe_picture(path)
     stamp = stamp_of(path)
     if stamp[0] == 0:
         raise VideoError(f"{path}: is empty; download it again")
+    if is_lfs_pointer(path, stamp[0]):
+        raise VideoError(f"{path}: {lfs_rule(os.path.dirname(path))}")
+    if is_picture(path):
+        return probe_picture(path)
     with reading(path) as (container, stream):
         index, frame = scan(container, stream, stamp)
         rotation = _rotation(frame)

@@ -2,18 +2,23 @@
 
     lists      prompts.txt (or prompt.txt) and videos.txt, and images.txt: line n of each is one clip
     table      CSV, TSV, JSON lines or JSON, with a row a clip: --dataset_file, or metadata.csv or metadata.jsonl
-    pairs      clip.mp4 beside clip.txt, which holds its caption, in any folder below the root
+    pairs      clip.mp4 beside clip.txt, which holds its caption, in any folder below the root; as CogVideo's own
+               trainer has them also videos/clip.mp4 with labels/clip.txt
 
-Owns the choice between them. A file that names the clips wins over pairs; two such files need a flag to decide.
+Owns the choice between them. A file that names the clips wins over pairs; two such files need a flag to decide. Where
+neither is there, one metadata.csv or metadata.jsonl below the root is read, as if --dataset_file named it.
 """
 
 import os
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from shlex import quote
 
 from cogvideox.data.columns import Column, Columns, Problems, listing, read_lines
-from cogvideox.data.paths import PathRules
+from cogvideox.data.paths import PathRules, folded
 from cogvideox.data.tables import FORMATS, Names, read_table
 from cogvideox.flags import TENSOR_FOLDER, DataFlags
 
@@ -21,10 +26,28 @@ CAPTION_FILES = ("prompts.txt", "prompt.txt")
 VIDEO_FILES = ("videos.txt",)
 IMAGE_FILES = ("images.txt",)
 TABLE_FILES = ("metadata.csv", "metadata.jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")  # a .json that nobody names is mostly about something else
 MEDIA_SUFFIXES = (
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif",
-    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
+    ".mts", ".m2ts", ".m2t", ".3gp", ".3g2", ".vob", ".qt", ".f4v", ".asf", ".divx",
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
 )  # fmt: skip
+# What is neither a clip nor a caption, and nothing that somebody could take for one.
+TEXT_SUFFIXES = (
+    "", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".xml", ".html",
+    ".log", ".srt", ".vtt", ".ass", ".nfo", ".url", ".sh", ".py", ".bat", ".pdf", ".sha256", ".md5", ".pt",
+    ".safetensors", ".npy", ".npz", ".parquet", ".part", ".tmp", ".lrv", ".thm", ".aae", ".xmp",
+)  # fmt: skip
+# What file managers and network storage leave in folders; hidden files are passed over as well.
+JUNK = {
+    "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini",
+}  # fmt: skip
+# The first words of texts that are about a data set.
+DOCUMENTS = {
+    "readme", "license", "licence", "copying", "copyright", "notice", "changelog", "changes", "authors", "credits",
+    "citation", "attribution", "contributing", "requirements", "todo", "terms",
+}  # fmt: skip
 NO_NAMES: Names = (None, None, None)
 PREVIEW_FOLDER = "preview"  # pictures of what was prepared, in the output folder
 OUTPUTS = (("ledger.jsonl",), ("config.json", "metrics.jsonl"))  # files by which folders of our own are known
@@ -145,17 +168,35 @@ def _check_counts(captions: Column, paths: Column, what: str, problems: Problems
     problems.add("unequal line counts", f"{longer.place(first)}: first line without {missing} ({counts}); {fix}")
 
 
+@dataclass
+class _Scan:
+    """The files below a root by what they may be: media and captions by their path without the last suffix, in NFC."""
+
+    media: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    texts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    tables: list[str] = field(default_factory=list)
+    others: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
 def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
     """Media files with their captions, in the order of their paths."""
-    media, texts = _scan(root, rules, problems)
-    if not media:
+    scan = _scan(root, rules, problems)
+    _match_captions(scan)
+    if scan.media.keys().isdisjoint(scan.texts):
+        if _is_one_table(choices := _choices_below(root, scan)):
+            return _read_table(root, os.path.join(root, *choices), NO_NAMES, rules, problems)
+        if choices:
+            _add_choices(root, choices, problems)
+            return Columns()
+    if not scan.media:
         looked = f"{' or '.join(CAPTION_FILES)} with {VIDEO_FILES[0]}, {', '.join(TABLE_FILES)}, clip.mp4 with clip.txt"
         problems.add("no data set", f"{root}: has none of: {looked}; there are: {_text_files(root)}")
         return Columns()
-    for stem in sorted(media.keys() | texts.keys()):
-        _check_pair(root, stem, media.get(stem, []), texts.get(stem, []), problems)
-    videos = sorted(names[0] for stem, names in media.items() if stem in texts)
-    captions = [texts[os.path.splitext(video)[0]][0] for video in videos]
+    for stem in sorted(scan.media.keys() | scan.texts.keys()):
+        _check_pair(root, stem, scan, problems)
+    texts = {names[0]: scan.texts[stem][0] for stem, names in scan.media.items() if stem in scan.texts}
+    videos = sorted(texts)
+    captions = [texts[video] for video in videos]
     values = [_read_caption(root, name, rules, problems) for name in captions]
     return Columns(
         Column(values, lambda row: os.path.join(root, captions[row]), "remove the clip", root),
@@ -163,17 +204,62 @@ def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
     )
 
 
-def _scan(root: str, rules: PathRules, problems: Problems) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The media and the caption files below the root, each by its path without the last suffix."""
-    media: dict[str, list[str]] = defaultdict(list)
-    texts: dict[str, list[str]] = defaultdict(list)
+def _scan(root: str, rules: PathRules, problems: Problems) -> _Scan:
+    scan = _Scan()
     for path in _walk(root, rules, problems):
-        stem, suffix = os.path.splitext(path)
-        if suffix.lower() in MEDIA_SUFFIXES:
-            media[stem].append(path)
-        elif suffix.lower() == ".txt":
-            texts[stem].append(path)
-    return media, texts
+        stem, suffix = os.path.splitext(unicodedata.normalize("NFC", path))
+        suffix = suffix.lower()
+        if suffix in MEDIA_SUFFIXES:
+            scan.media[stem].append(path)
+        elif suffix == ".txt":
+            scan.texts[stem].append(path)
+        elif os.path.basename(path) in TABLE_FILES or (suffix in TABLE_SUFFIXES and os.sep not in path):
+            scan.tables.append(path)
+        elif suffix not in TEXT_SUFFIXES:
+            scan.others[stem].append(path)
+    return scan
+
+
+_LABELS = re.compile(r"(.*/|)labels/")  # the last such folder of a path
+
+
+def _match_captions(scan: _Scan) -> None:
+    """Gives captions the stems of their clips where they differ in letter case or lie in labels/ and not in videos/.
+
+    Only where exactly one clip and one caption are left that fit each other.
+    """
+    clips: dict[str, list[str]] = defaultdict(list)
+    captions: dict[str, list[str]] = defaultdict(list)
+    for stem in scan.media.keys() - scan.texts.keys():
+        clips[folded(stem)].append(stem)
+    for stem in scan.texts.keys() - scan.media.keys():
+        captions[folded(_LABELS.sub(r"\1videos/", stem))].append(stem)
+    for key in clips.keys() & captions.keys():
+        if len(clips[key]) == len(captions[key]) == 1:
+            scan.texts[clips[key][0]] = scan.texts.pop(captions[key][0])
+
+
+def _choices_below(root: str, scan: _Scan) -> dict[str, str]:
+    """What may name the clips of a folder that has no pairs, and the flag that chooses each."""
+    choices = {path: f"--dataset_file {quote(path)}" for path in sorted(scan.tables)}
+    for folder in sorted({os.path.dirname(name) for names in scan.texts.values() for name in names} - {""}):
+        captions, videos = (_files(os.path.join(root, folder), names) for names in (CAPTION_FILES, VIDEO_FILES))
+        if captions and videos:
+            lists = f"{os.path.join(folder, captions[0])} with {videos[0]}"
+            choices[lists] = f"--data_root {quote(os.path.join(root, folder))}"
+    return choices
+
+
+def _is_one_table(choices: dict[str, str]) -> bool:
+    return len(choices) == 1 and os.path.basename(next(iter(choices))) in TABLE_FILES
+
+
+def _add_choices(root: str, choices: dict[str, str], problems: Problems) -> None:
+    """A folder whose data set only a flag can tell."""
+    shown = list(choices)[:3]
+    which = " and ".join(shown) + (", ..." if len(choices) > 3 else "")
+    fix = ("choose with " if len(choices) > 1 else "give ") + " or ".join(choices[name] for name in shown)
+    problems.add("unclear data set", f"{root}: has no captions beside its clips, but {which}; {fix}")
 
 
 def _walk(root: str, rules: PathRules, problems: Problems) -> Iterator[str]:
@@ -215,20 +301,37 @@ def _names(folder: str, problems: Problems) -> list[str]:
     except OSError as error:
         problems.add("unreadable folder", f"{folder}: cannot be read ({error.strerror}); check its permissions")
         return []
-    return sorted(name for name in names if not name.startswith(".") and name != TENSOR_FOLDER)
+    return sorted(name for name in names if not (name.startswith(".") or name == TENSOR_FOLDER or folded(name) in JUNK))
 
 
-def _check_pair(root: str, stem: str, media: list[str], texts: list[str], problems: Problems) -> None:
+def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
     """A clip has one caption, and the other way round."""
+    media, texts = scan.media.get(stem, []), scan.texts.get(stem, [])
     for kind, names in (("clips", media), ("captions", texts)):
         if len(names) > 1:
-            rule = f"are {kind} of one name; rename all but one"
-            problems.add(f"{kind} of one name", f"{root}: {' and '.join(sorted(names))}: {rule}")
+            problems.add(f"{kind} of one name", f"{root}: {_same_names(kind, names)}")
     if not texts:
         problems.add("no caption", f"{root}: {media[0]}: has no caption; write it into {stem}.txt")
-    if not media:
+    if not media and stem in scan.others:
+        other = scan.others[stem][0]
+        fix = "convert it to mp4, or an image to png"
+        problems.add("unknown format", f"{root}: {other}: has a caption, but its format is not read; {fix}")
+    elif not media and not _is_document(texts[0]):
         fix = "add the clip, or rename it to end in something else"
         problems.add("caption without a clip", f"{root}: {texts[0]}: is a caption without a clip; {fix}")
+
+
+def _same_names(kind: str, names: Sequence[str]) -> str:
+    """What is wrong with files of one name; some of these look the same."""
+    if len({os.path.splitext(name)[0] for name in names}) == 1:
+        return f"{' and '.join(sorted(names))}: are {kind} of one name; rename all but one"
+    accents = "differ only in how their accents are coded (composed or decomposed Unicode)"
+    return f"{' and '.join(ascii(name)[1:-1] for name in sorted(names))}: {accents}; rename all but one"
+
+
+def _is_document(path: str) -> bool:
+    """Whether a text is about a data set, by its name: README.txt, LICENSE-2.0.txt."""
+    return re.split(r"[\W_]", folded(os.path.basename(path)), maxsplit=1)[0] in DOCUMENTS
 
 
 def _read_caption(root: str, name: str, rules: PathRules, problems: Problems) -> str | None:

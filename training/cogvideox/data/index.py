@@ -23,13 +23,14 @@ class Sample:
 
     id: the path as listed, relative to its data root in posix form; "#2", "#3" is added for later rows of that path.
     caption: with the id token in front. video, image: absolute paths, symlinks not followed; image is the first frame
-    that the data set names, if it does.
+    that the data set names, if it does. no_image: the place where other clips have an image but this one has none.
     """
 
     id: str
     caption: str
     video: str
     image: str | None = None
+    no_image: str = ""
 
 
 def read_samples(data: DataFlags) -> list[Sample]:
@@ -50,6 +51,16 @@ def read_validation(data: DataFlags) -> list[Sample]:
         UsageError: as read_samples.
     """
     return _read_folders("--validation_data_root", data.validation_data_root, (1,), data)
+
+
+def check_first_frames(samples: Sequence[Sample]) -> None:
+    """Raises UsageError where some clips of a data set have an image and others have none. For image-to-video."""
+    problems = Problems()
+    for place in dict.fromkeys(sample.no_image for sample in samples if sample.no_image):
+        fix = "write one, or leave the images of all rows blank: then each clip's own first frame is taken"
+        problems.add("blank image", f"{place}: blank path of the image; {fix}")
+    if problems:
+        raise UsageError(problems.lines())
 
 
 def check_data(options: Any) -> Iterator[str]:
@@ -91,10 +102,19 @@ def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems) ->
     columns = read_columns(root, data, rules, problems)
     if columns.captions is not None:
         _check_captions(columns.captions, problems)
-    for column, what in ((columns.videos, "video"), (columns.images, "image")):
-        if column is not None:
-            rules.check(column, what, problems)
-    return [] if problems else list(_clips(root, columns, (data.id_token or "").strip()))
+    images = _with_gaps(columns.images, asked=data.image_column is not None)
+    videos = rules.find(columns.videos, "video", problems) if columns.videos is not None else []
+    first_frames = rules.find(images, "image", problems) if images is not None else []
+    if problems:
+        return []
+    return list(_clips(root, replace(columns, images=images), videos, first_frames, (data.id_token or "").strip()))
+
+
+def _with_gaps(images: Column | None, asked: bool) -> Column | None:
+    """A column of images, with None for blank ones; a column that nobody asked for and that is blank is none."""
+    if images is None or not (asked or any(images.values)):
+        return None
+    return replace(images, values=[value or None for value in images.values])
 
 
 def _check_captions(captions: Column, problems: Problems) -> None:
@@ -112,21 +132,25 @@ def _check_captions(captions: Column, problems: Problems) -> None:
             problems.add("half a character", f"{captions.place(row)}: {rule}")
 
 
-def _clips(root: str, columns: Columns, token: str) -> Iterator[Sample]:
-    """The rows of columns that have no problems."""
-    captions, videos, images = columns.captions, columns.videos, columns.images
+def _clips(
+    root: str, columns: Columns, files: Sequence[str | None], images: Sequence[str | None], token: str
+) -> Iterator[Sample]:
+    """The rows of columns that have no problems; ``files`` and ``images`` are where their files are."""
+    captions, videos = columns.captions, columns.videos
     assert captions is not None
     assert videos is not None
-    first_frames: list[str | None] = [None] * len(videos.values)
-    if images is not None:
-        first_frames = [os.path.join(images.folder, path) for path in images.texts()]
     inside = os.path.join(root, "")
-    for caption, path, image in zip(captions.texts(), videos.texts(), first_frames, strict=True):
-        # Not the normal form: "link/../a.mp4" is beside what the link leads to.
-        full = os.path.join(videos.folder, path)
+    for row, (caption, path, file) in enumerate(zip(captions.texts(), videos.texts(), files, strict=True)):
+        assert file is not None
         # An allowed path elsewhere keeps its absolute form.
-        name = os.path.normpath(full).removeprefix(inside).replace(os.sep, "/")
-        yield Sample(name, _with_token(token, caption), full, image)
+        listed = os.path.join(videos.folder, path)
+        name = os.path.normpath(listed).removeprefix(inside).replace(os.sep, "/")
+        if file != listed:  # it is spelled in another way, so backslashes are those of Windows
+            name = name.replace("\\", "/")
+        image = images[row] if columns.images is not None else None
+        gap = columns.images.place(row) if columns.images is not None and image is None else ""
+        # The file's path is not normalized: "link/../a.mp4" is beside what the link leads to.
+        yield Sample(name, _with_token(token, caption), file, image, gap)
 
 
 def _with_unique_id(clip: Sample, uses: dict[str, int]) -> Sample:

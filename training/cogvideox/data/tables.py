@@ -109,7 +109,7 @@ def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> _T
     if None in lines:  # a row may go over several lines, so the rest cannot be trusted
         return None
     with _cells_of_any_size():
-        rows = _csv_rows(delimiter, file, lines, problems)
+        rows = _csv_rows(_delimiter(delimiter, lines), file, lines, problems)
         columns = [name.strip() for name in next(rows, (0, []))[1]]
         if not _is_header(columns, file, problems):
             return None
@@ -122,6 +122,12 @@ def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> _T
             table.rows.append(dict(zip(columns, cells, strict=True)))
             numbers.append(number)
     return table
+
+
+def _delimiter(usual: str, lines: Lines) -> str:
+    """What separates the cells: a header without the usual sign has another, as Excel writes it in some countries."""
+    header = next((line for line in lines if line and line.strip()), "")
+    return next((sign for sign in (usual, *";\t|,") if sign in header), usual)
 
 
 def _csv_rows(delimiter: str, file: str, lines: Lines, problems: Problems) -> Iterator[tuple[int, list[str]]]:
