@@ -497,14 +497,17 @@ def still_cases() -> Iterator[Case]:
         "16_bit.png": png_16_bit,
         "printing_colours.jpg": lambda: still("JPEG", mode="CMYK", quality=95),
         "jpg_named.png": lambda: still("JPEG", quality=95),
+        "still.avif": lambda: still("AVIF", quality=95),
+        "photo_with_gain_map.jpg": lambda: with_another("MPO", quality=95),
     }
     for name, make in stills.items():
         yield good(name, make, (5,), num_frames=1)
     yield good("grey.png", lambda: still("PNG", mode="L"), (5,), num_frames=1, grey=True)
     yield good("alpha.png", lambda: still("PNG", with_alpha()), (5,), num_frames=1, note=ON_BLACK)
-    for orientation in TURNS:
-        make = functools.partial(still_turned, orientation)
-        yield good(f"exif_orientation_{orientation}.jpg", make, (5,), num_frames=1, note="upright")
+    for suffix, kind in {"jpg": "JPEG", "tif": "TIFF", "avif": "AVIF"}.items():
+        for orientation in TURNS:
+            make = functools.partial(still_turned, orientation, kind)
+            yield good(f"exif_orientation_{orientation}.{suffix}", make, (5,), num_frames=1, note="upright")
     yield bad("image_for_9_frames.png", lambda: still("PNG"), "(still|image|give 1 frame)")
     for suffix, kind in {"jpg": "JPEG", "png": "PNG"}.items():
         make = functools.partial(still, kind)
@@ -513,11 +516,28 @@ def still_cases() -> Iterator[Case]:
     huge = jpeg_size(still("JPEG"), 20000, 20000)
     yield bad("header_says_20000x20000.jpg", lambda: huge, "20000x20000", num_frames=1)
     yield bad("text.png", lambda: b"not a picture\n" * 9, "cannot be read", num_frames=1)
-    yield bad("moving.webp", lambda: moving("WEBP", lossless=True), "holds 36 pictures", num_frames=1)
+    for kind in ("WEBP", "PNG", "AVIF"):
+        yield bad(f"moving.{kind.lower()}", functools.partial(moving, kind), "holds 36 pictures", num_frames=1)
+    yield bad("two_pages.tif", lambda: with_another("TIFF"), "holds 2 pictures", num_frames=1)
+    brands = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic"
+    yield bad("photo.heic", lambda: brands + bytes(99), "is a HEIC picture", num_frames=1)
 
 
-# How each EXIF orientation is undone, as np.rot90 counts; 2 is mirrored.
-TURNS = {2: 0, 3: 2, 6: 1, 8: 3}
+def with_another(kind: str, **options: Any) -> bytes:
+    """Picture 5 and a smaller one behind it."""
+    return still(kind, save_all=True, append_images=[Image.new("RGB", (48, 32))], **options)
+
+
+# How a picture is stored under each EXIF orientation
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: np.swapaxes(pixels, 0, 1),
+    6: np.rot90,
+    7: lambda pixels: np.rot90(np.swapaxes(pixels, 0, 1), 2),
+    8: lambda pixels: np.rot90(pixels, 3),
+}
 
 
 def still(kind: str, pixels: np.ndarray | None = None, mode: str = "", **options: Any) -> bytes:
@@ -528,12 +548,12 @@ def still(kind: str, pixels: np.ndarray | None = None, mode: str = "", **options
     return memory.getvalue()
 
 
-def still_turned(orientation: int) -> bytes:
-    """A jpeg that is stored turned or mirrored, and says so as cameras do."""
-    pixels = np.fliplr(picture(5)) if orientation == 2 else np.rot90(picture(5), TURNS[orientation])
+def still_turned(orientation: int, kind: str) -> bytes:
+    """An image file that is stored turned or mirrored, and says so as cameras do."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return still("JPEG", np.ascontiguousarray(pixels), quality=95, exif=exif)
+    options = {} if kind == "TIFF" else {"quality": 95}
+    return still(kind, np.ascontiguousarray(TURNS[orientation](picture(5))), exif=exif, **options)
 
 
 def with_alpha(number: int = 5) -> np.ndarray:

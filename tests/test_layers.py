@@ -19,7 +19,7 @@ LAYERS = (
     ("errors", "host_memory", "stopping"),
     ("files",),
     ("flags", "draws", "sheets", "curves", "finite", "data.workers", "locks"),
-    ("options", "data.buckets", "data.transforms", "data.columns", "data.faults"),
+    ("options", "data.buckets", "data.transforms", "data.columns", "data.faults", "data.icc"),
     ("conflicts", "geometry", "hub", "lora_file", "prepared", "prompts", "data.frames", "data.paths", "data.tables"),
     ("args", "data.cache", "data.forms", "data.packets", "data.pictures", "data.alpha", "data.decord_reader"),
     ("data.decode", "data.index"),

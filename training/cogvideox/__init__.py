@@ -25,6 +25,7 @@ data/transforms.py    resize, crop, flip of a whole clip
 data/faults.py        what a file that cannot be used says
 data/frames.py        which frames: selection by time
 data/packets.py       a video's packets -> when each frame is shown, where decoding can start
+data/icc.py           color profiles of pictures -> sRGB
 data/pictures.py      still images
 data/alpha.py         transparency of videos: composited on black before scaling
 data/decord_reader.py decord 0.6 as another reader

@@ -47,7 +47,7 @@ def image_problems(path: str) -> Iterator[str]:
 
     try:
         if not is_picture(path):
-            yield f"--validation_images {path}: is no png, jpeg, webp, bmp or tiff image; give a still image"
+            yield f"--validation_images {path}: is not a png, jpeg, webp, avif, bmp or tiff image; give a still image"
             return
         info = probe_picture(path)
         read_picture(path, info, 1, info.height, info.width)

@@ -14,8 +14,6 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
-ON_BLACK = "alpha on black"  # among VideoInfo.conversions
-
 # A graphic control extension of a gif whose disposal method clears the frame's area for the next one.
 _GIF_CLEARS = re.compile(rb"!\xf9\x04[\x08-\x0b]...\0", re.DOTALL)
 

@@ -22,10 +22,10 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from cogvideox.data.alpha import ON_BLACK, is_transparent, on_black, samples
+from cogvideox.data.alpha import is_transparent, on_black, samples
 from cogvideox.data.decord_reader import read_with_decord
 from cogvideox.data.faults import AGAIN, VideoError, check_size
-from cogvideox.data.frames import PacketIndex, VideoInfo
+from cogvideox.data.frames import ON_BLACK, PacketIndex, VideoInfo
 from cogvideox.data.packets import decoded, reading, scan, stamp_of, strict_decoder
 from cogvideox.data.pictures import is_picture, probe_picture, read_picture
 from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of

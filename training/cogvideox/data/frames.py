@@ -14,6 +14,10 @@ from itertools import pairwise
 
 from cogvideox.data.faults import VideoError
 
+# Among VideoInfo.conversions
+ON_BLACK = "alpha on black"
+ICC = "icc"
+
 SELECTIONS = ("middle", "head", "random", "uniform")
 
 _CLOCK = 1e-3  # seconds: mkv, webm and flv round their timestamps to milliseconds

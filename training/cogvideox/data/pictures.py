@@ -1,10 +1,12 @@
 """Still pictures as clips of one frame: is_picture(), probe_picture() -> VideoInfo, read_picture() -> pixels.
 
-Owns what becomes of EXIF orientation (applied), transparency (laid on black, as the videos' is), 16 bits (the upper 8
-are kept), palettes and CMYK (converted to RGB; colour profiles are not applied). Shape suffixes as in decode.py.
+Every picture becomes upright 8-bit sRGB: EXIF orientation is applied, transparency is composited on black as in videos,
+of 16 bits the upper 8 are kept, RGB colors with an ICC profile (phones write Display P3) are converted to sRGB, and
+palettes and CMYK become RGB as Pillow converts them, without their profiles. Shape suffixes as in decode.py.
 """
 
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +15,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cogvideox.data.faults import VideoError, check_size, naming
-from cogvideox.data.frames import VideoInfo
+from cogvideox.data.frames import ICC, ON_BLACK, VideoInfo
+from cogvideox.data.icc import srgb_transform
 
 MAX_PIXELS = 100_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
 
 # The first bytes of a file; an animated gif is a video.
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
@@ -24,21 +27,38 @@ _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 lie on their side
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _WIDER = ("I", "F")
 
+# The brands of ISO media files that are pictures. mif1 and msf1 may be either; then the compatible brands tell.
+_AVIF = {b"avif", b"avis"}
+_HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+# What to do with several pictures in a file. FFmpeg does not read animated webp.
+_SINGLES = {
+    "TIFF": "save each as a file of its own",
+    "WEBP": """convert it: `python -c "from PIL import Image; Image.open('IN').save('OUT.gif', save_all=True)"`""",
+}
+_ANIMATED = "convert it: `ffmpeg -i IN OUT.mp4`"
+_HEIC = "convert it: `magick IN OUT.jpg`, or on a Mac `sips -s format jpeg IN --out OUT.jpg`"
+
 
 def is_picture(path: str | os.PathLike[str]) -> bool:
     """Whether a file starts as a still picture does, whatever its name. Raises VideoError, OSError."""
     with naming(path), open(path, "rb") as file:
         start = file.read(12)
-    return start.startswith(_MAGIC) or (start[:4], start[8:]) == (b"RIFF", b"WEBP")
+    is_webp = (start[:4], start[8:]) == (b"RIFF", b"WEBP")
+    is_heif = start[4:8] == b"ftyp" and start[8:] in _AVIF | _HEIF
+    return start.startswith(_MAGIC) or is_webp or is_heif
 
 
 def probe_picture(path: str | os.PathLike[str]) -> VideoInfo:
     """Reads the header only. Raises VideoError, also for animations and for what is too large to decode."""
     with _opened(path) as picture:
+        conversions = _conversions(picture)  # first, because reading the EXIF data may decode the picture
         width, height = picture.size
-        if picture.getexif().get(_ORIENTATION, 1) >= 5:
+        # Pillow turns tiff pictures itself, and says the size that they will have.
+        if picture.format != "TIFF" and picture.getexif().get(_ORIENTATION, 1) >= 5:
             height, width = width, height
-        return VideoInfo((0.0,), height, width, 0, (picture.format or "").lower())
+        codec = (picture.format or "").lower()
+        return VideoInfo((0.0,), height, width, 0, codec, conversions=conversions)
 
 
 def read_picture(path: str | os.PathLike[str], info: VideoInfo, count: int, height: int, width: int) -> np.ndarray:
@@ -61,6 +81,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     # Decoders of pictures raise whatever they stumble over in a damaged file: SyntaxError, struct.error, KeyError.
     with naming(path, Exception), warnings.catch_warnings(), _own_limit():
         warnings.simplefilter("ignore")
+        _check_brand(path)
         with Image.open(path, formats=FORMATS) as picture:
             _check_header(picture)
             yield picture
@@ -76,6 +97,14 @@ def _own_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
+def _check_brand(path: str | os.PathLike[str]) -> None:
+    with open(path, "rb") as file:
+        size, kind = struct.unpack(">I4s", file.read(8).rjust(8, b"\0"))
+        brands = file.read(min(size, 1024) - 8) if kind == b"ftyp" else b""
+    if kind == b"ftyp" and not _AVIF & {brands[at : at + 4] for at in range(0, len(brands), 4)}:
+        raise VideoError(f"is a HEIC picture, which is not read; {_HEIC}")
+
+
 def _check_header(picture: Image.Image) -> None:
     check_size(picture.height, picture.width)
     if picture.height * picture.width > MAX_PIXELS:
@@ -84,20 +113,41 @@ def _check_header(picture: Image.Image) -> None:
     # The second picture of an MPO is another view or a preview of the same photo.
     num_frames = getattr(picture, "n_frames", 1)
     if num_frames > 1 and picture.format != "MPO":
-        raise VideoError(f"holds {num_frames} pictures, only single ones are read; convert it to mp4 or gif")
+        fix = _SINGLES.get(picture.format or "", _ANIMATED)
+        raise VideoError(f"holds {num_frames} pictures, only single ones are read; {fix}")
     if picture.mode in _WIDER:
         raise VideoError(f"has pixels of 32 bits (mode {picture.mode}); save it with 8 or 16")
 
 
+def _conversions(picture: Image.Image) -> tuple[str, ...]:
+    """What is done to this picture that older versions did not do."""
+    is_new = {ICC: srgb_transform(picture) is not None, ON_BLACK: _is_deep(picture) and "transparency" in picture.info}
+    return tuple(name for name, applies in is_new.items() if applies)
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Whether a picture that is not decoded yet has 16 bits a channel."""
+    return picture.mode in _SIXTEEN_BITS or any(tile.args == "RGB;16B" for tile in getattr(picture, "tile", ()))
+
+
 def _rgb(picture: Image.Image) -> Image.Image:
-    """8 bits RGB on black, with the EXIF data that it had."""
+    """8 bits sRGB on black, with the EXIF data that it had."""
+    transform = srgb_transform(picture)
+    alpha = None
     if picture.mode in _SIXTEEN_BITS:
         values = np.asarray(picture)
-        converted = Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        visible = np.where(values == picture.info.get("transparency"), 0, values >> 8)
+        converted = Image.fromarray(visible.astype(np.uint8)).convert("RGB")
     elif picture.has_transparency_data:
+        if _is_deep(picture):  # Pillow keeps the upper bits of its colors, but the lower ones of the transparent color
+            picture.info["transparency"] = tuple(value >> 8 for value in picture.info["transparency"])
         clear = picture.convert("RGBA")
-        converted = Image.composite(clear.convert("RGB"), Image.new("RGB", clear.size), clear.getchannel("A"))
+        converted, alpha = clear.convert("RGB"), clear.getchannel("A")
     else:
         converted = picture.convert("RGB")
+    if transform:
+        converted = transform.apply(converted)
+    if alpha:
+        converted = Image.composite(converted, Image.new("RGB", converted.size), alpha)
     converted.info["exif"] = picture.getexif().tobytes()
     return converted
