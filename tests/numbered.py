@@ -143,18 +143,18 @@ def differ(frame_HWC: np.ndarray, other_HWC: np.ndarray) -> bool:
 
 
 def sequential(
-    path: Path, height: int, width: int, start: int = 0, limit: int = 2000
+    path: Path, height: int, width: int, start: int = 0, limit: int = 2000, stream: int = 0
 ) -> list[tuple[int | None, np.ndarray]]:
     """(timestamp, RGB of this size, upright) of all that a plain decode to the end gives, in its order.
 
     Independent of the reader: no index, no seek. The first `start` packets are left out, those that do not decode are
-    passed over, and after `limit` frames it ends.
+    passed over, and after `limit` frames it ends. stream: which one of the videos.
     """
     pairs: list[tuple[int | None, np.ndarray]] = []
     with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        for packet in itertools.islice(container.demux(stream), start, None):
+        video = container.streams.video[stream]
+        video.codec_context.thread_count = 1
+        for packet in itertools.islice(container.demux(video), start, None):
             try:
                 pairs += [(frame.pts, resized(frame, height, width)) for frame in packet.decode()]
             except av.FFmpegError:

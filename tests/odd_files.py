@@ -7,7 +7,6 @@ error line must say. `python tests/odd_files.py --write` writes the table, docs/
 import argparse
 import functools
 import io
-import itertools
 import re
 import struct
 import sys
@@ -44,6 +43,7 @@ from numbered import (
     silence,
     written,
 )
+from old_avi import B_FRAMES, DROPPED, dropped, dropped_by_encoder, packed
 
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.clips import FAILED, OK, ClipRecipe, Variant, bad_line, decode_variant, plan_clip
@@ -53,6 +53,7 @@ THEORA = Path(__file__).parent / "samples" / "theora.ogv"  # the pictures; no wh
 SIZE = (48, 64)  # of the clips: height, width
 CLIP_FRAMES, CLIP_RATE = 9, 8
 MIDDLE = tuple(range(4, 29, 3))  # 9 frames at 8 a second from the middle of 36 at 24
+REPEATED = tuple(next(place for place in range(number, -1, -1) if place not in DROPPED) for number in MIDDLE)
 
 RAISES = "raises"  # an outcome that is never right
 
@@ -71,6 +72,7 @@ class Case:
     num_frames: int = CLIP_FRAMES
     grey: bool = False
     note: str = ""
+    stream: int = 0  # the one of the videos in it that must be read
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def coded_cases() -> Iterator[Case]:
     for name, (what, how) in ways.items():
         yield good(name, functools.partial(encode, *what, **how))
     yield good("grey.mp4", functools.partial(encode, "mp4", pix_fmt="gray"), grey=True)
-    yield good("two_video_streams.mp4", two_streams, note="the first stream")
+    yield from stream_cases()
+    yield from old_cases()
     yield good("cover_beside_video.mp4", lambda: sounds(cover=True, video=True))
     for container, suffix in {"mp4": "mp4", "matroska": "mkv", "mpegts": "ts"}.items():
         make = functools.partial(headless, container, no_b)
@@ -168,17 +171,54 @@ def coded_cases() -> Iterator[Case]:
     yield bad("h264_b_frames.wmv", functools.partial(plain, "asf"), line)
 
 
-def two_streams() -> bytes:
-    """Two video streams: the first with the numbers 0 ..., the second with 100 ..."""
+def stream_cases() -> Iterator[Case]:
+    """Several video streams: the default one, then the largest, then the first is read, and no lone picture."""
+    second: dict[str, Any] = {"numbers": range(104, 129, 3), "stream": 1}
+    small, large = (HEIGHT // 2, WIDTH // 2), (2 * HEIGHT, 2 * WIDTH)
+    default = av.stream.Disposition.default
+    yield good("two_video_streams.mp4", two_streams, note="the first stream")
+    make = functools.partial(two_streams, second=large, flags=(default, default))
+    yield good("second_is_larger.mp4", make, note="the second stream", **second)
+    make = functools.partial(two_streams, "matroska", second=small, flags=(0, default))
+    yield good("second_is_default.mkv", make, note="the second stream", **second)
+    make = functools.partial(two_streams, "matroska", second=large, flags=(default, 0))
+    yield good("second_is_not_default.mkv", make, note="the first stream")
+    make = functools.partial(two_streams, "mov", first=large, count=1, flags=(default, default))
+    yield good("thumbnail_first.mov", make, note="the second stream", **second)
+
+
+def two_streams(
+    container: str = "mp4",
+    first: tuple[int, int] = (HEIGHT, WIDTH),
+    second: tuple[int, int] = (HEIGHT, WIDTH),
+    count: int = COUNT,
+    flags: tuple[int, int] | None = None,
+) -> bytes:
+    """Two video streams of these sizes: the first with the numbers 0 ... count - 1, the second with 100 ..."""
 
     def fill(output: Any) -> None:
-        streams = [add_stream(output, "libx264", picture(0), **X264) for _ in range(2)]
-        for number, (first, stream) in itertools.product(range(COUNT), zip((0, 100), streams, strict=True)):
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(first + number))))
+        streams = [add_stream(output, "libx264", picture(0, *size), **X264) for size in (first, second)]
+        for stream, flag in zip(streams, flags or (), strict=False):
+            stream.disposition = flag
+        for number in range(COUNT):
+            for stream, shown, size in zip(streams, (number, 100 + number), (first, second), strict=True):
+                if shown >= 100 or number < count:
+                    output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(shown, *size))))
         for stream in streams:
             output.mux(stream.encode())
 
-    return written("mp4", fill)
+    return written(container, fill)
+
+
+def old_cases() -> Iterator[Case]:
+    """MPEG-4 part 2 as Xvid and DivX wrote it, and dropped frames, which repeat the one before."""
+    for container, suffix in {"avi": "avi", "mp4": "mp4", "matroska": "mkv"}.items():
+        yield good(f"packed_b_frames.{suffix}", functools.partial(packed, container))
+        make = functools.partial(dropped_by_encoder, container, fill=True)
+        yield good(f"n_vops.{suffix}", make, REPEATED, note="dropped frames repeat the one before")
+    yield bad("packed_b_frames_without_places.avi", lambda: packed(repeats="none"), "no places of their own")
+    yield good("b_frames.avi", lambda: encode("avi", "mpeg4", options=B_FRAMES))
+    yield good("packets_of_no_bytes.avi", dropped, REPEATED, note="dropped frames repeat the one before")
 
 
 def sounds(cover: bool = False, video: bool = False) -> bytes:

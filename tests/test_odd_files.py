@@ -52,7 +52,7 @@ def test_the_right_frames_come_out_upright(case: Case, read: Read) -> None:
 def test_the_pixels_are_those_of_a_plain_decode(case: Case, read: Read) -> None:
     path, outcome = read(case)
     assert outcome.frames_FHWC is not None
-    decoded = [pixels for _, pixels in sequential(path, *SIZE)]
+    decoded = [pixels for _, pixels in sequential(path, *SIZE, stream=case.stream)]
     by_number = {number_in(pixels, grey=case.grey): pixels for pixels in decoded}
     for number, frame in zip(case.numbers, outcome.frames_FHWC, strict=True):
         assert not differ(frame, by_number[number])

@@ -6,6 +6,7 @@ Nothing here imports torch: decode workers stay small. Shape suffixes: F frames,
 """
 
 import functools
+import itertools
 import os
 import struct
 from bisect import bisect_left
@@ -26,6 +27,7 @@ from cogvideox.data.alpha import is_transparent, on_black, samples
 from cogvideox.data.decord_reader import read_with_decord
 from cogvideox.data.faults import AGAIN, VideoError, check_size
 from cogvideox.data.frames import ON_BLACK, PacketIndex, VideoInfo
+from cogvideox.data.mpeg4 import unpacker
 from cogvideox.data.packets import decoded, reading, scan, stamp_of, strict_decoder
 from cogvideox.data.pictures import is_picture, probe_picture, read_picture
 from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
@@ -50,7 +52,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         check_size(height, width)
         times = tuple(float((pts - index.pts[0]) * index.time_base) for pts in index.pts)
         codec = stream.codec_context.codec.canonical_name
-        conversions = (ON_BLACK,) if is_transparent(path, stream, frame) else ()
+        conversions = index.conversions + ((ON_BLACK,) if is_transparent(path, stream, frame) else ())
         return VideoInfo(times, height, width, rotation, codec, float(stream.average_rate or 0), index, conversions)
 
 
@@ -108,7 +110,7 @@ def _read_with_pyav(
     assert info.packets is not None
     places: dict[int, list[int]] = {}
     for place, source in enumerate(indices):
-        places.setdefault(info.packets.pts[source], []).append(place)
+        places.setdefault(info.packets.pictures[source], []).append(place)
     frames_FHWC = np.empty((len(indices), height, width, 3), np.uint8)
     scaler = VideoReformatter()
     for frame in _wanted_frames(path, info.packets, sorted(places)):
@@ -124,14 +126,14 @@ def _wanted_frames(path: str | os.PathLike[str], index: PacketIndex, wanted: Seq
     """The frames with the wanted timestamps (increasing), each once."""
     num_done = 0
     try:
-        with reading(path, known=index.stores_pts) as (container, stream):
+        with reading(path, index.stream, known=index.stores_pts) as (container, stream):
             for frame in _decode(container, stream, index, wanted, seek=True):
                 yield frame
                 num_done += 1
     except _Missed:
         # Some containers find a later keyframe than asked for, and some codecs need the look at them that was skipped.
         # Read from the start with all care, every frame is met.
-        with reading(path) as (container, stream):
+        with reading(path, index.stream) as (container, stream):
             yield from _decode(container, stream, index, wanted[num_done:], seek=False)
 
 
@@ -141,7 +143,7 @@ def _decode(
     """The wanted frames of a container just opened; jumps only where a keyframe lies in between."""
     last = index.keyframes[0]
     decoder = strict_decoder(stream)
-    frames = _frames(container, stream, decoder, last)
+    frames = _frames(container, stream, decoder, last, index.labels)
     for pts in wanted:
         place = index.keyframe_before(pts)
         if seek and index.keyframes[place] > last:
@@ -156,11 +158,23 @@ def _decode(
 
 
 def _frames(
-    container: InputContainer, stream: VideoStream, decoder: VideoCodecContext, keyframe: int
+    container: InputContainer,
+    stream: VideoStream,
+    decoder: VideoCodecContext,
+    keyframe: int,
+    labels: Sequence[int] = (),
 ) -> Iterator[VideoFrame]:
-    """What comes out of the decoder from here on; `keyframe` is the timestamp at which decoding could start."""
-    for packet in container.demux(stream):
-        yield from decoded(packet, decoder, keyframe)
+    """What comes out of the decoder from here on; `keyframe` is the timestamp at which decoding could start.
+
+    labels: the timestamps of all pictures from here on, if not those of their packets.
+    """
+    pictures = itertools.chain.from_iterable(map(unpacker(stream), container.demux(stream)))
+    for picture, label in itertools.zip_longest(pictures, labels):
+        if picture is None:
+            return
+        if label is not None:
+            picture.packet.pts = label
+        yield from decoded(picture.packet, decoder, keyframe)
 
 
 def _write_pixels(scaler: VideoReformatter, frame: VideoFrame, rotation: int, out_HWC: np.ndarray) -> None:

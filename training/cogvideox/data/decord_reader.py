@@ -1,7 +1,8 @@
 """The decord library as a second decoder of videos: reader_problem() says whether it can be used, read_with_decord().
 
 decord is imported only when it is asked for. Where an edit list hides frames it counts them and then repeats the last;
-in open GOPs, avi and mpegts it jumps to other frames than asked for. Both without an error, so such files are refused.
+in open GOPs, avi and mpegts it jumps to other frames than asked for; of several video streams it chooses by its own
+rule. All without an error, so such files are refused.
 """
 
 import os
@@ -60,6 +61,10 @@ def read_with_decord(
             raise VideoError(f"decord does not convert its pixels ({', '.join(info.conversions)}); {_OTHER}")
         if not (info.packets.stores_pts and info.packets.is_closed):
             raise VideoError(f"decord finds other frames in avi, mpegts and open GOPs; {_OTHER}")
+        if info.packets.num_streams > 1:
+            raise VideoError(f"decord may choose another of its {info.packets.num_streams} video streams; {_OTHER}")
+        if info.packets.pictures != info.packets.pts:
+            raise VideoError(f"decord skips frames that were dropped; {_OTHER}")
         video = decord.VideoReader(os.path.abspath(path), width=width, height=height, num_threads=1)
         if len(video) != info.num_frames:
             raise VideoError(f"decord counts {len(video)} frames where {info.num_frames} are shown; {_OTHER}")

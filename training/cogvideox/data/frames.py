@@ -30,7 +30,10 @@ class PacketIndex:
 
     seek_to holds, for each keyframe, the timestamp that finds it in this container. stores_pts: whether the container
     stores display times, so that nothing has to be decoded to know them. is_closed: whether no frame is stored after a
-    keyframe and shown before it. stamp: size and time of the last change of the file that was read.
+    keyframe and shown before it. stamp: size and time of the last change of the file that was read. pictures: for each
+    shown frame the timestamp of the picture that is decoded for it, an earlier one where a frame was dropped. labels:
+    the timestamps of all pictures in the order of the file, if not those of their packets. stream: its place in the
+    file; num_streams: of videos and covers. conversions: see VideoInfo.
     """
 
     pts: tuple[int, ...]
@@ -40,6 +43,11 @@ class PacketIndex:
     stores_pts: bool
     is_closed: bool
     stamp: tuple[int, int]
+    pictures: tuple[int, ...]
+    labels: tuple[int, ...]
+    stream: int
+    num_streams: int
+    conversions: tuple[str, ...]
 
     def keyframe_before(self, pts: int) -> int:
         """The place in `keyframes` of the last one that is not shown after `pts`."""

@@ -4,10 +4,12 @@ Owns which containers are read, what their timestamps mean, and whether all that
 """
 
 import os
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import NamedTuple
 
 import av
 from av.container import InputContainer
@@ -18,6 +20,7 @@ from av.video.stream import VideoStream
 
 from cogvideox.data.faults import AGAIN, VideoError, check_size, naming
 from cogvideox.data.frames import PacketIndex
+from cogvideox.data.mpeg4 import Picture, unpacker
 
 MAX_FRAMES = 200_000
 
@@ -30,12 +33,17 @@ _PROMISING = ("matroska", "flv", "asf")
 _COUNTED = ("avi", "gif")
 # FFmpeg's own decoders of these make up a picture out of damaged data without an error.
 _STRICT = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# The first picture of a clip, or the cover of an audio file, is a video stream too.
+_COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str], *, known: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
+def reading(
+    path: str | os.PathLike[str], stream: int | None = None, *, known: bool = False
+) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its video stream; every error of the libraries inside the block becomes a VideoError.
 
+    stream: its place in the file; the one that is to be shown if not given.
     known: skips the look at the codec that opening a file includes (about a tenth of the time of a clip). Only for
     containers that store display times; without them it would change the timestamps.
     """
@@ -43,7 +51,7 @@ def reading(path: str | os.PathLike[str], *, known: bool = False) -> Iterator[tu
     # Absolute, because a relative name with a colon would be taken for a protocol.
     name = os.path.abspath(path)
     with naming(path, av.FFmpegError, EOFError), av.open(name, options=options, metadata_errors="replace") as container:
-        yield container, _video_stream(container)
+        yield container, _ready(container, _chosen(container) if stream is None else _video(container, stream))
 
 
 def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int]) -> tuple[PacketIndex, VideoFrame]:
@@ -54,13 +62,18 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
     check_size(stream.height, stream.width)
     packets = _Packets()
     first: VideoFrame | None = None
+    unpack, start = unpacker(stream), 0
     for packet in container.demux():
         packets.note_end(packet)
         if packet.stream_index != stream.index:
             continue
-        packets.add(packet)
-        if first is None and packets.keyframe is not None:
-            first = next(decoded(packet, stream.codec_context, packets.keyframe), None)
+        for picture in unpack(packet):
+            packets.add(picture)
+            if first is None and packets.keyframe is not None:
+                first = next(decoded(picture.packet, stream.codec_context, packets.keyframe), None)
+        start = packet.pos or start
+    if container.format.name == "avi" and packets.entries:
+        packets.last_place = packets.entries[-1].dts + _num_empty_behind(container.name, stream.index, start)
     _check_whole(container, stream, packets)
     index = _index(container, stream, packets, stamp)
     if first is None:
@@ -83,6 +96,8 @@ def strict_decoder(stream: VideoStream) -> VideoCodecContext:
 
 def decoded(packet: Packet, decoder: VideoCodecContext, keyframe: int) -> Iterator[VideoFrame]:
     """What a decoder gives for a packet; `keyframe` is the timestamp at which decoding could start."""
+    if not packet.size and packet.dts is not None:  # a dropped frame, which a decoder takes for the end
+        return
     if packet.is_corrupt:
         raise VideoError(f"is damaged: a packet is incomplete; {AGAIN}")
     for frame in decoder.decode(packet):
@@ -102,28 +117,43 @@ def stamp_of(path: str | os.PathLike[str]) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+class _Entry(NamedTuple):
+    """What is noted of a picture: presentation and decoding time, and what it is."""
+
+    pts: int
+    dts: int
+    is_key: bool
+    is_shown: bool
+    is_b: bool
+    is_empty: bool
+
+
 @dataclass
 class _Packets:
     """What is noted of the packets, in the order of the file.
 
-    entries: (presentation time, decoding time, is a keyframe, is shown) of each video packet. end: seconds at which
-    the last packet of any stream ends. keyframe: presentation time of the first keyframe. num_empty: dropped frames.
+    entries: of each picture of the video. end: seconds at which the last packet of any stream ends. keyframe:
+    presentation time of the first keyframe. are_packed: whether a packet held several pictures. last_place: of the
+    last packet of an avi.
     """
 
-    entries: list[tuple[int, int, bool, bool]] = field(default_factory=list)
+    entries: list[_Entry] = field(default_factory=list)
     end: float = 0.0
     keyframe: int | None = None
-    num_empty: int = 0
+    are_packed: bool = False
+    last_place: int = 0
 
-    def add(self, packet: Packet) -> None:
-        if not packet.size:  # a dropped frame in avi, or the end, which has no time
-            self.num_empty += packet.dts is not None
+    def add(self, picture: Picture) -> None:
+        packet = picture.packet
+        if not packet.size and packet.dts is None:  # the end
             return
         if packet.pts is None:
             raise VideoError("its packets have no timestamps; re-encode it as h264 in mp4")
         dts = packet.pts if packet.dts is None else min(packet.pts, packet.dts)
-        self.entries.append((packet.pts, dts, packet.is_keyframe, not packet.is_discard))
-        if self.keyframe is None and packet.is_keyframe:
+        is_key = packet.is_keyframe and not picture.is_empty
+        self.entries.append(_Entry(packet.pts, dts, is_key, not packet.is_discard, picture.is_b, picture.is_empty))
+        self.are_packed |= picture.was_packed
+        if self.keyframe is None and is_key:
             self.keyframe = packet.pts
         if len(self.entries) > MAX_FRAMES:
             raise VideoError(f"has more than {MAX_FRAMES} frames; cut it into clips")
@@ -133,13 +163,31 @@ class _Packets:
             self.end = max(self.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
 
 
-def _video_stream(container: InputContainer) -> VideoStream:
-    # The cover picture of an audio file is a video stream too.
-    covers = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+def _candidates(container: InputContainer) -> list[VideoStream]:
+    """The video streams that are not covers or thumbnails by what the container says."""
+    return [stream for stream in container.streams.video if not stream.disposition & _COVERS]
+
+
+def _chosen(container: InputContainer) -> VideoStream:
+    """The stream that players show: the default one, then the largest, then the first; a lone picture only if alone."""
+    streams = _candidates(container)
     if not streams:
         raise VideoError("has no video stream; remove it")
-    stream = streams[0]
+    return max(streams, key=_rank)
+
+
+def _rank(stream: VideoStream) -> tuple[bool, bool, int]:
+    is_default = bool(stream.disposition & av.stream.Disposition.default)
+    codec = stream.codec_context  # None without a decoder
+    return stream.frames != 1, is_default, codec.height * codec.width if codec else 0
+
+
+def _video(container: InputContainer, place: int) -> VideoStream:
+    return next(stream for stream in container.streams.video if stream.index == place)
+
+
+def _ready(container: InputContainer, stream: VideoStream) -> VideoStream:
+    """A stream that can be decoded."""
     codec = stream.codec_context
     if codec is None:
         raise VideoError("no decoder for its codec; re-encode it as h264")
@@ -152,9 +200,11 @@ def _video_stream(container: InputContainer) -> VideoStream:
 
 def _check_whole(container: InputContainer, stream: VideoStream, packets: _Packets) -> None:
     """Raises VideoError if clearly less is there than the header promises."""
-    num_there = len(packets.entries) + packets.num_empty
-    # The header of an mp4 lists every frame; avi and ivf count them.
-    num_promised = len(stream.index_entries) if "mov" in container.format.name else stream.frames
+    num_there, num_promised = len(packets.entries), stream.frames  # avi and ivf count them
+    if "mov" in container.format.name:  # the header of an mp4 lists every frame
+        num_promised = sum(entry.size > 0 for entry in stream.index_entries)
+    if container.format.name == "avi":
+        num_there = 1 + packets.last_place
     if num_there < num_promised:
         raise _truncated(f"{num_there} of {num_promised} frames")
     if container.format.name == "gif" and not _ends_as_gif(container.name):
@@ -183,20 +233,77 @@ def _truncated(there: str, copy: str = "-c copy ") -> VideoError:
 def _index(container: InputContainer, stream: VideoStream, packets: _Packets, stamp: tuple[int, int]) -> PacketIndex:
     # mp4 and mkv store display times and are searched by them; the others by decoding time.
     stores_pts = container.format.name.startswith(("mov", "matroska"))
-    keyframes = sorted((pts, pts if stores_pts else dts) for pts, dts, is_key, _ in packets.entries if is_key)
+    entries, is_avi = packets.entries, container.format.name == "avi"
+    labels: tuple[int, ...] = ()
+    if packets.are_packed or (is_avi and any(entry.is_b for entry in entries)):
+        places = [entry.dts for entry in entries] if is_avi else sorted(entry.pts for entry in entries)
+        end = packets.last_place + 1 if is_avi else 2 * places[-1] - places[-2]
+        labels = _labels(places, [entry.is_b for entry in entries], end)
+        entries = [entry._replace(pts=pts) for entry, pts in zip(entries, labels, strict=True)]
+    keyframes = sorted((entry.pts, entry.pts if stores_pts else entry.dts) for entry in entries if entry.is_key)
     # What precedes the first keyframe in display order refers to frames that are not in the file.
-    shown = {pts for pts, _, _, is_shown in packets.entries if keyframes and is_shown and pts >= keyframes[0][0]}
-    if not shown:
+    entries = [entry for entry in entries if keyframes and entry.pts >= keyframes[0][0]]
+    if not any(entry.is_shown for entry in entries):
         raise VideoError(f"has no frames; {AGAIN}")
-    pts, seek_to = zip(*keyframes[: 1 if container.format.name in _COUNTED else None], strict=True)
-    time_base, is_closed = Fraction(stream.time_base or 1), _is_closed(packets.entries)
-    return PacketIndex(tuple(sorted(shown)), pts, seek_to, time_base, stores_pts, is_closed, stamp)
+    shown, pictures = _shown(entries, range(keyframes[0][0], packets.last_place + 1) if is_avi else ())
+    is_counted = labels or container.format.name in _COUNTED
+    pts, seek_to = zip(*keyframes[: 1 if is_counted else None], strict=True)
+    return PacketIndex(
+        shown,
+        pts,
+        seek_to,
+        Fraction(stream.time_base or 1),
+        stores_pts,
+        _is_closed(packets.entries),
+        stamp,
+        pictures,
+        labels,
+        stream.index,
+        len(container.streams.video),
+        _conversions(container, stream, packets),
+    )
 
 
-def _is_closed(entries: list[tuple[int, int, bool, bool]]) -> bool:
-    keyframe = entries[0][0]
-    for pts, _, is_key, _ in entries:
-        keyframe = pts if is_key else keyframe
-        if pts < keyframe:
+def _conversions(container: InputContainer, stream: VideoStream, packets: _Packets) -> tuple[str, ...]:
+    is_first = stream.index == _candidates(container)[0].index
+    chosen = () if is_first else (f"stream {stream.index}",)
+    return chosen + (("packed b-frames",) if packets.are_packed else ())
+
+
+def _num_empty_behind(path: str, stream: int, start: int) -> int:
+    """How many packets of no bytes follow the last one of an avi, whose data start at this byte of the file."""
+    num_empty, at = 0, start - 8
+    with open(path, "rb") as file:
+        while True:
+            file.seek(at)
+            name, size = file.read(4), int.from_bytes(file.read(4), "little")
+            if not name[:2].isdigit() and name != b"JUNK":
+                return num_empty
+            num_empty += name[:2] == b"%02d" % stream and not size
+            at += 8 + size + size % 2
+
+
+def _labels(places: Sequence[int], are_b: Sequence[bool], end: int) -> tuple[int, ...]:
+    """Display times of pictures decoded at these times: one that B-frames may refer to is shown when the next comes."""
+    labels = []
+    for place, is_b in zip(reversed(places), reversed(are_b), strict=True):
+        labels.append(place if is_b else end)
+        end = end if is_b else place
+    return tuple(reversed(labels))
+
+
+def _shown(entries: Sequence[_Entry], places: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """When something is shown, and the times of the pictures shown then: empty places repeat the picture before."""
+    decoded = sorted({entry.pts for entry in entries if not entry.is_empty})
+    times = {entry.pts for entry in entries if entry.is_shown}.union(places)
+    shown = tuple(sorted(times))
+    return shown, tuple(decoded[bisect_right(decoded, pts) - 1] for pts in shown)
+
+
+def _is_closed(entries: Sequence[_Entry]) -> bool:
+    keyframe = entries[0].pts
+    for entry in entries:
+        keyframe = entry.pts if entry.is_key else keyframe
+        if entry.pts < keyframe:
             return False
     return True
