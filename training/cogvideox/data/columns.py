@@ -37,11 +37,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Columns:
-    """The rows of a data set: captions, videos and, if it names them, images; of one length if there is no problem."""
+    """The rows of a data set: captions, videos and, if it names them, images; of one length if there is no problem.
+
+    skipped: the paths of files that may be clips, but have a format that is not read.
+    """
 
     captions: Column | None = None  # None: could not be read, which is among the problems
     videos: Column | None = None
     images: Column | None = None
+    skipped: Sequence[str] = ()
 
 
 class Problems:

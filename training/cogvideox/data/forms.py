@@ -201,6 +201,7 @@ def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
     return Columns(
         Column(values, lambda row: os.path.join(root, captions[row]), "remove the clip", root),
         Column(videos, lambda row: root, "remove it", root),
+        skipped=[os.path.join(root, name) for names in scan.others.values() for name in names],
     )
 
 
