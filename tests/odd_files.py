@@ -135,12 +135,17 @@ def coded_cases() -> Iterator[Case]:
         ("mpeg2.mpg", "mpeg", "mpeg2video"),
         ("motion_jpeg.avi", "avi", "mjpeg"),
         ("wmv2.wmv", "asf", "wmv2"),
+        ("camcorder.mts", "mpegts", "libx264"),
+        ("phone.3gp", "3gp", "libx264"),
+        ("phone.3g2", "3g2", "mpeg4"),
+        ("dvd.vob", "vob", "mpeg2video"),
         ("prores.mov", "mov", "prores_ks"),
         ("ffv1.mkv", "matroska", "ffv1"),
         ("animated.gif", "gif", "gif"),
     ]:
         yield good(name, functools.partial(plain, container, codec))
     yield good("theora.ogv", THEORA.read_bytes)
+    yield good("camcorder.m2ts", functools.partial(encode, "mpegts", muxer={"mpegts_m2ts_mode": "1"}))
     open_gop = {"x264-params": "open-gop=1:keyint=10:min-keyint=1:bframes=3:b-adapt=0:b-pyramid=normal:scenecut=0"}
     no_b = {"g": "6", "bf": "0", "sc_threshold": "0"}
     ways: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -464,6 +469,8 @@ def foreign_cases() -> Iterator[Case]:
     line = "(cannot be read|is empty|is not|no video)"
     yield bad("zero_bytes.mp4", lambda: b"", line)
     yield bad("text.mp4", lambda: b"not a video\n" * 100, line)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 120\n"
+    yield bad("git_lfs_pointer.mp4", lambda: pointer, "Git LFS pointer.* lfs pull$")
     yield bad("web_page.mp4", lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n" * 20, line)
     for name, text in {
         "playlist_m3u8.mp4": "#EXTM3U\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n",

@@ -18,10 +18,11 @@ from fuzz_index import fuzz_indexes
 from test_index import captions, problems, read, touch, write
 
 from cogvideox.data.cache import open_index
-from cogvideox.data.index import Sample, check_first_frames, read_validation
+from cogvideox.data.index import Sample, check_first_frames, read_samples, read_validation
 from cogvideox.errors import UsageError
 from cogvideox.flags import DataFlags, ModelFlags
 from cogvideox.geometry import weight_problems
+from cogvideox.report import skipped_notes
 
 ODD = (
     "a, b",
@@ -561,6 +562,19 @@ def test_texts_of_windows_in_utf16(tmp_path: Path, encoding: str, suffix: str) -
 def test_clips_of_cameras_and_phones_are_found(tmp_path: Path, suffix: str) -> None:
     (touch(tmp_path, f"a{suffix}") / "a.txt").write_text("x")
     assert [sample.id for sample in read(tmp_path)] == [f"a{suffix}"]
+
+
+def test_files_of_unknown_formats_are_told(tmp_path: Path) -> None:
+    pairs(tmp_path, a_mp4="x")
+    touch(tmp_path, "sub/b.insv", "c.R3D", "d.r3d", "a.srt", "a.json", "notes.md", "clips.zip", ".e.braw", "Makefile")
+    skipped: list[str] = []
+    assert len(read_samples(DataFlags(data_root=(str(tmp_path),)), skipped)) == 1
+    names = ["c.R3D", "clips.zip", "d.r3d", "sub/b.insv"]
+    assert skipped == [str(tmp_path / name) for name in names]
+    note, *examples = skipped_notes(skipped)
+    assert note == "files skipped because their format is not read: 2 .r3d, 1 .zip, 1 .insv; convert clips to mp4:"
+    assert [line.strip() for line in examples] == skipped
+    assert skipped_notes([]) == []
 
 
 def test_what_other_programs_leave_is_passed_over(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from cogvideox.data.clips import UNREADABLE
 from cogvideox.data.decode import VideoError, probe, read_frames
 
 Read = Callable[[Case], tuple[Path, Outcome]]
-FIXES = "re-encode|convert|save|copy|download|mend|mends|give|cut|use|remove|list|check|write|make|replace|leave"
+FIXES = "run|re-encode|convert|save|copy|download|mend|mends|give|cut|use|remove|list|check|write|make|replace|leave"
 VIDEOS = [case for title, cases in SECTIONS.items() if title not in ("Still images", "Transparency") for case in cases]
 
 

@@ -42,9 +42,10 @@ def is_lfs_pointer(path: str | os.PathLike[str], size: int) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def lfs_rule(folder: str | os.PathLike[str]) -> str:
-    """What to say of a Git LFS pointer in this folder."""
-    return f"is a Git LFS pointer, not the file itself; run: git -C {quote(os.fspath(folder) or '.')} lfs pull"
+def lfs_rule(folder: str | os.PathLike[str] = "") -> str:
+    """What to say of a Git LFS pointer; with the folder, if it is known, in which the command must be run."""
+    where = f" -C {quote(os.fspath(folder))}" if folder else ""
+    return f"is a Git LFS pointer, not the file itself; run: git{where} lfs pull"
 
 
 def temporary_of(path: Path) -> Path:

@@ -178,8 +178,9 @@ class Preparation:
         self.ledger = Ledger(folder)
         self.recipe = clip_recipe(data, geometry)
         self.limits = Limits(data.decode_timeout, int(data.decode_memory * 2**30))
+        self.skipped: list[str] = []
         validation = read_validation(data)
-        self.samples: list[Sample] = read_samples(data) + validation
+        self.samples: list[Sample] = read_samples(data, self.skipped) + validation
         self.num_validation = len(validation)
         if image_variants:
             check_first_frames(self.samples)

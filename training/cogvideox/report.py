@@ -4,6 +4,7 @@ Records of the ledger -> text and contact sheets. Nothing here decides anything;
 """
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,7 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
     lines += still_notes(used)
     if preparation.num_validation:
         lines.append(f"{preparation.num_validation} of the clips are for validation")
+    lines += skipped_notes(preparation.skipped)
     lines += leak_notes(preparation, records)
     lines += caption_notes(preparation.model, preparation.samples, geometry.max_text_seq_length)
     lines += sheets(preparation, used)
@@ -140,6 +142,15 @@ def still_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
         videos = sum(clip.source["frames"] > 1 for clip in clips)
         if bucket.frames == 1 and videos:
             yield f"{bucket}: {videos} videos give one frame each; to train on motion give longer buckets too"
+
+
+def skipped_notes(skipped: Sequence[str]) -> list[str]:
+    """Files that may be clips, but have a format that is not read."""
+    if not skipped:
+        return []
+    suffixes = Counter(os.path.splitext(path)[1].lower() for path in skipped).most_common()
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes)
+    return [f"files skipped because their format is not read: {kinds}; convert clips to mp4:", *indented(skipped)]
 
 
 def leak_notes(preparation: Preparation, records: Records) -> list[str]:

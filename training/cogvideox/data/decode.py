@@ -42,7 +42,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     if stamp[0] == 0:
         raise VideoError(f"{path}: is empty; download it again")
     if is_lfs_pointer(path, stamp[0]):
-        raise VideoError(f"{path}: {lfs_rule(os.path.dirname(path))}")
+        raise VideoError(f"{path}: {lfs_rule()}")
     if is_picture(path):
         return probe_picture(path)
     with reading(path) as (container, stream):

@@ -33,15 +33,16 @@ class Sample:
     no_image: str = ""
 
 
-def read_samples(data: DataFlags) -> list[Sample]:
+def read_samples(data: DataFlags, skipped: list[str] | None = None) -> list[Sample]:
     """The clips of every --data_root in order, each folder's as often as --repeats says.
 
-    A repeat is the same as the rows listed again, and so is a path that two folders have: ids are unique.
+    A repeat is the same as the rows listed again, and so is a path that two folders have: ids are unique. Files that
+    may be clips, but have a format that is not read, are added to ``skipped``.
 
     Raises:
         UsageError: everything that is wrong with the folders, their lists or tables, the captions and the paths.
     """
-    return _read_folders("--data_root", data.data_root, data.repeats, data)
+    return _read_folders("--data_root", data.data_root, data.repeats, data, [] if skipped is None else skipped)
 
 
 def read_validation(data: DataFlags) -> list[Sample]:
@@ -50,7 +51,7 @@ def read_validation(data: DataFlags) -> list[Sample]:
     Raises:
         UsageError: as read_samples.
     """
-    return _read_folders("--validation_data_root", data.validation_data_root, (1,), data)
+    return _read_folders("--validation_data_root", data.validation_data_root, (1,), data, [])
 
 
 def check_first_frames(samples: Sequence[Sample]) -> None:
@@ -74,7 +75,9 @@ def check_data(options: Any) -> Iterator[str]:
             yield from error.problems
 
 
-def _read_folders(flag: str, folders: Sequence[str], repeats: Sequence[int], data: DataFlags) -> list[Sample]:
+def _read_folders(
+    flag: str, folders: Sequence[str], repeats: Sequence[int], data: DataFlags, skipped: list[str]
+) -> list[Sample]:
     # One number is for all folders; that there are too many or too few is a problem of the flags.
     times = repeats if len(repeats) == len(folders) else [repeats[0]] * len(folders)
     uses: dict[str, int] = {}
@@ -82,7 +85,7 @@ def _read_folders(flag: str, folders: Sequence[str], repeats: Sequence[int], dat
     found: list[str] = []
     for folder, repeat in zip(folders, times, strict=True):
         problems = Problems()
-        clips = _read_folder(flag, folder, data, problems)
+        clips = _read_folder(flag, folder, data, problems, skipped)
         found += problems.lines()
         for _ in range(0 if found else repeat):
             samples += [_with_unique_id(clip, uses) for clip in clips]
@@ -91,7 +94,7 @@ def _read_folders(flag: str, folders: Sequence[str], repeats: Sequence[int], dat
     return samples
 
 
-def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems) -> list[Sample]:
+def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems, skipped: list[str]) -> list[Sample]:
     """The clips of a folder, with ids that may not be unique; of no use if there are problems."""
     root = os.path.abspath(folder)
     if not os.path.isdir(root):
@@ -100,6 +103,7 @@ def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems) ->
         return []
     rules = PathRules(root, data.allow_path)
     columns = read_columns(root, data, rules, problems)
+    skipped += columns.skipped
     if columns.captions is not None:
         _check_captions(columns.captions, problems)
     images = _with_gaps(columns.images, asked=data.image_column is not None)
