@@ -135,6 +135,13 @@ def test_hidden_colors_do_not_reach_the_edges(tmp_path: Path, suffix: str) -> No
         assert (one[:, : size[1] * 30 // WIDTH] == 0).all()
 
 
+@pytest.mark.parametrize("premultiplied", [False, True])
+def test_premultiplied_avif(tmp_path: Path, premultiplied: bool) -> None:
+    picture = Image.new("RGBA", (WIDTH, HEIGHT), (100, 50, 20, 128))
+    path = saved(tmp_path / "a.avif", picture, quality=100, alpha_premultiplied=premultiplied)
+    assert np.abs(read(path).astype(int) - (50, 25, 10)).max() <= 2
+
+
 def test_premultiplied_tiff(tmp_path: Path) -> None:
     """The file says that its colors are multiplied by alpha already (ExtraSamples 1), or that they are not (2)."""
     path = saved(tmp_path / "a.tif", Image.new("RGBA", (WIDTH, HEIGHT), (100, 50, 20, 128)))
@@ -323,7 +330,7 @@ def test_display_p3_becomes_srgb(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P"])
-def test_profiles_are_followed_before_transparency_and_in_palettes(tmp_path: Path, mode: str) -> None:
+def test_profiles_of_transparent_pictures_and_palettes(tmp_path: Path, mode: str) -> None:
     picture = Image.new("RGBA", (WIDTH, HEIGHT), (60, 200, 90, 128)).convert(mode)
     path = saved(tmp_path / "a.png", picture, icc_profile=profile(P3))
     expected = to_srgb(np.array((60.0, 200.0, 90.0))) * 128 / 255

@@ -31,13 +31,15 @@ _WIDER = ("I", "F")
 _AVIF = {b"avif", b"avis"}
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
+# FFmpeg gives the tiles of a HEIC photograph one by one, and PyAV does not say how they lie together.
+_HEIC = "convert it: `magick IN OUT.jpg`, or on a Mac `sips -s format jpeg IN --out OUT.jpg`"
+
 # What to do with several pictures in a file. FFmpeg does not read animated webp.
 _SINGLES = {
     "TIFF": "save each as a file of its own",
     "WEBP": """convert it: `python -c "from PIL import Image; Image.open('IN').save('OUT.gif', save_all=True)"`""",
 }
 _ANIMATED = "convert it: `ffmpeg -i IN OUT.mp4`"
-_HEIC = "convert it: `magick IN OUT.jpg`, or on a Mac `sips -s format jpeg IN --out OUT.jpg`"
 
 
 def is_picture(path: str | os.PathLike[str]) -> bool:
@@ -67,12 +69,16 @@ def read_picture(path: str | os.PathLike[str], info: VideoInfo, count: int, heig
     Raises VideoError if it is damaged or truncated, or another size than `info` says.
     """
     with _opened(path) as picture:
+        transform = srgb_transform(picture)
         upright = ImageOps.exif_transpose(_rgb(picture))
         if upright.size != (info.width, info.height):
             raise VideoError("has changed since it was probed; start again")
         shrinks = height <= upright.height and width <= upright.width
         method = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
-        frame_HWC = np.asarray(upright.resize((width, height), method))
+        resized = upright.resize((width, height), method)
+        # After shrinking, because it takes a second for a photograph. Colors that transparency darkened come out right
+        # to within rounding: RGB profiles are nearly powers of linear light, and those commute with a factor.
+        frame_HWC = np.asarray(transform.apply(resized) if transform else resized)
     return np.repeat(frame_HWC[None], count, axis=0)
 
 
@@ -131,9 +137,7 @@ def _is_deep(picture: Image.Image) -> bool:
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    """8 bits sRGB on black, with the EXIF data that it had."""
-    transform = srgb_transform(picture)
-    alpha = None
+    """8 bits RGB on black, with the EXIF data that it had."""
     if picture.mode in _SIXTEEN_BITS:
         values = np.asarray(picture)
         visible = np.where(values == picture.info.get("transparency"), 0, values >> 8)
@@ -142,12 +146,8 @@ def _rgb(picture: Image.Image) -> Image.Image:
         if _is_deep(picture):  # Pillow keeps the upper bits of its colors, but the lower ones of the transparent color
             picture.info["transparency"] = tuple(value >> 8 for value in picture.info["transparency"])
         clear = picture.convert("RGBA")
-        converted, alpha = clear.convert("RGB"), clear.getchannel("A")
+        converted = Image.composite(clear.convert("RGB"), Image.new("RGB", clear.size), clear.getchannel("A"))
     else:
         converted = picture.convert("RGB")
-    if transform:
-        converted = transform.apply(converted)
-    if alpha:
-        converted = Image.composite(converted, Image.new("RGB", converted.size), alpha)
     converted.info["exif"] = picture.getexif().tobytes()
     return converted
