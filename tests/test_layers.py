@@ -28,7 +28,7 @@ LAYERS = (
     ("diffusion", "rope", "lora", "streaming", "quant", "graphs"),
     ("data.dataset", "t5_stream", "vae_encoder", "vae_decoder"),
     ("encode", "models"),
-    ("factory", "prepare", "optimizers"),
+    ("factory", "prepare", "optimizers", "captions"),
     ("report", "verify", "checks", "masters"),
     ("tasks", "methods", "optim"),
     ("offload", "ema", "plan", "ranks", "attention"),

@@ -219,3 +219,31 @@ def test_copies_and_repeats_share_their_bytes(configs: Path, data: Path, tmp_pat
 def test_videos_that_become_stills_are_said(configs: Path, clips: Path, tmp_path: Path) -> None:
     lines = described(configs, clips, tmp_path / "out", frame_buckets=(1,))
     assert "1x32x48: 6 videos give one frame each; to train on motion give longer buckets too" in lines
+
+
+def test_clips_slower_than_the_rate_are_said(configs: Path, data: Path, tmp_path: Path) -> None:
+    """A clip of 6 frames a second at 16: frames are repeated. At --fps 6, or spread over the clip, none is."""
+    frames = np.random.default_rng(0).integers(0, 256, (20, 64, 96, 3), np.uint8)
+    write_video(data / "videos/00001.mp4", frames, 6)
+    (data / "prompts.txt").write_text("\n".join(f"A red square {number}." for number in range(6)))
+    note = next(line for line in described(configs, data, tmp_path / "out", fps=16.0) if "frames are repeated" in line)
+    assert note.startswith("3 of the clips have only 6 to 8 frames a second and are sampled at 16, so ")
+    assert "--fps 6 repeats none" in note
+    for changes in ({"fps": 6.0}, {"frame_selection": "uniform"}, {"frame_buckets": (1,)}):
+        assert not any("repeated" in line for line in described(configs, data, tmp_path / "out", **changes))
+
+
+def test_captions_are_those_of_the_clips_that_are_used(configs: Path, data: Path, tmp_path: Path) -> None:
+    """A copy of a clip with the same caption is no other clip; a clip that is dropped has no say."""
+    shutil.copy(data / "videos/00000.mp4", data / "videos/00002.mp4")
+    (data / "videos/00005.mp4").write_text("not a video")
+    captions = ["A red square.", "\u732b", "A red square.", "\u72d7", "A blue disc.", "A blue disc."]
+    (data / "prompts.txt").write_text("\n".join(captions))
+    lines = described(configs, data, tmp_path / "out")
+    assert any(line.startswith("2 captions have characters that T5 does not know") for line in lines)
+    assert any(line.startswith("2 captions are written differently") for line in lines)
+    assert not any("share" in line for line in lines)
+    shutil.copy(data / "videos/00004.mp4", data / "videos/00005.mp4")
+    write_video(data / "videos/00005.mp4", np.zeros((20, 64, 96, 3), np.uint8), 8)
+    lines = described(configs, data, tmp_path / "out")
+    assert '  "A blue disc.": 2 clips: videos/00004.mp4, videos/00005.mp4' in lines

@@ -54,6 +54,7 @@ factory.py            folders that the CogVideoX factory prepared -> the cache
 optimizers.py         which optimizer, and what each needs and refuses
 checks.py             what a script looks at before anything heavy is imported
 prepare.py            folders of clips -> the cache
+captions.py           what T5 does not read of captions, or cannot tell apart
 report.py             what a preparation makes of a data set: table, pictures, costs
 verify.py             a cache against its data: what is wrong, and mending it
 tasks.py              what the transformer gets: text to video, image to video

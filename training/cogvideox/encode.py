@@ -84,8 +84,3 @@ def prompt_embeds(tokenizer: Any, text_encoder: Any, captions: Sequence[str], le
         return_tensors="pt",
     )
     return text_encoder(tokens.input_ids.to(text_encoder.device))[0].cpu()
-
-
-def token_counts(tokenizer: Any, captions: Sequence[str]) -> list[int]:
-    """Tokens of each caption, the one for its end included, however many T5 will see."""
-    return [len(ids) for ids in tokenizer(list(captions), truncation=False, verbose=False).input_ids]

@@ -1,4 +1,4 @@
-"""What a preparation makes of a data set, before and after: a table, pictures, cut captions, bytes and hours.
+"""What a preparation makes of a data set, before and after: a table, notes, pictures, bytes and hours.
 
 Records of the ledger -> text and contact sheets. Nothing here decides anything; ``describe`` is what scripts print.
 """
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from cogvideox import encode, models
+from cogvideox.captions import caption_notes, indented, shared_notes
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import OK, Variant, decode_variant, time_decode
 from cogvideox.data.forms import PREVIEW_FOLDER
 from cogvideox.data.index import Sample
 from cogvideox.data.transforms import scale, stretch
-from cogvideox.errors import UsageError, first_of
+from cogvideox.errors import UsageError
 from cogvideox.flags import EncodeFlags, ModelFlags
 from cogvideox.geometry import Geometry
 from cogvideox.prepare import Cut, Encoders, Preparation, bad_clips, missing_captions
@@ -50,7 +51,11 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
         lines.append(f"{preparation.num_validation} of the clips are for validation")
     lines += skipped_notes(preparation.skipped)
     lines += leak_notes(preparation, records)
-    lines += caption_notes(preparation.model, preparation.samples, geometry.max_text_seq_length)
+    lines += rate_notes(used, preparation.recipe.fps)
+    number = len(records) - preparation.num_validation
+    tokenizer, clips = models.load_tokenizer(preparation.model), used_clips(preparation.samples, records)
+    lines += caption_notes(tokenizer, clips, geometry.max_text_seq_length)
+    lines += shared_notes(used_clips(preparation.samples[:number], records[:number]))
     lines += sheets(preparation, used)
     if costs:
         lines.append(cost(preparation, records))
@@ -77,6 +82,11 @@ class Used:
     num_variants: int
     tensors: frozenset[str]
     source: dict[str, Any]
+
+    @property
+    def repeats_frames(self) -> bool:
+        """Whether a source frame is used more than once."""
+        return len(set(self.variant.indices)) < len(self.variant.indices)
 
 
 def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
@@ -119,11 +129,6 @@ def bucket_cells(clips: list[Used]) -> tuple[str, ...]:
     return (*map(str, counts), f"{stretched:.0%}", f"{lost:.0%}")
 
 
-def indented(lines: Sequence[str]) -> list[str]:
-    """The first of many lines, as details of the one before."""
-    return [f"  {line}" for line in first_of(lines)]
-
-
 # -- notes -------------------------------------------------------------------------------------------------------------
 
 
@@ -163,17 +168,24 @@ def leak_notes(preparation: Preparation, records: Records) -> list[str]:
     return [f"--validation_data_root: {len(leaked)} clips are trained on too, and say nothing:", *indented(leaked)]
 
 
-def caption_notes(model: ModelFlags, samples: Sequence[Sample], length: int) -> list[str]:
-    """Captions of which T5 sees the first ``length`` tokens only, the longest first."""
-    # A token has at least one character, and one is for the end, so short captions need not be counted.
-    long = list({sample.caption: sample for sample in samples if len(sample.caption) + 1 > length}.values())
-    counts = encode.token_counts(models.load_tokenizer(model), [sample.caption for sample in long]) if long else []
-    cut = sorted((-count, sample.id) for count, sample in zip(counts, long, strict=True) if count > length)
-    if not cut:
-        return []
-    lines = [f"{id}: {-count} tokens" for count, id in cut]
-    rule = f"{len(cut)} captions are cut after {length} tokens; the most telling words belong first:"
-    return [rule, *indented(lines)]
+def rate_notes(used: dict[Bucket, list[Used]], fps: float | None) -> Iterator[str]:
+    """Clips with fewer frames a second than they are sampled at, some of whose frames are shown several times."""
+    clips = {clip.place: clip for clips in used.values() for clip in clips if fps and clip.repeats_frames}
+    rates = [clip.source["fps"] for clip in clips.values() if fps and clip.source["fps"] < fps]
+    if not rates:
+        return
+    slowest = math.floor(min(rates) * 100) / 100
+    own = f"{slowest:g}" if slowest == max(rates) else f"{slowest:g} to {max(rates):g}"
+    yield (
+        f"{len(rates)} of the clips have only {own} frames a second and are sampled at {fps:g}, so some of their "
+        f"frames are repeated; --fps {slowest:g} repeats none, or leave these clips out"
+    )
+
+
+def used_clips(samples: Sequence[Sample], records: Records) -> list[tuple[Sample, str]]:
+    """The samples that are used, each with the hash of its clip's content."""
+    pairs = zip(samples, records, strict=True)
+    return [(sample, record["content"]) for sample, record in pairs if record["status"] == OK]
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
