@@ -496,7 +496,7 @@ def test_names_that_differ_in_their_accents_coding_only_are_refused(tmp_path: Pa
 
 def test_letter_case_and_backslashes_of_other_systems(tmp_path: Path) -> None:
     touch(tmp_path, "Clips/IMG_1.MOV", "Clips/img_2.mp4", "Clips/same.mp4", "clips/SAME.mp4")
-    flags = table(tmp_path, "video;text\nclips\\img_1.mov;one\nCLIPS/IMG_2.MP4;two\nClips\\same.mp4;three\n")
+    flags = table(tmp_path, "video;text\n.\\clips\\img_1.mov;one\nCLIPS/IMG_2.MP4;two\nClips\\same.mp4;three\n")
     assert [(sample.id, Path(sample.video)) for sample in read(tmp_path, **flags)] == [
         ("clips/img_1.mov", tmp_path / "Clips/IMG_1.MOV"),
         ("CLIPS/IMG_2.MP4", tmp_path / "Clips/img_2.mp4"),

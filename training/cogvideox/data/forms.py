@@ -264,7 +264,7 @@ def _add_choices(root: str, choices: dict[str, str], problems: Problems) -> None
 
 
 def _walk(root: str, rules: PathRules, problems: Problems) -> Iterator[str]:
-    """Every file below the root, relative to it; not hidden ones, nor our own tensors.
+    """Every file below the root, relative to it, except hidden files, JUNK and our own tensors.
 
     A linked folder must be one that may be read. It comes last, so that what lies below the root anyway has that path.
     """

@@ -82,7 +82,8 @@ class PathRules:
 
         Those of the same case go before others. Nothing outside the allowed folders is looked at.
         """
-        parts = path.replace("\\", "/").removeprefix(os.path.join(folder, "")).split("/")
+        inside = path.replace("\\", "/").removeprefix(os.path.join(folder, ""))
+        parts = [part for part in inside.split("/") if part != "."]
         if not set(parts).isdisjoint(("", "..")):
             return []
         found = [""]
