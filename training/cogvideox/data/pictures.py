@@ -126,8 +126,12 @@ def _check_header(picture: Image.Image) -> None:
 
 
 def _conversions(picture: Image.Image) -> tuple[str, ...]:
-    """What is done to this picture that older versions did not do."""
-    is_new = {ICC: srgb_transform(picture) is not None, ON_BLACK: _is_deep(picture) and "transparency" in picture.info}
+    """What is done to this picture that older versions did not do; they read AVIF as a video of one frame."""
+    is_new = {
+        "avif": picture.format == "AVIF",
+        ICC: srgb_transform(picture) is not None,
+        ON_BLACK: _is_deep(picture) and "transparency" in picture.info,
+    }
     return tuple(name for name, applies in is_new.items() if applies)
 
 
