@@ -118,12 +118,18 @@ SCRIPTS: dict[str, type] = {
 Options = TypeVar("Options", bound=PrepareOptions | TrainOptions)
 
 
-def fields_of(options_type: type) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
+Fields = tuple[tuple[str, "dataclasses.Field[Any]", Any], ...]
+FIELDS: dict[type, Fields] = {}  # resolving their types takes longer than everything else that reads flags
+
+
+def fields_of(options_type: type) -> Fields:
     """(group name, field, type of its value) of every flag."""
-    for group_name, group_type in typing.get_type_hints(options_type).items():
-        types = typing.get_type_hints(group_type)
-        for item in dataclasses.fields(group_type):
-            yield group_name, item, types[item.name]
+    if options_type not in FIELDS:
+        groups = typing.get_type_hints(options_type).items()
+        types = {of: typing.get_type_hints(of) for _, of in groups}
+        fields = ((name, of, item) for name, of in groups for item in dataclasses.fields(of))
+        FIELDS[options_type] = tuple((name, item, types[of][item.name]) for name, of, item in fields)
+    return FIELDS[options_type]
 
 
 def names_of(item: "dataclasses.Field[Any]") -> tuple[str, ...]:

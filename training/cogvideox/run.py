@@ -4,6 +4,7 @@ start_run() -> Run. metrics.jsonl gets a line for every optimizer step, read fro
 logging never makes the device wait.
 """
 
+import functools
 import json
 import math
 import os
@@ -244,12 +245,18 @@ def write_config(run: Run, options: TrainOptions) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions and device, for config.json and benchmark results."""
-    versions = {}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"versions": dict(versions()), "python": platform.python_version(), "device": device}
+
+
+@functools.cache  # each is read from the whole description of a package
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"versions": versions, "python": platform.python_version(), "device": device}
+            found[name] = version(name)
+    return found
 
 
 class Mark:
