@@ -217,6 +217,29 @@ def fork_ranks(
     return [Forked(command, at.get(rank), **ranks_environment(rank, number, port), **more) for rank in range(number)]
 
 
+def launch(launcher: Sequence[object], number: int, command: Sequence[object], folder: Path, **more: str) -> list[str]:
+    """What the processes of a launcher say, which must end well. Each is forked with the arguments and the environment
+    that the launcher gives it; what the launcher itself starts are stand-ins, which end as they do: see launched.py.
+    """
+    folder.mkdir()
+    process = start([*launcher, Path(__file__).with_name("launched.py"), folder, *command[1:]], **more)
+    paths = [folder / f"{rank}.json" for rank in range(number)]
+    end = time.monotonic() + 300
+    while not all(path.exists() for path in paths):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{launcher} has not started {number} processes"
+        time.sleep(0.02)
+    given = [json.loads(path.read_text()) for path in paths]
+    ranks = [Forked([command[0], *argv], **environ) for argv, environ in given]
+    said = [rank.communicate()[0] for rank in ranks]
+    for path, rank in zip(paths, ranks, strict=True):
+        path.with_suffix(".tmp").write_text(str(rank.wait() % 256))
+        path.with_suffix(".tmp").rename(path.with_suffix(".status"))
+    process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
 def finish(process: Process, status: int = 0) -> str:
     """Waits for the end and returns the output; the exit status must be the one given."""
     output, _ = process.communicate(timeout=300)

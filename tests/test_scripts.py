@@ -25,6 +25,7 @@ from running import (
     finish,
     fork_ranks,
     frames_of,
+    launch,
     lora_flags,
     losses,
     metrics,
@@ -197,9 +198,9 @@ def test_two_processes_have_the_losses_of_one(
     }
     flags = lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)
     more = ["--gradient_accumulation_steps", 1, "--plan", plan]
-    command = [sys.executable, *commands[launcher].split(), LORA_SCRIPT, *flags, *more]
-    said = finish(start(command, ACCELERATE_USE_CPU="true"))
-    assert ("streamed from the host" in said) == (plan == "lean")
+    started = [sys.executable, *commands[launcher].split()]
+    said = launch(started, 2, python(LORA_SCRIPT, *flags, *more), tmp_path / "ranks", ACCELERATE_USE_CPU="true")
+    assert ("streamed from the host" in said[0]) == (plan == "lean")
     assert losses(output) == pytest.approx(losses(reference), rel=1e-5)
     tolerance = {"rtol": 1e-3, "atol": 1e-5} if plan == "off" else {"rtol": 1e-2, "atol": 1e-4}  # other roundings
     for name, tensor in weights(reference).items():
@@ -338,8 +339,9 @@ def test_deepspeed_zero_2_has_the_losses_of_one_process(
     output = tmp_path / "lora"
     flags = lora_flags(model, tensors, output, "--load_tensors", "--gradient_accumulation_steps", 1)
     launcher = "-m accelerate.commands.launch --config_file accelerate_configs/deepspeed.yaml --mixed_precision no"
-    command = [sys.executable, *launcher.split(), "--num_processes", 2, "--main_process_port", 29573]
-    finish(start([*command, LORA_SCRIPT, *flags, "--max_train_steps", 4], ACCELERATE_USE_CPU="true"))
+    started = [sys.executable, *launcher.split(), "--num_processes", 2, "--main_process_port", 29573]
+    first = python(LORA_SCRIPT, *flags, "--max_train_steps", 4)
+    launch(started, 2, first, tmp_path / "ranks", ACCELERATE_USE_CPU="true")
     assert not losses(output)[4:]
     launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}  # as that command sets them
     launched |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}

@@ -185,7 +185,8 @@ def of_kind(kind: Any, data: LatentDataset) -> LatentDataset:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOADER_SECONDS", 0.5)
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # a worker that sleeps has this to end
+    # a worker that sleeps has this to end
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
 
 
 @pytest.mark.fault("data: a disk that does not answer a worker")
