@@ -172,8 +172,23 @@ def coded_cases() -> Iterator[Case]:
     for container, suffix in {"mp4": "mp4", "matroska": "mkv", "mpegts": "ts"}.items():
         make = functools.partial(headless, container, no_b)
         yield good(f"no_keyframe_first.{suffix}", make, range(7, 32, 3), note="from the first keyframe on")
+    for container, suffix in {"mp4": "mp4", "matroska": "mkv", "mpegts": "ts", "flv": "flv"}.items():
+        for name, edit in {"refreshed_in_parts": bytes, "recovery_point_too_early": recovered_too_early}.items():
+            make = functools.partial(encode, container, options=REFRESHED)
+            yield good(f"{name}.{suffix}", edited(edit, make), note="from the one keyframe that refers to nothing")
     line = "(timestamps|out of order)"
     yield bad("h264_b_frames.wmv", functools.partial(plain, "asf"), line)
+
+
+# Pictures that are refreshed column by column, so that its later keyframes refer to frames before them.
+REFRESHED = {"x264-params": "intra-refresh=1:keyint=12:bframes=2:ref=3:scenecut=0"}
+
+
+def recovered_too_early(data: bytes) -> bytes:
+    """An h264 whose keyframes say that all is right from there on; what they said is how many frames later it is."""
+    new = re.sub(rb"(?s)(\x06\x06\x02)(.)(?=.\x80)", lambda match: match[1] + bytes([match[2][0] | 0x80]), data)
+    assert new != data
+    return new
 
 
 def stream_cases() -> Iterator[Case]:
@@ -368,6 +383,86 @@ VPX_ALPHA = VPX | {"auto-alt-ref": "0", "lag-in-frames": "0"}
 def transparent(container: str, codec: str, **how: Any) -> bytes:
     """A clip of the pictures in which the fields of the two high bits are transparent and hide light ones."""
     return encode(container, codec, [with_alpha(number) for number in range(COUNT)], **how)
+
+
+# Several in one
+
+JOINED = "is several files joined: "
+
+
+def several_cases() -> Iterator[Case]:
+    """Files joined end to end, and files whose pictures change their size."""
+    for suffix, base in {
+        "mp4": ("mp4", "libx264"),
+        "mov": ("mov", "prores_ks"),
+        "flv": ("flv", "libx264"),
+        "avi": ("avi", "mpeg4"),
+        "wmv": ("asf", "wmv2"),
+        "gif": ("gif", "gif"),
+    }.items():
+        make = functools.partial(plain, *base)
+        line = f"{JOINED}the second begins at byte {len(make())}; "
+        yield bad(f"joined.{suffix}", edited(twice, make), line)
+    fragments = functools.partial(encode, "mp4", muxer={"movflags": "frag_keyframe+empty_moov"})
+    yield bad("joined_fragments.mp4", edited(twice, fragments), JOINED)
+    for suffix, base in {
+        "mkv": ("matroska", "libx264"),
+        "webm": ("webm", "libvpx-vp9"),
+        "ts": ("mpegts", "libx264"),
+        "mpg": ("mpeg", "mpeg2video"),
+        "ogv": ("ogg", "libvpx"),
+    }.items():
+        line = f"{JOINED}its timestamps start again after 1.5.. s; .*`ffmpeg -i IN .*`"
+        yield bad(f"joined.{suffix}", edited(twice, functools.partial(plain, *base)), line)
+    yield bad(
+        "joined_without_keyframe.ts", lambda: plain("mpegts") + headless("mpegts", {"g": "99", "bf": "0"}), JOINED
+    )
+    for name, container, codec in [
+        ("h264.mp4", "mp4", "libx264"),
+        ("h264.mkv", "matroska", "libx264"),
+        ("h264.ts", "mpegts", "libx264"),
+        ("h264.flv", "flv", "libx264"),
+        ("hevc.mp4", "mp4", "libx265"),
+        ("hevc.ts", "mpegts", "libx265"),
+        ("vp8.webm", "webm", "libvpx"),
+        ("vp9.webm", "webm", "libvpx-vp9"),
+        ("mpeg2.mpg", "mpeg", "mpeg2video"),
+        ("av1.mkv", "matroska", "libsvtav1"),
+        ("motion_jpeg.avi", "avi", "mjpeg"),
+        ("mpeg4.avi", "avi", "mpeg4"),
+        ("prores.mov", "mov", "prores_ks"),
+    ]:
+        make = functools.partial(resized, container, codec)
+        line = r"changes size: its picture at 0\.750 s is 64x96, the first one 96x64; cut it there: `ffmpeg -i IN -t "
+        yield bad(f"size_changes_{name}", make, line)
+
+
+def twice(data: bytes) -> bytes:
+    """A file and the same file behind it, as `cat` joins them."""
+    return data + data
+
+
+def resized(container: str, codec: str) -> bytes:
+    """A stream whose picture is 96x64 for 18 frames, and 64x96 from then on."""
+    # In mpegts, packets begin with the parameters that mp4 and matroska store once for the whole stream.
+    own = "mpegts" if codec in ("libx264", "libx265") else container
+    pix_fmt = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le"}.get(codec, "yuv420p")
+    parts = [
+        encode(own, codec, pictures(range(18)), pix_fmt=pix_fmt),
+        encode(own, codec, pictures(range(18, COUNT), height=WIDTH, width=HEIGHT), pix_fmt=pix_fmt),
+    ]
+
+    def fill(output: Any) -> None:
+        stream = None
+        for part_number, part_data in enumerate(parts):
+            with av.open(io.BytesIO(part_data)) as source:
+                stream = stream or output.add_stream_from_template(source.streams.video[0], opaque=True)
+                for packet in [packet for packet in source.demux(video=0) if packet.size]:
+                    later = round(part_number * Fraction(18, RATE) / packet.time_base)
+                    packet.pts, packet.dts, packet.stream = packet.pts + later, packet.dts + later, stream
+                    output.mux(packet)
+
+    return written(container, fill)
 
 
 # Damaged, or no video at all
@@ -642,6 +737,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Containers, codecs, ways of coding": tuple(coded_cases()),
     "Clocks, lengths, turns": tuple(timed_cases()),
     "Transparency": tuple(transparent_cases()),
+    "Several files or sizes in one": tuple(several_cases()),
     "Cut off, overwritten, absurd headers": tuple(damaged_cases()),
     "No video under the name of one": tuple(foreign_cases()),
     "Names": tuple(named_cases()),

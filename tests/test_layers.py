@@ -21,7 +21,7 @@ LAYERS = (
     ("flags", "draws", "sheets", "curves", "finite", "data.workers", "locks"),
     ("options", "data.buckets", "data.transforms", "data.columns", "data.faults", "data.icc"),
     ("conflicts", "geometry", "hub", "lora_file", "prepared", "prompts"),
-    ("data.frames", "data.mpeg4", "data.paths", "data.tables"),
+    ("data.frames", "data.joined", "data.keyframes", "data.mpeg4", "data.paths", "data.tables"),
     ("args", "data.cache", "data.forms", "data.packets", "data.pictures", "data.alpha", "data.decord_reader"),
     ("data.decode", "data.index"),
     ("data.clips", "data.sampler", "data.shared_memory"),

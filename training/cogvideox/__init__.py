@@ -24,6 +24,8 @@ data/buckets.py       frames x height x width; which ones a clip goes to
 data/transforms.py    resize, crop, flip of a whole clip
 data/faults.py        what a file that cannot be used says
 data/frames.py        which frames: selection by time
+data/joined.py        files joined end to end: where the second begins
+data/keyframes.py     a keyframe's bytes: the size of the pictures, whether decoding can start there
 data/mpeg4.py         MPEG-4 part 2: packed B-frames, pictures that repeat the one before
 data/packets.py       a video's packets -> when each frame is shown, where decoding can start
 data/icc.py           color profiles of pictures -> sRGB

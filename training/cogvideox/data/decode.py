@@ -28,12 +28,20 @@ from cogvideox.data.decord_reader import read_with_decord
 from cogvideox.data.faults import AGAIN, VideoError, check_size
 from cogvideox.data.frames import ON_BLACK, PacketIndex, VideoInfo
 from cogvideox.data.mpeg4 import unpacker
-from cogvideox.data.packets import decoded, reading, scan, stamp_of, strict_decoder
+from cogvideox.data.packets import decoded, reading, scan, size_change, stamp_of, strict_decoder
 from cogvideox.data.pictures import is_picture, probe_picture, read_picture
 from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
 
+# A frame after so many whole ones lacks none from before the start: h264 and hevc let it refer to 16 frames, and decode
+# as many before they are shown.
+_MAX_REFERENCES = 32
+
 # Without these, chroma is not interpolated and the pixels depend on the instruction set of the CPU.
 _EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+
+class _TooLate(VideoError):
+    """A frame is missing or corrupt, and may come out right if decoding begins at an earlier keyframe."""
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -100,10 +108,6 @@ def write_video(path: str | os.PathLike[str], frames_FHWC: np.ndarray, fps: floa
         os.replace(temporary, path)
 
 
-class _Missed(VideoError):
-    """A frame that the packets promise did not come out of the decoder."""
-
-
 def _read_with_pyav(
     path: str | os.PathLike[str], info: VideoInfo, indices: Sequence[int], height: int, width: int
 ) -> np.ndarray:
@@ -112,49 +116,102 @@ def _read_with_pyav(
     for place, source in enumerate(indices):
         places.setdefault(info.packets.pictures[source], []).append(place)
     frames_FHWC = np.empty((len(indices), height, width, 3), np.uint8)
-    scaler = VideoReformatter()
+    scaler, missing = VideoReformatter(), set(places)
     for frame in _wanted_frames(path, info.packets, sorted(places)):
         assert frame.pts is not None
-        first, *others = places.pop(frame.pts)
+        first, *others = places[frame.pts]
         _write_pixels(scaler, frame, info.rotation, frames_FHWC[first])
         frames_FHWC[others] = frames_FHWC[first]
-    assert not places
+        missing.discard(frame.pts)
+    assert not missing
     return frames_FHWC
 
 
 def _wanted_frames(path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int]) -> Iterator[VideoFrame]:
-    """The frames with the wanted timestamps (increasing), each once."""
+    """The frames with the wanted timestamps (increasing); of those that come twice the second one is right."""
     num_done = 0
     try:
         with reading(path, index.stream, known=index.stores_pts) as (container, stream):
-            for frame in _decode(container, stream, index, wanted, seek=True):
+            for frame in _decode(container, stream, index, wanted):
                 yield frame
                 num_done += 1
-    except _Missed:
-        # Some containers find a later keyframe than asked for, and some codecs need the look at them that was skipped.
-        # Read from the start with all care, every frame is met.
-        with reading(path, index.stream) as (container, stream):
-            yield from _decode(container, stream, index, wanted[num_done:], seek=False)
+        return
+    except VideoError:
+        place = index.keyframe_before(wanted[num_done])
+    left = wanted[bisect_left(wanted, index.keyframes[place]) :]
+    yield from _from_further_back(path, index, left, max(0, place - 1))
+
+
+def _from_further_back(
+    path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int], place: int
+) -> Iterator[VideoFrame]:
+    """The wanted frames, decoded without jumps from the keyframe at `place`, else from ever earlier ones.
+
+    Some containers find a later keyframe than asked for, some codecs need the look at them that was skipped, and some
+    keyframes need frames before them. A start that is too late shows within a few frames, so trying one after the other
+    costs little, and no more of a long file is decoded than it takes.
+    """
+    for start in range(place, -1, -1):
+        try:
+            with reading(path, index.stream) as (container, stream):
+                yield from _decode(container, stream, index, wanted, start)
+            return
+        except _TooLate:
+            if start == 0:
+                raise
 
 
 def _decode(
-    container: InputContainer, stream: VideoStream, index: PacketIndex, wanted: Sequence[int], seek: bool
+    container: InputContainer, stream: VideoStream, index: PacketIndex, wanted: Sequence[int], start: int | None = None
 ) -> Iterator[VideoFrame]:
-    """The wanted frames of a container just opened; jumps only where a keyframe lies in between."""
+    """The wanted frames of a container just opened.
+
+    start: the place of the keyframe from which all are decoded; by default each is from the last one before it, with
+    jumps only where one lies in between.
+    """
     last = index.keyframes[0]
     decoder = strict_decoder(stream)
-    frames = _frames(container, stream, decoder, last, index.labels)
-    for pts in wanted:
-        place = index.keyframe_before(pts)
-        if seek and index.keyframes[place] > last:
+    run = _Run(_frames(container, stream, decoder, last, index.labels))
+    for number, pts in enumerate(wanted):
+        place = index.keyframe_before(pts) if start is None else start
+        if index.keyframes[place] > last:
+            if number == 0:
+                # The first packet alone may say which x264 made the file, and the faults of old ones are worked around.
+                run.begin()
             container.seek(index.seek_to[place], stream=stream)
             decoder.flush_buffers()
-            frames = _frames(container, stream, decoder, index.keyframes[place])
-        frame = next((frame for frame in frames if frame.pts is not None and frame.pts >= pts), None)
-        if frame is None or frame.pts != pts:
-            raise _Missed(f"decode failed near frame {bisect_left(index.pts, pts)} of {len(index.pts)}; {AGAIN}")
+            run = _Run(_frames(container, stream, decoder, index.keyframes[place]))
+        yield run.frame_at(pts, index)
         last = pts
-        yield frame
+
+
+class _Run:
+    """Frames as they are decoded from a keyframe on."""
+
+    def __init__(self, frames: Iterator[VideoFrame]) -> None:
+        self._frames = frames
+        self._num_whole = 0
+
+    def begin(self) -> None:
+        """Decodes the first frame, for what the decoder learns from it."""
+        next(self._frames, None)
+
+    def frame_at(self, pts: int, index: PacketIndex) -> VideoFrame:
+        """Decodes on to a timestamp. Raises _TooLate where an earlier keyframe may help, else VideoError."""
+        try:
+            for frame in self._frames:
+                assert frame.pts is not None
+                if (frame.height, frame.width) != index.size:
+                    raise size_change(frame, index.size, float((frame.pts - index.pts[0]) * index.time_base))
+                self._num_whole += 1
+                if frame.pts == pts:
+                    return frame
+                if frame.pts > pts:
+                    break
+            raise VideoError(f"decode failed near frame {bisect_left(index.pts, pts)} of {len(index.pts)}; {AGAIN}")
+        except VideoError as error:
+            has_all = self._num_whole > _MAX_REFERENCES
+            raise (VideoError if has_all else _TooLate)(str(error)) from error
 
 
 def _frames(

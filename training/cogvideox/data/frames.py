@@ -30,10 +30,10 @@ class PacketIndex:
 
     seek_to holds, for each keyframe, the timestamp that finds it in this container. stores_pts: whether the container
     stores display times, so that nothing has to be decoded to know them. is_closed: whether no frame is stored after a
-    keyframe and shown before it. stamp: size and time of the last change of the file that was read. pictures: for each
-    shown frame the timestamp of the picture that is decoded for it, an earlier one where a frame was dropped. labels:
-    the timestamps of all pictures in the order of the file, if not those of their packets. stream: its place in the
-    file; num_streams: of videos and covers. conversions: see VideoInfo.
+    keyframe and shown before it. size: height and width of the coded pictures. stamp: size and time of the last change
+    of the file that was read. pictures: for each shown frame the timestamp of the picture that is decoded for it, an
+    earlier one where a frame was dropped. labels: the timestamps of all pictures in the order of the file, if not those
+    of their packets. stream: its place in the file; num_streams: of videos and covers. conversions: see VideoInfo.
     """
 
     pts: tuple[int, ...]
@@ -42,6 +42,7 @@ class PacketIndex:
     time_base: Fraction
     stores_pts: bool
     is_closed: bool
+    size: tuple[int, int]
     stamp: tuple[int, int]
     pictures: tuple[int, ...]
     labels: tuple[int, ...]

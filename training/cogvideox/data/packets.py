@@ -6,7 +6,7 @@ Owns which containers are read, what their timestamps mean, and whether all that
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from av.video.stream import VideoStream
 
 from cogvideox.data.faults import AGAIN, VideoError, check_size, naming
 from cogvideox.data.frames import PacketIndex
+from cogvideox.data.joined import second_file
+from cogvideox.data.keyframes import KeyframeHeaders
 from cogvideox.data.mpeg4 import Picture, unpacker
 
 MAX_FRAMES = 200_000
@@ -60,7 +62,9 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
     stamp: see stamp_of.
     """
     check_size(stream.height, stream.width)
-    packets = _Packets()
+    _check_not_joined(container)
+    codec = stream.codec_context
+    packets = _Packets(KeyframeHeaders(codec.codec.canonical_name, codec.extradata or b""))
     first: VideoFrame | None = None
     unpack, start = unpacker(stream), 0
     for packet in container.demux():
@@ -68,17 +72,20 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
         if packet.stream_index != stream.index:
             continue
         for picture in unpack(packet):
-            packets.add(picture)
+            packets.add(picture, stream)
             if first is None and packets.keyframe is not None:
-                first = next(decoded(picture.packet, stream.codec_context, packets.keyframe), None)
+                first = next(decoded(picture.packet, codec, packets.keyframe), None)
+            elif first is not None and packets.may_change_size:
+                _check_size_stays(picture.packet, stream, packets, first)
         start = packet.pos or start
     if container.format.name == "avi" and packets.entries:
         packets.last_place = packets.entries[-1].dts + _num_empty_behind(container.name, stream.index, start)
     _check_whole(container, stream, packets)
-    index = _index(container, stream, packets, stamp)
+    if not packets.entries:
+        raise VideoError(f"has no frames; {AGAIN}")
     if first is None:
         raise VideoError(f"has no frame that decodes; {AGAIN}")
-    return index, first
+    return _index(container, stream, packets, (first.height, first.width), stamp), first
 
 
 def strict_decoder(stream: VideoStream) -> VideoCodecContext:
@@ -100,7 +107,7 @@ def decoded(packet: Packet, decoder: VideoCodecContext, keyframe: int) -> Iterat
         return
     if packet.is_corrupt:
         raise VideoError(f"is damaged: a packet is incomplete; {AGAIN}")
-    for frame in decoder.decode(packet):
+    for frame in _decoded(packet, decoder):
         # Frames shown before the keyframe but stored after it lack their references, and nobody asks for them.
         if frame.pts is None or frame.pts < keyframe:
             continue
@@ -108,6 +115,12 @@ def decoded(packet: Packet, decoder: VideoCodecContext, keyframe: int) -> Iterat
         if frame.is_corrupt:
             raise VideoError(f"is damaged: the frame at {frame.time:.3f} s does not decode; {AGAIN}")
         yield frame
+
+
+def size_change(frame: VideoFrame, size: tuple[int, int], seconds: float) -> VideoError:
+    """What is said of a frame, shown after so many seconds, that is not as large (height, width) as the first one."""
+    sizes = f"its picture at {seconds:.3f} s is {frame.width}x{frame.height}, the first one {size[1]}x{size[0]}"
+    return VideoError(f"changes size: {sizes}; cut it there: `ffmpeg -i IN -t {seconds:.3f} OUT.mp4`")
 
 
 def stamp_of(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -134,29 +147,60 @@ class _Packets:
 
     entries: of each picture of the video. end: seconds at which the last packet of any stream ends. keyframe:
     presentation time of the first keyframe. are_packed: whether a packet held several pictures. last_place: of the
-    last packet of an avi.
+    last packet of an avi. has_gradual: whether there are keyframes that are not to be started at. may_change_size:
+    whether the picture added last may have another size.
     """
 
+    headers: KeyframeHeaders
     entries: list[_Entry] = field(default_factory=list)
     end: float = 0.0
     keyframe: int | None = None
     are_packed: bool = False
     last_place: int = 0
+    has_gradual: bool = False
+    may_change_size: bool = False
+    _size_bytes: bytes = b""
+    _latest: int | None = None
+    _latest_before_keyframe: int | None = None
 
-    def add(self, picture: Picture) -> None:
+    def add(self, picture: Picture, stream: VideoStream) -> None:
         packet = picture.packet
         if not packet.size and packet.dts is None:  # the end
             return
         if packet.pts is None:
             raise VideoError("its packets have no timestamps; re-encode it as h264 in mp4")
+        is_gradual = packet.is_keyframe and self.headers.is_gradual(packet)
+        is_key = packet.is_keyframe and not is_gradual and not picture.is_empty
+        self._check_time(packet.pts, is_key, stream)
+        self._note_size(packet)
         dts = packet.pts if packet.dts is None else min(packet.pts, packet.dts)
-        is_key = packet.is_keyframe and not picture.is_empty
         self.entries.append(_Entry(packet.pts, dts, is_key, not packet.is_discard, picture.is_b, picture.is_empty))
         self.are_packed |= picture.was_packed
+        self.has_gradual |= is_gradual
         if self.keyframe is None and is_key:
             self.keyframe = packet.pts
         if len(self.entries) > MAX_FRAMES:
             raise VideoError(f"has more than {MAX_FRAMES} frames; cut it into clips")
+
+    def _check_time(self, pts: int, is_key: bool, stream: VideoStream) -> None:
+        """Raises VideoError for a frame that is shown before frames of another keyframe, stored before its own."""
+        if is_key:
+            self._latest_before_keyframe = self._latest
+        if self._latest_before_keyframe is not None and pts < self._latest_before_keyframe:
+            rate = stream.average_rate or Fraction(24)
+            again = f"`ffmpeg -i IN -an -vf setpts=N/({rate})/TB OUT.mp4`"
+            seconds = float(len(self.entries) / rate)
+            raise VideoError(
+                f"is several files joined: its timestamps start again after {seconds:.3f} s; "
+                f"re-encode it with new ones, {again}, and cut that at {seconds:.3f} s"
+            )
+        self._latest = pts if self._latest is None else max(self._latest, pts)
+
+    def _note_size(self, packet: Packet) -> None:
+        size_bytes = self.headers.size_bytes(packet) if packet.is_keyframe else b""
+        is_other = bool(size_bytes) and size_bytes != self._size_bytes
+        self.may_change_size = is_other or packet.has_sidedata("new_extradata")
+        self._size_bytes = size_bytes or self._size_bytes
 
     def note_end(self, packet: Packet) -> None:
         if packet.size and packet.pts is not None and packet.time_base:
@@ -198,6 +242,36 @@ def _ready(container: InputContainer, stream: VideoStream) -> VideoStream:
     return stream
 
 
+def _check_not_joined(container: InputContainer) -> None:
+    """Raises VideoError for files joined end to end of which FFmpeg reads one, or all as one clip."""
+    at = second_file(container.name, container.format.name)
+    if at is not None:
+        parts = f"`head -c {at} IN > FIRST` and `tail -c +{at + 1} IN > SECOND`"
+        raise VideoError(f"is several files joined: the second begins at byte {at}; cut it there: {parts}")
+
+
+def _check_size_stays(packet: Packet, stream: VideoStream, packets: _Packets, first: VideoFrame) -> None:
+    """Decodes a packet by itself. Raises VideoError for pictures of another size than the first."""
+    decoder, size = stream.codec_context, (first.height, first.width)
+    decoder.flush_buffers()
+    with suppress(av.FFmpegError):  # damage is told when the frame is wanted
+        for frame in [*decoder.decode(packet), *decoder.decode(None)]:
+            if (frame.height, frame.width) != size:
+                ticks = (packet.pts or 0) - (packets.keyframe or 0)
+                raise size_change(frame, size, float(ticks * (stream.time_base or 1)))
+    decoder.flush_buffers()
+
+
+def _decoded(packet: Packet, decoder: VideoCodecContext) -> list[VideoFrame]:
+    """What a decoder gives for a packet; its own complaints become VideoErrors, those of the machine pass."""
+    try:
+        return decoder.decode(packet)
+    except av.FFmpegError as error:
+        if isinstance(error, (OSError, MemoryError)):
+            raise
+        raise VideoError(f"is damaged: a packet does not decode ({error.strerror}); {AGAIN}") from error
+
+
 def _check_whole(container: InputContainer, stream: VideoStream, packets: _Packets) -> None:
     """Raises VideoError if clearly less is there than the header promises."""
     num_there, num_promised = len(packets.entries), stream.frames  # avi and ivf count them
@@ -230,7 +304,9 @@ def _truncated(there: str, copy: str = "-c copy ") -> VideoError:
     return VideoError(f"is truncated: {there} are there; {mend}")
 
 
-def _index(container: InputContainer, stream: VideoStream, packets: _Packets, stamp: tuple[int, int]) -> PacketIndex:
+def _index(
+    container: InputContainer, stream: VideoStream, packets: _Packets, size: tuple[int, int], stamp: tuple[int, int]
+) -> PacketIndex:
     # mp4 and mkv store display times and are searched by them; the others by decoding time.
     stores_pts = container.format.name.startswith(("mov", "matroska"))
     entries, is_avi = packets.entries, container.format.name == "avi"
@@ -255,6 +331,7 @@ def _index(container: InputContainer, stream: VideoStream, packets: _Packets, st
         Fraction(stream.time_base or 1),
         stores_pts,
         _is_closed(packets.entries),
+        size,
         stamp,
         pictures,
         labels,
@@ -267,7 +344,8 @@ def _index(container: InputContainer, stream: VideoStream, packets: _Packets, st
 def _conversions(container: InputContainer, stream: VideoStream, packets: _Packets) -> tuple[str, ...]:
     is_first = stream.index == _candidates(container)[0].index
     chosen = () if is_first else (f"stream {stream.index}",)
-    return chosen + (("packed b-frames",) if packets.are_packed else ())
+    packed = ("packed b-frames",) if packets.are_packed else ()
+    return chosen + packed + (("gradual keyframes",) if packets.has_gradual else ())
 
 
 def _num_empty_behind(path: str, stream: int, start: int) -> int:

@@ -1,0 +1,97 @@
+"""What the bytes of a keyframe say: how large its pictures are, and whether decoding from it gives right pictures.
+
+FFmpeg also calls a frame a keyframe where h264 refreshes its pictures part by part, so that they are right only some
+frames later, and it does not say that the size of the pictures changes. Nothing here decodes.
+"""
+
+from collections.abc import Iterator
+
+from av.packet import Packet
+
+_SLICES = {"h264": range(1, 6), "hevc": range(32)}  # types of units that hold pictures
+_PARAMETERS = {"h264": (7,), "hevc": (33,)}  # sequence parameter sets, which hold the size
+# What precedes the size in other codecs, and how many bytes from there on hold it. More than these only costs time.
+_MARKS = {
+    "vp8": (b"\x9d\x01\x2a", 7),
+    "vp9": (b"\x49\x83\x42", 9),
+    "av1": (b"\x0a", 11),
+    "mpeg1video": (b"\0\0\1\xb3", 7),
+    "mpeg2video": (b"\0\0\1\xb3", 7),
+    "mpeg4": (b"\0\0\1\x20", 16),
+    "mjpeg": (b"\xff\xc0", 9),
+    "prores": (b"icpf", 16),
+}
+
+
+class KeyframeHeaders:
+    """The headers of a stream's keyframes. codec: FFmpeg's name. extradata: the codec's part of the container."""
+
+    def __init__(self, codec: str, extradata: bytes) -> None:
+        self._codec = codec
+        self._length_bytes = _length_bytes(codec, extradata)
+
+    def size_bytes(self, packet: Packet) -> bytes:
+        """The bytes of a keyframe that change where the size of the pictures does; b"" if there are none."""
+        if self._codec in _PARAMETERS:
+            units = self._units(bytes(packet))
+            return b"".join(unit for kind, unit in units if kind in _PARAMETERS[self._codec])
+        if self._codec in _MARKS:
+            mark, num_bytes = _MARKS[self._codec]
+            data = bytes(packet)
+            at = data.find(mark)
+            return data[at : at + num_bytes] if at >= 0 else b""
+        return b""
+
+    def is_gradual(self, packet: Packet) -> bool:
+        """Whether pictures are right only some frames after this keyframe, because it is refreshed part by part."""
+        if self._codec != "h264":
+            return False
+        slices = [unit for kind, unit in self._units(bytes(packet)) if kind in _SLICES["h264"]]
+        return bool(slices) and not _refers_to_nothing(slices[0])
+
+    def _units(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """(type, bytes) of the units of a packet, up to the first that holds a picture."""
+        for unit in _with_lengths(data, self._length_bytes) if self._length_bytes else _with_start_codes(data):
+            kind = unit[0] & 31 if self._codec == "h264" else unit[0] >> 1 & 63
+            yield kind, unit
+            if kind in _SLICES[self._codec]:
+                return
+
+
+def _length_bytes(codec: str, extradata: bytes) -> int:
+    """How many bytes say how long each unit is; 0: units begin with start codes."""
+    at = {"h264": 4, "hevc": 21}.get(codec, 0)
+    return (extradata[at] & 3) + 1 if at and extradata[:1] == b"\1" and len(extradata) > at else 0
+
+
+def _with_lengths(data: bytes, length_bytes: int) -> Iterator[bytes]:
+    at = 0
+    while at + length_bytes < len(data):
+        start = at + length_bytes
+        at = start + int.from_bytes(data[at:start], "big")
+        if data[start:at]:
+            yield data[start:at]
+
+
+def _with_start_codes(data: bytes) -> Iterator[bytes]:
+    start = data.find(b"\0\0\1") + 3
+    while 3 <= start < len(data):
+        end = data.find(b"\0\0\1", start)
+        unit = data[start : end if end >= 0 else len(data)].rstrip(b"\0")
+        if unit:
+            yield unit
+        start = end + 3
+
+
+def _refers_to_nothing(unit: bytes) -> bool:
+    """Whether a slice of h264 is one that is decoded without other pictures."""
+    bits = "".join(f"{byte:08b}" for byte in unit[1:13])
+    _, at = _number(bits, 0)  # where in the picture the slice begins
+    return _number(bits, at)[0] % 5 in (2, 4)
+
+
+def _number(bits: str, at: int) -> tuple[int, int]:
+    """An Exp-Golomb number, and where it ends: as many zeros as it has bits after its first, which is 1; less 1."""
+    num_zeros = max(bits.find("1", at), at) - at
+    end = at + 2 * num_zeros + 1
+    return int(bits[at + num_zeros : end] or "1", 2) - 1, end
