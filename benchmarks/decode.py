@@ -2,7 +2,8 @@
 
 The work is what a clip costs before it is encoded: open the file, take up to 49 frames spread over it, resized to
 480x720. Both libraries get one thread and one core, and take turns, so that the machine's moods hit both. The clips
-are those of examples/real_clips.py, and the 720p film they are cut from.
+are those of examples/real_clips.py, and the 720p film they are cut from. Of clips that are large or long (see
+large_clips.py) the seconds and the memory are measured, ours only; --large measures nothing else.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
+import large_clips
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,6 +156,7 @@ def measure(repeats: int) -> dict[str, Any]:
     os.sched_setaffinity(0, {cores[0]})
     with tempfile.TemporaryDirectory() as scratch:
         clips, film = compare(jobs, repeats), compare([job(extract_film(Path(scratch)))], repeats)
+        large = large_clips.measure(Path(scratch))
     return {
         "load_average": load,
         "clips": clips,
@@ -161,6 +164,7 @@ def measure(repeats: int) -> dict[str, Any]:
         "film_720p": film,
         "film_total": total(film),
         "workers": scaled,
+        "large": large,
     }
 
 
@@ -168,10 +172,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--large", action="store_true", help="only the large and long clips, printed as JSON")
     args = parser.parse_args()
+    if args.large:
+        with tempfile.TemporaryDirectory() as scratch:
+            print(json.dumps(large_clips.measure(Path(scratch)), indent=1))
+        return
     figures = measure(args.repeats)
     show("ten clips", figures["clips"])
     show("720p film", figures["film_720p"])
+    large_clips.show(figures["large"])
     print("  ".join(f"{name} {value:.2f}" for name, value in figures["workers"].items()))
     if args.results:
         from record import device_and_versions

@@ -37,9 +37,9 @@ def with_corruption(monkeypatch: pytest.MonkeyPatch, is_corrupt: Callable[[int, 
     whole: list[tuple[int, int]] = []
     real = decode._frames
 
-    def frames(container: Any, stream: Any, decoder: Any, keyframe: int) -> Iterator[Any]:
+    def frames(container: Any, stream: Any, decoder: Any, keyframe: int, *labels: Any) -> Iterator[Any]:
         begun = round(keyframe * stream.time_base * 24)
-        for frame in real(container, stream, decoder, keyframe):
+        for frame in real(container, stream, decoder, keyframe, *labels):
             number = round(frame.time * 24)
             if is_corrupt(number, begun):
                 raise CORRUPT
