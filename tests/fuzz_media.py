@@ -24,14 +24,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import av
+from av.stream import Disposition
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from numbered import differ, keyframes, number_in, plain, sequential, shown
-from odd_files import CLIP_FRAMES, SIZE, Outcome, outcome_of, still
+from numbered import COUNT, differ, encode, keyframes, number_in, plain, sequential, shown
+from odd_files import CLIP_FRAMES, SIZE, Outcome, outcome_of, still, transparent, two_streams
+from old_avi import dropped_by_encoder, packed, repeated
 
 from cogvideox.data.clips import UNREADABLE
+from cogvideox.data.decode import probe
 from cogvideox.errors import UsageError
 
 SECONDS, MEMORY = 20, 2 << 30  # of a file, of its process
@@ -44,10 +47,29 @@ BASES: dict[str, Callable[[], bytes]] = {
     "mpeg4.avi": lambda: plain("avi", "mpeg4"),
     "mpeg2.ts": lambda: plain("mpegts", "mpeg2video"),
     # Not vp8: its decoder sees next to no damage, and keeps state over a seek, so damaged frames are not reproducible.
+    # Nor motion jpeg: it leaves what was in a buffer before where data are missing.
     "animated.gif": lambda: plain("gif", "gif"),
+    "h264.3gp": lambda: plain("3gp", "libx264"),
+    "h264.m2ts": lambda: encode("mpegts", muxer={"mpegts_m2ts_mode": "1"}),
+    "h264.mts": lambda: encode("mpegts", sound=True),
+    "mpeg2.vob": lambda: plain("vob", "mpeg2video"),
+    "packed.avi": packed,
+    "dropped.avi": dropped_by_encoder,
+    "n_vops.avi": lambda: dropped_by_encoder(fill=True),
+    "second_stream.mkv": lambda: two_streams("matroska", flags=(0, Disposition.default)),
+    "alpha.mov": lambda: transparent("mov", "prores_ks", pix_fmt="yuva444p10le", options={"profile": "4444"}),
     "still.png": lambda: still("PNG"),
     "still.jpg": lambda: still("JPEG", quality=95),
 }
+
+BASES = {name: functools.cache(make) for name, make in BASES.items()}  # some encoders give other bytes each time
+# What they show at each place, where packets have no times of their own.
+PLACES = {
+    "packed.avi": range(COUNT),
+    "dropped.avi": [repeated(place) for place in range(COUNT)],
+    "n_vops.avi": [repeated(place) for place in range(COUNT)],
+}
+FIRST_NUMBER = {"second_stream.mkv": 100}
 
 Mutation = Callable[[bytearray, random.Random], bytes | bytearray]
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
@@ -204,27 +226,38 @@ def wrong_frames(mutant: Mutant, outcome: Outcome) -> list[int]:
     """The indices of frames that no plain decode gives for their times, be it from the start or from a keyframe on.
 
     The latter counts because damage may make a frame refer to one before its keyframe. Damage may also lead the plain
-    decode astray and not the reader, so the number that the good file shows at that time is right too.
+    decode astray and not the reader, so the number that the good file shows at that time is right too. Where packets
+    have no times, nor has a plain decode: then its frames count at any time.
     """
     assert outcome.frames_FHWC is not None
-    times, number_at = shown(mutant.path), numbers_by_time(mutant.base)
+    stream, in_places = stream_of(mutant.path), mutant.base in PLACES
+    times, number_at = range(COUNT) if in_places else shown(mutant.path, stream), numbers_by_time(mutant.base)
     left = {
         index: frame
         for index, frame in zip(outcome.indices, outcome.frames_FHWC, strict=True)
         if number_in(frame) != number_at.get(times[index], -1)
     }
-    for start in (0, *keyframes(mutant.path)):
-        decoded = sequential(mutant.path, *SIZE, start) if left else []
+    for start in (0, *keyframes(mutant.path, stream)):
+        decoded = sequential(mutant.path, *SIZE, start, stream=stream, on_black=True) if left else []
         for index, frame in list(left.items()):
-            if any(pts == times[index] and not differ(frame, pixels) for pts, pixels in decoded):
+            if any((in_places or pts == times[index]) and not differ(frame, pixels) for pts, pixels in decoded):
                 del left[index]
     return list(left)
 
 
 @functools.cache
 def numbers_by_time(base: str) -> dict[int, int]:
-    """What the good file shows at each timestamp."""
-    return {pts: number for number, pts in enumerate(shown(io.BytesIO(BASES[base]())))}
+    """What the good file shows at each timestamp, or place."""
+    if base in PLACES:
+        return dict(enumerate(PLACES[base]))
+    return {pts: number for number, pts in enumerate(shown(io.BytesIO(BASES[base]())), FIRST_NUMBER.get(base, 0))}
+
+
+def stream_of(path: Path) -> int:
+    """The video stream that is read."""
+    packets = probe(path).packets
+    assert packets is not None
+    return packets.stream
 
 
 # In the parent process

@@ -143,12 +143,12 @@ def differ(frame_HWC: np.ndarray, other_HWC: np.ndarray) -> bool:
 
 
 def sequential(
-    path: Path, height: int, width: int, start: int = 0, limit: int = 2000, stream: int = 0
+    path: Path, height: int, width: int, start: int = 0, limit: int = 2000, stream: int = 0, *, on_black: bool = False
 ) -> list[tuple[int | None, np.ndarray]]:
     """(timestamp, RGB of this size, upright) of all that a plain decode to the end gives, in its order.
 
     Independent of the reader: no index, no seek. The first `start` packets are left out, those that do not decode are
-    passed over, and after `limit` frames it ends. stream: which one of the videos.
+    passed over, and after `limit` frames it ends. stream: which one of the videos. on_black: with their alpha applied.
     """
     pairs: list[tuple[int | None, np.ndarray]] = []
     with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
@@ -156,7 +156,10 @@ def sequential(
         video.codec_context.thread_count = 1
         for packet in itertools.islice(container.demux(video), start, None):
             try:
-                pairs += [(frame.pts, resized(frame, height, width)) for frame in packet.decode()]
+                pairs += [
+                    (frame.pts, resized(composited(frame) if on_black else frame, height, width))
+                    for frame in packet.decode()
+                ]
             except av.FFmpegError:
                 continue
             if len(pairs) > limit:
@@ -164,19 +167,30 @@ def sequential(
     return pairs
 
 
-def shown(source: Path | io.BytesIO) -> list[int]:
+def composited(frame: av.VideoFrame) -> av.VideoFrame:
+    """The frame as it looks on black; one without alpha as it is."""
+    if not any(component.is_alpha for component in frame.format.components):
+        return frame
+    rgba = frame.to_ndarray(format="rgba").astype(int)
+    visible = av.VideoFrame.from_ndarray(((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8))
+    visible.pts = frame.pts
+    return visible
+
+
+def shown(source: Path | io.BytesIO, stream: int = 0) -> list[int]:
     """The timestamps of the frames that are shown, in that order, by the packets: those from the first keyframe on."""
     with av.open(source, "r", metadata_errors="ignore") as container:
-        packets = [(packet.pts, packet) for packet in container.demux(video=0) if packet.size]
+        packets = [(packet.pts, packet) for packet in container.demux(video=stream) if packet.size]
     timed = [(pts, packet) for pts, packet in packets if pts is not None]
     first = min((pts for pts, packet in timed if packet.is_keyframe), default=0)
     return sorted({pts for pts, packet in timed if not packet.is_discard and pts >= first})
 
 
-def keyframes(path: Path) -> list[int]:
+def keyframes(path: Path, stream: int = 0) -> list[int]:
     """The places of the keyframes among the packets."""
     with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
-        return [place for place, packet in enumerate(container.demux(video=0)) if packet.size and packet.is_keyframe]
+        packets = enumerate(container.demux(video=stream))
+        return [place for place, packet in packets if packet.size and packet.is_keyframe]
 
 
 def resized(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:

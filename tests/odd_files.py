@@ -43,7 +43,7 @@ from numbered import (
     silence,
     written,
 )
-from old_avi import B_FRAMES, DROPPED, dropped, dropped_by_encoder, packed
+from old_avi import B_FRAMES, dropped, dropped_by_encoder, packed, repeated
 
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.clips import FAILED, OK, ClipRecipe, Variant, bad_line, decode_variant, plan_clip
@@ -53,7 +53,7 @@ THEORA = Path(__file__).parent / "samples" / "theora.ogv"  # the pictures; no wh
 SIZE = (48, 64)  # of the clips: height, width
 CLIP_FRAMES, CLIP_RATE = 9, 8
 MIDDLE = tuple(range(4, 29, 3))  # 9 frames at 8 a second from the middle of 36 at 24
-REPEATED = tuple(next(place for place in range(number, -1, -1) if place not in DROPPED) for number in MIDDLE)
+REPEATED = tuple(repeated(number) for number in MIDDLE)
 
 RAISES = "raises"  # an outcome that is never right
 

@@ -14,6 +14,11 @@ B_FRAMES = {"g": "12", "bf": "2", "sc_threshold": "0"}
 DROPPED = (5, 6, 7, 8, 21, 22, 23, 33, 34, 35)  # of the pictures of a clip; never the first
 
 
+def repeated(place: int) -> int:
+    """What is shown at a place if those at DROPPED repeat the one before."""
+    return max(set(range(place + 1)) - set(DROPPED))
+
+
 def dropped() -> bytes:
     """An avi in which the packets at the places DROPPED have no bytes."""
     data = bytearray(plain("avi", "mjpeg"))

@@ -8,12 +8,12 @@ import av
 import pytest
 from numbered import COUNT, HEIGHT, RATE, WIDTH, number_in, picture
 from odd_files import SIZE, sounds, two_streams
-from old_avi import DROPPED, dropped, dropped_by_encoder, packed
+from old_avi import DROPPED, dropped, dropped_by_encoder, packed, repeated
 
 from cogvideox.data.decode import VideoError, probe, read_frames
 
 ALL = list(range(COUNT))
-REPEATED = [max(set(range(number + 1)) - set(DROPPED)) for number in ALL]
+REPEATED = [repeated(number) for number in ALL]
 FILES: dict[str, tuple[Callable[[], bytes], list[int]]] = {
     "packed.avi": (packed, ALL),
     "packed.mp4": (lambda: packed("mp4"), ALL),
