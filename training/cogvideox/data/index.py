@@ -148,9 +148,9 @@ def _clips(
         assert file is not None
         # An allowed path elsewhere keeps its absolute form.
         listed = os.path.join(videos.folder, path)
-        name = os.path.normpath(listed).removeprefix(inside).replace(os.sep, "/")
         if file != listed:  # it is spelled in another way, so backslashes are those of Windows
-            name = name.replace("\\", "/")
+            listed = listed.replace("\\", "/")
+        name = os.path.normpath(listed).removeprefix(inside).replace(os.sep, "/")
         image = images[row] if columns.images is not None else None
         gap = columns.images.place(row) if columns.images is not None and image is None else ""
         # The file's path is not normalized: "link/../a.mp4" is beside what the link leads to.
