@@ -11,7 +11,7 @@ from accelerate import PartialState
 from cogvideox.data.cache import CacheIndex
 from cogvideox.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.geometry import read_geometry
-from cogvideox.prepare import Preparation, check_bad
+from cogvideox.prepare import Preparation
 
 
 class Here:
@@ -53,7 +53,7 @@ def preparation(
 def complete(*arguments: Any, caption_batch: int = 4, **changes: Any) -> CacheIndex:
     made = preparation(*arguments, **changes)
     records = made.plan()
-    check_bad(records, made.data.max_bad_fraction)
+    made.check(records)
     return made.encode(records, caption_batch)[0]
 
 

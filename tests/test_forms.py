@@ -18,6 +18,7 @@ from fuzz_index import fuzz_indexes
 from test_index import captions, problems, read, touch, write
 
 from cogvideox.data.cache import open_index
+from cogvideox.data.columns import WITHOUT_CAPTIONS
 from cogvideox.data.index import Sample, check_first_frames, read_samples, read_validation
 from cogvideox.errors import UsageError
 from cogvideox.flags import DataFlags, ModelFlags
@@ -62,7 +63,11 @@ def test_a_table_keeps_captions_with_their_clips(tmp_path: Path, suffix: str) ->
     touch(tmp_path, *names)
     write_table(tmp_path / f"t.{suffix}", ["n", "video", "text"], [[0, *row] for row in zip(names, ODD, strict=True)])
     expected = [Sample(name, odd.strip(), str(tmp_path / name)) for name, odd in zip(names[:-1], ODD, strict=False)]
-    assert problems(tmp_path, dataset_file=f"t.{suffix}")[0].endswith("blank caption; write one, or remove the row")
+    assert (
+        problems(tmp_path, dataset_file=f"t.{suffix}")[0]
+        .split(": ")[-1]
+        .startswith("blank caption; write one, or remove the row; ")
+    )
     rows = [[0, *row] for row in zip(names[:-1], ODD, strict=False)]
     write_table(tmp_path / f"t.{suffix}", ["n", "video", "text"], rows)
     assert read(tmp_path, dataset_file=f"t.{suffix}") == expected
@@ -107,7 +112,7 @@ def test_missing_columns_name_those_there_and_the_nearest(tmp_path: Path) -> Non
     flags = table(tmp_path, "id,Caption,vids\n1,x,a.mp4\n")
     assert problems(tmp_path, **flags, image_column="imag") == (
         f"{tmp_path}/t.csv: has no column text or caption or prompt; there are: id, Caption, vids; "
-        "nearest: --caption_column Caption",
+        f"nearest: --caption_column Caption; {WITHOUT_CAPTIONS}",
         f"{tmp_path}/t.csv: has no column video or file_name or video_path or path; there are: id, Caption, vids; "
         "nearest: --video_column vids",
         f"--image_column imag: no such column in {tmp_path}/t.csv; there are: id, Caption, vids; "
@@ -210,7 +215,9 @@ def test_numbers_are_captions_as_written_and_nan_is_none(tmp_path: Path) -> None
     blanks = ("NaN", "null", '""', '" \\n"', '"None"', '"nan"')
     lines = [f'{{"text": {text}, "video": "a.mp4"}}' for text in blanks]
     found = problems(tmp_path, **table(tmp_path, "\n".join(lines), "jsonl"))
-    assert sum("blank caption" in problem for problem in found) == len(found) == len(blanks)
+    file = tmp_path / "t.jsonl"
+    assert len(found) == 1
+    assert found[0].startswith(f"{file}:1, {file}:2, {file}:3 and 3 more ({len(blanks)} in all): blank caption; ")
 
 
 def test_half_a_character_and_nul_in_json(tmp_path: Path) -> None:
@@ -344,14 +351,43 @@ def test_what_is_no_pair_is_named_with_its_fix(tmp_path: Path) -> None:
     pairs(tmp_path, both_mp4="x", empty_mp4=" \n", bad_mp4="x")
     touch(tmp_path, "both.png", "sub/alone.mp4", "notes.txt", "turn.insv", "turn.txt")
     (tmp_path / "bad.txt").write_bytes(b"x\ncaf\xe9")
-    assert sorted(problem.removeprefix(str(tmp_path)) for problem in problems(tmp_path)) == [
+    found = [problem.removesuffix(f"; {WITHOUT_CAPTIONS}") for problem in problems(tmp_path)]
+    assert sorted(problem.removeprefix(str(tmp_path)) for problem in found) == [
         "/bad.txt:2: is not UTF-8 (byte 4 is 0xe9); save the file as UTF-8",
         "/empty.txt: blank caption; write one, or remove the clip",
         ": both.mp4 and both.png: are clips of one name; rename all but one",
         ": notes.txt: is a caption without a clip; add the clip, or rename it to end in something else",
-        ": sub/alone.mp4: has no caption; write it into sub/alone.txt",
+        ": sub/alone.mp4: has no caption; write it next to the clip, into a file of the same name that ends in .txt",
         ": turn.insv: has a caption, but its format is not read; convert it to mp4, or an image to png",
     ]
+
+
+def test_many_clips_without_captions_are_one_line(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"IMG_{k:04d}.MOV" for k in range(30)))
+    (found,) = problems(tmp_path)
+    clips = "IMG_0000.MOV, IMG_0001.MOV, IMG_0002.MOV and 27 more (30 in all)"
+    assert found.startswith(f"{tmp_path}: {clips}: has no caption; write it next to the clip, into a file of the same ")
+    assert found.endswith("; prepare_dataset.py --dry_run and --suggest_buckets work without captions")
+
+
+@pytest.mark.parametrize("form", ["pairs", "list", "blank lines", "table", "blank cells"])
+def test_captions_may_be_missing_in_every_form_where_none_are_needed(tmp_path: Path, form: str) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4")
+    files = {
+        "pairs": {"a.txt": "one", "b.txt": " "},
+        "list": {"videos.txt": "a.mp4\nb.mp4"},
+        "blank lines": {"videos.txt": "a.mp4\nb.mp4", "prompts.txt": "\none"},
+        "table": {"metadata.csv": "file_name\na.mp4\nb.mp4"},
+        "blank cells": {"metadata.csv": "file_name,text\na.mp4,\nb.mp4,two"},
+    }
+    for name, text in files[form].items():
+        (tmp_path / name).write_text(text)
+    data = DataFlags((str(tmp_path),), id_token="TOKEN")
+    samples = read_samples(data, need_captions=False)
+    assert [sample.id for sample in samples] == ["a.mp4", "b.mp4"]
+    assert "" in [sample.caption for sample in samples]
+    (found,) = problems(tmp_path)
+    assert found.endswith(WITHOUT_CAPTIONS)
 
 
 @pytest.mark.fault("security: paths and links out of the data root")
@@ -637,9 +673,8 @@ def test_pointers_of_git_lfs_are_one_group_of_lines(tmp_path: Path) -> None:
         for suffix in ("mp4", "txt"):
             (root / f"{number}.{suffix}").write_text(LFS)
     found = problems(root)
-    assert len(found) <= 21
-    assert all("is a Git LFS pointer, not the file itself; run: git -C" in line for line in found[:20])
-    assert " more" in found[-1]
+    assert len(found) == 1
+    assert "497 more (500 in all): is a Git LFS pointer, not the file itself; run: git -C" in found[0]
     assert shlex.split(found[0].split("; run: ")[1]) == ["git", "-C", str(root), "lfs", "pull"]
 
 

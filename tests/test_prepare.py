@@ -29,7 +29,7 @@ from cogvideox.data.transforms import Fit
 from cogvideox.data.workers import Killed
 from cogvideox.errors import UsageError
 from cogvideox.flags import EncodeFlags, ModelFlags
-from cogvideox.prepare import Encoders, check_bad, one_behind
+from cogvideox.prepare import Encoders, UnusableClips, check_bad, one_behind
 
 Tiny = Callable[[str], Path]
 NUM_CLIPS = 6  # of the fixture `clips`
@@ -318,11 +318,8 @@ def test_a_clip_too_short_for_all_stops_the_run(tiny: Tiny, clips: Path, tmp_pat
     with pytest.raises(UsageError) as caught:
         complete(tiny("5b"), clips, tmp_path, frame_buckets=(17,))
     assert caught.value.problems == (
-        f"{clips}/videos/00005.mp4: 1.67 s give 14 frames at 8 frames a second; the shortest bucket has 17; "
-        "give a bucket of 14 frames or less, or a higher --fps",
-        "--max_bad_fraction 0: 1 of 6 clips cannot be used; mend or remove them "
-        "(ledger.jsonl has all), or allow it with "
-        "--max_bad_fraction 0.167",
+        "--max_bad_fraction 0: 1 of 6 clips cannot be used; fix or remove them, see the table (ledger.jsonl has all), "
+        "or continue without: --max_bad_fraction 0.167",
     )
     assert not (tmp_path / "index.json").exists()
 
@@ -841,8 +838,9 @@ def test_a_clip_that_changes_after_planning_is_never_stored_as_what_it_was(
     original = clip.read_bytes()
     with monkeypatch.context() as patch:
         during_encoding(patch, lambda: shutil.copy(data / "videos/00004.mp4", clip))
-        with pytest.raises(UsageError, match=r"00001\.mp4: has changed while it was prepared"):
+        with pytest.raises(UnusableClips) as caught:
             complete(tiny("5b"), data, output)
+    assert "has changed while it was prepared" in caught.value.records[1]["reason"]
     clip.write_bytes(original)
     index = complete(tiny("5b"), data, output)
     reference = complete(tiny("5b"), data, tmp_path / "fresh")
@@ -856,8 +854,9 @@ def test_a_clip_that_goes_and_comes_back_is_not_remembered_as_failed(
     clip, away, output = data / "videos/00001.mp4", tmp_path / "away.mp4", tmp_path / "out"
     with monkeypatch.context() as patch:
         during_encoding(patch, lambda: os.rename(clip, away))
-        with pytest.raises(UsageError, match="has changed while it was prepared"):
+        with pytest.raises(UnusableClips) as caught:
             complete(tiny("5b"), data, output)
+    assert "has changed while it was prepared" in caught.value.records[1]["reason"]
     os.rename(away, clip)
     assert len(complete(tiny("5b"), data, output).samples) == NUM_CLIPS
 

@@ -18,6 +18,7 @@ from cogvideox import report
 from cogvideox.args import parse
 from cogvideox.data.cache import open_index
 from cogvideox.data.decode import write_video
+from cogvideox.errors import UsageError
 from cogvideox.options import PrepareOptions
 
 Tiny = Callable[[str], Path]
@@ -61,7 +62,8 @@ def test_a_dry_run_reads_no_weights_and_encodes_nothing(
         ["9x32x48", "1", "1", "0", "125%", "0%", "0.0"],
         ["17x32x48", "5", "5", "0", "12%", "0%", "0.0"],
     ]
-    assert lines[-1].startswith("hours are not known: ")
+    assert lines[-2].startswith("hours are not known: ")
+    assert lines[-1] == "next: the same command without --dry_run encodes this"
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not (tmp_path / "out" / "index.json").exists()
 
@@ -70,7 +72,7 @@ def test_the_costs_are_what_is_then_written(
     tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tiny("5b"), clips, tmp_path, "--dry_run", "--frame_buckets", "5") == 0
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = capsys.readouterr().out.splitlines()[-2]
     match = re.fullmatch(
         r"to encode: 6 variants of clips and 7 captions, ([\d.]+) MiB; the clips take about \d+ s on one cpu", line
     )
@@ -79,7 +81,7 @@ def test_the_costs_are_what_is_then_written(
     written = sum(map(len, tensor_files(tmp_path).values())) - 13 * 400  # headers
     assert float(match[1]) == pytest.approx(written / 2**20, abs=0.06)
     assert run(tiny("5b"), clips, tmp_path, "--dry_run", "--frame_buckets", "5") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "to encode: 0 variants of clips and 0 captions, 0.0 MiB"
+    assert capsys.readouterr().out.splitlines()[-2] == "to encode: 0 variants of clips and 0 captions, 0.0 MiB"
 
 
 def test_the_costs_of_first_frames(tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,9 +93,9 @@ def test_the_costs_of_first_frames(tiny: Tiny, clips: Path, tmp_path: Path, caps
     assert run(tiny("5b"), clips, tmp_path, *flags, "--save_image_latents", "--dry_run") == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.match(
-        r"to encode: 0 variants of clips, 6 first frames 3 times each and 0 captions, [\d.]+ MiB", lines[-1]
+        r"to encode: 0 variants of clips, 6 first frames 3 times each and 0 captions, [\d.]+ MiB", lines[-2]
     )
-    size = float(lines[-1].split(" captions, ")[1].split()[0])
+    size = float(lines[-2].split(" captions, ")[1].split()[0])
     plain, many = (described(tiny("5b-i2v"), clips, tmp_path, image_variants=k)[1].split()[-1] for k in (0, 300))
     assert float(many) - float(plain) == pytest.approx(100 * size, rel=0.5)
     assert run(tiny("5b-i2v"), clips, tmp_path, *flags) == 0
@@ -115,14 +117,18 @@ def test_what_is_done_to_the_clips_of_a_bucket(configs: Path, data: Path, tmp_pa
 def test_dropped_clips_have_a_status_and_a_reason(configs: Path, data: Path, tmp_path: Path) -> None:
     (data / "videos/00000.mp4").write_text("not a video")
     lines = described(configs, data, tmp_path / "out", frame_buckets=(17,), height_buckets=(80,), width_buckets=(112,))
-    assert "1 failed" in lines
-    assert "1 short" in lines
+    assert "4 of 6 clips are used, and these are not:" in lines
+    assert "1 cannot be read or trained on:" in lines
+    assert "1 too short:" in lines
     assert any(re.match(r"  \S+00000.mp4: .*Invalid data", line) for line in lines)
-    assert any(re.match(r"  \S+00005.mp4: 1.67 s give 14 frames .*; give a bucket of 14", line) for line in lines)
+    assert any(
+        re.match(r"  \S+00005.mp4: 1.67 s give 14 frames .* and the shortest bucket has 17; give a shorter one", line)
+        for line in lines
+    )
     lines = described(configs, data, tmp_path / "out", height_buckets=(128,), width_buckets=(160,))
-    assert "3 small" in lines
-    wanted = "/videos/00001.mp4: 96x64 pixels would be enlarged 2.00 times; give a smaller bucket, or --max_upscale 2"
-    assert any(line.endswith(wanted) for line in lines)
+    assert "3 too small:" in lines
+    wanted = "/videos/00001.mp4: 96x64 pixels would be enlarged 2.00 times, and 1.5 is the most; give a smaller bucket"
+    assert any(wanted in line for line in lines)
     lines = described(configs, data, tmp_path / "out", height_buckets=(128,), width_buckets=(160,), max_upscale=2.5)
     assert lines[1].split()[:4] == ["5x128x160", "5", "5", "5"]
 
@@ -152,6 +158,101 @@ def test_a_validation_clip_that_is_trained_on_is_said(configs: Path, clips: Path
     assert "--validation_data_root: 5 clips are trained on too, and say nothing:" in lines
     assert f"  {data / 'videos/00000.mp4'}" in lines
     assert not any("00003" in line for line in lines)
+
+
+# -- what helps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wall(tmp_path: Path) -> Path:
+    """Clips without captions: eight long ones and five of seven frames, landscape and portrait, and two of junk."""
+    folder = tmp_path / "wall"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(13):
+        shape = (64, 96, 3) if k % 3 else (96, 64, 3)
+        frames = np.repeat(rng.integers(0, 256, (1, *shape), np.uint8), 20 if k < 8 else 7, axis=0)
+        write_video(folder / f"IMG_{k:02d}.mp4", frames, 8)
+    for k in (1, 2):
+        (folder / f"junk{k}.mp4").write_text("not a video")
+    return folder
+
+
+def checked(model: Path, data: Path, output: Path, *more: str) -> int:
+    """As the command line does it, with its checks."""
+    argv = ["--model_id", str(model), "--data_root", str(data), "--output_dir", str(output), *more]
+    return prepare_dataset.main(parse(PrepareOptions, None, argv, prepare_dataset.CHECKS))
+
+
+def test_a_dry_run_needs_no_captions(
+    configs: Path, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table comes first, then each cause once, then what to do; and the advice is what it says."""
+    flags = ("--train_resolution", "17x64x96")
+    with pytest.raises(UsageError, match="has no caption; write it next to the clip"):
+        checked(configs, wall, tmp_path / "out", *flags)
+    with pytest.raises(UsageError) as caught:
+        checked(configs, wall, tmp_path / "out", *flags, "--dry_run")
+    (rule,) = caught.value.problems
+    assert rule.startswith("--max_bad_fraction 0: 7 of 15 clips cannot be used; ")
+    allowed = rule.rpartition(" ")[2]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["17x64x96", "8"]
+    assert lines[2] == "8 of 15 clips are used, and these are not:"
+    assert lines[3] == "5 too short, for example:"
+    assert sum("IMG_" in line for line in lines) == 3
+    assert lines[8] == "2 cannot be read or trained on:"
+    steps = [line for line in lines if line.startswith("next: ")]
+    assert [step.split(": ")[1] for step in steps] == [
+        "write the captions",
+        "other buckets",
+        "fix or remove the 7 clips that are not used, or continue without",
+    ]
+    assert "15 of 15 clips have none" in steps[0]
+    shorter = lines[7].removeprefix("  to use them: ").split()
+    assert shorter == ["--train_resolution", "17x64x96", "5x64x96"]
+    assert checked(configs, wall, tmp_path / "out", *shorter, "--dry_run", "--max_bad_fraction", "0.2") == 0
+    assert "13 of 15 clips are used, and these are not:" in capsys.readouterr().out.splitlines()
+    assert checked(configs, wall, tmp_path / "out", *flags, "--dry_run", "--max_bad_fraction", allowed) == 0
+
+
+def test_suggested_buckets_are_flags_that_give_the_count(
+    configs: Path, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checked(configs, wall, tmp_path / "out", "--suggest_buckets", "4") == 0
+    said = capsys.readouterr()
+    assert "13 of 15 clips fit:" in said.err.splitlines()
+    flags = said.out.split()
+    assert flags[0] == "--train_resolution"
+    assert 2 <= len(flags) - 1 <= 4
+    assert not (tmp_path / "out").exists()
+    assert checked(configs, wall, tmp_path / "out", *flags, "--dry_run", "--max_bad_fraction", "0.2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "13 of 15 clips are used, and these are not:" in lines
+    assert not any("too" in line or "other buckets" in line for line in lines)
+
+
+def test_small_clips_are_used_with_the_flag_that_is_said(
+    configs: Path, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="no clip is left to train on; see the table"):
+        checked(configs, wall, tmp_path / "out", "--train_resolution", "5x256x384", "--dry_run")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "  to use them: " in line]
+    flags = line.removeprefix("  to use them: ").split()[:2]
+    assert flags == ["--max_upscale", "6"]
+    more = ("--train_resolution", "5x256x384", "--dry_run", "--max_bad_fraction", "0.2")
+    assert checked(configs, wall, tmp_path / "out", *more, *flags) == 0
+
+
+def test_the_table_is_shown_where_no_clip_is_left(configs: Path, data: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    made = preparation(configs, data, tmp_path / "out", frame_buckets=(49,), max_bad_fraction=1.0)
+    with pytest.raises(UsageError, match="no clip is left"), report.explained(made, said.append):
+        made.check(made.plan())
+    lines = said[0].splitlines()
+    assert lines[0].split()[0] == "bucket"
+    assert lines[1] == "0 of 6 clips are used, and these are not:"
+    assert lines[-1].startswith("next: other buckets: 6 of 6 clips fit --train_resolution ")
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

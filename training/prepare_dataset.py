@@ -5,8 +5,9 @@ r"""Encodes a folder of clips and captions once, so that training needs neither 
 
 Train with --data_root prepared --load_tensors. The same command again does nothing; an interrupted one goes on; edited
 clips and captions are seen. --save_image_latents adds what image-to-video needs. With --dry_run it shows what would be
-encoded, with --verify what is wrong with what was, and --repair mends that. On several GPUs: accelerate launch
---multi_gpu, one share a GPU.
+encoded, with --suggest_buckets 4 it prints buckets that suit the clips; neither needs captions. With --verify it lists
+what is wrong with what was encoded, and --repair fixes that. On several GPUs: accelerate launch --multi_gpu, one share
+a GPU.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ from cogvideox.data.decord_reader import check_reader
 from cogvideox.data.index import check_data
 from cogvideox.files import what_is_safe
 from cogvideox.geometry import check_preparation, read_geometry
-from cogvideox.options import PrepareOptions
+from cogvideox.options import PrepareOptions, needs_captions
 
 CHECKS = (check_preparation, check_data, check_reader)
 
@@ -30,9 +31,9 @@ def main(options: PrepareOptions) -> int:
 
 def prepare_into(folder: Path, options: PrepareOptions) -> int:
     """Plans, then verifies or encodes; returns the exit status."""
-    from cogvideox.prepare import Preparation, check_bad
+    from cogvideox.prepare import Preparation
     from cogvideox.ranks import Ranks, start_processes
-    from cogvideox.report import describe
+    from cogvideox.report import describe, explained, suggest
     from cogvideox.verify import find_faults, mend
 
     prepare = options.prepare
@@ -41,7 +42,13 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
     ranks.check_shared(folder, "--output_dir")
     with_images = geometry.image_to_video if prepare.save_image_latents is None else prepare.save_image_latents
     image_variants = options.first_frames.num_image_noise_variants if with_images else 0
-    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, ranks, image_variants)
+    preparation = Preparation(
+        *(options.model, options.data, options.encode, geometry, folder, ranks, image_variants),
+        need_captions=needs_captions(options),
+    )
+    if prepare.suggest_buckets:
+        suggest(preparation, prepare.suggest_buckets)
+        return 0
     records = preparation.plan()
     if prepare.verify or prepare.repair:
         faults = ranks.gather(find_faults(preparation, records))
@@ -52,10 +59,11 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
         records = preparation.plan()
     if prepare.dry_run:
         ranks.say(describe(preparation, records, costs=True))
-        check_bad(records, options.data.max_bad_fraction)
+        preparation.check(records)
         return 0
-    check_bad(records, options.data.max_bad_fraction)
-    index, records = preparation.encode(records, prepare.batch_size)
+    with explained(preparation, ranks.say):
+        preparation.check(records)
+        index, records = preparation.encode(records, prepare.batch_size)
     ranks.say(describe(preparation, records))
     ranks.say(f"{len(index.samples)} samples in {folder}; train with --data_root {folder} --load_tensors")
     return 0

@@ -36,6 +36,7 @@ data/decode.py        probe, exact frames, mp4 writing
 hub.py                the repository on the hub: made at the start, filled at the end
 lora_file.py          a LoRA's file, read before anything heavy is imported
 geometry.py           the numbers in a model's config files
+data/proposals.py     buckets that suit a folder's clips and a model
 data/cache.py         encoded clips and captions: content-addressed, checked, atomic
 data/clips.py         a file and a recipe -> a plan -> frames
 data/sampler.py       which samples make up each optimizer step
@@ -57,6 +58,7 @@ optimizers.py         which optimizer, and what each needs and refuses
 checks.py             what a script looks at before anything heavy is imported
 prepare.py            folders of clips -> the cache
 captions.py           what T5 does not read of captions, or cannot tell apart
+causes.py             why clips cannot be used, grouped, with what helps
 report.py             what a preparation makes of a data set: table, pictures, costs
 verify.py             a cache against its data: what is wrong, and mending it
 tasks.py              what the transformer gets: text to video, image to video

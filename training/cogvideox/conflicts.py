@@ -91,7 +91,7 @@ def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
         yield "--save_latents_and_embeddings false: nothing else is written; leave it out, or use --dry_run"
     if not prepare.output_dir:
         yield "--output_dir: is empty; give a folder for the tensors"
-    modes = [name for name in ("dry_run", "verify", "repair") if getattr(prepare, name)]
+    modes = [name for name in ("dry_run", "suggest_buckets", "verify", "repair") if getattr(prepare, name)]
     if len(modes) > 1:
         yield f"--{modes[0]}: contradicts --{modes[1]}; give one of them"
 

@@ -208,7 +208,16 @@ class PrepareFlags:
     save_image_latents: bool | None = flag(None, "encode first frames too, for image-to-video (where the model is one)")
     batch_size: int = flag(1, "captions encoded at once; more than 1 changes embeddings by rounding", least=1)
     dry_run: bool = flag(
-        False, "show what would be encoded, and what it costs, and stop", refused="this one would train"
+        False,
+        "show what would be encoded, and what it costs, and stop; captions are not needed",
+        refused="this one would train",
+    )
+    suggest_buckets: int | None = flag(
+        None,
+        "print at most so many buckets that suit the clips, as a value of --train_resolution, and stop; no captions "
+        "are needed",
+        least=1,
+        refused="this one would train",
     )
     verify: bool = flag(
         False,

@@ -252,6 +252,12 @@ def reads_clips(options: Any) -> bool:
     return loader is None or not loader.load_tensors
 
 
+def needs_captions(options: Any) -> bool:
+    """Whether captions are used: not where prepare_dataset.py only looks at a data set."""
+    prepare: PrepareFlags | None = getattr(options, "prepare", None)
+    return prepare is None or not (prepare.dry_run or prepare.suggest_buckets)
+
+
 def target_pattern(target_modules: Sequence[str]) -> str | None:
     """The regular expression that --target_modules is; None where it lists names."""
     plain = len(target_modules) != 1 or re.fullmatch(r"[\w.]+", target_modules[0])

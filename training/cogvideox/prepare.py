@@ -36,19 +36,19 @@ from cogvideox.data.clips import (
     UNREADABLE,
     ClipRecipe,
     Variant,
-    bad_line,
     decode_variant,
     image_refusal,
     image_request,
     is_record,
     max_bad,
+    measure_clip,
     plan_clip,
     plan_image,
 )
 from cogvideox.data.index import Sample, check_first_frames, read_samples, read_validation
 from cogvideox.data.workers import Killed, Limits, Workers
 from cogvideox.encode import Arriving
-from cogvideox.errors import UsageError, first_of
+from cogvideox.errors import UsageError
 from cogvideox.files import stamp_of
 from cogvideox.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.geometry import Geometry
@@ -171,6 +171,7 @@ class Preparation:
         folder: Path,
         state: Any,
         image_variants: int = 0,
+        need_captions: bool = True,
     ) -> None:
         self.model, self.data, self.flags, self.geometry, self.folder = model, data, flags, geometry, folder
         self.state, self.image_variants = state, image_variants
@@ -179,8 +180,8 @@ class Preparation:
         self.recipe = clip_recipe(data, geometry)
         self.limits = Limits(data.decode_timeout, int(data.decode_memory * 2**30))
         self.skipped: list[str] = []
-        validation = read_validation(data)
-        self.samples: list[Sample] = read_samples(data, self.skipped) + validation
+        validation = read_validation(data, need_captions)
+        self.samples: list[Sample] = read_samples(data, self.skipped, need_captions) + validation
         self.num_validation = len(validation)
         if image_variants:
             check_first_frames(self.samples)
@@ -214,13 +215,36 @@ class Preparation:
         self.state.wait_for_everyone()
         return self._records()
 
+    def measure(self) -> list[dict[str, Any]]:
+        """A record of every sample, in order, with the size of its clip and the frames that it can give, or the reason
+        why it cannot be read. Headers are read, in workers; nothing is written.
+        """
+        paths = list(self.requests)
+        results = self.in_workers(((measure_clip, path, self.recipe) for path in paths), len(paths), "reading headers")
+        found = {
+            path: self._killed("", path, record) if isinstance(record, Killed) else record
+            for path, record in zip(paths, results, strict=True)
+        }
+        return [found[sample.video] for sample in self.samples]
+
+    def check(self, records: Sequence[dict[str, Any]]) -> None:
+        """Raises UnusableClips if no clip is left, or if more are bad than --max_bad_fraction allows."""
+        listed = len(records) - self.num_validation
+        parts = [("--data_root", self.data.data_root, "train", records[:listed])]
+        if self.num_validation:
+            parts.append(("--validation_data_root", self.data.validation_data_root, "measure", records[listed:]))
+        for flag, roots, verb, part in parts:
+            if not any(record["status"] == OK for record in part):
+                raise UnusableClips(f"{flag} {' '.join(roots)}: no clip is left to {verb} on; see the table", records)
+        check_bad(records, self.data.max_bad_fraction)
+
     def encode(
         self, records: Sequence[dict[str, Any]], caption_batch: int = 1
     ) -> tuple[CacheIndex, list[dict[str, Any]]]:
         """Encodes what is missing, T5 first, and writes the index; returns it and what became of each sample.
 
         Raises:
-            UsageError: more clips than --max_bad_fraction could not be decoded.
+            UnusableClips: more clips than --max_bad_fraction could not be decoded.
         """
         encoders = Encoders.of(self.model, self.flags, self.geometry)
         with self._sole_writer():
@@ -232,7 +256,7 @@ class Preparation:
             self._encode_cuts({key: cut for key, cut in cuts if not self.cache.has(key)}, encoders)
             self.state.wait_for_everyone()
             final = self._records()
-            check_bad(final, self.data.max_bad_fraction)
+            self.check(final)
             index = self._index(final, encoders)
             if self.state.is_main_process:
                 self._check_whole(index)
@@ -376,12 +400,6 @@ class Preparation:
             tuple(entry for sample, record in part for entry in self.cached_samples(sample, record, encoders))
             for part in (pairs[:listed], pairs[listed:])
         )
-        if not samples:
-            roots = " ".join(self.data.data_root)
-            raise UsageError(f"--data_root {roots}: no clip is left to train on; see the table")
-        if self.num_validation and not validation:
-            roots = " ".join(self.data.validation_data_root)
-            raise UsageError(f"--validation_data_root {roots}: no clip is left to measure on; see the table")
         return CacheIndex(
             samples=samples,
             empty_prompt_key=encoders.prompt_key(""),
@@ -501,19 +519,29 @@ def other_encoders(index: CacheIndex, encoders: Encoders) -> list[str]:
     return [name for name, (then, now) in pairs.items() if then != now]
 
 
-def bad_clips(records: Iterable[dict[str, Any]]) -> list[str]:
-    """file: reason, of every clip that cannot be used."""
-    return [bad_line(record["path"], record["reason"]) for record in records if record["status"] != OK]
+class UnusableClips(UsageError):
+    """Too many clips cannot be used. ``records`` are those of all samples, for the table that says why."""
+
+    def __init__(self, problem: str, records: Sequence[dict[str, Any]]) -> None:
+        super().__init__(problem)
+        self.records = records
 
 
 def check_bad(records: Sequence[dict[str, Any]], max_bad_fraction: float) -> None:
-    """Raises UsageError where more clips are bad than allowed."""
-    bad = bad_clips(records)
-    if len(bad) <= max_bad(max_bad_fraction, len(records)):
-        return
-    enough = math.ceil(len(bad) / len(records) * 1000) / 1000
-    rule = (
-        f"--max_bad_fraction {max_bad_fraction:g}: {len(bad)} of {len(records)} clips cannot be used; "
-        f"mend or remove them (ledger.jsonl has all), or allow it with --max_bad_fraction {enough:g}"
-    )
-    raise UsageError([*first_of(bad), rule])
+    """Raises UnusableClips where more clips are bad than allowed."""
+    if count := too_many_bad(records, max_bad_fraction):
+        rule = f"--max_bad_fraction {max_bad_fraction:g}: {count} of {len(records)} clips cannot be used"
+        fix = f"fix or remove them, see the table (ledger.jsonl has all), or continue without: {allowing(records)}"
+        raise UnusableClips(f"{rule}; {fix}", records)
+
+
+def too_many_bad(records: Sequence[dict[str, Any]], max_bad_fraction: float) -> int:
+    """How many clips cannot be used, if that is more than allowed; else 0."""
+    bad = sum(record["status"] != OK for record in records)
+    return bad if bad > max_bad(max_bad_fraction, len(records)) else 0
+
+
+def allowing(records: Sequence[dict[str, Any]]) -> str:
+    """The flag that allows as many bad clips as there are."""
+    bad = sum(record["status"] != OK for record in records)
+    return f"--max_bad_fraction {math.ceil(bad / len(records) * 1000) / 1000:g}"

@@ -5,9 +5,11 @@ Records of the ledger -> text and contact sheets. Nothing here decides anything;
 
 import math
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,18 @@ import torch
 
 from cogvideox import encode, models
 from cogvideox.captions import caption_notes, indented, shared_notes
+from cogvideox.causes import causes_of, flags_of, proposal_line, proposal_of
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import hash_of
-from cogvideox.data.clips import OK, Variant, decode_variant, time_decode
+from cogvideox.data.clips import OK, SHORT, SMALL, Variant, decode_variant, time_decode
 from cogvideox.data.forms import PREVIEW_FOLDER
 from cogvideox.data.index import Sample
+from cogvideox.data.proposals import USUAL
 from cogvideox.data.transforms import scale, stretch
 from cogvideox.errors import UsageError
 from cogvideox.flags import EncodeFlags, ModelFlags
 from cogvideox.geometry import Geometry
-from cogvideox.prepare import Cut, Encoders, Preparation, bad_clips, missing_captions
+from cogvideox.prepare import Cut, Encoders, Preparation, UnusableClips, allowing, missing_captions, too_many_bad
 from cogvideox.sheets import Panel, Row, contact_sheet, spread
 
 SHEET_CLIPS, SHEET_FRAMES = 8, 4  # in the picture of a bucket
@@ -38,13 +42,14 @@ Records = Sequence[dict[str, Any]]
 
 
 def describe(preparation: Preparation, records: Records, costs: bool = False) -> str:
-    """The whole report, on the main rank; ``costs`` adds what encoding will take. Writes the contact sheets."""
+    """The whole report, on the main rank: what is used, what is not and why, what to know of the clips, what to do
+    next. ``costs``, for a dry run, adds what encoding will take. Writes the contact sheets.
+    """
     if not preparation.state.is_main_process:
         return ""
-    geometry, flags = preparation.geometry, preparation.flags
+    geometry = preparation.geometry
     used = by_bucket(records)
-    number_bytes = stored_bytes(preparation.model, flags, "vae")
-    lines = [table(records, used, geometry, number_bytes, preparation.image_variants)]
+    lines = outcome(preparation, records, used)
     lines += frame_notes(used, geometry)
     lines += still_notes(used)
     if preparation.num_validation:
@@ -59,7 +64,56 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
     lines += sheets(preparation, used)
     if costs:
         lines.append(cost(preparation, records))
+        lines += next_steps(preparation, records) or ["next: the same command without --dry_run encodes this"]
     return "\n".join(lines)
+
+
+@contextmanager
+def explained(preparation: Preparation, say: Callable[[str], None]) -> Iterator[None]:
+    """Says what became of all clips, and what helps, where too many of them cannot be used for the block to go on."""
+    try:
+        yield
+    except UnusableClips as error:
+        lines = outcome(preparation, error.records, by_bucket(error.records))
+        say("\n".join([*lines, *next_steps(preparation, error.records)]))
+        raise
+
+
+def next_steps(preparation: Preparation, records: Records) -> list[str]:
+    """What there is to do before clips are encoded: captions, other buckets, allowing bad clips."""
+    missing = sum(not sample.caption for sample in preparation.samples)
+    good = sum(record["status"] == OK for record in records)
+    steps = []
+    if missing:
+        how = "into a file of the clip's name that ends in .txt, next to it, or into a table (docs/data.md)"
+        steps.append(f"write the captions: {missing} of {len(records)} clips have none; each goes {how}")
+    if any(record["status"] in (SHORT, SMALL) for record in records):
+        proposal = proposal_of(records, preparation.data, preparation.geometry, USUAL)
+        if proposal.fitting > good:
+            steps.append(f"other buckets: {proposal_line(proposal, preparation.data)}")
+    bad = too_many_bad(records, preparation.data.max_bad_fraction)
+    if bad and good:
+        steps.append(f"fix or remove the {bad} clips that are not used, or continue without: {allowing(records)}")
+    return [f"next: {step}" for step in steps]
+
+
+def suggest(preparation: Preparation, number: int) -> None:
+    """Prints buckets for the clips to the standard output as flags, and to the other one how many clips fill them.
+
+    Raises:
+        UsageError: there are no such buckets.
+    """
+    if not preparation.state.is_main_process:
+        return
+    records = preparation.measure()
+    for cause in causes_of(records):
+        print(*cause.lines(preparation.data, preparation.geometry), sep="\n", file=sys.stderr)
+    proposal = proposal_of(records, preparation.data, preparation.geometry, number)
+    if not proposal.buckets:
+        rule = f"none of {len(records)} clips fills a bucket that this model takes"
+        raise UsageError(f"--suggest_buckets {number}: {rule}; give a larger --max_upscale, or longer clips")
+    print(f"{proposal.fitting} of {proposal.num_clips} clips fit:", file=sys.stderr)
+    print(flags_of(proposal, preparation.data), flush=True)
 
 
 def stored_bytes(model: ModelFlags, flags: EncodeFlags, part: str) -> int:
@@ -101,10 +155,19 @@ def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
     return dict(sorted(found.items()))
 
 
-def table(
-    records: Records, used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int, image_variants: int = 0
-) -> str:
-    """Clips per bucket, what is done to them and how large they become; what was dropped, and why."""
+def outcome(preparation: Preparation, records: Records, used: dict[Bucket, list[Used]]) -> list[str]:
+    """The table of the buckets; how many clips are used; why the others are not, by cause."""
+    number_bytes = stored_bytes(preparation.model, preparation.flags, "vae")
+    lines = [table(used, preparation.geometry, number_bytes, preparation.image_variants)]
+    good = sum(record["status"] == OK for record in records)
+    lines.append(f"{good} of {len(records)} clips are used" + (", and these are not:" if good < len(records) else ""))
+    for cause in causes_of(records):
+        lines += cause.lines(preparation.data, preparation.geometry)
+    return lines
+
+
+def table(used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int, image_variants: int = 0) -> str:
+    """Clips per bucket, what is done to them and how large they become."""
     rows: list[tuple[str, ...]] = [("bucket", "clips", "variants", "upscaled", "stretched", "cut off", "MiB")]
     for bucket, clips in used.items():
         tensors = set().union(*(clip.tensors for clip in clips))  # copies and repeats share theirs
@@ -112,11 +175,7 @@ def table(
         size = len(tensors) * numbers * number_bytes / 2**20
         rows.append((str(bucket), *bucket_cells(clips), f"{size:.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    dropped = Counter(record["status"] for record in records if record["status"] != OK)
-    lines += [f"{count} {status}" for status, count in dropped.items()]
-    lines += indented(bad_clips(records))
-    return "\n".join(lines)
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def bucket_cells(clips: list[Used]) -> tuple[str, ...]:

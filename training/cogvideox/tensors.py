@@ -11,9 +11,9 @@ from cogvideox.factory import open_factory
 from cogvideox.flags import TENSOR_FOLDER, DataFlags
 from cogvideox.geometry import Geometry, read_geometry
 from cogvideox.options import TrainOptions, ignores_positions, image_flags, noise_variants, resolutions
-from cogvideox.prepare import Encoders, Preparation, check_bad, encode_captions, missing_captions, other_encoders
+from cogvideox.prepare import Encoders, Preparation, encode_captions, missing_captions, other_encoders
 from cogvideox.prepared import is_factory_layout
-from cogvideox.report import describe
+from cogvideox.report import describe, explained
 from cogvideox.run import Run
 
 
@@ -81,8 +81,9 @@ def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Pa
     image_variants = noise_variants(options)
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks, image_variants)
     records = preparation.plan()
-    check_bad(records, options.data.max_bad_fraction)
-    index, records = preparation.encode(records)
+    with explained(preparation, run.say):
+        preparation.check(records)
+        index, records = preparation.encode(records)
     run.say(describe(preparation, records))
     run.barrier()  # drawing pictures takes longer than the other ranks wait elsewhere
     return index

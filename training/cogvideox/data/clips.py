@@ -110,6 +110,18 @@ def plan_clip(path: StrPath, recipe: ClipRecipe) -> dict[str, Any]:
     return _record(path, recipe.request(path), lambda info: plan_cuts(path, info, recipe))
 
 
+def measure_clip(path: StrPath, recipe: ClipRecipe) -> dict[str, Any]:
+    """The record of a file with its size and the frames that it can give; its content is not hashed, its cuts are not
+    planned. Never raises for a bad file.
+    """
+    return _record(path, "", lambda info: {"status": OK, "available": available_frames(info, recipe)})
+
+
+def available_frames(info: VideoInfo, recipe: ClipRecipe) -> int:
+    """How many frames a clip can give at the rate of a recipe."""
+    return frames_available(info.times, recipe.fps, recipe.skip_frames_start, recipe.skip_frames_end)
+
+
 def image_request(path: StrPath) -> str:
     """Names the file of a first frame as it is now, without reading it."""
     return hash_of(["first frame", str(path), stamp_of(path)])
@@ -139,13 +151,14 @@ def _record(path: StrPath, request: str, plan: Callable[[VideoInfo], dict[str, A
 
 def plan_cuts(path: StrPath, info: VideoInfo, recipe: ClipRecipe) -> dict[str, Any]:
     """What a clip gives to its buckets, or why it fills none: part of its record."""
-    available = frames_available(info.times, recipe.fps, recipe.skip_frames_start, recipe.skip_frames_end)
+    available = available_frames(info, recipe)
     size = (info.height, info.width)
     buckets = choose_buckets(recipe.buckets, available, *size, recipe.max_upscale, recipe.every_bucket)
     if not buckets:
-        return refusal(info, recipe, available)
+        return refusal(info, recipe, available) | {"available": available}
     content = content_hash(path)
-    return {"status": OK, "content": content, "cuts": [plan_cut(info, bucket, recipe, content) for bucket in buckets]}
+    cuts = [plan_cut(info, bucket, recipe, content) for bucket in buckets]
+    return {"status": OK, "available": available, "content": content, "cuts": cuts}
 
 
 def image_refusal(clip: dict[str, Any], image: dict[str, Any]) -> str | None:
@@ -166,15 +179,15 @@ def refusal(info: VideoInfo, recipe: ClipRecipe, available: int) -> dict[str, An
         return {"status": SHORT, "reason": f"{skipped} leave nothing of its {info.num_frames} frames; give less"}
     if available < shortest:
         rate = f" at {recipe.fps:g} frames a second" if recipe.fps else ""
-        more = ", or a higher --fps" if recipe.fps and info.num_frames > available else ""
-        fix = f"give a bucket of {available} {'frame' if available == 1 else 'frames or less'}{more}"
         frames = f"{available} {'frame' if available == 1 else 'frames'}"
-        reason = f"{info.duration:.2f} s give {frames}{rate}; the shortest bucket has {shortest}; {fix}"
+        reason = (
+            f"{info.duration:.2f} s give {frames}{rate}, and the shortest bucket has {shortest}; give a shorter one"
+        )
         return {"status": SHORT, "reason": reason}
     filled = [bucket for bucket in recipe.buckets if bucket.frames <= available]
     least = min(upscale(bucket, info.height, info.width) for bucket in filled)
-    fix = f"give a smaller bucket, or --max_upscale {math.ceil(least * 100) / 100:g}"
-    reason = f"{info.width}x{info.height} pixels would be enlarged {least:.2f} times; {fix}"
+    limit = f"{recipe.max_upscale:g} is the most; give a smaller bucket, or a larger --max_upscale"
+    reason = f"{info.width}x{info.height} pixels would be enlarged {least:.2f} times, and {limit}"
     return {"status": SMALL, "reason": reason}
 
 

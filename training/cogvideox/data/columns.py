@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvideox.errors import SHOWN, one_line
+from cogvideox.errors import one_line
 from cogvideox.files import LFS_POINTER, lfs_rule
 
 POINTER = "Git LFS pointer"  # a kind of problem
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+EXAMPLES = 3  # of problems of one kind
+NO_CAPTION, NO_CAPTIONS = "no caption", "no captions at all"  # kinds of problems
+WITHOUT_CAPTIONS = "prepare_dataset.py --dry_run and --suggest_buckets work without captions"
 
 
 @dataclass(frozen=True)
@@ -49,29 +52,55 @@ class Columns:
 
 
 class Problems:
-    """What was found so far, by kind: one printable line each, no more than SHOWN of a kind."""
+    """What was found so far, by kind, in printable lines. ``captions``: whether a missing caption is a problem."""
 
-    def __init__(self) -> None:
+    def __init__(self, captions: bool = True) -> None:
+        self.captions = captions
         self._lines: dict[str, list[str]] = defaultdict(list)
         self._counts: dict[str, int] = defaultdict(int)
+        self._rules: dict[str, list[str]] = {}  # that all lines of a kind end with, after a colon
 
     def add(self, kind: str, line: str) -> None:
         """Notes a problem; the line is escaped, and cut in its middle where it is long."""
+        if not self.captions and kind in (NO_CAPTION, NO_CAPTIONS):
+            return
+        line = one_line(line)
         self._counts[kind] += 1
-        if self._counts[kind] <= SHOWN:
-            self._lines[kind].append(one_line(line))
+        common = self._rules.setdefault(kind, _rules(line))
+        if common and not line.endswith(f": {common[0]}"):
+            self._rules[kind] = [rule for rule in common if line.endswith(f": {rule}")]
+        if self._counts[kind] <= EXAMPLES:
+            self._lines[kind].append(line)
 
     def __bool__(self) -> bool:
         return bool(self._counts)
 
     def lines(self) -> list[str]:
-        """The lines of each kind, and how many more there are."""
+        """What there is of each kind: every line, or of more than EXAMPLES the first ones and the count."""
         found = []
         for kind, count in self._counts.items():
-            found += self._lines[kind]
-            if count > SHOWN:
-                found.append(f"... and {count - SHOWN} more: {kind}")
+            rule = next(iter(self._rules[kind]), None)
+            found += _grouped(kind, self._lines[kind], count, rule)
         return found
+
+
+def _grouped(kind: str, examples: list[str], count: int, rule: str | None) -> list[str]:
+    """Examples of a kind and how many there are in all; in one line if all say the same ``rule`` of their places."""
+    if count <= len(examples):
+        return examples
+    if rule is None:
+        return [*examples, f"... and {count - len(examples)} more ({count} in all): {kind}"]
+    places = [line.removesuffix(f": {rule}") for line in examples]
+    start = f"{places[0].partition(': ')[0]}: "
+    if all(place.startswith(start) for place in places):
+        places = [places[0], *(place.removeprefix(start) for place in places[1:])]
+    return [one_line(f"{', '.join(places)} and {count - len(examples)} more ({count} in all): {rule}")]
+
+
+def _rules(line: str) -> list[str]:
+    """What a line may say of its place: all that follows one of its colons, the longest first."""
+    parts = line.split(": ")
+    return [": ".join(parts[start:]) for start in range(1, len(parts))]
 
 
 def listing(names: Iterable[str]) -> str:

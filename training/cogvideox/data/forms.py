@@ -17,7 +17,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from shlex import quote
 
-from cogvideox.data.columns import Column, Columns, Problems, listing, read_lines
+from cogvideox.data.columns import (
+    NO_CAPTION,
+    NO_CAPTIONS,
+    WITHOUT_CAPTIONS,
+    Column,
+    Columns,
+    Problems,
+    listing,
+    read_lines,
+)
 from cogvideox.data.paths import PathRules, folded
 from cogvideox.data.tables import FORMATS, Names, read_table
 from cogvideox.flags import TENSOR_FOLDER, DataFlags
@@ -143,7 +152,11 @@ def _read_list(
     if not files:
         listed = f"{flag} {name}" if name is not None else f"{' or '.join(defaults)} ({flag})"
         hint = "; for a column of a table give --dataset_file too" if _files(root, TABLE_FILES) else ""
-        problems.add("no list", f"{listed}: no such file in {root}; there are: {_text_files(root)}{hint}")
+        rule = f"{listed}: no such file in {root}; there are: {_text_files(root)}{hint}"
+        if name is None and defaults is CAPTION_FILES:
+            problems.add(NO_CAPTIONS, f"{rule}; {WITHOUT_CAPTIONS}")
+        else:
+            problems.add("no list", rule)
         return None
     file = os.path.normpath(os.path.join(root, files[0]))
     if not _may_read(root, file, rules, problems) or (lines := read_lines(file, problems)) is None:
@@ -194,10 +207,11 @@ def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
         return Columns()
     for stem in sorted(scan.media.keys() | scan.texts.keys()):
         _check_pair(root, stem, scan, problems)
-    texts = {names[0]: scan.texts[stem][0] for stem, names in scan.media.items() if stem in scan.texts}
+    texts = {names[0]: scan.texts.get(stem, [""])[0] for stem, names in scan.media.items()}
     videos = sorted(texts)
     captions = [texts[video] for video in videos]
-    values = [_read_caption(root, name, rules, problems) for name in captions]
+    missing = None if problems.captions else ""  # None: it is among the problems
+    values = [_read_caption(root, name, rules, problems) if name else missing for name in captions]
     return Columns(
         Column(values, lambda row: os.path.join(root, captions[row]), "remove the clip", root),
         Column(videos, lambda row: root, "remove it", root),
@@ -312,7 +326,8 @@ def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
         if len(names) > 1:
             problems.add(f"{kind} of one name", f"{root}: {_same_names(kind, names)}")
     if not texts:
-        problems.add("no caption", f"{root}: {media[0]}: has no caption; write it into {stem}.txt")
+        fix = "write it next to the clip, into a file of the same name that ends in .txt"
+        problems.add(NO_CAPTION, f"{root}: {media[0]}: has no caption; {fix}; {WITHOUT_CAPTIONS}")
     if not media and stem in scan.others:
         other = scan.others[stem][0]
         fix = "convert it to mp4, or an image to png"

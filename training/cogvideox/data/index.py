@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cogvideox.data.columns import Column, Columns, Problems, is_unicode
+from cogvideox.data.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, is_unicode
 from cogvideox.data.forms import read_columns
 from cogvideox.data.paths import PathRules
 from cogvideox.errors import UsageError
 from cogvideox.flags import DataFlags
-from cogvideox.options import reads_clips
+from cogvideox.options import needs_captions, reads_clips
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Sample:
     """One training clip.
 
     id: the path as listed, relative to its data root in posix form; "#2", "#3" is added for later rows of that path.
-    caption: with the id token in front. video, image: absolute paths, symlinks not followed; image is the first frame
-    that the data set names, if it does. no_image: the place where other clips have an image but this one has none.
+    caption: with the id token in front; empty where it is missing and not needed. video, image: absolute paths,
+    symlinks not followed; image is the first frame that the data set names, if it does. no_image: the place where other
+    clips have an image but this one has none.
     """
 
     id: str
@@ -33,25 +34,27 @@ class Sample:
     no_image: str = ""
 
 
-def read_samples(data: DataFlags, skipped: list[str] | None = None) -> list[Sample]:
+def read_samples(data: DataFlags, skipped: list[str] | None = None, need_captions: bool = True) -> list[Sample]:
     """The clips of every --data_root in order, each folder's as often as --repeats says.
 
     A repeat is the same as the rows listed again, and so is a path that two folders have: ids are unique. Files that
-    may be clips, but have a format that is not read, are added to ``skipped``.
+    may be clips, but have a format that is not read, are added to ``skipped``. Where captions are not needed, a missing
+    one is empty.
 
     Raises:
         UsageError: everything that is wrong with the folders, their lists or tables, the captions and the paths.
     """
-    return _read_folders("--data_root", data.data_root, data.repeats, data, [] if skipped is None else skipped)
+    found: list[str] = [] if skipped is None else skipped
+    return _read_folders("--data_root", data.data_root, data.repeats, data, found, need_captions)
 
 
-def read_validation(data: DataFlags) -> list[Sample]:
+def read_validation(data: DataFlags, need_captions: bool = True) -> list[Sample]:
     """The clips of --validation_data_root, once each; none without the flag.
 
     Raises:
         UsageError: as read_samples.
     """
-    return _read_folders("--validation_data_root", data.validation_data_root, (1,), data, [])
+    return _read_folders("--validation_data_root", data.validation_data_root, (1,), data, [], need_captions)
 
 
 def check_first_frames(samples: Sequence[Sample]) -> None:
@@ -70,13 +73,18 @@ def check_data(options: Any) -> Iterator[str]:
         return
     for read in (read_samples, read_validation):
         try:
-            read(options.data)
+            read(options.data, need_captions=needs_captions(options))
         except UsageError as error:
             yield from error.problems
 
 
 def _read_folders(
-    flag: str, folders: Sequence[str], repeats: Sequence[int], data: DataFlags, skipped: list[str]
+    flag: str,
+    folders: Sequence[str],
+    repeats: Sequence[int],
+    data: DataFlags,
+    skipped: list[str],
+    need_captions: bool,
 ) -> list[Sample]:
     # One number is for all folders; that there are too many or too few is a problem of the flags.
     times = repeats if len(repeats) == len(folders) else [repeats[0]] * len(folders)
@@ -84,7 +92,7 @@ def _read_folders(
     samples: list[Sample] = []
     found: list[str] = []
     for folder, repeat in zip(folders, times, strict=True):
-        problems = Problems()
+        problems = Problems(need_captions)
         clips = _read_folder(flag, folder, data, problems, skipped)
         found += problems.lines()
         for _ in range(0 if found else repeat):
@@ -104,6 +112,8 @@ def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems, sk
     rules = PathRules(root, data.allow_path)
     columns = read_columns(root, data, rules, problems)
     skipped += columns.skipped
+    if columns.captions is None and columns.videos is not None and not problems:  # none are needed
+        columns = replace(columns, captions=replace(columns.videos, values=[""] * len(columns.videos.values)))
     if columns.captions is not None:
         _check_captions(columns.captions, problems)
     images = _with_gaps(columns.images, asked=data.image_column is not None)
@@ -126,8 +136,8 @@ def _check_captions(captions: Column, problems: Problems) -> None:
         if caption is None:
             continue
         if not caption:
-            rule = f"blank caption; write one, or {captions.removal}"
-            problems.add("blank caption", f"{captions.place(row)}: {rule}")
+            rule = f"blank caption; write one, or {captions.removal}; {WITHOUT_CAPTIONS}"
+            problems.add(NO_CAPTION, f"{captions.place(row)}: {rule}")
         elif "\0" in caption:
             rule = "holds a NUL byte; save the file as plain UTF-8 text"
             problems.add("NUL in caption", f"{captions.place(row)}: {rule}")
@@ -176,4 +186,4 @@ def unique_id(name: str, uses: dict[str, int]) -> str:
 def _with_token(token: str, caption: str) -> str:
     # "DOG" is already in front of "DOG, running", but not of "DOGS running".
     present = caption.startswith(token) and not caption[len(token) : len(token) + 1].isalnum()
-    return caption if not token or present else f"{token} {caption}"
+    return caption if not token or not caption or present else f"{token} {caption}"

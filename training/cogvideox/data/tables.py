@@ -15,7 +15,7 @@ from functools import partial
 from shlex import quote
 from typing import Any
 
-from cogvideox.data.columns import Column, Columns, Problems, listing, read_lines
+from cogvideox.data.columns import NO_CAPTIONS, WITHOUT_CAPTIONS, Column, Columns, Problems, listing, read_lines
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 VIDEO_COLUMNS = ("video", "file_name", "video_path", "path")
@@ -90,7 +90,11 @@ def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Seq
     rule = f"{table.file}: has no column {' or '.join(wanted)}"
     if given is not None:
         rule = f"{flag} {given}: no such column in {table.file}"
-    problems.add("missing column", f"{rule}; there are: {listing(table.columns)}; {fix}")
+    line = f"{rule}; there are: {listing(table.columns)}; {fix}"
+    if given is None and wanted is CAPTION_COLUMNS:
+        problems.add(NO_CAPTIONS, f"{line}; {WITHOUT_CAPTIONS}")
+    else:
+        problems.add("missing column", line)
 
 
 def _text(value: Any, row: int, name: str, table: _Table, problems: Problems) -> str | None:
