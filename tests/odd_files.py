@@ -25,6 +25,7 @@ from PIL import Image
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
+from hdr import VP9, dolby_vision_8_4, tagged_by_container, video
 from numbered import (
     COUNT,
     HEIGHT,
@@ -465,6 +466,35 @@ def resized(container: str, codec: str) -> bytes:
     return written(container, fill)
 
 
+# Colors
+
+COLORS = "Colors"
+
+
+def color_cases() -> Iterator[Case]:
+    """HDR and wide gamuts: what comes out is SDR, so not the pixels of a plain decode."""
+    hdr = "HDR, converted to SDR"
+    ways: dict[str, tuple[str, dict[str, Any]]] = {
+        "hlg_hevc.mp4": ("hlg", {}),
+        "pq_hevc.mkv": ("pq", {"container": "matroska"}),
+        "pq_hevc.ts": ("pq", {"container": "mpegts"}),
+        "hlg_hevc_12_bit.mp4": ("hlg", {"pix_fmt": "yuv420p12le"}),
+        "hlg_full_range.mp4": ("hlg", {"full_range": True}),
+        "hlg_av1.webm": ("hlg", {"container": "webm", "codec": "libsvtav1"}),
+        "pq_av1.mp4": ("pq", {"codec": "libsvtav1"}),
+        "hlg_prores.mov": ("hlg", {"container": "mov", "codec": "prores_ks", "pix_fmt": "yuv422p10le"}),
+        "hlg_prores_4444.mov": ("hlg", {"container": "mov", "codec": "prores_ks", "pix_fmt": "yuv444p10le"}),
+        "pq_ffv1.mkv": ("pq", {"container": "matroska", "codec": "ffv1"}),
+    }
+    for name, (kind, how) in ways.items():
+        yield good(name, functools.partial(video, kind, **how), note=hdr)
+    yield good("hlg_vp9.webm", VP9.read_bytes, note=hdr)
+    yield good("hlg_dolby_vision_8_4.mov", lambda: dolby_vision_8_4(video("hlg")), note=hdr)
+    yield good("hlg_by_container_only.mp4", lambda: tagged_by_container(video("hlg", tagged=False), "hlg"), note=hdr)
+    yield good("bt2020_sdr.mp4", lambda: video("bt2020"), note="converted to bt709")
+    yield bad("dolby_vision_5.mp4", lambda: video("pq", tagged=False).replace(b"hev1", b"dvhe"), "Dolby Vision")
+
+
 # Damaged, or no video at all
 
 BROKEN = "is damaged|is truncated|cannot be read"
@@ -738,6 +768,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Clocks, lengths, turns": tuple(timed_cases()),
     "Transparency": tuple(transparent_cases()),
     "Several files or sizes in one": tuple(several_cases()),
+    COLORS: tuple(color_cases()),
     "Cut off, overwritten, absurd headers": tuple(damaged_cases()),
     "No video under the name of one": tuple(foreign_cases()),
     "Names": tuple(named_cases()),
@@ -752,9 +783,9 @@ Written by `python tests/odd_files.py --write`; `tests/test_odd_files.py` checks
 Each file is made by the test and goes through planning and decoding as in a preparation with --frame_buckets
 {CLIP_FRAMES} (1 for still images), --fps {CLIP_RATE} and frames from the middle. The good ones have {COUNT} frames
 at {RATE} frames a second. "Frames" are those that came out, by the number that each picture shows: they are upright
-and have the pixels of a plain decode from start to end. Otherwise the outcome is the line that the preparation prints
-after the file's name. Files with the same outcome share a row; where lines differ in their numbers only, the row has
-the line of its first file.
+and have the pixels of a plain decode from start to end, but for colors and transparency that are converted. Otherwise
+the outcome is the line that the preparation prints after the file's name. Files with the same outcome share a row;
+where lines differ in their numbers only, the row has the line of its first file.
 """
 
 

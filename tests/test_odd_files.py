@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 from conftest import schedule_as_usual
 from numbered import COUNT, HEIGHT, RATE, WIDTH, differ, number_in, picture, plain, sequential
-from odd_files import BASES, CASES, RAISES, SECTIONS, SIZE, TABLE, THEORA, Case, Outcome, part, place_and_read, table
+from odd_files import (
+    BASES,
+    CASES,
+    COLORS,
+    RAISES,
+    SECTIONS,
+    SIZE,
+    TABLE,
+    THEORA,
+    Case,
+    Outcome,
+    part,
+    place_and_read,
+    table,
+)
 from PIL import Image
 
 from cogvideox.data.clips import UNREADABLE
@@ -16,7 +30,8 @@ from cogvideox.data.decode import VideoError, probe, read_frames
 
 Read = Callable[[Case], tuple[Path, Outcome]]
 FIXES = "run|re-encode|convert|save|copy|download|mend|mends|give|cut|use|remove|list|check|write|make|replace|leave"
-VIDEOS = [case for title, cases in SECTIONS.items() if title not in ("Still images", "Transparency") for case in cases]
+CONVERTED = ("Still images", "Transparency", COLORS)
+VIDEOS = [case for title, cases in SECTIONS.items() if title not in CONVERTED for case in cases]
 
 
 def named(cases: list[Case]) -> list[object]:

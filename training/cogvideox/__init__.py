@@ -30,7 +30,9 @@ data/mpeg4.py         MPEG-4 part 2: packed B-frames, pictures that repeat the o
 data/packets.py       a video's packets -> when each frame is shown, where decoding can start
 data/icc.py           color profiles of pictures -> sRGB
 data/pictures.py      still images
+data/planes.py        planes of decoded frames as arrays
 data/alpha.py         transparency of videos: composited on black before scaling
+data/colors.py        HDR and wide-gamut video -> SDR
 data/decord_reader.py decord 0.6 as another reader
 data/decode.py        probe, exact frames, mp4 writing
 hub.py                the repository on the hub: made at the start, filled at the end

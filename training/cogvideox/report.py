@@ -23,6 +23,7 @@ from cogvideox.causes import causes_of, flags_of, proposal_line, proposal_of
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import OK, SHORT, SMALL, Variant, decode_variant, time_decode
+from cogvideox.data.colors import HDR, WHITE, is_wide_sdr
 from cogvideox.data.forms import PREVIEW_FOLDER
 from cogvideox.data.index import Sample
 from cogvideox.data.proposals import USUAL
@@ -36,6 +37,8 @@ from cogvideox.sheets import Panel, Row, contact_sheet, spread
 SHEET_CLIPS, SHEET_FRAMES = 8, 4  # in the picture of a bucket
 SHEETS_CLIPS = 64  # in all pictures together, where there are many buckets
 TRIED = 3  # clips to time
+LARGE = 720  # pixels of the shorter side, from which on players assume bt709 where a file does not say
+TAG_COMMAND = "`ffmpeg -i IN -c copy -bsf:v h264_metadata=matrix_coefficients=1 OUT`"  # hevc_metadata likewise
 TIMED_FRAMES = 9  # the VAE encodes 8 at a time, and the first one apart
 
 Records = Sequence[dict[str, Any]]
@@ -52,6 +55,7 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
     lines = outcome(preparation, records, used)
     lines += frame_notes(used, geometry)
     lines += still_notes(used)
+    lines += color_notes(records)
     if preparation.num_validation:
         lines.append(f"{preparation.num_validation} of the clips are for validation")
     lines += skipped_notes(preparation.skipped)
@@ -215,6 +219,30 @@ def skipped_notes(skipped: Sequence[str]) -> list[str]:
     suffixes = Counter(os.path.splitext(path)[1].lower() for path in skipped).most_common()
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes)
     return [f"files skipped because their format is not read: {kinds}; convert clips to mp4:", *indented(skipped)]
+
+
+def color_notes(records: Records) -> Iterator[str]:
+    """Clips whose colors are converted, and those whose files do not say how."""
+    sources = [record["source"] for record in records if record["status"] == OK]
+    found = Counter(name for source in sources for name in source.get("conversions", ()))
+    hdr = {name: found[name] for name in HDR.values() if found[name]}
+    if hdr:
+        kinds = ", ".join(f"{count} {name.upper()}" for name, count in hdr.items())
+        done = f"converted to SDR with {WHITE:g} cd/m2 as white; brighter parts are clipped"
+        yield f"{clips_are(sum(hdr.values()))} HDR ({kinds}): {done}"
+    wide = sum(is_wide_sdr(source.get("conversions", ())) for source in sources)
+    if wide:
+        yield f"{clips_are(wide)} SDR with colors of bt2020 or P3: converted to bt709"
+    untagged = [source for source in sources if source.get("matrix_is_assumed")]
+    large = sum(min(source["height"], source["width"]) >= LARGE for source in untagged)
+    if large:
+        rule = f"{clips_are(large)} of {LARGE}p or more without a color matrix: bt601 is assumed, as by decord"
+        yield f"{rule}; if a player shows other colors, it assumes bt709, so name that: {TAG_COMMAND}"
+
+
+def clips_are(number: int) -> str:
+    """The start of a sentence."""
+    return "1 clip is" if number == 1 else f"{number} clips are"
 
 
 def leak_notes(preparation: Preparation, records: Records) -> list[str]:

@@ -10,9 +10,10 @@ import re
 
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.plane import VideoPlane
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
+
+from cogvideox.data.planes import EXACT, samples
 
 # A graphic control extension of a gif whose disposal method clears the frame's area for the next one.
 _GIF_CLEARS = re.compile(rb"!\xf9\x04[\x08-\x0b]...\0", re.DOTALL)
@@ -43,19 +44,14 @@ def on_black(frame: VideoFrame) -> VideoFrame:
     return visible
 
 
-def samples(plane: VideoPlane) -> np.ndarray:
-    """The bytes of a plane as uint8 (height, width), without those that pad its lines; shares the plane's memory."""
-    return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
-
-
 def _has_alpha(frame: VideoFrame) -> bool:
     return any(component.is_alpha for component in frame.format.components)
 
 
 def _split(frame: VideoFrame) -> tuple[list[np.ndarray], np.ndarray]:
     """The green, blue and red planes and alpha at full size, uint8 (height, width) each."""
-    exact = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-    *colors, alpha_HW = map(samples, frame.reformat(format="gbrap", interpolation=exact, threads=1).planes)
+    planes = frame.reformat(format="gbrap", interpolation=Interpolation.BICUBIC | EXACT, threads=1).planes
+    *colors, alpha_HW = map(samples, planes)
     return colors, alpha_HW
 
 

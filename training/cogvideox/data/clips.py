@@ -140,6 +140,8 @@ def _record(path: StrPath, request: str, plan: Callable[[VideoInfo], dict[str, A
         record |= {"source": source | {"codec": info.codec}}
         if info.conversions:
             record["source"] |= {"conversions": info.conversions}
+        if info.matrix_is_assumed:
+            record["source"] |= {"matrix_is_assumed": True}
         return record | plan(info)
     except VideoError as error:
         return record | {"status": FAILED, "reason": str(error)}

@@ -23,21 +23,20 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from cogvideox.data.alpha import is_transparent, on_black, samples
+from cogvideox.data.alpha import is_transparent, on_black
+from cogvideox.data.colors import UNSPECIFIED, ColorTags, SdrConverter
 from cogvideox.data.decord_reader import read_with_decord
 from cogvideox.data.faults import AGAIN, VideoError, check_size
 from cogvideox.data.frames import ON_BLACK, PacketIndex, VideoInfo
 from cogvideox.data.mpeg4 import unpacker
 from cogvideox.data.packets import decoded, reading, scan, size_change, stamp_of, strict_decoder
 from cogvideox.data.pictures import is_picture, probe_picture, read_picture
+from cogvideox.data.planes import EXACT, samples
 from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
 
 # A frame after so many whole ones lacks none from before the start: h264 and hevc let it refer to 16 frames, and decode
 # as many before they are shown.
 _MAX_REFERENCES = 32
-
-# Without these, chroma is not interpolated and the pixels depend on the instruction set of the CPU.
-_EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
 class _TooLate(VideoError):
@@ -54,14 +53,19 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     if is_picture(path):
         return probe_picture(path)
     with reading(path) as (container, stream):
+        container_tags = ColorTags.of(stream.codec_context)  # the decoder will overwrite them
         index, frame = scan(container, stream, stamp)
+        tags = ColorTags.of(frame).filled(container_tags)
+        tags.check(stream.codec_context.codec_tag)
         rotation = _rotation(frame)
         height, width = _shown_size(frame, stream, rotation)
         check_size(height, width)
         times = tuple(float((pts - index.pts[0]) * index.time_base) for pts in index.pts)
         codec = stream.codec_context.codec.canonical_name
-        conversions = index.conversions + ((ON_BLACK,) if is_transparent(path, stream, frame) else ())
-        return VideoInfo(times, height, width, rotation, codec, float(stream.average_rate or 0), index, conversions)
+        transparency = (ON_BLACK,) if is_transparent(path, stream, frame) else ()
+        conversions = (*index.conversions, *transparency, *tags.conversions())
+        rate, assumed = float(stream.average_rate or 0), tags.lacks_matrix(frame.format)
+        return VideoInfo(times, height, width, rotation, codec, rate, index, conversions, tags.matrix, assumed)
 
 
 def read_frames(
@@ -116,11 +120,13 @@ def _read_with_pyav(
     for place, source in enumerate(indices):
         places.setdefault(info.packets.pictures[source], []).append(place)
     frames_FHWC = np.empty((len(indices), height, width, 3), np.uint8)
-    scaler, missing = VideoReformatter(), set(places)
+    scaler, to_sdr, missing = VideoReformatter(), SdrConverter(info.conversions), set(places)
     for frame in _wanted_frames(path, info.packets, sorted(places)):
         assert frame.pts is not None
         first, *others = places[frame.pts]
-        _write_pixels(scaler, frame, info.rotation, frames_FHWC[first])
+        if frame.colorspace == UNSPECIFIED:
+            frame.colorspace = info.matrix
+        _write_pixels(scaler, to_sdr, frame, info.rotation, frames_FHWC[first])
         frames_FHWC[others] = frames_FHWC[first]
         missing.discard(frame.pts)
     assert not missing
@@ -234,7 +240,9 @@ def _frames(
         yield from decoded(picture.packet, decoder, keyframe)
 
 
-def _write_pixels(scaler: VideoReformatter, frame: VideoFrame, rotation: int, out_HWC: np.ndarray) -> None:
+def _write_pixels(
+    scaler: VideoReformatter, to_sdr: SdrConverter, frame: VideoFrame, rotation: int, out_HWC: np.ndarray
+) -> None:
     """A decoded frame as RGB, resized and then turned upright, into uint8 (height, width, 3)."""
     height, width = out_HWC.shape[:2] if rotation % 180 == 0 else out_HWC.shape[1::-1]
     frame = on_black(frame)
@@ -242,7 +250,8 @@ def _write_pixels(scaler: VideoReformatter, frame: VideoFrame, rotation: int, ou
     shrinks = height <= frame.height and width <= frame.width
     method = Interpolation.AREA if shrinks else Interpolation.BICUBIC
     # In planes and not in rgb24, for which swscale has no fast code with exact flags: it takes twice as long.
-    picture = scaler.reformat(frame, width, height, "gbrp", interpolation=method | _EXACT, threads=1)
+    shown = to_sdr(frame, height, width)
+    picture = scaler.reformat(shown, width, height, "gbrp", interpolation=method | EXACT, threads=1)
     for plane, channel in zip(picture.planes, (1, 2, 0), strict=True):
         out_HWC[..., channel] = np.rot90(samples(plane), rotation // 90)
 
@@ -286,7 +295,7 @@ def _encode(path: Path, frames_FHWC: np.ndarray, fps: float, crf: int) -> None:
         for frame_HWC in frames_FHWC:
             picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
             coded = picture.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=Interpolation.AREA | _EXACT
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=Interpolation.AREA | EXACT
             )
             container.mux(stream.encode(coded))
         container.mux(stream.encode())

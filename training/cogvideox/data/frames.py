@@ -64,6 +64,8 @@ class VideoInfo:
     read_frames applies to the coded frames. header_rate: frames per second as declared, 0.0 if it is not.
     packets: how read_frames finds the frames; None for a still picture. conversions: names of what read_frames does to
     this file's pixels beyond a plain decode; part of the keys of cached tensors, so a new rule gets a new name.
+    matrix: how YUV becomes RGB, as AVColorSpace counts, by the stream or else its container; 2 if neither says.
+    matrix_is_assumed: whether that is needed and missing, so that read_frames takes bt601.
     """
 
     times: tuple[float, ...]
@@ -74,6 +76,8 @@ class VideoInfo:
     header_rate: float = 0.0
     packets: PacketIndex | None = field(default=None, repr=False, compare=False)
     conversions: tuple[str, ...] = ()
+    matrix: int = 2
+    matrix_is_assumed: bool = False
 
     @property
     def num_frames(self) -> int:

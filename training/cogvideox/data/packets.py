@@ -92,8 +92,8 @@ def strict_decoder(stream: VideoStream) -> VideoCodecContext:
     """The decoder of a stream that notices damage; it does not pass on what the container says of rotation."""
     usual = stream.codec_context
     name = _STRICT.get(usual.codec.canonical_name)
-    if name not in av.codecs_available:
-        return usual
+    if name not in av.codecs_available or (usual.format and usual.format.components[0].bits > 8):
+        return usual  # PyAV's libvpx decodes 8 bits only
     decoder = av.CodecContext.create(name, "r")
     assert isinstance(decoder, VideoCodecContext)
     decoder.thread_count = 1
