@@ -132,7 +132,7 @@ def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> N
 
     model = ModelFlags(str(pipeline))
     geometry = read_geometry(model)
-    encoders = Encoders.of(model, EncodeFlags(), geometry)
+    encoders = Encoders.of(model, EncodeFlags(), geometry, torch.device("cuda"))
     cache, bucket = TensorCache(folder), Bucket(*clip_size(kind))
     cached = []
     for i in range(samples):

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from cogvideox.data.index import Sample, check_data, read_samples, read_validation
+from cogvideox.data import index
+from cogvideox.data.index import Sample, check_data, read_samples, read_validation, take_listing
 from cogvideox.errors import UsageError
 from cogvideox.flags import DataFlags
 
@@ -400,6 +401,27 @@ def test_the_check_leaves_a_prepared_folder_to_others(tmp_path: Path) -> None:
     assert list(check_data(options)) == []
     options.loader.load_tensors = False
     assert "has none of: prompts.txt" in next(check_data(options))
+
+
+def test_the_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the check has read is taken once, by the run whose flags were checked; nobody gets an old list."""
+    write(tmp_path, "a red square\n", "a.mp4\n")
+    real, roots = index._read_folder, list[str]()
+
+    def counted(flag: str, folder: str, *rest: Any) -> Any:
+        roots.append(folder)
+        return real(flag, folder, *rest)
+
+    monkeypatch.setattr(index, "_read_folder", counted)
+    data, equal = (DataFlags(data_root=(str(tmp_path),), validation_data_root=(str(tmp_path),)) for _ in range(2))
+    assert list(check_data(SimpleNamespace(data=data))) == []
+    assert data == equal
+    listing = take_listing(data)
+    assert len(roots) == 2
+    assert (listing.samples, listing.validation) == (read_samples(equal), read_validation(equal))
+    (tmp_path / "prompts.txt").write_text("a blue disc\n")
+    assert take_listing(data).samples[0].caption == "a blue disc"
+    assert take_listing(equal).samples[0].caption == "a blue disc"
 
 
 @pytest.mark.fault("data: hundreds of thousands of rows")

@@ -29,6 +29,7 @@ from cogvideox.data.transforms import Fit
 from cogvideox.data.workers import Killed
 from cogvideox.errors import UsageError
 from cogvideox.flags import EncodeFlags, ModelFlags
+from cogvideox.geometry import read_geometry
 from cogvideox.prepare import Encoders, UnusableClips, check_bad, one_behind
 
 Tiny = Callable[[str], Path]
@@ -82,6 +83,49 @@ def prepared(tiny: Tiny, clips: Path, tmp_path_factory: pytest.TempPathFactory) 
 def output(prepared: Path, tmp_path: Path) -> Path:
     """A copy of the prepared cache."""
     return Path(shutil.copytree(prepared, tmp_path / "output"))
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose weights are stored in bf16."""
+    from tiny_cogvideox import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("half") / "model", "5b", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_default_precision_is_that_of_the_weights_but_fp32_on_a_cpu(half: Path, device: str) -> None:
+    flags = ModelFlags(str(half))
+    geometry, on = read_geometry(flags), torch.device(device)
+    encoders = Encoders.of(flags, EncodeFlags(), geometry, on)
+    wanted = "fp32" if device == "cpu" else "bf16"
+    assert (encoders.vae_dtype, encoders.text_dtype) == (wanted, wanted)
+    asked = Encoders.of(flags, EncodeFlags(dtype="fp16"), geometry, on)
+    assert (asked.vae_dtype, asked.text_dtype) == ("fp16", "fp16")
+
+
+def test_a_folder_keeps_its_precision_on_another_device(
+    half: Path, clips: Path, tmp_path: Path, encoded: Encoded, threads: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder as a GPU made it is continued on this CPU: nothing is encoded anew, and a line says why."""
+    on_gpu = complete(half, clips, tmp_path / "bf16", encode_flags=EncodeFlags(dtype="bf16"))
+    assert on_gpu.dtypes == {"vae": "bf16", "text_encoder": "bf16"}
+    encoded.clips, encoded.captions = 0, []
+    capsys.readouterr()
+    here = complete(half, clips, tmp_path / "bf16")
+    assert encoded == Encoded()
+    assert (here.samples, here.dtypes) == (on_gpu.samples, on_gpu.dtypes)
+    note = f"encoding in bf16, as the tensors that {tmp_path / 'bf16'} has, although the default on this device is fp32"
+    assert f"{note}; --dtype fp32 encodes everything anew" in capsys.readouterr().err
+    anew = complete(half, clips, tmp_path / "bf16", encode_flags=EncodeFlags(dtype="fp32"))
+    assert (encoded.clips, anew.dtypes["vae"]) == (NUM_CLIPS, "fp32")
+    assert "encoding in" not in capsys.readouterr().err
+    made = preparation(half, clips, tmp_path / "new")
+    assert made.encoders.vae_dtype == "fp32"
+    assert str(made.precision_note()).startswith("encoding in fp32 on a CPU, not in bf16 as the weights are stored")
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------

@@ -174,7 +174,9 @@ class EncodeFlags:
     """Read by prepare.py and models.py: how clips and captions are encoded."""
 
     dtype: str | None = flag(
-        None, "precision of the VAE and T5 (what the weight files hold)", choices=("fp32", "fp16", "bf16")
+        None,
+        "precision of the VAE and T5 (that of the weight files; on a CPU fp32)",
+        choices=("fp32", "fp16", "bf16"),
     )
     encode_tiling: bool = flag(
         False, "encode in tiles: less memory, but other latents than the model was trained on", aliases=("use_tiling",)

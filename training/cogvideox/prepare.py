@@ -7,10 +7,11 @@ Media files are opened in worker processes only, which may be killed; this proce
 """
 
 import math
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +46,7 @@ from cogvideox.data.clips import (
     plan_clip,
     plan_image,
 )
-from cogvideox.data.index import Sample, check_first_frames, read_samples, read_validation
+from cogvideox.data.index import Sample, check_first_frames, take_listing
 from cogvideox.data.workers import Killed, Limits, Workers
 from cogvideox.encode import Arriving
 from cogvideox.errors import UsageError
@@ -75,13 +76,13 @@ class Encoders:
     text_length: int
 
     @classmethod
-    def of(cls, model: ModelFlags, flags: EncodeFlags, geometry: Geometry) -> "Encoders":
-        """The encoders of a pipeline, in the precision asked for or stored."""
+    def of(cls, model: ModelFlags, flags: EncodeFlags, geometry: Geometry, device: torch.device) -> "Encoders":
+        """The encoders of a pipeline, in the precision asked for, or in the default one of the device."""
         return cls(
             vae=models.fingerprint(model, "vae"),
             text_encoder=models.text_fingerprint(model),
-            vae_dtype=flags.dtype or models.stored_dtype(model, "vae"),
-            text_dtype=flags.dtype or models.stored_dtype(model, "text_encoder"),
+            vae_dtype=flags.dtype or models.default_dtype(model, "vae", device),
+            text_dtype=flags.dtype or models.default_dtype(model, "text_encoder", device),
             tiling=flags.encode_tiling,
             text_length=geometry.max_text_seq_length,
         )
@@ -179,10 +180,10 @@ class Preparation:
         self.ledger = Ledger(folder)
         self.recipe = clip_recipe(data, geometry)
         self.limits = Limits(data.decode_timeout, int(data.decode_memory * 2**30))
-        self.skipped: list[str] = []
-        validation = read_validation(data, need_captions)
-        self.samples: list[Sample] = read_samples(data, self.skipped, need_captions) + validation
-        self.num_validation = len(validation)
+        listing = take_listing(data, need_captions)
+        self.samples: list[Sample] = listing.samples + listing.validation
+        self.num_validation = len(listing.validation)
+        self.skipped = listing.skipped
         if image_variants:
             check_first_frames(self.samples)
 
@@ -196,6 +197,38 @@ class Preparation:
         """The same of the files of first frames, where they are encoded and the data set names them."""
         images = (sample.image for sample in self.samples if sample.image is not None and self.image_variants)
         return {path: image_request(path) for path in dict.fromkeys(images)}
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """What clips and captions are encoded with.
+
+        Without --dtype a folder keeps the precision of its tensors, so that nothing is encoded anew where it is
+        continued on a device with another default.
+        """
+        here, elsewhere = self._default_encoders()
+        if here == elsewhere or self.cache.has(here.prompt_key("")):  # every preparation encodes the empty caption
+            return here
+        return elsewhere if self.cache.has(elsewhere.prompt_key("")) else here
+
+    def _default_encoders(self) -> tuple[Encoders, Encoders]:
+        """The encoders in the default precision of this device, and in that of the other kind of device."""
+        here = Encoders.of(self.model, self.flags, self.geometry, self.state.device)
+        other = torch.device("cuda" if self.state.device.type == "cpu" else "cpu")
+        vae_dtype, text_dtype = (models.default_dtype(self.model, part, other) for part in ("vae", "text_encoder"))
+        return here, here if self.flags.dtype else replace(here, vae_dtype=vae_dtype, text_dtype=text_dtype)
+
+    def precision_note(self) -> str | None:
+        """A line on the precision of the VAE where it is not that of the weight files, or not the device's default."""
+        here, elsewhere = self._default_encoders()
+        used, device = self.encoders.vae_dtype, self.state.device.type
+        if self.encoders != here:
+            why = f"as the tensors that {self.folder} has, although the default on this device is {here.vae_dtype}"
+            return f"encoding in {used}, {why}; --dtype {here.vae_dtype} encodes everything anew"
+        if here != elsewhere and device == "cpu":
+            stored = elsewhere.vae_dtype
+            why = f"not in {stored} as the weights are stored, because many CPUs are much slower at {stored}"
+            return f"encoding in {used} on a CPU, {why}; --dtype {stored} changes that"
+        return None
 
     def plan(self) -> list[dict[str, Any]]:
         """The ledger record of every sample, in order; files that have none yet are probed, in workers."""
@@ -246,7 +279,9 @@ class Preparation:
         Raises:
             UnusableClips: more clips than --max_bad_fraction could not be decoded.
         """
-        encoders = Encoders.of(self.model, self.flags, self.geometry)
+        encoders = self.encoders
+        if self.state.is_main_process and (note := self.precision_note()):
+            tqdm.write(note, file=sys.stderr)
         with self._sole_writer():
             self.state.wait_for_everyone()  # main may have waited for another job: all look at the same state
             # Shared out before looking at what is there, because that changes while ranks look.

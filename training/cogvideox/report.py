@@ -29,7 +29,6 @@ from cogvideox.data.index import Sample
 from cogvideox.data.proposals import USUAL
 from cogvideox.data.transforms import scale, stretch
 from cogvideox.errors import UsageError
-from cogvideox.flags import EncodeFlags, ModelFlags
 from cogvideox.geometry import Geometry
 from cogvideox.prepare import Cut, Encoders, Preparation, UnusableClips, allowing, missing_captions, too_many_bad
 from cogvideox.sheets import Panel, Row, contact_sheet, spread
@@ -120,10 +119,10 @@ def suggest(preparation: Preparation, number: int) -> None:
     print(flags_of(proposal, preparation.data), flush=True)
 
 
-def stored_bytes(model: ModelFlags, flags: EncodeFlags, part: str) -> int:
-    """Bytes of one number that a part encodes to; 2 where the weights are not here to tell."""
+def stored_bytes(preparation: Preparation) -> int:
+    """Bytes of one number of the moments; 2 where the weights are not here to tell."""
     try:
-        return models.DTYPES[flags.dtype or models.stored_dtype(model, part)].itemsize
+        return models.DTYPES[preparation.encoders.vae_dtype].itemsize
     except UsageError:
         return 2
 
@@ -161,7 +160,7 @@ def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
 
 def outcome(preparation: Preparation, records: Records, used: dict[Bucket, list[Used]]) -> list[str]:
     """The table of the buckets; how many clips are used; why the others are not, by cause."""
-    number_bytes = stored_bytes(preparation.model, preparation.flags, "vae")
+    number_bytes = stored_bytes(preparation)
     lines = [table(used, preparation.geometry, number_bytes, preparation.image_variants)]
     good = sum(record["status"] == OK for record in records)
     lines.append(f"{good} of {len(records)} clips are used" + (", and these are not:" if good < len(records) else ""))
@@ -318,9 +317,9 @@ def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]])
 
 def cost(preparation: Preparation, records: Records) -> str:
     """What is still to be encoded, in bytes and hours. Hours need the VAE's weights: a piece of one clip is timed."""
-    flags, geometry = preparation.flags, preparation.geometry
+    geometry = preparation.geometry
     try:
-        encoders = Encoders.of(preparation.model, flags, geometry)
+        encoders = preparation.encoders
     except UsageError as error:
         return f"hours are not known: {error}"
     cache = preparation.cache
@@ -339,6 +338,8 @@ def cost(preparation: Preparation, records: Records) -> str:
     line = f"to encode: {counts}, {size / 2**20:.1f} MiB"
     if not todo:
         return line
+    if note := preparation.precision_note():
+        line = f"{note}\n{line}"
     rate = seconds_a_pixel(preparation, encoders, sorted(todo, key=lambda cut: cut.pixels)[-TRIED:])
     if rate is None:
         return f"{line}; hours are not known: the longest clips do not decode"

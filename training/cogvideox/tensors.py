@@ -34,7 +34,7 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
         UsageError: the folder was made with other encoders than the model's, or too many clips are bad.
     """
     geometry = read_geometry(options.model)
-    encoders = Encoders.of(options.model, options.encode, geometry)
+    encoders = Encoders.of(options.model, options.encode, geometry, run.ranks.device)
     root = Path(options.data.data_root[0])
     if not options.loader.load_tensors:
         folder = Path(str(options.loader.tensor_cache))
@@ -47,9 +47,9 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
         check_flags(index, options.data)
     else:
         folder, index = root, open_index(root)
-        encoders = replace(encoders, vae_dtype=index.dtypes["vae"], text_dtype=index.dtypes["text_encoder"])
         check_index(index, encoders, folder)
         check_flags(index, options.data)
+    encoders = replace(encoders, vae_dtype=index.dtypes["vae"], text_dtype=index.dtypes["text_encoder"])
     if options.train.keep_best and not index.validation:
         rule = "there are no clips to measure the loss on; prepare with --validation_data_root"
         raise UsageError(f"--keep_best: {rule}")

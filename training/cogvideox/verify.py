@@ -27,7 +27,7 @@ class Fault:
 
 def find_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> list[Fault]:
     """Everything wrong with this rank's share of the cache. Reads every file, changes none."""
-    encoders = Encoders.of(preparation.model, preparation.flags, preparation.geometry)
+    encoders = preparation.encoders
     index, faults = None, []
     try:
         index = open_index(preparation.folder)

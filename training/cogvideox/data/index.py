@@ -7,6 +7,7 @@ is opened.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cogvideox.data.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, is_unicode
@@ -15,6 +16,8 @@ from cogvideox.data.paths import PathRules
 from cogvideox.errors import UsageError
 from cogvideox.flags import DataFlags
 from cogvideox.options import needs_captions, reads_clips
+
+KEPT = "_listing"  # where check_data leaves it
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,15 @@ class Sample:
     video: str
     image: str | None = None
     no_image: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All clips that there are, in order, and the files that may be clips but have a format that is not read."""
+
+    samples: list[Sample]
+    validation: list[Sample]
+    skipped: list[str]
 
 
 def read_samples(data: DataFlags, skipped: list[str] | None = None, need_captions: bool = True) -> list[Sample]:
@@ -68,14 +80,34 @@ def check_first_frames(samples: Sequence[Sample]) -> None:
 
 
 def check_data(options: Any) -> Iterator[str]:
-    """Problems of --data_root and --validation_data_root, for args.parse."""
+    """Problems of --data_root and --validation_data_root, for args.parse. What was read is kept for take_listing()."""
     if not reads_clips(options):
         return
-    for read in (read_samples, read_validation):
+    listing = Listing([], [], [])
+    readers = ((listing.samples, partial(read_samples, skipped=listing.skipped)), (listing.validation, read_validation))
+    for into, read in readers:
         try:
-            read(options.data, need_captions=needs_captions(options))
+            into.extend(read(options.data, need_captions=needs_captions(options)))
         except UsageError as error:
             yield from error.problems
+    vars(options.data)[KEPT] = listing  # of no use if there are problems, but then nobody takes it
+
+
+def take_listing(data: DataFlags, need_captions: bool = True) -> Listing:
+    """The clips of all folders: what check_data has read for these very flags, if nobody has taken that yet.
+
+    It hangs on the flags' object, not on their values: another run with equal flags reads its folders itself.
+
+    Raises:
+        UsageError: as read_samples.
+    """
+    kept: Listing | None = vars(data).pop(KEPT, None)
+    if kept is not None:
+        return kept
+    listing = Listing([], [], [])
+    listing.validation.extend(read_validation(data, need_captions))
+    listing.samples.extend(read_samples(data, listing.skipped, need_captions))
+    return listing
 
 
 def _read_folders(
