@@ -394,8 +394,8 @@ def test_files_outside_the_folder_are_not_read(make: Make, tmp_path: Path, loade
     with pytest.raises(UsageError) as error:
         read_rows(folder, flags_of(folder))
     lines = error.value.problems
-    assert len(lines) == 5
-    assert all("leads outside the data root, to " in line for line in lines)
+    assert all("leads outside the data root, to " in line for line in lines[:3])
+    assert lines[3:] == ("... and 2 more (5 in all): outside the data root",)
     (folder / "videos.txt").write_text("videos/00000.mp4\nvideos/00001.mp4\nvideos/00002.mp4\n")
     assert len(read_rows(folder, flags_of(folder, allow_path=(str(tmp_path),)))) == 3
 
