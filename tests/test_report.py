@@ -58,7 +58,7 @@ def test_a_dry_run_reads_no_weights_and_encodes_nothing(
     assert run(configs, clips, tmp_path / "out", "--dry_run", "--frame_buckets", "9", "17") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[:3]] == [
-        ["bucket", "clips", "variants", "upscaled", "stretched", "cut", "off", "MiB"],
+        ["bucket", "clips", "variants", "enlarged", "stretched", "by", "cut", "off", "MiB"],
         ["9x32x48", "1", "1", "0", "125%", "0%", "0.0"],
         ["17x32x48", "5", "5", "0", "12%", "0%", "0.0"],
     ]
@@ -199,7 +199,7 @@ def test_a_dry_run_needs_no_captions(
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == ["17x64x96", "8"]
     assert lines[2] == "8 of 15 clips are used, and these are not:"
-    assert lines[3] == "5 too short, for example:"
+    assert lines[3] == "5 too short:"
     assert sum("IMG_" in line for line in lines) == 3
     assert lines[8] == "2 cannot be read or trained on:"
     steps = [line for line in lines if line.startswith("next: ")]

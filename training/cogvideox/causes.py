@@ -38,13 +38,13 @@ class Cause:
     records: Records
 
     def lines(self, data: DataFlags, geometry: Geometry) -> Iterator[str]:
-        """How many clips there are, some of them with the reason, and what helps."""
+        """Yields some of the clips with the reason, how many more there are, and what helps."""
         examples = list(dict.fromkeys(bad_line(record["path"], record["reason"]) for record in self.records))
-        such = ", for example" if len(examples) > EXAMPLES else ""
-        yield f"{len(self.records)} {WORDS[self.status]}{such}:"
-        yield from (f"  {line}" for line in examples[:EXAMPLES])
+        yield from examples[:EXAMPLES]
+        if len(examples) > EXAMPLES:
+            yield f"... and {len(examples) - EXAMPLES} more for the same reason"
         if (fix := self.fix(data, geometry)) is not None:
-            yield f"  {fix}"
+            yield fix
 
     def fix(self, data: DataFlags, geometry: Geometry) -> str | None:
         """The flag with which some of the clips could be used; None where the reasons say what helps, or none does."""
@@ -63,6 +63,15 @@ def causes_of(records: Records) -> list[Cause]:
             found.setdefault((record["status"], re.sub(r"\d+(\.\d+)?", "0", reason)), []).append(record)
     causes = [Cause(status, grouped) for (status, _), grouped in found.items()]
     return sorted(causes, key=lambda cause: -len(cause.records))
+
+
+def cause_lines(records: Records, data: DataFlags, geometry: Geometry) -> Iterator[str]:
+    """Yields the lines that say why clips cannot be used: each kind with its number, its causes indented under it."""
+    causes = causes_of(records)
+    for status in dict.fromkeys(cause.status for cause in causes):
+        of_kind = [cause for cause in causes if cause.status == status]
+        yield f"{sum(len(cause.records) for cause in of_kind)} {WORDS[status]}:"
+        yield from (f"  {line}" for cause in of_kind for line in cause.lines(data, geometry))
 
 
 def clip_of(record: dict[str, Any]) -> Clip:

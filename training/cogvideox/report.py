@@ -19,7 +19,7 @@ import torch
 
 from cogvideox import encode, models
 from cogvideox.captions import caption_notes, indented, shared_notes
-from cogvideox.causes import causes_of, flags_of, proposal_line, proposal_of
+from cogvideox.causes import cause_lines, flags_of, proposal_line, proposal_of
 from cogvideox.data.buckets import Bucket
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import OK, SHORT, SMALL, Variant, decode_variant, time_decode
@@ -109,8 +109,8 @@ def suggest(preparation: Preparation, number: int) -> None:
     if not preparation.state.is_main_process:
         return
     records = preparation.measure()
-    for cause in causes_of(records):
-        print(*cause.lines(preparation.data, preparation.geometry), sep="\n", file=sys.stderr)
+    for line in cause_lines(records, preparation.data, preparation.geometry):
+        print(line, file=sys.stderr)
     proposal = proposal_of(records, preparation.data, preparation.geometry, number)
     if not proposal.buckets:
         rule = f"none of {len(records)} clips fills a bucket that this model takes"
@@ -164,14 +164,12 @@ def outcome(preparation: Preparation, records: Records, used: dict[Bucket, list[
     lines = [table(used, preparation.geometry, number_bytes, preparation.image_variants)]
     good = sum(record["status"] == OK for record in records)
     lines.append(f"{good} of {len(records)} clips are used" + (", and these are not:" if good < len(records) else ""))
-    for cause in causes_of(records):
-        lines += cause.lines(preparation.data, preparation.geometry)
-    return lines
+    return [*lines, *cause_lines(records, preparation.data, preparation.geometry)]
 
 
 def table(used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int, image_variants: int = 0) -> str:
     """Clips per bucket, what is done to them and how large they become."""
-    rows: list[tuple[str, ...]] = [("bucket", "clips", "variants", "upscaled", "stretched", "cut off", "MiB")]
+    rows: list[tuple[str, ...]] = [("bucket", "clips", "variants", "enlarged", "stretched by", "cut off", "MiB")]
     for bucket, clips in used.items():
         tensors = set().union(*(clip.tensors for clip in clips))  # copies and repeats share theirs
         numbers = math.prod(geometry.moments_shape(bucket)) + image_variants * math.prod(geometry.image_shape(bucket))
