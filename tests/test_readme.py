@@ -109,7 +109,7 @@ def test_flags_in_the_text_exist() -> None:
     for name in LORA_SCRIPTS:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
     known |= set(bench.build_parser()._option_string_actions)
-    # of other benchmarks, of examples, of tests/odd_files.py, of every script
+    # of other benchmarks, of examples, of tests/odd_files.py, of every script; the last two of sips and Docker
     outside = {
         "--work_dir",
         "--results",
@@ -118,8 +118,9 @@ def test_flags_in_the_text_exist() -> None:
         "--batch",
         "--help",
         "--write",
+        "--out",
         "--shm",
-    }  # the last is Docker's
+    }
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
     named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
     assert named <= known

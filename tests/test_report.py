@@ -201,7 +201,8 @@ def test_a_dry_run_needs_no_captions(
     assert lines[2] == "8 of 15 clips are used, and these are not:"
     assert lines[3] == "5 too short:"
     assert sum("IMG_" in line for line in lines) == 3
-    assert lines[8] == "2 cannot be read or trained on:"
+    assert lines[7] == "  ... and 2 more for the same reason"
+    assert lines[9] == "2 cannot be read or trained on:"
     steps = [line for line in lines if line.startswith("next: ")]
     assert [step.split(": ")[1] for step in steps] == [
         "write the captions",
@@ -209,7 +210,7 @@ def test_a_dry_run_needs_no_captions(
         "fix or remove the 7 clips that are not used, or continue without",
     ]
     assert "15 of 15 clips have none" in steps[0]
-    shorter = lines[7].removeprefix("  to use them: ").split()
+    shorter = lines[8].removeprefix("  to use them: ").split()
     assert shorter == ["--train_resolution", "17x64x96", "5x64x96"]
     assert checked(configs, wall, tmp_path / "out", *shorter, "--dry_run", "--max_bad_fraction", "0.2") == 0
     assert "13 of 15 clips are used, and these are not:" in capsys.readouterr().out.splitlines()
