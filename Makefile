@@ -31,10 +31,10 @@ test-long: $(VENV)/ready
 	$(BIN)/python -m pytest -m "long and not gpu" -n $(WORKERS) --dist loadgroup
 
 chaos: $(VENV)/ready
-	$(BIN)/python tests/chaos.py --workers $(WORKERS)
+	$(BIN)/python tests/tools/chaos.py --workers $(WORKERS)
 
 mutants: $(VENV)/ready
-	$(BIN)/python tests/mutants.py --jobs $(WORKERS)
+	$(BIN)/python tests/tools/mutants.py --jobs $(WORKERS)
 
 quality: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -45,8 +45,8 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench.py --all; status=$$?; $(BIN)/python benchmarks/bench.py --table; exit $$status
 
 fuzz: $(VENV)/ready
-	$(BIN)/python tests/fuzz_media.py --count 500
-	$(BIN)/python tests/fuzz_index.py --count 500
+	$(BIN)/python tests/tools/fuzz_media.py --count 500
+	$(BIN)/python tests/tools/fuzz_index.py --count 500
 
 clean:
 	rm -rf demo runs .mypy_cache .ruff_cache

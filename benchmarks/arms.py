@@ -20,21 +20,23 @@ import torch
 from profiling import shares_of
 from torch import Tensor
 
-from cogvideox import args, attention, execution, plan
-from cogvideox.data.buckets import Bucket
+from cogvideox.config import args
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.geometry import Geometry, geometry_of
+from cogvideox.config.optimizers import make_optimizer
+from cogvideox.config.options import LoraOptions, SftOptions
 from cogvideox.data.dataset import Batch
-from cogvideox.diffusion import NoiseSchedule, loss_weights
-from cogvideox.geometry import Geometry, geometry_of
-from cogvideox.methods import FullFinetune, Lora
-from cogvideox.optim import MasterWeights, learning_rate
-from cogvideox.optimizers import make_optimizer
-from cogvideox.options import LoraOptions, SftOptions
-from cogvideox.plan import ExecutionPlan
-from cogvideox.run import Mark
-from cogvideox.streaming import Away
-from cogvideox.tasks import TextToVideo, losses_of
-from cogvideox.vae_decoder import Decoder
-from cogvideox.validation import evaluation
+from cogvideox.evaluation.validation import evaluation
+from cogvideox.memory.streaming import Away
+from cogvideox.model import attention
+from cogvideox.model.diffusion import NoiseSchedule, loss_weights
+from cogvideox.model.methods import FullFinetune, Lora
+from cogvideox.model.tasks import TextToVideo, losses_of
+from cogvideox.model.vae_decoder import Decoder
+from cogvideox.optimizer.optim import MasterWeights, learning_rate
+from cogvideox.planning import execution, plan
+from cogvideox.planning.plan import ExecutionPlan
+from cogvideox.runtime.run import Mark
 
 GIB = 2**30
 NO_MEMORY = "out of memory"

@@ -23,13 +23,13 @@ from random_models import KINDS, TRANSFORMERS, clip_size, make_transformer, vae_
 from record import device_and_versions
 from torch import Tensor
 
-from cogvideox import attention
-from cogvideox.block_check import BlockError, check_block, compare, likeness, random_inputs
-from cogvideox.data.buckets import Bucket
-from cogvideox.geometry import Geometry, geometry_of
-from cogvideox.plan import AUTO, DEVICE, HOST, BlockPlan, ExecutionPlan, Sizes, peak_bytes
-from cogvideox.rope import RotaryTables
-from cogvideox.stack import Stack, own_bytes, own_of, whole_bytes
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.geometry import Geometry, geometry_of
+from cogvideox.model import attention
+from cogvideox.model.rope import RotaryTables
+from cogvideox.planning.block_check import BlockError, check_block, compare, likeness, random_inputs
+from cogvideox.planning.plan import AUTO, DEVICE, HOST, BlockPlan, ExecutionPlan, Sizes, peak_bytes
+from cogvideox.planning.stack import Stack, own_bytes, own_of, whole_bytes
 
 GPU = torch.device("cuda")
 MIB = 2**20

@@ -35,7 +35,7 @@ Decode = Callable[[Path, list[int]], np.ndarray]
 
 def ours(path: Path, indices: list[int]) -> np.ndarray:
     """As data/clips.py decodes a clip: packets listed, then frames read."""
-    from cogvideox.data.decode import probe, read_frames
+    from cogvideox.data.media.decode import probe, read_frames
 
     return read_frames(path, probe(path), indices, HEIGHT, WIDTH)
 
@@ -50,8 +50,8 @@ def with_decord(path: Path, indices: list[int]) -> np.ndarray:
 
 def job(path: Path) -> tuple[Path, list[int]]:
     """The clip and its frames: FRAMES spread evenly, or all if there are fewer."""
-    from cogvideox.data.decode import probe
-    from cogvideox.data.frames import frame_indices
+    from cogvideox.data.media.decode import probe
+    from cogvideox.data.media.frames import frame_indices
 
     times = probe(path).times
     return path, list(frame_indices(times, min(FRAMES, len(times)), None, "uniform"))

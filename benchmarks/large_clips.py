@@ -73,9 +73,9 @@ def clips(folder: Path) -> Iterator[Path]:
 
 def decode_window(path: Path, answer: Connection) -> None:
     """In a process of its own: FRAMES frames from the middle at TARGET_RATE, as a preparation takes them."""
-    from cogvideox.data import decode
-    from cogvideox.data.faults import VideoError
-    from cogvideox.data.frames import frame_indices
+    from cogvideox.data.media import decode
+    from cogvideox.data.media.faults import VideoError
+    from cogvideox.data.media.frames import frame_indices
 
     decoded, real = 0, decode._frames
 

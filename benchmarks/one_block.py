@@ -3,7 +3,7 @@
     python benchmarks/one_block.py --kind 5b --results benchmarks/results
 
 The reference is diffusers' block in fp32, with PEFT's LoRA or trained itself; the stock arm is the same in bf16, eager,
-with autograd. Then training/cogvideox/blocks.py with each attention backend, each level of keeping, eager and compiled.
+with autograd. Then model/blocks.py with each attention backend, each level of keeping, eager and compiled.
 A step of the model costs about (forward + backward) x blocks.
 """
 
@@ -22,8 +22,8 @@ from random_models import KINDS, TRANSFORMERS, clip_size
 from record import device_and_versions
 from torch import Tensor
 
-from cogvideox import attention, blocks
-from cogvideox.stack import for_any_length, pieces_of, weights_of
+from cogvideox.model import attention, blocks
+from cogvideox.planning.stack import for_any_length, pieces_of, weights_of
 
 MIB = 2**20
 compiled = partial(torch.compile, fullgraph=True, dynamic=False)

@@ -25,9 +25,9 @@ from random_models import VAE, clip_size
 from record import device_and_versions
 from torch import Tensor
 
-from cogvideox import encode, models, t5_stream, vae_encoder
 from cogvideox.data.cache import TensorCache
-from cogvideox.prepare import one_behind
+from cogvideox.model import encode, models, t5_stream, vae_encoder
+from cogvideox.preparation.prepare import one_behind
 
 GIB = 2**30
 DEVICE = torch.device("cuda")

@@ -124,11 +124,11 @@ def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> N
     """A prepared folder with random moments and embeddings."""
     import torch
 
-    from cogvideox.data.buckets import Bucket
+    from cogvideox.config.buckets import Bucket
+    from cogvideox.config.flags import EncodeFlags, ModelFlags
+    from cogvideox.config.geometry import read_geometry
     from cogvideox.data.cache import CachedSample, CacheIndex, TensorCache
-    from cogvideox.flags import EncodeFlags, ModelFlags
-    from cogvideox.geometry import read_geometry
-    from cogvideox.prepare import Encoders
+    from cogvideox.preparation.prepare import Encoders
 
     model = ModelFlags(str(pipeline))
     geometry = read_geometry(model)

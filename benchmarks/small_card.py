@@ -21,8 +21,8 @@ from every_task import lines_of
 from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
 from record import device_and_versions
 
-from cogvideox.data.buckets import Bucket
-from cogvideox.data.decode import probe
+from cogvideox.config.buckets import Bucket
+from cogvideox.data.media.decode import probe
 
 SAYS = ("attention by", "checked on", "plan:", "measured:", "decoding in tiles", "validation after", "reloaded in")
 SAYS += ("run by diffusers alone",)

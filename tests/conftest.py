@@ -28,6 +28,9 @@ if "COGVIDEOX_TEST_GPU" not in os.environ:
 # A shell ignores Ctrl-C for what it runs in the background, and what is ignored stays so in every process started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# So does nohup for a closed terminal.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # What is imported stays; to look through it for garbage again and again takes a tenth of the time of an import.
@@ -92,7 +95,7 @@ def unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """A run draws its curves after each validation. Every figure is made, but its letters and lines become pixels,
     which takes a third of the time of a short run, only for tests that look at them and in processes of their own.
     """
-    curves = sys.modules.get("cogvideox.curves")
+    curves = sys.modules.get("cogvideox.runtime.curves")
     if curves and "rendered" not in request.fixturenames:
         monkeypatch.setattr(curves, "png", lambda figure: b"not rendered")
 
@@ -248,7 +251,7 @@ def small() -> Iterator[None]:
 @pytest.fixture
 def validated(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     """The frames of validation videos, uint8 (F, H, W, 3), by the "step-000000" of their names."""
-    from cogvideox import validation
+    from cogvideox.evaluation import validation
 
     frames_of: dict[str, np.ndarray] = {}
     write = validation.write_video
@@ -266,6 +269,6 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Media files are read in this process: worker processes take half a second each to start."""
     from preparing import Here
 
-    from cogvideox import prepare
+    from cogvideox.preparation import prepare
 
     monkeypatch.setattr(prepare, "worker_pool", lambda data, limits: Here())

@@ -10,10 +10,10 @@ The result, a folder named transformer, loads with CogVideoXTransformer3DModel.f
 shows how. The same command goes on where a run was stopped.
 """
 
-from cogvideox import args
 from cogvideox.checks import TRAINING_CHECKS
-from cogvideox.geometry import check_image_to_video
-from cogvideox.options import ImageSftOptions
+from cogvideox.config import args
+from cogvideox.config.geometry import check_image_to_video
+from cogvideox.config.options import ImageSftOptions
 
 CHECKS = (check_image_to_video, *TRAINING_CHECKS)
 
@@ -21,8 +21,8 @@ CHECKS = (check_image_to_video, *TRAINING_CHECKS)
 def main(options: ImageSftOptions) -> int:
     """Returns the exit status. A signal ends the run early with everything saved, and with status 75."""
     from cogvideox.loop import fine_tune
-    from cogvideox.methods import FullFinetune
-    from cogvideox.tasks import ImageToVideo
+    from cogvideox.model.methods import FullFinetune
+    from cogvideox.model.tasks import ImageToVideo
 
     return fine_tune(options, ImageToVideo, FullFinetune)
 

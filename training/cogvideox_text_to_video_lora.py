@@ -9,10 +9,10 @@ Clips and captions are encoded first, once (or beforehand: prepare_dataset.py an
 CogVideoXPipeline.load_lora_weights; inference.py beside it shows how. The same command goes on where a run was stopped.
 """
 
-from cogvideox import args
 from cogvideox.checks import TRAINING_CHECKS
-from cogvideox.geometry import check_text_to_video
-from cogvideox.options import LoraOptions
+from cogvideox.config import args
+from cogvideox.config.geometry import check_text_to_video
+from cogvideox.config.options import LoraOptions
 
 CHECKS = (check_text_to_video, *TRAINING_CHECKS)
 
@@ -20,8 +20,8 @@ CHECKS = (check_text_to_video, *TRAINING_CHECKS)
 def main(options: LoraOptions) -> int:
     """Returns the exit status. A signal ends the run early with everything saved, and with status 75."""
     from cogvideox.loop import fine_tune
-    from cogvideox.methods import Lora
-    from cogvideox.tasks import TextToVideo
+    from cogvideox.model.methods import Lora
+    from cogvideox.model.tasks import TextToVideo
 
     return fine_tune(options, TextToVideo, Lora)
 

@@ -10,10 +10,10 @@ named transformer, loads with CogVideoXTransformer3DModel.from_pretrained; infer
 command goes on where a run was stopped.
 """
 
-from cogvideox import args
 from cogvideox.checks import TRAINING_CHECKS
-from cogvideox.geometry import check_text_to_video
-from cogvideox.options import SftOptions
+from cogvideox.config import args
+from cogvideox.config.geometry import check_text_to_video
+from cogvideox.config.options import SftOptions
 
 CHECKS = (check_text_to_video, *TRAINING_CHECKS)
 
@@ -21,8 +21,8 @@ CHECKS = (check_text_to_video, *TRAINING_CHECKS)
 def main(options: SftOptions) -> int:
     """Returns the exit status. A signal ends the run early with everything saved, and with status 75."""
     from cogvideox.loop import fine_tune
-    from cogvideox.methods import FullFinetune
-    from cogvideox.tasks import TextToVideo
+    from cogvideox.model.methods import FullFinetune
+    from cogvideox.model.tasks import TextToVideo
 
     return fine_tune(options, TextToVideo, FullFinetune)
 

@@ -12,12 +12,12 @@ a GPU.
 
 from pathlib import Path
 
-from cogvideox import args
-from cogvideox.data.decord_reader import check_reader
-from cogvideox.data.index import check_data
+from cogvideox.config import args
+from cogvideox.config.geometry import check_preparation, read_geometry
+from cogvideox.config.options import PrepareOptions, needs_captions
+from cogvideox.data.forms.samples import check_data
+from cogvideox.data.media.decord_reader import check_reader
 from cogvideox.files import what_is_safe
-from cogvideox.geometry import check_preparation, read_geometry
-from cogvideox.options import PrepareOptions, needs_captions
 
 CHECKS = (check_preparation, check_data, check_reader)
 
@@ -31,10 +31,10 @@ def main(options: PrepareOptions) -> int:
 
 def prepare_into(folder: Path, options: PrepareOptions) -> int:
     """Plans, then verifies or encodes; returns the exit status."""
-    from cogvideox.prepare import Preparation
-    from cogvideox.ranks import Ranks, start_processes
-    from cogvideox.report import describe, explained, suggest
-    from cogvideox.verify import find_faults, mend
+    from cogvideox.preparation.prepare import Preparation
+    from cogvideox.preparation.report import describe, explained, suggest
+    from cogvideox.preparation.verify import find_faults, mend
+    from cogvideox.runtime.ranks import Ranks, start_processes
 
     prepare = options.prepare
     ranks = Ranks(start_processes(), prepare.nccl_timeout)

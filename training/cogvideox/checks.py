@@ -4,18 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cogvideox.conflicts import check_ema, check_launcher, check_trackers
-from cogvideox.data.decord_reader import check_reader
-from cogvideox.data.faults import VideoError
-from cogvideox.data.index import check_data
+from cogvideox.config.conflicts import check_ema, check_launcher, check_trackers
+from cogvideox.config.geometry import check_pipeline
+from cogvideox.config.hub import check_hub
+from cogvideox.config.lora_file import check_lora
+from cogvideox.config.optimizers import check_optimizer, check_state_place
+from cogvideox.config.options import image_flags, is_url
+from cogvideox.config.prompts import check_prompts, images_of, link_problems, prompts_of
+from cogvideox.data.forms.samples import check_data
+from cogvideox.data.media.decord_reader import check_reader
+from cogvideox.data.media.faults import VideoError
 from cogvideox.errors import public_urls
-from cogvideox.factory import check_tensors
-from cogvideox.geometry import check_pipeline
-from cogvideox.hub import check_hub
-from cogvideox.lora_file import check_lora
-from cogvideox.optimizers import check_optimizer, check_state_place
-from cogvideox.options import image_flags, is_url
-from cogvideox.prompts import check_prompts, images_of, link_problems, prompts_of
+from cogvideox.preparation.factory import check_tensors
 
 
 def check_images(options: Any) -> Iterator[str]:
@@ -43,7 +43,7 @@ def check_images(options: Any) -> Iterator[str]:
 
 def image_problems(path: str) -> Iterator[str]:
     """What is wrong with a file that should be a still image."""
-    from cogvideox.data.pictures import is_picture, probe_picture, read_picture
+    from cogvideox.data.media.pictures import is_picture, probe_picture, read_picture
 
     try:
         if not is_picture(path):

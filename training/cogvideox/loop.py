@@ -11,39 +11,49 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cogvideox import diffusion, models, stopping
-from cogvideox.before_after import BeforeAfter
-from cogvideox.best import Best
-from cogvideox.block_check import check_blocks
-from cogvideox.checkpoint import DATA, Saver, StartPoint, check_data, check_length, find_start, safe_text, write_samples
-from cogvideox.curves import CURVES_NAME, column, draw_curves, read_records
+from cogvideox import stopping
+from cogvideox.config.geometry import Geometry, read_geometry
+from cogvideox.config.hub import upload
+from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, local_processes
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, timesteps_of
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.data.shared_memory import batch_bytes, choose_workers
-from cogvideox.diffusion import NoiseSchedule
-from cogvideox.engine import engine_name, make_engine
 from cogvideox.errors import UsageError, first_line, first_of
-from cogvideox.execution import Plan, keep_to_budget, make_plan, measured, place
+from cogvideox.evaluation.before_after import BeforeAfter
+from cogvideox.evaluation.held_out import HeldOut
+from cogvideox.evaluation.images import take_images
+from cogvideox.evaluation.parity import check_parity
+from cogvideox.evaluation.validation import Prompts, Validator, embed_prompts
+from cogvideox.export.pipeline_folder import fetch_parts
+from cogvideox.export.publish import publish
 from cogvideox.files import what_is_safe
-from cogvideox.geometry import Geometry, read_geometry
-from cogvideox.held_out import HeldOut
-from cogvideox.hub import upload
-from cogvideox.images import take_images
-from cogvideox.optim import learning_rate, rate_jump
-from cogvideox.options import TrainOptions, ignores_positions, image_flags, local_processes
-from cogvideox.parity import check_parity
-from cogvideox.pipeline_folder import fetch_parts
-from cogvideox.plan import HOST, ExecutionPlan
-from cogvideox.publish import publish
-from cogvideox.run import METRICS_NAME, Metrics, Run, Sample, start_run, start_trackers, write_config
-from cogvideox.skipped import SkippedSteps
-from cogvideox.streaming import Away
-from cogvideox.tasks import losses_of
-from cogvideox.tensors import Tensors, open_tensors
-from cogvideox.validation import Prompts, Validator, embed_prompts
-from cogvideox.warm_up import has_no_bound, warm_up
+from cogvideox.memory.streaming import Away
+from cogvideox.model import diffusion, models
+from cogvideox.model.diffusion import NoiseSchedule
+from cogvideox.model.tasks import losses_of
+from cogvideox.optimizer.engine import engine_name, make_engine
+from cogvideox.optimizer.optim import learning_rate, rate_jump
+from cogvideox.planning.block_check import check_blocks
+from cogvideox.planning.execution import Plan, keep_to_budget, make_plan, measured, place
+from cogvideox.planning.plan import HOST, ExecutionPlan
+from cogvideox.planning.warm_up import has_no_bound, warm_up
+from cogvideox.preparation.tensors import Tensors, open_tensors
+from cogvideox.runtime.best import Best
+from cogvideox.runtime.checkpoint import (
+    DATA,
+    Saver,
+    StartPoint,
+    check_data,
+    check_length,
+    find_start,
+    safe_text,
+    write_samples,
+)
+from cogvideox.runtime.curves import CURVES_NAME, column, draw_curves, read_records
+from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, Sample, start_run, start_trackers, write_config
+from cogvideox.runtime.skipped import SkippedSteps
 
 STEADY_STEPS = 6  # after so many of a run, one is like the next: everything is compiled and has its memory
 

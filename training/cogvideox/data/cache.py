@@ -20,7 +20,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from cogvideox.data.buckets import Bucket
+from cogvideox.config.buckets import Bucket
 from cogvideox.errors import UsageError
 from cogvideox.files import LOCK_NAME, disk_errors_told, remove_stale_temporaries, remove_temporaries, write_atomically
 from cogvideox.locks import held

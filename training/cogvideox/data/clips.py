@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from cogvideox.data.buckets import Bucket, choose_buckets, upscale
+from cogvideox.config.buckets import Bucket, choose_buckets, upscale
 from cogvideox.data.cache import hash_of
-from cogvideox.data.decode import probe, read_frames
-from cogvideox.data.faults import VideoError
-from cogvideox.data.frames import VideoInfo, frame_indices, frames_available
-from cogvideox.data.transforms import Fit, apply_fit, fit
-from cogvideox.draws import uniform
+from cogvideox.data.media.decode import probe, read_frames
+from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.frames import VideoInfo, frame_indices, frames_available
+from cogvideox.data.media.transforms import Fit, apply_fit, fit
 from cogvideox.errors import UsageError, one_line
 from cogvideox.files import stamp_of
+from cogvideox.rng import uniform
 
 StrPath = str | os.PathLike[str]
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cogvideox.config.flags import SignalFlags
+from cogvideox.config.geometry import Geometry
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache
+from cogvideox.data.media.workers import end_with_parent, ignore_stop_signals
 from cogvideox.data.sampler import BucketBatchSampler, Visit
-from cogvideox.data.workers import end_with_parent, ignore_stop_signals
-from cogvideox.draws import key_of, uniform
 from cogvideox.errors import UsageError, first_line
 from cogvideox.finite import not_finite
-from cogvideox.flags import SignalFlags
-from cogvideox.geometry import Geometry
+from cogvideox.rng import key_of, uniform
 
 LOADER_SECONDS = 300  # after which a batch that has not come never will
 FEWER_WORKERS = "run again with --dataloader_num_workers 0, or with a larger /dev/shm (docker run --shm-size 2g)"

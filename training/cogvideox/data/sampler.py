@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cogvideox.draws import key_of
+from cogvideox.rng import key_of
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Iterable
 
-from cogvideox.data.buckets import Bucket
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.geometry import Geometry
 from cogvideox.data.cache import CacheIndex
-from cogvideox.geometry import Geometry
 
 FOLDER = "/dev/shm"
 PAGE = 4096  # bytes; each tensor is a file of its own there

@@ -1,0 +1,483 @@
+"""hub.py: what is uploaded is what lies on the disk, a failure loses nothing, and nobody learns the token."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fakes import listing, options_of
+from hub_stand_in import StandIn, stand_in
+from running import (
+    LORA_SCRIPT,
+    PROMPT,
+    WEIGHTS,
+    Forked,
+    equal,
+    finish,
+    fork_ranks,
+    lora_flags,
+    python,
+    sft_flags,
+    start,
+    train,
+    train_all,
+    weights,
+)
+
+from cogvideox.config import hub as hub_module
+from cogvideox.config.args import config_dict
+from cogvideox.config.hub import check_hub, open_repository, patiently, upload
+from cogvideox.errors import UsageError
+
+TOKEN = "hf_QkXw7ThisIsTheSecretOfTheTest"
+NOW = (0.0, 0.0, 0.0)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """The stand-in, which huggingface_hub asks in this process; there is no saved login, and nobody waits."""
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    requests: Any = importlib.import_module("huggingface_hub.utils._http")
+    with stand_in(TOKEN) as state:
+        monkeypatch.setattr(constants, "ENDPOINT", state.url())
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # of the two ways to upload, the one with plain HTTP
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+        for module in (requests, hub_module):
+            monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+        yield state
+
+
+def environment(state: StandIn, home: Path) -> dict[str, str]:
+    """For scripts that are started: the stand-in instead of the hub, and no login."""
+    settings = {"HF_ENDPOINT": state.url(), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    return settings | {"HF_TOKEN": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def shared(output: Path) -> dict[str, bytes]:
+    """What of a run's folder belongs on the hub."""
+    names = ["README.md", "inference.py", "recipe.json", "contact_sheet.png", "curves.png"]
+    steps = sorted({path.name[:11] for path in output.glob("validation/step-*.mp4")})
+    videos = [path for step in {*steps[:1], *steps[-1:]} for path in output.glob(f"validation/{step}_*.mp4")]
+    results = [output / WEIGHTS, *output.glob("transformer/*")]
+    paths = [path for path in (*(output / name for name in names), *videos, *results) if path.is_file()]
+    return {path.relative_to(output).as_posix(): path.read_bytes() for path in paths}
+
+
+def assert_kept_secret(state: StandIn, folder: Path | None = None, text: str = "") -> None:
+    """The token is in one header of requests to the hub, and in no other place."""
+    secret = TOKEN.encode()
+    assert {request.server for request in state.requests} <= {"hub", "storage"}
+    for request in state.requests:
+        headers = dict(request.headers)
+        if request.server == "hub":
+            assert headers.pop("authorization", None) in (f"Bearer {TOKEN}", None)
+        assert TOKEN not in request.path + json.dumps(headers)
+        assert secret not in request.body
+    assert TOKEN not in text
+    leaks = [path for path in folder.rglob("*") if path.is_file() and secret in path.read_bytes()] if folder else []
+    assert leaks == []
+
+
+# -- the flags ---------------------------------------------------------------------------------------------------------
+
+
+def checked(*flags: object, output: Path = Path("my-lora")) -> list[str]:
+    return list(check_hub(options_of(output, *flags)))
+
+
+def test_nothing_is_asked_of_a_run_that_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert checked() == []
+
+
+@pytest.mark.fault("export: no token, or no network to the hub", times=2)
+def test_no_token_and_no_network_are_seen_before_anything_loads(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checked("--push_to_hub", "--hub_token", TOKEN) == []
+    (problem,) = checked("--push_to_hub")
+    assert problem.startswith("--push_to_hub: there is no token; run `hf auth login`")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (problem,) = checked("--push_to_hub", "--hub_token", TOKEN)
+    assert "HF_HUB_OFFLINE" in problem
+    assert hub.requests == []
+
+
+def test_a_saved_token_does(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
+    assert checked("--push_to_hub") == []
+    assert open_repository(options_of(Path("my-lora"), "--push_to_hub"), print, NOW) == "someone/my-lora"
+    assert_kept_secret(hub)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "my lora", "-a", "a--b", "a..b", "a.git", "a/", "/a", "ä", "a" * 97])
+def test_names_that_no_repository_can_have(hub: StandIn, name: str) -> None:
+    push = ("--push_to_hub", "--hub_token", TOKEN)
+    (problem,) = checked(*push, f"--hub_model_id={name}")
+    assert problem.startswith(f"--hub_model_id {name}: ")
+    if "/" not in name:
+        (problem,) = checked(*push, output=Path("/x", name))
+        assert problem.startswith(f"--output_dir /x/{name}: ")
+        assert "--hub_model_id" in problem
+
+
+@pytest.mark.parametrize("name", ["a", "user/a", "org/my-lora_1.5", "a" * 96])
+def test_names_that_a_repository_can_have(hub: StandIn, name: str) -> None:
+    assert checked("--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", name) == []
+
+
+# -- at the start ------------------------------------------------------------------------------------------------------
+
+
+def opened(*flags: object, said: list[str] | None = None) -> str | None:
+    options = options_of(Path("out/my-lora"), "--push_to_hub", "--hub_token", TOKEN, *flags)
+    return open_repository(options, (said if said is not None else []).append, NOW)
+
+
+def refused(*flags: object) -> str:
+    with pytest.raises(UsageError) as error:
+        opened(*flags)
+    assert TOKEN not in str(error.value)
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__
+    return str(error.value)
+
+
+def test_the_repository_is_made_or_found(hub: StandIn) -> None:
+    assert opened() == "someone/my-lora"
+    assert opened("--hub_model_id", "team/style", "--hub_private") == "team/style"
+    assert opened("--hub_model_id", "someone/my-lora") == "someone/my-lora"
+    assert set(hub.repositories) == {"someone/my-lora", "team/style"}
+    assert hub.private == {"team/style"}
+    assert_kept_secret(hub)
+
+
+def test_without_the_flag_nobody_is_asked(hub: StandIn) -> None:
+    assert open_repository(options_of(Path("my-lora")), print, NOW) is None
+    assert hub.requests == []
+
+
+def test_a_wrong_token_is_refused_at_once(hub: StandIn) -> None:
+    hub.token = "another"
+    text = refused()
+    assert "the hub does not know this token" in text
+    assert hub.asked("repos/create") == 1
+
+
+def test_a_missing_right_is_refused_at_once(hub: StandIn) -> None:
+    hub.writable = lambda repository: repository.startswith("someone/")
+    assert opened() == "someone/my-lora"
+    assert "this token may not write there" in refused("--hub_model_id", "team/style")
+    hub.repositories["team/style"] = {}  # it can be read, and that is not enough
+    text = refused("--hub_model_id", "team/style")
+    assert "this token may not write there" in text
+    assert "team/style" in text
+
+
+def test_a_namespace_that_is_not_there(hub: StandIn) -> None:
+    hub.fail("repos/create", 404)
+    assert "there is no such namespace" in refused("--hub_model_id", "nobody/style")
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.fault("export: the hub is out for a while")
+def test_an_outage_that_passes_is_waited_for(hub: StandIn, status: int) -> None:
+    hub.fail("repos/create", status, times=2)
+    hub.fail("auth-check", status)
+    said: list[str] = []
+    assert opened(said=said) == "someone/my-lora"
+    assert len(said) == 3
+    assert all(f"({status})" in line and TOKEN not in line for line in said)
+
+
+def test_an_outage_that_stays_is_an_error_without_the_token(hub: StandIn) -> None:
+    """The answer of the stand-in repeats the request's headers, the token among them."""
+    hub.fail("repos/create", 503, times=99)
+    text = refused()
+    assert "503" in text
+    assert "(not shown)" in text
+    assert hub.asked("repos/create") == 1 + len(NOW)
+
+
+def test_a_hub_that_is_not_there(hub: StandIn) -> None:
+    hub.close("hub")
+    assert "the same command with it uploads" in refused()
+
+
+def test_waits_are_kept_and_only_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(hub_module, "time", SimpleNamespace(sleep=slept.append))
+    tries: list[int] = []
+
+    def fails(error: Exception) -> Any:
+        tries.append(1)
+        raise error
+
+    with pytest.raises(ConnectionError):
+        patiently(lambda: fails(ConnectionError()), print, (1.0, 2.0))
+    assert (len(tries), slept) == (3, [1.0, 2.0])
+    for error in (ValueError("no"), PermissionError(13, "no"), FileNotFoundError(2, "no"), KeyError("no")):
+        tries.clear()
+        with pytest.raises(type(error)):
+            patiently(lambda error=error: fails(error), print, (1.0, 2.0))  # type: ignore[misc]
+        assert len(tries) == 1
+
+
+# -- at the end --------------------------------------------------------------------------------------------------------
+
+FILES = {
+    "model.safetensors": b"weights" * 1000,
+    "inference.py": b"print()\n",
+    "validation/a video.mp4": b"\x00\x01" * 500,
+    "README.md": b"---\ntags:\n- a\n---\n\n# x\n",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A result, and beside it what is nobody's business."""
+    for name, content in (FILES | {"config.json": b"{}", "checkpoint-1/x.safetensors": b"x"}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def sent(folder: Path, said: list[str] | None = None) -> None:
+    options = options_of(folder, "--push_to_hub", "--hub_token", TOKEN)
+    opened("--hub_model_id", "team/style")
+    files = [folder / name for name in FILES]
+    upload("team/style", options.hub, folder, files, (said if said is not None else []).append, NOW)
+
+
+def test_one_commit_of_what_is_there(hub: StandIn, folder: Path) -> None:
+    said: list[str] = []
+    sent(folder, said)
+    assert hub.repositories == {"team/style": FILES}
+    assert len(hub.commits) == 1
+    assert said == [f"uploaded: {hub.url()}/team/style"]
+    assert {r.server for r in hub.requests} == {"hub", "storage"}
+    assert_kept_secret(hub, folder)
+
+
+def test_what_is_there_already_is_not_sent_again(hub: StandIn, folder: Path) -> None:
+    sent(folder)
+    asked = len(hub.requests)
+    sent(folder)
+    again = {f"{r.server} {r.method} {r.path.rpartition('/')[2]}" for r in hub.requests[asked:]}
+    assert not [line for line in again if "PUT" in line or "commit" in line]
+    assert len(hub.commits) == 1
+    (folder / "inference.py").write_text("new")
+    sent(folder)
+    assert hub.commits[1:] == [{"inference.py"}]
+    assert hub.repositories["team/style"]["inference.py"] == b"new"
+
+
+@pytest.mark.parametrize("where", ["validate-yaml", "preupload", "objects/batch", "PUT /", "/commit/"])
+@pytest.mark.fault("export: the hub is out for a while")
+def test_an_outage_at_any_request_is_waited_for(hub: StandIn, folder: Path, where: str) -> None:
+    hub.fail(where, 503, times=2)
+    sent(folder)
+    assert hub.repositories == {"team/style": FILES}
+    assert hub.asked(where) > 2
+
+
+def unsent(folder: Path) -> str:
+    before = listing(folder)
+    with pytest.raises(UsageError) as error:
+        sent(folder)
+    assert listing(folder) == before
+    assert TOKEN not in str(error.value)
+    assert str(folder) in str(error.value)
+    assert str(error.value).endswith("the same command again only uploads")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("where", ["validate-yaml", "preupload", "objects/batch", "PUT /", "/commit/"])
+@pytest.mark.parametrize("status", [403, 500])
+@pytest.mark.fault("export: the hub stays out, or refuses")
+def test_a_failed_upload_says_why_and_touches_nothing(hub: StandIn, folder: Path, where: str, status: int) -> None:
+    hub.fail(where, status, times=999)
+    text = unsent(folder)
+    assert str(status) in text or where == "validate-yaml"
+    assert hub.commits == []
+    hub.faults.clear()
+    sent(folder)
+    assert hub.repositories == {"team/style": FILES}
+
+
+def test_a_card_that_the_hub_does_not_take(hub: StandIn, folder: Path) -> None:
+    (folder / "README.md").write_text("---\nbase_model: /home/me/model\n---\n")
+    assert "is not valid" in unsent(folder)
+
+
+def test_a_storage_that_is_gone(hub: StandIn, folder: Path) -> None:
+    """huggingface_hub closes its client where a connection fails, also for the thread that sends the other file."""
+    hub.close("storage")
+    text = unsent(folder)
+    assert "refused" in text or "closed" in text
+    assert hub.asked("objects/batch") == 1 + len(NOW)
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+PUSH = ("--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "team/style")
+
+
+@pytest.mark.fault("security: a token, looked for in every file and line")
+def test_a_run_uploads_its_result_and_keeps_the_token_secret(
+    hub: StandIn, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    """The script as a user runs it, with trackers, which record flags and command lines."""
+    output = tmp_path / "lora"
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT, *PUSH)
+    more = ["--validation_steps", 1, "--max_train_steps", 2, "--report_to", "all"]
+    text = finish(start(python(LORA_SCRIPT, *flags, *more), **environment(hub, tmp_path / "home")))
+    assert f"uploaded: {hub.url()}/team/style" in text
+    assert hub.repositories == {"team/style": shared(output)}
+    assert {"README.md", "inference.py", "recipe.json", WEIGHTS} < set(shared(output))
+    assert len([name for name in shared(output) if name.endswith(".mp4")]) == 2
+    assert len(hub.commits) == 1
+    assert list(output.glob("wandb/offline-run-*/*.wandb"))
+    assert list(output.rglob("events.out.tfevents*"))
+    assert_kept_secret(hub, tmp_path, text)
+    assert json.loads((output / "recipe.json").read_text())["flags"]["hub_token"] == "(not shown)"
+
+    download = tmp_path / "download"
+    for name, content in hub.repositories["team/style"].items():
+        (download / name).parent.mkdir(parents=True, exist_ok=True)
+        (download / name).write_bytes(content)
+    video = tmp_path / "again.mp4"
+    assert finish(Forked(python(download / "inference.py", PROMPT, video))).splitlines()[-1] == str(video)
+
+
+def test_all_weights_are_uploaded_as_a_folder(hub: StandIn, model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = sft_flags(model, tensors, tmp_path / "full", "--load_tensors", "--max_train_steps", 1, *PUSH)
+    assert train_all([*flags, "--save_pipeline"]) == 0
+    assert (tmp_path / "full" / "pipeline" / "vae").is_dir()  # which is not uploaded
+    assert hub.repositories == {"team/style": shared(tmp_path / "full")}
+    assert {name for name in hub.repositories["team/style"] if name.startswith("transformer/")} == {
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    }
+
+
+def test_of_two_processes_one_asks_the_hub(hub: StandIn, model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 1, *PUSH)
+    command, settings = python(LORA_SCRIPT, *flags), environment(hub, tmp_path / "home")
+    for rank in fork_ranks(2, command, **settings):
+        finish(rank)
+    assert (hub.asked("repos/create"), len(hub.commits)) == (1, 1)
+    assert hub.repositories == {"team/style": shared(tmp_path / "lora")}
+    hub.writable = lambda repository: False
+    for rank in fork_ranks(2, command, **settings):  # each ends by itself: none waits for the other
+        text = finish(rank, status=2)
+        assert text.count("this token may not write there") == 1
+        assert_kept_secret(hub, tmp_path, text)
+
+
+def test_a_refusal_comes_before_anything_loads(
+    hub: StandIn, model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("cogvideox.loop.open_tensors", never)
+    hub.writable = lambda repository: False
+    with pytest.raises(UsageError, match="may not write there"):
+        train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", *PUSH))
+
+
+@pytest.mark.fault("export: the hub goes out while training")
+def test_a_hub_that_goes_while_training_costs_nothing(
+    hub: StandIn, model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "lora"
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 2, *PUSH)
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.create_commit", gone_before(hub, "huggingface_hub.HfApi.create_commit"))
+        with pytest.raises(UsageError, match=r"is finished, but was not uploaded to team/style: .*refused"):
+            train(flags)
+    assert (output / "recipe.json").is_file()
+    trained = weights(output)
+    lines = (output / "metrics.jsonl").read_text()
+    with stand_in(TOKEN) as back:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", back.url())
+        assert train(flags) == 0
+        assert back.repositories == {"team/style": shared(output)}
+    assert (output / "metrics.jsonl").read_text() == lines
+    assert equal(weights(output), trained)
+
+
+def gone_before(state: StandIn, name: str) -> Any:
+    """The method of that name, with the hub closed before it is called."""
+    module, kind, method = name.rsplit(".", 2)
+    original = getattr(getattr(importlib.import_module(module), kind), method)
+
+    def closed(*arguments: Any, **more: Any) -> Any:
+        state.close("hub")
+        return original(*arguments, **more)
+
+    return closed
+
+
+@pytest.mark.fault("kills: SIGKILL before the upload")
+def test_killed_before_the_upload_the_same_command_uploads(
+    hub: StandIn, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    output, reached, release = tmp_path / "lora", threading.Event(), threading.Event()
+    hub.fail("preupload", lambda: (reached.set(), release.wait(60)))  # type: ignore[arg-type, func-returns-value]
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 2, *PUSH)
+    command, settings = python(LORA_SCRIPT, *flags), environment(hub, tmp_path / "home")
+    process = Forked(command, **settings)
+    try:
+        assert reached.wait(120)
+        assert (output / "recipe.json").is_file()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        release.set()
+    assert hub.commits == []
+    before = weights(output)
+    assert "uploaded: " in finish(Forked(command, **settings))
+    assert hub.repositories == {"team/style": shared(output)}
+    assert equal(weights(output), before)
+
+
+def test_a_finished_run_is_shared_by_the_same_command_with_the_flag(
+    hub: StandIn, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "my-lora"
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 1)
+    assert train(flags) == 0
+    assert hub.requests == []
+    assert train([*flags, *PUSH[:3]]) == 0
+    assert hub.repositories == {"someone/my-lora": shared(output)}
+    assert "snapshot_download('someone/my-lora')" in (output / "README.md").read_text()
+
+
+@pytest.mark.fault("security: a token, looked for in every file and line")
+def test_a_token_in_a_bad_command_is_not_repeated(tmp_path: Path) -> None:
+    flags = ["--hub_token", TOKEN, "x", f"--hub_tokn={TOKEN}", "--rank", "0", "--seed", "x"]
+    for more in ([], ["--print_config"]):
+        text = finish(start(python(LORA_SCRIPT, *flags, *more)), status=2)
+        assert "--hub_token: takes one value" in text
+        assert TOKEN not in text
+    good = lora_flags(tmp_path, tmp_path, tmp_path / "out", *PUSH, "--print_config")
+    text = finish(start(python(LORA_SCRIPT, *good)))
+    assert TOKEN not in text
+    assert "(not shown)" in text
+
+
+def test_options_are_written_without_the_token(tmp_path: Path) -> None:
+    options = options_of(tmp_path, *PUSH)
+    assert options.hub.hub_token == TOKEN
+    assert TOKEN not in repr(options)
+    assert config_dict(options)["hub_token"] == "(not shown)"
+    assert config_dict(options_of(tmp_path))["hub_token"] is None

@@ -1,0 +1,484 @@
+"""optimizers.py: each optimizer against its own library, saved and resumed bit for bit, skipped whole."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import equal, lora_flags, losses, train, weights
+from safetensors.torch import load_file, save_file
+from stepping import loss_of, rate, state_equal, values
+from stepping import parameters as all_parameters
+from stepping import train as advance
+from torch.nn import Parameter
+
+from cogvideox.checks import TRAINING_CHECKS
+from cogvideox.config import args
+from cogvideox.config.flags import OptimizerFlags
+from cogvideox.config.optimizers import (
+    check_optimizer,
+    check_state_place,
+    host_state_problems,
+    make_optimizer,
+    optimizer_class,
+    steps_on_device,
+)
+from cogvideox.config.options import LoraOptions
+from cogvideox.errors import UsageError
+from cogvideox.optimizer.master_weights import as_tensor, is_fused, plain_tensors, set_rate, state_bytes
+from cogvideox.optimizer.optim import MasterWeights
+
+BETAS, EPSILON, DECAY = (0.9, 0.95), 1e-8, 1e-4  # the defaults of the flags
+ADAM = {"betas": BETAS, "eps": EPSILON, "weight_decay": DECAY}
+
+# Flags -> what they mean in the library's own words.
+ON_THE_CPU: dict[str, tuple[str, dict[str, Any]]] = {
+    "--optimizer adam --use_8bit": ("bitsandbytes.optim.Adam8bit", ADAM),
+    "--optimizer adamw --use_8bit_adam": ("bitsandbytes.optim.AdamW8bit", ADAM),
+    "--optimizer Prodigy": ("prodigyopt.Prodigy", {**ADAM, "decouple": False}),
+    "--optimizer prodigy --prodigy_decouple --prodigy_use_bias_correction --prodigy_safeguard_warmup --beta3 0.9": (
+        "prodigyopt.Prodigy",
+        {**ADAM, "decouple": True, "use_bias_correction": True, "safeguard_warmup": True, "beta3": 0.9},
+    ),
+    "--optimizer came": ("came_pytorch.CAME", {"betas": (*BETAS, 0.9999), "weight_decay": DECAY}),
+    "--optimizer CAME --beta3 0.99 --weight_decay 0.1": (
+        "came_pytorch.CAME",
+        {"betas": (*BETAS, 0.99), "weight_decay": 0.1},
+    ),
+    "--optimizer torch.optim.RAdam": ("torch.optim.RAdam", {}),
+    "--optimizer torch.optim.SGD --weight_decay 0.01 --optimizer_args momentum=0.9 nesterov=True": (
+        "torch.optim.SGD",
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    ),
+    "--optimizer torch.optim.SGD --optimizer_args momentum=0.9 fused=True": (
+        "torch.optim.SGD",
+        {"momentum": 0.9, "fused": True},
+    ),
+    "--optimizer torch.optim.NAdam --beta2 0.99": ("torch.optim.NAdam", {"betas": (0.9, 0.99)}),
+    "--optimizer bitsandbytes.optim.Lion8bit --optimizer_args betas=(0.8,0.9)": (
+        "bitsandbytes.optim.Lion8bit",
+        {"betas": (0.8, 0.9)},
+    ),
+    "--optimizer bitsandbytes.optim.AdEMAMix8bit --epsilon 1e-6": ("bitsandbytes.optim.AdEMAMix8bit", {"eps": 1e-6}),
+}
+TORCHAO: dict[str, tuple[str, dict[str, Any]]] = {
+    "--optimizer adamw --use_8bit --use_torchao": ("torchao.optim.AdamW8bit", ADAM),
+    "--optimizer adam --use_4bit --use_torchao": ("torchao.optim.Adam4bit", ADAM),
+    "--optimizer adamw --use_fp8 --use_torchao": ("torchao.optim.AdamWFp8", ADAM),
+}
+compiled = pytest.param  # torchao compiles its step: half a minute each
+PAGED = "--optimizer bitsandbytes.optim.PagedAdamW8bit"
+EVERY = [*ON_THE_CPU, *(compiled(command, marks=pytest.mark.slow) for command in TORCHAO)]
+EACH_KIND = [command for command in EVERY if command != "--optimizer adam --use_8bit"]
+
+
+def flags_of(command: str) -> OptimizerFlags:
+    options: Any = args.parse(LoraOptions, None, [*lora_flags_without_optimizer(), *command.split()])
+    return options.optimizer
+
+
+def lora_flags_without_optimizer() -> list[str]:
+    return ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
+
+
+def parameters(command: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Parameter]:
+    """For torchao one tensor, which it compiles once."""
+    params = all_parameters(dtype, seed)
+    return {"down": params["down"]} if command in TORCHAO else params
+
+
+def engine_of(command: str, params: dict[str, Parameter], norm: float = 0.0, scale: bool = False) -> MasterWeights:
+    return MasterWeights(params, partial(make_optimizer, flags_of(command)), norm, scale)
+
+
+def library_s(command: str, params: dict[str, Parameter]) -> torch.optim.Optimizer:
+    name, arguments = {**ON_THE_CPU, **TORCHAO, PAGED: ("bitsandbytes.optim.PagedAdamW8bit", {})}[command]
+    module, _, kind = name.rpartition(".")
+    made: torch.optim.Optimizer = getattr(importlib.import_module(module), kind)(params.values(), lr=1.0, **arguments)
+    return made
+
+
+# -- against the libraries ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", EVERY)
+@pytest.mark.parametrize("norm", [0.0, 5.0])
+def test_equals_its_library(command: str, norm: float) -> None:
+    """Bit for bit, moments too, but for what clipping rounds: torch multiplies where the masters divide."""
+    ours, theirs = parameters(command), parameters(command)
+    engine, reference = engine_of(command, ours, norm), library_s(command, theirs)
+    assert type(engine.groups[0].optimizer) is type(reference)
+    for step in range(6):
+        engine.backward(loss_of(ours, step))
+        result = values(engine.step(rate(step)))
+        reference.zero_grad()
+        loss_of(theirs, step).backward()
+        length = torch.nn.utils.clip_grad_norm_(theirs.values(), norm or float("inf"))
+        assert result["grad_norm"] == pytest.approx(length.item(), rel=1e-5)
+        set_rate(reference, rate(step))
+        reference.step()
+    for name, start in parameters(command).items():
+        moved = (theirs[name] - start).abs().mean()
+        assert moved > 0
+        if norm:
+            assert (ours[name] - theirs[name]).abs().mean() < 1e-3 * moved
+        else:
+            assert ours[name].equal(theirs[name])
+            state = engine.state()
+            assert all(state[f"{key}/{name}"].equal(t) for key, t in plain_tensors(reference.state[theirs[name]]))
+
+
+# -- going on, and skipping --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", EACH_KIND)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_goes_on_bit_for_bit_from_a_safetensors_file(command: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    whole, again = parameters(command, dtype), parameters(command, dtype, seed=1)
+    engine, resumed = engine_of(command, whole, 5.0), engine_of(command, again, 5.0)
+    advance(engine, whole, 0, 4)
+    save_file(engine.state(), tmp_path / "state.safetensors")
+    resumed.load_state(load_file(tmp_path / "state.safetensors"))
+    assert state_equal(engine.state(), resumed.state())
+    assert kinds(engine) == kinds(resumed)
+    advance(engine, whole, 4, 8)
+    advance(resumed, again, 4, 8)
+    assert state_equal(engine.state(), resumed.state())
+    assert all(whole[name].equal(again[name]) for name in whole)
+    assert not state_equal(engine.state(), load_file(tmp_path / "state.safetensors"))
+
+
+def kinds(engine: MasterWeights) -> list[dict[str, type]]:
+    """The type of everything that an optimizer keeps."""
+    assert engine.resident is not None
+    optimizer = engine.resident.optimizer
+    kept = [optimizer.state[master] for master in engine.resident.masters] + optimizer.param_groups
+    return [{key: type(value) for key, value in values.items()} for values in kept]
+
+
+def test_a_run_resumed_before_its_first_step() -> None:
+    command = "--optimizer prodigy"
+    whole, again = parameters(command), parameters(command, seed=1)
+    engine, resumed = engine_of(command, whole), engine_of(command, again)
+    resumed.load_state(engine.state())
+    advance(engine, whole, 0, 3)
+    advance(resumed, again, 0, 3)
+    assert state_equal(engine.state(), resumed.state())
+
+
+def test_prodigy_keeps_the_zero_that_it_makes_of_zeros() -> None:
+    """Of a parameter that starts as zeros, as half of every LoRA does, it keeps a single number."""
+    started, again = {"up": Parameter(torch.zeros(6, 8))}, {"up": Parameter(torch.ones(6, 8))}
+    engine, resumed = engine_of("--optimizer prodigy", started), engine_of("--optimizer prodigy", again)
+    engine.backward((started["up"] - 1.0).square().sum())
+    engine.step(1.0)
+    assert engine.state()["p0/up"].shape == ()
+    resumed.load_state(engine.state())
+    assert state_equal(engine.state(), resumed.state())
+
+
+@pytest.mark.parametrize("command", [*EACH_KIND, "--optimizer adamw"])
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.fault("numbers: a gradient that is not finite")
+def test_a_step_that_is_not_finite_changes_nothing(command: str, first: int) -> None:
+    params, undisturbed = parameters(command, torch.bfloat16), parameters(command, torch.bfloat16)
+    engine, reference = engine_of(command, params, 5.0), engine_of(command, undisturbed, 5.0)
+    advance(engine, params, 0, first)
+    advance(reference, undisturbed, 0, first)
+    engine.backward(loss_of(params, 0))
+    engine.backward(params["down"][5, 5].float() * float("nan"))
+    assert values(engine.step(0.1))["skipped"] == 1
+    assert all(params[name].equal(undisturbed[name]) for name in params)
+    if first:
+        assert state_equal(engine.state(), reference.state())
+    advance(engine, params, first, first + 3)
+    advance(reference, undisturbed, first, first + 3)
+    assert state_equal(engine.state(), reference.state())
+
+
+def test_the_loss_scale_is_taken_out_of_the_gradients() -> None:
+    command = "--optimizer adamw --use_8bit"
+    scaled, plain = parameters(command), parameters(command)
+    one, other = engine_of(command, scaled, 5.0, scale=True), engine_of(command, plain, 5.0)
+    advance(one, scaled, 0, 4)
+    advance(other, plain, 0, 4)
+    assert state_equal(one.state(), other.state(), ignore=("loss_scale", "good_steps"))
+
+
+def test_numbers_keep_every_digit() -> None:
+    for number in (1 / 3, 2**53 - 1, True):
+        kept = as_tensor(number).item()
+        assert (kept, type(kept)) == (number, type(number))
+
+
+def test_what_is_fused_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others do, once a step, to know whether to skip it."""
+
+    def waits(command: str, on_host: bool = False) -> bool:
+        params = parameters(command)
+        engine = MasterWeights(params, partial(make_optimizer, flags_of(command)), 0.0, False, on_host)
+        engine.backward(loss_of(params, 0))
+        asked = []
+        item = torch.Tensor.item
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "item", lambda tensor: (asked.append(1), item(tensor))[1])
+            engine.step(0.1)
+        return bool(asked)
+
+    assert [waits(f"--optimizer {rule}") for rule in ("adam", "adamw", "came")] == [False, False, True]
+    assert not waits("--optimizer adam", on_host=True)
+
+
+LARGE = (512, 512)  # bitsandbytes pages out what is larger than 100,000 numbers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("command", [*EVERY, PAGED])
+def test_on_a_gpu(command: str, tmp_path: Path) -> None:
+    """Equal to its library bit for bit, and after a resumption to itself."""
+    start, targets = torch.randn(LARGE, device="cuda"), torch.randn(8, *LARGE, device="cuda")
+    ours, again, theirs = ({"down": Parameter(start.clone())} for _ in range(3))
+    engine, resumed = engine_of(command, ours), engine_of(command, again)
+    reference = library_s(command, theirs)
+
+    def step(number: int, *engines: tuple[MasterWeights, dict[str, Parameter]]) -> None:
+        for each, params in engines:
+            each.backward((params["down"] - targets[number]).square().sum())
+            each.step(rate(number))
+
+    for number in range(8):
+        if number == 4:
+            save_file(engine.state(), tmp_path / "state.safetensors")
+            resumed.load_state(load_file(tmp_path / "state.safetensors"))
+        step(number, (engine, ours), *([(resumed, again)] if number >= 4 else []))
+        reference.zero_grad()
+        (theirs["down"] - targets[number]).square().sum().backward()
+        set_rate(reference, rate(number))
+        reference.step()
+        assert ours["down"].equal(theirs["down"])
+    assert again["down"].equal(ours["down"])
+    assert state_equal(engine.state(), resumed.state())
+
+
+# -- state on the host -------------------------------------------------------------------------------------------------
+
+FUSED = "--optimizer torch.optim.AdamW --optimizer_args fused=True amsgrad=True"
+
+
+@pytest.mark.parametrize(
+    ("command", "fused"),
+    [
+        *((command, False) for command in (*ON_THE_CPU, *TORCHAO, "--optimizer torch.optim.AdamW")),
+        *((command, True) for command in ("--optimizer adam", "--optimizer adamw", FUSED)),
+    ],
+)
+def test_what_steps_on_the_device_is_what_is_fused(command: str, fused: bool) -> None:
+    """Known from the flags, before there is a parameter."""
+    flags = flags_of(command)
+    assert steps_on_device(flags) == is_fused(make_optimizer(flags, list(parameters(command).values()))) == fused
+    assert bool(list(host_state_problems(flags, deepspeed=False))) == (not fused)
+
+
+@pytest.mark.parametrize("command", ["--optimizer came", "--optimizer adam --use_8bit", "--optimizer adamw", ""])
+def test_a_state_that_cannot_rest_on_the_host_is_refused_before_anything_is_loaded(command: str) -> None:
+    flags = [*lora_flags_without_optimizer(), *command.split(), "--optimizer_state_on"]
+    found = [list(check_state_place(args.parse(LoraOptions, None, [*flags, place]))) for place in ("host", "auto")]
+    assert [len(problems) for problems in found] == [1 if "came" in command or "8bit" in command else 0, 0]
+    assert check_state_place in TRAINING_CHECKS
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("--optimizer adamw", 12),
+        pytest.param("--optimizer adamw --use_8bit --use_torchao", 6, marks=pytest.mark.long),  # it compiles
+        ("--optimizer came", 8),
+        ("--optimizer prodigy --learning_rate 1", 20),
+        ("--optimizer torch.optim.SGD", 4),
+    ],
+)
+def test_what_an_optimizer_keeps_of_a_number(command: str, expected: int) -> None:
+    """Its fp32 master included."""
+    assert state_bytes(partial(make_optimizer, flags_of(command)), torch.device("cpu")) == expected
+
+
+def test_a_third_moment_rests_on_the_host_too() -> None:
+    states = []
+    for on_host in (False, True):
+        params = parameters(FUSED, torch.bfloat16)
+        engine = MasterWeights(params, partial(make_optimizer, flags_of(FUSED)), 5.0, False, state_on_host=on_host)
+        advance(engine, params, 0, 6)
+        states.append(engine.state())
+    assert "max_exp_avg_sq/down" in states[0]
+    assert state_equal(*states)
+    assert set(engine.passing[0].arrays) == {"master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+
+
+# -- through the script ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--use_8bit",), ("--optimizer", "prodigy", "--learning_rate", "1"), ("--optimizer", "torch.optim.RAdam")],
+)
+@pytest.mark.fault("checkpoints: resumed with every optimizer")
+def test_a_run_that_stopped_ends_with_the_same_lora(
+    model: Path, tensors: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    def run(name: str, steps: int) -> dict[str, Any]:
+        flags = lora_flags(model, tensors, tmp_path / name, "--load_tensors", "--rank", 64, *more)
+        assert train([*flags, "--max_train_steps", str(steps)]) == 0
+        return weights(tmp_path / name)
+
+    run("stopped", 2)
+    assert equal(run("stopped", 4), run("whole", 4))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    saved = load_file(tmp_path / "whole" / "checkpoint-4" / "optimizer.safetensors")
+    assert any(tensor.dtype == torch.uint8 for tensor in saved.values()) == ("--use_8bit" in more)
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+
+def problems(*given: object, checks: bool = True) -> tuple[str, ...]:
+    argv = [*lora_flags_without_optimizer(), *map(str, given)]
+    with pytest.raises(UsageError) as caught:
+        args.parse(LoraOptions, None, argv, [check_optimizer] if checks else [])
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("given", "start", "fix"),
+    [
+        ("--optimizer adamw --prodigy_decouple", "--prodigy_decouple: has no effect with --optimizer adamw", "prodigy"),
+        ("--optimizer adamw --prodigy_beta3 0.9", "--beta3: has no effect with --optimizer adamw", "prodigy, came"),
+        ("--optimizer came --epsilon 1e-8", "--epsilon: has no effect with --optimizer came", "adam, adamw, prodigy"),
+        ("--optimizer prodigy --use_8bit", "--use_8bit: has no effect with --optimizer prodigy", "adam, adamw"),
+        ("--optimizer_args a=1", "--optimizer_args: has no effect with --optimizer adam", "a class by its dotted name"),
+        ("--use_8bit --use_4bit --use_torchao", "--use_8bit: contradicts --use_4bit", "one of them"),
+        ("--use_4bit", "--use_4bit: bitsandbytes has no such optimizer", "--use_torchao"),
+        ("--use_fp8", "--use_fp8: bitsandbytes has no such optimizer", "--use_torchao"),
+        ("--use_torchao", "--use_torchao: says whose low-bit moments", "--use_8bit"),
+        ("--offload_gradients", "--offload_gradients: needs an optimizer on the CPU", "--use_cpu_offload_optimizer"),
+        ("--use_cpu_offload_optimizer", "--use_cpu_offload_optimizer: torchao clips no gradients", "give 0"),
+        (
+            "--use_cpu_offload_optimizer --max_grad_norm 0 --use_8bit",
+            "--use_cpu_offload_optimizer: contradicts --use_8bit",
+            "give either",
+        ),
+        (
+            "--use_cpu_offload_optimizer --max_grad_norm 0 --mixed_precision fp16",
+            "--use_cpu_offload_optimizer: torchao knows no loss scale",
+            "bf16",
+        ),
+        (
+            "--use_cpu_offload_optimizer --max_grad_norm 0 --offload_gradients --gradient_accumulation_steps 4",
+            "--offload_gradients: contradicts --gradient_accumulation_steps 4",
+            "give 1",
+        ),
+    ],
+)
+def test_flags_that_contradict_each_other(given: str, start: str, fix: str) -> None:
+    (found,) = problems(*given.split(), checks=False)
+    assert found.startswith(start)
+    assert fix in found.split("; ")[-1]
+
+
+def test_flags_without_effect_that_say_so_are_no_problem() -> None:
+    assert not flags_of("--optimizer adamw --prodigy_decouple false --use_8bit false").use_8bit
+
+
+NOT_LITERAL = "is not key=value with a Python literal, such as 0.9, True, (0.9, 0.99) or 'text'"
+UNFIT = {
+    "torch.optim.RAdm": ["--optimizer torch.optim.RAdm: is no optimizer; nearest: torch.optim.RAdam"],
+    "torch.nn.Linear": ["--optimizer torch.nn.Linear: is no optimizer"],
+    "nowhere.Adam": [
+        "--optimizer nowhere.Adam: No module named 'nowhere'; give MODULE.CLASS of an installed package",
+    ],
+    "torch.optim.SGD --beta1 0.9 --epsilon 1e-6": [
+        "--epsilon: torch.optim.SGD has no eps; leave it out",
+        "--beta1: torch.optim.SGD has no betas; leave it out",
+    ],
+    "torch.optim.SGD --optimizer_args momentm=0.9 nesterov=1 dampening lr=1": [
+        "--optimizer_args momentm=0.9: no such argument; nearest: momentum",
+        "--optimizer_args nesterov=1: takes True or False",
+        f"--optimizer_args dampening: {NOT_LITERAL}",
+        "--optimizer_args lr=1: the rate follows --learning_rate and --lr_scheduler; give those",
+    ],
+    "torch.optim.RAdam --optimizer_args betas=0.9 decoupled_weight_decay=yes eps=True": [
+        "--optimizer_args betas=0.9: takes 2 values, such as (0.9, 0.999)",
+        f"--optimizer_args decoupled_weight_decay=yes: {NOT_LITERAL}",
+        "--optimizer_args eps=True: takes a number",
+    ],
+    "torch.optim.RAdam --optimizer_args betas=(0.9,2.0)": [
+        "--optimizer torch.optim.RAdam: Invalid beta parameter at index 1: 2.0; see --optimizer_args",
+    ],
+    "torch.optim.LBFGS": [
+        "--optimizer torch.optim.LBFGS: its step runs the model itself, which is not done here; give another",
+    ],
+}
+
+
+@pytest.mark.parametrize("given", UNFIT)
+def test_a_class_that_does_not_fit_is_named(given: str) -> None:
+    assert list(problems("--optimizer", *given.split())) == UNFIT[given]
+
+
+def test_a_class_with_its_library_s_own_values() -> None:
+    """What no flag gives is left to it, and --print_config shows that."""
+    flags = flags_of("--optimizer torch.optim.RAdam --beta1 0.8")
+    assert (flags.beta1, flags.beta2, flags.epsilon, flags.weight_decay) == (0.8, None, None, None)
+    assert optimizer_class(flags) == (torch.optim.RAdam, {"betas": (0.8, 0.999)})
+    assert flags_of("--optimizer came").epsilon is None
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert problems("--optimizer", "came") == (
+        "--optimizer came: came_pytorch is not installed; pip install came_pytorch",
+    )
+    assert problems("--use_8bit") == ("--use_8bit: bitsandbytes is not installed; pip install bitsandbytes",)
+    (found,) = problems("--use_8bit", "--use_torchao")
+    assert found == "--use_torchao: torchao is not installed; pip install torchao"
+    args.parse(LoraOptions, None, lora_flags_without_optimizer(), [check_optimizer])
+
+
+def test_a_compiler_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    (found,) = problems("--use_8bit", "--use_torchao")
+    assert found.startswith("--use_torchao: compiles its step")
+
+
+def test_what_the_cpu_offload_cannot_do_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    found = problems("--use_cpu_offload_optimizer", "--max_grad_norm", 0)
+    assert ["CUDA" in found[0], "one GPU" in found[1], "fp16" in found[2]] == [True] * 3
+    assert all(text.startswith("--use_cpu_offload_optimizer: ") for text in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [
+        ("--optimizer prodigy", "--optimizer prodigy"),
+        ("--optimizer came", "--optimizer came"),
+        ("--optimizer torch.optim.RAdam", "--optimizer torch.optim.RAdam"),
+        ("--use_8bit --use_torchao", "--use_torchao"),
+    ],
+)
+def test_what_deepspeed_cannot_run_is_named(given: str, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    (found,) = problems(*given.split())
+    assert found.startswith(f"{start}: ")
+    for runs in ("--optimizer adam", "--optimizer adamw --use_8bit"):
+        args.parse(LoraOptions, None, [*lora_flags_without_optimizer(), *runs.split()], [check_optimizer])
+
+
+def test_parameters_that_a_class_does_not_take() -> None:
+    with pytest.raises(UsageError, match="Muon only supports 2D"):
+        make_optimizer(flags_of("--optimizer torch.optim.Muon"), list(all_parameters().values()))

@@ -1,0 +1,708 @@
+"""Tables, pairs of clip.mp4 and clip.txt, and the choice of a form. test_index.py has the lists."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz_index import fuzz_indexes
+from test_index import captions, problems, read, touch, write
+
+from cogvideox.config.flags import DataFlags, ModelFlags
+from cogvideox.config.geometry import weight_problems
+from cogvideox.data.cache import open_index
+from cogvideox.data.forms.columns import WITHOUT_CAPTIONS
+from cogvideox.data.forms.samples import Sample, check_first_frames, read_samples, read_validation
+from cogvideox.errors import UsageError
+from cogvideox.preparation.report import skipped_notes
+
+ODD = (
+    "a, b",
+    'a "quoted" one',
+    "two\nlines",
+    "tab\there",
+    "caf\u00e9 \U0001f436",
+    "$(x) `y`; 'z' \\",
+    "1.50",
+    "\u2028",
+)
+SUFFIXES = ("csv", "tsv", "jsonl", "json")
+
+
+def write_table(file: Path, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+    """A table as the libraries of its format write it."""
+    if file.suffix in (".csv", ".tsv"):
+        with open(file, "w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream, delimiter="," if file.suffix == ".csv" else "\t").writerows([names, *rows])
+        return file
+    objects = [dict(zip(names, row, strict=True)) for row in rows]
+    lines = "\n".join(json.dumps(cells) for cells in objects)
+    file.write_text(json.dumps(objects, indent=1) if file.suffix == ".json" else lines, encoding="utf-8")
+    return file
+
+
+def table(tmp_path: Path, text: str | bytes, suffix: str = "csv") -> dict[str, Any]:
+    """The flag of a table with the text, beside clips a.mp4 and b.mp4."""
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / f"t.{suffix}").write_bytes(text.encode() if isinstance(text, str) else text)
+    return {"dataset_file": f"t.{suffix}"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_table_keeps_captions_with_their_clips(tmp_path: Path, suffix: str) -> None:
+    names = [f"clips/{k}.mp4" for k in range(len(ODD))]
+    touch(tmp_path, *names)
+    write_table(tmp_path / f"t.{suffix}", ["n", "video", "text"], [[0, *row] for row in zip(names, ODD, strict=True)])
+    expected = [Sample(name, odd.strip(), str(tmp_path / name)) for name, odd in zip(names[:-1], ODD, strict=False)]
+    assert (
+        problems(tmp_path, dataset_file=f"t.{suffix}")[0]
+        .split(": ")[-1]
+        .startswith("blank caption; write one, or remove the row; ")
+    )
+    rows = [[0, *row] for row in zip(names[:-1], ODD, strict=False)]
+    write_table(tmp_path / f"t.{suffix}", ["n", "video", "text"], rows)
+    assert read(tmp_path, dataset_file=f"t.{suffix}") == expected
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.fault("data: byte order marks, line ends and separators in lists")
+def test_line_ends_and_byte_order_marks(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4")
+    file = write_table(tmp_path / f"t.{suffix}", ["video", "text"], [["a.mp4", "one"], ["b.mp4", "two\nlines"]])
+    text = file.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    file.write_bytes(b"\xef\xbb\xbf" + text + b"\r\n\r\n")
+    assert captions(tmp_path, dataset_file=file.name) == ["one", "two\nlines"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_very_long_caption(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path, "a.mp4")
+    usual = csv.field_size_limit(1000)
+    write_table(tmp_path / f"t.{suffix}", ["video", "text"], [["a.mp4", "x" * 10_000_000]])
+    assert len(captions(tmp_path, dataset_file=f"t.{suffix}")[0]) == 10_000_000
+    assert csv.field_size_limit(usual) == 1000
+
+
+def test_columns_are_found_by_their_usual_names(tmp_path: Path) -> None:
+    found = {}
+    for caption in ("prompt", "caption", "text"):
+        for video in ("path", "video_path", "file_name", "video"):
+            found[caption] = caption
+            flags = table(tmp_path, f"{video},{','.join(found)}\na.mp4,{','.join(found.values())}\n")
+            assert captions(tmp_path, **flags) == [caption]
+
+
+def test_columns_given_by_flags(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    flags = table(tmp_path, "text,long,video,clip,image,first\nx,y,no.mp4,a.mp4,no.png,a.png\n")
+    names = {"caption_column": "long", "video_column": "clip", "image_column": "first"}
+    assert read(tmp_path, **flags, **names) == [Sample("a.mp4", "y", str(tmp_path / "a.mp4"), str(tmp_path / "a.png"))]
+
+
+def test_missing_columns_name_those_there_and_the_nearest(tmp_path: Path) -> None:
+    flags = table(tmp_path, "id,Caption,vids\n1,x,a.mp4\n")
+    assert problems(tmp_path, **flags, image_column="imag") == (
+        f"{tmp_path}/t.csv: has no column text or caption or prompt; there are: id, Caption, vids; "
+        f"nearest: --caption_column Caption; {WITHOUT_CAPTIONS}",
+        f"{tmp_path}/t.csv: has no column video or file_name or video_path or path; there are: id, Caption, vids; "
+        "nearest: --video_column vids",
+        f"--image_column imag: no such column in {tmp_path}/t.csv; there are: id, Caption, vids; "
+        "name one with --image_column",
+    )
+    assert "nearest: --video_column vids" in problems(tmp_path, **flags, video_column="vid")[-1]
+
+
+def test_an_image_column_is_used_if_it_holds_images(tmp_path: Path) -> None:
+    flags = table(tmp_path, '{"text": "x", "video": "a.mp4", "image": "b.mp4"}', "jsonl")
+    assert read(tmp_path, **flags)[0].image == str(tmp_path / "b.mp4")
+    table(tmp_path, '{"text": "x", "video": "a.mp4", "image": "b.mp4"}\n{"text": "y", "video": "b.mp4"}', "jsonl")
+    one, two = samples = read(tmp_path, **flags)
+    assert [one.image, two.image] == [str(tmp_path / "b.mp4"), None]
+    with pytest.raises(UsageError, match=r"t.jsonl:2: blank path of the image; write one, or leave the images"):
+        check_first_frames(samples)
+    table(tmp_path, '{"text": "x", "video": "a.mp4", "image": null}\n{"text": "y", "video": "b.mp4"}', "jsonl")
+    samples = read(tmp_path, **flags)
+    assert [sample.image for sample in samples] == [None, None]
+    check_first_frames(samples)
+    with pytest.raises(UsageError, match=r"t.jsonl:1: blank path of the image.*\n.*t.jsonl:2"):
+        check_first_frames(read(tmp_path, **flags, image_column="image"))
+
+
+def test_problems_name_the_line_on_which_a_row_starts(tmp_path: Path) -> None:
+    rows = ['"two\nlines",a.mp4', "", ",a.mp4", 'x,"\nno.mp4"', "x", "x,a.mp4,z", "nan,a.mp4", "x,", "x,b.mp4"]
+    found = problems(tmp_path, **table(tmp_path, "text,video\n" + "\n".join(rows)))
+    assert [problem.removeprefix(f"{tmp_path}/t.csv:").split("; ")[0] for problem in found] == [
+        "8: 1 cells, but 2 columns",
+        "9: 3 cells, but 2 columns",
+        "5: blank caption",
+        "10: blank caption",
+        f"6: no.mp4: no such file in {tmp_path}",
+        "11: blank path of the video",
+    ]
+
+
+@pytest.mark.fault("data: a quote in a table that never closes")
+def test_a_quote_that_never_closes_swallows_no_rows(tmp_path: Path) -> None:
+    found = problems(tmp_path, **table(tmp_path, 'text,video\nx,a.mp4\n"y,b.mp4\nz,a.mp4\n'))
+    assert found[0].startswith(f"{tmp_path}/t.csv:3: malformed row (unexpected end of data)")
+    found = problems(tmp_path, **table(tmp_path, 'text,video\n"y" z,a.mp4\nx,a.mp4\n"y"z,a.mp4\n'))
+    assert [problem.split(": ")[0] for problem in found] == [f"{tmp_path}/t.csv:2", f"{tmp_path}/t.csv:4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("", "is empty; it needs a row with the names"),
+        ("\n \n", "is empty; it needs a row with the names"),
+        ("text,video\n", "has no rows; it needs one for each clip"),
+        ("text,video,text\nx,a.mp4,y\n", "has two columns text; rename one"),
+        ("text,video\rx,a.mp4\r", "malformed row (new-line character seen in unquoted field"),
+    ],
+)
+def test_csv_without_rows_or_with_a_bad_header(tmp_path: Path, text: str, rule: str) -> None:
+    assert rule in problems(tmp_path, **table(tmp_path, text))[0]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.fault("data: bytes that are not UTF-8")
+def test_bytes_that_are_not_utf8_name_every_line(tmp_path: Path, suffix: str) -> None:
+    found = problems(tmp_path, **table(tmp_path, b'text,video\n"\xe9,a.mp4\nx,b.mp4\ny,\xff\n', suffix))
+    marks = [problem for problem in found if "save the file as UTF-8" in problem]
+    assert [mark.split(": ")[0] for mark in marks] == [f"{tmp_path}/t.{suffix}:2", f"{tmp_path}/t.{suffix}:4"]
+
+
+def test_bad_json_lines(tmp_path: Path) -> None:
+    good = '{"text": "x", "video": "a.mp4"}'
+    values = ['["x"]', "true", '{"text": true, "video": ["a"]}', '{"text": null, "video": {}}', "[" * 100_000]
+    found = problems(tmp_path, **table(tmp_path, "\n".join([good, "", good[:-1], *values]), "jsonl"))
+    assert [problem.removeprefix(f"{tmp_path}/t.jsonl:").split("; ")[0] for problem in found] == [
+        "3: is no JSON (Expecting ',' delimiter, column 31)",
+        "8: is no JSON (nested too deep)",
+        "4: is no object",
+        "5: is no object",
+        "6: text is true or false",
+        "6: video is a list",
+        "7: video is an object",
+        "7: blank caption",
+    ]
+
+
+def test_bad_json_lists(tmp_path: Path) -> None:
+    row = '{"text": "x", "video": "a.mp4"}'
+    flags = table(tmp_path, f"[{row},\n 3, {row.replace('a.mp4', 'no.mp4')}]", "json")
+    assert [problem.split("; ")[0] for problem in problems(tmp_path, **flags)] == [
+        f"{tmp_path}/t.json: element 2: is no object",
+        f"{tmp_path}/t.json: element 3: no.mp4: no such file in {tmp_path}",
+    ]
+    rules = {row + "\n" + row: "json:2: is no JSON (Extra data", row: "is not a list", "[]": "has no rows"}
+    for text, rule in rules.items():
+        assert rule in problems(tmp_path, **table(tmp_path, text, "json"))[0]
+
+
+def test_numbers_are_captions_as_written_and_nan_is_none(tmp_path: Path) -> None:
+    texts = ("1.50", "7", "1e3", "1" * 5000, "Infinity")
+    lines = [f'{{"text": {text}, "video": "a.mp4"}}' for text in texts]
+    assert captions(tmp_path, **table(tmp_path, "\n".join(lines), "jsonl")) == list(texts)
+    blanks = ("NaN", "null", '""', '" \\n"', '"None"', '"nan"')
+    lines = [f'{{"text": {text}, "video": "a.mp4"}}' for text in blanks]
+    found = problems(tmp_path, **table(tmp_path, "\n".join(lines), "jsonl"))
+    file = tmp_path / "t.jsonl"
+    assert len(found) == 1
+    assert found[0].startswith(f"{file}:1, {file}:2, {file}:3 and 3 more ({len(blanks)} in all): blank caption; ")
+
+
+def test_half_a_character_and_nul_in_json(tmp_path: Path) -> None:
+    text = r"""{"text": "\ud83d", "video": "a.mp4"}
+{"text": "x", "video": "\ud83d.mp4"}
+{"text": "\u0000", "video": "a\u0000.mp4"}
+{"text": "\ud83d\udc36", "video": "a.mp4"}"""
+    found = problems(tmp_path, **table(tmp_path, text, "jsonl"))
+    assert [problem.removeprefix(f"{tmp_path}/t.jsonl:").split("; ")[0] for problem in found] == [
+        "1: holds half of a surrogate pair",
+        "3: holds a NUL byte",
+        "2: \\ud83d.mp4: is not UTF-8",
+        "3: a\\x00.mp4: holds a NUL byte",
+    ]
+
+
+@pytest.mark.fault("security: paths and links out of the data root")
+def test_paths_of_tables_have_the_rules_of_lists(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    touch(tmp_path, "sub/c")
+    (tmp_path / "out.mp4").symlink_to("/etc/passwd")
+    paths = ("https://x.org/a.mp4", "/dev/null", "../a.mp4", "pipe.mp4", "sub", "out.mp4", "no.mp4")
+    found = problems(tmp_path, **table(tmp_path, "text,path\n" + "".join(f"x,{path}\n" for path in paths)))
+    assert len(found) == len(paths)
+    assert [sample.id for sample in read(tmp_path, **table(tmp_path, f"text,path\nx,{tmp_path}/a.mp4\ny,a.mp4\n"))] == [
+        "a.mp4",
+        "a.mp4#2",
+    ]
+
+
+def test_file_name_is_relative_to_the_table(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a.mp4", "a.mp4")
+    for column, name in (("file_name", "train/a.mp4"), ("video", "a.mp4")):
+        write_table(tmp_path / "train" / "metadata.csv", ["text", column], [["x", "a.mp4"]])
+        assert read(tmp_path, dataset_file="train/metadata.csv") == [Sample(name, "x", str(tmp_path / name))]
+
+
+def test_a_table_elsewhere_serves_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (one := tmp_path / "one").mkdir()
+    (two := tmp_path / "two").mkdir()
+    table(one, "text,video\nof one,a.mp4\n")
+    table(two, "text,video\nof two,a.mp4\n")
+    table(tmp_path, "text,video\nof both,a.mp4\n")
+    monkeypatch.chdir(tmp_path)
+    assert captions(one, dataset_file="t.csv") == ["of one"]
+    assert captions(one, two, dataset_file="t.csv") == ["of one", "of two"]
+    (two / "t.csv").unlink()
+    assert captions(two, dataset_file="t.csv") == captions(two, dataset_file=str(tmp_path / "t.csv")) == ["of both"]
+    assert captions(one, dataset_file="one/t.csv") == ["of one"]
+    (found,) = problems(one, two, dataset_file="t.csv")
+    assert found.startswith(f"--dataset_file t.csv: no such file in {two}; of several folders each needs its own")
+    data = DataFlags(data_root=(str(one),), validation_data_root=(str(two),), dataset_file="one/t.csv")
+    with pytest.raises(UsageError, match="each needs its own"):
+        read_validation(data)
+
+
+def test_a_table_that_is_not_there_or_of_no_format(tmp_path: Path) -> None:
+    flags = table(tmp_path, "x", "parquet")
+    assert "must end in .csv or .tsv or .jsonl or .json" in problems(tmp_path, **flags)[0]
+    table(tmp_path, "x", "csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name in ("no.csv", "pipe.csv", "."):
+        found = problems(tmp_path, dataset_file=name)
+        assert found == (f"--dataset_file {name}: no such file in {tmp_path}; there are: t.csv",)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_is_found(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "a.mp4", "a.txt")
+    write_table(tmp_path / name, ["file_name", "text"], [["a.mp4", "from the table"]])
+    assert captions(tmp_path) == ["from the table"]
+
+
+def test_two_data_sets_need_a_flag(tmp_path: Path) -> None:
+    write(tmp_path, "of the lists", "a.mp4")
+    (tmp_path / "images.txt").write_text("b.mp4")
+    for name in ("metadata.csv", "metadata.jsonl"):
+        write_table(tmp_path / name, ["file_name", "text"], [["a.mp4", f"of {name}"]])
+    assert problems(tmp_path) == (
+        f"{tmp_path}: metadata.csv and metadata.jsonl and prompts.txt with videos.txt are two data sets; choose with "
+        "--dataset_file metadata.csv or --dataset_file metadata.jsonl or --caption_column prompts.txt",
+    )
+    assert captions(tmp_path, dataset_file="metadata.jsonl") == ["of metadata.jsonl"]
+    assert read(tmp_path, caption_column="prompts.txt") == [
+        Sample("a.mp4", "of the lists", str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"))
+    ]
+    (tmp_path / "prompts.txt").unlink()
+    (tmp_path / "metadata.csv").unlink()
+    assert captions(tmp_path) == ["of metadata.jsonl"]
+
+
+def test_a_column_of_a_table_without_the_table(tmp_path: Path) -> None:
+    write_table(touch(tmp_path, "a.mp4") / "metadata.csv", ["file_name", "long"], [["a.mp4", "x"]])
+    assert problems(tmp_path, caption_column="long")[0].endswith("for a column of a table give --dataset_file too")
+    assert captions(tmp_path, dataset_file="metadata.csv", caption_column="long") == ["x"]
+
+
+def pairs(root: Path, **texts: str) -> Path:
+    """name_mp4="..." makes name.mp4 and name.txt; __ stands for a slash."""
+    for name, text in texts.items():
+        stem, _, suffix = name.replace("__", "/").rpartition("_")
+        touch(root, f"{stem}.{suffix}")
+        (root / f"{stem}.txt").write_bytes(text.encode())
+    return root
+
+
+def test_clips_beside_their_captions(tmp_path: Path) -> None:
+    pairs(tmp_path, b_mp4="b", sub__deep__a_MOV=" two\r\nlines\n", a_png="an image", B_gif="\ufeffB")
+    pairs(tmp_path, _hidden_mp4="x").joinpath("_hidden.mp4").rename(tmp_path / ".hidden.mp4")
+    (tmp_path / "_hidden.txt").unlink()
+    touch(tmp_path, "a.v1.mp4", "a.v2.mp4", "README.md", ".git/x.txt", "cogvideox_tensors/x.mp4", "c.mp4/notes.md")
+    (tmp_path / "a.v1.txt").write_text("v1")
+    (tmp_path / "a.v2.txt").write_text("v2")
+    assert [(sample.id, sample.caption) for sample in read(tmp_path)] == [
+        ("B.gif", "B"),
+        ("a.png", "an image"),
+        ("a.v1.mp4", "v1"),
+        ("a.v2.mp4", "v2"),
+        ("b.mp4", "b"),
+        ("sub/deep/a.MOV", "two\nlines"),
+    ]
+
+
+def test_lists_win_over_captions_beside_clips(tmp_path: Path) -> None:
+    pairs(tmp_path, a_mp4="of the pair", b_mp4="not listed")
+    write(tmp_path, "of the list", "a.mp4")
+    assert captions(tmp_path) == ["of the list"]
+
+
+def test_what_is_no_pair_is_named_with_its_fix(tmp_path: Path) -> None:
+    pairs(tmp_path, both_mp4="x", empty_mp4=" \n", bad_mp4="x")
+    touch(tmp_path, "both.png", "sub/alone.mp4", "notes.txt", "turn.insv", "turn.txt")
+    (tmp_path / "bad.txt").write_bytes(b"x\ncaf\xe9")
+    found = [problem.removesuffix(f"; {WITHOUT_CAPTIONS}") for problem in problems(tmp_path)]
+    assert sorted(problem.removeprefix(str(tmp_path)) for problem in found) == [
+        "/bad.txt:2: is not UTF-8 (byte 4 is 0xe9); save the file as UTF-8",
+        "/empty.txt: blank caption; write one, or remove the clip",
+        ": both.mp4 and both.png: are clips of one name; rename all but one",
+        ": notes.txt: is a caption without a clip; add the clip, or rename it to end in something else",
+        ": sub/alone.mp4: has no caption; write it next to the clip, into a file of the same name that ends in .txt",
+        ": turn.insv: has a caption, but its format is not read; convert it to mp4, or an image to png",
+    ]
+
+
+def test_many_clips_without_captions_are_one_line(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"IMG_{k:04d}.MOV" for k in range(30)))
+    (found,) = problems(tmp_path)
+    clips = "IMG_0000.MOV, IMG_0001.MOV, IMG_0002.MOV and 27 more (30 in all)"
+    assert found.startswith(f"{tmp_path}: {clips}: has no caption; write it next to the clip, into a file of the same ")
+    assert found.endswith("; prepare_dataset.py --dry_run and --suggest_buckets work without captions")
+
+
+@pytest.mark.parametrize("form", ["pairs", "list", "blank lines", "table", "blank cells"])
+def test_captions_may_be_missing_in_every_form_where_none_are_needed(tmp_path: Path, form: str) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4")
+    files = {
+        "pairs": {"a.txt": "one", "b.txt": " "},
+        "list": {"videos.txt": "a.mp4\nb.mp4"},
+        "blank lines": {"videos.txt": "a.mp4\nb.mp4", "prompts.txt": "\none"},
+        "table": {"metadata.csv": "file_name\na.mp4\nb.mp4"},
+        "blank cells": {"metadata.csv": "file_name,text\na.mp4,\nb.mp4,two"},
+    }
+    for name, text in files[form].items():
+        (tmp_path / name).write_text(text)
+    data = DataFlags((str(tmp_path),), id_token="TOKEN")
+    samples = read_samples(data, need_captions=False)
+    assert [sample.id for sample in samples] == ["a.mp4", "b.mp4"]
+    assert "" in [sample.caption for sample in samples]
+    (found,) = problems(tmp_path)
+    assert found.endswith(WITHOUT_CAPTIONS)
+
+
+@pytest.mark.fault("security: paths and links out of the data root")
+def test_pairs_open_no_pipe_and_follow_no_link_out(tmp_path: Path) -> None:
+    root = pairs(tmp_path / "data", a_mp4="x")
+    touch(root, "pipe.mp4", "out.mp4")
+    os.mkfifo(root / "pipe.txt")
+    (root / "out.txt").symlink_to("/etc/passwd")
+    pairs(tmp_path / "other", o_mp4="other")
+    (root / "link").symlink_to(tmp_path / "other")
+    assert [problem.removeprefix(f"{root}: ").split(";")[0] for problem in problems(root)] == [
+        f"link: leads outside the data root, to {tmp_path}/other",
+        "out.txt: leads outside the data root, to /etc/passwd",
+        "pipe.txt: is a pipe",
+    ]
+    for name in ("pipe.mp4", "pipe.txt", "out.mp4", "out.txt"):
+        (root / name).unlink()
+    assert [sample.id for sample in read(root, allow_path=(str(tmp_path / "other"),))] == ["a.mp4", "link/o.mp4"]
+
+
+def test_folders_linked_inside_the_root_count_once(tmp_path: Path) -> None:
+    pairs(tmp_path, z__a_mp4="x")
+    (tmp_path / "a").symlink_to("z")
+    (tmp_path / "zz").symlink_to("z")
+    (tmp_path / "z" / "up").symlink_to("..")
+    (tmp_path / "loop").symlink_to("loop")
+    assert [sample.id for sample in read(tmp_path)] == ["z/a.mp4"]
+
+
+def test_names_that_are_not_utf8_or_look_like_urls(tmp_path: Path) -> None:
+    pairs(tmp_path / "http:", a_mp4="x")
+    assert [sample.id for sample in read(tmp_path)] == ["http:/a.mp4"]
+    for name in (b"caf\xe9.mp4", b"caf\xe9.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("x")
+    assert all("caf\\udce9" in problem and "is not UTF-8; rename" in problem for problem in problems(tmp_path))
+
+
+def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
+    touch(tmp_path, "train.json", "x.parquet")
+    assert problems(tmp_path) == (
+        f"{tmp_path}: has none of: prompts.txt or prompt.txt with videos.txt, metadata.csv, metadata.jsonl, "
+        "clip.mp4 with clip.txt; there are: train.json",
+    )
+
+
+def test_folders_of_different_forms(tmp_path: Path) -> None:
+    one, two = pairs(tmp_path / "one", a_mp4="a pair"), touch(tmp_path / "two", "a.mp4")
+    write_table(two / "metadata.jsonl", ["video", "prompt"], [["a.mp4", "a table"]])
+    assert [(sample.id, sample.caption) for sample in read(one, two)] == [("a.mp4", "a pair"), ("a.mp4#2", "a table")]
+
+
+@pytest.mark.fault("data: lists damaged at random", times=60)
+def test_damaged_data_sets_end_in_samples_or_problems(tmp_path: Path) -> None:
+    assert fuzz_indexes(60, 0, tmp_path) == []
+
+
+def test_folders_of_our_own_making_are_no_clips(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.txt", "prepared/preview/b.png", "run/validation/c.mp4", "preview/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for name in ("prepared/ledger.jsonl", "run/config.json", "run/metrics.jsonl", "ledger.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert [sample.id for sample in read(tmp_path)] == ["a.mp4"]
+    (tmp_path / "run/metrics.jsonl").unlink()  # now anybody's folder
+    with pytest.raises(UsageError, match="has no caption"):
+        read(tmp_path)
+
+
+def test_a_prepared_folder_says_which_flag_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text("")
+    with pytest.raises(UsageError, match="to train on it add --load_tensors"):
+        read(tmp_path)
+
+
+# -- what is printed can be typed --------------------------------------------------------------------------------------
+
+HARD = "it's $HOME; a `b`"  # for a shell
+
+
+def flags_told(text: str) -> list[str]:
+    """The words behind the last word of advice, as a shell reads them."""
+    return shlex.split(re.split(r"pass |choose with |nearest: |run prepare_dataset\.py ", text)[-1])
+
+
+def test_fixes_with_names_of_the_user_can_be_given_to_a_shell(tmp_path: Path) -> None:
+    other, root = tmp_path / f"{HARD} outside", tmp_path / HARD
+    touch(other, "o.mp4")
+    touch(root, "a.mp4")
+    (root / "link").symlink_to(other)
+    write(root, "x\n", "link/o.mp4", ())
+    assert flags_told(problems(root)[0]) == ["--allow_path", str(other)]
+    for name in ("prompts.txt", "videos.txt"):
+        (root / name).unlink()
+    assert flags_told(problems(root)[0]) == ["--allow_path", str(other)]
+    (root / "t.csv").write_text(f"{HARD},video\nx,a.mp4\n")
+    (told, *_) = problems(root, dataset_file="t.csv", caption_column=f"{HARD}c")
+    assert flags_told(told) == ["--caption_column", HARD]
+    with pytest.raises(UsageError) as error:
+        open_index(root)
+    assert flags_told(str(error.value).replace(",", " "))[:2] == ["--output_dir", str(root)]
+
+
+# -- folders as other systems and programs leave them ------------------------------------------------------------------
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 120\n"
+
+
+def test_composed_and_decomposed_names_are_one(tmp_path: Path) -> None:
+    """macOS decomposes accents in names, Linux and Windows do not."""
+    touch(tmp_path / "pairs", f"{DECOMPOSED}.mp4", f"{DECOMPOSED}/{COMPOSED}.MOV")
+    (tmp_path / "pairs" / f"{COMPOSED}.txt").write_text("one")
+    (tmp_path / "pairs" / DECOMPOSED / f"{DECOMPOSED}.TXT").write_text("two")
+    assert [(sample.id, sample.caption) for sample in read(tmp_path / "pairs")] == [
+        (f"{DECOMPOSED}.mp4", "one"),
+        (f"{DECOMPOSED}/{COMPOSED}.MOV", "two"),
+    ]
+    for form in ("lists", "table"):
+        root = touch(tmp_path / form, f"{DECOMPOSED}/{DECOMPOSED}.mp4")
+        if form == "lists":
+            write(root, "one", f"{COMPOSED}/{COMPOSED}.mp4", ())
+        else:
+            write_table(root / "metadata.csv", ["file_name", "text"], [[f"{COMPOSED}/{COMPOSED}.mp4", "one"]])
+        expected = Sample(f"{COMPOSED}/{COMPOSED}.mp4", "one", str(root / DECOMPOSED / f"{DECOMPOSED}.mp4"))
+        assert read(root) == [expected]
+
+
+def test_names_that_differ_in_their_accents_coding_only_are_refused(tmp_path: Path) -> None:
+    names = (f"{COMPOSED}.mp4", f"{DECOMPOSED}.mp4")
+    touch(tmp_path, *names)
+    (tmp_path / f"{COMPOSED}.txt").write_text("one")
+    (found,) = problems(tmp_path)
+    assert r"cafe\u0301.mp4 and caf\xe9.mp4: differ only in how their accents are coded" in found
+    angstrom = ("\u212b.mp4", "A\u030a.mp4")  # two that are no NFC, where the list says a third
+    write(tmp_path, "x", "\u00c5.mp4", angstrom)
+    (found,) = problems(tmp_path)
+    assert "means one of them" in found
+    assert found.endswith("rename all but one")
+    write(tmp_path, "x\ny\n", "\n".join(names), ())  # listed as they are
+    assert [Path(sample.video).name for sample in read(tmp_path)] == list(names)
+
+
+def test_letter_case_and_backslashes_of_other_systems(tmp_path: Path) -> None:
+    touch(tmp_path, "Clips/IMG_1.MOV", "Clips/img_2.mp4", "Clips/same.mp4", "clips/SAME.mp4")
+    flags = table(tmp_path, "video;text\n.\\clips\\img_1.mov;one\nCLIPS/IMG_2.MP4;two\nClips\\same.mp4;three\n")
+    assert [(sample.id, Path(sample.video)) for sample in read(tmp_path, **flags)] == [
+        ("clips/img_1.mov", tmp_path / "Clips/IMG_1.MOV"),
+        ("CLIPS/IMG_2.MP4", tmp_path / "Clips/img_2.mp4"),
+        ("Clips/same.mp4", tmp_path / "Clips/same.mp4"),
+    ]
+    flags = table(tmp_path, "video,text\nCLIPS/Same.mp4,one\n")
+    assert "means one of them: Clips/same.mp4, clips/SAME.mp4; rename" in problems(tmp_path, **flags)[0]
+    pairs(tmp_path / "pairs", B_gif="B", b_mp4="b")
+    (touch(tmp_path / "pairs", "DSC1.MP4") / "dsc1.txt").write_text("dsc")
+    assert captions(tmp_path / "pairs") == ["B", "dsc", "b"]
+
+
+def test_a_search_for_spellings_leaves_the_folder_alone(tmp_path: Path) -> None:
+    root = touch(tmp_path / "data", "a.mp4")
+    touch(tmp_path / "other", "Secret.mp4")
+    (root / "link").symlink_to(tmp_path / "other")
+    for path in ("../other/secret.mp4", "LINK/secret.mp4", str(tmp_path / "other/secret.mp4"), "link/secret.mp4"):
+        found = problems(root, **table(root, f"video,text\n{path},x\n"))
+        assert "Secret" not in str(found)
+
+
+@pytest.mark.parametrize("start", ["/home/other/data/", "C:\\Users\\other\\", "//nas/share/", "/home/it's/"])
+def test_paths_of_another_machine_say_what_to_remove(tmp_path: Path, start: str) -> None:
+    flags = table(touch(tmp_path, "clips/1.mp4"), f"video,text\n{start}clips/1.mp4,x\n{start}clips/2.mp4,x\n")
+    found, missing = problems(tmp_path, **flags)
+    rule = f"{tmp_path}/t.csv:2: {start}clips/1.mp4: is a path of another machine, but clips/1.mp4 is in {tmp_path}; "
+    assert found.startswith(f"{rule}remove {start} from the paths".replace("\\\\", "\\"))
+    assert ("sed -i" in found) == (start in ("/home/other/data/", "//nas/share/"))
+    assert "another machine" not in missing
+    if "sed -i" in found:
+        subprocess.run(shlex.split(found.split("as with: ")[1]), check=True)
+        assert "t.csv:3: clips/2.mp4: no such file" in problems(tmp_path, **flags)[0]
+
+
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_a_csv_with_another_separator(tmp_path: Path, sign: str) -> None:
+    text = f'video{sign}text\na.mp4{sign}"one{sign} two, three"\nb.mp4{sign}four\n'
+    assert captions(tmp_path, **table(tmp_path, text)) == [f"one{sign} two, three", "four"]
+    assert "2: 3 cells, but 2 columns" in problems(tmp_path, **table(tmp_path, f"video,text\na,b{sign}c,d\n"))[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "txt"])
+def test_texts_of_windows_in_utf16(tmp_path: Path, encoding: str, suffix: str) -> None:
+    """PowerShell's > and Notepad's "Unicode" write a byte order mark in front."""
+    text = {
+        "csv": 'video,text\r\na.mp4,"caf\u00e9\r\n\U0001f436"\r\n',
+        "jsonl": '{"video": "a.mp4", "text": "caf\u00e9\\n\U0001f436"}\r\n',
+        "txt": "caf\u00e9\r\n\U0001f436\r\n",
+    }[suffix]
+    data = ("\ufeff" * (encoding != "utf-16") + text).encode(encoding)
+    flags = table(tmp_path, data, suffix)
+    if suffix == "txt":
+        (tmp_path / "t.txt").rename(tmp_path / "a.txt")
+        (tmp_path / "b.mp4").unlink()
+        flags = {}
+    assert captions(tmp_path, **flags) == ["caf\u00e9\n\U0001f436"]
+    ((tmp_path / "a.txt") if suffix == "txt" else tmp_path / f"t.{suffix}").write_bytes(data[:-1])
+    assert "is not valid UTF-16" in problems(tmp_path, **flags)[0]
+
+
+@pytest.mark.parametrize("suffix", [".mts", ".M2TS", ".3gp", ".3g2", ".vob", ".HEIC", ".heif", ".avif"])
+def test_clips_of_cameras_and_phones_are_found(tmp_path: Path, suffix: str) -> None:
+    (touch(tmp_path, f"a{suffix}") / "a.txt").write_text("x")
+    assert [sample.id for sample in read(tmp_path)] == [f"a{suffix}"]
+
+
+def test_files_of_unknown_formats_are_told(tmp_path: Path) -> None:
+    pairs(tmp_path, a_mp4="x")
+    touch(tmp_path, "sub/b.insv", "c.R3D", "d.r3d", "a.srt", "a.json", "notes.md", "clips.zip", ".e.braw", "Makefile")
+    skipped: list[str] = []
+    assert len(read_samples(DataFlags(data_root=(str(tmp_path),)), skipped)) == 1
+    names = ["c.R3D", "clips.zip", "d.r3d", "sub/b.insv"]
+    assert skipped == [str(tmp_path / name) for name in names]
+    note, *examples = skipped_notes(skipped)
+    assert note == "files skipped because their format is not read: 2 .r3d, 1 .zip, 1 .insv; convert clips to mp4:"
+    assert [line.strip() for line in examples] == skipped
+    assert skipped_notes([]) == []
+
+
+def test_what_other_programs_leave_is_passed_over(tmp_path: Path) -> None:
+    pairs(tmp_path, a_mp4="x", readme_mp4="a clip")
+    junk = ("@eaDir/a.mp4/thumb.jpg", ".AppleDouble/a.mp4", "._a.mp4", "__MACOSX/._a.mp4", "Thumbs.db", "desktop.ini")
+    more = (
+        ".DS_Store",
+        "#recycle/b.mp4",
+        "$RECYCLE.BIN/c.mp4",
+        "sub/System Volume Information/d.mp4",
+        "@Recycle/e.mp4",
+    )
+    texts = ("README.txt", "sub/ReadMe.TXT", "LICENSE.txt", "license-2.0.txt", "README.md", "Credits.txt")
+    touch(tmp_path, *junk, *more, *texts)
+    (tmp_path / "README.txt").unlink()
+    assert captions(tmp_path) == ["x", "a clip"]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_one_table_below_the_root_is_read(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "train/a.mp4", "README.txt", "dataset_info.json")
+    write_table(tmp_path / "train" / name, ["file_name", "text"], [["a.mp4", "x"]])
+    assert read(tmp_path) == read(tmp_path, dataset_file=f"train/{name}")
+    touch(tmp_path, "test/b.mp4")
+    write_table(tmp_path / "test" / name, ["file_name", "text"], [["b.mp4", "y"]])
+    assert flags_told(problems(tmp_path)[0]) == [
+        "--dataset_file", f"test/{name}", "or", "--dataset_file", f"train/{name}"
+    ]  # fmt: skip
+    pairs(tmp_path, c_mp4="a pair")
+    assert "train/a.mp4: has no caption" in str(problems(tmp_path))
+
+
+def test_what_names_the_clips_of_a_folder_without_captions(tmp_path: Path) -> None:
+    write(touch(tmp_path, "my set/c.mp4") / "my set", "one\n", "c.mp4\n", ())
+    told = f"{tmp_path}: has no captions beside its clips, but my set/prompts.txt with videos.txt; give "
+    assert problems(tmp_path) == (f"{told}--data_root '{tmp_path}/my set'",)
+    table(tmp_path, "video,text\na.mp4,x\n")
+    assert " or ".join(["--dataset_file t.csv", f"--data_root '{tmp_path}/my set'"]) in problems(tmp_path)[0]
+
+
+def test_the_folders_of_cogvideo_s_own_trainer(tmp_path: Path) -> None:
+    touch(tmp_path, "x/videos/1.mp4", "x/videos/sub/2.MP4", "x/labels/sub/2.txt", "README.txt")
+    (tmp_path / "x/labels/1.txt").write_text("one")
+    (tmp_path / "x/labels/sub/2.txt").write_text("two")
+    assert [(sample.id, sample.caption) for sample in read(tmp_path)] == [
+        ("x/videos/1.mp4", "one"),
+        ("x/videos/sub/2.MP4", "two"),
+    ]
+    (tmp_path / "x/videos/1.txt").write_text("nearer")
+    assert "x/labels/1.txt: is a caption without a clip" in problems(tmp_path)[0]
+
+
+# -- Git LFS -----------------------------------------------------------------------------------------------------------
+
+
+def test_pointers_of_git_lfs_are_one_group_of_lines(tmp_path: Path) -> None:
+    root = tmp_path / HARD
+    for number in range(250):
+        touch(root, f"{number}.mp4")
+        for suffix in ("mp4", "txt"):
+            (root / f"{number}.{suffix}").write_text(LFS)
+    found = problems(root)
+    assert len(found) == 1
+    assert "497 more (500 in all): is a Git LFS pointer, not the file itself; run: git -C" in found[0]
+    assert shlex.split(found[0].split("; run: ")[1]) == ["git", "-C", str(root), "lfs", "pull"]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "videos.txt", "images.txt", "t.csv", "t.json", "a.mp4", "first.png"])
+def test_a_pointer_of_git_lfs_is_recognized_anywhere(tmp_path: Path, name: str) -> None:
+    flags = {}
+    if name.startswith("t."):
+        write_table(touch(tmp_path, "a.mp4") / name, ["video", "text"], [["a.mp4", "x"]])
+        flags = {"dataset_file": name}
+    else:
+        write(tmp_path, "x", "a.mp4", ("a.mp4", "first.png"))
+        (tmp_path / "images.txt").write_text("first.png\n")
+    read(tmp_path, **flags)
+    (tmp_path / name).write_text(LFS)
+    found = problems(tmp_path, **flags)
+    assert len([line for line in found if "is a Git LFS pointer" in line]) == len(found) == 1
+
+
+def test_a_file_that_is_like_a_pointer_is_read(tmp_path: Path) -> None:
+    (pairs(tmp_path, a_mp4=f"A text about {LFS}") / "a.mp4").write_bytes(LFS.encode() + bytes(2000))
+    assert captions(tmp_path) == [f"A text about {LFS}".strip()]
+
+
+def test_weights_that_are_pointers_of_git_lfs(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "vae", tmp_path / "vae")
+    flags = ModelFlags(str(tmp_path))
+    assert list(weight_problems(flags, ("vae",))) == []
+    (weights,) = (tmp_path / "vae").glob("*.safetensors")
+    weights.write_text(LFS)
+    (found,) = weight_problems(flags, ("vae",))
+    assert found == f"{weights}: is a Git LFS pointer, not the file itself; run: git -C {tmp_path}/vae lfs pull"

@@ -1,0 +1,138 @@
+"""Keyframes from which decoding does not get right, and pictures of another size that only decoding shows."""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from numbered import differ, encode, number_in, pictures, sequential
+from odd_files import SIZE, resized
+
+from cogvideox.data.media import decode, packets
+from cogvideox.data.media.faults import AGAIN, VideoError
+from cogvideox.data.media.keyframes import KeyframeHeaders
+
+COUNT, GOP = 96, 12
+CORRUPT = VideoError(f"is damaged: a frame does not decode; {AGAIN}")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An mp4 of COUNT numbered pictures with a keyframe every GOP frames."""
+    path = tmp_path_factory.mktemp("keyframes") / "clip.mp4"
+    path.write_bytes(encode("mp4", frames=pictures(range(COUNT))))
+    return path
+
+
+@functools.cache
+def plainly(path: Path) -> list[np.ndarray]:
+    return [pixels for _, pixels in sequential(path, *SIZE)]
+
+
+def with_corruption(monkeypatch: pytest.MonkeyPatch, is_corrupt: Callable[[int, int], bool]) -> list[tuple[int, int]]:
+    """Makes the decoder say that frames are corrupt; the (frame, keyframe where decoding began) of each whole one."""
+    whole: list[tuple[int, int]] = []
+    real = decode._frames
+
+    def frames(container: Any, stream: Any, decoder: Any, keyframe: int, *labels: Any) -> Iterator[Any]:
+        begun = round(keyframe * stream.time_base * 24)
+        for frame in real(container, stream, decoder, keyframe, *labels):
+            number = round(frame.time * 24)
+            if is_corrupt(number, begun):
+                raise CORRUPT
+            whole.append((number, begun))
+            yield frame
+
+    monkeypatch.setattr(decode, "_frames", frames)
+    return whole
+
+
+@pytest.mark.parametrize("good", [0, 24, 48])
+def test_what_is_corrupt_after_a_jump_is_decoded_from_further_back(
+    clip: Path, monkeypatch: pytest.MonkeyPatch, good: int
+) -> None:
+    """As where keyframes refer to frames before them: from one of the earlier ones on all is right."""
+    whole = with_corruption(monkeypatch, lambda number, begun: begun > good)
+    wanted = range(62, 80, 3)
+    frames = decode.read_frames(clip, decode.probe(clip), wanted, *SIZE)
+    assert [number_in(frame) for frame in frames] == list(wanted)
+    assert not any(differ(frame, plainly(clip)[number]) for number, frame in zip(wanted, frames, strict=True))
+    assert [number for number, begun in whole if begun == good][-1] == wanted[-1]
+    # One frame of the start for each of the starts that were tried, and no more than it takes from the good one on.
+    assert len(whole) <= (60 - good) // GOP + 2 + wanted[-1] + 1 - good
+
+
+def test_frames_that_were_right_before_stay(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_corruption(monkeypatch, lambda number, begun: begun == 36)
+    wanted = [3, 30, 38, 47, 48, 90, 3]
+    frames = decode.read_frames(clip, decode.probe(clip), wanted, *SIZE)
+    assert [number_in(frame) for frame in frames] == wanted
+
+
+def test_damage_is_known_without_reading_a_long_file_from_the_start(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = with_corruption(monkeypatch, lambda number, begun: number == 90)
+    with pytest.raises(VideoError, match=r"clip\.mp4: is damaged: a frame does not decode"):
+        decode.read_frames(clip, decode.probe(clip), [85, 91], *SIZE)
+    # More whole frames came before it than any frame refers to, so an earlier start would change nothing.
+    assert min(begun for number, begun in whole if number) == 48
+
+
+def test_damage_near_the_start_is_known_from_the_start(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = with_corruption(monkeypatch, lambda number, begun: number == 20)
+    with pytest.raises(VideoError, match=r"clip\.mp4: is damaged: a frame does not decode"):
+        decode.read_frames(clip, decode.probe(clip), [18, 21], *SIZE)
+    assert whole[-1] == (19, 0)
+
+
+def test_the_decoder_sees_the_first_packet_before_it_jumps(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first packet alone says which x264 wrote a file, and old ones need another way of decoding."""
+    taught: set[int] = set()
+    real = packets.decoded
+
+    def decoded(packet: Any, decoder: Any, keyframe: int) -> Iterator[Any]:
+        taught.update([id(decoder)] if packet.pts == 0 else [])
+        if id(decoder) not in taught:
+            raise CORRUPT
+        return real(packet, decoder, keyframe)
+
+    monkeypatch.setattr(decode, "decoded", decoded)
+    whole = with_corruption(monkeypatch, lambda number, begun: False)
+    assert number_in(decode.read_frames(clip, decode.probe(clip), [62], *SIZE)[0]) == 62
+    assert [number for number, _ in whole] == [0, 60, 61, 62]
+
+
+@pytest.mark.parametrize(("container", "codec"), [("webm", "libvpx-vp9"), ("avi", "mjpeg"), ("mpegts", "libx264")])
+def test_another_size_that_headers_do_not_tell_is_found_in_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, codec: str
+) -> None:
+    monkeypatch.setattr(KeyframeHeaders, "size_bytes", lambda self, packet: b"")
+    path = tmp_path / "clip"
+    path.write_bytes(resized(container, codec))
+    info = decode.probe(path)
+    assert [number_in(frame) for frame in decode.read_frames(path, info, range(18), *SIZE)] == list(range(18))
+    with pytest.raises(VideoError, match=r"clip: changes size: its picture at 0\.750 s is 64x96, the first one 96x64"):
+        decode.read_frames(path, info, [3, 20, 30], *SIZE)
+
+
+def test_sizes_are_looked_up_by_decoding_only_where_headers_change(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+    monkeypatch.setattr(packets, "_check_size_stays", lambda *args: looked.append(args))
+    for container, codec in [("mp4", "libx264"), ("mpegts", "libx264"), ("webm", "libvpx"), ("mpeg", "mpeg2video")]:
+        path = clip.with_name("same_size")
+        path.write_bytes(encode(container, codec))
+        decode.probe(path)
+    assert not looked
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"\0\0\0\0", b"\0\0\1", b"\0\0\1\x41", bytes(64), b"\xff" * 64])
+@pytest.mark.parametrize("extradata", [b"", b"\1\x64\0\x1f\xff", b"\1"])
+@pytest.mark.parametrize("codec", ["h264", "hevc", "vp9", "mpeg4"])
+def test_headers_of_damaged_packets_raise_nothing(codec: str, extradata: bytes, data: bytes) -> None:
+    headers, packet = KeyframeHeaders(codec, extradata), av.Packet(data)
+    headers.size_bytes(packet)
+    headers.is_gradual(packet)

@@ -1,0 +1,210 @@
+"""shared_memory.py and the loader: a small /dev/shm costs workers, never a batch, and nothing hangs."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import equal, lora_flags, train, weights
+
+from cogvideox.config.flags import ModelFlags
+from cogvideox.config.geometry import read_geometry
+from cogvideox.data import dataset as module
+from cogvideox.data import shared_memory
+from cogvideox.data.cache import TensorCache, open_index
+from cogvideox.data.dataset import LatentDataset, batches_of, build_loader, collate
+from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
+from cogvideox.data.shared_memory import (
+    FOLDER,
+    HELD,
+    batch_bytes,
+    bytes_needed,
+    choose_workers,
+    free_bytes,
+    pages,
+    workers_with_room,
+)
+from cogvideox.errors import UsageError
+
+MIB = 2**20
+NEW_NAMESPACE, PRIVATE = 0x20000, 0x44000  # CLONE_NEWNS; MS_REC | MS_PRIVATE
+
+
+def mount_small(size: int) -> None:
+    """Gives this process a /dev/shm of its own with ``size`` bytes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    steps: tuple[Callable[[], int], ...] = (
+        lambda: libc.unshare(NEW_NAMESPACE),
+        lambda: libc.mount(b"none", b"/", None, PRIVATE, None),
+        lambda: libc.mount(b"tmpfs", FOLDER.encode(), b"tmpfs", 0, f"size={size}".encode()),
+    )
+    for step in steps:
+        if step() != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def with_small(size: int, work: Callable[[], Any], seconds: float = 100) -> Any:
+    """What ``work`` returns in a process with a small /dev/shm; fails where it is not done in time."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        try:
+            mount_small(size)
+            answer = {"result": work()}
+        except PermissionError as error:
+            answer = {"skip": str(error)}
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        os.write(sender, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(sender)
+    end = time.monotonic() + seconds
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > end:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail(f"hangs: not done after {seconds} s", pytrace=False)
+        time.sleep(0.02)
+    with open(receiver, "rb") as stream:
+        answer = json.loads(stream.read())
+    if "skip" in answer:
+        pytest.skip(f"mounts need a privilege that is not there: {answer['skip']}")
+    assert "error" not in answer, answer["error"]
+    return answer["result"]
+
+
+@pytest.fixture
+def data(model: Path, tensors: Path) -> LatentDataset:
+    return LatentDataset(TensorCache(tensors), open_index(tensors), read_geometry(ModelFlags(str(model))), 0, 0.0)
+
+
+def sampler_of(data: LatentDataset, steps: int = 20) -> BucketBatchSampler:
+    samples = data.index.samples
+    order = Order([sample.id for sample in samples], [sample.bucket for sample in samples], 2, 0)
+    return BucketBatchSampler(order, 2, 1, 0, 1, 0, steps)
+
+
+def test_the_bytes_of_a_batch_are_those_that_are_shared(data: LatentDataset) -> None:
+    batch = collate([data[Visit(0, 0)], data[Visit(1, 1)]])
+    assert batch_bytes(data.geometry, data.index, 2) == pages(tensor.nbytes for tensor in batch.tensors().values())
+
+
+def test_as_many_workers_as_there_is_room_for() -> None:
+    batch = 11 * MIB  # one clip of 49x480x720
+    assert workers_with_room(8, batch, 200 * MIB) == (8, 2)
+    assert workers_with_room(8, batch, 140 * MIB) == (8, 1)
+    assert workers_with_room(8, batch, 64 * MIB) == (3, 1)
+    assert workers_with_room(2, batch, 64 * MIB) == (2, 1)
+    assert workers_with_room(1, batch, 64 * MIB) == (1, 2)
+    assert workers_with_room(8, batch, 30 * MIB) == (0, 0)
+    assert workers_with_room(0, batch, 0) == (0, 0)
+    for free in range(0, 300, 7):
+        workers, prefetch = workers_with_room(8, batch, free * MIB)
+        assert not workers or bytes_needed(workers, prefetch, batch) <= free * MIB
+
+
+def test_what_was_chosen_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "free_bytes", lambda: 64 * MIB)
+    workers, prefetch, line = choose_workers(8, 11 * MIB, processes=1)
+    assert (workers, prefetch) == (3, 1)
+    assert line == (
+        "--dataloader_num_workers 8: needs 198.2 MiB of /dev/shm, 64.0 MiB are free; workers: 3 with 1 batch each; "
+        "more shared memory (docker run --shm-size 2g) allows all"
+    )
+    assert choose_workers(8, 11 * MIB, processes=4)[0] == 0
+    assert choose_workers(8, MIB, processes=1) == (8, 2, None)
+    assert choose_workers(0, 11 * MIB, processes=1) == (0, 0, None)
+
+
+def test_a_missing_folder_has_no_room_and_one_without_a_limit_has_all(tmp_path: Path) -> None:
+    assert free_bytes(str(tmp_path / "none")) == 0
+    assert free_bytes("/proc") == sys.maxsize  # it says, as a tmpfs without a limit does, that it has no blocks
+
+
+@pytest.mark.fault("memory: small /dev/shm")
+def test_a_small_shared_memory_trains_the_same_lora(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Eight workers would need three times as much as there is."""
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--dataloader_num_workers", 8)
+    assert with_small(400_000, lambda: train(flags)) == 0
+    assert equal(weights(tmp_path / "lora"), weights(reference))
+    assert "--dataloader_num_workers 8: needs " in capfd.readouterr().err
+
+
+@pytest.mark.fault("memory: small /dev/shm that fills up while batches are loaded")
+@pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
+def test_a_batch_without_room_is_an_error_and_no_hang(data: LatentDataset, strategy: str) -> None:
+    """Workers that were not counted: each strategy of torch takes /dev/shm."""
+
+    def load() -> str:
+        torch.multiprocessing.set_sharing_strategy(strategy)
+        try:
+            for batch in batches_of(build_loader(data, sampler_of(data), 4, 2, pin=False)):
+                kept.append(batch)  # nothing is ever freed
+        except UsageError as error:
+            return str(error)
+        return "no error"
+
+    kept: list[Any] = []
+    line = with_small(bytes_needed(4, 2, batch_bytes(data.geometry, data.index, 2)), load, seconds=30)
+    assert line.startswith("/dev/shm: has no room for a batch (unable to allocate shared memory")
+    assert "--dataloader_num_workers 0" in line
+
+
+class Silent(LatentDataset):
+    """Reads nothing from a disk that does not answer."""
+
+    def __getitem__(self, visit: Visit) -> Any:
+        time.sleep(60)
+
+
+class Dies(LatentDataset):
+    """Ends as a process does that the kernel ends for want of memory."""
+
+    def __getitem__(self, visit: Visit) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def of_kind(kind: Any, data: LatentDataset) -> LatentDataset:
+    made: LatentDataset = kind(data.cache, data.index, data.geometry, 0, 0.0)
+    return made
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOADER_SECONDS", 0.5)
+    # a worker that sleeps has this to end
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+
+
+@pytest.mark.fault("data: a disk that does not answer a worker")
+@pytest.mark.usefixtures("impatient")
+def test_a_batch_that_never_comes_is_given_up(data: LatentDataset) -> None:
+    with pytest.raises(UsageError) as error:
+        next(batches_of(build_loader(of_kind(Silent, data), sampler_of(data), 1, 1, pin=False)))
+    assert str(error.value).startswith("--dataloader_num_workers 1: no batch came for 0.5 s; ")
+    assert "/dev/shm" in str(error.value)
+
+
+@pytest.mark.fault("memory: a worker of the loader is killed")
+def test_a_worker_that_is_killed_is_one_line(data: LatentDataset) -> None:
+    with pytest.raises(UsageError) as error:
+        next(batches_of(build_loader(of_kind(Dies, data), sampler_of(data), 1, 1, pin=False)))
+    assert "is killed by signal: Killed" in str(error.value) or "exited unexpectedly" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_loader_holds_beside_what_waits() -> None:
+    assert bytes_needed(0, 2, MIB) == HELD * MIB

@@ -1,0 +1,191 @@
+"""parity.py: five kinds of models are fed as their pipelines feed them, and each difference is found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fakes import run_alone
+from running import lora_flags
+
+from cogvideox.config import args
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.geometry import read_geometry
+from cogvideox.config.options import ImageLoraOptions, LoraOptions, derive, ignores_positions
+from cogvideox.data import dataset
+from cogvideox.evaluation import parity
+from cogvideox.evaluation.parity import ParityError, check_parity
+from cogvideox.model import models, rope, tasks
+from cogvideox.model.tasks import ImageToVideo, TextToVideo
+
+Tiny = Callable[[str], Path]
+OWN = Bucket(9, 64, 96)
+# other shapes; of the latent frames that 1.5 pads (odd) and does not (even); 4k frames, and one
+OTHERS = (Bucket(1, 64, 96), Bucket(5, 32, 48), Bucket(13, 64, 32), Bucket(12, 48, 48), Bucket(17, 32, 96))
+LARGER = (Bucket(9, 128, 192), Bucket(9, 96, 64))
+IGNORE = "--ignore_learned_positional_embeddings"
+
+
+def check(
+    tiny: Tiny, kind: str, *buckets: Bucket, flags: tuple[object, ...] = (), said: list[str] | None = None
+) -> None:
+    """The check of a run on these buckets."""
+    images = kind.endswith("i2v")
+    options_type = ImageLoraOptions if images else LoraOptions
+    argv = lora_flags(tiny(kind), Path("data"), Path("out"), *flags)
+    options, sources = args.read_flags(options_type, argv, None)
+    options = derive(options, sources)
+    geometry = read_geometry(options.model)
+    samples = tuple(SimpleNamespace(bucket=bucket) for bucket in buckets)
+    tensors: Any = SimpleNamespace(geometry=geometry, index=SimpleNamespace(samples=samples, validation=()))
+    run = run_alone(Path("/tmp"))
+    run.say = (said if said is not None else []).append  # type: ignore[method-assign]
+    transformer = models.load_transformer(options.model, torch.bfloat16, ignores_positions(options))
+    task = (ImageToVideo if images else TextToVideo)(options, geometry, run.device, torch.bfloat16)
+    check_parity(run, options, tensors, task, transformer)
+    assert "forward" not in vars(transformer)
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
+def test_every_kind_is_fed_as_its_pipeline_feeds_it(tiny: Tiny, kind: str) -> None:
+    said: list[str] = []
+    if kind == "5b-i2v":
+        check(tiny, kind, OWN, said=said)
+        check(tiny, kind, OWN, *OTHERS, *LARGER, flags=(IGNORE,), said=said)
+    else:
+        check(tiny, kind, OWN, *OTHERS, *(() if kind.startswith("1.5") else LARGER), said=said)
+    assert said[-1].startswith(f"checked on {6 if kind.startswith('1.5') else 8} buckets")
+
+
+def test_another_scale_of_image_latents_is_the_user_s_choice(tiny: Tiny) -> None:
+    for kind, choice, there in (("1.5-5b-i2v", "mul", 1 / 0.7), ("5b-i2v", "none", 0.7)):
+        said: list[str] = []
+        check(tiny, kind, OWN, flags=("--image_latent_scale", choice), said=said)
+        assert f"by {there:.4g} in the pipeline" in said[-1]
+    said = []
+    check(tiny, "5b-i2v", OWN, flags=("--image_latent_scale", "mul"), said=said)
+    assert len(said) == 1
+
+
+def wrong(owner: Any, name: str, value: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Replaces a function; ``value`` gets the right one before its arguments."""
+    right = getattr(owner, name)
+    return lambda patch: patch.setattr(owner, name, lambda *a, **k: value(right, *a, **k))
+
+
+def at_the_end(_: Any, latents_FCHW: torch.Tensor, frames: int) -> torch.Tensor:
+    return torch.cat([latents_FCHW, latents_FCHW[-1:].expand(frames, -1, -1, -1)])
+
+
+def called_with(**changes: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Changes what training calls the transformer with."""
+
+    def predictor(right: Any, transformer: Any, *rest: Any, **more: Any) -> Any:
+        def changed(**arguments: Any) -> Any:
+            return transformer(**arguments | {name: change(arguments[name]) for name, change in changes.items()})
+
+        return right(changed, *rest, **more)
+
+    return wrong(tasks, "predictor", predictor)
+
+
+def second_frame(right: Any, image_BCHW: torch.Tensor, frames: int) -> torch.Tensor:
+    return right(image_BCHW, frames).roll(1, dims=1)
+
+
+def unscaled(right: Any, moments: Any, prompt: Any, timestep: int, geometry: Any, *rest: Any) -> Any:
+    return right(moments, prompt, timestep, replace(geometry, scaling_factor=1.0), *rest)
+
+
+# what is wrong in training, the kind of model, the bucket, and what the check says
+FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, Bucket, str]] = {
+    "latents unscaled": (
+        wrong(parity, "draw_sample", unscaled),
+        "5b",
+        OWN,
+        "9x64x96: latents of the clip that is decoded",
+    ),
+    "no padding": (wrong(dataset, "pad_front", lambda _, x, n: x), "1.5-5b", OWN, "9x64x96: latents: (1, 3, "),
+    "padding at the end": (wrong(dataset, "pad_front", at_the_end), "1.5-5b", OWN, "clip that is decoded"),
+    "image latents multiplied": (
+        wrong(tasks, "image_scale", lambda right, g, choice="auto": right(replace(g, invert_scale_latents=False))),
+        "1.5-5b-i2v",
+        OWN,
+        "9x64x96: image latents",
+    ),
+    "image on the first frame that is no padding": (
+        wrong(tasks, "on_first_frame", second_frame),
+        "1.5-5b-i2v",
+        OWN,
+        "9x64x96: image latents",
+    ),
+    "image on every frame": (
+        wrong(tasks, "on_first_frame", lambda right, x, n: right(x, n)[:, :1].expand(-1, n, -1, -1, -1)),
+        "5b-i2v",
+        OWN,
+        "9x64x96: image latents",
+    ),
+    "pixels from 0 to 1": (
+        wrong(parity.encode, "pixels_of", lambda right, *a: right(*a) / 2 + 0.5),
+        "5b-i2v",
+        OWN,
+        "pixels of the image",
+    ),
+    "no ofs": (called_with(ofs=lambda _: None), "1.5-5b-i2v", OWN, "ofs: given by one alone"),
+    "another ofs": (called_with(ofs=lambda ofs: ofs / 2), "1.5-5b-i2v", OWN, "ofs: 1 apart"),
+    "another timestep": (called_with(timestep=lambda t: t - 1), "5b", OWN, "timestep: 1 apart"),
+    "a shorter prompt": (called_with(encoder_hidden_states=lambda x: x[:, :-1]), "2b", OWN, "(1, 31, 32) in training"),
+    "no rotary table": (called_with(image_rotary_emb=lambda _: None), "5b", OWN, "rotary_emb: given by one alone"),
+    "the first rows of the base grid": (
+        wrong(rope, "centred_region", lambda _, h, w, *base: ((0, 0), (h, w))),
+        "5b",
+        LARGER[1],
+        "9x96x64: image_rotary",
+    ),
+    "time as in 1.0": (
+        wrong(rope.RotaryTables, "_compute", lambda right, self, f, h, w: right(self, 2 * f, h, w)),
+        "1.5-5b",
+        OWN,
+        "image_rotary_emb: (96, 32) in training, (48, 32) in the pipeline",
+    ),
+    "velocity of the other sign": (
+        wrong(parity.NoiseSchedule, "velocity", lambda right, *a: -right(*a)),
+        "5b",
+        OWN,
+        "timestep 0: velocity",
+    ),
+    "another signal to noise ratio": (
+        wrong(parity.NoiseSchedule, "from_config", lambda right, config: right(config | {"snr_shift_scale": 1.0})),
+        "2b",
+        OWN,
+        "timestep 0: x_t",
+    ),
+    "learned positions for another number of frames": (
+        wrong(parity, "ignores_positions", lambda *_: False),
+        "5b-i2v",
+        OTHERS[1],
+        "learned positions: ",
+    ),
+    "learned positions that are not ignored": (
+        wrong(parity, "ignores_positions", lambda *_: True),
+        "5b-i2v",
+        OWN,
+        "positions that are added",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.fault("numbers: training feeds the transformer something else than inference")
+def test_each_difference_is_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    change, kind, bucket, says = FAULTS[fault]
+    check(tiny, kind, OWN if kind == "5b-i2v" else bucket)
+    change(monkeypatch)
+    with pytest.raises(ParityError, match=re.escape(says)):
+        check(tiny, kind, bucket)

@@ -1,0 +1,372 @@
+"""card.py: the hub reads what was meant, whatever prompts hold, and every file and program in it works."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from fakes import PLAIN, options_of, run_alone
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from running import PROMPT
+
+from cogvideox.config.flags import ModelFlags
+from cogvideox.errors import UsageError
+from cogvideox.evaluation.validation import Validator
+from cogvideox.export import card as card_module
+from cogvideox.export.card import Facts, Video, card_text, escaped, read_licence, snippet, write_card
+from cogvideox.model.methods import Lora
+
+HOSTILE = [
+    'it\'s "quoted"',
+    "three ''' and \"\"\" and \\ and \\n",
+    "two\nlines\r\n\u2028and\x85more",
+    "a\n---\nlicense: mit\n---\n# b",
+    "---",
+    "- a\n- b: {c: d}",
+    "yes",
+    "1e3",
+    "null: ~",
+    "!!python/object/apply:os.system ['true']",
+    "a: &anchor *alias # comment",
+    "{prompt} {0} {} %s ${HOME} $(rm) `rm`",
+    "```\n# out of the code\n```",
+    "``` a `b` ~~~",
+    "a | b || c \\| d |",
+    "<script>alert(1)</script> <img src=x onerror=y> <!-- a --> <Gallery />",
+    "&lt;b&gt; &amp; &#60;",
+    "[a](javascript:b) ![c](d) <https://e.f> [g]: h",
+    "*a* __init__ _b_ **c** snake_case ~~d~~ $e$ $$f$$",
+    "\n\n# heading\n\n> quote\n\n1. list\n\n\ttab",
+    "\U0001f525 日本語 \x00\x1b[31m \u202eright to left",
+    " a  b ",
+    "x" * 500 + " " + "y " * 500,
+]
+MADE: dict[str, Any] = {"task": "TextToVideo", "method": "Lora", "step": 3000, "seed": 42, "samples_per_step": 1}
+MADE |= {"learning_rate": 1e-4, "lr_scheduler": "constant", "optimizer": "adamw"}
+MADE |= {"rank": 128, "lora_alpha": 64.0, "target_modules": ["to_q", "to_out.0"]}
+MADE |= {"lora_scale": 0.5, "lora_scale_folded": "exactly"}
+MADE |= {"versions": {"torch": "2.13.0+cpu"}, "python": "3.11.7", "device": "x86_64"}
+MADE |= {"verification": {"max_difference": 0.25, "cosine": 0.99995}}
+CLIPS: Any = SimpleNamespace(samples=[SimpleNamespace(bucket="49x480x720")])
+SAMPLING = {"height": 480, "width": 720, "num_frames": 49, "guidance_scale": 6.0, "max_sequence_length": 226}
+
+
+def facts(**changes: Any) -> Facts:
+    """Of a LoRA that goes to the hub."""
+    usual = {
+        "name": "someone/my-lora",
+        "on_hub": True,
+        "model": ModelFlags("THUDM/CogVideoX-5b"),
+        "pipeline": "CogVideoXPipeline",
+        "dtype": "bfloat16",
+        "code": Lora.inference(PLAIN, "bfloat16"),
+        "sampling": SAMPLING,
+        "decoding": ["enable_tiling"],
+        "fps": 8,
+        "token": "MYSTYLE",
+        "buckets": {"1x480x720": 1, "49x480x720": 69},
+        "videos": [Video("a panda", "validation/a.mp4", "validation/b.mp4")],
+        "pictures": [],
+        "licence": {"license": "apache-2.0"},
+        "made": MADE,
+    }
+    return Facts(**(usual | changes))
+
+
+def front(text: str) -> dict[str, Any]:
+    """The front matter, as PyYAML and as huggingface_hub find it."""
+    opening, matter, _ = re.split("^---\n", text, maxsplit=2, flags=re.MULTILINE)
+    assert opening == ""
+    data = yaml.safe_load(matter)
+    assert ModelCard(text).data.to_dict() == data
+    return data
+
+
+def body(text: str) -> str:
+    return ModelCard(text).text
+
+
+def tokens(text: str) -> list[Token]:
+    """The elements of the body, those within lines included."""
+    found = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body(text))
+    return [part for token in found for part in (token, *(token.children or []))]
+
+
+def cells(text: str) -> list[str]:
+    """What the cells of the only table show."""
+    found = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body(text))
+    inside = [found[i + 1] for i, token in enumerate(found) if token.type in ("th_open", "td_open")]
+    return ["".join(part.content for part in token.children or []) for token in inside]
+
+
+def shown(text: str) -> str:
+    """What a line of a page can show of a text."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
+# -- whatever prompts hold ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+@pytest.mark.fault("security: markup and code in the prompts of a model card")
+def test_the_hub_reads_the_prompt_and_nothing_else(prompt: str) -> None:
+    plain = front(card_text(facts()))
+    video = Video(prompt, "validation/a.mp4", "validation/b.mp4")
+    data = front(card_text(facts(videos=[video], token=prompt)))
+    assert data["widget"] == [{"text": prompt, "output": {"url": "validation/b.mp4"}}]
+    assert data["instance_prompt"] == prompt
+    assert data | {"widget": 0, "instance_prompt": 0} == plain | {"widget": 0, "instance_prompt": 0}
+    assert list(data) == list(plain)
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+@pytest.mark.fault("security: markup and code in the prompts of a model card")
+def test_the_page_shows_the_prompt_and_nothing_else(prompt: str) -> None:
+    def kinds(text: str) -> list[tuple[str, str]]:
+        return [(token.type, token.tag) for token in tokens(text) if token.type not in ("text", "text_special")]
+
+    plain, hostile = card_text(facts()), card_text(facts(videos=[Video(prompt, "a.mp4", "b.mp4")]))
+    assert cells(hostile) == ["prompt", "before", "after 3000 steps", shown(prompt), "video", "video"]
+    assert kinds(hostile) == kinds(plain)
+    names = {"name": prompt, "token": prompt, "licence": {"license": prompt}, "model": ModelFlags(f"hub/{prompt}")}
+    assert kinds(card_text(facts(**names))) == kinds(plain)
+    assert [token.content for token in tokens(hostile) if token.type.startswith("html")] == ["<Gallery />\n"]
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+@pytest.mark.fault("security: markup and code in the prompts of a model card")
+def test_the_program_passes_the_prompt_and_nothing_else(prompt: str) -> None:
+    text = card_text(facts(videos=[Video(prompt, None, "b.mp4")]))
+    (code,) = [token.content for token in tokens(text) if token.info == "python"]
+    tree = ast.parse(code)
+    (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"]
+    values = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    assert values == SAMPLING | {"prompt": prompt}
+    assert [type(node) for node in ast.walk(tree)] == [type(node) for node in ast.walk(ast.parse(snippet(facts())))]
+
+
+def test_within_a_word_nothing_is_escaped() -> None:
+    assert escaped("snake_case 1.5-5b, (it's)!") == "snake_case 1.5-5b, (it's)!"
+    assert escaped("_a_ <b>") == "&#95;a&#95; &#60;b&#62;"
+
+
+@pytest.mark.parametrize("target", ["javascript:alert(1)", "data:text/html,x", "http://plain", "JavaScript:x"])
+def test_only_files_and_https_are_linked(target: str) -> None:
+    text = card_text(facts(licence={"license": "other", "license_name": "mine", "license_link": target}))
+    assert {token.attrs["href"] for token in tokens(text) if token.type == "link_open"} == {
+        "https://huggingface.co/THUDM/CogVideoX-5b",
+        "validation/a.mp4",
+        "validation/b.mp4",
+        "recipe.json",
+    }
+    assert "applies: mine." in text
+
+
+def test_a_link_stays_one() -> None:
+    target = "https://a.b/c d)(<e>|\"'\n#?q=1"
+    text = card_text(facts(licence={"license": "other", "license_name": "m](x", "license_link": target}))
+    (found,) = [str(t.attrs["href"]) for t in tokens(text) if t.type == "link_open" and "a.b" in str(t.attrs["href"])]
+    assert found.startswith("https://a.b/c%20d")
+    assert "m&#93;(x" in text
+
+
+# -- what it says ------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_hub_is_told() -> None:
+    data = front(card_text(facts()))
+    assert data == {
+        "base_model": "THUDM/CogVideoX-5b",
+        "base_model_relation": "adapter",
+        "library_name": "diffusers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-to-video",
+        "tags": ["cogvideox", "text-to-video", "lora", "template:sd-lora"],
+        "instance_prompt": "MYSTYLE",
+        "widget": [{"text": "a panda", "output": {"url": "validation/b.mp4"}}],
+    }
+
+
+def test_what_readers_are_told() -> None:
+    text = card_text(facts(pictures=["contact_sheet.png", "curves.png"]))
+    assert "# someone/my-lora" in text
+    assert "trained on 70 clips for 3000 steps" in text
+    assert "49x480x720 (69 clips)" in text
+    assert "1x480x720 (1 clip)" in text
+    assert "rank 128, alpha 64, on to_q, to_out.0" in text
+    assert "learning rate 0.0001, constant, adamw" in text
+    assert "bfloat16; seed 42" in text
+    assert "largest difference 0.25, cosine 0.9999500" in text
+    assert "torch 2.13.0+cpu" in text
+    assert "Begin prompts with MYSTYLE" in text
+    assert [token.attrs["src"] for token in tokens(text) if token.type == "image"] == [
+        "contact_sheet.png",
+        "curves.png",
+    ]
+
+
+def test_a_run_without_prompts_and_token() -> None:
+    text = card_text(facts(videos=[], token=None))
+    assert set(front(text)) & {"widget", "instance_prompt"} == set()
+    assert "Gallery" not in text
+    assert "prompt='a video'" in text
+    assert "Begin prompts" not in text
+    assert "## What it makes" not in text
+
+
+def test_all_weights() -> None:
+    made = {name: value for name, value in MADE.items() if name not in ("rank", "lora_alpha", "target_modules")}
+    parts = 'transformer=diffusers.T.from_pretrained(here / "transformer", dtype=torch.bfloat16),'
+    text = card_text(facts(made=made | {"method": "FullFinetune"}, code=(parts, "")))
+    assert front(text)["tags"] == ["cogvideox", "text-to-video"]
+    assert front(text)["base_model_relation"] == "finetune"
+    assert "LoRA" not in text
+    assert "load_lora" not in text
+    assert parts in text
+
+
+def test_image_to_video() -> None:
+    text = card_text(facts(made=MADE | {"task": "ImageToVideo"}, pipeline="CogVideoXImageToVideoPipeline"))
+    assert front(text)["pipeline_tag"] == "image-to-video"
+    assert "image-to-video" in front(text)["tags"]
+    assert 'image=load_image("first_frame.png")' in text
+    assert 'inference.py "a prompt" first_frame.png video.mp4' in text
+    ast.parse(snippet(facts(made=MADE | {"task": "ImageToVideo"})))
+    video = Video("a panda", "validation/a.mp4", "validation/b.mp4", "image-0.png")
+    text = card_text(facts(made=MADE | {"task": "ImageToVideo"}, videos=[video]))
+    assert "image=load_image(str(here / 'image-0.png'))," in text
+    assert cells(text)[-3:] == ["a panda (image)", "video", "video"]
+    assert "image-0.png" in [token.attrs["href"] for token in tokens(text) if token.type == "link_open"]
+
+
+def test_a_base_model_on_this_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    text = card_text(facts(model=ModelFlags(str(folder))))
+    assert set(front(text)) & {"base_model", "base_model_relation"} == set()  # the hub takes only its own ids
+    assert "a folder named my model on the machine of the training" in text
+    assert "'path/to/my model'" in text
+    assert str(tmp_path) not in text
+
+
+def test_revision_and_variant_are_those_of_the_training() -> None:
+    code = snippet(facts(model=ModelFlags("a/b", revision="main", variant="fp16")))
+    assert "'a/b', revision='main', variant='fp16', dtype=torch.bfloat16," in code
+
+
+def test_what_stays_here_is_loaded_from_here() -> None:
+    code = snippet(facts(name="my-lora", on_hub=False))
+    assert "here = Path('my-lora')" in code
+    assert "huggingface_hub" not in code
+
+
+# -- the licence -------------------------------------------------------------------------------------------------------
+
+ITS_OWN = "license: other\nlicense_name: its-own\nlicense_link: https://a.b/c\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (f"---\n{ITS_OWN}tags:\n- a\n---\n# x\n", yaml.safe_load(ITS_OWN)),
+        ("---\nlicense: apache-2.0\n---\n", {"license": "apache-2.0"}),
+        ("---\nlicense: other\nlicense_link: LICENSE\n---\n", {"license": "other"}),
+        ("---\nlicense_link: https://a.b/c\n---\n", {"license": "other"}),
+        ("---\nlicense: [mit, other]\n---\n", {"license": "other"}),
+        ("---\n- a\n---\n", {"license": "other"}),
+        ("---\na: [\n---\n", {"license": "other"}),
+        ("# no front matter\n", {"license": "other"}),
+        (b"\xff\xfe\x00", {"license": "other"}),
+        (None, {"license": "other"}),
+    ],
+)
+def test_the_licence_is_that_of_the_base_model(tmp_path: Path, content: Any, found: dict[str, str]) -> None:
+    if content is not None:
+        (tmp_path / "README.md").write_bytes(content.encode() if isinstance(content, str) else content)
+    assert read_licence(ModelFlags(str(tmp_path))) == found
+
+
+def test_the_licence_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
+    monkeypatch.setattr(card_module, "hub_file", lambda model, name: tmp_path / name)
+    link = "https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE"
+    assert read_licence(ModelFlags("THUDM/CogVideoX-5b")) == {"license": "other", "license_link": link}
+
+
+def test_a_hub_that_cannot_be_reached_costs_only_the_licence(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_licence(ModelFlags("no/such-model")) == {"license": "other"}  # tests are offline
+
+    def gone(model: ModelFlags, name: str) -> Path:
+        raise UsageError("gone")
+
+    monkeypatch.setattr(card_module, "hub_file", gone)
+    assert read_licence(ModelFlags("a/b")) == {"license": "other"}
+    assert "The licence of the base model applies; it could not be read" in card_text(
+        facts(licence={"license": "other"})
+    )
+
+
+# -- of a run ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_file_that_it_names_is_there(reference: Path) -> None:
+    text = (reference / "README.md").read_text()
+    targets = [str(token.attrs["href"]) for token in tokens(text) if token.type == "link_open"]
+    targets += [str(token.attrs["src"]) for token in tokens(text) if token.type == "image"]
+    targets += [entry["output"]["url"] for entry in front(text)["widget"]]
+    assert len(targets) >= 4
+    assert [name for name in targets if not (reference / name).is_file()] == []
+    assert front(text)["widget"][0]["text"] == PROMPT
+    assert cells(text) == ["prompt", "before", "after 6 steps", PROMPT, "video", "video"]
+    assert json.loads((reference / "recipe.json").read_text())["step"] == 6
+
+
+def test_the_files_that_belong_to_a_card(tmp_path: Path) -> None:
+    """Of two prompts with two videos each: pictures, images and videos that are there."""
+    options = options_of(tmp_path, "--num_validation_videos", 2)
+    path = partial(Validator.path, SimpleNamespace(run=run_alone(tmp_path), prompts=SimpleNamespace(texts=["a", "b"])))
+    validator: Any = SimpleNamespace(
+        prompts=SimpleNamespace(texts=["a", "b"]), flags=options.validation, path=path, sampling=SAMPLING, fps=8.0
+    )
+    after = [path(7, place, number) for place in (0, 1) for number in (0, 1)]
+    present = [*after, path(0, 1, 0), path(3, 0, 0), tmp_path / "image-1.png", tmp_path / "curves.png"]
+    for file in present:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    task, method, index = (SimpleNamespace(pipeline="P"), SimpleNamespace(inference=lambda _: ("", "")), CLIPS)
+    made = MADE | {"task": "ImageToVideo", "step": 7}
+    files = write_card(run_alone(tmp_path), options, task, method, validator, index, made)
+    assert len(files) == len(set(files))
+    assert set(files) == {tmp_path / "README.md", *present} - {path(3, 0, 0)}
+    assert cells((tmp_path / "README.md").read_text())[3:] == [
+        *("a", "", "video", "a", "", "video"),
+        *("b (image)", "video", "video", "b (image)", "", "video"),
+    ]
+
+
+def test_the_program_runs_in_stock_diffusers(model: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [t.content for t in tokens((reference / "README.md").read_text()) if t.info == "python"]
+    written: list[Any] = []
+    monkeypatch.setattr(
+        "diffusers.utils.export_to_video", lambda frames, path, fps: written.append((frames, path, fps))
+    )
+    monkeypatch.setattr("diffusers.CogVideoXPipeline.enable_model_cpu_offload", lambda self: None)  # there is no GPU
+    monkeypatch.chdir(reference.parent)
+    exec(compile(code.replace(f"path/to/{model.name}", str(model)), "card", "exec"), {})
+    ((frames, path, fps),) = written
+    assert (len(frames), frames[0].size, path, fps) == (9, (96, 64), "output.mp4", 8)
+
+
+def test_a_video_that_is_not_there_is_left_out() -> None:
+    video = replace(facts().videos[0], before=None)
+    assert cells(card_text(facts(videos=[video])))[-3:] == ["a panda", "", "video"]

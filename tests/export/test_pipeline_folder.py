@@ -1,0 +1,183 @@
+"""pipeline_folder.py: stock diffusers reads the folder alone, and it holds what was trained, stored once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import sft_flags, train_all, train_image_all
+
+from cogvideox.config.flags import ModelFlags
+from cogvideox.config.geometry import PARTS
+from cogvideox.errors import DiskError, UsageError
+from cogvideox.export import pipeline_folder
+from cogvideox.export.pipeline_folder import PIPELINE_NAME, write_pipeline
+from cogvideox.export.publish import RECIPE_NAME
+
+SAMPLING = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "output_type": "pt"}
+
+
+def video(pipe: Any, **more: Any) -> torch.Tensor:
+    length = pipe.transformer.config.max_text_seq_length
+    generator = torch.Generator().manual_seed(3)
+    return pipe(prompt="a red square", generator=generator, **SAMPLING | {"max_sequence_length": length} | more).frames
+
+
+def stock(folder: Path, name: str, **parts: Any) -> Any:
+    import diffusers
+
+    pipe = getattr(diffusers, name).from_pretrained(folder, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def trained(folder: Path) -> Any:
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel.from_pretrained(folder)
+
+
+def weights_of(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.rglob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of all weights with --save_pipeline. Read only."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    flags = ("--load_tensors", "--max_train_steps", 1, "--save_pipeline")
+    assert train_all(sft_flags(model, tensors, output, *flags)) == 0
+    return output
+
+
+def test_stock_diffusers_reads_it_alone_and_gives_the_same(whole: Path, model: Path) -> None:
+    found = video(stock(whole / PIPELINE_NAME, "CogVideoXPipeline"))
+    expected = video(stock(model, "CogVideoXPipeline", transformer=trained(whole / "transformer")))
+    assert (found - expected).abs().max() == 0
+    assert (found - video(stock(model, "CogVideoXPipeline"))).abs().max() > 0, "training changed nothing"
+
+
+def test_of_image_to_video_too(tiny: Callable[[str], Path], image_tensors: Path, image: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    base, name = tiny("5b-i2v"), "CogVideoXImageToVideoPipeline"
+    flags = ("--load_tensors", "--max_train_steps", 1, "--save_pipeline")
+    assert train_image_all(sft_flags(base, image_tensors, tmp_path / "run", *flags)) == 0
+    first = Image.open(image).resize((96, 64))
+    found = video(stock(tmp_path / "run" / PIPELINE_NAME, name), image=first)
+    expected = video(stock(base, name, transformer=trained(tmp_path / "run" / "transformer")), image=first)
+    assert (found - expected).abs().max() == 0
+    assert (found - video(stock(base, name), image=first)).abs().max() > 0
+
+
+def test_weights_are_stored_once_and_configs_are_copies(whole: Path, model: Path) -> None:
+    folder = whole / PIPELINE_NAME
+    for source in weights_of(whole / "transformer"):
+        assert (folder / "transformer" / source.name).samefile(source)
+    for part in ("vae", "text_encoder"):
+        for source in weights_of(model / part):
+            assert (folder / part / source.name).samefile(source)
+        assert not (folder / part / "config.json").samefile(model / part / "config.json")
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "CogVideoXPipeline"
+    assert not list(whole.rglob("*.tmp"))
+
+
+def without_links(*_: object) -> None:
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+def beside(whole: Path, folder: Path) -> Path:
+    """A copy of the trained transformer, beside which there is no pipeline yet."""
+    return Path(shutil.copytree(whole / "transformer", folder / "transformer"))
+
+
+def test_without_hard_links_the_trained_weights_are_still_stored_once(
+    whole: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer = beside(whole, tmp_path / "run")
+    monkeypatch.setattr(os, "link", without_links)
+    folder = write_pipeline(ModelFlags(str(model)), "CogVideoXPipeline", transformer)
+    moved = Path(shutil.move(tmp_path / "run", tmp_path / "moved")) / PIPELINE_NAME
+    assert all(path.is_symlink() for path in weights_of(moved / "transformer"))
+    assert not any(path.is_symlink() for part in PARTS for path in weights_of(moved / part))
+    assert folder.name == PIPELINE_NAME
+    found = video(stock(moved, "CogVideoXPipeline"))
+    assert (found - video(stock(whole / PIPELINE_NAME, "CogVideoXPipeline"))).abs().max() == 0
+
+
+@pytest.mark.parametrize("size", ["10GB", "40KB"])
+def test_a_variant_in_shards_loads_without_being_named(whole: Path, model: Path, tmp_path: Path, size: str) -> None:
+    """Beside it lie files of no variant, which hold something else."""
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    pipe = stock(model, "CogVideoXPipeline")
+    for part in (pipe.text_encoder, pipe.vae):
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.mul_(0.9)
+    pipe.text_encoder.save_pretrained(base / "text_encoder", variant="half", max_shard_size=size)
+    pipe.vae.save_pretrained(base / "vae", variant="half", max_shard_size=size)
+    transformer = beside(whole, tmp_path / "run")
+    folder = write_pipeline(ModelFlags(str(base), variant="half"), "CogVideoXPipeline", transformer)
+    assert not [path for path in folder.rglob("*") if "half" in path.name]
+    assert (len(list(weights_of(folder / "text_encoder"))) > 1) == (size == "40KB")
+    pipe.transformer = trained(transformer)
+    assert (video(stock(folder, "CogVideoXPipeline")) - video(pipe)).abs().max() == 0
+
+
+def test_of_the_hub_links_lead_to_what_lies_there(whole: Path, model: Path, tmp_path: Path) -> None:
+    """A hub's cache is links to blobs with other names; those may go, the pipeline stays."""
+    snapshot = tmp_path / "cache" / "snapshot"
+    for path in (path for path in model.rglob("*") if path.is_file()):
+        (snapshot / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
+        blob = tmp_path / "cache" / f"blob-{path.relative_to(model)}".replace("/", "-")
+        shutil.copyfile(path, tmp_path / "cache" / blob.name)
+        (snapshot / path.relative_to(model)).symlink_to(tmp_path / "cache" / blob.name)
+    folder = write_pipeline(ModelFlags(str(snapshot)), "CogVideoXPipeline", beside(whole, tmp_path / "run"))
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+    shutil.rmtree(tmp_path / "cache")
+    stock(folder, "CogVideoXPipeline")
+
+
+def test_what_fails_leaves_none_and_the_next_result_has_its_own(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    flags = sft_flags(model, tensors, output, "--load_tensors", "--save_pipeline")
+    assert train_all([*flags, "--max_train_steps", "1"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_folder, "place", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(
+            DiskError, match=r"No space left on device, .*; checkpoint-2, the newest checkpoint, is safe"
+        ):
+            train_all([*flags, "--max_train_steps", "2"])
+    assert not (output / f".{PIPELINE_NAME}.tmp").exists()
+    assert not (output / PIPELINE_NAME).exists()  # the one that was there had other weights
+    assert not (output / RECIPE_NAME).exists()
+    assert train_all([*flags, "--max_train_steps", "2"]) == 0
+    for source in weights_of(output / "transformer"):
+        assert (output / PIPELINE_NAME / "transformer" / source.name).samefile(source)
+    assert not (output / f".{PIPELINE_NAME}.tmp").exists()
+    del flags[flags.index("--save_pipeline")]
+    assert train_all([*flags, "--max_train_steps", "3"]) == 0
+    assert not (output / PIPELINE_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("gone", "found"),
+    [("model_index.json", "has no model_index.json"), ("tokenizer", "--save_pipeline: .* has no tokenizer")],
+)
+def test_a_base_that_is_no_whole_pipeline_ends_the_run_at_its_start(
+    model: Path, tensors: Path, tmp_path: Path, gone: str, found: str
+) -> None:
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    shutil.rmtree(base / gone) if (base / gone).is_dir() else (base / gone).unlink()
+    with pytest.raises(UsageError, match=found):
+        train_all(sft_flags(base, tensors, tmp_path / "run", "--load_tensors", "--save_pipeline"))
+    assert not (tmp_path / "run").exists()

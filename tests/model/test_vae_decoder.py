@@ -1,0 +1,103 @@
+"""Decoding of what fits: tiles, which of them, what is remembered, and that their videos are of the right size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX
+
+from cogvideox.model.vae_decoder import PUBLISHED, Decoder, tiles_from
+
+pytestmark = pytest.mark.usefixtures("small")
+WHOLE, LARGE, MIDDLE, SMALL = None, (240, 360), (144, 240), (96, 160)
+
+
+@pytest.fixture
+def vae() -> Any:
+    """Of few channels, with the tiles of the published one."""
+    torch.manual_seed(0)
+    return AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 16, 16),
+        latent_channels=16,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_height=480,
+        sample_width=720,
+    )
+
+
+class Card:
+    """A decoder that runs out of memory above some number of pixels of 480x720; keeps what was tried."""
+
+    def __init__(self, vae: Any, fits: int) -> None:
+        self.vae, self.fits = vae, fits
+        self.tried: list[tuple[int, int] | None] = []
+
+    def decode(self, latents: Any) -> str:
+        tile = (self.vae.tile_sample_min_height, self.vae.tile_sample_min_width) if self.vae.use_tiling else None
+        self.tried.append(tile)
+        height, width = tile or (480, 720)
+        if height * width > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "decoded"
+
+
+@pytest.mark.parametrize("tile", [WHOLE, LARGE, MIDDLE, SMALL])
+def test_the_largest_that_fits_is_taken_and_remembered(vae: Any, tile: tuple[int, int] | None) -> None:
+    height, width = tile or (480, 720)
+    card, said = Card(vae, height * width), []
+    vae.decode = card.decode
+    Decoder(vae, said.append)
+    ladder = [WHOLE, LARGE, MIDDLE, SMALL]
+    tried = ladder[: ladder.index(tile) + 1]
+    assert vae.decode(0) == vae.decode(0) == "decoded"
+    assert card.tried == [*tried, tile]
+    assert said == [f"decoding in tiles of {h}x{w}: more does not fit" for h, w in filter(None, tried)]
+    assert not vae.use_tiling  # encoding is not tiled
+
+
+def test_where_not_even_the_smallest_fits_it_is_out_of_memory(vae: Any) -> None:
+    card = Card(vae, 100)
+    vae.decode = card.decode
+    Decoder(vae, print)
+    with pytest.raises(torch.OutOfMemoryError):
+        vae.decode(0)
+    assert card.tried == [WHOLE, LARGE, MIDDLE, SMALL]
+    assert not vae.use_tiling
+
+
+def test_something_larger_is_tiled_and_says_nothing_about_the_rest(vae: Any) -> None:
+    card = Card(vae, 144 * 240)
+    vae.decode = card.decode
+    decoder = Decoder(vae, print)
+    with decoder.in_tiles():
+        vae.decode(0)
+    assert card.tried == [LARGE, MIDDLE]
+    card.fits = 480 * 720
+    vae.decode(0)
+    assert card.tried[2:] == [WHOLE]
+
+
+def test_whole_frames_are_not_tried_unless_wanted(vae: Any) -> None:
+    assert Decoder(vae, print, tiled=True).left == [LARGE, MIDDLE, SMALL] == tiles_from(*PUBLISHED)
+
+
+def test_a_video_of_tiles_has_its_size_and_hardly_other_pixels(vae: Any) -> None:
+    """Of halves of 240x360 it has not: diffusers makes 496x760 of 480x720."""
+    height, width = 240, 400
+    with torch.no_grad():
+        latents_BCFHW = torch.randn(1, 16, 1, height // 8, width // 8)
+        whole = vae.decode(latents_BCFHW).sample
+        decoder = Decoder(vae, print)
+        for decoder.left in [[LARGE], [MIDDLE], [SMALL]]:
+            tiled = vae.decode(latents_BCFHW).sample
+            assert tiled.shape == whole.shape == (1, 3, 1, height, width)
+            assert 0 < (tiled - whole).abs().mean() < 0.2 * whole.std()
+
+
+def test_tiles_that_do_not_add_up_are_made_smaller() -> None:
+    """150 pixels are no whole latents; of tiny models no tile adds up, and diffusers' own stays."""
+    assert tiles_from((150, 250), 8) == [(144, 240), (96, 160)]
+    assert tiles_from((32, 48), 8) == [(32, 48)]

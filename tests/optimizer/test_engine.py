@@ -1,0 +1,282 @@
+"""engine.py: what is trained moves, what is frozen stays, and a saved engine goes on bit for bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit
+from fakes import options_of
+from running import equal, lora_flags, train
+from safetensors.torch import load_file
+from stepping import values
+
+from cogvideox import loop
+from cogvideox.config.optimizers import make_optimizer
+from cogvideox.errors import UsageError
+from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, engine_name, make_engine
+from cogvideox.optimizer.optim import MasterWeights
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_after_two_steps_every_trainable_parameter_moved_and_no_frozen_one(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Without weight decay, which moves what has no gradient."""
+    before: dict[str, torch.Tensor] = {}
+    after: dict[str, torch.Tensor] = {}
+    make, publish = loop.make_engine, loop.publish
+
+    def made(accelerator: Any, transformer: Any, *rest: Any) -> Any:
+        before.update({name: p.detach().clone() for name, p in transformer.named_parameters()})
+        before.update({name: b.clone() for name, b in transformer.named_buffers()})
+        return make(accelerator, transformer, *rest)
+
+    def published(run: Any, options: Any, task: Any, method: Any, *rest: Any) -> None:
+        after.update({name: p.detach().clone() for name, p in method.transformer.named_parameters()})
+        after.update({name: b.clone() for name, b in method.transformer.named_buffers()})
+        publish(run, options, task, method, *rest)
+
+    monkeypatch.setattr(loop, "make_engine", made)
+    monkeypatch.setattr(loop, "publish", published)
+    flags = ["--load_tensors", "--max_train_steps", 2, "--weight_decay", 0, "--mixed_precision", precision]
+    # fp16: the first steps lower the loss scale, and may change nothing
+    flags += ["--caption_dropout", 0, *(["--max_train_steps", 8] if precision == "fp16" else [])]
+    assert train(lora_flags(model, tensors, tmp_path / "lora", *flags)) == 0
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert len(moved) == 2 * 4 * 2
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+
+
+def engine_of(seed: int, dtype: torch.dtype, writes: bool = True) -> tuple[LocalEngine, torch.nn.Module]:
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(4, 16).to(dtype)
+    flags = options_of(Path("x")).optimizer
+    make = partial(make_optimizer, flags)
+    masters = MasterWeights(dict(model.named_parameters()), make, 1.0, dynamic_scale=dtype == torch.float16)
+    return LocalEngine(model, masters, writes), model
+
+
+def advance(engine: LocalEngine, steps: range) -> list[list[float]]:
+    results = []
+    for step in steps:
+        features = torch.full((4, 4), float(step + 1)).to(engine.model.weight.dtype)
+        engine.backward(engine.model(features).float().square().mean())
+        results.append(engine.step(0.01).values.tolist())
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_saved_engine_goes_on_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole, model = engine_of(0, dtype)
+    first = advance(whole, range(3))
+    whole.save(tmp_path)
+    then = advance(whole, range(3, 6))
+    assert first != then
+    other, again = engine_of(1, dtype)
+    assert not again.weight.equal(model.weight)
+    other.load(tmp_path)
+    assert advance(other, range(3, 6)) == then
+    for name, value in model.state_dict().items():
+        assert again.state_dict()[name].equal(value)
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]
+    assert {t.dtype for n, t in load_file(tmp_path / STATE_NAME).items() if n.startswith("master/")} == {torch.float32}
+
+
+def test_one_rank_writes(tmp_path: Path) -> None:
+    engine, _ = engine_of(0, torch.float32, writes=False)
+    engine.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_engine_is_what_accelerate_s_configuration_asks_for() -> None:
+    model = torch.nn.Linear(4, 16)
+    method = SimpleNamespace(parameters=lambda: dict(model.named_parameters()))
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
+    options = options_of(Path("x"))
+
+    def made(plugin: Any, main: bool = True) -> Any:
+        state = SimpleNamespace(deepspeed_plugin=plugin)
+        accelerator = SimpleNamespace(state=state, is_main_process=main, num_processes=2)
+        return make_engine(accelerator, model, method, options, torch.float16)
+
+    local = made(None)
+    assert (local.writes, made(None, main=False).writes) == (True, False)
+    assert local.masters.dynamic_scale
+    with pytest.raises(UsageError, match="zero_stage 3"):
+        made(plugin)
+
+
+def made_with(*flags: object, deepspeed: Any = None, model: torch.nn.Module | None = None, host: bool = True) -> Any:
+    """An engine of these flags, with its masters on the host."""
+    model = model or torch.nn.Linear(4, 16)
+    state = SimpleNamespace(deepspeed_plugin=deepspeed)
+    accelerator = SimpleNamespace(state=state, is_main_process=True, num_processes=1)
+    method = SimpleNamespace(parameters=lambda: dict(model.named_parameters()))
+    return make_engine(accelerator, model, method, options_of(Path("x"), *flags), torch.bfloat16, state_on_host=host)
+
+
+@pytest.mark.parametrize("ema", [(), ("--use_ema",)])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_checkpoint_goes_on_with_masters_elsewhere(tmp_path: Path, first: bool, ema: tuple[str, ...]) -> None:
+    models = [torch.nn.Linear(4, 16).bfloat16() for _ in range(2)]
+    one, other = (made_with(*ema, model=m, host=h) for m, h in zip(models, (first, not first), strict=True))
+    assert (one.masters.conveyor is None, other.masters.conveyor is None) == (not first, first)
+    advance(one, range(3))
+    one.save(tmp_path)
+    other.load(tmp_path)
+    assert advance(one, range(3, 6)) == advance(other, range(3, 6))
+    assert all(p.equal(q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    (tmp_path / "other").mkdir()
+    other.save(tmp_path / "other")
+    one.save(tmp_path)
+    names = (STATE_NAME, *([EMA_NAME] if ema else []))
+    assert all(equal(load_file(tmp_path / name), load_file(tmp_path / "other" / name)) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("flags", "deepspeed", "named", "fix"),
+    [
+        (["--optimizer", "prodigy"], None, "--optimizer prodigy cannot skip", "adam or adamw without low bits"),
+        (["--optimizer", "came"], None, "--optimizer came cannot skip", "keep its state on the device"),
+        (["--use_8bit"], None, "--use_8bit cannot skip", "keep its state on the device"),
+        (["--use_4bit", "--use_torchao"], None, "--use_torchao cannot skip", "keep its state on the device"),
+        (["--optimizer", "torch.optim.AdamW"], None, "--optimizer torch.optim.AdamW cannot", "--optimizer adam"),
+        (["--use_cpu_offload_optimizer", "--max_grad_norm", 0], None, "has it there already", "give one of them"),
+        ([], SimpleNamespace(zero_stage=2), "DeepSpeed places", "offload_optimizer_device: cpu"),
+    ],
+)
+def test_what_cannot_have_its_masters_on_the_host(flags: list[object], deepspeed: Any, named: str, fix: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        made_with(*flags, deepspeed=deepspeed)
+    (problem,) = caught.value.problems
+    assert problem.startswith("--optimizer_state_on host: ")
+    assert named in problem
+    assert fix in problem
+
+
+def test_deepspeed_gets_the_optimizer() -> None:
+    made: list[Any] = []
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
+        num_processes=2,
+        device=torch.device("cpu"),
+        prepare=lambda model, optimizer: (made.append(optimizer), SimpleNamespace(optimizer=optimizer))[::-1],
+    )
+    for flags in ((), ("--use_8bit",)):
+        DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options_of(Path("x"), *flags))
+    assert [type(optimizer) for optimizer in made] == [torch.optim.AdamW, AdamW8bit]
+
+
+def test_deepspeed_gets_the_flags() -> None:
+    """Its own accumulation, clipping and batch size, and our rate; two of three backward passes end no step."""
+    done: list[Any] = []
+
+    class Fake:
+        optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+
+        def backward(self, loss: torch.Tensor) -> None:
+            done.append(loss.item())
+
+        def step(self) -> None:
+            done.append(self.optimizer.param_groups[0]["lr"])
+
+        def is_gradient_accumulation_boundary(self) -> bool:
+            return sum(isinstance(entry, float) and entry > 1 for entry in done) == 3
+
+        def load_checkpoint(self, *_: Any, **__: Any) -> tuple[None, None]:
+            return None, None
+
+    plugin = SimpleNamespace(zero_stage=2, deepspeed_config={})
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+        num_processes=2,
+        device=torch.device("cpu"),
+        prepare=lambda *_: (Fake(), None),
+    )
+    options = options_of(Path("x"), "--gradient_accumulation_steps", 3, "--max_grad_norm", 0.5, "--train_batch_size", 2)
+    engine = DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options)
+    assert engine_name(accelerator) == "DeepSpeed x 2"
+    assert plugin.deepspeed_config["gradient_accumulation_steps"] == 3
+    assert plugin.deepspeed_config["gradient_clipping"] == 0.5
+    assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 2
+    for _ in range(3):
+        engine.backward(torch.tensor(0.5))
+    assert done == [1.5, 0.0, 1.5, 0.0, 1.5]  # DeepSpeed divides by 3 again; the last step waits for its rate
+    with pytest.raises(RuntimeError, match="found nothing to resume from"):
+        engine.load(Path("nowhere"))
+
+
+def deepspeed_around(model: Any, parameters: Any, monkeypatch: pytest.MonkeyPatch) -> DeepSpeedEngine:
+    """Our engine around a stand-in for DeepSpeed's, alone."""
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
+        num_processes=1,
+        device=torch.device("cpu"),
+        prepare=lambda *_: (model, None),
+    )
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    return DeepSpeedEngine(accelerator, None, parameters, options_of(Path("x")))
+
+
+def test_deepspeed_steps_at_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the schedule of its configuration, in every group."""
+    groups = [{"lr": 0.5}, {"lr": 0.5}]
+    at: list[list[float]] = []
+    model = SimpleNamespace(
+        optimizer=SimpleNamespace(param_groups=groups),
+        step=lambda: at.append([group["lr"] for group in groups]),
+        get_global_grad_norm=lambda: 2.0,
+        was_step_applied=lambda: True,
+    )
+    engine = deepspeed_around(model, [torch.nn.Parameter(torch.ones(2))], monkeypatch)
+    results = [engine.step(rate).values.tolist() for rate in (1e-3, 1e-4)]
+    assert at == [[1e-3, 1e-3], [1e-4, 1e-4]]
+    assert results == [[0.0, 2.0, 0.0, 1.0]] * 2  # loss, norm, skipped, loss scale
+
+
+class Scaler:
+    """As DeepSpeed's DynamicLossScaler at each overflow."""
+
+    cur_scale, raise_error_at_min_scale = 2.0, True
+
+    def update_scale(self) -> None:
+        assert self.cur_scale > 1.0 or not self.raise_error_at_min_scale
+        self.cur_scale = max(1.0, self.cur_scale / 2)
+
+
+@pytest.mark.fault("numbers: an overflow under DeepSpeed", times=2)
+@pytest.mark.parametrize("norm", [float("inf"), None])  # None: its configuration turns norms off
+def test_deepspeed_skips_count_like_ours(monkeypatch: pytest.MonkeyPatch, norm: float | None) -> None:
+    """At the lowest loss scale DeepSpeed would end the run itself, with a traceback; here the step is counted."""
+    scaler = Scaler()
+    masters = {"params": [torch.nn.Parameter(torch.ones(4))], "lr": 0.0}
+    inner = torch.optim.AdamW(masters["params"])  # type: ignore[arg-type]
+
+    class Optimizer:
+        optimizer, param_groups, loss_scaler = inner, [masters], scaler
+
+        @property
+        def loss_scale(self) -> float:
+            return scaler.cur_scale
+
+    model = SimpleNamespace(
+        optimizer=Optimizer(),
+        step=scaler.update_scale,
+        get_global_grad_norm=lambda: norm,
+        was_step_applied=lambda: False,
+    )
+    engine = deepspeed_around(model, masters["params"], monkeypatch)
+    found = [values(engine.step(0.1)) for _ in range(4)]
+    assert [step["skipped"] for step in found] == [1.0] * 4
+    assert [step["loss_scale"] for step in found] == [2.0, 1.0, 1.0, 1.0]
+    assert engine.not_finite() == []
+    inner.state[masters["params"][0]]["exp_avg"] = torch.tensor([1.0, torch.nan])
+    assert engine.not_finite() == ["exp_avg of parameter group 0"]

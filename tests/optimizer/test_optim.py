@@ -1,0 +1,620 @@
+"""optim.py against torch.optim, clip_grad_norm_ and diffusers' get_scheduler."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import late_streams
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from stepping import SHAPES, loss_of, parameters, rate, state_equal, train, values
+from torch.nn import Parameter
+
+from cogvideox.config.flags import SCHEDULES, OptimizerFlags
+from cogvideox.config.optimizers import make_optimizer
+from cogvideox.memory.streaming import LOADS
+from cogvideox.optimizer import optim
+from cogvideox.optimizer.ema import Ema
+from cogvideox.optimizer.master_weights import Optimized, held
+from cogvideox.optimizer.optim import MasterWeights, learning_rate, rate_jump
+
+RULES = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+FLAGS = OptimizerFlags(weight_decay=0.01)
+
+
+def masters(
+    params: dict[str, Parameter], *, norm: float = 0.0, scale: bool = False, rule: str = "adam"
+) -> MasterWeights:
+    flags = OptimizerFlags(optimizer=rule, weight_decay=FLAGS.weight_decay)
+    return MasterWeights(params, partial(make_optimizer, flags), norm, scale)
+
+
+# -- against torch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ranks_with_the_same_samples_step_as_one_does(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, norm and loss are means over the ranks: of four that have the same, exactly that."""
+    one, four = parameters(), parameters()
+    wanted = train(masters(one, norm=1.0, rule=rule), one, 0, 3)
+    monkeypatch.setattr(optim.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(optim.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(optim.dist, "all_reduce", lambda buffer: buffer.mul_(4))
+    found = train(masters(four, norm=1.0, rule=rule), four, 0, 3)
+    assert [values(result) for result in found] == [values(result) for result in wanted]
+    assert all(four[name].equal(one[name]) for name in one)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("norm", [0.0, 5.0, 1e6])
+def test_fp32_equals_torch(rule: str, norm: float) -> None:
+    ours, theirs = parameters(), parameters()
+    engine = masters(ours, norm=norm, rule=rule)
+    options = {"betas": (FLAGS.beta1, FLAGS.beta2), "eps": FLAGS.epsilon, "weight_decay": FLAGS.weight_decay}
+    reference = RULES[rule](theirs.values(), lr=0.0, **options)
+    clipped = 0
+    for step in range(20):
+        engine.backward(loss_of(ours, step))
+        result = values(engine.step(rate(step)))
+        loss = loss_of(theirs, step)
+        reference.zero_grad()
+        loss.backward()
+        length = torch.nn.utils.clip_grad_norm_(theirs.values(), norm or float("inf"))
+        clipped += length.item() > (norm or float("inf"))
+        reference.param_groups[0]["lr"] = rate(step)
+        reference.step()
+        assert result["grad_norm"] == pytest.approx(length.item(), rel=1e-5)
+        assert result["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert result["skipped"] == 0
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=2e-5, atol=2e-6)
+    assert clipped == (20 if norm == 5.0 else 0)
+
+
+def test_adam_and_adamw_differ() -> None:
+    def final(rule: str) -> torch.Tensor:
+        params = parameters()
+        train(masters(params, rule=rule), params, 0, 5)
+        return params["down"].detach()
+
+    assert not torch.allclose(final("adam"), final("adamw"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_equals_fp32_masters_by_hand(dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    engine = masters(params, norm=5.0)
+    wanted = {name: p.detach().float() for name, p in params.items()}
+    first = {name: torch.zeros_like(p) for name, p in wanted.items()}
+    second = {name: torch.zeros_like(p) for name, p in wanted.items()}
+    for step in range(20):
+        engine.backward(loss_of(params, step))
+        rounded = {name: Parameter(p.to(dtype)) for name, p in wanted.items()}
+        loss_of(rounded, step).backward()
+        gradients = {name: p.grad.float() for name, p in rounded.items() if p.grad is not None}
+        length = torch.cat([g.flatten() for g in gradients.values()]).norm()
+        for name, master in wanted.items():
+            gradient = gradients[name] / max(1.0, (length / 5.0).item()) + FLAGS.weight_decay * master
+            first[name] = FLAGS.beta1 * first[name] + (1 - FLAGS.beta1) * gradient
+            second[name] = FLAGS.beta2 * second[name] + (1 - FLAGS.beta2) * gradient**2
+            mean = first[name] / (1 - FLAGS.beta1 ** (step + 1))
+            root = (second[name] / (1 - FLAGS.beta2 ** (step + 1))).sqrt()
+            wanted[name] = master - rate(step) * mean / (root + FLAGS.epsilon)
+        engine.step(rate(step))
+        for name, master in engine.named_masters().items():
+            assert master.dtype == torch.float32
+            torch.testing.assert_close(master.detach(), wanted[name], rtol=1e-5, atol=1e-5)
+            assert torch.equal(params[name], master.to(dtype))
+            wanted[name] = master.detach().clone()  # so that a tie in rounding cannot spread
+    assert params["down"].dtype == dtype
+
+
+def test_updates_too_small_for_bf16_add_up() -> None:
+    def moved(step: int) -> torch.Tensor:
+        params = {"w": Parameter(torch.ones(4, dtype=torch.bfloat16))}
+        engine = MasterWeights(params, partial(torch.optim.SGD, lr=0.0, fused=True), 0.0, False)
+        for _ in range(step):
+            engine.backward(params["w"].float().sum())
+            engine.step(1e-4)
+        return 1 - params["w"].detach().float()
+
+    # bf16 has steps of 2^-8 below 1: one update of 1e-4 rounds away, a hundred of them are seen.
+    assert torch.equal(moved(1), torch.zeros(4))
+    torch.testing.assert_close(moved(100), torch.full((4,), 0.01), rtol=0, atol=2**-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_micro_batches_equal_one_batch_of_four(dtype: torch.dtype) -> None:
+    whole, parts = parameters(dtype), parameters(dtype)
+    one, four = masters(whole, norm=5.0), masters(parts, norm=5.0)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.0, "atol": 0.03}
+    for step in range(5):
+        one.backward(torch.stack([loss_of(whole, 4 * step + k) for k in range(4)]).mean())
+        for k in range(4):
+            four.backward(loss_of(parts, 4 * step + k) / 4)
+        first, second = values(one.step(rate(step))), values(four.step(rate(step)))
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5 if dtype == torch.float32 else 1e-2)
+        for name in whole:
+            torch.testing.assert_close(whole[name], parts[name], **tolerance)
+
+
+def test_gradients_add_up_in_fp32() -> None:
+    """256 gradients of 1 in bf16: the sum stands still at 256 when it is kept in bf16 from 257 on."""
+    params = {"w": Parameter(torch.zeros(1, dtype=torch.bfloat16))}
+    engine = MasterWeights(params, partial(torch.optim.SGD, lr=0.0, fused=True), 0.0, False)
+    for _ in range(300):
+        engine.backward(params["w"].float().sum())
+    assert values(engine.step(0.0))["grad_norm"] == 300
+
+
+def test_gradients_and_the_loss_start_anew_after_a_step() -> None:
+    params = parameters()
+    engine = masters(params)
+    train(engine, params, 0, 1)
+    assert not engine.buffer.any()
+    assert all(p.grad is None for p in params.values())
+    engine.backward(0.0 * loss_of(params, 0))
+    assert values(engine.step(0.0)) == {"loss": 0.0, "grad_norm": 0.0, "skipped": 0.0, "loss_scale": 1.0}
+
+
+# -- steps that are not finite -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [0.0, 5.0])
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.fault("numbers: a gradient that is not finite")
+def test_a_step_that_is_not_finite_changes_nothing(bad: float, dtype: torch.dtype, norm: float, first: int) -> None:
+    params, undisturbed = parameters(dtype), parameters(dtype)
+    engine, reference = masters(params, norm=norm), masters(undisturbed, norm=norm)
+    train(engine, params, 0, first)
+    train(reference, undisturbed, 0, first)
+    before = {name: p.detach().clone() for name, p in params.items()}
+    state = engine.state()
+    engine.backward(loss_of(params, 0))
+    engine.backward(params["bias"][3].float() * bad)
+    assert values(engine.step(0.1))["skipped"] == 1
+    assert all(torch.equal(p, before[name]) for name, p in params.items())
+    if first:
+        assert state_equal(engine.state(), state)
+    # The next steps are as if it had not been.
+    assert [values(r)["skipped"] for r in train(engine, params, first, first + 3)] == [0, 0, 0]
+    train(reference, undisturbed, first, first + 3)
+    assert state_equal(engine.state(), reference.state())
+
+
+# -- the loss scale of fp16 --------------------------------------------------------------------------------------------
+
+
+def test_scaled_equals_unscaled() -> None:
+    scaled, plain = parameters(), parameters()
+    one, other = masters(scaled, norm=5.0, scale=True), masters(plain, norm=5.0)
+    results = zip(train(one, scaled, 0, 10), train(other, plain, 0, 10), strict=True)
+    for a, b in results:
+        assert values(a) == values(b) | {"loss_scale": 2.0**16}
+    assert state_equal(one.state(), other.state(), ignore=("loss_scale", "good_steps"))
+    assert one.scale == optim.INITIAL_SCALE == 2.0**16
+    assert other.scale == 1
+
+
+def test_the_scale_keeps_small_fp16_gradients() -> None:
+    """1e-8 is below the smallest fp16 number."""
+
+    def norm(scale: bool) -> float:
+        params = {"w": Parameter(torch.ones(1, dtype=torch.float16))}
+        engine = MasterWeights(params, partial(make_optimizer, FLAGS), 0.0, scale)
+        engine.backward((params["w"].float() * 1e-8).sum())
+        return values(engine.step(0.1))["grad_norm"]
+
+    assert norm(False) == 0
+    assert norm(True) == pytest.approx(1e-8, rel=1e-2)
+
+
+@pytest.mark.fault("numbers: fp16 gradients that overflow")
+def test_the_scale_halves_after_an_overflow_and_doubles_after_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "GROWTH_INTERVAL", 3)
+    params = parameters(torch.float16)
+    engine = masters(params, norm=1.0, scale=True)
+    scales = []
+    for step, size in enumerate([1e6, 1e6, 0.1, 0.1, 1e6, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]):
+        with torch.no_grad():
+            before = engine.named_masters()["down"].clone()
+        engine.backward(sum((p * size).float().sum() for p in params.values()))  # type: ignore[arg-type]
+        skipped = values(engine.step(1e-3))["skipped"]
+        assert skipped == (size == 1e6)
+        assert torch.equal(before, engine.named_masters()["down"]) == bool(skipped)
+        scales.append(engine.scale.item() / 2**16)
+        assert step < 11
+    half, quarter, eighth = 1 / 2, 1 / 4, 1 / 8
+    assert scales == [half, quarter, quarter, quarter, eighth, eighth, eighth, quarter, quarter, quarter, half]
+
+
+def test_growth_interval_is_torch_s() -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    assert scaler.get_growth_interval() == optim.GROWTH_INTERVAL
+    assert scaler._init_scale == optim.INITIAL_SCALE
+    assert (scaler.get_growth_factor(), scaler.get_backoff_factor()) == (2.0, 0.5)
+
+
+def test_without_scaling_the_scale_stays_one() -> None:
+    params = parameters()
+    engine = masters(params)
+    engine.backward(params["bias"].sum() * float("inf"))
+    engine.step(0.1)
+    assert engine.scale == 1
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_state_goes_on_bitwise(rule: str, dtype: torch.dtype) -> None:
+    scale = dtype == torch.float16
+    whole = parameters(dtype)
+    engine = masters(whole, norm=5.0, scale=scale, rule=rule)
+    train(engine, whole, 0, 6)
+    saved = {name: tensor.clone() for name, tensor in engine.state().items()}
+    train(engine, whole, 6, 12)
+    again = parameters(dtype, seed=1)
+    resumed = masters(again, norm=5.0, scale=scale, rule=rule)
+    resumed.load_state(saved)
+    results = train(resumed, again, 6, 12)
+    assert len(results) == 6
+    assert state_equal(engine.state(), resumed.state())
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_state_is_a_copy_of_plain_tensors() -> None:
+    params = parameters()
+    engine = masters(params)
+    train(engine, params, 0, 2)
+    state = engine.state()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    train(engine, params, 2, 4)
+    assert state_equal(state, kept)
+    names = {f"{key}/{name}" for key in ("master", "exp_avg", "exp_avg_sq", "step") for name in SHAPES}
+    assert set(state) == names | {"loss_scale", "good_steps"}
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
+
+
+def test_state_before_the_first_step() -> None:
+    params, other = parameters(), parameters(seed=1)
+    engine, resumed = masters(params), masters(other)
+    resumed.load_state(engine.state())
+    train(engine, params, 0, 3)
+    train(resumed, other, 0, 3)
+    assert state_equal(engine.state(), resumed.state())
+
+
+def test_load_state_copies() -> None:
+    params = parameters()
+    engine = masters(params)
+    train(engine, params, 0, 2)
+    state = engine.state()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    engine.load_state(state)
+    train(engine, params, 2, 4)
+    assert state_equal(state, kept)
+
+
+# -- masters and moments on the host -----------------------------------------------------------------------------------
+
+SMALL = 12 * 512  # bytes of a range
+RANGES = {"many": SMALL, "two": 12 * 4000, "one": 64 * 2**20}
+
+
+def pair(
+    dtype: torch.dtype, device: str = "cpu", rule: str = "adamw", shapes: dict[str, tuple[int, ...]] = SHAPES
+) -> list[tuple[MasterWeights, dict[str, Parameter]]]:
+    """The same weights twice: masters on the device, masters on the host."""
+    flags = OptimizerFlags(optimizer=rule, weight_decay=0.01)
+    made = []
+    for on_host in (False, True):
+        start = parameters(dtype, shapes=shapes)
+        params = {name: Parameter(p.detach().to(device)) for name, p in start.items()}
+        scale = dtype == torch.float16
+        made.append((MasterWeights(params, partial(make_optimizer, flags), 5.0, scale, state_on_host=on_host), params))
+    return made
+
+
+def eventful_step(engine: MasterWeights, params: dict[str, Parameter], step: int) -> torch.Tensor:
+    """Two micro-batches; gradients of steps 6 and 7 are not finite, those of every third are below the limit."""
+    for part in range(2):
+        engine.backward(loss_of(params, 2 * step + part) * (1e-3 if step % 3 == 0 else 0.5))
+    if step in (6, 7):
+        engine.backward(params["bias"][3].float() * float("inf" if step == 6 else "nan"))
+    return engine.step(rate(step)).values
+
+
+def assert_alike(resident: tuple[MasterWeights, Any], hosted: tuple[MasterWeights, Any]) -> None:
+    assert state_equal(resident[0].state(), hosted[0].state())
+    assert all(p.equal(hosted[1][name]) and p.device == hosted[1][name].device for name, p in resident[1].items())
+
+
+@pytest.mark.parametrize("ranges", RANGES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_the_host_is_the_same_bit_for_bit(
+    dtype: torch.dtype, rule: str, ranges: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clipped, not clipped and skipped steps of two micro-batches each, and a loss scale that changes with fp16."""
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", RANGES[ranges])
+    monkeypatch.setattr(optim, "GROWTH_INTERVAL", 5)
+    resident, hosted = pair(dtype, rule=rule)
+    assert len(hosted[0].passing[0].ranges) == {"many": 9, "two": 2, "one": 1}[ranges]
+    norms, skipped, scales = [], [], []
+    for step in range(20):
+        wanted, found = eventful_step(*resident, step), eventful_step(*hosted, step)
+        torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+        assert_alike(resident, hosted)
+        norms.append(wanted[1].item())
+        skipped += [step] if wanted[2] else []
+        scales.append(hosted[0].scale.item())
+    assert min(norms) < 5.0 < max(n for n in norms if n < float("inf"))
+    assert skipped == [6, 7] if dtype != torch.float16 else {6, 7} < set(skipped)  # the first scale is too large
+    assert len(set(scales)) == 1 if dtype != torch.float16 else sorted(scales, reverse=True) != scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_numbers_are_as_good_as_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU rounds the ends of tensors in another way than what lies before them."""
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
+    resident, hosted = pair(dtype, shapes={"odd": (37, 31), "one": (1,), "bias": (7,)})
+    for engine, params in (resident, hosted):
+        for step in range(4):
+            engine.backward(torch.stack([(p.float() - step).square().sum() for p in params.values()]).sum())
+            engine.step(rate(step))
+    for name, master in resident[0].named_masters().items():
+        torch.testing.assert_close(hosted[0].named_masters()[name], master, rtol=1e-6, atol=1e-6, check_device=False)
+        assert hosted[1][name].equal(hosted[0].named_masters()[name].to(dtype))
+
+
+def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A few slots serve all ranges, and an update sees what lies in one of them."""
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
+    (_, (engine, params)) = pair(torch.float32)
+    (hosted,) = engine.passing
+    homes = {key: array.data_ptr() for key, array in hosted.arrays.items()}
+    assert homes.keys() == {"master", "exp_avg", "exp_avg_sq"}
+    seen: list[int] = []
+    update = Optimized.update
+
+    def watched(optimized: Optimized, *rest: Any) -> None:
+        now = held(optimized)
+        assert now.keys() == homes.keys()
+        assert len({tensor.untyped_storage().data_ptr() for tensor in now.values()}) == 1
+        seen.append(now["master"].data_ptr())
+        update(optimized, *rest)
+
+    monkeypatch.setattr(Optimized, "update", watched)
+    train(engine, params, 0, 1)
+    assert len(seen) == len(hosted.ranges) > LOADS
+    assert seen == (seen[:LOADS] * len(seen))[: len(seen)]
+    assert len(set(seen)) == LOADS
+    assert {key: array.data_ptr() for key, array in hosted.arrays.items()} == homes
+    assert not any(tensor.numel() for optimized in hosted.optimized for tensor in held(optimized).values())
+    state = engine.state()
+    for name, start in zip(params, hosted.layout.starts, strict=True):
+        for key, array in hosted.arrays.items():
+            assert array[start : start + params[name].numel()].equal(state[f"{key}/{name}"].flatten())
+
+
+@pytest.mark.parametrize("ranges", RANGES)
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.fault("memory: copies to and from the device that are late")
+def test_copies_that_are_late(ranges: str, seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of streams, without a GPU. What is computed, and what reads the host afterwards, finds all there."""
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", RANGES[ranges])
+    late_streams.use(monkeypatch, seed)
+    resident, hosted = pair(torch.bfloat16)
+    for step in range(4):
+        for engine, params in (resident, hosted):
+            engine.backward(torch.stack([(p.float() - step).square().sum() for p in params.values()]).sum())
+            engine.step(rate(step))
+        assert_alike(resident, hosted)
+
+
+@pytest.mark.parametrize("name", ["into", "work", "out"])
+def test_a_wait_that_a_conveyor_leaves_out_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what has come, for what is done, for what has left."""
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
+    late_streams.use(monkeypatch, None)
+    resident, hosted = pair(torch.bfloat16)
+    conveyor = hosted[0].conveyor
+    assert conveyor is not None
+    monkeypatch.setattr(getattr(conveyor, name), "mark", lambda: None)
+    for engine, params in (resident, hosted):
+        train(engine, params, 0, 2)
+    with pytest.raises(AssertionError):
+        assert_alike(resident, hosted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("steps", [0, 5])
+def test_either_goes_on_from_the_other_s_state(
+    dtype: torch.dtype, first: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
+    (source, whole), (target, again) = pair(dtype)[:: -1 if first else 1]
+    train(target, again, 40, 42)  # what it has is written over
+    train(source, whole, 0, steps)
+    target.load_state(source.state())
+    assert_alike((source, whole), (target, again))
+    train(source, whole, steps, steps + 5)
+    train(target, again, steps, steps + 5)
+    assert_alike((source, whole), (target, again))
+
+
+def test_the_average_is_the_same_over_masters_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
+    states = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for engine, params in pair(dtype):
+            ema = Ema(params, engine.named_masters(), 0.5)
+            before = ema.state()
+            for step in range(8):
+                ema.update(eventful_step(engine, params, step)[2])
+            with ema.applied():
+                looked_at = {name: p.detach().clone() for name, p in params.items()}
+            states.append({**ema.state(), **engine.state(), **looked_at})
+            assert not state_equal(before, ema.state())
+    assert state_equal(states[0], states[1])
+    assert state_equal(states[2], states[3])
+
+
+def test_what_is_not_fused_cannot_pass_through() -> None:
+    with pytest.raises(ValueError, match="SGD cannot pass"):
+        MasterWeights(parameters(), partial(torch.optim.SGD, lr=0.0, fused=True), 0.0, False, state_on_host=True)
+
+
+BIG = {"first": (700, 1000), "second": (900, 1000), "bias": (7,), "last": (1100, 1000)}  # 8 to 13 MB each
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.fault("memory: masters on the host of a GPU, against resident ones")
+def test_on_a_gpu_nobody_waits_and_the_numbers_are_the_same(
+    dtype: torch.dtype, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large enough that a copy that nobody waited for would still be on its way."""
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 2**20)
+    resident, hosted = pair(dtype, "cuda", rule, BIG)
+    assert len(hosted[0].passing[0].ranges) > 2
+    assert all(array.device.type == "cpu" for array in hosted[0].passing[0].arrays.values())
+    for step in range(20):
+        results = []
+        for engine, params in (resident, hosted):
+            for name, parameter in params.items():
+                bad = float("inf") if step == 6 and name == "bias" else 1.0
+                engine.backward((parameter.float() * bad - step).square().mean() * (1e-3 if step % 3 else 1.0))
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                results.append(engine.step(rate(step)).values)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(*results, rtol=0.0, atol=0.0, equal_nan=True)
+        # fp16 overflows until its scale is low enough
+        assert results[0][2].item() == (step == 6) or (dtype == torch.float16 and step != 6)
+        for name, parameter in resident[1].items():
+            assert parameter.equal(hosted[1][name])
+        if step % 5 == 4:
+            assert_alike(resident, hosted)
+    again = pair(dtype, "cuda", rule, BIG)
+    again[0][0].load_state(hosted[0].state())
+    again[1][0].load_state(resident[0].state())
+    assert_alike(*again)
+    assert_alike(resident, again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.fault("memory: masters on the host of a GPU, against resident ones")
+def test_on_a_gpu_the_device_holds_three_ranges_and_only_during_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 2**20)
+    params = {str(number): Parameter(torch.randn(1000, 1000, device="cuda")) for number in range(16)}
+    bare = torch.cuda.memory_allocated()
+    engine = MasterWeights(params, partial(make_optimizer, FLAGS), 0.0, False, state_on_host=True)
+    rest = torch.cuda.memory_allocated()
+    assert rest - bare < 1.05 * engine.buffer.nbytes
+    torch.cuda.reset_peak_memory_stats()
+    engine.step(0.1)
+    assert torch.cuda.max_memory_allocated() - rest < 3.3 * 12 * 2**20
+    assert torch.cuda.memory_allocated() - rest < 10**4
+
+
+# -- the learning rate -------------------------------------------------------------------------------------------------
+
+TOTAL, PEAK = 100, 3e-4
+
+
+def rates_of_diffusers(flags: OptimizerFlags, total: int, steps: int) -> list[float]:
+    """The rate in force at each optimizer step of the usual loop: optimizer.step(), then scheduler.step()."""
+    optimizer = torch.optim.SGD([Parameter(torch.zeros(1))], lr=PEAK)
+    scheduler = get_scheduler(
+        flags.lr_scheduler,
+        optimizer,
+        num_warmup_steps=flags.lr_warmup_steps,
+        num_training_steps=total,
+        num_cycles=flags.lr_num_cycles,
+        power=flags.lr_power,
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 1, 10, 99, 150])
+@pytest.mark.parametrize(("cycles", "power"), [(1, 1.0), (3, 2.0), (4, 0.5)])
+def test_learning_rate_is_that_of_diffusers(name: str, warmup: int, cycles: int, power: float) -> None:
+    flags = OptimizerFlags(
+        learning_rate=PEAK, lr_scheduler=name, lr_warmup_steps=warmup, lr_num_cycles=cycles, lr_power=power
+    )
+    wanted = rates_of_diffusers(flags, TOTAL, TOTAL + 5)
+    found = [learning_rate(flags, step, TOTAL, 1) for step in range(TOTAL + 5)]
+    assert found == pytest.approx(wanted, rel=1e-9, abs=1e-15)
+
+
+def test_the_schedules_differ() -> None:
+    curves = set()
+    for name in SCHEDULES:
+        flags = OptimizerFlags(learning_rate=PEAK, lr_scheduler=name, lr_warmup_steps=10, lr_num_cycles=2, lr_power=2)
+        curves.add(tuple(round(learning_rate(flags, step, TOTAL, 1), 12) for step in range(TOTAL)))
+    assert len(curves) == len(SCHEDULES)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_scale_lr(name: str) -> None:
+    """The schedule of the scaled peak, as trainers hand it to get_scheduler."""
+    plain = OptimizerFlags(learning_rate=PEAK, lr_scheduler=name, lr_warmup_steps=10)
+    scaled = OptimizerFlags(learning_rate=PEAK / 8, lr_scheduler=name, lr_warmup_steps=10, scale_lr=True)
+    for step in range(TOTAL):
+        assert learning_rate(scaled, step, TOTAL, 8) == pytest.approx(learning_rate(plain, step, TOTAL, 8), rel=1e-9)
+        assert learning_rate(plain, step, TOTAL, 8) == learning_rate(plain, step, TOTAL, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "polynomial"])
+def test_a_rate_of_zero(name: str) -> None:
+    flags = OptimizerFlags(learning_rate=0.0, lr_scheduler=name, lr_warmup_steps=10)
+    assert {learning_rate(flags, step, TOTAL, 1) for step in range(TOTAL)} == {0.0}
+
+
+def test_a_rate_of_zero_with_polynomial() -> None:
+    flags = OptimizerFlags(learning_rate=0.0, lr_scheduler="polynomial", lr_warmup_steps=0)
+    assert learning_rate(flags, 5, TOTAL, 1) == 0.0
+
+
+def test_a_schedule_that_is_not_continued_is_said_with_both_rates() -> None:
+    """Six steps with a cosine, and then six more."""
+    flags = OptimizerFlags(learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=0)
+    last = learning_rate(flags, 5, 6, 1)
+    line = rate_jump(flags, last, 6, 12, 1) or ""
+    assert line.startswith("the learning rate jumps from 6.7e-05 at step 6 to 0.0005 at step 7: --lr_scheduler cosine")
+    assert rate_jump(flags, last, 6, 6, 1) is None  # nothing is left to train
+    assert rate_jump(flags, learning_rate(flags, 2, 6, 1), 3, 6, 1) is None  # it was interrupted
+    assert rate_jump(flags, learning_rate(flags, 2999, 6000, 1), 3000, 6001, 1) is None
+    constant = OptimizerFlags(learning_rate=1e-3, lr_scheduler="constant")
+    assert rate_jump(constant, 1e-3, 6, 12, 1) is None
+    assert "from 0.002 at step 6 to 0.001 at step 7" in (rate_jump(constant, 2e-3, 6, 12, 1) or "")
+
+
+def test_the_optimizer_takes_every_flag() -> None:
+    flags: Any = OptimizerFlags(optimizer="adamw", beta1=0.8, beta2=0.7, epsilon=1e-3, weight_decay=0.3)
+    made = make_optimizer(flags, list(parameters().values()))
+    assert isinstance(made, torch.optim.AdamW)
+    assert {name: made.defaults[name] for name in ("betas", "eps", "weight_decay")} == {
+        "betas": (0.8, 0.7),
+        "eps": 1e-3,
+        "weight_decay": 0.3,
+    }

@@ -1,0 +1,437 @@
+"""Runs under a plan, through the script: as without one, whatever the plan, and refused where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from running import (
+    PROMPT,
+    SFT_SCRIPT,
+    equal,
+    finish,
+    fork_ranks,
+    frames_of,
+    lora_flags,
+    losses,
+    python,
+    safetensors_of,
+    sft_flags,
+    train,
+    train_all,
+    train_image,
+    weights,
+)
+from safetensors.torch import load_file
+
+from cogvideox.config import args
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.geometry import read_geometry
+from cogvideox.config.options import SftOptions
+from cogvideox.errors import UsageError
+from cogvideox.model.models import load_transformer
+from cogvideox.planning import execution, plan
+from cogvideox.planning.plan import FRAGMENTS, GIB, Machine
+from cogvideox.planning.stack import Stack
+
+Tiny = Callable[[str], Path]
+LEAN = ("--plan", "lean")
+pytestmark = pytest.mark.usefixtures("small")
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The plans that were run."""
+    found: list[Any] = []
+    install = Stack.install
+
+    def noting(self: Stack) -> None:
+        found.append(self.plan)
+        install(self)
+
+    monkeypatch.setattr(Stack, "install", noting)
+    return found
+
+
+def run(model: Path, tensors: Path, output: Path, *more: object, script: Callable[[list[str]], int] = train) -> Path:
+    assert script(lora_flags(model, tensors, output, "--load_tensors", *more)) == 0
+    return output
+
+
+def verification(output: Path) -> float:
+    return json.loads((output / "recipe.json").read_text())["verification"]["max_difference"]
+
+
+def test_a_lean_run_is_a_run(
+    model: Path,
+    tensors: Path,
+    reference: Path,
+    tmp_path: Path,
+    plans: list[Any],
+    validated: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = run(model, tensors, tmp_path / "lean", *LEAN, "--validation_prompt", PROMPT)
+    assert {(b.weights, b.keep, b.kept) for plan in plans for b in plan.blocks} == {("host", "attention", "host")}
+    assert plans[0].state == "host"
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-5)
+    for name, tensor in weights(output).items():
+        torch.testing.assert_close(tensor, weights(reference)[name], rtol=1e-2, atol=1e-4)
+    assert verification(output) == 0
+    stock = frames_of(output / "inference.py", monkeypatch).numpy()
+    assert abs(stock.astype(int) - validated["step-000006"]).max() <= 1  # sampled one by one here, as a pair there
+
+
+@pytest.mark.fault("checkpoints: of a run under another plan")
+def test_every_plan_makes_the_same_weights_and_they_resume_each_other(
+    model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    lean = run(model, tensors, tmp_path / "lean", *LEAN)
+    fast = run(model, tensors, tmp_path / "fast", "--plan", "fast")
+    mixed = tmp_path / "mixed"
+    run(model, tensors, mixed, "--plan", "balanced")
+    shutil.rmtree(mixed / "checkpoint-6")
+    shutil.rmtree(mixed / "checkpoint-4")
+    (mixed / "recipe.json").unlink()
+    run(model, tensors, mixed, "--weights_on", "host", "--keep", "linear", "--kept_on", "host")
+    assert equal(weights(lean), weights(fast))
+    assert equal(weights(lean), weights(mixed))
+    assert losses(lean) == losses(fast) == losses(mixed)
+
+
+def test_dropout_has_the_masks_that_it_has_without_a_plan(model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = ("--lora_dropout", 0.5, "--train_batch_size", 2)
+    plain = run(model, tensors, tmp_path / "plain", *flags)
+    lean = run(model, tensors, tmp_path / "lean", *flags, *LEAN)
+    assert losses(lean) == pytest.approx(losses(plain), rel=1e-5)
+    for name, tensor in weights(lean).items():
+        torch.testing.assert_close(tensor, weights(plain)[name], rtol=1e-2, atol=1e-4)
+    assert losses(run(model, tensors, tmp_path / "none", *LEAN, *flags[2:])) != pytest.approx(losses(plain), rel=1e-4)
+    assert verification(lean) == 0
+
+
+def test_image_to_video(tiny: Tiny, image_tensors: Path, image: Path, tmp_path: Path, plans: list[Any]) -> None:
+    more = ["--validation_prompt", PROMPT, "--validation_images", image, "--max_train_steps", 2]
+    output = run(tiny("1.5-5b-i2v"), image_tensors, tmp_path / "run", *LEAN, *more, script=train_image)
+    plain = run(tiny("1.5-5b-i2v"), image_tensors, tmp_path / "plain", *more, script=train_image)
+    assert len(plans) == 1
+    assert losses(output) == pytest.approx(losses(plain), rel=1e-5)
+    assert verification(output) == 0
+
+
+def test_on_a_cpu_nothing_is_planned_unless_asked(
+    reference: Path, model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+) -> None:
+    output = run(model, tensors, tmp_path / "run", "--gradient_checkpointing")
+    assert not plans
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-6)
+
+
+def test_an_optimizer_that_cannot_rest_on_the_host_stays(
+    model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+) -> None:
+    """--plan lean leaves the choice; --optimizer_state_on host does not."""
+    flags = (*LEAN, "--optimizer", "came", "--max_train_steps", 1)
+    run(model, tensors, tmp_path / "run", *flags)
+    assert plans[0].state == "device"
+    with pytest.raises(UsageError, match=r"--optimizer_state_on host: .*came"):
+        run(model, tensors, tmp_path / "other", *flags, "--optimizer_state_on", "host")
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_quantised_base(
+    precision: str,
+    model: Path,
+    tensors: Path,
+    reference: Path,
+    tmp_path: Path,
+    plans: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Trained, reloaded and compared on the same base; resumed on no other."""
+    flags = (*LEAN, "--base_precision", precision)
+    output = run(model, tensors, tmp_path / "lean", *flags, "--validation_prompt", PROMPT)
+    assert plans[0].base_precision == precision
+    said = re.search(
+        rf"base in {precision}: gradients of 2 sample blocks: cosine (.*) against float32(; that is low)?",
+        capsys.readouterr().err,
+    )
+    assert said is not None
+    assert (float(said[1]) < 0.999) == (said[2] is not None) == (precision == "nf4")
+    assert verification(output) == 0
+    assert losses(output) != losses(reference)
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-2)
+    fast = run(model, tensors, tmp_path / "fast", "--plan", "fast", *flags[2:])
+    assert equal(weights(output), weights(fast))
+    assert set(weights(output)) == set(weights(reference))
+    run(model, tensors, tmp_path / "whole", "--plan", "fast", "--max_train_steps", 1)
+    assert plans[-1].blocks == plans[-2].blocks
+    assert plans[-1].peak > plans[-2].peak
+    with pytest.raises(UsageError, match=rf"base_precision: {precision} there, None now"):
+        run(model, tensors, output, *LEAN, "--max_train_steps", 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--base_precision", "nf4", "--use_dora"), "--base_precision nf4: contradicts --use_dora"),
+        (("--plan", "lean", "--lora_dropout", "0.1", "--compile_blocks", "yes"), "dropout cannot be compiled"),
+        (("--weights_on", "host", "--target_modules", "proj_out"), "--weights_on host: is for LoRAs"),
+        (("--plan", "lean", "--attention_backend", "cudnn"), "--attention_backend cudnn: cudnn needs a GPU"),
+        (("--plan", "fast", "--vram_budget", "0.6001"), "--vram_budget"),
+        (("--plan", "fast", "--vram_budget", "1", "--rank", "60000"), "the smallest allowed plan needs"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    model: Path, tensors: Path, tmp_path: Path, flags: tuple[str, ...], told: str
+) -> None:
+    with pytest.raises(UsageError, match=r"--") as caught:
+        train(lora_flags(model, tensors, tmp_path / "run", "--load_tensors", *flags))
+    assert told in str(caught.value)
+
+
+def test_gradient_checkpointing_keeps_attention_outputs_at_most(
+    model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+) -> None:
+    run(model, tensors, tmp_path / "kept", "--weights_on", "device", "--max_train_steps", 1)
+    run(model, tensors, tmp_path / "not", "--weights_on", "device", "--max_train_steps", 1, "--gradient_checkpointing")
+    assert {block.keep for block in plans[0].blocks} <= {"linear", "all"}
+    assert {block.keep for block in plans[1].blocks} == {"attention"}
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, available = 50 * GIB, 10 * GIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(execution, "free_bytes", lambda device: float(free))
+    monkeypatch.setattr(execution, "with_rates", lambda machine, *_: machine)
+    monkeypatch.setattr(execution, "free_host_bytes", lambda: available)
+    sizes: Any = None  # of the probes, which are not made
+    machine = execution.measure(torch.device("cuda"), torch.bfloat16, "flash", sizes, None)
+    assert machine.device_bytes == int(free * FRAGMENTS)
+    assert machine.host_bytes == available // ranks
+
+
+def test_ranks_plan_for_the_least_of_each_figure() -> None:
+    """A plan that fits one of two unlike cards would not fit the other."""
+    first, second = Machine(8, 20, copies=3.0), Machine(9, 10, copies=2.0)
+    assert execution.agreed([first, second]) == Machine(8, 10, copies=2.0)
+    assert execution.agreed([first]) == first
+
+
+def test_a_probe_is_long_enough_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(execution.time, "perf_counter", lambda: now[0])
+    for each, calls in ((0.01, 20), (3.0, 1)):
+        durations = iter([5.0, *[each] * 100])  # the first one compiles
+        made: list[float] = []
+
+        def run(durations: Any = durations, made: list[float] = made) -> None:
+            made.append(next(durations))
+            now[0] += made[-1]
+
+        assert execution.seconds(run) == pytest.approx(each)
+        assert len(made) == 2 + calls
+
+
+# -- all weights -------------------------------------------------------------------------------------------------------
+
+
+def run_whole(model: Path, tensors: Path, output: Path, *more: object) -> Path:
+    flags = ("--load_tensors", "--learning_rate", "1e-3", "--max_grad_norm", 0.1)  # which scales every gradient down
+    assert train_all(sft_flags(model, tensors, output, *flags, *more)) == 0
+    return output
+
+
+def whole(output: Path) -> dict[str, Any]:
+    """The exported transformer."""
+    return safetensors_of(output / "transformer")
+
+
+def test_all_weights_are_trained_alike_under_every_plan(
+    model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+) -> None:
+    """Gradients of two passes meet in fp32, wherever; the average, clipping and going on included."""
+    more = ("--use_ema", "--max_train_steps", 4, "--validation_prompt", PROMPT)
+    off = run_whole(model, tensors, tmp_path / "off", *more)
+    assert not plans
+    lean = run_whole(model, tensors, tmp_path / "lean", *more, *LEAN)
+    assert {(b.weights, b.keep, b.kept) for plan in plans for b in plan.blocks} == {("host", "attention", "host")}
+    assert plans[0].state == "host"
+    fast = run_whole(model, tensors, tmp_path / "fast", *more, "--plan", "fast")
+    mixed = tmp_path / "mixed"
+    run_whole(model, tensors, mixed, *more, *LEAN, "--max_train_steps", 2)
+    run_whole(model, tensors, mixed, *more, "--plan", "fast", "--optimizer_state_on", "host")
+    assert losses(fast) == losses(lean) == losses(mixed)
+    assert equal(whole(lean), whole(fast))
+    assert equal(whole(lean), whole(mixed))
+    assert losses(lean) == pytest.approx(losses(off), rel=1e-4)
+    assert verification(lean) == verification(mixed) == 0
+    for name, tensor in whole(off).items():
+        torch.testing.assert_close(whole(lean)[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_state_of_some_blocks_stays_on_the_device(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With accumulation and an average; a run goes on with the state elsewhere."""
+    more = ("--use_ema", *LEAN, "--max_train_steps")
+    lean = run_whole(model, tensors, tmp_path / "lean", *more, 4)
+    choose = plan.choose
+
+    def here(*arguments: Any) -> Any:
+        chosen = choose(*arguments)
+        first, *others = chosen.blocks
+        return replace(chosen, blocks=(replace(first, state="device"), *others))
+
+    monkeypatch.setattr(plan, "choose", here)
+    run_whole(model, tensors, tmp_path / "here", *more, 2)
+    monkeypatch.setattr(plan, "choose", choose)
+    assert losses(run_whole(model, tensors, tmp_path / "here", *more, 4)) == losses(lean)
+    assert equal(whole(tmp_path / "here"), whole(lean))
+    assert equal(*(load_file(tmp_path / run / "checkpoint-4" / "optimizer.safetensors") for run in ("here", "lean")))
+
+
+def test_all_weights_in_bf16(model: Path, tensors: Path, tmp_path: Path) -> None:
+    more = ("--mixed_precision", "bf16", "--max_train_steps", 3, "--gradient_accumulation_steps", 1)
+    lean, fast = (run_whole(model, tensors, tmp_path / plan, *more, "--plan", plan) for plan in ("lean", "fast"))
+    assert equal(whole(lean), whole(fast))
+    assert {tensor.dtype for tensor in whole(lean).values()} == {torch.bfloat16}
+    states = [load_file(output / "checkpoint-2" / "optimizer.safetensors") for output in (lean, fast)]
+    assert equal(*states)
+
+
+@pytest.mark.long
+def test_two_processes_train_all_weights_under_a_plan_as_one_does(model: Path, tensors: Path, tmp_path: Path) -> None:
+    more = ("--load_tensors", "--learning_rate", "1e-3", "--plan", "fast", "--gradient_accumulation_steps")
+    ranks = fork_ranks(2, python(SFT_SCRIPT, *sft_flags(model, tensors, tmp_path / "two", *more, 1)))
+    said = [finish(rank) for rank in ranks]
+    assert "plan: 2 blocks eager, 2 on the device" in said[0]
+    assert train_all(sft_flags(model, tensors, tmp_path / "one", *more, 2)) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((*LEAN, "--optimizer", "adamw", "--use_8bit"), "--plan lean: --use_8bit cannot skip a step on the device"),
+        (("--weights_on", "host", "--optimizer", "came"), "--weights_on host: --optimizer came cannot skip a step"),
+        ((*LEAN, "--use_cpu_offload_optimizer"), "--plan lean: --use_cpu_offload_optimizer has it there already"),
+        ((*LEAN, "--plan", "off", "--keep", "input"), "--keep input: contradicts --plan off"),
+    ],
+)
+def test_weights_that_cannot_be_trained_on_the_host(
+    flags: tuple[str, ...], told: str, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        run_whole(model, tensors, tmp_path / "run", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (*LEAN, "--weights_on", "device", "--optimizer_state_on", "device", "--optimizer", "came"),
+        ("--plan", "fast", "--weights_on", "host"),
+        (*LEAN, "--optimizer_state_on", "device"),
+    ],
+)
+def test_a_flag_of_its_own_wins_over_the_preset(
+    flags: tuple[str, ...], model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
+) -> None:
+    run_whole(model, tensors, tmp_path / "run", "--max_train_steps", 1, *flags)
+    weights_on = flags[flags.index("--weights_on") + 1] if "--weights_on" in flags else "host"
+    assert {block.weights for block in plans[0].blocks} == {weights_on}
+    if weights_on == "device" or "--optimizer_state_on" in flags:
+        assert plans[0].state == "device"
+    if weights_on == "host":
+        assert {block.state for block in plans[0].blocks} == {"device"}
+
+
+def test_what_does_not_fit_says_what_stays_on_the_device(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "measure", lambda *_: Machine(1000, 1000))
+    found = []
+    for flags in ((), ("--use_8bit", "--use_torchao")):
+        with pytest.raises(UsageError) as caught:
+            run_whole(model, tensors, tmp_path / "run", "--keep", "input", *flags)
+        found.append(str(caught.value))
+    assert "--rank" not in "".join(found)
+    assert "what stays on the device: masters and moments: --use_torchao cannot skip a step" in found[1]
+    assert "stays on the device" not in found[0]
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), (12, 12, 0)), (("--use_ema",), (16, 12, 4))])
+def test_what_state_takes_of_a_trained_number(
+    flags: tuple[str, ...],
+    expected: tuple[int, int, int],
+    model: Path,
+    tensors: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    options = args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, "--optimizer", "adamw", *flags), ())
+    transformer = load_transformer(options.model, torch.float32)
+    run, geometry = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32), read_geometry(options.model)
+    sizes = execution.sizes_of_run(run, options, geometry, [Bucket(9, 64, 96)], transformer)  # type: ignore[arg-type]
+    assert (sizes.state_bytes, sizes.moving_bytes, sizes.average_bytes) == expected
+    assert sizes.ranks == 2
+
+
+def test_weights_are_trained_on_the_host_by_one_process(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path), ())
+    assert [execution.axes_of(options, world).weights for world in (1, 2)] == [("device", "host"), ("device",)]
+    assert list(execution.staying(options, 2)) == ["weights are trained on the host on one GPU only"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--plan lean: weights that are trained on the host are for one GPU"):
+        args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, *LEAN), ())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "compiled"),
+    [("auto", "cpu", False), ("auto", "cuda", True), ("yes", "cpu", True), ("no", "cuda", False)],
+)
+def test_a_gpu_compiles_but_for_dropout(wanted: str, device: str, compiled: bool) -> None:
+    run: Any = SimpleNamespace(device=torch.device(device), compiled=False)
+    assert execution.compiles(run, wanted, drops=False) is compiled
+    assert not execution.compiles(run, "auto", drops=True)
+    with pytest.raises(UsageError, match="--compile_blocks yes: dropout"):
+        execution.compiles(run, "yes", drops=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+            "the GPU's memory does not suffice; give --plan",
+        ),
+        (
+            MemoryError("the system does not let 3.0 GiB more be pinned"),
+            "the host's memory does not suffice: the system",
+        ),
+    ],
+)
+@pytest.mark.fault("memory: out of memory in training")
+def test_out_of_memory_is_told(
+    error: Exception, told: str, model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("cogvideox.loop.losses_of", fails)
+    with pytest.raises(UsageError) as caught:
+        train(lora_flags(model, tensors, tmp_path / "run", "--load_tensors"))
+    assert str(caught.value).startswith(told)

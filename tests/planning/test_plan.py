@@ -1,0 +1,294 @@
+"""The choice of an execution plan: what fits, what is fastest, what the flags allow."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cogvideox.memory.streaming import HostStore
+from cogvideox.optimizer.master_weights import CHUNK_BYTES
+from cogvideox.planning import plan
+from cogvideox.planning.plan import (
+    AS_FAST,
+    BOTH_WAYS,
+    COPY_SHARE,
+    DEVICE,
+    GIB,
+    HOST,
+    LEVELS,
+    PRESETS,
+    Axes,
+    BlockPlan,
+    Machine,
+    NoPlanError,
+    Sizes,
+    choose,
+    copied_bytes,
+    host_bytes,
+    in_flight_bytes,
+    load_bytes,
+    mixture,
+    peak_bytes,
+    pinned_bytes,
+    state_on_device,
+    step_seconds,
+)
+
+LARGE = Sizes(  # CogVideoX-5b, rank 128, 49x480x720
+    blocks=42,
+    block_bytes=252 * 2**20,
+    rest_bytes=80 * 2**20,
+    trained=132_120_576,
+    item_bytes=2,
+    samples=1,
+    tokens=17776,
+    width=3072,
+    heads=48,
+)
+FAST = Machine(
+    78 * GIB, 100 * GIB, matmul=7e14, attention=4.3e14, attention_backward=4.3e14, memory=2.6e12, copies=5e10
+)
+
+
+WHOLE = replace(LARGE, trained=19_000_000, rest_bytes=0, block_trained=LARGE.block_bytes // 2, sum_bytes=2)
+LEAN = {BlockPlan(HOST, "attention", HOST, HOST): 42}
+
+
+def pick(gib: float, axes: Axes = PRESETS["auto"], machine: Machine = FAST, compiled: bool = True):  # type: ignore[no-untyped-def]
+    return choose(axes, LARGE, replace(machine, device_bytes=int(gib * GIB)), compiled, "cudnn")
+
+
+@pytest.mark.parametrize("gib", [70, 40, 22.5, 14, 10, 6.5, 4])
+def test_the_plan_fits_and_more_memory_is_never_slower(gib: float) -> None:
+    plan = pick(gib)
+    assert plan.peak <= gib * GIB
+    assert plan.seconds <= pick(3.95).seconds * AS_FAST
+    assert pick(gib + 8).seconds <= plan.seconds * AS_FAST
+
+
+def test_what_fits_stays_on_the_device() -> None:
+    plan = pick(75)
+    assert {block.weights for block in plan.blocks} == {DEVICE}
+    assert {block.kept for block in plan.blocks} == {DEVICE}
+    assert plan.state == DEVICE
+
+
+def test_the_smallest_card() -> None:
+    plan = pick(4)
+    assert {block.weights for block in plan.blocks} == {HOST}
+    assert plan.state == HOST
+    with pytest.raises(NoPlanError, match=r"needs 3\.\d GiB of the device .* 3\.0 and 90\.0 may be filled"):
+        pick(3)
+
+
+def test_slow_copies_keep_weights_on_the_device() -> None:
+    slow = replace(FAST, copies=2e9)
+    assert sum(block.weights == HOST for block in pick(24, machine=slow).blocks) < 42
+    assert pick(24, machine=slow).seconds > pick(24).seconds
+
+
+def test_too_little_host_memory() -> None:
+    with pytest.raises(NoPlanError):
+        pick(5, machine=replace(FAST, host_bytes=2 * GIB))
+    assert pick(30, machine=replace(FAST, host_bytes=2 * GIB)).state == DEVICE
+
+
+@pytest.mark.parametrize(("gib", "least", "most"), [(8, 0.6, 0.9), (13, 0.4, 0.6)])
+def test_host_memory_is_filled_only_if_nothing_else_fits(gib: int, least: float, most: float) -> None:
+    """On a card of 4 GiB; attention outputs of all blocks would take 80 % of 13 GiB, and be faster."""
+    machine = replace(FAST, host_bytes=gib * GIB)
+    plan = pick(4, machine=machine)
+    kinds = {kind: plan.blocks.count(kind) for kind in set(plan.blocks)}
+    assert least < host_bytes(kinds, plan.state, LARGE) / machine.host_bytes <= most
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_obeyed(name: str) -> None:
+    axes = PRESETS[name]
+    plan = pick(75, axes)
+    assert all(b.weights in axes.weights and b.keep in axes.keep and b.kept in axes.kept for b in plan.blocks)
+    assert plan.state in axes.state
+
+
+def test_a_mixture_is_spread_evenly() -> None:
+    first, second = BlockPlan(HOST), BlockPlan(DEVICE)
+    blocks = mixture(first, second, 10, 42)
+    assert blocks.count(first) == 10
+    places = [i for i, block in enumerate(blocks) if block == first]
+    gaps = {b - a for a, b in itertools.pairwise(places)}
+    assert gaps <= {4, 5}
+
+
+def test_keeping_more_costs_memory_and_saves_time() -> None:
+    kinds = [{BlockPlan(keep=level): 42} for level in LEVELS[:3]]
+    peaks = [peak_bytes(kind, DEVICE, True, LARGE) for kind in kinds]
+    times = [step_seconds(kind, DEVICE, True, LARGE, FAST) for kind in kinds]
+    assert peaks == sorted(peaks)
+    assert times == sorted(times, reverse=True)
+    assert host_bytes({BlockPlan(kept=HOST, keep="attention"): 42}, HOST, LARGE) > 8 * GIB
+
+
+def test_a_quantised_block_is_smaller_and_hardly_any_of_it_is_whole() -> None:
+    small = replace(LARGE, block_bytes=LARGE.block_bytes // 2, matrix_bytes=LARGE.block_bytes)
+    for weights, stored in ((DEVICE, LARGE.blocks), (HOST, 3)):
+        kinds = {BlockPlan(weights): LARGE.blocks}
+        saved = peak_bytes(kinds, HOST, True, LARGE) - peak_bytes(kinds, HOST, True, small)
+        assert saved == pytest.approx((stored / 2 - 0.1) * LARGE.block_bytes)
+
+
+@pytest.mark.parametrize("kept", [DEVICE, HOST])
+def test_what_is_on_its_way_is_what_a_store_holds(kept: str) -> None:
+    """Of all mixtures; what stays on the device never makes what leaves it go."""
+    heavy, other = BlockPlan(HOST, "linear", HOST), BlockPlan(HOST, "attention", kept)
+    units = {heavy: 10, other: 2}
+    for count in range(1, 13):
+        store, most = HostStore(torch.device("cpu")), 0
+        blocks = mixture(heavy, other, count, 12)
+        for i, block in enumerate(blocks):
+            if block.kept == HOST:
+                store.put(i, {"kept": torch.zeros(units[block], dtype=torch.uint8)})
+            most = max(most, sum(tensors["kept"].numel() for tensors, _ in store.leaving.values()))
+        small = replace(LARGE, blocks=12, tokens=1, width=1, item_bytes=1, heads=0)
+        assert in_flight_bytes({kind: blocks.count(kind) for kind in set(blocks)}, small) == most
+
+
+def test_of_equally_fast_plans_the_one_that_copies_least_is_taken() -> None:
+    """The optimizer's state counts: on this card it fits beside blocks that copy a little more."""
+    assert pick(18).state == DEVICE
+    kinds = {kind: pick(75).blocks.count(kind) for kind in set(pick(75).blocks)}
+    assert copied_bytes(kinds, DEVICE, LARGE) == (0, 0, 0, 0)
+    assert copied_bytes(kinds, HOST, LARGE) == (0, 0, 0, LARGE.trained * LARGE.state_bytes)
+
+
+def test_the_text_says_all() -> None:
+    text = str(pick(10))
+    assert "42 blocks compiled" in text
+    assert "streamed from the host" in text
+    assert "attention by cudnn" in text
+    assert "optimizer state on the" in text
+    assert re.search(r"predicted: peak 9\.\d\d GiB, \d+\.\d GiB of host memory, \d\.\d\d s a step$", text)
+
+
+def test_what_a_streamed_base_and_an_average_take() -> None:
+    lean = {BlockPlan(HOST, "attention", HOST): 42}
+    weights = 42 * LARGE.block_bytes
+    more = host_bytes(lean, HOST, replace(LARGE, mapped=True)) - host_bytes(lean, HOST, LARGE)
+    assert more == weights - LARGE.block_bytes  # pages of the file do not become the pinned ones
+    resident = {BlockPlan(keep="attention"): 42}
+    with_average = replace(LARGE, state_bytes=LARGE.state_bytes + 4)
+    assert (
+        peak_bytes(resident, DEVICE, True, with_average) - peak_bytes(resident, DEVICE, True, LARGE)
+        == 4 * LARGE.trained
+    )
+
+
+# -- all weights -------------------------------------------------------------------------------------------------------
+
+
+def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -> None:
+    plan = choose(
+        PRESETS["lean"], WHOLE, replace(FAST, device_bytes=int(7.4 * GIB), host_bytes=128 * GIB), True, "cudnn"
+    )
+    assert plan.blocks == mixture(next(iter(LEAN)), next(iter(LEAN)), 42, 42)
+    per_number = 2 + 2 + 12  # weight, gradient, master and moments
+    kept = 42 * WHOLE.kept_bytes("attention")
+    assert plan.pinned == 42 * WHOLE.block_trained * per_number + kept + WHOLE.trained * 12
+    with pytest.raises(NoPlanError, match="of the host"):
+        choose(PRESETS["lean"], WHOLE, replace(FAST, host_bytes=64 * GIB), True, "cudnn")
+
+
+def test_state_on_the_device_takes_room_there_and_does_not_pass() -> None:
+    staying = {BlockPlan(HOST, "attention", HOST, DEVICE): 10, next(iter(LEAN)): 32}
+    numbers = 10 * WHOLE.block_trained
+    assert peak_bytes(staying, HOST, True, WHOLE) - peak_bytes(LEAN, HOST, True, WHOLE) == 12 * numbers
+    assert pinned_bytes(LEAN, HOST, WHOLE) - pinned_bytes(staying, HOST, WHOLE) == 12 * numbers
+    assert copied_bytes(LEAN, HOST, WHOLE)[3] - copied_bytes(staying, HOST, WHOLE)[3] == 12 * numbers
+    assert step_seconds(staying, HOST, True, WHOLE, FAST) < step_seconds(LEAN, HOST, True, WHOLE, FAST)
+
+
+@pytest.mark.parametrize(("gib", "least", "most"), [(10, 1, 8), (24, 5, 20), (80, 30, 42)])
+def test_as_much_state_as_fits_stays_on_the_device(gib: float, least: int, most: int) -> None:
+    machine = replace(FAST, device_bytes=int(gib * GIB), host_bytes=160 * GIB)
+    chosen = choose(PRESETS["auto"], WHOLE, machine, True, "cudnn")
+    here = sum(block.state == DEVICE for block in chosen.blocks)
+    assert least <= here <= most
+    text = re.search(r"optimizer state on the (\w+)(?:, of (\d+) blocks on the (\w+))?;", str(chosen))
+    there = len(chosen.blocks) - here
+    expected = {("host", f"{here}", "device"), ("device", f"{there}", "host"), ("device", None, None)}
+    assert text is not None
+    assert text.groups() in expected
+    assert chosen.peak <= machine.device_bytes
+    assert chosen.seconds < choose(PRESETS["lean"], WHOLE, machine, True, "cudnn").seconds
+
+
+def test_a_checkpoint_copies_the_state_that_is_on_the_device() -> None:
+    """So that a host that cannot hold it is not found out at the first checkpoint."""
+    resident, sizes = {BlockPlan(keep="attention"): 42}, replace(WHOLE, mapped=True)
+    assert host_bytes(resident, DEVICE, sizes) == 12 * sizes.all_trained
+    assert host_bytes(resident, DEVICE, replace(sizes, ranks=4)) == 3 * sizes.all_trained  # one of them writes
+    assert host_bytes(resident, DEVICE, LARGE) == 0  # a LoRA's is small
+
+
+def test_an_average_on_the_host_hides_nothing() -> None:
+    averaged = replace(WHOLE, state_bytes=16, average_bytes=4)
+    here = {BlockPlan(HOST, "attention", HOST, DEVICE): 42}
+    assert step_seconds(LEAN, HOST, True, averaged, FAST) > step_seconds(LEAN, HOST, True, WHOLE, FAST) + 0.2
+    assert copied_bytes(LEAN, HOST, averaged) == copied_bytes(LEAN, HOST, WHOLE)
+    assert peak_bytes(here, HOST, True, averaged) - peak_bytes(here, HOST, True, WHOLE) == 4 * 42 * WHOLE.block_trained
+
+
+def test_state_that_shall_be_on_the_device_is_there_wherever_the_weights_are() -> None:
+    """Of blocks, and of what is outside of them."""
+    for gib in (75, 85, 110):
+        chosen = choose(Axes(state=(DEVICE,)), WHOLE, replace(FAST, device_bytes=gib * GIB), True, "cudnn")
+        kinds = {kind: chosen.blocks.count(kind) for kind in chosen.blocks}
+        assert state_on_device(kinds, chosen.state, WHOLE) == WHOLE.all_trained
+
+
+def test_a_lora_s_state_may_stay_while_weights_are_streamed() -> None:
+    assert choose(Axes(weights=(HOST,), state=(DEVICE,)), LARGE, FAST, True, "cudnn").state == DEVICE
+
+
+@pytest.mark.parametrize("tokens", [482, 17776])
+def test_the_optimizer_s_step_may_need_more_than_the_blocks(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of short clips and small blocks: three loads, with gradients and weights, pass through the device."""
+    sizes = replace(WHOLE, tokens=tokens, block_trained=WHOLE.block_trained // 10)
+    assert load_bytes(42, sizes) == CHUNK_BYTES // 12 * (3 * (12 + 2 + 2) + 4)
+    with_loads = peak_bytes(LEAN, HOST, True, sizes)
+    monkeypatch.setattr(plan, "load_bytes", lambda *_: 0)
+    assert (with_loads > peak_bytes(LEAN, HOST, True, sizes)) == (tokens == 482)
+
+
+def test_sums_of_several_passes_take_twice_the_memory() -> None:
+    several = replace(WHOLE, sum_bytes=4)
+    more = pinned_bytes(LEAN, HOST, several) - pinned_bytes(LEAN, HOST, WHOLE)
+    assert more == 2 * 42 * WHOLE.block_trained
+    more = peak_bytes(LEAN, HOST, True, several) - peak_bytes(LEAN, HOST, True, WHOLE)
+    assert more == WHOLE.block_trained * (2 * (4 - 2) + 2 * 4)  # two leave, and two come back
+
+
+def test_the_optimizer_s_step_counts_once_whatever_the_passes() -> None:
+    """Of the host's state; what passes through the device for four passes instead of one is four times as much."""
+    one, two, four = (step_seconds(LEAN, HOST, True, replace(WHOLE, passes=n), FAST) for n in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.02)
+
+
+@pytest.mark.parametrize(("weights", "hides"), [(HOST, True), (DEVICE, False)])
+def test_weights_that_live_on_the_host_pass_while_the_next_step_begins(weights: str, hides: bool) -> None:
+    """What lives on the device has to be there before."""
+    kinds = {BlockPlan(weights, "attention"): 42}
+    moved = copied_bytes(kinds, HOST, WHOLE)[3] / (COPY_SHARE * FAST.copies * BOTH_WAYS)
+    at_once, really = (step_seconds(kinds, HOST, True, WHOLE, m) for m in (replace(FAST, copies=1e15), FAST))
+    assert (really < at_once + moved - 0.1 * at_once) == hides
+    assert really > moved
+
+
+def test_training_all_weights_takes_more_of_everything() -> None:
+    resident = {BlockPlan(keep="attention"): 42}
+    for kinds, state in ((LEAN, HOST), (resident, DEVICE), (resident, HOST)):
+        assert step_seconds(kinds, state, True, WHOLE, FAST) > step_seconds(kinds, state, True, LARGE, FAST)
+        assert peak_bytes(kinds, state, True, WHOLE) > peak_bytes(kinds, state, True, LARGE)

@@ -1,0 +1,785 @@
+"""A transformer under an execution plan is the transformer of diffusers: outputs, samples and gradients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise, product
+from typing import Any
+
+import late_streams
+import pytest
+import stream_races
+import torch
+from peft import LoraConfig
+from tiny_cogvideox import KINDS, is_image_to_video, is_version_1_5
+from torch import Tensor
+
+from cogvideox.memory import streaming
+from cogvideox.memory.graphs import MAX_GRAPHS
+from cogvideox.memory.streaming import Away, Ring, Sums
+from cogvideox.model import blocks, quant
+from cogvideox.model.quant import dequantise, quantise
+from cogvideox.optimizer.optim import MasterWeights
+from cogvideox.planning.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
+from cogvideox.planning.stack import (
+    Stack,
+    gradient_cosine,
+    kinds_of,
+    own_bytes,
+    own_of,
+    plain_lora,
+    weights_of,
+    whole_bytes,
+)
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+CPU = torch.device("cpu")
+MIXED = (BlockPlan(DEVICE, "linear", DEVICE), BlockPlan(HOST, "attention", HOST))
+pytestmark = pytest.mark.usefixtures("small")
+
+
+def make(kind: str, depth: int = 3, targets: list[str] = TARGETS, **lora: Any) -> Any:
+    """A random tiny transformer with a LoRA that is not zero; always the same."""
+    with torch.random.fork_rng():
+        transformer = make_whole(kind, depth).requires_grad_(False)
+        transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **lora))
+    return transformer
+
+
+def make_whole(kind: str, depth: int = 3) -> Any:
+    """A random tiny transformer of which all is trained; always the same. Draws from the global generator."""
+    import tiny_cogvideox
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    config = dict(tiny_cogvideox._transformer(kind).config) | {"num_layers": depth}
+    return CogVideoXTransformer3DModel.from_config(config)
+
+
+def arguments_of(kind: str, frames: int = 4, samples: int = 2) -> dict[str, Any]:
+    """Random arguments of a transformer's forward."""
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    angles = randn(frames * 24 // (2 if is_version_1_5(kind) else 1), 32)
+    return {
+        "hidden_states": randn(samples, frames, 32 if is_image_to_video(kind) else 16, 8, 12),
+        "encoder_hidden_states": randn(samples, 32, 32),
+        "timestep": torch.tensor([3, 700][:samples]),
+        "image_rotary_emb": None if kind == "2b" else (angles.cos(), angles.sin()),
+        "ofs": torch.full((1,), 2.0) if kind == "1.5-5b-i2v" else None,
+        "return_dict": False,
+    }
+
+
+def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Output, sample without gradients, and gradient of every LoRA matrix."""
+    output = transformer(**arguments)[0]
+    with torch.no_grad():
+        sample = transformer(**arguments)[0]
+    output.square().mean().backward()
+    gradients = {name: p.grad for name, p in transformer.named_parameters() if p.grad is not None}
+    for parameter in transformer.parameters():
+        parameter.grad = None
+    stack = getattr(transformer.transformer_blocks[0].forward, "__self__", None)
+    if isinstance(stack, Stack) and stack.away:
+        names = {id(p): name for name, p in transformer.named_parameters()}
+        for i, parameters in stack.away.parameters.items():
+            sums = of_host(stack.away.gradients, i)
+            gradients |= {names[id(p)]: g.clone() for p, g in zip(parameters, sums, strict=True)}
+    return {"output": output.detach(), "sample": sample, **gradients}
+
+
+def of_host(sums: Sums, block: int) -> list[Tensor]:
+    """The gradients of a block."""
+    return sums.store.layouts[block][1].views(sums.store.buffers[block])
+
+
+def installed(
+    transformer: Any,
+    kinds: tuple[BlockPlan, ...],
+    compiled: bool = False,
+    backend: str = "cpu",
+    device: torch.device = CPU,
+    **more: Any,
+) -> Stack:
+    """A Stack with blocks under plans that take turns."""
+    count = len(transformer.transformer_blocks)
+    blocks = tuple(kinds[i % len(kinds)] for i in range(count))
+    stack = Stack(transformer, ExecutionPlan(blocks, compiled, backend, **more), device)
+    stack.install()
+    return stack
+
+
+def under(transformer: Any, kinds: tuple[BlockPlan, ...], compiled: bool = False, **more: Any) -> Any:
+    """The transformer with its blocks under plans that take turns."""
+    installed(transformer, kinds, compiled, **more)
+    return transformer
+
+
+def check(found: dict[str, Tensor], right: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == right.keys()
+    for name, tensor in right.items():
+        assert tensor.abs().max() > 0, name
+        # softmax ignores a bias of all keys: without rotary embedding its gradient is noise
+        assert (found[name] - tensor).abs().max() <= max(tolerance * tensor.abs().max(), 1e-10), name
+
+
+def same(found: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return found.keys() == right.keys() and all(found[name].equal(right[name]) for name in right)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("made", [make, make_whole])
+def test_every_plan_is_the_transformer_of_diffusers(kind: str, made: Callable[[str], Any]) -> None:
+    arguments = arguments_of(kind)
+    right = outcome(made(kind), arguments)
+    plans = [(BlockPlan(*values),) for values in product((DEVICE, HOST), LEVELS, (DEVICE, HOST))]
+    first = outcome(under(made(kind), plans[0]), arguments)
+    check(first, right, tolerance=1e-5)
+    for plan in [*plans[1:], MIXED]:
+        assert same(outcome(under(made(kind), plan), arguments), first), plan
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
+    transformer = make_whole("5b").bfloat16()
+    stack = installed(transformer, (BlockPlan(HOST, "attention", HOST),))
+    assert stack.away
+    arguments = {k: v.bfloat16() if k.endswith("states") else v for k, v in arguments_of("5b").items()}
+    found: dict[int, list[Tensor]] = {}
+    for number in range(passes):
+        (transformer(**arguments)[0] * (1 + number)).square().mean().backward()
+        sums = stack.away.gradients
+        found = {i: of_host(sums, i) for i in range(3)}
+        assert {g.dtype for gradients in found.values() for g in gradients} == {
+            torch.float32 if number else torch.bfloat16
+        }
+        assert all(norm.equal(g.float().norm()) for i in found for norm, g in zip(sums.norms[i], found[i], strict=True))
+    right = make_whole("5b").bfloat16()
+    installed(right, (BlockPlan(DEVICE, "attention", DEVICE),))
+    for number in range(passes):
+        (right(**arguments)[0] * (1 + number)).square().mean().backward()
+        for parameter in right.parameters():
+            earlier = getattr(parameter, "summed", 0.0)
+            parameter.summed, parameter.grad = earlier + parameter.grad.float(), None
+    for i, block in enumerate(right.transformer_blocks):
+        assert all(g.float().equal(p.summed) for g, p in zip(found[i], own_of(block), strict=True))
+    stack.away.gradients.clear()
+    transformer(**arguments)[0].square().mean().backward()
+    assert all(of_host(stack.away.gradients, i)[0].dtype == torch.bfloat16 for i in range(3))
+
+
+def test_changed_weights_on_the_host_are_seen() -> None:
+    """By the next pass, though their slots have the old ones."""
+    transformer = make_whole("5b", depth=2)
+    installed(transformer, (BlockPlan(HOST, "attention", HOST),))
+    right, arguments = make_whole("5b", depth=2), arguments_of("5b")
+    with torch.no_grad():
+        for scale in (1.0, 0.5):
+            for parameter in (*transformer.parameters(), *right.parameters()):
+                parameter.mul_(scale)
+            torch.testing.assert_close(transformer(**arguments)[0], right(**arguments)[0])
+
+
+def test_every_level_keeps_what_it_says() -> None:
+    p = blocks.KEPT
+    assert list(p) == list(LEVELS)
+    for less, more in pairwise(LEVELS):
+        assert set(p[less]) < set(p[more])
+    kinds = [weights_of(made("5b", depth=1).transformer_blocks[0]) for made in (make, make_whole)]
+    units = [{k: sum(blocks.UNITS[name] for name in blocks.kept_at(k, p)) for k in LEVELS} for p in kinds]
+    assert units == [UNITS_KEPT, UNITS_KEPT | {"linear": 12, "all": 20}]
+
+
+def test_inputs_of_layers_without_a_lora_are_not_kept() -> None:
+    block = make("5b", depth=1).transformer_blocks[0]
+    p = weights_of(block)
+    everything = set(blocks.KEPT["all"]) - {"a", "z"}  # these are for gates, which are frozen
+    assert p.ff1.a is not None
+    assert set(blocks.kept_at("all", p)) == everything
+    assert set(blocks.kept_at("all", p._replace(ff1=p.ff1._replace(a=None)))) == everything - {"n2"}
+    assert set(blocks.kept_at("all", p._replace(ff2=p.ff2._replace(a=None)))) == everything - {"g"}
+    bare = {name: getattr(p, name)._replace(a=None) for name in "qk"}
+    assert set(blocks.kept_at("all", p._replace(**bare))) == everything
+    assert set(blocks.kept_at("all", p._replace(**bare, v=p.v._replace(a=None)))) == everything - {"n1"}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("made", "layers"), [(make, 5), (make_whole, 6)])  # the last one for its gate alone
+def test_what_is_kept_is_not_computed_again(
+    made: Callable[..., Any], layers: int, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrix products and attentions of one backward pass, beside those for gradients."""
+    transformer = under(made("5b", depth=1), (BlockPlan(DEVICE, level, DEVICE),))
+    counted: dict[str, int] = {"linears": 0, "attend": 0}
+    output = transformer(**arguments_of("5b"))[0]
+    for name in counted:
+        function = getattr(blocks, name)
+
+        def counting(*args: Any, name: str = name, function: Any = function) -> Any:
+            counted[name] += len(args[1]) if name == "linears" else 1
+            return function(*args)
+
+        monkeypatch.setattr(blocks, name, counting)
+    output.square().mean().backward()
+    modulations = 2
+    assert counted["linears"] - modulations == {"input": layers, "attention": layers, "linear": 0, "all": 0}[level]
+    assert counted["attend"] == (level == "input")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_inputs_of_layers_without_a_lora_are_not_computed_again(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer = under(make("5b", depth=1, targets=TARGETS[:4]), (BlockPlan(DEVICE, level, DEVICE),))
+    output = transformer(**arguments_of("5b"))[0]
+    calls: list[str] = []
+    for name in ("modulate", "gelu"):
+        function = getattr(blocks, name)
+
+        def recording(*args: Any, name: str = name, function: Any = function) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(blocks, name, recording)
+    output.square().mean().backward()
+    derivatives = {"modulate": 2, "gelu": 1}
+    again = {"input": 2, "attention": 2, "linear": 1, "all": 0}[level]  # n1 is an input of LoRAs, n2 and g are not
+    assert {name: calls.count(name) for name in derivatives} == {"modulate": 2 + again, "gelu": 1}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_frozen_gets_no_gradient(level: str) -> None:
+    p = weights_of(make("5b", depth=1).transformer_blocks[0])
+    generator = torch.Generator().manual_seed(0)
+    x, dy, temb = (
+        torch.randn(size, generator=generator)
+        for size in ((1, 40, 64), (1, 40, 64), (1, p.modulation1.weight.shape[1]))
+    )
+    shared = blocks.Shared(temb, None, 8, 2, "cpu")
+    kept = blocks.forward(x, p, shared, blocks.kept_at(level, p))[1] | {"x": x}
+    _, dtemb, gradients = blocks.backward(dy, p, shared, kept)
+    assert dtemb is None
+    assert {name for name, found in gradients.items() if found} == set(blocks.LORA_LAYERS)
+
+
+def test_what_is_kept_on_the_host_comes_back_from_the_next_such_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the blocks between them run, not once they have."""
+    there, away = BlockPlan(DEVICE, "attention", DEVICE), BlockPlan(DEVICE, "linear", HOST)
+    transformer = make("5b", depth=6)
+    plan = ExecutionPlan((away, there, there, away, there, there), False, "cpu")
+    stack = Stack(transformer, plan, CPU)
+    stack.install()
+    events: list[tuple[str, int]] = []
+    fetch, weights = stack.store.fetch, stack.weights
+    monkeypatch.setattr(stack.store, "fetch", lambda i: (events.append(("fetch", i)), fetch(i)))
+    monkeypatch.setattr(stack, "weights", lambda i, *more: (events.append(("run", i)), weights(i, *more))[1])
+    output = transformer(**arguments_of("5b"))[0]
+    events.clear()
+    output.square().mean().backward()
+    assert events.index(("fetch", 3)) < events.index(("run", 5))
+    assert events.index(("fetch", 0)) < events.index(("run", 3))
+
+
+@pytest.mark.parametrize(("made", "precision"), [(make, AUTO), (make, "int8"), (make, "nf4"), (make_whole, AUTO)])
+def test_compiled_is_one_graph_a_pass_and_the_same(
+    made: Callable[[str], Any], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, but not made into kernels, which takes most of a minute here; on a GPU they are."""
+    backend = "aot_eager" if precision == AUTO else "eager"
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    arguments = arguments_of("5b", samples=1)
+    right = outcome(under(made("5b"), MIXED[1:], base_precision=precision), arguments)
+    transformer = under(made("5b"), MIXED[1:], compiled=True, base_precision=precision)
+    check(outcome(transformer, arguments), right, tolerance=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 3  # forward, backward, sampling: of all three blocks
+    outcome(transformer, arguments)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
+
+
+def test_one_graph_a_pass_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    transformer = under(make("5b", depth=1), MIXED[:1], compiled=True, any_length=True)
+    for frames in (4, 3, 5):
+        arguments = arguments_of("5b", frames, samples=1)
+        check(outcome(transformer, arguments), outcome(under(make("5b", depth=1), MIXED), arguments), tolerance=1e-4)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    torch._dynamo.reset()
+
+
+def test_backward_may_compile_as_many_graphs_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU autograd has one; on a CPU a thread that runs both passes stands for it."""
+    limits: list[int] = []
+
+    def compiler(graph: Any, _: Any) -> Any:
+        limits.append(torch._dynamo.config.recompile_limit)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    torch._dynamo.reset()
+    transformer = under(make("5b", depth=1), MIXED[1:], compiled=True)
+    thread = threading.Thread(target=lambda: outcome(transformer, arguments_of("5b", samples=1)))
+    thread.start()
+    thread.join()
+    assert limits == [MAX_GRAPHS] * 3
+    torch._dynamo.reset()
+
+
+def test_accumulated_steps_of_several_shapes_are_those_of_resident_blocks() -> None:
+    """What lies on the host is overwritten by the next forward pass, whatever its shape."""
+    sequence = [arguments_of("5b", frames, samples) for frames, samples in ((4, 2), (2, 1), (6, 1), (4, 2))]
+    resident, streamed = under(make("5b"), (BlockPlan(),)), under(make("5b"), (BlockPlan(HOST, "attention", HOST),))
+    for arguments in sequence:
+        assert same(outcome(streamed, arguments), outcome(resident, arguments))
+
+
+@pytest.mark.parametrize("steps", [30, pytest.param(1000, marks=pytest.mark.long)])  # a minute on two busy cores
+def test_many_steps_of_streamed_blocks_are_those_of_resident_ones(steps: int) -> None:
+    """Bit for bit, with buckets that take turns."""
+    ends = []
+    for plans in ((BlockPlan(DEVICE, "attention", DEVICE),), (BlockPlan(HOST, "attention", HOST),)):
+        transformer = under(make("5b", depth=4), plans)
+        parameters = [p for p in transformer.parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in parameters]
+        arguments = [arguments_of("5b", frames, samples=1) for frames in (1, 2)]
+        for step in range(steps):
+            transformer(**arguments[step % 2])[0].square().mean().backward()
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+        assert not any(p.equal(before) for p, before in zip(parameters, start, strict=True))
+        ends.append(parameters)
+    assert all(a.equal(b) for a, b in zip(*ends, strict=True))
+
+
+def test_parameters_keep_names_and_values() -> None:
+    plain, streamed = make("5b").state_dict(), under(make("5b"), (BlockPlan(HOST),)).state_dict()
+    assert plain.keys() == streamed.keys()
+    assert all(plain[name].equal(streamed[name]) for name in plain)
+
+
+def test_without_adapters_it_is_the_base_model() -> None:
+    arguments = arguments_of("5b")
+    plain, streamed = make("5b"), under(make("5b"), (BlockPlan(HOST),))
+    outputs = []
+    for transformer in (plain, streamed):
+        trained = transformer(**arguments)[0].detach()
+        transformer.disable_adapters()
+        with torch.no_grad():
+            outputs.append(transformer(**arguments)[0])
+        assert not torch.allclose(outputs[-1], trained, atol=1e-3)
+        transformer.enable_adapters()
+        assert transformer(**arguments)[0].detach().equal(trained)
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("targets", "lora", "plain"),
+    [
+        (TARGETS, {}, True),
+        (["to_q"], {"use_rslora": True}, True),
+        (["to_q"], {"use_dora": True}, False),
+        (["to_q"], {"lora_dropout": 0.1}, False),
+        (["to_q", "norm1.linear"], {}, False),
+        (["to_q", "proj_out"], {}, False),
+    ],
+)
+def test_what_is_plain(targets: list[str], lora: dict[str, Any], plain: bool) -> None:
+    assert plain_lora(make("5b", targets=targets, **lora)) is plain
+
+
+def test_a_lora_on_some_layers_only() -> None:
+    arguments = arguments_of("5b")
+    targets = ["to_v", "ff.net.2"]
+    right = outcome(make("5b", targets=targets), arguments)
+    check(outcome(under(make("5b", targets=targets), MIXED), arguments), right, tolerance=1e-5)
+
+
+def test_blocks_in_front_of_the_first_lora_keep_nothing() -> None:
+    """No backward pass comes to them, so nobody would take it."""
+    targets: Any = r"transformer_blocks\.2\.attn1\.to_q"
+    transformer = make("5b", targets=targets)
+    stack = Stack(transformer, ExecutionPlan((BlockPlan(HOST, "attention", HOST),) * 3, False, "cpu"), CPU)
+    stack.install()
+    right = outcome(make("5b", targets=targets), arguments_of("5b"))
+    check(outcome(transformer, arguments_of("5b")), right, tolerance=1e-5)
+    assert list(stack.store.buffers) == [2]
+    assert not stack.store.layouts
+    assert not stack.store.leaving
+
+
+# -- a quantised base --------------------------------------------------------------------------------------------------
+
+
+def rounded(transformer: Any, precision: str) -> Any:
+    """The transformer with the values that a quantised base has in its own type."""
+    for module in transformer.transformer_blocks:
+        for matrix, kind in kinds_of(module, precision).items():
+            matrix.data = dequantise(quantise(matrix.data, kind), matrix.dtype)
+    return transformer
+
+
+@pytest.mark.parametrize("precision", quant.KINDS)
+def test_a_quantised_base_is_the_transformer_of_diffusers_with_its_values(precision: str) -> None:
+    """Streamed or resident, with and without its adapters."""
+    arguments = arguments_of("5b")
+    resident = under(make("5b"), (BlockPlan(),), base_precision=precision)
+    first = outcome(resident, arguments)
+    check(first, outcome(rounded(make("5b"), precision), arguments), tolerance=1e-5)
+    assert not first["output"].equal(outcome(under(make("5b"), (BlockPlan(),)), arguments)["output"])
+    for plan in ((BlockPlan(HOST, "attention", HOST),), (BlockPlan(HOST, "input"),), MIXED):
+        assert same(outcome(under(make("5b"), plan, base_precision=precision), arguments), first), plan
+    resident.disable_adapters()
+    bare = rounded(make("5b"), precision)
+    bare.disable_adapters()
+    with torch.no_grad():
+        torch.testing.assert_close(resident(**arguments)[0], bare(**arguments)[0])
+
+
+def test_what_is_quantised_is_nowhere_else() -> None:
+    """Nothing can compute with a module's weight by mistake, and PEFT still finds its type and device."""
+    for plan in (BlockPlan(), BlockPlan(HOST)):
+        transformer = under(make("5b"), (plan,), base_precision="nf4")
+        module = transformer.transformer_blocks[0]
+        matrices = list(kinds_of(module, "nf4"))
+        assert len(matrices) == 8
+        assert all(m.numel() == 0 and m.dtype == torch.float32 for m in matrices)
+        assert all(p.numel() for p in own_of(module) if all(p is not m for m in matrices))
+        with pytest.raises(RuntimeError, match="must be a matrix"):
+            module.attn1.to_q(torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize(("precision", "share"), [("int8", 0.5), ("fp8", 0.5), ("nf4", 0.31)])
+def test_the_buffer_of_a_full_size_block(precision: str, share: float) -> None:
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+
+    with torch.device("meta"):
+        module = CogVideoXBlock(3072, 48, 64, 512).to(torch.bfloat16).requires_grad_(False)
+    assert own_bytes(module, precision) / own_bytes(module) == pytest.approx(share, abs=0.01)
+    assert whole_bytes(module) == pytest.approx(own_bytes(module), rel=0.01)
+
+
+def test_what_is_stored_is_what_is_foretold() -> None:
+    transformer = make("5b")
+    plan = ExecutionPlan((BlockPlan(HOST),) * 3, False, "cpu", base_precision="nf4")
+    foretold, before = (own_bytes(transformer.transformer_blocks[0], kind) for kind in ("nf4", AUTO))
+    ring = Stack(transformer, plan, CPU).ring
+    assert ring is not None
+    assert {host.numel() for host in ring.hosts.values()} == {foretold}
+    assert foretold < before / 2
+
+
+@pytest.mark.parametrize(("precision", "least"), [("int8", 0.9998), ("fp8", 0.999), ("nf4", 0.99)])
+def test_a_quantised_base_hardly_turns_the_gradients(precision: str, least: float) -> None:
+    def gradients(precision: str) -> Tensor:
+        found = outcome(under(make("5b"), (BlockPlan(),), base_precision=precision), arguments_of("5b"))
+        return torch.cat([g.flatten() for name, g in found.items() if "lora" in name])
+
+    cosine = torch.cosine_similarity(gradients(precision), gradients(AUTO), dim=0)
+    assert least <= cosine < 1 - 1e-6
+    sampled = [gradient_cosine(m, precision, CPU, "cpu") for m in make("5b").transformer_blocks]
+    assert least <= min(sampled) <= max(sampled) < 1 - 1e-6
+
+
+def test_the_cosine_of_an_unquantised_base_is_1() -> None:
+    assert gradient_cosine(make("5b").transformer_blocks[0], AUTO, CPU, "cpu") == pytest.approx(1.0, abs=1e-12)
+
+
+# -- copies that are late ----------------------------------------------------------------------------------------------
+
+TURNS = (
+    BlockPlan(HOST, "linear", HOST, HOST),
+    BlockPlan(DEVICE, "attention", HOST),
+    BlockPlan(HOST, "input", DEVICE, HOST),
+)
+AWAY = (BlockPlan(HOST, "attention", HOST, HOST),)
+STATE_HERE = (BlockPlan(HOST, "attention", HOST, DEVICE), BlockPlan(HOST, "input", DEVICE, HOST), BlockPlan(DEVICE))
+RESIDENT = (BlockPlan(DEVICE, "attention", DEVICE),)
+
+
+def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int) -> dict[str, Tensor]:
+    """What is trained, its masters and moments, after steps of AdamW with clipping; of buckets that take turns.
+
+    One step is not finite, and between two of them the state is taken up again and a video sampled.
+    """
+    transformer = made("5b", depth=5).bfloat16()
+    stack = installed(transformer, plans)
+    parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    on_host = plans is not RESIDENT
+    make = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+    masters = MasterWeights(parameters, make, 0.1, False, on_host, stack.away)
+    found: dict[str, Tensor] = {}
+    for step, (frames, samples) in enumerate([(4, 2), (2, 1), (6, 1), (4, 2), (2, 1)]):
+        arguments = {
+            name: value.bfloat16() if name.endswith("states") else value
+            for name, value in arguments_of("5b", frames, samples).items()
+        }
+        for number in range(accumulation):
+            loss = (transformer(**arguments)[0].float() * (number + 1)).square().mean()
+            masters.backward(loss / accumulation * (torch.inf if step == 1 else 1.0))
+        masters.step(1e-3)
+        if step == 2:
+            masters.load_state(masters.state())
+            with torch.no_grad():
+                found["sample"] = transformer(**arguments)[0]
+    return found | masters.state() | {name: p.detach().clone() for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("made", [make, make_whole])
+@pytest.mark.parametrize(("plans", "accumulation"), [(AWAY, 1), (TURNS, 2), (STATE_HERE, 1)])
+@pytest.mark.fault("memory: copies to and from the device that are late", times=2)
+def test_late_copies_change_nothing(
+    made: Callable[..., Any],
+    plans: tuple[BlockPlan, ...],
+    accumulation: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 3000)  # several chunks a block
+    right = steps_of(made, RESIDENT, accumulation)
+    for seed in (None, 0):
+        late_streams.use(monkeypatch, seed)
+        assert same(steps_of(made, plans, accumulation), right), seed
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Sums, "settle"),
+        (Ring, "forget"),
+        (Away, "changed"),
+        (streaming, "compute_waits_for"),
+    ],
+)
+def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As late as can be, or at random: it may be another wait that comes in time."""
+    right = steps_of(make_whole, RESIDENT, 2)
+
+    def is_seen(seed: int | None) -> bool:
+        with monkeypatch.context() as patch:
+            late_streams.use(patch, seed)
+            patch.setattr(owner, name, lambda *_: None)
+            try:
+                return not same(steps_of(make_whole, AWAY, 2), right)
+            except late_streams.Freed:
+                return True
+
+    assert any(map(is_seen, (None, 0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("made", "plans", "accumulation"), [(make, TURNS, 1), (make_whole, AWAY, 2), (make_whole, STATE_HERE, 1)]
+)
+def test_every_stream_waits_for_what_it_touches(
+    made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compute as well as copies, whichever is late."""
+    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 3000)
+    with stream_races.watched(monkeypatch) as streams:
+        steps_of(made, plans, accumulation)
+    assert len(streams.clocks) == 8 + 2 * (made is make_whole)  # what sums of gradients need has two of its own
+
+
+@pytest.mark.parametrize("left_out", ["mark", "wait"])
+@pytest.mark.fault("memory: a stream that does not wait for another")
+def test_a_stream_that_does_not_wait_is_seen(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events that say nothing, and events that nobody waits for."""
+    monkeypatch.setattr(stream_races.Streams, left_out, lambda *_: {})
+    with pytest.raises(stream_races.Race), stream_races.watched(monkeypatch):
+        steps_of(make_whole, AWAY, 1)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def wide(
+    plans: tuple[BlockPlan, ...],
+    compiled: bool,
+    backend: str,
+    precision: str = AUTO,
+    any_length: bool = False,
+    whole: bool = False,
+) -> tuple[Any, Stack]:
+    """Four blocks of CogVideoX-5b in bf16 under plans that take turns, with a LoRA unless the whole is trained."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=48, num_layers=4, use_rotary_positional_embeddings=True
+        )
+    transformer.to(torch.bfloat16).requires_grad_(whole)
+    if not whole:
+        transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS[:4], init_lora_weights=False))
+    transformer.to("cpu", torch.bfloat16)
+    more = {"any_length": any_length, "base_precision": precision}
+    return transformer, installed(transformer, plans, compiled, backend, torch.device("cuda"), **more)
+
+
+def delayed(stack: Stack) -> None:
+    """Makes every copy of weights and of what is kept start late, by a random time."""
+    assert stack.ring is not None
+    generator = torch.Generator().manual_seed(0)
+
+    def late(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            torch.cuda._sleep(int(torch.randint(1, 20_000_000, (), generator=generator)))
+            return function(*args)
+
+        return call
+
+    stack.ring.copy = late(stack.ring.copy)  # type: ignore[method-assign]
+    stores = [stack.store, *([stack.away.gradients.store] if stack.away else [])]
+    for side in (side for store in stores for side in (store.out, store.back)):
+        side.mark = late_mark(side, generator)  # type: ignore[method-assign]
+
+
+def late_mark(side: Any, generator: torch.Generator) -> Any:
+    """``mark`` of a stream on which a pause comes first."""
+    mark = side.mark
+
+    def call() -> Any:
+        with torch.cuda.stream(side.stream):
+            torch.cuda._sleep(int(torch.randint(1, 20_000_000, (), generator=generator)))
+        return mark()
+
+    return call
+
+
+def trained(
+    plans: tuple[BlockPlan, ...],
+    compiled: bool,
+    steps: int,
+    delays: bool = False,
+    precision: str = AUTO,
+    any_length: bool = False,
+) -> dict[str, Tensor]:
+    """The LoRA after some steps of gradient descent, of two lengths in turn."""
+    transformer, stack = wide(plans, compiled, "flash", precision, any_length)
+    if delays:
+        delayed(stack)
+    parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    for loss in random_losses(transformer, steps):
+        loss.backward()
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    return {name: p.detach().cpu() for name, p in parameters.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("compiled", "any_length", "precision"),
+    [
+        (False, False, AUTO),
+        (True, False, AUTO),
+        (True, True, AUTO),
+        (True, True, "int8"),
+        (True, True, "fp8"),
+        (True, True, "nf4"),
+    ],
+)
+@pytest.mark.fault("memory: blocks that are streamed on a GPU, against resident ones")
+def test_streamed_is_resident_bit_for_bit(compiled: bool, any_length: bool, precision: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = partial(trained, compiled=compiled, steps=50, precision=precision, any_length=any_length)
+    try:
+        resident = run((BlockPlan(DEVICE, "attention", DEVICE),))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled * (2 if any_length else 4)
+        streamed = run((BlockPlan(HOST, "attention", HOST),))
+        late = run((BlockPlan(HOST, "input", HOST), BlockPlan(HOST, "attention", HOST)), delays=True)
+        start = trained((BlockPlan(),), compiled, steps=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not same(start, resident)
+    assert same(streamed, resident)
+    assert same(late, resident)
+
+
+def random_losses(transformer: Any, count: int) -> Iterator[Tensor]:
+    """Of random inputs, two lengths in turn; always the same."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    for step in range(count):
+        frames = (3, 5)[step % 2]
+        angles = torch.rand(frames * 30 * 45, 64, generator=generator, device="cuda")
+        x, prompt = (
+            torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+            for shape in ((1, frames, 16, 60, 90), (1, 226, 4096))
+        )
+        timestep, rotary = torch.tensor([500], device="cuda"), (angles.cos(), angles.sin())
+        output = transformer(x, prompt, timestep, image_rotary_emb=rotary, return_dict=False)[0]
+        yield output.float().square().mean()
+
+
+def wholly_trained(
+    plans: tuple[BlockPlan, ...], compiled: bool, steps: int, accumulation: int, delays: bool = False
+) -> dict[str, Tensor]:
+    """All weights and masters after some steps of AdamW with clipping."""
+    transformer, stack = wide(plans, compiled, "flash", whole=True)
+    make = partial(torch.optim.AdamW, lr=1e-4, fused=True)
+    parameters = dict(transformer.named_parameters())
+    masters = MasterWeights(parameters, make, 0.01, False, plans is not RESIDENT, stack.away)
+    if delays:
+        delayed(stack)
+        generator = torch.Generator().manual_seed(1)
+        assert masters.conveyor is not None
+        for side in (masters.conveyor.into, masters.conveyor.work, masters.conveyor.out):
+            side.mark = late_mark(side, generator)  # type: ignore[method-assign]
+    for number, loss in enumerate(random_losses(transformer, steps * accumulation), start=1):
+        masters.backward(loss / accumulation)
+        if number % accumulation == 0:
+            masters.step(1e-4)
+    masters.wait()
+    return {name: p.detach().cpu() for name, p in parameters.items()} | masters.state()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("compiled", "accumulation"), [(False, 2), (True, 1)])
+@pytest.mark.fault("memory: blocks that are streamed on a GPU, against resident ones")
+def test_all_weights_are_trained_streamed_as_resident_bit_for_bit(compiled: bool, accumulation: int) -> None:
+    torch.use_deterministic_algorithms(True)
+    torch._dynamo.reset()
+    run = partial(wholly_trained, compiled=compiled, accumulation=accumulation)
+    try:
+        resident = run(RESIDENT, steps=10)
+        streamed = run(AWAY, steps=10)
+        late = run((*AWAY, BlockPlan(HOST, "attention", HOST, DEVICE)), steps=10, delays=True)
+        start = run(RESIDENT, steps=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not same(start, resident)
+    assert same(streamed, resident)
+    assert same(late, resident)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [AUTO, "nf4"])
+def test_a_step_does_not_wait_for_the_device(precision: str) -> None:
+    transformer, _ = wide((BlockPlan(HOST, "attention", HOST),), False, "cudnn", precision)
+    x = torch.randn(1, 3, 16, 60, 90, device="cuda", dtype=torch.bfloat16)
+    prompt = torch.randn(1, 226, 4096, device="cuda", dtype=torch.bfloat16)
+    timestep, angles = torch.tensor([500], device="cuda"), torch.rand(3 * 30 * 45, 64, device="cuda")
+
+    def step() -> None:
+        rotary = (angles, angles)
+        output = transformer(x, prompt, timestep, image_rotary_emb=rotary, return_dict=False)[0]
+        output.float().square().mean().backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

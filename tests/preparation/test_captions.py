@@ -1,0 +1,123 @@
+"""captions.py: what T5 does not read of captions, with a tokenizer that lacks such characters too."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from cogvideox.data.forms.samples import Sample
+from cogvideox.preparation.captions import caption_notes, shared_notes, unknown_characters
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """A T5 tokenizer whose vocabulary has Latin letters and some signs; not T5's own vocabulary."""
+    from tiny_cogvideox import make_tokenizer
+
+    return make_tokenizer()
+
+
+class Counting:
+    """A tokenizer that counts the texts that it gets."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.texts = tokenizer, list[str]()
+        self.unk_token_id = tokenizer.unk_token_id
+
+    def __call__(self, texts: list[str], **named: Any) -> Any:
+        self.texts += texts
+        return self.tokenizer(texts, **named)
+
+
+def notes(tokenizer: Any, captions: Iterable[str], contents: Iterable[str] | None = None) -> list[str]:
+    samples = [Sample(f"{number}.mp4", caption, f"/{number}.mp4") for number, caption in enumerate(captions)]
+    hashes = list(contents) if contents is not None else [sample.id for sample in samples]
+    clips = list(zip(samples, hashes, strict=True))
+    return [*caption_notes(tokenizer, clips, LENGTH), *shared_notes(clips)]
+
+
+def test_captions_that_t5_reads_have_no_notes(tokenizer: Any) -> None:
+    assert notes(tokenizer, ["A red square.", "A blue disc."]) == []
+    assert notes(tokenizer, ["", ""]) == []  # missing captions are another rule's
+
+
+def test_unknown_characters_are_listed_with_their_share(tokenizer: Any) -> None:
+    lines = notes(tokenizer, ["A red square.", "A red square 猫", "\u4e00\u53ea\u732b", "A red square \N{DOG FACE}."])
+    assert lines[0].startswith("3 captions have characters that T5 does not know (")
+    assert "write them in English" in lines[0]
+    assert lines[1] == "  2.mp4: 1 of 2 tokens are unknown: \u4e00 \u53ea \u732b"  # neighbors become one token
+    assert {line.split(":")[0] for line in lines[2:4]} == {"  1.mp4", "  3.mp4"}
+    assert not any("0.mp4" in line for line in lines)
+
+
+def test_ascii_is_not_taken_to_be_known(tokenizer: Any) -> None:
+    lines = notes(tokenizer, ["A {red} square.", "A red square."])
+    assert lines[0].startswith("1 caption has characters")
+    assert lines[1].endswith("tokens are unknown: { }")
+
+
+def test_a_character_that_is_known_in_combination_is_not_listed(tokenizer: Any) -> None:
+    """A full-width A is normalized to A; an accent alone is unknown, and so is what it makes of an e."""
+    assert notes(tokenizer, ["\N{FULLWIDTH LATIN CAPITAL LETTER A} red square."]) == []
+    assert len(notes(tokenizer, ["A re\N{COMBINING ACUTE ACCENT}d square."])) == 2
+
+
+def test_texts_with_the_same_tokens_are_named_together(tokenizer: Any) -> None:
+    cats, dogs = "一只猫", "两只狗"
+    lines = notes(tokenizer, [cats, "A red square.", dogs])
+    (at,) = (number for number, line in enumerate(lines) if "written differently" in line)
+    assert lines[at].startswith("2 captions are written differently, but T5 reads the same tokens")
+    assert lines[at + 1] == f'  0.mp4 "{cats}", 2.mp4 "{dogs}"'
+    start = "a red square " * 20
+    assert any("written differently" in line for line in notes(tokenizer, [f"{start} falls", f"{start} rises"]))
+
+
+@pytest.mark.parametrize("count", [LENGTH - 1, LENGTH, LENGTH + 1])
+def test_only_captions_beyond_the_last_token_are_cut(tokenizer: Any, count: int) -> None:
+    text = " ".join(["red"] * (count - 1))
+    while len(tokenizer(text).input_ids) < count:
+        text += " red"
+    while len(tokenizer(text).input_ids) > count:
+        text = text[:-1]
+    assert any("is cut after 32 tokens" in line for line in notes(tokenizer, [text])) == (count > LENGTH)
+
+
+def test_different_clips_with_one_caption_are_listed_but_not_repeats(tokenizer: Any) -> None:
+    captions = ["A red square.", "A blue disc.", "A red square.", "A red square."]
+    lines = notes(tokenizer, captions)
+    assert lines[0].startswith("3 clips share 1 caption with another clip")
+    assert lines[1] == '  "A red square.": 3 clips: 0.mp4, 2.mp4, 3.mp4'
+    assert notes(tokenizer, captions, contents=["a", "b", "a", "a"]) == []
+
+
+def test_many_notes_of_a_kind_are_cut_short(tokenizer: Any) -> None:
+    lines = notes(tokenizer, [f"猫 {number}" for number in range(50)])
+    assert lines[0].startswith("50 captions")
+    assert lines[21] == "  ... and 30 more"
+
+
+def test_few_captions_are_tokenized(tokenizer: Any) -> None:
+    """The cost of a large data set: each character once, and the captions that may have a problem."""
+    counting = Counting(tokenizer)
+    captions = [f"A red square {number}." for number in range(2000)]
+    assert len(notes(counting, [*captions, "A red square 猫"])) == 2
+    assert len(counting.texts) == len(set().union(*captions)) + 1 + 1
+
+
+def test_every_caption_with_an_unknown_token_has_an_unknown_character(tokenizer: Any) -> None:
+    """What is not tokenized has no unknown token: compared with tokenizing everything."""
+    draw = random.Random(0)
+    alphabet = "abcdeé猫한\u1112\u1161\u0301\u0327 \u00a0\u200bſﬁ①{}~\t\N{DOG FACE}\N{VARIATION SELECTOR-16}"
+    captions = ["".join(draw.choices(alphabet, k=draw.randint(1, 6))) for _ in range(3000)]
+    unknown = unknown_characters(tokenizer, captions)
+    missed = [
+        text
+        for text, ids in zip(captions, tokenizer(captions).input_ids, strict=True)
+        if tokenizer.unk_token_id in ids and unknown.isdisjoint(text)
+    ]
+    assert missed == []

@@ -1,0 +1,981 @@
+"""prepare.py on the tiny model: nothing is encoded twice, nothing is lost, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from preparing import Here, complete, preparation, tensor_files
+
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.flags import EncodeFlags, ModelFlags
+from cogvideox.config.geometry import read_geometry
+from cogvideox.data import clips as clips_module
+from cogvideox.data.cache import CacheIndex, TensorCache, open_index
+from cogvideox.data.clips import FAILED, KILLED, OK, SHORT, UNREADABLE, Variant, decode_variant
+from cogvideox.data.media.decode import write_video
+from cogvideox.data.media.transforms import Fit
+from cogvideox.data.media.workers import Killed
+from cogvideox.errors import UsageError
+from cogvideox.model import encode, models
+from cogvideox.preparation import prepare
+from cogvideox.preparation.prepare import Encoders, UnusableClips, check_bad, one_behind
+
+Tiny = Callable[[str], Path]
+NUM_CLIPS = 6  # of the fixture `clips`
+pytestmark = pytest.mark.usefixtures("small")
+
+
+@dataclass
+class Encoded:
+    """What was encoded while a test ran."""
+
+    clips: int = 0
+    captions: list[str] = field(default_factory=list)
+    clips_of_thread: Counter[int] = field(default_factory=Counter, compare=False)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> Encoded:
+    counts = Encoded()
+    video, prompt = encode.video_moments, encode.prompt_embeds
+
+    def count_clip(vae: Any, frames: np.ndarray) -> torch.Tensor:
+        counts.clips += 1
+        counts.clips_of_thread[threading.get_ident()] += 1
+        return video(vae, frames)
+
+    def count_captions(tokenizer: Any, encoder: Any, captions: list[str], length: int) -> torch.Tensor:
+        counts.captions += captions
+        return prompt(tokenizer, encoder, captions, length)
+
+    monkeypatch.setattr(encode, "video_moments", count_clip)
+    monkeypatch.setattr(encode, "prompt_embeds", count_captions)
+    return counts
+
+
+@pytest.fixture
+def data(clips: Path, tmp_path: Path) -> Path:
+    """A copy of the six clips that a test may change."""
+    return Path(shutil.copytree(clips, tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny: Tiny, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The six clips in a cache, by real worker processes. Read only: copy it."""
+    folder = tmp_path_factory.mktemp("prepared")
+    complete(tiny("5b"), clips, folder)
+    return folder
+
+
+@pytest.fixture
+def output(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared cache."""
+    return Path(shutil.copytree(prepared, tmp_path / "output"))
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose weights are stored in bf16."""
+    from tiny_cogvideox import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("half") / "model", "5b", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_default_precision_is_that_of_the_weights_but_fp32_on_a_cpu(half: Path, device: str) -> None:
+    flags = ModelFlags(str(half))
+    geometry, on = read_geometry(flags), torch.device(device)
+    encoders = Encoders.of(flags, EncodeFlags(), geometry, on)
+    wanted = "fp32" if device == "cpu" else "bf16"
+    assert (encoders.vae_dtype, encoders.text_dtype) == (wanted, wanted)
+    asked = Encoders.of(flags, EncodeFlags(dtype="fp16"), geometry, on)
+    assert (asked.vae_dtype, asked.text_dtype) == ("fp16", "fp16")
+
+
+def test_a_folder_keeps_its_precision_on_another_device(
+    half: Path, clips: Path, tmp_path: Path, encoded: Encoded, threads: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder as a GPU made it is continued on this CPU: nothing is encoded anew, and a line says why."""
+    on_gpu = complete(half, clips, tmp_path / "bf16", encode_flags=EncodeFlags(dtype="bf16"))
+    assert on_gpu.dtypes == {"vae": "bf16", "text_encoder": "bf16"}
+    encoded.clips, encoded.captions = 0, []
+    capsys.readouterr()
+    here = complete(half, clips, tmp_path / "bf16")
+    assert encoded == Encoded()
+    assert (here.samples, here.dtypes) == (on_gpu.samples, on_gpu.dtypes)
+    note = f"encoding in bf16, as the tensors that {tmp_path / 'bf16'} has, although the default on this device is fp32"
+    assert f"{note}; --dtype fp32 encodes everything anew" in capsys.readouterr().err
+    anew = complete(half, clips, tmp_path / "bf16", encode_flags=EncodeFlags(dtype="fp32"))
+    assert (encoded.clips, anew.dtypes["vae"]) == (NUM_CLIPS, "fp32")
+    assert "encoding in" not in capsys.readouterr().err
+    made = preparation(half, clips, tmp_path / "new")
+    assert made.encoders.vae_dtype == "fp32"
+    assert str(made.precision_note()).startswith("encoding in fp32 on a CPU, not in bf16 as the weights are stored")
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_the_index_and_its_tensors(prepared: Path, clips: Path, tiny: Tiny) -> None:
+    index, cache = open_index(prepared), TensorCache(prepared)
+    assert [sample.id for sample in index.samples] == (clips / "videos.txt").read_text().split()
+    assert [sample.caption for sample in index.samples] == (clips / "prompts.txt").read_text().splitlines()
+    assert {sample.bucket for sample in index.samples} == {Bucket(5, 32, 48)}
+    assert (index.fps, index.text_length) == (8.0, 32)
+    assert index.dtypes == {"vae": "fp32", "text_encoder": "fp32"}
+    keys = {key for sample in index.samples for key in (*sample.video_keys, sample.prompt_key)}
+    assert len(keys) == 2 * NUM_CLIPS
+    assert set(tensor_files(prepared)) == {f"{key}.safetensors" for key in (*keys, index.empty_prompt_key)}
+    for sample in index.samples:
+        assert cache.read(sample.video_keys[0])["moments_CFHW"].shape == (32, 2, 4, 6)
+        assert cache.read(sample.prompt_key)["prompt_LD"].shape == (32, 32)
+    assert sorted(path.name for path in prepared.iterdir()) == [".lock", "index.json", "ledger.jsonl", "tensors"]
+
+
+def test_the_tensors_are_those_of_the_clips_and_captions(prepared: Path, clips: Path, tiny: Tiny) -> None:
+    index, cache, model = open_index(prepared), TensorCache(prepared), ModelFlags(str(tiny("5b")))
+    record = preparation(tiny("5b"), clips, prepared).plan()[3]
+    frames = decode_variant(Path(record["path"]), Variant.from_record(record["cuts"][0]["variants"][0]))
+    sample, cpu = index.samples[3], torch.device("cpu")
+    with models.video_encoder(model, "fp32", cpu, tiling=False) as vae:
+        moments = encode.video_moments(vae, frames)
+    assert torch.equal(cache.read(sample.video_keys[0])["moments_CFHW"], moments)
+    with models.text_encoder(model, "fp32", cpu) as (tokenizer, encoder):
+        for caption, key in ((sample.caption, sample.prompt_key), ("", index.empty_prompt_key)):
+            wanted = encode.prompt_embeds(tokenizer, encoder, [caption], 32)[0]
+            torch.testing.assert_close(cache.read(key)["prompt_LD"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_t5_is_freed_before_the_vae_is_loaded(
+    tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    held: list[Any] = []
+    text_encoder, video_encoder = models.text_encoder, models.video_encoder
+
+    def watched(open_part: Any) -> Any:
+        def part(*arguments: Any) -> Any:
+            assert all(tensor.is_meta for module in held for tensor in module.parameters())
+            block = open_part(*arguments)
+            enter = block.__enter__
+
+            class Watched:
+                def __enter__(self) -> Any:
+                    value = enter()
+                    held.append(value[1] if isinstance(value, tuple) else value)
+                    return value
+
+                def __exit__(self, *error: Any) -> Any:
+                    return block.__exit__(*error)
+
+            return Watched()
+
+        return part
+
+    monkeypatch.setattr(models, "text_encoder", watched(text_encoder))
+    monkeypatch.setattr(models, "video_encoder", watched(video_encoder))
+    complete(tiny("5b"), clips, tmp_path)
+    assert [type(module).__name__ for module in held] == ["T5EncoderModel", "AutoencoderKLCogVideoX"]
+    assert all(tensor.is_meta for module in held for tensor in module.parameters())
+
+
+# -- a second run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_encodes_and_loads_nothing(
+    tiny: Tiny, clips: Path, output: Path, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError(f"called with {arguments}")
+
+    before, index = tensor_files(output), open_index(output)
+    for name in ("text_encoder", "video_encoder"):
+        monkeypatch.setattr(models, name, never)
+    monkeypatch.setattr(prepare, "worker_pool", never)
+    assert complete(tiny("5b"), clips, output) == index
+    assert encoded == Encoded()
+    assert tensor_files(output) == before
+
+
+@pytest.mark.fault("kills: preparation is interrupted")
+def test_an_interrupted_run_goes_on(
+    tiny: Tiny,
+    clips: Path,
+    prepared: Path,
+    tmp_path: Path,
+    encoded: Encoded,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: None,
+) -> None:
+    write = TensorCache.write
+
+    def killed(self: TensorCache, key: str, tensors: dict[str, Any]) -> int:
+        if encoded.clips == 3:
+            raise KeyboardInterrupt
+        return write(self, key, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorCache, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            complete(tiny("5b"), clips, tmp_path)
+    assert not (tmp_path / "index.json").exists()
+    index = complete(tiny("5b"), clips, tmp_path)
+    assert encoded.clips == 3 + NUM_CLIPS - 1  # a clip is written when the next one is encoded: one was
+    assert len(encoded.captions) == NUM_CLIPS + 1
+    assert index == open_index(prepared)
+    assert tensor_files(tmp_path) == tensor_files(prepared)
+
+
+@pytest.mark.fault("data: a cached tensor is deleted")
+def test_a_deleted_tensor_is_made_again(tiny: Tiny, clips: Path, output: Path, encoded: Encoded, threads: None) -> None:
+    before, index = tensor_files(output), open_index(output)
+    TensorCache(output).path(index.samples[2].video_keys[0]).unlink()
+    assert complete(tiny("5b"), clips, output) == index
+    assert encoded == Encoded(1, [])
+    assert tensor_files(output) == before
+
+
+def test_an_edited_caption_costs_that_caption(
+    tiny: Tiny, data: Path, output: Path, encoded: Encoded, threads: None
+) -> None:
+    before = open_index(output)
+    lines = (data / "prompts.txt").read_text().splitlines()
+    lines[4] = "Something else."
+    (data / "prompts.txt").write_text("\n".join(lines))
+    index = complete(tiny("5b"), data, output)
+    assert encoded == Encoded(0, ["Something else."])
+    assert [s.prompt_key == t.prompt_key for s, t in zip(before.samples, index.samples, strict=True)] == [
+        number != 4 for number in range(NUM_CLIPS)
+    ]
+    assert open_index(output).samples[4].caption == "Something else."
+
+
+def test_the_id_token_is_part_of_the_caption(
+    tiny: Tiny, clips: Path, output: Path, encoded: Encoded, threads: None
+) -> None:
+    index = complete(tiny("5b"), clips, output, id_token="TOY_STYLE")
+    assert encoded.clips == 0
+    assert len(encoded.captions) == NUM_CLIPS
+    assert all(sample.caption.startswith("TOY_STYLE A ") for sample in index.samples)
+
+
+def test_a_touched_file_costs_nothing(tiny: Tiny, data: Path, output: Path, encoded: Encoded, threads: None) -> None:
+    index = complete(tiny("5b"), data, output)
+    for path in (data / "videos").iterdir():
+        os.utime(path, ns=(1, 1))
+    assert complete(tiny("5b"), data, output) == index
+    assert encoded == Encoded()
+
+
+@pytest.mark.fault("data: captions or clips are edited after they were prepared")
+def test_a_changed_clip_costs_that_clip(tiny: Tiny, data: Path, output: Path, encoded: Encoded, threads: None) -> None:
+    before, old = open_index(output), tensor_files(output)
+    frames = np.random.default_rng(0).integers(0, 256, (17, 64, 96, 3), np.uint8)
+    write_video(data / "videos/00001.mp4", frames, 8)
+    index = complete(tiny("5b"), data, output)
+    assert encoded == Encoded(1, [])
+    pairs = zip(before.samples, index.samples, strict=True)
+    assert [s.video_keys == t.video_keys for s, t in pairs] == [number != 1 for number in range(NUM_CLIPS)]
+    assert old.items() <= tensor_files(output).items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "clips_again", "captions_again"),
+    [
+        ({"height_buckets": (16,)}, NUM_CLIPS, 0),
+        ({"frame_selection": "head"}, NUM_CLIPS - 3, 0),
+        ({"video_reshape_mode": "center"}, NUM_CLIPS - 3, 0),
+        ({"random_flip": 1.0}, NUM_CLIPS, 0),
+        ({"max_bad_fraction": 0.5, "dataloader_num_workers": 2}, 0, 0),
+        ({"encode_flags": EncodeFlags(dtype="bf16")}, NUM_CLIPS, NUM_CLIPS + 1),
+        ({"encode_flags": EncodeFlags(encode_tiling=True)}, NUM_CLIPS, 0),
+    ],
+    ids=["size", "window", "crop", "flip", "what decides nothing", "dtype", "tiling"],
+)
+def test_another_recipe_costs_what_it_changes(
+    tiny: Tiny,
+    clips: Path,
+    output: Path,
+    encoded: Encoded,
+    threads: None,
+    changes: dict[str, Any],
+    clips_again: int,
+    captions_again: int,
+) -> None:
+    if "frame_selection" in changes:
+        # A window of 17 frames at 8 a second is the whole of the first three clips.
+        complete(tiny("5b"), clips, output, frame_buckets=(9, 17), max_num_frames=17)
+        encoded.clips = 0
+        changes = changes | {"frame_buckets": (9, 17), "max_num_frames": 17}
+    complete(tiny("5b"), clips, output, **changes)
+    assert encoded.clips == clips_again
+    assert len(encoded.captions) == captions_again
+
+
+def test_models_with_the_same_weights_share_the_cache(
+    tiny: Tiny, clips: Path, output: Path, encoded: Encoded, threads: None
+) -> None:
+    assert complete(tiny("2b"), clips, output).samples == open_index(output).samples
+    assert encoded == Encoded()
+
+
+def test_augmentations_are_variants(tiny: Tiny, clips: Path, tmp_path: Path, encoded: Encoded, threads: None) -> None:
+    index = complete(
+        tiny("5b"), clips, tmp_path, num_augmentations=3, random_flip=0.5, video_reshape_mode="random", seed=1
+    )
+    records = preparation(
+        tiny("5b"), clips, tmp_path, num_augmentations=3, random_flip=0.5, video_reshape_mode="random", seed=1
+    ).plan()
+    assert {len(sample.video_keys) for sample in index.samples} == {3}
+    flips = [variant["fit"]["flip"] for record in records for variant in record["cuts"][0]["variants"]]
+    assert len(flips) == 3 * NUM_CLIPS
+    assert set(flips) == {True, False}
+    assert encoded.clips == len({key for sample in index.samples for key in sample.video_keys})
+
+
+# -- bad clips ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("data: a clip that is shorter than its bucket")
+def test_a_short_clip_goes_to_a_smaller_bucket(tiny: Tiny, clips: Path, tmp_path: Path) -> None:
+    records = preparation(tiny("5b"), clips, tmp_path, frame_buckets=(5, 17, 81)).plan()
+    # 17 frames at 8 a second; 60 at 25 and 50 at 30, which give 19 and 14, to which 17 is nearer than 5.
+    assert [record["cuts"][0]["bucket"]["frames"] for record in records] == [17, 17, 17, 17, 17, 5]
+    assert {record["status"] for record in records} == {OK}
+
+
+def test_a_clip_too_short_for_all_stops_the_run(tiny: Tiny, clips: Path, tmp_path: Path, threads: None) -> None:
+    with pytest.raises(UsageError) as caught:
+        complete(tiny("5b"), clips, tmp_path, frame_buckets=(17,))
+    assert caught.value.problems == (
+        "--max_bad_fraction 0: 1 of 6 clips cannot be used; fix or remove them, see the table (ledger.jsonl has all), "
+        "or continue without: --max_bad_fraction 0.167",
+    )
+    assert not (tmp_path / "index.json").exists()
+
+
+@pytest.mark.fault("data: a clip that is shorter than its bucket")
+def test_a_short_clip_is_dropped_where_that_is_allowed(
+    tiny: Tiny, clips: Path, tmp_path: Path, encoded: Encoded, threads: None
+) -> None:
+    index = complete(tiny("5b"), clips, tmp_path, frame_buckets=(17,), max_bad_fraction=0.167)
+    assert [sample.id for sample in index.samples] == [f"videos/0000{k}.mp4" for k in range(5)]
+    assert encoded.clips == 5
+    assert len(encoded.captions) == 6
+    with pytest.raises(UsageError, match=r"--max_bad_fraction 0\.16: 1 of 6"):
+        complete(tiny("5b"), clips, tmp_path, frame_buckets=(17,), max_bad_fraction=0.16)
+
+
+def test_nothing_left_is_an_error(tiny: Tiny, clips: Path, tmp_path: Path, threads: None) -> None:
+    with pytest.raises(UsageError, match="no clip is left to train on"):
+        complete(tiny("5b"), clips, tmp_path, frame_buckets=(81,), max_num_frames=81, max_bad_fraction=1.0)
+
+
+@pytest.mark.fault("data: files that are not videos")
+def test_files_that_are_no_videos_are_listed_with_the_reason(
+    tiny: Tiny, data: Path, tmp_path: Path, threads: None
+) -> None:
+    (data / "videos/00000.mp4").write_text("not a video")
+    (data / "videos/00002.mp4").write_bytes(b"")
+    records = preparation(tiny("5b"), data, tmp_path / "out").plan()
+    assert [record["status"] for record in records] == [FAILED, OK, FAILED, OK, OK, OK]
+    assert "Invalid data found" in records[0]["reason"]
+    assert "is empty; download it again" in records[2]["reason"]
+    with pytest.raises(UsageError, match="2 of 6 clips cannot be used"):
+        check_bad(records, 0.3)
+    check_bad(records, 0.34)
+
+
+def cut_in_the_middle(path: Path) -> None:
+    """Zeros over the last third of the coded pictures: the header and the first frame stay good."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat")
+    middle = start + (len(content) - start) // 2
+    content[middle:] = bytes(len(content) - middle)
+    path.write_bytes(content)
+
+
+def damaged_video(path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (17, 64, 96, 3), np.uint8)
+    write_video(path, frames, 8)
+    cut_in_the_middle(path)
+
+
+@pytest.mark.fault("data: a clip that does not decode")
+def test_a_clip_that_does_not_decode_is_found_and_kept_in_mind(
+    tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None
+) -> None:
+    damaged_video(data / "videos/00003.mp4")
+    made = preparation(
+        tiny("5b"), data, tmp_path / "out", frame_buckets=(17,), frame_selection="head", max_bad_fraction=0.5
+    )
+    records = made.plan()
+    assert records[3]["status"] == OK
+    index, _ = made.encode(records, 4)
+    assert [sample.id for sample in index.samples] == [f"videos/0000{k}.mp4" for k in (0, 1, 2, 4)]
+    after = made.plan()
+    assert [record["status"] for record in after] == [OK, OK, OK, FAILED, OK, SHORT]
+    assert "00003.mp4" in after[3]["reason"]
+    with pytest.raises(UsageError, match="2 of 6"):
+        check_bad(after, 0.0)
+
+
+def test_copies_of_a_clip_that_does_not_decode_are_all_dropped(
+    tiny: Tiny, data: Path, tmp_path: Path, threads: None
+) -> None:
+    damaged_video(data / "videos/00003.mp4")
+    shutil.copy(data / "videos/00003.mp4", data / "videos/00004.mp4")
+    made = preparation(
+        tiny("5b"), data, tmp_path / "out", frame_buckets=(17,), frame_selection="head", max_bad_fraction=0.5
+    )
+    index, _ = made.encode(made.plan(), 4)
+    cache = TensorCache(tmp_path / "out")
+    assert all(cache.has(key) for sample in index.samples for key in sample.video_keys)
+
+
+def test_copies_of_a_clip_are_encoded_once(
+    tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None
+) -> None:
+    shutil.copy(data / "videos/00000.mp4", data / "videos/00001.mp4")
+    lines = (data / "videos.txt").read_text().splitlines()
+    (data / "videos.txt").write_text("\n".join([*lines[:5], lines[0]]))
+    index = complete(tiny("5b"), data, tmp_path / "out")
+    assert encoded.clips == 4
+    assert len(index.samples) == 6
+    assert index.samples[0].video_keys == index.samples[1].video_keys == index.samples[5].video_keys
+    assert len({sample.id for sample in index.samples}) == 6
+
+
+@pytest.mark.fault("numbers: an encoding that is not finite")
+def test_moments_that_are_not_finite_stop_the_run(
+    tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    monkeypatch.setattr(encode, "video_moments", lambda vae, frames: torch.full((2, 1, 1, 1), float("inf")))
+    with pytest.raises(UsageError, match=r"--dtype fp16: the VAE overflows on .*00000.mp4; give bf16 or fp32"):
+        complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(dtype="fp16"))
+    assert not (tmp_path / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("tiling", "message"),
+    [
+        (False, r"--encode_tiling false: .* too little free memory to encode 5x32x48; give --encode_tiling true"),
+        (True, r"--encode_tiling true: .* too little free memory to encode 5x32x48; give smaller buckets"),
+    ],
+)
+@pytest.mark.fault("memory: out of memory while a clip is encoded")
+def test_a_clip_that_does_not_fit_on_the_device_names_the_flag(
+    tiny: Tiny,
+    clips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: None,
+    tiling: bool,
+    message: str,
+) -> None:
+    def full(vae: Any, frames: np.ndarray) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(encode, "video_moments", full)
+    with pytest.raises(UsageError, match=message):
+        complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(encode_tiling=tiling))
+
+
+def test_a_clip_is_stored_while_the_next_is_encoded(
+    tiny: Tiny, clips: Path, tmp_path: Path, encoded: Encoded, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    write, begun = TensorCache.write, []
+
+    def watched(self: TensorCache, key: str, tensors: dict[str, Any]) -> int:
+        if "moments_CFHW" in tensors:
+            begun.append(encoded.clips)
+        return write(self, key, tensors)
+
+    monkeypatch.setattr(TensorCache, "write", watched)
+    complete(tiny("5b"), clips, tmp_path)
+    assert begun == [2, 3, 4, 5, 6, 6]
+
+
+def test_one_behind_loses_nothing_and_keeps_the_order() -> None:
+    for number in range(4):
+        assert list(one_behind(iter(range(number)))) == list(range(number))
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 5), (1,)])
+def test_what_arrives_is_whole_and_contiguous(shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape)
+    turned = {"a": tensor.movedim(0, -1), "b": tensor}
+    arrived = encode.Arriving(turned).wait()
+    assert all(torch.equal(arrived[name], turned[name]) and arrived[name].is_contiguous() for name in turned)
+
+
+# -- where T5 lies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_t5_on_the_host_makes_the_same_embeddings(
+    tiny: Tiny,
+    clips: Path,
+    tmp_path: Path,
+    encoded: Encoded,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: None,
+    batch: int,
+) -> None:
+    text_encoder, opened = models.text_encoder, []
+
+    def watched(*arguments: Any) -> Any:
+        opened.append(arguments[3:])
+        return text_encoder(*arguments)
+
+    monkeypatch.setattr(models, "text_encoder", watched)
+    monkeypatch.setattr(prepare, "CAPTIONS_A_PASS", 2)
+    folders = {place: tmp_path / place for place in ("device", "host")}
+    for place, folder in folders.items():
+        complete(tiny("5b"), clips, folder, encode_flags=EncodeFlags(t5_on=place), caption_batch=batch)
+    assert opened == [("device", batch), ("host", batch)]
+    assert len(encoded.captions) == 2 * (NUM_CLIPS + 1)
+    assert tensor_files(folders["device"]) == tensor_files(folders["host"])
+
+
+@pytest.mark.fault("memory: out of memory where T5 is loaded")
+def test_t5_that_does_not_fit_on_the_device_names_the_flag(
+    tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(encode, "prompt_embeds", full)
+    for place, fix in (("device", "give --t5_on host"), ("host", "end what else uses it")):
+        with pytest.raises(UsageError, match=f"--t5_on {place}: .* too little free memory for T5; {fix}"):
+            complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(t5_on=place))
+
+
+@pytest.mark.fault("numbers: an encoding that is not finite")
+def test_a_caption_whose_embedding_is_not_finite_is_named(
+    tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    def overflowing(tokenizer: Any, encoder: Any, captions: list[str], length: int) -> torch.Tensor:
+        return torch.tensor([float("inf") if "green" in caption else 0.0 for caption in captions])[:, None, None]
+
+    monkeypatch.setattr(encode, "prompt_embeds", overflowing)
+    with pytest.raises(
+        UsageError, match=r"--dtype fp16: T5 overflows on 'A green disc moves to the right.'; give bf16"
+    ):
+        complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(dtype="fp16"))
+
+
+# -- first frames ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def framed(tiny: Tiny, clips: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared cache with two encodings of each first frame added. Read only: copy it."""
+    folder = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("framed") / "out"))
+    complete(tiny("5b-i2v"), clips, folder, image_variants=2)
+    return folder
+
+
+def write_image(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
+    frame = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(frame).save(path)
+    return frame
+
+
+def with_images(data: Path, sizes: Sequence[tuple[int, int]]) -> list[Path]:
+    """Keeps as many of the first clips (three are 96x64) as there are sizes, and lists an image of its own for each."""
+    for name in ("prompts.txt", "videos.txt"):
+        lines = (data / name).read_text().splitlines()[: len(sizes)]
+        (data / name).write_text("".join(f"{line}\n" for line in lines))
+    paths = [data / f"{number}.png" for number in range(len(sizes))]
+    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        write_image(path, *size, seed=number)
+    (data / "images.txt").write_text("".join(f"{path.name}\n" for path in paths))
+    return paths
+
+
+SHAPES = [(64, 96)] * 3
+
+
+def test_first_frames_are_added_to_what_is_there(prepared: Path, framed: Path) -> None:
+    before, after = open_index(prepared), open_index(framed)
+    assert after.without_images() == before
+    assert (before.image_variants, after.image_variants) == (0, 2)
+    keys = {key for sample in after.samples for key in sample.image_keys}
+    assert len(keys) == NUM_CLIPS
+    assert keys <= after.keys
+    assert set(tensor_files(framed)) - set(tensor_files(prepared)) == {f"{key}.safetensors" for key in keys}
+    assert {k: v for k, v in tensor_files(framed).items() if k in tensor_files(prepared)} == tensor_files(prepared)
+    assert after.fingerprint != before.fingerprint == after.without_images().fingerprint
+
+
+def images_of(folder: Path, number: int) -> list[torch.Tensor]:
+    """The encodings of a clip's first frame, one tensor a clip variant."""
+    sample = open_index(folder).samples[number]
+    return [TensorCache(folder).read(key)["image_moments_KCHW"] for key in sample.image_keys]
+
+
+def test_a_first_frame_is_the_clip_s_cut_as_the_clip(
+    tiny: Tiny, clips: Path, tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each variant: window, resize, crop and flip are those of the clip."""
+    clips_seen: list[bytes] = []
+    images_seen: list[bytes] = []
+    image, video = encode.image_moments, encode.video_moments
+    monkeypatch.setattr(encode, "video_moments", lambda *a: (clips_seen.append(a[1][0].tobytes()), video(*a))[1])
+    monkeypatch.setattr(encode, "image_moments", lambda *a: (images_seen.append(a[1].tobytes()), image(*a))[1])
+    changes = {"num_augmentations": 3, "random_flip": 0.5, "video_reshape_mode": "random", "frame_selection": "random"}
+    index = complete(tiny("5b-i2v"), clips, tmp_path, image_variants=2, **changes)
+    assert set(clips_seen) == set(images_seen)
+    assert len(set(images_seen)) > NUM_CLIPS
+    assert {len(sample.image_keys) for sample in index.samples} == {3}
+    assert {image.shape for image in images_of(tmp_path, 0)} == {(2, 32, 4, 6)}
+
+
+def test_a_listed_image_is_cut_as_its_clip(
+    tiny: Tiny, data: Path, tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any size; only its shape is the clip's."""
+    with_images(data, [(128, 192)])
+    picture = np.asarray(Image.open(data / "0.png"))
+    seen: list[np.ndarray] = []
+    image = encode.image_moments
+    monkeypatch.setattr(encode, "image_moments", lambda *a: (seen.append(a[1]), image(*a))[1])
+    changes = {"random_flip": 1.0, "video_reshape_mode": "center", "height_buckets": (64,)}
+    complete(tiny("5b-i2v"), data, tmp_path / "out", image_variants=1, num_augmentations=1, **changes)
+    half = picture.reshape(64, 2, 96, 2, 3).mean(axis=(1, 3))
+    assert np.abs(seen[0] - half[:, 24:72][:, ::-1]).max() <= 1
+
+
+def test_a_second_run_encodes_no_first_frame(
+    tiny: Tiny, clips: Path, framed: Path, tmp_path: Path, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Path(shutil.copytree(framed, tmp_path / "out"))
+    monkeypatch.setattr(prepare, "worker_pool", lambda *_: pytest.fail("a file was opened"))
+    assert complete(tiny("5b-i2v"), clips, output, image_variants=2) == open_index(framed)
+    assert complete(tiny("5b"), clips, output) == open_index(framed).without_images()
+    assert encoded == Encoded()
+
+
+@pytest.mark.parametrize("changes", [{"image_variants": 3}, {"seed": 7}], ids=["more noises", "seed"])
+def test_other_noise_costs_the_first_frames_alone(
+    tiny: Tiny, clips: Path, framed: Path, tmp_path: Path, encoded: Encoded, threads: None, changes: dict[str, Any]
+) -> None:
+    output = Path(shutil.copytree(framed, tmp_path / "out"))
+    complete(tiny("5b-i2v"), clips, output, **{"image_variants": 2} | changes)
+    assert encoded == Encoded()
+    one, other = images_of(framed, 0)[0], images_of(output, 0)[0]
+    assert torch.equal(one[:2], other[:2]) == ("image_variants" in changes)
+
+
+def test_an_edited_image_costs_that_image(
+    tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None
+) -> None:
+    paths = with_images(data, SHAPES)
+    before = complete(tiny("5b-i2v"), data, tmp_path, image_variants=1)
+    encoded.clips = 0
+    write_image(paths[2], *SHAPES[2], seed=99)
+    after = complete(tiny("5b-i2v"), data, tmp_path, image_variants=1)
+    assert encoded.clips == 0
+    pairs = list(zip(before.samples, after.samples, strict=True))
+    assert [one.image_keys == other.image_keys for one, other in pairs] == [True, True, False]
+    assert [one.video_keys == other.video_keys for one, other in pairs] == [True] * 3
+
+
+def test_one_clip_with_two_images(tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None) -> None:
+    with_images(data, SHAPES)
+    lines = (data / "videos.txt").read_text().splitlines()
+    (data / "videos.txt").write_text("\n".join([lines[0], lines[0], lines[1]]))
+    index = complete(tiny("5b-i2v"), data, tmp_path, image_variants=1)
+    first, second, third = index.samples
+    assert first.video_keys == second.video_keys != third.video_keys
+    assert len({first.image_keys, second.image_keys, third.image_keys}) == 3
+    assert all(TensorCache(tmp_path).has(key) for key in index.keys)
+
+
+def test_images_are_not_looked_at_for_text_to_video(tiny: Tiny, data: Path, tmp_path: Path, threads: None) -> None:
+    with_images(data, [(10, 10)])
+    assert len(complete(tiny("5b"), data, tmp_path).samples) == 1
+
+
+@pytest.mark.fault("data: images that cannot be used")
+def test_bad_images_are_listed_and_their_clips_dropped(
+    tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None
+) -> None:
+    """No image, another shape than the clip's, cut off in the middle."""
+    paths = with_images(data, [*SHAPES[:2], (64, 64), (96, 128)])
+    paths[0].write_text("not an image")
+    with Image.open(paths[1]) as picture:
+        picture.convert("RGB").save(paths[1], "JPEG")  # of which the header is read by itself
+    paths[1].write_bytes(paths[1].read_bytes()[:-2000])
+    made = preparation(tiny("5b-i2v"), data, tmp_path, image_variants=1, max_bad_fraction=0.75)
+    records = made.plan()
+    assert [record["status"] for record in records] == [FAILED, OK, FAILED, OK]
+    assert records[0]["path"] == str(paths[0])
+    assert records[2]["reason"].startswith("is 64x64, its clip 96x64: a first frame has its clip's shape; ")
+    index, after = made.encode(records, 4)
+    assert [record["status"] for record in after] == [FAILED, FAILED, FAILED, OK]
+    assert "1.png" in after[1]["reason"]
+    assert [sample.id for sample in index.samples] == ["videos/00003.mp4"]
+    assert made.plan() == after  # kept in mind
+    assert len(complete(tiny("5b"), data, tmp_path).samples) == 4
+
+
+def test_an_image_that_changes_while_it_is_prepared_is_given_up_for_this_time(
+    tiny: Tiny, data: Path, tmp_path: Path, threads: None
+) -> None:
+    paths = with_images(data, SHAPES)
+    made = preparation(tiny("5b-i2v"), data, tmp_path, image_variants=1, max_bad_fraction=0.5)
+    records = made.plan()
+    write_image(paths[1], *SHAPES[1], seed=99)
+    os.utime(paths[1], ns=(1, 1))
+    index, after = made.encode(records, 4)
+    assert [record["status"] for record in after] == [OK, UNREADABLE, OK]
+    assert len(complete(tiny("5b-i2v"), data, tmp_path, image_variants=1).samples) == len(index.samples) + 1
+
+
+# -- ranks and processes -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rank:
+    """Like accelerate's PartialState: one of several ranks, each a thread here, one of which runs at a time."""
+
+    process_index: int
+    num_processes: int
+    barrier: threading.Barrier
+    turn: threading.Lock
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.process_index == 0
+
+    def wait_for_everyone(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait(60)
+        finally:
+            self.turn.acquire()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.fault("ranks: several processes prepare the same folder")
+def test_ranks_together_make_what_one_makes(
+    tiny: Tiny, clips: Path, prepared: Path, tmp_path: Path, encoded: Encoded, threads: None, ranks: int
+) -> None:
+    barrier, turn = threading.Barrier(ranks), threading.Lock()
+
+    def work(number: int) -> CacheIndex:
+        try:
+            with turn:
+                return complete(tiny("5b"), clips, tmp_path, Rank(number, ranks, barrier, turn))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(ranks) as pool:
+        indices = list(pool.map(work, range(ranks)))
+    assert indices == [open_index(prepared)] * ranks
+    assert open_index(tmp_path) == open_index(prepared)
+    assert tensor_files(tmp_path).keys() == tensor_files(prepared).keys()
+    moments = {f"{key}.safetensors" for sample in indices[0].samples for key in sample.video_keys}
+    assert all(tensor_files(tmp_path)[name] == tensor_files(prepared)[name] for name in moments)
+    # Each clip and caption by one rank, and each rank its share.
+    assert sorted(encoded.clips_of_thread.values()) == {2: [3, 3], 4: [1, 1, 2, 2]}[ranks]
+    assert encoded.clips == NUM_CLIPS
+    assert len(encoded.captions) == len(set(encoded.captions)) == NUM_CLIPS + 1
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == NUM_CLIPS
+
+
+def test_nothing_is_probed_or_decoded_in_this_process(
+    tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: Encoded
+) -> None:
+    def never(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError("in the main process")
+
+    for name in ("read_frames", "probe", "content_hash"):
+        monkeypatch.setattr(clips_module, name, never)
+    with pytest.raises(AssertionError, match="in the main process"):
+        decode_variant(clips / "videos/00000.mp4", Variant((0,), Fit(8, 8, 0, 0, 8, 8, False), "pyav"))
+    complete(tiny("5b"), clips, tmp_path, dataloader_num_workers=2)
+    assert encoded.clips == NUM_CLIPS
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_change_with_all_that_decides_the_tensor() -> None:
+    base: dict[str, Any] = {
+        "vae": "v",
+        "text_encoder": "t",
+        "vae_dtype": "bf16",
+        "text_dtype": "bf16",
+        "tiling": False,
+        "text_length": 226,
+    }
+    variant = {"indices": [0, 1], "fit": {"flip": False}}
+
+    def keys(
+        content: str = "c", caption: str = "a", variant: dict[str, Any] = variant, **changes: Any
+    ) -> tuple[str, str]:
+        encoders = Encoders(**base | changes)
+        return encoders.video_key(content, variant), encoders.prompt_key(caption)
+
+    video, prompt = keys()
+    assert keys() == (video, prompt)
+    for changes in ({"content": "d"}, {"variant": {"indices": [0, 2], "fit": {"flip": False}}}, {"vae": "w"}):
+        assert keys(**changes)[0] != video
+        assert keys(**changes)[1] == prompt
+    for changes in ({"vae_dtype": "fp32"}, {"tiling": True}, {"variant": json.loads(json.dumps(variant)) | {"k": 1}}):
+        assert keys(**changes)[0] != video
+        assert keys(**changes)[1] == prompt
+    for changes in ({"caption": "b"}, {"text_encoder": "u"}, {"text_dtype": "fp32"}, {"text_length": 32}):
+        assert keys(**changes)[1] != prompt
+        assert keys(**changes)[0] == video
+
+
+def test_a_cache_is_not_bound_to_the_data_s_place(
+    tiny: Tiny, data: Path, output: Path, encoded: Encoded, threads: None
+) -> None:
+    assert complete(tiny("5b"), data, output).samples == open_index(output).samples
+    assert encoded == Encoded()
+
+
+# -- while others change things ----------------------------------------------------------------------------------------
+
+
+def during_encoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    """Calls ``act`` once, between planning and the decoding of clips."""
+    real, done = models.video_encoder, []
+
+    def encoder(*arguments: Any) -> Any:
+        if not done:
+            done.append(act())
+        return real(*arguments)
+
+    monkeypatch.setattr(models, "video_encoder", encoder)
+
+
+@pytest.mark.fault("data: a media file that changes while it is prepared")
+def test_a_clip_that_changes_after_planning_is_never_stored_as_what_it_was(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    clip, output = data / "videos/00001.mp4", tmp_path / "out"
+    original = clip.read_bytes()
+    with monkeypatch.context() as patch:
+        during_encoding(patch, lambda: shutil.copy(data / "videos/00004.mp4", clip))
+        with pytest.raises(UnusableClips) as caught:
+            complete(tiny("5b"), data, output)
+    assert "has changed while it was prepared" in caught.value.records[1]["reason"]
+    clip.write_bytes(original)
+    index = complete(tiny("5b"), data, output)
+    reference = complete(tiny("5b"), data, tmp_path / "fresh")
+    assert index.samples == reference.samples
+    assert tensor_files(output) == tensor_files(tmp_path / "fresh")
+
+
+def test_a_clip_that_goes_and_comes_back_is_not_remembered_as_failed(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    clip, away, output = data / "videos/00001.mp4", tmp_path / "away.mp4", tmp_path / "out"
+    with monkeypatch.context() as patch:
+        during_encoding(patch, lambda: os.rename(clip, away))
+        with pytest.raises(UnusableClips) as caught:
+            complete(tiny("5b"), data, output)
+    assert "has changed while it was prepared" in caught.value.records[1]["reason"]
+    os.rename(away, clip)
+    assert len(complete(tiny("5b"), data, output).samples) == NUM_CLIPS
+
+
+@pytest.mark.fault("ranks: two jobs prepare the same folder")
+def test_tensors_that_another_job_takes_away_are_not_indexed(
+    tiny: Tiny, clips: Path, output: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    made = preparation(tiny("5b"), clips, output)
+    records = made.plan()
+    key = open_index(output).samples[0].video_keys[0]
+    monkeypatch.setattr(made, "_encode_cuts", lambda missing, encoders: made.cache.remove(key))
+    with pytest.raises(UsageError, match="1 tensors went missing meanwhile; run the same command again"):
+        made.encode(records)
+    assert len(complete(tiny("5b"), clips, output).samples) == NUM_CLIPS
+
+
+def test_a_validation_set_that_comes_to_nothing_is_an_error(
+    tiny: Tiny, clips: Path, tmp_path: Path, threads: None
+) -> None:
+    held = tmp_path / "held"
+    (held / "videos").mkdir(parents=True)
+    shutil.copy(clips / "videos/00005.mp4", held / "videos")
+    (held / "prompts.txt").write_text("short\n")
+    (held / "videos.txt").write_text("videos/00005.mp4\n")
+    flags = {"validation_data_root": (str(held),), "frame_buckets": (17,), "max_bad_fraction": 0.5}
+    with pytest.raises(UsageError, match="no clip is left to measure on"):
+        complete(tiny("5b"), clips, tmp_path / "out", **flags)
+
+
+@pytest.mark.fault("data: a file that kills the process that reads it")
+def test_killed_workers_are_remembered_under_their_limits_only(
+    tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Killing(Here):
+        def run(self, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+            for function, path, *rest in jobs:
+                asked.append(Path(path).name)
+                killed = Killed("no result after 9 s"), Killed("its worker was killed", transient=True)
+                number = {"00001.mp4": 0, "00002.mp4": 1}.get(asked[-1])
+                yield function(path, *rest) if number is None else killed[number]
+
+    monkeypatch.setattr(prepare, "worker_pool", lambda data, limits: Killing())
+    statuses = [record["status"] for record in preparation(tiny("5b"), clips, tmp_path).plan()]
+    assert statuses == [OK, KILLED, UNREADABLE, OK, OK, OK]
+    asked.clear()
+    preparation(tiny("5b"), clips, tmp_path).plan()
+    assert asked == ["00002.mp4"]  # the machine's fault: tried again
+    asked.clear()
+    preparation(tiny("5b"), clips, tmp_path, decode_timeout=500.0).plan()
+    assert sorted(asked) == ["00001.mp4", "00002.mp4"]
+
+
+@pytest.mark.parametrize("number", [3, 7, 29, 97, 100, 355])
+def test_the_fraction_that_is_advised_is_enough(number: int) -> None:
+    for bad in range(1, number):
+        records: list[dict[str, Any]] = [{"status": OK}] * (number - bad)
+        records += [{"status": SHORT, "path": "p", "reason": "r"}] * bad
+        with pytest.raises(UsageError) as caught:
+            check_bad(records, (bad - 1) / number)
+        check_bad(records, float(caught.value.problems[-1].rpartition(" ")[2]))
+        with pytest.raises(UsageError):
+            check_bad(records, (bad - 0.5) / number)
+
+
+@pytest.mark.parametrize("change", [{"status": "odd"}, {"cuts": None}, {"content": None}])
+def test_a_ledger_line_of_another_kind_is_as_good_as_none(
+    tiny: Tiny, clips: Path, output: Path, encoded: Encoded, threads: None, change: dict[str, Any]
+) -> None:
+    index, path = open_index(output), output / "ledger.jsonl"
+    records = [json.loads(line) | change for line in path.read_text().splitlines()]
+    records = [{name: value for name, value in record.items() if value is not None} for record in records]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert complete(tiny("5b"), clips, output) == index
+    assert encoded == Encoded()

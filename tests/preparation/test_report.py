@@ -1,0 +1,351 @@
+"""report.py: what a preparation says before and after, compared with what it then does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import prepare_dataset
+import pytest
+from PIL import Image
+from preparing import preparation, tensor_files
+
+from cogvideox.config.args import parse
+from cogvideox.config.options import PrepareOptions
+from cogvideox.data.cache import open_index
+from cogvideox.data.media.decode import write_video
+from cogvideox.errors import UsageError
+from cogvideox.preparation import report
+
+Tiny = Callable[[str], Path]
+pytestmark = pytest.mark.usefixtures("threads")
+SIZE = ("--height_buckets", "32", "--width_buckets", "48")
+
+
+@pytest.fixture
+def configs(tiny: Tiny, tmp_path: Path) -> Path:
+    """A model folder without any weights."""
+    for part in ("transformer", "vae", "scheduler", "tokenizer"):
+        (tmp_path / "model" / part).mkdir(parents=True)
+        for path in (tiny("5b") / part).glob("*[!s]"):
+            shutil.copy(path, tmp_path / "model" / part)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def data(clips: Path, tmp_path: Path) -> Path:
+    """A copy of the six clips that a test may change."""
+    return Path(shutil.copytree(clips, tmp_path / "data"))
+
+
+def run(model: Path, data: Path, output: Path, *more: str) -> int:
+    argv = ["--model_id", str(model), "--data_root", str(data), "--output_dir", str(output), *SIZE, *more]
+    return prepare_dataset.main(parse(PrepareOptions, None, argv))
+
+
+def described(model: Path, data: Path, output: Path, costs: bool = False, **changes: Any) -> list[str]:
+    made = preparation(model, data, output, **changes)
+    return report.describe(made, made.plan(), costs).splitlines()
+
+
+def test_a_dry_run_reads_no_weights_and_encodes_nothing(
+    configs: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(configs, clips, tmp_path / "out", "--dry_run", "--frame_buckets", "9", "17") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["bucket", "clips", "variants", "enlarged", "stretched", "by", "cut", "off", "MiB"],
+        ["9x32x48", "1", "1", "0", "125%", "0%", "0.0"],
+        ["17x32x48", "5", "5", "0", "12%", "0%", "0.0"],
+    ]
+    assert lines[-2].startswith("hours are not known: ")
+    assert lines[-1] == "next: the same command without --dry_run encodes this"
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_the_costs_are_what_is_then_written(
+    tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny("5b"), clips, tmp_path, "--dry_run", "--frame_buckets", "5") == 0
+    line = capsys.readouterr().out.splitlines()[-2]
+    match = re.fullmatch(
+        r"to encode: 6 variants of clips and 7 captions, ([\d.]+) MiB; the clips take about \d+ s on one cpu", line
+    )
+    assert match
+    assert run(tiny("5b"), clips, tmp_path, "--frame_buckets", "5") == 0
+    written = sum(map(len, tensor_files(tmp_path).values())) - 13 * 400  # headers
+    assert float(match[1]) == pytest.approx(written / 2**20, abs=0.06)
+    assert run(tiny("5b"), clips, tmp_path, "--dry_run", "--frame_buckets", "5") == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "to encode: 0 variants of clips and 0 captions, 0.0 MiB"
+
+
+def test_the_costs_of_first_frames(tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image-to-video model has them without a flag, another one with it; false leaves them out."""
+    flags = ("--frame_buckets", "5", "--num_image_noise_variants", "3")
+    assert run(tiny("5b"), clips, tmp_path, *flags) == 0
+    capsys.readouterr()
+    written = sum(map(len, tensor_files(tmp_path).values()))
+    assert run(tiny("5b"), clips, tmp_path, *flags, "--save_image_latents", "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(
+        r"to encode: 0 variants of clips, 6 first frames 3 times each and 0 captions, [\d.]+ MiB", lines[-2]
+    )
+    size = float(lines[-2].split(" captions, ")[1].split()[0])
+    plain, many = (described(tiny("5b-i2v"), clips, tmp_path, image_variants=k)[1].split()[-1] for k in (0, 300))
+    assert float(many) - float(plain) == pytest.approx(100 * size, rel=0.5)
+    assert run(tiny("5b-i2v"), clips, tmp_path, *flags) == 0
+    added = sum(map(len, tensor_files(tmp_path).values())) - written - 6 * 400
+    assert size == pytest.approx(added / 2**20, abs=0.06)
+    assert open_index(tmp_path).image_variants == 3
+    assert run(tiny("5b-i2v"), clips, tmp_path, *flags, "--save_image_latents", "false") == 0
+    assert open_index(tmp_path).image_variants == 0
+    assert len(open_index(tmp_path).samples) == 6
+
+
+def test_what_is_done_to_the_clips_of_a_bucket(configs: Path, data: Path, tmp_path: Path) -> None:
+    changes = {"height_buckets": (96,), "width_buckets": (96,), "video_reshape_mode": "center"}
+    lines = described(configs, data, tmp_path / "out", **changes, num_augmentations=2)
+    # 96x64, 128x96 and 64x96 (width x height): all but the second are enlarged 1.5 times
+    assert lines[1].split() == ["5x96x96", "6", "12", "4", "0%", "33%", "0.1"]
+
+
+def test_dropped_clips_have_a_status_and_a_reason(configs: Path, data: Path, tmp_path: Path) -> None:
+    (data / "videos/00000.mp4").write_text("not a video")
+    lines = described(configs, data, tmp_path / "out", frame_buckets=(17,), height_buckets=(80,), width_buckets=(112,))
+    assert "4 of 6 clips are used, and these are not:" in lines
+    assert "1 cannot be read or trained on:" in lines
+    assert "1 too short:" in lines
+    assert any(re.match(r"  \S+00000.mp4: .*Invalid data", line) for line in lines)
+    assert any(
+        re.match(r"  \S+00005.mp4: 1.67 s give 14 frames .* and the shortest bucket has 17; give a shorter one", line)
+        for line in lines
+    )
+    lines = described(configs, data, tmp_path / "out", height_buckets=(128,), width_buckets=(160,))
+    assert "3 too small:" in lines
+    wanted = "/videos/00001.mp4: 96x64 pixels would be enlarged 2.00 times, and 1.5 is the most; give a smaller bucket"
+    assert any(wanted in line for line in lines)
+    lines = described(configs, data, tmp_path / "out", height_buckets=(128,), width_buckets=(160,), max_upscale=2.5)
+    assert lines[1].split()[:4] == ["5x128x160", "5", "5", "5"]
+
+
+def test_captions_that_are_cut_are_named_the_longest_first(configs: Path, data: Path, tmp_path: Path) -> None:
+    captions = (data / "prompts.txt").read_text().splitlines()
+    captions[1], captions[4] = "a red square " * 20, "a red square " * 40
+    (data / "prompts.txt").write_text("\n".join(captions))
+    lines = described(configs, data, tmp_path / "out")
+    (at,) = (number for number, line in enumerate(lines) if "captions are cut" in line)
+    assert lines[at].startswith("2 captions are cut after 32 tokens")
+    found = [re.fullmatch(r"  (\S+): (\d+) tokens", line) for line in lines[at + 1 : at + 3]]
+    assert [match[1] for match in found if match] == ["videos/00004.mp4", "videos/00001.mp4"]
+    assert all(match and int(match[2]) > 32 for match in found)
+    assert not any("tokens" in line for line in lines[at + 3 :])
+
+
+def test_frame_counts_that_inference_changes_are_said(configs: Path, clips: Path, tmp_path: Path) -> None:
+    lines = described(configs, clips, tmp_path / "out", frame_buckets=(8,))
+    assert "8 frames are 2 latent frames, of which inference makes 8 frames" in lines
+
+
+def test_a_validation_clip_that_is_trained_on_is_said(configs: Path, clips: Path, data: Path, tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (17, 64, 96, 3), np.uint8)
+    write_video(data / "videos/00003.mp4", frames, 8)
+    lines = described(configs, clips, tmp_path / "out", validation_data_root=(str(data),))
+    assert "--validation_data_root: 5 clips are trained on too, and say nothing:" in lines
+    assert f"  {data / 'videos/00000.mp4'}" in lines
+    assert not any("00003" in line for line in lines)
+
+
+# -- what helps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wall(tmp_path: Path) -> Path:
+    """Clips without captions: eight long ones and five of seven frames, landscape and portrait, and two of junk."""
+    folder = tmp_path / "wall"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(13):
+        shape = (64, 96, 3) if k % 3 else (96, 64, 3)
+        frames = np.repeat(rng.integers(0, 256, (1, *shape), np.uint8), 20 if k < 8 else 7, axis=0)
+        write_video(folder / f"IMG_{k:02d}.mp4", frames, 8)
+    for k in (1, 2):
+        (folder / f"junk{k}.mp4").write_text("not a video")
+    return folder
+
+
+def checked(model: Path, data: Path, output: Path, *more: str) -> int:
+    """As the command line does it, with its checks."""
+    argv = ["--model_id", str(model), "--data_root", str(data), "--output_dir", str(output), *more]
+    return prepare_dataset.main(parse(PrepareOptions, None, argv, prepare_dataset.CHECKS))
+
+
+def test_a_dry_run_needs_no_captions(
+    configs: Path, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table comes first, then each cause once, then what to do; and the advice is what it says."""
+    flags = ("--train_resolution", "17x64x96")
+    with pytest.raises(UsageError, match="has no caption; write it next to the clip"):
+        checked(configs, wall, tmp_path / "out", *flags)
+    with pytest.raises(UsageError) as caught:
+        checked(configs, wall, tmp_path / "out", *flags, "--dry_run")
+    (rule,) = caught.value.problems
+    assert rule.startswith("--max_bad_fraction 0: 7 of 15 clips cannot be used; ")
+    allowed = rule.rpartition(" ")[2]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["17x64x96", "8"]
+    assert lines[2] == "8 of 15 clips are used, and these are not:"
+    assert lines[3] == "5 too short:"
+    assert sum("IMG_" in line for line in lines) == 3
+    assert lines[7] == "  ... and 2 more for the same reason"
+    assert lines[9] == "2 cannot be read or trained on:"
+    steps = [line for line in lines if line.startswith("next: ")]
+    assert [step.split(": ")[1] for step in steps] == [
+        "write the captions",
+        "other buckets",
+        "fix or remove the 7 clips that are not used, or continue without",
+    ]
+    assert "15 of 15 clips have none" in steps[0]
+    shorter = lines[8].removeprefix("  to use them: ").split()
+    assert shorter == ["--train_resolution", "17x64x96", "5x64x96"]
+    assert checked(configs, wall, tmp_path / "out", *shorter, "--dry_run", "--max_bad_fraction", "0.2") == 0
+    assert "13 of 15 clips are used, and these are not:" in capsys.readouterr().out.splitlines()
+    assert checked(configs, wall, tmp_path / "out", *flags, "--dry_run", "--max_bad_fraction", allowed) == 0
+
+
+def test_suggested_buckets_are_flags_that_give_the_count(
+    configs: Path, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checked(configs, wall, tmp_path / "out", "--suggest_buckets", "4") == 0
+    said = capsys.readouterr()
+    assert "13 of 15 clips fit:" in said.err.splitlines()
+    flags = said.out.split()
+    assert flags[0] == "--train_resolution"
+    assert 2 <= len(flags) - 1 <= 4
+    assert not (tmp_path / "out").exists()
+    assert checked(configs, wall, tmp_path / "out", *flags, "--dry_run", "--max_bad_fraction", "0.2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "13 of 15 clips are used, and these are not:" in lines
+    assert not any("too" in line or "other buckets" in line for line in lines)
+
+
+def test_small_clips_are_used_with_the_flag_that_is_said(
+    configs: Path, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="no clip is left to train on; see the table"):
+        checked(configs, wall, tmp_path / "out", "--train_resolution", "5x256x384", "--dry_run")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "  to use them: " in line]
+    flags = line.removeprefix("  to use them: ").split()[:2]
+    assert flags == ["--max_upscale", "6"]
+    more = ("--train_resolution", "5x256x384", "--dry_run", "--max_bad_fraction", "0.2")
+    assert checked(configs, wall, tmp_path / "out", *more, *flags) == 0
+
+
+def test_the_table_is_shown_where_no_clip_is_left(configs: Path, data: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    made = preparation(configs, data, tmp_path / "out", frame_buckets=(49,), max_bad_fraction=1.0)
+    with pytest.raises(UsageError, match="no clip is left"), report.explained(made, said.append):
+        made.check(made.plan())
+    lines = said[0].splitlines()
+    assert lines[0].split()[0] == "bucket"
+    assert lines[1] == "0 of 6 clips are used, and these are not:"
+    assert lines[-1].startswith("next: other buckets: 6 of 6 clips fit --train_resolution ")
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def pictures(lines: list[str]) -> list[Path]:
+    return [Path(line.removeprefix("picture: ")) for line in lines if line.startswith("picture: ")]
+
+
+def test_a_picture_for_every_bucket_drawn_once(configs: Path, clips: Path, tmp_path: Path) -> None:
+    first = pictures(described(configs, clips, tmp_path, frame_buckets=(9, 17)))
+    assert [path.name.split("-")[0] for path in first] == ["9x32x48", "17x32x48"]
+    for path in first:
+        with Image.open(path) as picture:
+            assert len(picture.convert("RGB").getcolors(2**24) or ()) > 20
+    before = {path: path.stat().st_mtime_ns for path in first}
+    assert pictures(described(configs, clips, tmp_path, frame_buckets=(9, 17))) == first
+    assert {path: path.stat().st_mtime_ns for path in first} == before
+    (other,) = pictures(described(configs, clips, tmp_path, frame_buckets=(9,)))
+    assert set((tmp_path / "preview").iterdir()) == {other, first[1]}  # what is no longer true of a bucket goes
+
+
+def test_the_picture_follows_the_clip_and_the_caption(configs: Path, data: Path, tmp_path: Path) -> None:
+    (first,) = pictures(described(configs, data, tmp_path / "out"))
+    (data / "prompts.txt").write_text((data / "prompts.txt").read_text().replace("A ", "The "))
+    (second,) = pictures(described(configs, data, tmp_path / "out"))
+    assert first != second
+
+
+def test_pictures_of_others_stay(configs: Path, clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "preview").mkdir()
+    (tmp_path / "preview" / "mine.png").write_bytes(b"mine")
+    described(configs, clips, tmp_path)
+    assert (tmp_path / "preview" / "mine.png").read_bytes() == b"mine"
+
+
+def test_duration() -> None:
+    assert [report.duration(s) for s in (0.4, 59, 60, 192, 3600, 8640)] == [
+        *("0 s", "59 s", "1.0 min", "3.2 min", "1.0 hours", "2.4 hours")
+    ]
+
+
+def test_clips_that_do_not_decode_are_left_out_of_the_picture(
+    configs: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(report, "contact_sheet", lambda rows, path, title: drawn.extend(row.label for row in rows))
+    real = report.decode_variant
+    monkeypatch.setattr(
+        report, "decode_variant", lambda path, variant: "damaged" if "00002" in str(path) else real(path, variant)
+    )
+    described(configs, data, tmp_path / "out")
+    assert [label.split(":")[0] for label in drawn] == [f"videos/0000{k}.mp4" for k in (0, 1, 3, 4, 5)]
+
+
+def test_copies_and_repeats_share_their_bytes(configs: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copy(data / "videos/00000.mp4", data / "videos/00001.mp4")
+    size = {"height_buckets": (128,), "width_buckets": (192,), "max_upscale": 10.0, "frame_buckets": (9,)}
+    once = described(configs, data, tmp_path / "out", **size)[1].split()
+    thrice = described(configs, data, tmp_path / "out", **size, repeats=(3,))[1].split()
+    assert (once[1], thrice[1]) == ("6", "18")
+    assert once[-1] == thrice[-1] == f"{5 * 32 * 3 * 16 * 24 * 2 / 2**20:.1f}"
+
+
+def test_videos_that_become_stills_are_said(configs: Path, clips: Path, tmp_path: Path) -> None:
+    lines = described(configs, clips, tmp_path / "out", frame_buckets=(1,))
+    assert "1x32x48: 6 videos give one frame each; to train on motion give longer buckets too" in lines
+
+
+def test_clips_slower_than_the_rate_are_said(configs: Path, data: Path, tmp_path: Path) -> None:
+    """A clip of 6 frames a second at 16: frames are repeated. At --fps 6, or spread over the clip, none is."""
+    frames = np.random.default_rng(0).integers(0, 256, (20, 64, 96, 3), np.uint8)
+    write_video(data / "videos/00001.mp4", frames, 6)
+    (data / "prompts.txt").write_text("\n".join(f"A red square {number}." for number in range(6)))
+    note = next(line for line in described(configs, data, tmp_path / "out", fps=16.0) if "frames are repeated" in line)
+    assert note.startswith("3 of the clips have only 6 to 8 frames a second and are sampled at 16, so ")
+    assert "--fps 6 repeats none" in note
+    for changes in ({"fps": 6.0}, {"frame_selection": "uniform"}, {"frame_buckets": (1,)}):
+        assert not any("repeated" in line for line in described(configs, data, tmp_path / "out", **changes))
+
+
+def test_captions_are_those_of_the_clips_that_are_used(configs: Path, data: Path, tmp_path: Path) -> None:
+    """A copy of a clip with the same caption is no other clip; a clip that is dropped has no say."""
+    shutil.copy(data / "videos/00000.mp4", data / "videos/00002.mp4")
+    (data / "videos/00005.mp4").write_text("not a video")
+    captions = ["A red square.", "\u732b", "A red square.", "\u72d7", "A blue disc.", "A blue disc."]
+    (data / "prompts.txt").write_text("\n".join(captions))
+    lines = described(configs, data, tmp_path / "out")
+    assert any(line.startswith("2 captions have characters that T5 does not know") for line in lines)
+    assert any(line.startswith("2 captions are written differently") for line in lines)
+    assert not any("share" in line for line in lines)
+    shutil.copy(data / "videos/00004.mp4", data / "videos/00005.mp4")
+    write_video(data / "videos/00005.mp4", np.zeros((20, 64, 96, 3), np.uint8), 8)
+    lines = described(configs, data, tmp_path / "out")
+    assert '  "A blue disc.": 2 clips: videos/00004.mp4, videos/00005.mp4' in lines

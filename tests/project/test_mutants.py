@@ -1,0 +1,39 @@
+"""tests/tools/mutants.py: its mutants still mean something. The mutants themselves are `make mutants`."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import mutants
+import pytest
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_is_one_place_and_still_python(mutant: mutants.Mutant) -> None:
+    assert mutants.occurrences(mutant) == 1
+    text = (mutants.ROOT / mutant.path).read_text()
+    assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(text.replace(mutant.old, mutant.new)))
+    assert mutant.old.strip("\n").count("\n") == 0
+    assert (mutants.ROOT / mutants.path_of_test(mutant.tests[0]).partition("::")[0]).is_file()
+
+
+def test_each_outcome_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a tree of one function and one test; afterwards it is as it was."""
+    library, tests = tmp_path / mutants.LIBRARY, tmp_path / "tests"
+    library.mkdir(parents=True)
+    tests.mkdir()
+    (library / "sums.py").write_text("def total(a, b):\n    return a + b\n")
+    (tests / "test_sums.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(library)!r})\nfrom sums import total\n"
+        "def test_total():\n    assert total(2, 2) == 4\n"
+    )
+
+    def said(old: str, new: str) -> str:
+        return mutants.outcome(mutants.Mutant("sums.py", old, new, ("test_sums.py",)), tmp_path)
+
+    assert said("a + b", "a - b") == "killed"
+    assert said("a + b", "a * b") == "SURVIVED"
+    assert said("a / b", "a - b") == "0 places"
+    assert said("return a + b", "return (") == "pytest ended with 2"
+    assert (library / "sums.py").read_text() == "def total(a, b):\n    return a + b\n"

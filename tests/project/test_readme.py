@@ -1,0 +1,158 @@
+"""Every command of the README: its flags parse, its files and make targets exist; the table is what was measured."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import bench
+import bench_table
+import pytest
+from running import ROOT
+
+from cogvideox.config import args
+from cogvideox.config.options import (
+    ImageLoraOptions,
+    ImageSftOptions,
+    LoraOptions,
+    PrepareOptions,
+    SftOptions,
+    fields_of,
+)
+
+README = (ROOT / "README.md").read_text()
+OPTIONS = {
+    "prepare_dataset.py": PrepareOptions,
+    "cogvideox_text_to_video_lora.py": LoraOptions,
+    "cogvideox_text_to_video_sft.py": SftOptions,
+    "cogvideox_image_to_video_lora.py": ImageLoraOptions,
+    "cogvideox_image_to_video_sft.py": ImageSftOptions,
+}
+
+
+LORA_SCRIPTS = ("merge_lora", "extract_lora", "convert_lora")
+
+
+TEXTS = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+
+
+def commands() -> list[str]:
+    """The command lines of all bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", TEXTS, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
+
+
+def links() -> list[tuple[str, str]]:
+    """(file, target) of every link to a file or a heading of this repository."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [
+        (str(page.relative_to(ROOT)), to) for page in pages for to in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    ]
+    return sorted({(page, to) for page, to in found if not re.match(r"[a-z]+:", to)})
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The names by which GitHub links to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(("page", "target"), links())
+def test_link(page: str, target: str) -> None:
+    name, _, anchor = target.partition("#")
+    path = (ROOT / page).parent / name if name else ROOT / page
+    assert path.exists()
+    assert not anchor or anchor in anchors_of(path)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command: str) -> None:
+    words = shlex.split(command)
+    while "=" in words[0]:
+        words.pop(0)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[0].startswith("./"):
+        assert (ROOT / words[0]).stat().st_mode & 0o111
+    elif words[0] == "hf":
+        assert " ".join(words) in (ROOT / "scripts" / "sweep.sh").read_text().replace(
+            "$DATASET", "Wild-Heart/Disney-VideoGeneration-Dataset"
+        )
+    elif words[1].endswith("/inference.py"):
+        assert len(words) == (5 if "i2v" in words[1] else 4)
+    elif words[1].startswith(("scripts/", "examples/", "benchmarks/")):
+        importlib.import_module(Path(words[1]).stem).build_parser().parse_args(words[2:])
+    else:
+        script = next(word for word in words if word.startswith("training/"))
+        args.read_flags(OPTIONS[Path(script).name], words[words.index(script) + 1 :], None)
+        assert (ROOT / script).is_file()
+        if "--config_file" in words:
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+
+
+def test_there_are_commands() -> None:
+    assert len(commands()) >= 10
+
+
+def test_listed_files_exist() -> None:
+    listed = re.findall(r"`([\w./]+)`", README.split("## The files")[1].split("##")[0])
+    missing = [name for name in listed if not (ROOT / name).exists() and name != "__init__.py"]
+    assert len(listed) > 10
+    assert missing == []
+
+
+def test_docstrings_of_folders_list_every_module() -> None:
+    library = ROOT / "training" / "cogvideox"
+    for init in library.rglob("__init__.py"):
+        listed = set(re.findall(r"^(\w+\.py) ", init.read_text(), re.MULTILINE))
+        assert listed == {path.name for path in init.parent.glob("*.py")} - {"__init__.py"}, init
+    folders = {f"{init.parent.relative_to(library)}/" for init in library.rglob("*/__init__.py")}
+    assert set(re.findall(r"^([\w/]+/) ", (library / "__init__.py").read_text(), re.MULTILINE)) == folders
+
+
+def test_flags_in_the_text_exist() -> None:
+    items = [item for options in OPTIONS.values() for _, item, _ in fields_of(options)]
+    known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
+    for name in LORA_SCRIPTS:
+        known |= set(importlib.import_module(name).build_parser()._option_string_actions)
+    known |= set(bench.build_parser()._option_string_actions)
+    # of other benchmarks, of examples, of tests/tools/odd_files.py, of every script; the last two of sips and Docker
+    outside = {
+        "--work_dir",
+        "--results",
+        "--clips",
+        "--steps",
+        "--batch",
+        "--help",
+        "--write",
+        "--out",
+        "--shm",
+    }
+    text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
+    named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
+    assert named <= known
+
+
+def test_the_small_card_is_what_was_measured() -> None:
+    row = json.loads((ROOT / "benchmarks" / "results" / "small_card_5b.json").read_text())
+    assert row["status"] == 0
+    assert row["verification"]["max_difference"] == 0
+    seconds = sorted(step["seconds"] for step in row["steps"])[len(row["steps"]) // 2]
+    peak, reserved = (max(step[name] for step in row["steps"]) for name in ("peak_gib", "reserved_gib"))
+    line = README.partition("`benchmarks/small_card.py`")[2].splitlines()[1]
+    assert all(text in line for text in (f"{row['gib']:.0f} GiB", f"{seconds:.2f} s", f"{peak:.1f}", f"{reserved:.1f}"))
+
+
+def test_table_of_bench_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--table"]) == 0
+    assert bench_table.between(README)[1] == capsys.readouterr().out
+
+
+def test_names_that_other_trainers_give_are_listed() -> None:
+    text = (ROOT / "docs" / "other_trainers.md").read_text()
+    items = [item for options in OPTIONS.values() for _, item, _ in fields_of(options)]
+    names = {name for item in items for name in item.metadata["aliases"]} - {"validation_prompt_seperator"}
+    names |= {item.name for item in items if item.metadata["idle"]}
+    assert {name for name in names if f"--{name}" not in text} == set()

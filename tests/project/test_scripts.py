@@ -1,0 +1,395 @@
+"""The main job end to end: prepared, trained, killed, resumed, exported, used."""
+
+import ast
+import hashlib
+import json
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from running import (
+    LORA_SCRIPT,
+    PROMPT,
+    ROOT,
+    SIZE,
+    WEIGHTS,
+    Forked,
+    equal,
+    finish,
+    fork_ranks,
+    frames_of,
+    launch,
+    lora_flags,
+    losses,
+    metrics,
+    python,
+    safetensors_of,
+    sft_flags,
+    start,
+    train,
+    train_all,
+    weights,
+)
+from safetensors import safe_open
+
+from cogvideox import loop
+from cogvideox.data.media.decode import probe
+from cogvideox.errors import UsageError
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_four_scripts_differ_in_task_method_options_and_check() -> None:
+    stories = set()
+    for task, name in (("TextToVideo", "text_to_video"), ("ImageToVideo", "image_to_video")):
+        for method, suffix in (("Lora", "lora"), ("FullFinetune", "sft")):
+            code = ast.parse((ROOT / "training" / f"cogvideox_{name}_{suffix}.py").read_text())
+            text = ast.unparse(code.body[1:])  # without the docstring
+            options = f"{'Image' if task == 'ImageToVideo' else ''}{suffix.title()}Options"
+            for word, of in ((task, "TASK"), (method, "METHOD"), (options, "OPTIONS"), (f"check_{name}", "CHECK")):
+                text, number = re.subn(rf"\b{word}\b", of, text)
+                assert number == (3 if of == "OPTIONS" else 2), word  # imported from their file, too
+            stories.add(text)
+    assert len(stories) == 1
+
+
+def test_run_leaves_what_a_user_needs(reference: Path) -> None:
+    there = {path.name for path in reference.iterdir()}
+    assert {"config.json", "metrics.jsonl", "recipe.json", "inference.py", WEIGHTS, "validation"} <= there
+    assert {"checkpoint-2", "checkpoint-4", "checkpoint-6"} <= there
+    assert [line["step"] for line in metrics(reference)] == [1, 2, 3, 4, 5, 6]
+    videos = sorted(path.name for path in (reference / "validation").glob("*.mp4"))
+    assert [name[:11] for name in videos] == ["step-000000", "step-000006"]
+    assert not list(reference.rglob("*.tmp*"))
+
+
+def test_exported_lora_carries_rank_and_alpha(reference: Path) -> None:
+    with safe_open(reference / WEIGHTS, "pt") as file:
+        metadata = file.metadata()["lora_adapter_metadata"]
+    assert '"transformer.lora_alpha": 4' in metadata  # alpha 8 of rank 4: a scale of 2, which is in the matrices
+    assert '"transformer.r": 4' in metadata
+
+
+@pytest.mark.fault("export: reloaded by stock diffusers, compared pixel by pixel")
+def test_stock_diffusers_gives_the_validated_video(
+    model: Path, tensors: Path, tmp_path: Path, validated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "lora"
+    assert train(lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)) == 0
+    stock = frames_of(output / "inference.py", monkeypatch).numpy()
+    assert (stock == validated["step-000006"]).all()
+    assert (stock != validated["step-000000"]).any()
+
+
+def test_inference_script_writes_a_video(reference: Path, tmp_path: Path) -> None:
+    video = tmp_path / "again.mp4"
+    assert finish(start(python(reference / "inference.py", PROMPT, video))).splitlines()[-1] == str(video)
+    assert probe(video).num_frames == 9
+
+
+@pytest.mark.parametrize(("gib", "moved"), [(3.9, "enable_sequential_cpu_offload"), (4.1, "enable_model_cpu_offload")])
+def test_inference_script_on_a_gpu(gib: float, moved: str, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part at a time where the largest fits beside 4 GiB, else a layer at a time."""
+    import diffusers
+
+    called: list[str] = []
+    for name in ("enable_sequential_cpu_offload", "enable_model_cpu_offload"):
+        monkeypatch.setattr(diffusers.CogVideoXPipeline, name, lambda self, name=name: called.append(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(gib * 2**30), 80 * 2**30))
+    assert len(frames_of(reference / "inference.py", monkeypatch)) == 9
+    assert called == [moved]
+
+
+def test_inference_script_decodes_in_tiles_where_frames_do_not_fit(
+    reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKLCogVideoX
+
+    whole, seen = AutoencoderKLCogVideoX.decode, []
+
+    def decode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.use_tiling)
+        if not self.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKLCogVideoX, "decode", decode)
+    assert len(frames_of(reference / "inference.py", monkeypatch)) == 9
+    assert seen == [False, True]
+
+
+@pytest.mark.slow
+def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, tmp_path: Path) -> None:
+    """The guide's own flags; only model, paths, buckets, steps and the tracker's mode are changed."""
+    data = tmp_path / "data"
+    shutil.copytree(real_clips, data, ignore=shutil.ignore_patterns("packages"))
+    (data / "prompts.txt").rename(data / "prompt.txt")
+    output = tmp_path / "cogvideox-lora__optimizer_adamw__steps_3"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    flags = ["--pretrained_model_name_or_path", model, "--data_root", data, "--caption_column", "prompt.txt"]
+    flags += ["--video_column", "videos.txt", "--id_token", "BW_STYLE", "--height_buckets", 64, "--width_buckets", 96]
+    flags += ["--frame_buckets", 9, "--dataloader_num_workers", 2, "--pin_memory"]
+    flags += ["--validation_prompt", 'BW_STYLE A black and white scene:::BW_STYLE A panda\'s song, in a "red" jacket']
+    flags += ["--validation_prompt_separator", ":::", "--num_validation_videos", 1, "--validation_epochs", 10]
+    flags += ["--seed", 42, "--rank", 128, "--lora_alpha", 128, "--mixed_precision", "bf16", "--output_dir", output]
+    flags += ["--max_num_frames", 49, "--train_batch_size", 1, "--max_train_steps", 3, "--checkpointing_steps", 1000]
+    flags += ["--gradient_accumulation_steps", 1, "--gradient_checkpointing", "--learning_rate", "1e-3"]
+    flags += ["--lr_scheduler", "cosine_with_restarts", "--lr_warmup_steps", 400, "--lr_num_cycles", 1]
+    flags += ["--enable_slicing", "--enable_tiling", "--optimizer", "adamw", "--beta1", 0.9, "--beta2", 0.95]
+    flags += ["--weight_decay", 0.001, "--max_grad_norm", 1.0, "--allow_tf32", "--report_to", "wandb"]
+    flags += ["--nccl_timeout", 1800]
+    text = finish(start([*launcher, LORA_SCRIPT, *flags], WANDB_MODE="offline"))
+    assert "cosine 1.0000" in text
+    assert len(weights(output)) == 2 * 4 * 2  # two matrices for each of four layers in two blocks
+    assert len(list((output / "validation").glob("*.mp4"))) == 4
+    assert list(output.glob("wandb/offline-run-*/*.wandb"))
+    assert (data / "cogvideox_tensors" / "index.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kills: SIGKILL while clips are encoded, training, validating and saving", times=6)
+def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, tmp_path: Path) -> None:
+    """kill -9 while encoding, training, validating and saving; the same command, started again, is not told apart."""
+    more = ("--validation_prompt", PROMPT, "--validation_steps", 3)
+    whole = tmp_path / "whole"
+    assert train(lora_flags(model, clips, whole, "--tensor_cache", tmp_path / "cache-whole", *more)) == 0
+
+    output, cache = tmp_path / "killed", tmp_path / "cache"
+    command = python(LORA_SCRIPT, *lora_flags(model, clips, output, "--tensor_cache", cache, *more))
+    moments = [
+        (rf"rename .* {cache}/tensors/.*\.safetensors", 9),
+        (r"open .*metrics\.jsonl", 2),
+        (r"rename .*\.checkpoint-2\.tmp", 1),
+        (r"rename .* .*step-000003.*\.mp4", 1),
+        (rf"rename .* {output}/{WEIGHTS}", 1),
+        (r"rename .* .*/recipe\.json", 1),
+    ]
+    for moment in moments:
+        assert Forked(command, moment).wait() == -signal.SIGKILL, moment
+    finish(Forked(command))
+    assert equal(weights(output), weights(whole))
+    assert losses(output) == losses(whole)
+    assert not [path for folder in (output, cache) for path in folder.rglob(".*.tmp*")]
+    videos = [sorted(path.name for path in (run / "validation").iterdir()) for run in (output, whole)]
+    assert videos[0] == videos[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "plan"), [("accelerate", "off"), ("torchrun", "lean")])
+@pytest.mark.fault("ranks: two processes in the place of one")
+def test_two_processes_have_the_losses_of_one(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path, launcher: str, plan: str
+) -> None:
+    output = tmp_path / "lora"
+    commands = {
+        "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+        "--mixed_precision no --dynamo_backend no --main_process_port 29571",
+        "torchrun": "-m torch.distributed.run --nproc_per_node 2 --master_port 29572",
+    }
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)
+    more = ["--gradient_accumulation_steps", 1, "--plan", plan]
+    started = [sys.executable, *commands[launcher].split()]
+    said = launch(started, 2, python(LORA_SCRIPT, *flags, *more), tmp_path / "ranks", ACCELERATE_USE_CPU="true")
+    assert ("streamed from the host" in said[0]) == (plan == "lean")
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-5)
+    tolerance = {"rtol": 1e-3, "atol": 1e-5} if plan == "off" else {"rtol": 1e-2, "atol": 1e-4}  # other roundings
+    for name, tensor in weights(reference).items():
+        torch.testing.assert_close(weights(output)[name], tensor, **tolerance)
+
+
+def test_batch_size_and_accumulation_are_interchangeable(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path
+) -> None:
+    more = ["--load_tensors", "--train_batch_size", 2, "--gradient_accumulation_steps", 1]
+    assert train(lora_flags(model, tensors, tmp_path / "lora", *more)) == 0
+    assert losses(tmp_path / "lora") == pytest.approx(losses(reference), rel=1e-5)
+
+
+@pytest.mark.fault("ranks: batches in the place of accumulation", times=2)
+def test_the_training_signal_does_not_depend_on_how_it_is_cut(model: Path, tensors: Path, tmp_path: Path) -> None:
+    """Weights, a range of timesteps, strata and an average, with accumulation or a batch, at once or in two goes."""
+    signal = ["--loss_weighting", "min_snr", "--min_timestep", 100, "--max_timestep", 899, "--use_ema"]
+    more = ["--load_tensors", *signal, "--timestep_sampling", "stratified", "--max_train_steps", 4]
+    whole, batched, parted = (lora_flags(model, tensors, tmp_path / name, *more) for name in ("whole", "b", "parted"))
+    assert train(whole) == 0
+    assert train([*batched, "--train_batch_size", "2", "--gradient_accumulation_steps", "1"]) == 0
+    assert train([*parted, "--max_train_steps", "3"]) == train(parted) == 0
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "b")[name], tensor, rtol=1e-3, atol=1e-5)
+    assert losses(tmp_path / "parted") == losses(tmp_path / "whole")
+    assert equal(weights(tmp_path / "parted"), weights(tmp_path / "whole"))
+    plain = lora_flags(model, tensors, tmp_path / "plain", "--load_tensors", "--max_train_steps", 1)
+    assert train(plain) == 0
+    assert losses(tmp_path / "plain")[0] != losses(tmp_path / "whole")[0]
+
+
+def test_the_training_signal_is_what_the_flags_say(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two samples a step, one from each half of the range; at the last timestep min_snr has no weight."""
+    seen: list[int] = []
+    before = loop.losses_of
+    monkeypatch.setattr(loop, "losses_of", lambda *given: (seen.append(int(given[3].timestep_B)), before(*given))[1])
+    signal = ["--min_timestep", 100, "--max_timestep", 899, "--timestep_sampling", "stratified"]
+    assert train(lora_flags(model, tensors, tmp_path / "strata", "--load_tensors", *signal)) == 0
+    assert len(seen) == 12
+    assert [(timestep - 100) // 400 for timestep in seen] == [0, 1] * 6
+    last = ["--load_tensors", "--min_timestep", 999, "--max_train_steps", 1, "--loss_weighting"]
+    for weighting, expected in (("none", False), ("min_snr", True)):
+        assert train(lora_flags(model, tensors, tmp_path / weighting, *last, weighting)) == 0
+        assert (losses(tmp_path / weighting) == [0.0]) is expected
+    assert set(seen[12:]) == {999}
+
+
+def test_gradient_checkpointing_changes_nothing(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
+    assert train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--gradient_checkpointing")) == 0
+    assert equal(weights(tmp_path / "lora"), weights(reference))
+
+
+@pytest.mark.fault("export: reloaded by stock diffusers, compared pixel by pixel")
+def test_all_weights_train_resume_and_give_the_validated_video(
+    model: Path, tensors: Path, tmp_path: Path, validated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--load_tensors", "--learning_rate", "1e-3", "--validation_prompt", PROMPT)
+    flags = sft_flags(model, tensors, tmp_path / "whole", *more)
+    assert train_all(flags) == 0
+    stock = frames_of(tmp_path / "whole" / "inference.py", monkeypatch).numpy()
+    assert (stock == validated["step-000006"]).all()
+    assert (stock != validated["step-000000"]).any()
+    before = safetensors_of(model / "transformer")
+    after = safetensors_of(tmp_path / "whole" / "transformer")
+    assert not [name for name, tensor in before.items() if after[name].equal(tensor)], "a weight did not move"
+    parted = sft_flags(model, tensors, tmp_path / "parted", *more)
+    assert train_all([*parted, "--max_train_steps", "4"]) == 0
+    assert train_all(parted) == 0
+    assert equal(safetensors_of(tmp_path / "parted" / "transformer"), after)
+    assert losses(tmp_path / "parted") == losses(tmp_path / "whole")
+
+
+def test_preparing_while_training_is_the_same_as_before(
+    model: Path, clips: Path, reference: Path, tmp_path: Path
+) -> None:
+    flags = lora_flags(model, clips, tmp_path / "lora", "--tensor_cache", tmp_path / "cache", "--id_token", "TOKEN")
+    assert train(flags) == 0
+    assert equal(weights(tmp_path / "lora"), weights(reference))
+
+
+@pytest.mark.fault("checkpoints: resumed in the middle of an epoch, and after the end")
+def test_longer_run_extends_a_finished_one(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
+    output = tmp_path / "lora"
+    flags = lora_flags(model, tensors, output, "--load_tensors")
+    assert train([*flags, "--max_train_steps", "4"]) == 0
+    assert train(flags) == 0
+    assert equal(weights(output), weights(reference))
+
+
+def test_seed_matters(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
+    assert train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--seed", 7)) == 0
+    assert losses(tmp_path / "lora") != losses(reference)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_like_fp32(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path, precision: str
+) -> None:
+    output = tmp_path / "lora"
+    assert train(lora_flags(model, tensors, output, "--load_tensors", "--mixed_precision", precision)) == 0
+    assert losses(output) == pytest.approx(losses(reference), rel=0.02)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert {tensor.dtype for tensor in weights(output).values()} == {dtype}
+
+
+def test_trackers(model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 2)
+    assert train([*flags, "--report_to", "tensorboard"]) == 0
+    assert list((tmp_path / "lora" / "logs").rglob("events.out.tfevents*"))
+
+
+def test_runs_without_the_optional_packages(model: Path, tensors: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.machinery as m\n"
+        "hidden = {'deepspeed', 'bitsandbytes', 'torchao', 'wandb', 'decord', 'tensorboard'}\n"
+        "find = m.PathFinder.find_spec\n"
+        "m.PathFinder.find_spec = classmethod(\n"
+        "    lambda cls, name, *rest: None if name.split('.')[0] in hidden else find(name, *rest))\n"
+    )
+    probe = [sys.executable, "-c", "import wandb"]
+    assert "ModuleNotFoundError" in finish(start(probe, PYTHONPATH=str(tmp_path)), status=1)
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 2)
+    finish(start(python(LORA_SCRIPT, *flags), PYTHONPATH=str(tmp_path)))
+    assert (tmp_path / "lora" / "recipe.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.fault("checkpoints: of DeepSpeed with two processes")
+def test_deepspeed_zero_2_has_the_losses_of_one_process(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "lora"
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--gradient_accumulation_steps", 1)
+    launcher = "-m accelerate.commands.launch --config_file accelerate_configs/deepspeed.yaml --mixed_precision no"
+    started = [sys.executable, *launcher.split(), "--num_processes", 2, "--main_process_port", 29573]
+    first = python(LORA_SCRIPT, *flags, "--max_train_steps", 4)
+    launch(started, 2, first, tmp_path / "ranks", ACCELERATE_USE_CPU="true")
+    assert not losses(output)[4:]
+    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}  # as that command sets them
+    launched |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
+    launched |= {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "none" for what in ("OPTIMIZER", "PARAM")}
+    for rank in fork_ranks(2, python(LORA_SCRIPT, *flags), **launched):
+        finish(rank)  # resumed from DeepSpeed's checkpoint, which another engine refuses
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-4)
+
+
+def refused(flags: list[str]) -> str:
+    with pytest.raises(UsageError) as error:
+        train(flags)
+    return str(error.value)
+
+
+def test_other_settings_are_not_mixed_into_a_run(model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 2)
+    assert train(flags) == 0
+    text = refused([*flags, "--learning_rate", "0.5"])
+    assert "learning_rate: 0.01 there, 0.5 now" in text
+    config = json.loads((tmp_path / "lora" / "config.json").read_text())
+    assert config["flags"]["learning_rate"] == 0.01
+    assert "already" in refused([*flags, "--max_train_steps", "1"])
+    assert "is not empty" in refused([*flags, "--no_resume"])
+    assert "checkpoint-9" in refused([*flags, "--resume_from_checkpoint", "checkpoint-9"])
+
+
+def test_foreign_folder_is_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    assert "thesis.txt" in refused(lora_flags(model, tensors, tmp_path, "--load_tensors"))
+
+
+def test_image_to_video_model_is_refused(tiny: Callable[[str], Path], clips: Path, tmp_path: Path) -> None:
+    assert "image-to-video" in refused(lora_flags(tiny("5b-i2v"), clips, tmp_path / "lora"))
+
+
+def test_all_problems_come_at_once_before_torch(clips: Path, tmp_path: Path) -> None:
+    flags = ["--pretrained_model_name_or_path", tmp_path / "nowhere", "--data_root", tmp_path / "nodata", *SIZE]
+    text = finish(start(python(LORA_SCRIPT, *flags, "--frame_buckets", "50")), status=2)
+    assert "nowhere" in text
+    assert "nodata" in text
+    assert not (ROOT / "cogvideox-lora").exists()
+
+
+def test_processes_that_do_not_know_each_other_are_refused(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = SimpleNamespace(num_processes=1)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "do not know each other" in refused(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors"))

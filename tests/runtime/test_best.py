@@ -1,0 +1,284 @@
+"""best.py: the lowest measured checkpoint stays whatever comes, and is what is exported where wanted."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import FakeEngine, flip_byte, run_alone, save_steps, saver_of
+from running import PROMPT, equal, lora_flags, train, weights
+from test_held_out import split
+
+from cogvideox.errors import UsageError
+from cogvideox.evaluation.held_out import PLACES, HeldOut
+from cogvideox.runtime import best as best_module
+from cogvideox.runtime.best import BEST_NAME, Best, best_of
+from cogvideox.runtime.checkpoint import checkpoints, fault, step_of
+from cogvideox.runtime.curves import GRID
+from cogvideox.runtime.run import METRICS_NAME, write_metrics
+
+LOSSES = {0: 0.1, 2: 0.5, 3: 0.8, 4: 0.9, 6: 0.7, 8: 0.6, 10: 0.4}  # 0 is no checkpoint
+
+
+def names(output: Path) -> list[int]:
+    return sorted(map(step_of, checkpoints(output)))
+
+
+def measured(output: Path, losses: dict[int, float | None], grid: str | None = "g") -> None:
+    lines = [json.dumps({"step": step, "held_out_loss": loss, GRID: grid}) for step, loss in losses.items()]
+    (output / METRICS_NAME).write_text("".join(f"{line}\n" for line in lines))
+
+
+def chosen(output: Path) -> int | None:
+    path = output / BEST_NAME
+    return json.loads(path.read_text())["step"] if path.exists() else None
+
+
+# -- which one ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "last", "expected"),
+    [
+        ({2: 0.5, 4: 0.3, 6: 0.4}, 6, 4),
+        ({2: 0.5, 4: 0.3, 6: 0.4}, 2, 2),  # what comes later was given up
+        ({2: 0.3, 4: 0.3}, 6, 2),
+        ({2: None, 4: 0.3, 6: None}, 6, 4),
+        ({0: 0.1, 3: 0.2, 4: 0.3}, 6, 4),  # no checkpoint of 0 and 3
+        ({}, 6, None),
+        ({2: None}, 6, None),
+    ],
+)
+def test_the_lowest_of_those_that_are_there(
+    tmp_path: Path, losses: dict[int, float | None], last: int, expected: int | None
+) -> None:
+    save_steps(run_alone(tmp_path), 2, 4, 6)
+    measured(tmp_path, losses)
+    found = best_of(tmp_path, last, "g")
+    assert (found and found["step"]) == expected
+    if found:
+        assert found == {"step": expected, "checkpoint": f"checkpoint-{expected}", "held_out_loss": losses[expected]}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("other", ["h", None])
+def test_losses_of_other_clips_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str | None
+) -> None:
+    """Lines without a fingerprint, as older versions wrote them, are of other clips too."""
+    save_steps(run_alone(tmp_path), 2, 4, 6)
+    measured(tmp_path, {2: 0.1, 4: 0.2, 6: 0.3}, grid=other)
+    before = (tmp_path / METRICS_NAME).read_text()
+    assert best_of(tmp_path, 6, "g") is None
+    measured(tmp_path, {4: 0.9, 6: 0.8})
+    (tmp_path / METRICS_NAME).write_text(before + (tmp_path / METRICS_NAME).read_text())
+    best = Best(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=True, grid="g")
+    best.start(6)
+    assert chosen(tmp_path) == 6
+    (told, _) = capsys.readouterr().err.splitlines()
+    assert told.startswith("--keep_best: checkpoint-2: measured on other held-out clips")
+
+
+def test_a_torn_line_is_no_measurement(tmp_path: Path) -> None:
+    save_steps(run_alone(tmp_path), 2, 4)
+    (tmp_path / METRICS_NAME).write_text(
+        '{"step": 2, "held_out_loss": 0.5, "held_out_grid": "g"}\n{"step": 4, "held_out_loss": 0.1'
+    )
+    assert (best_of(tmp_path, 4, "g") or {})["step"] == 2
+
+
+def kept_after(output: Path, losses: dict[int, float], limit: int) -> tuple[list[int], int | None]:
+    """Saves and measures step by step, as a run does."""
+    run = run_alone(output)
+    saver = saver_of(run, FakeEngine(), limit=limit)
+    best = Best(saver, wanted=True, grid="g")
+    for step, loss in losses.items():
+        saver.save(step)
+        write_metrics(run, {"step": step, "held_out_loss": loss, GRID: "g"})
+        best.update(step)
+    return names(output), chosen(output)
+
+
+@pytest.mark.parametrize(
+    ("losses", "limit", "there", "expected"),
+    [
+        ([0.5, 0.9, 0.7, 0.8], 1, [2, 8], 2),
+        ([0.5, 0.4, 0.7, 0.8], 2, [4, 6, 8], 4),
+        ([0.5, 0.9, 0.7, 0.4], 1, [8], 8),  # the one before is let go at once
+        ([0.5, 0.9, 0.7, 0.6], 3, [2, 4, 6, 8], 2),
+        ([0.5, 0.4, 0.3, 0.2], 2, [6, 8], 8),
+    ],
+)
+def test_the_best_is_kept_beyond_the_limit(
+    tmp_path: Path, losses: list[float], limit: int, there: list[int], expected: int
+) -> None:
+    assert kept_after(tmp_path, dict(zip((2, 4, 6, 8), losses, strict=True)), limit) == (there, expected)
+
+
+def test_a_best_of_a_future_that_was_given_up_is_forgotten(tmp_path: Path) -> None:
+    assert kept_after(tmp_path, {2: 0.5, 4: 0.6, 6: 0.1}, limit=9)[1] == 6
+    saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
+    measured(tmp_path, {2: 0.5, 4: 0.6})  # as the metrics of a run that goes on from step 4
+    best = Best(saver, wanted=True, grid="g")
+    best.update(4)
+    assert chosen(tmp_path) == 2
+    assert names(tmp_path) == [2, 4, 6]  # later ones go once a new one is safe
+    saver.save(6)
+    assert names(tmp_path) == [2, 6]
+
+
+def test_without_the_flag_nothing_is_kept_and_nothing_is_said(tmp_path: Path) -> None:
+    kept_after(tmp_path, {2: 0.5, 4: 0.6}, limit=1)
+    saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
+    Best(saver, wanted=False, grid="g").update(4)
+    assert chosen(tmp_path) is None
+    saver.save(6)
+    assert names(tmp_path) == [6]
+
+
+def test_what_a_kill_left_beyond_the_limit_goes_at_the_next_start(tmp_path: Path) -> None:
+    """After the last checkpoint was written, before an older one was removed; nothing is saved any more."""
+    save_steps(run_alone(tmp_path), 2, 4)
+    Best(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=False, grid="g").update(4)
+    assert names(tmp_path) == [4]
+
+
+def test_nothing_to_export(tmp_path: Path) -> None:
+    best = Best(saver_of(run_alone(tmp_path), FakeEngine()), wanted=True, grid="g")
+    best.update(0)
+    with pytest.raises(UsageError, match=r"--export_best: .*: no checkpoint has a held-out loss"):
+        best.step()
+    kept_after(tmp_path, {2: 0.5}, limit=1)
+    best.update(2)
+    assert best.step() == 2
+    flip_byte(tmp_path / "checkpoint-2" / "optimizer.safetensors")
+    with pytest.raises(UsageError, match=r"--export_best: .*: optimizer\.safetensors is not what was written"):
+        best.step()
+
+
+# -- in whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four clips to train on, two held out. Read only."""
+    return split(tensors, tmp_path_factory.mktemp("held") / "out", 4, 5, train=slice(4))
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out losses as LOSSES says."""
+
+    def measure(self: HeldOut, step: int) -> None:
+        if not self._measured(step):
+            write_metrics(self.run, {"step": step, "held_out_loss": LOSSES[step], GRID: self.grid})
+
+    monkeypatch.setattr(HeldOut, "measure", measure)
+
+
+def flags_of(model: Path, prepared: Path, output: Path, *more: object) -> list[str]:
+    keep = ("--load_tensors", "--keep_best", "--checkpoints_total_limit", 1)
+    return lora_flags(model, prepared, output, *keep, *more)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_the_best_is_exported_with_its_videos(model: Path, prepared: Path, tmp_path: Path) -> None:
+    """As by a run that ends there; with an average, which a checkpoint holds too."""
+    more = ("--use_ema", "--ema_decay", 0.5, "--validation_prompt", PROMPT)
+    assert train(flags_of(model, prepared, tmp_path / "whole", *more, "--export_best")) == 0
+    assert train(flags_of(model, prepared, tmp_path / "two", *more, "--max_train_steps", 2)) == 0
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "two"))
+    assert json.loads((tmp_path / "whole" / "recipe.json").read_text())["step"] == 2
+    videos = {int(path.name[5:11]): path for path in (tmp_path / "whole" / "validation").glob("step-*.mp4")}
+    assert sorted(videos) == [0, 2, 6]
+    assert videos[2].read_bytes() == next((tmp_path / "two" / "validation").glob("step-000002*.mp4")).read_bytes()
+    assert "step-000002" in (tmp_path / "whole" / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("scripted")
+def test_the_result_follows_the_flag(model: Path, prepared: Path, tmp_path: Path) -> None:
+    """After a pause at a step at which nothing is measured when the run goes on."""
+    flags = flags_of(model, prepared, tmp_path)
+    assert train([*flags, "--max_train_steps", "3"]) == 0
+    for more, step in (("--export_best", 2), ("--no_resume=false", 6)):
+        assert train([*flags, more]) == 0
+        assert names(tmp_path) == [2, 6]
+        assert chosen(tmp_path) == 2
+        assert equal(weights(tmp_path), weights(tmp_path / f"checkpoint-{step}"))
+
+
+@pytest.mark.usefixtures("scripted")
+def test_the_last_is_exported_where_it_is_the_best(model: Path, prepared: Path, tmp_path: Path) -> None:
+    assert train(flags_of(model, prepared, tmp_path, "--max_train_steps", 10, "--export_best")) == 0
+    assert names(tmp_path) == [10]
+    assert equal(weights(tmp_path), weights(tmp_path / "checkpoint-10"))
+
+
+@pytest.mark.usefixtures("scripted")
+def test_measured_with_every_checkpoint_whenever_videos_are_due(model: Path, prepared: Path, tmp_path: Path) -> None:
+    more = ("--validation_epochs", 9, "--max_train_steps", 6)
+    assert train(flags_of(model, prepared, tmp_path, *more)) == 0
+    lines = [json.loads(line) for line in (tmp_path / METRICS_NAME).read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 2, 4, 6]
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize("moment", ["saved", "measured", "trimmed"])
+@pytest.mark.fault("kills: ended wherever the best checkpoint is chosen")
+def test_a_kill_at_any_moment_changes_nothing(
+    model: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """After the checkpoint of step 10 is saved; after its line is written; after best.json is, before one goes."""
+
+    flags = flags_of(model, prepared, tmp_path, "--max_train_steps", 10, "--export_best")
+    assert train([*flags, "--max_train_steps", "8"]) == 0
+    assert names(tmp_path) == [2, 8]
+    of, name = {
+        "saved": (HeldOut, "measure"),
+        "measured": (best_module, "write_atomically"),
+        "trimmed": (best_module.Saver, "trim"),
+    }[moment]
+    before = getattr(of, name)
+
+    def at_the_end(*given: Any) -> Any:
+        if (tmp_path / "checkpoint-10").exists() and (moment != "trimmed" or chosen(tmp_path) == 10):
+            raise KeyboardInterrupt
+        return before(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of, name, at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            train(flags)
+    gc.collect()  # what the stopped run held open
+    assert 2 in names(tmp_path)
+    assert train(flags) == 0
+    assert (names(tmp_path), chosen(tmp_path)) == ([10], 10)
+    assert equal(weights(tmp_path), weights(tmp_path / "checkpoint-10"))
+    assert fault(tmp_path / "checkpoint-10") is None
+
+
+@pytest.mark.fault("data: other validation clips when a run is resumed")
+def test_a_run_that_is_resumed_with_other_validation_clips(
+    model: Path, tensors: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its new clips are twice as hard; the old losses are lower and say nothing of them."""
+    monkeypatch.setattr(HeldOut, "losses", lambda self: torch.full((len(self.samples), PLACES), next(losses)).double())
+    losses = iter([0.1, 0.1, 0.1, 0.6, 0.5])
+    flags = ("--load_tensors", "--keep_best", "--learning_rate", 1e-4)
+    assert train(lora_flags(model, prepared, tmp_path / "lora", *flags, "--max_train_steps", 4)) == 0
+    other = split(tensors, tmp_path / "other", 3, 4, train=slice(4))
+    assert train(lora_flags(model, other, tmp_path / "lora", *flags, "--max_train_steps", 6)) == 0
+    assert json.loads((tmp_path / "lora" / BEST_NAME).read_text())["held_out_loss"] == 0.5
+    assert chosen(tmp_path / "lora") == 6
+
+
+def test_without_clips_to_measure_on_it_ends_before_a_model_loads(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cogvideox.model.models.load_transformer", None)
+    with pytest.raises(UsageError) as error:
+        train(flags_of(model, tensors, tmp_path))
+    assert [problem.split(":")[0] for problem in error.value.problems] == ["--keep_best"]

@@ -1,0 +1,185 @@
+"""files.py: whole or not there; what a disk refuses is one line; nothing of a killed run stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cogvideox import files
+from cogvideox.errors import DiskError
+from cogvideox.files import (
+    LOCK_NAME,
+    STALE,
+    check_room,
+    disk_errors_told,
+    fsync,
+    remove_stale_temporaries,
+    remove_temporaries,
+    write_atomically,
+)
+
+
+def failing_fsync(monkeypatch: pytest.MonkeyPatch, number: int, folders: bool) -> None:
+    """fsync of folders, or of files, answers with an error."""
+    real = os.fsync
+
+    def fails(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}") == folders:
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    files.tell_once.cache_clear()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.fault("disk: a folder that cannot be fsynced")
+def test_a_folder_that_cannot_be_fsynced_is_passed_over_with_a_line(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    failing_fsync(monkeypatch, number, folders=True)
+    for _ in range(3):
+        fsync(tmp_path)
+        fsync(tmp_path / "file")
+    assert capsys.readouterr().err.count("cannot fsync a folder") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
+@pytest.mark.parametrize("folders", [False, True])
+@pytest.mark.fault("disk: fsync fails")
+def test_an_fsync_that_fails_is_never_passed_over(
+    number: int, folders: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    failing_fsync(monkeypatch, number, folders)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        fsync(tmp_path if folders else tmp_path / "file")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP], ids=errno.errorcode.get)
+def test_a_file_must_be_fsynced(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    failing_fsync(monkeypatch, number, folders=False)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        fsync(tmp_path / "file")
+
+
+# -- what a disk refuses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("function", ["fsync", "replace", "write"])
+@pytest.mark.fault("disk: a write fails")
+def test_a_write_that_fails_leaves_the_old_content_and_no_temporary(
+    number: int, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, b"old")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*(("builtins.open", fails) if function == "write" else (f"os.{function}", fails)))
+    with pytest.raises(DiskError) as told:
+        write_atomically(path, b"x" * 5000)
+    monkeypatch.undo()
+    text = str(told.value)
+    assert "\n" not in text
+    assert text.startswith(f"{tmp_path}: {os.strerror(number)}")
+    assert ("4.9 KiB needed" in text) == (number in (errno.ENOSPC, errno.EDQUOT))
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+class SafetensorError(Exception):
+    """Named as the one of safetensors, which is no OSError."""
+
+
+class FFmpegError(Exception):
+    """As of FFmpeg: with a number, and no OSError."""
+
+    errno = errno.ENOSPC
+
+
+def torch_error() -> RuntimeError:
+    return RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (SafetensorError('I/O error: Input/output error (os error 5) at path "/x"'), "Input/output error"),
+        (FFmpegError("No space"), "No space left on device"),
+        (torch_error(), "Input/output error"),
+    ],
+    ids=["safetensors full", "safetensors broken", "FFmpeg", "PyTorch"],
+)
+def test_what_libraries_say_of_a_disk_is_told_as_well(error: Exception, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match=reason), disk_errors_told(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("shape"), OSError(errno.EBADF, "bad"), OSError("text")])
+def test_other_errors_pass(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as passed, disk_errors_told(tmp_path):
+        raise error
+    assert passed.value is error
+
+
+def test_what_does_not_fit_is_refused_with_both_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 3 * 2**29)
+    check_room(tmp_path, 3 * 2**29)
+    with pytest.raises(DiskError, match=r": No space left on device, 2\.0 GiB needed, 1\.5 GiB free; free some space"):
+        check_room(tmp_path, 2**31)
+
+
+def test_other_processes_get_the_same_line() -> None:
+    error = DiskError("/x: full", "free some space").knowing("checkpoint-2 is safe")
+    copied = pickle.loads(pickle.dumps(error))
+    assert str(copied) == str(error) == "/x: full; checkpoint-2 is safe; free some space"
+    assert str(copied.knowing("more")) == str(error)
+
+
+def test_room_is_looked_up_where_the_folder_will_be(tmp_path: Path) -> None:
+    assert files.free_bytes(tmp_path / "not" / "there" / "yet")
+
+
+# -- temporaries -------------------------------------------------------------------------------------------------------
+
+
+def temporary(folder: Path, name: str, host: str, pid: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{name}.{host}.{pid}.tmp"
+    path.touch()
+    return path
+
+
+def test_whoever_holds_the_lock_removes_all_of_them(tmp_path: Path) -> None:
+    here = socket.gethostname()
+    nested = tmp_path / "cache" / "tensors"
+    gone = [temporary(tmp_path / "a", "x.json", host, pid) for host in (here, "node-7", "a.b.c") for pid in (1, 99999)]
+    kept = [temporary(nested, "x", "node-7", 1), tmp_path / "x.tmp", tmp_path / ".x.tmp", tmp_path / "a" / "x"]
+    for path in (*kept[1:], tmp_path / LOCK_NAME, nested.parent / LOCK_NAME):  # another job may have the inner one
+        path.touch()
+    remove_temporaries(tmp_path)
+    assert not any(path.exists() for path in gone)
+    assert all(path.exists() for path in kept)
+
+
+def test_where_others_may_write_only_stale_ones_are_removed(tmp_path: Path) -> None:
+    here, now = socket.gethostname(), (tmp_path / "now")
+    now.touch()
+    old, new = (temporary(tmp_path, name, "node-7", 1) for name in ("old", "new"))
+    dead, alive = temporary(tmp_path, "x", here, 2**22 + 1), temporary(tmp_path, "x", here, os.getpid())
+    then = now.stat().st_mtime - STALE - 5
+    os.utime(old, (then, then))
+    remove_stale_temporaries(tmp_path)
+    assert {path for path in (old, new, dead, alive) if path.exists()} == {new, alive}

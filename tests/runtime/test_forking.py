@@ -1,0 +1,76 @@
+"""forking.py: a forked script is a process like a started one, whatever it does and whatever is done to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from running import LORA_SCRIPT, Forked, Process, fork_ranks, python, start
+
+ENDS = {
+    "success": ("print('done')", 0, "done\n"),
+    "status": ("import sys; print('to stderr', file=sys.stderr); sys.exit(75)", 75, "to stderr\n"),
+    "message": ("raise SystemExit('no such file')", 1, "no such file\n"),
+    "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+    "at the end": ("import atexit; atexit.register(print, 'bye')", 0, "bye\n"),
+    "arguments": ("import sys; print(sys.argv[1:], __name__)", 0, "['a b', '7'] __main__\n"),
+    "environment": ("import os; print(os.environ['GIVEN'], os.getcwd() == os.environ['PWD'])", 0, "value True\n"),
+    "session": ("import os; print(os.getsid(0) == os.getpid() == os.getpgrp())", 0, "True\n"),
+    "interrupt": ("import signal; print(signal.getsignal(signal.SIGINT).__name__)", 0, "default_int_handler\n"),
+    "garbage": ("import gc; print(gc.isenabled())", 0, "True\n"),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("make", [Forked, start])
+def test_an_end_is_that_of_a_started_process(how: str, make: type[Forked], tmp_path: Path) -> None:
+    code, status, said = ENDS[how]
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    process = make(python(script, "a b", 7), GIVEN="value", PWD=str(LORA_SCRIPT.parents[1]))
+    assert process.communicate(timeout=60)[0] == said
+    assert process.returncode == status
+    assert process.poll() == process.wait() == status
+
+
+def test_a_traceback_is_told(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("raise ValueError('seven')")
+    process = Forked(python(tmp_path / "script.py"))
+    assert "ValueError: seven" in process.communicate()[0]
+    assert process.returncode == 1
+
+
+def test_what_is_killed_and_what_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("import sys, time\nprint('began', flush=True)\ntime.sleep(60)")
+    processes = [Forked(python(tmp_path / "script.py")) for _ in range(3)]
+    assert all(process.poll() is None for process in processes)
+    os.killpg(processes[0].pid, signal.SIGKILL)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait(10) for process in processes[:2]] == [-signal.SIGKILL, -signal.SIGTERM]
+    assert processes[2].poll() is None
+    processes[2].send_signal(signal.SIGINT)
+    end = time.monotonic() + 10
+    while processes[2].poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert processes[2].returncode not in (None, 0)
+
+
+def test_torch_is_there_and_nothing_was_drawn_from_it(tmp_path: Path) -> None:
+    code = "import sys\nfor name in ('torch', 'diffusers', 'peft'): print(name in sys.modules)\n"
+    (tmp_path / "script.py").write_text(code + "import torch; print(torch.initial_seed(), torch.rand(1).item())")
+    texts = [Forked(python(tmp_path / "script.py")).communicate()[0].splitlines() for _ in range(2)]
+    assert texts[0][:3] == ["True"] * 3
+    assert texts[0] == texts[1]
+
+
+def test_ranks_know_each_other(tmp_path: Path) -> None:
+    code = "import os; print(*(os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_PORT')))"
+    (tmp_path / "script.py").write_text(code)
+    ranks: list[Process] = [*fork_ranks(3, [sys.executable, tmp_path / "script.py"])]
+    said = [rank.communicate()[0].split() for rank in ranks]
+    assert [words[:3] for words in said] == [[str(k), str(k), "3"] for k in range(3)]
+    assert len({words[3] for words in said}) == 1

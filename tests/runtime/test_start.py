@@ -1,0 +1,211 @@
+"""What ends a run ends it before any model loads: settings, data, processes, trackers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import edit_json
+from running import (
+    LORA_SCRIPT,
+    PROMPT,
+    Forked,
+    finish,
+    fork_ranks,
+    free_port,
+    lora_flags,
+    losses,
+    metrics,
+    python,
+    ranks_environment,
+    train,
+)
+
+from cogvideox.config.conflicts import check_trackers
+from cogvideox.config.options import tracker_names
+from cogvideox.errors import UsageError
+from cogvideox.model import models
+from cogvideox.runtime.checkpoint import SAMPLES_NAME
+
+VALIDATED = ("--load_tensors", "--validation_prompt", PROMPT)
+
+
+@pytest.fixture
+def again(reference: Path, tmp_path: Path) -> Path:
+    """A copy of a run that has ended at step 6."""
+    return Path(shutil.copytree(reference, tmp_path / "again"))
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading any network is an error."""
+
+    def loads(*_: Any, **__: Any) -> Iterator[None]:
+        raise AssertionError("a model was loaded")
+
+    for name in ("text_encoder", "load_vae", "video_encoder", "load_transformer"):
+        monkeypatch.setattr(models, name, loads)
+
+
+def refused(flags: list[str]) -> str:
+    with pytest.raises(UsageError) as error:
+        train(flags)
+    return str(error.value)
+
+
+def prepared_without_last(tensors: Path, folder: Path) -> tuple[Path, str]:
+    """(a copy of a prepared folder without its last sample, the id of that sample)."""
+    copy = Path(shutil.copytree(tensors, folder))
+    samples = json.loads((copy / "index.json").read_text())["samples"]
+    edit_json(copy / "index.json", samples=samples[:-1])
+    return copy, samples[-1]["id"]
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("flags: a setting that differs from the checkpoint's", times=4)
+@pytest.mark.usefixtures("no_model")
+def test_changed_settings_are_refused_before_any_model_loads(model: Path, tensors: Path, again: Path) -> None:
+    flags = lora_flags(model, tensors, again, *VALIDATED, "--max_train_steps", 8)
+    text = refused([*flags, "--learning_rate", "2e-2"])
+    assert "learning_rate: 0.01 there, 0.02 now" in text
+    assert (
+        f"add --allow_changed learning_rate, or start a new run with another --output_dir (--lora_path {again}" in text
+    )
+    text = refused([*flags, "--rank", "8"])
+    assert "rank: 4 there, 8 now" in text
+    assert "--allow_changed" not in text
+    assert "checkpoint-9: there is no such folder" in refused([*flags, "--resume_from_checkpoint", "checkpoint-9"])
+    assert "is at step 6 already" in refused([*flags, "--max_train_steps", "3"])
+
+
+def test_an_allowed_change_keeps_the_step_and_the_videos(model: Path, tensors: Path, again: Path) -> None:
+    flags = lora_flags(model, tensors, again, *VALIDATED, "--max_train_steps", 7)
+    videos = {path.name for path in (again / "validation").glob("step-00000[06]*.mp4")}
+    before = losses(again)
+    assert train([*flags, "--learning_rate", "2e-2", "--allow_changed", "learning_rate"]) == 0
+    assert [line["lr"] for line in metrics(again) if "lr" in line] == [0.01] * 6 + [0.02]
+    assert losses(again)[:6] == before
+    assert videos <= {path.name for path in (again / "validation").iterdir()}
+    assert "learning_rate: 0.02 there, 0.01 now" in refused(flags)  # the new value is in the new checkpoint
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("data: clips that differ from the checkpoint's", times=3)
+@pytest.mark.usefixtures("no_model")
+def test_changed_data_are_named_clip_by_clip(model: Path, tensors: Path, again: Path, tmp_path: Path) -> None:
+    fewer, name = prepared_without_last(tensors, tmp_path / "fewer")
+    flags = lora_flags(model, fewer, again, "--load_tensors", "--max_train_steps", 8)
+    text = refused(flags)
+    assert f"1 clip removed ({name}); give the same data, or add --allow_changed data, or" in text
+    samples = json.loads((fewer / "index.json").read_text())["samples"]
+    renamed = [sample | {"id": f"new-{number}"} if number < 2 else sample for number, sample in enumerate(samples)]
+    renamed[2] = renamed[2] | {"prompt_key": renamed[3]["prompt_key"]}
+    edit_json(fewer / "index.json", samples=renamed)
+    text = refused(flags)
+    assert "2 clips added (new-0, new-1), 3 clips removed (" in text
+    assert f"1 clip changed ({samples[2]['id']})" in text
+    (again / SAMPLES_NAME).unlink()
+    assert "was trained on other data: clips or captions differ; give" in refused(flags)
+
+
+def test_allowed_data_are_trained_on(model: Path, tensors: Path, again: Path, tmp_path: Path) -> None:
+    fewer, _ = prepared_without_last(tensors, tmp_path / "fewer")
+    flags = lora_flags(model, fewer, again, "--load_tensors", "--max_train_steps", 7, "--allow_changed", "data")
+    assert train(flags) == 0
+    assert train(flags[:-2]) == 0  # they are the run's own now
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def two_ranks(*commands: list[str]) -> list[str]:
+    """What two processes print that end with status 2, each with flags of its own."""
+    port = free_port()
+    ranks = [
+        Forked(python(LORA_SCRIPT, *flags), **ranks_environment(number, len(commands), port))
+        for number, flags in enumerate(commands)
+    ]
+    return [finish(rank, status=2) for rank in ranks]
+
+
+@pytest.mark.fault("ranks: a process with other data")
+def test_processes_with_other_data_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
+    fewer, _ = prepared_without_last(tensors, tmp_path / "fewer")
+    commands = [lora_flags(model, data, tmp_path / "out", "--load_tensors") for data in (tensors, fewer)]
+    for text in two_ranks(*commands):
+        assert "process 1 has the training data" in text
+        assert "--data_root" in text
+
+
+@pytest.mark.fault("ranks: a process with other settings")
+def test_processes_with_other_settings_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = lora_flags(model, tensors, tmp_path / "out", "--load_tensors")
+    for text in two_ranks(flags, [*flags, "--learning_rate", "5e-3"]):
+        assert "process 1 has learning_rate 0.005, process 0 has 0.01" in text
+
+
+@pytest.mark.long
+@pytest.mark.fault("ranks: output folders that are not shared")
+def test_processes_with_folders_of_their_own_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
+    commands = [lora_flags(model, tensors, tmp_path / name / "out", "--load_tensors") for name in ("a", "b")]
+    for text in two_ranks(*commands):
+        assert "process 1 has another folder of this name than process 0; give one that all machines share" in text
+
+
+def test_processes_that_agree_train(model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = lora_flags(model, tensors, tmp_path / "out", "--load_tensors", "--max_train_steps", 1)
+    for rank in fork_ranks(2, python(LORA_SCRIPT, *flags)):
+        finish(rank)
+
+
+# -- trackers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("trackers: wandb cannot be reached, or knows no such key", times=2)
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("error", ["Timed out while retrying: Post", "API key must have 40+ characters"])
+def test_a_tracker_that_cannot_start_ends_the_run_in_one_line(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    def init(**_: Any) -> None:
+        from wandb.errors import CommError
+
+        raise CommError(f"{error}\nmore lines")
+
+    monkeypatch.setattr("wandb.init", init)
+    text = refused(lora_flags(model, tensors, tmp_path / "out", "--load_tensors", "--report_to", "wandb"))
+    assert text.startswith(f"--report_to wandb: cannot start: {error}; set WANDB_MODE=offline")
+    assert "\n" not in text
+
+
+@pytest.mark.fault("trackers: WANDB_DISABLED and WANDB_MODE=dryrun", times=2)
+def test_what_wandb_s_variables_mean(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("exit", "excepthook"):  # wandb replaces them for the rest of the process
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    options: Any = type("", (), {"train": type("", (), {"report_to": "wandb"})})
+    assert "not logged in" in "".join(check_trackers(options))
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert list(check_trackers(options)) == []
+    flags = lora_flags(model, tensors, tmp_path / "out", "--load_tensors", "--max_train_steps", 1)
+    assert train([*flags, "--report_to", "wandb"]) == 0
+    assert list((tmp_path / "out").glob("wandb/offline-run-*/*.wandb"))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert list(check_trackers(options)) == []
+    assert tracker_names("all") == ["tensorboard"]
+    monkeypatch.setattr("wandb.init", lambda **_: pytest.fail("wandb was started"))
+    assert train([*flags, "--report_to", "wandb"]) == 0

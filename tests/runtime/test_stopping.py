@@ -1,0 +1,542 @@
+"""stopping.py: from any moment of a script the first signal ends it in time with nothing lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from running import (
+    LORA_SCRIPT,
+    PREPARE_SCRIPT,
+    PROMPT,
+    ROOT,
+    SIZE,
+    WEIGHTS,
+    Forked,
+    Moment,
+    environment,
+    equal,
+    finish,
+    fork_ranks,
+    lora_flags,
+    losses,
+    metrics,
+    python,
+    sft_flags,
+    start,
+    train,
+    train_all,
+    weights,
+)
+
+from cogvideox import stopping
+from cogvideox.runtime.curves import read_records
+from cogvideox.runtime.ranks import Consensus
+
+SIGNALS = stopping.STOP_SIGNALS
+HUP, INT, TERM, USR1 = SIGNALS
+LINE = "the same command continues"
+BEGIN = f"""
+import hashlib, os, signal, sys, time
+sys.path.insert(0, {str(ROOT / "training")!r})
+from cogvideox import stopping
+from cogvideox.config import args
+ready = lambda: print("ready", flush=True)
+def body():
+"""
+END = """
+args.parse = lambda *_: None
+args.hide_secrets = lambda _: None
+args.run_script(lambda _: body(), None, None, ())
+"""
+IN_A_LIBRARY = "ready(); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes without a Python bytecode
+DEFERRED = "stopping.defer(); ready()\nend = time.monotonic() + 30\nwhile time.monotonic() < end: time.sleep(0.01)"
+
+
+def script_of(code: str) -> str:
+    """A whole script with ``code`` in its main function."""
+    return BEGIN + textwrap.indent(code, "    ") + END
+
+
+class Script:
+    """A script of a few lines that has taken over its signals, in a session of its own."""
+
+    def __init__(self, folder: Path, code: str, *launcher: object) -> None:
+        path = folder / "script.py"
+        path.write_text(script_of(code))
+        self.process = launched([*launcher, sys.executable, path])
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self, within: float = 10) -> tuple[int, str]:
+        """Its status and what it wrote to the standard error; it must end by itself."""
+        _, said = self.process.communicate(timeout=within)
+        return self.process.returncode, said
+
+
+def launched(command: list[object]) -> subprocess.Popen[str]:
+    """A process that has said that it is ready."""
+    pipe, words = subprocess.PIPE, [str(word) for word in command]
+    process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=environment())
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_the_handlers_are_those_of_the_issue_s_signals() -> None:
+    assert set(SIGNALS) == {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+@pytest.mark.fault("signals: in a long call of a library")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_a_long_call_ends_the_script_soon(number: int, tmp_path: Path) -> None:
+    script = Script(tmp_path, IN_A_LIBRARY)
+    time.sleep(0.1)
+    script.send(number)
+    assert script.end(within=8) == (75, f"stopped; {LINE}\n")
+
+
+def test_after_a_checkpoint_a_long_call_ends_as_soon_as_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_state", stopping._State())
+    stopping.defer()
+    stopping.allow("and saved after step 3 of 6")
+    assert stopping._state.grace == stopping.UNWINDING
+    stopping.defer()
+    ask_to_stop()
+    with pytest.raises(stopping.Stopped):
+        stopping.allow("and saved after step 6 of 6")
+    assert stopping._state.grace == stopping.FAREWELL
+
+
+@pytest.mark.fault("signals: between two bytecodes")
+def test_the_main_thread_ends_by_itself_where_it_can(tmp_path: Path) -> None:
+    code = "try: ready(); time.sleep(60)\nexcept Exception: print('swallowed')\nfinally: os.write(2, b'cleaned up\\n')"
+    script = Script(tmp_path, code)
+    script.send(TERM)
+    assert script.end() == (75, f"cleaned up\nstopped; {LINE}\n")
+
+
+@pytest.mark.fault("signals: a second one")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_ends_at_once_unless_it_is_the_first_one_again(number: int, tmp_path: Path) -> None:
+    script = Script(tmp_path, DEFERRED)
+    script.send(TERM)
+    time.sleep(0.3)
+    script.send(number)  # a launcher's copy
+    time.sleep(1.0)
+    assert script.process.poll() is None
+    script.send(number)
+    assert script.end()[0] == 128 + number
+
+
+@pytest.mark.fault("signals: while there is something to lose")
+def test_what_exists_in_memory_only_is_saved_first(tmp_path: Path) -> None:
+    code = """
+stopping.defer(); ready()
+while not stopping.requested(): time.sleep(0.01)
+time.sleep(1.5)  # longer than the watcher waits where nothing is to be saved
+stopping.allow("and saved after step 3 of 6")
+"""
+    script = Script(tmp_path, code)
+    script.send(HUP)
+    assert script.end() == (75, f"stopped and saved after step 3 of 6; {LINE}\n")
+
+
+@pytest.mark.fault("signals: HUP to a run that was detached with nohup")
+def test_a_detached_run_goes_on(tmp_path: Path) -> None:
+    script = Script(tmp_path, "ready(); time.sleep(0.7)\nprint('finished', file=sys.stderr)", "nohup")
+    script.send(HUP)
+    status, said = script.end()
+    assert (status, said.splitlines()[-1]) == (0, "finished")
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, sys.argv[1]])
+print(child.pid, file=sys.stderr, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.fault("signals: the parent dies")
+@pytest.mark.parametrize(("parent", "ends"), [("torchrun", True), ("accelerate", True), ("sweep.py", False)])
+def test_the_launcher_s_death_is_a_signal_and_that_of_a_shell_is_not(parent: str, ends: bool, tmp_path: Path) -> None:
+    (tmp_path / parent).write_text(PARENT)
+    done = tmp_path / "done"
+    (tmp_path / "script.py").write_text(script_of(f"ready(); time.sleep(1.5)\nopen({str(done)!r}, 'w')"))
+    process = launched([sys.executable, tmp_path / parent, tmp_path / "script.py"])
+    process.kill()
+    _, said = process.communicate(timeout=10)  # which ends when the child has closed its output
+    assert done.exists() != ends
+    assert (LINE in said) == ends
+
+
+def test_which_processes_are_launchers() -> None:
+    assert not stopping.is_launcher(os.getpid())
+    assert not stopping.is_launcher(2**22 + 1)
+    for words in (["-m", "accelerate.commands.launch", "x"], ["-m", "torch.distributed.run"], ["/bin/torchrun", "x"]):
+        process = named(words)
+        try:
+            assert stopping.is_launcher(process.pid), words
+        finally:
+            process.kill()
+            process.wait()
+
+
+def named(words: list[str]) -> subprocess.Popen[bytes]:
+    """A process whose command line is ``python words...``."""
+    process = subprocess.Popen(["python", "-c", "x=input()", *words], executable=sys.executable, stdin=subprocess.PIPE)
+    end = time.monotonic() + 5
+    while b"-c" not in Path(f"/proc/{process.pid}/cmdline").read_bytes() and time.monotonic() < end:
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.fault("signals: QUIT prints the stacks of all threads")
+def test_quit_prints_all_stacks_and_ends_nothing(tmp_path: Path) -> None:
+    code = "def find_me():\n    ready()\n    time.sleep(1)\nfind_me()"
+    script = Script(tmp_path, code)
+    script.send(signal.SIGQUIT)
+    status, said = script.end()
+    assert status == 0
+    assert "in find_me" in said
+    assert said.count("hread 0x") == 2  # the main thread and the watcher
+
+
+# -- scripts -----------------------------------------------------------------------------------------------------------
+
+
+def small_flags(model: Path, data: Path, folder: Path, *more: object) -> list[str]:
+    """A run of four steps that prepares, measures held-out clips, makes videos and saves at step 2 and at the end."""
+    own = ["--tensor_cache", folder / "cache", "--max_train_steps", 4, "--checkpointing_steps", 2]
+    looks = ["--validation_data_root", data, "--validation_prompt", PROMPT, "--validation_steps", 3]
+    return lora_flags(model, data, folder / "lora", *own, *looks, *more)
+
+
+def is_the_same(folder: Path, whole: Path) -> None:
+    """Two runs have the same losses and weights, and the same files."""
+    assert losses(folder) == losses(whole)
+    assert held_out(folder) == held_out(whole)
+    assert equal(weights(folder), weights(whole))
+    names = [sorted(path.name for path in (run / "validation").glob("*.mp4")) for run in (folder, whole)]
+    assert names[0] == names[1]
+
+
+def held_out(folder: Path) -> dict[float, float]:
+    return {line["step"]: line["held_out_loss"] for line in metrics(folder) if "held_out_loss" in line}
+
+
+MOMENTS = {
+    "while T5 is loaded": (r"read .*/text_encoder/config\.json", 1, HUP, None),
+    "between captions": ("unit caption", 2, INT, None),
+    "between clips": (r"rename .*/tensors/.*\.safetensors", 9, TERM, None),
+    "before the first step is complete": ("unit micro-batch", 1, USR1, None),
+    "in an unfinished step after one that is not saved": ("unit micro-batch", 3, HUP, 1),
+    "between denoising steps of a video after steps that are not saved": ("unit denoising step", 1, INT, 3),
+    "in decoding at the start of a resumed run": ("unit decoded tile", 1, TERM, None),
+    "while a checkpoint is written": (r"rename .*/\.checkpoint-4\.tmp", 1, USR1, 4),
+    "while the last held-out loss is measured": ("unit held-out loss", 5, HUP, None),
+    "while the result is written": (rf"rename .*/{WEIGHTS}", 1, INT, None),
+    "at the end": (r"rename .*/recipe\.json", 1, TERM, None),
+}
+
+
+def stop_at_every_moment(start_at: Callable[[Moment | None], list[Forked]], output: Path, shift: int = 0) -> None:
+    """Stops a run again and again, at each of MOMENTS with the checkpoint that is due then; at last it finishes.
+
+    Args:
+        start_at: starts all ranks, of which some get a signal at a moment.
+        shift: moments get the signals that come so many places later.
+    """
+    for name, (moment, nth, number, saved) in MOMENTS.items():
+        sent = SIGNALS[(SIGNALS.index(number) + shift) % len(SIGNALS)]
+        texts = [finish(rank, 75) for rank in start_at((moment, nth, sent))]
+        assert LINE in texts[0], name
+        assert not any("Traceback" in text for text in texts), name
+        if saved:
+            assert f"stopped and saved after step {saved} of 4" in texts[0], name
+            assert (output / f"checkpoint-{saved}").is_dir(), name
+    for rank in start_at(None):
+        finish(rank)
+    assert not list(output.parent.rglob("*.tmp*"))
+
+
+@pytest.mark.long
+@pytest.mark.fault("signals: HUP, INT, TERM and USR1 at named moments of a run", times=len(MOMENTS))
+def test_stopped_at_many_moments_a_run_ends_as_if_nothing_had_been(model: Path, clips: Path, tmp_path: Path) -> None:
+    assert train(small_flags(model, clips, tmp_path / "whole")) == 0
+    command = python(LORA_SCRIPT, *small_flags(model, clips, tmp_path / "stopped"))
+    output = tmp_path / "stopped" / "lora"
+    stop_at_every_moment(lambda moment: [Forked(command, moment)], output)
+    is_the_same(output, tmp_path / "whole" / "lora")
+
+
+@pytest.mark.long
+@pytest.mark.fault("signals: each signal at each named moment of a run", times=3 * len(MOMENTS))
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_every_signal_at_every_moment(model: Path, clips: Path, tmp_path: Path, shift: int) -> None:
+    more = ["--lora_dropout", 0.5, "--dataloader_num_workers", 1, "--plan", "lean"]
+    for rank in [Forked(python(LORA_SCRIPT, *small_flags(model, clips, tmp_path / "whole", *more)))]:
+        finish(rank)
+    command = python(LORA_SCRIPT, *small_flags(model, clips, tmp_path / "stopped", *more))
+    output = tmp_path / "stopped" / "lora"
+    stop_at_every_moment(lambda moment: [Forked(command, moment)], output, shift)
+    is_the_same(output, tmp_path / "whole" / "lora")
+
+
+# found on every rank; a second video and more clips, so that each has its share
+RANK_MOMENTS: list[tuple[str, int, int | None]] = [
+    (r"read .*/text_encoder/config\.json", 1, None),
+    ("unit caption", 1, None),
+    ("unit clip", 2, None),
+    ("unit micro-batch", 1, None),
+    ("unit micro-batch", 3, 1),
+    ("unit denoising step", 1, 3),
+    ("unit decoded tile", 1, None),
+    ("unit held-out loss", 1, None),
+]
+
+
+def saved_after(text: str) -> int:
+    """The step after which a run says that it stopped."""
+    found = re.search(rf"stopped and saved after step (\d+) of \d+; {LINE}", text)
+    assert found, text[-3000:]
+    return int(found[1])
+
+
+def steps_at(step: int, moment: str, hit: tuple[int, ...]) -> tuple[int, ...]:
+    """After which steps two ranks may stop. Where one alone hears of it in a step, the other may have begun to sum."""
+    return (step, step + 1) if moment == "unit micro-batch" and len(hit) == 1 else (step,)
+
+
+def has_said(rank: Forked, text: str) -> bool:
+    return rank.output.exists() and text in rank.output.read_text()
+
+
+@pytest.mark.long
+@pytest.mark.fault("signals: one or both of two ranks at named moments", times=3 * len(RANK_MOMENTS))
+@pytest.mark.parametrize("hit", [(0,), (1,), (0, 1)])
+def test_ranks_stop_together_at_every_moment(model: Path, clips: Path, tmp_path: Path, hit: tuple[int, ...]) -> None:
+    def ranks_of(name: str, moment: Moment | None = None) -> list[Forked]:
+        flags = small_flags(model, clips, tmp_path / name, "--num_validation_videos", 2)
+        return fork_ranks(2, python(LORA_SCRIPT, *flags), dict.fromkeys(hit, moment) if moment else None)
+
+    for place, (moment, nth, saved) in enumerate(RANK_MOMENTS):
+        texts = [finish(rank, 75) for rank in ranks_of("stopped", (moment, nth, SIGNALS[place % len(SIGNALS)]))]
+        assert not any("Traceback" in text for text in texts), moment
+        if saved:
+            assert saved_after(texts[0]) in steps_at(saved, moment, hit), moment
+    for name in ("stopped", "whole"):
+        for rank in ranks_of(name):
+            finish(rank)
+    is_the_same(tmp_path / "stopped" / "lora", tmp_path / "whole" / "lora")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("signals: while torch is imported")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_torch_is_imported(number: int, model: Path, tensors: Path, tmp_path: Path) -> None:
+    process = start(python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", "--load_tensors")))
+    assert eventually(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), 60)
+    process.send_signal(number)
+    assert finish(process, 75).endswith(f"stopped; {LINE}\n")
+
+
+@pytest.mark.fault("signals: one of two ranks, in an unfinished step")
+def test_one_of_two_ranks_stops_both_before_the_same_step(model: Path, tensors: Path, tmp_path: Path) -> None:
+    def ranks_of(name: str, moments: dict[int, Moment] | None = None) -> list[Forked]:
+        flags = lora_flags(model, tensors, tmp_path / name, "--load_tensors", "--max_train_steps", 3)
+        return fork_ranks(2, python(LORA_SCRIPT, *flags), moments)
+
+    texts = [finish(rank, 75) for rank in ranks_of("stopped", {1: ("unit micro-batch", 3, TERM)})]
+    step = saved_after(texts[0])
+    assert step in steps_at(1, "unit micro-batch", (1,))
+    assert (tmp_path / "stopped" / f"checkpoint-{step}").is_dir()
+    for name in ("stopped", "whole"):
+        for rank in ranks_of(name):
+            finish(rank)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("signals: TERM to accelerate launch, which passes nothing on")
+def test_a_launcher_that_is_terminated_leaves_no_orphan(model: Path, tensors: Path, tmp_path: Path) -> None:
+    output = tmp_path / "lora"
+    launcher = "-m accelerate.commands.launch --config_file accelerate_configs/cpu.yaml"
+    flags = lora_flags(model, tensors, output, "--load_tensors", "--checkpointing_steps", 5000)
+    process = start([sys.executable, *launcher.split(), LORA_SCRIPT, *flags, "--max_train_steps", 5000])
+    assert eventually(lambda: len(read_records(output / "metrics.jsonl")) >= 2, 120)
+    process.send_signal(TERM)
+    text, _ = process.communicate(timeout=60)  # which ends when the trainer has closed its output
+    assert LINE in text
+    assert eventually(lambda: not alive_in_session(process.pid), 10)
+    steps = len(losses(output))
+    assert (output / f"checkpoint-{steps}").is_dir()
+    assert train([*flags, "--max_train_steps", str(steps + 1)]) == 0
+
+
+@pytest.mark.fault("signals: the training process is killed or stopped while loader processes work", times=2)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (TERM, 75)])
+def test_no_loader_process_survives(model: Path, tensors: Path, tmp_path: Path, number: int, status: int) -> None:
+    more = ["--load_tensors", "--dataloader_num_workers", 2, "--max_train_steps", 500]
+    command = python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", *more))
+    process = Forked(command, ("unit micro-batch", 3, number))
+    finish(process, status)
+    assert eventually(lambda: not alive_in_session(process.pid), 3)  # torch's own loaders look every five seconds
+
+
+def alive_in_session(session: int) -> list[str]:
+    """The processes of a session that are not zombies."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            text = path.read_text()
+            state, _, _, its = text.rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(text)
+    return found
+
+
+def eventually(reached: Callable[[], bool], within: float) -> bool:
+    """Whether something becomes true in time."""
+    end = time.monotonic() + within
+    while not (there := reached()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return there
+
+
+def test_a_checkpoint_is_saved_by_the_clock_too(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
+    more = ["--load_tensors", "--max_train_steps", 3, "--checkpointing_steps", 1000, "--checkpoints_total_limit", 2]
+    assert train(lora_flags(model, tensors, tmp_path / "lora", *more, "--save_every_minutes", 0)) == 0
+    assert sorted(path.name for path in tmp_path.glob("lora/checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert losses(tmp_path / "lora") == losses(reference)[:3]
+    assert train(lora_flags(model, tensors, tmp_path / "late", *more, "--save_every_minutes", 60)) == 0
+    assert [path.name for path in tmp_path.glob("late/checkpoint-*")] == ["checkpoint-3"]
+
+
+# -- several ranks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> tuple[Consensus, Consensus]:
+    """What two ranks agree through; what happens to this process is forgotten again."""
+    monkeypatch.setattr(stopping, "_state", stopping._State())
+    store = dist.HashStore()
+    return Consensus(store), Consensus(store)
+
+
+def ask_to_stop(asked: bool = True) -> None:
+    stopping._state.asked = asked
+
+
+def test_whoever_comes_first_decides(two: tuple[Consensus, Consensus]) -> None:
+    first, second = two
+    for step, (mine, other) in enumerate([(False, True), (True, False), (False, False), (True, True)]):
+        assert first.commit(step, mine) is second.commit(step, other) is mine
+    assert second.commit(4, True) is first.commit(4, False) is True
+
+
+def test_a_step_that_a_rank_has_taken_is_taken_by_all(two: tuple[Consensus, Consensus]) -> None:
+    first, second = two
+    assert first.commit(0, save=False) is second.commit(0, save=False) is False
+    assert first.commit(1, save=True)
+    ask_to_stop()
+    second.may_stop(1)  # too late: the first one waits for this step's gradients
+    assert second.commit(1, save=False)
+    with pytest.raises(stopping.Stopped):
+        second.may_stop(2)
+    ask_to_stop(False)
+    with pytest.raises(stopping.Stopped):
+        first.commit(2, save=False)
+    assert stopping.requested()  # as after a signal of its own
+
+
+def test_one_rank_alone_decides_for_itself(two: tuple[Consensus, Consensus]) -> None:
+    alone = Consensus(None)
+    alone.may_stop(0)
+    assert not alone.commit(0, save=False)
+    assert alone.commit(1, save=True)
+    ask_to_stop()
+    with pytest.raises(stopping.Stopped):
+        alone.may_stop(2)
+
+
+RANKS = """
+from cogvideox.runtime.ranks import Ranks, start_processes
+def wait_in_vain(): time.sleep(60)
+ranks = Ranks(start_processes(), float(sys.argv[1]))
+ranks.wait_for_everyone()
+ready()
+if ranks.process_index == 1 and sys.argv[2] == "hang":
+    wait_in_vain()
+if ranks.process_index == 1:
+    for _ in range(8): time.sleep(0.5); stopping.unit("a clip")
+ranks.wait_for_everyone()
+"""
+
+
+def two_ranks(folder: Path, patience: float, how: str) -> list[Forked]:
+    (folder / "ranks.py").write_text(script_of(RANKS))
+    return fork_ranks(2, python(folder / "ranks.py", patience, how))
+
+
+@pytest.mark.fault("ranks: one hangs while the other waits in a barrier")
+def test_a_rank_that_hangs_ends_all_with_their_stacks(tmp_path: Path) -> None:
+    texts = [finish(rank, 1) for rank in two_ranks(tmp_path, 2, "hang")]
+    assert all("no rank made progress for 2 s (--nccl_timeout)" in text for text in texts)
+    assert "in wait_for_everyone" in texts[0]
+    assert "in wait_in_vain" in texts[1]
+
+
+def test_a_rank_that_works_is_waited_for(tmp_path: Path) -> None:
+    for rank in two_ranks(tmp_path, 2, "work"):
+        finish(rank)
+
+
+@pytest.mark.fault("signals: one of two ranks, while the other waits in a barrier")
+def test_quit_shows_and_term_ends_both_ranks(tmp_path: Path) -> None:
+    ranks = two_ranks(tmp_path, 60, "hang")
+    assert eventually(lambda: all(has_said(rank, "ready") for rank in ranks), 60)
+    ranks[0].send_signal(signal.SIGQUIT)
+    assert eventually(lambda: has_said(ranks[1], "in wait_in_vain"), 10)
+    ranks[0].send_signal(TERM)
+    texts = [finish(rank, 75) for rank in ranks]
+    assert "in wait_for_everyone" in texts[0]
+    assert [LINE in text for text in texts] == [True, False]
+
+
+@pytest.mark.fault("ranks: one is suspended while clips are prepared")
+def test_preparation_ends_where_a_rank_makes_no_progress(model: Path, clips: Path, tmp_path: Path) -> None:
+    flags = ["--model_id", model, "--data_root", clips, "--output_dir", tmp_path / "out", *SIZE, "--nccl_timeout", 2]
+    ranks = fork_ranks(2, python(PREPARE_SCRIPT, *flags), {1: ("unit caption", 1, signal.SIGSTOP)})
+    text = finish(ranks[0], 1)
+    ranks[1].send_signal(signal.SIGKILL)
+    assert "no rank made progress for 2 s (--nccl_timeout)" in text
+    for rank in fork_ranks(2, python(PREPARE_SCRIPT, *flags[:-2])):
+        finish(rank)
+
+
+@pytest.mark.parametrize("ema", [(), ("--use_ema",)])
+def test_the_time_to_save_all_weights_is_told_for_the_right_size(
+    model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ema: tuple[str, ...]
+) -> None:
+    output = tmp_path / "sft"
+    assert train_all(sft_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 1, *ema)) == 0
+    said = capsys.readouterr().err
+    told = re.search(r"saving a checkpoint, also when stopped, writes (.*) GiB and takes (\d+) s", said)
+    assert told
+    written = sum(path.stat().st_size for path in (output / "checkpoint-1").rglob("*.safetensors"))
+    assert float(told[1]) * 2**30 == pytest.approx(written, rel=0.05)
+    assert not list(output.glob(".*.tmp"))

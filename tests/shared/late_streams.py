@@ -1,0 +1,128 @@
+"""Side streams of a GPU, simulated on a CPU: what they do happens as late as what waits for it allows, or at random.
+
+The compute stream's own work happens at once, so that what nobody waited for is seen too late, or over what came after
+it; and memory that was let go before its copy is told of. use(monkeypatch, seed) puts them in place of streaming.Side.
+"""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from cogvideox.memory import streaming
+from cogvideox.optimizer import optim
+
+
+class Freed(AssertionError):
+    """Memory was let go while a copy from it or to it was to come."""
+
+
+class Place(NamedTuple):
+    """A tensor, without keeping its memory."""
+
+    storage: weakref.ref[Any]
+    dtype: torch.dtype
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Place:
+        storage = weakref.ref(tensor.untyped_storage())
+        return cls(storage, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    def tensor(self) -> Tensor:
+        storage = self.storage()
+        if storage is None:
+            raise Freed
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+
+
+class Recorded(TorchFunctionMode):
+    """Copies are given to a stream instead of made."""
+
+    def __init__(self, side: LateSide, events: tuple[Event | None, ...]) -> None:
+        super().__init__()
+        self.side, self.events = side, events
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not Tensor.copy_:
+            return function(*args, **(kwargs or {}))
+        self.side.give(partial(copy, Place.of(args[0]), Place.of(args[1])), self.events)
+        return args[0]
+
+
+def copy(target: Place, source: Place) -> None:
+    target.tensor().copy_(source.tensor())
+
+
+class LateSide:
+    """A stream beside the compute stream, which is done with all that it was given."""
+
+    late: Callable[[], bool] = staticmethod(lambda: True)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.given: list[tuple[Callable[[], None], tuple[Event | None, ...]]] = []
+        self.done = 0
+
+    def after_compute(self) -> AbstractContextManager[Any]:
+        return Recorded(self, ())
+
+    def after(self, *events: Event | None) -> AbstractContextManager[Any]:
+        return Recorded(self, events)
+
+    def does(self, work: Callable[[], None], event: Event | None) -> None:
+        self.give(work, (event,))
+
+    def give(self, work: Callable[[], None], events: tuple[Event | None, ...]) -> None:
+        self.given.append((work, events))
+        if not self.late():
+            self.run(len(self.given))
+
+    def run(self, count: int) -> None:
+        """Does the first so much of what was given, if it is not done yet."""
+        while self.done < count:
+            work, events = self.given[self.done]
+            for event in events:
+                reach(event)
+            work()
+            self.given[self.done] = (done, ())
+            self.done += 1
+
+    def wait(self) -> None:
+        self.run(len(self.given))
+
+    def mark(self) -> Event:
+        return self, len(self.given)
+
+
+def done() -> None:
+    """In the place of work that was done, which keeps memory."""
+
+
+Event = tuple[LateSide, int]  # a stream, and how much of what it was given is done
+
+
+def reach(event: Event | None) -> None:
+    """Makes an event happen; of what is computed there are none to wait for."""
+    if event is not None:
+        event[0].run(event[1])
+
+
+def use(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
+    """From now on streams are late: as late as they can be, or half of their copies, at random."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(LateSide, "late", staticmethod(lambda: seed is None or draw.random() < 0.5))
+    monkeypatch.setattr(streaming, "Side", LateSide)
+    for module in (streaming, optim):
+        monkeypatch.setattr(module, "compute_waits_for", reach)

@@ -1,0 +1,61 @@
+"""Preparations for tests: small buckets, and no worker processes where they are not the point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from cogvideox.config.flags import DataFlags, EncodeFlags, ModelFlags
+from cogvideox.config.geometry import read_geometry
+from cogvideox.data.cache import CacheIndex
+from cogvideox.preparation.prepare import Preparation
+
+
+class Here:
+    """In place of worker processes, which take half a second each to start."""
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def run(self, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        for function, *arguments in jobs:
+            yield function(*arguments)
+
+
+def data_flags(root: Path, **changes: Any) -> DataFlags:
+    return DataFlags(
+        (str(root),),
+        **{"height_buckets": (32,), "width_buckets": (48,), "frame_buckets": (5,), "max_num_frames": 49} | changes,
+    )
+
+
+def preparation(
+    model: Path,
+    root: Path,
+    output: Path,
+    state: Any = None,
+    encode_flags: EncodeFlags | None = None,
+    image_variants: int = 0,
+    **changes: Any,
+) -> Preparation:
+    flags = ModelFlags(str(model))
+    state = state or PartialState()
+    given = data_flags(root, **changes)
+    return Preparation(flags, given, encode_flags or EncodeFlags(), read_geometry(flags), output, state, image_variants)
+
+
+def complete(*arguments: Any, caption_batch: int = 4, **changes: Any) -> CacheIndex:
+    made = preparation(*arguments, **changes)
+    records = made.plan()
+    made.check(records)
+    return made.encode(records, caption_batch)[0]
+
+
+def tensor_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}

@@ -1,0 +1,286 @@
+"""How the tests run the scripts: in this process (fast), or as a user does, in processes of their own."""
+
+import functools
+import gc
+import itertools
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+import cogvideox_image_to_video_lora as image_lora_script
+import cogvideox_image_to_video_sft as image_sft_script
+import cogvideox_text_to_video_lora as lora_script
+import cogvideox_text_to_video_sft as sft_script
+import prepare_dataset as prepare_script
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from cogvideox.config import args
+from cogvideox.config.options import ImageLoraOptions, ImageSftOptions, LoraOptions, PrepareOptions, SftOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+LORA_SCRIPT = ROOT / "training" / "cogvideox_text_to_video_lora.py"
+SFT_SCRIPT = ROOT / "training" / "cogvideox_text_to_video_sft.py"
+IMAGE_LORA_SCRIPT = ROOT / "training" / "cogvideox_image_to_video_lora.py"
+IMAGE_SFT_SCRIPT = ROOT / "training" / "cogvideox_image_to_video_sft.py"
+PREPARE_SCRIPT = ROOT / "training" / "prepare_dataset.py"
+SIZE = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9", "--max_num_frames", "9"]
+PROMPT = "TOKEN a red square moves"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def lora_flags(model: Path, data: Path, output: Path, *more: object) -> list[str]:
+    """Flags of a small LoRA run; later ones override."""
+    return sft_flags(model, data, output, "--rank", 4, "--lora_alpha", 8, *more)
+
+
+def sft_flags(model: Path, data: Path, output: Path, *more: object) -> list[str]:
+    """Flags of a small run of all weights; later ones override."""
+    flags = ["--pretrained_model_name_or_path", model, "--data_root", data, "--output_dir", output, *SIZE]
+    flags += [
+        "--train_batch_size",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
+        "--max_train_steps",
+        "6",
+    ]
+    flags += [
+        "--checkpointing_steps",
+        "2",
+        "--optimizer",
+        "adamw",
+        "--learning_rate",
+        "1e-2",
+        "--num_inference_steps",
+        "2",
+    ]
+    return [str(flag) for flag in (*flags, *more)]
+
+
+def in_process(script: Any, options_type: type, flags: Sequence[str]) -> int:
+    """Runs a script's main here; leaves no state of accelerate and no lock behind."""
+    try:
+        return script.main(args.parse(options_type, None, list(flags), script.CHECKS))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        gc.collect()
+
+
+def train(flags: Sequence[str]) -> int:
+    """Runs the LoRA script here."""
+    return in_process(lora_script, LoraOptions, flags)
+
+
+def train_all(flags: Sequence[str]) -> int:
+    """Runs the script that trains all weights here."""
+    return in_process(sft_script, SftOptions, flags)
+
+
+def train_image(flags: Sequence[str]) -> int:
+    """Runs the image-to-video LoRA script here."""
+    return in_process(image_lora_script, ImageLoraOptions, flags)
+
+
+def train_image_all(flags: Sequence[str]) -> int:
+    """Runs the image-to-video script that trains all weights here."""
+    return in_process(image_sft_script, ImageSftOptions, flags)
+
+
+def prepare(model: Path, data: Path, output: Path, *more: object) -> int:
+    """Runs prepare_dataset.py here."""
+    flags = ["--model_id", model, "--data_root", data, "--output_dir", output, *SIZE, *more]
+    return in_process(prepare_script, PrepareOptions, [str(flag) for flag in flags])
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a started script."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_") and k not in ("WORLD_SIZE", "RANK")}
+    return clean | more
+
+
+def start(command: Sequence[object], **more: str) -> "subprocess.Popen[str]":
+    """Starts a command in a session of its own."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env=environment(**more),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+Moment = tuple[str, int] | tuple[str, int, int]  # of forking.signal_at
+
+
+class Forked:
+    """A script in a process that is forked from one that has imported what scripts import; as a Popen otherwise."""
+
+    def __init__(
+        self,
+        command: Sequence[object],
+        killed_at: Moment | None = None,
+        disk: Sequence[tuple[str, int, int]] = (),
+        **more: str,
+    ) -> None:
+        """``killed_at``: see forking.signal_at; ``disk``: see disk_faults.refuse. The same moments on any machine,
+        however busy.
+        """
+        self.output = Path(outputs().name) / str(next(NUMBERS))
+        request = {"argv": [str(part) for part in command[1:]], "env": environment(**more), "killed_at": killed_at}
+        request |= {"disk": [list(fault) for fault in disk]}
+        self.pid: int = ask_server(request | {"cwd": str(ROOT), "output": str(self.output)})
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None as long as it runs."""
+        if self.returncode is None:
+            self.returncode = ask_server({"pid": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.005)
+        return status
+
+    def communicate(self, timeout: float = 300) -> tuple[str, None]:
+        """What it wrote until its end."""
+        self.wait(timeout)
+        return self.output.read_text(), None
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+Process = Union["subprocess.Popen[str]", Forked]
+
+
+NUMBERS = itertools.count()
+
+
+@functools.cache
+def outputs() -> "tempfile.TemporaryDirectory[str]":
+    """Where forked scripts write what they say; removed at the end of this process."""
+    return tempfile.TemporaryDirectory(prefix="forked-")
+
+
+@functools.cache
+def server() -> Any:
+    """The lines to and from forking.py, which is started on first use and ends with this process."""
+    ours, its = socket.socketpair()
+    command = [sys.executable, Path(__file__).with_name("forking.py"), str(its.fileno())]
+    subprocess.Popen(command, env=environment(), pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
+    its.close()
+    return ours.makefile("rw")
+
+
+def ask_server(request: dict[str, Any]) -> Any:
+    server().write(f"{json.dumps(request)}\n")
+    server().flush()
+    return json.loads(server().readline())
+
+
+def free_port() -> str:
+    """A port that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def ranks_environment(rank: int, number: int, port: str) -> dict[str, str]:
+    """What a launcher tells one of its processes on the CPU of this machine."""
+    shared = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
+    return shared | {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def fork_ranks(
+    number: int, command: Sequence[object], moments: Mapping[int, Moment] | None = None, **more: str
+) -> list[Forked]:
+    """As a launcher starts it, on the CPU; a rank gets a signal at the moment that ``moments`` has for it."""
+    port, at = free_port(), moments or {}
+    return [Forked(command, at.get(rank), **ranks_environment(rank, number, port), **more) for rank in range(number)]
+
+
+def launch(launcher: Sequence[object], number: int, command: Sequence[object], folder: Path, **more: str) -> list[str]:
+    """What the processes of a launcher say, which must end well. Each is forked with the arguments and the environment
+    that the launcher gives it; what the launcher itself starts are stand-ins, which end as they do: see launched.py.
+    """
+    folder.mkdir()
+    process = start([*launcher, Path(__file__).with_name("launched.py"), folder, *command[1:]], **more)
+    paths = [folder / f"{rank}.json" for rank in range(number)]
+    end = time.monotonic() + 300
+    while not all(path.exists() for path in paths):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{launcher} has not started {number} processes"
+        time.sleep(0.02)
+    given = [json.loads(path.read_text()) for path in paths]
+    ranks = [Forked([command[0], *argv], **environ) for argv, environ in given]
+    said = [rank.communicate()[0] for rank in ranks]
+    for path, rank in zip(paths, ranks, strict=True):
+        path.with_suffix(".tmp").write_text(str(rank.wait() % 256))
+        path.with_suffix(".tmp").rename(path.with_suffix(".status"))
+    process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def finish(process: Process, status: int = 0) -> str:
+    """Waits for the end and returns the output; the exit status must be the one given."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output[-4000:]
+    return output
+
+
+def python(script: Path, *flags: object) -> list[object]:
+    """A command that runs a script with this Python."""
+    return [sys.executable, script, *flags]
+
+
+def losses(output: Path) -> list[float]:
+    """The loss of every optimizer step."""
+    return [line["loss"] for line in metrics(output) if "loss" in line]
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output: Path) -> dict[str, Any]:
+    """The exported LoRA."""
+    return load_file(output / WEIGHTS)
+
+
+def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two sets of tensors are the same, bit for bit."""
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def safetensors_of(folder: Path) -> dict[str, Any]:
+    """All tensors of a folder."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def frames_of(script: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> torch.Tensor:
+    """What inference.py hands to the video writer."""
+    caught: list[torch.Tensor] = []
+    monkeypatch.setattr("diffusers.utils.export_utils.encode_video", lambda frames, **_: caught.append(frames))
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+    return caught[0]

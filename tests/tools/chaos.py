@@ -1,0 +1,214 @@
+"""Injects every fault that a test injects, and prints how each came out: `make chaos`.
+
+A test says with @pytest.mark.fault("group: what is injected", times=N) which fault it injects, and how often; one that
+finds out only while it runs adds with the fixture ``injected``. All such tests run, the long ones too, but for those
+that need a GPU, which `make test-gpu` runs.
+
+    python tests/tools/chaos.py [--write [--again]] [--workers 2] [pytest's arguments]
+
+It ends with 1 if one came out wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "faults.md"
+GROUPS = [
+    "kills",
+    "signals",
+    "disk",
+    "checkpoints",
+    "ranks",
+    "data",
+    "numbers",
+    "memory",
+    "export",
+    "trackers",
+    "security",
+    "flags",
+]
+BEGIN, END = "<!-- the table that make chaos writes -->", "<!-- the end of the table -->"
+NEEDS_GPU = "not run: needs a GPU"
+FAULT, MORE = "fault", "more faults"  # in the properties of a test's report
+PACKAGES = ("torch", "diffusers", "peft", "accelerate", "transformers")
+
+
+@dataclass
+class Row:
+    """A fault, and what the tests that inject it said."""
+
+    injected: int = 0
+    outcomes: list[str] = field(default_factory=list)  # of each test: passed, failed, skipped
+    on_gpu_only: bool = True
+    files: set[str] = field(default_factory=set)  # the tests are in these
+
+    @property
+    def outcome(self) -> str:
+        """In words, for the table."""
+        failed, skipped = self.outcomes.count("failed"), self.outcomes.count("skipped")
+        if failed:
+            return f"FAILED: {failed} of {len(self.outcomes)} tests"
+        if skipped:
+            return f"not run: {skipped} of {len(self.outcomes)} tests skipped"
+        if self.outcomes:
+            return "as promised"
+        return NEEDS_GPU if self.on_gpu_only else "NOT RUN"
+
+
+def faults_of(item: pytest.Item) -> Iterable[tuple[str, int]]:
+    """(row, how often) of each fault that a test injects."""
+    for mark in item.iter_markers("fault"):
+        yield mark.args[0], mark.kwargs.get("times", 1)
+
+
+def rows_of(items: Iterable[pytest.Item]) -> dict[str, Row]:
+    """The faults that tests inject, none of which has run."""
+    rows: dict[str, Row] = {}
+    for item in items:
+        for name, _ in faults_of(item):
+            row = rows.setdefault(name, Row())
+            row.on_gpu_only &= item.get_closest_marker("gpu") is not None
+            row.files.add(item.path.name)
+    return rows
+
+
+class Watching:
+    """What pytest tells: which faults there are, and what their tests say."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Notes all faults, before pytest leaves out what does not run here."""
+        self.rows |= rows_of(items)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Counts a test at its end, or where it failed or was skipped before."""
+        if report.when != "call" and report.passed:
+            return
+        given = [value for name, value in report.user_properties if name == FAULT]
+        more = sum(int(str(value)) for name, value in report.user_properties if name == MORE)
+        for value in given:
+            name, times = value  # type: ignore[misc]
+            self.rows[name].outcomes.append(report.outcome)
+            if report.when == "call":
+                self.rows[name].injected += times + more
+
+
+def collected() -> dict[str, Row]:
+    """All faults that tests inject, without running any."""
+    watching = Watching()
+    with redirect_stdout(io.StringIO()):
+        status = pytest.main(["--collect-only", "-m", "fault", str(ROOT / "tests")], [watching])
+    if status != pytest.ExitCode.OK:
+        raise SystemExit(f"pytest cannot collect the tests: {status!r}")
+    return watching.rows
+
+
+def ran(workers: int, more: list[str]) -> tuple[int, dict[str, Row]]:
+    """pytest's exit status and what came out."""
+    watching = Watching()
+    watching.rows = collected()
+    parallel = ["-n", str(workers), "--dist", "loadgroup"] if workers else []
+    arguments = ["-m", "fault and not gpu", *parallel, *more, str(ROOT / "tests")]
+    return int(pytest.main(arguments, [watching])), watching.rows
+
+
+def in_order(rows: Iterable[str]) -> list[str]:
+    """By group, in the order of GROUPS, then as they read."""
+    return sorted(rows, key=lambda row: (GROUPS.index(row.partition(":")[0]), row))
+
+
+def table(rows: dict[str, Row]) -> str:
+    """Markdown: group, fault, how often, outcome, the files of the tests."""
+    lines = ["| group | fault | injected | outcome | tests |", "|---|---|---:|---|---|"]
+    for name in in_order(rows):
+        group, _, fault = name.partition(": ")
+        row = rows[name]
+        lines.append(f"| {group} | {fault} | {row.injected or ''} | {row.outcome} | {' '.join(sorted(row.files))} |")
+    return "\n".join(lines)
+
+
+def rows_in(page: str) -> set[tuple[str, str]]:
+    """(fault, file of a test that injects it) of all that a page has in its table."""
+    lines = page.partition(BEGIN)[2].partition(END)[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {(f"{row[0]}: {row[1]}", file) for row in cells[2:] for file in row[-1].split()}
+
+
+def fault_in(line: str) -> str:
+    """Group and fault of a line of the table."""
+    return "|".join(line.split("|")[1:3])
+
+
+def run_rows(rows: dict[str, Row]) -> dict[str, Row]:
+    """Those of which a test has run."""
+    return {name: row for name, row in rows.items() if row.outcomes}
+
+
+def summary(rows: dict[str, Row], seconds: float) -> str:
+    """How often, how long, with what."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    total, tests = sum(row.injected for row in rows.values()), sum(len(row.outcomes) for row in rows.values())
+    bad = sum(row.outcome.isupper() or row.outcome.startswith("FAILED") for row in rows.values())
+    return (
+        f"{len(rows)} faults, injected {total} times in {tests} tests; {bad or 'none'} came out wrong. `make chaos` at "
+        f"commit {commit.strip() or 'unknown'} on {date.today()}: {seconds / 60:.0f} minutes on "
+        f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, {versions}."
+    )
+
+
+def write(rows: dict[str, Row], seconds: float, again: bool) -> None:
+    """Puts the table into the page, which says the rest itself. ``again``: only the rows that ran."""
+    text = PAGE.read_text(encoding="utf-8")
+    said, lines = summary(rows, seconds), table(rows)
+    if again:
+        before = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+        new = {fault_in(line): line for line in table(run_rows(rows)).splitlines()}
+        lines = "\n".join(new.get(fault_in(line), line) for line in before if line.startswith("|"))
+        said = "\n".join(line for line in before if not line.startswith("|")).strip()
+        said += f"\n\nRun again since, in place of what came out then: {summary(run_rows(rows), seconds)}"
+    inner = f"{BEGIN}\n{said}\n\n{lines}\n{END}"
+    found, number = re.subn(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: inner, text, flags=re.DOTALL)
+    assert number == 1, f"{PAGE} has no place for the table"
+    PAGE.write_text(found, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"write the table to {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--again", action="store_true", help="with --write: replace only the rows that run now")
+    parser.add_argument("--workers", type=int, default=2, help="processes that test at the same time; 0: this one")
+    given, more = parser.parse_known_args(arguments)
+    began = time.monotonic()
+    status, rows = ran(given.workers, more)
+    seconds = time.monotonic() - began
+    print(table(rows))
+    print(summary(rows, seconds))
+    if given.write:
+        write(rows, seconds, given.again)
+    not_run = [name for name, row in rows.items() if row.outcome == "NOT RUN"]
+    return status or int(bool(not_run and not more))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

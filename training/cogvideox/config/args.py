@@ -1,0 +1,357 @@
+"""Reads the command line into the options of a script; prints and suggests; ends the script where a user must act.
+
+Command line -> strings (argparse) -> typed groups -> derived values -> problems, all of them in one message. The flags
+are in flags.py, what each script takes in options.py, what contradicts what in conflicts.py. Standard library only.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import math
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from cogvideox import stopping
+from cogvideox.config.conflicts import flag_problems, foreign_problems, idle_schedule
+from cogvideox.config.flags import HIDDEN
+from cogvideox.config.options import Options, TrainOptions, derive, elsewhere, fields_of, image_flags, names_of
+from cogvideox.config.prepared_flags import as_prepared
+from cogvideox.errors import NonFiniteError, UsageError, one_line, public_urls
+from cogvideox.files import disk_errno, disk_error
+
+LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
+EPILOG = "Flags of the suite's other scripts are taken, and named as having no effect here."
+TAKEN = "no effect"  # the origin of a flag that only other scripts have
+USAGE_EXIT, NON_FINITE_EXIT = 2, 3
+# loggers that warn, wherever the package is merely installed, of extras that nothing here uses
+NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+
+
+Check = Callable[[Any], Iterator[str]]
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Every flag takes any number of strings from argparse; read_value() counts them. Help shows what it accepts."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return str(action.metavar) if action.nargs == "*" else super()._format_args(action, default_metavar)
+
+
+def value_type(annotation: Any) -> tuple[type, bool]:
+    """(type of one value, whether the flag takes several)."""
+    arguments = [a for a in typing.get_args(annotation) if a not in (NoneType, Ellipsis)]
+    return (arguments[0] if arguments else annotation), typing.get_origin(annotation) is tuple
+
+
+def build_parser(options_type: type, description: str | None) -> argparse.ArgumentParser:
+    """A parser that hands every value over as the strings that were typed."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --flag value ...",
+        description=description,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    groups = {name: parser.add_argument_group(name) for name in typing.get_type_hints(options_type)}
+    for group_name, item, annotation in fields_of(options_type):
+        of, many = value_type(annotation)
+        shown = (*item.metadata["choices"], *(["DOTTED.NAME"] if item.metadata["dotted"] else []))
+        value = "|".join(shown) or ("true|false" if of is bool else of.__name__.upper())
+        optional = of is bool or item.metadata["const"]
+        groups[group_name].add_argument(
+            *(f"--{name}" for name in names_of(item)),
+            dest=item.name,
+            nargs="*",
+            default=argparse.SUPPRESS,
+            metavar=f"[{value}]" if optional else (f"{value} ..." if many else value),
+            help=help_text(item).replace("%", "%%"),
+        )
+    for other in elsewhere(options_type):
+        names = [f"--{name}" for name in other.names]
+        parser.add_argument(*names, dest=other.item.name, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def help_text(item: "dataclasses.Field[Any]") -> str:
+    """The help line with the default behind it."""
+    text: str = item.metadata["help"]
+    if item.default is dataclasses.MISSING:
+        return f"{text} [required]"
+    shown = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+    return text if shown in (None, "") else f"{text} [{shown}]"
+
+
+def as_typed(item: "dataclasses.Field[Any]", texts: Sequence[str]) -> str:
+    """A flag and its value for messages; of a secret only the flag."""
+    return f"--{item.name}" if item.metadata["secret"] else f"--{item.name} {' '.join(texts)}"
+
+
+def convert(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
+    """One typed value out of one string; raises UsageError with the rule and the nearest fix."""
+    name = as_typed(item, [text])
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UsageError(f"--{item.name}: holds bytes that are no UTF-8")
+    if of is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise UsageError(f"{name}: takes true or false, or nothing for true")
+        return text.lower() in ("true", "1", "yes")
+    choices = item.metadata["choices"]
+    if choices and not (item.metadata["dotted"] and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", text)):
+        value = next((choice for choice in choices if choice.lower() == text.lower()), None)
+        if value is None:
+            near = difflib.get_close_matches(text.lower(), choices, 1, 0.4)
+            among = f"is one of {', '.join(choices)}" + (", or a dotted name" if item.metadata["dotted"] else "")
+            raise UsageError(f"{name}: {among}" + (f"; nearest: {near[0]}" if near else ""))
+        return value
+    try:
+        value = of(text)
+    except ValueError:
+        raise UsageError(f"{name}: takes {'a whole number' if of is int else 'a number'}") from None
+    least, most, below = item.metadata["least"], item.metadata["most"], item.metadata["below"]
+    if of in (int, float) and not math.isfinite(value):
+        raise UsageError(f"{name}: must be a finite number")
+    if least is not None and not value >= least:  # NaN fails too
+        raise UsageError(f"{name}: must be at least {least}; nearest: {least}")
+    if most is not None and not value <= most:
+        raise UsageError(f"{name}: must be at most {most}; nearest: {most}")
+    if below is not None and not value < below:
+        raise UsageError(f"{name}: must be less than {below}")
+    return value
+
+
+def read_value(item: "dataclasses.Field[Any]", annotation: Any, given: Sequence[str]) -> Any:
+    """The typed value of a flag out of the strings behind it."""
+    of, many = value_type(annotation)
+    bare = "true" if of is bool else item.metadata["const"]
+    texts = list(given) or ([bare] if bare else [])
+    if not texts:
+        raise UsageError(f"--{item.name}: takes a value: {item.metadata['help']}")
+    if many:
+        return tuple(convert(item, of, text) for text in texts)
+    if len(texts) > 1:
+        raise UsageError(f"{as_typed(item, texts)}: takes one value; quote it if it has spaces")
+    return convert(item, of, texts[0])
+
+
+def unknown_flags(rest: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[str]:
+    """One problem for each flag that does not exist, with the nearest one; its values are passed over."""
+    actions = parser._option_string_actions.items()
+    known = [name for name, action in actions if action.help != argparse.SUPPRESS]
+    names = [text.split("=")[0] for text in rest]
+    for name in names:
+        if name.startswith("--"):
+            near = difflib.get_close_matches(name, known, 1)
+            yield f"{name}: no such flag" + (f"; nearest: {near[0]}" if near else "; see --help")
+        elif name == names[0]:
+            yield f"{name}: belongs to no flag"
+
+
+def spelling(argv: Sequence[str], item: "dataclasses.Field[Any]") -> str:
+    """The name under which a flag was given; raises UsageError where it was given under two."""
+    given = {text.split("=")[0] for text in argv}
+    used = [name for name in names_of(item) if f"--{name}" in given]
+    if len(used) > 1:
+        raise UsageError(f"--{used[0]}: is the same flag as --{used[1]}; give one of them")
+    return used[0]
+
+
+def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
+    """What a user may want to know of flags that are no problem."""
+    for group, item, _ in fields_of(type(options)):
+        if item.metadata["idle"] and sources[item.name] != "default" and getattr(getattr(options, group), item.name):
+            yield f"--{item.name}: {item.metadata['help']}"
+    yield from (other.verdict() for other in elsewhere(type(options)) if sources.get(other.item.name) == TAKEN)
+    if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
+        yield "--image_column: has no effect here; no image is a condition of what is trained"
+    if isinstance(options, TrainOptions) and not options.loader.load_tensors:  # else a prepared folder may have clips
+        yield from idle_schedule(options.validation, bool(options.data.validation_data_root))
+    if isinstance(options, TrainOptions) and options.optimizer.kind == "prodigy":
+        rate = options.optimizer.learning_rate
+        if rate < LOW_FOR_PRODIGY:
+            yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; usual: 1"
+
+
+def flags_elsewhere(
+    options_type: type, argv: Sequence[str], namespace: argparse.Namespace
+) -> tuple[list[str], list[str]]:
+    """(given flags of other scripts, to be named as having no effect; problems: those that are refused, bad values)."""
+    without_effect: list[str] = []
+    problems: list[str] = []
+    for other in elsewhere(options_type):
+        if not hasattr(namespace, other.item.name):
+            continue
+        try:
+            spelling(argv, other.item)
+            value = read_value(other.item, other.annotation, getattr(namespace, other.item.name))
+        except UsageError as error:
+            problems.extend(error.problems)
+            continue
+        if value is not False and other.item.metadata["refused"]:
+            problems.append(other.verdict())
+        elif value is not False:
+            without_effect.append(other.item.name)
+    return without_effect, problems
+
+
+def read_flags(
+    options_type: type[Options], argv: Sequence[str], description: str | None
+) -> tuple[Options, dict[str, str]]:
+    """Options with only what was given and the defaults, and where each value comes from.
+
+    Raises:
+        UsageError: all unknown flags, bad values and missing flags at once.
+    """
+    parser = build_parser(options_type, description)
+    namespace, rest = parser.parse_known_args(list(argv))
+    problems = list(unknown_flags(rest, parser))
+    values: dict[str, dict[str, Any]] = {name: {} for name in typing.get_type_hints(options_type)}
+    sources: dict[str, str] = {}
+    for group, item, annotation in fields_of(options_type):
+        sources[item.name] = "default"
+        if not hasattr(namespace, item.name):
+            if item.default is dataclasses.MISSING:
+                problems.append(f"--{item.name}: is required: {item.metadata['help']}")
+            continue
+        try:
+            used = spelling(argv, item)
+            sources[item.name] = "given" if used == item.name else f"given as --{used}"
+            values[group][item.name] = read_value(item, annotation, getattr(namespace, item.name))
+        except UsageError as error:
+            problems.extend(error.problems)
+    without_effect, found = flags_elsewhere(options_type, argv, namespace)
+    sources.update(dict.fromkeys(without_effect, TAKEN))
+    problems.extend(found)
+    problems.extend(foreign_problems(options_type, values))
+    if problems:
+        raise UsageError(problems)
+    groups = {name: of(**values[name]) for name, of in typing.get_type_hints(options_type).items()}
+    return options_type(**groups), sources
+
+
+def config_text(options: Any, sources: dict[str, str]) -> str:
+    """Every flag with its value and origin, a line each."""
+    lines = []
+    for group_name, item, _ in fields_of(type(options)):
+        value = to_show(item, getattr(getattr(options, group_name), item.name))
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        lines.append(f"{item.name:31} {sources[item.name]:30} {shown}".rstrip())
+    return "\n".join(lines)
+
+
+def config_dict(options: Any) -> dict[str, Any]:
+    """Every flag's value by its name, for config.json, the recipe and trackers; secrets are left out, in URLs too."""
+    return {
+        item.name: to_show(item, getattr(getattr(options, group), item.name))
+        for group, item, _ in fields_of(type(options))
+    }
+
+
+def to_show(item: "dataclasses.Field[Any]", value: Any) -> Any:
+    """A flag's value, or of a secret that there is one; of a URL no query, which may be a signature."""
+    if item.metadata["secret"] and value is not None:
+        return HIDDEN
+    if isinstance(value, tuple):
+        return tuple(to_show(item, one) for one in value)
+    return public_urls(value) if isinstance(value, str) else value
+
+
+def hide_secrets(options: Any) -> None:
+    """Takes the values of secrets out of sys.argv, which trackers record."""
+    values = [(item, getattr(getattr(options, group), item.name)) for group, item, _ in fields_of(type(options))]
+    for secret in [value for item, value in values if item.metadata["secret"] and value]:
+        sys.argv[1:] = [text.replace(secret, HIDDEN) for text in sys.argv[1:]]
+    sys.argv[1:] = [public_urls(text) for text in sys.argv[1:]]
+
+
+def parse(
+    options_type: type[Options],
+    description: str | None = None,
+    argv: Sequence[str] | None = None,
+    checks: Sequence[Check] = (),
+) -> Options:
+    """The options of a script; ``--help`` and ``--print_config`` end it with status 0.
+
+    ``checks`` look at files and configs (never at weights); they run once the flags themselves are in order, and not
+    at all for ``--print_config``.
+
+    Raises:
+        UsageError: every problem at once.
+    """
+    options, sources = read_flags(options_type, sys.argv[1:] if argv is None else argv, description)
+    options = derive(options, sources)
+    problems = list(flag_problems(options, sources))
+    options, found = as_prepared(options, sources, read_value)
+    problems.extend(found)
+    if not problems and os.environ.get("RANK", "0") == "0":
+        for remark in remarks(options, sources):
+            print(remark, file=sys.stderr)
+    if options.script.print_config and not problems:
+        print(config_text(options, sources))
+        sys.exit(0)
+    for check in checks:
+        try:
+            problems.extend(check(options))
+        except UsageError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UsageError(problems)
+    return options
+
+
+def run_script(
+    main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
+) -> typing.NoReturn:
+    """Parses, runs ``main`` and ends the script: status 2 and a line for each problem where the user can fix it, 3 and
+    one line where training went to NaN, 75 where the script was asked to stop.
+    """
+    stopping.install()
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        status = status_of(main, options_type, doc, checks)
+    except stopping.Stopped:
+        status = stopped_status()
+    except Exception:
+        if not stopping.stops_now():
+            raise
+        status = stopped_status()  # the other side of a collective operation has stopped before this one
+    stopping.leave(status)
+
+
+def status_of(
+    main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
+) -> int | None:
+    """What ``main`` returns for the parsed options, or 2 after a line for each problem that the user can fix."""
+    try:
+        options = parse(options_type, doc, None, checks)
+        hide_secrets(options)
+        return main(options)
+    except UsageError as error:
+        problems = error.problems
+    except NonFiniteError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
+        return NON_FINITE_EXIT
+    except Exception as error:
+        number = disk_errno(error)
+        if number is None:
+            raise
+        problems = disk_error(Path(getattr(error, "filename", None) or "the disk"), number).problems
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"{Path(sys.argv[0]).name}: {count}", *(f"  {one_line(text)}" for text in problems)]
+    print(*lines, sep="\n", file=sys.stderr)
+    return USAGE_EXIT
+
+
+def stopped_status() -> int:
+    """The exit status of a script that was asked to stop, after a line that says so."""
+    if stopping.speaks():
+        print(stopping.last_line(), file=sys.stderr)
+    return stopping.REQUEUE_EXIT

@@ -1,0 +1,316 @@
+"""What flags contradict: each other, the script that they are given to, and what it is launched with.
+
+Each function yields problems, with the flag, its value, the rule and the nearest fix. Standard library only.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cogvideox.config.flags import (
+    POLYNOMIAL_END,
+    WITH_SNR_GAMMA,
+    DataFlags,
+    GuideFlags,
+    HubFlags,
+    LoraFlags,
+    OptimizerFlags,
+    PrepareFlags,
+    SignalFlags,
+    TrainFlags,
+    ValidationFlags,
+)
+from cogvideox.config.options import (
+    LoraOptions,
+    Options,
+    PrepareOptions,
+    TrainOptions,
+    launched_processes,
+    reads_clips,
+    resolution,
+    resolutions,
+    target_pattern,
+    tracker_names,
+    trains_on_host,
+    under_deepspeed,
+)
+
+LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")
+
+
+def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
+    """Contradictions between flags; needs no file."""
+    data: DataFlags = options.data
+    given = {name for name, source in sources.items() if source.startswith("given")}
+    yield from bucket_problems(data, given)
+    if data.frame_selection == "uniform" and data.fps is not None:
+        yield "--frame_selection uniform: has no rate; leave out --fps, or use middle, head or random"
+    if reads_clips(options) and len(data.repeats) not in (1, len(data.data_root)):
+        yield (
+            f"--repeats {' '.join(map(str, data.repeats))}: {len(data.repeats)} numbers for {len(data.data_root)} "
+            "folders of --data_root; give one number, or one for each"
+        )
+    if isinstance(options, PrepareOptions):
+        yield from prepare_problems(options.prepare)
+    if isinstance(options, TrainOptions):
+        yield from train_problems(options)
+        yield from optimizer_problems(options, given)
+        yield from signal_problems(options.signal, given)
+        yield from best_problems(options)
+        yield from plan_problems(options)
+    if isinstance(options, LoraOptions):
+        yield from lora_problems(options.lora)
+
+
+def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
+    """Contradictions between the flags that list buckets."""
+    for text in data.train_resolution:
+        if resolution(text) is None:
+            yield f"--train_resolution {text}: is no bucket; give FRAMESxHEIGHTxWIDTH, such as 49x480x720"
+    lists = sorted({"height_buckets", "width_buckets", "frame_buckets"} & given)
+    if data.train_resolution and lists:
+        yield f"--train_resolution: contradicts --{', --'.join(lists)}; give either"
+    counts = [frames for frames, _, _ in resolutions(data)] or data.frame_buckets
+    if data.max_num_frames is not None and min(counts) > data.max_num_frames:
+        yield (
+            f"--max_num_frames {data.max_num_frames}: every frame bucket is longer; "
+            f"nearest: --max_num_frames {min(counts)}"
+        )
+    if data.bucket_choice == "every" and not (data.train_resolution or {"height_buckets", "width_buckets"} <= given):
+        yield "--bucket_choice every: needs your own buckets; give --train_resolution"
+
+
+def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
+    """Contradictions between the flags of prepare_dataset.py alone."""
+    if not prepare.save_latents_and_embeddings:
+        yield "--save_latents_and_embeddings false: nothing else is written; leave it out, or use --dry_run"
+    if not prepare.output_dir:
+        yield "--output_dir: is empty; give a folder for the tensors"
+    modes = [name for name in ("dry_run", "suggest_buckets", "verify", "repair") if getattr(prepare, name)]
+    if len(modes) > 1:
+        yield f"--{modes[0]}: contradicts --{modes[1]}; give one of them"
+
+
+def train_problems(options: TrainOptions) -> Iterator[str]:
+    """Contradictions between the flags of a training script."""
+    train = options.train
+    if train.no_resume and train.resume_from_checkpoint:
+        yield f"--no_resume: contradicts --resume_from_checkpoint {train.resume_from_checkpoint}; give one of them"
+    if options.loader.load_tensors:
+        yield from load_tensors_problems(options)
+    optimizer = options.optimizer
+    if optimizer.lr_scheduler == "polynomial" and optimizer.learning_rate <= POLYNOMIAL_END:
+        yield (
+            f"--learning_rate {optimizer.learning_rate:g}: polynomial goes down to {POLYNOMIAL_END:g}; "
+            "give a larger one, or --lr_scheduler constant"
+        )
+    yield from validation_problems(options.validation)
+    yield from hub_problems(options.hub)
+
+
+def idle_schedule(validation: ValidationFlags, held_out: bool) -> Iterator[str]:
+    """What to say of flags for when to validate, where there is neither a prompt nor, in ``held_out``, a clip for it.
+
+    Published commands have them without a prompt, so the run goes on. --do_validation asks for videos, and is refused.
+    """
+    for name in ("validation_steps", "validation_epochs"):
+        value = getattr(validation, name)
+        if value is not None and not (validation.settled or held_out):
+            rule = "there is no --validation_prompt and no clip of --validation_data_root"
+            yield f"--{name} {value}: has no effect; {rule}"
+
+
+def validation_problems(validation: ValidationFlags) -> Iterator[str]:
+    """Contradictions between the flags of validation."""
+    if validation.do_validation and not validation.settled:
+        yield "--do_validation: there is no prompt; give --validation_prompt or --validation_prompts"
+    if validation.validation_steps and validation.validation_epochs:
+        yield "--validation_steps: contradicts --validation_epochs; give one of them"
+    if validation.validation_prompt and validation.validation_prompts:
+        yield "--validation_prompt: contradicts --validation_prompts; give one of them"
+    if validation.validation_dir and not validation.validation_prompts and validation.do_validation is not False:
+        yield f"--validation_dir {validation.validation_dir}: names no file; give --validation_prompts too"
+
+
+def signal_problems(signal: SignalFlags, given: set[str]) -> Iterator[str]:
+    """Contradictions between the flags of the training signal, and parameters of what is not used."""
+    for name, weightings in (("snr_gamma", WITH_SNR_GAMMA), ("p2_gamma", ("p2",)), ("p2_k", ("p2",))):
+        if name in given and signal.loss_weighting not in weightings:
+            yield (
+                f"--{name}: has no effect with --loss_weighting {signal.loss_weighting}; it is for "
+                f"{', '.join(weightings)}"
+            )
+    if signal.max_timestep is not None and signal.max_timestep < signal.min_timestep:
+        yield (
+            f"--max_timestep {signal.max_timestep}: is before --min_timestep {signal.min_timestep}; "
+            f"nearest: --max_timestep {signal.min_timestep}"
+        )
+    if "ema_decay" in given and not signal.use_ema:
+        yield "--ema_decay: has no effect without --use_ema; give it too, or leave this out"
+
+
+def best_problems(options: TrainOptions) -> Iterator[str]:
+    """What --keep_best and --export_best lack, as far as flags say."""
+    train = options.train
+    if train.export_best and not train.keep_best:
+        yield "--export_best: no checkpoint is kept for it; add --keep_best"
+    if train.keep_best and not options.data.validation_data_root and not options.loader.load_tensors:
+        yield "--keep_best: there are no clips to measure the loss on; give --validation_data_root"
+
+
+def hub_problems(hub: HubFlags) -> Iterator[str]:
+    """Contradictions between the flags of the hub, and a token that cannot be one."""
+    if not hub.push_to_hub:
+        for name in ("hub_token", "hub_model_id", "hub_private"):
+            if getattr(hub, name) not in (None, False):
+                yield f"--{name}: has no effect without --push_to_hub; give it too, or leave this out"
+    if hub.hub_token is not None and not re.fullmatch("[!-~]+", hub.hub_token):
+        yield "--hub_token: is empty, or holds spaces or other characters that no token has; copy it again"
+
+
+def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
+    """Contradictions between the flags of the optimizer, and flags that the one chosen does not have."""
+    flags, train = options.optimizer, options.train
+    for item in dataclasses.fields(flags):
+        only = item.metadata["only"]
+        if only and flags.kind not in only and item.name in given and getattr(flags, item.name) is not False:
+            yield f"--{item.name}: has no effect with --optimizer {flags.optimizer}; it is for {', '.join(only)}"
+    low = [f"--{name}" for name in LOW_BIT if getattr(flags, name)]
+    if len(low) > 1:
+        yield f"{low[0]}: contradicts {low[1]}; give one of them"
+    if low and low[0] != "--use_8bit" and not flags.use_torchao:
+        yield f"{low[0]}: bitsandbytes has no such optimizer; add --use_torchao"
+    if flags.use_torchao and not low:
+        yield "--use_torchao: says whose low-bit moments; add --use_8bit, --use_4bit or --use_fp8"
+    if flags.offload_gradients and not flags.use_cpu_offload_optimizer:
+        yield "--offload_gradients: needs an optimizer on the CPU; add --use_cpu_offload_optimizer"
+    if flags.use_cpu_offload_optimizer:
+        yield from offload_problems(flags, train, low)
+
+
+def offload_problems(flags: OptimizerFlags, train: TrainFlags, low: list[str]) -> Iterator[str]:
+    """What torchao's optimizer on the CPU cannot do."""
+    name = "--use_cpu_offload_optimizer"
+    if low:
+        yield f"{name}: contradicts {low[0]}: on the CPU moments are fp32; give either"
+    if train.max_grad_norm:
+        yield f"{name}: torchao clips no gradients, and --max_grad_norm is {train.max_grad_norm:g}; give 0"
+    if train.mixed_precision == "fp16":
+        yield f"{name}: torchao knows no loss scale, which fp16 needs; give --mixed_precision bf16"
+    if flags.offload_gradients and train.gradient_accumulation_steps > 1:
+        yield (
+            f"--offload_gradients: contradicts --gradient_accumulation_steps {train.gradient_accumulation_steps}: each "
+            "gradient leaves the GPU at once; give 1, or leave --offload_gradients out"
+        )
+
+
+def lora_problems(lora: LoraFlags) -> Iterator[str]:
+    """Contradictions between the flags of a LoRA, and values that are of no known form."""
+    yield from target_problems(lora.target_modules)
+    init = lora.init_lora_weights
+    given = f"--init_lora_weights {init}"
+    if not re.fullmatch("default|gaussian|pissa|pissa_niter_[1-9][0-9]*", init):
+        yield f"{given}: is one of default, gaussian, pissa, pissa_niter_N; nearest: {nearest_init(init)}"
+    elif lora.lora_path and init != "default":
+        yield f"{given}: contradicts --lora_path {lora.lora_path}, which has the matrices to start from; give one"
+    if init.startswith("pissa") and lora.use_dora:
+        yield f"{given}: contradicts --use_dora, with which its result is no plain LoRA; give one of them"
+    if init.startswith("pissa") and not lora.lora_alpha:
+        yield "--lora_alpha 0: PiSSA divides by the scale of the LoRA; give the rank"
+
+
+def plan_problems(options: TrainOptions) -> Iterator[str]:
+    """What cannot be run under a plan; models say more when they are loaded."""
+    asked = ", ".join(options.plan.asked)
+    if asked and options.plan.plan == "off":
+        yield f"{asked}: contradicts --plan off; leave one of them out"
+    if asked and isinstance(options, LoraOptions) and options.lora.use_dora:
+        yield f"{asked}: contradicts --use_dora, which diffusers' own modules run; leave one of them out"
+    if trains_on_host(options) and launched_processes() > 1:
+        yield f"{asked}: weights that are trained on the host are for one GPU; launch one process"
+    if asked and under_deepspeed():
+        yield f"{asked}: DeepSpeed places the weights itself; leave it out, or launch with another configuration"
+
+
+def target_problems(target_modules: Sequence[str]) -> Iterator[str]:
+    """What is wrong with --target_modules by itself."""
+    patterns = [target for target in target_modules if target_pattern((target,)) is not None]
+    if patterns and len(target_modules) > 1:
+        yield f"--target_modules {patterns[0]}: a regular expression stands alone; join them: 'one|other'"
+    for text in patterns:
+        try:
+            re.compile(text)
+        except re.error as error:
+            yield f"--target_modules {text}: is no regular expression: {error}; give names, or mend it"
+
+
+def nearest_init(text: str) -> str:
+    """The value of --init_lora_weights that looks most like a text."""
+    known = ("default", "gaussian", "pissa", "pissa_niter_4")
+    return (difflib.get_close_matches(text, known, 1, 0.3) or known)[0]
+
+
+def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
+    """Contradictions with --load_tensors."""
+    if len(options.data.data_root) > 1:
+        yield "--data_root: --load_tensors takes one prepared folder; give prepare_dataset.py all folders of clips"
+    if options.data.validation_data_root:
+        yield "--validation_data_root: --load_tensors takes its clips from the prepared folder; prepare with the flag"
+
+
+def foreign_problems(options_type: type[Options], values: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What commands of other trainers ask of another script, or of the hub; they may have unknown flags too."""
+    asked = {name: values["data"][name] for name in ("dataset_name", "dataset_config_name") if name in values["data"]}
+    if asked:
+        flags = " ".join(f"--{name} {value}" for name, value in asked.items())
+        download = f"hf download --repo-type dataset {asked.get('dataset_name', 'NAME')} --local-dir D"
+        yield f"{flags}: is not downloaded here; {download}, then give --data_root D"
+    if issubclass(options_type, TrainOptions):
+        yield from script_problems(options_type, GuideFlags(**values["guide"]))
+
+
+def script_problems(options_type: type[TrainOptions], guide: GuideFlags) -> Iterator[str]:
+    """What the CogVideo guide's flags say of the script, where it is another one."""
+    family = (guide.model_name or "").rpartition("-")[2]
+    task, method = guide.model_type or family or options_type.task, guide.training_type or options_type.method
+    if family and task != family:
+        yield f"--model_name {guide.model_name}: contradicts --model_type {task}; give one of them"
+    if (task, method) != (options_type.task, options_type.method):
+        values = {"model_type": guide.model_type, "model_name": guide.model_name, "training_type": guide.training_type}
+        asked = " ".join(f"--{name} {value}" for name, value in values.items() if value)
+        right = f"cogvideox_{'image' if task == 'i2v' else 'text'}_to_video_{method}.py"
+        yield f"{asked}: is not what this script trains; the right one is {right}"
+
+
+def check_ema(options: TrainOptions) -> Iterator[str]:
+    """Problems of --use_ema with the launcher's configuration, for args.parse."""
+    if options.signal.use_ema and under_deepspeed():
+        yield (
+            "--use_ema: under DeepSpeed no rank has all fp32 weights to average; leave it out, or launch with "
+            "accelerate_configs/uncompiled_2.yaml"
+        )
+
+
+def check_launcher(_options: TrainOptions) -> Iterator[str]:
+    """Problems of accelerate's configuration, for args.parse."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        yield (
+            "accelerate launch: its configuration is for FSDP, under which these scripts would divide nothing; "
+            "launch with accelerate_configs/deepspeed.yaml or accelerate_configs/uncompiled_2.yaml"
+        )
+
+
+def check_trackers(options: TrainOptions) -> Iterator[str]:
+    """Problems of --report_to, for args.parse."""
+    wanted = tracker_names(options.train.report_to)
+    for name in wanted:
+        if importlib.util.find_spec(name) is None:
+            yield f"--report_to {name}: {name} is not installed; pip install {name}, or leave the flag out"
+    login = os.environ.get("WANDB_API_KEY") or any(Path.home().joinpath(name).exists() for name in (".netrc", "_netrc"))
+    if "wandb" in wanted and not login and os.environ.get("WANDB_MODE") not in ("offline", "dryrun", "disabled"):
+        yield "--report_to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline"

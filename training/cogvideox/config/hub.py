@@ -1,0 +1,168 @@
+"""The repository on the Hugging Face hub that a result goes to: made when the run starts, filled when it is finished.
+
+--push_to_hub -> check_hub (no network) -> open_repository (a wrong token or a missing right ends the run at its start)
+-> upload (one commit). The token is in the headers of requests and nowhere else: no file, message or log has it.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cogvideox.config.flags import HIDDEN, HubFlags
+from cogvideox.config.options import TrainOptions
+from cogvideox.errors import UsageError, public_urls
+
+WAITS = (2.0, 8.0, 30.0)  # seconds before the second, third and fourth try
+PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers that may be others a little later
+REFUSALS = {
+    401: "the hub does not know this token; give another one with `hf auth login`, HF_TOKEN or --hub_token",
+    403: "this token may not write there; give one that may, or another --hub_model_id",
+    404: "there is no such namespace, or this token may not see it; give another --hub_model_id",
+}
+
+Result = TypeVar("Result")
+Say = Callable[[str], None]
+
+
+def token_of(hub: HubFlags) -> str | None:
+    """The token of the flag, else of HF_TOKEN, else of the saved login."""
+    from huggingface_hub import get_token
+
+    return hub.hub_token or get_token()
+
+
+def repository_name(options: TrainOptions) -> str:
+    """--hub_model_id, else the name of the output folder."""
+    return options.hub.hub_model_id or Path(options.train.output_dir).resolve().name
+
+
+def check_hub(options: TrainOptions) -> Iterator[str]:
+    """Problems of --push_to_hub, for args.parse. Asks nobody."""
+    if not options.hub.push_to_hub:
+        return
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if constants.HF_HUB_OFFLINE:
+        yield "--push_to_hub: HF_HUB_OFFLINE is set; unset it, or leave the flag out"
+    if not token_of(options.hub):
+        yield "--push_to_hub: there is no token; run `hf auth login`, set HF_TOKEN, or give --hub_token"
+    try:
+        validate_repo_id(repository_name(options))
+    except HFValidationError:
+        name = options.hub.hub_model_id
+        subject = f"--output_dir {options.train.output_dir}" if name is None else f"--hub_model_id {name}"
+        rule = "is no name of a repository, which has letters, digits, single -, _ and . between them"
+        yield f"{subject}: {rule}; give --hub_model_id NAME or NAMESPACE/NAME"
+
+
+def open_repository(options: TrainOptions, say: Say, waits: Sequence[float] = WAITS) -> str | None:
+    """Makes the repository or finds it, and asks whether the token may write; its namespace/name. None: none is wanted.
+
+    Raises:
+        UsageError: the hub refuses, or cannot be reached.
+    """
+    hub, name = options.hub, repository_name(options)
+    if not hub.push_to_hub:
+        return None
+    from huggingface_hub import HfApi
+
+    token = token_of(hub)
+    api = HfApi(token=token)
+
+    def make() -> str:
+        repository = api.create_repo(name, private=hub.hub_private or None, exist_ok=True).repo_id
+        api.auth_check(repository, write=True)  # one that is there already may be somebody else's
+        return repository
+
+    try:
+        return patiently(make, say, waits)
+    except failures() as error:
+        rule = REFUSALS.get(status_of(error) or 0, "mend that, or leave the flag out: the same command with it uploads")
+        raise UsageError(f"--push_to_hub: {name}: {reason(error, token)}: {rule}") from None
+
+
+def upload(
+    repository: str, hub: HubFlags, folder: Path, files: Sequence[Path], say: Say, waits: Sequence[float] = WAITS
+) -> None:
+    """Sends files of a finished run in one commit; what is there already and has not changed is not sent again.
+
+    Raises:
+        UsageError: it could not be done; nothing on the disk is touched, and it can be tried again.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    token = token_of(hub)
+    api = HfApi(token=token)
+
+    def commit() -> None:
+        # made anew at each try: a commit changes them
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
+        api.create_commit(repository, operations, commit_message="Add the result of a finished run")
+
+    try:
+        patiently(commit, say, waits)
+    except failures() as error:
+        raise UsageError(
+            f"{folder}: is finished, but was not uploaded to {repository}: {reason(error, token)}; "
+            "the same command again only uploads"
+        ) from None
+    say(f"uploaded: {public_urls(api.endpoint)}/{repository}")
+
+
+def patiently(call: Callable[[], Result], say: Say, waits: Sequence[float]) -> Result:
+    """The result of ``call``, which is tried again after each wait as long as its failure may pass."""
+    for wait in waits:
+        try:
+            return call()
+        except failures() as error:
+            if not may_pass(error):
+                raise
+            say(f"the hub does not answer ({status_of(error) or type(error).__name__}); trying again in {wait:g} s")
+        time.sleep(wait)
+    return call()
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where a request fails."""
+    from huggingface_hub.errors import HTTPError
+
+    return (HTTPError, OSError, ValueError, RuntimeError)
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error, if there was an answer."""
+    responses: list[Any] = [getattr(link, "response", None) for link in chain(error)]
+    return next((response.status_code for response in responses if response is not None), None)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether trying again may help: the hub is not well, or no answer came (RuntimeError, in its uploads)."""
+    from huggingface_hub.errors import HTTPError
+
+    status = status_of(error)
+    if status is not None:
+        return status in PASSING
+    return any(isinstance(link, HTTPError | ConnectionError | TimeoutError | RuntimeError) for link in chain(error))
+
+
+def reason(error: BaseException, token: str | None) -> str:
+    """What an error and its causes say, up to the answer of the hub, on one line and without the token."""
+    texts = []
+    for link in chain(error):
+        answer = getattr(link, "server_message", None)
+        text = " ".join(f"{status_of(link)} {answer}".split() if answer else str(link).split())
+        texts.append(text or type(link).__name__)
+        if getattr(link, "response", None) is not None:
+            break
+    text = "; ".join(dict.fromkeys(texts))
+    return text.replace(token, HIDDEN) if token else text

@@ -1,0 +1,180 @@
+"""A LoRA's file before anything heavy is imported: what its header says, and whether the flags say the same.
+
+safetensors only: a length, a JSON header (names, shapes, metadata), the numbers. Other formats can run code.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogvideox.config.flags import LoraFlags
+from cogvideox.config.options import LoraOptions, target_pattern
+from cogvideox.errors import UsageError
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
+PREFIX = "transformer."  # of a pipeline's part, before PEFT's names
+KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+CONFIG_NAME = "lora_adapter_metadata"  # in the file's metadata: the fields of PEFT's LoraConfig
+TRAINING_NAME = "cogvideox_training"  # in the file's metadata: the fields of Training
+NO, EXACT, ROUNDED = "no", "exactly", "with rounding"  # whether, and how, the scale is multiplied into the matrices
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a LoRA was scaled in training, and whether the matrices of its file have this scale in them already.
+
+    ``rank`` is that of the file's matrices: after PiSSA twice the one that was trained, and alpha grows with it.
+    """
+
+    rank: int
+    lora_alpha: float
+    use_rslora: bool
+    scale: float
+    scale_folded: str = NO
+
+
+def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
+    """What a LoRA's product of two matrices is multiplied by, as PEFT computes it."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """The header of a LoRA's file."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]  # by key
+    config: dict[str, Any]  # without the prefix; empty where the file has none: diffusers then takes alpha = rank
+    training: Training | None = None  # None: another trainer's
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that it changes."""
+        return sorted({match[1] for key in self.shapes if (match := KEY.fullmatch(key))})
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of its matrices."""
+        return sorted({shape[0] for key, shape in self.shapes.items() if key.endswith("lora_A.weight")})
+
+    @property
+    def folded(self) -> str:
+        """Whether, and how, its matrices have the scale of training in them."""
+        return self.training.scale_folded if self.training else NO
+
+    def scaling(self, rank: int) -> tuple[float, bool]:
+        """(alpha, whether it is rsLoRA's) with which training goes on; where folding rounded, that of the file."""
+        if self.training and self.folded == EXACT:
+            return self.training.lora_alpha, self.training.use_rslora
+        return self.config.get("lora_alpha", rank), bool(self.config.get("use_rslora"))
+
+
+def check_lora(options: Any) -> Iterator[str]:
+    """Problems of --lora_path, for args.parse."""
+    if isinstance(options, LoraOptions) and options.lora.lora_path is not None:
+        yield from misfits(read_header(options.lora.lora_path), options.lora)
+
+
+def lora_file(given: str) -> Path:
+    """The file that --lora_path means: itself, or the one in a folder."""
+    path = Path(given)
+    return path / WEIGHTS_NAME if path.is_dir() else path
+
+
+def read_header(given: str) -> LoraFile:
+    """The header of the file that --lora_path means.
+
+    Raises:
+        UsageError: there is none, or it is no safetensors file.
+    """
+    path, rule = lora_file(given), f"--lora_path {given}"
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{rule}: only .safetensors files are read, others can run code; convert it")
+    if not path.is_file():
+        raise UsageError(f"{rule}: there is no {path.name}; give a file, or a folder that a LoRA was saved to")
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if 8 + length > path.stat().st_size:
+                raise ValueError(length)
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+        config = json.loads(metadata.get(CONFIG_NAME, "{}"))
+        training = Training(**json.loads(metadata[TRAINING_NAME])) if TRAINING_NAME in metadata else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{rule}: {path.name} is damaged, or no safetensors file; get it again") from None
+    return LoraFile(path, shapes, {name.removeprefix(PREFIX): value for name, value in config.items()}, training)
+
+
+def misfits(file: LoraFile, lora: LoraFlags) -> Iterator[str]:
+    """Where a file and the flags disagree, each with the flag that would fit."""
+    strange = [key for key in file.shapes if not KEY.fullmatch(key)]
+    if strange or not file.layers:
+        has = f"has {strange[0]}" if strange else "is empty"
+        rule = f"a LoRA for diffusers has {PREFIX}LAYER.lora_A.weight; for ComfyUI's names see scripts/convert_lora.py"
+        yield f"--lora_path {file.path}: {has}; {rule}"
+        return
+    if len(file.ranks) > 1 or file.config.get("rank_pattern") or file.config.get("alpha_pattern"):
+        yield f"--lora_path {file.path}: its layers differ in rank or alpha; give one that has the same for all"
+        return
+    (rank,) = file.ranks
+    if rank != lora.rank:
+        yield f"--rank {lora.rank}: the LoRA of --lora_path has another; give --rank {rank}"
+    yield from other_scaling(file, rank, lora)
+    dora = any(key.endswith("lora_magnitude_vector") for key in file.shapes)
+    yield from other_variant("use_dora", lora.use_dora, dora)
+    if set(selected(lora.target_modules, file.layers)) != set(file.layers) or unused(lora.target_modules, file.layers):
+        names = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in file.layers})  # the same in every block
+        rule = "the LoRA of --lora_path is on other layers"
+        yield f"--target_modules {' '.join(lora.target_modules)}: {rule}; give --target_modules {' '.join(names)}"
+
+
+def other_scaling(file: LoraFile, rank: int, lora: LoraFlags) -> Iterator[str]:
+    """Problems where alpha or rsLoRA of the flags are not those with which the file's matrices go on."""
+    alpha, rslora = file.scaling(rank)
+    given = f"--lora_alpha {written(lora.lora_alpha)}"
+    if file.training and file.folded == ROUNDED and (lora.lora_alpha, lora.use_rslora) != (alpha, rslora):
+        rule = f"the LoRA of --lora_path has its scale, {file.training.scale:g}, in its matrices, with rounding"
+        fix = f"give --lora_alpha {written(alpha)} without --use_rslora to go on with them as they are"
+        yield f"{given}: {rule}; {fix}, or a checkpoint of its training, whose matrices are not rounded"
+        return
+    if alpha != lora.lora_alpha:
+        yield f"{given}: the LoRA of --lora_path has another; give --lora_alpha {written(alpha)}"
+    yield from other_variant("use_rslora", lora.use_rslora, rslora)
+
+
+def written(number: float) -> str:
+    """A number as short as it can be, and exact."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
+
+
+def other_variant(flag: str, given: bool, has: bool) -> Iterator[str]:
+    """One problem where a switch is not what the file was trained with."""
+    if given != has:
+        fix = f"give --{flag}" if has else "leave it out"
+        yield f"--{flag}: the LoRA of --lora_path was trained {'with' if has else 'without'} it; {fix}"
+
+
+def selected(target_modules: Sequence[str], layers: Iterable[str]) -> list[str]:
+    """Of some layers' names, those that --target_modules means: by their ends, or by the whole name."""
+    pattern = target_pattern(target_modules)
+    if pattern is not None:
+        return [layer for layer in layers if re.fullmatch(pattern, layer)]
+    return [layer for layer in layers if any(is_called(layer, target) for target in target_modules)]
+
+
+def unused(target_modules: Sequence[str], layers: Iterable[str]) -> list[str]:
+    """The values of --target_modules that mean none of the layers."""
+    known = list(layers)
+    return [target for target in target_modules if not selected((target,), known)]
+
+
+def is_called(layer: str, target: str) -> bool:
+    """Whether a layer has a name, as PEFT reads lists of names."""
+    return layer == target or layer.endswith(f".{target}")

@@ -1,0 +1,273 @@
+"""Which optimizer: a rule x bits x library, or any class by its dotted name; what each needs, and what it refuses.
+
+OptimizerFlags -> (class, arguments) -> an optimizer, which optim.py gives fp32 masters, gradients and a learning rate.
+torch is imported inside functions: what is missing ends a script before anything heavy is imported.
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import io
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from typing import TYPE_CHECKING, Any
+
+from cogvideox.config.flags import ADAMS, NAMED_CLASS, OptimizerFlags
+from cogvideox.config.options import TrainOptions, launched_processes, precision_of, trains_on_host, under_deepspeed
+from cogvideox.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+ADAM_NAMES = {"adam": "Adam", "adamw": "AdamW"}
+USUAL_BETAS = (0.9, 0.999)  # where a class has betas without a default
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def make_optimizer(flags: OptimizerFlags, parameters: "Sequence[Parameter]") -> "Optimizer":
+    """The optimizer that the flags name; its learning rate is set before every step.
+
+    Raises:
+        UsageError: the class does not take these parameters.
+    """
+    kind, arguments = optimizer_class(flags)
+    try:
+        with redirect_stdout(io.StringIO()):  # prodigy prints what the flags say
+            return kind(parameters, lr=1.0, **arguments)  # prodigy and came refuse 0
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"--optimizer {flags.optimizer}: {error or 'does not take these parameters'}") from error
+
+
+def optimizer_class(flags: OptimizerFlags) -> tuple[Any, dict[str, Any]]:
+    """The class and its arguments, but for parameters and learning rate."""
+    if flags.kind == NAMED_CLASS:
+        kind = named_class(flags.optimizer)
+        return kind, class_arguments(kind, flags)
+    betas, decay = (flags.beta1, flags.beta2), {"weight_decay": flags.weight_decay}
+    if flags.kind == "prodigy":
+        switches = {
+            "decouple": flags.prodigy_decouple,
+            "use_bias_correction": flags.prodigy_use_bias_correction,
+            "safeguard_warmup": flags.prodigy_safeguard_warmup,
+        }
+        prodigy = importlib.import_module("prodigyopt").Prodigy
+        return prodigy, decay | switches | {"betas": betas, "beta3": flags.beta3, "eps": flags.epsilon}
+    if flags.kind == "came":
+        came = importlib.import_module("came_pytorch").CAME
+        third = inspect.signature(came).parameters["betas"].default[2] if flags.beta3 is None else flags.beta3
+        return came, decay | {"betas": (*betas, third)}
+    adam = decay | {"betas": betas, "eps": flags.epsilon}
+    if bits := bits_of(flags):
+        library = importlib.import_module("torchao.optim" if flags.use_torchao else "bitsandbytes.optim")
+        return getattr(library, ADAM_NAMES[flags.kind] + bits), adam
+    # fused: the kernel takes the clipping factor and the non-finite flag as tensors, so nothing waits for the device
+    return getattr(importlib.import_module("torch.optim"), ADAM_NAMES[flags.kind]), adam | {"fused": True}
+
+
+def bits_of(flags: OptimizerFlags) -> str:
+    """How bitsandbytes and torchao name the precision of the moments; empty: fp32."""
+    return "8bit" if flags.use_8bit else "4bit" if flags.use_4bit else "Fp8" if flags.use_fp8 else ""
+
+
+# -- a class by its dotted name ----------------------------------------------------------------------------------------
+
+
+def named_class(name: str) -> Any:
+    """The optimizer class of a dotted name; raises UsageError with the nearest one."""
+    from torch.optim import Optimizer
+
+    path, _, last = name.rpartition(".")
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise UsageError(f"--optimizer {name}: {error}; give MODULE.CLASS of an installed package") from None
+    found = getattr(module, last, None)
+    if isinstance(found, type) and issubclass(found, Optimizer):
+        return found
+    classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Optimizer)]
+    near = difflib.get_close_matches(last, classes, 1, 0.4)
+    raise UsageError(f"--optimizer {name}: is no optimizer" + (f"; nearest: {path}.{near[0]}" if near else ""))
+
+
+def class_arguments(kind: Any, flags: OptimizerFlags) -> dict[str, Any]:
+    """What the flags say, under the constructor's names; --optimizer_args count more.
+
+    Raises:
+        UsageError: every argument that the constructor does not have, or not of that type.
+    """
+    taken = inspect.signature(kind).parameters
+    problems: list[str] = []
+    arguments = dict(shared_arguments(taken, flags, problems))
+    for text in flags.optimizer_args:
+        key, _, value = text.partition("=")
+        try:
+            arguments[key] = typed_argument(taken, key, value)
+        except UsageError as error:
+            problems.append(f"--optimizer_args {text}: {error}")
+    if problems:
+        raise UsageError(problems)
+    return arguments
+
+
+def shared_arguments(
+    taken: Mapping[str, inspect.Parameter], flags: OptimizerFlags, problems: list[str]
+) -> Iterator[tuple[str, Any]]:
+    """The flags that many optimizers have, under the names that constructors give them."""
+    for flag, key in (("weight_decay", "weight_decay"), ("epsilon", "eps")):
+        value = getattr(flags, flag)
+        if value is not None and key in taken:
+            yield key, value
+        elif value is not None:
+            problems.append(f"--{flag}: {flags.optimizer} has no {key}; leave it out")
+    given = {index: beta for index, beta in enumerate((flags.beta1, flags.beta2)) if beta is not None}
+    if given and "betas" in taken:
+        usual = taken["betas"].default
+        betas = list(usual if isinstance(usual, tuple) else USUAL_BETAS)
+        for index, beta in given.items():
+            betas[index] = beta
+        yield "betas", tuple(betas)
+    elif given:
+        problems.append(f"--beta{min(given) + 1}: {flags.optimizer} has no betas; leave it out")
+
+
+def typed_argument(taken: Mapping[str, inspect.Parameter], key: str, text: str) -> Any:
+    """The value of one of --optimizer_args; raises UsageError with the rule and the nearest fix."""
+    names = [name for name, item in taken.items() if name not in ("params", "lr") and item.kind != item.VAR_KEYWORD]
+    if key == "lr":
+        raise UsageError("the rate follows --learning_rate and --lr_scheduler; give those")
+    if key not in names and not any(item.kind == item.VAR_KEYWORD for item in taken.values()):
+        near = difflib.get_close_matches(key, names, 1)
+        raise UsageError(f"no such argument; nearest: {near[0]}" if near else f"is one of {', '.join(names)}")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UsageError("is not key=value with a Python literal, such as 0.9, True, (0.9, 0.99) or 'text'") from None
+    wanted = misfit(taken[key].default, value) if key in taken else None
+    if wanted:
+        raise UsageError(f"takes {wanted}")
+    return value
+
+
+def misfit(default: Any, value: Any) -> str | None:
+    """What an argument with this default takes, where the value is of another kind."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "True or False"
+    if isinstance(default, (int, float)):
+        return None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
+    if isinstance(default, (tuple, list)):
+        fits = isinstance(value, (tuple, list)) and len(value) == len(default)
+        return None if fits else f"{len(default)} values, such as {default}"
+    return "text in quotes" if isinstance(default, str) and not isinstance(value, str) else None
+
+
+# -- problems that need more than the flags ----------------------------------------------------------------------------
+
+
+def check_optimizer(options: TrainOptions) -> Iterator[str]:
+    """Problems of the optimizer: packages that are missing, arguments, and what it cannot do in this run."""
+    flags = options.optimizer
+    package = package_of(flags)
+    if package and importlib.util.find_spec(package) is None:
+        yield f"{flag_of(flags)}: {package} is not installed; pip install {package}"
+    elif flags.kind == NAMED_CLASS:
+        yield from class_problems(flags)
+    if flags.use_torchao and not any(map(shutil.which, (os.environ.get("CXX", COMPILERS[0]), *COMPILERS))):
+        yield "--use_torchao: compiles its step, and there is no C++ compiler; install g++, or leave it out"
+    if flags.use_cpu_offload_optimizer:
+        yield from offload_problems(options)
+    if under_deepspeed():
+        yield from deepspeed_problems(flags)
+
+
+def check_state_place(options: TrainOptions) -> Iterator[str]:
+    """Problems of state that is to lie on the host; check_optimizer tells of optimizers that cannot be made at all."""
+    if options.plan.optimizer_state_on == "host" or trains_on_host(options):
+        name = "--optimizer_state_on host"
+        if options.plan.optimizer_state_on != "host":
+            name = "--weights_on host" if options.plan.weights_on == "host" else "--plan lean"
+        with suppress(ImportError, UsageError):
+            yield from host_state_problems(options.optimizer, under_deepspeed(), name)
+
+
+def package_of(flags: OptimizerFlags) -> str | None:
+    """The module that an optimizer comes from, where torch has it not."""
+    if flags.use_torchao or flags.use_cpu_offload_optimizer:
+        return "torchao"
+    if bits_of(flags):
+        return "bitsandbytes"
+    return {"prodigy": "prodigyopt", "came": "came_pytorch"}.get(flags.kind)
+
+
+def flag_of(flags: OptimizerFlags) -> str:
+    """The flag that asks for more than torch has."""
+    names = ("use_torchao", "use_cpu_offload_optimizer", "use_8bit")
+    return next((f"--{name}" for name in names if getattr(flags, name)), f"--optimizer {flags.optimizer}")
+
+
+def class_problems(flags: OptimizerFlags) -> Iterator[str]:
+    """What is wrong with a class by its name, found by making it for a parameter of its own."""
+    import torch
+
+    try:
+        kind, arguments = optimizer_class(flags)
+    except UsageError as error:
+        yield from error.problems
+        return
+    try:
+        kind([torch.nn.Parameter(torch.zeros(2, 2))], lr=1.0, **arguments)
+    except Exception as error:  # whatever a constructor raises
+        yield f"--optimizer {flags.optimizer}: {error}; see --optimizer_args"
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        yield f"--optimizer {flags.optimizer}: its step runs the model itself, which is not done here; give another"
+
+
+def offload_problems(options: TrainOptions) -> Iterator[str]:
+    """What torchao's optimizer on the CPU cannot do on this machine."""
+    import torch
+
+    name = "--use_cpu_offload_optimizer"
+    if not torch.cuda.is_available():
+        yield f"{name}: torchao wants a CUDA device and torch sees none; leave it out"
+    if launched_processes() > 1:
+        yield f"{name}: torchao knows one GPU; launch one process, or use accelerate_configs/deepspeed.yaml"
+    if options.train.mixed_precision is None and precision_of(None) == "fp16":
+        yield f"{name}: torchao knows no loss scale, which fp16 needs; give --mixed_precision bf16"
+
+
+def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
+    """Optimizers that ZeRO cannot run: it cuts the parameters into flat shares, and steps each share alone."""
+    if flags.kind not in ADAMS:
+        yield f"--optimizer {flags.optimizer}: sees flat shares of the weights under DeepSpeed; give adam or adamw"
+    if flags.use_torchao:
+        yield "--use_torchao: not under DeepSpeed; give --use_8bit alone"
+    if flags.use_cpu_offload_optimizer:
+        yield "--use_cpu_offload_optimizer: not under DeepSpeed; set offload_optimizer_device: cpu in its configuration"
+
+
+def host_state_problems(
+    flags: OptimizerFlags, deepspeed: bool, name: str = "--optimizer_state_on host"
+) -> Iterator[str]:
+    """What cannot have its state in host memory between steps: optim.py moves only what torch's fused Adam keeps."""
+    if deepspeed:
+        yield f"{name}: DeepSpeed places the state; set offload_optimizer_device: cpu in its configuration"
+    elif flags.use_cpu_offload_optimizer:
+        yield f"{name}: --use_cpu_offload_optimizer has it there already, and steps there; give one of them"
+    elif not steps_on_device(flags):
+        yield (
+            f"{name}: {flag_of(flags)} cannot skip a step on the device, or keeps more than plain moments; "
+            "give --optimizer adam or adamw without low bits, or keep its state on the device"
+        )
+
+
+def steps_on_device(flags: OptimizerFlags) -> bool:
+    """Whether the optimizer will be what masters.is_fused says."""
+    from torch.optim import Adam, AdamW
+
+    kind, arguments = optimizer_class(flags)
+    return issubclass(kind, (Adam, AdamW)) and bool(arguments.get("fused"))

@@ -1,0 +1,298 @@
+"""Which script takes which groups of flags, what follows from them, and what their values mean.
+
+Groups of flags.py -> the options of a script -> ``derive()``: values that follow from others. Standard library only.
+"""
+
+import dataclasses
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cogvideox.config.flags import (
+    NAMED_CLASS,
+    TENSOR_FOLDER,
+    DataFlags,
+    EncodeFlags,
+    FirstFrameFlags,
+    FullFlags,
+    GuideFlags,
+    HubFlags,
+    IdleFlags,
+    ImageFlags,
+    LoaderFlags,
+    LoraFlags,
+    LoraPlanFlags,
+    ModelFlags,
+    OptimizerFlags,
+    PlanFlags,
+    PrepareFlags,
+    ScriptFlags,
+    SignalFlags,
+    TrainFlags,
+    ValidationFlags,
+)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """prepare_dataset.py."""
+
+    model: ModelFlags
+    data: DataFlags
+    encode: EncodeFlags
+    first_frames: FirstFrameFlags
+    prepare: PrepareFlags
+    script: ScriptFlags
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What every training script takes; ``task`` and ``method`` are the CogVideo guide's names."""
+
+    task = "t2v"
+    method = "lora"
+
+    model: ModelFlags
+    guide: GuideFlags
+    data: DataFlags
+    loader: LoaderFlags
+    encode: EncodeFlags
+    train: TrainFlags
+    signal: SignalFlags
+    optimizer: OptimizerFlags
+    plan: PlanFlags
+    validation: ValidationFlags
+    hub: HubFlags
+    idle: IdleFlags
+    script: ScriptFlags
+
+
+@dataclass(frozen=True)
+class LoraOptions(TrainOptions):
+    """The LoRA scripts."""
+
+    lora: LoraFlags
+    plan: LoraPlanFlags
+
+
+@dataclass(frozen=True)
+class SftOptions(TrainOptions):
+    """The scripts that train all weights."""
+
+    method = "sft"
+
+    full: FullFlags
+
+
+@dataclass(frozen=True)
+class ImageLoraOptions(LoraOptions):
+    """The LoRA script for image-to-video."""
+
+    task = "i2v"
+
+    first_frames: FirstFrameFlags
+    image: ImageFlags
+
+
+@dataclass(frozen=True)
+class ImageSftOptions(SftOptions):
+    """The script that trains all weights for image-to-video."""
+
+    task = "i2v"
+
+    first_frames: FirstFrameFlags
+    image: ImageFlags
+
+
+SCRIPTS: dict[str, type] = {
+    "prepare_dataset.py": PrepareOptions,
+    "cogvideox_text_to_video_lora.py": LoraOptions,
+    "cogvideox_text_to_video_sft.py": SftOptions,
+    "cogvideox_image_to_video_lora.py": ImageLoraOptions,
+    "cogvideox_image_to_video_sft.py": ImageSftOptions,
+}
+Options = TypeVar("Options", bound=PrepareOptions | TrainOptions)
+
+
+Fields = tuple[tuple[str, "dataclasses.Field[Any]", Any], ...]
+FIELDS: dict[type, Fields] = {}  # resolving their types takes longer than everything else that reads flags
+
+
+def fields_of(options_type: type) -> Fields:
+    """(group name, field, type of its value) of every flag."""
+    if options_type not in FIELDS:
+        groups = typing.get_type_hints(options_type).items()
+        types = {of: typing.get_type_hints(of) for _, of in groups}
+        fields = ((name, of, item) for name, of in groups for item in dataclasses.fields(of))
+        FIELDS[options_type] = tuple((name, item, types[of][item.name]) for name, of, item in fields)
+    return FIELDS[options_type]
+
+
+def names_of(item: "dataclasses.Field[Any]") -> tuple[str, ...]:
+    """The names of a flag, its own first."""
+    return (item.name, *item.metadata["aliases"])
+
+
+@dataclass
+class Elsewhere:
+    """A flag that only other scripts have: the names that are free for it here, and whose it is."""
+
+    item: "dataclasses.Field[Any]"
+    annotation: Any
+    names: tuple[str, ...]
+    scripts: list[str]
+
+    def verdict(self) -> str:
+        """What to say where it is given: that it has no effect, or why it is refused."""
+        training = len(self.scripts) == len(SCRIPTS) - 1
+        whose = "the training scripts" if training else ", ".join(self.scripts)
+        refused = self.item.metadata["refused"]
+        if refused:
+            return f"--{self.item.name}: is for {whose}; {refused}"
+        return f"--{self.item.name}: has no effect here; it is for {whose}"
+
+
+def elsewhere(options_type: type) -> list[Elsewhere]:
+    """The flags of the suite that a script does not have."""
+    taken = {name for _, item, _ in fields_of(options_type) for name in names_of(item)}
+    found: dict[str, Elsewhere] = {}
+    for script, other in SCRIPTS.items():
+        for _, item, annotation in fields_of(other):
+            if item.name not in taken:
+                names = tuple(name for name in names_of(item) if name not in taken)
+                found.setdefault(item.name, Elsewhere(item, annotation, names, [])).scripts.append(script)
+    return list(found.values())
+
+
+def derive(options: Any, sources: dict[str, str]) -> Any:
+    """Values that follow from other flags; needs no file. Records each one's origin in ``sources``."""
+    data: DataFlags = options.data
+    found: dict[str, dict[str, Any]] = {"data": {}}
+    if data.num_augmentations is None:
+        found["data"]["num_augmentations"] = 2 if data.random_flip else 1
+    if data.max_num_frames is None:
+        found["data"]["max_num_frames"] = max((frames for frames, _, _ in resolutions(data)), default=49)
+    if isinstance(options, TrainOptions):
+        validation = options.validation
+        given = {name for name, source in sources.items() if source.startswith("given")}
+        most = data.max_num_frames or found["data"]["max_num_frames"]
+        height = data.height_buckets[0] if "height_buckets" in given else 480
+        width = data.width_buckets[0] if "width_buckets" in given else 720
+        usual = (max((count for count in data.frame_buckets if count <= most), default=49), height, width)
+        listed = [numbers for numbers in resolutions(data) if numbers[0] <= most]
+        longest = max(listed, key=lambda numbers: numbers[0], default=usual)  # the first of those
+        wanted = dict(zip(("validation_frames", "height", "width"), longest, strict=True))
+        found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
+        if not options.train.output_dir:
+            task = "i2v-" if options.task == "i2v" else ""
+            found["train"] = {"output_dir": f"cogvideox-{task}{options.method}"}
+        found["optimizer"] = dict.fromkeys(left_to_library(options.optimizer, given))
+        if options.loader.tensor_cache is None and not options.loader.load_tensors:
+            found["loader"] = {"tensor_cache": str(Path(data.data_root[0]) / TENSOR_FOLDER)}
+    for values in found.values():
+        sources.update(dict.fromkeys(values, "derived"))
+    groups = {name: dataclasses.replace(getattr(options, name), **values) for name, values in found.items()}
+    return dataclasses.replace(options, **groups)
+
+
+def left_to_library(flags: OptimizerFlags, given: set[str]) -> Iterator[str]:
+    """Flags whose default is not for this optimizer: its library's own value holds."""
+    if flags.kind == NAMED_CLASS:
+        yield from {"beta1", "beta2", "weight_decay", "epsilon"} - given
+    elif flags.kind == "came":
+        yield from {"epsilon"} - given
+
+
+def resolution(text: str) -> tuple[int, int, int] | None:
+    """(frames, height, width) out of 49x480x720; None if it is not of that form."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.lower())
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+def resolutions(data: DataFlags) -> list[tuple[int, int, int]]:
+    """The well-formed values of --train_resolution."""
+    return [numbers for text in data.train_resolution if (numbers := resolution(text))]
+
+
+def image_flags(options: Any) -> ImageFlags | None:
+    """The flags of an image-to-video script; None: it is another one."""
+    flags: ImageFlags | None = getattr(options, "image", None)
+    return flags
+
+
+def noise_variants(options: TrainOptions) -> int:
+    """How many encodings of each first frame a script trains on; 0: none."""
+    flags: FirstFrameFlags | None = getattr(options, "first_frames", None)
+    return flags.num_image_noise_variants if flags is not None else 0
+
+
+def ignores_positions(options: Any) -> bool:
+    """Whether a model is trained without its learned positions."""
+    flags = image_flags(options)
+    return flags is not None and flags.ignore_learned_positional_embeddings
+
+
+def separated(text: str | None, separator: str) -> list[str]:
+    """The texts in a value of --validation_prompt or --validation_images."""
+    return [part.strip() for part in (text or "").split(separator) if part.strip()]
+
+
+def is_url(text: str) -> bool:
+    """Whether an image is to be fetched from the web."""
+    return text.startswith(("http://", "https://"))
+
+
+def reads_clips(options: Any) -> bool:
+    """Whether media files are opened: not where --load_tensors takes what was made of them."""
+    loader = getattr(options, "loader", None)
+    return loader is None or not loader.load_tensors
+
+
+def needs_captions(options: Any) -> bool:
+    """Whether captions are used: not where prepare_dataset.py only looks at a data set."""
+    prepare: PrepareFlags | None = getattr(options, "prepare", None)
+    return prepare is None or not (prepare.dry_run or prepare.suggest_buckets)
+
+
+def target_pattern(target_modules: Sequence[str]) -> str | None:
+    """The regular expression that --target_modules is; None where it lists names."""
+    plain = len(target_modules) != 1 or re.fullmatch(r"[\w.]+", target_modules[0])
+    return None if plain else target_modules[0]
+
+
+def precision_of(flag: str | None) -> str:
+    """The flag, else what `accelerate launch` was told, else no."""
+    return flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def trains_on_host(options: TrainOptions) -> bool:
+    """Whether the flags of the plan want weights of blocks trained in host memory, with all that belongs to them."""
+    flags = options.plan
+    wanted = flags.weights_on == "host" or (flags.plan == "lean" and flags.weights_on == "auto")
+    return wanted and not isinstance(options, LoraOptions)
+
+
+def launched_processes() -> int:
+    """How many processes of this run the launcher started, as it says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_processes() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", launched_processes()))
+
+
+def under_deepspeed() -> bool:
+    """Whether accelerate's configuration is for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def tracker_names(report_to: str | None) -> list[str]:
+    """The trackers that --report_to asks for, without wandb where WANDB_DISABLED says so."""
+    names = {None: [], "none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [str(report_to)])
+    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
+    return [name for name in names if not (name == "wandb" and disabled)]

@@ -1,0 +1,179 @@
+"""What a prepared folder says of the flags that made it; with --load_tensors these are no longer a choice.
+
+index.json -> the values of its preparation. They take the place of the training script's defaults, so that config.json,
+recipe.json, trackers and the model card say what the tensors are; a flag that was given must say the same.
+Folders of older versions, and of the CogVideoX factory, do not say all: a flag on what they do not say is refused.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cogvideox.config.flags import DataFlags, EncodeFlags
+from cogvideox.config.options import Options, TrainOptions, fields_of, resolution
+from cogvideox.errors import UsageError
+
+FORMATS = (3, 4)  # of index.json; the first has no recipe
+MOMENTS = "video_latents"  # the folder by which those of the CogVideoX factory are known
+BUCKETS = ("train_resolution", "frame_buckets", "height_buckets", "width_buckets", "max_num_frames")
+LISTS = {
+    "caption_column": ("prompts.txt", "prompt.txt"),
+    "video_column": ("videos.txt",),
+    "image_column": ("images.txt",),
+}
+CLIPS = (
+    *("bucket_choice", "max_upscale", "fps", "frame_selection", "skip_frames_start", "skip_frames_end"),
+    *("video_reshape_mode", "random_flip", "num_augmentations", "video_reader"),
+)
+# The flags that a preparation fixes. --seed is not among them: a training script has one of its own.
+PREPARED = (
+    *("dataset_file", *LISTS, "repeats", "id_token", *BUCKETS, *CLIPS),
+    *("dtype", "encode_tiling", "num_image_noise_variants"),
+)
+SEEN = ("id_token", *BUCKETS)  # compared with the samples themselves where a folder does not keep them
+FACTORY_TAKES = ("dataset_file", *LISTS, "repeats", *SEEN, "fps", "dtype")  # flags that say what its files do not
+
+Read = Callable[["dataclasses.Field[Any]", Any, list[str]], Any]  # args.read_value: a flag's value out of its texts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a preparation: values by flag, and the (frames, height, width) of its samples."""
+
+    values: dict[str, Any]
+    buckets: set[tuple[int, int, int]] = field(default_factory=set)
+    chosen: tuple[str, ...] = ()  # flags that the training script decides all the same
+
+
+def is_factory_layout(folder: Path) -> bool:
+    """Whether a folder, or one in it, holds tensors as the factory writes them, and is not prepared by us."""
+    return not (folder / "index.json").is_file() and any(
+        path.is_dir() for pattern in (MOMENTS, f"*/{MOMENTS}") for path in folder.glob(pattern)
+    )
+
+
+def kept_values(data: DataFlags, encode: EncodeFlags, **effective: Any) -> dict[str, Any]:
+    """The flags of a preparation as index.json keeps them; ``effective``: where a value is not the flag's own."""
+    flags = dataclasses.asdict(data) | dataclasses.asdict(encode) | effective
+    kept = {name: flags[name] for name in (*PREPARED, "seed") if name in flags}
+    values: dict[str, Any] = json.loads(json.dumps(kept))
+    return values
+
+
+def as_prepared(options: Options, sources: dict[str, str], read: Read) -> tuple[Options, list[str]]:
+    """The options with what was prepared in place of defaults, which ``sources`` says; all problems of given flags.
+
+    Nothing changes without --load_tensors, nor for a folder that cannot be read, about which others have more to say.
+    """
+    if not isinstance(options, TrainOptions) or not options.loader.load_tensors:
+        return options, []
+    try:
+        prepared = read_prepared(Path(options.data.data_root[0]), options, read)
+    except UsageError as error:
+        return options, list(error.problems)
+    if prepared is None:
+        return options, []
+    problems: list[str] = []
+    groups: dict[str, dict[str, Any]] = {}
+    for group, item, _ in fields_of(type(options)):
+        if item.name not in PREPARED or item.name in prepared.chosen:
+            continue
+        if sources[item.name].startswith("given"):
+            problems += conflict(item.name, getattr(getattr(options, group), item.name), prepared)
+        else:
+            groups.setdefault(group, {})[item.name] = prepared.values.get(item.name)
+            sources[item.name] = "prepared"
+    changed = {group: dataclasses.replace(getattr(options, group), **values) for group, values in groups.items()}
+    return dataclasses.replace(options, **changed), problems
+
+
+def read_prepared(folder: Path, options: TrainOptions, read: Read) -> Prepared | None:
+    """What a folder says of its preparation; None where it has no index that can be read, nor the factory's layout.
+
+    Raises:
+        UsageError: what it says cannot be a flag's value.
+    """
+    if is_factory_layout(folder):
+        return Prepared({"num_augmentations": 1, "num_image_noise_variants": 1}, chosen=FACTORY_TAKES)
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if index["format"] not in FORMATS:
+            return None
+        samples = [sample["bucket"] for sample in (*index["samples"], *index["validation"])]
+        buckets = {(bucket["frames"], bucket["height"], bucket["width"]) for bucket in samples}
+        values = dict(index.get("recipe") or {"fps": index["fps"]})
+        dtypes = set(index["dtypes"].values())
+        values |= {"num_image_noise_variants": index["image_variants"] or None}
+        values |= {"dtype": dtypes.pop()} if len(dtypes) == 1 else {"dtype": None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if not values.keys() & set(BUCKETS):
+        values["train_resolution"] = ["{}x{}x{}".format(*bucket) for bucket in sorted(buckets)]
+        values |= {name: getattr(DataFlags, name) for name in BUCKETS[1:]}
+    return Prepared(dict(typed(folder, values, options, read)), buckets)
+
+
+def typed(folder: Path, values: dict[str, Any], options: TrainOptions, read: Read) -> Iterator[tuple[str, Any]]:
+    """Flags and their values, read as if they were typed: somebody else may have written them."""
+    for _, item, annotation in fields_of(type(options)):
+        if item.name not in values or item.name not in PREPARED:
+            continue
+        value = values[item.name]
+        if value in (None, [], ()):
+            yield item.name, None if value is None else ()
+            continue
+        texts = [str(one) for one in (value if isinstance(value, list | tuple) else [value])]
+        try:
+            yield item.name, read(item, annotation, texts)
+        except UsageError as error:
+            raise UsageError(f"{folder / 'index.json'}: {error}; run prepare_dataset.py again") from None
+
+
+def conflict(name: str, given: Any, prepared: Prepared) -> Iterator[str]:
+    """What is wrong with a given flag, if it does not say what was prepared."""
+    values = prepared.values
+    if name in BUCKETS:
+        seen = seen_buckets(name, prepared.buckets)
+        if normal(name, given) not in (normal(name, seen), normal(name, values.get(name))):
+            fix = "give that, or leave the flag out"
+            yield f"--{name} {shown(given)}: the tensors were prepared with {shown(seen)}; {fix}"
+    elif name not in values and name not in SEEN:
+        fix = "leave the flag out, or prepare the clips with it; the same command again encodes nothing anew"
+        yield f"--{name} {shown(given)}: the prepared folder does not say whether it was prepared so; {fix}"
+    elif name in values and normal(name, given) != normal(name, values[name]):
+        then = "without it" if values[name] in (None, ()) else f"with {shown(values[name])}"
+        fix = "leave the flag out, or run prepare_dataset.py with it and another --output_dir"
+        yield f"--{name} {shown(given)}: the tensors were prepared {then}; {fix}"
+
+
+def seen_buckets(name: str, buckets: set[tuple[int, int, int]]) -> Any:
+    """The value of a flag for buckets that names those of the samples and no other."""
+    if name == "train_resolution":
+        return tuple("{}x{}x{}".format(*bucket) for bucket in sorted(buckets))
+    if name == "max_num_frames":
+        return max((frames for frames, _, _ in buckets), default=0)
+    place = ("frame_buckets", "height_buckets", "width_buckets").index(name)
+    return tuple(sorted({bucket[place] for bucket in buckets}))
+
+
+def normal(name: str, value: Any) -> Any:
+    """A value in a form that is equal for all that mean the same."""
+    if name in LISTS:
+        return None if value in LISTS[name] else value
+    if name == "id_token":
+        return (value or "").strip()
+    if name == "random_flip":
+        return value or 0.0
+    if name == "train_resolution":
+        return {resolution(text) for text in value or ()}
+    return set(value or ()) if name in BUCKETS and name != "max_num_frames" else value
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

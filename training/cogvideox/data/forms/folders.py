@@ -1,0 +1,361 @@
+"""The forms that a data set may have: what a folder holds -> columns of captions, videos and images.
+
+    lists      prompts.txt (or prompt.txt) and videos.txt, and images.txt: line n of each is one clip
+    table      CSV, TSV, JSON lines or JSON, with a row a clip: --dataset_file, or metadata.csv or metadata.jsonl
+    pairs      clip.mp4 beside clip.txt, which holds its caption, in any folder below the root; as CogVideo's own
+               trainer has them also videos/clip.mp4 with labels/clip.txt
+
+Owns the choice between them. A file that names the clips wins over pairs; two such files need a flag to decide. Where
+neither is there, one metadata.csv or metadata.jsonl below the root is read, as if --dataset_file named it.
+"""
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from shlex import quote
+
+from cogvideox.config.flags import TENSOR_FOLDER, DataFlags
+from cogvideox.data.forms.columns import (
+    NO_CAPTION,
+    NO_CAPTIONS,
+    WITHOUT_CAPTIONS,
+    Column,
+    Columns,
+    Problems,
+    listing,
+    read_lines,
+)
+from cogvideox.data.forms.paths import PathRules, folded
+from cogvideox.data.forms.tables import FORMATS, Names, read_table
+
+CAPTION_FILES = ("prompts.txt", "prompt.txt")
+VIDEO_FILES = ("videos.txt",)
+IMAGE_FILES = ("images.txt",)
+TABLE_FILES = ("metadata.csv", "metadata.jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")  # a .json that nobody names is mostly about something else
+MEDIA_SUFFIXES = (
+    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif",
+    ".mts", ".m2ts", ".m2t", ".3gp", ".3g2", ".vob", ".qt", ".f4v", ".asf", ".divx",
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
+)  # fmt: skip
+# What is neither a clip nor a caption, and nothing that somebody could take for one.
+TEXT_SUFFIXES = (
+    "", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".xml", ".html",
+    ".log", ".srt", ".vtt", ".ass", ".nfo", ".url", ".sh", ".py", ".bat", ".pdf", ".sha256", ".md5", ".pt",
+    ".safetensors", ".npy", ".npz", ".parquet", ".part", ".tmp", ".lrv", ".thm", ".aae", ".xmp",
+)  # fmt: skip
+# What file managers and network storage leave in folders; hidden files are passed over as well.
+JUNK = {
+    "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini",
+}  # fmt: skip
+# The first words of texts that are about a data set.
+DOCUMENTS = {
+    "readme", "license", "licence", "copying", "copyright", "notice", "changelog", "changes", "authors", "credits",
+    "citation", "attribution", "contributing", "requirements", "todo", "terms",
+}  # fmt: skip
+NO_NAMES: Names = (None, None, None)
+PREVIEW_FOLDER = "preview"  # pictures of what was prepared, in the output folder
+OUTPUTS = (("ledger.jsonl",), ("config.json", "metrics.jsonl"))  # files by which folders of our own are known
+
+
+def read_columns(root: str, data: DataFlags, rules: PathRules, problems: Problems) -> Columns:
+    """The rows of a folder in whatever form it has; what could not be read is missing. ``root``: absolute, a folder."""
+    names = (data.caption_column, data.video_column, data.image_column)
+    if data.dataset_file is not None:
+        alone = len(data.data_root) + len(data.validation_data_root) == 1
+        file = _find_table(root, data.dataset_file, alone, problems)
+        return _read_table(root, file, names, rules, problems) if file is not None else Columns()
+    if names != NO_NAMES:
+        return _read_lists(root, names, rules, problems)
+    return _read_what_is_there(root, rules, problems)
+
+
+def _read_table(root: str, file: str, names: Names, rules: PathRules, problems: Problems) -> Columns:
+    return read_table(file, root, names, problems) if _may_read(root, file, rules, problems) else Columns()
+
+
+def _may_read(root: str, file: str, rules: PathRules, problems: Problems) -> bool:
+    """Whether a list or table may be read: one in the folder must not be a link out of it, as clips must not.
+
+    A file elsewhere has its place from a flag, so the user chose it.
+    """
+    inside = os.path.join(root, "")
+    verdict = rules.verdict(file.removeprefix(inside), root, "list") if file.startswith(inside) else None
+    if verdict is not None:
+        problems.add(verdict[0], f"{root}: {verdict[1]}")
+    return verdict is None
+
+
+def _find_table(root: str, name: str, alone: bool, problems: Problems) -> str | None:
+    """The file of --dataset_file: in the folder, else from the working directory.
+
+    A file outside the folder serves one folder only, or validation could measure the clips of training.
+    """
+    for file in (os.path.normpath(os.path.join(root, name)), os.path.abspath(name)):
+        if os.path.isfile(file) and (alone or file.startswith(os.path.join(root, ""))):
+            return file
+    fix = "" if alone else "; of several folders each needs its own"
+    problems.add("no table", f"--dataset_file {name}: no such file in {root}{fix}; there are: {_text_files(root)}")
+    return None
+
+
+def _read_what_is_there(root: str, rules: PathRules, problems: Problems) -> Columns:
+    captions, videos = _files(root, CAPTION_FILES), _files(root, VIDEO_FILES)
+    tables = _files(root, TABLE_FILES)
+    choices = {name: f"--dataset_file {quote(name)}" for name in tables}
+    if captions and videos:
+        choices[f"{captions[0]} with {videos[0]}"] = f"--caption_column {quote(captions[0])}"
+    if len(choices) > 1:
+        fix = f"choose with {' or '.join(choices.values())}"
+        problems.add("two data sets", f"{root}: {' and '.join(choices)} are two data sets; {fix}")
+        return Columns()
+    if tables:
+        return _read_table(root, os.path.join(root, tables[0]), NO_NAMES, rules, problems)
+    if captions or videos:
+        return _read_lists(root, NO_NAMES, rules, problems)
+    columns = _read_pairs(root, rules, problems)
+    if _is_output(root) and problems:
+        problems.add("an output", f"{root}: is a folder that was prepared here; to train on it add --load_tensors")
+    return columns
+
+
+def _files(root: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if os.path.isfile(os.path.join(root, name))]
+
+
+def _text_files(root: str) -> str:
+    """What a user may have meant: the names of the files that are not videos or hidden, at most ten."""
+    names = _files(root, _names(root, Problems()))
+    return listing([name for name in names if name.endswith((".txt", *FORMATS))] or names)
+
+
+def _read_lists(root: str, names: Names, rules: PathRules, problems: Problems) -> Columns:
+    captions = _read_list(root, names[0], CAPTION_FILES, "--caption_column", rules, problems)
+    videos = _read_list(root, names[1], VIDEO_FILES, "--video_column", rules, problems)
+    # images.txt belongs to videos.txt; a list with another name may be about other clips.
+    has_images = names[2] is not None or (names[1] is None and _files(root, IMAGE_FILES))
+    images = _read_list(root, names[2], IMAGE_FILES, "--image_column", rules, problems) if has_images else None
+    for paths, what in ((videos, "a path"), (images, "an image")):
+        if captions is not None and paths is not None:
+            _check_counts(captions, paths, what, problems)
+    return Columns(captions, videos, images)
+
+
+def _read_list(
+    root: str, name: str | None, defaults: Sequence[str], flag: str, rules: PathRules, problems: Problems
+) -> Column | None:
+    files = _files(root, defaults if name is None else (name,))
+    if not files:
+        listed = f"{flag} {name}" if name is not None else f"{' or '.join(defaults)} ({flag})"
+        hint = "; for a column of a table give --dataset_file too" if _files(root, TABLE_FILES) else ""
+        rule = f"{listed}: no such file in {root}; there are: {_text_files(root)}{hint}"
+        if name is None and defaults is CAPTION_FILES:
+            problems.add(NO_CAPTIONS, f"{rule}; {WITHOUT_CAPTIONS}")
+        else:
+            problems.add("no list", rule)
+        return None
+    file = os.path.normpath(os.path.join(root, files[0]))
+    if not _may_read(root, file, rules, problems) or (lines := read_lines(file, problems)) is None:
+        return None
+    values = [line if line is None else line.strip() for line in lines]
+    while values and values[-1] == "":
+        values.pop()
+    if not values:
+        problems.add("empty list", f"{file}: is empty; it needs one line for each clip")
+    return Column(values, lambda row: f"{file}:{row + 1}", "remove its line from each list", root)
+
+
+def _check_counts(captions: Column, paths: Column, what: str, problems: Problems) -> None:
+    if len(captions.values) == len(paths.values) or not (captions.values and paths.values):
+        return  # an empty list is a problem of its own
+    pairs = ((captions, paths, what), (paths, captions, "a caption"))
+    longer, shorter, missing = max(pairs, key=lambda pair: len(pair[0].values))
+    first = len(shorter.values)
+    file = shorter.place(0).rpartition(":")[0]
+    counts = f"{len(longer.values)} lines, but {file} has {first}"
+    fix = "add a line there or remove this one"
+    problems.add("unequal line counts", f"{longer.place(first)}: first line without {missing} ({counts}); {fix}")
+
+
+@dataclass
+class _Scan:
+    """The files below a root by what they may be: media and captions by their path without the last suffix, in NFC."""
+
+    media: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    texts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    tables: list[str] = field(default_factory=list)
+    others: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
+    """Media files with their captions, in the order of their paths."""
+    scan = _scan(root, rules, problems)
+    _match_captions(scan)
+    if scan.media.keys().isdisjoint(scan.texts):
+        if _is_one_table(choices := _choices_below(root, scan)):
+            return _read_table(root, os.path.join(root, *choices), NO_NAMES, rules, problems)
+        if choices:
+            _add_choices(root, choices, problems)
+            return Columns()
+    if not scan.media:
+        looked = f"{' or '.join(CAPTION_FILES)} with {VIDEO_FILES[0]}, {', '.join(TABLE_FILES)}, clip.mp4 with clip.txt"
+        problems.add("no data set", f"{root}: has none of: {looked}; there are: {_text_files(root)}")
+        return Columns()
+    for stem in sorted(scan.media.keys() | scan.texts.keys()):
+        _check_pair(root, stem, scan, problems)
+    texts = {names[0]: scan.texts.get(stem, [""])[0] for stem, names in scan.media.items()}
+    videos = sorted(texts)
+    captions = [texts[video] for video in videos]
+    missing = None if problems.captions else ""  # None: it is among the problems
+    values = [_read_caption(root, name, rules, problems) if name else missing for name in captions]
+    return Columns(
+        Column(values, lambda row: os.path.join(root, captions[row]), "remove the clip", root),
+        Column(videos, lambda row: root, "remove it", root),
+        skipped=[os.path.join(root, name) for names in scan.others.values() for name in names],
+    )
+
+
+def _scan(root: str, rules: PathRules, problems: Problems) -> _Scan:
+    scan = _Scan()
+    for path in _walk(root, rules, problems):
+        stem, suffix = os.path.splitext(unicodedata.normalize("NFC", path))
+        suffix = suffix.lower()
+        if suffix in MEDIA_SUFFIXES:
+            scan.media[stem].append(path)
+        elif suffix == ".txt":
+            scan.texts[stem].append(path)
+        elif os.path.basename(path) in TABLE_FILES or (suffix in TABLE_SUFFIXES and os.sep not in path):
+            scan.tables.append(path)
+        elif suffix not in TEXT_SUFFIXES:
+            scan.others[stem].append(path)
+    return scan
+
+
+_LABELS = re.compile(r"(.*/|)labels/")  # the last such folder of a path
+
+
+def _match_captions(scan: _Scan) -> None:
+    """Gives captions the stems of their clips where they differ in letter case or lie in labels/ and not in videos/.
+
+    Only where exactly one clip and one caption are left that fit each other.
+    """
+    clips: dict[str, list[str]] = defaultdict(list)
+    captions: dict[str, list[str]] = defaultdict(list)
+    for stem in scan.media.keys() - scan.texts.keys():
+        clips[folded(stem)].append(stem)
+    for stem in scan.texts.keys() - scan.media.keys():
+        captions[folded(_LABELS.sub(r"\1videos/", stem))].append(stem)
+    for key in clips.keys() & captions.keys():
+        if len(clips[key]) == len(captions[key]) == 1:
+            scan.texts[clips[key][0]] = scan.texts.pop(captions[key][0])
+
+
+def _choices_below(root: str, scan: _Scan) -> dict[str, str]:
+    """What may name the clips of a folder that has no pairs, and the flag that chooses each."""
+    choices = {path: f"--dataset_file {quote(path)}" for path in sorted(scan.tables)}
+    for folder in sorted({os.path.dirname(name) for names in scan.texts.values() for name in names} - {""}):
+        captions, videos = (_files(os.path.join(root, folder), names) for names in (CAPTION_FILES, VIDEO_FILES))
+        if captions and videos:
+            lists = f"{os.path.join(folder, captions[0])} with {videos[0]}"
+            choices[lists] = f"--data_root {quote(os.path.join(root, folder))}"
+    return choices
+
+
+def _is_one_table(choices: dict[str, str]) -> bool:
+    return len(choices) == 1 and os.path.basename(next(iter(choices))) in TABLE_FILES
+
+
+def _add_choices(root: str, choices: dict[str, str], problems: Problems) -> None:
+    """A folder whose data set only a flag can tell."""
+    shown = list(choices)[:3]
+    which = " and ".join(shown) + (", ..." if len(choices) > 3 else "")
+    fix = ("choose with " if len(choices) > 1 else "give ") + " or ".join(choices[name] for name in shown)
+    problems.add("unclear data set", f"{root}: has no captions beside its clips, but {which}; {fix}")
+
+
+def _walk(root: str, rules: PathRules, problems: Problems) -> Iterator[str]:
+    """Every file below the root, relative to it, except hidden files, JUNK and our own tensors.
+
+    A linked folder must be one that may be read. It comes last, so that what lies below the root anyway has that path.
+    """
+    folders, links = [""], list[str]()
+    seen = set()
+    while folders or links:
+        folder = (folders or links).pop()
+        real = os.path.realpath(os.path.join(root, folder))
+        if real in seen:
+            continue
+        seen.add(real)
+        if not rules.allows(real):
+            fix = f"remove the link or pass --allow_path {quote(real)}"
+            problems.add("outside the data root", f"{root}: {folder}: leads outside the data root, to {real}; {fix}")
+            continue
+        for name in _names(os.path.join(root, folder), problems):
+            path = os.path.join(folder, name)
+            full = os.path.join(root, path)
+            if os.path.isdir(full):
+                if _is_output(full) or (path == PREVIEW_FOLDER and _is_output(root)):
+                    continue
+                (links if os.path.islink(full) else folders).append(path)
+            else:
+                yield path
+
+
+def _is_output(folder: str) -> bool:
+    """Whether a folder is of our own making: prepared tensors, or a training run."""
+    return any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in OUTPUTS)
+
+
+def _names(folder: str, problems: Problems) -> list[str]:
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        problems.add("unreadable folder", f"{folder}: cannot be read ({error.strerror}); check its permissions")
+        return []
+    return sorted(name for name in names if not (name.startswith(".") or name == TENSOR_FOLDER or folded(name) in JUNK))
+
+
+def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
+    """A clip has one caption, and the other way round."""
+    media, texts = scan.media.get(stem, []), scan.texts.get(stem, [])
+    for kind, names in (("clips", media), ("captions", texts)):
+        if len(names) > 1:
+            problems.add(f"{kind} of one name", f"{root}: {_same_names(kind, names)}")
+    if not texts:
+        fix = "write it next to the clip, into a file of the same name that ends in .txt"
+        problems.add(NO_CAPTION, f"{root}: {media[0]}: has no caption; {fix}; {WITHOUT_CAPTIONS}")
+    if not media and stem in scan.others:
+        other = scan.others[stem][0]
+        fix = "convert it to mp4, or an image to png"
+        problems.add("unknown format", f"{root}: {other}: has a caption, but its format is not read; {fix}")
+    elif not media and not _is_document(texts[0]):
+        fix = "add the clip, or rename it to end in something else"
+        problems.add("caption without a clip", f"{root}: {texts[0]}: is a caption without a clip; {fix}")
+
+
+def _same_names(kind: str, names: Sequence[str]) -> str:
+    """What is wrong with files of one name; some of these look the same."""
+    if len({os.path.splitext(name)[0] for name in names}) == 1:
+        return f"{' and '.join(sorted(names))}: are {kind} of one name; rename all but one"
+    accents = "differ only in how their accents are coded (composed or decomposed Unicode)"
+    return f"{' and '.join(ascii(name)[1:-1] for name in sorted(names))}: {accents}; rename all but one"
+
+
+def _is_document(path: str) -> bool:
+    """Whether a text is about a data set, by its name: README.txt, LICENSE-2.0.txt."""
+    return re.split(r"[\W_]", folded(os.path.basename(path)), maxsplit=1)[0] in DOCUMENTS
+
+
+def _read_caption(root: str, name: str, rules: PathRules, problems: Problems) -> str | None:
+    """The whole text of a caption file, stripped; None if it breaks a rule."""
+    if (verdict := rules.verdict(name, root, "caption")) is not None:
+        problems.add(verdict[0], f"{root}: {verdict[1]}")
+        return None
+    lines = read_lines(os.path.join(root, name), problems)
+    if lines is None or None in lines:
+        return None
+    return "\n".join(line for line in lines if line is not None).strip()

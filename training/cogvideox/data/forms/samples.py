@@ -1,0 +1,221 @@
+"""The list of what there is to train on: folders of clips -> list[Sample], with all errors of all folders.
+
+Owns the samples' ids and captions. Columns of captions and paths flow in, in whatever form the folders are; no video
+is opened.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from cogvideox.config.flags import DataFlags
+from cogvideox.config.options import needs_captions, reads_clips
+from cogvideox.data.forms.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, is_unicode
+from cogvideox.data.forms.folders import read_columns
+from cogvideox.data.forms.paths import PathRules
+from cogvideox.errors import UsageError
+
+KEPT = "_listing"  # where check_data leaves it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training clip.
+
+    id: the path as listed, relative to its data root in posix form; "#2", "#3" is added for later rows of that path.
+    caption: with the id token in front; empty where it is missing and not needed. video, image: absolute paths,
+    symlinks not followed; image is the first frame that the data set names, if it does. no_image: the place where other
+    clips have an image but this one has none.
+    """
+
+    id: str
+    caption: str
+    video: str
+    image: str | None = None
+    no_image: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All clips that there are, in order, and the files that may be clips but have a format that is not read."""
+
+    samples: list[Sample]
+    validation: list[Sample]
+    skipped: list[str]
+
+
+def read_samples(data: DataFlags, skipped: list[str] | None = None, need_captions: bool = True) -> list[Sample]:
+    """The clips of every --data_root in order, each folder's as often as --repeats says.
+
+    A repeat is the same as the rows listed again, and so is a path that two folders have: ids are unique. Files that
+    may be clips, but have a format that is not read, are added to ``skipped``. Where captions are not needed, a missing
+    one is empty.
+
+    Raises:
+        UsageError: everything that is wrong with the folders, their lists or tables, the captions and the paths.
+    """
+    found: list[str] = [] if skipped is None else skipped
+    return _read_folders("--data_root", data.data_root, data.repeats, data, found, need_captions)
+
+
+def read_validation(data: DataFlags, need_captions: bool = True) -> list[Sample]:
+    """The clips of --validation_data_root, once each; none without the flag.
+
+    Raises:
+        UsageError: as read_samples.
+    """
+    return _read_folders("--validation_data_root", data.validation_data_root, (1,), data, [], need_captions)
+
+
+def check_first_frames(samples: Sequence[Sample]) -> None:
+    """Raises UsageError where some clips of a data set have an image and others have none. For image-to-video."""
+    problems = Problems()
+    for place in dict.fromkeys(sample.no_image for sample in samples if sample.no_image):
+        fix = "write one, or leave the images of all rows blank: then each clip's own first frame is taken"
+        problems.add("blank image", f"{place}: blank path of the image; {fix}")
+    if problems:
+        raise UsageError(problems.lines())
+
+
+def check_data(options: Any) -> Iterator[str]:
+    """Problems of --data_root and --validation_data_root, for args.parse. What was read is kept for take_listing()."""
+    if not reads_clips(options):
+        return
+    listing = Listing([], [], [])
+    readers = ((listing.samples, partial(read_samples, skipped=listing.skipped)), (listing.validation, read_validation))
+    for into, read in readers:
+        try:
+            into.extend(read(options.data, need_captions=needs_captions(options)))
+        except UsageError as error:
+            yield from error.problems
+    vars(options.data)[KEPT] = listing  # of no use if there are problems, but then nobody takes it
+
+
+def take_listing(data: DataFlags, need_captions: bool = True) -> Listing:
+    """The clips of all folders: what check_data has read for these very flags, if nobody has taken that yet.
+
+    It hangs on the flags' object, not on their values: another run with equal flags reads its folders itself.
+
+    Raises:
+        UsageError: as read_samples.
+    """
+    kept: Listing | None = vars(data).pop(KEPT, None)
+    if kept is not None:
+        return kept
+    listing = Listing([], [], [])
+    listing.validation.extend(read_validation(data, need_captions))
+    listing.samples.extend(read_samples(data, listing.skipped, need_captions))
+    return listing
+
+
+def _read_folders(
+    flag: str,
+    folders: Sequence[str],
+    repeats: Sequence[int],
+    data: DataFlags,
+    skipped: list[str],
+    need_captions: bool,
+) -> list[Sample]:
+    # One number is for all folders; that there are too many or too few is a problem of the flags.
+    times = repeats if len(repeats) == len(folders) else [repeats[0]] * len(folders)
+    uses: dict[str, int] = {}
+    samples: list[Sample] = []
+    found: list[str] = []
+    for folder, repeat in zip(folders, times, strict=True):
+        problems = Problems(need_captions)
+        clips = _read_folder(flag, folder, data, problems, skipped)
+        found += problems.lines()
+        for _ in range(0 if found else repeat):
+            samples += [_with_unique_id(clip, uses) for clip in clips]
+    if found:
+        raise UsageError(found)
+    return samples
+
+
+def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems, skipped: list[str]) -> list[Sample]:
+    """The clips of a folder, with ids that may not be unique; of no use if there are problems."""
+    root = os.path.abspath(folder)
+    if not os.path.isdir(root):
+        kind = "not a folder" if os.path.lexists(root) else "no such folder"
+        problems.add("no folder", f"{flag} {folder}: {kind}; give the folder of the clips and captions")
+        return []
+    rules = PathRules(root, data.allow_path)
+    columns = read_columns(root, data, rules, problems)
+    skipped += columns.skipped
+    if columns.captions is None and columns.videos is not None and not problems:  # none are needed
+        columns = replace(columns, captions=replace(columns.videos, values=[""] * len(columns.videos.values)))
+    if columns.captions is not None:
+        _check_captions(columns.captions, problems)
+    images = _with_gaps(columns.images, asked=data.image_column is not None)
+    videos = rules.find(columns.videos, "video", problems) if columns.videos is not None else []
+    first_frames = rules.find(images, "image", problems) if images is not None else []
+    if problems:
+        return []
+    return list(_clips(root, replace(columns, images=images), videos, first_frames, (data.id_token or "").strip()))
+
+
+def _with_gaps(images: Column | None, asked: bool) -> Column | None:
+    """A column of images, with None for blank ones; a column that nobody asked for and that is blank is none."""
+    if images is None or not (asked or any(images.values)):
+        return None
+    return replace(images, values=[value or None for value in images.values])
+
+
+def _check_captions(captions: Column, problems: Problems) -> None:
+    for row, caption in enumerate(captions.values):
+        if caption is None:
+            continue
+        if not caption:
+            rule = f"blank caption; write one, or {captions.removal}; {WITHOUT_CAPTIONS}"
+            problems.add(NO_CAPTION, f"{captions.place(row)}: {rule}")
+        elif "\0" in caption:
+            rule = "holds a NUL byte; save the file as plain UTF-8 text"
+            problems.add("NUL in caption", f"{captions.place(row)}: {rule}")
+        elif not is_unicode(caption):
+            rule = "holds half of a surrogate pair; write the character itself, in UTF-8"
+            problems.add("half a character", f"{captions.place(row)}: {rule}")
+
+
+def _clips(
+    root: str, columns: Columns, files: Sequence[str | None], images: Sequence[str | None], token: str
+) -> Iterator[Sample]:
+    """The rows of columns that have no problems; ``files`` and ``images`` are where their files are."""
+    captions, videos = columns.captions, columns.videos
+    assert captions is not None
+    assert videos is not None
+    inside = os.path.join(root, "")
+    for row, (caption, path, file) in enumerate(zip(captions.texts(), videos.texts(), files, strict=True)):
+        assert file is not None
+        # An allowed path elsewhere keeps its absolute form.
+        listed = os.path.join(videos.folder, path)
+        if file != listed:  # it is spelled in another way, so backslashes are those of Windows
+            listed = listed.replace("\\", "/")
+        name = os.path.normpath(listed).removeprefix(inside).replace(os.sep, "/")
+        image = images[row] if columns.images is not None else None
+        gap = columns.images.place(row) if columns.images is not None and image is None else ""
+        # The file's path is not normalized: "link/../a.mp4" is beside what the link leads to.
+        yield Sample(name, _with_token(token, caption), file, image, gap)
+
+
+def _with_unique_id(clip: Sample, uses: dict[str, int]) -> Sample:
+    sample_id = unique_id(clip.id, uses)
+    return clip if sample_id == clip.id else replace(clip, id=sample_id)
+
+
+def unique_id(name: str, uses: dict[str, int]) -> str:
+    """The name, or name#2 and so on where it is taken; ``uses`` counts the uses of each id and is updated."""
+    number = uses.get(name, 0) + 1
+    while number > 1 and f"{name}#{number}" in uses:  # a file may itself be called "a.mp4#2"
+        number += 1
+    uses[name] = number
+    sample_id = name if number == 1 else f"{name}#{number}"
+    uses.setdefault(sample_id, 1)
+    return sample_id
+
+
+def _with_token(token: str, caption: str) -> str:
+    # "DOG" is already in front of "DOG, running", but not of "DOGS running".
+    present = caption.startswith(token) and not caption[len(token) : len(token) + 1].isalnum()
+    return caption if not token or not caption or present else f"{token} {caption}"

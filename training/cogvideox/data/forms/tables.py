@@ -1,0 +1,229 @@
+"""Tables of clips: CSV, TSV, JSON lines, or a JSON list of objects -> columns.
+
+Owns the formats and the choice of the columns. A table is read strictly: a row that does not fit its header, a quote
+that never closes or a value that is no text is a problem with its place, never a guess.
+"""
+
+import csv
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from shlex import quote
+from typing import Any
+
+from cogvideox.data.forms.columns import NO_CAPTIONS, WITHOUT_CAPTIONS, Column, Columns, Problems, listing, read_lines
+
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+VIDEO_COLUMNS = ("video", "file_name", "video_path", "path")
+IMAGE_COLUMNS = ("image",)
+# Hugging Face's name for the column whose paths are relative to the table and not to the data root.
+_BESIDE_TABLE = "file_name"
+_NO_TEXT = ("nan", "none", "null")  # what other programs write for a missing one
+
+Lines = Sequence[str | None]
+Names = tuple[str | None, str | None, str | None]  # --caption_column, --video_column, --image_column
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows by column name; the number of each is its line, or its position in a JSON list."""
+
+    file: str
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    numbers: Sequence[int]
+    joint: str = ":"
+
+    def place(self, row: int) -> str:
+        return f"{self.file}{self.joint}{self.numbers[row]}"
+
+
+def read_table(file: str, root: str, names: Names, problems: Problems) -> Columns:
+    """The columns of a table; its paths are relative to ``root``. ``names``: those given by flags."""
+    table = _open_table(file, problems)
+    if table is None:
+        return Columns()
+    has_images = names[2] is not None or any(name in table.columns for name in IMAGE_COLUMNS)
+    return Columns(
+        _read_column(table, root, "--caption_column", names[0], CAPTION_COLUMNS, problems),
+        _read_column(table, root, "--video_column", names[1], VIDEO_COLUMNS, problems),
+        _read_column(table, root, "--image_column", names[2], IMAGE_COLUMNS, problems) if has_images else None,
+    )
+
+
+def _open_table(file: str, problems: Problems) -> _Table | None:
+    suffix = os.path.splitext(file)[1].lower()
+    if suffix not in FORMATS:
+        problems.add("unknown table", f"--dataset_file {file}: is no table; it must end in {' or '.join(FORMATS)}")
+        return None
+    lines = read_lines(file, problems)
+    table = FORMATS[suffix](file, lines, problems) if lines is not None else None
+    if table is not None and not table.rows:
+        if not problems:
+            problems.add("empty table", f"{file}: has no rows; it needs one for each clip")
+        return None
+    return table
+
+
+def _read_column(
+    table: _Table, root: str, flag: str, given: str | None, defaults: Sequence[str], problems: Problems
+) -> Column | None:
+    """The column given, else the first default that is there."""
+    wanted = defaults if given is None else (given,)
+    name = next((name for name in wanted if name in table.columns), None)
+    if name is None:
+        _add_missing_column(table, flag, given, wanted, problems)
+        return None
+    values = [cells.get(name) for cells in table.rows]
+    texts = [_text(value, row, name, table, problems) for row, value in enumerate(values)]
+    folder = os.path.dirname(table.file) if name == _BESIDE_TABLE else root
+    return Column(texts, table.place, "remove the row", folder)
+
+
+def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Sequence[str], problems: Problems) -> None:
+    near = [match for name in wanted for match in difflib.get_close_matches(name, table.columns, 1)]
+    fix = f"nearest: {flag} {quote(near[0])}" if near else f"name one with {flag}"
+    rule = f"{table.file}: has no column {' or '.join(wanted)}"
+    if given is not None:
+        rule = f"{flag} {given}: no such column in {table.file}"
+    line = f"{rule}; there are: {listing(table.columns)}; {fix}"
+    if given is None and wanted is CAPTION_COLUMNS:
+        problems.add(NO_CAPTIONS, f"{line}; {WITHOUT_CAPTIONS}")
+    else:
+        problems.add("missing column", line)
+
+
+def _text(value: Any, row: int, name: str, table: _Table, problems: Problems) -> str | None:
+    """The stripped text of a cell, "" where there is none, None where it is something else."""
+    if isinstance(value, str):
+        text = value.strip()
+        return "" if len(text) < 5 and text.lower() in _NO_TEXT else text
+    if value is None:  # no such key, null, or NaN
+        return ""
+    kind = {bool: "true or false", dict: "an object", list: "a list"}[type(value)]
+    problems.add("no text", f"{table.place(row)}: {name} is {kind}; it must be text")
+    return None
+
+
+def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> _Table | None:
+    if None in lines:  # a row may go over several lines, so the rest cannot be trusted
+        return None
+    with _cells_of_any_size():
+        rows = _csv_rows(_delimiter(delimiter, lines), file, lines, problems)
+        columns = [name.strip() for name in next(rows, (0, []))[1]]
+        if not _is_header(columns, file, problems):
+            return None
+        table = _Table(file, columns, [], numbers := [])
+        for number, cells in rows:
+            if len(cells) != len(columns):
+                rule = f"{len(cells)} cells, but {len(columns)} columns; put quotes around cells with a separator"
+                problems.add("wrong number of cells", f"{file}:{number}: {rule}")
+                continue
+            table.rows.append(dict(zip(columns, cells, strict=True)))
+            numbers.append(number)
+    return table
+
+
+def _delimiter(usual: str, lines: Lines) -> str:
+    """What separates the cells: a header without the usual sign has another, as Excel writes it in some countries."""
+    header = next((line for line in lines if line and line.strip()), "")
+    return next((sign for sign in (usual, *";\t|,") if sign in header), usual)
+
+
+def _csv_rows(delimiter: str, file: str, lines: Lines, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """The line on which it starts and the cells, of each row that is not blank."""
+    reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            fix = "put quotes around cells with quotes or line breaks, and double the quotes in them"
+            problems.add("malformed row", f"{file}:{start}: malformed row ({error}); {fix}")
+            continue
+        if cells and (len(cells) > 1 or cells[0].strip()):
+            yield start, cells
+
+
+@contextmanager
+def _cells_of_any_size() -> Iterator[None]:
+    limit = csv.field_size_limit(2**31 - 1)  # a C long, which has 32 bits on some systems
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _is_header(columns: list[str], file: str, problems: Problems) -> bool:
+    twice = [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]
+    if not columns:
+        problems.add("empty table", f"{file}: is empty; it needs a row with the names of the columns")
+    elif twice:
+        problems.add("column twice", f"{file}: has two columns {listing(twice)}; rename one")
+    return bool(columns) and not twice
+
+
+# Numbers keep the text as written; 1.50 is a caption like any other.
+_JSON = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=lambda name: None if name == "NaN" else name)
+
+
+def _read_jsonl(file: str, lines: Lines, problems: Problems) -> _Table:
+    numbers: list[int] = []
+    values: list[Any] = []
+    for number, line in enumerate(lines, start=1):
+        if line is None or not line.strip():
+            continue
+        try:
+            values.append(_JSON.decode(line))
+            numbers.append(number)
+        except (ValueError, RecursionError) as error:
+            fix = "each line must be one JSON object"
+            problems.add("no JSON", f"{file}:{number}: is no JSON ({_json_error(error)}); {fix}")
+    return _objects(file, values, numbers, ":", problems)
+
+
+def _read_json(file: str, lines: Lines, problems: Problems) -> _Table | None:
+    if None in lines:
+        return None
+    fix = "it must be one list of objects; JSON lines end in .jsonl"
+    try:
+        values = _JSON.decode("\n".join(line for line in lines if line is not None))
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        problems.add("no JSON", f"{file}{line}: is no JSON ({_json_error(error)}); {fix}")
+        return None
+    if not isinstance(values, list):
+        problems.add("no list", f"{file}: is not a list; {fix}")
+        return None
+    return _objects(file, values, range(1, len(values) + 1), ": element ", problems)
+
+
+def _json_error(error: Exception) -> str:
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+
+
+def _objects(file: str, values: list[Any], numbers: Sequence[int], joint: str, problems: Problems) -> _Table:
+    """The table of the values that are objects; the others are problems. Its columns are the keys of all of them."""
+    table = _Table(file, [], [], kept := [], joint)
+    for number, value in zip(numbers, values, strict=True):
+        if isinstance(value, dict):
+            table.rows.append(value)
+            kept.append(number)
+        else:
+            problems.add("no object", f"{file}{joint}{number}: is no object; it must be one, with a key a column")
+    table.columns.extend(dict.fromkeys(name for cells in table.rows for name in cells))
+    return table
+
+
+FORMATS: dict[str, Callable[[str, Lines, Problems], _Table | None]] = {
+    ".csv": partial(_read_csv, ","),
+    ".tsv": partial(_read_csv, "\t"),
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+}

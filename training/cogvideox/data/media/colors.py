@@ -1,0 +1,200 @@
+"""HDR and wide-gamut video -> SDR in bt709: ColorTags say what a file needs, SdrConverter does it to a frame.
+
+The steps are those of `zscale=t=linear:npl=203,zscale=p=bt709,tonemap=clip,zscale=t=bt709` in FFmpeg: to linear light
+with 203 cd/m2 as 1.0, to the primaries of bt709, clipped above 1.0, to the transfer of bt709. Nothing imports torch.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from av.video.codeccontext import VideoCodecContext
+from av.video.format import VideoFormat
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+
+from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.planes import EXACT, samples
+
+WHITE = 203.0  # cd/m2 of HDR that become white: the level of graphics and paper by ITU-R BT.2408
+HDR: dict[int, str] = {ColorTrc.ARIB_STD_B67: "hlg", ColorTrc.SMPTE2084: "pq"}
+_GAMUTS: dict[int, str] = {
+    ColorPrimaries.BT709: "bt709",
+    ColorPrimaries.BT2020: "bt2020",
+    ColorPrimaries.SMPTE432: "p3",
+}
+# (x, y) of red, green and blue; white is D65 in all of them
+_CHROMATICITIES = {
+    "bt709": ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060)),
+    "bt2020": ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
+    "p3": ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),
+}
+_D65 = (0.3127, 0.3290)
+_LUMA = (0.2627, 0.6780, 0.0593)  # weights of bt2020, by which overly bright colors are faded towards white
+_FADED_ABOVE = 2.0  # luma, in units of white
+_CODES = 4096  # of 12 bits: HDR is coded with 10, and averages of those lie in between
+_STRIP = 64  # rows converted at a time, so that what is computed stays in the cache of the CPU
+_OVERSAMPLING = 2
+_ICTCP = (14, 15)  # color spaces of Dolby, as AVColorSpace counts
+UNSPECIFIED = 2  # in all color tags
+CONTAINER_MATRIX = "matrix of the container"  # a conversion: the decoded stream does not repeat this tag
+
+
+def is_wide_sdr(conversions: Sequence[str]) -> bool:
+    """Whether these conversions, of ColorTags, are those of an SDR video with a gamut other than bt709's."""
+    return "bt2020" in conversions or ("p3" in conversions and not set(HDR.values()) & set(conversions))
+
+
+@dataclass(frozen=True)
+class ColorTags:
+    """What a stream or its container says of colors, as AVColorTransferCharacteristic and its like count."""
+
+    transfer: int
+    primaries: int
+    matrix: int
+    from_container: bool = False  # the matrix, that is
+
+    @classmethod
+    def of(cls, source: VideoFrame | VideoCodecContext) -> "ColorTags":
+        """Those of a decoded frame, or of a decoder before it has decoded anything."""
+        return cls(source.color_trc, source.color_primaries, source.colorspace)
+
+    def filled(self, container: "ColorTags") -> "ColorTags":
+        """These, and the container's where these do not say; HDR and bt2020 have the matrix that belongs to them."""
+        transfer, primaries, matrix = (
+            theirs if ours == UNSPECIFIED else ours
+            for ours, theirs in (
+                (self.transfer, container.transfer),
+                (self.primaries, container.primaries),
+                (self.matrix, container.matrix),
+            )
+        )
+        from_container = matrix != self.matrix
+        if matrix == UNSPECIFIED and (transfer in HDR or primaries == ColorPrimaries.BT2020):
+            matrix = Colorspace.BT2020
+        return ColorTags(transfer, primaries, matrix, from_container)
+
+    def conversions(self) -> tuple[str, ...]:
+        """Names of what is done to the pixels of such a video beyond a plain decode, which SdrConverter understands.
+
+        "hlg" or "pq" (of bt2020 unless another gamut follows), "bt2020" or "p3" for SDR, CONTAINER_MATRIX.
+        """
+        hdr = HDR.get(self.transfer)
+        usual = "bt2020" if hdr else "bt709"
+        gamut = _GAMUTS.get(self.primaries, usual)
+        names = (hdr, None if gamut == usual else gamut, CONTAINER_MATRIX if self.from_container else None)
+        return tuple(name for name in names if name)
+
+    def lacks_matrix(self, pixels: VideoFormat) -> bool:
+        """Whether pixels of this format need a matrix, and none is known."""
+        return self.matrix == UNSPECIFIED and len(pixels.components) >= 3 and not pixels.is_rgb
+
+    def check(self, codec_tag: str) -> None:
+        """Raises VideoError for HDR whose pixels mean nothing without what Dolby's own decoders know."""
+        is_dolby = codec_tag in ("dvh1", "dvhe") and self.transfer == UNSPECIFIED
+        if is_dolby or self.matrix in _ICTCP:
+            fix = "convert it to HLG or SDR with a program that knows Dolby Vision"
+            raise VideoError(f"has Dolby Vision colors (profile 5, ICtCp), which are not read; {fix}")
+
+
+class SdrConverter:
+    """Turns the frames of one video into SDR. Each frame comes out as full-range RGB in planes ("gbrp"), 8 bits."""
+
+    def __init__(self, conversions: Sequence[str]) -> None:
+        self._transfer = next((name for name in HDR.values() if name in conversions), None)
+        gamut = next((name for name in _CHROMATICITIES if name in conversions), None)
+        self._is_needed = bool(self._transfer or gamut)
+        self._scaler = VideoReformatter()
+        self._matrix = _to_bt709(gamut or "bt2020")
+
+    def __call__(self, frame: VideoFrame, height: int, width: int) -> VideoFrame:
+        """The frame in SDR, for somebody who will resize it to `height` x `width`; as it is if it needs nothing.
+
+        Light should be clipped before pixels are averaged: a glint averaged first spreads over its neighbors. But that
+        would convert every pixel of a 4K picture. So frames are shrunk to twice the final size first.
+        """
+        if not self._is_needed:
+            return frame
+        size = min(frame.width, _OVERSAMPLING * width), min(frame.height, _OVERSAMPLING * height)
+        method = Interpolation.AREA | EXACT
+        coded = self._scaler.reformat(frame, *size, "gbrp12le", interpolation=method, threads=1)
+        light = _light_of_codes(self._transfer, _last_code(frame))
+        shown = VideoFrame(*size, "gbrp")
+        codes = [samples(plane, np.uint16) for plane in coded.planes]
+        pixels = [samples(plane) for plane in shown.planes]
+        for top in range(0, size[1], _STRIP):
+            rows = slice(top, top + _STRIP)
+            green, blue, red = (light[plane[rows]] for plane in codes)
+            red, green, blue = _clipped(_multiplied(self._matrix, red, green, blue))
+            for plane, channel in zip(pixels, (green, blue, red), strict=True):
+                plane[rows] = _SHOWN[(np.sqrt(channel) * np.float32(_CODES - 1) + np.float32(0.5)).astype(np.uint16)]
+        return shown
+
+
+def _last_code(frame: VideoFrame) -> int:
+    """The code of 12 bits that swscale makes of a frame's full signal: it fills up with zeros, as if white were 255."""
+    is_full = frame.color_range == ColorRange.JPEG or frame.format.is_rgb
+    bits = min(12, frame.format.components[0].bits) if is_full else 8
+    return ((1 << bits) - 1) << (12 - bits)
+
+
+@functools.cache
+def _light_of_codes(transfer: str | None, last: int) -> np.ndarray:
+    """Linear light in units of white for each code of 12 bits, of which `last` is the full signal."""
+    to_light = {"pq": _pq_light, "hlg": _hlg_light, None: _sdr_light}[transfer]
+    return to_light(np.minimum(np.arange(_CODES) / last, 1.0)).astype(np.float32)
+
+
+def _pq_light(signal: np.ndarray) -> np.ndarray:
+    """SMPTE ST 2084: a signal of 0 ... 1 is light of 0 ... 10000 cd/m2."""
+    m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
+    power = signal ** (1 / m2)
+    return (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1) * (10000 / WHITE)
+
+
+def _hlg_light(signal: np.ndarray) -> np.ndarray:
+    """ITU-R BT.2100: the light of the scene, then that of a display of 1000 cd/m2, whose gamma is 1.2.
+
+    The gamma is applied to each channel, as zimg does, and not to their luminance.
+    """
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
+    return scene**1.2 * (1000 / WHITE)
+
+
+def _sdr_light(signal: np.ndarray) -> np.ndarray:
+    """ITU-R BT.1886: what a display makes of the signal, whatever camera curve it was coded with."""
+    return signal**2.4
+
+
+_SHOWN = np.rint(255 * (np.arange(_CODES) / (_CODES - 1)) ** (2 / 2.4)).astype(np.uint8)  # of roots of linear light
+
+
+def _to_bt709(gamut: str) -> np.ndarray:
+    """The matrix from linear RGB of a gamut to that of bt709, float32 (3, 3)."""
+    return (np.linalg.inv(_to_xyz("bt709")) @ _to_xyz(gamut)).astype(np.float32)
+
+
+def _to_xyz(gamut: str) -> np.ndarray:
+    columns = np.array([(x / y, 1.0, (1 - x - y) / y) for x, y in _CHROMATICITIES[gamut]]).T
+    x, y = _D65
+    return columns * np.linalg.solve(columns, [x / y, 1.0, (1 - x - y) / y])
+
+
+def _multiplied(matrix: np.ndarray, *channels: np.ndarray) -> list[np.ndarray]:
+    # Not by matmul: how its sums are rounded differs from CPU to CPU.
+    red, green, blue = channels
+    return [row[0] * red + row[1] * green + row[2] * blue for row in matrix]
+
+
+def _clipped(channels: list[np.ndarray]) -> list[np.ndarray]:
+    """Colors within 0 ... 1 as FFmpeg's tonemap=clip makes them: they keep their hue, but fade far above white."""
+    weights = np.array([_LUMA], np.float32)
+    (luma,) = _multiplied(weights, *channels)
+    if luma.max() > _FADED_ABOVE:
+        fade = np.maximum(luma - np.float32(_FADED_ABOVE), 0) / np.maximum(luma, np.float32(1e-6))
+        channels = [channel + (luma - channel) * fade for channel in channels]
+    brightest = np.maximum(np.maximum(channels[0], channels[1]), channels[2])
+    scale = 1 / np.maximum(brightest, np.float32(1))
+    return [np.clip(channel * scale, 0, 1) for channel in channels]

@@ -1,0 +1,301 @@
+"""Video files: probe() -> VideoInfo, read_frames() -> the pixels of chosen frames; write_video().
+
+Owns the pixels: decoding, scaling, colours, rotation. A frame is named by its place in display order among the frames
+that are shown (edit lists are honoured) and found again by its timestamp, so a frame is the right one or an error.
+Nothing here imports torch: decode workers stay small. Shape suffixes: F frames, H height, W width, C colour channels.
+"""
+
+import functools
+import itertools
+import os
+import struct
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+from cogvideox.data.media.alpha import is_transparent, on_black
+from cogvideox.data.media.colors import UNSPECIFIED, ColorTags, SdrConverter
+from cogvideox.data.media.decord_reader import read_with_decord
+from cogvideox.data.media.faults import AGAIN, VideoError, check_size
+from cogvideox.data.media.frames import ON_BLACK, PacketIndex, VideoInfo
+from cogvideox.data.media.mpeg4 import unpacker
+from cogvideox.data.media.packets import decoded, reading, scan, size_change, stamp_of, strict_decoder
+from cogvideox.data.media.pictures import is_picture, probe_picture, read_picture
+from cogvideox.data.media.planes import EXACT, samples
+from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
+
+# A frame after so many whole ones lacks none from before the start: h264 and hevc let it refer to 16 frames, and decode
+# as many before they are shown.
+_MAX_REFERENCES = 32
+
+
+class _TooLate(VideoError):
+    """A frame is missing or corrupt, and may come out right if decoding begins at an earlier keyframe."""
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Reads all packets and decodes the first frame (the rotation is stored with it). Raises VideoError."""
+    stamp = stamp_of(path)
+    if stamp[0] == 0:
+        raise VideoError(f"{path}: is empty; download it again")
+    if is_lfs_pointer(path, stamp[0]):
+        raise VideoError(f"{path}: {lfs_rule()}")
+    if is_picture(path):
+        return probe_picture(path)
+    with reading(path) as (container, stream):
+        container_tags = ColorTags.of(stream.codec_context)  # the decoder will overwrite them
+        index, frame = scan(container, stream, stamp)
+        tags = ColorTags.of(frame).filled(container_tags)
+        tags.check(stream.codec_context.codec_tag)
+        rotation = _rotation(frame)
+        height, width = _shown_size(frame, stream, rotation)
+        check_size(height, width)
+        times = tuple(float((pts - index.pts[0]) * index.time_base) for pts in index.pts)
+        codec = stream.codec_context.codec.canonical_name
+        transparency = (ON_BLACK,) if is_transparent(path, stream, frame) else ()
+        conversions = (*index.conversions, *transparency, *tags.conversions())
+        rate, assumed = float(stream.average_rate or 0), tags.lacks_matrix(frame.format)
+        return VideoInfo(times, height, width, rotation, codec, rate, index, conversions, tags.matrix, assumed)
+
+
+def read_frames(
+    path: str | os.PathLike[str],
+    info: VideoInfo,
+    indices: Sequence[int],
+    height: int,
+    width: int,
+    reader: str = "pyav",
+) -> np.ndarray:
+    """The frames of `indices` (any order, repeats allowed) as uint8 RGB (F, height, width, 3), upright.
+
+    info: what probe() said of this file. Resized from the decoded picture in one step, without keeping the aspect
+    ratio. reader: "pyav", or "decord" for videos (see decord_reader). Raises VideoError if a frame is damaged or does
+    not come out, or if the file has changed since probe().
+    """
+    if any(not 0 <= index < info.num_frames for index in indices):
+        raise VideoError(
+            f"{path}: frame indices must be in 0 ... {info.num_frames - 1}, got {min(indices)} ... {max(indices)}"
+        )
+    if info.packets is None:
+        return read_picture(path, info, len(indices), height, width)
+    if stamp_of(path) != info.packets.stamp:
+        raise VideoError(f"{path}: has changed since it was probed; start again")
+    read = read_with_decord if reader == "decord" else _read_with_pyav
+    return read(path, info, indices, height, width)
+
+
+def write_video(path: str | os.PathLike[str], frames_FHWC: np.ndarray, fps: float, *, crf: int = 18) -> None:
+    """Write uint8 RGB (F, H, W, 3) as h264 in mp4, under a temporary name until it is complete.
+
+    Odd sizes are made even by repeating the last row or column (yuv420p stores colour for 2 x 2 pixels). Raises
+    ValueError for other arrays and DiskError where the disk is full, fails or refuses.
+    """
+    if frames_FHWC.dtype != np.uint8 or frames_FHWC.ndim != 4 or frames_FHWC.shape[3] != 3 or not frames_FHWC.size:
+        raise ValueError(f"frames must be uint8 (F, H, W, 3), got {frames_FHWC.dtype} {frames_FHWC.shape}")
+    _, height, width, _ = frames_FHWC.shape
+    even_FHWC = np.pad(frames_FHWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    path = Path(path)
+    temporary = temporary_of(path)
+    with disk_errors_told(path.parent), removed_on_failure(temporary):
+        _encode(temporary, even_FHWC, fps, crf)
+        fsync(temporary)
+        os.replace(temporary, path)
+
+
+def _read_with_pyav(
+    path: str | os.PathLike[str], info: VideoInfo, indices: Sequence[int], height: int, width: int
+) -> np.ndarray:
+    assert info.packets is not None
+    places: dict[int, list[int]] = {}
+    for place, source in enumerate(indices):
+        places.setdefault(info.packets.pictures[source], []).append(place)
+    frames_FHWC = np.empty((len(indices), height, width, 3), np.uint8)
+    scaler, to_sdr, missing = VideoReformatter(), SdrConverter(info.conversions), set(places)
+    for frame in _wanted_frames(path, info.packets, sorted(places)):
+        assert frame.pts is not None
+        first, *others = places[frame.pts]
+        if frame.colorspace == UNSPECIFIED:
+            frame.colorspace = info.matrix
+        _write_pixels(scaler, to_sdr, frame, info.rotation, frames_FHWC[first])
+        frames_FHWC[others] = frames_FHWC[first]
+        missing.discard(frame.pts)
+    assert not missing
+    return frames_FHWC
+
+
+def _wanted_frames(path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int]) -> Iterator[VideoFrame]:
+    """The frames with the wanted timestamps (increasing); of those that come twice the second one is right."""
+    num_done = 0
+    try:
+        with reading(path, index.stream, known=index.stores_pts) as (container, stream):
+            for frame in _decode(container, stream, index, wanted):
+                yield frame
+                num_done += 1
+        return
+    except VideoError:
+        place = index.keyframe_before(wanted[num_done])
+    left = wanted[bisect_left(wanted, index.keyframes[place]) :]
+    yield from _from_further_back(path, index, left, max(0, place - 1))
+
+
+def _from_further_back(
+    path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int], place: int
+) -> Iterator[VideoFrame]:
+    """The wanted frames, decoded without jumps from the keyframe at `place`, else from ever earlier ones.
+
+    Some containers find a later keyframe than asked for, some codecs need the look at them that was skipped, and some
+    keyframes need frames before them. A start that is too late shows within a few frames, so trying one after the other
+    costs little, and no more of a long file is decoded than it takes.
+    """
+    for start in range(place, -1, -1):
+        try:
+            with reading(path, index.stream) as (container, stream):
+                yield from _decode(container, stream, index, wanted, start)
+            return
+        except _TooLate:
+            if start == 0:
+                raise
+
+
+def _decode(
+    container: InputContainer, stream: VideoStream, index: PacketIndex, wanted: Sequence[int], start: int | None = None
+) -> Iterator[VideoFrame]:
+    """The wanted frames of a container just opened.
+
+    start: the place of the keyframe from which all are decoded; by default each is from the last one before it, with
+    jumps only where one lies in between.
+    """
+    last = index.keyframes[0]
+    decoder = strict_decoder(stream)
+    run = _Run(_frames(container, stream, decoder, last, index.labels))
+    for number, pts in enumerate(wanted):
+        place = index.keyframe_before(pts) if start is None else start
+        if index.keyframes[place] > last:
+            if number == 0:
+                # The first packet alone may say which x264 made the file, and the faults of old ones are worked around.
+                run.begin()
+            container.seek(index.seek_to[place], stream=stream)
+            decoder.flush_buffers()
+            run = _Run(_frames(container, stream, decoder, index.keyframes[place]))
+        yield run.frame_at(pts, index)
+        last = pts
+
+
+class _Run:
+    """Frames as they are decoded from a keyframe on."""
+
+    def __init__(self, frames: Iterator[VideoFrame]) -> None:
+        self._frames = frames
+        self._num_whole = 0
+
+    def begin(self) -> None:
+        """Decodes the first frame, for what the decoder learns from it."""
+        next(self._frames, None)
+
+    def frame_at(self, pts: int, index: PacketIndex) -> VideoFrame:
+        """Decodes on to a timestamp. Raises _TooLate where an earlier keyframe may help, else VideoError."""
+        try:
+            for frame in self._frames:
+                assert frame.pts is not None
+                if (frame.height, frame.width) != index.size:
+                    raise size_change(frame, index.size, float((frame.pts - index.pts[0]) * index.time_base))
+                self._num_whole += 1
+                if frame.pts == pts:
+                    return frame
+                if frame.pts > pts:
+                    break
+            raise VideoError(f"decode failed near frame {bisect_left(index.pts, pts)} of {len(index.pts)}; {AGAIN}")
+        except VideoError as error:
+            has_all = self._num_whole > _MAX_REFERENCES
+            raise (VideoError if has_all else _TooLate)(str(error)) from error
+
+
+def _frames(
+    container: InputContainer,
+    stream: VideoStream,
+    decoder: VideoCodecContext,
+    keyframe: int,
+    labels: Sequence[int] = (),
+) -> Iterator[VideoFrame]:
+    """What comes out of the decoder from here on; `keyframe` is the timestamp at which decoding could start.
+
+    labels: the timestamps of all pictures from here on, if not those of their packets.
+    """
+    pictures = itertools.chain.from_iterable(map(unpacker(stream), container.demux(stream)))
+    for picture, label in itertools.zip_longest(pictures, labels):
+        if picture is None:
+            return
+        if label is not None:
+            picture.packet.pts = label
+        yield from decoded(picture.packet, decoder, keyframe)
+
+
+def _write_pixels(
+    scaler: VideoReformatter, to_sdr: SdrConverter, frame: VideoFrame, rotation: int, out_HWC: np.ndarray
+) -> None:
+    """A decoded frame as RGB, resized and then turned upright, into uint8 (height, width, 3)."""
+    height, width = out_HWC.shape[:2] if rotation % 180 == 0 else out_HWC.shape[1::-1]
+    frame = on_black(frame)
+    # Averaging keeps fine patterns from flickering when shrinking; when enlarging it would give blocks.
+    shrinks = height <= frame.height and width <= frame.width
+    method = Interpolation.AREA if shrinks else Interpolation.BICUBIC
+    # In planes and not in rgb24, for which swscale has no fast code with exact flags: it takes twice as long.
+    shown = to_sdr(frame, height, width)
+    picture = scaler.reformat(shown, width, height, "gbrp", interpolation=method | EXACT, threads=1)
+    for plane, channel in zip(picture.planes, (1, 2, 0), strict=True):
+        out_HWC[..., channel] = np.rot90(samples(plane), rotation // 90)
+
+
+def _rotation(frame: VideoFrame) -> int:
+    """Degrees counter-clockwise that turn the coded picture upright: 0, 90, 180 or 270."""
+    side_data: Any = frame.side_data
+    if "DISPLAYMATRIX" not in side_data:
+        return 0
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(side_data["DISPLAYMATRIX"]))
+    if a * d - b * c < 0:
+        raise VideoError("is mirrored by its display matrix; re-encode it")
+    if frame.rotation % 90:
+        raise VideoError(f"is rotated by {frame.rotation} degrees; only 90, 180 and 270 are applied, so re-encode it")
+    return frame.rotation % 360
+
+
+def _shown_size(frame: VideoFrame, stream: VideoStream, rotation: int) -> tuple[int, int]:
+    """(height, width) in square pixels, upright."""
+    width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+    return (width, frame.height) if rotation % 180 else (frame.height, width)
+
+
+@functools.cache
+def _same_each_time() -> dict[str, object]:
+    """Options with which x264 makes the same file of the same frames: with AVX-512 it reads memory that is not set."""
+    features = Path("/proc/cpuinfo")
+    return {"x264-params": "asm=avx2"} if features.exists() and "avx512" in features.read_text() else {}
+
+
+def _encode(path: Path, frames_FHWC: np.ndarray, fps: float, crf: int) -> None:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames_FHWC.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(crf)} | _same_each_time()
+        # Tagged, because players guess the matrix of untagged files from the size of the picture.
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709
+        context.color_range = av.video.reformatter.ColorRange.MPEG
+        for frame_HWC in frames_FHWC:
+            picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            coded = picture.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=Interpolation.AREA | EXACT
+            )
+            container.mux(stream.encode(coded))
+        container.mux(stream.encode())

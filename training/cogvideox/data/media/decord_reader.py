@@ -1,0 +1,81 @@
+"""The decord library as a second decoder of videos: reader_problem() says whether it can be used, read_with_decord().
+
+decord is imported only when it is asked for. Where an edit list hides frames it counts them and then repeats the last;
+in open GOPs, avi and mpegts it jumps to other frames than asked for; of several video streams it chooses by its own
+rule. All without an error, so such files are refused.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cogvideox.config.options import reads_clips
+from cogvideox.data.media.faults import VideoError, naming
+from cogvideox.data.media.frames import VideoInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+READERS = ("pyav", "decord")
+VERSION = "0.6.0"
+_OTHER = "use --video_reader pyav"
+
+
+def check_reader(options: Any) -> Iterator[str]:
+    """Problems of --video_reader, for args.parse."""
+    problem = reader_problem(options.data.video_reader) if reads_clips(options) else None
+    if problem:
+        yield f"--video_reader {options.data.video_reader}: {problem}"
+
+
+def reader_problem(name: str) -> str | None:
+    """Why a reader of videos cannot be used, in one line that says what to do; None if it can."""
+    if name == "pyav":
+        return None
+    if name == "decord2":
+        return "returns wrong frames without an error; use pyav, or decord 0.6"
+    if name not in READERS:
+        return f"must be one of {', '.join(READERS)}"
+    if _installed("decord2"):
+        return (
+            "decord2 is installed in the place of decord and returns wrong frames without an error: "
+            f"pip uninstall decord2 and pip install decord=={VERSION}, or leave the flag out"
+        )
+    found = _installed("decord")
+    if found is None:
+        return f"decord is not installed: pip install decord=={VERSION}, or leave the flag out"
+    if found != VERSION:
+        return f"decord {found} is untested: pip install decord=={VERSION}, or leave the flag out"
+    return None
+
+
+def read_with_decord(
+    path: str | os.PathLike[str], info: VideoInfo, indices: Sequence[int], height: int, width: int
+) -> "np.ndarray":
+    """As decode.read_frames. Raises VideoError also where decord does not see the frames that probe() saw."""
+    import decord
+
+    assert info.packets is not None
+    with naming(path, decord.DECORDError, RuntimeError):
+        if info.conversions:
+            raise VideoError(f"decord does not convert its pixels ({', '.join(info.conversions)}); {_OTHER}")
+        if not (info.packets.stores_pts and info.packets.is_closed):
+            raise VideoError(f"decord finds other frames in avi, mpegts and open GOPs; {_OTHER}")
+        if info.packets.num_streams > 1:
+            raise VideoError(f"decord may choose another of its {info.packets.num_streams} video streams; {_OTHER}")
+        if info.packets.pictures != info.packets.pts:
+            raise VideoError(f"decord skips frames that were dropped; {_OTHER}")
+        video = decord.VideoReader(os.path.abspath(path), width=width, height=height, num_threads=1)
+        if len(video) != info.num_frames:
+            raise VideoError(f"decord counts {len(video)} frames where {info.num_frames} are shown; {_OTHER}")
+        frames_FHWC: np.ndarray = video.get_batch(list(indices)).asnumpy()
+        return frames_FHWC
+
+
+def _installed(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # takes longer than all else here
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

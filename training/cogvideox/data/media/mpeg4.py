@@ -1,0 +1,148 @@
+"""MPEG-4 part 2 as Xvid and DivX wrote it: unpacker() gives the pictures of each packet, one by one.
+
+In AVI a packet has no time but its place. A B-frame is decoded after a picture that is shown later, so it was packed
+behind that picture into the same packet, and an empty picture (an N-VOP) was stored where the B-frame would have been.
+Other codecs have one picture a packet.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from cogvideox.data.media.faults import VideoError
+
+# What starts with one of these codes: the headers of a stream, or a picture.
+_START = re.compile(rb"\x00\x00\x01([\x20-\x2f\xb6])")
+_PICTURE = b"\xb6"
+_I, _B = 0, 2  # coding types of pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One packet as a decoder takes it. is_empty: it holds no picture of its own, so the one before it is repeated."""
+
+    packet: Packet
+    is_b: bool = False
+    is_empty: bool = False
+    was_packed: bool = False
+
+
+def unpacker(stream: VideoStream) -> Callable[[Packet], Iterator[Picture]]:
+    """Turns the packets of a stream, in their order, into pictures; the last, empty packet passes too."""
+    codec = stream.codec_context
+    in_avi = stream.container.format.name == "avi"
+    return _Unpacker(codec.extradata or b"", in_avi) if codec.name == "mpeg4" else _one_picture
+
+
+def _one_picture(packet: Packet) -> Iterator[Picture]:
+    yield Picture(packet, is_empty=not packet.size)
+
+
+class _Unpacker:
+    """Cuts packets that hold several pictures; those behind the first wait for the empty packets that follow."""
+
+    def __init__(self, headers: bytes, in_avi: bool) -> None:
+        self._in_avi = in_avi
+        self._clock_bits = 0  # of the time in a picture's header
+        self._waiting: deque[Picture] = deque()
+        self._due = 0  # the time of the next packet
+        self._cut(headers)
+
+    def __call__(self, packet: Packet) -> Iterator[Picture]:
+        """Raises VideoError if packed pictures have no places."""
+        place = packet.dts if self._in_avi else packet.pts
+        # In avi, packets of no bytes have places too, but FFmpeg does not pass them on. What is left follows the end.
+        while self._waiting and (place is None or (self._in_avi and self._due < place)):
+            yield self._next(self._due, packet)
+        if place is None or not packet.size:
+            yield Picture(packet, is_empty=True)
+            return
+        pictures = self._pictures(packet)
+        if self._waiting and pictures[0].is_empty:
+            pictures.pop(0)
+        elif self._waiting and not pictures[0].is_b:
+            raise VideoError("its packed B-frames have no places of their own; re-encode it: `ffmpeg -i IN OUT.mp4`")
+        self._waiting.extend(pictures)
+        yield self._next(place, packet)
+
+    def _next(self, place: int, packet: Packet) -> Picture:
+        picture = self._waiting.popleft()
+        if picture.packet is not packet:
+            picture.packet.pts = picture.packet.dts = place
+        self._due = place + (picture.packet.duration or 1)
+        return picture
+
+    def _pictures(self, packet: Packet) -> list[Picture]:
+        data = bytes(packet)
+        parts = self._cut(data)
+        if len(parts) == 1 and not self._waiting:
+            return [self._picture(packet, data)]
+        return [self._picture(_copy(packet, part), part, was_packed=place > 0) for place, part in enumerate(parts)]
+
+    def _cut(self, data: bytes) -> list[bytes]:
+        """The data of each picture, the first with all headers before it; all of the data if there is none."""
+        starts = []
+        for found in _START.finditer(data):
+            if found[1] == _PICTURE:
+                starts.append(found.start())
+            else:
+                self._clock_bits = _clock_bits(data[found.end() :])
+        return [data[start:end] for start, end in pairwise([0, *starts[1:], len(data)])]
+
+    def _picture(self, packet: Packet, data: bytes, was_packed: bool = False) -> Picture:
+        at = data.find(b"\x00\x00\x01" + _PICTURE)
+        if at < 0:  # DivX wrote one byte for a dropped frame
+            return Picture(packet, is_empty=len(data) == 1)
+        bits = _Bits(data[at + 4 :])
+        coding_type = bits(2)
+        while bits(1):  # whole seconds
+            pass
+        bits(1 + self._clock_bits + 1)
+        if packet.dts is None:
+            packet.is_keyframe = coding_type == _I
+        return Picture(packet, coding_type == _B, is_empty=not bits(1), was_packed=was_packed)
+
+
+class _Bits:
+    """Reads numbers of so many bits; behind the data there are zeros."""
+
+    def __init__(self, data: bytes) -> None:
+        self._value = int.from_bytes(data[:64] + bytes(64))
+        self._left = 8 * (len(data[:64]) + 64)
+
+    def __call__(self, count: int) -> int:
+        self._left -= count
+        return self._value >> self._left & (1 << count) - 1
+
+
+def _clock_bits(header: bytes) -> int:
+    """Bits of the time in each picture's header, from a video object layer's header behind its start code."""
+    bits = _Bits(header)
+    bits(1 + 8)  # can be read from anywhere, kind of object
+    version = 1
+    if bits(1):
+        version = bits(4)
+        bits(3)  # priority
+    if bits(4) == 15:  # aspect ratio
+        bits(8 + 8)
+    if bits(1):  # of the decoder's buffer
+        bits(2 + 1)
+        if bits(1):
+            bits(79)
+    if bits(2) == 3 and version != 1:  # shape
+        bits(4)
+    bits(1)
+    return max(1, (bits(16) - 1).bit_length())
+
+
+def _copy(packet: Packet, data: bytes) -> Packet:
+    """A packet with other data, and no time yet."""
+    copy = Packet(data)
+    copy.time_base, copy.duration = packet.time_base, packet.duration
+    copy.is_corrupt = packet.is_corrupt
+    return copy

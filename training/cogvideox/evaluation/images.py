@@ -1,0 +1,107 @@
+"""The images that validation videos begin with: read or fetched once, kept beside the result for inference.py."""
+
+import http.client
+import io
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cogvideox.config.options import TrainOptions, is_url
+from cogvideox.config.prompts import images_of
+from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.pictures import probe_picture, read_picture
+from cogvideox.errors import UsageError, public_urls
+from cogvideox.files import temporary_of, write_atomically
+from cogvideox.model.tasks import IMAGE_NAME
+from cogvideox.runtime.run import Run
+
+FETCH_SECONDS, FETCH_BYTES = 60, 2**28  # of one image, all in all
+
+
+def take_images(run: Run, options: TrainOptions) -> list[Path]:
+    """OUTPUT_DIR/image-0.png and so on, one for each of --validation_images; upright RGB.
+
+    Raises:
+        UsageError: one cannot be had.
+    """
+    texts = images_of(options)
+    paths = [run.output_dir / IMAGE_NAME.format(number) for number in range(len(texts))]
+    if run.is_main:
+        for text, path in zip(texts, paths, strict=True):
+            write_atomically(path, fetched(text, temporary_of(path)) if is_url(text) else as_png(Path(text)))
+    run.barrier()
+    return paths
+
+
+def fetched(url: str, temporary: Path) -> bytes:
+    """The image behind a URL as a PNG. Messages have the URL without its query, which may be a signature."""
+    shown, fix = f"--validation_images {public_urls(url)}", "download it and give its path"
+    try:
+        temporary.write_bytes(downloaded(url))
+        return as_png(temporary)
+    except (OSError, http.client.HTTPException) as error:
+        raise UsageError(f"{shown}: cannot be fetched ({error}); {fix}") from None
+    except ValueError:  # which a UsageError is
+        raise UsageError(f"{shown}: is no image that can be read; {fix}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class WebOnly(urllib.request.HTTPRedirectHandler):
+    """Follows an answer that names another address only to http and https: not to files or ftp."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if urlsplit(newurl).scheme not in ("http", "https"):
+            raise OSError(f"it redirects to {public_urls(newurl)}, which is not http or https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def downloaded(url: str) -> bytes:
+    """What is behind an http or https URL.
+
+    A server may send a byte a minute, and a name may take minutes to look up; neither counts as silence for a socket.
+    So a thread fetches, and is left behind where it takes too long in all.
+
+    Raises:
+        OSError: it cannot be had in FETCH_SECONDS, or has more than FETCH_BYTES.
+        HTTPException: the answer is not HTTP.
+    """
+    result: list[bytes | Exception] = []
+
+    def fetch() -> None:
+        try:
+            opener = urllib.request.build_opener(WebOnly)
+            with opener.open(url, timeout=FETCH_SECONDS) as reply:
+                result.append(reply.read(FETCH_BYTES + 1))
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(FETCH_SECONDS)
+    if not result:
+        raise OSError(f"it is not there after {FETCH_SECONDS} s")
+    content = result[0]
+    if isinstance(content, ValueError):  # a URL without a host, or with letters that none has
+        raise OSError(str(content))
+    if isinstance(content, Exception):
+        raise content
+    if len(content) > FETCH_BYTES:
+        raise OSError(f"it is larger than {FETCH_BYTES // 2**20} MiB")
+    return content
+
+
+def as_png(path: Path) -> bytes:
+    """The content of an image file as an RGB PNG."""
+    from PIL import Image
+
+    try:
+        info = probe_picture(path)
+        frame_HWC = read_picture(path, info, 1, info.height, info.width)[0]
+    except (OSError, VideoError) as error:
+        raise UsageError(f"--validation_images {error}") from None
+    content = io.BytesIO()
+    Image.fromarray(frame_HWC).save(content, "PNG")
+    return content.getvalue()

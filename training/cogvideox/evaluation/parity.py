@@ -1,0 +1,333 @@
+"""What training feeds the transformer against what the matching diffusers pipeline feeds it, before the first step.
+
+The stock pipeline makes one sampling step around the run's own transformer and scheduler. No network is run: calls of
+the transformer are caught on both sides, and the VAE is stood in for. Compared, for every bucket of the run: latents
+and padding, image latents and their scale, embeddings, timestep, offset, rotary tables, all with their types, and what
+the pipeline decodes when the transformer answers with the velocity that it is trained for. Clips and images are drawn
+from moments on both sides: in training's way, and by diffusers' own distribution. The loss of a transformer that
+answers with the scheduler's velocity must be 0. One bucket is compared in the compute type of the run as well.
+Shapes as in data/dataset.py; P patches.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.flags import ModelFlags
+from cogvideox.config.geometry import Geometry
+from cogvideox.config.options import TrainOptions, ignores_positions
+from cogvideox.data.dataset import Batch, collate, draw_sample, normal, sample_posterior
+from cogvideox.model import encode, models
+from cogvideox.model.diffusion import NoiseSchedule
+from cogvideox.model.tasks import ImageToVideo, Task, image_scale, losses_of
+from cogvideox.preparation.tensors import Tensors
+from cogvideox.runtime.run import Run
+
+TOLERANCE = 1e-4  # of numbers of about 1, relative of larger ones: in fp32 rounding is far below, all else far above
+ARGUMENTS = ("encoder_hidden_states", "timestep", "ofs", "image_rotary_emb")  # of the transformer, beside the latents
+PURPOSES = {"clip": "posterior", "image": "image posterior"}  # of draw_sample's draws from moments
+Answer = Callable[[dict[str, Any]], Tensor]
+
+
+class ParityError(RuntimeError):
+    """Training would feed the transformer something else than inference does."""
+
+
+def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, transformer: Any) -> None:
+    """Compares all buckets of a run.
+
+    Raises:
+        ParityError: what differs, and by how much.
+    """
+    geometry, index = tensors.geometry, tensors.index
+    exact = type(task)(options, geometry, run.device, torch.float32)  # in bf16 rounding would hide the rest
+    schedule = NoiseSchedule.from_config(geometry.schedule).to(run.device)
+    pipeline = stock_pipeline(options.model, task.pipeline, transformer)
+    check_schedule(schedule, pipeline.scheduler)
+    check_posterior()
+    buckets = sorted({sample.bucket for sample in (*index.samples, *index.validation)})
+    for bucket in buckets:
+        check_bucket(exact, pipeline, schedule, geometry, bucket)
+        check_loss(exact, pipeline, schedule, geometry, bucket)
+        if geometry.learned_positions:
+            check_positions(transformer, geometry, bucket, ignores_positions(options))
+    check_bucket(task, pipeline, schedule, geometry, buckets[0])
+    check_loss(task, pipeline, schedule, geometry, buckets[0])
+    run.say(f"checked on {len(buckets)} buckets: the transformer gets what {task.pipeline} gives it")
+    if isinstance(task, ImageToVideo) and other_scale(task, geometry) != 1.0:
+        usual = image_scale(geometry)
+        run.say(f"but image latents are multiplied by {task.scale:.4g}, as asked, and by {usual:.4g} in the pipeline")
+
+
+# -- the pipeline ------------------------------------------------------------------------------------------------------
+
+
+class StandInVae:
+    """In place of the VAE: keeps what is encoded and decoded. ``image_BCFHW`` is what encoding gives."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.image_BCFHW = self.pixels_BCFHW = self.decoded_BCFHW = torch.empty(0)
+
+    def encode(self, pixels_BCFHW: Tensor) -> Any:
+        """A posterior of which samples can be taken, and nothing else."""
+        self.pixels_BCFHW = pixels_BCFHW
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda _: self.image_BCFHW))
+
+    def decode(self, latents_BCFHW: Tensor) -> Any:
+        """One pixel."""
+        self.decoded_BCFHW = latents_BCFHW
+        return SimpleNamespace(sample=latents_BCFHW.new_zeros(1, 3, 1, 1, 1))
+
+
+def stock_pipeline(model: ModelFlags, name: str, transformer: Any) -> Any:
+    """The pipeline of this name with everything but its other networks."""
+    import diffusers
+
+    parts: dict[str, Any] = {"tokenizer": None, "text_encoder": None, "scheduler": models.load_scheduler(model)}
+    vae = diffusers.AutoencoderKLCogVideoX
+    with torch.device("meta"):  # its config with all defaults, at no cost
+        config = vae.from_config(vae.load_config(models.part_folder(model, "vae"))).config
+    pipeline = getattr(diffusers, name)(**parts, vae=StandInVae(config), transformer=transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def caught(transformer: Any, answer: Answer) -> Iterator[list[dict[str, Any]]]:
+    """The arguments of each call of the transformer, to which ``answer`` gives the result."""
+    calls: list[dict[str, Any]] = []
+
+    def forward(**arguments: Any) -> tuple[Tensor]:
+        calls.append(arguments)
+        return (answer(arguments),)
+
+    transformer.forward = forward
+    try:
+        with torch.no_grad():
+            yield calls
+    finally:
+        del transformer.forward
+
+
+# -- one bucket --------------------------------------------------------------------------------------------------------
+
+
+def check_bucket(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: Geometry, bucket: Bucket) -> None:
+    """Raises ParityError where training and the pipeline call the transformer in different ways, or where a transformer
+    that has learned its target makes another clip there than it was trained on.
+    """
+    device = schedule.alphas_cumprod.device
+    batch = random_batch(geometry, bucket, len(schedule) - 1).to(device)
+    frame_HWC = np.random.default_rng(0).integers(0, 256, (bucket.height, bucket.width, 3), np.uint8)
+    pipeline.vae.image_BCFHW = drawn_by_diffusers(bucket, geometry, "image").to(device)
+    theirs = pipeline_call(task, pipeline, batch, schedule, bucket, frame_HWC)
+    latents, image = split(theirs, geometry)
+    with caught(pipeline.transformer, lambda arguments: arguments["hidden_states"]) as calls:
+        task.predictor(pipeline.transformer, batch)(latents, batch.timestep_B)
+    own_latents, own_image = split(calls[0], geometry)
+    compare(f"{bucket}: latents", own_latents, latents)
+    if isinstance(task, ImageToVideo):
+        compare(f"{bucket}: image latents", own_image, image * other_scale(task, geometry))
+        pixels = encode.pixels_of(frame_HWC[None], device)
+        compare(f"{bucket}: pixels of the image", pixels.to(task.dtype), pipeline.vae.pixels_BCFHW[0])
+    for name in ARGUMENTS:
+        compare(f"{bucket}: {name}", calls[0].get(name), theirs.get(name))
+    clip = drawn_by_diffusers(bucket, geometry, "clip").to(device, task.dtype)
+    compare(f"{bucket}: latents of the clip that is decoded", clip, pipeline.vae.decoded_BCFHW)
+
+
+def check_loss(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: Geometry, bucket: Bucket) -> None:
+    """Raises ParityError where the loss of training is not 0 for a transformer that answers with the velocity that the
+    pipeline's scheduler gives for the noised clip, or where it is asked about another clip or timestep.
+    """
+    device, scheduler = schedule.alphas_cumprod.device, pipeline.scheduler
+    batches = [random_batch(geometry, bucket, timestep) for timestep in timesteps_of(schedule)]
+    for batch in (batch.to(device) for batch in batches):
+        clip = batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B
+        velocity = scheduler.get_velocity(*clip).to(task.dtype)
+        with caught(pipeline.transformer, lambda _, velocity=velocity: velocity) as calls:  # type: ignore[misc]
+            loss_B = losses_of(task, schedule, pipeline.transformer, batch)
+        what = f"{bucket}: timestep {batch.timestep_B.item()}"
+        compare(f"{what}: x_t", split(calls[0], geometry)[0], scheduler.add_noise(*clip).to(task.dtype))
+        compare(f"{what}: timestep", calls[0]["timestep"], batch.timestep_B)
+        compare(f"{what}: loss of the scheduler's velocity", loss_B.sqrt(), torch.zeros_like(loss_B), task.dtype)
+
+
+def other_scale(task: ImageToVideo, geometry: Geometry) -> float:
+    """How many times larger image latents are than the pipeline's, where a flag asks for that; else 1."""
+    return 1.0 if task.flags.image_latent_scale == "auto" else task.scale / image_scale(geometry)
+
+
+def moments_of(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
+    """Random moments of a clip, (2C, F, H, W), or an image, (2C, H, W), as the VAE would give them."""
+    shape = geometry.moments_shape(bucket) if name == "clip" else geometry.image_shape(bucket)
+    return normal(shape, "parity", bucket, f"{name} moments")
+
+
+def random_batch(geometry: Geometry, bucket: Bucket, timestep: int) -> Batch:
+    """One sample as training draws it from a cache."""
+    draw = ("parity", bucket)
+    prompt = normal((geometry.max_text_seq_length, geometry.text_embed_dim), *draw, "prompt")
+    clip, image = (moments_of(bucket, geometry, name) for name in PURPOSES)
+    return collate([draw_sample(clip, prompt, timestep, geometry, draw, "parity", image)])
+
+
+def drawn_by_diffusers(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
+    """The latents of that sample's clip, (1, C, F, H, W), or image, (1, C, 1, H, W), unscaled, out of its moments."""
+    moments = moments_of(bucket, geometry, name)
+    channels, *rest = moments.shape
+    latents = posterior_by_diffusers(moments, normal((channels // 2, *rest), "parity", bucket, PURPOSES[name]))
+    return latents[None] if name == "clip" else latents[None].unsqueeze(2)
+
+
+def posterior_by_diffusers(moments: Tensor, noise: Tensor) -> Tensor:
+    """What data.dataset.sample_posterior is to give."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    posterior = DiagonalGaussianDistribution(moments[None])
+    return (posterior.mean + posterior.std * noise)[0]
+
+
+def check_posterior() -> None:
+    """Raises ParityError where a draw from moments is not that of diffusers, for log variances of every size."""
+    log_variance = torch.linspace(-40.0, 30.0, 71).view(1, -1)
+    moments = torch.cat([normal((1, 71), "parity", "mean"), log_variance])
+    noise = normal((1, 71), "parity", "noise")
+    ours, theirs = sample_posterior(moments, noise), posterior_by_diffusers(moments, noise)
+    compare("a draw from the VAE's posterior", ours, theirs)
+
+
+def pipeline_call(
+    task: Task, pipeline: Any, batch: Batch, schedule: NoiseSchedule, bucket: Bucket, frame_HWC: np.ndarray
+) -> dict[str, Any]:
+    """How the pipeline calls the transformer in a sampling of one step; the answer is the velocity of the batch."""
+    from PIL import Image
+
+    more: dict[str, Any] = {}
+    if isinstance(task, ImageToVideo):
+        more["image"] = Image.fromarray(frame_HWC)
+    with caught(pipeline.transformer, lambda arguments: velocity_of(batch, arguments, schedule, bucket)) as calls:
+        pipeline(
+            prompt_embeds=batch.prompt_BLD.to(task.dtype),
+            negative_prompt_embeds=batch.prompt_BLD.to(task.dtype),
+            height=bucket.height,
+            width=bucket.width,
+            num_frames=bucket.frames,
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+            **more,
+        )
+    return calls[0]
+
+
+def velocity_of(batch: Batch, arguments: dict[str, Any], schedule: NoiseSchedule, bucket: Bucket) -> Tensor:
+    """What a transformer would answer that knows the clip of the batch."""
+    x0_BFCHW = batch.x0_BFCHW
+    x_t_BFCHW = arguments["hidden_states"][:, :, : x0_BFCHW.shape[2]]
+    same_shape(f"{bucket}: latents", x0_BFCHW, x_t_BFCHW)
+    signal, noise = schedule.signal_and_noise(batch.timestep_B)
+    velocity = schedule.velocity(x0_BFCHW, (x_t_BFCHW - signal * x0_BFCHW) / noise, batch.timestep_B)
+    return velocity.to(x_t_BFCHW.dtype)
+
+
+def split(arguments: dict[str, Any], geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """(latents, image latents), each (B, F, C, H, W), of what the transformer was called with."""
+    hidden_BFCHW = arguments["hidden_states"]
+    return hidden_BFCHW[:, :, : geometry.latent_channels], hidden_BFCHW[:, :, geometry.latent_channels :]
+
+
+# -- schedule and positions --------------------------------------------------------------------------------------------
+
+
+def check_schedule(schedule: NoiseSchedule, scheduler: Any) -> None:
+    """Raises ParityError where noise, velocity, or the x0 that the sampler reads from a velocity, are not its own."""
+    device = schedule.alphas_cumprod.device
+    x0, noise = (normal((1, 1, 1, 2, 2), "parity", name).to(device) for name in ("x0", "noise"))
+    scheduler.set_timesteps(len(schedule))
+    for number in timesteps_of(schedule):
+        timestep = torch.tensor([number], device=device)
+        x_t, velocity = schedule.add_noise(x0, noise, timestep), schedule.velocity(x0, noise, timestep)
+        compare(f"timestep {number}: x_t", x_t, scheduler.add_noise(x0, noise, timestep))
+        compare(f"timestep {number}: velocity", velocity, scheduler.get_velocity(x0, noise, timestep))
+        compare(f"timestep {number}: x0 out of the velocity", x0, x0_of(scheduler, velocity, number, x_t))
+
+
+def timesteps_of(schedule: NoiseSchedule) -> tuple[int, ...]:
+    """Those that are compared: both ends and the middle."""
+    return 0, 1, len(schedule) // 2, len(schedule) - 1
+
+
+def x0_of(scheduler: Any, velocity: Tensor, timestep: int, x_t: Tensor) -> Tensor:
+    """The clip that a sampler takes a velocity for."""
+    import diffusers
+
+    if isinstance(scheduler, diffusers.CogVideoXDPMScheduler):
+        return scheduler.step(velocity, None, timestep, None, x_t, return_dict=False)[1]
+    return scheduler.step(velocity, timestep, x_t).pred_original_sample
+
+
+@torch.no_grad()
+def check_positions(transformer: Any, geometry: Geometry, bucket: Bucket, ignored: bool) -> None:
+    """Raises ParityError where the transformer adds something else to the patches of a bucket than its learned
+    positions, or anything where they are ignored.
+    """
+    embed, patch = transformer.patch_embed, geometry.patch_size
+    text = torch.zeros(1, geometry.max_text_seq_length, geometry.text_embed_dim).to(transformer.device)
+    frames, _, height, width = geometry.latent_shape(bucket)
+    video = torch.zeros(1, frames, geometry.in_channels, height, width).to(transformer.device)
+    text, video = text.to(transformer.dtype), video.to(transformer.dtype)
+    embedded = embed.text_proj(text), embed.proj(video[0, :1, :, :patch, :patch]).view(1, 1, -1)
+    patches = frames * (height // patch) * (width // patch)
+    expected_BPD = torch.cat([embedded[0], embedded[1].expand(1, patches, -1)], dim=1)
+    if not ignored:
+        table = embed.pos_embedding.to(transformer.dtype)
+        same_shape(f"{bucket}: learned positions", expected_BPD, table)
+        expected_BPD = expected_BPD + table
+    compare(f"{bucket}: positions that are added", embed(text, video), expected_BPD)
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def compare(what: str, ours: Any, theirs: Any, rounded_to: torch.dtype | None = None) -> None:
+    """Raises ParityError where two tensors, or pairs of them, or None, are not the same.
+
+    Args:
+        rounded_to: the type that numbers went through; if it is not given, that of the tensors.
+    """
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        for own, their in zip(ours, theirs, strict=True):
+            compare(what, own, their, rounded_to)
+        return
+    if ours is None and theirs is None:
+        return
+    if ours is None or theirs is None:
+        raise ParityError(message(what, "given by one alone"))
+    same_shape(what, ours, theirs)
+    if ours.dtype != theirs.dtype:
+        raise ParityError(message(what, f"{ours.dtype} in training, {theirs.dtype} in the pipeline"))
+    dtype = rounded_to or ours.dtype
+    tolerance = max(TOLERANCE, torch.finfo(dtype).eps) if dtype.is_floating_point else TOLERANCE
+    difference = (ours.double() - theirs.double()).abs()
+    if not (difference / theirs.double().abs().clamp(min=1.0)).max().item() <= tolerance:  # NaN fails
+        raise ParityError(message(what, f"{difference.max().item():.3g} apart"))
+
+
+def same_shape(what: str, ours: Tensor, theirs: Tensor) -> None:
+    """Raises ParityError for two shapes."""
+    if ours.shape != theirs.shape:
+        raise ParityError(message(what, f"{tuple(ours.shape)} in training, {tuple(theirs.shape)} in the pipeline"))
+
+
+def message(what: str, how: str) -> str:
+    """The error's text."""
+    return f"training and the pipeline differ in {what}: {how}; nothing was trained; please report this"

@@ -1,0 +1,287 @@
+"""Videos of the validation prompts, made with the weights as they are at a step.
+
+Prompts are embedded before the first step, so T5 is never loaded while training. The stock pipeline samples, with the
+transformer that is being trained; the videos are shared out over the ranks. What is changed is put back.
+The pipeline's VAE also shows what it makes of training clips.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvideox import stopping
+from cogvideox.config.options import TrainOptions
+from cogvideox.config.prompts import prompts_of
+from cogvideox.data.cache import TensorCache
+from cogvideox.data.media.decode import write_video
+from cogvideox.data.sampler import Order
+from cogvideox.errors import first_line
+from cogvideox.files import write_atomically
+from cogvideox.model import models
+from cogvideox.model.vae_decoder import PUBLISHED, Decoder, Tile, ways_to_decode
+from cogvideox.preparation.prepare import encode_captions, missing_captions
+from cogvideox.preparation.tensors import Tensors
+from cogvideox.runtime.run import Run, with_peaks
+
+FOLDER, SETTINGS_NAME = "validation", "settings.json"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The validation prompts and their embeddings, each (1, L, D), in the compute type; files of their images."""
+
+    texts: list[str]
+    embeds_BLD: list[Tensor]
+    negative_BLD: Tensor | None
+    images: Sequence[Path] = ()
+
+
+def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Sequence[Path] = ()) -> Prompts:
+    """Embeds the validation prompts, one at a time as a pipeline does, into the run's own folder; T5 is freed again."""
+    texts = prompts_of(options.validation)
+    if not texts:
+        return Prompts([], [], None)
+    wanted = [*texts, options.validation.negative_prompt]
+    cache = TensorCache(run.output_dir / FOLDER)
+    if run.is_main:
+        missing = missing_captions(cache, tensors.encoders, wanted)
+        encode_captions(cache, options.model, tensors.encoders, missing, 1, run.ranks, options.encode.t5_on)
+    run.barrier()
+    keys = [tensors.encoders.prompt_key(text) for text in wanted]
+    *embeds, negative = (cache.read(key)["prompt_LD"].unsqueeze(0).to(run.dtype) for key in keys)
+    return Prompts(texts, embeds, negative, images)
+
+
+@contextmanager
+def evaluation(module: Any) -> Iterator[None]:
+    """No gradients and evaluation mode; afterwards every module is in the mode of its own that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def release_memory() -> None:
+    """Gives the device what nothing refers to any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def frames_of(video_BFCHW: Tensor) -> Tensor:
+    """A pipeline's video, of numbers from 0 to 1, as uint8 (F, H, W, 3) on the CPU."""
+    return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
+
+
+def without(names: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of videos, the recipe in them without some of its entries."""
+    recipe = settings.get("recipe", {})
+    return {**settings, "recipe": {name: value for name, value in recipe.items() if name not in names}}
+
+
+def after_denoising_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Lets a video be given up after each step of a pipeline; changes nothing."""
+    stopping.unit("denoising step")
+    return tensors
+
+
+class Validator:
+    """Renders the validation videos of a run. ``render`` is called on all ranks."""
+
+    def __init__(
+        self,
+        run: Run,
+        options: TrainOptions,
+        pipeline_name: str,
+        transformer: Any,
+        prompts: Prompts,
+        tensors: Tensors,
+        order: Order,
+    ) -> None:
+        self.run, self.options, self.flags = run, options, options.validation
+        self.transformer, self.prompts, self.order = transformer, prompts, order
+        self.fps = self.flags.validation_fps or tensors.index.fps
+        self.pipeline = self._make_pipeline(pipeline_name) if prompts.texts else None
+        self.sampling: dict[str, Any] = {
+            "height": self.flags.height,
+            "width": self.flags.width,
+            "num_frames": self.flags.validation_frames,
+            "num_inference_steps": self.flags.num_inference_steps,
+            "guidance_scale": self.flags.guidance_scale,
+            "use_dynamic_cfg": self.flags.use_dynamic_cfg,
+            "max_sequence_length": tensors.geometry.max_text_seq_length,
+        }
+
+    def _make_pipeline(self, name: str) -> Any:
+        import diffusers
+
+        vae = models.load_vae(self.options.model, self.run.dtype)
+        if self.flags.enable_slicing:
+            vae.enable_slicing()
+        Decoder(vae, self.run.say, tiled=self.flags.enable_tiling)
+        scheduler = models.load_scheduler(self.options.model)
+        pipeline = getattr(diffusers, name)(
+            tokenizer=None, text_encoder=None, vae=vae, transformer=self.transformer, scheduler=scheduler
+        )
+        pipeline.set_progress_bar_config(desc="validation", leave=False, disable=not self.run.is_main)
+        return pipeline
+
+    @property
+    def tiles(self) -> list[Tile | None]:
+        """What decoding is tried in: whole frames (None) unless they did not fit, then tiles."""
+        if self.pipeline:
+            return list(self.pipeline.vae.decode.left)
+        return ways_to_decode(*PUBLISHED, tiled=self.flags.enable_tiling)
+
+    def set_aside(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
+        """Moves videos away that other settings made, or that another learning rate schedule made after this step."""
+        folder = self.run.output_dir / FOLDER
+        images = [hashlib.sha256(image.read_bytes()).hexdigest() for image in self.prompts.images]
+        flags = {**asdict(self.flags), "seed": self.options.data.seed, "fps": self.fps, "images": images}
+        made = {"validation": flags, "prompts": self.prompts.texts, "recipe": recipe, "total_steps": total_steps}
+        settings = json.loads(json.dumps(made))
+        path = folder / SETTINGS_NAME
+        if self.run.is_main and self.prompts.texts:
+            then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            allowed = self.options.train.allow_changed
+            same_made = without(allowed, {**then, "total_steps": total_steps}) == without(allowed, settings)
+            last_good = total_steps if then == settings else first_step if same_made else -1
+            stale = [video for video in folder.glob("step-*.mp4") if int(video.name[5:11]) > last_good]
+            older = folder / f"older-{len(list(folder.glob('older-*')))}"
+            for video in stale:
+                older.mkdir(exist_ok=True)
+                os.rename(video, older / video.name)
+            # last: after a kill the moving goes on
+            write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+        self.run.barrier()
+
+    def due(self, step: int) -> bool:
+        """Whether validation belongs after this optimizer step."""
+        if self.flags.validation_steps:
+            return step > 0 and step % self.flags.validation_steps == 0
+        if self.flags.validation_epochs:
+            every = self.flags.validation_epochs  # passed in this step, if it does not end with one
+            return step > 0 and self.order.epoch_of(step) // every > self.order.epoch_of(step - 1) // every
+        return False
+
+    def render(self, step: int) -> list[Path]:
+        """Makes the videos of a step that are not there yet, if the memory suffices; returns those that are there."""
+        jobs = [(p, k) for p in range(len(self.prompts.texts)) for k in range(self.flags.num_validation_videos)]
+        paths = [self.path(step, p, k) for p, k in jobs]
+        share = slice(self.run.ranks.process_index, None, self.run.world)
+        todo = [(job, path) for job, path in list(zip(jobs, paths, strict=True))[share] if not path.exists()]
+        with self.run.ranks.together():
+            skipped = self._make(todo) if todo else []
+        skipped = self.run.ranks.gather(skipped)
+        if skipped:
+            names = ", ".join(path.name for path, _ in skipped)
+            fix = "give smaller --height, --width or --validation_frames, --enable_tiling, or --plan lean"
+            self.run.say(
+                f"validation after step {step}: out of memory ({skipped[0][1]}); these videos are skipped and training "
+                f"goes on: {names}; to have them {fix}"
+            )
+        missing = {path for path, _ in skipped}
+        made = [path for path in paths if path not in missing]
+        if self.run.is_main and made:
+            self._log(step, made)
+        return made
+
+    def _make(self, todo: Sequence[tuple[tuple[int, int], Path]]) -> list[tuple[Path, str]]:
+        """Renders videos, ((prompt, number), path). Returns those that the memory does not suffice for, and the reason:
+        the first one that fails, and all after it, which need as much and would take as long to fail.
+        """
+        left, reason = list(todo), ""
+        try:
+            with evaluation(self.transformer), self._vae_on_device():
+                while left:
+                    (prompt, number), path = left[0]
+                    write_video(path, self.sample(prompt, number).numpy(), self.fps)
+                    del left[0]
+        except torch.OutOfMemoryError as error:
+            reason = first_line(error)
+        if left:
+            release_memory()  # what the failed call held is free only now that its error is
+        return [(path, reason) for _, path in left]
+
+    def path(self, step: int, prompt: int, video: int) -> Path:
+        """Where a video lies: step, number of the prompt and its first words, number of the video."""
+        words = re.sub(r"[^A-Za-z0-9]+", "-", self.prompts.texts[prompt]).strip("-")[:40].rstrip("-")
+        return self.run.output_dir / FOLDER / f"step-{step:06d}_prompt-{prompt}_{words}_{video}.mp4"
+
+    def sample(self, prompt: int, number: int) -> Tensor:
+        """One video, uint8 (F, H, W, 3); the same draws at every step."""
+        generator = torch.Generator().manual_seed(self.options.data.seed + number)
+        assert self.pipeline is not None
+        assert self.prompts.negative_BLD is not None
+        video_BFCHW = self.pipeline(
+            prompt_embeds=self.prompts.embeds_BLD[prompt].to(self.run.device),
+            negative_prompt_embeds=self.prompts.negative_BLD.to(self.run.device),
+            **self._image(prompt),
+            **self.sampling,
+            generator=generator,
+            output_type="pt",
+            callback_on_step_end=after_denoising_step,
+        ).frames
+        return frames_of(video_BFCHW)
+
+    def videos(self, prompt: int) -> dict[int, Path]:
+        """The first video of a prompt by the step after which it was made, as far as they are there."""
+        first = self.path(0, prompt, 0)
+        found = first.parent.glob(f"step-*_{first.name.partition('_')[2]}")
+        return {int(path.name[5:].partition("_")[0]): path for path in found}
+
+    @torch.no_grad()
+    def decode(self, moments_CFHW: Tensor) -> np.ndarray:
+        """A training clip as the VAE shows it, uint8 (F, H, W, 3): the mean of its posterior, unscaled as it is cached.
+
+        One that is larger than the validation videos is decoded in tiles, to need no more memory than they do.
+        """
+        assert self.pipeline is not None
+        mean_FCHW = moments_CFHW.chunk(2)[0].transpose(0, 1).float()
+        latents_BFCHW = (self.pipeline.vae_scaling_factor_image * mean_FCHW).unsqueeze(0)
+        pixels = mean_FCHW[0, 0].numel() * self.pipeline.vae_scale_factor_spatial**2
+        larger = pixels > self.sampling["height"] * self.sampling["width"]
+        with self._vae_on_device(), self.pipeline.vae.decode.in_tiles() if larger else nullcontext():
+            video_BCFHW = self.pipeline.decode_latents(latents_BFCHW.to(self.run.device, self.run.dtype))
+            return frames_of(self.pipeline.video_processor.postprocess_video(video_BCFHW, output_type="pt")).numpy()
+
+    def _image(self, prompt: int) -> dict[str, Any]:
+        if not self.prompts.images:
+            return {}
+        from diffusers.utils import load_image
+
+        return {"image": load_image(str(self.prompts.images[prompt]))}
+
+    @contextmanager
+    def _vae_on_device(self) -> Iterator[None]:
+        assert self.pipeline is not None
+        vae = self.pipeline.vae
+        try:
+            vae.to(self.run.device)
+            yield
+        finally:
+            vae.to("cpu")
+            torch.cuda.empty_cache()
+
+    def _log(self, step: int, paths: list[Path]) -> None:
+        self.run.say(with_peaks(f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4"))
+        for tracker in self.run.accelerator.trackers:
+            if tracker.name == "wandb":
+                import wandb
+
+                videos = [wandb.Video(str(path), caption=path.stem) for path in paths]
+                tracker.log({"validation": videos}, step=step)

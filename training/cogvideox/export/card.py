@@ -1,0 +1,322 @@
+"""The model card: README.md in the output folder, for readers and for the hub.
+
+Recipe, prompts, videos, pictures, licence of the base model -> Facts -> front matter (YAML) and text (Markdown).
+Prompts and names may hold anything: huggingface_hub quotes them in the YAML, repr() in the code, escaped() in the text.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from cogvideox.config.flags import ModelFlags
+from cogvideox.config.geometry import hub_file
+from cogvideox.config.lora_file import NO, ROUNDED
+from cogvideox.config.options import TrainOptions
+from cogvideox.data.cache import CacheIndex
+from cogvideox.evaluation.before_after import SHEET_NAME
+from cogvideox.evaluation.validation import Validator
+from cogvideox.files import write_atomically
+from cogvideox.model.tasks import IMAGE_NAME
+from cogvideox.runtime.curves import CURVES_NAME
+from cogvideox.runtime.run import Run
+
+CARD_NAME = "README.md"
+PICTURES = {  # where the run has them
+    SHEET_NAME: "Validation prompts before and after training",
+    CURVES_NAME: "Loss, learning rate and gradient norm",
+}
+# in Markdown, its tables and formulas, and HTML; within a word _ means nothing
+MEANINGFUL = re.compile(r"[&<>\\`*\[\]{}|~$#]|(?<![^\W_])_|_(?![^\W_])")
+MIN_DIFFUSERS = (0, 40)  # older ones ignore dtype= and load in fp32, or write no videos
+PACKAGES = "transformers accelerate peft sentencepiece protobuf av imageio imageio-ffmpeg"
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a prompt gave before the first and after the last step: files, named from the output folder."""
+
+    prompt: str
+    before: str | None
+    after: str
+    image: str | None = None  # that it begins with, of image-to-video
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a card says, as plain values."""
+
+    name: str  # namespace/name on the hub, else the name of the output folder
+    on_hub: bool
+    model: ModelFlags
+    pipeline: str
+    dtype: str
+    code: tuple[str, str]  # that brings in what was trained: method.inference()
+    sampling: dict[str, Any]
+    decoding: list[str]  # methods of the VAE
+    fps: int
+    token: str | None
+    buckets: dict[str, int]  # clips in each
+    videos: list[Video]
+    pictures: list[str]
+    licence: dict[str, Any]  # of the base model, as fields of the front matter
+    made: dict[str, Any]  # recipe.json
+
+    @property
+    def task(self) -> str:
+        """text-to-video or image-to-video."""
+        return re.sub("(?<!^)(?=[A-Z])", "-", self.made["task"]).lower()
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the base model's own weights stayed as they were."""
+        return bool(self.made["method"] == "Lora")
+
+    @property
+    def base(self) -> str | None:
+        """The base model's id on the hub; None where a local folder was given."""
+        name = self.model.pretrained_model_name_or_path
+        return None if Path(name).is_dir() else name
+
+    @property
+    def base_folder(self) -> str:
+        """The name of the base model's folder, which may lie anywhere."""
+        return Path(self.model.pretrained_model_name_or_path).resolve().name
+
+
+def write_card(
+    run: Run,
+    options: TrainOptions,
+    task: Any,
+    method: Any,
+    validator: Validator,
+    index: CacheIndex,
+    made: dict[str, Any],
+) -> list[Path]:
+    """Writes README.md; returns it and the files that it shows."""
+    folder, dtype = run.output_dir, str(run.dtype).removeprefix("torch.")
+    facts = Facts(
+        name=run.repository or folder.resolve().name,
+        on_hub=run.repository is not None,
+        model=options.model,
+        pipeline=task.pipeline,
+        dtype=dtype,
+        code=method.inference(dtype),
+        sampling=validator.sampling,
+        decoding=[name for name in ("enable_slicing", "enable_tiling") if getattr(options.validation, name)],
+        fps=round(validator.fps),
+        token=(options.data.id_token or "").strip() or None,
+        buckets=dict(sorted(Counter(str(sample.bucket) for sample in index.samples).items())),
+        videos=list(videos_of(validator, folder, made["step"])),
+        pictures=[name for name in PICTURES if (folder / name).is_file()],
+        licence=read_licence(options.model),
+        made=made,
+    )
+    write_atomically(folder / CARD_NAME, card_text(facts).encode())
+    shown = [name for video in facts.videos for name in (video.image, video.before, video.after) if name]
+    return [folder / name for name in dict.fromkeys((CARD_NAME, *facts.pictures, *shown))]
+
+
+def videos_of(validator: Validator, folder: Path, step: int) -> Iterator[Video]:
+    """The validation videos of the first and the last step."""
+
+    def name_of(path: Path) -> str:
+        return path.relative_to(folder).as_posix()
+
+    for place, prompt in enumerate(validator.prompts.texts):
+        for number in range(validator.flags.num_validation_videos):
+            before, after = (validator.path(at, place, number) for at in (0, step))
+            image = folder / IMAGE_NAME.format(place)
+            others = [name_of(path) if path.is_file() else None for path in (before, image)]
+            if after.is_file():  # not where the memory did not suffice for it
+                yield Video(prompt, others[0], name_of(after), others[1])
+
+
+def read_licence(model: ModelFlags) -> dict[str, str]:
+    """The licence fields of the base model's own card; license: other where they cannot be had."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    folder = Path(model.pretrained_model_name_or_path)
+    try:
+        card = folder / CARD_NAME if folder.is_dir() else hub_file(model, CARD_NAME)
+        data = metadata_load(card) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # UsageError, of a hub that is not to be reached, is a ValueError
+        data = {}
+    fields = ("license", "license_name", "license_link")
+    found = {name: data[name] for name in fields if isinstance(data.get(name), str)}
+    if "://" not in found.get("license_link", "://"):  # relative to the base model
+        link = found.pop("license_link")
+        found |= {} if folder.is_dir() else {"license_link": f"{HUB}/{folder.as_posix()}/blob/main/{link}"}
+    return found if "license" in found else {"license": "other"}
+
+
+def card_text(facts: Facts) -> str:
+    """The whole file."""
+    sections = (front_matter, heading, usage, results, training, licence)
+    return "\n\n".join(text for section in sections if (text := section(facts))) + "\n"
+
+
+def front_matter(facts: Facts) -> str:
+    """What the hub reads."""
+    from huggingface_hub import ModelCardData
+
+    widget = [{"text": video.prompt, "output": {"url": video.after}} for video in facts.videos]
+    data = ModelCardData(
+        **facts.licence,
+        base_model=facts.base,  # only ids are allowed
+        base_model_relation=("adapter" if facts.is_lora else "finetune") if facts.base else None,
+        library_name="diffusers",
+        pipeline_tag=facts.task,
+        tags=["cogvideox", facts.task, *(("lora", "template:sd-lora") if facts.is_lora else ())],
+        instance_prompt=facts.token,
+        widget=widget or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def escaped(text: str) -> str:
+    """A text on one line in which no sign means anything to Markdown or HTML."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return MEANINGFUL.sub(lambda match: f"&#{ord(match[0])};", line)
+
+
+def link(text: str, target: str) -> str:
+    """A link, whatever the two hold; only the text where the target is no file of the folder and no https address."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]*:", target) and not target.startswith("https://"):
+        return escaped(text)
+    return f"[{escaped(text)}]({quote(target, safe='/:?=%')})"
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def heading(facts: Facts) -> str:
+    """Title, what this is, and the hub's gallery of the videos."""
+    what = "A LoRA for" if facts.is_lora else "A full fine-tune of"
+    if facts.base:
+        base = link(facts.base, f"{HUB}/{facts.base}")
+    else:
+        base = f"a CogVideoX from a local folder ({escaped(facts.base_folder)})"
+    clips, steps = counted(sum(facts.buckets.values()), "clip"), counted(facts.made["step"], "step")
+    text = f"{what} {base}, {facts.task}, trained on {clips} for {steps}."
+    token = f"\n\nBegin prompts with {escaped(facts.token)} to call up what was learned." if facts.token else ""
+    return f"# {escaped(facts.name)}\n\n{text}{token}" + ("\n\n<Gallery />" if facts.videos else "")
+
+
+def usage(facts: Facts) -> str:
+    """How to make a video."""
+    image = "first_frame.png " if facts.task == "image-to-video" else ""
+    script = f'inference.py in this folder takes a prompt of yours: `python inference.py "a prompt" {image}video.mp4`.'
+    again = " Without one it makes the first video of the table below again." if facts.videos else ""
+    oldest = ".".join(map(str, MIN_DIFFUSERS))
+    blocks = [
+        "## Use it",
+        f"This needs diffusers {oldest} or newer: older ones ignore `dtype` and load the model in fp32.",
+        f"```bash\npip install 'diffusers>={oldest}' {PACKAGES}\n```",
+        f"```python\n{snippet(facts)}\n```",
+        script + again,
+    ]
+    if facts.base is None:
+        blocks.append(
+            f"The base model was a folder named {escaped(facts.base_folder)} on the machine of the training: put the "
+            "path or the hub id of your copy in its place, in inference.py too."
+        )
+    return "\n\n".join(blocks)
+
+
+def snippet(facts: Facts) -> str:
+    """The shortest program that makes a video with what was trained."""
+    image = facts.task == "image-to-video"
+    given = facts.videos[0].image if facts.videos else None
+    first = f"str(here / {given!r})" if given else '"first_frame.png"'
+    parts, load = facts.code
+    prompt = facts.videos[0].prompt if facts.videos else f"{facts.token or ''} a video".strip()
+    choices = {"revision": facts.model.revision, "variant": facts.model.variant}
+    more = "".join(f"{name}={value!r}, " for name, value in choices.items() if value)
+    lines = [
+        "from pathlib import Path",
+        "",
+        "import diffusers",
+        "import torch",
+        f"from diffusers.utils import export_to_video{', load_image' if image else ''}",
+        "from huggingface_hub import snapshot_download" if facts.on_hub else None,
+        "",
+        f"here = Path({f'snapshot_download({facts.name!r})' if facts.on_hub else repr(facts.name)})",
+        f"pipe = diffusers.{facts.pipeline}.from_pretrained(",
+        f"    {facts.base or f'path/to/{facts.base_folder}'!r}, {more}dtype=torch.{facts.dtype},",
+        f"    {parts}" if parts else None,
+        ")",
+        load or None,
+        "pipe.enable_model_cpu_offload()",
+        *(f"pipe.vae.{name}()" for name in facts.decoding),
+        "video = pipe(",
+        f"    image=load_image({first})," if image else None,
+        f"    prompt={prompt!r},",
+        *(f"    {name}={value!r}," for name, value in facts.sampling.items()),
+        ").frames[0]",
+        f'export_to_video(video, "output.mp4", fps={facts.fps})',
+    ]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def results(facts: Facts) -> str:
+    """Pictures, and a table of the videos."""
+    blocks = [f"![{PICTURES[name]}]({name})" for name in facts.pictures]
+    if facts.videos:
+        rows = [f"| prompt | before | after {counted(facts.made['step'], 'step')} |", "|---|---|---|"]
+        for video in facts.videos:
+            image = f" ({link('image', video.image)})" if video.image else ""
+            before = link("video", video.before) if video.before else ""
+            rows.append(f"| {escaped(video.prompt)}{image} | {before} | {link('video', video.after)} |")
+        blocks.append("\n".join(rows))
+    return "\n\n".join(["## What it makes", *blocks]) if blocks else ""
+
+
+def training(facts: Facts) -> str:
+    """How it was made and checked."""
+    made = facts.made
+    buckets = ", ".join(f"{name} ({counted(number, 'clip')})" for name, number in facts.buckets.items())
+    rate = f"learning rate {made['learning_rate']:g}, {made['lr_scheduler']}, {made['optimizer']}"
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    checked = made["verification"]
+    lines = [
+        f"Frames x height x width: {buckets}.",
+        f"Optimizer steps: {made['step']}, of {counted(made['samples_per_step'], 'sample')} each; {rate}.",
+        f"Precision: {facts.dtype}; seed {made['seed']}.",
+        f"Versions: {versions}; Python {made['python']}, {made['device']}.",
+        f"Checked: read back by diffusers, the weights were compared with the trained ones on a sample of the data: "
+        f"largest difference {checked['max_difference']:.3g}, cosine {checked['cosine']:.7f}.",
+    ]
+    if facts.is_lora:
+        targets = ", ".join(made["target_modules"])
+        lines.insert(2, f"LoRA: rank {made['rank']}, alpha {made['lora_alpha']:g}, on {targets}.{scale_said(made)}")
+    listed = "\n".join(f"- {escaped(line)}" for line in lines)
+    return f"## How it was made\n\n{listed}\n\n[recipe.json](recipe.json) has every setting."
+
+
+def scale_said(made: dict[str, Any]) -> str:
+    """Where a LoRA's scale is, for readers who load the file with other programs."""
+    scale = made["lora_scale"]
+    if scale == 1:
+        return ""
+    if made["lora_scale_folded"] == NO:
+        return f" In the file its scale, {scale:g}, is only in the file's metadata; loaders that ignore it take 1."
+    rounded = " (rounded)" if made["lora_scale_folded"] == ROUNDED else ""
+    return f" In the file its scale, {scale:g}, is multiplied into its matrices{rounded}: the file's alpha is its rank."
+
+
+def licence(facts: Facts) -> str:
+    """Whose terms hold."""
+    fields = facts.licence
+    name = fields.get("license_name") or fields["license"]
+    text = "The licence of the base model applies"
+    if fields == {"license": "other"}:
+        return f"## Licence\n\n{text}; it could not be read when this card was made."
+    return f"## Licence\n\n{text}: {link(name, fields['license_link']) if 'license_link' in fields else escaped(name)}."

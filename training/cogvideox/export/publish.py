@@ -1,0 +1,263 @@
+"""The result of a run: written, reloaded through the stock pipeline, compared, and described.
+
+OUTPUT_DIR gets the weights, inference.py (how to use them), README.md (the model card), with --save_pipeline the whole
+pipeline, and, last, recipe.json (how they were made). A folder with recipe.json is finished.
+"""
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvideox.config.args import config_dict
+from cogvideox.config.geometry import saves_pipeline
+from cogvideox.config.lora_file import NO, ROUNDED
+from cogvideox.config.options import TrainOptions
+from cogvideox.config.prompts import prompts_of
+from cogvideox.data.dataset import Batch, LatentDataset, collate
+from cogvideox.data.sampler import Visit
+from cogvideox.evaluation.validation import Validator, evaluation
+from cogvideox.export.card import MIN_DIFFUSERS, write_card
+from cogvideox.export.pipeline_folder import remove_pipeline, write_pipeline
+from cogvideox.files import disk_errors_told, fsync, removed_on_failure, write_atomically
+from cogvideox.model.tasks import Task
+from cogvideox.planning.execution import base_precision
+from cogvideox.planning.layerwise import run_layer_by_layer
+from cogvideox.runtime.run import Run, environment
+
+RECIPE_NAME, INFERENCE_NAME = "recipe.json", "inference.py"
+MIN_COSINE = 0.9999
+MAX_SHARE = 0.01  # of the effect of training
+ROUNDING = 1e-6  # of the output
+ROUNDING_OF_BLOCKS = 1e-5  # of the output, where blocks are computed in another order; fp32 on a CPU
+MIN_COSINE_OF_BLOCKS = 0.999  # in 16 bits: rounding in 42 blocks alone gives 0.9999, benchmarks/checks.py --whole
+
+INFERENCE = '''\
+"""Makes a video with what was trained, in plain diffusers: python inference.py ["a prompt"]{usage} [OUTPUT.mp4]"""
+
+import sys
+from pathlib import Path
+
+import diffusers
+import torch
+
+if tuple(map(int, diffusers.__version__.split(".")[:2])) < {diffusers}:
+    sys.exit(f"diffusers {{diffusers.__version__}} is too old; {oldest} or newer is needed: pip install -U diffusers")
+
+from diffusers.utils.export_utils import encode_video
+
+PROMPT = {prompt}
+TILES = {tiles}  # to decode in, the first that fits; None: whole frames
+here = Path(__file__).parent
+defaults = [PROMPT,{defaults} "output.mp4"]
+prompt,{names} output = sys.argv[1:] + defaults[len(sys.argv) - 1 :]
+
+pipe = diffusers.{pipeline}.from_pretrained(
+    {model}, revision={revision}, variant={variant}, dtype=torch.{dtype},
+    {parts}
+)
+{load}
+parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+largest = max(sum(p.nbytes for p in part.parameters()) for part in parts)
+if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > largest + 4 * 2**30:
+    pipe.enable_model_cpu_offload()  # a part at a time on the GPU
+elif torch.cuda.is_available():
+    pipe.enable_sequential_cpu_offload()  # a layer at a time: slow, but of a small GPU
+{slicing}
+
+def decode(latents, decode=pipe.vae.decode):
+    for tile in TILES:
+        torch.cuda.empty_cache()
+        if tile:
+            pipe.vae.enable_tiling(*tile)
+        try:
+            return decode(latents)
+        except torch.OutOfMemoryError:
+            if tile == TILES[-1]:
+                raise
+        finally:
+            pipe.vae.disable_tiling()  # what is encoded is never tiled
+
+
+pipe.vae.decode = decode
+video = pipe(
+    prompt=prompt,{arguments}
+    negative_prompt={negative_prompt},
+{sampling}
+    generator=torch.Generator().manual_seed({seed}),
+    output_type="pt",
+).frames[0]
+frames = (video.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
+encode_video(frames, fps={fps}, output_path=output)
+print(output)
+'''
+
+
+def publish(
+    run: Run,
+    options: TrainOptions,
+    task: Task,
+    method: Any,
+    validator: Validator,
+    dataset: LatentDataset,
+    recipe: dict[str, Any],
+    step: int,
+) -> list[Path]:
+    """Writes the finished run's files; on the main process. Returns those that make up the result, to share.
+
+    Raises:
+        RuntimeError: the reloaded weights do not give what the trained ones gave.
+    """
+    files: list[Path] = []
+    if run.is_main:
+        folder = run.output_dir
+        (folder / RECIPE_NAME).unlink(missing_ok=True)  # unfinished, until the new weights are compared
+        remove_pipeline(folder)
+        about = write_weights(method, folder)
+        if about.get("lora_scale_folded") == NO and about["lora_scale"] != 1:
+            run.say(scale_warning(about["lora_scale"]))
+        batch = collate([dataset[Visit(0, 0)]])
+        before = forward(task, method.transformer, batch, run)
+        after = reloaded(method, folder, task, batch, run)
+        with method.off(folder):
+            base = forward(task, method.transformer, batch, run)
+        stock = in_diffusers(method, folder, task, batch, run, base_precision(options))
+        difference, cosine = compare(before, after)
+        run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")
+        exact = run.device.type == "cpu" and run.dtype == torch.float32
+        exact = exact and about.get("lora_scale_folded") != ROUNDED
+        if not faithful(base, before, after) or not cosine >= MIN_COSINE or (exact and difference != 0):  # NaN fails
+            raise RuntimeError(f"{folder / method.result}: reloaded, it gives another output; please report this")
+        apart, likeness = compare(after, stock)
+        run.say(f"run by diffusers alone, in a new transformer: max |difference| {apart:.3g}, cosine {likeness:.7f}")
+        if not alike(after, stock, run):
+            raise RuntimeError(
+                f"{folder / method.result}: diffusers' own blocks give another output than those of training, cosine "
+                f"{likeness:.6f}; please report this"
+            )
+        write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
+        made = {"step": step, **recipe, **about, "flags": config_dict(options), **environment()}
+        made["prepared"] = dataset.index.recipe  # of what the tensors were made with; its seed is not the run's
+        made["verification"] = {"max_difference": difference, "cosine": cosine}
+        made["verification"] |= {"diffusers_max_difference": apart, "diffusers_cosine": likeness}
+        shown = write_card(run, options, task, method, validator, dataset.index, made)
+        if saves_pipeline(options):
+            whole = write_pipeline(options.model, task.pipeline, folder / method.result)
+            run.say(f"a whole pipeline, for {task.pipeline}.from_pretrained: {whole}")
+        write_atomically(folder / RECIPE_NAME, json.dumps(made, indent=1, ensure_ascii=False).encode())
+        run.say(f"finished: {folder / method.result}; to use it: python {quote(str(folder / INFERENCE_NAME))}")
+        files = [*files_of(folder / method.result), folder / INFERENCE_NAME, folder / RECIPE_NAME, *shown]
+    run.barrier()
+    return files
+
+
+def files_of(result: Path) -> list[Path]:
+    """A file, or all files of a folder."""
+    return sorted(path for path in (result, *result.rglob("*")) if path.is_file())
+
+
+def scale_warning(scale: float) -> str:
+    """Which loaders read a LoRA wrongly whose scale could not be multiplied into its matrices without rounding."""
+    return (
+        f"the LoRA's scale, {scale:g}, is only in the file's metadata: diffusers 0.34 and newer reads it there; older "
+        "ones, load_lora_weights of a dict, and ComfyUI without scripts/convert_lora.py take 1. The same command with "
+        "--fold_lora_scale multiplies the matrices by it, with rounding"
+    )
+
+
+def write_weights(method: Any, folder: Path) -> dict[str, Any]:
+    """The weights under their final name, never half-written: a file, or a folder. Returns what ``export`` does."""
+    temporary, target = folder / ".weights.tmp", folder / method.result
+    shutil.rmtree(temporary, ignore_errors=True)
+    needed = sum(parameter.nbytes for parameter in method.parameters().values())
+    with disk_errors_told(folder, needed), removed_on_failure(temporary):
+        about: dict[str, Any] = method.export(temporary)
+        for path in temporary.rglob("*"):
+            fsync(path)
+        if target.is_dir():  # only an empty folder can be replaced; without recipe.json nothing counts as finished
+            shutil.rmtree(target)
+        os.replace(temporary / method.result, target)
+        shutil.rmtree(temporary)
+    return about
+
+
+def forward(task: Task, transformer: Any, batch: Batch, run: Run) -> Tensor:
+    """The transformer's output for one batch of the data, fp32 on the CPU."""
+    batch = batch.to(run.device)
+    with evaluation(transformer):
+        return task.predictor(transformer, batch)(batch.x0_BFCHW, batch.timestep_B).float().cpu()
+
+
+def pipeline_around(task: Task, transformer: Any) -> Any:
+    """The stock pipeline with this transformer and nothing else."""
+    import diffusers
+
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+    return getattr(diffusers, task.pipeline)(**parts, transformer=transformer)
+
+
+def reloaded(method: Any, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
+    """The same after the weights have been dropped and loaded from their files by the stock classes."""
+    method.reload(pipeline_around(task, method.transformer), folder)
+    return forward(task, method.transformer, batch, run)
+
+
+def in_diffusers(method: Any, folder: Path, task: Task, batch: Batch, run: Run, precision: str) -> Tensor:
+    """The same by a transformer that only diffusers has loaded and runs; of the base in the precision of training."""
+    transformer = method.fresh(partial(pipeline_around, task), folder)
+    run_layer_by_layer(transformer, run.device, run.dtype, precision)
+    return forward(task, transformer, batch, run)
+
+
+def alike(training: Tensor, stock: Tensor, run: Run) -> bool:
+    """Whether two ways to compute one output differ by no more than rounding."""
+    if run.device.type == "cpu" and run.dtype == torch.float32:
+        return bool((stock - training).norm() <= ROUNDING_OF_BLOCKS * training.norm())
+    return compare(training, stock)[1] >= MIN_COSINE_OF_BLOCKS
+
+
+def compare(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """(largest difference, cosine of the angle between the two)."""
+    cosine = torch.nn.functional.cosine_similarity(first.double().flatten(), second.double().flatten(), dim=0)
+    return (first - second).abs().max().item(), cosine.item()
+
+
+def faithful(base: Tensor, trained: Tensor, reloaded: Tensor) -> bool:
+    """Whether reloading changed the output by little against what training changed: a LoRA's effect is small beside
+    the output itself, so a wrong scale hardly turns the latter.
+    """
+    error, effect = (reloaded - trained).norm(), (trained - base).norm()
+    return bool(error <= MAX_SHARE * effect + ROUNDING * trained.norm())
+
+
+def inference_script(options: TrainOptions, task: Task, method: Any, validator: Validator, run: Run) -> str:
+    """A script that makes the first validation video again in stock diffusers."""
+    flags, model = options.validation, options.model
+    folder = Path(model.pretrained_model_name_or_path)
+    prompts = prompts_of(flags) or [f"{options.data.id_token or ''} a video".strip()]
+    parts, load = method.inference(str(run.dtype).removeprefix("torch."))
+    return INFERENCE.format(
+        **task.inference,
+        diffusers=MIN_DIFFUSERS,
+        oldest=".".join(map(str, MIN_DIFFUSERS)),
+        pipeline=task.pipeline,
+        prompt=repr(prompts[0]),
+        model=repr(str(folder.resolve()) if folder.is_dir() else model.pretrained_model_name_or_path),
+        revision=repr(model.revision),
+        variant=repr(model.variant),
+        dtype=str(run.dtype).removeprefix("torch."),
+        parts=parts,
+        load=load,
+        slicing="pipe.vae.enable_slicing()\n" if flags.enable_slicing else "",
+        tiles=validator.tiles,
+        negative_prompt=repr(flags.negative_prompt),
+        sampling="\n".join(f"    {name}={value!r}," for name, value in validator.sampling.items()),
+        seed=options.data.seed,
+        fps=round(validator.fps),
+    )

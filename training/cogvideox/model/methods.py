@@ -1,0 +1,297 @@
+"""What is trained: which parameters are added or freed, and how the result is written and read back.
+
+A method is made of (transformer, options). It has ``transformer``, ``result`` (the name of what ``save`` writes),
+``parameters()``, ``draw_for(step, first)`` before each forward pass of training, ``save`` for checkpoints and
+``export`` for the result (both return what recipe.json says of the file), ``reload`` into the transformer and ``fresh``
+into a new one, ``recipe(options)``, which needs
+no method, ``resume(folder)`` after the engine has loaded a checkpoint, ``off(folder)`` and ``inference(dtype)``: an
+argument of from_pretrained that brings in what was trained, and the lines after it, for inference.py.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from cogvideox.config.lora_file import (
+    CONFIG_NAME,
+    NO,
+    PREFIX,
+    TRAINING_NAME,
+    WEIGHTS_NAME,
+    Training,
+    lora_file,
+    read_header,
+    scale_of,
+)
+from cogvideox.config.options import LoraOptions, SftOptions, ignores_positions
+from cogvideox.errors import UsageError
+from cogvideox.model.lora import (
+    Place,
+    SampleDropout,
+    Shifted,
+    fold_scale,
+    start_from_principal,
+    targets,
+    trained_matrices,
+)
+from cogvideox.model.models import ignore_learned_positions, load_transformer
+
+ADAPTER = "default"
+
+
+class Lora:
+    """A PEFT LoRA on a frozen transformer, its matrices in the transformer's own type."""
+
+    result = WEIGHTS_NAME
+
+    def __init__(self, transformer: Any, options: LoraOptions) -> None:
+        self.transformer = transformer
+        self.flags = options.lora
+        self.ignores_positions = ignores_positions(options)
+        self.pissa = self.flags.init_lora_weights.startswith("pissa")
+        self.model = options.model
+        self.place = Place()
+        self._attach(options.data.seed)
+        if self.flags.lora_path is not None:
+            self._start_from(self.flags.lora_path)
+
+    def _attach(self, seed: int) -> None:
+        from peft import LoraConfig
+
+        flags = self.flags
+        config = LoraConfig(
+            r=flags.rank,
+            lora_alpha=flags.lora_alpha,
+            init_lora_weights="gaussian" if flags.init_lora_weights == "gaussian" else True,
+            target_modules=targets(self.transformer, flags.target_modules),
+            use_rslora=flags.use_rslora,
+            use_dora=flags.use_dora,
+            lora_dropout=flags.lora_dropout,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # PEFT draws the initial matrices from the global generator of the CPU
+            self.transformer.add_adapter(config, adapter_name=ADAPTER)
+        if self.pissa:
+            start_from_principal(self._layers(), ADAPTER, flags.rank, flags.init_lora_weights, seed)
+        if flags.lora_dropout:
+            for name, layer in self._layers().items():
+                layer.lora_dropout[ADAPTER] = SampleDropout(flags.lora_dropout, name, seed, self.place)
+
+    def _layers(self) -> dict[str, Any]:
+        """PEFT's layers by name."""
+        return {name: module for name, module in self.transformer.named_modules() if hasattr(module, "lora_A")}
+
+    @torch.no_grad()
+    def _start_from(self, given: str) -> None:
+        """Takes up the matrices of a file whose header check_lora has compared with the flags.
+
+        Raises:
+            UsageError: it has other layers, or layers of other sizes, than this model's.
+        """
+        found = trained_matrices(read_header(given))
+        own = self.state()
+        odd = [name for name in {**own, **found} if name not in own or name not in found]
+        odd += [name for name in own if name in found and own[name].shape != found[name].shape]
+        if odd:
+            rule = f"{odd[0]} is not the same there and here ({len(odd)} such tensors)"
+            raise UsageError(f"--lora_path {given}: {rule}; give a LoRA for this model, and its own --target_modules")
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+
+    def draw_for(self, step: int, first: int) -> None:
+        """Says which samples come next, for dropout: those from position ``first`` of a step's global batch on."""
+        self.place.step, self.place.first = step, first
+
+    def resume(self, folder: Path) -> None:
+        """Takes up what is neither trained nor a function of the flags alone: an SVD may differ by machine."""
+        if self.pissa:
+            saved = trained_matrices(read_header(str(folder / self.result)))
+            for name, matrix in self._shifted().items():
+                matrix.take_up(saved[name])
+
+    def _shifted(self) -> dict[str, Shifted]:
+        """PiSSA's matrices by the names that PEFT gives them in a file."""
+        pairs = [(f"{n}.{part}", getattr(m, part)) for n, m in self._layers().items() for part in ("lora_A", "lora_B")]
+        return {f"{name}.weight": part[ADAPTER] for name, part in pairs if ADAPTER in part} if self.pissa else {}
+
+    def parameters(self) -> dict[str, Parameter]:
+        """The trainable parameters by name."""
+        return trainable(self.transformer)
+
+    @staticmethod
+    def recipe(options: LoraOptions) -> dict[str, Any]:
+        """What decides the result; of a LoRA to start from its content."""
+        path, precision = options.lora.lora_path, options.plan.base_precision
+        content = None if path is None else hashlib.sha256(lora_file(path).read_bytes()).hexdigest()
+        base = {} if precision == "auto" else {"base_precision": precision}
+        flags = {name: value for name, value in asdict(options.lora).items() if name != "fold_lora_scale"}
+        return flags | {"lora_path": content} | base
+
+    @contextmanager
+    def off(self, _folder: Path) -> Iterator[None]:
+        """The transformer as it was before training."""
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
+
+    def state(self) -> dict[str, Tensor]:
+        """The LoRA in PEFT's names, as validation runs it; after PiSSA of twice the rank, for the original base."""
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
+        return state | {name: matrix.whole().detach() for name, matrix in self._shifted().items()}
+
+    def training(self) -> Training:
+        """How ``state`` is scaled to give what was trained."""
+        flags = self.flags
+        scale = scale_of(flags.rank, flags.lora_alpha, flags.use_rslora)
+        if not self.pissa:
+            return Training(flags.rank, flags.lora_alpha, flags.use_rslora, scale)
+        growth = math.sqrt(2.0) if flags.use_rslora else 2.0  # so that the scale stays
+        return Training(2 * flags.rank, growth * flags.lora_alpha, flags.use_rslora, scale)
+
+    def config(self, training: Training) -> dict[str, Any]:
+        """The fields of PEFT's LoraConfig for a file. No dropout: it is for use."""
+        alpha, rslora = float(training.rank), False
+        if training.scale_folded == NO:
+            alpha, rslora = training.lora_alpha, training.use_rslora
+        fields = self.transformer.peft_config[ADAPTER].to_dict() | {"lora_dropout": 0.0}
+        fields |= {"r": training.rank, "lora_alpha": alpha, "use_rslora": rslora}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Writes the LoRA as diffusers loads it; loaders that ignore a file's metadata see a scale of 1, so a scale
+        that is a power of two is multiplied into B, which changes no bit of the product.
+        """
+        return self._save(folder, rounded=False)
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """The same; with --fold_lora_scale any scale is multiplied into B, with rounding."""
+        return self._save(folder, rounded=self.flags.fold_lora_scale)
+
+    def _save(self, folder: Path, rounded: bool) -> dict[str, Any]:
+        from safetensors.torch import save_file
+
+        training = self.training()
+        state, folded = fold_scale(self.state(), training.scale, rounded)
+        training = replace(training, scale_folded=folded)
+        config = {f"{PREFIX}{name}": value for name, value in self.config(training).items()}
+        metadata = {CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True)}
+        metadata |= {TRAINING_NAME: json.dumps(asdict(training)), "format": "pt"}
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / WEIGHTS_NAME, metadata)
+        return {"lora_scale": training.scale, "lora_scale_folded": folded}
+
+    def reload(self, pipeline: Any, folder: Path) -> None:
+        """Drops the trained adapter and loads the saved one through the pipeline's own loader."""
+        self.transformer.delete_adapters(ADAPTER)
+        load_saved(pipeline, folder)
+
+    def fresh(self, pipeline_of: Callable[[Any], Any], folder: Path) -> Any:
+        """A new transformer on the CPU with the saved LoRA by the pipeline's own loader, both in the type of training,
+        because the loader rounds a LoRA to the type of its base. A base in files of that type is mapped, not copied.
+        """
+        transformer = load_transformer(self.model, self.transformer.dtype, self.ignores_positions)
+        load_saved(pipeline_of(transformer), folder)
+        return transformer
+
+    def inference(self, dtype: str) -> tuple[str, str]:
+        """Code that loads the result from the folder ``here``."""
+        name = f'"{WEIGHTS_NAME}"'
+        load = f'pipe.load_lora_weights(str(here), weight_name={name}, adapter_name="cogvideox-lora")\n'
+        if self.ignores_positions:  # the base model has them
+            function = inspect.getsource(ignore_learned_positions)
+            load = f"{function}\n\nignore_learned_positions(pipe.transformer)\n{load}"
+        return "", load + 'pipe.set_adapters(["cogvideox-lora"], [1.0])  # 1: as strong as it was trained'
+
+
+class FullFinetune:
+    """All weights of the transformer, in its own type."""
+
+    result = "transformer"
+
+    def __init__(self, transformer: Any, options: SftOptions) -> None:
+        self.transformer = transformer.requires_grad_(True)
+        self.load = partial(load_transformer, options.model, transformer.dtype, ignores_positions(options))
+
+    def parameters(self) -> dict[str, Parameter]:
+        """The trainable parameters by name."""
+        return trainable(self.transformer)
+
+    @staticmethod
+    def recipe(_options: SftOptions) -> dict[str, Any]:
+        """What decides the result: no flag of its own."""
+        return {}
+
+    def draw_for(self, step: int, first: int) -> None:
+        """Nothing here is random."""
+
+    def resume(self, folder: Path) -> None:
+        """The engine has all."""
+
+    @contextmanager
+    def off(self, folder: Path) -> Iterator[None]:
+        """The transformer as it was before training, read from its files again; then as ``save`` wrote it to a folder.
+
+        So no copy is made: where weights are trained on the host, there may be no room for one.
+        """
+        self.transformer.load_state_dict(self.load().state_dict())
+        try:
+            yield
+        finally:
+            self.reload(None, folder)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Writes the transformer as from_pretrained reads it into a folder of the result's name.
+
+        In shards of 5 GB; under a plan they are larger, as tensors of a block lie in one buffer, of which one counts.
+        """
+        self.transformer.save_pretrained(folder / self.result, max_shard_size="5GB")
+        return {}
+
+    export = save
+
+    def fresh(self, _pipeline_of: Callable[[Any], Any] | None, folder: Path) -> Any:
+        """A new transformer on the CPU, out of the saved folder."""
+        dtype = self.transformer.dtype
+        return type(self.transformer).from_pretrained(folder / self.result, dtype=dtype, use_safetensors=True)
+
+    def reload(self, _pipeline: Any, folder: Path) -> None:
+        """Takes up the weights that stock diffusers reads from the saved folder.
+
+        Raises:
+            RuntimeError: they do not fit.
+        """
+        with torch.no_grad():
+            for parameter in self.parameters().values():
+                parameter.fill_(torch.nan)  # so that only the files can bring them back
+        self.transformer.load_state_dict(self.fresh(None, folder).state_dict())
+
+    def inference(self, dtype: str) -> tuple[str, str]:
+        """Code that loads the result from the folder ``here``."""
+        name = type(self.transformer).__name__
+        return f'transformer=diffusers.{name}.from_pretrained(here / "{self.result}", dtype=torch.{dtype}),', ""
+
+
+def load_saved(pipeline: Any, folder: Path) -> None:
+    """Loads a saved LoRA as a user of diffusers does."""
+    pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME, adapter_name=ADAPTER, use_safetensors=True)
+
+
+def trainable(module: Any) -> dict[str, Parameter]:
+    """The trainable parameters of a module by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

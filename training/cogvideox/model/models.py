@@ -1,0 +1,248 @@
+"""The parts of a CogVideoX pipeline: found, identified by their weights, loaded one at a time.
+
+T5 and the VAE are ``with`` blocks: they leave the device, and memory, when the block ends. Types come from the
+safetensors headers, never from a model's name.
+"""
+
+import gc
+import hashlib
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cogvideox.config.flags import ModelFlags
+from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS
+from cogvideox.errors import UsageError, first_line
+from cogvideox.model import t5_stream, vae_encoder
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+PROBES, PROBE_BYTES = 16, 4096  # of each tensor, for fingerprints
+BESIDE_T5 = 2 * 2**30  # bytes of the device that must stay free beside T5's weights
+
+
+def part_folder(model: ModelFlags, part: str) -> Path:
+    """The folder of one part (transformer, vae, text_encoder, ...), downloaded if the model is a hub id."""
+    folder = Path(model.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt"]
+        repo = model.pretrained_model_name_or_path
+        folder = Path(
+            snapshot_download(repo, revision=model.revision, cache_dir=model.cache_dir, allow_patterns=patterns)
+        )
+    if not (folder / part).is_dir():
+        raise UsageError(f"--pretrained_model_name_or_path {folder}: has no folder {part}")
+    return folder / part
+
+
+def weight_files(model: ModelFlags, part: str) -> list[Path]:
+    """The safetensors files of a part, of the variant that was asked for."""
+    files = sorted(part_folder(model, part).glob("*.safetensors"))
+    variants = {path: (path.name.split(".")[1:-1] or [""])[0] for path in files}
+    chosen = [path for path in files if variants[path].split("-")[0] == (model.variant or "")]
+    if not chosen:
+        has = ", ".join(path.name for path in files) or "none"
+        subject = (
+            f"--variant {model.variant}" if model.variant else f"{model.pretrained_model_name_or_path}, no --variant"
+        )
+        raise UsageError(f"{subject}: {part} has no such safetensors file (there: {has}); of .bin files, {NO_PICKLES}")
+    return chosen
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """(tensor entries of a safetensors header, offset of the data)."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def stored_dtype(model: ModelFlags, part: str) -> str:
+    """fp32, fp16 or bf16: what most of the weights are stored in."""
+    bytes_of: Counter[str] = Counter()
+    for path in weight_files(model, part):
+        for entry in read_header(path)[0].values():
+            bytes_of[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    stored = bytes_of.most_common(1)[0][0]
+    if stored not in STORED:
+        raise UsageError(f"{part_folder(model, part)}: weights are {stored}; give fp32, fp16 or bf16 weights")
+    return STORED[stored]
+
+
+def default_dtype(model: ModelFlags, part: str, device: torch.device) -> str:
+    """The precision that a part encodes in without --dtype: that of its weights, and on a CPU fp32.
+
+    A CPU without instructions for fp16 or bf16 emulates them: the VAE then takes about 60 times as long in fp16, and
+    90 times in bf16. All CPUs use fp32, because the precision is part of the keys of tensors.
+    """
+    stored = stored_dtype(model, part)
+    return "fp32" if device.type == "cpu" else stored
+
+
+def fingerprint(model: ModelFlags, part: str) -> str:
+    """Identifies the weights: hash of every tensor's name, shape, type, and 16 blocks of 4 KiB from first to last.
+
+    Reading all of T5 would take longer than most runs of prepare_dataset.py; training or merging changes every block.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(model, part):
+        header, start = read_header(path)
+        with open(path, "rb") as file:
+            for name, entry in sorted(header.items()):
+                digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+                begin, end = entry["data_offsets"]
+                last = max(begin, end - PROBE_BYTES)
+                for offset in sorted({begin + (last - begin) * i // (PROBES - 1) for i in range(PROBES)}):
+                    file.seek(start + offset)
+                    digest.update(file.read(min(PROBE_BYTES, end - offset)))
+    return digest.hexdigest()
+
+
+def load_weights(of: Any, model: ModelFlags, part: str, dtype: torch.dtype) -> Any:
+    """A part of a pipeline by its class, out of safetensors files; no other file with weights is opened.
+
+    Raises:
+        UsageError: it has none of the variant that was asked for.
+    """
+    folder = weight_files(model, part)[0].parent
+    return of.from_pretrained(folder, dtype=dtype, variant=model.variant, use_safetensors=True)
+
+
+def discard(module: torch.nn.Module) -> None:
+    """Frees a model's memory now, whoever still holds a name for it."""
+    module.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def text_fingerprint(model: ModelFlags) -> str:
+    """Identifies the T5 weights together with the tokenizer's files."""
+    digest = hashlib.sha256(fingerprint(model, "text_encoder").encode())
+    for path in sorted(path for path in part_folder(model, "tokenizer").iterdir() if path.is_file()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def load_tokenizer(model: ModelFlags) -> Any:
+    """T5's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(part_folder(model, "tokenizer"), trust_remote_code=False)
+
+
+def free_bytes(device: torch.device) -> float:
+    """What may still be allocated on a device; without a GPU nobody counts."""
+    if device.type != "cuda":
+        return float("inf")
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction() * total  # less where --vram_budget is given
+    return float(min(free + reserved, allowed) - allocated)
+
+
+def weight_bytes(model: ModelFlags, part: str, dtype: str) -> int:
+    """Bytes of a part's weights in a precision, from the headers of its files."""
+    headers = (read_header(path)[0] for path in weight_files(model, part))
+    numbers = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+    return numbers * DTYPES[dtype].itemsize
+
+
+def place_of_t5(model: ModelFlags, dtype: str, device: torch.device, t5_on: str) -> str:
+    """host or device, from --t5_on; auto is the host where the weights do not fit."""
+    if t5_on != "auto":
+        return t5_on
+    fits = weight_bytes(model, "text_encoder", dtype) + BESIDE_T5 <= free_bytes(device)
+    return "device" if fits else "host"
+
+
+@contextmanager
+def text_encoder(
+    model: ModelFlags, dtype: str, device: torch.device, place: str = "device", rows: int = 1
+) -> Iterator[tuple[Any, Any]]:
+    """(tokenizer, T5 encoder that runs on the device), freed afterwards.
+
+    ``place``: of its blocks, host or device. On the host any number of captions is computed ``rows`` at a time.
+    """
+    from transformers import T5EncoderModel
+
+    tokenizer = load_tokenizer(model)
+    encoder = load_weights(T5EncoderModel, model, "text_encoder", DTYPES[dtype])
+    encoder.requires_grad_(False).eval()
+    try:
+        with t5_stream.streamed(encoder, device, rows) if place == "host" else nullcontext():
+            yield tokenizer, encoder if place == "host" else encoder.to(device)
+    finally:
+        discard(encoder)
+
+
+def load_vae(model: ModelFlags, dtype: torch.dtype) -> Any:
+    """The VAE, on the CPU."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    return load_weights(AutoencoderKLCogVideoX, model, "vae", dtype).requires_grad_(False).eval()
+
+
+@contextmanager
+def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: bool) -> Iterator[Any]:
+    """The VAE on the device, its encoder quickened on a GPU; freed afterwards."""
+    vae = load_vae(model, DTYPES[dtype]).to(device)
+    if tiling:
+        vae.enable_tiling()
+    if device.type == "cuda":
+        quicken(vae)
+    try:
+        # torch lets cuDNN round fp32 convolutions to TF32 unless told not to
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            yield vae
+    finally:
+        discard(vae)
+
+
+def quicken(vae: Any) -> None:
+    """``vae_encoder.quicken``, unless it does not work here: a compiler is missing, or the VAE is another one."""
+    try:
+        vae_encoder.quicken(vae)
+    except Exception as error:
+        if os.environ.get("RANK", "0") == "0":
+            tqdm.write(f"the VAE encodes as diffusers has it, more slowly: {first_line(error)}", file=sys.stderr)
+
+
+def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: bool = False) -> Any:
+    """The transformer, frozen, on the CPU; ``without_positions``: without its learned positions."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    transformer = load_weights(CogVideoXTransformer3DModel, model, "transformer", dtype)
+    if without_positions:
+        ignore_learned_positions(transformer)
+    return transformer.requires_grad_(False)
+
+
+def ignore_learned_positions(transformer: torch.nn.Module) -> None:
+    """Takes away the learned positions, which are for one size alone; the rotary ones stay. Part of inference.py."""
+    del transformer.patch_embed.pos_embedding
+    transformer.patch_embed.use_learned_positional_embeddings = False
+    transformer.register_to_config(use_learned_positional_embeddings=False)
+
+
+def load_scheduler(model: ModelFlags) -> Any:
+    """The sampler that the pipeline's scheduler_config.json names; raises UsageError where it is none of CogVideoX."""
+    import diffusers
+
+    folder = part_folder(model, "scheduler")
+    name = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    if name not in SCHEDULERS:
+        raise UsageError(f"{folder}: names the scheduler {name}; CogVideoX has {' or '.join(SCHEDULERS)}")
+    return getattr(diffusers, name).from_pretrained(folder)

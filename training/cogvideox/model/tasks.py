@@ -1,0 +1,126 @@
+"""What is generated from what: which inputs the transformer gets, and which pipeline samples from it.
+
+Batch -> predictor(transformer, batch): (x_t, timestep) -> velocity, as the matching diffusers pipeline calls the model.
+A task is made of (options, geometry, device, compute type). It has ``pipeline``, ``predictor``, ``inference``: what
+inference.py takes beside a prompt, and ``recipe(options, geometry)``, which needs no task.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cogvideox.config.geometry import Geometry
+from cogvideox.config.options import TrainOptions, image_flags
+from cogvideox.data.dataset import Batch
+from cogvideox.model import diffusion
+from cogvideox.model.diffusion import NoiseSchedule, Predictor
+from cogvideox.model.rope import RotaryTables
+
+OFS = 2.0  # the offset that CogVideoX 1.5 image-to-video was trained with
+IMAGE_NAME = "image-{}.png"  # beside the result: an image of validation
+
+
+class TextToVideo:
+    """Captions to videos."""
+
+    pipeline: ClassVar[str] = "CogVideoXPipeline"
+    inference: ClassVar[dict[str, str]] = dict.fromkeys(("usage", "defaults", "names", "arguments"), "")
+
+    def __init__(self, options: TrainOptions, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> None:
+        self.rotary = RotaryTables(geometry, device)
+        self.dtype = dtype
+
+    @staticmethod
+    def recipe(_options: TrainOptions, _geometry: Geometry) -> dict[str, Any]:
+        """What decides the result: no flag of its own."""
+        return {}
+
+    def predictor(self, transformer: Any, batch: Batch) -> Predictor:
+        """The network's velocity for this batch's captions."""
+        return predictor(transformer, batch.prompt_BLD.to(self.dtype), self.rotary, lambda x_t_BFCHW: x_t_BFCHW)
+
+
+class ImageToVideo:
+    """Captions and first frames to videos."""
+
+    pipeline: ClassVar[str] = "CogVideoXImageToVideoPipeline"
+    inference: ClassVar[dict[str, str]] = {
+        "usage": " [IMAGE]",
+        "defaults": f' here / "{IMAGE_NAME.format(0)}",',
+        "names": " image,",
+        "arguments": "\n    image=diffusers.utils.load_image(str(image)),",
+    }
+
+    def __init__(self, options: TrainOptions, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> None:
+        flags = image_flags(options)
+        assert flags is not None
+        self.rotary = RotaryTables(geometry, device)
+        self.dtype = dtype
+        self.ofs = torch.full((1,), OFS, device=device, dtype=dtype) if geometry.ofs else None
+        self.scale = image_scale(geometry, flags.image_latent_scale)
+        self.flags = flags
+
+    @staticmethod
+    def recipe(options: TrainOptions, geometry: Geometry) -> dict[str, Any]:
+        """What decides the result."""
+        flags = image_flags(options)
+        assert flags is not None
+        return {
+            "image_scale": image_scale(geometry, flags.image_latent_scale),
+            "noised_image_dropout": flags.noised_image_dropout,
+            "ignore_learned_positional_embeddings": flags.ignore_learned_positional_embeddings,
+        }
+
+    def predictor(self, transformer: Any, batch: Batch) -> Predictor:
+        """The network's velocity for this batch's captions and images."""
+        assert batch.image_BCHW is not None
+        image_BCHW = batch.image_BCHW * self.scale
+
+        def beside_image(x_t_BFCHW: Tensor) -> Tensor:
+            return torch.cat([x_t_BFCHW, on_first_frame(image_BCHW, x_t_BFCHW.shape[1])], dim=2)
+
+        return predictor(transformer, batch.prompt_BLD.to(self.dtype), self.rotary, beside_image, ofs=self.ofs)
+
+
+Task = TextToVideo | ImageToVideo
+
+
+def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
+    """The squared error of each sample of a batch on the device, (B,), fp32; training gives it weights."""
+    predict = task.predictor(transformer, batch)
+    return diffusion.loss(schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
+
+
+def predictor(
+    transformer: Any, prompt_BLD: Tensor, rotary: RotaryTables, inputs: Callable[[Tensor], Tensor], **more: Any
+) -> Predictor:
+    """The network's velocity, computed in the type of the prompt; ``inputs`` makes of x_t what the network takes."""
+
+    def predict(x_t_BFCHW: Tensor, timestep_B: Tensor) -> Tensor:
+        _, frames, _, height, width = x_t_BFCHW.shape
+        return transformer(
+            hidden_states=inputs(x_t_BFCHW).to(prompt_BLD.dtype),
+            encoder_hidden_states=prompt_BLD,
+            timestep=timestep_B,
+            image_rotary_emb=rotary(frames, height, width),
+            return_dict=False,
+            **more,
+        )[0]
+
+    return predict
+
+
+def image_scale(geometry: Geometry, choice: str = "auto") -> float:
+    """What image latents are multiplied by; "auto" as the pipeline of the model does."""
+    usual = "div" if geometry.invert_scale_latents else "mul"
+    factor = geometry.scaling_factor
+    return {"mul": factor, "div": 1 / factor, "none": 1.0}[usual if choice == "auto" else choice]
+
+
+def on_first_frame(image_BCHW: Tensor, frames: int) -> Tensor:
+    """(B, F, C, H, W): the image on the first latent frame, which may be one that pads 1.5's; zeros on the others."""
+    condition_BFCHW = image_BCHW.new_zeros(len(image_BCHW), frames, *image_BCHW.shape[1:])
+    condition_BFCHW[:, 0] = image_BCHW
+    return condition_BFCHW

@@ -1,0 +1,239 @@
+"""Who runs the backward pass and the update: this process with fp32 masters, or DeepSpeed.
+
+An engine has ``model`` (what the loss calls), ``backward(loss)``, ``step(lr)``, ``save(folder)`` on all ranks,
+``load(folder)``, ``averaged()``: the model with the weights that are looked at and exported, and ``not_finite()``: what
+of all that ``save`` would write here holds NaN or infinity, by name.
+DeepSpeed's own checkpoint files are the only ones of the project that are not safetensors.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cogvideox.config.optimizers import host_state_problems, make_optimizer
+from cogvideox.config.options import TrainOptions
+from cogvideox.errors import UsageError
+from cogvideox.finite import not_finite
+from cogvideox.memory.streaming import Away
+from cogvideox.optimizer.ema import Ema
+from cogvideox.optimizer.master_weights import plain_tensors
+from cogvideox.optimizer.offload import OffloadedWeights
+from cogvideox.optimizer.optim import MasterWeights, StepResult
+
+STATE_NAME, EMA_NAME = "optimizer.safetensors", "ema.safetensors"
+DEEPSPEED_TAG = "deepspeed"
+
+
+class Engine(Protocol):
+    """See the top of the file."""
+
+    reduces_in_backward: bool  # whether ranks wait for each other in a backward pass, not only in a step
+    model: Any
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None: ...
+
+    def step(self, lr: float) -> StepResult: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def averaged(self) -> AbstractContextManager[None]: ...
+
+    def not_finite(self) -> list[str]: ...
+
+
+class LocalEngine:
+    """The whole trainable state on every rank; gradients are averaged over the ranks in fp32."""
+
+    reduces_in_backward = False
+
+    def __init__(
+        self, model: Any, masters: MasterWeights | OffloadedWeights, writes: bool, ema: Ema | None = None
+    ) -> None:
+        self.model = model
+        self.masters = masters
+        self.writes = writes
+        self.ema = ema
+        self.backward = masters.backward
+
+    def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None:
+        """A forward and a backward pass without any effect but on the memory, with room for the optimizer's state."""
+        room = self.masters.room_for_state()
+        self.backward(loss_of(self.model))
+        self.masters.drop()
+        del room
+
+    def step(self, lr: float) -> StepResult:
+        """One optimizer step over all ranks."""
+        result = self.masters.step(lr)
+        if self.ema:
+            self.masters.wait()  # if they rest on the host, who reads them there
+            self.ema.update(result.skipped)
+        return result
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average in the model, if there is one. The weights may rest on the host, where anybody may read them."""
+        self.masters.wait()
+        with self.ema.applied() if self.ema else nullcontext():
+            yield
+            self.masters.wait()
+
+    def not_finite(self) -> list[str]:
+        """Weights, masters, moments and averages that are not finite, on the rank that writes them."""
+        if not self.writes:
+            return []
+        averages = self.ema.tensors() if self.ema else {}
+        parameters = self.masters.parameters.items()
+        rounded = {f"weight/{name}": p.detach() for name, p in parameters if p.dtype != torch.float32}
+        return not_finite(self.masters.tensors() | averages | rounded)  # a master may be too large for fp16
+
+    def save(self, folder: Path) -> None:
+        """Writes masters, optimizer state and the average, on one rank."""
+        from safetensors.torch import save_file
+
+        if self.writes:
+            save_file(self.masters.state(copy=False), folder / STATE_NAME)
+        if self.writes and self.ema:
+            save_file(self.ema.state(copy=False), folder / EMA_NAME)
+
+    def load(self, folder: Path) -> None:
+        """Takes up what ``save`` wrote."""
+        from safetensors.torch import load_file
+
+        self.masters.load_state(load_file(folder / STATE_NAME))
+        if self.ema:
+            self.ema.load_state(load_file(folder / EMA_NAME))
+
+
+class DeepSpeedEngine:
+    """ZeRO through accelerate's plugin; masters, clipping and accumulation are DeepSpeed's."""
+
+    reduces_in_backward = True
+
+    def __init__(self, accelerator: Any, transformer: Any, parameters: list[Any], options: TrainOptions) -> None:
+        train = options.train
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            raise UsageError("deepspeed zero_stage 3: no rank has the whole model for validation and export; use 2")
+        self.accumulation = train.gradient_accumulation_steps
+        plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=train.train_batch_size,
+            gradient_accumulation_steps=self.accumulation,
+            gradient_clipping=train.max_grad_norm,
+            data_types={"grad_accum_dtype": "fp32"},
+            communication_data_type="fp32",
+        )
+        optimizer = make_optimizer(options.optimizer, parameters)
+        self.model, _ = accelerator.prepare(transformer, optimizer)
+        scaler = getattr(self.model.optimizer, "loss_scaler", None)
+        if scaler is not None:
+            scaler.raise_error_at_min_scale = False  # steps that are skipped at a scale of 1 are counted instead
+        self.tail = torch.zeros(1, device=accelerator.device)
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed divides by the accumulation steps itself."""
+        self.tail[0] += loss.detach()
+        self.model.backward(loss * self.accumulation)
+        if not self.model.is_gradient_accumulation_boundary():
+            self.model.step()
+
+    def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None:
+        """A forward and a backward pass without any effect but on the memory.
+
+        Past DeepSpeed, which reduces what its backward pass finds, and counts it: autograd goes through the whole model
+        to the first trained parameter, and keeps no gradient.
+        """
+        module = self.model.module
+        first = next(parameter for parameter in module.parameters() if parameter.requires_grad)
+        torch.autograd.grad(loss_of(module), first)
+
+    def step(self, lr: float) -> StepResult:
+        """The optimizer step that ends an accumulation."""
+        for group in self.model.optimizer.param_groups:
+            group["lr"] = lr
+        scale = torch.as_tensor(float(getattr(self.model.optimizer, "loss_scale", 1.0)), device=self.tail.device)
+        self.model.step()
+        dist.all_reduce(self.tail)
+        self.tail /= dist.get_world_size()
+        norm = torch.as_tensor(self.model.get_global_grad_norm() or 0.0, device=self.tail.device).float()
+        skipped = (~torch.isfinite(norm)).float() if self.model.was_step_applied() else torch.ones_like(norm)
+        result = StepResult(torch.stack([self.tail[0], norm, skipped, scale]))
+        self.tail.zero_()
+        return result
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The trained weights: conflicts.py refuses --use_ema here."""
+        return nullcontext()
+
+    def not_finite(self) -> list[str]:
+        """Of this rank's share: DeepSpeed joins the parameters of a group into one, so there are no other names."""
+        inner = getattr(self.model.optimizer, "optimizer", self.model.optimizer)
+        tensors = {}
+        for number, group in enumerate(inner.param_groups):
+            for master in group["params"]:
+                tensors[f"master of parameter group {number}"] = master.detach()
+                for key, tensor in plain_tensors(inner.state.get(master, {})):
+                    tensors[f"{key} of parameter group {number}"] = tensor
+        return not_finite(tensors)
+
+    def save(self, folder: Path) -> None:
+        """Writes DeepSpeed's checkpoint, on all ranks."""
+        self.model.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """Takes up what ``save`` wrote."""
+        loaded, _ = self.model.load_checkpoint(str(folder), tag=DEEPSPEED_TAG, load_module_strict=False)
+        if loaded is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found nothing to resume from")
+
+
+def engine_name(accelerator: Any) -> str:
+    """Part of the recipe: an engine reads only its own checkpoints, and DeepSpeed only those of as many processes."""
+    deepspeed = accelerator.state.deepspeed_plugin is not None
+    return f"DeepSpeed x {accelerator.num_processes}" if deepspeed else "local"
+
+
+def make_engine(
+    accelerator: Any,
+    transformer: Any,
+    method: Any,
+    options: TrainOptions,
+    dtype: torch.dtype,
+    state_on_host: bool = False,
+    away: Away | None = None,
+) -> Engine:
+    """The engine that accelerate's configuration asks for.
+
+    Args:
+        state_on_host: masters and moments live in host memory between steps.
+        away: what of the transformer does so too, with its gradients.
+
+    Raises:
+        UsageError: this engine or optimizer cannot have them there.
+    """
+    parameters = method.parameters()
+    deepspeed = accelerator.state.deepspeed_plugin is not None
+    if state_on_host and (problems := list(host_state_problems(options.optimizer, deepspeed))):
+        raise UsageError(problems)
+    if deepspeed:
+        return DeepSpeedEngine(accelerator, transformer, list(parameters.values()), options)
+    make = partial(make_optimizer, options.optimizer)
+    masters: MasterWeights | OffloadedWeights
+    if options.optimizer.use_cpu_offload_optimizer:
+        masters = OffloadedWeights(parameters, make, options.optimizer.offload_gradients)
+    else:
+        scaled = dtype == torch.float16
+        masters = MasterWeights(parameters, make, options.train.max_grad_norm, scaled, state_on_host, away)
+    signal = options.signal
+    ema = Ema(parameters, masters.named_masters(), signal.ema_decay) if signal.use_ema else None
+    return LocalEngine(transformer, masters, accelerator.is_main_process, ema)

@@ -1,0 +1,275 @@
+"""The learning rate, and steps of fp32 masters that every optimizer works on (masters.py).
+
+Trainable parameters stay in the compute type inside the model. Each backward pass adds their gradients to one flat fp32
+buffer; a step averages it over the ranks, clips, skips what is not finite and updates fp32 masters, all on the device.
+Only fused optimizers of torch can skip a step there: before a step of any other, this process waits for the device.
+The masters and what the optimizer keeps are on the device, or on the host and pass through the device range by range.
+Parameters that live on the host themselves, with their gradients (streaming.Away), pass through it with their masters.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from cogvideox.config.flags import POLYNOMIAL_END, OptimizerFlags
+from cogvideox.memory.streaming import Away, Conveyor, compute_waits_for, norms_of
+from cogvideox.optimizer.master_weights import (
+    Flat,
+    MakeOptimizer,
+    Resident,
+    as_tensor,
+    by_parameter,
+    for_file,
+    group_numbers,
+    layout_of,
+)
+
+INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
+SAME_RATE = 1e-3  # relative; a run that is a little longer changes its schedule by less
+LOSS_SCALE = "loss_scale"
+ALL = "*"  # in the names of tensors, instead of a parameter
+
+
+def learning_rate(flags: OptimizerFlags, step: int, total_steps: int, global_batch: int) -> float:
+    """The learning rate of an optimizer step (from 0) of a run of ``total_steps``."""
+    peak = flags.learning_rate * (global_batch if flags.scale_lr else 1)
+    return peak * schedule_factor(flags, step, total_steps, peak) if peak else 0.0
+
+
+def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: float) -> float:
+    """The shape of the learning rate, 0 to 1: the schedules of diffusers.optimization as functions of the step."""
+    name, warmup = flags.lr_scheduler, flags.lr_warmup_steps
+    if name == "constant":
+        return 1.0
+    if step < warmup:
+        return step / warmup
+    if name == "constant_with_warmup":
+        return 1.0
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if name == "linear":
+        return max(0.0, 1.0 - progress)
+    if name == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    if name == "cosine_with_restarts":
+        return 0.0 if progress >= 1.0 else 0.5 * (1.0 + math.cos(math.pi * (flags.lr_num_cycles * progress % 1.0)))
+    if step > total_steps:
+        return POLYNOMIAL_END / peak
+    remaining = 1.0 - (step - warmup) / max(1, total_steps - warmup)
+    return ((peak - POLYNOMIAL_END) * remaining**flags.lr_power + POLYNOMIAL_END) / peak
+
+
+def rate_jump(flags: OptimizerFlags, then: float, step: int, total_steps: int, global_batch: int) -> str | None:
+    """A line for the user where a run that is resumed after a step does not continue the schedule that it had.
+
+    Args:
+        then: the learning rate that this step had, when the run may have had another length.
+    """
+    now, following = (learning_rate(flags, number, total_steps, global_batch) for number in (step - 1, step))
+    if step >= total_steps or math.isclose(then, now, rel_tol=SAME_RATE):
+        return None
+    return (
+        f"the learning rate jumps from {then:.3g} at step {step} to {following:.3g} at step {step + 1}: "
+        f"--lr_scheduler {flags.lr_scheduler} is now that of a run of {total_steps} steps with --learning_rate "
+        f"{flags.learning_rate:g}"
+    )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, still on the device: loss, gradient norm, skipped, and the scale that the loss was
+    multiplied with, which is 1 but for fp16; each a scalar.
+    """
+
+    values: Tensor  # (4,) fp32
+
+    NAMES = ("loss", "grad_norm", "skipped", LOSS_SCALE)
+
+    @property
+    def skipped(self) -> Tensor:
+        """1 where the step changed no weight, else 0."""
+        return self.values[self.NAMES.index("skipped")]
+
+
+class MasterWeights:
+    """fp32 masters around any optimizer whose step needs no more than gradients.
+
+    Args:
+        parameters: the trainable parameters, in any float type; they hold the masters rounded to it.
+        make: makes the optimizer for the masters.
+        max_grad_norm: gradients are scaled down to it; 0 leaves them.
+        dynamic_scale: scale the loss so that fp16 gradients do not vanish, and lower the scale when they overflow.
+        state_on_host: masters and moments live in pinned host memory, and pass through the device in ranges at each
+            step, with the same numbers bit for bit; for fused optimizers only.
+        away: which parameters live there themselves, with their gradients, and which of these have masters and moments
+            on the device, whatever all others have; for fused optimizers only.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Parameter],
+        make: MakeOptimizer,
+        max_grad_norm: float,
+        dynamic_scale: bool,
+        state_on_host: bool = False,
+        away: Away | None = None,
+    ) -> None:
+        self.parameters, self.away = parameters, away
+        self.names = {p: name for name, p in parameters.items()}
+        absent = {p for block in away.parameters.values() for p in block} if away else set()
+        here = {name: p for name, p in parameters.items() if p not in absent}
+        self.device = next(iter(here.values())).device
+        self.max_grad_norm = max_grad_norm
+        self.scale = torch.tensor(INITIAL_SCALE if dynamic_scale else 1.0, device=self.device)
+        self.good_steps = torch.zeros((), device=self.device)
+        self.dynamic_scale = dynamic_scale
+        layout = layout_of(here)
+        # the tail carries the loss through the same all-reduce as the gradients
+        self.buffer = torch.zeros(layout.numbers + 1, device=self.device)
+        self.flat, self.tail = self.buffer[: layout.numbers], self.buffer[layout.numbers :]
+        self.gradients = dict(zip(here, layout.views(self.flat), strict=True))
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._collector(self.gradients[n])) for n, p in here.items()
+        ]
+        passes = state_on_host or away is not None
+        self.resident = None if passes else Resident(here, list(self.gradients.values()), make)
+        self.passing = [Flat(here, make, self.device, lambda: self.flat, on_host=state_on_host)] if passes else []
+        if away:
+            for block, own in away.parameters.items():
+                named, gradients = {self.names[p]: p for p in own}, partial(away.gradients.flat, block)
+                on_host = block not in away.state_here
+                self.passing.append(Flat(named, make, self.device, gradients, away.flat(block), on_host))
+        self.groups = [self.resident] if self.resident else self.passing
+        self.conveyor = Conveyor(self.device) if passes else None
+        self.fresh_numbers = group_numbers(self.groups[0].optimizer)
+
+    @staticmethod
+    def _collector(gradient: Tensor) -> Callable[[Tensor], None]:
+        def collect(parameter: Tensor) -> None:
+            gradient.add_(parameter.grad)
+            parameter.grad = None
+
+        return collect
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of this micro-batch's share of the step's mean loss."""
+        if self.conveyor:
+            self.conveyor.finish()  # which the forward pass was behind
+        self.tail[0] += loss.detach()
+        (loss * self.scale).backward()
+
+    def step(self, lr: float) -> StepResult:
+        """One optimizer step over all ranks; a step with a non-finite gradient changes nothing and is counted."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.buffer)
+            self.buffer.div_(dist.get_world_size())
+        norm = self._norm() / self.scale
+        skipped = (~torch.isfinite(norm)).float()
+        clip = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else torch.ones_like(norm)
+        self._update(lr, divisor=clip * self.scale, skipped=skipped)
+        result = StepResult(torch.stack([self.tail[0], norm, skipped, self.scale]))
+        self.drop()
+        if self.dynamic_scale:
+            self._adapt_scale(skipped)
+        return result
+
+    def drop(self) -> None:
+        """Forgets gradients and losses that no step has used."""
+        self.buffer.zero_()
+        if self.away:
+            self.away.gradients.clear()
+
+    def room_for_state(self) -> Tensor:
+        """Memory as large as what the first step of an optimizer is going to make; empty if all is there."""
+        missing = self.resident.missing_bytes() if self.resident else 0
+        return torch.empty(missing, dtype=torch.uint8, device=self.device)
+
+    def _norm(self) -> Tensor:
+        """Of all gradients: by parameter, so that it is the same wherever they lie."""
+        norms = dict(zip(self.gradients, norms_of(list(self.gradients.values())), strict=True))
+        if self.away:
+            for block, parameters in self.away.parameters.items():
+                norms |= zip((self.names[p] for p in parameters), self.away.gradients.norms[block], strict=True)
+        return torch.stack([norms[name] for name in self.parameters]).norm()
+
+    def _update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:
+        if self.resident:
+            if not self.resident.fused:
+                if skipped.item():  # waits for the device; a step counted on the host cannot be undone there
+                    return
+                self.flat.div_(divisor)
+            self.resident.update(list(self.gradients.values()), lr, divisor, skipped)
+        if self.conveyor:
+            self._pass(self.conveyor, lr, divisor, skipped)
+
+    def _pass(self, conveyor: Conveyor, lr: float, divisor: Tensor, skipped: Tensor) -> None:
+        """All that passes through the device: a block that lives on the host when somebody needs its weights."""
+        if self.away:
+            self.away.gradients.settle()
+        loads = [list(flat.update(lr, divisor, skipped)) for flat in self.passing]
+        conveyor.start([load for group in loads for load in group], divisor, skipped)
+        here, *ends = accumulate(map(len, loads))
+        compute_waits_for(conveyor.reach(here))
+        if self.away:
+            for block, end in zip(self.away.parameters, ends, strict=True):
+                self.away.changed(block, partial(conveyor.reach, end))
+        else:
+            conveyor.finish()
+
+    def wait(self) -> None:
+        """Who comes next may read and write masters and parameters, wherever they are."""
+        if self.conveyor:
+            self.conveyor.wait()
+
+    def _adapt_scale(self, skipped: Tensor) -> None:
+        """Halve the loss scale after an overflow, double it after many good steps, without asking the device."""
+        self.good_steps = torch.where(skipped > 0, 0.0, self.good_steps + 1)
+        grown = self.good_steps >= GROWTH_INTERVAL
+        factor = torch.where(skipped > 0, 0.5, torch.where(grown, 2.0, 1.0))
+        self.scale = self.scale * factor
+        self.good_steps = torch.where(grown, 0.0, self.good_steps)
+
+    def named_masters(self) -> dict[str, Tensor]:
+        """The masters by their parameters' names. Who reads them calls ``wait`` first: a pass may still be to come."""
+        masters = {name: master for group in self.groups for name, master in group.named_masters().items()}
+        return {name: masters[name] for name in self.parameters}
+
+    def state(self, copy: bool = True) -> dict[str, Tensor]:
+        """All that a resumed run needs, as plain tensors by name: masters, the optimizer's values, loss scale.
+
+        Args:
+            copy: see ``for_file``.
+        """
+        return for_file(self.tensors(), copy)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same where they lie: nothing is copied."""
+        self.wait()
+        tensors = {LOSS_SCALE: self.scale, "good_steps": self.good_steps}
+        for group in self.groups:
+            tensors |= group.state()
+        for key, value in group_numbers(self.groups[0].optimizer).items():  # the same in all
+            if self.fresh_numbers.get(key) != value:
+                tensors[f"{key}/{ALL}"] = as_tensor(value)
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Takes up what ``state`` returned, wherever that had its masters."""
+        of = by_parameter(tensors)
+        more = any(len(of[name]) > 1 for name in self.parameters)  # than a master
+        if more and self.resident and not self.resident.fused:
+            # a first step, of gradients and a rate of zero, makes what is then written over
+            self._update(0.0, torch.ones((), device=self.device), torch.zeros((), device=self.device))
+            self.buffer.zero_()  # some optimizers add weight decay to the gradients themselves
+        self.wait()
+        self.scale.copy_(tensors[LOSS_SCALE])
+        self.good_steps.copy_(tensors["good_steps"])
+        numbers = self.fresh_numbers | {key: tensor.item() for key, tensor in of[ALL].items()}
+        for group in self.groups:
+            group.load_state(of, numbers)

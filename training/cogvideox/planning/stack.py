@@ -1,0 +1,390 @@
+"""Runs a transformer's blocks under an execution plan, in place of their own forward passes.
+
+Stack(transformer, plan, device).install(): diffusers' forward, and so the pipeline's sampling too, then runs all blocks
+here. Each block is one autograd function around the two functions of blocks.py: what is kept between them and where,
+where weights lie, whether it is compiled, is the plan's. Names and values of the parameters stay as they were, but for
+those that the plan quantises: their module has an empty tensor, so that nothing else can compute with it.
+Trained are LoRAs, which stay on the device, or all weights. Of these, gradients follow weights: autograd has those of
+the device, ``away`` those of the host.
+Shapes as in blocks.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from cogvideox.memory.graphs import allowing_graphs
+from cogvideox.memory.streaming import Away, HostStore, Layout, Ring, pinned
+from cogvideox.model import blocks
+from cogvideox.model.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
+from cogvideox.model.lora import SampleDropout
+from cogvideox.model.quant import Quantised, Weight, quantise
+from cogvideox.planning.plan import AUTO, DEVICE, HOST, ExecutionPlan
+
+META = torch.device("meta")
+SAMPLE_TOKENS = 256  # of gradient_cosine, a fourth of them text
+
+
+def for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
+    """blocks.forward or blocks.backward, compiled: one graph for all numbers of tokens."""
+
+    def call(x: Tensor, p: Block, shared: Shared, keep_or_kept: Any) -> Any:
+        marked = [(x, 1), *((table, 0) for table in shared.rotary or ())]
+        if isinstance(keep_or_kept, dict):  # of tensors, in backward; forward is given names
+            marked += [(tensor, 2 if name == "lse" else 1) for name, tensor in keep_or_kept.items()]
+        for tensor, dim in marked:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return function(x, p, shared, keep_or_kept)
+
+    return call
+
+
+class Stack:
+    """See the top of the file.
+
+    Args:
+        transformer: a CogVideoX of diffusers, all of which is trained, or on which PEFT put adapters, of which only
+            matrices of plain LoRAs in attention and feed-forward layers; ``runs`` says whether that is so.
+        device: where it computes. Blocks come to it as the plan says; the rest must be there.
+    """
+
+    def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.modules = list(transformer.transformer_blocks)
+        self.heads = self.modules[0].attn1.heads
+        self.trains_all = own_of(self.modules[0])[0].requires_grad
+        self.store = HostStore(device)
+        self._rotary: tuple[Any, Any] = (None, None)
+        self.forward_block, self.backward_block = blocks.forward, blocks.backward
+        if plan.compiled:
+            functions = [
+                allowing_graphs(torch.compile(function, fullgraph=True, dynamic=False))
+                for function in (blocks.forward, blocks.backward)
+            ]
+            self.forward_block, self.backward_block = map(for_any_length, functions) if plan.any_length else functions
+        self._place(transformer)
+
+    def _place(self, transformer: Any) -> None:
+        """Moves everything to where the plan wants it, a block at a time, each into one flat buffer.
+
+        One layout for all: on a CPU the bits of a matrix product depend on where its factors begin.
+        """
+        precision = self.plan.base_precision
+        own = [own_of(module) for module in self.modules]
+        like = forms_of(self.modules[0], precision, META)
+        layout, hosts = Layout(flat(like)), {}
+        self.resident: dict[int, list[Weight]] = {}
+        for i, (block, parameters) in enumerate(zip(self.plan.blocks, own, strict=True)):
+            if block.weights == HOST:
+                buffer = hosts[i] = pinned(layout.num_bytes)
+            else:
+                buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
+            forms = shaped(like, layout.views(buffer))
+            for view, tensor in zip(flat(forms), flat(forms_of(self.modules[i], precision, self.device)), strict=True):
+                view.copy_(tensor)
+            for parameter, form in zip(parameters, forms, strict=True):
+                whole = isinstance(form, Tensor)
+                parameter.data = form if whole else torch.empty(0, dtype=parameter.dtype, device=self.device)
+            if block.weights == DEVICE:
+                self.resident[i] = forms
+        placed = {id(p) for parameters in own for p in parameters}
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            if id(tensor) not in placed:
+                tensor.data = tensor.data.to(self.device)
+        self.ring = Ring(hosts, self.device) if hosts else None
+        self.slots = [shaped(like, layout.views(slot)) for slot in self.ring.slots] if self.ring else []
+        self.order = [{id(p): k for k, p in enumerate(parameters)} for parameters in own]
+        trained = {i: own[i] for i in hosts} if self.trains_all else {}
+        here = frozenset(i for i in trained if (self.plan.blocks[i].state or self.plan.state) == DEVICE)
+        self.away = Away(trained, self.ring, layout, here) if trained and self.ring else None
+
+    def install(self) -> None:
+        """The first block runs them all, the others nothing: diffusers passes from one to the next."""
+        self.modules[0].forward = self.run
+        for module in self.modules[1:]:
+            module.forward = lambda hidden_states, encoder_hidden_states, **_: (hidden_states, encoder_hidden_states)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All blocks: (video, (B, S - L, D), and text, (B, L, D)) -> the same."""
+        length = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        rotary = self._padded(image_rotary_emb, length)
+        shared = Shared(temb.detach(), rotary, length, self.heads, self.plan.attention)
+        if self.away and self.ring:
+            self.ring.forget()  # since the last pass the weights on the host may have changed
+        if torch.is_grad_enabled():
+            for i in range(len(self.modules)):
+                x = RunBlock.apply(x, temb, i, self, shared, *self._trained(i))
+        else:
+            x = self._sample(x, shared)
+        return x[:, length:], x[:, :length]
+
+    def _sample(self, x: Tensor, shared: Shared) -> Tensor:
+        """All blocks without gradients; a guided pair of samples one after the other, to need no more than one does."""
+        samples = list(x.split(1))
+        conditions = [shared._replace(temb=temb) for temb in shared.temb.split(1)]
+        for i in range(len(self.modules)):
+            p = self.weights(i, 1, self._trained(i))
+            pairs = zip(samples, conditions, strict=True)
+            samples = [self.forward_block(sample, p, condition, ())[0] for sample, condition in pairs]
+        return torch.cat(samples)
+
+    def _padded(self, rotary: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor] | None:
+        """The tables with no turn in front, for the text; the last ones are kept, a run has few shapes in a row."""
+        if rotary is None:
+            return None
+        if self._rotary[0] is not rotary[0]:
+            cos, sin = (table.to(self.device, torch.float32) for table in rotary)
+            text = cos.new_ones(length, cos.shape[1])
+            padded = (torch.cat([text, cos]), torch.cat([torch.zeros_like(text), sin]))
+            self._rotary = (rotary[0], padded)
+        tables: tuple[Tensor, Tensor] = self._rotary[1]
+        return tables
+
+    def _trained(self, i: int) -> list[Tensor]:
+        """What autograd gets a block's gradients for, in the order of blocks.Block."""
+        if self.trains_all:
+            return own_of(self.modules[i]) if i in self.resident else []
+        return matrices_of(self.modules[i], self.device)
+
+    def weights(self, i: int, direction: int, trained: list[Tensor]) -> Block:
+        """A block's weights for what the compute stream gets next; the block after it starts to come."""
+        forms, order = self.resident.get(i), self.order[i]
+        if self.ring is not None:
+            ahead = self.ring.after(i, direction)
+            forms = self.slots[self.ring.get(i)] if forms is None else forms
+            if ahead is not None:
+                self.ring.fetch(ahead)
+        assert forms is not None
+        return weights_of(self.modules[i], trained, lambda p: forms[order[id(p)]])
+
+
+class RunBlock(torch.autograd.Function):
+    """One block of a Stack: (x, time embedding, number, stack, what is shared, what autograd trains of it) -> y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _temb: Tensor, i: int, stack: Stack, shared: Shared, *trained: Tensor) -> Tensor:
+        plan = stack.plan.blocks[i]
+        if not any(ctx.needs_input_grad):  # in front of the first LoRA: no backward pass would take what is kept
+            return stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, ())[0]
+        x = x.detach()  # only the first block's needs no gradient: one graph is to serve all
+        p = stack.weights(i, 1, list(trained))
+        y, kept = stack.forward_block(x, p, shared, blocks.kept_at(plan.keep, p))
+        kept["x"] = x
+        ctx.i, ctx.stack, ctx.shared, ctx.names = i, stack, shared, tuple(kept)
+        if plan.kept == HOST:
+            ctx.save_for_backward(*trained)
+            stack.store.put(i, kept)
+        else:
+            ctx.save_for_backward(*trained, *kept.values())
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        i, stack = ctx.i, ctx.stack
+        here = stack.plan.blocks[i].kept == DEVICE
+        count = len(ctx.saved_tensors) - (len(ctx.names) if here else 0)
+        trained = list(ctx.saved_tensors[:count])
+        saved = [tensor.detach() for tensor in ctx.saved_tensors[count:]]
+        kept = dict(zip(ctx.names, saved, strict=True)) if here else stack.store.take(i)
+        stack.store.fetch_next()
+        dx, dtemb, found = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
+        gradients = [gradient for name in Block._fields for gradient in found.get(name, ())]
+        if gradients and not trained:
+            stack.away.gradients.add(i, gradients)
+            gradients = []
+        return dx, dtemb, None, None, None, *gradients
+
+
+# -- a block's weights -------------------------------------------------------------------------------------------------
+
+
+def own_of(module: Any) -> list[Parameter]:
+    """The parameters of a block without its LoRAs, in the order of blocks.Block."""
+    layers = map(base_of, pieces_of(module).values())
+    return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+
+
+def forms_of(module: Any, precision: str, device: torch.device) -> list[Weight]:
+    """The same: as they are, or, if a precision is given, the matrices of linear layers quantised on a device."""
+    kinds = kinds_of(module, precision) if precision != AUTO else {}
+    return [quantise(p.detach().to(device), kinds[p]) if p in kinds else p.detach() for p in own_of(module)]
+
+
+def kinds_of(module: Any, precision: str) -> dict[Tensor, str]:
+    """In which kind each matrix of a block's linear layers is quantised.
+
+    Those of adaLN are int8 in all: nf4 there would save 4 % of bf16 more, and turn gradients as far again as the rest.
+    """
+    kinds = {base_of(layer).weight: precision for layer in layers_of(module).values()}
+    return kinds | {layer.weight: "int8" for layer in (module.norm1.linear, module.norm2.linear)}
+
+
+def flat(forms: list[Weight]) -> list[Tensor]:
+    """All tensors that weights are made of."""
+    return [tensor for form in forms for tensor in ((form,) if isinstance(form, Tensor) else form)]
+
+
+def shaped(forms: list[Weight], tensors: list[Tensor]) -> list[Weight]:
+    """Weights like others, made of other tensors: the inverse of ``flat``."""
+    left = iter(tensors)
+    return [next(left) if isinstance(f, Tensor) else Quantised(next(left), next(left), next(left)) for f in forms]
+
+
+def own_bytes(module: Any, precision: str = AUTO) -> int:
+    """What they take in a flat buffer."""
+    return Layout(flat(forms_of(module, precision, META))).num_bytes
+
+
+def whole_bytes(module: Any) -> int:
+    """What the matrices that may be quantised take as they are."""
+    return sum(matrix.nbytes for matrix in kinds_of(module, AUTO))
+
+
+def pieces_of(module: Any) -> dict[str, Any]:
+    """The layers of a block by their names in blocks.Block, in its order."""
+    attention, feed_forward = module.attn1, module.ff.net
+    pieces = {
+        "modulation1": module.norm1.linear,
+        "norm1": module.norm1.norm,
+        "q": attention.to_q,
+        "k": attention.to_k,
+        "v": attention.to_v,
+        "norm_q": attention.norm_q,
+        "norm_k": attention.norm_k,
+        "out": attention.to_out[0],
+        "modulation2": module.norm2.linear,
+        "norm2": module.norm2.norm,
+        "ff1": feed_forward[0].proj,
+        "ff2": feed_forward[2],
+    }
+    return {name: pieces[name] for name in Block._fields}
+
+
+def layers_of(module: Any) -> dict[str, Any]:
+    """The linear layers that a plain LoRA may be on, by their names in blocks.Block."""
+    pieces = pieces_of(module)
+    return {name: pieces[name] for name in LORA_LAYERS}
+
+
+def lora_of(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
+    """(A, B, scale, dropout or None) of a layer's active adapter, if it has one. Dropout is None in evaluation."""
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or not layer.active_adapters:
+        return None
+    (adapter,) = layer.active_adapters
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    matrices = (m.whole() if hasattr(m, "whole") else m.weight for m in (a, b))
+    dropout = layer.lora_dropout[adapter]
+    drops = dropout.training and not isinstance(dropout, nn.Identity)
+    return *matrices, layer.scaling[adapter], dropout if drops else None
+
+
+def base_of(layer: Any) -> Any:
+    """A linear layer without its adapters."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def matrices_of(module: Any, device: torch.device) -> list[Tensor]:
+    """The LoRA matrices of a block on a device: PEFT puts what it loads beside the base layer, maybe on the host."""
+    pairs = (lora_of(layer) for layer in layers_of(module).values())
+    return [matrix.to(device) for pair in pairs if pair is not None for matrix in pair[:2]]
+
+
+def weights_of(
+    module: Any, matrices: list[Tensor] | None = None, place: Callable[[Tensor], Any] = lambda p: p
+) -> Block:
+    """A block's weights out of its module.
+
+    Args:
+        matrices: of its LoRAs; those of the module if not given.
+        place: where, and in which form, a parameter of its own lies now.
+    """
+    given = iter(matrices) if matrices is not None else None
+
+    def own(layer: Any) -> tuple[Any, Any]:
+        weight, bias = (None if p is None else place(p) for p in (layer.weight, layer.bias))
+        return weight, bias
+
+    def piece(name: str, layer: Any) -> Linear | Norm:
+        base = base_of(layer)
+        trained = base.weight is not None and base.weight.requires_grad
+        if not isinstance(base, nn.Linear):
+            return Norm(*own(base), base.eps, trained)
+        found = lora_of(layer) if name in LORA_LAYERS else None
+        if found is None:
+            return Linear(*own(base), trained=trained)
+        a, b = (next(given), next(given)) if given is not None else found[:2]
+        return Linear(*own(base), a.detach(), b.detach(), *found[2:])
+
+    return Block(*(piece(name, layer) for name, layer in pieces_of(module).items()))  # type: ignore[arg-type]
+
+
+def lora_layers(transformer: Any) -> list[Any]:
+    """All layers that PEFT put adapters on."""
+    return [module for module in transformer.modules() if hasattr(module, "lora_A")]
+
+
+def runs(transformer: Any) -> bool:
+    """Whether a Stack runs it: all of it is trained, or only plain LoRAs of its blocks are."""
+    layers = lora_layers(transformer)
+    return plain_lora(transformer) if layers else all(p.requires_grad for p in transformer.parameters())
+
+
+def plain_lora(transformer: Any) -> bool:
+    """Whether all that is trained are LoRA matrices of the blocks that a Stack runs."""
+    own = {
+        id(m)
+        for module in transformer.transformer_blocks
+        for layer in layers_of(module).values()
+        for m in layer.parameters()
+        if hasattr(layer, "lora_A")
+    }
+    odd = any(any(layer.use_dora.values()) or not _drops_alike(layer) for layer in lora_layers(transformer))
+    return not odd and all(id(p) in own for p in transformer.parameters() if p.requires_grad)
+
+
+def _drops_alike(layer: Any) -> bool:
+    """Whether dropout, if any, has the same mask when a block is computed again."""
+    return all(isinstance(dropout, (nn.Identity, SampleDropout)) for dropout in layer.lora_dropout.values())
+
+
+# -- what quantising costs ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def gradient_cosine(module: Any, precision: str, device: torch.device, backend: str) -> float:
+    """Between a block's LoRA gradients with its weights quantised and as they are: of random inputs and outputs."""
+    generator = torch.Generator().manual_seed(0)
+    heads, dtype = module.attn1.heads, module.norm1.linear.weight.dtype
+    sizes = ((1, SAMPLE_TOKENS, module.attn1.inner_dim),) * 2 + ((1, module.norm1.linear.in_features),)
+    x, dy, temb = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
+    shared = Shared(temb, None, SAMPLE_TOKENS // 4, heads, backend)
+    found = []
+    for kind in (AUTO, precision):
+        p = weights_in(module, kind, device)
+        kept = blocks.forward(x, p, shared, blocks.KEPT["attention"])[1]
+        gradients = blocks.backward(dy, p, shared, {"x": x, **kept})[2]
+        found.append(torch.cat([matrix.flatten() for pair in gradients.values() for matrix in pair]).double())
+    return torch.cosine_similarity(*found, dim=0).item()
+
+
+def weights_in(module: Any, precision: str, device: torch.device) -> Block:
+    """A copy of a block's weights on a device in a precision."""
+    forms = dict(zip(own_of(module), forms_of(module, precision, device), strict=True))
+
+    def place(p: Tensor) -> Weight:
+        form = forms[p]
+        return form.to(device) if isinstance(form, Tensor) else form
+
+    return weights_of(module, matrices_of(module, device), place)

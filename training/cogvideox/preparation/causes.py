@@ -1,0 +1,148 @@
+"""Why clips cannot be used: records of the ledger, grouped by cause, each with examples and a flag that helps.
+
+A cause is a status and a reason whose numbers do not count. The flags that are proposed were tried on the clips: they
+are legal for the model, and say how many of the clips could be used with them.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cogvideox.config.buckets import Bucket, choose_buckets, upscale
+from cogvideox.config.flags import DataFlags
+from cogvideox.config.geometry import Geometry
+from cogvideox.data.clips import FAILED, KILLED, OK, SHORT, SMALL, UNREADABLE, bad_line
+from cogvideox.data.forms.columns import EXAMPLES
+from cogvideox.preparation.prepare import list_buckets
+from cogvideox.preparation.proposals import Clip, Proposal, legal_frames, propose
+
+WORDS = {
+    FAILED: "cannot be read or trained on",
+    SHORT: "too short",
+    SMALL: "too small",
+    UNREADABLE: "refused by the file system",
+    KILLED: "given up because decoding took too long or too much memory",
+}
+NO_CLIP: Clip = (0, 1, 1)
+
+Records = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Records that cannot be used for one reason."""
+
+    status: str
+    records: Records
+
+    def lines(self, data: DataFlags, geometry: Geometry) -> Iterator[str]:
+        """Yields some of the clips with the reason, how many more there are, and what helps."""
+        examples = list(dict.fromkeys(bad_line(record["path"], record["reason"]) for record in self.records))
+        yield from examples[:EXAMPLES]
+        if len(examples) > EXAMPLES:
+            yield f"... and {len(examples) - EXAMPLES} more for the same reason"
+        if (fix := self.fix(data, geometry)) is not None:
+            yield fix
+
+    def fix(self, data: DataFlags, geometry: Geometry) -> str | None:
+        """The flag with which some of the clips could be used; None where the reasons say what helps, or none does."""
+        clips = [clip_of(record) for record in self.records]
+        if self.status == SHORT:
+            return shorter_buckets(clips, data, geometry)
+        return more_upscaling(clips, data) if self.status == SMALL else None
+
+
+def causes_of(records: Records) -> list[Cause]:
+    """The causes for which clips cannot be used, the most frequent first."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        if record["status"] != OK:
+            reason = record["reason"].replace(record["path"], "")
+            found.setdefault((record["status"], re.sub(r"\d+(\.\d+)?", "0", reason)), []).append(record)
+    causes = [Cause(status, grouped) for (status, _), grouped in found.items()]
+    return sorted(causes, key=lambda cause: -len(cause.records))
+
+
+def cause_lines(records: Records, data: DataFlags, geometry: Geometry) -> Iterator[str]:
+    """Yields the lines that say why clips cannot be used: each kind with its number, its causes indented under it."""
+    causes = causes_of(records)
+    for status in dict.fromkeys(cause.status for cause in causes):
+        of_kind = [cause for cause in causes if cause.status == status]
+        yield f"{sum(len(cause.records) for cause in of_kind)} {WORDS[status]}:"
+        yield from (f"  {line}" for cause in of_kind for line in cause.lines(data, geometry))
+
+
+def clip_of(record: dict[str, Any]) -> Clip:
+    """What a record says of its clip: frames at the rate asked for, height, width; no frames where it was not read."""
+    source = record.get("source")
+    return (record.get("available", 0), source["height"], source["width"]) if source else NO_CLIP
+
+
+def shorter_buckets(clips: Sequence[Clip], data: DataFlags, geometry: Geometry) -> str | None:
+    """The flags as they are with the frame count added with which most of the clips fill a bucket, the longest such."""
+    shortest = min(bucket.frames for bucket in list_buckets(data))
+    counts = [] if geometry.learned_positions else legal_frames(geometry, shortest - 1)
+    pictures = all(frames == 1 for frames, _, _ in clips)
+    counts = [count for count in counts if count > 1 or pictures]
+    sizes = dict.fromkeys((bucket.height, bucket.width) for bucket in list_buckets(data))
+    number, count = max(
+        ((usable([Bucket(c, *s) for s in sizes], clips, data.max_upscale), c) for c in counts), default=(0, 0)
+    )
+    if not number:
+        return None
+    return f"to use {number_of(number, clips)}: {with_frames(count, sizes, data)}"
+
+
+def with_frames(count: int, sizes: Sequence[tuple[int, int]] | dict[tuple[int, int], None], data: DataFlags) -> str:
+    """The flags for buckets as they are, with one more frame count."""
+    if data.train_resolution:
+        more = (str(Bucket(count, *size)) for size in sizes)
+        return f"--train_resolution {' '.join([*data.train_resolution, *more])}"
+    return f"--frame_buckets {' '.join(map(str, [*data.frame_buckets, count]))}"
+
+
+def more_upscaling(clips: Sequence[Clip], data: DataFlags) -> str:
+    """How far the clips must be allowed to be enlarged."""
+    buckets = list_buckets(data)
+    least = max(
+        min(upscale(bucket, height, width) for bucket in buckets if bucket.frames <= frames)
+        for frames, height, width in clips
+    )
+    return (
+        f"to use {number_of(len(clips), clips)}: --max_upscale {math.ceil(least * 100) / 100:g} (they become blurred)"
+    )
+
+
+def usable(buckets: Sequence[Bucket], clips: Sequence[Clip], max_upscale: float) -> int:
+    """How many of the clips fill a bucket."""
+    return sum(bool(choose_buckets(buckets, *clip, max_upscale)) for clip in clips)
+
+
+def number_of(number: int, clips: Sequence[Clip]) -> str:
+    """How many of the clips, in words."""
+    if number < len(clips):
+        return f"{number} of them"
+    return "it" if number == 1 else "them"
+
+
+def proposal_of(records: Records, data: DataFlags, geometry: Geometry, number: int) -> Proposal:
+    """Buckets for the clips of a data set; see propose. As long as the flags allow, or the model's own with others."""
+    most = data.max_num_frames or geometry.sample_frames
+    if data.train_resolution:  # of which --max_num_frames is the longest, unless it was given
+        most = max(most, geometry.sample_frames)
+    return propose((clip_of(record) for record in records), geometry, data.max_upscale, most, number)
+
+
+def proposal_line(proposal: Proposal, data: DataFlags) -> str:
+    """How many clips fit which buckets, and how to ask for those."""
+    instead = "" if data.train_resolution else " (in place of other flags for buckets)"
+    return f"{proposal.fitting} of {proposal.num_clips} clips fit {flags_of(proposal, data)}{instead}"
+
+
+def flags_of(proposal: Proposal, data: DataFlags) -> str:
+    """A proposal to be pasted into a command; with --max_num_frames where that may be too little."""
+    longest = max(bucket.frames for bucket in proposal.buckets)
+    most = f" --max_num_frames {longest}" if longest > (data.max_num_frames or longest) else ""
+    return proposal.flags + most

@@ -1,0 +1,384 @@
+"""What a preparation makes of a data set, before and after: a table, notes, pictures, bytes and hours.
+
+Records of the ledger -> text and contact sheets. Nothing here decides anything; ``describe`` is what scripts print.
+"""
+
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.geometry import Geometry
+from cogvideox.data.cache import hash_of
+from cogvideox.data.clips import OK, SHORT, SMALL, Variant, decode_variant, time_decode
+from cogvideox.data.forms.folders import PREVIEW_FOLDER
+from cogvideox.data.forms.samples import Sample
+from cogvideox.data.media.colors import HDR, WHITE, is_wide_sdr
+from cogvideox.data.media.transforms import scale, stretch
+from cogvideox.errors import UsageError
+from cogvideox.model import encode, models
+from cogvideox.preparation.captions import caption_notes, indented, shared_notes
+from cogvideox.preparation.causes import cause_lines, flags_of, proposal_line, proposal_of
+from cogvideox.preparation.prepare import (
+    Cut,
+    Encoders,
+    Preparation,
+    UnusableClips,
+    allowing,
+    missing_captions,
+    too_many_bad,
+)
+from cogvideox.preparation.proposals import USUAL
+from cogvideox.runtime.sheets import Panel, Row, contact_sheet, spread
+
+SHEET_CLIPS, SHEET_FRAMES = 8, 4  # in the picture of a bucket
+SHEETS_CLIPS = 64  # in all pictures together, where there are many buckets
+TRIED = 3  # clips to time
+LARGE = 720  # pixels of the shorter side, from which on players assume bt709 where a file does not say
+TAG_COMMAND = "`ffmpeg -i IN -c copy -bsf:v h264_metadata=matrix_coefficients=1 OUT`"  # hevc_metadata likewise
+TIMED_FRAMES = 9  # the VAE encodes 8 at a time, and the first one apart
+
+Records = Sequence[dict[str, Any]]
+
+
+def describe(preparation: Preparation, records: Records, costs: bool = False) -> str:
+    """The whole report, on the main rank: what is used, what is not and why, what to know of the clips, what to do
+    next. ``costs``, for a dry run, adds what encoding will take. Writes the contact sheets.
+    """
+    if not preparation.state.is_main_process:
+        return ""
+    geometry = preparation.geometry
+    used = by_bucket(records)
+    lines = outcome(preparation, records, used)
+    lines += frame_notes(used, geometry)
+    lines += still_notes(used)
+    lines += color_notes(records)
+    if preparation.num_validation:
+        lines.append(f"{preparation.num_validation} of the clips are for validation")
+    lines += skipped_notes(preparation.skipped)
+    lines += leak_notes(preparation, records)
+    lines += rate_notes(used, preparation.recipe.fps)
+    number = len(records) - preparation.num_validation
+    tokenizer, clips = models.load_tokenizer(preparation.model), used_clips(preparation.samples, records)
+    lines += caption_notes(tokenizer, clips, geometry.max_text_seq_length)
+    lines += shared_notes(used_clips(preparation.samples[:number], records[:number]))
+    lines += sheets(preparation, used)
+    if costs:
+        lines.append(cost(preparation, records))
+        lines += next_steps(preparation, records) or ["next: the same command without --dry_run encodes this"]
+    return "\n".join(lines)
+
+
+@contextmanager
+def explained(preparation: Preparation, say: Callable[[str], None]) -> Iterator[None]:
+    """Says what became of all clips, and what helps, where too many of them cannot be used for the block to go on."""
+    try:
+        yield
+    except UnusableClips as error:
+        lines = outcome(preparation, error.records, by_bucket(error.records))
+        say("\n".join([*lines, *next_steps(preparation, error.records)]))
+        raise
+
+
+def next_steps(preparation: Preparation, records: Records) -> list[str]:
+    """What there is to do before clips are encoded: captions, other buckets, allowing bad clips."""
+    missing = sum(not sample.caption for sample in preparation.samples)
+    good = sum(record["status"] == OK for record in records)
+    steps = []
+    if missing:
+        how = "into a file of the clip's name that ends in .txt, next to it, or into a table (docs/data.md)"
+        steps.append(f"write the captions: {missing} of {len(records)} clips have none; each goes {how}")
+    if any(record["status"] in (SHORT, SMALL) for record in records):
+        proposal = proposal_of(records, preparation.data, preparation.geometry, USUAL)
+        if proposal.fitting > good:
+            steps.append(f"other buckets: {proposal_line(proposal, preparation.data)}")
+    bad = too_many_bad(records, preparation.data.max_bad_fraction)
+    if bad and good:
+        steps.append(f"fix or remove the {bad} clips that are not used, or continue without: {allowing(records)}")
+    return [f"next: {step}" for step in steps]
+
+
+def suggest(preparation: Preparation, number: int) -> None:
+    """Prints buckets for the clips to the standard output as flags, and to the other one how many clips fill them.
+
+    Raises:
+        UsageError: there are no such buckets.
+    """
+    if not preparation.state.is_main_process:
+        return
+    records = preparation.measure()
+    for line in cause_lines(records, preparation.data, preparation.geometry):
+        print(line, file=sys.stderr)
+    proposal = proposal_of(records, preparation.data, preparation.geometry, number)
+    if not proposal.buckets:
+        rule = f"none of {len(records)} clips fills a bucket that this model takes"
+        raise UsageError(f"--suggest_buckets {number}: {rule}; give a larger --max_upscale, or longer clips")
+    print(f"{proposal.fitting} of {proposal.num_clips} clips fit:", file=sys.stderr)
+    print(flags_of(proposal, preparation.data), flush=True)
+
+
+def stored_bytes(preparation: Preparation) -> int:
+    """Bytes of one number of the moments; 2 where the weights are not here to tell."""
+    try:
+        return models.DTYPES[preparation.encoders.vae_dtype].itemsize
+    except UsageError:
+        return 2
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Used:
+    """What one clip gives to one bucket: its place among the samples, its first variant, what names its tensors."""
+
+    place: int
+    variant: Variant
+    num_variants: int
+    tensors: frozenset[str]
+    source: dict[str, Any]
+
+    @property
+    def repeats_frames(self) -> bool:
+        """Whether a source frame is used more than once."""
+        return len(set(self.variant.indices)) < len(self.variant.indices)
+
+
+def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
+    """Everything that is used, sorted by bucket."""
+    found: dict[Bucket, list[Used]] = {}
+    for place, record in enumerate(records):
+        for cut in record["cuts"] if record["status"] == OK else []:
+            variants = cut["variants"]
+            tensors = frozenset(f"{record['content']} {variant}" for variant in variants)
+            used = Used(place, Variant.from_record(variants[0]), len(variants), tensors, record["source"])
+            found.setdefault(Bucket(**cut["bucket"]), []).append(used)
+    return dict(sorted(found.items()))
+
+
+def outcome(preparation: Preparation, records: Records, used: dict[Bucket, list[Used]]) -> list[str]:
+    """The table of the buckets; how many clips are used; why the others are not, by cause."""
+    number_bytes = stored_bytes(preparation)
+    lines = [table(used, preparation.geometry, number_bytes, preparation.image_variants)]
+    good = sum(record["status"] == OK for record in records)
+    lines.append(f"{good} of {len(records)} clips are used" + (", and these are not:" if good < len(records) else ""))
+    return [*lines, *cause_lines(records, preparation.data, preparation.geometry)]
+
+
+def table(used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int, image_variants: int = 0) -> str:
+    """Clips per bucket, what is done to them and how large they become."""
+    rows: list[tuple[str, ...]] = [("bucket", "clips", "variants", "enlarged", "stretched by", "cut off", "MiB")]
+    for bucket, clips in used.items():
+        tensors = set().union(*(clip.tensors for clip in clips))  # copies and repeats share theirs
+        numbers = math.prod(geometry.moments_shape(bucket)) + image_variants * math.prod(geometry.image_shape(bucket))
+        size = len(tensors) * numbers * number_bytes / 2**20
+        rows.append((str(bucket), *bucket_cells(clips), f"{size:.1f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def bucket_cells(clips: list[Used]) -> tuple[str, ...]:
+    """Cells of a bucket's row: clips, variants, how many are upscaled, the most that one is stretched and cut."""
+    fits = [(clip.variant.fit, clip.source["height"], clip.source["width"]) for clip in clips]
+    upscaled = sum(scale(*fit) > 1.0 for fit in fits)
+    stretched = max(stretch(*fit) for fit in fits) - 1
+    lost = max(1 - fit.height * fit.width / (fit.resize_height * fit.resize_width) for fit, _, _ in fits)
+    counts = (len(clips), sum(clip.num_variants for clip in clips), upscaled)
+    return (*map(str, counts), f"{stretched:.0%}", f"{lost:.0%}")
+
+
+# -- notes -------------------------------------------------------------------------------------------------------------
+
+
+def frame_notes(used: dict[Bucket, list[Used]], geometry: Geometry) -> Iterator[str]:
+    """What inference makes of frame counts that are not as usual."""
+    for frames in sorted({bucket.frames for bucket in used}):
+        made = geometry.inference_frames(frames)
+        if made != frames or frames % geometry.temporal_compression == 0:
+            latents = geometry.latent_frames(frames)
+            yield f"{frames} frames are {latents} latent frames, of which inference makes {made} frames"
+
+
+def still_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
+    """Videos of which one frame is all that is used."""
+    for bucket, clips in used.items():
+        videos = sum(clip.source["frames"] > 1 for clip in clips)
+        if bucket.frames == 1 and videos:
+            yield f"{bucket}: {videos} videos give one frame each; to train on motion give longer buckets too"
+
+
+def skipped_notes(skipped: Sequence[str]) -> list[str]:
+    """Files that may be clips, but have a format that is not read."""
+    if not skipped:
+        return []
+    suffixes = Counter(os.path.splitext(path)[1].lower() for path in skipped).most_common()
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes)
+    return [f"files skipped because their format is not read: {kinds}; convert clips to mp4:", *indented(skipped)]
+
+
+def color_notes(records: Records) -> Iterator[str]:
+    """Clips whose colors are converted, and those whose files do not say how."""
+    sources = [record["source"] for record in records if record["status"] == OK]
+    found = Counter(name for source in sources for name in source.get("conversions", ()))
+    hdr = {name: found[name] for name in HDR.values() if found[name]}
+    if hdr:
+        kinds = ", ".join(f"{count} {name.upper()}" for name, count in hdr.items())
+        done = f"converted to SDR with {WHITE:g} cd/m2 as white; brighter parts are clipped"
+        yield f"{clips_are(sum(hdr.values()))} HDR ({kinds}): {done}"
+    wide = sum(is_wide_sdr(source.get("conversions", ())) for source in sources)
+    if wide:
+        yield f"{clips_are(wide)} SDR with colors of bt2020 or P3: converted to bt709"
+    untagged = [source for source in sources if source.get("matrix_is_assumed")]
+    large = sum(min(source["height"], source["width"]) >= LARGE for source in untagged)
+    if large:
+        rule = f"{clips_are(large)} of {LARGE}p or more without a color matrix: bt601 is assumed, as by decord"
+        yield f"{rule}; if a player shows other colors, it assumes bt709, so name that: {TAG_COMMAND}"
+
+
+def clips_are(number: int) -> str:
+    """The start of a sentence."""
+    return "1 clip is" if number == 1 else f"{number} clips are"
+
+
+def leak_notes(preparation: Preparation, records: Records) -> list[str]:
+    """Clips that are measured on and trained on."""
+    number = len(records) - preparation.num_validation
+    trained = {record["content"] for record in records[:number] if record["status"] == OK}
+    leaked = [r["path"] for r in records[number:] if r["status"] == OK and r["content"] in trained]
+    if not leaked:
+        return []
+    return [f"--validation_data_root: {len(leaked)} clips are trained on too, and say nothing:", *indented(leaked)]
+
+
+def rate_notes(used: dict[Bucket, list[Used]], fps: float | None) -> Iterator[str]:
+    """Clips with fewer frames a second than they are sampled at, some of whose frames are shown several times."""
+    clips = {clip.place: clip for clips in used.values() for clip in clips if fps and clip.repeats_frames}
+    rates = [clip.source["fps"] for clip in clips.values() if fps and clip.source["fps"] < fps]
+    if not rates:
+        return
+    slowest = math.floor(min(rates) * 100) / 100
+    own = f"{slowest:g}" if slowest == max(rates) else f"{slowest:g} to {max(rates):g}"
+    yield (
+        f"{len(rates)} of the clips have only {own} frames a second and are sampled at {fps:g}, so some of their "
+        f"frames are repeated; --fps {slowest:g} repeats none, or leave these clips out"
+    )
+
+
+def used_clips(samples: Sequence[Sample], records: Records) -> list[tuple[Sample, str]]:
+    """The samples that are used, each with the hash of its clip's content."""
+    pairs = zip(samples, records, strict=True)
+    return [(sample, record["content"]) for sample, record in pairs if record["status"] == OK]
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def sheets(preparation: Preparation, used: dict[Bucket, list[Used]]) -> list[str]:
+    """A picture for every bucket with some of its clips as they are trained on; returns lines with their paths.
+
+    A picture's name holds the hash of what it shows, so that only new ones are drawn.
+    """
+    folder, picks = preparation.folder / PREVIEW_FOLDER, {}
+    number = max(1, min(SHEET_CLIPS, SHEETS_CLIPS // max(1, len(used))))
+    for bucket, clips in used.items():
+        some = [pick(preparation.samples[clip.place], clip.variant) for clip in spread(clips, number)]
+        picks[folder / f"{bucket}-{digest_of(preparation, some)}.png"] = some
+        for old in set(folder.glob(f"{bucket}-????????.png")) - set(picks):
+            old.unlink(missing_ok=True)
+    todo = [(path, *item) for path, some in picks.items() if not path.is_file() for item in some]
+    jobs = ((decode_variant, sample.video, variant) for _, sample, variant in todo)
+    rows: dict[Path, list[Row]] = {}
+    for (path, sample, _), frames in zip(todo, preparation.in_workers(jobs, len(todo), "drawing"), strict=True):
+        if isinstance(frames, np.ndarray):  # else encoding will say what is wrong with it
+            rows.setdefault(path, []).append(Row(f"{sample.id}: {sample.caption}", [Panel("", list(frames))]))
+    for path, drawn in rows.items():
+        name = path.stem.rpartition("-")[0]
+        contact_sheet(drawn, path, f"{name}: first to last frame of {len(drawn)} clips, as trained on")
+    return [f"picture: {path}" for path in picks if path.is_file()]
+
+
+def pick(sample: Sample, variant: Variant) -> tuple[Sample, Variant]:
+    """A clip with a few of its frames."""
+    return sample, replace(variant, indices=spread(variant.indices, SHEET_FRAMES))
+
+
+def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]]) -> str:
+    """Names what a picture shows."""
+    requests = preparation.requests
+    return hash_of([[sample.id, sample.caption, requests[sample.video], v.record()] for sample, v in clips])[:8]
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def cost(preparation: Preparation, records: Records) -> str:
+    """What is still to be encoded, in bytes and hours. Hours need the VAE's weights: a piece of one clip is timed."""
+    geometry = preparation.geometry
+    try:
+        encoders = preparation.encoders
+    except UsageError as error:
+        return f"hours are not known: {error}"
+    cache = preparation.cache
+    todo = [cut for key, cut in preparation.cuts(records, encoders).items() if not cache.has(key)]
+    captions = missing_captions(cache, encoders, preparation.captions(records))
+    size = sum(math.prod(cut.shape(geometry)) for cut in todo) * models.DTYPES[encoders.vae_dtype].itemsize
+    size += (
+        len(captions)
+        * geometry.max_text_seq_length
+        * geometry.text_embed_dim
+        * models.DTYPES[encoders.text_dtype].itemsize
+    )
+    images = sum(bool(cut.draws) for cut in todo)
+    frames = f", {images} first frames {preparation.image_variants} times each" if images else ""
+    counts = f"{len(todo) - images} variants of clips{frames} and {len(captions)} captions"
+    line = f"to encode: {counts}, {size / 2**20:.1f} MiB"
+    if not todo:
+        return line
+    if note := preparation.precision_note():
+        line = f"{note}\n{line}"
+    rate = seconds_a_pixel(preparation, encoders, sorted(todo, key=lambda cut: cut.pixels)[-TRIED:])
+    if rate is None:
+        return f"{line}; hours are not known: the longest clips do not decode"
+    seconds = rate * sum(cut.pixels for cut in todo)
+    return f"{line}; the clips take about {duration(seconds)} on one {device_name(preparation.state.device)}"
+
+
+def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cuts: Sequence[Cut]) -> float | None:
+    """Seconds to encode one pixel of a frame, or to decode it where that is slower; measured on a piece of the last
+    clip that decodes. None if none does.
+    """
+    jobs = [(time_decode, cut.path, replace(cut.variant, indices=cut.variant.indices[:TIMED_FRAMES])) for cut in cuts]
+    timed = [result for result in preparation.in_workers(jobs, len(jobs), "timing") if isinstance(result, tuple)]
+    if not timed:
+        return None
+    decode_seconds, frames = timed[-1]
+    device = preparation.state.device
+    with models.video_encoder(preparation.model, encoders.vae_dtype, device, encoders.tiling) as vae:
+        for _ in range(2):  # the first time also chooses kernels
+            start = time.perf_counter()
+            encode.video_moments(vae, frames).cpu()  # ends on the CPU, so the device is done
+            seconds = time.perf_counter() - start
+    return max(seconds, decode_seconds / max(1, preparation.data.dataloader_num_workers)) / frames[..., 0].size
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 14 s, 3.2 min, 2.4 hours."""
+    for size, unit in ((3600, "hours"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

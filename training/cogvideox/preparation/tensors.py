@@ -1,0 +1,128 @@
+"""What a training script trains on: a prepared folder, or one that is prepared now."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.conflicts import idle_schedule
+from cogvideox.config.flags import TENSOR_FOLDER, DataFlags
+from cogvideox.config.geometry import Geometry, read_geometry
+from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, noise_variants, resolutions
+from cogvideox.config.prepared_flags import is_factory_layout
+from cogvideox.data.cache import CacheIndex, TensorCache, open_index
+from cogvideox.errors import UsageError
+from cogvideox.preparation.factory import open_factory
+from cogvideox.preparation.prepare import Encoders, Preparation, encode_captions, missing_captions, other_encoders
+from cogvideox.preparation.report import describe, explained
+from cogvideox.runtime.run import Run
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The cached data set of a run, the model's numbers, and what made the tensors."""
+
+    geometry: Geometry
+    cache: TensorCache
+    index: CacheIndex
+    encoders: Encoders
+
+
+def open_tensors(run: Run, options: TrainOptions) -> Tensors:
+    """Opens --data_root as a prepared folder, or prepares it into --tensor_cache first.
+
+    Raises:
+        UsageError: the folder was made with other encoders than the model's, or too many clips are bad.
+    """
+    geometry = read_geometry(options.model)
+    encoders = Encoders.of(options.model, options.encode, geometry, run.ranks.device)
+    root = Path(options.data.data_root[0])
+    if not options.loader.load_tensors:
+        folder = Path(str(options.loader.tensor_cache))
+        run.ranks.check_shared(folder, "--tensor_cache")
+        index = prepare_here(run, options, geometry, folder)
+    elif is_factory_layout(root):
+        folder = Path(options.loader.tensor_cache or root / TENSOR_FOLDER)
+        run.ranks.check_shared(folder, "--tensor_cache")
+        index = convert_here(run, options, geometry, encoders, folder)
+        check_flags(index, options.data)
+    else:
+        folder, index = root, open_index(root)
+        check_index(index, encoders, folder)
+        check_flags(index, options.data)
+    encoders = replace(encoders, vae_dtype=index.dtypes["vae"], text_dtype=index.dtypes["text_encoder"])
+    if options.train.keep_best and not index.validation:
+        rule = "there are no clips to measure the loss on; prepare with --validation_data_root"
+        raise UsageError(f"--keep_best: {rule}")
+    check_first_frames(index, geometry, options)
+    index = index if image_flags(options) is not None else index.without_images()
+    run.say(f"{len(index.samples)} clips in {folder}")
+    if options.loader.load_tensors:
+        for line in idle_schedule(options.validation, bool(index.validation)):
+            run.say(line)
+    return Tensors(geometry, TensorCache(folder), index, encoders)
+
+
+def convert_here(run: Run, options: TrainOptions, geometry: Geometry, encoders: Encoders, folder: Path) -> CacheIndex:
+    """The index of a factory's folder, whose tensors are converted once."""
+    cache, data = TensorCache(folder), options.data
+
+    def embed_empty() -> None:
+        if options.loader.caption_dropout:
+            missing = missing_captions(cache, encoders, [""])
+            encode_captions(cache, options.model, encoders, missing, 1, run.ranks, options.encode.t5_on)
+
+    images = image_flags(options) is not None
+    root = Path(data.data_root[0])
+    return open_factory(root, data, geometry, cache, encoders, embed_empty, run.ranks, run.say, images)
+
+
+def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Path) -> CacheIndex:
+    """What prepare_dataset.py does, before training."""
+    image_variants = noise_variants(options)
+    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks, image_variants)
+    records = preparation.plan()
+    with explained(preparation, run.say):
+        preparation.check(records)
+        index, records = preparation.encode(records)
+    run.say(describe(preparation, records))
+    run.barrier()  # drawing pictures takes longer than the other ranks wait elsewhere
+    return index
+
+
+def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:
+    """Raises UsageError where the model has no positions for what was prepared."""
+    others = sorted({str(sample.bucket) for sample in index.samples if not geometry.has_positions(sample.bucket)})
+    if others and not ignores_positions(options):
+        rule = f"this model's learned positions are for {geometry.own_bucket} alone, prepared were {' '.join(others)}"
+        raise UsageError(f"--load_tensors: {rule}; prepare that, or give --ignore_learned_positional_embeddings")
+
+
+def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:
+    """Raises UsageError where the tensors were made with another VAE, T5 or text length."""
+    wrong = other_encoders(index, encoders)
+    if wrong:
+        raise UsageError(
+            f"--data_root {folder}: its tensors were made with another {' and '.join(wrong)} than this model's; "
+            "run prepare_dataset.py with this model and another --output_dir"
+        )
+
+
+def check_flags(index: CacheIndex, data: DataFlags) -> None:
+    """Raises UsageError where flags ask for what the samples are not, in folders that do not keep the flags."""
+    problems = []
+    token = (data.id_token or "").strip()
+    if any(not sample.caption.startswith(token) for sample in index.samples):
+        problems.append(f"--id_token {token}: the captions were prepared without it; prepare_dataset.py takes the flag")
+    there = sorted({sample.bucket for sample in index.samples})
+    given = [Bucket(*numbers) for numbers in resolutions(data)]
+    if given and not set(there) <= set(given):
+        names = " ".join(map(str, there))
+        problems.append(f"--train_resolution {' '.join(data.train_resolution)}: prepared were {names}; give those")
+    for name, of in (("frame_buckets", "frames"), ("height_buckets", "height"), ("width_buckets", "width")):
+        values = sorted({getattr(bucket, of) for bucket in there})
+        listed = getattr(data, name)
+        if listed != getattr(DataFlags, name) and not set(values) <= set(listed):
+            shown = " ".join(map(str, listed))
+            problems.append(f"--{name} {shown}: the tensors were prepared with {values}; give those")
+    if problems:
+        raise UsageError(problems)

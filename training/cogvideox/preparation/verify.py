@@ -1,0 +1,137 @@
+"""A cache against the data it was made from: what is damaged, foreign, out of date or missing, and making it right.
+
+Preparation and its records -> find_faults() -> Fault, a line each; mend() lets the next preparation encode them anew.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, open_index
+from cogvideox.data.clips import FAILED, KILLED, OK, UNREADABLE, content_change
+from cogvideox.data.media.workers import Killed
+from cogvideox.errors import UsageError
+from cogvideox.preparation.prepare import Encoders, Preparation, other_encoders
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a cache, and what mends it: a tensor to encode, or a file to plan, anew."""
+
+    text: str
+    key: str | None = None
+    record: dict[str, Any] | None = None
+
+
+def find_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> list[Fault]:
+    """Everything wrong with this rank's share of the cache. Reads every file, changes none."""
+    encoders = preparation.encoders
+    index, faults = None, []
+    try:
+        index = open_index(preparation.folder)
+    except UsageError:
+        faults.append(
+            Fault(f"{preparation.folder}: has no index.json that can be read; it was never prepared to the end")
+        )
+    if index is not None:
+        faults += encoder_faults(index, encoders)
+        faults += sample_faults(preparation, records, encoders, index)
+    if not preparation.state.is_main_process:
+        faults = []
+    return [*faults, *source_faults(preparation, records), *tensor_faults(preparation, records, encoders, index)]
+
+
+def encoder_faults(index: CacheIndex, encoders: Encoders) -> Iterator[Fault]:
+    """Other weights, or another precision, than the model's."""
+    names = other_encoders(index, encoders)
+    dtypes = {"vae": encoders.vae_dtype, "text_encoder": encoders.text_dtype}
+    names += [f"precision of the {part}" for part, dtype in dtypes.items() if index.dtypes[part] != dtype]
+    for name in names:
+        yield Fault(f"index.json: its tensors were made with another {name}")
+
+
+def sample_faults(
+    preparation: Preparation, records: Sequence[dict[str, Any]], encoders: Encoders, index: CacheIndex
+) -> Iterator[Fault]:
+    """Clips that are new, gone or changed since the cache was made."""
+    listed = len(records) - preparation.num_validation
+    pairs = list(zip(preparation.samples, records, strict=True))
+    for name, part, there in (
+        ("", pairs[:listed], index.samples),
+        ("validation clip ", pairs[listed:], index.validation),
+    ):
+        now = {entry.id: entry for sample, r in part for entry in preparation.cached_samples(sample, r, encoders)}
+        then = {entry.id: entry for entry in there}
+        for id in sorted(now.keys() | then.keys()):
+            if change := change_of(now.get(id), then.get(id)):
+                yield Fault(f"{name}{id}: {change}")
+
+
+def change_of(now: CachedSample | None, then: CachedSample | None) -> str | None:
+    """What has become of a sample since the cache was made; None: nothing."""
+    if then is None:
+        return "is not in the cache yet"
+    if now is None:
+        return "is in the cache, but is no longer listed or cannot be used"
+    if now.caption != then.caption:
+        return "its caption has changed since it was encoded"
+    if now.video_keys != then.video_keys:
+        return "the clip, or a flag that cuts it, has changed since it was encoded"
+    if now.image_keys != then.image_keys:
+        return "its first frame, or a flag for it, has changed since it was encoded"
+    return None
+
+
+def source_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> Iterator[Fault]:
+    """Clips whose content is not what was planned, though size and time are."""
+    files = [file for record in records if record["status"] == OK for file in (record, record.get("image", record))]
+    used = {file["request"]: file for file in files}
+    mine = preparation.share(list(used.values()))
+    jobs = ((content_change, record["path"], record["content"]) for record in mine)
+    for record, change in zip(mine, preparation.in_workers(jobs, len(mine), "checking clips"), strict=True):
+        if change is not None:
+            reason = change.reason if isinstance(change, Killed) else change
+            yield Fault(f"{record['path']}: {reason}", record=record)
+
+
+def tensor_faults(
+    preparation: Preparation, records: Sequence[dict[str, Any]], encoders: Encoders, index: CacheIndex | None
+) -> Iterator[Fault]:
+    """Tensors that are missing although indexed, damaged, of the wrong shape, or not finite."""
+    geometry, cache = preparation.geometry, preparation.cache
+    cuts = preparation.cuts(records, encoders)
+    shapes: dict[str, tuple[int, ...]] = {key: cut.shape(geometry) for key, cut in cuts.items()}
+    text_shape = (encoders.text_length, geometry.text_embed_dim)
+    shapes |= {encoders.prompt_key(text): text_shape for text in preparation.captions(records)}
+    indexed = index.keys if index is not None else set()
+    for key, shape in preparation.share(list(shapes.items())):
+        if not cache.has(key) and key not in indexed:
+            continue  # of a clip that is not in the cache yet
+        try:
+            for tensor in cache.examine(key).values():
+                if tuple(tensor.shape) != shape:
+                    yield Fault(f"{cache.path(key)}: has shape {tuple(tensor.shape)}, its bucket needs {shape}", key)
+                elif not torch.isfinite(tensor).all():
+                    yield Fault(f"{cache.path(key)}: holds numbers that are not finite", key)
+        except CacheError as error:
+            yield Fault(str(error), key)
+
+
+def mend(preparation: Preparation, faults: Sequence[Fault], records: Sequence[dict[str, Any]]) -> None:
+    """Deletes what is damaged and forgets what is out of date, so that preparing makes it anew.
+
+    ``faults`` are those of all ranks. Files that failed, or whose decoder had to be killed, are tried once more.
+    """
+    if preparation.state.is_main_process:
+        for fault in faults:
+            if fault.key is not None:
+                preparation.cache.remove(fault.key)
+        retried = [fault.record for fault in faults if fault.record is not None]
+        retried += [record for record in records if record["status"] in (FAILED, KILLED)]
+        preparation.ledger.append(
+            {"request": record["request"], "path": record["path"], "status": UNREADABLE, "reason": "to be tried again"}
+            for record in retried
+        )
+    preparation.state.wait_for_everyone()

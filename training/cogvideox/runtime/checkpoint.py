@@ -1,0 +1,476 @@
+"""Checkpoints that are whole or not there: written aside, verified, renamed; older ones go afterwards.
+
+checkpoint-N/ holds the engine's state, the result so far, progress.json (step and recipe) and manifest.json with the
+size and SHA-256 of every other file, and a checksum of that list. A checkpoint that is damaged is never deleted: it
+gets another name, for a person to look at.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Container, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from cogvideox.config.flags import CHANGEABLE
+from cogvideox.config.optimizers import make_optimizer
+from cogvideox.config.options import LoraOptions, TrainOptions
+from cogvideox.data.cache import CacheIndex, hash_of
+from cogvideox.errors import DiskError, NonFiniteError, UsageError, first_line
+from cogvideox.files import check_room, disk_errors_told, fsync, removed_on_failure, temporary_of, write_atomically
+from cogvideox.optimizer.engine import Engine
+from cogvideox.optimizer.master_weights import state_bytes
+from cogvideox.runtime.run import METRICS_NAME, Run
+
+PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
+MANIFEST_FORMAT = 2
+DAMAGED = "damaged-"  # before the names of checkpoints that could not be used
+SAMPLES_NAME = "samples.json"
+DATA = "data"  # the entry of a recipe that names the samples
+NAMES_SHOWN = 5
+PROBE_BYTES = 2**26  # of a file that is written to see how fast the disk is
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Damage(ValueError):
+    """What is wrong with a checkpoint."""
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Size and hash of every file under a folder but the manifest itself, with a checksum of their list."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+    files = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in paths}
+    return {"format": MANIFEST_FORMAT, "sha256": hash_of(files), "files": files}
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used; None: it is whole.
+
+    Whatever the bytes of its files are, this is an answer and never another error.
+    """
+    try:
+        for name, entry in listed_files(read_json(folder / MANIFEST_NAME)).items():
+            check_file(folder, name, entry)
+        progress = read_json(folder / PROGRESS_NAME)
+        if type(progress["step"]) is not int or not isinstance(progress["recipe"], dict):
+            raise Damage(f"{PROGRESS_NAME} has no step and recipe")
+    except Damage as damage:
+        return str(damage)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        return f"cannot be read ({first_line(error)})"
+    return None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises Damage where there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damage(f"{type(error).__name__} in its json files") from None
+
+
+def listed_files(manifest: Any) -> dict[str, Any]:
+    """The entries of a manifest by the names of their files. Raises Damage where it cannot be trusted."""
+    if not isinstance(manifest, dict):
+        raise Damage(f"{MANIFEST_NAME} is not a list of files")
+    files: Any = manifest  # as earlier versions wrote it
+    if "files" in manifest or "format" in manifest:
+        if manifest.get("format") != MANIFEST_FORMAT:
+            raise Damage(f"{MANIFEST_NAME} was written by another version (format {manifest.get('format')!r})")
+        files = manifest.get("files")
+        if not isinstance(files, dict) or manifest.get("sha256") != hash_of(files):
+            raise Damage(f"{MANIFEST_NAME} is not what was written")
+    if PROGRESS_NAME not in files:
+        raise Damage(f"{MANIFEST_NAME} lists no {PROGRESS_NAME}")
+    return files
+
+
+def check_file(folder: Path, name: str, entry: Any) -> None:
+    """Raises Damage where a file of a checkpoint is not what its entry in the manifest says."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise Damage(f"{MANIFEST_NAME} names {name!r}, which is not inside the checkpoint")
+    if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+        raise Damage(f"{MANIFEST_NAME} has no size and hash of {name}")
+    path = folder / name
+    if not path.is_file():
+        raise Damage(f"{name} is missing")
+    if path.stat().st_size != entry["size"] or file_hash(path) != entry["sha256"]:
+        raise Damage(f"{name} is not what was written")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first."""
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def safe_text(output_dir: Path) -> str:
+    """What is safe where a run ends because of the disk."""
+    newest = next(iter(checkpoints(output_dir)), None)
+    return "there is no checkpoint yet" if newest is None else f"{newest.name}, the newest checkpoint, is safe"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def expected_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
+    """The size of a checkpoint: each number's master, what the optimizer keeps of it, its average, its value."""
+    state = state_bytes(partial(make_optimizer, options.optimizer), device) + 4 * options.signal.use_ema
+    return sum(parameter.numel() * (state + parameter.element_size()) for parameter in parameters)
+
+
+def seconds_to_write(folder: Path, num_bytes: int) -> float:
+    """An estimate of the time to write that many bytes, from a file of at most PROBE_BYTES that is written and read as
+    those of a checkpoint are.
+    """
+    probe = temporary_of(folder / "probe")
+    size = max(1, min(num_bytes, PROBE_BYTES))
+    start = time.monotonic()
+    try:
+        probe.write_bytes(os.urandom(size))
+        fsync(probe)
+        for _ in ("manifest", "verification"):
+            file_hash(probe)
+    finally:
+        probe.unlink(missing_ok=True)
+    return (time.monotonic() - start) * num_bytes / size
+
+
+@dataclass
+class Saver:
+    """Writes the checkpoints of a run. ``save`` is called on all ranks."""
+
+    run: Run
+    engine: Engine
+    method: Any
+    recipe: dict[str, Any]
+    every: int
+    limit: int | None
+    every_minutes: float | None = None
+    kept: int | None = None  # the step of a checkpoint that the limit does not concern
+    num_bytes: int | None = None  # of a checkpoint, as far as it is known
+    saved_at: float = field(default_factory=time.monotonic)
+    good_until: int | None = None  # while steps are skipped, the step before: its last checkpoint stays, too
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after this optimizer step."""
+        return step % self.every == 0
+
+    def overdue(self) -> bool:
+        """Whether so much time has passed since the last checkpoint, or the start, that another one is wanted."""
+        return self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
+
+    def save(self, step: int) -> None:
+        """Leaves a whole checkpoint of ``step``, then removes those beyond the limit.
+
+        Raises:
+            NonFiniteError: something of what would be saved is not finite; nothing is written or removed.
+        """
+        self._check_finite(step)
+        target = self.run.output_dir / f"{PREFIX}{step}"
+        temporary = self.run.output_dir / f".{target.name}.tmp"
+        cleans = removed_on_failure(temporary) if self.run.is_main else nullcontext()
+        with disk_errors_told(self.run.output_dir, self.num_bytes), cleans:
+            self._write(step, temporary, target)
+        self.run.barrier()
+        self.saved_at = time.monotonic()
+
+    def _write(self, step: int, temporary: Path, target: Path) -> None:
+        if self.run.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            check_room(self.run.output_dir, self.num_bytes or 0)
+            temporary.mkdir()
+        self.run.barrier()
+        self.engine.save(temporary)
+        self.run.barrier()
+        if self.run.is_main:
+            with self.engine.averaged():
+                self.method.save(temporary)
+            progress = {"step": step, "recipe": self.recipe}
+            (temporary / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
+            seal(temporary, target)
+            self._remove_replaced(step, checkpoints(self.run.output_dir))
+
+    def foresee(self, options: TrainOptions) -> None:
+        """Finds out how large a checkpoint will be. Raises DiskError, on all ranks, where not even one has room."""
+        self.num_bytes = expected_bytes(options, self.method.parameters().values(), self.run.device)
+        shortage = None
+        if self.run.is_main:
+            try:
+                check_room(self.run.output_dir, self.num_bytes)
+            except DiskError as error:
+                shortage = error
+        shortage = self.run.from_main(shortage)
+        if shortage is not None:
+            raise shortage
+
+    def announce(self) -> None:
+        """Says how long saving a checkpoint will take, which is how long a run that is stopped needs to end."""
+        if self.run.is_main and self.num_bytes is not None:
+            with disk_errors_told(self.run.output_dir):
+                seconds = seconds_to_write(self.run.output_dir, self.num_bytes)
+            size = f"{self.num_bytes / 2**30:.3g} GiB"
+            self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and takes {seconds:.0f} s")
+
+    def _check_finite(self, step: int) -> None:
+        bad = self.run.ranks.gather(self.engine.not_finite())
+        if bad:
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            back = way_back(self.run.output_dir, step if self.good_until is None else self.good_until)
+            rule = f"{bad[0]}{more} holds numbers that are not finite; older checkpoints are untouched"
+            raise NonFiniteError(f"{PREFIX}{step} is not saved: {rule}; {back}")
+
+    def trim(self, step: int) -> None:
+        """Removes checkpoints up to a step that the limit has no room for; later ones stay. On the main process."""
+        self._remove_replaced(step, [path for path in checkpoints(self.run.output_dir) if step_of(path) <= step])
+
+    def _remove_replaced(self, step: int, found: list[Path]) -> None:
+        before = None if self.good_until is None else last_until(found, self.good_until)
+        kept = {self.kept, None if before is None else step_of(before)}
+        for old in replaced_by(step, found, self.limit, kept):
+            if step_of(old) > step and fault(old):
+                keep_damaged(old)
+            else:
+                remove(old)
+
+
+def replaced_by(step: int, found: list[Path], limit: int | None, kept: Container[int | None] = ()) -> list[Path]:
+    """Of the checkpoints (newest first), those that a new one of ``step`` makes obsolete: later ones, which are damaged
+    or of a future that was given up, and the oldest beyond the limit but those whose steps are ``kept``.
+    """
+    later = [path for path in found if step_of(path) > step]
+    rest = [path for path in found if step_of(path) <= step]
+    return later + [path for path in (rest[limit:] if limit else []) if step_of(path) not in kept]
+
+
+def last_until(found: list[Path], step: int) -> Path | None:
+    """Of checkpoints, newest first, the first one that is not of a later step."""
+    return next((path for path in found if step_of(path) <= step), None)
+
+
+def way_back(output_dir: Path, step: int) -> str:
+    """Where training that went to NaN after a step can continue from, and with what, for a message."""
+    good = last_until(checkpoints(output_dir), step)
+    if good is None:
+        return "no checkpoint was saved before; start again with a lower --learning_rate"
+    lower = "a lower --learning_rate and --allow_changed learning_rate"
+    return f"the last good checkpoint is {good}: resume with --resume_from_checkpoint {good.name}, {lower}"
+
+
+def seal(temporary: Path, target: Path) -> None:
+    """Gives a finished folder its name; a folder of that name (of the same step, or torn) makes room."""
+    write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest_of(temporary), indent=1).encode())
+    for path in (*temporary.rglob("*"), temporary):
+        fsync(path)
+    problem = fault(temporary)
+    if problem:
+        fix = "is the disk full, or does it fail? find out and run the same command again"
+        raise DiskError(f"{temporary}: was written, but {problem}", fix)
+    if target.exists() and fault(target):
+        keep_damaged(target)
+    old = aside(target)
+    os.rename(temporary, target)
+    fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint; a kill in between leaves nothing that looks like one."""
+    shutil.rmtree(aside(folder), ignore_errors=True)
+
+
+def keep_damaged(path: Path) -> Path:
+    """Gives a damaged checkpoint, or what belongs to it, a name under which nothing reads or deletes it."""
+    other = path.with_name(f"{DAMAGED}{path.name}")
+    numbers = itertools.count(2)
+    while other.exists():
+        other = path.with_name(f"{DAMAGED}{path.name}.{next(numbers)}")
+    os.rename(path, other)
+    return other
+
+
+def keep_all_damaged(output_dir: Path) -> None:
+    """Before a run that starts anew: no checkpoint that is there could be used, and the metrics belong to them."""
+    found = checkpoints(output_dir)
+    metrics = output_dir / METRICS_NAME
+    if found and metrics.exists():
+        keep_damaged(metrics)  # first: after a kill the rest follows
+    for folder in found:
+        keep_damaged(folder)
+
+
+def aside(folder: Path) -> Path:
+    """Takes a checkpoint's name away from a folder, if it is there; the next start deletes what has the new name."""
+    other = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(other, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, other)
+    return other
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Where training starts: a whole checkpoint, with the optimizer step and the recipe that it was saved with."""
+
+    folder: Path | None = None  # None: the run is new
+    step: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def load(self, run: Run, engine: Engine, method: Any) -> None:
+        """Loads the checkpoint, if there is one, into the engine and the method; else keeps what is damaged aside."""
+        if self.folder is None:
+            if run.is_main:
+                keep_all_damaged(run.output_dir)
+        else:
+            engine.load(self.folder)
+            method.resume(self.folder)
+            run.say(f"resuming from {self.folder} after step {self.step}")
+
+
+def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> StartPoint:
+    """Finds the newest whole checkpoint, or the one that was asked for, and compares its recipe with this run's.
+
+    Needs no model: ``recipe`` has everything but the data, which ``check_data`` compares once they are known.
+
+    Raises:
+        UsageError: the checkpoint asked for does not exist or is damaged, or it was made with other settings.
+    """
+    if run.is_main:
+        for leftover in run.output_dir.glob(f".{PREFIX}*.tmp"):
+            shutil.rmtree(leftover)
+    run.barrier()
+    folder = find_checkpoint(run, options.train.resume_from_checkpoint)
+    if folder is None:
+        return StartPoint()
+    progress = json.loads((folder / PROGRESS_NAME).read_text())
+    start = StartPoint(folder, progress["step"], progress["recipe"])
+    check_recipe(start, recipe, options)
+    under_deepspeed = run.accelerator.state.deepspeed_plugin is not None
+    if under_deepspeed and folder.resolve().parent != run.output_dir.resolve():
+        rule = "DeepSpeed's files can run code, so only those of this --output_dir are loaded"
+        raise UsageError(f"--resume_from_checkpoint {folder}: {rule}")
+    check_length(start, options.train.max_train_steps, run.output_dir)
+    return start
+
+
+def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
+    """The checkpoint to start from."""
+    if wanted not in (None, "latest"):
+        folder = Path(str(wanted))
+        folder = folder if folder.is_dir() else run.output_dir / folder
+        problem = fault(folder) if folder.is_dir() else "there is no such folder"
+        if problem:
+            there = ", ".join(path.name for path in checkpoints(run.output_dir)) or "none"
+            raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}; in {run.output_dir}: {there}")
+        return folder
+    found = checkpoints(run.output_dir)
+    for folder in found:
+        problem = fault(folder)
+        if problem is None:
+            return folder
+        run.say(f"{folder}: {problem}; trying the one before")
+    if found:
+        run.say(
+            f"{run.output_dir}: all {len(found)} checkpoints are damaged, so training starts at step 0; they and the "
+            f"metrics are kept as {DAMAGED}*; if there is a whole copy elsewhere, stop this run and give "
+            "--resume_from_checkpoint FOLDER"
+        )
+    return None
+
+
+# -- what a resumed run must have in common with the one that was interrupted ------------------------------------------
+
+
+def check_length(start: StartPoint, total_steps: int | None, output_dir: Path) -> None:
+    """Raises UsageError where a run is further than its last step, if that is known."""
+    if total_steps is not None and start.step > total_steps:
+        raise UsageError(
+            f"--max_train_steps {total_steps}: {output_dir} is at step {start.step} already; "
+            "give more, or --resume_from_checkpoint with an earlier one"
+        )
+
+
+def check_recipe(start: StartPoint, now: dict[str, Any], options: TrainOptions) -> None:
+    """Raises UsageError where the run that wrote the checkpoint had other settings than --allow_changed permits."""
+    now = json.loads(json.dumps(now))  # as it would have been written: tuples are lists
+    free = {DATA, *options.train.allow_changed}
+    changed = [name for name in {**start.recipe, **now} if start.recipe.get(name) != now.get(name) and name not in free]
+    if changed:
+        differences = [f"  {name}: {start.recipe.get(name)} there, {now.get(name)} now" for name in changed]
+        rule = f"{start.folder}: was made with other settings; give them again, or {ways_on(start, changed, options)}"
+        raise UsageError([rule, *differences])
+
+
+def check_data(start: StartPoint, index: CacheIndex, options: TrainOptions) -> None:
+    """Raises UsageError where a checkpoint was trained on other samples, unless --allow_changed permits it."""
+    same = start.folder is None or start.recipe.get(DATA) == index.fingerprint
+    if same or DATA in options.train.allow_changed:
+        return
+    assert start.folder is not None
+    difference = data_difference(start, index)
+    way = ways_on(start, [DATA], options)
+    raise UsageError(f"{start.folder}: was trained on other data: {difference}; give the same data, or {way}")
+
+
+def data_difference(start: StartPoint, index: CacheIndex) -> str:
+    """How the samples of an index differ from those that a checkpoint was trained on, as far as its run wrote it."""
+    assert start.folder is not None
+    try:
+        written = json.loads((start.folder.parent / SAMPLES_NAME).read_text(encoding="utf-8"))
+        then: dict[str, str] = dict(written["samples"])
+        known = written["fingerprint"] == start.recipe.get(DATA)
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        return "clips or captions differ"
+    now = index.digests
+    groups = {
+        "added": [name for name in now if name not in then],
+        "removed": [name for name in then if name not in now],
+        "changed": [name for name in now if name in then and now[name] != then[name]],
+    }
+    parts = [f"{count(len(names), 'clip')} {what} ({listed(names)})" for what, names in groups.items() if names]
+    return ", ".join(parts) or "the clips come in another order, or another text encoder embedded them"
+
+
+def ways_on(start: StartPoint, changed: list[str], options: TrainOptions) -> str:
+    """What else than the settings of a checkpoint can be given: flags that allow the change, or a new run."""
+    allowed = "add --allow_changed " + " ".join(changed) + ", or " if set(changed) <= set(CHANGEABLE) else ""
+    if isinstance(options, LoraOptions):
+        weights = f"--lora_path {quote(str(start.folder))} continues with its weights"
+    else:
+        weights = "--pretrained_model_name_or_path with the folder of --save_pipeline continues with its weights"
+    return f"{allowed}start a new run with another --output_dir ({weights})"
+
+
+def count(number: int, what: str) -> str:
+    """A number of things in words."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def listed(names: list[str]) -> str:
+    """The first names of many."""
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+
+
+def write_samples(output_dir: Path, index: CacheIndex) -> None:
+    """samples.json: which samples a run is trained on, to say later what has changed."""
+    content = {"fingerprint": index.fingerprint, "samples": index.digests}
+    write_atomically(output_dir / SAMPLES_NAME, json.dumps(content, ensure_ascii=False, indent=0).encode())

@@ -1,0 +1,424 @@
+"""One run: processes and device, the output folder and its lock, metrics, trackers.
+
+start_run() -> Run. metrics.jsonl gets a line for every optimizer step, read from the device one step late, so that
+logging never makes the device wait.
+"""
+
+import functools
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cogvideox.config.args import config_dict
+from cogvideox.config.hub import open_repository
+from cogvideox.config.options import TrainOptions, launched_processes, precision_of, tracker_names, under_deepspeed
+from cogvideox.errors import UsageError, first_line
+from cogvideox.files import LOCK_NAME, disk_errors_told, remove_temporaries, write_atomically
+from cogvideox.locks import Lock, take
+from cogvideox.optimizer.optim import LOSS_SCALE, StepResult
+from cogvideox.runtime.ranks import Ranks, check_world
+
+CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
+WANDB_SECONDS = 20.0  # to reach its server; its own default is 90
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")
+
+
+@dataclass
+class Run:
+    """What every part of a training run may use."""
+
+    accelerator: Any
+    ranks: Ranks
+    output_dir: Path
+    precision: str  # no, fp16, bf16
+    compiled: bool
+    repository: str | None = None  # on the hub, where the result goes; the main process knows it
+    _lock: Lock | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer runs."""
+        return self.ranks.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type of the network."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.ranks.is_main_process
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.ranks.num_processes
+
+    def say(self, text: str) -> None:
+        """One line for the user, from the main process, beside the progress bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def barrier(self) -> None:
+        """Waits for the other ranks."""
+        self.ranks.wait_for_everyone()
+
+    def from_main(self, value: Any) -> Any:
+        """The main process' value, on every rank."""
+        held = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(held)
+        return held[0]
+
+
+def memory_peaks() -> tuple[float, float] | None:
+    """GiB that tensors took, and that torch held for them, at most; none without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+
+
+def with_peaks(said: str) -> str:
+    """A line for the user, with the peaks up to now behind it."""
+    peaks = memory_peaks()
+    return said + ", peak {:.2f} GiB, reserved {:.2f} GiB".format(*peaks) if peaks else said
+
+
+def start_run(options: TrainOptions) -> Run:
+    """Joins the other ranks, takes the output folder, writes config.json and makes the repository on the hub.
+
+    Raises:
+        UsageError: the folder belongs to something else, the launcher's configuration does not fit the machine, or the
+            hub refuses.
+    """
+    use_growing_segments()
+    accelerator = make_accelerator(options)
+    output_dir = Path(options.train.output_dir)
+    compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    ranks = Ranks(accelerator.state, options.train.nccl_timeout)
+    run = Run(accelerator, ranks, output_dir, precision_of(options.train.mixed_precision), compiled)
+    torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
+    torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch's own default is on
+    problem = (take_folder(run, options) or take_repository(run, options)) if run.is_main else None
+    problem = run.from_main(problem)
+    if problem:
+        accelerator.end_training()
+        raise UsageError(problem)
+    run.ranks.check_shared(output_dir, "--output_dir")
+    return run
+
+
+def start_trackers(run: Run, options: TrainOptions) -> None:
+    """Starts the trackers of --report_to, before anything is loaded that would have to wait for them.
+
+    Raises:
+        UsageError: one cannot start: no network, a wrong key, a folder that cannot be written.
+    """
+    problem = run.from_main(tracker_problem(run, options) if run.is_main else None)
+    if problem:
+        run.accelerator.end_training()
+        raise UsageError(problem)
+
+
+def tracker_problem(run: Run, options: TrainOptions) -> str | None:
+    """Starts the trackers on the main process; returns what stands in the way."""
+    names = tracker_names(options.train.report_to)
+    if not names:
+        return None
+    config = {name: str(value) for name, value in config_dict(options).items()}
+    wandb: dict[str, Any] = {"dir": str(run.output_dir), "name": run.output_dir.name}
+    if "wandb" in names and "WANDB_INIT_TIMEOUT" not in os.environ:
+        from wandb import Settings
+
+        wandb["settings"] = Settings(init_timeout=WANDB_SECONDS)
+    try:
+        run.accelerator.init_trackers(options.train.tracker_name or "cogvideox", config, {"wandb": wandb})
+    except Exception as error:  # each tracker has errors of its own
+        run.accelerator.trackers.clear()  # those that did not start cannot be ended
+        fix = "set WANDB_MODE=offline and upload later with `wandb sync`, " if "wandb" in names else ""
+        return f"--report_to {' '.join(names)}: cannot start: {first_line(error)}; {fix}or leave the flag out"
+    return None
+
+
+def use_growing_segments() -> None:
+    """Lets the allocator grow what it reserved, so that buckets of several sizes leave no unused gaps on the GPU."""
+    if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def make_accelerator(options: TrainOptions) -> Any:
+    """accelerate's Accelerator; precision, compilation and gradients stay in our hands (except under DeepSpeed)."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import ProjectConfiguration
+
+    world = launched_processes()
+    deepspeed = under_deepspeed()
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by accelerate launch
+    if launched and not asked_for_cpu and not torch.cuda.is_available():
+        raise UsageError(
+            "accelerate launch: its configuration is for GPUs and torch sees none; mend the driver or the torch build, "
+            "or train on the CPU: --config_file accelerate_configs/cpu.yaml, or ACCELERATE_USE_CPU=true and this one"
+        )
+    on_cpu = asked_for_cpu or not torch.cuda.is_available()
+    handlers = []
+    if world > 1 or deepspeed:
+        timeout = timedelta(seconds=options.train.nccl_timeout)
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
+    if deepspeed and on_cpu:
+        import deepspeed as library
+
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, as with cpu=True, accelerate drops DeepSpeed silently
+        library.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled with g++ for a minute
+    project = ProjectConfiguration(
+        options.train.output_dir, str(Path(options.train.output_dir, options.train.logging_dir))
+    )
+    accelerator = Accelerator(
+        mixed_precision=precision_of(options.train.mixed_precision) if deepspeed else "no",
+        dynamo_backend="no",
+        cpu=on_cpu and not deepspeed,
+        log_with=tracker_names(options.train.report_to) or None,
+        project_config=project,
+        kwargs_handlers=handlers,
+    )
+    if deepspeed and accelerator.state.deepspeed_plugin is None:
+        raise UsageError("accelerate launch: its configuration asks for DeepSpeed, and accelerate did not start it")
+    check_world(accelerator.num_processes)
+    return accelerator
+
+
+def take_folder(run: Run, options: TrainOptions) -> str | None:
+    """Makes and locks the output folder and writes config.json; returns what stands in the way."""
+    folder, train = run.output_dir, options.train
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run._lock = take(folder / LOCK_NAME)  # held until the process ends; its workers do not hold it
+    except BlockingIOError as error:
+        owner = f"another run is using it ({error.strerror})"
+        return f"--output_dir {folder}: {owner}; wait for it, or give another folder"
+    except OSError as error:
+        return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
+    passed = (".*.tmp", f"{LOCK_NAME}*")
+    there = sorted(path.name for path in folder.iterdir() if not any(map(path.match, passed)))
+    if there and CONFIG_NAME not in there and there != [train.logging_dir]:
+        return (
+            f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"
+        )
+    if there and train.no_resume:
+        return f"--no_resume: {folder} is not empty; give an empty --output_dir, or delete it"
+    with disk_errors_told(folder):
+        remove_temporaries(folder)
+    if CONFIG_NAME not in there:
+        write_config(run, options)
+    return None
+
+
+def take_repository(run: Run, options: TrainOptions) -> str | None:
+    """Makes or finds the repository on the hub, if one is wanted; returns what stands in the way."""
+    try:
+        run.repository = open_repository(options, run.say)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def write_config(run: Run, options: TrainOptions) -> None:
+    """config.json: flags, precision, ranks and versions of the run that goes on in the folder."""
+    config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
+    write_atomically(run.output_dir / CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for config.json and benchmark results."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"versions": dict(versions()), "python": platform.python_version(), "device": device}
+
+
+@functools.cache  # each is read from the whole description of a package
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+class Mark:
+    """A moment in the device's work, or in time on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.time = time.perf_counter()
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event is not None:
+            self.event.record()
+
+    def reached(self) -> None:
+        """Waits until the device is there."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """Time between two moments that have been reached."""
+        if self.event is None or earlier.event is None:
+            return self.time - earlier.time
+        return earlier.event.elapsed_time(self.event) / 1000.0
+
+
+Sample = tuple[str, int]  # id and timestep
+Watch = Callable[[int, dict[str, float], list[Sample]], None]
+
+
+@dataclass
+class Pending:
+    """A step whose numbers are still on their way from the device."""
+
+    step: int
+    lr: float
+    loading_seconds: float  # that this process waited for batches
+    bad_clips: int
+    samples: list[Sample]  # that this process had
+    values: torch.Tensor
+    start: Mark
+    end: Mark
+
+
+class Metrics:
+    """Losses and the rest: to metrics.jsonl, the trackers and the progress bar.
+
+    ``watch`` gets each step whose numbers have arrived, with StepResult's by name and the samples of this process.
+    """
+
+    def __init__(self, run: Run, first_step: int, total_steps: int, watch: Watch | None = None) -> None:
+        self.run, self.watch = run, watch
+        self.path = run.output_dir / METRICS_NAME
+        self.pending: Pending | None = None
+        self.last: dict[str, float] = {}  # numbers of the newest step that has arrived
+        self.seconds = 0.0  # of that step
+        self.mark = Mark(run.device)  # the end of the step before
+        self.loading_seconds = 0.0
+        self.bad_clips = 0  # that this process has met so far
+        self.samples: list[Sample] = []  # that this process has had since the last step
+        self.bar = tqdm(
+            initial=first_step,
+            total=total_steps,
+            desc="training",
+            unit="step",
+            disable=not run.is_main,
+            dynamic_ncols=True,
+        )
+        self.forget_peaks()
+        if run.is_main:
+            self._keep_until(first_step)
+
+    def forget_peaks(self) -> None:
+        """Peaks are of training and of what comes beside it, not of what was encoded or looked at before."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _keep_until(self, step: int) -> None:
+        """Drops lines of steps that are going to be done again."""
+        if self.path.is_file():
+            lines = [line for line in self.path.read_text().splitlines() if step and finished_by(line, step)]
+            write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
+
+    def push(self, step: int, lr: float, result: StepResult) -> None:
+        """Queues a step's numbers and writes those of the step before, which are there by now."""
+        values = result.values.to("cpu", non_blocking=True)
+        end = Mark(self.run.device)
+        self.flush()
+        of_step = (self.loading_seconds, self.bad_clips, self.samples)
+        self.pending = Pending(step, lr, *of_step, values, self.mark, end)
+        self.mark, self.loading_seconds, self.samples = end, 0.0, []
+
+    def flush(self) -> None:
+        """Writes the step that is queued, if any."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        pending.end.reached()
+        self.last = dict(zip(StepResult.NAMES, pending.values.tolist(), strict=True))
+        self.seconds = pending.end.seconds_since(pending.start)
+        record = {"step": pending.step, "lr": pending.lr, **self.last}
+        if self.run.precision != "fp16":
+            del record[LOSS_SCALE]  # always 1
+        record |= {"seconds": round(self.seconds, 5)}
+        record |= {"loading_seconds": round(pending.loading_seconds, 5), "bad_clips": pending.bad_clips}
+        if peaks := memory_peaks():
+            record["peak_gib"], record["reserved_gib"] = (round(peak, 3) for peak in peaks)
+        if self.run.is_main:
+            self._write(record)
+        if self.watch:
+            self.watch(pending.step, self.last, pending.samples)
+
+    def _write(self, record: dict[str, float]) -> None:
+        write_metrics(self.run, record)
+        shown = {"loss": f"{record['loss']:.4f}", "lr": f"{record['lr']:.2e}", "s/step": f"{record['seconds']:.2f}"}
+        if "peak_gib" in record:
+            shown["GiB"] = f"{record['peak_gib']:.2f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(int(record["step"]) - self.bar.n)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Counts what is done inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.loading_seconds += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what is done inside out of the seconds a step."""
+        self.flush()
+        yield
+        self.mark = Mark(self.run.device)
+
+    def close(self) -> None:
+        """Writes the last step and ends the bar."""
+        self.flush()
+        self.bar.close()
+
+
+def write_metrics(run: Run, record: dict[str, Any]) -> None:
+    """A line of metrics.jsonl, null where a number is not finite, and the same for the trackers; on the main process.
+
+    ``record`` has the step under "step". Trackers get a list as numbers of their own: name/0, name/1, ... and no text.
+    """
+    lists = {name: value for name, value in record.items() if isinstance(value, list)}
+    texts = {name: value for name, value in record.items() if isinstance(value, str)}
+    numbers = {name: value for name, value in record.items() if name not in (*lists, *texts)}
+    line: dict[str, Any] = {name: finite(value) for name, value in numbers.items()} | texts
+    line |= {name: [finite(value) for value in values] for name, values in lists.items()}
+    with disk_errors_told(run.output_dir), open(run.output_dir / METRICS_NAME, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    numbers |= {f"{name}/{place}": value for name, values in lists.items() for place, value in enumerate(values)}
+    run.accelerator.log({n: v for n, v in numbers.items() if n != "step"}, step=int(record["step"]))
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where it is infinite or NaN, which JSON does not know."""
+    return value if math.isfinite(value) else None
+
+
+def finished_by(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and of a step up to ``step``."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
