@@ -114,7 +114,7 @@ def random_vae(dtype: torch.dtype, quickened: bool) -> Iterator[Any]:
     torch.cuda.empty_cache()
     try:
         if quickened:
-            vae_encoder.quicken(vae)
+            vae_encoder.optimize_encoder(vae)
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             yield vae
     finally:
@@ -170,16 +170,16 @@ def store(clip_FHWC: np.ndarray) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, random_vae(torch.bfloat16, quickened=True) as vae:
         cache = TensorCache(Path(folder))
 
-        def encoded(number: int) -> Iterator[encode.Arriving]:
+        def encoded(number: int) -> Iterator[encode.AsyncCopy]:
             for _ in range(number):
-                yield encode.Arriving({"moments_CFHW": encode.video_moments(vae, clip_FHWC)})
+                yield encode.AsyncCopy({"moments_CFHW": encode.video_moments(vae, clip_FHWC)})
 
         def stored(number: int) -> None:
             for count, arriving in enumerate(one_behind(encoded(number))):
                 cache.write(f"{count:04}", arriving.wait())
 
         stored(1)
-        write = encode.Arriving({"moments_CFHW": encode.video_moments(vae, clip_FHWC)}).wait()
+        write = encode.AsyncCopy({"moments_CFHW": encode.video_moments(vae, clip_FHWC)}).wait()
         alone = seconds(lambda: cache.write("alone", write))
         row = timed(lambda: stored(CLIPS), repeats=1)
     return row | {"seconds_a_clip": round(row["median_s"] / CLIPS, 4), "write_s": round(alone, 4)}

@@ -143,7 +143,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, Bucket, str]]
     "a shorter prompt": (called_with(encoder_hidden_states=lambda x: x[:, :-1]), "2b", OWN, "(1, 31, 32) in training"),
     "no rotary table": (called_with(image_rotary_emb=lambda _: None), "5b", OWN, "rotary_emb: given by one alone"),
     "the first rows of the base grid": (
-        wrong(rope, "centred_region", lambda _, h, w, *base: ((0, 0), (h, w))),
+        wrong(rope, "centered_region", lambda _, h, w, *base: ((0, 0), (h, w))),
         "5b",
         LARGER[1],
         "9x96x64: image_rotary",

@@ -73,7 +73,7 @@ def test_other_types_are_refused(own: Path) -> None:
 
 
 def test_read_header_is_the_library_s(own: Path) -> None:
-    header, start = models.read_header(own / VAE)
+    header, start = models.read_tensor_entries(own / VAE)
     with safe_open(own / VAE, "pt") as file:
         assert set(header) == set(file.keys())
         for name, entry in header.items():
@@ -265,7 +265,7 @@ def test_t5_goes_to_the_host_where_its_weights_do_not_fit_beside_2_gib(
     model, size = flags(tiny("5b")), models.weight_bytes(flags(tiny("5b")), "text_encoder", "bf16")
     assert models.place_of_t5(model, "bf16", CPU, "auto") == "device"
     for spare, place in ((0, "device"), (-1, "host")):
-        monkeypatch.setattr(models, "free_bytes", lambda device, spare=spare: size + 2 * 2**30 + spare)
+        monkeypatch.setattr(models, "free_device_bytes", lambda device, spare=spare: size + 2 * 2**30 + spare)
         assert models.place_of_t5(model, "bf16", CPU, "auto") == place
         assert models.place_of_t5(model, "fp32", CPU, "auto") == "host"
         assert [models.place_of_t5(model, "bf16", CPU, given) for given in ("host", "device")] == ["host", "device"]
@@ -276,7 +276,7 @@ def test_where_the_encoder_cannot_be_quickened_it_is_as_it_was(
 ) -> None:
     vae = models.load_vae(flags(tiny("5b")), torch.float32)
     monkeypatch.setattr(vae.encoder.mid_block.resnets[0], "nonlinearity", torch.nn.ReLU())
-    models.quicken(vae)
+    models.try_to_optimize_encoder(vae)
     assert "more slowly: the encoder's resnets are not those of CogVideoX" in capsys.readouterr().err
     assert not any("forward" in vars(module) for module in vae.modules())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogvideox.model.quant import GROUP, KINDS, LARGEST, NF4, Quantised, dequantise, quantise
+from cogvideox.model.quant import GROUP, KINDS, LARGEST, NF4, Quantized, dequantize, quantize
 
 
 def matrix(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -21,7 +21,7 @@ def matrix(dtype: torch.dtype = torch.float32) -> Tensor:
     return weight.to(dtype)
 
 
-def in_groups(weight: Tensor, stored: Quantised) -> Tensor:
+def in_groups(weight: Tensor, stored: Quantized) -> Tensor:
     """(rows, groups under one scale, numbers)."""
     return weight.unflatten(1, (stored.scale.shape[1], -1))
 
@@ -31,15 +31,15 @@ def in_groups(weight: Tensor, stored: Quantised) -> Tensor:
 def test_the_error_of_a_number(kind: str, dtype: torch.dtype) -> None:
     """At most half the distance to the next level, in units of the group's scale."""
     weight = matrix(dtype)
-    stored = quantise(weight, kind)
+    stored = quantize(weight, kind)
     right = in_groups(weight.float(), stored) / stored.scale.clamp(min=1e-30)[..., None]
-    found = in_groups(dequantise(stored, torch.float32), stored) / stored.scale.clamp(min=1e-30)[..., None]
+    found = in_groups(dequantize(stored, torch.float32), stored) / stored.scale.clamp(min=1e-30)[..., None]
     if kind == "fp8":  # 3 bits after the leading one, subnormal below 2^-6
         half = torch.exp2(torch.floor(torch.log2(right.abs().clamp(min=2**-6))) - 4)
     else:
         half = torch.tensor(0.5 if kind == "int8" else max(b - a for a, b in itertools.pairwise(NF4)) / 2)
     assert ((found - right).abs() <= half * 1.0001).all()
-    assert (dequantise(stored, torch.float32)[7] == 0).all()
+    assert (dequantize(stored, torch.float32)[7] == 0).all()
     torch.testing.assert_close(
         found.abs().amax(2)[:7], torch.full_like(stored.scale[:7], LARGEST[kind]), rtol=1e-5, atol=0
     )
@@ -48,7 +48,7 @@ def test_the_error_of_a_number(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("fp8", 0.03), ("nf4", 0.1)])
 def test_the_error_of_normal_numbers(kind: str, most: float) -> None:
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
-    error = (dequantise(quantise(weight, kind), torch.float32) - weight).norm() / weight.norm()
+    error = (dequantize(quantize(weight, kind), torch.float32) - weight).norm() / weight.norm()
     assert most / 2 < error < most
 
 
@@ -57,11 +57,11 @@ def test_nf4_is_that_of_bitsandbytes(dtype: torch.dtype) -> None:
     from bitsandbytes import functional
 
     weight = matrix(dtype)
-    stored = quantise(weight, "nf4")
+    stored = quantize(weight, "nf4")
     data, state = functional.quantize_4bit(weight, blocksize=GROUP, quant_type="nf4")
     assert stored.data.flatten().equal(data.flatten())
     assert stored.scale.flatten().equal(state.absmax)
-    assert dequantise(stored, dtype).equal(functional.dequantize_4bit(data, state))
+    assert dequantize(stored, dtype).equal(functional.dequantize_4bit(data, state))
 
 
 def test_int8_is_that_of_torchao() -> None:
@@ -71,7 +71,7 @@ def test_int8_is_that_of_torchao() -> None:
     arguments: Any = (torchao.MappingType.SYMMETRIC, block, torch.int8, -127, 127)
     scale, zero = torchao.choose_qparams_affine(weight, *arguments, scale_dtype=torch.float32)
     data = torchao.quantize_affine(weight, block, scale, zero, torch.int8, -127, 127)
-    stored = quantise(weight, "int8")
+    stored = quantize(weight, "int8")
     differences = (stored.data.view(torch.int8).int() - data.int()).abs()
     assert differences.max() <= 1  # it multiplies by 1 / scale: halves may be rounded to the other side
     assert differences.float().mean() < 1e-3
@@ -81,10 +81,10 @@ def test_int8_is_that_of_torchao() -> None:
 
 def test_fp8_is_that_of_torch() -> None:
     weight = matrix()
-    stored = quantise(weight, "fp8")
+    stored = quantize(weight, "fp8")
     numbers = stored.data.view(torch.float8_e4m3fn)
     assert numbers.float().isfinite().all()
-    assert dequantise(stored, torch.float32).equal(numbers.float() * stored.scale)
+    assert dequantize(stored, torch.float32).equal(numbers.float() * stored.scale)
     assert numbers.float()[8:].equal((weight / stored.scale).to(torch.float8_e4m3fn).float()[8:])
 
 
@@ -93,7 +93,7 @@ def test_the_bits_of_a_number(kind: str, bits: float) -> None:
     """Known without the numbers too: plans are made by it."""
     for device in ("cpu", "meta"):
         stored = (
-            quantise(torch.empty(3072, 12288, device=device), kind) if device == "meta" else quantise(matrix(), kind)
+            quantize(torch.empty(3072, 12288, device=device), kind) if device == "meta" else quantize(matrix(), kind)
         )
         numbers = stored.data.shape[0] * stored.data.shape[1] * (2 if kind == "nf4" else 1)
         share = 8 * (stored.data.nbytes + stored.scale.nbytes) / numbers
@@ -102,5 +102,5 @@ def test_the_bits_of_a_number(kind: str, bits: float) -> None:
 
 def test_rows_that_are_not_whole_groups() -> None:
     with pytest.raises(ValueError, match="multiples of 64 numbers, not 96"):
-        quantise(torch.zeros(4, 96), "nf4")
-    assert quantise(torch.zeros(4, 96), "int8").data.shape == (4, 96)
+        quantize(torch.zeros(4, 96), "nf4")
+    assert quantize(torch.zeros(4, 96), "int8").data.shape == (4, 96)

@@ -13,7 +13,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import Geometry, read_geometry
-from cogvideox.model.rope import RotaryTables, centred_region
+from cogvideox.model.rope import RotaryTables, centered_region
 
 Tiny = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_published_sizes_of_5b(tiny: Tiny) -> None:
 def test_region_is_the_pipeline_s() -> None:
     for height in range(1, 40):
         for width in range(1, 40):
-            assert centred_region(height, width, 30, 45) == get_resize_crop_region_for_grid((height, width), 45, 30)
+            assert centered_region(height, width, 30, 45) == get_resize_crop_region_for_grid((height, width), 45, 30)
 
 
 def test_a_shape_is_computed_once(tiny: Tiny) -> None:

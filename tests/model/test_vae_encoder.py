@@ -39,7 +39,7 @@ def vae(tiny: Callable[[str], Path]) -> Any:
 def quick(vae: Any, compiled: bool = False) -> Any:
     """A quickened copy."""
     copied = copy.deepcopy(vae)
-    vae_encoder.quicken(copied, compiled)
+    vae_encoder.optimize_encoder(copied, compiled)
     return copied
 
 
@@ -120,7 +120,7 @@ def test_where_nothing_compiles_all_stays_as_it_was(vae: Any, monkeypatch: pytes
     monkeypatch.setattr(torch, "compile", no_compiler)
     strides = [tensor.stride() for tensor in vae.state_dict().values()]
     with pytest.raises(RuntimeError, match="no compiler"):
-        vae_encoder.quicken(vae)
+        vae_encoder.optimize_encoder(vae)
     assert [tensor.stride() for tensor in vae.state_dict().values()] == strides
     assert not any("forward" in vars(module) for module in vae.modules())
 
@@ -133,7 +133,7 @@ def test_two_clips_at_once_are_refused(vae: Any) -> None:
 def test_another_encoder_is_refused(vae: Any) -> None:
     vae.encoder.mid_block.resnets[0].conv1.pad_mode = "replicate"
     with pytest.raises(ValueError, match="not those of CogVideoX"):
-        vae_encoder.quicken(vae)
+        vae_encoder.optimize_encoder(vae)
 
 
 @pytest.mark.gpu

@@ -61,7 +61,7 @@ def test_every_kind_passes(tiny: Tiny, kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_quantised_base_is_compared_with_the_values_that_it_has(tiny: Tiny, precision: str) -> None:
+def test_a_quantized_base_is_compared_with_the_values_that_it_has(tiny: Tiny, precision: str) -> None:
     """To far less than what separates them from the values that they were made of."""
     for dtype in (torch.float32, torch.bfloat16):
         said = check(tiny, "5b", make("5b").to(dtype), plan_of(HERE, AWAY, base_precision=precision))

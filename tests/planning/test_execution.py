@@ -147,7 +147,7 @@ def test_an_optimizer_that_cannot_rest_on_the_host_stays(
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_a_quantised_base(
+def test_a_quantized_base(
     precision: str,
     model: Path,
     tensors: Path,
@@ -211,7 +211,7 @@ def test_gradient_checkpointing_keeps_attention_outputs_at_most(
 def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     free, available = 50 * GIB, 10 * GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(execution, "free_bytes", lambda device: float(free))
+    monkeypatch.setattr(execution, "free_device_bytes", lambda device: float(free))
     monkeypatch.setattr(execution, "with_rates", lambda machine, *_: machine)
     monkeypatch.setattr(execution, "free_host_bytes", lambda: available)
     sizes: Any = None  # of the probes, which are not made

@@ -132,7 +132,7 @@ def test_keeping_more_costs_memory_and_saves_time() -> None:
     assert host_bytes({BlockPlan(kept=HOST, keep="attention"): 42}, HOST, LARGE) > 8 * GIB
 
 
-def test_a_quantised_block_is_smaller_and_hardly_any_of_it_is_whole() -> None:
+def test_a_quantized_block_is_smaller_and_hardly_any_of_it_is_whole() -> None:
     small = replace(LARGE, block_bytes=LARGE.block_bytes // 2, matrix_bytes=LARGE.block_bytes)
     for weights, stored in ((DEVICE, LARGE.blocks), (HOST, 3)):
         kinds = {BlockPlan(weights): LARGE.blocks}

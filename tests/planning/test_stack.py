@@ -20,7 +20,7 @@ from cogvideox.memory import streaming
 from cogvideox.memory.graphs import MAX_GRAPHS
 from cogvideox.memory.streaming import Away, Ring, Sums
 from cogvideox.model import blocks, quant
-from cogvideox.model.quant import dequantise, quantise
+from cogvideox.model.quant import dequantize, quantize
 from cogvideox.optimizer.optim import MasterWeights
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
 from cogvideox.planning.stack import (
@@ -418,19 +418,19 @@ def test_blocks_in_front_of_the_first_lora_keep_nothing() -> None:
     assert not stack.store.leaving
 
 
-# -- a quantised base --------------------------------------------------------------------------------------------------
+# -- a quantized base --------------------------------------------------------------------------------------------------
 
 
 def rounded(transformer: Any, precision: str) -> Any:
-    """The transformer with the values that a quantised base has in its own type."""
+    """The transformer with the values that a quantized base has in its own type."""
     for module in transformer.transformer_blocks:
         for matrix, kind in kinds_of(module, precision).items():
-            matrix.data = dequantise(quantise(matrix.data, kind), matrix.dtype)
+            matrix.data = dequantize(quantize(matrix.data, kind), matrix.dtype)
     return transformer
 
 
 @pytest.mark.parametrize("precision", quant.KINDS)
-def test_a_quantised_base_is_the_transformer_of_diffusers_with_its_values(precision: str) -> None:
+def test_a_quantized_base_is_the_transformer_of_diffusers_with_its_values(precision: str) -> None:
     """Streamed or resident, with and without its adapters."""
     arguments = arguments_of("5b")
     resident = under(make("5b"), (BlockPlan(),), base_precision=precision)
@@ -446,7 +446,7 @@ def test_a_quantised_base_is_the_transformer_of_diffusers_with_its_values(precis
         torch.testing.assert_close(resident(**arguments)[0], bare(**arguments)[0])
 
 
-def test_what_is_quantised_is_nowhere_else() -> None:
+def test_what_is_quantized_is_nowhere_else() -> None:
     """Nothing can compute with a module's weight by mistake, and PEFT still finds its type and device."""
     for plan in (BlockPlan(), BlockPlan(HOST)):
         transformer = under(make("5b"), (plan,), base_precision="nf4")
@@ -480,7 +480,7 @@ def test_what_is_stored_is_what_is_foretold() -> None:
 
 
 @pytest.mark.parametrize(("precision", "least"), [("int8", 0.9998), ("fp8", 0.999), ("nf4", 0.99)])
-def test_a_quantised_base_hardly_turns_the_gradients(precision: str, least: float) -> None:
+def test_a_quantized_base_hardly_turns_the_gradients(precision: str, least: float) -> None:
     def gradients(precision: str) -> Tensor:
         found = outcome(under(make("5b"), (BlockPlan(),), base_precision=precision), arguments_of("5b"))
         return torch.cat([g.flatten() for name, g in found.items() if "lora" in name])
@@ -491,7 +491,7 @@ def test_a_quantised_base_hardly_turns_the_gradients(precision: str, least: floa
     assert least <= min(sampled) <= max(sampled) < 1 - 1e-6
 
 
-def test_the_cosine_of_an_unquantised_base_is_1() -> None:
+def test_the_cosine_of_an_unquantized_base_is_1() -> None:
     assert gradient_cosine(make("5b").transformer_blocks[0], AUTO, CPU, "cpu") == pytest.approx(1.0, abs=1e-12)
 
 

@@ -520,7 +520,7 @@ def test_one_behind_loses_nothing_and_keeps_the_order() -> None:
 def test_what_arrives_is_whole_and_contiguous(shape: tuple[int, ...]) -> None:
     tensor = torch.randn(shape)
     turned = {"a": tensor.movedim(0, -1), "b": tensor}
-    arrived = encode.Arriving(turned).wait()
+    arrived = encode.AsyncCopy(turned).wait()
     assert all(torch.equal(arrived[name], turned[name]) and arrived[name].is_contiguous() for name in turned)
 
 

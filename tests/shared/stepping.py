@@ -1,4 +1,4 @@
-"""Parameters, losses and steps for the tests of optimizers. The largest tensor is one that libraries quantise.
+"""Parameters, losses and steps for the tests of optimizers. The largest tensor is one that libraries quantize.
 
 All fill whole vectors of a CPU, as all of CogVideoX's do: it rounds the ends of others in another way.
 """

@@ -401,7 +401,7 @@ class PlanFlags:
     attention_backend: str = flag(
         "auto",
         "attention kernels; auto is the fastest exact one that is there and passes a check of its gradients; sage, "
-        "SageAttention 2, quantises",
+        "SageAttention 2, quantizes",
         choices=("auto", "flash-4", "cudnn", "flash", "sage", "cpu"),
     )
 

@@ -18,10 +18,10 @@ from cogvideox.errors import first_line
 aten = torch.ops.aten
 
 CUDNN, FLASH, FLASH_4, SAGE, CPU = "cudnn", "flash", "flash-4", "sage", "cpu"
-BACKENDS = (FLASH_4, CUDNN, FLASH)  # of a GPU, the fastest first; sage quantises, so it has to be asked for
+BACKENDS = (FLASH_4, CUDNN, FLASH)  # of a GPU, the fastest first; sage quantizes, so it has to be asked for
 HOPPER = (9, 0)
 TOLERANCE = 2e-2  # relative, of bf16 gradients against fp32 ones; a wrong kernel is off by 1 or more
-TOLERANCE_QUANTISED = 4.5e-2  # a cosine of 0.999
+TOLERANCE_QUANTIZED = 4.5e-2  # a cosine of 0.999
 PROBE = (1, 353, 2, 64)  # an odd number of tokens, so that the last tile is a part of one
 
 
@@ -127,7 +127,7 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         worst = gradient_error(backend, device, dtype)
     except Exception as error:  # whatever a kernel or its compiler says: another backend is there
         return f"it fails ({first_line(error)})"
-    allowed = TOLERANCE_QUANTISED if backend == SAGE else TOLERANCE
+    allowed = TOLERANCE_QUANTIZED if backend == SAGE else TOLERANCE
     return None if worst < allowed else f"its gradients are off by {worst:.2g}"
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogvideox.model.attention import attend, attend_backward
-from cogvideox.model.quant import Weight, dequantise
+from cogvideox.model.quant import Weight, dequantize
 
 KEPT: dict[str, tuple[str, ...]] = {
     "input": ("x",),
@@ -42,7 +42,7 @@ UNITS |= {"n1": 1, "rq": 1, "rk": 1, "n2": 1, "g": 4}
 class Linear(NamedTuple):
     """A linear layer, with a LoRA or without: W x + bias + scale * B (A x)."""
 
-    weight: Weight  # (out, in); if quantised, made whole for each product
+    weight: Weight  # (out, in); if quantized, made whole for each product
     bias: Tensor | None
     a: Tensor | None = None  # (R, in)
     b: Tensor | None = None  # (out, R)
@@ -115,11 +115,11 @@ def for_weights(p: Block) -> set[str]:
 
 def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
     """Layers of one x, (..., in) -> (..., out) each."""
-    ys = [F.linear(x, dequantise(p.weight, x.dtype), p.bias) for p in layers]
+    ys = [F.linear(x, dequantize(p.weight, x.dtype), p.bias) for p in layers]
     for group in lora_groups(layers):
         members = [layers[i] for i in group]
-        for i, u in zip(group, inner(dropped(x, members), members), strict=True):
-            ys[i] = ys[i] + F.linear(u, given(layers[i].b)) * layers[i].scale
+        for i, u in zip(group, lora_down(dropped(x, members), members), strict=True):
+            ys[i] = ys[i] + F.linear(u, not_none(layers[i].b)) * layers[i].scale
     return ys
 
 
@@ -127,21 +127,21 @@ def linears_backward(
     dys: Sequence[Tensor], x: Tensor | None, layers: Sequence[Linear]
 ) -> tuple[Tensor, list[Gradients]]:
     """(gradient of x, for each layer those of what it trains, for which alone x is needed)."""
-    dx = reduce(add, [dy @ dequantise(p.weight, dy.dtype) for dy, p in zip(dys, layers, strict=True)])
+    dx = reduce(add, [dy @ dequantize(p.weight, dy.dtype) for dy, p in zip(dys, layers, strict=True)])
     found: list[Gradients] = [()] * len(layers)
     for i, (dy, p) in enumerate(zip(dys, layers, strict=True)):
         if p.trained:
             dy = dy.flatten(0, -2)
-            found[i] = dy.mT @ given(x).flatten(0, -2), *([] if p.bias is None else [dy.sum(0)])
+            found[i] = dy.mT @ not_none(x).flatten(0, -2), *([] if p.bias is None else [dy.sum(0)])
     for group in lora_groups(layers):
         members = [layers[i] for i in group]
-        x_in = dropped(given(x), members)
-        us = inner(x_in, members)
-        du = joined([dys[i] @ given(layers[i].b) * layers[i].scale for i in group], dim=-1)
+        x_in = dropped(not_none(x), members)
+        us = lora_down(x_in, members)
+        du = joined([dys[i] @ not_none(layers[i].b) * layers[i].scale for i in group], dim=-1)
         das = (du.flatten(0, -2).mT @ x_in.flatten(0, -2)).split([u.shape[-1] for u in us])
         for i, u, da in zip(group, us, das, strict=True):
             found[i] = da, dys[i].flatten(0, -2).mT @ u.flatten(0, -2) * layers[i].scale
-        dx = dx + dropped(du @ joined([given(p.a) for p in members], dim=0), members)
+        dx = dx + dropped(du @ joined([not_none(p.a) for p in members], dim=0), members)
     return dx, found
 
 
@@ -158,9 +158,9 @@ def dropped(x: Tensor, group: Sequence[Linear]) -> Tensor:
     return drop(x) if drop else x
 
 
-def inner(x: Tensor, group: Sequence[Linear]) -> list[Tensor]:
+def lora_down(x: Tensor, group: Sequence[Linear]) -> list[Tensor]:
     """A x of each layer of a group, (..., R)."""
-    matrices = [given(p.a) for p in group]
+    matrices = [not_none(p.a) for p in group]
     u = F.linear(x, joined(matrices, dim=0))
     return list(u.split([a.shape[0] for a in matrices], dim=-1))
 
@@ -170,7 +170,7 @@ def joined(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-def given(tensor: Tensor | None) -> Tensor:
+def not_none(tensor: Tensor | None) -> Tensor:
     """A tensor that is there."""
     assert tensor is not None
     return tensor
@@ -298,7 +298,7 @@ def backward(
     n2 = again("n2", lambda: modulate(h, p.norm2, shift2, scale2)) if "n2" in used or "f" not in kept else None
     f = again("f", lambda: linears(n2, [p.ff1])[0])
     g = again("g", lambda: gelu(f)) if used & {"g", "z"} else None
-    z = again("z", lambda: linears(given(g), [p.ff2])[0]) if "z" in used else None
+    z = again("z", lambda: linears(not_none(g), [p.ff2])[0]) if "z" in used else None
 
     found: dict[str, Gradients] = {}
     dg, (found["ff2"],) = linears_backward([gate2 * dy], g, [p.ff2])

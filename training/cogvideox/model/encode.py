@@ -54,7 +54,7 @@ def moments_of(vae: Any, video_CFHW: Tensor) -> Tensor:
     return parameters[0]
 
 
-class Arriving:
+class AsyncCopy:
     """Tensors on their way from the device to the CPU."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:

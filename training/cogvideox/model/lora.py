@@ -53,7 +53,7 @@ class SampleDropout(Module):
     there is no state to save. ``place`` is shared by all layers of a model, and set before each forward pass.
     """
 
-    def __init__(self, p: float, layer: str, seed: int, place: "Place") -> None:
+    def __init__(self, p: float, layer: str, seed: int, place: "StepPosition") -> None:
         super().__init__()
         self.p, self.layer, self.seed, self.place = p, layer, seed, place
 
@@ -71,7 +71,7 @@ class SampleDropout(Module):
         return torch.rand(x.shape, generator=generator, device=x.device) >= self.p
 
 
-class Place:
+class StepPosition:
     """Where a run is: the optimizer step, and the position in its global batch of the first sample of a micro-batch."""
 
     step = first = 0
@@ -80,7 +80,7 @@ class Place:
 # -- PiSSA -------------------------------------------------------------------------------------------------------------
 
 
-class Shifted(Module):
+class PissaMatrix(Module):
     """A LoRA matrix beside its own start, as one matrix: [A; A0], or [B, -B0].
 
     PiSSA (arXiv:2404.02948) starts from the largest singular values of W: B0 A0, and takes them out of the base:
@@ -96,18 +96,18 @@ class Shifted(Module):
         self.dim, self.sign = dim, sign
         self.register_buffer("start", start, persistent=False)
 
-    def whole(self) -> Tensor:
+    def concatenated(self) -> Tensor:
         """The matrix of twice the rank."""
         return torch.cat([self.weight, self.sign * self.start], self.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product with it."""
-        return linear(x, self.whole())
+        return linear(x, self.concatenated())
 
     @torch.no_grad()
-    def take_up(self, whole: Tensor) -> None:
-        """Restores the start out of what ``whole`` returned, which was saved."""
-        self.start.copy_(self.sign * whole.chunk(2, self.dim)[1])
+    def load_initial(self, saved: Tensor) -> None:
+        """Restores the start out of what ``concatenated`` returned, which was saved."""
+        self.start.copy_(self.sign * saved.chunk(2, self.dim)[1])
 
 
 def principal(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -146,8 +146,8 @@ def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: 
         a, b = principal(layer.get_base_layer().weight, rank, layer.scaling[adapter], init, seed)
         if dist.is_available() and dist.is_initialized():
             a, b = of_first_rank(a), of_first_rank(b)
-        layer.lora_A[adapter] = Shifted(a, dim=0, sign=1.0)
-        layer.lora_B[adapter] = Shifted(b, dim=1, sign=-1.0)
+        layer.lora_A[adapter] = PissaMatrix(a, dim=0, sign=1.0)
+        layer.lora_B[adapter] = PissaMatrix(b, dim=1, sign=-1.0)
 
 
 def of_first_rank(tensor: Tensor) -> Tensor:

@@ -37,9 +37,9 @@ from cogvideox.config.lora_file import (
 from cogvideox.config.options import LoraOptions, SftOptions, ignores_positions
 from cogvideox.errors import UsageError
 from cogvideox.model.lora import (
-    Place,
+    PissaMatrix,
     SampleDropout,
-    Shifted,
+    StepPosition,
     fold_scale,
     start_from_principal,
     targets,
@@ -61,7 +61,7 @@ class Lora:
         self.ignores_positions = ignores_positions(options)
         self.pissa = self.flags.init_lora_weights.startswith("pissa")
         self.model = options.model
-        self.place = Place()
+        self.place = StepPosition()
         self._attach(options.data.seed)
         if self.flags.lora_path is not None:
             self._start_from(self.flags.lora_path)
@@ -117,10 +117,10 @@ class Lora:
         """Takes up what is neither trained nor a function of the flags alone: an SVD may differ by machine."""
         if self.pissa:
             saved = trained_matrices(read_header(str(folder / self.result)))
-            for name, matrix in self._shifted().items():
-                matrix.take_up(saved[name])
+            for name, matrix in self._pissa_matrices().items():
+                matrix.load_initial(saved[name])
 
-    def _shifted(self) -> dict[str, Shifted]:
+    def _pissa_matrices(self) -> dict[str, PissaMatrix]:
         """PiSSA's matrices by the names that PEFT gives them in a file."""
         pairs = [(f"{n}.{part}", getattr(m, part)) for n, m in self._layers().items() for part in ("lora_A", "lora_B")]
         return {f"{name}.weight": part[ADAPTER] for name, part in pairs if ADAPTER in part} if self.pissa else {}
@@ -152,7 +152,7 @@ class Lora:
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
-        return state | {name: matrix.whole().detach() for name, matrix in self._shifted().items()}
+        return state | {name: matrix.concatenated().detach() for name, matrix in self._pissa_matrices().items()}
 
     def training(self) -> Training:
         """How ``state`` is scaled to give what was trained."""

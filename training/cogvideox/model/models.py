@@ -60,7 +60,7 @@ def weight_files(model: ModelFlags, part: str) -> list[Path]:
     return chosen
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
     """(tensor entries of a safetensors header, offset of the data)."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -73,7 +73,7 @@ def stored_dtype(model: ModelFlags, part: str) -> str:
     """fp32, fp16 or bf16: what most of the weights are stored in."""
     bytes_of: Counter[str] = Counter()
     for path in weight_files(model, part):
-        for entry in read_header(path)[0].values():
+        for entry in read_tensor_entries(path)[0].values():
             bytes_of[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
     stored = bytes_of.most_common(1)[0][0]
     if stored not in STORED:
@@ -98,7 +98,7 @@ def fingerprint(model: ModelFlags, part: str) -> str:
     """
     digest = hashlib.sha256()
     for path in weight_files(model, part):
-        header, start = read_header(path)
+        header, start = read_tensor_entries(path)
         with open(path, "rb") as file:
             for name, entry in sorted(header.items()):
                 digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
@@ -143,7 +143,7 @@ def load_tokenizer(model: ModelFlags) -> Any:
     return AutoTokenizer.from_pretrained(part_folder(model, "tokenizer"), trust_remote_code=False)
 
 
-def free_bytes(device: torch.device) -> float:
+def free_device_bytes(device: torch.device) -> float:
     """What may still be allocated on a device; without a GPU nobody counts."""
     if device.type != "cuda":
         return float("inf")
@@ -155,7 +155,7 @@ def free_bytes(device: torch.device) -> float:
 
 def weight_bytes(model: ModelFlags, part: str, dtype: str) -> int:
     """Bytes of a part's weights in a precision, from the headers of its files."""
-    headers = (read_header(path)[0] for path in weight_files(model, part))
+    headers = (read_tensor_entries(path)[0] for path in weight_files(model, part))
     numbers = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
     return numbers * DTYPES[dtype].itemsize
 
@@ -164,7 +164,7 @@ def place_of_t5(model: ModelFlags, dtype: str, device: torch.device, t5_on: str)
     """host or device, from --t5_on; auto is the host where the weights do not fit."""
     if t5_on != "auto":
         return t5_on
-    fits = weight_bytes(model, "text_encoder", dtype) + BESIDE_T5 <= free_bytes(device)
+    fits = weight_bytes(model, "text_encoder", dtype) + BESIDE_T5 <= free_device_bytes(device)
     return "device" if fits else "host"
 
 
@@ -202,7 +202,7 @@ def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: b
     if tiling:
         vae.enable_tiling()
     if device.type == "cuda":
-        quicken(vae)
+        try_to_optimize_encoder(vae)
     try:
         # torch lets cuDNN round fp32 convolutions to TF32 unless told not to
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
@@ -211,10 +211,10 @@ def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: b
         discard(vae)
 
 
-def quicken(vae: Any) -> None:
-    """``vae_encoder.quicken``, unless it does not work here: a compiler is missing, or the VAE is another one."""
+def try_to_optimize_encoder(vae: Any) -> None:
+    """Optimizes the VAE's encoder in place; where that fails, warns once and leaves it as diffusers made it."""
     try:
-        vae_encoder.quicken(vae)
+        vae_encoder.optimize_encoder(vae)
     except Exception as error:
         if os.environ.get("RANK", "0") == "0":
             tqdm.write(f"the VAE encodes as diffusers has it, more slowly: {first_line(error)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits: quantised once, when they are placed, and made whole just before each product.
+"""Frozen weights in fewer bits: quantized once, when they are placed, and made whole just before each product.
 
 A byte is a number or two, looked up in a table, times the scale of its group: a row in int8 and fp8, 64 numbers of a
 row in nf4. So one short function, of operations that torch compiles, makes any kind whole, on cards without fp8 too.
@@ -36,7 +36,7 @@ NF4 = (
 """Quantiles of the normal distribution, scaled to [-1, 1], with a zero."""
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """A matrix, (out, in), in fewer bits."""
 
     data: Tensor  # (out, in / numbers a byte), uint8
@@ -44,10 +44,10 @@ class Quantised(NamedTuple):
     table: Tensor  # (256, numbers a byte), fp32: what a byte means
 
 
-Weight: TypeAlias = Tensor | Quantised
+Weight: TypeAlias = Tensor | Quantized
 
 
-def quantise(weight: Tensor, kind: str) -> Quantised:
+def quantize(weight: Tensor, kind: str) -> Quantized:
     """A matrix in one of KINDS, where it lies.
 
     Raises:
@@ -58,7 +58,7 @@ def quantise(weight: Tensor, kind: str) -> Quantised:
     groups = weight.float().unflatten(1, (-1, GROUP if kind == "nf4" else weight.shape[1]))
     scale = groups.abs().amax(2) / LARGEST[kind]
     scaled = groups / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-    return Quantised(as_bytes(scaled.flatten(1), kind), scale, table_of(kind).to(weight.device))
+    return Quantized(as_bytes(scaled.flatten(1), kind), scale, table_of(kind).to(weight.device))
 
 
 def as_bytes(scaled: Tensor, kind: str) -> Tensor:
@@ -82,8 +82,8 @@ def table_of(kind: str) -> Tensor:
     return every.view({"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]).float()[:, None]
 
 
-def dequantise(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The matrix, (out, in): in a type if it was quantised, else as it is."""
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix, (out, in): in a type if it was quantized, else as it is."""
     if isinstance(weight, Tensor):
         return weight
     numbers = F.embedding(weight.data.int(), weight.table).flatten(1)

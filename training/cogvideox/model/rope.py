@@ -10,7 +10,9 @@ from torch import Tensor
 from cogvideox.config.geometry import Geometry
 
 
-def centred_region(grid_height: int, grid_width: int, base_height: int, base_width: int) -> tuple[tuple[int, int], ...]:
+def centered_region(
+    grid_height: int, grid_width: int, base_height: int, base_width: int
+) -> tuple[tuple[int, int], ...]:
     """((top, left), (bottom, right)) of the largest region of the base grid with the aspect ratio of the grid."""
     if grid_height * base_width > base_height * grid_width:
         height, width = base_height, round(base_height / grid_height * grid_width)
@@ -45,7 +47,7 @@ class RotaryTables:
         sliced = patch_t is not None
         return get_3d_rotary_pos_embed(
             embed_dim=geometry.attention_head_dim,
-            crops_coords=None if sliced else centred_region(*grid, *base),
+            crops_coords=None if sliced else centered_region(*grid, *base),
             grid_size=grid,
             temporal_size=-(-frames // (patch_t or 1)),
             grid_type="slice" if sliced else "linspace",

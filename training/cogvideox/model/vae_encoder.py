@@ -1,10 +1,13 @@
-"""The VAE's encoder, faster on a GPU: channels last, and norm, activation and padding in front of a convolution as two
-kernels.
+"""Makes the encoder of CogVideoX's VAE faster on a GPU, with the same weights, names and results.
 
-quicken(vae) gives the encoder's resnets and downsamplers other forward passes; weights, names and results stay. What
-diffusers does there is bound by memory: each convolution's input is read and written nine times, and turned around for
-tensor cores twice. Statistics are of the same numbers, in fp32; only the activation is rounded once, not three times.
-Shapes: C channels, F frames, H, W; R rows of pixels, F * H; S pixels, F * H * W; G groups of K channels. One clip.
+``optimize_encoder(vae)`` replaces the forward passes of the encoder's resnets and downsamplers. In diffusers they are
+bound by memory: the input of each convolution is read and written nine times, and transposed twice for the tensor
+cores. Here, everything is stored channels last, and group norm, activation and causal padding in front of a convolution
+are two kernels. The statistics of the norm are computed from the same numbers in fp32; only the activation is rounded
+once, not three times.
+
+Shapes: C channels, F frames, H height, W width; R = F * H rows of pixels, S = F * H * W pixels, G groups of K channels.
+The batch is always one clip.
 """
 
 from functools import partial
@@ -20,7 +23,7 @@ FORMAT = torch.channels_last_3d
 Cache = dict[str, Any]
 
 
-def quicken(vae: Any, compiled: bool = True) -> None:
+def optimize_encoder(vae: Any, compiled: bool = True) -> None:
     """Makes ``vae.encode`` fast, in place, for one clip at a time.
 
     Raises:
@@ -63,7 +66,7 @@ def run_resnet(
         ValueError: it is given more.
     """
     if temb is not None or zq is not None or len(inputs) != 1:
-        raise ValueError("a quickened encoder takes one clip, without conditions")
+        raise ValueError("an optimized encoder takes one clip, without conditions")
     inputs = inputs.contiguous(memory_format=FORMAT)
     kept: Cache = {}
     hidden = inputs
@@ -85,14 +88,14 @@ def padded(x: Tensor, norm: torch.nn.GroupNorm, cache: Tensor | None, functions:
     x_FHWC = x[0].permute(1, 2, 3, 0)
     y_FHWC = x.new_empty(2 + frames, height, width, channels)
     scale_C, shift_C = scale_and_shift(
-        growing(x_FHWC.flatten(0, 1), 0, 1), norm.weight, norm.bias, norm.num_groups, norm.eps
+        mark_dynamic(x_FHWC.flatten(0, 1), 0, 1), norm.weight, norm.bias, norm.num_groups, norm.eps
     )
-    activate_into(growing(y_FHWC[2:].flatten(0, 2), 0), growing(x_FHWC.flatten(0, 2), 0), scale_C, shift_C)
+    activate_into(mark_dynamic(y_FHWC[2:].flatten(0, 2), 0), mark_dynamic(x_FHWC.flatten(0, 2), 0), scale_C, shift_C)
     y_FHWC[:2] = y_FHWC[2] if cache is None else cache[0].permute(1, 2, 3, 0)
     return y_FHWC.permute(3, 0, 1, 2).unsqueeze(0)
 
 
-def growing(x: Tensor, *dims: int) -> Tensor:
+def mark_dynamic(x: Tensor, *dims: int) -> Tensor:
     """The same, marked: one graph is to serve all sizes of these dimensions."""
     x = x.data  # no view, or the sizes of what it is a view of would count
     for dim in dims:

@@ -281,7 +281,7 @@ def as_tensor(value: Tensor | bool | int | float) -> Tensor:
 
 
 def plain_tensors(values: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """What an optimizer keeps for a parameter, as tensors by name: numbers too, and quantised ones in their parts."""
+    """What an optimizer keeps for a parameter, as tensors by name: numbers too, and quantized ones in their parts."""
     for key, value in values.items():
         if is_traceable_wrapper_subclass(value):
             yield from ((f"{key}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0])

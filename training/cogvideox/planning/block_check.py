@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cogvideox.memory.streaming import Away, computed, host_waits_for
 from cogvideox.model.attention import SAGE
 from cogvideox.model.blocks import Block
-from cogvideox.model.quant import dequantise, quantise
+from cogvideox.model.quant import dequantize, quantize
 from cogvideox.model.rope import RotaryTables
 from cogvideox.planning.execution import Plan, buckets_of, compile_block
 from cogvideox.planning.plan import AUTO, ExecutionPlan
@@ -31,7 +31,7 @@ from cogvideox.runtime.run import Run
 
 APART = {torch.float32: 1e-9, torch.float16: 1e-4, torch.bfloat16: 1e-4}
 """How far below 1 the cosine may be: of outputs, of gradients of inputs, of all gradients of matrices together."""
-APART_QUANTISED = 1e-3  # where frozen matrices are quantised, or attention is
+APART_QUANTIZED = 1e-3  # where frozen matrices are quantized, or attention is
 LAYER, NORM = 10, 1000
 """How many times farther: of the gradients of one layer, as those of queries and keys are differences of numbers that
 are nearly equal; and of one norm, a sum over all tokens, in which random numbers nearly cancel. Rounding to 16 bits
@@ -131,7 +131,7 @@ def at_most(plan: Plan, device: torch.device) -> Iterator[None]:
 def apart(plan: Plan, module: Any) -> float:
     """How far below 1 cosines may be."""
     if isinstance(plan, ExecutionPlan) and (plan.base_precision != AUTO or plan.attention == SAGE):
-        return APART_QUANTISED
+        return APART_QUANTIZED
     return APART[module.norm1.linear.weight.dtype]
 
 
@@ -207,7 +207,7 @@ def stock_block(module: Any, plan: Plan, device: torch.device) -> Any:
     block = copy_of(module).to(device)
     if isinstance(plan, ExecutionPlan) and plan.base_precision != AUTO:
         for matrix, kind in kinds_of(block, plan.base_precision).items():
-            matrix.copy_(dequantise(quantise(matrix, kind), matrix.dtype))
+            matrix.copy_(dequantize(quantize(matrix, kind), matrix.dtype))
     return block
 
 

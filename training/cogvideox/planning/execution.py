@@ -24,7 +24,7 @@ from cogvideox.memory.graphs import allowing_graphs
 from cogvideox.memory.streaming import Away, pinned
 from cogvideox.model.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.model.blocks import UNITS, kept_at
-from cogvideox.model.models import DTYPES, free_bytes, stored_dtype
+from cogvideox.model.models import DTYPES, free_device_bytes, stored_dtype
 from cogvideox.optimizer.master_weights import state_bytes
 from cogvideox.planning import plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
@@ -96,7 +96,7 @@ def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: l
     """``sizes_of`` with what the flags add.
 
     Raises:
-        UsageError: the base cannot be quantised so.
+        UsageError: the base cannot be quantized so.
     """
     precision = base_precision(options)
     try:
@@ -175,7 +175,7 @@ def axes_of(options: TrainOptions, world: int = 1) -> Axes:
 
 
 def fidelity(transformer: Any, precision: str, device: torch.device, backend: str) -> str:
-    """What a quantised base does to the LoRA's gradients, of the first, the middle and the last block that has one."""
+    """What a quantized base does to the LoRA's gradients, of the first, the middle and the last block that has one."""
     trained = [block for block in transformer.transformer_blocks if any(map(lora_of, layers_of(block).values()))]
     sample = {id(trained[i]): trained[i] for i in (0, len(trained) // 2, -1)}.values()
     cosine = min(gradient_cosine(block, precision, device, backend) for block in sample)
@@ -223,7 +223,7 @@ def sizes_of(
 def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
     """Free memory, and rates by probes of about a second in all; on a CPU nominal rates."""
     host = free_host_bytes() // ranks_here()  # all of them measure now, and pin later
-    fits = free_bytes(device) if device.type == "cuda" else float(host)
+    fits = free_device_bytes(device) if device.type == "cuda" else float(host)
     if budget is not None and device.type != "cuda":
         fits = min(fits, allowed_bytes(budget))
     machine = Machine(int(fits * plan.FRAGMENTS), host)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox.model.quant import dequantise, quantise
+from cogvideox.model.quant import dequantize, quantize
 from cogvideox.planning.plan import AUTO
 from cogvideox.planning.stack import kinds_of, lora_layers
 
 
 def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtype, precision: str = AUTO) -> None:
-    """Gives each layer its hooks, which bring its tensors in the compute type. The matrices that a plan quantises have
+    """Gives each layer its hooks, which bring its tensors in the compute type. The matrices that a plan quantizes have
     the values that it computes with.
     """
     kinds: dict[int, str] = {}
@@ -45,7 +45,7 @@ def visit(module: Any, tensors: list[Tensor], device: torch.device, dtype: torch
     def come(*_: Any) -> None:
         for tensor, home in zip(tensors, homes, strict=True):
             here, kind = home.to(device, dtype), kinds.get(id(tensor))
-            tensor.data = here if kind is None else dequantise(quantise(here, kind), dtype)
+            tensor.data = here if kind is None else dequantize(quantize(here, kind), dtype)
 
     def leave(*_: Any) -> None:
         for tensor, home in zip(tensors, homes, strict=True):

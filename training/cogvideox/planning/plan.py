@@ -32,7 +32,7 @@ RECOMPUTED["all"] = (0.0, 0.0, -10.0)
 and write than TRAFFIC_UNITS says."""
 TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}  # read and written outside frozen products, by pass
 WHOLE_MATRICES = {True: 0.1, False: 1.2}
-"""Share of a block's quantised matrices that is whole where memory is fullest: in a graph hardly any, measured; without
+"""Share of a block's quantized matrices that is whole where memory is fullest: in a graph hardly any, measured; without
 one the largest, a third of them, is made by way of fp32."""
 HIDDEN_COPY = 0.01  # of a copy's time: what it costs the arithmetic beside it
 COPY_SHARE = 0.96  # of the measured rate, which the copies beside arithmetic reach
@@ -60,7 +60,7 @@ class Sizes:
     average_bytes: int = 0  # of these the average, which is where the master is, and is updated there
     ranks: int = 1  # on this host; one of them writes
     mapped: bool = False  # weights are pages of their file: pinned, they take memory of their own
-    matrix_bytes: int = 0  # what a block's quantised matrices take in the compute type
+    matrix_bytes: int = 0  # what a block's quantized matrices take in the compute type
     units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
     block_trained: int = 0  # numbers in one block, if all its weights are trained
     sum_bytes: int = 4  # of a number in gradients that are summed on the host

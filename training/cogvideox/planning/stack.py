@@ -3,7 +3,7 @@
 Stack(transformer, plan, device).install(): diffusers' forward, and so the pipeline's sampling too, then runs all blocks
 here. Each block is one autograd function around the two functions of blocks.py: what is kept between them and where,
 where weights lie, whether it is compiled, is the plan's. Names and values of the parameters stay as they were, but for
-those that the plan quantises: their module has an empty tensor, so that nothing else can compute with it.
+those that the plan quantizes: their module has an empty tensor, so that nothing else can compute with it.
 Trained are LoRAs, which stay on the device, or all weights. Of these, gradients follow weights: autograd has those of
 the device, ``away`` those of the host.
 Shapes as in blocks.py.
@@ -21,7 +21,7 @@ from cogvideox.memory.streaming import Away, HostStore, Layout, Ring, pinned
 from cogvideox.model import blocks
 from cogvideox.model.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
 from cogvideox.model.lora import SampleDropout
-from cogvideox.model.quant import Quantised, Weight, quantise
+from cogvideox.model.quant import Quantized, Weight, quantize
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, ExecutionPlan
 
 META = torch.device("meta")
@@ -217,13 +217,13 @@ def own_of(module: Any) -> list[Parameter]:
 
 
 def forms_of(module: Any, precision: str, device: torch.device) -> list[Weight]:
-    """The same: as they are, or, if a precision is given, the matrices of linear layers quantised on a device."""
+    """The same: as they are, or, if a precision is given, the matrices of linear layers quantized on a device."""
     kinds = kinds_of(module, precision) if precision != AUTO else {}
-    return [quantise(p.detach().to(device), kinds[p]) if p in kinds else p.detach() for p in own_of(module)]
+    return [quantize(p.detach().to(device), kinds[p]) if p in kinds else p.detach() for p in own_of(module)]
 
 
 def kinds_of(module: Any, precision: str) -> dict[Tensor, str]:
-    """In which kind each matrix of a block's linear layers is quantised.
+    """In which kind each matrix of a block's linear layers is quantized.
 
     Those of adaLN are int8 in all: nf4 there would save 4 % of bf16 more, and turn gradients as far again as the rest.
     """
@@ -239,7 +239,7 @@ def flat(forms: list[Weight]) -> list[Tensor]:
 def shaped(forms: list[Weight], tensors: list[Tensor]) -> list[Weight]:
     """Weights like others, made of other tensors: the inverse of ``flat``."""
     left = iter(tensors)
-    return [next(left) if isinstance(f, Tensor) else Quantised(next(left), next(left), next(left)) for f in forms]
+    return [next(left) if isinstance(f, Tensor) else Quantized(next(left), next(left), next(left)) for f in forms]
 
 
 def own_bytes(module: Any, precision: str = AUTO) -> int:
@@ -248,7 +248,7 @@ def own_bytes(module: Any, precision: str = AUTO) -> int:
 
 
 def whole_bytes(module: Any) -> int:
-    """What the matrices that may be quantised take as they are."""
+    """What the matrices that may be quantized take as they are."""
     return sum(matrix.nbytes for matrix in kinds_of(module, AUTO))
 
 
@@ -284,7 +284,7 @@ def lora_of(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
         return None
     (adapter,) = layer.active_adapters
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-    matrices = (m.whole() if hasattr(m, "whole") else m.weight for m in (a, b))
+    matrices = (m.concatenated() if hasattr(m, "concatenated") else m.weight for m in (a, b))
     dropout = layer.lora_dropout[adapter]
     drops = dropout.training and not isinstance(dropout, nn.Identity)
     return *matrices, layer.scaling[adapter], dropout if drops else None
@@ -359,12 +359,12 @@ def _drops_alike(layer: Any) -> bool:
     return all(isinstance(dropout, (nn.Identity, SampleDropout)) for dropout in layer.lora_dropout.values())
 
 
-# -- what quantising costs ---------------------------------------------------------------------------------------------
+# -- what quantizing costs ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def gradient_cosine(module: Any, precision: str, device: torch.device, backend: str) -> float:
-    """Between a block's LoRA gradients with its weights quantised and as they are: of random inputs and outputs."""
+    """Between a block's LoRA gradients with its weights quantized and as they are: of random inputs and outputs."""
     generator = torch.Generator().manual_seed(0)
     heads, dtype = module.attn1.heads, module.norm1.linear.weight.dtype
     sizes = ((1, SAMPLE_TOKENS, module.attn1.inner_dim),) * 2 + ((1, module.norm1.linear.in_features),)

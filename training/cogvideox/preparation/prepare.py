@@ -48,7 +48,7 @@ from cogvideox.data.media.workers import Killed, Limits, Workers
 from cogvideox.errors import UsageError
 from cogvideox.files import stamp_of
 from cogvideox.model import encode, models
-from cogvideox.model.encode import Arriving
+from cogvideox.model.encode import AsyncCopy
 from cogvideox.model.t5_stream import CAPTIONS_A_PASS
 
 LEDGER_EVERY = 64  # records written to the ledger at once while planning
@@ -392,7 +392,7 @@ class Preparation:
                     raise UsageError(rule)
                 self.cache.write(key, tensors)
 
-    def _arriving(self, missing: dict[str, Cut], vae: Any, tiling: bool) -> Iterator[tuple[str, Cut, Arriving]]:
+    def _arriving(self, missing: dict[str, Cut], vae: Any, tiling: bool) -> Iterator[tuple[str, Cut, AsyncCopy]]:
         """(key, cut, tensors on their way) of every cut that decodes."""
         jobs = ((decode_variant, cut.path, cut.variant, cut.stamp) for cut in missing.values())
         results = self.in_workers(jobs, len(missing), "encoding clips")
@@ -401,7 +401,7 @@ class Preparation:
                 self._give_up(cut, frames)
                 continue
             with room_for(f"--encode_tiling {tiling}".lower(), f"to encode {cut.bucket}", no_room(tiling)):
-                arriving = Arriving(cut.encode(vae, frames))
+                arriving = AsyncCopy(cut.encode(vae, frames))
             yield key, cut, arriving
 
     def _give_up(self, cut: Cut, reason: str | Killed) -> None:
