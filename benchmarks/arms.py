@@ -293,7 +293,7 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
     chosen, away, record = run_under_plan(transformer, options, work)
     task = TextToVideo(options, work.geometry, device, DTYPE)
     schedule = NoiseSchedule.from_config(work.geometry.schedule).to(device)
-    weights_T = loss_weights(schedule, options.signal)
+    weights_T = loss_weights(schedule, options.loss)
     masters = master_weights(method, options, chosen.state == plan.HOST, away)
 
     def make_step(step: int) -> Tensor:

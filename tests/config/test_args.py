@@ -24,8 +24,8 @@ from cogvideox.config.options import (
     LoraOptions,
     PrepareOptions,
     SftOptions,
-    elsewhere,
     fields_of,
+    foreign_flags,
     resolutions,
     target_pattern,
     tracker_names,
@@ -335,7 +335,7 @@ def test_flags_of_the_training_signal_that_do_nothing_are_refused() -> None:
     assert problems(*LEAST[LORA], "--export_best") == ("--export_best: no checkpoint is kept for it; add --keep_best",)
     right = ("--loss_weighting", "p2", "--p2_k", "2", "--use_ema", "--ema_decay", "0.9", "--keep_best", "--export_best")
     assert parse(*right, "--validation_data_root", "v").train.export_best
-    assert parse("--max_timestep", "0").signal.max_timestep == 0
+    assert parse("--max_timestep", "0").loss.max_timestep == 0
 
 
 def test_plans_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,7 +537,7 @@ COGVIDEO_FLAGS = """
 def test_every_published_flag_is_known(script: str, flags: str) -> None:
     known = {name for _, item, _ in fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])}
     known |= {
-        name for other in elsewhere(SCRIPTS[script]) if not other.item.metadata["refused"] for name in other.names
+        name for other in foreign_flags(SCRIPTS[script]) if not other.item.metadata["refused"] for name in other.names
     }
     assert set(flags.split()) <= known
     assert len(flags.split()) == len(set(flags.split()))

@@ -16,7 +16,7 @@ from fakes import flip_byte, poison
 from running import lora_flags, losses, metrics, train
 
 from cogvideox.config.buckets import Bucket
-from cogvideox.config.flags import ModelFlags, SignalFlags
+from cogvideox.config.flags import LossFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache, hash_of, open_index
 from cogvideox.data.dataset import (
@@ -227,7 +227,7 @@ def test_timesteps_are_uniform(make: Callable[..., LatentDataset]) -> None:
 
 def test_a_range_of_timesteps(make: Callable[..., LatentDataset]) -> None:
     dataset, all_of_them = make(), make()
-    dataset.timesteps = timesteps_of(SignalFlags(min_timestep=300, max_timestep=302), 1000)
+    dataset.timesteps = timesteps_of(LossFlags(min_timestep=300, max_timestep=302), 1000)
     found = Counter(int(dataset[Visit(k % 5, k // 5)].timestep_B) for k in range(60))
     assert sorted(found) == [300, 301, 302]
     assert min(found.values()) > 8
@@ -235,8 +235,8 @@ def test_a_range_of_timesteps(make: Callable[..., LatentDataset]) -> None:
         one, other = dataset[Visit(0, k)], all_of_them[Visit(0, k)]
         assert int(one.timestep_B) == 300 + int(other.timestep_B) * 3 // 1000
         assert torch.equal(one.noise_BFCHW, other.noise_BFCHW)
-    assert timesteps_of(SignalFlags(), 1000) == range(1000)
-    assert timesteps_of(SignalFlags(min_timestep=999), 1000) == range(999, 1000)
+    assert timesteps_of(LossFlags(), 1000) == range(1000)
+    assert timesteps_of(LossFlags(min_timestep=999), 1000) == range(999, 1000)
 
 
 def test_strata_share_the_range_out_evenly(make: Callable[..., LatentDataset]) -> None:

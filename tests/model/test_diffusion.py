@@ -9,7 +9,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from cogvideox.config.flags import WEIGHTINGS, SignalFlags
+from cogvideox.config.flags import WEIGHTINGS, LossFlags
 from cogvideox.model.diffusion import NoiseSchedule, loss, loss_weights
 
 PUBLISHED = {
@@ -159,7 +159,7 @@ PUBLISHED_WEIGHTS = {
 
 
 def weights(kind: str, weighting: str) -> torch.Tensor:
-    flags = SignalFlags(loss_weighting=weighting, snr_gamma=GAMMA, p2_gamma=2.0, p2_k=K)
+    flags = LossFlags(loss_weighting=weighting, snr_gamma=GAMMA, p2_gamma=2.0, p2_k=K)
     return loss_weights(schedule(kind), flags)
 
 
@@ -199,9 +199,9 @@ def test_weights_follow_their_parameters() -> None:
     of = schedule("5b")
 
     def made(**flags: Any) -> torch.Tensor:
-        return loss_weights(of, SignalFlags(**flags))
+        return loss_weights(of, LossFlags(**flags))
 
-    assert SignalFlags().loss_weighting == "none"
+    assert LossFlags().loss_weighting == "none"
     assert made().eq(1).all()
     gammas = [made(loss_weighting="min_snr", snr_gamma=gamma) for gamma in (1.0, 5.0, 1e9)]
     assert (gammas[0] <= gammas[1]).all()

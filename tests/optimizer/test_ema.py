@@ -216,4 +216,4 @@ def test_another_decay_is_another_run(model: Path, tensors: Path, averaged: Path
 
 
 def test_off_by_default() -> None:
-    assert not options_of(Path("x")).signal.use_ema
+    assert not options_of(Path("x")).loss.use_ema

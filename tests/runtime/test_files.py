@@ -135,7 +135,7 @@ def test_other_errors_pass(error: Exception, tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_both_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "free_bytes", lambda folder: 3 * 2**29)
+    monkeypatch.setattr(files, "free_disk_bytes", lambda folder: 3 * 2**29)
     check_room(tmp_path, 3 * 2**29)
     with pytest.raises(DiskError, match=r": No space left on device, 2\.0 GiB needed, 1\.5 GiB free; free some space"):
         check_room(tmp_path, 2**31)
@@ -149,7 +149,7 @@ def test_other_processes_get_the_same_line() -> None:
 
 
 def test_room_is_looked_up_where_the_folder_will_be(tmp_path: Path) -> None:
-    assert files.free_bytes(tmp_path / "not" / "there" / "yet")
+    assert files.free_disk_bytes(tmp_path / "not" / "there" / "yet")
 
 
 # -- temporaries -------------------------------------------------------------------------------------------------------

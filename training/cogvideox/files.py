@@ -163,12 +163,12 @@ def sizes(folder: Path, needed: int | None) -> Iterator[tuple[int, str]]:
     """The bytes needed and free, as far as they are known."""
     if needed is not None:
         yield needed, "needed"
-    free = free_bytes(folder)
+    free = free_disk_bytes(folder)
     if free is not None:
         yield free, "free"
 
 
-def free_bytes(folder: Path) -> int | None:
+def free_disk_bytes(folder: Path) -> int | None:
     """The bytes that may still be written under a folder, which need not be there yet; None: not known."""
     for place in (folder, *folder.absolute().parents):
         with suppress(OSError):
@@ -186,7 +186,7 @@ def size_text(number: int) -> str:
 
 def check_room(folder: Path, needed: int) -> None:
     """Raises DiskError where a folder's disk has less room than ``needed`` bytes."""
-    free = free_bytes(folder)
+    free = free_disk_bytes(folder)
     if free is not None and free < needed:
         raise disk_error(folder, errno.ENOSPC, needed)
 

@@ -86,7 +86,7 @@ def recipe_of(run: Run, options: TrainOptions, geometry: Geometry, task_type: An
         "caption_dropout": options.loader.caption_dropout,
         "max_grad_norm": options.train.max_grad_norm,
         **asdict(geometry),
-        **asdict(options.signal),
+        **asdict(options.loss),
         **asdict(options.optimizer),
         **task_type.recipe(options, geometry),
         **method_type.recipe(options),
@@ -110,7 +110,7 @@ def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[s
     fix = "give all processes one --data_root (and --tensor_cache) that they share, or equal copies"
     run.ranks.check_agreement({"the training data": index.fingerprint} | held_out, fix)
     check_data(start, index, options)
-    stratified = options.signal.timestep_sampling == "stratified"
+    stratified = options.loss.timestep_sampling == "stratified"
     ids, buckets = [s.id for s in index.samples], [s.bucket for s in index.samples]
     order = Order(ids, buckets, samples_per_step(run, options), options.data.seed, stratified)
     total = train.max_train_steps or order.steps_through(train.num_train_epochs - 1)
@@ -165,7 +165,7 @@ class Trainer:
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
         self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype, on_host, away)
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
-        self.weights_T = diffusion.loss_weights(self.schedule, options.signal)
+        self.weights_T = diffusion.loss_weights(self.schedule, options.loss)
         bad_fraction = options.data.max_bad_fraction
         images = image_flags(options)
         self.dataset = LatentDataset(
@@ -175,7 +175,7 @@ class Trainer:
             seed,
             options.loader.caption_dropout,
             replace_bad=bad_fraction > 0,
-            timesteps=timesteps_of(options.signal, len(self.schedule)),
+            timesteps=timesteps_of(options.loss, len(self.schedule)),
             image_dropout=images.noised_image_dropout if images is not None else 0.0,
         )
         self.bad_clips = BadClips(bad_fraction, len(tensors.index.samples))
@@ -334,7 +334,7 @@ class Trainer:
     def _draw(self, step: int) -> None:
         """The run's curves and its contact sheet, as of a step."""
         folder = self.run.output_dir
-        name, weighting = folder.resolve().name, self.options.signal.loss_weighting
+        name, weighting = folder.resolve().name, self.options.loss.loss_weighting
         with self.run.ranks.together():
             if self.run.is_main:
                 draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)

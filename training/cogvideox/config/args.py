@@ -21,14 +21,14 @@ from typing import Any
 from cogvideox import stopping
 from cogvideox.config.conflicts import flag_problems, foreign_problems, idle_schedule
 from cogvideox.config.flags import HIDDEN
-from cogvideox.config.options import Options, TrainOptions, derive, elsewhere, fields_of, image_flags, names_of
+from cogvideox.config.options import Options, TrainOptions, derive, fields_of, foreign_flags, image_flags, names_of
 from cogvideox.config.prepared_flags import as_prepared
 from cogvideox.errors import NonFiniteError, UsageError, one_line, public_urls
 from cogvideox.files import disk_errno, disk_error
 
 LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
 EPILOG = "Flags of the suite's other scripts are taken, and named as having no effect here."
-TAKEN = "no effect"  # the origin of a flag that only other scripts have
+NO_EFFECT = "no effect"  # the origin of a flag that only other scripts have
 USAGE_EXIT, NON_FINITE_EXIT = 2, 3
 # loggers that warn, wherever the package is merely installed, of extras that nothing here uses
 NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
@@ -73,7 +73,7 @@ def build_parser(options_type: type, description: str | None) -> argparse.Argume
             metavar=f"[{value}]" if optional else (f"{value} ..." if many else value),
             help=help_text(item).replace("%", "%%"),
         )
-    for other in elsewhere(options_type):
+    for other in foreign_flags(options_type):
         names = [f"--{name}" for name in other.names]
         parser.add_argument(*names, dest=other.item.name, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -167,7 +167,7 @@ def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
     for group, item, _ in fields_of(type(options)):
         if item.metadata["idle"] and sources[item.name] != "default" and getattr(getattr(options, group), item.name):
             yield f"--{item.name}: {item.metadata['help']}"
-    yield from (other.verdict() for other in elsewhere(type(options)) if sources.get(other.item.name) == TAKEN)
+    yield from (other.verdict() for other in foreign_flags(type(options)) if sources.get(other.item.name) == NO_EFFECT)
     if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
         yield "--image_column: has no effect here; no image is a condition of what is trained"
     if isinstance(options, TrainOptions) and not options.loader.load_tensors:  # else a prepared folder may have clips
@@ -178,13 +178,13 @@ def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
             yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; usual: 1"
 
 
-def flags_elsewhere(
+def read_foreign_flags(
     options_type: type, argv: Sequence[str], namespace: argparse.Namespace
 ) -> tuple[list[str], list[str]]:
     """(given flags of other scripts, to be named as having no effect; problems: those that are refused, bad values)."""
     without_effect: list[str] = []
     problems: list[str] = []
-    for other in elsewhere(options_type):
+    for other in foreign_flags(options_type):
         if not hasattr(namespace, other.item.name):
             continue
         try:
@@ -225,8 +225,8 @@ def read_flags(
             values[group][item.name] = read_value(item, annotation, getattr(namespace, item.name))
         except UsageError as error:
             problems.extend(error.problems)
-    without_effect, found = flags_elsewhere(options_type, argv, namespace)
-    sources.update(dict.fromkeys(without_effect, TAKEN))
+    without_effect, found = read_foreign_flags(options_type, argv, namespace)
+    sources.update(dict.fromkeys(without_effect, NO_EFFECT))
     problems.extend(found)
     problems.extend(foreign_problems(options_type, values))
     if problems:

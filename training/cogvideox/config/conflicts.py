@@ -19,9 +19,9 @@ from cogvideox.config.flags import (
     GuideFlags,
     HubFlags,
     LoraFlags,
+    LossFlags,
     OptimizerFlags,
     PrepareFlags,
-    SignalFlags,
     TrainFlags,
     ValidationFlags,
 )
@@ -60,7 +60,7 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
     if isinstance(options, TrainOptions):
         yield from train_problems(options)
         yield from optimizer_problems(options, given)
-        yield from signal_problems(options.signal, given)
+        yield from loss_problems(options.loss, given)
         yield from best_problems(options)
         yield from plan_problems(options)
     if isinstance(options, LoraOptions):
@@ -137,20 +137,20 @@ def validation_problems(validation: ValidationFlags) -> Iterator[str]:
         yield f"--validation_dir {validation.validation_dir}: names no file; give --validation_prompts too"
 
 
-def signal_problems(signal: SignalFlags, given: set[str]) -> Iterator[str]:
-    """Contradictions between the flags of the training signal, and parameters of what is not used."""
+def loss_problems(loss: LossFlags, given: set[str]) -> Iterator[str]:
+    """Contradictions between the flags of the loss, and parameters of what is not used."""
     for name, weightings in (("snr_gamma", WITH_SNR_GAMMA), ("p2_gamma", ("p2",)), ("p2_k", ("p2",))):
-        if name in given and signal.loss_weighting not in weightings:
+        if name in given and loss.loss_weighting not in weightings:
             yield (
-                f"--{name}: has no effect with --loss_weighting {signal.loss_weighting}; it is for "
+                f"--{name}: has no effect with --loss_weighting {loss.loss_weighting}; it is for "
                 f"{', '.join(weightings)}"
             )
-    if signal.max_timestep is not None and signal.max_timestep < signal.min_timestep:
+    if loss.max_timestep is not None and loss.max_timestep < loss.min_timestep:
         yield (
-            f"--max_timestep {signal.max_timestep}: is before --min_timestep {signal.min_timestep}; "
-            f"nearest: --max_timestep {signal.min_timestep}"
+            f"--max_timestep {loss.max_timestep}: is before --min_timestep {loss.min_timestep}; "
+            f"nearest: --max_timestep {loss.min_timestep}"
         )
-    if "ema_decay" in given and not signal.use_ema:
+    if "ema_decay" in given and not loss.use_ema:
         yield "--ema_decay: has no effect without --use_ema; give it too, or leave this out"
 
 
@@ -289,7 +289,7 @@ def script_problems(options_type: type[TrainOptions], guide: GuideFlags) -> Iter
 
 def check_ema(options: TrainOptions) -> Iterator[str]:
     """Problems of --use_ema with the launcher's configuration, for args.parse."""
-    if options.signal.use_ema and under_deepspeed():
+    if options.loss.use_ema and under_deepspeed():
         yield (
             "--use_ema: under DeepSpeed no rank has all fp32 weights to average; leave it out, or launch with "
             "accelerate_configs/uncompiled_2.yaml"

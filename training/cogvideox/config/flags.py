@@ -14,7 +14,7 @@ SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 POLYNOMIAL_END = 1e-7  # learning rate at the end of the polynomial schedule
 MODEL_NAMES = ("cogvideox-t2v", "cogvideox-i2v", "cogvideox1.5-t2v", "cogvideox1.5-i2v")  # in the CogVideo guide
-ADAMS, RULES = ("adam", "adamw"), ("adam", "adamw", "prodigy", "came")  # of optimizers
+ADAMS, OPTIMIZERS = ("adam", "adamw"), ("adam", "adamw", "prodigy", "came")  # of optimizers
 NAMED_CLASS = "a class by its dotted name"
 WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")
 WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
@@ -336,7 +336,7 @@ class TrainFlags:
 
 
 @dataclass(frozen=True)
-class SignalFlags:
+class LossFlags:
     """Read by diffusion.py, data/dataset.py and ema.py: what is learned from, and what is made of the weights."""
 
     loss_weighting: str = flag(
@@ -478,7 +478,7 @@ class OptimizerFlags:
         "adam",
         "adam has L2, adamw decoupled weight decay; prodigy finds its own step size (give --learning_rate 1); came; or "
         "a class by its dotted name, such as torch.optim.RAdam",
-        choices=RULES,
+        choices=OPTIMIZERS,
         dotted=True,
     )
     optimizer_args: tuple[str, ...] = flag(

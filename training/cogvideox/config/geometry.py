@@ -402,6 +402,6 @@ def check_timesteps(options: TrainOptions, geometry: Geometry) -> Iterator[str]:
     """Problems of the range of timesteps: the scheduler's config says how many there are."""
     last = int(geometry.schedule["num_train_timesteps"]) - 1
     for name in ("min_timestep", "max_timestep"):
-        value = getattr(options.signal, name)
+        value = getattr(options.loss, name)
         if value is not None and value > last:
             yield f"--{name} {value}: the scheduler's last timestep is {last}; nearest: --{name} {last}"

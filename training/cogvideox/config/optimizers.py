@@ -179,7 +179,7 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
     if flags.use_torchao and not any(map(shutil.which, (os.environ.get("CXX", COMPILERS[0]), *COMPILERS))):
         yield "--use_torchao: compiles its step, and there is no C++ compiler; install g++, or leave it out"
     if flags.use_cpu_offload_optimizer:
-        yield from offload_problems(options)
+        yield from offload_machine_problems(options)
     if under_deepspeed():
         yield from deepspeed_problems(flags)
 
@@ -227,7 +227,7 @@ def class_problems(flags: OptimizerFlags) -> Iterator[str]:
         yield f"--optimizer {flags.optimizer}: its step runs the model itself, which is not done here; give another"
 
 
-def offload_problems(options: TrainOptions) -> Iterator[str]:
+def offload_machine_problems(options: TrainOptions) -> Iterator[str]:
     """What torchao's optimizer on the CPU cannot do on this machine."""
     import torch
 

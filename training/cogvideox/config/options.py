@@ -26,12 +26,12 @@ from cogvideox.config.flags import (
     LoaderFlags,
     LoraFlags,
     LoraPlanFlags,
+    LossFlags,
     ModelFlags,
     OptimizerFlags,
     PlanFlags,
     PrepareFlags,
     ScriptFlags,
-    SignalFlags,
     TrainFlags,
     ValidationFlags,
 )
@@ -62,7 +62,7 @@ class TrainOptions:
     loader: LoaderFlags
     encode: EncodeFlags
     train: TrainFlags
-    signal: SignalFlags
+    loss: LossFlags
     optimizer: OptimizerFlags
     plan: PlanFlags
     validation: ValidationFlags
@@ -138,7 +138,7 @@ def names_of(item: "dataclasses.Field[Any]") -> tuple[str, ...]:
 
 
 @dataclass
-class Elsewhere:
+class ForeignFlag:
     """A flag that only other scripts have: the names that are free for it here, and whose it is."""
 
     item: "dataclasses.Field[Any]"
@@ -156,15 +156,15 @@ class Elsewhere:
         return f"--{self.item.name}: has no effect here; it is for {whose}"
 
 
-def elsewhere(options_type: type) -> list[Elsewhere]:
+def foreign_flags(options_type: type) -> list[ForeignFlag]:
     """The flags of the suite that a script does not have."""
     taken = {name for _, item, _ in fields_of(options_type) for name in names_of(item)}
-    found: dict[str, Elsewhere] = {}
+    found: dict[str, ForeignFlag] = {}
     for script, other in SCRIPTS.items():
         for _, item, annotation in fields_of(other):
             if item.name not in taken:
                 names = tuple(name for name in names_of(item) if name not in taken)
-                found.setdefault(item.name, Elsewhere(item, annotation, names, [])).scripts.append(script)
+                found.setdefault(item.name, ForeignFlag(item, annotation, names, [])).scripts.append(script)
     return list(found.values())
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cogvideox.config.flags import SignalFlags
+from cogvideox.config.flags import LossFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, TensorCache
 from cogvideox.data.media.workers import end_with_parent, ignore_stop_signals
@@ -128,7 +128,7 @@ def _read(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Te
     return tensor
 
 
-def timesteps_of(flags: SignalFlags, total: int) -> range:
+def timesteps_of(flags: LossFlags, total: int) -> range:
     """The timesteps that are trained, of all of the scheduler's."""
     return range(total)[flags.min_timestep : total if flags.max_timestep is None else flags.max_timestep + 1]
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvideox.config.flags import SignalFlags
+from cogvideox.config.flags import LossFlags
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def loss(
     return (predict(x_t, timestep_B).float() - target).square().mean(dim=(1, 2, 3, 4))
 
 
-def loss_weights(schedule: NoiseSchedule, flags: SignalFlags) -> Tensor:
+def loss_weights(schedule: NoiseSchedule, flags: LossFlags) -> Tensor:
     """The weight of the velocity error at each timestep, shape (T,), fp32.
 
     Written in abar, which leaves no division by zero where SNR is 0 (the last timestep). Every weighting but none and

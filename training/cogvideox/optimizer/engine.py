@@ -234,6 +234,6 @@ def make_engine(
     else:
         scaled = dtype == torch.float16
         masters = MasterWeights(parameters, make, options.train.max_grad_norm, scaled, state_on_host, away)
-    signal = options.signal
-    ema = Ema(parameters, masters.named_masters(), signal.ema_decay) if signal.use_ema else None
+    loss = options.loss
+    ema = Ema(parameters, masters.named_masters(), loss.ema_decay) if loss.use_ema else None
     return LocalEngine(transformer, masters, accelerator.is_main_process, ema)

@@ -103,7 +103,7 @@ def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: l
         sizes = sizes_of(transformer, geometry, buckets, options.train.train_batch_size, run.dtype, precision)
     except ValueError as error:
         raise UsageError(f"--base_precision {precision}: {error}; give int8") from None
-    averages = AVERAGE_BYTES if options.signal.use_ema else 0
+    averages = AVERAGE_BYTES if options.loss.use_ema else 0
     mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
     passes = options.train.gradient_accumulation_steps
     sum_bytes = 4 if passes > 1 else sizes.sum_bytes

@@ -132,7 +132,7 @@ def step_of(checkpoint: Path) -> int:
 
 def expected_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
     """The size of a checkpoint: each number's master, what the optimizer keeps of it, its average, its value."""
-    state = state_bytes(partial(make_optimizer, options.optimizer), device) + 4 * options.signal.use_ema
+    state = state_bytes(partial(make_optimizer, options.optimizer), device) + 4 * options.loss.use_ema
     return sum(parameter.numel() * (state + parameter.element_size()) for parameter in parameters)
 
 
