@@ -32,7 +32,8 @@ from cogvideox.files import what_is_safe
 from cogvideox.memory.streaming import Away
 from cogvideox.model import diffusion, models
 from cogvideox.model.diffusion import NoiseSchedule
-from cogvideox.model.tasks import losses_of
+from cogvideox.model.methods import Method
+from cogvideox.model.tasks import Task, losses_of
 from cogvideox.optimizer.engine import engine_name, make_engine
 from cogvideox.optimizer.optim import learning_rate, rate_jump
 from cogvideox.planning.block_check import check_blocks
@@ -73,7 +74,9 @@ class Steps:
         return self.start.step
 
 
-def recipe_of(run: Run, options: TrainOptions, geometry: Geometry, task_type: Any, method_type: Any) -> dict[str, Any]:
+def recipe_of(
+    run: Run, options: TrainOptions, geometry: Geometry, task_type: type[Task], method_type: type[Method]
+) -> dict[str, Any]:
     """All that decides the result but the data, whatever the number of processes. Compared when a run is resumed."""
     return {
         "task": task_type.__name__,
@@ -152,8 +155,8 @@ class Trainer:
         options: TrainOptions,
         tensors: Tensors,
         prompts: Prompts,
-        task: Any,
-        method: Any,
+        task: Task,
+        method: Method,
         plan: Plan,
         away: Away | None,
         steps: Steps,
@@ -404,7 +407,7 @@ class Trainer:
         return step
 
 
-def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
+def fine_tune(options: TrainOptions, task_type: type[Task], method_type: type[Method]) -> int:
     """What every training script does: data, then the model, then training, then the result.
 
     Returns the exit status, 0.
@@ -418,7 +421,7 @@ def fine_tune(options: TrainOptions, task_type: Any, method_type: Any) -> int:
         return run_through(options, task_type, method_type)
 
 
-def run_through(options: TrainOptions, task_type: Any, method_type: Any) -> int:
+def run_through(options: TrainOptions, task_type: type[Task], method_type: type[Method]) -> int:
     """The parts of a run in their order."""
     run = start_run(options)
     keep_to_budget(run, options)

@@ -20,7 +20,8 @@ from cogvideox.data.cache import CacheIndex
 from cogvideox.evaluation.before_after import SHEET_NAME
 from cogvideox.evaluation.validation import Validator
 from cogvideox.files import write_atomically
-from cogvideox.model.tasks import IMAGE_NAME
+from cogvideox.model.methods import Method
+from cogvideox.model.tasks import IMAGE_NAME, Task
 from cogvideox.runtime.curves import CURVES_NAME
 from cogvideox.runtime.run import Run
 
@@ -91,8 +92,8 @@ class Facts:
 def write_card(
     run: Run,
     options: TrainOptions,
-    task: Any,
-    method: Any,
+    task: Task,
+    method: Method,
     validator: Validator,
     index: CacheIndex,
     made: dict[str, Any],

@@ -26,6 +26,7 @@ from cogvideox.evaluation.validation import Validator, evaluation
 from cogvideox.export.card import MIN_DIFFUSERS, write_card
 from cogvideox.export.pipeline_folder import remove_pipeline, write_pipeline
 from cogvideox.files import disk_errors_told, fsync, removed_on_failure, write_atomically
+from cogvideox.model.methods import Method
 from cogvideox.model.tasks import Task
 from cogvideox.planning.execution import base_precision
 from cogvideox.planning.layerwise import run_layer_by_layer
@@ -103,7 +104,7 @@ def publish(
     run: Run,
     options: TrainOptions,
     task: Task,
-    method: Any,
+    method: Method,
     validator: Validator,
     dataset: LatentDataset,
     recipe: dict[str, Any],
@@ -171,7 +172,7 @@ def scale_warning(scale: float) -> str:
     )
 
 
-def write_weights(method: Any, folder: Path) -> dict[str, Any]:
+def write_weights(method: Method, folder: Path) -> dict[str, Any]:
     """The weights under their final name, never half-written: a file, or a folder. Returns what ``export`` does."""
     temporary, target = folder / ".weights.tmp", folder / method.result
     shutil.rmtree(temporary, ignore_errors=True)
@@ -202,13 +203,13 @@ def pipeline_around(task: Task, transformer: Any) -> Any:
     return getattr(diffusers, task.pipeline)(**parts, transformer=transformer)
 
 
-def reloaded(method: Any, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
+def reloaded(method: Method, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
     """The same after the weights have been dropped and loaded from their files by the stock classes."""
     method.reload(pipeline_around(task, method.transformer), folder)
     return forward(task, method.transformer, batch, run)
 
 
-def in_diffusers(method: Any, folder: Path, task: Task, batch: Batch, run: Run, precision: str) -> Tensor:
+def in_diffusers(method: Method, folder: Path, task: Task, batch: Batch, run: Run, precision: str) -> Tensor:
     """The same by a transformer that only diffusers has loaded and runs; of the base in the precision of training."""
     transformer = method.fresh(partial(pipeline_around, task), folder)
     run_layer_by_layer(transformer, run.device, run.dtype, precision)
@@ -236,7 +237,7 @@ def faithful(base: Tensor, trained: Tensor, reloaded: Tensor) -> bool:
     return bool(error <= MAX_SHARE * effect + ROUNDING * trained.norm())
 
 
-def inference_script(options: TrainOptions, task: Task, method: Any, validator: Validator, run: Run) -> str:
+def inference_script(options: TrainOptions, task: Task, method: Method, validator: Validator, run: Run) -> str:
     """A script that makes the first validation video again in stock diffusers."""
     flags, model = options.validation, options.model
     folder = Path(model.pretrained_model_name_or_path)

@@ -1,11 +1,7 @@
-"""What is trained: which parameters are added or freed, and how the result is written and read back.
+"""What is trained: which parameters are added or made trainable, and how the result is written and read back.
 
-A method is made of (transformer, options). It has ``transformer``, ``result`` (the name of what ``save`` writes),
-``parameters()``, ``draw_for(step, first)`` before each forward pass of training, ``save`` for checkpoints and
-``export`` for the result (both return what recipe.json says of the file), ``reload`` into the transformer and ``fresh``
-into a new one, ``recipe(options)``, which needs
-no method, ``resume(folder)`` after the engine has loaded a checkpoint, ``off(folder)`` and ``inference(dtype)``: an
-argument of from_pretrained that brings in what was trained, and the lines after it, for inference.py.
+``Method`` lists what the training loop needs of a method. The methods are ``Lora``, a PEFT LoRA on a frozen
+transformer, and ``FullFinetune``, which trains all weights of the transformer.
 """
 
 import hashlib
@@ -13,11 +9,11 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +44,70 @@ from cogvideox.model.lora import (
 from cogvideox.model.models import ignore_learned_positions, load_transformer
 
 ADAPTER = "default"
+
+
+class Method(Protocol):
+    """What the training loop needs of a training method.
+
+    Attributes:
+        transformer: The model that is trained.
+        result: The file or folder name of what ``save`` and ``export`` write.
+    """
+
+    transformer: Any
+    result: str
+
+    def __init__(self, transformer: Any, options: Any) -> None:
+        """Prepares a loaded transformer for training, by the options of the scripts that use this method."""
+
+    @staticmethod
+    def recipe(options: Any, /) -> dict[str, Any]:
+        """Returns the flags of this method that decide the result; they are compared when a run is resumed."""
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Returns the trainable parameters by name."""
+
+    def draw_for(self, step: int, first: int) -> None:
+        """Seeds dropout for the next forward pass.
+
+        Args:
+            step: Optimizer step, counted from 0.
+            first: Position of the pass's first sample in the global batch of that step.
+        """
+
+    def resume(self, folder: Path) -> None:
+        """Loads what a checkpoint has for this method, after the engine has loaded the parameters."""
+
+    def off(self, folder: Path, /) -> AbstractContextManager[None]:
+        """Restores the transformer as it was before training, for the duration of a ``with`` block.
+
+        Args:
+            folder: The folder that ``save`` or ``export`` wrote, from which the result may be loaded afterwards.
+        """
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Writes the weights of a checkpoint into a folder; returns what recipe.json records about the file."""
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """Writes the weights of the result into a folder; returns what recipe.json records about the file."""
+
+    def reload(self, pipeline: Any, folder: Path, /) -> None:
+        """Loads the weights of a folder into the transformer, as a user of the diffusers pipeline would."""
+
+    def fresh(self, pipeline_of: Callable[[Any], Any], folder: Path, /) -> Any:
+        """Returns a new transformer on the CPU with the weights of a folder.
+
+        Args:
+            pipeline_of: Builds the diffusers pipeline around a transformer.
+            folder: The folder that ``save`` or ``export`` wrote.
+        """
+
+    def inference(self, dtype: str) -> tuple[str, str]:
+        """Returns code for inference.py: an argument of from_pretrained that loads the result, and the lines after it.
+
+        Args:
+            dtype: Name of a torch dtype, such as "bfloat16".
+        """
 
 
 class Lora:

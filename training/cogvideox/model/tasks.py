@@ -1,12 +1,11 @@
-"""What is generated from what: which inputs the transformer gets, and which pipeline samples from it.
+"""Which inputs the transformer gets, and which diffusers pipeline samples from it: text to video or image to video.
 
-Batch -> predictor(transformer, batch): (x_t, timestep) -> velocity, as the matching diffusers pipeline calls the model.
-A task is made of (options, geometry, device, compute type). It has ``pipeline``, ``predictor``, ``inference``: what
-inference.py takes beside a prompt, and ``recipe(options, geometry)``, which needs no task.
+``Task`` lists what the training loop needs of a task. A task makes a predictor of a batch, (x_t, timestep) -> velocity,
+which calls the transformer exactly as the matching diffusers pipeline does. ``losses_of`` is the loss of each sample.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +19,31 @@ from cogvideox.model.rope import RotaryTables
 
 OFS = 2.0  # the offset that CogVideoX 1.5 image-to-video was trained with
 IMAGE_NAME = "image-{}.png"  # beside the result: an image of validation
+
+
+class Task(Protocol):
+    """What the training loop needs of a task.
+
+    Attributes:
+        pipeline: Class name of the diffusers pipeline that samples from the result.
+        inference: Parts of inference.py that pass inputs other than the prompt: "usage", "defaults", "names" and
+            "arguments".
+        dtype: The compute type, in which the transformer gets its inputs.
+    """
+
+    pipeline: ClassVar[str]
+    inference: ClassVar[dict[str, str]]
+    dtype: torch.dtype
+
+    def __init__(self, options: TrainOptions, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> None:
+        """Prepares what every batch needs, on the device and in the compute type of training."""
+
+    @staticmethod
+    def recipe(options: TrainOptions, geometry: Geometry, /) -> dict[str, Any]:
+        """Returns the settings of this task that decide the result; they are compared when a run is resumed."""
+
+    def predictor(self, transformer: Any, batch: Batch) -> Predictor:
+        """Returns the function (x_t, timestep) -> velocity for the conditions of a batch on the device."""
 
 
 class TextToVideo:
@@ -82,9 +106,6 @@ class ImageToVideo:
             return torch.cat([x_t_BFCHW, on_first_frame(image_BCHW, x_t_BFCHW.shape[1])], dim=2)
 
         return predictor(transformer, batch.prompt_BLD.to(self.dtype), self.rotary, beside_image, ofs=self.ofs)
-
-
-Task = TextToVideo | ImageToVideo
 
 
 def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:

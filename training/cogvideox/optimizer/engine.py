@@ -21,6 +21,7 @@ from cogvideox.config.options import TrainOptions
 from cogvideox.errors import UsageError
 from cogvideox.finite import not_finite
 from cogvideox.memory.streaming import Away
+from cogvideox.model.methods import Method
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.master_weights import plain_tensors
 from cogvideox.optimizer.offload import OffloadedWeights
@@ -206,7 +207,7 @@ def engine_name(accelerator: Any) -> str:
 def make_engine(
     accelerator: Any,
     transformer: Any,
-    method: Any,
+    method: Method,
     options: TrainOptions,
     dtype: torch.dtype,
     state_on_host: bool = False,

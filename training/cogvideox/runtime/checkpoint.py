@@ -28,6 +28,7 @@ from cogvideox.config.options import LoraOptions, TrainOptions
 from cogvideox.data.cache import CacheIndex, hash_of
 from cogvideox.errors import DiskError, NonFiniteError, UsageError, first_line
 from cogvideox.files import check_room, disk_errors_told, fsync, removed_on_failure, temporary_of, write_atomically
+from cogvideox.model.methods import Method
 from cogvideox.optimizer.engine import Engine
 from cogvideox.optimizer.master_weights import state_bytes
 from cogvideox.runtime.run import METRICS_NAME, Run
@@ -159,7 +160,7 @@ class Saver:
 
     run: Run
     engine: Engine
-    method: Any
+    method: Method
     recipe: dict[str, Any]
     every: int
     limit: int | None
@@ -333,7 +334,7 @@ class StartPoint:
     step: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
 
-    def load(self, run: Run, engine: Engine, method: Any) -> None:
+    def load(self, run: Run, engine: Engine, method: Method) -> None:
         """Loads the checkpoint, if there is one, into the engine and the method; else keeps what is damaged aside."""
         if self.folder is None:
             if run.is_main:
