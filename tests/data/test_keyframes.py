@@ -92,7 +92,7 @@ def test_damage_near_the_start_is_known_from_the_start(clip: Path, monkeypatch: 
 def test_the_decoder_sees_the_first_packet_before_it_jumps(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first packet alone says which x264 wrote a file, and old ones need another way of decoding."""
     taught: set[int] = set()
-    real = packets.decoded
+    real = packets.decode_packet
 
     def decoded(packet: Any, decoder: Any, keyframe: int) -> Iterator[Any]:
         taught.update([id(decoder)] if packet.pts == 0 else [])
@@ -100,7 +100,7 @@ def test_the_decoder_sees_the_first_packet_before_it_jumps(clip: Path, monkeypat
             raise CORRUPT
         return real(packet, decoder, keyframe)
 
-    monkeypatch.setattr(decode, "decoded", decoded)
+    monkeypatch.setattr(decode, "decode_packet", decoded)
     whole = with_corruption(monkeypatch, lambda number, begun: False)
     assert number_in(decode.read_frames(clip, decode.probe(clip), [62], *SIZE)[0]) == 62
     assert [number for number, _ in whole] == [0, 60, 61, 62]

@@ -25,12 +25,12 @@ from cogvideox.data.cache import TensorCache, open_index
 from cogvideox.data.dataset import LatentDataset, batches_of, build_loader, collate
 from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
 from cogvideox.data.shared_memory import (
-    FOLDER,
-    HELD,
+    BATCHES_IN_USE,
+    SHM_FOLDER,
     batch_bytes,
     bytes_needed,
     choose_workers,
-    free_bytes,
+    free_shared_memory,
     pages,
     workers_with_room,
 )
@@ -46,7 +46,7 @@ def mount_small(size: int) -> None:
     steps: tuple[Callable[[], int], ...] = (
         lambda: libc.unshare(NEW_NAMESPACE),
         lambda: libc.mount(b"none", b"/", None, PRIVATE, None),
-        lambda: libc.mount(b"tmpfs", FOLDER.encode(), b"tmpfs", 0, f"size={size}".encode()),
+        lambda: libc.mount(b"tmpfs", SHM_FOLDER.encode(), b"tmpfs", 0, f"size={size}".encode()),
     )
     for step in steps:
         if step() != 0:
@@ -115,7 +115,7 @@ def test_as_many_workers_as_there_is_room_for() -> None:
 
 
 def test_what_was_chosen_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "free_bytes", lambda: 64 * MIB)
+    monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: 64 * MIB)
     workers, prefetch, line = choose_workers(8, 11 * MIB, processes=1)
     assert (workers, prefetch) == (3, 1)
     assert line == (
@@ -128,8 +128,8 @@ def test_what_was_chosen_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_missing_folder_has_no_room_and_one_without_a_limit_has_all(tmp_path: Path) -> None:
-    assert free_bytes(str(tmp_path / "none")) == 0
-    assert free_bytes("/proc") == sys.maxsize  # it says, as a tmpfs without a limit does, that it has no blocks
+    assert free_shared_memory(str(tmp_path / "none")) == 0
+    assert free_shared_memory("/proc") == sys.maxsize  # it says, as a tmpfs without a limit does, that it has no blocks
 
 
 @pytest.mark.fault("memory: small /dev/shm")
@@ -207,4 +207,4 @@ def test_a_worker_that_is_killed_is_one_line(data: LatentDataset) -> None:
 
 
 def test_what_a_loader_holds_beside_what_waits() -> None:
-    assert bytes_needed(0, 2, MIB) == HELD * MIB
+    assert bytes_needed(0, 2, MIB) == BATCHES_IN_USE * MIB

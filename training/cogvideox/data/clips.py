@@ -27,7 +27,7 @@ from cogvideox.rng import uniform
 
 StrPath = str | os.PathLike[str]
 
-RULES = 3  # another number where equal flags begin to mean other cuts: what was planned before is planned again
+PLAN_VERSION = 3  # another number where equal flags begin to mean other cuts: what was planned before is planned again
 
 IMAGE_STRETCH = 1.03  # to which an image's aspect ratio may differ from its clip's: sizes are whole pixels
 
@@ -57,7 +57,7 @@ class ClipRecipe:
     @cached_property
     def digest(self) -> str:
         """Changes with any field."""
-        return hash_of([RULES, asdict(self)])
+        return hash_of([PLAN_VERSION, asdict(self)])
 
     def request(self, path: StrPath) -> str:
         """Names this recipe applied to the file as it is now, or to its absence, without reading it."""
@@ -114,10 +114,10 @@ def measure_clip(path: StrPath, recipe: ClipRecipe) -> dict[str, Any]:
     """The record of a file with its size and the frames that it can give; its content is not hashed, its cuts are not
     planned. Never raises for a bad file.
     """
-    return _record(path, "", lambda info: {"status": OK, "available": available_frames(info, recipe)})
+    return _record(path, "", lambda info: {"status": OK, "available": frames_at_recipe_rate(info, recipe)})
 
 
-def available_frames(info: VideoInfo, recipe: ClipRecipe) -> int:
+def frames_at_recipe_rate(info: VideoInfo, recipe: ClipRecipe) -> int:
     """How many frames a clip can give at the rate of a recipe."""
     return frames_available(info.times, recipe.fps, recipe.skip_frames_start, recipe.skip_frames_end)
 
@@ -153,11 +153,11 @@ def _record(path: StrPath, request: str, plan: Callable[[VideoInfo], dict[str, A
 
 def plan_cuts(path: StrPath, info: VideoInfo, recipe: ClipRecipe) -> dict[str, Any]:
     """What a clip gives to its buckets, or why it fills none: part of its record."""
-    available = available_frames(info, recipe)
+    available = frames_at_recipe_rate(info, recipe)
     size = (info.height, info.width)
     buckets = choose_buckets(recipe.buckets, available, *size, recipe.max_upscale, recipe.every_bucket)
     if not buckets:
-        return refusal(info, recipe, available) | {"available": available}
+        return no_bucket_record(info, recipe, available) | {"available": available}
     content = content_hash(path)
     cuts = [plan_cut(info, bucket, recipe, content) for bucket in buckets]
     return {"status": OK, "available": available, "content": content, "cuts": cuts}
@@ -173,7 +173,7 @@ def image_refusal(clip: dict[str, Any], image: dict[str, Any]) -> str | None:
     return f"{shapes}: a first frame has its clip's shape; cut it to that, or list no images"
 
 
-def refusal(info: VideoInfo, recipe: ClipRecipe, available: int) -> dict[str, Any]:
+def no_bucket_record(info: VideoInfo, recipe: ClipRecipe, available: int) -> dict[str, Any]:
     """Why a clip fills no bucket: part of its record."""
     shortest = min(bucket.frames for bucket in recipe.buckets)
     if not available:

@@ -12,16 +12,16 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.config.geometry import Geometry
 from cogvideox.data.cache import CacheIndex
 
-FOLDER = "/dev/shm"
-PAGE = 4096  # bytes; each tensor is a file of its own there
+SHM_FOLDER = "/dev/shm"
+PAGE_BYTES = 4096  # bytes; each tensor is a file of its own there
 PREFETCH = 2  # batches that a worker has ready or at work; 1 where that is all there is room for
-HELD = 2  # batches that have arrived and are not freed yet: the one that is trained on, and the one before it
+BATCHES_IN_USE = 2  # batches that have arrived and are not freed yet: the one that is trained on, and the one before it
 WORKER_BYTES = 2**15  # the locks of a worker's queues
-SHARE = 0.9  # of the free space; NCCL and other programs take some too
+USABLE_SHARE = 0.9  # of the free space; NCCL and other programs take some too
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
-def free_bytes(folder: str = FOLDER) -> int:
+def free_shared_memory(folder: str = SHM_FOLDER) -> int:
     """The space that is left in a folder; 0 where there is no such folder."""
     try:
         status = os.statvfs(folder)
@@ -45,12 +45,12 @@ def batch_bytes(geometry: Geometry, index: CacheIndex, batch_size: int) -> int:
 
 def pages(sizes: Iterable[int]) -> int:
     """Bytes of files of these sizes, in whole pages."""
-    return sum(-(-size // PAGE) * PAGE for size in sizes)
+    return sum(-(-size // PAGE_BYTES) * PAGE_BYTES for size in sizes)
 
 
 def bytes_needed(workers: int, prefetch: int, batch: int) -> int:
     """What a loader takes in shared memory when all its batches wait."""
-    return workers * (prefetch * batch + WORKER_BYTES) + HELD * batch
+    return workers * (prefetch * batch + WORKER_BYTES) + BATCHES_IN_USE * batch
 
 
 def workers_with_room(asked: int, batch: int, free: int) -> tuple[int, int]:
@@ -61,15 +61,16 @@ def workers_with_room(asked: int, batch: int, free: int) -> tuple[int, int]:
 
 def choose_workers(asked: int, batch: int, processes: int) -> tuple[int, int, str | None]:
     """``workers_with_room`` in what this machine's ``processes`` have free together, and a line where it is less."""
-    free = int(free_bytes() * SHARE) // processes
+    free = int(free_shared_memory() * USABLE_SHARE) // processes
     workers, prefetch = workers_with_room(asked, batch, free)
     if (workers, prefetch) == (asked, PREFETCH) or not asked:
         return workers, prefetch, None
     need = bytes_needed(asked, PREFETCH, batch) * processes
     chosen = f"{workers} with {prefetch} batch each" if workers else "none: batches are read between the steps"
     fix = "more shared memory (docker run --shm-size 2g) allows all"
-    said = f"--dataloader_num_workers {asked}: needs {mebibytes(need)} of {FOLDER}, {mebibytes(free_bytes())} are free"
-    return workers, prefetch, f"{said}; workers: {chosen}; {fix}"
+    needed, left = mebibytes(need), mebibytes(free_shared_memory())
+    shortage = f"--dataloader_num_workers {asked}: needs {needed} of {SHM_FOLDER}, {left} are free"
+    return workers, prefetch, f"{shortage}; workers: {chosen}; {fix}"
 
 
 def mebibytes(number: int) -> str:

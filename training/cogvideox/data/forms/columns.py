@@ -103,7 +103,7 @@ def _rules(line: str) -> list[str]:
     return [": ".join(parts[start:]) for start in range(1, len(parts))]
 
 
-def listing(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
     """The first ten names."""
     names = list(names)
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"

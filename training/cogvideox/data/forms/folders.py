@@ -25,10 +25,10 @@ from cogvideox.data.forms.columns import (
     Column,
     Columns,
     Problems,
-    listing,
+    first_names,
     read_lines,
 )
-from cogvideox.data.forms.paths import PathRules, folded
+from cogvideox.data.forms.paths import PathRules, fold_name
 from cogvideox.data.forms.tables import FORMATS, Names, read_table
 
 CAPTION_FILES = ("prompts.txt", "prompt.txt")
@@ -130,7 +130,7 @@ def _files(root: str, names: Sequence[str]) -> list[str]:
 def _text_files(root: str) -> str:
     """What a user may have meant: the names of the files that are not videos or hidden, at most ten."""
     names = _files(root, _names(root, Problems()))
-    return listing([name for name in names if name.endswith((".txt", *FORMATS))] or names)
+    return first_names([name for name in names if name.endswith((".txt", *FORMATS))] or names)
 
 
 def _read_lists(root: str, names: Names, rules: PathRules, problems: Problems) -> Columns:
@@ -202,8 +202,9 @@ def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
             _add_choices(root, choices, problems)
             return Columns()
     if not scan.media:
-        looked = f"{' or '.join(CAPTION_FILES)} with {VIDEO_FILES[0]}, {', '.join(TABLE_FILES)}, clip.mp4 with clip.txt"
-        problems.add("no data set", f"{root}: has none of: {looked}; there are: {_text_files(root)}")
+        lists = f"{' or '.join(CAPTION_FILES)} with {VIDEO_FILES[0]}"
+        accepted = f"{lists}, {', '.join(TABLE_FILES)}, clip.mp4 with clip.txt"
+        problems.add("no data set", f"{root}: has none of: {accepted}; there are: {_text_files(root)}")
         return Columns()
     for stem in sorted(scan.media.keys() | scan.texts.keys()):
         _check_pair(root, stem, scan, problems)
@@ -246,9 +247,9 @@ def _match_captions(scan: _Scan) -> None:
     clips: dict[str, list[str]] = defaultdict(list)
     captions: dict[str, list[str]] = defaultdict(list)
     for stem in scan.media.keys() - scan.texts.keys():
-        clips[folded(stem)].append(stem)
+        clips[fold_name(stem)].append(stem)
     for stem in scan.texts.keys() - scan.media.keys():
-        captions[folded(_LABELS.sub(r"\1videos/", stem))].append(stem)
+        captions[fold_name(_LABELS.sub(r"\1videos/", stem))].append(stem)
     for key in clips.keys() & captions.keys():
         if len(clips[key]) == len(captions[key]) == 1:
             scan.texts[clips[key][0]] = scan.texts.pop(captions[key][0])
@@ -316,7 +317,9 @@ def _names(folder: str, problems: Problems) -> list[str]:
     except OSError as error:
         problems.add("unreadable folder", f"{folder}: cannot be read ({error.strerror}); check its permissions")
         return []
-    return sorted(name for name in names if not (name.startswith(".") or name == TENSOR_FOLDER or folded(name) in JUNK))
+    return sorted(
+        name for name in names if not (name.startswith(".") or name == TENSOR_FOLDER or fold_name(name) in JUNK)
+    )
 
 
 def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
@@ -347,7 +350,7 @@ def _same_names(kind: str, names: Sequence[str]) -> str:
 
 def _is_document(path: str) -> bool:
     """Whether a text is about a data set, by its name: README.txt, LICENSE-2.0.txt."""
-    return re.split(r"[\W_]", folded(os.path.basename(path)), maxsplit=1)[0] in DOCUMENTS
+    return re.split(r"[\W_]", fold_name(os.path.basename(path)), maxsplit=1)[0] in DOCUMENTS
 
 
 def _read_caption(root: str, name: str, rules: PathRules, problems: Problems) -> str | None:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from shlex import quote
 
-from cogvideox.data.forms.columns import POINTER, Column, Problems, is_unicode, listing
+from cogvideox.data.forms.columns import POINTER, Column, Problems, first_names, is_unicode
 from cogvideox.files import is_lfs_pointer, lfs_rule
 
 # Two letters at least: C:/clips is a path on Windows, not a URL.
@@ -61,7 +61,9 @@ class PathRules:
         if len(spelled) == 1:
             return os.path.join(column.folder, spelled[0]), self.verdict(spelled[0], column.folder, what)
         if spelled:
-            rule = f"is spelled as none of these files and means one of them: {listing(spelled)}; rename all but one"
+            rule = (
+                f"is spelled as none of these files and means one of them: {first_names(spelled)}; rename all but one"
+            )
             return full, ("ambiguous name", f"{path}: {rule}")
         return full, self._foreign(path, column, row) or verdict
 
@@ -89,7 +91,7 @@ class PathRules:
         found = [""]
         for name in parts:
             names = ((parent, self._names_in(os.path.join(folder, parent))) for parent in found)
-            found = [os.path.join(parent, there) for parent, known in names for there in known.get(folded(name), ())]
+            found = [os.path.join(parent, there) for parent, known in names for there in known.get(fold_name(name), ())]
         wanted = unicodedata.normalize("NFC", "/".join(parts))
         return [there for there in found if unicodedata.normalize("NFC", there) == wanted] or found
 
@@ -99,7 +101,7 @@ class PathRules:
         if known is None:
             known = self._names[folder] = defaultdict(list)
             for name in _listed(folder) if self.allows(os.path.realpath(folder)) else ():
-                known[folded(name)].append(name)
+                known[fold_name(name)].append(name)
         return known
 
     def verdict(self, path: str, folder: str, what: str) -> Verdict:
@@ -111,7 +113,7 @@ class PathRules:
         if not is_unicode(path):
             return "not UTF-8", f"{path}: is not UTF-8; rename the file, or write its name in UTF-8"
         try:
-            real, status = self._look(os.path.join(folder, path))
+            real, status = self._resolve(os.path.join(folder, path))
             pointer = self.allows(real) and _is_pointer(real, status)
         except OSError as error:
             return "unreadable path", f"{path}: cannot be read ({error.strerror}); check the path"
@@ -133,7 +135,7 @@ class PathRules:
         """Whether a path without links lies where files may be read."""
         return (real + os.sep).startswith(self._allowed)
 
-    def _look(self, full: str) -> tuple[str, os.stat_result | None]:
+    def _resolve(self, full: str) -> tuple[str, os.stat_result | None]:
         """The path with symlinks followed, and the status of what it leads to (None: nothing)."""
         parent, name = os.path.split(full)
         if name in ("", ".", ".."):
@@ -148,7 +150,7 @@ class PathRules:
         return f"{real_parent}{os.sep}{name}", status
 
 
-def folded(name: str) -> str:
+def fold_name(name: str) -> str:
     """What names have in common that differ in Unicode's normal form or in letter case only."""
     return name.casefold() if name.isascii() else unicodedata.normalize("NFC", name.casefold())
 

@@ -17,7 +17,7 @@ from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
 from cogvideox.errors import UsageError
 
-KEPT = "_listing"  # where check_data leaves it
+LISTING_ATTRIBUTE = "_listing"  # where check_data leaves it
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def check_data(options: Any) -> Iterator[str]:
             into.extend(read(options.data, need_captions=needs_captions(options)))
         except UsageError as error:
             yield from error.problems
-    vars(options.data)[KEPT] = listing  # of no use if there are problems, but then nobody takes it
+    vars(options.data)[LISTING_ATTRIBUTE] = listing  # of no use if there are problems, but then nobody takes it
 
 
 def take_listing(data: DataFlags, need_captions: bool = True) -> Listing:
@@ -101,7 +101,7 @@ def take_listing(data: DataFlags, need_captions: bool = True) -> Listing:
     Raises:
         UsageError: as read_samples.
     """
-    kept: Listing | None = vars(data).pop(KEPT, None)
+    kept: Listing | None = vars(data).pop(LISTING_ATTRIBUTE, None)
     if kept is not None:
         return kept
     listing = Listing([], [], [])

@@ -15,7 +15,15 @@ from functools import partial
 from shlex import quote
 from typing import Any
 
-from cogvideox.data.forms.columns import NO_CAPTIONS, WITHOUT_CAPTIONS, Column, Columns, Problems, listing, read_lines
+from cogvideox.data.forms.columns import (
+    NO_CAPTIONS,
+    WITHOUT_CAPTIONS,
+    Column,
+    Columns,
+    Problems,
+    first_names,
+    read_lines,
+)
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 VIDEO_COLUMNS = ("video", "file_name", "video_path", "path")
@@ -90,7 +98,7 @@ def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Seq
     rule = f"{table.file}: has no column {' or '.join(wanted)}"
     if given is not None:
         rule = f"{flag} {given}: no such column in {table.file}"
-    line = f"{rule}; there are: {listing(table.columns)}; {fix}"
+    line = f"{rule}; there are: {first_names(table.columns)}; {fix}"
     if given is None and wanted is CAPTION_COLUMNS:
         problems.add(NO_CAPTIONS, f"{line}; {WITHOUT_CAPTIONS}")
     else:
@@ -165,7 +173,7 @@ def _is_header(columns: list[str], file: str, problems: Problems) -> bool:
     if not columns:
         problems.add("empty table", f"{file}: is empty; it needs a row with the names of the columns")
     elif twice:
-        problems.add("column twice", f"{file}: has two columns {listing(twice)}; rename one")
+        problems.add("column twice", f"{file}: has two columns {first_names(twice)}; rename one")
     return bool(columns) and not twice
 
 

@@ -13,7 +13,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
-from cogvideox.data.media.planes import EXACT, samples
+from cogvideox.data.media.planes import EXACT, plane_array
 
 # A graphic control extension of a gif whose disposal method clears the frame's area for the next one.
 _GIF_CLEARS = re.compile(rb"!\xf9\x04[\x08-\x0b]...\0", re.DOTALL)
@@ -40,7 +40,7 @@ def on_black(frame: VideoFrame) -> VideoFrame:
         return frame
     visible = VideoFrame(frame.width, frame.height, "gbrp")
     for plane, color_HW in zip(visible.planes, colors, strict=True):
-        samples(plane)[:] = (color_HW.astype(np.uint16) * alpha_HW + 127) // 255
+        plane_array(plane)[:] = (color_HW.astype(np.uint16) * alpha_HW + 127) // 255
     return visible
 
 
@@ -51,7 +51,7 @@ def _has_alpha(frame: VideoFrame) -> bool:
 def _split(frame: VideoFrame) -> tuple[list[np.ndarray], np.ndarray]:
     """The green, blue and red planes and alpha at full size, uint8 (height, width) each."""
     planes = frame.reformat(format="gbrap", interpolation=Interpolation.BICUBIC | EXACT, threads=1).planes
-    *colors, alpha_HW = map(samples, planes)
+    *colors, alpha_HW = map(plane_array, planes)
     return colors, alpha_HW
 
 

@@ -15,7 +15,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
 from cogvideox.data.media.faults import VideoError
-from cogvideox.data.media.planes import EXACT, samples
+from cogvideox.data.media.planes import EXACT, plane_array
 
 WHITE = 203.0  # cd/m2 of HDR that become white: the level of graphics and paper by ITU-R BT.2408
 HDR: dict[int, str] = {ColorTrc.ARIB_STD_B67: "hlg", ColorTrc.SMPTE2084: "pq"}
@@ -121,8 +121,8 @@ class SdrConverter:
         coded = self._scaler.reformat(frame, *size, "gbrp12le", interpolation=method, threads=1)
         light = _light_of_codes(self._transfer, _last_code(frame))
         shown = VideoFrame(*size, "gbrp")
-        codes = [samples(plane, np.uint16) for plane in coded.planes]
-        pixels = [samples(plane) for plane in shown.planes]
+        codes = [plane_array(plane, np.uint16) for plane in coded.planes]
+        pixels = [plane_array(plane) for plane in shown.planes]
         for top in range(0, size[1], _STRIP):
             rows = slice(top, top + _STRIP)
             green, blue, red = (light[plane[rows]] for plane in codes)

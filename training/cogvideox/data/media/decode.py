@@ -29,9 +29,9 @@ from cogvideox.data.media.decord_reader import read_with_decord
 from cogvideox.data.media.faults import AGAIN, VideoError, check_size
 from cogvideox.data.media.frames import ON_BLACK, PacketIndex, VideoInfo
 from cogvideox.data.media.mpeg4 import unpacker
-from cogvideox.data.media.packets import decoded, reading, scan, size_change, stamp_of, strict_decoder
+from cogvideox.data.media.packets import decode_packet, open_video, scan, size_and_mtime, size_change, strict_decoder
 from cogvideox.data.media.pictures import is_picture, probe_picture, read_picture
-from cogvideox.data.media.planes import EXACT, samples
+from cogvideox.data.media.planes import EXACT, plane_array
 from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
 
 # A frame after so many whole ones lacks none from before the start: h264 and hevc let it refer to 16 frames, and decode
@@ -39,20 +39,20 @@ from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, r
 _MAX_REFERENCES = 32
 
 
-class _TooLate(VideoError):
+class _NeedsEarlierKeyframe(VideoError):
     """A frame is missing or corrupt, and may come out right if decoding begins at an earlier keyframe."""
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Reads all packets and decodes the first frame (the rotation is stored with it). Raises VideoError."""
-    stamp = stamp_of(path)
+    stamp = size_and_mtime(path)
     if stamp[0] == 0:
         raise VideoError(f"{path}: is empty; download it again")
     if is_lfs_pointer(path, stamp[0]):
         raise VideoError(f"{path}: {lfs_rule()}")
     if is_picture(path):
         return probe_picture(path)
-    with reading(path) as (container, stream):
+    with open_video(path) as (container, stream):
         container_tags = ColorTags.of(stream.codec_context)  # the decoder will overwrite them
         index, frame = scan(container, stream, stamp)
         tags = ColorTags.of(frame).filled(container_tags)
@@ -88,7 +88,7 @@ def read_frames(
         )
     if info.packets is None:
         return read_picture(path, info, len(indices), height, width)
-    if stamp_of(path) != info.packets.stamp:
+    if size_and_mtime(path) != info.packets.stamp:
         raise VideoError(f"{path}: has changed since it was probed; start again")
     read = read_with_decord if reader == "decord" else _read_with_pyav
     return read(path, info, indices, height, width)
@@ -137,7 +137,7 @@ def _wanted_frames(path: str | os.PathLike[str], index: PacketIndex, wanted: Seq
     """The frames with the wanted timestamps (increasing); of those that come twice the second one is right."""
     num_done = 0
     try:
-        with reading(path, index.stream, known=index.stores_pts) as (container, stream):
+        with open_video(path, index.stream, known=index.stores_pts) as (container, stream):
             for frame in _decode(container, stream, index, wanted):
                 yield frame
                 num_done += 1
@@ -145,10 +145,10 @@ def _wanted_frames(path: str | os.PathLike[str], index: PacketIndex, wanted: Seq
     except VideoError:
         place = index.keyframe_before(wanted[num_done])
     left = wanted[bisect_left(wanted, index.keyframes[place]) :]
-    yield from _from_further_back(path, index, left, max(0, place - 1))
+    yield from _from_earlier_keyframes(path, index, left, max(0, place - 1))
 
 
-def _from_further_back(
+def _from_earlier_keyframes(
     path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int], place: int
 ) -> Iterator[VideoFrame]:
     """The wanted frames, decoded without jumps from the keyframe at `place`, else from ever earlier ones.
@@ -159,10 +159,10 @@ def _from_further_back(
     """
     for start in range(place, -1, -1):
         try:
-            with reading(path, index.stream) as (container, stream):
+            with open_video(path, index.stream) as (container, stream):
                 yield from _decode(container, stream, index, wanted, start)
             return
-        except _TooLate:
+        except _NeedsEarlierKeyframe:
             if start == 0:
                 raise
 
@@ -177,7 +177,7 @@ def _decode(
     """
     last = index.keyframes[0]
     decoder = strict_decoder(stream)
-    run = _Run(_frames(container, stream, decoder, last, index.labels))
+    run = _DecodeRun(_frames(container, stream, decoder, last, index.labels))
     for number, pts in enumerate(wanted):
         place = index.keyframe_before(pts) if start is None else start
         if index.keyframes[place] > last:
@@ -186,12 +186,12 @@ def _decode(
                 run.begin()
             container.seek(index.seek_to[place], stream=stream)
             decoder.flush_buffers()
-            run = _Run(_frames(container, stream, decoder, index.keyframes[place]))
+            run = _DecodeRun(_frames(container, stream, decoder, index.keyframes[place]))
         yield run.frame_at(pts, index)
         last = pts
 
 
-class _Run:
+class _DecodeRun:
     """Frames as they are decoded from a keyframe on."""
 
     def __init__(self, frames: Iterator[VideoFrame]) -> None:
@@ -203,7 +203,12 @@ class _Run:
         next(self._frames, None)
 
     def frame_at(self, pts: int, index: PacketIndex) -> VideoFrame:
-        """Decodes on to a timestamp. Raises _TooLate where an earlier keyframe may help, else VideoError."""
+        """Decodes up to the frame with a timestamp and returns it.
+
+        Raises:
+            _NeedsEarlierKeyframe: The frame is damaged or missing, and decoding from an earlier keyframe may help.
+            VideoError: It is damaged or missing in the file itself.
+        """
         try:
             for frame in self._frames:
                 assert frame.pts is not None
@@ -217,7 +222,7 @@ class _Run:
             raise VideoError(f"decode failed near frame {bisect_left(index.pts, pts)} of {len(index.pts)}; {AGAIN}")
         except VideoError as error:
             has_all = self._num_whole > _MAX_REFERENCES
-            raise (VideoError if has_all else _TooLate)(str(error)) from error
+            raise (VideoError if has_all else _NeedsEarlierKeyframe)(str(error)) from error
 
 
 def _frames(
@@ -237,7 +242,7 @@ def _frames(
             return
         if label is not None:
             picture.packet.pts = label
-        yield from decoded(picture.packet, decoder, keyframe)
+        yield from decode_packet(picture.packet, decoder, keyframe)
 
 
 def _write_pixels(
@@ -253,7 +258,7 @@ def _write_pixels(
     shown = to_sdr(frame, height, width)
     picture = scaler.reformat(shown, width, height, "gbrp", interpolation=method | EXACT, threads=1)
     for plane, channel in zip(picture.planes, (1, 2, 0), strict=True):
-        out_HWC[..., channel] = np.rot90(samples(plane), rotation // 90)
+        out_HWC[..., channel] = np.rot90(plane_array(plane), rotation // 90)
 
 
 def _rotation(frame: VideoFrame) -> int:
@@ -276,7 +281,7 @@ def _shown_size(frame: VideoFrame, stream: VideoStream, rotation: int) -> tuple[
 
 
 @functools.cache
-def _same_each_time() -> dict[str, object]:
+def _reproducible_options() -> dict[str, object]:
     """Options with which x264 makes the same file of the same frames: with AVX-512 it reads memory that is not set."""
     features = Path("/proc/cpuinfo")
     return {"x264-params": "asm=avx2"} if features.exists() and "avx512" in features.read_text() else {}
@@ -287,7 +292,7 @@ def _encode(path: Path, frames_FHWC: np.ndarray, fps: float, crf: int) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames_FHWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf)} | _same_each_time()
+        stream.options = {"crf": str(crf)} | _reproducible_options()
         # Tagged, because players guess the matrix of untagged files from the size of the picture.
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709

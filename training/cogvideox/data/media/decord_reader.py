@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.config.options import reads_clips
-from cogvideox.data.media.faults import VideoError, naming
+from cogvideox.data.media.faults import VideoError, errors_naming
 from cogvideox.data.media.frames import VideoInfo
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def read_with_decord(
     import decord
 
     assert info.packets is not None
-    with naming(path, decord.DECORDError, RuntimeError):
+    with errors_naming(path, decord.DECORDError, RuntimeError):
         if info.conversions:
             raise VideoError(f"decord does not convert its pixels ({', '.join(info.conversions)}); {_OTHER}")
         if not (info.packets.stores_pts and info.packets.is_closed):

@@ -13,11 +13,11 @@ MAX_SIDE = 16384  # pixels
 AGAIN = "download it again or re-encode it"
 
 # Of the file system or the machine, not of the file: tried again another time
-REFUSALS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
-_OF_THE_PATH = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_PATH_ERRORS = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 # FFmpeg says these of damaged files too; then every byte can be read.
-_DOUBTFUL = {errno.EIO, errno.EPERM}
+_AMBIGUOUS_ERRORS = {errno.EIO, errno.EPERM}
 
 
 class VideoError(ValueError):
@@ -25,10 +25,10 @@ class VideoError(ValueError):
 
 
 @contextmanager
-def naming(path: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[None]:
+def errors_naming(path: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[None]:
     """Inside the block VideoErrors get the name of the file, and OSErrors and `errors` become VideoErrors.
 
-    OSErrors of the machine (REFUSALS) get the name too and stay OSErrors; MemoryErrors pass as they are.
+    OSErrors of the machine (MACHINE_ERRORS) get the name too and stay OSErrors; MemoryErrors pass as they are.
     """
     try:
         yield
@@ -37,9 +37,9 @@ def naming(path: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[N
     except VideoError as error:
         raise type(error)(f"{path}: {error}") from error
     except OSError as error:
-        if error.errno in REFUSALS and not (error.errno in _DOUBTFUL and _is_readable(path)):
+        if error.errno in MACHINE_ERRORS and not (error.errno in _AMBIGUOUS_ERRORS and _is_readable(path)):
             raise OSError(error.errno, f"{path}: {error.strerror}") from None
-        fix = "check the path" if error.errno in _OF_THE_PATH else AGAIN
+        fix = "check the path" if error.errno in _PATH_ERRORS else AGAIN
         raise VideoError(f"{path}: cannot be read: {_reason(error)}; {fix}") from error
     except errors as error:
         raise VideoError(f"{path}: cannot be read: {_reason(error)}; {AGAIN}") from error

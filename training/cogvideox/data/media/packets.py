@@ -1,4 +1,4 @@
-"""The container of a video file: reading() opens it, scan() lists its packets -> PacketIndex and the first frame.
+"""The container of a video file: open_video() opens it, scan() lists its packets -> PacketIndex and the first frame.
 
 Owns which containers are read, what their timestamps mean, and whether all that a header promises is in the file.
 """
@@ -18,7 +18,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from cogvideox.data.media.faults import AGAIN, VideoError, check_size, naming
+from cogvideox.data.media.faults import AGAIN, VideoError, check_size, errors_naming
 from cogvideox.data.media.frames import PacketIndex
 from cogvideox.data.media.joined import second_file
 from cogvideox.data.media.keyframes import KeyframeHeaders
@@ -30,17 +30,17 @@ MAX_FRAMES = 200_000
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,ivf,h264,hevc,m4v"
 # Their headers say how long the file is. What FFmpeg says of mpegts, mpeg and ogg is read off the packets that are
 # there: cut off between two packets, they are whole files by every sign.
-_PROMISING = ("matroska", "flv", "asf")
+_HAVE_DURATION = ("matroska", "flv", "asf")
 # Their timestamps are counted on from where reading starts: by an index that may miss a frame, or from 0.
-_COUNTED = ("avi", "gif")
+_COUNT_FROM_START = ("avi", "gif")
 # FFmpeg's own decoders of these make up a picture out of damaged data without an error.
-_STRICT = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_STRICT_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # The first picture of a clip, or the cover of an audio file, is a video stream too.
-_COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+_COVER_FLAGS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 
 
 @contextmanager
-def reading(
+def open_video(
     path: str | os.PathLike[str], stream: int | None = None, *, known: bool = False
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its video stream; every error of the libraries inside the block becomes a VideoError.
@@ -52,19 +52,23 @@ def reading(
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS} | ({"skip_frame": "all"} if known else {})
     # Absolute, because a relative name with a colon would be taken for a protocol.
     name = os.path.abspath(path)
-    with naming(path, av.FFmpegError, EOFError), av.open(name, options=options, metadata_errors="replace") as container:
-        yield container, _ready(container, _chosen(container) if stream is None else _video(container, stream))
+    with (
+        errors_naming(path, av.FFmpegError, EOFError),
+        av.open(name, options=options, metadata_errors="replace") as file,
+    ):
+        video = _default_stream(file) if stream is None else _stream_at(file, stream)
+        yield file, _check_decodable(file, video)
 
 
 def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int]) -> tuple[PacketIndex, VideoFrame]:
     """Reads all packets of a container just opened, and decodes the first frame. Raises VideoError.
 
-    stamp: see stamp_of.
+    stamp: see size_and_mtime.
     """
     check_size(stream.height, stream.width)
     _check_not_joined(container)
     codec = stream.codec_context
-    packets = _Packets(KeyframeHeaders(codec.codec.canonical_name, codec.extradata or b""))
+    packets = _PacketLog(KeyframeHeaders(codec.codec.canonical_name, codec.extradata or b""))
     first: VideoFrame | None = None
     unpack, start = unpacker(stream), 0
     for packet in container.demux():
@@ -74,13 +78,13 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
         for picture in unpack(packet):
             packets.add(picture, stream)
             if first is None and packets.keyframe is not None:
-                first = next(decoded(picture.packet, codec, packets.keyframe), None)
+                first = next(decode_packet(picture.packet, codec, packets.keyframe), None)
             elif first is not None and packets.may_change_size:
                 _check_size_stays(picture.packet, stream, packets, first)
         start = packet.pos or start
     if container.format.name == "avi" and packets.entries:
-        packets.last_place = packets.entries[-1].dts + _num_empty_behind(container.name, stream.index, start)
-    _check_whole(container, stream, packets)
+        packets.last_place = packets.entries[-1].dts + _count_trailing_empty(container.name, stream.index, start)
+    _check_complete(container, stream, packets)
     if not packets.entries:
         raise VideoError(f"has no frames; {AGAIN}")
     if first is None:
@@ -91,7 +95,7 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
 def strict_decoder(stream: VideoStream) -> VideoCodecContext:
     """The decoder of a stream that notices damage; it does not pass on what the container says of rotation."""
     usual = stream.codec_context
-    name = _STRICT.get(usual.codec.canonical_name)
+    name = _STRICT_DECODERS.get(usual.codec.canonical_name)
     if name not in av.codecs_available or (usual.format and usual.format.components[0].bits > 8):
         return usual  # PyAV's libvpx decodes 8 bits only
     decoder = av.CodecContext.create(name, "r")
@@ -101,13 +105,13 @@ def strict_decoder(stream: VideoStream) -> VideoCodecContext:
     return decoder
 
 
-def decoded(packet: Packet, decoder: VideoCodecContext, keyframe: int) -> Iterator[VideoFrame]:
+def decode_packet(packet: Packet, decoder: VideoCodecContext, keyframe: int) -> Iterator[VideoFrame]:
     """What a decoder gives for a packet; `keyframe` is the timestamp at which decoding could start."""
     if not packet.size and packet.dts is not None:  # a dropped frame, which a decoder takes for the end
         return
     if packet.is_corrupt:
         raise VideoError(f"is damaged: a packet is incomplete; {AGAIN}")
-    for frame in _decoded(packet, decoder):
+    for frame in _decode_or_raise(packet, decoder):
         # Frames shown before the keyframe but stored after it lack their references, and nobody asks for them.
         if frame.pts is None or frame.pts < keyframe:
             continue
@@ -123,9 +127,9 @@ def size_change(frame: VideoFrame, size: tuple[int, int], seconds: float) -> Vid
     return VideoError(f"changes size: {sizes}; cut it there: `ffmpeg -i IN -t {seconds:.3f} OUT.mp4`")
 
 
-def stamp_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+def size_and_mtime(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(size, time of the last change) of a file, which tell whether it is the one that was scanned."""
-    with naming(path):
+    with errors_naming(path):
         status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
@@ -142,7 +146,7 @@ class _Entry(NamedTuple):
 
 
 @dataclass
-class _Packets:
+class _PacketLog:
     """What is noted of the packets, in the order of the file.
 
     entries: of each picture of the video. end: seconds at which the last packet of any stream ends. keyframe:
@@ -209,10 +213,10 @@ class _Packets:
 
 def _candidates(container: InputContainer) -> list[VideoStream]:
     """The video streams that are not covers or thumbnails by what the container says."""
-    return [stream for stream in container.streams.video if not stream.disposition & _COVERS]
+    return [stream for stream in container.streams.video if not stream.disposition & _COVER_FLAGS]
 
 
-def _chosen(container: InputContainer) -> VideoStream:
+def _default_stream(container: InputContainer) -> VideoStream:
     """The stream that players show: the default one, then the largest, then the first; a lone picture only if alone."""
     streams = _candidates(container)
     if not streams:
@@ -226,11 +230,11 @@ def _rank(stream: VideoStream) -> tuple[bool, bool, int]:
     return stream.frames != 1, is_default, codec.height * codec.width if codec else 0
 
 
-def _video(container: InputContainer, place: int) -> VideoStream:
+def _stream_at(container: InputContainer, place: int) -> VideoStream:
     return next(stream for stream in container.streams.video if stream.index == place)
 
 
-def _ready(container: InputContainer, stream: VideoStream) -> VideoStream:
+def _check_decodable(container: InputContainer, stream: VideoStream) -> VideoStream:
     """A stream that can be decoded."""
     codec = stream.codec_context
     if codec is None:
@@ -250,7 +254,7 @@ def _check_not_joined(container: InputContainer) -> None:
         raise VideoError(f"is several files joined: the second begins at byte {at}; cut it there: {parts}")
 
 
-def _check_size_stays(packet: Packet, stream: VideoStream, packets: _Packets, first: VideoFrame) -> None:
+def _check_size_stays(packet: Packet, stream: VideoStream, packets: _PacketLog, first: VideoFrame) -> None:
     """Decodes a packet by itself. Raises VideoError for pictures of another size than the first."""
     decoder, size = stream.codec_context, (first.height, first.width)
     decoder.flush_buffers()
@@ -262,7 +266,7 @@ def _check_size_stays(packet: Packet, stream: VideoStream, packets: _Packets, fi
     decoder.flush_buffers()
 
 
-def _decoded(packet: Packet, decoder: VideoCodecContext) -> list[VideoFrame]:
+def _decode_or_raise(packet: Packet, decoder: VideoCodecContext) -> list[VideoFrame]:
     """What a decoder gives for a packet; its own complaints become VideoErrors, those of the machine pass."""
     try:
         return decoder.decode(packet)
@@ -272,7 +276,7 @@ def _decoded(packet: Packet, decoder: VideoCodecContext) -> list[VideoFrame]:
         raise VideoError(f"is damaged: a packet does not decode ({error.strerror}); {AGAIN}") from error
 
 
-def _check_whole(container: InputContainer, stream: VideoStream, packets: _Packets) -> None:
+def _check_complete(container: InputContainer, stream: VideoStream, packets: _PacketLog) -> None:
     """Raises VideoError if clearly less is there than the header promises."""
     num_there, num_promised = len(packets.entries), stream.frames  # avi and ivf count them
     if "mov" in container.format.name:  # the header of an mp4 lists every frame
@@ -283,7 +287,7 @@ def _check_whole(container: InputContainer, stream: VideoStream, packets: _Packe
         raise _truncated(f"{num_there} of {num_promised} frames")
     if container.format.name == "gif" and not _ends_as_gif(container.name):
         raise _truncated(f"only {num_there} frames", copy="")
-    if not container.format.name.startswith(_PROMISING) or not container.duration:
+    if not container.format.name.startswith(_HAVE_DURATION) or not container.duration:
         return
     # Any stream may be the longest, so all of them are measured; timestamps are rounded, and few say how long the
     # last packet lasts.
@@ -300,12 +304,12 @@ def _ends_as_gif(path: str) -> bool:
 
 
 def _truncated(there: str, copy: str = "-c copy ") -> VideoError:
-    mend = f"if it plays to the end its header is wrong, and `ffmpeg -i IN {copy}OUT.mp4` mends it"
-    return VideoError(f"is truncated: {there} are there; {mend}")
+    fix = f"if it plays to the end its header is wrong, and `ffmpeg -i IN {copy}OUT.mp4` repairs it"
+    return VideoError(f"is truncated: {there} are there; {fix}")
 
 
 def _index(
-    container: InputContainer, stream: VideoStream, packets: _Packets, size: tuple[int, int], stamp: tuple[int, int]
+    container: InputContainer, stream: VideoStream, packets: _PacketLog, size: tuple[int, int], stamp: tuple[int, int]
 ) -> PacketIndex:
     # mp4 and mkv store display times and are searched by them; the others by decoding time.
     stores_pts = container.format.name.startswith(("mov", "matroska"))
@@ -314,15 +318,15 @@ def _index(
     if packets.are_packed or (is_avi and any(entry.is_b for entry in entries)):
         places = [entry.dts for entry in entries] if is_avi else sorted(entry.pts for entry in entries)
         end = packets.last_place + 1 if is_avi else 2 * places[-1] - places[-2]
-        labels = _labels(places, [entry.is_b for entry in entries], end)
+        labels = _display_times(places, [entry.is_b for entry in entries], end)
         entries = [entry._replace(pts=pts) for entry, pts in zip(entries, labels, strict=True)]
     keyframes = sorted((entry.pts, entry.pts if stores_pts else entry.dts) for entry in entries if entry.is_key)
     # What precedes the first keyframe in display order refers to frames that are not in the file.
     entries = [entry for entry in entries if keyframes and entry.pts >= keyframes[0][0]]
     if not any(entry.is_shown for entry in entries):
         raise VideoError(f"has no frames; {AGAIN}")
-    shown, pictures = _shown(entries, range(keyframes[0][0], packets.last_place + 1) if is_avi else ())
-    is_counted = labels or container.format.name in _COUNTED
+    shown, pictures = _frames_shown(entries, range(keyframes[0][0], packets.last_place + 1) if is_avi else ())
+    is_counted = labels or container.format.name in _COUNT_FROM_START
     pts, seek_to = zip(*keyframes[: 1 if is_counted else None], strict=True)
     return PacketIndex(
         shown,
@@ -341,14 +345,14 @@ def _index(
     )
 
 
-def _conversions(container: InputContainer, stream: VideoStream, packets: _Packets) -> tuple[str, ...]:
+def _conversions(container: InputContainer, stream: VideoStream, packets: _PacketLog) -> tuple[str, ...]:
     is_first = stream.index == _candidates(container)[0].index
     chosen = () if is_first else (f"stream {stream.index}",)
     packed = ("packed b-frames",) if packets.are_packed else ()
     return chosen + packed + (("gradual keyframes",) if packets.has_gradual else ())
 
 
-def _num_empty_behind(path: str, stream: int, start: int) -> int:
+def _count_trailing_empty(path: str, stream: int, start: int) -> int:
     """How many packets of no bytes follow the last one of an avi, whose data start at this byte of the file."""
     num_empty, at = 0, start - 8
     with open(path, "rb") as file:
@@ -361,7 +365,7 @@ def _num_empty_behind(path: str, stream: int, start: int) -> int:
             at += 8 + size + size % 2
 
 
-def _labels(places: Sequence[int], are_b: Sequence[bool], end: int) -> tuple[int, ...]:
+def _display_times(places: Sequence[int], are_b: Sequence[bool], end: int) -> tuple[int, ...]:
     """Display times of pictures decoded at these times: one that B-frames may refer to is shown when the next comes."""
     labels = []
     for place, is_b in zip(reversed(places), reversed(are_b), strict=True):
@@ -370,7 +374,7 @@ def _labels(places: Sequence[int], are_b: Sequence[bool], end: int) -> tuple[int
     return tuple(reversed(labels))
 
 
-def _shown(entries: Sequence[_Entry], places: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _frames_shown(entries: Sequence[_Entry], places: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """When something is shown, and the times of the pictures shown then: empty places repeat the picture before."""
     decoded = sorted({entry.pts for entry in entries if not entry.is_empty})
     times = {entry.pts for entry in entries if entry.is_shown}.union(places)

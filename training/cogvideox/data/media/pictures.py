@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps
 
-from cogvideox.data.media.faults import VideoError, check_size, naming
+from cogvideox.data.media.faults import VideoError, check_size, errors_naming
 from cogvideox.data.media.frames import ICC, ON_BLACK, VideoInfo
 from cogvideox.data.media.icc import srgb_transform
 
@@ -44,7 +44,7 @@ _ANIMATED = "convert it: `ffmpeg -i IN OUT.mp4`"
 
 def is_picture(path: str | os.PathLike[str]) -> bool:
     """Whether a file starts as a still picture does, whatever its name. Raises VideoError, OSError."""
-    with naming(path), open(path, "rb") as file:
+    with errors_naming(path), open(path, "rb") as file:
         start = file.read(12)
     is_webp = (start[:4], start[8:]) == (b"RIFF", b"WEBP")
     is_heif = start[4:8] == b"ftyp" and start[8:] in _AVIF | _HEIF
@@ -85,7 +85,7 @@ def read_picture(path: str | os.PathLike[str], info: VideoInfo, count: int, heig
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     # Decoders of pictures raise whatever they stumble over in a damaged file: SyntaxError, struct.error, KeyError.
-    with naming(path, Exception), warnings.catch_warnings(), _own_limit():
+    with errors_naming(path, Exception), warnings.catch_warnings(), _own_limit():
         warnings.simplefilter("ignore")
         _check_brand(path)
         with Image.open(path, formats=FORMATS) as picture:

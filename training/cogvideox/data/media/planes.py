@@ -8,7 +8,7 @@ from av.video.reformatter import Interpolation
 EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
-def samples(plane: VideoPlane, dtype: type[np.unsignedinteger] = np.uint8) -> np.ndarray:
+def plane_array(plane: VideoPlane, dtype: type[np.unsignedinteger] = np.uint8) -> np.ndarray:
     """What a plane holds as (height, width), without the bytes that pad its lines; shares the plane's memory."""
     lines = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size).view(dtype)
     return lines[:, : plane.width]

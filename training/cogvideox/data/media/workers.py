@@ -33,9 +33,9 @@ from typing import Any
 from cogvideox.stopping import STOP_SIGNALS
 
 ATTEMPTS = 2
-PATIENCE = 5.0  # seconds for a killed process to be gone; one that hangs in a dead network mount never is
+EXIT_SECONDS = 5.0  # seconds for a killed process to be gone; one that hangs in a dead network mount never is
 
-OUTSIDE = "workers work only inside their context"
+NOT_OPEN = "workers work only inside their context"
 STARTED, RESULT, ERROR, NO_MEMORY = range(4)  # what a worker says
 _COMMAND = "import sys; from cogvideox.data.media.workers import serve; serve(*map(int, sys.argv[1:]))"
 _PR_SET_PDEATHSIG = 1
@@ -65,9 +65,9 @@ class Workers:
         self.number = number
         self._is_open = False
         self._queue: queue.SimpleQueue[tuple[Future[Any], list[Any]] | None] = queue.SimpleQueue()
-        self._seats = [_Seat(limits) for _ in range(number)]
+        self._slots = [_WorkerSlot(limits) for _ in range(number)]
         # Daemons, so that an interpreter that ends without leaving the context does not wait for a job.
-        self._threads = [threading.Thread(target=self._attend, args=(seat,), daemon=True) for seat in self._seats]
+        self._threads = [threading.Thread(target=self._serve_slot, args=(slot,), daemon=True) for slot in self._slots]
 
     def __enter__(self) -> "Workers":
         for thread in self._threads:
@@ -77,8 +77,8 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         self._is_open = False
-        for seat in self._seats:
-            seat.close()
+        for slot in self._slots:
+            slot.close()
         for _thread in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -106,25 +106,25 @@ class Workers:
 
     def _submit(self, job: tuple[Any, ...]) -> "Future[Any]":
         if not self._is_open:
-            raise RuntimeError(OUTSIDE)
+            raise RuntimeError(NOT_OPEN)
         future: Future[Any] = Future()
         self._queue.put((future, _pack(job)))
         return future
 
-    def _attend(self, seat: "_Seat") -> None:
+    def _serve_slot(self, slot: "_WorkerSlot") -> None:
         while (item := self._queue.get()) is not None:
             future, job = item
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(seat.do(job))
+                    future.set_result(slot.run(job))
                 except BaseException as error:
                     future.set_exception(error)
             del item, future  # they hold the result
-        seat.clear()
+        slot.wait()
 
 
-class _Seat:
-    """A place for one worker at a time. do() belongs to one thread; close() may come from another."""
+class _WorkerSlot:
+    """A place for one worker at a time. run() belongs to one thread; close() may come from another."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -132,13 +132,13 @@ class _Seat:
         self._closed = False
         self._lock = threading.Lock()
 
-    def do(self, job: list[Any]) -> Any:
+    def run(self, job: list[Any]) -> Any:
         """The result of a packed job, or Killed."""
         for _ in range(ATTEMPTS):
-            worker = self._worker or self._hire()
+            worker = self._worker or self._start_worker()
             try:
-                return worker.ask(job, self._limits)
-            except _Lost as lost:
+                return worker.run(job, self._limits)
+            except _WorkerLost as lost:
                 self._worker, last = None, lost
             if last.final:
                 break
@@ -153,20 +153,20 @@ class _Seat:
             if self._worker is not None:
                 self._worker.process.kill()
 
-    def clear(self) -> None:
+    def wait(self) -> None:
         """Waits until the worker that close() ended is gone."""
         if self._worker is not None:
             self._worker.wait()
 
-    def _hire(self) -> "_Worker":
+    def _start_worker(self) -> "_Worker":
         with self._lock:
             if self._closed:
-                raise RuntimeError(OUTSIDE)
+                raise RuntimeError(NOT_OPEN)
             self._worker = _Worker(self._limits.memory)
             return self._worker
 
 
-class _Lost(Exception):
+class _WorkerLost(Exception):
     """The worker is gone, for this reason; final: another attempt would only cost the same time again; transient: the
     machine may be the cause, not the job.
     """
@@ -183,32 +183,34 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                self.process = _start(theirs.fileno(), memory)
+                self.process = _spawn(theirs.fileno(), memory)
             except BaseException:
                 ours.close()
                 raise
         self._channel, self._stream = ours, ours.makefile("rwb")
         self.has_started = False
 
-    def ask(self, job: list[Any], limits: Limits) -> Any:
-        """The result of a packed job. Raises what the function raises, and _Lost."""
+    def run(self, job: list[Any], limits: Limits) -> Any:
+        """The result of a packed job. Raises what the function raises, and _WorkerLost."""
         try:
-            kind, value = self._converse(job, limits.seconds)
+            kind, value = self._exchange(job, limits.seconds)
         except TimeoutError:
-            self._end()
-            raise _Lost(f"no result after {limits.seconds:g} s; --decode_timeout gives it more", final=True) from None
+            self._kill()
+            raise _WorkerLost(
+                f"no result after {limits.seconds:g} s; --decode_timeout gives it more", final=True
+            ) from None
         except (EOFError, OSError):
             code = self.wait()
-            raise _Lost(_cause_of_death(code), transient=code in (None, -signal.SIGKILL)) from None
+            raise _WorkerLost(_cause_of_death(code), transient=code in (None, -signal.SIGKILL)) from None
         if kind == ERROR:
             raise value
         if kind == NO_MEMORY:
-            self._end()
+            self._kill()
             size = f"{limits.memory / 2**30:.3g} GiB"
-            raise _Lost(f"its worker ran out of memory ({size}); --decode_memory gives it more")
+            raise _WorkerLost(f"its worker ran out of memory ({size}); --decode_memory gives it more")
         return value
 
-    def _converse(self, job: list[Any], seconds: float) -> tuple[int, Any]:
+    def _exchange(self, job: list[Any], seconds: float) -> tuple[int, Any]:
         self._channel.settimeout(None)
         _write(self._stream, job)
         reply: tuple[int, Any] = _unpack(_read(self._stream))
@@ -218,7 +220,7 @@ class _Worker:
             reply = _unpack(_read(self._stream))
         return reply
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
         self.process.kill()
         self.wait()
 
@@ -228,12 +230,12 @@ class _Worker:
             self._stream.close()
         self._channel.close()
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(PATIENCE)
+            self.process.wait(EXIT_SECONDS)
         self.process.kill()
         return self.process.returncode
 
 
-def _start(channel: int, memory: int) -> "subprocess.Popen[bytes]":
+def _spawn(channel: int, memory: int) -> "subprocess.Popen[bytes]":
     # Not multiprocessing: its children import the script that runs, and with it torch. Workers are the parallel part,
     # and the threads of a BLAS would each count as memory.
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -259,7 +261,7 @@ def _cause_of_death(code: int | None) -> str:
 
 def serve(channel: int, memory: int, parent: int) -> None:
     """The life of a worker: jobs from the socket `channel` until its other end closes. memory: bytes; parent: pid."""
-    _confine(memory)
+    _apply_limits(memory)
     end_with_parent(parent)
     with socket.socket(fileno=channel) as connection, suppress(EOFError, ConnectionError):
         stream = connection.makefile("rwb")
@@ -275,7 +277,7 @@ def _answer(job: list[Any], stream: BufferedRWPair) -> list[Any]:
     except Exception as error:
         if _is_out_of_memory(error):
             return _pack((NO_MEMORY, None))
-        return _pack((ERROR, _sendable(error)))
+        return _pack((ERROR, _picklable(error)))
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
@@ -287,7 +289,7 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def _sendable(error: Exception) -> Exception:
+def _picklable(error: Exception) -> Exception:
     """The error itself, if it survives pickling; with its traceback."""
     text = "".join(traceback.format_exception(error))
     try:
@@ -304,7 +306,7 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _confine(memory: int) -> None:
+def _apply_limits(memory: int) -> None:
     ignore_stop_signals()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Not RLIMIT_AS, which also counts libraries, mapped files and address space that is only reserved.
