@@ -1,6 +1,12 @@
-"""The container of a video file: open_video() opens it, scan() lists its packets -> PacketIndex and the first frame.
+"""Reads the container of a video file: which frames it holds, when each is shown, and where decoding can start.
 
-Owns which containers are read, what their timestamps mean, and whether all that a header promises is in the file.
+``open_video`` opens a file, ``scan`` reads all of its packets into a ``PacketIndex`` and decodes the first frame, and
+``decode_packet`` decodes a packet and raises an error for damage. A packet is one compressed frame as the container
+stores it. It has a decoding time (dts) and a presentation time (pts, when the frame is shown), both in units of the
+stream's ``time_base`` seconds. Only keyframes can be decoded without the frames before them.
+
+This module decides which container formats are read, derives timestamps that a format does not store, and refuses files
+that are cut off or joined. It relies on PyAV; decode.py turns frames into pixels.
 """
 
 import os
@@ -26,16 +32,17 @@ from cogvideox.data.media.mpeg4 import Picture, unpacker
 
 MAX_FRAMES = 200_000
 
-# A text file may be a playlist that names other files of this machine, so the readable formats are listed.
+# FFmpeg would also read playlists, which are text files that name other files of this machine. So formats are listed.
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,ivf,h264,hevc,m4v"
-# Their headers say how long the file is. What FFmpeg says of mpegts, mpeg and ogg is read off the packets that are
-# there: cut off between two packets, they are whole files by every sign.
+# The headers of these formats store the duration. For mpegts, mpeg and ogg, FFmpeg derives a duration from the packets
+# that it finds, so such a file that was cut off between two packets cannot be recognized.
 _HAVE_DURATION = ("matroska", "flv", "asf")
-# Their timestamps are counted on from where reading starts: by an index that may miss a frame, or from 0.
+# After a seek, FFmpeg counts the timestamps of these formats from where it starts to read: from an index that may lack
+# a frame (avi), or from 0 (gif). So they are always read from the start.
 _COUNT_FROM_START = ("avi", "gif")
-# FFmpeg's own decoders of these make up a picture out of damaged data without an error.
+# FFmpeg's own decoders of these codecs invent a picture from damaged data without an error; libvpx reports the damage.
 _STRICT_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-# The first picture of a clip, or the cover of an audio file, is a video stream too.
+# Containers also store thumbnails of clips and covers of audio files as video streams.
 _COVER_FLAGS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 
 
@@ -43,14 +50,19 @@ _COVER_FLAGS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_
 def open_video(
     path: str | os.PathLike[str], stream: int | None = None, *, known: bool = False
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream; every error of the libraries inside the block becomes a VideoError.
+    """Opens a video file and yields the container and its video stream.
 
-    stream: its place in the file; the one that is to be shown if not given.
-    known: skips the look at the codec that opening a file includes (about a tenth of the time of a clip). Only for
-    containers that store display times; without them it would change the timestamps.
+    Args:
+        path: The file.
+        stream: Index of the stream in the file. By default it is the one that players show.
+        known: Skips FFmpeg's analysis of the codec, which takes about a tenth of the time of a clip. It may only be set
+            for containers that store display times; in others it would change the timestamps.
+
+    Raises:
+        VideoError: The file cannot be read. Every error of the libraries inside the block becomes this error, too.
     """
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS} | ({"skip_frame": "all"} if known else {})
-    # Absolute, because a relative name with a colon would be taken for a protocol.
+    # FFmpeg would take a relative name with a colon for a protocol, so the path is made absolute.
     name = os.path.abspath(path)
     with (
         errors_naming(path, av.FFmpegError, EOFError),
@@ -61,9 +73,18 @@ def open_video(
 
 
 def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int]) -> tuple[PacketIndex, VideoFrame]:
-    """Reads all packets of a container just opened, and decodes the first frame. Raises VideoError.
+    """Reads all packets of a container that has just been opened, and decodes the first frame.
 
-    stamp: see size_and_mtime.
+    Args:
+        container: The open file, of which nothing has been read.
+        stream: The video stream that is used.
+        stamp: What ``size_and_mtime`` returned before the file was opened.
+
+    Returns:
+        The timestamps of the video, and its first frame.
+
+    Raises:
+        VideoError: The file is damaged, cut off, joined from several files, or changes the size of its pictures.
     """
     check_size(stream.height, stream.width)
     _check_not_joined(container)
@@ -93,7 +114,7 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
 
 
 def strict_decoder(stream: VideoStream) -> VideoCodecContext:
-    """The decoder of a stream that notices damage; it does not pass on what the container says of rotation."""
+    """Returns a decoder for a stream that reports damage. Its frames may lack the rotation tag."""
     usual = stream.codec_context
     name = _STRICT_DECODERS.get(usual.codec.canonical_name)
     if name not in av.codecs_available or (usual.format and usual.format.components[0].bits > 8):
@@ -106,36 +127,53 @@ def strict_decoder(stream: VideoStream) -> VideoCodecContext:
 
 
 def decode_packet(packet: Packet, decoder: VideoCodecContext, keyframe: int) -> Iterator[VideoFrame]:
-    """What a decoder gives for a packet; `keyframe` is the timestamp at which decoding could start."""
-    if not packet.size and packet.dts is not None:  # a dropped frame, which a decoder takes for the end
+    """Decodes a packet and yields the frames that come out, which may belong to earlier packets.
+
+    Args:
+        packet: The packet. An empty packet without a decoding time flushes the decoder.
+        decoder: The decoder, which keeps the frames that later ones refer to.
+        keyframe: Presentation time of the keyframe at which decoding started.
+
+    Raises:
+        VideoError: The packet or one of the frames is damaged.
+    """
+    # An empty packet with a time is a dropped frame. A decoder would take it for the end of the stream.
+    if not packet.size and packet.dts is not None:
         return
     if packet.is_corrupt:
         raise VideoError(f"is damaged: a packet is incomplete; {AGAIN}")
     for frame in _decode_or_raise(packet, decoder):
-        # Frames shown before the keyframe but stored after it lack their references, and nobody asks for them.
+        # Frames that are shown before the keyframe but stored after it lack the frames that they refer to. No caller
+        # needs them: they are decoded from an earlier keyframe, or are not among the shown frames.
         if frame.pts is None or frame.pts < keyframe:
             continue
-        # Any other damaged frame is a reference of those that follow, so none of them can be trusted.
+        # Later frames may refer to any other damaged frame, so none of them can be trusted.
         if frame.is_corrupt:
             raise VideoError(f"is damaged: the frame at {frame.time:.3f} s does not decode; {AGAIN}")
         yield frame
 
 
 def size_change(frame: VideoFrame, size: tuple[int, int], seconds: float) -> VideoError:
-    """What is said of a frame, shown after so many seconds, that is not as large (height, width) as the first one."""
+    """Returns the error for a frame whose size differs from that of the first frame.
+
+    Args:
+        frame: The frame with the other size.
+        size: Height and width of the first frame, in pixels.
+        seconds: When the frame is shown, counted from the first one.
+    """
     sizes = f"its picture at {seconds:.3f} s is {frame.width}x{frame.height}, the first one {size[1]}x{size[0]}"
     return VideoError(f"changes size: {sizes}; cut it there: `ffmpeg -i IN -t {seconds:.3f} OUT.mp4`")
 
 
 def size_and_mtime(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(size, time of the last change) of a file, which tell whether it is the one that was scanned."""
+    """Returns the size in bytes and the time of the last change (ns) of a file, to notice when it is replaced."""
     with errors_naming(path):
         status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
 class _Entry(NamedTuple):
-    """What is noted of a picture: presentation and decoding time, and what it is."""
+    """Describes one picture of the video by its times, in units of the stream's time base, and its kind."""
 
     pts: int
     dts: int
@@ -147,12 +185,17 @@ class _Entry(NamedTuple):
 
 @dataclass
 class _PacketLog:
-    """What is noted of the packets, in the order of the file.
+    """Collects what the packets of a file say, in the order of the file.
 
-    entries: of each picture of the video. end: seconds at which the last packet of any stream ends. keyframe:
-    presentation time of the first keyframe. are_packed: whether a packet held several pictures. last_place: of the
-    last packet of an avi. has_gradual: whether there are keyframes that are not to be started at. may_change_size:
-    whether the picture added last may have another size.
+    Attributes:
+        headers: Reads the bytes of keyframes.
+        entries: One entry for each picture of the video.
+        end: Seconds at which the last packet of any stream ends.
+        keyframe: Presentation time of the first keyframe; None until it is found.
+        are_packed: Whether a packet held several pictures.
+        last_place: Decoding time of the last packet of an avi file, which may be empty.
+        has_gradual: Whether there are keyframes at which decoding must not start (see ``KeyframeHeaders``).
+        may_change_size: Whether the picture that was added last may have another size than those before it.
     """
 
     headers: KeyframeHeaders
@@ -168,8 +211,9 @@ class _PacketLog:
     _latest_before_keyframe: int | None = None
 
     def add(self, picture: Picture, stream: VideoStream) -> None:
+        """Adds a picture. Raises VideoError for timestamps that are missing or start again, and for too many frames."""
         packet = picture.packet
-        if not packet.size and packet.dts is None:  # the end
+        if not packet.size and packet.dts is None:  # the end of the file
             return
         if packet.pts is None:
             raise VideoError("its packets have no timestamps; re-encode it as h264 in mp4")
@@ -187,7 +231,10 @@ class _PacketLog:
             raise VideoError(f"has more than {MAX_FRAMES} frames; cut it into clips")
 
     def _check_time(self, pts: int, is_key: bool, stream: VideoStream) -> None:
-        """Raises VideoError for a frame that is shown before frames of another keyframe, stored before its own."""
+        """Raises VideoError where timestamps start again, as they do in files that were joined end to end.
+
+        A frame may be shown before frames that are stored before it, but not before frames of an earlier keyframe.
+        """
         if is_key:
             self._latest_before_keyframe = self._latest
         if self._latest_before_keyframe is not None and pts < self._latest_before_keyframe:
@@ -201,23 +248,28 @@ class _PacketLog:
         self._latest = pts if self._latest is None else max(self._latest, pts)
 
     def _note_size(self, packet: Packet) -> None:
+        """Compares the headers of a keyframe with those of the one before it."""
         size_bytes = self.headers.size_bytes(packet) if packet.is_keyframe else b""
         is_other = bool(size_bytes) and size_bytes != self._size_bytes
         self.may_change_size = is_other or packet.has_sidedata("new_extradata")
         self._size_bytes = size_bytes or self._size_bytes
 
     def note_end(self, packet: Packet) -> None:
+        """Updates the end of the file from a packet of any stream."""
         if packet.size and packet.pts is not None and packet.time_base:
             self.end = max(self.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
 
 
 def _candidates(container: InputContainer) -> list[VideoStream]:
-    """The video streams that are not covers or thumbnails by what the container says."""
+    """Returns the video streams that the container does not mark as covers or thumbnails."""
     return [stream for stream in container.streams.video if not stream.disposition & _COVER_FLAGS]
 
 
 def _default_stream(container: InputContainer) -> VideoStream:
-    """The stream that players show: the default one, then the largest, then the first; a lone picture only if alone."""
+    """Returns the stream that players show: the default one, else the largest, else the first.
+
+    A stream of a single picture is only chosen if there is no other.
+    """
     streams = _candidates(container)
     if not streams:
         raise VideoError("has no video stream; remove it")
@@ -225,29 +277,34 @@ def _default_stream(container: InputContainer) -> VideoStream:
 
 
 def _rank(stream: VideoStream) -> tuple[bool, bool, int]:
+    """Returns a sort key; the stream with the largest one is shown."""
     is_default = bool(stream.disposition & av.stream.Disposition.default)
-    codec = stream.codec_context  # None without a decoder
+    codec = stream.codec_context  # None if FFmpeg has no decoder for it
     return stream.frames != 1, is_default, codec.height * codec.width if codec else 0
 
 
 def _stream_at(container: InputContainer, place: int) -> VideoStream:
+    """Returns the video stream with an index among all streams of the file."""
     return next(stream for stream in container.streams.video if stream.index == place)
 
 
 def _check_decodable(container: InputContainer, stream: VideoStream) -> VideoStream:
-    """A stream that can be decoded."""
+    """Returns a stream for decoding. Raises VideoError without a decoder, and for B-frames without timestamps."""
     codec = stream.codec_context
     if codec is None:
         raise VideoError("no decoder for its codec; re-encode it as h264")
     if container.format.name in ("avi", "asf") and codec.name in ("h264", "hevc") and codec.has_b_frames:
         name = container.format.name
         raise VideoError(f"its B-frames have no timestamps in {name}; re-encode it: `ffmpeg -i IN OUT.mp4`")
-    codec.thread_count = 1  # the workers are the parallel part
+    codec.thread_count = 1  # files are decoded in parallel by several worker processes already
     return stream
 
 
 def _check_not_joined(container: InputContainer) -> None:
-    """Raises VideoError for files joined end to end of which FFmpeg reads one, or all as one clip."""
+    """Raises VideoError for files that were joined end to end.
+
+    FFmpeg would read only the first of them, or all of them as one clip.
+    """
     at = second_file(container.name, container.format.name)
     if at is not None:
         parts = f"`head -c {at} IN > FIRST` and `tail -c +{at + 1} IN > SECOND`"
@@ -255,10 +312,10 @@ def _check_not_joined(container: InputContainer) -> None:
 
 
 def _check_size_stays(packet: Packet, stream: VideoStream, packets: _PacketLog, first: VideoFrame) -> None:
-    """Decodes a packet by itself. Raises VideoError for pictures of another size than the first."""
+    """Decodes a keyframe on its own. Raises VideoError if its size differs from that of the first frame."""
     decoder, size = stream.codec_context, (first.height, first.width)
     decoder.flush_buffers()
-    with suppress(av.FFmpegError):  # damage is told when the frame is wanted
+    with suppress(av.FFmpegError):  # damage is only an error once the frame is needed
         for frame in [*decoder.decode(packet), *decoder.decode(None)]:
             if (frame.height, frame.width) != size:
                 ticks = (packet.pts or 0) - (packets.keyframe or 0)
@@ -267,7 +324,7 @@ def _check_size_stays(packet: Packet, stream: VideoStream, packets: _PacketLog, 
 
 
 def _decode_or_raise(packet: Packet, decoder: VideoCodecContext) -> list[VideoFrame]:
-    """What a decoder gives for a packet; its own complaints become VideoErrors, those of the machine pass."""
+    """Decodes a packet. Raises VideoError for damaged data; errors of the operating system pass unchanged."""
     try:
         return decoder.decode(packet)
     except av.FFmpegError as error:
@@ -277,8 +334,8 @@ def _decode_or_raise(packet: Packet, decoder: VideoCodecContext) -> list[VideoFr
 
 
 def _check_complete(container: InputContainer, stream: VideoStream, packets: _PacketLog) -> None:
-    """Raises VideoError if clearly less is there than the header promises."""
-    num_there, num_promised = len(packets.entries), stream.frames  # avi and ivf count them
+    """Raises VideoError if the file holds clearly less than its header says, because it was cut off."""
+    num_there, num_promised = len(packets.entries), stream.frames  # the headers of avi and ivf count the frames
     if "mov" in container.format.name:  # the header of an mp4 lists every frame
         num_promised = sum(entry.size > 0 for entry in stream.index_entries)
     if container.format.name == "avi":
@@ -289,21 +346,25 @@ def _check_complete(container: InputContainer, stream: VideoStream, packets: _Pa
         raise _truncated(f"only {num_there} frames", copy="")
     if not container.format.name.startswith(_HAVE_DURATION) or not container.duration:
         return
-    # Any stream may be the longest, so all of them are measured; timestamps are rounded, and few say how long the
-    # last packet lasts.
+    # Any stream may be the longest, so packets.end counts all of them. The tolerance is two frames, or 0.1 s, because
+    # timestamps are rounded and few containers say how long the last packet lasts.
     promised = container.duration / av.time_base
     if packets.end + max(0.1, 2 * packets.end / max(1, num_there)) < promised:
         raise _truncated(f"{packets.end:.2f} of {promised:.2f} s")
 
 
 def _ends_as_gif(path: str) -> bool:
-    """Whether the end mark is there, behind the end of a block; decoders fill up a picture that was cut off."""
+    """Returns whether a gif ends with its end mark.
+
+    Without it the file was cut off, which decoders hide: they fill in the rest of the picture.
+    """
     with open(path, "rb") as file:
         file.seek(-min(1024, os.fstat(file.fileno()).st_size), os.SEEK_END)
         return file.read().rstrip(b"\0").endswith(b"\0;")
 
 
 def _truncated(there: str, copy: str = "-c copy ") -> VideoError:
+    """Returns the error for a file that was cut off; ``there`` says how much of it is left."""
     fix = f"if it plays to the end its header is wrong, and `ffmpeg -i IN {copy}OUT.mp4` repairs it"
     return VideoError(f"is truncated: {there} are there; {fix}")
 
@@ -311,17 +372,23 @@ def _truncated(there: str, copy: str = "-c copy ") -> VideoError:
 def _index(
     container: InputContainer, stream: VideoStream, packets: _PacketLog, size: tuple[int, int], stamp: tuple[int, int]
 ) -> PacketIndex:
-    # mp4 and mkv store display times and are searched by them; the others by decoding time.
+    """Returns the timestamps of the frames that are shown, and of the keyframes.
+
+    Raises:
+        VideoError: No frame can be shown.
+    """
+    # mp4 and mkv store display times and are searched by them. All other formats are searched by decoding time.
     stores_pts = container.format.name.startswith(("mov", "matroska"))
     entries, is_avi = packets.entries, container.format.name == "avi"
     labels: tuple[int, ...] = ()
     if packets.are_packed or (is_avi and any(entry.is_b for entry in entries)):
+        # Such pictures have no display times, so those are derived from the order in which they are decoded.
         places = [entry.dts for entry in entries] if is_avi else sorted(entry.pts for entry in entries)
         end = packets.last_place + 1 if is_avi else 2 * places[-1] - places[-2]
         labels = _display_times(places, [entry.is_b for entry in entries], end)
         entries = [entry._replace(pts=pts) for entry, pts in zip(entries, labels, strict=True)]
     keyframes = sorted((entry.pts, entry.pts if stores_pts else entry.dts) for entry in entries if entry.is_key)
-    # What precedes the first keyframe in display order refers to frames that are not in the file.
+    # Frames that are shown before the first keyframe refer to frames that are not in the file.
     entries = [entry for entry in entries if keyframes and entry.pts >= keyframes[0][0]]
     if not any(entry.is_shown for entry in entries):
         raise VideoError(f"has no frames; {AGAIN}")
@@ -346,6 +413,7 @@ def _index(
 
 
 def _conversions(container: InputContainer, stream: VideoStream, packets: _PacketLog) -> tuple[str, ...]:
+    """Returns the names of what is done to the packets of this file that a plain reader does not do."""
     is_first = stream.index == _candidates(container)[0].index
     chosen = () if is_first else (f"stream {stream.index}",)
     packed = ("packed b-frames",) if packets.are_packed else ()
@@ -353,7 +421,13 @@ def _conversions(container: InputContainer, stream: VideoStream, packets: _Packe
 
 
 def _count_trailing_empty(path: str, stream: int, start: int) -> int:
-    """How many packets of no bytes follow the last one of an avi, whose data start at this byte of the file."""
+    """Counts the empty packets at the end of an avi file, which repeat its last frame and which FFmpeg leaves out.
+
+    Args:
+        path: The file.
+        stream: Index of the video stream.
+        start: Offset in bytes of the data of the last packet that FFmpeg returns.
+    """
     num_empty, at = 0, start - 8
     with open(path, "rb") as file:
         while True:
@@ -366,7 +440,16 @@ def _count_trailing_empty(path: str, stream: int, start: int) -> int:
 
 
 def _display_times(places: Sequence[int], are_b: Sequence[bool], end: int) -> tuple[int, ...]:
-    """Display times of pictures decoded at these times: one that B-frames may refer to is shown when the next comes."""
+    """Derives the display times of pictures from the times at which they are decoded.
+
+    A B-frame is shown as soon as it is decoded. Any other picture is shown when the next such picture is decoded,
+    because B-frames that are shown before it may refer to it.
+
+    Args:
+        places: Decoding times, increasing.
+        are_b: Whether each picture is a B-frame.
+        end: Display time of the last picture that is not a B-frame.
+    """
     labels = []
     for place, is_b in zip(reversed(places), reversed(are_b), strict=True):
         labels.append(place if is_b else end)
@@ -375,7 +458,14 @@ def _display_times(places: Sequence[int], are_b: Sequence[bool], end: int) -> tu
 
 
 def _frames_shown(entries: Sequence[_Entry], places: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """When something is shown, and the times of the pictures shown then: empty places repeat the picture before."""
+    """Returns the times at which frames are shown, and for each the time of the picture that is shown then.
+
+    The two differ where a frame was dropped: then the picture before it is shown again.
+
+    Args:
+        entries: The pictures of the video.
+        places: Further times at which a frame is shown, also where no picture is stored.
+    """
     decoded = sorted({entry.pts for entry in entries if not entry.is_empty})
     times = {entry.pts for entry in entries if entry.is_shown}.union(places)
     shown = tuple(sorted(times))
@@ -383,6 +473,7 @@ def _frames_shown(entries: Sequence[_Entry], places: Sequence[int]) -> tuple[tup
 
 
 def _is_closed(entries: Sequence[_Entry]) -> bool:
+    """Returns whether no frame is stored after a keyframe and shown before it."""
     keyframe = entries[0].pts
     for entry in entries:
         keyframe = entry.pts if entry.is_key else keyframe

@@ -1,10 +1,22 @@
-"""Processes for media files: a file that hangs, crashes or bloats its decoder costs one job, never the run.
+"""Runs functions on media files in worker processes, so that a bad file costs one job and never the run.
 
-jobs -> run(), at most `ahead` at a time -> a thread per worker -> a socket -> the worker process -> results in order
+Decoders of videos are C libraries: a damaged file can crash them, let them hang, or make them fill the memory. Each job
+therefore runs in a process that can be killed. ``Workers`` is the entry point. It has one slot for each worker, and one
+thread for each slot, which sends a job to its worker, waits for the answer with a timeout, and replaces the worker
+where it died, hung, or ran out of memory. Results come out in the order of the jobs:
 
-Each worker has a socket of its own. In the pools of concurrent.futures, multiprocessing and Pebble all workers share
-one pipe and its lock, and a worker that is killed while it sends a clip leaves both useless to the others.
-Nothing here imports torch, and workers do not import the script either, so they hold neither torch nor a device.
+    jobs --run()--> queue of at most `ahead` jobs --> thread 0 <--socket--> worker process 0 --+
+                                                  --> thread 1 <--socket--> worker process 1 --+--> results, in order
+                                                  --> ...
+
+Each worker has its own socket. In the pools of concurrent.futures, multiprocessing and Pebble, all workers share one
+pipe and its lock, so a worker that is killed while it sends a clip leaves the pipe unusable for all the others.
+
+For each job a worker sends two messages: STARTED when it begins, then RESULT, ERROR or NO_MEMORY. The time limit counts
+from STARTED, because a new process first needs seconds to import the decoder.
+
+Nothing here imports torch, and workers do not import the script that started them. So a worker needs little memory and
+never touches a GPU.
 """
 
 import ctypes
@@ -33,10 +45,10 @@ from typing import Any
 from cogvideox.stopping import STOP_SIGNALS
 
 ATTEMPTS = 2
-EXIT_SECONDS = 5.0  # seconds for a killed process to be gone; one that hangs in a dead network mount never is
+EXIT_SECONDS = 5.0  # how long to wait for a killed process to exit; one that hangs in a dead network mount never does
 
 NOT_OPEN = "workers work only inside their context"
-STARTED, RESULT, ERROR, NO_MEMORY = range(4)  # what a worker says
+STARTED, RESULT, ERROR, NO_MEMORY = range(4)  # kinds of messages that a worker sends
 _COMMAND = "import sys; from cogvideox.data.media.workers import serve; serve(*map(int, sys.argv[1:]))"
 _PR_SET_PDEATHSIG = 1
 _LENGTH = struct.Struct("<Q")
@@ -44,7 +56,12 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one job may use: seconds from its start in the worker, and bytes of memory of its process."""
+    """Limits the resources of a job.
+
+    Attributes:
+        seconds: Longest run time of one job, counted from its start in the worker.
+        memory: Most bytes of memory that the data of a worker process may take (RLIMIT_DATA).
+    """
 
     seconds: float
     memory: int
@@ -52,21 +69,35 @@ class Limits:
 
 @dataclass(frozen=True)
 class Killed:
-    """In place of a result: why the worker did not survive the job, in one line; transient: the file may be fine."""
+    """Replaces the result of a job whose worker was lost.
+
+    Attributes:
+        reason: One line that says why the worker was lost.
+        transient: Whether the machine, and not the file, may be the cause, so that a later run may succeed.
+    """
 
     reason: str
     transient: bool = False
 
 
 class Workers:
-    """Worker processes; a context manager. They start with the first jobs and are gone when the context is left."""
+    """Context manager that runs jobs in a fixed number of worker processes.
+
+    Processes start when the first jobs arrive, and are killed when the context is left.
+    """
 
     def __init__(self, number: int, limits: Limits) -> None:
+        """Prepares the workers, without starting a process.
+
+        Args:
+            number: How many worker processes run at a time.
+            limits: Time and memory that one job may use.
+        """
         self.number = number
         self._is_open = False
         self._queue: queue.SimpleQueue[tuple[Future[Any], list[Any]] | None] = queue.SimpleQueue()
         self._slots = [_WorkerSlot(limits) for _ in range(number)]
-        # Daemons, so that an interpreter that ends without leaving the context does not wait for a job.
+        # Daemon threads, because otherwise an interpreter that exits without leaving the context would wait for jobs.
         self._threads = [threading.Thread(target=self._serve_slot, args=(slot,), daemon=True) for slot in self._slots]
 
     def __enter__(self) -> "Workers":
@@ -85,12 +116,20 @@ class Workers:
             thread.join()
 
     def run(self, jobs: Iterable[tuple[Any, ...]], ahead: int | None = None) -> Iterator[Any]:
-        """What each job (function, arguments...) returns, or Killed, in the order of the jobs.
+        """Runs jobs and yields their results, or ``Killed``, in the order of the jobs.
 
-        At most `ahead` jobs (2 per worker) are begun and not yet handed out: decoded clips are large. Functions must
-        be importable by name. An exception of a function is raised here, with the worker's traceback as a note.
-        A job whose worker dies or runs out of memory is tried once more in a new one: an earlier file may have left
-        the old one damaged, or somebody else may have killed it. Raises RuntimeError if workers do not start.
+        A job whose worker dies or runs out of memory is tried once more in a new worker: an earlier file may have
+        damaged the memory of the old one, or another program may have killed it. A job that exceeds its time is not
+        tried again.
+
+        Args:
+            jobs: Tuples of a function and its arguments. The function must be importable by name.
+            ahead: How many jobs may be started before their results are consumed. Decoded clips are large, so this
+                bounds the memory that waiting results take. The default is 2 for each worker.
+
+        Raises:
+            RuntimeError: The context is not open, or worker processes do not start.
+            Exception: Whatever a job raises, with the traceback of the worker as a note.
         """
         jobs, ahead = iter(jobs), ahead or 2 * self.number
         waiting: deque[Future[Any]] = deque()
@@ -119,21 +158,26 @@ class Workers:
                     future.set_result(slot.run(job))
                 except BaseException as error:
                     future.set_exception(error)
-            del item, future  # they hold the result
+            # Without this, the result of this job would stay in memory until the next job arrives.
+            del item, future
         slot.wait()
 
 
 class _WorkerSlot:
-    """A place for one worker at a time. run() belongs to one thread; close() may come from another."""
+    """Holds one worker at a time and replaces it where it is lost.
+
+    The thread of the slot calls ``run`` and ``wait``; the thread that leaves the context calls ``close``.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._worker: _Worker | None = None
         self._closed = False
+        # Without this lock, close() could miss a worker that is just being started, and it would never be killed.
         self._lock = threading.Lock()
 
     def run(self, job: list[Any]) -> Any:
-        """The result of a packed job, or Killed."""
+        """Runs a packed job and returns its result, or ``Killed`` where its last attempt lost the worker."""
         for _ in range(ATTEMPTS):
             worker = self._worker or self._start_worker()
             try:
@@ -147,14 +191,14 @@ class _WorkerSlot:
         return Killed(str(last), last.transient)
 
     def close(self) -> None:
-        """Ends the worker, whatever it does; there will be no other."""
+        """Kills the worker, whatever it is doing, and prevents the start of another."""
         with self._lock:
             self._closed = True
             if self._worker is not None:
                 self._worker.process.kill()
 
     def wait(self) -> None:
-        """Waits until the worker that close() ended is gone."""
+        """Waits until the worker that ``close`` killed has exited."""
         if self._worker is not None:
             self._worker.wait()
 
@@ -167,8 +211,11 @@ class _WorkerSlot:
 
 
 class _WorkerLost(Exception):
-    """The worker is gone, for this reason; final: another attempt would only cost the same time again; transient: the
-    machine may be the cause, not the job.
+    """Signals that a worker died or had to be killed.
+
+    Attributes:
+        final: Whether another attempt would only take the same time again.
+        transient: Whether the machine, and not the job, may be the cause.
     """
 
     def __init__(self, reason: str, final: bool = False, transient: bool = False) -> None:
@@ -177,7 +224,11 @@ class _WorkerLost(Exception):
 
 
 class _Worker:
-    """One process and the socket to it. Created by a thread that outlives it (see end_with_parent)."""
+    """Owns one worker process and the socket to it.
+
+    It must be created by a thread that lives longer than the process: on Linux the kernel kills the process when the
+    thread that created it ends (see ``end_with_parent``).
+    """
 
     def __init__(self, memory: int) -> None:
         ours, theirs = socket.socketpair()
@@ -191,7 +242,12 @@ class _Worker:
         self.has_started = False
 
     def run(self, job: list[Any], limits: Limits) -> Any:
-        """The result of a packed job. Raises what the function raises, and _WorkerLost."""
+        """Runs a packed job in the process and returns its result.
+
+        Raises:
+            _WorkerLost: The process died, exceeded its time, or ran out of memory. It has been killed.
+            Exception: Whatever the job raises.
+        """
         try:
             kind, value = self._exchange(job, limits.seconds)
         except TimeoutError:
@@ -214,7 +270,8 @@ class _Worker:
         self._channel.settimeout(None)
         _write(self._stream, job)
         reply: tuple[int, Any] = _unpack(_read(self._stream))
-        if reply[0] == STARTED:  # only now: a new process first imports the decoder
+        # The time limit starts here and not with the request, because a new process first imports the decoder.
+        if reply[0] == STARTED:
             self.has_started = True
             self._channel.settimeout(seconds)
             reply = _unpack(_read(self._stream))
@@ -225,7 +282,7 @@ class _Worker:
         self.wait()
 
     def wait(self) -> int | None:
-        """The exit code of a process that is on its way out; None if it does not get there."""
+        """Waits for a process that is exiting, and returns its exit code, or None if it does not exit in time."""
         with suppress(OSError):
             self._stream.close()
         self._channel.close()
@@ -236,15 +293,15 @@ class _Worker:
 
 
 def _spawn(channel: int, memory: int) -> "subprocess.Popen[bytes]":
-    # Not multiprocessing: its children import the script that runs, and with it torch. Workers are the parallel part,
-    # and the threads of a BLAS would each count as memory.
+    # Children of multiprocessing would import the training script, and torch with it, so this starts plain Python.
+    # One BLAS thread is enough: the workers already run in parallel, and each thread would count as memory.
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _COMMAND, *map(str, (channel, memory, os.getpid()))],
         stdin=subprocess.DEVNULL,
         pass_fds=[channel],
         env=os.environ | environment,
-        process_group=0,  # Ctrl-C and Ctrl-Z are for the parent
+        process_group=0,  # so that Ctrl-C and Ctrl-Z in the terminal reach the parent only
     )
 
 
@@ -260,7 +317,13 @@ def _cause_of_death(code: int | None) -> str:
 
 
 def serve(channel: int, memory: int, parent: int) -> None:
-    """The life of a worker: jobs from the socket `channel` until its other end closes. memory: bytes; parent: pid."""
+    """Serves jobs in a worker process until the other end of its socket closes.
+
+    Args:
+        channel: File descriptor of the socket that jobs come from and answers go to.
+        memory: Most bytes that the data of this process may take.
+        parent: Process id of the process that started this one.
+    """
     _apply_limits(memory)
     end_with_parent(parent)
     with socket.socket(fileno=channel) as connection, suppress(EOFError, ConnectionError):
@@ -281,7 +344,7 @@ def _answer(job: list[Any], stream: BufferedRWPair) -> list[Any]:
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Also where it led to another error."""
+    """Returns whether an error is, or was caused by, a lack of memory."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
@@ -290,7 +353,10 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _picklable(error: Exception) -> Exception:
-    """The error itself, if it survives pickling; with its traceback."""
+    """Returns a copy of an error that can be pickled, with the traceback as a note.
+
+    An error that does not survive pickling is replaced by a RuntimeError with its type and message.
+    """
     text = "".join(traceback.format_exception(error))
     try:
         copy: Exception = pickle.loads(pickle.dumps(error))
@@ -301,7 +367,10 @@ def _picklable(error: Exception) -> Exception:
 
 
 def ignore_stop_signals() -> None:
-    """Some launchers and terminals send them to every process; only the process of the run acts on them."""
+    """Ignores the signals that ask a run to stop.
+
+    Some launchers and terminals send them to every process, but only the main process of the run handles them.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -309,35 +378,41 @@ def ignore_stop_signals() -> None:
 def _apply_limits(memory: int) -> None:
     ignore_stop_signals()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Not RLIMIT_AS, which also counts libraries, mapped files and address space that is only reserved.
+    # RLIMIT_AS would also count libraries, mapped files and address space that is only reserved.
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel shall take this process before the run
+        Path("/proc/self/oom_score_adj").write_text("1000")  # when memory runs out, kill this process first
 
 
 def end_with_parent(parent: int) -> None:
-    """Lets the kernel end this process when the thread that created it ends, for example by kill -9."""
+    """Makes the kernel kill this process when the thread that created it ends, for example by kill -9.
+
+    Args:
+        parent: Process id of the creator. If that has already ended, this process exits at once.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was quicker
+    if os.getppid() != parent:  # it ended before prctl was called, so no signal would come
         os._exit(1)
 
 
 def _pack(value: Any) -> list[Any]:
-    """A pickle, then the arrays in it, which are not copied."""
+    """Serializes a value into the parts of a message: a pickle, then each array's buffer, without a copy."""
     arrays: list[pickle.PickleBuffer] = []
     body = pickle.dumps(value, 5, buffer_callback=arrays.append)
     return [body, *(array.raw() for array in arrays)]
 
 
 def _unpack(parts: list[Any]) -> Any:
+    """Restores a value from the parts of a message."""
     body, *arrays = parts
     return pickle.loads(body, buffers=arrays)
 
 
 def _write(stream: BufferedRWPair, parts: list[Any]) -> None:
+    """Sends a message: the number of its parts, then the length and the bytes of each part."""
     stream.write(_LENGTH.pack(len(parts)))
     for part in parts:
         stream.write(_LENGTH.pack(len(part)))
@@ -346,7 +421,7 @@ def _write(stream: BufferedRWPair, parts: list[Any]) -> None:
 
 
 def _read(stream: BufferedRWPair) -> list[Any]:
-    """The parts of one message. Raises EOFError if the other side is gone."""
+    """Receives the parts of one message. Raises EOFError if the other end of the socket is closed."""
     return [_read_part(stream, _read_length(stream)) for _ in range(_read_length(stream))]
 
 
