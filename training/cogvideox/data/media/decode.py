@@ -1,8 +1,12 @@
-"""Video files: probe() -> VideoInfo, read_frames() -> the pixels of chosen frames; write_video().
+"""Decodes video files and still pictures: a description of a file, the pixels of chosen frames, and mp4 output.
 
-Owns the pixels: decoding, scaling, colours, rotation. A frame is named by its place in display order among the frames
-that are shown (edit lists are honoured) and found again by its timestamp, so a frame is the right one or an error.
-Nothing here imports torch: decode workers stay small. Shape suffixes: F frames, H height, W width, C colour channels.
+``probe`` returns a ``VideoInfo``, ``read_frames`` the pixels of the frames that are asked for, and ``write_video``
+writes an mp4 file. A caller names frames by their index in display order, counting only frames that are shown (edit
+lists of mp4 files are respected). Inside, a frame is identified by its timestamp, so that seeking returns the exact
+frame or an error, and never a neighbor.
+
+Damaged frames are decoded again from earlier keyframes before they count as an error. Nothing here imports torch, so
+that decode workers need little memory. Shape suffixes: F frames, H height, W width, C color channels.
 """
 
 import functools
@@ -34,17 +38,24 @@ from cogvideox.data.media.pictures import is_picture, probe_picture, read_pictur
 from cogvideox.data.media.planes import EXACT, plane_array
 from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
 
-# A frame after so many whole ones lacks none from before the start: h264 and hevc let it refer to 16 frames, and decode
-# as many before they are shown.
+# Once this many undamaged frames were decoded, a later damaged one cannot be caused by frames missing before the start:
+# a frame of h264 and hevc refers to at most 16 frames, and at most 16 are decoded before they are shown.
 _MAX_REFERENCES = 32
 
 
 class _NeedsEarlierKeyframe(VideoError):
-    """A frame is missing or corrupt, and may come out right if decoding begins at an earlier keyframe."""
+    """Signals a missing or damaged frame that may decode without error from an earlier keyframe."""
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """Reads all packets and decodes the first frame (the rotation is stored with it). Raises VideoError."""
+    """Describes a video or a still picture: times of the frames, size, rotation, codec and colors.
+
+    All packets of a video are read, and its first frame is decoded, because only a frame tells the rotation.
+
+    Raises:
+        VideoError: The file cannot be used, with the reason and a fix in one line.
+        OSError: The file system or the machine refuses, though the file may be fine.
+    """
     stamp = size_and_mtime(path)
     if stamp[0] == 0:
         raise VideoError(f"{path}: is empty; download it again")
@@ -53,7 +64,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     if is_picture(path):
         return probe_picture(path)
     with open_video(path) as (container, stream):
-        container_tags = ColorTags.of(stream.codec_context)  # the decoder will overwrite them
+        container_tags = ColorTags.of(stream.codec_context)  # read now, because decoding overwrites them
         index, frame = scan(container, stream, stamp)
         tags = ColorTags.of(frame).filled(container_tags)
         tags.check(stream.codec_context.codec_tag)
@@ -76,11 +87,21 @@ def read_frames(
     width: int,
     reader: str = "pyav",
 ) -> np.ndarray:
-    """The frames of `indices` (any order, repeats allowed) as uint8 RGB (F, height, width, 3), upright.
+    """Returns chosen frames, upright, in RGB, and resized to height x width without keeping the aspect ratio.
 
-    info: what probe() said of this file. Resized from the decoded picture in one step, without keeping the aspect
-    ratio. reader: "pyav", or "decord" for videos (see decord_reader). Raises VideoError if a frame is damaged or does
-    not come out, or if the file has changed since probe().
+    Args:
+        path: The file.
+        info: What ``probe`` returned for this file.
+        indices: The frames in display order, counted from 0; any order, and repeats are allowed.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+        reader: "pyav", or "decord" for videos (see decord_reader.py).
+
+    Returns:
+        uint8 array of shape (F, height, width, 3) with the frames in the order of the indices.
+
+    Raises:
+        VideoError: A frame is damaged or missing, or the file has changed since it was probed.
     """
     if any(not 0 <= index < info.num_frames for index in indices):
         raise VideoError(
@@ -95,10 +116,19 @@ def read_frames(
 
 
 def write_video(path: str | os.PathLike[str], frames_FHWC: np.ndarray, fps: float, *, crf: int = 18) -> None:
-    """Write uint8 RGB (F, H, W, 3) as h264 in mp4, under a temporary name until it is complete.
+    """Writes frames as h264 in an mp4 file, under a temporary name until it is complete.
 
-    Odd sizes are made even by repeating the last row or column (yuv420p stores colour for 2 x 2 pixels). Raises
-    ValueError for other arrays and DiskError where the disk is full, fails or refuses.
+    Odd sizes are made even by repeating the last row or column, because yuv420p stores one color for 2 x 2 pixels.
+
+    Args:
+        path: The file to write.
+        frames_FHWC: uint8 RGB frames of shape (F, H, W, 3).
+        fps: Frames per second.
+        crf: Quality of x264; 0 is lossless, and larger numbers give smaller files.
+
+    Raises:
+        ValueError: The array has another type or shape, or is empty.
+        DiskError: The disk is full, fails, or denies access.
     """
     if frames_FHWC.dtype != np.uint8 or frames_FHWC.ndim != 4 or frames_FHWC.shape[3] != 3 or not frames_FHWC.size:
         raise ValueError(f"frames must be uint8 (F, H, W, 3), got {frames_FHWC.dtype} {frames_FHWC.shape}")
@@ -116,6 +146,7 @@ def _read_with_pyav(
     path: str | os.PathLike[str], info: VideoInfo, indices: Sequence[int], height: int, width: int
 ) -> np.ndarray:
     assert info.packets is not None
+    # For each timestamp to decode, the positions in the result that it fills: a frame may be asked for several times.
     places: dict[int, list[int]] = {}
     for place, source in enumerate(indices):
         places.setdefault(info.packets.pictures[source], []).append(place)
@@ -134,7 +165,11 @@ def _read_with_pyav(
 
 
 def _wanted_frames(path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int]) -> Iterator[VideoFrame]:
-    """The frames with the wanted timestamps (increasing); of those that come twice the second one is right."""
+    """Yields the frames with the wanted timestamps, which increase.
+
+    If a frame fails, decoding starts again at an earlier keyframe, and frames since the failed one's keyframe are
+    yielded a second time. The caller keeps the second one, because the first may be wrong without an error.
+    """
     num_done = 0
     try:
         with open_video(path, index.stream, known=index.stores_pts) as (container, stream):
@@ -151,11 +186,17 @@ def _wanted_frames(path: str | os.PathLike[str], index: PacketIndex, wanted: Seq
 def _from_earlier_keyframes(
     path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int], place: int
 ) -> Iterator[VideoFrame]:
-    """The wanted frames, decoded without jumps from the keyframe at `place`, else from ever earlier ones.
+    """Yields the wanted frames, decoded without seeking from a keyframe, or where that fails from ever earlier ones.
 
-    Some containers find a later keyframe than asked for, some codecs need the look at them that was skipped, and some
-    keyframes need frames before them. A start that is too late shows within a few frames, so trying one after the other
-    costs little, and no more of a long file is decoded than it takes.
+    This covers containers whose seek ends at a later keyframe than asked for, codecs that need the analysis which
+    ``known`` skips, and keyframes that need frames before them. A start that is too late fails within a few frames, so
+    trying one keyframe after the other costs little, and only as much of a long file is decoded as needed.
+
+    Args:
+        path: The file.
+        index: The timestamps of the file.
+        wanted: Timestamps of the frames, increasing.
+        place: Index in ``index.keyframes`` of the first keyframe to try.
     """
     for start in range(place, -1, -1):
         try:
@@ -170,10 +211,16 @@ def _from_earlier_keyframes(
 def _decode(
     container: InputContainer, stream: VideoStream, index: PacketIndex, wanted: Sequence[int], start: int | None = None
 ) -> Iterator[VideoFrame]:
-    """The wanted frames of a container just opened.
+    """Yields the wanted frames of a container that has just been opened.
 
-    start: the place of the keyframe from which all are decoded; by default each is from the last one before it, with
-    jumps only where one lies in between.
+    Args:
+        container: The open file.
+        stream: Its video stream.
+        index: The timestamps of the file.
+        wanted: Timestamps of the frames, increasing.
+        start: Index in ``index.keyframes`` of the keyframe from which all frames are decoded. By default each frame is
+            decoded from the last keyframe before it, with a seek only where another keyframe comes after the frame
+            that was decoded last.
     """
     last = index.keyframes[0]
     decoder = strict_decoder(stream)
@@ -182,7 +229,8 @@ def _decode(
         place = index.keyframe_before(pts) if start is None else start
         if index.keyframes[place] > last:
             if number == 0:
-                # The first packet alone may say which x264 made the file, and the faults of old ones are worked around.
+                # Old versions of x264 had bugs that decoders work around, but only the first packet may tell the
+                # version. So it is decoded before the first seek.
                 run.begin()
             container.seek(index.seek_to[place], stream=stream)
             decoder.flush_buffers()
@@ -192,14 +240,14 @@ def _decode(
 
 
 class _DecodeRun:
-    """Frames as they are decoded from a keyframe on."""
+    """Decodes frames one after the other from a keyframe, and counts the undamaged ones."""
 
     def __init__(self, frames: Iterator[VideoFrame]) -> None:
         self._frames = frames
         self._num_whole = 0
 
     def begin(self) -> None:
-        """Decodes the first frame, for what the decoder learns from it."""
+        """Decodes and drops the first frame, from which the decoder learns about the file."""
         next(self._frames, None)
 
     def frame_at(self, pts: int, index: PacketIndex) -> VideoFrame:
@@ -232,9 +280,14 @@ def _frames(
     keyframe: int,
     labels: Sequence[int] = (),
 ) -> Iterator[VideoFrame]:
-    """What comes out of the decoder from here on; `keyframe` is the timestamp at which decoding could start.
+    """Yields the frames that a container gives from its current position on, in display order.
 
-    labels: the timestamps of all pictures from here on, if not those of their packets.
+    Args:
+        container: The open file.
+        stream: Its video stream.
+        decoder: The decoder of the stream.
+        keyframe: Presentation time of the keyframe at which decoding starts.
+        labels: Presentation times of all pictures from here on, where they differ from those of the packets.
     """
     pictures = itertools.chain.from_iterable(map(unpacker(stream), container.demux(stream)))
     for picture, label in itertools.zip_longest(pictures, labels):
@@ -248,13 +301,13 @@ def _frames(
 def _write_pixels(
     scaler: VideoReformatter, to_sdr: SdrConverter, frame: VideoFrame, rotation: int, out_HWC: np.ndarray
 ) -> None:
-    """A decoded frame as RGB, resized and then turned upright, into uint8 (height, width, 3)."""
+    """Converts a decoded frame to RGB, resizes it, and writes it upright into uint8 (height, width, 3)."""
     height, width = out_HWC.shape[:2] if rotation % 180 == 0 else out_HWC.shape[1::-1]
     frame = on_black(frame)
-    # Averaging keeps fine patterns from flickering when shrinking; when enlarging it would give blocks.
+    # Averaging prevents flicker of fine patterns in a shrunk video, but would show blocks in an enlarged one.
     shrinks = height <= frame.height and width <= frame.width
     method = Interpolation.AREA if shrinks else Interpolation.BICUBIC
-    # In planes and not in rgb24, for which swscale has no fast code with exact flags: it takes twice as long.
+    # With the exact flags, swscale takes twice as long for packed RGB (rgb24) as for RGB in planes (gbrp).
     shown = to_sdr(frame, height, width)
     picture = scaler.reformat(shown, width, height, "gbrp", interpolation=method | EXACT, threads=1)
     for plane, channel in zip(picture.planes, (1, 2, 0), strict=True):
@@ -262,7 +315,7 @@ def _write_pixels(
 
 
 def _rotation(frame: VideoFrame) -> int:
-    """Degrees counter-clockwise that turn the coded picture upright: 0, 90, 180 or 270."""
+    """Returns by how many degrees counter-clockwise a frame must be turned to be upright: 0, 90, 180 or 270."""
     side_data: Any = frame.side_data
     if "DISPLAYMATRIX" not in side_data:
         return 0
@@ -275,14 +328,17 @@ def _rotation(frame: VideoFrame) -> int:
 
 
 def _shown_size(frame: VideoFrame, stream: VideoStream, rotation: int) -> tuple[int, int]:
-    """(height, width) in square pixels, upright."""
+    """Returns height and width of the upright picture, in square pixels."""
     width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
     return (width, frame.height) if rotation % 180 else (frame.height, width)
 
 
 @functools.cache
 def _reproducible_options() -> dict[str, object]:
-    """Options with which x264 makes the same file of the same frames: with AVX-512 it reads memory that is not set."""
+    """Returns the options with which x264 always makes the same file from the same frames.
+
+    Its code for AVX-512 reads uninitialized memory, so it is limited to AVX2.
+    """
     features = Path("/proc/cpuinfo")
     return {"x264-params": "asm=avx2"} if features.exists() and "avx512" in features.read_text() else {}
 
@@ -293,7 +349,7 @@ def _encode(path: Path, frames_FHWC: np.ndarray, fps: float, crf: int) -> None:
         stream.height, stream.width = frames_FHWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(crf)} | _reproducible_options()
-        # Tagged, because players guess the matrix of untagged files from the size of the picture.
+        # Players guess the color matrix of untagged files from the size of the picture, so all tags are written.
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709
         context.color_range = av.video.reformatter.ColorRange.MPEG
