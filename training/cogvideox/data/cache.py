@@ -102,7 +102,7 @@ class TensorCache:
         except FileNotFoundError:
             raise CacheError(f"{path}: is not there") from None
         except OSError as error:  # not the file's fault
-            raise UsageError(f"{path}: cannot be read ({error.strerror}); mend that and run again") from None
+            raise UsageError(f"{path}: cannot be read ({error.strerror}); fix that and run again") from None
         try:
             tensors = load(content)
             written = json.loads(header_of(content)["__metadata__"]["written"])
