@@ -1,18 +1,30 @@
-"""One CogVideoX block as two pure functions of tensors: forward and, with what forward kept, backward.
+"""One CogVideoX transformer block, written as two pure functions of tensors: ``forward`` and ``backward``.
 
-The block is that of diffusers (CogVideoXBlock) with PEFT's LoRA on its linear layers. Text and video are one sequence
-from end to end: what differs by token, modulation and rotary embedding, is looked up by position. The functions take
-all weights as arguments, so they may lie in any buffer, and one compiled graph serves all blocks. Each layer says what
-of it gets gradients: its LoRA, its own weights, or nothing. What forward keeps is a choice (KEPT); backward computes
-the rest again.
+The block computes what CogVideoXBlock of diffusers computes, with PEFT's LoRA on its linear layers. ``forward`` returns
+the block's output and those activations that it was asked to keep; ``backward`` takes the kept activations, recomputes
+the others, and returns the gradients. No autograd graph exists between the two.
 
-    x -> n1 = modulate(x)              n2 = modulate(h)
-         q, k, v = linear(n1)          f = linear(n2)
-         o = attend(rotate(q, k), v)   z = linear(gelu(f))
-         a = linear(o)                 y = h + gate * z
-         h = x + gate * a
+    x -> n1 = modulate(x)                   h -> n2 = modulate(h)
+         q, k, v = linear(n1)                    f = linear(n2)
+         rq, rk = rotate(q), rotate(k)           g = gelu(f)
+         o, lse = attend(rq, rk, v)              z = linear(g)
+         a = linear(o)                           y = h + gate2 * z   -> y
+         h = x + gate1 * a   -> h
 
-Shapes: B samples, S tokens (L of text, then the video's), D channels, H heads, E head dim, R rank.
+modulate(x) = LayerNorm(x) * (1 + scale) + shift is adaptive layer norm (Peebles & Xie 2023, section 3.2). Its shift,
+scale and gate are linear functions of the timestep embedding, one set for video tokens and one for text tokens.
+
+Why any activation may be kept or recomputed: each one is a function of x and the weights alone, and the functions are
+deterministic (dropout repeats its mask within a step). Keeping only x costs the least memory and one more forward pass;
+keeping everything costs the most memory and recomputes nothing. KEPT lists the four
+levels, from which a plan chooses. The gradients are the same at every level.
+
+Why functions and not modules: all weights are arguments, so they may be stored in any buffer, such as one that is
+filled from host memory just before the block runs, and one compiled graph serves all blocks. Text and video are one
+sequence throughout, text first; what differs between them (modulation, rotary embedding) is looked up by position.
+
+Shapes: B samples, S tokens (L of text, then those of the video), D channels, H heads, E channels of a head (H * E = D),
+R rank of a LoRA.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,39 +45,43 @@ KEPT: dict[str, tuple[str, ...]] = {
     "linear": ("x", "o", "lse", "q", "k", "v", "h", "f", "a", "z"),
     "all": ("x", "o", "lse", "q", "k", "v", "h", "f", "a", "z", "n1", "rq", "rk", "n2", "g"),
 }
-"""What forward may keep at each level, from least to most; the names of the formulas above, g the output of gelu."""
+"""The activations that forward keeps at each level of --keep, by their names in the formulas above; least first."""
 UNITS: dict[str, int] = {"x": 1, "o": 1, "lse": 0, "q": 1, "k": 1, "v": 1, "h": 1, "f": 4, "a": 1, "z": 1}
 UNITS |= {"n1": 1, "rq": 1, "rk": 1, "n2": 1, "g": 4}
-"""Their sizes, in the size of x."""
+"""The size of each activation as a multiple of the size of x, (B, S, D). lse is small enough to count as 0."""
 
 
 class Linear(NamedTuple):
-    """A linear layer, with a LoRA or without: W x + bias + scale * B (A x)."""
+    """A linear layer with an optional LoRA: y = W x + bias + scale * B A drop(x).
 
-    weight: Weight  # (out, in); if quantized, made whole for each product
-    bias: Tensor | None
-    a: Tensor | None = None  # (R, in)
-    b: Tensor | None = None  # (out, R)
+    The fields tell which gradients ``linears_backward`` returns: those of ``a`` and ``b`` if there is a LoRA, those of
+    ``weight`` and ``bias`` if ``trained`` is set, otherwise none.
+    """
+
+    weight: Weight  # W, (out, in); a quantized one is dequantized for each product
+    bias: Tensor | None  # (out,)
+    a: Tensor | None = None  # A, (R, in)
+    b: Tensor | None = None  # B, (out, R)
     scale: float = 1.0
-    drop: Callable[[Tensor], Tensor] | None = (
-        None  # of x in front of A; linear, and the same mask at every call of a step
-    )
-    trained: bool = False  # weight and bias
+    # Dropout in front of A. backward applies it to gradients and to recomputed inputs, so it must be linear in its
+    # argument and use the same mask at every call within a step.
+    drop: Callable[[Tensor], Tensor] | None = None
+    trained: bool = False  # whether weight and bias get gradients
 
 
 class Norm(NamedTuple):
-    """A layer norm's weight and bias."""
+    """The weight and bias of a layer norm; ``trained`` tells whether they get gradients."""
 
-    weight: Tensor | None
+    weight: Tensor | None  # (D,), or (E,) for queries and keys
     bias: Tensor | None
     eps: float
     trained: bool = False
 
 
 class Block(NamedTuple):
-    """The weights of a block."""
+    """All weights of one block. The names are those of the formulas in the module's docstring."""
 
-    modulation1: Linear  # adaLN: of the time embedding
+    modulation1: Linear  # timestep embedding -> shift, scale, gate of video, then of text: (6 D, time embedding)
     norm1: Norm
     q: Linear
     k: Linear
@@ -81,40 +97,53 @@ class Block(NamedTuple):
 
 LORA_LAYERS = ("q", "k", "v", "out", "ff1", "ff2")
 Gradients = tuple[Tensor, ...]
-"""Of one layer: of a and b, or of weight and bias, or nothing."""
+"""The gradients of one layer: (a, b) of its LoRA, or (weight, bias) if these are trained, or nothing."""
 
 
 class Shared(NamedTuple):
-    """What is the same in all blocks of one forward pass."""
+    """The inputs that all blocks of one forward pass have in common."""
 
-    temb: Tensor  # (B, time embedding)
-    rotary: tuple[Tensor, Tensor] | None  # (S, E) each: cos and sin, 1 and 0 over the text
-    text_length: int
-    heads: int
-    backend: str
+    temb: Tensor  # timestep embedding, (B, time embedding)
+    rotary: tuple[Tensor, Tensor] | None  # cos and sin, (S, E) each; 1 and 0 for text tokens, which are not rotated
+    text_length: int  # L
+    heads: int  # H
+    backend: str  # of attention.BACKENDS
 
 
 Kept = dict[str, Tensor]
 
 
 def kept_at(level: str, p: Block) -> tuple[str, ...]:
-    """What forward keeps of a block: of KEPT, what its backward pass uses."""
+    """Returns the activations that ``forward`` keeps at a level of KEPT, without those that ``backward`` never uses."""
     unused = {"n1", "n2", "g", "a", "z"} - for_weights(p)
     return tuple(name for name in KEPT[level] if name not in unused)
 
 
 def for_weights(p: Block) -> set[str]:
-    """What only gradients of weights need once all linear outputs are there: inputs of layers, and what is gated."""
+    """Returns the activations that are needed for gradients of weights only.
+
+    The gradient of x needs none of these as long as the outputs of the linear layers are known. The weights or the LoRA
+    of a layer need the layer's input (n1, n2, g); the gates, where the modulations are trained, need the values that
+    they are multiplied with (a, z).
+    """
     inputs = {"n1": (p.q, p.k, p.v), "n2": (p.ff1,), "g": (p.ff2,)}
     used = {name for name, layers in inputs.items() if any(p.trained or p.a is not None for p in layers)}
     return used | {name for name, gate in (("a", p.modulation1), ("z", p.modulation2)) if gate.trained}
 
 
-# -- pieces ------------------------------------------------------------------------------------------------------------
+# -- layers ------------------------------------------------------------------------------------------------------------
 
 
 def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
-    """Layers of one x, (..., in) -> (..., out) each."""
+    """Applies several linear layers to one input.
+
+    Args:
+        x: the input, (..., in).
+        layers: the layers, each (in) -> (out).
+
+    Returns:
+        The output of each layer, (..., out).
+    """
     ys = [F.linear(x, dequantize(p.weight, x.dtype), p.bias) for p in layers]
     for group in lora_groups(layers):
         members = [layers[i] for i in group]
@@ -126,7 +155,20 @@ def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
 def linears_backward(
     dys: Sequence[Tensor], x: Tensor | None, layers: Sequence[Linear]
 ) -> tuple[Tensor, list[Gradients]]:
-    """(gradient of x, for each layer those of what it trains, for which alone x is needed)."""
+    """Computes the gradients of ``linears``.
+
+    With tokens as rows, y = x W^T + bias + scale * drop(x) A^T B^T, and dy the gradient of y:
+    dx = dy W + scale * drop(dy B A), dW = dy^T x, dbias = the sum of dy over tokens,
+    dA = scale * (dy B)^T drop(x), dB = scale * dy^T (drop(x) A^T).
+
+    Args:
+        dys: the gradient of each layer's output, (..., out).
+        x: the input, (..., in); None if no layer trains anything, because only gradients of weights need it.
+        layers: the layers, in the order of ``dys``.
+
+    Returns:
+        The gradient of x, summed over the layers, and for each layer the gradients of what it trains.
+    """
     dx = reduce(add, [dy @ dequantize(p.weight, dy.dtype) for dy, p in zip(dys, layers, strict=True)])
     found: list[Gradients] = [()] * len(layers)
     for i, (dy, p) in enumerate(zip(dys, layers, strict=True)):
@@ -146,38 +188,54 @@ def linears_backward(
 
 
 def lora_groups(layers: Sequence[Linear]) -> list[list[int]]:
-    """Layers of one x whose LoRAs have the same input, so that their A are one product: all but those that drop."""
+    """Groups layers of one x whose LoRAs have the same input, so that their matrices A are multiplied as one matrix.
+
+    A layer with dropout is a group by itself, because its mask makes its input different from that of the others.
+
+    Returns:
+        Groups of indices into ``layers``; layers without a LoRA are in none.
+    """
     trained = [i for i, p in enumerate(layers) if p.a is not None]
     together = [i for i in trained if layers[i].drop is None]
     return [group for group in (together, *([i] for i in trained if i not in together)) if group]
 
 
 def dropped(x: Tensor, group: Sequence[Linear]) -> Tensor:
-    """What the LoRAs of a group get of x, or its gradient."""
+    """Applies the dropout of a group of LoRAs to their input x, or to the gradient of x; the mask is the same."""
     drop = group[0].drop
     return drop(x) if drop else x
 
 
 def lora_down(x: Tensor, group: Sequence[Linear]) -> list[Tensor]:
-    """A x of each layer of a group, (..., R)."""
+    """Returns A x for each layer of a group, (..., R)."""
     matrices = [not_none(p.a) for p in group]
     u = F.linear(x, joined(matrices, dim=0))
     return list(u.split([a.shape[0] for a in matrices], dim=-1))
 
 
 def joined(tensors: list[Tensor], dim: int) -> Tensor:
-    """One tensor; without a copy if it is one already."""
+    """Concatenates tensors; returns a single tensor without copying it."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def not_none(tensor: Tensor | None) -> Tensor:
-    """A tensor that is there."""
+    """Returns a tensor that is known not to be None, for the type checker."""
     assert tensor is not None
     return tensor
 
 
 def modulations(p: Linear, shared: Shared, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(shift, scale, gate) of each token, (B, S, D)."""
+    """Computes the shift, scale and gate of each token from the timestep embedding (CogVideoXLayerNormZero).
+
+    Args:
+        p: the modulation layer.
+        shared: the timestep embedding and the number of text tokens.
+        length: number of tokens, S.
+
+    Returns:
+        (shift, scale, gate), each (B, S, D).
+    """
+    # (B, 6 D) -> six of (B, 1, D): first those of video tokens, then those of text tokens
     shift, scale, gate, *text = linears(F.silu(shared.temb), [p])[0].unsqueeze(1).chunk(6, dim=-1)
     is_text = (torch.arange(length, device=shift.device) < shared.text_length).view(1, -1, 1)
     shift, scale, gate = (torch.where(is_text, t, v) for t, v in zip(text, (shift, scale, gate), strict=True))
@@ -185,25 +243,45 @@ def modulations(p: Linear, shared: Shared, length: int) -> tuple[Tensor, Tensor,
 
 
 def modulations_backward(dtokens: Sequence[Tensor], p: Linear, shared: Shared) -> tuple[Tensor, Gradients]:
-    """(gradient of temb, those of the layer), for gradients of shift, scale and gate of each token."""
+    """Computes the gradients of ``modulations``.
+
+    Args:
+        dtokens: gradients of shift, scale and gate, (B, S, D) each.
+        p: the modulation layer.
+        shared: the timestep embedding and the number of text tokens.
+
+    Returns:
+        (gradient of the timestep embedding, gradients of the layer).
+    """
     of_text, of_video = slice(None, shared.text_length), slice(shared.text_length, None)
+    # All tokens of a kind share one modulation, so their gradients are summed: (B, S, D) -> (B, D), six times.
     sums = [dtoken[:, part].sum(1) for part in (of_video, of_text) for dtoken in dtokens]
     dx, (found,) = linears_backward([torch.cat(sums, dim=-1)], F.silu(shared.temb), [p])
     return vjp(F.silu, shared.temb, dx), found
 
 
 def modulate(x: Tensor, norm: Norm, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN of x, (B, S, D)."""
+    """Applies adaptive layer norm: LayerNorm(x) * (1 + scale) + shift, all (B, S, D)."""
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps) * (1 + scale) + shift
 
 
 def modulate_backward(
     dn: Tensor, x: Tensor, norm: Norm, shift: Tensor, scale: Tensor, dy: Tensor, gated: Tensor | None
 ) -> tuple[Tensor, Gradients, list[Tensor]]:
-    """(gradient of x, those of the norm, those of shift, scale and gate of each token if ``gated`` is given).
+    """Computes the gradients of ``modulate``, and with it that of the gate that belongs to the same modulation.
 
     Args:
-        gated: what the gate is multiplied with before it is added, for a gradient dy of the sum.
+        dn: gradient of the modulated x, (B, S, D).
+        x: input of ``modulate``, (B, S, D).
+        norm: the layer norm.
+        shift: of each token, (B, S, D).
+        scale: of each token, (B, S, D).
+        dy: gradient of the residual sum that the gated branch is added to, (B, S, D).
+        gated: what the gate is multiplied with (a or z), (B, S, D); None if the modulation is not trained.
+
+    Returns:
+        (gradient of x, gradients of the norm, gradients of shift, scale and gate). The last list is empty if ``gated``
+        is None.
     """
     if gated is None:
         dx, dnorm, _ = norm_vjp(lambda x, norm: modulate(x, norm, shift, scale), x, norm, dn)
@@ -213,23 +291,36 @@ def modulate_backward(
 
 
 def rotate(x: Tensor, norm: Norm, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Queries or keys, (B, S, H, E), normalised and with rotary embedding."""
+    """Normalizes queries or keys over each head's channels, and applies the rotary embedding.
+
+    Equals norm_q or norm_k and apply_rotary_emb of diffusers: each pair of channels (x0, x1) of a token becomes
+    (x0 cos - x1 sin, x1 cos + x0 sin).
+
+    Args:
+        x: queries or keys, (B, S, H, E).
+        norm: layer norm over E.
+        rotary: cos and sin, (S, E) each, or None for a model without rotary embedding.
+
+    Returns:
+        (B, S, H, E), in the type of x.
+    """
     x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     if rotary is None:
         return x
     cos, sin = (table[None, :, None, :] for table in rotary)
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # an index, so that it fuses with the norm
-    sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1
+    # (x0, x1) -> (x1, x0). A flip only changes which element is read, so the compiler fuses it with the norm.
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1  # -1, 1, -1, 1, ...
     return (x.float() * cos + swapped.float() * (sin * sign)).to(x.dtype)
 
 
 def gelu(f: Tensor) -> Tensor:
-    """The approximation by tanh."""
+    """Applies GELU in the tanh approximation, as the feed-forward layer of CogVideoX does."""
     return F.gelu(f, approximate="tanh")
 
 
 def vjp(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient of x."""
+    """Returns the gradient of x, for a gradient ``dy`` of function(x)."""
     dx: Tensor = torch.func.vjp(function, x)[1](dy)[0]
     return dx
 
@@ -237,7 +328,11 @@ def vjp(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
 def norm_vjp(
     function: Callable[..., Tensor], x: Tensor, norm: Norm, dy: Tensor, *more: Tensor
 ) -> tuple[Tensor, Gradients, list[Tensor]]:
-    """(gradient of x, those of the norm if it is trained, those of more), of a function of x, norm and more."""
+    """Computes the gradients of function(x, norm, *more), for a gradient ``dy`` of its result.
+
+    Returns:
+        (gradient of x, gradients of the norm's weight and bias if it is trained, gradients of ``more``).
+    """
     weights = {name: w for name in ("weight", "bias") if (w := getattr(norm, name)) is not None} if norm.trained else {}
 
     def call(x: Tensor, weights: dict[str, Tensor], *more: Tensor) -> Tensor:
@@ -251,20 +346,30 @@ def norm_vjp(
 
 
 def forward(x: Tensor, p: Block, shared: Shared, keep: tuple[str, ...]) -> tuple[Tensor, Kept]:
-    """(y, what was asked to keep), for x of shape (B, S, D)."""
+    """Runs the block.
+
+    Args:
+        x: text and video tokens, (B, S, D).
+        p: the weights.
+        shared: the inputs that all blocks have in common.
+        keep: names of the activations to return, as ``kept_at`` gives them.
+
+    Returns:
+        (y, kept activations by name), y of shape (B, S, D). x itself is not among the activations: the caller has it.
+    """
     split = (*x.shape[:2], shared.heads, -1)
     shift, scale, gate = modulations(p.modulation1, shared, x.shape[1])
     n1 = modulate(x, p.norm1, shift, scale)
-    q, k, v = (z.view(split) for z in linears(n1, (p.q, p.k, p.v)))
+    q, k, v = (z.view(split) for z in linears(n1, (p.q, p.k, p.v)))  # (B, S, D) -> (B, S, H, E)
     rq, rk = rotate(q, p.norm_q, shared.rotary), rotate(k, p.norm_k, shared.rotary)
-    o, lse = attend(rq, rk, v, shared.backend)
-    (a,) = linears(o.view(x.shape), [p.out])
+    o, lse = attend(rq, rk, v, shared.backend)  # (B, S, H, E), (B, H, S)
+    (a,) = linears(o.view(x.shape), [p.out])  # (B, S, D)
     h = x + gate * a
     shift, scale, gate = modulations(p.modulation2, shared, x.shape[1])
     n2 = modulate(h, p.norm2, shift, scale)
-    (f,) = linears(n2, [p.ff1])
+    (f,) = linears(n2, [p.ff1])  # (B, S, 4 D)
     g = gelu(f)
-    (z,) = linears(g, [p.ff2])
+    (z,) = linears(g, [p.ff2])  # (B, S, D)
     made = {"o": o, "lse": lse, "q": q, "k": k, "v": v, "h": h, "f": f, "a": a, "z": z}
     made |= {"n1": n1, "rq": rq, "rk": rk, "n2": n2, "g": g}
     return h + gate * z, {name: made[name] for name in keep if name != "x"}
@@ -273,14 +378,24 @@ def forward(x: Tensor, p: Block, shared: Shared, keep: tuple[str, ...]) -> tuple
 def backward(
     dy: Tensor, p: Block, shared: Shared, kept: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor | None, dict[str, Gradients]]:
-    """(gradients of x, of temb if the modulations are trained, of what is trained by layer), computing again what was
-    not kept.
+    """Computes the gradients of the block, recomputing the activations that were not kept.
+
+    Args:
+        dy: gradient of the block's output, (B, S, D).
+        p: the weights.
+        shared: the inputs that all blocks have in common.
+        kept: activations by name: x, and what ``forward`` returned.
+
+    Returns:
+        (gradient of x, gradient of temb or None if no modulation is trained, gradients of each layer by name).
     """
     x, rotary = kept["x"], shared.rotary
     split = (*x.shape[:2], shared.heads, -1)
     shift1, scale1, gate1 = modulations(p.modulation1, shared, x.shape[1])
     shift2, scale2, gate2 = modulations(p.modulation2, shared, x.shape[1])
 
+    # First half: obtain every activation that the gradients need. Those that no gradient needs stay None; n1 and n2 are
+    # also recomputed where the outputs of their linear layers were not kept.
     def again(name: str, compute: Callable[[], Any]) -> Any:
         return kept[name] if name in kept else compute()
 
@@ -300,10 +415,12 @@ def backward(
     g = again("g", lambda: gelu(f)) if used & {"g", "z"} else None
     z = again("z", lambda: linears(not_none(g), [p.ff2])[0]) if "z" in used else None
 
+    # Second half: the chain rule, from the last formula to the first.
     found: dict[str, Gradients] = {}
     dg, (found["ff2"],) = linears_backward([gate2 * dy], g, [p.ff2])
     dn2, (found["ff1"],) = linears_backward([vjp(gelu, f, dg)], n2, [p.ff1])
     dh, found["norm2"], dtokens2 = modulate_backward(dn2, h, p.norm2, shift2, scale2, dy, z)
+    # h feeds both the second branch and the sum, so its gradient has two terms; the same holds for x at the end.
     dh = dy + dh
     do, (found["out"],) = linears_backward([gate1 * dh], o.view(x.shape), [p.out])
     drq, drk, dv = attend_backward(do.view(split), rq, rk, v, o, lse, shared.backend)
@@ -312,7 +429,7 @@ def backward(
     dqkv = [dz.reshape(x.shape) for dz in (dq, dk, dv)]
     dn1, (found["q"], found["k"], found["v"]) = linears_backward(dqkv, n1, (p.q, p.k, p.v))
     dx, found["norm1"], dtokens1 = modulate_backward(dn1, x, p.norm1, shift1, scale1, dh, a)
-    dtembs = []
+    dtembs = []  # dtokens is empty for a modulation that is not trained
     for name, dtokens in (("modulation1", dtokens1), ("modulation2", dtokens2)):
         if dtokens:
             dtemb, found[name] = modulations_backward(dtokens, getattr(p, name), shared)
