@@ -27,7 +27,7 @@ from cogvideox.config.optimizers import make_optimizer
 from cogvideox.config.options import LoraOptions, SftOptions
 from cogvideox.data.dataset import Batch
 from cogvideox.evaluation.validation import evaluation
-from cogvideox.memory.streaming import Away
+from cogvideox.memory.streaming import HostTrainedBlocks
 from cogvideox.model import attention
 from cogvideox.model.diffusion import NoiseSchedule, loss_weights
 from cogvideox.model.methods import FullFinetune, Lora
@@ -254,7 +254,7 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
 
 def run_under_plan(
     transformer: Any, options: LoraOptions | SftOptions, work: Work
-) -> tuple[ExecutionPlan, Away | None, dict[str, Any]]:
+) -> tuple[ExecutionPlan, HostTrainedBlocks | None, dict[str, Any]]:
     """Lets a transformer run as the flags say; returns its plan, what is trained on the host, and what is recorded."""
     transformer.to("cpu")  # where training starts from
     flags = options.plan
@@ -273,16 +273,19 @@ def run_under_plan(
     measured = {field: float(f"{value:.4g}") for field, value in asdict(machine).items()}
     record = {"execution": str(chosen), "attention": f"{backend}: {why}", "machine": measured, "predicted": predicted}
     if precision != plan.AUTO:
-        record["fidelity"] = execution.fidelity(transformer, precision, work.device, backend)
+        record["fidelity"] = execution.quantization_report(transformer, precision, work.device, backend)
     return chosen, execution.place(transformer, chosen, work.device), record
 
 
 def master_weights(
-    method: Lora | FullFinetune, options: LoraOptions | SftOptions, on_host: bool, away: Away | None
+    method: Lora | FullFinetune,
+    options: LoraOptions | SftOptions,
+    on_host: bool,
+    host_trained: HostTrainedBlocks | None,
 ) -> MasterWeights:
     """The optimizer's state, as engine.make_engine makes it."""
     make = partial(make_optimizer, options.optimizer)
-    return MasterWeights(method.parameters(), make, options.train.max_grad_norm, False, on_host, away)
+    return MasterWeights(method.parameters(), make, options.train.max_grad_norm, False, on_host, host_trained)
 
 
 def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
@@ -290,11 +293,11 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
     options, device = work.options(name), work.device
     transformer = work.make_transformer()
     method = Lora(transformer, options) if isinstance(options, LoraOptions) else FullFinetune(transformer, options)
-    chosen, away, record = run_under_plan(transformer, options, work)
+    chosen, host_trained, record = run_under_plan(transformer, options, work)
     task = TextToVideo(options, work.geometry, device, DTYPE)
     schedule = NoiseSchedule.from_config(work.geometry.schedule).to(device)
     weights_T = loss_weights(schedule, options.loss)
-    masters = master_weights(method, options, chosen.state == plan.HOST, away)
+    masters = master_weights(method, options, chosen.state == plan.HOST, host_trained)
 
     def make_step(step: int) -> Tensor:
         batch = work.random_batch()

@@ -29,7 +29,7 @@ from cogvideox.model import attention
 from cogvideox.model.rope import RotaryTables
 from cogvideox.planning.block_check import BlockError, check_block, compare, likeness, random_inputs
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, BlockPlan, ExecutionPlan, Sizes, peak_bytes
-from cogvideox.planning.stack import Stack, own_bytes, own_of, whole_bytes
+from cogvideox.planning.stack import Stack, base_bytes, base_parameters, unquantized_matrix_bytes
 
 GPU = torch.device("cuda")
 MIB = 2**20
@@ -46,10 +46,10 @@ def geometry(kind: str) -> Geometry:
 def lean(kind: str, block: Any, precision: str, backend: str) -> ExecutionPlan:
     """The lean plan for one sample of a kind's usual size, with the peak that is predicted for it."""
     blocks, config = TRANSFORMERS[kind]["num_layers"], TRANSFORMERS[kind]
-    trained = sum(p.numel() for p in own_of(block) if p.requires_grad)
+    trained = sum(p.numel() for p in base_parameters(block) if p.requires_grad)
     sizes = Sizes(
         blocks=blocks,
-        block_bytes=own_bytes(block, precision),
+        block_bytes=base_bytes(block, precision),
         rest_bytes=REST_BYTES,
         trained=blocks * sum(p.numel() for p in block.parameters() if p.requires_grad and not trained),
         item_bytes=2,
@@ -57,7 +57,7 @@ def lean(kind: str, block: Any, precision: str, backend: str) -> ExecutionPlan:
         tokens=geometry(kind).tokens(Bucket(*clip_size(kind))),
         width=config["num_attention_heads"] * config["attention_head_dim"],
         heads=config["num_attention_heads"],
-        matrix_bytes=whole_bytes(block) if precision != AUTO else 0,
+        matrix_bytes=unquantized_matrix_bytes(block) if precision != AUTO else 0,
         block_trained=trained,
         sum_bytes=2,
     )

@@ -23,7 +23,7 @@ from record import device_and_versions
 from torch import Tensor
 
 from cogvideox.model import attention, blocks
-from cogvideox.planning.stack import for_any_length, pieces_of, weights_of
+from cogvideox.planning.stack import block_layers, block_weights, for_any_length
 
 MIB = 2**20
 compiled = partial(torch.compile, fullgraph=True, dynamic=False)
@@ -128,7 +128,7 @@ def peak_over(run: Callable[[], Any]) -> float:
 def named(block: Any, gradients: dict[str, blocks.Gradients]) -> dict[str, Tensor]:
     """Gradients by the names of their parameters."""
     names, found = {p: name for name, p in block.named_parameters()}, {}
-    for layer, piece in pieces_of(block).items():
+    for layer, piece in block_layers(block).items():
         trained = [names[p] for p in piece.parameters() if p.requires_grad]
         found |= zip(trained, gradients[layer], strict=True) if trained else {}
     return found
@@ -136,7 +136,7 @@ def named(block: Any, gradients: dict[str, blocks.Gradients]) -> dict[str, Tenso
 
 def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str, right: Any) -> dict[str, Any]:
     """One row; how is one of WAYS."""
-    p = weights_of(block)
+    p = block_weights(block)
     heads, keep = block.attn1.heads, blocks.kept_at(level, p)
     shared = blocks.Shared(inputs["temb"], inputs["rotary"], inputs["text"], heads, backend)
     torch._dynamo.reset()

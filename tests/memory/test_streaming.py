@@ -13,7 +13,7 @@ import stream_races
 import torch
 
 from cogvideox.memory import streaming
-from cogvideox.memory.streaming import IN_FLIGHT, SLOTS, HostStore, Layout, Ring, pinned
+from cogvideox.memory.streaming import IN_FLIGHT, WEIGHT_SLOTS, HostStore, Layout, Ring, pinned
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def use(ring: Ring, block: int, step: int) -> None:
 
 def test_a_step_copies_each_block_twice_but_for_the_turn() -> None:
     ring, copied = ring_of(8)
-    assert len(ring.slots) == SLOTS
+    assert len(ring.slots) == WEIGHT_SLOTS
     for block in range(8):
         use(ring, block, 1)
     for block in reversed(range(8)):

@@ -127,7 +127,7 @@ def made_with(*flags: object, deepspeed: Any = None, model: torch.nn.Module | No
 def test_a_checkpoint_goes_on_with_masters_elsewhere(tmp_path: Path, first: bool, ema: tuple[str, ...]) -> None:
     models = [torch.nn.Linear(4, 16).bfloat16() for _ in range(2)]
     one, other = (made_with(*ema, model=m, host=h) for m, h in zip(models, (first, not first), strict=True))
-    assert (one.masters.conveyor is None, other.masters.conveyor is None) == (not first, first)
+    assert (one.masters.transfers is None, other.masters.transfers is None) == (not first, first)
     advance(one, range(3))
     one.save(tmp_path)
     other.load(tmp_path)

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from cogvideox.config.flags import SCHEDULES, OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
-from cogvideox.memory.streaming import LOADS
+from cogvideox.memory.streaming import TRANSFER_SLOTS
 from cogvideox.optimizer import optim
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.master_weights import Optimized, held
@@ -394,9 +394,9 @@ def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
 
     monkeypatch.setattr(Optimized, "update", watched)
     train(engine, params, 0, 1)
-    assert len(seen) == len(hosted.ranges) > LOADS
-    assert seen == (seen[:LOADS] * len(seen))[: len(seen)]
-    assert len(set(seen)) == LOADS
+    assert len(seen) == len(hosted.ranges) > TRANSFER_SLOTS
+    assert seen == (seen[:TRANSFER_SLOTS] * len(seen))[: len(seen)]
+    assert len(set(seen)) == TRANSFER_SLOTS
     assert {key: array.data_ptr() for key, array in hosted.arrays.items()} == homes
     assert not any(tensor.numel() for optimized in hosted.optimized for tensor in held(optimized).values())
     state = engine.state()
@@ -426,9 +426,9 @@ def test_a_wait_that_a_conveyor_leaves_out_is_seen(name: str, monkeypatch: pytes
     monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
     late_streams.use(monkeypatch, None)
     resident, hosted = pair(torch.bfloat16)
-    conveyor = hosted[0].conveyor
-    assert conveyor is not None
-    monkeypatch.setattr(getattr(conveyor, name), "mark", lambda: None)
+    transfers = hosted[0].transfers
+    assert transfers is not None
+    monkeypatch.setattr(getattr(transfers, name), "mark", lambda: None)
     for engine, params in (resident, hosted):
         train(engine, params, 0, 2)
     with pytest.raises(AssertionError):

@@ -393,7 +393,7 @@ def test_weights_are_trained_on_the_host_by_one_process(
 ) -> None:
     options = args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path), ())
     assert [execution.axes_of(options, world).weights for world in (1, 2)] == [("device", "host"), ("device",)]
-    assert list(execution.staying(options, 2)) == ["weights are trained on the host on one GPU only"]
+    assert list(execution.host_restrictions(options, 2)) == ["weights are trained on the host on one GPU only"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="--plan lean: weights that are trained on the host are for one GPU"):
         args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, *LEAN), ())

@@ -202,12 +202,12 @@ def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -
 
 
 def test_state_on_the_device_takes_room_there_and_does_not_pass() -> None:
-    staying = {BlockPlan(HOST, "attention", HOST, DEVICE): 10, next(iter(LEAN)): 32}
+    kept_state = {BlockPlan(HOST, "attention", HOST, DEVICE): 10, next(iter(LEAN)): 32}
     numbers = 10 * WHOLE.block_trained
-    assert peak_bytes(staying, HOST, True, WHOLE) - peak_bytes(LEAN, HOST, True, WHOLE) == 12 * numbers
-    assert pinned_bytes(LEAN, HOST, WHOLE) - pinned_bytes(staying, HOST, WHOLE) == 12 * numbers
-    assert copied_bytes(LEAN, HOST, WHOLE)[3] - copied_bytes(staying, HOST, WHOLE)[3] == 12 * numbers
-    assert step_seconds(staying, HOST, True, WHOLE, FAST) < step_seconds(LEAN, HOST, True, WHOLE, FAST)
+    assert peak_bytes(kept_state, HOST, True, WHOLE) - peak_bytes(LEAN, HOST, True, WHOLE) == 12 * numbers
+    assert pinned_bytes(LEAN, HOST, WHOLE) - pinned_bytes(kept_state, HOST, WHOLE) == 12 * numbers
+    assert copied_bytes(LEAN, HOST, WHOLE)[3] - copied_bytes(kept_state, HOST, WHOLE)[3] == 12 * numbers
+    assert step_seconds(kept_state, HOST, True, WHOLE, FAST) < step_seconds(LEAN, HOST, True, WHOLE, FAST)
 
 
 @pytest.mark.parametrize(("gib", "least", "most"), [(10, 1, 8), (24, 5, 20), (80, 30, 42)])

@@ -18,20 +18,20 @@ from torch import Tensor
 
 from cogvideox.memory import streaming
 from cogvideox.memory.graphs import MAX_GRAPHS
-from cogvideox.memory.streaming import Away, Ring, Sums
+from cogvideox.memory.streaming import HostGradients, HostTrainedBlocks, Ring
 from cogvideox.model import blocks, quant
 from cogvideox.model.quant import dequantize, quantize
 from cogvideox.optimizer.optim import MasterWeights
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
 from cogvideox.planning.stack import (
     Stack,
+    base_bytes,
+    base_parameters,
+    block_weights,
     gradient_cosine,
-    kinds_of,
-    own_bytes,
-    own_of,
     plain_lora,
-    weights_of,
-    whole_bytes,
+    quantization_kinds,
+    unquantized_matrix_bytes,
 )
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -86,15 +86,15 @@ def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
     for parameter in transformer.parameters():
         parameter.grad = None
     stack = getattr(transformer.transformer_blocks[0].forward, "__self__", None)
-    if isinstance(stack, Stack) and stack.away:
+    if isinstance(stack, Stack) and stack.host_trained:
         names = {id(p): name for name, p in transformer.named_parameters()}
-        for i, parameters in stack.away.parameters.items():
-            sums = of_host(stack.away.gradients, i)
+        for i, parameters in stack.host_trained.parameters.items():
+            sums = of_host(stack.host_trained.gradients, i)
             gradients |= {names[id(p)]: g.clone() for p, g in zip(parameters, sums, strict=True)}
     return {"output": output.detach(), "sample": sample, **gradients}
 
 
-def of_host(sums: Sums, block: int) -> list[Tensor]:
+def of_host(sums: HostGradients, block: int) -> list[Tensor]:
     """The gradients of a block."""
     return sums.store.layouts[block][1].views(sums.store.buffers[block])
 
@@ -149,12 +149,12 @@ def test_every_plan_is_the_transformer_of_diffusers(kind: str, made: Callable[[s
 def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
     transformer = make_whole("5b").bfloat16()
     stack = installed(transformer, (BlockPlan(HOST, "attention", HOST),))
-    assert stack.away
+    assert stack.host_trained
     arguments = {k: v.bfloat16() if k.endswith("states") else v for k, v in arguments_of("5b").items()}
     found: dict[int, list[Tensor]] = {}
     for number in range(passes):
         (transformer(**arguments)[0] * (1 + number)).square().mean().backward()
-        sums = stack.away.gradients
+        sums = stack.host_trained.gradients
         found = {i: of_host(sums, i) for i in range(3)}
         assert {g.dtype for gradients in found.values() for g in gradients} == {
             torch.float32 if number else torch.bfloat16
@@ -168,10 +168,10 @@ def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
             earlier = getattr(parameter, "summed", 0.0)
             parameter.summed, parameter.grad = earlier + parameter.grad.float(), None
     for i, block in enumerate(right.transformer_blocks):
-        assert all(g.float().equal(p.summed) for g, p in zip(found[i], own_of(block), strict=True))
-    stack.away.gradients.clear()
+        assert all(g.float().equal(p.summed) for g, p in zip(found[i], base_parameters(block), strict=True))
+    stack.host_trained.gradients.clear()
     transformer(**arguments)[0].square().mean().backward()
-    assert all(of_host(stack.away.gradients, i)[0].dtype == torch.bfloat16 for i in range(3))
+    assert all(of_host(stack.host_trained.gradients, i)[0].dtype == torch.bfloat16 for i in range(3))
 
 
 def test_changed_weights_on_the_host_are_seen() -> None:
@@ -191,14 +191,14 @@ def test_every_level_keeps_what_it_says() -> None:
     assert list(p) == list(LEVELS)
     for less, more in pairwise(LEVELS):
         assert set(p[less]) < set(p[more])
-    kinds = [weights_of(made("5b", depth=1).transformer_blocks[0]) for made in (make, make_whole)]
+    kinds = [block_weights(made("5b", depth=1).transformer_blocks[0]) for made in (make, make_whole)]
     units = [{k: sum(blocks.UNITS[name] for name in blocks.kept_at(k, p)) for k in LEVELS} for p in kinds]
     assert units == [UNITS_KEPT, UNITS_KEPT | {"linear": 12, "all": 20}]
 
 
 def test_inputs_of_layers_without_a_lora_are_not_kept() -> None:
     block = make("5b", depth=1).transformer_blocks[0]
-    p = weights_of(block)
+    p = block_weights(block)
     everything = set(blocks.KEPT["all"]) - {"a", "z"}  # these are for gates, which are frozen
     assert p.ff1.a is not None
     assert set(blocks.kept_at("all", p)) == everything
@@ -253,7 +253,7 @@ def test_inputs_of_layers_without_a_lora_are_not_computed_again(level: str, monk
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_what_is_frozen_gets_no_gradient(level: str) -> None:
-    p = weights_of(make("5b", depth=1).transformer_blocks[0])
+    p = block_weights(make("5b", depth=1).transformer_blocks[0])
     generator = torch.Generator().manual_seed(0)
     x, dy, temb = (
         torch.randn(size, generator=generator)
@@ -424,7 +424,7 @@ def test_blocks_in_front_of_the_first_lora_keep_nothing() -> None:
 def rounded(transformer: Any, precision: str) -> Any:
     """The transformer with the values that a quantized base has in its own type."""
     for module in transformer.transformer_blocks:
-        for matrix, kind in kinds_of(module, precision).items():
+        for matrix, kind in quantization_kinds(module, precision).items():
             matrix.data = dequantize(quantize(matrix.data, kind), matrix.dtype)
     return transformer
 
@@ -451,10 +451,10 @@ def test_what_is_quantized_is_nowhere_else() -> None:
     for plan in (BlockPlan(), BlockPlan(HOST)):
         transformer = under(make("5b"), (plan,), base_precision="nf4")
         module = transformer.transformer_blocks[0]
-        matrices = list(kinds_of(module, "nf4"))
+        matrices = list(quantization_kinds(module, "nf4"))
         assert len(matrices) == 8
         assert all(m.numel() == 0 and m.dtype == torch.float32 for m in matrices)
-        assert all(p.numel() for p in own_of(module) if all(p is not m for m in matrices))
+        assert all(p.numel() for p in base_parameters(module) if all(p is not m for m in matrices))
         with pytest.raises(RuntimeError, match="must be a matrix"):
             module.attn1.to_q(torch.zeros(1, 64))
 
@@ -465,18 +465,18 @@ def test_the_buffer_of_a_full_size_block(precision: str, share: float) -> None:
 
     with torch.device("meta"):
         module = CogVideoXBlock(3072, 48, 64, 512).to(torch.bfloat16).requires_grad_(False)
-    assert own_bytes(module, precision) / own_bytes(module) == pytest.approx(share, abs=0.01)
-    assert whole_bytes(module) == pytest.approx(own_bytes(module), rel=0.01)
+    assert base_bytes(module, precision) / base_bytes(module) == pytest.approx(share, abs=0.01)
+    assert unquantized_matrix_bytes(module) == pytest.approx(base_bytes(module), rel=0.01)
 
 
-def test_what_is_stored_is_what_is_foretold() -> None:
+def test_what_is_stored_is_what_is_predicted() -> None:
     transformer = make("5b")
     plan = ExecutionPlan((BlockPlan(HOST),) * 3, False, "cpu", base_precision="nf4")
-    foretold, before = (own_bytes(transformer.transformer_blocks[0], kind) for kind in ("nf4", AUTO))
+    predicted, before = (base_bytes(transformer.transformer_blocks[0], kind) for kind in ("nf4", AUTO))
     ring = Stack(transformer, plan, CPU).ring
     assert ring is not None
-    assert {host.numel() for host in ring.hosts.values()} == {foretold}
-    assert foretold < before / 2
+    assert {host.numel() for host in ring.hosts.values()} == {predicted}
+    assert predicted < before / 2
 
 
 @pytest.mark.parametrize(("precision", "least"), [("int8", 0.9998), ("fp8", 0.999), ("nf4", 0.99)])
@@ -517,7 +517,7 @@ def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulatio
     parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     on_host = plans is not RESIDENT
     make = partial(torch.optim.AdamW, lr=1e-3, fused=True)
-    masters = MasterWeights(parameters, make, 0.1, False, on_host, stack.away)
+    masters = MasterWeights(parameters, make, 0.1, False, on_host, stack.host_trained)
     found: dict[str, Tensor] = {}
     for step, (frames, samples) in enumerate([(4, 2), (2, 1), (6, 1), (4, 2), (2, 1)]):
         arguments = {
@@ -554,9 +554,9 @@ def test_late_copies_change_nothing(
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (Sums, "settle"),
+        (HostGradients, "settle"),
         (Ring, "forget"),
-        (Away, "changed"),
+        (HostTrainedBlocks, "changed"),
         (streaming, "compute_waits_for"),
     ],
 )
@@ -638,7 +638,7 @@ def delayed(stack: Stack) -> None:
         return call
 
     stack.ring.copy = late(stack.ring.copy)  # type: ignore[method-assign]
-    stores = [stack.store, *([stack.away.gradients.store] if stack.away else [])]
+    stores = [stack.store, *([stack.host_trained.gradients.store] if stack.host_trained else [])]
     for side in (side for store in stores for side in (store.out, store.back)):
         side.mark = late_mark(side, generator)  # type: ignore[method-assign]
 
@@ -730,12 +730,12 @@ def wholly_trained(
     transformer, stack = wide(plans, compiled, "flash", whole=True)
     make = partial(torch.optim.AdamW, lr=1e-4, fused=True)
     parameters = dict(transformer.named_parameters())
-    masters = MasterWeights(parameters, make, 0.01, False, plans is not RESIDENT, stack.away)
+    masters = MasterWeights(parameters, make, 0.01, False, plans is not RESIDENT, stack.host_trained)
     if delays:
         delayed(stack)
         generator = torch.Generator().manual_seed(1)
-        assert masters.conveyor is not None
-        for side in (masters.conveyor.into, masters.conveyor.work, masters.conveyor.out):
+        assert masters.transfers is not None
+        for side in (masters.transfers.into, masters.transfers.work, masters.transfers.out):
             side.mark = late_mark(side, generator)  # type: ignore[method-assign]
     for number, loss in enumerate(random_losses(transformer, steps * accumulation), start=1):
         masters.backward(loss / accumulation)

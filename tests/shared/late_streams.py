@@ -1,7 +1,8 @@
 """Side streams of a GPU, simulated on a CPU: what they do happens as late as what waits for it allows, or at random.
 
 The compute stream's own work happens at once, so that what nobody waited for is seen too late, or over what came after
-it; and memory that was let go before its copy is told of. use(monkeypatch, seed) puts them in place of streaming.Side.
+it; and memory that was freed before its copy is reported. use(monkeypatch, seed) puts them in place of
+streaming.SideStream.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Place(NamedTuple):
 class Recorded(TorchFunctionMode):
     """Copies are given to a stream instead of made."""
 
-    def __init__(self, side: LateSide, events: tuple[Event | None, ...]) -> None:
+    def __init__(self, side: LateSideStream, events: tuple[Event | None, ...]) -> None:
         super().__init__()
         self.side, self.events = side, events
 
@@ -65,7 +66,7 @@ def copy(target: Place, source: Place) -> None:
     target.tensor().copy_(source.tensor())
 
 
-class LateSide:
+class LateSideStream:
     """A stream beside the compute stream, which is done with all that it was given."""
 
     late: Callable[[], bool] = staticmethod(lambda: True)
@@ -110,7 +111,7 @@ def done() -> None:
     """In the place of work that was done, which keeps memory."""
 
 
-Event = tuple[LateSide, int]  # a stream, and how much of what it was given is done
+Event = tuple[LateSideStream, int]  # a stream, and how much of what it was given is done
 
 
 def reach(event: Event | None) -> None:
@@ -122,7 +123,7 @@ def reach(event: Event | None) -> None:
 def use(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
     """From now on streams are late: as late as they can be, or half of their copies, at random."""
     draw = random.Random(seed)
-    monkeypatch.setattr(LateSide, "late", staticmethod(lambda: seed is None or draw.random() < 0.5))
-    monkeypatch.setattr(streaming, "Side", LateSide)
+    monkeypatch.setattr(LateSideStream, "late", staticmethod(lambda: seed is None or draw.random() < 0.5))
+    monkeypatch.setattr(streaming, "SideStream", LateSideStream)
     for module in (streaming, optim):
         monkeypatch.setattr(module, "compute_waits_for", reach)

@@ -7,7 +7,7 @@ for any other stream: whether it would be late or early does not matter. As with
 the stream that asked for it: another may touch it only after what that had been given by then, and it may be let go
 only when its owner waited for all others.
 
-    with watched(monkeypatch):    puts this in place of streaming.Side and of its events; raises Race
+    with watched(monkeypatch):    puts this in place of streaming.SideStream and of its events; raises Race
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
     """Watches all streams that are made in this block."""
     streams = Streams()
 
-    class Side(streaming.Side):
+    class SideStream(streaming.SideStream):
         def __init__(self, device: torch.device) -> None:
             super().__init__(device)
             self.number = streams.add()
@@ -168,7 +168,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
             return streams.mark(self.number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "Side", Side)
+        patch.setattr(streaming, "SideStream", SideStream)
         for module in (streaming, master_weights, stack):
             patch.setattr(module, "pinned", streams.pinned)
         patch.setattr(streaming, "computed", lambda device: streams.mark(COMPUTE))

@@ -29,7 +29,7 @@ from cogvideox.evaluation.validation import Prompts, Validator, embed_prompts
 from cogvideox.export.pipeline_folder import fetch_parts
 from cogvideox.export.publish import publish
 from cogvideox.files import what_is_safe
-from cogvideox.memory.streaming import Away
+from cogvideox.memory.streaming import HostTrainedBlocks
 from cogvideox.model import diffusion, models
 from cogvideox.model.diffusion import NoiseSchedule
 from cogvideox.model.methods import Method
@@ -158,7 +158,7 @@ class Trainer:
         task: Task,
         method: Method,
         plan: Plan,
-        away: Away | None,
+        host_trained: HostTrainedBlocks | None,
         steps: Steps,
     ) -> None:
         self.run, self.options, self.task, self.method = run, options, task, method
@@ -166,7 +166,9 @@ class Trainer:
         method.transformer.train()  # as loaded it is in evaluation mode, in which there is no dropout
         self.unbounded = has_no_bound(plan, run.device)
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
-        self.engine = make_engine(run.accelerator, method.transformer, method, options, run.dtype, on_host, away)
+        self.engine = make_engine(
+            run.accelerator, method.transformer, method, options, run.dtype, on_host, host_trained
+        )
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
         self.weights_T = diffusion.loss_weights(self.schedule, options.loss)
         bad_fraction = options.data.max_bad_fraction
@@ -444,10 +446,10 @@ def run_through(options: TrainOptions, task_type: type[Task], method_type: type[
     run.say(f"plan: {plan}")
     with memory_errors_told():
         check_blocks(run, options.train.train_batch_size, tensors, transformer, plan)
-        away = place(transformer, plan, run.device)
+        host_trained = place(transformer, plan, run.device)
         task = task_type(options, tensors.geometry, run.device, run.dtype)
         check_parity(run, options, tensors, task, transformer)
-        trainer = Trainer(run, options, tensors, prompts, task, method, plan, away, steps)
+        trainer = Trainer(run, options, tensors, prompts, task, method, plan, host_trained, steps)
         trainer.train()
         return trainer.finish()
 

@@ -2,8 +2,8 @@
 
 Ring: the weights of blocks, one flat pinned buffer a block, copied ahead of use into a few slots of the device.
 HostStore: what forward keeps for backward, sent to the host and brought back one such block ahead.
-Away: blocks that are trained on the host: their weights, and the sums of their gradients.
-Conveyor: host memory that the device changes, a load after the other: in, worked on, and out again.
+HostTrainedBlocks: blocks that are trained on the host: their weights, and the sums of their gradients.
+TransferPipeline: host memory that the device changes, a load after the other: in, worked on, and out again.
 Copies run on streams of their own; events order them against the compute stream, and the host never waits for the
 device. Without a GPU the same code copies at once.
 """
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 ALIGNMENT = 256  # numbers, and so bytes at least; kernels read 16 at once, and one layout serves host and device
-SLOTS = 3  # one in use, one arriving, one that was used last and is needed first when the direction turns
+WEIGHT_SLOTS = 3  # one in use, one arriving, one that was used last and is needed first when the direction turns
 ADVICE = ("MADV_DONTFORK", "MADV_HUGEPAGE")  # the second: fewer pages to make and to register
 IN_FLIGHT = 2  # blocks whose kept tensors may be on their way to the host
-LOADS = 3  # of a Conveyor: one comes, one is worked on, one leaves
+TRANSFER_SLOTS = 3  # of a TransferPipeline: one comes, one is worked on, one leaves
 
 
 # -- flat buffers ------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def aligned(size: int) -> int:
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
-class Side:
+class SideStream:
     """A stream beside the compute stream; without a GPU nothing at all."""
 
     def __init__(self, device: torch.device) -> None:
@@ -163,10 +163,10 @@ class Ring:
         slots: on the device; 2 are enough where the direction never turns.
     """
 
-    def __init__(self, hosts: dict[int, Tensor], device: torch.device, slots: int = SLOTS) -> None:
+    def __init__(self, hosts: dict[int, Tensor], device: torch.device, slots: int = WEIGHT_SLOTS) -> None:
         self.hosts = hosts
         self.written: dict[int, Callable[[], Any]] = {}  # the event after which a changed block may be read
-        self.side = Side(device)
+        self.side = SideStream(device)
         size = max(host.numel() for host in hosts.values())
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(hosts)))]
         self.holds: OrderedDict[int, int] = OrderedDict()  # block -> slot, the one used longest ago first
@@ -217,7 +217,7 @@ class HostStore:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.out, self.back = Side(device), Side(device)
+        self.out, self.back = SideStream(device), SideStream(device)
         self.buffers: dict[int, Tensor] = {}
         self.layouts: dict[int, tuple[tuple[str, ...], Layout]] = {}
         self.leaving: OrderedDict[int, tuple[dict[str, Tensor], Any]] = OrderedDict()
@@ -289,7 +289,7 @@ class HostStore:
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
 
-class Sums:
+class HostGradients:
     """Gradients of blocks, on the host: of each the sum over the backward passes of a step, with its norms."""
 
     def __init__(self, device: torch.device) -> None:
@@ -328,19 +328,24 @@ def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
     return [torch._foreach_norm([gradient.float()])[0] for gradient in gradients]
 
 
-class Away:
+class HostTrainedBlocks:
     """Blocks that are trained while they live on the host.
 
     Args:
         parameters: of each block by its number, in the order of the layout; views of its buffer in the ring.
-        state_here: the blocks that have masters and moments on the device all the same.
+        device_state_blocks: the blocks that have masters and moments on the device all the same.
     """
 
     def __init__(
-        self, parameters: dict[int, list[Parameter]], ring: Ring, layout: Layout, state_here: frozenset[int]
+        self, parameters: dict[int, list[Parameter]], ring: Ring, layout: Layout, device_state_blocks: frozenset[int]
     ) -> None:
-        self.parameters, self.ring, self.layout, self.state_here = parameters, ring, layout, state_here
-        self.gradients = Sums(ring.side.device)
+        self.parameters, self.ring, self.layout, self.device_state_blocks = (
+            parameters,
+            ring,
+            layout,
+            device_state_blocks,
+        )
+        self.gradients = HostGradients(ring.side.device)
 
     def flat(self, block: int) -> Tensor:
         """All numbers of a block's weights, where they lie."""
@@ -354,22 +359,22 @@ class Away:
 # -- what the device changes -------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """Some of what a Conveyor carries at a time."""
+class Slice(NamedTuple):
+    """Some of what a TransferPipeline carries at a time."""
 
     home: Tensor  # its numbers on the host, in a row
     comes: bool = True
     leaves: bool = True
 
 
-class Load(NamedTuple):
-    """What a Conveyor carries at a time, and what is done with it on the device."""
+class Transfer(NamedTuple):
+    """What a TransferPipeline carries at a time, and what is done with it on the device."""
 
-    parts: Sequence[Part]
+    parts: Sequence[Slice]
     work: Callable[[list[Tensor]], None]
 
 
-class Conveyor:
+class TransferPipeline:
     """Host memory that passes through a few slots of the device, a load after the other, beside the compute stream.
 
     While one is worked on, the next comes in and the last goes out. A pass goes as far as somebody asks for: what needs
@@ -378,12 +383,12 @@ class Conveyor:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.into, self.work, self.out = Side(device), Side(device), Side(device)
+        self.into, self.work, self.out = SideStream(device), SideStream(device), SideStream(device)
         self.events: list[Any] = []  # of each load so far, after which it is where it belongs
         self.rest: Iterator[Any] = iter(())
         self.held: list[Tensor] = []
 
-    def start(self, loads: Sequence[Load], *needed: Tensor) -> None:
+    def start(self, loads: Sequence[Transfer], *needed: Tensor) -> None:
         """Begins a pass, after what the compute stream was given so far.
 
         Args:
@@ -391,7 +396,7 @@ class Conveyor:
         """
         self.finish()
         size = max(sum(aligned(part.home.nbytes) for part in load.parts) for load in loads)
-        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in loads[:LOADS]]
+        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in loads[:TRANSFER_SLOTS]]
         self.events, self.rest = [], self._pass(loads, slots, computed(self.device))
         self.held = [*slots, *needed]
 
@@ -412,7 +417,7 @@ class Conveyor:
         self.finish()
         host_waits_for(computed(self.device))
 
-    def _pass(self, loads: Sequence[Load], slots: list[Tensor], start: Any) -> Iterator[Any]:
+    def _pass(self, loads: Sequence[Transfer], slots: list[Tensor], start: Any) -> Iterator[Any]:
         free = [start] * len(slots)
         coming = self._fetch(slots[0], loads[0], start)
         for number, load in enumerate(loads):
@@ -428,7 +433,7 @@ class Conveyor:
             free[here] = self.out.mark()
             yield free[here]
 
-    def _fetch(self, slot: Tensor, load: Load, free: Any) -> tuple[list[Tensor], Any]:
+    def _fetch(self, slot: Tensor, load: Transfer, free: Any) -> tuple[list[Tensor], Any]:
         """Starts the copies of a load; returns its tensors, and the event after which they are there."""
         tensors = placed(load.parts, slot)
         with self.into.after(free):
@@ -438,7 +443,7 @@ class Conveyor:
         return tensors, self.into.mark()
 
 
-def placed(parts: Sequence[Part], slot: Tensor) -> list[Tensor]:
+def placed(parts: Sequence[Slice], slot: Tensor) -> list[Tensor]:
     """Each part of a load in a slot, one behind the other."""
     starts = accumulate((aligned(part.home.nbytes) for part in parts), initial=0)
     return [slot[i : i + part.home.nbytes].view(part.home.dtype) for i, part in zip(starts, parts, strict=False)]

@@ -20,7 +20,7 @@ from cogvideox.config.optimizers import host_state_problems, make_optimizer
 from cogvideox.config.options import TrainOptions
 from cogvideox.errors import UsageError
 from cogvideox.finite import not_finite
-from cogvideox.memory.streaming import Away
+from cogvideox.memory.streaming import HostTrainedBlocks
 from cogvideox.model.methods import Method
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.master_weights import plain_tensors
@@ -211,13 +211,13 @@ def make_engine(
     options: TrainOptions,
     dtype: torch.dtype,
     state_on_host: bool = False,
-    away: Away | None = None,
+    host_trained: HostTrainedBlocks | None = None,
 ) -> Engine:
     """The engine that accelerate's configuration asks for.
 
     Args:
         state_on_host: masters and moments live in host memory between steps.
-        away: what of the transformer does so too, with its gradients.
+        host_trained: what of the transformer does so too, with its gradients.
 
     Raises:
         UsageError: this engine or optimizer cannot have them there.
@@ -234,7 +234,7 @@ def make_engine(
         masters = OffloadedWeights(parameters, make, options.optimizer.offload_gradients)
     else:
         scaled = dtype == torch.float16
-        masters = MasterWeights(parameters, make, options.train.max_grad_norm, scaled, state_on_host, away)
+        masters = MasterWeights(parameters, make, options.train.max_grad_norm, scaled, state_on_host, host_trained)
     loss = options.loss
     ema = Ema(parameters, masters.named_masters(), loss.ema_decay) if loss.use_ema else None
     return LocalEngine(transformer, masters, accelerator.is_main_process, ema)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cogvideox.memory.streaming import ALIGNMENT, Layout, Load, Part, pinned
+from cogvideox.memory.streaming import ALIGNMENT, Layout, Slice, Transfer, pinned
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 STATE_BYTES = 12  # of a number: master and two moments, fp32; what a fused Adam moves through the device
@@ -156,14 +156,14 @@ class Flat:
                 numbers = parameter.detach().view(-1)[first - start : last - start]
                 yield numbers, slice(first - which.start, last - which.start)
 
-    def update(self, lr: float, divisor: Tensor, skipped: Tensor) -> Iterator[Load]:
+    def update(self, lr: float, divisor: Tensor, skipped: Tensor) -> Iterator[Transfer]:
         """One step, range by range: what is on the host passes through the device."""
         gradients = self.gradients()
         for number, which in enumerate(self.ranges):
-            parts = [Part(array[which]) for array in self.arrays.values()] if self.on_host else []
+            parts = [Slice(array[which]) for array in self.arrays.values()] if self.on_host else []
             if self.weights is not None:
-                parts += [Part(gradients[which], leaves=False), Part(self.weights[which], comes=False)]
-            yield Load(parts, partial(self._update, number, lr, divisor, skipped))
+                parts += [Slice(gradients[which], leaves=False), Slice(self.weights[which], comes=False)]
+            yield Transfer(parts, partial(self._update, number, lr, divisor, skipped))
 
     @torch.no_grad()
     def _update(self, number: int, lr: float, divisor: Tensor, skipped: Tensor, load: list[Tensor]) -> None:

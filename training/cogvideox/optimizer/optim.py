@@ -4,7 +4,8 @@ Trainable parameters stay in the compute type inside the model. Each backward pa
 buffer; a step averages it over the ranks, clips, skips what is not finite and updates fp32 masters, all on the device.
 Only fused optimizers of torch can skip a step there: before a step of any other, this process waits for the device.
 The masters and what the optimizer keeps are on the device, or on the host and pass through the device range by range.
-Parameters that live on the host themselves, with their gradients (streaming.Away), pass through it with their masters.
+Parameters that live on the host themselves, with their gradients (streaming.HostTrainedBlocks), pass through it with
+their masters.
 """
 
 import math
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cogvideox.config.flags import POLYNOMIAL_END, OptimizerFlags
-from cogvideox.memory.streaming import Away, Conveyor, compute_waits_for, norms_of
+from cogvideox.memory.streaming import HostTrainedBlocks, TransferPipeline, compute_waits_for, norms_of
 from cogvideox.optimizer.master_weights import (
     Flat,
     MakeOptimizer,
@@ -107,8 +108,8 @@ class MasterWeights:
         dynamic_scale: scale the loss so that fp16 gradients do not vanish, and lower the scale when they overflow.
         state_on_host: masters and moments live in pinned host memory, and pass through the device in ranges at each
             step, with the same numbers bit for bit; for fused optimizers only.
-        away: which parameters live there themselves, with their gradients, and which of these have masters and moments
-            on the device, whatever all others have; for fused optimizers only.
+        host_trained: which parameters live there themselves, with their gradients, and which of these have masters and
+            moments on the device, whatever all others have; for fused optimizers only.
     """
 
     def __init__(
@@ -118,11 +119,11 @@ class MasterWeights:
         max_grad_norm: float,
         dynamic_scale: bool,
         state_on_host: bool = False,
-        away: Away | None = None,
+        host_trained: HostTrainedBlocks | None = None,
     ) -> None:
-        self.parameters, self.away = parameters, away
+        self.parameters, self.host_trained = parameters, host_trained
         self.names = {p: name for name, p in parameters.items()}
-        absent = {p for block in away.parameters.values() for p in block} if away else set()
+        absent = {p for block in host_trained.parameters.values() for p in block} if host_trained else set()
         here = {name: p for name, p in parameters.items() if p not in absent}
         self.device = next(iter(here.values())).device
         self.max_grad_norm = max_grad_norm
@@ -137,16 +138,16 @@ class MasterWeights:
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._collector(self.gradients[n])) for n, p in here.items()
         ]
-        passes = state_on_host or away is not None
+        passes = state_on_host or host_trained is not None
         self.resident = None if passes else Resident(here, list(self.gradients.values()), make)
         self.passing = [Flat(here, make, self.device, lambda: self.flat, on_host=state_on_host)] if passes else []
-        if away:
-            for block, own in away.parameters.items():
-                named, gradients = {self.names[p]: p for p in own}, partial(away.gradients.flat, block)
-                on_host = block not in away.state_here
-                self.passing.append(Flat(named, make, self.device, gradients, away.flat(block), on_host))
+        if host_trained:
+            for block, own in host_trained.parameters.items():
+                named, gradients = {self.names[p]: p for p in own}, partial(host_trained.gradients.flat, block)
+                on_host = block not in host_trained.device_state_blocks
+                self.passing.append(Flat(named, make, self.device, gradients, host_trained.flat(block), on_host))
         self.groups = [self.resident] if self.resident else self.passing
-        self.conveyor = Conveyor(self.device) if passes else None
+        self.transfers = TransferPipeline(self.device) if passes else None
         self.fresh_numbers = group_numbers(self.groups[0].optimizer)
 
     @staticmethod
@@ -159,8 +160,8 @@ class MasterWeights:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this micro-batch's share of the step's mean loss."""
-        if self.conveyor:
-            self.conveyor.finish()  # which the forward pass was behind
+        if self.transfers:
+            self.transfers.finish()  # which the forward pass was behind
         self.tail[0] += loss.detach()
         (loss * self.scale).backward()
 
@@ -182,8 +183,8 @@ class MasterWeights:
     def drop(self) -> None:
         """Forgets gradients and losses that no step has used."""
         self.buffer.zero_()
-        if self.away:
-            self.away.gradients.clear()
+        if self.host_trained:
+            self.host_trained.gradients.clear()
 
     def room_for_state(self) -> Tensor:
         """Memory as large as what the first step of an optimizer is going to make; empty if all is there."""
@@ -193,9 +194,9 @@ class MasterWeights:
     def _norm(self) -> Tensor:
         """Of all gradients: by parameter, so that it is the same wherever they lie."""
         norms = dict(zip(self.gradients, norms_of(list(self.gradients.values())), strict=True))
-        if self.away:
-            for block, parameters in self.away.parameters.items():
-                norms |= zip((self.names[p] for p in parameters), self.away.gradients.norms[block], strict=True)
+        if self.host_trained:
+            for block, parameters in self.host_trained.parameters.items():
+                norms |= zip((self.names[p] for p in parameters), self.host_trained.gradients.norms[block], strict=True)
         return torch.stack([norms[name] for name in self.parameters]).norm()
 
     def _update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:
@@ -205,27 +206,27 @@ class MasterWeights:
                     return
                 self.flat.div_(divisor)
             self.resident.update(list(self.gradients.values()), lr, divisor, skipped)
-        if self.conveyor:
-            self._pass(self.conveyor, lr, divisor, skipped)
+        if self.transfers:
+            self._pass(self.transfers, lr, divisor, skipped)
 
-    def _pass(self, conveyor: Conveyor, lr: float, divisor: Tensor, skipped: Tensor) -> None:
+    def _pass(self, transfers: TransferPipeline, lr: float, divisor: Tensor, skipped: Tensor) -> None:
         """All that passes through the device: a block that lives on the host when somebody needs its weights."""
-        if self.away:
-            self.away.gradients.settle()
+        if self.host_trained:
+            self.host_trained.gradients.settle()
         loads = [list(flat.update(lr, divisor, skipped)) for flat in self.passing]
-        conveyor.start([load for group in loads for load in group], divisor, skipped)
+        transfers.start([load for group in loads for load in group], divisor, skipped)
         here, *ends = accumulate(map(len, loads))
-        compute_waits_for(conveyor.reach(here))
-        if self.away:
-            for block, end in zip(self.away.parameters, ends, strict=True):
-                self.away.changed(block, partial(conveyor.reach, end))
+        compute_waits_for(transfers.reach(here))
+        if self.host_trained:
+            for block, end in zip(self.host_trained.parameters, ends, strict=True):
+                self.host_trained.changed(block, partial(transfers.reach, end))
         else:
-            conveyor.finish()
+            transfers.finish()
 
     def wait(self) -> None:
         """Who comes next may read and write masters and parameters, wherever they are."""
-        if self.conveyor:
-            self.conveyor.wait()
+        if self.transfers:
+            self.transfers.wait()
 
     def _adapt_scale(self, skipped: Tensor) -> None:
         """Halve the loss scale after an overflow, double it after many good steps, without asking the device."""

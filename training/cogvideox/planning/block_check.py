@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvideox.memory.streaming import Away, computed, host_waits_for
+from cogvideox.memory.streaming import HostTrainedBlocks, computed, host_waits_for
 from cogvideox.model.attention import SAGE
 from cogvideox.model.blocks import Block
 from cogvideox.model.quant import dequantize, quantize
 from cogvideox.model.rope import RotaryTables
 from cogvideox.planning.execution import Plan, buckets_of, compile_block
 from cogvideox.planning.plan import AUTO, ExecutionPlan
-from cogvideox.planning.stack import Stack, kinds_of, lora_layers, own_of, pieces_of
+from cogvideox.planning.stack import Stack, base_parameters, block_layers, lora_layers, quantization_kinds
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.rng import key_of
 from cogvideox.runtime.run import Run
@@ -206,7 +206,7 @@ def stock_block(module: Any, plan: Plan, device: torch.device) -> Any:
     """A copy on the device that diffusers runs, of the same values as those that the plan computes with."""
     block = copy_of(module).to(device)
     if isinstance(plan, ExecutionPlan) and plan.base_precision != AUTO:
-        for matrix, kind in kinds_of(block, plan.base_precision).items():
+        for matrix, kind in quantization_kinds(block, plan.base_precision).items():
             matrix.copy_(dequantize(quantize(matrix, kind), matrix.dtype))
     return block
 
@@ -224,7 +224,7 @@ def compare(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.devic
     if isinstance(plan, ExecutionPlan):
         alone = nn.ModuleDict({"transformer_blocks": nn.ModuleList([own])})
         stack = Stack(alone, replace(plan, blocks=(plan.blocks[i],)), device)
-        found = outcome(stack.run, own, inputs, stack.away)
+        found = outcome(stack.run, own, inputs, stack.host_trained)
         del stack
     else:
         compile_block(own.to(device))
@@ -238,18 +238,20 @@ def compare(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.devic
     return {what: cosine_of(*part) for what, part in parts.items()}
 
 
-def outcome(run: Callable[..., Any], module: Any, inputs: Inputs, away: Away | None = None) -> dict[str, Tensor]:
+def outcome(
+    run: Callable[..., Any], module: Any, inputs: Inputs, host_trained: HostTrainedBlocks | None = None
+) -> dict[str, Tensor]:
     """Outputs and gradients by name; ``run`` computes with the parameters of the module."""
-    trains_all = own_of(module)[0].requires_grad
+    trains_all = base_parameters(module)[0].requires_grad
     leaves = inputs.leaves(with_temb=trains_all)
     video, text = leaves.call(run)
     torch.autograd.backward((video, text), (inputs.dvideo, inputs.dtext))
-    if away is not None:
-        take_gradients(away)
+    if host_trained is not None:
+        take_gradients(host_trained)
     inner = {"video": leaves.video.grad, "text": leaves.text.grad, "time embedding": leaves.temb.grad}
     layers = {
         name: torch.cat([p.grad.flatten() for p in piece.parameters() if p.grad is not None])
-        for name, piece in pieces_of(module).items()
+        for name, piece in block_layers(module).items()
         if any(p.requires_grad for p in piece.parameters())
     }
     found = {"video": video.detach(), "text": text.detach()}
@@ -257,13 +259,13 @@ def outcome(run: Callable[..., Any], module: Any, inputs: Inputs, away: Away | N
     return found
 
 
-def take_gradients(away: Away) -> None:
+def take_gradients(host_trained: HostTrainedBlocks) -> None:
     """Gives the parameters of the only block, if they are trained on the host, the gradients that are summed there."""
-    away.gradients.settle()
-    store = away.gradients.store
+    host_trained.gradients.settle()
+    store = host_trained.gradients.store
     host_waits_for(computed(store.device))
     gradients = store.layouts[0][1].views(store.buffers[0])
-    for parameter, gradient in zip(away.parameters[0], gradients, strict=True):
+    for parameter, gradient in zip(host_trained.parameters[0], gradients, strict=True):
         parameter.grad = gradient.clone()
 
 

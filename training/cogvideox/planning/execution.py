@@ -21,7 +21,7 @@ from cogvideox.config.options import LoraOptions, TrainOptions
 from cogvideox.errors import UsageError, first_line
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.graphs import allowing_graphs
-from cogvideox.memory.streaming import Away, pinned
+from cogvideox.memory.streaming import HostTrainedBlocks, pinned
 from cogvideox.model.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.model.blocks import UNITS, kept_at
 from cogvideox.model.models import DTYPES, free_device_bytes, stored_dtype
@@ -30,14 +30,14 @@ from cogvideox.planning import plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.planning.stack import (
     Stack,
+    active_lora,
+    base_bytes,
+    base_parameters,
+    block_weights,
     gradient_cosine,
-    layers_of,
-    lora_of,
-    own_bytes,
-    own_of,
-    runs,
-    weights_of,
-    whole_bytes,
+    is_supported,
+    lora_target_layers,
+    unquantized_matrix_bytes,
 )
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.run import Run, with_peaks
@@ -81,7 +81,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
         fix = _smaller(options, sizes, run.world)
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {fix}") from None
     if precision != AUTO:
-        run.say(fidelity(transformer, precision, run.device, backend))
+        run.say(quantization_report(transformer, precision, run.device, backend))
     predicted = chosen.seconds if run.device.type == "cuda" else 0.0  # no rates of a CPU
     any_length = compiled and len(buckets) > 1
     return replace(chosen, seconds=predicted, any_length=any_length, base_precision=precision)
@@ -131,7 +131,7 @@ def _obstacle(run: Run, options: TrainOptions, transformer: Any) -> str | None:
         return "--use_cpu_offload_optimizer places what all weights need itself"
     if run.accelerator.state.deepspeed_plugin is not None:
         return "DeepSpeed places the weights itself"
-    if not runs(transformer):
+    if not is_supported(transformer):
         return "is for LoRAs without DoRA, on the blocks' attention and feed-forward layers"
     if run.device.type == "cuda" and run.dtype == torch.float32:
         return "is for --mixed_precision bf16 and fp16"
@@ -144,7 +144,7 @@ def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
     ways = [f"--train_batch_size below {sizes.samples}"] if sizes.samples > 1 else []
     ways += [] if options.plan.asked else ["--plan off, with --gradient_checkpointing"]
     ways += ["a smaller bucket or --rank" if is_lora else "a smaller bucket"]
-    stays = [] if is_lora else [f"; what stays on the device: {reason}" for reason in staying(options, world)]
+    stays = [] if is_lora else [f"; what stays on the device: {reason}" for reason in host_restrictions(options, world)]
     return f"give {', '.join(ways)}, or free memory{''.join(stays)}"
 
 
@@ -153,7 +153,7 @@ def buckets_of(tensors: Tensors) -> list[Bucket]:
     return sorted({sample.bucket for sample in tensors.index.samples})
 
 
-def staying(options: TrainOptions, world: int) -> Iterator[str]:
+def host_restrictions(options: TrainOptions, world: int) -> Iterator[str]:
     """Why weights and state stay on the device, beside the flags of the plan: all that host_state_problems says."""
     yield from host_state_problems(options.optimizer, deepspeed=False, name="masters and moments")
     if world > 1 and not isinstance(options, LoraOptions):
@@ -166,7 +166,7 @@ def axes_of(options: TrainOptions, world: int = 1) -> Axes:
     given = {"weights": flags.weights_on, "keep": flags.keep, "kept": flags.kept_on, "state": flags.optimizer_state_on}
     if list(host_state_problems(options.optimizer, deepspeed=False)):
         axes = replace(axes, state=(plan.DEVICE,))
-    if not isinstance(options, LoraOptions) and any(staying(options, world)):
+    if not isinstance(options, LoraOptions) and any(host_restrictions(options, world)):
         axes = replace(axes, weights=(plan.DEVICE,))  # weights that are trained have their state where they lie
     axes = replace(axes, **{name: (value,) for name, value in given.items() if value != "auto"})
     if options.train.gradient_checkpointing and flags.keep == "auto":
@@ -174,9 +174,11 @@ def axes_of(options: TrainOptions, world: int = 1) -> Axes:
     return axes
 
 
-def fidelity(transformer: Any, precision: str, device: torch.device, backend: str) -> str:
+def quantization_report(transformer: Any, precision: str, device: torch.device, backend: str) -> str:
     """What a quantized base does to the LoRA's gradients, of the first, the middle and the last block that has one."""
-    trained = [block for block in transformer.transformer_blocks if any(map(lora_of, layers_of(block).values()))]
+    trained = [
+        block for block in transformer.transformer_blocks if any(map(active_lora, lora_target_layers(block).values()))
+    ]
     sample = {id(trained[i]): trained[i] for i in (0, len(trained) // 2, -1)}.values()
     cosine = min(gradient_cosine(block, precision, device, backend) for block in sample)
     exact = str(trained[0].norm1.linear.weight.dtype).removeprefix("torch.")
@@ -198,11 +200,11 @@ def sizes_of(
     trained = [p for p in transformer.parameters() if p.requires_grad]
     elsewhere = {id(p) for p in (*trained, *(p for block in blocks for p in block.parameters()))}
     rest = [t for t in (*transformer.parameters(), *transformer.buffers()) if id(t) not in elsewhere]
-    block_trained = sum(p.numel() for p in own_of(blocks[0]) if p.requires_grad)
-    kept = [[sum(UNITS[name] for name in kept_at(level, p)) for level in LEVELS] for p in map(weights_of, blocks)]
+    block_trained = sum(p.numel() for p in base_parameters(blocks[0]) if p.requires_grad)
+    kept = [[sum(UNITS[name] for name in kept_at(level, p)) for level in LEVELS] for p in map(block_weights, blocks)]
     return Sizes(
         blocks=len(blocks),
-        block_bytes=own_bytes(blocks[0], precision),
+        block_bytes=base_bytes(blocks[0], precision),
         rest_bytes=sum(t.numel() * t.element_size() for t in rest),
         trained=sum(p.numel() for p in trained) - len(blocks) * block_trained,
         item_bytes=dtype.itemsize,
@@ -210,7 +212,7 @@ def sizes_of(
         tokens=max(map(geometry.tokens, buckets)),
         width=blocks[0].attn1.inner_dim,
         heads=blocks[0].attn1.heads,
-        matrix_bytes=whole_bytes(blocks[0]) if precision != AUTO else 0,
+        matrix_bytes=unquantized_matrix_bytes(blocks[0]) if precision != AUTO else 0,
         units_kept=tuple(map(max, zip(*kept, strict=True))),
         block_trained=block_trained,
         sum_bytes=dtype.itemsize,
@@ -319,7 +321,7 @@ def seconds(run: Callable[[], Any]) -> float:
 # -- setting up --------------------------------------------------------------------------------------------------------
 
 
-def place(transformer: Any, chosen: Plan, device: torch.device) -> Away | None:
+def place(transformer: Any, chosen: Plan, device: torch.device) -> HostTrainedBlocks | None:
     """Moves the transformer, which lies on the CPU, to where the plan wants it, and makes it run so.
 
     Returns what is trained on the host, if anything is.
@@ -327,7 +329,7 @@ def place(transformer: Any, chosen: Plan, device: torch.device) -> Away | None:
     if isinstance(chosen, ExecutionPlan):
         stack = Stack(transformer, chosen, device)
         stack.install()
-        return stack.away
+        return stack.host_trained
     transformer.to(device)
     if chosen.recompute:
         transformer.enable_gradient_checkpointing()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cogvideox.model.quant import dequantize, quantize
 from cogvideox.planning.plan import AUTO
-from cogvideox.planning.stack import kinds_of, lora_layers
+from cogvideox.planning.stack import lora_layers, quantization_kinds
 
 
 def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtype, precision: str = AUTO) -> None:
@@ -22,12 +22,12 @@ def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtyp
     kinds: dict[int, str] = {}
     if precision != AUTO:
         for block in transformer.transformer_blocks:
-            kinds |= {id(matrix): kind for matrix, kind in kinds_of(block, precision).items()}
-    for module, tensors in layers_of(transformer):
+            kinds |= {id(matrix): kind for matrix, kind in quantization_kinds(block, precision).items()}
+    for module, tensors in modules_with_tensors(transformer):
         visit(module, tensors, device, dtype, kinds)
 
 
-def layers_of(transformer: Any) -> Iterator[tuple[Any, list[Tensor]]]:
+def modules_with_tensors(transformer: Any) -> Iterator[tuple[Any, list[Tensor]]]:
     """Modules with the tensors that only they use: their own; with an adapter, those of the layer and of its base."""
     adapted = lora_layers(transformer)
     inside = {id(part) for layer in adapted for part in layer.modules()} - {id(layer) for layer in adapted}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, product
 
-from cogvideox.memory.streaming import IN_FLIGHT, LOADS, SLOTS
+from cogvideox.memory.streaming import IN_FLIGHT, TRANSFER_SLOTS, WEIGHT_SLOTS
 from cogvideox.optimizer.master_weights import CHUNK_BYTES, STATE_BYTES
 
 GIB = 2**30
@@ -198,7 +198,7 @@ def mixture(first: BlockPlan, second: BlockPlan, count: int, total: int) -> tupl
 def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes) -> int:
     """The device's memory at its fullest: as backward begins, with all that was kept, or in the optimizer's step."""
     streamed = streamed_blocks(kinds)
-    total = sizes.rest_bytes + (sizes.blocks - streamed + min(SLOTS, streamed)) * sizes.block_bytes
+    total = sizes.rest_bytes + (sizes.blocks - streamed + min(WEIGHT_SLOTS, streamed)) * sizes.block_bytes
     total += sizes.trained * (sizes.item_bytes + 4)  # weights, and the flat fp32 gradients
     total += (sizes.blocks - streamed) * sizes.block_trained * 4
     total += state_on_device(kinds, state, sizes) * sizes.state_bytes
@@ -216,7 +216,7 @@ def load_bytes(streamed: int, sizes: Sizes) -> int:
     numbers = min(sizes.all_trained, CHUNK_BYTES // STATE_BYTES)
     with_weights = streamed and sizes.block_trained  # these come with gradients, which become fp32, and leave
     load = sizes.moving_bytes + (sizes.sum_bytes + sizes.item_bytes if with_weights else 0)
-    return numbers * (LOADS * load + (4 if with_weights else 0))
+    return numbers * (TRANSFER_SLOTS * load + (4 if with_weights else 0))
 
 
 def gradient_bytes(streamed: int, sizes: Sizes) -> int:

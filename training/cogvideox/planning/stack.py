@@ -5,7 +5,7 @@ here. Each block is one autograd function around the two functions of blocks.py:
 where weights lie, whether it is compiled, is the plan's. Names and values of the parameters stay as they were, but for
 those that the plan quantizes: their module has an empty tensor, so that nothing else can compute with it.
 Trained are LoRAs, which stay on the device, or all weights. Of these, gradients follow weights: autograd has those of
-the device, ``away`` those of the host.
+the device, ``host_trained`` those of the host.
 Shapes as in blocks.py.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from cogvideox.memory.graphs import allowing_graphs
-from cogvideox.memory.streaming import Away, HostStore, Layout, Ring, pinned
+from cogvideox.memory.streaming import HostStore, HostTrainedBlocks, Layout, Ring, pinned
 from cogvideox.model import blocks
 from cogvideox.model.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
 from cogvideox.model.lora import SampleDropout
@@ -47,7 +47,7 @@ class Stack:
 
     Args:
         transformer: a CogVideoX of diffusers, all of which is trained, or on which PEFT put adapters, of which only
-            matrices of plain LoRAs in attention and feed-forward layers; ``runs`` says whether that is so.
+            matrices of plain LoRAs in attention and feed-forward layers; ``is_supported`` says whether that is so.
         device: where it computes. Blocks come to it as the plan says; the rest must be there.
     """
 
@@ -55,7 +55,7 @@ class Stack:
         self.plan, self.device = plan, device
         self.modules = list(transformer.transformer_blocks)
         self.heads = self.modules[0].attn1.heads
-        self.trains_all = own_of(self.modules[0])[0].requires_grad
+        self.trains_all = base_parameters(self.modules[0])[0].requires_grad
         self.store = HostStore(device)
         self._rotary: tuple[Any, Any] = (None, None)
         self.forward_block, self.backward_block = blocks.forward, blocks.backward
@@ -73,17 +73,19 @@ class Stack:
         One layout for all: on a CPU the bits of a matrix product depend on where its factors begin.
         """
         precision = self.plan.base_precision
-        own = [own_of(module) for module in self.modules]
-        like = forms_of(self.modules[0], precision, META)
-        layout, hosts = Layout(flat(like)), {}
+        own = [base_parameters(module) for module in self.modules]
+        like = stored_weights(self.modules[0], precision, META)
+        layout, hosts = Layout(flatten(like)), {}
         self.resident: dict[int, list[Weight]] = {}
         for i, (block, parameters) in enumerate(zip(self.plan.blocks, own, strict=True)):
             if block.weights == HOST:
                 buffer = hosts[i] = pinned(layout.num_bytes)
             else:
                 buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
-            forms = shaped(like, layout.views(buffer))
-            for view, tensor in zip(flat(forms), flat(forms_of(self.modules[i], precision, self.device)), strict=True):
+            forms = unflatten(like, layout.views(buffer))
+            for view, tensor in zip(
+                flatten(forms), flatten(stored_weights(self.modules[i], precision, self.device)), strict=True
+            ):
                 view.copy_(tensor)
             for parameter, form in zip(parameters, forms, strict=True):
                 whole = isinstance(form, Tensor)
@@ -95,11 +97,11 @@ class Stack:
             if id(tensor) not in placed:
                 tensor.data = tensor.data.to(self.device)
         self.ring = Ring(hosts, self.device) if hosts else None
-        self.slots = [shaped(like, layout.views(slot)) for slot in self.ring.slots] if self.ring else []
+        self.slots = [unflatten(like, layout.views(slot)) for slot in self.ring.slots] if self.ring else []
         self.order = [{id(p): k for k, p in enumerate(parameters)} for parameters in own]
         trained = {i: own[i] for i in hosts} if self.trains_all else {}
         here = frozenset(i for i in trained if (self.plan.blocks[i].state or self.plan.state) == DEVICE)
-        self.away = Away(trained, self.ring, layout, here) if trained and self.ring else None
+        self.host_trained = HostTrainedBlocks(trained, self.ring, layout, here) if trained and self.ring else None
 
     def install(self) -> None:
         """The first block runs them all, the others nothing: diffusers passes from one to the next."""
@@ -120,7 +122,7 @@ class Stack:
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         rotary = self._padded(image_rotary_emb, length)
         shared = Shared(temb.detach(), rotary, length, self.heads, self.plan.attention)
-        if self.away and self.ring:
+        if self.host_trained and self.ring:
             self.ring.forget()  # since the last pass the weights on the host may have changed
         if torch.is_grad_enabled():
             for i in range(len(self.modules)):
@@ -154,8 +156,8 @@ class Stack:
     def _trained(self, i: int) -> list[Tensor]:
         """What autograd gets a block's gradients for, in the order of blocks.Block."""
         if self.trains_all:
-            return own_of(self.modules[i]) if i in self.resident else []
-        return matrices_of(self.modules[i], self.device)
+            return base_parameters(self.modules[i]) if i in self.resident else []
+        return lora_matrices(self.modules[i], self.device)
 
     def weights(self, i: int, direction: int, trained: list[Tensor]) -> Block:
         """A block's weights for what the compute stream gets next; the block after it starts to come."""
@@ -166,7 +168,7 @@ class Stack:
             if ahead is not None:
                 self.ring.fetch(ahead)
         assert forms is not None
-        return weights_of(self.modules[i], trained, lambda p: forms[order[id(p)]])
+        return block_weights(self.modules[i], trained, lambda p: forms[order[id(p)]])
 
 
 class RunBlock(torch.autograd.Function):
@@ -202,7 +204,7 @@ class RunBlock(torch.autograd.Function):
         dx, dtemb, found = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
         gradients = [gradient for name in Block._fields for gradient in found.get(name, ())]
         if gradients and not trained:
-            stack.away.gradients.add(i, gradients)
+            stack.host_trained.gradients.add(i, gradients)
             gradients = []
         return dx, dtemb, None, None, None, *gradients
 
@@ -210,49 +212,49 @@ class RunBlock(torch.autograd.Function):
 # -- a block's weights -------------------------------------------------------------------------------------------------
 
 
-def own_of(module: Any) -> list[Parameter]:
+def base_parameters(module: Any) -> list[Parameter]:
     """The parameters of a block without its LoRAs, in the order of blocks.Block."""
-    layers = map(base_of, pieces_of(module).values())
+    layers = map(base_layer_of, block_layers(module).values())
     return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
 
 
-def forms_of(module: Any, precision: str, device: torch.device) -> list[Weight]:
+def stored_weights(module: Any, precision: str, device: torch.device) -> list[Weight]:
     """The same: as they are, or, if a precision is given, the matrices of linear layers quantized on a device."""
-    kinds = kinds_of(module, precision) if precision != AUTO else {}
-    return [quantize(p.detach().to(device), kinds[p]) if p in kinds else p.detach() for p in own_of(module)]
+    kinds = quantization_kinds(module, precision) if precision != AUTO else {}
+    return [quantize(p.detach().to(device), kinds[p]) if p in kinds else p.detach() for p in base_parameters(module)]
 
 
-def kinds_of(module: Any, precision: str) -> dict[Tensor, str]:
+def quantization_kinds(module: Any, precision: str) -> dict[Tensor, str]:
     """In which kind each matrix of a block's linear layers is quantized.
 
     Those of adaLN are int8 in all: nf4 there would save 4 % of bf16 more, and turn gradients as far again as the rest.
     """
-    kinds = {base_of(layer).weight: precision for layer in layers_of(module).values()}
+    kinds = {base_layer_of(layer).weight: precision for layer in lora_target_layers(module).values()}
     return kinds | {layer.weight: "int8" for layer in (module.norm1.linear, module.norm2.linear)}
 
 
-def flat(forms: list[Weight]) -> list[Tensor]:
+def flatten(forms: list[Weight]) -> list[Tensor]:
     """All tensors that weights are made of."""
     return [tensor for form in forms for tensor in ((form,) if isinstance(form, Tensor) else form)]
 
 
-def shaped(forms: list[Weight], tensors: list[Tensor]) -> list[Weight]:
-    """Weights like others, made of other tensors: the inverse of ``flat``."""
+def unflatten(forms: list[Weight], tensors: list[Tensor]) -> list[Weight]:
+    """Weights like others, made of other tensors: the inverse of ``flatten``."""
     left = iter(tensors)
     return [next(left) if isinstance(f, Tensor) else Quantized(next(left), next(left), next(left)) for f in forms]
 
 
-def own_bytes(module: Any, precision: str = AUTO) -> int:
+def base_bytes(module: Any, precision: str = AUTO) -> int:
     """What they take in a flat buffer."""
-    return Layout(flat(forms_of(module, precision, META))).num_bytes
+    return Layout(flatten(stored_weights(module, precision, META))).num_bytes
 
 
-def whole_bytes(module: Any) -> int:
+def unquantized_matrix_bytes(module: Any) -> int:
     """What the matrices that may be quantized take as they are."""
-    return sum(matrix.nbytes for matrix in kinds_of(module, AUTO))
+    return sum(matrix.nbytes for matrix in quantization_kinds(module, AUTO))
 
 
-def pieces_of(module: Any) -> dict[str, Any]:
+def block_layers(module: Any) -> dict[str, Any]:
     """The layers of a block by their names in blocks.Block, in its order."""
     attention, feed_forward = module.attn1, module.ff.net
     pieces = {
@@ -272,13 +274,13 @@ def pieces_of(module: Any) -> dict[str, Any]:
     return {name: pieces[name] for name in Block._fields}
 
 
-def layers_of(module: Any) -> dict[str, Any]:
+def lora_target_layers(module: Any) -> dict[str, Any]:
     """The linear layers that a plain LoRA may be on, by their names in blocks.Block."""
-    pieces = pieces_of(module)
+    pieces = block_layers(module)
     return {name: pieces[name] for name in LORA_LAYERS}
 
 
-def lora_of(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
+def active_lora(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
     """(A, B, scale, dropout or None) of a layer's active adapter, if it has one. Dropout is None in evaluation."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters or not layer.active_adapters:
         return None
@@ -290,18 +292,18 @@ def lora_of(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
     return *matrices, layer.scaling[adapter], dropout if drops else None
 
 
-def base_of(layer: Any) -> Any:
+def base_layer_of(layer: Any) -> Any:
     """A linear layer without its adapters."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
-def matrices_of(module: Any, device: torch.device) -> list[Tensor]:
+def lora_matrices(module: Any, device: torch.device) -> list[Tensor]:
     """The LoRA matrices of a block on a device: PEFT puts what it loads beside the base layer, maybe on the host."""
-    pairs = (lora_of(layer) for layer in layers_of(module).values())
+    pairs = (active_lora(layer) for layer in lora_target_layers(module).values())
     return [matrix.to(device) for pair in pairs if pair is not None for matrix in pair[:2]]
 
 
-def weights_of(
+def block_weights(
     module: Any, matrices: list[Tensor] | None = None, place: Callable[[Tensor], Any] = lambda p: p
 ) -> Block:
     """A block's weights out of its module.
@@ -317,17 +319,17 @@ def weights_of(
         return weight, bias
 
     def piece(name: str, layer: Any) -> Linear | Norm:
-        base = base_of(layer)
+        base = base_layer_of(layer)
         trained = base.weight is not None and base.weight.requires_grad
         if not isinstance(base, nn.Linear):
             return Norm(*own(base), base.eps, trained)
-        found = lora_of(layer) if name in LORA_LAYERS else None
+        found = active_lora(layer) if name in LORA_LAYERS else None
         if found is None:
             return Linear(*own(base), trained=trained)
         a, b = (next(given), next(given)) if given is not None else found[:2]
         return Linear(*own(base), a.detach(), b.detach(), *found[2:])
 
-    return Block(*(piece(name, layer) for name, layer in pieces_of(module).items()))  # type: ignore[arg-type]
+    return Block(*(piece(name, layer) for name, layer in block_layers(module).items()))  # type: ignore[arg-type]
 
 
 def lora_layers(transformer: Any) -> list[Any]:
@@ -335,7 +337,7 @@ def lora_layers(transformer: Any) -> list[Any]:
     return [module for module in transformer.modules() if hasattr(module, "lora_A")]
 
 
-def runs(transformer: Any) -> bool:
+def is_supported(transformer: Any) -> bool:
     """Whether a Stack runs it: all of it is trained, or only plain LoRAs of its blocks are."""
     layers = lora_layers(transformer)
     return plain_lora(transformer) if layers else all(p.requires_grad for p in transformer.parameters())
@@ -346,7 +348,7 @@ def plain_lora(transformer: Any) -> bool:
     own = {
         id(m)
         for module in transformer.transformer_blocks
-        for layer in layers_of(module).values()
+        for layer in lora_target_layers(module).values()
         for m in layer.parameters()
         if hasattr(layer, "lora_A")
     }
@@ -372,19 +374,19 @@ def gradient_cosine(module: Any, precision: str, device: torch.device, backend: 
     shared = Shared(temb, None, SAMPLE_TOKENS // 4, heads, backend)
     found = []
     for kind in (AUTO, precision):
-        p = weights_in(module, kind, device)
+        p = block_weights_on(module, kind, device)
         kept = blocks.forward(x, p, shared, blocks.KEPT["attention"])[1]
         gradients = blocks.backward(dy, p, shared, {"x": x, **kept})[2]
         found.append(torch.cat([matrix.flatten() for pair in gradients.values() for matrix in pair]).double())
     return torch.cosine_similarity(*found, dim=0).item()
 
 
-def weights_in(module: Any, precision: str, device: torch.device) -> Block:
+def block_weights_on(module: Any, precision: str, device: torch.device) -> Block:
     """A copy of a block's weights on a device in a precision."""
-    forms = dict(zip(own_of(module), forms_of(module, precision, device), strict=True))
+    forms = dict(zip(base_parameters(module), stored_weights(module, precision, device), strict=True))
 
     def place(p: Tensor) -> Weight:
         form = forms[p]
         return form.to(device) if isinstance(form, Tensor) else form
 
-    return weights_of(module, matrices_of(module, device), place)
+    return block_weights(module, lora_matrices(module, device), place)
