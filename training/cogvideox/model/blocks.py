@@ -16,8 +16,8 @@ scale and gate are linear functions of the timestep embedding, one set for video
 
 Why any activation may be kept or recomputed: each one is a function of x and the weights alone, and the functions are
 deterministic (dropout repeats its mask within a step). Keeping only x costs the least memory and one more forward pass;
-keeping everything costs the most memory and recomputes nothing. KEPT lists the four
-levels, from which a plan chooses. The gradients are the same at every level.
+keeping everything costs the most memory and recomputes nothing. KEPT lists the four levels, from which a plan chooses.
+The gradients are the same at every level.
 
 Why functions and not modules: all weights are arguments, so they may be stored in any buffer, such as one that is
 filled from host memory just before the block runs, and one compiled graph serves all blocks. Text and video are one

@@ -1,9 +1,11 @@
-"""Frozen weights in fewer bits: quantized once, when they are placed, and made whole just before each product.
+"""Quantizes frozen weights to int8, fp8 or nf4, and dequantizes them just before each matrix product.
 
-A byte is a number or two, looked up in a table, times the scale of its group: a row in int8 and fp8, 64 numbers of a
-row in nf4. So one short function, of operations that torch compiles, makes any kind whole, on cards without fp8 too.
-int8 is symmetric, fp8 is float8_e4m3fn; nf4 is that of QLoRA (arXiv:2305.14314, appendix E), byte for byte as
-bitsandbytes packs it.
+Each byte is an index into a table, which holds the one number (int8, fp8) or two numbers (nf4) that the byte stands
+for. A number is multiplied by the fp32 scale of its group: a row of the matrix in int8 and fp8, 64 numbers of a row in
+nf4. One short function of operations that torch compiles can thus dequantize any kind, also on GPUs without fp8.
+
+int8 is symmetric (-127 to 127), fp8 is float8_e4m3fn, and nf4 is the 4-bit normal float of QLoRA (arXiv:2305.14314,
+appendix E), packed byte for byte as bitsandbytes does.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -13,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 KINDS = ("int8", "fp8", "nf4")
-GROUP = 64  # numbers of a row under one scale in nf4
-LARGEST = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0}  # what the largest number of a group becomes
+GROUP = 64  # numbers of a row that share one scale in nf4
+LARGEST = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0}  # the value to which the largest number of a group is scaled
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -33,36 +35,42 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-"""Quantiles of the normal distribution, scaled to [-1, 1], with a zero."""
+"""The 16 levels of nf4: quantiles of the normal distribution, scaled to [-1, 1], one of them exactly zero."""
 
 
 class Quantized(NamedTuple):
-    """A matrix, (out, in), in fewer bits."""
+    """Stores a quantized matrix of shape (out, in)."""
 
-    data: Tensor  # (out, in / numbers a byte), uint8
+    data: Tensor  # (out, in / numbers per byte), uint8
     scale: Tensor  # (out, groups), fp32
-    table: Tensor  # (256, numbers a byte), fp32: what a byte means
+    table: Tensor  # (256, numbers per byte), fp32: the numbers that each byte stands for
 
 
 Weight: TypeAlias = Tensor | Quantized
 
 
 def quantize(weight: Tensor, kind: str) -> Quantized:
-    """A matrix in one of KINDS, where it lies.
+    """Quantizes a matrix on the device where it is stored.
+
+    Args:
+        weight: the matrix, (out, in), of any floating-point type.
+        kind: one of KINDS.
 
     Raises:
-        ValueError: nf4, and rows are not made of whole groups.
+        ValueError: ``kind`` is nf4 and the length of a row is not a multiple of the group size.
     """
     if kind == "nf4" and weight.shape[1] % GROUP:
         raise ValueError(f"nf4 takes rows of multiples of {GROUP} numbers, not {weight.shape[1]}")
+    # (out, in) -> (out, groups, numbers of a group)
     groups = weight.float().unflatten(1, (-1, GROUP if kind == "nf4" else weight.shape[1]))
     scale = groups.abs().amax(2) / LARGEST[kind]
+    # A group of zeros has scale 0; the smallest positive number in its place avoids 0 / 0.
     scaled = groups / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     return Quantized(as_bytes(scaled.flatten(1), kind), scale, table_of(kind).to(weight.device))
 
 
 def as_bytes(scaled: Tensor, kind: str) -> Tensor:
-    """Scaled numbers, rounded to those of the table."""
+    """Rounds scaled numbers, (out, in), to those of the table; returns their bytes, (out, in / numbers per byte)."""
     if kind == "int8":
         return scaled.round().to(torch.int8).view(torch.uint8)
     if kind == "fp8":
@@ -70,11 +78,11 @@ def as_bytes(scaled: Tensor, kind: str) -> Tensor:
     levels = torch.tensor(NF4)
     nearest = torch.bucketize(scaled, ((levels[1:] + levels[:-1]) / 2).to(scaled.device), out_int32=True)
     first, second = nearest.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
-    return first << 4 | second
+    return first << 4 | second  # two numbers per byte, the first one in the high bits
 
 
 def table_of(kind: str) -> Tensor:
-    """What each of the 256 bytes means, (256, numbers a byte)."""
+    """Returns the numbers that each of the 256 bytes stands for, (256, numbers per byte), fp32."""
     every = torch.arange(256, dtype=torch.uint8)
     if kind == "nf4":
         levels = torch.tensor(NF4)
@@ -83,9 +91,15 @@ def table_of(kind: str) -> Tensor:
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The matrix, (out, in): in a type if it was quantized, else as it is."""
+    """Returns the matrix, (out, in).
+
+    Args:
+        weight: a plain matrix, which is returned unchanged, or a quantized one.
+        dtype: the type of the result if ``weight`` is quantized.
+    """
     if isinstance(weight, Tensor):
         return weight
+    # The lookup: (out, bytes) -> (out, bytes, numbers per byte) -> (out, in). Then one scale per group.
     numbers = F.embedding(weight.data.int(), weight.table).flatten(1)
     scaled = numbers.unflatten(1, (weight.scale.shape[1], -1)) * weight.scale[..., None]
     return scaled.flatten(1).to(dtype)

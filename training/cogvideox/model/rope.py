@@ -1,6 +1,8 @@
-"""Rotary tables as the CogVideoX pipelines make them, cached by shape on the device.
+"""Computes the cos and sin tables of the rotary position embedding, as the CogVideoX pipelines of diffusers do.
 
-1.0 stretches the base grid of the model over the clip's shape; 1.5 takes the first rows and columns of its base grid.
+``RotaryTables`` computes the tables of a latent shape once and keeps them on the device. CogVideoX 1.0 stretches the
+grid on which the model was trained, its base grid, over the clip's shape; CogVideoX 1.5 takes the first rows and
+columns of its base grid.
 """
 
 import torch
@@ -13,7 +15,13 @@ from cogvideox.config.geometry import Geometry
 def centered_region(
     grid_height: int, grid_width: int, base_height: int, base_width: int
 ) -> tuple[tuple[int, int], ...]:
-    """((top, left), (bottom, right)) of the largest region of the base grid with the aspect ratio of the grid."""
+    """Finds the largest centered region of the base grid that has the aspect ratio of a clip's grid.
+
+    Equals get_resize_crop_region_for_grid of the diffusers pipelines; all sizes are in patches.
+
+    Returns:
+        ((top, left), (bottom, right)) of the region.
+    """
     if grid_height * base_width > base_height * grid_width:
         height, width = base_height, round(base_height / grid_height * grid_width)
     else:
@@ -23,7 +31,12 @@ def centered_region(
 
 
 class RotaryTables:
-    """Tables (cos, sin), each (F * H * W patches, head dim), fp32."""
+    """Returns tables (cos, sin) for a latent shape, each (patches of all frames, channels of a head), fp32.
+
+    Args:
+        geometry: patch sizes, head size and base grid of the model.
+        device: where the tables are kept.
+    """
 
     def __init__(self, geometry: Geometry, device: torch.device) -> None:
         self.geometry = geometry
@@ -31,7 +44,10 @@ class RotaryTables:
         self._tables: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, latent_frames: int, latent_height: int, latent_width: int) -> tuple[Tensor, Tensor] | None:
-        """The tables of one latent shape (padding included); None for a model without rotary embeddings."""
+        """Returns the tables of a latent shape, or None for a model without rotary embeddings.
+
+        ``latent_frames`` includes the frames with which CogVideoX 1.5 pads a clip.
+        """
         if not self.geometry.rotary:
             return None
         shape = (latent_frames, latent_height, latent_width)

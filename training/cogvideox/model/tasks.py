@@ -18,7 +18,7 @@ from cogvideox.model.diffusion import NoiseSchedule, Predictor
 from cogvideox.model.rope import RotaryTables
 
 OFS = 2.0  # the offset that CogVideoX 1.5 image-to-video was trained with
-IMAGE_NAME = "image-{}.png"  # beside the result: an image of validation
+IMAGE_NAME = "image-{}.png"  # a validation image, which is saved next to the result
 
 
 class Task(Protocol):
@@ -47,7 +47,7 @@ class Task(Protocol):
 
 
 class TextToVideo:
-    """Captions to videos."""
+    """Generates videos from captions. The transformer gets the noisy latents and the caption's embedding."""
 
     pipeline: ClassVar[str] = "CogVideoXPipeline"
     inference: ClassVar[dict[str, str]] = dict.fromkeys(("usage", "defaults", "names", "arguments"), "")
@@ -58,16 +58,20 @@ class TextToVideo:
 
     @staticmethod
     def recipe(_options: TrainOptions, _geometry: Geometry) -> dict[str, Any]:
-        """What decides the result: no flag of its own."""
+        """Returns the flags of this task that decide the result: there are none."""
         return {}
 
     def predictor(self, transformer: Any, batch: Batch) -> Predictor:
-        """The network's velocity for this batch's captions."""
+        """Returns the function that predicts the velocity for the captions of a batch."""
         return predictor(transformer, batch.prompt_BLD.to(self.dtype), self.rotary, lambda x_t_BFCHW: x_t_BFCHW)
 
 
 class ImageToVideo:
-    """Captions and first frames to videos."""
+    """Generates videos from captions and first frames.
+
+    The latent of the first frame is concatenated to the noisy latents along the channels, as in
+    CogVideoXImageToVideoPipeline, so the transformer gets (B, F, 2 C, H, W).
+    """
 
     pipeline: ClassVar[str] = "CogVideoXImageToVideoPipeline"
     inference: ClassVar[dict[str, str]] = {
@@ -88,7 +92,7 @@ class ImageToVideo:
 
     @staticmethod
     def recipe(options: TrainOptions, geometry: Geometry) -> dict[str, Any]:
-        """What decides the result."""
+        """Returns the flags of this task that decide the result, with automatic values resolved."""
         flags = image_flags(options)
         assert flags is not None
         return {
@@ -98,18 +102,28 @@ class ImageToVideo:
         }
 
     def predictor(self, transformer: Any, batch: Batch) -> Predictor:
-        """The network's velocity for this batch's captions and images."""
+        """Returns the function that predicts the velocity for the captions and first frames of a batch."""
         assert batch.image_BCHW is not None
         image_BCHW = batch.image_BCHW * self.scale
 
-        def beside_image(x_t_BFCHW: Tensor) -> Tensor:
+        def concatenate_image(x_t_BFCHW: Tensor) -> Tensor:  # (B, F, C, H, W) -> (B, F, 2 C, H, W)
             return torch.cat([x_t_BFCHW, on_first_frame(image_BCHW, x_t_BFCHW.shape[1])], dim=2)
 
-        return predictor(transformer, batch.prompt_BLD.to(self.dtype), self.rotary, beside_image, ofs=self.ofs)
+        return predictor(transformer, batch.prompt_BLD.to(self.dtype), self.rotary, concatenate_image, ofs=self.ofs)
 
 
 def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
-    """The squared error of each sample of a batch on the device, (B,), fp32; training gives it weights."""
+    """Returns the loss of each sample of a batch, without the weights of --loss_weighting.
+
+    Args:
+        task: which inputs the transformer gets.
+        schedule: the noise schedule, on the device.
+        transformer: the network.
+        batch: the samples with their noise and timesteps, on the device.
+
+    Returns:
+        The mean squared velocity error of each sample, (B,), fp32.
+    """
     predict = task.predictor(transformer, batch)
     return diffusion.loss(schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
 
@@ -117,7 +131,15 @@ def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batc
 def predictor(
     transformer: Any, prompt_BLD: Tensor, rotary: RotaryTables, inputs: Callable[[Tensor], Tensor], **more: Any
 ) -> Predictor:
-    """The network's velocity, computed in the type of the prompt; ``inputs`` makes of x_t what the network takes."""
+    """Returns the function that predicts the velocity by calling the transformer as the pipelines of diffusers do.
+
+    Args:
+        transformer: the network.
+        prompt_BLD: embeddings of the captions; their type is the type in which the network computes.
+        rotary: the rotary tables.
+        inputs: maps x_t to the latents that the network takes, which may have more channels.
+        more: further arguments of the transformer.
+    """
 
     def predict(x_t_BFCHW: Tensor, timestep_B: Tensor) -> Tensor:
         _, frames, _, height, width = x_t_BFCHW.shape
@@ -134,14 +156,29 @@ def predictor(
 
 
 def image_scale(geometry: Geometry, choice: str = "auto") -> float:
-    """What image latents are multiplied by; "auto" as the pipeline of the model does."""
+    """Returns the factor by which latents of first frames are multiplied.
+
+    Args:
+        geometry: the VAE's scaling factor, and how the model's pipeline applies it.
+        choice: "mul", "div" or "none" for the scaling factor, its inverse or 1; "auto" for what the pipeline does.
+    """
     usual = "div" if geometry.invert_scale_latents else "mul"
     factor = geometry.scaling_factor
     return {"mul": factor, "div": 1 / factor, "none": 1.0}[usual if choice == "auto" else choice]
 
 
 def on_first_frame(image_BCHW: Tensor, frames: int) -> Tensor:
-    """(B, F, C, H, W): the image on the first latent frame, which may be one that pads 1.5's; zeros on the others."""
+    """Puts an image latent on the first latent frame, and zeros on the others.
+
+    In CogVideoX 1.5 the first latent frame may be one of those that pad the clip; its pipeline does the same.
+
+    Args:
+        image_BCHW: the image latents.
+        frames: number of latent frames, F.
+
+    Returns:
+        (B, F, C, H, W).
+    """
     condition_BFCHW = image_BCHW.new_zeros(len(image_BCHW), frames, *image_BCHW.shape[1:])
     condition_BFCHW[:, 0] = image_BCHW
     return condition_BFCHW
