@@ -1,9 +1,17 @@
-"""Attention without a mask, forward and backward as two operators, by whichever kernels the device has.
+"""Computes attention without a mask, forward and backward, with the fastest kernels that the device has.
 
-attend(q, k, v, backend) -> (o, lse); attend_backward(do, q, k, v, o, lse, backend) -> (dq, dk, dv). All of q, k, v, o
-are (B, S, H, D): what the linear layers write and read, so that nothing is transposed. lse, (B, H, S) fp32, is the log
-of each row's sum of exponentials, from which the backward pass makes the attention weights again. Operators, so that
-torch.compile sees one node and neither traces nor splits it. Shapes: B samples, S tokens, H heads, D head dim.
+    attend(q, k, v, backend) -> (o, lse)                              o = softmax(q k^T / sqrt(D)) v
+    attend_backward(do, q, k, v, o, lse, backend) -> (dq, dk, dv)
+
+Both are custom operators of torch, so that torch.compile sees each as one node, which it neither traces nor splits.
+``choose_backend`` chooses the kernels after comparing their gradients with plain fp32 arithmetic. To add a backend, add
+its name to BACKENDS, a branch to both operators, and what it requires to ``_problem``.
+
+q, k, v and o are (B, S, H, D), the layout that the linear layers write and read, so that nothing is transposed. lse,
+(B, H, S) in fp32, is log(sum(exp(row of q k^T / sqrt(D)))). The backward pass recomputes the attention weights from it,
+as in FlashAttention (Dao et al. 2022, section 3).
+
+Shapes: B samples, S tokens, H heads, D channels of a head.
 """
 
 import inspect
@@ -18,11 +26,11 @@ from cogvideox.errors import first_line
 aten = torch.ops.aten
 
 CUDNN, FLASH, FLASH_4, SAGE, CPU = "cudnn", "flash", "flash-4", "sage", "cpu"
-BACKENDS = (FLASH_4, CUDNN, FLASH)  # of a GPU, the fastest first; sage quantizes, so it has to be asked for
+BACKENDS = (FLASH_4, CUDNN, FLASH)  # those of a GPU, fastest first; sage quantizes, so it is used only on request
 HOPPER = (9, 0)
-TOLERANCE = 2e-2  # relative, of bf16 gradients against fp32 ones; a wrong kernel is off by 1 or more
-TOLERANCE_QUANTIZED = 4.5e-2  # a cosine of 0.999
-PROBE = (1, 353, 2, 64)  # an odd number of tokens, so that the last tile is a part of one
+TOLERANCE = 2e-2  # relative error of bf16 gradients against fp32; a wrong kernel has an error of 1 or more
+TOLERANCE_QUANTIZED = 4.5e-2  # corresponds to a cosine of 0.999
+PROBE = (1, 353, 2, 64)  # (B, S, H, D); the odd number of tokens leaves the last tile incomplete
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -31,7 +39,17 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("cogvideox::attend", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """(attention output, lse) of q, k, v."""
+    """Computes attention.
+
+    Args:
+        q: queries, (B, S, H, D).
+        k: keys, (B, S, H, D).
+        v: values, (B, S, H, D).
+        backend: the kernels, as ``choose_backend`` returns them.
+
+    Returns:
+        (attention output of (B, S, H, D), lse of (B, H, S) in fp32), both contiguous.
+    """
     if backend == FLASH_4:
         from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -59,7 +77,20 @@ def _(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 def attend_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from that of the output, and from what ``attend`` returned; of sage by the flash kernels."""
+    """Computes the gradients of attention. For sage, which has no backward pass, the flash kernels compute them.
+
+    Args:
+        do: gradient of the attention output, (B, S, H, D).
+        q: queries, as given to ``attend``.
+        k: keys, as given to ``attend``.
+        v: values, as given to ``attend``.
+        o: attention output that ``attend`` returned.
+        lse: as ``attend`` returned it, (B, H, S).
+        backend: the kernels that ``attend`` used.
+
+    Returns:
+        Gradients of q, k and v, (B, S, H, D) each.
+    """
     if backend == FLASH_4:
         from flash_attn.cute.interface import _flash_attn_bwd
 
@@ -71,8 +102,8 @@ def attend_backward(
     if backend == CPU:
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, False)
     else:
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of no dropout
-        ends = (None, None, length, length)
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # required, but unused without dropout
+        ends = (None, None, length, length)  # no packed sequences; the longest query and key sequence
         if backend == CUDNN:
             gradients = aten._scaled_dot_product_cudnn_attention_backward(
                 do, q, k, v, o, lse.unsqueeze(-1), seed, seed, None, *ends, 0.0, False
@@ -96,10 +127,18 @@ def _(
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> tuple[str, str]:
-    """(backend, why): the fastest one that the device has and whose gradients are right.
+    """Chooses the fastest available backend whose gradients are correct.
+
+    Args:
+        device: where attention is computed.
+        dtype: the type of q, k and v.
+        wanted: "auto", or the name of the only backend to consider.
+
+    Returns:
+        (backend, the reason for the choice).
 
     Raises:
-        ValueError: the wanted one is not to be had; the text says why.
+        ValueError: no backend is available; the message says why.
     """
     if device.type != "cuda":
         if wanted not in ("auto", CPU):
@@ -125,14 +164,14 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         return problem
     try:
         worst = gradient_error(backend, device, dtype)
-    except Exception as error:  # whatever a kernel or its compiler says: another backend is there
+    except Exception as error:  # any failure of a kernel or its compiler: the next backend is tried
         return f"it fails ({first_line(error)})"
     allowed = TOLERANCE_QUANTIZED if backend == SAGE else TOLERANCE
     return None if worst < allowed else f"its gradients are off by {worst:.2g}"
 
 
 def _problem_of_sage() -> str | None:
-    """Its version 1, the one on PyPI, has no lse, without which there is no backward pass."""
+    """Checks for version 2. Version 1, the one on PyPI, returns no lse, which the backward pass needs."""
     if find_spec("sageattention") is None:
         return "sageattention is not installed"
     known = inspect.signature(import_module("sageattention").sageattn).parameters
@@ -140,12 +179,12 @@ def _problem_of_sage() -> str | None:
 
 
 def _installed(package: str, part: str) -> bool:
-    """Whether a package is there with this part, which other packages of its name lack."""
+    """Returns whether a package is installed with this module, which other packages of the same name lack."""
     return find_spec(package) is not None and find_spec(f"{package}.{part}") is not None
 
 
 def gradient_error(backend: str, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest relative difference of output and gradients from plain fp32 arithmetic, on random numbers."""
+    """Returns the largest relative error of output and gradients against plain fp32 arithmetic on random inputs."""
     generator = torch.Generator(device).manual_seed(0)
     q, k, v, do = (torch.randn(PROBE, generator=generator, device=device).to(dtype) for _ in range(4))
     o, lse = attend(q, k, v, backend)

@@ -1,7 +1,10 @@
-"""Parts of a LoRA that PEFT does not have: its layers, PiSSA's start on an untouched base, dropout that repeats, and a
-scale that is part of the matrices.
+"""Adds to PEFT's LoRA what PEFT does not have.
 
-A layer computes W x + scale * B (A dropout(x)). A is (rank, in), B is (out, rank).
+Four independent parts: ``targets`` chooses the linear layers; ``SampleDropout`` is a dropout whose masks can be
+repeated; ``start_from_principal`` initializes with PiSSA without changing the base model; ``fold_scale`` multiplies the
+scale into the matrices when a LoRA is saved.
+
+A layer with a LoRA computes W x + scale * B A dropout(x). A is (rank, in), B is (out, rank), W is (out, in).
 """
 
 import math
@@ -22,15 +25,17 @@ from cogvideox.rng import key_of
 
 
 def linear_layers(transformer: Module) -> list[str]:
-    """The names of the linear layers."""
+    """Returns the names of all linear layers."""
     return [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 def targets(transformer: Module, target_modules: Sequence[str]) -> list[str]:
-    """--target_modules for PEFT: the names as they are, or all linear layers that a regular expression means.
+    """Returns --target_modules in the form that PEFT takes.
+
+    Names are returned unchanged; a regular expression is replaced by the names of all linear layers that it matches.
 
     Raises:
-        UsageError: a name or the expression means no linear layer.
+        UsageError: a name or the expression matches no linear layer.
     """
     names = linear_layers(transformer)
     missing = unused(target_modules, names)
@@ -47,19 +52,25 @@ def targets(transformer: Module, target_modules: Sequence[str]) -> list[str]:
 
 
 class SampleDropout(Module):
-    """Dropout whose mask is a function of (seed, step, position of the sample in the global batch, layer).
+    """Applies dropout whose mask is a function of (seed, step, position of the sample in the global batch, layer).
 
-    So another number of ranks or accumulation steps changes nothing, a recomputed block has the same mask again, and
-    there is no state to save. ``place`` is shared by all layers of a model, and set before each forward pass.
+    The result therefore does not depend on the number of ranks or accumulation steps, a recomputed block gets the same
+    mask again, and there is no random state to save.
+
+    Args:
+        p: probability with which a value becomes 0.
+        layer: name of the layer.
+        seed: the run's seed.
+        place: position of the current samples, shared by all layers and set before each forward pass.
     """
 
     def __init__(self, p: float, layer: str, seed: int, place: "StepPosition") -> None:
         super().__init__()
         self.p, self.layer, self.seed, self.place = p, layer, seed, place
 
-    @torch.compiler.disable  # the keys change with every step: each would be a graph of its own
+    @torch.compiler.disable  # keys change with every step, so each step would compile a new graph
     def forward(self, x: Tensor) -> Tensor:
-        """Of (B, ...): each value zero with probability p, else divided by 1 - p. In evaluation x itself."""
+        """Sets each value of x, (B, ...), to 0 with probability p and divides the others by 1 - p; x in evaluation."""
         if not self.training:
             return x
         kept = torch.stack([self._kept(x[sample], self.place.first + sample) for sample in range(len(x))])
@@ -72,7 +83,7 @@ class SampleDropout(Module):
 
 
 class StepPosition:
-    """Where a run is: the optimizer step, and the position in its global batch of the first sample of a micro-batch."""
+    """Holds the optimizer step, and the position of the micro-batch's first sample in the global batch of that step."""
 
     step = first = 0
 
@@ -81,11 +92,20 @@ class StepPosition:
 
 
 class PissaMatrix(Module):
-    """A LoRA matrix beside its own start, as one matrix: [A; A0], or [B, -B0].
+    """Represents one LoRA matrix of PiSSA: the trained matrix concatenated with its constant initial value.
 
-    PiSSA (arXiv:2404.02948) starts from the largest singular values of W: B0 A0, and takes them out of the base:
-    (W - s B0 A0) + s B A. This is W + s [B, -B0] [A; A0]: the base stays what it is in every precision, and the plain
-    LoRA of twice the rank that is saved computes what was trained.
+    PiSSA (arXiv:2404.02948) initializes B A with B0 A0, the part of W with the largest singular values, and
+    subtracts that part from the base, (W - s B0 A0) + s B A, where s is the scale. The same sum can be written as
+
+        W + s [B, -B0] [A; A0]
+
+    which leaves the base unchanged in every precision. The matrices [A; A0] and [B, -B0] are a plain LoRA of twice the
+    rank for the original base, and this is what is saved.
+
+    Args:
+        start: A0 or B0.
+        dim: the dimension of the rank, along which both are concatenated: 0 for A, 1 for B.
+        sign: what the initial value is multiplied by: 1 for A, -1 for B.
     """
 
     start: Tensor
@@ -97,30 +117,42 @@ class PissaMatrix(Module):
         self.register_buffer("start", start, persistent=False)
 
     def concatenated(self) -> Tensor:
-        """The matrix of twice the rank."""
+        """Returns the matrix of twice the rank: (2 rank, in) for A, (out, 2 rank) for B."""
         return torch.cat([self.weight, self.sign * self.start], self.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product with it."""
+        """Multiplies x by the matrix of twice the rank."""
         return linear(x, self.concatenated())
 
     @torch.no_grad()
     def load_initial(self, saved: Tensor) -> None:
-        """Restores the start out of what ``concatenated`` returned, which was saved."""
+        """Restores the initial value from a saved result of ``concatenated``."""
         self.start.copy_(self.sign * saved.chunk(2, self.dim)[1])
 
 
 def principal(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> tuple[Tensor, Tensor]:
-    """(A0, B0) in the weight's type, scale * B0 A0 being the part of the weight with its ``rank`` largest singular
-    values, half of each value in either matrix.
+    """Computes the initial matrices of PiSSA.
+
+    With W = U S V^T: A0 = sqrt(S / scale) V^T and B0 = U sqrt(S / scale) of the ``rank`` largest singular values, so
+    scale * B0 A0 is the principal part of W (arXiv:2404.02948, eq. 2 and 3).
+
+    Args:
+        weight: W, (out, in).
+        rank: number of singular values.
+        scale: the LoRA's scale.
+        init: --init_lora_weights: "pissa" for an exact SVD, "pissa_niter_N" for a randomized one of N iterations.
+        seed: of the randomized SVD.
+
+    Returns:
+        (A0, B0) in the type and on the device of the weight, (rank, in) and (out, rank).
     """
-    fast = torch.accelerator.current_accelerator() or weight.device  # weights may still lie on the host
+    fast = torch.accelerator.current_accelerator() or weight.device  # the weights may be stored on the host
     matrix = weight.detach().to(fast).float()
     rounds = re.fullmatch(r"pissa_niter_(\d+)", init)
     if rounds:
         devices = [matrix.device] if matrix.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)  # the faster SVD begins with random vectors
+            torch.manual_seed(seed)  # the randomized SVD begins with random vectors
             left, values, right = torch.svd_lowrank(matrix, rank, niter=int(rounds[1]))
         rows = right.T
     else:
@@ -132,7 +164,9 @@ def principal(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> 
 
 
 def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: str, seed: int) -> None:
-    """Gives PEFT's layers the start of PiSSA. All ranks take that of the first one: an SVD may differ by machine.
+    """Initializes the layers of PEFT with PiSSA.
+
+    All ranks use the matrices of the first rank, because the SVD may differ between machines.
 
     Raises:
         UsageError: a layer is smaller than the rank.
@@ -151,9 +185,9 @@ def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: 
 
 
 def of_first_rank(tensor: Tensor) -> Tensor:
-    """The first rank's tensor, on all; it lies where this one's does."""
+    """Returns the first rank's tensor on all ranks, on the device of this rank's own tensor."""
     fast = torch.accelerator.current_accelerator()
-    # NCCL knows no memory of the host, where the weights still are
+    # NCCL cannot send host memory, where the weights are stored at this time
     here = tensor.to(fast) if fast is not None and dist.get_backend() == "nccl" else tensor
     dist.broadcast(here, src=0)
     return here.to(tensor.device)
@@ -163,17 +197,21 @@ def of_first_rank(tensor: Tensor) -> Tensor:
 
 
 def fold_scale(state: dict[str, Tensor], scale: float, rounded: bool = False) -> tuple[dict[str, Tensor], str]:
-    """A LoRA that needs no scale any more, and EXACT or ROUNDED; or the same LoRA, and NO.
+    """Multiplies the scale of a LoRA into its matrices B, so that the LoRA applies with a scale of 1.
 
-    A power of two changes no bit of a product but its exponent, unless a number of B leaves the range of its type.
+    A scale that is a power of two is exact: it changes only the exponents, unless a number leaves the range of its
+    type.
 
     Args:
         state: matrices by PEFT's names.
-        scale: what B A is multiplied by.
-        rounded: multiply by any scale.
+        scale: the factor of B A.
+        rounded: whether to fold a scale that is not exact, too.
+
+    Returns:
+        (folded matrices, EXACT or ROUNDED), or (``state``, NO) if the scale was not folded.
 
     Raises:
-        UsageError: a number becomes too large for its type.
+        UsageError: a folded number is too large for its type.
     """
     folded = {name: tensor * scale if is_b(name) else tensor for name, tensor in state.items()}
     if is_power_of_two(scale) and all(
@@ -190,17 +228,20 @@ def fold_scale(state: dict[str, Tensor], scale: float, rounded: bool = False) ->
 
 
 def is_b(name: str) -> bool:
-    """Whether a tensor is the matrix that is multiplied last."""
+    """Returns whether a tensor is a matrix B, the one that is multiplied last."""
     return name.endswith("lora_B.weight")
 
 
 def is_power_of_two(number: float) -> bool:
-    """Whether a positive number has no bits but those of its exponent."""
+    """Returns whether a positive number is a power of two."""
     return math.frexp(number)[0] == 0.5
 
 
 def trained_matrices(file: LoraFile) -> dict[str, Tensor]:
-    """A file's matrices by PEFT's names, as training had them; where folding rounded, as they are."""
+    """Returns the matrices of a LoRA file by PEFT's names, with an exactly folded scale divided out again.
+
+    A scale that was folded with rounding stays folded.
+    """
     from safetensors.torch import load_file
 
     found = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file.path).items()}

@@ -111,7 +111,7 @@ class Method(Protocol):
 
 
 class Lora:
-    """A PEFT LoRA on a frozen transformer, its matrices in the transformer's own type."""
+    """Trains a LoRA of PEFT on a frozen transformer. The matrices have the transformer's floating-point type."""
 
     result = WEIGHTS_NAME
 
@@ -149,15 +149,15 @@ class Lora:
                 layer.lora_dropout[ADAPTER] = SampleDropout(flags.lora_dropout, name, seed, self.place)
 
     def _layers(self) -> dict[str, Any]:
-        """PEFT's layers by name."""
+        """Returns the layers that PEFT has given a LoRA, by name."""
         return {name: module for name, module in self.transformer.named_modules() if hasattr(module, "lora_A")}
 
     @torch.no_grad()
     def _start_from(self, given: str) -> None:
-        """Takes up the matrices of a file whose header check_lora has compared with the flags.
+        """Loads the matrices of a LoRA file to start from. check_lora has compared the file's header with the flags.
 
         Raises:
-            UsageError: it has other layers, or layers of other sizes, than this model's.
+            UsageError: the file has other layers, or layers of other sizes, than this model.
         """
         found = trained_matrices(read_header(given))
         own = self.state()
@@ -170,28 +170,40 @@ class Lora:
             tensor.copy_(found[name])
 
     def draw_for(self, step: int, first: int) -> None:
-        """Says which samples come next, for dropout: those from position ``first`` of a step's global batch on."""
+        """Sets the position from which dropout derives its masks in the next forward pass.
+
+        Args:
+            step: the optimizer step.
+            first: position of the micro-batch's first sample in the global batch.
+        """
         self.place.step, self.place.first = step, first
 
     def resume(self, folder: Path) -> None:
-        """Takes up what is neither trained nor a function of the flags alone: an SVD may differ by machine."""
+        """Restores PiSSA's initial matrices from a checkpoint.
+
+        They are not trained, so the engine does not save them, and they are not recomputed, because the SVD of another
+        machine may differ.
+        """
         if self.pissa:
             saved = trained_matrices(read_header(str(folder / self.result)))
             for name, matrix in self._pissa_matrices().items():
                 matrix.load_initial(saved[name])
 
     def _pissa_matrices(self) -> dict[str, PissaMatrix]:
-        """PiSSA's matrices by the names that PEFT gives them in a file."""
+        """Returns PiSSA's matrices by the names that PEFT gives them in a file; empty without PiSSA."""
         pairs = [(f"{n}.{part}", getattr(m, part)) for n, m in self._layers().items() for part in ("lora_A", "lora_B")]
         return {f"{name}.weight": part[ADAPTER] for name, part in pairs if ADAPTER in part} if self.pissa else {}
 
     def parameters(self) -> dict[str, Parameter]:
-        """The trainable parameters by name."""
+        """Returns the trainable parameters by name."""
         return trainable(self.transformer)
 
     @staticmethod
     def recipe(options: LoraOptions) -> dict[str, Any]:
-        """What decides the result; of a LoRA to start from its content."""
+        """Returns the flags of this method that decide the result.
+
+        A LoRA to start from is represented by the hash of its content, so that the file may be moved.
+        """
         path, precision = options.lora.lora_path, options.plan.base_precision
         content = None if path is None else hashlib.sha256(lora_file(path).read_bytes()).hexdigest()
         base = {} if precision == "auto" else {"base_precision": precision}
@@ -200,7 +212,7 @@ class Lora:
 
     @contextmanager
     def off(self, _folder: Path) -> Iterator[None]:
-        """The transformer as it was before training."""
+        """Disables the LoRA within the context, which restores the transformer before training."""
         self.transformer.disable_adapters()
         try:
             yield
@@ -208,23 +220,26 @@ class Lora:
             self.transformer.enable_adapters()
 
     def state(self) -> dict[str, Tensor]:
-        """The LoRA in PEFT's names, as validation runs it; after PiSSA of twice the rank, for the original base."""
+        """Returns the LoRA's matrices by PEFT's names.
+
+        With PiSSA they have twice the rank, so that they apply to the original base model.
+        """
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
         return state | {name: matrix.concatenated().detach() for name, matrix in self._pissa_matrices().items()}
 
     def training(self) -> Training:
-        """How ``state`` is scaled to give what was trained."""
+        """Returns the rank, alpha and scale with which the matrices of ``state`` give the trained model."""
         flags = self.flags
         scale = scale_of(flags.rank, flags.lora_alpha, flags.use_rslora)
         if not self.pissa:
             return Training(flags.rank, flags.lora_alpha, flags.use_rslora, scale)
-        growth = math.sqrt(2.0) if flags.use_rslora else 2.0  # so that the scale stays
+        growth = math.sqrt(2.0) if flags.use_rslora else 2.0  # twice the rank with the same scale
         return Training(2 * flags.rank, growth * flags.lora_alpha, flags.use_rslora, scale)
 
     def config(self, training: Training) -> dict[str, Any]:
-        """The fields of PEFT's LoraConfig for a file. No dropout: it is for use."""
+        """Returns the fields of PEFT's LoraConfig for a saved file. Dropout is 0, because the file is for inference."""
         alpha, rslora = float(training.rank), False
         if training.scale_folded == NO:
             alpha, rslora = training.lora_alpha, training.use_rslora
@@ -233,13 +248,18 @@ class Lora:
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Writes the LoRA as diffusers loads it; loaders that ignore a file's metadata see a scale of 1, so a scale
-        that is a power of two is multiplied into B, which changes no bit of the product.
+        """Writes the LoRA to a folder, in the format that load_lora_weights of diffusers reads.
+
+        Loaders that ignore a file's metadata assume a scale of 1. A scale that is a power of two is therefore
+        multiplied into B, which is exact.
+
+        Returns:
+            The scale and how it was folded into B, for recipe.json.
         """
         return self._save(folder, rounded=False)
 
     def export(self, folder: Path) -> dict[str, Any]:
-        """The same; with --fold_lora_scale any scale is multiplied into B, with rounding."""
+        """Writes the final LoRA as ``save`` does; with --fold_lora_scale, any scale is folded into B, with rounding."""
         return self._save(folder, rounded=self.flags.fold_lora_scale)
 
     def _save(self, folder: Path, rounded: bool) -> dict[str, Any]:
@@ -257,20 +277,26 @@ class Lora:
         return {"lora_scale": training.scale, "lora_scale_folded": folded}
 
     def reload(self, pipeline: Any, folder: Path) -> None:
-        """Drops the trained adapter and loads the saved one through the pipeline's own loader."""
+        """Deletes the trained LoRA and loads the saved one with the pipeline's own loader."""
         self.transformer.delete_adapters(ADAPTER)
         load_saved(pipeline, folder)
 
     def fresh(self, pipeline_of: Callable[[Any], Any], folder: Path) -> Any:
-        """A new transformer on the CPU with the saved LoRA by the pipeline's own loader, both in the type of training,
-        because the loader rounds a LoRA to the type of its base. A base in files of that type is mapped, not copied.
+        """Returns a new transformer on the CPU into which the pipeline's own loader has loaded the saved LoRA.
+
+        Both are in the type of training, because the loader rounds a LoRA to the type of its base. If the model's files
+        have that type, their weights are memory-mapped and not copied.
+
+        Args:
+            pipeline_of: constructs a pipeline around a transformer.
+            folder: where ``save`` or ``export`` has written the LoRA.
         """
         transformer = load_transformer(self.model, self.transformer.dtype, self.ignores_positions)
         load_saved(pipeline_of(transformer), folder)
         return transformer
 
     def inference(self, dtype: str) -> tuple[str, str]:
-        """Code that loads the result from the folder ``here``."""
+        """Returns code for inference.py that loads the result from the folder ``here``."""
         name = f'"{WEIGHTS_NAME}"'
         load = f'pipe.load_lora_weights(str(here), weight_name={name}, adapter_name="cogvideox-lora")\n'
         if self.ignores_positions:  # the base model has them
@@ -280,7 +306,7 @@ class Lora:
 
 
 class FullFinetune:
-    """All weights of the transformer, in its own type."""
+    """Trains all weights of the transformer. They stay in the floating-point type in which it was loaded."""
 
     result = "transformer"
 
@@ -289,25 +315,25 @@ class FullFinetune:
         self.load = partial(load_transformer, options.model, transformer.dtype, ignores_positions(options))
 
     def parameters(self) -> dict[str, Parameter]:
-        """The trainable parameters by name."""
+        """Returns the trainable parameters by name."""
         return trainable(self.transformer)
 
     @staticmethod
     def recipe(_options: SftOptions) -> dict[str, Any]:
-        """What decides the result: no flag of its own."""
+        """Returns the flags of this method that decide the result: there are none."""
         return {}
 
     def draw_for(self, step: int, first: int) -> None:
-        """Nothing here is random."""
+        """Does nothing: no part of this method is random."""
 
     def resume(self, folder: Path) -> None:
-        """The engine has all."""
+        """Does nothing: the engine's checkpoint contains all state."""
 
     @contextmanager
     def off(self, folder: Path) -> Iterator[None]:
-        """The transformer as it was before training, read from its files again; then as ``save`` wrote it to a folder.
+        """Loads the original weights within the context; afterwards, loads those that ``save`` wrote to a folder.
 
-        So no copy is made: where weights are trained on the host, there may be no room for one.
+        Both are read from files instead of copying the trained weights, because the host may have no room for a copy.
         """
         self.transformer.load_state_dict(self.load().state_dict())
         try:
@@ -316,9 +342,10 @@ class FullFinetune:
             self.reload(None, folder)
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Writes the transformer as from_pretrained reads it into a folder of the result's name.
+        """Writes the transformer to a subfolder, in the format that from_pretrained of diffusers reads.
 
-        In shards of 5 GB; under a plan they are larger, as tensors of a block lie in one buffer, of which one counts.
+        Shards have up to 5 GB. Where a plan stores all tensors of a block in one buffer they are larger, because
+        diffusers counts each buffer once.
         """
         self.transformer.save_pretrained(folder / self.result, max_shard_size="5GB")
         return {}
@@ -326,32 +353,32 @@ class FullFinetune:
     export = save
 
     def fresh(self, _pipeline_of: Callable[[Any], Any] | None, folder: Path) -> Any:
-        """A new transformer on the CPU, out of the saved folder."""
+        """Returns a new transformer on the CPU, loaded from the saved folder."""
         dtype = self.transformer.dtype
         return type(self.transformer).from_pretrained(folder / self.result, dtype=dtype, use_safetensors=True)
 
     def reload(self, _pipeline: Any, folder: Path) -> None:
-        """Takes up the weights that stock diffusers reads from the saved folder.
+        """Loads the weights that unmodified diffusers reads from the saved folder.
 
         Raises:
-            RuntimeError: they do not fit.
+            RuntimeError: names or shapes of the saved weights are not those of the transformer.
         """
         with torch.no_grad():
             for parameter in self.parameters().values():
-                parameter.fill_(torch.nan)  # so that only the files can bring them back
+                parameter.fill_(torch.nan)  # so that a weight that the files lack cannot go unnoticed
         self.transformer.load_state_dict(self.fresh(None, folder).state_dict())
 
     def inference(self, dtype: str) -> tuple[str, str]:
-        """Code that loads the result from the folder ``here``."""
+        """Returns code for inference.py that loads the result from the folder ``here``."""
         name = type(self.transformer).__name__
         return f'transformer=diffusers.{name}.from_pretrained(here / "{self.result}", dtype=torch.{dtype}),', ""
 
 
 def load_saved(pipeline: Any, folder: Path) -> None:
-    """Loads a saved LoRA as a user of diffusers does."""
+    """Loads a saved LoRA into a pipeline as a user of diffusers does."""
     pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME, adapter_name=ADAPTER, use_safetensors=True)
 
 
 def trainable(module: Any) -> dict[str, Parameter]:
-    """The trainable parameters of a module by name."""
+    """Returns the trainable parameters of a module by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
