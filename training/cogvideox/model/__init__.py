@@ -1,16 +1,16 @@
-"""The network: its parts, its blocks as functions, what is trained of it, and the loss.
+"""The network: its parts, its blocks as functions of tensors, the methods that train it, and the loss.
 
-diffusion.py    noise schedule and loss
-rope.py         rotary tables
-lora.py         parts of a LoRA: layers, PiSSA's start, dropout that repeats
+diffusion.py    the noise schedule, the loss and its weights
+tasks.py        what the transformer gets as input: text-to-video, image-to-video
+methods.py      what is trained, and how it is saved and loaded: a LoRA, or all weights
+lora.py         additions to PEFT's LoRA: choice of layers, PiSSA, repeatable dropout, folded scale
+blocks.py       one transformer block, forward and backward, with a choice of the activations to keep
+attention.py    attention with the fastest kernels of the device
+quant.py        frozen weights in int8, fp8 or nf4
+rope.py         tables of the rotary position embedding
+models.py       the parts of a pipeline: finding, identifying and loading them
 encode.py       clips, first frames and captions -> tensors
 t5_stream.py    T5 with its blocks in host memory
-vae_encoder.py  the VAE's encoder, faster on a GPU
-vae_decoder.py  decoding what fits: whole frames, or tiles
-models.py       parts of a pipeline: found, identified, loaded
-tasks.py        what the transformer gets: text to video, image to video
-methods.py      what is trained: a LoRA, or all weights
-attention.py    attention by the kernels of the device
-quant.py        frozen matrices in int8, fp8, nf4
-blocks.py       one block, forward and backward, as functions of tensors
+vae_encoder.py  a faster encoder for the VAE on a GPU
+vae_decoder.py  decoding in the largest tiles that fit
 """

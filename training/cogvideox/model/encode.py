@@ -1,7 +1,11 @@
-"""Clips, first frames and captions into tensors: one copy for every caller.
+"""Encodes clips and first frames with the VAE, and captions with T5.
 
-Shapes: F frames, H and W pixels; K encodings of one image; C latent channels, f, h, w latent sizes; L text tokens, D
-text channels.
+Data preparation, validation and benchmarks all call these functions, so that one input always has one encoding. The
+main entry points are ``video_moments``, ``image_moments`` and ``prompt_embeds``; ``AsyncCopy`` brings results to the
+CPU while the device computes the next ones.
+
+Shapes: F frames, H and W pixel rows and columns, K encodings of one image; C latent channels, f, h and w latent frames,
+rows and columns; B captions, L text tokens, D text channels.
 """
 
 from collections.abc import Sequence
@@ -13,27 +17,39 @@ from torch import Tensor
 
 from cogvideox.data.dataset import normal
 
-# Of the noise on first frames, as CogVideoX was trained: its standard deviation is exp(N(mean, deviation)), of pixels
-# from -1 to 1.
+# (mean, deviation) of the noise on first frames with which CogVideoX was trained: for pixels from -1 to 1, the standard
+# deviation of the noise is exp(s) with s drawn from N(mean, deviation).
 IMAGE_NOISE = (-3.0, 0.5)
 
 
 def video_moments(vae: Any, frames_FHWC: np.ndarray) -> Tensor:
-    """The VAE's posterior of one clip, unscaled: mean and log variance, (2C, f, h, w).
+    """Encodes one clip. Does not wait for a GPU, so that the next clip can be copied while the GPU computes.
 
-    ``frames`` are uint8 RGB. A GPU is not waited for: the next clip can be on its way while it works.
+    Args:
+        vae: the VAE.
+        frames_FHWC: uint8 RGB.
+
+    Returns:
+        Mean and log variance of the VAE's posterior, not multiplied by the scaling factor, (2C, f, h, w).
     """
     return moments_of(vae, pixels_of(frames_FHWC, vae.device))
 
 
 def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object, ...]]) -> Tensor:
-    """The same of one image with noise on its pixels, once for each of ``draws``, which the noise is a function of:
-    (K, 2C, h, w).
+    """Encodes one image several times, each time with different noise on its pixels.
+
+    Args:
+        vae: the VAE.
+        frame_HWC: uint8 RGB.
+        draws: one key per encoding; the noise is a function of the key.
+
+    Returns:
+        Mean and log variance of the VAE's posterior for each key, (K, 2C, h, w).
     """
     image_CFHW = pixels_of(frame_HWC[None], vae.device)
     mean, deviation = IMAGE_NOISE
     moments = []
-    for draw in draws:  # one by one: no more memory than for a clip, and K has no effect on an encoding
+    for draw in draws:  # one at a time: needs no more memory than a clip, and an encoding does not depend on K
         sigma = (mean + deviation * normal((), *draw, "sigma")).exp().item()
         noise_CFHW = normal(tuple(image_CFHW.shape), *draw, "pixels").to(vae.device)
         moments.append(moments_of(vae, image_CFHW + sigma * noise_CFHW)[:, 0])
@@ -41,21 +57,25 @@ def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object,
 
 
 def pixels_of(frames_FHWC: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 RGB as the VAE takes it: fp32 from -1 to 1, (3, F, H, W)."""
+    """Converts uint8 RGB to what the VAE takes: fp32 from -1 to 1, (3, F, H, W), on the device."""
     frames = torch.from_numpy(frames_FHWC)
-    frames = frames.pin_memory() if device.type == "cuda" else frames  # else the copy waits for the clip before
+    frames = frames.pin_memory() if device.type == "cuda" else frames  # else the copy waits for earlier work
     return frames.to(device, non_blocking=True).permute(3, 0, 1, 2).float() / 127.5 - 1.0
 
 
 @torch.no_grad()
 def moments_of(vae: Any, video_CFHW: Tensor) -> Tensor:
-    """The VAE's posterior, (2C, f, h, w)."""
+    """Returns mean and log variance of the VAE's posterior for one clip, (3, F, H, W) -> (2C, f, h, w)."""
     parameters: Tensor = vae.encode(video_CFHW.to(vae.dtype).unsqueeze(0)).latent_dist.parameters
     return parameters[0]
 
 
 class AsyncCopy:
-    """Tensors on their way from the device to the CPU."""
+    """Copies tensors from the device to the CPU while the device continues computing.
+
+    The copy is enqueued behind the work that computes the tensors; ``wait`` must be called before they are read,
+    because until then their memory on the CPU has undefined content.
+    """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
@@ -63,7 +83,7 @@ class AsyncCopy:
         self.events = [torch.cuda.current_stream(device).record_event() for device in devices]
 
     def wait(self) -> dict[str, Tensor]:
-        """The tensors, when they are there."""
+        """Waits until the copies are complete, and returns the tensors by name, on the CPU."""
         for event in self.events:
             event.synchronize()
         return {name: tensor.contiguous() for name, tensor in self.tensors.items()}
@@ -71,9 +91,18 @@ class AsyncCopy:
 
 @torch.no_grad()
 def prompt_embeds(tokenizer: Any, text_encoder: Any, captions: Sequence[str], length: int) -> Tensor:
-    """T5's last hidden states, (B, L, D), on the CPU, padded to ``length`` tokens as the pipelines do.
+    """Encodes captions with T5, as the pipelines of diffusers do.
 
-    The padding is attended to and carries state: another length gives other embeddings.
+    T5 gets no attention mask, so padding influences all tokens: a different length gives different embeddings.
+
+    Args:
+        tokenizer: the tokenizer of T5.
+        text_encoder: the T5 encoder.
+        captions: B captions.
+        length: number of tokens L to which captions are padded or truncated.
+
+    Returns:
+        The last hidden states, (B, L, D), on the CPU.
     """
     tokens = tokenizer(
         list(captions),

@@ -1,7 +1,8 @@
-"""The parts of a CogVideoX pipeline: found, identified by their weights, loaded one at a time.
+"""Finds, identifies and loads the parts of a CogVideoX pipeline: tokenizer, T5, VAE, transformer and scheduler.
 
-T5 and the VAE are ``with`` blocks: they leave the device, and memory, when the block ends. Types come from the
-safetensors headers, never from a model's name.
+``text_encoder`` and ``video_encoder`` are contexts: T5 and the VAE are freed at the end of the ``with`` block, so that
+only one large model is in memory at a time. ``fingerprint`` identifies weights for cache keys. Floating-point types are
+read from the safetensors headers and never inferred from a model's name.
 """
 
 import gc
@@ -26,12 +27,20 @@ from cogvideox.model import t5_stream, vae_encoder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-PROBES, PROBE_BYTES = 16, 4096  # of each tensor, for fingerprints
-BESIDE_T5 = 2 * 2**30  # bytes of the device that must stay free beside T5's weights
+PROBES, PROBE_BYTES = 16, 4096  # samples of each tensor that a fingerprint reads, and bytes per sample
+BESIDE_T5 = 2 * 2**30  # bytes that must stay free on the device in addition to T5's weights
 
 
 def part_folder(model: ModelFlags, part: str) -> Path:
-    """The folder of one part (transformer, vae, text_encoder, ...), downloaded if the model is a hub id."""
+    """Returns the folder of one part, after downloading it if the model is given by its id on the Hugging Face hub.
+
+    Args:
+        model: the flags that name the model.
+        part: transformer, vae, text_encoder, tokenizer or scheduler.
+
+    Raises:
+        UsageError: the model has no such folder.
+    """
     folder = Path(model.pretrained_model_name_or_path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -47,7 +56,11 @@ def part_folder(model: ModelFlags, part: str) -> Path:
 
 
 def weight_files(model: ModelFlags, part: str) -> list[Path]:
-    """The safetensors files of a part, of the variant that was asked for."""
+    """Returns the safetensors files of a part, of the variant that --variant names.
+
+    Raises:
+        UsageError: there are none.
+    """
     files = sorted(part_folder(model, part).glob("*.safetensors"))
     variants = {path: (path.name.split(".")[1:-1] or [""])[0] for path in files}
     chosen = [path for path in files if variants[path].split("-")[0] == (model.variant or "")]
@@ -61,7 +74,11 @@ def weight_files(model: ModelFlags, part: str) -> list[Path]:
 
 
 def read_tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
-    """(tensor entries of a safetensors header, offset of the data)."""
+    """Reads the header of a safetensors file.
+
+    Returns:
+        (entries with dtype, shape and data_offsets by tensor name, offset in bytes at which the data begins).
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -70,7 +87,11 @@ def read_tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def stored_dtype(model: ModelFlags, part: str) -> str:
-    """fp32, fp16 or bf16: what most of the weights are stored in."""
+    """Returns the type in which most bytes of the weights are stored: fp32, fp16 or bf16.
+
+    Raises:
+        UsageError: it is another type.
+    """
     bytes_of: Counter[str] = Counter()
     for path in weight_files(model, part):
         for entry in read_tensor_entries(path)[0].values():
@@ -82,19 +103,21 @@ def stored_dtype(model: ModelFlags, part: str) -> str:
 
 
 def default_dtype(model: ModelFlags, part: str, device: torch.device) -> str:
-    """The precision that a part encodes in without --dtype: that of its weights, and on a CPU fp32.
+    """Returns the precision in which a part encodes if --dtype is not given: that of its weights; on a CPU, fp32.
 
     A CPU without instructions for fp16 or bf16 emulates them: the VAE then takes about 60 times as long in fp16, and
-    90 times in bf16. All CPUs use fp32, because the precision is part of the keys of tensors.
+    90 times in bf16. All CPUs use fp32, because the precision is part of the keys of cached tensors.
     """
     stored = stored_dtype(model, part)
     return "fp32" if device.type == "cpu" else stored
 
 
 def fingerprint(model: ModelFlags, part: str) -> str:
-    """Identifies the weights: hash of every tensor's name, shape, type, and 16 blocks of 4 KiB from first to last.
+    """Returns a hash that identifies the weights of a part.
 
-    Reading all of T5 would take longer than most runs of prepare_dataset.py; training or merging changes every block.
+    It covers name, shape and type of each tensor, and 16 samples of 4 KiB spread from its first to its last byte.
+    Hashing all of T5 would take longer than most runs of prepare_dataset.py, and training or merging changes every
+    sample.
     """
     digest = hashlib.sha256()
     for path in weight_files(model, part):
@@ -111,17 +134,23 @@ def fingerprint(model: ModelFlags, part: str) -> str:
 
 
 def load_weights(of: Any, model: ModelFlags, part: str, dtype: torch.dtype) -> Any:
-    """A part of a pipeline by its class, out of safetensors files; no other file with weights is opened.
+    """Loads a part of a pipeline from safetensors files. No weights in any other format are opened.
+
+    Args:
+        of: the class of the part in diffusers or transformers.
+        model: the flags that name the model and its variant.
+        part: the name of the part's folder.
+        dtype: the type of the loaded weights.
 
     Raises:
-        UsageError: it has none of the variant that was asked for.
+        UsageError: there are no files of the variant that --variant names.
     """
     folder = weight_files(model, part)[0].parent
     return of.from_pretrained(folder, dtype=dtype, variant=model.variant, use_safetensors=True)
 
 
 def discard(module: torch.nn.Module) -> None:
-    """Frees a model's memory now, whoever still holds a name for it."""
+    """Frees the memory of a model's weights at once, even if other references to the model exist."""
     module.to("meta")
     gc.collect()
     if torch.cuda.is_available():
@@ -129,7 +158,7 @@ def discard(module: torch.nn.Module) -> None:
 
 
 def text_fingerprint(model: ModelFlags) -> str:
-    """Identifies the T5 weights together with the tokenizer's files."""
+    """Returns a hash that identifies the weights of T5 and the files of its tokenizer."""
     digest = hashlib.sha256(fingerprint(model, "text_encoder").encode())
     for path in sorted(path for path in part_folder(model, "tokenizer").iterdir() if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -137,31 +166,31 @@ def text_fingerprint(model: ModelFlags) -> str:
 
 
 def load_tokenizer(model: ModelFlags) -> Any:
-    """T5's tokenizer."""
+    """Loads the tokenizer of T5."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(part_folder(model, "tokenizer"), trust_remote_code=False)
 
 
 def free_device_bytes(device: torch.device) -> float:
-    """What may still be allocated on a device; without a GPU nobody counts."""
+    """Returns how many bytes may still be allocated on a device; infinity without a GPU."""
     if device.type != "cuda":
         return float("inf")
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction() * total  # less where --vram_budget is given
+    allowed = torch.cuda.get_per_process_memory_fraction() * total  # below 1 if --vram_budget is given
     return float(min(free + reserved, allowed) - allocated)
 
 
 def weight_bytes(model: ModelFlags, part: str, dtype: str) -> int:
-    """Bytes of a part's weights in a precision, from the headers of its files."""
+    """Returns the bytes that the weights of a part take in a precision, computed from the headers of its files."""
     headers = (read_tensor_entries(path)[0] for path in weight_files(model, part))
     numbers = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
     return numbers * DTYPES[dtype].itemsize
 
 
 def place_of_t5(model: ModelFlags, dtype: str, device: torch.device, t5_on: str) -> str:
-    """host or device, from --t5_on; auto is the host where the weights do not fit."""
+    """Resolves --t5_on to "host" or "device"; "auto" is the host if the weights do not fit on the device."""
     if t5_on != "auto":
         return t5_on
     fits = weight_bytes(model, "text_encoder", dtype) + BESIDE_T5 <= free_device_bytes(device)
@@ -172,9 +201,14 @@ def place_of_t5(model: ModelFlags, dtype: str, device: torch.device, t5_on: str)
 def text_encoder(
     model: ModelFlags, dtype: str, device: torch.device, place: str = "device", rows: int = 1
 ) -> Iterator[tuple[Any, Any]]:
-    """(tokenizer, T5 encoder that runs on the device), freed afterwards.
+    """Yields (tokenizer, T5 encoder that runs on the device), and frees the encoder afterwards.
 
-    ``place``: of its blocks, host or device. On the host any number of captions is computed ``rows`` at a time.
+    Args:
+        model: the flags that name the model.
+        dtype: fp32, fp16 or bf16.
+        device: where the encoder runs.
+        place: "host" or "device", where the weights of its blocks are stored.
+        rows: with "host", the number of captions that are computed at a time.
     """
     from transformers import T5EncoderModel
 
@@ -189,7 +223,7 @@ def text_encoder(
 
 
 def load_vae(model: ModelFlags, dtype: torch.dtype) -> Any:
-    """The VAE, on the CPU."""
+    """Loads the VAE to the CPU, frozen."""
     from diffusers import AutoencoderKLCogVideoX
 
     return load_weights(AutoencoderKLCogVideoX, model, "vae", dtype).requires_grad_(False).eval()
@@ -197,14 +231,14 @@ def load_vae(model: ModelFlags, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: bool) -> Iterator[Any]:
-    """The VAE on the device, its encoder quickened on a GPU; freed afterwards."""
+    """Yields the VAE on the device, with an optimized encoder on a GPU, and frees it afterwards."""
     vae = load_vae(model, DTYPES[dtype]).to(device)
     if tiling:
         vae.enable_tiling()
     if device.type == "cuda":
         try_to_optimize_encoder(vae)
     try:
-        # torch lets cuDNN round fp32 convolutions to TF32 unless told not to
+        # By default, torch lets cuDNN round fp32 convolutions to TF32.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             yield vae
     finally:
@@ -212,7 +246,10 @@ def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: b
 
 
 def try_to_optimize_encoder(vae: Any) -> None:
-    """Optimizes the VAE's encoder in place; where that fails, warns once and leaves it as diffusers made it."""
+    """Optimizes the VAE's encoder in place; where that fails, prints a warning and leaves the encoder unchanged.
+
+    It fails if no compiler is installed, or if the VAE is not built like that of CogVideoX.
+    """
     try:
         vae_encoder.optimize_encoder(vae)
     except Exception as error:
@@ -221,7 +258,7 @@ def try_to_optimize_encoder(vae: Any) -> None:
 
 
 def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: bool = False) -> Any:
-    """The transformer, frozen, on the CPU; ``without_positions``: without its learned positions."""
+    """Loads the transformer to the CPU, frozen; without its learned positions if ``without_positions`` is set."""
     from diffusers import CogVideoXTransformer3DModel
 
     transformer = load_weights(CogVideoXTransformer3DModel, model, "transformer", dtype)
@@ -231,14 +268,21 @@ def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: b
 
 
 def ignore_learned_positions(transformer: torch.nn.Module) -> None:
-    """Takes away the learned positions, which are for one size alone; the rotary ones stay. Part of inference.py."""
+    """Removes the learned positional embedding, which fits one video size only; the rotary embedding stays.
+
+    The source of this function is copied into inference.py.
+    """
     del transformer.patch_embed.pos_embedding
     transformer.patch_embed.use_learned_positional_embeddings = False
     transformer.register_to_config(use_learned_positional_embeddings=False)
 
 
 def load_scheduler(model: ModelFlags) -> Any:
-    """The sampler that the pipeline's scheduler_config.json names; raises UsageError where it is none of CogVideoX."""
+    """Loads the scheduler that the pipeline's scheduler_config.json names.
+
+    Raises:
+        UsageError: it is not a scheduler of CogVideoX.
+    """
     import diffusers
 
     folder = part_folder(model, "scheduler")

@@ -1,10 +1,17 @@
-"""T5 with its blocks in host memory: two at a time pass through the device, the next arriving while one computes.
+"""Runs the T5 encoder on a device that has no room for it, by streaming its blocks from host memory.
 
-caption tokens -> embedding (device) -> block 0, 1, ... (each copied into a slot of a Ring) -> last norm (device)
+Within ``streamed``, the device holds the weights of two blocks at a time: one computes while the next one is copied.
 
-T5-XXL is 9 GiB in bf16 and copying takes far longer than embedding one caption, so many captions go through a block
-while it is there. They are computed ``rows`` at a time all the same, because another batch rounds differently: the
-embeddings are bit for bit those of the encoder on the device. Forward only.
+    host memory    block 0   block 1   block 2   ...
+                      |         |         |
+    device         slot 0    slot 1    slot 0    ...              (a Ring of two slots)
+                      |         |         |
+    tokens -> embedding -> block 0 -> block 1 -> block 2 -> ... -> final norm
+
+T5-XXL has 9 GiB in bf16, and copying it takes far longer than encoding one caption. Many captions are therefore sent
+through a block while its weights are on the device. Within a block they are still computed ``rows`` at a time, because
+a different batch size rounds differently: this way, the embeddings are bit for bit those of an encoder that is on the
+device. Only the forward pass is supported.
 
 Shapes: B captions, L tokens, D channels.
 """
@@ -19,12 +26,21 @@ from torch import Tensor, nn
 
 from cogvideox.memory.streaming import Layout, Ring, pinned
 
-CAPTIONS_A_PASS = 32  # batches that share one copy of the weights; a batch of one holds 2 MB between blocks
-SLOTS = 2  # one computes, one arrives
+CAPTIONS_A_PASS = 32  # batches per copy of the weights; a batch of one caption takes 2 MB between blocks
+SLOTS = 2  # one computes while the other is filled
 
 
 class PassingBlock(nn.Module):
-    """A block whose weights arrive when it is called; those of the next one are sent for."""
+    """Runs a block with weights from a slot of the ring, and starts the copy of the next block's weights.
+
+    Args:
+        block: the block of T5, whose own parameters are not used on the device.
+        number: its index.
+        names: the parameters that are streamed, in the order of ``layout``.
+        layout: where each parameter is stored in a slot.
+        ring: the slots.
+        rows: number of captions that are computed at a time.
+    """
 
     def __init__(self, block: nn.Module, number: int, names: list[str], layout: Layout, ring: Ring, rows: int) -> None:
         super().__init__()
@@ -32,9 +48,15 @@ class PassingBlock(nn.Module):
         self.ring, self.rows = ring, rows
 
     def forward(self, hidden_BLD: Tensor, *others: Any, **named: Any) -> tuple[Any, ...]:
-        """As the block. What it takes and returns beside the hidden states is equal for all captions: no mask is."""
-        slot = self.ring.get(self.number)
-        self.ring.fetch((self.number + 1) % len(self.ring.hosts))  # after the last: the first, for the next pass
+        """Runs the block on (B, L, D), ``rows`` captions at a time, and joins the outputs.
+
+        All other inputs and outputs, such as the bias of relative positions, are the same for all captions, because T5
+        is called without a mask. Those of the first captions are passed on.
+        """
+        slot = self.ring.get(self.number)  # waits until this block's weights have been copied
+        # Fetching before computing lets the copy overlap with this block. After the last block comes the first one, for
+        # the next pass.
+        self.ring.fetch((self.number + 1) % len(self.ring.hosts))
         weights = dict(zip(self.names, self.layout.views(self.ring.slots[slot]), strict=True))
         outputs = []
         for part in hidden_BLD.split(self.rows):
@@ -44,21 +66,27 @@ class PassingBlock(nn.Module):
 
 
 class RowsAtATime(nn.Module):
-    """A module applied to as many captions at once as the blocks are."""
+    """Applies a module to ``rows`` captions at a time, as the blocks are, so that it rounds in the same way."""
 
     def __init__(self, module: nn.Module, rows: int) -> None:
         super().__init__()
         self.module, self.rows = module, rows
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
-        """As the module."""
+        """Applies the module to (B, L, D)."""
         return torch.cat([self.module(part) for part in hidden_BLD.split(self.rows)])
 
 
 @contextmanager
 def streamed(encoder: Any, device: torch.device, rows: int) -> Iterator[None]:
-    """A T5EncoderModel, wherever it is, runs on the device with its blocks on the host, until the block ends; the
-    encoder is of no use afterwards.
+    """Makes a T5EncoderModel run on the device with its blocks in host memory, within the context.
+
+    The encoder cannot be used after the context, because its weights are freed.
+
+    Args:
+        encoder: the encoder, on any device.
+        device: where it runs.
+        rows: number of captions that are computed at a time.
     """
     stack = encoder.encoder
     names = shared_names(stack.block)
@@ -76,20 +104,23 @@ def streamed(encoder: Any, device: torch.device, rows: int) -> Iterator[None]:
             yield
         finally:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # the last copy, which nobody waited for
+                torch.cuda.synchronize(device)  # the last copy may still be writing to a slot
             ring.slots.clear()
 
 
 @contextmanager
 def on_host(blocks: Any, names: list[str], layout: Layout) -> Iterator[dict[int, Tensor]]:
-    """The named parameters of each block in a pinned buffer by its number; freed with the last of them."""
+    """Moves the named parameters of each block to a pinned buffer; yields the buffers by block number.
+
+    At the end of the context, buffers and parameters are freed.
+    """
     hosts: dict[int, Tensor] = {}
     weights = [[block.get_parameter(name) for name in names] for block in blocks]
     try:
         for number, of_block in enumerate(weights):
             hosts[number] = pinned(layout.num_bytes)
             for weight, view in zip(of_block, layout.views(hosts[number]), strict=True):
-                weight.data = view.copy_(weight)  # its own memory is free now: never twice the model
+                weight.data = view.copy_(weight)  # frees the original memory: never two copies of the model
         yield hosts
     finally:
         hosts.clear()
@@ -98,6 +129,6 @@ def on_host(blocks: Any, names: list[str], layout: Layout) -> Iterator[dict[int,
 
 
 def shared_names(blocks: Any) -> list[str]:
-    """The parameters that every block has: the table of relative positions is in the first alone."""
+    """Returns the parameters that every block has. Only the first block has the table of relative positions."""
     others = [dict(block.named_parameters()) for block in blocks]
     return [name for name in others[-1] if all(name in other for other in others)]

@@ -1,6 +1,8 @@
-"""Decoding what fits: whole frames, or in tiles, the largest that the device has room for.
+"""Decodes latents with the largest tiles for which the device has enough memory.
 
-Only decoding is tiled. The image that a video begins with is encoded whole, as the clips were that trained the model.
+``Decoder`` replaces ``vae.decode``: it tries complete frames first, then smaller and smaller tiles. Only decoding is
+tiled. The first frame of image-to-video is encoded as a complete image, as the clips were on which the model was
+trained.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,19 +14,25 @@ import torch
 from cogvideox import stopping
 
 Tile = tuple[int, int]  # height and width, pixels
-SMALLEST = 96  # pixels; below, seams are most of a tile
-NEXT = 0.7  # of a tile's side, that of the next smaller one at most
-OVERLAPS = (1 / 6, 1 / 5)  # of height and width, diffusers'
-PUBLISHED = (240, 360), 8  # diffusers' tile for the published models, and pixels of one of their latents
+SMALLEST = 96  # pixels of a side; in smaller tiles, most of the area is overlap
+NEXT = 0.7  # the next smaller tile has at most this share of a tile's side
+OVERLAPS = (1 / 6, 1 / 5)  # overlapping shares of a tile's height and width, as in diffusers
+# The default tile of diffusers for the published models, and the pixels per latent of these models.
+PUBLISHED = (240, 360), 8
 
 
 def ways_to_decode(first: Tile, scale: int, tiled: bool) -> list[Tile | None]:
-    """Whole frames (None) unless ``tiled``, then ``tiles_from``."""
+    """Lists what to try, in this order: complete frames (None) unless ``tiled`` is set, then ``tiles_from``."""
     return ([] if tiled else [None]) + tiles_from(first, scale)
 
 
 def tiles_from(first: Tile, scale: int) -> list[Tile]:
-    """Tiles from the first one down; ``scale``: pixels of a latent."""
+    """Lists tiles from the first one down to the smallest useful one.
+
+    Args:
+        first: height and width of the largest tile, in pixels.
+        scale: pixels per latent.
+    """
     tiles = []
     height, width = (side_within(side, overlap, scale) for side, overlap in zip(first, OVERLAPS, strict=True))
     while min(height, width) >= SMALLEST:
@@ -34,9 +42,15 @@ def tiles_from(first: Tile, scale: int) -> list[Tile]:
 
 
 def side_within(pixels: int, overlap: float, scale: int) -> int:
-    """The longest side of a tile up to so many pixels; 0 if there is none.
+    """Returns the longest valid side of a tile, in pixels; 0 if there is none.
 
-    Diffusers makes a video of the right size only of tiles whose part that does not overlap is whole latents.
+    Diffusers assembles a video of the right size only if the part of a tile that does not overlap with the next one is
+    an integer number of latents.
+
+    Args:
+        pixels: the largest side allowed.
+        overlap: the share of the side that overlaps.
+        scale: pixels per latent.
     """
     for latents in range(pixels // scale, 0, -1):
         side = latents * scale
@@ -46,12 +60,12 @@ def side_within(pixels: int, overlap: float, scale: int) -> int:
 
 
 class Decoder:
-    """In place of a VAE's ``decode``; what did not fit once is not tried again.
+    """Replaces a VAE's ``decode``. A size that did not fit in memory once is not tried again.
 
     Args:
-        vae: whose decoding it takes over.
-        say: is told when smaller tiles have to be taken.
-        tiled: never whole frames.
+        vae: the VAE, whose ``decode`` is replaced.
+        say: prints a message when smaller tiles become necessary.
+        tiled: whether to use tiles from the beginning.
     """
 
     def __init__(self, vae: Any, say: Callable[[str], None], tiled: bool = False) -> None:
@@ -60,11 +74,11 @@ class Decoder:
         first = vae.tile_sample_min_height, vae.tile_sample_min_width
         self.left = ways_to_decode(first, scale, tiled)
         vae.decode = self
-        vae.decoder.register_forward_hook(lambda *_: stopping.unit("decoded tile"))  # of some frames
+        vae.decoder.register_forward_hook(lambda *_: stopping.unit("decoded tile"))  # of a few frames each
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         while True:
-            torch.cuda.empty_cache()  # sampling has left gaps
+            torch.cuda.empty_cache()  # sampling has fragmented the memory
             try:
                 with tiling(self.vae, self.left[0]):
                     return self.decode(*args, **kwargs)
@@ -77,7 +91,10 @@ class Decoder:
 
     @contextmanager
     def in_tiles(self) -> Iterator[None]:
-        """For something larger, which says nothing about what else fits."""
+        """Decodes in tiles within the context, for a video larger than usual.
+
+        Afterwards the sizes to try are those of before: what fits a larger video says nothing about the usual ones.
+        """
         before = self.left
         self.left = [tile for tile in before if tile]
         try:
@@ -88,7 +105,7 @@ class Decoder:
 
 @contextmanager
 def tiling(vae: Any, tile: Tile | None) -> Iterator[None]:
-    """Tiles of this size, or none, and afterwards none."""
+    """Makes the VAE use tiles of this size within the context, or none; afterwards it uses none."""
     if tile:
         vae.enable_tiling(*tile)
     try:

@@ -24,11 +24,15 @@ Cache = dict[str, Any]
 
 
 def optimize_encoder(vae: Any, compiled: bool = True) -> None:
-    """Makes ``vae.encode`` fast, in place, for one clip at a time.
+    """Makes ``vae.encode`` faster, in place; from then on it takes one clip at a time.
+
+    Args:
+        vae: the VAE, on its device.
+        compiled: whether to compile the two kernels.
 
     Raises:
-        ValueError: the encoder is not made as CogVideoX's is.
-        Exception: whatever the compiler says if it does not work here.
+        ValueError: the encoder is not built like that of CogVideoX.
+        Exception: any error of the compiler, if it does not work on this machine.
     """
     blocks = [*vae.encoder.down_blocks, vae.encoder.mid_block]
     resnets = [resnet for block in blocks for resnet in block.resnets]
@@ -36,9 +40,11 @@ def optimize_encoder(vae: Any, compiled: bool = True) -> None:
         raise ValueError("the encoder's resnets are not those of CogVideoX")
     functions: Any = (scale_and_shift, activate_into)
     if compiled:
-        torch.compile(torch.sin)(torch.zeros(8, device=vae.device))  # no clip is needed to see that nothing compiles
-        compiling = partial(torch.compile, fullgraph=True, dynamic=False)  # but for what is marked
+        # If the compiler does not work here, this fails now and not in the middle of the first clip.
+        torch.compile(torch.sin)(torch.zeros(8, device=vae.device))
+        compiling = partial(torch.compile, fullgraph=True, dynamic=False)  # only sizes that are marked vary
         functions = tuple(allowing_graphs(compiling(function)) for function in functions)
+    # Convolutions run without transposing their input only if their weights are channels last, too.
     for layer in vae.encoder.modules():
         if isinstance(layer, torch.nn.Conv3d | torch.nn.Conv2d):
             format_ = FORMAT if isinstance(layer, torch.nn.Conv3d) else torch.channels_last
@@ -51,7 +57,7 @@ def optimize_encoder(vae: Any, compiled: bool = True) -> None:
 
 
 def is_plain(resnet: Any) -> bool:
-    """Whether ``run_resnet`` does what a resnet of diffusers does."""
+    """Returns whether ``run_resnet`` computes the same as this resnet of diffusers."""
     norms = isinstance(resnet.norm1, torch.nn.GroupNorm) and isinstance(resnet.norm2, torch.nn.GroupNorm)
     pads = resnet.conv1.pad_mode == resnet.conv2.pad_mode == "first" and resnet.conv1.time_pad == 2
     return norms and pads and isinstance(resnet.nonlinearity, torch.nn.SiLU) and not resnet.use_conv_shortcut
@@ -60,10 +66,21 @@ def is_plain(resnet: Any) -> bool:
 def run_resnet(
     resnet: Any, functions: Any, inputs: Tensor, temb: None = None, zq: None = None, conv_cache: Cache | None = None
 ) -> tuple[Tensor, Cache]:
-    """CogVideoXResnetBlock3D.forward, of (1, C, F, H, W).
+    """Replaces CogVideoXResnetBlock3D.forward: (1, C, F, H, W) -> (1, C', F, H, W).
+
+    Args:
+        resnet: the resnet of diffusers.
+        functions: ``scale_and_shift`` and ``activate_into``, compiled or not.
+        inputs: the frames, (1, C, F, H, W).
+        temb: must be None; the encoder has no time embedding.
+        zq: must be None; the encoder has no spatial condition.
+        conv_cache: for each convolution, the last two frames of its input in the previous part of the clip.
+
+    Returns:
+        (output, cache for the next part of the clip).
 
     Raises:
-        ValueError: it is given more.
+        ValueError: there is more than one clip, or ``temb`` or ``zq`` is given.
     """
     if temb is not None or zq is not None or len(inputs) != 1:
         raise ValueError("an optimized encoder takes one clip, without conditions")
@@ -72,6 +89,7 @@ def run_resnet(
     hidden = inputs
     for name, norm, conv in (("conv1", resnet.norm1, resnet.conv1), ("conv2", resnet.norm2, resnet.conv2)):
         hidden = padded(hidden, norm, (conv_cache or {}).get(name), functions)
+        # The next part of the clip is padded with the last two frames. A clone frees the memory of all other frames.
         kept[name] = hidden[:, :, -2:].clone(memory_format=FORMAT)
         hidden = conv.conv(hidden).contiguous(memory_format=FORMAT)
     if resnet.in_channels != resnet.out_channels:
@@ -80,8 +98,17 @@ def run_resnet(
 
 
 def padded(x: Tensor, norm: torch.nn.GroupNorm, cache: Tensor | None, functions: Any) -> Tensor:
-    """The input of a causal convolution, (1, C, 2 + F, H, W): silu(norm(x)) behind the last two frames of what came
-    before, or behind its own first frame twice.
+    """Computes the input of a causal convolution: two frames of padding, then silu(norm(x)).
+
+    Args:
+        x: (1, C, F, H, W).
+        norm: the group norm.
+        cache: the last two frames of this input in the previous part of the clip, (1, C, 2, H, W); None for the first
+            part, which is padded with its own first frame.
+        functions: ``scale_and_shift`` and ``activate_into``, compiled or not.
+
+    Returns:
+        (1, C, 2 + F, H, W), channels last.
     """
     scale_and_shift, activate_into = functions
     _, channels, frames, height, width = x.shape
@@ -96,15 +123,29 @@ def padded(x: Tensor, norm: torch.nn.GroupNorm, cache: Tensor | None, functions:
 
 
 def mark_dynamic(x: Tensor, *dims: int) -> Tensor:
-    """The same, marked: one graph is to serve all sizes of these dimensions."""
-    x = x.data  # no view, or the sizes of what it is a view of would count
+    """Returns x with dimensions marked as dynamic, so that one compiled graph serves all their sizes."""
+    x = x.data  # not a view: the compiler would also specialize on the sizes of a view's base
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(x, dim)
     return x
 
 
 def scale_and_shift(x_RWC: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Group norm as a factor and a summand for each channel, fp32: of rows first, so that many can be read at once."""
+    """Computes group norm as a scale and a shift per channel: norm(x) = x * scale + shift.
+
+    The variance of a group is combined from those of its rows, Var = mean(Var_row + (mean_row - mean)^2), so that many
+    rows are reduced in parallel and x is read once.
+
+    Args:
+        x_RWC: rows of pixels, (R, W, C).
+        weight_C: the norm's weight.
+        bias_C: the norm's bias.
+        groups: number of groups G, of K = C / G channels each.
+        eps: is added to the variance.
+
+    Returns:
+        (scale, shift), (C,) each, fp32.
+    """
     variance_RC, mean_RC = torch.var_mean(x_RWC.float(), dim=1, correction=0)
     mean_GK = mean_RC.mean(0).view(groups, -1)
     mean_G1 = mean_GK.mean(1, keepdim=True)
@@ -116,12 +157,16 @@ def scale_and_shift(x_RWC: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int
 
 
 def activate_into(y_SC: Tensor, x_SC: Tensor, scale_C: Tensor, shift_C: Tensor) -> None:
-    """silu(x * scale + shift), in fp32, rounded to what it is written over."""
+    """Writes silu(x * scale + shift) to y, (S, C); computed in fp32 and rounded once, to the type of y."""
     y_SC.copy_(F.silu(x_SC.float() * scale_C + shift_C))
 
 
 def downsample(layer: Any, x: Tensor) -> Tensor:
-    """CogVideoXDownsample3D.forward, of (1, C, F, H, W): half the frames, the first stays if their number is odd."""
+    """Replaces CogVideoXDownsample3D.forward: (1, C, F, H, W) -> (1, C, F', H / 2, W / 2).
+
+    Where the layer compresses time, F' = F / 2: pairs of frames are averaged, and with an odd number of frames the
+    first one is kept. Otherwise F' = F.
+    """
     if layer.compress_time:
         odd = x.shape[2] % 2
         pairs = x[:, :, odd:].unflatten(2, (-1, 2)).mean(3) if x.shape[2] > 1 else x[:, :, odd:]
