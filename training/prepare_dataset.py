@@ -32,8 +32,8 @@ def main(options: PrepareOptions) -> int:
 def prepare_into(folder: Path, options: PrepareOptions) -> int:
     """Plans, then verifies or encodes; returns the exit status."""
     from cogvideox.preparation.prepare import Preparation
-    from cogvideox.preparation.report import describe, explained, suggest
-    from cogvideox.preparation.verify import find_faults, mend
+    from cogvideox.preparation.report import describe, failures_explained, suggest
+    from cogvideox.preparation.verify import find_faults, repair
     from cogvideox.runtime.ranks import Ranks, start_processes
 
     prepare = options.prepare
@@ -55,13 +55,13 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
         ranks.say(*(fault.text for fault in faults), f"faults: {len(faults)}")
         if prepare.verify:
             return 1 if faults else 0
-        mend(preparation, faults, records)
+        repair(preparation, faults, records)
         records = preparation.plan()
     if prepare.dry_run:
         ranks.say(describe(preparation, records, costs=True))
         preparation.check(records)
         return 0
-    with explained(preparation, ranks.say):
+    with failures_explained(preparation, ranks.say):
         preparation.check(records)
         index, records = preparation.encode(records, prepare.batch_size)
     ranks.say(describe(preparation, records))

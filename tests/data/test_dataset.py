@@ -517,8 +517,8 @@ def test_bad_clips_are_counted_once_said_once_and_limited(capsys: pytest.Capture
     assert bad.count([("a", "torn")]) == 1
     assert bad.count([("a", "is not there"), ("b", "lost"), ("a", "torn")]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "a: cannot be read, another clip takes its place; torn",
-        "b: cannot be read, another clip takes its place; lost",
+        "a: cannot be read, another clip replaces it; torn",
+        "b: cannot be read, another clip replaces it; lost",
     ]
     with pytest.raises(UsageError) as error:
         bad.count([("c", "torn")])

@@ -23,7 +23,7 @@ from cogvideox.config.options import ImageLoraOptions, LoraOptions
 from cogvideox.config.prompts import images_of
 from cogvideox.errors import UsageError
 from cogvideox.evaluation import images
-from cogvideox.evaluation.images import take_images
+from cogvideox.evaluation.images import fetch_images
 
 
 def options_of(*images: object, separator: str = ":::") -> Any:
@@ -98,7 +98,7 @@ def test_images_are_kept_as_they_are_shown(tmp_path: Path) -> None:
     exif[0x0112] = 6  # lies on its side
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "b.png")
-    paths = take_images(run_alone(tmp_path / "out"), options_of(tmp_path / "a.png", tmp_path / "b.png", separator="|"))
+    paths = fetch_images(run_alone(tmp_path / "out"), options_of(tmp_path / "a.png", tmp_path / "b.png", separator="|"))
     assert [path.name for path in paths] == ["image-0.png", "image-1.png"]
     assert (np.asarray(Image.open(paths[0])) == np.rot90(pixels, -1)).all()
     assert not np.asarray(Image.open(paths[1])).any()
@@ -108,7 +108,7 @@ def test_images_are_kept_as_they_are_shown(tmp_path: Path) -> None:
 
 def test_text_to_video_has_none(tmp_path: Path) -> None:
     options = args.parse(LoraOptions, None, lora_flags(Path("model"), Path("data"), tmp_path))
-    assert take_images(run_alone(tmp_path / "out"), options) == []
+    assert fetch_images(run_alone(tmp_path / "out"), options) == []
     assert list(check_images(options)) == []
 
 
@@ -133,14 +133,14 @@ def server(tmp_path: Path, image: Path) -> Iterator[str]:
 
 
 def test_an_image_of_the_web_is_fetched(tmp_path: Path, server: str, image: Path) -> None:
-    (path,) = take_images(run_alone(tmp_path / "out"), options_of(f"{server}/image.jpg"))
+    (path,) = fetch_images(run_alone(tmp_path / "out"), options_of(f"{server}/image.jpg"))
     assert (np.asarray(Image.open(path)) == np.asarray(Image.open(image))).all()
 
 
 @pytest.mark.parametrize(("name", "says"), [("text.html", "is no image that can be read"), ("no.png", "404")])
 def test_what_cannot_be_fetched_is_said(tmp_path: Path, server: str, name: str, says: str) -> None:
     with pytest.raises(UsageError) as error:
-        take_images(run_alone(tmp_path / "out"), options_of(f"{server}/{name}"))
+        fetch_images(run_alone(tmp_path / "out"), options_of(f"{server}/{name}"))
     (line,) = error.value.problems
     assert line.startswith(f"--validation_images {server}/{name}: ")
     assert says in line
@@ -150,7 +150,7 @@ def test_what_cannot_be_fetched_is_said(tmp_path: Path, server: str, name: str, 
 
 def test_nobody_answers(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be fetched"):
-        take_images(run_alone(tmp_path / "out"), options_of("http://127.0.0.1:9/x.png"))
+        fetch_images(run_alone(tmp_path / "out"), options_of("http://127.0.0.1:9/x.png"))
 
 
 # -- addresses that somebody else chose --------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def answers() -> Iterator[str]:
 
 def refusal(folder: Path, url: str) -> str:
     with pytest.raises(UsageError) as error:
-        take_images(run_alone(folder / "out"), options_of(url))
+        fetch_images(run_alone(folder / "out"), options_of(url))
     (line,) = error.value.problems
     return line
 
@@ -214,7 +214,7 @@ def test_only_http_is_followed(tmp_path: Path, answers: str, to: str) -> None:
 
 
 def test_a_redirect_within_the_web_is_followed(tmp_path: Path, answers: str, server: str, image: Path) -> None:
-    (path,) = take_images(run_alone(tmp_path / "out"), options_of(f"{answers}/to/{server}/image.jpg"))
+    (path,) = fetch_images(run_alone(tmp_path / "out"), options_of(f"{answers}/to/{server}/image.jpg"))
     assert (np.asarray(Image.open(path)) == np.asarray(Image.open(image))).all()
 
 

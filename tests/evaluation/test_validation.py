@@ -126,21 +126,21 @@ OTHERS = {
 def test_videos_of_other_settings_are_moved_away(tmp_path: Path, other: str) -> None:
     fill(tmp_path, 0, 2, 4)
     first = bare(tmp_path)
-    first.set_aside(4, 4, {"learning_rate": 1.0})
+    first.set_aside_stale(4, 4, {"learning_rate": 1.0})
     assert videos(tmp_path) == {"older-0": [0, 2, 4]}  # whose settings nobody knows
     fill(tmp_path, 0, 2, 4)
-    first.set_aside(4, 4, {"learning_rate": 1.0})
+    first.set_aside_stale(4, 4, {"learning_rate": 1.0})
     assert videos(tmp_path) == {"older-0": [0, 2, 4], FOLDER: [0, 2, 4]}
     flags, recipe, fps = OTHERS[other]
-    bare(tmp_path, *flags, fps=fps).set_aside(4, 4, recipe)
+    bare(tmp_path, *flags, fps=fps).set_aside_stale(4, 4, recipe)
     assert videos(tmp_path) == {"older-0": [0, 2, 4], "older-1": [0, 2, 4]}
 
 
 def test_videos_of_another_prompt_with_the_same_words_are_moved_away(tmp_path: Path) -> None:
     """A prompt of a file is in no flag."""
-    bare(tmp_path, texts=["a"]).set_aside(4, 4, {})
+    bare(tmp_path, texts=["a"]).set_aside_stale(4, 4, {})
     fill(tmp_path, 4)
-    bare(tmp_path, texts=["a!"]).set_aside(4, 4, {})
+    bare(tmp_path, texts=["a!"]).set_aside_stale(4, 4, {})
     assert videos(tmp_path) == {"older-0": [4]}
 
 
@@ -150,21 +150,21 @@ def test_videos_of_another_image_are_moved_away(tmp_path: Path) -> None:
     image.write_bytes(b"one")
     validator = bare(tmp_path)
     validator.prompts = Prompts(["a"], [], None, [image])
-    validator.set_aside(0, 4, {})
+    validator.set_aside_stale(0, 4, {})
     fill(tmp_path, 0, 4)
-    validator.set_aside(4, 4, {})
+    validator.set_aside_stale(4, 4, {})
     assert videos(tmp_path) == {FOLDER: [0, 4]}
     image.write_bytes(b"two")
-    validator.set_aside(4, 4, {})
+    validator.set_aside_stale(4, 4, {})
     assert videos(tmp_path) == {"older-0": [0, 4]}
 
 
 def test_videos_that_another_schedule_made_after_the_step_are_moved_away(tmp_path: Path) -> None:
-    bare(tmp_path).set_aside(0, 4, {})
+    bare(tmp_path).set_aside_stale(0, 4, {})
     fill(tmp_path, 0, 2, 4)
-    bare(tmp_path).set_aside(2, 4, {})  # the same way again: the same videos
+    bare(tmp_path).set_aside_stale(2, 4, {})  # the same way again: the same videos
     assert videos(tmp_path) == {FOLDER: [0, 2, 4]}
-    bare(tmp_path).set_aside(2, 8, {})  # the learning rate of steps 3 and 4 is another one now
+    bare(tmp_path).set_aside_stale(2, 8, {})  # the learning rate of steps 3 and 4 is another one now
     assert videos(tmp_path) == {FOLDER: [0, 2], "older-0": [4]}
 
 
@@ -172,7 +172,7 @@ def test_videos_that_another_schedule_made_after_the_step_are_moved_away(tmp_pat
 @pytest.mark.fault("kills: ended while videos of other settings are moved away")
 def test_killed_while_moving_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int) -> None:
     """Killed after the first, the second, or the last video and before settings.json."""
-    bare(tmp_path).set_aside(4, 4, {"learning_rate": 1.0})
+    bare(tmp_path).set_aside_stale(4, 4, {"learning_rate": 1.0})
     fill(tmp_path, 0, 2, 4)
     other = bare(tmp_path, "--guidance_scale", 3.0)
     rename, count = validation.os.rename, iter(range(99))
@@ -187,13 +187,13 @@ def test_killed_while_moving_ends_the_same(tmp_path: Path, monkeypatch: pytest.M
         patch.setattr(validation.os, "rename", lambda a, b: rename(a, b) if next(count) < moved else die())
         patch.setattr(validation, "write_atomically", die)
         with pytest.raises(Killed):
-            other.set_aside(4, 4, {"learning_rate": 1.0})
-    other.set_aside(4, 4, {"learning_rate": 1.0})
+            other.set_aside_stale(4, 4, {"learning_rate": 1.0})
+    other.set_aside_stale(4, 4, {"learning_rate": 1.0})
     found = videos(tmp_path)
     assert FOLDER not in found
     assert sorted(step for steps in found.values() for step in steps) == [0, 2, 4]
     fill(tmp_path, 0, 2, 4)
-    other.set_aside(4, 4, {"learning_rate": 1.0})
+    other.set_aside_stale(4, 4, {"learning_rate": 1.0})
     assert videos(tmp_path)[FOLDER] == [0, 2, 4]
 
 

@@ -248,7 +248,7 @@ def test_small_clips_are_used_with_the_flag_that_is_said(
 def test_the_table_is_shown_where_no_clip_is_left(configs: Path, data: Path, tmp_path: Path) -> None:
     said: list[str] = []
     made = preparation(configs, data, tmp_path / "out", frame_buckets=(49,), max_bad_fraction=1.0)
-    with pytest.raises(UsageError, match="no clip is left"), report.explained(made, said.append):
+    with pytest.raises(UsageError, match="no clip is left"), report.failures_explained(made, said.append):
         made.check(made.plan())
     lines = said[0].splitlines()
     assert lines[0].split()[0] == "bucket"

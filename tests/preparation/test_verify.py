@@ -18,7 +18,7 @@ from cogvideox.config.args import parse
 from cogvideox.config.options import PrepareOptions
 from cogvideox.data.cache import TensorCache, open_index
 from cogvideox.model import encode, models
-from cogvideox.preparation.verify import find_faults, mend
+from cogvideox.preparation.verify import find_faults, repair
 
 Tiny = Callable[[str], Path]
 pytestmark = pytest.mark.usefixtures("threads")
@@ -47,8 +47,8 @@ def faults(tiny: Tiny, data: Path, kind: str = "5b", **changes: Any) -> list[str
     return sorted(fault.text for fault in find_faults(made, made.plan()))
 
 
-def repair(tiny: Tiny, data: Path) -> tuple[int, int]:
-    """Mends the cache; returns how many clips and captions were encoded."""
+def run_repair(tiny: Tiny, data: Path) -> tuple[int, int]:
+    """Repairs the cache; returns how many clips and captions were encoded."""
     counts = [0, 0]
     video, prompt = encode.video_moments, encode.prompt_embeds
 
@@ -62,7 +62,7 @@ def repair(tiny: Tiny, data: Path) -> tuple[int, int]:
 
     made = preparation(tiny("5b"), data, data / "tensors")
     records = made.plan()
-    mend(made, find_faults(made, records), records)
+    repair(made, find_faults(made, records), records)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "video_moments", count_video)
         patch.setattr(encode, "prompt_embeds", count_prompt)
@@ -94,7 +94,7 @@ def swap_in_a_foreign_one(path: Path) -> None:
 def test_a_good_cache_has_no_faults_and_is_not_touched(tiny: Tiny, data: Path) -> None:
     before = tensor_files(data)
     assert faults(tiny, data) == []
-    assert repair(tiny, data) == (0, 0)
+    assert run_repair(tiny, data) == (0, 0)
     assert tensor_files(data) == before
 
 
@@ -120,7 +120,7 @@ def test_a_damaged_tensor_is_named_and_alone_encoded_anew(
     assert what in found
     if damage is not Path.unlink:
         assert path.exists()  # looking changes nothing
-    assert repair(tiny, data) == (1, 0)
+    assert run_repair(tiny, data) == (1, 0)
     assert tensor_files(data) == before
     assert faults(tiny, data) == []
 
@@ -138,7 +138,7 @@ def test_tensors_that_are_whole_but_wrong(
     (found,) = faults(tiny, data)
     assert found.startswith(f"{path}: ")
     assert what in found
-    assert repair(tiny, data) == (1, 0)
+    assert run_repair(tiny, data) == (1, 0)
     assert faults(tiny, data) == []
 
 
@@ -154,7 +154,7 @@ def test_an_edited_caption_a_new_and_a_removed_clip(tiny: Tiny, data: Path) -> N
         f"{paths[-1]}: is in the cache, but is no longer listed or cannot be used",
         "videos/new.mp4: is not in the cache yet",
     ]
-    assert repair(tiny, data) == (0, 2)  # the new clip is a copy
+    assert run_repair(tiny, data) == (0, 2)  # the new clip is a copy
     assert faults(tiny, data) == []
 
 
@@ -175,7 +175,7 @@ def test_an_edit_that_keeps_size_and_time_is_found_by_content(tiny: Tiny, data: 
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     (found,) = faults(tiny, data)
     assert found == f"{path}: its content has changed since it was planned"
-    assert repair(tiny, data) == (1, 0)
+    assert run_repair(tiny, data) == (1, 0)
     assert faults(tiny, data) == []
 
 
@@ -205,7 +205,7 @@ def test_damage_is_found_and_mended_without_an_index(tiny: Tiny, data: Path) -> 
     found = faults(tiny, data)
     assert len(found) == 2
     assert any("its checksum is wrong" in text for text in found)
-    assert repair(tiny, data) == (1, 0)
+    assert run_repair(tiny, data) == (1, 0)
     assert faults(tiny, data) == []
 
 
@@ -262,7 +262,7 @@ def test_damaged_first_frames_are_found_and_alone_encoded_anew(tiny: Tiny, frame
     assert found == sorted([f"{torn}: is torn", f"{foreign}: has shape (3, 32, 4, 6), its bucket needs (2, 32, 4, 6)"])
     made = preparation(tiny("5b-i2v"), framed, framed / "tensors", image_variants=2)
     records = made.plan()
-    mend(made, find_faults(made, records), records)
+    repair(made, find_faults(made, records), records)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "video_moments", lambda *_: pytest.fail("a clip was encoded"))
         made.encode(made.plan(), 4)
@@ -278,7 +278,7 @@ def test_a_changed_image_is_found(tiny: Tiny, framed: Path) -> None:
     (found,) = faults(tiny, framed, "5b-i2v", image_variants=2)
     assert found == f"{path}: its content has changed since it was planned"
     made = preparation(tiny("5b-i2v"), framed, framed / "tensors", image_variants=2)
-    mend(made, find_faults(made, made.plan()), made.plan())
+    repair(made, find_faults(made, made.plan()), made.plan())
     keys = {sample.image_keys for sample in open_index(framed / "tensors").samples}
     index, _ = made.encode(made.plan(), 4)
     assert len(keys & {sample.image_keys for sample in index.samples}) == 1

@@ -1,4 +1,9 @@
-"""What every training script does, and its one loop: batches in, optimizer steps out, nothing waits for the device."""
+"""The training loop that all four training scripts share, from the parsed flags to the published result.
+
+``fine_tune`` is the entry point: it prepares the data, loads the model, chooses a memory plan, trains and publishes.
+``Trainer`` holds the loop itself. The loop never waits for the device within a step: losses and norms are copied to the
+host in the background and written to metrics.jsonl when they arrive.
+"""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +28,7 @@ from cogvideox.data.shared_memory import batch_bytes, choose_workers
 from cogvideox.errors import UsageError, first_line, first_of
 from cogvideox.evaluation.before_after import BeforeAfter
 from cogvideox.evaluation.held_out import HeldOut
-from cogvideox.evaluation.images import take_images
+from cogvideox.evaluation.images import fetch_images
 from cogvideox.evaluation.parity import check_parity
 from cogvideox.evaluation.validation import Prompts, Validator, embed_prompts
 from cogvideox.export.pipeline_folder import fetch_parts
@@ -56,28 +61,39 @@ from cogvideox.runtime.curves import CURVES_NAME, column, draw_curves, read_reco
 from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, Sample, start_run, start_trackers, write_config
 from cogvideox.runtime.skipped import SkippedSteps
 
-STEADY_STEPS = 6  # after so many of a run, one is like the next: everything is compiled and has its memory
+# After this many steps everything is compiled and all memory is allocated, so step times can be measured.
+STEADY_STEPS = 6
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The optimizer steps of a run: what each is made of, how many there are, and where this process begins."""
+    """The optimizer steps of a run.
 
-    order: Order  # which samples belong to which step
+    Attributes:
+        order: Assigns the samples of the data to optimizer steps.
+        total: Number of optimizer steps in the whole run.
+        recipe: Every setting that decides the result, the fingerprint of the data included.
+        start: The checkpoint from which this process continues, or step 0.
+    """
+
+    order: Order
     total: int
-    recipe: dict[str, Any]  # all that decides the result
+    recipe: dict[str, Any]
     start: StartPoint
 
     @property
     def first(self) -> int:
-        """The step that has been reached before this process started."""
+        """Returns the number of steps that were finished before this process started."""
         return self.start.step
 
 
 def recipe_of(
     run: Run, options: TrainOptions, geometry: Geometry, task_type: type[Task], method_type: type[Method]
 ) -> dict[str, Any]:
-    """All that decides the result but the data, whatever the number of processes. Compared when a run is resumed."""
+    """Returns every setting that decides the result, except the data.
+
+    It does not depend on how the global batch is split over processes. A run may be resumed only with an equal recipe.
+    """
     return {
         "task": task_type.__name__,
         "method": method_type.__name__,
@@ -97,16 +113,23 @@ def recipe_of(
 
 
 def samples_per_step(run: Run, options: TrainOptions) -> int:
-    """Samples that one optimizer step averages over, on all processes and micro-batches."""
+    """Returns the global batch size: samples per optimizer step over all processes and micro-batches."""
     return options.train.train_batch_size * options.train.gradient_accumulation_steps * run.world
 
 
 def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[str, Any], start: StartPoint) -> Steps:
-    """The steps of a run on its data.
+    """Plans the optimizer steps of a run on its data.
+
+    Args:
+        run: The processes and the output folder.
+        options: The flags.
+        tensors: The prepared data.
+        recipe: The settings that decide the result, from ``recipe_of``.
+        start: The checkpoint to continue from, or step 0.
 
     Raises:
-        UsageError: the checkpoint was trained on other data or is further than the last step, or the processes do not
-            see the same data.
+        UsageError: The checkpoint was trained on other data or is past the last step, or the processes do not see the
+            same data.
     """
     index, train = tensors.index, options.train
     held_out = {"the held-out clips": hash_of([sample.clip for sample in index.validation])}
@@ -122,32 +145,42 @@ def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[s
 
 
 class BadClips:
-    """Clips that others had to replace, each counted once; says each, and ends the run where they are too many."""
+    """Counts the clips that could not be read during training and were replaced by others, each clip once.
+
+    Each clip is printed when it first fails. Too many of them end the run.
+    """
 
     def __init__(self, max_fraction: float, num_clips: int) -> None:
         self.max_fraction, self.num_clips = max_fraction, num_clips
         self.reasons: dict[str, str] = {}
 
     def count(self, replaced: Sequence[tuple[str, str]]) -> int:
-        """How many there are, these (id, reason) included.
+        """Adds replaced clips and returns how many different ones there are so far.
+
+        Args:
+            replaced: Pairs (id of the clip, reason why it cannot be read).
 
         Raises:
-            UsageError: more than the flag allows, with all of them listed.
+            UsageError: There are more than --max_bad_fraction allows; the message lists them.
         """
         for clip, reason in replaced:
             if clip not in self.reasons:
                 self.reasons[clip] = reason
-                tqdm.write(f"{clip}: cannot be read, another clip takes its place; {reason}", file=sys.stderr)
+                tqdm.write(f"{clip}: cannot be read, another clip replaces it; {reason}", file=sys.stderr)
         bad = len(self.reasons)
         if bad > max_bad(self.max_fraction, self.num_clips):
             rule = f"--max_bad_fraction {self.max_fraction:g}: {bad} of {self.num_clips} clips cannot be read"
             listed = first_of([f"{clip}: {reason}" for clip, reason in self.reasons.items()])
-            raise UsageError([*listed, f"{rule}; mend them, or allow it with a larger fraction"])
+            raise UsageError([*listed, f"{rule}; fix them, or allow it with a larger fraction"])
         return bad
 
 
 class Trainer:
-    """Everything of a run between its data and its result: ``train`` and ``finish``."""
+    """Trains a model on prepared data: ``train`` runs the loop, then ``finish`` publishes the result.
+
+    The constructor builds the optimizer engine, loads the checkpoint if there is one, and connects what accompanies the
+    loop: checkpoints, validation videos, the held-out loss and the choice of the best checkpoint.
+    """
 
     def __init__(
         self,
@@ -163,7 +196,7 @@ class Trainer:
     ) -> None:
         self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
-        method.transformer.train()  # as loaded it is in evaluation mode, in which there is no dropout
+        method.transformer.train()  # from_pretrained returns it in evaluation mode, which disables dropout
         self.unbounded = has_no_bound(plan, run.device)
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
         self.engine = make_engine(
@@ -208,29 +241,30 @@ class Trainer:
         self.best = Best(self.saver, train.keep_best, self.held_out.grid)
 
     def train(self) -> None:
-        """Trains up to the last step, which is then saved.
+        """Trains until the last step and saves it.
 
-        An optimizer step is made of --gradient_accumulation_steps batches of every rank, all of one bucket. Its loss
-        is the mean over all of their samples, weighted by timestep; metrics.jsonl has that as "loss".
+        An optimizer step consists of --gradient_accumulation_steps micro-batches on every rank, all from one bucket.
+        Its loss is the mean over all of their samples, weighted by timestep; it is "loss" in metrics.jsonl.
 
         Raises:
-            Stopped: a signal asked for the end; the steps up to then are saved.
+            Stopped: A signal asked the run to end; all finished steps are saved.
         """
         if self.unbounded:
             samples = self.options.train.train_batch_size
             warm_up(self.run, self.engine, self.dataset, samples, partial(losses_of, self.task, self.schedule))
         metrics = Metrics(self.run, self.steps.first, self.steps.total, self._watch)
-        self._tell_rate_jump()
+        self._report_rate_jump()
         self.best.start(self.steps.first)
-        self.validator.set_aside(self.steps.first, self.steps.total, self.steps.recipe)
-        if self._looks_due(self.steps.first):
+        self.validator.set_aside_stale(self.steps.first, self.steps.total, self.steps.recipe)
+        if self._evaluation_due(self.steps.first):
             with metrics.paused():
-                self._look(self.steps.first)  # only what is not there: a kill may have come in between
+                # Makes only what is missing: a kill may have come between the checkpoint and its evaluation.
+                self._evaluate(self.steps.first)
             metrics.forget_peaks()
         if self.steps.first < self.steps.total:
             self.saver.foresee(self.options)
         if self.options.method == "sft":
-            self.saver.announce()  # a LoRA is saved in a moment
+            self.saver.announce()  # not for a LoRA, which is saved in a moment
         with closing(metrics.bar), closing(batches_of(self._loader())) as batches:
             self._train(metrics, batches)
         metrics.close()
@@ -238,7 +272,9 @@ class Trainer:
     def _train(self, metrics: Metrics, batches: Iterator[Batch]) -> None:
         step = saved = self.steps.first
         if self.run.world > 1:
-            stopping.defer()  # a rank that left at once would leave the others waiting for its gradients
+            # A rank that stopped at once would leave the others waiting for its gradients forever. Instead, all ranks
+            # agree on the last step in consensus.commit.
+            stopping.defer()
         try:
             while step < self.steps.total:
                 save = self._accumulate(step, metrics, batches)
@@ -252,24 +288,35 @@ class Trainer:
                     with metrics.paused():
                         self._save(step)
                     saved = step
-                if self._looks_due(step) and step < self.steps.total:
+                if self._evaluation_due(step) and step < self.steps.total:
                     with metrics.paused():
-                        self._look(step)
+                        self._evaluate(step)
         except stopping.Stopped:
-            pass  # on every rank before the same step, of which nothing but gradients exists yet
+            # Every rank stops before the same step. The weights are those of the last finished step: of the next one
+            # only gradients exist, and they are dropped.
+            pass
         metrics.flush()
         if saved < step:
             self._save(step)
-        stopping.allow(self._achieved(step))
+        stopping.allow(self._progress(step))
 
     def _accumulate(self, step: int, metrics: Metrics, batches: Iterator[Batch]) -> bool:
-        """The gradients of an optimizer step, as far as no rank sums them yet; whether it is to be saved.
+        """Computes this rank's gradients of an optimizer step, before they are summed over the ranks.
+
+        Args:
+            step: Optimizer steps finished so far.
+            metrics: Receives the loading time and the samples.
+            batches: Yields this rank's micro-batches.
+
+        Returns:
+            Whether the step is to be saved because --save_every_minutes have passed.
 
         Raises:
-            Stopped: a rank was asked to stop, and no rank takes this step.
+            Stopped: A rank was asked to stop, and no rank takes this step.
         """
         train = self.options.train
         if self.engine.reduces_in_backward:
+            # The backward pass communicates, so all ranks must agree to take the step before the first one.
             self._commit(step)
         for micro in range(train.gradient_accumulation_steps):
             self.run.ranks.consensus.may_stop(step)
@@ -286,8 +333,9 @@ class Trainer:
         return self._commit(step)
 
     def _commit(self, step: int) -> bool:
-        """Takes a step on all ranks, unless one was asked to stop; returns whether it is saved. From now on there is
-        something to lose.
+        """Decides on all ranks together to take a step, unless one was asked to stop; returns whether to save it.
+
+        From here on a stop signal is deferred until the next save, so that its work is not lost.
         """
         stopping.defer()
         return self.run.ranks.consensus.commit(step, self.saver.overdue())
@@ -295,18 +343,18 @@ class Trainer:
     def _save(self, step: int) -> None:
         self.saver.save(step)
         if self.run.world == 1:
-            stopping.allow(self._achieved(step))
+            stopping.allow(self._progress(step))
 
-    def _achieved(self, step: int) -> str:
+    def _progress(self, step: int) -> str:
         return f"and saved after step {step} of {self.steps.total}" if step else ""
 
     def _watch(self, step: int, numbers: dict[str, float], samples: list[Sample]) -> None:
-        """Each step whose numbers have arrived: ends the run where too many were skipped."""
+        """Handles the metrics of a finished step when they arrive; ends the run if too many steps were skipped."""
         self.skipped.add(step, numbers, samples)
         self.saver.good_until = self.skipped.good_until
 
-    def _tell_rate_jump(self) -> None:
-        """Says where the schedule is not what it was when the run was interrupted, or ended."""
+    def _report_rate_jump(self) -> None:
+        """Prints a line if the learning rate jumps because the schedule changed since the run was interrupted."""
         steps, (numbers, rates) = self.steps, column(read_records(self.run.output_dir / METRICS_NAME), "lr")
         then = rates[numbers == steps.first]
         if len(then):
@@ -314,19 +362,22 @@ class Trainer:
             if line := rate_jump(self.options.optimizer, then[-1], steps.first, steps.total, batch):
                 self.run.say(line)
 
-    def _looks_due(self, step: int) -> bool:
-        """Whether the weights are to be looked at after a step: always before the first and after the last."""
+    def _evaluation_due(self, step: int) -> bool:
+        """Returns whether the weights are evaluated after a step: always before the first and after the last."""
         return step in (0, self.steps.total) or self.validator.due(step) or self._held_out_due(step)
 
     def _held_out_due(self, step: int) -> bool:
-        """As often as the flags say for validation, else with each checkpoint, as --keep_best always needs it."""
+        """Returns whether the held-out loss is measured after a step.
+
+        It follows the validation flags; without them, or with --keep_best, it is measured at each checkpoint.
+        """
         flags = self.options.validation
         scheduled = bool(flags.validation_steps or flags.validation_epochs)
         with_checkpoint = self.saver.due(step) and (self.options.train.keep_best or not scheduled)
         return bool(self.held_out) and (with_checkpoint or self.validator.due(step))
 
-    def _look(self, step: int) -> None:
-        """The held-out loss and the videos that belong after a step and are not there yet, and pictures of them."""
+    def _evaluate(self, step: int) -> None:
+        """Measures the held-out loss and renders the validation videos due after a step, unless they exist."""
         ends = step in (0, self.steps.total)
         with self.engine.averaged():
             if ends or self._held_out_due(step):
@@ -337,7 +388,7 @@ class Trainer:
             self._draw(step)
 
     def _draw(self, step: int) -> None:
-        """The run's curves and its contact sheet, as of a step."""
+        """Draws the training curves and the before-and-after contact sheet up to a step."""
         folder = self.run.output_dir
         name, weighting = folder.resolve().name, self.options.loss.loss_weighting
         with self.run.ranks.together():
@@ -365,7 +416,7 @@ class Trainer:
         return build_loader(self.dataset, sampler, *self._workers(), pin)
 
     def _workers(self) -> tuple[int, int]:
-        """(workers of the loader, batches that each has ready), for which /dev/shm has room."""
+        """Returns (number of loader workers, batches that each prefetches), limited by the room in /dev/shm."""
         dataset = self.dataset
         batch = batch_bytes(dataset.geometry, dataset.index, self.options.train.train_batch_size)
         asked = self.options.data.dataloader_num_workers
@@ -375,30 +426,30 @@ class Trainer:
         return workers, prefetch
 
     def _filled(self) -> str:
-        """How many samples come early to fill the last batches of --num_train_epochs, if any."""
+        """Describes how many samples of the next epoch fill the last batches of --num_train_epochs, if any."""
         if self.options.train.max_train_steps:
             return ""
         filled = self.steps.order.filled(self.options.train.num_train_epochs)
         return f"; {filled} samples come early to fill last batches" if filled else ""
 
     def finish(self) -> int:
-        """The last validation and the result; returns the script's exit status."""
+        """Evaluates the last step, publishes the result and uploads it if asked; returns the script's exit status."""
         step = self.steps.total
         if summary := self.skipped.summary():
             self.run.say(summary)
-        self._look(step)
+        self._evaluate(step)
         run, options = self.run, self.options
         if options.train.export_best:
-            step = self._take_best(step)
+            step = self._restore_best(step)
         with self.engine.averaged():
             files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.steps.recipe, step)
         run.accelerator.end_training()
-        if run.repository:  # on the main process, for which nobody waits any more
+        if run.repository:  # set on the main process only; the other ranks have ended, so none waits for the upload
             upload(run.repository, options.hub, run.output_dir, files, run.say)
         return 0
 
-    def _take_best(self, last: int) -> int:
-        """Takes up the weights of the best checkpoint, makes the videos that it lacks, and returns its step."""
+    def _restore_best(self, last: int) -> int:
+        """Loads the weights of the best checkpoint, renders its missing videos, and returns its step."""
         step = self.best.step()
         if step != last:
             self.run.say(f"the result is the best checkpoint, of step {step}, not of the last step, {last}")
@@ -410,21 +461,31 @@ class Trainer:
 
 
 def fine_tune(options: TrainOptions, task_type: type[Task], method_type: type[Method]) -> int:
-    """What every training script does: data, then the model, then training, then the result.
+    """Runs a training script: prepares the data, loads the model, trains, and publishes the result.
 
-    Returns the exit status, 0.
+    Args:
+        options: The flags of the script.
+        task_type: The class of the task, TextToVideo or ImageToVideo.
+        method_type: The class of the method, Lora or FullFinetune.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        Stopped: a signal ended the run early with everything saved.
-        DiskError: the disk is full, fails or refuses; it says what is safe.
+        Stopped: A signal ended the run early; everything is saved.
+        DiskError: The disk is full, failed or refused a write; the message says what is safe.
     """
     folder = Path(options.train.output_dir)
     with what_is_safe(folder, partial(safe_text, folder)):
-        return run_through(options, task_type, method_type)
+        return run_stages(options, task_type, method_type)
 
 
-def run_through(options: TrainOptions, task_type: type[Task], method_type: type[Method]) -> int:
-    """The parts of a run in their order."""
+def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[Method]) -> int:
+    """Runs the stages of a training run in order; returns the exit status.
+
+    What can fail because of the flags or the data comes, where possible, before the model is loaded. The ranks compare
+    their settings at each stage: a rank that had decided differently would leave the others waiting.
+    """
     run = start_run(options)
     keep_to_budget(run, options)
     geometry = read_geometry(options.model)
@@ -434,7 +495,7 @@ def run_through(options: TrainOptions, task_type: type[Task], method_type: type[
         {"the first step": start.step} | recipe, "give all processes the same command and folders"
     )
     start_trackers(run, options)
-    images = take_images(run, options)
+    images = fetch_images(run, options)
     tensors = open_tensors(run, options)
     steps = plan_steps(run, options, tensors, recipe, start)
     fetch_parts(run, options)
@@ -444,7 +505,7 @@ def run_through(options: TrainOptions, task_type: type[Task], method_type: type[
     plan = make_plan(run, options, tensors, transformer)
     run.ranks.check_agreement({"the plan": str(plan)}, "give all of them GPUs of one kind, or --plan and its axes")
     run.say(f"plan: {plan}")
-    with memory_errors_told():
+    with memory_errors_explained():
         check_blocks(run, options.train.train_batch_size, tensors, transformer, plan)
         host_trained = place(transformer, plan, run.device)
         task = task_type(options, tensors.geometry, run.device, run.dtype)
@@ -455,8 +516,8 @@ def run_through(options: TrainOptions, task_type: type[Task], method_type: type[
 
 
 @contextmanager
-def memory_errors_told() -> Iterator[None]:
-    """Out of memory, on the device or for pinned memory of the host, becomes a UsageError that says what to do."""
+def memory_errors_explained() -> Iterator[None]:
+    """Turns an out-of-memory error, of the device or of pinned host memory, into a UsageError that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:

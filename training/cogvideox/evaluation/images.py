@@ -20,7 +20,7 @@ from cogvideox.runtime.run import Run
 FETCH_SECONDS, FETCH_BYTES = 60, 2**28  # of one image, all in all
 
 
-def take_images(run: Run, options: TrainOptions) -> list[Path]:
+def fetch_images(run: Run, options: TrainOptions) -> list[Path]:
     """OUTPUT_DIR/image-0.png and so on, one for each of --validation_images; upright RGB.
 
     Raises:

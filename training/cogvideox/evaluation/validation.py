@@ -147,7 +147,7 @@ class Validator:
             return list(self.pipeline.vae.decode.left)
         return ways_to_decode(*PUBLISHED, tiled=self.flags.enable_tiling)
 
-    def set_aside(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
+    def set_aside_stale(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
         """Moves videos away that other settings made, or that another learning rate schedule made after this step."""
         folder = self.run.output_dir / FOLDER
         images = [hashlib.sha256(image.read_bytes()).hexdigest() for image in self.prompts.images]

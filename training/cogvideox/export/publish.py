@@ -125,10 +125,10 @@ def publish(
             run.say(scale_warning(about["lora_scale"]))
         batch = collate([dataset[Visit(0, 0)]])
         before = forward(task, method.transformer, batch, run)
-        after = reloaded(method, folder, task, batch, run)
+        after = forward_reloaded(method, folder, task, batch, run)
         with method.off(folder):
             base = forward(task, method.transformer, batch, run)
-        stock = in_diffusers(method, folder, task, batch, run, base_precision(options))
+        stock = forward_in_diffusers(method, folder, task, batch, run, base_precision(options))
         difference, cosine = compare(before, after)
         run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")
         exact = run.device.type == "cpu" and run.dtype == torch.float32
@@ -203,13 +203,13 @@ def pipeline_around(task: Task, transformer: Any) -> Any:
     return getattr(diffusers, task.pipeline)(**parts, transformer=transformer)
 
 
-def reloaded(method: Method, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
+def forward_reloaded(method: Method, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
     """The same after the weights have been dropped and loaded from their files by the stock classes."""
     method.reload(pipeline_around(task, method.transformer), folder)
     return forward(task, method.transformer, batch, run)
 
 
-def in_diffusers(method: Method, folder: Path, task: Task, batch: Batch, run: Run, precision: str) -> Tensor:
+def forward_in_diffusers(method: Method, folder: Path, task: Task, batch: Batch, run: Run, precision: str) -> Tensor:
     """The same by a transformer that only diffusers has loaded and runs; of the base in the precision of training."""
     transformer = method.fresh(partial(pipeline_around, task), folder)
     run_layer_by_layer(transformer, run.device, run.dtype, precision)

@@ -288,7 +288,7 @@ class Preparation:
             self.check(final)
             index = self._index(final, encoders)
             if self.state.is_main_process:
-                self._check_whole(index)
+                self._check_complete(index)
                 index.save(self.folder)
         self.state.wait_for_everyone()
         return index, final
@@ -385,14 +385,14 @@ class Preparation:
         if not missing:
             return
         with models.video_encoder(self.model, encoders.vae_dtype, self.state.device, encoders.tiling) as vae:
-            for key, cut, arriving in one_behind(self._arriving(missing, vae, encoders.tiling)):
+            for key, cut, arriving in one_behind(self._start_cuts(missing, vae, encoders.tiling)):
                 tensors = arriving.wait()
                 if not all(torch.isfinite(moments).all() for moments in tensors.values()):
                     rule = f"--dtype {encoders.vae_dtype}: the VAE overflows on {cut.path}; give bf16 or fp32"
                     raise UsageError(rule)
                 self.cache.write(key, tensors)
 
-    def _arriving(self, missing: dict[str, Cut], vae: Any, tiling: bool) -> Iterator[tuple[str, Cut, AsyncCopy]]:
+    def _start_cuts(self, missing: dict[str, Cut], vae: Any, tiling: bool) -> Iterator[tuple[str, Cut, AsyncCopy]]:
         """(key, cut, tensors on their way) of every cut that decodes."""
         jobs = ((decode_variant, cut.path, cut.variant, cut.stamp) for cut in missing.values())
         results = self.in_workers(jobs, len(missing), "encoding clips")
@@ -416,7 +416,7 @@ class Preparation:
                 end = {"status": FAILED, "reason": reason}
             self.ledger.append([{name: value for name, value in record.items() if name != "cuts"} | end])
 
-    def _check_whole(self, index: CacheIndex) -> None:
+    def _check_complete(self, index: CacheIndex) -> None:
         """Raises UsageError if a tensor is not there: another job has set it aside, or given its clip up."""
         missing = sum(not self.cache.has(key) for key in index.keys)
         if missing:

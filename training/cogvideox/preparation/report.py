@@ -80,7 +80,7 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
 
 
 @contextmanager
-def explained(preparation: Preparation, say: Callable[[str], None]) -> Iterator[None]:
+def failures_explained(preparation: Preparation, say: Callable[[str], None]) -> Iterator[None]:
     """Says what became of all clips, and what helps, where too many of them cannot be used for the block to go on."""
     try:
         yield

@@ -13,7 +13,7 @@ from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.errors import UsageError
 from cogvideox.preparation.factory import open_factory
 from cogvideox.preparation.prepare import Encoders, Preparation, encode_captions, missing_captions, other_encoders
-from cogvideox.preparation.report import describe, explained
+from cogvideox.preparation.report import describe, failures_explained
 from cogvideox.runtime.run import Run
 
 
@@ -81,7 +81,7 @@ def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Pa
     image_variants = noise_variants(options)
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks, image_variants)
     records = preparation.plan()
-    with explained(preparation, run.say):
+    with failures_explained(preparation, run.say):
         preparation.check(records)
         index, records = preparation.encode(records)
     run.say(describe(preparation, records))

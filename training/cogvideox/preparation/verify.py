@@ -1,6 +1,6 @@
 """A cache against the data it was made from: what is damaged, foreign, out of date or missing, and making it right.
 
-Preparation and its records -> find_faults() -> Fault, a line each; mend() lets the next preparation encode them anew.
+Preparation and its records -> find_faults() -> Fault, a line each; repair() lets the next preparation encode them anew.
 """
 
 from collections.abc import Iterator, Sequence
@@ -119,7 +119,7 @@ def tensor_faults(
             yield Fault(str(error), key)
 
 
-def mend(preparation: Preparation, faults: Sequence[Fault], records: Sequence[dict[str, Any]]) -> None:
+def repair(preparation: Preparation, faults: Sequence[Fault], records: Sequence[dict[str, Any]]) -> None:
     """Deletes what is damaged and forgets what is out of date, so that preparing makes it anew.
 
     ``faults`` are those of all ranks. Files that failed, or whose decoder had to be killed, are tried once more.
