@@ -1,10 +1,18 @@
-"""Cached tensors -> batches. Everything random about a sample is drawn here, on the CPU, from (seed, visit, id).
+"""Turns cached tensors into training batches. Everything random about a sample is drawn here, on the CPU.
 
-Visit -> moments of this visit's variant -> x0 (posterior sampled, scaled, padded), noise, timestep, prompt -> Batch.
-With first frames in the index also the image of that variant (posterior sampled, unscaled; zeros where it is dropped).
-A sample whose tensors are bad is an error, or makes room for the next one of its bucket, which the batch then says.
-Shapes: B samples, F latent frames (padding included), C channels, H and W latents, L text tokens, D text channels; K
-encodings of one image.
+A ``Visit`` names a sample and how often it was drawn before. ``LatentDataset`` reads its tensors and makes a ``Batch``:
+
+    Visit --> moments of one clip variant --> x0 (sampled from the VAE's posterior, scaled, padded in front)
+          --> moments of its first frame  --> image (sampled, unscaled; zeros where it is dropped), image-to-video only
+          --> embedding of the caption, or of the empty caption where it is dropped
+          --> noise and timestep
+
+All random numbers follow from (seed, visit, id of the sample), so they do not depend on the number of GPUs or workers,
+or on where a run was resumed. ``build_loader`` runs this in worker processes, and ``batches_of`` turns their failures
+into errors of one line.
+
+Shapes: B samples, F latent frames (padding included), C channels, H and W latent height and width, L text tokens,
+D text channels, K encodings of one image.
 """
 
 import multiprocessing
@@ -24,13 +32,13 @@ from cogvideox.errors import UsageError, first_line
 from cogvideox.finite import not_finite
 from cogvideox.rng import key_of, uniform
 
-LOADER_SECONDS = 300  # after which a batch that has not come never will
+LOADER_SECONDS = 300  # how long to wait for a batch before the run ends with an error
 FEWER_WORKERS = "run again with --dataloader_num_workers 0, or with a larger /dev/shm (docker run --shm-size 2g)"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, or one sample of it without the leading dimension."""
+    """Holds the tensors of one micro-batch, or of one sample without the leading dimension."""
 
     x0_BFCHW: Tensor  # fp32, scaled
     noise_BFCHW: Tensor  # fp32
@@ -41,24 +49,24 @@ class Batch:
     image_BCHW: Tensor | None = None  # fp32, unscaled; None for text-to-video
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by field name."""
+        """Returns the tensors by field name, without those that are None."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def samples(self) -> list[tuple[str, int]]:
-        """Id and timestep of each sample. Waits for the device if the batch is there."""
+        """Returns the id and the timestep of each sample. This synchronizes with the device that holds the batch."""
         return list(zip(self.ids, self.timestep_B.tolist(), strict=True))
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
+        """Returns the batch on a device. Copies from page-locked memory are asynchronous."""
         return replace(self, **{n: t.to(device, non_blocking=True) for n, t in self.tensors().items()})
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory; the DataLoader calls it."""
+        """Returns the batch in page-locked memory; the DataLoader calls this."""
         return replace(self, **{n: t.pin_memory() for n, t in self.tensors().items()})
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
-    """Samples of one bucket, stacked."""
+    """Stacks samples of one bucket into a batch."""
     names = samples[0].tensors()
     stacked = {name: torch.stack([sample.tensors()[name] for sample in samples]) for name in names}
     return Batch(
@@ -69,29 +77,49 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 
 def normal(shape: tuple[int, ...], *draw: object) -> Tensor:
-    """Standard normal numbers, fp32, drawn on the CPU so that they do not depend on the device."""
+    """Returns standard normal numbers in fp32, drawn on the CPU so that they do not depend on the device.
+
+    Args:
+        shape: Shape of the tensor.
+        draw: Values that the numbers follow from, such as the seed and the id of the sample.
+    """
     return torch.randn(shape, generator=torch.Generator().manual_seed(key_of(*draw)))
 
 
 def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
-    """A draw from the VAE's posterior, fp32, unscaled. ``moments`` holds mean and log variance: (2C, F, H, W) of a
-    clip, (2C, H, W) of an image; ``noise`` has C channels.
+    """Samples latents from the posterior of the VAE: mean + standard deviation * noise, in fp32 and unscaled.
+
+    Args:
+        moments: Mean and log variance, of shape (2C, F, H, W) for a clip or (2C, H, W) for an image.
+        noise: Standard normal numbers with C channels.
     """
     mean, log_variance = moments.float().chunk(2)
-    # the bounds of AutoencoderKLCogVideoX's DiagonalGaussianDistribution
+    # The bounds are those of the DiagonalGaussianDistribution of AutoencoderKLCogVideoX.
     return mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * noise
 
 
 def pad_front(latents_FCHW: Tensor, frames: int) -> Tensor:
-    """The first latent frame repeated in front, as the pipelines of 1.5 drop it after sampling."""
+    """Repeats the first latent frame in front, ``frames`` times, as CogVideoX 1.5 needs it.
+
+    Its pipelines add such frames before sampling, so that time divides into patches, and drop them afterwards.
+    """
     return torch.cat([latents_FCHW[:1].expand(frames, -1, -1, -1), latents_FCHW]) if frames else latents_FCHW
 
 
 def read_moments(cache: TensorCache, sample: CachedSample, variant: int, geometry: Geometry) -> Tensor:
-    """The moments of one of a sample's variants, counted in a circle: (2C, F, H, W), without padding.
+    """Reads the moments of one variant of a sample.
+
+    Args:
+        cache: Where the tensors are stored.
+        sample: The sample.
+        variant: Number of the variant; after the last one, counting starts again at the first.
+        geometry: Gives the shape that the bucket must have.
+
+    Returns:
+        Moments of shape (2C, F, H, W), without padding.
 
     Raises:
-        CacheError: the file is missing or damaged, holds numbers that are not finite, or does not have the shape of
+        CacheError: The file is missing or damaged, holds numbers that are not finite, or does not have the shape of
             the sample's bucket.
     """
     shape = geometry.moments_shape(sample.bucket)
@@ -101,10 +129,21 @@ def read_moments(cache: TensorCache, sample: CachedSample, variant: int, geometr
 def read_image(
     cache: TensorCache, sample: CachedSample, visit: int, variants: int, geometry: Geometry
 ) -> Tensor | None:
-    """The moments of a sample's first frame, (2C, H, W), from the clip variant of this visit; of its ``variants`` with
-    other noise, the next one each time that this clip variant comes. None if there are none.
+    """Reads the moments of the first frame of the clip variant that a visit uses.
 
-    Raises CacheError as ``read_moments`` does.
+    Args:
+        cache: Where the tensors are stored.
+        sample: The sample.
+        visit: How often the sample was drawn before. It selects the clip variant as in ``read_moments``, and then one
+            of the encodings of its first frame, the next one each time that the clip variant is used.
+        variants: How many encodings of each first frame are cached, each with its own noise.
+        geometry: Gives the shape that the bucket must have.
+
+    Returns:
+        Moments of shape (2C, H, W), or None if first frames are not cached.
+
+    Raises:
+        CacheError: As for ``read_moments``.
     """
     if not sample.image_keys:
         return None
@@ -114,30 +153,38 @@ def read_image(
 
 
 def read_prompt(cache: TensorCache, key: str, geometry: Geometry) -> Tensor:
-    """A caption's embedding, (L, D); raises CacheError as ``read_moments`` does."""
+    """Reads the embedding of a caption, of shape (L, D). Raises CacheError as ``read_moments`` does."""
     return _read(cache, key, "prompt_LD", (geometry.max_text_seq_length, geometry.text_embed_dim))
 
 
 def _read(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Reads one tensor of a file, and checks its shape and that its numbers are finite."""
     tensor = cache.read(key).get(name)
     found = None if tensor is None else tuple(tensor.shape)
     if tensor is None or found != shape:
-        raise CacheError(f"{cache.path(key)}: its {name} is {found}, not {shape}; prepare_dataset.py --repair mends it")
-    if not_finite({name: tensor}):  # preparing refuses to write such a file, whatever wrote this one
+        raise CacheError(f"{cache.path(key)}: its {name} is {found}, not {shape}; prepare_dataset.py --repair fixes it")
+    # The preparation never writes numbers that are not finite, so another program wrote this file.
+    if not_finite({name: tensor}):
         raise cache.set_aside(key, f"{cache.path(key)}: its {name} holds numbers that are not finite")
     return tensor
 
 
 def timesteps_of(flags: LossFlags, total: int) -> range:
-    """The timesteps that are trained, of all of the scheduler's."""
+    """Returns the timesteps that are trained: all ``total`` of the scheduler, or those that flags restrict it to."""
     return range(total)[flags.min_timestep : total if flags.max_timestep is None else flags.max_timestep + 1]
 
 
 def timestep_in(timesteps: range, stratum: tuple[int, int], number: float) -> int:
-    """The timestep that a number in [0, 1) picks from the k-th of n equal parts of the range."""
+    """Picks a timestep from one of several equal parts of a range.
+
+    Args:
+        timesteps: The range.
+        stratum: (k, n), which selects the k-th of n equal parts of the range; (0, 1) selects all of it.
+        number: Random number in [0, 1) that selects the timestep within the part.
+    """
     part, parts = stratum
     place = int((part + number) / parts * len(timesteps))
-    return timesteps[min(place, len(timesteps) - 1)]  # the sum may round up to the next whole number
+    return timesteps[min(place, len(timesteps) - 1)]  # rounding may give the next part's first place
 
 
 def draw_sample(
@@ -149,7 +196,17 @@ def draw_sample(
     sample_id: str,
     image_moments_CHW: Tensor | None = None,
 ) -> Batch:
-    """One sample out of its tensors, without the leading dimension; ``draw`` is what its random numbers follow from."""
+    """Makes one sample, without the leading dimension, from its cached tensors.
+
+    Args:
+        moments_CFHW: Moments of the clip; C counts the means and the log variances.
+        prompt_LD: Embedding of the caption.
+        timestep: The timestep to train.
+        geometry: Gives the scaling factor of latents and the number of padding frames.
+        draw: Values that all random numbers of the sample follow from.
+        sample_id: Names the sample in logs.
+        image_moments_CHW: Moments of the first frame, for image-to-video.
+    """
     channels, *rest = moments_CFHW.shape
     latents = sample_posterior(moments_CFHW, normal((channels // 2, *rest), *draw, "posterior"))
     x0 = latents.mul_(geometry.scaling_factor).transpose(0, 1).contiguous()
@@ -168,12 +225,12 @@ def draw_sample(
 
 
 class LatentDataset(Dataset[Batch]):
-    """Samples by Visit. Reading checks checksums and shapes.
+    """Makes samples on request, by ``Visit``; reading checks checksums and shapes.
 
-    A sample that cannot be read raises CacheError, or, with ``replace_bad``, makes room for the next one of its bucket,
-    in the order of the ids and in a circle. What comes in its place is drawn as in a visit of its own, so all ranks
-    keep their shapes, and nothing depends on when or where the fault was found. Timesteps are drawn from ``timesteps``,
-    or from all of the scheduler's.
+    A sample that cannot be read raises CacheError. With ``replace_bad`` the next sample of its bucket, in the order of
+    the ids, replaces it, and the batch names the bad one. The replacement gets its own random numbers, which follow
+    from the id of the bad sample. So all ranks keep their shapes, and the batch does not depend on when or where the
+    fault was found.
     """
 
     def __init__(
@@ -187,6 +244,18 @@ class LatentDataset(Dataset[Batch]):
         timesteps: range | None = None,
         image_dropout: float = 0.0,
     ) -> None:
+        """Stores the settings; files are opened only when a sample is read.
+
+        Args:
+            cache: Where the tensors are stored.
+            index: The samples.
+            geometry: Shapes and scaling factors of the model.
+            seed: Seed of the run.
+            caption_dropout: Probability that the empty caption replaces a sample's own.
+            replace_bad: Whether another sample replaces one that cannot be read.
+            timesteps: Timesteps that are trained; by default all of the scheduler.
+            image_dropout: Probability that zeros replace the first frame.
+        """
         self.cache = cache
         self.index = index
         self.geometry = geometry
@@ -200,7 +269,8 @@ class LatentDataset(Dataset[Batch]):
         replaced: list[tuple[str, str]] = []
         for sample in self._candidates(visit.index):
             draw: tuple[object, ...] = (self.seed, visit.visit, sample.id)
-            if replaced:  # a visit of its own: this clip comes by itself, too
+            # The replacement is also drawn as itself, so it must not use the same random numbers twice.
+            if replaced:
                 draw = (*draw, "instead of", replaced[0][0])
             dropped = uniform(*draw, "caption") < self.caption_dropout
             try:
@@ -212,7 +282,8 @@ class LatentDataset(Dataset[Batch]):
                     raise CacheError(f"{sample.id}: {error}") from None
                 replaced.append((sample.id, str(error)))
                 continue
-            if prompt is None:  # a fault here is no sample's own
+            # The empty caption belongs to no sample, so a fault in it is an error and replaces nothing.
+            if prompt is None:
                 prompt = read_prompt(self.cache, self.index.empty_prompt_key, self.geometry)
             timestep = timestep_in(self.timesteps, visit.stratum, uniform(*draw, "timestep"))
             made = draw_sample(moments, prompt, timestep, self.geometry, draw, sample.id, image)
@@ -223,7 +294,7 @@ class LatentDataset(Dataset[Batch]):
         raise CacheError(f"bucket {bucket}: not one of its {len(replaced)} clips can be read; {replaced[0][1]}")
 
     def _candidates(self, index: int) -> Iterator[CachedSample]:
-        """The sample, then all others of its bucket."""
+        """Yields the sample and then all others of its bucket, in the order of the ids, starting after its own."""
         first = self.index.samples[index]
         yield first
         others = [s for s in self.index.samples if s.bucket == first.bucket and s.id != first.id]
@@ -231,8 +302,10 @@ class LatentDataset(Dataset[Batch]):
 
 
 def begin_worker(_worker: int) -> None:
-    """A signal to the whole group asks the training process for a checkpoint, and it needs its workers until then. They
-    end with it, however it ends.
+    """Prepares a worker process of the loader.
+
+    A stop signal to the process group asks the training process for a checkpoint, and until that is written it needs
+    its workers. So workers ignore such signals, and the kernel kills them when the training process ends.
     """
     ignore_stop_signals()
     parent = multiprocessing.parent_process()
@@ -241,9 +314,13 @@ def begin_worker(_worker: int) -> None:
 
 
 def collate_shared(samples: Sequence[Batch]) -> Batch:
-    """``collate`` in a worker, into shared memory at once: where there is no room for it, that is said here.
+    """Stacks samples in a worker process and moves them to shared memory at once.
 
-    Left to the thread that sends the batch, the error would be printed, the batch lost, and training would wait for it.
+    PyTorch would do that later, in the thread that sends the batch. Where shared memory is full, that thread prints the
+    error and drops the batch, and training would wait for it without end. Here the error reaches the training process.
+
+    Raises:
+        UsageError: Shared memory has no room for the batch.
     """
     batch = collate(samples)
     try:
@@ -257,7 +334,15 @@ def collate_shared(samples: Sequence[Batch]) -> Batch:
 def build_loader(
     dataset: LatentDataset, sampler: BucketBatchSampler, workers: int, prefetch: int, pin: bool
 ) -> DataLoader[Batch]:
-    """A DataLoader over the rank's micro-batches, in order; each of the workers has ``prefetch`` of them ready."""
+    """Returns a DataLoader over the micro-batches of a rank, in order.
+
+    Args:
+        dataset: Makes the samples.
+        sampler: Chooses the samples of each micro-batch.
+        workers: Number of worker processes; with 0 the training process reads.
+        prefetch: How many batches each worker prepares in advance.
+        pin: Whether batches are copied to page-locked memory.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -272,10 +357,10 @@ def build_loader(
 
 
 def batches_of(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
-    """The batches of a loader; closing it ends the workers, which do not listen to signals.
+    """Yields the batches of a loader. Closing the generator ends the worker processes, which ignore stop signals.
 
     Raises:
-        UsageError: what a worker raised, or that one ended or no batch came.
+        UsageError: A worker raised it, a worker process died, or no batch arrived within LOADER_SECONDS.
     """
     batches = iter(loader)
     try:

@@ -1,8 +1,15 @@
-"""Which samples make up each optimizer step: indices only, a function of (seed, step).
+"""Decides which samples make up each optimizer step. It handles indices only, as a function of (seed, step).
 
-Every bucket is an endless stream of its samples, one permutation after another. A step takes the next global batch of
-one bucket's stream; epoch e ends when every bucket has finished permutation e, so a last partial batch is filled from
-the next permutation and nothing is ever dropped. The steps of an epoch are shuffled over the buckets.
+Each bucket is an endless stream of its samples, one permutation after another. A step takes the next global batch from
+the stream of one bucket. Epoch e ends when every bucket has finished its permutation e. So the last batch of a bucket
+is filled from the next permutation, and no sample is ever dropped. The steps of an epoch are shuffled over the buckets.
+For example, epoch 0 has three steps with a global batch of 4, shown as [ ], where | ends a permutation:
+
+    bucket A, 6 samples:  [a3 a0 a5 a1] [a4 a2 | a2 a5] ...
+    bucket B, 4 samples:  [b1 b3 b0 b2] | ...
+
+``Order`` is the same on all ranks, and ``BucketBatchSampler`` cuts it into the micro-batches of one rank. Since a step
+is computed from its number, resuming needs no state.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -14,22 +21,29 @@ from cogvideox.rng import key_of
 
 @dataclass(frozen=True)
 class Visit:
-    """Sample ``index``, drawn for the ``visit``-th time (from 0)."""
+    """Names one use of a sample.
+
+    Attributes:
+        index: Position of the sample in the index.
+        visit: How often the sample was drawn before.
+        stratum: (k, n): the timestep is drawn from the k-th of n equal parts of the range.
+    """
 
     index: int
     visit: int
-    stratum: tuple[int, int] = (0, 1)  # (k, n): its timestep comes from the k-th of n equal parts of the range
+    stratum: tuple[int, int] = (0, 1)
 
 
 class Order:
-    """The global order of a run, the same on every rank.
+    """Holds the order of the samples over all steps of a run; it is the same on every rank.
 
     Args:
-        sample_ids: names of the samples; the order depends on them, not on their place in the list.
-        buckets: the bucket of each sample.
-        global_batch: samples in one optimizer step, over all ranks and accumulation steps.
-        seed: of the run.
-        stratified: each sample of a step has a stratum of its own, by its place in the global batch.
+        sample_ids: Names of the samples. The order depends on the names, not on their positions in the list.
+        buckets: The bucket of each sample.
+        global_batch: Number of samples in one optimizer step, over all ranks and accumulation steps.
+        seed: Seed of the run.
+        stratified: Whether the samples of a step draw their timesteps from different equal parts of the range, by
+            their position in the global batch.
     """
 
     def __init__(
@@ -50,11 +64,12 @@ class Order:
         self.members = dict(sorted((str(bucket), indices) for bucket, indices in members.items()))
 
     def steps_through(self, epoch: int) -> int:
-        """Optimizer steps up to the end of an epoch (from 0); -1 gives 0."""
+        """Returns the number of optimizer steps up to the end of an epoch, counted from 0; 0 for epoch -1."""
         return sum(self._batches_through(name, epoch) for name in self.members)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch of a step (both from 0)."""
+        """Returns the epoch that a step belongs to; both count from 0."""
+        # Doubling finds an upper bound, then bisection finds the first epoch that ends after the step.
         low, high = 0, 1
         while self.steps_through(high) <= step:
             high *= 2
@@ -64,7 +79,7 @@ class Order:
         return low
 
     def batch(self, step: int) -> list[Visit]:
-        """The samples of an optimizer step, ``global_batch`` of them, all of one bucket."""
+        """Returns the ``global_batch`` samples of an optimizer step, all of one bucket."""
         epoch = self.epoch_of(step)
         name, number = self._epoch_plan(epoch)[step - self.steps_through(epoch - 1)]
         size = len(self.members[name])
@@ -75,15 +90,16 @@ class Order:
         ]
 
     def filled(self, epochs: int) -> int:
-        """Samples that the first epochs take from later permutations to fill their last batches."""
+        """Returns how many samples the first epochs take from later permutations to fill their last batches."""
         return self.steps_through(epochs - 1) * self.global_batch - epochs * len(self.sample_ids)
 
     def _batches_through(self, name: str, epoch: int) -> int:
+        """Returns how many batches of a bucket end its permutations 0 to ``epoch``, rounded up."""
         return -(-(epoch + 1) * len(self.members[name]) // self.global_batch)
 
     @lru_cache(maxsize=2)  # noqa: B019 - one Order lives as long as the run
     def _epoch_plan(self, epoch: int) -> list[tuple[str, int]]:
-        """(bucket, number of the batch in its stream) of the epoch's steps, in order."""
+        """Returns the steps of an epoch in order, each as (bucket, number of the batch in the bucket's stream)."""
         batches = [
             (name, number)
             for name in self.members
@@ -93,18 +109,34 @@ class Order:
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _permutation(self, name: str, visit: int) -> list[int]:
+        """Returns the samples of a bucket in the order of their ``visit``-th pass."""
         return sorted(self.members[name], key=lambda i: key_of(self.seed, "permutation", visit, self.sample_ids[i]))
 
 
 class BucketBatchSampler:
-    """The micro-batches of one rank from ``first_step`` to ``last_step`` (excluded), for a DataLoader.
+    """Yields the micro-batches of one rank, for a DataLoader.
 
-    The global batch is cut as (accumulation step, rank, place), so ranks and accumulation are interchangeable.
+    The global batch is cut into (accumulation step, rank, place), so that the same samples make up a step however
+    the global batch is divided into ranks and accumulation steps.
     """
 
     def __init__(
         self, order: Order, batch_size: int, accumulation: int, rank: int, world: int, first_step: int, last_step: int
     ) -> None:
+        """Checks that the parts make up the global batch of the order.
+
+        Args:
+            order: The order of the run.
+            batch_size: Samples in one micro-batch.
+            accumulation: Micro-batches of a rank in one optimizer step.
+            rank: Number of this process.
+            world: Number of processes.
+            first_step: First optimizer step.
+            last_step: Step at which to stop; it is not included.
+
+        Raises:
+            ValueError: batch_size * accumulation * world is not the global batch.
+        """
         if order.global_batch != batch_size * accumulation * world:
             raise ValueError(f"global batch {order.global_batch} is not {batch_size} * {accumulation} * {world}")
         self.order = order
