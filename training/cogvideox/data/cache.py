@@ -1,12 +1,13 @@
-"""The cache of encoded clips and captions: content-addressed, checked, safe against a kill at any moment.
+"""Stores encoded clips and captions on disk: content-addressed, verified by checksum, and safe against kills.
 
-    tensors/ab/abcd....safetensors   one clip variant's moments, the moments of its first frame with several noises, or
-                                     one caption's embedding; SHA-256 in its header
-    ledger.jsonl                     what became of each source file under a recipe: its plan, or why it failed
-    index.json                       the samples of the last preparation, which is what --load_tensors reads
+    tensors/ab/abcd....safetensors   the moments of one clip variant, or those of its first frame with several noises,
+                                     or the embedding of one caption; the header holds a SHA-256 of the tensors
+    ledger.jsonl                     one record for each source file and recipe: its plan, or why it failed
+    index.json                       the samples of the last preparation, which --load_tensors reads
 
-A key is the hash of all that determines the tensor, so nothing is ever overwritten with something else, and two jobs
-may share a folder. Scale factors are not in the keys: moments are stored unscaled.
+``TensorCache`` reads and writes tensors, ``Ledger`` the records, ``CacheIndex`` and ``open_index`` the index. The key
+of a tensor is the hash of everything that determines it. So a file is never overwritten with other content, and two
+jobs may share a folder. Moments are stored unscaled, so keys do not depend on scaling factors.
 """
 
 import hashlib
@@ -25,59 +26,66 @@ from cogvideox.errors import UsageError
 from cogvideox.files import LOCK_NAME, disk_errors_told, remove_stale_temporaries, remove_temporaries, write_atomically
 from cogvideox.locks import held
 
-INDEX_FORMAT, OLD_FORMATS = 4, (3,)  # the older one does not have the recipe
-KEYS = ("video_keys", "image_keys")  # fields of CachedSample
+INDEX_FORMAT, OLD_FORMATS = 4, (3,)  # format 3 does not have the recipe
+KEYS = ("video_keys", "image_keys")  # fields of CachedSample that hold several keys
 KEY = re.compile("[0-9a-f]{64}")
 
 
 class CacheError(UsageError):
-    """A tensor file that is missing or is not what was written."""
+    """Reports a tensor file that is missing, damaged, or not the one that was written."""
 
 
 def hash_of(values: Any) -> str:
-    """SHA-256 of a JSON value."""
+    """Returns the SHA-256 of a JSON value, in 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def is_key(value: Any) -> bool:
-    """Whether a value may be a key: 64 hexadecimal digits. An index that somebody else made may hold anything."""
+    """Returns whether a value has the form of a key, 64 hexadecimal digits.
+
+    An index may come from somebody else and hold anything, for example a path that leads out of the folder.
+    """
     return isinstance(value, str) and KEY.fullmatch(value) is not None
 
 
 class TensorCache:
-    """Tensors by key under one folder."""
+    """Reads and writes tensors by their keys, in files below one folder."""
 
     def __init__(self, folder: Path) -> None:
+        """Stores the folder, which does not have to exist yet."""
         self.folder = folder
 
     def path(self, key: str) -> Path:
-        """Where the tensors of a key lie, or would: inside the folder, so nothing outside it is read or renamed.
+        """Returns the path of the file for a key, whether it exists or not. It is always inside the folder.
 
         Raises:
-            CacheError: the key is no key.
+            CacheError: The value does not have the form of a key.
         """
         if not is_key(key):
             raise CacheError(f"{self.folder}: {key!r} is not the key of a tensor; it must be 64 hexadecimal digits")
         return self.folder / "tensors" / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Whether the tensors are there; ``read`` checks that they are right."""
+        """Returns whether the file for a key exists; only ``read`` checks its content."""
         return self.path(key).is_file()
 
     def write(self, key: str, tensors: dict[str, Any]) -> int:
-        """Stores CPU tensors under a key; returns the bytes written."""
+        """Stores CPU tensors under a key, and returns how many bytes were written."""
         from safetensors.torch import save
 
-        # One entry, because safetensors writes several in any order, and equal tensors shall be equal files.
+        # Metadata is one entry, because safetensors writes several in random order, and equal tensors must give equal
+        # files.
         content = save(tensors, metadata={"written": json.dumps({"key": key, "sha256": checksum(tensors)})})
         write_atomically(self.path(key), content)
         return len(content)
 
     def read(self, key: str) -> dict[str, Any]:
-        """The tensors of a key. A file that is not what was written is set aside, so that preparing again mends it.
+        """Returns the tensors of a key by name.
+
+        A damaged file is renamed, so that the next preparation encodes it anew.
 
         Raises:
-            CacheError: the file is missing, torn, a byte of it has changed, or it belongs to another key.
+            CacheError: The file is missing, incomplete, or changed, or it belongs to another key.
         """
         try:
             return self.examine(key)
@@ -85,14 +93,18 @@ class TensorCache:
             raise self.set_aside(key, str(error)) from None
 
     def set_aside(self, key: str, problem: str) -> CacheError:
-        """Renames the file of a key that can be of no use, so that preparing again encodes it anew; what to raise."""
+        """Renames the unusable file of a key, so that the next preparation encodes it anew.
+
+        Returns:
+            The error for the caller to raise, with the problem and the fix.
+        """
         path = self.path(key)
         with suppress(OSError):
             os.replace(path, path.with_suffix(".damaged"))
         return CacheError(f"{problem}; prepare again, it is encoded anew")
 
     def examine(self, key: str) -> dict[str, Any]:
-        """As ``read``, but changes nothing."""
+        """Returns the tensors of a key as ``read`` does, but leaves a damaged file in its place."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
@@ -101,14 +113,14 @@ class TensorCache:
             content = path.read_bytes()
         except FileNotFoundError:
             raise CacheError(f"{path}: is not there") from None
-        except OSError as error:  # not the file's fault
+        except OSError as error:  # the content may be fine
             raise UsageError(f"{path}: cannot be read ({error.strerror}); fix that and run again") from None
         try:
             tensors = load(content)
             written = json.loads(header_of(content)["__metadata__"]["written"])
             written_key, written_sum = written["key"], written["sha256"]
         except (SafetensorError, KeyError, TypeError, ValueError):
-            raise CacheError(f"{path}: is torn") from None
+            raise CacheError(f"{path}: is incomplete") from None
         if written_key != key:
             raise CacheError(f"{path}: holds the tensors of another key")
         if written_sum != checksum(tensors):
@@ -116,19 +128,19 @@ class TensorCache:
         return tensors
 
     def remove(self, key: str) -> None:
-        """Deletes the tensors of a key, so that they count as missing."""
+        """Deletes the tensors of a key, so that they count as missing and are encoded anew."""
         self.path(key).unlink(missing_ok=True)
 
 
 def header_of(content: bytes) -> dict[str, Any]:
-    """The header of a safetensors file."""
+    """Returns the header of a safetensors file from its bytes."""
     length = int.from_bytes(content[:8], "little")
     header: dict[str, Any] = json.loads(content[8 : 8 + length])
     return header
 
 
 def checksum(tensors: dict[str, Any]) -> str:
-    """SHA-256 over names, shapes, types and bytes."""
+    """Returns the SHA-256 over the names, shapes, types and bytes of tensors."""
     import torch
 
     digest = hashlib.sha256()
@@ -139,13 +151,22 @@ def checksum(tensors: dict[str, Any]) -> str:
 
 
 class Ledger:
-    """What became of each source file, by request: the hash of its path, size, time and the recipe."""
+    """Reads and appends the records of source files, one JSON object in a line.
+
+    A record's ``request`` is a hash of the path, size and time of the file and of the recipe. When the file or the
+    recipe changes, the request does too, and the old record is no longer found.
+    """
 
     def __init__(self, folder: Path) -> None:
+        """Stores the path of the ledger, which does not have to exist yet."""
         self.path = folder / "ledger.jsonl"
 
     def read(self, requests: Container[str] | None = None) -> dict[str, dict[str, Any]]:
-        """The newest record of each of the requests (None: of all). A line torn by a kill is skipped."""
+        """Returns the newest record of each request. An incomplete line, left by a kill, is skipped.
+
+        Args:
+            requests: The requests to look for; None for all.
+        """
         records = {}
         for line in self._lines():
             try:
@@ -157,7 +178,7 @@ class Ledger:
         return records
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Adds records; safe beside other processes that do the same."""
+        """Appends records. Other processes may append at the same time."""
         text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
         if not text:
             return
@@ -171,6 +192,7 @@ class Ledger:
             file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
+                # A kill may have left half a line; the new record must not be joined to it.
                 torn = file.read(1) != b"\n"
                 text = "\n" + text if torn else text
             file.write(text.encode())
@@ -185,71 +207,101 @@ class Ledger:
 
 @contextmanager
 def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Lets one job at a time encode into a folder: a second one waits, and then finds most of its work done."""
+    """Holds the lock with which only one job at a time encodes into a folder.
+
+    A second job waits, and then finds most of its work done.
+
+    Args:
+        folder: The folder of the cache, which is created.
+        say: Prints a line; it is called before a wait.
+    """
     with disk_errors_told(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with held(folder / LOCK_NAME, lambda: say(f"{folder}: another job is preparing it; waiting")):
         remove_stale_temporaries(folder)
-        remove_temporaries(folder / "tensors")  # which only the holder of this lock writes, whose ranks wait for it
+        # Only the job that holds this lock writes tensors, and its ranks wait here, so nobody uses these files.
+        remove_temporaries(folder / "tensors")
         yield
 
 
 @dataclass(frozen=True)
 class CachedSample:
-    """A sample whose tensors are in the cache."""
+    """Names a sample and its tensors in the cache.
+
+    Attributes:
+        id: The id of the clip, with the bucket behind an @ where the clip is in several buckets.
+        caption: The caption, with the id token in front.
+        bucket: The shape of the clip: frames, height and width.
+        video_keys: Keys of the moments of the clip, one for each variant.
+        prompt_key: Key of the embedding of the caption.
+        image_keys: Keys of the moments of the first frames, one for each variant; empty where they were not encoded.
+    """
 
     id: str
     caption: str
     bucket: Bucket
-    video_keys: tuple[str, ...]  # one a variant
+    video_keys: tuple[str, ...]
     prompt_key: str
-    image_keys: tuple[str, ...] = ()  # one a variant, for image-to-video; none if first frames were not encoded
+    image_keys: tuple[str, ...] = ()
 
     @property
     def clip(self) -> str:
-        """Names the clip, which may be in several buckets."""
+        """Id of the clip, which samples of the same clip in other buckets share."""
         return self.id.removesuffix(f"@{self.bucket}")
 
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """The samples of one preparation, and what they were encoded with."""
+    """Lists the samples of one preparation, and what they were encoded with.
+
+    Attributes:
+        samples: The samples that are trained on.
+        empty_prompt_key: Key of the embedding of the empty caption.
+        fps: Frame rate at which clips were sampled.
+        vae: Fingerprint of the weights of the VAE.
+        text_encoder: Fingerprint of the weights of the text encoder.
+        dtypes: Precision of each encoder, by its name.
+        text_length: Number of tokens of each embedding.
+        validation: Samples that are measured and never trained on.
+        image_variants: How many encodings of each first frame there are, each with its own noise.
+        recipe: Flags of the preparation (see config/prepared_flags.py); empty if they are not known.
+    """
 
     samples: tuple[CachedSample, ...]
     empty_prompt_key: str
     fps: float
-    vae: str  # fingerprint of the weights
+    vae: str
     text_encoder: str
     dtypes: dict[str, str]
     text_length: int
-    validation: tuple[CachedSample, ...] = ()  # never trained on
-    image_variants: int = 0  # encodings of each first frame, each with noise of its own
-    recipe: dict[str, Any] = field(default_factory=dict)  # flags of the preparation: prepared.py; empty: unknown
+    validation: tuple[CachedSample, ...] = ()
+    image_variants: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Writes index.json."""
+        """Writes index.json into a folder."""
         content = json.dumps({"format": INDEX_FORMAT} | asdict(self), indent=1, ensure_ascii=False)
         write_atomically(folder / "index.json", content.encode())
 
     @property
     def keys(self) -> set[str]:
-        """Those of all tensors that it names."""
+        """Keys of all tensors that the index refers to."""
         entries = (*self.samples, *self.validation)
         return {key for e in entries for key in (*e.video_keys, *e.image_keys, e.prompt_key)} | {self.empty_prompt_key}
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any tensor of any sample that is trained on does."""
+        """Hash that changes when any tensor of any training sample does."""
         rows = [[s.id, s.video_keys, s.prompt_key, *s.image_keys] for s in self.samples]
         return hash_of([*rows, self.empty_prompt_key])
 
     @property
     def digests(self) -> dict[str, str]:
-        """A short hash of the tensors of each sample that is trained on, by the sample's id."""
+        """Short hash of the tensors of each training sample, by the sample's id."""
         return {s.id: hash_of([s.video_keys, s.prompt_key, *s.image_keys])[:12] for s in self.samples}
 
     def without_images(self) -> "CacheIndex":
-        """What text-to-video trains on."""
+        """Returns the index without first frames, for text-to-video."""
         samples, validation = (
             tuple(replace(sample, image_keys=()) for sample in part) for part in (self.samples, self.validation)
         )
@@ -257,10 +309,10 @@ class CacheIndex:
 
 
 def open_index(folder: Path) -> CacheIndex:
-    """The index of a prepared folder.
+    """Reads the index of a prepared folder.
 
     Raises:
-        UsageError: the folder is not prepared, or by another version, or its index is not as it was written.
+        UsageError: The folder was not prepared, or by another version, or its index was changed or damaged.
     """
     path = folder / "index.json"
     if not path.is_file():
@@ -271,7 +323,7 @@ def open_index(folder: Path) -> CacheIndex:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is no JSON ({error}); run prepare_dataset.py again") from None
+        raise UsageError(f"{path}: is not valid JSON ({error}); run prepare_dataset.py again") from None
     if not isinstance(values, dict) or values.pop("format", None) not in (INDEX_FORMAT, *OLD_FORMATS):
         rule = "was written by another version; run prepare_dataset.py again, which encodes nothing that is there"
         raise UsageError(f"{path}: {rule}")
