@@ -645,7 +645,7 @@ def test_one_table_below_the_root_is_read(tmp_path: Path, name: str) -> None:
 
 def test_what_names_the_clips_of_a_folder_without_captions(tmp_path: Path) -> None:
     write(touch(tmp_path, "my set/c.mp4") / "my set", "one\n", "c.mp4\n", ())
-    told = f"{tmp_path}: has no captions beside its clips, but my set/prompts.txt with videos.txt; give "
+    told = f"{tmp_path}: has no captions next to its clips, but my set/prompts.txt with videos.txt; give "
     assert problems(tmp_path) == (f"{told}--data_root '{tmp_path}/my set'",)
     table(tmp_path, "video,text\na.mp4,x\n")
     assert " or ".join(["--dataset_file t.csv", f"--data_root '{tmp_path}/my set'"]) in problems(tmp_path)[0]

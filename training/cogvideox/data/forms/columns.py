@@ -1,7 +1,8 @@
-"""Columns of text: one value a row, where each stands, and everything that is wrong with them.
+"""Holds columns of text and the problems found in them: one value for each row, and where that row is in its file.
 
-Owns the decoding of text files into lines, and the collection of problems. Lists, tables and captions beside their
-clips all become columns, so that each rule on captions and paths is written once.
+Lists, tables and captions next to their clips all become a ``Column``, so that each rule for captions and paths is
+written once. ``Problems`` collects everything that is wrong and groups it for the user. ``read_lines`` decodes text
+files into lines.
 """
 
 import os
@@ -15,17 +16,20 @@ from cogvideox.files import LFS_POINTER, lfs_rule
 
 POINTER = "Git LFS pointer"  # a kind of problem
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-EXAMPLES = 3  # of problems of one kind
+EXAMPLES = 3  # how many problems of one kind are printed in full
 NO_CAPTION, NO_CAPTIONS = "no caption", "no captions at all"  # kinds of problems
 WITHOUT_CAPTIONS = "prepare_dataset.py --dry_run and --suggest_buckets work without captions"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One value a row, stripped; None where the value is already among the problems.
+    """Holds one stripped value for each row.
 
-    place: says where the value of a row, from 0, stands: file:line. removal: how the user gets rid of a row.
-    folder: what the column's paths are relative to; absolute.
+    Attributes:
+        values: The values; None where the value is already among the problems.
+        place: Returns where the value of a row, counted from 0, is written, as "file:line".
+        removal: How the user removes a row, for messages.
+        folder: Absolute path of the folder that the column's paths are relative to.
     """
 
     values: Sequence[str | None]
@@ -34,34 +38,43 @@ class Column:
     folder: str
 
     def texts(self) -> list[str]:
-        """The values of a column without problems."""
+        """Returns the values of a column without problems."""
         return [value for value in self.values if value is not None]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The rows of a data set: captions, videos and, if it names them, images; of one length if there is no problem.
+    """Holds the columns of a data set, which have the same length if there are no problems.
 
-    skipped: the paths of files that may be clips, but have a format that is not read.
+    Attributes:
+        captions: The captions; None if they could not be read, which is then among the problems.
+        videos: Paths of the videos; None as for captions.
+        images: Paths of the first frames; None if the data set names none.
+        skipped: Paths of files that may be clips but have a format that is not read.
     """
 
-    captions: Column | None = None  # None: could not be read, which is among the problems
+    captions: Column | None = None
     videos: Column | None = None
     images: Column | None = None
     skipped: Sequence[str] = ()
 
 
 class Problems:
-    """What was found so far, by kind, in printable lines. ``captions``: whether a missing caption is a problem."""
+    """Collects problems by kind, as printable lines, and shortens kinds with many problems."""
 
     def __init__(self, captions: bool = True) -> None:
+        """Starts without problems.
+
+        Args:
+            captions: Whether a missing caption is a problem.
+        """
         self.captions = captions
         self._lines: dict[str, list[str]] = defaultdict(list)
         self._counts: dict[str, int] = defaultdict(int)
-        self._rules: dict[str, list[str]] = {}  # that all lines of a kind end with, after a colon
+        self._rules: dict[str, list[str]] = {}  # by kind: what all lines so far end with, after a colon
 
     def add(self, kind: str, line: str) -> None:
-        """Notes a problem; the line is escaped, and cut in its middle where it is long."""
+        """Adds a problem of a kind. Control characters are escaped, and a long line is cut in its middle."""
         if not self.captions and kind in (NO_CAPTION, NO_CAPTIONS):
             return
         line = one_line(line)
@@ -76,7 +89,7 @@ class Problems:
         return bool(self._counts)
 
     def lines(self) -> list[str]:
-        """What there is of each kind: every line, or of more than EXAMPLES the first ones and the count."""
+        """Returns the lines to print: all of a kind, or of more than EXAMPLES the first ones and the total number."""
         found = []
         for kind, count in self._counts.items():
             rule = next(iter(self._rules[kind]), None)
@@ -85,7 +98,7 @@ class Problems:
 
 
 def _grouped(kind: str, examples: list[str], count: int, rule: str | None) -> list[str]:
-    """Examples of a kind and how many there are in all; in one line if all say the same ``rule`` of their places."""
+    """Returns examples of a kind with the total number, in one line if all lines end with the same rule."""
     if count <= len(examples):
         return examples
     if rule is None:
@@ -98,19 +111,19 @@ def _grouped(kind: str, examples: list[str], count: int, rule: str | None) -> li
 
 
 def _rules(line: str) -> list[str]:
-    """What a line may say of its place: all that follows one of its colons, the longest first."""
+    """Returns the parts of a line that may be its rule: everything after each of its colons, the longest first."""
     parts = line.split(": ")
     return [": ".join(parts[start:]) for start in range(1, len(parts))]
 
 
 def first_names(names: Iterable[str]) -> str:
-    """The first ten names."""
+    """Returns the first ten names, separated by commas, or "none"."""
     names = list(names)
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8; half a surrogate pair cannot."""
+    """Returns whether a text can be written as UTF-8, which half a surrogate pair cannot."""
     if text.isascii():
         return True
     try:
@@ -121,9 +134,13 @@ def is_unicode(text: str) -> bool:
 
 
 def read_lines(file: str, problems: Problems) -> list[str | None] | None:
-    r"""The lines of a UTF-8 file, or of a UTF-16 file with a byte order mark; None if it cannot be read.
+    r"""Reads the lines of a UTF-8 file, or of a UTF-16 file with a byte order mark.
 
-    A line ends at \n or \r\n only, so captions may hold any other separator. A line that is not UTF-8 is None.
+    A line ends at \n or \r\n only, so captions may contain any other separator.
+
+    Returns:
+        The lines, with None for a line that is not valid; or None if the file cannot be read. The reasons are among
+        the problems.
     """
     try:
         data = Path(file).read_bytes()

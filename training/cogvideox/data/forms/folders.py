@@ -1,12 +1,13 @@
-"""The forms that a data set may have: what a folder holds -> columns of captions, videos and images.
+"""Reads a data set folder in any of its forms into columns of captions, videos and images.
 
-    lists      prompts.txt (or prompt.txt) and videos.txt, and images.txt: line n of each is one clip
-    table      CSV, TSV, JSON lines or JSON, with a row a clip: --dataset_file, or metadata.csv or metadata.jsonl
-    pairs      clip.mp4 beside clip.txt, which holds its caption, in any folder below the root; as CogVideo's own
-               trainer has them also videos/clip.mp4 with labels/clip.txt
+    lists      prompts.txt (or prompt.txt) and videos.txt, and images.txt: line n of each file describes one clip
+    table      CSV, TSV, JSON lines or JSON with one row for each clip: --dataset_file, metadata.csv or metadata.jsonl
+    pairs      clip.mp4 next to clip.txt, which holds its caption, in any folder below the root; also videos/clip.mp4
+               with labels/clip.txt, as CogVideo's own trainer stores them
 
-Owns the choice between them. A file that names the clips wins over pairs; two such files need a flag to decide. Where
-neither is there, one metadata.csv or metadata.jsonl below the root is read, as if --dataset_file named it.
+``read_columns`` is the entry point; it chooses the form. A file that names the clips takes precedence over pairs. If
+there are two such files, the user must choose with a flag. If there are neither captions nor such a file in the root, a
+single metadata.csv or metadata.jsonl below it is read as if --dataset_file named it.
 """
 
 import os
@@ -35,35 +36,46 @@ CAPTION_FILES = ("prompts.txt", "prompt.txt")
 VIDEO_FILES = ("videos.txt",)
 IMAGE_FILES = ("images.txt",)
 TABLE_FILES = ("metadata.csv", "metadata.jsonl")
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")  # a .json that nobody names is mostly about something else
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")  # without .json: most such files are no tables
 MEDIA_SUFFIXES = (
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif",
     ".mts", ".m2ts", ".m2t", ".3gp", ".3g2", ".vob", ".qt", ".f4v", ".asf", ".divx",
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
 )  # fmt: skip
-# What is neither a clip nor a caption, and nothing that somebody could take for one.
+# Files that are neither clips nor captions, and that nobody could mistake for one. All others are reported as skipped.
 TEXT_SUFFIXES = (
     "", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".xml", ".html",
     ".log", ".srt", ".vtt", ".ass", ".nfo", ".url", ".sh", ".py", ".bat", ".pdf", ".sha256", ".md5", ".pt",
     ".safetensors", ".npy", ".npz", ".parquet", ".part", ".tmp", ".lrv", ".thm", ".aae", ".xmp",
 )  # fmt: skip
-# What file managers and network storage leave in folders; hidden files are passed over as well.
+# Files and folders that file managers and network storage create. They are skipped, as hidden files are.
 JUNK = {
     "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini",
 }  # fmt: skip
-# The first words of texts that are about a data set.
+# First words in the names of text files that are about the data set and are not captions.
 DOCUMENTS = {
     "readme", "license", "licence", "copying", "copyright", "notice", "changelog", "changes", "authors", "credits",
     "citation", "attribution", "contributing", "requirements", "todo", "terms",
 }  # fmt: skip
 NO_NAMES: Names = (None, None, None)
-PREVIEW_FOLDER = "preview"  # pictures of what was prepared, in the output folder
-OUTPUTS = (("ledger.jsonl",), ("config.json", "metrics.jsonl"))  # files by which folders of our own are known
+PREVIEW_FOLDER = "preview"  # in the output folder of a preparation: pictures of its clips
+# A folder with all files of one of these groups was written by this suite, and is not searched for clips.
+OUTPUTS = (("ledger.jsonl",), ("config.json", "metrics.jsonl"))
 
 
 def read_columns(root: str, data: DataFlags, rules: PathRules, problems: Problems) -> Columns:
-    """The rows of a folder in whatever form it has; what could not be read is missing. ``root``: absolute, a folder."""
+    """Reads the rows of a folder in whichever form it has.
+
+    Args:
+        root: Absolute path of the folder.
+        data: Flags that may name a table, lists or columns.
+        rules: Decide which files may be read.
+        problems: Collects everything that is wrong.
+
+    Returns:
+        The columns. One that could not be read is None, and the reason is among the problems.
+    """
     names = (data.caption_column, data.video_column, data.image_column)
     if data.dataset_file is not None:
         alone = len(data.data_root) + len(data.validation_data_root) == 1
@@ -71,7 +83,7 @@ def read_columns(root: str, data: DataFlags, rules: PathRules, problems: Problem
         return _read_table(root, file, names, rules, problems) if file is not None else Columns()
     if names != NO_NAMES:
         return _read_lists(root, names, rules, problems)
-    return _read_what_is_there(root, rules, problems)
+    return _detect_form(root, rules, problems)
 
 
 def _read_table(root: str, file: str, names: Names, rules: PathRules, problems: Problems) -> Columns:
@@ -79,9 +91,9 @@ def _read_table(root: str, file: str, names: Names, rules: PathRules, problems: 
 
 
 def _may_read(root: str, file: str, rules: PathRules, problems: Problems) -> bool:
-    """Whether a list or table may be read: one in the folder must not be a link out of it, as clips must not.
+    """Returns whether a list or table may be read: as for clips, a file in the folder must not be a link out of it.
 
-    A file elsewhere has its place from a flag, so the user chose it.
+    A file outside the folder was named by a flag, so the user chose it.
     """
     inside = os.path.join(root, "")
     verdict = rules.verdict(file.removeprefix(inside), root, "list") if file.startswith(inside) else None
@@ -91,9 +103,10 @@ def _may_read(root: str, file: str, rules: PathRules, problems: Problems) -> boo
 
 
 def _find_table(root: str, name: str, alone: bool, problems: Problems) -> str | None:
-    """The file of --dataset_file: in the folder, else from the working directory.
+    """Returns the file of --dataset_file, which is relative to the folder or else to the working directory.
 
-    A file outside the folder serves one folder only, or validation could measure the clips of training.
+    A file outside the folder is only accepted if there is a single folder. Otherwise the folders for training and
+    validation would both read it, and validation would measure clips that are trained on.
     """
     for file in (os.path.normpath(os.path.join(root, name)), os.path.abspath(name)):
         if os.path.isfile(file) and (alone or file.startswith(os.path.join(root, ""))):
@@ -103,7 +116,7 @@ def _find_table(root: str, name: str, alone: bool, problems: Problems) -> str | 
     return None
 
 
-def _read_what_is_there(root: str, rules: PathRules, problems: Problems) -> Columns:
+def _detect_form(root: str, rules: PathRules, problems: Problems) -> Columns:
     captions, videos = _files(root, CAPTION_FILES), _files(root, VIDEO_FILES)
     tables = _files(root, TABLE_FILES)
     choices = {name: f"--dataset_file {quote(name)}" for name in tables}
@@ -128,7 +141,7 @@ def _files(root: str, names: Sequence[str]) -> list[str]:
 
 
 def _text_files(root: str) -> str:
-    """What a user may have meant: the names of the files that are not videos or hidden, at most ten."""
+    """Returns up to ten names of files that the user may have meant: lists and tables, or else all files."""
     names = _files(root, _names(root, Problems()))
     return first_names([name for name in names if name.endswith((".txt", *FORMATS))] or names)
 
@@ -171,7 +184,7 @@ def _read_list(
 
 def _check_counts(captions: Column, paths: Column, what: str, problems: Problems) -> None:
     if len(captions.values) == len(paths.values) or not (captions.values and paths.values):
-        return  # an empty list is a problem of its own
+        return  # an empty list is reported as another problem
     pairs = ((captions, paths, what), (paths, captions, "a caption"))
     longer, shorter, missing = max(pairs, key=lambda pair: len(pair[0].values))
     first = len(shorter.values)
@@ -183,7 +196,11 @@ def _check_counts(captions: Column, paths: Column, what: str, problems: Problems
 
 @dataclass
 class _Scan:
-    """The files below a root by what they may be: media and captions by their path without the last suffix, in NFC."""
+    """Groups the files below a root by kind.
+
+    Media, texts and other files are stored by their path without its last suffix, in Unicode's composed form (NFC), so
+    that a clip and its caption have the same key.
+    """
 
     media: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     texts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -192,7 +209,7 @@ class _Scan:
 
 
 def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
-    """Media files with their captions, in the order of their paths."""
+    """Reads media files with the captions next to them, in the order of their paths."""
     scan = _scan(root, rules, problems)
     _match_captions(scan)
     if scan.media.keys().isdisjoint(scan.texts):
@@ -211,7 +228,7 @@ def _read_pairs(root: str, rules: PathRules, problems: Problems) -> Columns:
     texts = {names[0]: scan.texts.get(stem, [""])[0] for stem, names in scan.media.items()}
     videos = sorted(texts)
     captions = [texts[video] for video in videos]
-    missing = None if problems.captions else ""  # None: it is among the problems
+    missing = None if problems.captions else ""  # None marks a value that is among the problems
     values = [_read_caption(root, name, rules, problems) if name else missing for name in captions]
     return Columns(
         Column(values, lambda row: os.path.join(root, captions[row]), "remove the clip", root),
@@ -240,9 +257,9 @@ _LABELS = re.compile(r"(.*/|)labels/")  # the last such folder of a path
 
 
 def _match_captions(scan: _Scan) -> None:
-    """Gives captions the stems of their clips where they differ in letter case or lie in labels/ and not in videos/.
+    """Assigns captions to clips whose paths differ in letter case, or are in videos/ where the caption is in labels/.
 
-    Only where exactly one clip and one caption are left that fit each other.
+    This is done only where exactly one clip and one caption without a partner match.
     """
     clips: dict[str, list[str]] = defaultdict(list)
     captions: dict[str, list[str]] = defaultdict(list)
@@ -256,7 +273,7 @@ def _match_captions(scan: _Scan) -> None:
 
 
 def _choices_below(root: str, scan: _Scan) -> dict[str, str]:
-    """What may name the clips of a folder that has no pairs, and the flag that chooses each."""
+    """Returns the files below a folder without pairs that may name its clips, each with the flag that selects it."""
     choices = {path: f"--dataset_file {quote(path)}" for path in sorted(scan.tables)}
     for folder in sorted({os.path.dirname(name) for names in scan.texts.values() for name in names} - {""}):
         captions, videos = (_files(os.path.join(root, folder), names) for names in (CAPTION_FILES, VIDEO_FILES))
@@ -271,17 +288,18 @@ def _is_one_table(choices: dict[str, str]) -> bool:
 
 
 def _add_choices(root: str, choices: dict[str, str], problems: Problems) -> None:
-    """A folder whose data set only a flag can tell."""
+    """Reports that only a flag can tell which of several files names the clips of a folder."""
     shown = list(choices)[:3]
     which = " and ".join(shown) + (", ..." if len(choices) > 3 else "")
     fix = ("choose with " if len(choices) > 1 else "give ") + " or ".join(choices[name] for name in shown)
-    problems.add("unclear data set", f"{root}: has no captions beside its clips, but {which}; {fix}")
+    problems.add("unclear data set", f"{root}: has no captions next to its clips, but {which}; {fix}")
 
 
 def _walk(root: str, rules: PathRules, problems: Problems) -> Iterator[str]:
-    """Every file below the root, relative to it, except hidden files, JUNK and our own tensors.
+    """Yields the path of each file below the root, relative to it, without hidden files, JUNK and prepared tensors.
 
-    A linked folder must be one that may be read. It comes last, so that what lies below the root anyway has that path.
+    Linked folders are followed if they may be read. They come last, so that a folder which is also reached without a
+    link keeps its own path.
     """
     folders, links = [""], list[str]()
     seen = set()
@@ -307,7 +325,7 @@ def _walk(root: str, rules: PathRules, problems: Problems) -> Iterator[str]:
 
 
 def _is_output(folder: str) -> bool:
-    """Whether a folder is of our own making: prepared tensors, or a training run."""
+    """Returns whether this suite wrote the folder, as a preparation or a training run."""
     return any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in OUTPUTS)
 
 
@@ -323,7 +341,7 @@ def _names(folder: str, problems: Problems) -> list[str]:
 
 
 def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
-    """A clip has one caption, and the other way round."""
+    """Reports a clip without exactly one caption, and a caption without exactly one clip."""
     media, texts = scan.media.get(stem, []), scan.texts.get(stem, [])
     for kind, names in (("clips", media), ("captions", texts)):
         if len(names) > 1:
@@ -341,7 +359,7 @@ def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
 
 
 def _same_names(kind: str, names: Sequence[str]) -> str:
-    """What is wrong with files of one name; some of these look the same."""
+    """Describes files that share a name apart from suffix, letter case, or the coding of accents."""
     if len({os.path.splitext(name)[0] for name in names}) == 1:
         return f"{' and '.join(sorted(names))}: are {kind} of one name; rename all but one"
     accents = "differ only in how their accents are coded (composed or decomposed Unicode)"
@@ -349,12 +367,12 @@ def _same_names(kind: str, names: Sequence[str]) -> str:
 
 
 def _is_document(path: str) -> bool:
-    """Whether a text is about a data set, by its name: README.txt, LICENSE-2.0.txt."""
+    """Returns whether a text is about the data set, judged by its name, such as README.txt or LICENSE-2.0.txt."""
     return re.split(r"[\W_]", fold_name(os.path.basename(path)), maxsplit=1)[0] in DOCUMENTS
 
 
 def _read_caption(root: str, name: str, rules: PathRules, problems: Problems) -> str | None:
-    """The whole text of a caption file, stripped; None if it breaks a rule."""
+    """Returns the stripped text of a caption file, or None if it breaks a rule, which is then among the problems."""
     if (verdict := rules.verdict(name, root, "caption")) is not None:
         problems.add(verdict[0], f"{root}: {verdict[1]}")
         return None

@@ -1,7 +1,8 @@
-"""The list of what there is to train on: folders of clips -> list[Sample], with all errors of all folders.
+"""Reads data set folders into a list of samples, and reports all errors of all folders at once.
 
-Owns the samples' ids and captions. Columns of captions and paths flow in, in whatever form the folders are; no video
-is opened.
+``read_samples`` and ``read_validation`` return the clips; ``check_data`` and ``take_listing`` read them once for both
+the check of the flags and the run. This module assigns ids and adds the id token to captions. It relies on folders.py
+for the form of a folder and on paths.py for which files may be named. No video is opened.
 """
 
 import os
@@ -17,17 +18,20 @@ from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
 from cogvideox.errors import UsageError
 
-LISTING_ATTRIBUTE = "_listing"  # where check_data leaves it
+LISTING_ATTRIBUTE = "_listing"  # the attribute of DataFlags in which check_data leaves it
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training clip.
+    """Describes one training clip.
 
-    id: the path as listed, relative to its data root in posix form; "#2", "#3" is added for later rows of that path.
-    caption: with the id token in front; empty where it is missing and not needed. video, image: absolute paths,
-    symlinks not followed; image is the first frame that the data set names, if it does. no_image: the place where other
-    clips have an image but this one has none.
+    Attributes:
+        id: The path as listed, relative to its data root, with forward slashes. "#2", "#3" and so on are added for
+            later rows with the same path.
+        caption: The caption with the id token in front; empty where it is missing and not needed.
+        video: Absolute path of the video, with symlinks not followed.
+        image: Absolute path of the first frame, if the data set names one.
+        no_image: Place in the list or table of the missing image, if other clips have one and this one does not.
     """
 
     id: str
@@ -39,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Listing:
-    """All clips that there are, in order, and the files that may be clips but have a format that is not read."""
+    """Holds all clips in order, and the files that may be clips but have a format that is not read."""
 
     samples: list[Sample]
     validation: list[Sample]
@@ -47,30 +51,34 @@ class Listing:
 
 
 def read_samples(data: DataFlags, skipped: list[str] | None = None, need_captions: bool = True) -> list[Sample]:
-    """The clips of every --data_root in order, each folder's as often as --repeats says.
+    """Reads the clips of every --data_root in order, each folder's as often as --repeats says.
 
-    A repeat is the same as the rows listed again, and so is a path that two folders have: ids are unique. Files that
-    may be clips, but have a format that is not read, are added to ``skipped``. Where captions are not needed, a missing
-    one is empty.
+    A repeated folder has the same effect as its rows listed again. Ids are unique, also where two folders have the same
+    path.
+
+    Args:
+        data: The flags.
+        skipped: Receives the paths of files that may be clips but have a format that is not read.
+        need_captions: Whether a missing caption is an error; otherwise it is empty.
 
     Raises:
-        UsageError: everything that is wrong with the folders, their lists or tables, the captions and the paths.
+        UsageError: Everything that is wrong with the folders, their lists or tables, the captions and the paths.
     """
     found: list[str] = [] if skipped is None else skipped
     return _read_folders("--data_root", data.data_root, data.repeats, data, found, need_captions)
 
 
 def read_validation(data: DataFlags, need_captions: bool = True) -> list[Sample]:
-    """The clips of --validation_data_root, once each; none without the flag.
+    """Reads the clips of --validation_data_root, once each; without the flag there are none.
 
     Raises:
-        UsageError: as read_samples.
+        UsageError: As for ``read_samples``.
     """
     return _read_folders("--validation_data_root", data.validation_data_root, (1,), data, [], need_captions)
 
 
 def check_first_frames(samples: Sequence[Sample]) -> None:
-    """Raises UsageError where some clips of a data set have an image and others have none. For image-to-video."""
+    """Raises UsageError if some clips of a data set have an image and others do not; used for image-to-video."""
     problems = Problems()
     for place in dict.fromkeys(sample.no_image for sample in samples if sample.no_image):
         fix = "write one, or leave the images of all rows blank: then each clip's own first frame is taken"
@@ -80,7 +88,10 @@ def check_first_frames(samples: Sequence[Sample]) -> None:
 
 
 def check_data(options: Any) -> Iterator[str]:
-    """Problems of --data_root and --validation_data_root, for args.parse. What was read is kept for take_listing()."""
+    """Yields the problems of --data_root and --validation_data_root, for args.parse.
+
+    The clips are kept for ``take_listing``, so that folders are read only once.
+    """
     if not reads_clips(options):
         return
     listing = Listing([], [], [])
@@ -90,16 +101,17 @@ def check_data(options: Any) -> Iterator[str]:
             into.extend(read(options.data, need_captions=needs_captions(options)))
         except UsageError as error:
             yield from error.problems
-    vars(options.data)[LISTING_ATTRIBUTE] = listing  # of no use if there are problems, but then nobody takes it
+    vars(options.data)[LISTING_ATTRIBUTE] = listing  # incomplete if there are problems, but then the run ends
 
 
 def take_listing(data: DataFlags, need_captions: bool = True) -> Listing:
-    """The clips of all folders: what check_data has read for these very flags, if nobody has taken that yet.
+    """Returns the clips of all folders, as ``check_data`` read them, or else reads them.
 
-    It hangs on the flags' object, not on their values: another run with equal flags reads its folders itself.
+    The clips that were kept belong to the flags object and not to its values: another run with equal flags in the same
+    process reads its folders again. They can be taken once.
 
     Raises:
-        UsageError: as read_samples.
+        UsageError: As for ``read_samples``.
     """
     kept: Listing | None = vars(data).pop(LISTING_ATTRIBUTE, None)
     if kept is not None:
@@ -118,7 +130,7 @@ def _read_folders(
     skipped: list[str],
     need_captions: bool,
 ) -> list[Sample]:
-    # One number is for all folders; that there are too many or too few is a problem of the flags.
+    # A single number applies to all folders. The check of the flags reports a wrong count.
     times = repeats if len(repeats) == len(folders) else [repeats[0]] * len(folders)
     uses: dict[str, int] = {}
     samples: list[Sample] = []
@@ -135,7 +147,7 @@ def _read_folders(
 
 
 def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems, skipped: list[str]) -> list[Sample]:
-    """The clips of a folder, with ids that may not be unique; of no use if there are problems."""
+    """Reads the clips of a folder, with ids that may not be unique; with problems the result must not be used."""
     root = os.path.abspath(folder)
     if not os.path.isdir(root):
         kind = "not a folder" if os.path.lexists(root) else "no such folder"
@@ -144,7 +156,7 @@ def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems, sk
     rules = PathRules(root, data.allow_path)
     columns = read_columns(root, data, rules, problems)
     skipped += columns.skipped
-    if columns.captions is None and columns.videos is not None and not problems:  # none are needed
+    if columns.captions is None and columns.videos is not None and not problems:  # captions are not needed
         columns = replace(columns, captions=replace(columns.videos, values=[""] * len(columns.videos.values)))
     if columns.captions is not None:
         _check_captions(columns.captions, problems)
@@ -157,7 +169,7 @@ def _read_folder(flag: str, folder: str, data: DataFlags, problems: Problems, sk
 
 
 def _with_gaps(images: Column | None, asked: bool) -> Column | None:
-    """A column of images, with None for blank ones; a column that nobody asked for and that is blank is none."""
+    """Returns a column of images with None for blank ones, or None for a column that is blank and was not asked for."""
     if images is None or not (asked or any(images.values)):
         return None
     return replace(images, values=[value or None for value in images.values])
@@ -181,21 +193,30 @@ def _check_captions(captions: Column, problems: Problems) -> None:
 def _clips(
     root: str, columns: Columns, files: Sequence[str | None], images: Sequence[str | None], token: str
 ) -> Iterator[Sample]:
-    """The rows of columns that have no problems; ``files`` and ``images`` are where their files are."""
+    """Yields the samples of columns without problems.
+
+    Args:
+        root: Absolute path of the folder.
+        columns: Captions, videos and images as listed.
+        files: Absolute path of each video.
+        images: Absolute path of each image, or None.
+        token: The id token, which is put in front of captions.
+    """
     captions, videos = columns.captions, columns.videos
     assert captions is not None
     assert videos is not None
     inside = os.path.join(root, "")
     for row, (caption, path, file) in enumerate(zip(captions.texts(), videos.texts(), files, strict=True)):
         assert file is not None
-        # An allowed path elsewhere keeps its absolute form.
+        # A path outside the folder, which --allow_path allows, keeps its absolute form as its id.
         listed = os.path.join(videos.folder, path)
-        if file != listed:  # it is spelled in another way, so backslashes are those of Windows
+        # If the file was found under another spelling, backslashes in the list are separators of Windows.
+        if file != listed:
             listed = listed.replace("\\", "/")
         name = os.path.normpath(listed).removeprefix(inside).replace(os.sep, "/")
         image = images[row] if columns.images is not None else None
         gap = columns.images.place(row) if columns.images is not None and image is None else ""
-        # The file's path is not normalized: "link/../a.mp4" is beside what the link leads to.
+        # The path of the file is not normalized: "link/../a.mp4" is next to the folder that the link leads to.
         yield Sample(name, _with_token(token, caption), file, image, gap)
 
 
@@ -205,7 +226,12 @@ def _with_unique_id(clip: Sample, uses: dict[str, int]) -> Sample:
 
 
 def unique_id(name: str, uses: dict[str, int]) -> str:
-    """The name, or name#2 and so on where it is taken; ``uses`` counts the uses of each id and is updated."""
+    """Returns the name, or name#2, name#3 and so on if it is taken.
+
+    Args:
+        name: The wanted id.
+        uses: Counts the uses of each id, and is updated.
+    """
     number = uses.get(name, 0) + 1
     while number > 1 and f"{name}#{number}" in uses:  # a file may itself be called "a.mp4#2"
         number += 1
