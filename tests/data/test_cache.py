@@ -318,7 +318,7 @@ def test_fingerprint_changes_with_any_key_and_not_with_captions() -> None:
     ("content", "reason"),
     [
         (None, "no index.json; run prepare_dataset.py"),
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ('{"format": 0}', "another version"),
         ("{}", "another version"),
     ],

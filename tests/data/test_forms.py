@@ -185,10 +185,10 @@ def test_bad_json_lines(tmp_path: Path) -> None:
     values = ['["x"]', "true", '{"text": true, "video": ["a"]}', '{"text": null, "video": {}}', "[" * 100_000]
     found = problems(tmp_path, **table(tmp_path, "\n".join([good, "", good[:-1], *values]), "jsonl"))
     assert [problem.removeprefix(f"{tmp_path}/t.jsonl:").split("; ")[0] for problem in found] == [
-        "3: is no JSON (Expecting ',' delimiter, column 31)",
-        "8: is no JSON (nested too deep)",
-        "4: is no object",
-        "5: is no object",
+        "3: is not valid JSON (Expecting ',' delimiter, column 31)",
+        "8: is not valid JSON (nested too deep)",
+        "4: is not an object",
+        "5: is not an object",
         "6: text is true or false",
         "6: video is a list",
         "7: video is an object",
@@ -200,10 +200,10 @@ def test_bad_json_lists(tmp_path: Path) -> None:
     row = '{"text": "x", "video": "a.mp4"}'
     flags = table(tmp_path, f"[{row},\n 3, {row.replace('a.mp4', 'no.mp4')}]", "json")
     assert [problem.split("; ")[0] for problem in problems(tmp_path, **flags)] == [
-        f"{tmp_path}/t.json: element 2: is no object",
+        f"{tmp_path}/t.json: element 2: is not an object",
         f"{tmp_path}/t.json: element 3: no.mp4: no such file in {tmp_path}",
     ]
-    rules = {row + "\n" + row: "json:2: is no JSON (Extra data", row: "is not a list", "[]": "has no rows"}
+    rules = {row + "\n" + row: "json:2: is not valid JSON (Extra data", row: "is not a list", "[]": "has no rows"}
     for text, rule in rules.items():
         assert rule in problems(tmp_path, **table(tmp_path, text, "json"))[0]
 

@@ -1,8 +1,10 @@
-"""From files to batches: clips that are planned, cached, sampled and put into batches.
+"""From files to batches: clips are planned, cached, sampled and put into batches.
 
-cache.py          encoded clips and captions: content-addressed, checked, atomic
+forms/            reads folders, lists and tables into samples
+media/            opens, checks, decodes and converts videos and pictures
+cache.py          stores encoded clips and captions: content-addressed, with checksums
 clips.py          a file and a recipe -> a plan -> frames
 sampler.py        which samples make up each optimizer step
-shared_memory.py  room for batches in /dev/shm: how many workers of the loader fit
+shared_memory.py  how many workers of the loader fit into /dev/shm
 dataset.py        cached tensors -> batches
 """

@@ -1,8 +1,8 @@
-"""The forms of data sets: folders, lists and tables are read into samples.
+"""The forms that data sets have: folders, lists and tables are read into samples.
 
-columns.py  one value a row, its place, and all that is wrong
+columns.py  one value for each row, its place, and all problems
 paths.py    which files a data set may name
-tables.py   CSV, TSV, JSON lines, JSON -> columns
-folders.py  which form a folder has -> columns
+tables.py   CSV, TSV, JSON lines and JSON -> columns
+folders.py  detects which form a folder has -> columns
 samples.py  folders of clips -> samples
 """

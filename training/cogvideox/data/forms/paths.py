@@ -1,9 +1,11 @@
-"""Which files a data set may name: regular files under the data root or under a folder of --allow_path.
+"""Decides which files a data set may name: regular files under the data root or under a folder of --allow_path.
 
-Owns the rules for paths, and the search for files whose names are spelled in another way: with accents composed or
-decomposed, with letters of another case, with backslashes. A path is looked at with lstat before anything else, and of
-regular files only those are opened that are small enough for a Git LFS pointer, so a pipe or a device in a list cannot
-block.
+``PathRules`` is the entry point. ``find`` turns a column of paths into files, ``verdict`` checks a single path. Files
+are also found where their names are spelled in another way: with accents composed or decomposed, in another letter
+case, or with backslashes.
+
+A list may name pipes and devices, which block a program that opens them. So each path is first inspected with lstat,
+and only regular files that are small enough to be Git LFS pointers are opened.
 """
 
 import os
@@ -17,28 +19,40 @@ from shlex import quote
 from cogvideox.data.forms.columns import POINTER, Column, Problems, first_names, is_unicode
 from cogvideox.files import is_lfs_pointer, lfs_rule
 
-# Two letters at least: C:/clips is a path on Windows, not a URL.
+# At least two letters before the colon, because C:/clips is a path on Windows and not a URL.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-_ABSOLUTE = re.compile(r"(/|[A-Za-z]:[\\/]|\\\\).+")  # of Linux, of Windows, of a share
-_PLAIN = re.compile(r"[\w/.-]+")  # nothing in it is special to sed or to a shell
+_ABSOLUTE = re.compile(r"(/|[A-Za-z]:[\\/]|\\\\).+")  # of Linux, of Windows, or of a network share
+_PLAIN = re.compile(r"[\w/.-]+")  # has no characters that are special to sed or to a shell
 _OUTSIDE = "outside the data root"
 
-Verdict = tuple[str, str] | None  # kind and reason, with the fix, of what is wrong
+Verdict = tuple[str, str] | None  # None, or the kind of the problem and a line with the reason and the fix
 
 
 class PathRules:
-    """The rules of one data root; both it and ``allow_paths`` are folders."""
+    """Checks and finds the files of one data root, and caches what it learns about folders."""
 
     def __init__(self, root: str, allow_paths: Sequence[str]) -> None:
-        # With a separator at the end, /data does not allow /database.
+        """Resolves the folders that may be read.
+
+        Args:
+            root: Folder of the data set.
+            allow_paths: Further folders that files may be in.
+        """
+        # They end in a separator, because otherwise /data would allow /database.
         self._allowed = tuple(os.path.join(os.path.realpath(folder), "") for folder in (root, *allow_paths))
         self._real_parents: dict[str, str] = {}
         self._names: dict[str, dict[str, list[str]]] = {}
 
     def find(self, column: Column, what: str, problems: Problems) -> list[str | None]:
-        """The absolute path of each file of a column, None where it has none; adds the problem of each path.
+        """Finds the file of each path in a column, and adds a problem for each path that cannot be used.
 
-        what: they should be, video or image.
+        Args:
+            column: The paths.
+            what: What the files should be, "video" or "image".
+            problems: Collects what is wrong.
+
+        Returns:
+            Absolute paths, with None where the column has None.
         """
         found: dict[str, tuple[str, Verdict]] = {}
         for row, path in enumerate(column.values):
@@ -52,7 +66,7 @@ class PathRules:
         return [None if path is None else found[path][0] for path in column.values]
 
     def _find(self, path: str, column: Column, row: int, what: str) -> tuple[str, Verdict]:
-        """The file that a path means, in whatever way its name is spelled, and what is wrong with it."""
+        """Returns the file that a path means, also under another spelling, and what is wrong with it."""
         full = os.path.join(column.folder, path)
         verdict = self.verdict(path, column.folder, what)
         if verdict is None or verdict[0] not in (_OUTSIDE, f"missing {what}") or os.path.lexists(full):
@@ -68,7 +82,7 @@ class PathRules:
         return full, self._foreign(path, column, row) or verdict
 
     def _foreign(self, path: str, column: Column, row: int) -> Verdict:
-        """What is wrong with an absolute path of another machine whose end is that of a file in the folder."""
+        """Returns the problem of an absolute path of another machine if its end is the path of a file in the folder."""
         parts = path.replace("\\", "/").split("/")
         for count in range(1, len(parts)) if _ABSOLUTE.fullmatch(path) else ():
             if self._spelled(column.folder, "/".join(parts[count:])):
@@ -80,9 +94,10 @@ class PathRules:
         return None
 
     def _spelled(self, folder: str, path: str) -> list[str]:
-        """The paths below a folder that differ from this one in Unicode's normal form, letter case or backslashes.
+        """Returns the files below a folder whose paths differ from this one only in spelling.
 
-        Those of the same case go before others. Nothing outside the allowed folders is looked at.
+        The spelling may differ in Unicode's normal form, in letter case, or in backslashes. If some have the same
+        letter case, only those are returned. Folders that may not be read are not listed.
         """
         inside = path.replace("\\", "/").removeprefix(os.path.join(folder, ""))
         parts = [part for part in inside.split("/") if part != "."]
@@ -96,7 +111,7 @@ class PathRules:
         return [there for there in found if unicodedata.normalize("NFC", there) == wanted] or found
 
     def _names_in(self, folder: str) -> dict[str, list[str]]:
-        """The names in a folder by what they are without normal form and case."""
+        """Returns the names in a folder by their form for comparison (see ``fold_name``)."""
         known = self._names.get(folder)
         if known is None:
             known = self._names[folder] = defaultdict(list)
@@ -105,7 +120,13 @@ class PathRules:
         return known
 
     def verdict(self, path: str, folder: str, what: str) -> Verdict:
-        """What is wrong with a path relative to an absolute folder, or None."""
+        """Returns what is wrong with a path, or None.
+
+        Args:
+            path: The path as listed.
+            folder: Absolute folder that it is relative to.
+            what: What the file should be, for messages.
+        """
         if not path:
             return f"blank {what}", f"blank path of the {what}; write one"
         if "\0" in path:
@@ -132,15 +153,16 @@ class PathRules:
         return None
 
     def allows(self, real: str) -> bool:
-        """Whether a path without links lies where files may be read."""
+        """Returns whether a path, in which links are resolved, is in a folder that may be read."""
         return (real + os.sep).startswith(self._allowed)
 
     def _resolve(self, full: str) -> tuple[str, os.stat_result | None]:
-        """The path with symlinks followed, and the status of what it leads to (None: nothing)."""
+        """Resolves the symlinks of a path, and returns it with the status of its file; None if there is no file."""
         parent, name = os.path.split(full)
         if name in ("", ".", ".."):
             return os.path.realpath(full), _status(full)
-        # Resolving every path costs about 20 system calls; one lstat says whether the last part is a link.
+        # Resolving a whole path takes about 20 system calls, so the folder is resolved only once. A single lstat then
+        # says whether the last part is a link.
         real_parent = self._real_parents.get(parent)
         if real_parent is None:
             real_parent = self._real_parents[parent] = os.path.realpath(parent)
@@ -151,7 +173,7 @@ class PathRules:
 
 
 def fold_name(name: str) -> str:
-    """What names have in common that differ in Unicode's normal form or in letter case only."""
+    """Returns a form of a name that is equal for names which differ only in letter case or Unicode's normal form."""
     return name.casefold() if name.isascii() else unicodedata.normalize("NFC", name.casefold())
 
 

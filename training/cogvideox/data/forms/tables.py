@@ -1,7 +1,8 @@
-"""Tables of clips: CSV, TSV, JSON lines, or a JSON list of objects -> columns.
+"""Reads tables of clips, in CSV, TSV, JSON lines or as a JSON list of objects, into columns.
 
-Owns the formats and the choice of the columns. A table is read strictly: a row that does not fit its header, a quote
-that never closes or a value that is no text is a problem with its place, never a guess.
+``read_table`` is the entry point; ``FORMATS`` maps the suffix of a file to its reader. A table is read strictly: a row
+that does not fit its header, a quote that is never closed, or a value that is not text is reported with its place, and
+nothing is guessed.
 """
 
 import csv
@@ -28,9 +29,9 @@ from cogvideox.data.forms.columns import (
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 VIDEO_COLUMNS = ("video", "file_name", "video_path", "path")
 IMAGE_COLUMNS = ("image",)
-# Hugging Face's name for the column whose paths are relative to the table and not to the data root.
+# Hugging Face's name for the column of files. Its paths are relative to the table and not to the data root.
 _BESIDE_TABLE = "file_name"
-_NO_TEXT = ("nan", "none", "null")  # what other programs write for a missing one
+_NO_TEXT = ("nan", "none", "null")  # what other programs write for a missing text
 
 Lines = Sequence[str | None]
 Names = tuple[str | None, str | None, str | None]  # --caption_column, --video_column, --image_column
@@ -38,7 +39,15 @@ Names = tuple[str | None, str | None, str | None]  # --caption_column, --video_c
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows by column name; the number of each is its line, or its position in a JSON list."""
+    """Holds the rows of a table.
+
+    Attributes:
+        file: Path of the table.
+        columns: Names of the columns.
+        rows: The cells of each row by column name.
+        numbers: The line of each row, or its position in a JSON list, counted from 1.
+        joint: What separates the file and the number in messages.
+    """
 
     file: str
     columns: list[str]
@@ -51,7 +60,14 @@ class _Table:
 
 
 def read_table(file: str, root: str, names: Names, problems: Problems) -> Columns:
-    """The columns of a table; its paths are relative to ``root``. ``names``: those given by flags."""
+    """Reads the columns of captions, videos and images of a table.
+
+    Args:
+        file: Path of the table.
+        root: Absolute folder that the paths in the table are relative to.
+        names: The names of the three columns that flags give; None for the default names.
+        problems: Collects what is wrong.
+    """
     table = _open_table(file, problems)
     if table is None:
         return Columns()
@@ -66,7 +82,7 @@ def read_table(file: str, root: str, names: Names, problems: Problems) -> Column
 def _open_table(file: str, problems: Problems) -> _Table | None:
     suffix = os.path.splitext(file)[1].lower()
     if suffix not in FORMATS:
-        problems.add("unknown table", f"--dataset_file {file}: is no table; it must end in {' or '.join(FORMATS)}")
+        problems.add("unknown table", f"--dataset_file {file}: is not a table; it must end in {' or '.join(FORMATS)}")
         return None
     lines = read_lines(file, problems)
     table = FORMATS[suffix](file, lines, problems) if lines is not None else None
@@ -80,7 +96,7 @@ def _open_table(file: str, problems: Problems) -> _Table | None:
 def _read_column(
     table: _Table, root: str, flag: str, given: str | None, defaults: Sequence[str], problems: Problems
 ) -> Column | None:
-    """The column given, else the first default that is there."""
+    """Reads the column that the flag names, or else the first of the default names that the table has."""
     wanted = defaults if given is None else (given,)
     name = next((name for name in wanted if name in table.columns), None)
     if name is None:
@@ -106,11 +122,11 @@ def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Seq
 
 
 def _text(value: Any, row: int, name: str, table: _Table, problems: Problems) -> str | None:
-    """The stripped text of a cell, "" where there is none, None where it is something else."""
+    """Returns the stripped text of a cell, "" for a missing one, or None for a value of another type."""
     if isinstance(value, str):
         text = value.strip()
         return "" if len(text) < 5 and text.lower() in _NO_TEXT else text
-    if value is None:  # no such key, null, or NaN
+    if value is None:  # the key is missing, or its value is null or NaN
         return ""
     kind = {bool: "true or false", dict: "an object", list: "a list"}[type(value)]
     problems.add("no text", f"{table.place(row)}: {name} is {kind}; it must be text")
@@ -118,7 +134,8 @@ def _text(value: Any, row: int, name: str, table: _Table, problems: Problems) ->
 
 
 def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> _Table | None:
-    if None in lines:  # a row may go over several lines, so the rest cannot be trusted
+    # A row may extend over several lines, so with an invalid line the others cannot be trusted.
+    if None in lines:
         return None
     with _cells_of_any_size():
         rows = _csv_rows(_delimiter(delimiter, lines), file, lines, problems)
@@ -137,13 +154,16 @@ def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> _T
 
 
 def _delimiter(usual: str, lines: Lines) -> str:
-    """What separates the cells: a header without the usual sign has another, as Excel writes it in some countries."""
+    """Returns the character that separates cells, which Excel chooses differently in some countries.
+
+    If the header does not contain the usual one, the first of semicolon, tab, bar and comma that it contains is taken.
+    """
     header = next((line for line in lines if line and line.strip()), "")
     return next((sign for sign in (usual, *";\t|,") if sign in header), usual)
 
 
 def _csv_rows(delimiter: str, file: str, lines: Lines, problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """The line on which it starts and the cells, of each row that is not blank."""
+    """Yields the rows that are not blank, each as the number of its first line and its cells."""
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
     while True:
         start = reader.line_num + 1
@@ -177,7 +197,7 @@ def _is_header(columns: list[str], file: str, problems: Problems) -> bool:
     return bool(columns) and not twice
 
 
-# Numbers keep the text as written; 1.50 is a caption like any other.
+# Numbers are read as the text that is written, because 1.50 may be a caption.
 _JSON = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=lambda name: None if name == "NaN" else name)
 
 
@@ -192,7 +212,7 @@ def _read_jsonl(file: str, lines: Lines, problems: Problems) -> _Table:
             numbers.append(number)
         except (ValueError, RecursionError) as error:
             fix = "each line must be one JSON object"
-            problems.add("no JSON", f"{file}:{number}: is no JSON ({_json_error(error)}); {fix}")
+            problems.add("no JSON", f"{file}:{number}: is not valid JSON ({_json_error(error)}); {fix}")
     return _objects(file, values, numbers, ":", problems)
 
 
@@ -204,7 +224,7 @@ def _read_json(file: str, lines: Lines, problems: Problems) -> _Table | None:
         values = _JSON.decode("\n".join(line for line in lines if line is not None))
     except (ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        problems.add("no JSON", f"{file}{line}: is no JSON ({_json_error(error)}); {fix}")
+        problems.add("no JSON", f"{file}{line}: is not valid JSON ({_json_error(error)}); {fix}")
         return None
     if not isinstance(values, list):
         problems.add("no list", f"{file}: is not a list; {fix}")
@@ -217,14 +237,14 @@ def _json_error(error: Exception) -> str:
 
 
 def _objects(file: str, values: list[Any], numbers: Sequence[int], joint: str, problems: Problems) -> _Table:
-    """The table of the values that are objects; the others are problems. Its columns are the keys of all of them."""
+    """Returns the table of the values that are objects, and reports the others. Its columns are all their keys."""
     table = _Table(file, [], [], kept := [], joint)
     for number, value in zip(numbers, values, strict=True):
         if isinstance(value, dict):
             table.rows.append(value)
             kept.append(number)
         else:
-            problems.add("no object", f"{file}{joint}{number}: is no object; it must be one, with a key a column")
+            problems.add("no object", f"{file}{joint}{number}: is not an object; it must be one, with a key a column")
     table.columns.extend(dict.fromkeys(name for cells in table.rows for name in cells))
     return table
 
