@@ -1,6 +1,8 @@
-"""What a file that cannot be used says: VideoError, one line that names it, why, and after "; " what to do; and limits.
+"""Defines the error for files that cannot be used, and the limits that apply to all of them.
 
-Refusals of the file system or the machine stay OSErrors (and MemoryErrors), since the file may be fine.
+A ``VideoError`` has one line: the file, the reason, and after "; " what the user can do. ``errors_naming`` turns errors
+of libraries into it. Errors of the file system or the machine stay OSError or MemoryError, because the file may be
+fine.
 """
 
 import errno
@@ -12,23 +14,27 @@ MAX_SIDE = 16384  # pixels
 
 AGAIN = "download it again or re-encode it"
 
-# Of the file system or the machine, not of the file: tried again another time
+# Errors that the file system or the machine causes and not the file, so a later attempt may succeed.
 MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 _PATH_ERRORS = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
-# FFmpeg says these of damaged files too; then every byte can be read.
+# FFmpeg reports these for damaged files as well. In that case all bytes of the file can be read.
 _AMBIGUOUS_ERRORS = {errno.EIO, errno.EPERM}
 
 
 class VideoError(ValueError):
-    """A video that cannot be used, with a reason of one line."""
+    """Reports a video or picture that cannot be used, with the reason in one line."""
 
 
 @contextmanager
 def errors_naming(path: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[None]:
-    """Inside the block VideoErrors get the name of the file, and OSErrors and `errors` become VideoErrors.
+    """Adds the name of the file to the errors of the block, and turns those that the file causes into VideoErrors.
 
-    OSErrors of the machine (MACHINE_ERRORS) get the name too and stay OSErrors; MemoryErrors pass as they are.
+    OSErrors of the machine (MACHINE_ERRORS) get the name as well but stay OSErrors. MemoryErrors pass unchanged.
+
+    Args:
+        path: The file that the block reads.
+        errors: Further exception types that become VideoErrors.
     """
     try:
         yield
@@ -62,5 +68,6 @@ def _is_readable(path: str | os.PathLike[str]) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return str(said).splitlines()[0]  # decord adds its call stack
+    """Returns the first line of an error's message; decord adds its call stack in further lines."""
+    message = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(message).splitlines()[0]

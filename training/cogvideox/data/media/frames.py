@@ -1,6 +1,7 @@
-"""Which frames of a clip: VideoInfo says when each is shown, frame_indices() chooses by time.
+"""Chooses which frames of a clip are used, by the times at which they are shown.
 
-Pure functions of the times; nothing here opens a file. What a reader needs to find the frames again is a PacketIndex.
+``VideoInfo`` describes a file, ``PacketIndex`` says how to find its frames again, and ``frame_indices`` selects frames
+for a target frame rate. All functions depend only on the times of the frames, and no file is opened here.
 """
 
 import math
@@ -14,26 +15,37 @@ from itertools import pairwise
 
 from cogvideox.data.media.faults import VideoError
 
-# Among VideoInfo.conversions
+# Names of conversions in VideoInfo.conversions.
 ON_BLACK = "alpha on black"
 ICC = "icc"
 
 SELECTIONS = ("middle", "head", "random", "uniform")
 
-_CLOCK = 1e-3  # seconds: mkv, webm and flv round their timestamps to milliseconds
-_TIME_SLACK = 1e-6  # seconds, or frames; above float noise, far below a frame
+_CLOCK = 1e-3  # seconds; mkv, webm and flv round their timestamps to milliseconds
+_TIME_SLACK = 1e-6  # seconds or frames; larger than rounding errors of floats, and much smaller than a frame
 
 
 @dataclass(frozen=True)
 class PacketIndex:
-    """Timestamps in units of time_base seconds: of the shown frames, and of the frames where decoding can start.
+    """Says when the frames of a video are shown, and where decoding can start.
 
-    seek_to holds, for each keyframe, the timestamp that finds it in this container. stores_pts: whether the container
-    stores display times, so that nothing has to be decoded to know them. is_closed: whether no frame is stored after a
-    keyframe and shown before it. size: height and width of the coded pictures. stamp: size and time of the last change
-    of the file that was read. pictures: for each shown frame the timestamp of the picture that is decoded for it, an
-    earlier one where a frame was dropped. labels: the timestamps of all pictures in the order of the file, if not those
-    of their packets. stream: its place in the file; num_streams: of videos and covers. conversions: see VideoInfo.
+    All timestamps are in units of ``time_base`` seconds.
+
+    Attributes:
+        pts: Timestamps of the shown frames, in display order.
+        keyframes: Presentation times of the frames at which decoding can start.
+        seek_to: For each keyframe, the timestamp with which the container finds it.
+        time_base: Length of one unit in seconds.
+        stores_pts: Whether the container stores display times, so that they are known without decoding.
+        is_closed: Whether no frame is stored after a keyframe and shown before it.
+        size: Height and width of the coded pictures in pixels.
+        stamp: Size in bytes and time of the last change of the file that was read.
+        pictures: For each shown frame, the timestamp of the picture that is decoded for it. It is that of an earlier
+            picture where a frame was dropped.
+        labels: Timestamps of all pictures in the order of the file, where they differ from those of the packets.
+        stream: Index of the stream in the file.
+        num_streams: How many video streams the file has, covers included.
+        conversions: Names of what is done beyond a plain decode; see ``VideoInfo``.
     """
 
     pts: tuple[int, ...]
@@ -51,21 +63,26 @@ class PacketIndex:
     conversions: tuple[str, ...]
 
     def keyframe_before(self, pts: int) -> int:
-        """The place in `keyframes` of the last one that is not shown after `pts`."""
+        """Returns the index in ``keyframes`` of the last keyframe that is not shown after ``pts``."""
         return bisect_right(self.keyframes, pts) - 1
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is shown of a video, read from its packets; of a still picture, a clip of one frame.
+    """Describes what is shown of a video, or of a still picture, which counts as a clip of one frame.
 
-    times: seconds of each shown frame in display order, from the first one. height, width: pixels as shown, after
-    rotation and with non-square pixels made square. rotation: 0, 90, 180 or 270 degrees counter-clockwise, what
-    read_frames applies to the coded frames. header_rate: frames per second as declared, 0.0 if it is not.
-    packets: how read_frames finds the frames; None for a still picture. conversions: names of what read_frames does to
-    this file's pixels beyond a plain decode; part of the keys of cached tensors, so a new rule gets a new name.
-    matrix: how YUV becomes RGB, as AVColorSpace counts, by the stream or else its container; 2 if neither says.
-    matrix_is_assumed: whether that is needed and missing, so that read_frames takes bt601.
+    Attributes:
+        times: Seconds at which each frame is shown, in display order, counted from the first frame.
+        height: Height in pixels as shown, after rotation and with pixels made square.
+        width: Width in pixels, likewise.
+        rotation: 0, 90, 180 or 270 degrees counter-clockwise, which ``read_frames`` applies to the coded frames.
+        codec: FFmpeg's name of the codec.
+        header_rate: Frames per second that the header declares; 0.0 if it does not.
+        packets: How ``read_frames`` finds the frames; None for a still picture.
+        conversions: Names of what ``read_frames`` does to the pixels of this file beyond a plain decode. They are part
+            of the keys of cached tensors, so a new rule must get a new name.
+        matrix: How YUV becomes RGB, as a number of AVColorSpace, from the stream or else the container; 2 if unknown.
+        matrix_is_assumed: Whether the matrix is needed and unknown, so that ``read_frames`` uses bt601.
     """
 
     times: tuple[float, ...]
@@ -85,26 +102,36 @@ class VideoInfo:
 
     @cached_property
     def fps(self) -> float:
-        """Frames per second: 1 / the usual interval; the declared rate (else 1.0) if there is only one frame."""
+        """Frames per second: 1 / the usual interval. For a single frame, the declared rate, or else 1.0."""
         if len(self.times) < 2:
             return self.header_rate or 1.0
         near = _usual_intervals(self.times)
         interval = statistics.fmean(near)
-        # Rounded timestamps of a short clip fit several rates; the declared one is taken if it is one of them.
+        # The rounded timestamps of a short clip are consistent with several rates. The declared one is exact, so it is
+        # used if it is consistent with them.
         fits = self.header_rate > 0 and abs(1 / self.header_rate - interval) * len(near) <= _CLOCK
         return self.header_rate if fits else 1 / interval
 
     @property
     def duration(self) -> float:
-        """Seconds from the first frame to the end of the last, which is taken to last one usual interval."""
+        """Seconds from the first frame to the end of the last, which is assumed to last one usual interval."""
         return self.times[-1] - self.times[0] + 1 / self.fps
 
 
 def frames_available(times: Sequence[float], target_fps: float | None, skip_start: int = 0, skip_end: int = 0) -> int:
-    """How many frames the clip can give at target_fps (None: each source frame), at least 1 if any are left.
+    """Returns how many frames a clip can give at a frame rate.
 
-    The last one is due while a source frame is still to come or, at rates above the source's, still shown.
-    times: seconds of the source frames; skip_start, skip_end: source frames cut off first. 0 if nothing is left.
+    A frame counts if it is due before the last source frame or, at rates above the rate of the source, while the last
+    source frame is still shown.
+
+    Args:
+        times: Seconds of the source frames.
+        target_fps: Frames per second; None takes each source frame.
+        skip_start: Number of source frames to remove from the start.
+        skip_end: Number of source frames to remove from the end.
+
+    Returns:
+        The number of frames; at least 1 if any source frame is left, else 0.
     """
     window = _window(times, skip_start, skip_end)
     if not window or target_fps is None:
@@ -123,12 +150,27 @@ def frame_indices(
     skip_end: int = 0,
     draw: float = 0.0,
 ) -> tuple[int, ...]:
-    """The `count` source frames to read, as non-decreasing indices into `times` (seconds).
+    """Selects ``count`` source frames.
 
-    "head", "middle" and "random" take the frames nearest to t0 + k / target_fps (None: one source frame after the
-    other), where t0 is a source frame: the first, the middle or, by draw in [0, 1), any one from which all fit.
-    "uniform" spreads them over the whole window and ignores the rate. skip_start and skip_end source frames are cut
-    off first. Raises VideoError if the window is too short, ValueError for bad arguments.
+    "head", "middle" and "random" choose a start frame and take the frames that are nearest to the times
+    start + k / target_fps. "head" starts at the first frame, "middle" in the middle, and "random" at any frame after
+    which all fit. "uniform" spreads the frames over the whole clip and ignores the rate.
+
+    Args:
+        times: Seconds of the source frames.
+        count: How many frames to select.
+        target_fps: Frames per second; None takes consecutive source frames.
+        selection: "head", "middle", "random" or "uniform".
+        skip_start: Number of source frames to remove from the start.
+        skip_end: Number of source frames to remove from the end.
+        draw: Random number in [0, 1) for "random".
+
+    Returns:
+        Indices into ``times``, not decreasing.
+
+    Raises:
+        VideoError: The clip is too short.
+        ValueError: An argument is out of range.
     """
     if selection not in SELECTIONS:
         raise ValueError(f"frame selection {selection!r}: must be one of {', '.join(SELECTIONS)}")
@@ -154,18 +196,19 @@ def _window(times: Sequence[float], skip_start: int, skip_end: int) -> Sequence[
 
 
 def _usual_intervals(times: Sequence[float]) -> list[float]:
-    """The intervals, in seconds, that differ from the median by no more than rounded timestamps do."""
+    """Returns the intervals in seconds that differ from the median only by the rounding of timestamps."""
     intervals = [b - a for a, b in pairwise(times)]
     median = statistics.median_low(intervals)
     return [interval for interval in intervals if abs(interval - median) <= _CLOCK + _TIME_SLACK]
 
 
 def _usual_interval(times: Sequence[float]) -> float:
-    """Seconds between frames; 0.0 if there is only one."""
+    """Returns the mean of the usual intervals in seconds; 0.0 if there is only one frame."""
     return statistics.fmean(_usual_intervals(times)) if len(times) > 1 else 0.0
 
 
 def _spread(window: Sequence[float], count: int) -> list[int]:
+    """Returns the indices of frames at equal distances in time, from the first to the last frame of the window."""
     if count == 1:
         return [_nearest(window, (window[0] + window[-1]) / 2)]
     step = (window[-1] - window[0]) / (count - 1)
@@ -175,22 +218,28 @@ def _spread(window: Sequence[float], count: int) -> list[int]:
 def _at_rate(
     window: Sequence[float], count: int, rate: float | None, selection: str, draw: float, interval: float
 ) -> list[int]:
+    """Returns the indices of frames at a rate, from a start that the selection chooses."""
     if rate is None:
         start = _start(len(window) - count + 1, selection, draw)
         return list(range(start, start + count))
-    # Starting on a source frame keeps equal rates exact: half a frame off, float noise would repeat and skip.
-    # A window lasts until its last frame is over; in a clip that ends with that frame it starts at the first one.
+    # The start is always a source frame. If the rates are equal, a start between two frames would be equally near to
+    # both, and rounding errors would repeat some frames and skip others.
+    # The selected frames last until the end of the last one, and that end may not be after the end of the window.
     spare = window[-1] - window[0] + interval - count / rate
     start = _start(max(1, bisect_right(window, window[0] + spare + _TIME_SLACK)), selection, draw)
     return [_nearest(window, window[start] + k / rate) for k in range(count)]
 
 
 def _start(num_starts: int, selection: str, draw: float) -> int:
+    """Chooses one of the possible start frames."""
     return {"head": 0, "middle": (num_starts - 1) // 2}.get(selection, int(draw * num_starts))
 
 
 def _nearest(window: Sequence[float], time: float) -> int:
-    """The frame nearest to `time` seconds; of two equally near ones the earlier, whatever the floats say."""
+    """Returns the index of the frame nearest to a time in seconds.
+
+    If two are equally near up to rounding errors, it is the earlier one.
+    """
     right = min(bisect_left(window, time), len(window) - 1)
     left = max(0, right - 1)
     return right if window[right] - time < time - window[left] - _TIME_SLACK else left

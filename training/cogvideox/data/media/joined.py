@@ -1,7 +1,8 @@
-"""Files joined end to end: second_file() -> the byte at which a second one begins, by the structure of the container.
+"""Detects video files that were joined end to end, by the structure of the container.
 
-FFmpeg reads only the first part of such mp4, flv and wmv files, and both as one clip of avi and gif files. Containers
-that store their times are not looked at here: there the timestamps start again.
+``second_file`` returns the byte at which a second file begins. FFmpeg reads only the first part of such mp4, flv and
+wmv files, and reads both parts of avi and gif files as one clip. Containers that store times are not handled here,
+because there the timestamps start again, which packets.py notices.
 """
 
 import mmap
@@ -14,7 +15,15 @@ _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 
 
 def second_file(path: str | os.PathLike[str], container: str) -> int | None:
-    """Where a second file begins in a file; None: it is one, or not known. container: FFmpeg's name of its format."""
+    """Returns the offset in bytes at which a second file begins inside a file.
+
+    Args:
+        path: The file.
+        container: FFmpeg's name of its format, which may be several names separated by commas.
+
+    Returns:
+        The offset, or None if there is no second file or the format is not handled here.
+    """
     find = next((find for name, find in _FINDERS.items() if name in container.split(",")), None)
     if find is None:
         return None
@@ -23,7 +32,7 @@ def second_file(path: str | os.PathLike[str], container: str) -> int | None:
 
 
 def _second_mp4(file: BinaryIO) -> int | None:
-    """The second box that says which kind of file follows; each box begins with its length and its type."""
+    """Finds the second "ftyp" box, which begins a file. Each box begins with its length and its type."""
 
     def box(head: bytes) -> tuple[bytes, int]:
         size, kind, long_size = struct.unpack(">I4sQ", head)
@@ -33,7 +42,7 @@ def _second_mp4(file: BinaryIO) -> int | None:
 
 
 def _second_avi(file: BinaryIO) -> int | None:
-    """The second part that calls itself a whole avi; large files have further parts of another name."""
+    """Finds the second "RIFF AVI " part, which begins a file. Further parts of a large file have another name."""
 
     def part(head: bytes) -> tuple[bytes, int]:
         mark, size, kind = struct.unpack("<4sI4s4x", head)
@@ -43,14 +52,21 @@ def _second_avi(file: BinaryIO) -> int | None:
 
 
 def _second_asf(file: BinaryIO) -> int | None:
-    """The second header object; each object begins with its kind and its length."""
+    """Finds the second header object. Each object begins with its kind and its length."""
     return _second_part(file, lambda head: (head[:16], struct.unpack_from("<Q", head, 16)[0]), _ASF_HEADER, 24)
 
 
 def _second_part(
     file: BinaryIO, read_head: Callable[[bytes], tuple[bytes, int]], first_kind: bytes, num_bytes: int = 16
 ) -> int | None:
-    """Where the second part of a kind begins, in a file of parts that say their kind and length."""
+    """Returns where the second part of a kind begins, in a file of parts with a header of kind and length.
+
+    Args:
+        file: The open file.
+        read_head: Returns the kind and the length in bytes of a part from its first bytes.
+        first_kind: The kind of part that begins a file.
+        num_bytes: How many bytes ``read_head`` needs.
+    """
     at, num_found = 0, 0
     while len(head := _bytes_at(file, at, num_bytes)) == num_bytes:
         kind, size = read_head(head)
@@ -64,7 +80,7 @@ def _second_part(
 
 
 def _second_flv(file: BinaryIO) -> int | None:
-    """What follows the tags and calls itself an flv; each tag ends with its length."""
+    """Finds an flv header after the tags of the first file. Each tag ends with its length."""
     at = 13
     while len(head := _bytes_at(file, at, 4)) == 4:
         if head[:3] == b"FLV":
@@ -74,7 +90,7 @@ def _second_flv(file: BinaryIO) -> int | None:
 
 
 def _second_gif(file: BinaryIO) -> int | None:
-    """What follows the end of the last block and calls itself a gif."""
+    """Finds a gif header right after the end of a last block."""
     if not os.fstat(file.fileno()).st_size:
         return None
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -1,16 +1,18 @@
-"""What the bytes of a keyframe say: how large its pictures are, and whether decoding from it gives right pictures.
+"""Reads the headers inside keyframes: whether the size of the pictures changes, and whether decoding can start there.
 
-FFmpeg also calls a frame a keyframe where h264 refreshes its pictures part by part, so that they are right only some
-frames later, and it does not say that the size of the pictures changes. Nothing here decodes.
+``KeyframeHeaders`` is the entry point. FFmpeg also marks a frame as a keyframe where h264 refreshes its pictures part
+by part (a gradual refresh), so that they are right only some frames later. It does not report that the size of the
+pictures changes. Nothing is decoded here: only the bytes of the packets are read.
 """
 
 from collections.abc import Iterator
 
 from av.packet import Packet
 
-_SLICES = {"h264": range(1, 6), "hevc": range(32)}  # types of units that hold pictures
-_PARAMETERS = {"h264": (7,), "hevc": (33,)}  # sequence parameter sets, which hold the size
-# What precedes the size in other codecs, and how many bytes from there on hold it. More than these only costs time.
+_SLICES = {"h264": range(1, 6), "hevc": range(32)}  # types of NAL units that hold picture data
+_PARAMETERS = {"h264": (7,), "hevc": (33,)}  # types of sequence parameter sets, which hold the size
+# For other codecs, the bytes that precede the size, and how many bytes from there on hold it. If further bytes change,
+# a frame is decoded to check its size, which only takes time.
 _MARKS = {
     "vp8": (b"\x9d\x01\x2a", 7),
     "vp9": (b"\x49\x83\x42", 9),
@@ -24,14 +26,20 @@ _MARKS = {
 
 
 class KeyframeHeaders:
-    """The headers of a stream's keyframes. codec: FFmpeg's name. extradata: the codec's part of the container."""
+    """Reads the headers of the keyframes of one stream."""
 
     def __init__(self, codec: str, extradata: bytes) -> None:
+        """Stores how the packets of the stream are divided into units.
+
+        Args:
+            codec: FFmpeg's name of the codec.
+            extradata: Headers of the codec that the container stores.
+        """
         self._codec = codec
         self._length_bytes = _length_bytes(codec, extradata)
 
     def size_bytes(self, packet: Packet) -> bytes:
-        """The bytes of a keyframe that change where the size of the pictures does; b"" if there are none."""
+        """Returns the bytes of a keyframe that change whenever the size of the pictures does; b"" if there are none."""
         if self._codec in _PARAMETERS:
             units = self._units(bytes(packet))
             return b"".join(unit for kind, unit in units if kind in _PARAMETERS[self._codec])
@@ -43,14 +51,14 @@ class KeyframeHeaders:
         return b""
 
     def is_gradual(self, packet: Packet) -> bool:
-        """Whether pictures are right only some frames after this keyframe, because it is refreshed part by part."""
+        """Returns whether this keyframe begins a gradual refresh, so that only some later frames are right."""
         if self._codec != "h264":
             return False
         slices = [unit for kind, unit in self._units(bytes(packet)) if kind in _SLICES["h264"]]
         return bool(slices) and not _refers_to_nothing(slices[0])
 
     def _units(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """(type, bytes) of the units of a packet, up to the first that holds a picture."""
+        """Yields the type and the bytes of each unit of a packet, up to the first that holds picture data."""
         for unit in _with_lengths(data, self._length_bytes) if self._length_bytes else _with_start_codes(data):
             kind = unit[0] & 31 if self._codec == "h264" else unit[0] >> 1 & 63
             yield kind, unit
@@ -59,7 +67,7 @@ class KeyframeHeaders:
 
 
 def _length_bytes(codec: str, extradata: bytes) -> int:
-    """How many bytes say how long each unit is; 0: units begin with start codes."""
+    """Returns how many bytes store the length of each unit; 0 if units begin with start codes instead."""
     at = {"h264": 4, "hevc": 21}.get(codec, 0)
     return (extradata[at] & 3) + 1 if at and extradata[:1] == b"\1" and len(extradata) > at else 0
 
@@ -84,14 +92,17 @@ def _with_start_codes(data: bytes) -> Iterator[bytes]:
 
 
 def _refers_to_nothing(unit: bytes) -> bool:
-    """Whether a slice of h264 is one that is decoded without other pictures."""
+    """Returns whether an h264 slice can be decoded without other pictures."""
     bits = "".join(f"{byte:08b}" for byte in unit[1:13])
-    _, at = _number(bits, 0)  # where in the picture the slice begins
+    _, at = _number(bits, 0)  # skips the position of the slice in the picture
     return _number(bits, at)[0] % 5 in (2, 4)
 
 
 def _number(bits: str, at: int) -> tuple[int, int]:
-    """An Exp-Golomb number, and where it ends: as many zeros as it has bits after its first, which is 1; less 1."""
+    """Reads an Exp-Golomb number, and returns it with the position after it.
+
+    It is coded as n zeros and then n + 1 bits, of which the first is 1; the number is the value of these bits minus 1.
+    """
     num_zeros = max(bits.find("1", at), at) - at
     end = at + 2 * num_zeros + 1
     return int(bits[at + num_zeros : end] or "1", 2) - 1, end

@@ -1,8 +1,12 @@
-"""MPEG-4 part 2 as Xvid and DivX wrote it: unpacker() gives the pictures of each packet, one by one.
+"""Separates the pictures of MPEG-4 part 2 streams, as Xvid and DivX wrote them into avi files.
 
-In AVI a packet has no time but its place. A B-frame is decoded after a picture that is shown later, so it was packed
-behind that picture into the same packet, and an empty picture (an N-VOP) was stored where the B-frame would have been.
-Other codecs have one picture a packet.
+``unpacker`` is the entry point: it turns packets into pictures. A packet in avi has no time, only its position. A
+B-frame is decoded after a picture that is shown later. So encoders packed it into the same packet behind that picture,
+and stored an empty picture (an N-VOP) at the position where the B-frame would have been:
+
+    stored packets:  [I0] [P3 B1] [B2] [N-VOP]  -->  pictures: I0, P3, B1, B2, each at its own position
+
+In other codecs each packet holds one picture.
 """
 
 import re
@@ -16,7 +20,7 @@ from av.video.stream import VideoStream
 
 from cogvideox.data.media.faults import VideoError
 
-# What starts with one of these codes: the headers of a stream, or a picture.
+# A start code, followed by the headers of a stream or by a picture.
 _START = re.compile(rb"\x00\x00\x01([\x20-\x2f\xb6])")
 _PICTURE = b"\xb6"
 _I, _B = 0, 2  # coding types of pictures
@@ -24,7 +28,14 @@ _I, _B = 0, 2  # coding types of pictures
 
 @dataclass(frozen=True)
 class Picture:
-    """One packet as a decoder takes it. is_empty: it holds no picture of its own, so the one before it is repeated."""
+    """Holds one picture in a packet for the decoder.
+
+    Attributes:
+        packet: The data of the picture and its times.
+        is_b: Whether it is a B-frame.
+        is_empty: Whether it has no data, so that the picture before it is shown again.
+        was_packed: Whether it was stored behind another picture in one packet.
+    """
 
     packet: Packet
     is_b: bool = False
@@ -33,7 +44,10 @@ class Picture:
 
 
 def unpacker(stream: VideoStream) -> Callable[[Packet], Iterator[Picture]]:
-    """Turns the packets of a stream, in their order, into pictures; the last, empty packet passes too."""
+    """Returns a function that yields the pictures of each packet of a stream.
+
+    It must be called with all packets in their order, including the empty one at the end.
+    """
     codec = stream.codec_context
     in_avi = stream.container.format.name == "avi"
     return _Unpacker(codec.extradata or b"", in_avi) if codec.name == "mpeg4" else _one_picture
@@ -44,19 +58,20 @@ def _one_picture(packet: Packet) -> Iterator[Picture]:
 
 
 class _Unpacker:
-    """Cuts packets that hold several pictures; those behind the first wait for the empty packets that follow."""
+    """Divides packets that hold several pictures. Those after the first wait for the empty packets that follow."""
 
     def __init__(self, headers: bytes, in_avi: bool) -> None:
         self._in_avi = in_avi
-        self._clock_bits = 0  # of the time in a picture's header
+        self._clock_bits = 0  # number of bits that hold the time in the header of a picture
         self._waiting: deque[Picture] = deque()
-        self._due = 0  # the time of the next packet
+        self._due = 0  # the position of the next packet
         self._cut(headers)
 
     def __call__(self, packet: Packet) -> Iterator[Picture]:
-        """Raises VideoError if packed pictures have no places."""
+        """Yields the pictures of a packet. Raises VideoError if packed pictures have no positions."""
         place = packet.dts if self._in_avi else packet.pts
-        # In avi, packets of no bytes have places too, but FFmpeg does not pass them on. What is left follows the end.
+        # Empty packets of avi have positions as well, but FFmpeg leaves them out, so gaps in the positions are filled.
+        # At the end of the file (no position), the pictures that are left follow.
         while self._waiting and (place is None or (self._in_avi and self._due < place)):
             yield self._next(self._due, packet)
         if place is None or not packet.size:
@@ -85,7 +100,7 @@ class _Unpacker:
         return [self._picture(_copy(packet, part), part, was_packed=place > 0) for place, part in enumerate(parts)]
 
     def _cut(self, data: bytes) -> list[bytes]:
-        """The data of each picture, the first with all headers before it; all of the data if there is none."""
+        """Returns the data of each picture, the first with all headers before it; all data if there is no picture."""
         starts = []
         for found in _START.finditer(data):
             if found[1] == _PICTURE:
@@ -109,7 +124,7 @@ class _Unpacker:
 
 
 class _Bits:
-    """Reads numbers of so many bits; behind the data there are zeros."""
+    """Reads numbers with a given count of bits, one after the other; after the end of the data there are zeros."""
 
     def __init__(self, data: bytes) -> None:
         self._value = int.from_bytes(data[:64] + bytes(64))
@@ -121,16 +136,20 @@ class _Bits:
 
 
 def _clock_bits(header: bytes) -> int:
-    """Bits of the time in each picture's header, from a video object layer's header behind its start code."""
+    """Returns how many bits hold the time in the header of each picture.
+
+    Args:
+        header: The header of a video object layer, after its start code.
+    """
     bits = _Bits(header)
-    bits(1 + 8)  # can be read from anywhere, kind of object
+    bits(1 + 8)  # random access flag, type of object
     version = 1
     if bits(1):
         version = bits(4)
         bits(3)  # priority
     if bits(4) == 15:  # aspect ratio
         bits(8 + 8)
-    if bits(1):  # of the decoder's buffer
+    if bits(1):  # parameters of the decoder's buffer
         bits(2 + 1)
         if bits(1):
             bits(79)
@@ -141,7 +160,7 @@ def _clock_bits(header: bytes) -> int:
 
 
 def _copy(packet: Packet, data: bytes) -> Packet:
-    """A packet with other data, and no time yet."""
+    """Returns a packet with other data, which has no time yet."""
     copy = Packet(data)
     copy.time_base, copy.duration = packet.time_base, packet.duration
     copy.is_corrupt = packet.is_corrupt
