@@ -1,7 +1,8 @@
-"""HDR and wide-gamut video -> SDR in bt709: ColorTags say what a file needs, SdrConverter does it to a frame.
+"""Converts HDR and wide-gamut video to SDR with the colors of bt709.
 
-The steps are those of `zscale=t=linear:npl=203,zscale=p=bt709,tonemap=clip,zscale=t=bt709` in FFmpeg: to linear light
-with 203 cd/m2 as 1.0, to the primaries of bt709, clipped above 1.0, to the transfer of bt709. Nothing imports torch.
+``ColorTags`` determines what a file needs, and ``SdrConverter`` converts a frame. The steps are those of
+`zscale=t=linear:npl=203,zscale=p=bt709,tonemap=clip,zscale=t=bt709` in FFmpeg: to linear light, in which 203 cd/m2 are
+1.0; to the primaries of bt709; clipped above 1.0; to the transfer function of bt709. Nothing here imports torch.
 """
 
 import functools
@@ -17,14 +18,14 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.planes import EXACT, plane_array
 
-WHITE = 203.0  # cd/m2 of HDR that become white: the level of graphics and paper by ITU-R BT.2408
+WHITE = 203.0  # cd/m2 of HDR that become white; ITU-R BT.2408 gives this level for graphics and paper
 HDR: dict[int, str] = {ColorTrc.ARIB_STD_B67: "hlg", ColorTrc.SMPTE2084: "pq"}
 _GAMUTS: dict[int, str] = {
     ColorPrimaries.BT709: "bt709",
     ColorPrimaries.BT2020: "bt2020",
     ColorPrimaries.SMPTE432: "p3",
 }
-# (x, y) of red, green and blue; white is D65 in all of them
+# CIE (x, y) of red, green and blue; white is D65 in all of them.
 _CHROMATICITIES = {
     "bt709": ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060)),
     "bt2020": ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
@@ -33,35 +34,45 @@ _CHROMATICITIES = {
 _D65 = (0.3127, 0.3290)
 _LUMA = (0.2627, 0.6780, 0.0593)  # weights of bt2020, by which overly bright colors are faded towards white
 _FADED_ABOVE = 2.0  # luma, in units of white
-_CODES = 4096  # of 12 bits: HDR is coded with 10, and averages of those lie in between
-_STRIP = 64  # rows converted at a time, so that what is computed stays in the cache of the CPU
+_CODES = 4096  # codes of 12 bits: HDR has 10 bits, and averages need more
+_STRIP = 64  # rows that are converted at a time, so that intermediate results stay in the cache of the CPU
 _OVERSAMPLING = 2
 _ICTCP = (14, 15)  # color spaces of Dolby, as AVColorSpace counts
-UNSPECIFIED = 2  # in all color tags
-CONTAINER_MATRIX = "matrix of the container"  # a conversion: the decoded stream does not repeat this tag
+UNSPECIFIED = 2  # the value of each color tag that means that it is not known
+CONTAINER_MATRIX = "matrix of the container"  # a conversion that is needed where only the container has this tag
 
 
 def is_wide_sdr(conversions: Sequence[str]) -> bool:
-    """Whether these conversions, of ColorTags, are those of an SDR video with a gamut other than bt709's."""
+    """Returns whether conversions of ``ColorTags`` belong to an SDR video with a larger gamut than bt709."""
     return "bt2020" in conversions or ("p3" in conversions and not set(HDR.values()) & set(conversions))
 
 
 @dataclass(frozen=True)
 class ColorTags:
-    """What a stream or its container says of colors, as AVColorTransferCharacteristic and its like count."""
+    """Holds the color tags of a stream or its container, as numbers of FFmpeg's enumerations.
+
+    Attributes:
+        transfer: Transfer function (AVColorTransferCharacteristic).
+        primaries: Gamut (AVColorPrimaries).
+        matrix: How YUV becomes RGB (AVColorSpace).
+        from_container: Whether only the container has the matrix.
+    """
 
     transfer: int
     primaries: int
     matrix: int
-    from_container: bool = False  # the matrix, that is
+    from_container: bool = False
 
     @classmethod
     def of(cls, source: VideoFrame | VideoCodecContext) -> "ColorTags":
-        """Those of a decoded frame, or of a decoder before it has decoded anything."""
+        """Returns the tags of a decoded frame, or those of the container from a decoder that has not decoded yet."""
         return cls(source.color_trc, source.color_primaries, source.colorspace)
 
     def filled(self, container: "ColorTags") -> "ColorTags":
-        """These, and the container's where these do not say; HDR and bt2020 have the matrix that belongs to them."""
+        """Returns these tags, with unknown ones taken from the container.
+
+        If the matrix is still unknown, HDR and bt2020 get the matrix of bt2020.
+        """
         transfer, primaries, matrix = (
             theirs if ours == UNSPECIFIED else ours
             for ours, theirs in (
@@ -76,9 +87,10 @@ class ColorTags:
         return ColorTags(transfer, primaries, matrix, from_container)
 
     def conversions(self) -> tuple[str, ...]:
-        """Names of what is done to the pixels of such a video beyond a plain decode, which SdrConverter understands.
+        """Returns the names of the conversions that a video with these tags needs, for ``SdrConverter``.
 
-        "hlg" or "pq" (of bt2020 unless another gamut follows), "bt2020" or "p3" for SDR, CONTAINER_MATRIX.
+        They are "hlg" or "pq" for HDR, which has the gamut of bt2020 unless "bt709" or "p3" follows; "bt2020" or "p3"
+        for SDR; and CONTAINER_MATRIX.
         """
         hdr = HDR.get(self.transfer)
         usual = "bt2020" if hdr else "bt709"
@@ -87,11 +99,11 @@ class ColorTags:
         return tuple(name for name in names if name)
 
     def lacks_matrix(self, pixels: VideoFormat) -> bool:
-        """Whether pixels of this format need a matrix, and none is known."""
+        """Returns whether pixels of this format need a matrix that is not known."""
         return self.matrix == UNSPECIFIED and len(pixels.components) >= 3 and not pixels.is_rgb
 
     def check(self, codec_tag: str) -> None:
-        """Raises VideoError for HDR whose pixels mean nothing without what Dolby's own decoders know."""
+        """Raises VideoError for Dolby Vision video that only Dolby's own decoders can interpret."""
         is_dolby = codec_tag in ("dvh1", "dvhe") and self.transfer == UNSPECIFIED
         if is_dolby or self.matrix in _ICTCP:
             fix = "convert it to HLG or SDR with a program that knows Dolby Vision"
@@ -99,9 +111,10 @@ class ColorTags:
 
 
 class SdrConverter:
-    """Turns the frames of one video into SDR. Each frame comes out as full-range RGB in planes ("gbrp"), 8 bits."""
+    """Converts the frames of one video to SDR, as full-range 8-bit RGB in planes ("gbrp")."""
 
     def __init__(self, conversions: Sequence[str]) -> None:
+        """Prepares the conversion that the names from ``ColorTags.conversions`` ask for."""
         self._transfer = next((name for name in HDR.values() if name in conversions), None)
         gamut = next((name for name in _CHROMATICITIES if name in conversions), None)
         self._is_needed = bool(self._transfer or gamut)
@@ -109,10 +122,16 @@ class SdrConverter:
         self._matrix = _to_bt709(gamut or "bt2020")
 
     def __call__(self, frame: VideoFrame, height: int, width: int) -> VideoFrame:
-        """The frame in SDR, for somebody who will resize it to `height` x `width`; as it is if it needs nothing.
+        """Returns the frame in SDR, or unchanged if it needs no conversion.
 
-        Light should be clipped before pixels are averaged: a glint averaged first spreads over its neighbors. But that
-        would convert every pixel of a 4K picture. So frames are shrunk to twice the final size first.
+        Light should be clipped before pixels are averaged, because a glint that is averaged first brightens its
+        neighbors. But converting each pixel of a 4K picture is slow. So the frame is first shrunk to twice its final
+        size.
+
+        Args:
+            frame: A decoded frame.
+            height: Height in pixels to which the caller will resize the result.
+            width: Width in pixels, likewise.
         """
         if not self._is_needed:
             return frame
@@ -133,7 +152,10 @@ class SdrConverter:
 
 
 def _last_code(frame: VideoFrame) -> int:
-    """The code of 12 bits that swscale makes of a frame's full signal: it fills up with zeros, as if white were 255."""
+    """Returns the 12-bit code that swscale gives to the full signal of a frame.
+
+    swscale appends zero bits to codes with fewer bits, so the full signal of 8 bits, 255, becomes 4080 and not 4095.
+    """
     is_full = frame.color_range == ColorRange.JPEG or frame.format.is_rgb
     bits = min(12, frame.format.components[0].bits) if is_full else 8
     return ((1 << bits) - 1) << (12 - bits)
@@ -141,22 +163,22 @@ def _last_code(frame: VideoFrame) -> int:
 
 @functools.cache
 def _light_of_codes(transfer: str | None, last: int) -> np.ndarray:
-    """Linear light in units of white for each code of 12 bits, of which `last` is the full signal."""
+    """Returns linear light, in units of white, for each 12-bit code; ``last`` is the code of the full signal."""
     to_light = {"pq": _pq_light, "hlg": _hlg_light, None: _sdr_light}[transfer]
     return to_light(np.minimum(np.arange(_CODES) / last, 1.0)).astype(np.float32)
 
 
 def _pq_light(signal: np.ndarray) -> np.ndarray:
-    """SMPTE ST 2084: a signal of 0 ... 1 is light of 0 ... 10000 cd/m2."""
+    """Converts a PQ signal by SMPTE ST 2084, in which 0 ... 1 is light of 0 ... 10000 cd/m2."""
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
     power = signal ** (1 / m2)
     return (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1) * (10000 / WHITE)
 
 
 def _hlg_light(signal: np.ndarray) -> np.ndarray:
-    """ITU-R BT.2100: the light of the scene, then that of a display of 1000 cd/m2, whose gamma is 1.2.
+    """Converts an HLG signal by ITU-R BT.2100: to the light of the scene, then to that of a display of 1000 cd/m2.
 
-    The gamma is applied to each channel, as zimg does, and not to their luminance.
+    The gamma of such a display is 1.2. It is applied to each channel, as zimg does, and not to their luminance.
     """
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
@@ -164,32 +186,34 @@ def _hlg_light(signal: np.ndarray) -> np.ndarray:
 
 
 def _sdr_light(signal: np.ndarray) -> np.ndarray:
-    """ITU-R BT.1886: what a display makes of the signal, whatever camera curve it was coded with."""
+    """Converts an SDR signal by ITU-R BT.1886, the curve of displays, whatever the curve of the camera was."""
     return signal**2.4
 
 
-_SHOWN = np.rint(255 * (np.arange(_CODES) / (_CODES - 1)) ** (2 / 2.4)).astype(np.uint8)  # of roots of linear light
+# The 8-bit value of each 12-bit root of linear light.
+_SHOWN = np.rint(255 * (np.arange(_CODES) / (_CODES - 1)) ** (2 / 2.4)).astype(np.uint8)
 
 
 def _to_bt709(gamut: str) -> np.ndarray:
-    """The matrix from linear RGB of a gamut to that of bt709, float32 (3, 3)."""
+    """Returns the float32 matrix (3, 3) from linear RGB of a gamut to linear RGB of bt709."""
     return (np.linalg.inv(_to_xyz("bt709")) @ _to_xyz(gamut)).astype(np.float32)
 
 
 def _to_xyz(gamut: str) -> np.ndarray:
+    """Returns the matrix (3, 3) from linear RGB of a gamut to CIE XYZ."""
     columns = np.array([(x / y, 1.0, (1 - x - y) / y) for x, y in _CHROMATICITIES[gamut]]).T
     x, y = _D65
     return columns * np.linalg.solve(columns, [x / y, 1.0, (1 - x - y) / y])
 
 
 def _multiplied(matrix: np.ndarray, *channels: np.ndarray) -> list[np.ndarray]:
-    # Not by matmul: how its sums are rounded differs from CPU to CPU.
+    # matmul rounds its sums differently on different CPUs, so the sums are written out.
     red, green, blue = channels
     return [row[0] * red + row[1] * green + row[2] * blue for row in matrix]
 
 
 def _clipped(channels: list[np.ndarray]) -> list[np.ndarray]:
-    """Colors within 0 ... 1 as FFmpeg's tonemap=clip makes them: they keep their hue, but fade far above white."""
+    """Limits colors to 0 ... 1 as FFmpeg's tonemap=clip does: they keep their hue, but fade to white far above it."""
     weights = np.array([_LUMA], np.float32)
     (luma,) = _multiplied(weights, *channels)
     if luma.max() > _FADED_ABOVE:

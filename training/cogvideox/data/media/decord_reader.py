@@ -1,8 +1,9 @@
-"""The decord library as a second decoder of videos: reader_problem() says whether it can be used, read_with_decord().
+"""Reads videos with the decord library, as an alternative to PyAV.
 
-decord is imported only when it is asked for. Where an edit list hides frames it counts them and then repeats the last;
-in open GOPs, avi and mpegts it jumps to other frames than asked for; of several video streams it chooses by its own
-rule. All without an error, so such files are refused.
+``reader_problem`` says whether decord can be used, and ``read_with_decord`` reads frames. decord is only imported when
+it is asked for. In some files it returns wrong frames without an error, and those are refused: where an edit list hides
+frames, it counts them and later repeats the last frame; in open GOPs, avi and mpegts it seeks to other frames than
+asked for; and of several video streams it chooses by its own rule.
 """
 
 import os
@@ -22,14 +23,14 @@ _OTHER = "use --video_reader pyav"
 
 
 def check_reader(options: Any) -> Iterator[str]:
-    """Problems of --video_reader, for args.parse."""
+    """Yields the problems of --video_reader, for args.parse."""
     problem = reader_problem(options.data.video_reader) if reads_clips(options) else None
     if problem:
         yield f"--video_reader {options.data.video_reader}: {problem}"
 
 
 def reader_problem(name: str) -> str | None:
-    """Why a reader of videos cannot be used, in one line that says what to do; None if it can."""
+    """Returns why a reader of videos cannot be used, in one line with the fix; None if it can."""
     if name == "pyav":
         return None
     if name == "decord2":
@@ -52,7 +53,11 @@ def reader_problem(name: str) -> str | None:
 def read_with_decord(
     path: str | os.PathLike[str], info: VideoInfo, indices: Sequence[int], height: int, width: int
 ) -> "np.ndarray":
-    """As decode.read_frames. Raises VideoError also where decord does not see the frames that probe() saw."""
+    """Returns chosen frames, as ``decode.read_frames`` does.
+
+    Raises:
+        VideoError: The file is damaged, or decord would not return the frames that ``probe`` found.
+    """
     import decord
 
     assert info.packets is not None
@@ -73,7 +78,8 @@ def read_with_decord(
 
 
 def _installed(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version  # takes longer than all else here
+    """Returns the version of an installed package, or None."""
+    from importlib.metadata import PackageNotFoundError, version  # imported here because it is slow
 
     try:
         return version(package)

@@ -1,8 +1,9 @@
-"""Still pictures as clips of one frame: is_picture(), probe_picture() -> VideoInfo, read_picture() -> pixels.
+"""Reads still pictures as clips of one frame.
 
-Every picture becomes upright 8-bit sRGB: EXIF orientation is applied, transparency is composited on black as in videos,
-of 16 bits the upper 8 are kept, RGB colors with an ICC profile (phones write Display P3) are converted to sRGB, and
-palettes and CMYK become RGB as Pillow converts them, without their profiles. Shape suffixes as in decode.py.
+``is_picture`` recognizes them by their first bytes, ``probe_picture`` returns a ``VideoInfo``, and ``read_picture`` the
+pixels. Every picture becomes upright 8-bit sRGB: EXIF orientation is applied, transparency is composited on black as in
+videos, only the upper 8 of 16 bits are kept, and RGB colors with an ICC profile are converted to sRGB. Palettes and
+CMYK become RGB as Pillow converts them, without their profiles. Shape suffixes are those of decode.py.
 """
 
 import os
@@ -21,20 +22,20 @@ from cogvideox.data.media.icc import srgb_transform
 MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
 
-# The first bytes of a file; an animated gif is a video.
+# First bytes of the formats. gif is missing, because it is read as a video.
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
-_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 lie on their side
+_ORIENTATION = 0x0112  # the EXIF tag; with 5 to 8 the picture is on its side
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _WIDER = ("I", "F")
 
-# The brands of ISO media files that are pictures. mif1 and msf1 may be either; then the compatible brands tell.
+# Brands of ISO media files that are pictures. mif1 and msf1 may be AVIF or HEIC; their compatible brands tell which.
 _AVIF = {b"avif", b"avis"}
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
-# FFmpeg gives the tiles of a HEIC photograph one by one, and PyAV does not say how they lie together.
+# FFmpeg returns the tiles of a HEIC photograph one by one, and PyAV does not say how to put them together.
 _HEIC = "convert it: `magick IN OUT.jpg`, or on a Mac `sips -s format jpeg IN --out OUT.jpg`"
 
-# What to do with several pictures in a file. FFmpeg does not read animated webp.
+# What the user can do with several pictures in one file. FFmpeg does not read animated webp, so Pillow converts it.
 _SINGLES = {
     "TIFF": "save each as a file of its own",
     "WEBP": """convert it: `python -c "from PIL import Image; Image.open('IN').save('OUT.gif', save_all=True)"`""",
@@ -43,7 +44,7 @@ _ANIMATED = "convert it: `ffmpeg -i IN OUT.mp4`"
 
 
 def is_picture(path: str | os.PathLike[str]) -> bool:
-    """Whether a file starts as a still picture does, whatever its name. Raises VideoError, OSError."""
+    """Returns whether a file begins like a still picture, whatever its name is. Raises VideoError or OSError."""
     with errors_naming(path), open(path, "rb") as file:
         start = file.read(12)
     is_webp = (start[:4], start[8:]) == (b"RIFF", b"WEBP")
@@ -52,11 +53,15 @@ def is_picture(path: str | os.PathLike[str]) -> bool:
 
 
 def probe_picture(path: str | os.PathLike[str]) -> VideoInfo:
-    """Reads the header only. Raises VideoError, also for animations and for what is too large to decode."""
+    """Describes a picture from its header, without decoding it.
+
+    Raises:
+        VideoError: The picture is damaged, animated, or too large to decode.
+    """
     with _opened(path) as picture:
         conversions = _conversions(picture)  # first, because reading the EXIF data may decode the picture
         width, height = picture.size
-        # Pillow turns tiff pictures itself, and says the size that they will have.
+        # Pillow turns tiff pictures itself, so it already reports the size of the upright picture.
         if picture.format != "TIFF" and picture.getexif().get(_ORIENTATION, 1) >= 5:
             height, width = width, height
         codec = (picture.format or "").lower()
@@ -64,9 +69,20 @@ def probe_picture(path: str | os.PathLike[str]) -> VideoInfo:
 
 
 def read_picture(path: str | os.PathLike[str], info: VideoInfo, count: int, height: int, width: int) -> np.ndarray:
-    """`count` times the picture as uint8 RGB (F, height, width, 3), upright, resized as the frames of videos are.
+    """Returns a picture, upright and resized as the frames of videos are, repeated ``count`` times.
 
-    Raises VideoError if it is damaged or truncated, or another size than `info` says.
+    Args:
+        path: The file.
+        info: What ``probe_picture`` returned for it.
+        count: How many frames to return.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+
+    Returns:
+        uint8 RGB of shape (F, height, width, 3).
+
+    Raises:
+        VideoError: The picture is damaged or cut off, or has another size than ``info`` says.
     """
     with _opened(path) as picture:
         transform = srgb_transform(picture)
@@ -76,15 +92,16 @@ def read_picture(path: str | os.PathLike[str], info: VideoInfo, count: int, heig
         shrinks = height <= upright.height and width <= upright.width
         method = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
         resized = upright.resize((width, height), method)
-        # After shrinking, because it takes a second for a photograph. Colors that transparency darkened come out right
-        # to within rounding: RGB profiles are nearly powers of linear light, and those commute with a factor.
+        # Colors are converted after shrinking, because a full photograph takes a second. That is also right, up to
+        # rounding, for colors that transparency darkened: the curves of RGB profiles are nearly powers of linear light,
+        # and a power of a product is the product of the powers.
         frame_HWC = np.asarray(transform.apply(resized) if transform else resized)
     return np.repeat(frame_HWC[None], count, axis=0)
 
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    # Decoders of pictures raise whatever they stumble over in a damaged file: SyntaxError, struct.error, KeyError.
+    # For damaged files, decoders of pictures raise many types of errors, as SyntaxError, struct.error and KeyError.
     with errors_naming(path, Exception), warnings.catch_warnings(), _own_limit():
         warnings.simplefilter("ignore")
         _check_brand(path)
@@ -95,7 +112,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 @contextmanager
 def _own_limit() -> Iterator[None]:
-    # Pillow's own does not say the size of the picture.
+    # The error of Pillow's own limit does not name the size of the picture, so _check_header applies ours.
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -126,7 +143,10 @@ def _check_header(picture: Image.Image) -> None:
 
 
 def _conversions(picture: Image.Image) -> tuple[str, ...]:
-    """What is done to this picture that older versions did not do; they read AVIF as a video of one frame."""
+    """Returns the names of conversions that older versions did not apply, so that their cached tensors are not reused.
+
+    Older versions read AVIF as a video of one frame.
+    """
     is_new = {
         "avif": picture.format == "AVIF",
         ICC: srgb_transform(picture) is not None,
@@ -136,18 +156,19 @@ def _conversions(picture: Image.Image) -> tuple[str, ...]:
 
 
 def _is_deep(picture: Image.Image) -> bool:
-    """Whether a picture that is not decoded yet has 16 bits a channel."""
+    """Returns whether a picture that is not decoded yet has 16 bits per channel."""
     return picture.mode in _SIXTEEN_BITS or any(tile.args == "RGB;16B" for tile in getattr(picture, "tile", ()))
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    """8 bits RGB on black, with the EXIF data that it had."""
+    """Converts a picture to 8-bit RGB on black, and keeps its EXIF data."""
     if picture.mode in _SIXTEEN_BITS:
         values = np.asarray(picture)
         visible = np.where(values == picture.info.get("transparency"), 0, values >> 8)
         converted = Image.fromarray(visible.astype(np.uint8)).convert("RGB")
     elif picture.has_transparency_data:
-        if _is_deep(picture):  # Pillow keeps the upper bits of its colors, but the lower ones of the transparent color
+        # Pillow keeps the upper 8 bits of the colors, but the lower 8 bits of the transparent color.
+        if _is_deep(picture):
             picture.info["transparency"] = tuple(value >> 8 for value in picture.info["transparency"])
         clear = picture.convert("RGBA")
         converted = Image.composite(clear.convert("RGB"), Image.new("RGB", clear.size), clear.getchannel("A"))

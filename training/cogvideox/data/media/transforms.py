@@ -1,8 +1,9 @@
-"""From decoded frames to the size of a bucket: one resize, one crop and one flip for the whole clip.
+"""Fits frames to the size of a bucket, with one resize, one crop and one flip for the whole clip.
 
-Owns the geometry only. A Fit says what to do in plain whole numbers, so it can be hashed into a cache key; the reader
-does the resize while it decodes (decode.read_frames), apply_fit does the rest.
-Shape suffixes: F frames, H height, W width, C colour channels.
+``fit`` decides the geometry and returns a ``Fit``, which consists of integers, so that it can be hashed into a cache
+key. The reader resizes while it decodes (decode.read_frames), and ``apply_fit`` crops and flips.
+
+Shape suffixes: F frames, H height, W width, C color channels.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ CROP_MODES = ("none", "center", "random")
 
 @dataclass(frozen=True)
 class Fit:
-    """Resize to resize_height x resize_width, cut height x width at (top, left), then mirror; all in pixels."""
+    """Describes how to fit frames: resize, then crop height x width at (top, left), then flip; all in pixels."""
 
     resize_height: int
     resize_width: int
@@ -35,10 +36,21 @@ def fit(
     draw_left: float = 0.5,
     flip: bool = False,
 ) -> Fit:
-    """How a clip of height x width pixels, as shown, becomes bucket_height x bucket_width.
+    """Decides how a clip becomes the size of a bucket.
 
-    mode "none" resizes to exactly the bucket and so may stretch; "center" covers the bucket and cuts the middle;
-    "random" covers it and cuts at draw_top, draw_left, both in [0, 1). Raises ValueError for other modes and draws.
+    Args:
+        height: Height of the clip as shown, in pixels.
+        width: Width of the clip as shown, in pixels.
+        bucket_height: Height of the bucket in pixels.
+        bucket_width: Width of the bucket in pixels.
+        mode: "none" resizes to exactly the bucket, which may stretch; "center" covers the bucket and crops the middle;
+            "random" covers it and crops at a random position.
+        draw_top: Random number in [0, 1) for the vertical position of the crop.
+        draw_left: Random number in [0, 1) for the horizontal position of the crop.
+        flip: Whether frames are mirrored horizontally.
+
+    Raises:
+        ValueError: The mode or a random number is not valid.
     """
     if mode not in CROP_MODES:
         raise ValueError(f"crop mode {mode!r}: must be one of {', '.join(CROP_MODES)}")
@@ -54,20 +66,28 @@ def fit(
 
 
 def stretch(fit: Fit, height: int, width: int) -> float:
-    """How far the aspect ratio of a height x width clip is distorted: 1.0 is not at all, 2.0 twice as wide or tall."""
+    """Returns how far the aspect ratio of a height x width clip is distorted: 1.0 not at all, 2.0 twofold."""
     ratio = (fit.resize_width * height) / (fit.resize_height * width)
     return max(ratio, 1 / ratio)
 
 
 def scale(fit: Fit, height: int, width: int) -> float:
-    """The larger of the two resize factors of a height x width clip: above 1 means that it is enlarged."""
+    """Returns the larger of the two resize factors of a height x width clip; above 1 it is enlarged."""
     return max(fit.resize_height / height, fit.resize_width / width)
 
 
 def apply_fit(frames_FHWC: np.ndarray, fit: Fit) -> np.ndarray:
-    """Cut and mirror uint8 (F, resize_height, resize_width, 3) to a contiguous (F, height, width, 3).
+    """Crops and flips frames that were resized for a ``Fit``.
 
-    Raises ValueError if the frames do not have the size that `fit` was made for.
+    Args:
+        frames_FHWC: uint8 of shape (F, resize_height, resize_width, 3).
+        fit: What to do.
+
+    Returns:
+        Contiguous uint8 array of shape (F, height, width, 3).
+
+    Raises:
+        ValueError: The frames do not have the size of the fit.
     """
     expected = (fit.resize_height, fit.resize_width, 3)
     if frames_FHWC.ndim != 4 or frames_FHWC.shape[1:] != expected:
@@ -77,14 +97,15 @@ def apply_fit(frames_FHWC: np.ndarray, fit: Fit) -> np.ndarray:
 
 
 def _cover(height: int, width: int, bucket_height: int, bucket_width: int) -> tuple[int, int]:
-    """The smallest size of the clip's own aspect ratio, in whole pixels, that covers the bucket."""
-    # Whole numbers decide which side fits exactly: floats could leave that side a pixel off.
+    """Returns the smallest height and width with the clip's aspect ratio that cover the bucket."""
+    # Integer arithmetic decides which side fits exactly; with floats that side could be off by one pixel.
     if bucket_height * width >= bucket_width * height:
         return bucket_height, max(bucket_width, round(width * bucket_height / height))
     return max(bucket_height, round(height * bucket_width / width)), bucket_width
 
 
 def _place(spare: int, draw: float) -> int:
+    """Returns the offset of a crop in 0 ... ``spare`` for a random number in [0, 1)."""
     if not 0 <= draw < 1:
         raise ValueError(f"crop draw {draw}: must be in [0, 1)")
     return int(draw * (spare + 1))
