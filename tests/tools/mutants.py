@@ -85,7 +85,10 @@ MUTANTS = (
     # streams
     Mutant("memory/streaming.py", "with self.back.after_compute():", "with self.back.after():", (STREAMS,)),
     Mutant(
-        "memory/streaming.py", "_pass(loads, slots, computed(self.device))", "_pass(loads, slots, None)", (STREAMS,)
+        "memory/streaming.py",
+        "_pass(transfers, slots, computed(self.device))",
+        "_pass(transfers, slots, None)",
+        (STREAMS,),
     ),
     Mutant("memory/streaming.py", "self.out.after(self.work.mark())", "self.out.after()", (STREAMS,)),
     Mutant("memory/streaming.py", "holds.popitem(last=False)", "holds.popitem(last=True)", ("test_streaming.py",)),

@@ -1,5 +1,5 @@
-"""Host memory that passes through the device while it computes.
+"""Host memory that passes through the device while the device computes.
 
-graphs.py     compiled functions that may have many graphs
-streaming.py  tensors that pass through the device: weights, what forward keeps, gradients, masters
+graphs.py     lets compiled functions have many graphs, in every thread
+streaming.py  streams weights, saved activations, gradients and optimizer state between host and device
 """

@@ -1,4 +1,8 @@
-"""Compiled functions that may have many graphs, for sizes, levels of keeping or sampling; never eager in silence."""
+"""Raises torch.compile's limit on graphs, and turns its silent fallback to eager execution into an error.
+
+A run needs a graph for each tensor shape, for each set of saved activations and for sampling, which is more than torch
+allows by default. ``allowing_graphs`` wraps a compiled function so that the limit holds in every thread that calls it.
+"""
 
 import threading
 from collections.abc import Callable
@@ -10,16 +14,16 @@ MAX_GRAPHS = 256
 
 
 def allow_graphs() -> None:
-    """Lets torch compile many graphs, and fail where it would go on eagerly."""
+    """Lets torch compile up to MAX_GRAPHS graphs per function in this thread, and raise an error beyond that."""
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def allowing_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function, before whose first call in each thread ``allow_graphs`` is called there.
+    """Returns a compiled function that calls ``allow_graphs`` before its first call in each thread.
 
-    Since torch 2.12 each thread has settings of its own, and on a GPU backward passes run in a thread of autograd's,
-    where the ninth graph would be the end of the run.
+    Since torch 2.12 the settings belong to a thread, and on a GPU backward passes run in a thread of autograd, where
+    torch's default limit would end the run at the ninth graph.
     """
     thread = threading.local()
 

@@ -1,11 +1,27 @@
-"""Tensors that live in host memory and pass through the device when they are needed, without anybody waiting.
+"""Keeps tensors in pinned host memory and copies them through a GPU while the GPU computes.
 
-Ring: the weights of blocks, one flat pinned buffer a block, copied ahead of use into a few slots of the device.
-HostStore: what forward keeps for backward, sent to the host and brought back one such block ahead.
-HostTrainedBlocks: blocks that are trained on the host: their weights, and the sums of their gradients.
-TransferPipeline: host memory that the device changes, a load after the other: in, worked on, and out again.
-Copies run on streams of their own; events order them against the compute stream, and the host never waits for the
-device. Without a GPU the same code copies at once.
+The idea: a GPU can copy in both directions while it computes. A tensor that is not needed right now can therefore live
+in host memory, if its copy to the device starts early enough. Copies are issued on side streams. A CUDA stream runs its
+work in order, but two streams know nothing of each other; so wherever one stream touches memory that another stream
+reads or writes, it first waits for an event of that stream. These waits are made on the device. The host only issues
+work and runs ahead; it waits for the device only before it frees, resizes or reads a buffer itself.
+
+Ring: the weights of host-resident blocks. ``fetch`` copies block i + 1 into a slot while block i is computed:
+
+    compute    | block i reads slot 0 | block i + 1 reads slot 1 | block i + 2 reads slot 2 | block i + 3 ...
+    side       | copy i + 1 -> slot 1 | copy i + 2 -> slot 2     | copy i + 3 -> slot 0     |
+               compute waits for the copy before it reads a slot; the copy waits for compute before it overwrites one.
+
+HostStore: the activations that forward saves for backward. They leave on ``out``, and return on ``back`` a block ahead.
+HostGradients and HostTrainedBlocks: the gradients and weights of blocks that are trained while they live on the host.
+
+TransferPipeline: host memory that the device modifies, such as optimizer state, in three stages and three slots:
+
+    into       | copy 0 in | copy 1 in | copy 2 in  | copy 3 in  | ...     waits until its slot is free (out, 3 earlier)
+    work                   | update 0  | update 1   | update 2   | ...     waits for into
+    out                                | copy 0 out | copy 1 out | ...     waits for work; its event frees the slot
+
+Without a GPU the same code runs every copy at once, in program order, and there are no events (None).
 """
 
 import mmap
@@ -21,43 +37,54 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-ALIGNMENT = 256  # numbers, and so bytes at least; kernels read 16 at once, and one layout serves host and device
-WEIGHT_SLOTS = 3  # one in use, one arriving, one that was used last and is needed first when the direction turns
-ADVICE = ("MADV_DONTFORK", "MADV_HUGEPAGE")  # the second: fewer pages to make and to register
-IN_FLIGHT = 2  # blocks whose kept tensors may be on their way to the host
-TRANSFER_SLOTS = 3  # of a TransferPipeline: one comes, one is worked on, one leaves
+ALIGNMENT = 256  # elements, so at least as many bytes; kernels read 16 bytes at once; host and device share one layout
+WEIGHT_SLOTS = 3  # one in use, one arriving, and the one used last, which backward needs first after forward
+ADVICE = ("MADV_DONTFORK", "MADV_HUGEPAGE")  # huge pages: fewer pages to create and to register
+IN_FLIGHT = 2  # blocks whose saved tensors may be on their way to the host at a time
+TRANSFER_SLOTS = 3  # of a TransferPipeline: one is filled, one is worked on, one is emptied
 
 
 # -- flat buffers ------------------------------------------------------------------------------------------------------
 
 
 def pinned(num_bytes: int) -> Tensor:
-    """Host memory that the device copies from and to by itself; plain memory without a GPU.
+    """Returns zeroed page-locked host memory, which the device can copy asynchronously; without a GPU, plain memory.
 
-    torch's own pinned allocator rounds up to powers of two, which costs gigabytes here; so plain memory is registered.
-    It is a mapping of its own, which processes that load data do not inherit: a fork copies pinned pages at once.
+    torch's pinned allocator rounds sizes up to powers of two, which would waste gigabytes here, so this function
+    registers a separate memory mapping. The data loader's worker processes do not inherit the mapping, because a fork
+    copies pinned pages immediately.
+
+    Args:
+        num_bytes: the size of the buffer.
+
+    Returns:
+        A uint8 tensor of shape (num_bytes,). Its memory is unregistered and freed with its last view.
+
+    Raises:
+        MemoryError: the system does not allow that much memory to be pinned.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, max(1, num_bytes), flags=flags)  # whole pages: no two buffers share one
+    memory = mmap.mmap(-1, max(1, num_bytes), flags=flags)  # a page belongs to one buffer only
     for name in ADVICE:
-        with suppress(AttributeError, OSError):  # a system or a kernel that does not know it
+        with suppress(AttributeError, OSError):  # advice that this system or kernel does not know
             memory.madvise(getattr(mmap, name))
     buffer = torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
-    buffer.zero_()  # written, so that it is there
+    buffer.zero_()  # the system allocates a page only when it is first written
     if torch.cuda.is_available():
         runtime: Any = torch.cuda.cudart()
         status = runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
         if int(status) != 0:
             raise MemoryError(f"the system does not let {num_bytes / 2**30:.1f} GiB more be pinned (CUDA: {status})")
-        # when the memory is freed, or the driver would refuse the next buffer there; copies must have ended by then
+        # Unregister when the memory is freed, or the driver refuses the next buffer at the same address. Whoever drops
+        # the last view must have waited for its copies: the device would go on reading and writing freed memory.
         finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
     return buffer
 
 
 class Layout:
-    """Where tensors of given shapes and types lie in one flat buffer of bytes.
+    """Describes where tensors of given shapes and types are stored in one flat byte buffer.
 
-    If all are of one type, the same shapes of another begin at the same numbers.
+    If all tensors have one type, tensors of the same shapes and another type start at the same element offsets.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -69,22 +96,22 @@ class Layout:
             self.num_bytes += aligned(tensor.numel()) * tensor.element_size()
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """The tensors in a buffer."""
+        """Returns the tensors as views of a buffer."""
         memory = buffer.view(torch.uint8)
         return [memory[start : start + size].view(dtype).view(shape) for start, size, shape, dtype in self.entries]
 
     def flat(self, buffer: Tensor) -> Tensor:
-        """All numbers in a buffer, those between the tensors too, which mean nothing; of tensors of one type."""
+        """Returns a buffer as one vector, including the unused padding; requires that all tensors have one type."""
         return buffer[: self.num_bytes].view(self._dtype)
 
     @property
     def numbers(self) -> int:
-        """How many these are."""
+        """The number of elements in ``flat``, padding included."""
         return self.num_bytes // self._dtype.itemsize
 
     @cached_property
     def starts(self) -> list[int]:
-        """The number that each tensor begins with."""
+        """The index of each tensor's first element in ``flat``."""
         return [start // self._dtype.itemsize for start, *_ in self.entries]
 
     @cached_property
@@ -94,7 +121,7 @@ class Layout:
 
 
 def aligned(size: int) -> int:
-    """After how many numbers, or bytes, the next tensor begins."""
+    """Rounds a size in elements or bytes up to a multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -102,18 +129,18 @@ def aligned(size: int) -> int:
 
 
 class SideStream:
-    """A stream beside the compute stream; without a GPU nothing at all."""
+    """A CUDA stream next to the compute stream; without a GPU it does nothing, and copies run at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def after_compute(self) -> AbstractContextManager[Any]:
-        """Copies in this block follow what the compute stream was given so far."""
+        """Returns a context whose copies start after all work that the compute stream has been given so far."""
         return self.after(computed(self.device))
 
     def after(self, *events: Any) -> AbstractContextManager[Any]:
-        """Copies in this block follow events."""
+        """Returns a context whose copies run on this stream and start after all given events, except None."""
         if self.stream is None:
             return nullcontext()
         for event in filter(None, events):
@@ -121,33 +148,33 @@ class SideStream:
         return torch.cuda.stream(self.stream)
 
     def does(self, work: Callable[[], None], event: Any) -> None:
-        """Work that is not only copies follows an event."""
+        """Runs work on this stream after an event. Unlike in ``after``, the work may contain kernels."""
         with self.after(event):
             work()
 
     def wait(self) -> None:
-        """The host waits for all that this stream was given so far."""
+        """Blocks the host until this stream has finished all work that it has been given."""
         if self.stream is not None:
             self.stream.synchronize()
 
     def mark(self) -> Any:
-        """An event after what this stream was given so far."""
+        """Returns an event that happens when this stream has finished all work given so far; None without a GPU."""
         return self.stream.record_event() if self.stream is not None else None
 
 
 def computed(device: torch.device) -> Any:
-    """An event after what the compute stream was given so far."""
+    """Returns an event that happens when the compute stream has finished all work given so far; None without a GPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def compute_waits_for(event: Any) -> None:
-    """The compute stream goes on after an event."""
+    """Makes the compute stream wait for an event before any later work. The host does not wait."""
     if event is not None:
         torch.cuda.current_stream().wait_event(event)
 
 
 def host_waits_for(event: Any) -> None:
-    """The host goes on after an event."""
+    """Blocks the host until an event has happened."""
     if event is not None:
         event.synchronize()
 
@@ -156,31 +183,33 @@ def host_waits_for(event: Any) -> None:
 
 
 class Ring:
-    """Slots of the device for blocks that live on the host.
+    """Streams the weights of host-resident blocks into a few device slots; the least recently used one is replaced.
 
     Args:
-        hosts: the flat host buffer of each block by its number, all of one size.
-        slots: on the device; 2 are enough where the direction never turns.
+        hosts: the flat host buffer of each block by block number, all of the same size.
+        device: where the slots are allocated.
+        slots: the number of slots; 2 are enough if blocks are always used in the same direction.
     """
 
     def __init__(self, hosts: dict[int, Tensor], device: torch.device, slots: int = WEIGHT_SLOTS) -> None:
         self.hosts = hosts
-        self.written: dict[int, Callable[[], Any]] = {}  # the event after which a changed block may be read
+        self.written: dict[int, Callable[[], Any]] = {}  # by block: the event after which its new weights may be read
         self.side = SideStream(device)
         size = max(host.numel() for host in hosts.values())
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(hosts)))]
-        self.holds: OrderedDict[int, int] = OrderedDict()  # block -> slot, the one used longest ago first
-        self.arrived: dict[int, Any] = {}  # by block
+        self.holds: OrderedDict[int, int] = OrderedDict()  # block -> slot, least recently used first
+        self.arrived: dict[int, Any] = {}  # block -> event after its copy
 
     def get(self, block: int) -> int:
-        """The slot that has a block's weights for what the compute stream gets next."""
+        """Returns the number of the slot with a block's weights, which the compute stream may read from now on."""
         self.fetch(block)
         self.holds.move_to_end(block)
+        # Compute must wait for the copy into the slot, or it reads the weights of the block that was there before.
         compute_waits_for(self.arrived[block])
         return self.holds[block]
 
     def fetch(self, block: int) -> None:
-        """Starts the copy of a block, unless it is there: over the one used longest ago."""
+        """Starts copying a block to the device unless it is there already; replaces the least recently used block."""
         if block in self.holds:
             return
         if len(self.holds) < len(self.slots):
@@ -189,22 +218,25 @@ class Ring:
             last, slot = self.holds.popitem(last=False)
             del self.arrived[last]
         written = self.written[block]() if block in self.written else None
-        with self.side.after(computed(self.side.device), written):  # the first: the last use of the slot
+        # The copy waits for two things. All compute issued so far, because an earlier block may still read this slot
+        # and would see its weights change. And the optimizer's update of this block on the host, or the copy takes
+        # weights that are out of date or half written.
+        with self.side.after(computed(self.side.device), written):
             self.copy(self.slots[slot], self.hosts[block])
         self.arrived[block] = self.side.mark()
         self.holds[block] = slot
 
     def copy(self, slot: Tensor, host: Tensor) -> None:
-        """One copy, on the current stream."""
+        """Copies a host buffer into a slot on the current stream."""
         slot.copy_(host, non_blocking=True)
 
     def forget(self) -> None:
-        """What the slots have is out of date."""
+        """Marks all slots as out of date, so that the next use of each block copies it again."""
         self.holds.clear()
         self.arrived.clear()
 
     def after(self, block: int, step: int) -> int | None:
-        """The next block of the ring in a direction, 1 or -1."""
+        """Returns the next host-resident block after a block in a direction, 1 or -1; None if there is none."""
         ahead = [other for other in self.hosts if (other - block) * step > 0]
         return min(ahead, key=lambda other: abs(other - block), default=None)
 
@@ -213,7 +245,7 @@ class Ring:
 
 
 class HostStore:
-    """Named tensors of each block, on the host between forward and backward."""
+    """Stores the named tensors that each block saves for backward on the host between forward and backward."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -224,64 +256,80 @@ class HostStore:
         self.arriving: dict[int, tuple[dict[str, Tensor], Any]] = {}
 
     def put(self, block: int, kept: dict[str, Tensor]) -> None:
-        """Starts the copy to the host. The tensors stay on the device until two more blocks were put.
+        """Starts copying a block's tensors to the host. They stay on the device until IN_FLIGHT more blocks were put.
+
+        Args:
+            block: the block's number.
+            kept: the tensors by name, which the caller must not modify afterwards.
 
         Raises:
-            RuntimeError: what is there was not taken: two forward passes came before a backward pass.
+            RuntimeError: the block's earlier tensors were not taken: two forward passes ran before a backward pass.
         """
         if block in self.layouts:
             raise RuntimeError(f"block {block}: what an earlier forward pass kept was not used yet")
         layout = Layout(list(kept.values()))
         self.layouts[block] = tuple(kept), layout
         self._make_room(block, layout.num_bytes)
+        # The copy must follow the kernels that compute these tensors, or it stores what was in their memory before.
+        # This also orders it after the last reader of the host buffer: ``take`` made compute wait for the copy back.
         with self.out.after_compute():
             for host, tensor in zip(layout.views(self.buffers[block]), kept.values(), strict=True):
                 host.copy_(tensor, non_blocking=True)
         self.leaving[block] = kept, self.out.mark()
         if len(self.leaving) > IN_FLIGHT:
             _, (_, event) = self.leaving.popitem(last=False)
-            compute_waits_for(event)  # so that its memory may be given to what is computed next
+            # Dropping the tensors lets the allocator reuse their memory for whatever is computed next. Compute must
+            # wait for the copy first, or the new values reach the host instead. The copy started IN_FLIGHT blocks ago
+            # and has normally ended, so this seldom costs time.
+            compute_waits_for(event)
 
     def _make_room(self, block: int, num_bytes: int) -> None:
-        """A host buffer for a block, of so many bytes at least."""
+        """Makes sure that a block has a host buffer of at least ``num_bytes``."""
         if block in self.buffers and self.buffers[block].numel() >= num_bytes:
             return
-        if block in self.buffers:  # a larger bucket than before: the last step's copies may not have ended yet
+        if block in self.buffers:
+            # A larger bucket needs a larger buffer. The host itself must wait before it frees the old one: copies of
+            # the last step and the optimizer's pass over gradients, which compute waits for, may still use it.
             self.out.wait()
             self.back.wait()
-            host_waits_for(computed(self.device))  # which is behind the optimizer's pass over gradients
+            host_waits_for(computed(self.device))
             del self.buffers[block]
         self.buffers[block] = pinned(num_bytes)
 
     def fetch(self, block: int) -> None:
-        """Starts bringing a block's tensors back, unless they are still there."""
+        """Starts copying a block's tensors back to the device unless they are still there or already on their way."""
         if block in self.leaving or block in self.arriving or block not in self.layouts:
             return
         names, layout = self.layouts[block]
         hosts = layout.views(self.buffers[block])
         kept = {n: torch.empty_like(h, device=self.device) for n, h in zip(names, hosts, strict=True)}
-        with self.back.after_compute():  # their memory may still be in use by what was computed before
+        # The allocator may have handed out memory that earlier kernels still read or write; the copy must follow them,
+        # or it corrupts their values. Waiting for compute also covers the copy out of this buffer: the tensors left
+        # ``leaving``, and there compute waited for that copy.
+        with self.back.after_compute():
             for tensor, host in zip(kept.values(), hosts, strict=True):
                 tensor.copy_(host, non_blocking=True)
         self.arriving[block] = kept, self.back.mark()
 
     def fetch_next(self) -> None:
-        """``fetch`` of the block that a backward pass takes next, the last one put, if any are left."""
+        """Fetches the block that backward takes next, which is the last one put, if any is left."""
         if self.layouts:
             self.fetch(next(reversed(self.layouts)))
 
     def clear(self) -> None:
-        """Forgets all that was put and not taken; buffers stay."""
+        """Drops everything that was put and not taken. The host buffers stay allocated."""
         for _, event in (*self.leaving.values(), *self.arriving.values()):
-            compute_waits_for(event)  # their memory may be given to what is computed next
+            compute_waits_for(event)  # as in put: their device memory is about to be reused while copies still use it
         for held in (self.layouts, self.leaving, self.arriving):
             held.clear()
 
     def take(self, block: int) -> dict[str, Tensor]:
-        """A block's tensors, once, for what the compute stream gets next."""
+        """Removes and returns a block's tensors, by name; the compute stream may read them from now on."""
         self.fetch(block)
         del self.layouts[block]
         kept, event = self.leaving.pop(block) if block in self.leaving else self.arriving.pop(block)
+        # Tensors that came back must have arrived before compute reads them. Tensors that are still leaving are right
+        # already, but once the caller drops them their memory is reused, so compute waits for that copy as well.
         compute_waits_for(event)
         return kept
 
@@ -290,69 +338,75 @@ class HostStore:
 
 
 class HostGradients:
-    """Gradients of blocks, on the host: of each the sum over the backward passes of a step, with its norms."""
+    """Holds the gradients of blocks on the host, summed over the backward passes of a step, and their norms."""
 
     def __init__(self, device: torch.device) -> None:
         self.store = HostStore(device)
         self.norms: dict[int, list[Tensor]] = {}
 
     def add(self, block: int, gradients: list[Tensor]) -> None:
-        """Adds a block's gradients, of the type that they have; a sum of several is in fp32."""
+        """Adds the gradients of one backward pass. One pass keeps their type; the sum of several passes is in fp32."""
         if block in self.norms:
             earlier = self.store.take(block).values()
             gradients = [one.float() + other for one, other in zip(earlier, gradients, strict=True)]
             if following := [other for other in self.norms if other < block]:
-                self.store.fetch(max(following))  # a backward pass goes from the last block to the first
+                self.store.fetch(max(following))  # backward runs from the last block to the first
         self.store.put(block, {str(k): gradient for k, gradient in enumerate(gradients)})
         self.norms[block] = norms_of(gradients)
 
     def settle(self) -> None:
-        """What the compute stream gets next finds all sums on the host, and their memory free."""
+        """Orders later compute after all copies of gradients to the host, and frees their device memory."""
+        # The optimizer reads the host buffers after compute: without this wait it would read incomplete sums, and the
+        # device memory that ``leaving`` held would be reused while the copies still read it.
         compute_waits_for(self.store.out.mark())
         self.store.leaving.clear()
 
     def flat(self, block: int) -> Tensor:
-        """All numbers of a block's gradients, where they lie."""
+        """Returns all gradients of a block as one vector that is a view of the host buffer."""
         return self.store.layouts[block][1].flat(self.store.buffers[block])
 
     def clear(self) -> None:
-        """Begins a step."""
+        """Drops all sums and norms before the next step."""
         self.store.clear()
         self.norms.clear()
 
 
 def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The norm of each, fp32: the same wherever they lie; of several at once, as fast as a kernel can read."""
+    """Returns the fp32 norm of each gradient; its value does not depend on the device or grouping of the gradients."""
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return list(torch._foreach_norm(list(gradients)))
     return [torch._foreach_norm([gradient.float()])[0] for gradient in gradients]
 
 
 class HostTrainedBlocks:
-    """Blocks that are trained while they live on the host.
+    """The blocks that are trained while their weights live on the host, with their gradients.
 
     Args:
-        parameters: of each block by its number, in the order of the layout; views of its buffer in the ring.
-        device_state_blocks: the blocks that have masters and moments on the device all the same.
+        parameters: each block's parameters by block number, in the layout's order; views of its buffer in the ring.
+        ring: streams the weights to the device.
+        layout: where each parameter is stored in a block's buffer.
+        device_state_blocks: the blocks whose master weights and moments are nevertheless on the device.
     """
 
     def __init__(
         self, parameters: dict[int, list[Parameter]], ring: Ring, layout: Layout, device_state_blocks: frozenset[int]
     ) -> None:
-        self.parameters, self.ring, self.layout, self.device_state_blocks = (
-            parameters,
-            ring,
-            layout,
-            device_state_blocks,
-        )
+        self.parameters, self.ring, self.layout = parameters, ring, layout
+        self.device_state_blocks = device_state_blocks
         self.gradients = HostGradients(ring.side.device)
 
     def flat(self, block: int) -> Tensor:
-        """All numbers of a block's weights, where they lie."""
+        """Returns all weights of a block as one vector that is a view of the host buffer."""
         return self.layout.flat(self.ring.hosts[block])
 
     def changed(self, block: int, event: Callable[[], Any]) -> None:
-        """They are others after an event, which who reads them asks for."""
+        """Marks a block's weights as modified once an event happens.
+
+        Args:
+            block: the block's number.
+            event: returns that event. It is called by the next copy of the block, so that the block's update need not
+                be issued before the next forward pass needs the block.
+        """
         self.ring.written[block] = event
 
 
@@ -360,90 +414,100 @@ class HostTrainedBlocks:
 
 
 class Slice(NamedTuple):
-    """Some of what a TransferPipeline carries at a time."""
+    """One contiguous piece of host memory in a Transfer."""
 
-    home: Tensor  # its numbers on the host, in a row
-    comes: bool = True
-    leaves: bool = True
+    home: Tensor  # one-dimensional, on the host
+    comes: bool = True  # copied to the device before the work
+    leaves: bool = True  # copied back to the host after the work
 
 
 class Transfer(NamedTuple):
-    """What a TransferPipeline carries at a time, and what is done with it on the device."""
+    """Slices that share one device slot of a TransferPipeline, and the work that is done with their device copies."""
 
-    parts: Sequence[Slice]
+    slices: Sequence[Slice]
     work: Callable[[list[Tensor]], None]
 
 
 class TransferPipeline:
-    """Host memory that passes through a few slots of the device, a load after the other, beside the compute stream.
+    """Passes host memory through a few device slots, one transfer after another, in parallel with the compute stream.
 
-    While one is worked on, the next comes in and the last goes out. A pass goes as far as somebody asks for: what needs
-    its first loads runs beside the others. The slots are there until ``finish``.
+    While one transfer is worked on, the next one is copied in and the previous one is copied out. A pass is issued only
+    as far as ``reach`` asks for, so that a forward pass that needs the first transfers runs in parallel with the rest.
+    The slots stay allocated until ``finish``.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.into, self.work, self.out = SideStream(device), SideStream(device), SideStream(device)
-        self.events: list[Any] = []  # of each load so far, after which it is where it belongs
+        self.events: list[Any] = []  # of each transfer issued so far: it is back on the host
         self.rest: Iterator[Any] = iter(())
         self.held: list[Tensor] = []
 
-    def start(self, loads: Sequence[Transfer], *needed: Tensor) -> None:
-        """Begins a pass, after what the compute stream was given so far.
+    def start(self, transfers: Sequence[Transfer], *needed: Tensor) -> None:
+        """Begins a pass that follows all work that the compute stream has been given so far.
 
         Args:
-            needed: what the work reads beside its load.
+            transfers: what passes through the device, in this order.
+            needed: other device tensors that the work reads; they are kept alive until ``finish``.
         """
         self.finish()
-        size = max(sum(aligned(part.home.nbytes) for part in load.parts) for load in loads)
-        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in loads[:TRANSFER_SLOTS]]
-        self.events, self.rest = [], self._pass(loads, slots, computed(self.device))
+        size = max(sum(aligned(piece.home.nbytes) for piece in transfer.slices) for transfer in transfers)
+        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in transfers[:TRANSFER_SLOTS]]
+        # The first copies wait for compute: the slots may be memory that earlier kernels still use, and the host memory
+        # may still be written by copies that compute waits for.
+        self.events, self.rest = [], self._pass(transfers, slots, computed(self.device))
         self.held = [*slots, *needed]
 
     def reach(self, count: int) -> Any:
-        """Lets the first so many loads pass; returns the event after which they are where they belong."""
+        """Issues the first ``count`` transfers; returns the event after which all of them are back on the host."""
         self.events += islice(self.rest, max(0, count - len(self.events)))
         return self.events[count - 1]
 
     def finish(self) -> None:
-        """What the compute stream gets next finds all of a pass where it belongs, and the memory of the slots free."""
+        """Issues the rest of the pass, orders later compute after it and frees the slots."""
         self.events += self.rest
         if self.held:
+            # The slots and ``needed`` go back to the allocator and are reused by later compute, which must wait for the
+            # last transfer, or it overwrites what is still being worked on or copied out.
             compute_waits_for(self.events[-1])
             self.held = []
 
     def wait(self) -> None:
-        """Waits for the device: then the host may read and write the buffers."""
+        """Finishes the pass and blocks the host until it is done; then the host may read and write the buffers."""
         self.finish()
         host_waits_for(computed(self.device))
 
-    def _pass(self, loads: Sequence[Transfer], slots: list[Tensor], start: Any) -> Iterator[Any]:
+    def _pass(self, transfers: Sequence[Transfer], slots: list[Tensor], start: Any) -> Iterator[Any]:
+        """Issues one transfer per iteration; yields the event after which it is back on the host."""
         free = [start] * len(slots)
-        coming = self._fetch(slots[0], loads[0], start)
-        for number, load in enumerate(loads):
+        coming = self._fetch(slots[0], transfers[0], start)
+        for number, transfer in enumerate(transfers):
             here, ahead = number % len(slots), (number + 1) % len(slots)
             tensors, arrived = coming
-            self.work.does(partial(load.work, tensors), arrived)
-            if number + 1 < len(loads):
-                coming = self._fetch(slots[ahead], loads[number + 1], free[ahead])
+            # Work waits for the copies in, or it computes with what the slot held before.
+            self.work.does(partial(transfer.work, tensors), arrived)
+            if number + 1 < len(transfers):
+                # The next copies in wait until the slot's earlier transfer has been copied out, or they overwrite it.
+                coming = self._fetch(slots[ahead], transfers[number + 1], free[ahead])
+            # The copies out wait for the work, or the host gets the old values back.
             with self.out.after(self.work.mark()):
-                for part, tensor in zip(load.parts, tensors, strict=True):
-                    if part.leaves:
-                        part.home.copy_(tensor, non_blocking=True)
+                for piece, tensor in zip(transfer.slices, tensors, strict=True):
+                    if piece.leaves:
+                        piece.home.copy_(tensor, non_blocking=True)
             free[here] = self.out.mark()
             yield free[here]
 
-    def _fetch(self, slot: Tensor, load: Transfer, free: Any) -> tuple[list[Tensor], Any]:
-        """Starts the copies of a load; returns its tensors, and the event after which they are there."""
-        tensors = placed(load.parts, slot)
+    def _fetch(self, slot: Tensor, transfer: Transfer, free: Any) -> tuple[list[Tensor], Any]:
+        """Starts copying a transfer into a slot after the event ``free``; returns its tensors and their event."""
+        tensors = views_in_slot(transfer.slices, slot)
         with self.into.after(free):
-            for part, tensor in zip(load.parts, tensors, strict=True):
-                if part.comes:
-                    tensor.copy_(part.home, non_blocking=True)
+            for piece, tensor in zip(transfer.slices, tensors, strict=True):
+                if piece.comes:
+                    tensor.copy_(piece.home, non_blocking=True)
         return tensors, self.into.mark()
 
 
-def placed(parts: Sequence[Slice], slot: Tensor) -> list[Tensor]:
-    """Each part of a load in a slot, one behind the other."""
-    starts = accumulate((aligned(part.home.nbytes) for part in parts), initial=0)
-    return [slot[i : i + part.home.nbytes].view(part.home.dtype) for i, part in zip(starts, parts, strict=False)]
+def views_in_slot(slices: Sequence[Slice], slot: Tensor) -> list[Tensor]:
+    """Returns the device tensor of each slice: consecutive, aligned views of a slot."""
+    starts = accumulate((aligned(piece.home.nbytes) for piece in slices), initial=0)
+    return [slot[i : i + piece.home.nbytes].view(piece.home.dtype) for i, piece in zip(starts, slices, strict=False)]
