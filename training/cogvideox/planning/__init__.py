@@ -1,9 +1,9 @@
-"""How blocks are executed: the plan, the stack that runs it, and the checks of it.
+"""How the transformer's blocks are executed: choosing a plan, running it and checking it.
 
-plan.py         how the blocks are executed: what fits, what is fastest
-stack.py        all blocks of a transformer under a plan
-layerwise.py    a transformer that lies on the CPU, run on the device a layer at a time
-execution.py    the plan of a run: sizes, the machine measured, blocks placed
-block_check.py  blocks as a plan runs them against diffusers' own, before the first step
-warm_up.py      the largest bucket before the first step, where no plan bounds the memory
+plan.py         predicts memory and time of every plan, and chooses one
+execution.py    makes the plan of a run: reads sizes, measures the machine, sets up the transformer
+stack.py        runs all blocks of a transformer under a plan
+layerwise.py    runs a transformer that stays on the CPU on the device, one layer at a time
+block_check.py  compares blocks under the plan with diffusers' own before the first step
+warm_up.py      runs the largest bucket before the first step if no plan bounds the memory
 """

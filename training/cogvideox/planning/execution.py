@@ -1,8 +1,17 @@
-"""Makes the plan of a run and sets the transformer up for it: sizes read, the machine measured, blocks placed.
+"""Makes the execution plan of a run and sets the transformer up for it.
 
-make_plan(run, options, tensors, transformer) -> ExecutionPlan or ModulePlan; place(transformer, it, device) moves
-everything to where the plan wants it. The reference, ModulePlan, serves what a Stack does not: DoRA, LoRAs elsewhere
-than in attention and feed-forward layers, DeepSpeed, fp32 on a GPU; and, unless asked, a CPU.
+The idea: whether a run fits, and which way of running it is fastest, depends on the model, the largest bucket, the
+flags and the machine. So before the first step this module reads the sizes (``sizes_of_run``), measures free memory and
+rates (``measure_all``), turns the flags into what is still open (``axes_of``), and lets plan.choose compare all plans:
+
+    options, buckets, transformer --> sizes_of_run --> Sizes   --.
+    probes of about a second      --> measure_all  --> Machine ---+--> plan.choose --> ExecutionPlan --> place
+    --plan and its flags          --> axes_of      --> Axes    --'
+
+``make_plan`` returns the plan and ``place`` moves the transformer to where the plan wants it. A ModulePlan runs
+diffusers' own blocks and serves what a Stack does not support: DoRA, LoRAs on other layers than attention and
+feed-forward, DeepSpeed, fp32 on a GPU, and a CPU unless a flag of the plan is given. All processes of a run must choose
+the same plan, so they exchange their measurements and each takes the minimum.
 """
 
 import os
@@ -43,17 +52,17 @@ from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.run import Run, with_peaks
 
 Plan = ExecutionPlan | ModulePlan
-AVERAGE_BYTES = 4  # of a trained number, with --use_ema
-PROBE_SECONDS = 0.2  # long enough for a card to meet its power limit, as it does in a run
+AVERAGE_BYTES = 4  # per trained parameter, with --use_ema
+PROBE_SECONDS = 0.2  # long enough for a card to reach its power limit, as it does in training
 COPY_BYTES = 64 * 2**20
 LOW_COSINE = 0.999
 
 
 def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: Any) -> Plan:
-    """How this run executes the transformer, which lies on the CPU with its adapters.
+    """Chooses how this run executes the transformer, which must be on the CPU and have its adapters.
 
     Raises:
-        UsageError: what was asked for cannot be done or does not fit.
+        UsageError: a flag of the plan cannot be followed, or no allowed plan fits.
     """
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
     asked = options.plan.asked
@@ -82,21 +91,21 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {fix}") from None
     if precision != AUTO:
         run.say(quantization_report(transformer, precision, run.device, backend))
-    predicted = chosen.seconds if run.device.type == "cuda" else 0.0  # no rates of a CPU
+    predicted = chosen.seconds if run.device.type == "cuda" else 0.0  # the rates of a CPU are not measured
     any_length = compiled and len(buckets) > 1
     return replace(chosen, seconds=predicted, any_length=any_length, base_precision=precision)
 
 
 def base_precision(options: TrainOptions) -> str:
-    """In which type frozen matrices are stored."""
+    """Returns the type in which frozen matrices are stored; AUTO if they are not quantized."""
     return options.plan.base_precision if isinstance(options, LoraOptions) else AUTO
 
 
 def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: list[Bucket], transformer: Any) -> Sizes:
-    """``sizes_of`` with what the flags add.
+    """Returns ``sizes_of`` with what the flags add: optimizer state, averages and gradient accumulation.
 
     Raises:
-        UsageError: the base cannot be quantized so.
+        UsageError: the base cannot be quantized to this precision.
     """
     precision = base_precision(options)
     try:
@@ -113,10 +122,10 @@ def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: l
 
 
 def compiles(run: Run, wanted: str, drops: bool) -> bool:
-    """Whether blocks are compiled. Dropout has other masks in each step, each of which would be a graph.
+    """Returns whether blocks are compiled. Dropout prevents it: each step's masks would need another graph.
 
     Raises:
-        UsageError: they shall be, and drop.
+        UsageError: compilation was asked for together with dropout.
     """
     if drops:
         if wanted == "yes":
@@ -126,7 +135,7 @@ def compiles(run: Run, wanted: str, drops: bool) -> bool:
 
 
 def _obstacle(run: Run, options: TrainOptions, transformer: Any) -> str | None:
-    """Why a Stack does not run this model, if it does not."""
+    """Returns why a Stack cannot run this model, or None if it can."""
     if options.optimizer.use_cpu_offload_optimizer and not isinstance(options, LoraOptions):
         return "--use_cpu_offload_optimizer places what all weights need itself"
     if run.accelerator.state.deepspeed_plugin is not None:
@@ -139,7 +148,7 @@ def _obstacle(run: Run, options: TrainOptions, transformer: Any) -> str | None:
 
 
 def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
-    """What makes a plan fit."""
+    """Returns advice on which flags make a plan fit."""
     is_lora = isinstance(options, LoraOptions)
     ways = [f"--train_batch_size below {sizes.samples}"] if sizes.samples > 1 else []
     ways += [] if options.plan.asked else ["--plan off, with --gradient_checkpointing"]
@@ -149,25 +158,25 @@ def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
 
 
 def buckets_of(tensors: Tensors) -> list[Bucket]:
-    """The buckets of a run."""
+    """Returns the sorted buckets of the training samples."""
     return sorted({sample.bucket for sample in tensors.index.samples})
 
 
 def host_restrictions(options: TrainOptions, world: int) -> Iterator[str]:
-    """Why weights and state stay on the device, beside the flags of the plan: all that host_state_problems says."""
+    """Yields each reason, other than flags of the plan, why weights and optimizer state must stay on the device."""
     yield from host_state_problems(options.optimizer, deepspeed=False, name="masters and moments")
     if world > 1 and not isinstance(options, LoraOptions):
         yield "weights are trained on the host on one GPU only"
 
 
 def axes_of(options: TrainOptions, world: int = 1) -> Axes:
-    """What the flags leave open."""
+    """Returns the values that the flags leave open for each axis of the plan."""
     flags, axes = options.plan, plan.PRESETS[options.plan.plan]
     given = {"weights": flags.weights_on, "keep": flags.keep, "kept": flags.kept_on, "state": flags.optimizer_state_on}
     if list(host_state_problems(options.optimizer, deepspeed=False)):
         axes = replace(axes, state=(plan.DEVICE,))
     if not isinstance(options, LoraOptions) and any(host_restrictions(options, world)):
-        axes = replace(axes, weights=(plan.DEVICE,))  # weights that are trained have their state where they lie
+        axes = replace(axes, weights=(plan.DEVICE,))  # weights can only be trained on the host if state can be there
     axes = replace(axes, **{name: (value,) for name, value in given.items() if value != "auto"})
     if options.train.gradient_checkpointing and flags.keep == "auto":
         axes = replace(axes, keep=tuple(level for level in axes.keep if level in ("input", "attention")))
@@ -175,7 +184,7 @@ def axes_of(options: TrainOptions, world: int = 1) -> Axes:
 
 
 def quantization_report(transformer: Any, precision: str, device: torch.device, backend: str) -> str:
-    """What a quantized base does to the LoRA's gradients, of the first, the middle and the last block that has one."""
+    """Describes how much a quantized base changes LoRA gradients in the first, middle and last block with a LoRA."""
     trained = [
         block for block in transformer.transformer_blocks if any(map(active_lora, lora_target_layers(block).values()))
     ]
@@ -195,7 +204,16 @@ def sizes_of(
     dtype: torch.dtype,
     precision: str = AUTO,
 ) -> Sizes:
-    """The sizes of a run."""
+    """Returns what memory and time depend on, before the flags add theirs.
+
+    Args:
+        transformer: with its adapters, on any device.
+        geometry: the model's sizes.
+        buckets: of the training samples; the one with the most tokens counts.
+        samples: the samples in a micro-batch.
+        dtype: the compute type.
+        precision: of frozen matrices, one of quant.KINDS, or AUTO.
+    """
     blocks = transformer.transformer_blocks
     trained = [p for p in transformer.parameters() if p.requires_grad]
     elsewhere = {id(p) for p in (*trained, *(p for block in blocks for p in block.parameters()))}
@@ -223,8 +241,16 @@ def sizes_of(
 
 
 def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
-    """Free memory, and rates by probes of about a second in all; on a CPU nominal rates."""
-    host = free_host_bytes() // ranks_here()  # all of them measure now, and pin later
+    """Measures free memory, and rates by probes that take about a second in all; a CPU gets nominal rates.
+
+    Args:
+        device: the device of this process.
+        dtype: the compute type.
+        backend: the attention backend.
+        sizes: of the run; probes use the shapes of one sample.
+        budget: --vram_budget in GiB.
+    """
+    host = free_host_bytes() // ranks_here()  # all processes measure before any of them pins memory
     fits = free_device_bytes(device) if device.type == "cuda" else float(host)
     if budget is not None and device.type != "cuda":
         fits = min(fits, allowed_bytes(budget))
@@ -233,16 +259,16 @@ def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes
 
 
 def measure_all(run: Run, backend: str, sizes: Sizes, budget: float | None) -> Machine:
-    """What all processes have; each measures its own device.
+    """Measures the device of each process and returns the minimum over all processes.
 
     Raises:
-        torch.OutOfMemoryError: on all of them, where one device has no room even for the probes.
+        torch.OutOfMemoryError: on every process, if one device has no room even for the probes.
     """
-    run.barrier()  # processes of one host share its memory and its copies
+    run.barrier()  # processes on one host share its memory and bus, so all must measure at once
     own: Machine | str
     try:
         own = measure(run.device, run.dtype, backend, sizes, budget)
-    except torch.OutOfMemoryError as error:  # told to the others, who would wait for this one
+    except torch.OutOfMemoryError as error:  # gathered, because the other processes would wait for this one forever
         own = first_line(error)
     found = run.ranks.gather([own])
     for number, one in enumerate(found):
@@ -252,37 +278,37 @@ def measure_all(run: Run, backend: str, sizes: Sizes, budget: float | None) -> M
 
 
 def ranks_here() -> int:
-    """How many processes of this run are on this host."""
+    """Returns how many processes of this run are on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def agreed(machines: list[Machine]) -> Machine:
-    """The least of each figure, for all ranks to plan alike: what fits it fits everywhere."""
+    """Returns the minimum of each figure, so that all ranks choose the same plan and it fits on each of them."""
     return Machine(*map(min, zip(*map(astuple, machines), strict=True)))
 
 
 def allowed_bytes(budget: float) -> float:
-    """What tensors may take on a card of so many GiB."""
+    """Returns the bytes that tensors may take on a card of ``budget`` GiB."""
     return budget * plan.GIB - plan.CONTEXT
 
 
 def keep_to_budget(run: Run, options: TrainOptions) -> None:
-    """Holds everything from now on, T5 and validation too, to --vram_budget: more is out of memory, as on that card."""
+    """Limits all later allocations, also those of T5 and validation, to --vram_budget, as a card of that size would."""
     budget = options.plan.vram_budget
     if budget is not None and run.device.type == "cuda":
         hold_to(budget)
 
 
 def hold_to(budget: float) -> None:
-    """Makes the current GPU one of so many GiB for this process."""
+    """Limits the memory that this process may allocate on the current GPU to that of a card of ``budget`` GiB."""
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes(budget) / total))
 
 
 def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes) -> Machine:
-    """The machine with measured rates: FLOP a second of matrix products and attention, bytes a second of copies.
+    """Returns the machine with measured rates: FLOP/s of matrix products and attention, bytes/s of memory and copies.
 
-    Of the shapes of one sample: what it takes is less than a block's backward pass needs.
+    Probes use the shapes of one sample, so they need less memory than the backward pass of a block.
     """
     assert backend != CPU
     tokens, width, heads = sizes.tokens, sizes.width, sizes.heads
@@ -303,7 +329,7 @@ def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backe
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of one call on the device, in a row of them that takes PROBE_SECONDS."""
+    """Returns the seconds of one call on the device, averaged over calls that take about PROBE_SECONDS together."""
 
     def row(calls: int) -> float:
         torch.cuda.synchronize()
@@ -313,7 +339,7 @@ def seconds(run: Callable[[], Any]) -> float:
         torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    row(1)  # kernels are chosen and compiled
+    row(1)  # the first call chooses and compiles kernels
     calls = max(1, round(PROBE_SECONDS / row(1)))
     return row(calls) / calls
 
@@ -322,9 +348,10 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def place(transformer: Any, chosen: Plan, device: torch.device) -> HostTrainedBlocks | None:
-    """Moves the transformer, which lies on the CPU, to where the plan wants it, and makes it run so.
+    """Moves the transformer from the CPU to where the plan wants it, and makes it run under the plan.
 
-    Returns what is trained on the host, if anything is.
+    Returns:
+        The blocks that are trained on the host, or None if there are none.
     """
     if isinstance(chosen, ExecutionPlan):
         stack = Stack(transformer, chosen, device)
@@ -340,11 +367,11 @@ def place(transformer: Any, chosen: Plan, device: torch.device) -> HostTrainedBl
 
 
 def compile_block(block: Any) -> None:
-    """Compiles what diffusers computes with a block, in place: one graph serves all blocks of a shape."""
+    """Compiles the forward pass of a diffusers block in place; one graph serves all blocks of a shape."""
     block.compile(dynamic=False)
     block._compiled_call_impl = allowing_graphs(block._compiled_call_impl)
 
 
 def measured(step_seconds: float) -> str:
-    """What steps take and have taken up to now, for a comparison with what the plan predicted."""
+    """Returns a line with the measured step time and memory peaks, to compare with the plan's prediction."""
     return with_peaks(f"measured: {step_seconds:.2f} s a step")

@@ -1,7 +1,8 @@
-"""Runs a transformer of diffusers on the device while it lies on the CPU: a layer's tensors are there while it runs.
+"""Runs a transformer of diffusers on the device, one layer at a time, while its weights stay on the CPU.
 
-Hooks move them, and the modules compute as they always do. So what no plan has touched can be run beside a plan's
-memory, or on any card on which training ran.
+``run_layer_by_layer`` installs hooks that move each layer's tensors to the device for the duration of its forward pass;
+the modules themselves compute as always. So a transformer that no plan has modified can run in the memory that a plan
+leaves free, or on any card on which the training ran.
 """
 
 from collections.abc import Iterator
@@ -16,8 +17,13 @@ from cogvideox.planning.stack import lora_layers, quantization_kinds
 
 
 def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtype, precision: str = AUTO) -> None:
-    """Gives each layer its hooks, which bring its tensors in the compute type. The matrices that a plan quantizes have
-    the values that it computes with.
+    """Installs the hooks of every layer.
+
+    Args:
+        transformer: on the CPU.
+        device: where layers compute.
+        dtype: the compute type of the tensors on the device.
+        precision: the base precision of the plan; quantized matrices get the values that training computes with.
     """
     kinds: dict[int, str] = {}
     if precision != AUTO:
@@ -28,7 +34,7 @@ def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtyp
 
 
 def modules_with_tensors(transformer: Any) -> Iterator[tuple[Any, list[Tensor]]]:
-    """Modules with the tensors that only they use: their own; with an adapter, those of the layer and of its base."""
+    """Yields modules with the tensors that only they use; a layer with an adapter includes those of its base layer."""
     adapted = lora_layers(transformer)
     inside = {id(part) for layer in adapted for part in layer.modules()} - {id(layer) for layer in adapted}
     for module in transformer.modules():
@@ -39,7 +45,7 @@ def modules_with_tensors(transformer: Any) -> Iterator[tuple[Any, list[Tensor]]]
 
 
 def visit(module: Any, tensors: list[Tensor], device: torch.device, dtype: torch.dtype, kinds: dict[int, str]) -> None:
-    """Hooks around a module's forward pass: its tensors come to the device, and are the old ones afterwards."""
+    """Installs hooks that move a module's tensors to the device before its forward pass and restore them afterwards."""
     homes = [tensor.data for tensor in tensors]
 
     def come(*_: Any) -> None:

@@ -1,8 +1,18 @@
-"""How the transformer's blocks are executed: where weights lie, what forward keeps and where, compiled or not.
+"""Chooses how the transformer's blocks are executed, from predictions of memory and time; touches no device.
 
-Sizes (of model, data and what is trained) and Machine (free memory, measured rates) -> choose() -> ExecutionPlan, with
-the peak of the device's memory and the time of a step that it predicts. Nothing here touches a device.
-Bytes, seconds, FLOP a second. Shapes as in blocks.py; a unit is the size of a block's input.
+The idea: for each block a plan decides where its weights live, which activations forward saves for backward (the rest
+is recomputed), where these live, and where the optimizer state of host-trained weights lives. ``choose`` enumerates
+every mixture of at most two kinds of blocks (BlockPlan), predicts each one's peak and time and drops what does not fit.
+Among the plans whose time is within AS_FAST of the fastest it takes the one that copies least.
+
+    Axes (what the flags allow) --> candidates --> peak_bytes, host_bytes <= Machine? --> step_seconds --> ExecutionPlan
+
+The memory model adds up weights, gradients and optimizer state on the device, and the larger need of two moments: the
+start of backward, when all saved activations exist, and the optimizer step, when state passes through the device. The
+time model adds, for each pass, the larger of arithmetic and of copies in one direction, because the two overlap.
+
+Units: bytes, seconds, FLOP a second. Shapes as in blocks.py. A "unit" is the bytes of a block's input: samples * tokens
+* width * bytes of an element. benchmarks/one_block.py prints the measured WORKSPACE_UNITS and TRAINED_UNITS.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,66 +24,66 @@ from cogvideox.optimizer.master_weights import CHUNK_BYTES, STATE_BYTES
 
 GIB = 2**30
 DEVICE, HOST = "device", "host"
-AUTO = "auto"  # of a base precision: the compute type
-LEVELS = ("input", "attention", "linear", "all")  # of keeping, from least to most; blocks.KEPT says what each is
+AUTO = "auto"  # as a base precision: frozen weights stay in the compute type
+LEVELS = ("input", "attention", "linear", "all")  # what forward saves, from least to most; defined in blocks.KEPT
 UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10, "all": 18}  # with LoRAs on all layers; blocks.kept_at
-WORKSPACE_UNITS = {  # what a block's backward pass needs beside what was kept; benchmarks/one_block.py prints it
+WORKSPACE_UNITS = {  # by compiled, level: what a block's backward pass needs in addition to its saved activations
     True: {"input": 19.1, "attention": 17.2, "linear": 13.2, "all": 9.3},
     False: {"input": 38.2, "attention": 37.2, "linear": 28.2, "all": 25.2},
 }
-ENDS_UNITS = 1.8  # tensors in front of and behind the blocks
-TRAINED_UNITS = {  # what that needs more where all weights are trained, their gradients not counted; printed there too
+ENDS_UNITS = 1.8  # tensors before the first and after the last block
+TRAINED_UNITS = {  # what backward needs in addition if all weights are trained, without their gradients
     True: {"input": 0.6, "attention": 1.5, "linear": 0.0, "all": 0.0},
     False: {"input": 7.5, "attention": 7.4, "linear": 6.4, "all": 1.4},
 }
 RECOMPUTED = {"input": (8 / 12, 1.0, 0.0), "attention": (8 / 12, 0.0, 0.0), "linear": (0.0, 0.0, 0.0)}
 RECOMPUTED["all"] = (0.0, 0.0, -10.0)
-"""Shares of a block's forward linear layers and attention that backward computes again; units that it has less to read
-and write than TRAFFIC_UNITS says."""
-TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}  # read and written outside frozen products, by pass
+"""By level: the shares of a block's linear layers and of its attention that backward recomputes, and the units of
+memory traffic that it adds to TRAFFIC_UNITS."""
+TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}  # units outside matrix products, by pass
 WHOLE_MATRICES = {True: 0.1, False: 1.2}
-"""Share of a block's quantized matrices that is whole where memory is fullest: in a graph hardly any, measured; without
-one the largest, a third of them, is made by way of fp32."""
-HIDDEN_COPY = 0.01  # of a copy's time: what it costs the arithmetic beside it
-COPY_SHARE = 0.96  # of the measured rate, which the copies beside arithmetic reach
-BOTH_WAYS = 0.7  # of that, where both directions are full: in the optimizer's pass
-AS_FAST = 1.01  # plans whose predicted times are nearer than predictions are good count as equally fast
-FRAGMENTS = 0.94  # the share of free memory that can be filled
-HOST_SHARES = (0.6, 0.9)  # of the free host memory that plans may pin; the second if nothing fits the first
-CONTEXT = 0.6 * GIB  # of CUDA itself, on a card that --vram_budget describes
+"""By compiled: the share of a block's quantized matrices that is dequantized when memory is fullest. In a graph it is
+small (measured); without one the largest matrix, a third of them, is dequantized by way of fp32."""
+HIDDEN_COPY = 0.01  # share of a copy's time by which it slows the arithmetic that it overlaps with
+COPY_SHARE = 0.96  # share of the measured copy rate that is reached while the device computes
+BOTH_WAYS = 0.7  # share of that rate if both directions are busy, as in the optimizer's pass
+AS_FAST = 1.01  # predictions are no better than this ratio, so plans within it count as equally fast
+FRAGMENTS = 0.94  # share of free device memory that can be filled before fragmentation prevents it
+HOST_SHARES = (0.6, 0.9)  # share of free host memory that plans may pin; the second only if nothing fits the first
+CONTEXT = 0.6 * GIB  # memory of CUDA itself on the card that --vram_budget describes
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory and time follow from."""
+    """The sizes of a run that memory and time depend on."""
 
     blocks: int
     block_bytes: int  # the weights of one block, without its LoRA
     rest_bytes: int  # frozen weights and buffers outside the blocks
-    trained: int  # numbers outside of a block's own weights: in the LoRA, or in front of and behind the blocks
-    item_bytes: int  # of a number in the compute type
+    trained: int  # trained elements outside the blocks' own weights: of LoRAs, or of layers outside the blocks
+    item_bytes: int  # of an element in the compute type
     samples: int  # in a micro-batch
     tokens: int  # of a sample in the largest bucket
     width: int  # D
     heads: int
-    state_bytes: int = STATE_BYTES  # of a trained number: master, moments, its average if there is one
-    average_bytes: int = 0  # of these the average, which is where the master is, and is updated there
-    ranks: int = 1  # on this host; one of them writes
-    mapped: bool = False  # weights are pages of their file: pinned, they take memory of their own
+    state_bytes: int = STATE_BYTES  # per trained element: master weight, moments, and its average if there is one
+    average_bytes: int = 0  # the part of state_bytes for the average, which lives and is updated with the master
+    ranks: int = 1  # processes on this host; one of them writes checkpoints
+    mapped: bool = False  # loaded weights are pages of their file, so pinned copies take additional memory
     matrix_bytes: int = 0  # what a block's quantized matrices take in the compute type
     units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
-    block_trained: int = 0  # numbers in one block, if all its weights are trained
-    sum_bytes: int = 4  # of a number in gradients that are summed on the host
-    passes: int = 1  # forward and backward, in an optimizer step
+    block_trained: int = 0  # elements of one block if all weights are trained, else 0
+    sum_bytes: int = 4  # per element of the gradients that are summed on the host
+    passes: int = 1  # forward and backward passes in an optimizer step
 
     @property
     def all_trained(self) -> int:
-        """Numbers that are trained."""
+        """All trained elements."""
         return self.trained + self.blocks * self.block_trained
 
     @property
     def moving_bytes(self) -> int:
-        """What an optimizer step works on, of a trained number."""
+        """Bytes per trained element that pass through the device in an optimizer step."""
         return self.state_bytes - self.average_bytes
 
     @property
@@ -82,14 +92,14 @@ class Sizes:
         return self.samples * self.tokens * self.width * self.item_bytes
 
     def kept_bytes(self, level: str) -> int:
-        """Bytes that forward keeps of one block."""
+        """Returns the bytes that forward saves for one block at a level."""
         lse = 4 * self.samples * self.tokens * self.heads if level != "input" else 0
         return self.units_kept[LEVELS.index(level)] * self.unit + lse
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run on."""
+    """Free memory and measured rates of a machine."""
 
     device_bytes: int  # that may be filled
     host_bytes: int  # free
@@ -102,17 +112,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: where its weights lie, with their gradients, what forward keeps (blocks.KEPT), and where."""
+    """One block: where weights and their gradients live, what forward saves (blocks.KEPT), and where that lives."""
 
     weights: str = DEVICE
     keep: str = "input"
     kept: str = DEVICE
-    state: str | None = None  # of weights that are trained on the host; else, and if none, where the plan has it
+    state: str | None = None  # for host-trained weights; None means where the plan has it
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What the user wants of a plan; of each axis the values that are allowed."""
+    """The allowed values of each axis of a plan, as the flags leave them."""
 
     weights: Sequence[str] = (DEVICE, HOST)
     keep: Sequence[str] = LEVELS
@@ -173,7 +183,7 @@ class ExecutionPlan:
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """The blocks as diffusers runs them: the reference, and what any method can be trained with."""
+    """Blocks that diffusers runs: the reference, which supports every training method."""
 
     recompute: bool  # a block's activations are computed again in the backward pass
     compiled: bool  # each block by torch.compile, one graph for all
@@ -184,19 +194,26 @@ class ModulePlan:
 
 
 class NoPlanError(ValueError):
-    """No plan that is allowed fits; the text has the smallest one's sizes."""
+    """No allowed plan fits; the message has the sizes of the smallest one."""
 
 
 # -- prediction --------------------------------------------------------------------------------------------------------
 
 
 def mixture(first: BlockPlan, second: BlockPlan, count: int, total: int) -> tuple[BlockPlan, ...]:
-    """``count`` blocks of the first kind among ``total``, evenly spread, so that copies have time between them."""
+    """Spreads ``count`` blocks of the first kind evenly over ``total``, so that their copies have time to overlap."""
     return tuple(first if (i + 1) * count // total > i * count // total else second for i in range(total))
 
 
 def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes) -> int:
-    """The device's memory at its fullest: as backward begins, with all that was kept, or in the optimizer's step."""
+    """Predicts the peak of device memory: at the start of backward or in the optimizer step, whichever is larger.
+
+    Args:
+        kinds: how many blocks have each kind of plan.
+        state: where optimizer state lives, unless a block's plan says otherwise.
+        compiled: whether blocks are compiled.
+        sizes: of the run.
+    """
     streamed = streamed_blocks(kinds)
     total = sizes.rest_bytes + (sizes.blocks - streamed + min(WEIGHT_SLOTS, streamed)) * sizes.block_bytes
     total += sizes.trained * (sizes.item_bytes + 4)  # weights, and the flat fp32 gradients
@@ -212,7 +229,7 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
 
 
 def load_bytes(streamed: int, sizes: Sizes) -> int:
-    """The optimizer's state on its way through the device."""
+    """Returns the device bytes of the optimizer's transfer slots."""
     numbers = min(sizes.all_trained, CHUNK_BYTES // STATE_BYTES)
     with_weights = streamed and sizes.block_trained  # these come with gradients, which become fp32, and leave
     load = sizes.moving_bytes + (sizes.sum_bytes + sizes.item_bytes if with_weights else 0)
@@ -220,15 +237,15 @@ def load_bytes(streamed: int, sizes: Sizes) -> int:
 
 
 def gradient_bytes(streamed: int, sizes: Sizes) -> int:
-    """What there is of gradients of whole blocks, outside the sums: one block's, and those on their way to the host."""
+    """Returns the device bytes of block gradients: those of the current block, and those on their way to the host."""
     sums = sizes.sum_bytes * min(IN_FLIGHT, streamed)
     if streamed and sizes.sum_bytes > sizes.item_bytes:
-        sums += 2 * sizes.sum_bytes  # the sums of earlier passes come back, one block ahead
+        sums += 2 * sizes.sum_bytes  # earlier sums are copied back, one block ahead
     return sizes.block_trained * (sizes.item_bytes + sums)
 
 
 def in_flight_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
-    """What leaves for the host, or comes back: of the last blocks that keep there, however far apart they are."""
+    """Returns the device bytes of saved activations that are on their way to or from the host."""
     away = {kind: n for kind, n in kinds.items() if kind.kept == HOST}
     total, left = 0, min(IN_FLIGHT, sum(away.values()))
     for kind, n in sorted(away.items(), key=lambda item: -sizes.kept_bytes(item[0].keep)):
@@ -238,55 +255,58 @@ def in_flight_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
 
 
 def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
-    """Host memory beside what was loaded there already, of which streamed blocks take over their share."""
+    """Predicts the additional host memory; the pinned weights of streamed blocks replace the loaded ones."""
     weights = streamed_blocks(kinds) * sizes.block_bytes
     loaded = 0 if sizes.mapped else max(0, weights - sizes.block_bytes)
     written = 0
-    if sizes.block_trained:  # state that is on the device is copied for a checkpoint; the end has all weights again
+    if sizes.block_trained:  # checkpoints copy the device's state; the export copies all weights
         again = 0 if sizes.mapped else sizes.blocks * sizes.block_bytes
         written = max(again, state_on_device(kinds, state, sizes) * sizes.state_bytes) // sizes.ranks
     return pinned_bytes(kinds, state, sizes) - loaded + written
 
 
 def pinned_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
-    """Host memory that the device copies from and to: weights, what was kept, gradients, the optimizer's state."""
+    """Predicts pinned host memory: weights, saved activations, gradients and optimizer state."""
     weights, kept, gradients, _ = copied_bytes(kinds, state, sizes)
     on_host = sizes.all_trained - state_on_device(kinds, state, sizes)
     return weights + kept + gradients + on_host * sizes.state_bytes
 
 
 def streamed_blocks(kinds: dict[BlockPlan, int]) -> int:
-    """How many have their weights on the host."""
+    """Returns how many blocks have their weights on the host."""
     return sum(n for kind, n in kinds.items() if kind.weights == HOST)
 
 
 def state_on_device(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
-    """How many trained numbers have masters and moments there."""
+    """Returns how many trained elements have their master weights and moments on the device."""
     blocks = sum(n for kind, n in kinds.items() if kind.weights == HOST and (kind.state or state) == DEVICE)
     return blocks * sizes.block_trained + (others(kinds, sizes) if state == DEVICE else 0)
 
 
 def others(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
-    """How many numbers are trained, but not on the host."""
+    """Returns how many trained elements have their weights on the device."""
     return sizes.trained + (sizes.blocks - streamed_blocks(kinds)) * sizes.block_trained
 
 
 def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple[int, int, int, int]:
-    """What is copied between host and device: weights in each pass, what was kept each way, gradients, and each way
-    what an optimizer step works on.
+    """Returns the bytes copied between host and device.
+
+    Returns:
+        (weights per pass, saved activations per direction, gradients, optimizer state and gradients per direction).
     """
     streamed = streamed_blocks(kinds)
     kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
     gradients = streamed * sizes.block_trained * sizes.sum_bytes
     on_host = sizes.all_trained - state_on_device(kinds, state, sizes)
-    moved = on_host * sizes.moving_bytes + gradients  # as many weights leave as gradients come, or fewer
+    moved = on_host * sizes.moving_bytes + gradients  # no more bytes of weights leave than of gradients come
     return streamed * sizes.block_bytes, kept, gradients, moved
 
 
 def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
-    """Seconds of a step: each pass takes as long as its arithmetic or its copies of one direction, whichever is more.
+    """Predicts the seconds of a step: each pass takes the larger of its arithmetic and its copies in one direction.
 
-    Of the whole pass, not of each block: blocks of different kinds take turns, and copies start ahead.
+    The maximum is taken over the whole pass and not for each block, because blocks of different kinds take turns and
+    copies start ahead. Arguments as in ``peak_bytes``; the machine has the rates.
     """
     linear = 24 * sizes.samples * sizes.tokens * sizes.width**2 / machine.matmul
     scores = 4 * sizes.samples * sizes.tokens**2 * sizes.width
@@ -299,20 +319,20 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     again = 0.0
     for kind, n in kinds.items():
         linears, attentions, units = RECOMPUTED[kind.keep]
-        linears = 1.0 if linears and trains_all else linears  # gates too need what their layers gave
+        linears = 1.0 if linears and trains_all else linears  # gradients of gates need the layers' outputs
         again += n * (linears * linear + attentions * attend + units * unit)
     forward = sizes.blocks * (linear + attend + forward_traffic)
     backward = sizes.blocks * ((2 if trains_all else 1) * linear + attend_backward + backward_traffic) + again
-    earlier = gradients * (1 - 1 / sizes.passes)  # sums come back for all passes of a step but the first
+    earlier = gradients * (1 - 1 / sizes.passes)  # the sums are copied back in all passes but the first
     total = max(forward, weights, kept) + max(backward, weights + kept + earlier, gradients)
     total += HIDDEN_COPY * (2 * (weights + kept) + gradients + earlier)
     on_device = 2 * sizes.state_bytes * state_on_device(kinds, state, sizes) / machine.memory
-    # what belongs to weights that are trained on the host passes while the next forward pass begins, all else before it
+    # State of host-trained weights passes through the device while the next forward pass runs, other state before it.
     before = others(kinds, sizes) * sizes.moving_bytes / copies if state == HOST else 0.0
     before, behind = before / BOTH_WAYS, (moved - before) / BOTH_WAYS
     hidden = max(forward, weights, kept) + behind - max(forward, weights + behind, kept + behind)
     if sizes.average_bytes and moved:
-        hidden = 0.0  # the average on the host waits for all
+        hidden = 0.0  # the average is updated by the host, which waits for the whole pass
     return sizes.passes * total + before + behind - hidden + on_device
 
 
@@ -320,9 +340,9 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
 
 
 def candidates(axes: Axes, sizes: Sizes) -> Iterator[tuple[BlockPlan, BlockPlan, int, str]]:
-    """(kind, other kind, how many of the first, where the state is): all plans of at most two kinds of blocks.
+    """Yields (kind, other kind, blocks of the first kind, where state lives) of all plans with at most two kinds.
 
-    Where weights are trained on the host, the state of each such block is here or there, whatever all others have.
+    A block that is trained on the host has its own choice of where its optimizer state lives.
     """
     blocks = sizes.blocks
     kinds = [
@@ -338,10 +358,10 @@ def candidates(axes: Axes, sizes: Sizes) -> Iterator[tuple[BlockPlan, BlockPlan,
 
 
 def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
-    """Of the plans that fit and are as fast as the fastest, the one that copies least between host and device.
+    """Chooses, among the plans that fit and are about as fast as the fastest, the one that copies least.
 
     Raises:
-        NoPlanError: none fits.
+        NoPlanError: no allowed plan fits.
     """
     comfortable, all_of_it = (replace(machine, host_bytes=int(machine.host_bytes * share)) for share in HOST_SHARES)
     try:
@@ -351,7 +371,7 @@ def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention
 
 
 def fastest(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
-    """``choose``, where all of the machine's host memory may be pinned."""
+    """Does what ``choose`` does if plans may pin all of ``machine.host_bytes``."""
     found, least = [], None
     for first, second, count, state in candidates(axes, sizes):
         kinds = {first: count} if first == second else {first: count, second: sizes.blocks - count}

@@ -1,12 +1,21 @@
-"""Runs a transformer's blocks under an execution plan, in place of their own forward passes.
+"""Runs all transformer blocks of a CogVideoX under an execution plan, in place of diffusers' own forward passes.
 
-Stack(transformer, plan, device).install(): diffusers' forward, and so the pipeline's sampling too, then runs all blocks
-here. Each block is one autograd function around the two functions of blocks.py: what is kept between them and where,
-where weights lie, whether it is compiled, is the plan's. Names and values of the parameters stay as they were, but for
-those that the plan quantizes: their module has an empty tensor, so that nothing else can compute with it.
-Trained are LoRAs, which stay on the device, or all weights. Of these, gradients follow weights: autograd has those of
-the device, ``host_trained`` those of the host.
-Shapes as in blocks.py.
+The idea: diffusers calls its blocks one after another. ``Stack.install`` makes the first block run all of them and the
+others pass their inputs on, so that training and the pipeline's sampling use the plan without knowing it. Each block is
+one autograd function (RunBlock) around two plain functions, blocks.forward and blocks.backward. What lies between those
+two is the plan's choice for each block: which activations are saved, on which device, where the weights are stored, and
+whether the functions are compiled.
+
+    forward    weights(i): from the device, or from a slot of the Ring, which starts copying the next block
+               x -> blocks.forward -> y, saved --> autograd's saved tensors, or HostStore.put to the host
+    backward   weights(i), now in descending order; saved <-- autograd, or HostStore.take, which fetches one block ahead
+               dy, saved -> blocks.backward -> dx and the gradients of the trained weights
+                   of LoRAs and of weights on the device --> autograd, as usual
+                   of weights on the host                --> HostGradients.add, which copies them to the host
+
+Names and values of the parameters do not change, except for matrices that the plan quantizes: their module then has an
+empty tensor, so that nothing else can compute with it. Either LoRAs are trained, which always live on the device, or
+all weights. Shapes as in blocks.py.
 """
 
 from collections.abc import Callable
@@ -25,15 +34,18 @@ from cogvideox.model.quant import Quantized, Weight, quantize
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, ExecutionPlan
 
 META = torch.device("meta")
-SAMPLE_TOKENS = 256  # of gradient_cosine, a fourth of them text
+SAMPLE_TOKENS = 256  # the sequence length in gradient_cosine; a fourth of it is text
 
 
 def for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
-    """blocks.forward or blocks.backward, compiled: one graph for all numbers of tokens."""
+    """Wraps compiled blocks.forward or blocks.backward so that one graph serves every number of tokens.
+
+    The token dimension of every argument is marked as dynamic before the call.
+    """
 
     def call(x: Tensor, p: Block, shared: Shared, keep_or_kept: Any) -> Any:
         marked = [(x, 1), *((table, 0) for table in shared.rotary or ())]
-        if isinstance(keep_or_kept, dict):  # of tensors, in backward; forward is given names
+        if isinstance(keep_or_kept, dict):  # backward gets saved tensors; forward gets the names of those to save
             marked += [(tensor, 2 if name == "lse" else 1) for name, tensor in keep_or_kept.items()]
         for tensor, dim in marked:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
@@ -43,12 +55,13 @@ def for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Stack:
-    """See the top of the file.
+    """All blocks of a transformer, executed as a plan says; the module docstring explains how.
 
     Args:
-        transformer: a CogVideoX of diffusers, all of which is trained, or on which PEFT put adapters, of which only
-            matrices of plain LoRAs in attention and feed-forward layers; ``is_supported`` says whether that is so.
-        device: where it computes. Blocks come to it as the plan says; the rest must be there.
+        transformer: a CogVideoX of diffusers for which ``is_supported`` is true: either all of it is trained, or only
+            plain LoRAs on attention and feed-forward layers are. It is moved to where the plan wants it.
+        plan: where weights, saved activations and optimizer state live, and what is saved, for each block.
+        device: where the blocks compute.
     """
 
     def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
@@ -68,9 +81,10 @@ class Stack:
         self._place(transformer)
 
     def _place(self, transformer: Any) -> None:
-        """Moves everything to where the plan wants it, a block at a time, each into one flat buffer.
+        """Moves everything to where the plan wants it, block by block, each into one flat buffer.
 
-        One layout for all: on a CPU the bits of a matrix product depend on where its factors begin.
+        All blocks share one layout, on the host and on the device, because on a CPU the rounding of a matrix product
+        depends on the alignment of its factors.
         """
         precision = self.plan.base_precision
         own = [base_parameters(module) for module in self.modules]
@@ -104,7 +118,7 @@ class Stack:
         self.host_trained = HostTrainedBlocks(trained, self.ring, layout, here) if trained and self.ring else None
 
     def install(self) -> None:
-        """The first block runs them all, the others nothing: diffusers passes from one to the next."""
+        """Replaces the forward passes: the first block runs all blocks, and the others return their inputs."""
         self.modules[0].forward = self.run
         for module in self.modules[1:]:
             module.forward = lambda hidden_states, encoder_hidden_states, **_: (hidden_states, encoder_hidden_states)
@@ -117,13 +131,24 @@ class Stack:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """All blocks: (video, (B, S - L, D), and text, (B, L, D)) -> the same."""
+        """Runs all blocks; has the signature of a diffusers block.
+
+        Args:
+            hidden_states: the video tokens, (B, S - L, D).
+            encoder_hidden_states: the text tokens, (B, L, D).
+            temb: the time embedding, (B, time embedding).
+            image_rotary_emb: cosines and sines for the video tokens, (S - L, E) each.
+            attention_kwargs: ignored.
+
+        Returns:
+            The new video and text tokens, in the same shapes.
+        """
         length = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         rotary = self._padded(image_rotary_emb, length)
         shared = Shared(temb.detach(), rotary, length, self.heads, self.plan.attention)
         if self.host_trained and self.ring:
-            self.ring.forget()  # since the last pass the weights on the host may have changed
+            self.ring.forget()  # an optimizer step may have changed the weights on the host since the last pass
         if torch.is_grad_enabled():
             for i in range(len(self.modules)):
                 x = RunBlock.apply(x, temb, i, self, shared, *self._trained(i))
@@ -132,7 +157,7 @@ class Stack:
         return x[:, length:], x[:, :length]
 
     def _sample(self, x: Tensor, shared: Shared) -> Tensor:
-        """All blocks without gradients; a guided pair of samples one after the other, to need no more than one does."""
+        """Runs all blocks without gradients, sample by sample, so that guidance needs the memory of one."""
         samples = list(x.split(1))
         conditions = [shared._replace(temb=temb) for temb in shared.temb.split(1)]
         for i in range(len(self.modules)):
@@ -142,7 +167,12 @@ class Stack:
         return torch.cat(samples)
 
     def _padded(self, rotary: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor] | None:
-        """The tables with no turn in front, for the text; the last ones are kept, a run has few shapes in a row."""
+        """Prepends the identity rotation for text tokens to the rotary tables; caches the result for the last tables.
+
+        Args:
+            rotary: cosines and sines of the video tokens, (S - L, E) each, or None.
+            length: L, the number of text tokens.
+        """
         if rotary is None:
             return None
         if self._rotary[0] is not rotary[0]:
@@ -154,16 +184,23 @@ class Stack:
         return tables
 
     def _trained(self, i: int) -> list[Tensor]:
-        """What autograd gets a block's gradients for, in the order of blocks.Block."""
+        """Returns the tensors of a block that autograd returns gradients for, in the order of blocks.Block."""
         if self.trains_all:
             return base_parameters(self.modules[i]) if i in self.resident else []
         return lora_matrices(self.modules[i], self.device)
 
     def weights(self, i: int, direction: int, trained: list[Tensor]) -> Block:
-        """A block's weights for what the compute stream gets next; the block after it starts to come."""
+        """Returns a block's weights, ready for the compute stream, and starts copying the next streamed block.
+
+        Args:
+            i: the block's number.
+            direction: 1 in forward, -1 in backward; says which block is needed next.
+            trained: the tensors that autograd trains, in place of the module's.
+        """
         forms, order = self.resident.get(i), self.order[i]
         if self.ring is not None:
             ahead = self.ring.after(i, direction)
+            # This block first: its slot then counts as the most recently used one, so the copy ahead cannot replace it.
             forms = self.slots[self.ring.get(i)] if forms is None else forms
             if ahead is not None:
                 self.ring.fetch(ahead)
@@ -172,14 +209,18 @@ class Stack:
 
 
 class RunBlock(torch.autograd.Function):
-    """One block of a Stack: (x, time embedding, number, stack, what is shared, what autograd trains of it) -> y."""
+    """Runs one block of a Stack as an autograd function.
+
+    Inputs are x (B, S, D), the time embedding, the block's number, the stack, what all blocks share and the block's
+    tensors that autograd trains; the output is y (B, S, D).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, _temb: Tensor, i: int, stack: Stack, shared: Shared, *trained: Tensor) -> Tensor:
         plan = stack.plan.blocks[i]
-        if not any(ctx.needs_input_grad):  # in front of the first LoRA: no backward pass would take what is kept
+        if not any(ctx.needs_input_grad):  # before the first LoRA: no backward pass will take saved tensors
             return stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, ())[0]
-        x = x.detach()  # only the first block's needs no gradient: one graph is to serve all
+        x = x.detach()  # or the first block, whose x needs no gradient, would get a graph of its own
         p = stack.weights(i, 1, list(trained))
         y, kept = stack.forward_block(x, p, shared, blocks.kept_at(plan.keep, p))
         kept["x"] = x
@@ -200,7 +241,7 @@ class RunBlock(torch.autograd.Function):
         trained = list(ctx.saved_tensors[:count])
         saved = [tensor.detach() for tensor in ctx.saved_tensors[count:]]
         kept = dict(zip(ctx.names, saved, strict=True)) if here else stack.store.take(i)
-        stack.store.fetch_next()
+        stack.store.fetch_next()  # before this block's kernels are issued, so that the copy overlaps with them
         dx, dtemb, found = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
         gradients = [gradient for name in Block._fields for gradient in found.get(name, ())]
         if gradients and not trained:
@@ -213,49 +254,56 @@ class RunBlock(torch.autograd.Function):
 
 
 def base_parameters(module: Any) -> list[Parameter]:
-    """The parameters of a block without its LoRAs, in the order of blocks.Block."""
+    """Returns the parameters of a block without its LoRAs, in the order of blocks.Block."""
     layers = map(base_layer_of, block_layers(module).values())
     return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
 
 
 def stored_weights(module: Any, precision: str, device: torch.device) -> list[Weight]:
-    """The same: as they are, or, if a precision is given, the matrices of linear layers quantized on a device."""
+    """Returns ``base_parameters`` in the form in which a plan stores them.
+
+    Args:
+        module: a block of diffusers.
+        precision: of the matrices of linear layers, one of quant.KINDS; AUTO leaves them unchanged.
+        device: where matrices are quantized.
+    """
     kinds = quantization_kinds(module, precision) if precision != AUTO else {}
     return [quantize(p.detach().to(device), kinds[p]) if p in kinds else p.detach() for p in base_parameters(module)]
 
 
 def quantization_kinds(module: Any, precision: str) -> dict[Tensor, str]:
-    """In which kind each matrix of a block's linear layers is quantized.
+    """Returns the quantization kind of each matrix of a block's linear layers.
 
-    Those of adaLN are int8 in all: nf4 there would save 4 % of bf16 more, and turn gradients as far again as the rest.
+    Matrices of adaLN are always int8: nf4 would save another 4 % of the bf16 size, but would change gradients by as
+    much again as quantizing all other matrices does.
     """
     kinds = {base_layer_of(layer).weight: precision for layer in lora_target_layers(module).values()}
     return kinds | {layer.weight: "int8" for layer in (module.norm1.linear, module.norm2.linear)}
 
 
 def flatten(forms: list[Weight]) -> list[Tensor]:
-    """All tensors that weights are made of."""
+    """Returns all tensors that make up weights: one for a plain weight, three for a quantized one."""
     return [tensor for form in forms for tensor in ((form,) if isinstance(form, Tensor) else form)]
 
 
 def unflatten(forms: list[Weight], tensors: list[Tensor]) -> list[Weight]:
-    """Weights like others, made of other tensors: the inverse of ``flatten``."""
+    """Returns weights of the same forms as ``forms``, made of other tensors; the inverse of ``flatten``."""
     left = iter(tensors)
     return [next(left) if isinstance(f, Tensor) else Quantized(next(left), next(left), next(left)) for f in forms]
 
 
 def base_bytes(module: Any, precision: str = AUTO) -> int:
-    """What they take in a flat buffer."""
+    """Returns the bytes that ``stored_weights`` take in a flat buffer."""
     return Layout(flatten(stored_weights(module, precision, META))).num_bytes
 
 
 def unquantized_matrix_bytes(module: Any) -> int:
-    """What the matrices that may be quantized take as they are."""
+    """Returns the bytes of the matrices that may be quantized, in their original type."""
     return sum(matrix.nbytes for matrix in quantization_kinds(module, AUTO))
 
 
 def block_layers(module: Any) -> dict[str, Any]:
-    """The layers of a block by their names in blocks.Block, in its order."""
+    """Returns the layers of a block by their names in blocks.Block, in its order."""
     attention, feed_forward = module.attn1, module.ff.net
     pieces = {
         "modulation1": module.norm1.linear,
@@ -275,13 +323,13 @@ def block_layers(module: Any) -> dict[str, Any]:
 
 
 def lora_target_layers(module: Any) -> dict[str, Any]:
-    """The linear layers that a plain LoRA may be on, by their names in blocks.Block."""
+    """Returns the linear layers that may have a plain LoRA, by their names in blocks.Block."""
     pieces = block_layers(module)
     return {name: pieces[name] for name in LORA_LAYERS}
 
 
 def active_lora(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
-    """(A, B, scale, dropout or None) of a layer's active adapter, if it has one. Dropout is None in evaluation."""
+    """Returns (A, B, scale, dropout) of a layer's active adapter, or None. Dropout is None if it drops nothing now."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters or not layer.active_adapters:
         return None
     (adapter,) = layer.active_adapters
@@ -293,12 +341,12 @@ def active_lora(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
 
 
 def base_layer_of(layer: Any) -> Any:
-    """A linear layer without its adapters."""
+    """Returns the linear layer that PEFT wrapped, or the layer itself."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
 def lora_matrices(module: Any, device: torch.device) -> list[Tensor]:
-    """The LoRA matrices of a block on a device: PEFT puts what it loads beside the base layer, maybe on the host."""
+    """Returns a block's LoRA matrices on a device; PEFT loads them next to the base layer, which may be on the host."""
     pairs = (active_lora(layer) for layer in lora_target_layers(module).values())
     return [matrix.to(device) for pair in pairs if pair is not None for matrix in pair[:2]]
 
@@ -306,11 +354,12 @@ def lora_matrices(module: Any, device: torch.device) -> list[Tensor]:
 def block_weights(
     module: Any, matrices: list[Tensor] | None = None, place: Callable[[Tensor], Any] = lambda p: p
 ) -> Block:
-    """A block's weights out of its module.
+    """Collects a block's weights from its module.
 
     Args:
-        matrices: of its LoRAs; those of the module if not given.
-        place: where, and in which form, a parameter of its own lies now.
+        module: a block of diffusers.
+        matrices: the LoRA matrices to use, in the order of blocks.Block; by default those of the module.
+        place: returns the tensor or quantized matrix that is used for a parameter.
     """
     given = iter(matrices) if matrices is not None else None
 
@@ -333,18 +382,18 @@ def block_weights(
 
 
 def lora_layers(transformer: Any) -> list[Any]:
-    """All layers that PEFT put adapters on."""
+    """Returns all layers that have a LoRA of PEFT."""
     return [module for module in transformer.modules() if hasattr(module, "lora_A")]
 
 
 def is_supported(transformer: Any) -> bool:
-    """Whether a Stack runs it: all of it is trained, or only plain LoRAs of its blocks are."""
+    """Returns whether a Stack can run a transformer: all of it is trained, or only plain LoRAs of its blocks are."""
     layers = lora_layers(transformer)
     return plain_lora(transformer) if layers else all(p.requires_grad for p in transformer.parameters())
 
 
 def plain_lora(transformer: Any) -> bool:
-    """Whether all that is trained are LoRA matrices of the blocks that a Stack runs."""
+    """Returns whether only LoRA matrices on the layers that a Stack supports are trained, without DoRA."""
     own = {
         id(m)
         for module in transformer.transformer_blocks
@@ -357,7 +406,7 @@ def plain_lora(transformer: Any) -> bool:
 
 
 def _drops_alike(layer: Any) -> bool:
-    """Whether dropout, if any, has the same mask when a block is computed again."""
+    """Returns whether dropout, if any, draws the same mask when a block is recomputed."""
     return all(isinstance(dropout, (nn.Identity, SampleDropout)) for dropout in layer.lora_dropout.values())
 
 
@@ -366,7 +415,7 @@ def _drops_alike(layer: Any) -> bool:
 
 @torch.no_grad()
 def gradient_cosine(module: Any, precision: str, device: torch.device, backend: str) -> float:
-    """Between a block's LoRA gradients with its weights quantized and as they are: of random inputs and outputs."""
+    """Returns the cosine of a block's LoRA gradients with and without quantized weights, on random inputs."""
     generator = torch.Generator().manual_seed(0)
     heads, dtype = module.attn1.heads, module.norm1.linear.weight.dtype
     sizes = ((1, SAMPLE_TOKENS, module.attn1.inner_dim),) * 2 + ((1, module.norm1.linear.in_features),)
@@ -382,7 +431,7 @@ def gradient_cosine(module: Any, precision: str, device: torch.device, backend: 
 
 
 def block_weights_on(module: Any, precision: str, device: torch.device) -> Block:
-    """A copy of a block's weights on a device in a precision."""
+    """Returns a copy of a block's weights on a device in a precision."""
     forms = dict(zip(base_parameters(module), stored_weights(module, precision, device), strict=True))
 
     def place(p: Tensor) -> Weight:
