@@ -1,10 +1,10 @@
-"""Before the first step: single blocks as training runs them, against diffusers' own forward pass and autograd.
+"""Compares single blocks, executed the way training will, with diffusers' own forward pass and autograd.
 
-The first and the last block, in the run's type, attention and compilation, on as many tokens as fit. An ExecutionPlan
-is compared through a Stack of one copied block, so that weights, kept tensors and gradients take the way that they take
-in training; compiled blocks of diffusers are compared with the same blocks as they are. This happens before the plan
-places anything, within the memory that it is to take, so the peak of a run stays what it is.
-Shapes as in blocks.py.
+``check_blocks`` runs before the first step, on the first and the last block, in the run's type, attention backend and
+compilation mode, on as many tokens as fit. An ExecutionPlan is checked through a Stack of one copied block, so that
+weights, saved activations and gradients take the same paths as in training. Blocks that diffusers runs compiled are
+compared with the same blocks uncompiled. The check runs before the plan places anything and stays within the plan's
+predicted memory, so it does not raise the peak of a run. Shapes as in blocks.py.
 """
 
 import copy
@@ -30,30 +30,35 @@ from cogvideox.rng import key_of
 from cogvideox.runtime.run import Run
 
 APART = {torch.float32: 1e-9, torch.float16: 1e-4, torch.bfloat16: 1e-4}
-"""How far below 1 the cosine may be: of outputs, of gradients of inputs, of all gradients of matrices together."""
-APART_QUANTIZED = 1e-3  # where frozen matrices are quantized, or attention is
+"""How far below 1 the cosine may be for outputs, gradients of inputs, and the gradients of all matrices together."""
+APART_QUANTIZED = 1e-3  # the same, if frozen matrices or attention are quantized
 LAYER, NORM = 10, 1000
-"""How many times farther: of the gradients of one layer, as those of queries and keys are differences of numbers that
-are nearly equal; and of one norm, a sum over all tokens, in which random numbers nearly cancel. Rounding to 16 bits
-alone puts two right ways to compute them 1e-4 and 2e-2 apart.
+"""Factors on these tolerances for the gradients of one layer and of one norm.
+
+Gradients of queries and keys are differences of nearly equal numbers, and the gradient of a norm is a sum over all
+tokens in which random numbers nearly cancel. Two correct computations in 16 bits differ by 1e-4 and 2e-2 there.
 """
-LEAST_PATCHES = 64  # of a sample's video; with fewer there is not much to compare
-CHUNK = 2**24  # numbers that are compared at a time
+LEAST_PATCHES = 64  # video tokens of a sample; fewer would not be a meaningful comparison
+CHUNK = 2**24  # elements that are compared at a time
 GRADIENT = "gradient of "
 
 
 class BlockError(RuntimeError):
-    """Training would compute something else with a block than diffusers does."""
+    """Training would compute a block differently from diffusers."""
 
 
 def check_blocks(run: Run, samples: int, tensors: Tensors, transformer: Any, plan: Plan) -> None:
-    """Compares the first and the last block of a transformer that lies on the CPU with its adapters.
+    """Checks the first and the last block against diffusers, and prints the lowest cosine.
 
     Args:
-        samples: in a micro-batch.
+        run: the run, for its device and its output.
+        samples: the samples in a micro-batch.
+        tensors: the data set, for its buckets and geometry.
+        transformer: on the CPU, with its adapters.
+        plan: how training will execute the blocks.
 
     Raises:
-        BlockError: which block and which quantity differ, and by how much.
+        BlockError: a quantity of a block differs; the message says which one and by how much.
     """
     if not isinstance(plan, ExecutionPlan) and not plan.compiled:
         return  # the blocks run as diffusers has them
@@ -66,7 +71,10 @@ def check_blocks(run: Run, samples: int, tensors: Tensors, transformer: Any, pla
 def check_block(
     device: torch.device, samples: int, tensors: Tensors, blocks: Any, i: int, plan: Plan
 ) -> tuple[int, float]:
-    """(tokens of a sample, lowest cosine of what needs the highest) of one block.
+    """Checks block ``i``.
+
+    Returns:
+        (tokens of a sample, lowest cosine among the quantities with the strictest tolerance).
 
     Raises:
         BlockError: as ``check_blocks`` does.
@@ -85,8 +93,13 @@ def check_block(
 def as_many_tokens_as_fit(
     device: torch.device, samples: int, tensors: Tensors, module: Any, i: int, plan: Plan
 ) -> tuple[int, dict[str, float]]:
-    """(tokens of a sample, ``compare``): those of the largest bucket, if they fit, so that the compiled functions are
-    those of training; else half of them, and so on, without compiling for a length that is used once.
+    """Compares block ``i`` on the tokens of the largest bucket, or on half, a quarter and so on, until they fit.
+
+    With the tokens of the largest bucket the compiled functions are those that training uses. Shorter lengths are used
+    only here, so they are not compiled unless the plan compiles for any length.
+
+    Returns:
+        (tokens of a sample, the result of ``compare``).
     """
     geometry = tensors.geometry
     bucket = max(buckets_of(tensors), key=geometry.tokens)
@@ -109,7 +122,7 @@ def as_many_tokens_as_fit(
 
 @contextmanager
 def at_most(plan: Plan, device: torch.device) -> Iterator[None]:
-    """On a GPU, more memory than an ExecutionPlan is to take is out of memory. Frees what is left at the end."""
+    """Limits a GPU's memory to the predicted peak of an ExecutionPlan, and frees what is left over at the end."""
     if device.type != "cuda":
         yield
         return
@@ -117,26 +130,26 @@ def at_most(plan: Plan, device: torch.device) -> Iterator[None]:
     if isinstance(plan, ExecutionPlan):
         share = plan.peak / torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(before, share))
-    gc.freeze()  # to look through what libraries made takes half a second, and nothing of it is garbage
+    gc.freeze()  # scanning the objects of libraries takes half a second, and none of them is garbage
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before)
-        torch.cuda.synchronize(device)  # host memory is given back, which copies may still use
+        torch.cuda.synchronize(device)  # before collect, which frees pinned memory that copies may still use
         gc.collect()
         gc.unfreeze()
         torch.cuda.empty_cache()
 
 
 def apart(plan: Plan, module: Any) -> float:
-    """How far below 1 cosines may be."""
+    """Returns how far below 1 the strictest cosines may be under a plan."""
     if isinstance(plan, ExecutionPlan) and (plan.base_precision != AUTO or plan.attention == SAGE):
         return APART_QUANTIZED
     return APART[module.norm1.linear.weight.dtype]
 
 
 def factor_of(what: str) -> int:
-    """How many times farther the cosine of a quantity may be."""
+    """Returns the factor on the tolerance for a quantity."""
     name = what.removeprefix(GRADIENT)
     if name.startswith("norm"):
         return NORM
@@ -148,7 +161,7 @@ def factor_of(what: str) -> int:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a block is called with, and the gradients of what it returns."""
+    """The inputs of a block, and the gradients with respect to its outputs."""
 
     video: Tensor  # (B, S - L, D)
     text: Tensor  # (B, L, D)
@@ -158,11 +171,11 @@ class Inputs:
     dtext: Tensor
 
     def call(self, block: Callable[..., Any]) -> Any:
-        """The block's (video, text)."""
+        """Returns the block's outputs (video, text)."""
         return block(self.video, self.text, self.temb, self.rotary)
 
     def leaves(self, with_temb: bool) -> "Inputs":
-        """The same, of which autograd takes gradients."""
+        """Returns the same inputs as leaves that autograd computes gradients for."""
         video, text = (x.detach().requires_grad_() for x in (self.video, self.text))
         return replace(self, video=video, text=text, temb=self.temb.detach().requires_grad_(with_temb))
 
@@ -170,7 +183,7 @@ class Inputs:
 def random_inputs(
     module: Any, samples: int, patches: int, length: int, rotary: tuple[Tensor, Tensor] | None, device: torch.device
 ) -> Inputs:
-    """The same random numbers in every run; the first rows of the rotary tables."""
+    """Returns the same random inputs in every run, with the first rows of the rotary tables."""
     weight, width = module.norm1.linear.weight, module.attn1.inner_dim
     generator = torch.Generator(device).manual_seed(key_of("block check"))
 
@@ -184,13 +197,13 @@ def random_inputs(
 
 @torch.no_grad()
 def balance(inputs: Inputs, stock: Any) -> None:
-    """Makes the inputs as large as what the block adds to them, so that neither hides the other in the output."""
+    """Scales inputs in place to the norm of what the block adds to them, so that neither hides the other."""
     for x, y in zip((inputs.video, inputs.text), inputs.call(stock), strict=True):
         x *= ((y - x).float().norm() / x.float().norm()).clamp(0.01, 1.0)
 
 
 def copy_of(module: Any) -> Any:
-    """A copy of a block. A LoRA that starts at zero, so that half of it has no gradients, is random in it."""
+    """Copies a block, and randomizes B of a LoRA if it is zero, because A would then have no gradients."""
     block = copy.deepcopy(module)
     for number, layer in enumerate(lora_layers(block)):
         for adapter, b in layer.lora_B.items():
@@ -203,7 +216,7 @@ def copy_of(module: Any) -> Any:
 
 @torch.no_grad()
 def stock_block(module: Any, plan: Plan, device: torch.device) -> Any:
-    """A copy on the device that diffusers runs, of the same values as those that the plan computes with."""
+    """Returns a copy for diffusers on the device, with the values that the plan computes with after quantization."""
     block = copy_of(module).to(device)
     if isinstance(plan, ExecutionPlan) and plan.base_precision != AUTO:
         for matrix, kind in quantization_kinds(block, plan.base_precision).items():
@@ -215,7 +228,7 @@ def stock_block(module: Any, plan: Plan, device: torch.device) -> Any:
 
 
 def compare(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.device) -> dict[str, float]:
-    """The cosine of each quantity of block ``i``, between what training computes and what diffusers does."""
+    """Returns, for each quantity of block ``i``, the cosine between what training and what diffusers compute."""
     stock = stock_block(module, plan, device)
     balance(inputs, stock)
     expected = {what: tensor.cpu() for what, tensor in outcome(stock, stock, inputs).items()}
@@ -241,7 +254,7 @@ def compare(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.devic
 def outcome(
     run: Callable[..., Any], module: Any, inputs: Inputs, host_trained: HostTrainedBlocks | None = None
 ) -> dict[str, Tensor]:
-    """Outputs and gradients by name; ``run`` computes with the parameters of the module."""
+    """Returns outputs and gradients by name; ``run`` computes with the parameters of the module."""
     trains_all = base_parameters(module)[0].requires_grad
     leaves = inputs.leaves(with_temb=trains_all)
     video, text = leaves.call(run)
@@ -260,7 +273,7 @@ def outcome(
 
 
 def take_gradients(host_trained: HostTrainedBlocks) -> None:
-    """Gives the parameters of the only block, if they are trained on the host, the gradients that are summed there."""
+    """Copies the gradients that are summed on the host to the parameters of the only block."""
     host_trained.gradients.settle()
     store = host_trained.gradients.store
     host_waits_for(computed(store.device))
@@ -270,12 +283,12 @@ def take_gradients(host_trained: HostTrainedBlocks) -> None:
 
 
 def likeness(first: Tensor, second: Tensor, device: torch.device) -> float:
-    """The cosine of two tensors, less where their norms differ too."""
+    """Returns the cosine of two tensors, reduced if their norms differ."""
     return cosine_of(*overlap(first, second, device))
 
 
 def overlap(first: Tensor, second: Tensor, device: torch.device) -> tuple[float, float]:
-    """a.b and a.a + b.b of two tensors, in fp64; both add up over several pairs of tensors."""
+    """Returns a.b and a.a + b.b of two tensors in fp64; both can be summed over several pairs of tensors."""
     product = squares = 0.0
     for pair in zip(first.flatten().split(CHUNK), second.flatten().split(CHUNK), strict=True):
         a, b = (part.to(device).double() for part in pair)
@@ -285,5 +298,5 @@ def overlap(first: Tensor, second: Tensor, device: torch.device) -> tuple[float,
 
 
 def cosine_of(product: float, squares: float) -> float:
-    """2 a.b / (a.a + b.b), which is the cosine where the norms are equal; NaN of zeros."""
+    """Returns 2 a.b / (a.a + b.b), which is the cosine if the norms are equal; NaN if both tensors are zero."""
     return 2 * product / squares if squares else float("nan")

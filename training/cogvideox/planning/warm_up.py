@@ -1,9 +1,9 @@
-"""A forward and a backward pass of the largest bucket before the first step, where no plan bounds the memory.
+"""Runs one forward and backward pass of the largest bucket before the first step, if no plan bounds the memory.
 
-Buckets come in any order, so without a plan the one that does not fit may come after a night. Its gradients are
-dropped, and nothing of the run changes: dropout, timesteps and noise are functions of the step, not of what ran before.
-Covered: weights, masters, what the optimizer keeps (room is held for what its first step makes), activations and
-gradients. Not covered: under DeepSpeed its own buffers of gradients, which its first backward pass makes.
+Buckets come in random order, so without a plan the one that does not fit might first appear after hours. ``warm_up``
+finds out at once. Its gradients are dropped, and it does not change the run, because dropout, timesteps and noise are
+functions of the step. It covers weights, master weights, optimizer state (it reserves what the first optimizer step
+will allocate), activations and gradients. It does not cover the gradient buffers of DeepSpeed's first backward pass.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from cogvideox.runtime.run import Run
 
 
 def has_no_bound(plan: Plan, device: torch.device) -> bool:
-    """Whether nothing has compared what a run needs with the memory of its GPU."""
+    """Returns whether no plan has compared the needs of a run with the memory of its GPU."""
     return isinstance(plan, ModulePlan) and device.type == "cuda"
 
 
 def largest_batch(dataset: LatentDataset, samples: int) -> Batch:
-    """A batch of the bucket with the most tokens: the first of its clips, as often as a micro-batch has samples."""
+    """Returns a batch of the bucket with the most tokens: its first clip, repeated to the size of a micro-batch."""
     buckets = [sample.bucket for sample in dataset.index.samples]
     first = max(range(len(buckets)), key=lambda place: dataset.geometry.tokens(buckets[place]))
     return collate([dataset[Visit(first, 0)]] * samples)
@@ -37,10 +37,18 @@ def largest_batch(dataset: LatentDataset, samples: int) -> Batch:
 def warm_up(
     run: Run, engine: Engine, dataset: LatentDataset, samples: int, losses_of: Callable[[Any, Batch], Tensor]
 ) -> None:
-    """Runs it on all ranks; ``losses_of`` is the loss of each sample of a batch on the device, of a model.
+    """Runs the pass on all ranks.
+
+    Args:
+        run: the run.
+        engine: owns the model, and runs the backward pass.
+        dataset: the training samples.
+        samples: the samples in a micro-batch.
+        losses_of: returns the loss of each sample, (B,), of a model and a batch on the device.
 
     Raises:
-        OutOfMemoryError: the memory of one rank does not suffice; on every rank, so that none waits for another.
+        OutOfMemoryError: the memory of one rank is not sufficient. It is raised on every rank, so that none waits for
+            another forever.
     """
     batch = largest_batch(dataset, samples)
     shape = "x".join(map(str, batch.x0_BFCHW.shape))
