@@ -1,4 +1,4 @@
-"""Attention operators against torch's own, and the choice of kernels."""
+"""Compares the attention operators with those of torch, and tests the choice of kernels."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_sage_of_version_1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sage_is_asked_for_tokens_first_and_lse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As version 2 has it; its kernels are not to be had here."""
+    """A stand-in with the signature of version 2, whose kernels need a GPU."""
 
     def sageattn(q, k, v, tensor_layout="HND", return_lse=False):  # type: ignore[no-untyped-def]
         assert tensor_layout == "NHD"

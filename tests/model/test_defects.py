@@ -1,4 +1,4 @@
-"""docs/defects.md: each of the 45 defects has tests that exist, or says why there is none."""
+"""Checks docs/defects.md: each of the 45 defects names tests that exist, or says why there is none."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from running import ROOT
 
 TEXT = (ROOT / "docs" / "defects.md").read_text()
 NUMBERS = list(range(1, 46))
-NAME = re.compile(r"`(tests/test_\w+\.py)::((?:\w+::)?test_\w+)(\[[^\]`]+\])?`")
+NAME = re.compile(r"`(tests/(?:\w+/)*test_\w+\.py)::((?:\w+::)?test_\w+)(\[[^\]`]+\])?`")
 REASON = re.compile(r"No test: \w.{20,}\.")
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of each row of the table, without its head."""
+    """Returns the cells of each row of the table, without its header."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 @functools.cache
 def names_in(path: str) -> dict[str, bool]:
-    """The tests of a file, as pytest names them, and whether each is parametrised."""
+    """Returns the tests of a file by their pytest names, and whether each is parametrized."""
     tree = ast.parse((ROOT / path).read_text())
     classes = [(f"{node.name}::", node.body) for node in tree.body if isinstance(node, ast.ClassDef)]
     return {
@@ -36,7 +36,7 @@ def names_in(path: str) -> dict[str, bool]:
 
 
 def problems(text: str) -> Iterator[str]:
-    """What is wrong with the table."""
+    """Yields the errors of the table."""
     table = rows(text)
     if [cells[0] for cells in table] != list(map(str, NUMBERS)):
         yield f"the numbers are not {NUMBERS[0]} to {NUMBERS[-1]}, each once"
@@ -51,7 +51,7 @@ def problems(text: str) -> Iterator[str]:
 
 
 def fault_of(name: str) -> str | None:
-    """Why a name is not one of a test."""
+    """Returns why a name is not the name of a test, or None if it is one."""
     found = NAME.fullmatch(name)
     if not found:
         return f"{name} is no name of a test"

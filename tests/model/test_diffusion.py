@@ -1,4 +1,4 @@
-"""diffusion.py against the schedulers of the published models, in fp32."""
+"""Compares diffusion.py with the diffusers schedulers of the published models, in fp32."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def weights(kind: str, weighting: str) -> torch.Tensor:
 def test_weighted_velocity_errors_are_the_published_losses(
     kind: str, weighting: str, draws: tuple[torch.Tensor, ...]
 ) -> None:
-    """At each timestep but the last, where there is no eps to be had from v, or no end of the ratio."""
+    """Compares all timesteps except the last, where eps does not follow from v, or SNR ratios are infinite."""
     x0, noise, predicted = (draw.double()[:1].expand(999, -1, -1, -1, -1) for draw in draws)
     of = scheduler(kind)
     timesteps = torch.arange(999)

@@ -1,4 +1,4 @@
-"""--lora_dropout in whole runs: drawn at every step, whatever looks at the weights in between, under every plan."""
+"""Tests --lora_dropout in complete runs: its masks do not depend on validation in between, resuming, or the plan."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ Run = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def prepared(tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four clips to train on, one held out. Read only."""
+    """Returns prepared data of four clips for training and one held out; tests must not change it."""
     return split(tensors, tmp_path_factory.mktemp("held") / "out", 5, train=slice(4))
 
 
 @pytest.fixture(scope="module")
 def unseen(tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same four clips and none held out. Read only."""
+    """Returns prepared data of the same four clips and none held out; tests must not change it."""
     return split(tensors, tmp_path_factory.mktemp("unseen") / "out", train=slice(4))
 
 
 @pytest.fixture
 def run(model: Path, tmp_path: Path) -> Run:
-    """run(data, name, flags) is the folder of a run of four steps with a checkpoint every second one."""
+    """Returns run(data, name, flags): trains four steps with a checkpoint at every second one, returns the folder."""
 
     def run_it(data: Path, name: str, *more: object) -> Path:
         flags = lora_flags(model, data, tmp_path / name, "--load_tensors", "--max_train_steps", 4, *more)
@@ -84,7 +84,7 @@ def test_evaluation_puts_back_the_mode_of_every_module() -> None:
 
 
 def test_the_whole_model_trains(prepared: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As loaded it is in evaluation mode; a part that was left there would train without what it does in training."""
+    """A loaded model is in evaluation mode; a part that stayed in it would train without dropout."""
     modes: list[set[bool]] = []
 
     def watched(task: Any, schedule: Any, transformer: Any, batch: Any) -> torch.Tensor:

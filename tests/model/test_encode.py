@@ -1,4 +1,4 @@
-"""encode.py against the pipeline's own encoding of prompts and the VAE's own posterior."""
+"""Compares encode.py with the prompt encoding of the diffusers pipeline and with the posterior of the VAE."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LENGTH = 32
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The tiny models are slower on several."""
+    """Uses one thread: the tiny models are slower on several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -75,7 +75,7 @@ def test_embeds_of_bf16_weights_are_the_pipeline_s(tiny: Tiny, pipeline: Any) ->
 
 
 def test_another_length_gives_other_embeddings(pipeline: Any) -> None:
-    """The padding is attended to: this is why the length is the model's."""
+    """T5 attends to the padding, which is why the length must be that of the model."""
     short, long = (prompt_embeds(pipeline.tokenizer, pipeline.text_encoder, CAPTIONS[:1], n) for n in (24, 32))
     assert (short[0, :4] - long[0, :4]).abs().max() > 1e-4
 
@@ -94,7 +94,7 @@ def reference(vae: Any, video_BCFHW: torch.Tensor) -> torch.Tensor:
 
 
 def in_range(frames_FHWC: np.ndarray) -> torch.Tensor:
-    """The clip in [-1, 1], fp32, BCFHW."""
+    """Returns the clip in [-1, 1], fp32, (B, C, F, H, W)."""
     return (torch.from_numpy(frames_FHWC).float() / 127.5 - 1.0).permute(3, 0, 1, 2)[None]
 
 
@@ -117,7 +117,7 @@ def test_moments_are_unscaled_and_not_a_sample(vae: Any, frames_FHWC: np.ndarray
     assert torch.equal(video_moments(vae, frames_FHWC), first)
 
 
-def test_frames_height_width_and_colour_keep_their_places(vae: Any, frames_FHWC: np.ndarray) -> None:
+def test_frames_height_width_and_color_keep_their_places(vae: Any, frames_FHWC: np.ndarray) -> None:
     plain = video_moments(vae, frames_FHWC)
     for changed in (frames_FHWC[::-1], frames_FHWC[:, ::-1], frames_FHWC[:, :, ::-1], frames_FHWC[..., ::-1]):
         assert not torch.allclose(video_moments(vae, np.ascontiguousarray(changed)), plain, atol=1e-3)
@@ -151,7 +151,7 @@ def test_pixels_are_rounded_to_the_vae_s_type_once(vae: Any, frames_FHWC: np.nda
 
 
 class Seen:
-    """A VAE that keeps what it is given; its posterior is that, twice."""
+    """Stands in for a VAE: records its inputs, and returns each input twice as mean and log variance."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -164,7 +164,7 @@ class Seen:
 
 
 def noise_on(frame_HWC: np.ndarray, number: int) -> torch.Tensor:
-    """What one drawing adds to the pixels, (3, H, W)."""
+    """Returns the noise that one draw adds to the pixels, (3, H, W)."""
     seen = Seen()
     image_moments(seen, frame_HWC, [("seed", "content", number)])
     return seen.images[0] - in_range(frame_HWC[None])[0, :, 0]

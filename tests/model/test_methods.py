@@ -1,4 +1,4 @@
-"""methods.py: which parameters a LoRA adds, drawn from the seed alone, written and read back."""
+"""Tests methods.py: which parameters a LoRA adds, their initialization from the seed, saving and loading."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lora_recipe(model: Path, *flags: object) -> dict[str, Any]:
 
 
 def disturb(method: Any) -> None:
-    """Weights as after training: at the start half of them are zero."""
+    """Makes all weights nonzero, as after training; initially, half of them are zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in method.parameters().values():
@@ -98,7 +98,7 @@ def test_a_regular_expression_is_matched_with_whole_names(model: Path) -> None:
 
 
 def stock(model: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model without a LoRA."""
+    """Returns the model without a LoRA."""
     return load_transformer(ModelFlags(str(model)), dtype)
 
 
@@ -133,7 +133,7 @@ def test_each_variant_is_published_and_resumed_exactly(
 
 
 def outputs(transformer: Any) -> torch.Tensor:
-    """What a transformer makes of fixed numbers."""
+    """Returns the output of a transformer for fixed inputs."""
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, 3, 16, 8, 12, generator=generator)
     prompt = torch.randn(2, 32, 32, generator=generator)
@@ -171,7 +171,7 @@ def test_the_faster_svd_finds_nearly_the_same_part(model: Path) -> None:
 
 
 def test_pissa_is_the_same_gradient_as_with_a_changed_base(model: Path) -> None:
-    """Against PEFT, which takes the principal part out of the base."""
+    """Compares with PEFT, which subtracts the principal part from the base."""
     from peft import LoraConfig
 
     ours = lora(model, "--init_lora_weights", "pissa").transformer
@@ -208,7 +208,7 @@ def test_pissa_reloads_on_the_original_base(model: Path, tmp_path: Path, dtype: 
 def test_ranks_share_a_start_through_memory_that_their_backend_knows(
     backend: str, through: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are on the host then, and NCCL sends only what is on a device; meta stands for one."""
+    """The weights are on the host, but NCCL sends device memory only; the meta device stands in for a GPU."""
     sent: list[str] = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
@@ -246,7 +246,7 @@ def test_rslora_and_gaussian(model: Path) -> None:
 
 
 def masks(method: Lora, samples: int, layer: str = "to_q") -> torch.Tensor:
-    """What a layer's dropout makes of ones."""
+    """Returns the output of a layer's dropout for an input of ones."""
     dropout = getattr(method.transformer.transformer_blocks[0].attn1, layer).lora_dropout["default"]
     return dropout(torch.ones(samples, 200, 64))
 
@@ -351,7 +351,7 @@ def test_saved_with_rank_and_alpha_and_read_back(model: Path, tmp_path: Path) ->
 
 
 def scales(transformer: Any, adapter: str) -> set[float]:
-    """alpha / rank of every layer."""
+    """Returns alpha / rank of every layer."""
     return {module.scaling[adapter] for module in transformer.modules() if hasattr(module, "scaling")}
 
 

@@ -1,4 +1,4 @@
-"""models.py: parts are known by their weights, and leave memory when their block ends."""
+"""Tests models.py: parts are identified by their weights, and freed at the end of their ``with`` block."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def flags(folder: Path, variant: str | None = None) -> ModelFlags:
 
 @pytest.fixture
 def own(tiny: Tiny, tmp_path: Path) -> Path:
-    """A copy of the VAE, T5 and tokenizer that a test may change."""
+    """Returns a copy of the VAE, T5 and tokenizer that a test may change."""
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(tiny("5b") / part, tmp_path / "model" / part)
     return tmp_path / "model"
@@ -72,7 +72,7 @@ def test_other_types_are_refused(own: Path) -> None:
         models.stored_dtype(flags(own), "vae")
 
 
-def test_read_header_is_the_library_s(own: Path) -> None:
+def test_tensor_entries_are_those_of_the_library(own: Path) -> None:
     header, start = models.read_tensor_entries(own / VAE)
     with safe_open(own / VAE, "pt") as file:
         assert set(header) == set(file.keys())
@@ -271,7 +271,7 @@ def test_t5_goes_to_the_host_where_its_weights_do_not_fit_beside_2_gib(
         assert [models.place_of_t5(model, "bf16", CPU, given) for given in ("host", "device")] == ["host", "device"]
 
 
-def test_where_the_encoder_cannot_be_quickened_it_is_as_it_was(
+def test_an_encoder_that_cannot_be_optimized_is_unchanged(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vae = models.load_vae(flags(tiny("5b")), torch.float32)

@@ -1,4 +1,4 @@
-"""Matrices in fewer bits, beside bitsandbytes and torchao."""
+"""Compares quantized matrices with those of bitsandbytes, torchao and torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cogvideox.model.quant import GROUP, KINDS, LARGEST, NF4, Quantized, dequant
 
 
 def matrix(dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random numbers, each row of another size, and a row of zeros."""
+    """Returns random numbers, each row of a different magnitude, and one row of zeros."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-3, 2, 96)[:, None]
     weight = torch.randn(96, 320, generator=generator) * sizes
@@ -22,14 +22,14 @@ def matrix(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def in_groups(weight: Tensor, stored: Quantized) -> Tensor:
-    """(rows, groups under one scale, numbers)."""
+    """Returns the numbers as (rows, groups with one scale each, numbers of a group)."""
     return weight.unflatten(1, (stored.scale.shape[1], -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_of_a_number(kind: str, dtype: torch.dtype) -> None:
-    """At most half the distance to the next level, in units of the group's scale."""
+    """The error is at most half the distance to the next level, in units of the group's scale."""
     weight = matrix(dtype)
     stored = quantize(weight, kind)
     right = in_groups(weight.float(), stored) / stored.scale.clamp(min=1e-30)[..., None]
@@ -90,7 +90,7 @@ def test_fp8_is_that_of_torch() -> None:
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.5)])
 def test_the_bits_of_a_number(kind: str, bits: float) -> None:
-    """Known without the numbers too: plans are made by it."""
+    """The size is also known on the meta device, where plans compute it."""
     for device in ("cpu", "meta"):
         stored = (
             quantize(torch.empty(3072, 12288, device=device), kind) if device == "meta" else quantize(matrix(), kind)

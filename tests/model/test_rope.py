@@ -1,4 +1,4 @@
-"""rope.py against the tables of the matching pipeline."""
+"""Compares rope.py with the tables of the matching diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_tables_are_the_pipeline_s(tiny: Tiny, kind: str, sizes: list[tuple[int,
 
 
 def test_published_sizes_of_5b(tiny: Tiny) -> None:
-    """At the real base of 480x720 and the real head dimension."""
+    """Uses the base size of 480x720 and the head dimension of the published model."""
     geometry = read_geometry(ModelFlags(str(tiny("5b"))))
     real = Geometry(**vars(geometry) | {"sample_height": 60, "sample_width": 90, "attention_head_dim": 64})
     reference = pipeline(tiny("5b"))

@@ -1,4 +1,4 @@
-"""A LoRA's scale in its matrices: loaders that read a file's metadata get the same from it as those that do not."""
+"""Tests the scale that is folded into a LoRA: loaders with and without support for the metadata give the same."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ EXACTLY: dict[str, list[object]] = {
 
 
 def trained(model: Path, *flags: object, dtype: torch.dtype = torch.float32) -> Lora:
-    """A LoRA as after training: at the start half of it is zero."""
+    """Returns a LoRA with nonzero weights, as after training; initially, half of them are zero."""
     method = lora(model, *RANK, *flags, dtype=dtype)
     disturb(method)
     return method
 
 
 def loaded(model: Path, given: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The stock transformer with a LoRA through the pipeline's loader: a folder, or a dict of tensors."""
+    """Loads a LoRA, a folder or a dict of tensors, into a stock transformer through the pipeline's loader."""
     import diffusers
 
     parts: Any = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
@@ -56,7 +56,7 @@ def loaded(model: Path, given: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def metadata_of(folder: Path) -> dict[str, Any]:
-    """The JSON texts in the metadata of a folder's LoRA."""
+    """Returns the parsed JSON metadata of the LoRA in a folder."""
     with safe_open(folder / WEIGHTS, "pt") as file:
         return {name: json.loads(text) for name, text in file.metadata().items() if name != "format"}
 
@@ -143,7 +143,7 @@ def test_from_rounded_matrices_only_a_run_that_takes_them_as_they_are_goes_on(mo
 )
 @pytest.mark.fault("numbers: a LoRA's scale that cannot be multiplied in exactly")
 def test_what_would_round_or_overflow_is_not_folded(value: float, scale: float) -> None:
-    """fp16: below 6e-5 numbers lose bits, above 65504 there are none."""
+    """In fp16, numbers below 6e-5 lose bits, and 65504 is the largest number."""
     state = {"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.tensor([[1.0], [value]])}
     state = {name: tensor.half() for name, tensor in state.items()}
     folded, how = fold_scale(state, scale)
@@ -188,7 +188,7 @@ def test_for_comfyui_and_back_a_folded_file_is_the_same(model: Path, tmp_path: P
 
 
 def test_numbers_that_another_program_changed_are_not_unfolded(model: Path, tmp_path: Path) -> None:
-    """Metadata that stayed while ComfyUI's alphas changed say nothing of the matrices any more."""
+    """Metadata that another program kept while it changed alpha no longer describe the matrices."""
     trained(model, "--lora_alpha", 8).save(tmp_path)
     comfy = tmp_path / "comfy.safetensors"
     convert_lora.main([str(tmp_path), str(comfy), "--to", "comfyui"])
@@ -226,7 +226,7 @@ save_file(results, made)
 
 @pytest.fixture(scope="module")
 def oldest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process that imports diffusers 0.40.0, which a package index is asked for."""
+    """Returns the environment of a process that imports diffusers 0.40.0, installed from the package index."""
     folder = tmp_path_factory.mktemp("diffusers")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
     subprocess.run([*command, "diffusers==0.40.0"], check=True, timeout=300)

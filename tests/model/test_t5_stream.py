@@ -1,4 +1,4 @@
-"""t5_stream.py: T5 with its blocks on the host gives bit for bit what it gives on the device."""
+"""Tests t5_stream.py: T5 with its blocks on the host gives the embeddings of T5 on the device bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCKS, WIDTH = 5, 32
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def encoder(request: pytest.FixtureRequest) -> Any:
-    """A T5 encoder with more blocks than slots."""
+    """Returns a T5 encoder with more blocks than slots."""
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def tokens_BL() -> Tensor:
 
 @pytest.fixture
 def pinned_now(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Addresses of the buffers that are pinned."""
+    """Returns the addresses of the buffers that are currently pinned."""
     addresses: list[int] = []
     pinned = t5_stream.pinned
 
@@ -52,7 +52,7 @@ def pinned_now(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The blocks that were copied, in order."""
+    """Returns the numbers of the blocks that were copied, in order."""
     numbers: list[int] = []
     copy = Ring.copy
 

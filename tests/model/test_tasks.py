@@ -1,4 +1,4 @@
-"""tasks.py: image latents on the first latent frame, scaled as the model's pipeline does or as asked."""
+"""Tests tasks.py: image latents are put on the first latent frame, scaled as in the pipeline or by the flag."""
 
 from __future__ import annotations
 

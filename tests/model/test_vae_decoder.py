@@ -1,4 +1,4 @@
-"""Decoding of what fits: tiles, which of them, what is remembered, and that their videos are of the right size."""
+"""Tests the tiles that decoding tries, what it remembers, and that videos from tiles have the right size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WHOLE, LARGE, MIDDLE, SMALL = None, (240, 360), (144, 240), (96, 160)
 
 @pytest.fixture
 def vae() -> Any:
-    """Of few channels, with the tiles of the published one."""
+    """Returns a VAE of few channels with the tile size of the published one."""
     torch.manual_seed(0)
     return AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 16, 16),
@@ -29,7 +29,7 @@ def vae() -> Any:
 
 
 class Card:
-    """A decoder that runs out of memory above some number of pixels of 480x720; keeps what was tried."""
+    """Stands in for a decoder that runs out of memory above a number of pixels; records what was tried."""
 
     def __init__(self, vae: Any, fits: int) -> None:
         self.vae, self.fits = vae, fits
@@ -85,7 +85,7 @@ def test_whole_frames_are_not_tried_unless_wanted(vae: Any) -> None:
 
 
 def test_a_video_of_tiles_has_its_size_and_hardly_other_pixels(vae: Any) -> None:
-    """Of halves of 240x360 it has not: diffusers makes 496x760 of 480x720."""
+    """Tiles of half of 480x720, 240x360, do not work: from these diffusers assembles 496x760 pixels."""
     height, width = 240, 400
     with torch.no_grad():
         latents_BCFHW = torch.randn(1, 16, 1, height // 8, width // 8)
@@ -98,6 +98,6 @@ def test_a_video_of_tiles_has_its_size_and_hardly_other_pixels(vae: Any) -> None
 
 
 def test_tiles_that_do_not_add_up_are_made_smaller() -> None:
-    """150 pixels are no whole latents; of tiny models no tile adds up, and diffusers' own stays."""
+    """150 pixels are not a multiple of a latent's. For tiny models no tile is valid, and the default one stays."""
     assert tiles_from((150, 250), 8) == [(144, 240), (96, 160)]
     assert tiles_from((32, 48), 8) == [(32, 48)]

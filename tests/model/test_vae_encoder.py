@@ -1,4 +1,4 @@
-"""The quickened encoder against that of diffusers: the same moments, and few graphs whatever the sizes."""
+"""Compares the optimized encoder with that of diffusers: the same moments, and few graphs for all sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = [(1, 48, 64), (9, 32, 40), (16, 24, 16), (17, 48, 64), (21, 16, 16)]  # 
 
 @pytest.fixture
 def vae(tiny: Callable[[str], Path]) -> Any:
-    """A tiny VAE of three numbers of channels, as CogVideoX's, with norms that do something, as trained ones do."""
+    """Returns a tiny VAE with three widths, as that of CogVideoX, and with norms that are not the identity."""
     generator = torch.Generator().manual_seed(0)
     config = load_vae(ModelFlags(str(tiny("5b"))), torch.float32).config
     with torch.random.fork_rng():
@@ -37,7 +37,7 @@ def vae(tiny: Callable[[str], Path]) -> Any:
 
 
 def quick(vae: Any, compiled: bool = False) -> Any:
-    """A quickened copy."""
+    """Returns an optimized copy."""
     copied = copy.deepcopy(vae)
     vae_encoder.optimize_encoder(copied, compiled)
     return copied
@@ -50,12 +50,12 @@ def clip(frames: int, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def moments(vae: Any, x: Tensor) -> Tensor:
-    """As encode.moments_of has them, in fp32."""
+    """Returns the moments of encode.moments_of in fp32."""
     return vae.encode(x.to(vae.device, vae.dtype)).latent_dist.parameters.float().cpu()  # type: ignore[no-any-return]
 
 
 def apart(found: Tensor, right: Tensor) -> float:
-    """The largest difference by the largest value."""
+    """Returns the largest difference relative to the largest value."""
     return float((found - right).abs().max() / right.abs().max())
 
 
@@ -74,7 +74,7 @@ def test_in_tiles_too(vae: Any) -> None:
 
 
 def test_a_large_offset_costs_no_digits(vae: Any) -> None:
-    """Statistics are taken about the mean: squares of what is far from zero would leave no digits for a variance."""
+    """Variances are computed around the mean; a difference of large squares would lose all digits."""
     x = 300 + clip(4, 8, 8).expand(1, 3, 4, 8, 8)[:, :1].repeat(1, 32, 1, 1, 1)
     norm = torch.nn.GroupNorm(8, 32).requires_grad_(False)
     functions = vae_encoder.scale_and_shift, vae_encoder.activate_into
@@ -87,12 +87,12 @@ def test_bf16_is_no_farther_from_fp32(vae: Any) -> None:
     x = clip(17, 48, 64)
     exact = moments(vae, x)
     rough = vae.to(torch.bfloat16)
-    stock, quickened = moments(rough, x), moments(quick(rough), x)
-    assert (quickened - exact).norm() <= 1.05 * (stock - exact).norm()
+    stock, optimized = moments(rough, x), moments(quick(rough), x)
+    assert (optimized - exact).norm() <= 1.05 * (stock - exact).norm()
 
 
 def test_two_graphs_for_each_number_of_channels(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced, but not made into kernels."""
+    """The functions are traced, but no kernels are compiled."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

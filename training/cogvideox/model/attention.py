@@ -9,7 +9,7 @@ its name to BACKENDS, a branch to both operators, and what it requires to ``_pro
 
 q, k, v and o are (B, S, H, D), the layout that the linear layers write and read, so that nothing is transposed. lse,
 (B, H, S) in fp32, is log(sum(exp(row of q k^T / sqrt(D)))). The backward pass recomputes the attention weights from it,
-as in FlashAttention (Dao et al. 2022, section 3).
+as in FlashAttention-2 (Dao 2023, section 3.1).
 
 Shapes: B samples, S tokens, H heads, D channels of a head.
 """

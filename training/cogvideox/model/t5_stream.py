@@ -53,7 +53,7 @@ class PassingBlock(nn.Module):
         All other inputs and outputs, such as the bias of relative positions, are the same for all captions, because T5
         is called without a mask. Those of the first captions are passed on.
         """
-        slot = self.ring.get(self.number)  # waits until this block's weights have been copied
+        slot = self.ring.get(self.number)  # the device computes only after this block's weights have been copied
         # Fetching before computing lets the copy overlap with this block. After the last block comes the first one, for
         # the next pass.
         self.ring.fetch((self.number + 1) % len(self.ring.hosts))
