@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvideox import stopping
+from cogvideox import __version__, stopping
 from cogvideox.config import args, flags
 from cogvideox.config.conflicts import check_ema
 from cogvideox.config.optimizers import check_state_place
@@ -175,12 +175,48 @@ def test_the_block_blocks(light: dict[str, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_needs_no_torch_and_names_every_flag(script: str, light: dict[str, str], tmp_path: Path) -> None:
-    done = run([str(TRAINING / script), "--help"], light, tmp_path)
+def test_help_all_needs_no_torch_and_names_every_flag(script: str, light: dict[str, str], tmp_path: Path) -> None:
+    done = run([str(TRAINING / script), "--help_all"], light, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     shown = set(re.findall(r"--[a-z0-9_]+", done.stdout))
     assert {f"--{item.name}" for _, item, _ in fields_of(SCRIPTS[script])} <= shown
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_main_flags_in_order(script: str, light: dict[str, str], tmp_path: Path) -> None:
+    done = run([str(TRAINING / script), "--help"], light, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    own = {item.name for _, item, _ in fields_of(SCRIPTS[script])}
+    main = [name for names in flags.MAIN_FLAGS.values() for name in names if name in own]
+    shown = re.findall(r"^  (?:-h, )?--([a-z0-9_]+)", done.stdout, re.MULTILINE)
+    assert shown == [*main, "help", "help_all", "version"]
+    assert len(main) in (range(28, 36) if script != PREPARE else range(12, 20))
+    assert "--help_all" in done.stdout.splitlines()[-1]
+
+
+def test_every_main_flag_exists_once() -> None:
+    main = [name for names in flags.MAIN_FLAGS.values() for name in names]
+    assert len(main) == len(set(main))
+    assert set(main) <= {item.name for options in SCRIPTS.values() for _, item, _ in fields_of(options)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_all_ends_with_the_flags_without_effect(script: str) -> None:
+    text = args.build_parser(SCRIPTS[script], None, every=True).format_help()
+    own, _, idle = text.partition(f"\n{args.IDLE_HEADING}:\n")
+    main = [name for names in flags.MAIN_FLAGS.values() for name in names]
+    shown = re.findall(r"^  (?:-h, )?--([a-z0-9_]+)", own, re.MULTILINE)
+    assert [name for name in shown if name in main] == [name for name in main if name in shown]
+    expected = {item.name for _, item, _ in fields_of(SCRIPTS[script]) if item.metadata["idle"]}
+    expected |= {other.item.name for other in foreign_flags(SCRIPTS[script]) if not other.item.metadata["refused"]}
+    assert set(re.findall(r"^  --([a-z0-9_]+)", idle, re.MULTILINE)) == expected
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_version(script: str, light: dict[str, str], tmp_path: Path) -> None:
+    done = run([str(TRAINING / script), "--version"], light, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -617,8 +653,8 @@ def test_help_shows_and_suggests_a_scripts_own_flags_only(script: str) -> None:
     (found,) = problems(*LEAST[script], "--validation_imags", "x", script=script)
     assert ("nearest: --validation_images" in found) == (script in IMAGE_SCRIPTS)
     text = args.build_parser(SCRIPTS[script], None).format_help()
-    assert ("--noised_image_dropout" in text) == (script in IMAGE_SCRIPTS)
-    assert ("--use_dora" in text) == (script in (LORA, IMAGE_LORA))
+    assert ("--validation_images" in text) == (script in IMAGE_SCRIPTS)
+    assert ("--lora_alpha" in text) == (script in (LORA, IMAGE_LORA))
 
 
 def test_prodigy_with_the_rate_of_adam_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:

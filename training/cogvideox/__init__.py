@@ -30,3 +30,5 @@ At the top, next to the folders:
 checks.py  what a script looks at before anything heavy is imported
 loop.py    fine_tune: what every script does; Trainer: the one loop
 """
+
+__version__ = "0.1.0"

@@ -14,20 +14,23 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from cogvideox import stopping
+from cogvideox import __version__, stopping
 from cogvideox.config.conflicts import flag_problems, foreign_problems, idle_schedule
-from cogvideox.config.flags import HIDDEN
+from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
 from cogvideox.config.options import Options, TrainOptions, derive, fields_of, foreign_flags, image_flags, names_of
 from cogvideox.config.prepared_flags import as_prepared
 from cogvideox.errors import NonFiniteError, UsageError, one_line, public_urls
 from cogvideox.files import disk_errno, disk_error
 
 LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
-EPILOG = "Flags of the suite's other scripts are taken, and named as having no effect here."
+EPILOG = "To see every flag of this script, use --help_all."
+ALL_EPILOG = "Flags of the suite's other scripts are accepted and reported as having no effect."
+IDLE_HEADING = "accepted from other commands, without effect in this script"
 NO_EFFECT = "no effect"  # the origin of a flag that only other scripts have
 USAGE_EXIT, NON_FINITE_EXIT = 2, 3
 # loggers that warn, wherever the package is merely installed, of extras that nothing here uses
@@ -50,33 +53,90 @@ def value_type(annotation: Any) -> tuple[type, bool]:
     return (arguments[0] if arguments else annotation), typing.get_origin(annotation) is tuple
 
 
-def build_parser(options_type: type, description: str | None) -> argparse.ArgumentParser:
-    """A parser that hands every value over as the strings that were typed."""
+class ShowAll(argparse.Action):
+    """Prints the help with every flag and ends the script. ``const`` makes the parser that formats it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        self.const().print_help()
+        parser.exit()
+
+
+def build_parser(options_type: type, description: str | None, every: bool = False) -> argparse.ArgumentParser:
+    """Returns a parser that returns every value as the strings that were typed.
+
+    Args:
+        options_type: the options of the script.
+        description: the text at the top of the help.
+        every: show every flag in the help instead of only those of MAIN_FLAGS.
+    """
     parser = argparse.ArgumentParser(
         usage="%(prog)s --flag value ...",
         description=description,
-        epilog=EPILOG,
+        epilog=ALL_EPILOG if every else EPILOG,
         allow_abbrev=False,
+        add_help=False,
         formatter_class=HelpFormatter,
     )
-    groups = {name: parser.add_argument_group(name) for name in typing.get_type_hints(options_type)}
-    for group_name, item, annotation in fields_of(options_type):
-        of, many = value_type(annotation)
-        shown = (*item.metadata["choices"], *(["DOTTED.NAME"] if item.metadata["dotted"] else []))
-        value = "|".join(shown) or ("true|false" if of is bool else of.__name__.upper())
-        optional = of is bool or item.metadata["const"]
-        groups[group_name].add_argument(
-            *(f"--{name}" for name in names_of(item)),
+    groups: dict[str, Any] = {}
+
+    def add(heading: str, item: "dataclasses.Field[Any]", annotation: Any, names: Sequence[str], text: str) -> None:
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        groups[heading].add_argument(
+            *(f"--{name}" for name in names),
             dest=item.name,
             nargs="*",
             default=argparse.SUPPRESS,
-            metavar=f"[{value}]" if optional else (f"{value} ..." if many else value),
-            help=help_text(item).replace("%", "%%"),
+            metavar=metavar_of(item, annotation),
+            help=text.replace("%", "%%") if every or heading in MAIN_FLAGS else argparse.SUPPRESS,
         )
+
+    for heading, item, annotation in help_rows(options_type):
+        add(heading, item, annotation, names_of(item), help_text(item))
     for other in foreign_flags(options_type):
-        names = [f"--{name}" for name in other.names]
-        parser.add_argument(*names, dest=other.item.name, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        text = argparse.SUPPRESS if other.item.metadata["refused"] else f"for {other.owners}"
+        add(IDLE_HEADING, other.item, other.annotation, other.names, text)
+    add_information_flags(groups[INFORMATION], partial(build_parser, options_type, description, every=True))
     return parser
+
+
+def add_information_flags(group: Any, all_flags: Callable[[], argparse.ArgumentParser]) -> None:
+    """Adds the flags that print something and end the script."""
+    group.add_argument("-h", "--help", action="help", help="show the flags that most runs need, and stop")
+    group.add_argument(
+        "--help_all",
+        action=ShowAll,
+        nargs=0,
+        const=all_flags,
+        default=argparse.SUPPRESS,
+        help="show every flag, and stop",
+    )
+    group.add_argument("--version", action="version", version=__version__, help="show the version, and stop")
+
+
+def help_rows(options_type: type) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
+    """Yields (heading, flag, type) of each flag of a script, in the order of the help.
+
+    The flags of MAIN_FLAGS come first, then the others by their groups, and the flags without effect last.
+    """
+    rest = {item.name: (group, item, annotation) for group, item, annotation in fields_of(options_type)}
+    for heading, names in MAIN_FLAGS.items():
+        for name in names:
+            if name in rest:
+                _, item, annotation = rest.pop(name)
+                yield heading, item, annotation
+    for group, item, annotation in sorted(rest.values(), key=lambda row: bool(row[1].metadata["idle"])):
+        heading = IDLE_HEADING if item.metadata["idle"] else f"more flags: {group.replace('_', ' ')}"
+        yield heading, item, annotation
+
+
+def metavar_of(item: "dataclasses.Field[Any]", annotation: Any) -> str:
+    """Returns what the help shows as the value of a flag, such as INT, yes|no or [true|false]."""
+    of, many = value_type(annotation)
+    shown = (*item.metadata["choices"], *(["DOTTED.NAME"] if item.metadata["dotted"] else []))
+    value = "|".join(shown) or ("true|false" if of is bool else of.__name__.upper())
+    optional = of is bool or item.metadata["const"]
+    return f"[{value}]" if optional else (f"{value} ..." if many else value)
 
 
 def help_text(item: "dataclasses.Field[Any]") -> str:
@@ -140,10 +200,15 @@ def read_value(item: "dataclasses.Field[Any]", annotation: Any, given: Sequence[
     return convert(item, of, texts[0])
 
 
-def unknown_flags(rest: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[str]:
-    """One problem for each flag that does not exist, with the nearest one; its values are passed over."""
-    actions = parser._option_string_actions.items()
-    known = [name for name, action in actions if action.help != argparse.SUPPRESS]
+def unknown_flags(rest: Sequence[str], options_type: type) -> Iterator[str]:
+    """Yields a problem for each flag that does not exist, with the most similar one. Ignores the values of that flag.
+
+    Args:
+        rest: the words of the command line that belong to no known flag.
+        options_type: the options of the script, whose flags are suggested.
+    """
+    own = [name for _, item, _ in fields_of(options_type) for name in names_of(item)]
+    known = [f"--{name}" for name in (*own, "help", "help_all", "version")]
     names = [text.split("=")[0] for text in rest]
     for name in names:
         if name.startswith("--"):
@@ -210,7 +275,7 @@ def read_flags(
     """
     parser = build_parser(options_type, description)
     namespace, rest = parser.parse_known_args(list(argv))
-    problems = list(unknown_flags(rest, parser))
+    problems = list(unknown_flags(rest, options_type))
     values: dict[str, dict[str, Any]] = {name: {} for name in typing.get_type_hints(options_type)}
     sources: dict[str, str] = {}
     for group, item, annotation in fields_of(options_type):

@@ -20,6 +20,30 @@ WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")
 WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
 PLACES = ("auto", "device", "host")
 HIDDEN = "(not shown)"  # instead of a secret
+INFORMATION = "information"  # the heading of the flags that print something and end the script
+# What --help shows: the headings and their flags, in the order in which people need them. --help_all adds the others.
+MAIN_FLAGS = {
+    "model": ("pretrained_model_name_or_path",),
+    "data": (
+        "data_root",
+        "dataset_file",
+        "validation_data_root",
+        "id_token",
+        "train_resolution",
+        "video_reshape_mode",
+        "load_tensors",
+        "dataloader_num_workers",
+    ),
+    "preparation": ("save_image_latents", "suggest_buckets", "dry_run", "verify", "repair"),
+    "LoRA": ("rank", "lora_alpha", "lora_path"),
+    "all weights": ("save_pipeline",),
+    "length": ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps", "seed"),
+    "learning rate": ("learning_rate", "lr_scheduler", "lr_warmup_steps", "optimizer"),
+    "validation": ("validation_prompt", "validation_images", "validation_steps"),
+    "plan": ("mixed_precision", "gradient_checkpointing", "plan", "vram_budget", "base_precision"),
+    "output": ("output_dir", "checkpointing_steps", "report_to", "push_to_hub"),
+    INFORMATION: ("print_config",),
+}
 # Entries of a run's recipe that its state does not depend on, so that a checkpoint can be resumed with other values.
 CHANGEABLE = (
     *("learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "weight_decay"),

@@ -146,14 +146,17 @@ class ForeignFlag:
     names: tuple[str, ...]
     scripts: list[str]
 
+    @property
+    def owners(self) -> str:
+        """The scripts that have the flag, as a message names them."""
+        return "the training scripts" if len(self.scripts) == len(SCRIPTS) - 1 else ", ".join(self.scripts)
+
     def verdict(self) -> str:
-        """What to say where it is given: that it has no effect, or why it is refused."""
-        training = len(self.scripts) == len(SCRIPTS) - 1
-        whose = "the training scripts" if training else ", ".join(self.scripts)
+        """Returns the message for a command that gives the flag: that it has no effect, or why it is refused."""
         refused = self.item.metadata["refused"]
         if refused:
-            return f"--{self.item.name}: is for {whose}; {refused}"
-        return f"--{self.item.name}: has no effect here; it is for {whose}"
+            return f"--{self.item.name}: is for {self.owners}; {refused}"
+        return f"--{self.item.name}: has no effect here; it is for {self.owners}"
 
 
 def foreign_flags(options_type: type) -> list[ForeignFlag]:
