@@ -272,7 +272,7 @@ def test_problems_give_flag_value_rule_and_fix() -> None:
         *("nan", "--rank", "1.5", "--height_buckets", "480", "0", "--pin_memory", "maybe", "--random_flip", "2"),
     )
     assert set(found) == {
-        "--pretrained_model_name_or_path: is required: CogVideoX pipeline: a folder or a hub id such as "
+        "--pretrained_model_name_or_path: is required: CogVideoX pipeline: a folder, or a hub id such as "
         "THUDM/CogVideoX-5b",
         "--optimiser: no such flag; nearest: --optimizer",
         "--fps 0: must be at least 0.1; nearest: 0.1",
@@ -377,7 +377,7 @@ def test_flags_of_the_training_signal_that_do_nothing_are_refused() -> None:
 def test_plans_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
     lean = ("--plan", "lean", "--keep", "input")
     assert problems(*LEAST[LORA], *lean, "--use_dora") == (
-        "--plan lean, --keep input: contradicts --use_dora, which diffusers' own modules run; leave one of them out",
+        "--plan lean, --keep input: contradicts --use_dora, which needs diffusers modules; leave one of them out",
     )
     assert parse("--use_dora").lora.use_dora
     host = parse("--optimizer_state_on", "host", "--optimizer", "came")
@@ -430,8 +430,8 @@ def test_resolutions_take_the_place_of_the_lists() -> None:
         (LORA, ("--hub_model_id", "me/x"), "--hub_model_id: has no effect without --push_to_hub"),
         (LORA, ("--hub_private",), "--hub_private: has no effect without --push_to_hub"),
         (LORA, ("--push_to_hub", "--hub_token", ""), "--hub_token: is empty"),
-        (LORA, ("--push_to_hub", "--hub_token", "hf a"), "--hub_token: is empty, or holds spaces"),
-        (LORA, ("--push_to_hub", "--hub_token", "hf_\n"), "--hub_token: is empty, or holds spaces"),
+        (LORA, ("--push_to_hub", "--hub_token", "hf a"), "--hub_token: is empty, or contains spaces"),
+        (LORA, ("--push_to_hub", "--hub_token", "hf_\n"), "--hub_token: is empty, or contains spaces"),
         (LORA, ("--do_validation",), "--do_validation"),
         (LORA, ("--do_validation", "--validation_epochs", "10"), "--do_validation"),
         (LORA, ("--validation_prompt", "p", "--validation_prompts", "f"), "--validation_prompt"),
@@ -447,8 +447,12 @@ def test_resolutions_take_the_place_of_the_lists() -> None:
             ("--init_lora_weights", "gaussian", "--lora_path", "x"),
             "--init_lora_weights gaussian: contradicts --l",
         ),
-        (LORA, ("--target_modules", "(to_q"), "--target_modules (to_q: is no regular expression: missing )"),
-        (LORA, ("--target_modules", "to_k", ".*to_q"), "--target_modules .*to_q: a regular expression stands alone"),
+        (LORA, ("--target_modules", "(to_q"), "--target_modules (to_q: is not a valid regular expression: missing )"),
+        (
+            LORA,
+            ("--target_modules", "to_k", ".*to_q"),
+            "--target_modules .*to_q: there can be only one regular expression",
+        ),
     ],
 )
 def test_contradictions(script: str, given: tuple[str, ...], flag: str) -> None:
@@ -740,7 +744,7 @@ def test_data_sets_of_the_hub_are_downloaded_first(given: str, name: str) -> Non
     missing, found = problems(*MODEL, *given.split())
     assert missing.startswith("--data_root: is required")
     download = f"hf download --repo-type dataset {name} --local-dir D"
-    assert found == f"{given}: is not downloaded here; {download}, then give --data_root D"
+    assert found == f"{given}: data sets of the hub are not downloaded here; {download}, then give --data_root D"
 
 
 # -- the declarations --------------------------------------------------------------------------------------------------

@@ -362,9 +362,9 @@ def problems(*given: object, checks: bool = True) -> tuple[str, ...]:
         ("--use_8bit --use_4bit --use_torchao", "--use_8bit: contradicts --use_4bit", "one of them"),
         ("--use_4bit", "--use_4bit: bitsandbytes has no such optimizer", "--use_torchao"),
         ("--use_fp8", "--use_fp8: bitsandbytes has no such optimizer", "--use_torchao"),
-        ("--use_torchao", "--use_torchao: says whose low-bit moments", "--use_8bit"),
+        ("--use_torchao", "--use_torchao: chooses the library for low-bit moments", "--use_8bit"),
         ("--offload_gradients", "--offload_gradients: needs an optimizer on the CPU", "--use_cpu_offload_optimizer"),
-        ("--use_cpu_offload_optimizer", "--use_cpu_offload_optimizer: torchao clips no gradients", "give 0"),
+        ("--use_cpu_offload_optimizer", "--use_cpu_offload_optimizer: torchao does not clip gradients", "give 0"),
         (
             "--use_cpu_offload_optimizer --max_grad_norm 0 --use_8bit",
             "--use_cpu_offload_optimizer: contradicts --use_8bit",
@@ -372,7 +372,7 @@ def problems(*given: object, checks: bool = True) -> tuple[str, ...]:
         ),
         (
             "--use_cpu_offload_optimizer --max_grad_norm 0 --mixed_precision fp16",
-            "--use_cpu_offload_optimizer: torchao knows no loss scale",
+            "--use_cpu_offload_optimizer: torchao does not support loss scaling",
             "bf16",
         ),
         (

@@ -76,7 +76,7 @@ def own_imports(path: Path) -> set[str]:
     """The modules of the library that a file imports."""
     found = set()
     for full in imports(ast.parse(path.read_text())):
-        if full.split(".")[0] == "cogvideox":
+        if full.split(".")[0] == "cogvideox" and full != "cogvideox.__version__":
             rest = full.removeprefix("cogvideox").removeprefix(".")
             candidates = [rest, rest.rpartition(".")[0]]
             module = next((name for name in candidates if name in FILES), None)

@@ -1,7 +1,9 @@
-"""Reads the command line into the options of a script; prints and suggests; ends the script where a user must act.
+"""Parses the command line of a script, reports all problems at once, and sets the exit status.
 
-Command line -> strings (argparse) -> typed groups -> derived values -> problems, all of them in one message. The flags
-are in flags.py, what each script takes in options.py, what contradicts what in conflicts.py. Standard library only.
+``run_script`` is the entry point of each script; ``parse`` returns its options. The command line becomes strings
+(argparse), then typed groups of flags (``read_flags``), then options with derived values, and finally one message with
+all problems. flags.py defines the flags, options.py what each script accepts, and conflicts.py what contradicts what.
+This module needs only the standard library, so that --help takes half a second.
 """
 
 import argparse
@@ -27,13 +29,13 @@ from cogvideox.config.prepared_flags import as_prepared
 from cogvideox.errors import NonFiniteError, UsageError, one_line, public_urls
 from cogvideox.files import disk_errno, disk_error
 
-LOW_FOR_PRODIGY = 0.1  # learning rate; 1 is meant
+LOW_FOR_PRODIGY = 0.1  # a learning rate below this is probably meant for another optimizer
 EPILOG = "To see every flag of this script, use --help_all."
 ALL_EPILOG = "Flags of the suite's other scripts are accepted and reported as having no effect."
 IDLE_HEADING = "accepted from other commands, without effect in this script"
-NO_EFFECT = "no effect"  # the origin of a flag that only other scripts have
+NO_EFFECT = "no effect"  # origin of the value of a flag that only other scripts have
 USAGE_EXIT, NON_FINITE_EXIT = 2, 3
-# loggers that warn, wherever the package is merely installed, of extras that nothing here uses
+# Loggers of packages that, when merely installed, warn about extras that the suite does not use.
 NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
@@ -41,14 +43,14 @@ Check = Callable[[Any], Iterator[str]]
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Every flag takes any number of strings from argparse; read_value() counts them. Help shows what it accepts."""
+    """Shows for each flag the values that it accepts, although argparse accepts any number of strings."""
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         return str(action.metavar) if action.nargs == "*" else super()._format_args(action, default_metavar)
 
 
 def value_type(annotation: Any) -> tuple[type, bool]:
-    """(type of one value, whether the flag takes several)."""
+    """Returns (type of one value, whether the flag takes several values)."""
     arguments = [a for a in typing.get_args(annotation) if a not in (NoneType, Ellipsis)]
     return (arguments[0] if arguments else annotation), typing.get_origin(annotation) is tuple
 
@@ -140,7 +142,7 @@ def metavar_of(item: "dataclasses.Field[Any]", annotation: Any) -> str:
 
 
 def help_text(item: "dataclasses.Field[Any]") -> str:
-    """The help line with the default behind it."""
+    """Returns the help line, followed by the default in brackets."""
     text: str = item.metadata["help"]
     if item.default is dataclasses.MISSING:
         return f"{text} [required]"
@@ -149,15 +151,19 @@ def help_text(item: "dataclasses.Field[Any]") -> str:
 
 
 def as_typed(item: "dataclasses.Field[Any]", texts: Sequence[str]) -> str:
-    """A flag and its value for messages; of a secret only the flag."""
+    """Returns a flag with its value for messages; for a secret, only the flag."""
     return f"--{item.name}" if item.metadata["secret"] else f"--{item.name} {' '.join(texts)}"
 
 
 def convert(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
-    """One typed value out of one string; raises UsageError with the rule and the nearest fix."""
+    """Converts one string to a typed value.
+
+    Raises:
+        UsageError: the value is not accepted; the message has the rule and the nearest fix.
+    """
     name = as_typed(item, [text])
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UsageError(f"--{item.name}: holds bytes that are no UTF-8")
+        raise UsageError(f"--{item.name}: contains bytes that are not valid UTF-8")
     if of is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise UsageError(f"{name}: takes true or false, or nothing for true")
@@ -187,7 +193,7 @@ def convert(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
 
 
 def read_value(item: "dataclasses.Field[Any]", annotation: Any, given: Sequence[str]) -> Any:
-    """The typed value of a flag out of the strings behind it."""
+    """Returns the typed value of a flag, given the strings that follow it on the command line."""
     of, many = value_type(annotation)
     bare = "true" if of is bool else item.metadata["const"]
     texts = list(given) or ([bare] if bare else [])
@@ -215,11 +221,15 @@ def unknown_flags(rest: Sequence[str], options_type: type) -> Iterator[str]:
             near = difflib.get_close_matches(name, known, 1)
             yield f"{name}: no such flag" + (f"; nearest: {near[0]}" if near else "; see --help")
         elif name == names[0]:
-            yield f"{name}: belongs to no flag"
+            yield f"{name}: does not belong to any flag"
 
 
 def spelling(argv: Sequence[str], item: "dataclasses.Field[Any]") -> str:
-    """The name under which a flag was given; raises UsageError where it was given under two."""
+    """Returns the name under which a flag was given.
+
+    Raises:
+        UsageError: the flag was given under two names.
+    """
     given = {text.split("=")[0] for text in argv}
     used = [name for name in names_of(item) if f"--{name}" in given]
     if len(used) > 1:
@@ -228,25 +238,25 @@ def spelling(argv: Sequence[str], item: "dataclasses.Field[Any]") -> str:
 
 
 def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
-    """What a user may want to know of flags that are no problem."""
+    """Yields remarks about flags that are accepted but have no effect, or whose values are unusual."""
     for group, item, _ in fields_of(type(options)):
         if item.metadata["idle"] and sources[item.name] != "default" and getattr(getattr(options, group), item.name):
             yield f"--{item.name}: {item.metadata['help']}"
     yield from (other.verdict() for other in foreign_flags(type(options)) if sources.get(other.item.name) == NO_EFFECT)
     if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
-        yield "--image_column: has no effect here; no image is a condition of what is trained"
-    if isinstance(options, TrainOptions) and not options.loader.load_tensors:  # else a prepared folder may have clips
+        yield "--image_column: has no effect here; a text-to-video model is not conditioned on images"
+    if isinstance(options, TrainOptions) and not options.loader.load_tensors:  # which may contain held-out clips
         yield from idle_schedule(options.validation, bool(options.data.validation_data_root))
     if isinstance(options, TrainOptions) and options.optimizer.kind == "prodigy":
         rate = options.optimizer.learning_rate
         if rate < LOW_FOR_PRODIGY:
-            yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; usual: 1"
+            yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; usually 1"
 
 
 def read_foreign_flags(
     options_type: type, argv: Sequence[str], namespace: argparse.Namespace
 ) -> tuple[list[str], list[str]]:
-    """(given flags of other scripts, to be named as having no effect; problems: those that are refused, bad values)."""
+    """Returns (given flags that have no effect in this script, problems of refused flags and of bad values)."""
     without_effect: list[str] = []
     problems: list[str] = []
     for other in foreign_flags(options_type):
@@ -268,10 +278,10 @@ def read_foreign_flags(
 def read_flags(
     options_type: type[Options], argv: Sequence[str], description: str | None
 ) -> tuple[Options, dict[str, str]]:
-    """Options with only what was given and the defaults, and where each value comes from.
+    """Returns the options with given values and defaults, and where each value comes from, by flag.
 
     Raises:
-        UsageError: all unknown flags, bad values and missing flags at once.
+        UsageError: there are unknown flags, bad values or missing flags; it lists all of them.
     """
     parser = build_parser(options_type, description)
     namespace, rest = parser.parse_known_args(list(argv))
@@ -301,7 +311,7 @@ def read_flags(
 
 
 def config_text(options: Any, sources: dict[str, str]) -> str:
-    """Every flag with its value and origin, a line each."""
+    """Returns the text of --print_config: one line per flag with its origin and value."""
     lines = []
     for group_name, item, _ in fields_of(type(options)):
         value = to_show(item, getattr(getattr(options, group_name), item.name))
@@ -311,7 +321,7 @@ def config_text(options: Any, sources: dict[str, str]) -> str:
 
 
 def config_dict(options: Any) -> dict[str, Any]:
-    """Every flag's value by its name, for config.json, the recipe and trackers; secrets are left out, in URLs too."""
+    """Returns all values by flag for config.json, the recipe and trackers, without secrets (also those in URLs)."""
     return {
         item.name: to_show(item, getattr(getattr(options, group), item.name))
         for group, item, _ in fields_of(type(options))
@@ -319,7 +329,7 @@ def config_dict(options: Any) -> dict[str, Any]:
 
 
 def to_show(item: "dataclasses.Field[Any]", value: Any) -> Any:
-    """A flag's value, or of a secret that there is one; of a URL no query, which may be a signature."""
+    """Returns a value that may be shown: HIDDEN for a secret, and URLs without queries, which may be signatures."""
     if item.metadata["secret"] and value is not None:
         return HIDDEN
     if isinstance(value, tuple):
@@ -328,7 +338,7 @@ def to_show(item: "dataclasses.Field[Any]", value: Any) -> Any:
 
 
 def hide_secrets(options: Any) -> None:
-    """Takes the values of secrets out of sys.argv, which trackers record."""
+    """Removes the values of secrets from sys.argv, which trackers record."""
     values = [(item, getattr(getattr(options, group), item.name)) for group, item, _ in fields_of(type(options))]
     for secret in [value for item, value in values if item.metadata["secret"] and value]:
         sys.argv[1:] = [text.replace(secret, HIDDEN) for text in sys.argv[1:]]
@@ -341,13 +351,17 @@ def parse(
     argv: Sequence[str] | None = None,
     checks: Sequence[Check] = (),
 ) -> Options:
-    """The options of a script; ``--help`` and ``--print_config`` end it with status 0.
+    """Returns the options of a script. ``--help`` and ``--print_config`` print their text and exit with status 0.
 
-    ``checks`` look at files and configs (never at weights); they run once the flags themselves are in order, and not
-    at all for ``--print_config``.
+    Args:
+        options_type: the options of the script.
+        description: the text at the top of the help.
+        argv: the command line; None is that of the process.
+        checks: functions that yield problems of the files and configs (never of weights) that the options name. They
+            run after the flags have been read, and not for ``--print_config``.
 
     Raises:
-        UsageError: every problem at once.
+        UsageError: there are problems; it lists all of them.
     """
     options, sources = read_flags(options_type, sys.argv[1:] if argv is None else argv, description)
     options = derive(options, sources)
@@ -373,8 +387,10 @@ def parse(
 def run_script(
     main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
 ) -> typing.NoReturn:
-    """Parses, runs ``main`` and ends the script: status 2 and a line for each problem where the user can fix it, 3 and
-    one line where training went to NaN, 75 where the script was asked to stop.
+    """Parses the command line, runs ``main`` with the options, and exits.
+
+    The exit status is that of ``main``, or 2 after one line for each problem that the user can fix, 3 after one line if
+    training produced NaN or infinity, or 75 if the script was asked to stop.
     """
     stopping.install()
     for name in NOISY:
@@ -386,14 +402,14 @@ def run_script(
     except Exception:
         if not stopping.stops_now():
             raise
-        status = stopped_status()  # the other side of a collective operation has stopped before this one
+        status = stopped_status()  # another rank stopped first, so a collective operation failed
     stopping.leave(status)
 
 
 def status_of(
     main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
 ) -> int | None:
-    """What ``main`` returns for the parsed options, or 2 after a line for each problem that the user can fix."""
+    """Returns the status of ``main``, or 2 or 3 after printing what went wrong. Other errors keep their traceback."""
     try:
         options = parse(options_type, doc, None, checks)
         hide_secrets(options)
@@ -416,7 +432,7 @@ def status_of(
 
 
 def stopped_status() -> int:
-    """The exit status of a script that was asked to stop, after a line that says so."""
+    """Prints the last line of a script that was asked to stop, and returns its exit status."""
     if stopping.speaks():
         print(stopping.last_line(), file=sys.stderr)
     return stopping.REQUEUE_EXIT

@@ -1,6 +1,8 @@
-"""What flags contradict: each other, the script that they are given to, and what it is launched with.
+"""Finds contradictions between flags, and between flags and the script or the launcher.
 
-Each function yields problems, with the flag, its value, the rule and the nearest fix. Standard library only.
+``flag_problems`` checks all flags of a script; ``foreign_problems`` and the check_ functions compare them with the
+script and with the launcher. Each function yields problems as text: the flag, its value, the rule and the nearest fix.
+This module needs only the standard library.
 """
 
 import dataclasses
@@ -44,12 +46,12 @@ LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")
 
 
 def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
-    """Contradictions between flags; needs no file."""
+    """Yields contradictions between flags. Reads no file."""
     data: DataFlags = options.data
     given = {name for name, source in sources.items() if source.startswith("given")}
     yield from bucket_problems(data, given)
     if data.frame_selection == "uniform" and data.fps is not None:
-        yield "--frame_selection uniform: has no rate; leave out --fps, or use middle, head or random"
+        yield "--frame_selection uniform: has no frame rate; leave out --fps, or use middle, head or random"
     if reads_clips(options) and len(data.repeats) not in (1, len(data.data_root)):
         yield (
             f"--repeats {' '.join(map(str, data.repeats))}: {len(data.repeats)} numbers for {len(data.data_root)} "
@@ -68,10 +70,10 @@ def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
-    """Contradictions between the flags that list buckets."""
+    """Yields contradictions between the flags that list buckets."""
     for text in data.train_resolution:
         if resolution(text) is None:
-            yield f"--train_resolution {text}: is no bucket; give FRAMESxHEIGHTxWIDTH, such as 49x480x720"
+            yield f"--train_resolution {text}: is not a valid bucket; give FRAMESxHEIGHTxWIDTH, such as 49x480x720"
     lists = sorted({"height_buckets", "width_buckets", "frame_buckets"} & given)
     if data.train_resolution and lists:
         yield f"--train_resolution: contradicts --{', --'.join(lists)}; give either"
@@ -86,7 +88,7 @@ def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
 
 
 def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
-    """Contradictions between the flags of prepare_dataset.py alone."""
+    """Yields contradictions between the flags of prepare_dataset.py alone."""
     if not prepare.save_latents_and_embeddings:
         yield "--save_latents_and_embeddings false: nothing else is written; leave it out, or use --dry_run"
     if not prepare.output_dir:
@@ -97,7 +99,7 @@ def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
 
 
 def train_problems(options: TrainOptions) -> Iterator[str]:
-    """Contradictions between the flags of a training script."""
+    """Yields contradictions between the flags of a training script."""
     train = options.train
     if train.no_resume and train.resume_from_checkpoint:
         yield f"--no_resume: contradicts --resume_from_checkpoint {train.resume_from_checkpoint}; give one of them"
@@ -114,9 +116,14 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
 
 
 def idle_schedule(validation: ValidationFlags, held_out: bool) -> Iterator[str]:
-    """What to say of flags for when to validate, where there is neither a prompt nor, in ``held_out``, a clip for it.
+    """Yields remarks about flags for when to validate, if there is nothing to validate.
 
-    Published commands have them without a prompt, so the run goes on. --do_validation asks for videos, and is refused.
+    Published commands have such flags without a prompt, so the run continues. Only --do_validation without a prompt is
+    an error, because it asks for videos.
+
+    Args:
+        validation: the flags.
+        held_out: whether there are held-out clips to measure the loss on.
     """
     for name in ("validation_steps", "validation_epochs"):
         value = getattr(validation, name)
@@ -126,7 +133,7 @@ def idle_schedule(validation: ValidationFlags, held_out: bool) -> Iterator[str]:
 
 
 def validation_problems(validation: ValidationFlags) -> Iterator[str]:
-    """Contradictions between the flags of validation."""
+    """Yields contradictions between the flags of validation."""
     if validation.do_validation and not validation.settled:
         yield "--do_validation: there is no prompt; give --validation_prompt or --validation_prompts"
     if validation.validation_steps and validation.validation_epochs:
@@ -138,7 +145,7 @@ def validation_problems(validation: ValidationFlags) -> Iterator[str]:
 
 
 def loss_problems(loss: LossFlags, given: set[str]) -> Iterator[str]:
-    """Contradictions between the flags of the loss, and parameters of what is not used."""
+    """Yields contradictions between the flags of the loss, and parameters of weightings that are not used."""
     for name, weightings in (("snr_gamma", WITH_SNR_GAMMA), ("p2_gamma", ("p2",)), ("p2_k", ("p2",))):
         if name in given and loss.loss_weighting not in weightings:
             yield (
@@ -155,7 +162,7 @@ def loss_problems(loss: LossFlags, given: set[str]) -> Iterator[str]:
 
 
 def best_problems(options: TrainOptions) -> Iterator[str]:
-    """What --keep_best and --export_best lack, as far as flags say."""
+    """Yields what is missing for --keep_best and --export_best, as far as flags show it."""
     train = options.train
     if train.export_best and not train.keep_best:
         yield "--export_best: no checkpoint is kept for it; add --keep_best"
@@ -164,17 +171,17 @@ def best_problems(options: TrainOptions) -> Iterator[str]:
 
 
 def hub_problems(hub: HubFlags) -> Iterator[str]:
-    """Contradictions between the flags of the hub, and a token that cannot be one."""
+    """Yields contradictions between the flags of the hub, and a token of impossible form."""
     if not hub.push_to_hub:
         for name in ("hub_token", "hub_model_id", "hub_private"):
             if getattr(hub, name) not in (None, False):
                 yield f"--{name}: has no effect without --push_to_hub; give it too, or leave this out"
     if hub.hub_token is not None and not re.fullmatch("[!-~]+", hub.hub_token):
-        yield "--hub_token: is empty, or holds spaces or other characters that no token has; copy it again"
+        yield "--hub_token: is empty, or contains spaces or other characters that no token has; copy it again"
 
 
 def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
-    """Contradictions between the flags of the optimizer, and flags that the one chosen does not have."""
+    """Yields contradictions between the flags of the optimizer, and flags that the chosen optimizer does not have."""
     flags, train = options.optimizer, options.train
     for item in dataclasses.fields(flags):
         only = item.metadata["only"]
@@ -186,7 +193,7 @@ def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
     if low and low[0] != "--use_8bit" and not flags.use_torchao:
         yield f"{low[0]}: bitsandbytes has no such optimizer; add --use_torchao"
     if flags.use_torchao and not low:
-        yield "--use_torchao: says whose low-bit moments; add --use_8bit, --use_4bit or --use_fp8"
+        yield "--use_torchao: chooses the library for low-bit moments; add --use_8bit, --use_4bit or --use_fp8"
     if flags.offload_gradients and not flags.use_cpu_offload_optimizer:
         yield "--offload_gradients: needs an optimizer on the CPU; add --use_cpu_offload_optimizer"
     if flags.use_cpu_offload_optimizer:
@@ -194,23 +201,23 @@ def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
 
 
 def offload_problems(flags: OptimizerFlags, train: TrainFlags, low: list[str]) -> Iterator[str]:
-    """What torchao's optimizer on the CPU cannot do."""
+    """Yields flags that the CPU optimizer of torchao does not support."""
     name = "--use_cpu_offload_optimizer"
     if low:
         yield f"{name}: contradicts {low[0]}: on the CPU moments are fp32; give either"
     if train.max_grad_norm:
-        yield f"{name}: torchao clips no gradients, and --max_grad_norm is {train.max_grad_norm:g}; give 0"
+        yield f"{name}: torchao does not clip gradients, and --max_grad_norm is {train.max_grad_norm:g}; give 0"
     if train.mixed_precision == "fp16":
-        yield f"{name}: torchao knows no loss scale, which fp16 needs; give --mixed_precision bf16"
+        yield f"{name}: torchao does not support loss scaling, which fp16 needs; give --mixed_precision bf16"
     if flags.offload_gradients and train.gradient_accumulation_steps > 1:
         yield (
             f"--offload_gradients: contradicts --gradient_accumulation_steps {train.gradient_accumulation_steps}: each "
-            "gradient leaves the GPU at once; give 1, or leave --offload_gradients out"
+            "gradient is moved off the GPU at once; give 1, or leave --offload_gradients out"
         )
 
 
 def lora_problems(lora: LoraFlags) -> Iterator[str]:
-    """Contradictions between the flags of a LoRA, and values that are of no known form."""
+    """Yields contradictions between the flags of a LoRA, and values of no known form."""
     yield from target_problems(lora.target_modules)
     init = lora.init_lora_weights
     given = f"--init_lora_weights {init}"
@@ -219,18 +226,18 @@ def lora_problems(lora: LoraFlags) -> Iterator[str]:
     elif lora.lora_path and init != "default":
         yield f"{given}: contradicts --lora_path {lora.lora_path}, which has the matrices to start from; give one"
     if init.startswith("pissa") and lora.use_dora:
-        yield f"{given}: contradicts --use_dora, with which its result is no plain LoRA; give one of them"
+        yield f"{given}: contradicts --use_dora, with which the result is not a plain LoRA; give one of them"
     if init.startswith("pissa") and not lora.lora_alpha:
         yield "--lora_alpha 0: PiSSA divides by the scale of the LoRA; give the rank"
 
 
 def plan_problems(options: TrainOptions) -> Iterator[str]:
-    """What cannot be run under a plan; models say more when they are loaded."""
+    """Yields what a plan cannot run, as far as flags show it; more is checked when the model is loaded."""
     asked = ", ".join(options.plan.asked)
     if asked and options.plan.plan == "off":
         yield f"{asked}: contradicts --plan off; leave one of them out"
     if asked and isinstance(options, LoraOptions) and options.lora.use_dora:
-        yield f"{asked}: contradicts --use_dora, which diffusers' own modules run; leave one of them out"
+        yield f"{asked}: contradicts --use_dora, which needs diffusers modules; leave one of them out"
     if trains_on_host(options) and launched_processes() > 1:
         yield f"{asked}: weights that are trained on the host are for one GPU; launch one process"
     if asked and under_deepspeed():
@@ -238,25 +245,25 @@ def plan_problems(options: TrainOptions) -> Iterator[str]:
 
 
 def target_problems(target_modules: Sequence[str]) -> Iterator[str]:
-    """What is wrong with --target_modules by itself."""
+    """Yields problems of the value of --target_modules itself."""
     patterns = [target for target in target_modules if target_pattern((target,)) is not None]
     if patterns and len(target_modules) > 1:
-        yield f"--target_modules {patterns[0]}: a regular expression stands alone; join them: 'one|other'"
+        yield f"--target_modules {patterns[0]}: there can be only one regular expression; join them: 'one|other'"
     for text in patterns:
         try:
             re.compile(text)
         except re.error as error:
-            yield f"--target_modules {text}: is no regular expression: {error}; give names, or mend it"
+            yield f"--target_modules {text}: is not a valid regular expression: {error}; give names, or fix it"
 
 
 def nearest_init(text: str) -> str:
-    """The value of --init_lora_weights that looks most like a text."""
+    """Returns the value of --init_lora_weights that is most similar to a text."""
     known = ("default", "gaussian", "pissa", "pissa_niter_4")
     return (difflib.get_close_matches(text, known, 1, 0.3) or known)[0]
 
 
 def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
-    """Contradictions with --load_tensors."""
+    """Yields contradictions with --load_tensors."""
     if len(options.data.data_root) > 1:
         yield "--data_root: --load_tensors takes one prepared folder; give prepare_dataset.py all folders of clips"
     if options.data.validation_data_root:
@@ -264,18 +271,21 @@ def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
 
 
 def foreign_problems(options_type: type[Options], values: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What commands of other trainers ask of another script, or of the hub; they may have unknown flags too."""
+    """Yields what commands of other trainers ask for and only another script or a download can provide.
+
+    This runs before unknown flags are reported, as such commands may have unknown flags too.
+    """
     asked = {name: values["data"][name] for name in ("dataset_name", "dataset_config_name") if name in values["data"]}
     if asked:
         flags = " ".join(f"--{name} {value}" for name, value in asked.items())
         download = f"hf download --repo-type dataset {asked.get('dataset_name', 'NAME')} --local-dir D"
-        yield f"{flags}: is not downloaded here; {download}, then give --data_root D"
+        yield f"{flags}: data sets of the hub are not downloaded here; {download}, then give --data_root D"
     if issubclass(options_type, TrainOptions):
         yield from script_problems(options_type, GuideFlags(**values["guide"]))
 
 
 def script_problems(options_type: type[TrainOptions], guide: GuideFlags) -> Iterator[str]:
-    """What the CogVideo guide's flags say of the script, where it is another one."""
+    """Yields a problem if the flags of the CogVideo guide ask for what another script trains."""
     family = (guide.model_name or "").rpartition("-")[2]
     task, method = guide.model_type or family or options_type.task, guide.training_type or options_type.method
     if family and task != family:
@@ -288,7 +298,7 @@ def script_problems(options_type: type[TrainOptions], guide: GuideFlags) -> Iter
 
 
 def check_ema(options: TrainOptions) -> Iterator[str]:
-    """Problems of --use_ema with the launcher's configuration, for args.parse."""
+    """Yields problems of --use_ema with the configuration of the launcher, for args.parse."""
     if options.loss.use_ema and under_deepspeed():
         yield (
             "--use_ema: under DeepSpeed no rank has all fp32 weights to average; leave it out, or launch with "
@@ -297,16 +307,16 @@ def check_ema(options: TrainOptions) -> Iterator[str]:
 
 
 def check_launcher(_options: TrainOptions) -> Iterator[str]:
-    """Problems of accelerate's configuration, for args.parse."""
+    """Yields problems of the configuration of accelerate, for args.parse."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         yield (
-            "accelerate launch: its configuration is for FSDP, under which these scripts would divide nothing; "
+            "accelerate launch: its configuration is for FSDP, under which these scripts would not shard anything; "
             "launch with accelerate_configs/deepspeed.yaml or accelerate_configs/uncompiled_2.yaml"
         )
 
 
 def check_trackers(options: TrainOptions) -> Iterator[str]:
-    """Problems of --report_to, for args.parse."""
+    """Yields problems of --report_to, for args.parse."""
     wanted = tracker_names(options.train.report_to)
     for name in wanted:
         if importlib.util.find_spec(name) is None:

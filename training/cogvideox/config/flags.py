@@ -1,7 +1,8 @@
-"""Every flag once, grouped by who reads it, as frozen dataclasses: type, default, limits and a help line each.
+"""Defines every command-line flag once: its type, default, limits and help line.
 
-A flag's field name is its name; ``aliases`` are the names that other CogVideoX trainers gave it. Which script takes
-which groups is in options.py. Standard library only.
+Each group of flags is a frozen dataclass, named after what the flags are about. The name of a field is the name of the
+flag; its ``aliases`` are the names that other CogVideoX trainers use. options.py lists the groups that each script
+accepts, and ``MAIN_FLAGS`` the flags that --help shows. This module needs only the standard library.
 """
 
 import dataclasses
@@ -9,17 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-TENSOR_FOLDER = "cogvideox_tensors"  # the default of --tensor_cache, in the data root itself
+TENSOR_FOLDER = "cogvideox_tensors"  # default of --tensor_cache, inside the data root
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 POLYNOMIAL_END = 1e-7  # learning rate at the end of the polynomial schedule
-MODEL_NAMES = ("cogvideox-t2v", "cogvideox-i2v", "cogvideox1.5-t2v", "cogvideox1.5-i2v")  # in the CogVideo guide
-ADAMS, OPTIMIZERS = ("adam", "adamw"), ("adam", "adamw", "prodigy", "came")  # of optimizers
+MODEL_NAMES = (
+    "cogvideox-t2v",
+    "cogvideox-i2v",
+    "cogvideox1.5-t2v",
+    "cogvideox1.5-i2v",
+)  # values of --model_name in the CogVideo guide
+ADAMS = ("adam", "adamw")
+OPTIMIZERS = (*ADAMS, "prodigy", "came")
 NAMED_CLASS = "a class by its dotted name"
 WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")
 WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
 PLACES = ("auto", "device", "host")
-HIDDEN = "(not shown)"  # instead of a secret
+HIDDEN = "(not shown)"  # shown in place of a secret
 INFORMATION = "information"  # the heading of the flags that print something and end the script
 # What --help shows: the headings and their flags, in the order in which people need them. --help_all adds the others.
 MAIN_FLAGS = {
@@ -44,7 +51,7 @@ MAIN_FLAGS = {
     "output": ("output_dir", "checkpointing_steps", "report_to", "push_to_hub"),
     INFORMATION: ("print_config",),
 }
-# Entries of a run's recipe that its state does not depend on, so that a checkpoint can be resumed with other values.
+# Settings on which the state in a checkpoint does not depend, so that a run can be resumed with other values.
 CHANGEABLE = (
     *("learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "weight_decay"),
     *("max_grad_norm", "caption_dropout", "noised_image_dropout", "lora_dropout", "loss_weighting", "snr_gamma"),
@@ -68,14 +75,25 @@ def flag(
     idle: bool = False,
     refused: str | None = None,
 ) -> Any:
-    """One flag. ``const`` is the value of the bare flag. A number is at least ``least``, at most ``most``, and less
-    than ``below``. A ``dotted`` flag takes a dotted name beside its ``choices``. ``only``: the optimizers that have it.
-    The value of a ``secret`` is shown and written nowhere. An ``idle`` flag is taken from old commands and does
-    nothing; its help says why.
+    """Returns the dataclass field of one flag.
 
-    A script takes the flags of the suite's other scripts too, says that they have no effect, and goes on. ``refused``
-    is why it ends instead: without the flag's effect it would do something else than was asked. That is so for flags
-    that say what to start from, what is read, where the result goes, or that nothing is trained.
+    Args:
+        default: the value when the flag is absent; REQUIRED if the flag must be given.
+        help: the help line.
+        aliases: other names of the flag.
+        choices: the accepted values; empty if there is no such list.
+        const: the value when the flag is given without a value; None if it needs one.
+        least: the smallest accepted number.
+        most: the largest accepted number.
+        below: a number that the value must be less than.
+        dotted: accept the dotted name of a class as well as the ``choices``.
+        only: the optimizers that use the flag; empty if all do.
+        secret: never show or write the value.
+        idle: accept the flag for the sake of old commands and ignore it; the help line gives the reason.
+        refused: why another script that is given this flag ends with an error. Without a reason, other scripts only
+            report that the flag has no effect. A reason is needed where ignoring the flag would do something else than
+            was asked: for flags that choose the starting weights, the input or the destination of the result, or that
+            ask for no training at all.
     """
     limits = {"least": least, "most": most, "below": below}
     kinds = {"choices": choices, "const": const, "dotted": dotted, "only": only, "secret": secret, "idle": idle}
@@ -88,199 +106,209 @@ REQUIRED: Any = dataclasses.MISSING
 
 
 def idle(default: Any, why: str) -> Any:
-    """A flag of other trainers that has no effect here."""
+    """Returns the field of a flag of other trainers that has no effect here, with the reason."""
     return flag(default, f"has no effect here; {why}", idle=True)
 
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """Read by geometry.py and models.py."""
+    """The model that is trained. Used by config/geometry.py and model/models.py."""
 
     pretrained_model_name_or_path: str = flag(
         REQUIRED,
-        "CogVideoX pipeline: a folder or a hub id such as THUDM/CogVideoX-5b",
+        "CogVideoX pipeline: a folder, or a hub id such as THUDM/CogVideoX-5b",
         aliases=("model_path", "model_id"),
     )
     revision: str | None = flag(None, "branch, tag or commit of a hub model")
     variant: str | None = flag(None, "variant of the weight files, such as fp16")
-    cache_dir: str | None = flag(None, "folder of the hub's downloads")
+    cache_dir: str | None = flag(None, "folder for files downloaded from the hub")
 
 
 @dataclass(frozen=True)
 class DataFlags:
-    """Read by prepare.py: which clips, and how each becomes a tensor."""
+    """The clips, and how each becomes a tensor. Used by preparation/prepare.py and data/."""
 
     data_root: tuple[str, ...] = flag(
         REQUIRED,
-        "folders of the clips, in any of the forms that docs/data.md lists; with --load_tensors one prepared folder",
+        "folders with the clips, in any form listed in docs/data.md; with --load_tensors, one prepared folder",
         aliases=("instance_data_root",),
     )
     dataset_file: str | None = flag(
-        None, "CSV, JSON or JSON lines file with a row a clip, in each data_root (or a path); columns name its columns"
+        None, "CSV, JSON or JSON Lines file with one row per clip: a name inside each data_root, or a path"
     )
     caption_column: str | None = flag(
-        None, "file in data_root with one caption a line (prompts.txt, else prompt.txt); of a table, its column"
+        None, "file in data_root with one caption per line (prompts.txt, else prompt.txt), or the column of a table"
     )
     video_column: str | None = flag(
-        None, "file in data_root with one path a line, relative to data_root (videos.txt); of a table, its column"
+        None, "file in data_root with one path per line, relative to data_root (videos.txt), or the column of a table"
     )
     image_column: str | None = flag(
-        None, "file in data_root with a first frame a line, for image-to-video (images.txt); of a table, its column"
+        None,
+        "file in data_root with one first frame per line, for image-to-video (images.txt), or the column of a table",
     )
-    repeats: tuple[int, ...] = flag((1,), "how often an epoch has each clip: one number, or one a data_root", least=1)
+    repeats: tuple[int, ...] = flag(
+        (1,), "how often each clip occurs in an epoch: one number, or one per data_root", least=1
+    )
     validation_data_root: tuple[str, ...] = flag(
-        (), "folders of clips to measure the loss on, never trained on; in the same form as data_root"
+        (), "folders of held-out clips: the loss is measured on them, and they are never trained on"
     )
-    id_token: str | None = flag(None, "put before every caption; use it in prompts to call up what was learned")
-    allow_path: tuple[str, ...] = flag((), "folders outside data_root in which listed files may lie")
+    id_token: str | None = flag(None, "word put before every caption; use it in prompts to invoke what was learned")
+    allow_path: tuple[str, ...] = flag((), "folders outside data_root that listed files may be in")
     train_resolution: tuple[str, ...] = flag(
-        (), "buckets as FRAMESxHEIGHTxWIDTH, such as 49x480x720; instead of the three lists of buckets"
+        (), "buckets as FRAMESxHEIGHTxWIDTH, such as 49x480x720; replaces the three lists of buckets"
     )
-    height_buckets: tuple[int, ...] = flag(SIZES, "heights in pixels to train at", least=1)
-    width_buckets: tuple[int, ...] = flag(SIZES, "widths in pixels to train at", least=1)
-    frame_buckets: tuple[int, ...] = flag((49,), "frame counts to train at: 4k+1; 1 takes images", least=1)
+    height_buckets: tuple[int, ...] = flag(SIZES, "heights to train at, in pixels", least=1)
+    width_buckets: tuple[int, ...] = flag(SIZES, "widths to train at, in pixels", least=1)
+    frame_buckets: tuple[int, ...] = flag((49,), "frame counts to train at, each 4k+1; 1 is for images", least=1)
     max_num_frames: int | None = flag(
         None,
-        "longest clip in frames; larger frame buckets are not used (49; the longest of --train_resolution)",
+        "most frames of a clip; longer frame buckets are ignored (49, or the longest of --train_resolution)",
         least=1,
     )
     bucket_choice: str = flag(
         "nearest",
-        "buckets of a clip: the nearest one, or every one that it fills and whose shape is about as near",
+        "buckets of a clip: the nearest one, or every one that it fills and that is about as near in shape",
         choices=("nearest", "every"),
     )
     max_upscale: float = flag(
-        1.5, "how far a clip may be enlarged; one that would be enlarged more is not used", least=1.0
+        1.5, "largest factor by which a clip may be enlarged; clips that need more are not used", least=1.0
     )
     fps: float | None = flag(
         None,
-        "frames a second to sample the clips at (the model's: 8, or 16 for 1.5)",
+        "frames per second at which clips are sampled (that of the model: 8, or 16 for CogVideoX 1.5)",
         aliases=("target_fps",),
         least=0.1,
     )
     frame_selection: str = flag(
         "middle",
-        "window of the clip: its middle, head, a random place for each variant, or frames spread over it (uniform)",
+        "which frames to use: from the middle, the head, a random position per variant, or spread out (uniform)",
         choices=("middle", "head", "random", "uniform"),
     )
-    skip_frames_start: int = flag(0, "source frames to leave out at the start of each clip", least=0)
-    skip_frames_end: int = flag(0, "source frames to leave out at the end of each clip", least=0)
+    skip_frames_start: int = flag(0, "source frames to skip at the start of each clip", least=0)
+    skip_frames_end: int = flag(0, "source frames to skip at the end of each clip", least=0)
     video_reshape_mode: str = flag(
         "none",
-        "how a clip gets its bucket's shape: none stretches it; center and random keep its aspect ratio and cut",
+        "how a clip is fitted to its bucket: none stretches it; center and random keep the aspect ratio and crop",
         choices=("none", "center", "random"),
     )
     random_flip: float | None = flag(
-        None, "probability that a variant of a clip is mirrored, whole", const="0.5", least=0.0, most=1.0
+        None, "probability that a variant of a clip is mirrored", const="0.5", least=0.0, most=1.0
     )
     num_augmentations: int | None = flag(
-        None, "variants of each clip to cache, one used per epoch (1; 2 with --random_flip)", least=1
+        None, "variants of each clip to cache, of which each epoch uses one (1; 2 with --random_flip)", least=1
     )
     max_bad_fraction: float = flag(
         0.0,
-        "share of clips that may be damaged, too short or too small; beyond it nothing is trained",
+        "share of clips that may be damaged, too short or too small; with more, the script ends",
         least=0.0,
         most=1.0,
     )
-    video_reader: str = flag("pyav", "library that decodes: pyav, exact; or decord (0.6), where it is installed")
-    decode_timeout: float = flag(120.0, "seconds after which a clip that still decodes is given up", least=1.0)
-    decode_memory: float = flag(4.0, "GiB of memory that decoding one clip may take", least=0.5)
-    dataset_name: str | None = flag(None, "refused: a data set of the hub is downloaded first")
+    video_reader: str = flag("pyav", "decoding library: pyav, which is exact, or decord (0.6), if it is installed")
+    decode_timeout: float = flag(120.0, "seconds after which decoding a clip is abandoned", least=1.0)
+    decode_memory: float = flag(4.0, "GiB of memory that decoding one clip may use", least=0.5)
+    dataset_name: str | None = flag(None, "refused: download a data set of the hub first")
     dataset_config_name: str | None = flag(None, "refused, as --dataset_name")
-    seed: int = flag(42, "all random draws follow from it", least=0)
+    seed: int = flag(42, "seed of all random numbers", least=0)
     dataloader_num_workers: int = flag(
-        0, "processes that load tensors; decoding uses as many, at least one", aliases=("num_workers",), least=0
+        0,
+        "worker processes that load tensors; decoding uses the same number, at least one",
+        aliases=("num_workers",),
+        least=0,
     )
 
 
 @dataclass(frozen=True)
 class EncodeFlags:
-    """Read by prepare.py and models.py: how clips and captions are encoded."""
+    """How clips and captions are encoded. Used by preparation/prepare.py and model/models.py."""
 
     dtype: str | None = flag(
         None,
-        "precision of the VAE and T5 (that of the weight files; on a CPU fp32)",
+        "precision of the VAE and T5 (that of the weight files; fp32 on a CPU)",
         choices=("fp32", "fp16", "bf16"),
     )
     encode_tiling: bool = flag(
-        False, "encode in tiles: less memory, but other latents than the model was trained on", aliases=("use_tiling",)
+        False,
+        "encode in tiles: uses less memory, but the latents differ from those that the model was trained on",
+        aliases=("use_tiling",),
     )
     t5_on: str = flag(
         "auto",
-        "where T5's weights lie: device, or host, from where they pass through 1.5 GiB of the device with the same "
-        "result (host where the device has no room for them)",
+        "where T5's weights are stored: on the device, or on the host and streamed through 1.5 GiB of device memory, "
+        "with the same result; auto is host if the device has no room",
         choices=("auto", "host", "device"),
     )
     max_sequence_length: int | None = flag(
-        None, "tokens of a caption; must be what the transformer's config says", least=1
+        None, "tokens per caption; must be the value in the config of the transformer", least=1
     )
 
 
 @dataclass(frozen=True)
 class FirstFrameFlags:
-    """Read by prepare.py: how the images are encoded that clips begin with, for image-to-video."""
+    """How the first frames of clips are encoded, for image-to-video. Used by preparation/prepare.py."""
 
     num_image_noise_variants: int = flag(
-        8, "encodings of each first frame to cache, each of the frame with other noise; one used per epoch", least=1
+        8, "encodings of each first frame to cache, each with its own noise; each epoch uses one", least=1
     )
 
 
 @dataclass(frozen=True)
 class PrepareFlags:
-    """Read by prepare_dataset.py alone."""
+    """The flags of prepare_dataset.py alone."""
 
-    output_dir: str = flag(REQUIRED, "folder for the tensors; give it to a training script as --data_root")
-    save_latents_and_embeddings: bool = flag(True, "accepted for old commands: this is what the script does")
-    save_image_latents: bool | None = flag(None, "encode first frames too, for image-to-video (where the model is one)")
-    batch_size: int = flag(1, "captions encoded at once; more than 1 changes embeddings by rounding", least=1)
+    output_dir: str = flag(REQUIRED, "folder for the tensors, which a training script then takes as --data_root")
+    save_latents_and_embeddings: bool = flag(True, "accepted for old commands: the script always does this")
+    save_image_latents: bool | None = flag(
+        None, "encode first frames too, for image-to-video (true if the model is an image-to-video model)"
+    )
+    batch_size: int = flag(1, "captions encoded at once; more than 1 changes the embeddings by rounding", least=1)
     dry_run: bool = flag(
         False,
-        "show what would be encoded, and what it costs, and stop; captions are not needed",
+        "print what would be encoded and what it would cost, and stop; needs no captions",
         refused="this one would train",
     )
     suggest_buckets: int | None = flag(
         None,
-        "print at most so many buckets that suit the clips, as a value of --train_resolution, and stop; no captions "
-        "are needed",
+        "print at most this many buckets that suit the clips, as a value of --train_resolution, and stop; needs no "
+        "captions",
         least=1,
         refused="this one would train",
     )
     verify: bool = flag(
         False,
-        "check every tensor in output_dir against the data, encode nothing, and stop",
+        "check every tensor in output_dir against the data, and stop without encoding anything",
         refused="this one would train",
     )
     repair: bool = flag(
         False,
-        "check every tensor in output_dir, and encode anew what is damaged or out of date",
+        "check every tensor in output_dir, and encode again those that are damaged or out of date",
         refused="this one would train",
     )
-    nccl_timeout: int = flag(600, "seconds that a device waits for the others while none makes progress", least=1)
+    nccl_timeout: int = flag(600, "seconds without progress on any device after which the script ends", least=1)
     use_slicing: bool = idle(False, "clips are encoded one at a time")
     pin_memory: bool = idle(False, "no batch waits for a device")
-    num_decode_threads: int = idle(0, "--dataloader_num_workers says how many processes decode")
-    num_artifact_workers: int = idle(4, "tensors are written while the next clip is encoded; clips are not copied")
+    num_decode_threads: int = idle(0, "--dataloader_num_workers sets how many processes decode")
+    num_artifact_workers: int = idle(4, "tensors are written while the next clip is encoded, and clips are not copied")
 
 
 @dataclass(frozen=True)
 class GuideFlags:
-    """The CogVideo guide's, for its one script that does everything; compared with this script and its model."""
+    """Flags of the CogVideo guide's single script; they must agree with the script and the model."""
 
-    model_type: str | None = flag(None, "task, which the script's name says", choices=("t2v", "i2v"))
-    training_type: str | None = flag(None, "method, which the script's name says", choices=("lora", "sft"))
-    model_name: str | None = flag(None, "family of the model, which its config says", choices=MODEL_NAMES)
+    model_type: str | None = flag(None, "task; must be the one in the name of the script", choices=("t2v", "i2v"))
+    training_type: str | None = flag(None, "method; must be the one in the name of the script", choices=("lora", "sft"))
+    model_name: str | None = flag(None, "family of the model; must agree with its config", choices=MODEL_NAMES)
 
 
 @dataclass(frozen=True)
 class LoaderFlags:
-    """Read by the training scripts: which tensors, and how they reach the device."""
+    """Where the training scripts read tensors, and how these reach the device."""
 
     load_tensors: bool = flag(False, "data_root is a folder made by prepare_dataset.py", refused="this one reads clips")
     tensor_cache: str | None = flag(
         None,
-        f"folder for tensors made here: of clips, or of the factory's .pt files (DATA_ROOT/{TENSOR_FOLDER})",
+        f"folder for tensors made here from clips or from .pt files of the factory (DATA_ROOT/{TENSOR_FOLDER})",
     )
-    pin_memory: bool = flag(False, "page-locked host memory for batches")
+    pin_memory: bool = flag(False, "put batches into page-locked host memory")
     caption_dropout: float = flag(
         0.1, "share of samples trained with the empty caption, for classifier-free guidance", least=0.0, most=1.0
     )
@@ -288,94 +316,105 @@ class LoaderFlags:
 
 @dataclass(frozen=True)
 class ImageFlags:
-    """Read by the image-to-video scripts: the images that videos begin with."""
+    """The first frames of videos. Used by the image-to-video scripts."""
 
-    noised_image_dropout: float = flag(0.05, "share of samples trained without their image", least=0.0, most=1.0)
+    noised_image_dropout: float = flag(
+        0.05, "share of samples that are trained without their image", least=0.0, most=1.0
+    )
     image_latent_scale: str = flag(
         "auto",
-        "what is done to image latents with the VAE's scaling factor: auto is as the pipeline of the model does",
+        "how image latents are scaled by the scaling factor of the VAE; auto does what the pipeline of the model does",
         choices=("auto", "mul", "div", "none"),
     )
     ignore_learned_positional_embeddings: bool = flag(
-        False, "train without the learned positions of CogVideoX-5b-I2V, which are for one size alone"
+        False, "train without the learned position embeddings of CogVideoX-5b-I2V, which fit only one size"
     )
     validation_images: str | None = flag(
-        None, "images that the validation videos begin with, one a prompt, joined by the separator: paths or URLs"
+        None, "first frames of the validation videos, one per prompt: paths or URLs, joined by the separator"
     )
 
 
 @dataclass(frozen=True)
 class TrainFlags:
-    """Read by loop.py, run.py and checkpoint.py."""
+    """The length of a run, its checkpoints and its output. Used by loop.py and runtime/."""
 
     output_dir: str = flag(
         "", "folder of the run: checkpoints, videos, metrics, the result (cogvideox-lora, cogvideox-i2v-sft, ...)"
     )
     mixed_precision: str | None = flag(
-        None, "compute type of the network (accelerate's setting, else no: fp32)", choices=("no", "fp16", "bf16")
+        None,
+        "type in which the network computes; no is fp32 (the setting of accelerate, else no)",
+        choices=("no", "fp16", "bf16"),
     )
-    train_batch_size: int = flag(4, "samples a device in one forward pass", aliases=("batch_size",), least=1)
-    gradient_accumulation_steps: int = flag(1, "forward passes for one optimizer step", least=1)
-    num_train_epochs: int = flag(1, "passes over the data", aliases=("train_epochs",), least=1)
+    train_batch_size: int = flag(4, "samples per device in one forward pass", aliases=("batch_size",), least=1)
+    gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step", least=1)
+    num_train_epochs: int = flag(1, "number of passes over the data", aliases=("train_epochs",), least=1)
     max_train_steps: int | None = flag(
-        None, "optimizer steps; overrides --num_train_epochs", aliases=("train_steps",), least=1
+        None, "number of optimizer steps; overrides --num_train_epochs", aliases=("train_steps",), least=1
     )
     gradient_checkpointing: bool = flag(
         False,
-        "recompute blocks in the backward pass: slower, far less memory; a plan then keeps attention outputs at most",
+        "recompute blocks in the backward pass: slower, far less memory; a plan then saves at most attention outputs",
     )
-    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0 leaves them", least=0.0)
+    max_grad_norm: float = flag(
+        1.0, "largest norm of the gradients, to which larger ones are scaled down; 0 turns this off", least=0.0
+    )
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", least=1)
     save_every_minutes: float | None = flag(
-        None, "minutes after which a checkpoint is saved, in addition to those of --checkpointing_steps", least=0.0
+        None, "minutes between additional checkpoints, as well as those of --checkpointing_steps", least=0.0
     )
     checkpoints_total_limit: int | None = flag(
         None,
-        "checkpoints to keep, the newest; older ones go once a new one is safe",
+        "number of newest checkpoints to keep; older ones are deleted once a new one is complete",
         aliases=("checkpointing_limit",),
         least=1,
     )
-    keep_best: bool = flag(
-        False, "keep the checkpoint with the lowest held-out loss beyond --checkpoints_total_limit; best.json names it"
-    )
-    export_best: bool = flag(False, "with --keep_best: the result is that checkpoint, not the last step")
+    keep_best: bool = flag(False, "always keep the checkpoint with the lowest held-out loss; best.json names it")
+    export_best: bool = flag(False, "with --keep_best: export the best checkpoint instead of the last step")
     resume_from_checkpoint: str | None = flag(
-        None, "checkpoint folder or its name in output_dir, at every start; unset: the newest, where there is one"
+        None,
+        "checkpoint to resume at every start: a folder, or a name in output_dir (the newest, if there is one)",
     )
-    no_resume: bool = flag(False, "start anew; output_dir must be empty")
+    no_resume: bool = flag(False, "start from the beginning; output_dir must be empty")
     allow_changed: tuple[str, ...] = flag(
         (),
-        "settings that may differ from those of the resumed checkpoint; the step and the schedule's phase stay",
+        "settings that may differ from those of the resumed checkpoint; step and schedule position are kept",
         choices=CHANGEABLE,
     )
-    allow_tf32: bool = flag(False, "TF32 for fp32 matrix products on a GPU")
+    allow_tf32: bool = flag(False, "use TF32 for fp32 matrix products on a GPU")
     nccl_timeout: int = flag(
         600,
-        "seconds that a device waits for the others in a training step, or elsewhere while none makes progress",
+        "seconds after which the run ends if a training step waits for another device, or no device makes progress",
         least=1,
     )
-    report_to: str | None = flag(None, "tracker beside metrics.jsonl", choices=("none", "wandb", "tensorboard", "all"))
+    report_to: str | None = flag(
+        None,
+        "tracker to report to, in addition to metrics.jsonl (none)",
+        choices=("none", "wandb", "tensorboard", "all"),
+    )
     tracker_name: str | None = flag(None, "project name in the tracker (cogvideox)")
-    logging_dir: str = flag("logs", "folder in output_dir for tracker files")
+    logging_dir: str = flag("logs", "folder in output_dir for the files of trackers")
 
 
 @dataclass(frozen=True)
 class LossFlags:
-    """Read by diffusion.py, data/dataset.py and ema.py: what is learned from, and what is made of the weights."""
+    """The loss, its timesteps, and the average of weights. Used by model/diffusion.py, data/ and optimizer/ema.py."""
 
     loss_weighting: str = flag(
         "none",
-        "weight of a timestep's squared velocity error; none: all the same. The formulas are in diffusion.py",
+        "how timesteps are weighted in the loss; none weights all the same. model/diffusion.py has the formulas",
         choices=WEIGHTINGS,
     )
-    snr_gamma: float = flag(5.0, "signal-to-noise ratio at which the weights with snr in their name cap", least=1e-3)
-    p2_gamma: float = flag(1.0, "exponent of p2", least=0.0)
-    p2_k: float = flag(1.0, "added to the signal-to-noise ratio by p2", least=1e-3)
-    min_timestep: int = flag(0, "first timestep to train on; 0 has the least noise", least=0)
-    max_timestep: int | None = flag(None, "last timestep to train on (the scheduler's last)", least=0)
+    snr_gamma: float = flag(
+        5.0, "signal-to-noise ratio at which the weightings with snr in their names are capped", least=1e-3
+    )
+    p2_gamma: float = flag(1.0, "exponent of the weighting p2", least=0.0)
+    p2_k: float = flag(1.0, "constant that the weighting p2 adds to the signal-to-noise ratio", least=1e-3)
+    min_timestep: int = flag(0, "first timestep to train on; timestep 0 has the least noise", least=0)
+    max_timestep: int | None = flag(None, "last timestep to train on (the last of the scheduler)", least=0)
     timestep_sampling: str = flag(
         "uniform",
-        "uniform: each timestep on its own; stratified: the samples of an optimizer step share the range out evenly",
+        "uniform draws each timestep independently; stratified spreads those of a step evenly over the range",
         choices=("uniform", "stratified"),
     )
     use_ema: bool = flag(
@@ -383,7 +422,7 @@ class LossFlags:
     )
     ema_decay: float = flag(
         0.9999,
-        "share of the average that a step keeps; (1 + n) / (10 + n) after n steps, while that is less",
+        "share of the average that each step keeps; after n steps at most (1 + n) / (10 + n)",
         least=0.0,
         below=1.0,
     )
@@ -391,149 +430,162 @@ class LossFlags:
 
 @dataclass(frozen=True)
 class PlanFlags:
-    """Read by execution.py: how the transformer's blocks are run. plan.py chooses what is left open."""
+    """How the transformer blocks are run. Used by planning/execution.py; planning/plan.py chooses what is auto."""
 
     plan: str = flag(
         "auto",
-        "how blocks are run: auto is the fastest way that fits the memory; fast keeps weights on the device, and as "
-        "many activations as fit; balanced keeps attention outputs, for 24 GB cards; lean keeps next to nothing on "
-        "the device; off runs diffusers' own modules",
+        "how transformer blocks are run: auto is the fastest plan that fits into memory; fast keeps weights and as "
+        "many activations as fit on the device; balanced saves attention outputs, for 24 GB cards; lean keeps almost "
+        "nothing on the device; off runs the modules of diffusers",
         choices=("auto", "fast", "balanced", "lean", "off"),
     )
     vram_budget: float | None = flag(
-        None, "GiB of the GPU that the run may take, T5 and validation too: plans for a card of that size", least=1.0
+        None,
+        "GiB of GPU memory that the run may use, T5 and validation included; the plan is for a card of that size",
+        least=1.0,
     )
     weights_on: str = flag(
-        "auto", "where weights of blocks lie: on the device, or on the host, streamed", choices=PLACES
+        "auto", "where the weights of blocks are stored: on the device, or on the host and streamed", choices=PLACES
     )
     keep: str = flag(
         "auto",
-        "what forward keeps of a block for backward: its input, attention outputs too, those of linear layers too, or "
-        "all; the rest is computed again",
+        "activations saved for backward, per block: input; + attention outputs; + outputs of linear layers; all. The "
+        "rest is recomputed",
         choices=("auto", "input", "attention", "linear", "all"),
     )
-    kept_on: str = flag("auto", "where that is kept", choices=PLACES)
+    kept_on: str = flag("auto", "where saved activations are stored", choices=PLACES)
     optimizer_state_on: str = flag(
         "auto",
-        "where fp32 masters and the optimizer's moments lie; where all weights are trained auto may have those of some "
-        "blocks on the device",
+        "where fp32 master weights and the moments of the optimizer are stored; when all weights are trained, auto may "
+        "keep those of some blocks on the device",
         choices=PLACES,
     )
     compile_blocks: str = flag(
-        "auto", "compile the blocks with torch.compile; auto does on a GPU", choices=("auto", "yes", "no")
+        "auto", "compile the blocks with torch.compile; auto means yes on a GPU", choices=("auto", "yes", "no")
     )
     attention_backend: str = flag(
         "auto",
-        "attention kernels; auto is the fastest exact one that is there and passes a check of its gradients; sage, "
-        "SageAttention 2, quantizes",
+        "attention kernel; auto is the fastest exact one that is available and whose gradients pass a check; sage "
+        "(SageAttention 2) quantizes",
         choices=("auto", "flash-4", "cudnn", "flash", "sage", "cpu"),
     )
 
     @property
     def asked(self) -> list[str]:
-        """The flags that leave something less open, as they are typed."""
+        """The flags of the plan that were set to a specific value, as they are typed."""
         values = dataclasses.asdict(self).items()
         return [f"--{name} {value}" for name, value in values if value not in ("auto", "off", None)]
 
 
 @dataclass(frozen=True)
 class LoraPlanFlags(PlanFlags):
-    """The same, where the blocks' own weights are frozen."""
+    """The plan of the LoRA scripts, in which the weights of the blocks are frozen."""
 
     base_precision: str = flag(
         "auto",
-        "type in which the blocks' frozen matrices are stored while training and validating; inference.py loads the "
-        "base as it is. auto is the type of the computation; int8 and fp8 take half of bf16, nf4 (QLoRA) a third. How "
-        "far that turns the gradients is printed",
+        "storage type of the frozen matrices during training and validation: auto is the compute type; int8 and fp8 "
+        "need half as much memory as bf16, nf4 (QLoRA) a third. The cosine similarity to unquantized gradients is "
+        "printed. The exported inference.py loads the unquantized base",
         choices=("auto", "int8", "fp8", "nf4"),
     )
 
 
 @dataclass(frozen=True)
 class LoraFlags:
-    """Read by lora_file.py, lora.py and methods.py."""
+    """The LoRA. Used by config/lora_file.py, model/lora.py and model/methods.py."""
 
     rank: int = flag(64, "rank of the LoRA matrices", least=1)
     lora_alpha: float = flag(64.0, "the LoRA is scaled by lora_alpha / rank", least=0.0)
     target_modules: tuple[str, ...] = flag(
         ("to_q", "to_k", "to_v", "to_out.0"),
-        "names of the linear layers that get a LoRA, or one regular expression for whole names, such as .*attn1.*",
+        "names of the linear layers that get a LoRA, or one regular expression for full names, such as .*attn1.*",
     )
-    use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(rank), so that a high rank learns as fast as a low one")
-    use_dora: bool = flag(False, "DoRA: train the length of every output channel's weights apart from their direction")
+    use_rslora: bool = flag(
+        False, "scale the LoRA by lora_alpha / sqrt(rank), so that a high rank learns as fast as a low one"
+    )
+    use_dora: bool = flag(
+        False, "use DoRA: train the magnitude of the weights of each output channel separately from their direction"
+    )
     lora_dropout: float = flag(
-        0.0, "share of a LoRA's inputs set to zero in training, drawn anew for every sample", least=0.0, below=1.0
+        0.0,
+        "share of the inputs of a LoRA that are set to zero in training, drawn for each sample",
+        least=0.0,
+        below=1.0,
     )
     init_lora_weights: str = flag(
         "default",
-        "start of the matrices: default, gaussian, pissa (largest singular values), or pissa_niter_N (N rounds of a "
-        "faster SVD)",
+        "initial matrices: default, gaussian, pissa (from the largest singular values), or pissa_niter_N (pissa with "
+        "N iterations of a faster SVD)",
     )
     lora_path: str | None = flag(
         None,
-        "safetensors file or folder of a LoRA to start from; its rank, alpha and layers must be those of the flags",
+        "LoRA to start from, a safetensors file or its folder; its rank, alpha and layers must match the flags",
         aliases=("init_lora_from",),
         refused="this one would not start from it",
     )
     fold_lora_scale: bool = flag(
         False,
-        "multiply the result's matrices by the LoRA's scale, with rounding, for loaders that do not read a file's "
-        "metadata; a scale that is a power of two needs no flag, it is always multiplied in without rounding",
+        "multiply the exported matrices by the scale of the LoRA, with rounding, for loaders that ignore the metadata "
+        "of the file. A scale that is a power of two is always multiplied in, without rounding",
     )
 
 
 @dataclass(frozen=True)
 class FullFlags:
-    """Read by pipeline_folder.py, where all weights are trained."""
+    """The export when all weights are trained. Used by export/pipeline_folder.py."""
 
     save_pipeline: bool = flag(
         False,
-        "make output_dir/pipeline too: a whole pipeline for from_pretrained, of hard links (else copies) to the base's "
-        "files and the trained ones; --push_to_hub does not upload it",
-        refused="this one makes no transformer of its own; scripts/merge_lora.py makes one with a LoRA",
+        "also write output_dir/pipeline, a complete pipeline for from_pretrained, of hard links (else copies) to the "
+        "files of the base and the trained ones; --push_to_hub does not upload it",
+        refused="this one makes no transformer; scripts/merge_lora.py merges a LoRA into one",
     )
 
 
 @dataclass(frozen=True)
 class OptimizerFlags:
-    """Read by optim.py."""
+    """The optimizer and the learning rate. Used by config/optimizers.py and optimizer/."""
 
     optimizer: str = flag(
         "adam",
-        "adam has L2, adamw decoupled weight decay; prodigy finds its own step size (give --learning_rate 1); came; or "
-        "a class by its dotted name, such as torch.optim.RAdam",
+        "adam (L2 penalty), adamw (decoupled weight decay), prodigy (finds its step size; use --learning_rate 1), "
+        "came, or the dotted name of a class, such as torch.optim.RAdam",
         choices=OPTIMIZERS,
         dotted=True,
     )
     optimizer_args: tuple[str, ...] = flag(
-        (), "arguments of the class as key=value, values as in Python: momentum=0.9", only=(NAMED_CLASS,)
+        (), "arguments of the class as key=value with Python literals, such as momentum=0.9", only=(NAMED_CLASS,)
     )
     use_8bit: bool = flag(
         False,
-        "moments in 8 bits, by bitsandbytes (whose weight decay is decoupled for adam too) or torchao",
+        "store moments in 8 bits, by bitsandbytes (whose weight decay is decoupled for adam too) or torchao",
         aliases=("use_8bit_adam",),
         only=ADAMS,
     )
-    use_4bit: bool = flag(False, "moments in 4 bits; needs --use_torchao", only=ADAMS)
-    use_fp8: bool = flag(False, "moments in fp8; needs --use_torchao", only=ADAMS)
-    use_torchao: bool = flag(False, "low-bit moments by torchao instead of bitsandbytes", only=ADAMS)
+    use_4bit: bool = flag(False, "store moments in 4 bits; needs --use_torchao", only=ADAMS)
+    use_fp8: bool = flag(False, "store moments in fp8; needs --use_torchao", only=ADAMS)
+    use_torchao: bool = flag(False, "use torchao instead of bitsandbytes for low-bit moments", only=ADAMS)
     use_cpu_offload_optimizer: bool = flag(
-        False, "masters, moments and the step on the CPU, by torchao; one GPU; needs --max_grad_norm 0", only=ADAMS
+        False,
+        "store master weights and moments, and step, on the CPU, by torchao; for one GPU; needs --max_grad_norm 0",
+        only=ADAMS,
     )
     offload_gradients: bool = flag(
-        False, "with --use_cpu_offload_optimizer: free each gradient on the GPU at once; no accumulation", only=ADAMS
+        False,
+        "with --use_cpu_offload_optimizer: free each gradient on the GPU at once; excludes accumulation",
+        only=ADAMS,
     )
     learning_rate: float = flag(1e-4, "peak learning rate", least=0.0)
-    scale_lr: bool = flag(False, "multiply the learning rate by the number of samples in an optimizer step")
-    lr_scheduler: str = flag("constant", "shape of the learning rate over the run", choices=SCHEDULES)
-    lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up (not for constant)", least=0)
-    lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
-    lr_power: float = flag(1.0, "power of polynomial", least=0.0)
+    scale_lr: bool = flag(False, "multiply the learning rate by the number of samples per optimizer step")
+    lr_scheduler: str = flag("constant", "learning rate schedule", choices=SCHEDULES)
+    lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up; the schedule constant has none", least=0)
+    lr_num_cycles: int = flag(1, "number of cycles of cosine_with_restarts", least=1)
+    lr_power: float = flag(1.0, "power of the polynomial schedule", least=0.0)
     beta1: float | None = flag(0.9, "decay of the first moment", aliases=("adam_beta1",), least=0.0, below=1.0)
     beta2: float | None = flag(0.95, "decay of the second moment", aliases=("adam_beta2",), least=0.0, below=1.0)
     beta3: float | None = flag(
         None,
-        "prodigy: decay of the step size's sums (root of beta2); came: of the instability (0.9999)",
+        "prodigy: decay of the sums for the step size (root of beta2); came: decay of the instability (0.9999)",
         aliases=("prodigy_beta3",),
         least=0.0,
         below=1.0,
@@ -542,88 +594,96 @@ class OptimizerFlags:
     weight_decay: float | None = flag(1e-4, "weight decay", aliases=("adam_weight_decay",), least=0.0)
     epsilon: float | None = flag(
         1e-8,
-        "added to the root of the second moment",
+        "constant added to the root of the second moment",
         aliases=("adam_epsilon",),
         least=0.0,
         only=(*ADAMS, "prodigy", NAMED_CLASS),
     )
-    prodigy_decouple: bool = flag(False, "decoupled weight decay, as adamw's", only=("prodigy",))
-    prodigy_use_bias_correction: bool = flag(False, "Adam's bias correction", only=("prodigy",))
+    prodigy_decouple: bool = flag(False, "use decoupled weight decay, as adamw does", only=("prodigy",))
+    prodigy_use_bias_correction: bool = flag(False, "use the bias correction of Adam", only=("prodigy",))
     prodigy_safeguard_warmup: bool = flag(
-        False, "keep the learning rate out of the step size's estimate, for warm-up", only=("prodigy",)
+        False, "exclude the learning rate from the estimate of the step size, for warm-up", only=("prodigy",)
     )
 
     @property
     def kind(self) -> str:
-        """The rule, or that it is a class by its dotted name."""
+        """The name of the optimizer, or NAMED_CLASS if the flag is the dotted name of a class."""
         return NAMED_CLASS if "." in self.optimizer else self.optimizer
 
 
 @dataclass(frozen=True)
 class ValidationFlags:
-    """Read by validation.py: the videos made while training."""
+    """The videos that are made during training. Used by evaluation/validation.py."""
 
-    do_validation: bool | None = flag(None, "make validation videos (where there are prompts)")
-    validation_prompt: str | None = flag(None, "prompts of the validation videos, joined by the separator")
-    validation_prompt_separator: str = flag(":::", "between two prompts", aliases=("validation_prompt_seperator",))
-    validation_dir: str | None = flag(None, "folder of --validation_prompts")
-    validation_prompts: str | None = flag(None, "file with a prompt a line, in validation_dir (or a path)")
-    negative_prompt: str = flag("", "what guidance leads away from")
-    num_validation_videos: int = flag(1, "videos a prompt", least=1)
+    do_validation: bool | None = flag(None, "make validation videos (true if there are prompts)")
+    validation_prompt: str | None = flag(None, "prompts of the validation videos, joined by the separator :::")
+    validation_prompt_separator: str = flag(
+        ":::", "separator between two prompts", aliases=("validation_prompt_seperator",)
+    )
+    validation_dir: str | None = flag(None, "folder that contains the file of --validation_prompts")
+    validation_prompts: str | None = flag(
+        None, "file with one prompt per line: a name inside validation_dir, or a path"
+    )
+    negative_prompt: str = flag("", "negative prompt")
+    num_validation_videos: int = flag(1, "videos per prompt", least=1)
     validation_steps: int | None = flag(
         None,
-        "optimizer steps between validations, beside those before the first and after the last step",
+        "optimizer steps between validations, which also take place before the first and after the last step",
         least=1,
     )
     validation_epochs: int | None = flag(None, "epochs between validations", least=1)
     num_inference_steps: int = flag(50, "sampling steps of a validation video", least=1)
-    guidance_scale: float = flag(6.0, "classifier-free guidance; 1 turns it off", least=0.0)
-    use_dynamic_cfg: bool = flag(False, "let the guidance grow over the sampling steps")
+    guidance_scale: float = flag(6.0, "scale of classifier-free guidance; 1 turns it off", least=0.0)
+    use_dynamic_cfg: bool = flag(False, "increase the guidance over the sampling steps")
     height: int | None = flag(
-        None, "height of validation videos in pixels (first height bucket given, else 480)", least=1
+        None, "height of validation videos in pixels (the first given height bucket, else 480)", least=1
     )
-    width: int | None = flag(None, "width of validation videos in pixels (first width bucket given, else 720)", least=1)
+    width: int | None = flag(
+        None, "width of validation videos in pixels (the first given width bucket, else 720)", least=1
+    )
     validation_frames: int | None = flag(None, "frames of validation videos (the longest frame bucket in use)", least=1)
-    validation_fps: float | None = flag(None, "frames a second of the files (--fps)", aliases=("gen_fps",), least=0.1)
+    validation_fps: float | None = flag(
+        None, "frames per second of the video files (--fps)", aliases=("gen_fps",), least=0.1
+    )
     enable_slicing: bool = flag(False, "decode validation videos one at a time")
-    enable_tiling: bool = flag(False, "decode validation videos in tiles: far less memory")
+    enable_tiling: bool = flag(False, "decode validation videos in tiles, with far less memory")
 
     @property
     def settled(self) -> bool:
-        """Whether the command says what to make videos of, or that there are none."""
+        """Whether the command names prompts for videos, or turns validation videos off."""
         return self.do_validation is False or bool(self.validation_prompt or self.validation_prompts)
 
 
 @dataclass(frozen=True)
 class HubFlags:
-    """Read by hub.py: where the result is shared."""
+    """Where the result is shared. Used by config/hub.py."""
 
     push_to_hub: bool = flag(
         False,
-        "upload the result to the Hugging Face hub; the repository is made at the start",
+        "upload the result to the Hugging Face Hub; the repository is created at the start",
         refused="this one uploads nothing",
     )
     hub_token: str | None = flag(
         None,
-        "token that may write (HF_TOKEN, or that of `hf auth login`, which nobody sees in a list of processes)",
+        "token with write access (HF_TOKEN, or that of `hf auth login`; both stay out of the list of processes)",
         secret=True,
     )
     hub_model_id: str | None = flag(None, "name of the repository, or namespace/name (the name of output_dir)")
-    hub_private: bool = flag(False, "make a repository that only you can see; one that is there stays as it is")
+    hub_private: bool = flag(False, "create the repository as private; an existing one is not changed")
 
 
 @dataclass(frozen=True)
 class IdleFlags:
-    """Of other trainers' training scripts; each says why it does nothing."""
+    """Flags of the training scripts of other trainers, each with the reason why it does nothing here."""
 
     enable_model_cpu_offload: bool = idle(
-        False, "T5 is gone before training, and the VAE is on the device for validation only"
+        False, "T5 is freed before training, and the VAE is on the device only for validation"
     )
-    validation_videos: str | None = idle(None, "no video is a condition of what is sampled")
+    validation_videos: str | None = idle(None, "sampling is not conditioned on a video")
 
 
 @dataclass(frozen=True)
 class ScriptFlags:
-    """Read by parse() itself."""
+    """The flags that args.parse handles itself."""
 
-    print_config: bool = flag(False, "print every flag's value and where it comes from, and stop")
+    print_config: bool = flag(False, "print the value of every flag and where it comes from, and stop")

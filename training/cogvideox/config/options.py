@@ -1,6 +1,8 @@
-"""Which script takes which groups of flags, what follows from them, and what their values mean.
+"""Combines groups of flags into the options of each script, and answers questions about their values.
 
-Groups of flags.py -> the options of a script -> ``derive()``: values that follow from others. Standard library only.
+``SCRIPTS`` maps each script to its options, a dataclass with one field per group of flags.py. ``derive`` fills in the
+values that follow from other flags. The functions below it answer what several modules ask of options, such as whether
+clips are read. This module needs only the standard library.
 """
 
 import dataclasses
@@ -39,7 +41,7 @@ from cogvideox.config.flags import (
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """prepare_dataset.py."""
+    """The options of prepare_dataset.py."""
 
     model: ModelFlags
     data: DataFlags
@@ -51,7 +53,7 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What every training script takes; ``task`` and ``method`` are the CogVideo guide's names."""
+    """The options that all training scripts share; ``task`` and ``method`` have the names of the CogVideo guide."""
 
     task = "t2v"
     method = "lora"
@@ -73,7 +75,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class LoraOptions(TrainOptions):
-    """The LoRA scripts."""
+    """The options of the LoRA scripts."""
 
     lora: LoraFlags
     plan: LoraPlanFlags
@@ -81,7 +83,7 @@ class LoraOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class SftOptions(TrainOptions):
-    """The scripts that train all weights."""
+    """The options of the scripts that train all weights."""
 
     method = "sft"
 
@@ -90,7 +92,7 @@ class SftOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class ImageLoraOptions(LoraOptions):
-    """The LoRA script for image-to-video."""
+    """The options of the LoRA script for image-to-video."""
 
     task = "i2v"
 
@@ -100,7 +102,7 @@ class ImageLoraOptions(LoraOptions):
 
 @dataclass(frozen=True)
 class ImageSftOptions(SftOptions):
-    """The script that trains all weights for image-to-video."""
+    """The options of the script that trains all weights for image-to-video."""
 
     task = "i2v"
 
@@ -119,11 +121,11 @@ Options = TypeVar("Options", bound=PrepareOptions | TrainOptions)
 
 
 Fields = tuple[tuple[str, "dataclasses.Field[Any]", Any], ...]
-FIELDS: dict[type, Fields] = {}  # resolving their types takes longer than everything else that reads flags
+FIELDS: dict[type, Fields] = {}  # a cache: resolving the types takes longer than the rest of parsing
 
 
 def fields_of(options_type: type) -> Fields:
-    """(group name, field, type of its value) of every flag."""
+    """Returns (group name, field, type of its value) for every flag of a script."""
     if options_type not in FIELDS:
         groups = typing.get_type_hints(options_type).items()
         types = {of: typing.get_type_hints(of) for _, of in groups}
@@ -133,13 +135,20 @@ def fields_of(options_type: type) -> Fields:
 
 
 def names_of(item: "dataclasses.Field[Any]") -> tuple[str, ...]:
-    """The names of a flag, its own first."""
+    """Returns all names of a flag: its own, then its aliases."""
     return (item.name, *item.metadata["aliases"])
 
 
 @dataclass
 class ForeignFlag:
-    """A flag that only other scripts have: the names that are free for it here, and whose it is."""
+    """A flag that only other scripts have.
+
+    Attributes:
+        item: the field of the flag.
+        annotation: the type of its value.
+        names: those of its names that no flag of this script has.
+        scripts: the scripts that have the flag.
+    """
 
     item: "dataclasses.Field[Any]"
     annotation: Any
@@ -160,7 +169,7 @@ class ForeignFlag:
 
 
 def foreign_flags(options_type: type) -> list[ForeignFlag]:
-    """The flags of the suite that a script does not have."""
+    """Returns the flags that other scripts of the suite have and this one does not."""
     taken = {name for _, item, _ in fields_of(options_type) for name in names_of(item)}
     found: dict[str, ForeignFlag] = {}
     for script, other in SCRIPTS.items():
@@ -172,7 +181,12 @@ def foreign_flags(options_type: type) -> list[ForeignFlag]:
 
 
 def derive(options: Any, sources: dict[str, str]) -> Any:
-    """Values that follow from other flags; needs no file. Records each one's origin in ``sources``."""
+    """Returns the options with the values that follow from other flags filled in. Reads no file.
+
+    Args:
+        options: the options as given, with defaults.
+        sources: where each value comes from, by flag; the origin of each derived value is set to "derived".
+    """
     data: DataFlags = options.data
     found: dict[str, dict[str, Any]] = {"data": {}}
     if data.num_augmentations is None:
@@ -203,7 +217,7 @@ def derive(options: Any, sources: dict[str, str]) -> Any:
 
 
 def left_to_library(flags: OptimizerFlags, given: set[str]) -> Iterator[str]:
-    """Flags whose default is not for this optimizer: its library's own value holds."""
+    """Yields the flags whose defaults are not meant for this optimizer, so that the defaults of its library hold."""
     if flags.kind == NAMED_CLASS:
         yield from {"beta1", "beta2", "weight_decay", "epsilon"} - given
     elif flags.kind == "came":
@@ -211,91 +225,91 @@ def left_to_library(flags: OptimizerFlags, given: set[str]) -> Iterator[str]:
 
 
 def resolution(text: str) -> tuple[int, int, int] | None:
-    """(frames, height, width) out of 49x480x720; None if it is not of that form."""
+    """Returns (frames, height, width) of a text such as 49x480x720, or None if it does not have that form."""
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.lower())
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
 def resolutions(data: DataFlags) -> list[tuple[int, int, int]]:
-    """The well-formed values of --train_resolution."""
+    """Returns the well-formed values of --train_resolution as (frames, height, width)."""
     return [numbers for text in data.train_resolution if (numbers := resolution(text))]
 
 
 def image_flags(options: Any) -> ImageFlags | None:
-    """The flags of an image-to-video script; None: it is another one."""
+    """Returns the flags of an image-to-video script, or None for other scripts."""
     flags: ImageFlags | None = getattr(options, "image", None)
     return flags
 
 
 def noise_variants(options: TrainOptions) -> int:
-    """How many encodings of each first frame a script trains on; 0: none."""
+    """Returns how many encodings of each first frame a script trains on; 0 if it uses no first frames."""
     flags: FirstFrameFlags | None = getattr(options, "first_frames", None)
     return flags.num_image_noise_variants if flags is not None else 0
 
 
 def ignores_positions(options: Any) -> bool:
-    """Whether a model is trained without its learned positions."""
+    """Returns whether a model is trained without its learned position embeddings."""
     flags = image_flags(options)
     return flags is not None and flags.ignore_learned_positional_embeddings
 
 
 def separated(text: str | None, separator: str) -> list[str]:
-    """The texts in a value of --validation_prompt or --validation_images."""
+    """Returns the parts of a value of --validation_prompt or --validation_images, without empty ones."""
     return [part.strip() for part in (text or "").split(separator) if part.strip()]
 
 
 def is_url(text: str) -> bool:
-    """Whether an image is to be fetched from the web."""
+    """Returns whether the text is the URL of an image to download."""
     return text.startswith(("http://", "https://"))
 
 
 def reads_clips(options: Any) -> bool:
-    """Whether media files are opened: not where --load_tensors takes what was made of them."""
+    """Returns whether a script opens media files, which it does not with --load_tensors."""
     loader = getattr(options, "loader", None)
     return loader is None or not loader.load_tensors
 
 
 def needs_captions(options: Any) -> bool:
-    """Whether captions are used: not where prepare_dataset.py only looks at a data set."""
+    """Returns whether captions are used, which they are not when prepare_dataset.py only inspects a data set."""
     prepare: PrepareFlags | None = getattr(options, "prepare", None)
     return prepare is None or not (prepare.dry_run or prepare.suggest_buckets)
 
 
 def target_pattern(target_modules: Sequence[str]) -> str | None:
-    """The regular expression that --target_modules is; None where it lists names."""
+    """Returns the regular expression in --target_modules, or None if the flag lists names."""
     plain = len(target_modules) != 1 or re.fullmatch(r"[\w.]+", target_modules[0])
     return None if plain else target_modules[0]
 
 
 def precision_of(flag: str | None) -> str:
-    """The flag, else what `accelerate launch` was told, else no."""
+    """Returns the value of --mixed_precision, else the setting of `accelerate launch`, else "no"."""
     return flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def trains_on_host(options: TrainOptions) -> bool:
-    """Whether the flags of the plan want weights of blocks trained in host memory, with all that belongs to them."""
+    """Returns whether the plan asks for block weights that are stored and trained in host memory."""
     flags = options.plan
     wanted = flags.weights_on == "host" or (flags.plan == "lean" and flags.weights_on == "auto")
     return wanted and not isinstance(options, LoraOptions)
 
 
 def launched_processes() -> int:
-    """How many processes of this run the launcher started, as it says."""
+    """Returns the number of processes of this run, as the launcher reports it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_processes() -> int:
-    """How many of them run on this machine."""
+    """Returns the number of processes of this run on this machine, as the launcher reports it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", launched_processes()))
 
 
 def under_deepspeed() -> bool:
-    """Whether accelerate's configuration is for DeepSpeed."""
+    """Returns whether the configuration of accelerate selects DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
 def tracker_names(report_to: str | None) -> list[str]:
-    """The trackers that --report_to asks for, without wandb where WANDB_DISABLED says so."""
+    """Returns the trackers that --report_to selects, without wandb if WANDB_DISABLED is set."""
     names = {None: [], "none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [str(report_to)])
     disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
     return [name for name in names if not (name == "wandb" and disabled)]
