@@ -5,9 +5,9 @@ r"""Trains an image-to-video LoRA for CogVideoX on a folder of clips and caption
         --height_buckets 480 --width_buckets 720 --frame_buckets 49 --rank 128 --lora_alpha 128 --mixed_precision bf16 \
         --train_batch_size 1 --max_train_steps 3000 --gradient_checkpointing --output_dir my-lora
 
-Clips, their first frames and captions are encoded first, once (or beforehand: prepare_dataset.py and --load_tensors).
-The result loads with CogVideoXImageToVideoPipeline.load_lora_weights; inference.py beside it shows how. The same
-command goes on where a run was stopped.
+Clips, their first frames and captions are encoded once, before training (or by prepare_dataset.py; then use
+--load_tensors). The result loads with CogVideoXImageToVideoPipeline.load_lora_weights; the exported inference.py shows
+how. The same command continues a stopped run.
 """
 
 from cogvideox.checks import TRAINING_CHECKS
@@ -19,7 +19,7 @@ CHECKS = (check_image_to_video, *TRAINING_CHECKS)
 
 
 def main(options: ImageLoraOptions) -> int:
-    """Returns the exit status. A signal ends the run early with everything saved, and with status 75."""
+    """Trains, and returns the exit status. A signal ends the run early with everything saved and with status 75."""
     from cogvideox.loop import fine_tune
     from cogvideox.model.methods import Lora
     from cogvideox.model.tasks import ImageToVideo

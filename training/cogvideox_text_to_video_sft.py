@@ -5,9 +5,9 @@ r"""Trains all weights of a CogVideoX transformer on a folder of clips and capti
         --height_buckets 480 --width_buckets 720 --frame_buckets 49 --mixed_precision bf16 \
         --train_batch_size 1 --max_train_steps 20000 --learning_rate 1e-5 --output_dir my-model
 
-Clips and captions are encoded first, once (or beforehand: prepare_dataset.py and --load_tensors). The result, a folder
-named transformer, loads with CogVideoXTransformer3DModel.from_pretrained; inference.py beside it shows how. The same
-command goes on where a run was stopped.
+Clips and captions are encoded once, before training (or by prepare_dataset.py; then use --load_tensors). The result, a
+folder named transformer, loads with CogVideoXTransformer3DModel.from_pretrained; the exported inference.py shows how.
+The same command continues a stopped run.
 """
 
 from cogvideox.checks import TRAINING_CHECKS
@@ -19,7 +19,7 @@ CHECKS = (check_text_to_video, *TRAINING_CHECKS)
 
 
 def main(options: SftOptions) -> int:
-    """Returns the exit status. A signal ends the run early with everything saved, and with status 75."""
+    """Trains, and returns the exit status. A signal ends the run early with everything saved and with status 75."""
     from cogvideox.loop import fine_tune
     from cogvideox.model.methods import FullFinetune
     from cogvideox.model.tasks import TextToVideo

@@ -3,11 +3,11 @@ r"""Encodes a folder of clips and captions once, so that training needs neither 
     python training/prepare_dataset.py --model_id THUDM/CogVideoX-5b --data_root video-dataset --output_dir prepared \
         --height_buckets 480 --width_buckets 720 --frame_buckets 49
 
-Train with --data_root prepared --load_tensors. The same command again does nothing; an interrupted one goes on; edited
-clips and captions are seen. --save_image_latents adds what image-to-video needs. With --dry_run it shows what would be
-encoded, with --suggest_buckets 4 it prints buckets that suit the clips; neither needs captions. With --verify it lists
-what is wrong with what was encoded, and --repair fixes that. On several GPUs: accelerate launch --multi_gpu, one share
-a GPU.
+Then train with --data_root prepared --load_tensors. The same command continues an interrupted preparation, encodes
+clips and captions that have changed, and otherwise does nothing. --save_image_latents adds what image-to-video needs.
+--dry_run prints what would be encoded, and --suggest_buckets 4 prints buckets that suit the clips; neither needs
+captions. --verify lists damaged or outdated tensors, and --repair encodes them again. Use accelerate launch --multi_gpu
+to divide the work among several GPUs.
 """
 
 from pathlib import Path
@@ -23,14 +23,14 @@ CHECKS = (check_preparation, check_data, check_reader)
 
 
 def main(options: PrepareOptions) -> int:
-    """Returns the exit status."""
+    """Prepares the data set, and returns the exit status."""
     folder = Path(options.prepare.output_dir)
     with what_is_safe(folder, lambda: "what is encoded is safe"):
         return prepare_into(folder, options)
 
 
 def prepare_into(folder: Path, options: PrepareOptions) -> int:
-    """Plans, then verifies or encodes; returns the exit status."""
+    """Plans which tensors to make, then verifies or encodes them, and returns the exit status."""
     from cogvideox.preparation.prepare import Preparation
     from cogvideox.preparation.report import describe, failures_explained, suggest
     from cogvideox.preparation.verify import find_faults, repair

@@ -1,16 +1,22 @@
-"""The errors that a user can act on. Every layer raises them; the scripts print them, and exit with 2 or 3."""
+"""Defines the errors that a user can act on, and helpers for their one-line messages.
+
+Every layer raises UsageError or NonFiniteError; config/args.py prints them and exits with status 2 or 3.
+"""
 
 import re
 from collections.abc import Sequence
 
-SHOWN = 20  # lines of one kind in a message
+SHOWN = 20  # most lines of one kind in a message
 LONGEST_LINE = 500  # characters
-# of a URL: scheme, user and password, host and path, query and fragment; ::: separates two
+# The groups are: scheme; user and password; host and path; query and fragment. ::: separates two URLs.
 _URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#]*@)?((?:(?!:::)[^\s?#])*)([?#](?:(?!:::[A-Za-z]+://)\S)*)?")
 
 
 def one_line(text: str) -> str:
-    """The text on one printable line of at most LONGEST_LINE characters: its start says where, its end the fix."""
+    """Returns the text as one printable line of at most LONGEST_LINE characters.
+
+    A longer text loses its middle, because its start names the place and its end the fix.
+    """
     if len(text) > 2 * LONGEST_LINE:
         text = text[:LONGEST_LINE] + text[-LONGEST_LINE:]
     if not text.isprintable():
@@ -20,27 +26,27 @@ def one_line(text: str) -> str:
 
 
 def public_urls(text: str) -> str:
-    """The text with every URL in it cut down to scheme, host and path: passwords and signatures are in the rest."""
+    """Returns the text with each URL reduced to scheme, host and path; the rest may contain passwords or signatures."""
     return _URL.sub(r"\1\3", text) if "://" in text else text
 
 
 def first_of(lines: Sequence[str]) -> list[str]:
-    """The first of many lines, and how many more there are."""
+    """Returns the first SHOWN lines, followed by a line with the number of the others."""
     more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return [*lines[:SHOWN], *more]
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says; its type if that is nothing."""
+    """Returns the first line of the message of an error, or its type if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 class UsageError(ValueError):
-    """Everything that is wrong with the flags, the files or the model, found before any model loads.
+    """Lists all problems of the flags, the files or the model, which are found before any model is loaded.
 
     Each problem is one line: the flag or file with its value, the rule, and the nearest fix, such as
-    ``--frame_buckets 50: CogVideoX encodes 4k+1 frames; nearest: 49, 53``. Of URLs no query and no password is kept.
+    ``--frame_buckets 50: CogVideoX encodes 4k+1 frames; nearest: 49, 53``. Queries and passwords of URLs are removed.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -50,23 +56,23 @@ class UsageError(ValueError):
 
 
 class DiskError(UsageError):
-    """A disk that is full, fails or refuses to be written. Like all that a user can fix, it is one line."""
+    """Reports in one line a disk that is full, fails or refuses to be written."""
 
     def __init__(self, problem: str, fix: str = "", safe: str = "") -> None:
         self.problem, self.fix, self.safe = problem, fix, safe
         super().__init__("; ".join(part for part in (problem, safe, fix) if part))
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
-        """For other processes, which otherwise would get the whole line as the problem."""
+        """Pickles the three parts, because the default would pass the complete line as the problem."""
         return type(self), (self.problem, self.fix, self.safe)
 
     def knowing(self, safe: str) -> "DiskError":
-        """The same with what has not been lost."""
+        """Returns the same error with a note of what has not been lost."""
         return DiskError(self.problem, self.fix, self.safe or safe)
 
 
 class NonFiniteError(ArithmeticError):
-    """Training went to NaN or infinity: what was found, the last good checkpoint, and the nearest fix, on one line.
+    """Reports in one line that training produced NaN or infinity, the last good checkpoint, and the nearest fix.
 
-    It is raised on all ranks at once.
+    All ranks raise it at the same time.
     """

@@ -1,4 +1,9 @@
-"""Files that are whole or not there, whenever the process dies; and what a disk refuses, in one line."""
+"""Writes files atomically, and turns errors of disks into one line that says what to do.
+
+``write_atomically`` leaves a complete file or the old one, whenever the process dies. ``disk_errors_told`` and
+``what_is_safe`` convert errors of a disk into a DiskError with the folder, the reason and the space. The functions
+below them delete temporary files of processes that died. This module needs only the standard library.
+"""
 
 import errno
 import functools
@@ -14,27 +19,32 @@ from shlex import quote
 
 from cogvideox.errors import DiskError
 
-LOCK_NAME = ".lock"  # in a folder that one process at a time writes to
+LOCK_NAME = ".lock"  # name of the lock of a folder that one process at a time writes to
 TEMPORARY = re.compile(r"\..+\..+\.(\d+)\.tmp")  # see temporary_of
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how each of Git LFS's pointer files begins
 LFS_LONGEST = 1024  # bytes of a pointer, by Git LFS's specification
-STALE = 3600.0  # seconds after which nobody writes a temporary file any more
-# Of a file system or a disk; the user can do something about them.
+STALE = 3600.0  # seconds after its last change at which a temporary file of another host counts as abandoned
+# Errors of a file system or a disk that the user can do something about.
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENODEV, errno.ENXIO),
-    *(errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO),  # of a network or a FUSE file system
+    *(errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO),  # errors of a network or FUSE file system
 }
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What file systems that cannot fsync a folder answer: CIFS, 9p, some FUSE.
+# Errors of file systems that cannot fsync a folder: CIFS, 9p, some FUSE file systems.
 NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR}
 NO_FOLDER_FSYNC |= {errno.EBADF, errno.ENOTTY}
 
 
 def is_lfs_pointer(path: str | os.PathLike[str], size: int) -> bool:
-    """Whether a regular file of so many bytes is the text that Git LFS leaves in the place of a file not downloaded.
+    """Returns whether a file is the pointer that Git LFS leaves in place of a file that was not downloaded.
 
-    Only small files are opened. Raises OSError.
+    Args:
+        path: a regular file.
+        size: its size in bytes; only small files are opened.
+
+    Raises:
+        OSError: the file cannot be read.
     """
     if not len(LFS_POINTER) < size <= LFS_LONGEST:
         return False
@@ -43,21 +53,21 @@ def is_lfs_pointer(path: str | os.PathLike[str], size: int) -> bool:
 
 
 def lfs_rule(folder: str | os.PathLike[str] = "") -> str:
-    """What to say of a Git LFS pointer; with the folder, if it is known, in which the command must be run."""
+    """Returns the message for a Git LFS pointer, with the folder in which to run the command if it is known."""
     where = f" -C {quote(os.fspath(folder))}" if folder else ""
     return f"is a Git LFS pointer, not the file itself; run: git{where} lfs pull"
 
 
 def temporary_of(path: Path) -> Path:
-    """The name under which this process writes a file before it is whole."""
+    """Returns the path under which this process writes a file until it is complete."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file has either its old content or all of the new one.
+    """Writes a file so that it always has either its old content or all of the new content.
 
     Raises:
-        DiskError: the disk is full, fails or refuses; the old content is as it was.
+        DiskError: the disk is full, fails or refuses to be written; the old content is unchanged.
     """
     temporary = temporary_of(path)
     with disk_errors_told(path.parent, len(content)), removed_on_failure(temporary):
@@ -71,7 +81,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def removed_on_failure(temporary: Path) -> Iterator[None]:
-    """A temporary file or folder does not stay where making it fails: the disk may be full."""
+    """Deletes a temporary file or folder if creating it fails, because the disk may be full."""
     try:
         yield
     except BaseException:
@@ -81,7 +91,7 @@ def removed_on_failure(temporary: Path) -> Iterator[None]:
 
 
 def fsync(path: Path) -> None:
-    """Makes the disk have a file or folder. A file system that cannot do that for folders is passed over."""
+    """Flushes a file or folder to the disk. Folders on file systems that cannot do so are skipped with a warning."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -97,7 +107,7 @@ def fsync(path: Path) -> None:
 
 @functools.cache
 def tell_once(text: str) -> None:
-    """A line for the user about the machine, once a process."""
+    """Prints a line about the machine to stderr, once per process."""
     print(text, file=sys.stderr)
 
 
@@ -106,9 +116,11 @@ def tell_once(text: str) -> None:
 
 @contextmanager
 def disk_errors_told(folder: Path, needed: int | None = None) -> Iterator[None]:
-    """Inside, an error of the disk becomes a DiskError: the folder, the reason, the bytes needed and free.
+    """Converts errors of a disk into DiskError, including those of safetensors, PyTorch and FFmpeg.
 
-    safetensors, PyTorch and FFmpeg have error types of their own for that.
+    Args:
+        folder: where the block writes; the message names it.
+        needed: the bytes that the block writes, or None if not known.
     """
     try:
         yield
@@ -125,8 +137,11 @@ def disk_errors_told(folder: Path, needed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def what_is_safe(folder: Path, safe: Callable[[], str]) -> Iterator[None]:
-    """Inside, every error of a disk becomes a DiskError that says what has not been lost; ``folder`` is where most is
-    written.
+    """Converts errors of a disk into DiskError with a note of what has not been lost.
+
+    Args:
+        folder: where the block writes most of its files.
+        safe: returns the note, such as "what is encoded is safe".
     """
     try:
         with disk_errors_told(folder):
@@ -136,7 +151,7 @@ def what_is_safe(folder: Path, safe: Callable[[], str]) -> Iterator[None]:
 
 
 def disk_errno(error: BaseException) -> int | None:
-    """The number of the system's error behind an exception; None: it is not about a disk."""
+    """Returns the error number of the system behind an exception, or None if it is not an error of a disk."""
     number = getattr(error, "errno", None)
     if isinstance(number, int):
         return number if number in DISK_ERRORS else None
@@ -149,7 +164,13 @@ def disk_errno(error: BaseException) -> int | None:
 
 
 def disk_error(folder: Path, number: int, needed: int | None = None) -> DiskError:
-    """The line about a folder in which writing failed."""
+    """Returns the error for a folder in which writing failed.
+
+    Args:
+        folder: the folder.
+        number: the error number of the system.
+        needed: the bytes that were to be written, or None if not known.
+    """
     about, fix = os.strerror(number), "find out why and run the same command again"
     if number in FULL:
         fix = "free some space and run the same command again"
@@ -160,7 +181,7 @@ def disk_error(folder: Path, number: int, needed: int | None = None) -> DiskErro
 
 
 def sizes(folder: Path, needed: int | None) -> Iterator[tuple[int, str]]:
-    """The bytes needed and free, as far as they are known."""
+    """Yields (bytes, "needed") and (bytes, "free"), as far as they are known."""
     if needed is not None:
         yield needed, "needed"
     free = free_disk_bytes(folder)
@@ -169,7 +190,7 @@ def sizes(folder: Path, needed: int | None) -> Iterator[tuple[int, str]]:
 
 
 def free_disk_bytes(folder: Path) -> int | None:
-    """The bytes that may still be written under a folder, which need not be there yet; None: not known."""
+    """Returns the free bytes on the disk of a folder, which need not exist yet, or None if not known."""
     for place in (folder, *folder.absolute().parents):
         with suppress(OSError):
             return shutil.disk_usage(place).free
@@ -177,7 +198,7 @@ def free_disk_bytes(folder: Path) -> int | None:
 
 
 def size_text(number: int) -> str:
-    """A number of bytes as people say it: 120 bytes, 3.4 MiB, 1.2 GiB."""
+    """Formats a number of bytes: 120 bytes, 3.4 MiB, 1.2 GiB."""
     for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if number >= size:
             return f"{number / size:.1f} {unit}"
@@ -185,7 +206,11 @@ def size_text(number: int) -> str:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raises DiskError where a folder's disk has less room than ``needed`` bytes."""
+    """Checks that the disk of a folder has room for ``needed`` bytes.
+
+    Raises:
+        DiskError: it has less room.
+    """
     free = free_disk_bytes(folder)
     if free is not None and free < needed:
         raise disk_error(folder, errno.ENOSPC, needed)
@@ -195,7 +220,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def stamp_of(path: str | os.PathLike[str]) -> list[int]:
-    """Changes when a file is written: its size and time; empty if there is none."""
+    """Returns the size and the modification time (ns) of a file, or [] if there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -204,9 +229,9 @@ def stamp_of(path: str | os.PathLike[str]) -> list[int]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Deletes the temporary files of every process and host under a folder. For whoever holds the folder's lock.
+    """Deletes the temporary files of all processes and hosts under a folder. The caller must hold its lock.
 
-    Folders inside that have a lock of their own are left alone.
+    Subfolders that have their own lock are skipped.
     """
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not Path(place, name, LOCK_NAME).exists()]
@@ -216,8 +241,10 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Deletes temporary files under a folder that others may write to as well: those whose process on this machine is
-    gone, and those of other hosts that have not been written to for an hour.
+    """Deletes abandoned temporary files under a folder that other processes may be writing to.
+
+    Files of this machine are abandoned when their process no longer exists, files of other hosts when nobody has
+    written to them for STALE seconds.
     """
     paths = [(path, match) for path in folder.rglob(".*.tmp") if (match := TEMPORARY.fullmatch(path.name))]
     for path, match in paths:
@@ -228,8 +255,9 @@ def remove_stale_temporaries(folder: Path) -> None:
 
 
 def age_of(path: Path) -> float | None:
-    """Seconds since a file was written or touched, by the clock of its file system, which may be another than this
-    machine's; None: it is gone.
+    """Returns the seconds since a file was written or touched, or None if it does not exist.
+
+    The clock is that of the file system, which may differ from that of this machine.
     """
     probe = path.with_name(f".{socket.gethostname()}.{os.getpid()}.now")
     try:

@@ -1,4 +1,7 @@
-"""Which tensors hold NaN or infinity. Each is read once where it lies, and nothing of its size is made for it."""
+"""Finds tensors that contain NaN or infinity.
+
+Each tensor is read once on its own device, without a temporary of its size.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -9,14 +12,14 @@ from torch import Tensor
 
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors of floating-point numbers that are not all finite. Waits once for each device.
+    """Returns the names of the floating-point tensors with a value that is not finite. Waits once for each device.
 
-    Numbers of one byte are passed over: what quantizes an optimizer's state keeps its scales beside them, as floats.
+    Tensors with one byte per number are skipped: quantized optimizer states have separate float tensors of scales.
     """
     flags: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
-            # as NaN passes through both, and much faster than isfinite().all()
+            # NaN propagates through both extremes, and this is much faster than isfinite().all().
             flags[tensor.device][name] = torch.stack(torch.aminmax(tensor)).isfinite().all()
     return [
         name

@@ -1,6 +1,7 @@
-"""Memory of the host that may still be taken: what is free there, or less where a container or a job has a limit.
+"""Measures the host memory that this process may still allocate.
 
-What the system calls available is that of the whole machine; who pins more than a limit leaves is killed.
+That is the available memory of the machine, or less if a container or a job has a limit. The system reports only the
+memory of the machine, and a process that pins more than its limit allows is killed.
 """
 
 from collections.abc import Iterator
@@ -9,21 +10,21 @@ from pathlib import Path
 import psutil
 
 MOUNT, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-NAMES = (  # limit, use, and the prefix of statistics over all that is below: of cgroup v2, of v1
+NAMES = (  # (limit, use, prefix of the statistics that include subgroups) of cgroup v2, then of v1
     ("memory.max", "memory.current", ""),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
-CACHE = ("inactive_file", "active_file")  # pages of files, which make room
+CACHE = ("inactive_file", "active_file")  # cached pages of files, which the system can free
 
 
 def free_host_bytes() -> int:
-    """Bytes that may still be taken."""
+    """Returns the bytes of host memory that this process may still allocate."""
     limited = (left_in(group) for group in groups())
     return max(0, min([psutil.virtual_memory().available, *(left for left in limited if left is not None)]))
 
 
 def groups() -> Iterator[Path]:
-    """The folders of the control groups of this process, each with all that it is in."""
+    """Yields the folders of the control groups of this process and of all groups that contain them."""
     try:
         lines = MEMBERSHIP.read_text().splitlines()
     except OSError:  # not Linux
@@ -37,12 +38,12 @@ def groups() -> Iterator[Path]:
 
 
 def left_in(group: Path) -> int | None:
-    """Bytes under the limit of one group; None if it has none."""
+    """Returns the bytes that the limit of a group leaves, or None if it has no limit."""
     for limit, use, prefix in NAMES:
         try:
             most, used = (group / limit).read_text().strip(), int((group / use).read_text())
             lines = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
-        except OSError:  # of the other version, or the root
+        except OSError:  # files of the other cgroup version, or the root group
             continue
         if most != "max":
             return int(most) - used + sum(int(value) for name, value in lines if name in {prefix + n for n in CACHE})

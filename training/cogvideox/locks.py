@@ -1,9 +1,10 @@
-"""Locks between processes and hosts: POSIX locks, and lock files on file systems that have none.
+"""Provides locks between processes and hosts: POSIX locks, or lock files where the file system has no locks.
 
-A POSIX lock ends with its process, and no child holds it. Lustre without its flock option and some FUSE file systems
-answer that they have none. There a file NAME.owner made with O_EXCL takes its place: it names host and process, and a
-thread touches it as long as the process lives. It counts for nothing once its process on this machine is gone or,
-where that cannot be seen from here, once it has not been touched for STALE seconds.
+``take`` gets a lock or fails; ``held`` waits for it. A POSIX lock ends with its process, and child processes do not
+inherit it. Lustre without its flock option and some FUSE file systems do not support it. There, a file NAME.owner
+created with O_EXCL replaces it: the file names host and process, and a thread touches it while the process lives. The
+file becomes stale when its process on this machine no longer exists or, if the process is on another machine, when
+nobody has touched the file for STALE seconds.
 """
 
 import errno
@@ -23,23 +24,26 @@ from cogvideox import stopping
 from cogvideox.files import age_of, tell_once
 
 HEARTBEAT, STALE = 15.0, 300.0  # seconds
-FIRST_WAIT, LONGEST_WAIT = 0.002, 0.5  # seconds between two tries to get a lock that another process has
+FIRST_WAIT, LONGEST_WAIT = 0.002, 0.5  # seconds between attempts to get a lock that another process holds
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 TAKEN = {errno.EAGAIN, errno.EACCES}
 
 
 class Lock:
-    """A lock that this process holds until ``release``, until nothing refers to it, or until the process ends."""
+    """A lock that this process holds until ``release`` is called, nothing refers to it, or the process ends."""
 
     def __init__(self, release: Callable[[], None]) -> None:
         self.release = weakref.finalize(self, release)
 
 
 def take(path: Path) -> Lock:
-    """The lock of that name, in a folder that is there.
+    """Takes a lock without waiting.
+
+    Args:
+        path: the file of the lock, in an existing folder.
 
     Raises:
-        BlockingIOError: another process has it; the text says what is known of that process.
+        BlockingIOError: another process holds it; the message describes that process.
         OSError: the file cannot be written.
     """
     file = open(path, "a")  # noqa: SIM115 - open as long as the lock is held
@@ -59,7 +63,7 @@ def take(path: Path) -> Lock:
 
 @contextmanager
 def held(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """The lock of that name, for the block. Waits for it; ``on_wait`` is called once if another process has it."""
+    """Waits for a lock and holds it in the block. Calls ``on_wait`` once if another process holds it."""
     lock, wait = None, FIRST_WAIT
     while lock is None:
         try:
@@ -69,7 +73,7 @@ def held(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[Non
                 on_wait()
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
-            stopping.unit("wait for a lock")  # the other ranks must not take it for a hang
+            stopping.unit("wait for a lock")  # otherwise the other ranks would mistake the wait for a hang
     try:
         yield
     finally:
@@ -80,11 +84,15 @@ def held(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[Non
 
 
 def take_file(path: Path) -> Lock:
-    """A lock file of this process, in place of one whose process is gone. Raises BlockingIOError as ``take``."""
+    """Takes a lock file, replacing a stale one.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
     own = json.dumps(this_process()).encode()
     if not create(path, own):
         there = content_of(path)
-        if there == own:  # as with a POSIX lock: a process does not wait for itself
+        if there == own:  # A process does not wait for itself, as with a POSIX lock.
             return Lock(lambda: None)
         if (owner := living(path, there)) is not None:
             raise BlockingIOError(errno.EAGAIN, owner)
@@ -97,7 +105,7 @@ def take_file(path: Path) -> Lock:
 
 
 class FileRelease:
-    """Ends a lock file, in the process that made it: a child that ends has no say."""
+    """Releases a lock file, but only in the process that created it: the exit of a child must not release it."""
 
     def __init__(self, path: Path, own: bytes, stop: threading.Event) -> None:
         self.path, self.own, self.stop, self.process = path, own, stop, os.getpid()
@@ -105,19 +113,19 @@ class FileRelease:
     def __call__(self) -> None:
         if os.getpid() == self.process:
             self.stop.set()
-            if content_of(self.path) == self.own:  # else it was taken for stale, and is another process' now
+            if content_of(self.path) == self.own:  # else it was judged stale, and now belongs to another process
                 self.path.unlink(missing_ok=True)
 
 
 def keep_alive(path: Path, stop: threading.Event) -> None:
-    """Touches a lock file until it is released."""
+    """Touches a lock file regularly until it is released."""
     while not stop.wait(HEARTBEAT):
         with suppress(OSError):
             os.utime(path)
 
 
 def create(path: Path, content: bytes) -> bool:
-    """Makes a file with this content; False if there is one already."""
+    """Creates a file with this content. Returns False if the file already exists."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
@@ -128,7 +136,7 @@ def create(path: Path, content: bytes) -> bool:
 
 
 def content_of(path: Path) -> bytes | None:
-    """The content of a file; None if it is gone."""
+    """Returns the content of a file, or None if it does not exist."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -136,10 +144,14 @@ def content_of(path: Path) -> bytes | None:
 
 
 def discard(path: Path, judged: bytes | None) -> None:
-    """Deletes a stale lock file, if it still is the one that was judged: of several processes, one at a time looks."""
+    """Deletes a stale lock file if its content is still ``judged``. A guard file lets one process at a time do so.
+
+    Raises:
+        BlockingIOError: another process is doing so.
+    """
     guard = path.with_name(f"{path.name}.guard")
     if not create(guard, b""):
-        if (age := age_of(guard)) is not None and age > STALE:  # its process was killed here
+        if (age := age_of(guard)) is not None and age > STALE:  # its process was killed between these lines
             guard.unlink(missing_ok=True)
         raise BlockingIOError(errno.EAGAIN, "another process is just taking it")
     try:
@@ -150,13 +162,13 @@ def discard(path: Path, judged: bytes | None) -> None:
 
 
 def living(path: Path, content: bytes | None) -> str | None:
-    """Says who has a lock file; None if its process is gone."""
+    """Returns a description of the process that holds a lock file, or None if that process no longer exists."""
     try:
         owner: dict[str, Any] = json.loads(content or b"")
         who = f"process {owner['pid']} on {owner['host']}"
-        if owner["machine"] == machine_id():  # its processes can be seen from here
+        if owner["machine"] == machine_id():  # the owner is on this machine, where its process can be checked
             return who if process_start(owner["pid"]) == owner["started"] else None
-    except (ValueError, KeyError, TypeError):  # is not written yet, or could not be
+    except (ValueError, KeyError, TypeError):  # the content is not written yet, or could not be written
         who = "a process that is just starting"
     age = age_of(path)
     if age is None or age > STALE:
@@ -165,15 +177,15 @@ def living(path: Path, content: bytes | None) -> str | None:
 
 
 def this_process() -> dict[str, Any]:
-    """What a lock file says of its process."""
+    """Returns the content of a lock file of this process."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "machine": machine_id(), "pid": pid, "started": process_start(pid)}
 
 
 def machine_id() -> str:
-    """Names the machine since its start and the container: processes of the same are seen under their numbers here.
+    """Returns an identifier of the running machine and container, within which process ids are unique.
 
-    A host's name does not suffice: containers may share one, and number their processes alike.
+    The host name is not enough: containers may share it and use the same process ids.
     """
     try:
         start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -183,7 +195,10 @@ def machine_id() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine was started, to tell it from a later one of the same number; None: it is gone."""
+    """Returns when a process of this machine was started, or None if it does not exist.
+
+    The start distinguishes it from a later process with the same id. The text is empty where the start is not known.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -193,5 +208,5 @@ def process_start(pid: int) -> str | None:
             return None
         except PermissionError:
             pass
-        return ""  # it is there, and no more is known
+        return ""  # the process exists, but its start is not known
     return fields[19]

@@ -1,18 +1,19 @@
-"""Every random draw as a function of (seed, visit, sample, purpose): no state to save, the same on any number of ranks.
+"""Computes every random number as a function of (seed, visit, sample, purpose).
 
-A visit is how many times a sample has been drawn before: it plays the part of the epoch. Standard library only;
-torch numbers are drawn from the same keys in data/dataset.py.
+There is therefore no random state to save, and the numbers are the same on any number of ranks. The visit is the number
+of times that a sample has been used before, and takes the place of the epoch. data/dataset.py seeds the generators of
+torch with the same keys. This module needs only the standard library.
 """
 
 import hashlib
 
 
 def key_of(*parts: object) -> int:
-    """A 63-bit number out of the parts. torch's CPU generator uses the low 32 bits of a seed."""
+    """Returns a 63-bit hash of the parts. The CPU generator of torch uses only the low 32 bits of a seed."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def uniform(*parts: object) -> float:
-    """One number in [0, 1)."""
+    """Returns a number in [0, 1) that is determined by the parts."""
     return (key_of(*parts) >> 10) / 2**53  # 53 bits: a larger number could round up to 1

@@ -1,11 +1,11 @@
-"""How a script ends early without losing work: signals, the end of its launcher, another rank's wish, and hangs.
+"""Ends a script early without losing work: after a signal, the end of its launcher, a request of a rank, or a hang.
 
 A script is always in one of two situations.
 
-*Nothing to lose*: everything done so far is on the disk, or can be done again. This is so while modules are imported,
-models load, tensors are prepared, and between a checkpoint and the next optimizer step. The first signal raises Stopped
-in the main thread. Where that thread is inside a long call of a library, no exception can reach it, so a watcher thread
-ends the process a moment later.
+*Nothing to lose*: everything done so far is on the disk, or can be done again. This is the case while modules are
+imported, models load, tensors are prepared, and between a checkpoint and the next optimizer step. The first signal
+raises Stopped in the main thread. Where that thread is inside a long call of a library, no exception can reach it, so
+a watcher thread ends the process a moment later.
 
 *Something to lose*: from ``defer`` until ``allow``, optimizer steps exist in memory only. The first signal is only
 remembered. ``requested`` and ``unit`` ask for it after each unit of work (a micro-batch, a denoising step), so that the
@@ -34,10 +34,10 @@ from typing import NoReturn, Protocol
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REQUEUE_EXIT, HANG_EXIT = 75, 1  # 75 is EX_TEMPFAIL of sysexits.h
-SECOND_SIGNAL = 1.0  # seconds; sooner, it is the first one again: schedulers signal a launcher and its children
+SECOND_SIGNAL = 1.0  # seconds; an earlier signal repeats the first: schedulers signal a launcher and its children
 UNWINDING = 0.5  # seconds for the main thread to end by itself when nothing is to be saved
 FAREWELL = 2.0  # seconds for it after a checkpoint was saved, for example to close trackers
-PERIOD = 0.2  # seconds between two looks of the watcher
+PERIOD = 0.2  # seconds between two checks by the watcher
 IO_UNIT = 24  # bits: 16 MiB read or written count as a unit of work, such as a part of a large checkpoint
 LAUNCHERS = (
     *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
@@ -46,28 +46,31 @@ LAUNCHERS = (
 
 
 class Stopped(BaseException):
-    """The work ends here because the process was asked to stop. Not an Exception, which code may handle as an error."""
+    """Raised to end the work because the process was asked to stop.
+
+    It is not an Exception, because code that handles errors must not catch it.
+    """
 
 
 class Store(Protocol):
-    """Counters that all ranks share, such as a torch.distributed.TCPStore."""
+    """A store of counters that all ranks share, such as a torch.distributed.TCPStore."""
 
     def add(self, key: str, amount: int) -> int: ...
 
 
 class _State:
-    """What this process knows about its end. Written by the main thread unless a comment says otherwise."""
+    """What this process knows about how it ends. Only the main thread writes it unless a comment says otherwise."""
 
     def __init__(self) -> None:
-        self.asked = False  # to stop; also written by the watcher, which may hear of a signal first
-        self.deferred = False  # steps exist in memory only
-        self.stoppable = False  # unit() may raise
+        self.asked = False  # whether to stop; also written by the watcher, which may receive a signal first
+        self.deferred = False  # whether optimizer steps exist in memory only
+        self.stoppable = False  # whether unit() may raise
         self.status: int | None = None  # the exit status, once it is decided
         self.achieved = ""  # what was saved, for the last line
         self.grace = UNWINDING
         self.units = 0
         self.last_unit = "start"
-        self.waiting_since: float | None = None  # for other ranks
+        self.waiting_since: float | None = None  # when this rank began to wait for other ranks
         self.watcher: _Watcher | None = None
 
 
@@ -75,22 +78,22 @@ _state = _State()
 
 
 def requested() -> bool:
-    """Whether the process was asked to stop."""
+    """Returns whether the process was asked to stop."""
     return _state.asked
 
 
 def stops_now() -> bool:
-    """Whether the process was asked to stop and has nothing to lose."""
+    """Returns whether the process was asked to stop and has nothing to lose."""
     return _state.asked and not _state.deferred
 
 
 def defer() -> None:
-    """From now on there is something to lose: signals are remembered until ``allow``."""
+    """Marks that there is something to lose: from now on signals are only remembered, until ``allow``."""
     _state.deferred = True
 
 
 def allow(achieved: str = "") -> None:
-    """From now on there is nothing to lose.
+    """Marks that there is nothing to lose: from now on a signal ends the work at once.
 
     Args:
         achieved: what was saved, such as "and saved after step 3 of 6", for the line that a stopped script ends with.
@@ -107,7 +110,10 @@ def allow(achieved: str = "") -> None:
 
 
 def unit(name: str) -> None:
-    """Counts a finished unit of work, which shows that this process does not hang.
+    """Counts a finished unit of work, which proves that this process does not hang.
+
+    Args:
+        name: what was finished, for the message about a hang.
 
     Raises:
         Stopped: the process was asked to stop and is inside ``stoppable``.
@@ -120,7 +126,7 @@ def unit(name: str) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Work that can be left after each of its units and is done again later."""
+    """Marks work that may be abandoned after each unit, because it can be repeated later."""
     before, _state.stoppable = _state.stoppable, True
     try:
         yield
@@ -130,7 +136,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """A wait for other ranks, which ends the run where no rank makes progress."""
+    """Marks a wait for other ranks; the run ends if no rank makes progress meanwhile."""
     _state.waiting_since = time.monotonic()
     try:
         yield
@@ -139,7 +145,7 @@ def waiting() -> Iterator[None]:
 
 
 def stop() -> NoReturn:
-    """Does for the wish of another rank what a signal does after a unit of work.
+    """Ends the work on the request of another rank, as a signal does after a unit of work.
 
     Raises:
         Stopped: always.
@@ -154,20 +160,21 @@ def _raise_stopped() -> NoReturn:
 
 
 def _handle(_number: int, _frame: FrameType | None) -> None:
-    """Runs in the main thread between two bytecodes, possibly long after the signal."""
+    """Handles a signal. Python runs it in the main thread between two bytecodes, possibly long after the signal."""
     _state.asked = True
     if not _state.deferred and _state.status is None:
         _raise_stopped()
 
 
 def install() -> None:
-    """Takes over the signals of this process and starts the watcher. Called once, by the main thread of a script."""
+    """Installs the signal handlers and starts the watcher. The main thread of a script calls it once."""
     bell, ringer = socket.socketpair()
     ringer.setblocking(False)
     for number in STOP_SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, _handle)
-    # faulthandler prints the stacks even if Python itself hangs; then the watcher hears of the signal and tells others
+    # faulthandler prints the stacks even if Python itself hangs. The Python handler only makes Python write the signal
+    # to the wakeup file descriptor, through which the watcher learns of it and asks the other ranks for their stacks.
     signal.signal(signal.SIGQUIT, lambda *_: None)
     faulthandler.register(signal.SIGQUIT, file=2, all_threads=True, chain=True)
     signal.set_wakeup_fd(ringer.fileno(), warn_on_full_buffer=False)
@@ -176,19 +183,23 @@ def install() -> None:
 
 
 def join_ranks(store: Store, rank: int, number: int, patience: float) -> None:
-    """Lets the watcher exchange requests and progress with the other ranks.
+    """Makes the watcher exchange requests and progress with the other ranks.
 
     Args:
-        store: used by the watcher thread alone.
-        rank: of this process, of ``number``.
-        patience: seconds without progress on any rank, while one waits for others, after which all ranks end.
+        store: the shared counters; only the watcher thread uses it.
+        rank: the rank of this process.
+        number: the number of ranks.
+        patience: seconds without progress on any rank, while one rank waits for others, after which all ranks end.
     """
     if _state.watcher is not None:
         _state.watcher.others = _Others(store, rank, number, patience)
 
 
 def leave(status: int | None) -> NoReturn:
-    """Ends the script. accelerate and torchrun turn every status into 1; COGVIDEOX_EXIT_FILE names a file for it."""
+    """Exits with a status, and writes it to the file that COGVIDEOX_EXIT_FILE names.
+
+    The file is needed because accelerate and torchrun turn every status into 1.
+    """
     status = _state.status = status or 0
     _write_exit_file(status)
     if _state.watcher is not None:
@@ -197,23 +208,23 @@ def leave(status: int | None) -> NoReturn:
 
 
 def last_line() -> str:
-    """What a script that was stopped says."""
+    """Returns the last line that a stopped script prints."""
     return f"stopped{_state.achieved and ' ' + _state.achieved}; the same command continues"
 
 
 def speaks() -> bool:
-    """Whether this process speaks for all ranks."""
+    """Returns whether this process prints messages for all ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _write_exit_file(status: int) -> None:
-    """Every rank writes it: the launcher may kill those that come last."""
+    """Writes the exit status to its file. Every rank does so, because the launcher may kill the last ones."""
     if path := os.environ.get("COGVIDEOX_EXIT_FILE"):
         Path(path).write_text(str(status))
 
 
 def _end(status: int, line: str = "") -> NoReturn:
-    """Ends the process from any thread, whatever the main thread does. Worker processes end with their parent."""
+    """Ends the process from any thread, whatever the main thread is doing. Worker processes end with their parent."""
     if line:
         os.write(2, f"{line}\n".encode())
     with suppress(OSError):
@@ -222,7 +233,11 @@ def _end(status: int, line: str = "") -> NoReturn:
 
 
 class _Watcher(threading.Thread):
-    """Sees to it that the process ends in time. A daemon, so that it never keeps a finished script alive."""
+    """The thread that ensures that the process ends in time.
+
+    It receives signals while the main thread is inside a library, and exchanges requests with other ranks. It is a
+    daemon thread, so that it never keeps a finished script alive.
+    """
 
     def __init__(self, bell: socket.socket, ringer: socket.socket, parent: int) -> None:
         super().__init__(name="stopping", daemon=True)
@@ -239,11 +254,11 @@ class _Watcher(threading.Thread):
                 self._take(number)
             orphaned = self.parent is not None and os.getppid() != self.parent
             if (self._asked_by_others() or orphaned) and not _state.asked:
-                os.kill(os.getpid(), signal.SIGTERM)  # interrupts what the main thread waits for, too
+                os.kill(os.getpid(), signal.SIGTERM)  # also interrupts a system call of the main thread
             self._end_if_late()
 
     def close(self) -> None:
-        """Ends the thread: one that is inside a library while the interpreter is taken down can abort the process."""
+        """Ends the thread, because a thread inside a library can abort the process when the interpreter shuts down."""
         self.closing = True
         self.ringer.send(b"\0")
         self.join(FAREWELL)
@@ -253,11 +268,11 @@ class _Watcher(threading.Thread):
 
     def _asked_by_others(self) -> bool:
         if self.others is not None and not self.others.exchange():
-            self.others = None  # their store is gone; a collective operation will say more
+            self.others = None  # the store is gone; a failing collective operation will report why
         return self.others is not None and self.others.stopping > 0
 
     def _heard(self) -> bytes:
-        """The numbers of the signals that have arrived, after at most a PERIOD."""
+        """Waits at most PERIOD seconds, and returns the numbers of the signals that have arrived."""
         ready, _, _ = select.select([self.bell], [], [], PERIOD)
         return self.bell.recv(256) if ready else b""
 
@@ -274,34 +289,37 @@ class _Watcher(threading.Thread):
             _end(128 + number if _state.status is None else _state.status)
 
     def _end_if_late(self) -> None:
-        """Ends the process where the main thread had nothing to save and does not come to its end."""
+        """Ends the process if the main thread had nothing to save and has not ended within the grace period."""
         if not stops_now():
             self.deadline = None
             return
         if self.deadline is None:
             self.deadline = time.monotonic() + _state.grace
         elif time.monotonic() >= self.deadline + (0 if self._told_others() else FAREWELL):
-            decided = _state.status not in (None, REQUEUE_EXIT)  # a script that was ending already says so itself
+            decided = _state.status not in (
+                None,
+                REQUEUE_EXIT,
+            )  # a script that was already ending prints its own message
             _end(_state.status or 0 if decided else REQUEUE_EXIT, last_line() if speaks() and not decided else "")
 
 
 class _Others:
-    """The watcher's exchange with those of the other ranks, through counters that all of them add to."""
+    """Exchanges state with the watchers of the other ranks, through counters to which all of them add."""
 
     def __init__(self, store: Store, rank: int, number: int, patience: float) -> None:
         self.store, self.rank, self.number, self.patience = store, rank, number, patience
-        self.stopping = 0  # ranks that know of the wish to stop
+        self.stopping = 0  # number of ranks that know of the request to stop
         self.told_stop = False
-        self.progress, self.told_units = 0, 0  # of all ranks; of this one
+        self.progress, self.told_units = 0, 0  # units of all ranks; units that this rank has reported
         self.changed = time.monotonic()
-        self.stacks = 0  # dumps of all stacks that were asked for
+        self.stacks = 0  # number of requests to print all stacks
 
     def all_know(self) -> bool:
-        """Whether every rank knows that all are to stop."""
+        """Returns whether every rank knows that all ranks must stop."""
         return self.stopping >= self.number
 
     def exchange(self) -> bool:
-        """Tells and asks; False where the store does not answer any more."""
+        """Reports the state of this rank and reads that of the others. Returns False if the store no longer answers."""
         try:
             self._exchange_stop()
             self._exchange_stacks()
@@ -311,7 +329,7 @@ class _Others:
         return True
 
     def ask_for_stacks(self) -> None:
-        """Lets the other ranks print their stacks; this one has done so."""
+        """Asks the other ranks to print their stacks; this rank has already done so."""
         with suppress(Exception):
             self.stacks = self.store.add("stacks", 1)
 
@@ -339,7 +357,7 @@ class _Others:
             self._end_hang()
 
     def _end_hang(self) -> NoReturn:
-        """Prints the stacks of this rank and ends it, not before all ranks know."""
+        """Prints the stacks of this rank and ends it, once all ranks know or FAREWELL seconds have passed."""
         known = self.store.add("hang", 1)
         what = "waits for the others" if _state.waiting_since is not None else f"last finished: {_state.last_unit}"
         rule = f"no rank made progress for {self.patience:g} s (--nccl_timeout)"
@@ -353,7 +371,7 @@ class _Others:
 
 
 def _bytes_moved() -> int:
-    """Bytes that this process has read and written so far, through system calls or from mapped files."""
+    """Returns the bytes that this process has read and written, through system calls or from mapped files."""
     with suppress(OSError, ValueError):
         pairs = (line.split(":") for line in Path("/proc/self/io").read_text().splitlines())
         return sum(int(value) for name, value in pairs if name in ("rchar", "wchar", "read_bytes"))
@@ -361,7 +379,7 @@ def _bytes_moved() -> int:
 
 
 def is_launcher(pid: int) -> bool:
-    """Whether a process is a launcher of training processes, which must not outlive it."""
+    """Returns whether a process is a launcher of training processes, which must not outlive it."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:6]
     except OSError:
