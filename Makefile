@@ -1,6 +1,6 @@
 # make demo: set up and run the main job on real clips.   make test: set up and pass the tests.
 # make test-gpu: the tests that need a GPU.   make test-long: those that take an hour, kills at every moment.
-# make chaos: injects every fault that README.md promises to survive, and prints a table; under an hour on two cores.
+# make chaos: injects every fault that docs/faults.md lists, and prints a table; under an hour on two cores.
 # make mutants: makes one line of the core wrong at a time, and sees that the tests notice.
 # make bench: on a GPU, train steps of full-size models, stock and ours; goes on where it was stopped.
 # make fuzz: 500 damaged media files and 500 damaged lists; a short form is among the tests.

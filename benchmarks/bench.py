@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py --all                     # every row whose result is not there yet
     python benchmarks/bench.py --rows 5b-r128-fast       # some of them
-    python benchmarks/bench.py --table                   # the README's table; --table README.md puts it there
+    python benchmarks/bench.py --table                   # the table of docs/benchmarks.md; --table FILE writes it there
 
 A row is a model, a rank (or sft: all weights), a batch size and a plan: flags of training, arms.PLAN_FLAGS says which.
 Rows that differ in their plan alone share a process: the stock arm first, then each of them, so that every ratio is of

@@ -1,6 +1,6 @@
-"""What a measured step is held against: FLOPs, limits and published figures; and the table of the README.
+"""What a measured step is held against: FLOPs, limits and published figures; and the table of docs/benchmarks.md.
 
-A row is what bench.py writes; rows -> table(rows), as it stands in README.md between BEGIN and END.
+A row is what bench.py writes; rows -> table(rows), as it is in docs/benchmarks.md between BEGIN and END.
 """
 
 import json
@@ -153,7 +153,7 @@ def between(text: str) -> tuple[str, str, str]:
     return before + BEGIN, inside, END + after
 
 
-def put_into(readme: Path, rows: list[dict[str, Any]]) -> None:
+def put_into(page: Path, rows: list[dict[str, Any]]) -> None:
     """Replaces the table of a file."""
-    before, _, after = between(readme.read_text())
-    readme.write_text(before + table(rows) + after)
+    before, _, after = between(page.read_text())
+    page.write_text(before + table(rows) + after)

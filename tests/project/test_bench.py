@@ -227,14 +227,14 @@ def test_a_device_without_known_figures_has_no_utilisation() -> None:
 
 def test_table_is_put_into_a_file_between_its_marks(tmp_path: Path) -> None:
     text = "before\n" + bench_table.BEGIN + "old\n" + bench_table.END + "after\n"
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
+    page = tmp_path / "benchmarks.md"
+    page.write_text(text)
     (tmp_path / "bench_x.json").write_text(json.dumps(row_of()))
-    assert bench.main(["--table", str(readme), "--results", str(tmp_path)]) == 0
-    assert readme.read_text() == text.replace("old\n", bench_table.table([row_of()]))
-    readme.write_text("no marks\n")
+    assert bench.main(["--table", str(page), "--results", str(tmp_path)]) == 0
+    assert page.read_text() == text.replace("old\n", bench_table.table([row_of()]))
+    page.write_text("no marks\n")
     with pytest.raises(ValueError, match="has no line"):
-        bench.main(["--table", str(readme), "--results", str(tmp_path)])
+        bench.main(["--table", str(page), "--results", str(tmp_path)])
 
 
 def test_every_row_has_a_limit_and_a_plan() -> None:

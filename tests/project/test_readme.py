@@ -1,4 +1,4 @@
-"""Every command of the README: its flags parse, its files and make targets exist; the table is what was measured."""
+"""Every command of the README and docs parses, every file exists, and every figure is what was measured."""
 
 import importlib
 import json
@@ -22,6 +22,9 @@ from cogvideox.config.options import (
 )
 
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
 OPTIONS = {
     "prepare_dataset.py": PrepareOptions,
     "cogvideox_text_to_video_lora.py": LoraOptions,
@@ -31,10 +34,12 @@ OPTIONS = {
 }
 
 
+SET_UP = ("python3 -m venv .venv", "source .venv/bin/activate", "pre-commit install")
 LORA_SCRIPTS = ("merge_lora", "extract_lora", "convert_lora")
 
 
-TEXTS = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = "".join(page.read_text() for page in PAGES if page.exists())
 
 
 def commands() -> list[str]:
@@ -46,7 +51,7 @@ def commands() -> list[str]:
 
 def links() -> list[tuple[str, str]]:
     """(file, target) of every link to a file or a heading of this repository."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [page for page in PAGES if page.exists()]
     found = [
         (str(page.relative_to(ROOT)), to) for page in pages for to in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     ]
@@ -76,6 +81,14 @@ def test_command(command: str) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0].startswith("./"):
         assert (ROOT / words[0]).stat().st_mode & 0o111
+    elif words[0] == "pip":
+        flags = {"-r", "-c", "install", "pip"}
+        assert all((ROOT / word).is_file() for word in words if word not in flags)
+    elif words[0] in ("python3", "source", "pre-commit") or words[:2] == ["git", "clone"]:
+        assert command in SET_UP
+    elif words[1] == "-m":
+        assert words[2] == "pytest"
+        assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests"))
     elif words[0] == "hf":
         assert " ".join(words) in (ROOT / "scripts" / "sweep.sh").read_text().replace(
             "$DATASET", "Wild-Heart/Disney-VideoGeneration-Dataset"
@@ -97,7 +110,7 @@ def test_there_are_commands() -> None:
 
 
 def test_listed_files_exist() -> None:
-    listed = re.findall(r"`([\w./]+)`", README.split("## The files")[1].split("##")[0])
+    listed = re.findall(r"`([\w./]+)`", ARCHITECTURE.split("## The files")[1].split("##")[0])
     missing = [name for name in listed if not (ROOT / name).exists() and name != "__init__.py"]
     assert len(listed) > 10
     assert missing == []
@@ -136,18 +149,50 @@ def test_flags_in_the_text_exist() -> None:
 
 
 def test_the_small_card_is_what_was_measured() -> None:
-    row = json.loads((ROOT / "benchmarks" / "results" / "small_card_5b.json").read_text())
+    row = json.loads((RESULTS / "small_card_5b.json").read_text())
     assert row["status"] == 0
     assert row["verification"]["max_difference"] == 0
     seconds = sorted(step["seconds"] for step in row["steps"])[len(row["steps"]) // 2]
     peak, reserved = (max(step[name] for step in row["steps"]) for name in ("peak_gib", "reserved_gib"))
-    line = README.partition("`benchmarks/small_card.py`")[2].splitlines()[1]
+    line = BENCHMARKS.partition("`benchmarks/small_card.py`")[2].splitlines()[1]
     assert all(text in line for text in (f"{row['gib']:.0f} GiB", f"{seconds:.2f} s", f"{peak:.1f}", f"{reserved:.1f}"))
+
+
+def bench_row(name: str) -> tuple[float, float, float | None]:
+    """Returns seconds a step, peak GiB and the ratio to the stock arm of a measured row."""
+    row = json.loads((RESULTS / f"bench_{name}.json").read_text())
+    return row["seconds_per_step"], row["peak_gib"]["allocated"], row["ratio"]
+
+
+def test_claims_of_the_readme_are_what_was_measured() -> None:
+    text = " ".join(README.split())
+    lean, stock, without = (bench_row(f"5b-r128-{arm}") for arm in ("lean", "stock", "lean-cudnn"))
+    every, every_stock = bench_row("5b-sft-lean"), bench_row("5b-sft-stock")
+    injected = re.search(r"^(\d+) faults, injected", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
+    assert injected is not None
+    claims = (
+        f"trains in {lean[1]:.1f} GiB of GPU memory",
+        f"needs {stock[1]:.1f} GiB",
+        f"All weights train in {every[1]:.1f} GiB instead of {every_stock[1]:.1f} GiB",
+        f"takes {lean[0]:.2f} s a step, {lean[2]:.1f} times as fast",
+        f"a step takes {bench_row('5b-r128-24gb')[0]:.2f} s",
+        f"A step of all weights takes {every[0]:.2f} s, against {every_stock[0]:.2f} s",
+        f"the LoRA is {without[2]:.1f} times as fast",
+        f"{injected[1]} kinds of faults",
+    )
+    assert [claim for claim in claims if claim not in text] == []
+
+
+def test_plans_of_the_readme_are_what_was_measured() -> None:
+    section = README.split("## Which plan for which card")[1].split("\n## ")[0]
+    shown = re.findall(r"\| ([\d.]+) s \| ([\d.]+) GiB \|$", section, re.MULTILINE)
+    rows = [f"5b-r128-{plan}" for plan in ("fast", "24gb", "12gb", "8gb", "lean")] + ["5b-sft-lean"]
+    assert shown == [(f"{seconds:.2f}", f"{gib:.1f}") for seconds, gib, _ in map(bench_row, rows)]
 
 
 def test_table_of_bench_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--table"]) == 0
-    assert bench_table.between(README)[1] == capsys.readouterr().out
+    assert bench_table.between(BENCHMARKS)[1] == capsys.readouterr().out
 
 
 def test_names_that_other_trainers_give_are_listed() -> None:
