@@ -257,9 +257,9 @@ pipeline_tag: text-to-video
 # A tiny CogVideoX that knows shapes
 
 A CogVideoX of the 5b layout (rotary positions) with {millions:.1f} million weights, {megabytes:.1f} MB. It makes
-videos of {frames} frames of {height}x{width} pixels of one coloured shape that moves in front of a wall, out of
+videos of {frames} frames of {height}x{width} pixels of one colored shape that moves in front of a wall, out of
 captions such as "{caption}"
-It serves the demo and the tests. It is no use for anything else.
+It serves the demo and the tests. It is not useful for anything else.
 
 - **Made by** `{command}` on {device}, torch {torch}.
 - **Made from** {train} clips drawn by `examples/shapes.py`, each with its caption. The VAE also saw real footage: six
