@@ -23,7 +23,7 @@ from cogvideox.config.flags import ModelFlags
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.validation import Validator
 from cogvideox.export import card as card_module
-from cogvideox.export.card import Facts, Video, card_text, escaped, read_licence, snippet, write_card
+from cogvideox.export.card import Facts, Video, card_text, escaped, read_license, snippet, write_card
 from cogvideox.model.methods import Lora
 
 HOSTILE = [
@@ -77,7 +77,7 @@ def facts(**changes: Any) -> Facts:
         "buckets": {"1x480x720": 1, "49x480x720": 69},
         "videos": [Video("a panda", "validation/a.mp4", "validation/b.mp4")],
         "pictures": [],
-        "licence": {"license": "apache-2.0"},
+        "base_license": {"license": "apache-2.0"},
         "made": MADE,
     }
     return Facts(**(usual | changes))
@@ -138,7 +138,7 @@ def test_the_page_shows_the_prompt_and_nothing_else(prompt: str) -> None:
     plain, hostile = card_text(facts()), card_text(facts(videos=[Video(prompt, "a.mp4", "b.mp4")]))
     assert cells(hostile) == ["prompt", "before", "after 3000 steps", shown(prompt), "video", "video"]
     assert kinds(hostile) == kinds(plain)
-    names = {"name": prompt, "token": prompt, "licence": {"license": prompt}, "model": ModelFlags(f"hub/{prompt}")}
+    names = {"name": prompt, "token": prompt, "base_license": {"license": prompt}, "model": ModelFlags(f"hub/{prompt}")}
     assert kinds(card_text(facts(**names))) == kinds(plain)
     assert [token.content for token in tokens(hostile) if token.type.startswith("html")] == ["<Gallery />\n"]
 
@@ -162,7 +162,7 @@ def test_within_a_word_nothing_is_escaped() -> None:
 
 @pytest.mark.parametrize("target", ["javascript:alert(1)", "data:text/html,x", "http://plain", "JavaScript:x"])
 def test_only_files_and_https_are_linked(target: str) -> None:
-    text = card_text(facts(licence={"license": "other", "license_name": "mine", "license_link": target}))
+    text = card_text(facts(base_license={"license": "other", "license_name": "mine", "license_link": target}))
     assert {token.attrs["href"] for token in tokens(text) if token.type == "link_open"} == {
         "https://huggingface.co/THUDM/CogVideoX-5b",
         "validation/a.mp4",
@@ -174,7 +174,7 @@ def test_only_files_and_https_are_linked(target: str) -> None:
 
 def test_a_link_stays_one() -> None:
     target = "https://a.b/c d)(<e>|\"'\n#?q=1"
-    text = card_text(facts(licence={"license": "other", "license_name": "m](x", "license_link": target}))
+    text = card_text(facts(base_license={"license": "other", "license_name": "m](x", "license_link": target}))
     (found,) = [str(t.attrs["href"]) for t in tokens(text) if t.type == "link_open" and "a.b" in str(t.attrs["href"])]
     assert found.startswith("https://a.b/c%20d")
     assert "m&#93;(x" in text
@@ -270,7 +270,7 @@ def test_what_stays_here_is_loaded_from_here() -> None:
     assert "huggingface_hub" not in code
 
 
-# -- the licence -------------------------------------------------------------------------------------------------------
+# -- the license -------------------------------------------------------------------------------------------------------
 
 ITS_OWN = "license: other\nlicense_name: its-own\nlicense_link: https://a.b/c\n"
 
@@ -290,29 +290,29 @@ ITS_OWN = "license: other\nlicense_name: its-own\nlicense_link: https://a.b/c\n"
         (None, {"license": "other"}),
     ],
 )
-def test_the_licence_is_that_of_the_base_model(tmp_path: Path, content: Any, found: dict[str, str]) -> None:
+def test_the_license_is_that_of_the_base_model(tmp_path: Path, content: Any, found: dict[str, str]) -> None:
     if content is not None:
         (tmp_path / "README.md").write_bytes(content.encode() if isinstance(content, str) else content)
-    assert read_licence(ModelFlags(str(tmp_path))) == found
+    assert read_license(ModelFlags(str(tmp_path))) == found
 
 
-def test_the_licence_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_license_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
     monkeypatch.setattr(card_module, "hub_file", lambda model, name: tmp_path / name)
     link = "https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE"
-    assert read_licence(ModelFlags("THUDM/CogVideoX-5b")) == {"license": "other", "license_link": link}
+    assert read_license(ModelFlags("THUDM/CogVideoX-5b")) == {"license": "other", "license_link": link}
 
 
-def test_a_hub_that_cannot_be_reached_costs_only_the_licence(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_licence(ModelFlags("no/such-model")) == {"license": "other"}  # tests are offline
+def test_a_hub_that_cannot_be_reached_costs_only_the_license(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_license(ModelFlags("no/such-model")) == {"license": "other"}  # tests are offline
 
     def gone(model: ModelFlags, name: str) -> Path:
         raise UsageError("gone")
 
     monkeypatch.setattr(card_module, "hub_file", gone)
-    assert read_licence(ModelFlags("a/b")) == {"license": "other"}
-    assert "The licence of the base model applies; it could not be read" in card_text(
-        facts(licence={"license": "other"})
+    assert read_license(ModelFlags("a/b")) == {"license": "other"}
+    assert "The license of the base model applies; it could not be read" in card_text(
+        facts(base_license={"license": "other"})
     )
 
 

@@ -119,7 +119,7 @@ def test_a_folder_keeps_its_precision_on_another_device(
     here = complete(half, clips, tmp_path / "bf16")
     assert encoded == Encoded()
     assert (here.samples, here.dtypes) == (on_gpu.samples, on_gpu.dtypes)
-    note = f"encoding in bf16, as the tensors that {tmp_path / 'bf16'} has, although the default on this device is fp32"
+    note = f"encoding in bf16, like the tensors in {tmp_path / 'bf16'}, although the default on this device is fp32"
     assert f"{note}; --dtype fp32 encodes everything anew" in capsys.readouterr().err
     anew = complete(half, clips, tmp_path / "bf16", encode_flags=EncodeFlags(dtype="fp32"))
     assert (encoded.clips, anew.dtypes["vae"]) == (NUM_CLIPS, "fp32")

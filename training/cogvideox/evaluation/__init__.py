@@ -1,8 +1,8 @@
-"""Measuring and showing the model while it trains.
+"""Evaluates the model while it trains.
 
-images.py        the images that validation videos begin with
-validation.py    videos while training
-parity.py        what training feeds the transformer against what the pipeline does
-before_after.py  each prompt before and after training, beside a training clip
-held_out.py      the loss on clips that are never trained on
+images.py        fetches the images that validation videos begin with
+validation.py    renders validation videos
+parity.py        checks that training and the diffusers pipeline give the transformer the same inputs
+before_after.py  draws each prompt before and after training, next to a similar training clip
+held_out.py      measures the loss on clips that are never trained on
 """

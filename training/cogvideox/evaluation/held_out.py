@@ -1,11 +1,13 @@
-"""The loss on clips that are never trained on, over a fixed grid of clips, timesteps and noise.
+"""Measures the loss on clips that are never trained on, over a fixed grid of clips, timesteps and noise.
 
-Every draw is a function of (seed, clip, place in the grid), so that only the weights change from one measurement to the
-next. One forward pass a place, and the losses are gathered whole, so neither the batch size nor the number of ranks has
-an effect. Clips are read from the cache; lines go to metrics.jsonl.
-A line's "held_out_grid" is the fingerprint of all that decides the number but the weights: only lines of one grid are
-compared. Its "held_out_by_timestep" has the mean loss in each of PLACES equal parts of the schedule of T timesteps: the
-k-th number, from 0, is of timesteps k T / PLACES up to, not with, (k + 1) T / PLACES. The first has the least noise.
+Timestep and noise are a function of (seed, clip, place in the grid), so only the weights change between measurements.
+Each place is one forward pass of one sample, so neither the batch size nor the number of ranks changes the result.
+Clips are read from the cache, and ``HeldOut.measure`` appends a line to metrics.jsonl:
+
+- "held_out_grid" is a fingerprint of everything that decides the loss except the weights. Only losses with the same
+  fingerprint can be compared.
+- "held_out_by_timestep" is the mean loss in each of PLACES equal parts of the schedule. Of T timesteps, part k covers
+  k T / PLACES <= t < (k + 1) T / PLACES; part 0 has the least noise.
 """
 
 import math
@@ -27,24 +29,26 @@ from cogvideox.runtime.curves import BY_TIMESTEP, GRID, of_grid, read_records
 from cogvideox.runtime.run import METRICS_NAME, Run, write_metrics
 
 FINGERPRINT_DIGITS = 16
-PLACES = 8  # timesteps of each clip, one from each eighth of the schedule
+PLACES = 8  # timesteps per clip, one from each eighth of the schedule
 LossOf = Callable[[Batch], Tensor]  # a batch on the device -> the loss of each sample, (B,)
 
 
 class HeldOut:
-    """Measures the loss on the index's validation clips, if it has any. ``measure`` is called on all ranks.
+    """Measures the loss on the validation clips of the index, if there are any.
 
-    ``losses_of`` is the velocity's squared error on ``transformer``, whatever weights it is trained with.
+    ``measure`` must be called on all ranks. ``losses_of`` is the squared error of the velocity, without training's loss
+    weights.
 
     Raises:
-        CacheError: a tensor of theirs is bad; the clips that a loss is compared on are not replaced.
+        CacheError: A validation clip's tensor is damaged. Unlike training clips, validation clips are never replaced,
+            because losses on different clips cannot be compared.
     """
 
     def __init__(self, run: Run, tensors: Tensors, seed: int, transformer: Any, losses_of: LossOf) -> None:
         self.run, self.seed, self.transformer, self.losses_of = run, seed, transformer, losses_of
         self.cache, self.geometry = tensors.cache, tensors.geometry
         self.samples, self.image_variants = tensors.index.validation, tensors.index.image_variants
-        for sample in self.samples:  # now, not at the first measurement after a resume
+        for sample in self.samples:  # finds damaged tensors now rather than at the first measurement after a resume
             self._read(sample)
         self.grid = self._fingerprint()
 
@@ -52,7 +56,7 @@ class HeldOut:
         return bool(self.samples)
 
     def measure(self, step: int) -> None:
-        """Measures the weights as they are after a step, unless metrics.jsonl has that already, and writes it there."""
+        """Measures the loss after a step and appends it to metrics.jsonl, unless it is there already."""
         if not self.samples or self._measured(step):
             return
         names = [sample.clip for sample in self.samples]
@@ -70,13 +74,15 @@ class HeldOut:
         self.run.say(f"held-out loss after step {step}: {mean:.5f} ({clips})")
 
     def losses(self) -> Tensor | None:
-        """The loss of every clip at every place, (clips, PLACES), float64, the same on all ranks.
+        """Computes the loss of every sample at every place of the grid.
 
-        None on all where one's memory does not suffice: a mean over other places would be another measure.
+        Returns:
+            (samples, PLACES), float64, equal on all ranks. None on all ranks if memory does not suffice on one: a mean
+            over fewer places would not be comparable.
         """
         run = self.run
         sums = torch.zeros(len(self.samples) * PLACES + 1, dtype=torch.float64, device=run.device)
-        with run.ranks.together():  # which waits longer than the sum does
+        with run.ranks.together():  # waits for slow ranks longer than all_reduce would
             try:
                 self._fill(sums)
             except torch.OutOfMemoryError:
@@ -89,7 +95,7 @@ class HeldOut:
         return sums[:-1].view(-1, PLACES).cpu()
 
     def _fill(self, sums: Tensor) -> None:
-        """This rank's share of the losses, each in its place."""
+        """Computes this rank's share of the losses, each at its index."""
         run = self.run
         with evaluation(self.transformer):
             for number in range(run.ranks.process_index, len(sums) - 1, run.world):
@@ -98,7 +104,7 @@ class HeldOut:
                 stopping.unit("held-out loss")
 
     def draw(self, sample: CachedSample, place: int) -> Batch:
-        """A clip at one place of the grid, as a batch of one: its timestep and noise are always the same."""
+        """Returns a batch of one clip at one place of the grid, always with the same timestep and noise."""
         draw = (self.seed, "held_out", sample.id, place)
         total = int(self.geometry.schedule["num_train_timesteps"])
         timestep = timestep_in(range(total), (place, PLACES), uniform(*draw, "timestep"))
@@ -106,38 +112,49 @@ class HeldOut:
         return collate([draw_sample(moments, prompt, timestep, self.geometry, draw, sample.id, image)])
 
     def _read(self, sample: CachedSample, place: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Moments and prompt, and those of the first frame, with another noise for each place."""
+        """Reads moments, prompt and first frame of a clip; the noise on the first frame depends on the place."""
         moments = read_moments(self.cache, sample, 0, self.geometry)
         visit = place * len(sample.image_keys)  # of the first clip variant
         image = read_image(self.cache, sample, visit, self.image_variants, self.geometry)
         return moments, read_prompt(self.cache, sample.prompt_key, self.geometry), image
 
     def _fingerprint(self) -> str:
-        """A hash of the clips with their tensors, the places, the draws, and what makes latents and noise of them.
+        """Returns a hash of everything that decides the loss except the weights.
 
-        The order of the clips, and their names beyond their ids, have no effect on a loss.
+        It covers the clips and their tensors, the seed, the grid and the geometry, but not the order of the clips.
         """
         clips = sorted([s.id, s.clip, s.video_keys[:1], s.prompt_key, *s.image_keys[:1]] for s in self.samples)
         decides = {"seed": self.seed, "places": PLACES, "clips": clips, "image_variants": self.image_variants}
         return hash_of(decides | {"geometry": asdict(self.geometry)})[:FINGERPRINT_DIGITS]
 
     def _measured(self, step: int) -> bool:
-        """Whether metrics.jsonl has the line of a step on this grid; the main process looks for all."""
+        """Returns whether metrics.jsonl has the loss of a step on this grid; the main process reads it for all."""
         records = read_records(self.run.output_dir / METRICS_NAME) if self.run.is_main else []
         there = any(record["step"] == step and "held_out_loss" in record for record in of_grid(records, self.grid))
         return bool(self.run.from_main(there))
 
 
 def mean_and_error(losses: Tensor, clips: Sequence[str]) -> tuple[float, float]:
-    """Mean of (samples, places) losses, and the standard error of the clips' means; NaN where there is one clip."""
+    """Returns the mean loss and the standard error of the clips' means, which is NaN for a single clip.
+
+    Args:
+        losses: (samples, places).
+        clips: The clip of each sample.
+    """
     means = by_clip(losses, clips).mean(dim=1)
     error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.nan
     return means.mean().item(), error
 
 
 def by_clip(losses: Tensor, clips: Sequence[str]) -> Tensor:
-    """(samples, places) losses as (clips, places). ``clips`` names the clip of each sample: one that is in several
-    buckets counts once.
+    """Averages the losses of samples that are the same clip in several buckets.
+
+    Args:
+        losses: (samples, places).
+        clips: The clip of each sample.
+
+    Returns:
+        (clips, places).
     """
     of_clip: dict[str, list[Tensor]] = {}
     for clip, row in zip(clips, losses, strict=True):

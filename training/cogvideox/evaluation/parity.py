@@ -1,12 +1,14 @@
-"""What training feeds the transformer against what the matching diffusers pipeline feeds it, before the first step.
+"""Checks before the first step that training and the diffusers pipeline give the transformer the same inputs.
 
-The stock pipeline makes one sampling step around the run's own transformer and scheduler. No network is run: calls of
-the transformer are caught on both sides, and the VAE is stood in for. Compared, for every bucket of the run: latents
-and padding, image latents and their scale, embeddings, timestep, offset, rotary tables, all with their types, and what
-the pipeline decodes when the transformer answers with the velocity that it is trained for. Clips and images are drawn
-from moments on both sides: in training's way, and by diffusers' own distribution. The loss of a transformer that
-answers with the scheduler's velocity must be 0. One bucket is compared in the compute type of the run as well.
-Shapes as in data/dataset.py; P patches.
+``check_parity`` lets the stock pipeline make one sampling step with the run's own transformer and scheduler, and
+compares its call of the transformer with that of training. No network runs: calls of the transformer are recorded on
+both sides, and a stand-in replaces the VAE.
+
+For every bucket it compares latents and padding, image latents and their scale, embeddings, timestep, offset and rotary
+tables, all with their types. It also compares the latents that the pipeline decodes when the transformer answers with
+its training target. Clips and images are sampled from the same moments on both sides, by training's code and by
+diffusers' own distribution. The loss of a transformer that answers with the scheduler's velocity must be 0. One bucket
+is compared in the compute type of the run as well. Shapes are as in data/dataset.py; P counts patches.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,21 +31,27 @@ from cogvideox.model.tasks import ImageToVideo, Task, image_scale, losses_of
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.run import Run
 
-TOLERANCE = 1e-4  # of numbers of about 1, relative of larger ones: in fp32 rounding is far below, all else far above
-ARGUMENTS = ("encoder_hidden_states", "timestep", "ofs", "image_rotary_emb")  # of the transformer, beside the latents
-PURPOSES = {"clip": "posterior", "image": "image posterior"}  # of draw_sample's draws from moments
+# Absolute for numbers up to 1, relative for larger ones. Rounding in fp32 is far below it, real differences far above.
+TOLERANCE = 1e-4
+ARGUMENTS = (
+    "encoder_hidden_states",
+    "timestep",
+    "ofs",
+    "image_rotary_emb",
+)  # arguments of the transformer other than the latents
+PURPOSES = {"clip": "posterior", "image": "image posterior"}  # how draw_sample names the noise for each
 Answer = Callable[[dict[str, Any]], Tensor]
 
 
 class ParityError(RuntimeError):
-    """Training would feed the transformer something else than inference does."""
+    """Training would give the transformer other inputs than inference does."""
 
 
 def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, transformer: Any) -> None:
-    """Compares all buckets of a run.
+    """Compares training with the pipeline for all buckets of a run.
 
     Raises:
-        ParityError: what differs, and by how much.
+        ParityError: They differ; the message says in what, and by how much.
     """
     geometry, index = tensors.geometry, tensors.index
     exact = type(task)(options, geometry, run.device, torch.float32)  # in bf16 rounding would hide the rest
@@ -69,25 +77,25 @@ def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, 
 
 
 class StandInVae:
-    """In place of the VAE: keeps what is encoded and decoded. ``image_BCFHW`` is what encoding gives."""
+    """Replaces the VAE: it records what is encoded and decoded, and "encodes" every image as ``image_BCFHW``."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
         self.image_BCFHW = self.pixels_BCFHW = self.decoded_BCFHW = torch.empty(0)
 
     def encode(self, pixels_BCFHW: Tensor) -> Any:
-        """A posterior of which samples can be taken, and nothing else."""
+        """Records pixels; returns a posterior that can only be sampled."""
         self.pixels_BCFHW = pixels_BCFHW
         return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda _: self.image_BCFHW))
 
     def decode(self, latents_BCFHW: Tensor) -> Any:
-        """One pixel."""
+        """Records latents; returns a video of one pixel."""
         self.decoded_BCFHW = latents_BCFHW
         return SimpleNamespace(sample=latents_BCFHW.new_zeros(1, 3, 1, 1, 1))
 
 
 def stock_pipeline(model: ModelFlags, name: str, transformer: Any) -> Any:
-    """The pipeline of this name with everything but its other networks."""
+    """Returns the diffusers pipeline of a name around the transformer, without T5 and with a stand-in for the VAE."""
     import diffusers
 
     parts: dict[str, Any] = {"tokenizer": None, "text_encoder": None, "scheduler": models.load_scheduler(model)}
@@ -101,7 +109,15 @@ def stock_pipeline(model: ModelFlags, name: str, transformer: Any) -> Any:
 
 @contextmanager
 def caught(transformer: Any, answer: Answer) -> Iterator[list[dict[str, Any]]]:
-    """The arguments of each call of the transformer, to which ``answer`` gives the result."""
+    """Replaces the transformer's forward for a block and records its calls.
+
+    Args:
+        transformer: The transformer.
+        answer: Computes the output of a call from its arguments.
+
+    Yields:
+        A list that receives the arguments of each call.
+    """
     calls: list[dict[str, Any]] = []
 
     def forward(**arguments: Any) -> tuple[Tensor]:
@@ -120,8 +136,11 @@ def caught(transformer: Any, answer: Answer) -> Iterator[list[dict[str, Any]]]:
 
 
 def check_bucket(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: Geometry, bucket: Bucket) -> None:
-    """Raises ParityError where training and the pipeline call the transformer in different ways, or where a transformer
-    that has learned its target makes another clip there than it was trained on.
+    """Compares how training and the pipeline call the transformer for one bucket.
+
+    Raises:
+        ParityError: An argument differs, or a transformer that has learned its target perfectly would make another clip
+            in the pipeline than the one that it was trained on.
     """
     device = schedule.alphas_cumprod.device
     batch = random_batch(geometry, bucket, len(schedule) - 1).to(device)
@@ -144,8 +163,10 @@ def check_bucket(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: G
 
 
 def check_loss(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: Geometry, bucket: Bucket) -> None:
-    """Raises ParityError where the loss of training is not 0 for a transformer that answers with the velocity that the
-    pipeline's scheduler gives for the noised clip, or where it is asked about another clip or timestep.
+    """Checks the training loss of a transformer that answers with the scheduler's velocity for the noised clip.
+
+    Raises:
+        ParityError: The loss is not 0, or the noised clip or the timestep differs from the scheduler's.
     """
     device, scheduler = schedule.alphas_cumprod.device, pipeline.scheduler
     batches = [random_batch(geometry, bucket, timestep) for timestep in timesteps_of(schedule)]
@@ -161,18 +182,18 @@ def check_loss(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: Geo
 
 
 def other_scale(task: ImageToVideo, geometry: Geometry) -> float:
-    """How many times larger image latents are than the pipeline's, where a flag asks for that; else 1."""
+    """Returns the ratio of our image latents to the pipeline's: 1, unless --image_latent_scale asks for another."""
     return 1.0 if task.flags.image_latent_scale == "auto" else task.scale / image_scale(geometry)
 
 
 def moments_of(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
-    """Random moments of a clip, (2C, F, H, W), or an image, (2C, H, W), as the VAE would give them."""
+    """Returns random moments in the shape of the VAE's: (2C, F, H, W) for a clip, (2C, H, W) for an image."""
     shape = geometry.moments_shape(bucket) if name == "clip" else geometry.image_shape(bucket)
     return normal(shape, "parity", bucket, f"{name} moments")
 
 
 def random_batch(geometry: Geometry, bucket: Bucket, timestep: int) -> Batch:
-    """One sample as training draws it from a cache."""
+    """Returns a batch of one sample, drawn from random moments as training draws samples from the cache."""
     draw = ("parity", bucket)
     prompt = normal((geometry.max_text_seq_length, geometry.text_embed_dim), *draw, "prompt")
     clip, image = (moments_of(bucket, geometry, name) for name in PURPOSES)
@@ -180,7 +201,7 @@ def random_batch(geometry: Geometry, bucket: Bucket, timestep: int) -> Batch:
 
 
 def drawn_by_diffusers(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
-    """The latents of that sample's clip, (1, C, F, H, W), or image, (1, C, 1, H, W), unscaled, out of its moments."""
+    """Samples unscaled latents of the same clip, (1, C, F, H, W), or image, (1, C, 1, H, W), with diffusers' code."""
     moments = moments_of(bucket, geometry, name)
     channels, *rest = moments.shape
     latents = posterior_by_diffusers(moments, normal((channels // 2, *rest), "parity", bucket, PURPOSES[name]))
@@ -188,7 +209,7 @@ def drawn_by_diffusers(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
 
 
 def posterior_by_diffusers(moments: Tensor, noise: Tensor) -> Tensor:
-    """What data.dataset.sample_posterior is to give."""
+    """Samples from moments with diffusers' own distribution: the reference for data.dataset.sample_posterior."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     posterior = DiagonalGaussianDistribution(moments[None])
@@ -196,7 +217,11 @@ def posterior_by_diffusers(moments: Tensor, noise: Tensor) -> Tensor:
 
 
 def check_posterior() -> None:
-    """Raises ParityError where a draw from moments is not that of diffusers, for log variances of every size."""
+    """Compares our sampling from moments with that of diffusers, for log variances of every size.
+
+    Raises:
+        ParityError: The samples differ.
+    """
     log_variance = torch.linspace(-40.0, 30.0, 71).view(1, -1)
     moments = torch.cat([normal((1, 71), "parity", "mean"), log_variance])
     noise = normal((1, 71), "parity", "noise")
@@ -207,7 +232,7 @@ def check_posterior() -> None:
 def pipeline_call(
     task: Task, pipeline: Any, batch: Batch, schedule: NoiseSchedule, bucket: Bucket, frame_HWC: np.ndarray
 ) -> dict[str, Any]:
-    """How the pipeline calls the transformer in a sampling of one step; the answer is the velocity of the batch."""
+    """Runs one sampling step of the pipeline on the batch's velocity; returns the transformer's arguments."""
     from PIL import Image
 
     more: dict[str, Any] = {}
@@ -230,7 +255,7 @@ def pipeline_call(
 
 
 def velocity_of(batch: Batch, arguments: dict[str, Any], schedule: NoiseSchedule, bucket: Bucket) -> Tensor:
-    """What a transformer would answer that knows the clip of the batch."""
+    """Returns the output of a transformer that knows the clip of the batch: the velocity from x_t to it."""
     x0_BFCHW = batch.x0_BFCHW
     x_t_BFCHW = arguments["hidden_states"][:, :, : x0_BFCHW.shape[2]]
     same_shape(f"{bucket}: latents", x0_BFCHW, x_t_BFCHW)
@@ -240,7 +265,7 @@ def velocity_of(batch: Batch, arguments: dict[str, Any], schedule: NoiseSchedule
 
 
 def split(arguments: dict[str, Any], geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """(latents, image latents), each (B, F, C, H, W), of what the transformer was called with."""
+    """Splits the hidden states of a call into (latents, image latents), each (B, F, C, H, W)."""
     hidden_BFCHW = arguments["hidden_states"]
     return hidden_BFCHW[:, :, : geometry.latent_channels], hidden_BFCHW[:, :, geometry.latent_channels :]
 
@@ -249,7 +274,11 @@ def split(arguments: dict[str, Any], geometry: Geometry) -> tuple[Tensor, Tensor
 
 
 def check_schedule(schedule: NoiseSchedule, scheduler: Any) -> None:
-    """Raises ParityError where noise, velocity, or the x0 that the sampler reads from a velocity, are not its own."""
+    """Compares our noise schedule with the pipeline's scheduler.
+
+    Raises:
+        ParityError: The noised clip, the velocity, or the x0 that the sampler computes from a velocity differs.
+    """
     device = schedule.alphas_cumprod.device
     x0, noise = (normal((1, 1, 1, 2, 2), "parity", name).to(device) for name in ("x0", "noise"))
     scheduler.set_timesteps(len(schedule))
@@ -262,12 +291,12 @@ def check_schedule(schedule: NoiseSchedule, scheduler: Any) -> None:
 
 
 def timesteps_of(schedule: NoiseSchedule) -> tuple[int, ...]:
-    """Those that are compared: both ends and the middle."""
+    """Returns the timesteps that are compared: both ends and the middle."""
     return 0, 1, len(schedule) // 2, len(schedule) - 1
 
 
 def x0_of(scheduler: Any, velocity: Tensor, timestep: int, x_t: Tensor) -> Tensor:
-    """The clip that a sampler takes a velocity for."""
+    """Returns the x0 that a scheduler computes from a velocity."""
     import diffusers
 
     if isinstance(scheduler, diffusers.CogVideoXDPMScheduler):
@@ -277,8 +306,10 @@ def x0_of(scheduler: Any, velocity: Tensor, timestep: int, x_t: Tensor) -> Tenso
 
 @torch.no_grad()
 def check_positions(transformer: Any, geometry: Geometry, bucket: Bucket, ignored: bool) -> None:
-    """Raises ParityError where the transformer adds something else to the patches of a bucket than its learned
-    positions, or anything where they are ignored.
+    """Checks that the transformer adds its learned positions to the patches of a bucket, or nothing if ignored.
+
+    Raises:
+        ParityError: It adds something else.
     """
     embed, patch = transformer.patch_embed, geometry.patch_size
     text = torch.zeros(1, geometry.max_text_seq_length, geometry.text_embed_dim).to(transformer.device)
@@ -299,10 +330,16 @@ def check_positions(transformer: Any, geometry: Geometry, bucket: Bucket, ignore
 
 
 def compare(what: str, ours: Any, theirs: Any, rounded_to: torch.dtype | None = None) -> None:
-    """Raises ParityError where two tensors, or pairs of them, or None, are not the same.
+    """Compares two tensors, tuples of tensors, or None.
 
     Args:
-        rounded_to: the type that numbers went through; if it is not given, that of the tensors.
+        what: Name of the value, for the message.
+        ours: The value in training.
+        theirs: The value in the pipeline.
+        rounded_to: The type to which the numbers were rounded on the way; by default that of the tensors.
+
+    Raises:
+        ParityError: They differ in presence, shape, type or value.
     """
     if isinstance(ours, tuple) and isinstance(theirs, tuple):
         for own, their in zip(ours, theirs, strict=True):
@@ -323,11 +360,15 @@ def compare(what: str, ours: Any, theirs: Any, rounded_to: torch.dtype | None = 
 
 
 def same_shape(what: str, ours: Tensor, theirs: Tensor) -> None:
-    """Raises ParityError for two shapes."""
+    """Compares two shapes.
+
+    Raises:
+        ParityError: They differ.
+    """
     if ours.shape != theirs.shape:
         raise ParityError(message(what, f"{tuple(ours.shape)} in training, {tuple(theirs.shape)} in the pipeline"))
 
 
 def message(what: str, how: str) -> str:
-    """The error's text."""
+    """Returns the text of a ParityError."""
     return f"training and the pipeline differ in {what}: {how}; nothing was trained; please report this"

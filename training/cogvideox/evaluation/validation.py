@@ -1,8 +1,8 @@
-"""Videos of the validation prompts, made with the weights as they are at a step.
+"""Renders videos of the validation prompts with the current weights.
 
-Prompts are embedded before the first step, so T5 is never loaded while training. The stock pipeline samples, with the
-transformer that is being trained; the videos are shared out over the ranks. What is changed is put back.
-The pipeline's VAE also shows what it makes of training clips.
+``embed_prompts`` embeds the prompts before the first step, so T5 is never loaded while training. ``Validator`` samples
+with the stock diffusers pipeline around the transformer that is being trained, and splits the videos over the ranks.
+Everything that sampling changes is restored. The same VAE also decodes training clips for the contact sheet.
 """
 
 import gc
@@ -39,7 +39,14 @@ FOLDER, SETTINGS_NAME = "validation", "settings.json"
 
 @dataclass(frozen=True)
 class Prompts:
-    """The validation prompts and their embeddings, each (1, L, D), in the compute type; files of their images."""
+    """The validation prompts.
+
+    Attributes:
+        texts: The prompts.
+        embeds_BLD: The embedding of each prompt, (1, L, D), in the compute type.
+        negative_BLD: The embedding of the negative prompt; None without prompts.
+        images: The first frame of each prompt, for image-to-video.
+    """
 
     texts: list[str]
     embeds_BLD: list[Tensor]
@@ -48,7 +55,7 @@ class Prompts:
 
 
 def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Sequence[Path] = ()) -> Prompts:
-    """Embeds the validation prompts, one at a time as a pipeline does, into the run's own folder; T5 is freed again."""
+    """Embeds the validation prompts into the output folder, one at a time as a pipeline does, and frees T5."""
     texts = prompts_of(options.validation)
     if not texts:
         return Prompts([], [], None)
@@ -65,7 +72,7 @@ def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Seq
 
 @contextmanager
 def evaluation(module: Any) -> Iterator[None]:
-    """No gradients and evaluation mode; afterwards every module is in the mode of its own that it was in."""
+    """Disables gradients and sets evaluation mode for a block; each submodule's previous mode is restored."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -77,30 +84,30 @@ def evaluation(module: Any) -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Gives the device what nothing refers to any more."""
+    """Returns unreferenced memory to the device."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def frames_of(video_BFCHW: Tensor) -> Tensor:
-    """A pipeline's video, of numbers from 0 to 1, as uint8 (F, H, W, 3) on the CPU."""
+    """Converts a pipeline's video, (1, F, 3, H, W) from 0 to 1, to uint8 (F, H, W, 3) on the CPU."""
     return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
 
 
 def without(names: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of videos, the recipe in them without some of its entries."""
+    """Returns the settings of videos, without some entries of the recipe in them."""
     recipe = settings.get("recipe", {})
     return {**settings, "recipe": {name: value for name, value in recipe.items() if name not in names}}
 
 
 def after_denoising_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Lets a video be given up after each step of a pipeline; changes nothing."""
+    """Lets a stop signal interrupt a video after each denoising step; changes nothing."""
     stopping.unit("denoising step")
     return tensors
 
 
 class Validator:
-    """Renders the validation videos of a run. ``render`` is called on all ranks."""
+    """Renders the validation videos of a run. ``render`` must be called on all ranks."""
 
     def __init__(
         self,
@@ -142,13 +149,21 @@ class Validator:
 
     @property
     def tiles(self) -> list[Tile | None]:
-        """What decoding is tried in: whole frames (None) unless they did not fit, then tiles."""
+        """Returns the ways in which decoding is tried: whole frames (None), unless they did not fit, then tiles."""
         if self.pipeline:
             return list(self.pipeline.vae.decode.left)
         return ways_to_decode(*PUBLISHED, tiled=self.flags.enable_tiling)
 
     def set_aside_stale(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
-        """Moves videos away that other settings made, or that another learning rate schedule made after this step."""
+        """Moves outdated videos into a folder older-N, so that they are rendered again.
+
+        Args:
+            first_step: The step from which the run continues. Later videos are outdated if the number of steps, and
+                thus the learning rate schedule, has changed.
+            total_steps: Number of optimizer steps in the run.
+            recipe: The settings that decide the result. All videos made with other settings are outdated, except for
+                settings in --allow_changed.
+        """
         folder = self.run.output_dir / FOLDER
         images = [hashlib.sha256(image.read_bytes()).hexdigest() for image in self.prompts.images]
         flags = {**asdict(self.flags), "seed": self.options.data.seed, "fps": self.fps, "images": images}
@@ -165,21 +180,29 @@ class Validator:
             for video in stale:
                 older.mkdir(exist_ok=True)
                 os.rename(video, older / video.name)
-            # last: after a kill the moving goes on
+            # The settings are written last: if the process is killed before, the next one continues moving videos.
             write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False).encode())
         self.run.barrier()
 
     def due(self, step: int) -> bool:
-        """Whether validation belongs after this optimizer step."""
+        """Returns whether the flags ask for validation after this optimizer step."""
         if self.flags.validation_steps:
             return step > 0 and step % self.flags.validation_steps == 0
         if self.flags.validation_epochs:
-            every = self.flags.validation_epochs  # passed in this step, if it does not end with one
+            # A step may begin in one epoch and end in the next, so this tests whether an epoch ended within it.
+            every = self.flags.validation_epochs
             return step > 0 and self.order.epoch_of(step) // every > self.order.epoch_of(step - 1) // every
         return False
 
     def render(self, step: int) -> list[Path]:
-        """Makes the videos of a step that are not there yet, if the memory suffices; returns those that are there."""
+        """Renders the missing videos of a step.
+
+        Args:
+            step: Number of finished optimizer steps.
+
+        Returns:
+            The paths of all videos of the step, except those for which memory did not suffice.
+        """
         jobs = [(p, k) for p in range(len(self.prompts.texts)) for k in range(self.flags.num_validation_videos)]
         paths = [self.path(step, p, k) for p, k in jobs]
         share = slice(self.run.ranks.process_index, None, self.run.world)
@@ -201,8 +224,15 @@ class Validator:
         return made
 
     def _make(self, todo: Sequence[tuple[tuple[int, int], Path]]) -> list[tuple[Path, str]]:
-        """Renders videos, ((prompt, number), path). Returns those that the memory does not suffice for, and the reason:
-        the first one that fails, and all after it, which need as much and would take as long to fail.
+        """Renders this rank's videos, until one fails for lack of memory.
+
+        The videos after it are not tried: they need as much memory, and would take as long to fail.
+
+        Args:
+            todo: Pairs ((index of the prompt, number of the video), path).
+
+        Returns:
+            Pairs (path, reason) of the videos that were not rendered.
         """
         left, reason = list(todo), ""
         try:
@@ -214,16 +244,17 @@ class Validator:
         except torch.OutOfMemoryError as error:
             reason = first_line(error)
         if left:
-            release_memory()  # what the failed call held is free only now that its error is
+            # Only here, after the except clause: the traceback of the error refers to the failed call's tensors.
+            release_memory()
         return [(path, reason) for _, path in left]
 
     def path(self, step: int, prompt: int, video: int) -> Path:
-        """Where a video lies: step, number of the prompt and its first words, number of the video."""
+        """Returns the path of a video: step, index of the prompt and its first words, number of the video."""
         words = re.sub(r"[^A-Za-z0-9]+", "-", self.prompts.texts[prompt]).strip("-")[:40].rstrip("-")
         return self.run.output_dir / FOLDER / f"step-{step:06d}_prompt-{prompt}_{words}_{video}.mp4"
 
     def sample(self, prompt: int, number: int) -> Tensor:
-        """One video, uint8 (F, H, W, 3); the same draws at every step."""
+        """Samples one video, uint8 (F, H, W, 3), with the same noise at every step."""
         generator = torch.Generator().manual_seed(self.options.data.seed + number)
         assert self.pipeline is not None
         assert self.prompts.negative_BLD is not None
@@ -239,16 +270,22 @@ class Validator:
         return frames_of(video_BFCHW)
 
     def videos(self, prompt: int) -> dict[int, Path]:
-        """The first video of a prompt by the step after which it was made, as far as they are there."""
+        """Returns the existing first videos of a prompt, by the step after which they were made."""
         first = self.path(0, prompt, 0)
         found = first.parent.glob(f"step-*_{first.name.partition('_')[2]}")
         return {int(path.name[5:].partition("_")[0]): path for path in found}
 
     @torch.no_grad()
     def decode(self, moments_CFHW: Tensor) -> np.ndarray:
-        """A training clip as the VAE shows it, uint8 (F, H, W, 3): the mean of its posterior, unscaled as it is cached.
+        """Decodes a training clip from the mean of its posterior.
 
-        One that is larger than the validation videos is decoded in tiles, to need no more memory than they do.
+        A clip that is larger than the validation videos is decoded in tiles, so that it needs no more memory.
+
+        Args:
+            moments_CFHW: Mean and log variance, (2C, F, H, W), unscaled as in the cache.
+
+        Returns:
+            The clip as uint8 (F, H, W, 3).
         """
         assert self.pipeline is not None
         mean_FCHW = moments_CFHW.chunk(2)[0].transpose(0, 1).float()

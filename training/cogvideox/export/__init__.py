@@ -1,6 +1,6 @@
-"""What a run hands over: weights, model card, pipeline folder.
+"""Writes the result of a run: weights, model card and pipeline folder.
 
-card.py             the model card
-pipeline_folder.py  a whole pipeline beside all trained weights, of links and copies
-publish.py          the result, reloaded and compared
+card.py             writes the model card
+pipeline_folder.py  writes a complete pipeline around fully trained weights, with links and copies
+publish.py          writes the result, reloads it and compares it with the trained model
 """

@@ -1,7 +1,8 @@
-"""The model card: README.md in the output folder, for readers and for the hub.
+"""Writes the model card: README.md in the output folder, for readers and for the hub.
 
-Recipe, prompts, videos, pictures, licence of the base model -> Facts -> front matter (YAML) and text (Markdown).
-Prompts and names may hold anything: huggingface_hub quotes them in the YAML, repr() in the code, escaped() in the text.
+``write_card`` collects ``Facts`` from the run, and ``card_text`` turns them into front matter (YAML) and text
+(Markdown). Prompts and names may contain any characters: huggingface_hub quotes them in the YAML, repr() in the code,
+and ``escaped`` in the text.
 """
 
 import re
@@ -26,11 +27,12 @@ from cogvideox.runtime.curves import CURVES_NAME
 from cogvideox.runtime.run import Run
 
 CARD_NAME = "README.md"
-PICTURES = {  # where the run has them
+# Pictures that the card shows if the run has them, with their captions.
+PICTURES = {
     SHEET_NAME: "Validation prompts before and after training",
     CURVES_NAME: "Loss, learning rate and gradient norm",
 }
-# in Markdown, its tables and formulas, and HTML; within a word _ means nothing
+# Characters with a meaning in Markdown, its tables and formulas, or HTML; _ has none within a word.
 MEANINGFUL = re.compile(r"[&<>\\`*\[\]{}|~$#]|(?<![^\W_])_|_(?![^\W_])")
 MIN_DIFFUSERS = (0, 40)  # older ones ignore dtype= and load in fp32, or write no videos
 PACKAGES = "transformers accelerate peft sentencepiece protobuf av imageio imageio-ffmpeg"
@@ -39,53 +41,60 @@ HUB = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class Video:
-    """What a prompt gave before the first and after the last step: files, named from the output folder."""
+    """The validation videos of a prompt before the first and after the last step.
+
+    Attributes:
+        prompt: The prompt.
+        before: Path of the video before training, relative to the output folder; None if it does not exist.
+        after: Path of the video after training.
+        image: Path of the image that the video begins with, for image-to-video.
+    """
 
     prompt: str
     before: str | None
     after: str
-    image: str | None = None  # that it begins with, of image-to-video
+    image: str | None = None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a card says, as plain values."""
+    """Everything that a card states, as plain values."""
 
-    name: str  # namespace/name on the hub, else the name of the output folder
+    name: str  # namespace/name on the hub, or the name of the output folder
     on_hub: bool
     model: ModelFlags
     pipeline: str
     dtype: str
-    code: tuple[str, str]  # that brings in what was trained: method.inference()
+    code: tuple[str, str]  # code that loads the trained weights, from method.inference()
     sampling: dict[str, Any]
-    decoding: list[str]  # methods of the VAE
+    decoding: list[str]  # methods of the VAE that the flags enable
     fps: int
     token: str | None
-    buckets: dict[str, int]  # clips in each
+    buckets: dict[str, int]  # number of clips in each bucket
     videos: list[Video]
     pictures: list[str]
-    licence: dict[str, Any]  # of the base model, as fields of the front matter
-    made: dict[str, Any]  # recipe.json
+    base_license: dict[str, Any]  # license of the base model, as fields of the front matter
+    made: dict[str, Any]  # content of recipe.json
 
     @property
     def task(self) -> str:
-        """text-to-video or image-to-video."""
+        """Returns text-to-video or image-to-video."""
         return re.sub("(?<!^)(?=[A-Z])", "-", self.made["task"]).lower()
 
     @property
     def is_lora(self) -> bool:
-        """Whether the base model's own weights stayed as they were."""
+        """Returns whether a LoRA was trained rather than all weights."""
         return bool(self.made["method"] == "Lora")
 
     @property
     def base(self) -> str | None:
-        """The base model's id on the hub; None where a local folder was given."""
+        """Returns the base model's id on the hub, or None for a local folder."""
         name = self.model.pretrained_model_name_or_path
         return None if Path(name).is_dir() else name
 
     @property
     def base_folder(self) -> str:
-        """The name of the base model's folder, which may lie anywhere."""
+        """Returns the name of the base model's local folder, without its parents."""
         return Path(self.model.pretrained_model_name_or_path).resolve().name
 
 
@@ -98,7 +107,7 @@ def write_card(
     index: CacheIndex,
     made: dict[str, Any],
 ) -> list[Path]:
-    """Writes README.md; returns it and the files that it shows."""
+    """Writes README.md; returns its path and the paths of the files that it shows."""
     folder, dtype = run.output_dir, str(run.dtype).removeprefix("torch.")
     facts = Facts(
         name=run.repository or folder.resolve().name,
@@ -114,7 +123,7 @@ def write_card(
         buckets=dict(sorted(Counter(str(sample.bucket) for sample in index.samples).items())),
         videos=list(videos_of(validator, folder, made["step"])),
         pictures=[name for name in PICTURES if (folder / name).is_file()],
-        licence=read_licence(options.model),
+        base_license=read_license(options.model),
         made=made,
     )
     write_atomically(folder / CARD_NAME, card_text(facts).encode())
@@ -123,7 +132,7 @@ def write_card(
 
 
 def videos_of(validator: Validator, folder: Path, step: int) -> Iterator[Video]:
-    """The validation videos of the first and the last step."""
+    """Yields the validation videos of the first and the last step."""
 
     def name_of(path: Path) -> str:
         return path.relative_to(folder).as_posix()
@@ -133,12 +142,12 @@ def videos_of(validator: Validator, folder: Path, step: int) -> Iterator[Video]:
             before, after = (validator.path(at, place, number) for at in (0, step))
             image = folder / IMAGE_NAME.format(place)
             others = [name_of(path) if path.is_file() else None for path in (before, image)]
-            if after.is_file():  # not where the memory did not suffice for it
+            if after.is_file():  # it is missing if memory did not suffice for it
                 yield Video(prompt, others[0], name_of(after), others[1])
 
 
-def read_licence(model: ModelFlags) -> dict[str, str]:
-    """The licence fields of the base model's own card; license: other where they cannot be had."""
+def read_license(model: ModelFlags) -> dict[str, str]:
+    """Returns the license fields of the base model's own card; "license: other" if they cannot be read."""
     import yaml
     from huggingface_hub.repocard import metadata_load
 
@@ -146,7 +155,7 @@ def read_licence(model: ModelFlags) -> dict[str, str]:
     try:
         card = folder / CARD_NAME if folder.is_dir() else hub_file(model, CARD_NAME)
         data = metadata_load(card) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # UsageError, of a hub that is not to be reached, is a ValueError
+    except (OSError, ValueError, yaml.YAMLError):  # an unreachable hub raises UsageError, which is a ValueError
         data = {}
     fields = ("license", "license_name", "license_link")
     found = {name: data[name] for name in fields if isinstance(data.get(name), str)}
@@ -157,19 +166,19 @@ def read_licence(model: ModelFlags) -> dict[str, str]:
 
 
 def card_text(facts: Facts) -> str:
-    """The whole file."""
-    sections = (front_matter, heading, usage, results, training, licence)
+    """Returns the text of the card."""
+    sections = (front_matter, heading, usage, results, training, license_section)
     return "\n\n".join(text for section in sections if (text := section(facts))) + "\n"
 
 
 def front_matter(facts: Facts) -> str:
-    """What the hub reads."""
+    """Returns the front matter, which the hub reads."""
     from huggingface_hub import ModelCardData
 
     widget = [{"text": video.prompt, "output": {"url": video.after}} for video in facts.videos]
     data = ModelCardData(
-        **facts.licence,
-        base_model=facts.base,  # only ids are allowed
+        **facts.base_license,
+        base_model=facts.base,  # the hub accepts only ids
         base_model_relation=("adapter" if facts.is_lora else "finetune") if facts.base else None,
         library_name="diffusers",
         pipeline_tag=facts.task,
@@ -181,25 +190,25 @@ def front_matter(facts: Facts) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text on one line in which no sign means anything to Markdown or HTML."""
+    """Returns a text on one line, with all characters escaped that have a meaning in Markdown or HTML."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return MEANINGFUL.sub(lambda match: f"&#{ord(match[0])};", line)
 
 
 def link(text: str, target: str) -> str:
-    """A link, whatever the two hold; only the text where the target is no file of the folder and no https address."""
+    """Returns a Markdown link, or only the text if the target has a scheme other than https."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]*:", target) and not target.startswith("https://"):
         return escaped(text)
     return f"[{escaped(text)}]({quote(target, safe='/:?=%')})"
 
 
 def counted(number: int, what: str) -> str:
-    """A number of things."""
+    """Returns a number with its noun in the singular or plural."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def heading(facts: Facts) -> str:
-    """Title, what this is, and the hub's gallery of the videos."""
+    """Returns the title, one sentence about the model, and the tag for the hub's gallery of videos."""
     what = "A LoRA for" if facts.is_lora else "A full fine-tune of"
     if facts.base:
         base = link(facts.base, f"{HUB}/{facts.base}")
@@ -207,15 +216,15 @@ def heading(facts: Facts) -> str:
         base = f"a CogVideoX from a local folder ({escaped(facts.base_folder)})"
     clips, steps = counted(sum(facts.buckets.values()), "clip"), counted(facts.made["step"], "step")
     text = f"{what} {base}, {facts.task}, trained on {clips} for {steps}."
-    token = f"\n\nBegin prompts with {escaped(facts.token)} to call up what was learned." if facts.token else ""
+    token = f"\n\nBegin prompts with {escaped(facts.token)} to use what was learned." if facts.token else ""
     return f"# {escaped(facts.name)}\n\n{text}{token}" + ("\n\n<Gallery />" if facts.videos else "")
 
 
 def usage(facts: Facts) -> str:
-    """How to make a video."""
+    """Returns the section on how to make a video."""
     image = "first_frame.png " if facts.task == "image-to-video" else ""
-    script = f'inference.py in this folder takes a prompt of yours: `python inference.py "a prompt" {image}video.mp4`.'
-    again = " Without one it makes the first video of the table below again." if facts.videos else ""
+    script = f'inference.py in this folder takes a prompt: `python inference.py "a prompt" {image}video.mp4`.'
+    again = " Without one it reproduces the first video of the table below." if facts.videos else ""
     oldest = ".".join(map(str, MIN_DIFFUSERS))
     blocks = [
         "## Use it",
@@ -233,7 +242,7 @@ def usage(facts: Facts) -> str:
 
 
 def snippet(facts: Facts) -> str:
-    """The shortest program that makes a video with what was trained."""
+    """Returns a short program that makes a video with the trained weights."""
     image = facts.task == "image-to-video"
     given = facts.videos[0].image if facts.videos else None
     first = f"str(here / {given!r})" if given else '"first_frame.png"'
@@ -268,7 +277,7 @@ def snippet(facts: Facts) -> str:
 
 
 def results(facts: Facts) -> str:
-    """Pictures, and a table of the videos."""
+    """Returns the section with pictures and a table of the videos."""
     blocks = [f"![{PICTURES[name]}]({name})" for name in facts.pictures]
     if facts.videos:
         rows = [f"| prompt | before | after {counted(facts.made['step'], 'step')} |", "|---|---|---|"]
@@ -281,7 +290,7 @@ def results(facts: Facts) -> str:
 
 
 def training(facts: Facts) -> str:
-    """How it was made and checked."""
+    """Returns the section on how the model was trained and verified."""
     made = facts.made
     buckets = ", ".join(f"{name} ({counted(number, 'clip')})" for name, number in facts.buckets.items())
     rate = f"learning rate {made['learning_rate']:g}, {made['lr_scheduler']}, {made['optimizer']}"
@@ -297,13 +306,13 @@ def training(facts: Facts) -> str:
     ]
     if facts.is_lora:
         targets = ", ".join(made["target_modules"])
-        lines.insert(2, f"LoRA: rank {made['rank']}, alpha {made['lora_alpha']:g}, on {targets}.{scale_said(made)}")
+        lines.insert(2, f"LoRA: rank {made['rank']}, alpha {made['lora_alpha']:g}, on {targets}.{scale_note(made)}")
     listed = "\n".join(f"- {escaped(line)}" for line in lines)
     return f"## How it was made\n\n{listed}\n\n[recipe.json](recipe.json) has every setting."
 
 
-def scale_said(made: dict[str, Any]) -> str:
-    """Where a LoRA's scale is, for readers who load the file with other programs."""
+def scale_note(made: dict[str, Any]) -> str:
+    """Returns a sentence on where a LoRA's scale is stored, for users of other programs."""
     scale = made["lora_scale"]
     if scale == 1:
         return ""
@@ -313,11 +322,11 @@ def scale_said(made: dict[str, Any]) -> str:
     return f" In the file its scale, {scale:g}, is multiplied into its matrices{rounded}: the file's alpha is its rank."
 
 
-def licence(facts: Facts) -> str:
-    """Whose terms hold."""
-    fields = facts.licence
+def license_section(facts: Facts) -> str:
+    """Returns the section on the license."""
+    fields = facts.base_license
     name = fields.get("license_name") or fields["license"]
-    text = "The licence of the base model applies"
+    text = "The license of the base model applies"
     if fields == {"license": "other"}:
-        return f"## Licence\n\n{text}; it could not be read when this card was made."
-    return f"## Licence\n\n{text}: {link(name, fields['license_link']) if 'license_link' in fields else escaped(name)}."
+        return f"## License\n\n{text}; it could not be read when this card was made."
+    return f"## License\n\n{text}: {link(name, fields['license_link']) if 'license_link' in fields else escaped(name)}."

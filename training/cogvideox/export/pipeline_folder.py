@@ -1,8 +1,8 @@
-"""--save_pipeline: a whole pipeline beside the result, put together from files. No model is loaded for it.
+"""Writes the folder of --save_pipeline, a complete pipeline for from_pretrained, without loading any model.
 
-model_index.json, tokenizer, text_encoder, vae, scheduler of the base; the trained transformer -> OUTPUT_DIR/pipeline,
-which from_pretrained reads alone. Weights get a second name (a hard link), not a second copy: those of the base where
-the file system allows it, the trained ones always.
+``write_pipeline`` combines model_index.json, tokenizer, text encoder, VAE and scheduler of the base model with the
+trained transformer in OUTPUT_DIR/pipeline. Weights are linked rather than copied: the base model's if the file system
+allows it, the trained ones always.
 """
 
 import json
@@ -24,7 +24,7 @@ CONFIG_SUFFIXES = (".json", ".model", ".txt")
 
 
 def fetch_parts(run: Run, options: TrainOptions) -> None:
-    """Downloads what the folder will need, where the model is a hub id: before training, not after it."""
+    """Downloads the parts of a hub model that the folder will need, so that nothing is missing after training."""
     if saves_pipeline(options):
         if run.is_main:
             for part in PARTS:
@@ -33,12 +33,21 @@ def fetch_parts(run: Run, options: TrainOptions) -> None:
 
 
 def remove_pipeline(folder: Path) -> None:
-    """Takes away the pipeline of an earlier result, whose transformer is not the one that comes now."""
+    """Removes the pipeline folder of an earlier result, whose transformer is outdated."""
     shutil.rmtree(folder / PIPELINE_NAME, ignore_errors=True)
 
 
 def write_pipeline(model: ModelFlags, pipeline: str, transformer: Path) -> Path:
-    """The pipeline's folder beside the trained transformer's, whole or not there."""
+    """Writes the pipeline folder next to the trained transformer's folder, completely or not at all.
+
+    Args:
+        model: The base model.
+        pipeline: Class name of the diffusers pipeline.
+        transformer: Folder of the trained transformer.
+
+    Returns:
+        The pipeline folder.
+    """
     temporary, target = transformer.parent / f".{PIPELINE_NAME}.tmp", transformer.parent / PIPELINE_NAME
     shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors_told(transformer.parent), removed_on_failure(temporary):
@@ -49,14 +58,14 @@ def write_pipeline(model: ModelFlags, pipeline: str, transformer: Path) -> Path:
 
 
 def fill(temporary: Path, model: ModelFlags, pipeline: str, transformer: Path) -> None:
-    """All files of a pipeline into a folder that is not there yet, and onto the disk."""
+    """Writes all files of a pipeline into a new folder and flushes them to disk."""
     temporary.mkdir()
     index = read_model_index(model) | {"_class_name": pipeline}
     (temporary / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
     for part in PARTS:
         (temporary / part).mkdir()
         for name, source in files_of_part(model, part):
-            place(source, temporary / part / name, model.variant)
+            link_or_copy(source, temporary / part / name, model.variant)
     (temporary / transformer.name).mkdir()
     for source in sorted(transformer.iterdir()):
         link(source, temporary / transformer.name / source.name)
@@ -65,7 +74,10 @@ def fill(temporary: Path, model: ModelFlags, pipeline: str, transformer: Path) -
 
 
 def files_of_part(model: ModelFlags, part: str) -> Iterator[tuple[str, Path]]:
-    """(name without the variant, which from_pretrained would have to be told; file) of a part of the base."""
+    """Yields (new name, file) for each file of a part of the base model.
+
+    New names lack the variant, such as fp16, so that from_pretrained finds them without its variant argument.
+    """
     variant = f".{model.variant}" if model.variant else ""
     weights = weight_files(model, part) if part in WITH_WEIGHTS else []
     for path in sorted(part_folder(model, part).iterdir()):
@@ -75,15 +87,16 @@ def files_of_part(model: ModelFlags, part: str) -> Iterator[tuple[str, Path]]:
             yield path.name.replace(variant, "") if path in weights or index else path.name, path
 
 
-def place(source: Path, target: Path, variant: str | None) -> None:
-    """A file of the base under its new name: weights as a link if that can be, small files as copies.
+def link_or_copy(source: Path, target: Path, variant: str | None) -> None:
+    """Puts a file of the base model under a new name: weights as a link if possible, small files as copies.
 
-    Whoever edits a copied config does not edit the base's. An index of shards names them without the variant.
+    Configurations are copied so that editing one does not change the base model's. An index of shards is rewritten,
+    because the new names of the shards lack the variant.
     """
     if source.suffix == ".safetensors":
         try:
-            os.link(source.resolve(), target)  # of a hub's cache, what the link there leads to
-        except OSError:  # another file system, one without links, or somebody else's file
+            os.link(source.resolve(), target)  # files in the hub's cache are symbolic links, which are resolved first
+        except OSError:  # another file system, one without hard links, or a file of another user
             shutil.copyfile(source, target)
     elif variant and ".safetensors.index." in source.name:
         index = json.loads(source.read_text(encoding="utf-8"))
@@ -94,7 +107,7 @@ def place(source: Path, target: Path, variant: str | None) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for a file of the trained transformer; it is never stored twice."""
+    """Gives a file of the trained transformer a second name, as a hard or symbolic link but never as a copy."""
     try:
         os.link(source, target)
     except OSError:  # the file system has no hard links

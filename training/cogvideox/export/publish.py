@@ -1,7 +1,8 @@
-"""The result of a run: written, reloaded through the stock pipeline, compared, and described.
+"""Writes the result of a run, reloads it with stock diffusers, and checks that it computes what was trained.
 
-OUTPUT_DIR gets the weights, inference.py (how to use them), README.md (the model card), with --save_pipeline the whole
-pipeline, and, last, recipe.json (how they were made). A folder with recipe.json is finished.
+``publish`` writes the weights, inference.py (a script that uses them), README.md (the model card) and, with
+--save_pipeline, the complete pipeline into OUTPUT_DIR. recipe.json (how the weights were made) is written last: a
+folder that has it is finished and verified.
 """
 
 import json
@@ -33,14 +34,14 @@ from cogvideox.planning.layerwise import run_layer_by_layer
 from cogvideox.runtime.run import Run, environment
 
 RECIPE_NAME, INFERENCE_NAME = "recipe.json", "inference.py"
-MIN_COSINE = 0.9999
-MAX_SHARE = 0.01  # of the effect of training
-ROUNDING = 1e-6  # of the output
-ROUNDING_OF_BLOCKS = 1e-5  # of the output, where blocks are computed in another order; fp32 on a CPU
+MIN_COSINE = 0.9999  # between the outputs of the trained and the reloaded transformer
+MAX_SHARE = 0.01  # largest error of reloading, relative to the change of the output by training
+ROUNDING = 1e-6  # largest error of rounding, relative to the output
+ROUNDING_OF_BLOCKS = 1e-5  # the same in fp32 on a CPU, where diffusers' blocks compute in another order
 MIN_COSINE_OF_BLOCKS = 0.999  # in 16 bits: rounding in 42 blocks alone gives 0.9999, benchmarks/checks.py --whole
 
 INFERENCE = '''\
-"""Makes a video with what was trained, in plain diffusers: python inference.py ["a prompt"]{usage} [OUTPUT.mp4]"""
+"""Makes a video with the trained weights in plain diffusers: python inference.py ["a prompt"]{usage} [OUTPUT.mp4]"""
 
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ if tuple(map(int, diffusers.__version__.split(".")[:2])) < {diffusers}:
 from diffusers.utils.export_utils import encode_video
 
 PROMPT = {prompt}
-TILES = {tiles}  # to decode in, the first that fits; None: whole frames
+TILES = {tiles}  # sizes of tiles to decode in, of which the first that fits is used; None means whole frames
 here = Path(__file__).parent
 defaults = [PROMPT,{defaults} "output.mp4"]
 prompt,{names} output = sys.argv[1:] + defaults[len(sys.argv) - 1 :]
@@ -67,9 +68,9 @@ pipe = diffusers.{pipeline}.from_pretrained(
 parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
 largest = max(sum(p.nbytes for p in part.parameters()) for part in parts)
 if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > largest + 4 * 2**30:
-    pipe.enable_model_cpu_offload()  # a part at a time on the GPU
+    pipe.enable_model_cpu_offload()  # keeps one model at a time on the GPU
 elif torch.cuda.is_available():
-    pipe.enable_sequential_cpu_offload()  # a layer at a time: slow, but of a small GPU
+    pipe.enable_sequential_cpu_offload()  # keeps one layer at a time on the GPU: slow, but fits small GPUs
 {slicing}
 
 def decode(latents, decode=pipe.vae.decode):
@@ -83,7 +84,7 @@ def decode(latents, decode=pipe.vae.decode):
             if tile == TILES[-1]:
                 raise
         finally:
-            pipe.vae.disable_tiling()  # what is encoded is never tiled
+            pipe.vae.disable_tiling()  # images are never encoded in tiles
 
 
 pipe.vae.decode = decode
@@ -110,15 +111,31 @@ def publish(
     recipe: dict[str, Any],
     step: int,
 ) -> list[Path]:
-    """Writes the finished run's files; on the main process. Returns those that make up the result, to share.
+    """Writes and verifies the result of a finished run. The main process does the work, and the others wait.
+
+    The transformer's output for one training sample is computed four times: as trained, after reloading the weights,
+    without training, and by diffusers alone in a new transformer.
+
+    Args:
+        run: The processes and the output folder.
+        options: The flags.
+        task: What is generated from what.
+        method: What was trained.
+        validator: Has the settings and the videos of validation.
+        dataset: The training data; its first sample is used for the comparison.
+        recipe: The settings that decide the result.
+        step: The optimizer step of the weights.
+
+    Returns:
+        The files to upload; an empty list except on the main process.
 
     Raises:
-        RuntimeError: the reloaded weights do not give what the trained ones gave.
+        RuntimeError: The reloaded weights compute something else than the trained ones.
     """
     files: list[Path] = []
     if run.is_main:
         folder = run.output_dir
-        (folder / RECIPE_NAME).unlink(missing_ok=True)  # unfinished, until the new weights are compared
+        (folder / RECIPE_NAME).unlink(missing_ok=True)  # the folder is unfinished until the new weights are verified
         remove_pipeline(folder)
         about = write_weights(method, folder)
         if about.get("lora_scale_folded") == NO and about["lora_scale"] != 1:
@@ -144,13 +161,13 @@ def publish(
             )
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
         made = {"step": step, **recipe, **about, "flags": config_dict(options), **environment()}
-        made["prepared"] = dataset.index.recipe  # of what the tensors were made with; its seed is not the run's
+        made["prepared"] = dataset.index.recipe  # the flags of the preparation, which has a seed of its own
         made["verification"] = {"max_difference": difference, "cosine": cosine}
         made["verification"] |= {"diffusers_max_difference": apart, "diffusers_cosine": likeness}
         shown = write_card(run, options, task, method, validator, dataset.index, made)
         if saves_pipeline(options):
-            whole = write_pipeline(options.model, task.pipeline, folder / method.result)
-            run.say(f"a whole pipeline, for {task.pipeline}.from_pretrained: {whole}")
+            complete = write_pipeline(options.model, task.pipeline, folder / method.result)
+            run.say(f"a complete pipeline, for {task.pipeline}.from_pretrained: {complete}")
         write_atomically(folder / RECIPE_NAME, json.dumps(made, indent=1, ensure_ascii=False).encode())
         run.say(f"finished: {folder / method.result}; to use it: python {quote(str(folder / INFERENCE_NAME))}")
         files = [*files_of(folder / method.result), folder / INFERENCE_NAME, folder / RECIPE_NAME, *shown]
@@ -159,12 +176,12 @@ def publish(
 
 
 def files_of(result: Path) -> list[Path]:
-    """A file, or all files of a folder."""
+    """Returns a file, or all files of a folder."""
     return sorted(path for path in (result, *result.rglob("*")) if path.is_file())
 
 
 def scale_warning(scale: float) -> str:
-    """Which loaders read a LoRA wrongly whose scale could not be multiplied into its matrices without rounding."""
+    """Warns that some loaders ignore the scale of a LoRA that is stored only in the metadata."""
     return (
         f"the LoRA's scale, {scale:g}, is only in the file's metadata: diffusers 0.34 and newer reads it there; older "
         "ones, load_lora_weights of a dict, and ComfyUI without scripts/convert_lora.py take 1. The same command with "
@@ -173,7 +190,11 @@ def scale_warning(scale: float) -> str:
 
 
 def write_weights(method: Method, folder: Path) -> dict[str, Any]:
-    """The weights under their final name, never half-written: a file, or a folder. Returns what ``export`` does."""
+    """Writes the weights atomically under their final name, as a file or a folder.
+
+    Returns:
+        What ``method.export`` says about the file, for recipe.json.
+    """
     temporary, target = folder / ".weights.tmp", folder / method.result
     shutil.rmtree(temporary, ignore_errors=True)
     needed = sum(parameter.nbytes for parameter in method.parameters().values())
@@ -181,7 +202,7 @@ def write_weights(method: Method, folder: Path) -> dict[str, Any]:
         about: dict[str, Any] = method.export(temporary)
         for path in temporary.rglob("*"):
             fsync(path)
-        if target.is_dir():  # only an empty folder can be replaced; without recipe.json nothing counts as finished
+        if target.is_dir():  # os.replace replaces only empty folders; without recipe.json nothing counts as finished
             shutil.rmtree(target)
         os.replace(temporary / method.result, target)
         shutil.rmtree(temporary)
@@ -189,14 +210,14 @@ def write_weights(method: Method, folder: Path) -> dict[str, Any]:
 
 
 def forward(task: Task, transformer: Any, batch: Batch, run: Run) -> Tensor:
-    """The transformer's output for one batch of the data, fp32 on the CPU."""
+    """Computes the transformer's output for one batch; returns it in fp32 on the CPU."""
     batch = batch.to(run.device)
     with evaluation(transformer):
         return task.predictor(transformer, batch)(batch.x0_BFCHW, batch.timestep_B).float().cpu()
 
 
 def pipeline_around(task: Task, transformer: Any) -> Any:
-    """The stock pipeline with this transformer and nothing else."""
+    """Returns the stock pipeline with a transformer and no other model."""
     import diffusers
 
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
@@ -204,41 +225,43 @@ def pipeline_around(task: Task, transformer: Any) -> Any:
 
 
 def forward_reloaded(method: Method, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
-    """The same after the weights have been dropped and loaded from their files by the stock classes."""
+    """Computes the output after the trained weights were dropped and loaded from their files by the stock classes."""
     method.reload(pipeline_around(task, method.transformer), folder)
     return forward(task, method.transformer, batch, run)
 
 
 def forward_in_diffusers(method: Method, folder: Path, task: Task, batch: Batch, run: Run, precision: str) -> Tensor:
-    """The same by a transformer that only diffusers has loaded and runs; of the base in the precision of training."""
+    """Computes the output with a new transformer that diffusers loads and runs, in the precision of training."""
     transformer = method.fresh(partial(pipeline_around, task), folder)
     run_layer_by_layer(transformer, run.device, run.dtype, precision)
     return forward(task, transformer, batch, run)
 
 
 def alike(training: Tensor, stock: Tensor, run: Run) -> bool:
-    """Whether two ways to compute one output differ by no more than rounding."""
+    """Returns whether training's blocks and diffusers' own blocks differ by no more than rounding."""
     if run.device.type == "cpu" and run.dtype == torch.float32:
         return bool((stock - training).norm() <= ROUNDING_OF_BLOCKS * training.norm())
     return compare(training, stock)[1] >= MIN_COSINE_OF_BLOCKS
 
 
 def compare(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """(largest difference, cosine of the angle between the two)."""
+    """Returns (largest absolute difference, cosine similarity) of two tensors of one shape."""
     cosine = torch.nn.functional.cosine_similarity(first.double().flatten(), second.double().flatten(), dim=0)
     return (first - second).abs().max().item(), cosine.item()
 
 
 def faithful(base: Tensor, trained: Tensor, reloaded: Tensor) -> bool:
-    """Whether reloading changed the output by little against what training changed: a LoRA's effect is small beside
-    the output itself, so a wrong scale hardly turns the latter.
+    """Returns whether reloading changed the output by little compared with what training changed.
+
+    The effect of a LoRA is small compared with the output itself, so a wrong scale hardly changes the cosine
+    similarity of the outputs. This check is relative to the effect.
     """
     error, effect = (reloaded - trained).norm(), (trained - base).norm()
     return bool(error <= MAX_SHARE * effect + ROUNDING * trained.norm())
 
 
 def inference_script(options: TrainOptions, task: Task, method: Method, validator: Validator, run: Run) -> str:
-    """A script that makes the first validation video again in stock diffusers."""
+    """Returns inference.py, a script that reproduces the first validation video in stock diffusers."""
     flags, model = options.validation, options.model
     folder = Path(model.pretrained_model_name_or_path)
     prompts = prompts_of(flags) or [f"{options.data.id_token or ''} a video".strip()]

@@ -1,11 +1,11 @@
-"""From a data set to cached tensors, and the reports about it.
+"""Prepares data sets as cached tensors, and reports on them.
 
-proposals.py  buckets that suit a folder's clips and a model
-factory.py    folders that the CogVideoX factory prepared -> the cache
-prepare.py    folders of clips -> the cache
-captions.py   what T5 does not read of captions, or cannot tell apart
-causes.py     why clips cannot be used, grouped, with what helps
-report.py     what a preparation makes of a data set: table, pictures, costs
-verify.py     a cache against its data: what is wrong, and mending it
-tensors.py    a prepared folder, or one prepared now
+proposals.py  proposes buckets that suit the clips of a folder and a model
+factory.py    converts folders that the CogVideoX factory prepared
+prepare.py    encodes folders of clips and captions into the cache
+captions.py   finds captions that T5 cuts off or cannot tell apart
+causes.py     groups the reasons why clips cannot be used, with fixes
+report.py     reports what a preparation does: tables, contact sheets, costs
+verify.py     verifies and repairs a cache
+tensors.py    opens a prepared folder, or prepares one before training
 """

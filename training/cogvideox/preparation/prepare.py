@@ -1,9 +1,12 @@
-"""A folder of clips and captions into the cache: planned, encoded, indexed. Resumable at any point.
+"""Encodes a folder of clips and captions into the tensor cache. It can be interrupted and resumed at any point.
 
-samples -> plans (ledger) -> T5 embeddings, T5 freed -> VAE moments -> index. Rank r takes samples r, r+R, ...
-For image-to-video the frame that each variant of a clip begins with is encoded too, or an image that the data set
-names, cut as the clip is.
-Media files are opened in worker processes only, which may be killed; this process only encodes and writes.
+``Preparation`` does it in four stages; rank r of R takes items r, r + R, ... of each:
+
+    samples -> plan (one ledger record per file) -> T5 embeddings of captions -> VAE moments of clips -> index.json
+
+For image-to-video, the first frame of every variant of a clip is encoded too. If the data set names an image for the
+clip, that image takes its place and is cropped as the clip is. Media files are opened in worker processes only, which
+can be killed when a decoder hangs or crashes; this process encodes and writes.
 """
 
 import math
@@ -51,16 +54,16 @@ from cogvideox.model import encode, models
 from cogvideox.model.encode import AsyncCopy
 from cogvideox.model.t5_stream import CAPTIONS_A_PASS
 
-LEDGER_EVERY = 64  # records written to the ledger at once while planning
+LEDGER_EVERY = 64  # records per write to the ledger while planning
 CHANGED = "has changed while it was prepared; run the same command again"
 
 
-Draws = tuple[tuple[object, ...], ...]  # what the noise on each encoding of a first frame is a function of
+Draws = tuple[tuple[object, ...], ...]  # one random-number key for the noise on each encoding of a first frame
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """What clips and captions are encoded with: part of every key."""
+    """The encoders of a pipeline and their settings. They are part of every key in the cache."""
 
     vae: str
     text_encoder: str
@@ -71,7 +74,7 @@ class Encoders:
 
     @classmethod
     def of(cls, model: ModelFlags, flags: EncodeFlags, geometry: Geometry, device: torch.device) -> "Encoders":
-        """The encoders of a pipeline, in the precision asked for, or in the default one of the device."""
+        """Returns the encoders of a pipeline, in the precision of --dtype or the default precision of the device."""
         return cls(
             vae=models.fingerprint(model, "vae"),
             text_encoder=models.text_fingerprint(model),
@@ -82,56 +85,74 @@ class Encoders:
         )
 
     def video_key(self, content: str, variant: dict[str, Any]) -> str:
-        """The key of one variant's moments; ``variant`` as in the ledger."""
+        """Returns the cache key of the moments of one variant of a clip.
+
+        Args:
+            content: Hash of the file's content.
+            variant: The variant's record in the ledger.
+        """
         return hash_of(["video", content, variant, self.vae, self.vae_dtype, self.tiling])
 
     def image_key(self, draws: Draws) -> str:
-        """The key of the moments of a first frame; the draws name its file's content and how it is cut."""
+        """Returns the cache key of the moments of a first frame.
+
+        Args:
+            draws: Random-number keys, which contain the hash of the file and how the frame is cropped.
+        """
         return hash_of(["image", encode.IMAGE_NOISE, draws, self.vae, self.vae_dtype, self.tiling])
 
     def prompt_key(self, caption: str) -> str:
-        """The key of a caption's embedding."""
+        """Returns the cache key of a caption's embedding."""
         return hash_of(["prompt", caption, self.text_encoder, self.text_dtype, self.text_length])
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One tensor to be: a variant of a clip in a bucket, or its first frame. Copies of a file share it."""
+    """One tensor to encode: a variant of a clip in a bucket, or its first frame. Identical files share one tensor.
+
+    Attributes:
+        bucket: The size of the tensor's clip.
+        variant: The frames to decode and how they are resized and cropped.
+        path: The file to decode.
+        stamp: Size and time of the file when it was planned; a file with another stamp is not decoded.
+        records: The ledger records of all files that the tensor may be made from.
+        draws: Random-number keys of the noise on each encoding of a first frame; empty for a clip.
+    """
 
     bucket: Bucket
     variant: Variant
     path: str
     stamp: list[int]
-    records: list[dict[str, Any]]  # of the files that it may be made from
-    draws: Draws = ()  # of a first frame
+    records: list[dict[str, Any]]
+    draws: Draws = ()
 
     @property
     def pixels(self) -> int:
-        """Pixels of all frames that are encoded."""
+        """Returns the number of pixels in all frames that are encoded."""
         return (len(self.draws) or self.bucket.frames) * self.bucket.height * self.bucket.width
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
-        """That of the tensor."""
+        """Returns the shape of the tensor."""
         if self.draws:
             return len(self.draws), *geometry.image_shape(self.bucket)
         return geometry.moments_shape(self.bucket)
 
     def encode(self, vae: Any, frames_FHWC: np.ndarray) -> dict[str, torch.Tensor]:
-        """The tensor by its name in the cache, from the decoded frames; a GPU is not waited for."""
+        """Encodes frames, uint8 (F, H, W, 3), without waiting for a GPU; returns the tensor by its cache name."""
         if self.draws:
             return {"image_moments_KCHW": encode.image_moments(vae, frames_FHWC[0], self.draws)}
         return {"moments_CFHW": encode.video_moments(vae, frames_FHWC)}
 
 
 def list_buckets(data: DataFlags) -> tuple[Bucket, ...]:
-    """The buckets that the flags ask for, none longer than --max_num_frames."""
+    """Returns the buckets that the flags ask for, except those longer than --max_num_frames."""
     listed = [Bucket(*numbers) for numbers in resolutions(data)]
     buckets = sorted(set(listed)) or make_buckets(data.frame_buckets, data.height_buckets, data.width_buckets)
     return tuple(bucket for bucket in buckets if bucket.frames <= (data.max_num_frames or bucket.frames))
 
 
 def clip_recipe(data: DataFlags, geometry: Geometry) -> ClipRecipe:
-    """How clips are cut, from the flags and the model's frame rate."""
+    """Returns how clips are sampled and cropped, from the flags and the model's frame rate."""
     uniform = data.frame_selection == "uniform"
     return ClipRecipe(
         buckets=list_buckets(data),
@@ -150,11 +171,13 @@ def clip_recipe(data: DataFlags, geometry: Geometry) -> ClipRecipe:
 
 
 class Preparation:
-    """One preparation of a data set into a folder.
+    """Prepares one data set into one folder: ``plan``, then ``check``, then ``encode``.
 
-    ``state`` is a Ranks: rank, number of ranks, device, barrier. ``samples`` are those to train on, then the
-    ``num_validation`` ones to measure on; records are in their order. ``image_variants`` is how often each first frame
-    is encoded, with noise of its own: 0 without first frames.
+    Attributes:
+        state: A Ranks: the rank of this process, the number of ranks, the device and barriers.
+        samples: The samples to train on, followed by ``num_validation`` samples to measure the loss on. Every list of
+            records is in this order.
+        image_variants: How often each first frame is encoded, each time with different noise; 0 without first frames.
     """
 
     def __init__(
@@ -183,21 +206,21 @@ class Preparation:
 
     @cached_property
     def requests(self) -> dict[str, str]:
-        """By path: the name of the recipe applied to the file as it was when this preparation began."""
+        """Returns, by path, the ledger's name of each clip: a hash of its stamp at the start and of the clip recipe."""
         return {path: self.recipe.request(path) for path in dict.fromkeys(sample.video for sample in self.samples)}
 
     @cached_property
     def image_requests(self) -> dict[str, str]:
-        """The same of the files of first frames, where they are encoded and the data set names them."""
+        """Returns the same for each image that the data set names as a first frame, if first frames are encoded."""
         images = (sample.image for sample in self.samples if sample.image is not None and self.image_variants)
         return {path: image_request(path) for path in dict.fromkeys(images)}
 
     @cached_property
     def encoders(self) -> Encoders:
-        """What clips and captions are encoded with.
+        """Returns what clips and captions are encoded with.
 
-        Without --dtype a folder keeps the precision of its tensors, so that nothing is encoded anew where it is
-        continued on a device with another default.
+        Without --dtype, a folder keeps the precision of its tensors. Otherwise continuing it on a device with another
+        default precision would encode everything again.
         """
         here, elsewhere = self._default_encoders()
         if here == elsewhere or self.cache.has(here.prompt_key("")):  # every preparation encodes the empty caption
@@ -205,18 +228,18 @@ class Preparation:
         return elsewhere if self.cache.has(elsewhere.prompt_key("")) else here
 
     def _default_encoders(self) -> tuple[Encoders, Encoders]:
-        """The encoders in the default precision of this device, and in that of the other kind of device."""
+        """Returns the encoders in the default precision of this device, and in that of the other kind of device."""
         here = Encoders.of(self.model, self.flags, self.geometry, self.state.device)
         other = torch.device("cuda" if self.state.device.type == "cpu" else "cpu")
         vae_dtype, text_dtype = (models.default_dtype(self.model, part, other) for part in ("vae", "text_encoder"))
         return here, here if self.flags.dtype else replace(here, vae_dtype=vae_dtype, text_dtype=text_dtype)
 
     def precision_note(self) -> str | None:
-        """A line on the precision of the VAE where it is not that of the weight files, or not the device's default."""
+        """Describes the VAE's precision if it differs from the weight files or the device's default, else None."""
         here, elsewhere = self._default_encoders()
         used, device = self.encoders.vae_dtype, self.state.device.type
         if self.encoders != here:
-            why = f"as the tensors that {self.folder} has, although the default on this device is {here.vae_dtype}"
+            why = f"like the tensors in {self.folder}, although the default on this device is {here.vae_dtype}"
             return f"encoding in {used}, {why}; --dtype {here.vae_dtype} encodes everything anew"
         if here != elsewhere and device == "cpu":
             stored = elsewhere.vae_dtype
@@ -225,7 +248,7 @@ class Preparation:
         return None
 
     def plan(self) -> list[dict[str, Any]]:
-        """The ledger record of every sample, in order; files that have none yet are probed, in workers."""
+        """Returns the ledger record of every sample, in order. Worker processes probe the files without a record."""
         known = self._known()
         files: list[tuple[str, str, tuple[Any, ...]]] = []
         files += [(request, path, (plan_clip, path, self.recipe)) for path, request in self.requests.items()]
@@ -243,8 +266,9 @@ class Preparation:
         return self._records()
 
     def measure(self) -> list[dict[str, Any]]:
-        """A record of every sample, in order, with the size of its clip and the frames that it can give, or the reason
-        why it cannot be read. Headers are read, in workers; nothing is written.
+        """Returns the size and the number of usable frames of every clip, or why it cannot be read, in order.
+
+        Only headers are read, in worker processes; nothing is written.
         """
         paths = list(self.requests)
         results = self.in_workers(((measure_clip, path, self.recipe) for path in paths), len(paths), "reading headers")
@@ -255,7 +279,11 @@ class Preparation:
         return [found[sample.video] for sample in self.samples]
 
     def check(self, records: Sequence[dict[str, Any]]) -> None:
-        """Raises UnusableClips if no clip is left, or if more are bad than --max_bad_fraction allows."""
+        """Checks that enough clips are usable.
+
+        Raises:
+            UnusableClips: No clip is usable, or more clips are unusable than --max_bad_fraction allows.
+        """
         listed = len(records) - self.num_validation
         parts = [("--data_root", self.data.data_root, "train", records[:listed])]
         if self.num_validation:
@@ -268,17 +296,26 @@ class Preparation:
     def encode(
         self, records: Sequence[dict[str, Any]], caption_batch: int = 1
     ) -> tuple[CacheIndex, list[dict[str, Any]]]:
-        """Encodes what is missing, T5 first, and writes the index; returns it and what became of each sample.
+        """Encodes what is missing, captions first, and writes the index.
+
+        Args:
+            records: The record of every sample, from ``plan``.
+            caption_batch: Captions per forward pass of T5.
+
+        Returns:
+            The index, and the final record of every sample.
 
         Raises:
-            UnusableClips: more clips than --max_bad_fraction could not be decoded.
+            UnusableClips: More clips than --max_bad_fraction allows could not be decoded.
         """
         encoders = self.encoders
         if self.state.is_main_process and (note := self.precision_note()):
             tqdm.write(note, file=sys.stderr)
         with self._sole_writer():
-            self.state.wait_for_everyone()  # main may have waited for another job: all look at the same state
-            # Shared out before looking at what is there, because that changes while ranks look.
+            # The main rank may have waited for another job, which has added tensors: no rank looks before it.
+            self.state.wait_for_everyone()
+            # The work is split before each rank looks for existing tensors. In the other order the ranks would split
+            # different lists, because some add tensors while others look, and some items would belong to no rank.
             prompts = missing_captions(self.cache, encoders, self.share(self.captions(records)))
             encode_captions(self.cache, self.model, encoders, prompts, caption_batch, self.state, self.flags.t5_on)
             cuts = self.share(list(self.cuts(records, encoders).items()))
@@ -294,7 +331,7 @@ class Preparation:
         return index, final
 
     def _records(self) -> list[dict[str, Any]]:
-        """The ledger's record of every sample, in order, with that of its image under "image" if it has one."""
+        """Returns the ledger record of every sample, in order; the record of its image, if any, is under "image"."""
         known = self._known()
         return [self._record(sample, known) for sample in self.samples]
 
@@ -308,12 +345,12 @@ class Preparation:
         return record | {"image": image} if image["status"] == OK else image
 
     def captions(self, records: Sequence[dict[str, Any]]) -> list[str]:
-        """The captions to embed, each once: the empty one first."""
+        """Returns the captions to embed without duplicates. The empty one is first."""
         used = (sample.caption for sample, r in zip(self.samples, records, strict=True) if r["status"] == OK)
         return list(dict.fromkeys(["", *used]))
 
     def cuts(self, records: Sequence[dict[str, Any]], encoders: Encoders) -> dict[str, Cut]:
-        """By key: every tensor of clips that the records ask for."""
+        """Returns every tensor of clips and first frames that the records need, by cache key."""
         found: dict[str, Cut] = {}
         used = {(r["request"], r.get("image", r)["request"]): r for r in records if r["status"] == OK}
         for record in used.values():
@@ -327,7 +364,11 @@ class Preparation:
     def tensors_of(
         self, record: dict[str, Any], variant: dict[str, Any], encoders: Encoders
     ) -> Iterator[tuple[str, dict[str, Any], Variant, Draws]]:
-        """(key, record of the file, frames of it, noises) of a variant of a clip, then of its first frame."""
+        """Yields what describes the tensor of a clip's variant, then the tensor of its first frame.
+
+        Yields:
+            (cache key, ledger record of the file, frames to decode, random-number keys of the noise).
+        """
         frames = Variant.from_record(variant)
         yield encoders.video_key(record["content"], variant), record, frames, ()
         if self.image_variants:
@@ -338,11 +379,20 @@ class Preparation:
             yield encoders.image_key(draws), file, first, draws
 
     def share(self, items: list[Any]) -> list[Any]:
-        """This rank's part of a list."""
+        """Returns this rank's share of a list."""
         return items[self.state.process_index :: self.state.num_processes]
 
     def in_workers(self, jobs: Iterable[tuple[Any, ...]], total: int, what: str) -> Iterator[Any]:
-        """The jobs' results in order, from worker processes, with a progress bar; Killed in place of a worker's end."""
+        """Runs jobs in worker processes, with a progress bar.
+
+        Args:
+            jobs: Tuples (function, arguments...).
+            total: Number of jobs.
+            what: Label of the progress bar.
+
+        Yields:
+            The results in the order of the jobs; Killed for a job whose worker was killed or crashed.
+        """
         if not total:
             return
         with worker_pool(self.data, self.limits) as workers:
@@ -352,7 +402,7 @@ class Preparation:
                 yield result
 
     def _known(self) -> dict[str, dict[str, Any]]:
-        """What the ledger has on the files as they are; not a record that leads to another file than its request."""
+        """Returns the ledger's valid records of the files as they are now, without records that name another path."""
         files = {
             request: path for requests in (self.requests, self.image_requests) for path, request in requests.items()
         }
@@ -360,7 +410,7 @@ class Preparation:
         return {name: record for name, record in records.items() if is_record(record) and record["path"] == files[name]}
 
     def _settled(self, record: dict[str, Any] | None) -> bool:
-        """Whether a file need not be looked at again."""
+        """Returns whether a file need not be probed again."""
         if record is None or record["status"] == UNREADABLE:
             return False
         return record["status"] != KILLED or record.get("limits") == self._limits()
@@ -393,7 +443,7 @@ class Preparation:
                 self.cache.write(key, tensors)
 
     def _start_cuts(self, missing: dict[str, Cut], vae: Any, tiling: bool) -> Iterator[tuple[str, Cut, AsyncCopy]]:
-        """(key, cut, tensors on their way) of every cut that decodes."""
+        """Decodes cuts in workers and starts to encode them; yields (key, cut, copy in progress) if they decode."""
         jobs = ((decode_variant, cut.path, cut.variant, cut.stamp) for cut in missing.values())
         results = self.in_workers(jobs, len(missing), "encoding clips")
         for (key, cut), frames in zip(missing.items(), results, strict=True):
@@ -405,7 +455,7 @@ class Preparation:
             yield key, cut, arriving
 
     def _give_up(self, cut: Cut, reason: str | Killed) -> None:
-        """Writes down that the files of a cut cannot be used."""
+        """Records in the ledger that the files of a cut cannot be used."""
         changed = any(stamp_of(record["path"]) != record["stamp"] for record in cut.records)
         for record in cut.records:
             if isinstance(reason, Killed):
@@ -417,7 +467,11 @@ class Preparation:
             self.ledger.append([{name: value for name, value in record.items() if name != "cuts"} | end])
 
     def _check_complete(self, index: CacheIndex) -> None:
-        """Raises UsageError if a tensor is not there: another job has set it aside, or given its clip up."""
+        """Checks that every tensor of the index exists.
+
+        Raises:
+            UsageError: A tensor is missing, because another job has moved it away or has given up its clip.
+        """
         missing = sum(not self.cache.has(key) for key in index.keys)
         if missing:
             raise UsageError(f"{self.folder}: {missing} tensors went missing meanwhile; run the same command again")
@@ -449,7 +503,7 @@ class Preparation:
         )
 
     def cached_samples(self, sample: Sample, record: dict[str, Any], encoders: Encoders) -> Iterator[CachedSample]:
-        """A sample's entries in the index: one a bucket, none if its clip cannot be used."""
+        """Yields a sample's entries in the index: one per bucket, none if its clip cannot be used."""
         cuts = record["cuts"] if record["status"] == OK else []
         for cut in cuts:
             bucket = Bucket(**cut["bucket"])
@@ -465,12 +519,12 @@ class Preparation:
 
 
 def recorded(known: dict[str, dict[str, Any]], request: str, path: str) -> dict[str, Any]:
-    """The ledger's record of a file; where it has none, the file has changed since its request was made."""
+    """Returns the ledger record of a file. A file without one has changed since the preparation began."""
     return known.get(request, {"request": request, "path": path, "status": UNREADABLE, "reason": CHANGED})
 
 
 def missing_captions(cache: TensorCache, encoders: Encoders, captions: Sequence[str]) -> list[str]:
-    """The captions whose embeddings are not in the cache, each once."""
+    """Returns the captions whose embeddings are not in the cache, without duplicates."""
     return [text for text in dict.fromkeys(captions) if not cache.has(encoders.prompt_key(text))]
 
 
@@ -483,7 +537,20 @@ def encode_captions(
     state: Any,
     t5_on: str = "auto",
 ) -> None:
-    """Embeds captions into the cache, ``batch`` at a time; T5 is loaded only if there are any."""
+    """Embeds captions into the cache. T5 is loaded only if there are captions.
+
+    Args:
+        cache: Where the embeddings are written.
+        model: The pipeline that T5 belongs to.
+        encoders: The precision and the text length.
+        captions: The captions to embed.
+        batch: Captions per forward pass.
+        state: A Ranks: the device, and which process shows the progress bar.
+        t5_on: Where the weights of T5 are kept: "device", "host" or "auto".
+
+    Raises:
+        UsageError: T5 does not fit on the device, or it overflows in its precision.
+    """
     if not captions:
         return
     place = models.place_of_t5(model, encoders.text_dtype, state.device, t5_on)
@@ -508,7 +575,7 @@ Item = TypeVar("Item")
 
 
 def one_behind(items: Iterable[Item]) -> Iterator[Item]:
-    """Each item after the next one was begun, so that the device works while this one is stored."""
+    """Yields each item after the next one was started, so that the device computes while this one is stored."""
     begun: deque[Item] = deque()
     for item in items:
         begun.append(item)
@@ -519,7 +586,7 @@ def one_behind(items: Iterable[Item]) -> Iterator[Item]:
 
 @contextmanager
 def room_for(flag: str, what: str, fix: str) -> Iterator[None]:
-    """Raises UsageError where the device has too little memory."""
+    """Turns an out-of-memory error of the device into a UsageError that names a flag and a fix."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -527,19 +594,19 @@ def room_for(flag: str, what: str, fix: str) -> Iterator[None]:
 
 
 def no_room(tiling: bool) -> str:
-    """What helps where a clip does not fit."""
+    """Returns what helps if a clip does not fit on the device."""
     if tiling:
         return "give smaller buckets, or end what else uses it"
     return "give --encode_tiling true (other latents than the model was trained on), or smaller buckets"
 
 
 def worker_pool(data: DataFlags, limits: Limits) -> Workers:
-    """Processes for media files: at least one, because nothing is decoded in this one."""
+    """Returns worker processes for media files: at least one, because this process never decodes."""
     return Workers(max(1, data.dataloader_num_workers), limits)
 
 
 def other_encoders(index: CacheIndex, encoders: Encoders) -> list[str]:
-    """What a cache was made with that is not the model's."""
+    """Names the encoders with which a cache was made and that differ from the model's."""
     pairs = {
         "VAE": (index.vae, encoders.vae),
         "text encoder": (index.text_encoder, encoders.text_encoder),
@@ -549,7 +616,7 @@ def other_encoders(index: CacheIndex, encoders: Encoders) -> list[str]:
 
 
 class UnusableClips(UsageError):
-    """Too many clips cannot be used. ``records`` are those of all samples, for the table that says why."""
+    """Too many clips cannot be used. ``records`` has the record of every sample, for the table of causes."""
 
     def __init__(self, problem: str, records: Sequence[dict[str, Any]]) -> None:
         super().__init__(problem)
@@ -557,7 +624,11 @@ class UnusableClips(UsageError):
 
 
 def check_bad(records: Sequence[dict[str, Any]], max_bad_fraction: float) -> None:
-    """Raises UnusableClips where more clips are bad than allowed."""
+    """Checks the number of bad clips.
+
+    Raises:
+        UnusableClips: More clips are bad than ``max_bad_fraction`` allows.
+    """
     if count := too_many_bad(records, max_bad_fraction):
         rule = f"--max_bad_fraction {max_bad_fraction:g}: {count} of {len(records)} clips cannot be used"
         fix = f"fix or remove them, see the table (ledger.jsonl has all), or continue without: {allowing(records)}"
@@ -565,12 +636,12 @@ def check_bad(records: Sequence[dict[str, Any]], max_bad_fraction: float) -> Non
 
 
 def too_many_bad(records: Sequence[dict[str, Any]], max_bad_fraction: float) -> int:
-    """How many clips cannot be used, if that is more than allowed; else 0."""
+    """Returns how many clips cannot be used if that is more than allowed, else 0."""
     bad = sum(record["status"] != OK for record in records)
     return bad if bad > max_bad(max_bad_fraction, len(records)) else 0
 
 
 def allowing(records: Sequence[dict[str, Any]]) -> str:
-    """The flag that allows as many bad clips as there are."""
+    """Returns the flag that allows as many bad clips as there are."""
     bad = sum(record["status"] != OK for record in records)
     return f"--max_bad_fraction {math.ceil(bad / len(records) * 1000) / 1000:g}"

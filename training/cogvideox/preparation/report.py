@@ -1,6 +1,7 @@
-"""What a preparation makes of a data set, before and after: a table, notes, pictures, bytes and hours.
+"""Reports what a preparation does with a data set: a table of buckets, notes, contact sheets, and what encoding costs.
 
-Records of the ledger -> text and contact sheets. Nothing here decides anything; ``describe`` is what scripts print.
+``describe`` returns the report that scripts print, from the records of the ledger; ``suggest`` prints buckets that suit
+the clips. Nothing here changes what is prepared.
 """
 
 import math
@@ -41,8 +42,8 @@ from cogvideox.preparation.prepare import (
 from cogvideox.preparation.proposals import USUAL
 from cogvideox.runtime.sheets import Panel, Row, contact_sheet, spread
 
-SHEET_CLIPS, SHEET_FRAMES = 8, 4  # in the picture of a bucket
-SHEETS_CLIPS = 64  # in all pictures together, where there are many buckets
+SHEET_CLIPS, SHEET_FRAMES = 8, 4  # clips, and frames per clip, in the contact sheet of one bucket
+SHEETS_CLIPS = 64  # clips in all contact sheets together, if there are many buckets
 TRIED = 3  # clips to time
 LARGE = 720  # pixels of the shorter side, from which on players assume bt709 where a file does not say
 TAG_COMMAND = "`ffmpeg -i IN -c copy -bsf:v h264_metadata=matrix_coefficients=1 OUT`"  # hevc_metadata likewise
@@ -52,8 +53,12 @@ Records = Sequence[dict[str, Any]]
 
 
 def describe(preparation: Preparation, records: Records, costs: bool = False) -> str:
-    """The whole report, on the main rank: what is used, what is not and why, what to know of the clips, what to do
-    next. ``costs``, for a dry run, adds what encoding will take. Writes the contact sheets.
+    """Returns the report of a preparation and writes its contact sheets; returns an empty text except on the main rank.
+
+    Args:
+        preparation: The preparation.
+        records: The record of every sample.
+        costs: Whether to add what encoding will cost and what to do next, for a dry run.
     """
     if not preparation.state.is_main_process:
         return ""
@@ -81,7 +86,7 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
 
 @contextmanager
 def failures_explained(preparation: Preparation, say: Callable[[str], None]) -> Iterator[None]:
-    """Says what became of all clips, and what helps, where too many of them cannot be used for the block to go on."""
+    """Prints the table of clips, the causes and what helps, if the block ends because too many clips are unusable."""
     try:
         yield
     except UnusableClips as error:
@@ -91,7 +96,7 @@ def failures_explained(preparation: Preparation, say: Callable[[str], None]) -> 
 
 
 def next_steps(preparation: Preparation, records: Records) -> list[str]:
-    """What there is to do before clips are encoded: captions, other buckets, allowing bad clips."""
+    """Returns lines that say what to do before encoding: write captions, use other buckets, or allow bad clips."""
     missing = sum(not sample.caption for sample in preparation.samples)
     good = sum(record["status"] == OK for record in records)
     steps = []
@@ -109,10 +114,14 @@ def next_steps(preparation: Preparation, records: Records) -> list[str]:
 
 
 def suggest(preparation: Preparation, number: int) -> None:
-    """Prints buckets for the clips to the standard output as flags, and to the other one how many clips fill them.
+    """Prints suitable buckets as flags to standard output, and how many clips fit them to standard error.
+
+    Args:
+        preparation: The preparation.
+        number: The largest number of buckets to suggest.
 
     Raises:
-        UsageError: there are no such buckets.
+        UsageError: No clip fits any bucket of this model.
     """
     if not preparation.state.is_main_process:
         return
@@ -128,7 +137,7 @@ def suggest(preparation: Preparation, number: int) -> None:
 
 
 def stored_bytes(preparation: Preparation) -> int:
-    """Bytes of one number of the moments; 2 where the weights are not here to tell."""
+    """Returns the bytes per element of the stored moments; 2 if the weights are not available."""
     try:
         return models.DTYPES[preparation.encoders.vae_dtype].itemsize
     except UsageError:
@@ -140,7 +149,15 @@ def stored_bytes(preparation: Preparation) -> int:
 
 @dataclass(frozen=True)
 class Used:
-    """What one clip gives to one bucket: its place among the samples, its first variant, what names its tensors."""
+    """What one clip contributes to one bucket.
+
+    Attributes:
+        place: Index of the clip among the samples.
+        variant: The clip's first variant.
+        num_variants: Number of variants of the clip in this bucket.
+        tensors: Names of the clip's tensors; equal names mean the same tensor.
+        source: What the ledger says about the clip's file.
+    """
 
     place: int
     variant: Variant
@@ -150,12 +167,12 @@ class Used:
 
     @property
     def repeats_frames(self) -> bool:
-        """Whether a source frame is used more than once."""
+        """Returns whether a source frame is used more than once."""
         return len(set(self.variant.indices)) < len(self.variant.indices)
 
 
 def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
-    """Everything that is used, sorted by bucket."""
+    """Returns the usable clips by bucket, in the order of the buckets."""
     found: dict[Bucket, list[Used]] = {}
     for place, record in enumerate(records):
         for cut in record["cuts"] if record["status"] == OK else []:
@@ -167,7 +184,7 @@ def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
 
 
 def outcome(preparation: Preparation, records: Records, used: dict[Bucket, list[Used]]) -> list[str]:
-    """The table of the buckets; how many clips are used; why the others are not, by cause."""
+    """Returns the table of buckets, the number of clips that are used, and why the others are not, by cause."""
     number_bytes = stored_bytes(preparation)
     lines = [table(used, preparation.geometry, number_bytes, preparation.image_variants)]
     good = sum(record["status"] == OK for record in records)
@@ -176,7 +193,7 @@ def outcome(preparation: Preparation, records: Records, used: dict[Bucket, list[
 
 
 def table(used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int, image_variants: int = 0) -> str:
-    """Clips per bucket, what is done to them and how large they become."""
+    """Returns a table with the clips of each bucket, how they are resized, and the size of their tensors in MiB."""
     rows: list[tuple[str, ...]] = [("bucket", "clips", "variants", "enlarged", "stretched by", "cut off", "MiB")]
     for bucket, clips in used.items():
         tensors = set().union(*(clip.tensors for clip in clips))  # copies and repeats share theirs
@@ -188,7 +205,7 @@ def table(used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int,
 
 
 def bucket_cells(clips: list[Used]) -> tuple[str, ...]:
-    """Cells of a bucket's row: clips, variants, how many are upscaled, the most that one is stretched and cut."""
+    """Returns the cells of a bucket's row: clips, variants, clips enlarged, largest stretch, largest part cut off."""
     fits = [(clip.variant.fit, clip.source["height"], clip.source["width"]) for clip in clips]
     upscaled = sum(scale(*fit) > 1.0 for fit in fits)
     stretched = max(stretch(*fit) for fit in fits) - 1
@@ -201,7 +218,7 @@ def bucket_cells(clips: list[Used]) -> tuple[str, ...]:
 
 
 def frame_notes(used: dict[Bucket, list[Used]], geometry: Geometry) -> Iterator[str]:
-    """What inference makes of frame counts that are not as usual."""
+    """Yields a note for each frame count of which inference makes a different number of frames."""
     for frames in sorted({bucket.frames for bucket in used}):
         made = geometry.inference_frames(frames)
         if made != frames or frames % geometry.temporal_compression == 0:
@@ -210,7 +227,7 @@ def frame_notes(used: dict[Bucket, list[Used]], geometry: Geometry) -> Iterator[
 
 
 def still_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
-    """Videos of which one frame is all that is used."""
+    """Yields a note for each bucket in which videos contribute only one frame."""
     for bucket, clips in used.items():
         videos = sum(clip.source["frames"] > 1 for clip in clips)
         if bucket.frames == 1 and videos:
@@ -218,7 +235,7 @@ def still_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
 
 
 def skipped_notes(skipped: Sequence[str]) -> list[str]:
-    """Files that may be clips, but have a format that is not read."""
+    """Returns lines about files that may be clips but have an unsupported format."""
     if not skipped:
         return []
     suffixes = Counter(os.path.splitext(path)[1].lower() for path in skipped).most_common()
@@ -227,7 +244,7 @@ def skipped_notes(skipped: Sequence[str]) -> list[str]:
 
 
 def color_notes(records: Records) -> Iterator[str]:
-    """Clips whose colors are converted, and those whose files do not say how."""
+    """Yields notes about clips whose colors are converted, and about large clips whose color matrix is not tagged."""
     sources = [record["source"] for record in records if record["status"] == OK]
     found = Counter(name for source in sources for name in source.get("conversions", ()))
     hdr = {name: found[name] for name in HDR.values() if found[name]}
@@ -246,22 +263,25 @@ def color_notes(records: Records) -> Iterator[str]:
 
 
 def clips_are(number: int) -> str:
-    """The start of a sentence."""
+    """Returns the start of a sentence about a number of clips."""
     return "1 clip is" if number == 1 else f"{number} clips are"
 
 
 def leak_notes(preparation: Preparation, records: Records) -> list[str]:
-    """Clips that are measured on and trained on."""
+    """Returns lines about clips that are both held out and trained on."""
     number = len(records) - preparation.num_validation
     trained = {record["content"] for record in records[:number] if record["status"] == OK}
     leaked = [r["path"] for r in records[number:] if r["status"] == OK and r["content"] in trained]
     if not leaked:
         return []
-    return [f"--validation_data_root: {len(leaked)} clips are trained on too, and say nothing:", *indented(leaked)]
+    return [
+        f"--validation_data_root: {len(leaked)} clips are trained on too, so their loss is not a held-out loss:",
+        *indented(leaked),
+    ]
 
 
 def rate_notes(used: dict[Bucket, list[Used]], fps: float | None) -> Iterator[str]:
-    """Clips with fewer frames a second than they are sampled at, some of whose frames are shown several times."""
+    """Yields a note about clips with a lower frame rate than they are sampled at, so that frames are repeated."""
     clips = {clip.place: clip for clips in used.values() for clip in clips if fps and clip.repeats_frames}
     rates = [clip.source["fps"] for clip in clips.values() if fps and clip.source["fps"] < fps]
     if not rates:
@@ -275,7 +295,7 @@ def rate_notes(used: dict[Bucket, list[Used]], fps: float | None) -> Iterator[st
 
 
 def used_clips(samples: Sequence[Sample], records: Records) -> list[tuple[Sample, str]]:
-    """The samples that are used, each with the hash of its clip's content."""
+    """Returns the samples that are used, each with the hash of its clip's content."""
     pairs = zip(samples, records, strict=True)
     return [(sample, record["content"]) for sample, record in pairs if record["status"] == OK]
 
@@ -284,9 +304,9 @@ def used_clips(samples: Sequence[Sample], records: Records) -> list[tuple[Sample
 
 
 def sheets(preparation: Preparation, used: dict[Bucket, list[Used]]) -> list[str]:
-    """A picture for every bucket with some of its clips as they are trained on; returns lines with their paths.
+    """Draws a contact sheet for each bucket, with some clips as they are trained on; returns lines with paths.
 
-    A picture's name holds the hash of what it shows, so that only new ones are drawn.
+    The name of a sheet contains the hash of what it shows, so only changed sheets are drawn again.
     """
     folder, picks = preparation.folder / PREVIEW_FOLDER, {}
     number = max(1, min(SHEET_CLIPS, SHEETS_CLIPS // max(1, len(used))))
@@ -308,12 +328,12 @@ def sheets(preparation: Preparation, used: dict[Bucket, list[Used]]) -> list[str
 
 
 def pick(sample: Sample, variant: Variant) -> tuple[Sample, Variant]:
-    """A clip with a few of its frames."""
+    """Returns a clip with a variant that has only a few of its frames."""
     return sample, replace(variant, indices=spread(variant.indices, SHEET_FRAMES))
 
 
 def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]]) -> str:
-    """Names what a picture shows."""
+    """Returns a short hash of what a contact sheet shows."""
     requests = preparation.requests
     return hash_of([[sample.id, sample.caption, requests[sample.video], v.record()] for sample, v in clips])[:8]
 
@@ -322,7 +342,7 @@ def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]])
 
 
 def cost(preparation: Preparation, records: Records) -> str:
-    """What is still to be encoded, in bytes and hours. Hours need the VAE's weights: a piece of one clip is timed."""
+    """Estimates what is left to encode, in bytes and hours. For the hours, the VAE encodes a few frames of one clip."""
     geometry = preparation.geometry
     try:
         encoders = preparation.encoders
@@ -354,8 +374,15 @@ def cost(preparation: Preparation, records: Records) -> str:
 
 
 def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cuts: Sequence[Cut]) -> float | None:
-    """Seconds to encode one pixel of a frame, or to decode it where that is slower; measured on a piece of the last
-    clip that decodes. None if none does.
+    """Measures the seconds to encode one pixel, or to decode it if that is slower, on a few frames of one clip.
+
+    Args:
+        preparation: The preparation.
+        encoders: The VAE and its precision.
+        cuts: Clips to try; the last one that decodes is used.
+
+    Returns:
+        Seconds per pixel; None if no clip decodes.
     """
     jobs = [(time_decode, cut.path, replace(cut.variant, indices=cut.variant.indices[:TIMED_FRAMES])) for cut in cuts]
     timed = [result for result in preparation.in_workers(jobs, len(jobs), "timing") if isinstance(result, tuple)]
@@ -372,7 +399,7 @@ def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cuts: Sequence
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 14 s, 3.2 min, 2.4 hours."""
+    """Returns a duration in a readable unit: 14 s, 3.2 min, 2.4 hours."""
     for size, unit in ((3600, "hours"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -380,5 +407,5 @@ def duration(seconds: float) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device is called."""
+    """Returns the name of a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
