@@ -76,7 +76,7 @@ def test_images_of_a_list(tmp_path: Path, image: Path) -> None:
     (found,) = check_images(options("none.txt"))
     assert found == "--validation_images none.txt: No such file or directory; give a list in --validation_dir"
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
-    assert ["is no UTF-8" in line for line in check_images(options("bad.txt"))] == [True]
+    assert ["is not UTF-8" in line for line in check_images(options("bad.txt"))] == [True]
     assert list(check_images(options("none.txt", "--do_validation", "false"))) == []
     (tmp_path / "prompts.txt").unlink()
     assert list(check_images(options("none.txt"))) == []  # which check_prompts says
@@ -137,7 +137,7 @@ def test_an_image_of_the_web_is_fetched(tmp_path: Path, server: str, image: Path
     assert (np.asarray(Image.open(path)) == np.asarray(Image.open(image))).all()
 
 
-@pytest.mark.parametrize(("name", "says"), [("text.html", "is no image that can be read"), ("no.png", "404")])
+@pytest.mark.parametrize(("name", "says"), [("text.html", "is not a readable image"), ("no.png", "404")])
 def test_what_cannot_be_fetched_is_said(tmp_path: Path, server: str, name: str, says: str) -> None:
     with pytest.raises(UsageError) as error:
         fetch_images(run_alone(tmp_path / "out"), options_of(f"{server}/{name}"))

@@ -1,4 +1,7 @@
-"""What a training script looks at before anything heavy is imported; beside these, what its task asks of the model."""
+"""Lists the checks that a training script makes before it imports anything heavy.
+
+``TRAINING_CHECKS`` is the list; each script adds the check of its own task. A check yields all problems that it finds.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +22,14 @@ from cogvideox.preparation.factory import check_tensors
 
 
 def check_images(options: Any) -> Iterator[str]:
-    """Problems of --validation_images: pairs with the prompts, files. URLs are fetched when the run starts."""
+    """Yields the problems of --validation_images: number and files. URLs are fetched when the run starts."""
     flags = image_flags(options)
     if flags is None or any(check_prompts(options)):
         return
     try:
         images, prompts = images_of(options), len(prompts_of(options.validation))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is no UTF-8"
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
         yield f"--validation_images {flags.validation_images}: {reason}; give a list in --validation_dir"
         return
     if options.validation.validation_dir and flags.validation_images:
@@ -42,7 +45,7 @@ def check_images(options: Any) -> Iterator[str]:
 
 
 def image_problems(path: str) -> Iterator[str]:
-    """What is wrong with a file that should be a still image."""
+    """Yields what is wrong with a file that should be a still image."""
     from cogvideox.data.media.pictures import is_picture, probe_picture, read_picture
 
     try:
@@ -57,6 +60,15 @@ def image_problems(path: str) -> Iterator[str]:
 
 DATA_CHECKS = (check_data, check_reader, check_tensors)
 TRAINING_CHECKS = (
-    *(*DATA_CHECKS, check_optimizer, check_state_place, check_lora, check_ema),
-    *(check_prompts, check_images, check_trackers, check_hub, check_pipeline, check_launcher),
+    *DATA_CHECKS,
+    check_optimizer,
+    check_state_place,
+    check_lora,
+    check_ema,
+    check_prompts,
+    check_images,
+    check_trackers,
+    check_hub,
+    check_pipeline,
+    check_launcher,
 )

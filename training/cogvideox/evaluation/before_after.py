@@ -1,7 +1,7 @@
-"""The run's contact sheet: each validation prompt before training, now, and a clip of what it should come to look like.
+"""Draws contact_sheet.png: for each validation prompt a video before training, the newest one, and a training clip.
 
-Videos of the validation folder, and the latents of the training clip with the nearest caption -> contact_sheet.png.
-Videos are read back from their files, so a resumed run shows what the whole run made.
+``BeforeAfter.draw`` reads videos back from the validation folder, so a resumed run shows videos of the whole run. The
+training clip is the one with the most similar caption, decoded by the VAE from its cached latents.
 """
 
 import re
@@ -23,11 +23,11 @@ from cogvideox.runtime.sheets import Panel, Row, contact_sheet, spread
 
 SHEET_NAME = "contact_sheet.png"
 MAX_PROMPTS = 8
-WIDE_FRAMES, HIGH_FRAMES = 2, 3  # of a video
+WIDE_FRAMES, HIGH_FRAMES = 2, 3  # frames per video in landscape and portrait format
 
 
 class BeforeAfter:
-    """Draws the sheet of a run, on the main process; ``clips`` holds the panels of training clips, decoded once."""
+    """Draws the contact sheet of a run on the main process. Training clips are decoded once and kept in ``clips``."""
 
     def __init__(self, run: Run, tensors: Tensors, validator: Validator) -> None:
         self.run, self.tensors, self.validator = run, tensors, validator
@@ -36,11 +36,11 @@ class BeforeAfter:
 
     @cached_property
     def nearest(self) -> list[CachedSample]:
-        """The training clip of each prompt."""
+        """Returns the training clip of each prompt."""
         return nearest_samples(self.prompts, self.tensors.index.samples)
 
     def draw(self, step: int) -> None:
-        """The sheet as of a step; a run without validation prompts has none."""
+        """Draws the sheet with the videos up to a step; does nothing without validation prompts."""
         rows = [Row(prompt, self._panels(place, step)) for place, prompt in enumerate(self.prompts)]
         number = len(self.validator.prompts.texts)
         some = f", {MAX_PROMPTS} of {number} prompts" if number > MAX_PROMPTS else ""
@@ -49,7 +49,7 @@ class BeforeAfter:
             contact_sheet(rows, self.run.output_dir / SHEET_NAME, title)
 
     def _panels(self, place: int, step: int) -> list[Panel]:
-        """Before, after, and the training clip, for the prompt in this place."""
+        """Returns the panels of the prompt with an index: before training, after it, and the training clip."""
         videos, sample = self.validator.videos(place), self.nearest[place]
         newest = max((made for made in videos if made <= step), default=0)
         if sample.id not in self.clips:
@@ -62,7 +62,7 @@ class BeforeAfter:
         label = "TRAINING CLIP, as the VAE sees it"
         try:
             moments = read_moments(self.tensors.cache, sample, 0, self.tensors.geometry)
-        except CacheError:  # what it means for training is not this picture's to say
+        except CacheError:  # the training loop reports damaged tensors; the sheet only leaves them out
             return Panel(label, [], f"{sample.id} cannot be read")
         try:
             video_FHWC = self.validator.decode(moments)
@@ -73,9 +73,9 @@ class BeforeAfter:
 
 
 def nearest_samples(prompts: Sequence[str], samples: Sequence[CachedSample]) -> list[CachedSample]:
-    """For each prompt the sample whose caption shares most of its words; among equals the one with the first id.
+    """Returns, for each prompt, the sample whose caption shares most words with it; the first id wins a tie.
 
-    Words that all captions have, as the id token, count for nothing.
+    Words that all captions contain, such as the id token, are ignored.
     """
     common = reduce(set.intersection, (words_of(sample.caption) for sample in samples))
 
@@ -87,12 +87,12 @@ def nearest_samples(prompts: Sequence[str], samples: Sequence[CachedSample]) -> 
 
 
 def words_of(text: str) -> set[str]:
-    """The words of a text, in small letters."""
+    """Returns the words of a text in lower case."""
     return set(re.findall(r"\w+", text.lower()))
 
 
 def video_panel(label: str, path: Path | None) -> Panel:
-    """Some frames of a video file, or why there are none."""
+    """Returns a panel with some frames of a video file, or with the reason why there are none."""
     if path is None:
         return Panel(label, [], "no video in the validation folder")
     try:
@@ -104,11 +104,11 @@ def video_panel(label: str, path: Path | None) -> Panel:
 
 
 def shown(num_frames: int, height: int, width: int) -> list[int]:
-    """The frames of a video that a panel has room for, from the first to the last."""
+    """Returns the indices of the frames that fit into a panel, from the first to the last."""
     return list(spread(range(num_frames), WIDE_FRAMES if width >= height else HIGH_FRAMES))
 
 
 def frames_panel(label: str, frames_FHWC: np.ndarray, caption: str = "") -> Panel:
-    """Wide frames under each other and high ones beside each other, so that they fill the panel."""
+    """Returns a panel with landscape frames in a column or portrait frames in a row, so that they fill it."""
     _, height, width, _ = frames_FHWC.shape
     return Panel(label, list(frames_FHWC), caption, stacked=width >= height)

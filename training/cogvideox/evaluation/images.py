@@ -1,4 +1,7 @@
-"""The images that validation videos begin with: read or fetched once, kept beside the result for inference.py."""
+"""Reads or downloads the images of --validation_images once.
+
+``fetch_images`` keeps them as PNG files in the output folder, where inference.py finds them.
+"""
 
 import http.client
 import io
@@ -17,14 +20,17 @@ from cogvideox.files import temporary_of, write_atomically
 from cogvideox.model.tasks import IMAGE_NAME
 from cogvideox.runtime.run import Run
 
-FETCH_SECONDS, FETCH_BYTES = 60, 2**28  # of one image, all in all
+FETCH_SECONDS, FETCH_BYTES = 60, 2**28  # limits for one image in total
 
 
 def fetch_images(run: Run, options: TrainOptions) -> list[Path]:
-    """OUTPUT_DIR/image-0.png and so on, one for each of --validation_images; upright RGB.
+    """Writes OUTPUT_DIR/image-0.png and so on, one for each of --validation_images, as upright RGB.
+
+    Returns:
+        The paths of the images.
 
     Raises:
-        UsageError: one cannot be had.
+        UsageError: An image cannot be read or downloaded.
     """
     texts = images_of(options)
     paths = [run.output_dir / IMAGE_NAME.format(number) for number in range(len(texts))]
@@ -36,21 +42,21 @@ def fetch_images(run: Run, options: TrainOptions) -> list[Path]:
 
 
 def fetched(url: str, temporary: Path) -> bytes:
-    """The image behind a URL as a PNG. Messages have the URL without its query, which may be a signature."""
+    """Downloads an image and returns it as PNG. Messages omit the query of the URL, which may be a signature."""
     shown, fix = f"--validation_images {public_urls(url)}", "download it and give its path"
     try:
         temporary.write_bytes(downloaded(url))
         return as_png(temporary)
     except (OSError, http.client.HTTPException) as error:
         raise UsageError(f"{shown}: cannot be fetched ({error}); {fix}") from None
-    except ValueError:  # which a UsageError is
-        raise UsageError(f"{shown}: is no image that can be read; {fix}") from None
+    except ValueError:  # includes the UsageError of as_png
+        raise UsageError(f"{shown}: is not a readable image; {fix}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 class WebOnly(urllib.request.HTTPRedirectHandler):
-    """Follows an answer that names another address only to http and https: not to files or ftp."""
+    """Follows redirects only to http and https, not to files or ftp."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if urlsplit(newurl).scheme not in ("http", "https"):
@@ -59,14 +65,14 @@ class WebOnly(urllib.request.HTTPRedirectHandler):
 
 
 def downloaded(url: str) -> bytes:
-    """What is behind an http or https URL.
+    """Downloads the content of an http or https URL.
 
-    A server may send a byte a minute, and a name may take minutes to look up; neither counts as silence for a socket.
-    So a thread fetches, and is left behind where it takes too long in all.
+    A socket timeout limits neither a server that sends a byte per minute nor a slow name lookup. So a thread downloads,
+    and it is abandoned if it takes too long in total.
 
     Raises:
-        OSError: it cannot be had in FETCH_SECONDS, or has more than FETCH_BYTES.
-        HTTPException: the answer is not HTTP.
+        OSError: The download fails, takes longer than FETCH_SECONDS, or is larger than FETCH_BYTES.
+        HTTPException: The answer is not HTTP.
     """
     result: list[bytes | Exception] = []
 
@@ -84,7 +90,7 @@ def downloaded(url: str) -> bytes:
     if not result:
         raise OSError(f"it is not there after {FETCH_SECONDS} s")
     content = result[0]
-    if isinstance(content, ValueError):  # a URL without a host, or with letters that none has
+    if isinstance(content, ValueError):  # a URL without a host, or with characters that no host has
         raise OSError(str(content))
     if isinstance(content, Exception):
         raise content
@@ -94,7 +100,7 @@ def downloaded(url: str) -> bytes:
 
 
 def as_png(path: Path) -> bytes:
-    """The content of an image file as an RGB PNG."""
+    """Reads an image file and returns it as an RGB PNG."""
     from PIL import Image
 
     try:

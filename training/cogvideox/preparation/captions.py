@@ -1,8 +1,8 @@
-"""What T5 does not read of the captions, or cannot tell apart: notes for the table that a preparation prints.
+"""Finds captions that T5 cuts off, cannot read, or cannot tell apart, for the report of a preparation.
 
-Captions of the clips that are used -> lines. Few captions are tokenized, because that takes longest: those that are
-long enough to be cut, and those with a character that is unknown. Each distinct character of the data set is looked up
-once, so nothing is assumed about a tokenizer's alphabet (that of T5 lacks some ASCII characters too, such as braces).
+``caption_notes`` and ``shared_notes`` return lines. Tokenizing takes longest, so only captions are tokenized that are
+long enough to be cut or contain an unknown character. Each distinct character of the data set is looked up once, so
+nothing is assumed about a tokenizer's alphabet; T5's lacks some ASCII characters, such as braces.
 """
 
 from collections import Counter, defaultdict
@@ -14,24 +14,27 @@ from cogvideox.data.cache import hash_of
 from cogvideox.data.forms.samples import Sample
 from cogvideox.errors import first_of, one_line
 
-BATCH = 4096  # captions tokenized at once
-NAMED = 3  # clips that are named of those that share a caption
+BATCH = 4096  # captions per call of the tokenizer
+NAMED = 3  # clips that are listed per shared caption
 LONGEST_EXCERPT = 40  # characters of a caption in a note
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the tokenizer makes of one caption."""
+    """The tokens of one caption."""
 
-    count: int  # however many T5 reads, the one for the end included
+    count: int  # all tokens with the end token, also those after the limit of T5
     unknown: int
-    digest: str  # of those that T5 reads: equal for captions with one embedding
+    digest: str  # hash of the tokens that T5 reads: equal for captions with equal embeddings
 
 
 def caption_notes(tokenizer: Any, clips: Sequence[tuple[Sample, str]], length: int) -> list[str]:
-    """Lines about captions with unknown or too many tokens, and about those that only T5 takes to be the same.
+    """Returns lines about captions with unknown or too many tokens, and about those that T5 cannot tell apart.
 
-    ``clips`` are samples, each with the hash of its clip's content; ``length`` is how many tokens T5 reads.
+    Args:
+        tokenizer: The tokenizer of T5.
+        clips: Samples, each with the hash of its clip's content.
+        length: Number of tokens that T5 reads.
     """
     clips_of = clips_by_caption(clips)
     unknown = unknown_characters(tokenizer, clips_of)
@@ -46,7 +49,7 @@ def caption_notes(tokenizer: Any, clips: Sequence[tuple[Sample, str]], length: i
 
 
 def clips_by_caption(clips: Iterable[tuple[Sample, str]]) -> dict[str, list[str]]:
-    """The ids of the different clips that have each caption; of repeats and copies of a clip only the first."""
+    """Returns the ids of the clips with each caption; only the first of identical clips counts."""
     first = {(sample.caption, content): sample.id for sample, content in reversed(list(clips)) if sample.caption}
     found: dict[str, list[str]] = {}
     for (caption, _), sample_id in reversed(first.items()):
@@ -55,7 +58,7 @@ def clips_by_caption(clips: Iterable[tuple[Sample, str]]) -> dict[str, list[str]
 
 
 def unknown_characters(tokenizer: Any, captions: Iterable[str]) -> set[str]:
-    """The characters that become the unknown token where each stands alone; in combination one may be known."""
+    """Returns the characters that alone become the unknown token; a combination of them may still be known."""
     characters = sorted(set().union(*captions))
     if not characters:
         return set()
@@ -64,7 +67,7 @@ def unknown_characters(tokenizer: Any, captions: Iterable[str]) -> set[str]:
 
 
 def tokens_of(tokenizer: Any, captions: Sequence[str], length: int) -> Iterator[Tokens]:
-    """The tokens of each caption."""
+    """Yields the tokens of each caption."""
     for start in range(0, len(captions), BATCH):
         batch = list(captions[start : start + BATCH])
         for ids in tokenizer(batch, truncation=False, verbose=False).input_ids:
@@ -89,7 +92,7 @@ def unknown_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]], unk
 
 
 def confused_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]]) -> list[str]:
-    """Captions that differ, but of which T5 reads the same tokens."""
+    """Returns lines about captions that differ but have the same tokens."""
     groups: dict[str, list[str]] = defaultdict(list)
     for text, made in tokens.items():
         groups[made.digest].append(text)
@@ -106,7 +109,7 @@ def confused_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]]) ->
 
 
 def cut_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]], length: int) -> list[str]:
-    """Captions of which T5 reads the first ``length`` tokens only, the longest first."""
+    """Returns lines about captions of which T5 reads only the first ``length`` tokens, the longest first."""
     cut = sorted((-made.count, clips_of[text][0]) for text, made in tokens.items() if made.count > length)
     if not cut:
         return []
@@ -115,7 +118,7 @@ def cut_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]], length:
 
 
 def shared_notes(clips: Sequence[tuple[Sample, str]]) -> list[str]:
-    """Captions that different clips share; ``clips`` as for caption_notes."""
+    """Returns lines about captions that different clips share; ``clips`` is as in caption_notes."""
     clips_of = clips_by_caption(clips)
     shared = Counter({text: len(ids) for text, ids in clips_of.items() if len(ids) > 1}).most_common()
     if not shared:
@@ -127,27 +130,27 @@ def shared_notes(clips: Sequence[tuple[Sample, str]]) -> list[str]:
 
 
 def plural(count: int, one: str, many: str) -> str:
-    """A number with what it counts."""
+    """Returns a number with its noun in the singular or plural."""
     return f"{count} {one if count == 1 else many}"
 
 
 def names(listed: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Returns the first names, and how many more there are."""
     more = [f"and {len(listed) - NAMED} more"] if len(listed) > NAMED else []
     return ", ".join([*listed[:NAMED], *more])
 
 
 def excerpt(text: str) -> str:
-    """The start of a text on one line."""
+    """Returns the start of a text on one line."""
     text = one_line(text)
     return text if len(text) <= LONGEST_EXCERPT else f"{text[: LONGEST_EXCERPT - 3]}..."
 
 
 def quoted(text: str) -> str:
-    """The start of a caption between quotation marks."""
+    """Returns the start of a caption in quotation marks."""
     return f'"{excerpt(text)}"'
 
 
 def indented(lines: Sequence[str]) -> list[str]:
-    """The first of many lines, as details of the one before."""
+    """Returns the first of many lines, indented as details of the line above."""
     return [f"  {line}" for line in first_of(lines)]

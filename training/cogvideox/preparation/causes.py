@@ -1,7 +1,7 @@
-"""Why clips cannot be used: records of the ledger, grouped by cause, each with examples and a flag that helps.
+"""Explains why clips cannot be used: groups ledger records by cause, with examples and a flag that helps.
 
-A cause is a status and a reason whose numbers do not count. The flags that are proposed were tried on the clips: they
-are legal for the model, and say how many of the clips could be used with them.
+``cause_lines`` returns the text. Records have one cause if their status and reason agree except for numbers. Proposed
+flags are legal for the model, and were tried on the clips to count how many could be used with them.
 """
 
 import math
@@ -32,7 +32,7 @@ Records = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Cause:
-    """Records that cannot be used for one reason."""
+    """The records of clips that cannot be used for one reason."""
 
     status: str
     records: Records
@@ -47,7 +47,7 @@ class Cause:
             yield fix
 
     def fix(self, data: DataFlags, geometry: Geometry) -> str | None:
-        """The flag with which some of the clips could be used; None where the reasons say what helps, or none does."""
+        """Returns a flag with which some clips could be used; None if no flag helps or the reason says what does."""
         clips = [clip_of(record) for record in self.records]
         if self.status == SHORT:
             return shorter_buckets(clips, data, geometry)
@@ -55,7 +55,7 @@ class Cause:
 
 
 def causes_of(records: Records) -> list[Cause]:
-    """The causes for which clips cannot be used, the most frequent first."""
+    """Returns the causes why clips cannot be used, the most frequent first."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         if record["status"] != OK:
@@ -75,13 +75,13 @@ def cause_lines(records: Records, data: DataFlags, geometry: Geometry) -> Iterat
 
 
 def clip_of(record: dict[str, Any]) -> Clip:
-    """What a record says of its clip: frames at the rate asked for, height, width; no frames where it was not read."""
+    """Returns (frames at the sampled rate, height, width) of a clip; it has no frames if it could not be read."""
     source = record.get("source")
     return (record.get("available", 0), source["height"], source["width"]) if source else NO_CLIP
 
 
 def shorter_buckets(clips: Sequence[Clip], data: DataFlags, geometry: Geometry) -> str | None:
-    """The flags as they are with the frame count added with which most of the clips fill a bucket, the longest such."""
+    """Proposes the current flags with one more frame count: the longest of those that most of the clips fill."""
     shortest = min(bucket.frames for bucket in list_buckets(data))
     counts = [] if geometry.learned_positions else legal_frames(geometry, shortest - 1)
     pictures = all(frames == 1 for frames, _, _ in clips)
@@ -96,7 +96,7 @@ def shorter_buckets(clips: Sequence[Clip], data: DataFlags, geometry: Geometry) 
 
 
 def with_frames(count: int, sizes: Sequence[tuple[int, int]] | dict[tuple[int, int], None], data: DataFlags) -> str:
-    """The flags for buckets as they are, with one more frame count."""
+    """Returns the current bucket flags with one more frame count."""
     if data.train_resolution:
         more = (str(Bucket(count, *size)) for size in sizes)
         return f"--train_resolution {' '.join([*data.train_resolution, *more])}"
@@ -104,7 +104,7 @@ def with_frames(count: int, sizes: Sequence[tuple[int, int]] | dict[tuple[int, i
 
 
 def more_upscaling(clips: Sequence[Clip], data: DataFlags) -> str:
-    """How far the clips must be allowed to be enlarged."""
+    """Proposes the --max_upscale with which all of the clips could be used."""
     buckets = list_buckets(data)
     least = max(
         min(upscale(bucket, height, width) for bucket in buckets if bucket.frames <= frames)
@@ -116,19 +116,19 @@ def more_upscaling(clips: Sequence[Clip], data: DataFlags) -> str:
 
 
 def usable(buckets: Sequence[Bucket], clips: Sequence[Clip], max_upscale: float) -> int:
-    """How many of the clips fill a bucket."""
+    """Returns how many of the clips fill a bucket."""
     return sum(bool(choose_buckets(buckets, *clip, max_upscale)) for clip in clips)
 
 
 def number_of(number: int, clips: Sequence[Clip]) -> str:
-    """How many of the clips, in words."""
+    """Returns "N of them", "them" or "it"."""
     if number < len(clips):
         return f"{number} of them"
     return "it" if number == 1 else "them"
 
 
 def proposal_of(records: Records, data: DataFlags, geometry: Geometry, number: int) -> Proposal:
-    """Buckets for the clips of a data set; see propose. As long as the flags allow, or the model's own with others."""
+    """Proposes buckets for the clips of a data set, no longer than the flags or the model's own frame count allow."""
     most = data.max_num_frames or geometry.sample_frames
     if data.train_resolution:  # of which --max_num_frames is the longest, unless it was given
         most = max(most, geometry.sample_frames)
@@ -136,13 +136,13 @@ def proposal_of(records: Records, data: DataFlags, geometry: Geometry, number: i
 
 
 def proposal_line(proposal: Proposal, data: DataFlags) -> str:
-    """How many clips fit which buckets, and how to ask for those."""
+    """Returns a line with the number of clips that fit the proposed buckets, and the flags to get them."""
     instead = "" if data.train_resolution else " (in place of other flags for buckets)"
     return f"{proposal.fitting} of {proposal.num_clips} clips fit {flags_of(proposal, data)}{instead}"
 
 
 def flags_of(proposal: Proposal, data: DataFlags) -> str:
-    """A proposal to be pasted into a command; with --max_num_frames where that may be too little."""
+    """Returns the flags of a proposal for a command, with --max_num_frames if its value is too small."""
     longest = max(bucket.frames for bucket in proposal.buckets)
     most = f" --max_num_frames {longest}" if longest > (data.max_num_frames or longest) else ""
     return proposal.flags + most

@@ -1,12 +1,14 @@
-"""The prepared folders of CogVideoX-Factory, which --load_tensors takes too: converted once into our cache.
+"""Converts folders that CogVideoX-Factory prepared into the tensor cache, for --load_tensors.
 
-    prompts.txt, videos.txt    line n of each is one clip (or a table); videos/NAME.mp4 need not be there any more
-    video_latents/NAME.pt      beside videos/: the VAE's posterior, unscaled: mean and log variance, (2C, F, H, W)
-    prompt_embeds/NAME.pt      T5's embedding of the caption, id token included, (L, D)
-    image_latents/NAME.pt      the posterior of the first frame without noise, (2C, 1, H, W): for image-to-video
+``open_factory`` converts each folder once. Its layout is:
 
-Each .pt is read as plain data: what else a pickle asks for is refused, nothing of it is run. A tensor's key is the hash
-of its file, and the ledger has the key of each path, size and time, so a second start reads no .pt.
+    prompts.txt, videos.txt    line n of each is one clip (or a table); videos/NAME.mp4 may be missing
+    video_latents/NAME.pt      next to videos/: the VAE's posterior, unscaled: mean and log variance, (2C, F, H, W)
+    prompt_embeds/NAME.pt      T5's embedding of the caption with its id token, (L, D)
+    image_latents/NAME.pt      the posterior of the first frame without noise, (2C, 1, H, W), for image-to-video
+
+Each .pt file is read as plain data: pickles that ask for anything else are refused, and no code in them runs. The key
+of a tensor is the hash of its file. The ledger maps path, size and time to the key, so a second start reads no .pt.
 """
 
 import hashlib
@@ -32,13 +34,13 @@ from cogvideox.data.forms.samples import unique_id
 from cogvideox.errors import UsageError
 from cogvideox.files import stamp_of
 
-EMBEDS, IMAGES = "prompt_embeds", "image_latents"  # the folders beside MOMENTS
+EMBEDS, IMAGES = "prompt_embeds", "image_latents"  # the folders next to MOMENTS
 NAMES = {MOMENTS: "moments_CFHW", EMBEDS: "prompt_LD", IMAGES: "image_moments_KCHW"}  # the tensors in the cache
 
 
 @dataclass(frozen=True)
 class Row:
-    """One clip of the lists, and the files with its tensors."""
+    """One clip of the lists, with the files of its tensors."""
 
     id: str
     caption: str
@@ -47,13 +49,13 @@ class Row:
     image: Path | None = None  # for image-to-video
 
     def files(self) -> tuple[tuple[str, Path], ...]:
-        """(folder's name, path) of each."""
+        """Returns (name of the folder, path) of each tensor."""
         images = () if self.image is None else ((IMAGES, self.image),)
         return (MOMENTS, self.moments), (EMBEDS, self.embeds), *images
 
 
 def check_tensors(options: Any) -> Iterator[str]:
-    """Problems of the folder that is given with --load_tensors, for args.parse; no tensor is read."""
+    """Yields the problems of the folder that is given with --load_tensors, without reading tensors."""
     folder = Path(options.data.data_root[0])
     if options.loader.load_tensors and is_factory_layout(folder):
         if len(options.data.repeats) > 1:
@@ -80,13 +82,21 @@ def open_factory(
     say: Callable[[str], None],
     images: bool = False,
 ) -> CacheIndex:
-    """The index of a factory's folder, its tensors in ``cache``: the main process converts, the others wait for it.
+    """Converts a factory's folder into a cache and returns its index. The main process converts, the others wait.
 
-    ``encoders`` is a prepare.Encoders, the model's: a .pt does not tell what made it. ``embed_empty`` puts the empty
-    caption into the cache, where it is needed; ``ranks`` is a Ranks. ``images``: with the first frames.
+    Args:
+        folder: The factory's folder.
+        data: The flags of the data.
+        geometry: The geometry of the model.
+        cache: Where the tensors are written.
+        encoders: The model's prepare.Encoders; a .pt file does not record what made it.
+        embed_empty: Writes the embedding of the empty caption into the cache, if it is needed.
+        ranks: A Ranks.
+        say: Prints a line on the main process.
+        images: Whether to convert first frames as well.
 
     Raises:
-        UsageError: everything that is wrong with the lists and the files.
+        UsageError: Lists or files are wrong; the message has all problems.
     """
     rows = read_rows(folder, data, images)
     if ranks.is_main_process:
@@ -110,7 +120,7 @@ def open_factory(
         image_variants=int(images),
     )
     if ranks.is_main_process:
-        index.save(cache.folder)  # from now on the cache can be given in the folder's place
+        index.save(cache.folder)  # from now on --data_root can name the cache instead of the folder
     return index
 
 
@@ -118,10 +128,10 @@ def open_factory(
 
 
 def read_rows(folder: Path, data: DataFlags, images: bool = False) -> list[Row]:
-    """The clips that the lists name, as often as --repeats says, each with its files, which may be read.
+    """Returns the clips of the lists with their files, repeated as --repeats says.
 
     Raises:
-        UsageError: all problems of the lists and of the paths.
+        UsageError: Lists or paths are wrong; the message has all problems.
     """
     problems = Problems()
     root = os.path.abspath(folder)
@@ -136,7 +146,7 @@ def read_rows(folder: Path, data: DataFlags, images: bool = False) -> list[Row]:
 
 
 def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems, images: bool) -> Iterator[Row]:
-    """The rows of columns that have no problems, with their own ones added; ids may not be unique."""
+    """Yields the row of each clip, with ids that may repeat; adds problems of the rows."""
     captions, videos = columns.captions, columns.videos
     assert captions is not None
     assert videos is not None
@@ -145,7 +155,7 @@ def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems, ima
         video = os.path.normpath(os.path.join(videos.folder, path))
         row = Row(os.path.relpath(video, root).replace(os.sep, "/"), caption, *_files_of(video, images))
         if not is_unicode(caption):
-            problems.add("not UTF-8", f"{captions.place(number)}: is no Unicode text; write the characters themselves")
+            problems.add("not UTF-8", f"{captions.place(number)}: is not Unicode text; write the characters themselves")
         if owners.setdefault(row.moments, video) != video:
             whole = os.path.splitext(os.path.basename(video))[0]
             fix = f"name the tensors after the whole name, {whole}.pt, or rename the clip and them"
@@ -158,7 +168,7 @@ def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems, ima
 
 
 def _files_of(video: str, images: bool) -> tuple[Path, ...]:
-    """The tensors of a clip. The factory cuts its name at the first dot; a file of the whole name goes before."""
+    """Returns the tensor files of a clip. The factory cuts names at the first dot; a file with the full name wins."""
     folder, name = os.path.split(video)
     beside = Path(os.path.dirname(folder))
     whole, cut = os.path.splitext(name)[0], name.split(".")[0]
@@ -171,10 +181,10 @@ def _files_of(video: str, images: bool) -> tuple[Path, ...]:
 
 
 def convert(rows: Sequence[Row], geometry: Geometry, cache: TensorCache) -> None:
-    """Puts into the cache what is not there yet; a file that is good stays converted, whatever the others are.
+    """Writes the tensors into the cache that it lacks. Good files stay converted even if others are bad.
 
     Raises:
-        UsageError: what is wrong with each file.
+        UsageError: Some files are bad; the message has all problems.
     """
     ledger, problems = Ledger(cache.folder), Problems()
     known = ledger.read()
@@ -198,7 +208,7 @@ def convert(rows: Sequence[Row], geometry: Geometry, cache: TensorCache) -> None
 def cached_samples(
     rows: Sequence[Row], geometry: Geometry, cache: TensorCache, data: DataFlags
 ) -> tuple[CachedSample, ...]:
-    """The converted rows as the index has them."""
+    """Returns the converted rows as entries of the index."""
     known = Ledger(cache.folder).read()
     samples = []
     for row in rows:
@@ -213,8 +223,9 @@ def cached_samples(
 
 
 def bucket_of(shape: tuple[int, ...], geometry: Geometry, data: DataFlags) -> Bucket:
-    """The bucket of (2C, F, H, W) moments. F does not tell the number of frames: a listed number that becomes F latent
-    frames is taken, else the one that the factory makes of F.
+    """Returns the bucket of moments of a shape (2C, F, H, W).
+
+    Several frame counts have F latent frames. A count in the flags wins; otherwise it is the factory's usual one.
     """
     _, latents, height, width = shape
     compression = geometry.temporal_compression
@@ -229,13 +240,13 @@ def _request(path: Path) -> str:
 
 
 def _record(known: dict[str, dict[str, Any]], path: Path, cache: TensorCache) -> dict[str, Any] | None:
-    """What the ledger has on a file as it is now, if its tensor is in the cache."""
+    """Returns the ledger record of a file in its current state, or None if its tensor is not in the cache."""
     record = known.get(_request(path))
     return record if record is not None and is_key(record.get("key")) and cache.has(record["key"]) else None
 
 
 def _convert_file(kind: str, path: Path, cache: TensorCache) -> dict[str, Any]:
-    request = _request(path)  # before reading: a later change gives another one
+    request = _request(path)  # taken before reading, so that a change in the meantime is noticed next time
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -250,16 +261,16 @@ def _convert_file(kind: str, path: Path, cache: TensorCache) -> dict[str, Any]:
 
 
 def read_tensor(path: Path, content: bytes) -> Any:
-    """The one tensor of a .pt, finite floats on the CPU; ``path`` is for messages.
+    """Returns the tensor in the content of a .pt file, with finite floats, on the CPU.
 
     Raises:
-        UsageError: it holds something else, or is damaged.
+        UsageError: The content is something else, or is damaged; the message names the path.
     """
     import torch
 
     try:
         tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # damage and hostile pickles raise anything; torch's text tells how to run them
+    except Exception as error:  # damaged and hostile pickles raise anything; torch's message explains how to run them
         raise UsageError(f"{path}: is not plain tensor data ({type(error).__name__}); encode the clip again") from None
     floats = (torch.float32, torch.bfloat16, torch.float16)
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.dtype not in floats:
@@ -272,7 +283,11 @@ def read_tensor(path: Path, content: bytes) -> Any:
 
 
 def _check_shape(kind: str, path: Path, shape: tuple[int, ...], geometry: Geometry) -> None:
-    """Raises UsageError for a shape that the model does not take."""
+    """Checks the shape of a tensor.
+
+    Raises:
+        UsageError: The model does not accept the shape.
+    """
     if kind == EMBEDS:
         wanted = (geometry.max_text_seq_length, geometry.text_embed_dim)
         if shape != wanted:

@@ -1,4 +1,7 @@
-"""What a training script trains on: a prepared folder, or one that is prepared now."""
+"""Opens the data that a training script trains on.
+
+``open_tensors`` opens a folder that prepare_dataset.py or CogVideoX-Factory has prepared, or prepares one first.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +22,7 @@ from cogvideox.runtime.run import Run
 
 @dataclass(frozen=True)
 class Tensors:
-    """The cached data set of a run, the model's numbers, and what made the tensors."""
+    """The cached data set of a run, with the geometry of its model and the encoders that made the tensors."""
 
     geometry: Geometry
     cache: TensorCache
@@ -31,7 +34,7 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
     """Opens --data_root as a prepared folder, or prepares it into --tensor_cache first.
 
     Raises:
-        UsageError: the folder was made with other encoders than the model's, or too many clips are bad.
+        UsageError: The folder was made with other encoders than the model's, or too many clips are bad.
     """
     geometry = read_geometry(options.model)
     encoders = Encoders.of(options.model, options.encode, geometry, run.ranks.device)
@@ -63,7 +66,7 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
 
 
 def convert_here(run: Run, options: TrainOptions, geometry: Geometry, encoders: Encoders, folder: Path) -> CacheIndex:
-    """The index of a factory's folder, whose tensors are converted once."""
+    """Returns the index of a folder that CogVideoX-Factory prepared; its tensors are converted once."""
     cache, data = TensorCache(folder), options.data
 
     def embed_empty() -> None:
@@ -77,7 +80,7 @@ def convert_here(run: Run, options: TrainOptions, geometry: Geometry, encoders: 
 
 
 def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Path) -> CacheIndex:
-    """What prepare_dataset.py does, before training."""
+    """Prepares the data as prepare_dataset.py does; returns the index."""
     image_variants = noise_variants(options)
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks, image_variants)
     records = preparation.plan()
@@ -85,12 +88,16 @@ def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Pa
         preparation.check(records)
         index, records = preparation.encode(records)
     run.say(describe(preparation, records))
-    run.barrier()  # drawing pictures takes longer than the other ranks wait elsewhere
+    run.barrier()  # drawing takes longer than the time limit of the next collective, so the other ranks wait here
     return index
 
 
 def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:
-    """Raises UsageError where the model has no positions for what was prepared."""
+    """Checks that the model has positions for all buckets.
+
+    Raises:
+        UsageError: The model's learned positions do not fit a bucket.
+    """
     others = sorted({str(sample.bucket) for sample in index.samples if not geometry.has_positions(sample.bucket)})
     if others and not ignores_positions(options):
         rule = f"this model's learned positions are for {geometry.own_bucket} alone, prepared were {' '.join(others)}"
@@ -98,7 +105,11 @@ def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOpti
 
 
 def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:
-    """Raises UsageError where the tensors were made with another VAE, T5 or text length."""
+    """Checks that the tensors were made with this model's encoders.
+
+    Raises:
+        UsageError: They were made with another VAE, T5 or text length.
+    """
     wrong = other_encoders(index, encoders)
     if wrong:
         raise UsageError(
@@ -108,7 +119,11 @@ def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:
 
 
 def check_flags(index: CacheIndex, data: DataFlags) -> None:
-    """Raises UsageError where flags ask for what the samples are not, in folders that do not keep the flags."""
+    """Checks the flags against the samples of a folder that does not record its flags.
+
+    Raises:
+        UsageError: The id token or the buckets differ from the flags.
+    """
     problems = []
     token = (data.id_token or "").strip()
     if any(not sample.caption.startswith(token) for sample in index.samples):

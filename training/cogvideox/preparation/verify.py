@@ -1,6 +1,7 @@
-"""A cache against the data it was made from: what is damaged, foreign, out of date or missing, and making it right.
+"""Verifies and repairs a cache: finds tensors that are damaged, missing, outdated or made with another model.
 
-Preparation and its records -> find_faults() -> Fault, a line each; repair() lets the next preparation encode them anew.
+``find_faults`` compares the cache with its data and changes nothing. ``repair`` deletes what is faulty, so that the
+next preparation encodes it again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,13 @@ from cogvideox.preparation.prepare import Encoders, Preparation, other_encoders
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with a cache, and what mends it: a tensor to encode, or a file to plan, anew."""
+    """A fault of a cache, and what to do again to repair it.
+
+    Attributes:
+        text: The line that is printed.
+        key: The tensor to encode again, if any.
+        record: The ledger record of the file to plan again, if any.
+    """
 
     text: str
     key: str | None = None
@@ -26,7 +33,7 @@ class Fault:
 
 
 def find_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> list[Fault]:
-    """Everything wrong with this rank's share of the cache. Reads every file, changes none."""
+    """Returns the faults in this rank's share of the cache. It reads every file and changes none."""
     encoders = preparation.encoders
     index, faults = None, []
     try:
@@ -44,7 +51,7 @@ def find_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> 
 
 
 def encoder_faults(index: CacheIndex, encoders: Encoders) -> Iterator[Fault]:
-    """Other weights, or another precision, than the model's."""
+    """Yields a fault for each encoder whose weights or precision are not the model's."""
     names = other_encoders(index, encoders)
     dtypes = {"vae": encoders.vae_dtype, "text_encoder": encoders.text_dtype}
     names += [f"precision of the {part}" for part, dtype in dtypes.items() if index.dtypes[part] != dtype]
@@ -55,7 +62,7 @@ def encoder_faults(index: CacheIndex, encoders: Encoders) -> Iterator[Fault]:
 def sample_faults(
     preparation: Preparation, records: Sequence[dict[str, Any]], encoders: Encoders, index: CacheIndex
 ) -> Iterator[Fault]:
-    """Clips that are new, gone or changed since the cache was made."""
+    """Yields a fault for each clip that was added, removed or changed since the cache was made."""
     listed = len(records) - preparation.num_validation
     pairs = list(zip(preparation.samples, records, strict=True))
     for name, part, there in (
@@ -70,7 +77,7 @@ def sample_faults(
 
 
 def change_of(now: CachedSample | None, then: CachedSample | None) -> str | None:
-    """What has become of a sample since the cache was made; None: nothing."""
+    """Describes how a sample has changed since the cache was made; returns None if it has not."""
     if then is None:
         return "is not in the cache yet"
     if now is None:
@@ -85,7 +92,7 @@ def change_of(now: CachedSample | None, then: CachedSample | None) -> str | None
 
 
 def source_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> Iterator[Fault]:
-    """Clips whose content is not what was planned, though size and time are."""
+    """Yields a fault for each file whose content has changed although its size and time have not."""
     files = [file for record in records if record["status"] == OK for file in (record, record.get("image", record))]
     used = {file["request"]: file for file in files}
     mine = preparation.share(list(used.values()))
@@ -99,7 +106,7 @@ def source_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -
 def tensor_faults(
     preparation: Preparation, records: Sequence[dict[str, Any]], encoders: Encoders, index: CacheIndex | None
 ) -> Iterator[Fault]:
-    """Tensors that are missing although indexed, damaged, of the wrong shape, or not finite."""
+    """Yields a fault for each tensor that is missing although indexed, damaged, of the wrong shape, or not finite."""
     geometry, cache = preparation.geometry, preparation.cache
     cuts = preparation.cuts(records, encoders)
     shapes: dict[str, tuple[int, ...]] = {key: cut.shape(geometry) for key, cut in cuts.items()}
@@ -108,7 +115,7 @@ def tensor_faults(
     indexed = index.keys if index is not None else set()
     for key, shape in preparation.share(list(shapes.items())):
         if not cache.has(key) and key not in indexed:
-            continue  # of a clip that is not in the cache yet
+            continue  # the clip is not in the cache yet, which sample_faults reports
         try:
             for tensor in cache.examine(key).values():
                 if tuple(tensor.shape) != shape:
@@ -120,9 +127,14 @@ def tensor_faults(
 
 
 def repair(preparation: Preparation, faults: Sequence[Fault], records: Sequence[dict[str, Any]]) -> None:
-    """Deletes what is damaged and forgets what is out of date, so that preparing makes it anew.
+    """Deletes damaged tensors and outdated records, so that the next preparation makes them again.
 
-    ``faults`` are those of all ranks. Files that failed, or whose decoder had to be killed, are tried once more.
+    Files that could not be decoded, or whose decoder was killed, are tried once more.
+
+    Args:
+        preparation: The preparation of the cache.
+        faults: The faults that all ranks found.
+        records: The record of every sample.
     """
     if preparation.state.is_main_process:
         for fault in faults:
