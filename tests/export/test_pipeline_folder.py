@@ -152,7 +152,7 @@ def test_what_fails_leaves_none_and_the_next_result_has_its_own(
     flags = sft_flags(model, tensors, output, "--load_tensors", "--save_pipeline")
     assert train_all([*flags, "--max_train_steps", "1"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_folder, "place", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        patch.setattr(pipeline_folder, "link_or_copy", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         with pytest.raises(
             DiskError, match=r"No space left on device, .*; checkpoint-2, the newest checkpoint, is safe"
         ):
