@@ -38,7 +38,7 @@ gc.disable()
 
 # Files of which one process runs every test: what their module fixtures make is made once, not once a process.
 # xdist_group would say so in the files, but pytest-xdist 3.8 passes it over under pytest 9.2 without a word.
-TOGETHER = ("test_learning.py", "test_held_out.py", "test_pipeline_folder.py", "test_verify.py", "test_data_set.py")
+TOGETHER = ("test_learning.py", "test_held_out.py", "test_pipeline_folder.py", "test_verify.py", "test_real_folder.py")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -74,7 +74,7 @@ def seen() -> list[tuple[int, np.ndarray]]:
 @pytest.mark.parametrize("name", ["png.mov", "ffv1.mkv", "qtrle.mov"])
 @pytest.mark.parametrize("size", [(16, 24), (40, 57), (64, 96), (150, 200)])
 def test_hidden_colors_do_not_reach_the_edges(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
-    """Whatever lies under alpha 0 changes no pixel, whether the picture shrinks or grows."""
+    """Hidden colors under alpha 0 change no pixel, whether the picture shrinks or grows."""
     one, other = (read(made(name, [sprite(hidden=color)], tmp_path), *size) for color in (HIDDEN, (0, 0, 0)))
     assert (one == other).all()
 

@@ -1,4 +1,4 @@
-"""cache.py: what was written comes back or is an error, whenever and wherever a process dies."""
+"""cache.py: a read returns what was written or raises an error, whenever a process dies."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_the_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monk
 
 
 def leave_temporary(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, pid: int) -> Path:
-    """What a process of that id leaves behind when it dies between write and rename."""
+    """Creates the file that a process with this id leaves behind when it dies between write and rename."""
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: pid)
         patch.setattr(os, "replace", lambda *_: None)
@@ -383,7 +383,7 @@ OUTSIDE = "../mine/my-lora"
 
 
 def as_written_by_others(folder: Path, **changes: Any) -> None:
-    """An index.json whose first sample, or the whole, has other values than a preparation writes."""
+    """Writes an index.json with values that a preparation never writes, in its first sample or at the top level."""
     index().save(folder)
     values = json.loads((folder / "index.json").read_text())
     whole = {name: changes.pop(name) for name in list(changes) if name in values}
@@ -414,7 +414,7 @@ def test_a_foreign_index_names_nothing_outside_its_folder(tmp_path: Path, change
 
 @pytest.mark.fault("security: a tensor file is asked for under a key that leads outside the folder")
 def test_a_file_outside_the_folder_is_neither_read_nor_renamed(tmp_path: Path) -> None:
-    """It would be set aside under another name, as any file that is not what was written."""
+    """Otherwise the file would be renamed, as any file that is not what was written."""
     mine = tmp_path / "mine" / "my-lora.safetensors"
     mine.parent.mkdir()
     mine.write_bytes(b"precious")

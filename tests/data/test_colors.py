@@ -36,7 +36,7 @@ def ffmpegs(name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", TRANSFERS)
 @pytest.mark.parametrize("shrink", [1, 2, 4])
 def test_pixels_are_those_of_ffmpeg(tmp_path: Path, name: str, shrink: int) -> None:
-    """At the size of the file and smaller; the unconverted picture is far off."""
+    """This holds at the size of the file and smaller; the unconverted picture differs far more."""
     path = placed(tmp_path, lossless(name))
     info = probe(path)
     height, width = info.height // shrink, info.width // shrink
@@ -50,7 +50,7 @@ def test_pixels_are_those_of_ffmpeg(tmp_path: Path, name: str, shrink: int) -> N
 
 
 def test_white_is_where_it_belongs(tmp_path: Path) -> None:
-    """Grey of 203 cd/m2 and more is white; that of half the light is what SDR says of half the light."""
+    """Gray of 203 cd/m2 and more is white; that of half the light is what SDR says of half the light."""
     for name in ("hlg", "pq"):
         for light, level in ((1.0, 255), (3.0, 255), (0.5, round(255 * 0.5 ** (1 / 2.4))), (0.0, 0)):
             path = placed(tmp_path, video(name, "matroska", "ffv1", [np.full((32, 32, 3), light)]))

@@ -43,7 +43,7 @@ VARIANTS = 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of five clips with two variants each."""
+    """Returns a cache of five clips with two variants each."""
     cache = TensorCache(tmp_path_factory.mktemp("cache"))
     generator = torch.Generator().manual_seed(0)
     for name in NAMES:
@@ -132,7 +132,7 @@ def test_other_samples_have_no_effect(make: Callable[..., LatentDataset]) -> Non
 
 
 def moments_of(dataset: LatentDataset, index: int, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation as the VAE's own distribution has them, each (F, C, H, W)."""
+    """Returns mean and standard deviation of the VAE's own distribution, each of shape (F, C, H, W)."""
     moments = dataset.cache.read(hash_of([NAMES[index], variant]))["moments_CFHW"]
     posterior = DiagonalGaussianDistribution(moments[None])
     return posterior.mean[0].transpose(0, 1), posterior.std[0].transpose(0, 1)
@@ -240,7 +240,7 @@ def test_a_range_of_timesteps(make: Callable[..., LatentDataset]) -> None:
 
 
 def test_strata_share_the_range_out_evenly(make: Callable[..., LatentDataset]) -> None:
-    """Each sample of a step comes from a part of its own, anywhere in it; a first number of 1 is no last timestep."""
+    """Each sample of a step gets a timestep from its own part of the range, and can get any timestep in it."""
     dataset = make()
     for step in range(10):
         timesteps = [int(dataset[Visit(k, step, (k, 5))].timestep_B) for k in range(5)]
@@ -298,7 +298,7 @@ NOISES = 3
 
 @pytest.fixture
 def with_images(make: Callable[..., LatentDataset], tmp_path: Path) -> Callable[..., LatentDataset]:
-    """The five clips with three encodings of the first frame of each variant, in a cache of its own."""
+    """Returns a separate cache of the five clips with three encodings of the first frame of each variant."""
     folder = Path(shutil.copytree(make().cache.folder, tmp_path / "images"))
     generator = torch.Generator().manual_seed(1)
     for name in NAMES:
@@ -325,7 +325,7 @@ def image_of(sample: Batch) -> torch.Tensor:
 
 
 def test_the_image_is_an_unscaled_draw_from_its_posterior(with_images: Callable[..., LatentDataset]) -> None:
-    """Of the clip variant that the visit has, and of its noises the next one each time that this variant comes."""
+    """The image belongs to the clip variant of the visit, and uses the next noise each time that this one is used."""
     dataset = with_images(seed=5)
     used = set()
     for visit in range(8):
@@ -352,7 +352,7 @@ def test_images_change_nothing_else(
 
 
 def test_images_are_dropped_one_by_one(with_images: Callable[..., LatentDataset]) -> None:
-    """Four standard deviations of a binomial; apart from captions, and from the other samples of a batch."""
+    """Images are dropped independently of captions and of other samples; the bound is 4 deviations of a binomial."""
     dataset = with_images(image_dropout=0.3, dropout=0.3)
     samples = [dataset[Visit(k % 5, k // 5)] for k in range(400)]
     images = torch.tensor([not image_of(sample).any() for sample in samples])
@@ -420,7 +420,7 @@ def broken(make: Callable[..., LatentDataset], tmp_path: Path) -> Callable[..., 
 
 
 def visited(dataset: LatentDataset, index: int, visit: int = 0) -> tuple[str, ...]:
-    """(clip that came, clips that were bad)."""
+    """Returns the clip that was used and the clips that were bad."""
     batch = dataset[Visit(index, visit)]
     return batch.ids[0], *(name for name, _ in batch.replaced)
 
@@ -478,7 +478,7 @@ def test_a_bucket_without_a_good_clip_is_an_error(broken: Callable[..., LatentDa
 
 
 def test_a_bad_empty_caption_is_an_error(broken: Callable[..., LatentDataset]) -> None:
-    """It is no clip's own: all would be replaced, and no caption dropped any more."""
+    """The empty caption belongs to no clip: all would be replaced, and no caption would ever be dropped."""
     dataset = broken()
     flip_byte(dataset.cache.path(dataset.index.empty_prompt_key))
     with pytest.raises(CacheError, match="checksum is wrong"):

@@ -25,7 +25,7 @@ OPEN_GOP = "open-gop=1:keyint=10:min-keyint=1:bframes=3:b-adapt=0:b-pyramid=norm
 
 
 def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """The number in binary, as eight white or black columns, which survive lossy coding and resizing."""
+    """Draws a number in binary as eight white or black columns, which survive lossy coding and resizing."""
     bits = [number >> bit & 1 for bit in range(8)]
     row = np.repeat(bits, width // 8)
     frame_HWC = np.broadcast_to(row[None, :, None] * 255, (height, width, 3)).astype(np.uint8)
@@ -364,7 +364,7 @@ def test_shrinking_averages(tmp_path):
 
 
 def area(count: int, size: int) -> np.ndarray:
-    """(size, count): how much of each of `count` samples a sample of the smaller picture covers."""
+    """Returns an array (size, count): how much of each of `count` pixels one of `size` pixels covers."""
     edges = np.linspace(0, count, size + 1)
     overlap = np.minimum(edges[1:, None], np.arange(count) + 1) - np.maximum(edges[:-1, None], np.arange(count))
     return np.clip(overlap, 0, None) * size / count
@@ -418,7 +418,7 @@ def test_colours_follow_the_tags_of_the_file(tmp_path, matrix, tag, sampling, fu
 
 
 def test_the_same_frames_make_the_same_file(tmp_path):
-    """Whatever lies in the memory that the encoder is given."""
+    """The file does not depend on what is in the memory that the encoder gets."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:64, :96]
     waves = [np.stack([127 + 100 * np.sin(x / 9 + f + y / (7 + c)) for c in range(3)], -1) for f in range(9)]

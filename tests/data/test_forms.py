@@ -39,7 +39,7 @@ SUFFIXES = ("csv", "tsv", "jsonl", "json")
 
 
 def write_table(file: Path, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
-    """A table as the libraries of its format write it."""
+    """Writes a table with the libraries of its format."""
     if file.suffix in (".csv", ".tsv"):
         with open(file, "w", newline="", encoding="utf-8") as stream:
             csv.writer(stream, delimiter="," if file.suffix == ".csv" else "\t").writerows([names, *rows])
@@ -51,7 +51,7 @@ def write_table(file: Path, names: Sequence[str], rows: Sequence[Sequence[Any]])
 
 
 def table(tmp_path: Path, text: str | bytes, suffix: str = "csv") -> dict[str, Any]:
-    """The flag of a table with the text, beside clips a.mp4 and b.mp4."""
+    """Writes a table with the text, next to clips a.mp4 and b.mp4, and returns its flag."""
     touch(tmp_path, "a.mp4", "b.mp4")
     (tmp_path / f"t.{suffix}").write_bytes(text.encode() if isinstance(text, str) else text)
     return {"dataset_file": f"t.{suffix}"}
@@ -316,7 +316,7 @@ def test_a_column_of_a_table_without_the_table(tmp_path: Path) -> None:
 
 
 def pairs(root: Path, **texts: str) -> Path:
-    """name_mp4="..." makes name.mp4 and name.txt; __ stands for a slash."""
+    """Creates files: name_mp4="..." makes name.mp4 and name.txt, and __ means a slash."""
     for name, text in texts.items():
         stem, _, suffix = name.replace("__", "/").rpartition("_")
         touch(root, f"{stem}.{suffix}")
@@ -468,7 +468,7 @@ HARD = "it's $HOME; a `b`"  # for a shell
 
 
 def flags_told(text: str) -> list[str]:
-    """The words behind the last word of advice, as a shell reads them."""
+    """Returns the words after the last word of advice, as a shell reads them."""
     return shlex.split(re.split(r"pass |choose with |nearest: |run prepare_dataset\.py ", text)[-1])
 
 

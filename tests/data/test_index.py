@@ -404,7 +404,7 @@ def test_the_check_leaves_a_prepared_folder_to_others(tmp_path: Path) -> None:
 
 
 def test_the_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the check has read is taken once, by the run whose flags were checked; nobody gets an old list."""
+    """The run whose flags were checked takes the clips that the check read, once; no other run gets them."""
     write(tmp_path, "a red square\n", "a.mp4\n")
     real, roots = samples._read_folder, list[str]()
 

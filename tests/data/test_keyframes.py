@@ -1,4 +1,4 @@
-"""Keyframes from which decoding does not get right, and pictures of another size that only decoding shows."""
+"""Keyframes after which frames do not decode correctly, and changes of size that only decoding shows."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def plainly(path: Path) -> list[np.ndarray]:
 
 
 def with_corruption(monkeypatch: pytest.MonkeyPatch, is_corrupt: Callable[[int, int], bool]) -> list[tuple[int, int]]:
-    """Makes the decoder say that frames are corrupt; the (frame, keyframe where decoding began) of each whole one."""
+    """Makes the decoder report corrupt frames; collects (frame, keyframe of the start) of each intact one."""
     whole: list[tuple[int, int]] = []
     real = decode._frames
 
@@ -90,7 +90,7 @@ def test_damage_near_the_start_is_known_from_the_start(clip: Path, monkeypatch: 
 
 
 def test_the_decoder_sees_the_first_packet_before_it_jumps(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first packet alone says which x264 wrote a file, and old ones need another way of decoding."""
+    """Only the first packet says which version of x264 wrote a file, and decoders work around bugs of old ones."""
     taught: set[int] = set()
     real = packets.decode_packet
 

@@ -1,4 +1,4 @@
-"""What headers promise, and files that hold less; rates that containers round or get wrong."""
+"""Files that hold less than their headers say, and frame rates that containers round or store wrongly."""
 
 import struct
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_truncated_file_is_no_shorter_clip(tmp_path: Path, name: str, share: f
 
 
 def with_sound(path: Path, seconds: float) -> Path:
-    """COUNT frames beside `seconds` of silence."""
+    """Writes a file with COUNT frames and `seconds` of silence."""
     with av.open(str(encode(path.with_name(f"mute_{path.name}")))) as source, av.open(str(path), "w") as container:
         video = container.add_stream_from_template(source.streams.video[0])
         audio = container.add_stream("aac", rate=48000, layout="mono")

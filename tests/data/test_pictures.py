@@ -122,7 +122,7 @@ def test_alpha_of_16_bits(tmp_path: Path, channels: int) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "avif", "tif"])
 def test_hidden_colors_do_not_reach_the_edges(tmp_path: Path, suffix: str) -> None:
-    """Whatever lies under alpha 0 changes no pixel that is kept, whether the picture shrinks or grows."""
+    """Hidden colors under alpha 0 change no visible pixel, whether the picture shrinks or grows."""
     lossless: dict[str, Any] = {"webp": {"lossless": True, "exact": True}, "avif": {"quality": 100}}.get(suffix, {})
     frames = []
     for hidden in (0, 255):

@@ -1,4 +1,4 @@
-"""sampler.py: nothing dropped, nothing twice, and the same order on any number of ranks."""
+"""sampler.py: no sample is dropped or repeated, and the order is the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def order(global_batch: int = 4, seed: int = 0, permutation: list[int] | None = 
 
 
 def steps(of: Order, first: int, last: int) -> list[list[tuple[str, int]]]:
-    """(id, visit) of each sample of each step."""
+    """Returns (id, visit) of each sample of each step."""
     return [[(of.sample_ids[v.index], v.visit) for v in of.batch(step)] for step in range(first, last)]
 
 
@@ -127,7 +127,7 @@ def test_fewer_samples_than_a_batch(samples: int) -> None:
 def micro_batches(
     ranks: int, accumulation: int, batch_size: int, first: int, last: int
 ) -> list[list[list[list[Visit]]]]:
-    """[step][accumulation step][rank] -> micro-batch."""
+    """Returns the micro-batches as nested lists: [step][accumulation step][rank]."""
     of = order(ranks * accumulation * batch_size)
     samplers = [BucketBatchSampler(of, batch_size, accumulation, rank, ranks, first, last) for rank in range(ranks)]
     streams = [list(sampler) for sampler in samplers]
@@ -161,7 +161,7 @@ def test_resuming_gives_the_tail(first: int) -> None:
 
 @pytest.mark.parametrize("global_batch", [1, 4, 25])
 def test_strata_are_the_places_in_the_global_batch(global_batch: int) -> None:
-    """And nothing else of the order changes."""
+    """Strata change nothing else about the order."""
     plain, stratified = order(global_batch), Order(IDS, BUCKETS, global_batch, 0, stratified=True)
     for step in range(20):
         assert [visit.stratum for visit in stratified.batch(step)] == [(k, global_batch) for k in range(global_batch)]

@@ -41,7 +41,7 @@ NEW_NAMESPACE, PRIVATE = 0x20000, 0x44000  # CLONE_NEWNS; MS_REC | MS_PRIVATE
 
 
 def mount_small(size: int) -> None:
-    """Gives this process a /dev/shm of its own with ``size`` bytes."""
+    """Gives this process a private /dev/shm with ``size`` bytes."""
     libc = ctypes.CDLL(None, use_errno=True)
     steps: tuple[Callable[[], int], ...] = (
         lambda: libc.unshare(NEW_NAMESPACE),
@@ -54,7 +54,7 @@ def mount_small(size: int) -> None:
 
 
 def with_small(size: int, work: Callable[[], Any], seconds: float = 100) -> Any:
-    """What ``work`` returns in a process with a small /dev/shm; fails where it is not done in time."""
+    """Returns what ``work`` returns in a process with a small /dev/shm, and fails if it does not end in time."""
     receiver, sender = os.pipe()
     child = os.fork()
     if child == 0:
@@ -136,7 +136,7 @@ def test_a_missing_folder_has_no_room_and_one_without_a_limit_has_all(tmp_path: 
 def test_a_small_shared_memory_trains_the_same_lora(
     model: Path, tensors: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Eight workers would need three times as much as there is."""
+    """Eight workers would need three times the shared memory that is free."""
     flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--dataloader_num_workers", 8)
     assert with_small(400_000, lambda: train(flags)) == 0
     assert equal(weights(tmp_path / "lora"), weights(reference))
@@ -146,7 +146,7 @@ def test_a_small_shared_memory_trains_the_same_lora(
 @pytest.mark.fault("memory: small /dev/shm that fills up while batches are loaded")
 @pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
 def test_a_batch_without_room_is_an_error_and_no_hang(data: LatentDataset, strategy: str) -> None:
-    """Workers that were not counted: each strategy of torch takes /dev/shm."""
+    """If too many workers are started, both sharing strategies of torch fill /dev/shm."""
 
     def load() -> str:
         torch.multiprocessing.set_sharing_strategy(strategy)
@@ -164,14 +164,14 @@ def test_a_batch_without_room_is_an_error_and_no_hang(data: LatentDataset, strat
 
 
 class Silent(LatentDataset):
-    """Reads nothing from a disk that does not answer."""
+    """Hangs like a read from a disk that does not answer."""
 
     def __getitem__(self, visit: Visit) -> Any:
         time.sleep(60)
 
 
 class Dies(LatentDataset):
-    """Ends as a process does that the kernel ends for want of memory."""
+    """Ends like a process that the kernel kills for lack of memory."""
 
     def __getitem__(self, visit: Visit) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Workers: whatever happens to the process of one job, all other jobs have their results, in order, and it is told why.
+"""Workers: whatever happens to the process of one job, all others return results, in order, and the reason is given.
 
 The jobs are functions of the standard library, so that a new worker imports nothing slow.
 """
@@ -33,7 +33,7 @@ CRASH = (ctypes.string_at, 0)
 
 
 def code(expression: str) -> tuple[Any, ...]:
-    """A job out of an expression."""
+    """Returns a job that evaluates an expression."""
     return (eval, expression)
 
 
@@ -145,13 +145,13 @@ def test_a_job_that_hangs_is_ended() -> None:
 
 
 def test_a_hang_that_no_signal_handler_interrupts() -> None:
-    """The interpreter's lock is held, as a loop in a decoder might."""
+    """The job holds the interpreter's lock, as a loop in a decoder may."""
     hang = code("__import__('re').match('(a*)*b', 'a' * 40)")
     assert [type(each) for each in results(hang, PID, limits=Limits(1.5, 2**30))] == [Killed, int]
 
 
 def test_the_clock_starts_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not with the imports of a new worker, and not while a job waits for the worker or its result for a reader."""
+    """The time limit does not count imports of a new worker, or waiting for a worker or a reader of results."""
     lines = ["import os, time", "time.sleep(float(os.environ['IMPORT']))", "def job(k): time.sleep(0.2); return k"]
     (tmp_path / "slow.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -226,7 +226,7 @@ def test_two_hundred_jobs_of_which_every_tenth_crashes(workers: Workers) -> None
 
 
 def test_a_job_whose_worker_dies_once_is_tried_again(tmp_path: Path) -> None:
-    """An earlier file may have damaged the process, or somebody killed it."""
+    """A job is tried again, because an earlier file may have damaged the process, or another program killed it."""
     path, number = str(tmp_path / "tried"), signal.SIGSEGV
     job = code(
         f"'second' if __import__('os').path.exists({path!r}) else "
@@ -256,7 +256,7 @@ def test_a_worker_killed_while_busy_loses_nothing() -> None:
 
 @pytest.mark.fault("kills: SIGKILL of a process that reads media files", times=4)
 def test_a_kill_while_results_are_sent_corrupts_nothing(workers: Workers) -> None:
-    """At random times, so that some fall into the sending of 100 MB by the killed worker or by the other one."""
+    """Workers are killed at random times, so that some are killed while they, or others, send 100 MB."""
     draws = random.Random(0)
     for _ in range(4):
         jobs = [
@@ -338,7 +338,7 @@ def test_signals_are_for_the_parent() -> None:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A script that uses torch, with two workers that hang: the process, and the workers' pids."""
+    """Starts a script that uses torch and has two hanging workers; yields the process and the workers' pids."""
     (tmp_path / "torch.py").write_text("")
     (tmp_path / "script.py").write_text(f"""
 import os, re, sys, time
@@ -366,7 +366,7 @@ with Workers(3, Limits(60, 2**30)) as workers:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.fault("kills: the parent of processes that read media files")
 def test_no_worker_outlives_its_parent(script: tuple[subprocess.Popen[str], list[int]], number: int) -> None:
-    """One is idle, one busy, one holds the interpreter's lock; none has imported what the script has."""
+    """Workers that are idle, busy, or hold the interpreter's lock end; none has imported the script's modules."""
     process, pids = script
     assert len(set(pids)) == 3
     assert all(is_alive(pid) for pid in pids)
