@@ -198,7 +198,7 @@ def test_two_processes_verify_together(model: Path, clips: Path, tensors: Path, 
     flags = ["--model_id", model, "--data_root", clips, "--output_dir", output, "--id_token", "TOKEN", *SIZE]
     ranks = fork_ranks(2, python(PREPARE_SCRIPT, *flags, "--verify"))
     lines = [line for rank in ranks for line in finish(rank, status=1).splitlines()]  # of both, once
-    assert len([line for line in lines if line.endswith("is torn")]) == 5
+    assert len([line for line in lines if line.endswith("is incomplete")]) == 5
     assert [line for line in lines if line.startswith("faults")] == ["faults: 5"]
     assert prepare(model, clips, output, "--id_token", "TOKEN", "--repair") == 0
     assert tensor_files(output).keys() == tensor_files(tensors).keys()
