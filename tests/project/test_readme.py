@@ -139,6 +139,7 @@ def test_flags_in_the_text_exist() -> None:
         "--steps",
         "--batch",
         "--help",
+        "--help_all",
         "--write",
         "--out",
         "--shm",
