@@ -1,4 +1,4 @@
-"""Frame counts and sizes: which are legal, and which bucket a clip goes to. Owns no file; numbers flow through.
+"""Decides which frame counts and sizes are valid, and which buckets a clip belongs to.
 
 All clips of one bucket become tensors of one shape, so a batch never mixes buckets. Sizes are in pixels of the
 video that the model is trained on, before the VAE.
@@ -24,13 +24,13 @@ class Bucket:
 
 
 def make_buckets(frames: Iterable[int], heights: Iterable[int], widths: Iterable[int]) -> tuple[Bucket, ...]:
-    """Every combination of the listed values, sorted by frames, height, width, without repeats."""
+    """Returns every combination of the values, sorted by frames, height and width, without repeats."""
     heights, widths = set(heights), set(widths)
     return tuple(sorted(Bucket(f, h, w) for f in set(frames) for h in heights for w in widths))
 
 
 def frame_problem(frames: int, temporal_compression: int) -> str | None:
-    """Why a VAE with this temporal compression cannot take `frames` frames, with the nearest legal counts; or None.
+    """Returns why a VAE with this temporal compression cannot encode `frames` frames, with the nearest counts; or None.
 
     With compression c, 1 and kc+1 are exact. kc is accepted as well: published commands use 16, 24 and 48.
     """
@@ -43,7 +43,7 @@ def frame_problem(frames: int, temporal_compression: int) -> str | None:
 
 
 def size_problem(size: int, multiple: int) -> str | None:
-    """Why `size` pixels cannot be a height or width, with the nearest sizes that can; or None."""
+    """Returns why `size` pixels cannot be a height or width, with the nearest valid sizes; or None."""
     if size > 0 and size % multiple == 0:
         return None
     below = size // multiple * multiple
@@ -54,7 +54,7 @@ def size_problem(size: int, multiple: int) -> str | None:
 def choose_buckets(
     buckets: Sequence[Bucket], frames: int, height: int, width: int, max_upscale: float, every: bool = False
 ) -> tuple[Bucket, ...]:
-    """The buckets for a clip that can give `frames` frames of height x width pixels; none if it fills none.
+    """Returns the buckets for a clip with `frames` frames of height x width pixels; () if it fills no bucket.
 
     A clip fills a bucket that asks for no more frames than it has, and for which it is not enlarged more than
     max_upscale times. Of those, the nearest one: frames first (the most), then the aspect ratio (least stretching or
@@ -78,7 +78,7 @@ def _near(buckets: Sequence[Bucket], height: int, width: int) -> list[Bucket]:
 
 
 def upscale(bucket: Bucket, height: int, width: int) -> float:
-    """How far a clip of height x width pixels is enlarged to fill a bucket; 1 or less: not at all."""
+    """Returns the factor by which a clip of height x width pixels is enlarged to fill a bucket; 1 or less is none."""
     return max(bucket.height / height, bucket.width / width)
 
 

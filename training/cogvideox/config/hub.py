@@ -1,7 +1,8 @@
-"""The repository on the Hugging Face hub that a result goes to: made when the run starts, filled when it is finished.
+"""Uploads the result of a run to a repository on the Hugging Face Hub.
 
---push_to_hub -> check_hub (no network) -> open_repository (a wrong token or a missing right ends the run at its start)
--> upload (one commit). The token is in the headers of requests and nowhere else: no file, message or log has it.
+``check_hub`` checks the flags without a network. ``open_repository`` creates the repository at the start of the run, so
+that a wrong token or a missing permission is reported before training. ``upload`` adds the result in one commit. The
+token is used only in the headers of requests and is never written to a file, a message or a log.
 """
 
 import time
@@ -13,8 +14,8 @@ from cogvideox.config.flags import HIDDEN, HubFlags
 from cogvideox.config.options import TrainOptions
 from cogvideox.errors import UsageError, public_urls
 
-WAITS = (2.0, 8.0, 30.0)  # seconds before the second, third and fourth try
-PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers that may be others a little later
+WAITS = (2.0, 8.0, 30.0)  # seconds before the second, third and fourth attempt
+PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which another attempt may succeed
 REFUSALS = {
     401: "the hub does not know this token; give another one with `hf auth login`, HF_TOKEN or --hub_token",
     403: "this token may not write there; give one that may, or another --hub_model_id",
@@ -26,19 +27,19 @@ Say = Callable[[str], None]
 
 
 def token_of(hub: HubFlags) -> str | None:
-    """The token of the flag, else of HF_TOKEN, else of the saved login."""
+    """Returns the token of the flag, else of HF_TOKEN, else of the saved login."""
     from huggingface_hub import get_token
 
     return hub.hub_token or get_token()
 
 
 def repository_name(options: TrainOptions) -> str:
-    """--hub_model_id, else the name of the output folder."""
+    """Returns --hub_model_id, or else the name of the output folder."""
     return options.hub.hub_model_id or Path(options.train.output_dir).resolve().name
 
 
 def check_hub(options: TrainOptions) -> Iterator[str]:
-    """Problems of --push_to_hub, for args.parse. Asks nobody."""
+    """Yields problems of --push_to_hub, for args.parse. Uses no network."""
     if not options.hub.push_to_hub:
         return
     from huggingface_hub import constants
@@ -59,7 +60,10 @@ def check_hub(options: TrainOptions) -> Iterator[str]:
 
 
 def open_repository(options: TrainOptions, say: Say, waits: Sequence[float] = WAITS) -> str | None:
-    """Makes the repository or finds it, and asks whether the token may write; its namespace/name. None: none is wanted.
+    """Creates or finds the repository and checks that the token has write access to it.
+
+    Returns:
+        The namespace/name of the repository, or None without --push_to_hub.
 
     Raises:
         UsageError: the hub refuses, or cannot be reached.
@@ -74,7 +78,7 @@ def open_repository(options: TrainOptions, say: Say, waits: Sequence[float] = WA
 
     def make() -> str:
         repository = api.create_repo(name, private=hub.hub_private or None, exist_ok=True).repo_id
-        api.auth_check(repository, write=True)  # one that is there already may be somebody else's
+        api.auth_check(repository, write=True)  # an existing repository may belong to somebody else
         return repository
 
     try:
@@ -87,10 +91,10 @@ def open_repository(options: TrainOptions, say: Say, waits: Sequence[float] = WA
 def upload(
     repository: str, hub: HubFlags, folder: Path, files: Sequence[Path], say: Say, waits: Sequence[float] = WAITS
 ) -> None:
-    """Sends files of a finished run in one commit; what is there already and has not changed is not sent again.
+    """Uploads files of a finished run in one commit. Unchanged files are not sent again.
 
     Raises:
-        UsageError: it could not be done; nothing on the disk is touched, and it can be tried again.
+        UsageError: the upload failed. No file on the disk has changed, and the upload can be repeated.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -98,7 +102,7 @@ def upload(
     api = HfApi(token=token)
 
     def commit() -> None:
-        # made anew at each try: a commit changes them
+        # created for each attempt, because a commit changes them
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
         api.create_commit(repository, operations, commit_message="Add the result of a finished run")
 
@@ -113,7 +117,7 @@ def upload(
 
 
 def patiently(call: Callable[[], Result], say: Say, waits: Sequence[float]) -> Result:
-    """The result of ``call``, which is tried again after each wait as long as its failure may pass."""
+    """Returns the result of ``call``, and repeats it after each wait if its failure may be temporary."""
     for wait in waits:
         try:
             return call()
@@ -126,27 +130,27 @@ def patiently(call: Callable[[], Result], say: Say, waits: Sequence[float]) -> R
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises where a request fails."""
+    """Returns the errors that huggingface_hub raises when a request fails."""
     from huggingface_hub.errors import HTTPError
 
     return (HTTPError, OSError, ValueError, RuntimeError)
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that caused it."""
+    """Yields an error and then the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error, if there was an answer."""
+    """Returns the HTTP status behind an error, or None if there was no answer."""
     responses: list[Any] = [getattr(link, "response", None) for link in chain(error)]
     return next((response.status_code for response in responses if response is not None), None)
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether trying again may help: the hub is not well, or no answer came (RuntimeError, in its uploads)."""
+    """Returns whether another attempt may help: the hub had a fault, or did not answer (in uploads a RuntimeError)."""
     from huggingface_hub.errors import HTTPError
 
     status = status_of(error)
@@ -156,7 +160,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def reason(error: BaseException, token: str | None) -> str:
-    """What an error and its causes say, up to the answer of the hub, on one line and without the token."""
+    """Returns the messages of an error and its causes, up to the answer of the hub, on one line without the token."""
     texts = []
     for link in chain(error):
         answer = getattr(link, "server_message", None)

@@ -1,6 +1,7 @@
-"""A LoRA's file before anything heavy is imported: what its header says, and whether the flags say the same.
+"""Reads the header of a LoRA file and compares it with the flags, before anything heavy is imported.
 
-safetensors only: a length, a JSON header (names, shapes, metadata), the numbers. Other formats can run code.
+``check_lora`` is the check for args.parse. Only safetensors files are read: they consist of a length, a JSON header
+(names, shapes, metadata) and the numbers. Other formats can run code.
 """
 
 import json
@@ -25,9 +26,9 @@ NO, EXACT, ROUNDED = "no", "exactly", "with rounding"  # whether, and how, the s
 
 @dataclass(frozen=True)
 class Training:
-    """How a LoRA was scaled in training, and whether the matrices of its file have this scale in them already.
+    """The scale of a LoRA in training, and whether the matrices in its file already contain this scale.
 
-    ``rank`` is that of the file's matrices: after PiSSA twice the one that was trained, and alpha grows with it.
+    ``rank`` is that of the matrices in the file. After PiSSA it is twice the trained rank, and alpha grows with it.
     """
 
     rank: int
@@ -38,13 +39,13 @@ class Training:
 
 
 def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
-    """What a LoRA's product of two matrices is multiplied by, as PEFT computes it."""
+    """Returns the factor by which the product of the two LoRA matrices is multiplied, as PEFT computes it."""
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The header of a LoRA's file."""
+    """The header of a LoRA file."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]  # by key
@@ -53,43 +54,43 @@ class LoraFile:
 
     @property
     def layers(self) -> list[str]:
-        """The layers that it changes."""
+        """The layers that the LoRA changes."""
         return sorted({match[1] for key in self.shapes if (match := KEY.fullmatch(key))})
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks of its matrices."""
+        """The ranks of the matrices, without repeats."""
         return sorted({shape[0] for key, shape in self.shapes.items() if key.endswith("lora_A.weight")})
 
     @property
     def folded(self) -> str:
-        """Whether, and how, its matrices have the scale of training in them."""
+        """Whether, and how, the matrices contain the scale of training: NO, EXACT or ROUNDED."""
         return self.training.scale_folded if self.training else NO
 
     def scaling(self, rank: int) -> tuple[float, bool]:
-        """(alpha, whether it is rsLoRA's) with which training goes on; where folding rounded, that of the file."""
+        """Returns (alpha, whether rsLoRA is used) to continue training with; after rounding, that of the file."""
         if self.training and self.folded == EXACT:
             return self.training.lora_alpha, self.training.use_rslora
         return self.config.get("lora_alpha", rank), bool(self.config.get("use_rslora"))
 
 
 def check_lora(options: Any) -> Iterator[str]:
-    """Problems of --lora_path, for args.parse."""
+    """Yields problems of --lora_path, for args.parse."""
     if isinstance(options, LoraOptions) and options.lora.lora_path is not None:
         yield from misfits(read_header(options.lora.lora_path), options.lora)
 
 
 def lora_file(given: str) -> Path:
-    """The file that --lora_path means: itself, or the one in a folder."""
+    """Returns the file that --lora_path names, either directly or by its folder."""
     path = Path(given)
     return path / WEIGHTS_NAME if path.is_dir() else path
 
 
 def read_header(given: str) -> LoraFile:
-    """The header of the file that --lora_path means.
+    """Returns the header of the file that --lora_path names.
 
     Raises:
-        UsageError: there is none, or it is no safetensors file.
+        UsageError: the file does not exist, or is not a valid safetensors file.
     """
     path, rule = lora_file(given), f"--lora_path {given}"
     if path.suffix != ".safetensors":
@@ -112,7 +113,7 @@ def read_header(given: str) -> LoraFile:
 
 
 def misfits(file: LoraFile, lora: LoraFlags) -> Iterator[str]:
-    """Where a file and the flags disagree, each with the flag that would fit."""
+    """Yields a problem for each disagreement between a file and the flags, with the flag that would match."""
     strange = [key for key in file.shapes if not KEY.fullmatch(key)]
     if strange or not file.layers:
         has = f"has {strange[0]}" if strange else "is empty"
@@ -135,7 +136,7 @@ def misfits(file: LoraFile, lora: LoraFlags) -> Iterator[str]:
 
 
 def other_scaling(file: LoraFile, rank: int, lora: LoraFlags) -> Iterator[str]:
-    """Problems where alpha or rsLoRA of the flags are not those with which the file's matrices go on."""
+    """Yields problems if alpha or rsLoRA in the flags differ from those that the matrices in the file need."""
     alpha, rslora = file.scaling(rank)
     given = f"--lora_alpha {written(lora.lora_alpha)}"
     if file.training and file.folded == ROUNDED and (lora.lora_alpha, lora.use_rslora) != (alpha, rslora):
@@ -149,20 +150,20 @@ def other_scaling(file: LoraFile, rank: int, lora: LoraFlags) -> Iterator[str]:
 
 
 def written(number: float) -> str:
-    """A number as short as it can be, and exact."""
+    """Returns the shortest text that represents a number exactly."""
     short = f"{number:g}"
     return short if float(short) == number else repr(number)
 
 
 def other_variant(flag: str, given: bool, has: bool) -> Iterator[str]:
-    """One problem where a switch is not what the file was trained with."""
+    """Yields a problem if a switch differs from that with which the file was trained."""
     if given != has:
         fix = f"give --{flag}" if has else "leave it out"
         yield f"--{flag}: the LoRA of --lora_path was trained {'with' if has else 'without'} it; {fix}"
 
 
 def selected(target_modules: Sequence[str], layers: Iterable[str]) -> list[str]:
-    """Of some layers' names, those that --target_modules means: by their ends, or by the whole name."""
+    """Returns the layers that --target_modules selects: by the ends of their names, or by a pattern for full names."""
     pattern = target_pattern(target_modules)
     if pattern is not None:
         return [layer for layer in layers if re.fullmatch(pattern, layer)]
@@ -170,11 +171,11 @@ def selected(target_modules: Sequence[str], layers: Iterable[str]) -> list[str]:
 
 
 def unused(target_modules: Sequence[str], layers: Iterable[str]) -> list[str]:
-    """The values of --target_modules that mean none of the layers."""
+    """Returns the values of --target_modules that select none of the layers."""
     known = list(layers)
     return [target for target in target_modules if not selected((target,), known)]
 
 
 def is_called(layer: str, target: str) -> bool:
-    """Whether a layer has a name, as PEFT reads lists of names."""
+    """Returns whether a target selects a layer, by the rule of PEFT for lists of names."""
     return layer == target or layer.endswith(f".{target}")

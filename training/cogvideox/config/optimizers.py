@@ -1,7 +1,8 @@
-"""Which optimizer: a rule x bits x library, or any class by its dotted name; what each needs, and what it refuses.
+"""Creates the optimizer that the flags name, and checks what each optimizer needs and does not support.
 
-OptimizerFlags -> (class, arguments) -> an optimizer, which optim.py gives fp32 masters, gradients and a learning rate.
-torch is imported inside functions: what is missing ends a script before anything heavy is imported.
+``make_optimizer`` returns a combination of algorithm, precision of the moments and library, or any class by its dotted
+name; the modules in optimizer/ give it fp32 master weights, gradients and a learning rate. ``check_optimizer`` reports
+missing packages before anything heavy is imported, so torch is imported inside functions.
 """
 
 import ast
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 ADAM_NAMES = {"adam": "Adam", "adamw": "AdamW"}
-USUAL_BETAS = (0.9, 0.999)  # where a class has betas without a default
+USUAL_BETAS = (0.9, 0.999)  # used if a class has betas without a default
 COMPILERS = ("c++", "g++", "clang++")
 
 
 def make_optimizer(flags: OptimizerFlags, parameters: "Sequence[Parameter]") -> "Optimizer":
-    """The optimizer that the flags name; its learning rate is set before every step.
+    """Returns the optimizer that the flags name. Its learning rate is set before every step.
 
     Raises:
-        UsageError: the class does not take these parameters.
+        UsageError: the class does not accept these parameters.
     """
     kind, arguments = optimizer_class(flags)
     try:
@@ -44,7 +45,7 @@ def make_optimizer(flags: OptimizerFlags, parameters: "Sequence[Parameter]") -> 
 
 
 def optimizer_class(flags: OptimizerFlags) -> tuple[Any, dict[str, Any]]:
-    """The class and its arguments, but for parameters and learning rate."""
+    """Returns the class and its arguments, except for the parameters and the learning rate."""
     if flags.kind == NAMED_CLASS:
         kind = named_class(flags.optimizer)
         return kind, class_arguments(kind, flags)
@@ -70,7 +71,7 @@ def optimizer_class(flags: OptimizerFlags) -> tuple[Any, dict[str, Any]]:
 
 
 def bits_of(flags: OptimizerFlags) -> str:
-    """How bitsandbytes and torchao name the precision of the moments; empty: fp32."""
+    """Returns the suffix by which bitsandbytes and torchao name the precision of the moments; empty for fp32."""
     return "8bit" if flags.use_8bit else "4bit" if flags.use_4bit else "Fp8" if flags.use_fp8 else ""
 
 
@@ -78,7 +79,11 @@ def bits_of(flags: OptimizerFlags) -> str:
 
 
 def named_class(name: str) -> Any:
-    """The optimizer class of a dotted name; raises UsageError with the nearest one."""
+    """Returns the optimizer class of a dotted name.
+
+    Raises:
+        UsageError: there is no such class; the message has the most similar one.
+    """
     from torch.optim import Optimizer
 
     path, _, last = name.rpartition(".")
@@ -95,10 +100,10 @@ def named_class(name: str) -> Any:
 
 
 def class_arguments(kind: Any, flags: OptimizerFlags) -> dict[str, Any]:
-    """What the flags say, under the constructor's names; --optimizer_args count more.
+    """Returns the constructor arguments that the flags set; --optimizer_args take precedence.
 
     Raises:
-        UsageError: every argument that the constructor does not have, or not of that type.
+        UsageError: the constructor lacks an argument or needs another type; it lists all such arguments.
     """
     taken = inspect.signature(kind).parameters
     problems: list[str] = []
@@ -117,7 +122,7 @@ def class_arguments(kind: Any, flags: OptimizerFlags) -> dict[str, Any]:
 def shared_arguments(
     taken: Mapping[str, inspect.Parameter], flags: OptimizerFlags, problems: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """The flags that many optimizers have, under the names that constructors give them."""
+    """Yields (argument, value) for the flags that many optimizers share, and adds what does not fit to ``problems``."""
     for flag, key in (("weight_decay", "weight_decay"), ("epsilon", "eps")):
         value = getattr(flags, flag)
         if value is not None and key in taken:
@@ -136,7 +141,11 @@ def shared_arguments(
 
 
 def typed_argument(taken: Mapping[str, inspect.Parameter], key: str, text: str) -> Any:
-    """The value of one of --optimizer_args; raises UsageError with the rule and the nearest fix."""
+    """Returns the value of one of --optimizer_args.
+
+    Raises:
+        UsageError: the argument or its value is not accepted; the message has the rule and the nearest fix.
+    """
     names = [name for name, item in taken.items() if name not in ("params", "lr") and item.kind != item.VAR_KEYWORD]
     if key == "lr":
         raise UsageError("the rate follows --learning_rate and --lr_scheduler; give those")
@@ -154,7 +163,7 @@ def typed_argument(taken: Mapping[str, inspect.Parameter], key: str, text: str) 
 
 
 def misfit(default: Any, value: Any) -> str | None:
-    """What an argument with this default takes, where the value is of another kind."""
+    """Returns what an argument with this default accepts if the value is of another kind, or else None."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "True or False"
     if isinstance(default, (int, float)):
@@ -169,7 +178,7 @@ def misfit(default: Any, value: Any) -> str | None:
 
 
 def check_optimizer(options: TrainOptions) -> Iterator[str]:
-    """Problems of the optimizer: packages that are missing, arguments, and what it cannot do in this run."""
+    """Yields missing packages, bad arguments, and what the optimizer does not support in this run."""
     flags = options.optimizer
     package = package_of(flags)
     if package and importlib.util.find_spec(package) is None:
@@ -185,7 +194,7 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
 
 
 def check_state_place(options: TrainOptions) -> Iterator[str]:
-    """Problems of state that is to lie on the host; check_optimizer tells of optimizers that cannot be made at all."""
+    """Yields problems of optimizer state in host memory. check_optimizer reports optimizers that cannot be created."""
     if options.plan.optimizer_state_on == "host" or trains_on_host(options):
         name = "--optimizer_state_on host"
         if options.plan.optimizer_state_on != "host":
@@ -195,7 +204,7 @@ def check_state_place(options: TrainOptions) -> Iterator[str]:
 
 
 def package_of(flags: OptimizerFlags) -> str | None:
-    """The module that an optimizer comes from, where torch has it not."""
+    """Returns the package that provides the optimizer, or None if torch does."""
     if flags.use_torchao or flags.use_cpu_offload_optimizer:
         return "torchao"
     if bits_of(flags):
@@ -204,13 +213,13 @@ def package_of(flags: OptimizerFlags) -> str | None:
 
 
 def flag_of(flags: OptimizerFlags) -> str:
-    """The flag that asks for more than torch has."""
+    """Returns the flag that selects an optimizer outside torch, as it is typed."""
     names = ("use_torchao", "use_cpu_offload_optimizer", "use_8bit")
     return next((f"--{name}" for name in names if getattr(flags, name)), f"--optimizer {flags.optimizer}")
 
 
 def class_problems(flags: OptimizerFlags) -> Iterator[str]:
-    """What is wrong with a class by its name, found by making it for a parameter of its own."""
+    """Yields problems of a class by its dotted name, found by creating it for a small test parameter."""
     import torch
 
     try:
@@ -228,7 +237,7 @@ def class_problems(flags: OptimizerFlags) -> Iterator[str]:
 
 
 def offload_machine_problems(options: TrainOptions) -> Iterator[str]:
-    """What torchao's optimizer on the CPU cannot do on this machine."""
+    """Yields what the CPU optimizer of torchao does not support on this machine."""
     import torch
 
     name = "--use_cpu_offload_optimizer"
@@ -241,7 +250,7 @@ def offload_machine_problems(options: TrainOptions) -> Iterator[str]:
 
 
 def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
-    """Optimizers that ZeRO cannot run: it cuts the parameters into flat shares, and steps each share alone."""
+    """Yields optimizers that ZeRO cannot run, because it splits parameters into flat shards and steps each alone."""
     if flags.kind not in ADAMS:
         yield f"--optimizer {flags.optimizer}: sees flat shares of the weights under DeepSpeed; give adam or adamw"
     if flags.use_torchao:
@@ -253,7 +262,7 @@ def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
 def host_state_problems(
     flags: OptimizerFlags, deepspeed: bool, name: str = "--optimizer_state_on host"
 ) -> Iterator[str]:
-    """What cannot have its state in host memory between steps: optim.py moves only what torch's fused Adam keeps."""
+    """Yields why the optimizer state cannot be in host memory between steps: only that of fused Adam can be moved."""
     if deepspeed:
         yield f"{name}: DeepSpeed places the state; set offload_optimizer_device: cpu in its configuration"
     elif flags.use_cpu_offload_optimizer:

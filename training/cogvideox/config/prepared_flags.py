@@ -1,8 +1,8 @@
-"""What a prepared folder says of the flags that made it; with --load_tensors these are no longer a choice.
+"""Reads from a prepared folder the flags that it was made with, for --load_tensors.
 
-index.json -> the values of its preparation. They take the place of the training script's defaults, so that config.json,
-recipe.json, trackers and the model card say what the tensors are; a flag that was given must say the same.
-Folders of older versions, and of the CogVideoX factory, do not say all: a flag on what they do not say is refused.
+``as_prepared`` replaces the defaults of the training script with the values in index.json, so that config.json,
+recipe.json, trackers and the model card describe the tensors. A flag that was given must agree with them. Folders of
+older versions and of the CogVideoX factory do not record all flags; a given flag that they do not record is refused.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ Read = Callable[["dataclasses.Field[Any]", Any, list[str]], Any]  # args.read_va
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known of a preparation: values by flag, and the (frames, height, width) of its samples."""
+    """What is known about a preparation: values by flag, and the (frames, height, width) of its samples."""
 
     values: dict[str, Any]
     buckets: set[tuple[int, int, int]] = field(default_factory=set)
@@ -49,14 +49,14 @@ class Prepared:
 
 
 def is_factory_layout(folder: Path) -> bool:
-    """Whether a folder, or one in it, holds tensors as the factory writes them, and is not prepared by us."""
+    """Returns whether a folder, or a subfolder, has the factory layout and was not made here."""
     return not (folder / "index.json").is_file() and any(
         path.is_dir() for pattern in (MOMENTS, f"*/{MOMENTS}") for path in folder.glob(pattern)
     )
 
 
 def kept_values(data: DataFlags, encode: EncodeFlags, **effective: Any) -> dict[str, Any]:
-    """The flags of a preparation as index.json keeps them; ``effective``: where a value is not the flag's own."""
+    """Returns the flags of a preparation as index.json has them; ``effective`` replaces values that were not used."""
     flags = dataclasses.asdict(data) | dataclasses.asdict(encode) | effective
     kept = {name: flags[name] for name in (*PREPARED, "seed") if name in flags}
     values: dict[str, Any] = json.loads(json.dumps(kept))
@@ -64,9 +64,10 @@ def kept_values(data: DataFlags, encode: EncodeFlags, **effective: Any) -> dict[
 
 
 def as_prepared(options: Options, sources: dict[str, str], read: Read) -> tuple[Options, list[str]]:
-    """The options with what was prepared in place of defaults, which ``sources`` says; all problems of given flags.
+    """Returns the options with prepared values in place of defaults, and all problems of given flags.
 
-    Nothing changes without --load_tensors, nor for a folder that cannot be read, about which others have more to say.
+    The origin of each replaced value in ``sources`` becomes "prepared". Nothing changes without --load_tensors, nor for
+    a folder that cannot be read, which other checks report.
     """
     if not isinstance(options, TrainOptions) or not options.loader.load_tensors:
         return options, []
@@ -91,10 +92,10 @@ def as_prepared(options: Options, sources: dict[str, str], read: Read) -> tuple[
 
 
 def read_prepared(folder: Path, options: TrainOptions, read: Read) -> Prepared | None:
-    """What a folder says of its preparation; None where it has no index that can be read, nor the factory's layout.
+    """Returns what a folder records about its preparation, or None without a readable index or the factory layout.
 
     Raises:
-        UsageError: what it says cannot be a flag's value.
+        UsageError: a recorded value is not valid for its flag.
     """
     if is_factory_layout(folder):
         return Prepared({"num_augmentations": 1, "num_image_noise_variants": 1}, chosen=FACTORY_TAKES)
@@ -117,7 +118,7 @@ def read_prepared(folder: Path, options: TrainOptions, read: Read) -> Prepared |
 
 
 def typed(folder: Path, values: dict[str, Any], options: TrainOptions, read: Read) -> Iterator[tuple[str, Any]]:
-    """Flags and their values, read as if they were typed: somebody else may have written them."""
+    """Yields flags and values, parsed as if they were typed, because somebody else may have written them."""
     for _, item, annotation in fields_of(type(options)):
         if item.name not in values or item.name not in PREPARED:
             continue
@@ -133,7 +134,7 @@ def typed(folder: Path, values: dict[str, Any], options: TrainOptions, read: Rea
 
 
 def conflict(name: str, given: Any, prepared: Prepared) -> Iterator[str]:
-    """What is wrong with a given flag, if it does not say what was prepared."""
+    """Yields a problem if a given flag differs from what was prepared."""
     values = prepared.values
     if name in BUCKETS:
         seen = seen_buckets(name, prepared.buckets)
@@ -150,7 +151,7 @@ def conflict(name: str, given: Any, prepared: Prepared) -> Iterator[str]:
 
 
 def seen_buckets(name: str, buckets: set[tuple[int, int, int]]) -> Any:
-    """The value of a flag for buckets that names those of the samples and no other."""
+    """Returns the value of a bucket flag that names exactly the buckets of the samples."""
     if name == "train_resolution":
         return tuple("{}x{}x{}".format(*bucket) for bucket in sorted(buckets))
     if name == "max_num_frames":
@@ -160,7 +161,7 @@ def seen_buckets(name: str, buckets: set[tuple[int, int, int]]) -> Any:
 
 
 def normal(name: str, value: Any) -> Any:
-    """A value in a form that is equal for all that mean the same."""
+    """Returns a value in a normal form, in which values of the same meaning are equal."""
     if name in LISTS:
         return None if value in LISTS[name] else value
     if name == "id_token":
@@ -173,7 +174,7 @@ def normal(name: str, value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as it is typed."""
+    """Returns a value as it is typed on the command line."""
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The validation prompts and their images: of the command line, or of files with one a line."""
+"""Reads the validation prompts and their images from the command line or from files with one per line."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from cogvideox.config.options import TrainOptions, image_flags, is_url, separate
 
 
 def prompts_of(flags: ValidationFlags) -> list[str]:
-    """The validation prompts, one by one; none with --do_validation false."""
+    """Returns the validation prompts; the list is empty with --do_validation false."""
     if flags.do_validation is False:
         return []
     if flags.validation_prompts:
@@ -19,9 +19,10 @@ def prompts_of(flags: ValidationFlags) -> list[str]:
 
 
 def images_of(options: TrainOptions) -> list[str]:
-    """The images of the validation prompts, paths or URLs; none for text-to-video, nor with --do_validation false.
+    """Returns the images of the validation prompts as paths or URLs.
 
-    With --validation_dir they are the lines of a file in it, relative to that file.
+    The list is empty for text-to-video and with --do_validation false. With --validation_dir, --validation_images names
+    a file in that folder, whose lines are URLs or paths relative to the file.
     """
     image, flags = image_flags(options), options.validation
     if image is None or image.validation_images is None or flags.do_validation is False:
@@ -33,17 +34,17 @@ def images_of(options: TrainOptions) -> list[str]:
 
 
 def lines_of(file: Path) -> list[str]:
-    """The lines of a text file that hold something."""
+    """Returns the lines of a text file that are not empty."""
     return separated(file.read_text(encoding="utf-8-sig"), "\n")
 
 
 def list_file(flags: ValidationFlags) -> Path:
-    """The file of --validation_prompts."""
+    """Returns the path of the file of --validation_prompts."""
     return Path(flags.validation_dir or "", flags.validation_prompts or "")
 
 
 def check_prompts(options: TrainOptions) -> Iterator[str]:
-    """Problems of the file of prompts."""
+    """Yields problems of the file of prompts, for args.parse."""
     flags = options.validation
     if not flags.validation_prompts or flags.do_validation is False:
         return
@@ -60,7 +61,7 @@ def check_prompts(options: TrainOptions) -> Iterator[str]:
 
 
 def link_problems(folder: Path, file: Path, allowed: Sequence[str]) -> Iterator[str]:
-    """A list in a folder that is a link out of it: somebody else's folder must not choose which file is read."""
+    """Yields a problem if a file links out of its folder: somebody else's folder must not choose what is read."""
     real = Path(os.path.realpath(file))
     inside = Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder))
     if inside and not any(real.is_relative_to(os.path.realpath(place)) for place in (str(folder), *allowed)):
