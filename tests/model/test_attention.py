@@ -100,5 +100,5 @@ def test_backends_of_a_gpu(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None
     for backend in BACKENDS[BACKENDS.index(chosen) :]:
         for dtype in (torch.bfloat16, torch.float16):
             assert gradient_error(backend, device, dtype) < attention.TOLERANCE
-    with pytest.raises(ValueError, match="it computes in bf16 and fp16 alone"):
+    with pytest.raises(ValueError, match="it supports only bf16 and fp16"):
         choose_backend(device, torch.float32)

@@ -93,7 +93,7 @@ def test_a_regular_expression_is_matched_with_whole_names(model: Path) -> None:
     with pytest.raises(UsageError) as error:
         lora(model, "--target_modules", "to_[qk]")
     (line,) = error.value.problems
-    assert line.startswith("--target_modules to_[qk]: matches no linear layer's whole name; there are ['")
+    assert line.startswith("--target_modules to_[qk]: matches no linear layer's full name; there are ['")
     assert "'attn1.to_k'" in line
 
 

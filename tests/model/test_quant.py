@@ -101,6 +101,6 @@ def test_the_bits_of_a_number(kind: str, bits: float) -> None:
 
 
 def test_rows_that_are_not_whole_groups() -> None:
-    with pytest.raises(ValueError, match="multiples of 64 numbers, not 96"):
+    with pytest.raises(ValueError, match="multiple of 64 numbers, not 96"):
         quantize(torch.zeros(4, 96), "nf4")
     assert quantize(torch.zeros(4, 96), "int8").data.shape == (4, 96)

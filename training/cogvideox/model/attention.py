@@ -155,7 +155,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str = "auto
 
 def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float32:
-        return "it computes in bf16 and fp16 alone"
+        return "it supports only bf16 and fp16"
     if backend == FLASH_4 and not _installed("flash_attn", "cute"):
         return "flash-attn-4 is not installed"
     if backend in (FLASH_4, CUDNN) and torch.cuda.get_device_capability(device) < HOPPER:
@@ -167,7 +167,7 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     except Exception as error:  # any failure of a kernel or its compiler: the next backend is tried
         return f"it fails ({first_line(error)})"
     allowed = TOLERANCE_QUANTIZED if backend == SAGE else TOLERANCE
-    return None if worst < allowed else f"its gradients are off by {worst:.2g}"
+    return None if worst < allowed else f"its gradients have a relative error of {worst:.2g}"
 
 
 def _problem_of_sage() -> str | None:

@@ -370,9 +370,9 @@ def forward(x: Tensor, p: Block, shared: Shared, keep: tuple[str, ...]) -> tuple
     (f,) = linears(n2, [p.ff1])  # (B, S, 4 D)
     g = gelu(f)
     (z,) = linears(g, [p.ff2])  # (B, S, D)
-    made = {"o": o, "lse": lse, "q": q, "k": k, "v": v, "h": h, "f": f, "a": a, "z": z}
-    made |= {"n1": n1, "rq": rq, "rk": rk, "n2": n2, "g": g}
-    return h + gate * z, {name: made[name] for name in keep if name != "x"}
+    activations = {"o": o, "lse": lse, "q": q, "k": k, "v": v, "h": h, "f": f, "a": a, "z": z}
+    activations |= {"n1": n1, "rq": rq, "rk": rk, "n2": n2, "g": g}
+    return h + gate * z, {name: activations[name] for name in keep if name != "x"}
 
 
 def backward(
@@ -396,24 +396,24 @@ def backward(
 
     # First half: obtain every activation that the gradients need. Those that no gradient needs stay None; n1 and n2 are
     # also recomputed where the outputs of their linear layers were not kept.
-    def again(name: str, compute: Callable[[], Any]) -> Any:
+    def obtain(name: str, compute: Callable[[], Any]) -> Any:
         return kept[name] if name in kept else compute()
 
     used = for_weights(p)
-    n1 = again("n1", lambda: modulate(x, p.norm1, shift1, scale1)) if "n1" in used or "q" not in kept else None
+    n1 = obtain("n1", lambda: modulate(x, p.norm1, shift1, scale1)) if "n1" in used or "q" not in kept else None
     if "q" in kept:
         q, k, v = (kept[name] for name in "qkv")
     else:
         q, k, v = (z.view(split) for z in linears(n1, (p.q, p.k, p.v)))
-    rq = again("rq", lambda: rotate(q, p.norm_q, rotary))
-    rk = again("rk", lambda: rotate(k, p.norm_k, rotary))
+    rq = obtain("rq", lambda: rotate(q, p.norm_q, rotary))
+    rk = obtain("rk", lambda: rotate(k, p.norm_k, rotary))
     o, lse = (kept["o"], kept["lse"]) if "o" in kept else attend(rq, rk, v, shared.backend)
-    a = again("a", lambda: linears(o.view(x.shape), [p.out])[0]) if "a" in used else None
-    h = again("h", lambda: x + gate1 * (linears(o.view(x.shape), [p.out])[0] if a is None else a))
-    n2 = again("n2", lambda: modulate(h, p.norm2, shift2, scale2)) if "n2" in used or "f" not in kept else None
-    f = again("f", lambda: linears(n2, [p.ff1])[0])
-    g = again("g", lambda: gelu(f)) if used & {"g", "z"} else None
-    z = again("z", lambda: linears(not_none(g), [p.ff2])[0]) if "z" in used else None
+    a = obtain("a", lambda: linears(o.view(x.shape), [p.out])[0]) if "a" in used else None
+    h = obtain("h", lambda: x + gate1 * (linears(o.view(x.shape), [p.out])[0] if a is None else a))
+    n2 = obtain("n2", lambda: modulate(h, p.norm2, shift2, scale2)) if "n2" in used or "f" not in kept else None
+    f = obtain("f", lambda: linears(n2, [p.ff1])[0])
+    g = obtain("g", lambda: gelu(f)) if used & {"g", "z"} else None
+    z = obtain("z", lambda: linears(not_none(g), [p.ff2])[0]) if "z" in used else None
 
     # Second half: the chain rule, from the last formula to the first.
     found: dict[str, Gradients] = {}

@@ -42,7 +42,7 @@ def targets(transformer: Module, target_modules: Sequence[str]) -> list[str]:
     if missing:
         endings = sorted({".".join(name.split(".")[-2:]) for name in names if "blocks" in name})
         pattern = target_pattern(target_modules)
-        rule = "no linear layer has this name" if pattern is None else "matches no linear layer's whole name"
+        rule = "no linear layer has this name" if pattern is None else "matches no linear layer's full name"
         there = f"there are {endings}" + (f", as in {names[-1]}" if pattern is not None else "")
         raise UsageError([f"--target_modules {target}: {rule}; {there}" for target in missing])
     return list(target_modules) if target_pattern(target_modules) is None else selected(target_modules, names)
@@ -174,7 +174,7 @@ def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: 
     sizes = {name: min(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
     small = min(sizes, key=lambda name: sizes[name])
     if sizes[small] < rank:
-        rule = f"{small} has {sizes[small]} singular values for PiSSA to start from"
+        rule = f"{small} has {sizes[small]} singular values for the initialization of PiSSA"
         raise UsageError(f"--rank {rank}: {rule}; give at most --rank {sizes[small]}")
     for layer in layers.values():
         a, b = principal(layer.get_base_layer().weight, rank, layer.scaling[adapter], init, seed)

@@ -164,7 +164,7 @@ class Lora:
         odd = [name for name in {**own, **found} if name not in own or name not in found]
         odd += [name for name in own if name in found and own[name].shape != found[name].shape]
         if odd:
-            rule = f"{odd[0]} is not the same there and here ({len(odd)} such tensors)"
+            rule = f"{odd[0]} differs between the file and this model ({len(odd)} such tensors)"
             raise UsageError(f"--lora_path {given}: {rule}; give a LoRA for this model, and its own --target_modules")
         for name, tensor in own.items():
             tensor.copy_(found[name])
@@ -299,10 +299,10 @@ class Lora:
         """Returns code for inference.py that loads the result from the folder ``here``."""
         name = f'"{WEIGHTS_NAME}"'
         load = f'pipe.load_lora_weights(str(here), weight_name={name}, adapter_name="cogvideox-lora")\n'
-        if self.ignores_positions:  # the base model has them
+        if self.ignores_positions:  # the base model in inference.py still has them
             function = inspect.getsource(ignore_learned_positions)
             load = f"{function}\n\nignore_learned_positions(pipe.transformer)\n{load}"
-        return "", load + 'pipe.set_adapters(["cogvideox-lora"], [1.0])  # 1: as strong as it was trained'
+        return "", load + 'pipe.set_adapters(["cogvideox-lora"], [1.0])  # 1: the strength of training'
 
 
 class FullFinetune:

@@ -254,7 +254,7 @@ def try_to_optimize_encoder(vae: Any) -> None:
         vae_encoder.optimize_encoder(vae)
     except Exception as error:
         if os.environ.get("RANK", "0") == "0":
-            tqdm.write(f"the VAE encodes as diffusers has it, more slowly: {first_line(error)}", file=sys.stderr)
+            tqdm.write(f"the VAE uses the encoder of diffusers, which is slower: {first_line(error)}", file=sys.stderr)
 
 
 def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: bool = False) -> Any:
@@ -267,11 +267,9 @@ def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: b
     return transformer.requires_grad_(False)
 
 
+# Lora.inference copies the source of this function into inference.py.
 def ignore_learned_positions(transformer: torch.nn.Module) -> None:
-    """Removes the learned positional embedding, which fits one video size only; the rotary embedding stays.
-
-    The source of this function is copied into inference.py.
-    """
+    """Removes the learned positional embedding, which fits one video size only; the rotary embedding stays."""
     del transformer.patch_embed.pos_embedding
     transformer.patch_embed.use_learned_positional_embeddings = False
     transformer.register_to_config(use_learned_positional_embeddings=False)

@@ -60,7 +60,7 @@ def quantize(weight: Tensor, kind: str) -> Quantized:
         ValueError: ``kind`` is nf4 and the length of a row is not a multiple of the group size.
     """
     if kind == "nf4" and weight.shape[1] % GROUP:
-        raise ValueError(f"nf4 takes rows of multiples of {GROUP} numbers, not {weight.shape[1]}")
+        raise ValueError(f"nf4 requires rows of a multiple of {GROUP} numbers, not {weight.shape[1]}")
     # (out, in) -> (out, groups, numbers of a group)
     groups = weight.float().unflatten(1, (-1, GROUP if kind == "nf4" else weight.shape[1]))
     scale = groups.abs().amax(2) / LARGEST[kind]
