@@ -33,7 +33,7 @@ from cogvideox.model.diffusion import NoiseSchedule, loss_weights
 from cogvideox.model.methods import FullFinetune, Lora
 from cogvideox.model.tasks import TextToVideo, losses_of
 from cogvideox.model.vae_decoder import Decoder
-from cogvideox.optimizer.optim import MasterWeights, learning_rate
+from cogvideox.optimizer.step import MasterWeights, learning_rate
 from cogvideox.planning import execution, plan
 from cogvideox.planning.plan import ExecutionPlan
 from cogvideox.runtime.run import Mark

@@ -30,7 +30,7 @@ from cogvideox.config.optimizers import (
 from cogvideox.config.options import LoraOptions
 from cogvideox.errors import UsageError
 from cogvideox.optimizer.master_weights import as_tensor, is_fused, plain_tensors, set_rate, state_bytes
-from cogvideox.optimizer.optim import MasterWeights
+from cogvideox.optimizer.step import MasterWeights
 
 BETAS, EPSILON, DECAY = (0.9, 0.95), 1e-8, 1e-4  # the defaults of the flags
 ADAM = {"betas": BETAS, "eps": EPSILON, "weight_decay": DECAY}

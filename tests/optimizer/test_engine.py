@@ -19,7 +19,7 @@ from cogvideox import loop
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.errors import UsageError
 from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, engine_name, make_engine
-from cogvideox.optimizer.optim import MasterWeights
+from cogvideox.optimizer.step import MasterWeights
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

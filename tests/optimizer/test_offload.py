@@ -20,7 +20,7 @@ from cogvideox.config.flags import OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.optimizer.engine import STATE_NAME, LocalEngine, make_engine
 from cogvideox.optimizer.offload import HostMasters, OffloadedWeights
-from cogvideox.optimizer.optim import MasterWeights
+from cogvideox.optimizer.step import MasterWeights
 
 FLAGS = OptimizerFlags(optimizer="adamw", weight_decay=0.01)
 MAKE = partial(make_optimizer, FLAGS)

@@ -1,4 +1,4 @@
-"""optim.py against torch.optim, clip_grad_norm_ and diffusers' get_scheduler."""
+"""step.py against torch.optim, clip_grad_norm_ and diffusers' get_scheduler."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.nn import Parameter
 from cogvideox.config.flags import SCHEDULES, OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.memory.streaming import TRANSFER_SLOTS
-from cogvideox.optimizer import optim
+from cogvideox.optimizer import step as step_module
 from cogvideox.optimizer.ema import Ema
-from cogvideox.optimizer.master_weights import Optimized, held
-from cogvideox.optimizer.optim import MasterWeights, learning_rate, rate_jump
+from cogvideox.optimizer.master_weights import Optimized, optimizer_tensors
+from cogvideox.optimizer.step import MasterWeights, learning_rate, rate_jump
 
 RULES = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 FLAGS = OptimizerFlags(weight_decay=0.01)
@@ -39,9 +39,9 @@ def test_ranks_with_the_same_samples_step_as_one_does(rule: str, monkeypatch: py
     """Gradients, norm and loss are means over the ranks: of four that have the same, exactly that."""
     one, four = parameters(), parameters()
     wanted = train(masters(one, norm=1.0, rule=rule), one, 0, 3)
-    monkeypatch.setattr(optim.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(optim.dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(optim.dist, "all_reduce", lambda buffer: buffer.mul_(4))
+    monkeypatch.setattr(step_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(step_module.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(step_module.dist, "all_reduce", lambda buffer: buffer.mul_(4))
     found = train(masters(four, norm=1.0, rule=rule), four, 0, 3)
     assert [values(result) for result in found] == [values(result) for result in wanted]
     assert all(four[name].equal(one[name]) for name in one)
@@ -196,7 +196,7 @@ def test_scaled_equals_unscaled() -> None:
     for a, b in results:
         assert values(a) == values(b) | {"loss_scale": 2.0**16}
     assert state_equal(one.state(), other.state(), ignore=("loss_scale", "good_steps"))
-    assert one.scale == optim.INITIAL_SCALE == 2.0**16
+    assert one.scale == step_module.INITIAL_SCALE == 2.0**16
     assert other.scale == 1
 
 
@@ -215,7 +215,7 @@ def test_the_scale_keeps_small_fp16_gradients() -> None:
 
 @pytest.mark.fault("numbers: fp16 gradients that overflow")
 def test_the_scale_halves_after_an_overflow_and_doubles_after_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "GROWTH_INTERVAL", 3)
+    monkeypatch.setattr(step_module, "GROWTH_INTERVAL", 3)
     params = parameters(torch.float16)
     engine = masters(params, norm=1.0, scale=True)
     scales = []
@@ -234,8 +234,8 @@ def test_the_scale_halves_after_an_overflow_and_doubles_after_good_steps(monkeyp
 
 def test_growth_interval_is_torch_s() -> None:
     scaler = torch.amp.GradScaler("cpu")
-    assert scaler.get_growth_interval() == optim.GROWTH_INTERVAL
-    assert scaler._init_scale == optim.INITIAL_SCALE
+    assert scaler.get_growth_interval() == step_module.GROWTH_INTERVAL
+    assert scaler._init_scale == step_module.INITIAL_SCALE
     assert (scaler.get_growth_factor(), scaler.get_backoff_factor()) == (2.0, 0.5)
 
 
@@ -343,7 +343,7 @@ def test_on_the_host_is_the_same_bit_for_bit(
 ) -> None:
     """Clipped, not clipped and skipped steps of two micro-batches each, and a loss scale that changes with fp16."""
     monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", RANGES[ranges])
-    monkeypatch.setattr(optim, "GROWTH_INTERVAL", 5)
+    monkeypatch.setattr(step_module, "GROWTH_INTERVAL", 5)
     resident, hosted = pair(dtype, rule=rule)
     assert len(hosted[0].passing[0].ranges) == {"many": 9, "two": 2, "one": 1}[ranges]
     norms, skipped, scales = [], [], []
@@ -386,7 +386,7 @@ def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
     update = Optimized.update
 
     def watched(optimized: Optimized, *rest: Any) -> None:
-        now = held(optimized)
+        now = optimizer_tensors(optimized)
         assert now.keys() == homes.keys()
         assert len({tensor.untyped_storage().data_ptr() for tensor in now.values()}) == 1
         seen.append(now["master"].data_ptr())
@@ -398,7 +398,7 @@ def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
     assert seen == (seen[:TRANSFER_SLOTS] * len(seen))[: len(seen)]
     assert len(set(seen)) == TRANSFER_SLOTS
     assert {key: array.data_ptr() for key, array in hosted.arrays.items()} == homes
-    assert not any(tensor.numel() for optimized in hosted.optimized for tensor in held(optimized).values())
+    assert not any(tensor.numel() for optimized in hosted.optimized for tensor in optimizer_tensors(optimized).values())
     state = engine.state()
     for name, start in zip(params, hosted.layout.starts, strict=True):
         for key, array in hosted.arrays.items():

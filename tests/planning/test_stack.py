@@ -21,7 +21,7 @@ from cogvideox.memory.graphs import MAX_GRAPHS
 from cogvideox.memory.streaming import HostGradients, HostTrainedBlocks, Ring
 from cogvideox.model import blocks, quant
 from cogvideox.model.quant import dequantize, quantize
-from cogvideox.optimizer.optim import MasterWeights
+from cogvideox.optimizer.step import MasterWeights
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
 from cogvideox.planning.stack import (
     Stack,

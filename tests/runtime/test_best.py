@@ -18,7 +18,7 @@ from cogvideox.evaluation.held_out import PLACES, HeldOut
 from cogvideox.runtime import best as best_module
 from cogvideox.runtime.best import BEST_NAME, Best, best_of
 from cogvideox.runtime.checkpoint import checkpoints, fault, step_of
-from cogvideox.runtime.curves import GRID
+from cogvideox.runtime.metrics import GRID
 from cogvideox.runtime.run import METRICS_NAME, write_metrics
 
 LOSSES = {0: 0.1, 2: 0.5, 3: 0.8, 4: 0.9, 6: 0.7, 8: 0.6, 10: 0.4}  # 0 is no checkpoint

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogvideox.runtime.curves import STRETCHES, curves_figure, draw_curves, read_records, running_mean, thinned
+from cogvideox.runtime.curves import STRETCHES, curves_figure, draw_curves, running_mean, thinned
+from cogvideox.runtime.metrics import read_records
 
 pytestmark = pytest.mark.usefixtures("rendered")
 

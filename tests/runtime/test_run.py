@@ -20,7 +20,7 @@ from fakes import options_of, run_alone
 from running import LORA_SCRIPT, Forked, lora_flags, python, train
 
 from cogvideox.errors import UsageError
-from cogvideox.optimizer.optim import StepResult
+from cogvideox.optimizer.step import StepResult
 from cogvideox.runtime import run as run_module
 from cogvideox.runtime.ranks import Ranks
 from cogvideox.runtime.run import CONFIG_NAME, LOCK_NAME, METRICS_NAME, Metrics, take_folder

@@ -37,7 +37,7 @@ from cogvideox.data.cache import TensorCache, open_index
 from cogvideox.errors import NonFiniteError
 from cogvideox.finite import not_finite
 from cogvideox.optimizer import engine
-from cogvideox.optimizer.optim import MasterWeights
+from cogvideox.optimizer.step import MasterWeights
 from cogvideox.runtime.run import METRICS_NAME
 from cogvideox.runtime.skipped import SkippedSteps
 

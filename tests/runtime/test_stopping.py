@@ -40,7 +40,7 @@ from running import (
 )
 
 from cogvideox import stopping
-from cogvideox.runtime.curves import read_records
+from cogvideox.runtime.metrics import read_records
 from cogvideox.runtime.ranks import Consensus
 
 SIGNALS = stopping.STOP_SIGNALS

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import Parameter
 
-from cogvideox.optimizer.optim import MasterWeights, StepResult
+from cogvideox.optimizer.step import MasterWeights, StepResult
 
 SHAPES: dict[str, tuple[int, ...]] = {"down": (64, 64), "up": (6, 8), "bias": (16,)}
 

@@ -66,13 +66,13 @@ MUTANTS = (
     Mutant("model/lora.py", "dim=1, sign=-1.0", "dim=1, sign=1.0", ("test_methods.py", "-k", "pissa_starts")),
     # a step
     Mutant(
-        "optimizer/optim.py",
+        "optimizer/step.py",
         "self.buffer.div_(dist.get_world_size())",
         "pass",
         ("test_optim.py", "-k", "ranks_with_the"),
     ),
-    Mutant("optimizer/optim.py", ".clamp(min=1.0)", ".clamp(max=1.0)", ("test_optim.py", "-k", "fp32_equals_torch")),
-    Mutant("optimizer/optim.py", "skipped > 0, 0.5,", "skipped > 0, 1.0,", ("test_optim.py", "-k", "scale_halves")),
+    Mutant("optimizer/step.py", ".clamp(min=1.0)", ".clamp(max=1.0)", ("test_optim.py", "-k", "fp32_equals_torch")),
+    Mutant("optimizer/step.py", "skipped > 0, 0.5,", "skipped > 0, 1.0,", ("test_optim.py", "-k", "scale_halves")),
     Mutant(
         "optimizer/master_weights.py",
         "found_inf = skipped",

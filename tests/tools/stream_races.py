@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox.memory import streaming
-from cogvideox.optimizer import master_weights, optim
+from cogvideox.optimizer import master_weights
+from cogvideox.optimizer import step as step_module
 from cogvideox.planning import stack
 
 Event = dict[int, int]  # of each stream, how much has happened; what has not waited for anything knows nothing
@@ -173,7 +174,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
             patch.setattr(module, "pinned", streams.pinned)
         patch.setattr(streaming, "computed", lambda device: streams.mark(COMPUTE))
         patch.setattr(streaming, "host_waits_for", streams.host_waits)
-        for module in (streaming, optim):
+        for module in (streaming, step_module):
             patch.setattr(module, "compute_waits_for", lambda event: streams.wait(COMPUTE, event))
         with streams:
             yield streams

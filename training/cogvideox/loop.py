@@ -40,7 +40,7 @@ from cogvideox.model.diffusion import NoiseSchedule
 from cogvideox.model.methods import Method
 from cogvideox.model.tasks import Task, losses_of
 from cogvideox.optimizer.engine import engine_name, make_engine
-from cogvideox.optimizer.optim import learning_rate, rate_jump
+from cogvideox.optimizer.step import learning_rate, rate_jump
 from cogvideox.planning.block_check import check_blocks
 from cogvideox.planning.execution import Plan, keep_to_budget, make_plan, measured, place
 from cogvideox.planning.plan import HOST, ExecutionPlan
@@ -57,7 +57,8 @@ from cogvideox.runtime.checkpoint import (
     safe_text,
     write_samples,
 )
-from cogvideox.runtime.curves import CURVES_NAME, column, draw_curves, read_records
+from cogvideox.runtime.curves import CURVES_NAME, draw_curves
+from cogvideox.runtime.metrics import column, read_records
 from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, Sample, start_run, start_trackers, write_config
 from cogvideox.runtime.skipped import SkippedSteps
 

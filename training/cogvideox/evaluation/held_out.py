@@ -25,7 +25,7 @@ from cogvideox.data.dataset import Batch, collate, draw_sample, read_image, read
 from cogvideox.evaluation.validation import evaluation, release_memory
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.rng import uniform
-from cogvideox.runtime.curves import BY_TIMESTEP, GRID, of_grid, read_records
+from cogvideox.runtime.metrics import BY_TIMESTEP, GRID, of_grid, read_records
 from cogvideox.runtime.run import METRICS_NAME, Run, write_metrics
 
 FINGERPRINT_DIGITS = 16

@@ -1,8 +1,11 @@
-"""Master weights, the optimizer step, averages, and who runs backward and step.
+"""Everything from the gradients to the new weights: fp32 master weights, the optimizer step, averages, engines.
 
-master_weights.py  fp32 masters and what optimizers keep: on the device, or passing through it
-optim.py           an optimizer step, learning rate
-offload.py         masters, moments and the step in host memory
-ema.py             a moving average of the masters, to be looked at and exported
-engine.py          who runs backward and step: this process, or DeepSpeed
+Which optimizer a run uses, and with which arguments, is decided by the flags in config/optimizers.py. This folder steps
+whatever optimizer that file makes.
+
+step.py            MasterWeights: sums gradients, clips, skips steps that are not finite, updates; the learning rate
+master_weights.py  where fp32 master weights and moments are stored: on the device, or in host memory between steps
+offload.py         the same as step.py with torchao's CPUOffloadOptimizer, which steps on the CPU
+ema.py             a moving average of the master weights, for validation and export
+engine.py          what runs backward and step: this process (with step.py or offload.py), or DeepSpeed
 """

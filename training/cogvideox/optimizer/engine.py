@@ -25,7 +25,7 @@ from cogvideox.model.methods import Method
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.master_weights import plain_tensors
 from cogvideox.optimizer.offload import OffloadedWeights
-from cogvideox.optimizer.optim import MasterWeights, StepResult
+from cogvideox.optimizer.step import MasterWeights, StepResult
 
 STATE_NAME, EMA_NAME = "optimizer.safetensors", "ema.safetensors"
 DEEPSPEED_TAG = "deepspeed"

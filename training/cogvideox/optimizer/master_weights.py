@@ -137,11 +137,11 @@ class Flat:
         optimized = Optimized([Parameter(master)], [torch.zeros_like(master)], make)
         if not optimized.fused:
             raise ValueError(f"{type(optimized.optimizer).__name__} cannot pass through the device")
-        for key, tensor in held(optimized).items():
+        for key, tensor in optimizer_tensors(optimized).items():
             if key not in self.arrays:
                 self.arrays[key] = self.layout.flat(self._room(self.layout.num_bytes))
             self.arrays[key][which].copy_(tensor)
-        hold(optimized, {key: tensor.new_empty(0) for key, tensor in held(optimized).items()})
+        attach_state(optimized, {key: tensor.new_empty(0) for key, tensor in optimizer_tensors(optimized).items()})
         return optimized
 
     def _room(self, num_bytes: int) -> Tensor:
@@ -174,9 +174,9 @@ class Flat:
             gradient, rounded = self.gradients()[which], self.pieces[number]
         else:
             gradient, rounded = next(passing), [(next(passing), slice(None))]
-        hold(optimized, state)
+        attach_state(optimized, state)
         optimized.update([gradient.float()], lr, divisor, skipped)
-        hold(optimized, {key: tensor.new_empty(0) for key, tensor in state.items()})
+        attach_state(optimized, {key: tensor.new_empty(0) for key, tensor in state.items()})
         for numbers, where in rounded:
             numbers.copy_(state[MASTER][where])
 
@@ -220,14 +220,14 @@ def layout_of(parameters: dict[str, Parameter]) -> Layout:
 # -- what a fused optimizer keeps --------------------------------------------------------------------------------------
 
 
-def held(optimized: Optimized) -> dict[str, Tensor]:
+def optimizer_tensors(optimized: Optimized) -> dict[str, Tensor]:
     """The only master and its moments, by key."""
     (master,) = optimized.masters
     values = optimized.optimizer.state[master]
     return {MASTER: master.detach()} | {key: value for key, value in values.items() if value.shape}
 
 
-def hold(optimized: Optimized, tensors: dict[str, Tensor]) -> None:
+def attach_state(optimized: Optimized, tensors: dict[str, Tensor]) -> None:
     """Puts others in their place."""
     (master,) = optimized.masters
     moments = {key: tensor for key, tensor in tensors.items() if key != MASTER}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cogvideox.optimizer.master_weights import MakeOptimizer, by_parameter, for_file, overwrite, plain_tensors, set_rate
-from cogvideox.optimizer.optim import StepResult
+from cogvideox.optimizer.step import StepResult
 
 
 class HostMasters:

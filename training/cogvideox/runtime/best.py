@@ -12,7 +12,7 @@ from typing import Any
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
 from cogvideox.runtime.checkpoint import PREFIX, Saver, checkpoints, fault, step_of
-from cogvideox.runtime.curves import column, of_grid, read_records
+from cogvideox.runtime.metrics import column, of_grid, read_records
 from cogvideox.runtime.run import METRICS_NAME
 
 BEST_NAME = "best.json"

@@ -7,7 +7,6 @@ over. However long the run is, a line has a few thousand points, its peaks among
 """
 
 import io
-import json
 import math
 import warnings
 from itertools import pairwise
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cogvideox.files import write_atomically
+from cogvideox.runtime.metrics import BY_TIMESTEP, Records, by_grid, column, read_records
 
 CURVES_NAME = "curves.png"
 WIDTH, HEIGHT, PANEL_HEIGHT, DPI = 12.0, 8.0, 3.0, 100  # in inches; dots an inch
@@ -27,11 +27,7 @@ MARGIN = 0.05  # of an axis, above and below
 LOG_RANGE = 20.0  # an axis whose highest value is this many times the median is logarithmic
 LOSS, HELD_OUT, RATE, NORM, SKIPPED = "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:red"
 OTHER_GRID = "tab:gray"
-GRID = "held_out_grid"  # the fingerprint of what the held-out loss is measured on; older versions wrote none
-BY_TIMESTEP = "held_out_by_timestep"  # mean losses in equal parts of the schedule, the least noise first
 DARKEST_FIRST = 0.92  # of the colour map, whose end is too light on white
-
-Records = list[dict[str, Any]]
 
 
 def draw_curves(metrics: Path, picture: Path, name: str, weighting: str = "none") -> None:
@@ -54,48 +50,6 @@ def png(figure: Any) -> bytes:
         warnings.simplefilter("ignore")  # of letters that the font lacks
         figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
-
-
-def read_records(metrics: Path) -> Records:
-    """The lines that are whole and have a step."""
-    records = []
-    for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
-
-
-def of_grid(records: Records, grid: str | None) -> Records:
-    """The records of held-out losses that were measured on a grid; those of two grids cannot be compared."""
-    return [record for record in records if "held_out_loss" in record and grid_of(record) == grid]
-
-
-def by_grid(records: Records) -> list[Records]:
-    """The records of held-out losses, those of each grid by themselves; that of the newest record comes last."""
-    newest_first = dict.fromkeys(grid_of(record) for record in reversed(records) if "held_out_loss" in record)
-    return [of_grid(records, grid) for grid in reversed(newest_first)]
-
-
-def grid_of(record: dict[str, Any]) -> str | None:
-    """The fingerprint of a record's grid, if it has one."""
-    grid = record.get(GRID)
-    return grid if isinstance(grid, str) else None
-
-
-def column(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the records that have a finite number of that name."""
-    pairs = [(record["step"], value) for record in records if is_finite(value := record.get(name))]
-    steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    return steps, values
-
-
-def is_finite(value: Any) -> bool:
-    """Whether it is a number, and neither infinite nor NaN."""
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

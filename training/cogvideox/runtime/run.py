@@ -28,7 +28,7 @@ from cogvideox.config.options import TrainOptions, launched_processes, precision
 from cogvideox.errors import UsageError, first_line
 from cogvideox.files import LOCK_NAME, disk_errors_told, remove_temporaries, write_atomically
 from cogvideox.locks import Lock, take
-from cogvideox.optimizer.optim import LOSS_SCALE, StepResult
+from cogvideox.optimizer.step import LOSS_SCALE, StepResult
 from cogvideox.runtime.ranks import Ranks, check_world
 
 CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"

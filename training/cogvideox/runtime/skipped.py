@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from cogvideox.errors import NonFiniteError
-from cogvideox.optimizer.optim import LOSS_SCALE
+from cogvideox.optimizer.step import LOSS_SCALE
 from cogvideox.runtime.checkpoint import way_back
-from cogvideox.runtime.curves import read_records
+from cogvideox.runtime.metrics import read_records
 from cogvideox.runtime.run import METRICS_NAME, Run, Sample
 
 MAX_IN_A_ROW = 8
