@@ -1,11 +1,12 @@
-"""An exponential moving average of the fp32 masters, which takes their place in the model to be looked at and exported.
+"""An exponential moving average (EMA) of the fp32 master weights, used for validation and export.
 
-    d_n = min(decay, (1 + n) / (10 + n)), d_0 = 0        n: steps that changed the weights so far
+    d_n = min(decay, (1 + n) / (10 + n)), d_0 = 0        n: steps so far that changed the weights
     average <- d_n average + (1 - d_n) master
 
-This warm-up is that of TensorFlow's and of diffusers' EMA: an average over about the last ninth of the steps so far,
-until it is as long as --ema_decay says. n is counted on the device, so that a skipped step needs no word from there.
-Where the masters live on the host, so do the averages, and the share is fetched from the device: each update waits.
+This is the warm-up of TensorFlow's and diffusers' EMA: the average covers about the last ninth of the steps so far,
+until it reaches the length that --ema_decay sets. n is counted on the device, so the host need not know whether a step
+was skipped. If the masters are stored on the host, so are the averages; then each update waits for the device, because
+the weight 1 - d_n is computed there.
 """
 
 from collections.abc import Iterator
@@ -17,11 +18,17 @@ from torch.nn import Parameter
 
 from cogvideox.optimizer.master_weights import for_file
 
-COUNT = "steps"  # in the names of tensors, beside the parameters
+COUNT = "steps"  # the name of the step counter among the saved tensors
 
 
 class Ema:
-    """The average of ``masters``, each on its master's device; ``parameters`` are what the model runs, by name too."""
+    """Keeps the average of each master weight, on the device of the master.
+
+    Args:
+        parameters: the parameters of the model by name, in its type.
+        masters: the fp32 masters by the same names; an fp32 parameter may be its own master.
+        decay: the largest decay, --ema_decay.
+    """
 
     def __init__(self, parameters: dict[str, Parameter], masters: dict[str, Tensor], decay: float) -> None:
         self.parameters, self.masters, self.decay = parameters, masters, decay
@@ -30,7 +37,11 @@ class Ema:
 
     @torch.no_grad()
     def update(self, skipped: Tensor) -> None:
-        """After an optimizer step; ``skipped`` is 1 on the device where it changed nothing, and then nor does this."""
+        """Moves the averages towards the masters; called after each optimizer step.
+
+        Args:
+            skipped: scalar on the device, 1 if the step changed no weight; then the averages do not change either.
+        """
         decay = ((1.0 + self.steps) / (10.0 + self.steps)).clamp(max=self.decay)
         share = torch.where(self.steps > 0, 1.0 - decay, 1.0) * (1.0 - skipped)
         for name, average in self.averages.items():
@@ -39,7 +50,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with the averages, rounded to its type; afterwards the trained weights again, bit for bit."""
+        """Puts the averages, rounded to its type, into the model; restores the trained weights exactly on exit."""
         self._exchange()
         try:
             yield
@@ -48,26 +59,26 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self, back: bool = False) -> None:
-        """Puts averages, or masters, into the model. A master that is the parameter itself changes places instead."""
+        """Copies averages, or with ``back`` masters, into the model. A parameter that is its own master is swapped."""
         for name, parameter in self.parameters.items():
             master, average = self.masters[name], self.averages[name]
             if master is parameter:
-                held = parameter.clone()
+                trained = parameter.clone()
                 parameter.copy_(average)
-                average.copy_(held)
+                average.copy_(trained)
             else:
                 parameter.copy_(master if back else average)
 
     def state(self, copy: bool = True) -> dict[str, Tensor]:
-        """All that a resumed run needs, on the CPU; ``copy`` as in masters.for_file."""
+        """Returns the tensors that a resumed run needs, on the CPU; ``copy`` is that of ``master_weights.for_file``."""
         return for_file(self.tensors(), copy)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The same where they lie: nothing is copied."""
+        """Returns the tensors of ``state`` on their own devices, without a copy."""
         return {COUNT: self.steps, **{f"average/{name}": average for name, average in self.averages.items()}}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Takes up what ``state`` returned."""
+        """Restores what ``state`` returned."""
         self.steps.copy_(tensors[COUNT])
         for name, average in self.averages.items():
             average.copy_(tensors[f"average/{name}"])

@@ -1,9 +1,8 @@
-"""Who runs the backward pass and the update: this process with fp32 masters, or DeepSpeed.
+"""Engines run the backward pass and the weight update: in this process with fp32 master weights, or in DeepSpeed.
 
-An engine has ``model`` (what the loss calls), ``backward(loss)``, ``step(lr)``, ``save(folder)`` on all ranks,
-``load(folder)``, ``averaged()``: the model with the weights that are looked at and exported, and ``not_finite()``: what
-of all that ``save`` would write here holds NaN or infinity, by name.
-DeepSpeed's own checkpoint files are the only ones of the project that are not safetensors.
+``make_engine`` returns the one that accelerate's configuration asks for. ``Engine`` lists what the training loop needs
+of it; a new engine implements that protocol. DeepSpeed's own checkpoint files are the only files of the project that
+are not safetensors.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +31,14 @@ DEEPSPEED_TAG = "deepspeed"
 
 
 class Engine(Protocol):
-    """See the top of the file."""
+    """What the training loop calls.
+
+    ``model`` is what the loss is computed with. ``backward`` adds the gradients of one micro-batch, ``step`` ends the
+    optimizer step with a learning rate, and ``rehearse`` allocates what a step needs without any other effect. ``save``
+    and ``load`` write and read the engine's part of a checkpoint folder, on all ranks. In the context of ``averaged``
+    the model has the weights for validation and export. ``not_finite`` returns the names of the tensors of this rank
+    that ``save`` would write and that contain NaN or infinity.
+    """
 
     reduces_in_backward: bool  # whether ranks wait for each other in a backward pass, not only in a step
     model: Any
@@ -53,7 +59,7 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """The whole trainable state on every rank; gradients are averaged over the ranks in fp32."""
+    """Keeps the complete trainable state on every rank, and averages gradients over the ranks in fp32."""
 
     reduces_in_backward = False
 
@@ -67,30 +73,33 @@ class LocalEngine:
         self.backward = masters.backward
 
     def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None:
-        """A forward and a backward pass without any effect but on the memory, with room for the optimizer's state."""
+        """Runs a forward and a backward pass that change nothing, with memory reserved for the optimizer's state."""
         room = self.masters.room_for_state()
         self.backward(loss_of(self.model))
         self.masters.drop()
         del room
 
     def step(self, lr: float) -> StepResult:
-        """One optimizer step over all ranks."""
+        """Makes one optimizer step over all ranks, and updates the average if there is one."""
         result = self.masters.step(lr)
         if self.ema:
-            self.masters.wait()  # if they rest on the host, who reads them there
+            self.masters.wait()  # the average reads masters on the host, where a transfer may still be writing them
             self.ema.update(result.skipped)
         return result
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The average in the model, if there is one. The weights may rest on the host, where anybody may read them."""
+        """Puts the average, if there is one, into the model while the context lasts.
+
+        Weights that are stored on the host are up to date there inside the context.
+        """
         self.masters.wait()
         with self.ema.applied() if self.ema else nullcontext():
             yield
             self.masters.wait()
 
     def not_finite(self) -> list[str]:
-        """Weights, masters, moments and averages that are not finite, on the rank that writes them."""
+        """Returns the names of weights, masters, moments and averages that are not finite, if this rank saves them."""
         if not self.writes:
             return []
         averages = self.ema.tensors() if self.ema else {}
@@ -99,7 +108,7 @@ class LocalEngine:
         return not_finite(self.masters.tensors() | averages | rounded)  # a master may be too large for fp16
 
     def save(self, folder: Path) -> None:
-        """Writes masters, optimizer state and the average, on one rank."""
+        """Writes masters, optimizer state and average to the folder, from one rank."""
         from safetensors.torch import save_file
 
         if self.writes:
@@ -108,7 +117,7 @@ class LocalEngine:
             save_file(self.ema.state(copy=False), folder / EMA_NAME)
 
     def load(self, folder: Path) -> None:
-        """Takes up what ``save`` wrote."""
+        """Restores what ``save`` wrote."""
         from safetensors.torch import load_file
 
         self.masters.load_state(load_file(folder / STATE_NAME))
@@ -117,7 +126,7 @@ class LocalEngine:
 
 
 class DeepSpeedEngine:
-    """ZeRO through accelerate's plugin; masters, clipping and accumulation are DeepSpeed's."""
+    """Runs ZeRO through accelerate's plugin; DeepSpeed handles master weights, clipping and accumulation."""
 
     reduces_in_backward = True
 
@@ -142,24 +151,24 @@ class DeepSpeedEngine:
         self.tail = torch.zeros(1, device=accelerator.device)
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed divides by the accumulation steps itself."""
+        """Adds the gradients of a micro-batch. The loss is multiplied because DeepSpeed divides by the accumulation."""
         self.tail[0] += loss.detach()
         self.model.backward(loss * self.accumulation)
         if not self.model.is_gradient_accumulation_boundary():
             self.model.step()
 
     def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None:
-        """A forward and a backward pass without any effect but on the memory.
+        """Runs a forward and a backward pass that change nothing, without DeepSpeed's hooks.
 
-        Past DeepSpeed, which reduces what its backward pass finds, and counts it: autograd goes through the whole model
-        to the first trained parameter, and keeps no gradient.
+        DeepSpeed would reduce and count the gradients of a normal backward pass. Asking autograd for the gradient of
+        the first trained parameter goes through all of the model and stores nothing.
         """
         module = self.model.module
         first = next(parameter for parameter in module.parameters() if parameter.requires_grad)
         torch.autograd.grad(loss_of(module), first)
 
     def step(self, lr: float) -> StepResult:
-        """The optimizer step that ends an accumulation."""
+        """Makes the optimizer step after the last micro-batch."""
         for group in self.model.optimizer.param_groups:
             group["lr"] = lr
         scale = torch.as_tensor(float(getattr(self.model.optimizer, "loss_scale", 1.0)), device=self.tail.device)
@@ -173,11 +182,14 @@ class DeepSpeedEngine:
         return result
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The trained weights: conflicts.py refuses --use_ema here."""
+        """Leaves the trained weights in the model: conflicts.py refuses --use_ema with DeepSpeed."""
         return nullcontext()
 
     def not_finite(self) -> list[str]:
-        """Of this rank's share: DeepSpeed joins the parameters of a group into one, so there are no other names."""
+        """Returns what is not finite in this rank's share of the state.
+
+        DeepSpeed joins the parameters of a group into one tensor, so the names are those of groups.
+        """
         inner = getattr(self.model.optimizer, "optimizer", self.model.optimizer)
         tensors = {}
         for number, group in enumerate(inner.param_groups):
@@ -192,14 +204,17 @@ class DeepSpeedEngine:
         self.model.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
-        """Takes up what ``save`` wrote."""
+        """Restores what ``save`` wrote."""
         loaded, _ = self.model.load_checkpoint(str(folder), tag=DEEPSPEED_TAG, load_module_strict=False)
         if loaded is None:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to resume from")
 
 
 def engine_name(accelerator: Any) -> str:
-    """Part of the recipe: an engine reads only its own checkpoints, and DeepSpeed only those of as many processes."""
+    """Returns the engine's name for the recipe of a checkpoint.
+
+    An engine reads only its own checkpoints, and DeepSpeed only those of the same number of processes.
+    """
     deepspeed = accelerator.state.deepspeed_plugin is not None
     return f"DeepSpeed x {accelerator.num_processes}" if deepspeed else "local"
 
@@ -213,14 +228,19 @@ def make_engine(
     state_on_host: bool = False,
     host_trained: HostTrainedBlocks | None = None,
 ) -> Engine:
-    """The engine that accelerate's configuration asks for.
+    """Returns the engine that accelerate's configuration asks for.
 
     Args:
-        state_on_host: masters and moments live in host memory between steps.
-        host_trained: what of the transformer does so too, with its gradients.
+        accelerator: the accelerate.Accelerator of the run.
+        transformer: the model, with its trained parameters in place.
+        method: the training method, whose ``parameters()`` are trained.
+        options: the flags of the run.
+        dtype: the compute type of the model; fp16 needs a loss scale.
+        state_on_host: whether masters and moments are stored in host memory between steps.
+        host_trained: blocks of the transformer that are stored in host memory with their gradients; None for none.
 
     Raises:
-        UsageError: this engine or optimizer cannot have them there.
+        UsageError: this engine or optimizer cannot store its state in host memory.
     """
     parameters = method.parameters()
     deepspeed = accelerator.state.deepspeed_plugin is not None

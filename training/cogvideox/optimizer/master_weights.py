@@ -1,11 +1,23 @@
-"""fp32 masters and what an optimizer keeps for them.
+"""fp32 master weights and the optimizer's moments: where they are stored, and how a step reaches them.
 
-Resident: a master of each parameter on its device, and one optimizer for all of them.
-Flat: masters and moments of some parameters in flat arrays, a master behind the other, in pinned host memory or on the
-device; they are updated range by range, and each range has an optimizer of its own, which sees one tensor. Number by
-number it does what Resident does, with the same bits; on a CPU if all parameters have multiples of 16 numbers, as those
-of CogVideoX do: it rounds other ends in another way.
-And what any optimizer keeps, as plain tensors by name.
+The model holds its trained parameters in the compute type, such as bf16. Most updates are smaller than the rounding
+error of bf16, so each parameter has a master weight in fp32, which the optimizer updates and which is then rounded into
+the parameter. Master and two moments take 12 bytes per parameter element, six times the bf16 weight itself. Two classes
+store them:
+
+    Resident   one master tensor per parameter, on the device, and one optimizer for all of them
+    Flat       one long array each for masters, first moments and second moments, in pinned host memory (or on the
+               device). A step handles range after range of them, each at most 64 MiB:
+
+               parameters     |  a  |      b      |   c   |
+               masters        |===========|===========|====|      each range is copied to the device, updated there by
+               moments        |===========|===========|====|      an optimizer for this range, which sees one tensor,
+               ranges            range 0      range 1   2         and copied back, while the next range arrives
+
+Flat computes the same bits as Resident. On a CPU this holds only if every parameter has a multiple of 16 elements, as
+those of CogVideoX have, because torch rounds the remainder of a vector loop differently there.
+
+The functions at the end read and write the state of any optimizer as plain tensors by name, for checkpoints.
 """
 
 import math
@@ -22,23 +34,30 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from cogvideox.memory.streaming import ALIGNMENT, Layout, Slice, Transfer, pinned
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
-STATE_BYTES = 12  # of a number: master and two moments, fp32; what a fused Adam moves through the device
-CHUNK_BYTES = 64 * 2**20  # large enough that a copy runs at full speed, small beside anything else on the device
+STATE_BYTES = 12  # per element: the master and two moments in fp32, which a fused Adam moves through the device
+CHUNK_BYTES = 64 * 2**20  # large enough that a copy runs at full speed, small next to everything else on the device
 MASTER = "master"
 
 
 class Optimized:
-    """Masters and an optimizer for them. Where that is fused, all that it keeps exists from the start."""
+    """Master weights with their optimizer. The state of a fused optimizer is created here, not at the first step."""
 
     def __init__(self, masters: list[Parameter], gradients: Sequence[Tensor], make: MakeOptimizer) -> None:
         self.masters, self.optimizer = masters, make(masters)
         self.fused = is_fused(self.optimizer)
-        if self.fused:  # a step that is skipped makes the moments, of zeros
+        if self.fused:  # a skipped step creates the moments, filled with zeros, and changes nothing
             one = torch.ones((), device=masters[0].device)
             self.update(gradients, 0.0, divisor=one, skipped=one)
 
     def update(self, gradients: Sequence[Tensor], lr: float, divisor: Tensor, skipped: Tensor) -> None:
-        """One step of the masters; only a fused one divides the gradients, of fp32, and skips itself."""
+        """Makes one optimizer step on the master weights.
+
+        Args:
+            gradients: fp32 gradients, one per master.
+            divisor: scalar on the device by which a fused optimizer divides the gradients (loss scale times clipping).
+            skipped: scalar on the device; a fused optimizer changes nothing where it is 1. For any other optimizer the
+                caller divides and skips.
+        """
         if self.fused:
             self.optimizer.grad_scale = divisor
             self.optimizer.found_inf = skipped
@@ -50,7 +69,13 @@ class Optimized:
 
 
 class Resident(Optimized):
-    """Parameters with a master each, on their device; one of fp32 is its own. Their gradients are of zeros so far."""
+    """Master weights on the device, one tensor per parameter. An fp32 parameter is its own master.
+
+    Args:
+        parameters: the trained parameters by name.
+        gradients: fp32 gradients in the same order; all zero at this point.
+        make: makes the optimizer for the masters.
+    """
 
     def __init__(self, parameters: dict[str, Parameter], gradients: Sequence[Tensor], make: MakeOptimizer) -> None:
         self.parameters = parameters
@@ -59,7 +84,7 @@ class Resident(Optimized):
         self.make = make
 
     def update(self, gradients: Sequence[Tensor], lr: float, divisor: Tensor, skipped: Tensor) -> None:
-        """One step of the masters, rounded into the model."""
+        """Makes one step as ``Optimized.update`` does, then rounds the masters into the parameters."""
         super().update(gradients, lr, divisor, skipped)
         self._round()
 
@@ -70,18 +95,18 @@ class Resident(Optimized):
                 parameter.copy_(master)
 
     def missing_bytes(self) -> int:
-        """What the optimizer is going to make at its first step."""
+        """Returns how many bytes of state the optimizer will allocate at its first step."""
         if self.optimizer.state:
             return 0
         kept = state_bytes(self.make, self.masters[0].device) - self.masters[0].element_size()
         return kept * sum(master.numel() for master in self.masters)
 
     def named_masters(self) -> dict[str, Tensor]:
-        """The masters by their parameters' names."""
+        """Returns the master weights by the names of their parameters."""
         return dict(zip(self.parameters, self.masters, strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and what the optimizer keeps for each, as key/parameter."""
+        """Returns the masters and the optimizer's state as plain tensors named ``key/parameter``."""
         tensors = {}
         for name, master in self.named_masters().items():
             tensors[f"{MASTER}/{name}"] = master.detach()
@@ -91,7 +116,12 @@ class Resident(Optimized):
 
     @torch.no_grad()
     def load_state(self, of: dict[str, dict[str, Tensor]], numbers: dict[str, bool | int | float]) -> None:
-        """Takes up what ``state`` returned, by parameter, and ``group_numbers``."""
+        """Restores what ``state`` returned.
+
+        Args:
+            of: for each parameter its tensors by key, as ``by_parameter`` groups them.
+            numbers: settings and counters of the parameter group, as ``group_numbers`` returns them.
+        """
         self.optimizer.param_groups[0].update(numbers)
         for name, master in self.named_masters().items():
             master.copy_(of[name].pop(MASTER))
@@ -100,14 +130,19 @@ class Resident(Optimized):
 
 
 class Flat:
-    """Parameters whose masters and moments are numbers in a row.
+    """Master weights and moments of some parameters in flat fp32 arrays, updated range by range on the device.
 
     Args:
-        parameters: on the device, or views of ``weights``.
-        weights: all numbers of the parameters on the host, as Layout places them; None where they are on the device.
-        gradients: all numbers of the gradients, placed alike; on the device, or on the host where the parameters are.
-        device: where they are updated.
-        on_host: masters and moments are in pinned host memory; else they are on the device too.
+        parameters: the trained parameters by name, on the device or views of ``weights``.
+        make: makes the optimizer of one range; only fused ones are supported.
+        device: where the update runs.
+        gradients: returns one flat array with all gradients, in the order of the parameters. It is stored where the
+            parameters are: on the device or on the host.
+        weights: one flat host array with all parameters; None if the parameters are on the device.
+        on_host: whether masters and moments are stored in pinned host memory, otherwise on the device.
+
+    Raises:
+        ValueError: the optimizer is not fused.
     """
 
     def __init__(
@@ -130,7 +165,7 @@ class Flat:
 
     @torch.no_grad()
     def _start(self, which: slice, pieces: list[tuple[Tensor, slice]], make: MakeOptimizer) -> Optimized:
-        """Masters and moments of a range, made on the device and brought to where they rest."""
+        """Creates masters and moments of one range on the device, and copies them to the arrays that store them."""
         master = torch.zeros(which.stop - which.start, device=self.device)
         for numbers, where in pieces:
             master[where] = numbers.to(self.device)
@@ -141,15 +176,16 @@ class Flat:
             if key not in self.arrays:
                 self.arrays[key] = self.layout.flat(self._room(self.layout.num_bytes))
             self.arrays[key][which].copy_(tensor)
+        # between steps the optimizer keeps empty tensors, so that the device memory of the range is free again
         attach_state(optimized, {key: tensor.new_empty(0) for key, tensor in optimizer_tensors(optimized).items()})
         return optimized
 
     def _room(self, num_bytes: int) -> Tensor:
-        """Memory for an array."""
+        """Allocates memory for one flat array, as bytes."""
         return pinned(num_bytes) if self.on_host else torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def _pieces(self, which: slice) -> Iterator[tuple[Tensor, slice]]:
-        """What parameters have in a range: the numbers, and where in the range they are."""
+        """Yields, for each parameter that overlaps the range, its elements there and their positions in the range."""
         for start, parameter in zip(self.layout.starts, self.parameters.values(), strict=True):
             first, last = max(which.start, start), min(which.stop, start + parameter.numel())
             if first < last:
@@ -157,7 +193,10 @@ class Flat:
                 yield numbers, slice(first - which.start, last - which.start)
 
     def update(self, lr: float, divisor: Tensor, skipped: Tensor) -> Iterator[Transfer]:
-        """One step, range by range: what is on the host passes through the device."""
+        """Yields one transfer per range, which brings its host data to the device, updates it and sends it back.
+
+        Nothing runs before the transfers are started. Gradients only arrive, and new weights only leave.
+        """
         gradients = self.gradients()
         for number, which in enumerate(self.ranges):
             parts = [Slice(array[which]) for array in self.arrays.values()] if self.on_host else []
@@ -167,7 +206,7 @@ class Flat:
 
     @torch.no_grad()
     def _update(self, number: int, lr: float, divisor: Tensor, skipped: Tensor, load: list[Tensor]) -> None:
-        """One step of a range, whose load is on the device, rounded into the parameters there."""
+        """Makes the step of one range, whose tensors are on the device, and rounds the masters into the parameters."""
         which, optimized, passing = self.ranges[number], self.optimized[number], iter(load)
         state = {key: next(passing) if self.on_host else array[which] for key, array in self.arrays.items()}
         if self.weights is None:
@@ -181,17 +220,17 @@ class Flat:
             numbers.copy_(state[MASTER][where])
 
     def _views(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Of each parameter its master and moments, by key."""
+        """Yields each parameter's name with views of its master and moments by key."""
         views = {key: self.layout.views(array) for key, array in self.arrays.items()}
         for number, name in enumerate(self.parameters):
             yield name, {key: tensors[number] for key, tensors in views.items()}
 
     def named_masters(self) -> dict[str, Tensor]:
-        """The masters by their parameters' names."""
+        """Returns the master weights by the names of their parameters."""
         return {name: views[MASTER] for name, views in self._views()}
 
     def state(self) -> dict[str, Tensor]:
-        """As ``Resident.state``: of the counter, which is the same in all ranges, each parameter has one."""
+        """Returns the same as ``Resident.state``; each parameter gets a copy of the common step counter."""
         tensors: dict[str, Tensor] = {}
         for name, views in self._views():
             tensors |= {f"{key}/{name}": tensor for key, tensor in views.items()}
@@ -200,7 +239,7 @@ class Flat:
 
     @torch.no_grad()
     def load_state(self, of: dict[str, dict[str, Tensor]], numbers: dict[str, bool | int | float]) -> None:
-        """As ``Resident.load_state``."""
+        """Restores what ``state`` of this class or of ``Resident`` returned."""
         for name, views in self._views():
             for key, view in views.items():
                 view.copy_(of[name][key])
@@ -213,22 +252,22 @@ class Flat:
 
 
 def layout_of(parameters: dict[str, Parameter]) -> Layout:
-    """Of an fp32 number for each of theirs."""
+    """Returns a layout with one fp32 element per parameter element."""
     return Layout([torch.empty_like(p, dtype=torch.float32, device="meta") for p in parameters.values()])
 
 
-# -- what a fused optimizer keeps --------------------------------------------------------------------------------------
+# -- the state of a fused optimizer ------------------------------------------------------------------------------------
 
 
 def optimizer_tensors(optimized: Optimized) -> dict[str, Tensor]:
-    """The only master and its moments, by key."""
+    """Returns the single master of a range and its moments by key."""
     (master,) = optimized.masters
     values = optimized.optimizer.state[master]
     return {MASTER: master.detach()} | {key: value for key, value in values.items() if value.shape}
 
 
 def attach_state(optimized: Optimized, tensors: dict[str, Tensor]) -> None:
-    """Puts others in their place."""
+    """Replaces the master and the moments of a range by other tensors of the same keys."""
     (master,) = optimized.masters
     moments = {key: tensor for key, tensor in tensors.items() if key != MASTER}
     master.data = tensors[MASTER]
@@ -236,32 +275,40 @@ def attach_state(optimized: Optimized, tensors: dict[str, Tensor]) -> None:
 
 
 def counters(optimized: Optimized) -> dict[str, Tensor]:
-    """What it keeps beside: a step counter. That stays on the device, as it is small, and the kernel's."""
+    """Returns the scalar state, the step counter. It stays on the device, where the fused kernel advances it."""
     (master,) = optimized.masters
     return {key: value for key, value in optimized.optimizer.state[master].items() if not value.shape}
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step skips itself. torch's SGD says so too, but leaves its momentum undefined when the first does."""
+    """Returns whether the optimizer divides gradients and skips a step on the device, as torch's fused Adam does.
+
+    torch's SGD claims this too, but leaves its momentum undefined if the first step is skipped, so it does not count.
+    """
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     return adam and getattr(optimizer, "_step_supports_amp_scaling", False)  # as torch.amp.GradScaler asks
 
 
-# -- what any optimizer keeps ------------------------------------------------------------------------------------------
+# -- the state of any optimizer ----------------------------------------------------------------------------------------
 
 
 def state_bytes(make: MakeOptimizer, device: torch.device) -> int:
-    """Bytes of a trained number: its fp32 master, and what the optimizer keeps, as a step on many numbers shows."""
+    """Returns the bytes per trained element: its fp32 master and the optimizer's state.
+
+    The state is measured with one step on a parameter of 2**20 elements.
+    """
     parameter = Parameter(torch.ones(1024, 1024, device=device))
     parameter.grad = torch.ones_like(parameter)
     optimizer = make([parameter])
     optimizer.step()
     kept = sum(tensor.nbytes for _, tensor in plain_tensors(optimizer.state[parameter]))
-    return parameter.element_size() + math.ceil(kept / parameter.numel() - 0.1)  # tables and counters are small change
+    return parameter.element_size() + math.ceil(
+        kept / parameter.numel() - 0.1
+    )  # - 0.1 leaves out tables and counters, which do not grow
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step; torchao's must stay the tensor that it is."""
+    """Sets the learning rate of the next step. torchao compiles against its rate tensor, so that is filled in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -270,18 +317,21 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def group_numbers(optimizer: torch.optim.Optimizer) -> dict[str, bool | int | float]:
-    """What an optimizer counts for all parameters together, as prodigy its step size; and its settings."""
+    """Returns the numbers of the parameter group but the rate: settings, and shared state like prodigy's step size."""
     group = optimizer.param_groups[0]
     return {key: value for key, value in group.items() if isinstance(value, (bool, int, float)) and key != "lr"}
 
 
 def as_tensor(value: Tensor | bool | int | float) -> Tensor:
-    """A number as a tensor that holds all of it."""
+    """Returns a number as a tensor without loss of precision; floats become fp64."""
     return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else torch.as_tensor(value)
 
 
 def plain_tensors(values: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """What an optimizer keeps for a parameter, as tensors by name: numbers too, and quantized ones in their parts."""
+    """Yields an optimizer's state of one parameter as plain tensors by name.
+
+    A number becomes a scalar tensor. A quantized tensor is yielded in its parts, named ``key.part``.
+    """
     for key, value in values.items():
         if is_traceable_wrapper_subclass(value):
             yield from ((f"{key}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0])
@@ -290,10 +340,12 @@ def plain_tensors(values: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def for_file(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
-    """Tensors on the CPU, each in memory of its own.
+    """Returns the tensors on the CPU, contiguous and without shared memory, as safetensors needs them.
 
     Args:
-        copy: if not, what is there already stays where it is, as it may take most of the memory: to be written at once.
+        tensors: tensors by name, on any device.
+        copy: whether tensors that are on the CPU already are copied. Without copies the result must be written before
+            the next step, but takes no additional memory, which may be most of the host's.
     """
     found: dict[str, Tensor] = {}
     taken: set[int] = set()
@@ -305,7 +357,7 @@ def for_file(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
 
 
 def by_parameter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors named key/parameter, as key -> tensor for each parameter."""
+    """Groups tensors named ``key/parameter``: for each parameter a dictionary of key and tensor."""
     of: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for full, tensor in tensors.items():
         key, _, name = full.partition("/")
@@ -314,7 +366,13 @@ def by_parameter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def overwrite(values: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Puts what ``plain_tensors`` gave into the values of an optimizer that has made a step."""
+    """Writes tensors that ``plain_tensors`` yielded back into an optimizer's state of one parameter.
+
+    Args:
+        values: the state to overwrite; quantized tensors must exist in it, so the optimizer has made a step.
+        tensors: the tensors by name.
+        device: where tensors that the state does not have yet are created.
+    """
     for name, tensor in tensors.items():
         key, _, part = name.partition(".")
         value = values.get(key)
