@@ -1,11 +1,12 @@
-"""The learning rate, and steps of fp32 masters that every optimizer works on (masters.py).
+"""The optimizer step on fp32 master weights, for any optimizer, and the learning rate schedules.
 
-Trainable parameters stay in the compute type inside the model. Each backward pass adds their gradients to one flat fp32
-buffer; a step averages it over the ranks, clips, skips what is not finite and updates fp32 masters, all on the device.
-Only fused optimizers of torch can skip a step there: before a step of any other, this process waits for the device.
-The masters and what the optimizer keeps are on the device, or on the host and pass through the device range by range.
-Parameters that live on the host themselves, with their gradients (streaming.HostTrainedBlocks), pass through it with
-their masters.
+config/optimizers.py decides which optimizer a run uses; ``MasterWeights`` here steps it. Trained parameters stay in the
+compute type inside the model. Each backward pass adds their gradients to one flat fp32 buffer. A step averages the
+buffer over the ranks, clips it, skips the step if a gradient is not finite, and updates the masters, all on the device.
+Only torch's fused optimizers can skip a step there; with any other, the host waits for the device before each step.
+
+Masters and moments are stored as master_weights.py describes: on the device, or on the host, from where they pass
+through the device range by range. So do parameters that are stored on the host with their gradients (streaming.py).
 """
 
 import math
@@ -39,13 +40,13 @@ ALL = "*"  # in the names of tensors, instead of a parameter
 
 
 def learning_rate(flags: OptimizerFlags, step: int, total_steps: int, global_batch: int) -> float:
-    """The learning rate of an optimizer step (from 0) of a run of ``total_steps``."""
+    """Returns the learning rate of an optimizer step, counted from 0, in a run of ``total_steps`` steps."""
     peak = flags.learning_rate * (global_batch if flags.scale_lr else 1)
     return peak * schedule_factor(flags, step, total_steps, peak) if peak else 0.0
 
 
 def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: float) -> float:
-    """The shape of the learning rate, 0 to 1: the schedules of diffusers.optimization as functions of the step."""
+    """Returns the factor of the peak rate, 0 to 1: the schedules of diffusers.optimization as functions of the step."""
     name, warmup = flags.lr_scheduler, flags.lr_warmup_steps
     if name == "constant":
         return 1.0
@@ -67,10 +68,14 @@ def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: fl
 
 
 def rate_jump(flags: OptimizerFlags, then: float, step: int, total_steps: int, global_batch: int) -> str | None:
-    """A line for the user where a run that is resumed after a step does not continue the schedule that it had.
+    """Returns a line for the user if a resumed run does not continue its learning rate schedule, else None.
 
     Args:
-        then: the learning rate that this step had, when the run may have had another length.
+        flags: the flags of the optimizer now.
+        then: the learning rate that the last step of the run had.
+        step: the number of steps that are done.
+        total_steps: the length of the run now, which may differ from before.
+        global_batch: samples per step over all ranks.
     """
     now, following = (learning_rate(flags, number, total_steps, global_batch) for number in (step - 1, step))
     if step >= total_steps or math.isclose(then, now, rel_tol=SAME_RATE):
@@ -84,8 +89,10 @@ def rate_jump(flags: OptimizerFlags, then: float, step: int, total_steps: int, g
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, still on the device: loss, gradient norm, skipped, and the scale that the loss was
-    multiplied with, which is 1 but for fp16; each a scalar.
+    """What one optimizer step did, as four scalars that are still on the device.
+
+    They are the mean loss, the gradient norm before clipping, whether the step was skipped (0 or 1), and the loss
+    scale, which is always 1 except with fp16.
     """
 
     values: Tensor  # (4,) fp32
@@ -94,22 +101,22 @@ class StepResult:
 
     @property
     def skipped(self) -> Tensor:
-        """1 where the step changed no weight, else 0."""
+        """Returns 1 if the step changed no weight, else 0, as a scalar on the device."""
         return self.values[self.NAMES.index("skipped")]
 
 
 class MasterWeights:
-    """fp32 masters around any optimizer whose step needs no more than gradients.
+    """Trains parameters through fp32 master weights with any optimizer whose step needs only gradients.
 
     Args:
-        parameters: the trainable parameters, in any float type; they hold the masters rounded to it.
+        parameters: the trained parameters by name, in any float type; they hold the rounded masters.
         make: makes the optimizer for the masters.
-        max_grad_norm: gradients are scaled down to it; 0 leaves them.
-        dynamic_scale: scale the loss so that fp16 gradients do not vanish, and lower the scale when they overflow.
-        state_on_host: masters and moments live in pinned host memory, and pass through the device in ranges at each
-            step, with the same numbers bit for bit; for fused optimizers only.
-        host_trained: which parameters live there themselves, with their gradients, and which of these have masters and
-            moments on the device, whatever all others have; for fused optimizers only.
+        max_grad_norm: gradients with a larger norm are scaled down to it; 0 disables clipping.
+        dynamic_scale: whether the loss is scaled so that fp16 gradients do not underflow; an overflow halves the scale.
+        state_on_host: whether masters and moments are stored in pinned host memory and pass through the device in
+            ranges at each step. The results are the same bit for bit. Only for fused optimizers.
+        host_trained: which blocks are stored on the host with their gradients, and which of them have masters and
+            moments on the device regardless of ``state_on_host``. Only for fused optimizers.
     """
 
     def __init__(
@@ -131,7 +138,7 @@ class MasterWeights:
         self.good_steps = torch.zeros((), device=self.device)
         self.dynamic_scale = dynamic_scale
         layout = layout_of(here)
-        # the tail carries the loss through the same all-reduce as the gradients
+        # the last element carries the loss through the same all-reduce as the gradients
         self.buffer = torch.zeros(layout.numbers + 1, device=self.device)
         self.flat, self.tail = self.buffer[: layout.numbers], self.buffer[layout.numbers :]
         self.gradients = dict(zip(here, layout.views(self.flat), strict=True))
@@ -161,12 +168,12 @@ class MasterWeights:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this micro-batch's share of the step's mean loss."""
         if self.transfers:
-            self.transfers.finish()  # which the forward pass was behind
+            self.transfers.finish()  # the forward pass started what it needed of the step before; this starts the rest
         self.tail[0] += loss.detach()
         (loss * self.scale).backward()
 
     def step(self, lr: float) -> StepResult:
-        """One optimizer step over all ranks; a step with a non-finite gradient changes nothing and is counted."""
+        """Makes one optimizer step over all ranks. It changes nothing if a gradient is not finite."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.buffer)
             self.buffer.div_(dist.get_world_size())
@@ -181,18 +188,18 @@ class MasterWeights:
         return result
 
     def drop(self) -> None:
-        """Forgets gradients and losses that no step has used."""
+        """Drops gradients and losses that no step has used."""
         self.buffer.zero_()
         if self.host_trained:
             self.host_trained.gradients.clear()
 
     def room_for_state(self) -> Tensor:
-        """Memory as large as what the first step of an optimizer is going to make; empty if all is there."""
+        """Allocates as much device memory as the first step will for the optimizer's state; empty if it exists."""
         missing = self.resident.missing_bytes() if self.resident else 0
         return torch.empty(missing, dtype=torch.uint8, device=self.device)
 
     def _norm(self) -> Tensor:
-        """Of all gradients: by parameter, so that it is the same wherever they lie."""
+        """Returns the global gradient norm, summed per parameter so that placement does not change a bit of it."""
         norms = dict(zip(self.gradients, norms_of(list(self.gradients.values())), strict=True))
         if self.host_trained:
             for block, parameters in self.host_trained.parameters.items():
@@ -210,7 +217,12 @@ class MasterWeights:
             self._pass(self.transfers, lr, divisor, skipped)
 
     def _pass(self, transfers: TransferPipeline, lr: float, divisor: Tensor, skipped: Tensor) -> None:
-        """All that passes through the device: a block that lives on the host when somebody needs its weights."""
+        """Starts the updates that pass through the device, in the order in which the next forward pass needs them.
+
+        Only what is on the device must be updated before the compute stream continues. A block that is stored on the
+        host is updated when its weights are fetched for the next forward pass, so its transfers overlap with the
+        blocks before it. Fetching it without this wait would return the weights of the step before.
+        """
         if self.host_trained:
             self.host_trained.gradients.settle()
         loads = [list(flat.update(lr, divisor, skipped)) for flat in self.passing]
@@ -224,12 +236,12 @@ class MasterWeights:
             transfers.finish()
 
     def wait(self) -> None:
-        """Who comes next may read and write masters and parameters, wherever they are."""
+        """Waits until all transfers have ended, so that masters and parameters can be read and written on the host."""
         if self.transfers:
             self.transfers.wait()
 
     def _adapt_scale(self, skipped: Tensor) -> None:
-        """Halve the loss scale after an overflow, double it after many good steps, without asking the device."""
+        """Halves the loss scale after an overflow, doubles it after many good steps; does not wait for the device."""
         self.good_steps = torch.where(skipped > 0, 0.0, self.good_steps + 1)
         grown = self.good_steps >= GROWTH_INTERVAL
         factor = torch.where(skipped > 0, 0.5, torch.where(grown, 2.0, 1.0))
@@ -237,12 +249,12 @@ class MasterWeights:
         self.good_steps = torch.where(grown, 0.0, self.good_steps)
 
     def named_masters(self) -> dict[str, Tensor]:
-        """The masters by their parameters' names. Who reads them calls ``wait`` first: a pass may still be to come."""
+        """Returns the masters by the names of their parameters. Call ``wait`` before reading masters on the host."""
         masters = {name: master for group in self.groups for name, master in group.named_masters().items()}
         return {name: masters[name] for name in self.parameters}
 
     def state(self, copy: bool = True) -> dict[str, Tensor]:
-        """All that a resumed run needs, as plain tensors by name: masters, the optimizer's values, loss scale.
+        """Returns what a resumed run needs, as plain tensors by name: masters, optimizer state and loss scale.
 
         Args:
             copy: see ``for_file``.
@@ -250,7 +262,7 @@ class MasterWeights:
         return for_file(self.tensors(), copy)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The same where they lie: nothing is copied."""
+        """Returns the tensors of ``state`` on their own devices, without a copy."""
         self.wait()
         tensors = {LOSS_SCALE: self.scale, "good_steps": self.good_steps}
         for group in self.groups:
@@ -261,11 +273,11 @@ class MasterWeights:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Takes up what ``state`` returned, wherever that had its masters."""
+        """Restores what ``state`` returned, even if its masters were stored on another device."""
         of = by_parameter(tensors)
         more = any(len(of[name]) > 1 for name in self.parameters)  # than a master
         if more and self.resident and not self.resident.fused:
-            # a first step, of gradients and a rate of zero, makes what is then written over
+            # a step with zero gradients and a zero rate creates the state that is overwritten below
             self._update(0.0, torch.ones((), device=self.device), torch.zeros((), device=self.device))
             self.buffer.zero_()  # some optimizers add weight decay to the gradients themselves
         self.wait()

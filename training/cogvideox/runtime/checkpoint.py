@@ -1,8 +1,11 @@
-"""Checkpoints that are whole or not there: written aside, verified, renamed; older ones go afterwards.
+"""Writes checkpoints that are either complete or absent, finds the newest one, and compares its settings.
 
-checkpoint-N/ holds the engine's state, the result so far, progress.json (step and recipe) and manifest.json with the
-size and SHA-256 of every other file, and a checksum of that list. A checkpoint that is damaged is never deleted: it
-gets another name, for a person to look at.
+    .checkpoint-N.tmp/   written   ->   fsync, hashes verified   ->   renamed to checkpoint-N/   ->   older ones removed
+
+A kill at any moment leaves the old checkpoints or the new one, because the rename is the only visible change.
+checkpoint-N/ holds the engine's state, the result so far, progress.json (step and recipe) and manifest.json, which has
+the size and SHA-256 of every other file and a checksum of that list. A damaged checkpoint is never deleted; it is
+renamed so that a person can inspect it. ``Saver`` writes checkpoints and ``find_start`` finds the one to resume from.
 """
 
 import hashlib
@@ -43,26 +46,26 @@ PROBE_BYTES = 2**26  # of a file that is written to see how fast the disk is
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 of a file in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Damage(ValueError):
-    """What is wrong with a checkpoint."""
+    """A checkpoint cannot be used; the message says why."""
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """Size and hash of every file under a folder but the manifest itself, with a checksum of their list."""
+    """Returns the manifest of a folder: size and hash of every other file, and a checksum of that list."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
     files = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in paths}
     return {"format": MANIFEST_FORMAT, "sha256": hash_of(files), "files": files}
 
 
 def fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used; None: it is whole.
+    """Returns why a checkpoint cannot be used, or None if it is complete.
 
-    Whatever the bytes of its files are, this is an answer and never another error.
+    No content of its files makes this raise an exception.
     """
     try:
         for name, entry in listed_files(read_json(folder / MANIFEST_NAME)).items():
@@ -78,7 +81,7 @@ def fault(folder: Path) -> str | None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises Damage where there is none."""
+    """Returns the value in a JSON file. Raises Damage if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -86,7 +89,7 @@ def read_json(path: Path) -> Any:
 
 
 def listed_files(manifest: Any) -> dict[str, Any]:
-    """The entries of a manifest by the names of their files. Raises Damage where it cannot be trusted."""
+    """Returns the entries of a manifest by file name. Raises Damage if the manifest cannot be trusted."""
     if not isinstance(manifest, dict):
         raise Damage(f"{MANIFEST_NAME} is not a list of files")
     files: Any = manifest  # as earlier versions wrote it
@@ -102,7 +105,7 @@ def listed_files(manifest: Any) -> dict[str, Any]:
 
 
 def check_file(folder: Path, name: str, entry: Any) -> None:
-    """Raises Damage where a file of a checkpoint is not what its entry in the manifest says."""
+    """Raises Damage if a file of a checkpoint differs from its entry in the manifest."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise Damage(f"{MANIFEST_NAME} names {name!r}, which is not inside the checkpoint")
     if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
@@ -115,31 +118,32 @@ def check_file(folder: Path, name: str, entry: Any) -> None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first."""
+    """Returns the checkpoint folders of a run, newest first."""
     found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def safe_text(output_dir: Path) -> str:
-    """What is safe where a run ends because of the disk."""
+    """Returns which checkpoint is safe, for the message of a run that ends because of the disk."""
     newest = next(iter(checkpoints(output_dir)), None)
     return "there is no checkpoint yet" if newest is None else f"{newest.name}, the newest checkpoint, is safe"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step in a checkpoint's name."""
+    """Returns the optimizer step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def expected_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
-    """The size of a checkpoint: each number's master, what the optimizer keeps of it, its average, its value."""
+    """Returns the expected bytes of a checkpoint: master, optimizer state, average and value of each element."""
     state = state_bytes(partial(make_optimizer, options.optimizer), device) + 4 * options.loss.use_ema
     return sum(parameter.numel() * (state + parameter.element_size()) for parameter in parameters)
 
 
 def seconds_to_write(folder: Path, num_bytes: int) -> float:
-    """An estimate of the time to write that many bytes, from a file of at most PROBE_BYTES that is written and read as
-    those of a checkpoint are.
+    """Estimates the seconds to write that many bytes of a checkpoint.
+
+    The estimate extrapolates from a file of at most PROBE_BYTES, which is written and read like those of a checkpoint.
     """
     probe = temporary_of(folder / "probe")
     size = max(1, min(num_bytes, PROBE_BYTES))
@@ -156,7 +160,17 @@ def seconds_to_write(folder: Path, num_bytes: int) -> float:
 
 @dataclass
 class Saver:
-    """Writes the checkpoints of a run. ``save`` is called on all ranks."""
+    """Writes the checkpoints of a run and removes those beyond the limit. ``save`` is called on all ranks.
+
+    Attributes:
+        every: optimizer steps between checkpoints.
+        limit: how many checkpoints remain; None keeps all.
+        every_minutes: at most so many minutes pass between checkpoints; None sets no such limit.
+        kept: the step of a checkpoint that the limit does not remove, the best one.
+        num_bytes: the expected size of a checkpoint, if known.
+        saved_at: the monotonic time of the last checkpoint, or of the start.
+        good_until: while steps are skipped, the step before the first of them; its last checkpoint is not removed.
+    """
 
     run: Run
     engine: Engine
@@ -171,18 +185,18 @@ class Saver:
     good_until: int | None = None  # while steps are skipped, the step before: its last checkpoint stays, too
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after this optimizer step."""
+        """Returns whether a checkpoint is due after this optimizer step."""
         return step % self.every == 0
 
     def overdue(self) -> bool:
-        """Whether so much time has passed since the last checkpoint, or the start, that another one is wanted."""
+        """Returns whether --save_every_minutes have passed since the last checkpoint or the start."""
         return self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
 
     def save(self, step: int) -> None:
-        """Leaves a whole checkpoint of ``step``, then removes those beyond the limit.
+        """Writes a complete checkpoint of ``step``, then removes those beyond the limit.
 
         Raises:
-            NonFiniteError: something of what would be saved is not finite; nothing is written or removed.
+            NonFiniteError: a tensor that would be saved is not finite; nothing is written or removed.
         """
         self._check_finite(step)
         target = self.run.output_dir / f"{PREFIX}{step}"
@@ -210,7 +224,7 @@ class Saver:
             self._remove_replaced(step, checkpoints(self.run.output_dir))
 
     def foresee(self, options: TrainOptions) -> None:
-        """Finds out how large a checkpoint will be. Raises DiskError, on all ranks, where not even one has room."""
+        """Predicts the size of a checkpoint. Raises DiskError on all ranks if the disk has no room for one."""
         self.num_bytes = expected_bytes(options, self.method.parameters().values(), self.run.device)
         shortage = None
         if self.run.is_main:
@@ -223,7 +237,7 @@ class Saver:
             raise shortage
 
     def announce(self) -> None:
-        """Says how long saving a checkpoint will take, which is how long a run that is stopped needs to end."""
+        """Prints how long saving a checkpoint will take, which is also how long a stopped run needs to end."""
         if self.run.is_main and self.num_bytes is not None:
             with disk_errors_told(self.run.output_dir):
                 seconds = seconds_to_write(self.run.output_dir, self.num_bytes)
@@ -239,7 +253,7 @@ class Saver:
             raise NonFiniteError(f"{PREFIX}{step} is not saved: {rule}; {back}")
 
     def trim(self, step: int) -> None:
-        """Removes checkpoints up to a step that the limit has no room for; later ones stay. On the main process."""
+        """Removes checkpoints beyond the limit, but none later than ``step``. Called on the main process."""
         self._remove_replaced(step, [path for path in checkpoints(self.run.output_dir) if step_of(path) <= step])
 
     def _remove_replaced(self, step: int, found: list[Path]) -> None:
@@ -253,8 +267,15 @@ class Saver:
 
 
 def replaced_by(step: int, found: list[Path], limit: int | None, kept: Container[int | None] = ()) -> list[Path]:
-    """Of the checkpoints (newest first), those that a new one of ``step`` makes obsolete: later ones, which are damaged
-    or of a future that was given up, and the oldest beyond the limit but those whose steps are ``kept``.
+    """Returns the checkpoints that a new one of ``step`` makes obsolete.
+
+    These are all later ones, which are damaged or belong to steps that are repeated, and the oldest beyond the limit.
+
+    Args:
+        step: the step of the new checkpoint.
+        found: all checkpoints, newest first.
+        limit: how many remain; None or 0 keeps all.
+        kept: steps of checkpoints that the limit does not remove.
     """
     later = [path for path in found if step_of(path) > step]
     rest = [path for path in found if step_of(path) <= step]
@@ -262,12 +283,12 @@ def replaced_by(step: int, found: list[Path], limit: int | None, kept: Container
 
 
 def last_until(found: list[Path], step: int) -> Path | None:
-    """Of checkpoints, newest first, the first one that is not of a later step."""
+    """Returns the newest of the checkpoints, given newest first, that is not later than ``step``."""
     return next((path for path in found if step_of(path) <= step), None)
 
 
 def way_back(output_dir: Path, step: int) -> str:
-    """Where training that went to NaN after a step can continue from, and with what, for a message."""
+    """Returns, for a message, how to resume from the last checkpoint before training became NaN after ``step``."""
     good = last_until(checkpoints(output_dir), step)
     if good is None:
         return "no checkpoint was saved before; start again with a lower --learning_rate"
@@ -276,7 +297,11 @@ def way_back(output_dir: Path, step: int) -> str:
 
 
 def seal(temporary: Path, target: Path) -> None:
-    """Gives a finished folder its name; a folder of that name (of the same step, or torn) makes room."""
+    """Verifies a written folder and renames it to its final name, replacing a folder that has this name.
+
+    Raises:
+        DiskError: what can be read from the disk is not what was written.
+    """
     write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest_of(temporary), indent=1).encode())
     for path in (*temporary.rglob("*"), temporary):
         fsync(path)
@@ -293,12 +318,12 @@ def seal(temporary: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint; a kill in between leaves nothing that looks like one."""
+    """Deletes a checkpoint. It is renamed first, so that a kill in between leaves nothing that looks like one."""
     shutil.rmtree(aside(folder), ignore_errors=True)
 
 
 def keep_damaged(path: Path) -> Path:
-    """Gives a damaged checkpoint, or what belongs to it, a name under which nothing reads or deletes it."""
+    """Renames a damaged checkpoint or its metrics so that nothing reads or deletes it, and returns the new path."""
     other = path.with_name(f"{DAMAGED}{path.name}")
     numbers = itertools.count(2)
     while other.exists():
@@ -308,7 +333,7 @@ def keep_damaged(path: Path) -> Path:
 
 
 def keep_all_damaged(output_dir: Path) -> None:
-    """Before a run that starts anew: no checkpoint that is there could be used, and the metrics belong to them."""
+    """Renames all checkpoints, none of which is usable, and their metrics, before a run starts at step 0."""
     found = checkpoints(output_dir)
     metrics = output_dir / METRICS_NAME
     if found and metrics.exists():
@@ -318,7 +343,7 @@ def keep_all_damaged(output_dir: Path) -> None:
 
 
 def aside(folder: Path) -> Path:
-    """Takes a checkpoint's name away from a folder, if it is there; the next start deletes what has the new name."""
+    """Renames a checkpoint folder, if it exists, to a temporary name that the next start of the run deletes."""
     other = folder.with_name(f".{folder.name}.old.tmp")
     shutil.rmtree(other, ignore_errors=True)
     if folder.exists():
@@ -328,14 +353,14 @@ def aside(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where training starts: a whole checkpoint, with the optimizer step and the recipe that it was saved with."""
+    """Where training starts: at step 0, or from a complete checkpoint with its optimizer step and recipe."""
 
     folder: Path | None = None  # None: the run is new
     step: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def load(self, run: Run, engine: Engine, method: Method) -> None:
-        """Loads the checkpoint, if there is one, into the engine and the method; else keeps what is damaged aside."""
+        """Loads the checkpoint, if there is one, into the engine and the method; otherwise renames damaged ones."""
         if self.folder is None:
             if run.is_main:
                 keep_all_damaged(run.output_dir)
@@ -346,12 +371,12 @@ class StartPoint:
 
 
 def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> StartPoint:
-    """Finds the newest whole checkpoint, or the one that was asked for, and compares its recipe with this run's.
+    """Finds the newest complete checkpoint, or the requested one, and compares its recipe with this run's.
 
-    Needs no model: ``recipe`` has everything but the data, which ``check_data`` compares once they are known.
+    This needs no model. ``recipe`` has everything but the data, which ``check_data`` compares once they are known.
 
     Raises:
-        UsageError: the checkpoint asked for does not exist or is damaged, or it was made with other settings.
+        UsageError: the requested checkpoint does not exist, is damaged, or was made with other settings.
     """
     if run.is_main:
         for leftover in run.output_dir.glob(f".{PREFIX}*.tmp"):
@@ -372,7 +397,7 @@ def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> Start
 
 
 def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
-    """The checkpoint to start from."""
+    """Returns the checkpoint to start from, or None if the run starts at step 0."""
     if wanted not in (None, "latest"):
         folder = Path(str(wanted))
         folder = folder if folder.is_dir() else run.output_dir / folder
@@ -420,7 +445,7 @@ def check_recipe(start: StartPoint, now: dict[str, Any], options: TrainOptions) 
 
 
 def check_data(start: StartPoint, index: CacheIndex, options: TrainOptions) -> None:
-    """Raises UsageError where a checkpoint was trained on other samples, unless --allow_changed permits it."""
+    """Raises UsageError if a checkpoint was trained on other samples, unless --allow_changed permits it."""
     same = start.folder is None or start.recipe.get(DATA) == index.fingerprint
     if same or DATA in options.train.allow_changed:
         return
@@ -431,7 +456,7 @@ def check_data(start: StartPoint, index: CacheIndex, options: TrainOptions) -> N
 
 
 def data_difference(start: StartPoint, index: CacheIndex) -> str:
-    """How the samples of an index differ from those that a checkpoint was trained on, as far as its run wrote it."""
+    """Returns in words how the samples differ from those of a checkpoint, as far as samples.json has them."""
     assert start.folder is not None
     try:
         written = json.loads((start.folder.parent / SAMPLES_NAME).read_text(encoding="utf-8"))
@@ -452,7 +477,7 @@ def data_difference(start: StartPoint, index: CacheIndex) -> str:
 
 
 def ways_on(start: StartPoint, changed: list[str], options: TrainOptions) -> str:
-    """What else than the settings of a checkpoint can be given: flags that allow the change, or a new run."""
+    """Returns, for a message, the flags that allow a changed setting or that start a new run from the weights."""
     allowed = "add --allow_changed " + " ".join(changed) + ", or " if set(changed) <= set(CHANGEABLE) else ""
     if isinstance(options, LoraOptions):
         weights = f"--lora_path {quote(str(start.folder))} continues with its weights"
@@ -462,16 +487,16 @@ def ways_on(start: StartPoint, changed: list[str], options: TrainOptions) -> str
 
 
 def count(number: int, what: str) -> str:
-    """A number of things in words."""
+    """Returns a number with its noun, in the plural if needed."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def listed(names: list[str]) -> str:
-    """The first names of many."""
+    """Returns the first NAMES_SHOWN names, separated by commas."""
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
 def write_samples(output_dir: Path, index: CacheIndex) -> None:
-    """samples.json: which samples a run is trained on, to say later what has changed."""
+    """Writes samples.json, the samples that a run is trained on, so that a resumed run can report changes."""
     content = {"fingerprint": index.fingerprint, "samples": index.digests}
     write_atomically(output_dir / SAMPLES_NAME, json.dumps(content, ensure_ascii=False, indent=0).encode())

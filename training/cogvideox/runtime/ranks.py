@@ -1,4 +1,8 @@
-"""The processes of a run: which one this is, its device, barriers for work of unequal length, and ending together."""
+"""The processes (ranks) of a run: this rank and its device, barriers, and how all ranks end at the same step.
+
+``Ranks`` has the barriers and checks between processes, ``Consensus`` decides for each optimizer step whether all ranks
+take it. Both rely on the store through which torch.distributed connects the processes, and on stopping.py for signals.
+"""
 
 import os
 import time
@@ -23,7 +27,7 @@ GO, SAVE, STOP = "go", "save", "stop"
 
 
 def start_processes() -> Any:
-    """accelerate's PartialState: this process and those that it was launched with, on GPUs where there are any."""
+    """Returns accelerate's PartialState of this process, connected to the others, on a GPU if the machine has one."""
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -32,7 +36,7 @@ def start_processes() -> Any:
 
 
 def check_world(number: int) -> None:
-    """Raises UsageError where accelerate knows another number of processes than were launched."""
+    """Raises UsageError if accelerate connected a different number of processes than were launched."""
     launched = launched_processes()
     if number != launched:
         raise UsageError(
@@ -43,16 +47,18 @@ def check_world(number: int) -> None:
 
 
 class Ranks:
-    """This process among the others.
+    """This process and its connections to the other processes of the run.
 
-    Barriers wait for work of unequal length (encoding, sampling, exporting), so they have a group of their own without
-    the timeout of the collectives in a training step.
+    Barriers wait for work whose length differs between ranks (encoding, sampling, exporting). They use a separate gloo
+    group, because the timeout of the collectives in a training step would end them.
     """
 
     def __init__(self, state: Any, patience: float = 600) -> None:
-        """``state`` is an accelerate PartialState or AcceleratorState.
+        """Connects the ranks.
 
-        After ``patience`` seconds without progress on any rank, while one is in a barrier, all of them end.
+        Args:
+            state: an accelerate PartialState or AcceleratorState.
+            patience: seconds; all ranks end if none makes progress for so long while one is in a barrier.
         """
         self.process_index: int = state.process_index
         self.num_processes: int = state.num_processes
@@ -64,12 +70,12 @@ class Ranks:
             stopping.join_ranks(connect_store(), self.process_index, self.num_processes, patience)
 
     def say(self, *lines: str) -> None:
-        """Lines for the user on the standard output, from the main process, beside a progress bar."""
+        """Prints lines on the standard output, from the main process only, without breaking a progress bar."""
         if self.is_main_process:
             tqdm.write("\n".join(lines))
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """The items of all processes, on each of them."""
+        """Returns the items of all processes, in the order of ranks, on every rank."""
         if self._patient is None:
             return items
         lists: list[Any] = [None] * self.num_processes
@@ -78,14 +84,14 @@ class Ranks:
         return [item for part in lists for item in part]
 
     def wait_for_everyone(self) -> None:
-        """Returns when every process has come here."""
+        """Returns when every process has called this."""
         if self._patient is not None:
             with stopping.waiting():
                 dist.barrier(self._patient)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work that each rank does alone and that can be done again; at its end all ranks wait for each other.
+        """Wraps repeatable work that each rank does alone; on exit all ranks wait for each other.
 
         Raises:
             Stopped: a rank was asked to stop; on every rank, so that none waits for the work of the others.
@@ -100,10 +106,10 @@ class Ranks:
             stopping.stop()
 
     def check_agreement(self, values: dict[str, Any], fix: str) -> None:
-        """Compares what each process has, by name, before it can make them differ or wait for each other for ever.
+        """Checks that all processes have the same values, before a difference can make them diverge or deadlock.
 
         Raises:
-            UsageError: on all of them, with each name whose values are not equal, and ``fix``.
+            UsageError: on every rank, with each name whose values differ, and ``fix``.
         """
         everyone = self.gather([values])
         problems = [
@@ -116,10 +122,10 @@ class Ranks:
             raise UsageError(first_of(problems))
 
     def check_shared(self, folder: Path, flag: str) -> None:
-        """Looks whether all processes have the same folder, which the main process can write to.
+        """Checks that all processes see the same folder, with a file that the main process writes there.
 
         Raises:
-            UsageError: on all of them, where one of them does not see what the main process writes there.
+            UsageError: on every rank, if one of them does not see that file.
         """
         if self.num_processes == 1:
             return
@@ -141,30 +147,34 @@ class Ranks:
 
 
 class Consensus:
-    """What all ranks do with each optimizer step: the first one to come to a decision about it decides for all.
+    """Decides for each optimizer step whether all ranks take it; the first rank that decides does so for all.
+
+        rank 0   micro-batches   commit: writes "7 go"              all-reduce   step 7
+        rank 1   micro-batches   signal   commit: reads "7 go"      all-reduce   step 7   commit: writes "8 stop"
 
     Ranks wait for each other only where gradients are summed. A rank that was asked to stop must not leave the others
-    waiting there, so before a rank sums it writes down in the store that all ranks take this step, unless another rank
-    has written before that all stop. This takes a tenth of a millisecond, and no device is waited for.
+    waiting in that all-reduce. So before a rank sums, it writes to the store that all ranks take this step, unless
+    another rank has already written that all stop. The write is a compare-and-set, so one rank wins. It takes a tenth
+    of a millisecond and does not wait for a device.
     """
 
     def __init__(self, store: Any | None) -> None:
-        """``store`` is a TCPStore that all ranks share; None: there is one rank."""
+        """``store`` is a TCPStore that all ranks share, or None if there is only one rank."""
         self.store = store
         self.written = ""  # the value of the store's key, as of the newest step that was decided
         self.step, self.decision = -1, GO
 
     def may_stop(self, step: int) -> None:
-        """Raises Stopped between two units of a step, if this rank was asked to and no other has begun to sum."""
+        """Raises Stopped between two units of a step if this rank was asked to stop and none has committed it."""
         if stopping.requested():
             self._obey(step, STOP)
 
     def commit(self, step: int, save: bool) -> bool:
-        """Decides that the step is taken; returns whether a checkpoint is saved after it.
+        """Decides that all ranks take the step, and returns whether they save a checkpoint after it.
 
         Args:
             step: the number of steps before this one.
-            save: whether this rank wants a checkpoint; if another rank decides, it may decide otherwise.
+            save: whether this rank wants a checkpoint; a rank that decides earlier may choose otherwise.
 
         Raises:
             Stopped: a rank was asked to stop.
@@ -180,7 +190,7 @@ class Consensus:
         return self.decision
 
     def _write_first(self, value: str) -> str:
-        """The value of the first rank that has written about this step."""
+        """Returns the value of the first rank that wrote about this step, which may be this one."""
         if self.store is None:
             return value
         written: bytes = self.store.compare_set("step", self.written, value)
@@ -188,7 +198,7 @@ class Consensus:
 
 
 def connect_store() -> Any:
-    """A connection of its own to the store through which the launched processes found each other."""
+    """Opens a separate connection to the store through which the launched processes found each other."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

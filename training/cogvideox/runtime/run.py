@@ -1,7 +1,7 @@
-"""One run: processes and device, the output folder and its lock, metrics, trackers.
+"""Starts a training run: processes and device, the output folder and its lock, trackers, and metrics.jsonl.
 
-start_run() -> Run. metrics.jsonl gets a line for every optimizer step, read from the device one step late, so that
-logging never makes the device wait.
+``start_run`` returns the ``Run`` that all other parts of training use. ``Metrics`` writes one line of metrics.jsonl per
+optimizer step. It reads the numbers of a step from the device one step late, so that logging never makes it wait.
 """
 
 import functools
@@ -39,7 +39,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")
 
 @dataclass
 class Run:
-    """What every part of a training run may use."""
+    """The state of a run that all parts of training use: accelerator, ranks, output folder and precision."""
 
     accelerator: Any
     ranks: Ranks
@@ -70,7 +70,7 @@ class Run:
         return self.ranks.num_processes
 
     def say(self, text: str) -> None:
-        """One line for the user, from the main process, beside the progress bar."""
+        """Prints one line on stderr, from the main process only, without breaking the progress bar."""
         if self.is_main:
             tqdm.write(text, file=sys.stderr)
 
@@ -79,7 +79,7 @@ class Run:
         self.ranks.wait_for_everyone()
 
     def from_main(self, value: Any) -> Any:
-        """The main process' value, on every rank."""
+        """Returns the value of the main process on every rank."""
         held = [value]
         if self.world > 1:
             torch.distributed.broadcast_object_list(held)
@@ -87,20 +87,20 @@ class Run:
 
 
 def memory_peaks() -> tuple[float, float] | None:
-    """GiB that tensors took, and that torch held for them, at most; none without a GPU."""
+    """Returns the peak GiB that tensors used and that torch reserved; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
 
 
 def with_peaks(said: str) -> str:
-    """A line for the user, with the peaks up to now behind it."""
+    """Returns a line for the user with the memory peaks appended, if there is a GPU."""
     peaks = memory_peaks()
     return said + ", peak {:.2f} GiB, reserved {:.2f} GiB".format(*peaks) if peaks else said
 
 
 def start_run(options: TrainOptions) -> Run:
-    """Joins the other ranks, takes the output folder, writes config.json and makes the repository on the hub.
+    """Connects the ranks, locks the output folder, writes config.json and creates the repository on the hub.
 
     Raises:
         UsageError: the folder belongs to something else, the launcher's configuration does not fit the machine, or the
@@ -136,7 +136,7 @@ def start_trackers(run: Run, options: TrainOptions) -> None:
 
 
 def tracker_problem(run: Run, options: TrainOptions) -> str | None:
-    """Starts the trackers on the main process; returns what stands in the way."""
+    """Starts the trackers on the main process; returns the problem if that fails."""
     names = tracker_names(options.train.report_to)
     if not names:
         return None
@@ -203,7 +203,7 @@ def make_accelerator(options: TrainOptions) -> Any:
 
 
 def take_folder(run: Run, options: TrainOptions) -> str | None:
-    """Makes and locks the output folder and writes config.json; returns what stands in the way."""
+    """Creates and locks the output folder and writes config.json; returns the problem if that fails."""
     folder, train = run.output_dir, options.train
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def take_folder(run: Run, options: TrainOptions) -> str | None:
 
 
 def take_repository(run: Run, options: TrainOptions) -> str | None:
-    """Makes or finds the repository on the hub, if one is wanted; returns what stands in the way."""
+    """Creates or finds the repository on the hub if the flags ask for one; returns the problem if that fails."""
     try:
         run.repository = open_repository(options, run.say)
     except UsageError as error:
@@ -238,20 +238,20 @@ def take_repository(run: Run, options: TrainOptions) -> str | None:
 
 
 def write_config(run: Run, options: TrainOptions) -> None:
-    """config.json: flags, precision, ranks and versions of the run that goes on in the folder."""
+    """Writes config.json: flags, precision, number of ranks, and versions."""
     config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
     write_atomically(run.output_dir / CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device, for config.json and benchmark results."""
+    """Returns versions and device, for config.json and benchmark results."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"versions": dict(versions()), "python": platform.python_version(), "device": device}
 
 
 @functools.cache  # each is read from the whole description of a package
 def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
+    """Returns the versions of those PACKAGES that are installed."""
     found = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -269,12 +269,12 @@ class Mark:
             self.event.record()
 
     def reached(self) -> None:
-        """Waits until the device is there."""
+        """Waits until the device has reached this mark."""
         if self.event is not None:
             self.event.synchronize()
 
     def seconds_since(self, earlier: "Mark") -> float:
-        """Time between two moments that have been reached."""
+        """Returns the seconds between two marks that the device has reached."""
         if self.event is None or earlier.event is None:
             return self.time - earlier.time
         return earlier.event.elapsed_time(self.event) / 1000.0
@@ -299,9 +299,14 @@ class Pending:
 
 
 class Metrics:
-    """Losses and the rest: to metrics.jsonl, the trackers and the progress bar.
+    """Writes the numbers of each optimizer step to metrics.jsonl, the trackers and the progress bar.
 
-    ``watch`` gets each step whose numbers have arrived, with StepResult's by name and the samples of this process.
+    Args:
+        run: the run.
+        first_step: the number of steps that are done; lines of later steps are removed from metrics.jsonl.
+        total_steps: the length of the run.
+        watch: called for each step whose numbers have arrived, with the step, the values of StepResult by name, and the
+            samples of this process.
     """
 
     def __init__(self, run: Run, first_step: int, total_steps: int, watch: Watch | None = None) -> None:
@@ -327,19 +332,19 @@ class Metrics:
             self._keep_until(first_step)
 
     def forget_peaks(self) -> None:
-        """Peaks are of training and of what comes beside it, not of what was encoded or looked at before."""
+        """Resets the memory peaks, so that they do not include encoding and checks before training."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def _keep_until(self, step: int) -> None:
-        """Drops lines of steps that are going to be done again."""
+        """Removes the lines of steps that will be repeated from metrics.jsonl."""
         if self.path.is_file():
             lines = [line for line in self.path.read_text().splitlines() if step and finished_by(line, step)]
             write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def push(self, step: int, lr: float, result: StepResult) -> None:
-        """Queues a step's numbers and writes those of the step before, which are there by now."""
+        """Queues the numbers of a step, and writes those of the step before, which have arrived by now."""
         values = result.values.to("cpu", non_blocking=True)
         end = Mark(self.run.device)
         self.flush()
@@ -348,7 +353,7 @@ class Metrics:
         self.mark, self.loading_seconds, self.samples = end, 0.0, []
 
     def flush(self) -> None:
-        """Writes the step that is queued, if any."""
+        """Writes the queued step, if there is one, after waiting for its numbers."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
@@ -377,14 +382,14 @@ class Metrics:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Counts what is done inside as waiting for data."""
+        """Counts the time inside the context as waiting for data."""
         start = time.perf_counter()
         yield
         self.loading_seconds += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps what is done inside out of the seconds a step."""
+        """Excludes the time inside the context from the seconds per step."""
         self.flush()
         yield
         self.mark = Mark(self.run.device)
@@ -396,9 +401,12 @@ class Metrics:
 
 
 def write_metrics(run: Run, record: dict[str, Any]) -> None:
-    """A line of metrics.jsonl, null where a number is not finite, and the same for the trackers; on the main process.
+    """Appends a line to metrics.jsonl and sends the same numbers to the trackers. Called on the main process.
 
-    ``record`` has the step under "step". Trackers get a list as numbers of their own: name/0, name/1, ... and no text.
+    Args:
+        run: the run.
+        record: values by name, with the step under "step". A number that is not finite is written as null. Trackers
+            receive each list as separate numbers name/0, name/1, ..., and no text.
     """
     lists = {name: value for name, value in record.items() if isinstance(value, list)}
     texts = {name: value for name, value in record.items() if isinstance(value, str)}
@@ -412,12 +420,12 @@ def write_metrics(run: Run, record: dict[str, Any]) -> None:
 
 
 def finite(value: float) -> float | None:
-    """The number, or None where it is infinite or NaN, which JSON does not know."""
+    """Returns the number, or None if it is infinite or NaN, which JSON cannot represent."""
     return value if math.isfinite(value) else None
 
 
 def finished_by(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl is whole and of a step up to ``step``."""
+    """Returns whether a line of metrics.jsonl is complete and belongs to a step up to ``step``."""
     try:
         return json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
