@@ -160,5 +160,5 @@ def test_kept_tensors_come_back_whatever_their_shape() -> None:
 def test_what_was_not_taken_is_not_overwritten() -> None:
     store = HostStore(CPU)
     store.put(0, {"x": torch.ones(3)})
-    with pytest.raises(RuntimeError, match="block 0: what an earlier forward pass kept"):
+    with pytest.raises(RuntimeError, match="block 0: tensors saved by an earlier forward pass"):
         store.put(0, {"x": torch.zeros(3)})

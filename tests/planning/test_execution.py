@@ -419,7 +419,7 @@ def test_a_gpu_compiles_but_for_dropout(wanted: str, device: str, compiled: bool
             "the GPU's memory does not suffice; give --plan",
         ),
         (
-            MemoryError("the system does not let 3.0 GiB more be pinned"),
+            MemoryError("the system does not allow 3.0 GiB more to be pinned"),
             "the host's memory does not suffice: the system",
         ),
     ],

@@ -74,7 +74,9 @@ def pinned(num_bytes: int) -> Tensor:
         runtime: Any = torch.cuda.cudart()
         status = runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
         if int(status) != 0:
-            raise MemoryError(f"the system does not let {num_bytes / 2**30:.1f} GiB more be pinned (CUDA: {status})")
+            raise MemoryError(
+                f"the system does not allow {num_bytes / 2**30:.1f} GiB more to be pinned (CUDA: {status})"
+            )
         # Unregister when the memory is freed, or the driver refuses the next buffer at the same address. Whoever drops
         # the last view must have waited for its copies: the device would go on reading and writing freed memory.
         finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
@@ -266,7 +268,7 @@ class HostStore:
             RuntimeError: the block's earlier tensors were not taken: two forward passes ran before a backward pass.
         """
         if block in self.layouts:
-            raise RuntimeError(f"block {block}: what an earlier forward pass kept was not used yet")
+            raise RuntimeError(f"block {block}: tensors saved by an earlier forward pass were not used yet")
         layout = Layout(list(kept.values()))
         self.layouts[block] = tuple(kept), layout
         self._make_room(block, layout.num_bytes)

@@ -141,7 +141,7 @@ def _obstacle(run: Run, options: TrainOptions, transformer: Any) -> str | None:
     if run.accelerator.state.deepspeed_plugin is not None:
         return "DeepSpeed places the weights itself"
     if not is_supported(transformer):
-        return "is for LoRAs without DoRA, on the blocks' attention and feed-forward layers"
+        return "supports only LoRAs without DoRA, on the blocks' attention and feed-forward layers"
     if run.device.type == "cuda" and run.dtype == torch.float32:
         return "is for --mixed_precision bf16 and fp16"
     return None
@@ -191,7 +191,7 @@ def quantization_report(transformer: Any, precision: str, device: torch.device, 
     sample = {id(trained[i]): trained[i] for i in (0, len(trained) // 2, -1)}.values()
     cosine = min(gradient_cosine(block, precision, device, backend) for block in sample)
     exact = str(trained[0].norm1.linear.weight.dtype).removeprefix("torch.")
-    low = f"; that is low (below {LOW_COSINE}): the LoRA learns for another base; int8 is nearer"
+    low = f"; that is low (below {LOW_COSINE}): the LoRA is trained on a different base; int8 is closer"
     text = f"base in {precision}: gradients of {len(sample)} sample blocks: cosine {cosine:.4f} against {exact}"
     return text if cosine >= LOW_COSINE else text + low
 

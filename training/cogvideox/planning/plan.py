@@ -385,7 +385,7 @@ def fastest(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attentio
         assert least is not None
         gibs = [f"{size / GIB:.1f}" for size in (*least, machine.device_bytes, machine.host_bytes)]
         raise NoPlanError(
-            "the smallest allowed plan needs {} GiB of the device and {} GiB of the host beside the weights; {} and {} "
+            "the smallest allowed plan needs {} GiB of the device and {} GiB of the host beyond the weights; {} and {} "
             "may be filled".format(*gibs)
         )
     enough = AS_FAST * min(seconds for seconds, *_ in found)

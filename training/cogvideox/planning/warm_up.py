@@ -52,7 +52,7 @@ def warm_up(
     """
     batch = largest_batch(dataset, samples)
     shape = "x".join(map(str, batch.x0_BFCHW.shape))
-    run.say(f"no plan bounds the memory: one pass of the largest bucket, latents {shape}, shows now whether it fits")
+    run.say(f"no plan bounds the memory: testing one pass of the largest bucket, latents {shape}")
     lacking = []
     with run.ranks.together():
         try:
