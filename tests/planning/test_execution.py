@@ -184,7 +184,7 @@ def test_a_quantized_base(
     [
         (("--base_precision", "nf4", "--use_dora"), "--base_precision nf4: contradicts --use_dora"),
         (("--plan", "lean", "--lora_dropout", "0.1", "--compile_blocks", "yes"), "dropout cannot be compiled"),
-        (("--weights_on", "host", "--target_modules", "proj_out"), "--weights_on host: is for LoRAs"),
+        (("--weights_on", "host", "--target_modules", "proj_out"), "--weights_on host: supports only LoRAs"),
         (("--plan", "lean", "--attention_backend", "cudnn"), "--attention_backend cudnn: cudnn needs a GPU"),
         (("--plan", "fast", "--vram_budget", "0.6001"), "--vram_budget"),
         (("--plan", "fast", "--vram_budget", "1", "--rank", "60000"), "the smallest allowed plan needs"),
