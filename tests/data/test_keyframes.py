@@ -110,7 +110,7 @@ def test_the_decoder_sees_the_first_packet_before_it_jumps(clip: Path, monkeypat
 def test_another_size_that_headers_do_not_tell_is_found_in_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, codec: str
 ) -> None:
-    monkeypatch.setattr(KeyframeHeaders, "size_bytes", lambda self, packet: b"")
+    monkeypatch.setattr(KeyframeHeaders, "read", lambda self, packet: (b"", False))
     path = tmp_path / "clip"
     path.write_bytes(resized(container, codec))
     info = decode.probe(path)
@@ -134,5 +134,4 @@ def test_sizes_are_looked_up_by_decoding_only_where_headers_change(clip: Path, m
 @pytest.mark.parametrize("codec", ["h264", "hevc", "vp9", "mpeg4"])
 def test_headers_of_damaged_packets_raise_nothing(codec: str, extradata: bytes, data: bytes) -> None:
     headers, packet = KeyframeHeaders(codec, extradata), av.Packet(data)
-    headers.size_bytes(packet)
-    headers.is_gradual(packet)
+    headers.read(packet)

@@ -1,4 +1,4 @@
-"""tensors.py: a prepared folder fits the model and the flags, or a line says why not; damage is mended."""
+"""tensors.py: a prepared folder fits the model and the flags, or a line says why not; damage is repaired."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verify.py: whatever can be wrong with a cache is found, named, and mended at the cost of what is wrong."""
+"""verify.py: whatever can be wrong with a cache is found, named, and repaired at the cost of that alone."""
 
 from __future__ import annotations
 

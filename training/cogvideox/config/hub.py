@@ -84,7 +84,7 @@ def open_repository(options: TrainOptions, say: Say, waits: Sequence[float] = WA
     try:
         return patiently(make, say, waits)
     except failures() as error:
-        rule = REFUSALS.get(status_of(error) or 0, "mend that, or leave the flag out: the same command with it uploads")
+        rule = REFUSALS.get(status_of(error) or 0, "fix that, or leave the flag out: the same command with it uploads")
         raise UsageError(f"--push_to_hub: {name}: {reason(error, token)}: {rule}") from None
 
 

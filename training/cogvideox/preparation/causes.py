@@ -86,7 +86,7 @@ def shorter_buckets(clips: Sequence[Clip], data: DataFlags, geometry: Geometry) 
     counts = [] if geometry.learned_positions else legal_frames(geometry, shortest - 1)
     pictures = all(frames == 1 for frames, _, _ in clips)
     counts = [count for count in counts if count > 1 or pictures]
-    sizes = dict.fromkeys((bucket.height, bucket.width) for bucket in list_buckets(data))
+    sizes = list(dict.fromkeys((bucket.height, bucket.width) for bucket in list_buckets(data)))
     number, count = max(
         ((usable([Bucket(c, *s) for s in sizes], clips, data.max_upscale), c) for c in counts), default=(0, 0)
     )
@@ -95,7 +95,7 @@ def shorter_buckets(clips: Sequence[Clip], data: DataFlags, geometry: Geometry) 
     return f"to use {number_of(number, clips)}: {with_frames(count, sizes, data)}"
 
 
-def with_frames(count: int, sizes: Sequence[tuple[int, int]] | dict[tuple[int, int], None], data: DataFlags) -> str:
+def with_frames(count: int, sizes: Sequence[tuple[int, int]], data: DataFlags) -> str:
     """Returns the current bucket flags with one more frame count."""
     if data.train_resolution:
         more = (str(Bucket(count, *size)) for size in sizes)

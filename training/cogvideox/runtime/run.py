@@ -172,7 +172,7 @@ def make_accelerator(options: TrainOptions) -> Any:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by accelerate launch
     if launched and not asked_for_cpu and not torch.cuda.is_available():
         raise UsageError(
-            "accelerate launch: its configuration is for GPUs and torch sees none; mend the driver or the torch build, "
+            "accelerate launch: its configuration is for GPUs and torch sees none; fix the driver or the torch build, "
             "or train on the CPU: --config_file accelerate_configs/cpu.yaml, or ACCELERATE_USE_CPU=true and this one"
         )
     on_cpu = asked_for_cpu or not torch.cuda.is_available()

@@ -38,24 +38,24 @@ class KeyframeHeaders:
         self._codec = codec
         self._length_bytes = _length_bytes(codec, extradata)
 
-    def size_bytes(self, packet: Packet) -> bytes:
-        """Returns the bytes of a keyframe that change whenever the size of the pictures does; b"" if there are none."""
+    def read(self, packet: Packet) -> tuple[bytes, bool]:
+        """Reads the headers of a keyframe.
+
+        Returns:
+            The bytes that change whenever the size of the pictures does, b"" if there are none; and whether the
+            keyframe begins a gradual refresh, so that only some later frames are right.
+        """
         if self._codec in _PARAMETERS:
-            units = self._units(bytes(packet))
-            return b"".join(unit for kind, unit in units if kind in _PARAMETERS[self._codec])
+            units = list(self._units(bytes(packet)))
+            size_bytes = b"".join(unit for kind, unit in units if kind in _PARAMETERS[self._codec])
+            slices = [unit for kind, unit in units if kind in _SLICES["h264"]] if self._codec == "h264" else []
+            return size_bytes, bool(slices) and not _refers_to_nothing(slices[0])
         if self._codec in _MARKS:
             mark, num_bytes = _MARKS[self._codec]
             data = bytes(packet)
             at = data.find(mark)
-            return data[at : at + num_bytes] if at >= 0 else b""
-        return b""
-
-    def is_gradual(self, packet: Packet) -> bool:
-        """Returns whether this keyframe begins a gradual refresh, so that only some later frames are right."""
-        if self._codec != "h264":
-            return False
-        slices = [unit for kind, unit in self._units(bytes(packet)) if kind in _SLICES["h264"]]
-        return bool(slices) and not _refers_to_nothing(slices[0])
+            return (data[at : at + num_bytes] if at >= 0 else b""), False
+        return b"", False
 
     def _units(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Yields the type and the bytes of each unit of a packet, up to the first that holds picture data."""

@@ -217,10 +217,10 @@ class _PacketLog:
             return
         if packet.pts is None:
             raise VideoError("its packets have no timestamps; re-encode it as h264 in mp4")
-        is_gradual = packet.is_keyframe and self.headers.is_gradual(packet)
+        size_bytes, is_gradual = self.headers.read(packet) if packet.is_keyframe else (b"", False)
         is_key = packet.is_keyframe and not is_gradual and not picture.is_empty
         self._check_time(packet.pts, is_key, stream)
-        self._note_size(packet)
+        self._note_size(packet, size_bytes)
         dts = packet.pts if packet.dts is None else min(packet.pts, packet.dts)
         self.entries.append(_Entry(packet.pts, dts, is_key, not packet.is_discard, picture.is_b, picture.is_empty))
         self.are_packed |= picture.was_packed
@@ -247,9 +247,8 @@ class _PacketLog:
             )
         self._latest = pts if self._latest is None else max(self._latest, pts)
 
-    def _note_size(self, packet: Packet) -> None:
+    def _note_size(self, packet: Packet, size_bytes: bytes) -> None:
         """Compares the headers of a keyframe with those of the one before it."""
-        size_bytes = self.headers.size_bytes(packet) if packet.is_keyframe else b""
         is_other = bool(size_bytes) and size_bytes != self._size_bytes
         self.may_change_size = is_other or packet.has_sidedata("new_extradata")
         self._size_bytes = size_bytes or self._size_bytes
