@@ -17,6 +17,7 @@ import pytest
 from cogvideox import __version__, stopping
 from cogvideox.config import args, flags
 from cogvideox.config.conflicts import check_ema
+from cogvideox.config.foreign_flags import accepted_flags
 from cogvideox.config.optimizers import check_state_place
 from cogvideox.config.options import (
     ImageLoraOptions,
@@ -25,7 +26,6 @@ from cogvideox.config.options import (
     PrepareOptions,
     SftOptions,
     fields_of,
-    foreign_flags,
     resolutions,
     target_pattern,
     tracker_names,
@@ -208,8 +208,7 @@ def test_help_all_ends_with_the_flags_without_effect(script: str) -> None:
     main = [name for names in flags.MAIN_FLAGS.values() for name in names]
     shown = re.findall(r"^  (?:-h, )?--([a-z0-9_]+)", own, re.MULTILINE)
     assert [name for name in shown if name in main] == [name for name in main if name in shown]
-    expected = {item.name for _, item, _ in fields_of(SCRIPTS[script]) if item.metadata["idle"]}
-    expected |= {other.item.name for other in foreign_flags(SCRIPTS[script]) if not other.item.metadata["refused"]}
+    expected = {flag.item.name for flag in accepted_flags(SCRIPTS[script]) if flag.unused and not flag.refused}
     assert set(re.findall(r"^  --([a-z0-9_]+)", idle, re.MULTILINE)) == expected
 
 
@@ -575,10 +574,7 @@ COGVIDEO_FLAGS = """
     ],
 )
 def test_every_published_flag_is_known(script: str, flags: str) -> None:
-    known = {name for _, item, _ in fields_of(SCRIPTS[script]) for name in (item.name, *item.metadata["aliases"])}
-    known |= {
-        name for other in foreign_flags(SCRIPTS[script]) if not other.item.metadata["refused"] for name in other.names
-    }
+    known = {name for flag in accepted_flags(SCRIPTS[script]) if not flag.refused for name in flag.names}
     assert set(flags.split()) <= known
     assert len(flags.split()) == len(set(flags.split()))
 
@@ -760,7 +756,7 @@ def test_every_flag_has_a_reader() -> None:
     trees = {path: ast.parse(path.read_text()) for path in TRAINING.rglob("*.py")}
     own = [
         trees.pop(TRAINING / "cogvideox" / "config" / f"{name}.py")
-        for name in ("flags", "options", "conflicts", "args")
+        for name in ("flags", "options", "foreign_flags", "conflicts", "args")
     ]
     readers = set().union(*map(attributes_read, trees.values()))
     defined = [node for tree in own for node in tree.body if isinstance(node, ast.FunctionDef)]

@@ -1,14 +1,15 @@
-"""The command line and what the files of a model say: flags, their conflicts, sizes and names.
+"""Parses the command line, and reads what the files of a model say about it.
 
-flags.py           every flag once, as frozen dataclasses
-options.py         what each script takes, what follows from it
-conflicts.py       what flags contradict
-prepared_flags.py  the flags that a prepared folder was made with, for --load_tensors
-args.py            the command line: parsed, printed, suggested
-buckets.py         frames x height x width; which ones a clip goes to
-hub.py             the repository on the hub: made at the start, filled at the end
-lora_file.py       a LoRA's file, read before anything heavy is imported
-geometry.py        the numbers in a model's config files
-prompts.py         validation prompts, of the command line or a file
-optimizers.py      which optimizer, and what each needs and refuses
+flags.py           defines every flag once, in frozen dataclasses
+options.py         lists the groups of flags of each script, and derives values from others
+foreign_flags.py   accepts flags of other scripts and trainers, by one rule
+conflicts.py       finds flags that contradict each other
+prepared_flags.py  reads the flags with which a folder was prepared, for --load_tensors
+args.py            parses the command line, reports all problems and sets the exit status
+buckets.py         decides which frame counts and sizes are valid, and the bucket of a clip
+hub.py             creates the repository on the hub at the start, and uploads the result
+lora_file.py       reads the header of a LoRA file and compares it with the flags
+geometry.py        reads the numbers in the config files of a model, and checks sizes
+prompts.py         reads validation prompts from the command line or from a file
+optimizers.py      creates the optimizer, and checks what each one needs and does not support
 """

@@ -22,9 +22,10 @@ from types import NoneType
 from typing import Any
 
 from cogvideox import __version__, stopping
-from cogvideox.config.conflicts import flag_problems, foreign_problems, idle_schedule
+from cogvideox.config.conflicts import flag_problems, idle_schedule
 from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
-from cogvideox.config.options import Options, TrainOptions, derive, fields_of, foreign_flags, image_flags, names_of
+from cogvideox.config.foreign_flags import AcceptedFlag, accepted_flags, request_problems
+from cogvideox.config.options import Options, TrainOptions, derive, fields_of, image_flags, names_of
 from cogvideox.config.prepared_flags import as_prepared
 from cogvideox.errors import NonFiniteError, UsageError, one_line, public_urls
 from cogvideox.files import disk_errno, disk_error
@@ -33,7 +34,7 @@ LOW_FOR_PRODIGY = 0.1  # a learning rate below this is probably meant for anothe
 EPILOG = "To see every flag of this script, use --help_all."
 ALL_EPILOG = "Flags of the suite's other scripts are accepted and reported as having no effect."
 IDLE_HEADING = "accepted from other commands, without effect in this script"
-NO_EFFECT = "no effect"  # origin of the value of a flag that only other scripts have
+NO_EFFECT = "no effect"  # origin of the value of a flag that the script does not use
 USAGE_EXIT, NON_FINITE_EXIT = 2, 3
 # Loggers of packages that, when merely installed, warn about extras that the suite does not use.
 NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
@@ -80,24 +81,18 @@ def build_parser(options_type: type, description: str | None, every: bool = Fals
         formatter_class=HelpFormatter,
     )
     groups: dict[str, Any] = {}
-
-    def add(heading: str, item: "dataclasses.Field[Any]", annotation: Any, names: Sequence[str], text: str) -> None:
+    for heading, flag in help_rows(options_type):
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
+        is_shown = (every or heading in MAIN_FLAGS) and not flag.refused
         groups[heading].add_argument(
-            *(f"--{name}" for name in names),
-            dest=item.name,
+            *(f"--{name}" for name in flag.names),
+            dest=flag.item.name,
             nargs="*",
             default=argparse.SUPPRESS,
-            metavar=metavar_of(item, annotation),
-            help=text.replace("%", "%%") if every or heading in MAIN_FLAGS else argparse.SUPPRESS,
+            metavar=metavar_of(flag.item, flag.annotation),
+            help=help_text(flag).replace("%", "%%") if is_shown else argparse.SUPPRESS,
         )
-
-    for heading, item, annotation in help_rows(options_type):
-        add(heading, item, annotation, names_of(item), help_text(item))
-    for other in foreign_flags(options_type):
-        text = argparse.SUPPRESS if other.item.metadata["refused"] else f"for {other.owners}"
-        add(IDLE_HEADING, other.item, other.annotation, other.names, text)
     add_information_flags(groups[INFORMATION], partial(build_parser, options_type, description, every=True))
     return parser
 
@@ -116,20 +111,17 @@ def add_information_flags(group: Any, all_flags: Callable[[], argparse.ArgumentP
     group.add_argument("--version", action="version", version=__version__, help="show the version, and stop")
 
 
-def help_rows(options_type: type) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
-    """Yields (heading, flag, type) of each flag of a script, in the order of the help.
+def help_rows(options_type: type) -> Iterator[tuple[str, AcceptedFlag]]:
+    """Yields (heading, flag) of each flag that a script accepts, in the order of the help.
 
     The flags of MAIN_FLAGS come first, then the others by their groups, and the flags without effect last.
     """
-    rest = {item.name: (group, item, annotation) for group, item, annotation in fields_of(options_type)}
+    accepted = accepted_flags(options_type)
+    used = {flag.item.name: flag for flag in accepted if not flag.unused}
     for heading, names in MAIN_FLAGS.items():
-        for name in names:
-            if name in rest:
-                _, item, annotation = rest.pop(name)
-                yield heading, item, annotation
-    for group, item, annotation in sorted(rest.values(), key=lambda row: bool(row[1].metadata["idle"])):
-        heading = IDLE_HEADING if item.metadata["idle"] else f"more flags: {group.replace('_', ' ')}"
-        yield heading, item, annotation
+        yield from ((heading, used.pop(name)) for name in names if name in used)
+    yield from ((f"more flags: {str(flag.group).replace('_', ' ')}", flag) for flag in used.values())
+    yield from ((IDLE_HEADING, flag) for flag in accepted if flag.unused)
 
 
 def metavar_of(item: "dataclasses.Field[Any]", annotation: Any) -> str:
@@ -141,9 +133,11 @@ def metavar_of(item: "dataclasses.Field[Any]", annotation: Any) -> str:
     return f"[{value}]" if optional else (f"{value} ..." if many else value)
 
 
-def help_text(item: "dataclasses.Field[Any]") -> str:
-    """Returns the help line, followed by the default in brackets."""
-    text: str = item.metadata["help"]
+def help_text(flag: AcceptedFlag) -> str:
+    """Returns the help line of a flag, followed by the default in brackets, or why the script does not use it."""
+    if flag.unused:
+        return flag.unused
+    item, text = flag.item, str(flag.item.metadata["help"])
     if item.default is dataclasses.MISSING:
         return f"{text} [required]"
     shown = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
@@ -224,14 +218,14 @@ def unknown_flags(rest: Sequence[str], options_type: type) -> Iterator[str]:
             yield f"{name}: does not belong to any flag"
 
 
-def spelling(argv: Sequence[str], item: "dataclasses.Field[Any]") -> str:
+def spelling(argv: Sequence[str], names: Sequence[str]) -> str:
     """Returns the name under which a flag was given.
 
     Raises:
-        UsageError: the flag was given under two names.
+        UsageError: The flag was given under two of its names.
     """
     given = {text.split("=")[0] for text in argv}
-    used = [name for name in names_of(item) if f"--{name}" in given]
+    used = [name for name in names if f"--{name}" in given]
     if len(used) > 1:
         raise UsageError(f"--{used[0]}: is the same flag as --{used[1]}; give one of them")
     return used[0]
@@ -239,10 +233,7 @@ def spelling(argv: Sequence[str], item: "dataclasses.Field[Any]") -> str:
 
 def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
     """Yields remarks about flags that are accepted but have no effect, or whose values are unusual."""
-    for group, item, _ in fields_of(type(options)):
-        if item.metadata["idle"] and sources[item.name] != "default" and getattr(getattr(options, group), item.name):
-            yield f"--{item.name}: {item.metadata['help']}"
-    yield from (other.verdict() for other in foreign_flags(type(options)) if sources.get(other.item.name) == NO_EFFECT)
+    yield from (flag.report for flag in accepted_flags(type(options)) if sources.get(flag.item.name) == NO_EFFECT)
     if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
         yield "--image_column: has no effect here; a text-to-video model is not conditioned on images"
     if isinstance(options, TrainOptions) and not options.loader.load_tensors:  # which may contain held-out clips
@@ -253,57 +244,39 @@ def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
             yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; usually 1"
 
 
-def read_foreign_flags(
-    options_type: type, argv: Sequence[str], namespace: argparse.Namespace
-) -> tuple[list[str], list[str]]:
-    """Returns (given flags that have no effect in this script, problems of refused flags and of bad values)."""
-    without_effect: list[str] = []
-    problems: list[str] = []
-    for other in foreign_flags(options_type):
-        if not hasattr(namespace, other.item.name):
-            continue
-        try:
-            spelling(argv, other.item)
-            value = read_value(other.item, other.annotation, getattr(namespace, other.item.name))
-        except UsageError as error:
-            problems.extend(error.problems)
-            continue
-        if value is not False and other.item.metadata["refused"]:
-            problems.append(other.verdict())
-        elif value is not False:
-            without_effect.append(other.item.name)
-    return without_effect, problems
-
-
 def read_flags(
     options_type: type[Options], argv: Sequence[str], description: str | None
 ) -> tuple[Options, dict[str, str]]:
     """Returns the options with given values and defaults, and where each value comes from, by flag.
 
     Raises:
-        UsageError: there are unknown flags, bad values or missing flags; it lists all of them.
+        UsageError: There are unknown flags, bad values or missing flags; the error lists all of them.
     """
-    parser = build_parser(options_type, description)
-    namespace, rest = parser.parse_known_args(list(argv))
+    namespace, rest = build_parser(options_type, description).parse_known_args(list(argv))
     problems = list(unknown_flags(rest, options_type))
     values: dict[str, dict[str, Any]] = {name: {} for name in typing.get_type_hints(options_type)}
-    sources: dict[str, str] = {}
-    for group, item, annotation in fields_of(options_type):
-        sources[item.name] = "default"
+    sources = {item.name: "default" for _, item, _ in fields_of(options_type)}
+    for flag in accepted_flags(options_type):
+        item = flag.item
         if not hasattr(namespace, item.name):
-            if item.default is dataclasses.MISSING:
+            if item.default is dataclasses.MISSING and not flag.unused:
                 problems.append(f"--{item.name}: is required: {item.metadata['help']}")
             continue
         try:
-            used = spelling(argv, item)
-            sources[item.name] = "given" if used == item.name else f"given as --{used}"
-            values[group][item.name] = read_value(item, annotation, getattr(namespace, item.name))
+            used = spelling(argv, flag.names)
+            value = read_value(item, flag.annotation, getattr(namespace, item.name))
         except UsageError as error:
             problems.extend(error.problems)
-    without_effect, found = read_foreign_flags(options_type, argv, namespace)
-    sources.update(dict.fromkeys(without_effect, NO_EFFECT))
-    problems.extend(found)
-    problems.extend(foreign_problems(options_type, values))
+            continue
+        if flag.refused and value is not False:
+            problems.append(flag.report)
+        elif flag.unused and value is not False:
+            sources[item.name] = NO_EFFECT
+        else:
+            sources[item.name] = "given" if used == item.name else f"given as --{used}"
+        if flag.group is not None:
+            values[flag.group][item.name] = value
+    problems.extend(request_problems(options_type, values))
     if problems:
         raise UsageError(problems)
     groups = {name: of(**values[name]) for name, of in typing.get_type_hints(options_type).items()}

@@ -1,8 +1,7 @@
-"""Finds contradictions between flags, and between flags and the script or the launcher.
+"""Finds contradictions between flags, and between flags and the launcher.
 
-``flag_problems`` checks all flags of a script; ``foreign_problems`` and the check_ functions compare them with the
-script and with the launcher. Each function yields problems as text: the flag, its value, the rule and the nearest fix.
-This module needs only the standard library.
+``flag_problems`` checks all flags of a script, and the check_ functions compare them with the launcher. Each function
+yields problems as text: the flag, its value, the rule and the nearest fix. This module needs only the standard library.
 """
 
 import dataclasses
@@ -18,7 +17,6 @@ from cogvideox.config.flags import (
     POLYNOMIAL_END,
     WITH_SNR_GAMMA,
     DataFlags,
-    GuideFlags,
     HubFlags,
     LoraFlags,
     LossFlags,
@@ -29,7 +27,6 @@ from cogvideox.config.flags import (
 )
 from cogvideox.config.options import (
     LoraOptions,
-    Options,
     PrepareOptions,
     TrainOptions,
     launched_processes,
@@ -268,33 +265,6 @@ def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
         yield "--data_root: --load_tensors takes one prepared folder; give prepare_dataset.py all folders of clips"
     if options.data.validation_data_root:
         yield "--validation_data_root: --load_tensors takes its clips from the prepared folder; prepare with the flag"
-
-
-def foreign_problems(options_type: type[Options], values: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Yields what commands of other trainers ask for and only another script or a download can provide.
-
-    This runs before unknown flags are reported, as such commands may have unknown flags too.
-    """
-    asked = {name: values["data"][name] for name in ("dataset_name", "dataset_config_name") if name in values["data"]}
-    if asked:
-        flags = " ".join(f"--{name} {value}" for name, value in asked.items())
-        download = f"hf download --repo-type dataset {asked.get('dataset_name', 'NAME')} --local-dir D"
-        yield f"{flags}: data sets of the hub are not downloaded here; {download}, then give --data_root D"
-    if issubclass(options_type, TrainOptions):
-        yield from script_problems(options_type, GuideFlags(**values["guide"]))
-
-
-def script_problems(options_type: type[TrainOptions], guide: GuideFlags) -> Iterator[str]:
-    """Yields a problem if the flags of the CogVideo guide ask for what another script trains."""
-    family = (guide.model_name or "").rpartition("-")[2]
-    task, method = guide.model_type or family or options_type.task, guide.training_type or options_type.method
-    if family and task != family:
-        yield f"--model_name {guide.model_name}: contradicts --model_type {task}; give one of them"
-    if (task, method) != (options_type.task, options_type.method):
-        values = {"model_type": guide.model_type, "model_name": guide.model_name, "training_type": guide.training_type}
-        asked = " ".join(f"--{name} {value}" for name, value in values.items() if value)
-        right = f"cogvideox_{'image' if task == 'i2v' else 'text'}_to_video_{method}.py"
-        yield f"{asked}: is not what this script trains; the right one is {right}"
 
 
 def check_ema(options: TrainOptions) -> Iterator[str]:

@@ -72,7 +72,7 @@ def flag(
     dotted: bool = False,
     only: Sequence[str] = (),
     secret: bool = False,
-    idle: bool = False,
+    idle: str = "",
     refused: str | None = None,
 ) -> Any:
     """Returns the dataclass field of one flag.
@@ -89,7 +89,7 @@ def flag(
         dotted: accept the dotted name of a class as well as the ``choices``.
         only: the optimizers that use the flag; empty if all do.
         secret: never show or write the value.
-        idle: accept the flag for the sake of old commands and ignore it; the help line gives the reason.
+        idle: why the flag is ignored; empty if it is not. It is accepted for the commands of other trainers.
         refused: why another script that is given this flag ends with an error. Without a reason, other scripts only
             report that the flag has no effect. A reason is needed where ignoring the flag would do something else than
             was asked: for flags that choose the starting weights, the input or the destination of the result, or that
@@ -107,7 +107,7 @@ REQUIRED: Any = dataclasses.MISSING
 
 def idle(default: Any, why: str) -> Any:
     """Returns the field of a flag of other trainers that has no effect here, with the reason."""
-    return flag(default, f"has no effect here; {why}", idle=True)
+    return flag(default, why, idle=why)
 
 
 @dataclass(frozen=True)

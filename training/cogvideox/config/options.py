@@ -139,47 +139,6 @@ def names_of(item: "dataclasses.Field[Any]") -> tuple[str, ...]:
     return (item.name, *item.metadata["aliases"])
 
 
-@dataclass
-class ForeignFlag:
-    """A flag that only other scripts have.
-
-    Attributes:
-        item: the field of the flag.
-        annotation: the type of its value.
-        names: those of its names that no flag of this script has.
-        scripts: the scripts that have the flag.
-    """
-
-    item: "dataclasses.Field[Any]"
-    annotation: Any
-    names: tuple[str, ...]
-    scripts: list[str]
-
-    @property
-    def owners(self) -> str:
-        """The scripts that have the flag, as a message names them."""
-        return "the training scripts" if len(self.scripts) == len(SCRIPTS) - 1 else ", ".join(self.scripts)
-
-    def verdict(self) -> str:
-        """Returns the message for a command that gives the flag: that it has no effect, or why it is refused."""
-        refused = self.item.metadata["refused"]
-        if refused:
-            return f"--{self.item.name}: is for {self.owners}; {refused}"
-        return f"--{self.item.name}: has no effect here; it is for {self.owners}"
-
-
-def foreign_flags(options_type: type) -> list[ForeignFlag]:
-    """Returns the flags that other scripts of the suite have and this one does not."""
-    taken = {name for _, item, _ in fields_of(options_type) for name in names_of(item)}
-    found: dict[str, ForeignFlag] = {}
-    for script, other in SCRIPTS.items():
-        for _, item, annotation in fields_of(other):
-            if item.name not in taken:
-                names = tuple(name for name in names_of(item) if name not in taken)
-                found.setdefault(item.name, ForeignFlag(item, annotation, names, [])).scripts.append(script)
-    return list(found.values())
-
-
 def derive(options: Any, sources: dict[str, str]) -> Any:
     """Returns the options with the values that follow from other flags filled in. Reads no file.
 

@@ -1,0 +1,103 @@
+"""Lists the flags that a script accepts, and applies one rule to those that it does not use.
+
+Other scripts of the suite and the scripts of the CogVideoX guides have flags for which a script has no use. It accepts
+them, so that one command works for several scripts: such a flag is parsed like any other, and its ``report`` says once
+that it has no effect. It is an error where ignoring it would do something else than was asked, such as train another
+model. This module needs only the standard library.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cogvideox.config.flags import GuideFlags
+from cogvideox.config.options import SCRIPTS, Options, TrainOptions, fields_of, names_of
+
+
+@dataclass(frozen=True)
+class AcceptedFlag:
+    """A flag as one script accepts it.
+
+    Attributes:
+        group: The group of the options that stores its value; None if only other scripts have the flag.
+        item: The field of the flag.
+        annotation: The type of its value.
+        names: Its names in this script.
+        owners: The scripts that have the flag, as a message names them; empty if this script has it.
+    """
+
+    group: str | None
+    item: "dataclasses.Field[Any]"
+    annotation: Any
+    names: tuple[str, ...]
+    owners: str = ""
+
+    @property
+    def unused(self) -> str:
+        """Why this script does not use the flag; empty if it does."""
+        return self.item.metadata["idle"] or (self.owners and f"it is for {self.owners}")
+
+    @property
+    def refused(self) -> bool:
+        """Whether giving the flag is an error."""
+        return bool(self.owners and self.item.metadata["refused"])
+
+    @property
+    def report(self) -> str:
+        """The line that is printed if a flag that is not used is given."""
+        if self.refused:
+            return f"--{self.item.name}: is for {self.owners}; {self.item.metadata['refused']}"
+        return f"--{self.item.name}: has no effect here; {self.unused}"
+
+
+def accepted_flags(options_type: type) -> list[AcceptedFlag]:
+    """Returns the flags of a script, followed by those that only other scripts of the suite have."""
+    own = [AcceptedFlag(*row, names_of(row[1])) for row in fields_of(options_type)]
+    taken = {name for flag in own for name in flag.names}
+    scripts: dict[str, list[str]] = {}
+    found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    for script, other in SCRIPTS.items():
+        for _, item, annotation in fields_of(other):
+            if item.name not in taken:
+                scripts.setdefault(item.name, []).append(script)
+                found[item.name] = item, annotation
+    foreign = []
+    for item, annotation in found.values():
+        names = tuple(name for name in names_of(item) if name not in taken)
+        foreign.append(AcceptedFlag(None, item, annotation, names, named(scripts[item.name])))
+    return own + foreign
+
+
+def named(scripts: list[str]) -> str:
+    """Returns scripts as a message names them."""
+    return "the training scripts" if len(scripts) == len(SCRIPTS) - 1 else ", ".join(scripts)
+
+
+def request_problems(options_type: type[Options], values: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yields a problem for flags of other trainers that ask for another script or for a download.
+
+    Args:
+        options_type: The options of the script.
+        values: The values of the given flags, by group and flag.
+    """
+    asked = {name: values["data"][name] for name in ("dataset_name", "dataset_config_name") if name in values["data"]}
+    if asked:
+        flags = " ".join(f"--{name} {value}" for name, value in asked.items())
+        download = f"hf download --repo-type dataset {asked.get('dataset_name', 'NAME')} --local-dir D"
+        yield f"{flags}: data sets of the hub are not downloaded here; {download}, then give --data_root D"
+    if issubclass(options_type, TrainOptions):
+        yield from guide_problems(options_type, GuideFlags(**values["guide"]))
+
+
+def guide_problems(options_type: type[TrainOptions], guide: GuideFlags) -> Iterator[str]:
+    """Yields a problem if the flags of the CogVideo guide ask for what another script trains."""
+    family = (guide.model_name or "").rpartition("-")[2]
+    task, method = guide.model_type or family or options_type.task, guide.training_type or options_type.method
+    if family and task != family:
+        yield f"--model_name {guide.model_name}: contradicts --model_type {task}; give one of them"
+    if (task, method) != (options_type.task, options_type.method):
+        values = {"model_type": guide.model_type, "model_name": guide.model_name, "training_type": guide.training_type}
+        asked = " ".join(f"--{name} {value}" for name, value in values.items() if value)
+        right = f"cogvideox_{'image' if task == 'i2v' else 'text'}_to_video_{method}.py"
+        yield f"{asked}: is not what this script trains; the right one is {right}"
