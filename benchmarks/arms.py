@@ -36,7 +36,7 @@ from cogvideox.model.vae_decoder import Decoder
 from cogvideox.optimizer.step import MasterWeights, learning_rate
 from cogvideox.planning import execution, plan
 from cogvideox.planning.plan import ExecutionPlan
-from cogvideox.runtime.run import Mark
+from cogvideox.runtime.run import TimeMark
 
 GIB = 2**30
 NO_MEMORY = "out of memory"
@@ -178,11 +178,11 @@ class Meter:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what making the model has left
         peak_gib(device)
-        self.marks = [Mark(device)]
+        self.marks = [TimeMark(device)]
 
     def step_ended(self, loss: Tensor) -> None:
         """Takes note of a step that the device has been given."""
-        self.marks.append(Mark(self.device))
+        self.marks.append(TimeMark(self.device))
         self.losses.append(loss.detach())
         self.peaks.append(peak_gib(self.device))
         self.marks[-2].reached()
@@ -335,10 +335,10 @@ def sample(work: Work, transformer: Any, reserved_gib: float | None) -> dict[str
     prompts = {name: work.random_prompt()[:1] for name in ("prompt_embeds", "negative_prompt_embeds")}
     many = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
     peak_gib(work.device)
-    start = Mark(work.device)
+    start = TimeMark(work.device)
     with evaluation(transformer):
         latents_BFCHW = pipe(**prompts, **size, **many).frames
-    end = Mark(work.device)
+    end = TimeMark(work.device)
     end.reached()
     sampling = peak_gib(work.device)
     vae = random_models.make_vae(work.kind, str(work.device))

@@ -16,7 +16,7 @@ from test_held_out import split
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import PLACES, HeldOut
 from cogvideox.runtime import best as best_module
-from cogvideox.runtime.best import BEST_NAME, Best, best_of
+from cogvideox.runtime.best import BEST_NAME, BestCheckpoint, best_of
 from cogvideox.runtime.checkpoint import checkpoints, fault, step_of
 from cogvideox.runtime.metrics import GRID
 from cogvideox.runtime.run import METRICS_NAME, write_metrics
@@ -75,7 +75,7 @@ def test_losses_of_other_clips_are_not_compared(
     assert best_of(tmp_path, 6, "g") is None
     measured(tmp_path, {4: 0.9, 6: 0.8})
     (tmp_path / METRICS_NAME).write_text(before + (tmp_path / METRICS_NAME).read_text())
-    best = Best(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=True, grid="g")
+    best = BestCheckpoint(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=True, grid="g")
     best.start(6)
     assert chosen(tmp_path) == 6
     (told, _) = capsys.readouterr().err.splitlines()
@@ -94,7 +94,7 @@ def kept_after(output: Path, losses: dict[int, float], limit: int) -> tuple[list
     """Saves and measures step by step, as a run does."""
     run = run_alone(output)
     saver = saver_of(run, FakeEngine(), limit=limit)
-    best = Best(saver, wanted=True, grid="g")
+    best = BestCheckpoint(saver, wanted=True, grid="g")
     for step, loss in losses.items():
         saver.save(step)
         write_metrics(run, {"step": step, "held_out_loss": loss, GRID: "g"})
@@ -122,7 +122,7 @@ def test_a_best_of_a_future_that_was_given_up_is_forgotten(tmp_path: Path) -> No
     assert kept_after(tmp_path, {2: 0.5, 4: 0.6, 6: 0.1}, limit=9)[1] == 6
     saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
     measured(tmp_path, {2: 0.5, 4: 0.6})  # as the metrics of a run that goes on from step 4
-    best = Best(saver, wanted=True, grid="g")
+    best = BestCheckpoint(saver, wanted=True, grid="g")
     best.update(4)
     assert chosen(tmp_path) == 2
     assert names(tmp_path) == [2, 4, 6]  # later ones go once a new one is safe
@@ -133,7 +133,7 @@ def test_a_best_of_a_future_that_was_given_up_is_forgotten(tmp_path: Path) -> No
 def test_without_the_flag_nothing_is_kept_and_nothing_is_said(tmp_path: Path) -> None:
     kept_after(tmp_path, {2: 0.5, 4: 0.6}, limit=1)
     saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
-    Best(saver, wanted=False, grid="g").update(4)
+    BestCheckpoint(saver, wanted=False, grid="g").update(4)
     assert chosen(tmp_path) is None
     saver.save(6)
     assert names(tmp_path) == [6]
@@ -142,12 +142,12 @@ def test_without_the_flag_nothing_is_kept_and_nothing_is_said(tmp_path: Path) ->
 def test_what_a_kill_left_beyond_the_limit_goes_at_the_next_start(tmp_path: Path) -> None:
     """After the last checkpoint was written, before an older one was removed; nothing is saved any more."""
     save_steps(run_alone(tmp_path), 2, 4)
-    Best(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=False, grid="g").update(4)
+    BestCheckpoint(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=False, grid="g").update(4)
     assert names(tmp_path) == [4]
 
 
 def test_nothing_to_export(tmp_path: Path) -> None:
-    best = Best(saver_of(run_alone(tmp_path), FakeEngine()), wanted=True, grid="g")
+    best = BestCheckpoint(saver_of(run_alone(tmp_path), FakeEngine()), wanted=True, grid="g")
     best.update(0)
     with pytest.raises(UsageError, match=r"--export_best: .*: no checkpoint has a held-out loss"):
         best.step()

@@ -158,8 +158,8 @@ def test_the_end_names_the_last_good_checkpoint_and_the_samples(tmp_path: Path) 
     with pytest.raises(NonFiniteError) as error:
         steps.add(12, numbers(skipped=True), [("videos/bad.mp4", 3)])
     assert str(error.value) == (
-        "the last 8 optimizer steps, up to 12, were skipped, as their gradients were not finite; in most of them was "
-        "videos/bad.mp4 (6 of 8): look at it, or leave it out; the last good checkpoint is "
+        "the last 8 optimizer steps, up to 12, were skipped because their gradients were not finite; most of them had "
+        "videos/bad.mp4 (6 of 8): check it, or leave it out; the last good checkpoint is "
         f"{tmp_path}/checkpoint-4: resume with --resume_from_checkpoint checkpoint-4, a lower --learning_rate and "
         "--allow_changed learning_rate"
     )

@@ -81,7 +81,7 @@ def test_changed_settings_are_refused_before_any_model_loads(model: Path, tensor
     text = refused([*flags, "--rank", "8"])
     assert "rank: 4 there, 8 now" in text
     assert "--allow_changed" not in text
-    assert "checkpoint-9: there is no such folder" in refused([*flags, "--resume_from_checkpoint", "checkpoint-9"])
+    assert "checkpoint-9: the folder does not exist" in refused([*flags, "--resume_from_checkpoint", "checkpoint-9"])
     assert "is at step 6 already" in refused([*flags, "--max_train_steps", "3"])
 
 

@@ -46,20 +46,20 @@ from cogvideox.planning.execution import Plan, keep_to_budget, make_plan, measur
 from cogvideox.planning.plan import HOST, ExecutionPlan
 from cogvideox.planning.warm_up import has_no_bound, warm_up
 from cogvideox.preparation.tensors import Tensors, open_tensors
-from cogvideox.runtime.best import Best
+from cogvideox.runtime.best import BestCheckpoint
 from cogvideox.runtime.checkpoint import (
     DATA,
     Saver,
     StartPoint,
-    check_data,
     check_length,
+    check_same_samples,
     find_start,
     safe_text,
     write_samples,
 )
 from cogvideox.runtime.curves import CURVES_NAME, draw_curves
 from cogvideox.runtime.metrics import column, read_records
-from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, Sample, start_run, start_trackers, write_config
+from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, TrainedSample, start_run, start_trackers, write_config
 from cogvideox.runtime.skipped import SkippedSteps
 
 # After this many steps everything is compiled and all memory is allocated, so step times can be measured.
@@ -136,7 +136,7 @@ def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[s
     held_out = {"the held-out clips": hash_of([sample.clip for sample in index.validation])}
     fix = "give all processes one --data_root (and --tensor_cache) that they share, or equal copies"
     run.ranks.check_agreement({"the training data": index.fingerprint} | held_out, fix)
-    check_data(start, index, options)
+    check_same_samples(start, index, options)
     stratified = options.loss.timestep_sampling == "stratified"
     ids, buckets = [s.id for s in index.samples], [s.bucket for s in index.samples]
     order = Order(ids, buckets, samples_per_step(run, options), options.data.seed, stratified)
@@ -239,7 +239,7 @@ class Trainer:
         self.held_out = HeldOut(
             run, tensors, seed, method.transformer, partial(losses_of, task, self.schedule, method.transformer)
         )
-        self.best = Best(self.saver, train.keep_best, self.held_out.grid)
+        self.best = BestCheckpoint(self.saver, train.keep_best, self.held_out.grid)
 
     def train(self) -> None:
         """Trains until the last step and saves it.
@@ -263,7 +263,7 @@ class Trainer:
                 self._evaluate(self.steps.first)
             metrics.forget_peaks()
         if self.steps.first < self.steps.total:
-            self.saver.foresee(self.options)
+            self.saver.predict_size(self.options)
         if self.options.method == "sft":
             self.saver.announce()  # not for a LoRA, which is saved in a moment
         with closing(metrics.bar), closing(batches_of(self._loader())) as batches:
@@ -349,7 +349,7 @@ class Trainer:
     def _progress(self, step: int) -> str:
         return f"and saved after step {step} of {self.steps.total}" if step else ""
 
-    def _watch(self, step: int, numbers: dict[str, float], samples: list[Sample]) -> None:
+    def _watch(self, step: int, numbers: dict[str, float], samples: list[TrainedSample]) -> None:
         """Handles the metrics of a finished step when they arrive; ends the run if too many steps were skipped."""
         self.skipped.add(step, numbers, samples)
         self.saver.good_until = self.skipped.good_until

@@ -25,9 +25,9 @@ class Ema:
     """Keeps the average of each master weight, on the device of the master.
 
     Args:
-        parameters: the parameters of the model by name, in its type.
-        masters: the fp32 masters by the same names; an fp32 parameter may be its own master.
-        decay: the largest decay, --ema_decay.
+        parameters: The parameters of the model by name, in its type.
+        masters: The fp32 masters by the same names; an fp32 parameter may be its own master.
+        decay: The largest decay, --ema_decay.
     """
 
     def __init__(self, parameters: dict[str, Parameter], masters: dict[str, Tensor], decay: float) -> None:
@@ -40,7 +40,7 @@ class Ema:
         """Moves the averages towards the masters; called after each optimizer step.
 
         Args:
-            skipped: scalar on the device, 1 if the step changed no weight; then the averages do not change either.
+            skipped: Scalar on the device, 1 if the step changed no weight; then the averages do not change either.
         """
         decay = ((1.0 + self.steps) / (10.0 + self.steps)).clamp(max=self.decay)
         share = torch.where(self.steps > 0, 1.0 - decay, 1.0) * (1.0 - skipped)

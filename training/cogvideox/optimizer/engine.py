@@ -231,16 +231,16 @@ def make_engine(
     """Returns the engine that accelerate's configuration asks for.
 
     Args:
-        accelerator: the accelerate.Accelerator of the run.
-        transformer: the model, with its trained parameters in place.
-        method: the training method, whose ``parameters()`` are trained.
-        options: the flags of the run.
-        dtype: the compute type of the model; fp16 needs a loss scale.
-        state_on_host: whether masters and moments are stored in host memory between steps.
-        host_trained: blocks of the transformer that are stored in host memory with their gradients; None for none.
+        accelerator: The accelerate.Accelerator of the run.
+        transformer: The model, with its trained parameters in place.
+        method: The training method, whose ``parameters()`` are trained.
+        options: The flags of the run.
+        dtype: The compute type of the model; fp16 needs a loss scale.
+        state_on_host: Whether masters and moments are stored in host memory between steps.
+        host_trained: Blocks of the transformer that are stored in host memory with their gradients; None for none.
 
     Raises:
-        UsageError: this engine or optimizer cannot store its state in host memory.
+        UsageError: This engine or optimizer cannot store its state in host memory.
     """
     parameters = method.parameters()
     deepspeed = accelerator.state.deepspeed_plugin is not None

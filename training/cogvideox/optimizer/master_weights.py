@@ -53,9 +53,9 @@ class Optimized:
         """Makes one optimizer step on the master weights.
 
         Args:
-            gradients: fp32 gradients, one per master.
-            divisor: scalar on the device by which a fused optimizer divides the gradients (loss scale times clipping).
-            skipped: scalar on the device; a fused optimizer changes nothing where it is 1. For any other optimizer the
+            gradients: Fp32 gradients, one per master.
+            divisor: Scalar on the device by which a fused optimizer divides the gradients (loss scale times clipping).
+            skipped: Scalar on the device; a fused optimizer changes nothing where it is 1. For any other optimizer the
                 caller divides and skips.
         """
         if self.fused:
@@ -72,9 +72,9 @@ class Resident(Optimized):
     """Master weights on the device, one tensor per parameter. An fp32 parameter is its own master.
 
     Args:
-        parameters: the trained parameters by name.
-        gradients: fp32 gradients in the same order; all zero at this point.
-        make: makes the optimizer for the masters.
+        parameters: The trained parameters by name.
+        gradients: Fp32 gradients in the same order; all zero at this point.
+        make: Makes the optimizer for the masters.
     """
 
     def __init__(self, parameters: dict[str, Parameter], gradients: Sequence[Tensor], make: MakeOptimizer) -> None:
@@ -119,8 +119,8 @@ class Resident(Optimized):
         """Restores what ``state`` returned.
 
         Args:
-            of: for each parameter its tensors by key, as ``by_parameter`` groups them.
-            numbers: settings and counters of the parameter group, as ``group_numbers`` returns them.
+            of: For each parameter its tensors by key, as ``by_parameter`` groups them.
+            numbers: Settings and counters of the parameter group, as ``group_numbers`` returns them.
         """
         self.optimizer.param_groups[0].update(numbers)
         for name, master in self.named_masters().items():
@@ -133,16 +133,16 @@ class Flat:
     """Master weights and moments of some parameters in flat fp32 arrays, updated range by range on the device.
 
     Args:
-        parameters: the trained parameters by name, on the device or views of ``weights``.
-        make: makes the optimizer of one range; only fused ones are supported.
-        device: where the update runs.
-        gradients: returns one flat array with all gradients, in the order of the parameters. It is stored where the
+        parameters: The trained parameters by name, on the device or views of ``weights``.
+        make: Makes the optimizer of one range; only fused ones are supported.
+        device: Where the update runs.
+        gradients: Returns one flat array with all gradients, in the order of the parameters. It is stored where the
             parameters are: on the device or on the host.
-        weights: one flat host array with all parameters; None if the parameters are on the device.
-        on_host: whether masters and moments are stored in pinned host memory, otherwise on the device.
+        weights: One flat host array with all parameters; None if the parameters are on the device.
+        on_host: Whether masters and moments are stored in pinned host memory, otherwise on the device.
 
     Raises:
-        ValueError: the optimizer is not fused.
+        ValueError: The optimizer is not fused.
     """
 
     def __init__(
@@ -343,8 +343,8 @@ def for_file(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
     """Returns the tensors on the CPU, contiguous and without shared memory, as safetensors needs them.
 
     Args:
-        tensors: tensors by name, on any device.
-        copy: whether tensors that are on the CPU already are copied. Without copies the result must be written before
+        tensors: Tensors by name, on any device.
+        copy: Whether tensors that are on the CPU already are copied. Without copies the result must be written before
             the next step, but takes no additional memory, which may be most of the host's.
     """
     found: dict[str, Tensor] = {}
@@ -369,9 +369,9 @@ def overwrite(values: dict[str, Any], tensors: dict[str, Tensor], device: torch.
     """Writes tensors that ``plain_tensors`` yielded back into an optimizer's state of one parameter.
 
     Args:
-        values: the state to overwrite; quantized tensors must exist in it, so the optimizer has made a step.
-        tensors: the tensors by name.
-        device: where tensors that the state does not have yet are created.
+        values: The state to overwrite; quantized tensors must exist in it, so the optimizer has made a step.
+        tensors: The tensors by name.
+        device: Where tensors that the state does not have yet are created.
     """
     for name, tensor in tensors.items():
         key, _, part = name.partition(".")

@@ -71,11 +71,11 @@ def rate_jump(flags: OptimizerFlags, then: float, step: int, total_steps: int, g
     """Returns a line for the user if a resumed run does not continue its learning rate schedule, else None.
 
     Args:
-        flags: the flags of the optimizer now.
-        then: the learning rate that the last step of the run had.
-        step: the number of steps that are done.
-        total_steps: the length of the run now, which may differ from before.
-        global_batch: samples per step over all ranks.
+        flags: The flags of the optimizer now.
+        then: The learning rate that the last step of the run had.
+        step: The number of steps that are done.
+        total_steps: The length of the run now, which may differ from before.
+        global_batch: Samples per step over all ranks.
     """
     now, following = (learning_rate(flags, number, total_steps, global_batch) for number in (step - 1, step))
     if step >= total_steps or math.isclose(then, now, rel_tol=SAME_RATE):
@@ -109,13 +109,13 @@ class MasterWeights:
     """Trains parameters through fp32 master weights with any optimizer whose step needs only gradients.
 
     Args:
-        parameters: the trained parameters by name, in any float type; they hold the rounded masters.
-        make: makes the optimizer for the masters.
-        max_grad_norm: gradients with a larger norm are scaled down to it; 0 disables clipping.
-        dynamic_scale: whether the loss is scaled so that fp16 gradients do not underflow; an overflow halves the scale.
-        state_on_host: whether masters and moments are stored in pinned host memory and pass through the device in
+        parameters: The trained parameters by name, in any float type; they hold the rounded masters.
+        make: Makes the optimizer for the masters.
+        max_grad_norm: Gradients with a larger norm are scaled down to it; 0 disables clipping.
+        dynamic_scale: Whether the loss is scaled so that fp16 gradients do not underflow; an overflow halves the scale.
+        state_on_host: Whether masters and moments are stored in pinned host memory and pass through the device in
             ranges at each step. The results are the same bit for bit. Only for fused optimizers.
-        host_trained: which blocks are stored on the host with their gradients, and which of them have masters and
+        host_trained: Which blocks are stored on the host with their gradients, and which of them have masters and
             moments on the device regardless of ``state_on_host``. Only for fused optimizers.
     """
 
@@ -257,7 +257,7 @@ class MasterWeights:
         """Returns what a resumed run needs, as plain tensors by name: masters, optimizer state and loss scale.
 
         Args:
-            copy: see ``for_file``.
+            copy: See ``for_file``.
         """
         return for_file(self.tensors(), copy)
 

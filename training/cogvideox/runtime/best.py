@@ -1,13 +1,13 @@
-"""The checkpoint with the lowest held-out loss: kept beyond the limit, named in best.json, exported where wanted.
+"""Keeps the checkpoint with the lowest held-out loss beyond the limit, and finds it for --export_best.
 
-Only losses that were measured on the grid of the current run are compared (held_out.py). Which one it is follows from
-the checkpoints that are there and from metrics.jsonl, so a kill at any moment, a resumed run and one that goes back to
-an earlier checkpoint come to the same. best.json says it to others.
+Held-out losses are compared only if they were measured on the current grid (see evaluation/held_out.py). The best
+checkpoint is derived from the checkpoints that exist and from metrics.jsonl. The result is therefore the same after a
+kill at any moment, in a resumed run, and in a run that returns to an earlier checkpoint. best.json names it for others.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
@@ -18,22 +18,36 @@ from cogvideox.runtime.run import METRICS_NAME
 BEST_NAME = "best.json"
 
 
-def losses_on(output_dir: Path, grid: str) -> dict[float, float]:
-    """The held-out loss by step, as far as it was measured on this grid."""
+class BestEntry(TypedDict):
+    """The content of best.json."""
+
+    step: int
+    checkpoint: str
+    held_out_loss: float
+
+
+def losses_on_grid(output_dir: Path, grid: str) -> dict[float, float]:
+    """Returns, by step, the held-out losses of a run that were measured on a grid."""
     records = of_grid(read_records(output_dir / METRICS_NAME), grid)
     return dict(zip(*column(records, "held_out_loss"), strict=True))
 
 
 def not_comparable(output_dir: Path, grid: str) -> list[int]:
-    """The steps of the checkpoints that have a held-out loss, but none on this grid."""
+    """Returns the steps of the checkpoints whose held-out loss was measured on other grids only."""
     measured = dict(zip(*column(read_records(output_dir / METRICS_NAME), "held_out_loss"), strict=True))
-    steps = measured.keys() - losses_on(output_dir, grid).keys()
+    steps = measured.keys() - losses_on_grid(output_dir, grid).keys()
     return sorted(step for step in map(step_of, checkpoints(output_dir)) if step in steps)
 
 
-def best_of(output_dir: Path, last: int, grid: str) -> dict[str, Any] | None:
-    """Of the checkpoints up to a step with a held-out loss on this grid, the lowest; the earlier one of two equals."""
-    measured = losses_on(output_dir, grid)
+def best_of(output_dir: Path, last: int, grid: str) -> BestEntry | None:
+    """Returns the checkpoint with the lowest held-out loss, the earliest of equals, or None if none was measured.
+
+    Args:
+        output_dir: The output folder of the run.
+        last: The step after which checkpoints are ignored.
+        grid: The fingerprint of the grid on which the loss must have been measured.
+    """
+    measured = losses_on_grid(output_dir, grid)
     steps = [step for step in map(step_of, checkpoints(output_dir)) if step <= last and step in measured]
     if not steps:
         return None
@@ -41,45 +55,52 @@ def best_of(output_dir: Path, last: int, grid: str) -> dict[str, Any] | None:
     return {"step": best, "checkpoint": f"{PREFIX}{best}", "held_out_loss": float(measured[best])}
 
 
-class Best:
-    """Keeps the best checkpoint of ``saver``; ``wanted`` is --keep_best, ``grid`` what losses are measured on."""
+class BestCheckpoint:
+    """Protects the best checkpoint from the limit of ``saver``, and writes best.json."""
 
     def __init__(self, saver: Saver, wanted: bool, grid: str) -> None:
+        """Stores what to compare; ``start`` makes the first comparison.
+
+        Args:
+            saver: What writes the checkpoints of the run.
+            wanted: Whether --keep_best is given; otherwise no checkpoint is protected.
+            grid: The fingerprint of the grid on which the run measures held-out losses.
+        """
         self.saver, self.wanted, self.grid = saver, wanted, grid
         self.folder, self.run = saver.run.output_dir, saver.run
 
     def start(self, step: int) -> None:
-        """As ``update``, at the start, and says which checkpoints have a loss that cannot be compared."""
+        """Updates at the start of a run, and prints which checkpoints have a loss that cannot be compared."""
         if self.wanted and self.run.is_main and (others := not_comparable(self.folder, self.grid)):
             names = ", ".join(f"{PREFIX}{other}" for other in others)
-            self.run.say(f"--keep_best: {names}: measured on other held-out clips, and so never the best from now on")
+            self.run.say(f"--keep_best: {names}: measured on other held-out clips, so not compared with the current")
         self.update(step)
 
     def update(self, step: int) -> None:
-        """Finds the best checkpoint up to a step, after measuring, and lets go of the one before."""
+        """Finds the best checkpoint up to a step after a measurement, and removes what the limit no longer protects."""
         if not self.run.is_main:
             return
         path = self.folder / BEST_NAME
         best = best_of(self.folder, step, self.grid) if self.wanted else None
         self.saver.kept = best["step"] if best else None
         if best is None:
-            path.unlink(missing_ok=True)  # of a run that was begun anew, or that keeps none any more
+            path.unlink(missing_ok=True)  # It may be left from a run that was started anew or had --keep_best.
         else:
-            self._name(path, best)
-        self.saver.trim(step)  # at the start too: a kill may have come before
+            self._write(path, best)
+        self.saver.trim(step)  # This is needed at the start too, because a kill may have come before it.
 
-    def _name(self, path: Path, best: dict[str, Any]) -> None:
-        """Says which it is, if the file does not say so already."""
+    def _write(self, path: Path, best: BestEntry) -> None:
+        """Writes best.json and prints its content, unless the file has this content already."""
         content = json.dumps(best, indent=1).encode()
         if not path.is_file() or path.read_bytes() != content:
             write_atomically(path, content)
             self.run.say(f"best so far: {best['checkpoint']}, held-out loss {best['held_out_loss']:.5f}")
 
     def step(self) -> int:
-        """The best checkpoint's step, on every rank.
+        """Returns the step of the best checkpoint, on every rank.
 
         Raises:
-            UsageError: there is none, or it is damaged.
+            UsageError: There is no best checkpoint, or it is damaged.
         """
         found, problem = None, None
         if self.run.is_main:
@@ -94,5 +115,5 @@ class Best:
         return int(found)
 
     def path(self, step: int) -> Path:
-        """The folder of a step's checkpoint."""
+        """Returns the folder of the checkpoint of a step."""
         return self.folder / f"{PREFIX}{step}"

@@ -42,7 +42,7 @@ DAMAGED = "damaged-"  # before the names of checkpoints that could not be used
 SAMPLES_NAME = "samples.json"
 DATA = "data"  # the entry of a recipe that names the samples
 NAMES_SHOWN = 5
-PROBE_BYTES = 2**26  # of a file that is written to see how fast the disk is
+PROBE_LIMIT = 2**26  # largest size in bytes of a file that is written to measure the speed of the disk
 
 
 def file_hash(path: Path) -> str:
@@ -68,9 +68,9 @@ def fault(folder: Path) -> str | None:
     No content of its files makes this raise an exception.
     """
     try:
-        for name, entry in listed_files(read_json(folder / MANIFEST_NAME)).items():
+        for name, entry in listed_files(read_checkpoint_json(folder / MANIFEST_NAME)).items():
             check_file(folder, name, entry)
-        progress = read_json(folder / PROGRESS_NAME)
+        progress = read_checkpoint_json(folder / PROGRESS_NAME)
         if type(progress["step"]) is not int or not isinstance(progress["recipe"], dict):
             raise Damage(f"{PROGRESS_NAME} has no step and recipe")
     except Damage as damage:
@@ -80,8 +80,8 @@ def fault(folder: Path) -> str | None:
     return None
 
 
-def read_json(path: Path) -> Any:
-    """Returns the value in a JSON file. Raises Damage if it cannot be read."""
+def read_checkpoint_json(path: Path) -> Any:
+    """Returns the value in a JSON file of a checkpoint. Raises Damage if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -143,10 +143,10 @@ def expected_bytes(options: TrainOptions, parameters: Iterable[Parameter], devic
 def seconds_to_write(folder: Path, num_bytes: int) -> float:
     """Estimates the seconds to write that many bytes of a checkpoint.
 
-    The estimate extrapolates from a file of at most PROBE_BYTES, which is written and read like those of a checkpoint.
+    The estimate extrapolates from a file of at most PROBE_LIMIT, which is written and read like those of a checkpoint.
     """
     probe = temporary_of(folder / "probe")
-    size = max(1, min(num_bytes, PROBE_BYTES))
+    size = max(1, min(num_bytes, PROBE_LIMIT))
     start = time.monotonic()
     try:
         probe.write_bytes(os.urandom(size))
@@ -163,13 +163,17 @@ class Saver:
     """Writes the checkpoints of a run and removes those beyond the limit. ``save`` is called on all ranks.
 
     Attributes:
-        every: optimizer steps between checkpoints.
-        limit: how many checkpoints remain; None keeps all.
-        every_minutes: at most so many minutes pass between checkpoints; None sets no such limit.
-        kept: the step of a checkpoint that the limit does not remove, the best one.
-        num_bytes: the expected size of a checkpoint, if known.
-        saved_at: the monotonic time of the last checkpoint, or of the start.
-        good_until: while steps are skipped, the step before the first of them; its last checkpoint is not removed.
+        run: The run.
+        engine: What writes and reads its part of a checkpoint.
+        method: What writes the trained weights.
+        recipe: The settings that a resumed run must share, written to progress.json.
+        every: Optimizer steps between checkpoints.
+        limit: How many checkpoints remain; None keeps all.
+        every_minutes: Largest number of minutes between checkpoints; None sets no such limit.
+        kept: The step of a checkpoint that the limit does not remove, the best one.
+        num_bytes: The expected size of a checkpoint, if known.
+        saved_at: The monotonic time of the last checkpoint, or of the start.
+        good_until: While steps are skipped, the step before the first of them; its last checkpoint is not removed.
     """
 
     run: Run
@@ -179,10 +183,10 @@ class Saver:
     every: int
     limit: int | None
     every_minutes: float | None = None
-    kept: int | None = None  # the step of a checkpoint that the limit does not concern
-    num_bytes: int | None = None  # of a checkpoint, as far as it is known
+    kept: int | None = None
+    num_bytes: int | None = None
     saved_at: float = field(default_factory=time.monotonic)
-    good_until: int | None = None  # while steps are skipped, the step before: its last checkpoint stays, too
+    good_until: int | None = None
 
     def due(self, step: int) -> bool:
         """Returns whether a checkpoint is due after this optimizer step."""
@@ -196,7 +200,7 @@ class Saver:
         """Writes a complete checkpoint of ``step``, then removes those beyond the limit.
 
         Raises:
-            NonFiniteError: a tensor that would be saved is not finite; nothing is written or removed.
+            NonFiniteError: A tensor that would be saved is not finite; nothing is written or removed.
         """
         self._check_finite(step)
         target = self.run.output_dir / f"{PREFIX}{step}"
@@ -223,7 +227,7 @@ class Saver:
             seal(temporary, target)
             self._remove_replaced(step, checkpoints(self.run.output_dir))
 
-    def foresee(self, options: TrainOptions) -> None:
+    def predict_size(self, options: TrainOptions) -> None:
         """Predicts the size of a checkpoint. Raises DiskError on all ranks if the disk has no room for one."""
         self.num_bytes = expected_bytes(options, self.method.parameters().values(), self.run.device)
         shortage = None
@@ -248,16 +252,16 @@ class Saver:
         bad = self.run.ranks.gather(self.engine.not_finite())
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            back = way_back(self.run.output_dir, step if self.good_until is None else self.good_until)
+            hint = resume_hint(self.run.output_dir, step if self.good_until is None else self.good_until)
             rule = f"{bad[0]}{more} holds numbers that are not finite; older checkpoints are untouched"
-            raise NonFiniteError(f"{PREFIX}{step} is not saved: {rule}; {back}")
+            raise NonFiniteError(f"{PREFIX}{step} is not saved: {rule}; {hint}")
 
     def trim(self, step: int) -> None:
         """Removes checkpoints beyond the limit, but none later than ``step``. Called on the main process."""
         self._remove_replaced(step, [path for path in checkpoints(self.run.output_dir) if step_of(path) <= step])
 
     def _remove_replaced(self, step: int, found: list[Path]) -> None:
-        before = None if self.good_until is None else last_until(found, self.good_until)
+        before = None if self.good_until is None else newest_until(found, self.good_until)
         kept = {self.kept, None if before is None else step_of(before)}
         for old in replaced_by(step, found, self.limit, kept):
             if step_of(old) > step and fault(old):
@@ -272,24 +276,24 @@ def replaced_by(step: int, found: list[Path], limit: int | None, kept: Container
     These are all later ones, which are damaged or belong to steps that are repeated, and the oldest beyond the limit.
 
     Args:
-        step: the step of the new checkpoint.
-        found: all checkpoints, newest first.
-        limit: how many remain; None or 0 keeps all.
-        kept: steps of checkpoints that the limit does not remove.
+        step: The step of the new checkpoint.
+        found: All checkpoints, newest first.
+        limit: How many checkpoints remain; None or 0 keeps all.
+        kept: Steps of checkpoints that the limit does not remove.
     """
     later = [path for path in found if step_of(path) > step]
     rest = [path for path in found if step_of(path) <= step]
     return later + [path for path in (rest[limit:] if limit else []) if step_of(path) not in kept]
 
 
-def last_until(found: list[Path], step: int) -> Path | None:
+def newest_until(found: list[Path], step: int) -> Path | None:
     """Returns the newest of the checkpoints, given newest first, that is not later than ``step``."""
     return next((path for path in found if step_of(path) <= step), None)
 
 
-def way_back(output_dir: Path, step: int) -> str:
+def resume_hint(output_dir: Path, step: int) -> str:
     """Returns, for a message, how to resume from the last checkpoint before training became NaN after ``step``."""
-    good = last_until(checkpoints(output_dir), step)
+    good = newest_until(checkpoints(output_dir), step)
     if good is None:
         return "no checkpoint was saved before; start again with a lower --learning_rate"
     lower = "a lower --learning_rate and --allow_changed learning_rate"
@@ -300,7 +304,7 @@ def seal(temporary: Path, target: Path) -> None:
     """Verifies a written folder and renames it to its final name, replacing a folder that has this name.
 
     Raises:
-        DiskError: what can be read from the disk is not what was written.
+        DiskError: What can be read from the disk is not what was written.
     """
     write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest_of(temporary), indent=1).encode())
     for path in (*temporary.rglob("*"), temporary):
@@ -337,13 +341,17 @@ def keep_all_damaged(output_dir: Path) -> None:
     found = checkpoints(output_dir)
     metrics = output_dir / METRICS_NAME
     if found and metrics.exists():
-        keep_damaged(metrics)  # first: after a kill the rest follows
+        keep_damaged(metrics)  # This comes first, so that a start after a kill in between still finds the checkpoints.
     for folder in found:
         keep_damaged(folder)
 
 
 def aside(folder: Path) -> Path:
-    """Renames a checkpoint folder, if it exists, to a temporary name that the next start of the run deletes."""
+    """Renames a checkpoint folder, if it exists, to a temporary name that the next start of the run deletes.
+
+    Returns:
+        The temporary name.
+    """
     other = folder.with_name(f".{folder.name}.old.tmp")
     shutil.rmtree(other, ignore_errors=True)
     if folder.exists():
@@ -353,9 +361,15 @@ def aside(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where training starts: at step 0, or from a complete checkpoint with its optimizer step and recipe."""
+    """Says where training starts: at step 0, or from a complete checkpoint.
 
-    folder: Path | None = None  # None: the run is new
+    Attributes:
+        folder: The checkpoint; None if the run is new.
+        step: Optimizer steps that are done.
+        recipe: The settings that the checkpoint was made with.
+    """
+
+    folder: Path | None = None
     step: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
 
@@ -373,10 +387,11 @@ class StartPoint:
 def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> StartPoint:
     """Finds the newest complete checkpoint, or the requested one, and compares its recipe with this run's.
 
-    This needs no model. ``recipe`` has everything but the data, which ``check_data`` compares once they are known.
+    This needs no model. ``recipe`` has everything but the data, which ``check_same_samples`` compares once they are
+    known.
 
     Raises:
-        UsageError: the requested checkpoint does not exist, is damaged, or was made with other settings.
+        UsageError: The requested checkpoint does not exist, is damaged, or was made with other settings.
     """
     if run.is_main:
         for leftover in run.output_dir.glob(f".{PREFIX}*.tmp"):
@@ -401,7 +416,7 @@ def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
     if wanted not in (None, "latest"):
         folder = Path(str(wanted))
         folder = folder if folder.is_dir() else run.output_dir / folder
-        problem = fault(folder) if folder.is_dir() else "there is no such folder"
+        problem = fault(folder) if folder.is_dir() else "the folder does not exist"
         if problem:
             there = ", ".join(path.name for path in checkpoints(run.output_dir)) or "none"
             raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}; in {run.output_dir}: {there}")
@@ -415,17 +430,17 @@ def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
     if found:
         run.say(
             f"{run.output_dir}: all {len(found)} checkpoints are damaged, so training starts at step 0; they and the "
-            f"metrics are kept as {DAMAGED}*; if there is a whole copy elsewhere, stop this run and give "
+            f"metrics are kept as {DAMAGED}*; if there is an intact copy elsewhere, stop this run and give "
             "--resume_from_checkpoint FOLDER"
         )
     return None
 
 
-# -- what a resumed run must have in common with the one that was interrupted ------------------------------------------
+# -- settings and data that a resumed run must share with the interrupted one ------------------------------------------
 
 
 def check_length(start: StartPoint, total_steps: int | None, output_dir: Path) -> None:
-    """Raises UsageError where a run is further than its last step, if that is known."""
+    """Raises UsageError if a run has passed its last step already. ``total_steps`` is None if it is not known yet."""
     if total_steps is not None and start.step > total_steps:
         raise UsageError(
             f"--max_train_steps {total_steps}: {output_dir} is at step {start.step} already; "
@@ -434,29 +449,29 @@ def check_length(start: StartPoint, total_steps: int | None, output_dir: Path) -
 
 
 def check_recipe(start: StartPoint, now: dict[str, Any], options: TrainOptions) -> None:
-    """Raises UsageError where the run that wrote the checkpoint had other settings than --allow_changed permits."""
-    now = json.loads(json.dumps(now))  # as it would have been written: tuples are lists
+    """Raises UsageError if settings differ from those of the checkpoint, unless --allow_changed permits it."""
+    now = json.loads(json.dumps(now))  # The checkpoint went through JSON too, which turns tuples into lists.
     free = {DATA, *options.train.allow_changed}
     changed = [name for name in {**start.recipe, **now} if start.recipe.get(name) != now.get(name) and name not in free]
     if changed:
         differences = [f"  {name}: {start.recipe.get(name)} there, {now.get(name)} now" for name in changed]
-        rule = f"{start.folder}: was made with other settings; give them again, or {ways_on(start, changed, options)}"
-        raise UsageError([rule, *differences])
+        hint = continue_hint(start, changed, options)
+        raise UsageError([f"{start.folder}: was made with other settings; give them again, or {hint}", *differences])
 
 
-def check_data(start: StartPoint, index: CacheIndex, options: TrainOptions) -> None:
+def check_same_samples(start: StartPoint, index: CacheIndex, options: TrainOptions) -> None:
     """Raises UsageError if a checkpoint was trained on other samples, unless --allow_changed permits it."""
     same = start.folder is None or start.recipe.get(DATA) == index.fingerprint
     if same or DATA in options.train.allow_changed:
         return
     assert start.folder is not None
     difference = data_difference(start, index)
-    way = ways_on(start, [DATA], options)
-    raise UsageError(f"{start.folder}: was trained on other data: {difference}; give the same data, or {way}")
+    hint = continue_hint(start, [DATA], options)
+    raise UsageError(f"{start.folder}: was trained on other data: {difference}; give the same data, or {hint}")
 
 
 def data_difference(start: StartPoint, index: CacheIndex) -> str:
-    """Returns in words how the samples differ from those of a checkpoint, as far as samples.json has them."""
+    """Returns, for a message, how the samples differ from those of a checkpoint, as far as samples.json has them."""
     assert start.folder is not None
     try:
         written = json.loads((start.folder.parent / SAMPLES_NAME).read_text(encoding="utf-8"))
@@ -465,7 +480,7 @@ def data_difference(start: StartPoint, index: CacheIndex) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         known = False
     if not known:
-        return "clips or captions differ"
+        return "clips or captions differ"  # samples.json is missing, or belongs to another checkpoint
     now = index.digests
     groups = {
         "added": [name for name in now if name not in then],
@@ -476,7 +491,7 @@ def data_difference(start: StartPoint, index: CacheIndex) -> str:
     return ", ".join(parts) or "the clips come in another order, or another text encoder embedded them"
 
 
-def ways_on(start: StartPoint, changed: list[str], options: TrainOptions) -> str:
+def continue_hint(start: StartPoint, changed: list[str], options: TrainOptions) -> str:
     """Returns, for a message, the flags that allow a changed setting or that start a new run from the weights."""
     allowed = "add --allow_changed " + " ".join(changed) + ", or " if set(changed) <= set(CHANGEABLE) else ""
     if isinstance(options, LoraOptions):

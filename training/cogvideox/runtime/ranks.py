@@ -57,8 +57,8 @@ class Ranks:
         """Connects the ranks.
 
         Args:
-            state: an accelerate PartialState or AcceleratorState.
-            patience: seconds; all ranks end if none makes progress for so long while one is in a barrier.
+            state: An accelerate PartialState or AcceleratorState.
+            patience: Seconds; all ranks end if none makes progress for so long while one is in a barrier.
         """
         self.process_index: int = state.process_index
         self.num_processes: int = state.num_processes
@@ -94,7 +94,7 @@ class Ranks:
         """Wraps repeatable work that each rank does alone; on exit all ranks wait for each other.
 
         Raises:
-            Stopped: a rank was asked to stop; on every rank, so that none waits for the work of the others.
+            Stopped: A rank was asked to stop; on every rank, so that none waits for the work of the others.
         """
         stopped = False
         try:
@@ -109,7 +109,7 @@ class Ranks:
         """Checks that all processes have the same values, before a difference can make them diverge or deadlock.
 
         Raises:
-            UsageError: on every rank, with each name whose values differ, and ``fix``.
+            UsageError: On every rank, with each name whose values differ, and ``fix``.
         """
         everyone = self.gather([values])
         problems = [
@@ -125,7 +125,7 @@ class Ranks:
         """Checks that all processes see the same folder, with a file that the main process writes there.
 
         Raises:
-            UsageError: on every rank, if one of them does not see that file.
+            UsageError: On every rank, if one of them does not see that file.
         """
         if self.num_processes == 1:
             return
@@ -173,11 +173,11 @@ class Consensus:
         """Decides that all ranks take the step, and returns whether they save a checkpoint after it.
 
         Args:
-            step: the number of steps before this one.
-            save: whether this rank wants a checkpoint; a rank that decides earlier may choose otherwise.
+            step: The number of steps before this one.
+            save: Whether this rank wants a checkpoint; a rank that decides earlier may choose otherwise.
 
         Raises:
-            Stopped: a rank was asked to stop.
+            Stopped: A rank was asked to stop.
         """
         return self._obey(step, STOP if stopping.requested() else SAVE if save else GO) == SAVE
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -31,42 +31,54 @@ from cogvideox.locks import Lock, take
 from cogvideox.optimizer.step import LOSS_SCALE, StepResult
 from cogvideox.runtime.ranks import Ranks, check_world
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
-WANDB_SECONDS = 20.0  # to reach its server; its own default is 90
+WANDB_SECONDS = 20.0  # how long wandb may try to reach its server; its own default is 90
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")
+RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")  # their versions are recorded
 
 
 @dataclass
 class Run:
-    """The state of a run that all parts of training use: accelerator, ranks, output folder and precision."""
+    """Holds the state of a run that all parts of training use: accelerator, ranks, output folder and precision.
 
-    accelerator: Any
+    Attributes:
+        accelerator: The accelerate.Accelerator.
+        ranks: The connection of this process to the others.
+        output_dir: The output folder.
+        precision: "no", "fp16" or "bf16".
+        compiled: Whether accelerate's configuration asks for torch.compile.
+        repository: The repository on the hub that receives the result; None on ranks other than the main process.
+    """
+
+    accelerator: "Accelerator"
     ranks: Ranks
     output_dir: Path
-    precision: str  # no, fp16, bf16
+    precision: str
     compiled: bool
-    repository: str | None = None  # on the hub, where the result goes; the main process knows it
+    repository: str | None = None
     _lock: Lock | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer runs."""
+        """Returns the device on which the transformer runs."""
         return self.ranks.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute type of the network."""
+        """Returns the compute type of the network."""
         return PRECISIONS[self.precision]
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes and prints."""
+        """Returns whether this rank writes and prints."""
         return self.ranks.is_main_process
 
     @property
     def world(self) -> int:
-        """Number of ranks."""
+        """Returns the number of ranks."""
         return self.ranks.num_processes
 
     def say(self, text: str) -> None:
@@ -80,10 +92,10 @@ class Run:
 
     def from_main(self, value: Any) -> Any:
         """Returns the value of the main process on every rank."""
-        held = [value]
+        values = [value]
         if self.world > 1:
-            torch.distributed.broadcast_object_list(held)
-        return held[0]
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
 
 
 def memory_peaks() -> tuple[float, float] | None:
@@ -93,17 +105,17 @@ def memory_peaks() -> tuple[float, float] | None:
     return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
 
 
-def with_peaks(said: str) -> str:
+def with_peaks(line: str) -> str:
     """Returns a line for the user with the memory peaks appended, if there is a GPU."""
     peaks = memory_peaks()
-    return said + ", peak {:.2f} GiB, reserved {:.2f} GiB".format(*peaks) if peaks else said
+    return line + ", peak {:.2f} GiB, reserved {:.2f} GiB".format(*peaks) if peaks else line
 
 
 def start_run(options: TrainOptions) -> Run:
     """Connects the ranks, locks the output folder, writes config.json and creates the repository on the hub.
 
     Raises:
-        UsageError: the folder belongs to something else, the launcher's configuration does not fit the machine, or the
+        UsageError: The folder belongs to something else, the launcher's configuration does not fit the machine, or the
             hub refuses.
     """
     use_growing_segments()
@@ -113,7 +125,7 @@ def start_run(options: TrainOptions) -> Run:
     ranks = Ranks(accelerator.state, options.train.nccl_timeout)
     run = Run(accelerator, ranks, output_dir, precision_of(options.train.mixed_precision), compiled)
     torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
-    torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch's own default is on
+    torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch enables it by default
     problem = (take_folder(run, options) or take_repository(run, options)) if run.is_main else None
     problem = run.from_main(problem)
     if problem:
@@ -127,7 +139,7 @@ def start_trackers(run: Run, options: TrainOptions) -> None:
     """Starts the trackers of --report_to, before anything is loaded that would have to wait for them.
 
     Raises:
-        UsageError: one cannot start: no network, a wrong key, a folder that cannot be written.
+        UsageError: A tracker cannot start: no network, a wrong key, a folder that cannot be written.
     """
     problem = run.from_main(tracker_problem(run, options) if run.is_main else None)
     if problem:
@@ -148,8 +160,8 @@ def tracker_problem(run: Run, options: TrainOptions) -> str | None:
         wandb["settings"] = Settings(init_timeout=WANDB_SECONDS)
     try:
         run.accelerator.init_trackers(options.train.tracker_name or "cogvideox", config, {"wandb": wandb})
-    except Exception as error:  # each tracker has errors of its own
-        run.accelerator.trackers.clear()  # those that did not start cannot be ended
+    except Exception as error:  # Each tracker raises different errors.
+        run.accelerator.trackers.clear()  # Ending a tracker that did not start would fail.
         fix = "set WANDB_MODE=offline and upload later with `wandb sync`, " if "wandb" in names else ""
         return f"--report_to {' '.join(names)}: cannot start: {first_line(error)}; {fix}or leave the flag out"
     return None
@@ -161,19 +173,26 @@ def use_growing_segments() -> None:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
-def make_accelerator(options: TrainOptions) -> Any:
-    """accelerate's Accelerator; precision, compilation and gradients stay in our hands (except under DeepSpeed)."""
+def make_accelerator(options: TrainOptions) -> "Accelerator":
+    """Creates accelerate's Accelerator.
+
+    Except under DeepSpeed, it is used for processes, device and trackers only. Precision, compilation and gradients are
+    handled by this project.
+
+    Raises:
+        UsageError: The launcher's configuration does not fit the machine.
+    """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
 
     world = launched_processes()
     deepspeed = under_deepspeed()
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by accelerate launch
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # ``accelerate launch`` sets it.
     if launched and not asked_for_cpu and not torch.cuda.is_available():
         raise UsageError(
             "accelerate launch: its configuration is for GPUs and torch sees none; fix the driver or the torch build, "
-            "or train on the CPU: --config_file accelerate_configs/cpu.yaml, or ACCELERATE_USE_CPU=true and this one"
+            "or train on the CPU: --config_file accelerate_configs/cpu.yaml, or ACCELERATE_USE_CPU=true with this one"
         )
     on_cpu = asked_for_cpu or not torch.cuda.is_available()
     handlers = []
@@ -183,8 +202,8 @@ def make_accelerator(options: TrainOptions) -> Any:
     if deepspeed and on_cpu:
         import deepspeed as library
 
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, as with cpu=True, accelerate drops DeepSpeed silently
-        library.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled with g++ for a minute
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # With it, or with cpu=True, accelerate drops DeepSpeed silently.
+        library.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # Otherwise g++ compiles it for a minute.
     project = ProjectConfiguration(
         options.train.output_dir, str(Path(options.train.output_dir, options.train.logging_dir))
     )
@@ -207,14 +226,14 @@ def take_folder(run: Run, options: TrainOptions) -> str | None:
     folder, train = run.output_dir, options.train
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run._lock = take(folder / LOCK_NAME)  # held until the process ends; its workers do not hold it
+        run._lock = take(folder / LOCK_NAME)  # The process holds it until it ends; its workers do not hold it.
     except BlockingIOError as error:
         owner = f"another run is using it ({error.strerror})"
         return f"--output_dir {folder}: {owner}; wait for it, or give another folder"
     except OSError as error:
         return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
-    passed = (".*.tmp", f"{LOCK_NAME}*")
-    there = sorted(path.name for path in folder.iterdir() if not any(map(path.match, passed)))
+    ignored = (".*.tmp", f"{LOCK_NAME}*")
+    there = sorted(path.name for path in folder.iterdir() if not any(map(path.match, ignored)))
     if there and CONFIG_NAME not in there and there != [train.logging_dir]:
         return (
             f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"
@@ -249,18 +268,18 @@ def environment() -> dict[str, Any]:
     return {"versions": dict(versions()), "python": platform.python_version(), "device": device}
 
 
-@functools.cache  # each is read from the whole description of a package
+@functools.cache  # To find a version, importlib parses all metadata of the package, which is slow.
 def versions() -> dict[str, str]:
-    """Returns the versions of those PACKAGES that are installed."""
+    """Returns the versions of those RECORDED_PACKAGES that are installed."""
     found = {}
-    for name in PACKAGES:
+    for name in RECORDED_PACKAGES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
 
 
-class Mark:
-    """A moment in the device's work, or in time on the CPU."""
+class TimeMark:
+    """Marks a moment in the work of a CUDA device, or in the time of the host for any other device."""
 
     def __init__(self, device: torch.device) -> None:
         self.time = time.perf_counter()
@@ -273,52 +292,63 @@ class Mark:
         if self.event is not None:
             self.event.synchronize()
 
-    def seconds_since(self, earlier: "Mark") -> float:
+    def seconds_since(self, earlier: "TimeMark") -> float:
         """Returns the seconds between two marks that the device has reached."""
         if self.event is None or earlier.event is None:
             return self.time - earlier.time
         return earlier.event.elapsed_time(self.event) / 1000.0
 
 
-Sample = tuple[str, int]  # id and timestep
-Watch = Callable[[int, dict[str, float], list[Sample]], None]
+TrainedSample = tuple[str, int]  # id and timestep
+StepCallback = Callable[[int, dict[str, float], list[TrainedSample]], None]
 
 
 @dataclass
 class Pending:
-    """A step whose numbers are still on their way from the device."""
+    """Holds a step whose numbers are still being copied from the device.
+
+    Attributes:
+        step: The number of the step, counted from 1.
+        lr: The learning rate of the step.
+        loading_seconds: How long this process waited for batches.
+        bad_clips: How many clips this process has failed to read since the start.
+        samples: The samples of this process in the step.
+        values: StepResult.values on the CPU, valid once ``end`` is reached.
+        start: The end of the step before.
+        end: The end of the step.
+    """
 
     step: int
     lr: float
-    loading_seconds: float  # that this process waited for batches
+    loading_seconds: float
     bad_clips: int
-    samples: list[Sample]  # that this process had
+    samples: list[TrainedSample]
     values: torch.Tensor
-    start: Mark
-    end: Mark
+    start: TimeMark
+    end: TimeMark
 
 
 class Metrics:
     """Writes the numbers of each optimizer step to metrics.jsonl, the trackers and the progress bar.
 
     Args:
-        run: the run.
-        first_step: the number of steps that are done; lines of later steps are removed from metrics.jsonl.
-        total_steps: the length of the run.
-        watch: called for each step whose numbers have arrived, with the step, the values of StepResult by name, and the
-            samples of this process.
+        run: The run.
+        first_step: The number of steps that are done; lines of later steps are removed from metrics.jsonl.
+        total_steps: The length of the run.
+        on_step: Called for each step whose numbers have arrived, with the step, the values of StepResult by name, and
+            the samples of this process.
     """
 
-    def __init__(self, run: Run, first_step: int, total_steps: int, watch: Watch | None = None) -> None:
-        self.run, self.watch = run, watch
+    def __init__(self, run: Run, first_step: int, total_steps: int, on_step: StepCallback | None = None) -> None:
+        self.run, self.on_step = run, on_step
         self.path = run.output_dir / METRICS_NAME
         self.pending: Pending | None = None
-        self.last: dict[str, float] = {}  # numbers of the newest step that has arrived
-        self.seconds = 0.0  # of that step
-        self.mark = Mark(run.device)  # the end of the step before
+        self.last: dict[str, float] = {}  # numbers of the newest step whose numbers have arrived
+        self.seconds = 0.0  # duration of that step
+        self.mark = TimeMark(run.device)  # the end of the step before
         self.loading_seconds = 0.0
-        self.bad_clips = 0  # that this process has met so far
-        self.samples: list[Sample] = []  # that this process has had since the last step
+        self.bad_clips = 0  # clips that this process has failed to read so far
+        self.samples: list[TrainedSample] = []  # samples of this process since the last step
         self.bar = tqdm(
             initial=first_step,
             total=total_steps,
@@ -346,7 +376,7 @@ class Metrics:
     def push(self, step: int, lr: float, result: StepResult) -> None:
         """Queues the numbers of a step, and writes those of the step before, which have arrived by now."""
         values = result.values.to("cpu", non_blocking=True)
-        end = Mark(self.run.device)
+        end = TimeMark(self.run.device)
         self.flush()
         of_step = (self.loading_seconds, self.bad_clips, self.samples)
         self.pending = Pending(step, lr, *of_step, values, self.mark, end)
@@ -362,15 +392,15 @@ class Metrics:
         self.seconds = pending.end.seconds_since(pending.start)
         record = {"step": pending.step, "lr": pending.lr, **self.last}
         if self.run.precision != "fp16":
-            del record[LOSS_SCALE]  # always 1
+            del record[LOSS_SCALE]  # It is always 1.
         record |= {"seconds": round(self.seconds, 5)}
         record |= {"loading_seconds": round(pending.loading_seconds, 5), "bad_clips": pending.bad_clips}
         if peaks := memory_peaks():
             record["peak_gib"], record["reserved_gib"] = (round(peak, 3) for peak in peaks)
         if self.run.is_main:
             self._write(record)
-        if self.watch:
-            self.watch(pending.step, self.last, pending.samples)
+        if self.on_step:
+            self.on_step(pending.step, self.last, pending.samples)
 
     def _write(self, record: dict[str, float]) -> None:
         write_metrics(self.run, record)
@@ -392,7 +422,7 @@ class Metrics:
         """Excludes the time inside the context from the seconds per step."""
         self.flush()
         yield
-        self.mark = Mark(self.run.device)
+        self.mark = TimeMark(self.run.device)
 
     def close(self) -> None:
         """Writes the last step and ends the bar."""
@@ -404,9 +434,9 @@ def write_metrics(run: Run, record: dict[str, Any]) -> None:
     """Appends a line to metrics.jsonl and sends the same numbers to the trackers. Called on the main process.
 
     Args:
-        run: the run.
-        record: values by name, with the step under "step". A number that is not finite is written as null. Trackers
-            receive each list as separate numbers name/0, name/1, ..., and no text.
+        run: The run.
+        record: Values by name, with the step under "step". A number that is not finite is written as null. Trackers
+            receive each list as separate numbers name/0, name/1, ..., and no strings.
     """
     lists = {name: value for name, value in record.items() if isinstance(value, list)}
     texts = {name: value for name, value in record.items() if isinstance(value, str)}
@@ -415,7 +445,7 @@ def write_metrics(run: Run, record: dict[str, Any]) -> None:
     line |= {name: [finite(value) for value in values] for name, values in lists.items()}
     with disk_errors_told(run.output_dir), open(run.output_dir / METRICS_NAME, "a") as file:
         file.write(json.dumps(line) + "\n")
-    numbers |= {f"{name}/{place}": value for name, values in lists.items() for place, value in enumerate(values)}
+    numbers |= {f"{name}/{index}": value for name, values in lists.items() for index, value in enumerate(values)}
     run.accelerator.log({n: v for n, v in numbers.items() if n != "step"}, step=int(record["step"]))
 
 

@@ -1,38 +1,44 @@
-"""Optimizer steps that changed no weight, as their gradients were not finite: told, counted, and too many end the run.
+"""Reports and counts optimizer steps that changed no weight, and ends the run if there are too many.
 
-Not counted is an overflow that lowers fp16's loss scale while that is above 1: it belongs to finding the scale.
-metrics.jsonl has all that counting needs, "skipped" and with fp16 "loss_scale", so a resumed run continues to count.
+A step is skipped if one of its gradients is not finite. A step of fp16 that lowers a loss scale above 1 is reported but
+not counted, because such overflows belong to the search for the scale. A resumed run continues to count, because
+metrics.jsonl has all that counting needs: "skipped" and, with fp16, "loss_scale".
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
 
 from cogvideox.errors import NonFiniteError
 from cogvideox.optimizer.step import LOSS_SCALE
-from cogvideox.runtime.checkpoint import way_back
+from cogvideox.runtime.checkpoint import resume_hint
 from cogvideox.runtime.metrics import read_records
-from cogvideox.runtime.run import METRICS_NAME, Run, Sample
+from cogvideox.runtime.run import METRICS_NAME, Run, TrainedSample
 
 MAX_IN_A_ROW = 8
-MAX_SHARE, SHARE_FROM = 0.01, 500  # of all steps; the number of steps from which on it is looked at
-SHOWN, SUSPECTS_SHOWN = 8, 3  # samples in a line
+MAX_SKIPPED_SHARE = 0.01  # of all steps
+SHARE_FROM = 500  # the number of steps from which on MAX_SKIPPED_SHARE applies
+SAMPLES_SHOWN, SUSPECTS_SHOWN = 8, 3  # samples in a line
 
 
 class SkippedSteps:
-    """Counts the skipped steps of a run. ``add`` is called on all ranks, with each step whose numbers have arrived.
+    """Counts the skipped steps of a run. All ranks call ``add`` for each step whose numbers have arrived.
 
     Attributes:
-        good_until: the step before a streak of skipped steps, as long as that streak lasts; else None.
+        good_until: The step before the current streak of skipped steps; None if the last step was not skipped.
     """
 
     def __init__(self, run: Run, first_step: int) -> None:
+        """Counts the skipped steps that metrics.jsonl has.
+
+        Args:
+            run: The run.
+            first_step: The number of steps that are done.
+        """
         self.run = run
         self.good_until: int | None = None
-        self.in_a_row = self.counted = self.told = 0
-        self.seen: Counter[str] = Counter()  # in how many of the steps that were told each sample was
-        for step, skipped, scale in run.from_main(arrived(run, first_step) if run.is_main else None):
+        self.in_a_row = self.counted = self.reported = 0
+        self.seen: Counter[str] = Counter()  # for each sample, the number of reported and counted steps that had it
+        for step, skipped, scale in run.from_main(earlier_steps(run, first_step) if run.is_main else None):
             self._count(step, skipped, scale)
 
     def _count(self, step: int, skipped: bool, scale: float) -> None:
@@ -43,62 +49,71 @@ class SkippedSteps:
             self.in_a_row += 1
             self.counted += 1
 
-    def add(self, step: int, numbers: dict[str, float], samples: list[Sample]) -> None:
-        """Counts a step; ``numbers`` are those of StepResult, ``samples`` those that this rank had in it.
+    def add(self, step: int, numbers: dict[str, float], samples: list[TrainedSample]) -> None:
+        """Counts a step, and prints a line if it was skipped.
+
+        Args:
+            step: The number of the step.
+            numbers: The values of its StepResult by name.
+            samples: The samples of this rank in the step.
 
         Raises:
-            NonFiniteError: too many steps were skipped.
+            NonFiniteError: Too many steps were skipped.
         """
         skipped, scale = numbers["skipped"] > 0, numbers[LOSS_SCALE]
         self._count(step, skipped, scale)
         if skipped:
-            self._tell(step, scale, self.run.ranks.gather(samples))
+            self._report(step, scale, self.run.ranks.gather(samples))
         if self.in_a_row >= MAX_IN_A_ROW:
             self._end(step, f"the last {self.in_a_row} optimizer steps, up to {step},")
-        if self.told and step >= SHARE_FROM and self.counted > MAX_SHARE * step:
-            self._end(step, f"{self.counted} of {step} optimizer steps, more than {MAX_SHARE:.0%},")
+        if self.reported and step >= SHARE_FROM and self.counted > MAX_SKIPPED_SHARE * step:
+            self._end(step, f"{self.counted} of {step} optimizer steps, more than {MAX_SKIPPED_SHARE:.0%},")
 
-    def _tell(self, step: int, scale: float, samples: list[Sample]) -> None:
-        """A line for the user about a step that was skipped, with the samples of all ranks."""
+    def _report(self, step: int, scale: float, samples: list[TrainedSample]) -> None:
+        """Prints why a step was skipped, with the samples of all ranks."""
         if scale > 1:
             why = f"fp16 overflowed with a loss scale of {scale:g}, which is lowered; not counted"
         else:
             why = f"its gradients were not finite; {self.counted} skipped so far, {self.in_a_row} in a row"
-            self.told += 1
+            self.reported += 1
             self.seen.update({sample for sample, _ in samples})
-        shown = ", ".join(f"{sample} at timestep {timestep}" for sample, timestep in samples[:SHOWN])
-        more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
+        shown = ", ".join(f"{sample} at timestep {timestep}" for sample, timestep in samples[:SAMPLES_SHOWN])
+        more = f" and {len(samples) - SAMPLES_SHOWN} more" if len(samples) > SAMPLES_SHOWN else ""
         self.run.say(f"step {step} changed no weight: {why}; samples: {shown}{more}")
 
     def _end(self, step: int, which: str) -> None:
-        until = step if self.good_until is None else self.good_until
-        back = way_back(self.run.output_dir, until)
-        why = "were skipped, as their gradients were not finite"
+        hint = resume_hint(self.run.output_dir, step if self.good_until is None else self.good_until)
+        why = "were skipped because their gradients were not finite"
         precision = ", or start a new run with --mixed_precision bf16" if self.run.precision == "fp16" else ""
-        raise NonFiniteError(f"{which} {why}; {self._suspects()}; {back}{precision}")
+        raise NonFiniteError(f"{which} {why}; {self._suspects()}; {hint}{precision}")
 
     def _suspects(self) -> str:
-        """The samples that were in more than half of the steps that were told, unless all samples were."""
-        often = [(sample, times) for sample, times in self.seen.most_common() if 2 * times > self.told]
+        """Returns, for a message, the samples that more than half of the skipped steps had, unless all samples were."""
+        often = [(sample, times) for sample, times in self.seen.most_common() if 2 * times > self.reported]
         if not often or len(often) == len(self.seen) > 1:
-            return "no sample stands out in them"
-        shown = ", ".join(f"{sample} ({times} of {self.told})" for sample, times in often[:SUSPECTS_SHOWN])
-        return f"in most of them was {shown}: look at it, or leave it out"
+            return "no sample occurs in most of them"
+        shown = ", ".join(f"{sample} ({times} of {self.reported})" for sample, times in often[:SUSPECTS_SHOWN])
+        return f"most of them had {shown}: check it, or leave it out"
 
     def summary(self) -> str | None:
-        """A line about all of the run, if any step was skipped."""
+        """Returns a line with the number of skipped steps of the run, or None if no step was skipped."""
         if not self.counted:
             return None
         steps = "1 optimizer step" if self.counted == 1 else f"{self.counted} optimizer steps"
-        return f"{steps} changed no weight in this run, as gradients were not finite; metrics.jsonl has them as skipped"
+        why = "because gradients were not finite"
+        return f'{steps} changed no weight in this run, {why}; metrics.jsonl marks each as "skipped"'
 
 
-def arrived(run: Run, last: int) -> list[tuple[int, bool, float]]:
-    """(step, whether it was skipped, loss scale) of all steps up to ``last`` that metrics.jsonl has.
+def earlier_steps(run: Run, last: int) -> list[tuple[int, bool, float]]:
+    """Reads the steps up to ``last`` from metrics.jsonl.
 
-    Older versions wrote no loss scale; with fp16 it was most likely above 1 where a step was skipped.
+    Older versions wrote no loss scale. With fp16 it was most likely above 1 where a step was skipped, so such steps are
+    not counted.
+
+    Returns:
+        For each step its number, whether it was skipped, and its loss scale.
     """
     unknown = math.inf if run.precision == "fp16" else 1.0
-    records: Iterable[dict[str, Any]] = read_records(run.output_dir / METRICS_NAME)
+    records = read_records(run.output_dir / METRICS_NAME)
     steps = [record for record in records if "skipped" in record and record["step"] <= last]
     return [(r["step"], bool(r["skipped"]), r.get(LOSS_SCALE) or unknown) for r in steps]
