@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import HeldOut
-from cogvideox.optimizer.ema import COUNT, Ema
+from cogvideox.optimizer.ema import STEPS_NAME, Ema
 from cogvideox.optimizer.engine import EMA_NAME
 from cogvideox.runtime.checkpoint import fault
 
@@ -133,7 +133,7 @@ def test_a_saved_one_goes_on_bit_for_bit() -> None:
         whole.update(NO)
         again.update(NO)
     assert equal(whole.state(), again.state())
-    assert whole.state()[COUNT] == 8
+    assert whole.state()[STEPS_NAME] == 8
 
 
 # -- in a run ----------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def averaged(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactor
 
 def exported(average: dict[str, Any]) -> dict[str, Any]:
     """The averages under the names of the LoRA's file, which has the scale of alpha 8 and rank 4 in its B."""
-    named = {n.removeprefix("average/").replace(".default", ""): t for n, t in average.items() if n != COUNT}
+    named = {n.removeprefix("average/").replace(".default", ""): t for n, t in average.items() if n != STEPS_NAME}
     return {f"transformer.{name}": 2 * tensor if "lora_B" in name else tensor for name, tensor in named.items()}
 
 

@@ -3,7 +3,7 @@
     d_n = min(decay, (1 + n) / (10 + n)), d_0 = 0        n: steps so far that changed the weights
     average <- d_n average + (1 - d_n) master
 
-This is the warm-up of TensorFlow's and diffusers' EMA: the average covers about the last ninth of the steps so far,
+TensorFlow's and diffusers' EMA warm up in the same way: the average covers about the last ninth of the steps so far,
 until it reaches the length that --ema_decay sets. n is counted on the device, so the host need not know whether a step
 was skipped. If the masters are stored on the host, so are the averages; then each update waits for the device, because
 the weight 1 - d_n is computed there.
@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from cogvideox.optimizer.master_weights import for_file
 
-COUNT = "steps"  # the name of the step counter among the saved tensors
+STEPS_NAME = "steps"  # the name of the step counter among the saved tensors
 
 
 class Ema:
@@ -33,7 +33,8 @@ class Ema:
     def __init__(self, parameters: dict[str, Parameter], masters: dict[str, Tensor], decay: float) -> None:
         self.parameters, self.masters, self.decay = parameters, masters, decay
         self.averages = {name: master.detach().clone() for name, master in masters.items()}
-        self.steps = torch.zeros((), device=next(iter(parameters.values())).device)  # exact in fp32 up to 16 million
+        # fp32 counts exactly up to 16 million.
+        self.steps = torch.zeros((), device=next(iter(parameters.values())).device)
 
     @torch.no_grad()
     def update(self, skipped: Tensor) -> None:
@@ -59,7 +60,7 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self, back: bool = False) -> None:
-        """Copies averages, or with ``back`` masters, into the model. A parameter that is its own master is swapped."""
+        """Copies averages into the model, or masters if ``back``. A parameter that is its own master is swapped."""
         for name, parameter in self.parameters.items():
             master, average = self.masters[name], self.averages[name]
             if master is parameter:
@@ -70,15 +71,19 @@ class Ema:
                 parameter.copy_(master if back else average)
 
     def state(self, copy: bool = True) -> dict[str, Tensor]:
-        """Returns the tensors that a resumed run needs, on the CPU; ``copy`` is that of ``master_weights.for_file``."""
+        """Returns the tensors that a resumed run needs, on the CPU.
+
+        Args:
+            copy: See ``master_weights.for_file``.
+        """
         return for_file(self.tensors(), copy)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of ``state`` on their own devices, without a copy."""
-        return {COUNT: self.steps, **{f"average/{name}": average for name, average in self.averages.items()}}
+        return {STEPS_NAME: self.steps, **{f"average/{name}": average for name, average in self.averages.items()}}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what ``state`` returned."""
-        self.steps.copy_(tensors[COUNT])
+        self.steps.copy_(tensors[STEPS_NAME])
         for name, average in self.averages.items():
             average.copy_(tensors[f"average/{name}"])

@@ -1,19 +1,20 @@
 """Engines run the backward pass and the weight update: in this process with fp32 master weights, or in DeepSpeed.
 
 ``make_engine`` returns the one that accelerate's configuration asks for. ``Engine`` lists what the training loop needs
-of it; a new engine implements that protocol. DeepSpeed's own checkpoint files are the only files of the project that
-are not safetensors.
+of it; a new engine implements that protocol. DeepSpeed saves tensors in its own checkpoint files; all other tensors of
+the project are saved as safetensors.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Module, Parameter
 
 from cogvideox.config.optimizers import host_state_problems, make_optimizer
 from cogvideox.config.options import TrainOptions
@@ -26,26 +27,33 @@ from cogvideox.optimizer.master_weights import plain_tensors
 from cogvideox.optimizer.offload import OffloadedWeights
 from cogvideox.optimizer.step import MasterWeights, StepResult
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 STATE_NAME, EMA_NAME = "optimizer.safetensors", "ema.safetensors"
 DEEPSPEED_TAG = "deepspeed"
 
 
 class Engine(Protocol):
-    """What the training loop calls.
+    """Lists what the training loop needs of an engine.
 
-    ``model`` is what the loss is computed with. ``backward`` adds the gradients of one micro-batch, ``step`` ends the
-    optimizer step with a learning rate, and ``rehearse`` allocates what a step needs without any other effect. ``save``
-    and ``load`` write and read the engine's part of a checkpoint folder, on all ranks. In the context of ``averaged``
-    the model has the weights for validation and export. ``not_finite`` returns the names of the tensors of this rank
-    that ``save`` would write and that contain NaN or infinity.
+    ``backward`` adds the gradients of one micro-batch, ``step`` ends the optimizer step with a learning rate, and
+    ``rehearse`` allocates what a step needs without any other effect. ``save`` and ``load`` write and read the engine's
+    part of a checkpoint folder, on all ranks. In the context of ``averaged`` the model has the weights for validation
+    and export. ``not_finite`` returns the names of the tensors of this rank that ``save`` would write and that contain
+    NaN or infinity.
+
+    Attributes:
+        reduces_in_backward: Whether ranks wait for each other in a backward pass, not only in a step.
+        model: The module with which the loss is computed.
     """
 
-    reduces_in_backward: bool  # whether ranks wait for each other in a backward pass, not only in a step
-    model: Any
+    reduces_in_backward: bool
+    model: Module
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None: ...
+    def rehearse(self, loss_of: Callable[[Module], Tensor]) -> None: ...
 
     def step(self, lr: float) -> StepResult: ...
 
@@ -64,15 +72,23 @@ class LocalEngine:
     reduces_in_backward = False
 
     def __init__(
-        self, model: Any, masters: MasterWeights | OffloadedWeights, writes: bool, ema: Ema | None = None
+        self, model: Module, masters: MasterWeights | OffloadedWeights, writes: bool, ema: Ema | None = None
     ) -> None:
+        """Stores the parts of the engine.
+
+        Args:
+            model: The module with which the loss is computed.
+            masters: The master weights of its trained parameters.
+            writes: Whether this rank writes checkpoints.
+            ema: The average of the masters, if there is one.
+        """
         self.model = model
         self.masters = masters
         self.writes = writes
         self.ema = ema
         self.backward = masters.backward
 
-    def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None:
+    def rehearse(self, loss_of: Callable[[Module], Tensor]) -> None:
         """Runs a forward and a backward pass that change nothing, with memory reserved for the optimizer's state."""
         room = self.masters.room_for_state()
         self.backward(loss_of(self.model))
@@ -83,7 +99,7 @@ class LocalEngine:
         """Makes one optimizer step over all ranks, and updates the average if there is one."""
         result = self.masters.step(lr)
         if self.ema:
-            self.masters.wait()  # the average reads masters on the host, where a transfer may still be writing them
+            self.masters.wait()  # The average reads masters on the host, where a transfer may still be writing them.
             self.ema.update(result.skipped)
         return result
 
@@ -105,7 +121,8 @@ class LocalEngine:
         averages = self.ema.tensors() if self.ema else {}
         parameters = self.masters.parameters.items()
         rounded = {f"weight/{name}": p.detach() for name, p in parameters if p.dtype != torch.float32}
-        return not_finite(self.masters.tensors() | averages | rounded)  # a master may be too large for fp16
+        # A finite master may be too large for fp16, so the rounded weights are checked too.
+        return not_finite(self.masters.tensors() | averages | rounded)
 
     def save(self, folder: Path) -> None:
         """Writes masters, optimizer state and average to the folder, from one rank."""
@@ -130,7 +147,20 @@ class DeepSpeedEngine:
 
     reduces_in_backward = True
 
-    def __init__(self, accelerator: Any, transformer: Any, parameters: list[Any], options: TrainOptions) -> None:
+    def __init__(
+        self, accelerator: "Accelerator", transformer: Module, parameters: list[Parameter], options: TrainOptions
+    ) -> None:
+        """Starts DeepSpeed with the flags of the run, which replace what its configuration says about them.
+
+        Args:
+            accelerator: An Accelerator with a DeepSpeed plugin.
+            transformer: The module with which the loss is computed.
+            parameters: The trained parameters.
+            options: The flags of the run.
+
+        Raises:
+            UsageError: The configuration asks for ZeRO stage 3.
+        """
         train = options.train
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
@@ -147,21 +177,21 @@ class DeepSpeedEngine:
         self.model, _ = accelerator.prepare(transformer, optimizer)
         scaler = getattr(self.model.optimizer, "loss_scaler", None)
         if scaler is not None:
-            scaler.raise_error_at_min_scale = False  # steps that are skipped at a scale of 1 are counted instead
-        self.tail = torch.zeros(1, device=accelerator.device)
+            scaler.raise_error_at_min_scale = False  # Steps that are skipped at a scale of 1 are counted instead.
+        self.loss_sum = torch.zeros(1, device=accelerator.device)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a micro-batch. The loss is multiplied because DeepSpeed divides by the accumulation."""
-        self.tail[0] += loss.detach()
+        self.loss_sum[0] += loss.detach()
         self.model.backward(loss * self.accumulation)
         if not self.model.is_gradient_accumulation_boundary():
             self.model.step()
 
-    def rehearse(self, loss_of: Callable[[Any], Tensor]) -> None:
+    def rehearse(self, loss_of: Callable[[Module], Tensor]) -> None:
         """Runs a forward and a backward pass that change nothing, without DeepSpeed's hooks.
 
-        DeepSpeed would reduce and count the gradients of a normal backward pass. Asking autograd for the gradient of
-        the first trained parameter goes through all of the model and stores nothing.
+        DeepSpeed would reduce and count the gradients of a normal backward pass. The gradient of only the first trained
+        parameter takes the backward pass through the complete model too, and is not stored.
         """
         module = self.model.module
         first = next(parameter for parameter in module.parameters() if parameter.requires_grad)
@@ -171,14 +201,14 @@ class DeepSpeedEngine:
         """Makes the optimizer step after the last micro-batch."""
         for group in self.model.optimizer.param_groups:
             group["lr"] = lr
-        scale = torch.as_tensor(float(getattr(self.model.optimizer, "loss_scale", 1.0)), device=self.tail.device)
+        scale = torch.as_tensor(float(getattr(self.model.optimizer, "loss_scale", 1.0)), device=self.loss_sum.device)
         self.model.step()
-        dist.all_reduce(self.tail)
-        self.tail /= dist.get_world_size()
-        norm = torch.as_tensor(self.model.get_global_grad_norm() or 0.0, device=self.tail.device).float()
+        dist.all_reduce(self.loss_sum)
+        self.loss_sum /= dist.get_world_size()
+        norm = torch.as_tensor(self.model.get_global_grad_norm() or 0.0, device=self.loss_sum.device).float()
         skipped = (~torch.isfinite(norm)).float() if self.model.was_step_applied() else torch.ones_like(norm)
-        result = StepResult(torch.stack([self.tail[0], norm, skipped, scale]))
-        self.tail.zero_()
+        result = StepResult(torch.stack([self.loss_sum[0], norm, skipped, scale]))
+        self.loss_sum.zero_()
         return result
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -210,7 +240,7 @@ class DeepSpeedEngine:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to resume from")
 
 
-def engine_name(accelerator: Any) -> str:
+def engine_name(accelerator: "Accelerator") -> str:
     """Returns the engine's name for the recipe of a checkpoint.
 
     An engine reads only its own checkpoints, and DeepSpeed only those of the same number of processes.
@@ -220,8 +250,8 @@ def engine_name(accelerator: Any) -> str:
 
 
 def make_engine(
-    accelerator: Any,
-    transformer: Any,
+    accelerator: "Accelerator",
+    transformer: Module,
     method: Method,
     options: TrainOptions,
     dtype: torch.dtype,
@@ -232,12 +262,12 @@ def make_engine(
 
     Args:
         accelerator: The accelerate.Accelerator of the run.
-        transformer: The model, with its trained parameters in place.
+        transformer: The module with which the loss is computed; it contains the trained parameters.
         method: The training method, whose ``parameters()`` are trained.
         options: The flags of the run.
         dtype: The compute type of the model; fp16 needs a loss scale.
         state_on_host: Whether masters and moments are stored in host memory between steps.
-        host_trained: Blocks of the transformer that are stored in host memory with their gradients; None for none.
+        host_trained: The blocks of the transformer that are stored in host memory with their gradients, if any.
 
     Raises:
         UsageError: This engine or optimizer cannot store its state in host memory.

@@ -34,18 +34,29 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from cogvideox.memory.streaming import ALIGNMENT, Layout, Slice, Transfer, pinned
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
-STATE_BYTES = 12  # per element: the master and two moments in fp32, which a fused Adam moves through the device
-CHUNK_BYTES = 64 * 2**20  # large enough that a copy runs at full speed, small next to everything else on the device
+STATE_BYTES = 12  # bytes per element: the master and two moments in fp32, as a fused Adam needs them
+CHUNK_BYTES = 64 * 2**20  # A copy of this size runs at full speed, and takes little of the device's memory.
 MASTER = "master"
 
 
 class Optimized:
-    """Master weights with their optimizer. The state of a fused optimizer is created here, not at the first step."""
+    """Joins master weights with their optimizer.
+
+    The state of a fused optimizer is created in the constructor, that of any other at the first step.
+    """
 
     def __init__(self, masters: list[Parameter], gradients: Sequence[Tensor], make: MakeOptimizer) -> None:
+        """Makes the optimizer.
+
+        Args:
+            masters: The fp32 master weights.
+            gradients: One fp32 gradient per master; their values do not matter.
+            make: Makes the optimizer for the masters.
+        """
         self.masters, self.optimizer = masters, make(masters)
         self.fused = is_fused(self.optimizer)
-        if self.fused:  # a skipped step creates the moments, filled with zeros, and changes nothing
+        if self.fused:
+            # A skipped step creates the moments, filled with zeros, and changes nothing.
             one = torch.ones((), device=masters[0].device)
             self.update(gradients, 0.0, divisor=one, skipped=one)
 
@@ -53,7 +64,7 @@ class Optimized:
         """Makes one optimizer step on the master weights.
 
         Args:
-            gradients: Fp32 gradients, one per master.
+            gradients: One fp32 gradient per master.
             divisor: Scalar on the device by which a fused optimizer divides the gradients (loss scale times clipping).
             skipped: Scalar on the device; a fused optimizer changes nothing where it is 1. For any other optimizer the
                 caller divides and skips.
@@ -69,11 +80,11 @@ class Optimized:
 
 
 class Resident(Optimized):
-    """Master weights on the device, one tensor per parameter. An fp32 parameter is its own master.
+    """Keeps master weights on the device, one tensor per parameter. An fp32 parameter is its own master.
 
     Args:
         parameters: The trained parameters by name.
-        gradients: Fp32 gradients in the same order; all zero at this point.
+        gradients: One fp32 gradient per parameter, in the same order; all are zero at this point.
         make: Makes the optimizer for the masters.
     """
 
@@ -115,22 +126,22 @@ class Resident(Optimized):
         return tensors
 
     @torch.no_grad()
-    def load_state(self, of: dict[str, dict[str, Tensor]], numbers: dict[str, bool | int | float]) -> None:
+    def load_state(self, saved: dict[str, dict[str, Tensor]], numbers: dict[str, bool | int | float]) -> None:
         """Restores what ``state`` returned.
 
         Args:
-            of: For each parameter its tensors by key, as ``by_parameter`` groups them.
+            saved: For each parameter its tensors by key, as ``by_parameter`` groups them.
             numbers: Settings and counters of the parameter group, as ``group_numbers`` returns them.
         """
         self.optimizer.param_groups[0].update(numbers)
         for name, master in self.named_masters().items():
-            master.copy_(of[name].pop(MASTER))
-            overwrite(self.optimizer.state[master], of[name], master.device)
+            master.copy_(saved[name].pop(MASTER))
+            overwrite(self.optimizer.state[master], saved[name], master.device)
         self._round()
 
 
 class Flat:
-    """Master weights and moments of some parameters in flat fp32 arrays, updated range by range on the device.
+    """Keeps master weights and moments of some parameters in flat fp32 arrays, and updates them range by range.
 
     Args:
         parameters: The trained parameters by name, on the device or views of ``weights``.
@@ -159,12 +170,12 @@ class Flat:
         self.layout, step = layout_of(parameters), CHUNK_BYTES // STATE_BYTES // ALIGNMENT * ALIGNMENT
         self.ranges = [slice(i, min(i + step, self.layout.numbers)) for i in range(0, self.layout.numbers, step)]
         self.pieces = [list(self._pieces(which)) for which in self.ranges]
-        self.arrays: dict[str, Tensor] = {}  # by key: masters, moments
-        self.optimized = [self._start(*own, make) for own in zip(self.ranges, self.pieces, strict=True)]
+        self.arrays: dict[str, Tensor] = {}  # one array of masters, and one of each moment, by key
+        self.optimized = [self._create(*own, make) for own in zip(self.ranges, self.pieces, strict=True)]
         self.optimizer = self.optimized[0].optimizer
 
     @torch.no_grad()
-    def _start(self, which: slice, pieces: list[tuple[Tensor, slice]], make: MakeOptimizer) -> Optimized:
+    def _create(self, which: slice, pieces: list[tuple[Tensor, slice]], make: MakeOptimizer) -> Optimized:
         """Creates masters and moments of one range on the device, and copies them to the arrays that store them."""
         master = torch.zeros(which.stop - which.start, device=self.device)
         for numbers, where in pieces:
@@ -174,13 +185,13 @@ class Flat:
             raise ValueError(f"{type(optimized.optimizer).__name__} cannot pass through the device")
         for key, tensor in optimizer_tensors(optimized).items():
             if key not in self.arrays:
-                self.arrays[key] = self.layout.flat(self._room(self.layout.num_bytes))
+                self.arrays[key] = self.layout.flat(self._allocate(self.layout.num_bytes))
             self.arrays[key][which].copy_(tensor)
-        # between steps the optimizer keeps empty tensors, so that the device memory of the range is free again
+        # Between steps the optimizer keeps empty tensors, so that the device memory of the range is free again.
         attach_state(optimized, {key: tensor.new_empty(0) for key, tensor in optimizer_tensors(optimized).items()})
         return optimized
 
-    def _room(self, num_bytes: int) -> Tensor:
+    def _allocate(self, num_bytes: int) -> Tensor:
         """Allocates memory for one flat array, as bytes."""
         return pinned(num_bytes) if self.on_host else torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
@@ -205,9 +216,9 @@ class Flat:
             yield Transfer(parts, partial(self._update, number, lr, divisor, skipped))
 
     @torch.no_grad()
-    def _update(self, number: int, lr: float, divisor: Tensor, skipped: Tensor, load: list[Tensor]) -> None:
+    def _update(self, number: int, lr: float, divisor: Tensor, skipped: Tensor, on_device: list[Tensor]) -> None:
         """Makes the step of one range, whose tensors are on the device, and rounds the masters into the parameters."""
-        which, optimized, passing = self.ranges[number], self.optimized[number], iter(load)
+        which, optimized, passing = self.ranges[number], self.optimized[number], iter(on_device)
         state = {key: next(passing) if self.on_host else array[which] for key, array in self.arrays.items()}
         if self.weights is None:
             gradient, rounded = self.gradients()[which], self.pieces[number]
@@ -238,17 +249,17 @@ class Flat:
         return tensors
 
     @torch.no_grad()
-    def load_state(self, of: dict[str, dict[str, Tensor]], numbers: dict[str, bool | int | float]) -> None:
+    def load_state(self, saved: dict[str, dict[str, Tensor]], numbers: dict[str, bool | int | float]) -> None:
         """Restores what ``state`` of this class or of ``Resident`` returned."""
         for name, views in self._views():
             for key, view in views.items():
-                view.copy_(of[name][key])
+                view.copy_(saved[name][key])
             self.parameters[name].copy_(views[MASTER])
-        any_of_them = of[next(iter(self.parameters))]
+        first = saved[next(iter(self.parameters))]  # All parameters have the same step counter.
         for optimized in self.optimized:
             optimized.optimizer.param_groups[0].update(numbers)
             for key, counter in counters(optimized).items():
-                counter.copy_(any_of_them[key])
+                counter.copy_(first[key])
 
 
 def layout_of(parameters: dict[str, Parameter]) -> Layout:
@@ -286,7 +297,8 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     torch's SGD claims this too, but leaves its momentum undefined if the first step is skipped, so it does not count.
     """
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    return adam and getattr(optimizer, "_step_supports_amp_scaling", False)  # as torch.amp.GradScaler asks
+    # torch.amp.GradScaler reads the same attribute.
+    return adam and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 # -- the state of any optimizer ----------------------------------------------------------------------------------------
@@ -302,13 +314,15 @@ def state_bytes(make: MakeOptimizer, device: torch.device) -> int:
     optimizer = make([parameter])
     optimizer.step()
     kept = sum(tensor.nbytes for _, tensor in plain_tensors(optimizer.state[parameter]))
-    return parameter.element_size() + math.ceil(
-        kept / parameter.numel() - 0.1
-    )  # - 0.1 leaves out tables and counters, which do not grow
+    # Subtracting 0.1 leaves out tables and counters, whose size does not depend on that of the parameter.
+    return parameter.element_size() + math.ceil(kept / parameter.numel() - 0.1)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of the next step. torchao compiles against its rate tensor, so that is filled in place."""
+    """Sets the learning rate of the next step.
+
+    torchao's optimizers keep the rate in a tensor that their compiled step reads, so it is filled in place.
+    """
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -317,7 +331,7 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def group_numbers(optimizer: torch.optim.Optimizer) -> dict[str, bool | int | float]:
-    """Returns the numbers of the parameter group but the rate: settings, and shared state like prodigy's step size."""
+    """Returns the numbers of the parameter group except the rate: settings, and state such as prodigy's step size."""
     group = optimizer.param_groups[0]
     return {key: value for key, value in group.items() if isinstance(value, (bool, int, float)) and key != "lr"}
 
@@ -348,28 +362,28 @@ def for_file(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
             the next step, but takes no additional memory, which may be most of the host's.
     """
     found: dict[str, Tensor] = {}
-    taken: set[int] = set()
+    addresses: set[int] = set()
     for name, tensor in tensors.items():
-        here = tensor.cpu().contiguous()
-        found[name] = here.clone() if copy or here.data_ptr() in taken else here
-        taken.add(here.data_ptr())
+        on_cpu = tensor.cpu().contiguous()
+        found[name] = on_cpu.clone() if copy or on_cpu.data_ptr() in addresses else on_cpu
+        addresses.add(on_cpu.data_ptr())
     return found
 
 
 def by_parameter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Groups tensors named ``key/parameter``: for each parameter a dictionary of key and tensor."""
-    of: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for full, tensor in tensors.items():
-        key, _, name = full.partition("/")
-        of[name][key] = tensor
-    return of
+    """Groups tensors named ``key/parameter`` by parameter, and returns for each its tensors by key."""
+    grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for full_name, tensor in tensors.items():
+        key, _, name = full_name.partition("/")
+        grouped[name][key] = tensor
+    return grouped
 
 
 def overwrite(values: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
     """Writes tensors that ``plain_tensors`` yielded back into an optimizer's state of one parameter.
 
     Args:
-        values: The state to overwrite; quantized tensors must exist in it, so the optimizer has made a step.
+        values: The state to overwrite. Quantized tensors must exist in it already, so the optimizer must have stepped.
         tensors: The tensors by name.
         device: Where tensors that the state does not have yet are created.
     """

@@ -33,10 +33,10 @@ from cogvideox.optimizer.master_weights import (
     layout_of,
 )
 
-INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
-SAME_RATE = 1e-3  # relative; a run that is a little longer changes its schedule by less
+INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # the defaults of torch.amp.GradScaler
+SAME_RATE = 1e-3  # relative difference up to which two rates count as equal; a slightly longer run changes less
 LOSS_SCALE = "loss_scale"
-ALL = "*"  # in the names of tensors, instead of a parameter
+ALL = "*"  # takes the place of the parameter in the names of tensors that belong to all parameters
 
 
 def learning_rate(flags: OptimizerFlags, step: int, total_steps: int, global_batch: int) -> float:
@@ -46,7 +46,7 @@ def learning_rate(flags: OptimizerFlags, step: int, total_steps: int, global_bat
 
 
 def schedule_factor(flags: OptimizerFlags, step: int, total_steps: int, peak: float) -> float:
-    """Returns the factor of the peak rate, 0 to 1: the schedules of diffusers.optimization as functions of the step."""
+    """Returns the factor, 0 to 1, of the peak rate at a step, as the schedulers of diffusers.optimization do."""
     name, warmup = flags.lr_scheduler, flags.lr_warmup_steps
     if name == "constant":
         return 1.0
@@ -89,13 +89,14 @@ def rate_jump(flags: OptimizerFlags, then: float, step: int, total_steps: int, g
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, as four scalars that are still on the device.
+    """Holds the results of one optimizer step on the device, so that the host need not wait for them.
 
-    They are the mean loss, the gradient norm before clipping, whether the step was skipped (0 or 1), and the loss
-    scale, which is always 1 except with fp16.
+    Attributes:
+        values: (4,) fp32: the mean loss, the gradient norm before clipping, whether the step was skipped (0 or 1), and
+            the loss scale, which is always 1 except with fp16.
     """
 
-    values: Tensor  # (4,) fp32
+    values: Tensor
 
     NAMES = ("loss", "grad_norm", "skipped", LOSS_SCALE)
 
@@ -109,7 +110,7 @@ class MasterWeights:
     """Trains parameters through fp32 master weights with any optimizer whose step needs only gradients.
 
     Args:
-        parameters: The trained parameters by name, in any float type; they hold the rounded masters.
+        parameters: The trained parameters by name, in any float type. Each holds its master, rounded to this type.
         make: Makes the optimizer for the masters.
         max_grad_norm: Gradients with a larger norm are scaled down to it; 0 disables clipping.
         dynamic_scale: Whether the loss is scaled so that fp16 gradients do not underflow; an overflow halves the scale.
@@ -130,29 +131,29 @@ class MasterWeights:
     ) -> None:
         self.parameters, self.host_trained = parameters, host_trained
         self.names = {p: name for name, p in parameters.items()}
-        absent = {p for block in host_trained.parameters.values() for p in block} if host_trained else set()
-        here = {name: p for name, p in parameters.items() if p not in absent}
-        self.device = next(iter(here.values())).device
+        on_host = {p for block in host_trained.parameters.values() for p in block} if host_trained else set()
+        on_device = {name: p for name, p in parameters.items() if p not in on_host}
+        self.device = next(iter(on_device.values())).device
         self.max_grad_norm = max_grad_norm
         self.scale = torch.tensor(INITIAL_SCALE if dynamic_scale else 1.0, device=self.device)
         self.good_steps = torch.zeros((), device=self.device)
         self.dynamic_scale = dynamic_scale
-        layout = layout_of(here)
-        # the last element carries the loss through the same all-reduce as the gradients
+        layout = layout_of(on_device)
+        # The last element is the loss, which is averaged by the same all-reduce as the gradients.
         self.buffer = torch.zeros(layout.numbers + 1, device=self.device)
-        self.flat, self.tail = self.buffer[: layout.numbers], self.buffer[layout.numbers :]
-        self.gradients = dict(zip(here, layout.views(self.flat), strict=True))
+        self.flat, self.loss_sum = self.buffer[: layout.numbers], self.buffer[layout.numbers :]
+        self.gradients = dict(zip(on_device, layout.views(self.flat), strict=True))
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._collector(self.gradients[n])) for n, p in here.items()
+            p.register_post_accumulate_grad_hook(self._collector(self.gradients[n])) for n, p in on_device.items()
         ]
         passes = state_on_host or host_trained is not None
-        self.resident = None if passes else Resident(here, list(self.gradients.values()), make)
-        self.passing = [Flat(here, make, self.device, lambda: self.flat, on_host=state_on_host)] if passes else []
+        self.resident = None if passes else Resident(on_device, list(self.gradients.values()), make)
+        self.passing = [Flat(on_device, make, self.device, lambda: self.flat, on_host=state_on_host)] if passes else []
         if host_trained:
             for block, own in host_trained.parameters.items():
                 named, gradients = {self.names[p]: p for p in own}, partial(host_trained.gradients.flat, block)
-                on_host = block not in host_trained.device_state_blocks
-                self.passing.append(Flat(named, make, self.device, gradients, host_trained.flat(block), on_host))
+                hosted = block not in host_trained.device_state_blocks
+                self.passing.append(Flat(named, make, self.device, gradients, host_trained.flat(block), hosted))
         self.groups = [self.resident] if self.resident else self.passing
         self.transfers = TransferPipeline(self.device) if passes else None
         self.fresh_numbers = group_numbers(self.groups[0].optimizer)
@@ -168,8 +169,9 @@ class MasterWeights:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this micro-batch's share of the step's mean loss."""
         if self.transfers:
-            self.transfers.finish()  # the forward pass started what it needed of the step before; this starts the rest
-        self.tail[0] += loss.detach()
+            # The forward pass has started those updates of the step before that it needed; this starts the others.
+            self.transfers.finish()
+        self.loss_sum[0] += loss.detach()
         (loss * self.scale).backward()
 
     def step(self, lr: float) -> StepResult:
@@ -181,7 +183,7 @@ class MasterWeights:
         skipped = (~torch.isfinite(norm)).float()
         clip = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else torch.ones_like(norm)
         self._update(lr, divisor=clip * self.scale, skipped=skipped)
-        result = StepResult(torch.stack([self.tail[0], norm, skipped, self.scale]))
+        result = StepResult(torch.stack([self.loss_sum[0], norm, skipped, self.scale]))
         self.drop()
         if self.dynamic_scale:
             self._adapt_scale(skipped)
@@ -209,7 +211,8 @@ class MasterWeights:
     def _update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:
         if self.resident:
             if not self.resident.fused:
-                if skipped.item():  # waits for the device; a step counted on the host cannot be undone there
+                # This waits for the device. Such optimizers count steps on the host, so a step could not be undone.
+                if skipped.item():
                     return
                 self.flat.div_(divisor)
             self.resident.update(list(self.gradients.values()), lr, divisor, skipped)
@@ -225,10 +228,10 @@ class MasterWeights:
         """
         if self.host_trained:
             self.host_trained.gradients.settle()
-        loads = [list(flat.update(lr, divisor, skipped)) for flat in self.passing]
-        transfers.start([load for group in loads for load in group], divisor, skipped)
-        here, *ends = accumulate(map(len, loads))
-        compute_waits_for(transfers.reach(here))
+        updates = [list(flat.update(lr, divisor, skipped)) for flat in self.passing]
+        transfers.start([update for group in updates for update in group], divisor, skipped)
+        on_device, *ends = accumulate(map(len, updates))
+        compute_waits_for(transfers.reach(on_device))
         if self.host_trained:
             for block, end in zip(self.host_trained.parameters, ends, strict=True):
                 self.host_trained.changed(block, partial(transfers.reach, end))
@@ -267,22 +270,22 @@ class MasterWeights:
         tensors = {LOSS_SCALE: self.scale, "good_steps": self.good_steps}
         for group in self.groups:
             tensors |= group.state()
-        for key, value in group_numbers(self.groups[0].optimizer).items():  # the same in all
+        for key, value in group_numbers(self.groups[0].optimizer).items():  # They are equal in all groups.
             if self.fresh_numbers.get(key) != value:
                 tensors[f"{key}/{ALL}"] = as_tensor(value)
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what ``state`` returned, even if its masters were stored on another device."""
-        of = by_parameter(tensors)
-        more = any(len(of[name]) > 1 for name in self.parameters)  # than a master
-        if more and self.resident and not self.resident.fused:
-            # a step with zero gradients and a zero rate creates the state that is overwritten below
+        saved = by_parameter(tensors)
+        stepped = any(len(saved[name]) > 1 for name in self.parameters)  # Before the first step there are masters only.
+        if stepped and self.resident and not self.resident.fused:
+            # A step with zero gradients and a zero rate creates the state that is overwritten below.
             self._update(0.0, torch.ones((), device=self.device), torch.zeros((), device=self.device))
-            self.buffer.zero_()  # some optimizers add weight decay to the gradients themselves
+            self.buffer.zero_()  # Some optimizers add weight decay to the gradients themselves.
         self.wait()
         self.scale.copy_(tensors[LOSS_SCALE])
         self.good_steps.copy_(tensors["good_steps"])
-        numbers = self.fresh_numbers | {key: tensor.item() for key, tensor in of[ALL].items()}
+        numbers = self.fresh_numbers | {key: tensor.item() for key, tensor in saved[ALL].items()}
         for group in self.groups:
-            group.load_state(of, numbers)
+            group.load_state(saved, numbers)

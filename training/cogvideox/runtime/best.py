@@ -112,7 +112,8 @@ class BestCheckpoint:
         if problem:
             rule = "leave the flag out to export the last step"
             raise UsageError(f"--export_best: {self.folder}: {problem}; {rule}")
-        return int(found)
+        assert found is not None
+        return found
 
     def path(self, step: int) -> Path:
         """Returns the folder of the checkpoint of a step."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,12 +21,18 @@ from cogvideox.config.options import launched_processes
 from cogvideox.errors import UsageError, first_of
 from cogvideox.files import temporary_of
 
-SHARED_SECONDS = 10.0  # network file systems show new files to other machines some seconds late
-PATIENCE = timedelta(days=7)  # of gloo; a run whose ranks make no progress is ended much earlier, see stopping.py
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+
+SHARED_SECONDS = 10.0  # Network file systems show new files to other machines some seconds late.
+PATIENCE = timedelta(days=7)  # gloo's timeout; stopping.py ends a run without progress much earlier
 GO, SAVE, STOP = "go", "save", "stop"
 
+Item = TypeVar("Item")
 
-def start_processes() -> Any:
+
+def start_processes() -> "PartialState":
     """Returns accelerate's PartialState of this process, connected to the others, on a GPU if the machine has one."""
     from accelerate import PartialState
 
@@ -53,12 +59,12 @@ class Ranks:
     group, because the timeout of the collectives in a training step would end them.
     """
 
-    def __init__(self, state: Any, patience: float = 600) -> None:
+    def __init__(self, state: "PartialState | AcceleratorState", patience: float = 600) -> None:
         """Connects the ranks.
 
         Args:
-            state: An accelerate PartialState or AcceleratorState.
-            patience: Seconds; all ranks end if none makes progress for so long while one is in a barrier.
+            state: What accelerate knows about this process.
+            patience: Seconds without progress of any rank, while one is in a barrier, after which all ranks end.
         """
         self.process_index: int = state.process_index
         self.num_processes: int = state.num_processes
@@ -74,11 +80,11 @@ class Ranks:
         if self.is_main_process:
             tqdm.write("\n".join(lines))
 
-    def gather(self, items: list[Any]) -> list[Any]:
+    def gather(self, items: list[Item]) -> list[Item]:
         """Returns the items of all processes, in the order of ranks, on every rank."""
         if self._patient is None:
             return items
-        lists: list[Any] = [None] * self.num_processes
+        lists: list[list[Item]] = [[] for _ in range(self.num_processes)]
         with stopping.waiting():
             dist.all_gather_object(lists, items, self._patient)
         return [item for part in lists for item in part]
@@ -94,7 +100,7 @@ class Ranks:
         """Wraps repeatable work that each rank does alone; on exit all ranks wait for each other.
 
         Raises:
-            Stopped: A rank was asked to stop; on every rank, so that none waits for the work of the others.
+            Stopped: A rank was asked to stop. Every rank raises it, so that none waits for the work of the others.
         """
         stopped = False
         try:
@@ -108,8 +114,12 @@ class Ranks:
     def check_agreement(self, values: dict[str, Any], fix: str) -> None:
         """Checks that all processes have the same values, before a difference can make them diverge or deadlock.
 
+        Args:
+            values: Values of this process by name; every process has the same names.
+            fix: The fix that the error message gives.
+
         Raises:
-            UsageError: On every rank, with each name whose values differ, and ``fix``.
+            UsageError: Values differ. Every rank raises it, with each name whose values differ.
         """
         everyone = self.gather([values])
         problems = [
@@ -124,8 +134,12 @@ class Ranks:
     def check_shared(self, folder: Path, flag: str) -> None:
         """Checks that all processes see the same folder, with a file that the main process writes there.
 
+        Args:
+            folder: The folder.
+            flag: The flag that gave it, for the error message.
+
         Raises:
-            UsageError: On every rank, if one of them does not see that file.
+            UsageError: A process does not see that file. Every rank raises it.
         """
         if self.num_processes == 1:
             return
@@ -158,14 +172,18 @@ class Consensus:
     of a millisecond and does not wait for a device.
     """
 
-    def __init__(self, store: Any | None) -> None:
-        """``store`` is a TCPStore that all ranks share, or None if there is only one rank."""
+    def __init__(self, store: dist.Store | None) -> None:
+        """Creates the decisions of a run.
+
+        Args:
+            store: A store that all ranks share; None if there is only one rank.
+        """
         self.store = store
-        self.written = ""  # the value of the store's key, as of the newest step that was decided
+        self.written = ""  # value of the store's key for the newest step that was decided
         self.step, self.decision = -1, GO
 
     def may_stop(self, step: int) -> None:
-        """Raises Stopped between two units of a step if this rank was asked to stop and none has committed it."""
+        """Raises Stopped if this rank was asked to stop, unless a rank has committed the step already."""
         if stopping.requested():
             self._obey(step, STOP)
 
@@ -174,10 +192,10 @@ class Consensus:
 
         Args:
             step: The number of steps before this one.
-            save: Whether this rank wants a checkpoint; a rank that decides earlier may choose otherwise.
+            save: Whether this rank wants a checkpoint; if another rank decides first, its wish counts.
 
         Raises:
-            Stopped: A rank was asked to stop.
+            Stopped: A rank was asked to stop before any rank took this step.
         """
         return self._obey(step, STOP if stopping.requested() else SAVE if save else GO) == SAVE
 
@@ -197,7 +215,7 @@ class Consensus:
         return written.decode()
 
 
-def connect_store() -> Any:
+def connect_store() -> dist.Store:
     """Opens a separate connection to the store through which the launched processes found each other."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)

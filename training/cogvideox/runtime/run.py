@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -38,6 +38,8 @@ CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
 WANDB_SECONDS = 20.0  # how long wandb may try to reach its server; its own default is 90
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")  # their versions are recorded
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Run:
         """Waits for the other ranks."""
         self.ranks.wait_for_everyone()
 
-    def from_main(self, value: Any) -> Any:
+    def from_main(self, value: Value) -> Value:
         """Returns the value of the main process on every rank."""
         values = [value]
         if self.world > 1:

@@ -38,7 +38,7 @@ class SkippedSteps:
         self.good_until: int | None = None
         self.in_a_row = self.counted = self.reported = 0
         self.seen: Counter[str] = Counter()  # for each sample, the number of reported and counted steps that had it
-        for step, skipped, scale in run.from_main(earlier_steps(run, first_step) if run.is_main else None):
+        for step, skipped, scale in run.from_main(earlier_steps(run, first_step) if run.is_main else []):
             self._count(step, skipped, scale)
 
     def _count(self, step: int, skipped: bool, scale: float) -> None:
