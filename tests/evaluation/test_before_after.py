@@ -28,18 +28,18 @@ from cogvideox.evaluation.before_after import SHEET_NAME, BeforeAfter, nearest_s
 from cogvideox.evaluation.validation import FOLDER, Prompts, Validator
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.curves import CURVES_NAME
-from cogvideox.runtime.sheets import Panel, Row
+from cogvideox.runtime.sheets import Panel, SheetRow
 
 BLACK, GREY, WHITE = 20, 128, 240
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Row]]]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[SheetRow]]]:
     """(title, rows) of every sheet, which are drawn all the same."""
-    found: list[tuple[str, list[Row]]] = []
+    found: list[tuple[str, list[SheetRow]]] = []
     draw = before_after.contact_sheet
 
-    def watched(rows: list[Row], path: Path, title: str) -> None:
+    def watched(rows: list[SheetRow], path: Path, title: str) -> None:
         found.append((title, rows))
         draw(rows, path, title)
 
@@ -210,7 +210,7 @@ def test_the_vae_leaves_the_device_whatever_happens(
 # -- the sheet ---------------------------------------------------------------------------------------------------------
 
 
-def test_before_after_and_clip(make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[Row]]]) -> None:
+def test_before_after_and_clip(make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[SheetRow]]]) -> None:
     sheet = make("a red square", "a green disc")
     video(sheet, 0, 0, BLACK, WHITE, GREY)
     video(sheet, 2, 0, GREY, BLACK, WHITE)
@@ -236,7 +236,7 @@ def test_before_after_and_clip(make: Callable[..., BeforeAfter], drawn: list[tup
 
 
 def test_high_videos_show_three_frames_beside_each_other(
-    make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[Row]]]
+    make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[SheetRow]]]
 ) -> None:
     sheet = make("a")
     video(sheet, 0, 0, BLACK, BLACK, WHITE, BLACK, GREY, size=(96, 64))
@@ -249,7 +249,7 @@ def test_high_videos_show_three_frames_beside_each_other(
 
 
 def test_prompts_that_start_alike_have_their_own_videos(
-    make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[Row]]]
+    make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[SheetRow]]]
 ) -> None:
     sheet = make(*(["a cat"] * 12))
     for prompt in range(12):
@@ -261,7 +261,11 @@ def test_prompts_that_start_alike_have_their_own_videos(
 
 
 def test_what_cannot_be_read_is_noted(
-    make: Callable[..., BeforeAfter], model: Path, tensors: Path, tmp_path: Path, drawn: list[tuple[str, list[Row]]]
+    make: Callable[..., BeforeAfter],
+    model: Path,
+    tensors: Path,
+    tmp_path: Path,
+    drawn: list[tuple[str, list[SheetRow]]],
 ) -> None:
     sheet = make("a red square")
     path = video(sheet, 0, 0, BLACK, WHITE)
@@ -303,7 +307,7 @@ def test_a_run_leaves_both_pictures(reference: Path) -> None:
 
 @pytest.mark.usefixtures("rendered")
 def test_a_run_that_goes_on_draws_the_same(
-    model: Path, tensors: Path, reference: Path, tmp_path: Path, drawn: list[tuple[str, list[Row]]]
+    model: Path, tensors: Path, reference: Path, tmp_path: Path, drawn: list[tuple[str, list[SheetRow]]]
 ) -> None:
     """From the middle, with other videos of the future there; then without the video of step 0."""
     output = Path(shutil.copytree(reference, tmp_path / "lora"))
@@ -322,7 +326,7 @@ def test_a_run_that_goes_on_draws_the_same(
 
 
 def test_a_run_without_prompts_has_curves_only(
-    model: Path, tensors: Path, tmp_path: Path, drawn: list[tuple[str, list[Row]]]
+    model: Path, tensors: Path, tmp_path: Path, drawn: list[tuple[str, list[SheetRow]]]
 ) -> None:
     assert train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 1)) == 0
     assert (tmp_path / "lora" / CURVES_NAME).is_file()

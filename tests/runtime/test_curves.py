@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogvideox.runtime.curves import STRETCHES, curves_figure, draw_curves, running_mean, thinned
+from cogvideox.runtime.curves import NUM_SEGMENTS, curves_figure, draw_curves, running_mean, thinned
 from cogvideox.runtime.metrics import read_records
 
 pytestmark = pytest.mark.usefixtures("rendered")
@@ -156,19 +156,19 @@ def test_a_long_run_is_thinned_and_keeps_its_peaks() -> None:
     records = [*steps(losses.tolist(), skipped=0.0), held(100_000, 0.5, 0.1)]
     figure = curves_figure(records, "run")
     for axes in figure.axes:
-        assert all(len(drawn.get_xdata()) <= 2 * STRETCHES for drawn in axes.lines)
+        assert all(len(drawn.get_xdata()) <= 2 * NUM_SEGMENTS for drawn in axes.lines)
     shown, values = line(figure.axes[0], LOSS)
     assert {(54_322, 5.0), (12_346, -5.0)} <= set(zip(shown, values, strict=True))
     assert shown == sorted(shown)
     assert all(losses[int(step) - 1] == value for step, value in zip(shown, values, strict=True))
 
 
-@pytest.mark.parametrize("number", [0, 1, 2 * STRETCHES, 2 * STRETCHES + 1])
+@pytest.mark.parametrize("number", [0, 1, 2 * NUM_SEGMENTS, 2 * NUM_SEGMENTS + 1])
 def test_short_lines_are_whole(number: int) -> None:
     values = np.arange(float(number))
     kept = thinned(values, values)
     assert kept[0].tolist() == kept[1].tolist()
-    assert len(kept[0]) == min(number, 2 * STRETCHES)
+    assert len(kept[0]) == min(number, 2 * NUM_SEGMENTS)
 
 
 def test_the_held_out_loss_by_timestep_is_a_multiple_of_its_first_value() -> None:

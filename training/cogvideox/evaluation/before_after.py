@@ -19,7 +19,7 @@ from cogvideox.data.media.faults import VideoError
 from cogvideox.evaluation.validation import Validator
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.run import Run
-from cogvideox.runtime.sheets import Panel, Row, contact_sheet, spread
+from cogvideox.runtime.sheets import Panel, SheetRow, contact_sheet, pick_evenly
 
 SHEET_NAME = "contact_sheet.png"
 MAX_PROMPTS = 8
@@ -41,7 +41,7 @@ class BeforeAfter:
 
     def draw(self, step: int) -> None:
         """Draws the sheet with the videos up to a step; does nothing without validation prompts."""
-        rows = [Row(prompt, self._panels(place, step)) for place, prompt in enumerate(self.prompts)]
+        rows = [SheetRow(prompt, self._panels(place, step)) for place, prompt in enumerate(self.prompts)]
         number = len(self.validator.prompts.texts)
         some = f", {MAX_PROMPTS} of {number} prompts" if number > MAX_PROMPTS else ""
         title = f"{self.run.output_dir.resolve().name}: before and after training{some}"
@@ -105,7 +105,7 @@ def video_panel(label: str, path: Path | None) -> Panel:
 
 def shown(num_frames: int, height: int, width: int) -> list[int]:
     """Returns the indices of the frames that fit into a panel, from the first to the last."""
-    return list(spread(range(num_frames), WIDE_FRAMES if width >= height else HIGH_FRAMES))
+    return list(pick_evenly(range(num_frames), WIDE_FRAMES if width >= height else HIGH_FRAMES))
 
 
 def frames_panel(label: str, frames_FHWC: np.ndarray, caption: str = "") -> Panel:

@@ -40,7 +40,7 @@ from cogvideox.preparation.prepare import (
     too_many_bad,
 )
 from cogvideox.preparation.proposals import USUAL
-from cogvideox.runtime.sheets import Panel, Row, contact_sheet, spread
+from cogvideox.runtime.sheets import Panel, SheetRow, contact_sheet, pick_evenly
 
 SHEET_CLIPS, SHEET_FRAMES = 8, 4  # clips, and frames per clip, in the contact sheet of one bucket
 SHEETS_CLIPS = 64  # clips in all contact sheets together, if there are many buckets
@@ -311,16 +311,16 @@ def sheets(preparation: Preparation, used: dict[Bucket, list[Used]]) -> list[str
     folder, picks = preparation.folder / PREVIEW_FOLDER, {}
     number = max(1, min(SHEET_CLIPS, SHEETS_CLIPS // max(1, len(used))))
     for bucket, clips in used.items():
-        some = [pick(preparation.samples[clip.place], clip.variant) for clip in spread(clips, number)]
+        some = [pick(preparation.samples[clip.place], clip.variant) for clip in pick_evenly(clips, number)]
         picks[folder / f"{bucket}-{digest_of(preparation, some)}.png"] = some
         for old in set(folder.glob(f"{bucket}-????????.png")) - set(picks):
             old.unlink(missing_ok=True)
     todo = [(path, *item) for path, some in picks.items() if not path.is_file() for item in some]
     jobs = ((decode_variant, sample.video, variant) for _, sample, variant in todo)
-    rows: dict[Path, list[Row]] = {}
+    rows: dict[Path, list[SheetRow]] = {}
     for (path, sample, _), frames in zip(todo, preparation.in_workers(jobs, len(todo), "drawing"), strict=True):
         if isinstance(frames, np.ndarray):  # else encoding will say what is wrong with it
-            rows.setdefault(path, []).append(Row(f"{sample.id}: {sample.caption}", [Panel("", list(frames))]))
+            rows.setdefault(path, []).append(SheetRow(f"{sample.id}: {sample.caption}", [Panel("", list(frames))]))
     for path, drawn in rows.items():
         name = path.stem.rpartition("-")[0]
         contact_sheet(drawn, path, f"{name}: first to last frame of {len(drawn)} clips, as trained on")
@@ -329,7 +329,7 @@ def sheets(preparation: Preparation, used: dict[Bucket, list[Used]]) -> list[str
 
 def pick(sample: Sample, variant: Variant) -> tuple[Sample, Variant]:
     """Returns a clip with a variant that has only a few of its frames."""
-    return sample, replace(variant, indices=spread(variant.indices, SHEET_FRAMES))
+    return sample, replace(variant, indices=pick_evenly(variant.indices, SHEET_FRAMES))
 
 
 def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]]) -> str:

@@ -1,59 +1,68 @@
-"""The run's curves: metrics.jsonl -> curves.png with loss, held-out loss, learning rate and gradient norm.
+"""Draws curves.png from metrics.jsonl: loss, held-out loss, learning rate and gradient norm by optimizer step.
 
-Where the held-out loss was measured by timestep, a panel between shows what became of it in each part of the schedule.
-
-Drawn with matplotlib's objects alone, so that nothing of the process changes. Numbers that are not finite are passed
-over. However long the run is, a line has a few thousand points, its peaks among them.
+If the held-out loss was measured by timestep, a panel in the middle shows its change in each part of the noise
+schedule. Numbers that are not finite are left out. However long the run is, a line has at most a few thousand points,
+which include its peaks. Only matplotlib's objects are used, not pyplot, because pyplot changes global settings.
 """
 
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cogvideox.files import write_atomically
 from cogvideox.runtime.metrics import BY_TIMESTEP, Records, by_grid, column, read_records
 
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 CURVES_NAME = "curves.png"
-WIDTH, HEIGHT, PANEL_HEIGHT, DPI = 12.0, 8.0, 3.0, 100  # in inches; dots an inch
-STRETCHES = 2000  # of a line, each drawn by its lowest and highest point; more than the picture has columns
-MIN_WINDOW, MAX_WINDOW = 10, 1000  # steps of the running mean; a tenth of all in between
-USUAL = (1.0, 99.0)  # percentiles of the steps' losses that the axis has room for
-MARGIN = 0.05  # of an axis, above and below
-LOG_RANGE = 20.0  # an axis whose highest value is this many times the median is logarithmic
-LOSS, HELD_OUT, RATE, NORM, SKIPPED = "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:red"
-OTHER_GRID = "tab:gray"
-DARKEST_FIRST = 0.92  # of the colour map, whose end is too light on white
+WIDTH, HEIGHT, PANEL_HEIGHT = 12.0, 8.0, 3.0  # inches
+DPI = 100  # dots per inch
+NUM_SEGMENTS = 2000  # segments of a line, each drawn by its lowest and highest point; more than WIDTH has pixels
+MIN_WINDOW, MAX_WINDOW = 10, 1000  # steps of the running mean, which covers a tenth of the run in between
+SHOWN_PERCENTILES = (1.0, 99.0)  # percentiles of the training losses that the axis must show
+AXIS_MARGIN = 0.05  # share of an axis that is left free above and below
+LOG_RATIO = 20.0  # An axis is logarithmic if its highest value exceeds this many times the median.
+LOSS_COLOR, HELD_OUT_COLOR, EARLIER_GRID_COLOR, SKIPPED_COLOR = "tab:blue", "tab:orange", "tab:gray", "tab:red"
+RATE_COLOR, NORM_COLOR = "tab:green", "tab:purple"
+COLOR_MAP_END = 0.92  # where the used part of the color map ends; the rest is too light on white
 
 
 def draw_curves(metrics: Path, picture: Path, name: str, weighting: str = "none") -> None:
-    """Draws the picture of the run of that name anew. Where there are no numbers yet, there is none.
+    """Draws the curves of a run and replaces the picture. Writes nothing until metrics exist.
 
-    ``weighting`` is that of the training loss; the held-out loss has none.
+    Args:
+        metrics: Path of metrics.jsonl.
+        picture: Path of the PNG file to write.
+        name: The name of the run, for the title.
+        weighting: The loss weighting by timestep, for the legend. The held-out loss is never weighted.
     """
     records = read_records(metrics)
-    figure = curves_figure(
-        records, name, weighting
-    )  # without any, too: a matplotlib that is missing shows at the first look
+    # The figure is made even without records, so that a missing matplotlib is noticed at the start of a run.
+    figure = curves_figure(records, name, weighting)
     if records:
         write_atomically(picture, png(figure))
 
 
-def png(figure: Any) -> bytes:
-    """The figure as the content of a PNG file."""
+def png(figure: "Figure") -> bytes:
+    """Returns the figure as the content of a PNG file."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that the font lacks
+        warnings.simplefilter("ignore")  # matplotlib warns of letters that the font lacks.
         figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and those before it, ``window`` in all, fewer at the start."""
+    """Returns for each value the mean of the last ``window`` values up to it; of fewer at the start."""
     start = values[: window - 1]
     means = np.cumsum(start) / np.arange(1, len(start) + 1)
     if len(values) < window:
@@ -62,19 +71,19 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The line with the lowest and the highest point of each of STRETCHES parts, in order."""
-    if len(values) <= 2 * STRETCHES:
+    """Reduces a line to the lowest and the highest point of each of NUM_SEGMENTS segments, in order."""
+    if len(values) <= 2 * NUM_SEGMENTS:
         return steps, values
-    bounds = np.linspace(0, len(values), STRETCHES + 1).astype(int)
-    parts = list(pairwise(bounds))
-    lowest = [start + int(values[start:end].argmin()) for start, end in parts]
-    highest = [start + int(values[start:end].argmax()) for start, end in parts]
+    bounds = np.linspace(0, len(values), NUM_SEGMENTS + 1).astype(int)
+    segments = list(pairwise(bounds))
+    lowest = [start + int(values[start:end].argmin()) for start, end in segments]
+    highest = [start + int(values[start:end].argmax()) for start, end in segments]
     kept = np.unique(lowest + highest)
     return steps[kept], values[kept]
 
 
-def curves_figure(records: Records, name: str, weighting: str = "none") -> Any:
-    """The matplotlib Figure: loss above, learning rate and gradient norm in a smaller panel at the bottom."""
+def curves_figure(records: Records, name: str, weighting: str = "none") -> "Figure":
+    """Returns the figure: loss at the top, learning rate and gradient norm in a smaller panel at the bottom."""
     from matplotlib.figure import Figure
 
     newest = by_grid(records)[-1:]
@@ -94,33 +103,37 @@ def curves_figure(records: Records, name: str, weighting: str = "none") -> Any:
     return figure
 
 
-def draw_loss(axes: Any, records: Records, weighting: str) -> None:
-    """Loss of each step, its running mean, the held-out loss, and which steps changed no weight.
+def draw_loss(axes: "Axes", records: Records, weighting: str) -> None:
+    """Draws the loss of each step, its running mean, the held-out loss, and marks for skipped steps.
 
-    The axis has room for nearly all steps, and for all of the mean and of the held-out loss: these are to be read.
+    The limits of the axis include all of the mean and of the held-out loss, but may exclude extreme single steps.
     """
     steps, losses = column(records, "loss")
     window = min(MAX_WINDOW, max(MIN_WINDOW, len(losses) // 100 * 10))
     weighted = "" if weighting == "none" else f", weighted by {weighting}"
     label = f"training loss of each step{weighted}"
-    axes.plot(*thinned(steps, losses), color=LOSS, alpha=0.3, linewidth=0.8, label=label)
+    axes.plot(*thinned(steps, losses), color=LOSS_COLOR, alpha=0.3, linewidth=0.8, label=label)
     means = running_mean(losses, window)
-    full = min(window, len(losses)) // 4  # before, there are too few to say anything
+    first = min(window, len(losses)) // 4  # Means of fewer steps than this are too noisy to show.
     label = f"running mean over {window} steps"
-    axes.plot(*thinned(steps[full:], means[full:]), color=LOSS, linewidth=2, label=label)
+    axes.plot(*thinned(steps[first:], means[first:]), color=LOSS_COLOR, linewidth=2, label=label)
     measured = draw_held_out(axes, records)
     draw_skipped(axes, records)
     if len(losses):
-        usual = np.percentile(losses, USUAL)
-        scale(axes, losses, np.concatenate([usual, means[full:], measured]))
+        usual = np.percentile(losses, SHOWN_PERCENTILES)
+        set_limits(axes, losses, np.concatenate([usual, means[first:], measured]))
     axes.set_ylabel("loss: mean squared error of the velocity")
-    finish(axes, *axes.get_legend_handles_labels())
+    add_legend(axes, *axes.get_legend_handles_labels())
 
 
-def draw_by_timestep(axes: Any, measured: Records) -> None:
-    """The held-out loss in each part of the schedule, as a multiple of its first measurement: one line a part.
+def draw_by_timestep(axes: "Axes", measured: Records) -> None:
+    """Draws a line per part of the noise schedule: the held-out loss there, relative to its first measurement.
 
-    The losses themselves lie far apart: the network sees little of a clip at one end, and nearly all at the other.
+    The losses themselves could not share an axis, because they differ by large factors between the parts.
+
+    Args:
+        axes: The axes to draw on.
+        measured: The records that have held-out losses by timestep.
     """
     from matplotlib import colormaps
 
@@ -132,70 +145,86 @@ def draw_by_timestep(axes: Any, measured: Records) -> None:
             continue
         ends = {0: " (least noise)", parts - 1: " (most noise)"}
         label = f"part {part + 1} of {parts}{ends[part]}" if part in ends else f"{part + 1}"
-        colour = colormaps["viridis"](part / max(1, parts - 1) * DARKEST_FIRST)
-        axes.plot(steps, losses / losses[0], color=colour, marker=".", linewidth=1.5, label=label)
+        color = colormaps["viridis"](part / max(1, parts - 1) * COLOR_MAP_END)
+        axes.plot(steps, losses / losses[0], color=color, marker=".", linewidth=1.5, label=label)
     axes.axhline(1.0, color="black", alpha=0.3, linewidth=0.8)
     axes.set_ylabel("held-out loss by timestep,\nrelative to the first")
     handles, labels = axes.get_legend_handles_labels()
-    finish(axes, handles, labels, columns=parts)
+    add_legend(axes, handles, labels, columns=parts)
 
 
-def draw_held_out(axes: Any, records: Records) -> np.ndarray:
-    """The held-out loss, one line for each grid that it was measured on; returns what they span.
+def draw_held_out(axes: "Axes", records: Records) -> np.ndarray:
+    """Draws the held-out loss, one line per grid on which it was measured.
 
-    No line leads from one grid to another, as other clips have other losses whatever was learned.
+    The lines are not connected, because losses on different clips differ whatever the model has learned.
+
+    Returns:
+        Values that the axis must show.
     """
-    *older, newest = by_grid(records) or [[]]
-    spans = [draw_grid(axes, grid, OTHER_GRID, "held-out loss on an earlier grid") for grid in older]
-    return np.concatenate([*spans, draw_grid(axes, newest, HELD_OUT, "held-out loss")])
+    *earlier, newest = by_grid(records) or [[]]
+    shown = [draw_grid(axes, grid, EARLIER_GRID_COLOR, "held-out loss on an earlier grid") for grid in earlier]
+    return np.concatenate([*shown, draw_grid(axes, newest, HELD_OUT_COLOR, "held-out loss")])
 
 
-def draw_grid(axes: Any, records: Records, colour: str, label: str) -> np.ndarray:
-    """The losses of one grid with their standard error, which a single clip has none of; returns what they span."""
+def draw_grid(axes: "Axes", records: Records, color: str, label: str) -> np.ndarray:
+    """Draws the held-out losses of one grid with their standard error, which is missing if the grid has one clip.
+
+    Returns:
+        Values that the axis must show: the ends of the error bars.
+    """
     steps, losses = column(records, "held_out_loss")
     found = dict(zip(*column(records, "held_out_error"), strict=True))
     errors = np.array([found.get(step, math.nan) for step in steps])
     if len(losses):
         label += " ± standard error" if found else ""
-        axes.errorbar(steps, losses, errors, color=colour, marker="o", markersize=5, capsize=4, label=label)
+        axes.errorbar(steps, losses, errors, color=color, marker="o", markersize=5, capsize=4, label=label)
     return np.concatenate([losses - np.nan_to_num(errors), losses + np.nan_to_num(errors)])
 
 
-def draw_skipped(axes: Any, records: Records) -> None:
-    """Marks on the lower edge where a step changed no weight, as its gradients were not finite."""
+def draw_skipped(axes: "Axes", records: Records) -> None:
+    """Draws a mark at the lower edge for each step that changed no weight because its gradients were not finite."""
     steps, _ = column([record for record in records if record.get("skipped")], "step")
-    marks = {"marker": "|", "markersize": 14, "linestyle": "none", "transform": axes.get_xaxis_transform()}
+    marks: dict[str, Any] = {"marker": "|", "markersize": 14, "linestyle": "none"}
+    marks |= {"transform": axes.get_xaxis_transform(), "color": SKIPPED_COLOR, "label": f"skipped steps: {len(steps)}"}
     if len(steps):
-        axes.plot(steps, np.full(len(steps), 0.02), color=SKIPPED, label=f"skipped steps: {len(steps)}", **marks)
+        axes.plot(steps, np.full(len(steps), 0.02), **marks)
 
 
-def draw_rate_and_norm(axes: Any, records: Records) -> None:
-    """Learning rate on the left axis, gradient norm on the right one."""
+def draw_rate_and_norm(axes: "Axes", records: Records) -> None:
+    """Draws the learning rate with the left axis and the gradient norm with the right axis."""
     steps, norms = column(records, "grad_norm")
     right = axes.twinx()
-    (norm,) = right.plot(*thinned(steps, norms), color=NORM, alpha=0.6, linewidth=0.8, label="gradient norm")
-    right.set_ylabel("gradient norm", color=NORM)
-    scale(right, norms, norms)
-    (rate,) = axes.plot(*thinned(*column(records, "lr")), color=RATE, linewidth=2, label="learning rate")
-    axes.set_ylabel("learning rate", color=RATE)
+    (norm,) = right.plot(*thinned(steps, norms), color=NORM_COLOR, alpha=0.6, linewidth=0.8, label="gradient norm")
+    right.set_ylabel("gradient norm", color=NORM_COLOR)
+    set_limits(right, norms, norms)
+    (rate,) = axes.plot(*thinned(*column(records, "lr")), color=RATE_COLOR, linewidth=2, label="learning rate")
+    axes.set_ylabel("learning rate", color=RATE_COLOR)
     axes.yaxis.set_major_formatter("{x:.2g}")
-    axes.set_zorder(right.get_zorder() + 1)  # the smooth line on top
+    axes.set_zorder(right.get_zorder() + 1)  # The noisy norm must not hide the rate.
     axes.patch.set_visible(False)
-    finish(axes, [rate, norm], [rate.get_label(), norm.get_label()])
+    add_legend(axes, [rate, norm], [str(rate.get_label()), str(norm.get_label())])
 
 
-def scale(axes: Any, values: np.ndarray, shown: np.ndarray) -> None:
-    """Room for what is to be shown; logarithmic where all values are positive and few would flatten the others."""
+def set_limits(axes: "Axes", values: np.ndarray, shown: np.ndarray) -> None:
+    """Sets the range and the scale of the vertical axis.
+
+    The scale is logarithmic if all values are positive and a few high ones would flatten the others.
+
+    Args:
+        axes: The axes to change.
+        values: All values of the line.
+        shown: Values that the axis must show.
+    """
     if not len(values):
         return
     low, high = shown.min(), shown.max()
-    if values.min() > 0 and high > LOG_RANGE * np.median(values):
+    if values.min() > 0 and high > LOG_RATIO * np.median(values):
         axes.set_yscale("log")
     elif high > low:
-        axes.set_ylim(low - MARGIN * (high - low), high + MARGIN * (high - low))
+        axes.set_ylim(low - AXIS_MARGIN * (high - low), high + AXIS_MARGIN * (high - low))
 
 
-def finish(axes: Any, handles: list[Any], labels: list[str], columns: int = 4) -> None:
-    """A grid, and the legend above the panel, where it hides nothing."""
+def add_legend(axes: "Axes", handles: "Sequence[Artist]", labels: list[str], columns: int = 4) -> None:
+    """Adds grid lines, and the legend above the panel, where it hides no line."""
     axes.grid(alpha=0.3)
     axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False)

@@ -1,35 +1,46 @@
-"""Contact sheets: rows of labelled panels of frames -> one PNG that shows at a glance what was cut or made.
+"""Draws contact sheets: one PNG with rows of labeled panels of frames, such as clips before and after cropping.
 
-contact_sheet: texts are wrapped to the room they have, the frames of a panel shrunk to one height, the panels of a row
-set beside each other, everything pasted from top to bottom. Frames are uint8 RGB (H, W, 3); all lengths are in pixels.
-The same rows give the same bytes.
+``contact_sheet`` builds a sheet from small pictures. Texts are wrapped to the available width, the frames of a panel
+are shrunk to one height, the panels of a row are placed side by side, and the rows are placed below each other. Frames
+are uint8 RGB arrays of shape (H, W, 3); all lengths are in pixels. The same rows always give the same bytes.
 """
 
 import io
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cogvideox.files import write_atomically
 
-PAPER, INK, FAINT = (250, 250, 248), (32, 32, 36), (208, 208, 206)
+PAPER, INK, FRAME_EDGE = (250, 250, 248), (32, 32, 36), (208, 208, 206)
 MARGIN, GAP, ROW_GAP, PANEL_GAP = 28, 8, 28, 20
-STRIP_HEIGHT = 240  # of a frame; less where the frames of a panel would not fit beside each other
+STRIP_HEIGHT = 240  # height of a frame, unless the frames of its panel are too wide for that
 TITLE_SIZE, LABEL_SIZE, CAPTION_SIZE = 26, 16, 13
 MAX_LINES = 3
+LONGEST_LABEL = 2000  # characters; more never fit into MAX_LINES
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-Part = Image.Image | None  # None: there is nothing to show
-LONGEST_LABEL = 2000  # characters; three lines take fewer
+Picture = Image.Image | None  # None if there is nothing to show
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Frames beside or under each other, which may differ in size, below a label and above a caption in small type."""
+    """Describes frames that are shown together.
+
+    Attributes:
+        label: The text above the frames.
+        frames: Arrays of shape (H, W, 3), which may differ in size.
+        caption: The text below the frames, in small type.
+        stacked: Whether the frames are placed below each other instead of side by side.
+    """
 
     label: str
     frames: Sequence[np.ndarray]
@@ -38,76 +49,82 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A text and the panels under it, which get the same width."""
+class SheetRow:
+    """Describes a row of a sheet: a text, and below it panels of equal width."""
 
     label: str
     panels: Sequence[Panel]
 
 
-def spread(items: Sequence[Any], number: int) -> tuple[Any, ...]:
-    """At most ``number`` of the items, from the first to the last."""
+def pick_evenly(items: Sequence[Item], number: int) -> tuple[Item, ...]:
+    """Returns at most ``number`` of the items, evenly spaced from the first to the last."""
     if len(items) <= number:
         return tuple(items)
     last = max(1, number - 1)
     return tuple(items[(len(items) - 1) * i // last] for i in range(number))
 
 
-def contact_sheet(rows: Sequence[Row], path: Path, title: str, width: int = 1200) -> None:
-    """Writes a PNG of that width: the title, then for each row its label above its panels.
+def contact_sheet(rows: Sequence[SheetRow], path: Path, title: str, width: int = 1200) -> None:
+    """Writes a sheet as PNG: the title, then for each row its label above its panels.
 
-    A text has at most 3 lines. Its newlines are kept; what the font lacks is shown as a box. Raises ValueError for
-    frames that are not uint8 (H, W, 3).
+    A text has at most MAX_LINES lines. Its line breaks are kept. Letters that the font lacks are shown as a box.
+
+    Args:
+        rows: The rows from top to bottom.
+        path: The file to write.
+        title: The text at the top.
+        width: The width of the sheet; its height follows from the content.
+
+    Raises:
+        ValueError: A frame is not a uint8 array of shape (H, W, 3).
     """
     inner = width - 2 * MARGIN
-    parts = [_text(title, TITLE_SIZE, inner), *(_row(row, inner) for row in rows)]
-    content = _below(parts, ROW_GAP, inner)
-    sheet = Image.new("RGB", (width, 2 * MARGIN + (content.height if content else 0)), PAPER)
-    if content:
-        sheet.paste(content, (MARGIN, MARGIN))
+    content = _stack([_text_block(title, TITLE_SIZE, inner), *(_row(row, inner) for row in rows)], ROW_GAP, inner)
+    sheet = ImageOps.expand(content or Image.new("RGB", (inner, 0)), MARGIN, PAPER)
     file = io.BytesIO()
     sheet.save(file, "PNG")
     write_atomically(path, file.getvalue())
 
 
-def _row(row: Row, width: int) -> Part:
-    room = (width - PANEL_GAP * (len(row.panels) - 1)) // max(1, len(row.panels))
-    panels = [_panel(panel, room) for panel in row.panels]
-    return _below([_text(row.label, LABEL_SIZE, width), _beside(panels, room + PANEL_GAP, width)], GAP, width)
+def _row(row: SheetRow, width: int) -> Picture:
+    panel_width = (width - PANEL_GAP * (len(row.panels) - 1)) // max(1, len(row.panels))
+    panels = [
+        (number * (panel_width + PANEL_GAP), _panel(panel, panel_width)) for number, panel in enumerate(row.panels)
+    ]
+    return _stack([_text_block(row.label, LABEL_SIZE, width), _side_by_side(panels, width)], GAP, width)
 
 
-def _panel(panel: Panel, width: int) -> Part:
+def _panel(panel: Panel, width: int) -> Picture:
     strips = [[frame] for frame in panel.frames] if panel.stacked else [panel.frames]
-    label, caption = _text(panel.label, LABEL_SIZE, width), _text(panel.caption, CAPTION_SIZE, width)
-    return _below([label, *(_strip(strip, width) for strip in strips), caption], GAP, width)
+    label, caption = _text_block(panel.label, LABEL_SIZE, width), _text_block(panel.caption, CAPTION_SIZE, width)
+    return _stack([label, *(_strip(strip, width) for strip in strips), caption], GAP, width)
 
 
-def _below(parts: Sequence[Part], gap: int, width: int) -> Part:
-    """The parts under each other, as one."""
-    shown = [part for part in parts if part]
+def _stack(pictures: Sequence[Picture], gap: int, width: int) -> Picture:
+    """Returns one picture with the pictures below each other, without those that are None."""
+    shown = [picture for picture in pictures if picture]
     if not shown:
         return None
-    column = Image.new("RGB", (width, sum(part.height for part in shown) + gap * (len(shown) - 1)), PAPER)
-    top = 0
-    for part in shown:
-        column.paste(part, (0, top))
-        top += part.height + gap
+    *tops, bottom = accumulate((picture.height + gap for picture in shown), initial=0)
+    column = Image.new("RGB", (width, bottom - gap), PAPER)
+    for top, picture in zip(tops, shown, strict=True):
+        column.paste(picture, (0, top))
     return column
 
 
-def _beside(parts: Sequence[Part], step: int, width: int) -> Part:
-    """The parts beside each other, as one; each starts ``step`` after the one before, whether that is there or not."""
-    if not any(parts):
+def _side_by_side(pictures: Sequence[tuple[int, Picture]], width: int) -> Picture:
+    """Returns one picture with each picture at its left edge, without those that are None."""
+    shown = [(left, picture) for left, picture in pictures if picture]
+    if not shown:
         return None
-    line = Image.new("RGB", (width, max(part.height for part in parts if part)), PAPER)
-    for number, part in enumerate(parts):
-        if part:
-            line.paste(part, (number * step, 0))
+    line = Image.new("RGB", (width, max(picture.height for _, picture in shown)), PAPER)
+    for left, picture in shown:
+        line.paste(picture, (left, 0))
     return line
 
 
-def _text(text: str, size: int, width: int) -> Part:
-    """The text in as many lines as it takes, at most MAX_LINES."""
+def _text_block(text: str, size: int, width: int) -> Picture:
+    """Returns a picture of the text in at most MAX_LINES lines, or None if the text is empty."""
     font = ImageFont.load_default(size)
     lines: list[str] = []
     for line in _wrapped(text, font, width):
@@ -124,7 +141,7 @@ def _text(text: str, size: int, width: int) -> Part:
 
 
 def _wrapped(text: str, font: Font, width: int) -> Iterator[str]:
-    """Lines no wider than `width`, broken between words, and inside a word only if it fills a line by itself."""
+    """Yields lines of at most ``width`` pixels. Only a word that does not fit into one line is broken."""
     for paragraph in text[:LONGEST_LABEL].splitlines():
         line = ""
         for word in "".join(letter if letter.isprintable() else " " for letter in paragraph).split():
@@ -142,35 +159,29 @@ def _wrapped(text: str, font: Font, width: int) -> Iterator[str]:
 
 
 def _num_fitting(text: str, font: Font, width: int) -> int:
-    """How many of the first letters fit."""
-    length = 0
-    while length < len(text) and font.getlength(text[: length + 1]) <= width:
-        length += 1
-    return length
+    """Returns how many of the first letters fit."""
+    return bisect_right(range(1, len(text) + 1), width, key=lambda number: math.ceil(font.getlength(text[:number])))
 
 
 def _shortened(line: str, font: Font, width: int) -> str:
-    """The line with dots at its end, which stand for what is left out."""
+    """Returns the line with three dots at its end, and without as many words or letters as the dots need."""
     while line and font.getlength(f"{line} ...") > width:
         line = line.rpartition(" ")[0] or line[:-1]
     return f"{line.rstrip()} ..."
 
 
-def _strip(frames: Sequence[np.ndarray], width: int) -> Part:
-    """The frames beside each other at one height, each with a thin edge; None if there are none."""
+def _strip(frames: Sequence[np.ndarray], width: int) -> Picture:
+    """Returns a picture of the frames side by side at one height, each with a thin edge; None if there are none."""
     if not frames:
         return None
     for frame in frames:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
             raise ValueError(f"a frame must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
-    room = width - (len(frames) - 1) * GAP - 2 * len(frames)
+    available = width - (len(frames) - 1) * GAP - 2 * len(frames)
     ratios = [frame.shape[1] / frame.shape[0] for frame in frames]
-    height = max(1, min(STRIP_HEIGHT, int(room / sum(ratios))))
-    strip = Image.new("RGB", (width, height + 2), PAPER)
-    left = 0
-    for frame, ratio in zip(frames, ratios, strict=True):
-        size = (max(1, int(height * ratio)), height)
-        strip.paste(FAINT, (left, 0, left + size[0] + 2, height + 2))
-        strip.paste(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS), (left + 1, 1))
-        left += size[0] + 2 + GAP
-    return strip
+    height = max(1, min(STRIP_HEIGHT, int(available / sum(ratios))))
+    sizes = [(max(1, int(height * ratio)), height) for ratio in ratios]
+    resized = [Image.fromarray(f).resize(s, Image.Resampling.LANCZOS) for f, s in zip(frames, sizes, strict=True)]
+    pictures = [ImageOps.expand(picture, 1, FRAME_EDGE) for picture in resized]
+    lefts = accumulate((picture.width + GAP for picture in pictures[:-1]), initial=0)
+    return _side_by_side(list(zip(lefts, pictures, strict=True)), width)
