@@ -15,11 +15,11 @@ from pathlib import Path
 from cogvideox.config import args
 from cogvideox.config.geometry import check_preparation, read_geometry
 from cogvideox.config.options import PrepareOptions, needs_captions
-from cogvideox.data.forms.samples import check_data
+from cogvideox.data.forms.samples import check_data_roots
 from cogvideox.data.media.decord_reader import check_reader
 from cogvideox.files import what_is_safe
 
-CHECKS = (check_preparation, check_data, check_reader)
+CHECKS = (check_preparation, check_data_roots, check_reader)
 
 
 def main(options: PrepareOptions) -> int:

@@ -24,11 +24,11 @@ from cogvideox.data.dataset import (
     LatentDataset,
     build_loader,
     collate,
-    normal,
     pad_front,
     sample_posterior,
+    standard_normal,
     timestep_in,
-    timesteps_of,
+    trained_timesteps,
 )
 from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
 from cogvideox.errors import UsageError
@@ -143,7 +143,7 @@ def test_x0_is_a_scaled_draw_from_the_posterior(make: Callable[..., LatentDatase
     dataset = make(kind, seed=5)
     for visit in range(4):
         mean, std = moments_of(dataset, 1, visit % VARIANTS)
-        eps = normal((16, 3, 8, 12), 5, visit, NAMES[1], "posterior").transpose(0, 1)
+        eps = standard_normal((16, 3, 8, 12), 5, visit, NAMES[1], "posterior").transpose(0, 1)
         torch.testing.assert_close(dataset[Visit(1, visit)].x0_BFCHW, (mean + std * eps) * scale)
 
 
@@ -227,7 +227,7 @@ def test_timesteps_are_uniform(make: Callable[..., LatentDataset]) -> None:
 
 def test_a_range_of_timesteps(make: Callable[..., LatentDataset]) -> None:
     dataset, all_of_them = make(), make()
-    dataset.timesteps = timesteps_of(LossFlags(min_timestep=300, max_timestep=302), 1000)
+    dataset.timesteps = trained_timesteps(LossFlags(min_timestep=300, max_timestep=302), 1000)
     found = Counter(int(dataset[Visit(k % 5, k // 5)].timestep_B) for k in range(60))
     assert sorted(found) == [300, 301, 302]
     assert min(found.values()) > 8
@@ -235,8 +235,8 @@ def test_a_range_of_timesteps(make: Callable[..., LatentDataset]) -> None:
         one, other = dataset[Visit(0, k)], all_of_them[Visit(0, k)]
         assert int(one.timestep_B) == 300 + int(other.timestep_B) * 3 // 1000
         assert torch.equal(one.noise_BFCHW, other.noise_BFCHW)
-    assert timesteps_of(LossFlags(), 1000) == range(1000)
-    assert timesteps_of(LossFlags(min_timestep=999), 1000) == range(999, 1000)
+    assert trained_timesteps(LossFlags(), 1000) == range(1000)
+    assert trained_timesteps(LossFlags(min_timestep=999), 1000) == range(999, 1000)
 
 
 def test_strata_share_the_range_out_evenly(make: Callable[..., LatentDataset]) -> None:
@@ -332,7 +332,7 @@ def test_the_image_is_an_unscaled_draw_from_its_posterior(with_images: Callable[
         variant, noise = visit % VARIANTS, visit // VARIANTS % NOISES
         moments = dataset.cache.read(hash_of(["image", NAMES[1], variant]))["image_moments_KCHW"][noise]
         posterior = DiagonalGaussianDistribution(moments[None, :, None])
-        eps = normal((16, 8, 12), 5, visit, NAMES[1], "image posterior")
+        eps = standard_normal((16, 8, 12), 5, visit, NAMES[1], "image posterior")
         image = image_of(dataset[Visit(1, visit)])
         assert image.dtype == torch.float32
         torch.testing.assert_close(image, posterior.mean[0, :, 0] + posterior.std[0, :, 0] * eps)

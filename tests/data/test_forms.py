@@ -21,7 +21,7 @@ from cogvideox.config.flags import DataFlags, ModelFlags
 from cogvideox.config.geometry import weight_problems
 from cogvideox.data.cache import open_index
 from cogvideox.data.forms.columns import WITHOUT_CAPTIONS
-from cogvideox.data.forms.samples import Sample, check_first_frames, read_samples, read_validation
+from cogvideox.data.forms.samples import Sample, check_no_missing_images, read_samples, read_validation
 from cogvideox.errors import UsageError
 from cogvideox.preparation.report import skipped_notes
 
@@ -128,13 +128,13 @@ def test_an_image_column_is_used_if_it_holds_images(tmp_path: Path) -> None:
     one, two = samples = read(tmp_path, **flags)
     assert [one.image, two.image] == [str(tmp_path / "b.mp4"), None]
     with pytest.raises(UsageError, match=r"t.jsonl:2: blank path of the image; write one, or leave the images"):
-        check_first_frames(samples)
+        check_no_missing_images(samples)
     table(tmp_path, '{"text": "x", "video": "a.mp4", "image": null}\n{"text": "y", "video": "b.mp4"}', "jsonl")
     samples = read(tmp_path, **flags)
     assert [sample.image for sample in samples] == [None, None]
-    check_first_frames(samples)
+    check_no_missing_images(samples)
     with pytest.raises(UsageError, match=r"t.jsonl:1: blank path of the image.*\n.*t.jsonl:2"):
-        check_first_frames(read(tmp_path, **flags, image_column="image"))
+        check_no_missing_images(read(tmp_path, **flags, image_column="image"))
 
 
 def test_problems_name_the_line_on_which_a_row_starts(tmp_path: Path) -> None:

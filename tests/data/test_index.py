@@ -12,7 +12,7 @@ import pytest
 
 from cogvideox.config.flags import DataFlags
 from cogvideox.data.forms import samples
-from cogvideox.data.forms.samples import Sample, check_data, read_samples, read_validation, take_listing
+from cogvideox.data.forms.samples import Sample, check_data_roots, read_samples, read_validation, take_listing
 from cogvideox.errors import UsageError
 
 
@@ -390,7 +390,7 @@ def test_the_check_lists_training_and_validation(tmp_path: Path) -> None:
     (two / "b.mp4").unlink()
     # A wrong number of repeats is reported by the flags' own checks, which run as well.
     data = DataFlags(data_root=roots, validation_data_root=(str(tmp_path / "no"),), repeats=(1, 2, 3))
-    found = list(check_data(SimpleNamespace(data=data)))
+    found = list(check_data_roots(SimpleNamespace(data=data)))
     assert [problem.split(": ")[0] for problem in found] == [
         f"{one}/videos.txt:1", f"{two}/videos.txt:2", f"--validation_data_root {tmp_path}/no",
     ]  # fmt: skip
@@ -398,9 +398,9 @@ def test_the_check_lists_training_and_validation(tmp_path: Path) -> None:
 
 def test_the_check_leaves_a_prepared_folder_to_others(tmp_path: Path) -> None:
     options = SimpleNamespace(data=DataFlags(data_root=(str(tmp_path),)), loader=SimpleNamespace(load_tensors=True))
-    assert list(check_data(options)) == []
+    assert list(check_data_roots(options)) == []
     options.loader.load_tensors = False
-    assert "has none of: prompts.txt" in next(check_data(options))
+    assert "has none of: prompts.txt" in next(check_data_roots(options))
 
 
 def test_the_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +414,7 @@ def test_the_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(samples, "_read_folder", counted)
     data, equal = (DataFlags(data_root=(str(tmp_path),), validation_data_root=(str(tmp_path),)) for _ in range(2))
-    assert list(check_data(SimpleNamespace(data=data))) == []
+    assert list(check_data_roots(SimpleNamespace(data=data))) == []
     assert data == equal
     listing = take_listing(data)
     assert len(roots) == 2

@@ -38,8 +38,8 @@ def test_every_sample_e_times_after_e_epochs(global_batch: int, epochs: int) -> 
     assert len(seen) == len(set(seen))
     assert {(name, visit) for name in IDS for visit in range(epochs)} <= set(seen)
     fill = [visit for _, visit in seen if visit >= epochs]
-    assert len(fill) == of.filled(epochs)
-    assert 0 <= of.filled(epochs) < global_batch * len(SIZES)
+    assert len(fill) == of.num_fill_samples(epochs)
+    assert 0 <= of.num_fill_samples(epochs) < global_batch * len(SIZES)
 
 
 @pytest.mark.parametrize("global_batch", BATCHES)
@@ -56,7 +56,7 @@ def test_a_sample_s_visits_come_one_after_the_other(global_batch: int) -> None:
 
 def test_without_a_partial_batch_there_is_no_fill() -> None:
     of = Order([f"{k}" for k in range(12)], ["a"] * 8 + ["b"] * 4, 4, 0)
-    assert (of.steps_through(0), of.filled(1), of.filled(3)) == (3, 0, 0)
+    assert (of.steps_through(0), of.num_fill_samples(1), of.num_fill_samples(3)) == (3, 0, 0)
 
 
 @pytest.mark.parametrize("global_batch", BATCHES)

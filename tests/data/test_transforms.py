@@ -4,7 +4,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from cogvideox.data.media.transforms import Fit, apply_fit, fit, scale, stretch
+from cogvideox.data.media.transforms import Fit, apply_fit, fit, resize_factor, stretch
 
 SIZES = [(720, 1280, 480, 720), (1280, 720, 480, 720), (480, 720, 480, 720), (33, 1001, 64, 64), (100, 150, 480, 720)]
 
@@ -54,8 +54,8 @@ def test_stretch_and_scale():
     plain = fit(720, 1280, 480, 720, "none")
     assert stretch(plain, 720, 1280) == pytest.approx(1280 / 720 / 1.5)
     assert stretch(plain, 1280, 720) == pytest.approx(1.5 / (720 / 1280))
-    assert scale(plain, 720, 1280) == pytest.approx(480 / 720)
-    assert scale(fit(240, 360, 480, 720, "center"), 240, 360) == 2
+    assert resize_factor(plain, 720, 1280) == pytest.approx(480 / 720)
+    assert resize_factor(fit(240, 360, 480, 720, "center"), 240, 360) == 2
 
 
 def test_a_fit_is_plain_json():

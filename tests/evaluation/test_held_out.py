@@ -20,7 +20,7 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.data.cache import CachedSample, CacheError, TensorCache, open_index
-from cogvideox.data.dataset import Batch, normal, sample_posterior
+from cogvideox.data.dataset import Batch, sample_posterior, standard_normal
 from cogvideox.evaluation import held_out
 from cogvideox.evaluation.held_out import PLACES, HeldOut, by_clip, mean_and_error
 from cogvideox.runtime.run import METRICS_NAME
@@ -92,7 +92,7 @@ def test_one_timestep_from_each_eighth_and_noise_of_its_own(model: Path, prepare
     ids = [sample.id for sample in open_index(prepared).validation]
     assert [batch.ids for batch in alone.seen] == [(name,) for name in ids for _ in range(PLACES)]
     shape = tuple(noises[3].shape[1:])
-    assert noises[PLACES + 3][0].equal(normal(shape, 0, "held_out", ids[1], 3, "noise"))
+    assert noises[PLACES + 3][0].equal(standard_normal(shape, 0, "held_out", ids[1], 3, "noise"))
     captions = [sample.prompt_key for sample in open_index(prepared).validation]
     assert alone.seen[-1].prompt_BLD[0].equal(TensorCache(prepared).read(captions[1])["prompt_LD"])
 
@@ -104,7 +104,7 @@ def test_each_place_has_a_noise_of_the_first_frame(tiny: Tiny, image_tensors: Pa
     (sample,) = open_index(folder).validation
     moments = TensorCache(folder).read(sample.image_keys[0])["image_moments_KCHW"]
     for place, batch in enumerate(alone.seen):
-        noise = normal((16, 8, 12), 0, "held_out", sample.id, place, "image posterior")
+        noise = standard_normal((16, 8, 12), 0, "held_out", sample.id, place, "image posterior")
         assert batch.image_BCHW is not None
         assert batch.image_BCHW[0].equal(sample_posterior(moments[place % 2], noise))
 

@@ -14,7 +14,7 @@ from cogvideox.config.lora_file import check_lora
 from cogvideox.config.optimizers import check_optimizer, check_state_place
 from cogvideox.config.options import image_flags, is_url
 from cogvideox.config.prompts import check_prompts, images_of, link_problems, prompts_of
-from cogvideox.data.forms.samples import check_data
+from cogvideox.data.forms.samples import check_data_roots
 from cogvideox.data.media.decord_reader import check_reader
 from cogvideox.data.media.faults import VideoError
 from cogvideox.errors import public_urls
@@ -58,7 +58,7 @@ def image_problems(path: str) -> Iterator[str]:
         yield f"--validation_images {getattr(error, 'strerror', None) or error}"
 
 
-DATA_CHECKS = (check_data, check_reader, check_tensors)
+DATA_CHECKS = (check_data_roots, check_reader, check_tensors)
 TRAINING_CHECKS = (
     *DATA_CHECKS,
     check_optimizer,

@@ -22,7 +22,7 @@ from cogvideox.config.hub import upload
 from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, local_processes
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import max_bad
-from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, timesteps_of
+from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, trained_timesteps
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.data.shared_memory import batch_bytes, choose_workers
 from cogvideox.errors import UsageError, first_line, first_of
@@ -214,7 +214,7 @@ class Trainer:
             seed,
             options.loader.caption_dropout,
             replace_bad=bad_fraction > 0,
-            timesteps=timesteps_of(options.loss, len(self.schedule)),
+            timesteps=trained_timesteps(options.loss, len(self.schedule)),
             image_dropout=images.noised_image_dropout if images is not None else 0.0,
         )
         self.bad_clips = BadClips(bad_fraction, len(tensors.index.samples))
@@ -430,7 +430,7 @@ class Trainer:
         """Describes how many samples of the next epoch fill the last batches of --num_train_epochs, if any."""
         if self.options.train.max_train_steps:
             return ""
-        filled = self.steps.order.filled(self.options.train.num_train_epochs)
+        filled = self.steps.order.num_fill_samples(self.options.train.num_train_epochs)
         return f"; {filled} samples come early to fill last batches" if filled else ""
 
     def finish(self) -> int:

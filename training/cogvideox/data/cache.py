@@ -27,8 +27,8 @@ from cogvideox.files import LOCK_NAME, disk_errors_told, remove_stale_temporarie
 from cogvideox.locks import held
 
 INDEX_FORMAT, OLD_FORMATS = 4, (3,)  # format 3 does not have the recipe
-KEYS = ("video_keys", "image_keys")  # fields of CachedSample that hold several keys
-KEY = re.compile("[0-9a-f]{64}")
+_KEY_FIELDS = ("video_keys", "image_keys")  # fields of CachedSample that hold several keys
+_KEY_PATTERN = re.compile("[0-9a-f]{64}")
 
 
 class CacheError(UsageError):
@@ -45,7 +45,7 @@ def is_key(value: Any) -> bool:
 
     An index may come from somebody else and hold anything, for example a path that leads out of the folder.
     """
-    return isinstance(value, str) and KEY.fullmatch(value) is not None
+    return isinstance(value, str) and _KEY_PATTERN.fullmatch(value) is not None
 
 
 class TensorCache:
@@ -330,7 +330,7 @@ def open_index(folder: Path) -> CacheIndex:
     try:
         for name in ("samples", "validation"):
             values[name] = tuple(
-                CachedSample(**s | {"bucket": Bucket(**s["bucket"])} | {keys: tuple(s[keys]) for keys in KEYS})
+                CachedSample(**s | {"bucket": Bucket(**s["bucket"])} | {keys: tuple(s[keys]) for keys in _KEY_FIELDS})
                 for s in values[name]
             )
         index = CacheIndex(**values)

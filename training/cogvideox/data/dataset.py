@@ -76,7 +76,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
     )
 
 
-def normal(shape: tuple[int, ...], *draw: object) -> Tensor:
+def standard_normal(shape: tuple[int, ...], *draw: object) -> Tensor:
     """Returns standard normal numbers in fp32, drawn on the CPU so that they do not depend on the device.
 
     Args:
@@ -123,7 +123,7 @@ def read_moments(cache: TensorCache, sample: CachedSample, variant: int, geometr
             the sample's bucket.
     """
     shape = geometry.moments_shape(sample.bucket)
-    return _read(cache, sample.video_keys[variant % len(sample.video_keys)], "moments_CFHW", shape)
+    return _read_tensor(cache, sample.video_keys[variant % len(sample.video_keys)], "moments_CFHW", shape)
 
 
 def read_image(
@@ -149,15 +149,15 @@ def read_image(
         return None
     times, variant = divmod(visit, len(sample.image_keys))
     shape = (variants, *geometry.image_shape(sample.bucket))
-    return _read(cache, sample.image_keys[variant], "image_moments_KCHW", shape)[times % variants]
+    return _read_tensor(cache, sample.image_keys[variant], "image_moments_KCHW", shape)[times % variants]
 
 
 def read_prompt(cache: TensorCache, key: str, geometry: Geometry) -> Tensor:
     """Reads the embedding of a caption, of shape (L, D). Raises CacheError as ``read_moments`` does."""
-    return _read(cache, key, "prompt_LD", (geometry.max_text_seq_length, geometry.text_embed_dim))
+    return _read_tensor(cache, key, "prompt_LD", (geometry.max_text_seq_length, geometry.text_embed_dim))
 
 
-def _read(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Tensor:
+def _read_tensor(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Tensor:
     """Reads one tensor of a file, and checks its shape and that its numbers are finite."""
     tensor = cache.read(key).get(name)
     found = None if tensor is None else tuple(tensor.shape)
@@ -169,7 +169,7 @@ def _read(cache: TensorCache, key: str, name: str, shape: tuple[int, ...]) -> Te
     return tensor
 
 
-def timesteps_of(flags: LossFlags, total: int) -> range:
+def trained_timesteps(flags: LossFlags, total: int) -> range:
     """Returns the timesteps that are trained: all ``total`` of the scheduler, or those that flags restrict it to."""
     return range(total)[flags.min_timestep : total if flags.max_timestep is None else flags.max_timestep + 1]
 
@@ -208,15 +208,16 @@ def draw_sample(
         image_moments_CHW: Moments of the first frame, for image-to-video.
     """
     channels, *rest = moments_CFHW.shape
-    latents = sample_posterior(moments_CFHW, normal((channels // 2, *rest), *draw, "posterior"))
+    latents = sample_posterior(moments_CFHW, standard_normal((channels // 2, *rest), *draw, "posterior"))
     x0 = latents.mul_(geometry.scaling_factor).transpose(0, 1).contiguous()
     x0 = pad_front(x0, geometry.padding_frames(len(x0)))
     image = None
     if image_moments_CHW is not None:
-        image = sample_posterior(image_moments_CHW, normal((channels // 2, *rest[1:]), *draw, "image posterior"))
+        image_noise = standard_normal((channels // 2, *rest[1:]), *draw, "image posterior")
+        image = sample_posterior(image_moments_CHW, image_noise)
     return Batch(
         x0_BFCHW=x0,
-        noise_BFCHW=normal(tuple(x0.shape), *draw, "noise"),
+        noise_BFCHW=standard_normal(tuple(x0.shape), *draw, "noise"),
         timestep_B=torch.tensor(timestep),
         prompt_BLD=prompt_LD,
         ids=(sample_id,),

@@ -89,7 +89,7 @@ class Order:
             for p, stratum in zip(positions, self.strata, strict=True)
         ]
 
-    def filled(self, epochs: int) -> int:
+    def num_fill_samples(self, epochs: int) -> int:
         """Returns how many samples the first epochs take from later permutations to fill their last batches."""
         return self.steps_through(epochs - 1) * self.global_batch - epochs * len(self.sample_ids)
 

@@ -24,7 +24,7 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.options import TrainOptions, ignores_positions
-from cogvideox.data.dataset import Batch, collate, draw_sample, normal, sample_posterior
+from cogvideox.data.dataset import Batch, collate, draw_sample, sample_posterior, standard_normal
 from cogvideox.model import encode, models
 from cogvideox.model.diffusion import NoiseSchedule
 from cogvideox.model.tasks import ImageToVideo, Task, image_scale, losses_of
@@ -189,13 +189,13 @@ def other_scale(task: ImageToVideo, geometry: Geometry) -> float:
 def moments_of(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
     """Returns random moments in the shape of the VAE's: (2C, F, H, W) for a clip, (2C, H, W) for an image."""
     shape = geometry.moments_shape(bucket) if name == "clip" else geometry.image_shape(bucket)
-    return normal(shape, "parity", bucket, f"{name} moments")
+    return standard_normal(shape, "parity", bucket, f"{name} moments")
 
 
 def random_batch(geometry: Geometry, bucket: Bucket, timestep: int) -> Batch:
     """Returns a batch of one sample, drawn from random moments as training draws samples from the cache."""
     draw = ("parity", bucket)
-    prompt = normal((geometry.max_text_seq_length, geometry.text_embed_dim), *draw, "prompt")
+    prompt = standard_normal((geometry.max_text_seq_length, geometry.text_embed_dim), *draw, "prompt")
     clip, image = (moments_of(bucket, geometry, name) for name in PURPOSES)
     return collate([draw_sample(clip, prompt, timestep, geometry, draw, "parity", image)])
 
@@ -204,7 +204,7 @@ def drawn_by_diffusers(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
     """Samples unscaled latents of the same clip, (1, C, F, H, W), or image, (1, C, 1, H, W), with diffusers' code."""
     moments = moments_of(bucket, geometry, name)
     channels, *rest = moments.shape
-    latents = posterior_by_diffusers(moments, normal((channels // 2, *rest), "parity", bucket, PURPOSES[name]))
+    latents = posterior_by_diffusers(moments, standard_normal((channels // 2, *rest), "parity", bucket, PURPOSES[name]))
     return latents[None] if name == "clip" else latents[None].unsqueeze(2)
 
 
@@ -223,8 +223,8 @@ def check_posterior() -> None:
         ParityError: The samples differ.
     """
     log_variance = torch.linspace(-40.0, 30.0, 71).view(1, -1)
-    moments = torch.cat([normal((1, 71), "parity", "mean"), log_variance])
-    noise = normal((1, 71), "parity", "noise")
+    moments = torch.cat([standard_normal((1, 71), "parity", "mean"), log_variance])
+    noise = standard_normal((1, 71), "parity", "noise")
     ours, theirs = sample_posterior(moments, noise), posterior_by_diffusers(moments, noise)
     compare("a draw from the VAE's posterior", ours, theirs)
 
@@ -280,7 +280,7 @@ def check_schedule(schedule: NoiseSchedule, scheduler: Any) -> None:
         ParityError: The noised clip, the velocity, or the x0 that the sampler computes from a velocity differs.
     """
     device = schedule.alphas_cumprod.device
-    x0, noise = (normal((1, 1, 1, 2, 2), "parity", name).to(device) for name in ("x0", "noise"))
+    x0, noise = (standard_normal((1, 1, 1, 2, 2), "parity", name).to(device) for name in ("x0", "noise"))
     scheduler.set_timesteps(len(schedule))
     for number in timesteps_of(schedule):
         timestep = torch.tensor([number], device=device)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideox.data.dataset import normal
+from cogvideox.data.dataset import standard_normal
 
 # (mean, deviation) of the noise on first frames with which CogVideoX was trained: for pixels from -1 to 1, the standard
 # deviation of the noise is exp(s) with s drawn from N(mean, deviation).
@@ -50,8 +50,8 @@ def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object,
     mean, deviation = IMAGE_NOISE
     moments = []
     for draw in draws:  # one at a time: needs no more memory than a clip, and an encoding does not depend on K
-        sigma = (mean + deviation * normal((), *draw, "sigma")).exp().item()
-        noise_CFHW = normal(tuple(image_CFHW.shape), *draw, "pixels").to(vae.device)
+        sigma = (mean + deviation * standard_normal((), *draw, "sigma")).exp().item()
+        noise_CFHW = standard_normal(tuple(image_CFHW.shape), *draw, "pixels").to(vae.device)
         moments.append(moments_of(vae, image_CFHW + sigma * noise_CFHW)[:, 0])
     return torch.stack(moments)
 

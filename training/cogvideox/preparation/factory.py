@@ -155,15 +155,16 @@ def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems, ima
         video = os.path.normpath(os.path.join(videos.folder, path))
         row = Row(os.path.relpath(video, root).replace(os.sep, "/"), caption, *_files_of(video, images))
         if not is_unicode(caption):
-            problems.add("not UTF-8", f"{captions.place(number)}: is not Unicode text; write the characters themselves")
+            rule = "is not Unicode text; write the characters themselves"
+            problems.add("not UTF-8", f"{captions.location(number)}: {rule}")
         if owners.setdefault(row.moments, video) != video:
             whole = os.path.splitext(os.path.basename(video))[0]
             fix = f"name the tensors after the whole name, {whole}.pt, or rename the clip and them"
             both = f"{owners[row.moments]} and {video} would share {row.moments}"
-            problems.add("two clips, one file", f"{videos.place(number)}: {both}; {fix}")
+            problems.add("two clips, one file", f"{videos.location(number)}: {both}; {fix}")
         for _, file in row.files():
-            if (verdict := rules.verdict(os.path.relpath(file, root), root, "tensor")) is not None:
-                problems.add(verdict[0], f"{videos.place(number)}: {verdict[1]}")
+            if (problem := rules.problem_with(os.path.relpath(file, root), root, "tensor")) is not None:
+                problems.add(problem[0], f"{videos.location(number)}: {problem[1]}")
         yield row
 
 

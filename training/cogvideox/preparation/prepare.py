@@ -46,7 +46,7 @@ from cogvideox.data.clips import (
     plan_clip,
     plan_image,
 )
-from cogvideox.data.forms.samples import Sample, check_first_frames, take_listing
+from cogvideox.data.forms.samples import Sample, check_no_missing_images, take_listing
 from cogvideox.data.media.workers import Killed, Limits, Workers
 from cogvideox.errors import UsageError
 from cogvideox.files import stamp_of
@@ -202,7 +202,7 @@ class Preparation:
         self.num_validation = len(listing.validation)
         self.skipped = listing.skipped
         if image_variants:
-            check_first_frames(self.samples)
+            check_no_missing_images(self.samples)
 
     @cached_property
     def requests(self) -> dict[str, str]:

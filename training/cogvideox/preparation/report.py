@@ -25,7 +25,7 @@ from cogvideox.data.clips import OK, SHORT, SMALL, Variant, decode_variant, time
 from cogvideox.data.forms.folders import PREVIEW_FOLDER
 from cogvideox.data.forms.samples import Sample
 from cogvideox.data.media.colors import HDR, WHITE, is_wide_sdr
-from cogvideox.data.media.transforms import scale, stretch
+from cogvideox.data.media.transforms import resize_factor, stretch
 from cogvideox.errors import UsageError
 from cogvideox.model import encode, models
 from cogvideox.preparation.captions import caption_notes, indented, shared_notes
@@ -207,7 +207,7 @@ def table(used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int,
 def bucket_cells(clips: list[Used]) -> tuple[str, ...]:
     """Returns the cells of a bucket's row: clips, variants, clips enlarged, largest stretch, largest part cut off."""
     fits = [(clip.variant.fit, clip.source["height"], clip.source["width"]) for clip in clips]
-    upscaled = sum(scale(*fit) > 1.0 for fit in fits)
+    upscaled = sum(resize_factor(*fit) > 1.0 for fit in fits)
     stretched = max(stretch(*fit) for fit in fits) - 1
     lost = max(1 - fit.height * fit.width / (fit.resize_height * fit.resize_width) for fit, _, _ in fits)
     counts = (len(clips), sum(clip.num_variants for clip in clips), upscaled)

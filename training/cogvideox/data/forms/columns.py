@@ -27,13 +27,13 @@ class Column:
 
     Attributes:
         values: The values; None where the value is already among the problems.
-        place: Returns where the value of a row, counted from 0, is written, as "file:line".
+        location: Returns where the value of a row, counted from 0, is written, as "file:line".
         removal: How the user removes a row, for messages.
         folder: Absolute path of the folder that the column's paths are relative to.
     """
 
     values: Sequence[str | None]
-    place: Callable[[int], str]
+    location: Callable[[int], str]
     removal: str
     folder: str
 

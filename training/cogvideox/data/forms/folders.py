@@ -30,7 +30,7 @@ from cogvideox.data.forms.columns import (
     read_lines,
 )
 from cogvideox.data.forms.paths import PathRules, fold_name
-from cogvideox.data.forms.tables import FORMATS, Names, read_table
+from cogvideox.data.forms.tables import TABLE_READERS, Names, read_table
 
 CAPTION_FILES = ("prompts.txt", "prompt.txt")
 VIDEO_FILES = ("videos.txt",)
@@ -96,10 +96,10 @@ def _may_read(root: str, file: str, rules: PathRules, problems: Problems) -> boo
     A file outside the folder was named by a flag, so the user chose it.
     """
     inside = os.path.join(root, "")
-    verdict = rules.verdict(file.removeprefix(inside), root, "list") if file.startswith(inside) else None
-    if verdict is not None:
-        problems.add(verdict[0], f"{root}: {verdict[1]}")
-    return verdict is None
+    problem = rules.problem_with(file.removeprefix(inside), root, "list") if file.startswith(inside) else None
+    if problem is not None:
+        problems.add(problem[0], f"{root}: {problem[1]}")
+    return problem is None
 
 
 def _find_table(root: str, name: str, alone: bool, problems: Problems) -> str | None:
@@ -143,7 +143,7 @@ def _files(root: str, names: Sequence[str]) -> list[str]:
 def _text_files(root: str) -> str:
     """Returns up to ten names of files that the user may have meant: lists and tables, or else all files."""
     names = _files(root, _names(root, Problems()))
-    return first_names([name for name in names if name.endswith((".txt", *FORMATS))] or names)
+    return first_names([name for name in names if name.endswith((".txt", *TABLE_READERS))] or names)
 
 
 def _read_lists(root: str, names: Names, rules: PathRules, problems: Problems) -> Columns:
@@ -188,10 +188,10 @@ def _check_counts(captions: Column, paths: Column, what: str, problems: Problems
     pairs = ((captions, paths, what), (paths, captions, "a caption"))
     longer, shorter, missing = max(pairs, key=lambda pair: len(pair[0].values))
     first = len(shorter.values)
-    file = shorter.place(0).rpartition(":")[0]
+    file = shorter.location(0).rpartition(":")[0]
     counts = f"{len(longer.values)} lines, but {file} has {first}"
     fix = "add a line there or remove this one"
-    problems.add("unequal line counts", f"{longer.place(first)}: first line without {missing} ({counts}); {fix}")
+    problems.add("unequal line counts", f"{longer.location(first)}: first line without {missing} ({counts}); {fix}")
 
 
 @dataclass
@@ -373,8 +373,8 @@ def _is_document(path: str) -> bool:
 
 def _read_caption(root: str, name: str, rules: PathRules, problems: Problems) -> str | None:
     """Returns the stripped text of a caption file, or None if it breaks a rule, which is then among the problems."""
-    if (verdict := rules.verdict(name, root, "caption")) is not None:
-        problems.add(verdict[0], f"{root}: {verdict[1]}")
+    if (problem := rules.problem_with(name, root, "caption")) is not None:
+        problems.add(problem[0], f"{root}: {problem[1]}")
         return None
     lines = read_lines(os.path.join(root, name), problems)
     if lines is None or None in lines:

@@ -1,8 +1,8 @@
 """Decides which files a data set may name: regular files under the data root or under a folder of --allow_path.
 
-``PathRules`` is the entry point. ``find`` turns a column of paths into files, ``verdict`` checks a single path. Files
-are also found where their names are spelled in another way: with accents composed or decomposed, in another letter
-case, or with backslashes.
+``PathRules`` is the entry point. Its method ``find`` turns a column of paths into files, and ``problem_with`` checks a
+single path. Files are also found where their names are spelled in another way: with accents composed or decomposed, in
+another letter case, or with backslashes.
 
 A list may name pipes and devices, which block a program that opens them. So each path is first inspected with lstat,
 and only regular files that are small enough to be Git LFS pointers are opened.
@@ -20,12 +20,12 @@ from cogvideox.data.forms.columns import POINTER, Column, Problems, first_names,
 from cogvideox.files import is_lfs_pointer, lfs_rule
 
 # At least two letters before the colon, because C:/clips is a path on Windows and not a URL.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_URL_START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _ABSOLUTE = re.compile(r"(/|[A-Za-z]:[\\/]|\\\\).+")  # of Linux, of Windows, or of a network share
 _PLAIN = re.compile(r"[\w/.-]+")  # has no characters that are special to sed or to a shell
 _OUTSIDE = "outside the data root"
 
-Verdict = tuple[str, str] | None  # None, or the kind of the problem and a line with the reason and the fix
+PathProblem = tuple[str, str] | None  # None, or the kind of the problem and a line with the reason and the fix
 
 
 class PathRules:
@@ -54,40 +54,40 @@ class PathRules:
         Returns:
             Absolute paths, with None where the column has None.
         """
-        found: dict[str, tuple[str, Verdict]] = {}
+        found: dict[str, tuple[str, PathProblem]] = {}
         for row, path in enumerate(column.values):
             if path is None:
                 continue
             if path not in found:
                 found[path] = self._find(path, column, row, what)
-            if (verdict := found[path][1]) is not None:
+            if (problem := found[path][1]) is not None:
                 fix = f", or {column.removal}" if not path else ""
-                problems.add(verdict[0], f"{column.place(row)}: {verdict[1]}{fix}")
+                problems.add(problem[0], f"{column.location(row)}: {problem[1]}{fix}")
         return [None if path is None else found[path][0] for path in column.values]
 
-    def _find(self, path: str, column: Column, row: int, what: str) -> tuple[str, Verdict]:
+    def _find(self, path: str, column: Column, row: int, what: str) -> tuple[str, PathProblem]:
         """Returns the file that a path means, also under another spelling, and what is wrong with it."""
         full = os.path.join(column.folder, path)
-        verdict = self.verdict(path, column.folder, what)
-        if verdict is None or verdict[0] not in (_OUTSIDE, f"missing {what}") or os.path.lexists(full):
-            return full, verdict
+        problem = self.problem_with(path, column.folder, what)
+        if problem is None or problem[0] not in (_OUTSIDE, f"missing {what}") or os.path.lexists(full):
+            return full, problem
         spelled = self._spelled(column.folder, path)
         if len(spelled) == 1:
-            return os.path.join(column.folder, spelled[0]), self.verdict(spelled[0], column.folder, what)
+            return os.path.join(column.folder, spelled[0]), self.problem_with(spelled[0], column.folder, what)
         if spelled:
             rule = (
                 f"is spelled as none of these files and means one of them: {first_names(spelled)}; rename all but one"
             )
             return full, ("ambiguous name", f"{path}: {rule}")
-        return full, self._foreign(path, column, row) or verdict
+        return full, self._foreign(path, column, row) or problem
 
-    def _foreign(self, path: str, column: Column, row: int) -> Verdict:
+    def _foreign(self, path: str, column: Column, row: int) -> PathProblem:
         """Returns the problem of an absolute path of another machine if its end is the path of a file in the folder."""
         parts = path.replace("\\", "/").split("/")
         for count in range(1, len(parts)) if _ABSOLUTE.fullmatch(path) else ():
             if self._spelled(column.folder, "/".join(parts[count:])):
                 start = path[: len("/".join(parts[:count])) + 1]
-                file = column.place(row).rpartition(":")[0]
+                file = column.location(row).rpartition(":")[0]
                 example = f", as with: sed -i 's|{start}||' {quote(file)}" if _PLAIN.fullmatch(start) else ""
                 rule = f"is a path of another machine, but {path[len(start) :]} is in {column.folder}"
                 return "path of another machine", f"{path}: {rule}; remove {start} from the paths{example}"
@@ -119,7 +119,7 @@ class PathRules:
                 known[fold_name(name)].append(name)
         return known
 
-    def verdict(self, path: str, folder: str, what: str) -> Verdict:
+    def problem_with(self, path: str, folder: str, what: str) -> PathProblem:
         """Returns what is wrong with a path, or None.
 
         Args:
@@ -141,7 +141,7 @@ class PathRules:
         if not self.allows(real):
             fix = f"move it there or pass --allow_path {quote(os.path.dirname(real))}"
             return _OUTSIDE, f"{path}: leads outside the data root, to {real}; {fix}"
-        if status is None and _URL.match(path):
+        if status is None and _URL_START.match(path):
             return "URL", f"{path}: is a URL; download the file into {folder} and list its path"
         if status is None:
             return f"missing {what}", f"{path}: no such file in {folder}; paths are relative to that folder"

@@ -1,8 +1,8 @@
 """Reads data set folders into a list of samples, and reports all errors of all folders at once.
 
-``read_samples`` and ``read_validation`` return the clips; ``check_data`` and ``take_listing`` read them once for both
-the check of the flags and the run. This module assigns ids and adds the id token to captions. It relies on folders.py
-for the form of a folder and on paths.py for which files may be named. No video is opened.
+``read_samples`` and ``read_validation`` return the clips. ``check_data_roots`` reads them to check the flags, and keeps
+them for the run, which gets them from ``take_listing``. This module assigns ids and adds the id token to captions. It
+relies on folders.py for the form of a folder and on paths.py for which files may be named. No video is opened.
 """
 
 import os
@@ -18,7 +18,7 @@ from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
 from cogvideox.errors import UsageError
 
-LISTING_ATTRIBUTE = "_listing"  # the attribute of DataFlags in which check_data leaves it
+LISTING_ATTRIBUTE = "_listing"  # the attribute of DataFlags in which check_data_roots leaves it
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_validation(data: DataFlags, need_captions: bool = True) -> list[Sample]
     return _read_folders("--validation_data_root", data.validation_data_root, (1,), data, [], need_captions)
 
 
-def check_first_frames(samples: Sequence[Sample]) -> None:
+def check_no_missing_images(samples: Sequence[Sample]) -> None:
     """Raises UsageError if some clips of a data set have an image and others do not; used for image-to-video."""
     problems = Problems()
     for place in dict.fromkeys(sample.no_image for sample in samples if sample.no_image):
@@ -87,7 +87,7 @@ def check_first_frames(samples: Sequence[Sample]) -> None:
         raise UsageError(problems.lines())
 
 
-def check_data(options: Any) -> Iterator[str]:
+def check_data_roots(options: Any) -> Iterator[str]:
     """Yields the problems of --data_root and --validation_data_root, for args.parse.
 
     The clips are kept for ``take_listing``, so that folders are read only once.
@@ -105,7 +105,7 @@ def check_data(options: Any) -> Iterator[str]:
 
 
 def take_listing(data: DataFlags, need_captions: bool = True) -> Listing:
-    """Returns the clips of all folders, as ``check_data`` read them, or else reads them.
+    """Returns the clips of all folders, as ``check_data_roots`` read them, or else reads them.
 
     The clips that were kept belong to the flags object and not to its values: another run with equal flags in the same
     process reads its folders again. They can be taken once.
@@ -181,13 +181,13 @@ def _check_captions(captions: Column, problems: Problems) -> None:
             continue
         if not caption:
             rule = f"blank caption; write one, or {captions.removal}; {WITHOUT_CAPTIONS}"
-            problems.add(NO_CAPTION, f"{captions.place(row)}: {rule}")
+            problems.add(NO_CAPTION, f"{captions.location(row)}: {rule}")
         elif "\0" in caption:
             rule = "holds a NUL byte; save the file as plain UTF-8 text"
-            problems.add("NUL in caption", f"{captions.place(row)}: {rule}")
+            problems.add("NUL in caption", f"{captions.location(row)}: {rule}")
         elif not is_unicode(caption):
             rule = "holds half of a surrogate pair; write the character itself, in UTF-8"
-            problems.add("half a character", f"{captions.place(row)}: {rule}")
+            problems.add("half a character", f"{captions.location(row)}: {rule}")
 
 
 def _clips(
@@ -215,7 +215,7 @@ def _clips(
             listed = listed.replace("\\", "/")
         name = os.path.normpath(listed).removeprefix(inside).replace(os.sep, "/")
         image = images[row] if columns.images is not None else None
-        gap = columns.images.place(row) if columns.images is not None and image is None else ""
+        gap = columns.images.location(row) if columns.images is not None and image is None else ""
         # The path of the file is not normalized: "link/../a.mp4" is next to the folder that the link leads to.
         yield Sample(name, _with_token(token, caption), file, image, gap)
 

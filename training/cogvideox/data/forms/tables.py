@@ -1,8 +1,8 @@
 """Reads tables of clips, in CSV, TSV, JSON lines or as a JSON list of objects, into columns.
 
-``read_table`` is the entry point; ``FORMATS`` maps the suffix of a file to its reader. A table is read strictly: a row
-that does not fit its header, a quote that is never closed, or a value that is not text is reported with its place, and
-nothing is guessed.
+``read_table`` is the entry point; ``TABLE_READERS`` maps the suffix of a file to its reader. A table is read strictly:
+a row that does not fit its header, a quote that is never closed, or a value that is not text is reported with its
+location, and nothing is guessed.
 """
 
 import csv
@@ -55,7 +55,7 @@ class _Table:
     numbers: Sequence[int]
     joint: str = ":"
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         return f"{self.file}{self.joint}{self.numbers[row]}"
 
 
@@ -81,11 +81,12 @@ def read_table(file: str, root: str, names: Names, problems: Problems) -> Column
 
 def _open_table(file: str, problems: Problems) -> _Table | None:
     suffix = os.path.splitext(file)[1].lower()
-    if suffix not in FORMATS:
-        problems.add("unknown table", f"--dataset_file {file}: is not a table; it must end in {' or '.join(FORMATS)}")
+    if suffix not in TABLE_READERS:
+        rule = f"is not a table; it must end in {' or '.join(TABLE_READERS)}"
+        problems.add("unknown table", f"--dataset_file {file}: {rule}")
         return None
     lines = read_lines(file, problems)
-    table = FORMATS[suffix](file, lines, problems) if lines is not None else None
+    table = TABLE_READERS[suffix](file, lines, problems) if lines is not None else None
     if table is not None and not table.rows:
         if not problems:
             problems.add("empty table", f"{file}: has no rows; it needs one for each clip")
@@ -103,9 +104,9 @@ def _read_column(
         _add_missing_column(table, flag, given, wanted, problems)
         return None
     values = [cells.get(name) for cells in table.rows]
-    texts = [_text(value, row, name, table, problems) for row, value in enumerate(values)]
+    texts = [_cell_text(value, row, name, table, problems) for row, value in enumerate(values)]
     folder = os.path.dirname(table.file) if name == _BESIDE_TABLE else root
-    return Column(texts, table.place, "remove the row", folder)
+    return Column(texts, table.location, "remove the row", folder)
 
 
 def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Sequence[str], problems: Problems) -> None:
@@ -121,7 +122,7 @@ def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Seq
         problems.add("missing column", line)
 
 
-def _text(value: Any, row: int, name: str, table: _Table, problems: Problems) -> str | None:
+def _cell_text(value: Any, row: int, name: str, table: _Table, problems: Problems) -> str | None:
     """Returns the stripped text of a cell, "" for a missing one, or None for a value of another type."""
     if isinstance(value, str):
         text = value.strip()
@@ -129,7 +130,7 @@ def _text(value: Any, row: int, name: str, table: _Table, problems: Problems) ->
     if value is None:  # the key is missing, or its value is null or NaN
         return ""
     kind = {bool: "true or false", dict: "an object", list: "a list"}[type(value)]
-    problems.add("no text", f"{table.place(row)}: {name} is {kind}; it must be text")
+    problems.add("no text", f"{table.location(row)}: {name} is {kind}; it must be text")
     return None
 
 
@@ -249,7 +250,7 @@ def _objects(file: str, values: list[Any], numbers: Sequence[int], joint: str, p
     return table
 
 
-FORMATS: dict[str, Callable[[str, Lines, Problems], _Table | None]] = {
+TABLE_READERS: dict[str, Callable[[str, Lines, Problems], _Table | None]] = {
     ".csv": partial(_read_csv, ","),
     ".tsv": partial(_read_csv, "\t"),
     ".jsonl": _read_jsonl,

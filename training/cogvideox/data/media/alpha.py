@@ -14,7 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
-from cogvideox.data.media.planes import EXACT, plane_array
+from cogvideox.data.media.planes import EXACT_SCALING, plane_array
 
 # A graphic control extension of a gif with a disposal method that clears the area of the frame for the next one.
 _GIF_CLEARS = re.compile(rb"!\xf9\x04[\x08-\x0b]...\0", re.DOTALL)
@@ -54,7 +54,7 @@ def _has_alpha(frame: VideoFrame) -> bool:
 
 def _split(frame: VideoFrame) -> tuple[list[np.ndarray], np.ndarray]:
     """Returns the green, blue and red planes, and the alpha plane, as uint8 of shape (height, width) each."""
-    planes = frame.reformat(format="gbrap", interpolation=Interpolation.BICUBIC | EXACT, threads=1).planes
+    planes = frame.reformat(format="gbrap", interpolation=Interpolation.BICUBIC | EXACT_SCALING, threads=1).planes
     *colors, alpha_HW = map(plane_array, planes)
     return colors, alpha_HW
 

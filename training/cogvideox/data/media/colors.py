@@ -16,7 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
 from cogvideox.data.media.faults import VideoError
-from cogvideox.data.media.planes import EXACT, plane_array
+from cogvideox.data.media.planes import EXACT_SCALING, plane_array
 
 WHITE = 203.0  # cd/m2 of HDR that become white; ITU-R BT.2408 gives this level for graphics and paper
 HDR: dict[int, str] = {ColorTrc.ARIB_STD_B67: "hlg", ColorTrc.SMPTE2084: "pq"}
@@ -136,7 +136,7 @@ class SdrConverter:
         if not self._is_needed:
             return frame
         size = min(frame.width, _OVERSAMPLING * width), min(frame.height, _OVERSAMPLING * height)
-        method = Interpolation.AREA | EXACT
+        method = Interpolation.AREA | EXACT_SCALING
         coded = self._scaler.reformat(frame, *size, "gbrp12le", interpolation=method, threads=1)
         light = _light_of_codes(self._transfer, _last_code(frame))
         shown = VideoFrame(*size, "gbrp")

@@ -35,7 +35,7 @@ from cogvideox.data.media.frames import ON_BLACK, PacketIndex, VideoInfo
 from cogvideox.data.media.mpeg4 import unpacker
 from cogvideox.data.media.packets import decode_packet, open_video, scan, size_and_mtime, size_change, strict_decoder
 from cogvideox.data.media.pictures import is_picture, probe_picture, read_picture
-from cogvideox.data.media.planes import EXACT, plane_array
+from cogvideox.data.media.planes import EXACT_SCALING, plane_array
 from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
 
 # Once this many undamaged frames were decoded, a later damaged one cannot be caused by frames missing before the start:
@@ -152,7 +152,7 @@ def _read_with_pyav(
         places.setdefault(info.packets.pictures[source], []).append(place)
     frames_FHWC = np.empty((len(indices), height, width, 3), np.uint8)
     scaler, to_sdr, missing = VideoReformatter(), SdrConverter(info.conversions), set(places)
-    for frame in _wanted_frames(path, info.packets, sorted(places)):
+    for frame in _frames_at(path, info.packets, sorted(places)):
         assert frame.pts is not None
         first, *others = places[frame.pts]
         if frame.colorspace == UNSPECIFIED:
@@ -164,7 +164,7 @@ def _read_with_pyav(
     return frames_FHWC
 
 
-def _wanted_frames(path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int]) -> Iterator[VideoFrame]:
+def _frames_at(path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int]) -> Iterator[VideoFrame]:
     """Yields the frames with the wanted timestamps, which increase.
 
     If a frame fails, decoding starts again at an earlier keyframe, and frames since the failed one's keyframe are
@@ -244,7 +244,7 @@ class _DecodeRun:
 
     def __init__(self, frames: Iterator[VideoFrame]) -> None:
         self._frames = frames
-        self._num_whole = 0
+        self._num_undamaged = 0
 
     def begin(self) -> None:
         """Decodes and drops the first frame, from which the decoder learns about the file."""
@@ -262,14 +262,14 @@ class _DecodeRun:
                 assert frame.pts is not None
                 if (frame.height, frame.width) != index.size:
                     raise size_change(frame, index.size, float((frame.pts - index.pts[0]) * index.time_base))
-                self._num_whole += 1
+                self._num_undamaged += 1
                 if frame.pts == pts:
                     return frame
                 if frame.pts > pts:
                     break
             raise VideoError(f"decode failed near frame {bisect_left(index.pts, pts)} of {len(index.pts)}; {AGAIN}")
         except VideoError as error:
-            has_all = self._num_whole > _MAX_REFERENCES
+            has_all = self._num_undamaged > _MAX_REFERENCES
             raise (VideoError if has_all else _NeedsEarlierKeyframe)(str(error)) from error
 
 
@@ -309,7 +309,7 @@ def _write_pixels(
     method = Interpolation.AREA if shrinks else Interpolation.BICUBIC
     # With the exact flags, swscale takes twice as long for packed RGB (rgb24) as for RGB in planes (gbrp).
     shown = to_sdr(frame, height, width)
-    picture = scaler.reformat(shown, width, height, "gbrp", interpolation=method | EXACT, threads=1)
+    picture = scaler.reformat(shown, width, height, "gbrp", interpolation=method | EXACT_SCALING, threads=1)
     for plane, channel in zip(picture.planes, (1, 2, 0), strict=True):
         out_HWC[..., channel] = np.rot90(plane_array(plane), rotation // 90)
 
@@ -356,7 +356,7 @@ def _encode(path: Path, frames_FHWC: np.ndarray, fps: float, crf: int) -> None:
         for frame_HWC in frames_FHWC:
             picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
             coded = picture.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=Interpolation.AREA | EXACT
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=Interpolation.AREA | EXACT_SCALING
             )
             container.mux(stream.encode(coded))
         container.mux(stream.encode())

@@ -37,12 +37,12 @@ def reader_problem(name: str) -> str | None:
         return "returns wrong frames without an error; use pyav, or decord 0.6"
     if name not in READERS:
         return f"must be one of {', '.join(READERS)}"
-    if _installed("decord2"):
+    if _installed_version("decord2"):
         return (
             "decord2 is installed in the place of decord and returns wrong frames without an error: "
             f"pip uninstall decord2 and pip install decord=={VERSION}, or leave the flag out"
         )
-    found = _installed("decord")
+    found = _installed_version("decord")
     if found is None:
         return f"decord is not installed: pip install decord=={VERSION}, or leave the flag out"
     if found != VERSION:
@@ -77,7 +77,7 @@ def read_with_decord(
         return frames_FHWC
 
 
-def _installed(package: str) -> str | None:
+def _installed_version(package: str) -> str | None:
     """Returns the version of an installed package, or None."""
     from importlib.metadata import PackageNotFoundError, version  # imported here because it is slow
 

@@ -210,9 +210,9 @@ def _usual_interval(times: Sequence[float]) -> float:
 def _spread(window: Sequence[float], count: int) -> list[int]:
     """Returns the indices of frames at equal distances in time, from the first to the last frame of the window."""
     if count == 1:
-        return [_nearest(window, (window[0] + window[-1]) / 2)]
+        return [_nearest_frame(window, (window[0] + window[-1]) / 2)]
     step = (window[-1] - window[0]) / (count - 1)
-    return [_nearest(window, window[0] + k * step) for k in range(count)]
+    return [_nearest_frame(window, window[0] + k * step) for k in range(count)]
 
 
 def _at_rate(
@@ -227,7 +227,7 @@ def _at_rate(
     # The selected frames last until the end of the last one, and that end may not be after the end of the window.
     spare = window[-1] - window[0] + interval - count / rate
     start = _start(max(1, bisect_right(window, window[0] + spare + _TIME_SLACK)), selection, draw)
-    return [_nearest(window, window[start] + k / rate) for k in range(count)]
+    return [_nearest_frame(window, window[start] + k / rate) for k in range(count)]
 
 
 def _start(num_starts: int, selection: str, draw: float) -> int:
@@ -235,7 +235,7 @@ def _start(num_starts: int, selection: str, draw: float) -> int:
     return {"head": 0, "middle": (num_starts - 1) // 2}.get(selection, int(draw * num_starts))
 
 
-def _nearest(window: Sequence[float], time: float) -> int:
+def _nearest_frame(window: Sequence[float], time: float) -> int:
     """Returns the index of the frame nearest to a time in seconds.
 
     If two are equally near up to rounding errors, it is the earlier one.

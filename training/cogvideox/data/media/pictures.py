@@ -20,7 +20,7 @@ from cogvideox.data.media.frames import ICC, ON_BLACK, VideoInfo
 from cogvideox.data.media.icc import srgb_transform
 
 MAX_PIXELS = 100_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
 
 # First bytes of the formats. gif is missing, because it is read as a video.
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
@@ -105,7 +105,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     with errors_naming(path, Exception), warnings.catch_warnings(), _own_limit():
         warnings.simplefilter("ignore")
         _check_brand(path)
-        with Image.open(path, formats=FORMATS) as picture:
+        with Image.open(path, formats=PICTURE_FORMATS) as picture:
             _check_header(picture)
             yield picture
 

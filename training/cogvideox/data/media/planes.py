@@ -8,7 +8,7 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import Interpolation
 
 # Without these flags, chroma is not interpolated, and the pixels depend on the instruction set of the CPU.
-EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+EXACT_SCALING = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
 def plane_array(plane: VideoPlane, dtype: type[np.unsignedinteger] = np.uint8) -> np.ndarray:

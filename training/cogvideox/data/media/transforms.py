@@ -61,7 +61,7 @@ def fit(
     if mode == "center":
         top, left = spare_top // 2, spare_left // 2
     else:
-        top, left = _place(spare_top, draw_top), _place(spare_left, draw_left)
+        top, left = _crop_offset(spare_top, draw_top), _crop_offset(spare_left, draw_left)
     return Fit(resize_height, resize_width, top, left, bucket_height, bucket_width, flip)
 
 
@@ -71,7 +71,7 @@ def stretch(fit: Fit, height: int, width: int) -> float:
     return max(ratio, 1 / ratio)
 
 
-def scale(fit: Fit, height: int, width: int) -> float:
+def resize_factor(fit: Fit, height: int, width: int) -> float:
     """Returns the larger of the two resize factors of a height x width clip; above 1 it is enlarged."""
     return max(fit.resize_height / height, fit.resize_width / width)
 
@@ -104,7 +104,7 @@ def _cover(height: int, width: int, bucket_height: int, bucket_width: int) -> tu
     return max(bucket_height, round(height * bucket_width / width)), bucket_width
 
 
-def _place(spare: int, draw: float) -> int:
+def _crop_offset(spare: int, draw: float) -> int:
     """Returns the offset of a crop in 0 ... ``spare`` for a random number in [0, 1)."""
     if not 0 <= draw < 1:
         raise ValueError(f"crop draw {draw}: must be in [0, 1)")

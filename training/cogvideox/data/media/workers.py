@@ -268,13 +268,13 @@ class _Worker:
 
     def _exchange(self, job: list[Any], seconds: float) -> tuple[int, Any]:
         self._channel.settimeout(None)
-        _write(self._stream, job)
-        reply: tuple[int, Any] = _unpack(_read(self._stream))
+        _send(self._stream, job)
+        reply: tuple[int, Any] = _unpack(_receive(self._stream))
         # The time limit starts here and not with the request, because a new process first imports the decoder.
         if reply[0] == STARTED:
             self.has_started = True
             self._channel.settimeout(seconds)
-            reply = _unpack(_read(self._stream))
+            reply = _unpack(_receive(self._stream))
         return reply
 
     def _kill(self) -> None:
@@ -329,13 +329,13 @@ def serve(channel: int, memory: int, parent: int) -> None:
     with socket.socket(fileno=channel) as connection, suppress(EOFError, ConnectionError):
         stream = connection.makefile("rwb")
         while True:
-            _write(stream, _answer(_read(stream), stream))
+            _send(stream, _answer(_receive(stream), stream))
 
 
 def _answer(job: list[Any], stream: BufferedRWPair) -> list[Any]:
     try:
         function, *arguments = _unpack(job)
-        _write(stream, _pack((STARTED, None)))
+        _send(stream, _pack((STARTED, None)))
         return _pack((RESULT, function(*arguments)))
     except Exception as error:
         if _is_out_of_memory(error):
@@ -411,7 +411,7 @@ def _unpack(parts: list[Any]) -> Any:
     return pickle.loads(body, buffers=arrays)
 
 
-def _write(stream: BufferedRWPair, parts: list[Any]) -> None:
+def _send(stream: BufferedRWPair, parts: list[Any]) -> None:
     """Sends a message: the number of its parts, then the length and the bytes of each part."""
     stream.write(_LENGTH.pack(len(parts)))
     for part in parts:
@@ -420,17 +420,17 @@ def _write(stream: BufferedRWPair, parts: list[Any]) -> None:
     stream.flush()
 
 
-def _read(stream: BufferedRWPair) -> list[Any]:
+def _receive(stream: BufferedRWPair) -> list[Any]:
     """Receives the parts of one message. Raises EOFError if the other end of the socket is closed."""
-    return [_read_part(stream, _read_length(stream)) for _ in range(_read_length(stream))]
+    return [_receive_part(stream, _receive_length(stream)) for _ in range(_receive_length(stream))]
 
 
-def _read_length(stream: BufferedRWPair) -> int:
-    length: int = _LENGTH.unpack(_read_part(stream, _LENGTH.size))[0]
+def _receive_length(stream: BufferedRWPair) -> int:
+    length: int = _LENGTH.unpack(_receive_part(stream, _LENGTH.size))[0]
     return length
 
 
-def _read_part(stream: BufferedRWPair, length: int) -> bytearray:
+def _receive_part(stream: BufferedRWPair, length: int) -> bytearray:
     part = bytearray(length)
     if stream.readinto(part) < length:
         raise EOFError
