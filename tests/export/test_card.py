@@ -23,7 +23,7 @@ from cogvideox.config.flags import ModelFlags
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.validation import Validator
 from cogvideox.export import card as card_module
-from cogvideox.export.card import Facts, Video, card_text, escaped, read_license, snippet, write_card
+from cogvideox.export.card import Facts, Video, card_text, escaped, example, read_license, write_card
 from cogvideox.model.methods import Lora
 
 HOSTILE = [
@@ -152,7 +152,7 @@ def test_the_program_passes_the_prompt_and_nothing_else(prompt: str) -> None:
     (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"]
     values = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
     assert values == SAMPLING | {"prompt": prompt}
-    assert [type(node) for node in ast.walk(tree)] == [type(node) for node in ast.walk(ast.parse(snippet(facts())))]
+    assert [type(node) for node in ast.walk(tree)] == [type(node) for node in ast.walk(ast.parse(example(facts())))]
 
 
 def test_within_a_word_nothing_is_escaped() -> None:
@@ -241,7 +241,7 @@ def test_image_to_video() -> None:
     assert "image-to-video" in front(text)["tags"]
     assert 'image=load_image("first_frame.png")' in text
     assert 'inference.py "a prompt" first_frame.png video.mp4' in text
-    ast.parse(snippet(facts(made=MADE | {"task": "ImageToVideo"})))
+    ast.parse(example(facts(made=MADE | {"task": "ImageToVideo"})))
     video = Video("a panda", "validation/a.mp4", "validation/b.mp4", "image-0.png")
     text = card_text(facts(made=MADE | {"task": "ImageToVideo"}, videos=[video]))
     assert "image=load_image(str(here / 'image-0.png'))," in text
@@ -260,12 +260,12 @@ def test_a_base_model_on_this_machine(tmp_path: Path) -> None:
 
 
 def test_revision_and_variant_are_those_of_the_training() -> None:
-    code = snippet(facts(model=ModelFlags("a/b", revision="main", variant="fp16")))
+    code = example(facts(model=ModelFlags("a/b", revision="main", variant="fp16")))
     assert "'a/b', revision='main', variant='fp16', dtype=torch.bfloat16," in code
 
 
 def test_what_stays_here_is_loaded_from_here() -> None:
-    code = snippet(facts(name="my-lora", on_hub=False))
+    code = example(facts(name="my-lora", on_hub=False))
     assert "here = Path('my-lora')" in code
     assert "huggingface_hub" not in code
 

@@ -1,6 +1,7 @@
 """Writes the result of a run: weights, model card and pipeline folder.
 
 card.py             writes the model card
+inference_code.py   generates inference.py and the example of the model card
 pipeline_folder.py  writes a complete pipeline around fully trained weights, with links and copies
 publish.py          writes the result, reloads it and compares it with the trained model
 """

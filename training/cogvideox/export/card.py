@@ -20,6 +20,7 @@ from cogvideox.config.options import TrainOptions
 from cogvideox.data.cache import CacheIndex
 from cogvideox.evaluation.before_after import SHEET_NAME
 from cogvideox.evaluation.validation import Validator
+from cogvideox.export.inference_code import generate, oldest_diffusers
 from cogvideox.files import write_atomically
 from cogvideox.model.methods import Method
 from cogvideox.model.tasks import IMAGE_NAME, Task
@@ -34,7 +35,6 @@ PICTURES = {
 }
 # Characters with a meaning in Markdown, its tables and formulas, or HTML; _ has none within a word.
 MEANINGFUL = re.compile(r"[&<>\\`*\[\]{}|~$#]|(?<![^\W_])_|_(?![^\W_])")
-MIN_DIFFUSERS = (0, 40)  # older ones ignore dtype= and load in fp32, or write no videos
 PACKAGES = "transformers accelerate peft sentencepiece protobuf av imageio imageio-ffmpeg"
 HUB = "https://huggingface.co"
 
@@ -225,12 +225,12 @@ def usage(facts: Facts) -> str:
     image = "first_frame.png " if facts.task == "image-to-video" else ""
     script = f'inference.py in this folder takes a prompt: `python inference.py "a prompt" {image}video.mp4`.'
     again = " Without one it reproduces the first video of the table below." if facts.videos else ""
-    oldest = ".".join(map(str, MIN_DIFFUSERS))
+    oldest = oldest_diffusers()
     blocks = [
         "## Use it",
         f"This needs diffusers {oldest} or newer: older ones ignore `dtype` and load the model in fp32.",
         f"```bash\npip install 'diffusers>={oldest}' {PACKAGES}\n```",
-        f"```python\n{snippet(facts)}\n```",
+        f"```python\n{example(facts)}\n```",
         script + again,
     ]
     if facts.base is None:
@@ -241,39 +241,37 @@ def usage(facts: Facts) -> str:
     return "\n\n".join(blocks)
 
 
-def snippet(facts: Facts) -> str:
+def example(facts: Facts) -> str:
     """Returns a short program that makes a video with the trained weights."""
-    image = facts.task == "image-to-video"
-    given = facts.videos[0].image if facts.videos else None
-    first = f"str(here / {given!r})" if given else '"first_frame.png"'
-    parts, load = facts.code
-    prompt = facts.videos[0].prompt if facts.videos else f"{facts.token or ''} a video".strip()
-    choices = {"revision": facts.model.revision, "variant": facts.model.variant}
-    more = "".join(f"{name}={value!r}, " for name, value in choices.items() if value)
-    lines = [
+    is_image_task = facts.task == "image-to-video"
+    first = facts.videos[0] if facts.videos else None
+    prompt = first.prompt if first else f"{facts.token or ''} a video".strip()
+    image = f"str(here / {first.image!r})" if first and first.image else '"first_frame.png"'
+    setup = [
         "from pathlib import Path",
         "",
         "import diffusers",
         "import torch",
-        f"from diffusers.utils import export_to_video{', load_image' if image else ''}",
-        "from huggingface_hub import snapshot_download" if facts.on_hub else None,
+        f"from diffusers.utils import export_to_video{', load_image' if is_image_task else ''}",
+        *(["from huggingface_hub import snapshot_download"] if facts.on_hub else []),
         "",
         f"here = Path({f'snapshot_download({facts.name!r})' if facts.on_hub else repr(facts.name)})",
-        f"pipe = diffusers.{facts.pipeline}.from_pretrained(",
-        f"    {facts.base or f'path/to/{facts.base_folder}'!r}, {more}dtype=torch.{facts.dtype},",
-        f"    {parts}" if parts else None,
-        ")",
-        load or None,
-        "pipe.enable_model_cpu_offload()",
-        *(f"pipe.vae.{name}()" for name in facts.decoding),
-        "video = pipe(",
-        f"    image=load_image({first})," if image else None,
-        f"    prompt={prompt!r},",
-        *(f"    {name}={value!r}," for name, value in facts.sampling.items()),
-        ").frames[0]",
-        f'export_to_video(video, "output.mp4", fps={facts.fps})',
     ]
-    return "\n".join(line for line in lines if line is not None)
+    return generate(
+        setup="\n".join(setup),
+        pipeline=facts.pipeline,
+        model=facts.model,
+        path=facts.base or f"path/to/{facts.base_folder}",
+        dtype=facts.dtype,
+        weights=facts.code,
+        memory="\n".join(["pipe.enable_model_cpu_offload()", *(f"pipe.vae.{name}()" for name in facts.decoding)]),
+        arguments=[
+            f"prompt={prompt!r},",
+            *([f"image=load_image({image}),"] if is_image_task else []),
+            *(f"{name}={value!r}," for name, value in facts.sampling.items()),
+        ],
+        output=f'export_to_video(video, "output.mp4", fps={facts.fps})',
+    ).rstrip()
 
 
 def results(facts: Facts) -> str:

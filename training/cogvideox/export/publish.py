@@ -20,11 +20,11 @@ from cogvideox.config.args import config_dict
 from cogvideox.config.geometry import saves_pipeline
 from cogvideox.config.lora_file import NO, ROUNDED
 from cogvideox.config.options import TrainOptions
-from cogvideox.config.prompts import prompts_of
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
 from cogvideox.evaluation.validation import Validator, evaluation
-from cogvideox.export.card import MIN_DIFFUSERS, write_card
+from cogvideox.export.card import write_card
+from cogvideox.export.inference_code import inference_script
 from cogvideox.export.pipeline_folder import remove_pipeline, write_pipeline
 from cogvideox.files import disk_errors_told, fsync, removed_on_failure, write_atomically
 from cogvideox.model.methods import Method
@@ -39,66 +39,6 @@ MAX_SHARE = 0.01  # largest error of reloading, relative to the change of the ou
 ROUNDING = 1e-6  # largest error of rounding, relative to the output
 ROUNDING_OF_BLOCKS = 1e-5  # the same in fp32 on a CPU, where diffusers' blocks compute in another order
 MIN_COSINE_OF_BLOCKS = 0.999  # in 16 bits: rounding in 42 blocks alone gives 0.9999, benchmarks/checks.py --whole
-
-INFERENCE = '''\
-"""Makes a video with the trained weights in plain diffusers: python inference.py ["a prompt"]{usage} [OUTPUT.mp4]"""
-
-import sys
-from pathlib import Path
-
-import diffusers
-import torch
-
-if tuple(map(int, diffusers.__version__.split(".")[:2])) < {diffusers}:
-    sys.exit(f"diffusers {{diffusers.__version__}} is too old; {oldest} or newer is needed: pip install -U diffusers")
-
-from diffusers.utils.export_utils import encode_video
-
-PROMPT = {prompt}
-TILES = {tiles}  # sizes of tiles to decode in, of which the first that fits is used; None means whole frames
-here = Path(__file__).parent
-defaults = [PROMPT,{defaults} "output.mp4"]
-prompt,{names} output = sys.argv[1:] + defaults[len(sys.argv) - 1 :]
-
-pipe = diffusers.{pipeline}.from_pretrained(
-    {model}, revision={revision}, variant={variant}, dtype=torch.{dtype},
-    {parts}
-)
-{load}
-parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-largest = max(sum(p.nbytes for p in part.parameters()) for part in parts)
-if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > largest + 4 * 2**30:
-    pipe.enable_model_cpu_offload()  # keeps one model at a time on the GPU
-elif torch.cuda.is_available():
-    pipe.enable_sequential_cpu_offload()  # keeps one layer at a time on the GPU: slow, but fits small GPUs
-{slicing}
-
-def decode(latents, decode=pipe.vae.decode):
-    for tile in TILES:
-        torch.cuda.empty_cache()
-        if tile:
-            pipe.vae.enable_tiling(*tile)
-        try:
-            return decode(latents)
-        except torch.OutOfMemoryError:
-            if tile == TILES[-1]:
-                raise
-        finally:
-            pipe.vae.disable_tiling()  # images are never encoded in tiles
-
-
-pipe.vae.decode = decode
-video = pipe(
-    prompt=prompt,{arguments}
-    negative_prompt={negative_prompt},
-{sampling}
-    generator=torch.Generator().manual_seed({seed}),
-    output_type="pt",
-).frames[0]
-frames = (video.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
-encode_video(frames, fps={fps}, output_path=output)
-print(output)
-'''
 
 
 def publish(
@@ -258,30 +198,3 @@ def faithful(base: Tensor, trained: Tensor, reloaded: Tensor) -> bool:
     """
     error, effect = (reloaded - trained).norm(), (trained - base).norm()
     return bool(error <= MAX_SHARE * effect + ROUNDING * trained.norm())
-
-
-def inference_script(options: TrainOptions, task: Task, method: Method, validator: Validator, run: Run) -> str:
-    """Returns inference.py, a script that reproduces the first validation video in stock diffusers."""
-    flags, model = options.validation, options.model
-    folder = Path(model.pretrained_model_name_or_path)
-    prompts = prompts_of(flags) or [f"{options.data.id_token or ''} a video".strip()]
-    parts, load = method.inference(str(run.dtype).removeprefix("torch."))
-    return INFERENCE.format(
-        **task.inference,
-        diffusers=MIN_DIFFUSERS,
-        oldest=".".join(map(str, MIN_DIFFUSERS)),
-        pipeline=task.pipeline,
-        prompt=repr(prompts[0]),
-        model=repr(str(folder.resolve()) if folder.is_dir() else model.pretrained_model_name_or_path),
-        revision=repr(model.revision),
-        variant=repr(model.variant),
-        dtype=str(run.dtype).removeprefix("torch."),
-        parts=parts,
-        load=load,
-        slicing="pipe.vae.enable_slicing()\n" if flags.enable_slicing else "",
-        tiles=validator.tiles,
-        negative_prompt=repr(flags.negative_prompt),
-        sampling="\n".join(f"    {name}={value!r}," for name, value in validator.sampling.items()),
-        seed=options.data.seed,
-        fps=round(validator.fps),
-    )
