@@ -664,7 +664,7 @@ def test_prodigy_with_the_rate_of_adam_is_remarked(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.startswith("--learning_rate 0.0001: prodigy")
 
 
-@pytest.mark.fault("flags: a schedule of validation without a prompt or a clip")
+@pytest.mark.fault("flags: a validation schedule without a prompt or a clip")
 @pytest.mark.parametrize("flag", ["--validation_epochs", "--validation_steps"])
 def test_a_schedule_without_anything_to_validate_is_remarked(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Published commands have it, so the run goes on."""

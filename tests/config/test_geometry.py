@@ -330,9 +330,15 @@ def test_a_transformer_without_an_entry_is_diffusers(configs: Path) -> None:
         ("beta_schedule", "linear"),
         ("prediction_type", "epsilon"),
         ("trained_betas", [0.1]),
-        pytest.param("_class_name", "DiffusionPipeline", marks=pytest.mark.fault("security: a scheduler of any class")),
-        pytest.param("_class_name", "os.system", marks=pytest.mark.fault("security: a scheduler that is no class")),
-        pytest.param("_class_name", None, marks=pytest.mark.fault("security: a scheduler without a class")),
+        pytest.param(
+            "_class_name",
+            "DiffusionPipeline",
+            marks=pytest.mark.fault("security: a scheduler config that names an arbitrary class of diffusers"),
+        ),
+        pytest.param(
+            "_class_name", "os.system", marks=pytest.mark.fault("security: a scheduler config that names a function")
+        ),
+        pytest.param("_class_name", None, marks=pytest.mark.fault("security: a scheduler config without a class")),
     ],
 )
 def test_other_schedules_are_refused(configs: Path, name: str, value: Any) -> None:
@@ -342,7 +348,7 @@ def test_other_schedules_are_refused(configs: Path, name: str, value: Any) -> No
     assert len(error.value.problems) == 1
 
 
-@pytest.mark.fault("data: a scheduler_config.json that does not say what is predicted")
+@pytest.mark.fault("data: a scheduler_config.json without its prediction type")
 def test_a_schedule_that_would_predict_noise_is_refused(configs: Path) -> None:
     path = configs / "scheduler" / "scheduler_config.json"
     values = {name: value for name, value in json.loads(path.read_text()).items() if name != "prediction_type"}
@@ -351,7 +357,7 @@ def test_a_schedule_that_would_predict_noise_is_refused(configs: Path) -> None:
         geometry(configs)
 
 
-@pytest.mark.fault("data: a config.json that is JSON, but no object")
+@pytest.mark.fault("data: a config.json that is JSON but not an object")
 def test_a_config_that_is_a_list_is_one_line(configs: Path) -> None:
     (configs / "vae" / "config.json").write_text("[]")
     with pytest.raises(UsageError, match="is not one JSON object"):

@@ -187,7 +187,7 @@ def test_a_namespace_that_is_not_there(hub: StandIn) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-@pytest.mark.fault("export: the hub is out for a while")
+@pytest.mark.fault("export: the hub is unreachable for a while")
 def test_an_outage_that_passes_is_waited_for(hub: StandIn, status: int) -> None:
     hub.fail("repos/create", status, times=2)
     hub.fail("auth-check", status)
@@ -280,7 +280,7 @@ def test_what_is_there_already_is_not_sent_again(hub: StandIn, folder: Path) -> 
 
 
 @pytest.mark.parametrize("where", ["validate-yaml", "preupload", "objects/batch", "PUT /", "/commit/"])
-@pytest.mark.fault("export: the hub is out for a while")
+@pytest.mark.fault("export: the hub is unreachable for a while")
 def test_an_outage_at_any_request_is_waited_for(hub: StandIn, folder: Path, where: str) -> None:
     hub.fail(where, 503, times=2)
     sent(folder)
@@ -301,7 +301,7 @@ def unsent(folder: Path) -> str:
 
 @pytest.mark.parametrize("where", ["validate-yaml", "preupload", "objects/batch", "PUT /", "/commit/"])
 @pytest.mark.parametrize("status", [403, 500])
-@pytest.mark.fault("export: the hub stays out, or refuses")
+@pytest.mark.fault("export: the hub stays unreachable, or refuses the upload")
 def test_a_failed_upload_says_why_and_touches_nothing(hub: StandIn, folder: Path, where: str, status: int) -> None:
     hub.fail(where, status, times=999)
     text = unsent(folder)
@@ -330,7 +330,7 @@ def test_a_storage_that_is_gone(hub: StandIn, folder: Path) -> None:
 PUSH = ("--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "team/style")
 
 
-@pytest.mark.fault("security: a token, looked for in every file and line")
+@pytest.mark.fault("security: a token, searched for in every file and printed line")
 def test_a_run_uploads_its_result_and_keeps_the_token_secret(
     hub: StandIn, model: Path, tensors: Path, tmp_path: Path
 ) -> None:
@@ -394,7 +394,7 @@ def test_a_refusal_comes_before_anything_loads(
         train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", *PUSH))
 
 
-@pytest.mark.fault("export: the hub goes out while training")
+@pytest.mark.fault("export: the hub becomes unreachable while training")
 def test_a_hub_that_goes_while_training_costs_nothing(
     hub: StandIn, model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -462,7 +462,7 @@ def test_a_finished_run_is_shared_by_the_same_command_with_the_flag(
     assert "snapshot_download('someone/my-lora')" in (output / "README.md").read_text()
 
 
-@pytest.mark.fault("security: a token, looked for in every file and line")
+@pytest.mark.fault("security: a token, searched for in every file and printed line")
 def test_a_token_in_a_bad_command_is_not_repeated(tmp_path: Path) -> None:
     flags = ["--hub_token", TOKEN, "x", f"--hub_tokn={TOKEN}", "--rank", "0", "--seed", "x"]
     for more in ([], ["--print_config"]):

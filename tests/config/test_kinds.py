@@ -63,7 +63,7 @@ def result_of(output: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["lora", "sft"])
 @pytest.mark.parametrize("kind", [*KINDS, "5b-i2v without positions"])
-@pytest.mark.fault("export: reloaded by stock diffusers, compared pixel by pixel")
+@pytest.mark.fault("export: stock diffusers reloads the result, compared pixel by pixel")
 def test_trains_resumes_and_gives_the_validated_video(
     tiny: Tiny,
     image_tensors: Path,

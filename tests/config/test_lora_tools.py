@@ -206,7 +206,7 @@ def there_and_back(lora: Path, folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     "config", [{}, {"use_rslora": True}, {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 3}}]
 )
-@pytest.mark.fault("export: converted to another format and back")
+@pytest.mark.fault("export: a LoRA is converted to another format and back")
 def test_there_and_back_is_the_same_to_the_bit(model: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     make_lora(tmp_path, model, **config)
     comfy, again = there_and_back(tmp_path, tmp_path)

@@ -325,7 +325,7 @@ def test_a_third_moment_rests_on_the_host_too() -> None:
     "more",
     [("--use_8bit",), ("--optimizer", "prodigy", "--learning_rate", "1"), ("--optimizer", "torch.optim.RAdam")],
 )
-@pytest.mark.fault("checkpoints: resumed with every optimizer")
+@pytest.mark.fault("checkpoints: a run is resumed, with every optimizer")
 def test_a_run_that_stopped_ends_with_the_same_lora(
     model: Path, tensors: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:

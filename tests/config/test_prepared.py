@@ -182,7 +182,7 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.fault("flags: a flag of the preparation that the prepared folder does not keep", times=len(UNKNOWN))
+@pytest.mark.fault("flags: a flag of the preparation that the prepared folder does not record", times=len(UNKNOWN))
 @pytest.mark.parametrize("kind", ["older", "factory"])
 def test_what_a_folder_does_not_say_is_refused_where_given(kind: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
@@ -211,7 +211,7 @@ def test_a_factory_s_folder_takes_what_its_files_do_not_have(factory: Path) -> N
     assert line.startswith("--num_augmentations 2: the tensors were prepared with 1; ")
 
 
-@pytest.mark.fault("security: a foreign index.json whose recipe has values that no flag has")
+@pytest.mark.fault("security: a foreign index.json whose recipe has values that no flag allows")
 @pytest.mark.parametrize(
     ("name", "value"),
     [("fps", "rm -rf"), ("frame_selection", {"a": 1}), ("num_augmentations", [1, 2]), ("repeats", [[]])],

@@ -27,7 +27,7 @@ from cogvideox.planning.block_check import BlockError
 
 pytestmark = pytest.mark.usefixtures("small")
 Tiny = Callable[[str], Path]
-FAULT = pytest.mark.fault("numbers: training computes something else than diffusers does")
+FAULT = pytest.mark.fault("numbers: a training computation that differs from diffusers")
 TWO = tuple(BLOCK_FAULTS)[:2]  # the rotary sign, and the modulations
 SCRIPTS = {"lora": (train, lora_flags), "all": (train_all, sft_flags)}
 IMAGE_SCRIPTS = {"lora": (train_image, lora_flags), "all": (train_image_all, sft_flags)}

@@ -135,7 +135,7 @@ def test_a_file_without_checksum_is_refused(cache: TensorCache) -> None:
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
-@pytest.mark.fault("kills: ended while a tensor or an index is written")
+@pytest.mark.fault("kills: an interruption while a tensor or an index is written")
 def test_a_kill_while_writing_leaves_nothing_under_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -154,7 +154,7 @@ def test_a_kill_while_writing_leaves_nothing_under_the_name(
     cache.read(KEY)
 
 
-@pytest.mark.fault("kills: ended while a tensor or an index is written")
+@pytest.mark.fault("kills: an interruption while a tensor or an index is written")
 def test_a_kill_while_writing_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "index.json"
     write_atomically(path, b"old")
@@ -234,7 +234,7 @@ def test_ledger_round_trip_and_the_newest_wins(tmp_path: Path) -> None:
     assert ledger.read() == {"a": record("a", status="failed"), "b": record("b")}
 
 
-@pytest.mark.fault("data: a ledger that is cut off")
+@pytest.mark.fault("data: a truncated ledger")
 def test_a_torn_last_line_costs_that_line_only(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.append([record("a"), record("b")])
@@ -412,7 +412,7 @@ def test_a_foreign_index_names_nothing_outside_its_folder(tmp_path: Path, change
         open_index(tmp_path)
 
 
-@pytest.mark.fault("security: a tensor file is asked for under a key that leads outside the folder")
+@pytest.mark.fault("security: a key of a tensor file that leads outside the folder")
 def test_a_file_outside_the_folder_is_neither_read_nor_renamed(tmp_path: Path) -> None:
     """Otherwise the file would be renamed, as any file that is not what was written."""
     mine = tmp_path / "mine" / "my-lora.safetensors"

@@ -150,7 +150,7 @@ def test_problems_name_the_line_on_which_a_row_starts(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.fault("data: a quote in a table that never closes")
+@pytest.mark.fault("data: a quotation mark in a table that is never closed")
 def test_a_quote_that_never_closes_swallows_no_rows(tmp_path: Path) -> None:
     found = problems(tmp_path, **table(tmp_path, 'text,video\nx,a.mp4\n"y,b.mp4\nz,a.mp4\n'))
     assert found[0].startswith(f"{tmp_path}/t.csv:3: malformed row (unexpected end of data)")

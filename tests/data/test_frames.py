@@ -23,7 +23,7 @@ def test_frames_available():
     assert frames_available((0.0,), 8) == 1
 
 
-@pytest.mark.fault("data: a clip that just suffices for its bucket")
+@pytest.mark.fault("data: a clip with exactly the frames that its bucket needs")
 @pytest.mark.parametrize(
     ("source", "target", "count", "least"), [(24, 8, 49, 145), (25, 8, 9, 26), (30, 8, 9, 31), (60, 16, 81, 301)]
 )
@@ -83,7 +83,7 @@ def test_equal_rates_take_consecutive_frames(rate, count):
 
 @pytest.mark.parametrize("source", [8, 24, 25, 30, 60])
 @pytest.mark.parametrize("target", [8, 16])
-@pytest.mark.fault("data: a clip between one and two buckets long")
+@pytest.mark.fault("data: a clip that is one to two buckets long")
 def test_windows_stay_inside_and_reach_both_ends(source, target):
     times = regular(200, source)
     most = frames_available(times, target)

@@ -34,7 +34,7 @@ def test_the_same_seed_makes_the_same_files(tmp_path: Path) -> None:
         (signal.SIGSTOP, "reader hangs", "the reader takes more than 0.5 s"),
     ],
 )
-@pytest.mark.fault("data: a decoder that hangs, crashes or lies")
+@pytest.mark.fault("data: a decoder that hangs, crashes or reports wrong values")
 def test_a_decoder_that_misbehaves_is_seen_and_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int, kind: str, problem: str
 ) -> None:

@@ -70,7 +70,7 @@ def test_named_lists_and_a_relative_root(tmp_path: Path, monkeypatch: pytest.Mon
     assert read(Path(tmp_path.name), **names) == [Sample("a.mp4", "one", str(tmp_path / "a.mp4"))]
 
 
-@pytest.mark.fault("data: rows that are there twice")
+@pytest.mark.fault("data: duplicate rows")
 def test_repeated_paths_get_their_own_ids(tmp_path: Path) -> None:
     write(tmp_path, "1\n2\n3\n4\n5", "a.mp4#2\na.mp4\n./a.mp4\na.mp4\na.mp4#2", ("a.mp4", "a.mp4#2"))
     assert [sample.id for sample in read(tmp_path)] == ["a.mp4#2", "a.mp4", "a.mp4#3", "a.mp4#4", "a.mp4#2#2"]
@@ -293,7 +293,7 @@ def test_what_no_tokenizer_should_get(tmp_path: Path) -> None:
     assert found == f"{tmp_path}/prompts.txt:1: holds a NUL byte; save the file as plain UTF-8 text"
 
 
-@pytest.mark.fault("data: names of any script, and with shell characters")
+@pytest.mark.fault("data: file names in any script, and with shell characters")
 def test_paths_of_any_script(tmp_path: Path) -> None:
     names = ("caf\u00e9.mp4", "\u72ac/\U0001f436.mp4", "$(touch x);`y`.mp4", "a b'c\"d.mp4", "-rf.mp4", "a.v1.mp4")
     write(tmp_path, "x\n" * 6, "\n".join(names), names)
@@ -424,7 +424,7 @@ def test_the_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert take_listing(equal).samples[0].caption == "a blue disc"
 
 
-@pytest.mark.fault("data: hundreds of thousands of rows")
+@pytest.mark.fault("data: a table with hundreds of thousands of rows")
 def test_many_rows(tmp_path: Path) -> None:
     write(tmp_path, "".join(f"caption {k}\n" for k in range(100_000)), "a.mp4\n" * 100_000)
     samples = read(tmp_path)

@@ -99,7 +99,7 @@ CUTS = [*BASES.items(), ("hevc", ("mp4", "libx265")), ("av1", ("webm", "libsvtav
 
 
 @pytest.mark.parametrize(("kind", "base"), CUTS, ids=[kind for kind, _ in CUTS])
-@pytest.mark.fault("data: media files that are cut off")
+@pytest.mark.fault("data: truncated media files")
 def test_wherever_a_file_is_cut_off_no_frame_is_wrong(tmp_path: Path, kind: str, base: tuple[str, str]) -> None:
     path = tmp_path / "cut"
     lines, frames = 0, 0

@@ -153,7 +153,7 @@ def test_ranks_accumulation_and_batch_size_are_interchangeable(ranks: int, accum
 
 
 @pytest.mark.parametrize("first", [0, 1, 5, 6, 7, 13, 29])
-@pytest.mark.fault("checkpoints: the order of samples, resumed at any step")
+@pytest.mark.fault("checkpoints: a run is resumed at any step, for the order of samples")
 def test_resuming_gives_the_tail(first: int) -> None:
     whole = micro_batches(2, 2, 1, 0, 30)
     assert micro_batches(2, 2, 1, first, 30) == whole[first:]

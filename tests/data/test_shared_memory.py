@@ -132,7 +132,7 @@ def test_a_missing_folder_has_no_room_and_one_without_a_limit_has_all(tmp_path: 
     assert free_shared_memory("/proc") == sys.maxsize  # it says, as a tmpfs without a limit does, that it has no blocks
 
 
-@pytest.mark.fault("memory: small /dev/shm")
+@pytest.mark.fault("memory: a small /dev/shm")
 def test_a_small_shared_memory_trains_the_same_lora(
     model: Path, tensors: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +143,7 @@ def test_a_small_shared_memory_trains_the_same_lora(
     assert "--dataloader_num_workers 8: needs " in capfd.readouterr().err
 
 
-@pytest.mark.fault("memory: small /dev/shm that fills up while batches are loaded")
+@pytest.mark.fault("memory: a small /dev/shm that fills up while batches are loaded")
 @pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
 def test_a_batch_without_room_is_an_error_and_no_hang(data: LatentDataset, strategy: str) -> None:
     """If too many workers are started, both sharing strategies of torch fill /dev/shm."""

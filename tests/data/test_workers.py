@@ -364,7 +364,7 @@ with Workers(3, Limits(60, 2**30)) as workers:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.fault("kills: the parent of processes that read media files")
+@pytest.mark.fault("kills: a signal to the parent of processes that read media files")
 def test_no_worker_outlives_its_parent(script: tuple[subprocess.Popen[str], list[int]], number: int) -> None:
     """Workers that are idle, busy, or hold the interpreter's lock end; none has imported the script's modules."""
     process, pids = script

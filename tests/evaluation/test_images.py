@@ -195,7 +195,7 @@ def refusal(folder: Path, url: str) -> str:
     return line
 
 
-@pytest.mark.fault("security: an image's server that sends a byte now and then")
+@pytest.mark.fault("security: an image server that sends a byte now and then")
 def test_a_server_that_never_ends_is_given_up(tmp_path: Path, answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "FETCH_SECONDS", 0.5)
     start = time.monotonic()
@@ -204,7 +204,7 @@ def test_a_server_that_never_ends_is_given_up(tmp_path: Path, answers: str, monk
     assert line == f"--validation_images {answers}/slow: cannot be fetched (it is not there after 0.5 s); {FIX}"
 
 
-@pytest.mark.fault("security: an image's server that redirects to a file or another kind of server")
+@pytest.mark.fault("security: an image server that redirects to a file or another protocol")
 @pytest.mark.parametrize("to", ["file:///etc/hostname", "ftp://127.0.0.1/x.png", "data:image/png;base64,AAAA"])
 def test_only_http_is_followed(tmp_path: Path, answers: str, to: str) -> None:
     line = refusal(tmp_path, f"{answers}/to/{to}")
@@ -218,7 +218,7 @@ def test_a_redirect_within_the_web_is_followed(tmp_path: Path, answers: str, ser
     assert (np.asarray(Image.open(path)) == np.asarray(Image.open(image))).all()
 
 
-@pytest.mark.fault("security: an image that is larger than anybody needs")
+@pytest.mark.fault("security: an image of excessive size")
 def test_more_bytes_than_the_limit_are_refused(tmp_path: Path, answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "FETCH_BYTES", 2**12)
     assert "cannot be fetched (it is larger than 0 MiB)" in refusal(tmp_path, f"{answers}/much")

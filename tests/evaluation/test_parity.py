@@ -182,7 +182,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, Bucket, str]]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.fault("numbers: training feeds the transformer something else than inference")
+@pytest.mark.fault("numbers: transformer inputs in training that differ from inference")
 def test_each_difference_is_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     change, kind, bucket, says = FAULTS[fault]
     check(tiny, kind, OWN if kind == "5b-i2v" else bucket)

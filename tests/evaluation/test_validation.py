@@ -169,7 +169,7 @@ def test_videos_that_another_schedule_made_after_the_step_are_moved_away(tmp_pat
 
 
 @pytest.mark.parametrize("moved", [1, 2, 3])
-@pytest.mark.fault("kills: ended while videos of other settings are moved away")
+@pytest.mark.fault("kills: an interruption while outdated validation videos are moved away")
 def test_killed_while_moving_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int) -> None:
     """Killed after the first, the second, or the last video and before settings.json."""
     bare(tmp_path).set_aside_stale(4, 4, {"learning_rate": 1.0})

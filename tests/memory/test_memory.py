@@ -177,7 +177,7 @@ def test_all_ranks_skip_what_one_of_them_has_no_memory_for(
     )
 
 
-@pytest.mark.fault("memory: out of memory while the decoder is brought to the device")
+@pytest.mark.fault("memory: out of memory while the decoder is moved to the device")
 def test_a_vae_that_does_not_fit_goes_back_whole(tmp_path: Path) -> None:
     moved: list[str] = []
 

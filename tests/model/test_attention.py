@@ -92,7 +92,7 @@ def test_sage_is_asked_for_tokens_first_and_lse(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [353, 17 * 64, 1350 * 5 + 226])
-@pytest.mark.fault("numbers: every attention backend of a GPU, against fp32")
+@pytest.mark.fault("numbers: every attention backend on a GPU, compared with fp32")
 def test_backends_of_a_gpu(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "PROBE", (1, tokens, 2, 64))
     device = torch.device("cuda")

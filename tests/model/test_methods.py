@@ -112,7 +112,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.fault("export: every kind of LoRA, reloaded and resumed")
+@pytest.mark.fault("export: every kind of LoRA is reloaded and resumed")
 def test_each_variant_is_published_and_resumed_exactly(
     model: Path, tensors: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,7 +141,7 @@ def test_from_rounded_matrices_only_a_run_that_takes_them_as_they_are_goes_on(mo
     ("value", "scale"),
     [(1e-7, 0.25), (6e4, 2.0), (math.nan, 2.0), (1.0, 1.5), (1.0, 0.0)],
 )
-@pytest.mark.fault("numbers: a LoRA's scale that cannot be multiplied in exactly")
+@pytest.mark.fault("numbers: a LoRA scale that cannot be merged exactly")
 def test_what_would_round_or_overflow_is_not_folded(value: float, scale: float) -> None:
     """In fp16, numbers below 6e-5 lose bits, and 65504 is the largest number."""
     state = {"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.tensor([[1.0], [value]])}

@@ -480,7 +480,7 @@ BIG = {"first": (700, 1000), "second": (900, 1000), "bias": (7,), "last": (1100,
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.fault("memory: masters on the host of a GPU, against resident ones")
+@pytest.mark.fault("memory: master weights in host memory, compared with those on the GPU")
 def test_on_a_gpu_nobody_waits_and_the_numbers_are_the_same(
     dtype: torch.dtype, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,7 +516,7 @@ def test_on_a_gpu_nobody_waits_and_the_numbers_are_the_same(
 
 
 @pytest.mark.gpu
-@pytest.mark.fault("memory: masters on the host of a GPU, against resident ones")
+@pytest.mark.fault("memory: master weights in host memory, compared with those on the GPU")
 def test_on_a_gpu_the_device_holds_three_ranges_and_only_during_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 2**20)
     params = {str(number): Parameter(torch.randn(1000, 1000, device="cuda")) for number in range(16)}

@@ -97,7 +97,7 @@ def test_blocks_of_diffusers_are_not_compared_with_themselves(tiny: Tiny, monkey
 # -- what must be found ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("numbers: a hand-written block computes something else than diffusers' block")
+@pytest.mark.fault("numbers: a hand-written block that differs from diffusers' block")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("made", [make, make_whole])
 @pytest.mark.parametrize("fault", BLOCK_FAULTS)

@@ -90,7 +90,7 @@ def test_a_lean_run_is_a_run(
     assert abs(stock.astype(int) - validated["step-000006"]).max() <= 1  # sampled one by one here, as a pair there
 
 
-@pytest.mark.fault("checkpoints: of a run under another plan")
+@pytest.mark.fault("checkpoints: a checkpoint of a run with another plan")
 def test_every_plan_makes_the_same_weights_and_they_resume_each_other(
     model: Path, tensors: Path, tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.gpu
 @pytest.mark.long
-@pytest.mark.fault("memory: the peak that a plan predicts, against the peak on a GPU")
+@pytest.mark.fault("memory: the peak that a plan predicts, compared with the peak on a GPU")
 @pytest.mark.parametrize("plan", ["lean", "balanced", "fast"])
 def test_the_peak_is_the_predicted_one(plan: str, full_size: tuple[Path, Path], tmp_path: Path) -> None:
     model, tensors = full_size

@@ -689,7 +689,7 @@ def trained(
         (True, True, "nf4"),
     ],
 )
-@pytest.mark.fault("memory: blocks that are streamed on a GPU, against resident ones")
+@pytest.mark.fault("memory: blocks that are streamed to a GPU, compared with resident ones")
 def test_streamed_is_resident_bit_for_bit(compiled: bool, any_length: bool, precision: str) -> None:
     torch.use_deterministic_algorithms(True)
     torch._dynamo.reset()
@@ -747,7 +747,7 @@ def wholly_trained(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("compiled", "accumulation"), [(False, 2), (True, 1)])
-@pytest.mark.fault("memory: blocks that are streamed on a GPU, against resident ones")
+@pytest.mark.fault("memory: blocks that are streamed to a GPU, compared with resident ones")
 def test_all_weights_are_trained_streamed_as_resident_bit_for_bit(compiled: bool, accumulation: int) -> None:
     torch.use_deterministic_algorithms(True)
     torch._dynamo.reset()

@@ -94,7 +94,7 @@ def test_training_all_weights_is_the_same_too(
     assert equal(*ends)
 
 
-@pytest.mark.fault("memory: the largest bucket does not fit, and no plan has said so")
+@pytest.mark.fault("memory: the largest bucket does not fit, and no plan predicted it")
 def test_what_does_not_fit_is_said_before_the_first_step(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

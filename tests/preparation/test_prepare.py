@@ -212,7 +212,7 @@ def test_a_second_run_encodes_and_loads_nothing(
     assert tensor_files(output) == before
 
 
-@pytest.mark.fault("kills: preparation is interrupted")
+@pytest.mark.fault("kills: an interruption of the preparation")
 def test_an_interrupted_run_goes_on(
     tiny: Tiny,
     clips: Path,
@@ -553,7 +553,7 @@ def test_t5_on_the_host_makes_the_same_embeddings(
     assert tensor_files(folders["device"]) == tensor_files(folders["host"])
 
 
-@pytest.mark.fault("memory: out of memory where T5 is loaded")
+@pytest.mark.fault("memory: out of memory while T5 is loaded")
 def test_t5_that_does_not_fit_on_the_device_names_the_flag(
     tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:

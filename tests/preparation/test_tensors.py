@@ -66,7 +66,7 @@ def test_flags_that_fit(tensors: Path) -> None:
     assert len(error.value.problems) == 4  # all at once
 
 
-@pytest.mark.fault("data: tensors of another model or of other flags")
+@pytest.mark.fault("data: tensors of another model, or made with other flags")
 def test_tensors_of_another_model(tensors: Path, tmp_path: Path) -> None:
     other = make_tiny(tmp_path / "other", "5b", seed=1)
     line = refused(lora_flags(other, tensors, tmp_path / "lora", "--load_tensors"))
@@ -78,7 +78,7 @@ def test_tensors_of_another_model(tensors: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "name"), [("vae", "VAE"), ("text_encoder", "text encoder"), ("tokenizer", "text encoder")]
 )
-@pytest.mark.fault("data: tensors of another model or of other flags")
+@pytest.mark.fault("data: tensors of another model, or made with other flags")
 def test_tensors_of_another_part(model: Path, tensors: Path, tmp_path: Path, part: str, name: str) -> None:
     other = Path(shutil.copytree(model, tmp_path / "other"))
     if part == "tokenizer":
@@ -136,7 +136,7 @@ def lose(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.fault("data: a cached tensor is changed, torn, lost, or holds NaN", times=4)
+@pytest.mark.fault("data: a cached tensor is changed, truncated, missing, or contains NaN", times=4)
 @pytest.mark.parametrize("damage", [flip, truncate, lose, poison])
 def test_damage_names_the_file_and_training_from_the_clips_mends_it(
     model: Path,
@@ -227,7 +227,7 @@ def test_a_factory_folder_with_a_missing_tensor_ends_before_anything_is_read(
     assert not (tmp_path / "lora").exists()
 
 
-@pytest.mark.fault("flags: a schedule of validation for a prepared folder without clips for it")
+@pytest.mark.fault("flags: a validation schedule for a prepared folder without validation clips")
 def test_a_schedule_without_anything_to_validate_is_named(
     model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

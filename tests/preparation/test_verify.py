@@ -179,7 +179,7 @@ def test_an_edit_that_keeps_size_and_time_is_found_by_content(tiny: Tiny, data: 
     assert faults(tiny, data) == []
 
 
-@pytest.mark.fault("data: tensors of another model or of other flags", times=2)
+@pytest.mark.fault("data: tensors of another model, or made with other flags", times=2)
 def test_other_flags_and_other_weights_are_named(tiny: Tiny, data: Path, tmp_path: Path) -> None:
     assert len(faults(tiny, data, height_buckets=(16,))) == 6
     model = Path(shutil.copytree(tiny("5b"), tmp_path / "model"))

@@ -63,11 +63,11 @@ def test_the_table_is_what_ran(tmp_path: Path) -> None:
         "| ranks | one dies | 1 | as promised | test_example.py |",
         "| memory | on a device |  | not run: needs a GPU | test_example.py |",
     ]
-    assert "4 faults, injected 14 times in 5 tests; none came out wrong." in page
+    assert "4 faults were injected 14 times in 5 tests. The promise was broken for none of them." in page
     status, page = table_of(tmp_path / "bad", False)
     assert status == 1
     assert "| kills | a kill | 8 | FAILED: 1 of 3 tests | test_example.py |" in page
-    assert "2 came out wrong" in page
+    assert "The promise was broken for 2 of them" in page
 
 
 def test_the_page_has_the_faults_of_the_tests(request: pytest.FixtureRequest) -> None:

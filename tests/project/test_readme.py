@@ -169,7 +169,7 @@ def test_claims_of_the_readme_are_what_was_measured() -> None:
     text = " ".join(README.split())
     lean, stock, without = (bench_row(f"5b-r128-{arm}") for arm in ("lean", "stock", "lean-cudnn"))
     every, every_stock = bench_row("5b-sft-lean"), bench_row("5b-sft-stock")
-    injected = re.search(r"^(\d+) faults, injected", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
+    injected = re.search(r"^(\d+) faults were injected", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
     assert injected is not None
     claims = (
         f"trains in {lean[1]:.1f} GiB of GPU memory",

@@ -79,7 +79,7 @@ def test_exported_lora_carries_rank_and_alpha(reference: Path) -> None:
     assert '"transformer.r": 4' in metadata
 
 
-@pytest.mark.fault("export: reloaded by stock diffusers, compared pixel by pixel")
+@pytest.mark.fault("export: stock diffusers reloads the result, compared pixel by pixel")
 def test_stock_diffusers_gives_the_validated_video(
     model: Path, tensors: Path, tmp_path: Path, validated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +186,7 @@ def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "plan"), [("accelerate", "off"), ("torchrun", "lean")])
-@pytest.mark.fault("ranks: two processes in the place of one")
+@pytest.mark.fault("ranks: two processes in place of one")
 def test_two_processes_have_the_losses_of_one(
     model: Path, tensors: Path, reference: Path, tmp_path: Path, launcher: str, plan: str
 ) -> None:
@@ -215,7 +215,7 @@ def test_batch_size_and_accumulation_are_interchangeable(
     assert losses(tmp_path / "lora") == pytest.approx(losses(reference), rel=1e-5)
 
 
-@pytest.mark.fault("ranks: batches in the place of accumulation", times=2)
+@pytest.mark.fault("ranks: larger batches in place of accumulation", times=2)
 def test_the_training_signal_does_not_depend_on_how_it_is_cut(model: Path, tensors: Path, tmp_path: Path) -> None:
     """Weights, a range of timesteps, strata and an average, with accumulation or a batch, at once or in two goes."""
     signal = ["--loss_weighting", "min_snr", "--min_timestep", 100, "--max_timestep", 899, "--use_ema"]
@@ -257,7 +257,7 @@ def test_gradient_checkpointing_changes_nothing(model: Path, tensors: Path, refe
     assert equal(weights(tmp_path / "lora"), weights(reference))
 
 
-@pytest.mark.fault("export: reloaded by stock diffusers, compared pixel by pixel")
+@pytest.mark.fault("export: stock diffusers reloads the result, compared pixel by pixel")
 def test_all_weights_train_resume_and_give_the_validated_video(
     model: Path, tensors: Path, tmp_path: Path, validated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +285,7 @@ def test_preparing_while_training_is_the_same_as_before(
     assert equal(weights(tmp_path / "lora"), weights(reference))
 
 
-@pytest.mark.fault("checkpoints: resumed in the middle of an epoch, and after the end")
+@pytest.mark.fault("checkpoints: a run is resumed within an epoch, and after its end")
 def test_longer_run_extends_a_finished_one(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
     output = tmp_path / "lora"
     flags = lora_flags(model, tensors, output, "--load_tensors")
@@ -332,7 +332,7 @@ def test_runs_without_the_optional_packages(model: Path, tensors: Path, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.fault("checkpoints: of DeepSpeed with two processes")
+@pytest.mark.fault("checkpoints: a checkpoint of DeepSpeed with two processes")
 def test_deepspeed_zero_2_has_the_losses_of_one_process(
     model: Path, tensors: Path, reference: Path, tmp_path: Path
 ) -> None:

@@ -227,7 +227,7 @@ def test_measured_with_every_checkpoint_whenever_videos_are_due(model: Path, pre
 
 @pytest.mark.usefixtures("scripted")
 @pytest.mark.parametrize("moment", ["saved", "measured", "trimmed"])
-@pytest.mark.fault("kills: ended wherever the best checkpoint is chosen")
+@pytest.mark.fault("kills: an interruption while the best checkpoint is chosen")
 def test_a_kill_at_any_moment_changes_nothing(
     model: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -260,7 +260,7 @@ def test_a_kill_at_any_moment_changes_nothing(
     assert fault(tmp_path / "checkpoint-10") is None
 
 
-@pytest.mark.fault("data: other validation clips when a run is resumed")
+@pytest.mark.fault("data: different validation clips when a run is resumed")
 def test_a_run_that_is_resumed_with_other_validation_clips(
     model: Path, tensors: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

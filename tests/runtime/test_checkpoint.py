@@ -77,7 +77,7 @@ DAMAGES = [truncate, flip, lose, tear_progress, tear_manifest, lose_manifest, an
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.fault("checkpoints: the newest is damaged")
+@pytest.mark.fault("checkpoints: the newest checkpoint is damaged")
 def test_damage_is_found_and_the_one_before_is_resumed(
     tmp_path: Path, damage: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,7 +100,7 @@ def test_a_damaged_one_that_is_asked_for_is_refused(tmp_path: Path) -> None:
         taken_up(tmp_path, "--resume_from_checkpoint", "checkpoint-4")
 
 
-@pytest.mark.fault("checkpoints: all are damaged")
+@pytest.mark.fault("checkpoints: all checkpoints are damaged")
 def test_the_first_steps_are_done_again_where_none_is_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
@@ -174,7 +174,7 @@ STRANGE = [None, [], {}, 0, -1, 10**30, 1.5, True, "", "x", "\ud800", [None], {"
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["newest format", "without a checksum"])
-@pytest.mark.fault("checkpoints: a value of the json files is another", times=300)
+@pytest.mark.fault("checkpoints: a changed value in a JSON file", times=300)
 def test_every_value_of_the_json_files_in_every_type(tmp_path: Path, older: bool) -> None:
     save_steps(run_alone(tmp_path), 4)
     folder = tmp_path / "checkpoint-4"
@@ -194,7 +194,7 @@ NAMES = ["../x", "/etc/hostname", "a/../../x", "..", ".", "", "\0", "x" * 5000, 
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
-@pytest.mark.fault("checkpoints: a file outside is named")
+@pytest.mark.fault("checkpoints: a manifest that names a file outside the checkpoint")
 def test_a_name_that_leaves_the_folder_is_damage(tmp_path: Path, name: str) -> None:
     save_steps(run_alone(tmp_path), 4)
     folder = tmp_path / "checkpoint-4"
@@ -210,7 +210,7 @@ def test_a_name_that_leaves_the_folder_is_damage(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("content", [b"[" * 100000, b"\xff\xfe", b'{"a": ' * 30000, b"1" * 9999], ids=range(4))
 @pytest.mark.parametrize("name", [MANIFEST_NAME, PROGRESS_NAME])
-@pytest.mark.fault("checkpoints: strange json")
+@pytest.mark.fault("checkpoints: JSON files with unexpected content")
 def test_strange_json_is_damage(tmp_path: Path, name: str, content: bytes) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     (tmp_path / "checkpoint-4" / name).write_bytes(content)
@@ -218,7 +218,7 @@ def test_strange_json_is_damage(tmp_path: Path, name: str, content: bytes) -> No
     assert taken_up(tmp_path) == (2, 2.0)
 
 
-@pytest.mark.fault("checkpoints: of a later version")
+@pytest.mark.fault("checkpoints: a checkpoint of a later version")
 def test_one_of_a_later_version_is_passed_over_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     rewrite(tmp_path / "checkpoint-4", lambda manifest: manifest | {"format": 3})
@@ -229,7 +229,7 @@ def test_one_of_a_later_version_is_passed_over_and_kept(tmp_path: Path, capfd: p
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "damaged-checkpoint-4"]
 
 
-@pytest.mark.fault("checkpoints: damaged, and its step is saved again")
+@pytest.mark.fault("checkpoints: a damaged checkpoint whose step is saved again")
 def test_a_damaged_one_is_kept_where_its_step_is_saved_again(tmp_path: Path) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     lose(tmp_path / "checkpoint-4")
@@ -289,7 +289,7 @@ def test_the_last_checkpoint_before_skipped_steps_stays_as_long_as_they_go_on(tm
     assert names(tmp_path) == ["checkpoint-10"]
 
 
-@pytest.mark.fault("numbers: infinity in what a checkpoint would hold")
+@pytest.mark.fault("numbers: infinity in a tensor that a checkpoint would save")
 def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     engine = FakeEngine()
     saver = saver_of(run_alone(tmp_path), engine, limit=1)
@@ -456,7 +456,7 @@ def test_an_older_one_drops_the_later_ones_at_the_first_save(
     assert losses(again) == losses(reference)
 
 
-@pytest.mark.fault("checkpoints: the newest is damaged")
+@pytest.mark.fault("checkpoints: the newest checkpoint is damaged")
 def test_a_damaged_checkpoint_ends_in_the_same_lora(
     model: Path, tensors: Path, reference: Path, again: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,7 @@ def short_flags(model: Path, tensors: Path, output: Path) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.fault("disk: full or failing while training", times=len(FAULTS))
+@pytest.mark.fault("disk: a full or failing disk while training", times=len(FAULTS))
 def test_a_run_ends_with_a_line_and_goes_on(model: Path, tensors: Path, unharmed: Path, tmp_path: Path) -> None:
     """Each fault comes where the one before has left the run."""
     output = tmp_path / "out"
@@ -157,7 +157,7 @@ def same_tensors(first: Path, second: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("disk: full or failing while preparing", times=len(PREPARE_FAULTS))
+@pytest.mark.fault("disk: a full or failing disk while preparing", times=len(PREPARE_FAULTS))
 def test_preparing_ends_with_a_line_and_goes_on(model: Path, clips: Path, tensors: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = prepare_command(model, clips, output)
@@ -199,7 +199,7 @@ ERRORS = [(errno.ENOSPC, 1), (errno.EIO, 2)]
 
 @pytest.mark.long
 @pytest.mark.parametrize(("number", "first"), ERRORS, ids=["full", "broken"])
-@pytest.mark.fault("disk: every moment of a LoRA run", times=100)
+@pytest.mark.fault("disk: a failure at every moment of a LoRA run", times=100)
 def test_every_moment_of_training(
     number: int,
     first: int,
@@ -218,7 +218,7 @@ def test_every_moment_of_training(
 
 @pytest.mark.long
 @pytest.mark.parametrize(("number", "first"), ERRORS, ids=["full", "broken"])
-@pytest.mark.fault("disk: every moment of preparing", times=30)
+@pytest.mark.fault("disk: a failure at every moment of the preparation", times=30)
 def test_every_moment_of_preparing(
     number: int, first: int, model: Path, clips: Path, tensors: Path, tmp_path: Path
 ) -> None:

@@ -164,7 +164,7 @@ def test_when_a_lock_file_counts(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"pid": "x"}', b'{"machine": 1, "pid": [], "host": 2}'])
-@pytest.mark.fault("disk: a torn lock file")
+@pytest.mark.fault("disk: an incomplete lock file")
 def test_a_torn_lock_file_is_stale_after_some_minutes(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,7 @@ def temporary(folder: Path, name: str, pid: int, host: str | None = None) -> Pat
     return path
 
 
-@pytest.mark.fault("kills: what a killed run leaves at its start, on this host or another")
+@pytest.mark.fault("kills: leftover files of a run that was killed at its start, on this host or another")
 def test_a_folder_left_by_a_kill_at_the_start_is_taken(tmp_path: Path, gone: int) -> None:
     (tmp_path / LOCK_NAME).touch()
     stale = temporary(tmp_path, CONFIG_NAME, gone)
@@ -166,7 +166,7 @@ def test_temporaries_in_a_foreign_folder_are_left_alone(tmp_path: Path, gone: in
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "checkpoint-2", "metrics.jsonl", ".hidden"])
-@pytest.mark.fault("flags: an output folder with files of somebody else")
+@pytest.mark.fault("flags: an output folder with foreign files")
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("do not touch")
     refusal = take(tmp_path)

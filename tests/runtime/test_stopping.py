@@ -98,7 +98,7 @@ def test_the_handlers_are_those_of_the_issue_s_signals() -> None:
     assert set(SIGNALS) == {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
-@pytest.mark.fault("signals: in a long call of a library")
+@pytest.mark.fault("signals: a signal during a long call of a library")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_in_a_long_call_ends_the_script_soon(number: int, tmp_path: Path) -> None:
     script = Script(tmp_path, IN_A_LIBRARY)
@@ -119,7 +119,7 @@ def test_after_a_checkpoint_a_long_call_ends_as_soon_as_before_it(monkeypatch: p
     assert stopping._state.grace == stopping.FAREWELL
 
 
-@pytest.mark.fault("signals: between two bytecodes")
+@pytest.mark.fault("signals: a signal between two bytecodes")
 def test_the_main_thread_ends_by_itself_where_it_can(tmp_path: Path) -> None:
     code = "try: ready(); time.sleep(60)\nexcept Exception: print('swallowed')\nfinally: os.write(2, b'cleaned up\\n')"
     script = Script(tmp_path, code)
@@ -127,7 +127,7 @@ def test_the_main_thread_ends_by_itself_where_it_can(tmp_path: Path) -> None:
     assert script.end() == (75, f"cleaned up\nstopped; {LINE}\n")
 
 
-@pytest.mark.fault("signals: a second one")
+@pytest.mark.fault("signals: a second signal")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_ends_at_once_unless_it_is_the_first_one_again(number: int, tmp_path: Path) -> None:
     script = Script(tmp_path, DEFERRED)
@@ -140,7 +140,7 @@ def test_a_second_signal_ends_at_once_unless_it_is_the_first_one_again(number: i
     assert script.end()[0] == 128 + number
 
 
-@pytest.mark.fault("signals: while there is something to lose")
+@pytest.mark.fault("signals: a signal while work is unsaved")
 def test_what_exists_in_memory_only_is_saved_first(tmp_path: Path) -> None:
     code = """
 stopping.defer(); ready()
@@ -169,7 +169,7 @@ child.wait()
 """
 
 
-@pytest.mark.fault("signals: the parent dies")
+@pytest.mark.fault("signals: the parent process dies")
 @pytest.mark.parametrize(("parent", "ends"), [("torchrun", True), ("accelerate", True), ("sweep.py", False)])
 def test_the_launcher_s_death_is_a_signal_and_that_of_a_shell_is_not(parent: str, ends: bool, tmp_path: Path) -> None:
     (tmp_path / parent).write_text(PARENT)
@@ -325,7 +325,7 @@ def has_said(rank: Forked, text: str) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.fault("signals: one or both of two ranks at named moments", times=3 * len(RANK_MOMENTS))
+@pytest.mark.fault("signals: a signal to one or both of two ranks at named moments", times=3 * len(RANK_MOMENTS))
 @pytest.mark.parametrize("hit", [(0,), (1,), (0, 1)])
 def test_ranks_stop_together_at_every_moment(model: Path, clips: Path, tmp_path: Path, hit: tuple[int, ...]) -> None:
     def ranks_of(name: str, moment: Moment | None = None) -> list[Forked]:
@@ -344,7 +344,7 @@ def test_ranks_stop_together_at_every_moment(model: Path, clips: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("signals: while torch is imported")
+@pytest.mark.fault("signals: a signal while torch is imported")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_while_torch_is_imported(number: int, model: Path, tensors: Path, tmp_path: Path) -> None:
     process = start(python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", "--load_tensors")))
@@ -353,7 +353,7 @@ def test_a_signal_while_torch_is_imported(number: int, model: Path, tensors: Pat
     assert finish(process, 75).endswith(f"stopped; {LINE}\n")
 
 
-@pytest.mark.fault("signals: one of two ranks, in an unfinished step")
+@pytest.mark.fault("signals: a signal to one of two ranks, in an unfinished step")
 def test_one_of_two_ranks_stops_both_before_the_same_step(model: Path, tensors: Path, tmp_path: Path) -> None:
     def ranks_of(name: str, moments: dict[int, Moment] | None = None) -> list[Forked]:
         flags = lora_flags(model, tensors, tmp_path / name, "--load_tensors", "--max_train_steps", 3)
@@ -371,7 +371,7 @@ def test_one_of_two_ranks_stops_both_before_the_same_step(model: Path, tensors: 
 
 
 @pytest.mark.slow
-@pytest.mark.fault("signals: TERM to accelerate launch, which passes nothing on")
+@pytest.mark.fault("signals: TERM to accelerate launch, which does not pass it on")
 def test_a_launcher_that_is_terminated_leaves_no_orphan(model: Path, tensors: Path, tmp_path: Path) -> None:
     output = tmp_path / "lora"
     launcher = "-m accelerate.commands.launch --config_file accelerate_configs/cpu.yaml"
@@ -492,7 +492,7 @@ def two_ranks(folder: Path, patience: float, how: str) -> list[Forked]:
     return fork_ranks(2, python(folder / "ranks.py", patience, how))
 
 
-@pytest.mark.fault("ranks: one hangs while the other waits in a barrier")
+@pytest.mark.fault("ranks: one of two hangs while the other waits in a barrier")
 def test_a_rank_that_hangs_ends_all_with_their_stacks(tmp_path: Path) -> None:
     texts = [finish(rank, 1) for rank in two_ranks(tmp_path, 2, "hang")]
     assert all("no rank made progress for 2 s (--nccl_timeout)" in text for text in texts)
@@ -505,7 +505,7 @@ def test_a_rank_that_works_is_waited_for(tmp_path: Path) -> None:
         finish(rank)
 
 
-@pytest.mark.fault("signals: one of two ranks, while the other waits in a barrier")
+@pytest.mark.fault("signals: a signal to one of two ranks, while the other waits in a barrier")
 def test_quit_shows_and_term_ends_both_ranks(tmp_path: Path) -> None:
     ranks = two_ranks(tmp_path, 60, "hang")
     assert eventually(lambda: all(has_said(rank, "ready") for rank in ranks), 60)
@@ -517,7 +517,7 @@ def test_quit_shows_and_term_ends_both_ranks(tmp_path: Path) -> None:
     assert [LINE in text for text in texts] == [True, False]
 
 
-@pytest.mark.fault("ranks: one is suspended while clips are prepared")
+@pytest.mark.fault("ranks: one of two is suspended while clips are prepared")
 def test_preparation_ends_where_a_rank_makes_no_progress(model: Path, clips: Path, tmp_path: Path) -> None:
     flags = ["--model_id", model, "--data_root", clips, "--output_dir", tmp_path / "out", *SIZE, "--nccl_timeout", 2]
     ranks = fork_ranks(2, python(PREPARE_SCRIPT, *flags), {1: ("unit caption", 1, signal.SIGSTOP)})

@@ -33,9 +33,11 @@ def usual(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize(
     ("limit", "variables"),
     [
-        pytest.param("true", {"HOME": "/proc/none"}, marks=pytest.mark.fault("disk: a home that cannot be written")),
-        pytest.param("true", {"TMPDIR": "/proc/none"}, marks=pytest.mark.fault("disk: no folder for temporaries")),
-        pytest.param("ulimit -n 128", {}, marks=pytest.mark.fault("disk: 128 open files at most")),
+        pytest.param(
+            "true", {"HOME": "/proc/none"}, marks=pytest.mark.fault("disk: a home folder that cannot be written")
+        ),
+        pytest.param("true", {"TMPDIR": "/proc/none"}, marks=pytest.mark.fault("disk: no folder for temporary files")),
+        pytest.param("ulimit -n 128", {}, marks=pytest.mark.fault("disk: a limit of 128 open files")),
         pytest.param(
             "true",
             {"LC_ALL": "C", "LANG": "C"},

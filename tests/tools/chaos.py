@@ -171,9 +171,10 @@ def summary(rows: dict[str, Row], seconds: float) -> str:
     total, tests = sum(row.injected for row in rows.values()), sum(len(row.outcomes) for row in rows.values())
     bad = sum(row.outcome.isupper() or row.outcome.startswith("FAILED") for row in rows.values())
     return (
-        f"{len(rows)} faults, injected {total} times in {tests} tests; {bad or 'none'} came out wrong. `make chaos` at "
-        f"commit {commit.strip() or 'unknown'} on {date.today()}: {seconds / 60:.0f} minutes on "
-        f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, {versions}."
+        f"{len(rows)} faults were injected {total} times in {tests} tests. The promise was broken for {bad or 'none'} "
+        f"of them. Measured with `make chaos` at commit {commit.strip() or 'unknown'} on {date.today()}, in "
+        f"{seconds / 60:.0f} minutes on {len(os.sched_getaffinity(0))} cores, with Python {platform.python_version()}, "
+        f"{versions}."
     )
 
 
@@ -186,7 +187,8 @@ def write(rows: dict[str, Row], seconds: float, again: bool) -> None:
         new = {fault_in(line): line for line in table(run_rows(rows)).splitlines()}
         lines = "\n".join(new.get(fault_in(line), line) for line in before if line.startswith("|"))
         said = "\n".join(line for line in before if not line.startswith("|")).strip()
-        said += f"\n\nRun again since, in place of what came out then: {summary(run_rows(rows), seconds)}"
+        rerun = "Some tests ran again later, and their rows replace the earlier ones."
+        said += f"\n\n{rerun} {summary(run_rows(rows), seconds)}"
     inner = f"{BEGIN}\n{said}\n\n{lines}\n{END}"
     found, number = re.subn(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: inner, text, flags=re.DOTALL)
     assert number == 1, f"{PAGE} has no place for the table"
