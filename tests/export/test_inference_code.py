@@ -140,7 +140,7 @@ def test_the_script_samples_as_the_validation_does(
     assert ast.literal_eval(calls(tree, "pipe.set_adapters").args[1]) == [1.0]
 
 
-@pytest.mark.fault("flags: inference.py under a diffusers that is too old")
+@pytest.mark.fault("flags: inference.py with a version of diffusers that is too old")
 @pytest.mark.parametrize(
     ("version", "old"), [("0.39.9", True), ("0.40.0", False), ("0.41.0.dev0", False), ("1.0", False)]
 )

@@ -96,7 +96,7 @@ FAULTS = {
 
 @pytest.mark.filterwarnings("ignore:.*inconsistency was discovered")
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.fault("export: weights that reload as something else")
+@pytest.mark.fault("export: weights that differ after they are reloaded")
 def test_what_reloads_as_something_else_is_not_published(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
