@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cogvideox.files import write_atomically
-from cogvideox.runtime.metrics import BY_TIMESTEP, Records, by_grid, column, read_records
+from cogvideox.runtime.metrics import BY_TIMESTEP, MetricRecords, by_grid, column, read_records
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -82,7 +82,7 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return steps[kept], values[kept]
 
 
-def curves_figure(records: Records, name: str, weighting: str = "none") -> "Figure":
+def curves_figure(records: MetricRecords, name: str, weighting: str = "none") -> "Figure":
     """Returns the figure: loss at the top, learning rate and gradient norm in a smaller panel at the bottom."""
     from matplotlib.figure import Figure
 
@@ -103,7 +103,7 @@ def curves_figure(records: Records, name: str, weighting: str = "none") -> "Figu
     return figure
 
 
-def draw_loss(axes: "Axes", records: Records, weighting: str) -> None:
+def draw_loss(axes: "Axes", records: MetricRecords, weighting: str) -> None:
     """Draws the loss of each step, its running mean, the held-out loss, and marks for skipped steps.
 
     The limits of the axis include all of the mean and of the held-out loss, but may exclude extreme single steps.
@@ -126,7 +126,7 @@ def draw_loss(axes: "Axes", records: Records, weighting: str) -> None:
     add_legend(axes, *axes.get_legend_handles_labels())
 
 
-def draw_by_timestep(axes: "Axes", measured: Records) -> None:
+def draw_by_timestep(axes: "Axes", measured: MetricRecords) -> None:
     """Draws a line per part of the noise schedule: the held-out loss there, relative to its first measurement.
 
     The losses themselves could not share an axis, because they differ by large factors between the parts.
@@ -153,7 +153,7 @@ def draw_by_timestep(axes: "Axes", measured: Records) -> None:
     add_legend(axes, handles, labels, columns=parts)
 
 
-def draw_held_out(axes: "Axes", records: Records) -> np.ndarray:
+def draw_held_out(axes: "Axes", records: MetricRecords) -> np.ndarray:
     """Draws the held-out loss, one line per grid on which it was measured.
 
     The lines are not connected, because losses on different clips differ whatever the model has learned.
@@ -166,7 +166,7 @@ def draw_held_out(axes: "Axes", records: Records) -> np.ndarray:
     return np.concatenate([*shown, draw_grid(axes, newest, HELD_OUT_COLOR, "held-out loss")])
 
 
-def draw_grid(axes: "Axes", records: Records, color: str, label: str) -> np.ndarray:
+def draw_grid(axes: "Axes", records: MetricRecords, color: str, label: str) -> np.ndarray:
     """Draws the held-out losses of one grid with their standard error, which is missing if the grid has one clip.
 
     Returns:
@@ -181,7 +181,7 @@ def draw_grid(axes: "Axes", records: Records, color: str, label: str) -> np.ndar
     return np.concatenate([losses - np.nan_to_num(errors), losses + np.nan_to_num(errors)])
 
 
-def draw_skipped(axes: "Axes", records: Records) -> None:
+def draw_skipped(axes: "Axes", records: MetricRecords) -> None:
     """Draws a mark at the lower edge for each step that changed no weight because its gradients were not finite."""
     steps, _ = column([record for record in records if record.get("skipped")], "step")
     marks: dict[str, Any] = {"marker": "|", "markersize": 14, "linestyle": "none"}
@@ -190,7 +190,7 @@ def draw_skipped(axes: "Axes", records: Records) -> None:
         axes.plot(steps, np.full(len(steps), 0.02), **marks)
 
 
-def draw_rate_and_norm(axes: "Axes", records: Records) -> None:
+def draw_rate_and_norm(axes: "Axes", records: MetricRecords) -> None:
     """Draws the learning rate with the left axis and the gradient norm with the right axis."""
     steps, norms = column(records, "grad_norm")
     right = axes.twinx()
