@@ -20,7 +20,7 @@ from fakes import options_of, run_alone
 from cogvideox import files, locks
 from cogvideox.data.cache import Ledger, sole_writer
 from cogvideox.locks import STALE, held, take
-from cogvideox.runtime.run import CONFIG_NAME, take_folder
+from cogvideox.runtime.run import RUN_CONFIG_NAME, take_folder
 
 WITHOUT = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 HOLD = """
@@ -102,7 +102,7 @@ def test_a_run_goes_without_posix_locks_and_says_so(
 ) -> None:
     run = run_alone(tmp_path)
     assert take_folder(run, options_of(tmp_path)) is None
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.owner", CONFIG_NAME}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.owner", RUN_CONFIG_NAME}
     shown = capsys.readouterr().err
     assert shown.count("its file system has no locks") == 1
     assert shown.count("\n") == 1

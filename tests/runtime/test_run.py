@@ -23,7 +23,7 @@ from cogvideox.errors import UsageError
 from cogvideox.optimizer.step import StepResult
 from cogvideox.runtime import run as run_module
 from cogvideox.runtime.ranks import Ranks
-from cogvideox.runtime.run import CONFIG_NAME, LOCK_NAME, METRICS_NAME, Metrics, take_folder
+from cogvideox.runtime.run import LOCK_NAME, METRICS_NAME, RUN_CONFIG_NAME, Metrics, take_folder
 
 
 def take(output: Path, *flags: object) -> str | None:
@@ -133,15 +133,15 @@ def temporary(folder: Path, name: str, pid: int, host: str | None = None) -> Pat
 @pytest.mark.fault("kills: leftover files of a run that was killed at its start, on this host or another")
 def test_a_folder_left_by_a_kill_at_the_start_is_taken(tmp_path: Path, gone: int) -> None:
     (tmp_path / LOCK_NAME).touch()
-    stale = temporary(tmp_path, CONFIG_NAME, gone)
+    stale = temporary(tmp_path, RUN_CONFIG_NAME, gone)
     assert take(tmp_path) is None
     assert not stale.exists()
-    assert sorted(os.listdir(tmp_path)) == [LOCK_NAME, CONFIG_NAME]
+    assert sorted(os.listdir(tmp_path)) == [LOCK_NAME, RUN_CONFIG_NAME]
 
 
 def test_a_folder_left_by_a_kill_on_another_host_is_taken(tmp_path: Path, gone: int) -> None:
     """A container has another host name at every start."""
-    stale = temporary(tmp_path, CONFIG_NAME, gone, host="node-7")
+    stale = temporary(tmp_path, RUN_CONFIG_NAME, gone, host="node-7")
     assert take(tmp_path) is None
     assert not stale.exists()
 
@@ -173,7 +173,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path, name: str) -
     assert refusal is not None
     assert f"is not empty and not a run of this trainer ({name}" in refusal
     assert (tmp_path / name).read_text() == "do not touch"
-    assert not (tmp_path / CONFIG_NAME).exists()
+    assert not (tmp_path / RUN_CONFIG_NAME).exists()
 
 
 def test_a_folder_with_tracker_files_only_is_taken(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_refused_resume_changes_nothing(model: Path, tensors: Path, reference:
             train([*flags, *more])
         assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     assert train(flags) == 0
-    assert json.loads((output / CONFIG_NAME).read_text())["flags"]["max_train_steps"] == 8
+    assert json.loads((output / RUN_CONFIG_NAME).read_text())["flags"]["max_train_steps"] == 8
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
-from cogvideox.runtime.checkpoint import PREFIX, Saver, checkpoints, fault, step_of
+from cogvideox.runtime.checkpoint import CHECKPOINT_PREFIX, Saver, checkpoints, fault, step_of
 from cogvideox.runtime.metrics import column, of_grid, read_records
 from cogvideox.runtime.run import METRICS_NAME
 
@@ -52,7 +52,7 @@ def best_of(output_dir: Path, last: int, grid: str) -> BestEntry | None:
     if not steps:
         return None
     best = min(steps, key=lambda step: (measured[step], step))
-    return {"step": best, "checkpoint": f"{PREFIX}{best}", "held_out_loss": float(measured[best])}
+    return {"step": best, "checkpoint": f"{CHECKPOINT_PREFIX}{best}", "held_out_loss": float(measured[best])}
 
 
 class BestCheckpoint:
@@ -72,7 +72,7 @@ class BestCheckpoint:
     def start(self, step: int) -> None:
         """Updates at the start of a run, and prints which checkpoints have a loss that cannot be compared."""
         if self.wanted and self.run.is_main and (others := not_comparable(self.folder, self.grid)):
-            names = ", ".join(f"{PREFIX}{other}" for other in others)
+            names = ", ".join(f"{CHECKPOINT_PREFIX}{other}" for other in others)
             self.run.say(f"--keep_best: {names}: measured on other held-out clips, so not compared with the current")
         self.update(step)
 
@@ -117,4 +117,4 @@ class BestCheckpoint:
 
     def path(self, step: int) -> Path:
         """Returns the folder of the checkpoint of a step."""
-        return self.folder / f"{PREFIX}{step}"
+        return self.folder / f"{CHECKPOINT_PREFIX}{step}"

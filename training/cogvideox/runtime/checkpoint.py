@@ -36,7 +36,7 @@ from cogvideox.optimizer.engine import Engine
 from cogvideox.optimizer.master_weights import state_bytes
 from cogvideox.runtime.run import METRICS_NAME, Run
 
-PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
+CHECKPOINT_PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
 MANIFEST_FORMAT = 2
 DAMAGED = "damaged-"  # before the names of checkpoints that could not be used
 SAMPLES_NAME = "samples.json"
@@ -119,7 +119,8 @@ def check_file(folder: Path, name: str, entry: Any) -> None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Returns the checkpoint folders of a run, newest first."""
-    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    prefixed = output_dir.glob(f"{CHECKPOINT_PREFIX}*")
+    found = [path for path in prefixed if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -131,7 +132,7 @@ def safe_text(output_dir: Path) -> str:
 
 def step_of(checkpoint: Path) -> int:
     """Returns the optimizer step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix(PREFIX))
+    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
 
 
 def expected_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
@@ -203,7 +204,7 @@ class Saver:
             NonFiniteError: A tensor that would be saved is not finite; nothing is written or removed.
         """
         self._check_finite(step)
-        target = self.run.output_dir / f"{PREFIX}{step}"
+        target = self.run.output_dir / f"{CHECKPOINT_PREFIX}{step}"
         temporary = self.run.output_dir / f".{target.name}.tmp"
         cleans = removed_on_failure(temporary) if self.run.is_main else nullcontext()
         with disk_errors_told(self.run.output_dir, self.num_bytes), cleans:
@@ -254,7 +255,7 @@ class Saver:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             hint = resume_hint(self.run.output_dir, step if self.good_until is None else self.good_until)
             rule = f"{bad[0]}{more} holds numbers that are not finite; older checkpoints are untouched"
-            raise NonFiniteError(f"{PREFIX}{step} is not saved: {rule}; {hint}")
+            raise NonFiniteError(f"{CHECKPOINT_PREFIX}{step} is not saved: {rule}; {hint}")
 
     def trim(self, step: int) -> None:
         """Removes checkpoints beyond the limit, but none later than ``step``. Called on the main process."""
@@ -394,7 +395,7 @@ def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> Start
         UsageError: The requested checkpoint does not exist, is damaged, or was made with other settings.
     """
     if run.is_main:
-        for leftover in run.output_dir.glob(f".{PREFIX}*.tmp"):
+        for leftover in run.output_dir.glob(f".{CHECKPOINT_PREFIX}*.tmp"):
             shutil.rmtree(leftover)
     run.barrier()
     folder = find_checkpoint(run, options.train.resume_from_checkpoint)

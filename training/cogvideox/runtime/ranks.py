@@ -29,7 +29,7 @@ SHARED_SECONDS = 10.0  # Network file systems show new files to other machines s
 PATIENCE = timedelta(days=7)  # gloo's timeout; stopping.py ends a run without progress much earlier
 GO, SAVE, STOP = "go", "save", "stop"
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 def start_processes() -> "PartialState":
@@ -80,11 +80,11 @@ class Ranks:
         if self.is_main_process:
             tqdm.write("\n".join(lines))
 
-    def gather(self, items: list[Item]) -> list[Item]:
+    def gather(self, items: list[T]) -> list[T]:
         """Returns the items of all processes, in the order of ranks, on every rank."""
         if self._patient is None:
             return items
-        lists: list[list[Item]] = [[] for _ in range(self.num_processes)]
+        lists: list[list[T]] = [[] for _ in range(self.num_processes)]
         with stopping.waiting():
             dist.all_gather_object(lists, items, self._patient)
         return [item for part in lists for item in part]

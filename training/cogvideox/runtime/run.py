@@ -34,12 +34,12 @@ from cogvideox.runtime.ranks import Ranks, check_world
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
+RUN_CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
 WANDB_SECONDS = 20.0  # how long wandb may try to reach its server; its own default is 90
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")  # their versions are recorded
 
-Value = TypeVar("Value")
+T = TypeVar("T")
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Run:
         """Waits for the other ranks."""
         self.ranks.wait_for_everyone()
 
-    def from_main(self, value: Value) -> Value:
+    def from_main(self, value: T) -> T:
         """Returns the value of the main process on every rank."""
         values = [value]
         if self.world > 1:
@@ -236,7 +236,7 @@ def take_folder(run: Run, options: TrainOptions) -> str | None:
         return f"--output_dir {folder}: {error.strerror}; give a folder that can be written"
     ignored = (".*.tmp", f"{LOCK_NAME}*")
     there = sorted(path.name for path in folder.iterdir() if not any(map(path.match, ignored)))
-    if there and CONFIG_NAME not in there and there != [train.logging_dir]:
+    if there and RUN_CONFIG_NAME not in there and there != [train.logging_dir]:
         return (
             f"--output_dir {folder}: is not empty and not a run of this trainer ({there[0]}, ...); give another folder"
         )
@@ -244,7 +244,7 @@ def take_folder(run: Run, options: TrainOptions) -> str | None:
         return f"--no_resume: {folder} is not empty; give an empty --output_dir, or delete it"
     with disk_errors_told(folder):
         remove_temporaries(folder)
-    if CONFIG_NAME not in there:
+    if RUN_CONFIG_NAME not in there:
         write_config(run, options)
     return None
 
@@ -261,7 +261,7 @@ def take_repository(run: Run, options: TrainOptions) -> str | None:
 def write_config(run: Run, options: TrainOptions) -> None:
     """Writes config.json: flags, precision, number of ranks, and versions."""
     config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
-    write_atomically(run.output_dir / CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
+    write_atomically(run.output_dir / RUN_CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
 
 
 def environment() -> dict[str, Any]:

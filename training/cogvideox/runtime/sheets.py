@@ -27,8 +27,8 @@ MAX_LINES = 3
 LONGEST_LABEL = 2000  # characters; more never fit into MAX_LINES
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-Picture = Image.Image | None  # None if there is nothing to show
-Item = TypeVar("Item")
+MaybeImage = Image.Image | None  # None if there is nothing to show
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SheetRow:
     panels: Sequence[Panel]
 
 
-def pick_evenly(items: Sequence[Item], number: int) -> tuple[Item, ...]:
+def pick_evenly(items: Sequence[T], number: int) -> tuple[T, ...]:
     """Returns at most ``number`` of the items, evenly spaced from the first to the last."""
     if len(items) <= number:
         return tuple(items)
@@ -86,7 +86,7 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, title: str, width: int =
     write_atomically(path, file.getvalue())
 
 
-def _row(row: SheetRow, width: int) -> Picture:
+def _row(row: SheetRow, width: int) -> MaybeImage:
     panel_width = (width - PANEL_GAP * (len(row.panels) - 1)) // max(1, len(row.panels))
     panels = [
         (number * (panel_width + PANEL_GAP), _panel(panel, panel_width)) for number, panel in enumerate(row.panels)
@@ -94,13 +94,13 @@ def _row(row: SheetRow, width: int) -> Picture:
     return _stack([_text_block(row.label, LABEL_SIZE, width), _side_by_side(panels, width)], GAP, width)
 
 
-def _panel(panel: Panel, width: int) -> Picture:
+def _panel(panel: Panel, width: int) -> MaybeImage:
     strips = [[frame] for frame in panel.frames] if panel.stacked else [panel.frames]
     label, caption = _text_block(panel.label, LABEL_SIZE, width), _text_block(panel.caption, CAPTION_SIZE, width)
     return _stack([label, *(_strip(strip, width) for strip in strips), caption], GAP, width)
 
 
-def _stack(pictures: Sequence[Picture], gap: int, width: int) -> Picture:
+def _stack(pictures: Sequence[MaybeImage], gap: int, width: int) -> MaybeImage:
     """Returns one picture with the pictures below each other, without those that are None."""
     shown = [picture for picture in pictures if picture]
     if not shown:
@@ -112,7 +112,7 @@ def _stack(pictures: Sequence[Picture], gap: int, width: int) -> Picture:
     return column
 
 
-def _side_by_side(pictures: Sequence[tuple[int, Picture]], width: int) -> Picture:
+def _side_by_side(pictures: Sequence[tuple[int, MaybeImage]], width: int) -> MaybeImage:
     """Returns one picture with each picture at its left edge, without those that are None."""
     shown = [(left, picture) for left, picture in pictures if picture]
     if not shown:
@@ -123,7 +123,7 @@ def _side_by_side(pictures: Sequence[tuple[int, Picture]], width: int) -> Pictur
     return line
 
 
-def _text_block(text: str, size: int, width: int) -> Picture:
+def _text_block(text: str, size: int, width: int) -> MaybeImage:
     """Returns a picture of the text in at most MAX_LINES lines, or None if the text is empty."""
     font = ImageFont.load_default(size)
     lines: list[str] = []
@@ -170,7 +170,7 @@ def _shortened(line: str, font: Font, width: int) -> str:
     return f"{line.rstrip()} ..."
 
 
-def _strip(frames: Sequence[np.ndarray], width: int) -> Picture:
+def _strip(frames: Sequence[np.ndarray], width: int) -> MaybeImage:
     """Returns a picture of the frames side by side at one height, each with a thin edge; None if there are none."""
     if not frames:
         return None
