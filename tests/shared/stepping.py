@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from cogvideox.optimizer.step import MasterWeights, StepResult
 
+ADAM_CLASSES = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}  # by --optimizer
 SHAPES: dict[str, tuple[int, ...]] = {"down": (64, 64), "up": (6, 8), "bias": (16,)}
 
 

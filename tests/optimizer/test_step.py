@@ -1,26 +1,21 @@
-"""step.py against torch.optim, clip_grad_norm_ and diffusers' get_scheduler."""
+"""step.py: steps and learning rates equal those of torch.optim, clip_grad_norm_ and diffusers' get_scheduler."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
-import late_streams
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
-from stepping import SHAPES, loss_of, parameters, rate, state_equal, train, values
+from stepping import ADAM_CLASSES, SHAPES, loss_of, parameters, rate, state_equal, train, values
 from torch.nn import Parameter
 
 from cogvideox.config.flags import SCHEDULES, OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
-from cogvideox.memory.streaming import TRANSFER_SLOTS
 from cogvideox.optimizer import step as step_module
-from cogvideox.optimizer.ema import Ema
-from cogvideox.optimizer.master_weights import Optimized, optimizer_tensors
 from cogvideox.optimizer.step import MasterWeights, learning_rate, rate_jump
 
-RULES = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 FLAGS = OptimizerFlags(weight_decay=0.01)
 
 
@@ -34,9 +29,9 @@ def masters(
 # -- against torch -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_ranks_with_the_same_samples_step_as_one_does(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients, norm and loss are means over the ranks: of four that have the same, exactly that."""
+@pytest.mark.parametrize("rule", ADAM_CLASSES)
+def test_ranks_with_the_same_samples_step_like_one_rank(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, norm and loss are means over the ranks, and the mean of four equal values is exact."""
     one, four = parameters(), parameters()
     wanted = train(masters(one, norm=1.0, rule=rule), one, 0, 3)
     monkeypatch.setattr(step_module.dist, "is_initialized", lambda: True)
@@ -47,13 +42,13 @@ def test_ranks_with_the_same_samples_step_as_one_does(rule: str, monkeypatch: py
     assert all(four[name].equal(one[name]) for name in one)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ADAM_CLASSES)
 @pytest.mark.parametrize("norm", [0.0, 5.0, 1e6])
 def test_fp32_equals_torch(rule: str, norm: float) -> None:
     ours, theirs = parameters(), parameters()
     engine = masters(ours, norm=norm, rule=rule)
     options = {"betas": (FLAGS.beta1, FLAGS.beta2), "eps": FLAGS.epsilon, "weight_decay": FLAGS.weight_decay}
-    reference = RULES[rule](theirs.values(), lr=0.0, **options)
+    reference = ADAM_CLASSES[rule](theirs.values(), lr=0.0, **options)
     clipped = 0
     for step in range(20):
         engine.backward(loss_of(ours, step))
@@ -107,7 +102,7 @@ def test_low_precision_equals_fp32_masters_by_hand(dtype: torch.dtype) -> None:
             assert master.dtype == torch.float32
             torch.testing.assert_close(master.detach(), wanted[name], rtol=1e-5, atol=1e-5)
             assert torch.equal(params[name], master.to(dtype))
-            wanted[name] = master.detach().clone()  # so that a tie in rounding cannot spread
+            wanted[name] = master.detach().clone()  # A tie in rounding must not affect later steps.
     assert params["down"].dtype == dtype
 
 
@@ -120,7 +115,7 @@ def test_updates_too_small_for_bf16_add_up() -> None:
             engine.step(1e-4)
         return 1 - params["w"].detach().float()
 
-    # bf16 has steps of 2^-8 below 1: one update of 1e-4 rounds away, a hundred of them are seen.
+    # The spacing of bf16 below 1 is 2^-8, so one update of 1e-4 is rounded away, but a hundred of them are not.
     assert torch.equal(moved(1), torch.zeros(4))
     torch.testing.assert_close(moved(100), torch.full((4,), 0.01), rtol=0, atol=2**-9)
 
@@ -140,8 +135,8 @@ def test_four_micro_batches_equal_one_batch_of_four(dtype: torch.dtype) -> None:
             torch.testing.assert_close(whole[name], parts[name], **tolerance)
 
 
-def test_gradients_add_up_in_fp32() -> None:
-    """256 gradients of 1 in bf16: the sum stands still at 256 when it is kept in bf16 from 257 on."""
+def test_gradients_are_summed_in_fp32() -> None:
+    """A sum of ones in bf16 would stop at 256, because bf16 cannot represent 257."""
     params = {"w": Parameter(torch.zeros(1, dtype=torch.bfloat16))}
     engine = MasterWeights(params, partial(torch.optim.SGD, lr=0.0, fused=True), 0.0, False)
     for _ in range(300):
@@ -149,7 +144,7 @@ def test_gradients_add_up_in_fp32() -> None:
     assert values(engine.step(0.0))["grad_norm"] == 300
 
 
-def test_gradients_and_the_loss_start_anew_after_a_step() -> None:
+def test_gradients_and_the_loss_are_zero_after_a_step() -> None:
     params = parameters()
     engine = masters(params)
     train(engine, params, 0, 1)
@@ -180,7 +175,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: float, dtype: torch.dtyp
     assert all(torch.equal(p, before[name]) for name, p in params.items())
     if first:
         assert state_equal(engine.state(), state)
-    # The next steps are as if it had not been.
+    # The next steps are the same as without the skipped step.
     assert [values(r)["skipped"] for r in train(engine, params, first, first + 3)] == [0, 0, 0]
     train(reference, undisturbed, first, first + 3)
     assert state_equal(engine.state(), reference.state())
@@ -201,7 +196,7 @@ def test_scaled_equals_unscaled() -> None:
 
 
 def test_the_scale_keeps_small_fp16_gradients() -> None:
-    """1e-8 is below the smallest fp16 number."""
+    """A gradient of 1e-8 is smaller than the smallest positive fp16 number."""
 
     def norm(scale: bool) -> float:
         params = {"w": Parameter(torch.ones(1, dtype=torch.float16))}
@@ -232,7 +227,7 @@ def test_the_scale_halves_after_an_overflow_and_doubles_after_good_steps(monkeyp
     assert scales == [half, quarter, quarter, quarter, eighth, eighth, eighth, quarter, quarter, quarter, half]
 
 
-def test_growth_interval_is_torch_s() -> None:
+def test_scale_constants_are_those_of_torch() -> None:
     scaler = torch.amp.GradScaler("cpu")
     assert scaler.get_growth_interval() == step_module.GROWTH_INTERVAL
     assert scaler._init_scale == step_module.INITIAL_SCALE
@@ -247,12 +242,12 @@ def test_without_scaling_the_scale_stays_one() -> None:
     assert engine.scale == 1
 
 
-# -- going on ----------------------------------------------------------------------------------------------------------
+# -- resuming ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ADAM_CLASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_state_goes_on_bitwise(rule: str, dtype: torch.dtype) -> None:
+def test_a_resumed_run_continues_bit_for_bit(rule: str, dtype: torch.dtype) -> None:
     scale = dtype == torch.float16
     whole = parameters(dtype)
     engine = masters(whole, norm=5.0, scale=scale, rule=rule)
@@ -301,242 +296,13 @@ def test_load_state_copies() -> None:
     assert state_equal(state, kept)
 
 
-# -- masters and moments on the host -----------------------------------------------------------------------------------
-
-SMALL = 12 * 512  # bytes of a range
-RANGES = {"many": SMALL, "two": 12 * 4000, "one": 64 * 2**20}
-
-
-def pair(
-    dtype: torch.dtype, device: str = "cpu", rule: str = "adamw", shapes: dict[str, tuple[int, ...]] = SHAPES
-) -> list[tuple[MasterWeights, dict[str, Parameter]]]:
-    """The same weights twice: masters on the device, masters on the host."""
-    flags = OptimizerFlags(optimizer=rule, weight_decay=0.01)
-    made = []
-    for on_host in (False, True):
-        start = parameters(dtype, shapes=shapes)
-        params = {name: Parameter(p.detach().to(device)) for name, p in start.items()}
-        scale = dtype == torch.float16
-        made.append((MasterWeights(params, partial(make_optimizer, flags), 5.0, scale, state_on_host=on_host), params))
-    return made
-
-
-def eventful_step(engine: MasterWeights, params: dict[str, Parameter], step: int) -> torch.Tensor:
-    """Two micro-batches; gradients of steps 6 and 7 are not finite, those of every third are below the limit."""
-    for part in range(2):
-        engine.backward(loss_of(params, 2 * step + part) * (1e-3 if step % 3 == 0 else 0.5))
-    if step in (6, 7):
-        engine.backward(params["bias"][3].float() * float("inf" if step == 6 else "nan"))
-    return engine.step(rate(step)).values
-
-
-def assert_alike(resident: tuple[MasterWeights, Any], hosted: tuple[MasterWeights, Any]) -> None:
-    assert state_equal(resident[0].state(), hosted[0].state())
-    assert all(p.equal(hosted[1][name]) and p.device == hosted[1][name].device for name, p in resident[1].items())
-
-
-@pytest.mark.parametrize("ranges", RANGES)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_on_the_host_is_the_same_bit_for_bit(
-    dtype: torch.dtype, rule: str, ranges: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Clipped, not clipped and skipped steps of two micro-batches each, and a loss scale that changes with fp16."""
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", RANGES[ranges])
-    monkeypatch.setattr(step_module, "GROWTH_INTERVAL", 5)
-    resident, hosted = pair(dtype, rule=rule)
-    assert len(hosted[0].passing[0].ranges) == {"many": 9, "two": 2, "one": 1}[ranges]
-    norms, skipped, scales = [], [], []
-    for step in range(20):
-        wanted, found = eventful_step(*resident, step), eventful_step(*hosted, step)
-        torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0, equal_nan=True)
-        assert_alike(resident, hosted)
-        norms.append(wanted[1].item())
-        skipped += [step] if wanted[2] else []
-        scales.append(hosted[0].scale.item())
-    assert min(norms) < 5.0 < max(n for n in norms if n < float("inf"))
-    assert skipped == [6, 7] if dtype != torch.float16 else {6, 7} < set(skipped)  # the first scale is too large
-    assert len(set(scales)) == 1 if dtype != torch.float16 else sorted(scales, reverse=True) != scales
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_odd_numbers_are_as_good_as_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU rounds the ends of tensors in another way than what lies before them."""
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
-    resident, hosted = pair(dtype, shapes={"odd": (37, 31), "one": (1,), "bias": (7,)})
-    for engine, params in (resident, hosted):
-        for step in range(4):
-            engine.backward(torch.stack([(p.float() - step).square().sum() for p in params.values()]).sum())
-            engine.step(rate(step))
-    for name, master in resident[0].named_masters().items():
-        torch.testing.assert_close(hosted[0].named_masters()[name], master, rtol=1e-6, atol=1e-6, check_device=False)
-        assert hosted[1][name].equal(hosted[0].named_masters()[name].to(dtype))
-
-
-def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A few slots serve all ranges, and an update sees what lies in one of them."""
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
-    (_, (engine, params)) = pair(torch.float32)
-    (hosted,) = engine.passing
-    homes = {key: array.data_ptr() for key, array in hosted.arrays.items()}
-    assert homes.keys() == {"master", "exp_avg", "exp_avg_sq"}
-    seen: list[int] = []
-    update = Optimized.update
-
-    def watched(optimized: Optimized, *rest: Any) -> None:
-        now = optimizer_tensors(optimized)
-        assert now.keys() == homes.keys()
-        assert len({tensor.untyped_storage().data_ptr() for tensor in now.values()}) == 1
-        seen.append(now["master"].data_ptr())
-        update(optimized, *rest)
-
-    monkeypatch.setattr(Optimized, "update", watched)
-    train(engine, params, 0, 1)
-    assert len(seen) == len(hosted.ranges) > TRANSFER_SLOTS
-    assert seen == (seen[:TRANSFER_SLOTS] * len(seen))[: len(seen)]
-    assert len(set(seen)) == TRANSFER_SLOTS
-    assert {key: array.data_ptr() for key, array in hosted.arrays.items()} == homes
-    assert not any(tensor.numel() for optimized in hosted.optimized for tensor in optimizer_tensors(optimized).values())
-    state = engine.state()
-    for name, start in zip(params, hosted.layout.starts, strict=True):
-        for key, array in hosted.arrays.items():
-            assert array[start : start + params[name].numel()].equal(state[f"{key}/{name}"].flatten())
-
-
-@pytest.mark.parametrize("ranges", RANGES)
-@pytest.mark.parametrize("seed", [None, 0, 1])
-@pytest.mark.fault("memory: copies to and from the device that are late")
-def test_copies_that_are_late(ranges: str, seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of streams, without a GPU. What is computed, and what reads the host afterwards, finds all there."""
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", RANGES[ranges])
-    late_streams.use(monkeypatch, seed)
-    resident, hosted = pair(torch.bfloat16)
-    for step in range(4):
-        for engine, params in (resident, hosted):
-            engine.backward(torch.stack([(p.float() - step).square().sum() for p in params.values()]).sum())
-            engine.step(rate(step))
-        assert_alike(resident, hosted)
-
-
-@pytest.mark.parametrize("name", ["into", "work", "out"])
-def test_a_wait_that_a_conveyor_leaves_out_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what has come, for what is done, for what has left."""
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
-    late_streams.use(monkeypatch, None)
-    resident, hosted = pair(torch.bfloat16)
-    transfers = hosted[0].transfers
-    assert transfers is not None
-    monkeypatch.setattr(getattr(transfers, name), "mark", lambda: None)
-    for engine, params in (resident, hosted):
-        train(engine, params, 0, 2)
-    with pytest.raises(AssertionError):
-        assert_alike(resident, hosted)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("steps", [0, 5])
-def test_either_goes_on_from_the_other_s_state(
-    dtype: torch.dtype, first: int, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
-    (source, whole), (target, again) = pair(dtype)[:: -1 if first else 1]
-    train(target, again, 40, 42)  # what it has is written over
-    train(source, whole, 0, steps)
-    target.load_state(source.state())
-    assert_alike((source, whole), (target, again))
-    train(source, whole, steps, steps + 5)
-    train(target, again, steps, steps + 5)
-    assert_alike((source, whole), (target, again))
-
-
-def test_the_average_is_the_same_over_masters_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
-    states = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for engine, params in pair(dtype):
-            ema = Ema(params, engine.named_masters(), 0.5)
-            before = ema.state()
-            for step in range(8):
-                ema.update(eventful_step(engine, params, step)[2])
-            with ema.applied():
-                looked_at = {name: p.detach().clone() for name, p in params.items()}
-            states.append({**ema.state(), **engine.state(), **looked_at})
-            assert not state_equal(before, ema.state())
-    assert state_equal(states[0], states[1])
-    assert state_equal(states[2], states[3])
-
-
-def test_what_is_not_fused_cannot_pass_through() -> None:
-    with pytest.raises(ValueError, match="SGD cannot pass"):
-        MasterWeights(parameters(), partial(torch.optim.SGD, lr=0.0, fused=True), 0.0, False, state_on_host=True)
-
-
-BIG = {"first": (700, 1000), "second": (900, 1000), "bias": (7,), "last": (1100, 1000)}  # 8 to 13 MB each
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.fault("memory: master weights in host memory, compared with those on the GPU")
-def test_on_a_gpu_nobody_waits_and_the_numbers_are_the_same(
-    dtype: torch.dtype, rule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Large enough that a copy that nobody waited for would still be on its way."""
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 2**20)
-    resident, hosted = pair(dtype, "cuda", rule, BIG)
-    assert len(hosted[0].passing[0].ranges) > 2
-    assert all(array.device.type == "cpu" for array in hosted[0].passing[0].arrays.values())
-    for step in range(20):
-        results = []
-        for engine, params in (resident, hosted):
-            for name, parameter in params.items():
-                bad = float("inf") if step == 6 and name == "bias" else 1.0
-                engine.backward((parameter.float() * bad - step).square().mean() * (1e-3 if step % 3 else 1.0))
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                results.append(engine.step(rate(step)).values)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        torch.testing.assert_close(*results, rtol=0.0, atol=0.0, equal_nan=True)
-        # fp16 overflows until its scale is low enough
-        assert results[0][2].item() == (step == 6) or (dtype == torch.float16 and step != 6)
-        for name, parameter in resident[1].items():
-            assert parameter.equal(hosted[1][name])
-        if step % 5 == 4:
-            assert_alike(resident, hosted)
-    again = pair(dtype, "cuda", rule, BIG)
-    again[0][0].load_state(hosted[0].state())
-    again[1][0].load_state(resident[0].state())
-    assert_alike(*again)
-    assert_alike(resident, again[1])
-
-
-@pytest.mark.gpu
-@pytest.mark.fault("memory: master weights in host memory, compared with those on the GPU")
-def test_on_a_gpu_the_device_holds_three_ranges_and_only_during_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 2**20)
-    params = {str(number): Parameter(torch.randn(1000, 1000, device="cuda")) for number in range(16)}
-    bare = torch.cuda.memory_allocated()
-    engine = MasterWeights(params, partial(make_optimizer, FLAGS), 0.0, False, state_on_host=True)
-    rest = torch.cuda.memory_allocated()
-    assert rest - bare < 1.05 * engine.buffer.nbytes
-    torch.cuda.reset_peak_memory_stats()
-    engine.step(0.1)
-    assert torch.cuda.max_memory_allocated() - rest < 3.3 * 12 * 2**20
-    assert torch.cuda.memory_allocated() - rest < 10**4
-
-
 # -- the learning rate -------------------------------------------------------------------------------------------------
 
 TOTAL, PEAK = 100, 3e-4
 
 
 def rates_of_diffusers(flags: OptimizerFlags, total: int, steps: int) -> list[float]:
-    """The rate in force at each optimizer step of the usual loop: optimizer.step(), then scheduler.step()."""
+    """Returns the rate of each optimizer step in the usual loop: optimizer.step(), then scheduler.step()."""
     optimizer = torch.optim.SGD([Parameter(torch.zeros(1))], lr=PEAK)
     scheduler = get_scheduler(
         flags.lr_scheduler,
@@ -576,7 +342,7 @@ def test_the_schedules_differ() -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_scale_lr(name: str) -> None:
-    """The schedule of the scaled peak, as trainers hand it to get_scheduler."""
+    """The schedule is that of the scaled peak rate, as trainers give it to get_scheduler."""
     plain = OptimizerFlags(learning_rate=PEAK, lr_scheduler=name, lr_warmup_steps=10)
     scaled = OptimizerFlags(learning_rate=PEAK / 8, lr_scheduler=name, lr_warmup_steps=10, scale_lr=True)
     for step in range(TOTAL):
@@ -595,14 +361,14 @@ def test_a_rate_of_zero_with_polynomial() -> None:
     assert learning_rate(flags, 5, TOTAL, 1) == 0.0
 
 
-def test_a_schedule_that_is_not_continued_is_said_with_both_rates() -> None:
-    """Six steps with a cosine, and then six more."""
+def test_a_schedule_that_is_not_continued_is_reported_with_both_rates() -> None:
+    """A finished run of six steps with a cosine schedule is extended by six steps."""
     flags = OptimizerFlags(learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=0)
     last = learning_rate(flags, 5, 6, 1)
     line = rate_jump(flags, last, 6, 12, 1) or ""
     assert line.startswith("the learning rate jumps from 6.7e-05 at step 6 to 0.0005 at step 7: --lr_scheduler cosine")
-    assert rate_jump(flags, last, 6, 6, 1) is None  # nothing is left to train
-    assert rate_jump(flags, learning_rate(flags, 2, 6, 1), 3, 6, 1) is None  # it was interrupted
+    assert rate_jump(flags, last, 6, 6, 1) is None  # No step is left.
+    assert rate_jump(flags, learning_rate(flags, 2, 6, 1), 3, 6, 1) is None  # The run was only interrupted.
     assert rate_jump(flags, learning_rate(flags, 2999, 6000, 1), 3000, 6001, 1) is None
     constant = OptimizerFlags(learning_rate=1e-3, lr_scheduler="constant")
     assert rate_jump(constant, 1e-3, 6, 12, 1) is None
