@@ -1,4 +1,4 @@
-"""ema.py against diffusers' EMAModel; in a run, what is looked at and exported is the average."""
+"""ema.py: the average equals that of diffusers' EMAModel, and a run validates and exports the average."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, Parameter]:
 
 
 def masters_of(params: dict[str, Parameter]) -> dict[str, Parameter]:
-    """As MasterWeights has them: an fp32 parameter is its own."""
+    """Returns masters as MasterWeights has them: an fp32 parameter is its own master."""
     return {n: p if p.dtype == torch.float32 else Parameter(p.detach().float()) for n, p in params.items()}
 
 
 @torch.no_grad()
 def move(params: dict[str, Parameter], masters: dict[str, Parameter], step: int) -> None:
-    """An optimizer step, rounded into the model."""
+    """Changes the masters as an optimizer step would, and rounds them into the model."""
     generator = torch.Generator().manual_seed(step)
     for name, master in masters.items():
         master += 0.1 * torch.randn(master.shape, generator=generator)
@@ -55,7 +55,7 @@ def trained(dtype: torch.dtype, steps: int, decay: float = 0.9) -> tuple[Ema, di
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
 def test_the_average_is_diffusers(decay: float) -> None:
-    """0.5 is reached after 8 steps; 0.9999 is never."""
+    """The warm-up reaches a decay of 0.5 after 8 steps, and 0.9999 never."""
     params = parameters()
     ema, theirs = Ema(params, masters_of(params), decay), EMAModel(params.values(), decay)
     for step in range(20):
@@ -68,8 +68,8 @@ def test_the_average_is_diffusers(decay: float) -> None:
         assert not ema.averages["up"].equal(params["up"])
 
 
-def test_the_warm_up_is_what_the_file_says() -> None:
-    """On weights that count the steps, in exact numbers of their own."""
+def test_the_warm_up_follows_the_formula_of_the_module() -> None:
+    """The weight is the number of the step, so the average can be computed by hand."""
     weight = {"w": Parameter(torch.zeros(()))}
     ema, expected = Ema(weight, weight, 0.3), 0.0
     for step in range(1, 8):
@@ -81,7 +81,7 @@ def test_the_warm_up_is_what_the_file_says() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_skipped_step_counts_for_nothing(dtype: torch.dtype) -> None:
+def test_a_skipped_step_changes_nothing(dtype: torch.dtype) -> None:
     plain, _ = trained(dtype, 6)
     params = parameters(dtype)
     ema = Ema(params, masters_of(params), 0.9)
@@ -95,20 +95,20 @@ def test_a_skipped_step_counts_for_nothing(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_model_has_the_average_inside_and_its_own_weights_after(dtype: torch.dtype) -> None:
+def test_the_model_has_the_average_in_the_context_and_its_weights_after(dtype: torch.dtype) -> None:
     ema, params = trained(dtype, 5)
     before = {name: p.detach().clone() for name, p in params.items()}
-    held, addresses = ema.state(), {name: p.data_ptr() for name, p in params.items()}
+    averages, addresses = ema.state(), {name: p.data_ptr() for name, p in params.items()}
     masters = {name: m.detach().clone() for name, m in ema.masters.items()}
     with suppress(KeyError), ema.applied():
         for name, parameter in params.items():
             assert parameter.dtype == dtype
-            assert parameter.equal(held[f"average/{name}"].to(dtype))
+            assert parameter.equal(averages[f"average/{name}"].to(dtype))
             assert not parameter.equal(before[name])
-        raise KeyError  # it is put back all the same
+        raise KeyError  # The weights are restored after an error too.
     assert equal(dict(params), before)
     assert equal(dict(ema.masters), masters)
-    assert equal(ema.state(), held)
+    assert equal(ema.state(), averages)
     assert {name: p.data_ptr() for name, p in params.items()} == addresses
     assert all(average.dtype == torch.float32 for average in ema.averages.values())
 
@@ -123,7 +123,7 @@ def test_a_small_share_is_not_lost_to_bf16() -> None:
     torch.testing.assert_close(ema.averages["up"] - before, 1e-4 * (ema.masters["up"] - before), rtol=1e-2, atol=1e-7)
 
 
-def test_a_saved_one_goes_on_bit_for_bit() -> None:
+def test_a_loaded_average_continues_bit_for_bit() -> None:
     whole, params = trained(torch.bfloat16, 4)
     again, _ = trained(torch.bfloat16, 1)
     again.load_state(whole.state())
@@ -141,14 +141,14 @@ def test_a_saved_one_goes_on_bit_for_bit() -> None:
 
 @pytest.fixture(scope="module")
 def averaged(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps with an average, and a video. Read only."""
+    """Returns the folder of a run of six steps with an average and a video. Tests must not change it."""
     output = tmp_path_factory.mktemp("averaged") / "lora"
     assert train(lora_flags(model, tensors, output, *EMA, "--validation_prompt", PROMPT)) == 0
     return output
 
 
 def exported(average: dict[str, Any]) -> dict[str, Any]:
-    """The averages under the names of the LoRA's file, which has the scale of alpha 8 and rank 4 in its B."""
+    """Returns the averages with the names and the scale of the LoRA's file: B is multiplied by alpha / rank = 8 / 4."""
     named = {n.removeprefix("average/").replace(".default", ""): t for n, t in average.items() if n != STEPS_NAME}
     return {f"transformer.{name}": 2 * tensor if "lora_B" in name else tensor for name, tensor in named.items()}
 
@@ -157,31 +157,31 @@ def test_the_average_is_exported_and_the_training_is_the_same(averaged: Path, re
     checkpoint = averaged / "checkpoint-6"
     assert fault(checkpoint) is None
     assert equal(weights(averaged), exported(load_file(checkpoint / EMA_NAME)))
-    assert equal(weights(averaged), weights(checkpoint))  # the result so far
+    assert equal(weights(averaged), weights(checkpoint))  # The checkpoint has the result so far.
     assert losses(averaged) == losses(reference)
     state = "optimizer.safetensors"
     assert equal(load_file(checkpoint / state), load_file(reference / "checkpoint-6" / state))
     assert not equal(weights(averaged), weights(reference))
 
 
-def test_videos_are_of_the_average(averaged: Path, reference: Path) -> None:
+def test_validation_uses_the_average(averaged: Path, reference: Path) -> None:
     def videos(output: Path, step: int) -> list[bytes]:
         return [path.read_bytes() for path in sorted((output / "validation").glob(f"step-{step:06d}*.mp4"))]
 
     assert len(videos(averaged, 6)) == 1
-    assert videos(averaged, 0) == videos(reference, 0)  # not trained yet
+    assert videos(averaged, 0) == videos(reference, 0)  # Nothing is trained yet.
     assert videos(averaged, 6) != videos(reference, 6)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_resumed_run_exports_the_same(model: Path, tensors: Path, tmp_path: Path, precision: str) -> None:
     more = (*EMA, "--mixed_precision", precision)
-    assert train(lora_flags(model, tensors, tmp_path / "whole", *more)) == 0
-    parted = lora_flags(model, tensors, tmp_path / "parted", *more)
-    assert train([*parted, "--max_train_steps", "3"]) == 0
-    assert train(parted) == 0
-    assert equal(weights(tmp_path / "parted"), weights(tmp_path / "whole"))
-    assert losses(tmp_path / "parted") == losses(tmp_path / "whole")
+    assert train(lora_flags(model, tensors, tmp_path / "uninterrupted", *more)) == 0
+    resumed = lora_flags(model, tensors, tmp_path / "resumed", *more)
+    assert train([*resumed, "--max_train_steps", "3"]) == 0
+    assert train(resumed) == 0
+    assert equal(weights(tmp_path / "resumed"), weights(tmp_path / "uninterrupted"))
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "uninterrupted")
 
 
 def test_all_weights_are_averaged_too(model: Path, tensors: Path, tmp_path: Path) -> None:

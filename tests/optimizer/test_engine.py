@@ -1,4 +1,4 @@
-"""engine.py: what is trained moves, what is frozen stays, and a saved engine goes on bit for bit."""
+"""engine.py: only trainable parameters change, and a loaded engine continues bit for bit."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from cogvideox.optimizer.step import MasterWeights
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_after_two_steps_every_trainable_parameter_moved_and_no_frozen_one(
+def test_two_steps_change_every_trainable_parameter_and_no_frozen_one(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    """Without weight decay, which moves what has no gradient."""
+    """Weight decay is off, because it would change parameters without a gradient too."""
     before: dict[str, torch.Tensor] = {}
     after: dict[str, torch.Tensor] = {}
     make, publish = loop.make_engine, loop.publish
@@ -44,7 +44,7 @@ def test_after_two_steps_every_trainable_parameter_moved_and_no_frozen_one(
     monkeypatch.setattr(loop, "make_engine", made)
     monkeypatch.setattr(loop, "publish", published)
     flags = ["--load_tensors", "--max_train_steps", 2, "--weight_decay", 0, "--mixed_precision", precision]
-    # fp16: the first steps lower the loss scale, and may change nothing
+    # With fp16 the first steps may only lower the loss scale, so there are more steps.
     flags += ["--caption_dropout", 0, *(["--max_train_steps", 8] if precision == "fp16" else [])]
     assert train(lora_flags(model, tensors, tmp_path / "lora", *flags)) == 0
     assert before.keys() == after.keys()
@@ -73,7 +73,7 @@ def advance(engine: LocalEngine, steps: range) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_saved_engine_goes_on_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_loaded_engine_continues_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     whole, model = engine_of(0, dtype)
     first = advance(whole, range(3))
     whole.save(tmp_path)
@@ -95,7 +95,7 @@ def test_one_rank_writes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_engine_is_what_accelerate_s_configuration_asks_for() -> None:
+def test_accelerate_s_configuration_selects_the_engine() -> None:
     model = torch.nn.Linear(4, 16)
     method = SimpleNamespace(parameters=lambda: dict(model.named_parameters()))
     plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
@@ -114,7 +114,7 @@ def test_the_engine_is_what_accelerate_s_configuration_asks_for() -> None:
 
 
 def made_with(*flags: object, deepspeed: Any = None, model: torch.nn.Module | None = None, host: bool = True) -> Any:
-    """An engine of these flags, with its masters on the host."""
+    """Makes an engine with these flags, with its masters on the host if ``host``."""
     model = model or torch.nn.Linear(4, 16)
     state = SimpleNamespace(deepspeed_plugin=deepspeed)
     accelerator = SimpleNamespace(state=state, is_main_process=True, num_processes=1)
@@ -124,7 +124,7 @@ def made_with(*flags: object, deepspeed: Any = None, model: torch.nn.Module | No
 
 @pytest.mark.parametrize("ema", [(), ("--use_ema",)])
 @pytest.mark.parametrize("first", [False, True])
-def test_a_checkpoint_goes_on_with_masters_elsewhere(tmp_path: Path, first: bool, ema: tuple[str, ...]) -> None:
+def test_a_checkpoint_resumes_with_masters_elsewhere(tmp_path: Path, first: bool, ema: tuple[str, ...]) -> None:
     models = [torch.nn.Linear(4, 16).bfloat16() for _ in range(2)]
     one, other = (made_with(*ema, model=m, host=h) for m, h in zip(models, (first, not first), strict=True))
     assert (one.masters.transfers is None, other.masters.transfers is None) == (not first, first)
@@ -152,7 +152,7 @@ def test_a_checkpoint_goes_on_with_masters_elsewhere(tmp_path: Path, first: bool
         ([], SimpleNamespace(zero_stage=2), "DeepSpeed places", "offload_optimizer_device: cpu"),
     ],
 )
-def test_what_cannot_have_its_masters_on_the_host(flags: list[object], deepspeed: Any, named: str, fix: str) -> None:
+def test_refused_masters_on_the_host(flags: list[object], deepspeed: Any, named: str, fix: str) -> None:
     with pytest.raises(UsageError) as caught:
         made_with(*flags, deepspeed=deepspeed)
     (problem,) = caught.value.problems
@@ -161,7 +161,7 @@ def test_what_cannot_have_its_masters_on_the_host(flags: list[object], deepspeed
     assert fix in problem
 
 
-def test_deepspeed_gets_the_optimizer() -> None:
+def test_deepspeed_receives_the_optimizer() -> None:
     made: list[Any] = []
     accelerator = SimpleNamespace(
         state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
@@ -174,8 +174,8 @@ def test_deepspeed_gets_the_optimizer() -> None:
     assert [type(optimizer) for optimizer in made] == [torch.optim.AdamW, AdamW8bit]
 
 
-def test_deepspeed_gets_the_flags() -> None:
-    """Its own accumulation, clipping and batch size, and our rate; two of three backward passes end no step."""
+def test_deepspeed_receives_the_flags() -> None:
+    """DeepSpeed accumulates and clips as the flags say, and two of three backward passes make no step."""
     done: list[Any] = []
 
     class Fake:
@@ -208,13 +208,13 @@ def test_deepspeed_gets_the_flags() -> None:
     assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 2
     for _ in range(3):
         engine.backward(torch.tensor(0.5))
-    assert done == [1.5, 0.0, 1.5, 0.0, 1.5]  # DeepSpeed divides by 3 again; the last step waits for its rate
+    assert done == [1.5, 0.0, 1.5, 0.0, 1.5]  # DeepSpeed divides by 3; the last step needs its rate first.
     with pytest.raises(RuntimeError, match="found nothing to resume from"):
         engine.load(Path("nowhere"))
 
 
 def deepspeed_around(model: Any, parameters: Any, monkeypatch: pytest.MonkeyPatch) -> DeepSpeedEngine:
-    """Our engine around a stand-in for DeepSpeed's, alone."""
+    """Makes our engine with a stand-in for DeepSpeed's, with one rank."""
     accelerator = SimpleNamespace(
         state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
         num_processes=1,
@@ -226,8 +226,8 @@ def deepspeed_around(model: Any, parameters: Any, monkeypatch: pytest.MonkeyPatc
     return DeepSpeedEngine(accelerator, None, parameters, options_of(Path("x")))
 
 
-def test_deepspeed_steps_at_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the schedule of its configuration, in every group."""
+def test_deepspeed_steps_with_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate of every group is ours, whatever schedule DeepSpeed's configuration names."""
     groups = [{"lr": 0.5}, {"lr": 0.5}]
     at: list[list[float]] = []
     model = SimpleNamespace(
@@ -243,7 +243,7 @@ def test_deepspeed_steps_at_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Scaler:
-    """As DeepSpeed's DynamicLossScaler at each overflow."""
+    """Imitates DeepSpeed's DynamicLossScaler when each step overflows."""
 
     cur_scale, raise_error_at_min_scale = 2.0, True
 
@@ -253,9 +253,9 @@ class Scaler:
 
 
 @pytest.mark.fault("numbers: an overflow under DeepSpeed", times=2)
-@pytest.mark.parametrize("norm", [float("inf"), None])  # None: its configuration turns norms off
-def test_deepspeed_skips_count_like_ours(monkeypatch: pytest.MonkeyPatch, norm: float | None) -> None:
-    """At the lowest loss scale DeepSpeed would end the run itself, with a traceback; here the step is counted."""
+@pytest.mark.parametrize("norm", [float("inf"), None])  # It is None if DeepSpeed's configuration disables norms.
+def test_steps_that_deepspeed_skips_are_counted(monkeypatch: pytest.MonkeyPatch, norm: float | None) -> None:
+    """At the lowest loss scale DeepSpeed alone would end the run with a traceback; here the step is counted."""
     scaler = Scaler()
     masters = {"params": [torch.nn.Parameter(torch.ones(4))], "lr": 0.0}
     inner = torch.optim.AdamW(masters["params"])  # type: ignore[arg-type]

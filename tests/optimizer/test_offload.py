@@ -1,4 +1,4 @@
-"""offload.py against MasterWeights: on the CPU around a stand-in for torchao's class, on a GPU around it."""
+"""offload.py: the same steps as MasterWeights, with a stand-in for torchao's class on a CPU and with it on a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAKE = partial(make_optimizer, FLAGS)
 
 
 class OnTheCpu:
-    """torchao's CPUOffloadOptimizer as its interface and source describe it, without streams or a device."""
+    """Imitates torchao's CPUOffloadOptimizer without streams or a device, according to its source."""
 
     def __init__(
         self, params: list[Parameter], optimizer_class: Callable[[Any], HostMasters], *, offload_gradients: bool
@@ -77,8 +77,10 @@ def placed(device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str,
 
 
 def assert_rounded_alike(first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> None:
-    """Equal but for the rounding of CPU and GPU kernels. A master halfway between two bf16 numbers may be rounded to
-    the other one, and what follows from that weight is then off by a bf16 unit: in one of a thousand at most.
+    """Asserts equality except for the rounding of CPU and GPU kernels.
+
+    A master halfway between two bf16 numbers may be rounded to either, which changes all that follows from this weight
+    by a unit of bf16. At most one of a thousand elements may differ so much.
     """
     far = (first - second).abs() > 1e-5
     assert far.float().mean() <= (0.0 if dtype == torch.float32 else 1e-3)
@@ -105,7 +107,7 @@ def test_equals_masters_on_the_device(device: torch.device, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_goes_on_bit_for_bit(device: torch.device, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_bit_for_bit(device: torch.device, dtype: torch.dtype, tmp_path: Path) -> None:
     whole, again = placed(device, dtype), placed(device, dtype, seed=1)
     engine, resumed = OffloadedWeights(whole, MAKE, True), OffloadedWeights(again, MAKE, True)
     train(engine, whole, 0, 4)
@@ -132,13 +134,14 @@ def test_a_step_that_is_not_finite_changes_nothing(device: torch.device, offload
     assert not params["down"].equal(before["down"])
     engine.backward(params["down"].float().sum() * float("nan"))
     engine.step(0.1)
-    engine.backward(params["up"].float().sum())  # what is left of the bad step is not used when a gradient is missing
+    # This step has no gradient for "down", and must not use the one of the skipped step.
+    engine.backward(params["up"].float().sum())
     assert values(engine.step(0.1))["skipped"] == 0
     assert all(torch.isfinite(parameter).all() for parameter in params.values())
 
 
-def test_micro_batches_add_up(device: torch.device) -> None:
-    """Without --offload_gradients, in the parameters' type; the norm is that of the sum."""
+def test_gradients_of_micro_batches_are_summed(device: torch.device) -> None:
+    """Without --offload_gradients they are summed in the type of the parameters. The norm is that of the sum."""
     ours, theirs = placed(device, torch.float32), placed(device, torch.float32)
     engine, reference = OffloadedWeights(ours, MAKE, False), MasterWeights(theirs, MAKE, 0.0, False)
     for step in range(3):
@@ -150,7 +153,7 @@ def test_micro_batches_add_up(device: torch.device) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_flag_asks_for_it(device: torch.device, tmp_path: Path) -> None:
+def test_the_flag_selects_it(device: torch.device, tmp_path: Path) -> None:
     params = placed(device, torch.bfloat16)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None), is_main_process=True)
     flags = ["--use_cpu_offload_optimizer", "--max_grad_norm", 0, "--offload_gradients"]
