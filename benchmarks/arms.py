@@ -261,20 +261,20 @@ def run_under_plan(
     if work.device.type == "cuda":
         torch.cuda.empty_cache()
         if flags.vram_budget is not None:
-            execution.hold_to(flags.vram_budget)
+            execution.limit_device_memory(flags.vram_budget)
     backend, why = attention.choose_backend(work.device, DTYPE)
     precision = execution.base_precision(options)
     sizes = execution.sizes_of(transformer, work.geometry, [work.bucket], work.batch, DTYPE, precision)
-    machine = execution.measure(work.device, DTYPE, backend, sizes, flags.vram_budget)
+    machine = execution.measure_machine(work.device, DTYPE, backend, sizes, flags.vram_budget)
     compiled = work.device.type == "cuda"
-    chosen = plan.choose(execution.axes_of(options), sizes, machine, compiled, backend)
+    chosen = plan.choose_plan(execution.axes_of(options), sizes, machine, compiled, backend)
     chosen = replace(chosen, base_precision=precision)
     predicted = {"peak_gib": round(chosen.peak / GIB, 3), "seconds_per_step": round(chosen.seconds, 3)}
     measured = {field: float(f"{value:.4g}") for field, value in asdict(machine).items()}
     record = {"execution": str(chosen), "attention": f"{backend}: {why}", "machine": measured, "predicted": predicted}
     if precision != plan.AUTO:
         record["fidelity"] = execution.quantization_report(transformer, precision, work.device, backend)
-    return chosen, execution.place(transformer, chosen, work.device), record
+    return chosen, execution.apply_plan(transformer, chosen, work.device), record
 
 
 def master_weights(
@@ -326,7 +326,7 @@ def sample(work: Work, transformer: Any, reserved_gib: float | None) -> dict[str
 
     if reserved_gib is not None:
         torch.cuda.empty_cache()
-        execution.hold_to(max(reserved_gib + plan.CONTEXT / GIB, SMALLEST_CARD))
+        execution.limit_device_memory(max(reserved_gib + plan.CONTEXT / GIB, SMALLEST_CARD))
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
     pipe = CogVideoXPipeline(**parts, transformer=transformer, scheduler=work.scheduler)
     pipe.set_progress_bar_config(disable=True)

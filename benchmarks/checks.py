@@ -27,7 +27,7 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.config.geometry import Geometry, geometry_of
 from cogvideox.model import attention
 from cogvideox.model.rope import RotaryTables
-from cogvideox.planning.block_check import BlockError, check_block, compare, likeness, random_inputs
+from cogvideox.planning.block_check import BlockError, check_block, compare_block, cosine_between, random_inputs
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, BlockPlan, ExecutionPlan, Sizes, peak_bytes
 from cogvideox.planning.stack import Stack, base_bytes, base_parameters, unquantized_matrix_bytes
 
@@ -98,7 +98,7 @@ def cosines(kind: str, block: Any, plan: ExecutionPlan) -> dict[str, float]:
     frames, _, height, width = shape.latent_shape(Bucket(*clip_size(kind)))
     tables, length = RotaryTables(shape, GPU)(frames, height, width), shape.max_text_seq_length
     inputs = random_inputs(block, 1, shape.tokens(Bucket(*clip_size(kind))) - length, length, tables, GPU)
-    found = compare(block, plan, 0, inputs, GPU)
+    found = compare_block(block, plan, 0, inputs, GPU)
     return {what: float(f"{1 - cosine:.2e}") for what, cosine in found.items()}
 
 
@@ -144,7 +144,7 @@ def whole(kind: str, backend: str, size: tuple[int, int, int]) -> dict[str, Any]
     row: dict[str, Any] = {"whole": kind, "size": size, "backend": backend}
     row["effect"] = float((exact["effect"].norm() / exact["lora"].norm()).item())
     for name, (first, second) in pairs.items():
-        row[name] = {what: float(f"{1 - likeness(first[what], second[what], GPU):.2e}") for what in exact}
+        row[name] = {what: float(f"{1 - cosine_between(first[what], second[what], GPU):.2e}") for what in exact}
     return row
 
 

@@ -118,7 +118,7 @@ def random_vae(dtype: torch.dtype, quickened: bool) -> Iterator[Any]:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             yield vae
     finally:
-        models.discard(vae)
+        models.free_weights(vae)
 
 
 def make_clip() -> np.ndarray:
@@ -257,7 +257,7 @@ def t5_arms(arms: Arms) -> dict[str, Any]:
         arms.run("t5 resident, 8 at once", t5.arm, CAPTIONS, 8)
         return t5.streamed(arms)
     finally:
-        models.discard(t5.encoder)
+        models.free_weights(t5.encoder)
 
 
 def main() -> None:

@@ -183,11 +183,11 @@ def test_larger_clips_are_decoded_in_tiles(
     validator = validator_of(tmp_path, model, opened(model, tensors), *flags)
     vae, seen = validator.pipeline.vae, []
     decoder = vae.decode
-    decode, left = decoder.decode, list(decoder.left)
+    decode, left = decoder.decode, list(decoder.attempts)
     monkeypatch.setattr(decoder, "decode", lambda latents: (seen.append(vae.use_tiling), decode(latents))[1])
     validator.decode(moments_of(opened(model, tensors)))
     assert seen == [tiled]
-    assert decoder.left == left
+    assert decoder.attempts == left
     assert not vae.use_tiling
 
 
@@ -196,14 +196,14 @@ def test_the_vae_leaves_the_device_whatever_happens(
 ) -> None:
     validator = validator_of(tmp_path, model, opened(model, tensors), "--height", 32)
     vae, moves = validator.pipeline.vae, []
-    left = list(vae.decode.left)
+    left = list(vae.decode.attempts)
     monkeypatch.setattr(vae, "to", lambda device: moves.append(torch.device(device)) or vae)
     validator.run.ranks.device = torch.device("cpu", 0)
     monkeypatch.setattr(vae.decode, "decode", lambda latents: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         validator.decode(moments_of(opened(model, tensors)))
     assert moves == [torch.device("cpu", 0), torch.device("cpu")]
-    assert vae.decode.left == left
+    assert vae.decode.attempts == left
     assert not vae.use_tiling
 
 

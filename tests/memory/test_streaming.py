@@ -34,7 +34,7 @@ def ring_of(count: int) -> tuple[Ring, list[int]]:
 
 def use(ring: Ring, block: int, step: int) -> None:
     """As a Stack uses it: the block, and the next one ahead."""
-    ahead = ring.after(block, step)
+    ahead = ring.next_block(block, step)
     slot = ring.get(block)
     if ahead is not None:
         ring.fetch(ahead)
@@ -57,8 +57,8 @@ def test_a_step_copies_each_block_twice_but_for_the_turn() -> None:
 
 def test_only_some_blocks_are_streamed() -> None:
     ring = Ring({i: torch.zeros(256, dtype=torch.uint8) for i in (1, 4, 7)}, CPU)
-    assert [ring.after(i, 1) for i in range(9)] == [1, 4, 4, 4, 7, 7, 7, None, None]
-    assert [ring.after(i, -1) for i in range(9)] == [None, None, 1, 1, 1, 4, 4, 4, 7]
+    assert [ring.next_block(i, 1) for i in range(9)] == [1, 4, 4, 4, 7, 7, 7, None, None]
+    assert [ring.next_block(i, -1) for i in range(9)] == [None, None, 1, 1, 1, 4, 4, 4, 7]
 
 
 def test_a_layout_is_aligned_and_gives_views() -> None:
@@ -97,7 +97,7 @@ def test_a_buffer_is_given_up_only_when_its_copies_have_ended(monkeypatch: pytes
     store.take(0)
     buffer, waited = weakref.ref(store.buffers[0].untyped_storage()), []
     for side in (store.out, store.back):
-        monkeypatch.setattr(side, "wait", lambda: waited.append(buffer() is not None))
+        monkeypatch.setattr(side, "synchronize", lambda: waited.append(buffer() is not None))
     store.put(0, {"x": torch.zeros(3)})
     assert waited == []
     store.take(0)

@@ -94,11 +94,11 @@ def test_sage_is_asked_for_tokens_first_and_lse(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("tokens", [353, 17 * 64, 1350 * 5 + 226])
 @pytest.mark.fault("numbers: every attention backend on a GPU, compared with fp32")
 def test_backends_of_a_gpu(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "PROBE", (1, tokens, 2, 64))
+    monkeypatch.setattr(attention, "PROBE_SHAPE", (1, tokens, 2, 64))
     device = torch.device("cuda")
     chosen, _ = choose_backend(device, torch.bfloat16)
     for backend in BACKENDS[BACKENDS.index(chosen) :]:
         for dtype in (torch.bfloat16, torch.float16):
-            assert gradient_error(backend, device, dtype) < attention.TOLERANCE
+            assert gradient_error(backend, device, dtype) < attention.GRADIENT_TOLERANCE
     with pytest.raises(ValueError, match="it supports only bf16 and fp16"):
         choose_backend(device, torch.float32)

@@ -20,7 +20,7 @@ from cogvideox.config import args
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.options import SftOptions
 from cogvideox.errors import UsageError
-from cogvideox.model.lora import of_first_rank, principal
+from cogvideox.model.lora import broadcast_from_first, principal_matrices
 from cogvideox.model.methods import WEIGHTS_NAME, FullFinetune, Lora
 from cogvideox.model.models import load_transformer
 
@@ -127,7 +127,9 @@ def test_each_variant_is_published_and_resumed_exactly(
     assert not equal(first, weights(tmp_path / "checkpoint-1"))
     shutil.rmtree(tmp_path / "checkpoint-2")
     (tmp_path / WEIGHTS_NAME).unlink()
-    monkeypatch.setattr("cogvideox.model.lora.principal", lambda *given: [-1.5 * part for part in principal(*given)])
+    monkeypatch.setattr(
+        "cogvideox.model.lora.principal_matrices", lambda *given: [-1.5 * part for part in principal_matrices(*given)]
+    )
     assert train(flags) == 0
     assert equal(weights(tmp_path), first)
 
@@ -144,7 +146,7 @@ def outputs(transformer: Any) -> torch.Tensor:
 
 def test_pissa_starts_as_the_model_and_from_its_largest_singular_values(model: Path) -> None:
     method = lora(model, "--init_lora_weights", "pissa", "--rank", 3)
-    with method.off(Path()):
+    with method.base_weights(Path()):
         base = outputs(method.transformer)
     torch.testing.assert_close(outputs(method.transformer), base, rtol=0, atol=1e-5)
     disturb(method)
@@ -162,10 +164,12 @@ def test_the_faster_svd_finds_nearly_the_same_part(model: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(50, 8, generator=generator), torch.randn(8, 40, generator=generator)
     weight = left @ torch.diag(torch.arange(8.0, 0, -1) ** 3) @ right
-    exact, fast = ([a.double() for a in principal(weight, 3, 2.0, init, 1)] for init in ("pissa", "pissa_niter_4"))
+    exact, fast = (
+        [a.double() for a in principal_matrices(weight, 3, 2.0, init, 1)] for init in ("pissa", "pissa_niter_4")
+    )
     torch.testing.assert_close(fast[1] @ fast[0], exact[1] @ exact[0], rtol=1e-3, atol=1e-3 * weight.abs().max().item())
     state = torch.get_rng_state()
-    again = principal(weight, 3, 2.0, "pissa_niter_4", 1)
+    again = principal_matrices(weight, 3, 2.0, "pissa_niter_4", 1)
     assert again[0].double().equal(fast[0])
     assert torch.get_rng_state().equal(state)
 
@@ -214,7 +218,7 @@ def test_ranks_share_a_start_through_memory_that_their_backend_knows(
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor.device.type))
     with contextlib.suppress(NotImplementedError):  # nothing comes back from meta
-        of_first_rank(torch.ones(2))
+        broadcast_from_first(torch.ones(2))
     assert sent == [through]
 
 
@@ -375,7 +379,7 @@ def test_off_is_the_model_before_training_and_then_what_was_saved(model: Path, t
     disturb(method)
     trained = {name: tensor.clone() for name, tensor in method.transformer.state_dict().items()}
     method.save(tmp_path)
-    with method.off(tmp_path):
+    with method.base_weights(tmp_path):
         assert equal(method.transformer.state_dict(), base)
         assert not equal(base, trained)
     assert equal(method.transformer.state_dict(), trained)

@@ -100,13 +100,13 @@ def test_variant_files(tmp_path: Path, variant: str | None, chosen: list[str]) -
 
 
 def test_a_variant_is_loaded_with_its_own_type_and_fingerprint(own: Path) -> None:
-    plain = models.fingerprint(flags(own), "vae")
+    plain = models.weight_fingerprint(flags(own), "vae")
     half = own / "vae/diffusion_pytorch_model.fp16.safetensors"
     shutil.copy(own / VAE, half)
-    assert models.fingerprint(flags(own, "fp16"), "vae") == plain
+    assert models.weight_fingerprint(flags(own, "fp16"), "vae") == plain
     rewrite(half, lambda t: {name: tensor.half() for name, tensor in t.items()})
-    assert models.fingerprint(flags(own), "vae") == plain
-    assert models.fingerprint(flags(own, "fp16"), "vae") != plain
+    assert models.weight_fingerprint(flags(own), "vae") == plain
+    assert models.weight_fingerprint(flags(own, "fp16"), "vae") != plain
     assert models.stored_dtype(flags(own, "fp16"), "vae") == "fp16"
     (own / VAE).unlink()
     assert models.load_vae(flags(own, "fp16"), torch.float16).dtype == torch.float16
@@ -136,18 +136,18 @@ def nudge(name: str, place: int) -> Callable[[dict[str, torch.Tensor]], dict[str
 
 def test_fingerprint_changes_with_one_weight_of_any_tensor(own: Path) -> None:
     whole = load_file(own / VAE)
-    seen = {models.fingerprint(flags(own), "vae")}
+    seen = {models.weight_fingerprint(flags(own), "vae")}
     for name in list(whole)[::5]:
         rewrite(own / VAE, nudge(name, 0))
-        seen.add(models.fingerprint(flags(own), "vae"))
+        seen.add(models.weight_fingerprint(flags(own), "vae"))
     assert len(seen) == 1 + len(list(whole)[::5])
 
 
 def test_fingerprint_changes_with_the_last_weight_of_a_large_tensor(own: Path) -> None:
     path = own / "text_encoder/model.safetensors"
-    before = models.fingerprint(flags(own), "text_encoder")
+    before = models.weight_fingerprint(flags(own), "text_encoder")
     rewrite(path, nudge("shared.weight", -1))
-    assert models.fingerprint(flags(own), "text_encoder") != before
+    assert models.weight_fingerprint(flags(own), "text_encoder") != before
 
 
 @pytest.mark.parametrize(
@@ -161,27 +161,27 @@ def test_fingerprint_changes_with_the_last_weight_of_a_large_tensor(own: Path) -
     ids=["type", "name", "shape", "fewer"],
 )
 def test_fingerprint_covers_types_names_and_shapes(own: Path, change: Any) -> None:
-    before = models.fingerprint(flags(own), "vae")
+    before = models.weight_fingerprint(flags(own), "vae")
     rewrite(own / VAE, change)
-    assert models.fingerprint(flags(own), "vae") != before
+    assert models.weight_fingerprint(flags(own), "vae") != before
 
 
 def test_fingerprint_does_not_depend_on_where_the_model_lies(own: Path, tiny: Tiny) -> None:
     moved = own.rename(own.with_name("elsewhere"))
     (moved / VAE).touch()
-    assert models.fingerprint(flags(moved), "vae") == models.fingerprint(flags(tiny("5b")), "vae")
+    assert models.weight_fingerprint(flags(moved), "vae") == models.weight_fingerprint(flags(tiny("5b")), "vae")
     assert models.text_fingerprint(flags(moved)) == models.text_fingerprint(flags(tiny("5b")))
 
 
 def test_checkpoints_with_the_same_vae_share_its_fingerprint(tiny: Tiny) -> None:
-    prints = {kind: models.fingerprint(flags(tiny(kind)), "vae") for kind in ("2b", "5b")}
+    prints = {kind: models.weight_fingerprint(flags(tiny(kind)), "vae") for kind in ("2b", "5b")}
     assert prints["2b"] == prints["5b"]
-    assert models.fingerprint(flags(tiny("5b")), "transformer") != prints["5b"]
+    assert models.weight_fingerprint(flags(tiny("5b")), "transformer") != prints["5b"]
 
 
 def test_text_fingerprint_covers_the_tokenizer(own: Path) -> None:
     before = models.text_fingerprint(flags(own))
-    assert before != models.fingerprint(flags(own), "text_encoder")
+    assert before != models.weight_fingerprint(flags(own), "text_encoder")
     path = sorted((own / "tokenizer").glob("*.json"))[0]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"changed": 1}))
     assert models.text_fingerprint(flags(own)) != before
@@ -263,12 +263,12 @@ def test_t5_goes_to_the_host_where_its_weights_do_not_fit_beside_2_gib(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, size = flags(tiny("5b")), models.weight_bytes(flags(tiny("5b")), "text_encoder", "bf16")
-    assert models.place_of_t5(model, "bf16", CPU, "auto") == "device"
+    assert models.resolve_t5_on(model, "bf16", CPU, "auto") == "device"
     for spare, place in ((0, "device"), (-1, "host")):
         monkeypatch.setattr(models, "free_device_bytes", lambda device, spare=spare: size + 2 * 2**30 + spare)
-        assert models.place_of_t5(model, "bf16", CPU, "auto") == place
-        assert models.place_of_t5(model, "fp32", CPU, "auto") == "host"
-        assert [models.place_of_t5(model, "bf16", CPU, given) for given in ("host", "device")] == ["host", "device"]
+        assert models.resolve_t5_on(model, "bf16", CPU, "auto") == place
+        assert models.resolve_t5_on(model, "fp32", CPU, "auto") == "host"
+        assert [models.resolve_t5_on(model, "bf16", CPU, given) for given in ("host", "device")] == ["host", "device"]
 
 
 def test_an_encoder_that_cannot_be_optimized_is_unchanged(

@@ -81,7 +81,7 @@ def test_something_larger_is_tiled_and_says_nothing_about_the_rest(vae: Any) -> 
 
 
 def test_whole_frames_are_not_tried_unless_wanted(vae: Any) -> None:
-    assert Decoder(vae, print, tiled=True).left == [LARGE, MIDDLE, SMALL] == tiles_from(*PUBLISHED)
+    assert Decoder(vae, print, tiled=True).attempts == [LARGE, MIDDLE, SMALL] == tiles_from(*PUBLISHED)
 
 
 def test_a_video_of_tiles_has_its_size_and_hardly_other_pixels(vae: Any) -> None:
@@ -91,7 +91,7 @@ def test_a_video_of_tiles_has_its_size_and_hardly_other_pixels(vae: Any) -> None
         latents_BCFHW = torch.randn(1, 16, 1, height // 8, width // 8)
         whole = vae.decode(latents_BCFHW).sample
         decoder = Decoder(vae, print)
-        for decoder.left in [[LARGE], [MIDDLE], [SMALL]]:
+        for decoder.attempts in [[LARGE], [MIDDLE], [SMALL]]:
             tiled = vae.decode(latents_BCFHW).sample
             assert tiled.shape == whole.shape == (1, 3, 1, height, width)
             assert 0 < (tiled - whole).abs().mean() < 0.2 * whole.std()

@@ -50,7 +50,7 @@ def clip(frames: int, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def moments(vae: Any, x: Tensor) -> Tensor:
-    """Returns the moments of encode.moments_of in fp32."""
+    """Returns the moments of encode.posterior_moments in fp32."""
     return vae.encode(x.to(vae.device, vae.dtype)).latent_dist.parameters.float().cpu()  # type: ignore[no-any-return]
 
 

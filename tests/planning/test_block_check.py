@@ -24,8 +24,8 @@ from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.model import blocks
 from cogvideox.planning import block_check, stack
-from cogvideox.planning.block_check import BlockError, check_blocks, copy_of, likeness
-from cogvideox.planning.execution import place
+from cogvideox.planning.block_check import BlockError, check_blocks, copy_of, cosine_between
+from cogvideox.planning.execution import apply_plan
 from cogvideox.planning.plan import DEVICE, HOST, BlockPlan, ExecutionPlan, ModulePlan
 
 Tiny = Callable[[str], Path]
@@ -112,7 +112,7 @@ def test_each_difference_is_found(
 
 
 def test_the_last_block_is_looked_at_too(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    transformer, right = make("5b"), block_check.compare
+    transformer, right = make("5b"), block_check.compare_block
 
     def only_last(module: Any, *rest: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -140,18 +140,18 @@ def test_a_wrong_size_of_a_gradient_is_found(tiny: Tiny, monkeypatch: pytest.Mon
 
 def test_likeness() -> None:
     one, other = torch.tensor([3.0, 4.0]), torch.tensor([4.0, -3.0])
-    assert likeness(one, one, CPU) == 1
-    assert likeness(one, other, CPU) == 0
-    assert likeness(one, -one, CPU) == -1
-    assert likeness(one, 2 * one, CPU) == pytest.approx(0.8)
+    assert cosine_between(one, one, CPU) == 1
+    assert cosine_between(one, other, CPU) == 0
+    assert cosine_between(one, -one, CPU) == -1
+    assert cosine_between(one, 2 * one, CPU) == pytest.approx(0.8)
     for bad in (torch.tensor([torch.nan, 1.0]), torch.tensor([torch.inf, 1.0])):
-        assert not likeness(one, bad, CPU) >= -1
-    assert not likeness(one * 0, one * 0, CPU) >= -1
+        assert not cosine_between(one, bad, CPU) >= -1
+    assert not cosine_between(one * 0, one * 0, CPU) >= -1
 
 
 def test_fewer_tokens_where_all_do_not_fit(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """And then without a graph, which no other step would use."""
-    real, seen = block_check.compare, []
+    real, seen = block_check.compare_block, []
 
     def scarce(module: Any, plan: Any, i: int, inputs: Any, device: torch.device) -> Any:
         seen.append((inputs.video.shape[1], len(inputs.rotary[0]), plan.compiled))
@@ -182,7 +182,7 @@ def test_training_uses_the_graphs_of_the_check(tiny: Tiny, monkeypatch: pytest.M
         if checked:
             check(tiny, "5b", transformer, plan)
             assert dynamo.counters["stats"]["unique_graphs"]
-        place(transformer, plan, CPU)
+        apply_plan(transformer, plan, CPU)
         transformer(**arguments_of("5b", frames=3, samples=1))[0].square().mean().backward()
         counts.append(dynamo.counters["stats"]["unique_graphs"])
     assert counts[0] == counts[1]

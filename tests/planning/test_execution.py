@@ -215,7 +215,7 @@ def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, m
     monkeypatch.setattr(execution, "with_rates", lambda machine, *_: machine)
     monkeypatch.setattr(execution, "free_host_bytes", lambda: available)
     sizes: Any = None  # of the probes, which are not made
-    machine = execution.measure(torch.device("cuda"), torch.bfloat16, "flash", sizes, None)
+    machine = execution.measure_machine(torch.device("cuda"), torch.bfloat16, "flash", sizes, None)
     assert machine.device_bytes == int(free * FRAGMENTS)
     assert machine.host_bytes == available // ranks
 
@@ -223,8 +223,8 @@ def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, m
 def test_ranks_plan_for_the_least_of_each_figure() -> None:
     """A plan that fits one of two unlike cards would not fit the other."""
     first, second = Machine(8, 20, copies=3.0), Machine(9, 10, copies=2.0)
-    assert execution.agreed([first, second]) == Machine(8, 10, copies=2.0)
-    assert execution.agreed([first]) == first
+    assert execution.minimum_over_ranks([first, second]) == Machine(8, 10, copies=2.0)
+    assert execution.minimum_over_ranks([first]) == first
 
 
 def test_a_probe_is_long_enough_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_a_probe_is_long_enough_and_no_longer(monkeypatch: pytest.MonkeyPatch) -
             made.append(next(durations))
             now[0] += made[-1]
 
-        assert execution.seconds(run) == pytest.approx(each)
+        assert execution.seconds_per_call(run) == pytest.approx(each)
         assert len(made) == 2 + calls
 
 
@@ -286,16 +286,16 @@ def test_state_of_some_blocks_stays_on_the_device(
     """With accumulation and an average; a run goes on with the state elsewhere."""
     more = ("--use_ema", *LEAN, "--max_train_steps")
     lean = run_whole(model, tensors, tmp_path / "lean", *more, 4)
-    choose = plan.choose
+    choose = plan.choose_plan
 
     def here(*arguments: Any) -> Any:
         chosen = choose(*arguments)
         first, *others = chosen.blocks
         return replace(chosen, blocks=(replace(first, state="device"), *others))
 
-    monkeypatch.setattr(plan, "choose", here)
+    monkeypatch.setattr(plan, "choose_plan", here)
     run_whole(model, tensors, tmp_path / "here", *more, 2)
-    monkeypatch.setattr(plan, "choose", choose)
+    monkeypatch.setattr(plan, "choose_plan", choose)
     assert losses(run_whole(model, tensors, tmp_path / "here", *more, 4)) == losses(lean)
     assert equal(whole(tmp_path / "here"), whole(lean))
     assert equal(*(load_file(tmp_path / run / "checkpoint-4" / "optimizer.safetensors") for run in ("here", "lean")))
@@ -359,7 +359,7 @@ def test_a_flag_of_its_own_wins_over_the_preset(
 def test_what_does_not_fit_says_what_stays_on_the_device(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "measure", lambda *_: Machine(1000, 1000))
+    monkeypatch.setattr(execution, "measure_machine", lambda *_: Machine(1000, 1000))
     found = []
     for flags in ((), ("--use_8bit", "--use_torchao")):
         with pytest.raises(UsageError) as caught:

@@ -26,16 +26,16 @@ from cogvideox.planning.plan import (
     Machine,
     NoPlanError,
     Sizes,
-    choose,
+    choose_plan,
     copied_bytes,
     host_bytes,
     in_flight_bytes,
-    load_bytes,
     mixture,
     peak_bytes,
     pinned_bytes,
     state_on_device,
     step_seconds,
+    transfer_slot_bytes,
 )
 
 LARGE = Sizes(  # CogVideoX-5b, rank 128, 49x480x720
@@ -59,7 +59,7 @@ LEAN = {BlockPlan(HOST, "attention", HOST, HOST): 42}
 
 
 def pick(gib: float, axes: Axes = PRESETS["auto"], machine: Machine = FAST, compiled: bool = True):  # type: ignore[no-untyped-def]
-    return choose(axes, LARGE, replace(machine, device_bytes=int(gib * GIB)), compiled, "cudnn")
+    return choose_plan(axes, LARGE, replace(machine, device_bytes=int(gib * GIB)), compiled, "cudnn")
 
 
 @pytest.mark.parametrize("gib", [70, 40, 22.5, 14, 10, 6.5, 4])
@@ -190,7 +190,7 @@ def test_what_a_streamed_base_and_an_average_take() -> None:
 
 
 def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -> None:
-    plan = choose(
+    plan = choose_plan(
         PRESETS["lean"], WHOLE, replace(FAST, device_bytes=int(7.4 * GIB), host_bytes=128 * GIB), True, "cudnn"
     )
     assert plan.blocks == mixture(next(iter(LEAN)), next(iter(LEAN)), 42, 42)
@@ -198,7 +198,7 @@ def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -
     kept = 42 * WHOLE.kept_bytes("attention")
     assert plan.pinned == 42 * WHOLE.block_trained * per_number + kept + WHOLE.trained * 12
     with pytest.raises(NoPlanError, match="of the host"):
-        choose(PRESETS["lean"], WHOLE, replace(FAST, host_bytes=64 * GIB), True, "cudnn")
+        choose_plan(PRESETS["lean"], WHOLE, replace(FAST, host_bytes=64 * GIB), True, "cudnn")
 
 
 def test_state_on_the_device_takes_room_there_and_does_not_pass() -> None:
@@ -213,7 +213,7 @@ def test_state_on_the_device_takes_room_there_and_does_not_pass() -> None:
 @pytest.mark.parametrize(("gib", "least", "most"), [(10, 1, 8), (24, 5, 20), (80, 30, 42)])
 def test_as_much_state_as_fits_stays_on_the_device(gib: float, least: int, most: int) -> None:
     machine = replace(FAST, device_bytes=int(gib * GIB), host_bytes=160 * GIB)
-    chosen = choose(PRESETS["auto"], WHOLE, machine, True, "cudnn")
+    chosen = choose_plan(PRESETS["auto"], WHOLE, machine, True, "cudnn")
     here = sum(block.state == DEVICE for block in chosen.blocks)
     assert least <= here <= most
     text = re.search(r"optimizer state on the (\w+)(?:, of (\d+) blocks on the (\w+))?;", str(chosen))
@@ -222,7 +222,7 @@ def test_as_much_state_as_fits_stays_on_the_device(gib: float, least: int, most:
     assert text is not None
     assert text.groups() in expected
     assert chosen.peak <= machine.device_bytes
-    assert chosen.seconds < choose(PRESETS["lean"], WHOLE, machine, True, "cudnn").seconds
+    assert chosen.seconds < choose_plan(PRESETS["lean"], WHOLE, machine, True, "cudnn").seconds
 
 
 def test_a_checkpoint_copies_the_state_that_is_on_the_device() -> None:
@@ -244,22 +244,22 @@ def test_an_average_on_the_host_hides_nothing() -> None:
 def test_state_that_shall_be_on_the_device_is_there_wherever_the_weights_are() -> None:
     """Of blocks, and of what is outside of them."""
     for gib in (75, 85, 110):
-        chosen = choose(Axes(state=(DEVICE,)), WHOLE, replace(FAST, device_bytes=gib * GIB), True, "cudnn")
+        chosen = choose_plan(Axes(state=(DEVICE,)), WHOLE, replace(FAST, device_bytes=gib * GIB), True, "cudnn")
         kinds = {kind: chosen.blocks.count(kind) for kind in chosen.blocks}
         assert state_on_device(kinds, chosen.state, WHOLE) == WHOLE.all_trained
 
 
 def test_a_lora_s_state_may_stay_while_weights_are_streamed() -> None:
-    assert choose(Axes(weights=(HOST,), state=(DEVICE,)), LARGE, FAST, True, "cudnn").state == DEVICE
+    assert choose_plan(Axes(weights=(HOST,), state=(DEVICE,)), LARGE, FAST, True, "cudnn").state == DEVICE
 
 
 @pytest.mark.parametrize("tokens", [482, 17776])
 def test_the_optimizer_s_step_may_need_more_than_the_blocks(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of short clips and small blocks: three loads, with gradients and weights, pass through the device."""
     sizes = replace(WHOLE, tokens=tokens, block_trained=WHOLE.block_trained // 10)
-    assert load_bytes(42, sizes) == CHUNK_BYTES // 12 * (3 * (12 + 2 + 2) + 4)
+    assert transfer_slot_bytes(42, sizes) == CHUNK_BYTES // 12 * (3 * (12 + 2 + 2) + 4)
     with_loads = peak_bytes(LEAN, HOST, True, sizes)
-    monkeypatch.setattr(plan, "load_bytes", lambda *_: 0)
+    monkeypatch.setattr(plan, "transfer_slot_bytes", lambda *_: 0)
     assert (with_loads > peak_bytes(LEAN, HOST, True, sizes)) == (tokens == 482)
 
 

@@ -554,8 +554,8 @@ def test_late_copies_change_nothing(
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (HostGradients, "settle"),
-        (Ring, "forget"),
+        (HostGradients, "finish_copies"),
+        (Ring, "invalidate"),
         (HostTrainedBlocks, "changed"),
         (streaming, "compute_waits_for"),
     ],

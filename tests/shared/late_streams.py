@@ -82,7 +82,7 @@ class LateSideStream:
     def after(self, *events: Event | None) -> AbstractContextManager[Any]:
         return Recorded(self, events)
 
-    def does(self, work: Callable[[], None], event: Event | None) -> None:
+    def run_after(self, work: Callable[[], None], event: Event | None) -> None:
         self.give(work, (event,))
 
     def give(self, work: Callable[[], None], events: tuple[Event | None, ...]) -> None:
@@ -100,10 +100,10 @@ class LateSideStream:
             self.given[self.done] = (done, ())
             self.done += 1
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         self.run(len(self.given))
 
-    def mark(self) -> Event:
+    def record_event(self) -> Event:
         return self, len(self.given)
 
 

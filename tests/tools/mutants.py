@@ -86,12 +86,12 @@ MUTANTS = (
     Mutant("memory/streaming.py", "with self.back.after_compute():", "with self.back.after():", (STREAMS,)),
     Mutant(
         "memory/streaming.py",
-        "_pass(transfers, slots, computed(self.device))",
+        "_pass(transfers, slots, compute_event(self.device))",
         "_pass(transfers, slots, None)",
         (STREAMS,),
     ),
-    Mutant("memory/streaming.py", "self.out.after(self.work.mark())", "self.out.after()", (STREAMS,)),
-    Mutant("memory/streaming.py", "holds.popitem(last=False)", "holds.popitem(last=True)", ("test_streaming.py",)),
+    Mutant("memory/streaming.py", "self.out.after(self.work.record_event())", "self.out.after()", (STREAMS,)),
+    Mutant("memory/streaming.py", "slot_of.popitem(last=False)", "slot_of.popitem(last=True)", ("test_streaming.py",)),
     # which samples
     Mutant("data/sampler.py", "(micro * self.world + self.rank)", "(self.rank + micro)", ("test_sampler.py",)),
     Mutant("data/sampler.py", "p // size)[p % size]", "0)[p % size]", ("test_sampler.py",)),
@@ -109,7 +109,10 @@ MUTANTS = (
         ("test_checkpoint.py", "-k", "which"),
     ),
     Mutant(
-        "model/lora.py", "tensor * scale if is_b", "tensor if is_b", ("test_scale.py", "-k", "without_its_metadata")
+        "model/lora.py",
+        "tensor * scale if is_lora_b",
+        "tensor if is_lora_b",
+        ("test_scale.py", "-k", "without_its_metadata"),
     ),
     # what is looked at
     Mutant(

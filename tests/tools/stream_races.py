@@ -162,17 +162,17 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
                 streams.wait(self.number, event)
             return streams.on(self.number)
 
-        def wait(self) -> None:
-            streams.host_waits(self.mark())
+        def synchronize(self) -> None:
+            streams.host_waits(self.record_event())
 
-        def mark(self) -> Event:
+        def record_event(self) -> Event:
             return streams.mark(self.number)
 
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "SideStream", SideStream)
         for module in (streaming, master_weights, stack):
             patch.setattr(module, "pinned", streams.pinned)
-        patch.setattr(streaming, "computed", lambda device: streams.mark(COMPUTE))
+        patch.setattr(streaming, "compute_event", lambda device: streams.mark(COMPUTE))
         patch.setattr(streaming, "host_waits_for", streams.host_waits)
         for module in (streaming, step_module):
             patch.setattr(module, "compute_waits_for", lambda event: streams.wait(COMPUTE, event))

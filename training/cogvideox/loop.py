@@ -42,7 +42,7 @@ from cogvideox.model.tasks import Task, losses_of
 from cogvideox.optimizer.engine import engine_name, make_engine
 from cogvideox.optimizer.step import learning_rate, rate_jump
 from cogvideox.planning.block_check import check_blocks
-from cogvideox.planning.execution import Plan, keep_to_budget, make_plan, measured, place
+from cogvideox.planning.execution import Plan, apply_plan, apply_vram_budget, make_plan, measured_line
 from cogvideox.planning.plan import HOST, ExecutionPlan
 from cogvideox.planning.warm_up import has_no_bound, warm_up
 from cogvideox.preparation.tensors import Tensors, open_tensors
@@ -98,7 +98,7 @@ def recipe_of(
     return {
         "task": task_type.__name__,
         "method": method_type.__name__,
-        "transformer": models.fingerprint(options.model, "transformer"),
+        "transformer": models.weight_fingerprint(options.model, "transformer"),
         "precision": run.precision,
         "engine": engine_name(run.accelerator),
         "seed": options.data.seed,
@@ -284,7 +284,7 @@ class Trainer:
                 step += 1
                 metrics.push(step, rate, result)
                 if step == self.steps.first + STEADY_STEPS:
-                    self.run.say(measured(metrics.seconds))
+                    self.run.say(measured_line(metrics.seconds))
                 if save or self.saver.due(step):
                     with metrics.paused():
                         self._save(step)
@@ -488,7 +488,7 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     their settings at each stage: a rank that had decided differently would leave the others waiting.
     """
     run = start_run(options)
-    keep_to_budget(run, options)
+    apply_vram_budget(run, options)
     geometry = read_geometry(options.model)
     recipe = recipe_of(run, options, geometry, task_type, method_type)
     start = find_start(run, recipe, options)
@@ -508,7 +508,7 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     run.say(f"plan: {plan}")
     with memory_errors_explained():
         check_blocks(run, options.train.train_batch_size, tensors, transformer, plan)
-        host_trained = place(transformer, plan, run.device)
+        host_trained = apply_plan(transformer, plan, run.device)
         task = task_type(options, tensors.geometry, run.device, run.dtype)
         check_parity(run, options, tensors, task, transformer)
         trainer = Trainer(run, options, tensors, prompts, task, method, plan, host_trained, steps)

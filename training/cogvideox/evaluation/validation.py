@@ -29,7 +29,7 @@ from cogvideox.data.sampler import Order
 from cogvideox.errors import first_line
 from cogvideox.files import write_atomically
 from cogvideox.model import models
-from cogvideox.model.vae_decoder import PUBLISHED, Decoder, Tile, ways_to_decode
+from cogvideox.model.vae_decoder import PUBLISHED, Decoder, Tile, decoding_attempts
 from cogvideox.preparation.prepare import encode_captions, missing_captions
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.run import Run, with_peaks
@@ -151,8 +151,8 @@ class Validator:
     def tiles(self) -> list[Tile | None]:
         """Returns the ways in which decoding is tried: whole frames (None), unless they did not fit, then tiles."""
         if self.pipeline:
-            return list(self.pipeline.vae.decode.left)
-        return ways_to_decode(*PUBLISHED, tiled=self.flags.enable_tiling)
+            return list(self.pipeline.vae.decode.attempts)
+        return decoding_attempts(*PUBLISHED, tiled=self.flags.enable_tiling)
 
     def set_aside_stale(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
         """Moves outdated videos into a folder older-N, so that they are rendered again.

@@ -83,7 +83,7 @@ def publish(
         batch = collate([dataset[Visit(0, 0)]])
         before = forward(task, method.transformer, batch, run)
         after = forward_reloaded(method, folder, task, batch, run)
-        with method.off(folder):
+        with method.base_weights(folder):
             base = forward(task, method.transformer, batch, run)
         stock = forward_in_diffusers(method, folder, task, batch, run, base_precision(options))
         difference, cosine = compare(before, after)
@@ -172,7 +172,7 @@ def forward_reloaded(method: Method, folder: Path, task: Task, batch: Batch, run
 
 def forward_in_diffusers(method: Method, folder: Path, task: Task, batch: Batch, run: Run, precision: str) -> Tensor:
     """Computes the output with a new transformer that diffusers loads and runs, in the precision of training."""
-    transformer = method.fresh(partial(pipeline_around, task), folder)
+    transformer = method.new_transformer(partial(pipeline_around, task), folder)
     run_layer_by_layer(transformer, run.device, run.dtype, precision)
     return forward(task, transformer, batch, run)
 

@@ -139,7 +139,7 @@ class SideStream:
 
     def after_compute(self) -> AbstractContextManager[Any]:
         """Returns a context whose copies start after all work that the compute stream has been given so far."""
-        return self.after(computed(self.device))
+        return self.after(compute_event(self.device))
 
     def after(self, *events: Any) -> AbstractContextManager[Any]:
         """Returns a context whose copies run on this stream and start after all given events, except None."""
@@ -149,22 +149,22 @@ class SideStream:
             self.stream.wait_event(event)
         return torch.cuda.stream(self.stream)
 
-    def does(self, work: Callable[[], None], event: Any) -> None:
+    def run_after(self, work: Callable[[], None], event: Any) -> None:
         """Runs work on this stream after an event. Unlike in ``after``, the work may contain kernels."""
         with self.after(event):
             work()
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Blocks the host until this stream has finished all work that it has been given."""
         if self.stream is not None:
             self.stream.synchronize()
 
-    def mark(self) -> Any:
+    def record_event(self) -> Any:
         """Returns an event that happens when this stream has finished all work given so far; None without a GPU."""
         return self.stream.record_event() if self.stream is not None else None
 
 
-def computed(device: torch.device) -> Any:
+def compute_event(device: torch.device) -> Any:
     """Returns an event that happens when the compute stream has finished all work given so far; None without a GPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
@@ -195,49 +195,50 @@ class Ring:
 
     def __init__(self, hosts: dict[int, Tensor], device: torch.device, slots: int = WEIGHT_SLOTS) -> None:
         self.hosts = hosts
-        self.written: dict[int, Callable[[], Any]] = {}  # by block: the event after which its new weights may be read
+        # By block: a function that returns the event after which the block's new weights may be read.
+        self.update_events: dict[int, Callable[[], Any]] = {}
         self.side = SideStream(device)
         size = max(host.numel() for host in hosts.values())
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(hosts)))]
-        self.holds: OrderedDict[int, int] = OrderedDict()  # block -> slot, least recently used first
+        self.slot_of: OrderedDict[int, int] = OrderedDict()  # block -> slot, least recently used first
         self.arrived: dict[int, Any] = {}  # block -> event after its copy
 
     def get(self, block: int) -> int:
         """Returns the number of the slot with a block's weights, which the compute stream may read from now on."""
         self.fetch(block)
-        self.holds.move_to_end(block)
+        self.slot_of.move_to_end(block)
         # Compute must wait for the copy into the slot, or it reads the weights of the block that was there before.
         compute_waits_for(self.arrived[block])
-        return self.holds[block]
+        return self.slot_of[block]
 
     def fetch(self, block: int) -> None:
         """Starts copying a block to the device unless it is there already; replaces the least recently used block."""
-        if block in self.holds:
+        if block in self.slot_of:
             return
-        if len(self.holds) < len(self.slots):
-            slot = len(self.holds)
+        if len(self.slot_of) < len(self.slots):
+            slot = len(self.slot_of)
         else:
-            last, slot = self.holds.popitem(last=False)
+            last, slot = self.slot_of.popitem(last=False)
             del self.arrived[last]
-        written = self.written[block]() if block in self.written else None
+        written = self.update_events[block]() if block in self.update_events else None
         # The copy waits for two things. All compute issued so far, because an earlier block may still read this slot
         # and would see its weights change. And the optimizer's update of this block on the host, or the copy takes
         # weights that are out of date or half written.
-        with self.side.after(computed(self.side.device), written):
+        with self.side.after(compute_event(self.side.device), written):
             self.copy(self.slots[slot], self.hosts[block])
-        self.arrived[block] = self.side.mark()
-        self.holds[block] = slot
+        self.arrived[block] = self.side.record_event()
+        self.slot_of[block] = slot
 
     def copy(self, slot: Tensor, host: Tensor) -> None:
         """Copies a host buffer into a slot on the current stream."""
         slot.copy_(host, non_blocking=True)
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Marks all slots as out of date, so that the next use of each block copies it again."""
-        self.holds.clear()
+        self.slot_of.clear()
         self.arrived.clear()
 
-    def after(self, block: int, step: int) -> int | None:
+    def next_block(self, block: int, step: int) -> int | None:
         """Returns the next host-resident block after a block in a direction, 1 or -1; None if there is none."""
         ahead = [other for other in self.hosts if (other - block) * step > 0]
         return min(ahead, key=lambda other: abs(other - block), default=None)
@@ -277,7 +278,7 @@ class HostStore:
         with self.out.after_compute():
             for host, tensor in zip(layout.views(self.buffers[block]), kept.values(), strict=True):
                 host.copy_(tensor, non_blocking=True)
-        self.leaving[block] = kept, self.out.mark()
+        self.leaving[block] = kept, self.out.record_event()
         if len(self.leaving) > IN_FLIGHT:
             _, (_, event) = self.leaving.popitem(last=False)
             # Dropping the tensors lets the allocator reuse their memory for whatever is computed next. Compute must
@@ -292,9 +293,9 @@ class HostStore:
         if block in self.buffers:
             # A larger bucket needs a larger buffer. The host itself must wait before it frees the old one: copies of
             # the last step and the optimizer's pass over gradients, which compute waits for, may still use it.
-            self.out.wait()
-            self.back.wait()
-            host_waits_for(computed(self.device))
+            self.out.synchronize()
+            self.back.synchronize()
+            host_waits_for(compute_event(self.device))
             del self.buffers[block]
         self.buffers[block] = pinned(num_bytes)
 
@@ -311,7 +312,7 @@ class HostStore:
         with self.back.after_compute():
             for tensor, host in zip(kept.values(), hosts, strict=True):
                 tensor.copy_(host, non_blocking=True)
-        self.arriving[block] = kept, self.back.mark()
+        self.arriving[block] = kept, self.back.record_event()
 
     def fetch_next(self) -> None:
         """Fetches the block that backward takes next, which is the last one put, if any is left."""
@@ -356,11 +357,11 @@ class HostGradients:
         self.store.put(block, {str(k): gradient for k, gradient in enumerate(gradients)})
         self.norms[block] = norms_of(gradients)
 
-    def settle(self) -> None:
+    def finish_copies(self) -> None:
         """Orders later compute after all copies of gradients to the host, and frees their device memory."""
         # The optimizer reads the host buffers after compute: without this wait it would read incomplete sums, and the
         # device memory that ``leaving`` held would be reused while the copies still read it.
-        compute_waits_for(self.store.out.mark())
+        compute_waits_for(self.store.out.record_event())
         self.store.leaving.clear()
 
     def flat(self, block: int) -> Tensor:
@@ -401,7 +402,7 @@ class HostTrainedBlocks:
         """Returns all weights of a block as one vector that is a view of the host buffer."""
         return self.layout.flat(self.ring.hosts[block])
 
-    def changed(self, block: int, event: Callable[[], Any]) -> None:
+    def mark_updated(self, block: int, event: Callable[[], Any]) -> None:
         """Marks a block's weights as modified once an event happens.
 
         Args:
@@ -409,7 +410,7 @@ class HostTrainedBlocks:
             event: returns that event. It is called by the next copy of the block, so that the block's update need not
                 be issued before the next forward pass needs the block.
         """
-        self.ring.written[block] = event
+        self.ring.update_events[block] = event
 
 
 # -- what the device changes -------------------------------------------------------------------------------------------
@@ -418,9 +419,9 @@ class HostTrainedBlocks:
 class Slice(NamedTuple):
     """One contiguous piece of host memory in a Transfer."""
 
-    home: Tensor  # one-dimensional, on the host
-    comes: bool = True  # copied to the device before the work
-    leaves: bool = True  # copied back to the host after the work
+    host: Tensor  # one-dimensional, on the host
+    copy_in: bool = True  # copied to the device before the work
+    copy_out: bool = True  # copied back to the host after the work
 
 
 class Transfer(NamedTuple):
@@ -434,7 +435,7 @@ class TransferPipeline:
     """Passes host memory through a few device slots, one transfer after another, in parallel with the compute stream.
 
     While one transfer is worked on, the next one is copied in and the previous one is copied out. A pass is issued only
-    as far as ``reach`` asks for, so that a forward pass that needs the first transfers runs in parallel with the rest.
+    as far as ``issue`` asks for, so that a forward pass that needs the first transfers runs in parallel with the rest.
     The slots stay allocated until ``finish``.
     """
 
@@ -442,8 +443,8 @@ class TransferPipeline:
         self.device = device
         self.into, self.work, self.out = SideStream(device), SideStream(device), SideStream(device)
         self.events: list[Any] = []  # of each transfer issued so far: it is back on the host
-        self.rest: Iterator[Any] = iter(())
-        self.held: list[Tensor] = []
+        self.pending: Iterator[Any] = iter(())
+        self.kept_alive: list[Tensor] = []
 
     def start(self, transfers: Sequence[Transfer], *needed: Tensor) -> None:
         """Begins a pass that follows all work that the compute stream has been given so far.
@@ -453,31 +454,31 @@ class TransferPipeline:
             needed: other device tensors that the work reads; they are kept alive until ``finish``.
         """
         self.finish()
-        size = max(sum(aligned(piece.home.nbytes) for piece in transfer.slices) for transfer in transfers)
+        size = max(sum(aligned(piece.host.nbytes) for piece in transfer.slices) for transfer in transfers)
         slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in transfers[:TRANSFER_SLOTS]]
         # The first copies wait for compute: the slots may be memory that earlier kernels still use, and the host memory
         # may still be written by copies that compute waits for.
-        self.events, self.rest = [], self._pass(transfers, slots, computed(self.device))
-        self.held = [*slots, *needed]
+        self.events, self.pending = [], self._pass(transfers, slots, compute_event(self.device))
+        self.kept_alive = [*slots, *needed]
 
-    def reach(self, count: int) -> Any:
+    def issue(self, count: int) -> Any:
         """Issues the first ``count`` transfers; returns the event after which all of them are back on the host."""
-        self.events += islice(self.rest, max(0, count - len(self.events)))
+        self.events += islice(self.pending, max(0, count - len(self.events)))
         return self.events[count - 1]
 
     def finish(self) -> None:
         """Issues the rest of the pass, orders later compute after it and frees the slots."""
-        self.events += self.rest
-        if self.held:
+        self.events += self.pending
+        if self.kept_alive:
             # The slots and ``needed`` go back to the allocator and are reused by later compute, which must wait for the
             # last transfer, or it overwrites what is still being worked on or copied out.
             compute_waits_for(self.events[-1])
-            self.held = []
+            self.kept_alive = []
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Finishes the pass and blocks the host until it is done; then the host may read and write the buffers."""
         self.finish()
-        host_waits_for(computed(self.device))
+        host_waits_for(compute_event(self.device))
 
     def _pass(self, transfers: Sequence[Transfer], slots: list[Tensor], start: Any) -> Iterator[Any]:
         """Issues one transfer per iteration; yields the event after which it is back on the host."""
@@ -487,16 +488,16 @@ class TransferPipeline:
             here, ahead = number % len(slots), (number + 1) % len(slots)
             tensors, arrived = coming
             # Work waits for the copies in, or it computes with what the slot held before.
-            self.work.does(partial(transfer.work, tensors), arrived)
+            self.work.run_after(partial(transfer.work, tensors), arrived)
             if number + 1 < len(transfers):
                 # The next copies in wait until the slot's earlier transfer has been copied out, or they overwrite it.
                 coming = self._fetch(slots[ahead], transfers[number + 1], free[ahead])
             # The copies out wait for the work, or the host gets the old values back.
-            with self.out.after(self.work.mark()):
+            with self.out.after(self.work.record_event()):
                 for piece, tensor in zip(transfer.slices, tensors, strict=True):
-                    if piece.leaves:
-                        piece.home.copy_(tensor, non_blocking=True)
-            free[here] = self.out.mark()
+                    if piece.copy_out:
+                        piece.host.copy_(tensor, non_blocking=True)
+            free[here] = self.out.record_event()
             yield free[here]
 
     def _fetch(self, slot: Tensor, transfer: Transfer, free: Any) -> tuple[list[Tensor], Any]:
@@ -504,12 +505,12 @@ class TransferPipeline:
         tensors = views_in_slot(transfer.slices, slot)
         with self.into.after(free):
             for piece, tensor in zip(transfer.slices, tensors, strict=True):
-                if piece.comes:
-                    tensor.copy_(piece.home, non_blocking=True)
-        return tensors, self.into.mark()
+                if piece.copy_in:
+                    tensor.copy_(piece.host, non_blocking=True)
+        return tensors, self.into.record_event()
 
 
 def views_in_slot(slices: Sequence[Slice], slot: Tensor) -> list[Tensor]:
     """Returns the device tensor of each slice: consecutive, aligned views of a slot."""
-    starts = accumulate((aligned(piece.home.nbytes) for piece in slices), initial=0)
-    return [slot[i : i + piece.home.nbytes].view(piece.home.dtype) for i, piece in zip(starts, slices, strict=False)]
+    starts = accumulate((aligned(piece.host.nbytes) for piece in slices), initial=0)
+    return [slot[i : i + piece.host.nbytes].view(piece.host.dtype) for i, piece in zip(starts, slices, strict=False)]

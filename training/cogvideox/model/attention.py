@@ -28,9 +28,9 @@ aten = torch.ops.aten
 CUDNN, FLASH, FLASH_4, SAGE, CPU = "cudnn", "flash", "flash-4", "sage", "cpu"
 BACKENDS = (FLASH_4, CUDNN, FLASH)  # those of a GPU, fastest first; sage quantizes, so it is used only on request
 HOPPER = (9, 0)
-TOLERANCE = 2e-2  # relative error of bf16 gradients against fp32; a wrong kernel has an error of 1 or more
-TOLERANCE_QUANTIZED = 4.5e-2  # corresponds to a cosine of 0.999
-PROBE = (1, 353, 2, 64)  # (B, S, H, D); the odd number of tokens leaves the last tile incomplete
+GRADIENT_TOLERANCE = 2e-2  # relative error of bf16 gradients against fp32; a wrong kernel has an error of 1 or more
+QUANTIZED_TOLERANCE = 4.5e-2  # corresponds to a cosine of 0.999
+PROBE_SHAPE = (1, 353, 2, 64)  # (B, S, H, D); the odd number of tokens leaves the last tile incomplete
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -166,7 +166,7 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         worst = gradient_error(backend, device, dtype)
     except Exception as error:  # any failure of a kernel or its compiler: the next backend is tried
         return f"it fails ({first_line(error)})"
-    allowed = TOLERANCE_QUANTIZED if backend == SAGE else TOLERANCE
+    allowed = QUANTIZED_TOLERANCE if backend == SAGE else GRADIENT_TOLERANCE
     return None if worst < allowed else f"its gradients have a relative error of {worst:.2g}"
 
 
@@ -186,11 +186,11 @@ def _installed(package: str, part: str) -> bool:
 def gradient_error(backend: str, device: torch.device, dtype: torch.dtype) -> float:
     """Returns the largest relative error of output and gradients against plain fp32 arithmetic on random inputs."""
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, do = (torch.randn(PROBE, generator=generator, device=device).to(dtype) for _ in range(4))
+    q, k, v, do = (torch.randn(PROBE_SHAPE, generator=generator, device=device).to(dtype) for _ in range(4))
     o, lse = attend(q, k, v, backend)
     found = (o, *attend_backward(do, q, k, v, o, lse, backend))
     exact = [x.float().transpose(1, 2).requires_grad_() for x in (q, k, v)]
-    weights = (exact[0] @ exact[1].mT * PROBE[-1] ** -0.5).softmax(-1)
+    weights = (exact[0] @ exact[1].mT * PROBE_SHAPE[-1] ** -0.5).softmax(-1)
     expected = weights @ exact[2]
     right = (expected.detach(), *torch.autograd.grad(expected, exact, do.float().transpose(1, 2)))
     return max(float((a.float() - b.transpose(1, 2)).norm() / b.norm()) for a, b in zip(found, right, strict=True))

@@ -115,11 +115,11 @@ Kept = dict[str, Tensor]
 
 def kept_at(level: str, p: Block) -> tuple[str, ...]:
     """Returns the activations that ``forward`` keeps at a level of KEPT, without those that ``backward`` never uses."""
-    unused = {"n1", "n2", "g", "a", "z"} - for_weights(p)
+    unused = {"n1", "n2", "g", "a", "z"} - needed_for_weights(p)
     return tuple(name for name in KEPT[level] if name not in unused)
 
 
-def for_weights(p: Block) -> set[str]:
+def needed_for_weights(p: Block) -> set[str]:
     """Returns the activations that are needed for gradients of weights only.
 
     The gradient of x needs none of these as long as the outputs of the linear layers are known. The weights or the LoRA
@@ -147,7 +147,7 @@ def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
     ys = [F.linear(x, dequantize(p.weight, x.dtype), p.bias) for p in layers]
     for group in lora_groups(layers):
         members = [layers[i] for i in group]
-        for i, u in zip(group, lora_down(dropped(x, members), members), strict=True):
+        for i, u in zip(group, lora_down(apply_dropout(x, members), members), strict=True):
             ys[i] = ys[i] + F.linear(u, not_none(layers[i].b)) * layers[i].scale
     return ys
 
@@ -177,13 +177,13 @@ def linears_backward(
             found[i] = dy.mT @ not_none(x).flatten(0, -2), *([] if p.bias is None else [dy.sum(0)])
     for group in lora_groups(layers):
         members = [layers[i] for i in group]
-        x_in = dropped(not_none(x), members)
+        x_in = apply_dropout(not_none(x), members)
         us = lora_down(x_in, members)
-        du = joined([dys[i] @ not_none(layers[i].b) * layers[i].scale for i in group], dim=-1)
+        du = concatenated([dys[i] @ not_none(layers[i].b) * layers[i].scale for i in group], dim=-1)
         das = (du.flatten(0, -2).mT @ x_in.flatten(0, -2)).split([u.shape[-1] for u in us])
         for i, u, da in zip(group, us, das, strict=True):
             found[i] = da, dys[i].flatten(0, -2).mT @ u.flatten(0, -2) * layers[i].scale
-        dx = dx + dropped(du @ joined([not_none(p.a) for p in members], dim=0), members)
+        dx = dx + apply_dropout(du @ concatenated([not_none(p.a) for p in members], dim=0), members)
     return dx, found
 
 
@@ -200,7 +200,7 @@ def lora_groups(layers: Sequence[Linear]) -> list[list[int]]:
     return [group for group in (together, *([i] for i in trained if i not in together)) if group]
 
 
-def dropped(x: Tensor, group: Sequence[Linear]) -> Tensor:
+def apply_dropout(x: Tensor, group: Sequence[Linear]) -> Tensor:
     """Applies the dropout of a group of LoRAs to their input x, or to the gradient of x; the mask is the same."""
     drop = group[0].drop
     return drop(x) if drop else x
@@ -209,11 +209,11 @@ def dropped(x: Tensor, group: Sequence[Linear]) -> Tensor:
 def lora_down(x: Tensor, group: Sequence[Linear]) -> list[Tensor]:
     """Returns A x for each layer of a group, (..., R)."""
     matrices = [not_none(p.a) for p in group]
-    u = F.linear(x, joined(matrices, dim=0))
+    u = F.linear(x, concatenated(matrices, dim=0))
     return list(u.split([a.shape[0] for a in matrices], dim=-1))
 
 
-def joined(tensors: list[Tensor], dim: int) -> Tensor:
+def concatenated(tensors: list[Tensor], dim: int) -> Tensor:
     """Concatenates tensors; returns a single tensor without copying it."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
@@ -399,7 +399,7 @@ def backward(
     def obtain(name: str, compute: Callable[[], Any]) -> Any:
         return kept[name] if name in kept else compute()
 
-    used = for_weights(p)
+    used = needed_for_weights(p)
     n1 = obtain("n1", lambda: modulate(x, p.norm1, shift1, scale1)) if "n1" in used or "q" not in kept else None
     if "q" in kept:
         q, k, v = (kept[name] for name in "qkv")

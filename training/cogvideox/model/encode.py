@@ -32,7 +32,7 @@ def video_moments(vae: Any, frames_FHWC: np.ndarray) -> Tensor:
     Returns:
         Mean and log variance of the VAE's posterior, not multiplied by the scaling factor, (2C, f, h, w).
     """
-    return moments_of(vae, pixels_of(frames_FHWC, vae.device))
+    return posterior_moments(vae, pixels_of(frames_FHWC, vae.device))
 
 
 def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object, ...]]) -> Tensor:
@@ -52,7 +52,7 @@ def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object,
     for draw in draws:  # one at a time: needs no more memory than a clip, and an encoding does not depend on K
         sigma = (mean + deviation * standard_normal((), *draw, "sigma")).exp().item()
         noise_CFHW = standard_normal(tuple(image_CFHW.shape), *draw, "pixels").to(vae.device)
-        moments.append(moments_of(vae, image_CFHW + sigma * noise_CFHW)[:, 0])
+        moments.append(posterior_moments(vae, image_CFHW + sigma * noise_CFHW)[:, 0])
     return torch.stack(moments)
 
 
@@ -64,7 +64,7 @@ def pixels_of(frames_FHWC: np.ndarray, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def moments_of(vae: Any, video_CFHW: Tensor) -> Tensor:
+def posterior_moments(vae: Any, video_CFHW: Tensor) -> Tensor:
     """Returns mean and log variance of the VAE's posterior for one clip, (3, F, H, W) -> (2C, f, h, w)."""
     parameters: Tensor = vae.encode(video_CFHW.to(vae.dtype).unsqueeze(0)).latent_dist.parameters
     return parameters[0]

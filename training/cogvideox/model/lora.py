@@ -1,6 +1,6 @@
 """Adds to PEFT's LoRA what PEFT does not have.
 
-Four independent parts: ``targets`` chooses the linear layers; ``SampleDropout`` is a dropout whose masks can be
+Four independent parts: ``lora_targets`` chooses the linear layers; ``SampleDropout`` is a dropout whose masks can be
 repeated; ``start_from_principal`` initializes with PiSSA without changing the base model; ``fold_scale`` multiplies the
 scale into the matrices when a LoRA is saved.
 
@@ -29,7 +29,7 @@ def linear_layers(transformer: Module) -> list[str]:
     return [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
-def targets(transformer: Module, target_modules: Sequence[str]) -> list[str]:
+def lora_targets(transformer: Module, target_modules: Sequence[str]) -> list[str]:
     """Returns --target_modules in the form that PEFT takes.
 
     Names are returned unchanged; a regular expression is replaced by the names of all linear layers that it matches.
@@ -61,23 +61,23 @@ class SampleDropout(Module):
         p: probability with which a value becomes 0.
         layer: name of the layer.
         seed: the run's seed.
-        place: position of the current samples, shared by all layers and set before each forward pass.
+        position: position of the current samples, shared by all layers and set before each forward pass.
     """
 
-    def __init__(self, p: float, layer: str, seed: int, place: "StepPosition") -> None:
+    def __init__(self, p: float, layer: str, seed: int, position: "StepPosition") -> None:
         super().__init__()
-        self.p, self.layer, self.seed, self.place = p, layer, seed, place
+        self.p, self.layer, self.seed, self.position = p, layer, seed, position
 
     @torch.compiler.disable  # keys change with every step, so each step would compile a new graph
     def forward(self, x: Tensor) -> Tensor:
         """Sets each value of x, (B, ...), to 0 with probability p and divides the others by 1 - p; x in evaluation."""
         if not self.training:
             return x
-        kept = torch.stack([self._kept(x[sample], self.place.first + sample) for sample in range(len(x))])
+        kept = torch.stack([self._kept(x[sample], self.position.first + sample) for sample in range(len(x))])
         return x * kept.to(x.dtype) / (1.0 - self.p)
 
-    def _kept(self, x: Tensor, position: int) -> Tensor:
-        key = key_of(self.seed, "lora dropout", self.place.step, position, self.layer)
+    def _kept(self, x: Tensor, index: int) -> Tensor:
+        key = key_of(self.seed, "lora dropout", self.position.step, index, self.layer)
         generator = torch.Generator(x.device).manual_seed(key)
         return torch.rand(x.shape, generator=generator, device=x.device) >= self.p
 
@@ -130,7 +130,7 @@ class PissaMatrix(Module):
         self.start.copy_(self.sign * saved.chunk(2, self.dim)[1])
 
 
-def principal(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> tuple[Tensor, Tensor]:
+def principal_matrices(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> tuple[Tensor, Tensor]:
     """Computes the initial matrices of PiSSA.
 
     With W = U S V^T: A0 = sqrt(S / scale) V^T and B0 = U sqrt(S / scale) of the ``rank`` largest singular values, so
@@ -177,14 +177,14 @@ def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: 
         rule = f"{small} has {sizes[small]} singular values for the initialization of PiSSA"
         raise UsageError(f"--rank {rank}: {rule}; give at most --rank {sizes[small]}")
     for layer in layers.values():
-        a, b = principal(layer.get_base_layer().weight, rank, layer.scaling[adapter], init, seed)
+        a, b = principal_matrices(layer.get_base_layer().weight, rank, layer.scaling[adapter], init, seed)
         if dist.is_available() and dist.is_initialized():
-            a, b = of_first_rank(a), of_first_rank(b)
+            a, b = broadcast_from_first(a), broadcast_from_first(b)
         layer.lora_A[adapter] = PissaMatrix(a, dim=0, sign=1.0)
         layer.lora_B[adapter] = PissaMatrix(b, dim=1, sign=-1.0)
 
 
-def of_first_rank(tensor: Tensor) -> Tensor:
+def broadcast_from_first(tensor: Tensor) -> Tensor:
     """Returns the first rank's tensor on all ranks, on the device of this rank's own tensor."""
     fast = torch.accelerator.current_accelerator()
     # NCCL cannot send host memory, where the weights are stored at this time
@@ -213,9 +213,9 @@ def fold_scale(state: dict[str, Tensor], scale: float, rounded: bool = False) ->
     Raises:
         UsageError: a folded number is too large for its type.
     """
-    folded = {name: tensor * scale if is_b(name) else tensor for name, tensor in state.items()}
+    folded = {name: tensor * scale if is_lora_b(name) else tensor for name, tensor in state.items()}
     if is_power_of_two(scale) and all(
-        (folded[name] / scale).equal(tensor) for name, tensor in state.items() if is_b(name)
+        (folded[name] / scale).equal(tensor) for name, tensor in state.items() if is_lora_b(name)
     ):
         return folded, EXACT
     if not rounded:
@@ -227,7 +227,7 @@ def fold_scale(state: dict[str, Tensor], scale: float, rounded: bool = False) ->
     return folded, ROUNDED
 
 
-def is_b(name: str) -> bool:
+def is_lora_b(name: str) -> bool:
     """Returns whether a tensor is a matrix B, the one that is multiplied last."""
     return name.endswith("lora_B.weight")
 
@@ -247,4 +247,4 @@ def trained_matrices(file: LoraFile) -> dict[str, Tensor]:
     found = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file.path).items()}
     if file.training is None or file.folded != EXACT:
         return found
-    return {name: tensor / file.training.scale if is_b(name) else tensor for name, tensor in found.items()}
+    return {name: tensor / file.training.scale if is_lora_b(name) else tensor for name, tensor in found.items()}

@@ -37,8 +37,8 @@ from cogvideox.model.lora import (
     SampleDropout,
     StepPosition,
     fold_scale,
+    lora_targets,
     start_from_principal,
-    targets,
     trained_matrices,
 )
 from cogvideox.model.models import ignore_learned_positions, load_transformer
@@ -78,7 +78,7 @@ class Method(Protocol):
     def resume(self, folder: Path) -> None:
         """Loads what a checkpoint has for this method, after the engine has loaded the parameters."""
 
-    def off(self, folder: Path, /) -> AbstractContextManager[None]:
+    def base_weights(self, folder: Path, /) -> AbstractContextManager[None]:
         """Restores the transformer as it was before training, for the duration of a ``with`` block.
 
         Args:
@@ -94,7 +94,7 @@ class Method(Protocol):
     def reload(self, pipeline: Any, folder: Path, /) -> None:
         """Loads the weights of a folder into the transformer, as a user of the diffusers pipeline would."""
 
-    def fresh(self, pipeline_of: Callable[[Any], Any], folder: Path, /) -> Any:
+    def new_transformer(self, pipeline_of: Callable[[Any], Any], folder: Path, /) -> Any:
         """Returns a new transformer on the CPU with the weights of a folder.
 
         Args:
@@ -121,7 +121,7 @@ class Lora:
         self.ignores_positions = ignores_positions(options)
         self.pissa = self.flags.init_lora_weights.startswith("pissa")
         self.model = options.model
-        self.place = StepPosition()
+        self.position = StepPosition()
         self._attach(options.data.seed)
         if self.flags.lora_path is not None:
             self._start_from(self.flags.lora_path)
@@ -134,7 +134,7 @@ class Lora:
             r=flags.rank,
             lora_alpha=flags.lora_alpha,
             init_lora_weights="gaussian" if flags.init_lora_weights == "gaussian" else True,
-            target_modules=targets(self.transformer, flags.target_modules),
+            target_modules=lora_targets(self.transformer, flags.target_modules),
             use_rslora=flags.use_rslora,
             use_dora=flags.use_dora,
             lora_dropout=flags.lora_dropout,
@@ -146,7 +146,7 @@ class Lora:
             start_from_principal(self._layers(), ADAPTER, flags.rank, flags.init_lora_weights, seed)
         if flags.lora_dropout:
             for name, layer in self._layers().items():
-                layer.lora_dropout[ADAPTER] = SampleDropout(flags.lora_dropout, name, seed, self.place)
+                layer.lora_dropout[ADAPTER] = SampleDropout(flags.lora_dropout, name, seed, self.position)
 
     def _layers(self) -> dict[str, Any]:
         """Returns the layers that PEFT has given a LoRA, by name."""
@@ -176,7 +176,7 @@ class Lora:
             step: the optimizer step.
             first: position of the micro-batch's first sample in the global batch.
         """
-        self.place.step, self.place.first = step, first
+        self.position.step, self.position.first = step, first
 
     def resume(self, folder: Path) -> None:
         """Restores PiSSA's initial matrices from a checkpoint.
@@ -211,7 +211,7 @@ class Lora:
         return flags | {"lora_path": content} | base
 
     @contextmanager
-    def off(self, _folder: Path) -> Iterator[None]:
+    def base_weights(self, _folder: Path) -> Iterator[None]:
         """Disables the LoRA within the context, which restores the transformer before training."""
         self.transformer.disable_adapters()
         try:
@@ -229,7 +229,7 @@ class Lora:
         state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
         return state | {name: matrix.concatenated().detach() for name, matrix in self._pissa_matrices().items()}
 
-    def training(self) -> Training:
+    def scaling(self) -> Training:
         """Returns the rank, alpha and scale with which the matrices of ``state`` give the trained model."""
         flags = self.flags
         scale = scale_of(flags.rank, flags.lora_alpha, flags.use_rslora)
@@ -265,7 +265,7 @@ class Lora:
     def _save(self, folder: Path, rounded: bool) -> dict[str, Any]:
         from safetensors.torch import save_file
 
-        training = self.training()
+        training = self.scaling()
         state, folded = fold_scale(self.state(), training.scale, rounded)
         training = replace(training, scale_folded=folded)
         config = {f"{PREFIX}{name}": value for name, value in self.config(training).items()}
@@ -281,7 +281,7 @@ class Lora:
         self.transformer.delete_adapters(ADAPTER)
         load_saved(pipeline, folder)
 
-    def fresh(self, pipeline_of: Callable[[Any], Any], folder: Path) -> Any:
+    def new_transformer(self, pipeline_of: Callable[[Any], Any], folder: Path) -> Any:
         """Returns a new transformer on the CPU into which the pipeline's own loader has loaded the saved LoRA.
 
         Both are in the type of training, because the loader rounds a LoRA to the type of its base. If the model's files
@@ -330,7 +330,7 @@ class FullFinetune:
         """Does nothing: the engine's checkpoint contains all state."""
 
     @contextmanager
-    def off(self, folder: Path) -> Iterator[None]:
+    def base_weights(self, folder: Path) -> Iterator[None]:
         """Loads the original weights within the context; afterwards, loads those that ``save`` wrote to a folder.
 
         Both are read from files instead of copying the trained weights, because the host may have no room for a copy.
@@ -352,7 +352,7 @@ class FullFinetune:
 
     export = save
 
-    def fresh(self, _pipeline_of: Callable[[Any], Any] | None, folder: Path) -> Any:
+    def new_transformer(self, _pipeline_of: Callable[[Any], Any] | None, folder: Path) -> Any:
         """Returns a new transformer on the CPU, loaded from the saved folder."""
         dtype = self.transformer.dtype
         return type(self.transformer).from_pretrained(folder / self.result, dtype=dtype, use_safetensors=True)
@@ -366,7 +366,7 @@ class FullFinetune:
         with torch.no_grad():
             for parameter in self.parameters().values():
                 parameter.fill_(torch.nan)  # so that a weight that the files lack cannot go unnoticed
-        self.transformer.load_state_dict(self.fresh(None, folder).state_dict())
+        self.transformer.load_state_dict(self.new_transformer(None, folder).state_dict())
 
     def inference(self, dtype: str) -> tuple[str, str]:
         """Returns code for inference.py that loads the result from the folder ``here``."""

@@ -1,8 +1,8 @@
 """Finds, identifies and loads the parts of a CogVideoX pipeline: tokenizer, T5, VAE, transformer and scheduler.
 
 ``text_encoder`` and ``video_encoder`` are contexts: T5 and the VAE are freed at the end of the ``with`` block, so that
-only one large model is in memory at a time. ``fingerprint`` identifies weights for cache keys. Floating-point types are
-read from the safetensors headers and never inferred from a model's name.
+only one large model is in memory at a time. ``weight_fingerprint`` identifies weights for cache keys. Floating-point
+types are read from the safetensors headers and never inferred from a model's name.
 """
 
 import gc
@@ -27,8 +27,8 @@ from cogvideox.model import t5_stream, vae_encoder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-PROBES, PROBE_BYTES = 16, 4096  # samples of each tensor that a fingerprint reads, and bytes per sample
-BESIDE_T5 = 2 * 2**30  # bytes that must stay free on the device in addition to T5's weights
+SAMPLES, SAMPLE_BYTES = 16, 4096  # samples of each tensor that a fingerprint reads, and bytes per sample
+T5_MARGIN = 2 * 2**30  # bytes that must stay free on the device in addition to T5's weights
 
 
 def part_folder(model: ModelFlags, part: str) -> Path:
@@ -112,7 +112,7 @@ def default_dtype(model: ModelFlags, part: str, device: torch.device) -> str:
     return "fp32" if device.type == "cpu" else stored
 
 
-def fingerprint(model: ModelFlags, part: str) -> str:
+def weight_fingerprint(model: ModelFlags, part: str) -> str:
     """Returns a hash that identifies the weights of a part.
 
     It covers name, shape and type of each tensor, and 16 samples of 4 KiB spread from its first to its last byte.
@@ -126,10 +126,10 @@ def fingerprint(model: ModelFlags, part: str) -> str:
             for name, entry in sorted(header.items()):
                 digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
                 begin, end = entry["data_offsets"]
-                last = max(begin, end - PROBE_BYTES)
-                for offset in sorted({begin + (last - begin) * i // (PROBES - 1) for i in range(PROBES)}):
+                last = max(begin, end - SAMPLE_BYTES)
+                for offset in sorted({begin + (last - begin) * i // (SAMPLES - 1) for i in range(SAMPLES)}):
                     file.seek(start + offset)
-                    digest.update(file.read(min(PROBE_BYTES, end - offset)))
+                    digest.update(file.read(min(SAMPLE_BYTES, end - offset)))
     return digest.hexdigest()
 
 
@@ -149,7 +149,7 @@ def load_weights(of: Any, model: ModelFlags, part: str, dtype: torch.dtype) -> A
     return of.from_pretrained(folder, dtype=dtype, variant=model.variant, use_safetensors=True)
 
 
-def discard(module: torch.nn.Module) -> None:
+def free_weights(module: torch.nn.Module) -> None:
     """Frees the memory of a model's weights at once, even if other references to the model exist."""
     module.to("meta")
     gc.collect()
@@ -159,7 +159,7 @@ def discard(module: torch.nn.Module) -> None:
 
 def text_fingerprint(model: ModelFlags) -> str:
     """Returns a hash that identifies the weights of T5 and the files of its tokenizer."""
-    digest = hashlib.sha256(fingerprint(model, "text_encoder").encode())
+    digest = hashlib.sha256(weight_fingerprint(model, "text_encoder").encode())
     for path in sorted(path for path in part_folder(model, "tokenizer").iterdir() if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
@@ -189,11 +189,11 @@ def weight_bytes(model: ModelFlags, part: str, dtype: str) -> int:
     return numbers * DTYPES[dtype].itemsize
 
 
-def place_of_t5(model: ModelFlags, dtype: str, device: torch.device, t5_on: str) -> str:
+def resolve_t5_on(model: ModelFlags, dtype: str, device: torch.device, t5_on: str) -> str:
     """Resolves --t5_on to "host" or "device"; "auto" is the host if the weights do not fit on the device."""
     if t5_on != "auto":
         return t5_on
-    fits = weight_bytes(model, "text_encoder", dtype) + BESIDE_T5 <= free_device_bytes(device)
+    fits = weight_bytes(model, "text_encoder", dtype) + T5_MARGIN <= free_device_bytes(device)
     return "device" if fits else "host"
 
 
@@ -219,7 +219,7 @@ def text_encoder(
         with t5_stream.streamed(encoder, device, rows) if place == "host" else nullcontext():
             yield tokenizer, encoder if place == "host" else encoder.to(device)
     finally:
-        discard(encoder)
+        free_weights(encoder)
 
 
 def load_vae(model: ModelFlags, dtype: torch.dtype) -> Any:
@@ -242,7 +242,7 @@ def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: b
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             yield vae
     finally:
-        discard(vae)
+        free_weights(vae)
 
 
 def try_to_optimize_encoder(vae: Any) -> None:

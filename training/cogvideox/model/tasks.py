@@ -63,7 +63,9 @@ class TextToVideo:
 
     def predictor(self, transformer: Any, batch: Batch) -> Predictor:
         """Returns the function that predicts the velocity for the captions of a batch."""
-        return predictor(transformer, batch.prompt_BLD.to(self.dtype), self.rotary, lambda x_t_BFCHW: x_t_BFCHW)
+        return velocity_predictor(
+            transformer, batch.prompt_BLD.to(self.dtype), self.rotary, lambda x_t_BFCHW: x_t_BFCHW
+        )
 
 
 class ImageToVideo:
@@ -109,7 +111,9 @@ class ImageToVideo:
         def concatenate_image(x_t_BFCHW: Tensor) -> Tensor:  # (B, F, C, H, W) -> (B, F, 2 C, H, W)
             return torch.cat([x_t_BFCHW, on_first_frame(image_BCHW, x_t_BFCHW.shape[1])], dim=2)
 
-        return predictor(transformer, batch.prompt_BLD.to(self.dtype), self.rotary, concatenate_image, ofs=self.ofs)
+        return velocity_predictor(
+            transformer, batch.prompt_BLD.to(self.dtype), self.rotary, concatenate_image, ofs=self.ofs
+        )
 
 
 def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
@@ -128,7 +132,7 @@ def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batc
     return diffusion.loss(schedule, predict, batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B)
 
 
-def predictor(
+def velocity_predictor(
     transformer: Any, prompt_BLD: Tensor, rotary: RotaryTables, inputs: Callable[[Tensor], Tensor], **more: Any
 ) -> Predictor:
     """Returns the function that predicts the velocity by calling the transformer as the pipelines of diffusers do.

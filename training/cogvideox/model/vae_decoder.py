@@ -21,7 +21,7 @@ OVERLAPS = (1 / 6, 1 / 5)  # overlapping shares of a tile's height and width, as
 PUBLISHED = (240, 360), 8
 
 
-def ways_to_decode(first: Tile, scale: int, tiled: bool) -> list[Tile | None]:
+def decoding_attempts(first: Tile, scale: int, tiled: bool) -> list[Tile | None]:
     """Lists what to try, in this order: complete frames (None) unless ``tiled`` is set, then ``tiles_from``."""
     return ([] if tiled else [None]) + tiles_from(first, scale)
 
@@ -72,7 +72,7 @@ class Decoder:
         self.vae, self.say, self.decode = vae, say, vae.decode
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         first = vae.tile_sample_min_height, vae.tile_sample_min_width
-        self.left = ways_to_decode(first, scale, tiled)
+        self.attempts = decoding_attempts(first, scale, tiled)
         vae.decode = self
         vae.decoder.register_forward_hook(lambda *_: stopping.unit("decoded tile"))  # of a few frames each
 
@@ -80,13 +80,13 @@ class Decoder:
         while True:
             torch.cuda.empty_cache()  # sampling has fragmented the memory
             try:
-                with tiling(self.vae, self.left[0]):
+                with tiling(self.vae, self.attempts[0]):
                     return self.decode(*args, **kwargs)
             except torch.OutOfMemoryError:
-                if len(self.left) == 1:
+                if len(self.attempts) == 1:
                     raise
-            del self.left[0]
-            size = "x".join(map(str, self.left[0] or ()))
+            del self.attempts[0]
+            size = "x".join(map(str, self.attempts[0] or ()))
             self.say(f"decoding in tiles of {size}: more does not fit")
 
     @contextmanager
@@ -95,12 +95,12 @@ class Decoder:
 
         Afterwards the sizes to try are those of before: what fits a larger video says nothing about the usual ones.
         """
-        before = self.left
-        self.left = [tile for tile in before if tile]
+        before = self.attempts
+        self.attempts = [tile for tile in before if tile]
         try:
             yield
         finally:
-            self.left = before
+            self.attempts = before
 
 
 @contextmanager

@@ -212,7 +212,7 @@ class Flat:
         for number, which in enumerate(self.ranges):
             parts = [Slice(array[which]) for array in self.arrays.values()] if self.on_host else []
             if self.weights is not None:
-                parts += [Slice(gradients[which], leaves=False), Slice(self.weights[which], comes=False)]
+                parts += [Slice(gradients[which], copy_out=False), Slice(self.weights[which], copy_in=False)]
             yield Transfer(parts, partial(self._update, number, lr, divisor, skipped))
 
     @torch.no_grad()

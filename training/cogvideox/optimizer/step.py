@@ -227,21 +227,21 @@ class MasterWeights:
         blocks before it. Fetching it without this wait would return the weights of the step before.
         """
         if self.host_trained:
-            self.host_trained.gradients.settle()
+            self.host_trained.gradients.finish_copies()
         updates = [list(flat.update(lr, divisor, skipped)) for flat in self.passing]
         transfers.start([update for group in updates for update in group], divisor, skipped)
         on_device, *ends = accumulate(map(len, updates))
-        compute_waits_for(transfers.reach(on_device))
+        compute_waits_for(transfers.issue(on_device))
         if self.host_trained:
             for block, end in zip(self.host_trained.parameters, ends, strict=True):
-                self.host_trained.changed(block, partial(transfers.reach, end))
+                self.host_trained.mark_updated(block, partial(transfers.issue, end))
         else:
             transfers.finish()
 
     def wait(self) -> None:
         """Waits until all transfers have ended, so that masters and parameters can be read and written on the host."""
         if self.transfers:
-            self.transfers.wait()
+            self.transfers.synchronize()
 
     def _adapt_scale(self, skipped: Tensor) -> None:
         """Halves the loss scale after an overflow, doubles it after many good steps; does not wait for the device."""

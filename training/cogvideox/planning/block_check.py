@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvideox.memory.streaming import HostTrainedBlocks, computed, host_waits_for
+from cogvideox.memory.streaming import HostTrainedBlocks, compute_event, host_waits_for
 from cogvideox.model.attention import SAGE
 from cogvideox.model.blocks import Block
 from cogvideox.model.quant import dequantize, quantize
@@ -29,10 +29,10 @@ from cogvideox.preparation.tensors import Tensors
 from cogvideox.rng import key_of
 from cogvideox.runtime.run import Run
 
-APART = {torch.float32: 1e-9, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+TOLERANCES = {torch.float32: 1e-9, torch.float16: 1e-4, torch.bfloat16: 1e-4}
 """How far below 1 the cosine may be for outputs, gradients of inputs, and the gradients of all matrices together."""
-APART_QUANTIZED = 1e-3  # the same, if frozen matrices or attention are quantized
-LAYER, NORM = 10, 1000
+QUANTIZED_TOLERANCE = 1e-3  # the same, if frozen matrices or attention are quantized
+LAYER_FACTOR, NORM_FACTOR = 10, 1000
 """Factors on these tolerances for the gradients of one layer and of one norm.
 
 Gradients of queries and keys are differences of nearly equal numbers, and the gradient of a norm is a sum over all
@@ -80,14 +80,14 @@ def check_block(
         BlockError: as ``check_blocks`` does.
     """
     tokens, cosines = as_many_tokens_as_fit(device, samples, tensors, blocks[i], i, plan)
-    limits = {what: 1 - apart(plan, blocks[i]) * factor_of(what) for what in cosines}
+    limits = {what: 1 - tolerance_of(plan, blocks[i]) * tolerance_factor(what) for what in cosines}
     for what, cosine in cosines.items():
         if not cosine >= limits[what]:  # NaN fails
             raise BlockError(
                 f"block {i + 1} of {len(blocks)}, {what}: training and diffusers differ, cosine {cosine:.9g}, where at "
                 f"least {limits[what]:.9g} is right; nothing was trained; please report this"
             )
-    return tokens, min(cosine for what, cosine in cosines.items() if factor_of(what) == 1)
+    return tokens, min(cosine for what, cosine in cosines.items() if tolerance_factor(what) == 1)
 
 
 def as_many_tokens_as_fit(
@@ -99,7 +99,7 @@ def as_many_tokens_as_fit(
     only here, so they are not compiled unless the plan compiles for any length.
 
     Returns:
-        (tokens of a sample, the result of ``compare``).
+        (tokens of a sample, the result of ``compare_block``).
     """
     geometry = tensors.geometry
     bucket = max(buckets_of(tensors), key=geometry.tokens)
@@ -109,9 +109,9 @@ def as_many_tokens_as_fit(
     patches = geometry.tokens(bucket) - length
     while True:
         try:
-            with at_most(plan, device):
+            with limited_to_plan(plan, device):
                 inputs = random_inputs(module, samples, patches, length, rotary, device)
-                return length + patches, compare(module, plan, i, inputs, device)
+                return length + patches, compare_block(module, plan, i, inputs, device)
         except torch.OutOfMemoryError:
             patches //= 2
             if patches < LEAST_PATCHES:
@@ -121,7 +121,7 @@ def as_many_tokens_as_fit(
 
 
 @contextmanager
-def at_most(plan: Plan, device: torch.device) -> Iterator[None]:
+def limited_to_plan(plan: Plan, device: torch.device) -> Iterator[None]:
     """Limits a GPU's memory to the predicted peak of an ExecutionPlan, and frees what is left over at the end."""
     if device.type != "cuda":
         yield
@@ -141,19 +141,19 @@ def at_most(plan: Plan, device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def apart(plan: Plan, module: Any) -> float:
+def tolerance_of(plan: Plan, module: Any) -> float:
     """Returns how far below 1 the strictest cosines may be under a plan."""
     if isinstance(plan, ExecutionPlan) and (plan.base_precision != AUTO or plan.attention == SAGE):
-        return APART_QUANTIZED
-    return APART[module.norm1.linear.weight.dtype]
+        return QUANTIZED_TOLERANCE
+    return TOLERANCES[module.norm1.linear.weight.dtype]
 
 
-def factor_of(what: str) -> int:
+def tolerance_factor(what: str) -> int:
     """Returns the factor on the tolerance for a quantity."""
     name = what.removeprefix(GRADIENT)
     if name.startswith("norm"):
-        return NORM
-    return LAYER if name in (*Block._fields, "time embedding") else 1
+        return NORM_FACTOR
+    return LAYER_FACTOR if name in (*Block._fields, "time embedding") else 1
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -227,31 +227,31 @@ def stock_block(module: Any, plan: Plan, device: torch.device) -> Any:
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
-def compare(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.device) -> dict[str, float]:
+def compare_block(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.device) -> dict[str, float]:
     """Returns, for each quantity of block ``i``, the cosine between what training and what diffusers compute."""
     stock = stock_block(module, plan, device)
     balance(inputs, stock)
-    expected = {what: tensor.cpu() for what, tensor in outcome(stock, stock, inputs).items()}
+    expected = {what: tensor.cpu() for what, tensor in outputs_and_gradients(stock, stock, inputs).items()}
     del stock
     own = copy_of(module)
     if isinstance(plan, ExecutionPlan):
         alone = nn.ModuleDict({"transformer_blocks": nn.ModuleList([own])})
         stack = Stack(alone, replace(plan, blocks=(plan.blocks[i],)), device)
-        found = outcome(stack.run, own, inputs, stack.host_trained)
+        found = outputs_and_gradients(stack.run, own, inputs, stack.host_trained)
         del stack
     else:
         compile_block(own.to(device))
-        found = outcome(own, own, inputs)
+        found = outputs_and_gradients(own, own, inputs)
     parts = {what: overlap(found[what], tensor, device) for what, tensor in expected.items()}
     names = [GRADIENT + name for name in Block._fields if not name.startswith("norm")]
     matrices = [parts[name] for name in names if name in parts]
     if matrices:
         product, squares = map(sum, zip(*matrices, strict=True))
         parts[f"{GRADIENT}all matrices"] = product, squares
-    return {what: cosine_of(*part) for what, part in parts.items()}
+    return {what: cosine_of_sums(*part) for what, part in parts.items()}
 
 
-def outcome(
+def outputs_and_gradients(
     run: Callable[..., Any], module: Any, inputs: Inputs, host_trained: HostTrainedBlocks | None = None
 ) -> dict[str, Tensor]:
     """Returns outputs and gradients by name; ``run`` computes with the parameters of the module."""
@@ -274,17 +274,17 @@ def outcome(
 
 def take_gradients(host_trained: HostTrainedBlocks) -> None:
     """Copies the gradients that are summed on the host to the parameters of the only block."""
-    host_trained.gradients.settle()
+    host_trained.gradients.finish_copies()
     store = host_trained.gradients.store
-    host_waits_for(computed(store.device))
+    host_waits_for(compute_event(store.device))
     gradients = store.layouts[0][1].views(store.buffers[0])
     for parameter, gradient in zip(host_trained.parameters[0], gradients, strict=True):
         parameter.grad = gradient.clone()
 
 
-def likeness(first: Tensor, second: Tensor, device: torch.device) -> float:
+def cosine_between(first: Tensor, second: Tensor, device: torch.device) -> float:
     """Returns the cosine of two tensors, reduced if their norms differ."""
-    return cosine_of(*overlap(first, second, device))
+    return cosine_of_sums(*overlap(first, second, device))
 
 
 def overlap(first: Tensor, second: Tensor, device: torch.device) -> tuple[float, float]:
@@ -297,6 +297,6 @@ def overlap(first: Tensor, second: Tensor, device: torch.device) -> tuple[float,
     return product, squares
 
 
-def cosine_of(product: float, squares: float) -> float:
+def cosine_of_sums(product: float, squares: float) -> float:
     """Returns 2 a.b / (a.a + b.b), which is the cosine if the norms are equal; NaN if both tensors are zero."""
     return 2 * product / squares if squares else float("nan")

@@ -2,13 +2,14 @@
 
 The idea: whether a run fits, and which way of running it is fastest, depends on the model, the largest bucket, the
 flags and the machine. So before the first step this module reads the sizes (``sizes_of_run``), measures free memory and
-rates (``measure_all``), turns the flags into what is still open (``axes_of``), and lets plan.choose compare all plans:
+rates (``measure_all_ranks``), turns the flags into what is still open (``axes_of``), and lets plan.choose_plan compare
+all plans that the flags allow:
 
-    options, buckets, transformer --> sizes_of_run --> Sizes   --.
-    probes of about a second      --> measure_all  --> Machine ---+--> plan.choose --> ExecutionPlan --> place
-    --plan and its flags          --> axes_of      --> Axes    --'
+    options, buckets, transformer --> sizes_of_run      --> Sizes   --.
+    probes of about a second      --> measure_all_ranks --> Machine ---+--> choose_plan --> ExecutionPlan --> apply_plan
+    --plan and its flags          --> axes_of           --> Axes    --'
 
-``make_plan`` returns the plan and ``place`` moves the transformer to where the plan wants it. A ModulePlan runs
+``make_plan`` returns the plan, and ``apply_plan`` moves the transformer to where the plan wants it. A ModulePlan runs
 diffusers' own blocks and serves what a Stack does not support: DoRA, LoRAs on other layers than attention and
 feed-forward, DeepSpeed, fp32 on a GPU, and a CPU unless a flag of the plan is given. All processes of a run must choose
 the same plan, so they exchange their measurements and each takes the minimum.
@@ -84,8 +85,8 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     drops = isinstance(options, LoraOptions) and options.lora.lora_dropout > 0
     compiled = compiles(run, options.plan.compile_blocks, drops)
     try:
-        machine = measure_all(run, backend, sizes, options.plan.vram_budget)
-        chosen = plan.choose(axes_of(options, run.world), sizes, machine, compiled, backend)
+        machine = measure_all_ranks(run, backend, sizes, options.plan.vram_budget)
+        chosen = plan.choose_plan(axes_of(options, run.world), sizes, machine, compiled, backend)
     except (NoPlanError, torch.OutOfMemoryError) as error:
         fix = _smaller(options, sizes, run.world)
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {fix}") from None
@@ -240,7 +241,9 @@ def sizes_of(
 # -- the machine -------------------------------------------------------------------------------------------------------
 
 
-def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None) -> Machine:
+def measure_machine(
+    device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None
+) -> Machine:
     """Measures free memory, and rates by probes that take about a second in all; a CPU gets nominal rates.
 
     Args:
@@ -258,7 +261,7 @@ def measure(device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes
     return with_rates(machine, device, dtype, backend, sizes) if device.type == "cuda" else machine
 
 
-def measure_all(run: Run, backend: str, sizes: Sizes, budget: float | None) -> Machine:
+def measure_all_ranks(run: Run, backend: str, sizes: Sizes, budget: float | None) -> Machine:
     """Measures the device of each process and returns the minimum over all processes.
 
     Raises:
@@ -267,14 +270,14 @@ def measure_all(run: Run, backend: str, sizes: Sizes, budget: float | None) -> M
     run.barrier()  # processes on one host share its memory and bus, so all must measure at once
     own: Machine | str
     try:
-        own = measure(run.device, run.dtype, backend, sizes, budget)
+        own = measure_machine(run.device, run.dtype, backend, sizes, budget)
     except torch.OutOfMemoryError as error:  # gathered, because the other processes would wait for this one forever
         own = first_line(error)
     found = run.ranks.gather([own])
     for number, one in enumerate(found):
         if isinstance(one, str):
             raise torch.OutOfMemoryError(f"process {number}: {one}")
-    return agreed([one for one in found if not isinstance(one, str)])
+    return minimum_over_ranks([one for one in found if not isinstance(one, str)])
 
 
 def ranks_here() -> int:
@@ -282,7 +285,7 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def agreed(machines: list[Machine]) -> Machine:
+def minimum_over_ranks(machines: list[Machine]) -> Machine:
     """Returns the minimum of each figure, so that all ranks choose the same plan and it fits on each of them."""
     return Machine(*map(min, zip(*map(astuple, machines), strict=True)))
 
@@ -292,14 +295,14 @@ def allowed_bytes(budget: float) -> float:
     return budget * plan.GIB - plan.CONTEXT
 
 
-def keep_to_budget(run: Run, options: TrainOptions) -> None:
+def apply_vram_budget(run: Run, options: TrainOptions) -> None:
     """Limits all later allocations, also those of T5 and validation, to --vram_budget, as a card of that size would."""
     budget = options.plan.vram_budget
     if budget is not None and run.device.type == "cuda":
-        hold_to(budget)
+        limit_device_memory(budget)
 
 
-def hold_to(budget: float) -> None:
+def limit_device_memory(budget: float) -> None:
     """Limits the memory that this process may allocate on the current GPU to that of a card of ``budget`` GiB."""
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes(budget) / total))
@@ -320,18 +323,18 @@ def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backe
     scores = 4 * tokens**2 * width
     return replace(
         machine,
-        matmul=8 * tokens * width**2 / seconds(lambda: x @ w.mT),
-        attention=scores / seconds(lambda: attend(q, q, q, backend)),
-        attention_backward=2.5 * scores / seconds(lambda: attend_backward(o, q, q, q, o, lse, backend)),
-        memory=2 * here.numel() / seconds(lambda: here.clone()),
-        copies=host.numel() / seconds(lambda: here.copy_(host, non_blocking=True)),
+        matmul=8 * tokens * width**2 / seconds_per_call(lambda: x @ w.mT),
+        attention=scores / seconds_per_call(lambda: attend(q, q, q, backend)),
+        attention_backward=2.5 * scores / seconds_per_call(lambda: attend_backward(o, q, q, q, o, lse, backend)),
+        memory=2 * here.numel() / seconds_per_call(lambda: here.clone()),
+        copies=host.numel() / seconds_per_call(lambda: here.copy_(host, non_blocking=True)),
     )
 
 
-def seconds(run: Callable[[], Any]) -> float:
+def seconds_per_call(run: Callable[[], Any]) -> float:
     """Returns the seconds of one call on the device, averaged over calls that take about PROBE_SECONDS together."""
 
-    def row(calls: int) -> float:
+    def time_calls(calls: int) -> float:
         torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(calls):
@@ -339,15 +342,15 @@ def seconds(run: Callable[[], Any]) -> float:
         torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    row(1)  # the first call chooses and compiles kernels
-    calls = max(1, round(PROBE_SECONDS / row(1)))
-    return row(calls) / calls
+    time_calls(1)  # the first call chooses and compiles kernels
+    calls = max(1, round(PROBE_SECONDS / time_calls(1)))
+    return time_calls(calls) / calls
 
 
 # -- setting up --------------------------------------------------------------------------------------------------------
 
 
-def place(transformer: Any, chosen: Plan, device: torch.device) -> HostTrainedBlocks | None:
+def apply_plan(transformer: Any, chosen: Plan, device: torch.device) -> HostTrainedBlocks | None:
     """Moves the transformer from the CPU to where the plan wants it, and makes it run under the plan.
 
     Returns:
@@ -372,6 +375,6 @@ def compile_block(block: Any) -> None:
     block._compiled_call_impl = allowing_graphs(block._compiled_call_impl)
 
 
-def measured(step_seconds: float) -> str:
+def measured_line(step_seconds: float) -> str:
     """Returns a line with the measured step time and memory peaks, to compare with the plan's prediction."""
     return with_peaks(f"measured: {step_seconds:.2f} s a step")

@@ -30,7 +30,7 @@ def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtyp
         for block in transformer.transformer_blocks:
             kinds |= {id(matrix): kind for matrix, kind in quantization_kinds(block, precision).items()}
     for module, tensors in modules_with_tensors(transformer):
-        visit(module, tensors, device, dtype, kinds)
+        install_hooks(module, tensors, device, dtype, kinds)
 
 
 def modules_with_tensors(transformer: Any) -> Iterator[tuple[Any, list[Tensor]]]:
@@ -44,18 +44,20 @@ def modules_with_tensors(transformer: Any) -> Iterator[tuple[Any, list[Tensor]]]
             yield module, tensors
 
 
-def visit(module: Any, tensors: list[Tensor], device: torch.device, dtype: torch.dtype, kinds: dict[int, str]) -> None:
+def install_hooks(
+    module: Any, tensors: list[Tensor], device: torch.device, dtype: torch.dtype, kinds: dict[int, str]
+) -> None:
     """Installs hooks that move a module's tensors to the device before its forward pass and restore them afterwards."""
     homes = [tensor.data for tensor in tensors]
 
-    def come(*_: Any) -> None:
+    def load(*_: Any) -> None:
         for tensor, home in zip(tensors, homes, strict=True):
             here, kind = home.to(device, dtype), kinds.get(id(tensor))
             tensor.data = here if kind is None else dequantize(quantize(here, kind), dtype)
 
-    def leave(*_: Any) -> None:
+    def restore(*_: Any) -> None:
         for tensor, home in zip(tensors, homes, strict=True):
             tensor.data = home
 
-    module.register_forward_pre_hook(come)
-    module.register_forward_hook(leave)
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(restore)

@@ -1,9 +1,10 @@
 """Chooses how the transformer's blocks are executed, from predictions of memory and time; touches no device.
 
 The idea: for each block a plan decides where its weights live, which activations forward saves for backward (the rest
-is recomputed), where these live, and where the optimizer state of host-trained weights lives. ``choose`` enumerates
-every mixture of at most two kinds of blocks (BlockPlan), predicts each one's peak and time and drops what does not fit.
-Among the plans whose time is within AS_FAST of the fastest it takes the one that copies least.
+is recomputed), where these live, and where the optimizer state of host-trained weights lives. ``choose_plan``
+enumerates every mixture of at most two kinds of blocks (BlockPlan), predicts the peak and the time of each mixture, and
+drops those that do not fit. Among the plans whose time is within AS_FAST of the fastest it takes the one that copies
+least.
 
     Axes (what the flags allow) --> candidates --> peak_bytes, host_bytes <= Machine? --> step_seconds --> ExecutionPlan
 
@@ -41,7 +42,7 @@ RECOMPUTED["all"] = (0.0, 0.0, -10.0)
 """By level: the shares of a block's linear layers and of its attention that backward recomputes, and the units of
 memory traffic that it adds to TRAFFIC_UNITS."""
 TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}  # units outside matrix products, by pass
-WHOLE_MATRICES = {True: 0.1, False: 1.2}
+DEQUANTIZED_SHARE = {True: 0.1, False: 1.2}
 """By compiled: the share of a block's quantized matrices that is dequantized when memory is fullest. In a graph it is
 small (measured); without one the largest matrix, a third of them, is dequantized by way of fp32."""
 HIDDEN_COPY = 0.01  # share of a copy's time by which it slows the arithmetic that it overlaps with
@@ -87,14 +88,14 @@ class Sizes:
         return self.state_bytes - self.average_bytes
 
     @property
-    def unit(self) -> int:
+    def unit_bytes(self) -> int:
         """Bytes of a block's input."""
         return self.samples * self.tokens * self.width * self.item_bytes
 
     def kept_bytes(self, level: str) -> int:
         """Returns the bytes that forward saves for one block at a level."""
         lse = 4 * self.samples * self.tokens * self.heads if level != "input" else 0
-        return self.units_kept[LEVELS.index(level)] * self.unit + lse
+        return self.units_kept[LEVELS.index(level)] * self.unit_bytes + lse
 
 
 @dataclass(frozen=True)
@@ -221,14 +222,14 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
     total += state_on_device(kinds, state, sizes) * sizes.state_bytes
     here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
     passes = sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items()) + in_flight_bytes(kinds, sizes)
-    passes += round(sizes.matrix_bytes * WHOLE_MATRICES[compiled]) + gradient_bytes(streamed, sizes)
+    passes += round(sizes.matrix_bytes * DEQUANTIZED_SHARE[compiled]) + gradient_bytes(streamed, sizes)
     more = TRAINED_UNITS[compiled] if sizes.block_trained else dict.fromkeys(LEVELS, 0.0)
     work = max(WORKSPACE_UNITS[compiled][kind.keep] + more[kind.keep] for kind in kinds)
-    passes += round((work + ENDS_UNITS) * sizes.unit)
-    return total + max(passes, load_bytes(streamed, sizes) if copied_bytes(kinds, state, sizes)[3] else 0)
+    passes += round((work + ENDS_UNITS) * sizes.unit_bytes)
+    return total + max(passes, transfer_slot_bytes(streamed, sizes) if copied_bytes(kinds, state, sizes)[3] else 0)
 
 
-def load_bytes(streamed: int, sizes: Sizes) -> int:
+def transfer_slot_bytes(streamed: int, sizes: Sizes) -> int:
     """Returns the device bytes of the optimizer's transfer slots."""
     numbers = min(sizes.all_trained, CHUNK_BYTES // STATE_BYTES)
     with_weights = streamed and sizes.block_trained  # these come with gradients, which become fp32, and leave
@@ -280,10 +281,10 @@ def streamed_blocks(kinds: dict[BlockPlan, int]) -> int:
 def state_on_device(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     """Returns how many trained elements have their master weights and moments on the device."""
     blocks = sum(n for kind, n in kinds.items() if kind.weights == HOST and (kind.state or state) == DEVICE)
-    return blocks * sizes.block_trained + (others(kinds, sizes) if state == DEVICE else 0)
+    return blocks * sizes.block_trained + (trained_on_device(kinds, sizes) if state == DEVICE else 0)
 
 
-def others(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
+def trained_on_device(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
     """Returns how many trained elements have their weights on the device."""
     return sizes.trained + (sizes.blocks - streamed_blocks(kinds)) * sizes.block_trained
 
@@ -311,7 +312,7 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     linear = 24 * sizes.samples * sizes.tokens * sizes.width**2 / machine.matmul
     scores = 4 * sizes.samples * sizes.tokens**2 * sizes.width
     attend, attend_backward = scores / machine.attention, 2.5 * scores / machine.attention_backward
-    unit = sizes.unit / machine.memory
+    unit = sizes.unit_bytes / machine.memory
     forward_traffic, backward_traffic = (n * unit for n in TRAFFIC_UNITS[compiled])
     copies = COPY_SHARE * machine.copies
     weights, kept, gradients, moved = (number / copies for number in copied_bytes(kinds, state, sizes))
@@ -328,7 +329,7 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     total += HIDDEN_COPY * (2 * (weights + kept) + gradients + earlier)
     on_device = 2 * sizes.state_bytes * state_on_device(kinds, state, sizes) / machine.memory
     # State of host-trained weights passes through the device while the next forward pass runs, other state before it.
-    before = others(kinds, sizes) * sizes.moving_bytes / copies if state == HOST else 0.0
+    before = trained_on_device(kinds, sizes) * sizes.moving_bytes / copies if state == HOST else 0.0
     before, behind = before / BOTH_WAYS, (moved - before) / BOTH_WAYS
     hidden = max(forward, weights, kept) + behind - max(forward, weights + behind, kept + behind)
     if sizes.average_bytes and moved:
@@ -357,7 +358,7 @@ def candidates(axes: Axes, sizes: Sizes) -> Iterator[tuple[BlockPlan, BlockPlan,
                     yield first, second, count, state
 
 
-def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
+def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
     """Chooses, among the plans that fit and are about as fast as the fastest, the one that copies least.
 
     Raises:
@@ -365,13 +366,13 @@ def choose(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention
     """
     comfortable, all_of_it = (replace(machine, host_bytes=int(machine.host_bytes * share)) for share in HOST_SHARES)
     try:
-        return fastest(axes, sizes, comfortable, compiled, attention)
+        return fastest_plan(axes, sizes, comfortable, compiled, attention)
     except NoPlanError:
-        return fastest(axes, sizes, all_of_it, compiled, attention)
+        return fastest_plan(axes, sizes, all_of_it, compiled, attention)
 
 
-def fastest(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
-    """Does what ``choose`` does if plans may pin all of ``machine.host_bytes``."""
+def fastest_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
+    """Does what ``choose_plan`` does if plans may pin all of ``machine.host_bytes``."""
     found, least = [], None
     for first, second, count, state in candidates(axes, sizes):
         kinds = {first: count} if first == second else {first: count, second: sizes.blocks - count}

@@ -78,9 +78,9 @@ class Stack:
                 for function in (blocks.forward, blocks.backward)
             ]
             self.forward_block, self.backward_block = map(for_any_length, functions) if plan.any_length else functions
-        self._place(transformer)
+        self._move_to_plan(transformer)
 
-    def _place(self, transformer: Any) -> None:
+    def _move_to_plan(self, transformer: Any) -> None:
         """Moves everything to where the plan wants it, block by block, each into one flat buffer.
 
         All blocks share one layout, on the host and on the device, because on a CPU the rounding of a matrix product
@@ -148,7 +148,7 @@ class Stack:
         rotary = self._padded(image_rotary_emb, length)
         shared = Shared(temb.detach(), rotary, length, self.heads, self.plan.attention)
         if self.host_trained and self.ring:
-            self.ring.forget()  # an optimizer step may have changed the weights on the host since the last pass
+            self.ring.invalidate()  # an optimizer step may have changed the weights on the host since the last pass
         if torch.is_grad_enabled():
             for i in range(len(self.modules)):
                 x = RunBlock.apply(x, temb, i, self, shared, *self._trained(i))
@@ -199,7 +199,7 @@ class Stack:
         """
         forms, order = self.resident.get(i), self.order[i]
         if self.ring is not None:
-            ahead = self.ring.after(i, direction)
+            ahead = self.ring.next_block(i, direction)
             # This block first: its slot then counts as the most recently used one, so the copy ahead cannot replace it.
             forms = self.slots[self.ring.get(i)] if forms is None else forms
             if ahead is not None:

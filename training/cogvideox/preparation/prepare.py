@@ -76,7 +76,7 @@ class Encoders:
     def of(cls, model: ModelFlags, flags: EncodeFlags, geometry: Geometry, device: torch.device) -> "Encoders":
         """Returns the encoders of a pipeline, in the precision of --dtype or the default precision of the device."""
         return cls(
-            vae=models.fingerprint(model, "vae"),
+            vae=models.weight_fingerprint(model, "vae"),
             text_encoder=models.text_fingerprint(model),
             vae_dtype=flags.dtype or models.default_dtype(model, "vae", device),
             text_dtype=flags.dtype or models.default_dtype(model, "text_encoder", device),
@@ -553,7 +553,7 @@ def encode_captions(
     """
     if not captions:
         return
-    place = models.place_of_t5(model, encoders.text_dtype, state.device, t5_on)
+    place = models.resolve_t5_on(model, encoders.text_dtype, state.device, t5_on)
     at_once = batch * (CAPTIONS_A_PASS if place == "host" else 1)
     fix = "give --t5_on host" if place == "device" else "end what else uses it"
     room = room_for(f"--t5_on {t5_on}", "for T5", fix)
