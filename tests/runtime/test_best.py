@@ -1,4 +1,4 @@
-"""best.py: the lowest measured checkpoint stays whatever comes, and is what is exported where wanted."""
+"""best.py: the checkpoint with the lowest held-out loss is kept, and --export_best exports it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cogvideox.runtime.checkpoint import checkpoints, fault, step_of
 from cogvideox.runtime.metrics import GRID
 from cogvideox.runtime.run import METRICS_NAME, write_metrics
 
-LOSSES = {0: 0.1, 2: 0.5, 3: 0.8, 4: 0.9, 6: 0.7, 8: 0.6, 10: 0.4}  # 0 is no checkpoint
+LOSSES = {0: 0.1, 2: 0.5, 3: 0.8, 4: 0.9, 6: 0.7, 8: 0.6, 10: 0.4}  # There is no checkpoint of step 0.
 
 
 def names(output: Path) -> list[int]:
@@ -38,22 +38,22 @@ def chosen(output: Path) -> int | None:
     return json.loads(path.read_text())["step"] if path.exists() else None
 
 
-# -- which one ---------------------------------------------------------------------------------------------------------
+# -- which checkpoint is best ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("losses", "last", "expected"),
     [
         ({2: 0.5, 4: 0.3, 6: 0.4}, 6, 4),
-        ({2: 0.5, 4: 0.3, 6: 0.4}, 2, 2),  # what comes later was given up
+        ({2: 0.5, 4: 0.3, 6: 0.4}, 2, 2),  # Later checkpoints belong to steps that are repeated.
         ({2: 0.3, 4: 0.3}, 6, 2),
         ({2: None, 4: 0.3, 6: None}, 6, 4),
-        ({0: 0.1, 3: 0.2, 4: 0.3}, 6, 4),  # no checkpoint of 0 and 3
+        ({0: 0.1, 3: 0.2, 4: 0.3}, 6, 4),  # Steps 0 and 3 have no checkpoint.
         ({}, 6, None),
         ({2: None}, 6, None),
     ],
 )
-def test_the_lowest_of_those_that_are_there(
+def test_the_lowest_loss_of_the_existing_checkpoints(
     tmp_path: Path, losses: dict[int, float | None], last: int, expected: int | None
 ) -> None:
     save_steps(run_alone(tmp_path), 2, 4, 6)
@@ -68,7 +68,7 @@ def test_the_lowest_of_those_that_are_there(
 def test_losses_of_other_clips_are_not_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str | None
 ) -> None:
-    """Lines without a fingerprint, as older versions wrote them, are of other clips too."""
+    """Lines without a fingerprint, as older versions wrote them, count as losses of other clips."""
     save_steps(run_alone(tmp_path), 2, 4, 6)
     measured(tmp_path, {2: 0.1, 4: 0.2, 6: 0.3}, grid=other)
     before = (tmp_path / METRICS_NAME).read_text()
@@ -78,11 +78,11 @@ def test_losses_of_other_clips_are_not_compared(
     best = BestCheckpoint(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=True, grid="g")
     best.start(6)
     assert chosen(tmp_path) == 6
-    (told, _) = capsys.readouterr().err.splitlines()
-    assert told.startswith("--keep_best: checkpoint-2: measured on other held-out clips")
+    (line, _) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--keep_best: checkpoint-2: measured on other held-out clips")
 
 
-def test_a_torn_line_is_no_measurement(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_ignored(tmp_path: Path) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     (tmp_path / METRICS_NAME).write_text(
         '{"step": 2, "held_out_loss": 0.5, "held_out_grid": "g"}\n{"step": 4, "held_out_loss": 0.1'
@@ -91,7 +91,7 @@ def test_a_torn_line_is_no_measurement(tmp_path: Path) -> None:
 
 
 def kept_after(output: Path, losses: dict[int, float], limit: int) -> tuple[list[int], int | None]:
-    """Saves and measures step by step, as a run does."""
+    """Saves and measures step by step as a run does, and returns the remaining checkpoints and the best one."""
     run = run_alone(output)
     saver = saver_of(run, FakeEngine(), limit=limit)
     best = BestCheckpoint(saver, wanted=True, grid="g")
@@ -107,7 +107,7 @@ def kept_after(output: Path, losses: dict[int, float], limit: int) -> tuple[list
     [
         ([0.5, 0.9, 0.7, 0.8], 1, [2, 8], 2),
         ([0.5, 0.4, 0.7, 0.8], 2, [4, 6, 8], 4),
-        ([0.5, 0.9, 0.7, 0.4], 1, [8], 8),  # the one before is let go at once
+        ([0.5, 0.9, 0.7, 0.4], 1, [8], 8),  # The previous best checkpoint is removed at once.
         ([0.5, 0.9, 0.7, 0.6], 3, [2, 4, 6, 8], 2),
         ([0.5, 0.4, 0.3, 0.2], 2, [6, 8], 8),
     ],
@@ -118,19 +118,19 @@ def test_the_best_is_kept_beyond_the_limit(
     assert kept_after(tmp_path, dict(zip((2, 4, 6, 8), losses, strict=True)), limit) == (there, expected)
 
 
-def test_a_best_of_a_future_that_was_given_up_is_forgotten(tmp_path: Path) -> None:
+def test_a_best_checkpoint_of_repeated_steps_is_forgotten(tmp_path: Path) -> None:
     assert kept_after(tmp_path, {2: 0.5, 4: 0.6, 6: 0.1}, limit=9)[1] == 6
     saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
-    measured(tmp_path, {2: 0.5, 4: 0.6})  # as the metrics of a run that goes on from step 4
+    measured(tmp_path, {2: 0.5, 4: 0.6})  # These are the metrics of a run that resumes from step 4.
     best = BestCheckpoint(saver, wanted=True, grid="g")
     best.update(4)
     assert chosen(tmp_path) == 2
-    assert names(tmp_path) == [2, 4, 6]  # later ones go once a new one is safe
+    assert names(tmp_path) == [2, 4, 6]  # Later checkpoints are removed when a new one is saved.
     saver.save(6)
     assert names(tmp_path) == [2, 6]
 
 
-def test_without_the_flag_nothing_is_kept_and_nothing_is_said(tmp_path: Path) -> None:
+def test_without_the_flag_no_checkpoint_is_best(tmp_path: Path) -> None:
     kept_after(tmp_path, {2: 0.5, 4: 0.6}, limit=1)
     saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
     BestCheckpoint(saver, wanted=False, grid="g").update(4)
@@ -139,8 +139,8 @@ def test_without_the_flag_nothing_is_kept_and_nothing_is_said(tmp_path: Path) ->
     assert names(tmp_path) == [6]
 
 
-def test_what_a_kill_left_beyond_the_limit_goes_at_the_next_start(tmp_path: Path) -> None:
-    """After the last checkpoint was written, before an older one was removed; nothing is saved any more."""
+def test_checkpoints_beyond_the_limit_after_a_kill_are_removed_at_the_next_start(tmp_path: Path) -> None:
+    """The kill came after the last checkpoint was written and before an older one was removed."""
     save_steps(run_alone(tmp_path), 2, 4)
     BestCheckpoint(saver_of(run_alone(tmp_path), FakeEngine(), limit=1), wanted=False, grid="g").update(4)
     assert names(tmp_path) == [4]
@@ -159,18 +159,18 @@ def test_nothing_to_export(tmp_path: Path) -> None:
         best.step()
 
 
-# -- in whole runs -----------------------------------------------------------------------------------------------------
+# -- in complete runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def prepared(tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four clips to train on, two held out. Read only."""
+    """Returns a prepared folder with four clips to train on and two held out. Tests must not change it."""
     return split(tensors, tmp_path_factory.mktemp("held") / "out", 4, 5, train=slice(4))
 
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held-out losses as LOSSES says."""
+    """Replaces the held-out losses by those of LOSSES."""
 
     def measure(self: HeldOut, step: int) -> None:
         if not self._measured(step):
@@ -186,21 +186,21 @@ def flags_of(model: Path, prepared: Path, output: Path, *more: object) -> list[s
 
 @pytest.mark.usefixtures("scripted")
 def test_the_best_is_exported_with_its_videos(model: Path, prepared: Path, tmp_path: Path) -> None:
-    """As by a run that ends there; with an average, which a checkpoint holds too."""
+    """The result equals that of a run that ends at the best step, also with an average of the weights."""
     more = ("--use_ema", "--ema_decay", 0.5, "--validation_prompt", PROMPT)
-    assert train(flags_of(model, prepared, tmp_path / "whole", *more, "--export_best")) == 0
+    assert train(flags_of(model, prepared, tmp_path / "best", *more, "--export_best")) == 0
     assert train(flags_of(model, prepared, tmp_path / "two", *more, "--max_train_steps", 2)) == 0
-    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "two"))
-    assert json.loads((tmp_path / "whole" / "recipe.json").read_text())["step"] == 2
-    videos = {int(path.name[5:11]): path for path in (tmp_path / "whole" / "validation").glob("step-*.mp4")}
+    assert equal(weights(tmp_path / "best"), weights(tmp_path / "two"))
+    assert json.loads((tmp_path / "best" / "recipe.json").read_text())["step"] == 2
+    videos = {int(path.name[5:11]): path for path in (tmp_path / "best" / "validation").glob("step-*.mp4")}
     assert sorted(videos) == [0, 2, 6]
     assert videos[2].read_bytes() == next((tmp_path / "two" / "validation").glob("step-000002*.mp4")).read_bytes()
-    assert "step-000002" in (tmp_path / "whole" / "README.md").read_text()
+    assert "step-000002" in (tmp_path / "best" / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("scripted")
 def test_the_result_follows_the_flag(model: Path, prepared: Path, tmp_path: Path) -> None:
-    """After a pause at a step at which nothing is measured when the run goes on."""
+    """The run is interrupted at a step that is not measured when it resumes."""
     flags = flags_of(model, prepared, tmp_path)
     assert train([*flags, "--max_train_steps", "3"]) == 0
     for more, step in (("--export_best", 2), ("--no_resume=false", 6)):
@@ -211,14 +211,14 @@ def test_the_result_follows_the_flag(model: Path, prepared: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("scripted")
-def test_the_last_is_exported_where_it_is_the_best(model: Path, prepared: Path, tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_exported_if_it_is_the_best(model: Path, prepared: Path, tmp_path: Path) -> None:
     assert train(flags_of(model, prepared, tmp_path, "--max_train_steps", 10, "--export_best")) == 0
     assert names(tmp_path) == [10]
     assert equal(weights(tmp_path), weights(tmp_path / "checkpoint-10"))
 
 
 @pytest.mark.usefixtures("scripted")
-def test_measured_with_every_checkpoint_whenever_videos_are_due(model: Path, prepared: Path, tmp_path: Path) -> None:
+def test_every_checkpoint_is_measured_whenever_videos_are_due(model: Path, prepared: Path, tmp_path: Path) -> None:
     more = ("--validation_epochs", 9, "--max_train_steps", 6)
     assert train(flags_of(model, prepared, tmp_path, *more)) == 0
     lines = [json.loads(line) for line in (tmp_path / METRICS_NAME).read_text().splitlines()]
@@ -231,7 +231,7 @@ def test_measured_with_every_checkpoint_whenever_videos_are_due(model: Path, pre
 def test_a_kill_at_any_moment_changes_nothing(
     model: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """After the checkpoint of step 10 is saved; after its line is written; after best.json is, before one goes."""
+    """The kill comes after checkpoint 10 is saved, after its loss is written, or before an older one is removed."""
 
     flags = flags_of(model, prepared, tmp_path, "--max_train_steps", 10, "--export_best")
     assert train([*flags, "--max_train_steps", "8"]) == 0
@@ -252,7 +252,7 @@ def test_a_kill_at_any_moment_changes_nothing(
         patch.setattr(of, name, at_the_end)
         with pytest.raises(KeyboardInterrupt):
             train(flags)
-    gc.collect()  # what the stopped run held open
+    gc.collect()  # This closes the files of the stopped run.
     assert 2 in names(tmp_path)
     assert train(flags) == 0
     assert (names(tmp_path), chosen(tmp_path)) == ([10], 10)
@@ -261,10 +261,10 @@ def test_a_kill_at_any_moment_changes_nothing(
 
 
 @pytest.mark.fault("data: different validation clips when a run is resumed")
-def test_a_run_that_is_resumed_with_other_validation_clips(
+def test_losses_on_other_validation_clips_are_not_compared(
     model: Path, tensors: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its new clips are twice as hard; the old losses are lower and say nothing of them."""
+    """Losses on the new clips are higher, and the lower ones on the old clips must not win."""
     monkeypatch.setattr(HeldOut, "losses", lambda self: torch.full((len(self.samples), PLACES), next(losses)).double())
     losses = iter([0.1, 0.1, 0.1, 0.6, 0.5])
     flags = ("--load_tensors", "--keep_best", "--learning_rate", 1e-4)
@@ -275,7 +275,7 @@ def test_a_run_that_is_resumed_with_other_validation_clips(
     assert chosen(tmp_path / "lora") == 6
 
 
-def test_without_clips_to_measure_on_it_ends_before_a_model_loads(
+def test_without_validation_clips_the_run_ends_before_a_model_is_loaded(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cogvideox.model.models.load_transformer", None)

@@ -1,4 +1,4 @@
-"""checkpoint.py: whole or not there, the newest whole one is resumed, nothing goes before the new is safe."""
+"""checkpoint.py: checkpoints are complete or absent, the newest complete one is resumed, and none is removed early."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from cogvideox.runtime.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoin
 
 
 def names(output: Path) -> list[str]:
-    """The checkpoints in a folder, newest first."""
+    """Returns the names of the checkpoints in a folder, newest first."""
     return [path.name for path in checkpoints(output)]
 
 
-def taken_up(output: Path, *flags: object) -> tuple[int, float]:
-    """(step that is resumed, the step that its tensor holds)."""
+def resumed(output: Path, *flags: object) -> tuple[int, float]:
+    """Resumes, and returns the step of the checkpoint and the step that its tensor contains."""
     engine: Any = FakeEngine()
     run = run_alone(output)
     start = find_start(run, {"seed": 1}, options_of(output, "--max_train_steps", 1000, *flags))
@@ -83,42 +83,42 @@ def test_damage_is_found_and_the_one_before_is_resumed(
 ) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     assert fault(tmp_path / "checkpoint-4") is None
-    assert taken_up(tmp_path) == (4, 4.0)
+    assert resumed(tmp_path) == (4, 4.0)
     why = damage(tmp_path / "checkpoint-4")
     assert fault(tmp_path / "checkpoint-4") == why
     capfd.readouterr()
-    assert taken_up(tmp_path) == (2, 2.0)
+    assert resumed(tmp_path) == (2, 2.0)
     shown = capfd.readouterr().err
     assert f"{tmp_path / 'checkpoint-4'}: {why}; trying the one before" in shown
     assert "checkpoint-2 after step 2" in shown
 
 
-def test_a_damaged_one_that_is_asked_for_is_refused(tmp_path: Path) -> None:
+def test_a_requested_checkpoint_that_is_damaged_is_refused(tmp_path: Path) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     lose(tmp_path / "checkpoint-4")
     with pytest.raises(UsageError, match=r"optimizer\.safetensors is missing.*checkpoint-4, checkpoint-2"):
-        taken_up(tmp_path, "--resume_from_checkpoint", "checkpoint-4")
+        resumed(tmp_path, "--resume_from_checkpoint", "checkpoint-4")
 
 
 @pytest.mark.fault("checkpoints: all checkpoints are damaged")
-def test_the_first_steps_are_done_again_where_none_is_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_training_starts_at_step_0_if_all_are_damaged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
     for folder in checkpoints(tmp_path):
         lose(folder)
     before = {path.name: listing(path) for path in checkpoints(tmp_path)}
-    assert taken_up(tmp_path) == (0, 0.0)
+    assert resumed(tmp_path) == (0, 0.0)
     assert f"{tmp_path}: all 2 checkpoints are damaged, so training starts at step 0; they" in capfd.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {f"damaged-{name}" for name in (*before, "metrics.jsonl")}
     save_steps(run_alone(tmp_path), 2, 4, limit=1)
     assert {name: listing(tmp_path / f"damaged-{name}") for name in before} == before
     lose(tmp_path / "checkpoint-4")
-    assert taken_up(tmp_path) == (0, 0.0)
+    assert resumed(tmp_path) == (0, 0.0)
     assert (tmp_path / "damaged-checkpoint-4.2").is_dir()
 
 
 def old_format(manifest: Any) -> Any:
-    """As manifests were before they had a checksum of their own."""
+    """Returns a manifest as older versions wrote it, without a checksum of its entries."""
     return manifest["files"]
 
 
@@ -129,7 +129,7 @@ SOME_BITS = pytest.param(13, marks=pytest.mark.fault("checkpoints: a changed bit
 @pytest.mark.parametrize("stride", [SOME_BITS, ALL_BITS])
 @pytest.mark.parametrize("older", [False, True], ids=["newest format", "without a checksum"])
 def test_every_bit_of_the_json_files(tmp_path: Path, older: bool, stride: int) -> None:
-    """Either what they say is the same, or the one before is taken."""
+    """A changed bit either does not change the JSON value, or is found as damage."""
     save_steps(run_alone(tmp_path), 2, 4)
     newest = tmp_path / "checkpoint-4"
     if older:
@@ -154,7 +154,7 @@ def rewrite(folder: Path, change: Any) -> None:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Any:
-    """The way to every value inside a JSON value, itself included."""
+    """Yields the path of keys to every value inside a JSON value, including the value itself."""
     yield path
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inside:
@@ -195,7 +195,7 @@ NAMES = ["../x", "/etc/hostname", "a/../../x", "..", ".", "", "\0", "x" * 5000, 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 @pytest.mark.fault("checkpoints: a manifest that names a file outside the checkpoint")
-def test_a_name_that_leaves_the_folder_is_damage(tmp_path: Path, name: str) -> None:
+def test_a_file_name_outside_the_folder_is_damage(tmp_path: Path, name: str) -> None:
     save_steps(run_alone(tmp_path), 4)
     folder = tmp_path / "checkpoint-4"
     (tmp_path / "x").write_bytes((folder / "lora.safetensors").read_bytes())
@@ -215,14 +215,14 @@ def test_strange_json_is_damage(tmp_path: Path, name: str, content: bytes) -> No
     save_steps(run_alone(tmp_path), 2, 4)
     (tmp_path / "checkpoint-4" / name).write_bytes(content)
     assert fault(tmp_path / "checkpoint-4")
-    assert taken_up(tmp_path) == (2, 2.0)
+    assert resumed(tmp_path) == (2, 2.0)
 
 
 @pytest.mark.fault("checkpoints: a checkpoint of a later version")
-def test_one_of_a_later_version_is_passed_over_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_a_later_version_is_skipped_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     rewrite(tmp_path / "checkpoint-4", lambda manifest: manifest | {"format": 3})
-    assert taken_up(tmp_path) == (2, 2.0)
+    assert resumed(tmp_path) == (2, 2.0)
     assert "was written by another version (format 3); trying the one before" in capfd.readouterr().err
     save_steps(run_alone(tmp_path), 3, limit=1)
     assert names(tmp_path) == ["checkpoint-3"]
@@ -230,7 +230,7 @@ def test_one_of_a_later_version_is_passed_over_and_kept(tmp_path: Path, capfd: p
 
 
 @pytest.mark.fault("checkpoints: a damaged checkpoint whose step is saved again")
-def test_a_damaged_one_is_kept_where_its_step_is_saved_again(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_kept_if_its_step_is_saved_again(tmp_path: Path) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     lose(tmp_path / "checkpoint-4")
     before = listing(tmp_path / "checkpoint-4")
@@ -240,7 +240,7 @@ def test_a_damaged_one_is_kept_where_its_step_is_saved_again(tmp_path: Path) -> 
 
 
 @pytest.mark.fault("checkpoints: a file cannot be read")
-def test_a_disk_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     real = checkpoint.file_hash
 
@@ -250,7 +250,7 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytes
         return real(path)
 
     monkeypatch.setattr(checkpoint, "file_hash", broken)
-    assert taken_up(tmp_path) == (2, 2.0)
+    assert resumed(tmp_path) == (2, 2.0)
 
 
 def test_steps_are_numbers_not_text(tmp_path: Path) -> None:
@@ -271,12 +271,12 @@ def test_steps_are_numbers_not_text(tmp_path: Path) -> None:
         (2, [8, 6, 2], 9, [8, 6]),
     ],
 )
-def test_which_ones_are_replaced(step: int, there: list[int], limit: int | None, gone: list[int]) -> None:
+def test_which_checkpoints_are_replaced(step: int, there: list[int], limit: int | None, gone: list[int]) -> None:
     found = [Path(f"checkpoint-{number}") for number in there]
     assert replaced_by(step, found, limit) == [Path(f"checkpoint-{number}") for number in gone]
 
 
-def test_the_last_checkpoint_before_skipped_steps_stays_as_long_as_they_go_on(tmp_path: Path) -> None:
+def test_the_last_checkpoint_before_skipped_steps_is_kept_until_they_end(tmp_path: Path) -> None:
     saver = saver_of(run_alone(tmp_path), FakeEngine(), limit=1)
     for step, good_until in ((2, None), (4, None), (6, 5), (8, 5)):
         saver.good_until = good_until
@@ -290,7 +290,7 @@ def test_the_last_checkpoint_before_skipped_steps_stays_as_long_as_they_go_on(tm
 
 
 @pytest.mark.fault("numbers: infinity in a tensor that a checkpoint would save")
-def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     engine = FakeEngine()
     saver = saver_of(run_alone(tmp_path), engine, limit=1)
     engine.weight[3] = torch.inf
@@ -306,14 +306,14 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole", [[], [2]])
-def test_with_a_limit_of_one_the_damaged_newest_goes_and_the_new_one_stays(tmp_path: Path, whole: list[int]) -> None:
+def test_with_a_limit_of_one_a_damaged_newest_checkpoint_is_replaced(tmp_path: Path, whole: list[int]) -> None:
     run = run_alone(tmp_path)
     save_steps(run, *whole, 8)
     truncate(tmp_path / "checkpoint-8")
-    first = taken_up(tmp_path)[0]
+    first = resumed(tmp_path)[0]
     save_steps(run, first + 2, limit=1)
     assert names(tmp_path) == [f"checkpoint-{first + 2}"]
-    assert taken_up(tmp_path) == (first + 2, first + 2.0)
+    assert resumed(tmp_path) == (first + 2, first + 2.0)
 
 
 def test_the_limit_keeps_the_newest(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     engine = FakeEngine()
     engine.weight = torch.full((8,), 44.0)
     saver_of(run_alone(tmp_path), engine).save(4)
-    assert taken_up(tmp_path) == (4, 44.0)
+    assert resumed(tmp_path) == (4, 44.0)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4"]
 
 
@@ -340,12 +340,12 @@ def test_nothing_is_deleted_before_the_new_one_is_sealed(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="no space"):
         save_steps(run_alone(tmp_path), 4, limit=1)
     assert names(tmp_path) == ["checkpoint-8", "checkpoint-4", "checkpoint-2"]
-    assert taken_up(tmp_path) == (8, 8.0)
+    assert resumed(tmp_path) == (8, 8.0)
 
 
 @pytest.mark.parametrize("function", ["fsync", "write_atomically", "fault"])
 @pytest.mark.fault("disk: a write, an fsync or a rename fails while a checkpoint is saved")
-def test_a_disk_that_fails_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+def test_a_failing_disk_keeps_old_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     broken = (lambda folder: "torn") if function == "fault" else fails
     with monkeypatch.context() as patch:
@@ -353,7 +353,7 @@ def test_a_disk_that_fails_leaves_the_old_ones(tmp_path: Path, monkeypatch: pyte
         with pytest.raises((OSError, DiskError), match=r"no space|torn; is the disk full, or"):
             save_steps(run_alone(tmp_path), 4, limit=1)
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-2"]
-    assert taken_up(tmp_path) == (4, 4.0)
+    assert resumed(tmp_path) == (4, 4.0)
 
 
 def test_seal_finds_a_file_that_changes_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +370,7 @@ def test_leftovers_are_removed_at_the_start(tmp_path: Path) -> None:
     for name in (".checkpoint-4.tmp", ".checkpoint-1.old.tmp", ".checkpoint-30.tmp"):
         shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
     (tmp_path / ".checkpoint-5.tmp").mkdir()
-    assert taken_up(tmp_path) == (2, 2.0)
+    assert resumed(tmp_path) == (2, 2.0)
     assert os.listdir(tmp_path) == ["checkpoint-2"]
 
 
@@ -411,12 +411,12 @@ def test_files_that_can_run_code_are_loaded_from_the_own_folder_only(tmp_path: P
             load(wanted, safe=False)
 
 
-# -- in whole runs -----------------------------------------------------------------------------------------------------
+# -- in complete runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def again(reference: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run."""
+    """Returns a copy of the folder of a finished run."""
     return Path(shutil.copytree(reference, tmp_path / "again"))
 
 
@@ -439,7 +439,7 @@ def test_a_checkpoint_holds_only_safetensors_and_json(reference: Path) -> None:
     assert manifest["files"].keys() == {path.name for path in files} - {MANIFEST_NAME}
 
 
-def test_an_older_one_drops_the_later_ones_at_the_first_save(
+def test_a_run_from_an_older_checkpoint_removes_the_later_ones_at_its_first_save(
     model: Path, tensors: Path, reference: Path, again: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
@@ -508,7 +508,7 @@ def test_a_changed_number_of_the_model_is_refused(
     assert train(flags) == 0
 
 
-def test_an_extended_run_says_where_its_learning_rate_jumps(
+def test_an_extended_run_reports_a_jump_of_its_learning_rate(
     model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--lr_scheduler", "linear")

@@ -1,4 +1,4 @@
-"""curves.py: the lines are the numbers of metrics.jsonl, and no number and no name can break the picture."""
+"""curves.py: the lines show the numbers of metrics.jsonl, and no number and no name prevents the picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELD_OUT, SKIPPED = "held-out loss", "skipped steps: "
 
 
 def steps(losses: list[Any], **more: Any) -> list[dict[str, Any]]:
-    """A record for each loss, from step 1."""
+    """Returns a record for each loss, from step 1."""
     return [{"step": step, "loss": loss, **STEP, **more} for step, loss in enumerate(losses, 1)]
 
 
@@ -41,7 +41,7 @@ def write(path: Path, records: list[dict[str, Any]], end: str = "") -> Path:
 
 
 def line(axes: Any, label: str) -> tuple[list[float], list[float]]:
-    """The numbers of the line whose label starts so."""
+    """Returns the numbers of the line whose label starts with the text."""
     (found,) = [line for line in axes.lines if line.get_label().startswith(label)]
     return list(found.get_xdata()), list(found.get_ydata())
 
@@ -53,7 +53,7 @@ def labels(axes: Any) -> list[str]:
 # -- what is read ------------------------------------------------------------------------------------------------------
 
 
-def test_torn_and_odd_lines_are_passed_over(tmp_path: Path) -> None:
+def test_incomplete_and_invalid_lines_are_ignored(tmp_path: Path) -> None:
     records = steps([1.0, 2.0])
     path = write(tmp_path / "m.jsonl", records, '[1]\n\n3\n{"loss": 1}\n{"step": "a"}\nnull\n{"step": 3, "lo')
     assert read_records(path) == records
@@ -83,12 +83,12 @@ def test_running_mean(number: int, window: int) -> None:
     assert running_mean(values, window) == pytest.approx(expected)
 
 
-def test_the_label_says_over_how_many_steps_the_mean_is() -> None:
+def test_the_label_has_the_number_of_steps_of_the_mean() -> None:
     losses = list(np.random.default_rng(0).random(500))
     (axes, *_) = curves_figure(steps(losses), "run").axes
     assert labels(axes) == [LOSS, "running mean over 50 steps"]
     shown, means = line(axes, "running mean")
-    assert shown[0] == 13  # not before a quarter of the window is there
+    assert shown[0] == 13  # The mean starts when a quarter of the window is available.
     assert means[-1] == pytest.approx(np.mean(losses[-50:]))
 
 
@@ -119,7 +119,7 @@ def test_skipped_steps_are_marked_and_counted() -> None:
     (axes, *_) = curves_figure(records, "run").axes
     marks, heights = line(axes, SKIPPED)
     assert marks == [2, 4]
-    assert all(0 < height < 0.1 for height in heights)  # of the panel's height, whatever its scale
+    assert all(0 < height < 0.1 for height in heights)  # Heights are shares of the panel, whatever its scale.
     assert f"{SKIPPED}2" in labels(axes)
     assert not any(label.startswith(SKIPPED) for label in labels(curves_figure(steps([1.0]), "run").axes[0]))
 
@@ -136,7 +136,7 @@ def test_skipped_steps_are_marked_and_counted() -> None:
     ],
     ids=["narrow", "wide", "zero", "negative", "one peak", "constant"],
 )
-def test_the_loss_is_logarithmic_where_its_range_asks_for_it(losses: list[float], scale: str) -> None:
+def test_the_loss_is_logarithmic_if_its_range_is_large(losses: list[float], scale: str) -> None:
     (axes, *_) = curves_figure(steps(losses), "run").axes
     assert axes.get_yscale() == scale
 
@@ -164,7 +164,7 @@ def test_a_long_run_is_thinned_and_keeps_its_peaks() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2 * NUM_SEGMENTS, 2 * NUM_SEGMENTS + 1])
-def test_short_lines_are_whole(number: int) -> None:
+def test_short_lines_are_complete(number: int) -> None:
     values = np.arange(float(number))
     kept = thinned(values, values)
     assert kept[0].tolist() == kept[1].tolist()
@@ -184,7 +184,7 @@ def test_the_held_out_loss_by_timestep_is_a_multiple_of_its_first_value() -> Non
     assert len(curves_figure([held(0, 0.6, 0.1)], "run").axes) == 3
 
 
-def test_losses_of_two_grids_are_two_lines_and_only_the_newest_is_told_by_timestep() -> None:
+def test_losses_of_two_grids_are_two_lines_and_only_the_newest_is_shown_by_timestep() -> None:
     old = [held(step, 0.9 - step / 10, 0.1) | {BY_TIMESTEP: [0.4, 0.8]} for step in (0, 2)]
     new = [held(step, 0.4, 0.1) | {BY_TIMESTEP: [0.2, 0.3], "held_out_grid": "g"} for step in (2, 4)]
     loss_axes, axes, *_ = curves_figure([old[0], *steps([1.0, 0.8]), old[1], *new], "run").axes
@@ -198,14 +198,14 @@ def test_losses_of_two_grids_are_two_lines_and_only_the_newest_is_told_by_timest
 
 
 @pytest.mark.parametrize("values", [[], [None], [0.0, 0.0], [math.inf], ["x"]])
-def test_odd_values_by_timestep_do_no_harm(tmp_path: Path, values: list[Any]) -> None:
+def test_invalid_values_by_timestep_are_ignored(tmp_path: Path, values: list[Any]) -> None:
     records = [held(step, 0.6, 0.1) | {BY_TIMESTEP: values} for step in (0, 2)]
     draw_curves(write(tmp_path / "m.jsonl", records), tmp_path / "a.png", "run")
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (1200, 1100)
 
 
-def test_the_label_says_how_the_training_loss_is_weighted() -> None:
+def test_the_label_has_the_weighting_of_the_training_loss() -> None:
     (axes, *_) = curves_figure(steps([1.0]), "run", "min_snr").axes
     assert labels(axes)[0] == f"{LOSS}, weighted by min_snr"
 
@@ -253,7 +253,7 @@ def test_axes_have_names() -> None:
     ],
     ids=["held out only", "no number", "all skipped", "zeros", "huge", "beyond fp32", "nothing"],
 )
-def test_odd_numbers_do_no_harm(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+def test_unusual_numbers_do_not_prevent_the_picture(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     draw_curves(write(tmp_path / "m.jsonl", records), tmp_path / "a.png", "run")
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (1200, 800)
@@ -267,9 +267,9 @@ def test_without_numbers_there_is_no_picture(tmp_path: Path, content: str | None
     assert not (tmp_path / "a.png").exists()
 
 
-def test_nothing_of_the_process_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it is an error
-    before = dict(dict.items(matplotlib.rcParams))  # its own items() would import it
+def test_global_settings_are_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # Importing pyplot would now raise an error.
+    before = dict(dict.items(matplotlib.rcParams))  # RcParams.items would import pyplot.
     draw_curves(write(tmp_path / "m.jsonl", steps([1.0, 2.0])), tmp_path / "a.png", "run")
     assert dict(dict.items(matplotlib.rcParams)) == before
     assert (tmp_path / "a.png").exists()

@@ -1,4 +1,4 @@
-"""run.py: one run a folder, metrics that are whole."""
+"""run.py: a folder has one run at a time, and metrics.jsonl has complete lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cogvideox.runtime.run import LOCK_NAME, METRICS_NAME, RUN_CONFIG_NAME, Metr
 
 
 def take(output: Path, *flags: object) -> str | None:
-    """What stands in the way of a run in this folder; its lock is free again afterwards."""
+    """Returns the problem of a run in this folder, if any, and releases the lock of the folder."""
     run = run_alone(output)
     problem = take_folder(run, options_of(output, *flags))
     if run._lock:
@@ -46,7 +46,7 @@ def test_the_compute_type_is_the_precision_s_whoever_makes_the_steps(
 
 
 def test_a_process_has_the_device_that_it_has_on_its_own_machine() -> None:
-    """Process 9 of several machines may be number 1 on its own."""
+    """Process 9 of several machines may be number 1 on its own machine."""
     device = torch.device("cuda:1")
     state = SimpleNamespace(process_index=9, num_processes=1, is_main_process=False, device=device)
     assert Ranks(state).device == device
@@ -55,7 +55,7 @@ def test_a_process_has_the_device_that_it_has_on_its_own_machine() -> None:
 
 
 def in_a_child(work: Callable[[int], None]) -> tuple[int, int]:
-    """Runs ``work(pipe)`` in a forked process; (its id, where to read what it writes)."""
+    """Runs ``work(pipe)`` in a forked process, and returns the process id and the end of the pipe to read from."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -68,7 +68,7 @@ def in_a_child(work: Callable[[int], None]) -> tuple[int, int]:
 
 
 def status_of(child: int) -> int:
-    """The exit status of a forked process, as a shell gives it."""
+    """Returns the exit status of a forked process as a shell reports it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -76,14 +76,14 @@ def status_of(child: int) -> int:
 
 
 @pytest.mark.fault("ranks: a second run in the same folder")
-def test_one_run_a_folder_even_where_a_worker_outlives_it(tmp_path: Path) -> None:
-    """A second run is refused; after kill -9 the folder is free, though a DataLoader worker still has the file open."""
+def test_a_folder_has_one_run_even_if_a_worker_outlives_it(tmp_path: Path) -> None:
+    """A second run is refused; after kill -9 the folder is free, though a DataLoader worker has the lock file open."""
     assert take(tmp_path) is None
 
     def hold(pipe: int) -> None:
         run = run_alone(tmp_path)
         problem = take_folder(run, options_of(tmp_path))
-        worker = os.fork()  # inherits the open lock file
+        worker = os.fork()  # The worker inherits the open lock file.
         if worker:
             os.write(pipe, f"{worker} {problem}".encode())
         while True:
@@ -118,7 +118,7 @@ def open_files(pid: int) -> Iterator[str]:
 
 @pytest.fixture
 def gone() -> int:
-    """The id of a process that has ended."""
+    """Returns the id of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
@@ -131,7 +131,7 @@ def temporary(folder: Path, name: str, pid: int, host: str | None = None) -> Pat
 
 
 @pytest.mark.fault("kills: leftover files of a run that was killed at its start, on this host or another")
-def test_a_folder_left_by_a_kill_at_the_start_is_taken(tmp_path: Path, gone: int) -> None:
+def test_a_folder_of_a_run_that_was_killed_at_its_start_is_used(tmp_path: Path, gone: int) -> None:
     (tmp_path / LOCK_NAME).touch()
     stale = temporary(tmp_path, RUN_CONFIG_NAME, gone)
     assert take(tmp_path) is None
@@ -139,15 +139,15 @@ def test_a_folder_left_by_a_kill_at_the_start_is_taken(tmp_path: Path, gone: int
     assert sorted(os.listdir(tmp_path)) == [LOCK_NAME, RUN_CONFIG_NAME]
 
 
-def test_a_folder_left_by_a_kill_on_another_host_is_taken(tmp_path: Path, gone: int) -> None:
-    """A container has another host name at every start."""
+def test_a_folder_of_a_run_that_was_killed_on_another_host_is_used(tmp_path: Path, gone: int) -> None:
+    """A container has a new host name at every start."""
     stale = temporary(tmp_path, RUN_CONFIG_NAME, gone, host="node-7")
     assert take(tmp_path) is None
     assert not stale.exists()
 
 
 def test_temporaries_of_every_process_are_removed_and_nothing_else(tmp_path: Path, gone: int) -> None:
-    """Whoever holds the lock is the only one who writes here."""
+    """Only the process that has the lock writes to the folder."""
     assert take(tmp_path) is None
     (tmp_path / "validation" / "tensors").mkdir(parents=True)
     stale = [temporary(folder, "metrics.jsonl", gone) for folder in (tmp_path, tmp_path / "validation" / "tensors")]
@@ -176,7 +176,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path, name: str) -
     assert not (tmp_path / RUN_CONFIG_NAME).exists()
 
 
-def test_a_folder_with_tracker_files_only_is_taken(tmp_path: Path) -> None:
+def test_a_folder_with_tracker_files_only_is_used(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     assert take(tmp_path) is None
     assert "is not empty" in str(take(tmp_path, "--no_resume"))
@@ -211,7 +211,7 @@ def metrics_of(output: Path, first: int = 0, logged: list[Any] | None = None) ->
 
 
 def strict_lines(output: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; NaN and Infinity are no JSON."""
+    """Returns the lines of metrics.jsonl. NaN and Infinity raise an error, because they are not valid JSON."""
 
     def refuse(text: str) -> None:
         raise ValueError(text)
@@ -219,7 +219,7 @@ def strict_lines(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in (output / METRICS_NAME).read_text().splitlines()]
 
 
-def test_metrics_go_on_at_the_resumed_step(tmp_path: Path) -> None:
+def test_metrics_continue_at_the_resumed_step(tmp_path: Path) -> None:
     whole = [json.dumps({"step": step, "loss": step / 10}) for step in range(1, 7)]
     torn = ['{"step": 3, "lo', "", "null", "[3]", '{"loss": 1}', '{"step": "3"}']
     (tmp_path / METRICS_NAME).write_text("\n".join([*whole[:3], *torn, *whole[3:], '{"step": 7']))
@@ -236,7 +236,7 @@ def test_metrics_go_on_at_the_resumed_step(tmp_path: Path) -> None:
     ]
 
 
-def test_metrics_of_an_earlier_try_go_where_nothing_was_saved(tmp_path: Path) -> None:
+def test_metrics_of_an_earlier_start_are_removed_if_nothing_was_saved(tmp_path: Path) -> None:
     (tmp_path / METRICS_NAME).write_text('{"step": 1}\n{"step": 2}\n')
     metrics_of(tmp_path).close()
     assert (tmp_path / METRICS_NAME).read_text() == ""
@@ -267,7 +267,7 @@ def test_every_step_is_written_once_and_one_step_late(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "written"), [("fp16", True), ("bf16", False)])
-def test_the_loss_scale_is_written_where_there_is_one(tmp_path: Path, precision: str, written: bool) -> None:
+def test_the_loss_scale_is_written_with_fp16_only(tmp_path: Path, precision: str, written: bool) -> None:
     run = run_alone(tmp_path)
     run.precision = precision
     metrics = Metrics(run, 0, 100)
@@ -276,7 +276,7 @@ def test_the_loss_scale_is_written_where_there_is_one(tmp_path: Path, precision:
     assert ("loss_scale" in strict_lines(tmp_path)[0]) == written
 
 
-def test_a_watch_gets_each_step_that_has_arrived(tmp_path: Path) -> None:
+def test_the_callback_receives_each_step_whose_numbers_have_arrived(tmp_path: Path) -> None:
     seen: list[Any] = []
     metrics = Metrics(run_alone(tmp_path), 0, 100, lambda *arrived: seen.append(arrived))
     metrics.samples += [("a", 7)]
@@ -294,10 +294,10 @@ def test_a_watch_gets_each_step_that_has_arrived(tmp_path: Path) -> None:
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-def test_what_stops_the_first_rank_stops_all(model: Path, tensors: Path, tmp_path: Path) -> None:
-    """A foreign folder, which only the main process looks at: both end with status 2, neither waits for the other.
+def test_a_problem_of_the_main_process_ends_all_ranks(model: Path, tensors: Path, tmp_path: Path) -> None:
+    """Only the main process inspects the folder, which is foreign, but both end with status 2 without waiting.
 
-    The status is read from the exit file: now and then gloo's threads abort a process that is already leaving.
+    The status is read from the exit file, because gloo's threads sometimes abort a process that is already ending.
     """
     output = tmp_path / "foreign"
     output.mkdir()

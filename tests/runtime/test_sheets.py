@@ -1,4 +1,4 @@
-"""Contact sheets: every frame is where it belongs with its own shape and colors, and no text leaves the sheet."""
+"""sheets.py: every frame is in its place with its shape and colors, and no text crosses the margins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plain(color: tuple[int, int, int], height: int = 60, width: int = 90) -> np.
 
 
 def single(label: str, frames: list[np.ndarray]) -> SheetRow:
-    """A row of frames alone."""
+    """Returns a row with one panel that has no texts."""
     return SheetRow(label, [Panel("", frames)])
 
 
@@ -40,7 +40,7 @@ def sheet(path: Path, rows: list[SheetRow], title: str = "Title", width: int = 1
 
 
 def box(pixels: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """top, left, height, width of the one rectangle of a color."""
+    """Returns top, left, height and width of the only rectangle of a color."""
     rows, columns = np.nonzero((pixels == color).all(axis=2))
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
     assert len(rows) == height * width
@@ -48,7 +48,7 @@ def box(pixels: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, int,
 
 
 def ink(pixels: np.ndarray) -> np.ndarray:
-    """Rows that have text."""
+    """Returns the indices of the pixel rows that have text."""
     return np.nonzero((pixels.max(axis=2) < max(INK) + 60).any(axis=1))[0]
 
 
@@ -58,7 +58,7 @@ def margins_are_empty(pixels: np.ndarray) -> bool:
     return bool((pixels[frame] == PAPER).all())
 
 
-def test_frames_stand_in_order_with_their_shapes(tmp_path: Path) -> None:
+def test_frames_are_in_order_with_their_shapes(tmp_path: Path) -> None:
     first = single("first", [plain(COLORS[0]), plain(COLORS[1], 50, 30)])
     pixels = sheet(tmp_path / "sheet.png", [first, single("second", [plain(COLORS[2], 480, 720), plain(COLORS[3])])])
     boxes = [box(pixels, color) for color in COLORS]
@@ -97,8 +97,8 @@ def test_text_is_dark_and_above_its_frames(tmp_path: Path) -> None:
     tops = [box(pixels, color)[0] for color in COLORS[:2]]
     rows = ink(pixels)
     title_label, other = rows[rows < tops[0]], rows[(rows > tops[0] + STRIP_HEIGHT) & (rows < tops[1])]
-    assert len(other) == other[-1] - other[0] + 1 >= 12  # the whole letters
-    assert (np.diff(title_label) > 5).sum() == 1  # a gap between the title and the label
+    assert len(other) == other[-1] - other[0] + 1 >= 12  # The letters are not cut off.
+    assert (np.diff(title_label) > 5).sum() == 1  # There is a gap between the title and the label.
     assert rows.max() < tops[1]
 
 
@@ -121,7 +121,7 @@ def test_a_long_label_takes_three_lines_and_stays_inside(tmp_path: Path, label: 
     assert margins_are_empty(pixels)
 
 
-def test_what_is_left_out_shows_as_dots(tmp_path: Path) -> None:
+def test_dots_replace_text_that_is_left_out(tmp_path: Path) -> None:
     def bytes_of(label: str) -> bytes:
         sheet(tmp_path / "sheet.png", [single(label, [])])
         return (tmp_path / "sheet.png").read_bytes()
@@ -132,14 +132,14 @@ def test_what_is_left_out_shows_as_dots(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["", "\n", "\u200b", "\U0001f431", "\u0301"])
-def test_odd_labels_do_no_harm(tmp_path: Path, label: str) -> None:
+def test_unusual_labels_are_drawn(tmp_path: Path, label: str) -> None:
     assert box(sheet(tmp_path / "sheet.png", [single(label, [plain(COLORS[0])])], title=label), COLORS[0])[2] == 240
 
 
 # -- panels ------------------------------------------------------------------------------------------------------------
 
 
-def test_panels_stand_beside_each_other_in_equal_room(tmp_path: Path) -> None:
+def test_panels_are_side_by_side_with_equal_widths(tmp_path: Path) -> None:
     panels = [Panel(f"panel {k}", [plain(color)]) for k, color in enumerate(COLORS[:3])]
     pixels = sheet(tmp_path / "sheet.png", [SheetRow("a row", panels)])
     boxes = [box(pixels, color) for color in COLORS[:3]]
@@ -149,18 +149,18 @@ def test_panels_stand_beside_each_other_in_equal_room(tmp_path: Path) -> None:
     for _, left, _, width in boxes:
         assert left + width <= left + room
         rows = ink(pixels[100 : boxes[0][0], left - 1 : left + room])
-        assert len(rows) > 8  # each has its label above it
+        assert len(rows) > 8  # Each panel has its label above it.
     assert margins_are_empty(pixels)
 
 
-def test_stacked_frames_stand_under_each_other(tmp_path: Path) -> None:
+def test_stacked_frames_are_below_each_other(tmp_path: Path) -> None:
     panels = [Panel("", [plain(c) for c in COLORS[:2]], stacked=True), Panel("", [plain(c) for c in COLORS[2:]])]
     boxes = [box(sheet(tmp_path / "sheet.png", [SheetRow("", panels)]), color) for color in COLORS]
     assert boxes[0][1:] == boxes[1][1:]
     assert boxes[0][0] + STRIP_HEIGHT < boxes[1][0]
     assert boxes[2][0] == boxes[3][0] == boxes[0][0]
     assert boxes[2][1] < boxes[3][1]
-    assert boxes[2][2] < boxes[0][2]  # beside each other they have to be smaller
+    assert boxes[2][2] < boxes[0][2]  # Side by side they have to be smaller.
 
 
 def test_a_panel_without_frames_keeps_its_place(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_texts_stay_in_their_panel(tmp_path: Path, text: str) -> None:
         assert box(pixels, COLORS[1])[0] == top
         under = ink(pixels[top + height + 2 :])
         lines = 1 + int((np.diff(under) > 1).sum())
-        assert 3 <= lines <= 6  # three of them, whose letters may have dots
+        assert 3 <= lines <= 6  # These are three lines, and dots of letters may count as lines.
         assert margins_are_empty(pixels)
 
 
@@ -205,7 +205,7 @@ def test_a_caption_is_smaller_than_a_label(tmp_path: Path) -> None:
     assert 0 < (rows > top + height).sum() < (rows < top).sum()
 
 
-def test_spread() -> None:
+def test_pick_evenly() -> None:
     assert pick_evenly(range(10), 4) == (0, 3, 6, 9)
     assert pick_evenly(range(3), 4) == (0, 1, 2)
     assert pick_evenly(range(10), 1) == (0,)

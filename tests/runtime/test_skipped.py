@@ -1,5 +1,7 @@
-"""skipped.py and finite.py: steps with non-finite gradients are told and counted, too many end the run, and
-nothing that is not finite is saved."""
+"""skipped.py and finite.py: steps with non-finite gradients are reported and counted, and too many end the run.
+
+Tensors that are not finite are never saved.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def numbers(skipped: bool, scale: float = 1.0) -> dict[str, float]:
 
 
 def ended_at(steps: SkippedSteps, skipped: Callable[[int], bool], last: int, first: int = 1) -> int | None:
-    """Adds steps up to ``last``; the one at which the run was ended, if it was."""
+    """Adds steps up to ``last``, and returns the step at which the run ended, or None if it did not."""
     for step in range(first, last + 1):
         try:
             steps.add(step, numbers(skipped(step)), [("a", 7)])
@@ -65,10 +67,10 @@ def ended_at(steps: SkippedSteps, skipped: Callable[[int], bool], last: int, fir
     ("skipped", "end"),
     [
         (lambda step: step > 20, 28),
-        (lambda step: step % 8 != 0 and step < 100, None),  # seven in a row, again and again
-        (lambda step: step % 2 == 0 and step < 500, 500),  # far above one in a hundred
-        (lambda step: step % 100 == 0, None),  # exactly one in a hundred
-        (lambda step: step % 99 == 0, 594),  # a little more: the sixth
+        (lambda step: step % 8 != 0 and step < 100, None),  # There are seven in a row, again and again.
+        (lambda step: step % 2 == 0 and step < 500, 500),  # This is far above one percent.
+        (lambda step: step % 100 == 0, None),  # This is exactly one percent.
+        (lambda step: step % 99 == 0, 594),  # This is a little more than one percent at the sixth.
         (lambda step: step in (1, 2, 3, 4, 5, 6), 500),
     ],
 )
@@ -85,7 +87,7 @@ def test_eight_in_a_row_or_more_than_one_percent_end_the_run(
 def test_an_overflow_that_lowers_the_loss_scale_is_not_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From 2 ** 16 down to 1 takes 16 steps; the eight after them, which no scale can help, end the run."""
+    """The scale falls from 2 ** 16 to 1 in 16 steps. The next eight, which no scale can prevent, end the run."""
     params = {"w": Parameter(torch.ones(16, dtype=torch.float16))}
     engine = MasterWeights(params, lambda p: torch.optim.AdamW(p, lr=0.1, fused=True), 1.0, dynamic_scale=True)
     run = run_alone(tmp_path)
@@ -107,12 +109,12 @@ def test_an_overflow_that_lowers_the_loss_scale_is_not_counted(
     assert torch.equal(params["w"], torch.ones_like(params["w"]))
 
 
-def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
-    """As if it had not been interrupted, unless nothing is skipped any more: then it is let go on."""
+def test_a_resumed_run_continues_to_count(tmp_path: Path) -> None:
+    """It counts as if it had not been interrupted, but does not end if no further step is skipped."""
     lines = [{"step": step, "skipped": float(step <= 6 or step > 597)} for step in range(1, 603)]
     lines.insert(300, {"step": 300, "held_out_loss": 1.0})
     (tmp_path / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    steps = SkippedSteps(run_alone(tmp_path), 600)  # the two lines after it are done again
+    steps = SkippedSteps(run_alone(tmp_path), 600)  # The last two lines belong to steps that are repeated.
     assert (steps.counted, steps.in_a_row, steps.good_until) == (9, 3, 597)
     assert ended_at(steps, lambda step: True, 700, first=601) == 601
     assert ended_at(SkippedSteps(run_alone(tmp_path), 600), lambda step: False, 700, first=601) is None
@@ -126,10 +128,10 @@ def test_an_older_version_s_overflows_are_not_counted(tmp_path: Path) -> None:
     assert SkippedSteps(run, 2).counted == 1
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
+# -- messages ----------------------------------------------------------------------------------------------------------
 
 
-def test_each_skipped_step_is_told_with_the_samples_of_all_ranks(
+def test_each_skipped_step_is_reported_with_the_samples_of_all_ranks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_alone(tmp_path)
@@ -149,7 +151,7 @@ def test_each_skipped_step_is_told_with_the_samples_of_all_ranks(
     assert SkippedSteps(run_alone(tmp_path / "other"), 0).summary() is None
 
 
-def test_the_end_names_the_last_good_checkpoint_and_the_samples(tmp_path: Path) -> None:
+def test_the_error_names_the_last_good_checkpoint_and_the_samples(tmp_path: Path) -> None:
     save_steps(run_alone(tmp_path), 2, 4, 6)
     steps = SkippedSteps(run_alone(tmp_path), 0)
     for step in range(5, 12):
@@ -165,12 +167,12 @@ def test_the_end_names_the_last_good_checkpoint_and_the_samples(tmp_path: Path) 
     )
 
 
-# -- in whole runs -----------------------------------------------------------------------------------------------------
+# -- in complete runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def poisoned_from(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """poisoned_from(5): the losses of batches from the fifth on are NaN."""
+    """Returns a function that makes the losses of all batches from a number on NaN."""
 
     def poison(first: int) -> None:
         losses_of, calls = loop.losses_of, iter(range(1, 1000))
@@ -188,7 +190,7 @@ FLAGS = ("--load_tensors", "--gradient_accumulation_steps", 1)
 
 
 @pytest.mark.fault("numbers: NaN loss at every step from one on")
-def test_nan_losses_end_the_run_with_what_was_saved_before(
+def test_nan_losses_end_the_run_and_keep_earlier_checkpoints(
     model: Path, tensors: Path, tmp_path: Path, poisoned_from: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     poisoned_from(6)
@@ -199,12 +201,12 @@ def test_nan_losses_end_the_run_with_what_was_saved_before(
     assert [f"step {step} changed no weight" in said for step in (5, 6, 13)] == [False, True, True]
     assert [line["skipped"] for line in metrics(tmp_path / "lora")] == [0.0] * 5 + [1.0] * 8
     four, twelve = (safetensors_of(tmp_path / "lora" / f"checkpoint-{step}") for step in (4, 12))
-    assert not equal(four, twelve)  # step 5
+    assert not equal(four, twelve)  # Step 5 changed the weights.
     assert not (tmp_path / "lora" / WEIGHTS).exists()
 
 
 @pytest.mark.fault("numbers: a latent that overflows, in one of six clips")
-def test_a_few_skipped_steps_are_told_and_change_nothing(
+def test_a_few_skipped_steps_are_reported_and_change_nothing(
     model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(tensors, tmp_path / "tensors"))
@@ -219,7 +221,7 @@ def test_a_few_skipped_steps_are_told_and_change_nothing(
 
 
 def overflow(folder: Path, key: str) -> None:
-    """Makes a number of a cached clip so large that its loss is infinite, though it is finite itself."""
+    """Makes a number of a cached clip so large that the loss is infinite, although the number is finite."""
     cache = TensorCache(folder)
     moments = cache.read(key)["moments_CFHW"]
     moments[0, 0, 0, 0] = 1e38
@@ -229,7 +231,7 @@ def overflow(folder: Path, key: str) -> None:
 @pytest.mark.slow
 @pytest.mark.fault("numbers: gradients that are not finite on one of two ranks, at every step")
 def test_all_ranks_skip_and_end_alike(model: Path, tensors: Path, tmp_path: Path) -> None:
-    """Each step has both clips, one on each rank."""
+    """Each step uses both clips, one on each rank."""
     folder = split(tensors, tmp_path / "tensors", train=slice(2))
     bad, good = open_index(folder).samples
     overflow(folder, bad.video_keys[0])
@@ -248,7 +250,7 @@ def test_all_ranks_skip_and_end_alike(model: Path, tensors: Path, tmp_path: Path
 
 @pytest.mark.fault("numbers: infinity in a LoRA weight")
 def test_the_script_ends_with_status_3_and_one_line(model: Path, tensors: Path, tmp_path: Path) -> None:
-    """Of the LoRA that the run starts from; the first checkpoint would hold it."""
+    """The LoRA from which the run starts contains infinity, which the first checkpoint would save."""
     flags = lora_flags(model, tensors, tmp_path / "lora", *FLAGS, "--max_train_steps", 1)
     assert train(flags) == 0
     start = tmp_path / "start.safetensors"
@@ -272,7 +274,7 @@ def with_metadata(of: Path, tensors: dict[str, torch.Tensor], path: Path) -> Non
         save_file(tensors, path, metadata=file.metadata())
 
 
-# -- what is saved -----------------------------------------------------------------------------------------------------
+# -- saved tensors -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -282,7 +284,7 @@ def test_which_tensors_are_not_finite(value: float, dtype: torch.dtype) -> None:
     bad[777] = value
     largest = torch.full((7, 9), torch.finfo(dtype).max, dtype=dtype)
     good = {
-        "whole": torch.arange(5),
+        "integers": torch.arange(5),
         "none": torch.zeros(0),
         "largest": largest,
         "least": -largest,
@@ -297,10 +299,10 @@ def test_which_tensors_are_not_finite(value: float, dtype: torch.dtype) -> None:
     ("what", "value", "plan"),
     [("master", INF, "off"), ("exp_avg_sq", NAN, "off"), ("average", NAN, "off"), ("master", INF, "lean")],
 )
-def test_no_checkpoint_is_made_of_what_is_not_finite(
+def test_no_checkpoint_has_numbers_that_are_not_finite(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, value: float, plan: str
 ) -> None:
-    """At step 4, with a limit of one: the checkpoint of step 2 is the last one, and is as it was."""
+    """Step 4 is not finite, so the checkpoint of step 2 remains the last one, although the limit is one."""
     step, steps = engine.LocalEngine.step, iter(range(1, 1000))
 
     def broken(self: Any, *given: Any, **more: Any) -> Any:

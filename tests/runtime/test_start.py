@@ -1,4 +1,4 @@
-"""What ends a run ends it before any model loads: settings, data, processes, trackers."""
+"""Wrong settings, data, processes or trackers end a run before any model is loaded."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ VALIDATED = ("--load_tensors", "--validation_prompt", PROMPT)
 
 @pytest.fixture
 def again(reference: Path, tmp_path: Path) -> Path:
-    """A copy of a run that has ended at step 6."""
+    """Returns a copy of the folder of a run that ended at step 6."""
     return Path(shutil.copytree(reference, tmp_path / "again"))
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading any network is an error."""
+    """Makes loading any network an error."""
 
     def loads(*_: Any, **__: Any) -> Iterator[None]:
         raise AssertionError("a model was loaded")
@@ -59,7 +59,7 @@ def refused(flags: list[str]) -> str:
 
 
 def prepared_without_last(tensors: Path, folder: Path) -> tuple[Path, str]:
-    """(a copy of a prepared folder without its last sample, the id of that sample)."""
+    """Copies a prepared folder without its last sample, and returns the copy and the id of that sample."""
     copy = Path(shutil.copytree(tensors, folder))
     samples = json.loads((copy / "index.json").read_text())["samples"]
     edit_json(copy / "index.json", samples=samples[:-1])
@@ -93,7 +93,7 @@ def test_an_allowed_change_keeps_the_step_and_the_videos(model: Path, tensors: P
     assert [line["lr"] for line in metrics(again) if "lr" in line] == [0.01] * 6 + [0.02]
     assert losses(again)[:6] == before
     assert videos <= {path.name for path in (again / "validation").iterdir()}
-    assert "learning_rate: 0.02 there, 0.01 now" in refused(flags)  # the new value is in the new checkpoint
+    assert "learning_rate: 0.02 there, 0.01 now" in refused(flags)  # The new checkpoint has the new value.
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -117,18 +117,18 @@ def test_changed_data_are_named_clip_by_clip(model: Path, tensors: Path, again: 
     assert "was trained on other data: clips or captions differ; give" in refused(flags)
 
 
-def test_allowed_data_are_trained_on(model: Path, tensors: Path, again: Path, tmp_path: Path) -> None:
+def test_allowed_other_data_are_used(model: Path, tensors: Path, again: Path, tmp_path: Path) -> None:
     fewer, _ = prepared_without_last(tensors, tmp_path / "fewer")
     flags = lora_flags(model, fewer, again, "--load_tensors", "--max_train_steps", 7, "--allow_changed", "data")
     assert train(flags) == 0
-    assert train(flags[:-2]) == 0  # they are the run's own now
+    assert train(flags[:-2]) == 0  # The checkpoint now has the new data.
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
 def two_ranks(*commands: list[str]) -> list[str]:
-    """What two processes print that end with status 2, each with flags of its own."""
+    """Starts two processes with different flags, which end with status 2, and returns what each printed."""
     port = free_port()
     ranks = [
         Forked(python(LORA_SCRIPT, *flags), **ranks_environment(number, len(commands), port))
@@ -138,7 +138,7 @@ def two_ranks(*commands: list[str]) -> list[str]:
 
 
 @pytest.mark.fault("ranks: a process with other data")
-def test_processes_with_other_data_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
+def test_processes_with_different_data_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
     fewer, _ = prepared_without_last(tensors, tmp_path / "fewer")
     commands = [lora_flags(model, data, tmp_path / "out", "--load_tensors") for data in (tensors, fewer)]
     for text in two_ranks(*commands):
@@ -147,7 +147,7 @@ def test_processes_with_other_data_are_refused(model: Path, tensors: Path, tmp_p
 
 
 @pytest.mark.fault("ranks: a process with other settings")
-def test_processes_with_other_settings_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
+def test_processes_with_different_settings_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
     flags = lora_flags(model, tensors, tmp_path / "out", "--load_tensors")
     for text in two_ranks(flags, [*flags, "--learning_rate", "5e-3"]):
         assert "process 1 has learning_rate 0.005, process 0 has 0.01" in text
@@ -155,7 +155,7 @@ def test_processes_with_other_settings_are_refused(model: Path, tensors: Path, t
 
 @pytest.mark.long
 @pytest.mark.fault("ranks: output folders that are not shared")
-def test_processes_with_folders_of_their_own_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
+def test_processes_with_different_folders_are_refused(model: Path, tensors: Path, tmp_path: Path) -> None:
     commands = [lora_flags(model, tensors, tmp_path / name / "out", "--load_tensors") for name in ("a", "b")]
     for text in two_ranks(*commands):
         assert "process 1 has another folder of this name than process 0; give one that all machines share" in text
@@ -188,10 +188,8 @@ def test_a_tracker_that_cannot_start_ends_the_run_in_one_line(
 
 
 @pytest.mark.fault("trackers: WANDB_DISABLED and WANDB_MODE=dryrun", times=2)
-def test_what_wandb_s_variables_mean(
-    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("exit", "excepthook"):  # wandb replaces them for the rest of the process
+def test_wandb_variables(model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("exit", "excepthook"):  # wandb replaces them for the rest of the process.
         monkeypatch.setattr(sys, name, getattr(sys, name))
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
