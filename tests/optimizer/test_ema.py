@@ -124,16 +124,16 @@ def test_a_small_share_is_not_lost_to_bf16() -> None:
 
 
 def test_a_loaded_average_continues_bit_for_bit() -> None:
-    whole, params = trained(torch.bfloat16, 4)
+    reference, params = trained(torch.bfloat16, 4)
     again, _ = trained(torch.bfloat16, 1)
-    again.load_state(whole.state())
-    again.masters = whole.masters
+    again.load_state(reference.state())
+    again.masters = reference.masters
     for step in range(4, 8):
-        move(params, whole.masters, step)
-        whole.update(NO)
+        move(params, reference.masters, step)
+        reference.update(NO)
         again.update(NO)
-    assert equal(whole.state(), again.state())
-    assert whole.state()[STEPS_NAME] == 8
+    assert equal(reference.state(), again.state())
+    assert reference.state()[STEPS_NAME] == 8
 
 
 # -- in a run ----------------------------------------------------------------------------------------------------------

@@ -74,10 +74,10 @@ def advance(engine: LocalEngine, steps: range) -> list[list[float]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_loaded_engine_continues_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    whole, model = engine_of(0, dtype)
-    first = advance(whole, range(3))
-    whole.save(tmp_path)
-    then = advance(whole, range(3, 6))
+    reference, model = engine_of(0, dtype)
+    first = advance(reference, range(3))
+    reference.save(tmp_path)
+    then = advance(reference, range(3, 6))
     assert first != then
     other, again = engine_of(1, dtype)
     assert not again.weight.equal(model.weight)

@@ -159,14 +159,14 @@ def test_either_placement_resumes_from_the_state_of_the_other(
     dtype: torch.dtype, first: int, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", SMALL)
-    (source, whole), (target, again) = pair(dtype)[:: -1 if first else 1]
+    (source, reference), (target, again) = pair(dtype)[:: -1 if first else 1]
     train(target, again, 40, 42)  # Loading must overwrite this state.
-    train(source, whole, 0, steps)
+    train(source, reference, 0, steps)
     target.load_state(source.state())
-    assert_alike((source, whole), (target, again))
-    train(source, whole, steps, steps + 5)
+    assert_alike((source, reference), (target, again))
+    train(source, reference, steps, steps + 5)
     train(target, again, steps, steps + 5)
-    assert_alike((source, whole), (target, again))
+    assert_alike((source, reference), (target, again))
 
 
 def test_the_average_is_the_same_with_masters_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

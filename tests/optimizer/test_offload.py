@@ -108,15 +108,15 @@ def test_equals_masters_on_the_device(device: torch.device, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_run_continues_bit_for_bit(device: torch.device, dtype: torch.dtype, tmp_path: Path) -> None:
-    whole, again = placed(device, dtype), placed(device, dtype, seed=1)
-    engine, resumed = OffloadedWeights(whole, MAKE, True), OffloadedWeights(again, MAKE, True)
-    train(engine, whole, 0, 4)
+    reference, again = placed(device, dtype), placed(device, dtype, seed=1)
+    engine, resumed = OffloadedWeights(reference, MAKE, True), OffloadedWeights(again, MAKE, True)
+    train(engine, reference, 0, 4)
     save_file(engine.state(), tmp_path / "state.safetensors")
-    train(engine, whole, 4, 8)
+    train(engine, reference, 4, 8)
     resumed.load_state(load_file(tmp_path / "state.safetensors"))
     train(resumed, again, 4, 8)
     assert state_equal(engine.state(), resumed.state())
-    assert all(whole[name].equal(again[name]) for name in whole)
+    assert all(reference[name].equal(again[name]) for name in reference)
 
 
 @pytest.mark.parametrize("offload_gradients", [False, True])

@@ -122,17 +122,17 @@ def test_updates_too_small_for_bf16_add_up() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_micro_batches_equal_one_batch_of_four(dtype: torch.dtype) -> None:
-    whole, parts = parameters(dtype), parameters(dtype)
-    one, four = masters(whole, norm=5.0), masters(parts, norm=5.0)
+    batch, parts = parameters(dtype), parameters(dtype)
+    one, four = masters(batch, norm=5.0), masters(parts, norm=5.0)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.0, "atol": 0.03}
     for step in range(5):
-        one.backward(torch.stack([loss_of(whole, 4 * step + k) for k in range(4)]).mean())
+        one.backward(torch.stack([loss_of(batch, 4 * step + k) for k in range(4)]).mean())
         for k in range(4):
             four.backward(loss_of(parts, 4 * step + k) / 4)
         first, second = values(one.step(rate(step))), values(four.step(rate(step)))
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-5 if dtype == torch.float32 else 1e-2)
-        for name in whole:
-            torch.testing.assert_close(whole[name], parts[name], **tolerance)
+        for name in batch:
+            torch.testing.assert_close(batch[name], parts[name], **tolerance)
 
 
 def test_gradients_are_summed_in_fp32() -> None:
@@ -249,18 +249,18 @@ def test_without_scaling_the_scale_stays_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_resumed_run_continues_bit_for_bit(rule: str, dtype: torch.dtype) -> None:
     scale = dtype == torch.float16
-    whole = parameters(dtype)
-    engine = masters(whole, norm=5.0, scale=scale, rule=rule)
-    train(engine, whole, 0, 6)
+    reference = parameters(dtype)
+    engine = masters(reference, norm=5.0, scale=scale, rule=rule)
+    train(engine, reference, 0, 6)
     saved = {name: tensor.clone() for name, tensor in engine.state().items()}
-    train(engine, whole, 6, 12)
+    train(engine, reference, 6, 12)
     again = parameters(dtype, seed=1)
     resumed = masters(again, norm=5.0, scale=scale, rule=rule)
     resumed.load_state(saved)
     results = train(resumed, again, 6, 12)
     assert len(results) == 6
     assert state_equal(engine.state(), resumed.state())
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert all(torch.equal(reference[name], again[name]) for name in reference)
 
 
 def test_state_is_a_copy_of_plain_tensors() -> None:

@@ -305,10 +305,10 @@ def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("whole", [[], [2]])
-def test_with_a_limit_of_one_a_damaged_newest_checkpoint_is_replaced(tmp_path: Path, whole: list[int]) -> None:
+@pytest.mark.parametrize("complete", [[], [2]])
+def test_with_a_limit_of_one_a_damaged_newest_checkpoint_is_replaced(tmp_path: Path, complete: list[int]) -> None:
     run = run_alone(tmp_path)
-    save_steps(run, *whole, 8)
+    save_steps(run, *complete, 8)
     truncate(tmp_path / "checkpoint-8")
     first = resumed(tmp_path)[0]
     save_steps(run, first + 2, limit=1)

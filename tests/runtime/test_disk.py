@@ -1,4 +1,4 @@
-"""Disks that are full, fail, or cannot do all that others can: whole scripts, in processes of their own."""
+"""Complete scripts in separate processes on disks that are full, fail, or lack some functions."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from cogvideox.runtime.checkpoint import checkpoints, fault
 
 
 @pytest.mark.fault("disk: no POSIX locks, and folders that cannot be fsynced", times=2)
-def test_a_poor_file_system_serves_as_well(
+def test_a_file_system_without_locks_and_folder_fsync_works(
     model: Path, clips: Path, tensors: Path, reference: Path, tmp_path: Path
 ) -> None:
-    """As CIFS, 9p, some FUSE, and Lustre without locks answer. Each is said once."""
+    """Such are CIFS, 9p, some FUSE file systems, and Lustre without locks. Each lack is reported once."""
     output, prepared = tmp_path / "out", tmp_path / "prepared"
     flags = lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)
     no_fsync = (r"fsync \S*/(out|\.checkpoint-\d+\.tmp)$", 0, errno.EINVAL)
@@ -59,7 +59,7 @@ def test_a_poor_file_system_serves_as_well(
 SHORT = ("--max_train_steps", 3, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--use_ema")
 SHORT += ("--num_inference_steps", 1, "--gradient_accumulation_steps", 1)
 FULL, BROKEN = errno.ENOSPC, errno.EIO
-# What fails: the expression of disk_faults.refuse, the how many-th, with what, and what the line says is safe.
+# Each entry is the expression of disk_faults.refuse, its how manieth match fails, with which error, and what is safe.
 FAULTS = [
     (r"write \S*/\.config\.json", 1, FULL, "there is no checkpoint yet"),
     (r"write \S*/\.step-000000\S*\.tmp$", 1, FULL, "there is no checkpoint yet"),
@@ -76,8 +76,8 @@ FAULTS = [
 ]
 
 
-def told(said: str, folder: Path, number: int, safe: str) -> None:
-    """One line, after the one that counts it: folder, reason, what is safe."""
+def check_line(said: str, folder: Path, number: int, safe: str) -> None:
+    """Asserts that the output ends with one problem in one line: the folder, the reason, and what is safe."""
     lines = said.splitlines()
     assert "Traceback" not in said
     assert lines[-2].endswith(": 1 problem")
@@ -88,8 +88,8 @@ def told(said: str, folder: Path, number: int, safe: str) -> None:
     assert (" free" in lines[-1].split("; ")[0]) == (number in (errno.ENOSPC, errno.EDQUOT))
 
 
-def whole(folder: Path) -> None:
-    """Nothing that is torn has its final name, and nothing else stays."""
+def check_complete(folder: Path) -> None:
+    """Asserts that every file with a final name is complete, and that no temporary file remains."""
     assert all(fault(path) is None for path in checkpoints(folder))
     for path in folder.rglob("*.safetensors"):
         load_file(path)
@@ -99,8 +99,8 @@ def whole(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def unharmed(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("unharmed") / "out"
+def undisturbed(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
     assert train(short_flags(model, tensors, output)) == 0
     return output
 
@@ -111,19 +111,19 @@ def short_flags(model: Path, tensors: Path, output: Path) -> list[str]:
 
 @pytest.mark.long
 @pytest.mark.fault("disk: a full or failing disk while training", times=len(FAULTS))
-def test_a_run_ends_with_a_line_and_goes_on(model: Path, tensors: Path, unharmed: Path, tmp_path: Path) -> None:
-    """Each fault comes where the one before has left the run."""
+def test_a_run_ends_with_one_line_and_resumes(model: Path, tensors: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Each fault occurs in a run that continues from where the previous fault ended it."""
     output = tmp_path / "out"
     command = python(LORA_SCRIPT, *short_flags(model, tensors, output))
     for moment, nth, number, safe in FAULTS:
-        told(finish(Forked(command, disk=[(moment, nth, number)]), 2), output, number, safe)
-        whole(output)
+        check_line(finish(Forked(command, disk=[(moment, nth, number)]), 2), output, number, safe)
+        check_complete(output)
     finish(Forked(command))
-    assert losses(output) == losses(unharmed)
-    assert equal(weights(output), weights(unharmed))
+    assert losses(output) == losses(undisturbed)
+    assert equal(weights(output), weights(undisturbed))
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step(
+def test_a_checkpoint_that_does_not_fit_is_refused_before_the_first_step(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
@@ -158,13 +158,13 @@ def same_tensors(first: Path, second: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault("disk: a full or failing disk while preparing", times=len(PREPARE_FAULTS))
-def test_preparing_ends_with_a_line_and_goes_on(model: Path, clips: Path, tensors: Path, tmp_path: Path) -> None:
+def test_preparation_ends_with_one_line_and_continues(model: Path, clips: Path, tensors: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = prepare_command(model, clips, output)
     for moment, nth, number in PREPARE_FAULTS:
         said = finish(Forked(command, disk=[(moment, nth, number)]), 2)
-        told(said, output, number, "what is encoded is safe")
-        whole(output)
+        check_line(said, output, number, "what is encoded is safe")
+        check_complete(output)
     finish(Forked(command))
     same_tensors(output, tensors)
 
@@ -175,19 +175,27 @@ def test_preparing_ends_with_a_line_and_goes_on(model: Path, clips: Path, tensor
 def sweep(
     command_of: Callable[[Path], list[object]], check: Callable[[Path], None], folder: Path, number: int, first: int
 ) -> int:
-    """Lets every second moment fail with an error number, from the first; returns how many there were."""
+    """Lets every second change of the disk fail with an error number, and returns how many changes there were.
+
+    Args:
+        command_of: Returns the command for an output folder.
+        check: Checks the output folder of a finished command.
+        folder: Where the output folders are made.
+        number: The error number.
+        first: The first change that fails, counted from 1.
+    """
     for nth in itertools.count(first, 2):
         output = folder / str(nth) / "out"
         output.parent.mkdir()
         command = command_of(output)
         process = Forked(command, disk=[(f"{CHANGES}/{nth}/out", nth, number)])
         said, _ = process.communicate()
-        if INJECTED not in said:  # it is over before
+        if INJECTED not in said:  # The command finished before this change.
             assert process.returncode == 0
             return nth
         assert process.returncode in (0, 2), (nth, said[-3000:])
         assert "Traceback" not in said, (nth, said[-3000:])
-        whole(output)
+        check_complete(output)
         if process.returncode:
             finish(Forked(command))
         check(output)
@@ -205,12 +213,12 @@ def test_every_moment_of_training(
     first: int,
     model: Path,
     tensors: Path,
-    unharmed: Path,
+    undisturbed: Path,
     tmp_path: Path,
 ) -> None:
     def check(output: Path) -> None:
-        assert losses(output) == losses(unharmed)
-        assert equal(weights(output), weights(unharmed))
+        assert losses(output) == losses(undisturbed)
+        assert equal(weights(output), weights(undisturbed))
 
     flags = lambda output: python(LORA_SCRIPT, *short_flags(model, tensors, output))  # noqa: E731
     assert sweep(flags, check, tmp_path, number, first) > 100
@@ -219,19 +227,19 @@ def test_every_moment_of_training(
 @pytest.mark.long
 @pytest.mark.parametrize(("number", "first"), ERRORS, ids=["full", "broken"])
 @pytest.mark.fault("disk: a failure at every moment of the preparation", times=30)
-def test_every_moment_of_preparing(
+def test_every_moment_of_preparation(
     number: int, first: int, model: Path, clips: Path, tensors: Path, tmp_path: Path
 ) -> None:
     command = lambda output: prepare_command(model, clips, output)  # noqa: E731
     assert sweep(command, lambda output: same_tensors(output, tensors), tmp_path, number, first) > 30
 
 
-# -- disks that really are full ----------------------------------------------------------------------------------------
+# -- small file systems ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """small_disk(bytes) is a file system of that size; another call changes its size. Only root may mount one."""
+    """Returns a function that makes a file system of a size in bytes, or changes its size. Only root may mount it."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted: list[Any] = []
@@ -255,33 +263,33 @@ def size_of(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.6])
 @pytest.mark.fault("disk: a small file system while training")
-def test_a_run_on_a_small_disk_goes_on_once_there_is_room(
+def test_a_run_on_a_small_disk_resumes_when_there_is_space(
     share: float,
     model: Path,
     tensors: Path,
-    unharmed: Path,
+    undisturbed: Path,
     small_disk: Callable[[int], Path],
 ) -> None:
-    output = small_disk(int(share * size_of(unharmed))) / "out"
+    output = small_disk(int(share * size_of(undisturbed))) / "out"
     command = python(LORA_SCRIPT, *short_flags(model, tensors, output))
-    told(finish(Forked(command), 2), output, errno.ENOSPC, "checkpoint")
-    whole(output)
+    check_line(finish(Forked(command), 2), output, errno.ENOSPC, "checkpoint")
+    check_complete(output)
     small_disk(2**28)
     finish(Forked(command))
-    assert losses(output) == losses(unharmed)
-    assert equal(weights(output), weights(unharmed))
+    assert losses(output) == losses(undisturbed)
+    assert equal(weights(output), weights(undisturbed))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5])
 @pytest.mark.fault("disk: a small file system while preparing")
-def test_preparing_on_a_small_disk_goes_on_once_there_is_room(
+def test_preparation_on_a_small_disk_continues_when_there_is_space(
     share: float, model: Path, clips: Path, tensors: Path, small_disk: Callable[[int], Path]
 ) -> None:
     output = small_disk(int(share * size_of(tensors))) / "out"
     command = prepare_command(model, clips, output)
-    told(finish(Forked(command), 2), output, errno.ENOSPC, "what is encoded is safe")
-    whole(output)
+    check_line(finish(Forked(command), 2), output, errno.ENOSPC, "what is encoded is safe")
+    check_complete(output)
     small_disk(2**28)
     finish(Forked(command))
     same_tensors(output, tensors)

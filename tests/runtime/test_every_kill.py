@@ -1,4 +1,4 @@
-"""No work is lost whenever a run dies: killed before each change it makes to the disk, and gone on with."""
+"""A run that is killed before any change it makes to the disk loses no work: the same command continues it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def listing(folder: Path) -> set[str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_command_ends_the_same(
+def test_the_same_command_has_the_same_result(
     kind: str, tiny: Callable[[str], Path], clips: Path, image: Path, tmp_path: Path
 ) -> None:
     name, script, flags_of, run = KINDS[kind]
@@ -50,8 +50,8 @@ def test_the_same_command_ends_the_same(
     def flags(folder: Path) -> list[str]:
         return flags_of(tiny(name), clips, folder / "out", "--tensor_cache", folder / "cache", *more)
 
-    whole = tmp_path / "whole"
-    assert run(flags(whole)) == 0
+    uninterrupted = tmp_path / "uninterrupted"
+    assert run(flags(uninterrupted)) == 0
     for nth in itertools.count(1):
         folder = tmp_path / str(nth)
         folder.mkdir()
@@ -60,8 +60,8 @@ def test_the_same_command_ends_the_same(
             break
         assert status == -signal.SIGKILL
         finish(Forked(python(script, *flags(folder))))
-        assert listing(folder) == listing(whole), nth
-        assert losses(folder / "out") == losses(whole / "out"), nth
+        assert listing(folder) == listing(uninterrupted), nth
+        assert losses(folder / "out") == losses(uninterrupted / "out"), nth
         for part in ("out", "out/transformer"):
-            assert equal(safetensors_of(folder / part), safetensors_of(whole / part)), nth
+            assert equal(safetensors_of(folder / part), safetensors_of(uninterrupted / part)), nth
     assert nth > 100

@@ -1,4 +1,4 @@
-"""files.py: whole or not there; what a disk refuses is one line; nothing of a killed run stays."""
+"""files.py: files are complete or absent, errors of disks become one line, and temporary files are removed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cogvideox.files import (
 
 
 def failing_fsync(monkeypatch: pytest.MonkeyPatch, number: int, folders: bool) -> None:
-    """fsync of folders, or of files, answers with an error."""
+    """Makes fsync of folders, or of files, fail with an error number."""
     real = os.fsync
 
     def fails(handle: int) -> None:
@@ -40,7 +40,7 @@ def failing_fsync(monkeypatch: pytest.MonkeyPatch, number: int, folders: bool) -
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES], ids=errno.errorcode.get)
 @pytest.mark.fault("disk: a folder that cannot be fsynced")
-def test_a_folder_that_cannot_be_fsynced_is_passed_over_with_a_line(
+def test_a_folder_that_cannot_be_fsynced_is_reported_once(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_fsynced_is_passed_over_with_a_line(
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
 @pytest.mark.parametrize("folders", [False, True])
 @pytest.mark.fault("disk: fsync fails")
-def test_an_fsync_that_fails_is_never_passed_over(
+def test_an_fsync_that_fails_raises(
     number: int, folders: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -71,7 +71,7 @@ def test_a_file_must_be_fsynced(number: int, tmp_path: Path, monkeypatch: pytest
         fsync(tmp_path / "file")
 
 
-# -- what a disk refuses -----------------------------------------------------------------------------------------------
+# -- errors of disks ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])
@@ -87,10 +87,10 @@ def test_a_write_that_fails_leaves_the_old_content_and_no_temporary(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(*(("builtins.open", fails) if function == "write" else (f"os.{function}", fails)))
-    with pytest.raises(DiskError) as told:
+    with pytest.raises(DiskError) as caught:
         write_atomically(path, b"x" * 5000)
     monkeypatch.undo()
-    text = str(told.value)
+    text = str(caught.value)
     assert "\n" not in text
     assert text.startswith(f"{tmp_path}: {os.strerror(number)}")
     assert ("4.9 KiB needed" in text) == (number in (errno.ENOSPC, errno.EDQUOT))
@@ -99,11 +99,11 @@ def test_a_write_that_fails_leaves_the_old_content_and_no_temporary(
 
 
 class SafetensorError(Exception):
-    """Named as the one of safetensors, which is no OSError."""
+    """Has the name of safetensors' error, which is not an OSError."""
 
 
 class FFmpegError(Exception):
-    """As of FFmpeg: with a number, and no OSError."""
+    """Imitates FFmpeg's error, which has an error number but is not an OSError."""
 
     errno = errno.ENOSPC
 
@@ -122,7 +122,7 @@ def torch_error() -> RuntimeError:
     ],
     ids=["safetensors full", "safetensors broken", "FFmpeg", "PyTorch"],
 )
-def test_what_libraries_say_of_a_disk_is_told_as_well(error: Exception, reason: str, tmp_path: Path) -> None:
+def test_errors_of_libraries_about_a_disk_are_reported_too(error: Exception, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DiskError, match=reason), disk_errors_told(tmp_path):
         raise error
 
@@ -134,21 +134,21 @@ def test_other_errors_pass(error: Exception, tmp_path: Path) -> None:
     assert passed.value is error
 
 
-def test_what_does_not_fit_is_refused_with_both_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_space_is_reported_with_both_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "free_disk_bytes", lambda folder: 3 * 2**29)
     check_room(tmp_path, 3 * 2**29)
     with pytest.raises(DiskError, match=r": No space left on device, 2\.0 GiB needed, 1\.5 GiB free; free some space"):
         check_room(tmp_path, 2**31)
 
 
-def test_other_processes_get_the_same_line() -> None:
+def test_a_pickled_error_has_the_same_line() -> None:
     error = DiskError("/x: full", "free some space").knowing("checkpoint-2 is safe")
     copied = pickle.loads(pickle.dumps(error))
     assert str(copied) == str(error) == "/x: full; checkpoint-2 is safe; free some space"
     assert str(copied.knowing("more")) == str(error)
 
 
-def test_room_is_looked_up_where_the_folder_will_be(tmp_path: Path) -> None:
+def test_free_space_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
     assert files.free_disk_bytes(tmp_path / "not" / "there" / "yet")
 
 
@@ -162,19 +162,19 @@ def temporary(folder: Path, name: str, host: str, pid: int) -> Path:
     return path
 
 
-def test_whoever_holds_the_lock_removes_all_of_them(tmp_path: Path) -> None:
+def test_the_process_that_has_the_lock_removes_all_temporary_files(tmp_path: Path) -> None:
     here = socket.gethostname()
     nested = tmp_path / "cache" / "tensors"
     gone = [temporary(tmp_path / "a", "x.json", host, pid) for host in (here, "node-7", "a.b.c") for pid in (1, 99999)]
     kept = [temporary(nested, "x", "node-7", 1), tmp_path / "x.tmp", tmp_path / ".x.tmp", tmp_path / "a" / "x"]
-    for path in (*kept[1:], tmp_path / LOCK_NAME, nested.parent / LOCK_NAME):  # another job may have the inner one
+    for path in (*kept[1:], tmp_path / LOCK_NAME, nested.parent / LOCK_NAME):  # Another job may have the inner lock.
         path.touch()
     remove_temporaries(tmp_path)
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in kept)
 
 
-def test_where_others_may_write_only_stale_ones_are_removed(tmp_path: Path) -> None:
+def test_only_stale_files_are_removed_if_others_may_write(tmp_path: Path) -> None:
     here, now = socket.gethostname(), (tmp_path / "now")
     now.touch()
     old, new = (temporary(tmp_path, name, "node-7", 1) for name in ("old", "new"))

@@ -1,4 +1,4 @@
-"""forking.py: a forked script is a process like a started one, whatever it does and whatever is done to it."""
+"""tests/shared/forking.py: a forked script behaves like a started process, however it ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDS = {
 
 @pytest.mark.parametrize("how", ENDS)
 @pytest.mark.parametrize("make", [Forked, start])
-def test_an_end_is_that_of_a_started_process(how: str, make: type[Forked], tmp_path: Path) -> None:
+def test_a_forked_script_ends_like_a_started_process(how: str, make: type[Forked], tmp_path: Path) -> None:
     code, status, said = ENDS[how]
     script = tmp_path / "script.py"
     script.write_text(code)
@@ -37,14 +37,14 @@ def test_an_end_is_that_of_a_started_process(how: str, make: type[Forked], tmp_p
     assert process.poll() == process.wait() == status
 
 
-def test_a_traceback_is_told(tmp_path: Path) -> None:
+def test_a_traceback_is_printed(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("raise ValueError('seven')")
     process = Forked(python(tmp_path / "script.py"))
     assert "ValueError: seven" in process.communicate()[0]
     assert process.returncode == 1
 
 
-def test_what_is_killed_and_what_goes_on(tmp_path: Path) -> None:
+def test_signals_reach_one_process_only(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import sys, time\nprint('began', flush=True)\ntime.sleep(60)")
     processes = [Forked(python(tmp_path / "script.py")) for _ in range(3)]
     assert all(process.poll() is None for process in processes)
@@ -59,7 +59,7 @@ def test_what_is_killed_and_what_goes_on(tmp_path: Path) -> None:
     assert processes[2].returncode not in (None, 0)
 
 
-def test_torch_is_there_and_nothing_was_drawn_from_it(tmp_path: Path) -> None:
+def test_torch_is_imported_and_its_seed_is_unused(tmp_path: Path) -> None:
     code = "import sys\nfor name in ('torch', 'diffusers', 'peft'): print(name in sys.modules)\n"
     (tmp_path / "script.py").write_text(code + "import torch; print(torch.initial_seed(), torch.rand(1).item())")
     texts = [Forked(python(tmp_path / "script.py")).communicate()[0].splitlines() for _ in range(2)]

@@ -1,4 +1,4 @@
-"""locks.py: one process at a time, on file systems with POSIX locks and on those without."""
+"""locks.py: one process at a time has a lock, on file systems with and without POSIX locks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ time.sleep(float(sys.argv[3]))
 
 @pytest.fixture(params=WITHOUT, ids=errno.errorcode.get)
 def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that has no POSIX locks."""
+    """Imitates a file system that has no POSIX locks."""
 
     def refused(*_: Any) -> None:
         raise OSError(request.param, os.strerror(request.param))
@@ -52,7 +52,7 @@ def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 def holder(path: Path, how: str, seconds: float = 60.0) -> subprocess.Popen[str]:
-    """Another process that has the lock."""
+    """Starts another process that has the lock."""
     code = [sys.executable, "-c", HOLD, str(path), how, str(seconds)]
     environment = {**os.environ, "PYTHONPATH": str(Path(locks.__file__).parents[1])}
     process = subprocess.Popen(code, env=environment, stdout=subprocess.PIPE, text=True)
@@ -66,7 +66,7 @@ def owner_of(path: Path) -> Path:
 
 
 def left_by(path: Path, **changed: Any) -> Path:
-    """A lock file as a process that was killed leaves it."""
+    """Makes a lock file as a killed process leaves it."""
     owner = owner_of(path)
     owner.write_text(json.dumps(locks.this_process() | changed))
     return owner
@@ -79,7 +79,7 @@ def make_old(path: Path, seconds: float) -> None:
 
 @pytest.mark.parametrize("how", ["with", "without"])
 @pytest.mark.fault("disk: no POSIX locks")
-def test_another_process_is_kept_out_until_it_is_gone(
+def test_another_process_waits_until_the_lock_is_free(
     how: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / ".lock"
@@ -97,7 +97,7 @@ def test_another_process_is_kept_out_until_it_is_gone(
 
 
 @pytest.mark.fault("disk: no POSIX locks", times=3)
-def test_a_run_goes_without_posix_locks_and_says_so(
+def test_a_run_works_without_posix_locks_and_reports_it(
     without_locks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_alone(tmp_path)
@@ -123,7 +123,7 @@ def test_a_cache_is_prepared_without_posix_locks(without_locks: None, tmp_path: 
 
 
 @pytest.mark.fault("disk: no POSIX locks")
-def test_a_second_job_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_job_waits_and_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other, said = holder(tmp_path / ".lock", "without", seconds=0.3), []
     monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "none")))
     units: list[str] = []
@@ -131,11 +131,11 @@ def test_a_second_job_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     with sole_writer(tmp_path, said.append):
         assert other.wait(10) == 0
     assert said == [f"{tmp_path}: another job is preparing it; waiting"]
-    assert "wait for a lock" in units  # so that the ranks in the barrier do not end as if this one hung
+    assert "wait for a lock" in units  # Waiting counts as progress, so ranks in the barrier do not end.
 
 
 def test_a_lock_file_of_an_earlier_process_of_the_same_number_is_stale(without_locks: None, tmp_path: Path) -> None:
-    """Containers number their processes alike at every start."""
+    """Containers give their processes the same numbers at every start."""
     left_by(tmp_path / ".lock", started="1")
     take(tmp_path / ".lock").release()
 
@@ -145,12 +145,12 @@ def test_a_lock_file_of_an_earlier_process_of_the_same_number_is_stale(without_l
     [
         ({"machine": "another", "host": "node-7"}, 5, False),
         ({"machine": "another", "host": "node-7"}, STALE + 5, True),
-        ({"machine": "another"}, 5, False),  # a container of the same name, whose processes are not seen from here
+        ({"machine": "another"}, 5, False),  # This is another container of the same name.
         ({"pid": 2**22 + 1}, 5, True),
         ({"pid": os.getppid(), "started": locks.process_start(os.getppid())}, STALE + 5, False),
     ],
 )
-def test_when_a_lock_file_counts(
+def test_when_a_lock_file_is_valid(
     changed: dict[str, Any], age: float, free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "none")))
@@ -165,7 +165,7 @@ def test_when_a_lock_file_counts(
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"pid": "x"}', b'{"machine": 1, "pid": [], "host": 2}'])
 @pytest.mark.fault("disk: an incomplete lock file")
-def test_a_torn_lock_file_is_stale_after_some_minutes(
+def test_an_incomplete_lock_file_is_stale_after_some_minutes(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "none")))
@@ -176,7 +176,7 @@ def test_a_torn_lock_file_is_stale_after_some_minutes(
     take(tmp_path / ".lock").release()
 
 
-def test_a_lock_file_is_touched_as_long_as_its_process_lives(
+def test_a_lock_file_is_touched_while_its_process_lives(
     without_locks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
@@ -219,8 +219,8 @@ def count_up(file: Path, path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["with", "without", "stale"])
-def test_no_two_processes_have_it_at_once(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of some processes counts on from what it reads; a count that is lost was made beside another."""
+def test_no_two_processes_have_the_lock_at_once(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes increment a number in a file. A lost increment would mean that two had the lock at once."""
     if how != "with":
         monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "none")))
     if how == "stale":

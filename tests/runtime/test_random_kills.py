@@ -1,8 +1,7 @@
-"""No work is lost at 200 random kills: the same command goes on, and ends as a run that nobody touched.
+"""After 200 random kills no work is lost: the same command continues, with the result of an uninterrupted run.
 
-Half of the kills come at a random file that the process opens or renames, or unit of work that it has done, which is
-the same moment on any machine; the others after a random share of the time that a whole run takes: in the middle of
-anything.
+Half of the kills come when the process opens or renames a random file or ends a random unit of work, which is the same
+moment on any machine. The others come after a random share of the time of a complete run, in the middle of anything.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from running import (
     sft_flags,
 )
 
-KILLS = 5  # a test
-MOMENTS = 240  # files that are opened, names that change and units of work: about as many as a whole run has
+KILLS = 5  # kills per test
+MOMENTS = 240  # about as many opened files, renames and units of work as a complete run has
 SHORT = ("--max_train_steps", 3, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--validation_steps", 2)
 SHORT += ("--num_inference_steps", 1, "--gradient_accumulation_steps", 1, "--validation_prompt", PROMPT)
 LORA, SFT = (LORA_SCRIPT, lora_flags), (SFT_SCRIPT, sft_flags)
-# what is killed: script and flags, the model, more flags, processes, tests
+# What is killed: script and flags, model, more flags, number of processes, number of tests.
 KINDS: dict[str, tuple[Any, str, tuple[object, ...], int, int]] = {
     "a LoRA": (LORA, "5b", ("--use_ema",), 1, 8),
     "all weights": (SFT, "5b", ("--use_ema",), 1, 7),
@@ -54,7 +53,7 @@ CHUNKS = [
 
 
 class Killed:
-    """A kind of run, in folders of its own."""
+    """Starts, kills and compares runs of one kind."""
 
     def __init__(self, kind: str, model: Path, clips: Path, image: Path, folder: Path) -> None:
         (self.script, self.flags_of), _, self.more, self.ranks, _ = KINDS[kind]
@@ -62,16 +61,17 @@ class Killed:
         self.images = ["--validation_images", image] if kind == "image-to-video" else []
 
     def command(self, folder: Path) -> list[object]:
-        """The command of a run in a folder, always the same."""
+        """Returns the command of a run in a folder, which is always the same."""
         flags = [*SHORT, *self.more, *self.images, "--tensor_cache", folder / "cache"]
         return python(self.script, *self.flags_of(self.model, self.clips, folder / "out", *flags))
 
     def run(self, folder: Path, killed_at: tuple[str, int] | None = None, after: float | None = None) -> bool:
-        """Runs the command for a folder, as often as somebody wishes; returns whether it came to its end.
+        """Runs the command for a folder once, and returns whether it finished.
 
         Args:
-            killed_at: of the first process, which writes; see forking.signal_at.
-            after: seconds after which it is killed.
+            folder: The folder, which may have an unfinished run.
+            killed_at: The moment at which the first process, which writes, is killed; see forking.signal_at.
+            after: Seconds after which the first process is killed.
         """
         first, *others = ranks = fork_ranks(self.ranks, self.command(folder), {0: killed_at} if killed_at else None)
         try:
@@ -90,19 +90,19 @@ class Killed:
         return True
 
     @functools.cached_property
-    def whole(self) -> tuple[Path, float]:
-        """The folder of a run that nobody touched, and the seconds that it took."""
+    def uninterrupted(self) -> tuple[Path, float]:
+        """Returns the folder of an uninterrupted run, and the seconds that it took."""
         began = time.monotonic()
-        assert self.run(self.folder / "whole")
-        return self.folder / "whole", time.monotonic() - began
+        assert self.run(self.folder / "uninterrupted")
+        return self.folder / "uninterrupted", time.monotonic() - began
 
     def compare(self, folder: Path) -> None:
-        """Raises AssertionError where a folder has other files, losses or weights."""
-        whole, _ = self.whole
-        assert listing(folder) == listing(whole)
-        assert losses(folder / "out") == losses(whole / "out")
+        """Asserts that a folder has the files, losses and weights of the uninterrupted run."""
+        expected, _ = self.uninterrupted
+        assert listing(folder) == listing(expected)
+        assert losses(folder / "out") == losses(expected / "out")
         for part in ("out", "out/transformer"):
-            assert equal(safetensors_of(folder / part), safetensors_of(whole / part))
+            assert equal(safetensors_of(folder / part), safetensors_of(expected / part))
 
 
 def listing(folder: Path) -> set[str]:
@@ -122,11 +122,11 @@ def kinds(
 
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "number"), CHUNKS)
-def test_killed_at_random_it_ends_the_same(
+def test_a_run_that_is_killed_at_random_has_the_same_result(
     kind: str, number: int, kinds: Callable[[str], Killed], tmp_path: Path
 ) -> None:
     killed, draw = kinds(kind), random.Random(f"{kind} {number}")
-    _, seconds = killed.whole
+    _, seconds = killed.uninterrupted
     kills = runs = 0
     while kills < KILLS:
         folder = tmp_path / str(runs)
@@ -134,7 +134,7 @@ def test_killed_at_random_it_ends_the_same(
             ended = killed.run(folder, after=draw.uniform(0.05, seconds))
         else:
             ended = killed.run(folder, killed_at=(f"{folder}/|^unit ", draw.randint(1, MOMENTS)))
-        if ended:  # before the moment came: it was near its end
+        if ended:  # The run finished before the moment of the kill.
             killed.compare(folder)
             runs += 1
         else:
@@ -147,12 +147,12 @@ def test_killed_at_random_it_ends_the_same(
 @pytest.mark.long
 @pytest.mark.fault("ranks: one of two is killed while both train")
 @pytest.mark.parametrize("unit", [7, 12])
-def test_what_is_left_of_a_group_ends_by_itself(unit: int, kinds: Callable[[str], Killed], tmp_path: Path) -> None:
-    """It does not wait for ever for gradients that never come, and the same command goes on."""
+def test_the_other_rank_ends_when_one_is_killed(unit: int, kinds: Callable[[str], Killed], tmp_path: Path) -> None:
+    """It does not wait forever for gradients, and the same command continues the run."""
     killed = kinds("two processes")
-    left, dead = fork_ranks(2, killed.command(tmp_path), {1: ("^unit ", unit)})
-    assert dead.wait() == -signal.SIGKILL
-    assert left.wait(120) != 0
+    other, killed_rank = fork_ranks(2, killed.command(tmp_path), {1: ("^unit ", unit)})
+    assert killed_rank.wait() == -signal.SIGKILL
+    assert other.wait(120) != 0
     assert killed.run(tmp_path)
     killed.compare(tmp_path)
 

@@ -220,11 +220,11 @@ def strict_lines(output: Path) -> list[dict[str, Any]]:
 
 
 def test_metrics_continue_at_the_resumed_step(tmp_path: Path) -> None:
-    whole = [json.dumps({"step": step, "loss": step / 10}) for step in range(1, 7)]
+    complete = [json.dumps({"step": step, "loss": step / 10}) for step in range(1, 7)]
     torn = ['{"step": 3, "lo', "", "null", "[3]", '{"loss": 1}', '{"step": "3"}']
-    (tmp_path / METRICS_NAME).write_text("\n".join([*whole[:3], *torn, *whole[3:], '{"step": 7']))
+    (tmp_path / METRICS_NAME).write_text("\n".join([*complete[:3], *torn, *complete[3:], '{"step": 7']))
     metrics = metrics_of(tmp_path, first=4)
-    assert (tmp_path / METRICS_NAME).read_text() == "".join(f"{line}\n" for line in whole[:4])
+    assert (tmp_path / METRICS_NAME).read_text() == "".join(f"{line}\n" for line in complete[:4])
     metrics.push(5, 0.1, result(9.0))
     metrics.close()
     assert [(line["step"], line["loss"]) for line in strict_lines(tmp_path)] == [

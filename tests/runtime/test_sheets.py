@@ -165,9 +165,9 @@ def test_stacked_frames_are_below_each_other(tmp_path: Path) -> None:
 
 def test_a_panel_without_frames_keeps_its_place(tmp_path: Path) -> None:
     panels = [Panel(str(k), [plain(color)]) for k, color in enumerate(COLORS[:3])]
-    whole = sheet(tmp_path / "whole.png", [SheetRow("", panels)])
+    complete = sheet(tmp_path / "complete.png", [SheetRow("", panels)])
     some = sheet(tmp_path / "some.png", [SheetRow("", [Panel("0", [], "there is none"), *panels[1:]])])
-    assert [box(some, color) for color in COLORS[1:3]] == [box(whole, color) for color in COLORS[1:3]]
+    assert [box(some, color) for color in COLORS[1:3]] == [box(complete, color) for color in COLORS[1:3]]
     assert not (some == COLORS[0]).all(axis=2).any()
     noted = SheetRow("", [Panel("0", [], ""), *panels[1:]])
     assert (sheet(tmp_path / "noted.png", [noted]) != some).any()
@@ -190,7 +190,7 @@ def test_texts_stay_in_their_panel(tmp_path: Path, text: str) -> None:
 
 
 def test_a_label_is_broken_where_its_panel_ends(tmp_path: Path) -> None:
-    long = "a label that has room for itself on one line of the whole sheet, and no room on one of its half"
+    long = "a label that has room for itself on one line of the sheet, and no room on one of its half"
     tops = {}
     for label in (long, "two\nlines", "one"):
         pixels = sheet(tmp_path / "sheet.png", [SheetRow("", [Panel(label, [plain(COLORS[k])]) for k in range(2)])])

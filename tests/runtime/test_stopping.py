@@ -1,4 +1,4 @@
-"""stopping.py: from any moment of a script the first signal ends it in time with nothing lost."""
+"""stopping.py: at any moment of a script, the first signal ends it in time and no work is lost."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ args.parse = lambda *_: None
 args.hide_secrets = lambda _: None
 args.run_script(lambda _: body(), None, None, ())
 """
-IN_A_LIBRARY = "ready(); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes without a Python bytecode
+IN_A_LIBRARY = "ready(); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes in C code
 DEFERRED = "stopping.defer(); ready()\nend = time.monotonic() + 30\nwhile time.monotonic() < end: time.sleep(0.01)"
 
 
 def script_of(code: str) -> str:
-    """A whole script with ``code`` in its main function."""
+    """Returns the text of a script that has ``code`` in its main function."""
     return BEGIN + textwrap.indent(code, "    ") + END
 
 
 class Script:
-    """A script of a few lines that has taken over its signals, in a session of its own."""
+    """Runs a script of a few lines that handles its signals, in a new session."""
 
     def __init__(self, folder: Path, code: str, *launcher: object) -> None:
         path = folder / "script.py"
@@ -80,13 +80,13 @@ class Script:
         self.process.send_signal(number)
 
     def end(self, within: float = 10) -> tuple[int, str]:
-        """Its status and what it wrote to the standard error; it must end by itself."""
+        """Waits until the script ends by itself, and returns its status and its standard error."""
         _, said = self.process.communicate(timeout=within)
         return self.process.returncode, said
 
 
 def launched(command: list[object]) -> subprocess.Popen[str]:
-    """A process that has said that it is ready."""
+    """Starts a process, and returns it when it has printed "ready"."""
     pipe, words = subprocess.PIPE, [str(word) for word in command]
     process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=environment())
     assert process.stdout is not None
@@ -94,7 +94,7 @@ def launched(command: list[object]) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_handlers_are_those_of_the_issue_s_signals() -> None:
+def test_handled_signals() -> None:
     assert set(SIGNALS) == {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
@@ -120,7 +120,7 @@ def test_after_a_checkpoint_a_long_call_ends_as_soon_as_before_it(monkeypatch: p
 
 
 @pytest.mark.fault("signals: a signal between two bytecodes")
-def test_the_main_thread_ends_by_itself_where_it_can(tmp_path: Path) -> None:
+def test_the_main_thread_ends_by_itself_if_it_can(tmp_path: Path) -> None:
     code = "try: ready(); time.sleep(60)\nexcept Exception: print('swallowed')\nfinally: os.write(2, b'cleaned up\\n')"
     script = Script(tmp_path, code)
     script.send(TERM)
@@ -129,11 +129,11 @@ def test_the_main_thread_ends_by_itself_where_it_can(tmp_path: Path) -> None:
 
 @pytest.mark.fault("signals: a second signal")
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_ends_at_once_unless_it_is_the_first_one_again(number: int, tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once_unless_it_repeats_the_first(number: int, tmp_path: Path) -> None:
     script = Script(tmp_path, DEFERRED)
     script.send(TERM)
     time.sleep(0.3)
-    script.send(number)  # a launcher's copy
+    script.send(number)  # A launcher may send the signal too.
     time.sleep(1.0)
     assert script.process.poll() is None
     script.send(number)
@@ -141,11 +141,11 @@ def test_a_second_signal_ends_at_once_unless_it_is_the_first_one_again(number: i
 
 
 @pytest.mark.fault("signals: a signal while work is unsaved")
-def test_what_exists_in_memory_only_is_saved_first(tmp_path: Path) -> None:
+def test_unsaved_work_is_saved_first(tmp_path: Path) -> None:
     code = """
 stopping.defer(); ready()
 while not stopping.requested(): time.sleep(0.01)
-time.sleep(1.5)  # longer than the watcher waits where nothing is to be saved
+time.sleep(1.5)  # The watcher waits less than this if there is nothing to save.
 stopping.allow("and saved after step 3 of 6")
 """
     script = Script(tmp_path, code)
@@ -154,7 +154,7 @@ stopping.allow("and saved after step 3 of 6")
 
 
 @pytest.mark.fault("signals: HUP to a run that was detached with nohup")
-def test_a_detached_run_goes_on(tmp_path: Path) -> None:
+def test_a_detached_run_ignores_hup(tmp_path: Path) -> None:
     script = Script(tmp_path, "ready(); time.sleep(0.7)\nprint('finished', file=sys.stderr)", "nohup")
     script.send(HUP)
     status, said = script.end()
@@ -171,13 +171,15 @@ child.wait()
 
 @pytest.mark.fault("signals: the parent process dies")
 @pytest.mark.parametrize(("parent", "ends"), [("torchrun", True), ("accelerate", True), ("sweep.py", False)])
-def test_the_launcher_s_death_is_a_signal_and_that_of_a_shell_is_not(parent: str, ends: bool, tmp_path: Path) -> None:
+def test_the_end_of_a_launcher_stops_a_script_but_that_of_a_shell_does_not(
+    parent: str, ends: bool, tmp_path: Path
+) -> None:
     (tmp_path / parent).write_text(PARENT)
     done = tmp_path / "done"
     (tmp_path / "script.py").write_text(script_of(f"ready(); time.sleep(1.5)\nopen({str(done)!r}, 'w')"))
     process = launched([sys.executable, tmp_path / parent, tmp_path / "script.py"])
     process.kill()
-    _, said = process.communicate(timeout=10)  # which ends when the child has closed its output
+    _, said = process.communicate(timeout=10)  # This returns when the child has closed its output.
     assert done.exists() != ends
     assert (LINE in said) == ends
 
@@ -195,7 +197,7 @@ def test_which_processes_are_launchers() -> None:
 
 
 def named(words: list[str]) -> subprocess.Popen[bytes]:
-    """A process whose command line is ``python words...``."""
+    """Starts a process whose command line is ``python words...``."""
     process = subprocess.Popen(["python", "-c", "x=input()", *words], executable=sys.executable, stdin=subprocess.PIPE)
     end = time.monotonic() + 5
     while b"-c" not in Path(f"/proc/{process.pid}/cmdline").read_bytes() and time.monotonic() < end:
@@ -211,25 +213,25 @@ def test_quit_prints_all_stacks_and_ends_nothing(tmp_path: Path) -> None:
     status, said = script.end()
     assert status == 0
     assert "in find_me" in said
-    assert said.count("hread 0x") == 2  # the main thread and the watcher
+    assert said.count("hread 0x") == 2  # These are the main thread and the watcher.
 
 
 # -- scripts -----------------------------------------------------------------------------------------------------------
 
 
 def small_flags(model: Path, data: Path, folder: Path, *more: object) -> list[str]:
-    """A run of four steps that prepares, measures held-out clips, makes videos and saves at step 2 and at the end."""
+    """Returns flags of a run of four steps with preparation, held-out loss, videos and two checkpoints."""
     own = ["--tensor_cache", folder / "cache", "--max_train_steps", 4, "--checkpointing_steps", 2]
-    looks = ["--validation_data_root", data, "--validation_prompt", PROMPT, "--validation_steps", 3]
-    return lora_flags(model, data, folder / "lora", *own, *looks, *more)
+    evaluation = ["--validation_data_root", data, "--validation_prompt", PROMPT, "--validation_steps", 3]
+    return lora_flags(model, data, folder / "lora", *own, *evaluation, *more)
 
 
-def is_the_same(folder: Path, whole: Path) -> None:
-    """Two runs have the same losses and weights, and the same files."""
-    assert losses(folder) == losses(whole)
-    assert held_out(folder) == held_out(whole)
-    assert equal(weights(folder), weights(whole))
-    names = [sorted(path.name for path in (run / "validation").glob("*.mp4")) for run in (folder, whole)]
+def assert_same_run(folder: Path, uninterrupted: Path) -> None:
+    """Asserts that two runs have the same losses and weights, and the same files."""
+    assert losses(folder) == losses(uninterrupted)
+    assert held_out(folder) == held_out(uninterrupted)
+    assert equal(weights(folder), weights(uninterrupted))
+    names = [sorted(path.name for path in (run / "validation").glob("*.mp4")) for run in (folder, uninterrupted)]
     assert names[0] == names[1]
 
 
@@ -253,11 +255,12 @@ MOMENTS = {
 
 
 def stop_at_every_moment(start_at: Callable[[Moment | None], list[Forked]], output: Path, shift: int = 0) -> None:
-    """Stops a run again and again, at each of MOMENTS with the checkpoint that is due then; at last it finishes.
+    """Stops a run again and again, once at each of MOMENTS, and finally lets it finish.
 
     Args:
-        start_at: starts all ranks, of which some get a signal at a moment.
-        shift: moments get the signals that come so many places later.
+        start_at: Starts all ranks, and sends a signal to some of them at a moment.
+        output: The output folder of the run.
+        shift: How many places later in SIGNALS the signal of each moment is.
     """
     for name, (moment, nth, number, saved) in MOMENTS.items():
         sent = SIGNALS[(SIGNALS.index(number) + shift) % len(SIGNALS)]
@@ -274,12 +277,12 @@ def stop_at_every_moment(start_at: Callable[[Moment | None], list[Forked]], outp
 
 @pytest.mark.long
 @pytest.mark.fault("signals: HUP, INT, TERM and USR1 at named moments of a run", times=len(MOMENTS))
-def test_stopped_at_many_moments_a_run_ends_as_if_nothing_had_been(model: Path, clips: Path, tmp_path: Path) -> None:
-    assert train(small_flags(model, clips, tmp_path / "whole")) == 0
+def test_a_run_that_is_stopped_at_many_moments_has_the_same_result(model: Path, clips: Path, tmp_path: Path) -> None:
+    assert train(small_flags(model, clips, tmp_path / "uninterrupted")) == 0
     command = python(LORA_SCRIPT, *small_flags(model, clips, tmp_path / "stopped"))
     output = tmp_path / "stopped" / "lora"
     stop_at_every_moment(lambda moment: [Forked(command, moment)], output)
-    is_the_same(output, tmp_path / "whole" / "lora")
+    assert_same_run(output, tmp_path / "uninterrupted" / "lora")
 
 
 @pytest.mark.long
@@ -287,15 +290,15 @@ def test_stopped_at_many_moments_a_run_ends_as_if_nothing_had_been(model: Path, 
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_every_signal_at_every_moment(model: Path, clips: Path, tmp_path: Path, shift: int) -> None:
     more = ["--lora_dropout", 0.5, "--dataloader_num_workers", 1, "--plan", "lean"]
-    for rank in [Forked(python(LORA_SCRIPT, *small_flags(model, clips, tmp_path / "whole", *more)))]:
+    for rank in [Forked(python(LORA_SCRIPT, *small_flags(model, clips, tmp_path / "uninterrupted", *more)))]:
         finish(rank)
     command = python(LORA_SCRIPT, *small_flags(model, clips, tmp_path / "stopped", *more))
     output = tmp_path / "stopped" / "lora"
     stop_at_every_moment(lambda moment: [Forked(command, moment)], output, shift)
-    is_the_same(output, tmp_path / "whole" / "lora")
+    assert_same_run(output, tmp_path / "uninterrupted" / "lora")
 
 
-# found on every rank; a second video and more clips, so that each has its share
+# Every rank reaches these moments, because there are a second video and enough clips for two ranks.
 RANK_MOMENTS: list[tuple[str, int, int | None]] = [
     (r"read .*/text_encoder/config\.json", 1, None),
     ("unit caption", 1, None),
@@ -309,18 +312,18 @@ RANK_MOMENTS: list[tuple[str, int, int | None]] = [
 
 
 def saved_after(text: str) -> int:
-    """The step after which a run says that it stopped."""
+    """Returns the step after which a run printed that it stopped."""
     found = re.search(rf"stopped and saved after step (\d+) of \d+; {LINE}", text)
     assert found, text[-3000:]
     return int(found[1])
 
 
 def steps_at(step: int, moment: str, hit: tuple[int, ...]) -> tuple[int, ...]:
-    """After which steps two ranks may stop. Where one alone hears of it in a step, the other may have begun to sum."""
+    """Returns the steps after which two ranks may stop. If only one gets a signal, the other may have begun to sum."""
     return (step, step + 1) if moment == "unit micro-batch" and len(hit) == 1 else (step,)
 
 
-def has_said(rank: Forked, text: str) -> bool:
+def has_printed(rank: Forked, text: str) -> bool:
     return rank.output.exists() and text in rank.output.read_text()
 
 
@@ -337,10 +340,10 @@ def test_ranks_stop_together_at_every_moment(model: Path, clips: Path, tmp_path:
         assert not any("Traceback" in text for text in texts), moment
         if saved:
             assert saved_after(texts[0]) in steps_at(saved, moment, hit), moment
-    for name in ("stopped", "whole"):
+    for name in ("stopped", "uninterrupted"):
         for rank in ranks_of(name):
             finish(rank)
-    is_the_same(tmp_path / "stopped" / "lora", tmp_path / "whole" / "lora")
+    assert_same_run(tmp_path / "stopped" / "lora", tmp_path / "uninterrupted" / "lora")
 
 
 @pytest.mark.slow
@@ -363,11 +366,11 @@ def test_one_of_two_ranks_stops_both_before_the_same_step(model: Path, tensors: 
     step = saved_after(texts[0])
     assert step in steps_at(1, "unit micro-batch", (1,))
     assert (tmp_path / "stopped" / f"checkpoint-{step}").is_dir()
-    for name in ("stopped", "whole"):
+    for name in ("stopped", "uninterrupted"):
         for rank in ranks_of(name):
             finish(rank)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "uninterrupted")
+    assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "uninterrupted"))
 
 
 @pytest.mark.slow
@@ -379,7 +382,7 @@ def test_a_launcher_that_is_terminated_leaves_no_orphan(model: Path, tensors: Pa
     process = start([sys.executable, *launcher.split(), LORA_SCRIPT, *flags, "--max_train_steps", 5000])
     assert eventually(lambda: len(read_records(output / "metrics.jsonl")) >= 2, 120)
     process.send_signal(TERM)
-    text, _ = process.communicate(timeout=60)  # which ends when the trainer has closed its output
+    text, _ = process.communicate(timeout=60)  # This returns when the trainer has closed its output.
     assert LINE in text
     assert eventually(lambda: not alive_in_session(process.pid), 10)
     steps = len(losses(output))
@@ -394,11 +397,11 @@ def test_no_loader_process_survives(model: Path, tensors: Path, tmp_path: Path, 
     command = python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "lora", *more))
     process = Forked(command, ("unit micro-batch", 3, number))
     finish(process, status)
-    assert eventually(lambda: not alive_in_session(process.pid), 3)  # torch's own loaders look every five seconds
+    assert eventually(lambda: not alive_in_session(process.pid), 3)  # torch alone checks every 5 s.
 
 
 def alive_in_session(session: int) -> list[str]:
-    """The processes of a session that are not zombies."""
+    """Returns the entries in /proc of the processes of a session that are not zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -410,14 +413,14 @@ def alive_in_session(session: int) -> list[str]:
 
 
 def eventually(reached: Callable[[], bool], within: float) -> bool:
-    """Whether something becomes true in time."""
+    """Waits until a condition is true, and returns whether it became true in time."""
     end = time.monotonic() + within
     while not (there := reached()) and time.monotonic() < end:
         time.sleep(0.05)
     return there
 
 
-def test_a_checkpoint_is_saved_by_the_clock_too(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_saved_after_minutes_too(model: Path, tensors: Path, reference: Path, tmp_path: Path) -> None:
     more = ["--load_tensors", "--max_train_steps", 3, "--checkpointing_steps", 1000, "--checkpoints_total_limit", 2]
     assert train(lora_flags(model, tensors, tmp_path / "lora", *more, "--save_every_minutes", 0)) == 0
     assert sorted(path.name for path in tmp_path.glob("lora/checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
@@ -431,7 +434,7 @@ def test_a_checkpoint_is_saved_by_the_clock_too(model: Path, tensors: Path, refe
 
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> tuple[Consensus, Consensus]:
-    """What two ranks agree through; what happens to this process is forgotten again."""
+    """Returns the Consensus of two ranks that share a store. The state of stopping.py is restored after the test."""
     monkeypatch.setattr(stopping, "_state", stopping._State())
     store = dist.HashStore()
     return Consensus(store), Consensus(store)
@@ -441,7 +444,7 @@ def ask_to_stop(asked: bool = True) -> None:
     stopping._state.asked = asked
 
 
-def test_whoever_comes_first_decides(two: tuple[Consensus, Consensus]) -> None:
+def test_the_first_rank_decides(two: tuple[Consensus, Consensus]) -> None:
     first, second = two
     for step, (mine, other) in enumerate([(False, True), (True, False), (False, False), (True, True)]):
         assert first.commit(step, mine) is second.commit(step, other) is mine
@@ -453,14 +456,14 @@ def test_a_step_that_a_rank_has_taken_is_taken_by_all(two: tuple[Consensus, Cons
     assert first.commit(0, save=False) is second.commit(0, save=False) is False
     assert first.commit(1, save=True)
     ask_to_stop()
-    second.may_stop(1)  # too late: the first one waits for this step's gradients
+    second.may_stop(1)  # The first rank already waits for the gradients of this step.
     assert second.commit(1, save=False)
     with pytest.raises(stopping.Stopped):
         second.may_stop(2)
     ask_to_stop(False)
     with pytest.raises(stopping.Stopped):
         first.commit(2, save=False)
-    assert stopping.requested()  # as after a signal of its own
+    assert stopping.requested()  # This is the same as after a signal to this rank.
 
 
 def test_one_rank_alone_decides_for_itself(two: tuple[Consensus, Consensus]) -> None:
@@ -500,17 +503,17 @@ def test_a_rank_that_hangs_ends_all_with_their_stacks(tmp_path: Path) -> None:
     assert "in wait_in_vain" in texts[1]
 
 
-def test_a_rank_that_works_is_waited_for(tmp_path: Path) -> None:
+def test_a_rank_that_makes_progress_is_waited_for(tmp_path: Path) -> None:
     for rank in two_ranks(tmp_path, 2, "work"):
         finish(rank)
 
 
 @pytest.mark.fault("signals: a signal to one of two ranks, while the other waits in a barrier")
-def test_quit_shows_and_term_ends_both_ranks(tmp_path: Path) -> None:
+def test_quit_prints_the_stacks_of_both_ranks_and_term_ends_them(tmp_path: Path) -> None:
     ranks = two_ranks(tmp_path, 60, "hang")
-    assert eventually(lambda: all(has_said(rank, "ready") for rank in ranks), 60)
+    assert eventually(lambda: all(has_printed(rank, "ready") for rank in ranks), 60)
     ranks[0].send_signal(signal.SIGQUIT)
-    assert eventually(lambda: has_said(ranks[1], "in wait_in_vain"), 10)
+    assert eventually(lambda: has_printed(ranks[1], "in wait_in_vain"), 10)
     ranks[0].send_signal(TERM)
     texts = [finish(rank, 75) for rank in ranks]
     assert "in wait_for_everyone" in texts[0]
@@ -518,7 +521,7 @@ def test_quit_shows_and_term_ends_both_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("ranks: one of two is suspended while clips are prepared")
-def test_preparation_ends_where_a_rank_makes_no_progress(model: Path, clips: Path, tmp_path: Path) -> None:
+def test_preparation_ends_if_a_rank_makes_no_progress(model: Path, clips: Path, tmp_path: Path) -> None:
     flags = ["--model_id", model, "--data_root", clips, "--output_dir", tmp_path / "out", *SIZE, "--nccl_timeout", 2]
     ranks = fork_ranks(2, python(PREPARE_SCRIPT, *flags), {1: ("unit caption", 1, signal.SIGSTOP)})
     text = finish(ranks[0], 1)
@@ -529,14 +532,14 @@ def test_preparation_ends_where_a_rank_makes_no_progress(model: Path, clips: Pat
 
 
 @pytest.mark.parametrize("ema", [(), ("--use_ema",)])
-def test_the_time_to_save_all_weights_is_told_for_the_right_size(
+def test_the_time_to_save_all_weights_is_predicted_for_the_right_size(
     model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ema: tuple[str, ...]
 ) -> None:
     output = tmp_path / "sft"
     assert train_all(sft_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 1, *ema)) == 0
     said = capsys.readouterr().err
-    told = re.search(r"saving a checkpoint, also when stopped, writes (.*) GiB and takes (\d+) s", said)
-    assert told
+    printed = re.search(r"saving a checkpoint, also when stopped, writes (.*) GiB and takes (\d+) s", said)
+    assert printed
     written = sum(path.stat().st_size for path in (output / "checkpoint-1").rglob("*.safetensors"))
-    assert float(told[1]) * 2**30 == pytest.approx(written, rel=0.05)
+    assert float(printed[1]) * 2**30 == pytest.approx(written, rel=0.05)
     assert not list(output.glob(".*.tmp"))

@@ -1,4 +1,4 @@
-"""Machines that are not as usual: a run works, or says what it needs."""
+"""On unusual machines, a run works or reports what it needs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ODD = "a folder, with 'quotes', ünïcode & $HOME \U0001f407"
 
 
 def limited(command: list[object], limit: str) -> list[object]:
-    """A command under a limit of the shell's."""
+    """Returns a command that runs a command under a limit of the shell."""
     return ["bash", "-c", f"{limit}; exec {shlex.join(map(str, command))}"]
 
 
 @pytest.fixture(scope="module")
 def usual(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a machine as usual."""
+    """Returns the output folder of a run under usual conditions."""
     output = tmp_path_factory.mktemp("usual") / "lora"
     assert train(lora_flags(model, tensors, output, *SHORT)) == 0
     return output
@@ -45,7 +45,7 @@ def usual(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) 
         ),
     ],
 )
-def test_it_ends_as_usual(
+def test_the_result_is_the_usual_one(
     limit: str, variables: dict[str, str], model: Path, tensors: Path, usual: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / ODD
@@ -61,7 +61,7 @@ def test_it_ends_as_usual(
 def test_a_clock_that_jumps(
     model: Path, tensors: Path, usual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a day at each look: nothing that a run does is a matter of the time of day."""
+    """The clock jumps by a day at each reading. Nothing in a run depends on the time of day."""
     now: Callable[[], float] = time.time
     jumps = itertools.cycle((86_400.0, -86_400.0, 0.0))
     monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
