@@ -75,8 +75,8 @@ MUTANTS = (
     Mutant("optimizer/step.py", "skipped > 0, 0.5,", "skipped > 0, 1.0,", ("test_step.py", "-k", "scale_halves")),
     Mutant(
         "optimizer/master_weights.py",
-        "found_inf = skipped",
-        "found_inf = 0 * skipped",
+        "found_inf=skipped",
+        "found_inf=0 * skipped",
         ("test_step.py", "-k", "not_finite_changes"),
     ),
     Mutant("optimizer/ema.py", "* (1.0 - skipped)", "* 1.0", ("test_ema.py", "-k", "skipped_step")),

@@ -70,8 +70,8 @@ class Optimized:
                 caller divides and skips.
         """
         if self.fused:
-            self.optimizer.grad_scale = divisor
-            self.optimizer.found_inf = skipped
+            # The fused kernel reads these attributes of the optimizer, as torch.amp.GradScaler sets them.
+            vars(self.optimizer).update(grad_scale=divisor, found_inf=skipped)
         set_rate(self.optimizer, lr)
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient

@@ -161,6 +161,7 @@ class MasterWeights:
     @staticmethod
     def _collector(gradient: Tensor) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
+            assert parameter.grad is not None
             gradient.add_(parameter.grad)
             parameter.grad = None
 
