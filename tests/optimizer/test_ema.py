@@ -18,7 +18,7 @@ from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import HeldOut
 from cogvideox.optimizer.ema import STEPS_NAME, Ema
 from cogvideox.optimizer.engine import EMA_NAME
-from cogvideox.runtime.checkpoint import fault
+from cogvideox.runtime.checkpoint import damage_of
 
 SHAPES = {"down": (8, 5), "up": (6, 8), "bias": (7,)}
 YES, NO = torch.ones(()), torch.zeros(())
@@ -155,7 +155,7 @@ def exported(average: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_average_is_exported_and_the_training_is_the_same(averaged: Path, reference: Path) -> None:
     checkpoint = averaged / "checkpoint-6"
-    assert fault(checkpoint) is None
+    assert damage_of(checkpoint) is None
     assert equal(weights(averaged), exported(load_file(checkpoint / EMA_NAME)))
     assert equal(weights(averaged), weights(checkpoint))  # The checkpoint has the result so far.
     assert losses(averaged) == losses(reference)

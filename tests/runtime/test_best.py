@@ -17,7 +17,7 @@ from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import PLACES, HeldOut
 from cogvideox.runtime import best as best_module
 from cogvideox.runtime.best import BEST_NAME, BestCheckpoint, best_of
-from cogvideox.runtime.checkpoint import checkpoints, fault, step_of
+from cogvideox.runtime.checkpoint import checkpoints, damage_of, step_of
 from cogvideox.runtime.metrics import GRID
 from cogvideox.runtime.run import METRICS_NAME, write_metrics
 
@@ -257,7 +257,7 @@ def test_a_kill_at_any_moment_changes_nothing(
     assert train(flags) == 0
     assert (names(tmp_path), chosen(tmp_path)) == ([10], 10)
     assert equal(weights(tmp_path), weights(tmp_path / "checkpoint-10"))
-    assert fault(tmp_path / "checkpoint-10") is None
+    assert damage_of(tmp_path / "checkpoint-10") is None
 
 
 @pytest.mark.fault("data: different validation clips when a run is resumed")

@@ -20,7 +20,7 @@ from running import PROMPT, equal, lora_flags, losses, metrics, train, weights
 from cogvideox.data.cache import hash_of
 from cogvideox.errors import DiskError, NonFiniteError, UsageError
 from cogvideox.runtime import checkpoint
-from cogvideox.runtime.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoints, fault, find_start, replaced_by
+from cogvideox.runtime.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoints, damage_of, find_start, replaced_by
 
 
 def names(output: Path) -> list[str]:
@@ -82,10 +82,10 @@ def test_damage_is_found_and_the_one_before_is_resumed(
     tmp_path: Path, damage: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
-    assert fault(tmp_path / "checkpoint-4") is None
+    assert damage_of(tmp_path / "checkpoint-4") is None
     assert resumed(tmp_path) == (4, 4.0)
     why = damage(tmp_path / "checkpoint-4")
-    assert fault(tmp_path / "checkpoint-4") == why
+    assert damage_of(tmp_path / "checkpoint-4") == why
     capfd.readouterr()
     assert resumed(tmp_path) == (2, 2.0)
     shown = capfd.readouterr().err
@@ -141,11 +141,11 @@ def test_every_bit_of_the_json_files(tmp_path: Path, older: bool, stride: int) -
             damaged = bytearray(content)
             damaged[bit // 8] ^= 1 << bit % 8
             (newest / name).write_bytes(damaged)
-            assert fault(newest) or json.loads(damaged) == json.loads(content), damaged
+            assert damage_of(newest) or json.loads(damaged) == json.loads(content), damaged
             flips += 1
         (newest / name).write_bytes(content)
     assert flips > 3000 // stride
-    assert fault(newest) is None
+    assert damage_of(newest) is None
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -185,9 +185,9 @@ def test_every_value_of_the_json_files_in_every_type(tmp_path: Path, older: bool
         value = json.loads(text)
         for path, other in itertools.product(places(value), STRANGE):
             (folder / name).write_text(json.dumps(replaced(value, path, other)))
-            assert fault(folder), (name, path, other)
+            assert damage_of(folder), (name, path, other)
         (folder / name).write_text(text)
-    assert fault(folder) is None
+    assert damage_of(folder) is None
 
 
 NAMES = ["../x", "/etc/hostname", "a/../../x", "..", ".", "", "\0", "x" * 5000, "\ud800", "C:\\x"]
@@ -205,7 +205,7 @@ def test_a_file_name_outside_the_folder_is_damage(tmp_path: Path, name: str) -> 
         return manifest | {"files": files, "sha256": hash_of(files)}
 
     rewrite(folder, add)
-    assert fault(folder)
+    assert damage_of(folder)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100000, b"\xff\xfe", b'{"a": ' * 30000, b"1" * 9999], ids=range(4))
@@ -214,7 +214,7 @@ def test_a_file_name_outside_the_folder_is_damage(tmp_path: Path, name: str) -> 
 def test_strange_json_is_damage(tmp_path: Path, name: str, content: bytes) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
     (tmp_path / "checkpoint-4" / name).write_bytes(content)
-    assert fault(tmp_path / "checkpoint-4")
+    assert damage_of(tmp_path / "checkpoint-4")
     assert resumed(tmp_path) == (2, 2.0)
 
 
@@ -236,7 +236,7 @@ def test_a_damaged_checkpoint_is_kept_if_its_step_is_saved_again(tmp_path: Path)
     before = listing(tmp_path / "checkpoint-4")
     save_steps(run_alone(tmp_path), 4)
     assert listing(tmp_path / "damaged-checkpoint-4") == before
-    assert fault(tmp_path / "checkpoint-4") is None
+    assert damage_of(tmp_path / "checkpoint-4") is None
 
 
 @pytest.mark.fault("checkpoints: a file cannot be read")
@@ -343,11 +343,11 @@ def test_nothing_is_deleted_before_the_new_one_is_sealed(tmp_path: Path, monkeyp
     assert resumed(tmp_path) == (8, 8.0)
 
 
-@pytest.mark.parametrize("function", ["fsync", "write_atomically", "fault"])
+@pytest.mark.parametrize("function", ["fsync", "write_atomically", "damage_of"])
 @pytest.mark.fault("disk: a write, an fsync or a rename fails while a checkpoint is saved")
 def test_a_failing_disk_keeps_old_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
-    broken = (lambda folder: "torn") if function == "fault" else fails
+    broken = (lambda folder: "torn") if function == "damage_of" else fails
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, function, broken)
         with pytest.raises((OSError, DiskError), match=r"no space|torn; is the disk full, or"):
@@ -434,7 +434,7 @@ def test_a_checkpoint_holds_only_safetensors_and_json(reference: Path) -> None:
         PROGRESS_NAME,
         MANIFEST_NAME,
     }
-    assert all(fault(folder) is None for folder in checkpoints(reference))
+    assert all(damage_of(folder) is None for folder in checkpoints(reference))
     manifest = json.loads((reference / "checkpoint-6" / MANIFEST_NAME).read_text())
     assert manifest["files"].keys() == {path.name for path in files} - {MANIFEST_NAME}
 
@@ -467,7 +467,7 @@ def test_a_damaged_checkpoint_ends_in_the_same_lora(
         "checkpoint-6: optimizer.safetensors is not what was written; trying the one before" in capfd.readouterr().err
     )
     assert names(again) == ["checkpoint-6"]
-    assert fault(again / "checkpoint-6") is None
+    assert damage_of(again / "checkpoint-6") is None
     assert equal(weights(again), weights(reference))
 
 

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 from cogvideox.data.cache import TensorCache, open_index
 from cogvideox.errors import DiskError
-from cogvideox.runtime.checkpoint import checkpoints, fault
+from cogvideox.runtime.checkpoint import checkpoints, damage_of
 
 
 @pytest.mark.fault("disk: no POSIX locks, and folders that cannot be fsynced", times=2)
@@ -90,7 +90,7 @@ def check_line(said: str, folder: Path, number: int, safe: str) -> None:
 
 def check_complete(folder: Path) -> None:
     """Asserts that every file with a final name is complete, and that no temporary file remains."""
-    assert all(fault(path) is None for path in checkpoints(folder))
+    assert all(damage_of(path) is None for path in checkpoints(folder))
     for path in folder.rglob("*.safetensors"):
         load_file(path)
     for path in folder.rglob("*.json"):

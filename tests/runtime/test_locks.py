@@ -20,7 +20,7 @@ from fakes import options_of, run_alone
 from cogvideox import files, locks
 from cogvideox.data.cache import Ledger, sole_writer
 from cogvideox.locks import STALE, held, take
-from cogvideox.runtime.run import RUN_CONFIG_NAME, take_folder
+from cogvideox.runtime.run import RUN_CONFIG_NAME, lock_output_folder
 
 WITHOUT = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 HOLD = """
@@ -101,7 +101,7 @@ def test_a_run_works_without_posix_locks_and_reports_it(
     without_locks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_alone(tmp_path)
-    assert take_folder(run, options_of(tmp_path)) is None
+    assert lock_output_folder(run, options_of(tmp_path)) is None
     assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.owner", RUN_CONFIG_NAME}
     shown = capsys.readouterr().err
     assert shown.count("its file system has no locks") == 1

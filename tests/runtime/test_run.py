@@ -23,13 +23,13 @@ from cogvideox.errors import UsageError
 from cogvideox.optimizer.step import StepResult
 from cogvideox.runtime import run as run_module
 from cogvideox.runtime.ranks import Ranks
-from cogvideox.runtime.run import LOCK_NAME, METRICS_NAME, RUN_CONFIG_NAME, Metrics, take_folder
+from cogvideox.runtime.run import LOCK_NAME, METRICS_NAME, RUN_CONFIG_NAME, Metrics, lock_output_folder
 
 
 def take(output: Path, *flags: object) -> str | None:
     """Returns the problem of a run in this folder, if any, and releases the lock of the folder."""
     run = run_alone(output)
-    problem = take_folder(run, options_of(output, *flags))
+    problem = lock_output_folder(run, options_of(output, *flags))
     if run._lock:
         run._lock.release()
     return problem
@@ -82,7 +82,7 @@ def test_a_folder_has_one_run_even_if_a_worker_outlives_it(tmp_path: Path) -> No
 
     def hold(pipe: int) -> None:
         run = run_alone(tmp_path)
-        problem = take_folder(run, options_of(tmp_path))
+        problem = lock_output_folder(run, options_of(tmp_path))
         worker = os.fork()  # The worker inherits the open lock file.
         if worker:
             os.write(pipe, f"{worker} {problem}".encode())

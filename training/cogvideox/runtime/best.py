@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
-from cogvideox.runtime.checkpoint import CHECKPOINT_PREFIX, Saver, checkpoints, fault, step_of
+from cogvideox.runtime.checkpoint import CHECKPOINT_PREFIX, Saver, checkpoints, damage_of, step_of
 from cogvideox.runtime.metrics import column, of_grid, read_records
 from cogvideox.runtime.run import METRICS_NAME
 
@@ -105,9 +105,8 @@ class BestCheckpoint:
         found, problem = None, None
         if self.run.is_main:
             found = self.saver.kept
-            problem = (
-                "no checkpoint has a held-out loss of the current clips" if found is None else fault(self.path(found))
-            )
+            none_measured = "no checkpoint has a held-out loss of the current clips"
+            problem = none_measured if found is None else damage_of(self.path(found))
         found, problem = self.run.from_main((found, problem))
         if problem:
             rule = "leave the flag out to export the last step"

@@ -62,7 +62,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return {"format": MANIFEST_FORMAT, "sha256": hash_of(files), "files": files}
 
 
-def fault(folder: Path) -> str | None:
+def damage_of(folder: Path) -> str | None:
     """Returns why a checkpoint cannot be used, or None if it is complete.
 
     No content of its files makes this raise an exception.
@@ -265,7 +265,7 @@ class Saver:
         before = None if self.good_until is None else newest_until(found, self.good_until)
         kept = {self.kept, None if before is None else step_of(before)}
         for old in replaced_by(step, found, self.limit, kept):
-            if step_of(old) > step and fault(old):
+            if step_of(old) > step and damage_of(old):
                 keep_damaged(old)
             else:
                 remove(old)
@@ -310,13 +310,13 @@ def seal(temporary: Path, target: Path) -> None:
     write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest_of(temporary), indent=1).encode())
     for path in (*temporary.rglob("*"), temporary):
         fsync(path)
-    problem = fault(temporary)
+    problem = damage_of(temporary)
     if problem:
         fix = "is the disk full, or does it fail? find out and run the same command again"
         raise DiskError(f"{temporary}: was written, but {problem}", fix)
-    if target.exists() and fault(target):
+    if target.exists() and damage_of(target):
         keep_damaged(target)
-    old = aside(target)
+    old = move_aside(target)
     os.rename(temporary, target)
     fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -324,7 +324,7 @@ def seal(temporary: Path, target: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Deletes a checkpoint. It is renamed first, so that a kill in between leaves nothing that looks like one."""
-    shutil.rmtree(aside(folder), ignore_errors=True)
+    shutil.rmtree(move_aside(folder), ignore_errors=True)
 
 
 def keep_damaged(path: Path) -> Path:
@@ -347,7 +347,7 @@ def keep_all_damaged(output_dir: Path) -> None:
         keep_damaged(folder)
 
 
-def aside(folder: Path) -> Path:
+def move_aside(folder: Path) -> Path:
     """Renames a checkpoint folder, if it exists, to a temporary name that the next start of the run deletes.
 
     Returns:
@@ -417,14 +417,14 @@ def find_checkpoint(run: Run, wanted: str | None) -> Path | None:
     if wanted not in (None, "latest"):
         folder = Path(str(wanted))
         folder = folder if folder.is_dir() else run.output_dir / folder
-        problem = fault(folder) if folder.is_dir() else "the folder does not exist"
+        problem = damage_of(folder) if folder.is_dir() else "the folder does not exist"
         if problem:
             there = ", ".join(path.name for path in checkpoints(run.output_dir)) or "none"
             raise UsageError(f"--resume_from_checkpoint {wanted}: {problem}; in {run.output_dir}: {there}")
         return folder
     found = checkpoints(run.output_dir)
     for folder in found:
-        problem = fault(folder)
+        problem = damage_of(folder)
         if problem is None:
             return folder
         run.say(f"{folder}: {problem}; trying the one before")

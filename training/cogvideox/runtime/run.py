@@ -128,7 +128,7 @@ def start_run(options: TrainOptions) -> Run:
     run = Run(accelerator, ranks, output_dir, precision_of(options.train.mixed_precision), compiled)
     torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
     torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch enables it by default
-    problem = (take_folder(run, options) or take_repository(run, options)) if run.is_main else None
+    problem = (lock_output_folder(run, options) or open_run_repository(run, options)) if run.is_main else None
     problem = run.from_main(problem)
     if problem:
         accelerator.end_training()
@@ -223,7 +223,7 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
     return accelerator
 
 
-def take_folder(run: Run, options: TrainOptions) -> str | None:
+def lock_output_folder(run: Run, options: TrainOptions) -> str | None:
     """Creates and locks the output folder and writes config.json; returns the problem if that fails."""
     folder, train = run.output_dir, options.train
     try:
@@ -249,7 +249,7 @@ def take_folder(run: Run, options: TrainOptions) -> str | None:
     return None
 
 
-def take_repository(run: Run, options: TrainOptions) -> str | None:
+def open_run_repository(run: Run, options: TrainOptions) -> str | None:
     """Creates or finds the repository on the hub if the flags ask for one; returns the problem if that fails."""
     try:
         run.repository = open_repository(options, run.say)
