@@ -1,4 +1,4 @@
-"""Everything from the gradients to the new weights: fp32 master weights, the optimizer step, averages, engines.
+"""Turns gradients into new weights: fp32 master weights, the optimizer step, averages of weights, and engines.
 
 Which optimizer a run uses, and with which arguments, is decided by the flags in config/optimizers.py. This folder steps
 whatever optimizer that file makes.

@@ -1,11 +1,11 @@
-"""What belongs to one training run: its processes, output folder, checkpoints and metrics.
+"""Manages one training run: its processes, output folder, checkpoints and metrics.
 
 run.py         starts a run: processes, device, output folder and its lock, trackers; writes metrics.jsonl
-ranks.py       the processes of a run: barriers, and agreeing on the last optimizer step
+ranks.py       connects the processes of a run: barriers, and agreement on the last optimizer step
 checkpoint.py  writes, verifies and finds checkpoints, and compares a checkpoint's settings with the run's
 best.py        keeps the checkpoint with the lowest held-out loss
 skipped.py     reports and counts optimizer steps that changed no weight, and ends the run if there are too many
 metrics.py     reads metrics.jsonl
 curves.py      draws loss and learning rate from metrics.jsonl
-sheets.py      contact sheets: labels and frames in one PNG
+sheets.py      draws contact sheets: labels and frames in one PNG
 """

@@ -38,7 +38,7 @@ from cogvideox.runtime.run import METRICS_NAME, Run
 
 CHECKPOINT_PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
 MANIFEST_FORMAT = 2
-DAMAGED = "damaged-"  # before the names of checkpoints that could not be used
+DAMAGED = "damaged-"  # prefix of the new names of checkpoints that could not be used
 SAMPLES_NAME = "samples.json"
 DATA = "data"  # the entry of a recipe that names the samples
 NAMES_SHOWN = 5
@@ -52,7 +52,7 @@ def file_hash(path: Path) -> str:
 
 
 class Damage(ValueError):
-    """A checkpoint cannot be used; the message says why."""
+    """Reports why a checkpoint cannot be used."""
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def listed_files(manifest: Any) -> dict[str, Any]:
     """Returns the entries of a manifest by file name. Raises Damage if the manifest cannot be trusted."""
     if not isinstance(manifest, dict):
         raise Damage(f"{MANIFEST_NAME} is not a list of files")
-    files: Any = manifest  # as earlier versions wrote it
+    files: Any = manifest  # Earlier versions wrote only this dictionary.
     if "files" in manifest or "format" in manifest:
         if manifest.get("format") != MANIFEST_FORMAT:
             raise Damage(f"{MANIFEST_NAME} was written by another version (format {manifest.get('format')!r})")
@@ -142,7 +142,7 @@ def expected_bytes(options: TrainOptions, parameters: Iterable[Parameter], devic
 
 
 def seconds_to_write(folder: Path, num_bytes: int) -> float:
-    """Estimates the seconds to write that many bytes of a checkpoint.
+    """Estimates the seconds to write a checkpoint of ``num_bytes`` bytes.
 
     The estimate extrapolates from a file of at most PROBE_LIMIT, which is written and read like those of a checkpoint.
     """
@@ -293,7 +293,7 @@ def newest_until(found: list[Path], step: int) -> Path | None:
 
 
 def resume_hint(output_dir: Path, step: int) -> str:
-    """Returns, for a message, how to resume from the last checkpoint before training became NaN after ``step``."""
+    """Returns, for a message, how to resume from the last checkpoint up to ``step``, the last step before NaN."""
     good = newest_until(checkpoints(output_dir), step)
     if good is None:
         return "no checkpoint was saved before; start again with a lower --learning_rate"
@@ -323,7 +323,7 @@ def seal(temporary: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint. It is renamed first, so that a kill in between leaves nothing that looks like one."""
+    """Deletes a checkpoint. It is renamed first, so that a kill in between leaves nothing that looks complete."""
     shutil.rmtree(move_aside(folder), ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The processes (ranks) of a run: this rank and its device, barriers, and how all ranks end at the same step.
+"""Connects the processes (ranks) of a run, and lets all of them end at the same optimizer step.
 
 ``Ranks`` has the barriers and checks between processes, ``Consensus`` decides for each optimizer step whether all ranks
 take it. Both rely on the store through which torch.distributed connects the processes, and on stopping.py for signals.
@@ -53,7 +53,7 @@ def check_world(number: int) -> None:
 
 
 class Ranks:
-    """This process and its connections to the other processes of the run.
+    """Represents this process and its connections to the other processes of the run.
 
     Barriers wait for work whose length differs between ranks (encoding, sampling, exporting). They use a separate gloo
     group, because the timeout of the collectives in a training step would end them.
@@ -192,7 +192,7 @@ class Consensus:
 
         Args:
             step: The number of steps before this one.
-            save: Whether this rank wants a checkpoint; if another rank decides first, its wish counts.
+            save: Whether this rank wants a checkpoint; if another rank decides first, its choice is used.
 
         Raises:
             Stopped: A rank was asked to stop before any rank took this step.

@@ -101,7 +101,7 @@ class Run:
 
 
 def memory_peaks() -> tuple[float, float] | None:
-    """Returns the peak GiB that tensors used and that torch reserved; None without a GPU."""
+    """Returns the peaks of the memory that tensors used and that torch reserved, in GiB; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
@@ -170,7 +170,7 @@ def tracker_problem(run: Run, options: TrainOptions) -> str | None:
 
 
 def use_growing_segments() -> None:
-    """Lets the allocator grow what it reserved, so that buckets of several sizes leave no unused gaps on the GPU."""
+    """Lets torch's allocator extend its segments, so that buckets of several sizes leave no unused gaps on the GPU."""
     if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
@@ -427,7 +427,7 @@ class Metrics:
         self.mark = TimeMark(self.run.device)
 
     def close(self) -> None:
-        """Writes the last step and ends the bar."""
+        """Writes the last step and closes the progress bar."""
         self.flush()
         self.bar.close()
 
