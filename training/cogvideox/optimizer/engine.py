@@ -164,7 +164,7 @@ class DeepSpeedEngine:
         train = options.train
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
-            raise UsageError("deepspeed zero_stage 3: no rank has the whole model for validation and export; use 2")
+            raise UsageError("deepspeed zero_stage 3: no rank has the complete model for validation and export; use 2")
         self.accumulation = train.gradient_accumulation_steps
         plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=train.train_batch_size,

@@ -84,7 +84,7 @@ class BestCheckpoint:
         best = best_of(self.folder, step, self.grid) if self.wanted else None
         self.saver.kept = best["step"] if best else None
         if best is None:
-            path.unlink(missing_ok=True)  # It may be left from a run that was started anew or had --keep_best.
+            path.unlink(missing_ok=True)  # It may be left from an earlier run in the folder, or a run with --keep_best.
         else:
             self._write(path, best)
         self.saver.trim(step)  # This is needed at the start too, because a kill may have come before it.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-GRID = "held_out_grid"  # fingerprint of what the held-out loss is measured on; older versions did not write it
+GRID = "held_out_grid"  # fingerprint of the clips and noises of the held-out loss; older versions did not write it
 BY_TIMESTEP = "held_out_by_timestep"  # mean losses in equal parts of the noise schedule, least noise first
 
 MetricRecords = list[dict[str, Any]]  # lines of metrics.jsonl
