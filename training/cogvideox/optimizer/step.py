@@ -218,14 +218,14 @@ class MasterWeights:
                 self.flat.div_(divisor)
             self.resident.update(list(self.gradients.values()), lr, divisor, skipped)
         if self.transfers:
-            self._pass(self.transfers, lr, divisor, skipped)
+            self._start_transfers(self.transfers, lr, divisor, skipped)
 
-    def _pass(self, transfers: TransferPipeline, lr: float, divisor: Tensor, skipped: Tensor) -> None:
+    def _start_transfers(self, transfers: TransferPipeline, lr: float, divisor: Tensor, skipped: Tensor) -> None:
         """Starts the updates that pass through the device, in the order in which the next forward pass needs them.
 
-        Only what is on the device must be updated before the compute stream continues. A block that is stored on the
-        host is updated when its weights are fetched for the next forward pass, so its transfers overlap with the
-        blocks before it. Fetching it without this wait would return the weights of the step before.
+        The compute stream waits only for the parameters that are on the device. A block that is stored on the host is
+        updated when the next forward pass is about to fetch its weights, so that its transfers overlap with the blocks
+        before it. ``mark_updated`` makes that fetch wait, because it would return the old weights otherwise.
         """
         if self.host_trained:
             self.host_trained.gradients.finish_copies()
