@@ -4,7 +4,7 @@ The idea: a GPU can copy in both directions while it computes. A tensor that is 
 in host memory, if its copy to the device starts early enough. Copies are issued on side streams. A CUDA stream runs its
 work in order, but two streams know nothing of each other; so wherever one stream touches memory that another stream
 reads or writes, it first waits for an event of that stream. These waits are made on the device. The host only issues
-work and runs ahead; it waits for the device only before it frees, resizes or reads a buffer itself.
+work and runs ahead of the device. It waits for the device only before it frees, resizes or reads a buffer itself.
 
 Ring: the weights of host-resident blocks. ``fetch`` copies block i + 1 into a slot while block i is computed:
 
@@ -12,14 +12,15 @@ Ring: the weights of host-resident blocks. ``fetch`` copies block i + 1 into a s
     side       | copy i + 1 -> slot 1 | copy i + 2 -> slot 2     | copy i + 3 -> slot 0     |
                compute waits for the copy before it reads a slot; the copy waits for compute before it overwrites one.
 
-HostStore: the activations that forward saves for backward. They leave on ``out``, and return on ``back`` a block ahead.
-HostGradients and HostTrainedBlocks: the gradients and weights of blocks that are trained while they live on the host.
+HostStore: the activations that forward saves for backward. They leave the device on the stream ``out``, and return on
+the stream ``back``, one block before backward needs them. HostGradients and HostTrainedBlocks: the gradients and
+weights of blocks that are trained while their weights are in host memory.
 
 TransferPipeline: host memory that the device modifies, such as optimizer state, in three stages and three slots:
 
-    into       | copy 0 in | copy 1 in | copy 2 in  | copy 3 in  | ...     waits until its slot is free (out, 3 earlier)
-    work                   | update 0  | update 1   | update 2   | ...     waits for into
-    out                                | copy 0 out | copy 1 out | ...     waits for work; its event frees the slot
+    into       | copy 0 in | copy 1 in | copy 2 in  | copy 3 in  | ...     waits for the copy out, 3 transfers earlier
+    work                   | update 0  | update 1   | update 2   | ...     waits for the copy in
+    out                                | copy 0 out | copy 1 out | ...     waits for the update; then the slot is free
 
 Without a GPU the same code runs every copy at once, in program order, and there are no events (None).
 """
@@ -37,11 +38,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-ALIGNMENT = 256  # elements, so at least as many bytes; kernels read 16 bytes at once; host and device share one layout
+# In elements, so at least as many bytes. Kernels read 16 bytes at once, and host and device share one layout.
+ALIGNMENT = 256
 WEIGHT_SLOTS = 3  # one in use, one arriving, and the one used last, which backward needs first after forward
 ADVICE = ("MADV_DONTFORK", "MADV_HUGEPAGE")  # huge pages: fewer pages to create and to register
 IN_FLIGHT = 2  # blocks whose saved tensors may be on their way to the host at a time
-TRANSFER_SLOTS = 3  # of a TransferPipeline: one is filled, one is worked on, one is emptied
+TRANSFER_SLOTS = 3  # of a TransferPipeline: one slot is filled, one is worked on, and one is emptied
 
 
 # -- flat buffers ------------------------------------------------------------------------------------------------------
@@ -55,13 +57,13 @@ def pinned(num_bytes: int) -> Tensor:
     copies pinned pages immediately.
 
     Args:
-        num_bytes: the size of the buffer.
+        num_bytes: Size of the buffer.
 
     Returns:
         A uint8 tensor of shape (num_bytes,). Its memory is unregistered and freed with its last view.
 
     Raises:
-        MemoryError: the system does not allow that much memory to be pinned.
+        MemoryError: The system does not allow that much memory to be pinned.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, max(1, num_bytes), flags=flags)  # a page belongs to one buffer only
@@ -98,12 +100,12 @@ class Layout:
             self.num_bytes += aligned(tensor.numel()) * tensor.element_size()
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """Returns the tensors as views of a buffer."""
+        """Returns the tensors as views of a byte buffer of at least ``num_bytes`` bytes."""
         memory = buffer.view(torch.uint8)
         return [memory[start : start + size].view(dtype).view(shape) for start, size, shape, dtype in self.entries]
 
     def flat(self, buffer: Tensor) -> Tensor:
-        """Returns a buffer as one vector, including the unused padding; requires that all tensors have one type."""
+        """Returns a buffer as one vector with its padding, (numbers,); requires that all tensors have one type."""
         return buffer[: self.num_bytes].view(self._dtype)
 
     @property
@@ -185,12 +187,12 @@ def host_waits_for(event: Any) -> None:
 
 
 class Ring:
-    """Streams the weights of host-resident blocks into a few device slots; the least recently used one is replaced.
+    """Streams the weights of host-resident blocks into a few device slots, replacing the least recently used block.
 
     Args:
-        hosts: the flat host buffer of each block by block number, all of the same size.
-        device: where the slots are allocated.
-        slots: the number of slots; 2 are enough if blocks are always used in the same direction.
+        hosts: Each block's flat host buffer by block number; all have the same size.
+        device: The device on which the slots are allocated.
+        slots: The number of slots. Two are enough if blocks are always used in the same direction.
     """
 
     def __init__(self, hosts: dict[int, Tensor], device: torch.device, slots: int = WEIGHT_SLOTS) -> None:
@@ -212,7 +214,7 @@ class Ring:
         return self.slot_of[block]
 
     def fetch(self, block: int) -> None:
-        """Starts copying a block to the device unless it is there already; replaces the least recently used block."""
+        """Starts copying a block to the device unless it is there; replaces the least recently used block."""
         if block in self.slot_of:
             return
         if len(self.slot_of) < len(self.slots):
@@ -221,9 +223,9 @@ class Ring:
             last, slot = self.slot_of.popitem(last=False)
             del self.arrived[last]
         written = self.update_events[block]() if block in self.update_events else None
-        # The copy waits for two things. All compute issued so far, because an earlier block may still read this slot
-        # and would see its weights change. And the optimizer's update of this block on the host, or the copy takes
-        # weights that are out of date or half written.
+        # The copy waits for two things. It waits for all compute issued so far, because an earlier block may still read
+        # this slot and would see its weights change. And it waits for the optimizer's update of this block on the host,
+        # because it would otherwise copy weights that are out of date or only partly written.
         with self.side.after(compute_event(self.side.device), written):
             self.copy(self.slots[slot], self.hosts[block])
         self.arrived[block] = self.side.record_event()
@@ -239,12 +241,17 @@ class Ring:
         self.arrived.clear()
 
     def next_block(self, block: int, step: int) -> int | None:
-        """Returns the next host-resident block after a block in a direction, 1 or -1; None if there is none."""
+        """Returns the host-resident block that follows a block, or None if there is none.
+
+        Args:
+            block: Any block's number.
+            step: 1 for ascending numbers, -1 for descending ones.
+        """
         ahead = [other for other in self.hosts if (other - block) * step > 0]
         return min(ahead, key=lambda other: abs(other - block), default=None)
 
 
-# -- what forward keeps ------------------------------------------------------------------------------------------------
+# -- saved activations -------------------------------------------------------------------------------------------------
 
 
 class HostStore:
@@ -262,11 +269,11 @@ class HostStore:
         """Starts copying a block's tensors to the host. They stay on the device until IN_FLIGHT more blocks were put.
 
         Args:
-            block: the block's number.
-            kept: the tensors by name, which the caller must not modify afterwards.
+            block: The block's number.
+            kept: The tensors by name. The caller must not modify them afterwards.
 
         Raises:
-            RuntimeError: the block's earlier tensors were not taken: two forward passes ran before a backward pass.
+            RuntimeError: The block's earlier tensors were not taken: two forward passes ran before a backward pass.
         """
         if block in self.layouts:
             raise RuntimeError(f"block {block}: tensors saved by an earlier forward pass were not used yet")
@@ -274,7 +281,8 @@ class HostStore:
         self.layouts[block] = tuple(kept), layout
         self._make_room(block, layout.num_bytes)
         # The copy must follow the kernels that compute these tensors, or it stores what was in their memory before.
-        # This also orders it after the last reader of the host buffer: ``take`` made compute wait for the copy back.
+        # This also orders it after the last reader of the host buffer, because ``take`` made compute wait for the copy
+        # back to the device.
         with self.out.after_compute():
             for host, tensor in zip(layout.views(self.buffers[block]), kept.values(), strict=True):
                 host.copy_(tensor, non_blocking=True)
@@ -282,8 +290,8 @@ class HostStore:
         if len(self.leaving) > IN_FLIGHT:
             _, (_, event) = self.leaving.popitem(last=False)
             # Dropping the tensors lets the allocator reuse their memory for whatever is computed next. Compute must
-            # wait for the copy first, or the new values reach the host instead. The copy started IN_FLIGHT blocks ago
-            # and has normally ended, so this seldom costs time.
+            # wait for the copy first, or the copy would store the new values. The copy started IN_FLIGHT blocks ago and
+            # has normally ended, so this wait seldom costs time.
             compute_waits_for(event)
 
     def _make_room(self, block: int, num_bytes: int) -> None:
@@ -291,8 +299,9 @@ class HostStore:
         if block in self.buffers and self.buffers[block].numel() >= num_bytes:
             return
         if block in self.buffers:
-            # A larger bucket needs a larger buffer. The host itself must wait before it frees the old one: copies of
-            # the last step and the optimizer's pass over gradients, which compute waits for, may still use it.
+            # A larger bucket needs a larger buffer. Freeing the old one takes effect at once, so the host itself must
+            # wait for all that may still use it: copies of the last step on both streams, and the optimizer's
+            # pass over the gradients, which the compute stream waits for.
             self.out.synchronize()
             self.back.synchronize()
             host_waits_for(compute_event(self.device))
@@ -307,8 +316,8 @@ class HostStore:
         hosts = layout.views(self.buffers[block])
         kept = {n: torch.empty_like(h, device=self.device) for n, h in zip(names, hosts, strict=True)}
         # The allocator may have handed out memory that earlier kernels still read or write; the copy must follow them,
-        # or it corrupts their values. Waiting for compute also covers the copy out of this buffer: the tensors left
-        # ``leaving``, and there compute waited for that copy.
+        # or it corrupts their values. Waiting for compute also covers the earlier copy into this host buffer: when the
+        # tensors were removed from ``leaving``, compute waited for that copy.
         with self.back.after_compute():
             for tensor, host in zip(kept.values(), hosts, strict=True):
                 tensor.copy_(host, non_blocking=True)
@@ -322,33 +331,41 @@ class HostStore:
     def clear(self) -> None:
         """Drops everything that was put and not taken. The host buffers stay allocated."""
         for _, event in (*self.leaving.values(), *self.arriving.values()):
-            compute_waits_for(event)  # as in put: their device memory is about to be reused while copies still use it
-        for held in (self.layouts, self.leaving, self.arriving):
-            held.clear()
+            # As in ``put``: the device memory is about to be reused, and copies may still read or write it.
+            compute_waits_for(event)
+        for entries in (self.layouts, self.leaving, self.arriving):
+            entries.clear()
 
     def take(self, block: int) -> dict[str, Tensor]:
         """Removes and returns a block's tensors, by name; the compute stream may read them from now on."""
         self.fetch(block)
         del self.layouts[block]
         kept, event = self.leaving.pop(block) if block in self.leaving else self.arriving.pop(block)
-        # Tensors that came back must have arrived before compute reads them. Tensors that are still leaving are right
-        # already, but once the caller drops them their memory is reused, so compute waits for that copy as well.
+        # Tensors that are copied back must have arrived before compute reads them. Tensors that are still leaving have
+        # their values, but once the caller drops them their memory is reused, so compute waits for that copy as well.
         compute_waits_for(event)
         return kept
 
 
-# -- what is trained ---------------------------------------------------------------------------------------------------
+# -- trained blocks ----------------------------------------------------------------------------------------------------
 
 
 class HostGradients:
-    """Holds the gradients of blocks on the host, summed over the backward passes of a step, and their norms."""
+    """Stores block gradients on the host, summed over the backward passes of a step, and the norms of the sums."""
 
     def __init__(self, device: torch.device) -> None:
         self.store = HostStore(device)
         self.norms: dict[int, list[Tensor]] = {}
 
     def add(self, block: int, gradients: list[Tensor]) -> None:
-        """Adds the gradients of one backward pass. One pass keeps their type; the sum of several passes is in fp32."""
+        """Adds the gradients of one backward pass.
+
+        The gradients of a single pass keep their type; the sum of several passes is in fp32.
+
+        Args:
+            block: The block's number.
+            gradients: The gradients on the device, in the order of the block's parameters.
+        """
         if block in self.norms:
             earlier = self.store.take(block).values()
             gradients = [one.float() + other for one, other in zip(earlier, gradients, strict=True)]
@@ -359,8 +376,8 @@ class HostGradients:
 
     def finish_copies(self) -> None:
         """Orders later compute after all copies of gradients to the host, and frees their device memory."""
-        # The optimizer reads the host buffers after compute: without this wait it would read incomplete sums, and the
-        # device memory that ``leaving`` held would be reused while the copies still read it.
+        # The optimizer's pass starts after compute and reads the host buffers. Without this wait it would read
+        # incomplete sums, and the device memory that ``leaving`` refers to would be reused while copies still read it.
         compute_waits_for(self.store.out.record_event())
         self.store.leaving.clear()
 
@@ -382,13 +399,15 @@ def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 class HostTrainedBlocks:
-    """The blocks that are trained while their weights live on the host, with their gradients.
+    """Groups the blocks that are trained while their weights are in host memory, with their gradients.
 
     Args:
-        parameters: each block's parameters by block number, in the layout's order; views of its buffer in the ring.
-        ring: streams the weights to the device.
-        layout: where each parameter is stored in a block's buffer.
-        device_state_blocks: the blocks whose master weights and moments are nevertheless on the device.
+        parameters: Each block's parameters by block number, in the layout's order; they are views of the block's host
+            buffer in the ring.
+        ring: The ring that streams the weights to the device.
+        layout: The position of each parameter in a block's buffer.
+        device_state_blocks: The blocks whose master weights and moments are on the device although their weights are
+            not.
     """
 
     def __init__(
@@ -403,29 +422,30 @@ class HostTrainedBlocks:
         return self.layout.flat(self.ring.hosts[block])
 
     def mark_updated(self, block: int, event: Callable[[], Any]) -> None:
-        """Marks a block's weights as modified once an event happens.
+        """Makes the next copy of a block to the device wait for an update of its weights on the host.
 
         Args:
-            block: the block's number.
-            event: returns that event. It is called by the next copy of the block, so that the block's update need not
-                be issued before the next forward pass needs the block.
+            block: The block's number.
+            event: A function that issues the update if necessary, and returns the event after which it is complete. It
+                is called just before the copy is issued, so the update need not be issued before the next forward pass
+                needs the block.
         """
         self.ring.update_events[block] = event
 
 
-# -- what the device changes -------------------------------------------------------------------------------------------
+# -- host memory that the device modifies ------------------------------------------------------------------------------
 
 
 class Slice(NamedTuple):
     """One contiguous piece of host memory in a Transfer."""
 
     host: Tensor  # one-dimensional, on the host
-    copy_in: bool = True  # copied to the device before the work
-    copy_out: bool = True  # copied back to the host after the work
+    copy_in: bool = True  # whether it is copied to the device before the work
+    copy_out: bool = True  # whether it is copied back to the host after the work
 
 
 class Transfer(NamedTuple):
-    """Slices that share one device slot of a TransferPipeline, and the work that is done with their device copies."""
+    """Describes one pass through a slot of a TransferPipeline: slices of host memory, and the work on their copies."""
 
     slices: Sequence[Slice]
     work: Callable[[list[Tensor]], None]
@@ -434,15 +454,15 @@ class Transfer(NamedTuple):
 class TransferPipeline:
     """Passes host memory through a few device slots, one transfer after another, in parallel with the compute stream.
 
-    While one transfer is worked on, the next one is copied in and the previous one is copied out. A pass is issued only
-    as far as ``issue`` asks for, so that a forward pass that needs the first transfers runs in parallel with the rest.
-    The slots stay allocated until ``finish``.
+    While one transfer is worked on, the next one is copied in and the previous one is copied out. Transfers are issued
+    only as far as ``issue`` asks for, so a forward pass that needs the first ones runs in parallel with the others. The
+    slots stay allocated until ``finish``.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.into, self.work, self.out = SideStream(device), SideStream(device), SideStream(device)
-        self.events: list[Any] = []  # of each transfer issued so far: it is back on the host
+        self.events: list[Any] = []  # for each transfer issued so far: its slices are back on the host
         self.pending: Iterator[Any] = iter(())
         self.kept_alive: list[Tensor] = []
 
@@ -450,14 +470,14 @@ class TransferPipeline:
         """Begins a pass that follows all work that the compute stream has been given so far.
 
         Args:
-            transfers: what passes through the device, in this order.
-            needed: other device tensors that the work reads; they are kept alive until ``finish``.
+            transfers: The transfers, in their order.
+            needed: Other device tensors that the work reads. They are kept alive until ``finish``.
         """
         self.finish()
         size = max(sum(aligned(piece.host.nbytes) for piece in transfer.slices) for transfer in transfers)
         slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in transfers[:TRANSFER_SLOTS]]
-        # The first copies wait for compute: the slots may be memory that earlier kernels still use, and the host memory
-        # may still be written by copies that compute waits for.
+        # The first copies wait for compute for two reasons. Earlier kernels may still use the memory that the allocator
+        # gives out as slots. And earlier copies, which compute waits for, may still write the host memory.
         self.events, self.pending = [], self._pass(transfers, slots, compute_event(self.device))
         self.kept_alive = [*slots, *needed]
 
@@ -467,32 +487,33 @@ class TransferPipeline:
         return self.events[count - 1]
 
     def finish(self) -> None:
-        """Issues the rest of the pass, orders later compute after it and frees the slots."""
+        """Issues the remaining transfers, orders later compute after all of them, and frees the slots."""
         self.events += self.pending
         if self.kept_alive:
-            # The slots and ``needed`` go back to the allocator and are reused by later compute, which must wait for the
-            # last transfer, or it overwrites what is still being worked on or copied out.
+            # The slots and ``needed`` go back to the allocator, and later compute reuses their memory. It must wait for
+            # the last transfer, or it overwrites values that are still being worked on or copied out.
             compute_waits_for(self.events[-1])
             self.kept_alive = []
 
     def synchronize(self) -> None:
-        """Finishes the pass and blocks the host until it is done; then the host may read and write the buffers."""
+        """Finishes all transfers and blocks the host until then; afterwards the host may read and write the buffers."""
         self.finish()
         host_waits_for(compute_event(self.device))
 
     def _pass(self, transfers: Sequence[Transfer], slots: list[Tensor], start: Any) -> Iterator[Any]:
-        """Issues one transfer per iteration; yields the event after which it is back on the host."""
+        """Issues one transfer per iteration; yields the event after which its slices are back on the host."""
         free = [start] * len(slots)
         coming = self._fetch(slots[0], transfers[0], start)
         for number, transfer in enumerate(transfers):
             here, ahead = number % len(slots), (number + 1) % len(slots)
             tensors, arrived = coming
-            # Work waits for the copies in, or it computes with what the slot held before.
+            # The work waits for the copies in, or it computes with the previous contents of the slot.
             self.work.run_after(partial(transfer.work, tensors), arrived)
             if number + 1 < len(transfers):
-                # The next copies in wait until the slot's earlier transfer has been copied out, or they overwrite it.
+                # The next copies in wait until the previous transfer in that slot has been copied out, or they
+                # overwrite its results.
                 coming = self._fetch(slots[ahead], transfers[number + 1], free[ahead])
-            # The copies out wait for the work, or the host gets the old values back.
+            # The copies out wait for the work, or they store values from before the update.
             with self.out.after(self.work.record_event()):
                 for piece, tensor in zip(transfer.slices, tensors, strict=True):
                     if piece.copy_out:
@@ -501,7 +522,11 @@ class TransferPipeline:
             yield free[here]
 
     def _fetch(self, slot: Tensor, transfer: Transfer, free: Any) -> tuple[list[Tensor], Any]:
-        """Starts copying a transfer into a slot after the event ``free``; returns its tensors and their event."""
+        """Starts copying a transfer into a slot after the event ``free``.
+
+        Returns:
+            The device tensors of the slices, and the event after which they have arrived.
+        """
         tensors = views_in_slot(transfer.slices, slot)
         with self.into.after(free):
             for piece, tensor in zip(transfer.slices, tensors, strict=True):

@@ -42,10 +42,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tenso
     """Computes attention.
 
     Args:
-        q: queries, (B, S, H, D).
-        k: keys, (B, S, H, D).
-        v: values, (B, S, H, D).
-        backend: the kernels, as ``choose_backend`` returns them.
+        q: Queries, (B, S, H, D).
+        k: Keys, (B, S, H, D).
+        v: Values, (B, S, H, D).
+        backend: The kernels, as ``choose_backend`` returns them.
 
     Returns:
         (attention output of (B, S, H, D), lse of (B, H, S) in fp32), both contiguous.
@@ -80,13 +80,13 @@ def attend_backward(
     """Computes the gradients of attention. For sage, which has no backward pass, the flash kernels compute them.
 
     Args:
-        do: gradient of the attention output, (B, S, H, D).
-        q: queries, as given to ``attend``.
-        k: keys, as given to ``attend``.
-        v: values, as given to ``attend``.
-        o: attention output that ``attend`` returned.
-        lse: as ``attend`` returned it, (B, H, S).
-        backend: the kernels that ``attend`` used.
+        do: Gradient of the attention output, (B, S, H, D).
+        q: Queries, as given to ``attend``.
+        k: Keys, as given to ``attend``.
+        v: Values, as given to ``attend``.
+        o: Attention output that ``attend`` returned.
+        lse: As ``attend`` returned it, (B, H, S).
+        backend: The kernels that ``attend`` used.
 
     Returns:
         Gradients of q, k and v, (B, S, H, D) each.
@@ -130,15 +130,15 @@ def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str = "auto
     """Chooses the fastest available backend whose gradients are correct.
 
     Args:
-        device: where attention is computed.
-        dtype: the type of q, k and v.
+        device: Where attention is computed.
+        dtype: The type of q, k and v.
         wanted: "auto", or the name of the only backend to consider.
 
     Returns:
         (backend, the reason for the choice).
 
     Raises:
-        ValueError: no backend is available; the message says why.
+        ValueError: No backend is available; the message says why.
     """
     if device.type != "cuda":
         if wanted not in ("auto", CPU):

@@ -138,8 +138,8 @@ def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
     """Applies several linear layers to one input.
 
     Args:
-        x: the input, (..., in).
-        layers: the layers, each (in) -> (out).
+        x: The input, (..., in).
+        layers: The layers, each (in) -> (out).
 
     Returns:
         The output of each layer, (..., out).
@@ -162,9 +162,9 @@ def linears_backward(
     dA = scale * (dy B)^T drop(x), dB = scale * dy^T (drop(x) A^T).
 
     Args:
-        dys: the gradient of each layer's output, (..., out).
-        x: the input, (..., in); None if no layer trains anything, because only gradients of weights need it.
-        layers: the layers, in the order of ``dys``.
+        dys: The gradient of each layer's output, (..., out).
+        x: The input, (..., in); None if no layer trains anything, because only gradients of weights need it.
+        layers: The layers, in the order of ``dys``.
 
     Returns:
         The gradient of x, summed over the layers, and for each layer the gradients of what it trains.
@@ -228,9 +228,9 @@ def modulations(p: Linear, shared: Shared, length: int) -> tuple[Tensor, Tensor,
     """Computes the shift, scale and gate of each token from the timestep embedding (CogVideoXLayerNormZero).
 
     Args:
-        p: the modulation layer.
-        shared: the timestep embedding and the number of text tokens.
-        length: number of tokens, S.
+        p: The modulation layer.
+        shared: The timestep embedding and the number of text tokens.
+        length: Number of tokens, S.
 
     Returns:
         (shift, scale, gate), each (B, S, D).
@@ -246,9 +246,9 @@ def modulations_backward(dtokens: Sequence[Tensor], p: Linear, shared: Shared) -
     """Computes the gradients of ``modulations``.
 
     Args:
-        dtokens: gradients of shift, scale and gate, (B, S, D) each.
-        p: the modulation layer.
-        shared: the timestep embedding and the number of text tokens.
+        dtokens: Gradients of shift, scale and gate, (B, S, D) each.
+        p: The modulation layer.
+        shared: The timestep embedding and the number of text tokens.
 
     Returns:
         (gradient of the timestep embedding, gradients of the layer).
@@ -271,13 +271,13 @@ def modulate_backward(
     """Computes the gradients of ``modulate``, and with it that of the gate that belongs to the same modulation.
 
     Args:
-        dn: gradient of the modulated x, (B, S, D).
-        x: input of ``modulate``, (B, S, D).
-        norm: the layer norm.
-        shift: of each token, (B, S, D).
-        scale: of each token, (B, S, D).
-        dy: gradient of the residual sum that the gated branch is added to, (B, S, D).
-        gated: what the gate is multiplied with (a or z), (B, S, D); None if the modulation is not trained.
+        dn: Gradient of the modulated x, (B, S, D).
+        x: Input of ``modulate``, (B, S, D).
+        norm: The layer norm.
+        shift: Of each token, (B, S, D).
+        scale: Of each token, (B, S, D).
+        dy: Gradient of the residual sum that the gated branch is added to, (B, S, D).
+        gated: What the gate is multiplied with (a or z), (B, S, D); None if the modulation is not trained.
 
     Returns:
         (gradient of x, gradients of the norm, gradients of shift, scale and gate). The last list is empty if ``gated``
@@ -297,9 +297,9 @@ def rotate(x: Tensor, norm: Norm, rotary: tuple[Tensor, Tensor] | None) -> Tenso
     (x0 cos - x1 sin, x1 cos + x0 sin).
 
     Args:
-        x: queries or keys, (B, S, H, E).
-        norm: layer norm over E.
-        rotary: cos and sin, (S, E) each, or None for a model without rotary embedding.
+        x: Queries or keys, (B, S, H, E).
+        norm: Layer norm over E.
+        rotary: Cos and sin, (S, E) each, or None for a model without rotary embedding.
 
     Returns:
         (B, S, H, E), in the type of x.
@@ -349,10 +349,10 @@ def forward(x: Tensor, p: Block, shared: Shared, keep: tuple[str, ...]) -> tuple
     """Runs the block.
 
     Args:
-        x: text and video tokens, (B, S, D).
-        p: the weights.
-        shared: the inputs that all blocks have in common.
-        keep: names of the activations to return, as ``kept_at`` gives them.
+        x: Text and video tokens, (B, S, D).
+        p: The weights.
+        shared: The inputs that all blocks have in common.
+        keep: Names of the activations to return, as ``kept_at`` gives them.
 
     Returns:
         (y, kept activations by name), y of shape (B, S, D). x itself is not among the activations: the caller has it.
@@ -381,10 +381,10 @@ def backward(
     """Computes the gradients of the block, recomputing the activations that were not kept.
 
     Args:
-        dy: gradient of the block's output, (B, S, D).
-        p: the weights.
-        shared: the inputs that all blocks have in common.
-        kept: activations by name: x, and what ``forward`` returned.
+        dy: Gradient of the block's output, (B, S, D).
+        p: The weights.
+        shared: The inputs that all blocks have in common.
+        kept: Activations by name: x, and what ``forward`` returned.
 
     Returns:
         (gradient of x, gradient of temb or None if no modulation is trained, gradients of each layer by name).

@@ -44,7 +44,7 @@ class NoiseSchedule:
         rescaled to zero SNR at the last timestep (Lin et al. 2023, algorithm 1).
 
         Args:
-            config: the fields of the file with the defaults filled in, as in Geometry.schedule; of the only kind that
+            config: The fields of the file with the defaults filled in, as in Geometry.schedule; of the only kind that
                 geometry.scheduler_problems() accepts.
         """
         steps = config["num_train_timesteps"]
@@ -90,11 +90,11 @@ def loss(
     """Returns the mean squared velocity error of each sample.
 
     Args:
-        schedule: the noise schedule, on the device of the latents.
-        predict: the network; it may return v_hat in any floating-point type.
-        x0_BFCHW: scaled latents, fp32.
-        noise_BFCHW: eps, of the same shape.
-        timestep_B: the timestep of each sample.
+        schedule: The noise schedule, on the device of the latents.
+        predict: The network; it may return v_hat in any floating-point type.
+        x0_BFCHW: Scaled latents, fp32.
+        noise_BFCHW: Eps, of the same shape.
+        timestep_B: The timestep of each sample.
 
     Returns:
         The unweighted error, (B,), fp32.

@@ -26,8 +26,8 @@ def video_moments(vae: Any, frames_FHWC: np.ndarray) -> Tensor:
     """Encodes one clip. Does not wait for a GPU, so that the next clip can be copied while the GPU computes.
 
     Args:
-        vae: the VAE.
-        frames_FHWC: uint8 RGB.
+        vae: The VAE.
+        frames_FHWC: Uint8 RGB.
 
     Returns:
         Mean and log variance of the VAE's posterior, not multiplied by the scaling factor, (2C, f, h, w).
@@ -39,9 +39,9 @@ def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object,
     """Encodes one image several times, each time with different noise on its pixels.
 
     Args:
-        vae: the VAE.
-        frame_HWC: uint8 RGB.
-        draws: one key per encoding; the noise is a function of the key.
+        vae: The VAE.
+        frame_HWC: Uint8 RGB.
+        draws: One key per encoding; the noise is a function of the key.
 
     Returns:
         Mean and log variance of the VAE's posterior for each key, (K, 2C, h, w).
@@ -96,10 +96,10 @@ def prompt_embeds(tokenizer: Any, text_encoder: Any, captions: Sequence[str], le
     T5 gets no attention mask, so padding influences all tokens: a different length gives different embeddings.
 
     Args:
-        tokenizer: the tokenizer of T5.
-        text_encoder: the T5 encoder.
+        tokenizer: The tokenizer of T5.
+        text_encoder: The T5 encoder.
         captions: B captions.
-        length: number of tokens L to which captions are padded or truncated.
+        length: Number of tokens L to which captions are padded or truncated.
 
     Returns:
         The last hidden states, (B, L, D), on the CPU.

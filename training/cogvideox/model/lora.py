@@ -35,7 +35,7 @@ def lora_targets(transformer: Module, target_modules: Sequence[str]) -> list[str
     Names are returned unchanged; a regular expression is replaced by the names of all linear layers that it matches.
 
     Raises:
-        UsageError: a name or the expression matches no linear layer.
+        UsageError: A name or the expression matches no linear layer.
     """
     names = linear_layers(transformer)
     missing = unused(target_modules, names)
@@ -58,10 +58,10 @@ class SampleDropout(Module):
     mask again, and there is no random state to save.
 
     Args:
-        p: probability with which a value becomes 0.
-        layer: name of the layer.
-        seed: the run's seed.
-        position: position of the current samples, shared by all layers and set before each forward pass.
+        p: Probability with which a value becomes 0.
+        layer: Name of the layer.
+        seed: The run's seed.
+        position: Position of the current samples, shared by all layers and set before each forward pass.
     """
 
     def __init__(self, p: float, layer: str, seed: int, position: "StepPosition") -> None:
@@ -104,8 +104,8 @@ class PissaMatrix(Module):
 
     Args:
         start: A0 or B0.
-        dim: the dimension of the rank, along which both are concatenated: 0 for A, 1 for B.
-        sign: what the initial value is multiplied by: 1 for A, -1 for B.
+        dim: The dimension of the rank, along which both are concatenated: 0 for A, 1 for B.
+        sign: What the initial value is multiplied by: 1 for A, -1 for B.
     """
 
     start: Tensor
@@ -138,10 +138,10 @@ def principal_matrices(weight: Tensor, rank: int, scale: float, init: str, seed:
 
     Args:
         weight: W, (out, in).
-        rank: number of singular values.
-        scale: the LoRA's scale.
+        rank: Number of singular values.
+        scale: The LoRA's scale.
         init: --init_lora_weights: "pissa" for an exact SVD, "pissa_niter_N" for a randomized one of N iterations.
-        seed: of the randomized SVD.
+        seed: Of the randomized SVD.
 
     Returns:
         (A0, B0) in the type and on the device of the weight, (rank, in) and (out, rank).
@@ -169,7 +169,7 @@ def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: 
     All ranks use the matrices of the first rank, because the SVD may differ between machines.
 
     Raises:
-        UsageError: a layer is smaller than the rank.
+        UsageError: A layer is smaller than the rank.
     """
     sizes = {name: min(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
     small = min(sizes, key=lambda name: sizes[name])
@@ -203,15 +203,15 @@ def fold_scale(state: dict[str, Tensor], scale: float, rounded: bool = False) ->
     type.
 
     Args:
-        state: matrices by PEFT's names.
-        scale: the factor of B A.
-        rounded: whether to fold a scale that is not exact, too.
+        state: Matrices by PEFT's names.
+        scale: The factor of B A.
+        rounded: Whether to fold a scale that is not exact, too.
 
     Returns:
         (folded matrices, EXACT or ROUNDED), or (``state``, NO) if the scale was not folded.
 
     Raises:
-        UsageError: a folded number is too large for its type.
+        UsageError: A folded number is too large for its type.
     """
     folded = {name: tensor * scale if is_lora_b(name) else tensor for name, tensor in state.items()}
     if is_power_of_two(scale) and all(

@@ -157,7 +157,7 @@ class Lora:
         """Loads the matrices of a LoRA file to start from. check_lora has compared the file's header with the flags.
 
         Raises:
-            UsageError: the file has other layers, or layers of other sizes, than this model.
+            UsageError: The file has other layers, or layers of other sizes, than this model.
         """
         found = trained_matrices(read_header(given))
         own = self.state()
@@ -173,8 +173,8 @@ class Lora:
         """Sets the position from which dropout derives its masks in the next forward pass.
 
         Args:
-            step: the optimizer step.
-            first: position of the micro-batch's first sample in the global batch.
+            step: The optimizer step.
+            first: Position of the micro-batch's first sample in the global batch.
         """
         self.position.step, self.position.first = step, first
 
@@ -288,8 +288,8 @@ class Lora:
         have that type, their weights are memory-mapped and not copied.
 
         Args:
-            pipeline_of: constructs a pipeline around a transformer.
-            folder: where ``save`` or ``export`` has written the LoRA.
+            pipeline_of: Constructs a pipeline around a transformer.
+            folder: Where ``save`` or ``export`` has written the LoRA.
         """
         transformer = load_transformer(self.model, self.transformer.dtype, self.ignores_positions)
         load_saved(pipeline_of(transformer), folder)
@@ -361,7 +361,7 @@ class FullFinetune:
         """Loads the weights that unmodified diffusers reads from the saved folder.
 
         Raises:
-            RuntimeError: names or shapes of the saved weights are not those of the transformer.
+            RuntimeError: Names or shapes of the saved weights are not those of the transformer.
         """
         with torch.no_grad():
             for parameter in self.parameters().values():

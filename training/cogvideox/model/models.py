@@ -35,11 +35,11 @@ def part_folder(model: ModelFlags, part: str) -> Path:
     """Returns the folder of one part, after downloading it if the model is given by its id on the Hugging Face hub.
 
     Args:
-        model: the flags that name the model.
-        part: transformer, vae, text_encoder, tokenizer or scheduler.
+        model: The flags that name the model.
+        part: Transformer, vae, text_encoder, tokenizer or scheduler.
 
     Raises:
-        UsageError: the model has no such folder.
+        UsageError: The model has no such folder.
     """
     folder = Path(model.pretrained_model_name_or_path)
     if not folder.is_dir():
@@ -59,7 +59,7 @@ def weight_files(model: ModelFlags, part: str) -> list[Path]:
     """Returns the safetensors files of a part, of the variant that --variant names.
 
     Raises:
-        UsageError: there are none.
+        UsageError: There are none.
     """
     files = sorted(part_folder(model, part).glob("*.safetensors"))
     variants = {path: (path.name.split(".")[1:-1] or [""])[0] for path in files}
@@ -90,7 +90,7 @@ def stored_dtype(model: ModelFlags, part: str) -> str:
     """Returns the type in which most bytes of the weights are stored: fp32, fp16 or bf16.
 
     Raises:
-        UsageError: it is another type.
+        UsageError: It is another type.
     """
     bytes_of: Counter[str] = Counter()
     for path in weight_files(model, part):
@@ -137,13 +137,13 @@ def load_weights(of: Any, model: ModelFlags, part: str, dtype: torch.dtype) -> A
     """Loads a part of a pipeline from safetensors files. No weights in any other format are opened.
 
     Args:
-        of: the class of the part in diffusers or transformers.
-        model: the flags that name the model and its variant.
-        part: the name of the part's folder.
-        dtype: the type of the loaded weights.
+        of: The class of the part in diffusers or transformers.
+        model: The flags that name the model and its variant.
+        part: The name of the part's folder.
+        dtype: The type of the loaded weights.
 
     Raises:
-        UsageError: there are no files of the variant that --variant names.
+        UsageError: There are no files of the variant that --variant names.
     """
     folder = weight_files(model, part)[0].parent
     return of.from_pretrained(folder, dtype=dtype, variant=model.variant, use_safetensors=True)
@@ -204,11 +204,11 @@ def text_encoder(
     """Yields (tokenizer, T5 encoder that runs on the device), and frees the encoder afterwards.
 
     Args:
-        model: the flags that name the model.
-        dtype: fp32, fp16 or bf16.
-        device: where the encoder runs.
+        model: The flags that name the model.
+        dtype: Fp32, fp16 or bf16.
+        device: Where the encoder runs.
         place: "host" or "device", where the weights of its blocks are stored.
-        rows: with "host", the number of captions that are computed at a time.
+        rows: With "host", the number of captions that are computed at a time.
     """
     from transformers import T5EncoderModel
 
@@ -279,7 +279,7 @@ def load_scheduler(model: ModelFlags) -> Any:
     """Loads the scheduler that the pipeline's scheduler_config.json names.
 
     Raises:
-        UsageError: it is not a scheduler of CogVideoX.
+        UsageError: It is not a scheduler of CogVideoX.
     """
     import diffusers
 

@@ -53,8 +53,8 @@ def quantize(weight: Tensor, kind: str) -> Quantized:
     """Quantizes a matrix on the device where it is stored.
 
     Args:
-        weight: the matrix, (out, in), of any floating-point type.
-        kind: one of KINDS.
+        weight: The matrix, (out, in), of any floating-point type.
+        kind: One of KINDS.
 
     Raises:
         ValueError: ``kind`` is nf4 and the length of a row is not a multiple of the group size.
@@ -94,8 +94,8 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """Returns the matrix, (out, in).
 
     Args:
-        weight: a plain matrix, which is returned unchanged, or a quantized one.
-        dtype: the type of the result if ``weight`` is quantized.
+        weight: A plain matrix, which is returned unchanged, or a quantized one.
+        dtype: The type of the result if ``weight`` is quantized.
     """
     if isinstance(weight, Tensor):
         return weight

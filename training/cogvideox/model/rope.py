@@ -34,8 +34,8 @@ class RotaryTables:
     """Returns tables (cos, sin) for a latent shape, each (patches of all frames, channels of a head), fp32.
 
     Args:
-        geometry: patch sizes, head size and base grid of the model.
-        device: where the tables are kept.
+        geometry: Patch sizes, head size and base grid of the model.
+        device: Where the tables are kept.
     """
 
     def __init__(self, geometry: Geometry, device: torch.device) -> None:

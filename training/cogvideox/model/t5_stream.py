@@ -34,12 +34,12 @@ class PassingBlock(nn.Module):
     """Runs a block with weights from a slot of the ring, and starts the copy of the next block's weights.
 
     Args:
-        block: the block of T5, whose own parameters are not used on the device.
-        number: its index.
-        names: the parameters that are streamed, in the order of ``layout``.
-        layout: where each parameter is stored in a slot.
-        ring: the slots.
-        rows: number of captions that are computed at a time.
+        block: The block of T5, whose own parameters are not used on the device.
+        number: Its index.
+        names: The parameters that are streamed, in the order of ``layout``.
+        layout: Where each parameter is stored in a slot.
+        ring: The slots.
+        rows: Number of captions that are computed at a time.
     """
 
     def __init__(self, block: nn.Module, number: int, names: list[str], layout: Layout, ring: Ring, rows: int) -> None:
@@ -84,9 +84,9 @@ def streamed(encoder: Any, device: torch.device, rows: int) -> Iterator[None]:
     The encoder cannot be used after the context, because its weights are freed.
 
     Args:
-        encoder: the encoder, on any device.
-        device: where it runs.
-        rows: number of captions that are computed at a time.
+        encoder: The encoder, on any device.
+        device: Where it runs.
+        rows: Number of captions that are computed at a time.
     """
     stack = encoder.encoder
     names = shared_names(stack.block)

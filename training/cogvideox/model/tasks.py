@@ -120,10 +120,10 @@ def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batc
     """Returns the loss of each sample of a batch, without the weights of --loss_weighting.
 
     Args:
-        task: which inputs the transformer gets.
-        schedule: the noise schedule, on the device.
-        transformer: the network.
-        batch: the samples with their noise and timesteps, on the device.
+        task: Which inputs the transformer gets.
+        schedule: The noise schedule, on the device.
+        transformer: The network.
+        batch: The samples with their noise and timesteps, on the device.
 
     Returns:
         The mean squared velocity error of each sample, (B,), fp32.
@@ -138,11 +138,11 @@ def velocity_predictor(
     """Returns the function that predicts the velocity by calling the transformer as the pipelines of diffusers do.
 
     Args:
-        transformer: the network.
-        prompt_BLD: embeddings of the captions; their type is the type in which the network computes.
-        rotary: the rotary tables.
-        inputs: maps x_t to the latents that the network takes, which may have more channels.
-        more: further arguments of the transformer.
+        transformer: The network.
+        prompt_BLD: Embeddings of the captions; their type is the type in which the network computes.
+        rotary: The rotary tables.
+        inputs: Maps x_t to the latents that the network takes, which may have more channels.
+        more: Further arguments of the transformer.
     """
 
     def predict(x_t_BFCHW: Tensor, timestep_B: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def image_scale(geometry: Geometry, choice: str = "auto") -> float:
     """Returns the factor by which latents of first frames are multiplied.
 
     Args:
-        geometry: the VAE's scaling factor, and how the model's pipeline applies it.
+        geometry: The VAE's scaling factor, and how the model's pipeline applies it.
         choice: "mul", "div" or "none" for the scaling factor, its inverse or 1; "auto" for what the pipeline does.
     """
     usual = "div" if geometry.invert_scale_latents else "mul"
@@ -177,8 +177,8 @@ def on_first_frame(image_BCHW: Tensor, frames: int) -> Tensor:
     In CogVideoX 1.5 the first latent frame may be one of those that pad the clip; its pipeline does the same.
 
     Args:
-        image_BCHW: the image latents.
-        frames: number of latent frames, F.
+        image_BCHW: The image latents.
+        frames: Number of latent frames, F.
 
     Returns:
         (B, F, C, H, W).

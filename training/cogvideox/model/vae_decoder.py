@@ -30,8 +30,8 @@ def tiles_from(first: Tile, scale: int) -> list[Tile]:
     """Lists tiles from the first one down to the smallest useful one.
 
     Args:
-        first: height and width of the largest tile, in pixels.
-        scale: pixels per latent.
+        first: Height and width of the largest tile, in pixels.
+        scale: Pixels per latent.
     """
     tiles = []
     height, width = (side_within(side, overlap, scale) for side, overlap in zip(first, OVERLAPS, strict=True))
@@ -48,9 +48,9 @@ def side_within(pixels: int, overlap: float, scale: int) -> int:
     an integer number of latents.
 
     Args:
-        pixels: the largest side allowed.
-        overlap: the share of the side that overlaps.
-        scale: pixels per latent.
+        pixels: The largest side allowed.
+        overlap: The share of the side that overlaps.
+        scale: Pixels per latent.
     """
     for latents in range(pixels // scale, 0, -1):
         side = latents * scale
@@ -63,9 +63,9 @@ class Decoder:
     """Replaces a VAE's ``decode``. A size that did not fit in memory once is not tried again.
 
     Args:
-        vae: the VAE, whose ``decode`` is replaced.
-        say: prints a message when smaller tiles become necessary.
-        tiled: whether to use tiles from the beginning.
+        vae: The VAE, whose ``decode`` is replaced.
+        say: Prints a message when smaller tiles become necessary.
+        tiled: Whether to use tiles from the beginning.
     """
 
     def __init__(self, vae: Any, say: Callable[[str], None], tiled: bool = False) -> None:

@@ -27,12 +27,12 @@ def optimize_encoder(vae: Any, compiled: bool = True) -> None:
     """Makes ``vae.encode`` faster, in place; from then on it takes one clip at a time.
 
     Args:
-        vae: the VAE, on its device.
-        compiled: whether to compile the two kernels.
+        vae: The VAE, on its device.
+        compiled: Whether to compile the two kernels.
 
     Raises:
-        ValueError: the encoder is not built like that of CogVideoX.
-        Exception: any error of the compiler, if it does not work on this machine.
+        ValueError: The encoder is not built like that of CogVideoX.
+        Exception: Any error of the compiler, if it does not work on this machine.
     """
     blocks = [*vae.encoder.down_blocks, vae.encoder.mid_block]
     resnets = [resnet for block in blocks for resnet in block.resnets]
@@ -69,18 +69,18 @@ def run_resnet(
     """Replaces CogVideoXResnetBlock3D.forward: (1, C, F, H, W) -> (1, C', F, H, W).
 
     Args:
-        resnet: the resnet of diffusers.
+        resnet: The resnet of diffusers.
         functions: ``scale_and_shift`` and ``activate_into``, compiled or not.
-        inputs: the frames, (1, C, F, H, W).
-        temb: must be None; the encoder has no time embedding.
-        zq: must be None; the encoder has no spatial condition.
-        conv_cache: for each convolution, the last two frames of its input in the previous part of the clip.
+        inputs: The frames, (1, C, F, H, W).
+        temb: Must be None; the encoder has no time embedding.
+        zq: Must be None; the encoder has no spatial condition.
+        conv_cache: For each convolution, the last two frames of its input in the previous part of the clip.
 
     Returns:
         (output, cache for the next part of the clip).
 
     Raises:
-        ValueError: there is more than one clip, or ``temb`` or ``zq`` is given.
+        ValueError: There is more than one clip, or ``temb`` or ``zq`` is given.
     """
     if temb is not None or zq is not None or len(inputs) != 1:
         raise ValueError("an optimized encoder takes one clip, without conditions")
@@ -102,8 +102,8 @@ def padded(x: Tensor, norm: torch.nn.GroupNorm, cache: Tensor | None, functions:
 
     Args:
         x: (1, C, F, H, W).
-        norm: the group norm.
-        cache: the last two frames of this input in the previous part of the clip, (1, C, 2, H, W); None for the first
+        norm: The group norm.
+        cache: The last two frames of this input in the previous part of the clip, (1, C, 2, H, W); None for the first
             part, which is padded with its own first frame.
         functions: ``scale_and_shift`` and ``activate_into``, compiled or not.
 
@@ -137,11 +137,11 @@ def scale_and_shift(x_RWC: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int
     rows are reduced in parallel and x is read once.
 
     Args:
-        x_RWC: rows of pixels, (R, W, C).
-        weight_C: the norm's weight.
-        bias_C: the norm's bias.
-        groups: number of groups G, of K = C / G channels each.
-        eps: is added to the variance.
+        x_RWC: Rows of pixels, (R, W, C).
+        weight_C: The norm's weight.
+        bias_C: The norm's bias.
+        groups: Number of groups G, of K = C / G channels each.
+        eps: Is added to the variance.
 
     Returns:
         (scale, shift), (C,) each, fp32.

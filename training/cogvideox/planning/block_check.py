@@ -51,14 +51,14 @@ def check_blocks(run: Run, samples: int, tensors: Tensors, transformer: Any, pla
     """Checks the first and the last block against diffusers, and prints the lowest cosine.
 
     Args:
-        run: the run, for its device and its output.
-        samples: the samples in a micro-batch.
-        tensors: the data set, for its buckets and geometry.
-        transformer: on the CPU, with its adapters.
-        plan: how training will execute the blocks.
+        run: The run, for its device and its output.
+        samples: The samples in a micro-batch.
+        tensors: The data set, for its buckets and geometry.
+        transformer: On the CPU, with its adapters.
+        plan: How training will execute the blocks.
 
     Raises:
-        BlockError: a quantity of a block differs; the message says which one and by how much.
+        BlockError: A quantity of a block differs; the message says which one and by how much.
     """
     if not isinstance(plan, ExecutionPlan) and not plan.compiled:
         return  # diffusers' own blocks run uncompiled, so there is nothing to compare
@@ -77,7 +77,7 @@ def check_block(
         (tokens of a sample, lowest cosine among the quantities with the strictest tolerance).
 
     Raises:
-        BlockError: as ``check_blocks`` does.
+        BlockError: As ``check_blocks`` does.
     """
     tokens, cosines = as_many_tokens_as_fit(device, samples, tensors, blocks[i], i, plan)
     limits = {what: 1 - tolerance_of(plan, blocks[i]) * tolerance_factor(what) for what in cosines}

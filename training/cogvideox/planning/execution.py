@@ -63,7 +63,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: An
     """Chooses how this run executes the transformer, which must be on the CPU and have its adapters.
 
     Raises:
-        UsageError: a flag of the plan cannot be followed, or no allowed plan fits.
+        UsageError: A flag of the plan cannot be followed, or no allowed plan fits.
     """
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
     asked = options.plan.asked
@@ -106,7 +106,7 @@ def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: l
     """Returns ``sizes_of`` with what the flags add: optimizer state, averages and gradient accumulation.
 
     Raises:
-        UsageError: the base cannot be quantized to this precision.
+        UsageError: The base cannot be quantized to this precision.
     """
     precision = base_precision(options)
     try:
@@ -126,7 +126,7 @@ def compiles(run: Run, wanted: str, drops: bool) -> bool:
     """Returns whether blocks are compiled. Dropout prevents it: each step's masks would need another graph.
 
     Raises:
-        UsageError: compilation was asked for together with dropout.
+        UsageError: Compilation was asked for together with dropout.
     """
     if drops:
         if wanted == "yes":
@@ -208,12 +208,12 @@ def sizes_of(
     """Returns what memory and time depend on, before the flags add theirs.
 
     Args:
-        transformer: with its adapters, on any device.
-        geometry: the model's sizes.
-        buckets: of the training samples; the one with the most tokens counts.
-        samples: the samples in a micro-batch.
-        dtype: the compute type.
-        precision: of frozen matrices, one of quant.KINDS, or AUTO.
+        transformer: With its adapters, on any device.
+        geometry: The model's sizes.
+        buckets: Of the training samples; the one with the most tokens counts.
+        samples: The samples in a micro-batch.
+        dtype: The compute type.
+        precision: Of frozen matrices, one of quant.KINDS, or AUTO.
     """
     blocks = transformer.transformer_blocks
     trained = [p for p in transformer.parameters() if p.requires_grad]
@@ -247,10 +247,10 @@ def measure_machine(
     """Measures free memory, and rates by probes that take about a second in all; a CPU gets nominal rates.
 
     Args:
-        device: the device of this process.
-        dtype: the compute type.
-        backend: the attention backend.
-        sizes: of the run; probes use the shapes of one sample.
+        device: The device of this process.
+        dtype: The compute type.
+        backend: The attention backend.
+        sizes: Of the run; probes use the shapes of one sample.
         budget: --vram_budget in GiB.
     """
     host = free_host_bytes() // ranks_here()  # all processes measure before any of them pins memory
@@ -265,7 +265,7 @@ def measure_all_ranks(run: Run, backend: str, sizes: Sizes, budget: float | None
     """Measures the device of each process and returns the minimum over all processes.
 
     Raises:
-        torch.OutOfMemoryError: on every process, if one device has no room even for the probes.
+        torch.OutOfMemoryError: On every process, if one device has no room even for the probes.
     """
     run.barrier()  # processes on one host share its memory and bus, so all must measure at once
     own: Machine | str

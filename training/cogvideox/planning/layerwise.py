@@ -20,10 +20,10 @@ def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtyp
     """Installs the hooks of every layer.
 
     Args:
-        transformer: on the CPU.
-        device: where layers compute.
-        dtype: the compute type of the tensors on the device.
-        precision: the base precision of the plan; quantized matrices get the values that training computes with.
+        transformer: On the CPU.
+        device: Where layers compute.
+        dtype: The compute type of the tensors on the device.
+        precision: The base precision of the plan; quantized matrices get the values that training computes with.
     """
     kinds: dict[int, str] = {}
     if precision != AUTO:

@@ -210,10 +210,10 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
     """Predicts the peak of device memory: at the start of backward or in the optimizer step, whichever is larger.
 
     Args:
-        kinds: how many blocks have each kind of plan.
-        state: where optimizer state lives, unless a block's plan says otherwise.
-        compiled: whether blocks are compiled.
-        sizes: of the run.
+        kinds: How many blocks have each kind of plan.
+        state: Where optimizer state lives, unless a block's plan says otherwise.
+        compiled: Whether blocks are compiled.
+        sizes: Of the run.
     """
     streamed = streamed_blocks(kinds)
     total = sizes.rest_bytes + (sizes.blocks - streamed + min(WEIGHT_SLOTS, streamed)) * sizes.block_bytes
@@ -362,7 +362,7 @@ def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, atte
     """Chooses, among the plans that fit and are about as fast as the fastest, the one that copies least.
 
     Raises:
-        NoPlanError: no allowed plan fits.
+        NoPlanError: No allowed plan fits.
     """
     comfortable, all_of_it = (replace(machine, host_bytes=int(machine.host_bytes * share)) for share in HOST_SHARES)
     try:

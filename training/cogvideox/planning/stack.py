@@ -58,10 +58,10 @@ class Stack:
     """All blocks of a transformer, executed as a plan says; the module docstring explains how.
 
     Args:
-        transformer: a CogVideoX of diffusers for which ``is_supported`` is true: either all of it is trained, or only
+        transformer: A CogVideoX of diffusers for which ``is_supported`` is true: either all of it is trained, or only
             plain LoRAs on attention and feed-forward layers are. It is moved to where the plan wants it.
-        plan: where weights, saved activations and optimizer state live, and what is saved, for each block.
-        device: where the blocks compute.
+        plan: Where weights, saved activations and optimizer state live, and what is saved, for each block.
+        device: Where the blocks compute.
     """
 
     def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
@@ -134,11 +134,11 @@ class Stack:
         """Runs all blocks; has the signature of a diffusers block.
 
         Args:
-            hidden_states: the video tokens, (B, S - L, D).
-            encoder_hidden_states: the text tokens, (B, L, D).
-            temb: the time embedding, (B, time embedding).
-            image_rotary_emb: cosines and sines for the video tokens, (S - L, E) each.
-            attention_kwargs: ignored.
+            hidden_states: The video tokens, (B, S - L, D).
+            encoder_hidden_states: The text tokens, (B, L, D).
+            temb: The time embedding, (B, time embedding).
+            image_rotary_emb: Cosines and sines for the video tokens, (S - L, E) each.
+            attention_kwargs: Ignored.
 
         Returns:
             The new video and text tokens, in the same shapes.
@@ -170,7 +170,7 @@ class Stack:
         """Prepends the identity rotation for text tokens to the rotary tables; caches the result for the last tables.
 
         Args:
-            rotary: cosines and sines of the video tokens, (S - L, E) each, or None.
+            rotary: Cosines and sines of the video tokens, (S - L, E) each, or None.
             length: L, the number of text tokens.
         """
         if rotary is None:
@@ -193,9 +193,9 @@ class Stack:
         """Returns a block's weights, ready for the compute stream, and starts copying the next streamed block.
 
         Args:
-            i: the block's number.
+            i: The block's number.
             direction: 1 in forward, -1 in backward; says which block is needed next.
-            trained: the tensors that autograd trains, in place of the module's.
+            trained: The tensors that autograd trains, in place of the module's.
         """
         forms, order = self.resident.get(i), self.order[i]
         if self.ring is not None:
@@ -263,9 +263,9 @@ def stored_weights(module: Any, precision: str, device: torch.device) -> list[We
     """Returns ``base_parameters`` in the form in which a plan stores them.
 
     Args:
-        module: a block of diffusers.
-        precision: of the matrices of linear layers, one of quant.KINDS; AUTO leaves them unchanged.
-        device: where matrices are quantized.
+        module: A block of diffusers.
+        precision: Of the matrices of linear layers, one of quant.KINDS; AUTO leaves them unchanged.
+        device: Where matrices are quantized.
     """
     kinds = quantization_kinds(module, precision) if precision != AUTO else {}
     return [quantize(p.detach().to(device), kinds[p]) if p in kinds else p.detach() for p in base_parameters(module)]
@@ -357,9 +357,9 @@ def block_weights(
     """Collects a block's weights from its module.
 
     Args:
-        module: a block of diffusers.
-        matrices: the LoRA matrices to use, in the order of blocks.Block; by default those of the module.
-        place: returns the tensor or quantized matrix that is used for a parameter.
+        module: A block of diffusers.
+        matrices: The LoRA matrices to use, in the order of blocks.Block; by default those of the module.
+        place: Returns the tensor or quantized matrix that is used for a parameter.
     """
     given = iter(matrices) if matrices is not None else None
 

@@ -40,14 +40,14 @@ def warm_up(
     """Runs the pass on all ranks.
 
     Args:
-        run: the run.
-        engine: owns the model, and runs the backward pass.
-        dataset: the training samples.
-        samples: the samples in a micro-batch.
-        losses_of: returns the loss of each sample, (B,), of a model and a batch on the device.
+        run: The run.
+        engine: Owns the model, and runs the backward pass.
+        dataset: The training samples.
+        samples: The samples in a micro-batch.
+        losses_of: Returns the loss of each sample, (B,), of a model and a batch on the device.
 
     Raises:
-        OutOfMemoryError: the memory of one rank is not sufficient. It is raised on every rank, so that none waits for
+        OutOfMemoryError: The memory of one rank is not sufficient. It is raised on every rank, so that none waits for
             another forever.
     """
     batch = largest_batch(dataset, samples)
