@@ -116,6 +116,31 @@ def test_listed_files_exist() -> None:
     assert missing == []
 
 
+def test_where_to_find_it_names_what_exists() -> None:
+    """Each folder's __init__.py names the module of the rule, so that a reader opens at most two files."""
+    library = ROOT / "training" / "cogvideox"
+    section = ARCHITECTURE.split("## Where to find it")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| [^|]+ \| `([\w.]+?)/?`[^|]* \| `([\w/]+\.py)` \| `([\w.]+)` \|$", section, re.MULTILINE)
+    assert len(rows) >= 9
+    for folder, module, name in rows:
+        init = library / "__init__.py" if folder == module else library / folder / "__init__.py"
+        assert module.removeprefix(f"{folder}/") in init.read_text(), (folder, module)
+        value = importlib.import_module(f"cogvideox.{module.removesuffix('.py').replace('/', '.')}")
+        for part in name.split("."):
+            value = getattr(value, part)
+
+
+def test_guides_of_the_architecture_name_what_exists() -> None:
+    library = ROOT / "training" / "cogvideox"
+    guides = [part for part in ARCHITECTURE.split("\n## ") if part.startswith("How to add")]
+    assert len(guides) == 5
+    for guide in guides:
+        names = re.findall(r"`([\w/]+\.(?:py|txt|md))`", guide)
+        paths = [library / name if (library / name).is_file() else ROOT / name for name in names]
+        text = "".join(path.read_text() for path in paths)
+        assert [word for word in re.findall(r"`(\w+)`", guide) if not re.search(rf"\b{word}\b", text)] == []
+
+
 def test_docstrings_of_folders_list_every_module() -> None:
     library = ROOT / "training" / "cogvideox"
     for init in library.rglob("__init__.py"):

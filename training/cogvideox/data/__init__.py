@@ -1,5 +1,7 @@
 """From files to batches: clips are planned, cached, sampled and put into batches.
 
+forms/folders.py decides which form a data set has. media/frames.py decides which frames are taken from a clip.
+
 forms/            reads folders, lists and tables into samples
 media/            opens, checks, decodes and converts videos and pictures
 cache.py          stores encoded clips and captions: content-addressed, with checksums
