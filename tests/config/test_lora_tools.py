@@ -388,7 +388,7 @@ def test_files_that_are_no_lora_are_refused(model: Path, tmp_path: Path) -> None
     }
     for name, content in contents.items():
         (tmp_path / f"{name}.safetensors").write_bytes(content)
-        with pytest.raises(UsageError, match="is damaged, or no safetensors file"):
+        with pytest.raises(UsageError, match="is damaged, or not a safetensors file"):
             read_header(str(tmp_path / f"{name}.safetensors"))
     with pytest.raises(UsageError, match="there is no"):
         read_header(str(tmp_path / "none.safetensors"))

@@ -1,7 +1,7 @@
 """Reads the header of a LoRA file and compares it with the flags, before anything heavy is imported.
 
-``check_lora`` is the check for args.parse. Only safetensors files are read: they consist of a length, a JSON header
-(names, shapes, metadata) and the numbers. Other formats can run code.
+``check_lora`` is the check for args.parse. Only safetensors files are read, because reading other formats can run code.
+Their header has the names and shapes of the tensors, and metadata with the settings of the LoRA.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 from cogvideox.config.flags import LoraFlags
 from cogvideox.config.options import LoraOptions, target_pattern
 from cogvideox.errors import UsageError
+from cogvideox.files import disk_errno
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
 PREFIX = "transformer."  # of a pipeline's part, before PEFT's names
@@ -97,18 +98,18 @@ def read_header(given: str) -> LoraFile:
         raise UsageError(f"{rule}: only .safetensors files are read, others can run code; convert it")
     if not path.is_file():
         raise UsageError(f"{rule}: there is no {path.name}; give a file, or a folder that a LoRA was saved to")
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if 8 + length > path.stat().st_size:
-                raise ValueError(length)
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         config = json.loads(metadata.get(CONFIG_NAME, "{}"))
         training = Training(**json.loads(metadata[TRAINING_NAME])) if TRAINING_NAME in metadata else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{rule}: {path.name} is damaged, or no safetensors file; get it again") from None
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        if disk_errno(error) is not None:
+            raise
+        raise UsageError(f"{rule}: {path.name} is damaged, or not a safetensors file; get it again") from None
     return LoraFile(path, shapes, {name.removeprefix(PREFIX): value for name, value in config.items()}, training)
 
 
