@@ -815,7 +815,7 @@ def test_defaults_obey_their_own_rules(group: str) -> None:
             continue
         of, many = args.value_type(types[item.name])
         for value in item.default if many else [item.default]:
-            assert args.convert(item, of, str(value)) == value
+            assert args.typed_value(item, of, str(value)) == value
 
 
 # -- the end of a script -----------------------------------------------------------------------------------------------

@@ -343,11 +343,11 @@ def test_each_flag_that_does_not_fit_a_lora_is_named_with_its_fix(model: Path, t
     assert list(misfits(file, fit(target_modules=(r"proj_out|.*(to_q|to_out\.0|net\.0\.proj)",)))) == []
     wrong = fit(rank=8, lora_alpha=8.0, use_rslora=True, use_dora=True, target_modules=("to_q", "to_k"))
     assert list(misfits(file, wrong)) == [
-        "--rank 8: the LoRA of --lora_path has another; give --rank 4",
-        "--lora_alpha 8: the LoRA of --lora_path has another; give --lora_alpha 6",
+        "--rank 8: the LoRA of --lora_path has another rank; give --rank 4",
+        "--lora_alpha 8: the LoRA of --lora_path has another alpha; give --lora_alpha 6",
         "--use_rslora: the LoRA of --lora_path was trained without it; leave it out",
         "--use_dora: the LoRA of --lora_path was trained without it; leave it out",
-        "--target_modules to_q to_k: the LoRA of --lora_path is on other layers; "
+        "--target_modules to_q to_k: the LoRA of --lora_path changes other layers; "
         "give --target_modules attn1.to_out.0 attn1.to_q ff.net.0.proj proj_out",
     ]
     make_lora(tmp_path / "dora", model, use_dora=True)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_methods import disturb, lora, outputs, stock
 
 from cogvideox.config.flags import LoraFlags
-from cogvideox.config.lora_file import EXACT, NO, ROUNDED, misfits, read_header
+from cogvideox.config.lora_file import FOLDED_EXACTLY, FOLDED_ROUNDED, NOT_FOLDED, misfits, read_header
 from cogvideox.errors import UsageError
 from cogvideox.model.lora import fold_scale
 from cogvideox.model.methods import Lora
@@ -90,14 +90,14 @@ def test_the_metadata_keep_the_training_s_own_alpha(model: Path, tmp_path: Path)
     config = about["lora_adapter_metadata"]
     names = ("r", "lora_alpha", "use_rslora")
     assert [config[f"transformer.{name}"] for name in names] == [4, 4, False]
-    wanted = {"rank": 4, "lora_alpha": 8, "use_rslora": True, "scale": 4.0, "scale_folded": EXACT}
+    wanted = {"rank": 4, "lora_alpha": 8, "use_rslora": True, "scale": 4.0, "scale_folded": FOLDED_EXACTLY}
     assert about["cogvideox_training"] == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_scale_that_is_no_power_of_two_stays_in_the_metadata(model: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     method = trained(model, "--lora_alpha", 6, dtype=dtype)
-    assert method.save(tmp_path) == {"lora_scale": 1.5, "lora_scale_folded": NO}
+    assert method.save(tmp_path) == {"lora_scale": 1.5, "lora_scale_folded": NOT_FOLDED}
     assert equal({n.removeprefix("transformer."): t for n, t in load_file(tmp_path / WEIGHTS).items()}, method.state())
     x = torch.ones(1, 2, 64, dtype=dtype)
     layers = [
@@ -113,8 +113,8 @@ def test_a_scale_folded_with_rounding_is_right_without_metadata(
 ) -> None:
     method = trained(model, "--lora_alpha", 6, "--fold_lora_scale", *variant)
     wanted = outputs(method.transformer)
-    assert method.export(tmp_path / "result") == {"lora_scale": 1.5, "lora_scale_folded": ROUNDED}
-    assert method.save(tmp_path / "checkpoint") == {"lora_scale": 1.5, "lora_scale_folded": NO}  # to go on from
+    assert method.export(tmp_path / "result") == {"lora_scale": 1.5, "lora_scale_folded": FOLDED_ROUNDED}
+    assert method.save(tmp_path / "checkpoint") == {"lora_scale": 1.5, "lora_scale_folded": NOT_FOLDED}  # to go on from
     bare = outputs(loaded(model, load_file(tmp_path / "result" / WEIGHTS)))
     assert bare.equal(outputs(loaded(model, str(tmp_path / "result"))))
     torch.testing.assert_close(bare, wanted, rtol=1e-4, atol=1e-4)
@@ -128,7 +128,9 @@ def test_from_rounded_matrices_only_a_run_that_takes_them_as_they_are_goes_on(mo
     file = read_header(str(tmp_path))
     targets = ("to_q", "to_k", "to_v", "to_out.0")
     (line,) = misfits(file, LoraFlags(4, 6.0, targets, use_rslora=True))
-    assert line.startswith("--lora_alpha 6: the LoRA of --lora_path has its scale, 3, in its matrices, with rounding;")
+    assert line.startswith(
+        "--lora_alpha 6: the matrices of --lora_path were multiplied by their scale, 3, with rounding;"
+    )
     assert "give --lora_alpha 4 without --use_rslora" in line
     assert "a checkpoint" in line
     flags = LoraFlags(4, 4.0, targets)
@@ -147,7 +149,7 @@ def test_what_would_round_or_overflow_is_not_folded(value: float, scale: float) 
     state = {"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.tensor([[1.0], [value]])}
     state = {name: tensor.half() for name, tensor in state.items()}
     folded, how = fold_scale(state, scale)
-    assert how == NO
+    assert how == NOT_FOLDED
     assert all(folded[name] is state[name] for name in state)
     if value == 6e4:
         with pytest.raises(UsageError, match=r"--fold_lora_scale: a\.lora_B\.weight"):
@@ -166,12 +168,12 @@ def test_a_run_says_which_loaders_read_its_scale(
     (command,) = re.findall("to use it: (.+)", said)
     assert shlex.split(command) == ["python", str(output / "inference.py")]
     made = json.loads((output / "recipe.json").read_text())
-    assert (made["lora_alpha"], made["lora_scale"], made["lora_scale_folded"]) == (6, 1.5, NO)
+    assert (made["lora_alpha"], made["lora_scale"], made["lora_scale_folded"]) == (6, 1.5, NOT_FOLDED)
     assert "its scale, 1.5, is only in the file's metadata" in (output / "README.md").read_text()
     assert train(lora_flags(model, tensors, output, *flags, "--lora_alpha", 6, "--fold_lora_scale")) == 0
     assert told not in capsys.readouterr().err
     made = json.loads((output / "recipe.json").read_text())
-    assert (made["lora_alpha"], made["lora_scale_folded"]) == (6, ROUNDED)
+    assert (made["lora_alpha"], made["lora_scale_folded"]) == (6, FOLDED_ROUNDED)
     assert read_header(str(output)).config["lora_alpha"] == 4
     assert "its scale, 1.5, is multiplied into its matrices" in (output / "README.md").read_text()
 

@@ -14,8 +14,8 @@ import pytest
 from cogvideox import files
 from cogvideox.errors import DiskError
 from cogvideox.files import (
+    ABANDONED_AFTER,
     LOCK_NAME,
-    STALE,
     check_room,
     disk_errors_told,
     fsync,
@@ -179,7 +179,7 @@ def test_only_stale_files_are_removed_if_others_may_write(tmp_path: Path) -> Non
     now.touch()
     old, new = (temporary(tmp_path, name, "node-7", 1) for name in ("old", "new"))
     dead, alive = temporary(tmp_path, "x", here, 2**22 + 1), temporary(tmp_path, "x", here, os.getpid())
-    then = now.stat().st_mtime - STALE - 5
+    then = now.stat().st_mtime - ABANDONED_AFTER - 5
     os.utime(old, (then, then))
     remove_stale_temporaries(tmp_path)
     assert {path for path in (old, new, dead, alive) if path.exists()} == {new, alive}

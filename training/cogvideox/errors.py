@@ -6,10 +6,12 @@ Every layer raises UsageError or NonFiniteError; config/args.py prints them and 
 import re
 from collections.abc import Sequence
 
-SHOWN = 20  # most lines of one kind in a message
+MOST_LINES = 20  # most lines of one kind in a message
 LONGEST_LINE = 500  # characters
 # The groups are: scheme; user and password; host and path; query and fragment. ::: separates two URLs.
-_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#]*@)?((?:(?!:::)[^\s?#])*)([?#](?:(?!:::[A-Za-z]+://)\S)*)?")
+_URL_PARTS = re.compile(
+    r"\b([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#]*@)?((?:(?!:::)[^\s?#])*)([?#](?:(?!:::[A-Za-z]+://)\S)*)?"
+)
 
 
 def one_line(text: str) -> str:
@@ -27,13 +29,13 @@ def one_line(text: str) -> str:
 
 def public_urls(text: str) -> str:
     """Returns the text with each URL reduced to scheme, host and path; the rest may contain passwords or signatures."""
-    return _URL.sub(r"\1\3", text) if "://" in text else text
+    return _URL_PARTS.sub(r"\1\3", text) if "://" in text else text
 
 
 def first_of(lines: Sequence[str]) -> list[str]:
-    """Returns the first SHOWN lines, followed by a line with the number of the others."""
-    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return [*lines[:SHOWN], *more]
+    """Returns the first MOST_LINES lines, followed by a line with the number of the others."""
+    more = [f"... and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
+    return [*lines[:MOST_LINES], *more]
 
 
 def first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ LOCK_NAME = ".lock"  # name of the lock of a folder that one process at a time w
 TEMPORARY = re.compile(r"\..+\..+\.(\d+)\.tmp")  # see temporary_of
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how each of Git LFS's pointer files begins
 LFS_LONGEST = 1024  # bytes of a pointer, by Git LFS's specification
-STALE = 3600.0  # seconds after its last change at which a temporary file of another host counts as abandoned
+ABANDONED_AFTER = 3600.0  # seconds after its last change at which a temporary file of another host counts as abandoned
 # Errors of a file system or a disk that the user can do something about.
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG),
@@ -244,12 +244,12 @@ def remove_stale_temporaries(folder: Path) -> None:
     """Deletes abandoned temporary files under a folder that other processes may be writing to.
 
     Files of this machine are abandoned when their process no longer exists, files of other hosts when nobody has
-    written to them for STALE seconds.
+    written to them for ABANDONED_AFTER seconds.
     """
     paths = [(path, match) for path in folder.rglob(".*.tmp") if (match := TEMPORARY.fullmatch(path.name))]
     for path, match in paths:
         here = path.name.endswith(f".{socket.gethostname()}.{match[1]}.tmp")
-        gone = not Path("/proc", match[1]).exists() if here else (age_of(path) or 0.0) > STALE
+        gone = not Path("/proc", match[1]).exists() if here else (age_of(path) or 0.0) > ABANDONED_AFTER
         if gone:
             path.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 MOUNT, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-NAMES = (  # (limit, use, prefix of the statistics that include subgroups) of cgroup v2, then of v1
+CGROUP_FILES = (  # (limit, use, prefix of the statistics that include subgroups) of cgroup v2, then of v1
     ("memory.max", "memory.current", ""),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
@@ -39,7 +39,7 @@ def groups() -> Iterator[Path]:
 
 def left_in(group: Path) -> int | None:
     """Returns the bytes that the limit of a group leaves, or None if it has no limit."""
-    for limit, use, prefix in NAMES:
+    for limit, use, prefix in CGROUP_FILES:
         try:
             most, used = (group / limit).read_text().strip(), int((group / use).read_text())
             lines = [line.split() for line in (group / "memory.stat").read_text().splitlines()]

@@ -96,7 +96,7 @@ def take_file(path: Path) -> Lock:
             return Lock(lambda: None)
         if (owner := living(path, there)) is not None:
             raise BlockingIOError(errno.EAGAIN, owner)
-        discard(path, there)
+        discard_stale(path, there)
         if not create(path, own):
             raise BlockingIOError(errno.EAGAIN, "another process has just taken it")
     stop = threading.Event()
@@ -143,7 +143,7 @@ def content_of(path: Path) -> bytes | None:
         return None
 
 
-def discard(path: Path, judged: bytes | None) -> None:
+def discard_stale(path: Path, judged: bytes | None) -> None:
     """Deletes a stale lock file if its content is still ``judged``. A guard file lets one process at a time do so.
 
     Raises:

@@ -149,7 +149,7 @@ def as_typed(item: "dataclasses.Field[Any]", texts: Sequence[str]) -> str:
     return f"--{item.name}" if item.metadata["secret"] else f"--{item.name} {' '.join(texts)}"
 
 
-def convert(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
+def typed_value(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
     """Converts one string to a typed value.
 
     Raises:
@@ -194,10 +194,10 @@ def read_value(item: "dataclasses.Field[Any]", annotation: Any, given: Sequence[
     if not texts:
         raise UsageError(f"--{item.name}: takes a value: {item.metadata['help']}")
     if many:
-        return tuple(convert(item, of, text) for text in texts)
+        return tuple(typed_value(item, of, text) for text in texts)
     if len(texts) > 1:
         raise UsageError(f"{as_typed(item, texts)}: takes one value; quote it if it has spaces")
-    return convert(item, of, texts[0])
+    return typed_value(item, of, texts[0])
 
 
 def unknown_flags(rest: Sequence[str], options_type: type) -> Iterator[str]:
@@ -369,7 +369,7 @@ def run_script(
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        status = status_of(main, options_type, doc, checks)
+        status = exit_status(main, options_type, doc, checks)
     except stopping.Stopped:
         status = stopped_status()
     except Exception:
@@ -379,7 +379,7 @@ def run_script(
     stopping.leave(status)
 
 
-def status_of(
+def exit_status(
     main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
 ) -> int | None:
     """Returns the status of ``main``, or 2 or 3 after printing what went wrong. Other errors keep their traceback."""

@@ -67,12 +67,12 @@ def choose_buckets(
         return ()
     if not every:
         most = max(bucket.frames for bucket in filled)
-        return (_nearest([bucket for bucket in filled if bucket.frames == most], height, width),)
+        return (_nearest_bucket([bucket for bucket in filled if bucket.frames == most], height, width),)
     counts = sorted({bucket.frames for bucket in filled})
-    return tuple(b for count in counts for b in _near([b for b in filled if b.frames == count], height, width))
+    return tuple(b for count in counts for b in _near_buckets([b for b in filled if b.frames == count], height, width))
 
 
-def _near(buckets: Sequence[Bucket], height: int, width: int) -> list[Bucket]:
+def _near_buckets(buckets: Sequence[Bucket], height: int, width: int) -> list[Bucket]:
     least = min(_aspect_distance(bucket, height, width) for bucket in buckets)
     return sorted(b for b in buckets if _aspect_distance(b, height, width) <= least + math.log(ASPECT_SLACK))
 
@@ -82,7 +82,7 @@ def upscale(bucket: Bucket, height: int, width: int) -> float:
     return max(bucket.height / height, bucket.width / width)
 
 
-def _nearest(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
+def _nearest_bucket(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
     best = min(buckets, key=lambda bucket: (_aspect_distance(bucket, height, width), bucket.height / bucket.width))
     alike = [bucket for bucket in buckets if bucket.width * best.height == best.width * bucket.height]
     covered = [bucket for bucket in alike if upscale(bucket, height, width) <= 1]

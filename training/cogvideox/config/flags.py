@@ -25,7 +25,7 @@ OPTIMIZERS = (*ADAMS, "prodigy", "came")
 NAMED_CLASS = "a class by its dotted name"
 WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")
 WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
-PLACES = ("auto", "device", "host")
+MEMORY_PLACES = ("auto", "device", "host")
 HIDDEN = "(not shown)"  # shown in place of a secret
 INFORMATION = "information"  # the heading of the flags that print something and end the script
 # What --help shows: the headings and their flags, in the order in which people need them. --help_all adds the others.
@@ -445,7 +445,9 @@ class PlanFlags:
         least=1.0,
     )
     weights_on: str = flag(
-        "auto", "where the weights of blocks are stored: on the device, or on the host and streamed", choices=PLACES
+        "auto",
+        "where the weights of blocks are stored: on the device, or on the host and streamed",
+        choices=MEMORY_PLACES,
     )
     keep: str = flag(
         "auto",
@@ -453,12 +455,12 @@ class PlanFlags:
         "rest is recomputed",
         choices=("auto", "input", "attention", "linear", "all"),
     )
-    kept_on: str = flag("auto", "where saved activations are stored", choices=PLACES)
+    kept_on: str = flag("auto", "where saved activations are stored", choices=MEMORY_PLACES)
     optimizer_state_on: str = flag(
         "auto",
         "where fp32 master weights and the moments of the optimizer are stored; when all weights are trained, auto may "
         "keep those of some blocks on the device",
-        choices=PLACES,
+        choices=MEMORY_PLACES,
     )
     compile_blocks: str = flag(
         "auto", "compile the blocks with torch.compile; auto means yes on a GPU", choices=("auto", "yes", "no")

@@ -220,10 +220,10 @@ def read_config(model: ModelFlags, part: str, name: str) -> dict[str, Any]:
     """One json file of the pipeline."""
     folder = Path(model.pretrained_model_name_or_path)
     path = folder / part / name if folder.is_dir() else hub_file(model, f"{part}/{name}")
-    return read_json(path, model, f"{part}/{name}")
+    return read_object(path, model, f"{part}/{name}")
 
 
-def read_json(path: Path, model: ModelFlags, name: str) -> dict[str, Any]:
+def read_object(path: Path, model: ModelFlags, name: str) -> dict[str, Any]:
     """A json file of the pipeline, which messages call ``name``."""
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -240,7 +240,7 @@ def read_model_index(model: ModelFlags) -> dict[str, Any]:
     """The pipeline's model_index.json: which classes its parts have."""
     folder = Path(model.pretrained_model_name_or_path)
     path = folder / INDEX_NAME if folder.is_dir() else hub_file(model, INDEX_NAME)
-    return read_json(path, model, INDEX_NAME)
+    return read_object(path, model, INDEX_NAME)
 
 
 def saves_pipeline(options: Any) -> bool:

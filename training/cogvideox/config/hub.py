@@ -84,7 +84,8 @@ def open_repository(options: TrainOptions, say: Say, waits: Sequence[float] = WA
     try:
         return patiently(make, say, waits)
     except failures() as error:
-        rule = REFUSALS.get(status_of(error) or 0, "fix that, or leave the flag out: the same command with it uploads")
+        usual = "fix that, or train without the flag; afterwards the same command with it uploads"
+        rule = REFUSALS.get(http_status(error) or 0, usual)
         raise UsageError(f"--push_to_hub: {name}: {reason(error, token)}: {rule}") from None
 
 
@@ -124,7 +125,7 @@ def patiently(call: Callable[[], Result], say: Say, waits: Sequence[float]) -> R
         except failures() as error:
             if not may_pass(error):
                 raise
-            say(f"the hub does not answer ({status_of(error) or type(error).__name__}); trying again in {wait:g} s")
+            say(f"the hub does not answer ({http_status(error) or type(error).__name__}); trying again in {wait:g} s")
         time.sleep(wait)
     return call()
 
@@ -143,7 +144,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def status_of(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """Returns the HTTP status behind an error, or None if there was no answer."""
     responses: list[Any] = [getattr(link, "response", None) for link in chain(error)]
     return next((response.status_code for response in responses if response is not None), None)
@@ -153,7 +154,7 @@ def may_pass(error: BaseException) -> bool:
     """Returns whether another attempt may help: the hub had a fault, or did not answer (in uploads a RuntimeError)."""
     from huggingface_hub.errors import HTTPError
 
-    status = status_of(error)
+    status = http_status(error)
     if status is not None:
         return status in PASSING
     return any(isinstance(link, HTTPError | ConnectionError | TimeoutError | RuntimeError) for link in chain(error))
@@ -164,7 +165,7 @@ def reason(error: BaseException, token: str | None) -> str:
     texts = []
     for link in chain(error):
         answer = getattr(link, "server_message", None)
-        text = " ".join(f"{status_of(link)} {answer}".split() if answer else str(link).split())
+        text = " ".join(f"{http_status(link)} {answer}".split() if answer else str(link).split())
         texts.append(text or type(link).__name__)
         if getattr(link, "response", None) is not None:
             break

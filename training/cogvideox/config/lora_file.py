@@ -17,26 +17,32 @@ from cogvideox.config.options import LoraOptions, target_pattern
 from cogvideox.errors import UsageError
 from cogvideox.files import disk_errno
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
-PREFIX = "transformer."  # of a pipeline's part, before PEFT's names
-KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
-CONFIG_NAME = "lora_adapter_metadata"  # in the file's metadata: the fields of PEFT's LoraConfig
-TRAINING_NAME = "cogvideox_training"  # in the file's metadata: the fields of Training
-NO, EXACT, ROUNDED = "no", "exactly", "with rounding"  # whether, and how, the scale is multiplied into the matrices
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
+TRANSFORMER_PREFIX = "transformer."  # diffusers puts the name of the part of the pipeline before the names of PEFT
+LORA_KEY = re.compile(rf"{re.escape(TRANSFORMER_PREFIX)}(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+CONFIG_KEY = "lora_adapter_metadata"  # entry of the metadata with the fields of LoraConfig of PEFT
+TRAINING_KEY = "cogvideox_training"  # entry of the metadata with the fields of Training
+# Whether the scale of the LoRA has been multiplied into its matrices, and whether that rounded them.
+NOT_FOLDED, FOLDED_EXACTLY, FOLDED_ROUNDED = "no", "exactly", "with rounding"
 
 
 @dataclass(frozen=True)
 class Training:
     """The scale of a LoRA in training, and whether the matrices in its file already contain this scale.
 
-    ``rank`` is that of the matrices in the file. After PiSSA it is twice the trained rank, and alpha grows with it.
+    Attributes:
+        rank: The rank of the matrices in the file. After PiSSA it is twice the trained rank, and alpha grows with it.
+        lora_alpha: The value of --lora_alpha for that rank.
+        use_rslora: Whether the scale is that of rsLoRA.
+        scale: The factor by which the product of the two matrices was multiplied in training.
+        scale_folded: NOT_FOLDED, FOLDED_EXACTLY or FOLDED_ROUNDED.
     """
 
     rank: int
     lora_alpha: float
     use_rslora: bool
     scale: float
-    scale_folded: str = NO
+    scale_folded: str = NOT_FOLDED
 
 
 def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
@@ -46,17 +52,25 @@ def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The header of a LoRA file."""
+    """The header of a LoRA file.
+
+    Attributes:
+        path: The file.
+        shapes: The shapes of the tensors, by name.
+        config: The LoraConfig of PEFT, without the prefix of its keys. If the file has none it is empty, and diffusers
+            assumes that alpha equals the rank.
+        training: How the LoRA was scaled in training; None if another trainer wrote the file.
+    """
 
     path: Path
-    shapes: dict[str, tuple[int, ...]]  # by key
-    config: dict[str, Any]  # without the prefix; empty where the file has none: diffusers then takes alpha = rank
-    training: Training | None = None  # None: another trainer's
+    shapes: dict[str, tuple[int, ...]]
+    config: dict[str, Any]
+    training: Training | None = None
 
     @property
     def layers(self) -> list[str]:
         """The layers that the LoRA changes."""
-        return sorted({match[1] for key in self.shapes if (match := KEY.fullmatch(key))})
+        return sorted({match[1] for key in self.shapes if (match := LORA_KEY.fullmatch(key))})
 
     @property
     def ranks(self) -> list[int]:
@@ -65,12 +79,18 @@ class LoraFile:
 
     @property
     def folded(self) -> str:
-        """Whether, and how, the matrices contain the scale of training: NO, EXACT or ROUNDED."""
-        return self.training.scale_folded if self.training else NO
+        """Whether the matrices contain the scale of training: NOT_FOLDED, FOLDED_EXACTLY or FOLDED_ROUNDED."""
+        return self.training.scale_folded if self.training else NOT_FOLDED
 
     def scaling(self, rank: int) -> tuple[float, bool]:
-        """Returns (alpha, whether rsLoRA is used) to continue training with; after rounding, that of the file."""
-        if self.training and self.folded == EXACT:
+        """Returns the alpha with which training continues, and whether rsLoRA is used.
+
+        These are the values of training if folding can be undone exactly, and otherwise those of the LoraConfig.
+
+        Args:
+            rank: The rank of the matrices, which is also the default of alpha.
+        """
+        if self.training and self.folded == FOLDED_EXACTLY:
             return self.training.lora_alpha, self.training.use_rslora
         return self.config.get("lora_alpha", rank), bool(self.config.get("use_rslora"))
 
@@ -90,12 +110,15 @@ def lora_file(given: str) -> Path:
 def read_header(given: str) -> LoraFile:
     """Returns the header of the file that --lora_path names.
 
+    Args:
+        given: The value of --lora_path, a file or its folder.
+
     Raises:
-        UsageError: the file does not exist, or is not a valid safetensors file.
+        UsageError: The file does not exist, or is not a valid safetensors file.
     """
     path, rule = lora_file(given), f"--lora_path {given}"
     if path.suffix != ".safetensors":
-        raise UsageError(f"{rule}: only .safetensors files are read, others can run code; convert it")
+        raise UsageError(f"{rule}: only .safetensors files are read, because others can run code; convert it")
     if not path.is_file():
         raise UsageError(f"{rule}: there is no {path.name}; give a file, or a folder that a LoRA was saved to")
     from safetensors import SafetensorError, safe_open
@@ -104,35 +127,37 @@ def read_header(given: str) -> LoraFile:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        config = json.loads(metadata.get(CONFIG_NAME, "{}"))
-        training = Training(**json.loads(metadata[TRAINING_NAME])) if TRAINING_NAME in metadata else None
+        config = json.loads(metadata.get(CONFIG_KEY, "{}"))
+        training = Training(**json.loads(metadata[TRAINING_KEY])) if TRAINING_KEY in metadata else None
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         if disk_errno(error) is not None:
             raise
         raise UsageError(f"{rule}: {path.name} is damaged, or not a safetensors file; get it again") from None
-    return LoraFile(path, shapes, {name.removeprefix(PREFIX): value for name, value in config.items()}, training)
+    config = {name.removeprefix(TRANSFORMER_PREFIX): value for name, value in config.items()}
+    return LoraFile(path, shapes, config, training)
 
 
 def misfits(file: LoraFile, lora: LoraFlags) -> Iterator[str]:
     """Yields a problem for each disagreement between a file and the flags, with the flag that would match."""
-    strange = [key for key in file.shapes if not KEY.fullmatch(key)]
+    strange = [key for key in file.shapes if not LORA_KEY.fullmatch(key)]
     if strange or not file.layers:
         has = f"has {strange[0]}" if strange else "is empty"
-        rule = f"a LoRA for diffusers has {PREFIX}LAYER.lora_A.weight; for ComfyUI's names see scripts/convert_lora.py"
-        yield f"--lora_path {file.path}: {has}; {rule}"
+        rule = f"a LoRA for diffusers has {TRANSFORMER_PREFIX}LAYER.lora_A.weight"
+        yield f"--lora_path {file.path}: {has}; {rule}; for the names of ComfyUI see scripts/convert_lora.py"
         return
     if len(file.ranks) > 1 or file.config.get("rank_pattern") or file.config.get("alpha_pattern"):
-        yield f"--lora_path {file.path}: its layers differ in rank or alpha; give one that has the same for all"
+        yield f"--lora_path {file.path}: its layers differ in rank or alpha; give a LoRA with one rank and one alpha"
         return
     (rank,) = file.ranks
     if rank != lora.rank:
-        yield f"--rank {lora.rank}: the LoRA of --lora_path has another; give --rank {rank}"
+        yield f"--rank {lora.rank}: the LoRA of --lora_path has another rank; give --rank {rank}"
     yield from other_scaling(file, rank, lora)
     dora = any(key.endswith("lora_magnitude_vector") for key in file.shapes)
     yield from other_variant("use_dora", lora.use_dora, dora)
     if set(selected(lora.target_modules, file.layers)) != set(file.layers) or unused(lora.target_modules, file.layers):
-        names = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in file.layers})  # the same in every block
-        rule = "the LoRA of --lora_path is on other layers"
+        # All blocks have the same layers, so the number of the block is cut off.
+        names = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in file.layers})
+        rule = "the LoRA of --lora_path changes other layers"
         yield f"--target_modules {' '.join(lora.target_modules)}: {rule}; give --target_modules {' '.join(names)}"
 
 
@@ -140,13 +165,13 @@ def other_scaling(file: LoraFile, rank: int, lora: LoraFlags) -> Iterator[str]:
     """Yields problems if alpha or rsLoRA in the flags differ from those that the matrices in the file need."""
     alpha, rslora = file.scaling(rank)
     given = f"--lora_alpha {written(lora.lora_alpha)}"
-    if file.training and file.folded == ROUNDED and (lora.lora_alpha, lora.use_rslora) != (alpha, rslora):
-        rule = f"the LoRA of --lora_path has its scale, {file.training.scale:g}, in its matrices, with rounding"
-        fix = f"give --lora_alpha {written(alpha)} without --use_rslora to go on with them as they are"
-        yield f"{given}: {rule}; {fix}, or a checkpoint of its training, whose matrices are not rounded"
+    if file.training and file.folded == FOLDED_ROUNDED and (lora.lora_alpha, lora.use_rslora) != (alpha, rslora):
+        rule = f"the matrices of --lora_path were multiplied by their scale, {file.training.scale:g}, with rounding"
+        fix = f"give --lora_alpha {written(alpha)} without --use_rslora to continue from these matrices"
+        yield f"{given}: {rule}; {fix}, or give a checkpoint of its training, whose matrices are not rounded"
         return
     if alpha != lora.lora_alpha:
-        yield f"{given}: the LoRA of --lora_path has another; give --lora_alpha {written(alpha)}"
+        yield f"{given}: the LoRA of --lora_path has another alpha; give --lora_alpha {written(alpha)}"
     yield from other_variant("use_rslora", lora.use_rslora, rslora)
 
 

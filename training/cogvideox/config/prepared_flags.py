@@ -16,7 +16,7 @@ from cogvideox.config.flags import DataFlags, EncodeFlags
 from cogvideox.config.options import Options, TrainOptions, fields_of, resolution
 from cogvideox.errors import UsageError
 
-FORMATS = (3, 4)  # of index.json; the first has no recipe
+INDEX_FORMATS = (3, 4)  # of index.json; the first has no recipe
 MOMENTS = "video_latents"  # the folder by which those of the CogVideoX factory are known
 BUCKETS = ("train_resolution", "frame_buckets", "height_buckets", "width_buckets", "max_num_frames")
 LISTS = {
@@ -83,7 +83,7 @@ def as_prepared(options: Options, sources: dict[str, str], read: Read) -> tuple[
         if item.name not in PREPARED or item.name in prepared.chosen:
             continue
         if sources[item.name].startswith("given"):
-            problems += conflict(item.name, getattr(getattr(options, group), item.name), prepared)
+            problems += prepared_conflicts(item.name, getattr(getattr(options, group), item.name), prepared)
         else:
             groups.setdefault(group, {})[item.name] = prepared.values.get(item.name)
             sources[item.name] = "prepared"
@@ -101,7 +101,7 @@ def read_prepared(folder: Path, options: TrainOptions, read: Read) -> Prepared |
         return Prepared({"num_augmentations": 1, "num_image_noise_variants": 1}, chosen=FACTORY_TAKES)
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        if index["format"] not in FORMATS:
+        if index["format"] not in INDEX_FORMATS:
             return None
         samples = [sample["bucket"] for sample in (*index["samples"], *index["validation"])]
         buckets = {(bucket["frames"], bucket["height"], bucket["width"]) for bucket in samples}
@@ -114,10 +114,10 @@ def read_prepared(folder: Path, options: TrainOptions, read: Read) -> Prepared |
     if not values.keys() & set(BUCKETS):
         values["train_resolution"] = ["{}x{}x{}".format(*bucket) for bucket in sorted(buckets)]
         values |= {name: getattr(DataFlags, name) for name in BUCKETS[1:]}
-    return Prepared(dict(typed(folder, values, options, read)), buckets)
+    return Prepared(dict(parsed_values(folder, values, options, read)), buckets)
 
 
-def typed(folder: Path, values: dict[str, Any], options: TrainOptions, read: Read) -> Iterator[tuple[str, Any]]:
+def parsed_values(folder: Path, values: dict[str, Any], options: TrainOptions, read: Read) -> Iterator[tuple[str, Any]]:
     """Yields flags and values, parsed as if they were typed, because somebody else may have written them."""
     for _, item, annotation in fields_of(type(options)):
         if item.name not in values or item.name not in PREPARED:
@@ -133,21 +133,21 @@ def typed(folder: Path, values: dict[str, Any], options: TrainOptions, read: Rea
             raise UsageError(f"{folder / 'index.json'}: {error}; run prepare_dataset.py again") from None
 
 
-def conflict(name: str, given: Any, prepared: Prepared) -> Iterator[str]:
+def prepared_conflicts(name: str, given: Any, prepared: Prepared) -> Iterator[str]:
     """Yields a problem if a given flag differs from what was prepared."""
     values = prepared.values
     if name in BUCKETS:
         seen = seen_buckets(name, prepared.buckets)
-        if normal(name, given) not in (normal(name, seen), normal(name, values.get(name))):
+        if normalized(name, given) not in (normalized(name, seen), normalized(name, values.get(name))):
             fix = "give that, or leave the flag out"
-            yield f"--{name} {shown(given)}: the tensors were prepared with {shown(seen)}; {fix}"
+            yield f"--{name} {value_text(given)}: the tensors were prepared with {value_text(seen)}; {fix}"
     elif name not in values and name not in SEEN:
         fix = "leave the flag out, or prepare the clips with it; the same command again encodes nothing anew"
-        yield f"--{name} {shown(given)}: the prepared folder does not say whether it was prepared so; {fix}"
-    elif name in values and normal(name, given) != normal(name, values[name]):
-        then = "without it" if values[name] in (None, ()) else f"with {shown(values[name])}"
+        yield f"--{name} {value_text(given)}: the prepared folder does not say whether it was prepared so; {fix}"
+    elif name in values and normalized(name, given) != normalized(name, values[name]):
+        then = "without it" if values[name] in (None, ()) else f"with {value_text(values[name])}"
         fix = "leave the flag out, or run prepare_dataset.py with it and another --output_dir"
-        yield f"--{name} {shown(given)}: the tensors were prepared {then}; {fix}"
+        yield f"--{name} {value_text(given)}: the tensors were prepared {then}; {fix}"
 
 
 def seen_buckets(name: str, buckets: set[tuple[int, int, int]]) -> Any:
@@ -160,7 +160,7 @@ def seen_buckets(name: str, buckets: set[tuple[int, int, int]]) -> Any:
     return tuple(sorted({bucket[place] for bucket in buckets}))
 
 
-def normal(name: str, value: Any) -> Any:
+def normalized(name: str, value: Any) -> Any:
     """Returns a value in a normal form, in which values of the same meaning are equal."""
     if name in LISTS:
         return None if value in LISTS[name] else value
@@ -173,7 +173,7 @@ def normal(name: str, value: Any) -> Any:
     return set(value or ()) if name in BUCKETS and name != "max_num_frames" else value
 
 
-def shown(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Returns a value as it is typed on the command line."""
     if isinstance(value, tuple):
         return " ".join(map(str, value))

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import hub_file
-from cogvideox.config.lora_file import NO, ROUNDED
+from cogvideox.config.lora_file import FOLDED_ROUNDED, NOT_FOLDED
 from cogvideox.config.options import TrainOptions
 from cogvideox.data.cache import CacheIndex
 from cogvideox.evaluation.before_after import SHEET_NAME
@@ -314,9 +314,9 @@ def scale_note(made: dict[str, Any]) -> str:
     scale = made["lora_scale"]
     if scale == 1:
         return ""
-    if made["lora_scale_folded"] == NO:
+    if made["lora_scale_folded"] == NOT_FOLDED:
         return f" In the file its scale, {scale:g}, is only in the file's metadata; loaders that ignore it take 1."
-    rounded = " (rounded)" if made["lora_scale_folded"] == ROUNDED else ""
+    rounded = " (rounded)" if made["lora_scale_folded"] == FOLDED_ROUNDED else ""
     return f" In the file its scale, {scale:g}, is multiplied into its matrices{rounded}: the file's alpha is its rank."
 
 

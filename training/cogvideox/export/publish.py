@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cogvideox.config.args import config_dict
 from cogvideox.config.geometry import saves_pipeline
-from cogvideox.config.lora_file import NO, ROUNDED
+from cogvideox.config.lora_file import FOLDED_ROUNDED, NOT_FOLDED
 from cogvideox.config.options import TrainOptions
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
@@ -78,7 +78,7 @@ def publish(
         (folder / RECIPE_NAME).unlink(missing_ok=True)  # the folder is unfinished until the new weights are verified
         remove_pipeline(folder)
         about = write_weights(method, folder)
-        if about.get("lora_scale_folded") == NO and about["lora_scale"] != 1:
+        if about.get("lora_scale_folded") == NOT_FOLDED and about["lora_scale"] != 1:
             run.say(scale_warning(about["lora_scale"]))
         batch = collate([dataset[Visit(0, 0)]])
         before = forward(task, method.transformer, batch, run)
@@ -89,7 +89,7 @@ def publish(
         difference, cosine = compare(before, after)
         run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")
         exact = run.device.type == "cpu" and run.dtype == torch.float32
-        exact = exact and about.get("lora_scale_folded") != ROUNDED
+        exact = exact and about.get("lora_scale_folded") != FOLDED_ROUNDED
         if not faithful(base, before, after) or not cosine >= MIN_COSINE or (exact and difference != 0):  # NaN fails
             raise RuntimeError(f"{folder / method.result}: reloaded, it gives another output; please report this")
         apart, likeness = compare(after, stock)

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.functional import linear
 
-from cogvideox.config.lora_file import EXACT, NO, PREFIX, ROUNDED, LoraFile, selected, unused
+from cogvideox.config.lora_file import (
+    FOLDED_EXACTLY,
+    FOLDED_ROUNDED,
+    NOT_FOLDED,
+    TRANSFORMER_PREFIX,
+    LoraFile,
+    selected,
+    unused,
+)
 from cogvideox.config.options import target_pattern
 from cogvideox.errors import UsageError
 from cogvideox.rng import key_of
@@ -208,7 +216,7 @@ def fold_scale(state: dict[str, Tensor], scale: float, rounded: bool = False) ->
         rounded: Whether to fold a scale that is not exact, too.
 
     Returns:
-        (folded matrices, EXACT or ROUNDED), or (``state``, NO) if the scale was not folded.
+        (folded matrices, FOLDED_EXACTLY or FOLDED_ROUNDED), or (``state``, NOT_FOLDED) if the scale was not folded.
 
     Raises:
         UsageError: A folded number is too large for its type.
@@ -217,14 +225,14 @@ def fold_scale(state: dict[str, Tensor], scale: float, rounded: bool = False) ->
     if is_power_of_two(scale) and all(
         (folded[name] / scale).equal(tensor) for name, tensor in state.items() if is_lora_b(name)
     ):
-        return folded, EXACT
+        return folded, FOLDED_EXACTLY
     if not rounded:
-        return state, NO
+        return state, NOT_FOLDED
     for name, tensor in folded.items():
         if not tensor.isfinite().all():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UsageError(f"--fold_lora_scale: {name} times {scale:g} is too large for {kind}; leave the flag out")
-    return folded, ROUNDED
+    return folded, FOLDED_ROUNDED
 
 
 def is_lora_b(name: str) -> bool:
@@ -244,7 +252,7 @@ def trained_matrices(file: LoraFile) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    found = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file.path).items()}
-    if file.training is None or file.folded != EXACT:
+    found = {name.removeprefix(TRANSFORMER_PREFIX): tensor for name, tensor in load_file(file.path).items()}
+    if file.training is None or file.folded != FOLDED_EXACTLY:
         return found
     return {name: tensor / file.training.scale if is_lora_b(name) else tensor for name, tensor in found.items()}

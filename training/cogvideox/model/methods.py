@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cogvideox.config.lora_file import (
-    CONFIG_NAME,
-    NO,
-    PREFIX,
-    TRAINING_NAME,
+    CONFIG_KEY,
+    NOT_FOLDED,
+    TRAINING_KEY,
+    TRANSFORMER_PREFIX,
     WEIGHTS_NAME,
     Training,
     lora_file,
@@ -241,7 +241,7 @@ class Lora:
     def config(self, training: Training) -> dict[str, Any]:
         """Returns the fields of PEFT's LoraConfig for a saved file. Dropout is 0, because the file is for inference."""
         alpha, rslora = float(training.rank), False
-        if training.scale_folded == NO:
+        if training.scale_folded == NOT_FOLDED:
             alpha, rslora = training.lora_alpha, training.use_rslora
         fields = self.transformer.peft_config[ADAPTER].to_dict() | {"lora_dropout": 0.0}
         fields |= {"r": training.rank, "lora_alpha": alpha, "use_rslora": rslora}
@@ -268,11 +268,11 @@ class Lora:
         training = self.scaling()
         state, folded = fold_scale(self.state(), training.scale, rounded)
         training = replace(training, scale_folded=folded)
-        config = {f"{PREFIX}{name}": value for name, value in self.config(training).items()}
-        metadata = {CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True)}
-        metadata |= {TRAINING_NAME: json.dumps(asdict(training)), "format": "pt"}
+        config = {f"{TRANSFORMER_PREFIX}{name}": value for name, value in self.config(training).items()}
+        metadata = {CONFIG_KEY: json.dumps(config, indent=2, sort_keys=True)}
+        metadata |= {TRAINING_KEY: json.dumps(asdict(training)), "format": "pt"}
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
+        tensors = {f"{TRANSFORMER_PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / WEIGHTS_NAME, metadata)
         return {"lora_scale": training.scale, "lora_scale_folded": folded}
 
