@@ -263,7 +263,7 @@ def bad_file(tmp_path: Path, clip: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("truncated", "is truncated: [0-9]+ of 60 frames"),
+        ("truncated", "is truncated: it holds [0-9]+ of 60 frames"),
         ("truncated_index_last", "cannot be read: "),
         ("empty", "is empty; "),
         ("text", "cannot be read: "),

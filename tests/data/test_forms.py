@@ -358,7 +358,7 @@ def test_what_is_no_pair_is_named_with_its_fix(tmp_path: Path) -> None:
         ": both.mp4 and both.png: are clips of one name; rename all but one",
         ": notes.txt: is a caption without a clip; add the clip, or rename it to end in something else",
         ": sub/alone.mp4: has no caption; write it next to the clip, into a file of the same name that ends in .txt",
-        ": turn.insv: has a caption, but its format is not read; convert it to mp4, or an image to png",
+        ": turn.insv: has a caption, but its format is not supported; convert it to mp4, or an image to png",
     ]
 
 
@@ -521,10 +521,10 @@ def test_names_that_differ_in_their_accents_coding_only_are_refused(tmp_path: Pa
     (tmp_path / f"{COMPOSED}.txt").write_text("one")
     (found,) = problems(tmp_path)
     assert r"cafe\u0301.mp4 and caf\xe9.mp4: differ only in how their accents are coded" in found
-    angstrom = ("\u212b.mp4", "A\u030a.mp4")  # two that are no NFC, where the list says a third
+    angstrom = ("\u212b.mp4", "A\u030a.mp4")  # neither is in NFC, and the list has a third spelling
     write(tmp_path, "x", "\u00c5.mp4", angstrom)
     (found,) = problems(tmp_path)
-    assert "means one of them" in found
+    assert "matches several files" in found
     assert found.endswith("rename all but one")
     write(tmp_path, "x\ny\n", "\n".join(names), ())  # listed as they are
     assert [Path(sample.video).name for sample in read(tmp_path)] == list(names)
@@ -539,7 +539,7 @@ def test_letter_case_and_backslashes_of_other_systems(tmp_path: Path) -> None:
         ("Clips/same.mp4", tmp_path / "Clips/same.mp4"),
     ]
     flags = table(tmp_path, "video,text\nCLIPS/Same.mp4,one\n")
-    assert "means one of them: Clips/same.mp4, clips/SAME.mp4; rename" in problems(tmp_path, **flags)[0]
+    assert "spelled differently: Clips/same.mp4, clips/SAME.mp4; rename" in problems(tmp_path, **flags)[0]
     pairs(tmp_path / "pairs", B_gif="B", b_mp4="b")
     (touch(tmp_path / "pairs", "DSC1.MP4") / "dsc1.txt").write_text("dsc")
     assert captions(tmp_path / "pairs") == ["B", "dsc", "b"]
@@ -558,12 +558,14 @@ def test_a_search_for_spellings_leaves_the_folder_alone(tmp_path: Path) -> None:
 def test_paths_of_another_machine_say_what_to_remove(tmp_path: Path, start: str) -> None:
     flags = table(touch(tmp_path, "clips/1.mp4"), f"video,text\n{start}clips/1.mp4,x\n{start}clips/2.mp4,x\n")
     found, missing = problems(tmp_path, **flags)
-    rule = f"{tmp_path}/t.csv:2: {start}clips/1.mp4: is a path of another machine, but clips/1.mp4 is in {tmp_path}; "
+    rule = (
+        f"{tmp_path}/t.csv:2: {start}clips/1.mp4: is a path of another machine, but {tmp_path} contains clips/1.mp4; "
+    )
     assert found.startswith(f"{rule}remove {start} from the paths".replace("\\\\", "\\"))
     assert ("sed -i" in found) == (start in ("/home/other/data/", "//nas/share/"))
     assert "another machine" not in missing
     if "sed -i" in found:
-        subprocess.run(shlex.split(found.split("as with: ")[1]), check=True)
+        subprocess.run(shlex.split(found.split("for example with: ")[1]), check=True)
         assert "t.csv:3: clips/2.mp4: no such file" in problems(tmp_path, **flags)[0]
 
 

@@ -115,7 +115,9 @@ def test_another_size_that_headers_do_not_tell_is_found_in_decoding(
     path.write_bytes(resized(container, codec))
     info = decode.probe(path)
     assert [number_in(frame) for frame in decode.read_frames(path, info, range(18), *SIZE)] == list(range(18))
-    with pytest.raises(VideoError, match=r"clip: changes size: its picture at 0\.750 s is 64x96, the first one 96x64"):
+    with pytest.raises(
+        VideoError, match=r"clip: changes size: its picture at 0\.750 s is 64x96, but the first one is 96x64"
+    ):
         decode.read_frames(path, info, [3, 20, 30], *SIZE)
 
 

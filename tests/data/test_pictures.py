@@ -242,7 +242,7 @@ def test_a_truncated_picture_is_an_error_wherever_it_ends(tmp_path: Path, suffix
         ("png", "convert it: `ffmpeg -i IN OUT.mp4`"),
         ("avif", "convert it: `ffmpeg -i IN OUT.mp4`"),
         ("webp", 'convert it: `python -c "from PIL import Image; '),
-        ("tif", "save each as a file of its own"),
+        ("tif", "save each one as a separate file"),
     ],
 )
 def test_several_pictures_in_a_file_are_refused(tmp_path: Path, suffix: str, fix: str) -> None:

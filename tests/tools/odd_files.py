@@ -237,7 +237,7 @@ def old_cases() -> Iterator[Case]:
         yield good(f"packed_b_frames.{suffix}", functools.partial(packed, container))
         make = functools.partial(dropped_by_encoder, container, fill=True)
         yield good(f"n_vops.{suffix}", make, REPEATED, note="dropped frames repeat the one before")
-    yield bad("packed_b_frames_without_places.avi", lambda: packed(repeats="none"), "no places of their own")
+    yield bad("packed_b_frames_without_places.avi", lambda: packed(repeats="none"), "B-frames without positions")
     yield good("b_frames.avi", lambda: encode("avi", "mpeg4", options=B_FRAMES))
     yield good("packets_of_no_bytes.avi", dropped, REPEATED, note="dropped frames repeat the one before")
 
@@ -388,7 +388,7 @@ def transparent(container: str, codec: str, **how: Any) -> bytes:
 
 # Several in one
 
-JOINED = "is several files joined: "
+JOINED = "consists of several joined files: "
 
 
 def several_cases() -> Iterator[Case]:
@@ -434,7 +434,7 @@ def several_cases() -> Iterator[Case]:
         ("prores.mov", "mov", "prores_ks"),
     ]:
         make = functools.partial(resized, container, codec)
-        line = r"changes size: its picture at 0\.750 s is 64x96, the first one 96x64; cut it there: `ffmpeg -i IN -t "
+        line = r"changes size: its picture at 0\.750 s is 64x96, but the first one is 96x64; cut it there: `ffmpeg -i IN -t "
         yield bad(f"size_changes_{name}", make, line)
 
 

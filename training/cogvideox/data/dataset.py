@@ -183,8 +183,8 @@ def timestep_in(timesteps: range, stratum: tuple[int, int], number: float) -> in
         number: Random number in [0, 1) that selects the timestep within the part.
     """
     part, parts = stratum
-    place = int((part + number) / parts * len(timesteps))
-    return timesteps[min(place, len(timesteps) - 1)]  # rounding may give the next part's first place
+    position = int((part + number) / parts * len(timesteps))
+    return timesteps[min(position, len(timesteps) - 1)]  # rounding may give the position after the last
 
 
 def draw_sample(
@@ -292,7 +292,7 @@ class LatentDataset(Dataset[Batch]):
                 made = replace(made, image_BCHW=torch.zeros_like(made.image_BCHW))
             return replace(made, replaced=tuple(replaced))
         bucket = self.index.samples[visit.index].bucket
-        raise CacheError(f"bucket {bucket}: not one of its {len(replaced)} clips can be read; {replaced[0][1]}")
+        raise CacheError(f"bucket {bucket}: none of its {len(replaced)} clips can be read; {replaced[0][1]}")
 
     def _candidates(self, index: int) -> Iterator[CachedSample]:
         """Yields the sample and then all others of its bucket, in the order of the ids, starting after its own."""

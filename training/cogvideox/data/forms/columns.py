@@ -103,11 +103,11 @@ def _grouped(kind: str, examples: list[str], count: int, rule: str | None) -> li
         return examples
     if rule is None:
         return [*examples, f"... and {count - len(examples)} more ({count} in all): {kind}"]
-    places = [line.removesuffix(f": {rule}") for line in examples]
-    start = f"{places[0].partition(': ')[0]}: "
-    if all(place.startswith(start) for place in places):
-        places = [places[0], *(place.removeprefix(start) for place in places[1:])]
-    return [one_line(f"{', '.join(places)} and {count - len(examples)} more ({count} in all): {rule}")]
+    locations = [line.removesuffix(f": {rule}") for line in examples]
+    start = f"{locations[0].partition(': ')[0]}: "
+    if all(location.startswith(start) for location in locations):
+        locations = [locations[0], *(location.removeprefix(start) for location in locations[1:])]
+    return [one_line(f"{', '.join(locations)} and {count - len(examples)} more ({count} in all): {rule}")]
 
 
 def _rules(line: str) -> list[str]:
@@ -169,10 +169,10 @@ def _utf16_lines(file: str, data: bytes, problems: Problems) -> list[str | None]
         return None
 
 
-def _decode_line(place: str, raw: bytes, problems: Problems) -> str | None:
+def _decode_line(location: str, raw: bytes, problems: Problems) -> str | None:
     try:
         return raw.decode().removesuffix("\r")
     except UnicodeDecodeError as error:
         where = f"byte {error.start + 1} is 0x{raw[error.start]:02x}"
-        problems.add("not UTF-8", f"{place}: is not UTF-8 ({where}); save the file as UTF-8")
+        problems.add("not UTF-8", f"{location}: is not UTF-8 ({where}); save the file as UTF-8")
         return None

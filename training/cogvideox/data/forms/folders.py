@@ -352,7 +352,7 @@ def _check_pair(root: str, stem: str, scan: _Scan, problems: Problems) -> None:
     if not media and stem in scan.others:
         other = scan.others[stem][0]
         fix = "convert it to mp4, or an image to png"
-        problems.add("unknown format", f"{root}: {other}: has a caption, but its format is not read; {fix}")
+        problems.add("unknown format", f"{root}: {other}: has a caption, but its format is not supported; {fix}")
     elif not media and not _is_document(texts[0]):
         fix = "add the clip, or rename it to end in something else"
         problems.add("caption without a clip", f"{root}: {texts[0]}: is a caption without a clip; {fix}")

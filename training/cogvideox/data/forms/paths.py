@@ -75,9 +75,7 @@ class PathRules:
         if len(spelled) == 1:
             return os.path.join(column.folder, spelled[0]), self.problem_with(spelled[0], column.folder, what)
         if spelled:
-            rule = (
-                f"is spelled as none of these files and means one of them: {first_names(spelled)}; rename all but one"
-            )
+            rule = f"matches several files that are spelled differently: {first_names(spelled)}; rename all but one"
             return full, ("ambiguous name", f"{path}: {rule}")
         return full, self._foreign(path, column, row) or problem
 
@@ -88,8 +86,8 @@ class PathRules:
             if self._spelled(column.folder, "/".join(parts[count:])):
                 start = path[: len("/".join(parts[:count])) + 1]
                 file = column.location(row).rpartition(":")[0]
-                example = f", as with: sed -i 's|{start}||' {quote(file)}" if _PLAIN.fullmatch(start) else ""
-                rule = f"is a path of another machine, but {path[len(start) :]} is in {column.folder}"
+                example = f", for example with: sed -i 's|{start}||' {quote(file)}" if _PLAIN.fullmatch(start) else ""
+                rule = f"is a path of another machine, but {column.folder} contains {path[len(start) :]}"
                 return "path of another machine", f"{path}: {rule}; remove {start} from the paths{example}"
         return None
 

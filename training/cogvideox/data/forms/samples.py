@@ -31,7 +31,7 @@ class Sample:
         caption: The caption with the id token in front; empty where it is missing and not needed.
         video: Absolute path of the video, with symlinks not followed.
         image: Absolute path of the first frame, if the data set names one.
-        no_image: Place in the list or table of the missing image, if other clips have one and this one does not.
+        no_image: Location ("file:line") of the missing image, if other clips have one and this one does not.
     """
 
     id: str
@@ -80,9 +80,9 @@ def read_validation(data: DataFlags, need_captions: bool = True) -> list[Sample]
 def check_no_missing_images(samples: Sequence[Sample]) -> None:
     """Raises UsageError if some clips of a data set have an image and others do not; used for image-to-video."""
     problems = Problems()
-    for place in dict.fromkeys(sample.no_image for sample in samples if sample.no_image):
+    for location in dict.fromkeys(sample.no_image for sample in samples if sample.no_image):
         fix = "write one, or leave the images of all rows blank: then each clip's own first frame is taken"
-        problems.add("blank image", f"{place}: blank path of the image; {fix}")
+        problems.add("blank image", f"{location}: blank path of the image; {fix}")
     if problems:
         raise UsageError(problems.lines())
 

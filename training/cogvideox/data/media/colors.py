@@ -107,7 +107,7 @@ class ColorTags:
         is_dolby = codec_tag in ("dvh1", "dvhe") and self.transfer == UNSPECIFIED
         if is_dolby or self.matrix in _ICTCP:
             fix = "convert it to HLG or SDR with a program that knows Dolby Vision"
-            raise VideoError(f"has Dolby Vision colors (profile 5, ICtCp), which are not read; {fix}")
+            raise VideoError(f"has Dolby Vision colors (profile 5, ICtCp), which are not supported; {fix}")
 
 
 class SdrConverter:

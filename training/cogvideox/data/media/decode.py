@@ -33,7 +33,7 @@ from cogvideox.data.media.decord_reader import read_with_decord
 from cogvideox.data.media.faults import AGAIN, VideoError, check_size
 from cogvideox.data.media.frames import ON_BLACK, PacketIndex, VideoInfo
 from cogvideox.data.media.mpeg4 import unpacker
-from cogvideox.data.media.packets import decode_packet, open_video, scan, size_and_mtime, size_change, strict_decoder
+from cogvideox.data.media.packets import decode_packet, existing_stamp, open_video, scan, size_change, strict_decoder
 from cogvideox.data.media.pictures import is_picture, probe_picture, read_picture
 from cogvideox.data.media.planes import EXACT_SCALING, plane_array
 from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
@@ -50,13 +50,13 @@ class _NeedsEarlierKeyframe(VideoError):
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Describes a video or a still picture: times of the frames, size, rotation, codec and colors.
 
-    All packets of a video are read, and its first frame is decoded, because only a frame tells the rotation.
+    All packets of a video are read, and its first frame is decoded, because only a decoded frame has the rotation.
 
     Raises:
         VideoError: The file cannot be used, with the reason and a fix in one line.
         OSError: The file system or the machine refuses, though the file may be fine.
     """
-    stamp = size_and_mtime(path)
+    stamp = existing_stamp(path)
     if stamp[0] == 0:
         raise VideoError(f"{path}: is empty; download it again")
     if is_lfs_pointer(path, stamp[0]):
@@ -109,7 +109,7 @@ def read_frames(
         )
     if info.packets is None:
         return read_picture(path, info, len(indices), height, width)
-    if size_and_mtime(path) != info.packets.stamp:
+    if existing_stamp(path) != info.packets.stamp:
         raise VideoError(f"{path}: has changed since it was probed; start again")
     read = read_with_decord if reader == "decord" else _read_with_pyav
     return read(path, info, indices, height, width)
@@ -147,14 +147,14 @@ def _read_with_pyav(
 ) -> np.ndarray:
     assert info.packets is not None
     # For each timestamp to decode, the positions in the result that it fills: a frame may be asked for several times.
-    places: dict[int, list[int]] = {}
-    for place, source in enumerate(indices):
-        places.setdefault(info.packets.pictures[source], []).append(place)
+    positions: dict[int, list[int]] = {}
+    for position, source in enumerate(indices):
+        positions.setdefault(info.packets.pictures[source], []).append(position)
     frames_FHWC = np.empty((len(indices), height, width, 3), np.uint8)
-    scaler, to_sdr, missing = VideoReformatter(), SdrConverter(info.conversions), set(places)
-    for frame in _frames_at(path, info.packets, sorted(places)):
+    scaler, to_sdr, missing = VideoReformatter(), SdrConverter(info.conversions), set(positions)
+    for frame in _frames_at(path, info.packets, sorted(positions)):
         assert frame.pts is not None
-        first, *others = places[frame.pts]
+        first, *others = positions[frame.pts]
         if frame.colorspace == UNSPECIFIED:
             frame.colorspace = info.matrix
         _write_pixels(scaler, to_sdr, frame, info.rotation, frames_FHWC[first])
@@ -178,13 +178,13 @@ def _frames_at(path: str | os.PathLike[str], index: PacketIndex, wanted: Sequenc
                 num_done += 1
         return
     except VideoError:
-        place = index.keyframe_before(wanted[num_done])
-    left = wanted[bisect_left(wanted, index.keyframes[place]) :]
-    yield from _from_earlier_keyframes(path, index, left, max(0, place - 1))
+        keyframe = index.keyframe_before(wanted[num_done])
+    left = wanted[bisect_left(wanted, index.keyframes[keyframe]) :]
+    yield from _from_earlier_keyframes(path, index, left, max(0, keyframe - 1))
 
 
 def _from_earlier_keyframes(
-    path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int], place: int
+    path: str | os.PathLike[str], index: PacketIndex, wanted: Sequence[int], latest: int
 ) -> Iterator[VideoFrame]:
     """Yields the wanted frames, decoded without seeking from a keyframe, or where that fails from ever earlier ones.
 
@@ -196,9 +196,9 @@ def _from_earlier_keyframes(
         path: The file.
         index: The timestamps of the file.
         wanted: Timestamps of the frames, increasing.
-        place: Index in ``index.keyframes`` of the first keyframe to try.
+        latest: Index in ``index.keyframes`` of the keyframe to try first; the others to try are earlier.
     """
-    for start in range(place, -1, -1):
+    for start in range(latest, -1, -1):
         try:
             with open_video(path, index.stream) as (container, stream):
                 yield from _decode(container, stream, index, wanted, start)
@@ -226,15 +226,15 @@ def _decode(
     decoder = strict_decoder(stream)
     run = _DecodeRun(_frames(container, stream, decoder, last, index.labels))
     for number, pts in enumerate(wanted):
-        place = index.keyframe_before(pts) if start is None else start
-        if index.keyframes[place] > last:
+        keyframe = index.keyframe_before(pts) if start is None else start
+        if index.keyframes[keyframe] > last:
             if number == 0:
                 # Old versions of x264 had bugs that decoders work around, but only the first packet may tell the
                 # version. So it is decoded before the first seek.
                 run.begin()
-            container.seek(index.seek_to[place], stream=stream)
+            container.seek(index.seek_to[keyframe], stream=stream)
             decoder.flush_buffers()
-            run = _DecodeRun(_frames(container, stream, decoder, index.keyframes[place]))
+            run = _DecodeRun(_frames(container, stream, decoder, index.keyframes[keyframe]))
         yield run.frame_at(pts, index)
         last = pts
 
@@ -323,7 +323,7 @@ def _rotation(frame: VideoFrame) -> int:
     if a * d - b * c < 0:
         raise VideoError("is mirrored by its display matrix; re-encode it")
     if frame.rotation % 90:
-        raise VideoError(f"is rotated by {frame.rotation} degrees; only 90, 180 and 270 are applied, so re-encode it")
+        raise VideoError(f"is rotated by {frame.rotation} degrees; only 90, 180 and 270 are supported; re-encode it")
     return frame.rotation % 360
 
 

@@ -39,7 +39,7 @@ def reader_problem(name: str) -> str | None:
         return f"must be one of {', '.join(READERS)}"
     if _installed_version("decord2"):
         return (
-            "decord2 is installed in the place of decord and returns wrong frames without an error: "
+            "decord2 is installed instead of decord and returns wrong frames without an error: "
             f"pip uninstall decord2 and pip install decord=={VERSION}, or leave the flag out"
         )
     found = _installed_version("decord")
@@ -65,14 +65,14 @@ def read_with_decord(
         if info.conversions:
             raise VideoError(f"decord does not convert its pixels ({', '.join(info.conversions)}); {_OTHER}")
         if not (info.packets.stores_pts and info.packets.is_closed):
-            raise VideoError(f"decord finds other frames in avi, mpegts and open GOPs; {_OTHER}")
+            raise VideoError(f"decord returns wrong frames of avi and mpegts files and of open GOPs; {_OTHER}")
         if info.packets.num_streams > 1:
             raise VideoError(f"decord may choose another of its {info.packets.num_streams} video streams; {_OTHER}")
         if info.packets.pictures != info.packets.pts:
             raise VideoError(f"decord skips frames that were dropped; {_OTHER}")
         video = decord.VideoReader(os.path.abspath(path), width=width, height=height, num_threads=1)
         if len(video) != info.num_frames:
-            raise VideoError(f"decord counts {len(video)} frames where {info.num_frames} are shown; {_OTHER}")
+            raise VideoError(f"decord counts {len(video)} frames, but {info.num_frames} are shown; {_OTHER}")
         frames_FHWC: np.ndarray = video.get_batch(list(indices)).asnumpy()
         return frames_FHWC
 

@@ -54,7 +54,7 @@ def errors_naming(path: str | os.PathLike[str], *errors: type[Exception]) -> Ite
 def check_size(height: int, width: int) -> None:
     """Raises VideoError for a picture with a side of more than MAX_SIDE pixels."""
     if max(width, height) > MAX_SIDE:
-        raise VideoError(f"is {width}x{height}; at most {MAX_SIDE} pixels a side are read; make it smaller")
+        raise VideoError(f"is {width}x{height}; at most {MAX_SIDE} pixels per side are supported; make it smaller")
 
 
 def _is_readable(path: str | os.PathLike[str]) -> bool:

@@ -69,27 +69,28 @@ class _Unpacker:
 
     def __call__(self, packet: Packet) -> Iterator[Picture]:
         """Yields the pictures of a packet. Raises VideoError if packed pictures have no positions."""
-        place = packet.dts if self._in_avi else packet.pts
+        position = packet.dts if self._in_avi else packet.pts
         # Empty packets of avi have positions as well, but FFmpeg leaves them out, so gaps in the positions are filled.
         # At the end of the file (no position), the pictures that are left follow.
-        while self._waiting and (place is None or (self._in_avi and self._due < place)):
+        while self._waiting and (position is None or (self._in_avi and self._due < position)):
             yield self._next(self._due, packet)
-        if place is None or not packet.size:
+        if position is None or not packet.size:
             yield Picture(packet, is_empty=True)
             return
         pictures = self._pictures(packet)
         if self._waiting and pictures[0].is_empty:
             pictures.pop(0)
         elif self._waiting and not pictures[0].is_b:
-            raise VideoError("its packed B-frames have no places of their own; re-encode it: `ffmpeg -i IN OUT.mp4`")
+            raise VideoError("has packed B-frames without positions; re-encode it: `ffmpeg -i IN OUT.mp4`")
         self._waiting.extend(pictures)
-        yield self._next(place, packet)
+        yield self._next(position, packet)
 
-    def _next(self, place: int, packet: Packet) -> Picture:
+    def _next(self, position: int, packet: Packet) -> Picture:
+        """Returns the next waiting picture, which gets the position unless it is the first one of ``packet``."""
         picture = self._waiting.popleft()
         if picture.packet is not packet:
-            picture.packet.pts = picture.packet.dts = place
-        self._due = place + (picture.packet.duration or 1)
+            picture.packet.pts = picture.packet.dts = position
+        self._due = position + (picture.packet.duration or 1)
         return picture
 
     def _pictures(self, packet: Packet) -> list[Picture]:
@@ -97,7 +98,7 @@ class _Unpacker:
         parts = self._cut(data)
         if len(parts) == 1 and not self._waiting:
             return [self._picture(packet, data)]
-        return [self._picture(_copy(packet, part), part, was_packed=place > 0) for place, part in enumerate(parts)]
+        return [self._picture(_copy(packet, part), part, was_packed=number > 0) for number, part in enumerate(parts)]
 
     def _cut(self, data: bytes) -> list[bytes]:
         """Returns the data of each picture, the first with all headers before it; all data if there is no picture."""

@@ -78,7 +78,7 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
     Args:
         container: The open file, of which nothing has been read.
         stream: The video stream that is used.
-        stamp: What ``size_and_mtime`` returned before the file was opened.
+        stamp: What ``existing_stamp`` returned before the file was opened.
 
     Returns:
         The timestamps of the video, and its first frame.
@@ -104,7 +104,7 @@ def scan(container: InputContainer, stream: VideoStream, stamp: tuple[int, int])
                 _check_size_stays(picture.packet, stream, packets, first)
         start = packet.pos or start
     if container.format.name == "avi" and packets.entries:
-        packets.last_place = packets.entries[-1].dts + _count_trailing_empty(container.name, stream.index, start)
+        packets.last_dts = packets.entries[-1].dts + _count_trailing_empty(container.name, stream.index, start)
     _check_complete(container, stream, packets)
     if not packets.entries:
         raise VideoError(f"has no frames; {AGAIN}")
@@ -161,12 +161,20 @@ def size_change(frame: VideoFrame, size: tuple[int, int], seconds: float) -> Vid
         size: Height and width of the first frame, in pixels.
         seconds: When the frame is shown, counted from the first one.
     """
-    sizes = f"its picture at {seconds:.3f} s is {frame.width}x{frame.height}, the first one {size[1]}x{size[0]}"
+    first = f"but the first one is {size[1]}x{size[0]}"
+    sizes = f"its picture at {seconds:.3f} s is {frame.width}x{frame.height}, {first}"
     return VideoError(f"changes size: {sizes}; cut it there: `ffmpeg -i IN -t {seconds:.3f} OUT.mp4`")
 
 
-def size_and_mtime(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns the size in bytes and the time of the last change (ns) of a file, to notice when it is replaced."""
+def existing_stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Returns the stamp of a file that must exist: its size in bytes and its modification time in nanoseconds.
+
+    A changed stamp shows that the file was replaced. ``files.stamp_of`` returns the same for files that may be missing.
+
+    Raises:
+        VideoError: There is no such file.
+        OSError: The file system or the machine refuses access.
+    """
     with errors_naming(path):
         status = os.stat(path)
     return status.st_size, status.st_mtime_ns
@@ -193,7 +201,7 @@ class _PacketLog:
         end: Seconds at which the last packet of any stream ends.
         keyframe: Presentation time of the first keyframe; None until it is found.
         are_packed: Whether a packet held several pictures.
-        last_place: Decoding time of the last packet of an avi file, which may be empty.
+        last_dts: Decoding time of the last packet of an avi file, which may be empty; 0 for other formats.
         has_gradual: Whether there are keyframes at which decoding must not start (see ``KeyframeHeaders``).
         may_change_size: Whether the picture that was added last may have another size than those before it.
     """
@@ -203,7 +211,7 @@ class _PacketLog:
     end: float = 0.0
     keyframe: int | None = None
     are_packed: bool = False
-    last_place: int = 0
+    last_dts: int = 0
     has_gradual: bool = False
     may_change_size: bool = False
     _size_bytes: bytes = b""
@@ -242,8 +250,8 @@ class _PacketLog:
             again = f"`ffmpeg -i IN -an -vf setpts=N/({rate})/TB OUT.mp4`"
             seconds = float(len(self.entries) / rate)
             raise VideoError(
-                f"is several files joined: its timestamps start again after {seconds:.3f} s; "
-                f"re-encode it with new ones, {again}, and cut that at {seconds:.3f} s"
+                f"consists of several joined files: its timestamps start again after {seconds:.3f} s; "
+                f"re-encode it with new timestamps, {again}, and cut the result at {seconds:.3f} s"
             )
         self._latest = pts if self._latest is None else max(self._latest, pts)
 
@@ -282,16 +290,16 @@ def _rank(stream: VideoStream) -> tuple[bool, bool, int]:
     return stream.frames != 1, is_default, codec.height * codec.width if codec else 0
 
 
-def _stream_at(container: InputContainer, place: int) -> VideoStream:
+def _stream_at(container: InputContainer, index: int) -> VideoStream:
     """Returns the video stream with an index among all streams of the file."""
-    return next(stream for stream in container.streams.video if stream.index == place)
+    return next(stream for stream in container.streams.video if stream.index == index)
 
 
 def _check_decodable(container: InputContainer, stream: VideoStream) -> VideoStream:
     """Returns a stream for decoding. Raises VideoError without a decoder, and for B-frames without timestamps."""
     codec = stream.codec_context
     if codec is None:
-        raise VideoError("no decoder for its codec; re-encode it as h264")
+        raise VideoError("has a codec for which there is no decoder; re-encode it as h264")
     if container.format.name in ("avi", "asf") and codec.name in ("h264", "hevc") and codec.has_b_frames:
         name = container.format.name
         raise VideoError(f"its B-frames have no timestamps in {name}; re-encode it: `ffmpeg -i IN OUT.mp4`")
@@ -307,7 +315,7 @@ def _check_not_joined(container: InputContainer) -> None:
     at = second_file(container.name, container.format.name)
     if at is not None:
         parts = f"`head -c {at} IN > FIRST` and `tail -c +{at + 1} IN > SECOND`"
-        raise VideoError(f"is several files joined: the second begins at byte {at}; cut it there: {parts}")
+        raise VideoError(f"consists of several joined files: the second begins at byte {at}; cut it there: {parts}")
 
 
 def _check_size_stays(packet: Packet, stream: VideoStream, packets: _PacketLog, first: VideoFrame) -> None:
@@ -334,21 +342,21 @@ def _decode_or_raise(packet: Packet, decoder: VideoCodecContext) -> list[VideoFr
 
 def _check_complete(container: InputContainer, stream: VideoStream, packets: _PacketLog) -> None:
     """Raises VideoError if the file holds clearly less than its header says, because it was cut off."""
-    num_there, num_promised = len(packets.entries), stream.frames  # the headers of avi and ivf count the frames
+    num_found, num_promised = len(packets.entries), stream.frames  # the headers of avi and ivf count the frames
     if "mov" in container.format.name:  # the header of an mp4 lists every frame
         num_promised = sum(entry.size > 0 for entry in stream.index_entries)
     if container.format.name == "avi":
-        num_there = 1 + packets.last_place
-    if num_there < num_promised:
-        raise _truncated(f"{num_there} of {num_promised} frames")
+        num_found = 1 + packets.last_dts
+    if num_found < num_promised:
+        raise _truncated(f"{num_found} of {num_promised} frames")
     if container.format.name == "gif" and not _ends_as_gif(container.name):
-        raise _truncated(f"only {num_there} frames", copy="")
+        raise _truncated(f"only {num_found} frames", copy="")
     if not container.format.name.startswith(_HAVE_DURATION) or not container.duration:
         return
     # Any stream may be the longest, so packets.end counts all of them. The tolerance is two frames, or 0.1 s, because
     # timestamps are rounded and few containers say how long the last packet lasts.
     promised = container.duration / av.time_base
-    if packets.end + max(0.1, 2 * packets.end / max(1, num_there)) < promised:
+    if packets.end + max(0.1, 2 * packets.end / max(1, num_found)) < promised:
         raise _truncated(f"{packets.end:.2f} of {promised:.2f} s")
 
 
@@ -362,10 +370,15 @@ def _ends_as_gif(path: str) -> bool:
         return file.read().rstrip(b"\0").endswith(b"\0;")
 
 
-def _truncated(there: str, copy: str = "-c copy ") -> VideoError:
-    """Returns the error for a file that was cut off; ``there`` says how much of it is left."""
-    fix = f"if it plays to the end its header is wrong, and `ffmpeg -i IN {copy}OUT.mp4` repairs it"
-    return VideoError(f"is truncated: {there} are there; {fix}")
+def _truncated(rest: str, copy: str = "-c copy ") -> VideoError:
+    """Returns the error for a file that was cut off.
+
+    Args:
+        rest: How much of the file is left.
+        copy: Options of the ffmpeg command that repairs the header.
+    """
+    fix = f"if it plays to the end, its header is wrong, and `ffmpeg -i IN {copy}OUT.mp4` repairs it"
+    return VideoError(f"is truncated: it holds {rest}; {fix}")
 
 
 def _index(
@@ -382,16 +395,16 @@ def _index(
     labels: tuple[int, ...] = ()
     if packets.are_packed or (is_avi and any(entry.is_b for entry in entries)):
         # Such pictures have no display times, so those are derived from the order in which they are decoded.
-        places = [entry.dts for entry in entries] if is_avi else sorted(entry.pts for entry in entries)
-        end = packets.last_place + 1 if is_avi else 2 * places[-1] - places[-2]
-        labels = _display_times(places, [entry.is_b for entry in entries], end)
+        decode_times = [entry.dts for entry in entries] if is_avi else sorted(entry.pts for entry in entries)
+        end = packets.last_dts + 1 if is_avi else 2 * decode_times[-1] - decode_times[-2]
+        labels = _display_times(decode_times, [entry.is_b for entry in entries], end)
         entries = [entry._replace(pts=pts) for entry, pts in zip(entries, labels, strict=True)]
     keyframes = sorted((entry.pts, entry.pts if stores_pts else entry.dts) for entry in entries if entry.is_key)
     # Frames that are shown before the first keyframe refer to frames that are not in the file.
     entries = [entry for entry in entries if keyframes and entry.pts >= keyframes[0][0]]
     if not any(entry.is_shown for entry in entries):
         raise VideoError(f"has no frames; {AGAIN}")
-    shown, pictures = _frames_shown(entries, range(keyframes[0][0], packets.last_place + 1) if is_avi else ())
+    shown, pictures = _frames_shown(entries, range(keyframes[0][0], packets.last_dts + 1) if is_avi else ())
     is_counted = labels or container.format.name in _COUNT_FROM_START
     pts, seek_to = zip(*keyframes[: 1 if is_counted else None], strict=True)
     return PacketIndex(
@@ -438,35 +451,35 @@ def _count_trailing_empty(path: str, stream: int, start: int) -> int:
             at += 8 + size + size % 2
 
 
-def _display_times(places: Sequence[int], are_b: Sequence[bool], end: int) -> tuple[int, ...]:
+def _display_times(decode_times: Sequence[int], are_b: Sequence[bool], end: int) -> tuple[int, ...]:
     """Derives the display times of pictures from the times at which they are decoded.
 
     A B-frame is shown as soon as it is decoded. Any other picture is shown when the next such picture is decoded,
     because B-frames that are shown before it may refer to it.
 
     Args:
-        places: Decoding times, increasing.
+        decode_times: Decoding times, increasing.
         are_b: Whether each picture is a B-frame.
         end: Display time of the last picture that is not a B-frame.
     """
     labels = []
-    for place, is_b in zip(reversed(places), reversed(are_b), strict=True):
-        labels.append(place if is_b else end)
-        end = end if is_b else place
+    for decode_time, is_b in zip(reversed(decode_times), reversed(are_b), strict=True):
+        labels.append(decode_time if is_b else end)
+        end = end if is_b else decode_time
     return tuple(reversed(labels))
 
 
-def _frames_shown(entries: Sequence[_Entry], places: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _frames_shown(entries: Sequence[_Entry], more_times: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the times at which frames are shown, and for each the time of the picture that is shown then.
 
     The two differ where a frame was dropped: then the picture before it is shown again.
 
     Args:
         entries: The pictures of the video.
-        places: Further times at which a frame is shown, also where no picture is stored.
+        more_times: Further times at which a frame is shown, even if no picture is stored for them.
     """
     decoded = sorted({entry.pts for entry in entries if not entry.is_empty})
-    times = {entry.pts for entry in entries if entry.is_shown}.union(places)
+    times = {entry.pts for entry in entries if entry.is_shown}.union(more_times)
     shown = tuple(sorted(times))
     return shown, tuple(decoded[bisect_right(decoded, pts) - 1] for pts in shown)
 

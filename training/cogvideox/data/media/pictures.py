@@ -37,7 +37,7 @@ _HEIC = "convert it: `magick IN OUT.jpg`, or on a Mac `sips -s format jpeg IN --
 
 # What the user can do with several pictures in one file. FFmpeg does not read animated webp, so Pillow converts it.
 _SINGLES = {
-    "TIFF": "save each as a file of its own",
+    "TIFF": "save each one as a separate file",
     "WEBP": """convert it: `python -c "from PIL import Image; Image.open('IN').save('OUT.gif', save_all=True)"`""",
 }
 _ANIMATED = "convert it: `ffmpeg -i IN OUT.mp4`"
@@ -125,21 +125,21 @@ def _check_brand(path: str | os.PathLike[str]) -> None:
         size, kind = struct.unpack(">I4s", file.read(8).rjust(8, b"\0"))
         brands = file.read(min(size, 1024) - 8) if kind == b"ftyp" else b""
     if kind == b"ftyp" and not _AVIF & {brands[at : at + 4] for at in range(0, len(brands), 4)}:
-        raise VideoError(f"is a HEIC picture, which is not read; {_HEIC}")
+        raise VideoError(f"is a HEIC picture, which is not supported; {_HEIC}")
 
 
 def _check_header(picture: Image.Image) -> None:
     check_size(picture.height, picture.width)
     if picture.height * picture.width > MAX_PIXELS:
         size = f"{picture.width}x{picture.height}"
-        raise VideoError(f"is {size}; at most {MAX_PIXELS // 10**6} million pixels are read; make it smaller")
+        raise VideoError(f"is {size}; at most {MAX_PIXELS // 10**6} million pixels are supported; make it smaller")
     # The second picture of an MPO is another view or a preview of the same photo.
     num_frames = getattr(picture, "n_frames", 1)
     if num_frames > 1 and picture.format != "MPO":
         fix = _SINGLES.get(picture.format or "", _ANIMATED)
-        raise VideoError(f"holds {num_frames} pictures, only single ones are read; {fix}")
+        raise VideoError(f"holds {num_frames} pictures, but only single pictures are supported; {fix}")
     if picture.mode in _WIDER:
-        raise VideoError(f"has pixels of 32 bits (mode {picture.mode}); save it with 8 or 16")
+        raise VideoError(f"has pixels of 32 bits (mode {picture.mode}); save it with 8 or 16 bits")
 
 
 def _conversions(picture: Image.Image) -> tuple[str, ...]:
