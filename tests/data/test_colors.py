@@ -104,7 +104,7 @@ def test_names() -> None:
         assert ColorTags(transfer, primaries, BT2020).conversions() == names
 
 
-def test_gamuts_meet_in_grey() -> None:
+def test_gamuts_meet_in_gray() -> None:
     """White stays white out of each gamut, and bt709's own stays as it is."""
     frame = av.VideoFrame.from_ndarray(np.full((8, 8, 3), 128, np.uint8), format="rgb24")
     for names in (("bt2020",), ("p3",), ("pq", "bt709")):

@@ -386,11 +386,11 @@ def test_shrinking_is_area_averaging_to_within_rounding(real_clips):
     assert np.quantile(error, 0.999) < 6
 
 
-COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40)]
+COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40)]
 
 
 def test_written_videos_read_back(tmp_path):
-    frames = np.stack([np.full((33, 51, 3), colour, np.uint8) for colour in COLOURS])
+    frames = np.stack([np.full((33, 51, 3), color, np.uint8) for color in COLORS])
     write_video(tmp_path / "out.mp4", frames, 8.0)
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
     info = probe(tmp_path / "out.mp4")
@@ -402,19 +402,19 @@ def test_written_videos_read_back(tmp_path):
 
 @pytest.mark.parametrize(("matrix", "tag"), [("ITU709", 1), ("ITU601", 6)])
 @pytest.mark.parametrize(("sampling", "full"), [("MPEG", 1), ("JPEG", 2)])
-def test_colours_follow_the_tags_of_the_file(tmp_path, matrix, tag, sampling, full):
-    path = tmp_path / "colours.mp4"
+def test_colors_follow_the_tags_of_the_file(tmp_path, matrix, tag, sampling, full):
+    path = tmp_path / "colors.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8, options={"crf": "1"})
         stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
         stream.codec_context.colorspace, stream.codec_context.color_range = tag, full
-        for colour in COLOURS:
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), colour, np.uint8))
+        for color in COLORS:
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), color, np.uint8))
             options = {"dst_colorspace": matrix, "dst_color_range": sampling}
             container.mux(stream.encode(frame.reformat(format="yuv420p", **options)))
         container.mux(stream.encode())
     back = read_frames(path, probe(path), range(6), 32, 32)
-    assert np.abs(back[:, 16, 16].astype(int) - COLOURS).max() <= 4
+    assert np.abs(back[:, 16, 16].astype(int) - COLORS).max() <= 4
 
 
 def test_the_same_frames_make_the_same_file(tmp_path):

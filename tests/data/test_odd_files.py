@@ -19,8 +19,8 @@ from odd_files import (
     THEORA,
     Case,
     Outcome,
+    make_and_read,
     part,
-    place_and_read,
     table,
 )
 from PIL import Image
@@ -42,7 +42,7 @@ def named(cases: list[Case]) -> list[object]:
 def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
     """Each case once: where it lies and what came of it."""
     folder = tmp_path_factory.mktemp("odd")
-    return functools.cache(lambda case: place_and_read(case, folder))
+    return functools.cache(lambda case: make_and_read(case, folder))
 
 
 def test_names_are_told_apart() -> None:
@@ -56,10 +56,10 @@ def test_the_right_frames_come_out_upright(case: Case, read: Read) -> None:
     assert outcome.line == ""
     assert outcome.frames_FHWC is not None
     assert outcome.frames_FHWC.shape == (case.num_frames, *SIZE, 3)
-    assert tuple(number_in(frame, grey=case.grey) for frame in outcome.frames_FHWC) == case.numbers
+    assert tuple(number_in(frame, gray=case.gray) for frame in outcome.frames_FHWC) == case.numbers
     for number, frame in zip(case.numbers, outcome.frames_FHWC, strict=True):
         drawn = Image.fromarray(picture(number)).resize(SIZE[::-1], Image.Resampling.BOX)
-        expected = np.asarray(drawn.convert("L").convert("RGB") if case.grey else drawn, float)
+        expected = np.asarray(drawn.convert("L").convert("RGB") if case.gray else drawn, float)
         assert np.abs(frame - expected).mean() < 14  # coding costs up to 13 (gif), another number 18 and more
 
 
@@ -68,7 +68,7 @@ def test_the_pixels_are_those_of_a_plain_decode(case: Case, read: Read) -> None:
     path, outcome = read(case)
     assert outcome.frames_FHWC is not None
     decoded = [pixels for _, pixels in sequential(path, *SIZE, stream=case.stream)]
-    by_number = {number_in(pixels, grey=case.grey): pixels for pixels in decoded}
+    by_number = {number_in(pixels, gray=case.gray): pixels for pixels in decoded}
     for number, frame in zip(case.numbers, outcome.frames_FHWC, strict=True):
         assert not differ(frame, by_number[number])
 

@@ -60,8 +60,8 @@ def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
         probe(tmp_path / "b.png")
 
 
-def on_black(colour: tuple[int, int, int, int]) -> list[float]:
-    return [value * colour[3] / 255 for value in colour[:3]]
+def on_black(color: tuple[int, int, int, int]) -> list[float]:
+    return [value * color[3] / 255 for value in color[:3]]
 
 
 def deep_png(path: Path, values: np.ndarray, clear: tuple[int, ...] = ()) -> Path:
@@ -85,10 +85,10 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
         assert (read(path) == (values >> 8)[..., None]).all()
 
 
-@pytest.mark.parametrize("colour", [(200, 100, 50, 255), (200, 100, 50, 128), (200, 100, 50, 0)])
-def test_transparency_is_laid_on_black(tmp_path: Path, colour: tuple[int, int, int, int]) -> None:
-    path = saved(tmp_path / "clear.png", Image.new("RGBA", (WIDTH, HEIGHT), colour))
-    assert np.abs(read(path) - np.array(on_black(colour))).max() <= 1
+@pytest.mark.parametrize("color", [(200, 100, 50, 255), (200, 100, 50, 128), (200, 100, 50, 0)])
+def test_transparency_is_laid_on_black(tmp_path: Path, color: tuple[int, int, int, int]) -> None:
+    path = saved(tmp_path / "clear.png", Image.new("RGBA", (WIDTH, HEIGHT), color))
+    assert np.abs(read(path) - np.array(on_black(color))).max() <= 1
 
 
 def test_palettes_with_and_without_transparency(tmp_path: Path) -> None:
@@ -152,15 +152,15 @@ def test_premultiplied_tiff(tmp_path: Path) -> None:
         assert np.abs(read(path).astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)])
-def test_cmyk(tmp_path: Path, colour: tuple[int, int, int]) -> None:
-    picture = Image.new("RGB", (WIDTH, HEIGHT), colour).convert("CMYK")
+@pytest.mark.parametrize("color", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)])
+def test_cmyk(tmp_path: Path, color: tuple[int, int, int]) -> None:
+    picture = Image.new("RGB", (WIDTH, HEIGHT), color).convert("CMYK")
     for name in ("c.jpg", "c.tif"):
-        assert np.abs(read(saved(tmp_path / name, picture)).astype(int) - colour).max() <= 3
+        assert np.abs(read(saved(tmp_path / name, picture)).astype(int) - color).max() <= 3
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA"])
-def test_grey(tmp_path: Path, mode: str) -> None:
+def test_gray(tmp_path: Path, mode: str) -> None:
     picture = Image.fromarray(slope()).convert(mode)
     assert (read(saved(tmp_path / "g.png", picture)) == np.asarray(picture.convert("RGB"))).all()
 
@@ -246,14 +246,14 @@ def test_a_truncated_picture_is_an_error_wherever_it_ends(tmp_path: Path, suffix
     ],
 )
 def test_several_pictures_in_a_file_are_refused(tmp_path: Path, suffix: str, fix: str) -> None:
-    pictures = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "green", "blue")]
+    pictures = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "green", "blue")]
     path = saved(tmp_path / f"three.{suffix}", pictures[0], save_all=True, append_images=pictures[1:])
     with pytest.raises(VideoError, match=rf"three\..* holds 3 pictures.*; {re.escape(fix)}"):
         probe(path)
 
 
 def test_the_command_for_animated_webp_works(tmp_path: Path) -> None:
-    pictures = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "green", "blue")]
+    pictures = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "green", "blue")]
     path = saved(tmp_path / "a.webp", pictures[0], save_all=True, append_images=pictures[1:], duration=50)
     with pytest.raises(VideoError) as caught:
         probe(path)
@@ -349,12 +349,12 @@ def test_profiles_that_change_nothing(tmp_path: Path, content: bytes) -> None:
 
 
 def test_an_animated_gif_is_a_video(tmp_path: Path) -> None:
-    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
-    pictures = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in colours]
+    colors = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    pictures = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in colors]
     path = saved(tmp_path / "a.gif", pictures[0], save_all=True, append_images=pictures[1:], duration=100)
     info = probe(path)
     assert (info.num_frames, info.codec, info.fps) == (3, "gif", pytest.approx(10))
-    assert np.abs(read_frames(path, info, range(3), 8, 8)[:, 4, 4].astype(int) - colours).max() <= 1
+    assert np.abs(read_frames(path, info, range(3), 8, 8)[:, 4, 4].astype(int) - colors).max() <= 1
 
 
 def large_png(height: int, width: int) -> bytes:

@@ -1,7 +1,7 @@
 """Media files whose every picture shows its number, so "which frame is this" is read from the pixels, not believed.
 
 picture -> encode (or plain: one of each container and codec) -> number_in. sequential() is the reference for readers.
-Shape suffixes: F frames, H height, W width, C colour channels.
+Shape suffixes: F frames, H height, W width, C color channels.
 """
 
 import functools
@@ -31,20 +31,20 @@ os.environ.setdefault("SVT_LOG", "1")  # errors only
 
 
 def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """3 x 4 fields: white, red, blue, black, and below them the eight bits of the number in light and dark grey."""
+    """3 x 4 fields: white, red, blue, black, and below them the eight bits of the number in light and dark gray."""
     bits = [(200 if number >> bit & 1 else 55,) * 3 for bit in range(8)]
     fields = np.array([*MARKS, *bits], np.uint8).reshape(3, 4, 3)
     rows, columns = np.arange(height) * 3 // height, np.arange(width) * 4 // width
     return fields[rows][:, columns]
 
 
-def number_in(frame_HWC: np.ndarray, *, grey: bool = False) -> int:
+def number_in(frame_HWC: np.ndarray, *, gray: bool = False) -> int:
     """The number that a picture shows; -1 if its top row is not there, as when it is turned, mirrored or damaged."""
     height, width = frame_HWC.shape[:2]
     middles = [(height * (2 * row + 1) // 6, width * (2 * column + 1) // 8) for row in range(3) for column in range(4)]
     fields = np.array([frame_HWC[y - 2 : y + 2, x - 2 : x + 2].mean((0, 1)) for y, x in middles])
     marks = np.array(MARKS, float)
-    if grey:
+    if gray:
         marks = np.repeat(marks @ [[0.299], [0.587], [0.114]], 3, axis=1)
     if np.abs(fields[:4] - marks).max() > 48:
         return -1

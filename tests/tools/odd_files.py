@@ -1,7 +1,8 @@
-"""Odd media files, each made on the spot, and what must come of each: SECTIONS of Cases, and the table in docs.
+"""Makes unusual and damaged media files, and defines for each what reading it must return.
 
-A case puts something at a path and says which numbered pictures must come out of it, upright and in order, or what the
-error line must say. `python tests/tools/odd_files.py --write` writes the table, docs/odd_files.md; a test compares it.
+A ``Case`` makes a file at a path and says which numbered pictures reading must return, upright and in order, or what
+the error line must say. ``SECTIONS`` holds all cases. `python tests/tools/odd_files.py --write` writes the table
+docs/odd_files.md from them, and tests/data/test_odd_files.py checks the cases and the table.
 """
 
 import argparse
@@ -50,44 +51,65 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.data.clips import FAILED, OK, ClipRecipe, Variant, bad_line, decode_variant, plan_clip
 
 TABLE = Path(__file__).parents[2] / "docs" / "odd_files.md"
-THEORA = Path(__file__).parents[1] / "samples" / "theora.ogv"  # the pictures; no wheel has an encoder for it
+# Shows the numbered pictures. It is stored, because no wheel has an encoder for Theora.
+THEORA = Path(__file__).parents[1] / "samples" / "theora.ogv"
 SIZE = (48, 64)  # of the clips: height, width
 CLIP_FRAMES, CLIP_RATE = 9, 8
-MIDDLE = tuple(range(4, 29, 3))  # 9 frames at 8 a second from the middle of 36 at 24
+MIDDLE = tuple(range(4, 29, 3))  # 9 frames at 8 fps from the middle of 36 frames at 24 fps
 REPEATED = tuple(repeated(number) for number in MIDDLE)
+REPEATS = "dropped frames repeat the frame before them"
+ONE_START = "decoded from the only keyframe that refers to no other frame"
 
-RAISES = "raises"  # an outcome that is never right
+RAISES = "raises"  # the status of an outcome that is always wrong: reading raised an error
 
-Place = Callable[[Path], object]
-Make = Callable[[], bytes]
+MakeFile = Callable[[Path], object]
+MakeBytes = Callable[[], bytes]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One odd file and what must come of it: the pictures of these numbers, or (no numbers) a line that matches."""
+    """Describes one file and the expected result of reading it.
+
+    Attributes:
+        name: Name of the file.
+        make: Makes the file at a path.
+        numbers: Numbers of the pictures that must be returned; empty if an error line is expected.
+        line: Regular expression that the error line must match.
+        num_frames: Frames of the bucket with which the file is planned.
+        gray: Whether the pictures are gray.
+        note: Remark about the result, for the table.
+        stream: Which video stream of the file must be read.
+    """
 
     name: str
-    place: Place
+    make: MakeFile
     numbers: tuple[int, ...] = MIDDLE
     line: str = ""
     num_frames: int = CLIP_FRAMES
-    grey: bool = False
+    gray: bool = False
     note: str = ""
-    stream: int = 0  # the one of the videos in it that must be read
+    stream: int = 0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a file: frames (uint8 FHWC) and their places among the shown ones, or the line that says why not."""
+    """Holds the result of reading a file.
+
+    Attributes:
+        frames_FHWC: The frames, as uint8; None if they could not be read.
+        indices: Indices of the frames among the frames of the file that are shown.
+        line: The error line; empty if frames were read.
+        status: Status of the file in the ledger, or RAISES.
+    """
 
     frames_FHWC: np.ndarray | None = None
     indices: tuple[int, ...] = ()
     line: str = ""
-    status: str = OK  # as in the ledger, or RAISES
+    status: str = OK
 
 
 def outcome_of(path: Path, num_frames: int = CLIP_FRAMES) -> Outcome:
-    """Plans and decodes a file as a preparation does. The line is the one that a preparation prints."""
+    """Plans and decodes a file as a preparation does. An error line is the one that a preparation prints."""
     buckets = (Bucket(num_frames, *SIZE),)
     record = plan_clip(path, ClipRecipe(buckets, CLIP_RATE, "middle", 0, 0, "none", 0.0, 1, 0))
     if record["status"] != OK:
@@ -99,26 +121,26 @@ def outcome_of(path: Path, num_frames: int = CLIP_FRAMES) -> Outcome:
     return Outcome(frames, variant.indices)
 
 
-def good(name: str, make: Make, numbers: Sequence[int] = MIDDLE, **rest: Any) -> Case:
-    """A file of these bytes, out of which the numbers must come."""
+def good(name: str, make: MakeBytes, numbers: Sequence[int] = MIDDLE, **rest: Any) -> Case:
+    """Returns a case for a file from which pictures with these numbers must be read."""
     return Case(name, lambda path: path.write_bytes(make()), tuple(numbers), **rest)
 
 
-def bad(name: str, make: Make, line: str, **rest: Any) -> Case:
-    """A file of these bytes, for which the line must match."""
+def bad(name: str, make: MakeBytes, line: str, **rest: Any) -> Case:
+    """Returns a case for a file that must be refused with a matching line."""
     return Case(name, lambda path: path.write_bytes(make()), (), line, **rest)
 
 
-def edited(edit: Callable[..., bytes], make: Make, *rest: float) -> Make:
-    """The bytes of another file, edited."""
+def edited(edit: Callable[..., bytes], make: MakeBytes, *rest: float) -> MakeBytes:
+    """Returns a function that makes a file and edits its bytes."""
     return lambda: edit(make(), *rest)
 
 
-# How it is coded
+# Containers, codecs, streams
 
 
 def coded_cases() -> Iterator[Case]:
-    """Containers, codecs and ways of coding: all give the right frames."""
+    """Yields containers, codecs and ways of coding. The right frames must be read from all but one of them."""
     for name, container, codec in [
         ("h264.mp4", "mp4", "libx264"),
         ("h264.mov", "mov", "libx264"),
@@ -166,34 +188,34 @@ def coded_cases() -> Iterator[Case]:
     }
     for name, (what, how) in ways.items():
         yield good(name, functools.partial(encode, *what, **how))
-    yield good("grey.mp4", functools.partial(encode, "mp4", pix_fmt="gray"), grey=True)
+    yield good("gray.mp4", functools.partial(encode, "mp4", pix_fmt="gray"), gray=True)
     yield from stream_cases()
     yield from old_cases()
-    yield good("cover_beside_video.mp4", lambda: sounds(cover=True, video=True))
+    yield good("video_with_cover.mp4", lambda: sounds(cover=True, video=True))
     for container, suffix in {"mp4": "mp4", "matroska": "mkv", "mpegts": "ts"}.items():
         make = functools.partial(headless, container, no_b)
-        yield good(f"no_keyframe_first.{suffix}", make, range(7, 32, 3), note="from the first keyframe on")
+        yield good(f"no_keyframe_first.{suffix}", make, range(7, 32, 3), note="starting at the first keyframe")
     for container, suffix in {"mp4": "mp4", "matroska": "mkv", "mpegts": "ts", "flv": "flv"}.items():
-        for name, edit in {"refreshed_in_parts": bytes, "recovery_point_too_early": recovered_too_early}.items():
+        for name, edit in {"gradual_refresh": bytes, "recovery_point_too_early": recovered_too_early}.items():
             make = functools.partial(encode, container, options=REFRESHED)
-            yield good(f"{name}.{suffix}", edited(edit, make), note="from the one keyframe that refers to nothing")
+            yield good(f"{name}.{suffix}", edited(edit, make), note=ONE_START)
     line = "(timestamps|out of order)"
     yield bad("h264_b_frames.wmv", functools.partial(plain, "asf"), line)
 
 
-# Pictures that are refreshed column by column, so that its later keyframes refer to frames before them.
+# Pictures are refreshed column by column, so that all keyframes but the first refer to earlier frames.
 REFRESHED = {"x264-params": "intra-refresh=1:keyint=12:bframes=2:ref=3:scenecut=0"}
 
 
 def recovered_too_early(data: bytes) -> bytes:
-    """An h264 whose keyframes say that all is right from there on; what they said is how many frames later it is."""
+    """Changes recovery points of h264 so that they promise correct frames at once instead of some frames later."""
     new = re.sub(rb"(?s)(\x06\x06\x02)(.)(?=.\x80)", lambda match: match[1] + bytes([match[2][0] | 0x80]), data)
     assert new != data
     return new
 
 
 def stream_cases() -> Iterator[Case]:
-    """Several video streams: the default one, then the largest, then the first is read, and no lone picture."""
+    """Yields files with several video streams: the default, else the largest, else the first must be read."""
     second: dict[str, Any] = {"numbers": range(104, 129, 3), "stream": 1}
     small, large = (HEIGHT // 2, WIDTH // 2), (2 * HEIGHT, 2 * WIDTH)
     default = av.stream.Disposition.default
@@ -215,7 +237,15 @@ def two_streams(
     count: int = COUNT,
     flags: tuple[int, int] | None = None,
 ) -> bytes:
-    """Two video streams of these sizes: the first with the numbers 0 ... count - 1, the second with 100 ..."""
+    """Returns a file with two video streams.
+
+    Args:
+        container: Format of the file.
+        first: Height and width of the first stream, which shows the numbers 0 ... ``count`` - 1.
+        second: Height and width of the second stream, which shows the numbers 100 ... 100 + COUNT - 1.
+        count: Number of frames of the first stream.
+        flags: Dispositions of the streams.
+    """
 
     def fill(output: Any) -> None:
         streams = [add_stream(output, "libx264", picture(0, *size), **X264) for size in (first, second)]
@@ -232,18 +262,18 @@ def two_streams(
 
 
 def old_cases() -> Iterator[Case]:
-    """MPEG-4 part 2 as Xvid and DivX wrote it, and dropped frames, which repeat the one before."""
+    """Yields MPEG-4 part 2 as Xvid and DivX wrote it, and dropped frames, which repeat the frame before them."""
     for container, suffix in {"avi": "avi", "mp4": "mp4", "matroska": "mkv"}.items():
         yield good(f"packed_b_frames.{suffix}", functools.partial(packed, container))
         make = functools.partial(dropped_by_encoder, container, fill=True)
-        yield good(f"n_vops.{suffix}", make, REPEATED, note="dropped frames repeat the one before")
-    yield bad("packed_b_frames_without_places.avi", lambda: packed(repeats="none"), "B-frames without positions")
+        yield good(f"n_vops.{suffix}", make, REPEATED, note=REPEATS)
+    yield bad("packed_b_frames_without_positions.avi", lambda: packed(repeats="none"), "B-frames without positions")
     yield good("b_frames.avi", lambda: encode("avi", "mpeg4", options=B_FRAMES))
-    yield good("packets_of_no_bytes.avi", dropped, REPEATED, note="dropped frames repeat the one before")
+    yield good("empty_packets.avi", dropped, REPEATED, note=REPEATS)
 
 
 def sounds(cover: bool = False, video: bool = False) -> bytes:
-    """An mp4 with sound; on demand with a cover picture (which comes first), and with the video."""
+    """Returns an mp4 with sound, and optionally a cover picture as the first stream and a video."""
 
     def fill(output: Any) -> None:
         shown = [pictures()[1:2]] * cover + [pictures()] * video
@@ -262,13 +292,13 @@ def sounds(cover: bool = False, video: bool = False) -> bytes:
 
 
 def headless(container: str, options: dict[str, str]) -> bytes:
-    """A clip whose first three packets, the keyframe among them, are missing."""
+    """Returns a clip without its first three packets, one of which is the keyframe."""
     return remux(encode("matroska", options=options), container, skip=3)
 
 
-# Clocks, lengths and turns
+# Timestamps, lengths and rotation
 
-# The picture's x and y axes as shown; the first three are what phones write for each clockwise turn.
+# Display matrices: the x and y axes of the picture as shown. Phones write the first three for clockwise rotations.
 MATRICES = {
     "90": (0, 1, -1, 0),
     "180": (-1, 0, 0, -1),
@@ -280,8 +310,8 @@ TICKS = [8 * (number // 4) + (0, 1, 2, 6)[number % 4] for number in range(COUNT)
 
 
 def timed_cases() -> Iterator[Case]:
-    """Clocks, lengths and turns."""
-    # Nearest to ticks 22, 25, 28 ... 46: the earlier where two are as near.
+    """Yields files with unusual timestamps, lengths and display matrices."""
+    # The frames nearest to ticks 22, 25, 28 ... 46; if two are equally near, the earlier one.
     yield good("variable_rate.mp4", lambda: encode("mp4", pts=TICKS), (11, 13, 14, 15, 18, 19, 20, 22, 23))
     yield good("trimmed_by_edit_list.mp4", lambda: trimmed(7, 28), range(7, 32, 3))
     yield bad("trimmed_too_short.mp4", lambda: trimmed(7, 9), "0.38 s give 3 frames .* has 9")
@@ -289,30 +319,30 @@ def timed_cases() -> Iterator[Case]:
     yield bad("one_frame.mp4", lambda: plain_of(1), "give 1 frame? .* has 9")
     yield good("one_frame_in_bucket_of_1.mp4", lambda: plain_of(1), (0,), num_frames=1)
     for turn in ("90", "180", "270"):
-        yield good(f"turned_by_{turn}.mp4", functools.partial(turned, turn), note="upright")
+        yield good(f"rotated_by_{turn}.mp4", functools.partial(turned, turn), note="upright")
     yield bad("mirrored.mp4", lambda: turned("mirror"), "mirrored")
-    yield bad("turned_by_45.mp4", lambda: turned("45"), "rotated by -?45 degrees")
+    yield bad("rotated_by_45.mp4", lambda: turned("45"), "rotated by -?45 degrees")
     yield bad("rate_90000.avi", lambda: avi_rate(1, 90000), "give 1 frame")
     yield good("rate_0.avi", lambda: avi_rate(1, 0))
     yield good("rate_without_scale.avi", lambda: avi_rate(0, 24))
-    yield good("frame_every_1000_s.mp4", lambda: slow(1000), (17,) * 9, note="one picture, nine times")
+    yield good("frame_every_1000_s.mp4", lambda: slow(1000), (17,) * 9, note="the same picture nine times")
     yield good("no_rate_in_header.mkv", lambda: without_rate(plain("matroska")))
     yield good("header_says_weeks.mp4", long_header)
     yield bad("no_timestamps.h264", lambda: plain("h264"), "no timestamps")
 
 
 def plain_of(count: int) -> bytes:
-    """The first pictures in an mp4."""
+    """Returns an mp4 of the first pictures."""
     return encode("mp4", frames=pictures(range(count)))
 
 
 def patched(data: bytes, at: int, new: bytes) -> bytes:
-    """`data` with `new` written over it at `at`."""
+    """Returns data in which the bytes from offset ``at`` on are replaced by ``new``."""
     return data[:at] + new + data[at + len(new) :]
 
 
 def turned(turn: str) -> bytes:
-    """Pictures stored turned to the left, and a display matrix that turns them to the right by as much."""
+    """Returns pictures that are stored rotated to the left, with a display matrix that rotates them back."""
     quarters = {"90": 1, "180": 2, "270": 3}.get(turn, 0)
     data = encode("mp4", frames=[np.ascontiguousarray(np.rot90(pixels, quarters)) for pixels in pictures()])
     a, b, c, d = (value << 16 for value in MATRICES[turn])
@@ -320,7 +350,7 @@ def turned(turn: str) -> bytes:
 
 
 def trimmed(hidden: int, shown: int) -> bytes:
-    """A stream-copied trim: an edit list hides the first frames and those after the shown ones."""
+    """Returns an mp4 as trimming without encoding writes it: an edit list hides frames at the start and the end."""
     data = plain()
     at = data.index(b"elst") + 4
     movie, media = (struct.unpack_from(">I", data, data.index(box) + 16)[0] for box in (b"mvhd", b"mdhd"))
@@ -329,25 +359,25 @@ def trimmed(hidden: int, shown: int) -> bytes:
 
 
 def avi_rate(scale: int, rate: int) -> bytes:
-    """An avi whose stream says rate / scale frames per second, which is all that it knows of time."""
+    """Returns an avi whose header says rate / scale frames per second; avi stores no other times."""
     data = plain("avi", "mpeg4")
     return patched(data, data.index(b"strh") + 28, struct.pack("<II", scale, rate))
 
 
 def slow(seconds: int) -> bytes:
-    """An mp4 that shows each frame for so long."""
+    """Returns an mp4 that shows each frame for this many seconds."""
     data = encode("mp4", options={"g": "12", "bf": "0"}).replace(b"edts", b"skip")
     clock = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)[0]
     return patched(data, data.index(b"stts") + 16, struct.pack(">I", clock * seconds))
 
 
 def without_rate(data: bytes) -> bytes:
-    """A matroska without the default duration of a frame: the element becomes a void one of the same length."""
+    """Replaces the default duration of frames in a Matroska file by a void element of the same length."""
     return patched(data, data.index(b"\x23\xe3\x83\x84"), b"\xec\x86" + bytes(6))
 
 
 def long_header() -> bytes:
-    """An mp4 whose headers say that it lasts for weeks; its index of frames is as it was."""
+    """Returns an mp4 whose headers say that it lasts for weeks; its index of frames is right."""
     data = plain()
     for box, at in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24)):
         data = patched(data, data.index(box) + at, struct.pack(">I", 0x7FFFFFFF))
@@ -358,7 +388,7 @@ def long_header() -> bytes:
 
 
 def transparent_cases() -> Iterator[Case]:
-    """Videos with transparent parts, whose hidden colors spell other numbers."""
+    """Yields videos with transparent parts, whose hidden colors would show other numbers."""
     ways: dict[str, tuple[str, str, str, dict[str, str]]] = {
         "prores_4444.mov": ("mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
         "vp9_transparent.webm": ("webm", "libvpx-vp9", "yuva420p", VPX_ALPHA),
@@ -382,17 +412,17 @@ VPX_ALPHA = VPX | {"auto-alt-ref": "0", "lag-in-frames": "0"}
 
 
 def transparent(container: str, codec: str, **how: Any) -> bytes:
-    """A clip of the pictures in which the fields of the two high bits are transparent and hide light ones."""
+    """Returns a clip in which the light fields of the two high bits are transparent, so that they must look dark."""
     return encode(container, codec, [with_alpha(number) for number in range(COUNT)], **how)
 
 
-# Several in one
+# Joined files, and pictures that change size
 
 JOINED = "consists of several joined files: "
 
 
 def several_cases() -> Iterator[Case]:
-    """Files joined end to end, and files whose pictures change their size."""
+    """Yields files that were joined end to end, and files whose pictures change size."""
     for suffix, base in {
         "mp4": ("mp4", "libx264"),
         "mov": ("mov", "prores_ks"),
@@ -434,17 +464,17 @@ def several_cases() -> Iterator[Case]:
         ("prores.mov", "mov", "prores_ks"),
     ]:
         make = functools.partial(resized, container, codec)
-        line = r"changes size: its picture at 0\.750 s is 64x96, but the first one is 96x64; cut it there: `ffmpeg -i IN -t "
+        line = r"changes size: its picture at 0\.750 s is 64x96, but the first one is 96x64; cut it there: `ffmpeg"
         yield bad(f"size_changes_{name}", make, line)
 
 
 def twice(data: bytes) -> bytes:
-    """A file and the same file behind it, as `cat` joins them."""
+    """Joins a file with itself, as `cat` does."""
     return data + data
 
 
 def resized(container: str, codec: str) -> bytes:
-    """A stream whose picture is 96x64 for 18 frames, and 64x96 from then on."""
+    """Returns a stream whose picture is 96x64 for 18 frames and 64x96 after that."""
     # In mpegts, packets begin with the parameters that mp4 and matroska store once for the whole stream.
     own = "mpegts" if codec in ("libx264", "libx265") else container
     pix_fmt = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le"}.get(codec, "yuv420p")
@@ -472,7 +502,7 @@ COLORS = "Colors"
 
 
 def color_cases() -> Iterator[Case]:
-    """HDR and wide gamuts: what comes out is SDR, so not the pixels of a plain decode."""
+    """Yields HDR and wide-gamut videos. They are converted to SDR, so the pixels are not those of a plain decode."""
     hdr = "HDR, converted to SDR"
     ways: dict[str, tuple[str, dict[str, Any]]] = {
         "hlg_hevc.mp4": ("hlg", {}),
@@ -495,7 +525,7 @@ def color_cases() -> Iterator[Case]:
     yield bad("dolby_vision_5.mp4", lambda: video("pq", tagged=False).replace(b"hev1", b"dvhe"), "Dolby Vision")
 
 
-# Damaged, or no video at all
+# Damaged files, and files that are not videos
 
 BROKEN = "is damaged|is truncated|cannot be read"
 BASES = {
@@ -510,21 +540,21 @@ BASES = {
 
 
 def damaged_cases() -> Iterator[Case]:
-    """Files that were cut off or overwritten, or whose headers are absurd."""
+    """Yields files that were cut off or overwritten, or whose headers are absurd."""
     yield bad("truncated_index_first.mp4", lambda: part(plain(), 0.9), "is truncated: .* of 36")
     yield bad("truncated_index_last.mp4", lambda: part(encode("mp4"), 0.6), BROKEN)
     for suffix, base in list(BASES.items())[1:]:
         make = functools.partial(plain, *base)
         yield bad(f"half_of_it.{suffix}", edited(part, make, 0.5), f"give . frames|{BROKEN}")
-        if suffix == "ts":  # nothing in it says how many frames there should be
-            note = "the middle of what is there"
+        if suffix == "ts":  # the format does not store how many frames there are
+            note = "the middle of what is left"
             yield good(f"most_of_it.{suffix}", edited(part, make, 0.9), range(2, 29, 3), note=note)
         else:
             yield bad(f"most_of_it.{suffix}", edited(part, make, 0.9), BROKEN)
     for suffix in ("mp4", "mkv", "ts", "avi", "webm"):
         make = functools.partial(plain, *BASES[suffix])
         yield bad(f"overwritten.{suffix}", edited(overwritten, make), BROKEN)
-    yield good("container_says_20000x20000.mp4", lambda: sized(20000), note="the codec knows better")
+    yield good("container_says_20000x20000.mp4", lambda: sized(20000), note="the size that the codec stores is used")
     wide = np.zeros((16, 16400, 3), np.uint8)
     yield bad("picture_of_16400x16.mkv", lambda: encode("matroska", "ffv1", [wide]), "16400x16; at most 16384 ")
     yield bad("codec_says_16000x16000.avi", lambda: jpeg_size(plain("avi", "mjpeg"), 16000, 16000), BROKEN)
@@ -539,12 +569,12 @@ def damaged_cases() -> Iterator[Case]:
 
 
 def part(data: bytes, share: float) -> bytes:
-    """The first part of a file."""
+    """Returns the first part of a file."""
     return data[: int(len(data) * share)]
 
 
 def overwritten(data: bytes, frame: int = 12, num_bytes: int = 64) -> bytes:
-    """Bytes changed in the middle of the packet of a frame, by default a keyframe."""
+    """Changes bytes in the middle of the packet of a frame, by default of a keyframe."""
     with av.open(io.BytesIO(data), "r") as container:
         victim = [packet for packet in container.demux(video=0) if packet.size][frame]
     assert victim.pos is not None
@@ -553,31 +583,31 @@ def overwritten(data: bytes, frame: int = 12, num_bytes: int = 64) -> bytes:
 
 
 def sized(side: int) -> bytes:
-    """An mp4 whose sample description says that the picture has this many pixels a side."""
+    """Returns an mp4 whose sample description says that the picture has this many pixels per side."""
     data = plain()
     return patched(data, data.index(b"avc1", data.index(b"stsd")) + 28, struct.pack(">HH", side, side))
 
 
 def jpeg_size(data: bytes, height: int, width: int) -> bytes:
-    """Jpeg pictures, alone or in an avi, whose headers say another size."""
+    """Changes the size in the headers of JPEG pictures, which may be in an avi."""
     size = struct.pack(">HH", height, width)
     return re.sub(rb"(?s)(\xff\xc0\x00\x11\x08)....", lambda match: match[1] + size, data)
 
 
 def vp8_size(side: int) -> bytes:
-    """A vp8 whose keyframes say that they have this many pixels a side."""
+    """Returns a VP8 video whose keyframes say that they have this many pixels per side."""
     size = struct.pack("<HH", side, side)
     return re.sub(rb"(?s)(\x9d\x01\x2a)....", lambda match: match[1] + size, plain("webm", "libvpx"))
 
 
 def index_with_a_gap() -> bytes:
-    """An avi whose index, which comes last, has an entry that is none of its stream's."""
+    """Returns an avi whose index, at the end of the file, has an entry that does not belong to its stream."""
     data = plain("avi", "mpeg4")
     return patched(data, data.index(b"idx1") + 8 + 16 * 13, b"junk")
 
 
 def titled() -> bytes:
-    """A matroska with a title."""
+    """Returns a Matroska file with a title."""
 
     def fill(output: Any) -> None:
         output.metadata["title"] = "title in utf"
@@ -590,7 +620,7 @@ def titled() -> bytes:
 
 
 def foreign_cases() -> Iterator[Case]:
-    """What is no video under the name of one."""
+    """Yields files that are not videos but have the name of one."""
     line = "(cannot be read|is empty|is not|no video)"
     yield bad("zero_bytes.mp4", lambda: b"", line)
     yield bad("text.mp4", lambda: b"not a video\n" * 100, line)
@@ -602,21 +632,21 @@ def foreign_cases() -> Iterator[Case]:
         "playlist_concat.mp4": "ffconcat version 1.0\nfile other.mp4\n",
         "session_sdp.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
     }.items():
-        yield Case(name, functools.partial(beside_a_clip, text), (), line)
+        yield Case(name, functools.partial(write_next_to_clip, text), (), line)
     yield bad("sound_only.mp4", sounds, "has no video stream")
     yield bad("sound_with_cover.m4a", lambda: sounds(cover=True), "has no video stream")
     yield bad("zero_frames.mp4", lambda: plain_header(), "has no (frames|video stream)")
     yield Case("folder.mp4", lambda path: path.mkdir(), (), "[Ii]s a (directory|folder)")
 
 
-def beside_a_clip(text: str, path: Path) -> None:
-    """A text file with a good clip beside it, which the text names."""
+def write_next_to_clip(text: str, path: Path) -> None:
+    """Writes a text file and, next to it, a good clip that the text names."""
     (path.parent / "other.mp4").write_bytes(plain())
     path.write_text(text)
 
 
 def plain_header() -> bytes:
-    """An mp4 that declares a video stream and holds nothing."""
+    """Returns an mp4 that declares a video stream and has no packets."""
 
     def fill(output: Any) -> None:
         add_stream(output, "libx264", picture(0))
@@ -626,7 +656,7 @@ def plain_header() -> bytes:
 
 
 def named_cases() -> Iterator[Case]:
-    """Names that are special to a shell, to a decoder or to a list. The file itself is good."""
+    """Yields good files whose names are special to a shell, to a decoder or in a list."""
     for name in [
         "with space.mp4",
         "colon: a.mp4",
@@ -649,7 +679,7 @@ def named_cases() -> Iterator[Case]:
 
 
 def link(target: str, path: Path) -> None:
-    """A symbolic link, beside a good clip."""
+    """Makes a symbolic link, and next to it a good clip."""
     (path.parent / "other.mp4").write_bytes(plain())
     path.symlink_to(target)
 
@@ -658,8 +688,8 @@ def link(target: str, path: Path) -> None:
 
 
 def still_cases() -> Iterator[Case]:
-    """Still images: one upright frame, or one line."""
-    stills: dict[str, Make] = {
+    """Yields still images, from which one upright frame must be read, or which must be refused."""
+    stills: dict[str, MakeBytes] = {
         "still.png": lambda: still("PNG"),
         "still.jpg": lambda: still("JPEG", quality=95),
         "still.webp": lambda: still("WEBP", lossless=True),
@@ -667,14 +697,14 @@ def still_cases() -> Iterator[Case]:
         "odd_size_97x63.jpg": lambda: still("JPEG", picture(5, 63, 97), quality=95),
         "palette.png": lambda: still("PNG", mode="P"),
         "16_bit.png": png_16_bit,
-        "printing_colours.jpg": lambda: still("JPEG", mode="CMYK", quality=95),
+        "cmyk.jpg": lambda: still("JPEG", mode="CMYK", quality=95),
         "jpg_named.png": lambda: still("JPEG", quality=95),
         "still.avif": lambda: still("AVIF", quality=95),
         "photo_with_gain_map.jpg": lambda: with_another("MPO", quality=95),
     }
     for name, make in stills.items():
         yield good(name, make, (5,), num_frames=1)
-    yield good("grey.png", lambda: still("PNG", mode="L"), (5,), num_frames=1, grey=True)
+    yield good("gray.png", lambda: still("PNG", mode="L"), (5,), num_frames=1, gray=True)
     yield good("alpha.png", lambda: still("PNG", with_alpha()), (5,), num_frames=1, note=ON_BLACK)
     for suffix, kind in {"jpg": "JPEG", "tif": "TIFF", "avif": "AVIF"}.items():
         for orientation in TURNS:
@@ -696,11 +726,11 @@ def still_cases() -> Iterator[Case]:
 
 
 def with_another(kind: str, **options: Any) -> bytes:
-    """Picture 5 and a smaller one behind it."""
+    """Returns an image file with picture 5 and a smaller second picture."""
     return still(kind, save_all=True, append_images=[Image.new("RGB", (48, 32))], **options)
 
 
-# How a picture is stored under each EXIF orientation
+# How a picture is stored for each EXIF orientation.
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
@@ -713,7 +743,7 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def still(kind: str, pixels: np.ndarray | None = None, mode: str = "", **options: Any) -> bytes:
-    """Picture 5 (or these pixels) as an image file of this kind."""
+    """Returns picture 5, or the given pixels, as an image file of this kind."""
     image = Image.fromarray(picture(5) if pixels is None else pixels)
     memory = io.BytesIO()
     (image.convert(mode) if mode else image).save(memory, kind, **options)
@@ -721,7 +751,7 @@ def still(kind: str, pixels: np.ndarray | None = None, mode: str = "", **options
 
 
 def still_turned(orientation: int, kind: str) -> bytes:
-    """An image file that is stored turned or mirrored, and says so as cameras do."""
+    """Returns an image file that is stored rotated or mirrored, with an EXIF orientation as cameras write it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {} if kind == "TIFF" else {"quality": 95}
@@ -729,24 +759,24 @@ def still_turned(orientation: int, kind: str) -> bytes:
 
 
 def with_alpha(number: int = 5) -> np.ndarray:
-    """The picture of number + 64 + 128, transparent where the two high bits are light."""
+    """Returns the picture of number + 64 + 128, in which the light fields of the two high bits are transparent."""
     alpha = np.full((HEIGHT, WIDTH), 255, np.uint8)
     alpha[HEIGHT * 2 // 3 :, WIDTH // 2 :] = 0
     return np.dstack([picture(number + 64 + 128), alpha])
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
-    """A part of a png file, with its checksum."""
+    """Returns a chunk of a PNG file, with its checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_size(data: bytes, side: int) -> bytes:
-    """A png whose header says another size."""
+    """Changes the size in the header of a PNG file."""
     return patched(data, 8, png_chunk(b"IHDR", struct.pack(">II", side, side) + data[24:29]))
 
 
 def png_16_bit() -> bytes:
-    """Picture 5 with 16 bits a channel."""
+    """Returns picture 5 as a PNG file with 16 bits per channel."""
     rows = b"".join(b"\0" + row.tobytes() for row in picture(5).astype(">u2") * 257)
     header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
@@ -754,7 +784,7 @@ def png_16_bit() -> bytes:
 
 
 def moving(kind: str, draw: Callable[[int], np.ndarray] = picture, **options: Any) -> bytes:
-    """All pictures in an image file that moves, 25 a second."""
+    """Returns an animated image file with all pictures, at 25 frames per second."""
     first, *rest = [Image.fromarray(draw(number)) for number in range(COUNT)]
     memory = io.BytesIO()
     first.save(memory, kind, save_all=True, append_images=rest, duration=40, **options)
@@ -764,67 +794,77 @@ def moving(kind: str, draw: Callable[[int], np.ndarray] = picture, **options: An
 # The table
 
 SECTIONS: dict[str, tuple[Case, ...]] = {
-    "Containers, codecs, ways of coding": tuple(coded_cases()),
-    "Clocks, lengths, turns": tuple(timed_cases()),
+    "Containers and codecs": tuple(coded_cases()),
+    "Timestamps, lengths and rotation": tuple(timed_cases()),
     "Transparency": tuple(transparent_cases()),
-    "Several files or sizes in one": tuple(several_cases()),
+    "Joined files, and pictures that change size": tuple(several_cases()),
     COLORS: tuple(color_cases()),
-    "Cut off, overwritten, absurd headers": tuple(damaged_cases()),
-    "No video under the name of one": tuple(foreign_cases()),
+    "Truncated and damaged files": tuple(damaged_cases()),
+    "Files that are not videos": tuple(foreign_cases()),
     "Names": tuple(named_cases()),
     "Still images": tuple(still_cases()),
 }
 CASES = [case for cases in SECTIONS.values() for case in cases]
 
-INTRODUCTION = f"""# Odd files and what comes of them
+INTRODUCTION = f"""# Unusual and damaged files
 
-Written by `python tests/tools/odd_files.py --write`; `tests/data/test_odd_files.py` checks that it is true.
+This page shows what the preparation does with each kind of file: which frames it reads, or the error that it reports.
+`python tests/tools/odd_files.py --write` generates the page, and `tests/data/test_odd_files.py` checks it.
 
-Each file is made by the test and goes through planning and decoding as in a preparation with --frame_buckets
-{CLIP_FRAMES} (1 for still images), --fps {CLIP_RATE} and frames from the middle. The good ones have {COUNT} frames
-at {RATE} frames a second. "Frames" are those that came out, by the number that each picture shows: they are upright
-and have the pixels of a plain decode from start to end, but for colors and transparency that are converted. Otherwise
-the outcome is the line that the preparation prints after the file's name. Files with the same outcome share a row;
-where lines differ in their numbers only, the row has the line of its first file.
+The test makes each file, and plans and decodes it as a preparation does with `--frame_buckets {CLIP_FRAMES}` (1 for
+still images), `--fps {CLIP_RATE}` and `--frame_selection middle`. Undamaged videos have {COUNT} frames at {RATE} frames
+per second, and each frame shows its number, starting with 0. So the right result is 9 frames from the middle: 4, 7, 10
+and so on up to 28.
+
+- "frames 4, 7, ..." lists the numbers that the frames show which were read. They are upright, and their pixels equal
+  those of a plain decode from start to end, except where colors or transparency are converted.
+- Any other result is the error line that the preparation prints after the name of the file.
+- Files with the same result share a row. If error lines differ only in numbers, the row shows the line of its first
+  file.
 """
 
 
 def described(case: Case, path: Path, outcome: Outcome) -> str:
-    """The outcome as a cell of the table."""
+    """Describes an outcome for the table."""
     if outcome.frames_FHWC is None:
         return outcome.line.removeprefix(bad_line(str(path), "")).replace(f"{path.parent}/", "")
-    numbers = [str(number_in(frame, grey=case.grey)) for frame in outcome.frames_FHWC]
+    numbers = [str(number_in(frame, gray=case.gray)) for frame in outcome.frames_FHWC]
     note = f" ({case.note})" if case.note else ""
     return f"frames {', '.join(numbers)}{note}" if len(numbers) > 1 else f"the frame{note}"
 
 
 def cell(text: str) -> str:
-    """As it is shown in a table of Markdown."""
+    """Escapes a text for a table in Markdown."""
     return "".join(f"\\{sign}" if sign in "|`*_<[\\" else sign for sign in text.replace("\n", "\\n"))
 
 
-def place_and_read(case: Case, folder: Path) -> tuple[Path, Outcome]:
-    """Makes the file of a case in a folder of its own; where it lies, and what comes of it."""
+def make_and_read(case: Case, folder: Path) -> tuple[Path, Outcome]:
+    """Makes the file of a case in a new subfolder, and returns its path and the outcome of reading it."""
     path = Path(tempfile.mkdtemp(dir=folder)) / case.name
-    case.place(path)
+    case.make(path)
     try:
         return path, outcome_of(path, case.num_frames)
-    except Exception as error:  # the other files are read all the same; the tests allow no such status
+    except Exception as error:  # the other files must still be read; the tests reject this status
         return path, Outcome(line=f"raises {type(error).__name__}: {error}", status=RAISES)
 
 
-def table(folder: Path, read: Callable[[Case, Path], tuple[Path, Outcome]] = place_and_read) -> str:
-    """docs/odd_files.md as it is now; the files are made in `folder`. Another section is another heading and table."""
+def table(folder: Path, read: Callable[[Case, Path], tuple[Path, Outcome]] = make_and_read) -> str:
+    """Returns the text of docs/odd_files.md, with a heading and a table for each section.
+
+    Args:
+        folder: Folder in which the files are made.
+        read: Makes and reads the file of a case; returns its path and the outcome.
+    """
     parts = [INTRODUCTION]
     for title, cases in SECTIONS.items():
         rows = grouped([(case.name, described(case, *read(case, folder))) for case in cases])
         lines = [f"| {cell(', '.join(names))} | {cell(outcome)} |" for names, outcome in rows]
-        parts.append("\n".join([f"## {title}", "", "| files | outcome |", "|---|---|", *lines, ""]))
+        parts.append("\n".join([f"## {title}", "", "| files | result |", "|---|---|", *lines, ""]))
     return "\n".join(parts)
 
 
 def grouped(rows: Sequence[tuple[str, str]]) -> Iterator[tuple[list[str], str]]:
-    """(names of the files, outcome) of each kind of outcome, in the order of the first files."""
+    """Yields (names of files, outcome) for each kind of outcome, in the order of the first files."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for name, outcome in rows:
         kind = outcome if outcome.startswith("frames") else re.sub(r"\d+", "N", outcome)
@@ -834,8 +874,8 @@ def grouped(rows: Sequence[tuple[str, str]]) -> Iterator[tuple[list[str], str]]:
 
 
 def main() -> None:
-    """Prints the table, or writes it."""
-    parser = argparse.ArgumentParser(description="The table of odd files and their outcomes.")
+    """Prints the page, or writes it with --write."""
+    parser = argparse.ArgumentParser(description="Generates the page about unusual and damaged files.")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} instead of printing it")
     write = parser.parse_args().write
     with tempfile.TemporaryDirectory() as folder:
