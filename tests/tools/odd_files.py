@@ -816,7 +816,7 @@ still images), `--fps {CLIP_RATE}` and `--frame_selection middle`. Undamaged vid
 per second, and each frame shows its number, starting with 0. So the right result is 9 frames from the middle: 4, 7, 10
 and so on up to 28.
 
-- "frames 4, 7, ..." lists the numbers that the frames show which were read. They are upright, and their pixels equal
+- "frames 4, 7, ..." lists the numbers on the frames that were read. The frames are upright, and their pixels equal
   those of a plain decode from start to end, except where colors or transparency are converted.
 - Any other result is the error line that the preparation prints after the name of the file.
 - Files with the same result share a row. If error lines differ only in numbers, the row shows the line of its first
