@@ -26,7 +26,7 @@ from cogvideox.config.geometry import Geometry, geometry_of
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.config.options import LoraOptions, SftOptions
 from cogvideox.data.dataset import Batch
-from cogvideox.evaluation.validation import evaluation
+from cogvideox.evaluation.validation import evaluation_mode
 from cogvideox.memory.streaming import HostTrainedBlocks
 from cogvideox.model import attention
 from cogvideox.model.diffusion import NoiseSchedule, loss_weights
@@ -336,7 +336,7 @@ def sample(work: Work, transformer: Any, reserved_gib: float | None) -> dict[str
     many = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
     peak_gib(work.device)
     start = TimeMark(work.device)
-    with evaluation(transformer):
+    with evaluation_mode(transformer):
         latents_BFCHW = pipe(**prompts, **size, **many).frames
     end = TimeMark(work.device)
     end.reached()

@@ -22,7 +22,7 @@ from cogvideox.config.geometry import read_geometry
 from cogvideox.data.cache import CachedSample, CacheError, TensorCache, open_index
 from cogvideox.data.dataset import Batch, sample_posterior, standard_normal
 from cogvideox.evaluation import held_out
-from cogvideox.evaluation.held_out import PLACES, HeldOut, by_clip, mean_and_error
+from cogvideox.evaluation.held_out import TIMESTEP_PARTS, HeldOut, average_by_clip, mean_and_error
 from cogvideox.runtime.run import METRICS_NAME
 
 Tiny = Callable[[str], Path]
@@ -83,16 +83,16 @@ class Alone:
 def test_one_timestep_from_each_eighth_and_noise_of_its_own(model: Path, prepared: Path, tmp_path: Path) -> None:
     alone = Alone(model, prepared, tmp_path)
     losses = alone.held_out.losses()
-    assert losses.shape == (2, PLACES)
+    assert losses.shape == (2, TIMESTEP_PARTS)
     assert losses.dtype == torch.float64
-    assert [int(batch.timestep_B) * PLACES // 1000 for batch in alone.seen] == [*range(PLACES)] * 2
+    assert [int(batch.timestep_B) * TIMESTEP_PARTS // 1000 for batch in alone.seen] == [*range(TIMESTEP_PARTS)] * 2
     assert len({int(batch.timestep_B) % 125 for batch in alone.seen}) > 8  # anywhere in their eighths
     noises = [batch.noise_BFCHW for batch in alone.seen]
     assert not any(noises[i].equal(noises[j]) for i in range(len(noises)) for j in range(i))
     ids = [sample.id for sample in open_index(prepared).validation]
-    assert [batch.ids for batch in alone.seen] == [(name,) for name in ids for _ in range(PLACES)]
+    assert [batch.ids for batch in alone.seen] == [(name,) for name in ids for _ in range(TIMESTEP_PARTS)]
     shape = tuple(noises[3].shape[1:])
-    assert noises[PLACES + 3][0].equal(standard_normal(shape, 0, "held_out", ids[1], 3, "noise"))
+    assert noises[TIMESTEP_PARTS + 3][0].equal(standard_normal(shape, 0, "held_out", ids[1], 3, "noise"))
     captions = [sample.prompt_key for sample in open_index(prepared).validation]
     assert alone.seen[-1].prompt_BLD[0].equal(TensorCache(prepared).read(captions[1])["prompt_LD"])
 
@@ -211,13 +211,13 @@ def test_means_by_timestep_count_each_clip_once(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = torch.tensor([[1.0, 2.0], [3.0, 6.0], [6.0, 0.0]], dtype=torch.float64)
-    assert by_clip(losses, ["a", "a", "b"]).tolist() == [[2.0, 4.0], [6.0, 0.0]]
+    assert average_by_clip(losses, ["a", "a", "b"]).tolist() == [[2.0, 4.0], [6.0, 0.0]]
     alone = Alone(model, split(tensors, tmp_path / "two", 4, 5), tmp_path / "out")
     alone.held_out.measure(7)
     record = json.loads((tmp_path / "out" / METRICS_NAME).read_text())
     expected = alone.held_out.losses()
     assert record["held_out_by_timestep"] == expected.mean(dim=0).tolist()
-    assert record["held_out_loss"] == pytest.approx(sum(record["held_out_by_timestep"]) / PLACES)
+    assert record["held_out_loss"] == pytest.approx(sum(record["held_out_by_timestep"]) / TIMESTEP_PARTS)
 
 
 def test_no_validation_clips_nothing_measured(model: Path, tensors: Path, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_step_is_measured_once(model: Path, prepared: Path, tmp_path: Path) ->
     (tmp_path / METRICS_NAME).write_text('{"step": 3, "loss": 1.0}\n')
     for _ in range(2):
         alone.held_out.measure(3)
-    assert len(alone.seen) == 2 * PLACES
+    assert len(alone.seen) == 2 * TIMESTEP_PARTS
     alone.held_out.measure(4)
     assert list(lines(tmp_path)) == [3, 4]
 

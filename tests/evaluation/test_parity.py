@@ -137,11 +137,11 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, Bucket, str]]
         OWN,
         "pixels of the image",
     ),
-    "no ofs": (called_with(ofs=lambda _: None), "1.5-5b-i2v", OWN, "ofs: given by one alone"),
+    "no ofs": (called_with(ofs=lambda _: None), "1.5-5b-i2v", OWN, "ofs: given on one side only"),
     "another ofs": (called_with(ofs=lambda ofs: ofs / 2), "1.5-5b-i2v", OWN, "ofs: 1 apart"),
     "another timestep": (called_with(timestep=lambda t: t - 1), "5b", OWN, "timestep: 1 apart"),
     "a shorter prompt": (called_with(encoder_hidden_states=lambda x: x[:, :-1]), "2b", OWN, "(1, 31, 32) in training"),
-    "no rotary table": (called_with(image_rotary_emb=lambda _: None), "5b", OWN, "rotary_emb: given by one alone"),
+    "no rotary table": (called_with(image_rotary_emb=lambda _: None), "5b", OWN, "rotary_emb: given on one side only"),
     "the first rows of the base grid": (
         wrong(rope, "centered_region", lambda _, h, w, *base: ((0, 0), (h, w))),
         "5b",

@@ -17,7 +17,7 @@ from running import PROMPT, lora_flags, train
 
 from cogvideox.data.sampler import Order
 from cogvideox.evaluation import validation
-from cogvideox.evaluation.validation import FOLDER, Prompts, Validator, evaluation
+from cogvideox.evaluation.validation import FOLDER, Prompts, Validator, evaluation_mode
 from cogvideox.model import models
 from cogvideox.runtime.checkpoint import checkpoints
 
@@ -240,7 +240,7 @@ def test_evaluation_puts_mode_and_gradients_back(training: bool) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5)).train(training)
 
     def fail() -> None:
-        with evaluation(module):
+        with evaluation_mode(module):
             assert not module.training
             assert not module[1].training
             assert not torch.is_grad_enabled()

@@ -23,7 +23,7 @@ from cogvideox.config.flags import ModelFlags
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.validation import Validator
 from cogvideox.export import card as card_module
-from cogvideox.export.card import Facts, Video, card_text, escaped, example, read_license, write_card
+from cogvideox.export.card import Facts, Video, card_text, escape_markdown, example, read_license, write_card
 from cogvideox.model.methods import Lora
 
 HOSTILE = [
@@ -156,8 +156,8 @@ def test_the_program_passes_the_prompt_and_nothing_else(prompt: str) -> None:
 
 
 def test_within_a_word_nothing_is_escaped() -> None:
-    assert escaped("snake_case 1.5-5b, (it's)!") == "snake_case 1.5-5b, (it's)!"
-    assert escaped("_a_ <b>") == "&#95;a&#95; &#60;b&#62;"
+    assert escape_markdown("snake_case 1.5-5b, (it's)!") == "snake_case 1.5-5b, (it's)!"
+    assert escape_markdown("_a_ <b>") == "&#95;a&#95; &#60;b&#62;"
 
 
 @pytest.mark.parametrize("target", ["javascript:alert(1)", "data:text/html,x", "http://plain", "JavaScript:x"])

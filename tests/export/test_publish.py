@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cogvideox.export import card, publish
 from cogvideox.export.card import CARD_NAME
-from cogvideox.export.publish import INFERENCE_NAME, MIN_COSINE, RECIPE_NAME, compare, faithful
+from cogvideox.export.publish import INFERENCE_NAME, MIN_COSINE, RECIPE_NAME, compare_outputs, preserves_effect
 
 # -- compared ----------------------------------------------------------------------------------------------------------
 
@@ -24,30 +24,30 @@ def test_a_wrong_scale_is_not_faithful() -> None:
     """Doubling a small effect leaves the cosine near 1: the effect itself is what is compared."""
     base = torch.linspace(-1.0, 1.0, 101)
     effect = 1e-3 * torch.linspace(-1.0, 1.0, 101).square()
-    assert compare(base + effect, base + 2 * effect)[1] > MIN_COSINE
-    assert not faithful(base, base + effect, base + 2 * effect)
-    assert not faithful(base, base + effect, base)
-    assert not faithful(base, base + effect, torch.full_like(base, torch.nan))
-    assert faithful(base, base + effect, base + effect)
-    assert faithful(base, base, base)
+    assert compare_outputs(base + effect, base + 2 * effect)[1] > MIN_COSINE
+    assert not preserves_effect(base, base + effect, base + 2 * effect)
+    assert not preserves_effect(base, base + effect, base)
+    assert not preserves_effect(base, base + effect, torch.full_like(base, torch.nan))
+    assert preserves_effect(base, base + effect, base + effect)
+    assert preserves_effect(base, base, base)
 
 
 def test_compare() -> None:
     one = torch.tensor([[3.0, 4.0]])
-    assert compare(one, one) == (0.0, pytest.approx(1.0))
-    assert compare(one, -one) == (8.0, pytest.approx(-1.0))
-    assert compare(one, torch.tensor([[4.0, -3.0]])) == (7.0, pytest.approx(0.0))
+    assert compare_outputs(one, one) == (0.0, pytest.approx(1.0))
+    assert compare_outputs(one, -one) == (8.0, pytest.approx(-1.0))
+    assert compare_outputs(one, torch.tensor([[4.0, -3.0]])) == (7.0, pytest.approx(0.0))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_never_pass(bad: float) -> None:
     one = torch.tensor([1.0, bad])
     for first, second in ((one, one), (one, torch.ones(2)), (torch.ones(2), one)):
-        assert not compare(first, second)[1] >= MIN_COSINE
+        assert not compare_outputs(first, second)[1] >= MIN_COSINE
 
 
 def not_finite(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(publish, "forward", lambda *_: torch.full((4,), float("nan")))
+    patch.setattr(publish, "compute_output", lambda *_: torch.full((4,), float("nan")))
 
 
 def after_writing(change: Callable[[Path], None]) -> Callable[[pytest.MonkeyPatch], None]:

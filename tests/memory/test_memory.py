@@ -89,7 +89,7 @@ def test_training_goes_on_without_videos_as_with_them(
         assert "Tried to allocate 2.00 GiB" in line
         assert f"step-{step:06d}_prompt-0" in line
         assert f"step-{step:06d}_prompt-1" in line
-        assert "training goes on" in line
+        assert "training continues" in line
         assert "--enable_tiling" in line
     assert outcomes == [[], [], []]
     assert not list((output / "validation").glob("*.mp4"))
@@ -112,7 +112,7 @@ def test_a_held_out_loss_that_does_not_fit_is_not_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    draws = iter([*["fits"] * held_out.PLACES, "fits", "no", *["fits"] * held_out.PLACES])
+    draws = iter([*["fits"] * held_out.TIMESTEP_PARTS, "fits", "no", *["fits"] * held_out.TIMESTEP_PARTS])
     draw = held_out.HeldOut.draw
 
     def lacking(self: Any, *given: Any) -> Any:
@@ -134,7 +134,7 @@ def test_a_held_out_loss_that_does_not_fit_is_not_measured(
     measured = [line["step"] for line in metrics(tmp_path) if "held_out_loss" in line]
     assert measured == [0, 2]
     said = capsys.readouterr().err
-    assert "held-out loss after step 1: out of memory, not measured; training goes on" in said
+    assert "held-out loss after step 1: out of memory, not measured; training continues" in said
     assert "contact_sheet.png: out of memory, the training clip" in said
     assert next(draws, None) is None
 
@@ -171,10 +171,7 @@ def test_all_ranks_skip_what_one_of_them_has_no_memory_for(
     path.parent.mkdir()
     assert validator.render(3) == [validator.path(3, 0, 0)]
     assert gathered == [[False], []]
-    assert (
-        f"out of memory (none left); these videos are skipped and training goes on: {path.name}"
-        in capsys.readouterr().err
-    )
+    assert f"out of memory (none left); training continues without these videos: {path.name}" in capsys.readouterr().err
 
 
 @pytest.mark.fault("memory: out of memory while the decoder is moved to the device")

@@ -17,7 +17,7 @@ from cogvideox import loop
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.errors import UsageError
-from cogvideox.evaluation.validation import evaluation
+from cogvideox.evaluation.validation import evaluation_mode
 from cogvideox.model.tasks import losses_of
 
 PLANS: dict[str, tuple[object, ...]] = {
@@ -78,7 +78,7 @@ def test_evaluation_puts_back_the_mode_of_every_module() -> None:
     module = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Sequential(torch.nn.Dropout(0.5))).eval()
     module[1][0].train()
     before = [part.training for part in module.modules()]
-    with evaluation(module):
+    with evaluation_mode(module):
         assert not any(part.training for part in module.modules())
     assert [part.training for part in module.modules()] == before == [False, False, False, True]
 

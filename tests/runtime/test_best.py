@@ -14,7 +14,7 @@ from running import PROMPT, equal, lora_flags, train, weights
 from test_held_out import split
 
 from cogvideox.errors import UsageError
-from cogvideox.evaluation.held_out import PLACES, HeldOut
+from cogvideox.evaluation.held_out import TIMESTEP_PARTS, HeldOut
 from cogvideox.runtime import best as best_module
 from cogvideox.runtime.best import BEST_NAME, BestCheckpoint, best_of
 from cogvideox.runtime.checkpoint import checkpoints, damage_of, step_of
@@ -265,7 +265,9 @@ def test_losses_on_other_validation_clips_are_not_compared(
     model: Path, tensors: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses on the new clips are higher, and the lower ones on the old clips must not win."""
-    monkeypatch.setattr(HeldOut, "losses", lambda self: torch.full((len(self.samples), PLACES), next(losses)).double())
+    monkeypatch.setattr(
+        HeldOut, "losses", lambda self: torch.full((len(self.samples), TIMESTEP_PARTS), next(losses)).double()
+    )
     losses = iter([0.1, 0.1, 0.1, 0.6, 0.5])
     flags = ("--load_tensors", "--keep_best", "--learning_rate", 1e-4)
     assert train(lora_flags(model, prepared, tmp_path / "lora", *flags, "--max_train_steps", 4)) == 0

@@ -117,8 +117,8 @@ MUTANTS = (
     # what is looked at
     Mutant(
         "evaluation/held_out.py",
-        "place * len(sample.image_keys)",
-        "place",
+        "part * len(sample.image_keys)",
+        "part",
         ("test_held_out.py", "-k", "several_variants"),
     ),
     Mutant(
@@ -138,7 +138,9 @@ MUTANTS = (
     ),
     Mutant("evaluation/validation.py", "seed + number)", "seed)", ("test_validation.py", "-k", "seed_of_a_video")),
     Mutant("evaluation/parity.py", ".item() <= tolerance:", ".item() <= 1e4:", ("test_parity.py", "-k", "difference")),
-    Mutant("export/publish.py", "MAX_SHARE * effect", "effect", ("test_publish.py", "-k", "scale_is_not_faithful")),
+    Mutant(
+        "export/publish.py", "MAX_EFFECT_ERROR * effect", "effect", ("test_publish.py", "-k", "scale_is_not_faithful")
+    ),
 )
 
 

@@ -1,18 +1,18 @@
-"""Lists the checks that a training script makes before it imports anything heavy.
+"""Lists the checks that a training script makes before it imports torch.
 
-``TRAINING_CHECKS`` is the list; each script adds the check of its own task. A check yields all problems that it finds.
+``TRAINING_CHECKS`` is the list, to which each script adds the check of its task. A check takes the options and yields
+all problems that it finds, one line each.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from cogvideox.config.conflicts import check_ema, check_launcher, check_trackers
 from cogvideox.config.geometry import check_pipeline
 from cogvideox.config.hub import check_hub
 from cogvideox.config.lora_file import check_lora
 from cogvideox.config.optimizers import check_optimizer, check_state_place
-from cogvideox.config.options import image_flags, is_url
+from cogvideox.config.options import TrainOptions, image_flags, is_url
 from cogvideox.config.prompts import check_prompts, images_of, link_problems, prompts_of
 from cogvideox.data.forms.samples import check_data_roots
 from cogvideox.data.media.decord_reader import check_reader
@@ -21,8 +21,11 @@ from cogvideox.errors import public_urls
 from cogvideox.preparation.factory import check_tensors
 
 
-def check_images(options: Any) -> Iterator[str]:
-    """Yields the problems of --validation_images: number and files. URLs are fetched when the run starts."""
+def check_images(options: TrainOptions) -> Iterator[str]:
+    """Yields the problems of --validation_images: a wrong number of images, and unusable files.
+
+    URLs are only checked for their form; they are downloaded when the run starts.
+    """
     flags = image_flags(options)
     if flags is None or any(check_prompts(options)):
         return
@@ -41,7 +44,7 @@ def check_images(options: Any) -> Iterator[str]:
         if not is_url(text):
             yield from image_problems(text)
         elif len(text.split()) > 1 or not text.isprintable():
-            yield f"--validation_images {public_urls(text.split()[0])}: is cut off by a space; write %20 for it"
+            yield f"--validation_images {public_urls(text.split()[0])}: ends at a space; write %20 instead"
 
 
 def image_problems(path: str) -> Iterator[str]:

@@ -1,8 +1,15 @@
 """The training loop that all four training scripts share, from the parsed flags to the published result.
 
-``fine_tune`` is the entry point: it prepares the data, loads the model, chooses a memory plan, trains and publishes.
-``Trainer`` holds the loop itself. The loop never waits for the device within a step: losses and norms are copied to the
-host in the background and written to metrics.jsonl when they arrive.
+``fine_tune`` is the entry point. ``run_stages`` shows the order of a run: prepare the data, load the model, choose a
+memory plan, train, publish. ``Trainer._run_steps`` is the loop, in which one optimizer step is:
+
+1. ``_compute_gradients``: the loss and its gradients, for each micro-batch of this rank;
+2. ``_commit``: all ranks agree to take the step, or to stop before it;
+3. ``engine.step``: sum the gradients over the ranks, clip them, and update the weights;
+4. ``_save`` and ``_evaluate``, when they are due: a checkpoint; the held-out loss and validation videos.
+
+The loop never waits for the device within a step. Losses and norms are copied to the host in the background, and are
+written to metrics.jsonl when they arrive.
 """
 
 import sys
@@ -14,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cogvideox import stopping
@@ -68,12 +76,12 @@ STEADY_STEPS = 6
 
 @dataclass(frozen=True)
 class Steps:
-    """The optimizer steps of a run.
+    """Describes the optimizer steps of a run.
 
     Attributes:
         order: Assigns the samples of the data to optimizer steps.
         total: Number of optimizer steps in the whole run.
-        recipe: Every setting that decides the result, the fingerprint of the data included.
+        recipe: Every setting that decides the result, including the fingerprint of the data.
         start: The checkpoint from which this process continues, or step 0.
     """
 
@@ -91,9 +99,10 @@ class Steps:
 def recipe_of(
     run: Run, options: TrainOptions, geometry: Geometry, task_type: type[Task], method_type: type[Method]
 ) -> dict[str, Any]:
-    """Returns every setting that decides the result, except the data.
+    """Returns the recipe of a run: every setting that decides the result, except the data.
 
-    It does not depend on how the global batch is split over processes. A run may be resumed only with an equal recipe.
+    The recipe contains only the global batch size, not how it is split over processes and micro-batches. A run can be
+    resumed only with an equal recipe.
     """
     return {
         "task": task_type.__name__,
@@ -146,9 +155,13 @@ def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[s
 
 
 class BadClips:
-    """Counts the clips that could not be read during training and were replaced by others, each clip once.
+    """Counts the clips that could not be read during training and were replaced by other clips.
 
-    Each clip is printed when it first fails. Too many of them end the run.
+    Each clip counts once, and is printed when it first fails. Too many of them end the run.
+
+    Args:
+        max_fraction: Largest fraction of the clips that may fail, from --max_bad_fraction.
+        num_clips: Number of training clips.
     """
 
     def __init__(self, max_fraction: float, num_clips: int) -> None:
@@ -156,13 +169,13 @@ class BadClips:
         self.reasons: dict[str, str] = {}
 
     def count(self, replaced: Sequence[tuple[str, str]]) -> int:
-        """Adds replaced clips and returns how many different ones there are so far.
+        """Adds replaced clips, and returns how many different clips have failed so far.
 
         Args:
             replaced: Pairs (id of the clip, reason why it cannot be read).
 
         Raises:
-            UsageError: There are more than --max_bad_fraction allows; the message lists them.
+            UsageError: More clips have failed than --max_bad_fraction allows; the message lists them.
         """
         for clip, reason in replaced:
             if clip not in self.reasons:
@@ -179,8 +192,19 @@ class BadClips:
 class Trainer:
     """Trains a model on prepared data: ``train`` runs the loop, then ``finish`` publishes the result.
 
-    The constructor builds the optimizer engine, loads the checkpoint if there is one, and connects what accompanies the
-    loop: checkpoints, validation videos, the held-out loss and the choice of the best checkpoint.
+    The constructor builds the optimizer engine, loads the checkpoint if there is one, and prepares checkpoints,
+    validation videos, the held-out loss and the choice of the best checkpoint.
+
+    Args:
+        run: The processes and the output folder.
+        options: The flags.
+        tensors: The prepared data.
+        prompts: The validation prompts.
+        task: What is generated from what.
+        method: What is trained. Its transformer has been placed as the plan says.
+        plan: How the transformer is executed.
+        host_trained: The blocks whose weights are trained in host memory, if the plan has such blocks.
+        steps: The optimizer steps of the run.
     """
 
     def __init__(
@@ -198,7 +222,7 @@ class Trainer:
         self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
         method.transformer.train()  # from_pretrained returns it in evaluation mode, which disables dropout
-        self.unbounded = has_no_bound(plan, run.device)
+        self.needs_warm_up = has_no_bound(plan, run.device)
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
         self.engine = make_engine(
             run.accelerator, method.transformer, method, options, run.dtype, on_host, host_trained
@@ -245,40 +269,41 @@ class Trainer:
         """Trains until the last step and saves it.
 
         An optimizer step consists of --gradient_accumulation_steps micro-batches on every rank, all from one bucket.
-        Its loss is the mean over all of their samples, weighted by timestep; it is "loss" in metrics.jsonl.
+        "loss" in metrics.jsonl is the mean over all of their samples, weighted by timestep.
 
         Raises:
             Stopped: A signal asked the run to end; all finished steps are saved.
         """
-        if self.unbounded:
+        if self.needs_warm_up:
             samples = self.options.train.train_batch_size
             warm_up(self.run, self.engine, self.dataset, samples, partial(losses_of, self.task, self.schedule))
-        metrics = Metrics(self.run, self.steps.first, self.steps.total, self._watch)
+        metrics = Metrics(self.run, self.steps.first, self.steps.total, self._on_metrics)
         self._report_rate_jump()
         self.best.start(self.steps.first)
         self.validator.set_aside_stale(self.steps.first, self.steps.total, self.steps.recipe)
         if self._evaluation_due(self.steps.first):
+            # A run that was killed between a checkpoint and its evaluation has some results. Only the others are made.
             with metrics.paused():
-                # Makes only what is missing: a kill may have come between the checkpoint and its evaluation.
                 self._evaluate(self.steps.first)
             metrics.forget_peaks()
         if self.steps.first < self.steps.total:
             self.saver.predict_size(self.options)
         if self.options.method == "sft":
-            self.saver.announce()  # not for a LoRA, which is saved in a moment
-        with closing(metrics.bar), closing(batches_of(self._loader())) as batches:
-            self._train(metrics, batches)
+            self.saver.announce()  # a LoRA is saved so fast that it needs no announcement
+        with closing(metrics.bar), closing(batches_of(self._make_loader())) as batches:
+            self._run_steps(metrics, batches)
         metrics.close()
 
-    def _train(self, metrics: Metrics, batches: Iterator[Batch]) -> None:
+    def _run_steps(self, metrics: Metrics, batches: Iterator[Batch]) -> None:
+        """Takes one optimizer step after another until the last one, or until a signal asks the run to stop."""
         step = saved = self.steps.first
         if self.run.world > 1:
-            # A rank that stopped at once would leave the others waiting for its gradients forever. Instead, all ranks
-            # agree on the last step in consensus.commit.
+            # If a rank stopped at once, the others would wait for its gradients forever. So signals are deferred, and
+            # all ranks agree in ``_commit`` on the step before which they stop.
             stopping.defer()
         try:
             while step < self.steps.total:
-                save = self._accumulate(step, metrics, batches)
+                save = self._compute_gradients(step, metrics, batches)
                 rate = learning_rate(self.options.optimizer, step, self.steps.total, self.steps.order.global_batch)
                 result = self.engine.step(rate)
                 step += 1
@@ -293,31 +318,32 @@ class Trainer:
                     with metrics.paused():
                         self._evaluate(step)
         except stopping.Stopped:
-            # Every rank stops before the same step. The weights are those of the last finished step: of the next one
-            # only gradients exist, and they are dropped.
+            # Every rank stops before the same step. The weights are those of the last finished step, and the gradients
+            # of the unfinished step are dropped.
             pass
         metrics.flush()
         if saved < step:
             self._save(step)
-        stopping.allow(self._progress(step))
+        stopping.allow(self._describe_progress(step))
 
-    def _accumulate(self, step: int, metrics: Metrics, batches: Iterator[Batch]) -> bool:
-        """Computes this rank's gradients of an optimizer step, before they are summed over the ranks.
+    def _compute_gradients(self, step: int, metrics: Metrics, batches: Iterator[Batch]) -> bool:
+        """Computes this rank's gradients for an optimizer step. They are summed over the ranks later.
 
         Args:
-            step: Optimizer steps finished so far.
+            step: Number of finished optimizer steps.
             metrics: Receives the loading time and the samples.
             batches: Yields this rank's micro-batches.
 
         Returns:
-            Whether the step is to be saved because --save_every_minutes have passed.
+            Whether a checkpoint is due after the step because --save_every_minutes have passed.
 
         Raises:
-            Stopped: A rank was asked to stop, and no rank takes this step.
+            Stopped: A rank was asked to stop, so no rank takes this step.
         """
         train = self.options.train
         if self.engine.reduces_in_backward:
-            # The backward pass communicates, so all ranks must agree to take the step before the first one.
+            # The backward pass itself communicates, so the ranks must agree before it. Otherwise a rank that stops
+            # would leave the others waiting in theirs.
             self._commit(step)
         for micro in range(train.gradient_accumulation_steps):
             self.run.ranks.consensus.may_stop(step)
@@ -334,23 +360,31 @@ class Trainer:
         return self._commit(step)
 
     def _commit(self, step: int) -> bool:
-        """Decides on all ranks together to take a step, unless one was asked to stop; returns whether to save it.
+        """Agrees with all ranks to take a step, unless a rank was asked to stop.
 
-        From here on a stop signal is deferred until the next save, so that its work is not lost.
+        Stop signals are deferred from here until the next checkpoint, so that the step is not lost.
+
+        Returns:
+            Whether a checkpoint is due after the step because --save_every_minutes have passed.
+
+        Raises:
+            Stopped: A rank was asked to stop, so no rank takes this step.
         """
         stopping.defer()
         return self.run.ranks.consensus.commit(step, self.saver.overdue())
 
     def _save(self, step: int) -> None:
+        """Saves a checkpoint. A single process can be stopped again from here on."""
         self.saver.save(step)
         if self.run.world == 1:
-            stopping.allow(self._progress(step))
+            stopping.allow(self._describe_progress(step))
 
-    def _progress(self, step: int) -> str:
+    def _describe_progress(self, step: int) -> str:
+        """Returns what the message about a stopped run says about its last checkpoint."""
         return f"and saved after step {step} of {self.steps.total}" if step else ""
 
-    def _watch(self, step: int, numbers: dict[str, float], samples: list[TrainedSample]) -> None:
-        """Handles the metrics of a finished step when they arrive; ends the run if too many steps were skipped."""
+    def _on_metrics(self, step: int, numbers: dict[str, float], samples: list[TrainedSample]) -> None:
+        """Receives the metrics of a finished step from the device, and ends the run if too many steps were skipped."""
         self.skipped.add(step, numbers, samples)
         self.saver.good_until = self.skipped.good_until
 
@@ -397,7 +431,8 @@ class Trainer:
                 draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
                 self.before_after.draw(step)
 
-    def _loader(self) -> Any:
+    def _make_loader(self) -> DataLoader[Batch]:
+        """Returns a loader of this rank's micro-batches from the first step on, and prints how many steps there are."""
         run, train, loader = self.run, self.options.train, self.options.loader
         order = self.steps.order
         sampler = BucketBatchSampler(
@@ -410,14 +445,15 @@ class Trainer:
             self.steps.total,
         )
         run.say(
-            f"{len(order.sample_ids)} clips in {len(order.members)} buckets, {order.global_batch} samples an "
-            f"optimizer step: {order.steps_through(0)} steps in epoch 1, {self.steps.total} in all" + self._filled()
+            f"{len(order.sample_ids)} clips in {len(order.members)} buckets, {order.global_batch} samples per "
+            f"optimizer step: {order.steps_through(0)} steps in epoch 1, {self.steps.total} in total"
+            f"{self._describe_filled()}"
         )
         pin = loader.pin_memory and torch.cuda.is_available()
         return build_loader(self.dataset, sampler, *self._workers(), pin)
 
     def _workers(self) -> tuple[int, int]:
-        """Returns (number of loader workers, batches that each prefetches), limited by the room in /dev/shm."""
+        """Returns (number of loader workers, batches that each prefetches), limited by the free space in /dev/shm."""
         dataset = self.dataset
         batch = batch_bytes(dataset.geometry, dataset.index, self.options.train.train_batch_size)
         asked = self.options.data.dataloader_num_workers
@@ -426,12 +462,12 @@ class Trainer:
             self.run.say(line)
         return workers, prefetch
 
-    def _filled(self) -> str:
-        """Describes how many samples of the next epoch fill the last batches of --num_train_epochs, if any."""
+    def _describe_filled(self) -> str:
+        """Returns how many samples of the next epoch fill the last batches of --num_train_epochs, as text or empty."""
         if self.options.train.max_train_steps:
             return ""
         filled = self.steps.order.num_fill_samples(self.options.train.num_train_epochs)
-        return f"; {filled} samples come early to fill last batches" if filled else ""
+        return f"; {filled} samples of the next epoch fill the last batches" if filled else ""
 
     def finish(self) -> int:
         """Evaluates the last step, publishes the result and uploads it if asked; returns the script's exit status."""
@@ -445,12 +481,16 @@ class Trainer:
         with self.engine.averaged():
             files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.steps.recipe, step)
         run.accelerator.end_training()
-        if run.repository:  # set on the main process only; the other ranks have ended, so none waits for the upload
+        if run.repository:  # set on the main process only, so that the other ranks end without waiting for the upload
             upload(run.repository, options.hub, run.output_dir, files, run.say)
         return 0
 
     def _restore_best(self, last: int) -> int:
-        """Loads the weights of the best checkpoint, renders its missing videos, and returns its step."""
+        """Loads the weights of the best checkpoint, renders its missing videos, and returns its step.
+
+        Args:
+            last: The last step, whose weights are loaded now.
+        """
         step = self.best.step()
         if step != last:
             self.run.say(f"the result is the best checkpoint, of step {step}, not of the last step, {last}")
@@ -482,10 +522,11 @@ def fine_tune(options: TrainOptions, task_type: type[Task], method_type: type[Me
 
 
 def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[Method]) -> int:
-    """Runs the stages of a training run in order; returns the exit status.
+    """Runs the stages of a training run in order, and returns the exit status.
 
-    What can fail because of the flags or the data comes, where possible, before the model is loaded. The ranks compare
-    their settings at each stage: a rank that had decided differently would leave the others waiting.
+    Stages that can fail because of the flags or the data come before the model is loaded, where possible. The ranks
+    compare their settings before they depend on them, because a rank that had decided differently would leave the
+    others waiting.
     """
     run = start_run(options)
     apply_vram_budget(run, options)
@@ -506,7 +547,7 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     plan = make_plan(run, options, tensors, transformer)
     run.ranks.check_agreement({"the plan": str(plan)}, "give all of them GPUs of one kind, or --plan and its axes")
     run.say(f"plan: {plan}")
-    with memory_errors_explained():
+    with explain_memory_errors():
         check_blocks(run, options.train.train_batch_size, tensors, transformer, plan)
         host_trained = apply_plan(transformer, plan, run.device)
         task = task_type(options, tensors.geometry, run.device, run.dtype)
@@ -517,8 +558,8 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
 
 
 @contextmanager
-def memory_errors_explained() -> Iterator[None]:
-    """Turns an out-of-memory error, of the device or of pinned host memory, into a UsageError that says what to do."""
+def explain_memory_errors() -> Iterator[None]:
+    """Turns an out-of-memory error of the device or the host into a UsageError that names the flags to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -526,5 +567,5 @@ def memory_errors_explained() -> Iterator[None]:
         fix = "give --plan lean, a smaller bucket, --train_batch_size, or --rank of a LoRA, or a larger --vram_budget"
         raise UsageError(f"the GPU's memory does not suffice; {fix} ({line})") from None
     except MemoryError as error:
-        fix = "free some, or give --weights_on, --kept_on or --optimizer_state_on device"
+        fix = "free some memory, or give --weights_on, --kept_on or --optimizer_state_on device"
         raise UsageError(f"the host's memory does not suffice: {error}; {fix}") from None

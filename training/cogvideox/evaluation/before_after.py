@@ -1,7 +1,9 @@
-"""Draws contact_sheet.png: for each validation prompt a video before training, the newest one, and a training clip.
+"""Draws contact_sheet.png, which shows what training changed in the validation videos.
 
-``BeforeAfter.draw`` reads videos back from the validation folder, so a resumed run shows videos of the whole run. The
-training clip is the one with the most similar caption, decoded by the VAE from its cached latents.
+Each validation prompt has a row: its video before training, its newest video, and a training clip.
+
+``BeforeAfter.draw`` reads the videos from the validation folder, so a resumed run also shows videos from before the
+interruption. The training clip is the one with the most similar caption, decoded by the VAE from its cached latents.
 """
 
 import re
@@ -23,7 +25,7 @@ from cogvideox.runtime.sheets import Panel, SheetRow, contact_sheet, pick_evenly
 
 SHEET_NAME = "contact_sheet.png"
 MAX_PROMPTS = 8
-WIDE_FRAMES, HIGH_FRAMES = 2, 3  # frames per video in landscape and portrait format
+LANDSCAPE_FRAMES, PORTRAIT_FRAMES = 2, 3  # frames per video in landscape and portrait format
 
 
 class BeforeAfter:
@@ -41,16 +43,16 @@ class BeforeAfter:
 
     def draw(self, step: int) -> None:
         """Draws the sheet with the videos up to a step; does nothing without validation prompts."""
-        rows = [SheetRow(prompt, self._panels(place, step)) for place, prompt in enumerate(self.prompts)]
+        rows = [SheetRow(prompt, self._panels(prompt_index, step)) for prompt_index, prompt in enumerate(self.prompts)]
         number = len(self.validator.prompts.texts)
         some = f", {MAX_PROMPTS} of {number} prompts" if number > MAX_PROMPTS else ""
         title = f"{self.run.output_dir.resolve().name}: before and after training{some}"
         if rows:
             contact_sheet(rows, self.run.output_dir / SHEET_NAME, title)
 
-    def _panels(self, place: int, step: int) -> list[Panel]:
-        """Returns the panels of the prompt with an index: before training, after it, and the training clip."""
-        videos, sample = self.validator.videos(place), self.nearest[place]
+    def _panels(self, prompt_index: int, step: int) -> list[Panel]:
+        """Returns the three panels of a prompt: before training, after it, and the training clip."""
+        videos, sample = self.validator.videos(prompt_index), self.nearest[prompt_index]
         newest = max((made for made in videos if made <= step), default=0)
         if sample.id not in self.clips:
             self.clips[sample.id] = self._clip_panel(sample)
@@ -59,6 +61,7 @@ class BeforeAfter:
         return [before, after, self.clips[sample.id]]
 
     def _clip_panel(self, sample: CachedSample) -> Panel:
+        """Returns a panel with some decoded frames of a training clip, or with the reason why there are none."""
         label = "TRAINING CLIP, as the VAE sees it"
         try:
             moments = read_moments(self.tensors.cache, sample, 0, self.tensors.geometry)
@@ -67,15 +70,17 @@ class BeforeAfter:
         try:
             video_FHWC = self.validator.decode(moments)
         except torch.OutOfMemoryError:
-            self.run.say(f"{SHEET_NAME}: out of memory, the training clip {sample.id} is left out and training goes on")
+            self.run.say(f"{SHEET_NAME}: out of memory, the training clip {sample.id} is left out; training continues")
             return Panel(label, [], f"{sample.id} does not fit into the memory")
-        return frames_panel(label, video_FHWC[shown(*video_FHWC.shape[:3])], sample.caption)
+        return frames_panel(label, video_FHWC[shown_frames(*video_FHWC.shape[:3])], sample.caption)
 
 
 def nearest_samples(prompts: Sequence[str], samples: Sequence[CachedSample]) -> list[CachedSample]:
-    """Returns, for each prompt, the sample whose caption shares most words with it; the first id wins a tie.
+    """Returns, for each prompt, the sample whose caption is most similar; the first id wins a tie.
 
-    Words that all captions contain, such as the id token, are ignored.
+    Similarity is the number of shared words divided by the number of words in either text.
+
+    Words that all captions contain, such as those of --id_token, are ignored.
     """
     common = reduce(set.intersection, (words_of(sample.caption) for sample in samples))
 
@@ -97,18 +102,18 @@ def video_panel(label: str, path: Path | None) -> Panel:
         return Panel(label, [], "no video in the validation folder")
     try:
         info = probe(path)
-        indices = shown(info.num_frames, info.height, info.width)
+        indices = shown_frames(info.num_frames, info.height, info.width)
         return frames_panel(label, read_frames(path, info, indices, info.height, info.width))
     except VideoError:
         return Panel(label, [], f"{path.name} cannot be read")
 
 
-def shown(num_frames: int, height: int, width: int) -> list[int]:
-    """Returns the indices of the frames that fit into a panel, from the first to the last."""
-    return list(pick_evenly(range(num_frames), WIDE_FRAMES if width >= height else HIGH_FRAMES))
+def shown_frames(num_frames: int, height: int, width: int) -> list[int]:
+    """Returns the indices of the frames that a panel shows, evenly spread from the first to the last."""
+    return list(pick_evenly(range(num_frames), LANDSCAPE_FRAMES if width >= height else PORTRAIT_FRAMES))
 
 
 def frames_panel(label: str, frames_FHWC: np.ndarray, caption: str = "") -> Panel:
-    """Returns a panel with landscape frames in a column or portrait frames in a row, so that they fill it."""
+    """Returns a panel of frames: landscape frames in a column, portrait frames in a row, so that they fill it."""
     _, height, width, _ = frames_FHWC.shape
     return Panel(label, list(frames_FHWC), caption, stacked=width >= height)

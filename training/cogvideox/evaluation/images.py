@@ -1,6 +1,7 @@
-"""Reads or downloads the images of --validation_images once.
+"""Reads or downloads the images of --validation_images, from which image-to-video validation starts.
 
-``fetch_images`` keeps them as PNG files in the output folder, where inference.py finds them.
+``fetch_images`` stores them as PNG files in the output folder, where the validation and inference.py find them.
+Downloads are limited in time, in size and to http and https.
 """
 
 import http.client
@@ -36,39 +37,40 @@ def fetch_images(run: Run, options: TrainOptions) -> list[Path]:
     paths = [run.output_dir / IMAGE_NAME.format(number) for number in range(len(texts))]
     if run.is_main:
         for text, path in zip(texts, paths, strict=True):
-            write_atomically(path, fetched(text, temporary_of(path)) if is_url(text) else as_png(Path(text)))
+            write_atomically(path, fetch_as_png(text, temporary_of(path)) if is_url(text) else read_as_png(Path(text)))
     run.barrier()
     return paths
 
 
-def fetched(url: str, temporary: Path) -> bytes:
+def fetch_as_png(url: str, temporary: Path) -> bytes:
     """Downloads an image and returns it as PNG. Messages omit the query of the URL, which may be a signature."""
     shown, fix = f"--validation_images {public_urls(url)}", "download it and give its path"
     try:
-        temporary.write_bytes(downloaded(url))
-        return as_png(temporary)
+        temporary.write_bytes(download(url))
+        return read_as_png(temporary)
     except (OSError, http.client.HTTPException) as error:
         raise UsageError(f"{shown}: cannot be fetched ({error}); {fix}") from None
-    except ValueError:  # includes the UsageError of as_png
+    except ValueError:  # includes the UsageError of read_as_png
         raise UsageError(f"{shown}: is not a readable image; {fix}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-class WebOnly(urllib.request.HTTPRedirectHandler):
+class WebRedirectsOnly(urllib.request.HTTPRedirectHandler):
     """Follows redirects only to http and https, not to files or ftp."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        """Returns the request for the new URL. Raises OSError if its scheme is neither http nor https."""
         if urlsplit(newurl).scheme not in ("http", "https"):
-            raise OSError(f"it redirects to {public_urls(newurl)}, which is not http or https")
+            raise OSError(f"redirects to {public_urls(newurl)}, which is not http or https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def downloaded(url: str) -> bytes:
+def download(url: str) -> bytes:
     """Downloads the content of an http or https URL.
 
-    A socket timeout limits neither a server that sends a byte per minute nor a slow name lookup. So a thread downloads,
-    and it is abandoned if it takes too long in total.
+    The download runs in a thread, which is abandoned if it takes too long in total. A socket timeout would not do: it
+    limits neither a server that sends one byte per minute nor a slow name lookup.
 
     Raises:
         OSError: The download fails, takes longer than FETCH_SECONDS, or is larger than FETCH_BYTES.
@@ -78,7 +80,7 @@ def downloaded(url: str) -> bytes:
 
     def fetch() -> None:
         try:
-            opener = urllib.request.build_opener(WebOnly)
+            opener = urllib.request.build_opener(WebRedirectsOnly)
             with opener.open(url, timeout=FETCH_SECONDS) as reply:
                 result.append(reply.read(FETCH_BYTES + 1))
         except Exception as error:
@@ -88,18 +90,18 @@ def downloaded(url: str) -> bytes:
     thread.start()
     thread.join(FETCH_SECONDS)
     if not result:
-        raise OSError(f"it is not there after {FETCH_SECONDS} s")
+        raise OSError(f"no complete answer after {FETCH_SECONDS} s")
     content = result[0]
-    if isinstance(content, ValueError):  # a URL without a host, or with characters that no host has
+    if isinstance(content, ValueError):  # the URL has no host, or invalid characters in it
         raise OSError(str(content))
     if isinstance(content, Exception):
         raise content
     if len(content) > FETCH_BYTES:
-        raise OSError(f"it is larger than {FETCH_BYTES // 2**20} MiB")
+        raise OSError(f"larger than {FETCH_BYTES // 2**20} MiB")
     return content
 
 
-def as_png(path: Path) -> bytes:
+def read_as_png(path: Path) -> bytes:
     """Reads an image file and returns it as an RGB PNG."""
     from PIL import Image
 

@@ -1,14 +1,19 @@
 """Checks before the first step that training and the diffusers pipeline give the transformer the same inputs.
 
-``check_parity`` lets the stock pipeline make one sampling step with the run's own transformer and scheduler, and
-compares its call of the transformer with that of training. No network runs: calls of the transformer are recorded on
-both sides, and a stand-in replaces the VAE.
+``check_parity`` lets the stock pipeline take one sampling step with the run's transformer and scheduler, and compares
+its call of the transformer with that of training. No network runs: calls of the transformer are recorded on both sides,
+and a stand-in replaces the VAE.
 
-For every bucket it compares latents and padding, image latents and their scale, embeddings, timestep, offset and rotary
-tables, all with their types. It also compares the latents that the pipeline decodes when the transformer answers with
-its training target. Clips and images are sampled from the same moments on both sides, by training's code and by
-diffusers' own distribution. The loss of a transformer that answers with the scheduler's velocity must be 0. One bucket
-is compared in the compute type of the run as well. Shapes are as in data/dataset.py; P counts patches.
+These are compared for every bucket:
+
+- the arguments of the call: latents and padding, image latents and their scale, embeddings, timestep, offset and rotary
+  tables, all with their types. Clips and images are sampled from the same moments on both sides, by training's code
+  and by diffusers' own distribution;
+- the latents that the pipeline decodes if the transformer returns its training target: they must be the clip;
+- the training loss of a transformer that returns the scheduler's velocity: it must be 0.
+
+All buckets are compared in fp32, and one also in the compute type of the run. Shapes are as in data/dataset.py; P
+counts patches.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,20 +36,18 @@ from cogvideox.model.tasks import ImageToVideo, Task, image_scale, losses_of
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.run import Run
 
-# Absolute for numbers up to 1, relative for larger ones. Rounding in fp32 is far below it, real differences far above.
+# Largest difference between two inputs: absolute for numbers up to 1, relative for larger ones. Rounding in fp32 is far
+# below it, and a different formula is far above it.
 TOLERANCE = 1e-4
-ARGUMENTS = (
-    "encoder_hidden_states",
-    "timestep",
-    "ofs",
-    "image_rotary_emb",
-)  # arguments of the transformer other than the latents
-PURPOSES = {"clip": "posterior", "image": "image posterior"}  # how draw_sample names the noise for each
-Answer = Callable[[dict[str, Any]], Tensor]
+# Arguments of the transformer other than the latents.
+CONDITIONS = ("encoder_hidden_states", "timestep", "ofs", "image_rotary_emb")
+# Names under which draw_sample draws the noise of each posterior.
+PURPOSES = {"clip": "posterior", "image": "image posterior"}
+Answer = Callable[[dict[str, Any]], Tensor]  # the arguments of a call of the transformer -> its output
 
 
 class ParityError(RuntimeError):
-    """Training would give the transformer other inputs than inference does."""
+    """Reports that training would give the transformer other inputs than inference does."""
 
 
 def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, transformer: Any) -> None:
@@ -54,7 +57,7 @@ def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, 
         ParityError: They differ; the message says in what, and by how much.
     """
     geometry, index = tensors.geometry, tensors.index
-    exact = type(task)(options, geometry, run.device, torch.float32)  # in bf16 rounding would hide the rest
+    exact = type(task)(options, geometry, run.device, torch.float32)  # in bf16, rounding would hide differences
     schedule = NoiseSchedule.from_config(geometry.schedule).to(run.device)
     pipeline = stock_pipeline(options.model, task.pipeline, transformer)
     check_schedule(schedule, pipeline.scheduler)
@@ -68,7 +71,7 @@ def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, 
     check_bucket(task, pipeline, schedule, geometry, buckets[0])
     check_loss(task, pipeline, schedule, geometry, buckets[0])
     run.say(f"checked on {len(buckets)} buckets: the transformer gets what {task.pipeline} gives it")
-    if isinstance(task, ImageToVideo) and other_scale(task, geometry) != 1.0:
+    if isinstance(task, ImageToVideo) and relative_image_scale(task, geometry) != 1.0:
         usual = image_scale(geometry)
         run.say(f"but image latents are multiplied by {task.scale:.4g}, as asked, and by {usual:.4g} in the pipeline")
 
@@ -77,19 +80,19 @@ def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, 
 
 
 class StandInVae:
-    """Replaces the VAE: it records what is encoded and decoded, and "encodes" every image as ``image_BCFHW``."""
+    """Replaces the VAE. It records what is encoded and decoded, and returns ``image_BCFHW`` for every image."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
         self.image_BCFHW = self.pixels_BCFHW = self.decoded_BCFHW = torch.empty(0)
 
     def encode(self, pixels_BCFHW: Tensor) -> Any:
-        """Records pixels; returns a posterior that can only be sampled."""
+        """Records the pixels, and returns a posterior that can only be sampled."""
         self.pixels_BCFHW = pixels_BCFHW
         return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda _: self.image_BCFHW))
 
     def decode(self, latents_BCFHW: Tensor) -> Any:
-        """Records latents; returns a video of one pixel."""
+        """Records the latents, and returns a video of one black pixel."""
         self.decoded_BCFHW = latents_BCFHW
         return SimpleNamespace(sample=latents_BCFHW.new_zeros(1, 3, 1, 1, 1))
 
@@ -100,7 +103,7 @@ def stock_pipeline(model: ModelFlags, name: str, transformer: Any) -> Any:
 
     parts: dict[str, Any] = {"tokenizer": None, "text_encoder": None, "scheduler": models.load_scheduler(model)}
     vae = diffusers.AutoencoderKLCogVideoX
-    with torch.device("meta"):  # its config with all defaults, at no cost
+    with torch.device("meta"):  # builds the config with all defaults, without allocating weights
         config = vae.from_config(vae.load_config(models.part_folder(model, "vae"))).config
     pipeline = getattr(diffusers, name)(**parts, vae=StandInVae(config), transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
@@ -108,7 +111,7 @@ def stock_pipeline(model: ModelFlags, name: str, transformer: Any) -> Any:
 
 
 @contextmanager
-def caught(transformer: Any, answer: Answer) -> Iterator[list[dict[str, Any]]]:
+def recorded_calls(transformer: Any, answer: Answer) -> Iterator[list[dict[str, Any]]]:
     """Replaces the transformer's forward for a block and records its calls.
 
     Args:
@@ -139,54 +142,56 @@ def check_bucket(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: G
     """Compares how training and the pipeline call the transformer for one bucket.
 
     Raises:
-        ParityError: An argument differs, or a transformer that has learned its target perfectly would make another clip
-            in the pipeline than the one that it was trained on.
+        ParityError: An argument differs, or a transformer that has learned its target perfectly would not reproduce its
+            training clip in the pipeline.
     """
     device = schedule.alphas_cumprod.device
     batch = random_batch(geometry, bucket, len(schedule) - 1).to(device)
     frame_HWC = np.random.default_rng(0).integers(0, 256, (bucket.height, bucket.width, 3), np.uint8)
-    pipeline.vae.image_BCFHW = drawn_by_diffusers(bucket, geometry, "image").to(device)
+    pipeline.vae.image_BCFHW = sampled_by_diffusers(bucket, geometry, "image").to(device)
     theirs = pipeline_call(task, pipeline, batch, schedule, bucket, frame_HWC)
-    latents, image = split(theirs, geometry)
-    with caught(pipeline.transformer, lambda arguments: arguments["hidden_states"]) as calls:
+    latents, image = split_hidden_states(theirs, geometry)
+    with recorded_calls(pipeline.transformer, lambda arguments: arguments["hidden_states"]) as calls:
         task.predictor(pipeline.transformer, batch)(latents, batch.timestep_B)
-    own_latents, own_image = split(calls[0], geometry)
-    compare(f"{bucket}: latents", own_latents, latents)
+    own_latents, own_image = split_hidden_states(calls[0], geometry)
+    check_equal(f"{bucket}: latents", own_latents, latents)
     if isinstance(task, ImageToVideo):
-        compare(f"{bucket}: image latents", own_image, image * other_scale(task, geometry))
+        check_equal(f"{bucket}: image latents", own_image, image * relative_image_scale(task, geometry))
         pixels = encode.pixels_of(frame_HWC[None], device)
-        compare(f"{bucket}: pixels of the image", pixels.to(task.dtype), pipeline.vae.pixels_BCFHW[0])
-    for name in ARGUMENTS:
-        compare(f"{bucket}: {name}", calls[0].get(name), theirs.get(name))
-    clip = drawn_by_diffusers(bucket, geometry, "clip").to(device, task.dtype)
-    compare(f"{bucket}: latents of the clip that is decoded", clip, pipeline.vae.decoded_BCFHW)
+        check_equal(f"{bucket}: pixels of the image", pixels.to(task.dtype), pipeline.vae.pixels_BCFHW[0])
+    for name in CONDITIONS:
+        check_equal(f"{bucket}: {name}", calls[0].get(name), theirs.get(name))
+    clip = sampled_by_diffusers(bucket, geometry, "clip").to(device, task.dtype)
+    check_equal(f"{bucket}: latents of the clip that is decoded", clip, pipeline.vae.decoded_BCFHW)
 
 
 def check_loss(task: Task, pipeline: Any, schedule: NoiseSchedule, geometry: Geometry, bucket: Bucket) -> None:
-    """Checks the training loss of a transformer that answers with the scheduler's velocity for the noised clip.
+    """Checks that the training loss is 0 if the transformer returns the scheduler's velocity for the noised clip.
 
     Raises:
         ParityError: The loss is not 0, or the noised clip or the timestep differs from the scheduler's.
     """
     device, scheduler = schedule.alphas_cumprod.device, pipeline.scheduler
-    batches = [random_batch(geometry, bucket, timestep) for timestep in timesteps_of(schedule)]
+    batches = [random_batch(geometry, bucket, timestep) for timestep in compared_timesteps(schedule)]
     for batch in (batch.to(device) for batch in batches):
         clip = batch.x0_BFCHW, batch.noise_BFCHW, batch.timestep_B
         velocity = scheduler.get_velocity(*clip).to(task.dtype)
-        with caught(pipeline.transformer, lambda _, velocity=velocity: velocity) as calls:  # type: ignore[misc]
+        with recorded_calls(pipeline.transformer, lambda _, velocity=velocity: velocity) as calls:  # type: ignore[misc]
             loss_B = losses_of(task, schedule, pipeline.transformer, batch)
         what = f"{bucket}: timestep {batch.timestep_B.item()}"
-        compare(f"{what}: x_t", split(calls[0], geometry)[0], scheduler.add_noise(*clip).to(task.dtype))
-        compare(f"{what}: timestep", calls[0]["timestep"], batch.timestep_B)
-        compare(f"{what}: loss of the scheduler's velocity", loss_B.sqrt(), torch.zeros_like(loss_B), task.dtype)
+        check_equal(
+            f"{what}: x_t", split_hidden_states(calls[0], geometry)[0], scheduler.add_noise(*clip).to(task.dtype)
+        )
+        check_equal(f"{what}: timestep", calls[0]["timestep"], batch.timestep_B)
+        check_equal(f"{what}: loss of the scheduler's velocity", loss_B.sqrt(), torch.zeros_like(loss_B), task.dtype)
 
 
-def other_scale(task: ImageToVideo, geometry: Geometry) -> float:
-    """Returns the ratio of our image latents to the pipeline's: 1, unless --image_latent_scale asks for another."""
+def relative_image_scale(task: ImageToVideo, geometry: Geometry) -> float:
+    """Returns the scale of our image latents relative to the pipeline's: 1, unless --image_latent_scale changes it."""
     return 1.0 if task.flags.image_latent_scale == "auto" else task.scale / image_scale(geometry)
 
 
-def moments_of(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
+def random_moments(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
     """Returns random moments in the shape of the VAE's: (2C, F, H, W) for a clip, (2C, H, W) for an image."""
     shape = geometry.moments_shape(bucket) if name == "clip" else geometry.image_shape(bucket)
     return standard_normal(shape, "parity", bucket, f"{name} moments")
@@ -196,13 +201,13 @@ def random_batch(geometry: Geometry, bucket: Bucket, timestep: int) -> Batch:
     """Returns a batch of one sample, drawn from random moments as training draws samples from the cache."""
     draw = ("parity", bucket)
     prompt = standard_normal((geometry.max_text_seq_length, geometry.text_embed_dim), *draw, "prompt")
-    clip, image = (moments_of(bucket, geometry, name) for name in PURPOSES)
+    clip, image = (random_moments(bucket, geometry, name) for name in PURPOSES)
     return collate([draw_sample(clip, prompt, timestep, geometry, draw, "parity", image)])
 
 
-def drawn_by_diffusers(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
+def sampled_by_diffusers(bucket: Bucket, geometry: Geometry, name: str) -> Tensor:
     """Samples unscaled latents of the same clip, (1, C, F, H, W), or image, (1, C, 1, H, W), with diffusers' code."""
-    moments = moments_of(bucket, geometry, name)
+    moments = random_moments(bucket, geometry, name)
     channels, *rest = moments.shape
     latents = posterior_by_diffusers(moments, standard_normal((channels // 2, *rest), "parity", bucket, PURPOSES[name]))
     return latents[None] if name == "clip" else latents[None].unsqueeze(2)
@@ -226,7 +231,7 @@ def check_posterior() -> None:
     moments = torch.cat([standard_normal((1, 71), "parity", "mean"), log_variance])
     noise = standard_normal((1, 71), "parity", "noise")
     ours, theirs = sample_posterior(moments, noise), posterior_by_diffusers(moments, noise)
-    compare("a draw from the VAE's posterior", ours, theirs)
+    check_equal("a sample from the VAE's posterior", ours, theirs)
 
 
 def pipeline_call(
@@ -238,7 +243,9 @@ def pipeline_call(
     more: dict[str, Any] = {}
     if isinstance(task, ImageToVideo):
         more["image"] = Image.fromarray(frame_HWC)
-    with caught(pipeline.transformer, lambda arguments: velocity_of(batch, arguments, schedule, bucket)) as calls:
+    with recorded_calls(
+        pipeline.transformer, lambda arguments: velocity_of(batch, arguments, schedule, bucket)
+    ) as calls:
         pipeline(
             prompt_embeds=batch.prompt_BLD.to(task.dtype),
             negative_prompt_embeds=batch.prompt_BLD.to(task.dtype),
@@ -255,16 +262,16 @@ def pipeline_call(
 
 
 def velocity_of(batch: Batch, arguments: dict[str, Any], schedule: NoiseSchedule, bucket: Bucket) -> Tensor:
-    """Returns the output of a transformer that knows the clip of the batch: the velocity from x_t to it."""
+    """Returns what a perfect transformer would predict: the velocity that leads from x_t to the clip of the batch."""
     x0_BFCHW = batch.x0_BFCHW
     x_t_BFCHW = arguments["hidden_states"][:, :, : x0_BFCHW.shape[2]]
-    same_shape(f"{bucket}: latents", x0_BFCHW, x_t_BFCHW)
+    check_shape(f"{bucket}: latents", x0_BFCHW, x_t_BFCHW)
     signal, noise = schedule.signal_and_noise(batch.timestep_B)
     velocity = schedule.velocity(x0_BFCHW, (x_t_BFCHW - signal * x0_BFCHW) / noise, batch.timestep_B)
     return velocity.to(x_t_BFCHW.dtype)
 
 
-def split(arguments: dict[str, Any], geometry: Geometry) -> tuple[Tensor, Tensor]:
+def split_hidden_states(arguments: dict[str, Any], geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Splits the hidden states of a call into (latents, image latents), each (B, F, C, H, W)."""
     hidden_BFCHW = arguments["hidden_states"]
     return hidden_BFCHW[:, :, : geometry.latent_channels], hidden_BFCHW[:, :, geometry.latent_channels :]
@@ -282,15 +289,15 @@ def check_schedule(schedule: NoiseSchedule, scheduler: Any) -> None:
     device = schedule.alphas_cumprod.device
     x0, noise = (standard_normal((1, 1, 1, 2, 2), "parity", name).to(device) for name in ("x0", "noise"))
     scheduler.set_timesteps(len(schedule))
-    for number in timesteps_of(schedule):
+    for number in compared_timesteps(schedule):
         timestep = torch.tensor([number], device=device)
         x_t, velocity = schedule.add_noise(x0, noise, timestep), schedule.velocity(x0, noise, timestep)
-        compare(f"timestep {number}: x_t", x_t, scheduler.add_noise(x0, noise, timestep))
-        compare(f"timestep {number}: velocity", velocity, scheduler.get_velocity(x0, noise, timestep))
-        compare(f"timestep {number}: x0 out of the velocity", x0, x0_of(scheduler, velocity, number, x_t))
+        check_equal(f"timestep {number}: x_t", x_t, scheduler.add_noise(x0, noise, timestep))
+        check_equal(f"timestep {number}: velocity", velocity, scheduler.get_velocity(x0, noise, timestep))
+        check_equal(f"timestep {number}: x0 out of the velocity", x0, x0_of(scheduler, velocity, number, x_t))
 
 
-def timesteps_of(schedule: NoiseSchedule) -> tuple[int, ...]:
+def compared_timesteps(schedule: NoiseSchedule) -> tuple[int, ...]:
     """Returns the timesteps that are compared: both ends and the middle."""
     return 0, 1, len(schedule) // 2, len(schedule) - 1
 
@@ -321,16 +328,16 @@ def check_positions(transformer: Any, geometry: Geometry, bucket: Bucket, ignore
     expected_BPD = torch.cat([embedded[0], embedded[1].expand(1, patches, -1)], dim=1)
     if not ignored:
         table = embed.pos_embedding.to(transformer.dtype)
-        same_shape(f"{bucket}: learned positions", expected_BPD, table)
+        check_shape(f"{bucket}: learned positions", expected_BPD, table)
         expected_BPD = expected_BPD + table
-    compare(f"{bucket}: positions that are added", embed(text, video), expected_BPD)
+    check_equal(f"{bucket}: positions that are added", embed(text, video), expected_BPD)
 
 
-# -- comparing ---------------------------------------------------------------------------------------------------------
+# -- comparison --------------------------------------------------------------------------------------------------------
 
 
-def compare(what: str, ours: Any, theirs: Any, rounded_to: torch.dtype | None = None) -> None:
-    """Compares two tensors, tuples of tensors, or None.
+def check_equal(what: str, ours: Any, theirs: Any, rounded_to: torch.dtype | None = None) -> None:
+    """Checks that two tensors, tuples of tensors or None are equal up to rounding.
 
     Args:
         what: Name of the value, for the message.
@@ -343,32 +350,34 @@ def compare(what: str, ours: Any, theirs: Any, rounded_to: torch.dtype | None = 
     """
     if isinstance(ours, tuple) and isinstance(theirs, tuple):
         for own, their in zip(ours, theirs, strict=True):
-            compare(what, own, their, rounded_to)
+            check_equal(what, own, their, rounded_to)
         return
     if ours is None and theirs is None:
         return
     if ours is None or theirs is None:
-        raise ParityError(message(what, "given by one alone"))
-    same_shape(what, ours, theirs)
+        raise ParityError(difference_text(what, "given on one side only"))
+    check_shape(what, ours, theirs)
     if ours.dtype != theirs.dtype:
-        raise ParityError(message(what, f"{ours.dtype} in training, {theirs.dtype} in the pipeline"))
+        raise ParityError(difference_text(what, f"{ours.dtype} in training, {theirs.dtype} in the pipeline"))
     dtype = rounded_to or ours.dtype
     tolerance = max(TOLERANCE, torch.finfo(dtype).eps) if dtype.is_floating_point else TOLERANCE
     difference = (ours.double() - theirs.double()).abs()
     if not (difference / theirs.double().abs().clamp(min=1.0)).max().item() <= tolerance:  # NaN fails
-        raise ParityError(message(what, f"{difference.max().item():.3g} apart"))
+        raise ParityError(difference_text(what, f"{difference.max().item():.3g} apart"))
 
 
-def same_shape(what: str, ours: Tensor, theirs: Tensor) -> None:
-    """Compares two shapes.
+def check_shape(what: str, ours: Tensor, theirs: Tensor) -> None:
+    """Checks that two tensors have the same shape.
 
     Raises:
-        ParityError: They differ.
+        ParityError: The shapes differ.
     """
     if ours.shape != theirs.shape:
-        raise ParityError(message(what, f"{tuple(ours.shape)} in training, {tuple(theirs.shape)} in the pipeline"))
+        raise ParityError(
+            difference_text(what, f"{tuple(ours.shape)} in training, {tuple(theirs.shape)} in the pipeline")
+        )
 
 
-def message(what: str, how: str) -> str:
+def difference_text(what: str, how: str) -> str:
     """Returns the text of a ParityError."""
     return f"training and the pipeline differ in {what}: {how}; nothing was trained; please report this"

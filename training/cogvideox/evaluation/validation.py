@@ -1,8 +1,9 @@
 """Renders videos of the validation prompts with the current weights.
 
-``embed_prompts`` embeds the prompts before the first step, so T5 is never loaded while training. ``Validator`` samples
-with the stock diffusers pipeline around the transformer that is being trained, and splits the videos over the ranks.
-Everything that sampling changes is restored. The same VAE also decodes training clips for the contact sheet.
+``embed_prompts`` embeds the prompts before the first step, so T5 is never loaded during training. ``Validator`` puts
+the transformer that is being trained into the stock diffusers pipeline, samples the videos, and splits them over the
+ranks. Sampling leaves gradients, modes and random states of training unchanged. The same VAE also decodes training
+clips for the contact sheet.
 """
 
 import gc
@@ -39,7 +40,7 @@ FOLDER, SETTINGS_NAME = "validation", "settings.json"
 
 @dataclass(frozen=True)
 class Prompts:
-    """The validation prompts.
+    """Holds the validation prompts and their embeddings.
 
     Attributes:
         texts: The prompts.
@@ -55,7 +56,10 @@ class Prompts:
 
 
 def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Sequence[Path] = ()) -> Prompts:
-    """Embeds the validation prompts into the output folder, one at a time as a pipeline does, and frees T5."""
+    """Embeds the validation prompts, one at a time as a pipeline does.
+
+    The embeddings are cached in the output folder, so a resumed run does not load T5. T5 is freed before this returns.
+    """
     texts = prompts_of(options.validation)
     if not texts:
         return Prompts([], [], None)
@@ -71,8 +75,8 @@ def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Seq
 
 
 @contextmanager
-def evaluation(module: Any) -> Iterator[None]:
-    """Disables gradients and sets evaluation mode for a block; each submodule's previous mode is restored."""
+def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
+    """Disables gradients and sets evaluation mode within a block, then restores the mode of each submodule."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -89,25 +93,32 @@ def release_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def frames_of(video_BFCHW: Tensor) -> Tensor:
-    """Converts a pipeline's video, (1, F, 3, H, W) from 0 to 1, to uint8 (F, H, W, 3) on the CPU."""
+def to_uint8_frames(video_BFCHW: Tensor) -> Tensor:
+    """Converts the output of a pipeline to frames for a video file.
+
+    Args:
+        video_BFCHW: (1, F, 3, H, W), from 0 to 1.
+
+    Returns:
+        (F, H, W, 3), uint8, on the CPU.
+    """
     return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
 
 
-def without(names: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of videos, without some entries of the recipe in them."""
+def without_recipe_entries(names: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns a copy of the settings of videos whose recipe lacks the named entries."""
     recipe = settings.get("recipe", {})
     return {**settings, "recipe": {name: value for name, value in recipe.items() if name not in names}}
 
 
-def after_denoising_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Lets a stop signal interrupt a video after each denoising step; changes nothing."""
+def interrupt_after_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gives a stop signal the chance to end the run after a denoising step. The tensors pass through unchanged."""
     stopping.unit("denoising step")
     return tensors
 
 
 class Validator:
-    """Renders the validation videos of a run. ``render`` must be called on all ranks."""
+    """Renders the validation videos of a run, and knows which of them exist. All ranks must call ``render``."""
 
     def __init__(
         self,
@@ -134,6 +145,7 @@ class Validator:
         }
 
     def _make_pipeline(self, name: str) -> Any:
+        """Returns the stock pipeline with the transformer in training, a VAE on the CPU, and no T5."""
         import diffusers
 
         vae = models.load_vae(self.options.model, self.run.dtype)
@@ -149,7 +161,7 @@ class Validator:
 
     @property
     def tiles(self) -> list[Tile | None]:
-        """Returns the ways in which decoding is tried: whole frames (None), unless they did not fit, then tiles."""
+        """Returns the ways of decoding that are left to try: None for complete frames, then tile sizes."""
         if self.pipeline:
             return list(self.pipeline.vae.decode.attempts)
         return decoding_attempts(*PUBLISHED, tiled=self.flags.enable_tiling)
@@ -167,20 +179,23 @@ class Validator:
         folder = self.run.output_dir / FOLDER
         images = [hashlib.sha256(image.read_bytes()).hexdigest() for image in self.prompts.images]
         flags = {**asdict(self.flags), "seed": self.options.data.seed, "fps": self.fps, "images": images}
-        made = {"validation": flags, "prompts": self.prompts.texts, "recipe": recipe, "total_steps": total_steps}
-        settings = json.loads(json.dumps(made))
+        current = {"validation": flags, "prompts": self.prompts.texts, "recipe": recipe, "total_steps": total_steps}
+        settings = json.loads(json.dumps(current))
         path = folder / SETTINGS_NAME
         if self.run.is_main and self.prompts.texts:
-            then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            previous = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             allowed = self.options.train.allow_changed
-            same_made = without(allowed, {**then, "total_steps": total_steps}) == without(allowed, settings)
-            last_good = total_steps if then == settings else first_step if same_made else -1
+            same_recipe = without_recipe_entries(
+                allowed, {**previous, "total_steps": total_steps}
+            ) == without_recipe_entries(allowed, settings)
+            last_good = total_steps if previous == settings else first_step if same_recipe else -1
             stale = [video for video in folder.glob("step-*.mp4") if int(video.name[5:11]) > last_good]
             older = folder / f"older-{len(list(folder.glob('older-*')))}"
             for video in stale:
                 older.mkdir(exist_ok=True)
                 os.rename(video, older / video.name)
-            # The settings are written last: if the process is killed before, the next one continues moving videos.
+            # The settings are written last. If the process is killed before, the next run sees the old settings and
+            # moves the remaining videos.
             write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False).encode())
         self.run.barrier()
 
@@ -214,8 +229,8 @@ class Validator:
             names = ", ".join(path.name for path, _ in skipped)
             fix = "give smaller --height, --width or --validation_frames, --enable_tiling, or --plan lean"
             self.run.say(
-                f"validation after step {step}: out of memory ({skipped[0][1]}); these videos are skipped and training "
-                f"goes on: {names}; to have them {fix}"
+                f"validation after step {step}: out of memory ({skipped[0][1]}); training continues without these "
+                f"videos: {names}; to render them, {fix}"
             )
         missing = {path for path, _ in skipped}
         made = [path for path in paths if path not in missing]
@@ -224,19 +239,19 @@ class Validator:
         return made
 
     def _make(self, todo: Sequence[tuple[tuple[int, int], Path]]) -> list[tuple[Path, str]]:
-        """Renders this rank's videos, until one fails for lack of memory.
+        """Renders this rank's videos until one does not fit into memory.
 
-        The videos after it are not tried: they need as much memory, and would take as long to fail.
+        Later videos are not tried, because they need as much memory and would take as long to fail.
 
         Args:
-            todo: Pairs ((index of the prompt, number of the video), path).
+            todo: The missing videos, as pairs ((index of the prompt, number of the video), path).
 
         Returns:
             Pairs (path, reason) of the videos that were not rendered.
         """
         left, reason = list(todo), ""
         try:
-            with evaluation(self.transformer), self._vae_on_device():
+            with evaluation_mode(self.transformer), self._vae_on_device():
                 while left:
                     (prompt, number), path = left[0]
                     write_video(path, self.sample(prompt, number).numpy(), self.fps)
@@ -244,17 +259,22 @@ class Validator:
         except torch.OutOfMemoryError as error:
             reason = first_line(error)
         if left:
-            # Only here, after the except clause: the traceback of the error refers to the failed call's tensors.
+            # Memory is released after the except clause, because the traceback of the error keeps the tensors of the
+            # failed call alive.
             release_memory()
         return [(path, reason) for _, path in left]
 
     def path(self, step: int, prompt: int, video: int) -> Path:
-        """Returns the path of a video: step, index of the prompt and its first words, number of the video."""
+        """Returns the path of a video, whose name contains step, index and first words of the prompt, and number."""
         words = re.sub(r"[^A-Za-z0-9]+", "-", self.prompts.texts[prompt]).strip("-")[:40].rstrip("-")
         return self.run.output_dir / FOLDER / f"step-{step:06d}_prompt-{prompt}_{words}_{video}.mp4"
 
     def sample(self, prompt: int, number: int) -> Tensor:
-        """Samples one video, uint8 (F, H, W, 3), with the same noise at every step."""
+        """Samples one video with the current weights. The noise depends only on the seed and the number of the video.
+
+        Returns:
+            (F, H, W, 3), uint8.
+        """
         generator = torch.Generator().manual_seed(self.options.data.seed + number)
         assert self.pipeline is not None
         assert self.prompts.negative_BLD is not None
@@ -265,12 +285,12 @@ class Validator:
             **self.sampling,
             generator=generator,
             output_type="pt",
-            callback_on_step_end=after_denoising_step,
+            callback_on_step_end=interrupt_after_step,
         ).frames
-        return frames_of(video_BFCHW)
+        return to_uint8_frames(video_BFCHW)
 
     def videos(self, prompt: int) -> dict[int, Path]:
-        """Returns the existing first videos of a prompt, by the step after which they were made."""
+        """Returns the paths of the first video of a prompt, by the step after which each was rendered."""
         first = self.path(0, prompt, 0)
         found = first.parent.glob(f"step-*_{first.name.partition('_')[2]}")
         return {int(path.name[5:].partition("_")[0]): path for path in found}
@@ -279,13 +299,14 @@ class Validator:
     def decode(self, moments_CFHW: Tensor) -> np.ndarray:
         """Decodes a training clip from the mean of its posterior.
 
-        A clip that is larger than the validation videos is decoded in tiles, so that it needs no more memory.
+        A clip that is larger than the validation videos is decoded in tiles, so that it does not need more memory than
+        they do.
 
         Args:
             moments_CFHW: Mean and log variance, (2C, F, H, W), unscaled as in the cache.
 
         Returns:
-            The clip as uint8 (F, H, W, 3).
+            The clip, uint8 (F, H, W, 3).
         """
         assert self.pipeline is not None
         mean_FCHW = moments_CFHW.chunk(2)[0].transpose(0, 1).float()
@@ -294,9 +315,12 @@ class Validator:
         larger = pixels > self.sampling["height"] * self.sampling["width"]
         with self._vae_on_device(), self.pipeline.vae.decode.in_tiles() if larger else nullcontext():
             video_BCFHW = self.pipeline.decode_latents(latents_BFCHW.to(self.run.device, self.run.dtype))
-            return frames_of(self.pipeline.video_processor.postprocess_video(video_BCFHW, output_type="pt")).numpy()
+            return to_uint8_frames(
+                self.pipeline.video_processor.postprocess_video(video_BCFHW, output_type="pt")
+            ).numpy()
 
     def _image(self, prompt: int) -> dict[str, Any]:
+        """Returns the pipeline's argument for the first frame of a prompt, or no argument for text-to-video."""
         if not self.prompts.images:
             return {}
         from diffusers.utils import load_image
@@ -305,6 +329,7 @@ class Validator:
 
     @contextmanager
     def _vae_on_device(self) -> Iterator[None]:
+        """Keeps the VAE on the device only within a block, because training needs the memory."""
         assert self.pipeline is not None
         vae = self.pipeline.vae
         try:
@@ -315,6 +340,7 @@ class Validator:
             torch.cuda.empty_cache()
 
     def _log(self, step: int, paths: list[Path]) -> None:
+        """Prints where the videos of a step are, and sends them to wandb if it is a tracker of the run."""
         self.run.say(with_peaks(f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4"))
         for tracker in self.run.accelerator.trackers:
             if tracker.name == "wandb":

@@ -1,8 +1,8 @@
 """Writes the model card: README.md in the output folder, for readers and for the hub.
 
 ``write_card`` collects ``Facts`` from the run, and ``card_text`` turns them into front matter (YAML) and text
-(Markdown). Prompts and names may contain any characters: huggingface_hub quotes them in the YAML, repr() in the code,
-and ``escaped`` in the text.
+(Markdown), one function per section. Prompts and names may contain any characters: huggingface_hub quotes them in the
+YAML, repr() in the code, and ``escape_markdown`` in the text.
 """
 
 import re
@@ -33,15 +33,15 @@ PICTURES = {
     SHEET_NAME: "Validation prompts before and after training",
     CURVES_NAME: "Loss, learning rate and gradient norm",
 }
-# Characters with a meaning in Markdown, its tables and formulas, or HTML; _ has none within a word.
-MEANINGFUL = re.compile(r"[&<>\\`*\[\]{}|~$#]|(?<![^\W_])_|_(?![^\W_])")
-PACKAGES = "transformers accelerate peft sentencepiece protobuf av imageio imageio-ffmpeg"
-HUB = "https://huggingface.co"
+# Characters with a meaning in Markdown, its tables and formulas, or HTML. Within a word, _ has no meaning.
+SPECIAL_CHARACTERS = re.compile(r"[&<>\\`*\[\]{}|~$#]|(?<![^\W_])_|_(?![^\W_])")
+INFERENCE_PACKAGES = "transformers accelerate peft sentencepiece protobuf av imageio imageio-ffmpeg"
+HUB_URL = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
 class Video:
-    """The validation videos of a prompt before the first and after the last step.
+    """Holds the paths of the validation videos of a prompt, before the first and after the last step.
 
     Attributes:
         prompt: The prompt.
@@ -58,7 +58,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that a card states, as plain values."""
+    """Holds everything that a card states, as plain values."""
 
     name: str  # namespace/name on the hub, or the name of the output folder
     on_hub: bool
@@ -107,7 +107,20 @@ def write_card(
     index: CacheIndex,
     made: dict[str, Any],
 ) -> list[Path]:
-    """Writes README.md; returns its path and the paths of the files that it shows."""
+    """Writes README.md into the output folder.
+
+    Args:
+        run: The processes and the output folder.
+        options: The flags.
+        task: What is generated from what.
+        method: What was trained.
+        validator: Has the settings and the videos of validation.
+        index: The training data.
+        made: The content of recipe.json.
+
+    Returns:
+        The paths of README.md and of the files that it shows.
+    """
     folder, dtype = run.output_dir, str(run.dtype).removeprefix("torch.")
     facts = Facts(
         name=run.repository or folder.resolve().name,
@@ -137,12 +150,12 @@ def videos_of(validator: Validator, folder: Path, step: int) -> Iterator[Video]:
     def name_of(path: Path) -> str:
         return path.relative_to(folder).as_posix()
 
-    for place, prompt in enumerate(validator.prompts.texts):
+    for index, prompt in enumerate(validator.prompts.texts):
         for number in range(validator.flags.num_validation_videos):
-            before, after = (validator.path(at, place, number) for at in (0, step))
-            image = folder / IMAGE_NAME.format(place)
+            before, after = (validator.path(at, index, number) for at in (0, step))
+            image = folder / IMAGE_NAME.format(index)
             others = [name_of(path) if path.is_file() else None for path in (before, image)]
-            if after.is_file():  # it is missing if memory did not suffice for it
+            if after.is_file():  # a video that did not fit into memory is missing
                 yield Video(prompt, others[0], name_of(after), others[1])
 
 
@@ -160,8 +173,8 @@ def read_license(model: ModelFlags) -> dict[str, str]:
     fields = ("license", "license_name", "license_link")
     found = {name: data[name] for name in fields if isinstance(data.get(name), str)}
     if "://" not in found.get("license_link", "://"):  # relative to the base model
-        link = found.pop("license_link")
-        found |= {} if folder.is_dir() else {"license_link": f"{HUB}/{folder.as_posix()}/blob/main/{link}"}
+        relative = found.pop("license_link")
+        found |= {} if folder.is_dir() else {"license_link": f"{HUB_URL}/{folder.as_posix()}/blob/main/{relative}"}
     return found if "license" in found else {"license": "other"}
 
 
@@ -189,21 +202,21 @@ def front_matter(facts: Facts) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def escaped(text: str) -> str:
-    """Returns a text on one line, with all characters escaped that have a meaning in Markdown or HTML."""
+def escape_markdown(text: str) -> str:
+    """Returns a text on one line, in which all characters with a meaning in Markdown or HTML are escaped."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return MEANINGFUL.sub(lambda match: f"&#{ord(match[0])};", line)
+    return SPECIAL_CHARACTERS.sub(lambda match: f"&#{ord(match[0])};", line)
 
 
-def link(text: str, target: str) -> str:
-    """Returns a Markdown link, or only the text if the target has a scheme other than https."""
+def markdown_link(text: str, target: str) -> str:
+    """Returns a link in Markdown, or only the text if the target has a scheme other than https."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]*:", target) and not target.startswith("https://"):
-        return escaped(text)
-    return f"[{escaped(text)}]({quote(target, safe='/:?=%')})"
+        return escape_markdown(text)
+    return f"[{escape_markdown(text)}]({quote(target, safe='/:?=%')})"
 
 
-def counted(number: int, what: str) -> str:
-    """Returns a number with its noun in the singular or plural."""
+def pluralize(number: int, what: str) -> str:
+    """Returns a number with its noun in the singular or plural, such as "2 clips"."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
@@ -211,13 +224,13 @@ def heading(facts: Facts) -> str:
     """Returns the title, one sentence about the model, and the tag for the hub's gallery of videos."""
     what = "A LoRA for" if facts.is_lora else "A full fine-tune of"
     if facts.base:
-        base = link(facts.base, f"{HUB}/{facts.base}")
+        base = markdown_link(facts.base, f"{HUB_URL}/{facts.base}")
     else:
-        base = f"a CogVideoX from a local folder ({escaped(facts.base_folder)})"
-    clips, steps = counted(sum(facts.buckets.values()), "clip"), counted(facts.made["step"], "step")
+        base = f"a CogVideoX from a local folder ({escape_markdown(facts.base_folder)})"
+    clips, steps = pluralize(sum(facts.buckets.values()), "clip"), pluralize(facts.made["step"], "step")
     text = f"{what} {base}, {facts.task}, trained on {clips} for {steps}."
-    token = f"\n\nBegin prompts with {escaped(facts.token)} to use what was learned." if facts.token else ""
-    return f"# {escaped(facts.name)}\n\n{text}{token}" + ("\n\n<Gallery />" if facts.videos else "")
+    token = f"\n\nBegin prompts with {escape_markdown(facts.token)} to use what was learned." if facts.token else ""
+    return f"# {escape_markdown(facts.name)}\n\n{text}{token}" + ("\n\n<Gallery />" if facts.videos else "")
 
 
 def usage(facts: Facts) -> str:
@@ -229,14 +242,14 @@ def usage(facts: Facts) -> str:
     blocks = [
         "## Use it",
         f"This needs diffusers {oldest} or newer: older ones ignore `dtype` and load the model in fp32.",
-        f"```bash\npip install 'diffusers>={oldest}' {PACKAGES}\n```",
+        f"```bash\npip install 'diffusers>={oldest}' {INFERENCE_PACKAGES}\n```",
         f"```python\n{example(facts)}\n```",
         script + again,
     ]
     if facts.base is None:
         blocks.append(
-            f"The base model was a folder named {escaped(facts.base_folder)} on the machine of the training: put the "
-            "path or the hub id of your copy in its place, in inference.py too."
+            f"The base model was a folder named {escape_markdown(facts.base_folder)} on the machine of the training: "
+            "replace its path by the path or the hub id of your copy, in inference.py too."
         )
     return "\n\n".join(blocks)
 
@@ -278,11 +291,13 @@ def results(facts: Facts) -> str:
     """Returns the section with pictures and a table of the videos."""
     blocks = [f"![{PICTURES[name]}]({name})" for name in facts.pictures]
     if facts.videos:
-        rows = [f"| prompt | before | after {counted(facts.made['step'], 'step')} |", "|---|---|---|"]
+        rows = [f"| prompt | before | after {pluralize(facts.made['step'], 'step')} |", "|---|---|---|"]
         for video in facts.videos:
-            image = f" ({link('image', video.image)})" if video.image else ""
-            before = link("video", video.before) if video.before else ""
-            rows.append(f"| {escaped(video.prompt)}{image} | {before} | {link('video', video.after)} |")
+            image = f" ({markdown_link('image', video.image)})" if video.image else ""
+            before = markdown_link("video", video.before) if video.before else ""
+            rows.append(
+                f"| {escape_markdown(video.prompt)}{image} | {before} | {markdown_link('video', video.after)} |"
+            )
         blocks.append("\n".join(rows))
     return "\n\n".join(["## What it makes", *blocks]) if blocks else ""
 
@@ -290,13 +305,13 @@ def results(facts: Facts) -> str:
 def training(facts: Facts) -> str:
     """Returns the section on how the model was trained and verified."""
     made = facts.made
-    buckets = ", ".join(f"{name} ({counted(number, 'clip')})" for name, number in facts.buckets.items())
+    buckets = ", ".join(f"{name} ({pluralize(number, 'clip')})" for name, number in facts.buckets.items())
     rate = f"learning rate {made['learning_rate']:g}, {made['lr_scheduler']}, {made['optimizer']}"
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     checked = made["verification"]
     lines = [
         f"Frames x height x width: {buckets}.",
-        f"Optimizer steps: {made['step']}, of {counted(made['samples_per_step'], 'sample')} each; {rate}.",
+        f"Optimizer steps: {made['step']}, of {pluralize(made['samples_per_step'], 'sample')} each; {rate}.",
         f"Precision: {facts.dtype}; seed {made['seed']}.",
         f"Versions: {versions}; Python {made['python']}, {made['device']}.",
         f"Checked: read back by diffusers, the weights were compared with the trained ones on a sample of the data: "
@@ -305,7 +320,7 @@ def training(facts: Facts) -> str:
     if facts.is_lora:
         targets = ", ".join(made["target_modules"])
         lines.insert(2, f"LoRA: rank {made['rank']}, alpha {made['lora_alpha']:g}, on {targets}.{scale_note(made)}")
-    listed = "\n".join(f"- {escaped(line)}" for line in lines)
+    listed = "\n".join(f"- {escape_markdown(line)}" for line in lines)
     return f"## How it was made\n\n{listed}\n\n[recipe.json](recipe.json) has every setting."
 
 
@@ -327,4 +342,5 @@ def license_section(facts: Facts) -> str:
     text = "The license of the base model applies"
     if fields == {"license": "other"}:
         return f"## License\n\n{text}; it could not be read when this card was made."
-    return f"## License\n\n{text}: {link(name, fields['license_link']) if 'license_link' in fields else escaped(name)}."
+    shown = markdown_link(name, fields["license_link"]) if "license_link" in fields else escape_markdown(name)
+    return f"## License\n\n{text}: {shown}."

@@ -1,8 +1,8 @@
 """Writes the folder of --save_pipeline, a complete pipeline for from_pretrained, without loading any model.
 
 ``write_pipeline`` combines model_index.json, tokenizer, text encoder, VAE and scheduler of the base model with the
-trained transformer in OUTPUT_DIR/pipeline. Weights are linked rather than copied: the base model's if the file system
-allows it, the trained ones always.
+trained transformer in OUTPUT_DIR/pipeline. The trained weights are linked. Those of the base model are linked if the
+file system allows it, and copied otherwise.
 """
 
 import json
@@ -19,12 +19,12 @@ from cogvideox.model.models import part_folder, weight_files
 from cogvideox.runtime.run import Run
 
 PIPELINE_NAME = "pipeline"
-WITH_WEIGHTS = ("text_encoder", "vae")
+PARTS_WITH_WEIGHTS = ("text_encoder", "vae")
 CONFIG_SUFFIXES = (".json", ".model", ".txt")
 
 
 def fetch_parts(run: Run, options: TrainOptions) -> None:
-    """Downloads the parts of a hub model that the folder will need, so that nothing is missing after training."""
+    """Downloads the parts of a hub model that the folder needs, before training, so that it cannot fail afterwards."""
     if saves_pipeline(options):
         if run.is_main:
             for part in PARTS:
@@ -51,13 +51,13 @@ def write_pipeline(model: ModelFlags, pipeline: str, transformer: Path) -> Path:
     temporary, target = transformer.parent / f".{PIPELINE_NAME}.tmp", transformer.parent / PIPELINE_NAME
     shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors_told(transformer.parent), removed_on_failure(temporary):
-        fill(temporary, model, pipeline, transformer)
+        fill_pipeline(temporary, model, pipeline, transformer)
     remove_pipeline(transformer.parent)
     os.replace(temporary, target)
     return target
 
 
-def fill(temporary: Path, model: ModelFlags, pipeline: str, transformer: Path) -> None:
+def fill_pipeline(temporary: Path, model: ModelFlags, pipeline: str, transformer: Path) -> None:
     """Writes all files of a pipeline into a new folder and flushes them to disk."""
     temporary.mkdir()
     index = read_model_index(model) | {"_class_name": pipeline}
@@ -68,7 +68,7 @@ def fill(temporary: Path, model: ModelFlags, pipeline: str, transformer: Path) -
             link_or_copy(source, temporary / part / name, model.variant)
     (temporary / transformer.name).mkdir()
     for source in sorted(transformer.iterdir()):
-        link(source, temporary / transformer.name / source.name)
+        link_trained(source, temporary / transformer.name / source.name)
     for path in (*temporary.rglob("*"), temporary):
         fsync(path)
 
@@ -79,7 +79,7 @@ def files_of_part(model: ModelFlags, part: str) -> Iterator[tuple[str, Path]]:
     New names lack the variant, such as fp16, so that from_pretrained finds them without its variant argument.
     """
     variant = f".{model.variant}" if model.variant else ""
-    weights = weight_files(model, part) if part in WITH_WEIGHTS else []
+    weights = weight_files(model, part) if part in PARTS_WITH_WEIGHTS else []
     for path in sorted(part_folder(model, part).iterdir()):
         config = path.suffix in CONFIG_SUFFIXES and ".index." not in path.name
         index = len(weights) > 1 and path.name.endswith(f".safetensors.index{variant}.json")
@@ -106,7 +106,7 @@ def link_or_copy(source: Path, target: Path, variant: str | None) -> None:
         shutil.copyfile(source, target)
 
 
-def link(source: Path, target: Path) -> None:
+def link_trained(source: Path, target: Path) -> None:
     """Gives a file of the trained transformer a second name, as a hard or symbolic link but never as a copy."""
     try:
         os.link(source, target)

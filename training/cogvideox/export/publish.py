@@ -22,7 +22,7 @@ from cogvideox.config.lora_file import FOLDED_ROUNDED, NOT_FOLDED
 from cogvideox.config.options import TrainOptions
 from cogvideox.data.dataset import Batch, LatentDataset, collate
 from cogvideox.data.sampler import Visit
-from cogvideox.evaluation.validation import Validator, evaluation
+from cogvideox.evaluation.validation import Validator, evaluation_mode
 from cogvideox.export.card import write_card
 from cogvideox.export.inference_code import inference_script
 from cogvideox.export.pipeline_folder import remove_pipeline, write_pipeline
@@ -35,10 +35,12 @@ from cogvideox.runtime.run import Run, environment
 
 RECIPE_NAME, INFERENCE_NAME = "recipe.json", "inference.py"
 MIN_COSINE = 0.9999  # between the outputs of the trained and the reloaded transformer
-MAX_SHARE = 0.01  # largest error of reloading, relative to the change of the output by training
+MAX_EFFECT_ERROR = 0.01  # largest error of reloading, relative to the change of the output by training
 ROUNDING = 1e-6  # largest error of rounding, relative to the output
-ROUNDING_OF_BLOCKS = 1e-5  # the same in fp32 on a CPU, where diffusers' blocks compute in another order
-MIN_COSINE_OF_BLOCKS = 0.999  # in 16 bits: rounding in 42 blocks alone gives 0.9999, benchmarks/checks.py --whole
+# Training's blocks and diffusers' blocks compute in another order. In fp32 on a CPU, the error relative to the output
+# is limited. In 16 bits the cosine is; rounding in 42 blocks alone lowers it to 0.9999 (benchmarks/checks.py --whole).
+ROUNDING_OF_BLOCKS = 1e-5
+MIN_COSINE_OF_BLOCKS = 0.999
 
 
 def publish(
@@ -70,7 +72,7 @@ def publish(
         The files to upload; an empty list except on the main process.
 
     Raises:
-        RuntimeError: The reloaded weights compute something else than the trained ones.
+        RuntimeError: The reloaded weights give another output than the trained ones.
     """
     files: list[Path] = []
     if run.is_main:
@@ -81,27 +83,28 @@ def publish(
         if about.get("lora_scale_folded") == NOT_FOLDED and about["lora_scale"] != 1:
             run.say(scale_warning(about["lora_scale"]))
         batch = collate([dataset[Visit(0, 0)]])
-        before = forward(task, method.transformer, batch, run)
-        after = forward_reloaded(method, folder, task, batch, run)
+        before = compute_output(task, method.transformer, batch, run)
+        after = compute_reloaded_output(method, folder, task, batch, run)
         with method.base_weights(folder):
-            base = forward(task, method.transformer, batch, run)
-        stock = forward_in_diffusers(method, folder, task, batch, run, base_precision(options))
-        difference, cosine = compare(before, after)
+            base = compute_output(task, method.transformer, batch, run)
+        stock = compute_output_by_diffusers(method, folder, task, batch, run, base_precision(options))
+        difference, cosine = compare_outputs(before, after)
         run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")
         exact = run.device.type == "cpu" and run.dtype == torch.float32
         exact = exact and about.get("lora_scale_folded") != FOLDED_ROUNDED
-        if not faithful(base, before, after) or not cosine >= MIN_COSINE or (exact and difference != 0):  # NaN fails
+        same = preserves_effect(base, before, after) and cosine >= MIN_COSINE  # false for NaN
+        if not same or (exact and difference != 0):
             raise RuntimeError(f"{folder / method.result}: reloaded, it gives another output; please report this")
-        apart, likeness = compare(after, stock)
+        apart, likeness = compare_outputs(after, stock)
         run.say(f"run by diffusers alone, in a new transformer: max |difference| {apart:.3g}, cosine {likeness:.7f}")
-        if not alike(after, stock, run):
+        if not agree_within_rounding(after, stock, run):
             raise RuntimeError(
                 f"{folder / method.result}: diffusers' own blocks give another output than those of training, cosine "
                 f"{likeness:.6f}; please report this"
             )
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
         made = {"step": step, **recipe, **about, "flags": config_dict(options), **environment()}
-        made["prepared"] = dataset.index.recipe  # the flags of the preparation, which has a seed of its own
+        made["prepared"] = dataset.index.recipe  # the flags of the preparation, which has another seed
         made["verification"] = {"max_difference": difference, "cosine": cosine}
         made["verification"] |= {"diffusers_max_difference": apart, "diffusers_cosine": likeness}
         shown = write_card(run, options, task, method, validator, dataset.index, made)
@@ -133,7 +136,7 @@ def write_weights(method: Method, folder: Path) -> dict[str, Any]:
     """Writes the weights atomically under their final name, as a file or a folder.
 
     Returns:
-        What ``method.export`` says about the file, for recipe.json.
+        The facts about the file that ``method.export`` returns, for recipe.json.
     """
     temporary, target = folder / ".weights.tmp", folder / method.result
     shutil.rmtree(temporary, ignore_errors=True)
@@ -142,59 +145,66 @@ def write_weights(method: Method, folder: Path) -> dict[str, Any]:
         about: dict[str, Any] = method.export(temporary)
         for path in temporary.rglob("*"):
             fsync(path)
-        if target.is_dir():  # os.replace replaces only empty folders; without recipe.json nothing counts as finished
-            shutil.rmtree(target)
+        if target.is_dir():
+            shutil.rmtree(target)  # os.replace replaces only empty folders; recipe.json, which marks a result, is gone
         os.replace(temporary / method.result, target)
         shutil.rmtree(temporary)
     return about
 
 
-def forward(task: Task, transformer: Any, batch: Batch, run: Run) -> Tensor:
+def compute_output(task: Task, transformer: Any, batch: Batch, run: Run) -> Tensor:
     """Computes the transformer's output for one batch; returns it in fp32 on the CPU."""
     batch = batch.to(run.device)
-    with evaluation(transformer):
+    with evaluation_mode(transformer):
         return task.predictor(transformer, batch)(batch.x0_BFCHW, batch.timestep_B).float().cpu()
 
 
-def pipeline_around(task: Task, transformer: Any) -> Any:
-    """Returns the stock pipeline with a transformer and no other model."""
+def pipeline_with(task: Task, transformer: Any) -> Any:
+    """Returns the stock pipeline with a transformer and without other models."""
     import diffusers
 
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
     return getattr(diffusers, task.pipeline)(**parts, transformer=transformer)
 
 
-def forward_reloaded(method: Method, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
-    """Computes the output after the trained weights were dropped and loaded from their files by the stock classes."""
-    method.reload(pipeline_around(task, method.transformer), folder)
-    return forward(task, method.transformer, batch, run)
+def compute_reloaded_output(method: Method, folder: Path, task: Task, batch: Batch, run: Run) -> Tensor:
+    """Computes the output after the stock classes have reloaded the trained weights from their files."""
+    method.reload(pipeline_with(task, method.transformer), folder)
+    return compute_output(task, method.transformer, batch, run)
 
 
-def forward_in_diffusers(method: Method, folder: Path, task: Task, batch: Batch, run: Run, precision: str) -> Tensor:
+def compute_output_by_diffusers(
+    method: Method, folder: Path, task: Task, batch: Batch, run: Run, precision: str
+) -> Tensor:
     """Computes the output with a new transformer that diffusers loads and runs, in the precision of training."""
-    transformer = method.new_transformer(partial(pipeline_around, task), folder)
+    transformer = method.new_transformer(partial(pipeline_with, task), folder)
     run_layer_by_layer(transformer, run.device, run.dtype, precision)
-    return forward(task, transformer, batch, run)
+    return compute_output(task, transformer, batch, run)
 
 
-def alike(training: Tensor, stock: Tensor, run: Run) -> bool:
+def agree_within_rounding(training: Tensor, stock: Tensor, run: Run) -> bool:
     """Returns whether training's blocks and diffusers' own blocks differ by no more than rounding."""
     if run.device.type == "cpu" and run.dtype == torch.float32:
         return bool((stock - training).norm() <= ROUNDING_OF_BLOCKS * training.norm())
-    return compare(training, stock)[1] >= MIN_COSINE_OF_BLOCKS
+    return compare_outputs(training, stock)[1] >= MIN_COSINE_OF_BLOCKS
 
 
-def compare(first: Tensor, second: Tensor) -> tuple[float, float]:
+def compare_outputs(first: Tensor, second: Tensor) -> tuple[float, float]:
     """Returns (largest absolute difference, cosine similarity) of two tensors of one shape."""
     cosine = torch.nn.functional.cosine_similarity(first.double().flatten(), second.double().flatten(), dim=0)
     return (first - second).abs().max().item(), cosine.item()
 
 
-def faithful(base: Tensor, trained: Tensor, reloaded: Tensor) -> bool:
-    """Returns whether reloading changed the output by little compared with what training changed.
+def preserves_effect(base: Tensor, trained: Tensor, reloaded: Tensor) -> bool:
+    """Returns whether reloading changed the output much less than training did.
 
-    The effect of a LoRA is small compared with the output itself, so a wrong scale hardly changes the cosine
-    similarity of the outputs. This check is relative to the effect.
+    A LoRA changes the output only a little, so even a wrong scale of the LoRA hardly lowers the cosine similarity of
+    the outputs. This check is therefore relative to the effect of training.
+
+    Args:
+        base: Output without training.
+        trained: Output of the trained weights.
+        reloaded: Output of the reloaded weights.
     """
     error, effect = (reloaded - trained).norm(), (trained - base).norm()
-    return bool(error <= MAX_SHARE * effect + ROUNDING * trained.norm())
+    return bool(error <= MAX_EFFECT_ERROR * effect + ROUNDING * trained.norm())
