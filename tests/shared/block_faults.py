@@ -1,4 +1,4 @@
-"""Faults that can be planted in blocks.py: each gives a block that trains, and is not the one of diffusers."""
+"""Plants faults in blocks.py. With each of them, a block still trains, but differs from the block of diffusers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def other_way(right: Function, x: Any, norm: Any, rotary: Any) -> Any:
 
 
 def text_and_video_swapped(right: Function, p: Any, shared: Any, length: int) -> Any:
-    """The modulation of the other: the first half of what the layer gives is for the video, the second for the text."""
+    """Swaps the modulations of text and video, which are the two halves of the layer's output."""
     halves = [None if part is None else part.unflatten(0, (2, -1)).flip(0).flatten(0, 1) for part in (p.weight, p.bias)]
     return right(p._replace(weight=halves[0], bias=halves[1]), shared, length)
 
@@ -37,7 +37,7 @@ BLOCK_FAULTS: dict[str, tuple[str, Function]] = {
 
 
 def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
-    """Puts a fault into blocks.py."""
+    """Replaces a function of blocks.py by one with the fault."""
     name, wrong = BLOCK_FAULTS[fault]
     right = getattr(blocks, name)
     patch.setattr(blocks, name, lambda *arguments: wrong(right, *arguments))

@@ -1,10 +1,10 @@
-"""A disk that fails at a chosen moment, as a process sees it.
+"""Makes the disk fail at a chosen moment, for this process only.
 
     refuse("(open|write|fsync) /some/folder/", 3, errno.ENOSPC)
 
-From then on, whatever the process does to files is a line of text: "open PATH w", "write PATH", "fsync PATH", "lockf
-PATH", "os.rename FROM TO", "os.mkdir PATH", "os.remove PATH", "os.rmdir PATH". The nth that the expression finds fails
-(0: all of them). What Python does itself is seen by an audit hook, which may raise; the rest is wrapped.
+Each operation on files is described by a line of text: "open PATH w", "write PATH", "fsync PATH", "lockf PATH",
+"os.rename FROM TO", "os.mkdir PATH", "os.remove PATH" or "os.rmdir PATH". The nth operation that matches the regular
+expression fails. An audit hook sees the operations of Python itself; other libraries are wrapped.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 WRITES = os.O_WRONLY | os.O_RDWR
-INJECTED = "injected: "  # before what failed, on the standard error
+INJECTED = "injected: "  # printed before the failed operation, on standard error
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 def refuse(moment: str, nth: int, number: int) -> None:
-    """The nth thing that ``moment`` finds fails with an error number, 0: each of them. For the life of the process."""
+    """Makes the nth operation that matches ``moment`` fail with an error number; 0 means all operations."""
     seen = 0
 
     def look(what: str) -> None:
@@ -43,7 +43,7 @@ def refuse(moment: str, nth: int, number: int) -> None:
 
 
 def hook_events(look: Callable[[str], None]) -> None:
-    """What is opened, renamed, made and removed."""
+    """Watches files and folders that are opened, renamed, created or removed."""
     import sys
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -56,13 +56,13 @@ def hook_events(look: Callable[[str], None]) -> None:
 
 
 class Watched:
-    """A file whose writes are looked at."""
+    """Wraps a file and watches its writes."""
 
     def __init__(self, file: Any, look: Callable[[str], None]) -> None:
         self._file, self._look = file, look
 
     def write(self, content: Any) -> Any:
-        """Half of the content may be there when it fails."""
+        """Writes the content. If this fails, half of it has been written, as on a real disk."""
         try:
             self._look(f"write {self._file.name}")
         except OSError:
@@ -85,7 +85,7 @@ class Watched:
 
 
 def wrap_writes(look: Callable[[str], None]) -> None:
-    """Files of Python that are open for writing."""
+    """Watches writes to files that Python opens."""
     real = builtins.open
 
     def watching(file: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
@@ -97,7 +97,7 @@ def wrap_writes(look: Callable[[str], None]) -> None:
 
 
 def wrap_handles(look: Callable[[str], None]) -> None:
-    """fsync and locks."""
+    """Watches fsync and locks."""
 
     def wrapped(real: Callable[..., Any], name: str) -> Callable[..., Any]:
         def watching(file: Any, *more: Any) -> Any:
@@ -112,7 +112,7 @@ def wrap_handles(look: Callable[[str], None]) -> None:
 
 
 def wrap_libraries(look: Callable[[str], None]) -> None:
-    """What safetensors and FFmpeg write themselves, with their own errors."""
+    """Watches files that safetensors and FFmpeg write, and raises the errors of these libraries."""
     import av
     import safetensors.torch
     from safetensors import SafetensorError

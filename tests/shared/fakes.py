@@ -1,4 +1,4 @@
-"""Small stand-ins, so that the parts of a run are tested without a model."""
+"""Imitates the parts of a run, so that tests need no model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cogvideox.runtime.run import Run
 
 
 def run_alone(output: Path, logged: list[Any] | None = None) -> Run:
-    """A run of one process on the CPU that owns ``output``; what goes to the trackers is added to ``logged``."""
+    """Returns a run of one process on the CPU with this output folder. Its metrics are appended to ``logged``."""
     output.mkdir(parents=True, exist_ok=True)
     alone = {"process_index": 0, "num_processes": 1, "is_main_process": True}
     ranks = Ranks(SimpleNamespace(**alone, device=torch.device("cpu")))
@@ -36,12 +36,12 @@ def run_alone(output: Path, logged: list[Any] | None = None) -> Run:
 
 
 def options_of(output: Path, *more: object) -> Any:
-    """The options of a small LoRA run; no file is looked at."""
+    """Returns the options of a small LoRA run, without opening a file."""
     return args.parse(LoraOptions, None, lora_flags(Path("model"), Path("data"), output, *more))
 
 
 class FakeEngine:
-    """Holds one tensor."""
+    """Imitates an engine that has one tensor."""
 
     def __init__(self) -> None:
         self.weight = torch.arange(8.0)
@@ -59,11 +59,11 @@ class FakeEngine:
         self.weight = load_file(folder / "optimizer.safetensors")["weight"]
 
 
-PLAIN: Any = SimpleNamespace(ignores_positions=False)  # in place of a Lora, for its code
+PLAIN: Any = SimpleNamespace(ignores_positions=False)  # in place of a Lora, for the code that inference.py needs
 
 
 class FakeMethod:
-    """Writes one tensor."""
+    """Imitates a method that writes one tensor."""
 
     result = "lora.safetensors"
 
@@ -72,16 +72,16 @@ class FakeMethod:
         save_file({"lora": torch.ones(4)}, folder / self.result)
 
     def resume(self, folder: Path) -> None:
-        """Has nothing beside what the engine has."""
+        """Does nothing, because only the engine has state."""
 
 
 def saver_of(run: Run, engine: FakeEngine, recipe: dict[str, Any] | None = None, limit: int | None = None) -> Saver:
-    """Saves ``engine`` into the run's folder."""
+    """Returns a Saver that saves ``engine`` into the run's folder."""
     return Saver(run, engine, FakeMethod(), recipe or {"seed": 1}, every=2, limit=limit)  # type: ignore[arg-type]
 
 
 def save_steps(run: Run, *steps: int, limit: int | None = None) -> None:
-    """Leaves a checkpoint of each step; the engine's tensor holds the step."""
+    """Saves a checkpoint of each step. The values of the engine's tensor are the number of the step."""
     engine = FakeEngine()
     for step in steps:
         engine.weight = torch.full((8,), float(step))
@@ -94,14 +94,14 @@ def edit_json(path: Path, **values: Any) -> None:
 
 
 def flip_byte(path: Path, place: int = -1) -> None:
-    """Changes one byte of a file and neither its size nor its structure."""
+    """Changes one byte of a file, but not its size."""
     content = bytearray(path.read_bytes())
     content[place] ^= 0x55
     path.write_bytes(content)
 
 
 def poison(path: Path, value: float = float("nan")) -> None:
-    """Sets one number of each tensor of a cached file; its checksum is right, as if it had been encoded so."""
+    """Sets one number of each tensor of a cached file, and updates its checksum as if the number had been encoded."""
     tensors = load_file(path)
     for tensor in tensors.values():
         tensor.view(-1)[tensor.numel() // 2] = value
@@ -109,13 +109,13 @@ def poison(path: Path, value: float = float("nan")) -> None:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file under a folder."""
+    """Returns size and modification time of every file below a folder."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 def state_of(transformer: Any) -> dict[str, Any]:
-    """All that validation must leave as it was."""
+    """Returns everything that validation must not change."""
     return {
         "torch": torch.get_rng_state().tolist(),
         "numpy": str(np.random.get_state()),

@@ -1,10 +1,10 @@
-"""Runs scripts in processes of their own that need not import torch again: each is forked from one that has.
+"""Runs scripts in separate processes that are forked from a server which has already imported torch.
 
-A started script spends six seconds on imports. Where it is not the start that is tested but what a process of its own
-does or suffers, `fork` in running.py gets one from here; kills, signals, exit statuses, environment variables and
-ranks are as in any other process.
+A script that is started in the usual way spends six seconds on imports. Tests that need a separate process, but do not
+test its start, use ``Forked`` in running.py, which asks this server for a process. Kills, signals, exit statuses,
+environment variables and ranks behave as in any other process.
 
-    python forking.py SOCKET    reads requests, a line of JSON each, from that file descriptor, and answers with a line
+    python forking.py SOCKET    reads requests from that file descriptor, one line of JSON each, and answers each
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 
 import disk_faults
 
-# What the scripts import once they run. Nothing here starts a thread, which a fork would lose.
+# The modules that the scripts import when they run. None of them starts a thread, which a fork would lose.
 IMPORTED = ("cogvideox.loop", "cogvideox.preparation.prepare", "cogvideox.evaluation.before_after")
 IMPORTED += ("peft", "matplotlib.figure")
 IMPORTED += ("diffusers.pipelines.cogvideo.pipeline_cogvideox", "transformers.models.t5.modeling_t5")
 
 
 def serve(connection: socket.socket) -> dict[str, Any] | None:
-    """Answers until the connection ends; in a process that is forked, returns the request for it."""
+    """Answers requests until the connection ends. In a forked process, returns the request of that process."""
     with connection, connection.makefile("rw") as lines:
         for line in lines:
             request = json.loads(line)
@@ -47,12 +47,12 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Makes this process what subprocess.Popen would have made: session, folder, environment, output, arguments."""
+    """Gives this process the session, folder, environment, output and arguments that subprocess.Popen would give it."""
     os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    importlib.reload(sys.modules["huggingface_hub.constants"])  # made from the environment
+    importlib.reload(sys.modules["huggingface_hub.constants"])  # its values are read from the environment
     log = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
@@ -65,9 +65,16 @@ def become(request: dict[str, Any]) -> None:
 
 
 def signal_at(moment: str, nth: int, number: int = signal.SIGKILL) -> None:
-    """This process gets a signal the nth time that ``moment``, a regular expression, is found in what it is about to do
-    to the disk: "os.rename FROM TO -1 -1", "os.mkdir PATH MODE -1", "open PATH w FLAGS", "read PATH r FLAGS"; or has
-    just done: "unit NAME", of stopping.unit.
+    """Sends this process a signal at the nth event that matches ``moment``.
+
+    An event is either something that the process is about to do to the disk ("os.rename FROM TO -1 -1",
+    "os.mkdir PATH MODE -1", "open PATH w FLAGS", "read PATH r FLAGS"), or the end of a unit of work of stopping.unit
+    ("unit NAME").
+
+    Args:
+        moment: A regular expression.
+        nth: The number of the matching event, from 1.
+        number: The signal.
     """
     left = nth
 
@@ -98,7 +105,7 @@ if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
     stopping = importlib.import_module("cogvideox.stopping")
-    gc.freeze()  # what is imported stays; looking through it would copy its pages, too
+    gc.freeze()  # imported objects are never freed, and collecting garbage among them would copy their memory pages
     wanted = serve(socket.socket(fileno=int(sys.argv[1])))
     if wanted is not None:
         become(wanted)

@@ -1,8 +1,8 @@
-"""HDR and wide-gamut files for tests, and what FFmpeg makes of them: gradient -> video; numbered pictures too.
+"""Makes HDR and wide-gamut videos for tests, and the reference pictures into which FFmpeg converts them.
 
-FFmpeg's pictures are made once, by a command that has zscale and libvpx: `python tests/shared/hdr.py --write` encodes
-each gradient without loss, runs CHAIN over it and stores what the reader reads of that, and a VP9 file as PyAV writes
-none.
+The references are made once, by an FFmpeg that has zscale and libvpx. `python tests/shared/hdr.py --write` encodes each
+gradient without loss, converts it with CHAIN, and stores the pictures that the reader decodes from the result. It also
+stores a VP9 file, because PyAV cannot write one with 10 bits.
 """
 
 import argparse
@@ -32,7 +32,13 @@ CHAIN = (
     "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=clip,zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
 )
 WHITE = 203  # cd/m2
-BT709, BT2020, PQ, HLG, BT2020_10 = 1, 9, 16, 18, 14  # as AVColorPrimaries, AVColorSpace and the transfers count
+BT709, BT2020, PQ, HLG, BT2020_10 = (
+    1,
+    9,
+    16,
+    18,
+    14,
+)  # numbers of AVColorPrimaries, AVColorSpace and AVColorTransferCharacteristic
 TRANSFERS = {"hlg": HLG, "pq": PQ, "bt2020": BT2020_10}
 _TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])  # ITU-R BT.2087
 _LUMA = np.array([0.2627, 0.6780, 0.0593])
@@ -40,7 +46,7 @@ X265 = "keyint=12:log-level=none:pools=none:frame-threads=1"
 
 
 def signal_of(light: np.ndarray, name: str) -> np.ndarray:
-    """What a file of this kind holds for linear light in units of white, 0 ... 1."""
+    """Returns the signal, 0 to 1, that a file of this kind stores for linear light in units of white."""
     if name == "pq":
         power = np.clip(light * WHITE / 10000, 0, 1) ** (2610 / 16384)
         return ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
@@ -52,19 +58,19 @@ def signal_of(light: np.ndarray, name: str) -> np.ndarray:
 
 
 def gradient(name: str, height: int = 96, width: int = 128) -> np.ndarray:
-    """A smooth picture, linear light of bt2020 (H, W, 3): black to 6 times white from left to right, hues downwards."""
+    """Returns linear light of bt2020, (H, W, 3): from black to 6 times white, with hues from top to bottom."""
     brightness = np.linspace(0, 1 if name == "bt2020" else 1.8, width)[None, :, None] ** 3
     angle = np.linspace(0, 2 * np.pi, height)[:, None, None] + np.array([0, 2, 4]) * np.pi / 3
     return brightness * (0.8 + 0.2 * np.cos(angle))
 
 
 def light_of(picture_HWC: np.ndarray) -> np.ndarray:
-    """An SDR picture, uint8, as linear light of bt2020."""
+    """Returns a uint8 SDR picture as linear light of bt2020."""
     return (picture_HWC / 255) ** 2.4 @ _TO_BT2020.T
 
 
 def frame_of(light_HWC: np.ndarray, name: str, pix_fmt: str, full_range: bool = False) -> av.VideoFrame:
-    """Light of bt2020 as a frame of this kind. The codes are computed here, as swscale's are off by 255/256."""
+    """Returns linear light of bt2020 as a frame of this kind, without swscale, whose codes are off by 255/256."""
     signal = signal_of(light_HWC, name)
     luma = signal @ _LUMA
     blue, red = ((signal[..., channel] - luma) / (2 - 2 * _LUMA[channel]) for channel in (2, 0))
@@ -90,7 +96,7 @@ def video(
     tagged: bool = True,
     **options: str,
 ) -> bytes:
-    """A file of this kind ("hlg", "pq", "bt2020") with these pictures of linear light, else the numbered ones."""
+    """Returns a file of a kind ("hlg", "pq", "bt2020") with the given linear light, or with the numbered pictures."""
     shown = [light_of(picture) for picture in pictures()] if lights is None else lights
     chosen = {"libx265": {"preset": "ultrafast", "x265-params": X265}, "libsvtav1": {"preset": "12", "g": "12"}}
     chosen["libsvtav1"]["svtav1-params"] = "lp=1"
@@ -113,25 +119,25 @@ def video(
 
 
 def lossless(name: str) -> bytes:
-    """The gradient, coded without loss."""
+    """Returns a file with the gradient, encoded without loss."""
     return video(name, "matroska", "ffv1", [gradient(name)])
 
 
 def tagged_by_container(data: bytes, name: str) -> bytes:
-    """An mp4 of an untagged stream, with a box in its sample description that has the tags."""
+    """Returns an mp4 whose stream has no color tags, but whose sample description has a box with them."""
     colr = b"nclx" + struct.pack(">HHHB", BT2020, TRANSFERS[name], BT2020, 0)
     return with_box(data, b"colr", colr)
 
 
 def dolby_vision_8_4(data: bytes) -> bytes:
-    """An mp4 of HLG that says as those of phones do that it is the base layer of Dolby Vision 8.4."""
+    """Returns an mp4 of HLG that is marked as the base layer of Dolby Vision 8.4, as phones do."""
     profile, level, rpu, base_layer, compatible = 8, 4, 1, 1, 4
     bits = profile << 9 | level << 3 | rpu << 2 | base_layer
     return with_box(data, b"dvvC", struct.pack(">BBHB19x", 1, 0, bits, compatible << 4))
 
 
 def with_box(data: bytes, kind: bytes, payload: bytes) -> bytes:
-    """An mp4 whose index comes last, with one more box at the end of the sample description of its video."""
+    """Adds a box at the end of the sample description of the video in an mp4 whose index is at the end of the file."""
     boxes = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"hev1")
     starts: list[int] = []
     for box in boxes:
@@ -146,12 +152,12 @@ def with_box(data: bytes, kind: bytes, payload: bytes) -> bytes:
 
 
 def reference(name: str) -> Path:
-    """Where the gradient lies as FFmpeg converts it, at its own size."""
+    """Returns the path of the gradient as FFmpeg converts it, at its original size."""
     return SAMPLES / f"{name}_as_sdr.png"
 
 
 def converted(data: bytes, folder: Path) -> np.ndarray:
-    """The first frame as FFmpeg converts it, read as any bt709 file is: uint8 (H, W, 3)."""
+    """Returns the first frame as FFmpeg converts it to bt709, uint8 (H, W, 3)."""
     source, target = folder / "source.mkv", folder / "target.mkv"
     source.write_bytes(data)
     tags = ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv")
@@ -162,7 +168,7 @@ def converted(data: bytes, folder: Path) -> np.ndarray:
 
 
 def main() -> None:
-    """Makes the samples."""
+    """Writes the samples."""
     parser = argparse.ArgumentParser(description="Stores what FFmpeg makes of HDR gradients, and a VP9 file.")
     parser.add_argument("--write", action="store_true", required=True, help="needs ffmpeg with zscale and libvpx")
     parser.parse_args()

@@ -1,6 +1,7 @@
-"""A stand-in of the Hugging Face hub on this machine: what huggingface_hub asks when it makes a repository and commits.
+"""Imitates the Hugging Face hub with two local servers: the hub, and the storage to which large files are sent.
 
-Two servers, the hub and the storage that it sends large files to. Every request is kept; faults are set by path.
+It answers the requests that huggingface_hub sends to create a repository and to commit files. Every request is
+recorded, and faults can be set for the requests of a path.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ REPO = r"/api/models/([^/]+/[^/]+)"
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it came in."""
+    """One recorded request."""
 
     server: str  # hub or storage
     method: str
@@ -36,7 +37,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """The answer to requests whose "METHOD path" matches: a status, or a function that is called before the answer."""
+    """The answer to requests whose "METHOD path" matches: a status, or a function to call before the usual answer."""
 
     pattern: str
     answer: int | Callable[[], None]
@@ -48,7 +49,7 @@ Answer = tuple[int, dict[str, Any]]
 
 @dataclass
 class StandIn:
-    """The state of both servers. ``token`` may read everything; it writes where ``writable`` says so."""
+    """Holds the state of both servers. ``token`` may read everything, and may write where ``writable`` says so."""
 
     token: str
     writable: Callable[[str], bool] = lambda repository: True
@@ -56,30 +57,30 @@ class StandIn:
     faults: list[Fault] = field(default_factory=list)
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
-    commits: list[set[str]] = field(default_factory=list)  # the paths in each
+    commits: list[set[str]] = field(default_factory=list)  # the paths in each commit
     blobs: dict[str, bytes] = field(default_factory=dict)
     servers: dict[str, ThreadingHTTPServer] = field(default_factory=dict)
 
     def url(self, server: str = "hub") -> str:
-        """The address of one of the two."""
+        """Returns the address of one of the two servers."""
         host = {"hub": "127.0.0.1", "storage": "localhost"}[server]
         return f"http://{host}:{self.servers[server].server_address[1]}"
 
     def fail(self, pattern: str, answer: int | Callable[[], None], times: int = 1) -> None:
-        """Lets the next requests fail that match the pattern."""
+        """Makes the next requests fail that match the pattern."""
         self.faults.append(Fault(pattern, answer, times))
 
     def asked(self, pattern: str) -> int:
-        """How many requests matched."""
+        """Returns how many requests matched."""
         return len([r for r in self.requests if re.search(pattern, f"{r.method} {r.path}")])
 
     def close(self, server: str) -> None:
-        """Ends a server: connections are refused from now on."""
+        """Stops a server, which then refuses connections."""
         self.servers[server].shutdown()
         self.servers[server].server_close()
 
     def answer(self, request: Request) -> Answer:
-        """Keeps a request and answers it."""
+        """Records a request and answers it."""
         self.requests.append(request)
         for fault in self.faults:
             if fault.times and re.search(fault.pattern, f"{request.method} {request.path}"):
@@ -125,7 +126,7 @@ class StandIn:
         return (200, {}) if self.writable(repository) else (403, {"error": f"{repository}: you may not write"})
 
     def _validate(self, body: bytes) -> Answer:
-        """As the hub does: the front matter is YAML, and names no model that cannot be one of the hub."""
+        """Checks the front matter as the hub does: it must be YAML, and a model in it must have a valid name."""
         content = json.loads(body)["content"]
         data = yaml.safe_load(content.removeprefix("---\n").partition("\n---\n")[0])
         base = data.get("base_model", "some/model")
@@ -173,14 +174,14 @@ ROUTES: dict[str, Callable[..., Answer]] = {
 
 
 def oid_of(path: str, content: bytes) -> str:
-    """What the hub knows a file by: git's hash of it, or of the LFS pointer that stands for it."""
+    """Returns the id of a file on the hub: git's hash of the file, or of its LFS pointer."""
     if path.endswith(LARGE):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
 def handler_of(state: StandIn, server: str) -> type[BaseHTTPRequestHandler]:
-    """Hands requests of one of the servers to the stand-in."""
+    """Returns the class of handlers that pass the requests of one server to the stand-in."""
 
     class Handler(BaseHTTPRequestHandler):
         def handle_any(self) -> None:
@@ -188,7 +189,7 @@ def handler_of(state: StandIn, server: str) -> type[BaseHTTPRequestHandler]:
             request = Request(server, self.command, self.path, headers, self._body(headers))
             status, content = state.answer(request)
             answer = json.dumps(content).encode()
-            with suppress(ConnectionError):  # who asked may have been killed
+            with suppress(ConnectionError):  # the client may have been killed
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
@@ -208,14 +209,14 @@ def handler_of(state: StandIn, server: str) -> type[BaseHTTPRequestHandler]:
         do_GET = do_POST = do_PUT = do_HEAD = handle_any
 
         def log_message(self, *_: Any) -> None:
-            """Silence."""
+            """Prints nothing."""
 
     return Handler
 
 
 @contextmanager
 def stand_in(token: str) -> Iterator[StandIn]:
-    """Both servers, until the block ends."""
+    """Runs both servers within the context."""
     state = StandIn(token)
     for name in ("hub", "storage"):
         state.servers[name] = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(state, name))

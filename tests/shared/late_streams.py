@@ -1,8 +1,8 @@
-"""Side streams of a GPU, simulated on a CPU: what they do happens as late as what waits for it allows, or at random.
+"""Simulates the side streams of a GPU on a CPU, and delays their copies as long as the waits in the code allow.
 
-The compute stream's own work happens at once, so that what nobody waited for is seen too late, or over what came after
-it; and memory that was freed before its copy is reported. use(monkeypatch, seed) puts them in place of
-streaming.SideStream.
+The work of the compute stream runs at once. If the code forgets to wait for a copy, the copy therefore comes too late,
+or overwrites newer content, and the result of the test is wrong. Memory that is freed before its copy is reported.
+``use(monkeypatch, seed)`` replaces streaming.SideStream; with a seed, copies are delayed at random.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from cogvideox.optimizer import step as step_module
 
 
 class Freed(AssertionError):
-    """Memory was let go while a copy from it or to it was to come."""
+    """Memory was freed while a copy from it or to it was still pending."""
 
 
 class Place(NamedTuple):
-    """A tensor, without keeping its memory."""
+    """Refers to a tensor without keeping its memory alive."""
 
     storage: weakref.ref[Any]
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 
 class Recorded(TorchFunctionMode):
-    """Copies are given to a stream instead of made."""
+    """Records copies for a stream instead of making them."""
 
     def __init__(self, side: LateSideStream, events: tuple[Event | None, ...]) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def copy(target: Place, source: Place) -> None:
 
 
 class LateSideStream:
-    """A stream beside the compute stream, which is done with all that it was given."""
+    """A side stream. The compute stream, in contrast, has always finished all of its work."""
 
     late: Callable[[], bool] = staticmethod(lambda: True)
 
@@ -91,7 +91,7 @@ class LateSideStream:
             self.run(len(self.given))
 
     def run(self, count: int) -> None:
-        """Does the first so much of what was given, if it is not done yet."""
+        """Runs the recorded work up to a position, unless it has already run."""
         while self.done < count:
             work, events = self.given[self.done]
             for event in events:
@@ -108,20 +108,20 @@ class LateSideStream:
 
 
 def done() -> None:
-    """In the place of work that was done, which keeps memory."""
+    """Replaces work that has run, because the work would keep memory alive."""
 
 
-Event = tuple[LateSideStream, int]  # a stream, and how much of what it was given is done
+Event = tuple[LateSideStream, int]  # a stream, and the position in its recorded work
 
 
 def reach(event: Event | None) -> None:
-    """Makes an event happen; of what is computed there are none to wait for."""
+    """Runs the work that an event waits for. Computed work needs no wait, because it runs at once."""
     if event is not None:
         event[0].run(event[1])
 
 
 def use(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
-    """From now on streams are late: as late as they can be, or half of their copies, at random."""
+    """Delays the copies of all side streams as long as possible or, with a seed, a random half of them."""
     draw = random.Random(seed)
     monkeypatch.setattr(LateSideStream, "late", staticmethod(lambda: seed is None or draw.random() < 0.5))
     monkeypatch.setattr(streaming, "SideStream", LateSideStream)

@@ -1,6 +1,7 @@
-"""What a launcher starts in the place of a script: it tells which arguments and environment it got, and ends as the
-process does that `launch` in running.py forks with them. A script that a launcher starts spends eight seconds on
-imports, in each of its processes.
+"""Stands in for a script that a launcher starts, because each process of a script spends eight seconds on imports.
+
+It writes the arguments and the environment that it got. ``launch`` in running.py forks a process with them, and the
+stand-in exits with the status of that process.
 
     python launched.py FOLDER SCRIPT FLAGS...    writes FOLDER/RANK.json, and waits for FOLDER/RANK.status
 """

@@ -1,4 +1,4 @@
-"""AVI as old programs wrote it: packed B-frames, dropped frames of no bytes, N-VOPs that repeat a picture."""
+"""Writes AVI files as old programs did: packed B-frames, empty dropped frames, N-VOPs that repeat a picture."""
 
 import io
 import re
@@ -11,16 +11,16 @@ import av
 from numbered import COUNT, RATE, encode, pictures, plain, written
 
 B_FRAMES = {"g": "12", "bf": "2", "sc_threshold": "0"}
-DROPPED = (5, 6, 7, 8, 21, 22, 23, 33, 34, 35)  # of the pictures of a clip; never the first
+DROPPED = (5, 6, 7, 8, 21, 22, 23, 33, 34, 35)  # numbers of pictures in a clip; the first is never dropped
 
 
 def repeated(place: int) -> int:
-    """What is shown at a place if those at DROPPED repeat the one before."""
+    """Returns the number of the picture that is shown at a place if the pictures at DROPPED repeat the one before."""
     return max(set(range(place + 1)) - set(DROPPED))
 
 
 def dropped() -> bytes:
-    """An avi in which the packets at the places DROPPED have no bytes."""
+    """Returns an AVI file in which the packets at the places DROPPED are empty."""
     data = bytearray(plain("avi", "mjpeg"))
     index = data.index(b"idx1") + 8
     for place, (at, size) in enumerate(_chunks(data)):
@@ -31,7 +31,7 @@ def dropped() -> bytes:
 
 
 def dropped_by_encoder(container: str = "avi", *, fill: bool = False) -> bytes:
-    """MPEG-4 part 2 whose encoder got no pictures at DROPPED; with `fill` there are N-VOPs instead of nothing."""
+    """Returns MPEG-4 part 2 whose encoder got no pictures at DROPPED. With `fill`, N-VOPs fill these places."""
     kept = [place for place in range(COUNT) if place not in DROPPED]
     coded = encode(container, "mpeg4", pictures(kept), pts=kept)
     parts = dict(zip(kept, _packets(coded), strict=True))
@@ -41,7 +41,7 @@ def dropped_by_encoder(container: str = "avi", *, fill: bool = False) -> bytes:
 
 
 def packed(container: str = "avi", *, repeats: str = "n-vop") -> bytes:
-    """MPEG-4 part 2 with packed B-frames. repeats: what is in their places: "n-vop", "empty" (no bytes) or "none"."""
+    """Returns MPEG-4 part 2 with packed B-frames; `repeats` (n-vop, empty, none) fills the places that they leave."""
     coded = encode("avi", "mpeg4", options=B_FRAMES)
     parts: list[bytes] = []
     for reference, *others in _groups(_packets(coded)):
@@ -53,13 +53,13 @@ def packed(container: str = "avi", *, repeats: str = "n-vop") -> bytes:
 
 
 def n_vop(place: int) -> bytes:
-    """A picture that is not coded: a P-frame's header at RATE pictures a second, which says so, and stuffing."""
+    """Returns a picture that is not coded: a P-frame's header at RATE pictures per second, and stuffing bits."""
     bits = f"0101{place % RATE:05b}1001111"
     return b"\x00\x00\x01\xb6" + int(bits.ljust(16, "1"), 2).to_bytes(2)
 
 
 def _chunks(data: bytes | bytearray) -> Iterator[tuple[int, int]]:
-    """Where each packet's chunk begins, and its size."""
+    """Returns where the chunk of each packet begins, and its size."""
     at, end = data.index(b"movi") + 4, data.index(b"idx1")
     while at < end:
         name, size = struct.unpack_from("<4sI", data, at)
@@ -74,7 +74,7 @@ def _packets(data: bytes) -> list[bytes]:
 
 
 def _groups(packets: Sequence[bytes]) -> Iterator[list[bytes]]:
-    """A picture that others refer to, and the B-frames after it."""
+    """Yields each picture to which others refer, with the B-frames after it."""
     group: list[bytes] = []
     for packet in packets:
         is_b = packet[packet.index(b"\x00\x00\x01\xb6") + 4] >> 6 == 2
@@ -86,7 +86,7 @@ def _groups(packets: Sequence[bytes]) -> Iterator[list[bytes]]:
 
 
 def _file(container: str, like: bytes, parts: dict[int, bytes]) -> bytes:
-    """A file of these packets at these places; in the places between them an avi has packets of no bytes."""
+    """Returns a file with these packets at these places. In an AVI file, empty packets fill the places between them."""
 
     def fill(output: Any) -> None:
         with av.open(io.BytesIO(like), "r") as source:

@@ -1,4 +1,4 @@
-"""Preparations for tests: small buckets, and no worker processes where they are not the point."""
+"""Creates preparations with small buckets for tests, and replaces worker processes where they are not tested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cogvideox.preparation.prepare import Preparation
 
 
 class Here:
-    """In place of worker processes, which take half a second each to start."""
+    """Runs jobs in this process, in place of worker processes that take half a second each to start."""
 
     def __enter__(self) -> Here:
         return self

@@ -1,4 +1,4 @@
-"""How the tests run the scripts: in this process (fast), or as a user does, in processes of their own."""
+"""Runs the scripts for tests: in this process, which is fast, or in separate processes, as a user does."""
 
 import functools
 import gc
@@ -40,12 +40,12 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def lora_flags(model: Path, data: Path, output: Path, *more: object) -> list[str]:
-    """Flags of a small LoRA run; later ones override."""
+    """Returns the flags of a small LoRA run. Later flags override earlier ones."""
     return sft_flags(model, data, output, "--rank", 4, "--lora_alpha", 8, *more)
 
 
 def sft_flags(model: Path, data: Path, output: Path, *more: object) -> list[str]:
-    """Flags of a small run of all weights; later ones override."""
+    """Returns the flags of a small run that trains all weights. Later flags override earlier ones."""
     flags = ["--pretrained_model_name_or_path", model, "--data_root", data, "--output_dir", output, *SIZE]
     flags += [
         "--train_batch_size",
@@ -69,7 +69,7 @@ def sft_flags(model: Path, data: Path, output: Path, *more: object) -> list[str]
 
 
 def in_process(script: Any, options_type: type, flags: Sequence[str]) -> int:
-    """Runs a script's main here; leaves no state of accelerate and no lock behind."""
+    """Runs a script's main in this process, and removes its accelerate state and its locks."""
     try:
         return script.main(args.parse(options_type, None, list(flags), script.CHECKS))
     finally:
@@ -79,39 +79,39 @@ def in_process(script: Any, options_type: type, flags: Sequence[str]) -> int:
 
 
 def train(flags: Sequence[str]) -> int:
-    """Runs the LoRA script here."""
+    """Runs the LoRA script in this process."""
     return in_process(lora_script, LoraOptions, flags)
 
 
 def train_all(flags: Sequence[str]) -> int:
-    """Runs the script that trains all weights here."""
+    """Runs the script that trains all weights in this process."""
     return in_process(sft_script, SftOptions, flags)
 
 
 def train_image(flags: Sequence[str]) -> int:
-    """Runs the image-to-video LoRA script here."""
+    """Runs the image-to-video LoRA script in this process."""
     return in_process(image_lora_script, ImageLoraOptions, flags)
 
 
 def train_image_all(flags: Sequence[str]) -> int:
-    """Runs the image-to-video script that trains all weights here."""
+    """Runs the image-to-video script that trains all weights in this process."""
     return in_process(image_sft_script, ImageSftOptions, flags)
 
 
 def prepare(model: Path, data: Path, output: Path, *more: object) -> int:
-    """Runs prepare_dataset.py here."""
+    """Runs prepare_dataset.py in this process."""
     flags = ["--model_id", model, "--data_root", data, "--output_dir", output, *SIZE, *more]
     return in_process(prepare_script, PrepareOptions, [str(flag) for flag in flags])
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a started script."""
+    """Returns the environment for a script, without the variables of a launcher."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_") and k not in ("WORLD_SIZE", "RANK")}
     return clean | more
 
 
 def start(command: Sequence[object], **more: str) -> "subprocess.Popen[str]":
-    """Starts a command in a session of its own."""
+    """Starts a command in a new session."""
     return subprocess.Popen(
         [str(part) for part in command],
         env=environment(**more),
@@ -123,11 +123,11 @@ def start(command: Sequence[object], **more: str) -> "subprocess.Popen[str]":
     )
 
 
-Moment = tuple[str, int] | tuple[str, int, int]  # of forking.signal_at
+Moment = tuple[str, int] | tuple[str, int, int]  # the arguments of forking.signal_at
 
 
 class Forked:
-    """A script in a process that is forked from one that has imported what scripts import; as a Popen otherwise."""
+    """Runs a script in a process that is forked from forking.py. It has the methods of a Popen."""
 
     def __init__(
         self,
@@ -136,8 +136,13 @@ class Forked:
         disk: Sequence[tuple[str, int, int]] = (),
         **more: str,
     ) -> None:
-        """``killed_at``: see forking.signal_at; ``disk``: see disk_faults.refuse. The same moments on any machine,
-        however busy.
+        """Starts the process.
+
+        Args:
+            command: The command line, as for Popen; it begins with the Python interpreter.
+            killed_at: When the process gets a signal, as for forking.signal_at. The speed of the machine has no effect.
+            disk: When the disk fails, as for disk_faults.refuse.
+            more: Additional environment variables.
         """
         self.output = Path(outputs().name) / str(next(NUMBERS))
         request = {"argv": [str(part) for part in command[1:]], "env": environment(**more), "killed_at": killed_at}
@@ -146,7 +151,7 @@ class Forked:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal; None as long as it runs."""
+        """Returns the exit status, which is negative for a signal, or None while the process runs."""
         if self.returncode is None:
             self.returncode = ask_server({"pid": self.pid})
         return self.returncode
@@ -160,7 +165,7 @@ class Forked:
         return status
 
     def communicate(self, timeout: float = 300) -> tuple[str, None]:
-        """What it wrote until its end."""
+        """Returns the output of the process when it has ended."""
         self.wait(timeout)
         return self.output.read_text(), None
 
@@ -176,13 +181,13 @@ NUMBERS = itertools.count()
 
 @functools.cache
 def outputs() -> "tempfile.TemporaryDirectory[str]":
-    """Where forked scripts write what they say; removed at the end of this process."""
+    """Returns the folder for the output of forked scripts, which is removed at the end of this process."""
     return tempfile.TemporaryDirectory(prefix="forked-")
 
 
 @functools.cache
 def server() -> Any:
-    """The lines to and from forking.py, which is started on first use and ends with this process."""
+    """Returns the connection to forking.py, which is started on first use and ends with this process."""
     ours, its = socket.socketpair()
     command = [sys.executable, Path(__file__).with_name("forking.py"), str(its.fileno())]
     subprocess.Popen(command, env=environment(), pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
@@ -197,14 +202,14 @@ def ask_server(request: dict[str, Any]) -> Any:
 
 
 def free_port() -> str:
-    """A port that is free now."""
+    """Returns a port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
 
 
 def ranks_environment(rank: int, number: int, port: str) -> dict[str, str]:
-    """What a launcher tells one of its processes on the CPU of this machine."""
+    """Returns the environment variables that a launcher sets for one of its processes on a CPU."""
     shared = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
     return shared | {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
@@ -212,14 +217,16 @@ def ranks_environment(rank: int, number: int, port: str) -> dict[str, str]:
 def fork_ranks(
     number: int, command: Sequence[object], moments: Mapping[int, Moment] | None = None, **more: str
 ) -> list[Forked]:
-    """As a launcher starts it, on the CPU; a rank gets a signal at the moment that ``moments`` has for it."""
+    """Starts a command on several ranks, as a launcher does. ``moments`` says when a rank gets a signal."""
     port, at = free_port(), moments or {}
     return [Forked(command, at.get(rank), **ranks_environment(rank, number, port), **more) for rank in range(number)]
 
 
 def launch(launcher: Sequence[object], number: int, command: Sequence[object], folder: Path, **more: str) -> list[str]:
-    """What the processes of a launcher say, which must end well. Each is forked with the arguments and the environment
-    that the launcher gives it; what the launcher itself starts are stand-ins, which end as they do: see launched.py.
+    """Runs a command with a launcher and returns the output of each process; all of them must succeed.
+
+    The launcher itself starts stand-ins (launched.py). Each process is forked with the arguments and the environment
+    that its stand-in got, and the stand-in exits with the status of the process.
     """
     folder.mkdir()
     process = start([*launcher, Path(__file__).with_name("launched.py"), folder, *command[1:]], **more)
@@ -241,44 +248,44 @@ def launch(launcher: Sequence[object], number: int, command: Sequence[object], f
 
 
 def finish(process: Process, status: int = 0) -> str:
-    """Waits for the end and returns the output; the exit status must be the one given."""
+    """Waits for the end of a process, checks its exit status, and returns its output."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == status, output[-4000:]
     return output
 
 
 def python(script: Path, *flags: object) -> list[object]:
-    """A command that runs a script with this Python."""
+    """Returns the command that runs a script with this Python."""
     return [sys.executable, script, *flags]
 
 
 def losses(output: Path) -> list[float]:
-    """The loss of every optimizer step."""
+    """Returns the loss of every optimizer step."""
     return [line["loss"] for line in metrics(output) if "loss" in line]
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl."""
+    """Returns the lines of metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(output: Path) -> dict[str, Any]:
-    """The exported LoRA."""
+    """Returns the exported LoRA."""
     return load_file(output / WEIGHTS)
 
 
 def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two sets of tensors are the same, bit for bit."""
+    """Returns whether two sets of tensors are equal, bit for bit."""
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
 
 
 def safetensors_of(folder: Path) -> dict[str, Any]:
-    """All tensors of a folder."""
+    """Returns all tensors of a folder."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def frames_of(script: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> torch.Tensor:
-    """What inference.py hands to the video writer."""
+    """Runs inference.py and returns the frames that it gives to the video writer."""
     caught: list[torch.Tensor] = []
     monkeypatch.setattr("diffusers.utils.export_utils.encode_video", lambda frames, **_: caught.append(frames))
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])

@@ -1,6 +1,7 @@
-"""Parameters, losses and steps for the tests of optimizers. The largest tensor is one that libraries quantize.
+"""Provides parameters, losses and steps for the tests of optimizers. Libraries quantize only the largest tensor.
 
-All fill whole vectors of a CPU, as all of CogVideoX's do: it rounds the ends of others in another way.
+The size of each tensor is a multiple of a CPU's vector length, as in CogVideoX. A CPU rounds incomplete vectors
+differently.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def factors(step: int, size: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def loss_of(params: dict[str, Parameter], step: int, size: float = 1.0) -> torch.Tensor:
-    """A loss whose gradients differ from step to step."""
+    """Returns a loss whose gradients differ from step to step."""
     weights = factors(step, size)
     return sum(((p.float() - weights[name].to(p.device)) ** 2).sum() for name, p in params.items())  # type: ignore[return-value]
 
