@@ -1,4 +1,4 @@
-"""benchmarks/bench.py on a tiny model and the CPU: every arm, one process a size, what is done is not done again."""
+"""Tests benchmarks/bench.py on a tiny model and a CPU: every arm, one process per size, and finished rows are kept."""
 
 import json
 import weakref
@@ -25,7 +25,7 @@ ALL = ["5b-r128-stock", "5b-r128-fast", "5b-r128-24gb", "5b-r128-lean"]
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The 5b shrunk, and processes run in this one."""
+    """Shrinks the 5b model, and runs the processes of bench.py in this process."""
     monkeypatch.setitem(random_models.TRANSFORMERS, "5b", random_models.TRANSFORMERS["5b"] | TINY)
     monkeypatch.setattr(random_models, "VAE", random_models.VAE | TINY_VAE)
     monkeypatch.setattr(random_models, "clip_size", lambda kind: (9, 64, 96))
@@ -36,7 +36,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def spawned(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The rows of each process that was started, in this process."""
+    """Runs the processes of bench.py in this process, and returns the rows of each."""
     calls: list[list[str]] = []
 
     def spawn(arguments: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ def test_rows_from_end_to_end(tmp_path: Path, spawned: list[list[str]], capsys: 
     for row in results.values():
         assert set(FIGURES) <= set(row)
         assert len(row["losses"]) == len(row["seconds"])
-        assert all(0 < loss < 1e5 for loss in row["losses"])  # stock's has the weight 1 / (1 - abar)
+        assert all(0 < loss < 1e5 for loss in row["losses"])  # the stock loss has the weight 1 / (1 - abar)
     for name in ALL[1:]:
         row = results[name]
         assert row["ratio"] == pytest.approx(stock["seconds_per_step"] / row["seconds_per_step"], rel=1e-3)
@@ -87,7 +87,7 @@ def test_all_weights(tmp_path: Path, spawned: list[list[str]]) -> None:
     assert "| 5b, 9x64x96 | all weights, 1 | stock |" in bench_table.table(list(results.values()))
 
 
-def test_what_is_there_is_not_run_again(tmp_path: Path, spawned: list[list[str]]) -> None:
+def test_finished_rows_are_not_run_again(tmp_path: Path, spawned: list[list[str]]) -> None:
     rows = ["5b-r16-stock", "5b-r16-lean"]
     assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 0
     stock = bench.path_of(tmp_path, "5b-r16-stock").read_bytes()
@@ -96,13 +96,13 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, spawned: list[list[str]]
     assert spawned == [rows, rows[1:]]
     assert bench.path_of(tmp_path, "5b-r16-stock").read_bytes() == stock
     lean = results_in(tmp_path)["5b-r16-lean"]
-    own = lean["stock"]["seconds_per_step"]  # of the second process, not of the file
+    own = lean["stock"]["seconds_per_step"]  # the stock row of the second process, not that of the file
     assert lean["ratio"] == pytest.approx(own / lean["seconds_per_step"], rel=1e-3)
     assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 0
     assert len(spawned) == 2
 
 
-def test_a_row_that_fails_keeps_no_other_from_running(
+def test_a_failed_row_does_not_prevent_the_others(
     tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = arms.run_under_plan
@@ -131,7 +131,7 @@ def test_figures_are_shown_where_validation_fails(
     assert results_in(tmp_path) == {}
 
 
-def test_a_gpu_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_message_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         bench.main(["--all", "--results", str(tmp_path)])
@@ -153,7 +153,7 @@ def test_a_stock_arm_that_does_not_fit_is_a_result(
 
 @pytest.mark.parametrize("rank", [16, 0])
 def test_our_arm_trains(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of a batch that stays the same falls."""
+    """The loss falls when the batch stays the same."""
     work = arms.Work("5b", rank, 2, torch.device("cpu"))
     batch = work.random_batch()
     monkeypatch.setattr(arms.Work, "random_batch", lambda self: batch)
@@ -163,7 +163,7 @@ def test_our_arm_trains(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_both_arms_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same model, latents, noise and timestep give the same first loss, but for rounding."""
+    """The same model, latents, noise and timestep give the same first loss, except for rounding."""
     work = arms.Work("5b", 16, 1, torch.device("cpu"))
     make, normal = arms.Work.make_transformer, torch.randn
 
@@ -177,7 +177,9 @@ def test_both_arms_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms.Work, "make_transformer", seeded)
     monkeypatch.setattr(arms.Work, "random", random)
     monkeypatch.setattr(arms.Work, "random_timestep", lambda self: torch.tensor([700]))
-    monkeypatch.setattr(torch, "randn_like", torch.clone)  # of the latents, for the noise: as random() gives it
+    monkeypatch.setattr(
+        torch, "randn_like", torch.clone
+    )  # the noise has the shape of the latents, which random() returns
     first = [arms.stock(work, 2)["losses"][0], arms.ours(work, "fast", 2, validates=False)["losses"][0]]
     assert first[0] == pytest.approx(first[1], rel=0.02)
 
@@ -196,7 +198,7 @@ def test_tokens_and_flops_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch
 
 
 def row_of(**changes: Any) -> dict[str, Any]:
-    """A row as it would be measured."""
+    """Returns a row as a measurement would write it."""
     row = {"row": "5b-r256-lean", "kind": "5b", "rank": 256, "batch": 1, "plan": "lean", "clip": "49x480x720"}
     row |= {"device": "NVIDIA H100 80GB HBM3", "versions": {"torch": "2.11.0"}, "commit": "abc", "useful_flops": 989e12}
     row |= {"seconds_per_step": 2.0, "ratio": 1.96, "peak_gib": {"allocated": 4.21, "reserved": 5.0}}
@@ -212,14 +214,14 @@ def test_table() -> None:
     assert lines[2] == (
         "| 5b, 49x480x720 | 256, 1 | lean | 2.00 s | 1.96x | 4.2 (5.0) | 5.5 (6.0) | 50% | 92% | 22.1 (31.9) |"
     )
-    assert "| 368% | 47.3 (47.3) |" in lines[3]  # the limit is of a sample
+    assert "| 368% | 47.3 (47.3) |" in lines[3]  # the limit is the time of one sample
     assert {line.count("|") for line in lines[:4]} == {len(bench_table.HEAD) + 1}
     assert "NVIDIA H100 80GB HBM3, torch 2.11.0, commit abc: 5b-r256-lean; NVIDIA H200" in lines[-1]
     assert "NVIDIA H200, torch 2.11.0, commit abc: other" in lines[-1]
     assert bench_table.table([]) == ""
 
 
-def test_a_device_without_known_figures_has_no_utilisation() -> None:
+def test_a_device_without_known_figures_has_no_utilization() -> None:
     row = row_of(device="Some CPU")
     assert (row["mfu"], row["limit_ratio"]) == (None, None)
     assert "| 4.2 (5.0) |  |  |  |" in bench_table.table([row])
@@ -246,7 +248,7 @@ def test_every_row_has_a_limit_and_a_plan() -> None:
 
 
 @pytest.mark.parametrize("arm", [lambda work: arms.stock(work, 2), lambda work: arms.ours(work, "lean", 2, True)])
-def test_nothing_of_an_arm_is_left(arm: Callable[[arms.Work], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_frees_all_of_its_memory(arm: Callable[[arms.Work], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Any]] = []
     make = arms.Work.make_transformer
 

@@ -1,4 +1,4 @@
-"""tests/tools/chaos.py: its table is what ran, and docs/faults.md has the rows that the tests have."""
+"""Tests tests/tools/chaos.py: its table shows what ran, and docs/faults.md has a row for each fault of a test."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_gpu():
 
 
 def table_of(folder: Path, fine: bool) -> tuple[int, str]:
-    """What chaos.py ends with and prints for a few tests, in a process of its own."""
+    """Runs chaos.py on a few tests in a separate process. Returns its exit status and the page that it writes."""
     import subprocess
     import sys
 
@@ -71,7 +71,7 @@ def test_the_table_is_what_ran(tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_faults_of_the_tests(request: pytest.FixtureRequest) -> None:
-    """Of all files that are collected as a whole; `python tests/tools/chaos.py --write` writes them."""
+    """Compares the rows of all test files that are collected completely; `chaos.py --write` writes the rows."""
     parts = {Path(argument.partition("::")[0]).name for argument in request.config.args if "::" in argument}
     whole = {item.path.name for item in request.session.items} - parts
     rows = request.config.stash[FAULTS]

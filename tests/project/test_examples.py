@@ -1,4 +1,4 @@
-"""The shell scripts in examples/: every command that they run parses and names files that exist; first_frame.py."""
+"""Tests examples/: every command in the shell scripts parses and names files that exist. Also tests first_frame.py."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ RECORD = '#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done >> "$CALL
 
 
 def run(script: str, folder: Path, *words: object) -> "subprocess.CompletedProcess[str]":
-    """A script with a stand-in for Python that writes down what it is given."""
+    """Runs a script with a stand-in for Python that records its arguments."""
     stand_in = folder / "python"
     stand_in.write_text(RECORD)
     stand_in.chmod(0o755)
@@ -35,12 +35,12 @@ def run(script: str, folder: Path, *words: object) -> "subprocess.CompletedProce
 
 
 def calls(folder: Path) -> list[list[str]]:
-    """The command lines that the stand-in got."""
+    """Returns the command lines that the stand-in recorded."""
     return [call.splitlines() for call in (folder / "calls").read_text().strip().split("\n\n")]
 
 
 def read(call: list[str]) -> Any:
-    """The options of a call of a training script."""
+    """Returns the options of a recorded call of a training script."""
     return args.parse(OPTIONS[Path(call[0]).name], None, call[1:])
 
 
@@ -76,7 +76,7 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
 
 def test_a_first_frame_is_cut_to_the_middle(tmp_path: Path) -> None:
     frames = np.zeros((5, 64, 160, 3), np.uint8)
-    frames[0, :, 32:128] = 200  # the middle 96 columns, of the first frame alone
+    frames[0, :, 32:128] = 200  # only the first frame, and its middle 96 columns
     write_video(tmp_path / "clip.mp4", frames, 8)
     picture = np.array(first_frame.first_frame(tmp_path / "clip.mp4", 64, 96), int)
     assert picture.shape == (64, 96, 3)

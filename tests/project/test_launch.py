@@ -1,4 +1,4 @@
-"""The launch scripts and accelerate's configurations: what is run, and how its end is passed on. Nothing is trained."""
+"""Tests the launch scripts and accelerate's configurations: the commands and exit statuses. Nothing is trained."""
 
 import json
 import os
@@ -40,7 +40,7 @@ OPTIONS = {
 }
 HOSTILE = "BW_STYLE $(touch PWNED) `touch PWNED` \"q\" 'q' ; touch PWNED #\n* \\ é & | > PWNED :::two"
 
-# Writes its arguments to $CALLS, a file a call, and does what $STUB says: python code that has the arguments as `argv`.
+# Writes the arguments of each call to a file in $CALLS, and then runs the Python code in $STUB, which may use `argv`.
 STUB = """#!{python}
 import os, sys, tempfile
 argv = sys.argv[1:]
@@ -52,7 +52,7 @@ exec(os.environ.get("STUB", ""))
 
 
 class Sandbox:
-    """A copy of the launch scripts, with a stub in place of accelerate, python and torchrun, that records each call."""
+    """A copy of the launch scripts in which a stub replaces accelerate, python and torchrun and records each call."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a checkout; touch PWNED"
@@ -86,7 +86,7 @@ class Sandbox:
         return subprocess.CompletedProcess(script, process.returncode, out, err)
 
     def calls(self) -> list[list[str]]:
-        """The arguments of each call of the stub."""
+        """Returns the arguments of each call of the stub."""
         files = sorted(self.calls_folder.iterdir())
         return [path.read_bytes().decode().split("\0") for path in files]
 
@@ -97,13 +97,13 @@ def sandbox(tmp_path: Path) -> Sandbox:
 
 
 def after_script(command: list[str]) -> tuple[str, list[str]]:
-    """(name of the training script, its arguments)."""
+    """Returns the name of the training script and its arguments."""
     index = next(i for i, text in enumerate(command) if text.endswith(".py"))
     return Path(command[index]).name, command[index + 1 :]
 
 
 def read(command: list[str]) -> tuple[PrepareOptions | TrainOptions, dict[str, str]]:
-    """The options of a command line; raises UsageError where the script would."""
+    """Returns the options of a command line. Raises UsageError if the script would."""
     name, flags = after_script(command)
     options, sources = args.read_flags(OPTIONS[name], flags, None)
     options = derive(options, sources)
@@ -165,7 +165,7 @@ def test_the_sweep_of_the_guide(sandbox):
         "width_buckets": (720,),
         "frame_buckets": (49,),
         "max_num_frames": 49,
-        "load_tensors": False,  # the data set is one of clips
+        "load_tensors": False,  # the data set has clips, not tensors
         "dataloader_num_workers": 8,
         "pin_memory": True,
         "validation_prompt_separator": ":::",
@@ -219,7 +219,7 @@ def test_the_image_to_video_sweeps(sandbox):
     for run in (*loras, sft):
         assert (run.image.noised_image_dropout, run.image.validation_images) == (0.05, images["VALIDATION_IMAGES"])
         assert all(prompt.startswith("BW_STYLE ") for prompt in run.validation.validation_prompt.split(":::"))
-        assert "i2v" in run.train.output_dir  # a finished text-to-video run of the same values is not this one
+        assert "i2v" in run.train.output_dir  # a finished text-to-video run with the same values is a different run
 
 
 def test_without_images_there_are_no_validation_videos(sandbox):
@@ -238,7 +238,7 @@ def test_the_environment_sets_values_and_extra_flags_come_last(sandbox):
         OPTIMIZERS="adamw",
         MAX_TRAIN_STEPS="7",
         HEIGHT_BUCKETS="480 720",
-        RANK=0,  # of a cluster's process group, not of the LoRA
+        RANK=0,  # RANK belongs to the process group of a cluster, not to the LoRA
         LORA_RANK=16,
         VALIDATION_PROMPT="",
         EXTRA_FLAGS="--seed 7 --allow_path one * --max_grad_norm 0",
@@ -265,7 +265,7 @@ def test_hostile_values_are_one_argument_each(sandbox):
     assert options.train.output_dir.startswith("o`touch PWNED` ;x/cogvideox-lora__")
     dry = sandbox.run(LORA, LEARNING_RATES="1e-4", OPTIMIZERS="adam", DRY_RUN=1, **hostile)
     again = subprocess.run(["bash", "-c", f"printf '%s\\0' {dry.stdout}"], capture_output=True, cwd=sandbox.root)
-    assert again.stdout.decode().split("\0")[1:-1] == command  # what was printed can be pasted
+    assert again.stdout.decode().split("\0")[1:-1] == command  # the printed command can be pasted into a shell
     assert not list(sandbox.root.parent.rglob("PWNED"))
 
 
@@ -325,8 +325,8 @@ def test_failures_are_listed_and_the_rest_is_run(sandbox):
     assert all("exit code 3" in line and "optimizer_adam_" in line for line in listed)
 
 
-def test_a_launcher_that_makes_1_of_every_exit_code(sandbox):
-    """As accelerate and torchrun do: the training script leaves its own in a file."""
+def test_a_launcher_that_turns_every_exit_status_into_1(sandbox):
+    """accelerate and torchrun do this, so the training script writes its own status to a file."""
     lost = "open(os.environ['COGVIDEOX_EXIT_FILE'], 'w').write('{}'); sys.exit(1)"
     done = sandbox.run(LORA, STUB=lost.format(2), OPTIMIZERS="adam")
     assert (done.returncode, done.stderr.count("failed with exit code 2")) == (1, 2)
@@ -344,9 +344,9 @@ def test_75_ends_the_sweep_and_is_passed_on(sandbox):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize(("saves", "to_group"), [(True, False), (False, False), (True, True)])
 def test_a_signal_goes_to_the_training_process_once(sandbox, tmp_path, number, saves, to_group):
-    """The launcher, which would die of it, does not get it; and the sweep ends whether or not the run could save.
+    """The launcher does not get the signal, because it would die. The sweep ends whether or not the run could save.
 
-    A terminal's Ctrl-C goes to the whole process group.
+    Ctrl-C in a terminal sends the signal to the complete process group.
     """
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -419,7 +419,7 @@ def test_configurations_are_accepted(path):
     lines = path.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:2])
     assert not lines[2].startswith("#")
-    config = load_config_from_file(str(path))  # raises on keys that accelerate does not know
+    config = load_config_from_file(str(path))  # raises an error on keys that accelerate does not know
     gpus = int(path.stem[-1]) if path.stem[-1].isdigit() else None
     assert config.num_processes == (gpus or {"cpu": 1, "deepspeed": 2}[path.stem])
     assert (config.num_machines, config.machine_rank) == (1, 0)
@@ -439,7 +439,7 @@ def test_deepspeed_leaves_the_scripts_flags_to_the_scripts():
 
 
 def launched_environment(path: Path, *flags: str) -> dict[str, str]:
-    """What `accelerate launch` tells a script through its environment, for configurations of one process."""
+    """Returns the environment that `accelerate launch` sets for a script, for configurations of one process."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
@@ -456,12 +456,12 @@ def test_a_configuration_reaches_the_scripts(monkeypatch):
     assert [env["ACCELERATE_USE_CPU"] for env in (cpu, eager, compiled)] == ["True", "False", "False"]
     assert [env["ACCELERATE_DYNAMO_BACKEND"] for env in (cpu, eager, compiled)] == ["NO", "NO", "INDUCTOR"]
     assert {env["ACCELERATE_MIXED_PRECISION"] for env in (cpu, eager, compiled)} == {"no"}
-    assert eager["CUDA_VISIBLE_DEVICES"] == "6"  # the scheduler's choice stands
+    assert eager["CUDA_VISIBLE_DEVICES"] == "6"  # the scheduler's choice takes precedence
 
 
 @pytest.mark.parametrize("value", ["true", "True"])
 def test_fsdp_is_refused(monkeypatch, value):
-    """Under accelerate's setting for FSDP each GPU would train the whole model without a word."""
+    """With accelerate's setting for FSDP, each GPU would silently train the complete model."""
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     assert not list(check_launcher(None))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", value)

@@ -1,4 +1,4 @@
-"""Imports inside training/cogvideox go downward only, and what must stay light does not import torch."""
+"""Tests that imports in training/cogvideox go downward only, and that light modules do not import torch."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.name != "
 
 
 def layer_of(module: str) -> str:
-    """The folder of a module, or its own name if it lies in none."""
+    """Returns the folder of a module, or its own name if it is in none."""
     return module.rpartition(".")[0] or module
 
 
-# Scripts end with --help or with all problems, and workers start, without torch.
+# Without torch, scripts show --help and report all problems, and workers start.
 WITHOUT_TORCH = (
     *(name for name in FILES if layer_of(name) in ("config", "data", "data.media", "data.forms")),
     *("errors", "files", "locks", "rng", "stopping", "runtime.sheets", "runtime.curves"),
@@ -63,7 +63,7 @@ STANDARD_LIBRARY_ONLY = (
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """The full name of everything that is imported, wherever in the file."""
+    """Returns the full name of everything that a file imports, also within functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -73,7 +73,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def own_imports(path: Path) -> set[str]:
-    """The modules of the library that a file imports."""
+    """Returns the modules of the library that a file imports."""
     found = set()
     for full in imports(ast.parse(path.read_text())):
         if full.split(".")[0] == "cogvideox" and full != "cogvideox.__version__":
@@ -115,7 +115,7 @@ def test_no_folder_is_crowded() -> None:
 
 
 def test_the_test_sees_imports() -> None:
-    """Of each form: from cogvideox import x, from cogvideox.x import y, and inside functions."""
+    """Imports have several forms: from cogvideox import x, from cogvideox.x import y, and both within functions."""
     found = own_imports(FILES["preparation.prepare"])
     assert {"model.encode", "model.models", "data.cache", "config.options"} <= found
     assert {"data.forms.folders"} <= own_imports(FILES["data.forms.samples"])
@@ -137,7 +137,7 @@ def test_scripts_do_not_import_each_other(script: str) -> None:
 
 
 def import_with_blocked(modules: tuple[str, ...], blocked: tuple[str, ...], folder: Path) -> list[str]:
-    """Tries each module in one interpreter; returns what failed."""
+    """Imports each module in one interpreter with some packages blocked, and returns the failures."""
     for name in blocked:
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text(f"raise ImportError('{name} is blocked')\n")

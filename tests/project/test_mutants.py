@@ -1,4 +1,4 @@
-"""tests/tools/mutants.py: its mutants still mean something. The mutants themselves are `make mutants`."""
+"""Tests that the mutants of tests/tools/mutants.py apply to the code. `make mutants` runs the mutants themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_mutant_is_one_place_and_still_python(mutant: mutants.Mutant) -> None:
 
 
 def test_each_outcome_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a tree of one function and one test; afterwards it is as it was."""
+    """Uses a tree of one function and one test, which is unchanged afterwards."""
     library, tests = tmp_path / mutants.LIBRARY, tmp_path / "tests"
     library.mkdir(parents=True)
     tests.mkdir()

@@ -1,4 +1,4 @@
-"""Every command of the README and docs parses, every file exists, and every figure is what was measured."""
+"""Tests the README and docs: every command parses, every file exists, and every figure equals a measurement."""
 
 import importlib
 import json
@@ -43,14 +43,14 @@ TEXTS = "".join(page.read_text() for page in PAGES if page.exists())
 
 
 def commands() -> list[str]:
-    """The command lines of all bash blocks."""
+    """Returns the command lines of all bash blocks."""
     blocks = re.findall(r"```bash\n(.*?)```", TEXTS, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
 
 def links() -> list[tuple[str, str]]:
-    """(file, target) of every link to a file or a heading of this repository."""
+    """Returns (file, target) of every link to a file or a heading of this repository."""
     pages = [page for page in PAGES if page.exists()]
     found = [
         (str(page.relative_to(ROOT)), to) for page in pages for to in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
@@ -59,7 +59,7 @@ def links() -> list[tuple[str, str]]:
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The names by which GitHub links to a page's headings."""
+    """Returns the names by which GitHub links to a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -156,7 +156,8 @@ def test_flags_in_the_text_exist() -> None:
     for name in LORA_SCRIPTS:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
     known |= set(bench.build_parser()._option_string_actions)
-    # of other benchmarks, of examples, of tests/tools/odd_files.py, of every script; the last two of sips and Docker
+    # Flags of other benchmarks, of examples, of tests/tools/odd_files.py and of every script. The last two are flags of
+    # sips and Docker.
     outside = {
         "--work_dir",
         "--results",

@@ -1,4 +1,4 @@
-"""The main job end to end: prepared, trained, killed, resumed, exported, used."""
+"""Tests the scripts end to end: preparing, training, kills, resuming, exporting, and using the result."""
 
 import ast
 import hashlib
@@ -57,7 +57,7 @@ def test_the_four_scripts_differ_in_task_method_options_and_check() -> None:
             options = f"{'Image' if task == 'ImageToVideo' else ''}{suffix.title()}Options"
             for word, of in ((task, "TASK"), (method, "METHOD"), (options, "OPTIONS"), (f"check_{name}", "CHECK")):
                 text, number = re.subn(rf"\b{word}\b", of, text)
-                assert number == (3 if of == "OPTIONS" else 2), word  # imported from their file, too
+                assert number == (3 if of == "OPTIONS" else 2), word  # the scripts can also be imported from their file
             stories.add(text)
     assert len(stories) == 1
 
@@ -75,7 +75,9 @@ def test_run_leaves_what_a_user_needs(reference: Path) -> None:
 def test_exported_lora_carries_rank_and_alpha(reference: Path) -> None:
     with safe_open(reference / WEIGHTS, "pt") as file:
         metadata = file.metadata()["lora_adapter_metadata"]
-    assert '"transformer.lora_alpha": 4' in metadata  # alpha 8 of rank 4: a scale of 2, which is in the matrices
+    assert (
+        '"transformer.lora_alpha": 4' in metadata
+    )  # alpha 8 and rank 4 give a scale of 2, which is multiplied into the matrices
     assert '"transformer.r": 4' in metadata
 
 
@@ -98,7 +100,7 @@ def test_inference_script_writes_a_video(reference: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("gib", "moved"), [(3.9, "enable_sequential_cpu_offload"), (4.1, "enable_model_cpu_offload")])
 def test_inference_script_on_a_gpu(gib: float, moved: str, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part at a time where the largest fits beside 4 GiB, else a layer at a time."""
+    """The parts are moved one at a time if the largest fits in addition to 4 GiB, or else one layer at a time."""
     import diffusers
 
     called: list[str] = []
@@ -130,7 +132,7 @@ def test_inference_script_decodes_in_tiles_where_frames_do_not_fit(
 
 @pytest.mark.slow
 def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, tmp_path: Path) -> None:
-    """The guide's own flags; only model, paths, buckets, steps and the tracker's mode are changed."""
+    """Uses the flags of the guide, except for model, paths, buckets, steps and the mode of the tracker."""
     data = tmp_path / "data"
     shutil.copytree(real_clips, data, ignore=shutil.ignore_patterns("packages"))
     (data / "prompts.txt").rename(data / "prompt.txt")
@@ -150,7 +152,7 @@ def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, t
     flags += ["--nccl_timeout", 1800]
     text = finish(start([*launcher, LORA_SCRIPT, *flags], WANDB_MODE="offline"))
     assert "cosine 1.0000" in text
-    assert len(weights(output)) == 2 * 4 * 2  # two matrices for each of four layers in two blocks
+    assert len(weights(output)) == 2 * 4 * 2  # two matrices for each of four layers in each of two blocks
     assert len(list((output / "validation").glob("*.mp4"))) == 4
     assert list(output.glob("wandb/offline-run-*/*.wandb"))
     assert (data / "cogvideox_tensors" / "index.json").is_file()
@@ -159,7 +161,7 @@ def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, t
 @pytest.mark.slow
 @pytest.mark.fault("kills: SIGKILL while clips are encoded, training, validating and saving", times=6)
 def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, tmp_path: Path) -> None:
-    """kill -9 while encoding, training, validating and saving; the same command, started again, is not told apart."""
+    """Kills the run while it encodes, trains, validates and saves. After a restart, the result is the same."""
     more = ("--validation_prompt", PROMPT, "--validation_steps", 3)
     whole = tmp_path / "whole"
     assert train(lora_flags(model, clips, whole, "--tensor_cache", tmp_path / "cache-whole", *more)) == 0
@@ -202,7 +204,9 @@ def test_two_processes_have_the_losses_of_one(
     said = launch(started, 2, python(LORA_SCRIPT, *flags, *more), tmp_path / "ranks", ACCELERATE_USE_CPU="true")
     assert ("streamed from the host" in said[0]) == (plan == "lean")
     assert losses(output) == pytest.approx(losses(reference), rel=1e-5)
-    tolerance = {"rtol": 1e-3, "atol": 1e-5} if plan == "off" else {"rtol": 1e-2, "atol": 1e-4}  # other roundings
+    tolerance = (
+        {"rtol": 1e-3, "atol": 1e-5} if plan == "off" else {"rtol": 1e-2, "atol": 1e-4}
+    )  # two processes round differently
     for name, tensor in weights(reference).items():
         torch.testing.assert_close(weights(output)[name], tensor, **tolerance)
 
@@ -216,8 +220,8 @@ def test_batch_size_and_accumulation_are_interchangeable(
 
 
 @pytest.mark.fault("ranks: larger batches in place of accumulation", times=2)
-def test_the_training_signal_does_not_depend_on_how_it_is_cut(model: Path, tensors: Path, tmp_path: Path) -> None:
-    """Weights, a range of timesteps, strata and an average, with accumulation or a batch, at once or in two goes."""
+def test_the_loss_does_not_depend_on_accumulation_or_resuming(model: Path, tensors: Path, tmp_path: Path) -> None:
+    """Uses loss weights, a range of timesteps, strata and an average; accumulates or uses a batch; resumes a run."""
     signal = ["--loss_weighting", "min_snr", "--min_timestep", 100, "--max_timestep", 899, "--use_ema"]
     more = ["--load_tensors", *signal, "--timestep_sampling", "stratified", "--max_train_steps", 4]
     whole, batched, parted = (lora_flags(model, tensors, tmp_path / name, *more) for name in ("whole", "b", "parted"))
@@ -234,10 +238,10 @@ def test_the_training_signal_does_not_depend_on_how_it_is_cut(model: Path, tenso
     assert losses(tmp_path / "plain")[0] != losses(tmp_path / "whole")[0]
 
 
-def test_the_training_signal_is_what_the_flags_say(
+def test_the_loss_follows_the_flags(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two samples a step, one from each half of the range; at the last timestep min_snr has no weight."""
+    """Each step has one sample from each half of the range. At the last timestep, the weight of min_snr is zero."""
     seen: list[int] = []
     before = loop.losses_of
     monkeypatch.setattr(loop, "losses_of", lambda *given: (seen.append(int(given[3].timestep_B)), before(*given))[1])
@@ -343,11 +347,14 @@ def test_deepspeed_zero_2_has_the_losses_of_one_process(
     first = python(LORA_SCRIPT, *flags, "--max_train_steps", 4)
     launch(started, 2, first, tmp_path / "ranks", ACCELERATE_USE_CPU="true")
     assert not losses(output)[4:]
-    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}  # as that command sets them
+    launched = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    }  # the environment variables that the command sets
     launched |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
     launched |= {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "none" for what in ("OPTIMIZER", "PARAM")}
     for rank in fork_ranks(2, python(LORA_SCRIPT, *flags), **launched):
-        finish(rank)  # resumed from DeepSpeed's checkpoint, which another engine refuses
+        finish(rank)  # a checkpoint of DeepSpeed, which another engine refuses
     assert losses(output) == pytest.approx(losses(reference), rel=1e-4)
 
 

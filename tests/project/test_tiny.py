@@ -1,4 +1,4 @@
-"""examples/tiny_cogvideox.py: the real pipelines run what it writes, and the same seed gives the same bytes."""
+"""Tests examples/tiny_cogvideox.py: diffusers' pipelines run its models, and the same seed gives the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/train_tiny_cogvideox.py: the footage that the VAE sees, its loop, what is put together at the end."""
+"""Tests examples/train_tiny_cogvideox.py: the footage for the VAE, its training loop, and the finished pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def drawn() -> torch.Tensor:
     return check.drawn_clips(shapes.scenes()[::200])
 
 
-def test_a_pyramid_goes_down_to_a_whole_frame() -> None:
+def test_a_pyramid_ends_with_a_complete_frame() -> None:
     sizes = [tuple(scaled.shape[2:]) for scaled in training.pyramid(film())]
     assert sizes[0][0] == 64
     assert all(height >= 64 and width >= 96 for height, width in sizes)
@@ -44,7 +44,7 @@ def test_a_film_of_nine_frames_is_long_enough() -> None:
 
 
 class SmallPictures(training.Footage):
-    """A quarter of each side: convolutions are slow on a CPU."""
+    """Makes pictures with a quarter of the height and width, because convolutions are slow on a CPU."""
 
     def batch(self, size: int) -> torch.Tensor:
         return super().batch(size)[..., ::4, ::4].contiguous()

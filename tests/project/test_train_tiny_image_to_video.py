@@ -1,4 +1,4 @@
-"""examples/train_tiny_image_to_video.py: the channels that it adds, and all of its stages on a few clips."""
+"""Tests examples/train_tiny_image_to_video.py: the channels that it adds, and all of its stages on a few clips."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ STAGES = {
 
 
 def patches(pipeline: Path) -> torch.Tensor:
-    """Weights of the patch embedding, (width, channels, rows, columns)."""
+    """Returns weights of a patch embedding, (width, channels, rows, columns)."""
     weights = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
     return weights["patch_embed.proj.weight"].float()
 

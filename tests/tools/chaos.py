@@ -1,12 +1,12 @@
-"""Injects every fault that a test injects, and prints how each came out: `make chaos`.
+"""Runs all tests that inject a fault and prints a table of their outcomes: `make chaos`.
 
-A test says with @pytest.mark.fault("group: what is injected", times=N) which fault it injects, and how often; one that
-finds out only while it runs adds with the fixture ``injected``. All such tests run, the long ones too, but for those
-that need a GPU, which `make test-gpu` runs.
+The mark @pytest.mark.fault("group: what is injected", times=N) of a test names the fault and how often the test injects
+it. A test that knows the number only while it runs adds to it with the fixture ``injected``. Tests marked as long run
+too. Tests that need a GPU do not run here but with `make test-gpu`.
 
     python tests/tools/chaos.py [--write [--again]] [--workers 2] [pytest's arguments]
 
-It ends with 1 if one came out wrong.
+The exit status is 1 if a test failed.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ GROUPS = [
 ]
 BEGIN, END = "<!-- the table that make chaos writes -->", "<!-- the end of the table -->"
 NEEDS_GPU = "not run: needs a GPU"
-FAULT, MORE = "fault", "more faults"  # in the properties of a test's report
+FAULT, MORE = "fault", "more faults"  # names of properties in the report of a test
 PACKAGES = ("torch", "diffusers", "peft", "accelerate", "transformers")
 
 
 @dataclass
 class Row:
-    """A fault, and what the tests that inject it said."""
+    """A fault, and the outcomes of the tests that inject it."""
 
     injected: int = 0
-    outcomes: list[str] = field(default_factory=list)  # of each test: passed, failed, skipped
+    outcomes: list[str] = field(default_factory=list)  # one for each test: passed, failed or skipped
     on_gpu_only: bool = True
-    files: set[str] = field(default_factory=set)  # the tests are in these
+    files: set[str] = field(default_factory=set)  # names of the test files
 
     @property
     def outcome(self) -> str:
-        """In words, for the table."""
+        """Returns the outcome of all tests in words, for the table."""
         failed, skipped = self.outcomes.count("failed"), self.outcomes.count("skipped")
         if failed:
             return f"FAILED: {failed} of {len(self.outcomes)} tests"
@@ -73,13 +73,13 @@ class Row:
 
 
 def faults_of(item: pytest.Item) -> Iterable[tuple[str, int]]:
-    """(row, how often) of each fault that a test injects."""
+    """Yields the name and the number of injections of each fault that a test injects."""
     for mark in item.iter_markers("fault"):
         yield mark.args[0], mark.kwargs.get("times", 1)
 
 
 def rows_of(items: Iterable[pytest.Item]) -> dict[str, Row]:
-    """The faults that tests inject, none of which has run."""
+    """Returns a row for each fault of the tests, before any of them has run."""
     rows: dict[str, Row] = {}
     for item in items:
         for name, _ in faults_of(item):
@@ -90,18 +90,18 @@ def rows_of(items: Iterable[pytest.Item]) -> dict[str, Row]:
 
 
 class Watching:
-    """What pytest tells: which faults there are, and what their tests say."""
+    """A pytest plugin that collects the faults and the outcomes of their tests."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Notes all faults, before pytest leaves out what does not run here."""
+        """Collects all faults before pytest deselects the tests that do not run here."""
         self.rows |= rows_of(items)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Counts a test at its end, or where it failed or was skipped before."""
+        """Counts a test when it ends, or when its set-up fails or skips it."""
         if report.when != "call" and report.passed:
             return
         given = [value for name, value in report.user_properties if name == FAULT]
@@ -114,7 +114,7 @@ class Watching:
 
 
 def collected() -> dict[str, Row]:
-    """All faults that tests inject, without running any."""
+    """Returns all faults that tests inject, without running a test."""
     watching = Watching()
     with redirect_stdout(io.StringIO()):
         status = pytest.main(["--collect-only", "-m", "fault", str(ROOT / "tests")], [watching])
@@ -124,7 +124,7 @@ def collected() -> dict[str, Row]:
 
 
 def ran(workers: int, more: list[str]) -> tuple[int, dict[str, Row]]:
-    """pytest's exit status and what came out."""
+    """Runs the tests. Returns pytest's exit status and the rows."""
     watching = Watching()
     watching.rows = collected()
     parallel = ["-n", str(workers), "--dist", "loadgroup"] if workers else []
@@ -133,12 +133,12 @@ def ran(workers: int, more: list[str]) -> tuple[int, dict[str, Row]]:
 
 
 def in_order(rows: Iterable[str]) -> list[str]:
-    """By group, in the order of GROUPS, then as they read."""
+    """Returns the names sorted by group, in the order of GROUPS, and then by their text."""
     return sorted(rows, key=lambda row: (GROUPS.index(row.partition(":")[0]), row))
 
 
 def table(rows: dict[str, Row]) -> str:
-    """Markdown: group, fault, how often, outcome, the files of the tests."""
+    """Returns the rows as a Markdown table."""
     lines = ["| group | fault | injected | outcome | tests |", "|---|---|---:|---|---|"]
     for name in in_order(rows):
         group, _, fault = name.partition(": ")
@@ -148,24 +148,24 @@ def table(rows: dict[str, Row]) -> str:
 
 
 def rows_in(page: str) -> set[tuple[str, str]]:
-    """(fault, file of a test that injects it) of all that a page has in its table."""
+    """Returns (fault, file of a test that injects it) for each row of the table in a page."""
     lines = page.partition(BEGIN)[2].partition(END)[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {(f"{row[0]}: {row[1]}", file) for row in cells[2:] for file in row[-1].split()}
 
 
 def fault_in(line: str) -> str:
-    """Group and fault of a line of the table."""
+    """Returns the group and the fault of a line of the table."""
     return "|".join(line.split("|")[1:3])
 
 
 def run_rows(rows: dict[str, Row]) -> dict[str, Row]:
-    """Those of which a test has run."""
+    """Returns the rows of which a test has run."""
     return {name: row for name, row in rows.items() if row.outcomes}
 
 
 def summary(rows: dict[str, Row], seconds: float) -> str:
-    """How often, how long, with what."""
+    """Returns a summary of the rows, the duration and the versions."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     total, tests = sum(row.injected for row in rows.values()), sum(len(row.outcomes) for row in rows.values())
@@ -179,7 +179,13 @@ def summary(rows: dict[str, Row], seconds: float) -> str:
 
 
 def write(rows: dict[str, Row], seconds: float, again: bool) -> None:
-    """Puts the table into the page, which says the rest itself. ``again``: only the rows that ran."""
+    """Writes the table into the page.
+
+    Args:
+        rows: The faults and their outcomes.
+        seconds: The duration of the run.
+        again: Whether to replace only the rows that ran.
+    """
     text = PAGE.read_text(encoding="utf-8")
     said, lines = summary(rows, seconds), table(rows)
     if again:

@@ -1,8 +1,8 @@
-"""Whether the tests would notice: one line of the core at a time is made wrong, and the tests named here must fail.
+"""Makes one line of the library wrong at a time, and checks that the tests named here fail.
 
-The tree is copied and changed there, so that the working tree is never touched. Each mutant is killed if a test fails;
-that those tests pass without it is seen first. A mutant that survives, or whose old text is not found exactly once, is
-a failure.
+Each change is called a mutant, and it is killed if one of its tests fails. The changes are made in a copy of the tree,
+never in the working tree. First, all tests must pass without a mutant. The script fails if a mutant survives, or if its
+old text does not occur exactly once.
 
     python tests/tools/mutants.py [--jobs 2] [WORD]    all of them, or those with WORD in their file or their change
 """
@@ -28,12 +28,12 @@ LEFT_OUT = (".git", ".venv", "__pycache__", "runs", "demo", "shared", ".mypy_cac
 
 
 class Mutant(NamedTuple):
-    """A change of one line of a file of the library, and the tests of which one fails under it."""
+    """A change of one line of a file of the library, and the tests of which at least one must fail."""
 
     file: str
     old: str
     new: str
-    tests: tuple[str, ...]  # as pytest takes them, without the folder
+    tests: tuple[str, ...]  # arguments of pytest; test files without their folder
 
     @property
     def path(self) -> str:
@@ -145,12 +145,12 @@ MUTANTS = (
 
 
 def occurrences(mutant: Mutant, root: Path = ROOT) -> int:
-    """How often the old text is in its file: once, or the mutant says nothing."""
+    """Returns how often the old text occurs in its file. It must be once."""
     return (root / mutant.path).read_text().count(mutant.old)
 
 
 def copy_of_the_tree(folder: Path) -> Path:
-    """Another copy of all that tests need."""
+    """Copies everything that tests need to a folder."""
     return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True))
 
 
@@ -162,7 +162,7 @@ def path_of_test(test: str, root: Path = ROOT) -> str:
 
 
 def run_tests(root: Path, tests: Sequence[str]) -> int:
-    """pytest's exit status: 0 if all passed, 1 if one failed."""
+    """Returns pytest's exit status: 0 if all tests passed, 1 if one failed."""
     paths = [path_of_test(part, root) if part.startswith("test_") and ".py" in part else part for part in tests]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", *paths]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
@@ -171,7 +171,7 @@ def run_tests(root: Path, tests: Sequence[str]) -> int:
 
 
 def outcome(mutant: Mutant, root: Path) -> str:
-    """What the tests say to a mutant, in a copy of the tree, which is as before afterwards."""
+    """Returns the outcome of the tests under a mutant. The copy of the tree is restored afterwards."""
     if occurrences(mutant, root) != 1:
         return f"{occurrences(mutant, root)} places"
     whole = (root / mutant.path).read_text()
@@ -184,7 +184,7 @@ def outcome(mutant: Mutant, root: Path) -> str:
 
 
 def run_all(mutants: Sequence[Mutant], jobs: int) -> int:
-    """Prints a line for each; returns how many were not killed, or have tests that fail without them."""
+    """Prints a line for each mutant. Returns how many survived, plus how many groups of tests fail without a mutant."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
         for number in range(jobs):

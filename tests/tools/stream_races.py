@@ -1,13 +1,13 @@
-"""Which stream of a GPU touches memory without having waited for another, found on a CPU without any timing.
+"""Detects races between the streams of a GPU on a CPU, independent of timing.
 
-Everything runs at once, in the order in which the host asks for it. Beside that, each stream has a vector clock, which
-events carry from one to another, and each storage has the list of who read and wrote which of its bytes, and when. Two
-accesses of which one writes are a race unless the later one's stream waited for the earlier. That is so for compute as
-for any other stream: whether it would be late or early does not matter. As with torch's allocator, memory belongs to
-the stream that asked for it: another may touch it only after what that had been given by then, and it may be let go
-only when its owner waited for all others.
+All work runs at once, in the order in which the host issues it. In addition, each stream has a vector clock, which
+events pass on to other streams, and each storage has a list of the accesses to its bytes with their times. If two
+accesses touch the same bytes and one of them writes, they are a race unless the later stream waited for the earlier.
+This holds for every stream, including the compute stream. As with torch's allocator, memory belongs to the stream that
+allocated it. Another stream may touch it only after the work that its owner had been given when it was allocated, and
+it may be freed only when its owner has waited for all other streams that touched it.
 
-    with watched(monkeypatch):    puts this in place of streaming.SideStream and of its events; raises Race
+    with watched(monkeypatch):    replaces streaming.SideStream and its events; raises Race
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from cogvideox.optimizer import master_weights
 from cogvideox.optimizer import step as step_module
 from cogvideox.planning import stack
 
-Event = dict[int, int]  # of each stream, how much has happened; what has not waited for anything knows nothing
-COMPUTE, HOST = range(2)  # the host waits only where it says so; what it asks for then comes later on every stream
+Event = dict[int, int]  # a vector clock: for each stream, the time up to which its work is known to be done
+COMPUTE, HOST = range(2)  # the host has a clock too: work that it issues comes after everything that it waited for
 
 
 class Race(AssertionError):
-    """Two streams touch the same memory, and neither waited for the other."""
+    """Two streams touched the same memory, and neither waited for the other."""
 
 
 class Access(NamedTuple):
-    """Of bytes of a storage, by a stream."""
+    """An access of a stream to bytes of a storage."""
 
     start: int
     end: int
@@ -45,43 +45,45 @@ class Access(NamedTuple):
 
 
 class Streams(TorchDispatchMode):
-    """What has happened on each stream, and what memory was touched."""
+    """Records the work of each stream and its accesses to memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.clocks: list[Event] = [{COMPUTE: 0}, {HOST: 0}]
         self.current = COMPUTE
-        self.touched: dict[int, dict[Access, int]] = {}  # by storage: the last time of its stream's clock
-        self.owners: dict[int, int] = {}  # of each storage the stream that it goes back to
-        self.freed: list[str] = []  # what went wrong where no exception can be raised
+        self.touched: dict[
+            int, dict[Access, int]
+        ] = {}  # for each storage, its accesses, each with the last time of its stream
+        self.owners: dict[int, int] = {}  # for each storage, the stream that owns it
+        self.freed: list[str] = []  # problems that were found where no exception can be raised
 
     def add(self) -> int:
-        """Another stream, which the host asks for after all that it has waited for."""
+        """Adds a stream, whose work comes after everything that the host has waited for."""
         number = len(self.clocks)
         self.clocks.append({number: 0})
         return number
 
     def mark(self, stream: int) -> Event:
-        """An event after what a stream was given so far."""
+        """Returns an event after the work that a stream has been given so far."""
         clock = self.clocks[stream]
         event = dict(clock)
         clock[stream] += 1
         return event
 
     def wait(self, stream: int, event: Event | None) -> None:
-        """A stream goes on after an event."""
+        """Makes a stream wait for an event."""
         for other, time in (event or {}).items():
             clock = self.clocks[stream]
             clock[other] = max(time, clock.get(other, -1))
 
     def host_waits(self, event: Event | None) -> None:
-        """The host does: all that it asks for from now on comes later."""
+        """Makes the host wait for an event. All work that it issues later comes after the event."""
         for stream in range(len(self.clocks)):
             self.wait(stream, event)
 
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:
-        """What is asked for in this block is given to a stream."""
+        """Gives the work that is issued within the context to a stream."""
         before, self.current = self.current, stream
         yield
         self.current = before
@@ -90,7 +92,7 @@ class Streams(TorchDispatchMode):
         kwargs = kwargs or {}
         found = function(*args, **kwargs)
         schema = function._schema
-        if any(r.alias_info and not r.alias_info.is_write for r in schema.returns):  # a view: nothing is touched
+        if any(r.alias_info and not r.alias_info.is_write for r in schema.returns):  # a view touches no memory
             return found
         for number, argument in enumerate(schema.arguments):
             value = args[number] if number < len(args) else kwargs.get(argument.name)
@@ -101,10 +103,10 @@ class Streams(TorchDispatchMode):
         return found
 
     def touch(self, tensor: Tensor, writes: bool) -> None:
-        """Notes an access by the current stream.
+        """Records an access by the current stream.
 
         Raises:
-            Race: it did not wait for an earlier one.
+            Race: The stream did not wait for an earlier access.
         """
         if not tensor.numel() or tensor.device.type == "meta":
             return
@@ -124,13 +126,13 @@ class Streams(TorchDispatchMode):
         self.touched[key][now] = clock[stream]
 
     def pinned(self, num_bytes: int) -> Tensor:
-        """Memory of the host, which is gone as soon as it is let go."""
+        """Returns host memory that is freed as soon as the last reference is gone."""
         buffer = torch.zeros(num_bytes, dtype=torch.uint8)
         self.owners[buffer.untyped_storage()._cdata] = HOST
         return buffer
 
     def free(self, key: int) -> None:
-        """Memory is let go: its owner gets it again."""
+        """Records that memory was freed and returns to its owner."""
         owner = self.owners.pop(key)
         clock = self.clocks[owner]
         for other, time in self.touched.pop(key).items():
@@ -139,7 +141,7 @@ class Streams(TorchDispatchMode):
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of an argument or a result: one, a list of them, or none."""
+    """Returns the tensors in an argument or a result, which may be a tensor or a list of tensors."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -149,7 +151,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
-    """Watches all streams that are made in this block."""
+    """Watches all streams that are created within the context."""
     streams = Streams()
 
     class SideStream(streaming.SideStream):
