@@ -244,7 +244,7 @@ class T5Arms:
             torch.cuda.empty_cache()
             move = time.perf_counter() - begun
             rest = torch.cuda.memory_allocated() / GIB
-            arms.run("t5 streamed", self.arm, CAPTIONS, t5_stream.CAPTIONS_A_PASS)
+            arms.run("t5 streamed", self.arm, CAPTIONS, t5_stream.BATCHES_PER_PASS)
             arms.run("t5 streamed, one a pass", self.arm, 4, 1)
         return {"seconds_to_pin": round(move, 2), "resident_gib": round(rest, 3)}
 

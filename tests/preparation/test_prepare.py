@@ -544,7 +544,7 @@ def test_t5_on_the_host_makes_the_same_embeddings(
         return text_encoder(*arguments)
 
     monkeypatch.setattr(models, "text_encoder", watched)
-    monkeypatch.setattr(prepare, "CAPTIONS_A_PASS", 2)
+    monkeypatch.setattr(prepare, "BATCHES_PER_PASS", 2)
     folders = {place: tmp_path / place for place in ("device", "host")}
     for place, folder in folders.items():
         complete(tiny("5b"), clips, folder, encode_flags=EncodeFlags(t5_on=place), caption_batch=batch)

@@ -3,13 +3,16 @@
     attend(q, k, v, backend) -> (o, lse)                              o = softmax(q k^T / sqrt(D)) v
     attend_backward(do, q, k, v, o, lse, backend) -> (dq, dk, dv)
 
-Both are custom operators of torch, so that torch.compile sees each as one node, which it neither traces nor splits.
+Both are custom operators of torch, so torch.compile treats each one as a single node and does not trace into it.
 ``choose_backend`` chooses the kernels after comparing their gradients with plain fp32 arithmetic. To add a backend, add
 its name to BACKENDS, a branch to both operators, and what it requires to ``_problem``.
 
 q, k, v and o are (B, S, H, D), the layout that the linear layers write and read, so that nothing is transposed. lse,
-(B, H, S) in fp32, is log(sum(exp(row of q k^T / sqrt(D)))). The backward pass recomputes the attention weights from it,
-as in FlashAttention-2 (Dao 2023, section 3.1).
+(B, H, S) in fp32, is the log-sum-exp of each row of scores. The backward pass recomputes the attention weights P from
+it, as in FlashAttention-2 (Dao 2023):
+
+    s = q k^T / sqrt(D)        lse = log(sum(exp(s)))        P = exp(s - lse)        o = P v
+    dv = P^T do        dP = do v^T        ds = P * (dP - sum(do * o)) / sqrt(D)        dq = ds k        dk = ds^T q
 
 Shapes: B samples, S tokens, H heads, D channels of a head.
 """
@@ -26,7 +29,8 @@ from cogvideox.errors import first_line
 aten = torch.ops.aten
 
 CUDNN, FLASH, FLASH_4, SAGE, CPU = "cudnn", "flash", "flash-4", "sage", "cpu"
-BACKENDS = (FLASH_4, CUDNN, FLASH)  # those of a GPU, fastest first; sage quantizes, so it is used only on request
+# The backends of a GPU that may be chosen automatically, fastest first. Sage quantizes, so it is used only on request.
+BACKENDS = (FLASH_4, CUDNN, FLASH)
 HOPPER = (9, 0)
 GRADIENT_TOLERANCE = 2e-2  # relative error of bf16 gradients against fp32; a wrong kernel has an error of 1 or more
 QUANTIZED_TOLERANCE = 4.5e-2  # corresponds to a cosine of 0.999
@@ -34,6 +38,7 @@ PROBE_SHAPE = (1, 353, 2, 64)  # (B, S, H, D); the odd number of tokens leaves t
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """Transposes (B, S, H, D) to (B, H, S, D), the layout of torch's kernels, without copying."""
     return [tensor.transpose(1, 2) for tensor in tensors]
 
 
@@ -48,7 +53,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tenso
         backend: The kernels, as ``choose_backend`` returns them.
 
     Returns:
-        (attention output of (B, S, H, D), lse of (B, H, S) in fp32), both contiguous.
+        The attention output, (B, S, H, D), and lse, (B, H, S) in fp32. Both are contiguous.
     """
     if backend == FLASH_4:
         from flash_attn.cute.interface import _flash_attn_fwd
@@ -85,11 +90,11 @@ def attend_backward(
         k: Keys, as given to ``attend``.
         v: Values, as given to ``attend``.
         o: Attention output that ``attend`` returned.
-        lse: As ``attend`` returned it, (B, H, S).
+        lse: The log-sum-exp that ``attend`` returned, (B, H, S).
         backend: The kernels that ``attend`` used.
 
     Returns:
-        Gradients of q, k and v, (B, S, H, D) each.
+        The gradients of q, k and v, (B, S, H, D) each.
     """
     if backend == FLASH_4:
         from flash_attn.cute.interface import _flash_attn_bwd
@@ -130,12 +135,12 @@ def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str = "auto
     """Chooses the fastest available backend whose gradients are correct.
 
     Args:
-        device: Where attention is computed.
+        device: The device on which attention is computed.
         dtype: The type of q, k and v.
-        wanted: "auto", or the name of the only backend to consider.
+        wanted: Either "auto" or the name of the only backend to consider.
 
     Returns:
-        (backend, the reason for the choice).
+        The name of the backend, and the reason for the choice.
 
     Raises:
         ValueError: No backend is available; the message says why.
@@ -154,6 +159,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str = "auto
 
 
 def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns why a backend cannot be used, or None."""
     if dtype == torch.float32:
         return "it supports only bf16 and fp16"
     if backend == FLASH_4 and not _installed("flash_attn", "cute"):
@@ -164,14 +170,17 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         return problem
     try:
         worst = gradient_error(backend, device, dtype)
-    except Exception as error:  # any failure of a kernel or its compiler: the next backend is tried
+    except Exception as error:  # after any failure of a kernel or its compiler, the next backend is tried
         return f"it fails ({first_line(error)})"
     allowed = QUANTIZED_TOLERANCE if backend == SAGE else GRADIENT_TOLERANCE
     return None if worst < allowed else f"its gradients have a relative error of {worst:.2g}"
 
 
 def _problem_of_sage() -> str | None:
-    """Checks for version 2. Version 1, the one on PyPI, returns no lse, which the backward pass needs."""
+    """Returns why SageAttention cannot be used, or None.
+
+    The backward pass needs lse, which version 1, the version on PyPI, does not return.
+    """
     if find_spec("sageattention") is None:
         return "sageattention is not installed"
     known = inspect.signature(import_module("sageattention").sageattn).parameters
@@ -189,8 +198,8 @@ def gradient_error(backend: str, device: torch.device, dtype: torch.dtype) -> fl
     q, k, v, do = (torch.randn(PROBE_SHAPE, generator=generator, device=device).to(dtype) for _ in range(4))
     o, lse = attend(q, k, v, backend)
     found = (o, *attend_backward(do, q, k, v, o, lse, backend))
-    exact = [x.float().transpose(1, 2).requires_grad_() for x in (q, k, v)]
-    weights = (exact[0] @ exact[1].mT * PROBE_SHAPE[-1] ** -0.5).softmax(-1)
+    exact = [x.float().transpose(1, 2).requires_grad_() for x in (q, k, v)]  # (B, H, S, D)
+    weights = (exact[0] @ exact[1].mT * PROBE_SHAPE[-1] ** -0.5).softmax(-1)  # softmax(q k^T / sqrt(D)), (B, H, S, S)
     expected = weights @ exact[2]
     right = (expected.detach(), *torch.autograd.grad(expected, exact, do.float().transpose(1, 2)))
     return max(float((a.float() - b.transpose(1, 2)).norm() / b.norm()) for a, b in zip(found, right, strict=True))

@@ -11,17 +11,17 @@ the others, and returns the gradients. No autograd graph exists between the two.
          a = linear(o)                           y = h + gate2 * z   -> y
          h = x + gate1 * a   -> h
 
-modulate(x) = LayerNorm(x) * (1 + scale) + shift is adaptive layer norm (Peebles & Xie 2023, section 3.2). Its shift,
+modulate(x) = LayerNorm(x) * (1 + scale) + shift is the adaptive layer norm of DiT (Peebles & Xie 2023). Its shift,
 scale and gate are linear functions of the timestep embedding, one set for video tokens and one for text tokens.
 
-Why any activation may be kept or recomputed: each one is a function of x and the weights alone, and the functions are
-deterministic (dropout repeats its mask within a step). Keeping only x costs the least memory and one more forward pass;
-keeping everything costs the most memory and recomputes nothing. KEPT lists the four levels, from which a plan chooses.
-The gradients are the same at every level.
+Why any activation may be kept or recomputed: each one is a function of x, the timestep embedding and the weights, and
+the functions are deterministic (dropout repeats its mask within a step). Keeping only x takes the least memory and one
+more forward pass; keeping all activations takes the most memory, and nothing is recomputed. KEPT lists the four levels
+from which a plan chooses. The gradients are the same at every level.
 
 Why functions and not modules: all weights are arguments, so they may be stored in any buffer, such as one that is
-filled from host memory just before the block runs, and one compiled graph serves all blocks. Text and video are one
-sequence throughout, text first; what differs between them (modulation, rotary embedding) is looked up by position.
+filled from host memory just before the block runs, and one compiled graph serves all blocks. Text and video form one
+sequence throughout, text first. Their modulations and rotary embeddings differ, so these are chosen by position.
 
 Shapes: B samples, S tokens (L of text, then those of the video), D channels, H heads, E channels of a head (H * E = D),
 R rank of a LoRA.
@@ -63,8 +63,8 @@ class Linear(NamedTuple):
     a: Tensor | None = None  # A, (R, in)
     b: Tensor | None = None  # B, (out, R)
     scale: float = 1.0
-    # Dropout in front of A. backward applies it to gradients and to recomputed inputs, so it must be linear in its
-    # argument and use the same mask at every call within a step.
+    # The dropout in front of A. ``backward`` applies it to gradients and to recomputed inputs, so it must be linear in
+    # its argument and use the same mask at every call within a step.
     drop: Callable[[Tensor], Tensor] | None = None
     trained: bool = False  # whether weight and bias get gradients
 
@@ -122,9 +122,9 @@ def kept_at(level: str, p: Block) -> tuple[str, ...]:
 def needed_for_weights(p: Block) -> set[str]:
     """Returns the activations that are needed for gradients of weights only.
 
-    The gradient of x needs none of these as long as the outputs of the linear layers are known. The weights or the LoRA
-    of a layer need the layer's input (n1, n2, g); the gates, where the modulations are trained, need the values that
-    they are multiplied with (a, z).
+    If the outputs of the linear layers are known, the gradient of x needs none of these. Gradients of the weights or of
+    the LoRA of a layer need the layer's input (n1, n2 or g). Gradients of gates, which exist where modulations are
+    trained, need the values that the gates are multiplied by (a and z).
     """
     inputs = {"n1": (p.q, p.k, p.v), "n2": (p.ff1,), "g": (p.ff2,)}
     used = {name for name, layers in inputs.items() if any(p.trained or p.a is not None for p in layers)}
@@ -157,9 +157,10 @@ def linears_backward(
 ) -> tuple[Tensor, list[Gradients]]:
     """Computes the gradients of ``linears``.
 
-    With tokens as rows, y = x W^T + bias + scale * drop(x) A^T B^T, and dy the gradient of y:
-    dx = dy W + scale * drop(dy B A), dW = dy^T x, dbias = the sum of dy over tokens,
-    dA = scale * (dy B)^T drop(x), dB = scale * dy^T (drop(x) A^T).
+    With tokens as rows, and dy as the gradient of y = x W^T + bias + scale * drop(x) A^T B^T:
+
+        dx = dy W + scale * drop(dy B A)            dW = dy^T x            dbias = sum of dy over tokens
+        dA = scale * (dy B)^T drop(x)               dB = scale * dy^T (drop(x) A^T)
 
     Args:
         dys: The gradient of each layer's output, (..., out).
@@ -169,7 +170,7 @@ def linears_backward(
     Returns:
         The gradient of x, summed over the layers, and for each layer the gradients of what it trains.
     """
-    dx = reduce(add, [dy @ dequantize(p.weight, dy.dtype) for dy, p in zip(dys, layers, strict=True)])
+    dx = reduce(add, [dy @ dequantize(p.weight, dy.dtype) for dy, p in zip(dys, layers, strict=True)])  # dy W
     found: list[Gradients] = [()] * len(layers)
     for i, (dy, p) in enumerate(zip(dys, layers, strict=True)):
         if p.trained:
@@ -178,7 +179,8 @@ def linears_backward(
     for group in lora_groups(layers):
         members = [layers[i] for i in group]
         x_in = apply_dropout(not_none(x), members)
-        us = lora_down(x_in, members)
+        us = lora_down(x_in, members)  # A drop(x): (..., R) for each layer
+        # The gradient of all of them together: scale * dy B, (..., sum of R).
         du = concatenated([dys[i] @ not_none(layers[i].b) * layers[i].scale for i in group], dim=-1)
         das = (du.flatten(0, -2).mT @ x_in.flatten(0, -2)).split([u.shape[-1] for u in us])
         for i, u, da in zip(group, us, das, strict=True):
@@ -193,7 +195,7 @@ def lora_groups(layers: Sequence[Linear]) -> list[list[int]]:
     A layer with dropout is a group by itself, because its mask makes its input different from that of the others.
 
     Returns:
-        Groups of indices into ``layers``; layers without a LoRA are in none.
+        Groups of indices into ``layers``. Layers without a LoRA are in no group.
     """
     trained = [i for i, p in enumerate(layers) if p.a is not None]
     together = [i for i in trained if layers[i].drop is None]
@@ -230,10 +232,10 @@ def modulations(p: Linear, shared: Shared, length: int) -> tuple[Tensor, Tensor,
     Args:
         p: The modulation layer.
         shared: The timestep embedding and the number of text tokens.
-        length: Number of tokens, S.
+        length: The number of tokens, S.
 
     Returns:
-        (shift, scale, gate), each (B, S, D).
+        Shift, scale and gate, (B, S, D) each.
     """
     # (B, 6 D) -> six of (B, 1, D): first those of video tokens, then those of text tokens
     shift, scale, gate, *text = linears(F.silu(shared.temb), [p])[0].unsqueeze(1).chunk(6, dim=-1)
@@ -251,7 +253,7 @@ def modulations_backward(dtokens: Sequence[Tensor], p: Linear, shared: Shared) -
         shared: The timestep embedding and the number of text tokens.
 
     Returns:
-        (gradient of the timestep embedding, gradients of the layer).
+        The gradient of the timestep embedding, (B, time embedding), and the gradients of the layer.
     """
     of_text, of_video = slice(None, shared.text_length), slice(shared.text_length, None)
     # All tokens of a kind share one modulation, so their gradients are summed: (B, S, D) -> (B, D), six times.
@@ -274,14 +276,14 @@ def modulate_backward(
         dn: Gradient of the modulated x, (B, S, D).
         x: Input of ``modulate``, (B, S, D).
         norm: The layer norm.
-        shift: Of each token, (B, S, D).
-        scale: Of each token, (B, S, D).
+        shift: The shift of each token, (B, S, D).
+        scale: The scale of each token, (B, S, D).
         dy: Gradient of the residual sum that the gated branch is added to, (B, S, D).
-        gated: What the gate is multiplied with (a or z), (B, S, D); None if the modulation is not trained.
+        gated: The value that the gate is multiplied by (a or z), (B, S, D); None if the modulation is not trained.
 
     Returns:
-        (gradient of x, gradients of the norm, gradients of shift, scale and gate). The last list is empty if ``gated``
-        is None.
+        The gradient of x, those of the norm, and those of shift, scale and gate. The last list is empty if ``gated`` is
+        None.
     """
     if gated is None:
         dx, dnorm, _ = norm_vjp(lambda x, norm: modulate(x, norm, shift, scale), x, norm, dn)
@@ -299,10 +301,10 @@ def rotate(x: Tensor, norm: Norm, rotary: tuple[Tensor, Tensor] | None) -> Tenso
     Args:
         x: Queries or keys, (B, S, H, E).
         norm: Layer norm over E.
-        rotary: Cos and sin, (S, E) each, or None for a model without rotary embedding.
+        rotary: The cosine and sine tables, (S, E) each, or None for a model without rotary embedding.
 
     Returns:
-        (B, S, H, E), in the type of x.
+        The rotated x, (B, S, H, E), in its type.
     """
     x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     if rotary is None:
@@ -331,7 +333,7 @@ def norm_vjp(
     """Computes the gradients of function(x, norm, *more), for a gradient ``dy`` of its result.
 
     Returns:
-        (gradient of x, gradients of the norm's weight and bias if it is trained, gradients of ``more``).
+        The gradient of x, those of the norm's weight and bias if it is trained, and those of ``more``.
     """
     weights = {name: w for name in ("weight", "bias") if (w := getattr(norm, name)) is not None} if norm.trained else {}
 
@@ -355,7 +357,7 @@ def forward(x: Tensor, p: Block, shared: Shared, keep: tuple[str, ...]) -> tuple
         keep: Names of the activations to return, as ``kept_at`` gives them.
 
     Returns:
-        (y, kept activations by name), y of shape (B, S, D). x itself is not among the activations: the caller has it.
+        The output y, (B, S, D), and the kept activations by name. They do not include x, which the caller has.
     """
     split = (*x.shape[:2], shared.heads, -1)
     shift, scale, gate = modulations(p.modulation1, shared, x.shape[1])
@@ -384,18 +386,19 @@ def backward(
         dy: Gradient of the block's output, (B, S, D).
         p: The weights.
         shared: The inputs that all blocks have in common.
-        kept: Activations by name: x, and what ``forward`` returned.
+        kept: The activations by name: x, and those that ``forward`` returned.
 
     Returns:
-        (gradient of x, gradient of temb or None if no modulation is trained, gradients of each layer by name).
+        The gradient of x, the gradient of temb or None if no modulation is trained, and each layer's gradients by name.
     """
     x, rotary = kept["x"], shared.rotary
     split = (*x.shape[:2], shared.heads, -1)
     shift1, scale1, gate1 = modulations(p.modulation1, shared, x.shape[1])
     shift2, scale2, gate2 = modulations(p.modulation2, shared, x.shape[1])
 
-    # First half: obtain every activation that the gradients need. Those that no gradient needs stay None; n1 and n2 are
-    # also recomputed where the outputs of their linear layers were not kept.
+    # First half: take every activation that the gradients need from ``kept``, or recompute it. Those that no gradient
+    # needs stay None. n1 and n2 are also recomputed if the outputs of their linear layers were not kept, because these
+    # are computed from them.
     def obtain(name: str, compute: Callable[[], Any]) -> Any:
         return kept[name] if name in kept else compute()
 
@@ -429,9 +432,9 @@ def backward(
     dqkv = [dz.reshape(x.shape) for dz in (dq, dk, dv)]
     dn1, (found["q"], found["k"], found["v"]) = linears_backward(dqkv, n1, (p.q, p.k, p.v))
     dx, found["norm1"], dtokens1 = modulate_backward(dn1, x, p.norm1, shift1, scale1, dh, a)
-    dtembs = []  # dtokens is empty for a modulation that is not trained
+    dtembs = []
     for name, dtokens in (("modulation1", dtokens1), ("modulation2", dtokens2)):
-        if dtokens:
+        if dtokens:  # empty for a modulation that is not trained
             dtemb, found[name] = modulations_backward(dtokens, getattr(p, name), shared)
             dtembs.append(dtemb)
     return dh + dx, reduce(add, dtembs) if dtembs else None, found

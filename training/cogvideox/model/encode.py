@@ -27,7 +27,7 @@ def video_moments(vae: Any, frames_FHWC: np.ndarray) -> Tensor:
 
     Args:
         vae: The VAE.
-        frames_FHWC: Uint8 RGB.
+        frames_FHWC: The frames, uint8 RGB, (F, H, W, 3).
 
     Returns:
         Mean and log variance of the VAE's posterior, not multiplied by the scaling factor, (2C, f, h, w).
@@ -40,8 +40,8 @@ def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object,
 
     Args:
         vae: The VAE.
-        frame_HWC: Uint8 RGB.
-        draws: One key per encoding; the noise is a function of the key.
+        frame_HWC: The image, uint8 RGB, (H, W, 3).
+        draws: One key per encoding. The noise is a function of the key.
 
     Returns:
         Mean and log variance of the VAE's posterior for each key, (K, 2C, h, w).
@@ -49,7 +49,8 @@ def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object,
     image_CFHW = pixels_of(frame_HWC[None], vae.device)
     mean, deviation = IMAGE_NOISE
     moments = []
-    for draw in draws:  # one at a time: needs no more memory than a clip, and an encoding does not depend on K
+    # One at a time, so that this needs no more memory than a clip, and the result of a key does not depend on K.
+    for draw in draws:
         sigma = (mean + deviation * standard_normal((), *draw, "sigma")).exp().item()
         noise_CFHW = standard_normal(tuple(image_CFHW.shape), *draw, "pixels").to(vae.device)
         moments.append(posterior_moments(vae, image_CFHW + sigma * noise_CFHW)[:, 0])
@@ -59,7 +60,8 @@ def image_moments(vae: Any, frame_HWC: np.ndarray, draws: Sequence[tuple[object,
 def pixels_of(frames_FHWC: np.ndarray, device: torch.device) -> Tensor:
     """Converts uint8 RGB to what the VAE takes: fp32 from -1 to 1, (3, F, H, W), on the device."""
     frames = torch.from_numpy(frames_FHWC)
-    frames = frames.pin_memory() if device.type == "cuda" else frames  # else the copy waits for earlier work
+    # A copy from memory that is not pinned would block the host until the device has finished all earlier work.
+    frames = frames.pin_memory() if device.type == "cuda" else frames
     return frames.to(device, non_blocking=True).permute(3, 0, 1, 2).float() / 127.5 - 1.0
 
 
@@ -73,8 +75,8 @@ def posterior_moments(vae: Any, video_CFHW: Tensor) -> Tensor:
 class AsyncCopy:
     """Copies tensors from the device to the CPU while the device continues computing.
 
-    The copy is enqueued behind the work that computes the tensors; ``wait`` must be called before they are read,
-    because until then their memory on the CPU has undefined content.
+    The copies run after the work that computes the tensors. Call ``wait`` before reading them, because until then their
+    memory on the CPU has undefined content.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -93,13 +95,13 @@ class AsyncCopy:
 def prompt_embeds(tokenizer: Any, text_encoder: Any, captions: Sequence[str], length: int) -> Tensor:
     """Encodes captions with T5, as the pipelines of diffusers do.
 
-    T5 gets no attention mask, so padding influences all tokens: a different length gives different embeddings.
+    T5 gets no attention mask, so padding influences all tokens, and a different length gives different embeddings.
 
     Args:
         tokenizer: The tokenizer of T5.
         text_encoder: The T5 encoder.
-        captions: B captions.
-        length: Number of tokens L to which captions are padded or truncated.
+        captions: The B captions.
+        length: The number of tokens L to which captions are padded or truncated.
 
     Returns:
         The last hidden states, (B, L, D), on the CPU.

@@ -1,8 +1,8 @@
 """Adds to PEFT's LoRA what PEFT does not have.
 
-Four independent parts: ``lora_targets`` chooses the linear layers; ``SampleDropout`` is a dropout whose masks can be
-repeated; ``start_from_principal`` initializes with PiSSA without changing the base model; ``fold_scale`` multiplies the
-scale into the matrices when a LoRA is saved.
+There are four independent parts. ``lora_targets`` chooses the linear layers. ``SampleDropout`` is a dropout whose masks
+can be repeated. ``start_from_principal`` initializes with PiSSA without changing the base model. ``fold_scale``
+multiplies the scale into the matrices when a LoRA is saved.
 
 A layer with a LoRA computes W x + scale * B A dropout(x). A is (rank, in), B is (out, rank), W is (out, in).
 """
@@ -43,7 +43,7 @@ def lora_targets(transformer: Module, target_modules: Sequence[str]) -> list[str
     Names are returned unchanged; a regular expression is replaced by the names of all linear layers that it matches.
 
     Raises:
-        UsageError: A name or the expression matches no linear layer.
+        UsageError: A name, or the expression, matches no linear layer.
     """
     names = linear_layers(transformer)
     missing = unused(target_modules, names)
@@ -66,10 +66,10 @@ class SampleDropout(Module):
     mask again, and there is no random state to save.
 
     Args:
-        p: Probability with which a value becomes 0.
-        layer: Name of the layer.
+        p: The probability with which a value becomes 0.
+        layer: The name of the layer.
         seed: The run's seed.
-        position: Position of the current samples, shared by all layers and set before each forward pass.
+        position: The position of the current samples. All layers share it; it is set before each forward pass.
     """
 
     def __init__(self, p: float, layer: str, seed: int, position: "StepPosition") -> None:
@@ -111,9 +111,9 @@ class PissaMatrix(Module):
     rank for the original base, and this is what is saved.
 
     Args:
-        start: A0 or B0.
-        dim: The dimension of the rank, along which both are concatenated: 0 for A, 1 for B.
-        sign: What the initial value is multiplied by: 1 for A, -1 for B.
+        start: The initial value, A0 (rank, in) or B0 (out, rank).
+        dim: The dimension of the rank, along which the two matrices are concatenated: 0 for A, 1 for B.
+        sign: The factor of the initial value: 1 for A, -1 for B.
     """
 
     start: Tensor
@@ -141,18 +141,20 @@ class PissaMatrix(Module):
 def principal_matrices(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> tuple[Tensor, Tensor]:
     """Computes the initial matrices of PiSSA.
 
-    With W = U S V^T: A0 = sqrt(S / scale) V^T and B0 = U sqrt(S / scale) of the ``rank`` largest singular values, so
-    scale * B0 A0 is the principal part of W (arXiv:2404.02948, eq. 2 and 3).
+    With the ``rank`` largest singular values S of W = U S V^T and their vectors,
+
+        A0 = sqrt(S / scale) V^T        B0 = U sqrt(S / scale)        scale * B0 A0 = the principal part of W
 
     Args:
-        weight: W, (out, in).
-        rank: Number of singular values.
+        weight: The matrix W, (out, in).
+        rank: The number of singular values.
         scale: The LoRA's scale.
-        init: --init_lora_weights: "pissa" for an exact SVD, "pissa_niter_N" for a randomized one of N iterations.
-        seed: Of the randomized SVD.
+        init: The value of --init_lora_weights: "pissa" for an exact SVD, "pissa_niter_N" for a randomized one of N
+            iterations.
+        seed: The seed of the randomized SVD.
 
     Returns:
-        (A0, B0) in the type and on the device of the weight, (rank, in) and (out, rank).
+        A0, (rank, in), and B0, (out, rank), in the type and on the device of the weight.
     """
     fast = torch.accelerator.current_accelerator() or weight.device  # the weights may be stored on the host
     matrix = weight.detach().to(fast).float()
@@ -166,7 +168,7 @@ def principal_matrices(weight: Tensor, rank: int, scale: float, init: str, seed:
     else:
         left, values, rows = torch.linalg.svd(matrix, full_matrices=False)
     roots = (values[:rank] / scale).sqrt()
-    start = (roots[:, None] * rows[:rank], left[:, :rank] * roots)
+    start = (roots[:, None] * rows[:rank], left[:, :rank] * roots)  # A0 (rank, in), B0 (out, rank)
     a, b = (matrix.to(weight.device, weight.dtype).contiguous() for matrix in start)
     return a, b
 
@@ -195,7 +197,7 @@ def start_from_principal(layers: dict[str, Any], adapter: str, rank: int, init: 
 def broadcast_from_first(tensor: Tensor) -> Tensor:
     """Returns the first rank's tensor on all ranks, on the device of this rank's own tensor."""
     fast = torch.accelerator.current_accelerator()
-    # NCCL cannot send host memory, where the weights are stored at this time
+    # NCCL cannot send host memory, where the weights are stored at this time.
     here = tensor.to(fast) if fast is not None and dist.get_backend() == "nccl" else tensor
     dist.broadcast(here, src=0)
     return here.to(tensor.device)
@@ -213,14 +215,16 @@ def fold_scale(state: dict[str, Tensor], scale: float, rounded: bool = False) ->
     Args:
         state: Matrices by PEFT's names.
         scale: The factor of B A.
-        rounded: Whether to fold a scale that is not exact, too.
+        rounded: Whether to fold a scale even if that rounds the numbers.
 
     Returns:
-        (folded matrices, FOLDED_EXACTLY or FOLDED_ROUNDED), or (``state``, NOT_FOLDED) if the scale was not folded.
+        The folded matrices, and FOLDED_EXACTLY or FOLDED_ROUNDED; or ``state`` and NOT_FOLDED if the scale was not
+        folded.
 
     Raises:
         UsageError: A folded number is too large for its type.
     """
+    # (scale * B) A is scale * B A.
     folded = {name: tensor * scale if is_lora_b(name) else tensor for name, tensor in state.items()}
     if is_power_of_two(scale) and all(
         (folded[name] / scale).equal(tensor) for name, tensor in state.items() if is_lora_b(name)
@@ -236,7 +240,7 @@ def fold_scale(state: dict[str, Tensor], scale: float, rounded: bool = False) ->
 
 
 def is_lora_b(name: str) -> bool:
-    """Returns whether a tensor is a matrix B, the one that is multiplied last."""
+    """Returns whether this is the name of a matrix B, the matrix of a LoRA that is applied last."""
     return name.endswith("lora_B.weight")
 
 

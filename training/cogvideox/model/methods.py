@@ -71,18 +71,19 @@ class Method(Protocol):
         """Seeds dropout for the next forward pass.
 
         Args:
-            step: Optimizer step, counted from 0.
-            first: Position of the pass's first sample in the global batch of that step.
+            step: The optimizer step, counted from 0.
+            first: The position of the pass's first sample in the global batch of that step.
         """
 
     def resume(self, folder: Path) -> None:
-        """Loads what a checkpoint has for this method, after the engine has loaded the parameters."""
+        """Loads this method's part of a checkpoint, after the engine has loaded the parameters."""
 
     def base_weights(self, folder: Path, /) -> AbstractContextManager[None]:
-        """Restores the transformer as it was before training, for the duration of a ``with`` block.
+        """Restores the weights from before training for the duration of a ``with`` block.
 
         Args:
-            folder: The folder that ``save`` or ``export`` wrote, from which the result may be loaded afterwards.
+            folder: The folder that ``save`` or ``export`` wrote, from which the trained weights may be loaded
+                afterwards.
         """
 
     def save(self, folder: Path) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class Method(Protocol):
         """Returns a new transformer on the CPU with the weights of a folder.
 
         Args:
-            pipeline_of: Builds the diffusers pipeline around a transformer.
+            pipeline_of: A function that builds the diffusers pipeline around a transformer.
             folder: The folder that ``save`` or ``export`` wrote.
         """
 
@@ -106,7 +107,7 @@ class Method(Protocol):
         """Returns code for inference.py: an argument of from_pretrained that loads the result, and the lines after it.
 
         Args:
-            dtype: Name of a torch dtype, such as "bfloat16".
+            dtype: The name of a torch dtype, such as "bfloat16".
         """
 
 
@@ -154,7 +155,9 @@ class Lora:
 
     @torch.no_grad()
     def _start_from(self, given: str) -> None:
-        """Loads the matrices of a LoRA file to start from. check_lora has compared the file's header with the flags.
+        """Loads the matrices of the LoRA file from which training starts.
+
+        config.lora_file has already compared the file's header with the flags.
 
         Raises:
             UsageError: The file has other layers, or layers of other sizes, than this model.
@@ -173,8 +176,8 @@ class Lora:
         """Sets the position from which dropout derives its masks in the next forward pass.
 
         Args:
-            step: The optimizer step.
-            first: Position of the micro-batch's first sample in the global batch.
+            step: The optimizer step, counted from 0.
+            first: The position of the micro-batch's first sample in the global batch.
         """
         self.position.step, self.position.first = step, first
 
@@ -230,12 +233,13 @@ class Lora:
         return state | {name: matrix.concatenated().detach() for name, matrix in self._pissa_matrices().items()}
 
     def scaling(self) -> Training:
-        """Returns the rank, alpha and scale with which the matrices of ``state`` give the trained model."""
+        """Returns the rank, alpha and scale with which the matrices of ``state`` must be applied."""
         flags = self.flags
         scale = scale_of(flags.rank, flags.lora_alpha, flags.use_rslora)
         if not self.pissa:
             return Training(flags.rank, flags.lora_alpha, flags.use_rslora, scale)
-        growth = math.sqrt(2.0) if flags.use_rslora else 2.0  # twice the rank with the same scale
+        # Twice the rank with the same scale: the scale is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+        growth = math.sqrt(2.0) if flags.use_rslora else 2.0
         return Training(2 * flags.rank, growth * flags.lora_alpha, flags.use_rslora, scale)
 
     def config(self, training: Training) -> dict[str, Any]:
@@ -288,8 +292,8 @@ class Lora:
         have that type, their weights are memory-mapped and not copied.
 
         Args:
-            pipeline_of: Constructs a pipeline around a transformer.
-            folder: Where ``save`` or ``export`` has written the LoRA.
+            pipeline_of: A function that constructs a pipeline around a transformer.
+            folder: The folder to which ``save`` or ``export`` has written the LoRA.
         """
         transformer = load_transformer(self.model, self.transformer.dtype, self.ignores_positions)
         load_saved(pipeline_of(transformer), folder)
@@ -299,7 +303,7 @@ class Lora:
         """Returns code for inference.py that loads the result from the folder ``here``."""
         name = f'"{WEIGHTS_NAME}"'
         load = f'pipe.load_lora_weights(str(here), weight_name={name}, adapter_name="cogvideox-lora")\n'
-        if self.ignores_positions:  # the base model in inference.py still has them
+        if self.ignores_positions:  # the base model that inference.py loads still has learned positions
             function = inspect.getsource(ignore_learned_positions)
             load = f"{function}\n\nignore_learned_positions(pipe.transformer)\n{load}"
         return "", load + 'pipe.set_adapters(["cogvideox-lora"], [1.0])  # 1: the strength of training'
@@ -361,11 +365,11 @@ class FullFinetune:
         """Loads the weights that unmodified diffusers reads from the saved folder.
 
         Raises:
-            RuntimeError: Names or shapes of the saved weights are not those of the transformer.
+            RuntimeError: The names or shapes of the saved weights differ from those of the transformer.
         """
         with torch.no_grad():
             for parameter in self.parameters().values():
-                parameter.fill_(torch.nan)  # so that a weight that the files lack cannot go unnoticed
+                parameter.fill_(torch.nan)  # so that a weight that is missing in the files is noticed
         self.transformer.load_state_dict(self.new_transformer(None, folder).state_dict())
 
     def inference(self, dtype: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tqdm import tqdm
 
 from cogvideox.config.flags import ModelFlags
@@ -26,7 +28,7 @@ from cogvideox.errors import UsageError, first_line
 from cogvideox.model import t5_stream, vae_encoder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names of the types
 SAMPLES, SAMPLE_BYTES = 16, 4096  # samples of each tensor that a fingerprint reads, and bytes per sample
 T5_MARGIN = 2 * 2**30  # bytes that must stay free on the device in addition to T5's weights
 
@@ -36,7 +38,7 @@ def part_folder(model: ModelFlags, part: str) -> Path:
 
     Args:
         model: The flags that name the model.
-        part: Transformer, vae, text_encoder, tokenizer or scheduler.
+        part: The part's name: transformer, vae, text_encoder, tokenizer or scheduler.
 
     Raises:
         UsageError: The model has no such folder.
@@ -59,7 +61,7 @@ def weight_files(model: ModelFlags, part: str) -> list[Path]:
     """Returns the safetensors files of a part, of the variant that --variant names.
 
     Raises:
-        UsageError: There are none.
+        UsageError: There are no such files.
     """
     files = sorted(part_folder(model, part).glob("*.safetensors"))
     variants = {path: (path.name.split(".")[1:-1] or [""])[0] for path in files}
@@ -73,11 +75,19 @@ def weight_files(model: ModelFlags, part: str) -> list[Path]:
     return chosen
 
 
+def stored_tensors(path: Path) -> Iterator[tuple[str, int]]:
+    """Yields the type, as safetensors names it, and the number of elements of each tensor in a file."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  # not a dict: the file itself cannot be iterated
+            tensor = file.get_slice(name)
+            yield tensor.get_dtype(), math.prod(tensor.get_shape())
+
+
 def read_tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
-    """Reads the header of a safetensors file.
+    """Reads the header of a safetensors file, because ``safe_open`` does not tell where in the file a tensor is stored.
 
     Returns:
-        (entries with dtype, shape and data_offsets by tensor name, offset in bytes at which the data begins).
+        Entries with dtype, shape and data_offsets by tensor name, and the offset in bytes at which the data begins.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -90,12 +100,13 @@ def stored_dtype(model: ModelFlags, part: str) -> str:
     """Returns the type in which most bytes of the weights are stored: fp32, fp16 or bf16.
 
     Raises:
-        UsageError: It is another type.
+        UsageError: Most bytes have another type.
     """
     bytes_of: Counter[str] = Counter()
     for path in weight_files(model, part):
-        for entry in read_tensor_entries(path)[0].values():
-            bytes_of[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+        for kind, numbers in stored_tensors(path):
+            bits = re.search(r"\d+", kind)  # as in F32, BF16 and F8_E4M3; a BOOL takes a byte
+            bytes_of[kind] += numbers * (int(bits[0]) if bits else 8) // 8
     stored = bytes_of.most_common(1)[0][0]
     if stored not in STORED:
         raise UsageError(f"{part_folder(model, part)}: weights are {stored}; give fp32, fp16 or bf16 weights")
@@ -115,7 +126,7 @@ def default_dtype(model: ModelFlags, part: str, device: torch.device) -> str:
 def weight_fingerprint(model: ModelFlags, part: str) -> str:
     """Returns a hash that identifies the weights of a part.
 
-    It covers name, shape and type of each tensor, and 16 samples of 4 KiB spread from its first to its last byte.
+    It covers the name, shape and type of each tensor, and 16 samples of 4 KiB spread from its first to its last byte.
     Hashing all of T5 would take longer than most runs of prepare_dataset.py, and training or merging changes every
     sample.
     """
@@ -184,8 +195,7 @@ def free_device_bytes(device: torch.device) -> float:
 
 def weight_bytes(model: ModelFlags, part: str, dtype: str) -> int:
     """Returns the bytes that the weights of a part take in a precision, computed from the headers of its files."""
-    headers = (read_tensor_entries(path)[0] for path in weight_files(model, part))
-    numbers = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+    numbers = sum(numbers for path in weight_files(model, part) for _, numbers in stored_tensors(path))
     return numbers * DTYPES[dtype].itemsize
 
 
@@ -205,10 +215,10 @@ def text_encoder(
 
     Args:
         model: The flags that name the model.
-        dtype: Fp32, fp16 or bf16.
-        device: Where the encoder runs.
-        place: "host" or "device", where the weights of its blocks are stored.
-        rows: With "host", the number of captions that are computed at a time.
+        dtype: One of "fp32", "fp16" and "bf16".
+        device: The device on which the encoder runs.
+        place: "host" or "device": the memory in which the weights of its blocks are stored.
+        rows: The number of captions that are computed at a time if the place is "host".
     """
     from transformers import T5EncoderModel
 
@@ -248,7 +258,7 @@ def video_encoder(model: ModelFlags, dtype: str, device: torch.device, tiling: b
 def try_to_optimize_encoder(vae: Any) -> None:
     """Optimizes the VAE's encoder in place; where that fails, prints a warning and leaves the encoder unchanged.
 
-    It fails if no compiler is installed, or if the VAE is not built like that of CogVideoX.
+    Optimizing fails if no compiler is installed, or if the VAE is not built like that of CogVideoX.
     """
     try:
         vae_encoder.optimize_encoder(vae)
@@ -279,7 +289,7 @@ def load_scheduler(model: ModelFlags) -> Any:
     """Loads the scheduler that the pipeline's scheduler_config.json names.
 
     Raises:
-        UsageError: It is not a scheduler of CogVideoX.
+        UsageError: The file names a scheduler that CogVideoX does not use.
     """
     import diffusers
 

@@ -2,10 +2,12 @@
 
 Each byte is an index into a table, which holds the one number (int8, fp8) or two numbers (nf4) that the byte stands
 for. A number is multiplied by the fp32 scale of its group: a row of the matrix in int8 and fp8, 64 numbers of a row in
-nf4. One short function of operations that torch compiles can thus dequantize any kind, also on GPUs without fp8.
+nf4. So the same few operations, which torch compiles, dequantize every kind, also on GPUs without fp8:
 
-int8 is symmetric (-127 to 127), fp8 is float8_e4m3fn, and nf4 is the 4-bit normal float of QLoRA (arXiv:2305.14314,
-appendix E), packed byte for byte as bitsandbytes does.
+    number[o, i] = table[byte[o, i]] * scale[o, group of i]
+
+int8 is symmetric (-127 to 127), fp8 is float8_e4m3fn, and nf4 is the 4-bit normal float of QLoRA (arXiv:2305.14314),
+packed byte for byte as bitsandbytes does.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -95,7 +97,7 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
 
     Args:
         weight: A plain matrix, which is returned unchanged, or a quantized one.
-        dtype: The type of the result if ``weight`` is quantized.
+        dtype: The type of the result, if ``weight`` is quantized.
     """
     if isinstance(weight, Tensor):
         return weight

@@ -1,8 +1,12 @@
 """Computes the cos and sin tables of the rotary position embedding, as the CogVideoX pipelines of diffusers do.
 
-``RotaryTables`` computes the tables of a latent shape once and keeps them on the device. CogVideoX 1.0 stretches the
-grid on which the model was trained, its base grid, over the clip's shape; CogVideoX 1.5 takes the first rows and
-columns of its base grid.
+A patch at position n of an axis rotates each pair (x0, x1) of channels of queries and keys by an angle n w_j:
+
+    (x0 cos(n w_j) - x1 sin(n w_j), x1 cos(n w_j) + x0 sin(n w_j))        w_j = 10000^(-2 j / channels of the axis)
+
+The channels of a head are divided among time, height and width. CogVideoX 1.0 stretches the grid on which the model was
+trained, its base grid, over the clip's shape; CogVideoX 1.5 takes the first rows and columns of its base grid.
+``RotaryTables`` computes the tables of a latent shape once and keeps them on the device.
 """
 
 import torch
@@ -20,7 +24,7 @@ def centered_region(
     Equals get_resize_crop_region_for_grid of the diffusers pipelines; all sizes are in patches.
 
     Returns:
-        ((top, left), (bottom, right)) of the region.
+        The corners ((top, left), (bottom, right)) of the region.
     """
     if grid_height * base_width > base_height * grid_width:
         height, width = base_height, round(base_height / grid_height * grid_width)
@@ -34,8 +38,8 @@ class RotaryTables:
     """Returns tables (cos, sin) for a latent shape, each (patches of all frames, channels of a head), fp32.
 
     Args:
-        geometry: Patch sizes, head size and base grid of the model.
-        device: Where the tables are kept.
+        geometry: The patch sizes, head size and base grid of the model.
+        device: The device on which the tables are kept.
     """
 
     def __init__(self, geometry: Geometry, device: torch.device) -> None:
@@ -58,14 +62,14 @@ class RotaryTables:
     def _compute(self, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         geometry = self.geometry
         patch, patch_t = geometry.patch_size, geometry.patch_size_t
-        grid = (height // patch, width // patch)
+        grid = (height // patch, width // patch)  # in patches
         base = (geometry.sample_height // patch, geometry.sample_width // patch)
         sliced = patch_t is not None
         return get_3d_rotary_pos_embed(
             embed_dim=geometry.attention_head_dim,
             crops_coords=None if sliced else centered_region(*grid, *base),
             grid_size=grid,
-            temporal_size=-(-frames // (patch_t or 1)),
+            temporal_size=-(-frames // (patch_t or 1)),  # rounded up
             grid_type="slice" if sliced else "linspace",
             max_size=base if sliced else None,
             device=self.device,

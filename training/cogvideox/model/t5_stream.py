@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from cogvideox.memory.streaming import Layout, Ring, pinned
 
-CAPTIONS_A_PASS = 32  # batches per copy of the weights; a batch of one caption takes 2 MB between blocks
-SLOTS = 2  # one computes while the other is filled
+BATCHES_PER_PASS = 32  # batches per copy of the weights; a batch of one caption takes 2 MB between blocks
+SLOTS = 2  # one is in use while the other is filled
 
 
 class PassingBlock(nn.Module):
@@ -35,11 +35,11 @@ class PassingBlock(nn.Module):
 
     Args:
         block: The block of T5, whose own parameters are not used on the device.
-        number: Its index.
-        names: The parameters that are streamed, in the order of ``layout``.
-        layout: Where each parameter is stored in a slot.
-        ring: The slots.
-        rows: Number of captions that are computed at a time.
+        number: The index of the block.
+        names: The names of the streamed parameters, in the order of ``layout``.
+        layout: The position of each parameter in a slot.
+        ring: The ring of slots.
+        rows: The number of captions that are computed at a time.
     """
 
     def __init__(self, block: nn.Module, number: int, names: list[str], layout: Layout, ring: Ring, rows: int) -> None:
@@ -53,7 +53,7 @@ class PassingBlock(nn.Module):
         All other inputs and outputs, such as the bias of relative positions, are the same for all captions, because T5
         is called without a mask. Those of the first captions are passed on.
         """
-        slot = self.ring.get(self.number)  # the device computes only after this block's weights have been copied
+        slot = self.ring.get(self.number)  # the compute stream waits until this block's weights have been copied
         # Fetching before computing lets the copy overlap with this block. After the last block comes the first one, for
         # the next pass.
         self.ring.fetch((self.number + 1) % len(self.ring.hosts))
@@ -85,8 +85,8 @@ def streamed(encoder: Any, device: torch.device, rows: int) -> Iterator[None]:
 
     Args:
         encoder: The encoder, on any device.
-        device: Where it runs.
-        rows: Number of captions that are computed at a time.
+        device: The device on which it runs.
+        rows: The number of captions that are computed at a time.
     """
     stack = encoder.encoder
     names = shared_names(stack.block)
@@ -104,7 +104,8 @@ def streamed(encoder: Any, device: torch.device, rows: int) -> Iterator[None]:
             yield
         finally:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # the last copy may still be writing to a slot
+                # The last copy may still read a host buffer, which is freed below, and write to a slot.
+                torch.cuda.synchronize(device)
             ring.slots.clear()
 
 
@@ -120,7 +121,7 @@ def on_host(blocks: Any, names: list[str], layout: Layout) -> Iterator[dict[int,
         for number, of_block in enumerate(weights):
             hosts[number] = pinned(layout.num_bytes)
             for weight, view in zip(of_block, layout.views(hosts[number]), strict=True):
-                weight.data = view.copy_(weight)  # frees the original memory: never two copies of the model
+                weight.data = view.copy_(weight)  # frees the original, so that there are never two copies of the model
         yield hosts
     finally:
         hosts.clear()

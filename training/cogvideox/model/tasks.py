@@ -25,8 +25,8 @@ class Task(Protocol):
     """What the training loop needs of a task.
 
     Attributes:
-        pipeline: Class name of the diffusers pipeline that samples from the result.
-        inference: Parts of inference.py that pass inputs other than the prompt: "usage", "defaults", "names" and
+        pipeline: The class name of the diffusers pipeline that samples from the result.
+        inference: The parts of inference.py that pass inputs other than the prompt: "usage", "defaults", "names" and
             "arguments".
         dtype: The compute type, in which the transformer gets its inputs.
     """
@@ -120,7 +120,7 @@ def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batc
     """Returns the loss of each sample of a batch, without the weights of --loss_weighting.
 
     Args:
-        task: Which inputs the transformer gets.
+        task: The task, which decides on the inputs of the transformer.
         schedule: The noise schedule, on the device.
         transformer: The network.
         batch: The samples with their noise and timesteps, on the device.
@@ -141,7 +141,7 @@ def velocity_predictor(
         transformer: The network.
         prompt_BLD: Embeddings of the captions; their type is the type in which the network computes.
         rotary: The rotary tables.
-        inputs: Maps x_t to the latents that the network takes, which may have more channels.
+        inputs: A function from x_t to the latents that the network takes, which may have more channels.
         more: Further arguments of the transformer.
     """
 
@@ -164,7 +164,7 @@ def image_scale(geometry: Geometry, choice: str = "auto") -> float:
 
     Args:
         geometry: The VAE's scaling factor, and how the model's pipeline applies it.
-        choice: "mul", "div" or "none" for the scaling factor, its inverse or 1; "auto" for what the pipeline does.
+        choice: "mul", "div" or "none" for the scaling factor, its inverse or 1; "auto" for the pipeline's choice.
     """
     usual = "div" if geometry.invert_scale_latents else "mul"
     factor = geometry.scaling_factor
@@ -177,11 +177,11 @@ def on_first_frame(image_BCHW: Tensor, frames: int) -> Tensor:
     In CogVideoX 1.5 the first latent frame may be one of those that pad the clip; its pipeline does the same.
 
     Args:
-        image_BCHW: The image latents.
-        frames: Number of latent frames, F.
+        image_BCHW: The image latents, (B, C, H, W).
+        frames: The number of latent frames, F.
 
     Returns:
-        (B, F, C, H, W).
+        The condition, (B, F, C, H, W).
     """
     condition_BFCHW = image_BCHW.new_zeros(len(image_BCHW), frames, *image_BCHW.shape[1:])
     condition_BFCHW[:, 0] = image_BCHW

@@ -15,7 +15,7 @@ from cogvideox import stopping
 
 Tile = tuple[int, int]  # height and width, pixels
 SMALLEST = 96  # pixels of a side; in smaller tiles, most of the area is overlap
-NEXT = 0.7  # the next smaller tile has at most this share of a tile's side
+SHRINK = 0.7  # the next smaller tile has at most this share of a tile's side
 OVERLAPS = (1 / 6, 1 / 5)  # overlapping shares of a tile's height and width, as in diffusers
 # The default tile of diffusers for the published models, and the pixels per latent of these models.
 PUBLISHED = (240, 360), 8
@@ -30,14 +30,14 @@ def tiles_from(first: Tile, scale: int) -> list[Tile]:
     """Lists tiles from the first one down to the smallest useful one.
 
     Args:
-        first: Height and width of the largest tile, in pixels.
-        scale: Pixels per latent.
+        first: The height and width of the largest tile, in pixels.
+        scale: The pixels per latent.
     """
     tiles = []
     height, width = (side_within(side, overlap, scale) for side, overlap in zip(first, OVERLAPS, strict=True))
     while min(height, width) >= SMALLEST:
         tiles.append((height, width))
-        height, width = (side_within(int(s * NEXT), o, scale) for s, o in zip(tiles[-1], OVERLAPS, strict=True))
+        height, width = (side_within(int(s * SHRINK), o, scale) for s, o in zip(tiles[-1], OVERLAPS, strict=True))
     return tiles or [first]
 
 
@@ -50,7 +50,7 @@ def side_within(pixels: int, overlap: float, scale: int) -> int:
     Args:
         pixels: The largest side allowed.
         overlap: The share of the side that overlaps.
-        scale: Pixels per latent.
+        scale: The pixels per latent.
     """
     for latents in range(pixels // scale, 0, -1):
         side = latents * scale
@@ -64,7 +64,7 @@ class Decoder:
 
     Args:
         vae: The VAE, whose ``decode`` is replaced.
-        say: Prints a message when smaller tiles become necessary.
+        say: A function that prints a message, called when smaller tiles become necessary.
         tiled: Whether to use tiles from the beginning.
     """
 

@@ -32,7 +32,7 @@ def optimize_encoder(vae: Any, compiled: bool = True) -> None:
 
     Raises:
         ValueError: The encoder is not built like that of CogVideoX.
-        Exception: Any error of the compiler, if it does not work on this machine.
+        Exception: The compiler does not work on this machine; any of its errors is passed on.
     """
     blocks = [*vae.encoder.down_blocks, vae.encoder.mid_block]
     resnets = [resnet for block in blocks for resnet in block.resnets]
@@ -77,7 +77,7 @@ def run_resnet(
         conv_cache: For each convolution, the last two frames of its input in the previous part of the clip.
 
     Returns:
-        (output, cache for the next part of the clip).
+        The output, and the cache for the next part of the clip.
 
     Raises:
         ValueError: There is more than one clip, or ``temb`` or ``zq`` is given.
@@ -101,14 +101,14 @@ def padded(x: Tensor, norm: torch.nn.GroupNorm, cache: Tensor | None, functions:
     """Computes the input of a causal convolution: two frames of padding, then silu(norm(x)).
 
     Args:
-        x: (1, C, F, H, W).
-        norm: The group norm.
+        x: The frames, (1, C, F, H, W).
+        norm: The group norm in front of the convolution.
         cache: The last two frames of this input in the previous part of the clip, (1, C, 2, H, W); None for the first
             part, which is padded with its own first frame.
         functions: ``scale_and_shift`` and ``activate_into``, compiled or not.
 
     Returns:
-        (1, C, 2 + F, H, W), channels last.
+        The padded input, (1, C, 2 + F, H, W), channels last.
     """
     scale_and_shift, activate_into = functions
     _, channels, frames, height, width = x.shape
@@ -138,13 +138,13 @@ def scale_and_shift(x_RWC: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int
 
     Args:
         x_RWC: Rows of pixels, (R, W, C).
-        weight_C: The norm's weight.
-        bias_C: The norm's bias.
-        groups: Number of groups G, of K = C / G channels each.
-        eps: Is added to the variance.
+        weight_C: The norm's weight, (C,).
+        bias_C: The norm's bias, (C,).
+        groups: The number of groups G, of K = C / G channels each.
+        eps: A small number that is added to the variance.
 
     Returns:
-        (scale, shift), (C,) each, fp32.
+        Scale and shift, (C,) each, fp32.
     """
     variance_RC, mean_RC = torch.var_mean(x_RWC.float(), dim=1, correction=0)
     mean_GK = mean_RC.mean(0).view(groups, -1)

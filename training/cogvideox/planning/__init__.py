@@ -1,4 +1,4 @@
-"""How the transformer's blocks are executed: choosing a plan, running it and checking it.
+"""Executes the transformer's blocks: chooses a plan, runs it and checks it.
 
 plan.py         predicts memory and time of every plan, and chooses one
 execution.py    makes the plan of a run: reads sizes, measures the machine, sets up the transformer

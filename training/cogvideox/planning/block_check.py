@@ -2,9 +2,10 @@
 
 ``check_blocks`` runs before the first step, on the first and the last block, in the run's type, attention backend and
 compilation mode, on as many tokens as fit. An ExecutionPlan is checked through a Stack of one copied block, so that
-weights, saved activations and gradients take the same paths as in training. Blocks that diffusers runs compiled are
-compared with the same blocks uncompiled. The check runs before the plan places anything and stays within the plan's
-predicted memory, so it does not raise the peak of a run. Shapes as in blocks.py.
+weights, saved activations and gradients take the same paths as in training. Under a ModulePlan that compiles blocks,
+diffusers' compiled blocks are compared with the same blocks uncompiled. The check runs before the plan moves any
+weights, and stays within the plan's predicted memory, so it does not raise the peak of a run. The letters of the shapes
+are those of blocks.py.
 """
 
 import copy
@@ -30,10 +31,10 @@ from cogvideox.rng import key_of
 from cogvideox.runtime.run import Run
 
 TOLERANCES = {torch.float32: 1e-9, torch.float16: 1e-4, torch.bfloat16: 1e-4}
-"""How far below 1 the cosine may be for outputs, gradients of inputs, and the gradients of all matrices together."""
-QUANTIZED_TOLERANCE = 1e-3  # the same, if frozen matrices or attention are quantized
+"""How far the cosine may be below 1 for outputs, gradients of inputs, and the gradients of all matrices together."""
+QUANTIZED_TOLERANCE = 1e-3  # used instead if frozen matrices or attention are quantized
 LAYER_FACTOR, NORM_FACTOR = 10, 1000
-"""Factors on these tolerances for the gradients of one layer and of one norm.
+"""The factors by which these tolerances are multiplied for the gradients of one layer and of one norm.
 
 Gradients of queries and keys are differences of nearly equal numbers, and the gradient of a norm is a sum over all
 tokens in which random numbers nearly cancel. Two correct computations in 16 bits differ by 1e-4 and 2e-2 there.
@@ -54,8 +55,8 @@ def check_blocks(run: Run, samples: int, tensors: Tensors, transformer: Any, pla
         run: The run, for its device and its output.
         samples: The samples in a micro-batch.
         tensors: The data set, for its buckets and geometry.
-        transformer: On the CPU, with its adapters.
-        plan: How training will execute the blocks.
+        transformer: The transformer on the CPU, with its adapters.
+        plan: The plan that training will use.
 
     Raises:
         BlockError: A quantity of a block differs; the message says which one and by how much.
@@ -74,10 +75,10 @@ def check_block(
     """Checks block ``i``.
 
     Returns:
-        (tokens of a sample, lowest cosine among the quantities with the strictest tolerance).
+        The tokens of a sample, and the lowest cosine among the quantities with the strictest tolerance.
 
     Raises:
-        BlockError: As ``check_blocks`` does.
+        BlockError: A quantity of the block differs.
     """
     tokens, cosines = as_many_tokens_as_fit(device, samples, tensors, blocks[i], i, plan)
     limits = {what: 1 - tolerance_of(plan, blocks[i]) * tolerance_factor(what) for what in cosines}
@@ -99,7 +100,7 @@ def as_many_tokens_as_fit(
     only here, so they are not compiled unless the plan compiles for any length.
 
     Returns:
-        (tokens of a sample, the result of ``compare_block``).
+        The tokens of a sample, and the result of ``compare_block``.
     """
     geometry = tensors.geometry
     bucket = max(buckets_of(tensors), key=geometry.tokens)
@@ -122,7 +123,7 @@ def as_many_tokens_as_fit(
 
 @contextmanager
 def limited_to_plan(plan: Plan, device: torch.device) -> Iterator[None]:
-    """Limits a GPU's memory to the predicted peak of an ExecutionPlan, and frees what is left over at the end."""
+    """Limits a GPU's memory to an ExecutionPlan's predicted peak within the context; frees unused memory at its end."""
     if device.type != "cuda":
         yield
         return
@@ -135,21 +136,22 @@ def limited_to_plan(plan: Plan, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before)
-        torch.cuda.synchronize(device)  # before collect, which frees pinned memory that copies may still use
+        # collect() frees pinned memory at once, and copies on the side streams may still read or write it.
+        torch.cuda.synchronize(device)
         gc.collect()
         gc.unfreeze()
         torch.cuda.empty_cache()
 
 
 def tolerance_of(plan: Plan, module: Any) -> float:
-    """Returns how far below 1 the strictest cosines may be under a plan."""
+    """Returns how far the cosines with the strictest tolerance may be below 1 under a plan."""
     if isinstance(plan, ExecutionPlan) and (plan.base_precision != AUTO or plan.attention == SAGE):
         return QUANTIZED_TOLERANCE
     return TOLERANCES[module.norm1.linear.weight.dtype]
 
 
 def tolerance_factor(what: str) -> int:
-    """Returns the factor on the tolerance for a quantity."""
+    """Returns the factor by which the tolerance is multiplied for a quantity."""
     name = what.removeprefix(GRADIENT)
     if name.startswith("norm"):
         return NORM_FACTOR
@@ -167,8 +169,8 @@ class Inputs:
     text: Tensor  # (B, L, D)
     temb: Tensor  # (B, time embedding)
     rotary: tuple[Tensor, Tensor] | None  # (S - L, E) each
-    dvideo: Tensor
-    dtext: Tensor
+    dvideo: Tensor  # (B, S - L, D)
+    dtext: Tensor  # (B, L, D)
 
     def call(self, block: Callable[..., Any]) -> Any:
         """Returns the block's outputs (video, text)."""
@@ -203,7 +205,7 @@ def balance(inputs: Inputs, stock: Any) -> None:
 
 
 def copy_of(module: Any) -> Any:
-    """Copies a block, and randomizes B of a LoRA if it is zero, because A would then have no gradients."""
+    """Copies a block, and randomizes each matrix B of a LoRA that is zero, because A would then have no gradients."""
     block = copy.deepcopy(module)
     for number, layer in enumerate(lora_layers(block)):
         for adapter, b in layer.lora_B.items():
@@ -216,7 +218,7 @@ def copy_of(module: Any) -> Any:
 
 @torch.no_grad()
 def stock_block(module: Any, plan: Plan, device: torch.device) -> Any:
-    """Returns a copy for diffusers on the device, with the values that the plan computes with after quantization."""
+    """Returns a copy of a block for diffusers to run on the device, with its matrices rounded as the plan does it."""
     block = copy_of(module).to(device)
     if isinstance(plan, ExecutionPlan) and plan.base_precision != AUTO:
         for matrix, kind in quantization_kinds(block, plan.base_precision).items():
@@ -254,7 +256,14 @@ def compare_block(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch
 def outputs_and_gradients(
     run: Callable[..., Any], module: Any, inputs: Inputs, host_trained: HostTrainedBlocks | None = None
 ) -> dict[str, Tensor]:
-    """Returns outputs and gradients by name; ``run`` computes with the parameters of the module."""
+    """Returns outputs and gradients by name.
+
+    Args:
+        run: A function with the signature of a diffusers block that computes with the parameters of the module.
+        module: The block of diffusers that has the parameters.
+        inputs: The inputs, and the gradients with respect to the outputs.
+        host_trained: The block's gradients on the host if it is trained there, else None.
+    """
     trains_all = base_parameters(module)[0].requires_grad
     leaves = inputs.leaves(with_temb=trains_all)
     video, text = leaves.call(run)
@@ -276,6 +285,7 @@ def take_gradients(host_trained: HostTrainedBlocks) -> None:
     """Copies the gradients that are summed on the host to the parameters of the only block."""
     host_trained.gradients.finish_copies()
     store = host_trained.gradients.store
+    # The host reads the buffers below, so it must wait itself: ``finish_copies`` only makes the compute stream wait.
     host_waits_for(compute_event(store.device))
     gradients = store.layouts[0][1].views(store.buffers[0])
     for parameter, gradient in zip(host_trained.parameters[0], gradients, strict=True):
@@ -283,12 +293,12 @@ def take_gradients(host_trained: HostTrainedBlocks) -> None:
 
 
 def cosine_between(first: Tensor, second: Tensor, device: torch.device) -> float:
-    """Returns the cosine of two tensors, reduced if their norms differ."""
+    """Returns 2 a.b / (a.a + b.b) of two tensors: their cosine if their norms are equal, and less otherwise."""
     return cosine_of_sums(*overlap(first, second, device))
 
 
 def overlap(first: Tensor, second: Tensor, device: torch.device) -> tuple[float, float]:
-    """Returns a.b and a.a + b.b of two tensors in fp64; both can be summed over several pairs of tensors."""
+    """Returns a.b and a.a + b.b of two tensors in fp64. Both can be summed over several pairs of tensors."""
     product = squares = 0.0
     for pair in zip(first.flatten().split(CHUNK), second.flatten().split(CHUNK), strict=True):
         a, b = (part.to(device).double() for part in pair)

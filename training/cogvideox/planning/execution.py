@@ -1,18 +1,18 @@
 """Makes the execution plan of a run and sets the transformer up for it.
 
-The idea: whether a run fits, and which way of running it is fastest, depends on the model, the largest bucket, the
-flags and the machine. So before the first step this module reads the sizes (``sizes_of_run``), measures free memory and
-rates (``measure_all_ranks``), turns the flags into what is still open (``axes_of``), and lets plan.choose_plan compare
-all plans that the flags allow:
+The idea: whether a run fits in memory, and which way of running it is fastest, depends on the model, the largest
+bucket, the flags and the machine. So before the first step this module reads the sizes (``sizes_of_run``), measures
+free memory and rates (``measure_all_ranks``), finds the choices that the flags leave open (``axes_of``), and lets
+plan.choose_plan compare all plans that the flags allow:
 
     options, buckets, transformer --> sizes_of_run      --> Sizes   --.
     probes of about a second      --> measure_all_ranks --> Machine ---+--> choose_plan --> ExecutionPlan --> apply_plan
     --plan and its flags          --> axes_of           --> Axes    --'
 
 ``make_plan`` returns the plan, and ``apply_plan`` moves the transformer to where the plan wants it. A ModulePlan runs
-diffusers' own blocks and serves what a Stack does not support: DoRA, LoRAs on other layers than attention and
-feed-forward, DeepSpeed, fp32 on a GPU, and a CPU unless a flag of the plan is given. All processes of a run must choose
-the same plan, so they exchange their measurements and each takes the minimum.
+diffusers' own blocks. It is used for everything that a Stack does not support: DoRA, LoRAs on other layers than
+attention and feed-forward, DeepSpeed, fp32 on a GPU, and a CPU unless a flag of the plan is given. All processes of a
+run must choose the same plan, so they exchange their measurements and each takes the minimum.
 """
 
 import os
@@ -53,10 +53,10 @@ from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.run import Run, with_peaks
 
 Plan = ExecutionPlan | ModulePlan
-AVERAGE_BYTES = 4  # per trained parameter, with --use_ema
+AVERAGE_BYTES = 4  # per trained element, with --use_ema
 PROBE_SECONDS = 0.2  # long enough for a card to reach its power limit, as it does in training
 COPY_BYTES = 64 * 2**20
-LOW_COSINE = 0.999
+LOW_COSINE = 0.999  # below this, the report on a quantized base contains a warning
 
 
 def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: Any) -> Plan:
@@ -149,7 +149,7 @@ def _obstacle(run: Run, options: TrainOptions, transformer: Any) -> str | None:
 
 
 def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
-    """Returns advice on which flags make a plan fit."""
+    """Returns advice on the flags that could make a plan fit."""
     is_lora = isinstance(options, LoraOptions)
     ways = [f"--train_batch_size below {sizes.samples}"] if sizes.samples > 1 else []
     ways += [] if options.plan.asked else ["--plan off, with --gradient_checkpointing"]
@@ -208,12 +208,12 @@ def sizes_of(
     """Returns what memory and time depend on, before the flags add theirs.
 
     Args:
-        transformer: With its adapters, on any device.
+        transformer: The transformer with its adapters, on any device.
         geometry: The model's sizes.
-        buckets: Of the training samples; the one with the most tokens counts.
-        samples: The samples in a micro-batch.
+        buckets: The buckets of the training samples. The one with the most tokens counts.
+        samples: The number of samples in a micro-batch.
         dtype: The compute type.
-        precision: Of frozen matrices, one of quant.KINDS, or AUTO.
+        precision: The precision of frozen matrices, one of quant.KINDS, or AUTO.
     """
     blocks = transformer.transformer_blocks
     trained = [p for p in transformer.parameters() if p.requires_grad]
@@ -250,10 +250,11 @@ def measure_machine(
         device: The device of this process.
         dtype: The compute type.
         backend: The attention backend.
-        sizes: Of the run; probes use the shapes of one sample.
-        budget: --vram_budget in GiB.
+        sizes: The sizes of the run. Probes use the shapes of one sample.
+        budget: The value of --vram_budget in GiB, or None.
     """
-    host = free_host_bytes() // ranks_here()  # all processes measure before any of them pins memory
+    # All processes of this host measure before any of them pins memory, so each may use an equal share.
+    host = free_host_bytes() // ranks_here()
     fits = free_device_bytes(device) if device.type == "cuda" else float(host)
     if budget is not None and device.type != "cuda":
         fits = min(fits, allowed_bytes(budget))
@@ -267,11 +268,13 @@ def measure_all_ranks(run: Run, backend: str, sizes: Sizes, budget: float | None
     Raises:
         torch.OutOfMemoryError: On every process, if one device has no room even for the probes.
     """
-    run.barrier()  # processes on one host share its memory and bus, so all must measure at once
+    # Processes on one host share its memory and its bus, so all of them must measure at the same time.
+    run.barrier()
     own: Machine | str
     try:
         own = measure_machine(run.device, run.dtype, backend, sizes, budget)
-    except torch.OutOfMemoryError as error:  # gathered, because the other processes would wait for this one forever
+    except torch.OutOfMemoryError as error:
+        # The error is gathered like a measurement, because the other processes would wait for this one forever.
         own = first_line(error)
     found = run.ranks.gather([own])
     for number, one in enumerate(found):
@@ -296,7 +299,7 @@ def allowed_bytes(budget: float) -> float:
 
 
 def apply_vram_budget(run: Run, options: TrainOptions) -> None:
-    """Limits all later allocations, also those of T5 and validation, to --vram_budget, as a card of that size would."""
+    """Limits all later allocations to --vram_budget, as a card of that size would; also those of T5 and validation."""
     budget = options.plan.vram_budget
     if budget is not None and run.device.type == "cuda":
         limit_device_memory(budget)
@@ -335,6 +338,7 @@ def seconds_per_call(run: Callable[[], Any]) -> float:
     """Returns the seconds of one call on the device, averaged over calls that take about PROBE_SECONDS together."""
 
     def time_calls(calls: int) -> float:
+        # Calls return before the device has executed them. Earlier work must not count, and these calls must end.
         torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(calls):

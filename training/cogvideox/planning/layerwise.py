@@ -1,8 +1,8 @@
 """Runs a transformer of diffusers on the device, one layer at a time, while its weights stay on the CPU.
 
 ``run_layer_by_layer`` installs hooks that move each layer's tensors to the device for the duration of its forward pass;
-the modules themselves compute as always. So a transformer that no plan has modified can run in the memory that a plan
-leaves free, or on any card on which the training ran.
+the modules' own code is unchanged. A transformer that no plan has modified can thus run in the memory that a plan
+leaves free, and on every card on which the training ran.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtyp
     """Installs the hooks of every layer.
 
     Args:
-        transformer: On the CPU.
-        device: Where layers compute.
+        transformer: The transformer, on the CPU.
+        device: The device on which layers compute.
         dtype: The compute type of the tensors on the device.
-        precision: The base precision of the plan; quantized matrices get the values that training computes with.
+        precision: The base precision of the plan. Matrices that the plan quantizes are rounded in the same way.
     """
     kinds: dict[int, str] = {}
     if precision != AUTO:
@@ -38,8 +38,8 @@ def modules_with_tensors(transformer: Any) -> Iterator[tuple[Any, list[Tensor]]]
     adapted = lora_layers(transformer)
     inside = {id(part) for layer in adapted for part in layer.modules()} - {id(layer) for layer in adapted}
     for module in transformer.modules():
-        whole = hasattr(module, "lora_A")
-        tensors = [*module.parameters(recurse=whole), *module.buffers(recurse=whole)]
+        has_lora = hasattr(module, "lora_A")
+        tensors = [*module.parameters(recurse=has_lora), *module.buffers(recurse=has_lora)]
         if tensors and id(module) not in inside:
             yield module, tensors
 

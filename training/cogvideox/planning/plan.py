@@ -12,8 +12,9 @@ The memory model adds up weights, gradients and optimizer state on the device, a
 start of backward, when all saved activations exist, and the optimizer step, when state passes through the device. The
 time model adds, for each pass, the larger of arithmetic and of copies in one direction, because the two overlap.
 
-Units: bytes, seconds, FLOP a second. Shapes as in blocks.py. A "unit" is the bytes of a block's input: samples * tokens
-* width * bytes of an element. benchmarks/one_block.py prints the measured WORKSPACE_UNITS and TRAINED_UNITS.
+Memory is in bytes, time in seconds, and rates are in FLOP or bytes per second. The letters of shapes are those of
+blocks.py. A "unit" is the size of a block's input, samples * tokens * width * bytes per element.
+benchmarks/one_block.py prints the measured WORKSPACE_UNITS and TRAINED_UNITS.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,29 +29,36 @@ DEVICE, HOST = "device", "host"
 AUTO = "auto"  # as a base precision: frozen weights stay in the compute type
 LEVELS = ("input", "attention", "linear", "all")  # what forward saves, from least to most; defined in blocks.KEPT
 UNITS_KEPT = {"input": 1, "attention": 2, "linear": 10, "all": 18}  # with LoRAs on all layers; blocks.kept_at
-WORKSPACE_UNITS = {  # by compiled, level: what a block's backward pass needs in addition to its saved activations
+# By compiled and level: the units that a block's backward pass needs in addition to its saved activations.
+WORKSPACE_UNITS = {
     True: {"input": 19.1, "attention": 17.2, "linear": 13.2, "all": 9.3},
     False: {"input": 38.2, "attention": 37.2, "linear": 28.2, "all": 25.2},
 }
 ENDS_UNITS = 1.8  # tensors before the first and after the last block
-TRAINED_UNITS = {  # what backward needs in addition if all weights are trained, without their gradients
+# By compiled and level: the units that backward needs in addition if all weights are trained, without their gradients.
+TRAINED_UNITS = {
     True: {"input": 0.6, "attention": 1.5, "linear": 0.0, "all": 0.0},
     False: {"input": 7.5, "attention": 7.4, "linear": 6.4, "all": 1.4},
 }
-RECOMPUTED = {"input": (8 / 12, 1.0, 0.0), "attention": (8 / 12, 0.0, 0.0), "linear": (0.0, 0.0, 0.0)}
-RECOMPUTED["all"] = (0.0, 0.0, -10.0)
+RECOMPUTED = {
+    "input": (8 / 12, 1.0, 0.0),
+    "attention": (8 / 12, 0.0, 0.0),
+    "linear": (0.0, 0.0, 0.0),
+    "all": (0.0, 0.0, -10.0),
+}
 """By level: the shares of a block's linear layers and of its attention that backward recomputes, and the units of
 memory traffic that it adds to TRAFFIC_UNITS."""
-TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}  # units outside matrix products, by pass
+# By compiled: the units of memory traffic outside matrix products, in forward and in backward.
+TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}
 DEQUANTIZED_SHARE = {True: 0.1, False: 1.2}
-"""By compiled: the share of a block's quantized matrices that is dequantized when memory is fullest. In a graph it is
-small (measured); without one the largest matrix, a third of them, is dequantized by way of fp32."""
+"""By compiled: the share of a block's quantized matrices that is dequantized when memory is fullest. In a compiled
+graph it is small (measured). Without one, the largest matrix, a third of them, is dequantized by way of fp32."""
 HIDDEN_COPY = 0.01  # share of a copy's time by which it slows the arithmetic that it overlaps with
 COPY_SHARE = 0.96  # share of the measured copy rate that is reached while the device computes
 BOTH_WAYS = 0.7  # share of that rate if both directions are busy, as in the optimizer's pass
-AS_FAST = 1.01  # predictions are no better than this ratio, so plans within it count as equally fast
+AS_FAST = 1.01  # predictions are not more precise than this ratio, so plans within it count as equally fast
 FRAGMENTS = 0.94  # share of free device memory that can be filled before fragmentation prevents it
-HOST_SHARES = (0.6, 0.9)  # share of free host memory that plans may pin; the second only if nothing fits the first
+HOST_SHARES = (0.6, 0.9)  # share of free host memory that plans may pin; the second if no plan fits the first
 CONTEXT = 0.6 * GIB  # memory of CUDA itself on the card that --vram_budget describes
 
 
@@ -67,11 +75,11 @@ class Sizes:
     tokens: int  # of a sample in the largest bucket
     width: int  # D
     heads: int
-    state_bytes: int = STATE_BYTES  # per trained element: master weight, moments, and its average if there is one
-    average_bytes: int = 0  # the part of state_bytes for the average, which lives and is updated with the master
+    state_bytes: int = STATE_BYTES  # per trained element: master weight, moments, and the average if there is one
+    average_bytes: int = 0  # the part of state_bytes for the average, which is stored where the master weight is
     ranks: int = 1  # processes on this host; one of them writes checkpoints
     mapped: bool = False  # loaded weights are pages of their file, so pinned copies take additional memory
-    matrix_bytes: int = 0  # what a block's quantized matrices take in the compute type
+    matrix_bytes: int = 0  # the size of a block's quantized matrices in the compute type
     units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
     block_trained: int = 0  # elements of one block if all weights are trained, else 0
     sum_bytes: int = 4  # per element of the gradients that are summed on the host
@@ -102,23 +110,23 @@ class Sizes:
 class Machine:
     """Free memory and measured rates of a machine."""
 
-    device_bytes: int  # that may be filled
-    host_bytes: int  # free
-    matmul: float = 5e11
-    attention: float = 2e11  # forward
-    attention_backward: float = 2e11
+    device_bytes: int  # device memory that may be filled
+    host_bytes: int  # free host memory
+    matmul: float = 5e11  # FLOP a second of matrix products
+    attention: float = 2e11  # FLOP a second of attention in forward
+    attention_backward: float = 2e11  # FLOP a second of attention in backward
     memory: float = 2e10  # bytes a second, of the device
     copies: float = 1e10  # bytes a second between host and device, one way
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: where weights and their gradients live, what forward saves (blocks.KEPT), and where that lives."""
+    """The plan of one block: where its weights are, which activations forward saves (blocks.KEPT), and where."""
 
-    weights: str = DEVICE
-    keep: str = "input"
-    kept: str = DEVICE
-    state: str | None = None  # for host-trained weights; None means where the plan has it
+    weights: str = DEVICE  # where the weights are, and their gradients if they are trained
+    keep: str = "input"  # one of LEVELS
+    kept: str = DEVICE  # where the saved activations are
+    state: str | None = None  # where the optimizer state of host-trained weights is; None: as ExecutionPlan.state says
 
 
 @dataclass(frozen=True)
@@ -146,12 +154,12 @@ class ExecutionPlan:
     blocks: tuple[BlockPlan, ...]
     compiled: bool
     attention: str  # attention.BACKENDS, or cpu
-    state: str = DEVICE  # where fp32 masters and moments lie
-    any_length: bool = False  # compiled once for all buckets, in place of once for each
+    state: str = DEVICE  # where fp32 master weights and moments are stored
+    any_length: bool = False  # whether one compiled graph serves all buckets; otherwise each length has its own
     base_precision: str = AUTO  # of the blocks' frozen matrices: quant.KINDS, or as they were loaded
-    peak: int = 0  # predicted, bytes of the device
-    pinned: int = 0  # bytes of the host
-    seconds: float = 0.0  # predicted, of a step; 0 where the machine was not measured
+    peak: int = 0  # predicted peak of device memory, in bytes
+    pinned: int = 0  # pinned host memory, in bytes
+    seconds: float = 0.0  # predicted time of a step; 0 if the machine was not measured
 
     def __str__(self) -> str:
         count = len(self.blocks)
@@ -186,8 +194,8 @@ class ExecutionPlan:
 class ModulePlan:
     """Blocks that diffusers runs: the reference, which supports every training method."""
 
-    recompute: bool  # a block's activations are computed again in the backward pass
-    compiled: bool  # each block by torch.compile, one graph for all
+    recompute: bool  # whether a block's activations are recomputed in the backward pass
+    compiled: bool  # whether torch.compile compiles the blocks, one graph for all of them
 
     def __str__(self) -> str:
         blocks = "compiled" if self.compiled else "eager"
@@ -210,10 +218,10 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
     """Predicts the peak of device memory: at the start of backward or in the optimizer step, whichever is larger.
 
     Args:
-        kinds: How many blocks have each kind of plan.
-        state: Where optimizer state lives, unless a block's plan says otherwise.
+        kinds: The number of blocks for each kind of block plan.
+        state: Where optimizer state is stored unless a block's plan says otherwise.
         compiled: Whether blocks are compiled.
-        sizes: Of the run.
+        sizes: The sizes of the run.
     """
     streamed = streamed_blocks(kinds)
     total = sizes.rest_bytes + (sizes.blocks - streamed + min(WEIGHT_SLOTS, streamed)) * sizes.block_bytes
@@ -232,7 +240,8 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
 def transfer_slot_bytes(streamed: int, sizes: Sizes) -> int:
     """Returns the device bytes of the optimizer's transfer slots."""
     numbers = min(sizes.all_trained, CHUNK_BYTES // STATE_BYTES)
-    with_weights = streamed and sizes.block_trained  # these come with gradients, which become fp32, and leave
+    # Host-trained weights are copied out, and their gradients are copied in and converted to fp32 on the device.
+    with_weights = streamed and sizes.block_trained
     load = sizes.moving_bytes + (sizes.sum_bytes + sizes.item_bytes if with_weights else 0)
     return numbers * (TRANSFER_SLOTS * load + (4 if with_weights else 0))
 
@@ -250,7 +259,8 @@ def in_flight_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
     away = {kind: n for kind, n in kinds.items() if kind.kept == HOST}
     total, left = 0, min(IN_FLIGHT, sum(away.values()))
     for kind, n in sorted(away.items(), key=lambda item: -sizes.kept_bytes(item[0].keep)):
-        count = min(left, -(-IN_FLIGHT * n // sum(away.values())))  # they take turns
+        # Blocks of different kinds alternate, so each kind has its share of the blocks in flight, rounded up.
+        count = min(left, -(-IN_FLIGHT * n // sum(away.values())))
         total, left = total + count * sizes.kept_bytes(kind.keep), left - count
     return total
 
@@ -260,7 +270,8 @@ def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     weights = streamed_blocks(kinds) * sizes.block_bytes
     loaded = 0 if sizes.mapped else max(0, weights - sizes.block_bytes)
     written = 0
-    if sizes.block_trained:  # checkpoints copy the device's state; the export copies all weights
+    if sizes.block_trained:
+        # A checkpoint first copies all optimizer state on the device to the host; the export copies all weights.
         again = 0 if sizes.mapped else sizes.blocks * sizes.block_bytes
         written = max(again, state_on_device(kinds, state, sizes) * sizes.state_bytes) // sizes.ranks
     return pinned_bytes(kinds, state, sizes) - loaded + written
@@ -293,13 +304,15 @@ def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple
     """Returns the bytes copied between host and device.
 
     Returns:
-        (weights per pass, saved activations per direction, gradients, optimizer state and gradients per direction).
+        The bytes of weights per pass, of saved activations per direction, of gradients, and of optimizer state with
+        gradients per direction.
     """
     streamed = streamed_blocks(kinds)
     kept = sum(n * sizes.kept_bytes(kind.keep) for kind, n in kinds.items() if kind.kept == HOST)
     gradients = streamed * sizes.block_trained * sizes.sum_bytes
     on_host = sizes.all_trained - state_on_device(kinds, state, sizes)
-    moved = on_host * sizes.moving_bytes + gradients  # no more bytes of weights leave than of gradients come
+    # Weights are copied out where gradients are copied in, and they do not take more bytes than the gradients.
+    moved = on_host * sizes.moving_bytes + gradients
     return streamed * sizes.block_bytes, kept, gradients, moved
 
 
@@ -307,8 +320,9 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     """Predicts the seconds of a step: each pass takes the larger of its arithmetic and its copies in one direction.
 
     The maximum is taken over the whole pass and not for each block, because blocks of different kinds take turns and
-    copies start ahead. Arguments as in ``peak_bytes``; the machine has the rates.
+    copies start ahead of time. The arguments are those of ``peak_bytes``, and the machine, which has the rates.
     """
+    # One block: 12 D^2 weights in linear layers, 2 FLOP each per token, and two products of S x S x D per sample.
     linear = 24 * sizes.samples * sizes.tokens * sizes.width**2 / machine.matmul
     scores = 4 * sizes.samples * sizes.tokens**2 * sizes.width
     attend, attend_backward = scores / machine.attention, 2.5 * scores / machine.attention_backward
@@ -320,15 +334,17 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     again = 0.0
     for kind, n in kinds.items():
         linears, attentions, units = RECOMPUTED[kind.keep]
-        linears = 1.0 if linears and trains_all else linears  # gradients of gates need the layers' outputs
+        # Gradients of the gates need the outputs of all linear layers, so all of these are recomputed.
+        linears = 1.0 if linears and trains_all else linears
         again += n * (linears * linear + attentions * attend + units * unit)
     forward = sizes.blocks * (linear + attend + forward_traffic)
     backward = sizes.blocks * ((2 if trains_all else 1) * linear + attend_backward + backward_traffic) + again
-    earlier = gradients * (1 - 1 / sizes.passes)  # the sums are copied back in all passes but the first
+    earlier = gradients * (1 - 1 / sizes.passes)  # the sums are copied back to the device in all passes but the first
     total = max(forward, weights, kept) + max(backward, weights + kept + earlier, gradients)
     total += HIDDEN_COPY * (2 * (weights + kept) + gradients + earlier)
     on_device = 2 * sizes.state_bytes * state_on_device(kinds, state, sizes) / machine.memory
-    # State of host-trained weights passes through the device while the next forward pass runs, other state before it.
+    # Optimizer state of host-trained weights passes through the device while the next forward pass runs, and the other
+    # state before it. ``hidden`` is the time by which the former overlaps with that forward pass.
     before = trained_on_device(kinds, sizes) * sizes.moving_bytes / copies if state == HOST else 0.0
     before, behind = before / BOTH_WAYS, (moved - before) / BOTH_WAYS
     hidden = max(forward, weights, kept) + behind - max(forward, weights + behind, kept + behind)
@@ -341,9 +357,10 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
 
 
 def candidates(axes: Axes, sizes: Sizes) -> Iterator[tuple[BlockPlan, BlockPlan, int, str]]:
-    """Yields (kind, other kind, blocks of the first kind, where state lives) of all plans with at most two kinds.
+    """Yields all plans with at most two kinds of blocks.
 
-    A block that is trained on the host has its own choice of where its optimizer state lives.
+    A plan is a tuple (first kind, second kind, number of blocks of the first kind, where optimizer state is stored).
+    Each kind of host-trained blocks has an additional choice of where its optimizer state is stored.
     """
     blocks = sizes.blocks
     kinds = [
@@ -372,7 +389,7 @@ def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, atte
 
 
 def fastest_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
-    """Does what ``choose_plan`` does if plans may pin all of ``machine.host_bytes``."""
+    """Chooses as ``choose_plan`` does, from plans that may pin all of ``machine.host_bytes``."""
     found, least = [], None
     for first, second, count, state in candidates(axes, sizes):
         kinds = {first: count} if first == second else {first: count, second: sizes.blocks - count}

@@ -2,8 +2,8 @@
 
 The idea: diffusers calls its blocks one after another. ``Stack.install`` makes the first block run all of them and the
 others pass their inputs on, so that training and the pipeline's sampling use the plan without knowing it. Each block is
-one autograd function (RunBlock) around two plain functions, blocks.forward and blocks.backward. What lies between those
-two is the plan's choice for each block: which activations are saved, on which device, where the weights are stored, and
+one autograd function (RunBlock) around two plain functions, blocks.forward and blocks.backward. The plan decides for
+each block what happens between these two: which activations are saved and where, where the weights are stored, and
 whether the functions are compiled.
 
     forward    weights(i): from the device, or from a slot of the Ring, which starts copying the next block
@@ -13,9 +13,9 @@ whether the functions are compiled.
                    of LoRAs and of weights on the device --> autograd, as usual
                    of weights on the host                --> HostGradients.add, which copies them to the host
 
-Names and values of the parameters do not change, except for matrices that the plan quantizes: their module then has an
-empty tensor, so that nothing else can compute with it. Either LoRAs are trained, which always live on the device, or
-all weights. Shapes as in blocks.py.
+The names and values of the parameters do not change, with one exception: a matrix that the plan quantizes is replaced
+by an empty tensor in its module, so that no other code can compute with it. Either LoRAs are trained, which are always
+on the device, or all weights are. The letters of the shapes are those of blocks.py.
 """
 
 from collections.abc import Callable
@@ -60,8 +60,9 @@ class Stack:
     Args:
         transformer: A CogVideoX of diffusers for which ``is_supported`` is true: either all of it is trained, or only
             plain LoRAs on attention and feed-forward layers are. It is moved to where the plan wants it.
-        plan: Where weights, saved activations and optimizer state live, and what is saved, for each block.
-        device: Where the blocks compute.
+        plan: The plan, which says for each block which activations are saved, and where weights, saved activations and
+            optimizer state are stored.
+        device: The device on which the blocks compute.
     """
 
     def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
@@ -102,8 +103,8 @@ class Stack:
             ):
                 view.copy_(tensor)
             for parameter, form in zip(parameters, forms, strict=True):
-                whole = isinstance(form, Tensor)
-                parameter.data = form if whole else torch.empty(0, dtype=parameter.dtype, device=self.device)
+                plain = isinstance(form, Tensor)
+                parameter.data = form if plain else torch.empty(0, dtype=parameter.dtype, device=self.device)
             if block.weights == DEVICE:
                 self.resident[i] = forms
         placed = {id(p) for parameters in own for p in parameters}
@@ -138,7 +139,7 @@ class Stack:
             encoder_hidden_states: The text tokens, (B, L, D).
             temb: The time embedding, (B, time embedding).
             image_rotary_emb: Cosines and sines for the video tokens, (S - L, E) each.
-            attention_kwargs: Ignored.
+            attention_kwargs: This argument of diffusers is ignored.
 
         Returns:
             The new video and text tokens, in the same shapes.
@@ -148,7 +149,9 @@ class Stack:
         rotary = self._padded(image_rotary_emb, length)
         shared = Shared(temb.detach(), rotary, length, self.heads, self.plan.attention)
         if self.host_trained and self.ring:
-            self.ring.invalidate()  # an optimizer step may have changed the weights on the host since the last pass
+            # An optimizer step may have changed the weights on the host since the last pass, so the slots may be out of
+            # date. The copies that follow wait for that step's update of their block (HostTrainedBlocks.mark_updated).
+            self.ring.invalidate()
         if torch.is_grad_enabled():
             for i in range(len(self.modules)):
                 x = RunBlock.apply(x, temb, i, self, shared, *self._trained(i))
@@ -194,13 +197,14 @@ class Stack:
 
         Args:
             i: The block's number.
-            direction: 1 in forward, -1 in backward; says which block is needed next.
+            direction: 1 in forward and -1 in backward, the direction in which the next block is looked up.
             trained: The tensors that autograd trains, in place of the module's.
         """
         forms, order = self.resident.get(i), self.order[i]
         if self.ring is not None:
             ahead = self.ring.next_block(i, direction)
-            # This block first: its slot then counts as the most recently used one, so the copy ahead cannot replace it.
+            # ``get`` comes first and makes the compute stream wait for this block's copy. It also marks the slot as the
+            # most recently used one; otherwise the copy ahead could replace weights that are about to be read.
             forms = self.slots[self.ring.get(i)] if forms is None else forms
             if ahead is not None:
                 self.ring.fetch(ahead)
@@ -218,9 +222,12 @@ class RunBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, _temb: Tensor, i: int, stack: Stack, shared: Shared, *trained: Tensor) -> Tensor:
         plan = stack.plan.blocks[i]
-        if not any(ctx.needs_input_grad):  # before the first LoRA: no backward pass will take saved tensors
+        if not any(ctx.needs_input_grad):
+            # No input needs a gradient, as in blocks before the first LoRA, so no backward pass would take saved
+            # tensors.
             return stack.forward_block(x, stack.weights(i, 1, list(trained)), shared, ())[0]
-        x = x.detach()  # or the first block, whose x needs no gradient, would get a graph of its own
+        # Without this, the first block, whose x needs no gradient, would be compiled to a separate graph.
+        x = x.detach()
         p = stack.weights(i, 1, list(trained))
         y, kept = stack.forward_block(x, p, shared, blocks.kept_at(plan.keep, p))
         kept["x"] = x
@@ -241,10 +248,12 @@ class RunBlock(torch.autograd.Function):
         trained = list(ctx.saved_tensors[:count])
         saved = [tensor.detach() for tensor in ctx.saved_tensors[count:]]
         kept = dict(zip(ctx.names, saved, strict=True)) if here else stack.store.take(i)
-        stack.store.fetch_next()  # before this block's kernels are issued, so that the copy overlaps with them
+        # The saved tensors of the block that backward runs next are fetched before this block's kernels are issued, so
+        # that the copy waits only for earlier compute and overlaps with these kernels.
+        stack.store.fetch_next()
         dx, dtemb, found = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
         gradients = [gradient for name in Block._fields for gradient in found.get(name, ())]
-        if gradients and not trained:
+        if gradients and not trained:  # the block's weights are on the host, so autograd has no tensor for them
             stack.host_trained.gradients.add(i, gradients)
             gradients = []
         return dx, dtemb, None, None, None, *gradients
@@ -264,8 +273,8 @@ def stored_weights(module: Any, precision: str, device: torch.device) -> list[We
 
     Args:
         module: A block of diffusers.
-        precision: Of the matrices of linear layers, one of quant.KINDS; AUTO leaves them unchanged.
-        device: Where matrices are quantized.
+        precision: The precision of the matrices of linear layers, one of quant.KINDS; AUTO leaves them unchanged.
+        device: The device on which matrices are quantized.
     """
     kinds = quantization_kinds(module, precision) if precision != AUTO else {}
     return [quantize(p.detach().to(device), kinds[p]) if p in kinds else p.detach() for p in base_parameters(module)]
@@ -274,8 +283,8 @@ def stored_weights(module: Any, precision: str, device: torch.device) -> list[We
 def quantization_kinds(module: Any, precision: str) -> dict[Tensor, str]:
     """Returns the quantization kind of each matrix of a block's linear layers.
 
-    Matrices of adaLN are always int8: nf4 would save another 4 % of the bf16 size, but would change gradients by as
-    much again as quantizing all other matrices does.
+    The matrices of the adaptive layer norms are always int8. In nf4 they would save another 4 % of the bf16 size, but
+    would change gradients by as much as the quantization of all other matrices does.
     """
     kinds = {base_layer_of(layer).weight: precision for layer in lora_target_layers(module).values()}
     return kinds | {layer.weight: "int8" for layer in (module.norm1.linear, module.norm2.linear)}
@@ -352,19 +361,19 @@ def lora_matrices(module: Any, device: torch.device) -> list[Tensor]:
 
 
 def block_weights(
-    module: Any, matrices: list[Tensor] | None = None, place: Callable[[Tensor], Any] = lambda p: p
+    module: Any, matrices: list[Tensor] | None = None, weight_of: Callable[[Tensor], Any] = lambda p: p
 ) -> Block:
     """Collects a block's weights from its module.
 
     Args:
         module: A block of diffusers.
-        matrices: The LoRA matrices to use, in the order of blocks.Block; by default those of the module.
-        place: Returns the tensor or quantized matrix that is used for a parameter.
+        matrices: The LoRA matrices to use, in the order of blocks.Block. By default those of the module are used.
+        weight_of: A function that returns the tensor or quantized matrix that is used for a parameter.
     """
     given = iter(matrices) if matrices is not None else None
 
     def own(layer: Any) -> tuple[Any, Any]:
-        weight, bias = (None if p is None else place(p) for p in (layer.weight, layer.bias))
+        weight, bias = (None if p is None else weight_of(p) for p in (layer.weight, layer.bias))
         return weight, bias
 
     def piece(name: str, layer: Any) -> Linear | Norm:
@@ -410,7 +419,7 @@ def _drops_alike(layer: Any) -> bool:
     return all(isinstance(dropout, (nn.Identity, SampleDropout)) for dropout in layer.lora_dropout.values())
 
 
-# -- what quantizing costs ---------------------------------------------------------------------------------------------
+# -- error of quantization ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -434,8 +443,8 @@ def block_weights_on(module: Any, precision: str, device: torch.device) -> Block
     """Returns a copy of a block's weights on a device in a precision."""
     forms = dict(zip(base_parameters(module), stored_weights(module, precision, device), strict=True))
 
-    def place(p: Tensor) -> Weight:
+    def weight_of(p: Tensor) -> Weight:
         form = forms[p]
         return form.to(device) if isinstance(form, Tensor) else form
 
-    return block_weights(module, lora_matrices(module, device), place)
+    return block_weights(module, lora_matrices(module, device), weight_of)

@@ -1,9 +1,10 @@
 """Runs one forward and backward pass of the largest bucket before the first step, if no plan bounds the memory.
 
-Buckets come in random order, so without a plan the one that does not fit might first appear after hours. ``warm_up``
-finds out at once. Its gradients are dropped, and it does not change the run, because dropout, timesteps and noise are
-functions of the step. It covers weights, master weights, optimizer state (it reserves what the first optimizer step
-will allocate), activations and gradients. It does not cover the gradient buffers of DeepSpeed's first backward pass.
+Buckets come in random order, so without a plan a bucket that does not fit might first appear after hours. ``warm_up``
+finds it before the first step. Its gradients are dropped, and it does not change the run, because dropout, timesteps
+and noise are functions of the step. It covers weights, master weights, optimizer state (it reserves what the first
+optimizer step will allocate), activations and gradients. It does not cover the gradient buffers of DeepSpeed's first
+backward pass.
 """
 
 from collections.abc import Callable
@@ -41,10 +42,10 @@ def warm_up(
 
     Args:
         run: The run.
-        engine: Owns the model, and runs the backward pass.
+        engine: The engine, which has the model and runs the backward pass.
         dataset: The training samples.
-        samples: The samples in a micro-batch.
-        losses_of: Returns the loss of each sample, (B,), of a model and a batch on the device.
+        samples: The number of samples in a micro-batch.
+        losses_of: A function of a model and a batch on the device that returns the loss of each sample, (B,).
 
     Raises:
         OutOfMemoryError: The memory of one rank is not sufficient. It is raised on every rank, so that none waits for

@@ -52,7 +52,7 @@ from cogvideox.errors import UsageError
 from cogvideox.files import stamp_of
 from cogvideox.model import encode, models
 from cogvideox.model.encode import AsyncCopy
-from cogvideox.model.t5_stream import CAPTIONS_A_PASS
+from cogvideox.model.t5_stream import BATCHES_PER_PASS
 
 LEDGER_EVERY = 64  # records per write to the ledger while planning
 CHANGED = "has changed while it was prepared; run the same command again"
@@ -554,7 +554,7 @@ def encode_captions(
     if not captions:
         return
     place = models.resolve_t5_on(model, encoders.text_dtype, state.device, t5_on)
-    at_once = batch * (CAPTIONS_A_PASS if place == "host" else 1)
+    at_once = batch * (BATCHES_PER_PASS if place == "host" else 1)
     fix = "give --t5_on host" if place == "device" else "end what else uses it"
     room = room_for(f"--t5_on {t5_on}", "for T5", fix)
     with room, models.text_encoder(model, encoders.text_dtype, state.device, place, batch) as (tokenizer, encoder):
