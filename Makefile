@@ -1,9 +1,12 @@
-# make demo: set up and run the main job on real clips.   make test: set up and pass the tests.
-# make test-gpu: the tests that need a GPU.   make test-long: those that take an hour, kills at every moment.
-# make chaos: injects every fault that docs/faults.md lists, and prints a table; under an hour on two cores.
-# make mutants: makes one line of the core wrong at a time, and sees that the tests notice.
-# make bench: on a GPU, train steps of full-size models, stock and ours; goes on where it was stopped.
-# make fuzz: 500 damaged media files and 500 damaged lists; a short form is among the tests.
+# make demo       creates .venv, and trains a tiny model on real clips
+# make test       creates .venv, and runs the tests
+# make test-gpu   runs the tests that need a GPU
+# make test-long  runs the slowest tests, which take about an hour and kill runs at every moment
+# make chaos      injects every fault of docs/faults.md and prints a table; takes under an hour on two cores
+# make mutants    makes one line of the library wrong at a time, and checks that the tests fail
+# make quality    checks style and types
+# make bench      measures training steps of full-size models on a GPU; continues where it was stopped
+# make fuzz       reads 500 damaged media files and 500 damaged lists; make test has a short form of it
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

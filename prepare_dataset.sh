@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Encodes a folder of clips and captions once. Train on the result with
+# Encodes a folder of clips and captions. To train on the result:
 #   DATA_ROOT=./video-dataset-disney-prepared EXTRA_FLAGS=--load_tensors ./train_text_to_video_lora.sh
 #
 #   ./prepare_dataset.sh
-#   DRY_RUN=1 ./prepare_dataset.sh                       # prints the command, runs nothing
+#   DRY_RUN=1 ./prepare_dataset.sh                       # only prints the command
 #   NUM_GPUS=8 HEIGHT_BUCKETS="480 720" WIDTH_BUCKETS="720 960" ./prepare_dataset.sh
-#   MODEL=THUDM/CogVideoX-5b-I2V ./prepare_dataset.sh    # with the first frames, for image-to-video
+#   MODEL=THUDM/CogVideoX-5b-I2V ./prepare_dataset.sh    # also encodes first frames, for image-to-video
 #
-# Every NAME below can be set from outside. Relative paths count from this folder. An interrupted run goes on.
+# Environment variables override every NAME below. Paths are relative to this folder. The same command continues an
+# interrupted run.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 source scripts/sweep.sh
@@ -22,12 +23,12 @@ setting DATA_ROOT ./video-dataset-disney
 setting CAPTION_COLUMN prompt.txt
 setting VIDEO_COLUMN videos.txt
 setting OUTPUT_DIR ./video-dataset-disney-prepared
-setting ID_TOKEN BW_STYLE  # goes into the captions here: with --load_tensors, training does not add it
+setting ID_TOKEN BW_STYLE  # is added to the captions here, because training with --load_tensors does not add it
 setting MAX_NUM_FRAMES 49
 setting MAX_SEQUENCE_LENGTH 226
 setting TARGET_FPS 8
 setting BATCH_SIZE 1
-setting DTYPE bf16  # the guide has fp32, in which T5 alone takes 18 GiB
+setting DTYPE bf16  # the guide uses fp32, in which T5 alone needs 18 GiB
 
 check_data
 if ((NUM_GPUS > 1)); then

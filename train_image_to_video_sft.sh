@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Image-to-video, all weights: one run for each combination of learning rate, schedule, optimizer and number of steps.
+# Trains all weights for image-to-video, with one run for each combination of learning rate, schedule, optimizer and
+# number of steps.
 #
 #   ./train_image_to_video_sft.sh
-#   DRY_RUN=1 ./train_image_to_video_sft.sh                                     # prints the commands, runs nothing
-#   VALIDATION_IMAGES=barn.png:::harbour.png DATA_ROOT=/data/clips ./train_image_to_video_sft.sh
+#   DRY_RUN=1 ./train_image_to_video_sft.sh                                     # only prints the commands
+#   VALIDATION_IMAGES=barn.png:::harbor.png DATA_ROOT=/data/clips ./train_image_to_video_sft.sh
 #   ACCELERATE_CONFIG_FILE=accelerate_configs/deepspeed.yaml GPU_IDS=0,1 ./train_image_to_video_sft.sh
 #
-# Every NAME below and in `settings` of scripts/sweep.sh can be set from outside; EXTRA_FLAGS="--flag value" adds to, or
-# replaces, any flag. Relative paths count from this folder. The same command goes on where it was stopped.
-# Exit codes: 0 all done, 1 some runs failed, 2 nothing to run with, 75 stopped by a signal with everything saved.
+# Environment variables override every NAME below and in `settings` of scripts/sweep.sh. EXTRA_FLAGS="--flag value" adds
+# or replaces flags. Paths are relative to this folder. The same command resumes a sweep that was stopped.
+# Exit statuses: 0 all runs finished, 1 some runs failed, 2 data or programs are missing, 75 stopped and saved.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 source scripts/sweep.sh
 
 words LEARNING_RATES 1e-5
 words MAX_TRAIN_STEPS 20000
-words FRAME_BUCKETS 77  # 20 latent frames: an even number, as CogVideoX 1.5 has them without padding
+words FRAME_BUCKETS 77  # 20 latent frames; CogVideoX 1.5 needs no padding for an even number
 setting MODEL THUDM/CogVideoX1.5-5B-I2V
 setting MAX_NUM_FRAMES 77
 setting ID_TOKEN BW_STYLE

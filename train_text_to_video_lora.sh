@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Text-to-video LoRA: one run for each combination of learning rate, schedule, optimizer and number of steps.
+# Trains a LoRA for text-to-video, with one run for each combination of learning rate, schedule, optimizer and
+# number of steps.
 #
 #   ./train_text_to_video_lora.sh
-#   DRY_RUN=1 ./train_text_to_video_lora.sh                                     # prints the commands, runs nothing
+#   DRY_RUN=1 ./train_text_to_video_lora.sh                                     # only prints the commands
 #   LEARNING_RATES="1e-4 2e-4" OPTIMIZERS=adamw DATA_ROOT=/data/clips ./train_text_to_video_lora.sh
 #   ACCELERATE_CONFIG_FILE=accelerate_configs/uncompiled_2.yaml GPU_IDS=0,1 ./train_text_to_video_lora.sh
 #
-# Every NAME below and in `settings` of scripts/sweep.sh can be set from outside; EXTRA_FLAGS="--flag value" adds to, or
-# replaces, any flag. Relative paths count from this folder. The same command goes on where it was stopped.
-# Exit codes: 0 all done, 1 some runs failed, 2 nothing to run with, 75 stopped by a signal with everything saved.
+# Environment variables override every NAME below and in `settings` of scripts/sweep.sh. EXTRA_FLAGS="--flag value" adds
+# or replaces flags. Paths are relative to this folder. The same command resumes a sweep that was stopped.
+# Exit statuses: 0 all runs finished, 1 some runs failed, 2 data or programs are missing, 75 stopped and saved.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 source scripts/sweep.sh
@@ -16,7 +17,7 @@ source scripts/sweep.sh
 words LEARNING_RATES 1e-4 1e-3
 words OPTIMIZERS adamw adam
 setting ID_TOKEN BW_STYLE
-setting LORA_RANK 128  # not RANK: cluster software sets that one
+setting LORA_RANK 128  # not RANK, which cluster software sets
 setting LORA_ALPHA 128
 setting VALIDATION_PROMPT "BW_STYLE A black and white cartoon from the early days of animation. A cheerful mouse in \
 shorts steers a small river boat, whistling and tapping one foot, while smoke rings rise from the funnel. A goat on the \

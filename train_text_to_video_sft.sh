@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Text-to-video, all weights: one run for each combination of learning rate, schedule, optimizer and number of steps.
+# Trains all weights for text-to-video, with one run for each combination of learning rate, schedule, optimizer and
+# number of steps.
 #
 #   ./train_text_to_video_sft.sh
-#   DRY_RUN=1 ./train_text_to_video_sft.sh                                      # prints the commands, runs nothing
+#   DRY_RUN=1 ./train_text_to_video_sft.sh                                      # only prints the commands
 #   MODEL=THUDM/CogVideoX-2b LEARNING_RATES="1e-5 2e-5" DATA_ROOT=/data/clips ./train_text_to_video_sft.sh
 #   ACCELERATE_CONFIG_FILE=accelerate_configs/deepspeed.yaml GPU_IDS=0,1 ./train_text_to_video_sft.sh
 #
-# Every NAME below and in `settings` of scripts/sweep.sh can be set from outside; EXTRA_FLAGS="--flag value" adds to, or
-# replaces, any flag. Relative paths count from this folder. The same command goes on where it was stopped.
-# Exit codes: 0 all done, 1 some runs failed, 2 nothing to run with, 75 stopped by a signal with everything saved.
+# Environment variables override every NAME below and in `settings` of scripts/sweep.sh. EXTRA_FLAGS="--flag value" adds
+# or replaces flags. Paths are relative to this folder. The same command resumes a sweep that was stopped.
+# Exit statuses: 0 all runs finished, 1 some runs failed, 2 data or programs are missing, 75 stopped and saved.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 source scripts/sweep.sh

@@ -1,24 +1,24 @@
-# Sourced by the scripts at the top: `setting` and `words` read the environment, `sweep` runs one training for each
-# combination of the swept values. Commands are arrays, never text to be parsed again: a prompt may hold quotes, $(...)
-# and line breaks. Needs bash 4.4.
+# The train_*.sh scripts and prepare_dataset.sh source this file. `setting` and `words` read the environment. `sweep` runs
+# one training for each combination of the swept values. Commands are arrays and are never parsed again as text, because
+# a prompt may contain quotes, $(...) and line breaks. bash 4.4 or newer is needed.
 
-REQUEUE_EXIT=75  # of the training scripts: stopped by a signal, everything saved; the same command goes on
+REQUEUE_EXIT=75  # a training script was stopped by a signal and has saved; the same command resumes it
 DATASET=Wild-Heart/Disney-VideoGeneration-Dataset
 
-# NCCL_P2P_DISABLE=1 (in older guides) sends what GPUs exchange through host memory, and TORCH_NCCL_ENABLE_MONITORING=0
-# lets a job hang for ever when one of its GPUs dies: neither is set. TORCH_LOGS="+dynamo,recompiles,graph_breaks" and
-# TORCHDYNAMO_VERBOSE=1 print pages at every start: set them to look into a compilation.
+# Older guides set NCCL_P2P_DISABLE=1, which makes GPUs exchange data through host memory, and
+# TORCH_NCCL_ENABLE_MONITORING=0, which lets a job hang forever when one of its GPUs dies. Neither is set here.
+# To inspect a compilation, set TORCH_LOGS="+dynamo,recompiles,graph_breaks" and TORCHDYNAMO_VERBOSE=1.
 export WANDB_MODE=${WANDB_MODE:-offline}
 
 say() { printf '%s\n' "$*" >&2; }
 
 dry_run() { [[ ${DRY_RUN:-0} != 0 ]]; }
 
-# setting NAME DEFAULT: a value, unless the environment has it (an empty one counts).
+# setting NAME DEFAULT: sets a value unless the environment has one, which may be empty.
 setting() { [[ -v $1 ]] || printf -v "$1" %s "$2"; }
 
-# words NAME DEFAULT...: an array of words, unless the environment has them, parted by spaces (nothing is globbed), or
-# the script has set it before.
+# words NAME DEFAULT...: sets an array of words, unless the script has set it before. Words from the environment are
+# separated by spaces and are not expanded as file patterns.
 words() {
   [[ $(declare -p "$1" 2> /dev/null) != "declare -a"* ]] || return 0
   local -n words_=$1
@@ -26,7 +26,7 @@ words() {
   if [[ $given ]]; then read -r -d '' -a words_ <<< "$given" || true; else words_=("${@:2}"); fi
 }
 
-# tool VARIABLE NAME: a program of .venv if it is there, else of PATH, unless the environment names one.
+# tool VARIABLE NAME: sets the path of a program: from the environment, or else from .venv, or else from PATH.
 tool() {
   setting "$1" "$([[ -x .venv/bin/$2 ]] && echo ".venv/bin/$2" || echo "$2")"
   dry_run || command -v -- "${!1}" > /dev/null || { say "${!1}: not found; pip install -r requirements.txt"; exit 2; }
@@ -34,15 +34,15 @@ tool() {
 
 check_data() {
   [[ -d $DATA_ROOT ]] && return
-  say "DATA_ROOT $DATA_ROOT: there is no such folder; the guide's data set:"
+  say "DATA_ROOT $DATA_ROOT: there is no such folder; to download the data set of the guide:"
   say "  hf download --repo-type dataset $DATASET --local-dir video-dataset-disney"
   dry_run || exit 2
 }
 
 show() { printf '%q ' "$@"; echo; }
 
-# validation_images: the flag for the images that validation videos begin with, into IMAGE_FLAGS; without images there
-# are no such videos.
+# validation_images: sets IMAGE_FLAGS to the flag for the images that validation videos begin with. Without images, no
+# validation videos are made.
 validation_images() {
   setting VALIDATION_IMAGES ""
   IMAGE_FLAGS=()
@@ -54,7 +54,7 @@ validation_images() {
   fi
 }
 
-# settings: what every training script reads.
+# settings: sets what every training script reads.
 settings() {
   words LEARNING_RATES 1e-4
   words LR_SCHEDULES cosine_with_restarts
@@ -63,7 +63,7 @@ settings() {
   words HEIGHT_BUCKETS 480
   words WIDTH_BUCKETS 720
   words FRAME_BUCKETS 49
-  words EXTRA_FLAGS  # come last, and of a flag given twice the last one counts
+  words EXTRA_FLAGS  # come last, because the last value of a flag counts
   setting ACCELERATE_CONFIG_FILE accelerate_configs/uncompiled_1.yaml
   setting MODEL THUDM/CogVideoX-5b
   setting DATA_ROOT ./video-dataset-disney
@@ -83,7 +83,7 @@ settings() {
   setting NCCL_TIMEOUT 1800
 }
 
-# flags: those of one run that do not depend on the script. Reads what `sweep` loops over.
+# flags: sets FLAGS to the flags of one run that do not depend on the script. It reads the loop variables of `sweep`.
 flags() {
   FLAGS=(
     --pretrained_model_name_or_path "$MODEL" --output_dir "$output_dir"
@@ -106,20 +106,20 @@ flags() {
   fi
 }
 
-# launcher: accelerate with its configuration, into LAUNCH.
+# launcher: sets LAUNCH to accelerate with its configuration.
 launcher() {
   tool ACCELERATE accelerate
   [[ -f $ACCELERATE_CONFIG_FILE ]] || { say "ACCELERATE_CONFIG_FILE $ACCELERATE_CONFIG_FILE: no such file"; exit 2; }
   LAUNCH=("$ACCELERATE" launch --config_file "$ACCELERATE_CONFIG_FILE")
   [[ ${ACCELERATE_CONFIG_FILE##*/} != cpu.yaml ]] || return 0
-  # a scheduler's choice of GPUs stands; else one process gets the first GPU, and several get all that they need
+  # A scheduler's choice of GPUs takes precedence. Otherwise one process gets the first GPU, and several get all GPUs.
   local first=all
   if grep -q '^num_processes: 1$' "$ACCELERATE_CONFIG_FILE"; then first=0; fi
   setting GPU_IDS "${CUDA_VISIBLE_DEVICES:-$first}"
   LAUNCH+=(--gpu_ids "$GPU_IDS")
 }
 
-# sweep SCRIPT NAME FLAG...: one run for each combination of the swept values, with FLAG... beside those of `flags`.
+# sweep SCRIPT NAME FLAG...: runs each combination of the swept values, with FLAG... in addition to those of `flags`.
 sweep() {
   local script=$1 name=$2 learning_rate lr_schedule optimizer steps output_dir
   check_data
@@ -140,23 +140,23 @@ sweep() {
   ((${#FAILED[@]} == 0)) || { printf '%s\n' "failed:" "${FAILED[@]}" >&2; exit 1; }
 }
 
-# run OUTPUT_DIR COMMAND...: one run, unless it is finished. A failure is noted; a wish to stop ends the sweep.
+# run OUTPUT_DIR COMMAND...: runs a training unless it is finished. A failure is recorded. A stopped run ends the sweep.
 run() {
   if [[ -f $1/recipe.json ]]; then say "finished already, skipped: $1"; return; fi
   if dry_run; then show "${@:2}"; return; fi
   say "running: $(show "${@:2}")"
   local status
   supervise "${@:2}"
-  if ((status == REQUEUE_EXIT)); then say "stopped and saved: $1; the same command goes on"; exit "$REQUEUE_EXIT"; fi
+  if ((status == REQUEUE_EXIT)); then say "stopped and saved: $1; the same command resumes it"; exit "$REQUEUE_EXIT"; fi
   if ((status)); then
-    say "failed with exit code $status: $1"
-    FAILED+=("  exit code $status: $1")
+    say "failed with exit status $status: $1"
+    FAILED+=("  exit status $status: $1")
   fi
   [[ -z $SIGNAL ]] || exit $((128 + $(kill -l "$SIGNAL")))
 }
 
-# supervise COMMAND...: runs it and sets `status`. A process group of its own keeps Ctrl-C away from the launcher, which
-# would die and leave the training behind; the signals go to the training processes, once.
+# supervise COMMAND...: runs a command and sets `status`. The command gets its own process group, because Ctrl-C would
+# kill the launcher and leave the training processes running. Signals are sent to the training processes, once.
 supervise() {
   local launcher name again=1 exit_file
   SIGNAL=
@@ -166,17 +166,17 @@ supervise() {
   launcher=$!
   set +m
   for name in HUP TERM INT USR1; do trap "again=1; stop_training $name $launcher" "$name"; done
-  while ((again)); do  # a signal ends `wait` early
+  while ((again)); do  # a signal interrupts `wait`
     again=0 status=0
     wait "$launcher" || status=$?
   done
   trap - HUP TERM INT USR1
-  # launchers make 1 of every exit code; the scripts leave theirs in the file
+  # Launchers turn every exit status into 1. The scripts write their own status to the file.
   if ((status)) && [[ -s $exit_file ]]; then status=$(< "$exit_file"); fi
   rm -f "$exit_file"
 }
 
-# stop_training SIGNAL LAUNCHER: to the launcher's children, which are the training processes; without any, to itself.
+# stop_training SIGNAL LAUNCHER: signals the training processes, which are the launcher's children, or else it.
 stop_training() {
   local children=()
   SIGNAL=$1

@@ -322,14 +322,14 @@ def test_failures_are_listed_and_the_rest_is_run(sandbox):
     assert len(sandbox.calls()) == 4
     listed = done.stderr.split("failed:\n")[1].splitlines()
     assert len(listed) == 2
-    assert all("exit code 3" in line and "optimizer_adam_" in line for line in listed)
+    assert all("exit status 3" in line and "optimizer_adam_" in line for line in listed)
 
 
 def test_a_launcher_that_turns_every_exit_status_into_1(sandbox):
     """accelerate and torchrun do this, so the training script writes its own status to a file."""
     lost = "open(os.environ['COGVIDEOX_EXIT_FILE'], 'w').write('{}'); sys.exit(1)"
     done = sandbox.run(LORA, STUB=lost.format(2), OPTIMIZERS="adam")
-    assert (done.returncode, done.stderr.count("failed with exit code 2")) == (1, 2)
+    assert (done.returncode, done.stderr.count("failed with exit status 2")) == (1, 2)
     assert sandbox.run(LORA, STUB=lost.format(75)).returncode == 75
     assert len(sandbox.calls()) == 3
 
