@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cogvideox.data.cache import TensorCache
 from cogvideox.model import encode, models, t5_stream, vae_encoder
-from cogvideox.preparation.prepare import one_behind
+from cogvideox.preparation.encoding import one_behind
 
 GIB = 2**30
 DEVICE = torch.device("cuda")

@@ -128,7 +128,7 @@ def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> N
     from cogvideox.config.flags import EncodeFlags, ModelFlags
     from cogvideox.config.geometry import read_geometry
     from cogvideox.data.cache import CachedSample, CacheIndex, TensorCache
-    from cogvideox.preparation.prepare import Encoders
+    from cogvideox.preparation.encoding import Encoders
 
     model = ModelFlags(str(pipeline))
     geometry = read_geometry(model)

@@ -17,6 +17,7 @@ from cogvideox.data.clips import ClipRecipe, plan_clip
 from cogvideox.data.media.colors import CONTAINER_MATRIX, ColorTags, SdrConverter
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
+from cogvideox.data.records import FAILED, ClipRecord
 from cogvideox.preparation.report import TAG_COMMAND, color_notes
 
 LEVELS = 5  # of 255, in no channel of any pixel of a smooth picture
@@ -143,7 +144,7 @@ def test_decord_is_refused(tmp_path: Path) -> None:
         read_frames(path, probe(path), [0], HEIGHT, WIDTH, reader="decord")
 
 
-def planned(path: Path) -> dict[str, Any]:
+def planned(path: Path) -> ClipRecord:
     return plan_clip(path, ClipRecipe((Bucket(1, 32, 48),), RATE, "middle", 0, 0, "none", 0.0, 1, 0))
 
 
@@ -172,7 +173,7 @@ def matrix_named(data: bytes) -> bytes:
 def test_files_without_a_matrix_are_counted_and_the_command_names_it(tmp_path: Path) -> None:
     """bt601 is assumed whatever the size; standard definition is as players have it too, so nothing is said."""
     small = planned(placed(tmp_path, plain()))
-    assert small["source"]["matrix_is_assumed"]
+    assert small.probed.matrix_is_assumed
     assert list(color_notes([small])) == []
     path = placed(tmp_path, large())
     record = planned(path)
@@ -181,7 +182,7 @@ def test_files_without_a_matrix_are_counted_and_the_command_names_it(tmp_path: P
     assumed = read_frames(path, probe(path), [0], 32, 32)[0, 16, 16].astype(int)
     path.write_bytes(matrix_named(path.read_bytes()))
     record = planned(path)
-    assert "matrix_is_assumed" not in record["source"]
+    assert not record.probed.matrix_is_assumed
     assert list(color_notes([record])) == []
     changed = read_frames(path, probe(path), [0], 32, 32)[0, 16, 16].astype(int)
     assert np.abs(changed - assumed).max() > 5
@@ -190,11 +191,11 @@ def test_files_without_a_matrix_are_counted_and_the_command_names_it(tmp_path: P
 
 def test_one_line_counts_what_is_converted(tmp_path: Path) -> None:
     records = [planned(placed(tmp_path, lossless(name))) for name in ("hlg", "hlg", "pq", "bt2020")]
-    assert [tuple(record["source"]["conversions"]) for record in records[1:]] == [("hlg",), ("pq",), ("bt2020",)]
+    assert [record.probed.conversions for record in records[1:]] == [("hlg",), ("pq",), ("bt2020",)]
     done = "converted to SDR with 203 cd/m2 as white; brighter parts are clipped"
     assert list(color_notes(records)) == [
         f"3 clips are HDR (2 HLG, 1 PQ): {done}",
         "1 clip is SDR with colors of bt2020 or P3: converted to bt709",
     ]
     assert list(color_notes(records[:1])) == [f"1 clip is HDR (1 HLG): {done}"]
-    assert list(color_notes([{"status": "failed", "reason": "x"}])) == []
+    assert list(color_notes([ClipRecord("", "", FAILED, "x")])) == []

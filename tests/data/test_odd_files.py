@@ -25,8 +25,8 @@ from odd_files import (
 )
 from PIL import Image
 
-from cogvideox.data.clips import UNREADABLE
 from cogvideox.data.media.decode import VideoError, probe, read_frames
+from cogvideox.data.records import UNREADABLE
 
 Read = Callable[[Case], tuple[Path, Outcome]]
 FIXES = "run|re-encode|convert|save|copy|download|fix|repairs|give|cut|use|remove|list|check|write|make|replace|leave"

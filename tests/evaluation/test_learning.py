@@ -14,9 +14,9 @@ from running import ROOT, frames_of, in_process, metrics, train
 from cogvideox.config.flags import DataFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.config.options import PrepareOptions
-from cogvideox.data.clips import Variant, decode_variant, plan_clip
+from cogvideox.data.clips import decode_variant, plan_clip
 from cogvideox.data.media.decode import probe, read_frames
-from cogvideox.preparation.prepare import clip_recipe
+from cogvideox.preparation.recipe import clip_recipe
 
 MODEL = ROOT / "examples" / "model"
 SIZE = ["--train_resolution", "9x64x96"]
@@ -56,7 +56,7 @@ def target(data: Path) -> np.ndarray:
     flags = DataFlags((str(data),), train_resolution=("9x64x96",), video_reshape_mode="center", max_num_frames=9)
     path = data / "clips" / "videos" / "rabbit_stands.mp4"
     record = plan_clip(path, clip_recipe(flags, read_geometry(ModelFlags(str(MODEL)))))
-    frames = decode_variant(path, Variant.from_record(record["cuts"][0]["variants"][0]))
+    frames = decode_variant(path, record.cuts[0].variants[0])
     assert isinstance(frames, np.ndarray)
     return frames
 

@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ from cogvideox.config.flags import EncodeFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.data import clips as clips_module
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
-from cogvideox.data.clips import FAILED, KILLED, OK, SHORT, UNREADABLE, Variant, decode_variant
+from cogvideox.data.clips import decode_variant
 from cogvideox.data.media.decode import write_video
 from cogvideox.data.media.transforms import Fit
 from cogvideox.data.media.workers import Killed
+from cogvideox.data.records import FAILED, KILLED, OK, SHORT, UNREADABLE, ClipRecord, Variant
 from cogvideox.errors import UsageError
 from cogvideox.model import encode, models
-from cogvideox.preparation import prepare
-from cogvideox.preparation.prepare import Encoders, UnusableClips, check_bad, one_behind
+from cogvideox.preparation import encoding, prepare
+from cogvideox.preparation.encoding import Encoders, one_behind
+from cogvideox.preparation.unusable import UnusableClips, check_bad
 
 Tiny = Callable[[str], Path]
 NUM_CLIPS = 6  # of the fixture `clips`
@@ -151,7 +153,7 @@ def test_the_index_and_its_tensors(prepared: Path, clips: Path, tiny: Tiny) -> N
 def test_the_tensors_are_those_of_the_clips_and_captions(prepared: Path, clips: Path, tiny: Tiny) -> None:
     index, cache, model = open_index(prepared), TensorCache(prepared), ModelFlags(str(tiny("5b")))
     record = preparation(tiny("5b"), clips, prepared).plan()[3]
-    frames = decode_variant(Path(record["path"]), Variant.from_record(record["cuts"][0]["variants"][0]))
+    frames = decode_variant(record.path, record.cuts[0].variants[0])
     sample, cpu = index.samples[3], torch.device("cpu")
     with models.video_encoder(model, "fp32", cpu, tiling=False) as vae:
         moments = encode.video_moments(vae, frames)
@@ -342,7 +344,7 @@ def test_augmentations_are_variants(tiny: Tiny, clips: Path, tmp_path: Path, enc
         tiny("5b"), clips, tmp_path, num_augmentations=3, random_flip=0.5, video_reshape_mode="random", seed=1
     ).plan()
     assert {len(sample.video_keys) for sample in index.samples} == {3}
-    flips = [variant["fit"]["flip"] for record in records for variant in record["cuts"][0]["variants"]]
+    flips = [variant.fit.flip for record in records for variant in record.cuts[0].variants]
     assert len(flips) == 3 * NUM_CLIPS
     assert set(flips) == {True, False}
     assert encoded.clips == len({key for sample in index.samples for key in sample.video_keys})
@@ -355,8 +357,8 @@ def test_augmentations_are_variants(tiny: Tiny, clips: Path, tmp_path: Path, enc
 def test_a_short_clip_goes_to_a_smaller_bucket(tiny: Tiny, clips: Path, tmp_path: Path) -> None:
     records = preparation(tiny("5b"), clips, tmp_path, frame_buckets=(5, 17, 81)).plan()
     # 17 frames at 8 a second; 60 at 25 and 50 at 30, which give 19 and 14, to which 17 is nearer than 5.
-    assert [record["cuts"][0]["bucket"]["frames"] for record in records] == [17, 17, 17, 17, 17, 5]
-    assert {record["status"] for record in records} == {OK}
+    assert [record.cuts[0].bucket.frames for record in records] == [17, 17, 17, 17, 17, 5]
+    assert {record.status for record in records} == {OK}
 
 
 def test_a_clip_too_short_for_all_stops_the_run(tiny: Tiny, clips: Path, tmp_path: Path, threads: None) -> None:
@@ -393,9 +395,9 @@ def test_files_that_are_no_videos_are_listed_with_the_reason(
     (data / "videos/00000.mp4").write_text("not a video")
     (data / "videos/00002.mp4").write_bytes(b"")
     records = preparation(tiny("5b"), data, tmp_path / "out").plan()
-    assert [record["status"] for record in records] == [FAILED, OK, FAILED, OK, OK, OK]
-    assert "Invalid data found" in records[0]["reason"]
-    assert "is empty; download it again" in records[2]["reason"]
+    assert [record.status for record in records] == [FAILED, OK, FAILED, OK, OK, OK]
+    assert "Invalid data found" in records[0].reason
+    assert "is empty; download it again" in records[2].reason
     with pytest.raises(UsageError, match="2 of 6 clips cannot be used"):
         check_bad(records, 0.3)
     check_bad(records, 0.34)
@@ -425,12 +427,12 @@ def test_a_clip_that_does_not_decode_is_found_and_kept_in_mind(
         tiny("5b"), data, tmp_path / "out", frame_buckets=(17,), frame_selection="head", max_bad_fraction=0.5
     )
     records = made.plan()
-    assert records[3]["status"] == OK
+    assert records[3].status == OK
     index, _ = made.encode(records, 4)
     assert [sample.id for sample in index.samples] == [f"videos/0000{k}.mp4" for k in (0, 1, 2, 4)]
     after = made.plan()
-    assert [record["status"] for record in after] == [OK, OK, OK, FAILED, OK, SHORT]
-    assert "00003.mp4" in after[3]["reason"]
+    assert [record.status for record in after] == [OK, OK, OK, FAILED, OK, SHORT]
+    assert "00003.mp4" in after[3].reason
     with pytest.raises(UsageError, match="2 of 6"):
         check_bad(after, 0.0)
 
@@ -544,7 +546,7 @@ def test_t5_on_the_host_makes_the_same_embeddings(
         return text_encoder(*arguments)
 
     monkeypatch.setattr(models, "text_encoder", watched)
-    monkeypatch.setattr(prepare, "BATCHES_PER_PASS", 2)
+    monkeypatch.setattr(encoding, "BATCHES_PER_PASS", 2)
     folders = {place: tmp_path / place for place in ("device", "host")}
     for place, folder in folders.items():
         complete(tiny("5b"), clips, folder, encode_flags=EncodeFlags(t5_on=place), caption_batch=batch)
@@ -725,12 +727,12 @@ def test_bad_images_are_listed_and_their_clips_dropped(
     paths[1].write_bytes(paths[1].read_bytes()[:-2000])
     made = preparation(tiny("5b-i2v"), data, tmp_path, image_variants=1, max_bad_fraction=0.75)
     records = made.plan()
-    assert [record["status"] for record in records] == [FAILED, OK, FAILED, OK]
-    assert records[0]["path"] == str(paths[0])
-    assert records[2]["reason"].startswith("is 64x64, its clip 96x64: a first frame has its clip's shape; ")
+    assert [record.status for record in records] == [FAILED, OK, FAILED, OK]
+    assert records[0].path == str(paths[0])
+    assert records[2].reason.startswith("is 64x64, its clip 96x64: a first frame has its clip's shape; ")
     index, after = made.encode(records, 4)
-    assert [record["status"] for record in after] == [FAILED, FAILED, FAILED, OK]
-    assert "1.png" in after[1]["reason"]
+    assert [record.status for record in after] == [FAILED, FAILED, FAILED, OK]
+    assert "1.png" in after[1].reason
     assert [sample.id for sample in index.samples] == ["videos/00003.mp4"]
     assert made.plan() == after  # kept in mind
     assert len(complete(tiny("5b"), data, tmp_path).samples) == 4
@@ -745,7 +747,7 @@ def test_an_image_that_changes_while_it_is_prepared_is_given_up_for_this_time(
     write_image(paths[1], *SHAPES[1], seed=99)
     os.utime(paths[1], ns=(1, 1))
     index, after = made.encode(records, 4)
-    assert [record["status"] for record in after] == [OK, UNREADABLE, OK]
+    assert [record.status for record in after] == [OK, UNREADABLE, OK]
     assert len(complete(tiny("5b-i2v"), data, tmp_path, image_variants=1).samples) == len(index.samples) + 1
 
 
@@ -832,20 +834,18 @@ def test_keys_change_with_all_that_decides_the_tensor() -> None:
         "tiling": False,
         "text_length": 226,
     }
-    variant = {"indices": [0, 1], "fit": {"flip": False}}
+    variant = Variant((0, 1), Fit(8, 8, 0, 0, 8, 8, False), "pyav")
 
-    def keys(
-        content: str = "c", caption: str = "a", variant: dict[str, Any] = variant, **changes: Any
-    ) -> tuple[str, str]:
+    def keys(content: str = "c", caption: str = "a", variant: Variant = variant, **changes: Any) -> tuple[str, str]:
         encoders = Encoders(**base | changes)
         return encoders.video_key(content, variant), encoders.prompt_key(caption)
 
     video, prompt = keys()
     assert keys() == (video, prompt)
-    for changes in ({"content": "d"}, {"variant": {"indices": [0, 2], "fit": {"flip": False}}}, {"vae": "w"}):
+    for changes in ({"content": "d"}, {"variant": replace(variant, indices=(0, 2))}, {"vae": "w"}):
         assert keys(**changes)[0] != video
         assert keys(**changes)[1] == prompt
-    for changes in ({"vae_dtype": "fp32"}, {"tiling": True}, {"variant": json.loads(json.dumps(variant)) | {"k": 1}}):
+    for changes in ({"vae_dtype": "fp32"}, {"tiling": True}, {"variant": replace(variant, conversions=("hlg",))}):
         assert keys(**changes)[0] != video
         assert keys(**changes)[1] == prompt
     for changes in ({"caption": "b"}, {"text_encoder": "u"}, {"text_dtype": "fp32"}, {"text_length": 32}):
@@ -885,7 +885,7 @@ def test_a_clip_that_changes_after_planning_is_never_stored_as_what_it_was(
         during_encoding(patch, lambda: shutil.copy(data / "videos/00004.mp4", clip))
         with pytest.raises(UnusableClips) as caught:
             complete(tiny("5b"), data, output)
-    assert "has changed while it was prepared" in caught.value.records[1]["reason"]
+    assert "has changed while it was prepared" in caught.value.records[1].reason
     clip.write_bytes(original)
     index = complete(tiny("5b"), data, output)
     reference = complete(tiny("5b"), data, tmp_path / "fresh")
@@ -901,7 +901,7 @@ def test_a_clip_that_goes_and_comes_back_is_not_remembered_as_failed(
         during_encoding(patch, lambda: os.rename(clip, away))
         with pytest.raises(UnusableClips) as caught:
             complete(tiny("5b"), data, output)
-    assert "has changed while it was prepared" in caught.value.records[1]["reason"]
+    assert "has changed while it was prepared" in caught.value.records[1].reason
     os.rename(away, clip)
     assert len(complete(tiny("5b"), data, output).samples) == NUM_CLIPS
 
@@ -913,7 +913,7 @@ def test_tensors_that_another_job_takes_away_are_not_indexed(
     made = preparation(tiny("5b"), clips, output)
     records = made.plan()
     key = open_index(output).samples[0].video_keys[0]
-    monkeypatch.setattr(made, "_encode_cuts", lambda missing, encoders: made.cache.remove(key))
+    monkeypatch.setattr(made, "_encode_clips", lambda missing, encoders: made.cache.remove(key))
     with pytest.raises(UsageError, match="1 tensors went missing meanwhile; run the same command again"):
         made.encode(records)
     assert len(complete(tiny("5b"), clips, output).samples) == NUM_CLIPS
@@ -947,7 +947,7 @@ def test_killed_workers_are_remembered_under_their_limits_only(
                 yield function(path, *rest) if number is None else killed[number]
 
     monkeypatch.setattr(prepare, "worker_pool", lambda data, limits: Killing())
-    statuses = [record["status"] for record in preparation(tiny("5b"), clips, tmp_path).plan()]
+    statuses = [record.status for record in preparation(tiny("5b"), clips, tmp_path).plan()]
     assert statuses == [OK, KILLED, UNREADABLE, OK, OK, OK]
     asked.clear()
     preparation(tiny("5b"), clips, tmp_path).plan()
@@ -960,8 +960,7 @@ def test_killed_workers_are_remembered_under_their_limits_only(
 @pytest.mark.parametrize("number", [3, 7, 29, 97, 100, 355])
 def test_the_fraction_that_is_advised_is_enough(number: int) -> None:
     for bad in range(1, number):
-        records: list[dict[str, Any]] = [{"status": OK}] * (number - bad)
-        records += [{"status": SHORT, "path": "p", "reason": "r"}] * bad
+        records = [ClipRecord("", "p", OK)] * (number - bad) + [ClipRecord("", "p", SHORT, "r")] * bad
         with pytest.raises(UsageError) as caught:
             check_bad(records, (bad - 1) / number)
         check_bad(records, float(caught.value.problems[-1].rpartition(" ")[2]))

@@ -117,7 +117,7 @@ def test_no_folder_is_crowded() -> None:
 def test_the_test_sees_imports() -> None:
     """Imports have several forms: from cogvideox import x, from cogvideox.x import y, and both within functions."""
     found = own_imports(FILES["preparation.prepare"])
-    assert {"model.encode", "model.models", "data.cache", "config.options"} <= found
+    assert {"model.encode", "model.models", "data.cache", "config.flags"} <= found
     assert {"data.forms.folders"} <= own_imports(FILES["data.forms.samples"])
     assert "huggingface_hub.hf_hub_download" in set(imports(ast.parse(FILES["config.geometry"].read_text())))
 

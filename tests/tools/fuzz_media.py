@@ -34,8 +34,8 @@ from numbered import COUNT, differ, encode, keyframes, number_in, plain, sequent
 from odd_files import CLIP_FRAMES, SIZE, Outcome, outcome_of, still, transparent, two_streams
 from old_avi import dropped_by_encoder, packed, repeated
 
-from cogvideox.data.clips import UNREADABLE
 from cogvideox.data.media.decode import probe
+from cogvideox.data.records import UNREADABLE
 from cogvideox.errors import UsageError
 
 SECONDS, MEMORY = 20, 2 << 30  # of a file, of its process

@@ -48,7 +48,8 @@ from numbered import (
 from old_avi import B_FRAMES, dropped, dropped_by_encoder, packed, repeated
 
 from cogvideox.config.buckets import Bucket
-from cogvideox.data.clips import FAILED, OK, ClipRecipe, Variant, bad_line, decode_variant, plan_clip
+from cogvideox.data.clips import ClipRecipe, bad_line, decode_variant, plan_clip
+from cogvideox.data.records import FAILED, OK
 
 TABLE = Path(__file__).parents[2] / "docs" / "odd_files.md"
 # Shows the numbered pictures. It is stored, because no wheel has an encoder for Theora.
@@ -112,9 +113,9 @@ def outcome_of(path: Path, num_frames: int = CLIP_FRAMES) -> Outcome:
     """Plans and decodes a file as a preparation does. An error line is the one that a preparation prints."""
     buckets = (Bucket(num_frames, *SIZE),)
     record = plan_clip(path, ClipRecipe(buckets, CLIP_RATE, "middle", 0, 0, "none", 0.0, 1, 0))
-    if record["status"] != OK:
-        return Outcome(line=bad_line(str(path), record["reason"]), status=record["status"])
-    variant = Variant.from_record(record["cuts"][0]["variants"][0])
+    if not record.usable:
+        return Outcome(line=bad_line(str(path), record.reason), status=record.status)
+    variant = record.cuts[0].variants[0]
     frames = decode_variant(path, variant)
     if isinstance(frames, str):
         return Outcome(line=bad_line(str(path), frames), status=FAILED)

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,8 @@ from cogvideox.data.cache import hash_of
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import VideoInfo, frame_indices, frames_available
-from cogvideox.data.media.transforms import Fit, apply_fit, fit
+from cogvideox.data.media.transforms import apply_fit, fit
+from cogvideox.data.records import FAILED, OK, SHORT, SMALL, UNREADABLE, ClipRecord, Cut, Source, Variant
 from cogvideox.errors import UsageError, one_line
 from cogvideox.files import stamp_of
 from cogvideox.rng import uniform
@@ -38,11 +38,6 @@ PLAN_VERSION = 3
 
 # Largest ratio between the aspect ratios of an image and its clip. It is above 1 because sizes are whole pixels.
 IMAGE_STRETCH = 1.03
-
-OK, FAILED, SHORT, SMALL = "ok", "failed", "short", "small"
-UNREADABLE = "unreadable"  # the file system refused access; the next preparation tries again
-KILLED = "killed"  # the decoder crashed, hung or used too much memory; tried again under other limits
-STATUSES = (OK, FAILED, SHORT, SMALL, UNREADABLE, KILLED)
 
 
 @dataclass(frozen=True)
@@ -75,48 +70,6 @@ class ClipRecipe:
         return hash_of([str(path), stamp_of(path), self.digest])
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Describes one way to cut a clip.
-
-    Attributes:
-        indices: Frames of the file, in display order, counted from 0.
-        fit: How a frame becomes the size of the bucket.
-        reader: Which library decodes, "pyav" or "decord".
-        conversions: Names of what is done to the pixels beyond a plain decode; see ``VideoInfo``.
-    """
-
-    indices: tuple[int, ...]
-    fit: Fit
-    reader: str
-    conversions: tuple[str, ...] = ()
-
-    @classmethod
-    def from_record(cls, values: dict[str, Any]) -> "Variant":
-        """Restores a variant from its entry in a ledger record."""
-        conversions = tuple(values.get("conversions", ()))
-        return cls(tuple(values["indices"]), Fit(**values["fit"]), values["reader"], conversions)
-
-    def record(self) -> dict[str, Any]:
-        """Returns the JSON form for ledger records and for the hashes that become cache keys.
-
-        Conversions are left out where there are none, because older versions did not have the field, and the keys of
-        such files must not change.
-        """
-        values = asdict(self)
-        return values if self.conversions else {name: values[name] for name in values if name != "conversions"}
-
-    def first_frame(self, image: dict[str, Any] | None = None) -> "Variant":
-        """Returns the variant for the first frame of the clip.
-
-        Args:
-            image: Ledger record of an image that replaces the clip's own first frame; it is cut as the clip is.
-        """
-        if image is None:
-            return replace(self, indices=self.indices[:1])
-        return replace(self, indices=(0,), conversions=tuple(image["source"].get("conversions", ())))
-
-
 def content_hash(path: StrPath) -> str:
     """Returns the SHA-256 of the bytes of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
@@ -131,24 +84,22 @@ def content_change(path: str, content: str) -> str | None:
         return f"cannot be read ({error.strerror})"
 
 
-def plan_clip(path: StrPath, recipe: ClipRecipe) -> dict[str, Any]:
+def plan_clip(path: StrPath, recipe: ClipRecipe) -> ClipRecord:
     """Plans a clip from its packets, without decoding more than the first frame.
 
     A bad file never raises an error. Its record says what is wrong with it.
-
-    Returns:
-        The ledger record: status, size and rate of the file, and its content hash and cuts, or the reason why it
-        cannot be used.
     """
-    return _record(path, recipe.request(path), lambda info: plan_cuts(path, info, recipe))
+    return _record(path, recipe.request(path), lambda record, info: plan_cuts(record, info, recipe))
 
 
-def measure_clip(path: StrPath, recipe: ClipRecipe) -> dict[str, Any]:
+def measure_clip(path: StrPath, recipe: ClipRecipe) -> ClipRecord:
     """Returns a record of the size of a clip and of how many frames it can give, without planning it.
 
     This is faster than ``plan_clip`` because the content is not hashed. A bad file never raises an error.
     """
-    return _record(path, "", lambda info: {"status": OK, "available": frames_at_recipe_rate(info, recipe)})
+    return _record(
+        path, "", lambda record, info: replace(record, status=OK, available=frames_at_recipe_rate(info, recipe))
+    )
 
 
 def frames_at_recipe_rate(info: VideoInfo, recipe: ClipRecipe) -> int:
@@ -161,77 +112,68 @@ def image_request(path: StrPath) -> str:
     return hash_of(["first frame", str(path), stamp_of(path)])
 
 
-def plan_image(path: StrPath) -> dict[str, Any]:
-    """Returns the ledger record of an image that is a first frame. It has no cuts: the image is cut as its clip is."""
-    return _record(path, image_request(path), lambda _: {"status": OK, "content": content_hash(path), "cuts": []})
+def plan_image(path: StrPath) -> ClipRecord:
+    """Returns the record of an image that is a first frame. It has no cuts: the image is cut as its clip is."""
+    return _record(path, image_request(path), lambda record, _: replace(record, status=OK, content=content_hash(path)))
 
 
-def _record(path: StrPath, request: str, plan: Callable[[VideoInfo], dict[str, Any]]) -> dict[str, Any]:
-    """Probes a file and returns its record with what ``plan`` adds, or with the reason why it cannot be used."""
-    record: dict[str, Any] = {"request": request, "path": str(path), "stamp": stamp_of(path)}
+def _record(path: StrPath, request: str, plan: Callable[[ClipRecord, VideoInfo], ClipRecord]) -> ClipRecord:
+    """Probes a file and returns its record as ``plan`` completes it, or with the reason why it cannot be used."""
+    record = ClipRecord(request, str(path), FAILED, stamp=stamp_of(path))
     try:
         info = probe(path)
-        source = {"frames": info.num_frames, "fps": round(info.fps, 3), "height": info.height, "width": info.width}
-        record |= {"source": source | {"codec": info.codec}}
-        if info.conversions:
-            record["source"] |= {"conversions": info.conversions}
-        if info.matrix_is_assumed:
-            record["source"] |= {"matrix_is_assumed": True}
-        return record | plan(info)
+        record = replace(record, source=Source.of(info))
+        return plan(record, info)
     except VideoError as error:
-        return record | {"status": FAILED, "reason": str(error)}
+        return replace(record, reason=str(error))
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise  # the worker exceeded its memory limit; the file may be fine
-        return record | {"status": UNREADABLE, "reason": str(error)}
+        return replace(record, status=UNREADABLE, reason=str(error))
 
 
-def plan_cuts(path: StrPath, info: VideoInfo, recipe: ClipRecipe) -> dict[str, Any]:
-    """Returns the part of a clip's record that says which buckets it fills and how, or why it fills none."""
+def plan_cuts(record: ClipRecord, info: VideoInfo, recipe: ClipRecipe) -> ClipRecord:
+    """Returns the record of a clip with the buckets that it fills and how, or the reason why it fills none."""
     available = frames_at_recipe_rate(info, recipe)
     size = (info.height, info.width)
     buckets = choose_buckets(recipe.buckets, available, *size, recipe.max_upscale, recipe.every_bucket)
     if not buckets:
-        return no_bucket_record(info, recipe, available) | {"available": available}
-    content = content_hash(path)
-    cuts = [plan_cut(info, bucket, recipe, content) for bucket in buckets]
-    return {"status": OK, "available": available, "content": content, "cuts": cuts}
+        status, reason = why_no_bucket(info, recipe, available)
+        return replace(record, status=status, reason=reason, available=available)
+    content = content_hash(record.path)
+    cuts = tuple(plan_cut(info, bucket, recipe, content) for bucket in buckets)
+    return replace(record, status=OK, available=available, content=content, cuts=cuts)
 
 
-def image_refusal(clip: dict[str, Any], image: dict[str, Any]) -> str | None:
-    """Returns why an image cannot be the first frame of a clip, judged by their ledger records; None if it can."""
-    (height, width), (clip_height, clip_width) = ((r["source"]["height"], r["source"]["width"]) for r in (image, clip))
-    ratio = (width * clip_height) / (height * clip_width)
+def image_refusal(clip: Source, image: Source) -> str | None:
+    """Returns why an image cannot be the first frame of a clip, judged by their sizes; None if it can."""
+    ratio = (image.width * clip.height) / (image.height * clip.width)
     if max(ratio, 1 / ratio) <= IMAGE_STRETCH:
         return None
-    shapes = f"is {width}x{height}, its clip {clip_width}x{clip_height}"
+    shapes = f"is {image.width}x{image.height}, its clip {clip.width}x{clip.height}"
     return f"{shapes}: a first frame has its clip's shape; cut it to that, or list no images"
 
 
-def no_bucket_record(info: VideoInfo, recipe: ClipRecipe, available: int) -> dict[str, Any]:
-    """Returns the part of a clip's record that says why it fills no bucket: it is too short or too small."""
+def why_no_bucket(info: VideoInfo, recipe: ClipRecipe, available: int) -> tuple[str, str]:
+    """Returns the status and the reason of a clip that fills no bucket, because it is too short or too small."""
     shortest = min(bucket.frames for bucket in recipe.buckets)
     if not available:
         skipped = f"--skip_frames_start {recipe.skip_frames_start} and --skip_frames_end {recipe.skip_frames_end}"
-        return {"status": SHORT, "reason": f"{skipped} leave nothing of its {info.num_frames} frames; give less"}
+        return SHORT, f"{skipped} leave nothing of its {info.num_frames} frames; give less"
     if available < shortest:
         rate = f" at {recipe.fps:g} frames a second" if recipe.fps else ""
         frames = f"{available} {'frame' if available == 1 else 'frames'}"
-        reason = (
-            f"{info.duration:.2f} s give {frames}{rate}, and the shortest bucket has {shortest}; give a shorter one"
-        )
-        return {"status": SHORT, "reason": reason}
+        given = f"{info.duration:.2f} s give {frames}{rate}"
+        return SHORT, f"{given}, and the shortest bucket has {shortest}; give a shorter one"
     filled = [bucket for bucket in recipe.buckets if bucket.frames <= available]
     least = min(upscale(bucket, info.height, info.width) for bucket in filled)
     limit = f"{recipe.max_upscale:g} is the most; give a smaller bucket, or a larger --max_upscale"
-    reason = f"{info.width}x{info.height} pixels would be enlarged {least:.2f} times, and {limit}"
-    return {"status": SMALL, "reason": reason}
+    return SMALL, f"{info.width}x{info.height} pixels would be enlarged {least:.2f} times, and {limit}"
 
 
-def plan_cut(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: str) -> dict[str, Any]:
-    """Returns the ledger entry of a clip in one bucket: the frames and the crop of each variant."""
-    variants = [plan_variant(info, bucket, recipe, content, number).record() for number in range(recipe.variants)]
-    return {"bucket": asdict(bucket), "variants": variants}
+def plan_cut(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: str) -> Cut:
+    """Returns how a clip is cut for one bucket: the frames and the crop of each variant."""
+    return Cut(bucket, tuple(plan_variant(info, bucket, recipe, content, k) for k in range(recipe.variants)))
 
 
 def plan_variant(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: str, number: int) -> Variant:
@@ -298,12 +240,6 @@ def time_decode(path: StrPath, variant: Variant) -> tuple[float, np.ndarray] | s
     start = time.perf_counter()
     frames = decode_variant(path, variant)
     return frames if isinstance(frames, str) else (time.perf_counter() - start, frames)
-
-
-def is_record(record: dict[str, Any]) -> bool:
-    """Returns whether a ledger record has all required fields; one that does not is ignored."""
-    names = ("path", "content", "cuts", "stamp", "source") if record.get("status") == OK else ("path", "reason")
-    return record.get("status") in STATUSES and all(name in record for name in names)
 
 
 def bad_line(path: str, reason: str) -> str:

@@ -31,7 +31,7 @@ from cogvideox.errors import first_line
 from cogvideox.files import write_atomically
 from cogvideox.model import models
 from cogvideox.model.vae_decoder import PUBLISHED, Decoder, Tile, decoding_attempts
-from cogvideox.preparation.prepare import encode_captions, missing_captions
+from cogvideox.preparation.encoding import encode_captions, missing_captions
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.run import Run, with_peaks
 

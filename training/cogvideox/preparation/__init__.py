@@ -2,7 +2,10 @@
 
 proposals.py  proposes buckets that suit the clips of a folder and a model
 factory.py    converts folders that the CogVideoX factory prepared
-prepare.py    encodes folders of clips and captions into the cache
+recipe.py     turns flags into the settings of a clip
+encoding.py   encodes captions and clips, under keys of the cache
+prepare.py    prepares folders of clips and captions as cached tensors
+unusable.py   checks how many clips cannot be used
 captions.py   finds captions that T5 cuts off or cannot tell apart
 causes.py     groups the reasons why clips cannot be used, with fixes
 report.py     reports what a preparation does: tables, contact sheets, costs

@@ -8,15 +8,15 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cogvideox.config.buckets import Bucket, choose_buckets, upscale
 from cogvideox.config.flags import DataFlags
 from cogvideox.config.geometry import Geometry
-from cogvideox.data.clips import FAILED, KILLED, OK, SHORT, SMALL, UNREADABLE, bad_line
+from cogvideox.data.clips import bad_line
 from cogvideox.data.forms.columns import EXAMPLES
-from cogvideox.preparation.prepare import list_buckets
+from cogvideox.data.records import FAILED, KILLED, SHORT, SMALL, UNREADABLE, ClipRecord
 from cogvideox.preparation.proposals import Clip, Proposal, legal_frames, propose
+from cogvideox.preparation.recipe import list_buckets
 
 WORDS = {
     FAILED: "cannot be read or trained on",
@@ -27,7 +27,7 @@ WORDS = {
 }
 NO_CLIP: Clip = (0, 1, 1)
 
-Records = Sequence[dict[str, Any]]
+Records = Sequence[ClipRecord]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cause:
 
     def lines(self, data: DataFlags, geometry: Geometry) -> Iterator[str]:
         """Yields some of the clips with the reason, how many more there are, and what helps."""
-        examples = list(dict.fromkeys(bad_line(record["path"], record["reason"]) for record in self.records))
+        examples = list(dict.fromkeys(bad_line(record.path, record.reason) for record in self.records))
         yield from examples[:EXAMPLES]
         if len(examples) > EXAMPLES:
             yield f"... and {len(examples) - EXAMPLES} more for the same reason"
@@ -56,11 +56,11 @@ class Cause:
 
 def causes_of(records: Records) -> list[Cause]:
     """Returns the causes why clips cannot be used, the most frequent first."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, str], list[ClipRecord]] = {}
     for record in records:
-        if record["status"] != OK:
-            reason = record["reason"].replace(record["path"], "")
-            found.setdefault((record["status"], re.sub(r"\d+(\.\d+)?", "0", reason)), []).append(record)
+        if not record.usable:
+            reason = record.reason.replace(record.path, "")
+            found.setdefault((record.status, re.sub(r"\d+(\.\d+)?", "0", reason)), []).append(record)
     causes = [Cause(status, grouped) for (status, _), grouped in found.items()]
     return sorted(causes, key=lambda cause: -len(cause.records))
 
@@ -74,10 +74,10 @@ def cause_lines(records: Records, data: DataFlags, geometry: Geometry) -> Iterat
         yield from (f"  {line}" for cause in of_kind for line in cause.lines(data, geometry))
 
 
-def clip_of(record: dict[str, Any]) -> Clip:
+def clip_of(record: ClipRecord) -> Clip:
     """Returns (frames at the sampled rate, height, width) of a clip; it has no frames if it could not be read."""
-    source = record.get("source")
-    return (record.get("available", 0), source["height"], source["width"]) if source else NO_CLIP
+    source = record.source
+    return (record.available or 0, source.height, source.width) if source else NO_CLIP
 
 
 def shorter_buckets(clips: Sequence[Clip], data: DataFlags, geometry: Geometry) -> str | None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +20,20 @@ import torch
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.geometry import Geometry
 from cogvideox.data.cache import hash_of
-from cogvideox.data.clips import OK, SHORT, SMALL, Variant, decode_variant, time_decode
+from cogvideox.data.clips import decode_variant, time_decode
 from cogvideox.data.forms.folders import PREVIEW_FOLDER
 from cogvideox.data.forms.samples import Sample
 from cogvideox.data.media.colors import HDR, WHITE, is_wide_sdr
 from cogvideox.data.media.transforms import resize_factor, stretch
+from cogvideox.data.records import SHORT, SMALL, ClipRecord, Source, Variant
 from cogvideox.errors import UsageError
 from cogvideox.model import encode, models
 from cogvideox.preparation.captions import caption_notes, indented, shared_notes
 from cogvideox.preparation.causes import cause_lines, flags_of, proposal_line, proposal_of
-from cogvideox.preparation.prepare import (
-    Cut,
-    Encoders,
-    Preparation,
-    UnusableClips,
-    allowing,
-    missing_captions,
-    too_many_bad,
-)
+from cogvideox.preparation.encoding import Encoders, VaeInput, missing_captions
+from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.proposals import USUAL
+from cogvideox.preparation.unusable import UnusableClips, allowing, too_many_bad
 from cogvideox.runtime.sheets import Panel, SheetRow, contact_sheet, pick_evenly
 
 SHEET_CLIPS, SHEET_FRAMES = 8, 4  # clips, and frames per clip, in the contact sheet of one bucket
@@ -49,7 +43,7 @@ LARGE = 720  # pixels of the shorter side, from which on players assume bt709 wh
 TAG_COMMAND = "`ffmpeg -i IN -c copy -bsf:v h264_metadata=matrix_coefficients=1 OUT`"  # hevc_metadata likewise
 TIMED_FRAMES = 9  # the VAE encodes 8 at a time, and the first one apart
 
-Records = Sequence[dict[str, Any]]
+Records = Sequence[ClipRecord]
 
 
 def describe(preparation: Preparation, records: Records, costs: bool = False) -> str:
@@ -60,7 +54,7 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
         records: The record of every sample.
         costs: Whether to add what encoding will cost and what to do next, for a dry run.
     """
-    if not preparation.state.is_main_process:
+    if not preparation.ranks.is_main_process:
         return ""
     geometry = preparation.geometry
     used = by_bucket(records)
@@ -98,12 +92,12 @@ def failures_explained(preparation: Preparation, say: Callable[[str], None]) -> 
 def next_steps(preparation: Preparation, records: Records) -> list[str]:
     """Returns lines that say what to do before encoding: write captions, use other buckets, or allow bad clips."""
     missing = sum(not sample.caption for sample in preparation.samples)
-    good = sum(record["status"] == OK for record in records)
+    good = sum(record.usable for record in records)
     steps = []
     if missing:
         how = "into a file of the clip's name that ends in .txt, next to it, or into a table (docs/data.md)"
         steps.append(f"write the captions: {missing} of {len(records)} clips have none; each goes {how}")
-    if any(record["status"] in (SHORT, SMALL) for record in records):
+    if any(record.status in (SHORT, SMALL) for record in records):
         proposal = proposal_of(records, preparation.data, preparation.geometry, USUAL)
         if proposal.fitting > good:
             steps.append(f"other buckets: {proposal_line(proposal, preparation.data)}")
@@ -123,7 +117,7 @@ def suggest(preparation: Preparation, number: int) -> None:
     Raises:
         UsageError: No clip fits any bucket of this model.
     """
-    if not preparation.state.is_main_process:
+    if not preparation.ranks.is_main_process:
         return
     records = preparation.measure()
     for line in cause_lines(records, preparation.data, preparation.geometry):
@@ -156,14 +150,14 @@ class Used:
         variant: The clip's first variant.
         num_variants: Number of variants of the clip in this bucket.
         tensors: Names of the clip's tensors; equal names mean the same tensor.
-        source: What the ledger says about the clip's file.
+        source: Size, rate and codec of the clip's file.
     """
 
     place: int
     variant: Variant
     num_variants: int
     tensors: frozenset[str]
-    source: dict[str, Any]
+    source: Source
 
     @property
     def repeats_frames(self) -> bool:
@@ -175,11 +169,10 @@ def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
     """Returns the usable clips by bucket, in the order of the buckets."""
     found: dict[Bucket, list[Used]] = {}
     for place, record in enumerate(records):
-        for cut in record["cuts"] if record["status"] == OK else []:
-            variants = cut["variants"]
-            tensors = frozenset(f"{record['content']} {variant}" for variant in variants)
-            used = Used(place, Variant.from_record(variants[0]), len(variants), tensors, record["source"])
-            found.setdefault(Bucket(**cut["bucket"]), []).append(used)
+        for cut in record.cuts:
+            tensors = frozenset(f"{record.content} {variant}" for variant in cut.variants)
+            used = Used(place, cut.variants[0], len(cut.variants), tensors, record.probed)
+            found.setdefault(cut.bucket, []).append(used)
     return dict(sorted(found.items()))
 
 
@@ -187,7 +180,7 @@ def outcome(preparation: Preparation, records: Records, used: dict[Bucket, list[
     """Returns the table of buckets, the number of clips that are used, and why the others are not, by cause."""
     number_bytes = stored_bytes(preparation)
     lines = [table(used, preparation.geometry, number_bytes, preparation.image_variants)]
-    good = sum(record["status"] == OK for record in records)
+    good = sum(record.usable for record in records)
     lines.append(f"{good} of {len(records)} clips are used" + (", and these are not:" if good < len(records) else ""))
     return [*lines, *cause_lines(records, preparation.data, preparation.geometry)]
 
@@ -206,7 +199,7 @@ def table(used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int,
 
 def bucket_cells(clips: list[Used]) -> tuple[str, ...]:
     """Returns the cells of a bucket's row: clips, variants, clips enlarged, largest stretch, largest part cut off."""
-    fits = [(clip.variant.fit, clip.source["height"], clip.source["width"]) for clip in clips]
+    fits = [(clip.variant.fit, clip.source.height, clip.source.width) for clip in clips]
     upscaled = sum(resize_factor(*fit) > 1.0 for fit in fits)
     stretched = max(stretch(*fit) for fit in fits) - 1
     lost = max(1 - fit.height * fit.width / (fit.resize_height * fit.resize_width) for fit, _, _ in fits)
@@ -229,7 +222,7 @@ def frame_notes(used: dict[Bucket, list[Used]], geometry: Geometry) -> Iterator[
 def still_notes(used: dict[Bucket, list[Used]]) -> Iterator[str]:
     """Yields a note for each bucket in which videos contribute only one frame."""
     for bucket, clips in used.items():
-        videos = sum(clip.source["frames"] > 1 for clip in clips)
+        videos = sum(clip.source.frames > 1 for clip in clips)
         if bucket.frames == 1 and videos:
             yield f"{bucket}: {videos} videos give one frame each; to train on motion give longer buckets too"
 
@@ -245,18 +238,18 @@ def skipped_notes(skipped: Sequence[str]) -> list[str]:
 
 def color_notes(records: Records) -> Iterator[str]:
     """Yields notes about clips whose colors are converted, and about large clips whose color matrix is not tagged."""
-    sources = [record["source"] for record in records if record["status"] == OK]
-    found = Counter(name for source in sources for name in source.get("conversions", ()))
+    sources = [record.probed for record in records if record.usable]
+    found = Counter(name for source in sources for name in source.conversions)
     hdr = {name: found[name] for name in HDR.values() if found[name]}
     if hdr:
         kinds = ", ".join(f"{count} {name.upper()}" for name, count in hdr.items())
         done = f"converted to SDR with {WHITE:g} cd/m2 as white; brighter parts are clipped"
         yield f"{clips_are(sum(hdr.values()))} HDR ({kinds}): {done}"
-    wide = sum(is_wide_sdr(source.get("conversions", ())) for source in sources)
+    wide = sum(is_wide_sdr(source.conversions) for source in sources)
     if wide:
         yield f"{clips_are(wide)} SDR with colors of bt2020 or P3: converted to bt709"
-    untagged = [source for source in sources if source.get("matrix_is_assumed")]
-    large = sum(min(source["height"], source["width"]) >= LARGE for source in untagged)
+    untagged = [source for source in sources if source.matrix_is_assumed]
+    large = sum(min(source.height, source.width) >= LARGE for source in untagged)
     if large:
         rule = f"{clips_are(large)} of {LARGE}p or more without a color matrix: bt601 is assumed, as by decord"
         yield f"{rule}; if a player shows other colors, it assumes bt709, so name that: {TAG_COMMAND}"
@@ -270,8 +263,8 @@ def clips_are(number: int) -> str:
 def leak_notes(preparation: Preparation, records: Records) -> list[str]:
     """Returns lines about clips that are both held out and trained on."""
     number = len(records) - preparation.num_validation
-    trained = {record["content"] for record in records[:number] if record["status"] == OK}
-    leaked = [r["path"] for r in records[number:] if r["status"] == OK and r["content"] in trained]
+    trained = {record.content for record in records[:number] if record.usable}
+    leaked = [r.path for r in records[number:] if r.usable and r.content in trained]
     if not leaked:
         return []
     return [
@@ -283,7 +276,7 @@ def leak_notes(preparation: Preparation, records: Records) -> list[str]:
 def rate_notes(used: dict[Bucket, list[Used]], fps: float | None) -> Iterator[str]:
     """Yields a note about clips with a lower frame rate than they are sampled at, so that frames are repeated."""
     clips = {clip.place: clip for clips in used.values() for clip in clips if fps and clip.repeats_frames}
-    rates = [clip.source["fps"] for clip in clips.values() if fps and clip.source["fps"] < fps]
+    rates = [clip.source.fps for clip in clips.values() if fps and clip.source.fps < fps]
     if not rates:
         return
     slowest = math.floor(min(rates) * 100) / 100
@@ -297,7 +290,7 @@ def rate_notes(used: dict[Bucket, list[Used]], fps: float | None) -> Iterator[st
 def used_clips(samples: Sequence[Sample], records: Records) -> list[tuple[Sample, str]]:
     """Returns the samples that are used, each with the hash of its clip's content."""
     pairs = zip(samples, records, strict=True)
-    return [(sample, record["content"]) for sample, record in pairs if record["status"] == OK]
+    return [(sample, record.content) for sample, record in pairs if record.usable]
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -335,7 +328,7 @@ def pick(sample: Sample, variant: Variant) -> tuple[Sample, Variant]:
 def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]]) -> str:
     """Returns a short hash of what a contact sheet shows."""
     requests = preparation.requests
-    return hash_of([[sample.id, sample.caption, requests[sample.video], v.record()] for sample, v in clips])[:8]
+    return hash_of([[sample.id, sample.caption, requests[sample.video], v.to_json()] for sample, v in clips])[:8]
 
 
 # -- costs -------------------------------------------------------------------------------------------------------------
@@ -349,16 +342,16 @@ def cost(preparation: Preparation, records: Records) -> str:
     except UsageError as error:
         return f"hours are not known: {error}"
     cache = preparation.cache
-    todo = [cut for key, cut in preparation.cuts(records, encoders).items() if not cache.has(key)]
+    todo = [clip for key, clip in preparation.vae_inputs(records, encoders).items() if not cache.has(key)]
     captions = missing_captions(cache, encoders, preparation.captions(records))
-    size = sum(math.prod(cut.shape(geometry)) for cut in todo) * models.DTYPES[encoders.vae_dtype].itemsize
+    size = sum(math.prod(clip.shape(geometry)) for clip in todo) * models.DTYPES[encoders.vae_dtype].itemsize
     size += (
         len(captions)
         * geometry.max_text_seq_length
         * geometry.text_embed_dim
         * models.DTYPES[encoders.text_dtype].itemsize
     )
-    images = sum(bool(cut.draws) for cut in todo)
+    images = sum(bool(clip.draws) for clip in todo)
     frames = f", {images} first frames {preparation.image_variants} times each" if images else ""
     counts = f"{len(todo) - images} variants of clips{frames} and {len(captions)} captions"
     line = f"to encode: {counts}, {size / 2**20:.1f} MiB"
@@ -366,30 +359,30 @@ def cost(preparation: Preparation, records: Records) -> str:
         return line
     if note := preparation.precision_note():
         line = f"{note}\n{line}"
-    rate = seconds_a_pixel(preparation, encoders, sorted(todo, key=lambda cut: cut.pixels)[-TRIED:])
+    rate = seconds_a_pixel(preparation, encoders, sorted(todo, key=lambda clip: clip.pixels)[-TRIED:])
     if rate is None:
         return f"{line}; hours are not known: the longest clips do not decode"
-    seconds = rate * sum(cut.pixels for cut in todo)
-    return f"{line}; the clips take about {duration(seconds)} on one {device_name(preparation.state.device)}"
+    seconds = rate * sum(clip.pixels for clip in todo)
+    return f"{line}; the clips take about {duration(seconds)} on one {device_name(preparation.ranks.device)}"
 
 
-def seconds_a_pixel(preparation: Preparation, encoders: Encoders, cuts: Sequence[Cut]) -> float | None:
+def seconds_a_pixel(preparation: Preparation, encoders: Encoders, clips: Sequence[VaeInput]) -> float | None:
     """Measures the seconds to encode one pixel, or to decode it if that is slower, on a few frames of one clip.
 
     Args:
         preparation: The preparation.
         encoders: The VAE and its precision.
-        cuts: Clips to try; the last one that decodes is used.
+        clips: Clips to try; the last one that decodes is used.
 
     Returns:
         Seconds per pixel; None if no clip decodes.
     """
-    jobs = [(time_decode, cut.path, replace(cut.variant, indices=cut.variant.indices[:TIMED_FRAMES])) for cut in cuts]
+    jobs = [(time_decode, c.path, replace(c.variant, indices=c.variant.indices[:TIMED_FRAMES])) for c in clips]
     timed = [result for result in preparation.in_workers(jobs, len(jobs), "timing") if isinstance(result, tuple)]
     if not timed:
         return None
     decode_seconds, frames = timed[-1]
-    device = preparation.state.device
+    device = preparation.ranks.device
     with models.video_encoder(preparation.model, encoders.vae_dtype, device, encoders.tiling) as vae:
         for _ in range(2):  # the first time also chooses kernels
             start = time.perf_counter()

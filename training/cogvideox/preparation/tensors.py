@@ -14,8 +14,9 @@ from cogvideox.config.options import TrainOptions, ignores_positions, image_flag
 from cogvideox.config.prepared_flags import is_factory_layout
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.errors import UsageError
+from cogvideox.preparation.encoding import Encoders, encode_captions, missing_captions, other_encoders
 from cogvideox.preparation.factory import open_factory
-from cogvideox.preparation.prepare import Encoders, Preparation, encode_captions, missing_captions, other_encoders
+from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.report import describe, failures_explained
 from cogvideox.runtime.run import Run
 

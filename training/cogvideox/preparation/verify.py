@@ -6,15 +6,16 @@ next preparation encodes it again.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from cogvideox.data.cache import CachedSample, CacheError, CacheIndex, open_index
-from cogvideox.data.clips import FAILED, KILLED, OK, UNREADABLE, content_change
+from cogvideox.data.clips import content_change
 from cogvideox.data.media.workers import Killed
+from cogvideox.data.records import FAILED, KILLED, UNREADABLE, ClipRecord
 from cogvideox.errors import UsageError
-from cogvideox.preparation.prepare import Encoders, Preparation, other_encoders
+from cogvideox.preparation.encoding import Encoders, other_encoders
+from cogvideox.preparation.prepare import Preparation
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Fault:
 
     text: str
     key: str | None = None
-    record: dict[str, Any] | None = None
+    record: ClipRecord | None = None
 
 
-def find_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> list[Fault]:
+def find_faults(preparation: Preparation, records: Sequence[ClipRecord]) -> list[Fault]:
     """Returns the faults in this rank's share of the cache. It reads every file and changes none."""
     encoders = preparation.encoders
     index, faults = None, []
@@ -45,7 +46,7 @@ def find_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> 
     if index is not None:
         faults += encoder_faults(index, encoders)
         faults += sample_faults(preparation, records, encoders, index)
-    if not preparation.state.is_main_process:
+    if not preparation.ranks.is_main_process:
         faults = []
     return [*faults, *source_faults(preparation, records), *tensor_faults(preparation, records, encoders, index)]
 
@@ -60,7 +61,7 @@ def encoder_faults(index: CacheIndex, encoders: Encoders) -> Iterator[Fault]:
 
 
 def sample_faults(
-    preparation: Preparation, records: Sequence[dict[str, Any]], encoders: Encoders, index: CacheIndex
+    preparation: Preparation, records: Sequence[ClipRecord], encoders: Encoders, index: CacheIndex
 ) -> Iterator[Fault]:
     """Yields a fault for each clip that was added, removed or changed since the cache was made."""
     listed = len(records) - preparation.num_validation
@@ -91,25 +92,25 @@ def change_of(now: CachedSample | None, then: CachedSample | None) -> str | None
     return None
 
 
-def source_faults(preparation: Preparation, records: Sequence[dict[str, Any]]) -> Iterator[Fault]:
+def source_faults(preparation: Preparation, records: Sequence[ClipRecord]) -> Iterator[Fault]:
     """Yields a fault for each file whose content has changed although its size and time have not."""
-    files = [file for record in records if record["status"] == OK for file in (record, record.get("image", record))]
-    used = {file["request"]: file for file in files}
+    files = [file for record in records if record.usable for file in (record, record.first_frame)]
+    used = {file.request: file for file in files}
     mine = preparation.share(list(used.values()))
-    jobs = ((content_change, record["path"], record["content"]) for record in mine)
+    jobs = ((content_change, record.path, record.content) for record in mine)
     for record, change in zip(mine, preparation.in_workers(jobs, len(mine), "checking clips"), strict=True):
         if change is not None:
             reason = change.reason if isinstance(change, Killed) else change
-            yield Fault(f"{record['path']}: {reason}", record=record)
+            yield Fault(f"{record.path}: {reason}", record=record)
 
 
 def tensor_faults(
-    preparation: Preparation, records: Sequence[dict[str, Any]], encoders: Encoders, index: CacheIndex | None
+    preparation: Preparation, records: Sequence[ClipRecord], encoders: Encoders, index: CacheIndex | None
 ) -> Iterator[Fault]:
     """Yields a fault for each tensor that is missing although indexed, damaged, of the wrong shape, or not finite."""
     geometry, cache = preparation.geometry, preparation.cache
-    cuts = preparation.cuts(records, encoders)
-    shapes: dict[str, tuple[int, ...]] = {key: cut.shape(geometry) for key, cut in cuts.items()}
+    inputs = preparation.vae_inputs(records, encoders)
+    shapes: dict[str, tuple[int, ...]] = {key: clip.shape(geometry) for key, clip in inputs.items()}
     text_shape = (encoders.text_length, geometry.text_embed_dim)
     shapes |= {encoders.prompt_key(text): text_shape for text in preparation.captions(records)}
     indexed = index.keys if index is not None else set()
@@ -126,7 +127,7 @@ def tensor_faults(
             yield Fault(str(error), key)
 
 
-def repair(preparation: Preparation, faults: Sequence[Fault], records: Sequence[dict[str, Any]]) -> None:
+def repair(preparation: Preparation, faults: Sequence[Fault], records: Sequence[ClipRecord]) -> None:
     """Deletes damaged tensors and outdated records, so that the next preparation makes them again.
 
     Files that could not be decoded, or whose decoder was killed, are tried once more.
@@ -136,14 +137,13 @@ def repair(preparation: Preparation, faults: Sequence[Fault], records: Sequence[
         faults: The faults that all ranks found.
         records: The record of every sample.
     """
-    if preparation.state.is_main_process:
+    if preparation.ranks.is_main_process:
         for fault in faults:
             if fault.key is not None:
                 preparation.cache.remove(fault.key)
         retried = [fault.record for fault in faults if fault.record is not None]
-        retried += [record for record in records if record["status"] in (FAILED, KILLED)]
+        retried += [record for record in records if record.status in (FAILED, KILLED)]
         preparation.ledger.append(
-            {"request": record["request"], "path": record["path"], "status": UNREADABLE, "reason": "to be tried again"}
-            for record in retried
+            ClipRecord(record.request, record.path, UNREADABLE, "to be tried again").to_json() for record in retried
         )
-    preparation.state.wait_for_everyone()
+    preparation.ranks.wait_for_everyone()

@@ -1,0 +1,43 @@
+"""Checks how many clips of a data set cannot be used, against --max_bad_fraction.
+
+``check_bad`` raises ``UnusableClips`` if there are too many. It carries the records, for the table of causes.
+"""
+
+import math
+from collections.abc import Sequence
+
+from cogvideox.data.clips import max_bad
+from cogvideox.data.records import ClipRecord
+from cogvideox.errors import UsageError
+
+
+class UnusableClips(UsageError):
+    """Too many clips cannot be used. ``records`` has the record of every sample, for the table of causes."""
+
+    def __init__(self, problem: str, records: Sequence[ClipRecord]) -> None:
+        super().__init__(problem)
+        self.records = records
+
+
+def check_bad(records: Sequence[ClipRecord], max_bad_fraction: float) -> None:
+    """Checks the number of bad clips.
+
+    Raises:
+        UnusableClips: More clips are bad than ``max_bad_fraction`` allows.
+    """
+    if count := too_many_bad(records, max_bad_fraction):
+        rule = f"--max_bad_fraction {max_bad_fraction:g}: {count} of {len(records)} clips cannot be used"
+        fix = f"fix or remove them, see the table (ledger.jsonl has all), or continue without: {allowing(records)}"
+        raise UnusableClips(f"{rule}; {fix}", records)
+
+
+def too_many_bad(records: Sequence[ClipRecord], max_bad_fraction: float) -> int:
+    """Returns how many clips cannot be used if that is more than allowed, else 0."""
+    bad = sum(not record.usable for record in records)
+    return bad if bad > max_bad(max_bad_fraction, len(records)) else 0
+
+
+def allowing(records: Sequence[ClipRecord]) -> str:
+    """Returns the flag that allows as many bad clips as there are."""
+    bad = sum(not record.usable for record in records)
+    return f"--max_bad_fraction {math.ceil(bad / len(records) * 1000) / 1000:g}"
