@@ -1,4 +1,4 @@
-"""Damages data sets of every form at random: what is read must be what an independent reader sees, or a clear problem.
+"""Damages data sets of every form at random. The library must agree with an independent reader, or report a problem.
 
 python tests/tools/fuzz_index.py --count 5000 --seed 1
 """
@@ -51,16 +51,16 @@ JUNK = (
 )
 
 Rows = list[tuple[str, str, str | None]]  # path, caption, image
-Outcome = tuple[str, str | None]  # what came out, and what is wrong with that
+Outcome = tuple[str, str | None]  # the outcome, and what is wrong with it
 
 
 class TooSlow(BaseException):
-    """Not an Exception, so that nothing under test can catch it."""
+    """Reports a timeout. It is not an Exception, so that the code under test cannot catch it."""
 
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raises TooSlow in the block after that many seconds."""
+    """Raises TooSlow within the context after a number of seconds."""
 
     def ring(*_: object) -> None:
         raise TooSlow
@@ -78,7 +78,7 @@ def alarm(seconds: float) -> Iterator[None]:
 
 
 def make_rows(draw: random.Random, one_line: bool) -> Rows:
-    """A caption says which row it is, so that one that moved to another row is seen."""
+    """Returns rows whose captions contain the number of the row, so that a caption in another row is noticed."""
     rows: Rows = []
     for row in range(draw.randint(1, 8)):
         words = " ".join(draw.choices(WORDS, k=draw.randint(1, 4)))
@@ -183,7 +183,7 @@ FORMS: tuple[tuple[Writer, Callable[[Path, list[str]], Rows]], ...] = (
 
 
 def damage(data: bytes, draw: random.Random) -> bytes:
-    """One random change."""
+    """Applies one random change."""
     at, end = sorted(draw.choices(range(len(data) + 1), k=2))
     lines = data.split(b"\n")
     line, other = draw.randrange(len(lines)), draw.randrange(len(lines))
@@ -211,7 +211,7 @@ def damage(data: bytes, draw: random.Random) -> bytes:
 
 
 def make_case(root: Path, draw: random.Random) -> tuple[list[str], dict[str, Any], Callable[[], Rows], bool]:
-    """A data set: its files, its flags, the independent reader, and whether it is damaged."""
+    """Makes a data set. Returns its files, its flags, its independent reader, and whether it is damaged."""
     shutil.rmtree(root, ignore_errors=True)
     (root / "clips").mkdir(parents=True)
     for clip in CLIPS:
@@ -229,7 +229,7 @@ def make_case(root: Path, draw: random.Random) -> tuple[list[str], dict[str, Any
 
 
 def judge(root: Path, flags: dict[str, Any], see: Callable[[], Rows], damaged: bool) -> Outcome:
-    """What came of one data set, and what is wrong with that."""
+    """Reads one data set. Returns the outcome, and what is wrong with it."""
     try:
         with alarm(SECONDS):
             samples = read_samples(DataFlags(data_root=(str(root),), **flags))
@@ -251,7 +251,7 @@ def judge_problems(problems: tuple[str, ...], root: Path) -> str | None:
 
 
 def judge_samples(samples: list[Sample], see: Callable[[], Rows], root: Path) -> str | None:
-    """Compares with the independent reader: no caption may be at another row's clip. All clips are in lower case."""
+    """Compares samples with the independent reader: each caption must belong to its clip. Clips are in lower case."""
     try:
         rows = see()
     except Exception as error:
@@ -268,7 +268,7 @@ def judge_samples(samples: list[Sample], see: Callable[[], Rows], root: Path) ->
 
 
 def run_cases(count: int, seed: int, folder: Path) -> Iterator[Outcome]:
-    """The outcome of each case; a fault names the seed that makes it again."""
+    """Yields the outcome of each case. A problem names the seed that reproduces it."""
     for case in range(seed, seed + count):
         root = folder / "data"
         names, flags, see, damaged = make_case(root, random.Random(case))
@@ -277,7 +277,7 @@ def run_cases(count: int, seed: int, folder: Path) -> Iterator[Outcome]:
 
 
 def fuzz_indexes(count: int, seed: int, folder: Path) -> list[str]:
-    """What is wrong with the reading of ``count`` damaged data sets, made in ``folder``; empty if nothing is."""
+    """Reads ``count`` damaged data sets, made in ``folder``, and returns the problems."""
     return [fault for _, fault in run_cases(count, seed, folder) if fault is not None]
 
 

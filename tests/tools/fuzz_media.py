@@ -1,8 +1,8 @@
-"""Media files with random damage: each must give the right frames or a one-line reason; no crash, no hang.
+"""Damages media files at random. Each must give the right frames or a reason in one line, without a crash or a hang.
 
-small good files -> mutated -> outcome_of in a child process with limits -> compared with a plain decode of that file.
-`python tests/tools/fuzz_media.py --count 500 --seed 1` prints the outcomes, keeps the files that failed, and exits with
-1 if there are any.
+Small valid files are mutated. A child process with limits reads each of them, and the frames are compared with a plain
+decode of the same file. `python tests/tools/fuzz_media.py --count 500 --seed 1` prints the outcomes, keeps the files
+that failed, and exits with 1 if there are any.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from cogvideox.data.media.decode import probe
 from cogvideox.data.records import UNREADABLE
 from cogvideox.errors import UsageError
 
-SECONDS, MEMORY = 20, 2 << 30  # of a file, of its process
+SECONDS, MEMORY = 20, 2 << 30  # limits: seconds for one file, bytes for its process
 BASES: dict[str, Callable[[], bytes]] = {
     "h264.mp4": lambda: plain("mp4", "libx264"),
     "h264.mkv": lambda: plain("matroska", "libx264"),
@@ -47,8 +47,8 @@ BASES: dict[str, Callable[[], bytes]] = {
     "av1.mp4": lambda: plain("mp4", "libsvtav1"),
     "mpeg4.avi": lambda: plain("avi", "mpeg4"),
     "mpeg2.ts": lambda: plain("mpegts", "mpeg2video"),
-    # Not vp8: its decoder sees next to no damage, and keeps state over a seek, so damaged frames are not reproducible.
-    # Nor motion jpeg: it leaves what was in a buffer before where data are missing.
+    # vp8 is left out: its decoder notices hardly any damage and keeps state over a seek, so damaged frames vary.
+    # Motion JPEG is left out: where data is missing, its decoder returns the previous content of a buffer.
     "animated.gif": lambda: plain("gif", "gif"),
     "h264.3gp": lambda: plain("3gp", "libx264"),
     "h264.m2ts": lambda: encode("mpegts", muxer={"mpegts_m2ts_mode": "1"}),
@@ -63,8 +63,8 @@ BASES: dict[str, Callable[[], bytes]] = {
     "still.jpg": lambda: still("JPEG", quality=95),
 }
 
-BASES = {name: functools.cache(make) for name, make in BASES.items()}  # some encoders give other bytes each time
-# What they show at each place, where packets have no times of their own.
+BASES = {name: functools.cache(make) for name, make in BASES.items()}  # some encoders give different bytes each time
+# The number that each picture shows, for containers whose packets have no times.
 PLACES = {
     "packed.avi": range(COUNT),
     "dropped.avi": [repeated(place) for place in range(COUNT)],
@@ -78,45 +78,45 @@ HEADER = 1024  # bytes
 
 
 def span(data: bytearray, rng: random.Random, most: int = 256) -> tuple[int, int]:
-    """A random range of up to `most` bytes."""
+    """Returns a random range of up to `most` bytes."""
     start = rng.randrange(len(data))
     return start, min(len(data), start + rng.randint(1, most))
 
 
 def flip(data: bytearray, rng: random.Random, count: int, end: int) -> bytearray:
-    """`count` bytes before `end` changed by one bit or more."""
+    """Changes one bit or more of `count` bytes before `end`."""
     for _ in range(count):
         data[rng.randrange(min(end, len(data)))] ^= rng.randint(1, 255)
     return data
 
 
 def zero(data: bytearray, rng: random.Random) -> bytearray:
-    """A range of zeros."""
+    """Overwrites a range with zeros."""
     start, end = span(data, rng)
     data[start:end] = bytes(end - start)
     return data
 
 
 def repeat(data: bytearray, rng: random.Random) -> bytearray:
-    """A range that comes twice."""
+    """Repeats a range."""
     start, end = span(data, rng)
     return data[:end] + data[start:]
 
 
 def remove(data: bytearray, rng: random.Random) -> bytearray:
-    """A range that is missing."""
+    """Removes a range."""
     start, end = span(data, rng)
     return data[:start] + data[end:]
 
 
 def insert(data: bytearray, rng: random.Random) -> bytearray:
-    """Random bytes that do not belong there."""
+    """Inserts random bytes."""
     start, end = span(data, rng, 64)
     return data[:start] + rng.randbytes(end - start) + data[start:]
 
 
 def set_extreme(data: bytearray, rng: random.Random) -> bytearray:
-    """Up to three numbers of a header that are as small or as large as they can be."""
+    """Sets up to three numbers of a header to their smallest or largest value."""
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(max(1, min(HEADER, len(data)) - 4))
         size, order = rng.choice("HI"), rng.choice("<>")
@@ -141,7 +141,7 @@ MUTATIONS: dict[str, Mutation] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One damaged file: where it lies and how it was made."""
+    """One damaged file: its path, and how it was made."""
 
     path: Path
     base: str
@@ -153,7 +153,7 @@ class Mutant:
 
 
 def mutants(count: int, seed: int, folder: Path) -> Iterator[Mutant]:
-    """Makes `count` files one after the other, every base and mutation as often; the same for the same seed."""
+    """Yields `count` damaged files, with every base and mutation equally often. The seed determines them."""
     for number in range(count):
         rng = random.Random(f"{seed} {number}")
         base = list(BASES)[number % len(BASES)]
@@ -167,18 +167,18 @@ def mutants(count: int, seed: int, folder: Path) -> Iterator[Mutant]:
 
 
 def serve(pipe: Connection) -> None:
-    """Judges the files that come through the pipe, until there are no more."""
+    """Judges files from the pipe until there are no more."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while mutant := pipe.recv():
         kind, problem, outcome = read(mutant)
-        pipe.send((kind, problem))  # what follows is the reference's time, not the reader's
+        pipe.send((kind, problem))  # the time that follows belongs to the reference, not to the reader
         if outcome is not None:
             pipe.send(judge(mutant, outcome))
 
 
 def read(mutant: Mutant) -> tuple[str, str, Outcome | None]:
-    """(kind of outcome, what is wrong with it, the outcome if its frames are to be compared) of one file."""
+    """Reads one file. Returns the kind of outcome, its problem, and the outcome if it has frames to compare."""
     try:
         outcome = outcome_of(mutant.path, mutant.num_frames)
     except (MemoryError, UsageError) as error:  # the pool of workers reports the former
@@ -194,13 +194,13 @@ def read(mutant: Mutant) -> tuple[str, str, Outcome | None]:
 
 
 def kind_of(line: str, path: Path) -> str:
-    """The reason without the file and the numbers, to count by."""
+    """Returns a reason without the file name and numbers, so that equal reasons can be counted."""
     reason = line.replace(f"{path}: ", "").replace(str(path), "FILE")
     return "line: " + re.sub(r"\(.*|b'.*|[\d.]+", "N", reason)[:60]
 
 
 def problem_of_line(outcome: Outcome, path: Path) -> str:
-    """What is wrong with an error line."""
+    """Returns what is wrong with an error line."""
     if outcome.status == UNREADABLE and "Cannot allocate memory" not in outcome.line:
         return f"blames the file system: {outcome.line}"
     if not outcome.line.isprintable() or not outcome.line.startswith(f"{path}: "):
@@ -209,7 +209,7 @@ def problem_of_line(outcome: Outcome, path: Path) -> str:
 
 
 def judge(mutant: Mutant, outcome: Outcome) -> tuple[str, str]:
-    """(what the frames are, what is wrong with them): compared with a plain decode of the same file."""
+    """Compares frames with a plain decode of the same file. Returns what they are, and what is wrong with them."""
     assert outcome.frames_FHWC is not None
     numbers = [number_in(frame) for frame in outcome.frames_FHWC]
     kind = "frames as they were" if -1 not in numbers else "frames with damage that the codec does not see"
@@ -224,11 +224,11 @@ def judge(mutant: Mutant, outcome: Outcome) -> tuple[str, str]:
 
 
 def wrong_frames(mutant: Mutant, outcome: Outcome) -> list[int]:
-    """The indices of frames that no plain decode gives for their times, be it from the start or from a keyframe on.
+    """Returns the indices of frames that a plain decode, from the start or a keyframe, does not give at their times.
 
-    The latter counts because damage may make a frame refer to one before its keyframe. Damage may also lead the plain
-    decode astray and not the reader, so the number that the good file shows at that time is right too. Where packets
-    have no times, nor has a plain decode: then its frames count at any time.
+    Decoding from a keyframe counts because damage may make a frame refer to one before its keyframe. The number that
+    the valid file shows at that time is right too, because damage may confuse only the plain decode. If packets have no
+    times, a plain decode has none either, and its frames count at any time.
     """
     assert outcome.frames_FHWC is not None
     stream, in_places = stream_of(mutant.path), mutant.base in PLACES
@@ -248,14 +248,14 @@ def wrong_frames(mutant: Mutant, outcome: Outcome) -> list[int]:
 
 @functools.cache
 def numbers_by_time(base: str) -> dict[int, int]:
-    """What the good file shows at each timestamp, or place."""
+    """Returns the number that the valid file shows at each timestamp or place."""
     if base in PLACES:
         return dict(enumerate(PLACES[base]))
     return {pts: number for number, pts in enumerate(shown(io.BytesIO(BASES[base]())), FIRST_NUMBER.get(base, 0))}
 
 
 def stream_of(path: Path) -> int:
-    """The video stream that is read."""
+    """Returns the video stream that the library reads."""
     packets = probe(path).packets
     assert packets is not None
     return packets.stream
@@ -265,17 +265,17 @@ def stream_of(path: Path) -> int:
 
 
 class Judge:
-    """A child process that takes file after file, and is replaced when one of them ends it."""
+    """Runs a child process that judges files, and replaces it when a file ends it."""
 
     def __init__(self) -> None:
         self.process: BaseProcess | None = None
         self.pipe: Connection
 
     def __call__(self, mutant: Mutant) -> tuple[str, str]:
-        """(kind of outcome, what is wrong with it or "")."""
+        """Returns the kind of outcome, and what is wrong with it or an empty text."""
         if self.process is None:
             self._start()
-        with suppress(ConnectionError):  # a child that is gone shows in the answer
+        with suppress(ConnectionError):  # the answer shows whether the child has ended
             self.pipe.send(mutant)
         kind, problem = self._answer(SECONDS, "reader")
         if kind == "frames" and not problem:
@@ -312,7 +312,7 @@ class Judge:
 
 
 def fuzz_media(count: int, seed: int, folder: Path, counts: collections.Counter[str] | None = None) -> list[str]:
-    """The problems of `count` damaged files, one line each; their files stay in `folder`. Fills `counts` by outcome."""
+    """Returns the problems of `count` damaged files. These files stay in `folder`, and `counts` gets the outcomes."""
     problems = []
     judge_one = Judge()
     try:
@@ -330,7 +330,7 @@ def fuzz_media(count: int, seed: int, folder: Path, counts: collections.Counter[
 
 
 def main() -> int:
-    """Prints the counts and the problems; 1 if there are any."""
+    """Prints the counts and the problems. Returns 1 if there are problems."""
     parser = argparse.ArgumentParser(description="Damages media files at random and reads them.")
     parser.add_argument("--count", type=int, default=500, help="files")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other files")
