@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property, partial
 from itertools import accumulate, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import finalize
 
 import torch
@@ -43,6 +43,7 @@ ALIGNMENT = 256
 WEIGHT_SLOTS = 3  # one in use, one arriving, and the one used last, which backward needs first after forward
 ADVICE = ("MADV_DONTFORK", "MADV_HUGEPAGE")  # huge pages: fewer pages to create and to register
 IN_FLIGHT = 2  # blocks whose saved tensors may be on their way to the host at a time
+Event: TypeAlias = "torch.cuda.Event | None"  # None without a GPU, where work is complete when a call returns
 TRANSFER_SLOTS = 3  # of a TransferPipeline: one slot is filled, one is worked on, and one is emptied
 
 
@@ -139,11 +140,11 @@ class SideStream:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def after_compute(self) -> AbstractContextManager[Any]:
+    def after_compute(self) -> AbstractContextManager[object]:
         """Returns a context whose copies start after all work that the compute stream has been given so far."""
         return self.after(compute_event(self.device))
 
-    def after(self, *events: Any) -> AbstractContextManager[Any]:
+    def after(self, *events: Event) -> AbstractContextManager[object]:
         """Returns a context whose copies run on this stream and start after all given events, except None."""
         if self.stream is None:
             return nullcontext()
@@ -151,7 +152,7 @@ class SideStream:
             self.stream.wait_event(event)
         return torch.cuda.stream(self.stream)
 
-    def run_after(self, work: Callable[[], None], event: Any) -> None:
+    def run_after(self, work: Callable[[], None], event: Event) -> None:
         """Runs work on this stream after an event. Unlike in ``after``, the work may contain kernels."""
         with self.after(event):
             work()
@@ -161,23 +162,23 @@ class SideStream:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def record_event(self) -> Any:
+    def record_event(self) -> Event:
         """Returns an event that happens when this stream has finished all work given so far; None without a GPU."""
         return self.stream.record_event() if self.stream is not None else None
 
 
-def compute_event(device: torch.device) -> Any:
+def compute_event(device: torch.device) -> Event:
     """Returns an event that happens when the compute stream has finished all work given so far; None without a GPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-def compute_waits_for(event: Any) -> None:
+def compute_waits_for(event: Event) -> None:
     """Makes the compute stream wait for an event before any later work. The host does not wait."""
     if event is not None:
         torch.cuda.current_stream().wait_event(event)
 
 
-def host_waits_for(event: Any) -> None:
+def host_waits_for(event: Event) -> None:
     """Blocks the host until an event has happened."""
     if event is not None:
         event.synchronize()
@@ -198,12 +199,12 @@ class Ring:
     def __init__(self, hosts: dict[int, Tensor], device: torch.device, slots: int = WEIGHT_SLOTS) -> None:
         self.hosts = hosts
         # By block: a function that returns the event after which the block's new weights may be read.
-        self.update_events: dict[int, Callable[[], Any]] = {}
+        self.update_events: dict[int, Callable[[], Event]] = {}
         self.side = SideStream(device)
         size = max(host.numel() for host in hosts.values())
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(hosts)))]
         self.slot_of: OrderedDict[int, int] = OrderedDict()  # block -> slot, least recently used first
-        self.arrived: dict[int, Any] = {}  # block -> event after its copy
+        self.arrived: dict[int, Event] = {}  # block -> event after its copy
 
     def get(self, block: int) -> int:
         """Returns the number of the slot with a block's weights, which the compute stream may read from now on."""
@@ -262,8 +263,8 @@ class HostStore:
         self.out, self.back = SideStream(device), SideStream(device)
         self.buffers: dict[int, Tensor] = {}
         self.layouts: dict[int, tuple[tuple[str, ...], Layout]] = {}
-        self.leaving: OrderedDict[int, tuple[dict[str, Tensor], Any]] = OrderedDict()
-        self.arriving: dict[int, tuple[dict[str, Tensor], Any]] = {}
+        self.leaving: OrderedDict[int, tuple[dict[str, Tensor], Event]] = OrderedDict()
+        self.arriving: dict[int, tuple[dict[str, Tensor], Event]] = {}
 
     def put(self, block: int, kept: dict[str, Tensor]) -> None:
         """Starts copying a block's tensors to the host. They stay on the device until IN_FLIGHT more blocks were put.
@@ -421,7 +422,7 @@ class HostTrainedBlocks:
         """Returns all weights of a block as one vector that is a view of the host buffer."""
         return self.layout.flat(self.ring.hosts[block])
 
-    def mark_updated(self, block: int, event: Callable[[], Any]) -> None:
+    def mark_updated(self, block: int, event: Callable[[], Event]) -> None:
         """Makes the next copy of a block to the device wait for an update of its weights on the host.
 
         Args:
@@ -462,8 +463,8 @@ class TransferPipeline:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.into, self.work, self.out = SideStream(device), SideStream(device), SideStream(device)
-        self.events: list[Any] = []  # for each transfer issued so far: its slices are back on the host
-        self.pending: Iterator[Any] = iter(())
+        self.events: list[Event] = []  # for each transfer issued so far: its slices are back on the host
+        self.pending: Iterator[Event] = iter(())
         self.kept_alive: list[Tensor] = []
 
     def start(self, transfers: Sequence[Transfer], *needed: Tensor) -> None:
@@ -481,7 +482,7 @@ class TransferPipeline:
         self.events, self.pending = [], self._pass(transfers, slots, compute_event(self.device))
         self.kept_alive = [*slots, *needed]
 
-    def issue(self, count: int) -> Any:
+    def issue(self, count: int) -> Event:
         """Issues the first ``count`` transfers; returns the event after which all of them are back on the host."""
         self.events += islice(self.pending, max(0, count - len(self.events)))
         return self.events[count - 1]
@@ -500,7 +501,7 @@ class TransferPipeline:
         self.finish()
         host_waits_for(compute_event(self.device))
 
-    def _pass(self, transfers: Sequence[Transfer], slots: list[Tensor], start: Any) -> Iterator[Any]:
+    def _pass(self, transfers: Sequence[Transfer], slots: list[Tensor], start: Event) -> Iterator[Event]:
         """Issues one transfer per iteration; yields the event after which its slices are back on the host."""
         free = [start] * len(slots)
         coming = self._fetch(slots[0], transfers[0], start)
@@ -521,7 +522,7 @@ class TransferPipeline:
             free[here] = self.out.record_event()
             yield free[here]
 
-    def _fetch(self, slot: Tensor, transfer: Transfer, free: Any) -> tuple[list[Tensor], Any]:
+    def _fetch(self, slot: Tensor, transfer: Transfer, free: Event) -> tuple[list[Tensor], Event]:
         """Starts copying a transfer into a slot after the event ``free``.
 
         Returns:

@@ -30,7 +30,7 @@ R rank of a LoRA.
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -399,7 +399,7 @@ def backward(
     # First half: take every activation that the gradients need from ``kept``, or recompute it. Those that no gradient
     # needs stay None. n1 and n2 are also recomputed if the outputs of their linear layers were not kept, because these
     # are computed from them.
-    def obtain(name: str, compute: Callable[[], Any]) -> Any:
+    def obtain(name: str, compute: Callable[[], Tensor]) -> Tensor:
         return kept[name] if name in kept else compute()
 
     used = needed_for_weights(p)

@@ -10,6 +10,7 @@ Shapes: C channels, F frames, H height, W width; R = F * H rows of pixels, S = F
 The batch is always one clip.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 from cogvideox.memory.graphs import allowing_graphs
 
 FORMAT = torch.channels_last_3d
-Cache = dict[str, Any]
+Cache = dict[str, Tensor]
+Kernels = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., None]]  # scale_and_shift and activate_into
 
 
 def optimize_encoder(vae: Any, compiled: bool = True) -> None:
@@ -38,12 +40,12 @@ def optimize_encoder(vae: Any, compiled: bool = True) -> None:
     resnets = [resnet for block in blocks for resnet in block.resnets]
     if not all(is_plain(resnet) for resnet in resnets):
         raise ValueError("the encoder's resnets are not those of CogVideoX")
-    functions: Any = (scale_and_shift, activate_into)
+    functions: Kernels = (scale_and_shift, activate_into)
     if compiled:
         # If the compiler does not work here, this fails now and not in the middle of the first clip.
         torch.compile(torch.sin)(torch.zeros(8, device=vae.device))
         compiling = partial(torch.compile, fullgraph=True, dynamic=False)  # only sizes that are marked vary
-        functions = tuple(allowing_graphs(compiling(function)) for function in functions)
+        functions = (allowing_graphs(compiling(scale_and_shift)), allowing_graphs(compiling(activate_into)))
     # Convolutions run without transposing their input only if their weights are channels last, too.
     for layer in vae.encoder.modules():
         if isinstance(layer, torch.nn.Conv3d | torch.nn.Conv2d):
@@ -64,7 +66,7 @@ def is_plain(resnet: Any) -> bool:
 
 
 def run_resnet(
-    resnet: Any, functions: Any, inputs: Tensor, temb: None = None, zq: None = None, conv_cache: Cache | None = None
+    resnet: Any, functions: Kernels, inputs: Tensor, temb: None = None, zq: None = None, conv_cache: Cache | None = None
 ) -> tuple[Tensor, Cache]:
     """Replaces CogVideoXResnetBlock3D.forward: (1, C, F, H, W) -> (1, C', F, H, W).
 
@@ -97,7 +99,7 @@ def run_resnet(
     return hidden + inputs, kept
 
 
-def padded(x: Tensor, norm: torch.nn.GroupNorm, cache: Tensor | None, functions: Any) -> Tensor:
+def padded(x: Tensor, norm: torch.nn.GroupNorm, cache: Tensor | None, functions: Kernels) -> Tensor:
     """Computes the input of a causal convolution: two frames of padding, then silu(norm(x)).
 
     Args:

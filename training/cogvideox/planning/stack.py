@@ -43,7 +43,7 @@ def for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
     The token dimension of every argument is marked as dynamic before the call.
     """
 
-    def call(x: Tensor, p: Block, shared: Shared, keep_or_kept: Any) -> Any:
+    def call(x: Tensor, p: Block, shared: Shared, keep_or_kept: tuple[str, ...] | dict[str, Tensor]) -> Any:
         marked = [(x, 1), *((table, 0) for table in shared.rotary or ())]
         if isinstance(keep_or_kept, dict):  # backward gets saved tensors; forward gets the names of those to save
             marked += [(tensor, 2 if name == "lse" else 1) for name, tensor in keep_or_kept.items()]
@@ -71,7 +71,7 @@ class Stack:
         self.heads = self.modules[0].attn1.heads
         self.trains_all = base_parameters(self.modules[0])[0].requires_grad
         self.store = HostStore(device)
-        self._rotary: tuple[Any, Any] = (None, None)
+        self._rotary: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # cosines given last, padded tables
         self.forward_block, self.backward_block = blocks.forward, blocks.backward
         if plan.compiled:
             functions = [
@@ -178,13 +178,12 @@ class Stack:
         """
         if rotary is None:
             return None
-        if self._rotary[0] is not rotary[0]:
+        if self._rotary is None or self._rotary[0] is not rotary[0]:
             cos, sin = (table.to(self.device, torch.float32) for table in rotary)
             text = cos.new_ones(length, cos.shape[1])
             padded = (torch.cat([text, cos]), torch.cat([torch.zeros_like(text), sin]))
             self._rotary = (rotary[0], padded)
-        tables: tuple[Tensor, Tensor] = self._rotary[1]
-        return tables
+        return self._rotary[1]
 
     def _trained(self, i: int) -> list[Tensor]:
         """Returns the tensors of a block that autograd returns gradients for, in the order of blocks.Block."""
@@ -337,7 +336,7 @@ def lora_target_layers(module: Any) -> dict[str, Any]:
     return {name: pieces[name] for name in LORA_LAYERS}
 
 
-def active_lora(layer: Any) -> tuple[Tensor, Tensor, float, Any] | None:
+def active_lora(layer: Any) -> tuple[Tensor, Tensor, float, Callable[[Tensor], Tensor] | None] | None:
     """Returns (A, B, scale, dropout) of a layer's active adapter, or None. Dropout is None if it drops nothing now."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters or not layer.active_adapters:
         return None
@@ -361,7 +360,7 @@ def lora_matrices(module: Any, device: torch.device) -> list[Tensor]:
 
 
 def block_weights(
-    module: Any, matrices: list[Tensor] | None = None, weight_of: Callable[[Tensor], Any] = lambda p: p
+    module: Any, matrices: list[Tensor] | None = None, weight_of: Callable[[Tensor], Weight] = lambda p: p
 ) -> Block:
     """Collects a block's weights from its module.
 
