@@ -33,7 +33,7 @@ WAYS: dict[str, tuple[str, str, str, dict[str, str], int]] = {
 
 
 def sprite(alpha: int = 128, hidden: Sequence[int] = HIDDEN) -> np.ndarray:
-    """RGBA: hidden color on the left, the color at `alpha` in the middle, the opaque color on the right."""
+    """Returns RGBA frames: a hidden color on the left, the color at ``alpha`` in the middle, opaque on the right."""
     pixels = np.empty((HEIGHT, WIDTH, 4), np.uint8)
     pixels[:, :32], pixels[:, 32:64], pixels[:, 64:] = (*hidden, 0), (*COLOR, alpha), (*COLOR, 255)
     return pixels
@@ -52,7 +52,7 @@ def read(path: Path, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
 
 
 def plain_decode(path: Path, height: int, width: int) -> np.ndarray:
-    """The frames as read before there was a rule for transparency: scaled in one step, alpha left out."""
+    """Returns the frames scaled in one step and without alpha, as they were read before transparency had a rule."""
     with av.open(str(path)) as container:
         return np.stack([resized(frame, height, width) for frame in container.decode(video=0)])
 
@@ -67,7 +67,7 @@ def test_videos_are_composited_on_black(tmp_path: Path, name: str) -> None:
 
 
 def seen() -> list[tuple[int, np.ndarray]]:
-    """Columns in the middle of the three parts, and the color that each shows."""
+    """Returns columns in the middle of the three parts, and the color that each shows."""
     return [(16, np.zeros(3)), (48, np.array(COLOR) * 128 / 255), (80, np.array(COLOR))]
 
 
@@ -103,7 +103,7 @@ def gif(path: Path, frames: Sequence[np.ndarray], **options: int) -> Path:
 
 
 def moving(count: int = 3) -> list[np.ndarray]:
-    """An opaque square that moves to the right over nothing; its hidden color is white."""
+    """Returns a gif with an opaque square that moves to the right; the transparent rest has the hidden color white."""
     frames = np.zeros((count, HEIGHT, WIDTH, 4), np.uint8)
     frames[..., :3] = 255
     for number, pixels in enumerate(frames):
@@ -119,8 +119,8 @@ def test_gifs_are_composited_on_black(tmp_path: Path, count: int) -> None:
         assert (frame == drawn[..., :3].astype(int) * (drawn[..., 3:] // 255)).all()
 
 
-def test_a_gif_that_becomes_transparent_later_is_named(tmp_path: Path) -> None:
-    """Its first frame covers everything; the disposal method uncovers what is behind it."""
+def test_a_gif_that_becomes_transparent_later_counts_as_transparent(tmp_path: Path) -> None:
+    """The first frame covers the picture, and its disposal method clears it for the next frame."""
     opaque = np.dstack([np.full((HEIGHT, WIDTH, 3), 200, np.uint8), np.full((HEIGHT, WIDTH), 255, np.uint8)])
     path = gif(tmp_path / "a.gif", [opaque, *moving(2)], disposal=2)
     data = bytearray(path.read_bytes())
@@ -135,7 +135,7 @@ def test_a_gif_that_becomes_transparent_later_is_named(tmp_path: Path) -> None:
 
 
 def test_opaque_gifs_keep_pixels_and_keys(tmp_path: Path) -> None:
-    """Also where transparent pixels only say that nothing changed, as programs that make gifs small write it."""
+    """This includes gifs whose transparent pixels only mean "unchanged", as programs that shrink gifs write them."""
     numbers = np.arange(3)[:, None, None, None] * 40
     frames = (np.indices((HEIGHT, WIDTH)).sum(0)[None, :, :, None] // 40 * 30 + numbers * [1, 0, 0]).astype(np.uint8)
     path = gif(tmp_path / "a.gif", list(frames))
@@ -145,7 +145,7 @@ def test_opaque_gifs_keep_pixels_and_keys(tmp_path: Path) -> None:
 
 
 def test_transparent_palettes_in_videos(tmp_path: Path) -> None:
-    """FFmpeg gives them as pal8, which has no alpha component."""
+    """FFmpeg decodes them to pal8, which has no alpha component."""
     few = Image.fromarray(sprite()[..., :3]).quantize(4)
     hidden = few.getpixel((16, 16))
     memory = io.BytesIO()
@@ -159,7 +159,7 @@ def test_transparent_palettes_in_videos(tmp_path: Path) -> None:
 
 
 def packed(png: bytes) -> bytes:
-    """A mov of one frame, which is this file."""
+    """Returns a mov of one frame that consists of the bytes of a picture file."""
 
     def fill(output: av.container.OutputContainer) -> None:
         stream = output.add_stream("png", rate=8)

@@ -50,7 +50,7 @@ def files(folder: Path) -> list[str]:
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read(cache: TensorCache) -> None:
+def test_a_read_returns_what_was_written(cache: TensorCache) -> None:
     found = cache.read(KEY)
     assert found.keys() == tensors().keys()
     for name, tensor in tensors().items():
@@ -61,11 +61,11 @@ def test_what_is_written_is_read(cache: TensorCache) -> None:
     assert files(cache.folder) == [f"tensors/{KEY[:2]}/{KEY}.safetensors"]
 
 
-def test_write_tells_the_bytes(cache: TensorCache) -> None:
+def test_write_returns_the_number_of_bytes(cache: TensorCache) -> None:
     assert cache.write(KEY, tensors()) == cache.path(KEY).stat().st_size
 
 
-def test_same_tensors_same_bytes(cache: TensorCache) -> None:
+def test_the_order_of_tensors_does_not_change_the_file(cache: TensorCache) -> None:
     content = cache.path(KEY).read_bytes()
     cache.write(KEY, dict(reversed(tensors().items())))
     assert cache.path(KEY).read_bytes() == content
@@ -80,12 +80,12 @@ def test_every_flipped_byte_is_found(cache: TensorCache) -> None:
             path.write_bytes(content[:place] + bytes([content[place] ^ bits]) + content[place + 1 :])
             with pytest.raises(CacheError, match="prepare again, it is encoded anew"):
                 cache.read(KEY)
-            assert not cache.has(KEY)  # set aside, so that preparing again encodes it
+            assert not cache.has(KEY)  # it was renamed, so that the next preparation encodes it anew
     path.write_bytes(content)
     cache.read(KEY)
 
 
-def test_every_torn_file_is_found(cache: TensorCache) -> None:
+def test_every_incomplete_file_is_found(cache: TensorCache) -> None:
     path = cache.path(KEY)
     content = path.read_bytes()
     for length in range(len(content)):
@@ -94,7 +94,7 @@ def test_every_torn_file_is_found(cache: TensorCache) -> None:
             cache.read(KEY)
 
 
-def test_a_missing_file_is_an_error_of_its_own_kind(cache: TensorCache) -> None:
+def test_a_missing_file_is_a_cache_error(cache: TensorCache) -> None:
     cache.path(KEY).unlink()
     with pytest.raises(CacheError, match="prepare again"):
         cache.read(KEY)
@@ -195,7 +195,9 @@ def dead_process() -> int:
     return process.pid
 
 
-def test_temporaries_of_the_dead_go_and_of_the_living_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporaries_of_ended_processes_are_deleted_and_others_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dead = leave_temporary(tmp_path, monkeypatch, f"{KEY}.safetensors", dead_process())
     living = leave_temporary(tmp_path, monkeypatch, "index.json", os.getppid())
     with monkeypatch.context() as patch:
@@ -235,14 +237,14 @@ def test_ledger_round_trip_and_the_newest_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("data: a truncated ledger")
-def test_a_torn_last_line_costs_that_line_only(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_skipped(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.append([record("a"), record("b")])
     content = ledger.path.read_bytes()
     second = content.index(b"\n") + 1
     for length in range(second, len(content)):
         ledger.path.write_bytes(content[:length])
-        # Without the newline alone, the last record is whole.
+        # If only the newline is missing, the last record is complete.
         survivors = {"a", "b"} if length == len(content) - 1 else {"a"}
         assert set(ledger.read()) == survivors
         ledger.append([record("c")])
@@ -250,7 +252,7 @@ def test_a_torn_last_line_costs_that_line_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b"[]", b"1", b"null", b"{}", b'{"request": []}', b"\xff\xfe", b"", b"\0\0\0"])
-def test_lines_that_are_no_records_are_skipped(tmp_path: Path, line: bytes) -> None:
+def test_lines_that_are_not_records_are_skipped(tmp_path: Path, line: bytes) -> None:
     ledger = Ledger(tmp_path)
     ledger.path.write_bytes(line + b"\n")
     ledger.append([record("a")])
@@ -335,7 +337,7 @@ def test_hash_of_does_not_depend_on_the_order_of_names() -> None:
     assert len({hash_of(value) for value in ([], {}, None, 0, 1, 1.0, "1", [1], ["1"], [[1]], "", "é")}) == 12
 
 
-def test_a_file_that_cannot_be_opened_now_is_not_set_aside(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_opened_is_not_renamed(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write(KEY, tensors())
 
     def too_many(self: Path) -> bytes:
@@ -357,13 +359,13 @@ def test_a_file_of_another_key_is_found(cache: TensorCache) -> None:
     cache.path(KEY).rename(cache.path(other))
     with pytest.raises(CacheError, match="holds the tensors of another key"):
         cache.examine(other)
-    assert cache.has(other)  # looking changes nothing
+    assert cache.has(other)  # examining a file does not change it
     with pytest.raises(CacheError):
         cache.read(other)
     assert not cache.has(other)
 
 
-def test_equal_tensors_are_equal_files(cache: TensorCache) -> None:
+def test_equal_tensors_make_equal_files(cache: TensorCache) -> None:
     written = set()
     for _ in range(20):
         cache.write(KEY, tensors())
@@ -373,7 +375,7 @@ def test_equal_tensors_are_equal_files(cache: TensorCache) -> None:
 
 @pytest.mark.parametrize("content", ['{"format": 2}', "[]", '{"format": 2, "samples": [{}], "validation": []}', "x"])
 @pytest.mark.fault("data: an index that is damaged")
-def test_a_damaged_index_is_one_line(tmp_path: Path, content: str) -> None:
+def test_a_damaged_index_is_reported_in_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(UsageError, match=r"run prepare_dataset\.py again"):
         open_index(tmp_path)
@@ -414,7 +416,7 @@ def test_a_foreign_index_names_nothing_outside_its_folder(tmp_path: Path, change
 
 @pytest.mark.fault("security: a key of a tensor file that leads outside the folder")
 def test_a_file_outside_the_folder_is_neither_read_nor_renamed(tmp_path: Path) -> None:
-    """Otherwise the file would be renamed, as any file that is not what was written."""
+    """Otherwise it would be renamed, as every file is whose content is not what was written."""
     mine = tmp_path / "mine" / "my-lora.safetensors"
     mine.parent.mkdir()
     mine.write_bytes(b"precious")

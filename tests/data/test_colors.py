@@ -20,7 +20,7 @@ from cogvideox.data.media.faults import VideoError
 from cogvideox.data.records import FAILED, ClipRecord
 from cogvideox.preparation.report import TAG_COMMAND, color_notes
 
-LEVELS = 5  # of 255, in no channel of any pixel of a smooth picture
+LEVELS = 5  # of 255: the largest allowed difference in any channel of any pixel of a smooth picture
 MEAN = 0.75
 
 
@@ -50,8 +50,8 @@ def test_pixels_are_those_of_ffmpeg(tmp_path: Path, name: str, shrink: int) -> N
     assert np.abs(read_frames(path, plain_info, [0], height, width)[0] - expected).mean() > 4 * MEAN
 
 
-def test_white_is_where_it_belongs(tmp_path: Path) -> None:
-    """Gray of 203 cd/m2 and more is white; that of half the light is what SDR says of half the light."""
+def test_white_and_half_white_have_the_levels_of_sdr(tmp_path: Path) -> None:
+    """Gray of 203 cd/m2 and more is white; gray with half of that light has the SDR level of half the light."""
     for name in ("hlg", "pq"):
         for light, level in ((1.0, 255), (3.0, 255), (0.5, round(255 * 0.5 ** (1 / 2.4))), (0.0, 0)):
             path = placed(tmp_path, video(name, "matroska", "ffv1", [np.full((32, 32, 3), light)]))
@@ -59,7 +59,7 @@ def test_white_is_where_it_belongs(tmp_path: Path) -> None:
             assert np.abs(frame - level).max() <= 1, (name, light)
 
 
-def test_a_full_picture_is_converted_in_strips_as_in_one_piece(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_converting_in_strips_gives_the_same_pixels_as_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = placed(tmp_path, lossless("pq"))
     info = probe(path)
     in_strips = read_frames(path, info, [0], info.height, info.width)
@@ -68,7 +68,7 @@ def test_a_full_picture_is_converted_in_strips_as_in_one_piece(monkeypatch: pyte
 
 
 def test_light_is_clipped_before_it_is_averaged(tmp_path: Path) -> None:
-    """Of dark and glint half and half, in pairs of pixels, the clipped light is averaged."""
+    """If every second pixel is a bright glint, the average is that of the clipped light."""
     stripes = np.full((64, 64, 3), 0.1)
     stripes[:, ::2] = 40.0
     path = placed(tmp_path, video("pq", "matroska", "ffv1", [stripes], pix_fmt="yuv444p10le"))
@@ -86,8 +86,8 @@ def test_enlarging_and_turning(tmp_path: Path) -> None:
     assert number_in(np.rot90(read_frames(path, turned, [9], WIDTH, HEIGHT)[0], -1)) == 9
 
 
-def test_names() -> None:
-    """What each set of tags is named; 12 is P3, 6 an SDR of standard definition."""
+def test_conversions_of_color_tags() -> None:
+    """Checks the names of conversions for sets of tags; 12 is P3, and 6 is SDR of standard definition."""
     named = {
         (HLG, BT2020): ("hlg",),
         (PQ, BT2020): ("pq",),
@@ -105,8 +105,8 @@ def test_names() -> None:
         assert ColorTags(transfer, primaries, BT2020).conversions() == names
 
 
-def test_gamuts_meet_in_gray() -> None:
-    """White stays white out of each gamut, and bt709's own stays as it is."""
+def test_gray_stays_gray_in_every_gamut() -> None:
+    """White of each gamut becomes white, and colors of bt709 do not change."""
     frame = av.VideoFrame.from_ndarray(np.full((8, 8, 3), 128, np.uint8), format="rgb24")
     for names in (("bt2020",), ("p3",), ("pq", "bt709")):
         shown = SdrConverter(names)(frame, 8, 8).to_ndarray()
@@ -122,7 +122,7 @@ def test_ordinary_files_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_matrix_of_the_container_is_used(tmp_path: Path) -> None:
-    """Where the stream has no tags, as after an edit of the container only."""
+    """It is used if the stream has no tags, for example because only the container was edited."""
     tagged = placed(tmp_path, video("hlg"))
     frames = read_frames(tagged, probe(tagged), range(3), HEIGHT, WIDTH)
     path = placed(tmp_path, tagged_by_container(video("hlg", tagged=False), "hlg"))
@@ -149,12 +149,12 @@ def planned(path: Path) -> ClipRecord:
 
 
 def large() -> bytes:
-    """A picture of 720p in h264 that does not name its matrix."""
+    """Returns a 720p picture in h264 without a color matrix."""
     return encode("mp4", frames=[np.full((720, 1280, 3), (200, 60, 40), np.uint8)], options={"preset": "ultrafast"})
 
 
 def matrix_named(data: bytes) -> bytes:
-    """What TAG_COMMAND makes of an mp4."""
+    """Returns what TAG_COMMAND makes of an mp4."""
     name, options = TAG_COMMAND.split("-bsf:v ")[1].split(" ")[0].split("=", 1)
 
     def fill(output: Any) -> None:
@@ -171,7 +171,7 @@ def matrix_named(data: bytes) -> bytes:
 
 
 def test_files_without_a_matrix_are_counted_and_the_command_names_it(tmp_path: Path) -> None:
-    """bt601 is assumed whatever the size; standard definition is as players have it too, so nothing is said."""
+    """bt601 is assumed for all sizes. Players assume it for standard definition too, so nothing is printed for that."""
     small = planned(placed(tmp_path, plain()))
     assert small.probed.matrix_is_assumed
     assert list(color_notes([small])) == []
@@ -186,7 +186,7 @@ def test_files_without_a_matrix_are_counted_and_the_command_names_it(tmp_path: P
     assert list(color_notes([record])) == []
     changed = read_frames(path, probe(path), [0], 32, 32)[0, 16, 16].astype(int)
     assert np.abs(changed - assumed).max() > 5
-    assert np.abs(assumed - (200, 60, 40)).max() <= 3  # the encoder here, as many, used bt601 without saying so
+    assert np.abs(assumed - (200, 60, 40)).max() <= 3  # the encoder used bt601 without a tag, as many do
 
 
 def test_one_line_counts_what_is_converted(tmp_path: Path) -> None:

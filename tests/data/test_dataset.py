@@ -114,17 +114,17 @@ def test_another_visit_sample_or_seed_draws_anew(
     assert one.timestep_B != other.timestep_B
 
 
-def test_purposes_do_not_share_their_numbers(make: Callable[..., LatentDataset]) -> None:
+def test_random_numbers_of_different_purposes_are_independent(make: Callable[..., LatentDataset]) -> None:
     sample = make()[Visit(0, 0)]
     mean, std = moments_of(make(), 0, 0)
     eps_FCHW = (sample.x0_BFCHW / 0.7 - mean) / std
-    # In both layouts: the posterior is drawn with the channels first.
+    # Both layouts are compared, because the posterior is drawn with the channels first.
     for eps in (eps_FCHW, eps_FCHW.transpose(0, 1)):
         correlation = torch.corrcoef(torch.stack([eps.flatten(), sample.noise_BFCHW.flatten()]))[0, 1]
         assert abs(correlation) < 0.08  # 4608 numbers: five standard deviations
 
 
-def test_other_samples_have_no_effect(make: Callable[..., LatentDataset]) -> None:
+def test_a_sample_does_not_depend_on_other_samples(make: Callable[..., LatentDataset]) -> None:
     alone = make(names=[NAMES[3]], dropout=0.5)
     together = make(dropout=0.5)
     for visit in range(4):
@@ -199,8 +199,10 @@ def test_the_visit_picks_the_variant(make: Callable[..., LatentDataset]) -> None
 
 
 @pytest.mark.parametrize(("rate", "least", "most"), [(0.0, 0, 0), (1.0, 400, 400), (0.1, 16, 64), (0.5, 160, 240)])
-def test_caption_dropout(make: Callable[..., LatentDataset], rate: float, least: int, most: int) -> None:
-    """Four standard deviations of a binomial; the numbers are fixed by the seed."""
+def test_captions_are_dropped_at_the_given_rate(
+    make: Callable[..., LatentDataset], rate: float, least: int, most: int
+) -> None:
+    """The bounds are four standard deviations of a binomial; the seed fixes the numbers."""
     dataset = make(dropout=rate)
     samples = [dataset[Visit(k % 5, k // 5)] for k in range(400)]
     assert least <= sum(not sample.prompt_BLD.any() for sample in samples) <= most
@@ -231,7 +233,7 @@ def test_a_range_of_timesteps(make: Callable[..., LatentDataset]) -> None:
     found = Counter(int(dataset[Visit(k % 5, k // 5)].timestep_B) for k in range(60))
     assert sorted(found) == [300, 301, 302]
     assert min(found.values()) > 8
-    for k in range(20):  # the same draw, on another scale, and nothing else
+    for k in range(20):  # the same draw is scaled to another range, and nothing else changes
         one, other = dataset[Visit(0, k)], all_of_them[Visit(0, k)]
         assert int(one.timestep_B) == 300 + int(other.timestep_B) * 3 // 1000
         assert torch.equal(one.noise_BFCHW, other.noise_BFCHW)
@@ -239,7 +241,7 @@ def test_a_range_of_timesteps(make: Callable[..., LatentDataset]) -> None:
     assert trained_timesteps(LossFlags(min_timestep=999), 1000) == range(999, 1000)
 
 
-def test_strata_share_the_range_out_evenly(make: Callable[..., LatentDataset]) -> None:
+def test_strata_divide_the_range_evenly(make: Callable[..., LatentDataset]) -> None:
     """Each sample of a step gets a timestep from its own part of the range, and can get any timestep in it."""
     dataset = make()
     for step in range(10):
@@ -376,7 +378,7 @@ def test_images_are_collated(with_images: Callable[..., LatentDataset]) -> None:
 
 
 @pytest.mark.parametrize("damage", ["byte", "shape"])
-def test_a_bad_image_makes_room_for_another_clip(with_images: Callable[..., LatentDataset], damage: str) -> None:
+def test_a_clip_with_a_bad_image_is_replaced(with_images: Callable[..., LatentDataset], damage: str) -> None:
     dataset = with_images()
     key = dataset.index.samples[1].image_keys[0]
     if damage == "byte":
@@ -397,8 +399,10 @@ OTHER = Bucket(5, 64, 96)
 
 @pytest.fixture
 def broken(make: Callable[..., LatentDataset], tmp_path: Path) -> Callable[..., LatentDataset]:
-    """broken(0, 3) replaces bad clips, which 0 and 3 are, in a cache of its own; ``part`` says which tensor of theirs.
-    Clip 2 is in another bucket, alone.
+    """Returns a function that damages clips and returns a data set that replaces bad clips.
+
+    For example, ``broken(0, 3)`` damages the clips 0 and 3. Its argument ``part`` chooses which of their tensors. Clip
+    2 is alone in another bucket.
     """
     dataset = make(dropout=0.5)
     dataset.cache = TensorCache(Path(shutil.copytree(dataset.cache.folder, tmp_path / "cache")))
@@ -426,7 +430,7 @@ def visited(dataset: LatentDataset, index: int, visit: int = 0) -> tuple[str, ..
 
 
 @pytest.mark.fault("data: a cached tensor that cannot be read, within --max_bad_fraction")
-def test_a_bad_clip_s_place_is_taken_by_the_next_of_its_bucket(broken: Callable[..., LatentDataset]) -> None:
+def test_a_bad_clip_is_replaced_by_the_next_of_its_bucket(broken: Callable[..., LatentDataset]) -> None:
     whole = broken()
     expected = {(k, v): whole[Visit(k, v)] for k in range(5) for v in range(4)}
     dataset = broken(1, 4)
@@ -437,7 +441,7 @@ def test_a_bad_clip_s_place_is_taken_by_the_next_of_its_bucket(broken: Callable[
             assert [name for name, _ in batch.replaced] == bad
             come = replace(batch, replaced=())
             assert come.ids == (NAMES[taken_by],)
-            # the clip comes by itself too, in the same epoch: it must not be the same draw
+            # the replacement is also drawn as itself in the same epoch, and these draws must differ
             assert same(come, expected[taken_by, visit]) == (not bad)
             assert same(replace(dataset[Visit(index, visit)], replaced=()), come)
 
@@ -454,7 +458,7 @@ def test_bad_clips_in_a_row_are_all_named(broken: Callable[..., LatentDataset]) 
     assert batch.to(torch.device("cpu")).replaced == batch.replaced
 
 
-def test_a_bad_embedding_is_met_where_the_caption_is_used(broken: Callable[..., LatentDataset]) -> None:
+def test_a_bad_embedding_matters_only_if_the_caption_is_used(broken: Callable[..., LatentDataset]) -> None:
     whole = broken()
     dropped = [not whole[Visit(1, visit)].prompt_BLD.any() for visit in range(8)]
     assert 0 < sum(dropped) < 8
@@ -463,7 +467,7 @@ def test_a_bad_embedding_is_met_where_the_caption_is_used(broken: Callable[..., 
     assert came == [(NAMES[1],) if without else (NAMES[3], NAMES[1]) for without in dropped]
 
 
-def test_the_listing_has_no_effect_on_what_comes_instead(broken: Callable[..., LatentDataset]) -> None:
+def test_the_order_of_samples_has_no_effect_on_the_replacement(broken: Callable[..., LatentDataset]) -> None:
     dataset = broken(1, 3)
     straight = [visited(dataset, k) for k in range(5)]
     dataset.index = replace(dataset.index, samples=dataset.index.samples[::-1])
@@ -478,7 +482,7 @@ def test_a_bucket_without_a_good_clip_is_an_error(broken: Callable[..., LatentDa
 
 
 def test_a_bad_empty_caption_is_an_error(broken: Callable[..., LatentDataset]) -> None:
-    """The empty caption belongs to no clip: all would be replaced, and no caption would ever be dropped."""
+    """It is used for all clips, so replacing a clip would not help."""
     dataset = broken()
     flip_byte(dataset.cache.path(dataset.index.empty_prompt_key))
     with pytest.raises(CacheError, match="checksum is wrong"):
@@ -511,7 +515,7 @@ def test_embeddings_of_another_shape_or_name(
     assert visited(dataset, 1) == (NAMES[3], NAMES[1])
 
 
-def test_bad_clips_are_counted_once_said_once_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_clips_are_counted_and_reported_once_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
     bad = BadClips(0.25, 8)
     assert bad.count([]) == 0
     assert bad.count([("a", "torn")]) == 1

@@ -1,3 +1,5 @@
+"""decode.py: exact frames for any pattern of indices, errors in one line, and mp4 output."""
+
 import errno
 import itertools
 import os
@@ -12,72 +14,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from striped import COUNT, HEIGHT, MATRICES, OPEN_GOP, RATE, VIDEOS, WIDTH, encode, numbers_in, read_numbers, sequential
 
 from cogvideox.data.media import decode, faults, packets
 from cogvideox.data.media.decode import probe, read_frames, write_video
 from cogvideox.data.media.faults import VideoError
-from cogvideox.data.media.frames import VideoInfo, frame_indices
+from cogvideox.data.media.frames import frame_indices
 from cogvideox.errors import DiskError
-
-HEIGHT, WIDTH, RATE, COUNT = 64, 96, 30, 60
-CLOCK = Fraction(1, RATE)
-OPEN_GOP = "open-gop=1:keyint=10:min-keyint=1:bframes=3:b-adapt=0:b-pyramid=normal:scenecut=0"
-
-
-def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Draws a number in binary as eight white or black columns, which survive lossy coding and resizing."""
-    bits = [number >> bit & 1 for bit in range(8)]
-    row = np.repeat(bits, width // 8)
-    frame_HWC = np.broadcast_to(row[None, :, None] * 255, (height, width, 3)).astype(np.uint8)
-    frame_HWC[: height // 4] = number * 7 % 256  # so that no two frames are far apart and all are coded
-    return frame_HWC
-
-
-def number_in(frame_HWC: np.ndarray) -> int:
-    height, width = frame_HWC.shape[:2]
-    return sum(int(frame_HWC[height * 3 // 4, width * (2 * bit + 1) // 16].mean() > 127) << bit for bit in range(8))
-
-
-def numbers_in(frames_FHWC: np.ndarray) -> list[int]:
-    return [number_in(frame_HWC) for frame_HWC in frames_FHWC]
-
-
-def encode(
-    path: Path,
-    count: int = COUNT,
-    *,
-    codec: str = "libx264",
-    options: dict[str, str] | None = None,
-    pts: list[int] | None = None,
-    rotation: tuple | None = None,
-    muxer: dict[str, str] | None = None,
-    shape: tuple[int, int] = (HEIGHT, WIDTH),
-    aspect: Fraction = Fraction(1),
-) -> Path:
-    with av.open(str(path), "w", options=muxer or {}) as container:
-        stream = container.add_stream(codec, rate=RATE)
-        stream.height, stream.width, stream.pix_fmt = *shape, "yuv420p"
-        stream.options = {"g": "12", "bf": "2", "sc_threshold": "0"} if options is None else options
-        stream.codec_context.time_base = CLOCK
-        stream.codec_context.sample_aspect_ratio = aspect
-        if rotation is not None:
-            stream.set_display_rotation(*rotation)
-        for number in range(count):
-            frame = av.VideoFrame.from_ndarray(picture(number, *shape))
-            frame.pts, frame.time_base = pts[number] if pts else number, CLOCK
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def sequential(path: Path) -> list[int]:
-    with av.open(str(path)) as container:
-        return [number_in(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-
-
-def read_numbers(path: Path, indices, info: VideoInfo | None = None) -> list[int]:
-    info = info or probe(path)
-    return numbers_in(read_frames(path, info, indices, HEIGHT, WIDTH))
 
 
 @pytest.fixture(scope="module")
@@ -94,18 +37,6 @@ def test_probe_reads_what_is_shown(clip):
     assert info.times == pytest.approx([number / RATE for number in range(COUNT)])
 
 
-VIDEOS = {
-    "short_gop.mp4": {},
-    "long_gop.mp4": {"options": {"g": "600", "bf": "3"}},
-    "open_gop.mp4": {"options": {"x264-params": OPEN_GOP}},
-    "open_gop.ts": {"options": {"x264-params": OPEN_GOP}},
-    "intra_refresh.ts": {"options": {"x264-params": "intra-refresh=1:keyint=10:bframes=0"}},
-    "fragments.mp4": {"muxer": {"movflags": "frag_keyframe+empty_moov"}},
-    "blocks.mkv": {},
-    "mpeg4.avi": {"codec": "mpeg4"},
-    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "12", "lag-in-frames": "10", "deadline": "realtime"}},
-    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "keyint=10:log-level=none", "preset": "ultrafast"}},
-}
 PATTERNS = [
     range(COUNT),
     range(0, COUNT, 7),
@@ -131,7 +62,7 @@ def test_every_pattern_gives_the_right_frames(tmp_path, name):
         assert read_numbers(path, [index], info) == [index]
 
 
-def test_seeking_gives_the_same_pixels_as_reading_on(clip):
+def test_seeking_gives_the_same_pixels_as_decoding_everything(clip):
     info = probe(clip)
     whole = read_frames(clip, info, range(COUNT), HEIGHT, WIDTH)
     for index in (12, 13, 35, 36, 59):
@@ -143,14 +74,14 @@ def test_a_jump_decodes_no_more_than_it_needs(clip, monkeypatch):
     frames = decode._frames
     monkeypatch.setattr(decode, "_frames", lambda *args: (taken.append(frame) or frame for frame in frames(*args)))
     assert read_numbers(clip, [0, 1, 50], probe(clip)) == [0, 1, 50]
-    # After 0 and 1, the keyframe at 48 and on to 50.
+    # Frames 0 and 1 are decoded first, then the keyframe 48 and the frames up to 50.
     assert len(taken) <= 2 + 4
     taken.clear()
     assert read_numbers(clip, range(COUNT), probe(clip)) == list(range(COUNT))
     assert len(taken) == COUNT
 
 
-def test_a_seek_that_lands_too_late_is_made_up_for(clip):
+def test_a_seek_that_ends_too_late_is_repeated_from_an_earlier_keyframe(clip):
     info = probe(clip)
     assert info.packets is not None
     last = info.packets.keyframes[-1]
@@ -158,16 +89,20 @@ def test_a_seek_that_lands_too_late_is_made_up_for(clip):
     assert read_numbers(clip, [0, 13, 27, 59], late) == [0, 13, 27, 59]
 
 
-def test_a_stream_that_starts_in_mid_gop_starts_at_its_first_whole_frame(tmp_path):
+def test_a_stream_that_begins_inside_a_gop_starts_at_its_first_keyframe(tmp_path):
     whole = encode(tmp_path / "whole.ts", options={"x264-params": OPEN_GOP})
     with av.open(str(whole)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     second = [place for place, packet in enumerate(packets) if packet.is_keyframe][1]
-    assert any(packet.pts < packets[second].pts for packet in packets[second:])  # they refer to what is cut off
+    assert any(
+        packet.pts < packets[second].pts for packet in packets[second:]
+    )  # these frames refer to frames that are cut off
     start = probe(whole).num_frames - sum(packet.pts >= packets[second].pts for packet in packets)
     data = whole.read_bytes()
     path = tmp_path / "cut.ts"
-    path.write_bytes(data[: 3 * 188] + data[packets[second].pos :])  # the tables, then from the keyframe on
+    path.write_bytes(
+        data[: 3 * 188] + data[packets[second].pos :]
+    )  # the tables of the transport stream, then everything from the keyframe on
     info = probe(path)
     assert read_numbers(path, range(info.num_frames), info) == list(range(start, COUNT))
 
@@ -183,10 +118,6 @@ def test_variable_rate(tmp_path):
     for place, index in enumerate(chosen):
         distance = abs(pts[index] - 4 * place)
         assert distance == min(abs(time - 4 * place) for time in pts)
-
-
-# The matrices that phones write: the picture's x and y axes, as shown, in 16.16 fixed point.
-MATRICES = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
 
 
 @pytest.mark.parametrize("clockwise", MATRICES)
@@ -284,7 +215,7 @@ def test_bad_files_say_why_in_one_line(tmp_path, clip, kind, reason):
 
 @pytest.mark.parametrize("num_bytes", [1, 64])
 @pytest.mark.fault("data: media files with damage in the middle")
-def test_damage_in_the_middle_is_an_error_from_there_on(tmp_path, clip, num_bytes):
+def test_damage_in_the_middle_is_an_error_for_the_frames_after_it(tmp_path, clip, num_bytes):
     data = bytearray(clip.read_bytes())
     with av.open(str(clip)) as container:
         victim = [packet for packet in container.demux(video=0) if packet.is_keyframe][2]
@@ -301,7 +232,7 @@ def test_damage_in_the_middle_is_an_error_from_there_on(tmp_path, clip, num_byte
             read_frames(path, info, [3, index], HEIGHT, WIDTH)
 
 
-def test_a_frame_that_does_not_come_out_is_an_error(clip, monkeypatch):
+def test_a_frame_that_the_decoder_does_not_return_is_an_error(clip, monkeypatch):
     monkeypatch.setattr(decode, "_frames", lambda *args, original=decode._frames: itertools.islice(original(*args), 10))
     with pytest.raises(VideoError, match=r"clip\.mp4: decode failed near frame 11 of 60"):
         read_frames(clip, probe(clip), [3, 11], HEIGHT, WIDTH)
@@ -352,7 +283,7 @@ def test_frames_are_shrunk_as_they_are_decoded(tmp_path):
     finally:
         tracemalloc.stop()
     assert frames.shape == (24, 32, 48, 3)
-    assert peak < 2 * 512 * 768 * 3  # not 24 frames at full size, and nothing in fp32
+    assert peak < 2 * 512 * 768 * 3  # less than 24 frames at full size or in fp32 would take
 
 
 def test_shrinking_averages(tmp_path):
@@ -364,7 +295,7 @@ def test_shrinking_averages(tmp_path):
 
 
 def area(count: int, size: int) -> np.ndarray:
-    """Returns an array (size, count): how much of each of `count` pixels one of `size` pixels covers."""
+    """Returns an array (size, count) with the share of each of ``count`` pixels that one of ``size`` pixels covers."""
     edges = np.linspace(0, count, size + 1)
     overlap = np.minimum(edges[1:, None], np.arange(count) + 1) - np.maximum(edges[:-1, None], np.arange(count))
     return np.clip(overlap, 0, None) * size / count
@@ -432,7 +363,7 @@ def test_the_same_frames_make_the_same_file(tmp_path):
 
 
 @pytest.mark.fault("disk: a video cannot be written")
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fill_the_disk(path: Path, *_):
         path.write_bytes(b"half")
         raise OSError("no space left")
@@ -446,7 +377,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.fault("disk: a video that cannot be fsynced")
-def test_a_video_gets_its_name_once_the_disk_has_it(tmp_path, monkeypatch):
+def test_a_video_gets_its_name_after_it_was_synced_to_disk(tmp_path, monkeypatch):
     seen, real = [], os.fsync
 
     def seen_fsync(handle: int) -> None:
@@ -482,9 +413,9 @@ def test_workers_do_not_import_torch():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(decode.__file__).parents[3])
 
 
-def test_the_machine_is_told_from_the_file(tmp_path, clip, monkeypatch):
+def test_errors_of_the_machine_differ_from_errors_of_the_file(tmp_path, clip, monkeypatch):
     path = tmp_path / "clip.mkv"
-    path.write_bytes(encode(tmp_path / "whole.mkv").read_bytes()[:300])  # FFmpeg calls it an input/output error
+    path.write_bytes(encode(tmp_path / "whole.mkv").read_bytes()[:300])  # FFmpeg reports an input/output error for it
     with pytest.raises(VideoError, match=r"clip\.mkv: cannot be read"):
         probe(path)
     monkeypatch.setattr(faults, "_is_readable", lambda path: False)
@@ -492,7 +423,7 @@ def test_the_machine_is_told_from_the_file(tmp_path, clip, monkeypatch):
         probe(path)
 
 
-def test_no_memory_passes(clip, monkeypatch):
+def test_a_lack_of_memory_stays_a_memory_error(clip, monkeypatch):
     def fail(*_):
         raise MemoryError
 

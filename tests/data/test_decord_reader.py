@@ -1,4 +1,4 @@
-"""decord gives the frames that PyAV gives, or an error that names the way out; it is imported only when asked for."""
+"""decord_reader.py: decord returns the frames that PyAV returns, or an error with a fix; it is imported on demand."""
 
 import struct
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_decode import COUNT, HEIGHT, MATRICES, VIDEOS, WIDTH, encode, numbers_in
+from striped import COUNT, HEIGHT, MATRICES, VIDEOS, WIDTH, encode, numbers_in
 
 from cogvideox.data.media import decord_reader
 from cogvideox.data.media.decode import probe, read_frames
@@ -17,7 +17,7 @@ from cogvideox.data.media.decord_reader import VERSION, reader_problem
 from cogvideox.data.media.faults import VideoError
 
 PATTERNS = [range(COUNT), range(0, COUNT, 7), [58, 3, 31, 30, 10, 9], [23, 24], [59], [0, 0, 59, 59, 0]]
-REFUSED = {"open_gop.mp4", "open_gop.ts", "intra_refresh.ts", "mpeg4.avi", "hevc.mp4"}  # the hevc has open GOPs
+REFUSED = {"open_gop.mp4", "open_gop.ts", "intra_refresh.ts", "mpeg4.avi", "hevc.mp4"}  # libx265 writes open GOPs
 
 
 def installed(**versions: str) -> Callable[[str], str]:
@@ -93,7 +93,7 @@ def test_hidden_frames_are_refused(tmp_path: Path, clip: Path) -> None:
     pytest.importorskip("decord")
     data = bytearray(clip.read_bytes())
     at = data.index(b"elst") + 4
-    struct.pack_into(">I", data, at + 8, 1000)  # one second of two is shown
+    struct.pack_into(">I", data, at + 8, 1000)  # shows one second of two
     path = tmp_path / "trimmed.mp4"
     path.write_bytes(data)
     info = probe(path)
@@ -102,7 +102,7 @@ def test_hidden_frames_are_refused(tmp_path: Path, clip: Path) -> None:
         read_frames(path, info, [0], HEIGHT, WIDTH, reader="decord")
 
 
-def test_its_errors_are_one_line_that_names_the_file(tmp_path: Path, clip: Path) -> None:
+def test_errors_of_decord_become_one_line_that_names_the_file(tmp_path: Path, clip: Path) -> None:
     pytest.importorskip("decord")
     path = tmp_path / "damaged.mp4"
     data = clip.read_bytes()

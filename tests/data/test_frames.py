@@ -28,7 +28,7 @@ def test_frames_available():
     ("source", "target", "count", "least"), [(24, 8, 49, 145), (25, 8, 9, 26), (30, 8, 9, 31), (60, 16, 81, 301)]
 )
 def test_a_clip_that_just_suffices_gives_its_frames(source: int, target: int, count: int, least: int) -> None:
-    """The last frame that is asked for is the clip's last one, or shown before it: nothing is missing."""
+    """The last frame that is due is not later than the last frame of the clip, so all frames are available."""
     for selection, draw in (("head", 0), ("middle", 0), ("random", 0.999)):
         chosen = frame_indices(regular(least, source), count, target, selection, draw=draw)
         assert chosen[-1] <= least - 1
@@ -50,9 +50,9 @@ def test_rates_survive_timestamps_in_milliseconds(rate: float, count: int) -> No
     assert frame_indices(times, count, rate, "middle") == tuple(range(count))
 
 
-def test_a_variable_rate_stays_by_its_timestamps() -> None:
+def test_a_variable_rate_is_computed_from_its_timestamps() -> None:
     times = tuple(itertools.accumulate([0.0, *[0.04] * 30, *[1.0] * 5]))
-    info = VideoInfo(times, 8, 8, 0, "vp9", 36 / (30 * 0.04 + 6))  # declared: the average
+    info = VideoInfo(times, 8, 8, 0, "vp9", 36 / (30 * 0.04 + 6))  # the declared rate is the average
     assert info.fps == pytest.approx(25)
     assert VideoInfo(times, 8, 8, 0, "vp9", 1e6).fps == pytest.approx(25)
 
@@ -61,7 +61,7 @@ def test_head_middle_random_uniform():
     times = regular(300, 30)
     assert frame_indices(times, 5, None, "head") == (0, 1, 2, 3, 4)
     assert frame_indices(times, 5, 10, "head") == (0, 3, 6, 9, 12)
-    assert frame_indices(times, 4, 8, "head") == (0, 4, 7, 11)  # 0, 3.75, 7.5 (the earlier), 11.25
+    assert frame_indices(times, 4, 8, "head") == (0, 4, 7, 11)  # nearest to 0, 3.75, 7.5 (the earlier one) and 11.25
     assert frame_indices(times, 100, None, "middle") == tuple(range(100, 200))
     assert frame_indices(times, 300, 30, "middle") == tuple(range(300))
     assert frame_indices(times, 299, 30, "random", draw=0.49) == tuple(range(299))
@@ -75,7 +75,7 @@ def test_head_middle_random_uniform():
 @pytest.mark.parametrize("rate", [24, 25, 30, 30000 / 1001, 60])
 @pytest.mark.parametrize("count", [2, 49, 50])
 def test_equal_rates_take_consecutive_frames(rate, count):
-    times = tuple(round(time * 12800) / 12800 for time in regular(121, rate))  # as a container's clock rounds them
+    times = tuple(round(time * 12800) / 12800 for time in regular(121, rate))  # rounded as a container rounds them
     for selection, draw in [("head", 0), ("middle", 0), ("random", 0.999), ("random", 0.37)]:
         chosen = frame_indices(times, count, rate, selection, draw=draw)
         assert {b - a for a, b in itertools.pairwise(chosen)} == {1}

@@ -1,4 +1,4 @@
-"""Keyframes after which frames do not decode correctly, and changes of size that only decoding shows."""
+"""keyframes.py: keyframes after which frames do not decode correctly, and changes of size that only decoding shows."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ CORRUPT = VideoError(f"is damaged: a frame does not decode; {AGAIN}")
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An mp4 of COUNT numbered pictures with a keyframe every GOP frames."""
+    """Returns an mp4 of COUNT numbered pictures with a keyframe every GOP frames."""
     path = tmp_path_factory.mktemp("keyframes") / "clip.mp4"
     path.write_bytes(encode("mp4", frames=pictures(range(COUNT))))
     return path
@@ -33,7 +33,11 @@ def plainly(path: Path) -> list[np.ndarray]:
 
 
 def with_corruption(monkeypatch: pytest.MonkeyPatch, is_corrupt: Callable[[int, int], bool]) -> list[tuple[int, int]]:
-    """Makes the decoder report corrupt frames; collects (frame, keyframe of the start) of each intact one."""
+    """Makes the decoder report corrupt frames.
+
+    Returns:
+        A list that collects (frame, keyframe at which decoding started) of each intact frame.
+    """
     whole: list[tuple[int, int]] = []
     real = decode._frames
 
@@ -51,46 +55,46 @@ def with_corruption(monkeypatch: pytest.MonkeyPatch, is_corrupt: Callable[[int, 
 
 
 @pytest.mark.parametrize("good", [0, 24, 48])
-def test_what_is_corrupt_after_a_jump_is_decoded_from_further_back(
+def test_a_frame_that_is_corrupt_after_a_seek_is_decoded_from_an_earlier_keyframe(
     clip: Path, monkeypatch: pytest.MonkeyPatch, good: int
 ) -> None:
-    """As where keyframes refer to frames before them: from one of the earlier ones on all is right."""
+    """This happens where keyframes refer to frames before them; all is right from one of the earlier keyframes on."""
     whole = with_corruption(monkeypatch, lambda number, begun: begun > good)
     wanted = range(62, 80, 3)
     frames = decode.read_frames(clip, decode.probe(clip), wanted, *SIZE)
     assert [number_in(frame) for frame in frames] == list(wanted)
     assert not any(differ(frame, plainly(clip)[number]) for number, frame in zip(wanted, frames, strict=True))
     assert [number for number, begun in whole if begun == good][-1] == wanted[-1]
-    # One frame of the start for each of the starts that were tried, and no more than it takes from the good one on.
+    # Each start that failed decoded one frame, and the good start decoded only what it needs.
     assert len(whole) <= (60 - good) // GOP + 2 + wanted[-1] + 1 - good
 
 
-def test_frames_that_were_right_before_stay(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_that_were_right_at_first_stay_right(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_corruption(monkeypatch, lambda number, begun: begun == 36)
     wanted = [3, 30, 38, 47, 48, 90, 3]
     frames = decode.read_frames(clip, decode.probe(clip), wanted, *SIZE)
     assert [number_in(frame) for frame in frames] == wanted
 
 
-def test_damage_is_known_without_reading_a_long_file_from_the_start(
+def test_damage_is_found_without_decoding_a_long_file_from_the_start(
     clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = with_corruption(monkeypatch, lambda number, begun: number == 90)
     with pytest.raises(VideoError, match=r"clip\.mp4: is damaged: a frame does not decode"):
         decode.read_frames(clip, decode.probe(clip), [85, 91], *SIZE)
-    # More whole frames came before it than any frame refers to, so an earlier start would change nothing.
+    # More undamaged frames came before it than any frame refers to, so an earlier start would change nothing.
     assert min(begun for number, begun in whole if number) == 48
 
 
-def test_damage_near_the_start_is_known_from_the_start(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_near_the_start_is_found_by_decoding_from_the_start(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = with_corruption(monkeypatch, lambda number, begun: number == 20)
     with pytest.raises(VideoError, match=r"clip\.mp4: is damaged: a frame does not decode"):
         decode.read_frames(clip, decode.probe(clip), [18, 21], *SIZE)
     assert whole[-1] == (19, 0)
 
 
-def test_the_decoder_sees_the_first_packet_before_it_jumps(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the first packet says which version of x264 wrote a file, and decoders work around bugs of old ones."""
+def test_the_decoder_gets_the_first_packet_before_a_seek(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first packet says which version of x264 wrote a file, and decoders work around bugs of old versions."""
     taught: set[int] = set()
     real = packets.decode_packet
 
@@ -107,7 +111,7 @@ def test_the_decoder_sees_the_first_packet_before_it_jumps(clip: Path, monkeypat
 
 
 @pytest.mark.parametrize(("container", "codec"), [("webm", "libvpx-vp9"), ("avi", "mjpeg"), ("mpegts", "libx264")])
-def test_another_size_that_headers_do_not_tell_is_found_in_decoding(
+def test_a_change_of_size_that_headers_do_not_show_is_found_while_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, codec: str
 ) -> None:
     monkeypatch.setattr(KeyframeHeaders, "read", lambda self, packet: (b"", False))
@@ -121,7 +125,9 @@ def test_another_size_that_headers_do_not_tell_is_found_in_decoding(
         decode.read_frames(path, info, [3, 20, 30], *SIZE)
 
 
-def test_sizes_are_looked_up_by_decoding_only_where_headers_change(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keyframes_are_decoded_for_their_size_only_if_headers_change(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looked: list[Any] = []
     monkeypatch.setattr(packets, "_check_size_stays", lambda *args: looked.append(args))
     for container, codec in [("mp4", "libx264"), ("mpegts", "libx264"), ("webm", "libvpx"), ("mpeg", "mpeg2video")]:

@@ -40,18 +40,18 @@ def named(cases: list[Case]) -> list[object]:
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
-    """Each case once: where it lies and what came of it."""
+    """Returns a function that makes and reads the file of a case once, and returns its path and the outcome."""
     folder = tmp_path_factory.mktemp("odd")
     return functools.cache(lambda case: make_and_read(case, folder))
 
 
-def test_names_are_told_apart() -> None:
+def test_names_of_cases_are_unique() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
 
 @pytest.mark.parametrize("case", named([case for case in CASES if case.numbers]))
 @pytest.mark.fault("data: unusual media files that are read")
-def test_the_right_frames_come_out_upright(case: Case, read: Read) -> None:
+def test_the_right_frames_are_read_upright(case: Case, read: Read) -> None:
     _, outcome = read(case)
     assert outcome.line == ""
     assert outcome.frames_FHWC is not None
@@ -60,7 +60,9 @@ def test_the_right_frames_come_out_upright(case: Case, read: Read) -> None:
     for number, frame in zip(case.numbers, outcome.frames_FHWC, strict=True):
         drawn = Image.fromarray(picture(number)).resize(SIZE[::-1], Image.Resampling.BOX)
         expected = np.asarray(drawn.convert("L").convert("RGB") if case.gray else drawn, float)
-        assert np.abs(frame - expected).mean() < 14  # coding costs up to 13 (gif), another number 18 and more
+        assert (
+            np.abs(frame - expected).mean() < 14
+        )  # coding changes up to 13 (gif), and another number differs by at least 18
 
 
 @pytest.mark.parametrize("case", named([case for case in VIDEOS if case.numbers]))
@@ -75,11 +77,13 @@ def test_the_pixels_are_those_of_a_plain_decode(case: Case, read: Read) -> None:
 
 @pytest.mark.parametrize("case", named([case for case in CASES if not case.numbers]))
 @pytest.mark.fault("data: media files that cannot be used")
-def test_one_line_says_what_is_wrong(case: Case, read: Read) -> None:
+def test_unusable_files_are_reported_in_one_line(case: Case, read: Read) -> None:
     path, outcome = read(case)
     assert outcome.line, f"frames {[number_in(frame) for frame in outcome.frames_FHWC]}"  # type: ignore[union-attr]
     assert outcome.status != RAISES
-    assert outcome.status != UNREADABLE  # that is for a file system that refuses, and is tried again each time
+    assert (
+        outcome.status != UNREADABLE
+    )  # this status means that the file system refused access; such files are tried again in each run
     assert outcome.line.isprintable()
     assert Path(path.name.split("\n")[0]).stem in outcome.line
     found = re.search(case.line, outcome.line)
@@ -87,7 +91,7 @@ def test_one_line_says_what_is_wrong(case: Case, read: Read) -> None:
 
 
 @pytest.mark.parametrize("case", named([case for case in CASES if not case.numbers]))
-def test_the_line_ends_with_what_to_do(case: Case, read: Read) -> None:
+def test_the_line_ends_with_a_fix(case: Case, read: Read) -> None:
     _, outcome = read(case)
     *_, fix = outcome.line.split("; ")
     found = re.search(rf"\b({FIXES})\b", fix)
@@ -100,7 +104,7 @@ CUTS = [*BASES.items(), ("hevc", ("mp4", "libx265")), ("av1", ("webm", "libsvtav
 
 @pytest.mark.parametrize(("kind", "base"), CUTS, ids=[kind for kind, _ in CUTS])
 @pytest.mark.fault("data: truncated media files")
-def test_wherever_a_file_is_cut_off_no_frame_is_wrong(tmp_path: Path, kind: str, base: tuple[str, str]) -> None:
+def test_no_frame_is_wrong_wherever_a_file_is_cut_off(tmp_path: Path, kind: str, base: tuple[str, str]) -> None:
     path = tmp_path / "cut"
     lines, frames = 0, 0
     for share in np.linspace(0.05, 0.995, 16):
@@ -125,19 +129,19 @@ def test_the_numbers_are_read_from_the_pixels() -> None:
     assert number_in(np.zeros((HEIGHT, WIDTH, 3), np.uint8)) == -1
 
 
-def test_the_sample_holds_the_pictures() -> None:
+def test_the_stored_theora_file_shows_the_pictures() -> None:
     assert [number_in(pixels) for _, pixels in sequential(THEORA, *SIZE)] == list(range(COUNT))
 
 
-def test_the_table_in_docs_is_what_comes_out(read: Read, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_in_docs_is_up_to_date(read: Read, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     now = table(tmp_path, lambda case, _: read(case))
     with capsys.disabled():
         print(f"\n{now}\n{TABLE}")
     assert TABLE.read_text(encoding="utf-8") == now, "run: python tests/tools/odd_files.py --write"
 
 
-def test_an_encoder_s_real_time_is_given_back() -> None:
-    """Without it, tests of busy workers that run side by side never end; see conftest.py."""
-    plain("webm", "libsvtav1")  # makes this process a real-time one, where it may
+def test_real_time_scheduling_of_an_encoder_is_undone() -> None:
+    """Otherwise tests of busy workers that run in parallel would never end; see conftest.py."""
+    plain("webm", "libsvtav1")  # the encoder switches this process to real-time scheduling, if that is permitted
     schedule_as_usual()
     assert os.sched_getscheduler(0) == os.SCHED_OTHER

@@ -1,4 +1,4 @@
-"""Every frame of old AVI files, and when it is shown; which of several video streams is read."""
+"""mpeg4.py and packets.py: every frame of old AVI files and when it is shown; which of several streams is read."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -26,7 +26,7 @@ FILES: dict[str, tuple[Callable[[], bytes], list[int]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_each_place_shows_its_picture_or_the_one_before(tmp_path: Path, name: str) -> None:
+def test_each_frame_shows_its_picture_or_the_one_before(tmp_path: Path, name: str) -> None:
     make, numbers = FILES[name]
     path = tmp_path / name
     path.write_bytes(make())
@@ -37,7 +37,7 @@ def test_each_place_shows_its_picture_or_the_one_before(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", ["packed.avi", "dropped.avi", "n_vops.mp4"])
-def test_single_frames_are_those_of_the_whole(tmp_path: Path, name: str) -> None:
+def test_single_frames_equal_those_of_a_full_decode(tmp_path: Path, name: str) -> None:
     make, numbers = FILES[name]
     path = tmp_path / name
     path.write_bytes(make())
@@ -53,7 +53,7 @@ def test_single_frames_are_those_of_the_whole(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize(
     "rate", [Fraction(30000, 1001), Fraction(24000, 1001), Fraction(25), Fraction(1), Fraction(65535)]
 )
-def test_no_picture_is_taken_for_an_empty_one_at_any_rate(tmp_path: Path, rate: Fraction) -> None:
+def test_no_picture_counts_as_empty_at_any_rate(tmp_path: Path, rate: Fraction) -> None:
     path = tmp_path / "rate.mp4"
     with av.open(str(path), "w") as output:
         stream = output.add_stream("mpeg4", rate=Fraction(rate), options={"bf": "2"})
@@ -78,7 +78,7 @@ def test_another_stream_than_the_first_is_named(tmp_path: Path) -> None:
     ("make", "reason"),
     [(two_streams, "another of its 2 video streams"), (FILES["n_vops.mp4"][0], "skips frames that were dropped")],
 )
-def test_decord_refuses_what_it_reads_in_another_way(tmp_path: Path, make: Callable[[], bytes], reason: str) -> None:
+def test_decord_refuses_files_that_it_reads_differently(tmp_path: Path, make: Callable[[], bytes], reason: str) -> None:
     pytest.importorskip("decord")
     path = tmp_path / "clip.mp4"
     path.write_bytes(make())

@@ -1,4 +1,4 @@
-"""Files that hold less than their headers say, and frame rates that containers round or store wrongly."""
+"""packets.py: files that hold less than their headers say, and frame rates that containers round or store wrongly."""
 
 import struct
 from pathlib import Path
@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from test_decode import COUNT, HEIGHT, RATE, WIDTH, encode, picture, read_numbers
+from striped import COUNT, HEIGHT, RATE, WIDTH, encode, picture, read_numbers
 
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
@@ -26,7 +26,7 @@ PROMISING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PROMISING)
 @pytest.mark.parametrize("share", [0.6, 0.9])
-def test_a_truncated_file_is_no_shorter_clip(tmp_path: Path, name: str, share: float) -> None:
+def test_a_truncated_file_is_an_error_and_not_a_shorter_clip(tmp_path: Path, name: str, share: float) -> None:
     whole = encode(tmp_path / name, **PROMISING[name])
     info = probe(whole)
     assert info.fps == pytest.approx(RATE, rel=1e-3)
@@ -39,7 +39,7 @@ def test_a_truncated_file_is_no_shorter_clip(tmp_path: Path, name: str, share: f
 
 
 def with_sound(path: Path, seconds: float) -> Path:
-    """Writes a file with COUNT frames and `seconds` of silence."""
+    """Writes a file with COUNT frames and ``seconds`` of silence."""
     with av.open(str(encode(path.with_name(f"mute_{path.name}")))) as source, av.open(str(path), "w") as container:
         video = container.add_stream_from_template(source.streams.video[0])
         audio = container.add_stream("aac", rate=48000, layout="mono")
@@ -57,7 +57,7 @@ def with_sound(path: Path, seconds: float) -> Path:
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.mov"])
 @pytest.mark.parametrize("seconds", [0.5, 9])
-def test_sound_of_another_length_is_no_truncation(tmp_path: Path, name: str, seconds: float) -> None:
+def test_sound_of_another_length_does_not_count_as_truncation(tmp_path: Path, name: str, seconds: float) -> None:
     path = with_sound(tmp_path / name, seconds)
     info = probe(path)
     assert read_numbers(path, range(COUNT), info) == list(range(COUNT))
@@ -67,7 +67,7 @@ def test_sound_of_another_length_is_no_truncation(tmp_path: Path, name: str, sec
 def test_an_absurd_duration_is_right_frames_or_a_line_with_the_fix(tmp_path: Path, seconds: float) -> None:
     path = encode(tmp_path / "a.mkv")
     data = bytearray(path.read_bytes())
-    at = data.index(b"\x44\x89\x88") + 3  # Duration, eight bytes, in milliseconds
+    at = data.index(b"\x44\x89\x88") + 3  # the element Duration: eight bytes, in milliseconds
     assert struct.unpack_from(">d", data, at)[0] == 1000 * COUNT / RATE
     struct.pack_into(">d", data, at, seconds * 1000)
     path.write_bytes(data)
@@ -79,10 +79,10 @@ def test_an_absurd_duration_is_right_frames_or_a_line_with_the_fix(tmp_path: Pat
 
 
 @pytest.mark.parametrize("rate", [0, 1, 2**31])
-def test_the_timestamps_of_mkv_count_and_not_its_declared_rate(tmp_path: Path, rate: int) -> None:
+def test_the_rate_of_an_mkv_follows_its_timestamps_and_not_its_header(tmp_path: Path, rate: int) -> None:
     path = encode(tmp_path / "a.mkv")
     data = bytearray(path.read_bytes())
-    at = data.index(b"\x23\xe3\x83\x84") + 4  # DefaultDuration, four bytes, in nanoseconds
+    at = data.index(b"\x23\xe3\x83\x84") + 4  # the element DefaultDuration: four bytes, in nanoseconds
     struct.pack_into(">I", data, at, rate)
     path.write_bytes(data)
     info = probe(path)
@@ -109,7 +109,7 @@ def test_a_truncated_gif_lacks_its_end_mark(tmp_path: Path, share: float) -> Non
         probe(cut)
 
 
-def test_jumps_in_avi_do_not_trust_an_index_with_a_gap(tmp_path: Path) -> None:
+def test_an_avi_index_with_a_gap_is_not_used(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.avi", codec="mpeg4")
     data = bytearray(path.read_bytes())
     at = data.index(b"idx1") + 8 + 16 * 13

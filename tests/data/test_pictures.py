@@ -1,4 +1,4 @@
-"""Still pictures against Pillow's own arithmetic: each kind of pixel, each orientation, and what must be refused."""
+"""pictures.py and icc.py: each kind of pixel, each orientation and color profile, and what must be refused."""
 
 import io
 import re
@@ -65,7 +65,13 @@ def on_black(color: tuple[int, int, int, int]) -> list[float]:
 
 
 def deep_png(path: Path, values: np.ndarray, clear: tuple[int, ...] = ()) -> Path:
-    """16 bits a channel, (H, W, C), written by hand: byte order is where readers go wrong. clear: transparent color."""
+    """Writes a PNG file with 16 bits per channel without a library, because libraries may mix up the byte order.
+
+    Args:
+        path: The file.
+        values: Pixels of shape (H, W, C).
+        clear: The transparent color.
+    """
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[values.shape[2]]
     header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, kind, 0, 0, 0)
@@ -86,7 +92,7 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("color", [(200, 100, 50, 255), (200, 100, 50, 128), (200, 100, 50, 0)])
-def test_transparency_is_laid_on_black(tmp_path: Path, color: tuple[int, int, int, int]) -> None:
+def test_transparency_is_composited_on_black(tmp_path: Path, color: tuple[int, int, int, int]) -> None:
     path = saved(tmp_path / "clear.png", Image.new("RGBA", (WIDTH, HEIGHT), color))
     assert np.abs(read(path) - np.array(on_black(color))).max() <= 1
 
@@ -102,7 +108,7 @@ def test_palettes_with_and_without_transparency(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_transparent_color_of_16_bits(tmp_path: Path, channels: int) -> None:
-    """Pillow compares the lower bits of one with the upper bits of the other."""
+    """Pillow compares the lower bits of the transparent color with the upper bits of the pixels."""
     values = np.full((HEIGHT, WIDTH, channels), 50_000, np.uint16)
     values[:, :40] = 1000 + 300 * np.arange(channels)
     path = deep_png(tmp_path / "deep.png", values, tuple(values[0, 0].tolist()))
@@ -131,7 +137,7 @@ def test_hidden_colors_do_not_reach_the_edges(tmp_path: Path, suffix: str) -> No
         frames.append(saved(tmp_path / f"{hidden}.{suffix}", Image.fromarray(pixels), **lossless))
     for size in ((HEIGHT, WIDTH), (20, 30), (100, 170)):
         one, other = (read(path, *size).astype(int) for path in frames)
-        assert np.abs(one - other).max() <= (12 if suffix == "avif" else 0)  # chroma of avif is shared by neighbors
+        assert np.abs(one - other).max() <= (12 if suffix == "avif" else 0)  # neighboring pixels of avif share chroma
         assert (one[:, : size[1] * 30 // WIDTH] == 0).all()
 
 
@@ -215,7 +221,7 @@ def test_shrinking_averages_and_enlarging_is_smooth(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", Image.fromarray(slope()))
     assert np.abs(read(path, HEIGHT // 4, WIDTH // 4) - means).max() <= 1
     large = read(path, HEIGHT * 3, WIDTH * 3).astype(int)
-    assert np.abs(np.diff(large, axis=1))[6:-6, 6:-6].max() <= 3  # blocks would step by 3 x 3
+    assert np.abs(np.diff(large, axis=1))[6:-6, 6:-6].max() <= 3  # blocks would step by 3 * 3
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif", "avif"])
@@ -232,7 +238,7 @@ def test_a_truncated_picture_is_an_error_wherever_it_ends(tmp_path: Path, suffix
             assert (read(path) == expected).all()
         except VideoError as error:
             said.append(str(error))
-    assert len(said) >= len(cuts) - 1  # the last few bytes of some formats hold no pixels
+    assert len(said) >= len(cuts) - 1  # the last bytes of some formats are not needed for the pixels
     assert all(line.startswith(f"{path}: ") and "\n" not in line for line in said)
 
 
@@ -265,7 +271,7 @@ def test_the_command_for_animated_webp_works(tmp_path: Path) -> None:
 
 
 def test_the_first_picture_of_an_mpo_is_read(tmp_path: Path) -> None:
-    """Cameras and phones store previews, other views and gain maps for HDR behind the photograph."""
+    """Cameras and phones store previews, other views and HDR gain maps after the photograph."""
     gain_map = Image.new("RGB", (WIDTH // 2, HEIGHT // 2), "white")
     options: dict[str, Any] = {"quality": 100, "append_images": [gain_map]}
     path = saved(tmp_path / "a.jpg", Image.fromarray(slope()), format="MPO", save_all=True, **options)
@@ -274,7 +280,7 @@ def test_the_first_picture_of_an_mpo_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heic", b"hevc\0\0\0\0msf1hevc"])
-def test_heic_says_what_to_do(tmp_path: Path, brands: bytes) -> None:
+def test_heic_is_refused_with_a_fix(tmp_path: Path, brands: bytes) -> None:
     path = tmp_path / "a.heic"
     path.write_bytes(struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + bytes(99))
     with pytest.raises(VideoError, match=r"is a HEIC picture, .*; convert it: `magick IN OUT.jpg`"):
@@ -287,7 +293,7 @@ SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01
 
 
 def profile(primaries: np.ndarray, space: bytes = b"RGB ") -> bytes:
-    """An ICC profile with these primaries and the transfer curve of sRGB."""
+    """Returns an ICC profile with these primaries and the transfer curve of sRGB."""
 
     def fixed(*values: float) -> bytes:
         return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
@@ -310,7 +316,7 @@ def profile(primaries: np.ndarray, space: bytes = b"RGB ") -> bytes:
 
 
 def to_srgb(pixels: np.ndarray) -> np.ndarray:
-    """Display P3 to sRGB: linear light, primaries, what no screen can show clipped."""
+    """Converts Display P3 to sRGB in linear light; colors outside the gamut are clipped."""
     values = pixels / 255
     linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     linear = np.clip(linear @ (np.linalg.inv(SRGB) @ P3).T, 0, 1)
@@ -358,7 +364,7 @@ def test_an_animated_gif_is_a_video(tmp_path: Path) -> None:
 
 
 def large_png(height: int, width: int) -> bytes:
-    """A header that promises many pixels."""
+    """Returns a PNG file whose header declares this size."""
     file = io.BytesIO()
     Image.new("1", (8, 8)).save(file, "PNG")
     data = bytearray(file.getvalue())
@@ -396,7 +402,7 @@ def test_a_picture_that_changed_is_an_error(tmp_path: Path) -> None:
         read_frames(path, info, [0], 8, 8)
 
 
-def test_no_memory_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_stays_a_memory_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "a.png", Image.fromarray(slope()))
     info = probe(path)
 
@@ -408,7 +414,7 @@ def test_no_memory_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         read_frames(path, info, [0], 8, 8)
 
 
-def test_the_limit_is_that_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_limit_equals_that_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faults, "MAX_SIDE", WIDTH - 1)
     with pytest.raises(VideoError, match="is 80x48; at most 79"):
         probe(saved(tmp_path / "a.png", Image.fromarray(slope())))

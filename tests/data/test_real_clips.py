@@ -1,4 +1,4 @@
-"""examples/real_clips.py: the clips are what it says; a second call does nothing; no network is one clear line.
+"""examples/real_clips.py: the clips match their description; a second call changes nothing; errors are one line.
 
 Also the synthetic clips of conftest.py, which are written by the same encoder.
 """
@@ -24,7 +24,7 @@ def thumbnails(path: Path) -> list[np.ndarray]:
 
 
 def shape(path: Path) -> tuple[int, int, int, int]:
-    """width, height, frames per second, frames; the last counted by decoding."""
+    """Returns width, height, frames per second, and the number of frames, which is counted by decoding."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         return stream.width, stream.height, int(stream.average_rate), sum(1 for _ in container.decode(stream))
@@ -43,7 +43,7 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: clip.name)
-def test_clip_is_as_said(real_clips: Path, clip: module.Clip) -> None:
+def test_clips_match_their_description(real_clips: Path, clip: module.Clip) -> None:
     width, height, fps, frames = shape(real_clips / "videos" / f"{clip.name}.mp4")
     assert (fps, frames) == (FPS, clip.frames[1] - clip.frames[0])
     assert 1.3 <= clip.seconds <= 2.5
@@ -97,7 +97,7 @@ def test_a_few_clips_need_one_package_and_credit_one_film(real_clips: Path, tmp_
     assert "CC0" not in credit
 
 
-def test_incomplete_folder_is_seen(real_clips: Path, tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_detected(real_clips: Path, tmp_path: Path) -> None:
     shutil.copytree(real_clips, tmp_path / "copy", ignore=shutil.ignore_patterns("packages"))
     assert module.is_complete(tmp_path / "copy")
     (tmp_path / "copy" / "videos" / f"{CLIPS[0].name}.mp4").unlink()

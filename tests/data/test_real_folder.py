@@ -1,4 +1,4 @@
-"""A folder of real clips of mixed size, rate and codec: interrupted, edited, extended, verified, and trained on.
+"""Prepares a folder of real clips of mixed size, rate and codec; interrupts, edits, verifies and trains on it.
 
 The cache is right after each step, and no tensor is ever made twice.
 """
@@ -64,7 +64,10 @@ def transcode(frames: Sequence[np.ndarray], target: Path, codec: str, rate: int)
 
 @pytest.fixture(scope="module")
 def mixed(real_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Clips in five codecs, an animated GIF and a photograph, each with its caption beside it. Read only: copy it."""
+    """Returns a folder with clips in five codecs, an animated GIF and a photograph, each with its caption next to it.
+
+    Tests must not change it but copy it.
+    """
     folder = tmp_path_factory.mktemp("mixed")
     captions = (real_clips / "prompts.txt").read_text().splitlines()
     names = [Path(line).stem for line in (real_clips / "videos.txt").read_text().splitlines()]
@@ -82,20 +85,20 @@ def mixed(real_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name -> (inode, time of writing) of every tensor."""
+    """Returns (inode, time of writing) of every tensor file, by its name."""
     files = (path for path in folder.rglob("*.safetensors"))
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
 def keys(index: CacheIndex) -> set[str]:
-    """Names of the files that an index asks for."""
+    """Returns the names of the files that an index refers to."""
     entries = (*index.samples, *index.validation)
     names = {key for entry in entries for key in (*entry.video_keys, entry.prompt_key)} | {index.empty_prompt_key}
     return {f"{name}.safetensors" for name in names}
 
 
 def again(flags: Sequence[object]) -> int:
-    """prepare_dataset.py in this process."""
+    """Runs prepare_dataset.py in this process, and returns its exit status."""
     return in_process(prepare_dataset, PrepareOptions, [str(flag) for flag in flags])
 
 
@@ -106,14 +109,14 @@ def test_interrupted_edited_extended_verified_trained(
     output = tmp_path / "tensors"
     flags = ["--model_id", model, "--data_root", data, "--output_dir", output, *BUCKETS, *CUT]
 
-    # Interrupted while it encodes, by kill -9.
+    # The preparation is killed with kill -9 while it encodes.
     process = Forked(python(PREPARE_SCRIPT, *flags), (r"rename .*\.safetensors", 13))
     assert process.wait() == -signal.SIGKILL
     before = written(output)
     assert len(before) == 12
     assert not (output / "index.json").exists()
 
-    # The same command goes on.
+    # The same command continues.
     text = finish(Forked(python(PREPARE_SCRIPT, *flags)))
     index, after = open_index(output), written(output)
     assert before.items() <= after.items()
@@ -128,14 +131,14 @@ def test_interrupted_edited_extended_verified_trained(
     assert len(list((output / "preview").glob("*.png"))) == len(buckets)
     assert [str(s.bucket) for s in index.samples if s.id.startswith("still.png")] == ["1x64x96"]
 
-    # Again: nothing.
+    # Repeating the command changes nothing.
     assert again(flags) == 0
     assert written(output) == after
     assert open_index(output) == index
 
-    # A caption edited, a clip replaced, one added, one removed.
+    # One caption is edited, one clip is replaced, one is added, and one is removed.
     (data / "loop.txt").write_text("A rabbit, edited.")
-    shutil.copy(data / "rabbit_crawls.mp4", data / "city_balconies.mp4")  # a copy of a known clip: costs nothing
+    shutil.copy(data / "rabbit_crawls.mp4", data / "city_balconies.mp4")  # a copy of a known clip is not encoded again
     frames = frames_of(data / "rabbit_yawns.mkv", 128, 192)[::-1]
     transcode(frames, data / "backwards.mp4", "libx264", 30)
     (data / "backwards.txt").write_text("Backwards.")
@@ -143,19 +146,19 @@ def test_interrupted_edited_extended_verified_trained(
         (data / f"rabbit_stands.{suffix}").unlink()
     assert again(flags) == 0
     edited, now = open_index(output), written(output)
-    assert after.items() <= now.items()  # nothing was made twice, nothing was lost
+    assert after.items() <= now.items()  # no tensor was encoded twice, and none was lost
     new = set(now) - set(after)
     assert new == keys(edited) - keys(index)
     added = [sample for sample in edited.samples if sample.id.startswith("backwards.mp4")]
-    assert len(new) == sum(len(sample.video_keys) for sample in added) + 2  # and two captions
+    assert len(new) == sum(len(sample.video_keys) for sample in added) + 2  # plus two captions
     assert not any(sample.id.startswith("rabbit_stands") for sample in edited.samples)
 
-    # Checked.
+    # The folder is verified.
     assert again([*flags, "--verify"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "faults: 0"
     assert written(output) == now
 
-    # Trained on: every bucket gives batches, and every loss is a number.
+    # Training draws batches from every bucket, and every loss is finite.
     run = tmp_path / "lora"
     assert train(without_lists(lora_flags(model, output, run, "--load_tensors", "--max_train_steps", "8"))) == 0
     assert len(losses(run)) == 8
@@ -163,7 +166,7 @@ def test_interrupted_edited_extended_verified_trained(
 
 
 def without_lists(flags: list[str]) -> list[str]:
-    """The flags without the three lists of buckets, which name only one."""
+    """Returns the flags without the three lists of buckets, which together name a single bucket."""
     kept: list[str] = []
     names = iter(flags)
     for name in names:
@@ -197,7 +200,9 @@ def test_two_processes_verify_together(model: Path, clips: Path, tensors: Path, 
         path.write_bytes(path.read_bytes()[:-1])
     flags = ["--model_id", model, "--data_root", clips, "--output_dir", output, "--id_token", "TOKEN", *SIZE]
     ranks = fork_ranks(2, python(PREPARE_SCRIPT, *flags, "--verify"))
-    lines = [line for rank in ranks for line in finish(rank, status=1).splitlines()]  # of both, once
+    lines = [
+        line for rank in ranks for line in finish(rank, status=1).splitlines()
+    ]  # lines of both processes; each must occur once
     assert len([line for line in lines if line.endswith("is incomplete")]) == 5
     assert [line for line in lines if line.startswith("faults")] == ["faults: 5"]
     assert prepare(model, clips, output, "--id_token", "TOKEN", "--repair") == 0

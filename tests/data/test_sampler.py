@@ -43,7 +43,7 @@ def test_every_sample_e_times_after_e_epochs(global_batch: int, epochs: int) -> 
 
 
 @pytest.mark.parametrize("global_batch", BATCHES)
-def test_a_sample_s_visits_come_one_after_the_other(global_batch: int) -> None:
+def test_visits_of_a_sample_are_numbered_in_order(global_batch: int) -> None:
     """The k-th time that a sample is drawn is its visit k, within each bucket's own stream."""
     of = order(global_batch)
     total = of.steps_through(4)
@@ -60,7 +60,7 @@ def test_without_a_partial_batch_there_is_no_fill() -> None:
 
 
 @pytest.mark.parametrize("global_batch", BATCHES)
-def test_a_batch_is_of_one_bucket_and_full(global_batch: int) -> None:
+def test_every_batch_is_full_and_of_one_bucket(global_batch: int) -> None:
     of = order(global_batch)
     buckets = dict(zip(IDS, BUCKETS, strict=True))
     for batch in steps(of, 0, 40):
@@ -90,7 +90,7 @@ def test_buckets_are_mixed_within_an_epoch() -> None:
     assert changes > 4
 
 
-def test_the_place_in_the_list_has_no_effect() -> None:
+def test_the_position_in_the_list_has_no_effect() -> None:
     places = list(range(len(IDS)))
     random.Random(0).shuffle(places)
     assert steps(order(), 0, 50) == steps(order(permutation=places), 0, 50)
@@ -160,7 +160,7 @@ def test_resuming_gives_the_tail(first: int) -> None:
 
 
 @pytest.mark.parametrize("global_batch", [1, 4, 25])
-def test_strata_are_the_places_in_the_global_batch(global_batch: int) -> None:
+def test_strata_follow_the_positions_in_the_global_batch(global_batch: int) -> None:
     """Strata change nothing else about the order."""
     plain, stratified = order(global_batch), Order(IDS, BUCKETS, global_batch, 0, stratified=True)
     for step in range(20):
@@ -170,7 +170,7 @@ def test_strata_are_the_places_in_the_global_batch(global_batch: int) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), [(1, 4), (2, 2), (4, 1)])
-def test_ranks_and_accumulation_share_the_strata_out(ranks: int, accumulation: int) -> None:
+def test_ranks_and_accumulation_divide_the_strata(ranks: int, accumulation: int) -> None:
     of = Order(IDS, BUCKETS, 4, 0, stratified=True)
     samplers = [BucketBatchSampler(of, 1, accumulation, rank, ranks, 3, 4) for rank in range(ranks)]
     found = [visit for micro in zip(*samplers, strict=True) for batch in micro for visit in batch]

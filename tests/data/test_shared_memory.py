@@ -1,4 +1,4 @@
-"""shared_memory.py and the loader: a small /dev/shm costs workers, never a batch, and nothing hangs."""
+"""shared_memory.py and the loader: with a small /dev/shm fewer workers run, no batch is lost, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_bytes_of_a_batch_are_those_that_are_shared(data: LatentDataset) -> 
     assert batch_bytes(data.geometry, data.index, 2) == pages(tensor.nbytes for tensor in batch.tensors().values())
 
 
-def test_as_many_workers_as_there_is_room_for() -> None:
+def test_the_number_of_workers_that_fit() -> None:
     batch = 11 * MIB  # one clip of 49x480x720
     assert workers_with_room(8, batch, 200 * MIB) == (8, 2)
     assert workers_with_room(8, batch, 140 * MIB) == (8, 1)
@@ -114,7 +114,7 @@ def test_as_many_workers_as_there_is_room_for() -> None:
         assert not workers or bytes_needed(workers, prefetch, batch) <= free * MIB
 
 
-def test_what_was_chosen_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_reports_fewer_workers_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: 64 * MIB)
     workers, prefetch, line = choose_workers(8, 11 * MIB, processes=1)
     assert (workers, prefetch) == (3, 1)
@@ -129,7 +129,7 @@ def test_what_was_chosen_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_missing_folder_has_no_room_and_one_without_a_limit_has_all(tmp_path: Path) -> None:
     assert free_shared_memory(str(tmp_path / "none")) == 0
-    assert free_shared_memory("/proc") == sys.maxsize  # it says, as a tmpfs without a limit does, that it has no blocks
+    assert free_shared_memory("/proc") == sys.maxsize  # like a tmpfs without a limit, it reports 0 blocks
 
 
 @pytest.mark.fault("memory: a small /dev/shm")
@@ -145,14 +145,14 @@ def test_a_small_shared_memory_trains_the_same_lora(
 
 @pytest.mark.fault("memory: a small /dev/shm that fills up while batches are loaded")
 @pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
-def test_a_batch_without_room_is_an_error_and_no_hang(data: LatentDataset, strategy: str) -> None:
+def test_a_batch_without_room_is_an_error_and_does_not_hang(data: LatentDataset, strategy: str) -> None:
     """If too many workers are started, both sharing strategies of torch fill /dev/shm."""
 
     def load() -> str:
         torch.multiprocessing.set_sharing_strategy(strategy)
         try:
             for batch in batches_of(build_loader(data, sampler_of(data), 4, 2, pin=False)):
-                kept.append(batch)  # nothing is ever freed
+                kept.append(batch)  # so that no batch is freed
         except UsageError as error:
             return str(error)
         return "no error"
@@ -185,13 +185,13 @@ def of_kind(kind: Any, data: LatentDataset) -> LatentDataset:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOADER_SECONDS", 0.5)
-    # a worker that sleeps has this to end
+    # This is how long a sleeping worker may take to exit.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
 
 
 @pytest.mark.fault("data: a disk that does not answer a worker")
 @pytest.mark.usefixtures("impatient")
-def test_a_batch_that_never_comes_is_given_up(data: LatentDataset) -> None:
+def test_a_batch_that_does_not_arrive_ends_the_run(data: LatentDataset) -> None:
     with pytest.raises(UsageError) as error:
         next(batches_of(build_loader(of_kind(Silent, data), sampler_of(data), 1, 1, pin=False)))
     assert str(error.value).startswith("--dataloader_num_workers 1: no batch came for 0.5 s; ")
@@ -199,12 +199,12 @@ def test_a_batch_that_never_comes_is_given_up(data: LatentDataset) -> None:
 
 
 @pytest.mark.fault("memory: a worker of the loader is killed")
-def test_a_worker_that_is_killed_is_one_line(data: LatentDataset) -> None:
+def test_a_killed_worker_is_reported_in_one_line(data: LatentDataset) -> None:
     with pytest.raises(UsageError) as error:
         next(batches_of(build_loader(of_kind(Dies, data), sampler_of(data), 1, 1, pin=False)))
     assert "is killed by signal: Killed" in str(error.value) or "exited unexpectedly" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_what_a_loader_holds_beside_what_waits() -> None:
+def test_batches_that_a_loader_holds_beyond_the_waiting_ones() -> None:
     assert bytes_needed(0, 2, MIB) == BATCHES_IN_USE * MIB

@@ -10,7 +10,7 @@ SIZES = [(720, 1280, 480, 720), (1280, 720, 480, 720), (480, 720, 480, 720), (33
 
 
 def coordinates(num_frames: int, height: int, width: int) -> np.ndarray:
-    """Frames whose pixels hold their own (frame, row, column)."""
+    """Returns frames in which each pixel holds its frame, row and column."""
     return np.stack(np.meshgrid(*map(np.arange, (num_frames, height, width)), indexing="ij"), -1).astype(np.uint8)
 
 
@@ -25,7 +25,7 @@ def test_center_covers_and_cuts_the_middle():
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 1e-12])
-def test_the_cut_lies_inside_and_one_side_fits_exactly(sizes, draw):
+def test_the_crop_is_inside_and_one_side_fits_exactly(sizes, draw):
     plan = fit(*sizes, "random", draw, draw)
     assert plan.resize_height == sizes[2] or plan.resize_width == sizes[3]
     assert 0 <= plan.top <= plan.resize_height - plan.height
@@ -50,7 +50,7 @@ def test_unknown_mode_names_the_known_ones():
         fit(20, 10, 16, 10, "centre")
 
 
-def test_stretch_and_scale():
+def test_stretch_and_resize_factor():
     plain = fit(720, 1280, 480, 720, "none")
     assert stretch(plain, 720, 1280) == pytest.approx(1280 / 720 / 1.5)
     assert stretch(plain, 1280, 720) == pytest.approx(1.5 / (720 / 1280))

@@ -1,4 +1,4 @@
-"""Workers: whatever happens to the process of one job, all others return results, in order, and the reason is given.
+"""workers.py: if the process of one job is lost, the reason is reported and all other jobs return their results.
 
 The jobs are functions of the standard library, so that a new worker imports nothing slow.
 """
@@ -115,7 +115,7 @@ def test_large_results_arrive_whole_and_can_be_written(workers: Workers) -> None
     ],
     ids=["value", "file", "timeout", "eof", "pipe", "result that cannot be sent", "error that cannot be sent"],
 )
-def test_an_exception_is_raised_here_and_the_worker_goes_on(job: Any, error: Any, text: str) -> None:
+def test_an_exception_is_raised_by_run_and_the_worker_continues(job: Any, error: Any, text: str) -> None:
     with Workers(1, AMPLE) as workers:
         (before,) = workers.run([PID])
         with pytest.raises(error, match=text) as raised:
@@ -139,7 +139,7 @@ def test_a_job_that_cannot_be_sent_is_an_error(workers: Workers) -> None:
 
 
 @pytest.mark.fault("data: a decoder that hangs")
-def test_a_job_that_hangs_is_ended() -> None:
+def test_a_job_that_hangs_is_killed() -> None:
     found = results((pow, 2, 3), (time.sleep, 60), *[(pow, 3, k) for k in range(5)], limits=Limits(1.5, 2**30))
     assert found == [8, Killed("no result after 1.5 s; --decode_timeout gives it more"), 1, 3, 9, 27, 81]
 
@@ -162,7 +162,7 @@ def test_the_clock_starts_with_the_job(tmp_path: Path, monkeypatch: pytest.Monke
     with Workers(1, Limits(1.5, 2**30)) as workers:
         for result in workers.run([(job, k) for k in range(6)], ahead=5):
             found.append(result)
-            time.sleep(1.6 if result == 0 else 0)  # then four results wait
+            time.sleep(1.6 if result == 0 else 0)  # meanwhile four results wait
     assert found == list(range(6))
 
 
@@ -178,12 +178,12 @@ def test_the_clock_starts_with_the_job(tmp_path: Path, monkeypatch: pytest.Monke
     ids=["at once", "array", "bit by bit", "in FFmpeg", "as an OSError"],
 )
 @pytest.mark.fault("data: a decoder that takes too much memory")
-def test_a_job_that_takes_too_much_memory_is_ended(job: tuple[Any, ...]) -> None:
+def test_a_job_that_takes_too_much_memory_is_killed(job: tuple[Any, ...]) -> None:
     reason = "its worker ran out of memory (0.25 GiB); --decode_memory gives it more"
     assert results(job, (pow, 2, 3), limits=Limits(60, 256 * MIB)) == [Killed(reason), 8]
 
 
-def test_memory_is_what_the_process_fills_not_what_it_maps() -> None:
+def test_mapped_memory_does_not_count_towards_the_limit() -> None:
     assert results(code("len(__import__('mmap').mmap(-1, 2**30))"), limits=Limits(60, 256 * MIB)) == [2**30]
 
 
@@ -193,7 +193,7 @@ def test_the_limits_of_the_process() -> None:
     assert (memory, core) == ((2**30, 2**30), (0, 0))
 
 
-def test_workers_that_do_not_start_are_no_fault_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_do_not_start_are_not_blamed_on_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match=r"do not start: .* \(exit code 1\)"):
         results(PID)
@@ -286,7 +286,7 @@ def test_an_abandoned_generator_leaves_no_process() -> None:
         next(found)
 
 
-def test_outside_of_the_context_nothing_waits_for_ever() -> None:
+def test_running_jobs_outside_of_the_context_is_an_error() -> None:
     with Workers(1, AMPLE) as workers:
         found = workers.run([(pow, 2, 3)] * 20, ahead=2)
         assert next(found) == 8
@@ -327,13 +327,15 @@ def test_without_jobs_there_is_no_process(monkeypatch: pytest.MonkeyPatch) -> No
             list(workers.run([PID]))
 
 
-def test_signals_are_for_the_parent() -> None:
+def test_workers_ignore_stop_signals() -> None:
     with Workers(1, AMPLE) as workers:
         (pid,) = workers.run([PID])
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(pid, number)
         assert list(workers.run([PID])) == [pid]
-        assert list(workers.run([(os.getpgrp,)])) != [os.getpgrp()]  # those of the keyboard do not even get there
+        assert list(workers.run([(os.getpgrp,)])) != [
+            os.getpgrp()
+        ]  # signals of the keyboard do not reach another process group
 
 
 @pytest.fixture

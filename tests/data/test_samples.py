@@ -1,4 +1,7 @@
-"""Lists and what all forms share: captions, paths, ids, repeats, several folders. test_forms.py has the other forms."""
+"""samples.py: lists, and what all forms share: captions, paths, ids, repeats, several folders.
+
+test_folders.py tests the other forms.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from data_sets import captions, problems, read, touch, write_lists
 
 from cogvideox.config.flags import DataFlags
 from cogvideox.data.forms import samples
 from cogvideox.data.forms.samples import Sample, check_data_roots, read_samples, read_validation, take_listing
-from cogvideox.errors import UsageError
-
-
-def write(root: Path, captions: str | bytes, videos: str | bytes, files: tuple[str, ...] = ("a.mp4", "b.mp4")) -> Path:
-    for name, text in (("prompts.txt", captions), ("videos.txt", videos)):
-        (root / name).write_bytes(text.encode() if isinstance(text, str) else text)
-    return touch(root, *files)
-
-
-def touch(root: Path, *names: str) -> Path:
-    root.mkdir(exist_ok=True)
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"not read")
-    return root
-
-
-def read(*roots: Path, **options: Any) -> list[Sample]:
-    return read_samples(DataFlags(data_root=tuple(map(str, roots)), **options))
-
-
-def problems(*roots: Path, **options: Any) -> tuple[str, ...]:
-    with pytest.raises(UsageError) as caught:
-        read(*roots, **options)
-    assert all(problem.isprintable() and len(problem) <= 500 for problem in caught.value.problems)
-    return caught.value.problems
-
-
-def captions(*roots: Path, **options: Any) -> list[str]:
-    return [sample.caption for sample in read(*roots, **options)]
 
 
 def test_rows_become_samples(tmp_path: Path) -> None:
-    write(tmp_path, "one\ntwo\n", "a.mp4\nsub/b.mp4\n", ("a.mp4", "sub/b.mp4"))
+    write_lists(tmp_path, "one\ntwo\n", "a.mp4\nsub/b.mp4\n", ("a.mp4", "sub/b.mp4"))
     assert read(tmp_path) == [
         Sample("a.mp4", "one", str(tmp_path / "a.mp4")),
         Sample("sub/b.mp4", "two", str(tmp_path / "sub/b.mp4")),
@@ -54,7 +28,7 @@ def test_rows_become_samples(tmp_path: Path) -> None:
 
 
 def test_prompt_txt_is_found_and_prompts_txt_wins(tmp_path: Path) -> None:
-    write(tmp_path, "one", "a.mp4")
+    write_lists(tmp_path, "one", "a.mp4")
     (tmp_path / "prompt.txt").write_text("other")
     assert captions(tmp_path) == ["one"]
     (tmp_path / "prompts.txt").unlink()
@@ -62,7 +36,7 @@ def test_prompt_txt_is_found_and_prompts_txt_wins(tmp_path: Path) -> None:
 
 
 def test_named_lists_and_a_relative_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, "one", "a.mp4")
+    write_lists(tmp_path, "one", "a.mp4")
     (tmp_path / "prompts.txt").rename(tmp_path / "c.txt")
     (tmp_path / "videos.txt").rename(tmp_path / "v.txt")
     monkeypatch.chdir(tmp_path.parent)
@@ -72,12 +46,12 @@ def test_named_lists_and_a_relative_root(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.fault("data: duplicate rows")
 def test_repeated_paths_get_their_own_ids(tmp_path: Path) -> None:
-    write(tmp_path, "1\n2\n3\n4\n5", "a.mp4#2\na.mp4\n./a.mp4\na.mp4\na.mp4#2", ("a.mp4", "a.mp4#2"))
+    write_lists(tmp_path, "1\n2\n3\n4\n5", "a.mp4#2\na.mp4\n./a.mp4\na.mp4\na.mp4#2", ("a.mp4", "a.mp4#2"))
     assert [sample.id for sample in read(tmp_path)] == ["a.mp4#2", "a.mp4", "a.mp4#3", "a.mp4#4", "a.mp4#2#2"]
 
 
 def test_id_token_is_put_in_front_once(tmp_path: Path) -> None:
-    write(tmp_path, "DOG runs\nDOGS run\na DOG\nDOG, asleep", "a.mp4\n" * 4)
+    write_lists(tmp_path, "DOG runs\nDOGS run\na DOG\nDOG, asleep", "a.mp4\n" * 4)
     expected = ["DOG runs", "DOG DOGS run", "DOG a DOG", "DOG, asleep"]
     assert captions(tmp_path, id_token=" DOG ") == expected
     assert captions(tmp_path, id_token="  ") == ["DOG runs", "DOGS run", "a DOG", "DOG, asleep"]
@@ -87,19 +61,19 @@ def test_id_token_is_put_in_front_once(tmp_path: Path) -> None:
 def test_encodings_and_separators(tmp_path: Path) -> None:
     odd = ["first", "caf\u00e9 \U0001f436", "a\u2028b\x0bc\x0cd\x85e", "$(touch x) `y` \"q\" 'p'; rm"]
     text = "\ufeff" + "\r\n".join(odd) + "\r\n\r\n \n"
-    write(tmp_path, text, "\ufeffa.mp4\r\n" + "b.mp4\r\n" * 3 + "\n\n")
+    write_lists(tmp_path, text, "\ufeffa.mp4\r\n" + "b.mp4\r\n" * 3 + "\n\n")
     assert captions(tmp_path) == odd
     assert read(tmp_path)[0].id == "a.mp4"
 
 
 def test_a_very_long_caption_is_kept(tmp_path: Path) -> None:
-    write(tmp_path, "x" * 10_000_000, "a.mp4")
+    write_lists(tmp_path, "x" * 10_000_000, "a.mp4")
     assert len(captions(tmp_path)[0]) == 10_000_000
 
 
 @pytest.mark.fault("data: bytes that are not UTF-8")
 def test_bytes_that_are_not_utf8_name_the_line(tmp_path: Path) -> None:
-    write(tmp_path, b"one\ncaf\xe9\n", "a.mp4\nb.mp4")
+    write_lists(tmp_path, b"one\ncaf\xe9\n", "a.mp4\nb.mp4")
     assert problems(tmp_path) == (f"{tmp_path}/prompts.txt:2: is not UTF-8 (byte 4 is 0xe9); save the file as UTF-8",)
 
 
@@ -121,7 +95,7 @@ def test_missing_lists_name_flag_and_files(tmp_path: Path) -> None:
 
 
 def test_a_pipe_as_list_is_not_opened(tmp_path: Path) -> None:
-    write(tmp_path, "one", "a.mp4")
+    write_lists(tmp_path, "one", "a.mp4")
     (tmp_path / "prompts.txt").unlink()
     os.mkfifo(tmp_path / "prompts.txt")
     assert "no such file" in problems(tmp_path)[0]
@@ -129,7 +103,7 @@ def test_a_pipe_as_list_is_not_opened(tmp_path: Path) -> None:
 
 @pytest.mark.fault("data: empty lists")
 def test_empty_lists(tmp_path: Path) -> None:
-    write(tmp_path, "\n\n", "")
+    write_lists(tmp_path, "\n\n", "")
     assert [problem.split(": ")[1] for problem in problems(tmp_path)] == [
         "is empty; it needs one line for each clip"
     ] * 2
@@ -143,14 +117,14 @@ def test_empty_lists(tmp_path: Path) -> None:
 def test_unequal_counts_name_both_and_the_first_surplus_line(
     tmp_path: Path, texts: tuple[str, str], longer: str, line: int, counts: str
 ) -> None:
-    (found,) = problems(write(tmp_path, *texts))
+    (found,) = problems(write_lists(tmp_path, *texts))
     assert found.startswith(f"{tmp_path}/{longer}.txt:{line}:")
     assert counts in found
     assert "has 1" in found
 
 
 def test_all_problems_come_together(tmp_path: Path) -> None:
-    write(tmp_path, "one\n\nthree\nfour", "a.mp4\nb.mp4\nno.mp4\n\nb.mp4")
+    write_lists(tmp_path, "one\n\nthree\nfour", "a.mp4\nb.mp4\nno.mp4\n\nb.mp4")
     found = problems(tmp_path)
     assert [problem.split(": ")[0].rsplit("/", 1)[1] for problem in found] == [
         "videos.txt:5",
@@ -161,7 +135,7 @@ def test_all_problems_come_together(tmp_path: Path) -> None:
 
 
 def test_many_problems_of_a_kind_are_cut_short(tmp_path: Path) -> None:
-    write(tmp_path, "x\n" * 26, "".join(f"no{k}.mp4\n" for k in range(25)) + "https://x.org/a.mp4")
+    write_lists(tmp_path, "x\n" * 26, "".join(f"no{k}.mp4\n" for k in range(25)) + "https://x.org/a.mp4")
     found = problems(tmp_path)
     assert len(found) == 2
     file = tmp_path / "videos.txt"
@@ -173,11 +147,11 @@ def test_many_problems_of_a_kind_are_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["https://x.org/a.mp4", "file:///etc/passwd", "file:/etc/passwd", "s3://b/a.mp4"])
 @pytest.mark.fault("security: URLs in lists of clips")
 def test_urls_are_refused(tmp_path: Path, path: str) -> None:
-    assert "is a URL; download" in problems(write(tmp_path, "x", path))[0]
+    assert "is a URL; download" in problems(write_lists(tmp_path, "x", path))[0]
 
 
 def test_colons_in_names_are_fine(tmp_path: Path) -> None:
-    assert read(write(tmp_path, "x", "12:30.mp4", ("12:30.mp4",)))[0].id == "12:30.mp4"
+    assert read(write_lists(tmp_path, "x", "12:30.mp4", ("12:30.mp4",)))[0].id == "12:30.mp4"
 
 
 @pytest.mark.fault("security: devices, pipes and folders in lists of clips")
@@ -190,11 +164,11 @@ def test_what_is_not_a_regular_file_is_refused_unopened(tmp_path: Path, monkeypa
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("s.mp4")
         names = ("pipe.mp4", "folder.mp4", "link.mp4", "s.mp4", ".", "sub/..")
-        found = [problems(write(tmp_path, "x", name, ())) for name in names]
+        found = [problems(write_lists(tmp_path, "x", name, ())) for name in names]
     assert [problem.split("is a ")[1].split(";")[0] for (problem,) in found] == [
         "pipe", "folder", "pipe", "socket", "folder", "folder"
     ]  # fmt: skip
-    assert "is a device" in problems(write(tmp_path, "x", "/dev/null", ()), allow_path=("/dev",))[0]
+    assert "is a device" in problems(write_lists(tmp_path, "x", "/dev/null", ()), allow_path=("/dev",))[0]
 
 
 def test_paths_out_of_the_root_need_allow_path(tmp_path: Path) -> None:
@@ -206,13 +180,13 @@ def test_paths_out_of_the_root_need_allow_path(tmp_path: Path) -> None:
     (root / "folder").symlink_to(other)
     (root / "dangling.mp4").symlink_to(other / "no.mp4")
     listed = ["../database/o.mp4", str(other / "o.mp4"), "link.mp4", "folder/o.mp4", "/etc/passwd", "dangling.mp4"]
-    write(root, "x\n" * 6, "\n".join(listed))
+    write_lists(root, "x\n" * 6, "\n".join(listed))
     found = problems(root)
     assert len(found) == 4
     assert all("leads outside the data root" in problem for problem in found[:3])
     assert found[3] == "... and 3 more (6 in all): outside the data root"
     assert found[0].endswith(f"pass --allow_path {other}")
-    write(root, "x\n" * 4, "\n".join(listed[:4]))
+    write_lists(root, "x\n" * 4, "\n".join(listed[:4]))
     samples = read(root, allow_path=(str(other),))
     assert [sample.id for sample in samples][2:] == ["link.mp4", "folder/o.mp4"]
     assert all(os.path.isfile(sample.video) and os.path.isabs(sample.video) for sample in samples)
@@ -235,7 +209,7 @@ def test_lists_that_lead_out_of_the_root_need_allow_path(tmp_path: Path, name: s
     root, other = tmp_path / "data", tmp_path / "private"
     other.mkdir()
     if name.endswith(".txt"):
-        write(touch(root), "one\ntwo\n", "a.mp4\nb.mp4\n")
+        write_lists(touch(root), "one\ntwo\n", "a.mp4\nb.mp4\n")
         (root / "images.txt").write_text("a.mp4\nb.mp4\n")
     touch(root, "a.mp4", "b.mp4", name)
     (root / name).unlink()
@@ -245,37 +219,39 @@ def test_lists_that_lead_out_of_the_root_need_allow_path(tmp_path: Path, name: s
     (found,) = problems(root, **options)
     assert f"{name}: leads outside the data root, to {other / 'secret'}" in found
     assert found.endswith(f"pass --allow_path {other}")
-    if name != "sub/table.csv":  # whose paths are relative to itself
+    if name != "sub/table.csv":  # its paths are relative to its folder
         assert read(root, allow_path=(str(other),), **options)
 
 
 def test_a_list_elsewhere_that_the_user_names_is_read(tmp_path: Path) -> None:
-    root = write(touch(tmp_path / "data"), "one\ntwo\n", "a.mp4\nb.mp4\n")
+    root = write_lists(touch(tmp_path / "data"), "one\ntwo\n", "a.mp4\nb.mp4\n")
     (tmp_path / "mine.txt").write_text("three\nfour\n")
     assert captions(root, caption_column="../mine.txt") == captions(root, caption_column=str(tmp_path / "mine.txt"))
 
 
 def test_absolute_paths_and_links_inside_the_root_are_fine(tmp_path: Path) -> None:
-    root = write(tmp_path, "x\n" * 4, f"{tmp_path}/a.mp4\nsub/../a.mp4\nlink.mp4\n./b.mp4", ("a.mp4", "b.mp4", "sub/c"))
+    root = write_lists(
+        tmp_path, "x\n" * 4, f"{tmp_path}/a.mp4\nsub/../a.mp4\nlink.mp4\n./b.mp4", ("a.mp4", "b.mp4", "sub/c")
+    )
     (root / "link.mp4").symlink_to("b.mp4")
     assert [sample.id for sample in read(root)] == ["a.mp4", "a.mp4#2", "link.mp4", "b.mp4"]
 
 
-def test_a_root_that_is_a_link_counts_as_what_it_leads_to(tmp_path: Path) -> None:
+def test_a_root_that_is_a_link_counts_as_its_target(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
-    write(tmp_path / "real", "x", "a.mp4")
+    write_lists(tmp_path / "real", "x", "a.mp4")
     (tmp_path / "link").symlink_to("real")
     assert read(tmp_path / "link") == [Sample("a.mp4", "x", str(tmp_path / "link" / "a.mp4"))]
 
 
-def test_dot_dot_after_a_link_means_what_the_system_means(tmp_path: Path) -> None:
-    root = write(tmp_path, "x", "link/../c.mp4", ("c.mp4", "sub/c.mp4", "sub/deep/d"))
+def test_dot_dot_after_a_link_is_resolved_as_the_system_does(tmp_path: Path) -> None:
+    root = write_lists(tmp_path, "x", "link/../c.mp4", ("c.mp4", "sub/c.mp4", "sub/deep/d"))
     (root / "link").symlink_to("sub/deep")
     assert Path(read(root)[0].video).resolve() == root / "sub/c.mp4"
 
 
 def test_odd_paths(tmp_path: Path) -> None:
-    write(tmp_path, "1\n2\n3", f"a\0.mp4\n{'x' * 5000}\na.mp4/b.mp4")
+    write_lists(tmp_path, "1\n2\n3", f"a\0.mp4\n{'x' * 5000}\na.mp4/b.mp4")
     found = problems(tmp_path)
     assert "NUL" in found[0]
     assert "cannot be read" in found[1]
@@ -284,24 +260,24 @@ def test_odd_paths(tmp_path: Path) -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
-    (found,) = problems(write(tmp_path, "x", "\x1b[2J\u202e.mp4"))
+    (found,) = problems(write_lists(tmp_path, "x", "\x1b[2J\u202e.mp4"))
     assert "\\x1b[2J\\u202e.mp4: no such file" in found
 
 
-def test_what_no_tokenizer_should_get(tmp_path: Path) -> None:
-    (found,) = problems(write(tmp_path, b"o\0n\0e\0", "a.mp4"))
+def test_captions_that_are_not_valid_text_are_refused(tmp_path: Path) -> None:
+    (found,) = problems(write_lists(tmp_path, b"o\0n\0e\0", "a.mp4"))
     assert found == f"{tmp_path}/prompts.txt:1: holds a NUL byte; save the file as plain UTF-8 text"
 
 
 @pytest.mark.fault("data: file names in any script, and with shell characters")
 def test_paths_of_any_script(tmp_path: Path) -> None:
     names = ("caf\u00e9.mp4", "\u72ac/\U0001f436.mp4", "$(touch x);`y`.mp4", "a b'c\"d.mp4", "-rf.mp4", "a.v1.mp4")
-    write(tmp_path, "x\n" * 6, "\n".join(names), names)
+    write_lists(tmp_path, "x\n" * 6, "\n".join(names), names)
     assert [sample.id for sample in read(tmp_path)] == list(names)
 
 
 def test_a_third_list_has_the_images(tmp_path: Path) -> None:
-    write(tmp_path, "1\n2", "a.mp4\nb.mp4", ("a.mp4", "b.mp4", "a.png", "sub/b.png"))
+    write_lists(tmp_path, "1\n2", "a.mp4\nb.mp4", ("a.mp4", "b.mp4", "a.png", "sub/b.png"))
     assert [sample.image for sample in read(tmp_path)] == [None, None]
     (tmp_path / "images.txt").write_text("a.png\nsub/b.png\n")
     for options in ({}, {"image_column": "images.txt"}, {"caption_column": "prompts.txt"}):
@@ -313,7 +289,7 @@ def test_a_third_list_has_the_images(tmp_path: Path) -> None:
 
 
 def test_images_have_the_rules_of_videos(tmp_path: Path) -> None:
-    root = write(tmp_path, "1\n2\n3\n4\n5\n6", "a.mp4\n" * 6, ("a.mp4", "sub/b.png"))
+    root = write_lists(tmp_path, "1\n2\n3\n4\n5\n6", "a.mp4\n" * 6, ("a.mp4", "sub/b.png"))
     (root / "first.txt").write_text("no.png\nsub\n/etc/passwd\nhttps://x.org/a.png\n\nsub/b.png\nsub/b.png")
     found = problems(root, image_column="first.txt")
     assert [problem.removeprefix(f"{root}/first.txt:").split("; ")[0] for problem in found] == [
@@ -328,9 +304,9 @@ def test_images_have_the_rules_of_videos(tmp_path: Path) -> None:
 
 
 def test_a_repeat_is_the_rows_listed_again(tmp_path: Path) -> None:
-    once = write(tmp_path, "1\n2\n3", "a.mp4\nb.mp4\na.mp4")
+    once = write_lists(tmp_path, "1\n2\n3", "a.mp4\nb.mp4\na.mp4")
     repeated = read(once, repeats=(3,))
-    write(tmp_path, "1\n2\n3\n" * 3, "a.mp4\nb.mp4\na.mp4\n" * 3)
+    write_lists(tmp_path, "1\n2\n3\n" * 3, "a.mp4\nb.mp4\na.mp4\n" * 3)
     assert repeated == read(once)
     assert [sample.id for sample in repeated[:5]] == ["a.mp4", "b.mp4", "a.mp4#2", "a.mp4#3", "b.mp4#2"]
 
@@ -338,7 +314,7 @@ def test_a_repeat_is_the_rows_listed_again(tmp_path: Path) -> None:
 def folders(tmp_path: Path, *names: str) -> list[Path]:
     for name in names:
         (tmp_path / name).mkdir()
-        write(tmp_path / name, f"of {name}\nalso of {name}", "a.mp4\nb.mp4")
+        write_lists(tmp_path / name, f"of {name}\nalso of {name}", "a.mp4\nb.mp4")
     return [tmp_path / name for name in names]
 
 
@@ -405,7 +381,7 @@ def test_the_check_leaves_a_prepared_folder_to_others(tmp_path: Path) -> None:
 
 def test_the_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run whose flags were checked takes the clips that the check read, once; no other run gets them."""
-    write(tmp_path, "a red square\n", "a.mp4\n")
+    write_lists(tmp_path, "a red square\n", "a.mp4\n")
     real, roots = samples._read_folder, list[str]()
 
     def counted(flag: str, folder: str, *rest: Any) -> Any:
@@ -426,7 +402,7 @@ def test_the_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.fault("data: a table with hundreds of thousands of rows")
 def test_many_rows(tmp_path: Path) -> None:
-    write(tmp_path, "".join(f"caption {k}\n" for k in range(100_000)), "a.mp4\n" * 100_000)
+    write_lists(tmp_path, "".join(f"caption {k}\n" for k in range(100_000)), "a.mp4\n" * 100_000)
     samples = read(tmp_path)
     assert len(samples) == 100_000
     assert samples[-1] == Sample("a.mp4#100000", "caption 99999", str(tmp_path / "a.mp4"))

@@ -1,4 +1,4 @@
-"""Tables, pairs of clip.mp4 and clip.txt, and the choice of a form. test_index.py has the lists."""
+"""folders.py and tables.py: tables, captions next to clips, and the choice of a form. test_samples.py tests lists."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_sets import captions, problems, read, touch, write_lists
 from fuzz_index import fuzz_indexes
-from test_index import captions, problems, read, touch, write
 
 from cogvideox.config.flags import DataFlags, ModelFlags
 from cogvideox.config.geometry import weight_problems
@@ -151,7 +151,7 @@ def test_problems_name_the_line_on_which_a_row_starts(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("data: a quotation mark in a table that is never closed")
-def test_a_quote_that_never_closes_swallows_no_rows(tmp_path: Path) -> None:
+def test_a_quote_that_is_never_closed_hides_no_rows(tmp_path: Path) -> None:
     found = problems(tmp_path, **table(tmp_path, 'text,video\nx,a.mp4\n"y,b.mp4\nz,a.mp4\n'))
     assert found[0].startswith(f"{tmp_path}/t.csv:3: malformed row (unexpected end of data)")
     found = problems(tmp_path, **table(tmp_path, 'text,video\n"y" z,a.mp4\nx,a.mp4\n"y"z,a.mp4\n'))
@@ -274,7 +274,7 @@ def test_a_table_elsewhere_serves_one_folder(tmp_path: Path, monkeypatch: pytest
         read_validation(data)
 
 
-def test_a_table_that_is_not_there_or_of_no_format(tmp_path: Path) -> None:
+def test_a_missing_table_and_an_unknown_format(tmp_path: Path) -> None:
     flags = table(tmp_path, "x", "parquet")
     assert "must end in .csv or .tsv or .jsonl or .json" in problems(tmp_path, **flags)[0]
     table(tmp_path, "x", "csv")
@@ -292,7 +292,7 @@ def test_metadata_is_found(tmp_path: Path, name: str) -> None:
 
 
 def test_two_data_sets_need_a_flag(tmp_path: Path) -> None:
-    write(tmp_path, "of the lists", "a.mp4")
+    write_lists(tmp_path, "of the lists", "a.mp4")
     (tmp_path / "images.txt").write_text("b.mp4")
     for name in ("metadata.csv", "metadata.jsonl"):
         write_table(tmp_path / name, ["file_name", "text"], [["a.mp4", f"of {name}"]])
@@ -324,7 +324,7 @@ def pairs(root: Path, **texts: str) -> Path:
     return root
 
 
-def test_clips_beside_their_captions(tmp_path: Path) -> None:
+def test_captions_next_to_clips(tmp_path: Path) -> None:
     pairs(tmp_path, b_mp4="b", sub__deep__a_MOV=" two\r\nlines\n", a_png="an image", B_gif="\ufeffB")
     pairs(tmp_path, _hidden_mp4="x").joinpath("_hidden.mp4").rename(tmp_path / ".hidden.mp4")
     (tmp_path / "_hidden.txt").unlink()
@@ -341,13 +341,13 @@ def test_clips_beside_their_captions(tmp_path: Path) -> None:
     ]
 
 
-def test_lists_win_over_captions_beside_clips(tmp_path: Path) -> None:
+def test_lists_take_precedence_over_captions_next_to_clips(tmp_path: Path) -> None:
     pairs(tmp_path, a_mp4="of the pair", b_mp4="not listed")
-    write(tmp_path, "of the list", "a.mp4")
+    write_lists(tmp_path, "of the list", "a.mp4")
     assert captions(tmp_path) == ["of the list"]
 
 
-def test_what_is_no_pair_is_named_with_its_fix(tmp_path: Path) -> None:
+def test_incomplete_pairs_are_reported_with_a_fix(tmp_path: Path) -> None:
     pairs(tmp_path, both_mp4="x", empty_mp4=" \n", bad_mp4="x")
     touch(tmp_path, "both.png", "sub/alone.mp4", "notes.txt", "turn.insv", "turn.txt")
     (tmp_path / "bad.txt").write_bytes(b"x\ncaf\xe9")
@@ -391,7 +391,7 @@ def test_captions_may_be_missing_in_every_form_where_none_are_needed(tmp_path: P
 
 
 @pytest.mark.fault("security: paths and links out of the data root")
-def test_pairs_open_no_pipe_and_follow_no_link_out(tmp_path: Path) -> None:
+def test_pipes_are_not_opened_and_links_out_are_not_followed(tmp_path: Path) -> None:
     root = pairs(tmp_path / "data", a_mp4="x")
     touch(root, "pipe.mp4", "out.mp4")
     os.mkfifo(root / "pipe.txt")
@@ -444,14 +444,14 @@ def test_damaged_data_sets_end_in_samples_or_problems(tmp_path: Path) -> None:
     assert fuzz_indexes(60, 0, tmp_path) == []
 
 
-def test_folders_of_our_own_making_are_no_clips(tmp_path: Path) -> None:
+def test_folders_that_this_suite_wrote_are_not_searched(tmp_path: Path) -> None:
     for name in ("a.mp4", "a.txt", "prepared/preview/b.png", "run/validation/c.mp4", "preview/d.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     for name in ("prepared/ledger.jsonl", "run/config.json", "run/metrics.jsonl", "ledger.jsonl"):
         (tmp_path / name).write_text("{}")
     assert [sample.id for sample in read(tmp_path)] == ["a.mp4"]
-    (tmp_path / "run/metrics.jsonl").unlink()  # now anybody's folder
+    (tmp_path / "run/metrics.jsonl").unlink()  # without this file it is an ordinary folder
     with pytest.raises(UsageError, match="has no caption"):
         read(tmp_path)
 
@@ -462,13 +462,13 @@ def test_a_prepared_folder_says_which_flag_it_needs(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-# -- what is printed can be typed --------------------------------------------------------------------------------------
+# -- fixes can be given to a shell -------------------------------------------------------------------------------------
 
-HARD = "it's $HOME; a `b`"  # for a shell
+HARD = "it's $HOME; a `b`"  # a name full of characters that are special to a shell
 
 
 def flags_told(text: str) -> list[str]:
-    """Returns the words after the last word of advice, as a shell reads them."""
+    """Returns the flags at the end of a fix, split into words as a shell splits them."""
     return shlex.split(re.split(r"pass |choose with |nearest: |run prepare_dataset\.py ", text)[-1])
 
 
@@ -477,7 +477,7 @@ def test_fixes_with_names_of_the_user_can_be_given_to_a_shell(tmp_path: Path) ->
     touch(other, "o.mp4")
     touch(root, "a.mp4")
     (root / "link").symlink_to(other)
-    write(root, "x\n", "link/o.mp4", ())
+    write_lists(root, "x\n", "link/o.mp4", ())
     assert flags_told(problems(root)[0]) == ["--allow_path", str(other)]
     for name in ("prompts.txt", "videos.txt"):
         (root / name).unlink()
@@ -508,25 +508,25 @@ def test_composed_and_decomposed_names_are_one(tmp_path: Path) -> None:
     for form in ("lists", "table"):
         root = touch(tmp_path / form, f"{DECOMPOSED}/{DECOMPOSED}.mp4")
         if form == "lists":
-            write(root, "one", f"{COMPOSED}/{COMPOSED}.mp4", ())
+            write_lists(root, "one", f"{COMPOSED}/{COMPOSED}.mp4", ())
         else:
             write_table(root / "metadata.csv", ["file_name", "text"], [[f"{COMPOSED}/{COMPOSED}.mp4", "one"]])
         expected = Sample(f"{COMPOSED}/{COMPOSED}.mp4", "one", str(root / DECOMPOSED / f"{DECOMPOSED}.mp4"))
         assert read(root) == [expected]
 
 
-def test_names_that_differ_in_their_accents_coding_only_are_refused(tmp_path: Path) -> None:
+def test_names_that_differ_only_in_the_coding_of_accents_are_refused(tmp_path: Path) -> None:
     names = (f"{COMPOSED}.mp4", f"{DECOMPOSED}.mp4")
     touch(tmp_path, *names)
     (tmp_path / f"{COMPOSED}.txt").write_text("one")
     (found,) = problems(tmp_path)
     assert r"cafe\u0301.mp4 and caf\xe9.mp4: differ only in how their accents are coded" in found
     angstrom = ("\u212b.mp4", "A\u030a.mp4")  # neither is in NFC, and the list has a third spelling
-    write(tmp_path, "x", "\u00c5.mp4", angstrom)
+    write_lists(tmp_path, "x", "\u00c5.mp4", angstrom)
     (found,) = problems(tmp_path)
     assert "matches several files" in found
     assert found.endswith("rename all but one")
-    write(tmp_path, "x\ny\n", "\n".join(names), ())  # listed as they are
+    write_lists(tmp_path, "x\ny\n", "\n".join(names), ())  # listed exactly as the files are named
     assert [Path(sample.video).name for sample in read(tmp_path)] == list(names)
 
 
@@ -545,7 +545,7 @@ def test_letter_case_and_backslashes_of_other_systems(tmp_path: Path) -> None:
     assert captions(tmp_path / "pairs") == ["B", "dsc", "b"]
 
 
-def test_a_search_for_spellings_leaves_the_folder_alone(tmp_path: Path) -> None:
+def test_a_search_for_spellings_does_not_leave_the_folder(tmp_path: Path) -> None:
     root = touch(tmp_path / "data", "a.mp4")
     touch(tmp_path / "other", "Secret.mp4")
     (root / "link").symlink_to(tmp_path / "other")
@@ -602,7 +602,7 @@ def test_clips_of_cameras_and_phones_are_found(tmp_path: Path, suffix: str) -> N
     assert [sample.id for sample in read(tmp_path)] == [f"a{suffix}"]
 
 
-def test_files_of_unknown_formats_are_told(tmp_path: Path) -> None:
+def test_files_of_unknown_formats_are_reported(tmp_path: Path) -> None:
     pairs(tmp_path, a_mp4="x")
     touch(tmp_path, "sub/b.insv", "c.R3D", "d.r3d", "a.srt", "a.json", "notes.md", "clips.zip", ".e.braw", "Makefile")
     skipped: list[str] = []
@@ -615,7 +615,7 @@ def test_files_of_unknown_formats_are_told(tmp_path: Path) -> None:
     assert skipped_notes([]) == []
 
 
-def test_what_other_programs_leave_is_passed_over(tmp_path: Path) -> None:
+def test_files_of_other_programs_are_skipped(tmp_path: Path) -> None:
     pairs(tmp_path, a_mp4="x", readme_mp4="a clip")
     junk = ("@eaDir/a.mp4/thumb.jpg", ".AppleDouble/a.mp4", "._a.mp4", "__MACOSX/._a.mp4", "Thumbs.db", "desktop.ini")
     more = (
@@ -645,8 +645,8 @@ def test_one_table_below_the_root_is_read(tmp_path: Path, name: str) -> None:
     assert "train/a.mp4: has no caption" in str(problems(tmp_path))
 
 
-def test_what_names_the_clips_of_a_folder_without_captions(tmp_path: Path) -> None:
-    write(touch(tmp_path, "my set/c.mp4") / "my set", "one\n", "c.mp4\n", ())
+def test_files_that_may_name_the_clips_are_listed_with_their_flags(tmp_path: Path) -> None:
+    write_lists(touch(tmp_path, "my set/c.mp4") / "my set", "one\n", "c.mp4\n", ())
     told = f"{tmp_path}: has no captions next to its clips, but my set/prompts.txt with videos.txt; give "
     assert problems(tmp_path) == (f"{told}--data_root '{tmp_path}/my set'",)
     table(tmp_path, "video,text\na.mp4,x\n")
@@ -687,7 +687,7 @@ def test_a_pointer_of_git_lfs_is_recognized_anywhere(tmp_path: Path, name: str) 
         write_table(touch(tmp_path, "a.mp4") / name, ["video", "text"], [["a.mp4", "x"]])
         flags = {"dataset_file": name}
     else:
-        write(tmp_path, "x", "a.mp4", ("a.mp4", "first.png"))
+        write_lists(tmp_path, "x", "a.mp4", ("a.mp4", "first.png"))
         (tmp_path / "images.txt").write_text("first.png\n")
     read(tmp_path, **flags)
     (tmp_path / name).write_text(LFS)
