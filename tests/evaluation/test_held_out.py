@@ -12,29 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import flip_byte, run_alone, state_of
+from evaluating import Alone, split
+from fakes import flip_byte, state_of
 from running import LORA_SCRIPT, PROMPT, equal, finish, fork_ranks, lora_flags, metrics, python, train, weights
-from torch import Tensor
 
 from cogvideox.config.buckets import Bucket
-from cogvideox.config.flags import ModelFlags
-from cogvideox.config.geometry import read_geometry
 from cogvideox.data.cache import CachedSample, CacheError, TensorCache, open_index
-from cogvideox.data.dataset import Batch, sample_posterior, standard_normal
+from cogvideox.data.dataset import sample_posterior, standard_normal
 from cogvideox.evaluation import held_out
 from cogvideox.evaluation.held_out import TIMESTEP_PARTS, HeldOut, average_by_clip, mean_and_error
 from cogvideox.runtime.run import METRICS_NAME
 
 Tiny = Callable[[str], Path]
-
-
-def split(tensors: Path, folder: Path, *validation: int, train: slice = slice(None)) -> Path:
-    """A copy of a prepared folder whose validation clips are those of the given numbers."""
-    shutil.copytree(tensors, folder)
-    index = open_index(folder)
-    held = tuple(index.samples[number] for number in validation)
-    dataclasses.replace(index, samples=index.samples[train], validation=held).save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +45,6 @@ def lines(output: Path) -> dict[int, tuple[float, float]]:
     found = [line for line in metrics(output) if "held_out_loss" in line]
     assert len({line["step"] for line in found}) == len(found)
     return {int(line["step"]): (line["held_out_loss"], line["held_out_error"]) for line in found}
-
-
-class Alone:
-    """A measurement without a run: the loss is a function of the batch, and the module is a dropout layer."""
-
-    def __init__(self, model: Path, folder: Path, output: Path, seed: int = 0) -> None:
-        self.module = torch.nn.Dropout(0.5)
-        self.seen: list[Batch] = []
-        self.run = run_alone(output)
-        tensors: Any = type("Tensors", (), {})()
-        tensors.cache, tensors.index = TensorCache(folder), open_index(folder)
-        tensors.geometry = read_geometry(ModelFlags(str(model)))
-        self.held_out = HeldOut(self.run, tensors, seed, self.module, self.loss)
-
-    def loss(self, batch: Batch) -> Tensor:
-        assert not self.module.training
-        assert not torch.is_grad_enabled()
-        self.seen.append(batch)
-        return (batch.x0_BFCHW - batch.noise_BFCHW).square().mean(dim=(1, 2, 3, 4)) + batch.timestep_B / 1000
 
 
 # -- the grid ----------------------------------------------------------------------------------------------------------

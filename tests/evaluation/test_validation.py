@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import listing, options_of, run_alone, state_of
+from evaluating import bare
+from fakes import listing, state_of
 from running import PROMPT, lora_flags, train
 
 from cogvideox.data.sampler import Order
@@ -36,16 +37,6 @@ HOSTILE = [
     "日本語の文",
 ]
 SAFE = re.compile(r"step-\d{6}_prompt-\d+_[A-Za-z0-9-]*_\d+\.mp4")
-
-
-def bare(output: Path, *flags: object, texts: list[str] | None = None, order: Any = None, fps: float = 8) -> Validator:
-    """A validator without a model."""
-    validator: Any = object.__new__(Validator)
-    validator.run, validator.options = run_alone(output), options_of(output, "--validation_prompt", "a", *flags)
-    validator.flags = validator.options.validation
-    validator.prompts = Prompts(texts or ["a"], [], None)
-    validator.order, validator.fps = order, fps
-    return validator
 
 
 # -- when --------------------------------------------------------------------------------------------------------------

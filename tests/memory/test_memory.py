@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from evaluating import Alone, bare, split
 from fakes import run_alone
 from running import PROMPT, equal, lora_flags, losses, metrics, train, weights
-from test_held_out import Alone, split
-from test_validation import bare
 
 from cogvideox.evaluation import held_out, validation
 from cogvideox.evaluation.validation import Validator

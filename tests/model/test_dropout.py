@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from evaluating import split
 from fakes import edit_json
 from running import PROMPT, WEIGHTS, equal, lora_flags, losses, train, weights
-from test_held_out import split
 
 from cogvideox import loop
 from cogvideox.config.flags import ModelFlags

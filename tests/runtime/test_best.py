@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from evaluating import split
 from fakes import FakeEngine, flip_byte, run_alone, save_steps, saver_of
 from running import PROMPT, equal, lora_flags, train, weights
-from test_held_out import split
 
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import TIMESTEP_PARTS, HeldOut

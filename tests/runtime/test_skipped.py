@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluating import split
 from fakes import run_alone, save_steps
 from running import (
     LORA_SCRIPT,
@@ -31,7 +32,6 @@ from running import (
 )
 from safetensors.torch import load_file, save_file
 from stepping import values
-from test_held_out import split
 from torch.nn import Parameter
 
 from cogvideox import loop
