@@ -78,10 +78,10 @@ CLIP_FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "standard deviation without its half": (dataset, "sample_posterior", whole_variance),
     "noise as the target": (diffusion, "loss", noise_as_target),
     "clip and noise swapped": (diffusion, "loss", lambda right, s, p, x0, e, t: right(s, p, e, x0, t)),
-    "timestep in the compute type": (tasks, "predictor", in_compute_type),
+    "timestep in the compute type": (tasks, "velocity_predictor", in_compute_type),
 }
 IMAGE_FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "image and noise channels swapped": (tasks, "predictor", channels_swapped),
+    "image and noise channels swapped": (tasks, "velocity_predictor", channels_swapped),
     "image latents scaled twice": (tasks, "image_scale", lambda right, *arguments: right(*arguments) ** 2),
 }
 

@@ -92,7 +92,7 @@ def called_with(**changes: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch
 
         return right(changed, *rest, **more)
 
-    return wrong(tasks, "predictor", predictor)
+    return wrong(tasks, "velocity_predictor", predictor)
 
 
 def second_frame(right: Any, image_BCHW: torch.Tensor, frames: int) -> torch.Tensor:
