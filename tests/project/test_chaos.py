@@ -73,9 +73,9 @@ def test_the_table_is_what_ran(tmp_path: Path) -> None:
 def test_the_page_has_the_faults_of_the_tests(request: pytest.FixtureRequest) -> None:
     """Compares the rows of all test files that are collected completely; `chaos.py --write` writes the rows."""
     parts = {Path(argument.partition("::")[0]).name for argument in request.config.args if "::" in argument}
-    whole = {item.path.name for item in request.session.items} - parts
+    complete = {item.path.name for item in request.session.items} - parts
     rows = request.config.stash[FAULTS]
-    injected = {(name, file) for name, row in rows.items() for file in row.files if file in whole}
-    written = {(name, file) for name, file in chaos.rows_in(chaos.PAGE.read_text()) if file in whole}
+    injected = {(name, file) for name, row in rows.items() for file in row.files if file in complete}
+    written = {(name, file) for name, file in chaos.rows_in(chaos.PAGE.read_text()) if file in complete}
     assert written == injected
     assert {name.partition(":")[0] for name in rows} <= set(chaos.GROUPS)

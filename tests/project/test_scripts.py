@@ -117,13 +117,13 @@ def test_inference_script_decodes_in_tiles_where_frames_do_not_fit(
 ) -> None:
     from diffusers import AutoencoderKLCogVideoX
 
-    whole, seen = AutoencoderKLCogVideoX.decode, []
+    real, seen = AutoencoderKLCogVideoX.decode, []
 
     def decode(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(self.use_tiling)
         if not self.use_tiling:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, *args, **kwargs)
+        return real(self, *args, **kwargs)
 
     monkeypatch.setattr(AutoencoderKLCogVideoX, "decode", decode)
     assert len(frames_of(reference / "inference.py", monkeypatch)) == 9
@@ -163,8 +163,8 @@ def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, t
 def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, tmp_path: Path) -> None:
     """Kills the run while it encodes, trains, validates and saves. After a restart, the result is the same."""
     more = ("--validation_prompt", PROMPT, "--validation_steps", 3)
-    whole = tmp_path / "whole"
-    assert train(lora_flags(model, clips, whole, "--tensor_cache", tmp_path / "cache-whole", *more)) == 0
+    reference = tmp_path / "reference"
+    assert train(lora_flags(model, clips, reference, "--tensor_cache", tmp_path / "cache-reference", *more)) == 0
 
     output, cache = tmp_path / "killed", tmp_path / "cache"
     command = python(LORA_SCRIPT, *lora_flags(model, clips, output, "--tensor_cache", cache, *more))
@@ -179,10 +179,10 @@ def test_killed_at_any_point_ends_with_the_same_lora(model: Path, clips: Path, t
     for moment in moments:
         assert Forked(command, moment).wait() == -signal.SIGKILL, moment
     finish(Forked(command))
-    assert equal(weights(output), weights(whole))
-    assert losses(output) == losses(whole)
+    assert equal(weights(output), weights(reference))
+    assert losses(output) == losses(reference)
     assert not [path for folder in (output, cache) for path in folder.rglob(".*.tmp*")]
-    videos = [sorted(path.name for path in (run / "validation").iterdir()) for run in (output, whole)]
+    videos = [sorted(path.name for path in (run / "validation").iterdir()) for run in (output, reference)]
     assert videos[0] == videos[1]
 
 
@@ -224,18 +224,20 @@ def test_the_loss_does_not_depend_on_accumulation_or_resuming(model: Path, tenso
     """Uses loss weights, a range of timesteps, strata and an average; accumulates or uses a batch; resumes a run."""
     signal = ["--loss_weighting", "min_snr", "--min_timestep", 100, "--max_timestep", 899, "--use_ema"]
     more = ["--load_tensors", *signal, "--timestep_sampling", "stratified", "--max_train_steps", 4]
-    whole, batched, parted = (lora_flags(model, tensors, tmp_path / name, *more) for name in ("whole", "b", "parted"))
-    assert train(whole) == 0
+    reference, batched, resumed = (
+        lora_flags(model, tensors, tmp_path / name, *more) for name in ("reference", "b", "resumed")
+    )
+    assert train(reference) == 0
     assert train([*batched, "--train_batch_size", "2", "--gradient_accumulation_steps", "1"]) == 0
-    assert train([*parted, "--max_train_steps", "3"]) == train(parted) == 0
-    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-    for name, tensor in weights(tmp_path / "whole").items():
+    assert train([*resumed, "--max_train_steps", "3"]) == train(resumed) == 0
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "reference"), rel=1e-5)
+    for name, tensor in weights(tmp_path / "reference").items():
         torch.testing.assert_close(weights(tmp_path / "b")[name], tensor, rtol=1e-3, atol=1e-5)
-    assert losses(tmp_path / "parted") == losses(tmp_path / "whole")
-    assert equal(weights(tmp_path / "parted"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "reference")
+    assert equal(weights(tmp_path / "resumed"), weights(tmp_path / "reference"))
     plain = lora_flags(model, tensors, tmp_path / "plain", "--load_tensors", "--max_train_steps", 1)
     assert train(plain) == 0
-    assert losses(tmp_path / "plain")[0] != losses(tmp_path / "whole")[0]
+    assert losses(tmp_path / "plain")[0] != losses(tmp_path / "reference")[0]
 
 
 def test_the_loss_follows_the_flags(
@@ -266,19 +268,19 @@ def test_all_weights_train_resume_and_give_the_validated_video(
     model: Path, tensors: Path, tmp_path: Path, validated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ("--load_tensors", "--learning_rate", "1e-3", "--validation_prompt", PROMPT)
-    flags = sft_flags(model, tensors, tmp_path / "whole", *more)
+    flags = sft_flags(model, tensors, tmp_path / "reference", *more)
     assert train_all(flags) == 0
-    stock = frames_of(tmp_path / "whole" / "inference.py", monkeypatch).numpy()
+    stock = frames_of(tmp_path / "reference" / "inference.py", monkeypatch).numpy()
     assert (stock == validated["step-000006"]).all()
     assert (stock != validated["step-000000"]).any()
     before = safetensors_of(model / "transformer")
-    after = safetensors_of(tmp_path / "whole" / "transformer")
+    after = safetensors_of(tmp_path / "reference" / "transformer")
     assert not [name for name, tensor in before.items() if after[name].equal(tensor)], "a weight did not move"
-    parted = sft_flags(model, tensors, tmp_path / "parted", *more)
-    assert train_all([*parted, "--max_train_steps", "4"]) == 0
-    assert train_all(parted) == 0
-    assert equal(safetensors_of(tmp_path / "parted" / "transformer"), after)
-    assert losses(tmp_path / "parted") == losses(tmp_path / "whole")
+    resumed = sft_flags(model, tensors, tmp_path / "resumed", *more)
+    assert train_all([*resumed, "--max_train_steps", "4"]) == 0
+    assert train_all(resumed) == 0
+    assert equal(safetensors_of(tmp_path / "resumed" / "transformer"), after)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "reference")
 
 
 def test_preparing_while_training_is_the_same_as_before(

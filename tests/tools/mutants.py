@@ -52,7 +52,7 @@ MUTANTS = (
     Mutant("model/blocks.py", "torch.where(is_text, t, v)", "torch.where(is_text, v, t)", (f"{PLANS}[make-5b]",)),
     Mutant("model/blocks.py", "    dh = dy + dh\n", "", (f"{PLANS}[make-5b]",)),
     Mutant("model/blocks.py", "linears_backward([gate2 * dy], g", "linears_backward([dy], g", (f"{PLANS}[make-5b]",)),
-    # what is trained for
+    # the loss and the adapters
     Mutant(
         "model/diffusion.py", "noise_BFCHW - noise * x0_BFCHW", "noise_BFCHW + noise * x0_BFCHW", ("test_diffusion.py",)
     ),
@@ -64,7 +64,7 @@ MUTANTS = (
     Mutant("model/rope.py", "round((base_height - height) / 2.0)", "0", ("test_rope.py",)),
     Mutant("model/lora.py", "/ (1.0 - self.p)", "* (1.0 - self.p)", ("test_methods.py", "-k", "dropout_is_a_function")),
     Mutant("model/lora.py", "dim=1, sign=-1.0", "dim=1, sign=1.0", ("test_methods.py", "-k", "pissa_starts")),
-    # a step
+    # the optimizer step
     Mutant(
         "optimizer/step.py",
         "self.buffer.div_(dist.get_world_size())",
@@ -92,10 +92,10 @@ MUTANTS = (
     ),
     Mutant("memory/streaming.py", "self.out.after(self.work.record_event())", "self.out.after()", (STREAMS,)),
     Mutant("memory/streaming.py", "slot_of.popitem(last=False)", "slot_of.popitem(last=True)", ("test_streaming.py",)),
-    # which samples
+    # the order of samples
     Mutant("data/sampler.py", "(micro * self.world + self.rank)", "(self.rank + micro)", ("test_sampler.py",)),
     Mutant("data/sampler.py", "p // size)[p % size]", "0)[p % size]", ("test_sampler.py",)),
-    # what is kept
+    # checkpoints
     Mutant(
         "runtime/checkpoint.py",
         'or file_hash(path) != entry["sha256"]',
@@ -114,7 +114,7 @@ MUTANTS = (
         "tensor if is_lora_b",
         ("test_scale.py", "-k", "without_its_metadata"),
     ),
-    # what is looked at
+    # evaluation and checks
     Mutant(
         "evaluation/held_out.py",
         "part * len(sample.image_keys)",
@@ -174,12 +174,12 @@ def outcome(mutant: Mutant, root: Path) -> str:
     """Returns the outcome of the tests under a mutant. The copy of the tree is restored afterwards."""
     if occurrences(mutant, root) != 1:
         return f"{occurrences(mutant, root)} places"
-    whole = (root / mutant.path).read_text()
-    (root / mutant.path).write_text(whole.replace(mutant.old, mutant.new))
+    original = (root / mutant.path).read_text()
+    (root / mutant.path).write_text(original.replace(mutant.old, mutant.new))
     try:
         status = run_tests(root, mutant.tests)
     finally:
-        (root / mutant.path).write_text(whole)
+        (root / mutant.path).write_text(original)
     return {0: "SURVIVED", 1: "killed"}.get(status, f"pytest ended with {status}")
 
 
