@@ -78,7 +78,7 @@ def test_every_flipped_byte_is_found(cache: TensorCache) -> None:
     for place in range(len(content)):
         for bits in (0x01, 0x20, 0x80):
             path.write_bytes(content[:place] + bytes([content[place] ^ bits]) + content[place + 1 :])
-            with pytest.raises(CacheError, match="prepare again, it is encoded anew"):
+            with pytest.raises(CacheError, match="prepare again, which encodes it anew"):
                 cache.read(KEY)
             assert not cache.has(KEY)  # it was renamed, so that the next preparation encodes it anew
     path.write_bytes(content)

@@ -586,5 +586,5 @@ def test_too_many_bad_clips_end_the_run(model: Path, tensors: Path, tmp_path: Pa
         train(flags)
     *listed, rule = error.value.problems
     assert len(listed) == 3
-    assert all("is not there; prepare again" in line for line in listed)
+    assert all("does not exist; prepare again" in line for line in listed)
     assert rule.startswith("--max_bad_fraction 0.34: 3 of 6 clips cannot be read")

@@ -729,7 +729,9 @@ def test_bad_images_are_listed_and_their_clips_dropped(
     records = made.plan()
     assert [record.status for record in records] == [FAILED, OK, FAILED, OK]
     assert records[0].path == str(paths[0])
-    assert records[2].reason.startswith("is 64x64, its clip 96x64: a first frame has its clip's shape; ")
+    assert records[2].reason.startswith(
+        "is 64x64, but its clip is 96x64: a first frame must have the aspect ratio of its clip; "
+    )
     index, after = made.encode(records, 4)
     assert [record.status for record in after] == [FAILED, FAILED, FAILED, OK]
     assert "1.png" in after[1].reason

@@ -122,12 +122,12 @@ def test_dropped_clips_have_a_status_and_a_reason(configs: Path, data: Path, tmp
     assert "1 too short:" in lines
     assert any(re.match(r"  \S+00000.mp4: .*Invalid data", line) for line in lines)
     assert any(
-        re.match(r"  \S+00005.mp4: 1.67 s give 14 frames .* and the shortest bucket has 17; give a shorter one", line)
+        re.match(r"  \S+00005.mp4: 1.67 s give 14 frames .* but the shortest bucket has 17; add a shorter bucket", line)
         for line in lines
     )
     lines = described(configs, data, tmp_path / "out", height_buckets=(128,), width_buckets=(160,))
     assert "3 too small:" in lines
-    wanted = "/videos/00001.mp4: 96x64 pixels would be enlarged 2.00 times, and 1.5 is the most; give a smaller bucket"
+    wanted = "/videos/00001.mp4: 96x64 pixels would be enlarged 2.00 times, but --max_upscale allows 1.5; add a"
     assert any(wanted in line for line in lines)
     lines = described(configs, data, tmp_path / "out", height_buckets=(128,), width_buckets=(160,), max_upscale=2.5)
     assert lines[1].split()[:4] == ["5x128x160", "5", "5", "5"]

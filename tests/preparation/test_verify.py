@@ -105,7 +105,7 @@ def test_a_good_cache_has_no_faults_and_is_not_touched(tiny: Tiny, data: Path) -
         (tear, "is incomplete"),
         (lambda path: path.write_bytes(b""), "is incomplete"),
         (swap_in_a_foreign_one, "holds the tensors of another key"),
-        (Path.unlink, "is not there"),
+        (Path.unlink, "does not exist"),
     ],
     ids=["bit", "torn", "empty", "foreign", "missing"],
 )

@@ -19,12 +19,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.errors import UsageError
 from cogvideox.files import LOCK_NAME, disk_errors_told, remove_stale_temporaries, remove_temporaries, write_atomically
 from cogvideox.locks import held
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX_FORMAT, OLD_FORMATS = 4, (3,)  # format 3 does not have the recipe
 _KEY_FIELDS = ("video_keys", "image_keys")  # fields of CachedSample that hold several keys
@@ -36,7 +39,7 @@ class CacheError(UsageError):
 
 
 def hash_of(values: Any) -> str:
-    """Returns the SHA-256 of a JSON value, in 64 hexadecimal digits."""
+    """Returns the SHA-256 of a value that JSON can represent, as 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
@@ -69,7 +72,7 @@ class TensorCache:
         """Returns whether the file for a key exists; only ``read`` checks its content."""
         return self.path(key).is_file()
 
-    def write(self, key: str, tensors: dict[str, Any]) -> int:
+    def write(self, key: str, tensors: "dict[str, Tensor]") -> int:
         """Stores CPU tensors under a key, and returns how many bytes were written."""
         from safetensors.torch import save
 
@@ -79,7 +82,7 @@ class TensorCache:
         write_atomically(self.path(key), content)
         return len(content)
 
-    def read(self, key: str) -> dict[str, Any]:
+    def read(self, key: str) -> "dict[str, Tensor]":
         """Returns the tensors of a key by name.
 
         A damaged file is renamed, so that the next preparation encodes it anew.
@@ -101,9 +104,9 @@ class TensorCache:
         path = self.path(key)
         with suppress(OSError):
             os.replace(path, path.with_suffix(".damaged"))
-        return CacheError(f"{problem}; prepare again, it is encoded anew")
+        return CacheError(f"{problem}; prepare again, which encodes it anew")
 
-    def examine(self, key: str) -> dict[str, Any]:
+    def examine(self, key: str) -> "dict[str, Tensor]":
         """Returns the tensors of a key as ``read`` does, but leaves a damaged file in its place."""
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -112,7 +115,7 @@ class TensorCache:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            raise CacheError(f"{path}: is not there") from None
+            raise CacheError(f"{path}: does not exist") from None
         except OSError as error:  # the content may be fine
             raise UsageError(f"{path}: cannot be read ({error.strerror}); fix that and run again") from None
         try:
@@ -133,13 +136,18 @@ class TensorCache:
 
 
 def header_of(content: bytes) -> dict[str, Any]:
-    """Returns the header of a safetensors file from its bytes."""
+    """Returns the header of a safetensors file from its bytes.
+
+    The library reads metadata only with ``safe_open``, which maps the file into memory. If the disk then fails, or
+    another program truncates the file, reading a tensor kills the process with SIGBUS. Bytes that were read before give
+    an error in one line, and they are the same bytes that the checksum is computed from.
+    """
     length = int.from_bytes(content[:8], "little")
     header: dict[str, Any] = json.loads(content[8 : 8 + length])
     return header
 
 
-def checksum(tensors: dict[str, Any]) -> str:
+def checksum(tensors: "dict[str, Tensor]") -> str:
     """Returns the SHA-256 over the names, shapes, types and bytes of tensors."""
     import torch
 
@@ -325,7 +333,7 @@ def open_index(folder: Path) -> CacheIndex:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is not valid JSON ({error}); run prepare_dataset.py again") from None
     if not isinstance(values, dict) or values.pop("format", None) not in (INDEX_FORMAT, *OLD_FORMATS):
-        rule = "was written by another version; run prepare_dataset.py again, which encodes nothing that is there"
+        rule = "was written by another version; run prepare_dataset.py again, which keeps all tensors"
         raise UsageError(f"{path}: {rule}")
     try:
         for name in ("samples", "validation"):

@@ -150,8 +150,8 @@ def image_refusal(clip: Source, image: Source) -> str | None:
     ratio = (image.width * clip.height) / (image.height * clip.width)
     if max(ratio, 1 / ratio) <= IMAGE_STRETCH:
         return None
-    shapes = f"is {image.width}x{image.height}, its clip {clip.width}x{clip.height}"
-    return f"{shapes}: a first frame has its clip's shape; cut it to that, or list no images"
+    sizes = f"is {image.width}x{image.height}, but its clip is {clip.width}x{clip.height}"
+    return f"{sizes}: a first frame must have the aspect ratio of its clip; crop it, or list no images"
 
 
 def why_no_bucket(info: VideoInfo, recipe: ClipRecipe, available: int) -> tuple[str, str]:
@@ -159,16 +159,16 @@ def why_no_bucket(info: VideoInfo, recipe: ClipRecipe, available: int) -> tuple[
     shortest = min(bucket.frames for bucket in recipe.buckets)
     if not available:
         skipped = f"--skip_frames_start {recipe.skip_frames_start} and --skip_frames_end {recipe.skip_frames_end}"
-        return SHORT, f"{skipped} leave nothing of its {info.num_frames} frames; give less"
+        return SHORT, f"{skipped} leave none of its {info.num_frames} frames; lower them"
     if available < shortest:
-        rate = f" at {recipe.fps:g} frames a second" if recipe.fps else ""
+        rate = f" at {recipe.fps:g} frames per second" if recipe.fps else ""
         frames = f"{available} {'frame' if available == 1 else 'frames'}"
         given = f"{info.duration:.2f} s give {frames}{rate}"
-        return SHORT, f"{given}, and the shortest bucket has {shortest}; give a shorter one"
+        return SHORT, f"{given}, but the shortest bucket has {shortest}; add a shorter bucket"
     filled = [bucket for bucket in recipe.buckets if bucket.frames <= available]
     least = min(upscale(bucket, info.height, info.width) for bucket in filled)
-    limit = f"{recipe.max_upscale:g} is the most; give a smaller bucket, or a larger --max_upscale"
-    return SMALL, f"{info.width}x{info.height} pixels would be enlarged {least:.2f} times, and {limit}"
+    limit = f"--max_upscale allows {recipe.max_upscale:g}; add a smaller bucket, or allow more"
+    return SMALL, f"{info.width}x{info.height} pixels would be enlarged {least:.2f} times, but {limit}"
 
 
 def plan_cut(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: str) -> Cut:

@@ -9,10 +9,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from cogvideox.config.flags import DataFlags
-from cogvideox.config.options import needs_captions, reads_clips
+from cogvideox.config.options import PrepareOptions, TrainOptions, needs_captions, reads_clips
 from cogvideox.data.forms.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, is_unicode
 from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
@@ -87,7 +86,7 @@ def check_no_missing_images(samples: Sequence[Sample]) -> None:
         raise UsageError(problems.lines())
 
 
-def check_data_roots(options: Any) -> Iterator[str]:
+def check_data_roots(options: TrainOptions | PrepareOptions) -> Iterator[str]:
     """Yields the problems of --data_root and --validation_data_root, for args.parse.
 
     The clips are kept for ``take_listing``, so that folders are read only once.

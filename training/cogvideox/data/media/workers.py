@@ -53,6 +53,8 @@ _COMMAND = "import sys; from cogvideox.data.media.workers import serve; serve(*m
 _PR_SET_PDEATHSIG = 1
 _LENGTH = struct.Struct("<Q")
 
+Parts = list[bytes | bytearray | memoryview]  # a message: a pickle, and the buffers of its arrays
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -95,7 +97,7 @@ class Workers:
         """
         self.number = number
         self._is_open = False
-        self._queue: queue.SimpleQueue[tuple[Future[Any], list[Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Parts] | None] = queue.SimpleQueue()
         self._slots = [_WorkerSlot(limits) for _ in range(number)]
         # Daemon threads, because otherwise an interpreter that exits without leaving the context would wait for jobs.
         self._threads = [threading.Thread(target=self._serve_slot, args=(slot,), daemon=True) for slot in self._slots]
@@ -176,7 +178,7 @@ class _WorkerSlot:
         # Without this lock, close() could miss a worker that is just being started, and it would never be killed.
         self._lock = threading.Lock()
 
-    def run(self, job: list[Any]) -> Any:
+    def run(self, job: Parts) -> Any:
         """Runs a packed job and returns its result, or ``Killed`` where its last attempt lost the worker."""
         for _ in range(ATTEMPTS):
             worker = self._worker or self._start_worker()
@@ -241,7 +243,7 @@ class _Worker:
         self._channel, self._stream = ours, ours.makefile("rwb")
         self.has_started = False
 
-    def run(self, job: list[Any], limits: Limits) -> Any:
+    def run(self, job: Parts, limits: Limits) -> Any:
         """Runs a packed job in the process and returns its result.
 
         Raises:
@@ -266,7 +268,7 @@ class _Worker:
             raise _WorkerLost(f"its worker ran out of memory ({size}); --decode_memory gives it more")
         return value
 
-    def _exchange(self, job: list[Any], seconds: float) -> tuple[int, Any]:
+    def _exchange(self, job: Parts, seconds: float) -> tuple[int, Any]:
         self._channel.settimeout(None)
         _send(self._stream, job)
         reply: tuple[int, Any] = _unpack(_receive(self._stream))
@@ -332,7 +334,7 @@ def serve(channel: int, memory: int, parent: int) -> None:
             _send(stream, _answer(_receive(stream), stream))
 
 
-def _answer(job: list[Any], stream: BufferedRWPair) -> list[Any]:
+def _answer(job: Parts, stream: BufferedRWPair) -> Parts:
     try:
         function, *arguments = _unpack(job)
         _send(stream, _pack((STARTED, None)))
@@ -398,20 +400,20 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _pack(value: Any) -> list[Any]:
+def _pack(value: Any) -> Parts:
     """Serializes a value into the parts of a message: a pickle, then each array's buffer, without a copy."""
     arrays: list[pickle.PickleBuffer] = []
     body = pickle.dumps(value, 5, buffer_callback=arrays.append)
     return [body, *(array.raw() for array in arrays)]
 
 
-def _unpack(parts: list[Any]) -> Any:
+def _unpack(parts: Parts) -> Any:
     """Restores a value from the parts of a message."""
     body, *arrays = parts
     return pickle.loads(body, buffers=arrays)
 
 
-def _send(stream: BufferedRWPair, parts: list[Any]) -> None:
+def _send(stream: BufferedRWPair, parts: Parts) -> None:
     """Sends a message: the number of its parts, then the length and the bytes of each part."""
     stream.write(_LENGTH.pack(len(parts)))
     for part in parts:
@@ -420,7 +422,7 @@ def _send(stream: BufferedRWPair, parts: list[Any]) -> None:
     stream.flush()
 
 
-def _receive(stream: BufferedRWPair) -> list[Any]:
+def _receive(stream: BufferedRWPair) -> Parts:
     """Receives the parts of one message. Raises EOFError if the other end of the socket is closed."""
     return [_receive_part(stream, _receive_length(stream)) for _ in range(_receive_length(stream))]
 
