@@ -15,9 +15,9 @@ from fakes import options_of
 from running import equal, lora_flags, sft_flags, train, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_loras import disturb, lora, outputs, stock
 
 from cogvideox.config import args
-from cogvideox.config.flags import ModelFlags
 from cogvideox.config.options import SftOptions
 from cogvideox.errors import UsageError
 from cogvideox.model.lora import broadcast_from_first, principal_matrices
@@ -25,21 +25,8 @@ from cogvideox.model.methods import WEIGHTS_NAME, FullFinetune, Lora
 from cogvideox.model.models import load_transformer
 
 
-def lora(model: Path, *flags: object, seed: int = 1, dtype: torch.dtype = torch.float32) -> Lora:
-    options = options_of(Path("x"), "--pretrained_model_name_or_path", model, "--seed", seed, *flags)
-    return Lora(load_transformer(options.model, dtype), options)
-
-
 def lora_recipe(model: Path, *flags: object) -> dict[str, Any]:
     return Lora.recipe(options_of(Path("x"), "--pretrained_model_name_or_path", model, *flags))
-
-
-def disturb(method: Any) -> None:
-    """Makes all weights nonzero, as after training; initially, half of them are zero."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in method.parameters().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,11 +84,6 @@ def test_a_regular_expression_is_matched_with_whole_names(model: Path) -> None:
     assert "'attn1.to_k'" in line
 
 
-def stock(model: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Returns the model without a LoRA."""
-    return load_transformer(ModelFlags(str(model)), dtype)
-
-
 # -- variants ----------------------------------------------------------------------------------------------------------
 
 VARIANTS = {
@@ -132,16 +114,6 @@ def test_each_variant_is_published_and_resumed_exactly(
     )
     assert train(flags) == 0
     assert equal(weights(tmp_path), first)
-
-
-def outputs(transformer: Any) -> torch.Tensor:
-    """Returns the output of a transformer for fixed inputs."""
-    generator = torch.Generator().manual_seed(3)
-    latents = torch.randn(2, 3, 16, 8, 12, generator=generator)
-    prompt = torch.randn(2, 32, 32, generator=generator)
-    rotary = (torch.ones(72, 32), torch.zeros(72, 32))
-    with torch.no_grad():
-        return transformer(latents, prompt, torch.tensor([5, 900]), image_rotary_emb=rotary, return_dict=False)[0]
 
 
 def test_pissa_starts_as_the_model_and_from_its_largest_singular_values(model: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from running import PROMPT, WEIGHTS, environment, equal, lora_flags, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_methods import disturb, lora, outputs, stock
+from tiny_loras import disturb, lora, outputs, stock
 
 from cogvideox.config.flags import LoraFlags
 from cogvideox.config.lora_file import FOLDED_EXACTLY, FOLDED_ROUNDED, NOT_FOLDED, misfits, read_header

@@ -145,7 +145,7 @@ def test_a_missing_wait_of_the_transfers_changes_the_numbers(name: str, monkeypa
     resident, hosted = pair(torch.bfloat16)
     transfers = hosted[0].transfers
     assert transfers is not None
-    monkeypatch.setattr(getattr(transfers, name), "mark", lambda: None)
+    monkeypatch.setattr(getattr(transfers, name), "record_event", lambda: None)
     for engine, params in (resident, hosted):
         train(engine, params, 0, 2)
     with pytest.raises(AssertionError):

@@ -16,8 +16,8 @@ import torch._dynamo.utils as dynamo
 from block_faults import BLOCK_FAULTS
 from fakes import run_alone
 from peft import LoraConfig
-from test_stack import TARGETS, arguments_of, make, make_whole
 from tiny_cogvideox import KINDS
+from tiny_transformers import TARGETS, arguments_of, make_trainable, make_with_lora
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import ModelFlags
@@ -53,7 +53,7 @@ def plan_of(*kinds: BlockPlan, **more: Any) -> ExecutionPlan:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_kind_passes(tiny: Tiny, kind: str, dtype: torch.dtype) -> None:
-    for made in (make, make_whole):
+    for made in (make_with_lora, make_trainable):
         said = check(tiny, kind, made(kind).to(dtype), plan_of(HERE, AWAY), samples=2)
         assert re.fullmatch(
             r"checked on \d+ tokens: blocks give what diffusers' .*, cosine (1.0000|0.9999)\d\d .*", said
@@ -64,13 +64,13 @@ def test_every_kind_passes(tiny: Tiny, kind: str, dtype: torch.dtype) -> None:
 def test_a_quantized_base_is_compared_with_the_values_that_it_has(tiny: Tiny, precision: str) -> None:
     """To far less than what separates them from the values that they were made of."""
     for dtype in (torch.float32, torch.bfloat16):
-        said = check(tiny, "5b", make("5b").to(dtype), plan_of(HERE, AWAY, base_precision=precision))
+        said = check(tiny, "5b", make_with_lora("5b").to(dtype), plan_of(HERE, AWAY, base_precision=precision))
         assert float(said.split("cosine ")[1].split()[0]) > 0.99995
 
 
 def test_the_model_stays_what_it_is(tiny: Tiny) -> None:
     """A LoRA that starts at zero too, of which only the copy is random."""
-    transformer = make_whole("5b").requires_grad_(False)
+    transformer = make_trainable("5b").requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
     check(tiny, "5b", transformer, plan_of(AWAY))
@@ -84,14 +84,14 @@ def test_the_model_stays_what_it_is(tiny: Tiny) -> None:
 
 
 def test_a_lora_that_is_not_zero_is_compared_as_it_is() -> None:
-    block = make("5b").transformer_blocks[0]
+    block = make_with_lora("5b").transformer_blocks[0]
     copied = copy_of(block).state_dict()
     assert all(copied[name].equal(tensor) for name, tensor in block.state_dict().items())
 
 
 def test_blocks_of_diffusers_are_not_compared_with_themselves(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(block_check, "check_block")
-    assert check(tiny, "5b", make("5b"), ModulePlan(recompute=True, compiled=False)) == ""
+    assert check(tiny, "5b", make_with_lora("5b"), ModulePlan(recompute=True, compiled=False)) == ""
 
 
 # -- what must be found ------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_blocks_of_diffusers_are_not_compared_with_themselves(tiny: Tiny, monkey
 
 @pytest.mark.fault("numbers: a hand-written block that differs from diffusers' block")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("made", [make, make_whole])
+@pytest.mark.parametrize("made", [make_with_lora, make_trainable])
 @pytest.mark.parametrize("fault", BLOCK_FAULTS)
 def test_each_difference_is_found(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fault: str, made: Callable[[str], Any], dtype: torch.dtype
@@ -112,7 +112,7 @@ def test_each_difference_is_found(
 
 
 def test_the_last_block_is_looked_at_too(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    transformer, right = make("5b"), block_check.compare_block
+    transformer, right = make_with_lora("5b"), block_check.compare_block
 
     def only_last(module: Any, *rest: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +135,7 @@ def test_a_wrong_size_of_a_gradient_is_found(tiny: Tiny, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(blocks, "linears_backward", doubled)
     with pytest.raises(BlockError, match="block 1 of 3, gradient of "):
-        check(tiny, "5b", make("5b").bfloat16(), plan_of(HERE))
+        check(tiny, "5b", make_with_lora("5b").bfloat16(), plan_of(HERE))
 
 
 def test_likeness() -> None:
@@ -161,13 +161,13 @@ def test_fewer_tokens_where_all_do_not_fit(tiny: Tiny, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(block_check, "compare", scarce)
     monkeypatch.setattr(block_check, "LEAST_PATCHES", 10)
-    said = check(tiny, "5b", make("5b"), plan_of(HERE, compiled=True))
+    said = check(tiny, "5b", make_with_lora("5b"), plan_of(HERE, compiled=True))
     tokens = read_geometry(ModelFlags(str(tiny("5b")))).max_text_seq_length + 18
     assert said.startswith(f"checked on {tokens} tokens")
     assert seen == [(72, 72, True), (36, 36, False), (18, 18, False)] * 2
     monkeypatch.setattr(block_check, "LEAST_PATCHES", 30)
     with pytest.raises(torch.OutOfMemoryError):
-        check(tiny, "5b", make("5b"), plan_of(HERE))
+        check(tiny, "5b", make_with_lora("5b"), plan_of(HERE))
 
 
 @pytest.mark.parametrize("plan", [plan_of(AWAY, compiled=True), ModulePlan(recompute=False, compiled=True)])
@@ -178,7 +178,7 @@ def test_training_uses_the_graphs_of_the_check(tiny: Tiny, monkeypatch: pytest.M
     for checked in (False, True):
         torch._dynamo.reset()
         dynamo.counters.clear()
-        transformer = make("5b")
+        transformer = make_with_lora("5b")
         if checked:
             check(tiny, "5b", transformer, plan)
             assert dynamo.counters["stats"]["unique_graphs"]

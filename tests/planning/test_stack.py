@@ -13,7 +13,8 @@ import pytest
 import stream_races
 import torch
 from peft import LoraConfig
-from tiny_cogvideox import KINDS, is_image_to_video, is_version_1_5
+from tiny_cogvideox import KINDS
+from tiny_transformers import TARGETS, arguments_of, make_trainable, make_with_lora
 from torch import Tensor
 
 from cogvideox.memory import streaming
@@ -34,46 +35,9 @@ from cogvideox.planning.stack import (
     unquantized_matrix_bytes,
 )
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 CPU = torch.device("cpu")
 MIXED = (BlockPlan(DEVICE, "linear", DEVICE), BlockPlan(HOST, "attention", HOST))
 pytestmark = pytest.mark.usefixtures("small")
-
-
-def make(kind: str, depth: int = 3, targets: list[str] = TARGETS, **lora: Any) -> Any:
-    """A random tiny transformer with a LoRA that is not zero; always the same."""
-    with torch.random.fork_rng():
-        transformer = make_whole(kind, depth).requires_grad_(False)
-        transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **lora))
-    return transformer
-
-
-def make_whole(kind: str, depth: int = 3) -> Any:
-    """A random tiny transformer of which all is trained; always the same. Draws from the global generator."""
-    import tiny_cogvideox
-    from diffusers import CogVideoXTransformer3DModel
-
-    torch.manual_seed(0)
-    config = dict(tiny_cogvideox._transformer(kind).config) | {"num_layers": depth}
-    return CogVideoXTransformer3DModel.from_config(config)
-
-
-def arguments_of(kind: str, frames: int = 4, samples: int = 2) -> dict[str, Any]:
-    """Random arguments of a transformer's forward."""
-    generator = torch.Generator().manual_seed(1)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    angles = randn(frames * 24 // (2 if is_version_1_5(kind) else 1), 32)
-    return {
-        "hidden_states": randn(samples, frames, 32 if is_image_to_video(kind) else 16, 8, 12),
-        "encoder_hidden_states": randn(samples, 32, 32),
-        "timestep": torch.tensor([3, 700][:samples]),
-        "image_rotary_emb": None if kind == "2b" else (angles.cos(), angles.sin()),
-        "ofs": torch.full((1,), 2.0) if kind == "1.5-5b-i2v" else None,
-        "return_dict": False,
-    }
 
 
 def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -134,7 +98,7 @@ def same(found: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("made", [make, make_whole])
+@pytest.mark.parametrize("made", [make_with_lora, make_trainable])
 def test_every_plan_is_the_transformer_of_diffusers(kind: str, made: Callable[[str], Any]) -> None:
     arguments = arguments_of(kind)
     right = outcome(made(kind), arguments)
@@ -147,7 +111,7 @@ def test_every_plan_is_the_transformer_of_diffusers(kind: str, made: Callable[[s
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
 def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
-    transformer = make_whole("5b").bfloat16()
+    transformer = make_trainable("5b").bfloat16()
     stack = installed(transformer, (BlockPlan(HOST, "attention", HOST),))
     assert stack.host_trained
     arguments = {k: v.bfloat16() if k.endswith("states") else v for k, v in arguments_of("5b").items()}
@@ -160,7 +124,7 @@ def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
             torch.float32 if number else torch.bfloat16
         }
         assert all(norm.equal(g.float().norm()) for i in found for norm, g in zip(sums.norms[i], found[i], strict=True))
-    right = make_whole("5b").bfloat16()
+    right = make_trainable("5b").bfloat16()
     installed(right, (BlockPlan(DEVICE, "attention", DEVICE),))
     for number in range(passes):
         (right(**arguments)[0] * (1 + number)).square().mean().backward()
@@ -176,9 +140,9 @@ def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
 
 def test_changed_weights_on_the_host_are_seen() -> None:
     """By the next pass, though their slots have the old ones."""
-    transformer = make_whole("5b", depth=2)
+    transformer = make_trainable("5b", depth=2)
     installed(transformer, (BlockPlan(HOST, "attention", HOST),))
-    right, arguments = make_whole("5b", depth=2), arguments_of("5b")
+    right, arguments = make_trainable("5b", depth=2), arguments_of("5b")
     with torch.no_grad():
         for scale in (1.0, 0.5):
             for parameter in (*transformer.parameters(), *right.parameters()):
@@ -191,13 +155,13 @@ def test_every_level_keeps_what_it_says() -> None:
     assert list(p) == list(LEVELS)
     for less, more in pairwise(LEVELS):
         assert set(p[less]) < set(p[more])
-    kinds = [block_weights(made("5b", depth=1).transformer_blocks[0]) for made in (make, make_whole)]
+    kinds = [block_weights(made("5b", depth=1).transformer_blocks[0]) for made in (make_with_lora, make_trainable)]
     units = [{k: sum(blocks.UNITS[name] for name in blocks.kept_at(k, p)) for k in LEVELS} for p in kinds]
     assert units == [UNITS_KEPT, UNITS_KEPT | {"linear": 12, "all": 20}]
 
 
 def test_inputs_of_layers_without_a_lora_are_not_kept() -> None:
-    block = make("5b", depth=1).transformer_blocks[0]
+    block = make_with_lora("5b", depth=1).transformer_blocks[0]
     p = block_weights(block)
     everything = set(blocks.KEPT["all"]) - {"a", "z"}  # these are for gates, which are frozen
     assert p.ff1.a is not None
@@ -210,7 +174,7 @@ def test_inputs_of_layers_without_a_lora_are_not_kept() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("made", "layers"), [(make, 5), (make_whole, 6)])  # the last one for its gate alone
+@pytest.mark.parametrize(("made", "layers"), [(make_with_lora, 5), (make_trainable, 6)])
 def test_what_is_kept_is_not_computed_again(
     made: Callable[..., Any], layers: int, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +198,7 @@ def test_what_is_kept_is_not_computed_again(
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_inputs_of_layers_without_a_lora_are_not_computed_again(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    transformer = under(make("5b", depth=1, targets=TARGETS[:4]), (BlockPlan(DEVICE, level, DEVICE),))
+    transformer = under(make_with_lora("5b", depth=1, targets=TARGETS[:4]), (BlockPlan(DEVICE, level, DEVICE),))
     output = transformer(**arguments_of("5b"))[0]
     calls: list[str] = []
     for name in ("modulate", "gelu"):
@@ -253,7 +217,7 @@ def test_inputs_of_layers_without_a_lora_are_not_computed_again(level: str, monk
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_what_is_frozen_gets_no_gradient(level: str) -> None:
-    p = block_weights(make("5b", depth=1).transformer_blocks[0])
+    p = block_weights(make_with_lora("5b", depth=1).transformer_blocks[0])
     generator = torch.Generator().manual_seed(0)
     x, dy, temb = (
         torch.randn(size, generator=generator)
@@ -269,7 +233,7 @@ def test_what_is_frozen_gets_no_gradient(level: str) -> None:
 def test_what_is_kept_on_the_host_comes_back_from_the_next_such_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the blocks between them run, not once they have."""
     there, away = BlockPlan(DEVICE, "attention", DEVICE), BlockPlan(DEVICE, "linear", HOST)
-    transformer = make("5b", depth=6)
+    transformer = make_with_lora("5b", depth=6)
     plan = ExecutionPlan((away, there, there, away, there, there), False, "cpu")
     stack = Stack(transformer, plan, CPU)
     stack.install()
@@ -284,7 +248,10 @@ def test_what_is_kept_on_the_host_comes_back_from_the_next_such_block(monkeypatc
     assert events.index(("fetch", 0)) < events.index(("run", 3))
 
 
-@pytest.mark.parametrize(("made", "precision"), [(make, AUTO), (make, "int8"), (make, "nf4"), (make_whole, AUTO)])
+@pytest.mark.parametrize(
+    ("made", "precision"),
+    [(make_with_lora, AUTO), (make_with_lora, "int8"), (make_with_lora, "nf4"), (make_trainable, AUTO)],
+)
 def test_compiled_is_one_graph_a_pass_and_the_same(
     made: Callable[[str], Any], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,10 +275,11 @@ def test_one_graph_a_pass_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    transformer = under(make("5b", depth=1), MIXED[:1], compiled=True, any_length=True)
+    transformer = under(make_with_lora("5b", depth=1), MIXED[:1], compiled=True, any_length=True)
     for frames in (4, 3, 5):
         arguments = arguments_of("5b", frames, samples=1)
-        check(outcome(transformer, arguments), outcome(under(make("5b", depth=1), MIXED), arguments), tolerance=1e-4)
+        right = outcome(under(make_with_lora("5b", depth=1), MIXED), arguments)
+        check(outcome(transformer, arguments), right, tolerance=1e-4)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     torch._dynamo.reset()
 
@@ -326,7 +294,7 @@ def test_backward_may_compile_as_many_graphs_in_a_thread_of_its_own(monkeypatch:
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
     torch._dynamo.reset()
-    transformer = under(make("5b", depth=1), MIXED[1:], compiled=True)
+    transformer = under(make_with_lora("5b", depth=1), MIXED[1:], compiled=True)
     thread = threading.Thread(target=lambda: outcome(transformer, arguments_of("5b", samples=1)))
     thread.start()
     thread.join()
@@ -337,7 +305,8 @@ def test_backward_may_compile_as_many_graphs_in_a_thread_of_its_own(monkeypatch:
 def test_accumulated_steps_of_several_shapes_are_those_of_resident_blocks() -> None:
     """What lies on the host is overwritten by the next forward pass, whatever its shape."""
     sequence = [arguments_of("5b", frames, samples) for frames, samples in ((4, 2), (2, 1), (6, 1), (4, 2))]
-    resident, streamed = under(make("5b"), (BlockPlan(),)), under(make("5b"), (BlockPlan(HOST, "attention", HOST),))
+    resident = under(make_with_lora("5b"), (BlockPlan(),))
+    streamed = under(make_with_lora("5b"), (BlockPlan(HOST, "attention", HOST),))
     for arguments in sequence:
         assert same(outcome(streamed, arguments), outcome(resident, arguments))
 
@@ -347,7 +316,7 @@ def test_many_steps_of_streamed_blocks_are_those_of_resident_ones(steps: int) ->
     """Bit for bit, with buckets that take turns."""
     ends = []
     for plans in ((BlockPlan(DEVICE, "attention", DEVICE),), (BlockPlan(HOST, "attention", HOST),)):
-        transformer = under(make("5b", depth=4), plans)
+        transformer = under(make_with_lora("5b", depth=4), plans)
         parameters = [p for p in transformer.parameters() if p.requires_grad]
         start = [p.detach().clone() for p in parameters]
         arguments = [arguments_of("5b", frames, samples=1) for frames in (1, 2)]
@@ -363,14 +332,14 @@ def test_many_steps_of_streamed_blocks_are_those_of_resident_ones(steps: int) ->
 
 
 def test_parameters_keep_names_and_values() -> None:
-    plain, streamed = make("5b").state_dict(), under(make("5b"), (BlockPlan(HOST),)).state_dict()
+    plain, streamed = make_with_lora("5b").state_dict(), under(make_with_lora("5b"), (BlockPlan(HOST),)).state_dict()
     assert plain.keys() == streamed.keys()
     assert all(plain[name].equal(streamed[name]) for name in plain)
 
 
 def test_without_adapters_it_is_the_base_model() -> None:
     arguments = arguments_of("5b")
-    plain, streamed = make("5b"), under(make("5b"), (BlockPlan(HOST),))
+    plain, streamed = make_with_lora("5b"), under(make_with_lora("5b"), (BlockPlan(HOST),))
     outputs = []
     for transformer in (plain, streamed):
         trained = transformer(**arguments)[0].detach()
@@ -395,23 +364,23 @@ def test_without_adapters_it_is_the_base_model() -> None:
     ],
 )
 def test_what_is_plain(targets: list[str], lora: dict[str, Any], plain: bool) -> None:
-    assert plain_lora(make("5b", targets=targets, **lora)) is plain
+    assert plain_lora(make_with_lora("5b", targets=targets, **lora)) is plain
 
 
 def test_a_lora_on_some_layers_only() -> None:
     arguments = arguments_of("5b")
     targets = ["to_v", "ff.net.2"]
-    right = outcome(make("5b", targets=targets), arguments)
-    check(outcome(under(make("5b", targets=targets), MIXED), arguments), right, tolerance=1e-5)
+    right = outcome(make_with_lora("5b", targets=targets), arguments)
+    check(outcome(under(make_with_lora("5b", targets=targets), MIXED), arguments), right, tolerance=1e-5)
 
 
 def test_blocks_in_front_of_the_first_lora_keep_nothing() -> None:
     """No backward pass comes to them, so nobody would take it."""
     targets: Any = r"transformer_blocks\.2\.attn1\.to_q"
-    transformer = make("5b", targets=targets)
+    transformer = make_with_lora("5b", targets=targets)
     stack = Stack(transformer, ExecutionPlan((BlockPlan(HOST, "attention", HOST),) * 3, False, "cpu"), CPU)
     stack.install()
-    right = outcome(make("5b", targets=targets), arguments_of("5b"))
+    right = outcome(make_with_lora("5b", targets=targets), arguments_of("5b"))
     check(outcome(transformer, arguments_of("5b")), right, tolerance=1e-5)
     assert list(stack.store.buffers) == [2]
     assert not stack.store.layouts
@@ -433,14 +402,14 @@ def rounded(transformer: Any, precision: str) -> Any:
 def test_a_quantized_base_is_the_transformer_of_diffusers_with_its_values(precision: str) -> None:
     """Streamed or resident, with and without its adapters."""
     arguments = arguments_of("5b")
-    resident = under(make("5b"), (BlockPlan(),), base_precision=precision)
+    resident = under(make_with_lora("5b"), (BlockPlan(),), base_precision=precision)
     first = outcome(resident, arguments)
-    check(first, outcome(rounded(make("5b"), precision), arguments), tolerance=1e-5)
-    assert not first["output"].equal(outcome(under(make("5b"), (BlockPlan(),)), arguments)["output"])
+    check(first, outcome(rounded(make_with_lora("5b"), precision), arguments), tolerance=1e-5)
+    assert not first["output"].equal(outcome(under(make_with_lora("5b"), (BlockPlan(),)), arguments)["output"])
     for plan in ((BlockPlan(HOST, "attention", HOST),), (BlockPlan(HOST, "input"),), MIXED):
-        assert same(outcome(under(make("5b"), plan, base_precision=precision), arguments), first), plan
+        assert same(outcome(under(make_with_lora("5b"), plan, base_precision=precision), arguments), first), plan
     resident.disable_adapters()
-    bare = rounded(make("5b"), precision)
+    bare = rounded(make_with_lora("5b"), precision)
     bare.disable_adapters()
     with torch.no_grad():
         torch.testing.assert_close(resident(**arguments)[0], bare(**arguments)[0])
@@ -449,7 +418,7 @@ def test_a_quantized_base_is_the_transformer_of_diffusers_with_its_values(precis
 def test_what_is_quantized_is_nowhere_else() -> None:
     """Nothing can compute with a module's weight by mistake, and PEFT still finds its type and device."""
     for plan in (BlockPlan(), BlockPlan(HOST)):
-        transformer = under(make("5b"), (plan,), base_precision="nf4")
+        transformer = under(make_with_lora("5b"), (plan,), base_precision="nf4")
         module = transformer.transformer_blocks[0]
         matrices = list(quantization_kinds(module, "nf4"))
         assert len(matrices) == 8
@@ -470,7 +439,7 @@ def test_the_buffer_of_a_full_size_block(precision: str, share: float) -> None:
 
 
 def test_what_is_stored_is_what_is_predicted() -> None:
-    transformer = make("5b")
+    transformer = make_with_lora("5b")
     plan = ExecutionPlan((BlockPlan(HOST),) * 3, False, "cpu", base_precision="nf4")
     predicted, before = (base_bytes(transformer.transformer_blocks[0], kind) for kind in ("nf4", AUTO))
     ring = Stack(transformer, plan, CPU).ring
@@ -482,17 +451,19 @@ def test_what_is_stored_is_what_is_predicted() -> None:
 @pytest.mark.parametrize(("precision", "least"), [("int8", 0.9998), ("fp8", 0.999), ("nf4", 0.99)])
 def test_a_quantized_base_hardly_turns_the_gradients(precision: str, least: float) -> None:
     def gradients(precision: str) -> Tensor:
-        found = outcome(under(make("5b"), (BlockPlan(),), base_precision=precision), arguments_of("5b"))
+        found = outcome(under(make_with_lora("5b"), (BlockPlan(),), base_precision=precision), arguments_of("5b"))
         return torch.cat([g.flatten() for name, g in found.items() if "lora" in name])
 
     cosine = torch.cosine_similarity(gradients(precision), gradients(AUTO), dim=0)
     assert least <= cosine < 1 - 1e-6
-    sampled = [gradient_cosine(m, precision, CPU, "cpu") for m in make("5b").transformer_blocks]
+    sampled = [gradient_cosine(m, precision, CPU, "cpu") for m in make_with_lora("5b").transformer_blocks]
     assert least <= min(sampled) <= max(sampled) < 1 - 1e-6
 
 
 def test_the_cosine_of_an_unquantized_base_is_1() -> None:
-    assert gradient_cosine(make("5b").transformer_blocks[0], AUTO, CPU, "cpu") == pytest.approx(1.0, abs=1e-12)
+    assert gradient_cosine(make_with_lora("5b").transformer_blocks[0], AUTO, CPU, "cpu") == pytest.approx(
+        1.0, abs=1e-12
+    )
 
 
 # -- copies that are late ----------------------------------------------------------------------------------------------
@@ -535,7 +506,7 @@ def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulatio
     return found | masters.state() | {name: p.detach().clone() for name, p in parameters.items()}
 
 
-@pytest.mark.parametrize("made", [make, make_whole])
+@pytest.mark.parametrize("made", [make_with_lora, make_trainable])
 @pytest.mark.parametrize(("plans", "accumulation"), [(AWAY, 1), (TURNS, 2), (STATE_HERE, 1)])
 @pytest.mark.fault("memory: copies to and from the device that are late", times=2)
 def test_late_copies_change_nothing(
@@ -562,14 +533,14 @@ def test_late_copies_change_nothing(
 )
 def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As late as can be, or at random: it may be another wait that comes in time."""
-    right = steps_of(make_whole, RESIDENT, 2)
+    right = steps_of(make_trainable, RESIDENT, 2)
 
     def is_seen(seed: int | None) -> bool:
         with monkeypatch.context() as patch:
             late_streams.use(patch, seed)
             patch.setattr(owner, name, lambda *_: None)
             try:
-                return not same(steps_of(make_whole, AWAY, 2), right)
+                return not same(steps_of(make_trainable, AWAY, 2), right)
             except late_streams.Freed:
                 return True
 
@@ -577,7 +548,8 @@ def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("made", "plans", "accumulation"), [(make, TURNS, 1), (make_whole, AWAY, 2), (make_whole, STATE_HERE, 1)]
+    ("made", "plans", "accumulation"),
+    [(make_with_lora, TURNS, 1), (make_trainable, AWAY, 2), (make_trainable, STATE_HERE, 1)],
 )
 def test_every_stream_waits_for_what_it_touches(
     made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int, monkeypatch: pytest.MonkeyPatch
@@ -586,7 +558,7 @@ def test_every_stream_waits_for_what_it_touches(
     monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 3000)
     with stream_races.watched(monkeypatch) as streams:
         steps_of(made, plans, accumulation)
-    assert len(streams.clocks) == 8 + 2 * (made is make_whole)  # what sums of gradients need has two of its own
+    assert len(streams.clocks) == 8 + 2 * (made is make_trainable)  # what sums of gradients need has two of its own
 
 
 @pytest.mark.parametrize("left_out", ["mark", "wait"])
@@ -595,7 +567,7 @@ def test_a_stream_that_does_not_wait_is_seen(left_out: str, monkeypatch: pytest.
     """Events that say nothing, and events that nobody waits for."""
     monkeypatch.setattr(stream_races.Streams, left_out, lambda *_: {})
     with pytest.raises(stream_races.Race), stream_races.watched(monkeypatch):
-        steps_of(make_whole, AWAY, 1)
+        steps_of(make_trainable, AWAY, 1)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
@@ -640,17 +612,17 @@ def delayed(stack: Stack) -> None:
     stack.ring.copy = late(stack.ring.copy)  # type: ignore[method-assign]
     stores = [stack.store, *([stack.host_trained.gradients.store] if stack.host_trained else [])]
     for side in (side for store in stores for side in (store.out, store.back)):
-        side.mark = late_mark(side, generator)  # type: ignore[method-assign]
+        side.record_event = late_event(side, generator)  # type: ignore[method-assign]
 
 
-def late_mark(side: Any, generator: torch.Generator) -> Any:
-    """``mark`` of a stream on which a pause comes first."""
-    mark = side.mark
+def late_event(side: Any, generator: torch.Generator) -> Any:
+    """Returns a replacement for ``record_event`` of a stream that first issues a pause of random length."""
+    record_event = side.record_event
 
     def call() -> Any:
         with torch.cuda.stream(side.stream):
             torch.cuda._sleep(int(torch.randint(1, 20_000_000, (), generator=generator)))
-        return mark()
+        return record_event()
 
     return call
 
@@ -736,7 +708,7 @@ def wholly_trained(
         generator = torch.Generator().manual_seed(1)
         assert masters.transfers is not None
         for side in (masters.transfers.into, masters.transfers.work, masters.transfers.out):
-            side.mark = late_mark(side, generator)  # type: ignore[method-assign]
+            side.record_event = late_event(side, generator)  # type: ignore[method-assign]
     for number, loss in enumerate(random_losses(transformer, steps * accumulation), start=1):
         masters.backward(loss / accumulation)
         if number % accumulation == 0:

@@ -44,14 +44,14 @@ class Mutant(NamedTuple):
         return f"{self.file}: {self.old.strip()} -> {self.new.strip() or '(nothing)'}"
 
 
-PLANS = "test_stack.py::test_every_plan_is_the_transformer_of_diffusers"
+PLANS = "test_stack.py::test_every_plan_is_the_transformer_of_diffusers[make_with_lora-5b]"
 STREAMS = "test_stack.py::test_every_stream_waits_for_what_it_touches"
 MUTANTS = (
     # the block
-    Mutant("model/blocks.py", "(sin * sign)", "(sin * -sign)", (f"{PLANS}[make-5b]",)),
-    Mutant("model/blocks.py", "torch.where(is_text, t, v)", "torch.where(is_text, v, t)", (f"{PLANS}[make-5b]",)),
-    Mutant("model/blocks.py", "    dh = dy + dh\n", "", (f"{PLANS}[make-5b]",)),
-    Mutant("model/blocks.py", "linears_backward([gate2 * dy], g", "linears_backward([dy], g", (f"{PLANS}[make-5b]",)),
+    Mutant("model/blocks.py", "(sin * sign)", "(sin * -sign)", (PLANS,)),
+    Mutant("model/blocks.py", "torch.where(is_text, t, v)", "torch.where(is_text, v, t)", (PLANS,)),
+    Mutant("model/blocks.py", "    dh = dy + dh\n", "", (PLANS,)),
+    Mutant("model/blocks.py", "linears_backward([gate2 * dy], g", "linears_backward([dy], g", (PLANS,)),
     # the loss and the adapters
     Mutant(
         "model/diffusion.py", "noise_BFCHW - noise * x0_BFCHW", "noise_BFCHW + noise * x0_BFCHW", ("test_diffusion.py",)
