@@ -1,4 +1,4 @@
-"""Free memory of the host, and of control groups of both versions."""
+"""Tests host_memory.py: the free memory of a host, within control groups of versions 1 and 2."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MACHINE = 100 * GIB
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with 100 GiB that are free."""
+    """Simulates a machine with 100 GiB of free memory and no control groups."""
     monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=MACHINE))
     monkeypatch.setattr(host_memory, "MOUNT", tmp_path / "cgroup")
     monkeypatch.setattr(host_memory, "MEMBERSHIP", tmp_path / "self")
@@ -29,7 +29,7 @@ def group(folder: Path, limit: str, used: int, cache: int = 0, version: int = 2)
     folder.mkdir(parents=True, exist_ok=True)
     names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
     prefix = "" if version == 2 else "total_"
-    own = "" if version == 2 else "active_file 1\n"  # of this group alone
+    own = "" if version == 2 else "active_file 1\n"  # without the groups below it; version 1 also has the totals
     values = [f"{prefix}inactive_file {cache // 2}", f"{prefix}active_file {cache // 2}", f"{prefix}inactive_anon 7"]
     for name, text in zip((*names, "memory.stat"), (limit, str(used), own + "\n".join(values)), strict=True):
         (folder / name).write_text(f"{text}\n")
@@ -42,7 +42,7 @@ def test_without_groups_it_is_what_the_system_says(tmp_path: Path) -> None:
 
 
 def test_a_container_has_its_limit_less_what_it_uses(tmp_path: Path) -> None:
-    """Pages of files count as used, but make room."""
+    """Cached pages of files count as used, but can be reclaimed."""
     member(tmp_path, "0::/")
     group(tmp_path / "cgroup", str(32 * GIB), used=12 * GIB, cache=2 * GIB)
     assert host_memory.free_host_bytes() == 22 * GIB
@@ -58,7 +58,7 @@ def test_the_tightest_of_a_job_and_what_it_is_in_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("limit", "free"), [(16 * GIB, 8 * GIB), (2**63 - 4096, MACHINE), (4 * GIB, 0)])
 def test_version_1(limit: int, free: int, tmp_path: Path) -> None:
-    """Its largest number is no limit; and one that was lowered below what is used leaves nothing."""
+    """The largest number means that there is no limit. A limit below the memory in use leaves 0 bytes."""
     member(tmp_path, "9:name=systemd:/elsewhere", "4:memory:/docker/abc", "3:cpuset:/")
     group(tmp_path / "cgroup/memory/docker/abc", str(limit), used=10 * GIB, cache=2 * GIB, version=1)
     assert host_memory.free_host_bytes() == free

@@ -1,4 +1,4 @@
-"""Out of memory beside training: what was to be shown is skipped and said; training is what it is without that."""
+"""Tests that running out of memory in validation or held-out loss is reported, and does not change training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def no_memory(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def prepared(tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five clips to train on, one held out. Read only."""
+    """Returns prepared data of five clips for training and one held out; tests must not change it."""
     return split(tensors, tmp_path_factory.mktemp("held") / "out", 5, train=slice(5))
 
 
@@ -39,7 +39,7 @@ def while_decoding(patch: pytest.MonkeyPatch) -> None:
 
 
 def while_sampling(patch: pytest.MonkeyPatch) -> None:
-    """In the second block of a Stack, whose first one has asked for the next one's weights."""
+    """Runs out of memory in the second block of a Stack, after the first one has started to fetch its weights."""
     weights_of = Stack.weights
 
     def lacking(self: Stack, i: int, direction: int, trained: list[Any]) -> Block:
@@ -142,7 +142,7 @@ def test_a_held_out_loss_that_does_not_fit_is_not_measured(
 def test_all_ranks_skip_what_one_of_them_has_no_memory_for(
     model: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the other rank sends: that it had none, in the sum of the losses, and the names of its videos."""
+    """Simulates another rank, which reports no memory in the sum of losses and sends names of skipped videos."""
     measure = Alone(model, prepared, tmp_path).held_out
     assert measure.losses() is not None
     measure.run.ranks.num_processes = 2

@@ -1,4 +1,4 @@
-"""Weights and activations that pass through the device: the right values at the right time, in few slots."""
+"""Tests streaming.py: weights and activations have the right values at the right time, in few slots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def ring_of(count: int) -> tuple[Ring, list[int]]:
-    """A ring whose block i is full of i, and the list of the blocks that were copied."""
+    """Returns a ring whose block i has i in every byte, and the list of blocks that it has copied so far."""
     ring = Ring({i: torch.full((512,), i, dtype=torch.uint8) for i in range(count)}, CPU)
     copied: list[int] = []
     copy = ring.copy
@@ -33,12 +33,12 @@ def ring_of(count: int) -> tuple[Ring, list[int]]:
 
 
 def use(ring: Ring, block: int, step: int) -> None:
-    """As a Stack uses it: the block, and the next one ahead."""
+    """Uses a block as a Stack does: gets it, and fetches the next one ahead."""
     ahead = ring.next_block(block, step)
     slot = ring.get(block)
     if ahead is not None:
         ring.fetch(ahead)
-    assert (ring.slots[slot] == block).all()  # what comes ahead did not take its place
+    assert (ring.slots[slot] == block).all()  # the copy ahead did not replace it
 
 
 def test_a_step_copies_each_block_twice_but_for_the_turn() -> None:
@@ -72,7 +72,7 @@ def test_a_layout_is_aligned_and_gives_views() -> None:
 
 
 def test_a_fork_does_not_copy_pinned_memory() -> None:
-    """Linux copies pinned pages for each worker that loads data, so they must not be there."""
+    """A fork copies pinned pages at once, so the worker processes that load data must not inherit them."""
     buffer = pinned(3 * PAGESIZE + 5)
     assert buffer.data_ptr() % PAGESIZE == 0
     assert int(buffer.sum()) == 0
@@ -91,7 +91,7 @@ def test_a_fork_does_not_copy_pinned_memory() -> None:
 
 
 def test_a_buffer_is_given_up_only_when_its_copies_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU copies end at once: what is seen is that both streams are waited for, the buffer still there."""
+    """Copies on a CPU end at once, so the test checks that the host waits for both streams while the buffer exists."""
     store = HostStore(CPU)
     store.put(0, {"x": torch.zeros(4)})
     store.take(0)
@@ -107,7 +107,7 @@ def test_a_buffer_is_given_up_only_when_its_copies_have_ended(monkeypatch: pytes
 
 
 def larger_while_compute_reads(store: HostStore) -> None:
-    """A larger bucket, while the optimizer's pass may still read what the host has of the last one."""
+    """Puts tensors of a larger bucket while the optimizer's pass may still read the host buffer of the last one."""
     store.put(0, {"x": torch.zeros(4)})
     store.take(0)
     store.buffers[0].sum()
@@ -115,7 +115,7 @@ def larger_while_compute_reads(store: HostStore) -> None:
 
 
 def given_up(store: HostStore) -> None:
-    """A step is dropped while its copies are on their way."""
+    """Drops a step while its copies are in progress."""
     for block in range(4):
         store.put(block, {"x": torch.zeros(4)})
     store.fetch(1)
@@ -131,7 +131,9 @@ def test_memory_is_let_go_after_its_last_use(left_out: str | None) -> None:
                 with stream_races.watched(patch):
                     if left_out:
                         patch.setattr(streaming, left_out, lambda event: None)
-                    store = HostStore(CPU)  # which outlives what watches: its buffers are in use until then
+                    store = HostStore(
+                        CPU
+                    )  # It outlives ``watched``, so its buffers are still in use when the races are reported.
                     use(store)
             except stream_races.Race:
                 return True
@@ -143,7 +145,7 @@ def test_memory_is_let_go_after_its_last_use(left_out: str | None) -> None:
 
 def test_kept_tensors_come_back_whatever_their_shape() -> None:
     store = HostStore(CPU)
-    for size in (4, 9, 2):  # larger and smaller than the buffers that are there
+    for size in (4, 9, 2):  # larger and smaller than the existing buffers
         kept = [{"x": torch.full((size,), float(block)), "o": torch.arange(size)} for block in range(5)]
         for block, tensors in enumerate(kept):
             store.put(block, dict(tensors))

@@ -147,7 +147,7 @@ def test_to_keeps_the_numbers() -> None:
 # -- weightings --------------------------------------------------------------------------------------------------------
 
 GAMMA, K = 3.0, 0.5
-# As published, in the signal-to-noise ratio: of the error of x0, of eps, or of v.
+# The published weightings as functions of the signal-to-noise ratio, for the error of x0, of eps or of v.
 PUBLISHED_WEIGHTS = {
     "min_snr": ("x0", lambda snr: snr.clamp(max=GAMMA)),
     "min_snr_plus_one": ("x0", lambda snr: (snr + 1).clamp(max=GAMMA)),
@@ -168,7 +168,7 @@ def weights(kind: str, weighting: str) -> torch.Tensor:
 def test_weighted_velocity_errors_are_the_published_losses(
     kind: str, weighting: str, draws: tuple[torch.Tensor, ...]
 ) -> None:
-    """Compares all timesteps except the last, where eps does not follow from v, or SNR ratios are infinite."""
+    """Compares all timesteps except the last, where eps does not follow from v and ratios of SNR are infinite."""
     x0, noise, predicted = (draw.double()[:1].expand(999, -1, -1, -1, -1) for draw in draws)
     of = scheduler(kind)
     timesteps = torch.arange(999)
@@ -182,7 +182,7 @@ def test_weighted_velocity_errors_are_the_published_losses(
     name, published = PUBLISHED_WEIGHTS[weighting]
     expected = published(compute_snr(of, timesteps).double()) * errors[name].square().mean(dim=(1, 2, 3, 4))
     ours = weights(kind, weighting)[:-1] * errors["v"].square().mean(dim=(1, 2, 3, 4))
-    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-7)  # fp32's 1 - abar is coarse near 1
+    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-7)  # in fp32, 1 - abar is imprecise if abar is near 1
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
@@ -205,6 +205,6 @@ def test_weights_follow_their_parameters() -> None:
     assert made().eq(1).all()
     gammas = [made(loss_weighting="min_snr", snr_gamma=gamma) for gamma in (1.0, 5.0, 1e9)]
     assert (gammas[0] <= gammas[1]).all()
-    torch.testing.assert_close(gammas[2], of.alphas_cumprod)  # uncapped: the error of eps
+    torch.testing.assert_close(gammas[2], of.alphas_cumprod)  # without a cap, it is the error of eps
     assert made(loss_weighting="p2", p2_gamma=0.0).equal(of.alphas_cumprod)
     assert not made(loss_weighting="p2", p2_k=2.0).equal(made(loss_weighting="p2"))

@@ -127,7 +127,8 @@ def test_frames_height_width_and_color_keep_their_places(vae: Any, frames_FHWC: 
 def test_tiles_are_used_where_the_vae_has_them_on(vae: Any) -> None:
     frames_FHWC = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
     plain = video_moments(vae, frames_FHWC)
-    # Steps of 40 and 32 pixels are whole latents, as those of the published VAE are; the tiny one's own are not.
+    # Tiles that start every 40 and 32 pixels start at integer latents, as in the published VAE; the tiny VAE's default
+    # tiles do not.
     vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=40)
     tiled = video_moments(vae, frames_FHWC)
     assert tiled.shape == plain.shape
@@ -191,7 +192,7 @@ def test_the_noise_follows_from_its_draw_alone(vae: Any, frames_FHWC: np.ndarray
 
 
 def test_the_noise_is_as_strong_as_the_model_was_trained_with(frames_FHWC: np.ndarray) -> None:
-    """sigma = exp(N(-3, 0.5)), drawn anew for each encoding; the pixels of one are white noise of that strength."""
+    """Each encoding draws sigma = exp(N(-3, 0.5)), and adds white noise of this deviation to the pixels."""
     noises = torch.stack([noise_on(frames_FHWC[0], number) for number in range(400)])
     sigmas = noises.flatten(1).std(dim=1)
     assert IMAGE_NOISE == (-3.0, 0.5)

@@ -98,8 +98,9 @@ VARIANTS = {
 def test_each_variant_is_published_and_resumed_exactly(
     model: Path, tensors: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Publishing compares, and asks for a difference of 0 in fp32 on a CPU. A run goes on with the start of PiSSA that
-    it began with, whatever an SVD gives now.
+    """Publishing compares outputs, and requires a difference of 0 in fp32 on a CPU.
+
+    A resumed run uses the initial matrices of PiSSA that it started with, even if the SVD now gives others.
     """
     flags = lora_flags(model, tensors, tmp_path, "--load_tensors", "--max_train_steps", 2, *VARIANTS[name])
     assert train([*flags, "--checkpointing_steps", "1"]) == 0
@@ -184,12 +185,12 @@ def test_pissa_reloads_on_the_original_base(model: Path, tmp_path: Path, dtype: 
 def test_ranks_share_a_start_through_memory_that_their_backend_knows(
     backend: str, through: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are on the host, but NCCL sends device memory only; the meta device stands in for a GPU."""
+    """The weights are on the host, but NCCL sends only device memory. The meta device replaces a GPU."""
     sent: list[str] = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor.device.type))
-    with contextlib.suppress(NotImplementedError):  # nothing comes back from meta
+    with contextlib.suppress(NotImplementedError):  # the meta device has no values
         broadcast_from_first(torch.ones(2))
     assert sent == [through]
 
@@ -314,7 +315,7 @@ def test_saved_with_rank_and_alpha_and_read_back(model: Path, tmp_path: Path) ->
     assert scales(method.transformer, "default") == {2.0}
     with torch.no_grad():
         for parameter in method.parameters().values():
-            parameter.zero_()  # so that only the file can bring them back
+            parameter.zero_()  # so that the values can come only from the file
     parts: Any = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
     pipeline = diffusers.CogVideoXPipeline(**parts, transformer=method.transformer)
     method.reload(pipeline, tmp_path)

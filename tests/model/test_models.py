@@ -248,7 +248,9 @@ def test_t5_on_the_host_gives_what_it_gives_on_the_device(tiny: Tiny, dtype: str
         parts = [captions[start : start + rows] for start in range(0, 3, rows)]
         wanted = torch.cat([prompt_embeds(tokenizer, encoder, part, 32) for part in parts])
     with models.text_encoder(flags(tiny("5b")), dtype, CPU, "host", rows) as (tokenizer, encoder):
-        assert {block.rows for block in encoder.encoder.block} == {rows}  # other batches round alike on a CPU
+        assert {block.rows for block in encoder.encoder.block} == {
+            rows
+        }  # on a CPU, other batch sizes round in the same way
         assert torch.equal(prompt_embeds(tokenizer, encoder, captions, 32), wanted)
 
 

@@ -73,7 +73,7 @@ def test_int8_is_that_of_torchao() -> None:
     data = torchao.quantize_affine(weight, block, scale, zero, torch.int8, -127, 127)
     stored = quantize(weight, "int8")
     differences = (stored.data.view(torch.int8).int() - data.int()).abs()
-    assert differences.max() <= 1  # it multiplies by 1 / scale: halves may be rounded to the other side
+    assert differences.max() <= 1  # it multiplies by 1 / scale, so halves may be rounded in the other direction
     assert differences.float().mean() < 1e-3
     rows = torch.arange(96) != 7
     torch.testing.assert_close(stored.scale[rows], scale.view(96, 1)[rows])

@@ -76,7 +76,7 @@ def test_a_new_run_goes_on_with_the_matrices_that_were_trained(model: Path, tmp_
     method = trained(model, *EXACTLY[name])
     method.save(tmp_path)
     flags = [*RANK, *EXACTLY[name]]
-    if method.pissa:  # is saved as a plain LoRA of twice the rank
+    if method.pissa:  # it is saved as a plain LoRA of twice the rank
         alpha = 8 * math.sqrt(2) if method.flags.use_rslora else 16
         flags = ["--rank", 8, "--lora_alpha", alpha, *(["--use_rslora"] if method.flags.use_rslora else [])]
     again = lora(model, *flags, "--lora_path", tmp_path)
@@ -114,7 +114,10 @@ def test_a_scale_folded_with_rounding_is_right_without_metadata(
     method = trained(model, "--lora_alpha", 6, "--fold_lora_scale", *variant)
     wanted = outputs(method.transformer)
     assert method.export(tmp_path / "result") == {"lora_scale": 1.5, "lora_scale_folded": FOLDED_ROUNDED}
-    assert method.save(tmp_path / "checkpoint") == {"lora_scale": 1.5, "lora_scale_folded": NOT_FOLDED}  # to go on from
+    assert method.save(tmp_path / "checkpoint") == {
+        "lora_scale": 1.5,
+        "lora_scale_folded": NOT_FOLDED,
+    }  # from which the run can be resumed
     bare = outputs(loaded(model, load_file(tmp_path / "result" / WEIGHTS)))
     assert bare.equal(outputs(loaded(model, str(tmp_path / "result"))))
     torch.testing.assert_close(bare, wanted, rtol=1e-4, atol=1e-4)
@@ -190,7 +193,7 @@ def test_for_comfyui_and_back_a_folded_file_is_the_same(model: Path, tmp_path: P
 
 
 def test_numbers_that_another_program_changed_are_not_unfolded(model: Path, tmp_path: Path) -> None:
-    """Metadata that another program kept while it changed alpha no longer describe the matrices."""
+    """If another program keeps the metadata but changes alpha, the metadata no longer describe the matrices."""
     trained(model, "--lora_alpha", 8).save(tmp_path)
     comfy = tmp_path / "comfy.safetensors"
     convert_lora.main([str(tmp_path), str(comfy), "--to", "comfyui"])

@@ -1,4 +1,4 @@
-"""examples/shapes.py and check_tiny_cogvideox.py: the world, what is held out of it, and the limits of the model."""
+"""Tests examples/shapes.py and check_tiny_cogvideox.py: the scenes, the held-out ones, and the limits of the model."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def test_the_model_is_small() -> None:
     assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) < 12e6
 
 
-@pytest.mark.long  # half a minute, for files that do not change
+@pytest.mark.long  # takes half a minute, for files that do not change
 def test_the_model_meets_its_limits_on_a_sample(real_clips: Path) -> None:
-    """The whole measurement takes minutes: examples/check_tiny_cogvideox.py."""
+    """The complete measurement, examples/check_tiny_cogvideox.py, takes minutes."""
     figures = measured(MODEL, real_clips)
     assert figures["vae_generated_db"] > check.LIMITS["vae_generated_db"]
     assert figures["vae_real_db"] > check.LIMITS["vae_real_db"]
@@ -93,7 +93,7 @@ def test_a_random_model_misses_them(tiny: Callable[[str], Path], real_clips: Pat
 
 
 def measured(model: Path, real: Path, captions: int = 8, every: int = 16) -> dict[str, float]:
-    """The figures over a few captions and every so many clips."""
+    """Returns the figures over a few captions and every ``every``-th clip."""
     from diffusers import CogVideoXPipeline
 
     pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)

@@ -93,7 +93,7 @@ def test_what_decides_the_result_is_in_the_recipe(tiny: Tiny) -> None:
             ("--image_latent_scale", "none"),
             ("--noised_image_dropout", 0.5),
             ("--ignore_learned_positional_embeddings",),
-            ("--image_latent_scale", "mul"),  # what auto is
+            ("--image_latent_scale", "mul"),  # the resolved value of auto
             ("--validation_images", "a.png"),
         )
     ]

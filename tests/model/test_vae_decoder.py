@@ -85,7 +85,7 @@ def test_whole_frames_are_not_tried_unless_wanted(vae: Any) -> None:
 
 
 def test_a_video_of_tiles_has_its_size_and_hardly_other_pixels(vae: Any) -> None:
-    """Tiles of half of 480x720, 240x360, do not work: from these diffusers assembles 496x760 pixels."""
+    """Tiles of half of 480x720, which are 240x360, do not work: diffusers assembles 496x760 pixels from them."""
     height, width = 240, 400
     with torch.no_grad():
         latents_BCFHW = torch.randn(1, 16, 1, height // 8, width // 8)
@@ -98,6 +98,6 @@ def test_a_video_of_tiles_has_its_size_and_hardly_other_pixels(vae: Any) -> None
 
 
 def test_tiles_that_do_not_add_up_are_made_smaller() -> None:
-    """150 pixels are not a multiple of a latent's. For tiny models no tile is valid, and the default one stays."""
+    """150 pixels are not an integer number of latents. For tiny models no tile is valid, and the default is kept."""
     assert tiles_from((150, 250), 8) == [(144, 240), (96, 160)]
     assert tiles_from((32, 48), 8) == [(32, 48)]

@@ -104,7 +104,7 @@ def test_two_graphs_for_each_number_of_channels(vae: Any, monkeypatch: pytest.Mo
     assert len(channels) == 3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + 2 * len(
         channels
-    )  # one to see that it compiles
+    )  # one graph is that of the test whether the compiler works
 
 
 def test_weights_and_names_stay(vae: Any) -> None:

@@ -1,4 +1,4 @@
-"""block_check.py: blocks as a plan runs them are those of diffusers, and each planted difference is found."""
+"""Tests block_check.py: blocks under a plan pass the comparison with diffusers, and every injected fault is found."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 
 def check(tiny: Tiny, kind: str, transformer: Any, plan: Any, samples: int = 1) -> str:
-    """The check of a run; returns what it said."""
+    """Runs the check of a run, and returns the messages that it printed."""
     geometry = read_geometry(ModelFlags(str(tiny(kind))))
     tensors: Any = SimpleNamespace(geometry=geometry)
     tensors.index = SimpleNamespace(samples=[SimpleNamespace(bucket=bucket) for bucket in BUCKETS])
@@ -62,14 +62,14 @@ def test_every_kind_passes(tiny: Tiny, kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_a_quantized_base_is_compared_with_the_values_that_it_has(tiny: Tiny, precision: str) -> None:
-    """To far less than what separates them from the values that they were made of."""
+    """The tolerance is far smaller than the difference between quantized and original values."""
     for dtype in (torch.float32, torch.bfloat16):
         said = check(tiny, "5b", make_with_lora("5b").to(dtype), plan_of(HERE, AWAY, base_precision=precision))
         assert float(said.split("cosine ")[1].split()[0]) > 0.99995
 
 
 def test_the_model_stays_what_it_is(tiny: Tiny) -> None:
-    """A LoRA that starts at zero too, of which only the copy is random."""
+    """This includes a LoRA whose matrices B are zero: only those of the copy are randomized."""
     transformer = make_trainable("5b").requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
@@ -126,7 +126,7 @@ def test_the_last_block_is_looked_at_too(tiny: Tiny, monkeypatch: pytest.MonkeyP
 
 
 def test_a_wrong_size_of_a_gradient_is_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cosine alone would not see it."""
+    """A plain cosine would not find it."""
     right = blocks.linears_backward
 
     def doubled(dys: Any, x: Any, layers: Any) -> Any:
@@ -150,7 +150,7 @@ def test_likeness() -> None:
 
 
 def test_fewer_tokens_where_all_do_not_fit(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And then without a graph, which no other step would use."""
+    """A shorter length is then not compiled, because no training step would use that graph."""
     real, seen = block_check.compare_block, []
 
     def scarce(module: Any, plan: Any, i: int, inputs: Any, device: torch.device) -> Any:
@@ -172,8 +172,10 @@ def test_fewer_tokens_where_all_do_not_fit(tiny: Tiny, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("plan", [plan_of(AWAY, compiled=True), ModulePlan(recompute=False, compiled=True)])
 def test_training_uses_the_graphs_of_the_check(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, plan: Any) -> None:
-    """So that it compiles nothing that is not compiled anyway."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, and not made code of
+    """The check must not compile any graph that training would not compile anyway."""
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend="eager")
+    )  # traced, but not compiled to kernels
     counts = []
     for checked in (False, True):
         torch._dynamo.reset()

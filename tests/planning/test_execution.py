@@ -1,4 +1,4 @@
-"""Runs under a plan, through the script: as without one, whatever the plan, and refused where it cannot be."""
+"""Tests plans in runs of the scripts: results equal those without a plan, and impossible requests are refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The plans that were run."""
+    """Returns a list of the plans that have been used so far."""
     found: list[Any] = []
     install = Stack.install
 
@@ -87,7 +87,9 @@ def test_a_lean_run_is_a_run(
         torch.testing.assert_close(tensor, weights(reference)[name], rtol=1e-2, atol=1e-4)
     assert verification(output) == 0
     stock = frames_of(output / "inference.py", monkeypatch).numpy()
-    assert abs(stock.astype(int) - validated["step-000006"]).max() <= 1  # sampled one by one here, as a pair there
+    assert (
+        abs(stock.astype(int) - validated["step-000006"]).max() <= 1
+    )  # a plan samples one video at a time, and the reference both at once
 
 
 @pytest.mark.fault("checkpoints: a checkpoint of a run with another plan")
@@ -138,7 +140,7 @@ def test_on_a_cpu_nothing_is_planned_unless_asked(
 def test_an_optimizer_that_cannot_rest_on_the_host_stays(
     model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
 ) -> None:
-    """--plan lean leaves the choice; --optimizer_state_on host does not."""
+    """--plan lean is compatible with such an optimizer; --optimizer_state_on host is not."""
     flags = (*LEAN, "--optimizer", "came", "--max_train_steps", 1)
     run(model, tensors, tmp_path / "run", *flags)
     assert plans[0].state == "device"
@@ -156,7 +158,7 @@ def test_a_quantized_base(
     plans: list[Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Trained, reloaded and compared on the same base; resumed on no other."""
+    """Training, reloading and comparing use the same quantized base. A run cannot be resumed with another one."""
     flags = (*LEAN, "--base_precision", precision)
     output = run(model, tensors, tmp_path / "lean", *flags, "--validation_prompt", PROMPT)
     assert plans[0].base_precision == precision
@@ -214,14 +216,14 @@ def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, m
     monkeypatch.setattr(execution, "free_device_bytes", lambda device: float(free))
     monkeypatch.setattr(execution, "with_rates", lambda machine, *_: machine)
     monkeypatch.setattr(execution, "free_host_bytes", lambda: available)
-    sizes: Any = None  # of the probes, which are not made
+    sizes: Any = None  # the probes are not run in this test
     machine = execution.measure_machine(torch.device("cuda"), torch.bfloat16, "flash", sizes, None)
     assert machine.device_bytes == int(free * FRAGMENTS)
     assert machine.host_bytes == available // ranks
 
 
 def test_ranks_plan_for_the_least_of_each_figure() -> None:
-    """A plan that fits one of two unlike cards would not fit the other."""
+    """A plan that fits one of two different cards might not fit the other."""
     first, second = Machine(8, 20, copies=3.0), Machine(9, 10, copies=2.0)
     assert execution.minimum_over_ranks([first, second]) == Machine(8, 10, copies=2.0)
     assert execution.minimum_over_ranks([first]) == first
@@ -232,7 +234,7 @@ def test_a_probe_is_long_enough_and_no_longer(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(execution.time, "perf_counter", lambda: now[0])
     for each, calls in ((0.01, 20), (3.0, 1)):
-        durations = iter([5.0, *[each] * 100])  # the first one compiles
+        durations = iter([5.0, *[each] * 100])  # the first call compiles
         made: list[float] = []
 
         def run(durations: Any = durations, made: list[float] = made) -> None:
@@ -247,20 +249,26 @@ def test_a_probe_is_long_enough_and_no_longer(monkeypatch: pytest.MonkeyPatch) -
 
 
 def run_whole(model: Path, tensors: Path, output: Path, *more: object) -> Path:
-    flags = ("--load_tensors", "--learning_rate", "1e-3", "--max_grad_norm", 0.1)  # which scales every gradient down
+    flags = (
+        "--load_tensors",
+        "--learning_rate",
+        "1e-3",
+        "--max_grad_norm",
+        0.1,
+    )  # so low that every gradient is clipped
     assert train_all(sft_flags(model, tensors, output, *flags, *more)) == 0
     return output
 
 
 def whole(output: Path) -> dict[str, Any]:
-    """The exported transformer."""
+    """Returns the tensors of the exported transformer."""
     return safetensors_of(output / "transformer")
 
 
 def test_all_weights_are_trained_alike_under_every_plan(
     model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
 ) -> None:
-    """Gradients of two passes meet in fp32, wherever; the average, clipping and going on included."""
+    """Gradients of two passes are summed in fp32 under every plan. Averaging, clipping and resuming are included."""
     more = ("--use_ema", "--max_train_steps", 4, "--validation_prompt", PROMPT)
     off = run_whole(model, tensors, tmp_path / "off", *more)
     assert not plans
@@ -283,7 +291,7 @@ def test_all_weights_are_trained_alike_under_every_plan(
 def test_state_of_some_blocks_stays_on_the_device(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With accumulation and an average; a run goes on with the state elsewhere."""
+    """The run uses accumulation and an average, and is resumed with its optimizer state on the other device."""
     more = ("--use_ema", *LEAN, "--max_train_steps")
     lean = run_whole(model, tensors, tmp_path / "lean", *more, 4)
     choose = plan.choose_plan

@@ -1,4 +1,4 @@
-"""The choice of an execution plan: what fits, what is fastest, what the flags allow."""
+"""Tests plan.py: which plans fit, which one is the fastest, and which ones the flags allow."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_too_little_host_memory() -> None:
 
 @pytest.mark.parametrize(("gib", "least", "most"), [(8, 0.6, 0.9), (13, 0.4, 0.6)])
 def test_host_memory_is_filled_only_if_nothing_else_fits(gib: int, least: float, most: float) -> None:
-    """On a card of 4 GiB; attention outputs of all blocks would take 80 % of 13 GiB, and be faster."""
+    """On a card of 4 GiB, saving the attention outputs of all blocks would be faster, but take 80 % of 13 GiB."""
     machine = replace(FAST, host_bytes=gib * GIB)
     plan = pick(4, machine=machine)
     kinds = {kind: plan.blocks.count(kind) for kind in set(plan.blocks)}
@@ -142,7 +142,7 @@ def test_a_quantized_block_is_smaller_and_hardly_any_of_it_is_whole() -> None:
 
 @pytest.mark.parametrize("kept", [DEVICE, HOST])
 def test_what_is_on_its_way_is_what_a_store_holds(kept: str) -> None:
-    """Of all mixtures; what stays on the device never makes what leaves it go."""
+    """Compares every mixture with a HostStore. Tensors that stay on the device do not displace those that leave it."""
     heavy, other = BlockPlan(HOST, "linear", HOST), BlockPlan(HOST, "attention", kept)
     units = {heavy: 10, other: 2}
     for count in range(1, 13):
@@ -157,7 +157,7 @@ def test_what_is_on_its_way_is_what_a_store_holds(kept: str) -> None:
 
 
 def test_of_equally_fast_plans_the_one_that_copies_least_is_taken() -> None:
-    """The optimizer's state counts: on this card it fits beside blocks that copy a little more."""
+    """Optimizer state counts too: on this card it fits together with blocks that copy a little more."""
     assert pick(18).state == DEVICE
     kinds = {kind: pick(75).blocks.count(kind) for kind in set(pick(75).blocks)}
     assert copied_bytes(kinds, DEVICE, LARGE) == (0, 0, 0, 0)
@@ -177,7 +177,7 @@ def test_what_a_streamed_base_and_an_average_take() -> None:
     lean = {BlockPlan(HOST, "attention", HOST): 42}
     weights = 42 * LARGE.block_bytes
     more = host_bytes(lean, HOST, replace(LARGE, mapped=True)) - host_bytes(lean, HOST, LARGE)
-    assert more == weights - LARGE.block_bytes  # pages of the file do not become the pinned ones
+    assert more == weights - LARGE.block_bytes  # pages of the file are not replaced by the pinned copies
     resident = {BlockPlan(keep="attention"): 42}
     with_average = replace(LARGE, state_bytes=LARGE.state_bytes + 4)
     assert (
@@ -194,7 +194,7 @@ def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -
         PRESETS["lean"], WHOLE, replace(FAST, device_bytes=int(7.4 * GIB), host_bytes=128 * GIB), True, "cudnn"
     )
     assert plan.blocks == mixture(next(iter(LEAN)), next(iter(LEAN)), 42, 42)
-    per_number = 2 + 2 + 12  # weight, gradient, master and moments
+    per_number = 2 + 2 + 12  # weight, gradient, master weight and two moments
     kept = 42 * WHOLE.kept_bytes("attention")
     assert plan.pinned == 42 * WHOLE.block_trained * per_number + kept + WHOLE.trained * 12
     with pytest.raises(NoPlanError, match="of the host"):
@@ -226,11 +226,11 @@ def test_as_much_state_as_fits_stays_on_the_device(gib: float, least: int, most:
 
 
 def test_a_checkpoint_copies_the_state_that_is_on_the_device() -> None:
-    """So that a host that cannot hold it is not found out at the first checkpoint."""
+    """Without this, a host with too little memory would fail only at the first checkpoint."""
     resident, sizes = {BlockPlan(keep="attention"): 42}, replace(WHOLE, mapped=True)
     assert host_bytes(resident, DEVICE, sizes) == 12 * sizes.all_trained
-    assert host_bytes(resident, DEVICE, replace(sizes, ranks=4)) == 3 * sizes.all_trained  # one of them writes
-    assert host_bytes(resident, DEVICE, LARGE) == 0  # a LoRA's is small
+    assert host_bytes(resident, DEVICE, replace(sizes, ranks=4)) == 3 * sizes.all_trained  # one of two processes writes
+    assert host_bytes(resident, DEVICE, LARGE) == 0  # the state of a LoRA is small
 
 
 def test_an_average_on_the_host_hides_nothing() -> None:
@@ -242,7 +242,7 @@ def test_an_average_on_the_host_hides_nothing() -> None:
 
 
 def test_state_that_shall_be_on_the_device_is_there_wherever_the_weights_are() -> None:
-    """Of blocks, and of what is outside of them."""
+    """This holds for the state of blocks and of layers outside them."""
     for gib in (75, 85, 110):
         chosen = choose_plan(Axes(state=(DEVICE,)), WHOLE, replace(FAST, device_bytes=gib * GIB), True, "cudnn")
         kinds = {kind: chosen.blocks.count(kind) for kind in chosen.blocks}
@@ -255,7 +255,7 @@ def test_a_lora_s_state_may_stay_while_weights_are_streamed() -> None:
 
 @pytest.mark.parametrize("tokens", [482, 17776])
 def test_the_optimizer_s_step_may_need_more_than_the_blocks(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of short clips and small blocks: three loads, with gradients and weights, pass through the device."""
+    """With short clips and small blocks, three transfers with gradients and weights take more memory than blocks."""
     sizes = replace(WHOLE, tokens=tokens, block_trained=WHOLE.block_trained // 10)
     assert transfer_slot_bytes(42, sizes) == CHUNK_BYTES // 12 * (3 * (12 + 2 + 2) + 4)
     with_loads = peak_bytes(LEAN, HOST, True, sizes)
@@ -268,18 +268,18 @@ def test_sums_of_several_passes_take_twice_the_memory() -> None:
     more = pinned_bytes(LEAN, HOST, several) - pinned_bytes(LEAN, HOST, WHOLE)
     assert more == 2 * 42 * WHOLE.block_trained
     more = peak_bytes(LEAN, HOST, True, several) - peak_bytes(LEAN, HOST, True, WHOLE)
-    assert more == WHOLE.block_trained * (2 * (4 - 2) + 2 * 4)  # two leave, and two come back
+    assert more == WHOLE.block_trained * (2 * (4 - 2) + 2 * 4)  # two blocks are copied out, and two are copied back
 
 
 def test_the_optimizer_s_step_counts_once_whatever_the_passes() -> None:
-    """Of the host's state; what passes through the device for four passes instead of one is four times as much."""
+    """Copies of four passes take four times as long as those of one, but the optimizer step takes the same time."""
     one, two, four = (step_seconds(LEAN, HOST, True, replace(WHOLE, passes=n), FAST) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
 
 @pytest.mark.parametrize(("weights", "hides"), [(HOST, True), (DEVICE, False)])
 def test_weights_that_live_on_the_host_pass_while_the_next_step_begins(weights: str, hides: bool) -> None:
-    """What lives on the device has to be there before."""
+    """State of weights on the device must have passed before the next step begins."""
     kinds = {BlockPlan(weights, "attention"): 42}
     moved = copied_bytes(kinds, HOST, WHOLE)[3] / (COPY_SHARE * FAST.copies * BOTH_WAYS)
     at_once, really = (step_seconds(kinds, HOST, True, WHOLE, m) for m in (replace(FAST, copies=1e15), FAST))

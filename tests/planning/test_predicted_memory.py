@@ -1,4 +1,4 @@
-"""On a GPU: the peak of memory that a plan predicts is the peak that training has."""
+"""Compares, on a GPU, the peak of memory that a plan predicts with the peak of training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_random_tensors_are_a_prepared_folder(kind: str, tiny: Callable[[str], P
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """CogVideoX-2b with random weights, and two samples of random tensors."""
+    """Returns folders of CogVideoX-2b with random weights and of two samples of random tensors."""
     folder = tmp_path_factory.mktemp("2b")
     make_pipeline("2b", folder / "model")
     make_tensors("2b", folder / "model", folder / "tensors")

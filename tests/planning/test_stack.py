@@ -1,4 +1,7 @@
-"""A transformer under an execution plan is the transformer of diffusers: outputs, samples and gradients."""
+"""Compares a transformer under an execution plan with that of diffusers: outputs, samples and gradients.
+
+Side streams are simulated on a CPU: late_streams.py delays their work, and stream_races.py finds missing waits.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 
 def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Output, sample without gradients, and gradient of every LoRA matrix."""
+    """Returns the output, a sample computed without gradients, and the gradients of all trained parameters."""
     output = transformer(**arguments)[0]
     with torch.no_grad():
         sample = transformer(**arguments)[0]
@@ -59,7 +62,7 @@ def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def of_host(sums: HostGradients, block: int) -> list[Tensor]:
-    """The gradients of a block."""
+    """Returns the gradients of a block, as views of the host buffer."""
     return sums.store.layouts[block][1].views(sums.store.buffers[block])
 
 
@@ -71,7 +74,7 @@ def installed(
     device: torch.device = CPU,
     **more: Any,
 ) -> Stack:
-    """A Stack with blocks under plans that take turns."""
+    """Installs and returns a Stack whose blocks use the given plans in turn."""
     count = len(transformer.transformer_blocks)
     blocks = tuple(kinds[i % len(kinds)] for i in range(count))
     stack = Stack(transformer, ExecutionPlan(blocks, compiled, backend, **more), device)
@@ -80,7 +83,7 @@ def installed(
 
 
 def under(transformer: Any, kinds: tuple[BlockPlan, ...], compiled: bool = False, **more: Any) -> Any:
-    """The transformer with its blocks under plans that take turns."""
+    """Returns the transformer after a Stack is installed whose blocks use the given plans in turn."""
     installed(transformer, kinds, compiled, **more)
     return transformer
 
@@ -89,7 +92,7 @@ def check(found: dict[str, Tensor], right: dict[str, Tensor], tolerance: float) 
     assert found.keys() == right.keys()
     for name, tensor in right.items():
         assert tensor.abs().max() > 0, name
-        # softmax ignores a bias of all keys: without rotary embedding its gradient is noise
+        # Softmax ignores a bias that all keys share, so without a rotary embedding the gradient of that bias is noise.
         assert (found[name] - tensor).abs().max() <= max(tolerance * tensor.abs().max(), 1e-10), name
 
 
@@ -139,7 +142,7 @@ def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
 
 
 def test_changed_weights_on_the_host_are_seen() -> None:
-    """By the next pass, though their slots have the old ones."""
+    """The next pass must use the changed weights although the slots still have the old ones."""
     transformer = make_trainable("5b", depth=2)
     installed(transformer, (BlockPlan(HOST, "attention", HOST),))
     right, arguments = make_trainable("5b", depth=2), arguments_of("5b")
@@ -163,7 +166,7 @@ def test_every_level_keeps_what_it_says() -> None:
 def test_inputs_of_layers_without_a_lora_are_not_kept() -> None:
     block = make_with_lora("5b", depth=1).transformer_blocks[0]
     p = block_weights(block)
-    everything = set(blocks.KEPT["all"]) - {"a", "z"}  # these are for gates, which are frozen
+    everything = set(blocks.KEPT["all"]) - {"a", "z"}  # a and z are needed only for gates, which are frozen
     assert p.ff1.a is not None
     assert set(blocks.kept_at("all", p)) == everything
     assert set(blocks.kept_at("all", p._replace(ff1=p.ff1._replace(a=None)))) == everything - {"n2"}
@@ -178,7 +181,10 @@ def test_inputs_of_layers_without_a_lora_are_not_kept() -> None:
 def test_what_is_kept_is_not_computed_again(
     made: Callable[..., Any], layers: int, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Matrix products and attentions of one backward pass, beside those for gradients."""
+    """Counts the matrix products and attentions that a backward pass recomputes.
+
+    If all weights are trained, one linear layer more is recomputed, because its gate needs the output.
+    """
     transformer = under(made("5b", depth=1), (BlockPlan(DEVICE, level, DEVICE),))
     counted: dict[str, int] = {"linears": 0, "attend": 0}
     output = transformer(**arguments_of("5b"))[0]
@@ -211,7 +217,7 @@ def test_inputs_of_layers_without_a_lora_are_not_computed_again(level: str, monk
         monkeypatch.setattr(blocks, name, recording)
     output.square().mean().backward()
     derivatives = {"modulate": 2, "gelu": 1}
-    again = {"input": 2, "attention": 2, "linear": 1, "all": 0}[level]  # n1 is an input of LoRAs, n2 and g are not
+    again = {"input": 2, "attention": 2, "linear": 1, "all": 0}[level]  # n1 is an input of LoRAs; n2 and g are not
     assert {name: calls.count(name) for name in derivatives} == {"modulate": 2 + again, "gelu": 1}
 
 
@@ -231,7 +237,7 @@ def test_what_is_frozen_gets_no_gradient(level: str) -> None:
 
 
 def test_what_is_kept_on_the_host_comes_back_from_the_next_such_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the blocks between them run, not once they have."""
+    """Saved tensors must be fetched while the blocks in between run, and not afterwards."""
     there, away = BlockPlan(DEVICE, "attention", DEVICE), BlockPlan(DEVICE, "linear", HOST)
     transformer = make_with_lora("5b", depth=6)
     plan = ExecutionPlan((away, there, there, away, there, there), False, "cpu")
@@ -255,7 +261,7 @@ def test_what_is_kept_on_the_host_comes_back_from_the_next_such_block(monkeypatc
 def test_compiled_is_one_graph_a_pass_and_the_same(
     made: Callable[[str], Any], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced, but not made into kernels, which takes most of a minute here; on a GPU they are."""
+    """The functions are traced but not compiled to kernels, which would take most of a minute on a CPU."""
     backend = "aot_eager" if precision == AUTO else "eager"
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
@@ -265,7 +271,7 @@ def test_compiled_is_one_graph_a_pass_and_the_same(
     transformer = under(made("5b"), MIXED[1:], compiled=True, base_precision=precision)
     check(outcome(transformer, arguments), right, tolerance=1e-4)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == 3  # forward, backward, sampling: of all three blocks
+    assert graphs == 3  # one graph each for forward, backward and sampling serves all three blocks
     outcome(transformer, arguments)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     torch._dynamo.reset()
@@ -285,7 +291,7 @@ def test_one_graph_a_pass_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_backward_may_compile_as_many_graphs_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU autograd has one; on a CPU a thread that runs both passes stands for it."""
+    """On a GPU, autograd runs backward in a separate thread. Here, a thread that runs both passes replaces it."""
     limits: list[int] = []
 
     def compiler(graph: Any, _: Any) -> Any:
@@ -303,7 +309,7 @@ def test_backward_may_compile_as_many_graphs_in_a_thread_of_its_own(monkeypatch:
 
 
 def test_accumulated_steps_of_several_shapes_are_those_of_resident_blocks() -> None:
-    """What lies on the host is overwritten by the next forward pass, whatever its shape."""
+    """The next forward pass overwrites the saved tensors on the host, whatever their shapes are."""
     sequence = [arguments_of("5b", frames, samples) for frames, samples in ((4, 2), (2, 1), (6, 1), (4, 2))]
     resident = under(make_with_lora("5b"), (BlockPlan(),))
     streamed = under(make_with_lora("5b"), (BlockPlan(HOST, "attention", HOST),))
@@ -311,9 +317,9 @@ def test_accumulated_steps_of_several_shapes_are_those_of_resident_blocks() -> N
         assert same(outcome(streamed, arguments), outcome(resident, arguments))
 
 
-@pytest.mark.parametrize("steps", [30, pytest.param(1000, marks=pytest.mark.long)])  # a minute on two busy cores
+@pytest.mark.parametrize("steps", [30, pytest.param(1000, marks=pytest.mark.long)])  # takes a minute on two busy cores
 def test_many_steps_of_streamed_blocks_are_those_of_resident_ones(steps: int) -> None:
-    """Bit for bit, with buckets that take turns."""
+    """The results must be equal bit for bit, with buckets in turn."""
     ends = []
     for plans in ((BlockPlan(DEVICE, "attention", DEVICE),), (BlockPlan(HOST, "attention", HOST),)):
         transformer = under(make_with_lora("5b", depth=4), plans)
@@ -375,7 +381,7 @@ def test_a_lora_on_some_layers_only() -> None:
 
 
 def test_blocks_in_front_of_the_first_lora_keep_nothing() -> None:
-    """No backward pass comes to them, so nobody would take it."""
+    """No backward pass reaches these blocks, so their saved tensors would never be taken."""
     targets: Any = r"transformer_blocks\.2\.attn1\.to_q"
     transformer = make_with_lora("5b", targets=targets)
     stack = Stack(transformer, ExecutionPlan((BlockPlan(HOST, "attention", HOST),) * 3, False, "cpu"), CPU)
@@ -391,7 +397,7 @@ def test_blocks_in_front_of_the_first_lora_keep_nothing() -> None:
 
 
 def rounded(transformer: Any, precision: str) -> Any:
-    """The transformer with the values that a quantized base has in its own type."""
+    """Returns the transformer with its matrices rounded as quantization rounds them, in their original type."""
     for module in transformer.transformer_blocks:
         for matrix, kind in quantization_kinds(module, precision).items():
             matrix.data = dequantize(quantize(matrix.data, kind), matrix.dtype)
@@ -400,7 +406,7 @@ def rounded(transformer: Any, precision: str) -> Any:
 
 @pytest.mark.parametrize("precision", quant.KINDS)
 def test_a_quantized_base_is_the_transformer_of_diffusers_with_its_values(precision: str) -> None:
-    """Streamed or resident, with and without its adapters."""
+    """This holds for streamed and resident blocks, with and without adapters."""
     arguments = arguments_of("5b")
     resident = under(make_with_lora("5b"), (BlockPlan(),), base_precision=precision)
     first = outcome(resident, arguments)
@@ -416,7 +422,7 @@ def test_a_quantized_base_is_the_transformer_of_diffusers_with_its_values(precis
 
 
 def test_what_is_quantized_is_nowhere_else() -> None:
-    """Nothing can compute with a module's weight by mistake, and PEFT still finds its type and device."""
+    """A module's own weight is empty, so no code can use it by mistake, but PEFT still finds its type and device."""
     for plan in (BlockPlan(), BlockPlan(HOST)):
         transformer = under(make_with_lora("5b"), (plan,), base_precision="nf4")
         module = transformer.transformer_blocks[0]
@@ -479,9 +485,9 @@ RESIDENT = (BlockPlan(DEVICE, "attention", DEVICE),)
 
 
 def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int) -> dict[str, Tensor]:
-    """What is trained, its masters and moments, after steps of AdamW with clipping; of buckets that take turns.
+    """Returns the trained weights, master weights and moments after steps of AdamW with clipping, with buckets in turn.
 
-    One step is not finite, and between two of them the state is taken up again and a video sampled.
+    The gradients of one step are not finite. Between two steps, the state is saved and loaded and a video is sampled.
     """
     transformer = made("5b", depth=5).bfloat16()
     stack = installed(transformer, plans)
@@ -515,7 +521,9 @@ def test_late_copies_change_nothing(
     accumulation: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 3000)  # several chunks a block
+    monkeypatch.setattr(
+        "cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 3000
+    )  # so small that each block takes several transfers
     right = steps_of(made, RESIDENT, accumulation)
     for seed in (None, 0):
         late_streams.use(monkeypatch, seed)
@@ -532,7 +540,10 @@ def test_late_copies_change_nothing(
     ],
 )
 def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As late as can be, or at random: it may be another wait that comes in time."""
+    """Removes one wait. With copies as late as possible or randomly late, at least one result must differ.
+
+    A single order is not enough, because another wait may happen to come in time.
+    """
     right = steps_of(make_trainable, RESIDENT, 2)
 
     def is_seen(seed: int | None) -> bool:
@@ -554,17 +565,17 @@ def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pyt
 def test_every_stream_waits_for_what_it_touches(
     made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compute as well as copies, whichever is late."""
+    """Every access must be ordered by waits, on the compute stream as well as on the side streams."""
     monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 3000)
     with stream_races.watched(monkeypatch) as streams:
         steps_of(made, plans, accumulation)
-    assert len(streams.clocks) == 8 + 2 * (made is make_trainable)  # what sums of gradients need has two of its own
+    assert len(streams.clocks) == 8 + 2 * (made is make_trainable)  # HostGradients has two more side streams
 
 
 @pytest.mark.parametrize("left_out", ["mark", "wait"])
 @pytest.mark.fault("memory: a stream that does not wait for another")
 def test_a_stream_that_does_not_wait_is_seen(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events that say nothing, and events that nobody waits for."""
+    """Replaces all events by empty ones, or ignores all waits."""
     monkeypatch.setattr(stream_races.Streams, left_out, lambda *_: {})
     with pytest.raises(stream_races.Race), stream_races.watched(monkeypatch):
         steps_of(make_trainable, AWAY, 1)
@@ -581,7 +592,7 @@ def wide(
     any_length: bool = False,
     whole: bool = False,
 ) -> tuple[Any, Stack]:
-    """Four blocks of CogVideoX-5b in bf16 under plans that take turns, with a LoRA unless the whole is trained."""
+    """Returns four blocks of CogVideoX-5b in bf16 under plans in turn, with a LoRA unless all weights are trained."""
     from diffusers import CogVideoXTransformer3DModel
 
     torch.manual_seed(0)
@@ -598,7 +609,7 @@ def wide(
 
 
 def delayed(stack: Stack) -> None:
-    """Makes every copy of weights and of what is kept start late, by a random time."""
+    """Delays every copy of weights and of saved activations by a random time."""
     assert stack.ring is not None
     generator = torch.Generator().manual_seed(0)
 
@@ -635,7 +646,7 @@ def trained(
     precision: str = AUTO,
     any_length: bool = False,
 ) -> dict[str, Tensor]:
-    """The LoRA after some steps of gradient descent, of two lengths in turn."""
+    """Returns the LoRA after some steps of gradient descent, with two lengths in turn."""
     transformer, stack = wide(plans, compiled, "flash", precision, any_length)
     if delays:
         delayed(stack)
@@ -681,7 +692,7 @@ def test_streamed_is_resident_bit_for_bit(compiled: bool, any_length: bool, prec
 
 
 def random_losses(transformer: Any, count: int) -> Iterator[Tensor]:
-    """Of random inputs, two lengths in turn; always the same."""
+    """Yields the losses of random inputs, with two lengths in turn; every call yields the same inputs."""
     generator = torch.Generator("cuda").manual_seed(1)
     for step in range(count):
         frames = (3, 5)[step % 2]
@@ -698,7 +709,7 @@ def random_losses(transformer: Any, count: int) -> Iterator[Tensor]:
 def wholly_trained(
     plans: tuple[BlockPlan, ...], compiled: bool, steps: int, accumulation: int, delays: bool = False
 ) -> dict[str, Tensor]:
-    """All weights and masters after some steps of AdamW with clipping."""
+    """Returns all weights and master weights after some steps of AdamW with clipping."""
     transformer, stack = wide(plans, compiled, "flash", whole=True)
     make = partial(torch.optim.AdamW, lr=1e-4, fused=True)
     parameters = dict(transformer.named_parameters())

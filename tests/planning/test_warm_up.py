@@ -1,4 +1,4 @@
-"""warm_up.py: a run whose largest bucket went through first is the run that it is without."""
+"""Tests warm_up.py: a run is the same with and without the pass of its largest bucket before the first step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LORAS: dict[str, list[object]] = {
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Makes runs on the CPU go through their largest bucket first; the losses of these passes."""
+    """Makes runs on the CPU start with a pass of their largest bucket; returns a list of the losses of these passes."""
     found: list[torch.Tensor] = []
 
     def watched(*given: Any) -> None:
