@@ -164,7 +164,7 @@ def test_all_sizes_are_checked_together(tiny: Tiny) -> None:
         "--width_buckets 8: must be a multiple of 16; nearest: 16",
         "--height 100: must be a multiple of 16; nearest: 96, 112",
         "--validation_frames 7: CogVideoX encodes 4k+1 frames; nearest: 5, 9",
-        "--max_sequence_length 226: the transformer's config says 32; another padding changes every embedding; "
+        "--max_sequence_length 226: the config of the transformer has 32, and another length changes every embedding; "
         "leave the flag out",
     ]
 
@@ -190,7 +190,7 @@ def test_other_channels_are_refused(configs: Path, options_type: Any) -> None:
     edit(configs, "transformer/config.json", in_channels=48)
     (found,) = found_problems(configs, *BASE_SIZE, options_type=options_type)
     assert "takes 48 channels" in found
-    assert found.endswith("no script here trains it")
+    assert found.endswith("no script of this suite trains such a model")
 
 
 # -- learned positions -------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_learned_positions_are_for_one_size(tiny: Tiny) -> None:
         *("--height", "64", "--width", "48", "--validation_frames", "5"),
         options_type=ImageLoraOptions,
     )
-    rule = f"this model's learned positions are for 9x64x96 alone; nearest: {{}}, or {IGNORE}"
+    rule = f"this model's learned positions are for 9x64x96 only; nearest: {{}}, or {IGNORE}"
     assert found == [  # 12 frames become as many latents as 9
         f"--frame_buckets 13: {rule.format(9)}",
         f"--height_buckets 48 80: {rule.format(64)}",
@@ -219,7 +219,7 @@ def test_learned_positions_may_be_ignored_where_there_are_any(tiny: Tiny) -> Non
     other = ("--frame_buckets", "13", "--height_buckets", "48", "--width_buckets", "96", IGNORE)
     assert found_problems(tiny("5b-i2v"), *other, options_type=ImageLoraOptions) == []
     (found,) = found_problems(tiny("1.5-5b-i2v"), *BASE_SIZE, IGNORE, options_type=ImageLoraOptions)
-    assert found == f"{IGNORE}: this model has none; leave the flag out"
+    assert found == f"{IGNORE}: this model has no such embeddings; leave the flag out"
 
 
 def test_buckets_of_prepared_tensors_are_not_those_of_the_flags(tiny: Tiny) -> None:
@@ -243,10 +243,10 @@ def test_another_transformer_is_refused(configs: Path) -> None:
 @pytest.mark.parametrize("name", ["transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
 def test_broken_folders(configs: Path, name: str) -> None:
     (configs / name).write_text("{")
-    with pytest.raises(UsageError, match=f"{name}: is no JSON"):
+    with pytest.raises(UsageError, match=f"{name}: is not valid JSON"):
         geometry(configs)
     (configs / name).unlink()
-    with pytest.raises(UsageError, match=f"has no {name}; give the folder of a whole pipeline"):
+    with pytest.raises(UsageError, match=f"has no {name}; give the folder of a complete pipeline"):
         geometry(configs)
 
 
@@ -267,16 +267,16 @@ def test_sizes_beyond_the_grid_of_1_5_are_refused(tiny: Tiny) -> None:
 def test_the_guide_s_name_of_another_model_is_refused(tiny: Tiny) -> None:
     assert found_problems(tiny("5b"), *BASE_SIZE, "--model_name", "cogvideox-t2v") == []
     (found,) = found_problems(tiny("5b"), *BASE_SIZE, "--model_name", "cogvideox1.5-t2v")
-    assert found == "--model_name cogvideox1.5-t2v: the model's config says 1.0; leave the flag out"
+    assert found == "--model_name cogvideox1.5-t2v: by its config the model is 1.0; leave the flag out"
     (found,) = found_problems(tiny("1.5-5b"), *BASE_SIZE, "--model_name", "cogvideox-t2v")
-    assert found.endswith("the model's config says 1.5; leave the flag out")
+    assert found.endswith("by its config the model is 1.5; leave the flag out")
 
 
 def test_timesteps_beyond_the_scheduler_s_are_refused(tiny: Tiny) -> None:
     found = found_problems(tiny("5b"), "--min_timestep", "1000", "--max_timestep", "2000")
     assert found == [
-        "--min_timestep 1000: the scheduler's last timestep is 999; nearest: --min_timestep 999",
-        "--max_timestep 2000: the scheduler's last timestep is 999; nearest: --max_timestep 999",
+        "--min_timestep 1000: the last timestep of the scheduler is 999; nearest: --min_timestep 999",
+        "--max_timestep 2000: the last timestep of the scheduler is 999; nearest: --max_timestep 999",
     ]
     assert not found_problems(tiny("5b"), "--min_timestep", "999", "--max_timestep", "999")
 
@@ -374,7 +374,7 @@ def test_weights_in_pickles_only_are_refused_and_not_opened(tiny: Tiny, tmp_path
     name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
     (model / part / name).write_bytes(pickle.dumps(Runs(canary)))
     (found,) = found_problems(model, *BASE_SIZE)
-    assert found.startswith(f"{model / part}: its weights are in {name} only; ")
+    assert found.startswith(f"{model / part}: its weights are only in {name}; ")
     assert "save_pretrained(FOLDER) writes safetensors" in found
     with pytest.raises(UsageError, match=f"{part} has no such safetensors file"):
         load_weights(None, ModelFlags(str(model)), part, torch.float32)

@@ -368,7 +368,7 @@ def problems(*given: object, checks: bool = True) -> tuple[str, ...]:
         (
             "--use_cpu_offload_optimizer --max_grad_norm 0 --use_8bit",
             "--use_cpu_offload_optimizer: contradicts --use_8bit",
-            "give either",
+            "give one or the other",
         ),
         (
             "--use_cpu_offload_optimizer --max_grad_norm 0 --mixed_precision fp16",
@@ -392,10 +392,10 @@ def test_flags_without_effect_that_say_so_are_no_problem() -> None:
     assert not flags_of("--optimizer adamw --prodigy_decouple false --use_8bit false").use_8bit
 
 
-NOT_LITERAL = "is not key=value with a Python literal, such as 0.9, True, (0.9, 0.99) or 'text'"
+NOT_LITERAL = "must be key=value with a Python literal, such as 0.9, True, (0.9, 0.99) or 'text'"
 UNFIT = {
-    "torch.optim.RAdm": ["--optimizer torch.optim.RAdm: is no optimizer; nearest: torch.optim.RAdam"],
-    "torch.nn.Linear": ["--optimizer torch.nn.Linear: is no optimizer"],
+    "torch.optim.RAdm": ["--optimizer torch.optim.RAdm: is not an optimizer class; nearest: torch.optim.RAdam"],
+    "torch.nn.Linear": ["--optimizer torch.nn.Linear: is not an optimizer class"],
     "nowhere.Adam": [
         "--optimizer nowhere.Adam: No module named 'nowhere'; give MODULE.CLASS of an installed package",
     ],
@@ -407,7 +407,7 @@ UNFIT = {
         "--optimizer_args momentm=0.9: no such argument; nearest: momentum",
         "--optimizer_args nesterov=1: takes True or False",
         f"--optimizer_args dampening: {NOT_LITERAL}",
-        "--optimizer_args lr=1: the rate follows --learning_rate and --lr_scheduler; give those",
+        "--optimizer_args lr=1: the learning rate follows --learning_rate and --lr_scheduler; give those flags",
     ],
     "torch.optim.RAdam --optimizer_args betas=0.9 decoupled_weight_decay=yes eps=True": [
         "--optimizer_args betas=0.9: takes 2 values, such as (0.9, 0.999)",
@@ -418,7 +418,7 @@ UNFIT = {
         "--optimizer torch.optim.RAdam: Invalid beta parameter at index 1: 2.0; see --optimizer_args",
     ],
     "torch.optim.LBFGS": [
-        "--optimizer torch.optim.LBFGS: its step runs the model itself, which is not done here; give another",
+        "--optimizer torch.optim.LBFGS: its step runs the model itself, which is not supported; give another",
     ],
 }
 
@@ -439,11 +439,13 @@ def test_a_class_with_its_library_s_own_values() -> None:
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert problems("--optimizer", "came") == (
-        "--optimizer came: came_pytorch is not installed; pip install came_pytorch",
+        "--optimizer came: needs came_pytorch, which is not installed; pip install came_pytorch",
     )
-    assert problems("--use_8bit") == ("--use_8bit: bitsandbytes is not installed; pip install bitsandbytes",)
+    assert problems("--use_8bit") == (
+        "--use_8bit: needs bitsandbytes, which is not installed; pip install bitsandbytes",
+    )
     (found,) = problems("--use_8bit", "--use_torchao")
-    assert found == "--use_torchao: torchao is not installed; pip install torchao"
+    assert found == "--use_torchao: needs torchao, which is not installed; pip install torchao"
     args.parse(LoraOptions, None, lora_flags_without_optimizer(), [check_optimizer])
 
 

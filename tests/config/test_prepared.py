@@ -97,8 +97,8 @@ DIFFERENT = {
     "--caption_column": ("c.txt", "--caption_column c.txt: the tensors were prepared without it; "),
     "--height_buckets": ("32 64", "--height_buckets 32 64: the tensors were prepared with 64; give that"),
     "--width_buckets": (128, "--width_buckets 128: the tensors were prepared with 96; give that"),
-    "--frame_buckets": (5, "--frame_buckets 5: the tensors were prepared with 9; give that"),
-    "--max_num_frames": (49, "--max_num_frames 49: the tensors were prepared with 9; give that"),
+    "--frame_buckets": (5, "--frame_buckets 5: the tensors were prepared with 9; give this value"),
+    "--max_num_frames": (49, "--max_num_frames 49: the tensors were prepared with 9; give this value"),
 }
 
 
@@ -188,9 +188,7 @@ def test_what_a_folder_does_not_say_is_refused_where_given(kind: str, request: p
     folder = request.getfixturevalue(kind)
     found = problems(folder, *words({f"--{name}": value for name, value in UNKNOWN.items()}))
     assert len(found) == len(UNKNOWN)
-    assert all(
-        "the prepared folder does not say whether it was prepared so; leave the flag out" in line for line in found
-    )
+    assert all("the prepared folder does not record this flag; leave the flag out" in line for line in found)
     flags = args.config_dict(parse(folder))
     assert [flags[name] for name in UNKNOWN] == [None] * len(UNKNOWN)  # and not a default of the training script
 

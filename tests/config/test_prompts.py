@@ -34,14 +34,14 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "No such file or directory"), (b"\n \n", "holds no prompt"), (b"\xff\xfe\x00", "is no UTF-8")],
+    [(None, "No such file or directory"), (b"\n \n", "has no prompt"), (b"\xff\xfe\x00", "is not UTF-8")],
 )
 def test_problems_of_the_file(tmp_path: Path, content: bytes | None, reason: str) -> None:
     if content is not None:
         (tmp_path / "list.txt").write_bytes(content)
     given = ["--validation_dir", tmp_path, "--validation_prompts", "list.txt"]
     (found,) = check_prompts(options_of(Path("x"), *given))
-    assert found == f"--validation_prompts {tmp_path / 'list.txt'}: {reason}; give a file with a prompt a line"
+    assert found == f"--validation_prompts {tmp_path / 'list.txt'}: {reason}; give a text file with one prompt per line"
     assert list(check_prompts(options_of(Path("x"), *given, "--do_validation", "false"))) == []
 
 

@@ -148,7 +148,12 @@ def test_a_checkpoint_resumes_with_masters_elsewhere(tmp_path: Path, first: bool
         (["--use_8bit"], None, "--use_8bit cannot skip", "keep its state on the device"),
         (["--use_4bit", "--use_torchao"], None, "--use_torchao cannot skip", "keep its state on the device"),
         (["--optimizer", "torch.optim.AdamW"], None, "--optimizer torch.optim.AdamW cannot", "--optimizer adam"),
-        (["--use_cpu_offload_optimizer", "--max_grad_norm", 0], None, "has it there already", "give one of them"),
+        (
+            ["--use_cpu_offload_optimizer", "--max_grad_norm", 0],
+            None,
+            "contradicts --use_cpu_offload_optimizer",
+            "give one of them",
+        ),
         ([], SimpleNamespace(zero_stage=2), "DeepSpeed places", "offload_optimizer_device: cpu"),
     ],
 )

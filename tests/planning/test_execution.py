@@ -333,7 +333,7 @@ def test_two_processes_train_all_weights_under_a_plan_as_one_does(model: Path, t
     [
         ((*LEAN, "--optimizer", "adamw", "--use_8bit"), "--plan lean: --use_8bit cannot skip a step on the device"),
         (("--weights_on", "host", "--optimizer", "came"), "--weights_on host: --optimizer came cannot skip a step"),
-        ((*LEAN, "--use_cpu_offload_optimizer"), "--plan lean: --use_cpu_offload_optimizer has it there already"),
+        ((*LEAN, "--use_cpu_offload_optimizer"), "--plan lean: contradicts --use_cpu_offload_optimizer"),
         ((*LEAN, "--plan", "off", "--keep", "input"), "--keep input: contradicts --plan off"),
     ],
 )
@@ -403,7 +403,7 @@ def test_weights_are_trained_on_the_host_by_one_process(
     assert [execution.axes_of(options, world).weights for world in (1, 2)] == [("device", "host"), ("device",)]
     assert list(execution.host_restrictions(options, 2)) == ["weights are trained on the host on one GPU only"]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="--plan lean: weights that are trained on the host are for one GPU"):
+    with pytest.raises(UsageError, match="--plan lean: only one GPU can train weights that are stored on the host"):
         args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, *LEAN), ())
 
 

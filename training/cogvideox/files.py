@@ -40,11 +40,11 @@ def is_lfs_pointer(path: str | os.PathLike[str], size: int) -> bool:
     """Returns whether a file is the pointer that Git LFS leaves in place of a file that was not downloaded.
 
     Args:
-        path: a regular file.
-        size: its size in bytes; only small files are opened.
+        path: A regular file.
+        size: Its size in bytes; only small files are opened.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: The file cannot be read.
     """
     if not len(LFS_POINTER) < size <= LFS_LONGEST:
         return False
@@ -67,7 +67,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that it always has either its old content or all of the new content.
 
     Raises:
-        DiskError: the disk is full, fails or refuses to be written; the old content is unchanged.
+        DiskError: The disk is full, fails or refuses to be written; the old content is unchanged.
     """
     temporary = temporary_of(path)
     with disk_errors_told(path.parent, len(content)), removed_on_failure(temporary):
@@ -119,8 +119,8 @@ def disk_errors_told(folder: Path, needed: int | None = None) -> Iterator[None]:
     """Converts errors of a disk into DiskError, including those of safetensors, PyTorch and FFmpeg.
 
     Args:
-        folder: where the block writes; the message names it.
-        needed: the bytes that the block writes, or None if not known.
+        folder: Where the block writes; the message names it.
+        needed: The bytes that the block writes, or None if not known.
     """
     try:
         yield
@@ -140,8 +140,8 @@ def what_is_safe(folder: Path, safe: Callable[[], str]) -> Iterator[None]:
     """Converts errors of a disk into DiskError with a note of what has not been lost.
 
     Args:
-        folder: where the block writes most of its files.
-        safe: returns the note, such as "what is encoded is safe".
+        folder: Where the block writes most of its files.
+        safe: Returns the note, such as "what is encoded is safe".
     """
     try:
         with disk_errors_told(folder):
@@ -167,9 +167,9 @@ def disk_error(folder: Path, number: int, needed: int | None = None) -> DiskErro
     """Returns the error for a folder in which writing failed.
 
     Args:
-        folder: the folder.
-        number: the error number of the system.
-        needed: the bytes that were to be written, or None if not known.
+        folder: The folder.
+        number: The error number of the system.
+        needed: The bytes that were to be written, or None if not known.
     """
     about, fix = os.strerror(number), "find out why and run the same command again"
     if number in FULL:
@@ -209,7 +209,7 @@ def check_room(folder: Path, needed: int) -> None:
     """Checks that the disk of a folder has room for ``needed`` bytes.
 
     Raises:
-        DiskError: it has less room.
+        DiskError: It has less room.
     """
     free = free_disk_bytes(folder)
     if free is not None and free < needed:

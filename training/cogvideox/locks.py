@@ -40,11 +40,11 @@ def take(path: Path) -> Lock:
     """Takes a lock without waiting.
 
     Args:
-        path: the file of the lock, in an existing folder.
+        path: The file of the lock, in an existing folder.
 
     Raises:
-        BlockingIOError: another process holds it; the message describes that process.
-        OSError: the file cannot be written.
+        BlockingIOError: Another process holds it; the message describes that process.
+        OSError: The file cannot be written.
     """
     file = open(path, "a")  # noqa: SIM115 - open as long as the lock is held
     try:
@@ -87,7 +87,7 @@ def take_file(path: Path) -> Lock:
     """Takes a lock file, replacing a stale one.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: Another process holds it.
     """
     own = json.dumps(this_process()).encode()
     if not create(path, own):
@@ -147,7 +147,7 @@ def discard_stale(path: Path, judged: bytes | None) -> None:
     """Deletes a stale lock file if its content is still ``judged``. A guard file lets one process at a time do so.
 
     Raises:
-        BlockingIOError: another process is doing so.
+        BlockingIOError: Another process is doing so.
     """
     guard = path.with_name(f"{path.name}.guard")
     if not create(guard, b""):

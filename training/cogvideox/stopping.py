@@ -96,10 +96,10 @@ def allow(achieved: str = "") -> None:
     """Marks that there is nothing to lose: from now on a signal ends the work at once.
 
     Args:
-        achieved: what was saved, such as "and saved after step 3 of 6", for the line that a stopped script ends with.
+        achieved: What was saved, such as "and saved after step 3 of 6", for the line that a stopped script ends with.
 
     Raises:
-        Stopped: a signal was deferred.
+        Stopped: A signal was deferred.
     """
     _state.achieved = achieved
     if _state.asked:
@@ -113,10 +113,10 @@ def unit(name: str) -> None:
     """Counts a finished unit of work, which proves that this process does not hang.
 
     Args:
-        name: what was finished, for the message about a hang.
+        name: What was finished, for the message about a hang.
 
     Raises:
-        Stopped: the process was asked to stop and is inside ``stoppable``.
+        Stopped: The process was asked to stop and is inside ``stoppable``.
     """
     _state.units += 1
     _state.last_unit = name
@@ -148,7 +148,7 @@ def stop() -> NoReturn:
     """Ends the work on the request of another rank, as a signal does after a unit of work.
 
     Raises:
-        Stopped: always.
+        Stopped: Always.
     """
     _state.asked = True
     raise Stopped
@@ -186,10 +186,10 @@ def join_ranks(store: Store, rank: int, number: int, patience: float) -> None:
     """Makes the watcher exchange requests and progress with the other ranks.
 
     Args:
-        store: the shared counters; only the watcher thread uses it.
-        rank: the rank of this process.
-        number: the number of ranks.
-        patience: seconds without progress on any rank, while one rank waits for others, after which all ranks end.
+        store: The shared counters; only the watcher thread uses it.
+        rank: The rank of this process.
+        number: The number of ranks.
+        patience: Seconds without progress on any rank, while one rank waits for others, after which all ranks end.
     """
     if _state.watcher is not None:
         _state.watcher.others = _Others(store, rank, number, patience)

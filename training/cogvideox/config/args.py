@@ -68,9 +68,9 @@ def build_parser(options_type: type, description: str | None, every: bool = Fals
     """Returns a parser that returns every value as the strings that were typed.
 
     Args:
-        options_type: the options of the script.
-        description: the text at the top of the help.
-        every: show every flag in the help instead of only those of MAIN_FLAGS.
+        options_type: The options of the script.
+        description: The text at the top of the help.
+        every: Show every flag in the help instead of only those of MAIN_FLAGS.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s --flag value ...",
@@ -153,7 +153,7 @@ def typed_value(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
     """Converts one string to a typed value.
 
     Raises:
-        UsageError: the value is not accepted; the message has the rule and the nearest fix.
+        UsageError: The value is not accepted; the message has the rule and the nearest fix.
     """
     name = as_typed(item, [text])
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -204,8 +204,8 @@ def unknown_flags(rest: Sequence[str], options_type: type) -> Iterator[str]:
     """Yields a problem for each flag that does not exist, with the most similar one. Ignores the values of that flag.
 
     Args:
-        rest: the words of the command line that belong to no known flag.
-        options_type: the options of the script, whose flags are suggested.
+        rest: The words of the command line that belong to no known flag.
+        options_type: The options of the script, whose flags are suggested.
     """
     own = [name for _, item, _ in fields_of(options_type) for name in names_of(item)]
     known = [f"--{name}" for name in (*own, "help", "help_all", "version")]
@@ -327,14 +327,14 @@ def parse(
     """Returns the options of a script. ``--help`` and ``--print_config`` print their text and exit with status 0.
 
     Args:
-        options_type: the options of the script.
-        description: the text at the top of the help.
-        argv: the command line; None is that of the process.
-        checks: functions that yield problems of the files and configs (never of weights) that the options name. They
+        options_type: The options of the script.
+        description: The text at the top of the help.
+        argv: The command line; None is that of the process.
+        checks: Functions that yield problems of the files and configs (never of weights) that the options name. They
             run after the flags have been read, and not for ``--print_config``.
 
     Raises:
-        UsageError: there are problems; it lists all of them.
+        UsageError: There are problems; it lists all of them.
     """
     options, sources = read_flags(options_type, sys.argv[1:] if argv is None else argv, description)
     options = derive(options, sources)

@@ -1,19 +1,21 @@
-"""Decides which frame counts and sizes are valid, and which buckets a clip belongs to.
+"""Decides which frame counts and sizes are valid, and to which buckets a clip belongs.
 
-All clips of one bucket become tensors of one shape, so a batch never mixes buckets. Sizes are in pixels of the
-video that the model is trained on, before the VAE.
+All clips of a bucket become tensors of the same shape, and a batch never mixes buckets. Sizes are in pixels of the
+video before the VAE encodes it.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-ASPECT_SLACK = 1.2  # with every bucket: 16:9 clips go to 480x720 too, portrait ones do not
+# With --bucket_choice every, a clip may be stretched this many times more than in its nearest bucket. With this value,
+# clips of 16:9 belong to a bucket of 480x720 as well, but portrait clips do not.
+ASPECT_SLACK = 1.2
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """One training shape: frames, then height and width in pixels; written as 49x480x720."""
+    """The shape of training videos: number of frames, then height and width in pixels. It is written as 49x480x720."""
 
     frames: int
     height: int
@@ -30,9 +32,14 @@ def make_buckets(frames: Iterable[int], heights: Iterable[int], widths: Iterable
 
 
 def frame_problem(frames: int, temporal_compression: int) -> str | None:
-    """Returns why a VAE with this temporal compression cannot encode `frames` frames, with the nearest counts; or None.
+    """Returns why the VAE cannot encode a number of frames, with the nearest valid numbers, or None if it can.
 
-    With compression c, 1 and kc+1 are exact. kc is accepted as well: published commands use 16, 24 and 48.
+    With compression c, the VAE encodes 1 and kc+1 frames exactly. kc frames are accepted as well, because published
+    commands use 16, 24 and 48.
+
+    Args:
+        frames: The number of frames.
+        temporal_compression: The frames per latent frame.
     """
     c = temporal_compression
     if frames >= 1 and (frames == 1 or frames % c in (0, 1 % c)):
@@ -43,7 +50,7 @@ def frame_problem(frames: int, temporal_compression: int) -> str | None:
 
 
 def size_problem(size: int, multiple: int) -> str | None:
-    """Returns why `size` pixels cannot be a height or width, with the nearest valid sizes; or None."""
+    """Returns why a height or width in pixels is not valid, with the nearest valid sizes, or None if it is."""
     if size > 0 and size % multiple == 0:
         return None
     below = size // multiple * multiple
@@ -54,13 +61,21 @@ def size_problem(size: int, multiple: int) -> str | None:
 def choose_buckets(
     buckets: Sequence[Bucket], frames: int, height: int, width: int, max_upscale: float, every: bool = False
 ) -> tuple[Bucket, ...]:
-    """Returns the buckets for a clip with `frames` frames of height x width pixels; () if it fills no bucket.
+    """Returns the buckets to which a clip belongs, or () if it fills none of them.
 
-    A clip fills a bucket that asks for no more frames than it has, and for which it is not enlarged more than
-    max_upscale times. Of those, the nearest one: frames first (the most), then the aspect ratio (least stretching or
-    cutting), then the largest size that needs no upscaling, or the smallest there is if all do. `every`: of each frame
-    count all whose aspect ratio is at most ASPECT_SLACK times farther than the nearest one's. The order of `buckets`
-    has no effect.
+    A clip fills a bucket that has no more frames than the clip, and for which the clip is enlarged at most max_upscale
+    times. It belongs to the nearest bucket that it fills: among those with the most frames, the one with the nearest
+    aspect ratio, for the least stretching or cropping. Among several with that ratio it is the largest one that needs
+    no enlarging, or the smallest one if all do. The order of the buckets has no effect.
+
+    Args:
+        buckets: The buckets to choose from.
+        frames: The number of frames of the clip.
+        height: The height of the clip in pixels.
+        width: The width of the clip in pixels.
+        max_upscale: The largest factor by which the clip may be enlarged.
+        every: Return, for each frame count, all buckets whose aspect ratio is at most ASPECT_SLACK times farther from
+            that of the clip than the nearest one.
     """
     filled = [b for b in buckets if b.frames <= frames and upscale(b, height, width) <= max_upscale]
     if not filled:
@@ -78,7 +93,13 @@ def _near_buckets(buckets: Sequence[Bucket], height: int, width: int) -> list[Bu
 
 
 def upscale(bucket: Bucket, height: int, width: int) -> float:
-    """Returns the factor by which a clip of height x width pixels is enlarged to fill a bucket; 1 or less is none."""
+    """Returns the factor by which a clip is scaled to fill a bucket; it is enlarged if the factor is more than 1.
+
+    Args:
+        bucket: The bucket.
+        height: The height of the clip in pixels.
+        width: The width of the clip in pixels.
+    """
     return max(bucket.height / height, bucket.width / width)
 
 
@@ -90,7 +111,7 @@ def _nearest_bucket(buckets: Sequence[Bucket], height: int, width: int) -> Bucke
 
 
 def _aspect_distance(bucket: Bucket, height: int, width: int) -> float:
-    # Rounded, so that two mirrored ratios tie exactly whatever the floats say; the wider one is then taken.
+    # The distance is rounded so that two mirrored ratios are exactly equally far; then the wider bucket is chosen.
     return round(abs(math.log(bucket.width * height / (bucket.height * width))), 9)
 
 

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from cogvideox.config.flags import (
     POLYNOMIAL_END,
@@ -26,6 +25,7 @@ from cogvideox.config.flags import (
     ValidationFlags,
 )
 from cogvideox.config.options import (
+    AnyOptions,
     LoraOptions,
     PrepareOptions,
     TrainOptions,
@@ -39,11 +39,16 @@ from cogvideox.config.options import (
     under_deepspeed,
 )
 
-LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")
+LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")  # the flags that store moments in few bits
 
 
-def flag_problems(options: Any, sources: dict[str, str]) -> Iterator[str]:
-    """Yields contradictions between flags. Reads no file."""
+def flag_problems(options: AnyOptions, sources: dict[str, str]) -> Iterator[str]:
+    """Yields contradictions between flags. Reads no file.
+
+    Args:
+        options: The options of the script, with derived values.
+        sources: Where each value comes from, by flag.
+    """
     data: DataFlags = options.data
     given = {name for name, source in sources.items() if source.startswith("given")}
     yield from bucket_problems(data, given)
@@ -73,7 +78,7 @@ def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
             yield f"--train_resolution {text}: is not a valid bucket; give FRAMESxHEIGHTxWIDTH, such as 49x480x720"
     lists = sorted({"height_buckets", "width_buckets", "frame_buckets"} & given)
     if data.train_resolution and lists:
-        yield f"--train_resolution: contradicts --{', --'.join(lists)}; give either"
+        yield f"--train_resolution: contradicts --{', --'.join(lists)}; give one or the other"
     counts = [frames for frames, _, _ in resolutions(data)] or data.frame_buckets
     if data.max_num_frames is not None and min(counts) > data.max_num_frames:
         yield (
@@ -81,13 +86,13 @@ def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
             f"nearest: --max_num_frames {min(counts)}"
         )
     if data.bucket_choice == "every" and not (data.train_resolution or {"height_buckets", "width_buckets"} <= given):
-        yield "--bucket_choice every: needs your own buckets; give --train_resolution"
+        yield "--bucket_choice every: needs buckets that you choose; give --train_resolution"
 
 
 def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
     """Yields contradictions between the flags of prepare_dataset.py alone."""
     if not prepare.save_latents_and_embeddings:
-        yield "--save_latents_and_embeddings false: nothing else is written; leave it out, or use --dry_run"
+        yield "--save_latents_and_embeddings false: the script writes nothing else; leave it out, or use --dry_run"
     if not prepare.output_dir:
         yield "--output_dir: is empty; give a folder for the tensors"
     modes = [name for name in ("dry_run", "suggest_buckets", "verify", "repair") if getattr(prepare, name)]
@@ -105,22 +110,22 @@ def train_problems(options: TrainOptions) -> Iterator[str]:
     optimizer = options.optimizer
     if optimizer.lr_scheduler == "polynomial" and optimizer.learning_rate <= POLYNOMIAL_END:
         yield (
-            f"--learning_rate {optimizer.learning_rate:g}: polynomial goes down to {POLYNOMIAL_END:g}; "
-            "give a larger one, or --lr_scheduler constant"
+            f"--learning_rate {optimizer.learning_rate:g}: the schedule polynomial ends at {POLYNOMIAL_END:g}; "
+            "give a larger rate, or --lr_scheduler constant"
         )
     yield from validation_problems(options.validation)
     yield from hub_problems(options.hub)
 
 
 def idle_schedule(validation: ValidationFlags, held_out: bool) -> Iterator[str]:
-    """Yields remarks about flags for when to validate, if there is nothing to validate.
+    """Yields remarks about --validation_steps and --validation_epochs if there is nothing to validate.
 
     Published commands have such flags without a prompt, so the run continues. Only --do_validation without a prompt is
     an error, because it asks for videos.
 
     Args:
-        validation: the flags.
-        held_out: whether there are held-out clips to measure the loss on.
+        validation: The flags of validation.
+        held_out: Whether there are held-out clips to measure the loss on.
     """
     for name in ("validation_steps", "validation_epochs"):
         value = getattr(validation, name)
@@ -159,7 +164,7 @@ def loss_problems(loss: LossFlags, given: set[str]) -> Iterator[str]:
 
 
 def best_problems(options: TrainOptions) -> Iterator[str]:
-    """Yields what is missing for --keep_best and --export_best, as far as flags show it."""
+    """Yields which flags are missing for --keep_best and --export_best."""
     train = options.train
     if train.export_best and not train.keep_best:
         yield "--export_best: no checkpoint is kept for it; add --keep_best"
@@ -174,7 +179,7 @@ def hub_problems(hub: HubFlags) -> Iterator[str]:
             if getattr(hub, name) not in (None, False):
                 yield f"--{name}: has no effect without --push_to_hub; give it too, or leave this out"
     if hub.hub_token is not None and not re.fullmatch("[!-~]+", hub.hub_token):
-        yield "--hub_token: is empty, or contains spaces or other characters that no token has; copy it again"
+        yield "--hub_token: is empty, or contains spaces or other characters that tokens never have; copy it again"
 
 
 def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
@@ -201,20 +206,20 @@ def offload_problems(flags: OptimizerFlags, train: TrainFlags, low: list[str]) -
     """Yields flags that the CPU optimizer of torchao does not support."""
     name = "--use_cpu_offload_optimizer"
     if low:
-        yield f"{name}: contradicts {low[0]}: on the CPU moments are fp32; give either"
+        yield f"{name}: contradicts {low[0]}, because moments on the CPU are fp32; give one or the other"
     if train.max_grad_norm:
         yield f"{name}: torchao does not clip gradients, and --max_grad_norm is {train.max_grad_norm:g}; give 0"
     if train.mixed_precision == "fp16":
         yield f"{name}: torchao does not support loss scaling, which fp16 needs; give --mixed_precision bf16"
     if flags.offload_gradients and train.gradient_accumulation_steps > 1:
         yield (
-            f"--offload_gradients: contradicts --gradient_accumulation_steps {train.gradient_accumulation_steps}: each "
-            "gradient is moved off the GPU at once; give 1, or leave --offload_gradients out"
+            f"--offload_gradients: contradicts --gradient_accumulation_steps {train.gradient_accumulation_steps}, "
+            "because each gradient leaves the GPU at once; give 1, or leave --offload_gradients out"
         )
 
 
 def lora_problems(lora: LoraFlags) -> Iterator[str]:
-    """Yields contradictions between the flags of a LoRA, and values of no known form."""
+    """Yields contradictions between the flags of a LoRA, and values that are not valid."""
     yield from target_problems(lora.target_modules)
     init = lora.init_lora_weights
     given = f"--init_lora_weights {init}"
@@ -229,14 +234,14 @@ def lora_problems(lora: LoraFlags) -> Iterator[str]:
 
 
 def plan_problems(options: TrainOptions) -> Iterator[str]:
-    """Yields what a plan cannot run, as far as flags show it; more is checked when the model is loaded."""
+    """Yields what a plan cannot run, as far as flags show it. The rest is checked when the model is loaded."""
     asked = ", ".join(options.plan.asked)
     if asked and options.plan.plan == "off":
         yield f"{asked}: contradicts --plan off; leave one of them out"
     if asked and isinstance(options, LoraOptions) and options.lora.use_dora:
         yield f"{asked}: contradicts --use_dora, which needs diffusers modules; leave one of them out"
     if trains_on_host(options) and launched_processes() > 1:
-        yield f"{asked}: weights that are trained on the host are for one GPU; launch one process"
+        yield f"{asked}: only one GPU can train weights that are stored on the host; launch one process"
     if asked and under_deepspeed():
         yield f"{asked}: DeepSpeed places the weights itself; leave it out, or launch with another configuration"
 
@@ -262,9 +267,9 @@ def nearest_init(text: str) -> str:
 def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
     """Yields contradictions with --load_tensors."""
     if len(options.data.data_root) > 1:
-        yield "--data_root: --load_tensors takes one prepared folder; give prepare_dataset.py all folders of clips"
+        yield "--data_root: --load_tensors takes one prepared folder; prepare all folders of clips into one"
     if options.data.validation_data_root:
-        yield "--validation_data_root: --load_tensors takes its clips from the prepared folder; prepare with the flag"
+        yield "--validation_data_root: --load_tensors has the clips of the prepared folder; prepare with the flag"
 
 
 def check_ema(options: TrainOptions) -> Iterator[str]:

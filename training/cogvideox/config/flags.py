@@ -78,19 +78,19 @@ def flag(
     """Returns the dataclass field of one flag.
 
     Args:
-        default: the value when the flag is absent; REQUIRED if the flag must be given.
-        help: the help line.
-        aliases: other names of the flag.
-        choices: the accepted values; empty if there is no such list.
-        const: the value when the flag is given without a value; None if it needs one.
-        least: the smallest accepted number.
-        most: the largest accepted number.
-        below: a number that the value must be less than.
-        dotted: accept the dotted name of a class as well as the ``choices``.
-        only: the optimizers that use the flag; empty if all do.
-        secret: never show or write the value.
-        idle: why the flag is ignored; empty if it is not. It is accepted for the commands of other trainers.
-        refused: why another script that is given this flag ends with an error. Without a reason, other scripts only
+        default: The value when the flag is absent; REQUIRED if the flag must be given.
+        help: The help line.
+        aliases: Other names of the flag.
+        choices: The accepted values; empty if there is no such list.
+        const: The value when the flag is given without a value; None if it needs one.
+        least: The smallest accepted number.
+        most: The largest accepted number.
+        below: A number that the value must be less than.
+        dotted: Accept the dotted name of a class as well as the ``choices``.
+        only: The optimizers that use the flag; empty if all do.
+        secret: Never show or write the value.
+        idle: Why the flag is ignored; empty if it is not. It is accepted for the commands of other trainers.
+        refused: Why another script that is given this flag ends with an error. Without a reason, other scripts only
             report that the flag has no effect. A reason is needed where ignoring the flag would do something else than
             was asked: for flags that choose the starting weights, the input or the destination of the result, or that
             ask for no training at all.

@@ -1,7 +1,9 @@
-"""What a model's config files say: compressions, patch sizes, channels, text length, noise schedule.
+"""Reads the config files of a model, and checks sizes and flags against them.
 
-config.json of the transformer and the VAE, scheduler_config.json -> Geometry -> every shape that training needs.
-Standard library only (huggingface_hub for a hub model), so that wrong sizes end a script before torch is imported.
+``read_geometry`` combines config.json of the transformer and of the VAE with scheduler_config.json into a Geometry,
+which computes every shape that training needs. The check_ functions are the checks for args.parse. This module needs
+only the standard library (and huggingface_hub for a hub model), so that a script with wrong sizes ends before torch is
+imported.
 """
 
 import json
@@ -12,21 +14,29 @@ from typing import Any
 
 from cogvideox.config.buckets import Bucket, frame_problem, size_problem
 from cogvideox.config.flags import FullFlags, ModelFlags
-from cogvideox.config.options import LoraOptions, TrainOptions, reads_clips, resolution
+from cogvideox.config.options import (
+    AnyOptions,
+    ImageOptions,
+    LoraOptions,
+    PrepareOptions,
+    TrainOptions,
+    reads_clips,
+    resolution,
+)
 from cogvideox.errors import UsageError, first_line
 from cogvideox.files import is_lfs_pointer, lfs_rule
 
 INDEX_NAME = "model_index.json"
-PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")  # of a pipeline, beside the transformer
-SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # those that the CogVideoX pipelines sample with
+PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")  # the parts of a pipeline other than the transformer
+SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # those with which the CogVideoX pipelines sample
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # weight files that can run code when they are read
 
 NO_PICKLES = (
-    "a file of that kind can run code when it is read, so it is not; load the model with diffusers where you trust it, "
-    "and save_pretrained(FOLDER) writes safetensors"
+    "such a file can run code when it is read, so it is never read; if you trust it, load the model with diffusers, "
+    "whose save_pretrained(FOLDER) writes safetensors"
 )
 
-# What diffusers takes for an entry that a config does not have: the defaults of the classes themselves.
+# The values that diffusers uses for entries that a config does not have: the defaults of its classes.
 TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "in_channels": 16,
     "patch_size": 2,
@@ -68,7 +78,31 @@ SCHEDULER_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """The numbers of one CogVideoX. Pixels and frames are of videos; latent sizes are behind the VAE."""
+    """The numbers in the configs of one CogVideoX model, and the shapes that follow from them.
+
+    Pixels and frames are those of a video; latent sizes are those of the output of the VAE.
+
+    Attributes:
+        in_channels: The channels of the input of the transformer.
+        latent_channels: The channels of the latents of the VAE.
+        spatial_compression: The pixels per latent, in height and width.
+        temporal_compression: The frames per latent frame.
+        patch_size: The latents per patch, in height and width.
+        patch_size_t: The latent frames per patch; None for CogVideoX 1.0, whose patches have no temporal size.
+        sample_height: The height for which the transformer was configured, in latents.
+        sample_width: The width for which the transformer was configured, in latents.
+        sample_frames: The number of frames for which the transformer was configured.
+        attention_head_dim: The size of an attention head.
+        rotary: Whether positions are encoded by rotary embeddings.
+        learned_positions: Whether there are learned position embeddings, which fit only the configured sizes.
+        ofs: Whether an offset is embedded as well as the timestep.
+        max_text_seq_length: The tokens per caption, padding included.
+        text_embed_dim: The size of a text embedding.
+        scaling_factor: The factor by which the latents of the VAE are multiplied for the transformer.
+        invert_scale_latents: Whether image latents are divided by the scaling factor.
+        default_fps: The frames per second of the videos with which the model was trained.
+        schedule: The config of the scheduler.
+    """
 
     in_channels: int
     latent_channels: int
@@ -76,92 +110,98 @@ class Geometry:
     temporal_compression: int
     patch_size: int
     patch_size_t: int | None
-    sample_height: int  # latents
+    sample_height: int
     sample_width: int
-    sample_frames: int  # of a video
+    sample_frames: int
     attention_head_dim: int
     rotary: bool
-    learned_positions: bool  # for sample_frames of sample_height x sample_width alone
-    ofs: bool  # whether an offset is embedded beside the timestep
+    learned_positions: bool
+    ofs: bool
     max_text_seq_length: int
     text_embed_dim: int
     scaling_factor: float
-    invert_scale_latents: bool  # image latents are divided by the scaling factor
+    invert_scale_latents: bool
     default_fps: int
     schedule: dict[str, Any]
 
     @property
     def image_to_video(self) -> bool:
-        """Whether the transformer takes image latents beside those of the video."""
+        """Whether the input of the transformer contains image latents as well as those of the video."""
         return self.in_channels == 2 * self.latent_channels
 
     @property
     def own_bucket(self) -> Bucket:
-        """What the transformer was configured for."""
+        """The bucket for which the transformer was configured."""
         side = self.spatial_compression
         return Bucket(self.sample_frames, self.sample_height * side, self.sample_width * side)
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of a video are multiples of this."""
+        """The number of pixels of which the height and width of a video must be multiples."""
         return self.spatial_compression * self.patch_size
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames that the VAE makes of ``frames`` frames (4k+1 -> k+1, 4k -> k)."""
+        """Returns the number of latent frames that the VAE makes of ``frames`` frames (4k+1 -> k+1, 4k -> k)."""
         return (frames - 1) // self.temporal_compression + 1
 
     def inference_frames(self, frames: int) -> int:
-        """Frames that the pipelines make when asked for ``frames``: the VAE decodes latent frames two by two, and of an
-        odd number the first becomes a single frame.
+        """Returns the number of frames that the pipelines generate when asked for ``frames``.
+
+        The VAE decodes latent frames in pairs; if their number is odd, the first one becomes a single frame.
         """
         latents = self.latent_frames(frames)
         return self.temporal_compression * (latents - latents % 2) + latents % 2
 
     def padding_frames(self, latent_frames: int) -> int:
-        """Latent frames to repeat in front, so that patches of patch_size_t frames fit."""
+        """Returns how many latent frames are added in front, so that patches of patch_size_t frames fit."""
         return -latent_frames % (self.patch_size_t or 1)
 
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int, int]:
-        """(F, C, H, W) of one clip's latents as the transformer takes them, padding included."""
+        """Returns the shape (F, C, H, W) of the latents of one clip in the input of the transformer, with padding."""
         frames = self.latent_frames(bucket.frames)
         height, width = bucket.height // self.spatial_compression, bucket.width // self.spatial_compression
         return frames + self.padding_frames(frames), self.latent_channels, height, width
 
     def moments_shape(self, bucket: Bucket) -> tuple[int, int, int, int]:
-        """(2C, F, H, W) of the VAE's posterior of one clip: mean and log variance, without padding."""
+        """Returns the shape (2C, F, H, W) of the posterior of one clip: mean and log variance, without padding."""
         height, width = bucket.height // self.spatial_compression, bucket.width // self.spatial_compression
         return 2 * self.latent_channels, self.latent_frames(bucket.frames), height, width
 
     def tokens(self, bucket: Bucket) -> int:
-        """Tokens of one sample in the transformer, text and video."""
+        """Returns the number of tokens of one sample in the transformer, of text and video together."""
         frames, _, height, width = self.latent_shape(bucket)
         patches = frames // (self.patch_size_t or 1) * (height // self.patch_size) * (width // self.patch_size)
         return self.max_text_seq_length + patches
 
     def image_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        """(2C, H, W) of the VAE's posterior of one image."""
+        """Returns the shape (2C, H, W) of the posterior of one image."""
         channels, _, height, width = self.moments_shape(bucket)
         return channels, height, width
 
     def has_positions(self, bucket: Bucket) -> bool:
-        """Whether learned positions, if any, are for this bucket."""
+        """Returns whether this bucket suits the learned position embeddings of the model, if it has any."""
         return not self.learned_positions or self.moments_shape(bucket) == self.moments_shape(self.own_bucket)
 
     def problem(self, kind: str, value: int) -> str | None:
-        """What is wrong with a number of frames, or a height or width in pixels."""
+        """Returns why the model cannot be trained with a value, with the nearest valid ones; or None if it can.
+
+        Args:
+            kind: One of "frames", "height" and "width".
+            value: The number of frames, or of pixels.
+        """
         if kind == "frames":
             return frame_problem(value, self.temporal_compression)
         largest = {"height": self.sample_height, "width": self.sample_width}[kind] * self.spatial_compression
         if self.rotary and self.patch_size_t and value > largest:
-            return f"this model's positions end at {largest}; give less"
+            return f"this model's positions end at {largest}; nearest: {largest}"
         return size_problem(value, self.size_multiple)
 
 
 def read_geometry(model: ModelFlags) -> Geometry:
-    """The geometry of a pipeline folder or hub id.
+    """Returns the geometry of a model, which is a folder or a hub id.
 
     Raises:
-        UsageError: the model does not exist, is not a CogVideoX, or its transformer has dropout of its own.
+        UsageError: The model does not exist, is not a CogVideoX model, or its transformer has dropout.
     """
     transformer = read_config(model, "transformer", "config.json")
     vae = read_config(model, "vae", "config.json")
@@ -170,7 +210,7 @@ def read_geometry(model: ModelFlags) -> Geometry:
     if name != "CogVideoXTransformer3DModel":
         raise UsageError(f"{flag_text(model)}: its transformer is a {name}; give a CogVideoX pipeline")
     if transformer.get("dropout"):
-        rule = f"has a dropout of {transformer['dropout']:g}, whose masks a resumed run could not draw again"
+        rule = f"has a dropout of {transformer['dropout']:g}, whose masks a resumed run could not repeat"
         raise UsageError(f'{flag_text(model)}: its transformer {rule}; set "dropout" to 0 in transformer/config.json')
     geometry = geometry_of(transformer, vae, scheduler)
     if problems := list(scheduler_problems(geometry.schedule)):
@@ -179,19 +219,19 @@ def read_geometry(model: ModelFlags) -> Geometry:
 
 
 def scheduler_problems(config: dict[str, Any]) -> Iterator[str]:
-    """Why a scheduler, or its noise schedule, is none that CogVideoX is sampled with."""
+    """Yields why a scheduler, or its noise schedule, is not one with which CogVideoX is sampled."""
     name = config.get("_class_name")
     if name not in SCHEDULERS:
-        yield f"scheduler_config.json: _class_name is {name}; CogVideoX has {' or '.join(SCHEDULERS)}; name one"
+        yield f"scheduler_config.json: _class_name is {name}; CogVideoX has {' or '.join(SCHEDULERS)}; give one of them"
     wanted = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "trained_betas": None}
     for entry, value in wanted.items():
         if config[entry] != value:
             rule = f"{entry} is {config[entry]}; CogVideoX has {value}"
-            yield f"scheduler_config.json: {rule}; take the file of the published model"
+            yield f"scheduler_config.json: {rule}; use the file of the published model"
 
 
 def geometry_of(transformer: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]) -> Geometry:
-    """Geometry out of the three config dictionaries; what one does not have is diffusers' default."""
+    """Returns the geometry of three configs. Entries that they do not have get the defaults of diffusers."""
     transformer, vae = TRANSFORMER_DEFAULTS | transformer, VAE_DEFAULTS | vae
     return Geometry(
         in_channels=transformer["in_channels"],
@@ -211,57 +251,74 @@ def geometry_of(transformer: dict[str, Any], vae: dict[str, Any], scheduler: dic
         text_embed_dim=transformer["text_embed_dim"],
         scaling_factor=vae["scaling_factor"],
         invert_scale_latents=vae["invert_scale_latents"],
-        default_fps=16 if transformer["patch_size_t"] else 8,  # the rates that 1.5 and 1.0 were trained at
+        default_fps=16 if transformer["patch_size_t"] else 8,  # the rates of the training of 1.5 and of 1.0
         schedule=SCHEDULER_DEFAULTS | scheduler,
     )
 
 
 def read_config(model: ModelFlags, part: str, name: str) -> dict[str, Any]:
-    """One json file of the pipeline."""
+    """Returns the content of a JSON file in one part of the pipeline, such as config.json of the VAE."""
     folder = Path(model.pretrained_model_name_or_path)
     path = folder / part / name if folder.is_dir() else hub_file(model, f"{part}/{name}")
     return read_object(path, model, f"{part}/{name}")
 
 
 def read_object(path: Path, model: ModelFlags, name: str) -> dict[str, Any]:
-    """A json file of the pipeline, which messages call ``name``."""
+    """Returns the content of a JSON file, which must be one object.
+
+    Args:
+        path: The file.
+        model: The model that it belongs to.
+        name: The path of the file in the pipeline, for messages.
+
+    Raises:
+        UsageError: The file does not exist, or is not a JSON object.
+    """
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{flag_text(model)}: has no {name}; give the folder of a whole pipeline") from None
+        raise UsageError(f"{flag_text(model)}: has no {name}; give the folder of a complete pipeline") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is no JSON ({error}); download the model again") from None
+        raise UsageError(f"{path}: is not valid JSON ({error}); download the model again") from None
     if not isinstance(config, dict):
         raise UsageError(f"{path}: is not one JSON object; download the model again")
     return config
 
 
 def read_model_index(model: ModelFlags) -> dict[str, Any]:
-    """The pipeline's model_index.json: which classes its parts have."""
+    """Returns the content of model_index.json, which names the classes of the parts of the pipeline."""
     folder = Path(model.pretrained_model_name_or_path)
     path = folder / INDEX_NAME if folder.is_dir() else hub_file(model, INDEX_NAME)
     return read_object(path, model, INDEX_NAME)
 
 
-def saves_pipeline(options: Any) -> bool:
-    """Whether a whole pipeline is to be made."""
+def saves_pipeline(options: TrainOptions) -> bool:
+    """Returns whether a complete pipeline is exported, which needs --save_pipeline."""
     flags: FullFlags | None = getattr(options, "full", None)
     return flags is not None and flags.save_pipeline
 
 
-def check_pipeline(options: Any) -> Iterator[str]:
-    """What --save_pipeline lacks in a base that is a folder, for args.parse; one of the hub has it."""
+def check_pipeline(options: TrainOptions) -> Iterator[str]:
+    """Yields what the folder of the model lacks for --save_pipeline, for args.parse. A hub model has all parts."""
     if not saves_pipeline(options):
         return
     folder = Path(options.model.pretrained_model_name_or_path)
     read_model_index(options.model)
     missing = [part for part in PARTS if folder.is_dir() and not (folder / part).is_dir()]
     if missing:
-        yield f"--save_pipeline: {folder} has no {', '.join(missing)}; give the folder of a whole pipeline"
+        yield f"--save_pipeline: {folder} has no {', '.join(missing)}; give the folder of a complete pipeline"
 
 
 def hub_file(model: ModelFlags, name: str) -> Path:
-    """A file of a hub model, downloaded if need be."""
+    """Returns the path of a file of a hub model, and downloads it if it is not in the cache.
+
+    Args:
+        model: The model, whose name is a hub id.
+        name: The path of the file in the repository.
+
+    Raises:
+        UsageError: The name is not a valid hub id, or the file cannot be downloaded.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
@@ -269,30 +326,30 @@ def hub_file(model: ModelFlags, name: str) -> Path:
     try:
         return Path(hf_hub_download(repo, name, revision=model.revision, cache_dir=model.cache_dir))
     except HFValidationError:
-        raise UsageError(f"{flag_text(model)}: no such folder, and no hub id either") from None
+        raise UsageError(f"{flag_text(model)}: no such folder, and not a valid hub id") from None
     except (OSError, ValueError) as error:  # offline, no such repository, no access
         reason = first_line(error)
         raise UsageError(
-            f"{flag_text(model)}: no such folder, and not to be had from the hub ({reason}); "
-            f"where there is a network: hf download {repo}"
+            f"{flag_text(model)}: no such folder, and it cannot be downloaded from the hub ({reason}); "
+            f"run where there is a network: hf download {repo}"
         ) from None
 
 
 def flag_text(model: ModelFlags) -> str:
-    """The flag as typed, for messages."""
+    """Returns the flag of the model with its value, for messages."""
     return f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}"
 
 
-def check_text_to_video(options: Any) -> Iterator[str]:
-    """Problems of the model and the sizes for a text-to-video script. Reads config files only."""
+def check_text_to_video(options: TrainOptions) -> Iterator[str]:
+    """Yields problems of the model and the sizes of a text-to-video script. Reads config files only."""
     geometry = read_geometry(options.model)
     yield from weight_problems(options.model, ("transformer", "vae", "text_encoder"))
     yield from channel_problems(options, geometry, "text-to-video")
     yield from check_sizes(options, geometry)
 
 
-def check_image_to_video(options: Any) -> Iterator[str]:
-    """Problems of the model and the sizes for an image-to-video script. Reads config files only."""
+def check_image_to_video(options: ImageOptions) -> Iterator[str]:
+    """Yields problems of the model and the sizes of an image-to-video script. Reads config files only."""
     geometry = read_geometry(options.model)
     yield from weight_problems(options.model, ("transformer", "vae", "text_encoder"))
     yield from channel_problems(options, geometry, "image-to-video")
@@ -300,15 +357,15 @@ def check_image_to_video(options: Any) -> Iterator[str]:
     yield from position_problems(options, geometry)
 
 
-def check_preparation(options: Any) -> Iterator[str]:
-    """Problems of the model and the sizes for prepare_dataset.py, which takes every model. Reads config files only."""
+def check_preparation(options: PrepareOptions) -> Iterator[str]:
+    """Yields problems of the model and the sizes of prepare_dataset.py, which accepts every CogVideoX model."""
     geometry = read_geometry(options.model)
     yield from weight_problems(options.model, ("vae", "text_encoder"))
     yield from check_sizes(options, geometry)
 
 
 def weight_problems(model: ModelFlags, parts: Sequence[str]) -> Iterator[str]:
-    """Parts of a model folder whose weights are in pickle files only, which are never read."""
+    """Yields parts of a model folder whose weights are Git LFS pointers, or in pickle files only."""
     for part in parts:
         folder = Path(model.pretrained_model_name_or_path, part)
         weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
@@ -317,30 +374,36 @@ def weight_problems(model: ModelFlags, parts: Sequence[str]) -> Iterator[str]:
             yield f"{pointers[0]}: {lfs_rule(folder)}"
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles and not any(folder.glob("*.safetensors")):
-            yield f"{folder}: its weights are in {pickles[0]} only; {NO_PICKLES}"
+            yield f"{folder}: its weights are only in {pickles[0]}; {NO_PICKLES}"
 
 
-def channel_problems(options: Any, geometry: Geometry, wanted: str) -> Iterator[str]:
-    """A model that is for another script."""
+def channel_problems(options: TrainOptions, geometry: Geometry, wanted: str) -> Iterator[str]:
+    """Yields a problem if a model is for the other task, which the channels of its transformer show.
+
+    Args:
+        options: The options of the script.
+        geometry: The geometry of the model.
+        wanted: The task of the script, "text-to-video" or "image-to-video".
+    """
     channels = {"text-to-video": geometry.latent_channels, "image-to-video": 2 * geometry.latent_channels}
     if geometry.in_channels == channels[wanted]:
         return
     takes = f"{flag_text(options.model)}: takes {geometry.in_channels} channels"
     (other,) = channels.keys() - {wanted}
     if geometry.in_channels != channels[other]:
-        yield f"{takes}, {wanted} has {channels[wanted]}; no script here trains it"
+        yield f"{takes}, and {wanted} has {channels[wanted]}; no script of this suite trains such a model"
         return
     method = "lora" if isinstance(options, LoraOptions) else "sft"
     script = f"cogvideox_{other.replace('-', '_')}_{method}.py"
     article = "an" if other.startswith("image") else "a"
-    yield f"{takes}, so it is {article} {other} model; {wanted} takes {channels[wanted]}; use {script}"
+    yield f"{takes}, so it is {article} {other} model; {wanted} takes {channels[wanted]} channels; use {script}"
 
 
-def position_problems(options: Any, geometry: Geometry) -> Iterator[str]:
-    """Sizes for which a model has no learned positions."""
+def position_problems(options: ImageOptions, geometry: Geometry) -> Iterator[str]:
+    """Yields sizes that the learned position embeddings of a model do not fit."""
     ignored, own = options.image.ignore_learned_positional_embeddings, geometry.own_bucket
     if ignored and not geometry.learned_positions:
-        yield "--ignore_learned_positional_embeddings: this model has none; leave the flag out"
+        yield "--ignore_learned_positional_embeddings: this model has no such embeddings; leave the flag out"
     if ignored or not geometry.learned_positions:
         return
     sizes = all_sizes(options, listed_sizes(options) if reads_clips(options) else [])
@@ -349,12 +412,12 @@ def position_problems(options: Any, geometry: Geometry) -> Iterator[str]:
         if not geometry.has_positions(replace(own, **{kind: value})):
             wrong.setdefault((name, kind), []).append(str(value))
     for (name, kind), values in wrong.items():
-        rule = f"this model's learned positions are for {own} alone; nearest: {getattr(own, kind)}"
+        rule = f"this model's learned positions are for {own} only; nearest: {getattr(own, kind)}"
         yield f"{name} {' '.join(values)}: {rule}, or --ignore_learned_positional_embeddings"
 
 
-def listed_sizes(options: Any) -> list[tuple[str, str, int]]:
-    """(flag, kind, value) of each number of frames or pixels in the flags for buckets."""
+def listed_sizes(options: AnyOptions) -> list[tuple[str, str, int]]:
+    """Returns (flag, kind, value) of each number in the flags that list buckets. The kinds are those of ``problem``."""
     data = options.data
     sizes = [
         (f"--train_resolution {text}: {kind}", kind, value)
@@ -368,8 +431,8 @@ def listed_sizes(options: Any) -> list[tuple[str, str, int]]:
     return sizes
 
 
-def all_sizes(options: Any, listed: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """Listed sizes, then those of validation videos that are not taken over from them."""
+def all_sizes(options: AnyOptions, listed: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Returns the listed sizes, followed by those of validation videos that are not among them."""
     if not isinstance(options, TrainOptions):
         return listed
     known = {(kind, value) for _, kind, value in listed}
@@ -379,8 +442,8 @@ def all_sizes(options: Any, listed: list[tuple[str, str, int]]) -> list[tuple[st
     return listed + [(name, kind, value) for name, kind, value in more if value and (kind, value) not in known]
 
 
-def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
-    """Problems of the buckets, the validation size, the text length and the guide's name of the model."""
+def check_sizes(options: AnyOptions, geometry: Geometry) -> Iterator[str]:
+    """Yields problems of the buckets, the size of validation videos, timesteps, text length and --model_name."""
     if isinstance(options, TrainOptions):
         yield from check_timesteps(options, geometry)
     for name, kind, value in all_sizes(options, listed_sizes(options)):
@@ -390,18 +453,18 @@ def check_sizes(options: Any, geometry: Geometry) -> Iterator[str]:
     length = options.encode.max_sequence_length
     if length not in (None, geometry.max_text_seq_length):
         yield (
-            f"--max_sequence_length {length}: the transformer's config says {geometry.max_text_seq_length}; "
-            "another padding changes every embedding; leave the flag out"
+            f"--max_sequence_length {length}: the config of the transformer has {geometry.max_text_seq_length}, and "
+            "another length changes every embedding; leave the flag out"
         )
     named, patched = options.guide.model_name if isinstance(options, TrainOptions) else None, geometry.patch_size_t
     if named and named.startswith("cogvideox1.5") != (patched is not None):
-        yield f"--model_name {named}: the model's config says {'1.5' if patched else '1.0'}; leave the flag out"
+        yield f"--model_name {named}: by its config the model is {'1.5' if patched else '1.0'}; leave the flag out"
 
 
 def check_timesteps(options: TrainOptions, geometry: Geometry) -> Iterator[str]:
-    """Problems of the range of timesteps: the scheduler's config says how many there are."""
+    """Yields problems of the range of timesteps, whose number is in the config of the scheduler."""
     last = int(geometry.schedule["num_train_timesteps"]) - 1
     for name in ("min_timestep", "max_timestep"):
         value = getattr(options.loss, name)
         if value is not None and value > last:
-            yield f"--{name} {value}: the scheduler's last timestep is {last}; nearest: --{name} {last}"
+            yield f"--{name} {value}: the last timestep of the scheduler is {last}; nearest: --{name} {last}"

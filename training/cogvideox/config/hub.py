@@ -55,7 +55,7 @@ def check_hub(options: TrainOptions) -> Iterator[str]:
     except HFValidationError:
         name = options.hub.hub_model_id
         subject = f"--output_dir {options.train.output_dir}" if name is None else f"--hub_model_id {name}"
-        rule = "is no name of a repository, which has letters, digits, single -, _ and . between them"
+        rule = "is not a valid name of a repository, which has letters and digits, with single -, _ or . between them"
         yield f"{subject}: {rule}; give --hub_model_id NAME or NAMESPACE/NAME"
 
 
@@ -66,7 +66,7 @@ def open_repository(options: TrainOptions, say: Say, waits: Sequence[float] = WA
         The namespace/name of the repository, or None without --push_to_hub.
 
     Raises:
-        UsageError: the hub refuses, or cannot be reached.
+        UsageError: The hub refuses, or cannot be reached.
     """
     hub, name = options.hub, repository_name(options)
     if not hub.push_to_hub:
@@ -78,7 +78,7 @@ def open_repository(options: TrainOptions, say: Say, waits: Sequence[float] = WA
 
     def make() -> str:
         repository = api.create_repo(name, private=hub.hub_private or None, exist_ok=True).repo_id
-        api.auth_check(repository, write=True)  # an existing repository may belong to somebody else
+        api.auth_check(repository, write=True)  # An existing repository may belong to somebody else.
         return repository
 
     try:
@@ -95,7 +95,7 @@ def upload(
     """Uploads files of a finished run in one commit. Unchanged files are not sent again.
 
     Raises:
-        UsageError: the upload failed. No file on the disk has changed, and the upload can be repeated.
+        UsageError: The upload failed. No file on the disk has changed, and the upload can be repeated.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -103,7 +103,7 @@ def upload(
     api = HfApi(token=token)
 
     def commit() -> None:
-        # created for each attempt, because a commit changes them
+        # The operations are created for each attempt, because a commit changes them.
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
         api.create_commit(repository, operations, commit_message="Add the result of a finished run")
 
@@ -138,7 +138,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and then the errors that caused it."""
+    """Yields an error, followed by the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -151,7 +151,10 @@ def http_status(error: BaseException) -> int | None:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Returns whether another attempt may help: the hub had a fault, or did not answer (in uploads a RuntimeError)."""
+    """Returns whether another attempt may succeed, because the hub had a fault or did not answer.
+
+    The upload of a large file raises a RuntimeError if the hub does not answer.
+    """
     from huggingface_hub.errors import HTTPError
 
     status = http_status(error)

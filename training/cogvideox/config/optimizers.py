@@ -34,18 +34,18 @@ def make_optimizer(flags: OptimizerFlags, parameters: "Sequence[Parameter]") -> 
     """Returns the optimizer that the flags name. Its learning rate is set before every step.
 
     Raises:
-        UsageError: the class does not accept these parameters.
+        UsageError: The class does not accept these parameters.
     """
     kind, arguments = optimizer_class(flags)
     try:
-        with redirect_stdout(io.StringIO()):  # prodigy prints what the flags say
-            return kind(parameters, lr=1.0, **arguments)  # prodigy and came refuse 0
+        with redirect_stdout(io.StringIO()):  # Prodigy prints its arguments.
+            return kind(parameters, lr=1.0, **arguments)  # Prodigy and CAME refuse a learning rate of 0.
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"--optimizer {flags.optimizer}: {error or 'does not take these parameters'}") from error
 
 
 def optimizer_class(flags: OptimizerFlags) -> tuple[Any, dict[str, Any]]:
-    """Returns the class and its arguments, except for the parameters and the learning rate."""
+    """Returns the class of the optimizer and its arguments, except for the parameters and the learning rate."""
     if flags.kind == NAMED_CLASS:
         kind = named_class(flags.optimizer)
         return kind, class_arguments(kind, flags)
@@ -66,7 +66,7 @@ def optimizer_class(flags: OptimizerFlags) -> tuple[Any, dict[str, Any]]:
     if bits := bits_of(flags):
         library = importlib.import_module("torchao.optim" if flags.use_torchao else "bitsandbytes.optim")
         return getattr(library, ADAM_NAMES[flags.kind] + bits), adam
-    # fused: the kernel takes the clipping factor and the non-finite flag as tensors, so nothing waits for the device
+    # The fused kernel takes the clipping factor and the non-finite flag as tensors, so the host never waits for them.
     return getattr(importlib.import_module("torch.optim"), ADAM_NAMES[flags.kind]), adam | {"fused": True}
 
 
@@ -82,7 +82,7 @@ def named_class(name: str) -> Any:
     """Returns the optimizer class of a dotted name.
 
     Raises:
-        UsageError: there is no such class; the message has the most similar one.
+        UsageError: There is no such class; the message has the most similar one.
     """
     from torch.optim import Optimizer
 
@@ -96,14 +96,16 @@ def named_class(name: str) -> Any:
         return found
     classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Optimizer)]
     near = difflib.get_close_matches(last, classes, 1, 0.4)
-    raise UsageError(f"--optimizer {name}: is no optimizer" + (f"; nearest: {path}.{near[0]}" if near else ""))
+    raise UsageError(
+        f"--optimizer {name}: is not an optimizer class" + (f"; nearest: {path}.{near[0]}" if near else "")
+    )
 
 
 def class_arguments(kind: Any, flags: OptimizerFlags) -> dict[str, Any]:
     """Returns the constructor arguments that the flags set; --optimizer_args take precedence.
 
     Raises:
-        UsageError: the constructor lacks an argument or needs another type; it lists all such arguments.
+        UsageError: The constructor lacks an argument or needs another type; it lists all such arguments.
     """
     taken = inspect.signature(kind).parameters
     problems: list[str] = []
@@ -144,18 +146,19 @@ def typed_argument(taken: Mapping[str, inspect.Parameter], key: str, text: str) 
     """Returns the value of one of --optimizer_args.
 
     Raises:
-        UsageError: the argument or its value is not accepted; the message has the rule and the nearest fix.
+        UsageError: The argument or its value is not accepted; the message has the rule and the nearest fix.
     """
     names = [name for name, item in taken.items() if name not in ("params", "lr") and item.kind != item.VAR_KEYWORD]
     if key == "lr":
-        raise UsageError("the rate follows --learning_rate and --lr_scheduler; give those")
+        raise UsageError("the learning rate follows --learning_rate and --lr_scheduler; give those flags")
     if key not in names and not any(item.kind == item.VAR_KEYWORD for item in taken.values()):
         near = difflib.get_close_matches(key, names, 1)
         raise UsageError(f"no such argument; nearest: {near[0]}" if near else f"is one of {', '.join(names)}")
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        raise UsageError("is not key=value with a Python literal, such as 0.9, True, (0.9, 0.99) or 'text'") from None
+        rule = "must be key=value with a Python literal, such as 0.9, True, (0.9, 0.99) or 'text'"
+        raise UsageError(rule) from None
     wanted = misfit(taken[key].default, value) if key in taken else None
     if wanted:
         raise UsageError(f"takes {wanted}")
@@ -182,11 +185,11 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
     flags = options.optimizer
     package = package_of(flags)
     if package and importlib.util.find_spec(package) is None:
-        yield f"{flag_of(flags)}: {package} is not installed; pip install {package}"
+        yield f"{flag_of(flags)}: needs {package}, which is not installed; pip install {package}"
     elif flags.kind == NAMED_CLASS:
         yield from class_problems(flags)
     if flags.use_torchao and not any(map(shutil.which, (os.environ.get("CXX", COMPILERS[0]), *COMPILERS))):
-        yield "--use_torchao: compiles its step, and there is no C++ compiler; install g++, or leave it out"
+        yield "--use_torchao: compiles its step and finds no C++ compiler; install g++, or leave the flag out"
     if flags.use_cpu_offload_optimizer:
         yield from offload_machine_problems(options)
     if under_deepspeed():
@@ -229,11 +232,11 @@ def class_problems(flags: OptimizerFlags) -> Iterator[str]:
         return
     try:
         kind([torch.nn.Parameter(torch.zeros(2, 2))], lr=1.0, **arguments)
-    except Exception as error:  # whatever a constructor raises
+    except Exception as error:  # a constructor may raise any error
         yield f"--optimizer {flags.optimizer}: {error}; see --optimizer_args"
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
-        yield f"--optimizer {flags.optimizer}: its step runs the model itself, which is not done here; give another"
+        yield f"--optimizer {flags.optimizer}: its step runs the model itself, which is not supported; give another"
 
 
 def offload_machine_problems(options: TrainOptions) -> Iterator[str]:
@@ -242,31 +245,40 @@ def offload_machine_problems(options: TrainOptions) -> Iterator[str]:
 
     name = "--use_cpu_offload_optimizer"
     if not torch.cuda.is_available():
-        yield f"{name}: torchao wants a CUDA device and torch sees none; leave it out"
+        yield f"{name}: torchao needs a CUDA device, and torch finds none; leave the flag out"
     if launched_processes() > 1:
-        yield f"{name}: torchao knows one GPU; launch one process, or use accelerate_configs/deepspeed.yaml"
+        yield f"{name}: torchao supports only one GPU; launch one process, or use accelerate_configs/deepspeed.yaml"
     if options.train.mixed_precision is None and precision_of(None) == "fp16":
-        yield f"{name}: torchao knows no loss scale, which fp16 needs; give --mixed_precision bf16"
+        yield f"{name}: torchao does not support loss scaling, which fp16 needs; give --mixed_precision bf16"
 
 
 def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
-    """Yields optimizers that ZeRO cannot run, because it splits parameters into flat shards and steps each alone."""
+    """Yields a problem for optimizers that ZeRO cannot run, because it steps flat shards of the parameters alone."""
     if flags.kind not in ADAMS:
-        yield f"--optimizer {flags.optimizer}: sees flat shares of the weights under DeepSpeed; give adam or adamw"
+        yield f"--optimizer {flags.optimizer}: gets flat shards of the weights under DeepSpeed; give adam or adamw"
     if flags.use_torchao:
-        yield "--use_torchao: not under DeepSpeed; give --use_8bit alone"
+        yield "--use_torchao: does not run under DeepSpeed; give only --use_8bit"
     if flags.use_cpu_offload_optimizer:
-        yield "--use_cpu_offload_optimizer: not under DeepSpeed; set offload_optimizer_device: cpu in its configuration"
+        yield (
+            "--use_cpu_offload_optimizer: does not run under DeepSpeed; set offload_optimizer_device: cpu in its "
+            "configuration"
+        )
 
 
 def host_state_problems(
     flags: OptimizerFlags, deepspeed: bool, name: str = "--optimizer_state_on host"
 ) -> Iterator[str]:
-    """Yields why the optimizer state cannot be in host memory between steps: only that of fused Adam can be moved."""
+    """Yields why the state of the optimizer cannot be in host memory between steps; only that of fused Adam can.
+
+    Args:
+        flags: The flags of the optimizer.
+        deepspeed: Whether the run is under DeepSpeed.
+        name: The flag that asks for the state in host memory, as it is typed.
+    """
     if deepspeed:
         yield f"{name}: DeepSpeed places the state; set offload_optimizer_device: cpu in its configuration"
     elif flags.use_cpu_offload_optimizer:
-        yield f"{name}: --use_cpu_offload_optimizer has it there already, and steps there; give one of them"
+        yield f"{name}: contradicts --use_cpu_offload_optimizer, whose state is always there; give one of them"
     elif not steps_on_device(flags):
         yield (
             f"{name}: {flag_of(flags)} cannot skip a step on the device, or keeps more than plain moments; "
@@ -275,7 +287,7 @@ def host_state_problems(
 
 
 def steps_on_device(flags: OptimizerFlags) -> bool:
-    """Whether the optimizer will be what masters.is_fused says."""
+    """Returns whether the flags select the fused Adam of torch, which can skip a step without waiting for the host."""
     from torch.optim import Adam, AdamW
 
     kind, arguments = optimizer_class(flags)

@@ -1,8 +1,8 @@
-"""Combines groups of flags into the options of each script, and answers questions about their values.
+"""Combines groups of flags into the options of each script, and derives values from them.
 
 ``SCRIPTS`` maps each script to its options, a dataclass with one field per group of flags.py. ``derive`` fills in the
-values that follow from other flags. The functions below it answer what several modules ask of options, such as whether
-clips are read. This module needs only the standard library.
+values that follow from other flags. The functions below it compute what several modules need to know about options,
+such as whether clips are read. This module needs only the standard library.
 """
 
 import dataclasses
@@ -117,11 +117,13 @@ SCRIPTS: dict[str, type] = {
     "cogvideox_image_to_video_lora.py": ImageLoraOptions,
     "cogvideox_image_to_video_sft.py": ImageSftOptions,
 }
-Options = TypeVar("Options", bound=PrepareOptions | TrainOptions)
+AnyOptions = PrepareOptions | TrainOptions
+ImageOptions = ImageLoraOptions | ImageSftOptions
+Options = TypeVar("Options", bound=AnyOptions)
 
 
 Fields = tuple[tuple[str, "dataclasses.Field[Any]", Any], ...]
-FIELDS: dict[type, Fields] = {}  # a cache: resolving the types takes longer than the rest of parsing
+FIELDS: dict[type, Fields] = {}  # the results of fields_of: resolving types takes longer than the rest of parsing
 
 
 def fields_of(options_type: type) -> Fields:
@@ -139,12 +141,12 @@ def names_of(item: "dataclasses.Field[Any]") -> tuple[str, ...]:
     return (item.name, *item.metadata["aliases"])
 
 
-def derive(options: Any, sources: dict[str, str]) -> Any:
+def derive(options: Options, sources: dict[str, str]) -> Options:
     """Returns the options with the values that follow from other flags filled in. Reads no file.
 
     Args:
-        options: the options as given, with defaults.
-        sources: where each value comes from, by flag; the origin of each derived value is set to "derived".
+        options: The options as given, with defaults.
+        sources: Where each value comes from, by flag; the origin of each derived value is set to "derived".
     """
     data: DataFlags = options.data
     found: dict[str, dict[str, Any]] = {"data": {}}
@@ -160,7 +162,7 @@ def derive(options: Any, sources: dict[str, str]) -> Any:
         width = data.width_buckets[0] if "width_buckets" in given else 720
         usual = (max((count for count in data.frame_buckets if count <= most), default=49), height, width)
         listed = [numbers for numbers in resolutions(data) if numbers[0] <= most]
-        longest = max(listed, key=lambda numbers: numbers[0], default=usual)  # the first of those
+        longest = max(listed, key=lambda numbers: numbers[0], default=usual)  # the first of several equal ones
         wanted = dict(zip(("validation_frames", "height", "width"), longest, strict=True))
         found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
         if not options.train.output_dir:
@@ -194,7 +196,7 @@ def resolutions(data: DataFlags) -> list[tuple[int, int, int]]:
     return [numbers for text in data.train_resolution if (numbers := resolution(text))]
 
 
-def image_flags(options: Any) -> ImageFlags | None:
+def image_flags(options: AnyOptions) -> ImageFlags | None:
     """Returns the flags of an image-to-video script, or None for other scripts."""
     flags: ImageFlags | None = getattr(options, "image", None)
     return flags
@@ -206,7 +208,7 @@ def noise_variants(options: TrainOptions) -> int:
     return flags.num_image_noise_variants if flags is not None else 0
 
 
-def ignores_positions(options: Any) -> bool:
+def ignores_positions(options: AnyOptions) -> bool:
     """Returns whether a model is trained without its learned position embeddings."""
     flags = image_flags(options)
     return flags is not None and flags.ignore_learned_positional_embeddings
@@ -222,16 +224,14 @@ def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://"))
 
 
-def reads_clips(options: Any) -> bool:
+def reads_clips(options: AnyOptions) -> bool:
     """Returns whether a script opens media files, which it does not with --load_tensors."""
-    loader = getattr(options, "loader", None)
-    return loader is None or not loader.load_tensors
+    return not isinstance(options, TrainOptions) or not options.loader.load_tensors
 
 
-def needs_captions(options: Any) -> bool:
+def needs_captions(options: AnyOptions) -> bool:
     """Returns whether captions are used, which they are not when prepare_dataset.py only inspects a data set."""
-    prepare: PrepareFlags | None = getattr(options, "prepare", None)
-    return prepare is None or not (prepare.dry_run or prepare.suggest_buckets)
+    return not isinstance(options, PrepareOptions) or not (options.prepare.dry_run or options.prepare.suggest_buckets)
 
 
 def target_pattern(target_modules: Sequence[str]) -> str | None:

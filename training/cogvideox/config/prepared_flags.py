@@ -16,8 +16,8 @@ from cogvideox.config.flags import DataFlags, EncodeFlags
 from cogvideox.config.options import Options, TrainOptions, fields_of, resolution
 from cogvideox.errors import UsageError
 
-INDEX_FORMATS = (3, 4)  # of index.json; the first has no recipe
-MOMENTS = "video_latents"  # the folder by which those of the CogVideoX factory are known
+INDEX_FORMATS = (3, 4)  # versions of index.json; version 3 has no recipe
+MOMENTS = "video_latents"  # a subfolder with this name shows that the CogVideoX factory prepared a folder
 BUCKETS = ("train_resolution", "frame_buckets", "height_buckets", "width_buckets", "max_num_frames")
 LISTS = {
     "caption_column": ("prompts.txt", "prompt.txt"),
@@ -28,35 +28,49 @@ CLIPS = (
     *("bucket_choice", "max_upscale", "fps", "frame_selection", "skip_frames_start", "skip_frames_end"),
     *("video_reshape_mode", "random_flip", "num_augmentations", "video_reader"),
 )
-# The flags that a preparation fixes. --seed is not among them: a training script has one of its own.
+# The flags that a preparation fixes. --seed is not among them, because training has another seed.
 PREPARED = (
     *("dataset_file", *LISTS, "repeats", "id_token", *BUCKETS, *CLIPS),
     *("dtype", "encode_tiling", "num_image_noise_variants"),
 )
-SEEN = ("id_token", *BUCKETS)  # compared with the samples themselves where a folder does not keep them
-FACTORY_TAKES = ("dataset_file", *LISTS, "repeats", *SEEN, "fps", "dtype")  # flags that say what its files do not
+SEEN = ("id_token", *BUCKETS)  # compared with the samples themselves if a folder does not record them
+# Flags that are not recorded in a folder of the factory, so that the training script decides them.
+FACTORY_TAKES = ("dataset_file", *LISTS, "repeats", *SEEN, "fps", "dtype")
 
-Read = Callable[["dataclasses.Field[Any]", Any, list[str]], Any]  # args.read_value: a flag's value out of its texts
+# The type of args.read_value, which converts the strings of a flag to its value.
+Read = Callable[["dataclasses.Field[Any]", Any, list[str]], Any]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known about a preparation: values by flag, and the (frames, height, width) of its samples."""
+    """What is known about a preparation.
+
+    Attributes:
+        values: The recorded values, by flag.
+        buckets: The (frames, height, width) of the samples.
+        chosen: The flags that the training script decides nevertheless.
+    """
 
     values: dict[str, Any]
     buckets: set[tuple[int, int, int]] = field(default_factory=set)
-    chosen: tuple[str, ...] = ()  # flags that the training script decides all the same
+    chosen: tuple[str, ...] = ()
 
 
 def is_factory_layout(folder: Path) -> bool:
-    """Returns whether a folder, or a subfolder, has the factory layout and was not made here."""
+    """Returns whether a folder, or one of its subfolders, was prepared by the CogVideoX factory."""
     return not (folder / "index.json").is_file() and any(
         path.is_dir() for pattern in (MOMENTS, f"*/{MOMENTS}") for path in folder.glob(pattern)
     )
 
 
 def kept_values(data: DataFlags, encode: EncodeFlags, **effective: Any) -> dict[str, Any]:
-    """Returns the flags of a preparation as index.json has them; ``effective`` replaces values that were not used."""
+    """Returns the values of a preparation for index.json, by flag.
+
+    Args:
+        data: The flags of the data.
+        encode: The flags of encoding.
+        **effective: Values that replace those of the flags, because the preparation used them instead.
+    """
     flags = dataclasses.asdict(data) | dataclasses.asdict(encode) | effective
     kept = {name: flags[name] for name in (*PREPARED, "seed") if name in flags}
     values: dict[str, Any] = json.loads(json.dumps(kept))
@@ -66,8 +80,12 @@ def kept_values(data: DataFlags, encode: EncodeFlags, **effective: Any) -> dict[
 def as_prepared(options: Options, sources: dict[str, str], read: Read) -> tuple[Options, list[str]]:
     """Returns the options with prepared values in place of defaults, and all problems of given flags.
 
-    The origin of each replaced value in ``sources`` becomes "prepared". Nothing changes without --load_tensors, nor for
-    a folder that cannot be read, which other checks report.
+    Nothing changes without --load_tensors, nor for a folder that cannot be read, which other checks report.
+
+    Args:
+        options: The options of a script.
+        sources: Where each value comes from, by flag. The origin of each replaced value becomes "prepared".
+        read: The function args.read_value.
     """
     if not isinstance(options, TrainOptions) or not options.loader.load_tensors:
         return options, []
@@ -92,10 +110,10 @@ def as_prepared(options: Options, sources: dict[str, str], read: Read) -> tuple[
 
 
 def read_prepared(folder: Path, options: TrainOptions, read: Read) -> Prepared | None:
-    """Returns what a folder records about its preparation, or None without a readable index or the factory layout.
+    """Returns what a folder records about its preparation, or None if nothing can be read.
 
     Raises:
-        UsageError: a recorded value is not valid for its flag.
+        UsageError: A recorded value is not valid for its flag.
     """
     if is_factory_layout(folder):
         return Prepared({"num_augmentations": 1, "num_image_noise_variants": 1}, chosen=FACTORY_TAKES)
@@ -118,7 +136,13 @@ def read_prepared(folder: Path, options: TrainOptions, read: Read) -> Prepared |
 
 
 def parsed_values(folder: Path, values: dict[str, Any], options: TrainOptions, read: Read) -> Iterator[tuple[str, Any]]:
-    """Yields flags and values, parsed as if they were typed, because somebody else may have written them."""
+    """Yields (flag, value) of recorded values.
+
+    The values are parsed like those of a command line, because somebody else may have written them.
+
+    Raises:
+        UsageError: A value is not valid for its flag.
+    """
     for _, item, annotation in fields_of(type(options)):
         if item.name not in values or item.name not in PREPARED:
             continue
@@ -139,11 +163,11 @@ def prepared_conflicts(name: str, given: Any, prepared: Prepared) -> Iterator[st
     if name in BUCKETS:
         seen = seen_buckets(name, prepared.buckets)
         if normalized(name, given) not in (normalized(name, seen), normalized(name, values.get(name))):
-            fix = "give that, or leave the flag out"
+            fix = "give this value, or leave the flag out"
             yield f"--{name} {value_text(given)}: the tensors were prepared with {value_text(seen)}; {fix}"
     elif name not in values and name not in SEEN:
-        fix = "leave the flag out, or prepare the clips with it; the same command again encodes nothing anew"
-        yield f"--{name} {value_text(given)}: the prepared folder does not say whether it was prepared so; {fix}"
+        fix = "leave the flag out, or prepare the clips with it, which encodes nothing again if the value was the same"
+        yield f"--{name} {value_text(given)}: the prepared folder does not record this flag; {fix}"
     elif name in values and normalized(name, given) != normalized(name, values[name]):
         then = "without it" if values[name] in (None, ()) else f"with {value_text(values[name])}"
         fix = "leave the flag out, or run prepare_dataset.py with it and another --output_dir"
@@ -151,7 +175,7 @@ def prepared_conflicts(name: str, given: Any, prepared: Prepared) -> Iterator[st
 
 
 def seen_buckets(name: str, buckets: set[tuple[int, int, int]]) -> Any:
-    """Returns the value of a bucket flag that names exactly the buckets of the samples."""
+    """Returns the value of a flag for buckets that describes exactly the buckets of the samples."""
     if name == "train_resolution":
         return tuple("{}x{}x{}".format(*bucket) for bucket in sorted(buckets))
     if name == "max_num_frames":

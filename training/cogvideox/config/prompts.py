@@ -44,24 +44,30 @@ def list_file(flags: ValidationFlags) -> Path:
 
 
 def check_prompts(options: TrainOptions) -> Iterator[str]:
-    """Yields problems of the file of prompts, for args.parse."""
+    """Yields problems of the file of --validation_prompts, for args.parse."""
     flags = options.validation
     if not flags.validation_prompts or flags.do_validation is False:
         return
     try:
-        problem = None if prompts_of(flags) else "holds no prompt"
+        problem = None if prompts_of(flags) else "has no prompt"
     except OSError as error:
         problem = error.strerror
     except UnicodeDecodeError:
-        problem = "is no UTF-8"
+        problem = "is not UTF-8"
     if problem:
-        yield f"--validation_prompts {list_file(flags)}: {problem}; give a file with a prompt a line"
+        yield f"--validation_prompts {list_file(flags)}: {problem}; give a text file with one prompt per line"
     elif flags.validation_dir:
         yield from link_problems(Path(flags.validation_dir), list_file(flags), options.data.allow_path)
 
 
 def link_problems(folder: Path, file: Path, allowed: Sequence[str]) -> Iterator[str]:
-    """Yields a problem if a file links out of its folder: somebody else's folder must not choose what is read."""
+    """Yields a problem if a file is a link out of its folder, because that folder may come from somebody else.
+
+    Args:
+        folder: The folder, for --validation_dir.
+        file: A file that is named as if it were in the folder.
+        allowed: The folders of --allow_path, to which links may lead.
+    """
     real = Path(os.path.realpath(file))
     inside = Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder))
     if inside and not any(real.is_relative_to(os.path.realpath(place)) for place in (str(folder), *allowed)):
