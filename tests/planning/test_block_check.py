@@ -120,7 +120,7 @@ def test_the_last_block_is_looked_at_too(tiny: Tiny, monkeypatch: pytest.MonkeyP
                 block_faults.plant(patch, next(iter(BLOCK_FAULTS)))
             return right(module, *rest)
 
-    monkeypatch.setattr(block_check, "compare", only_last)
+    monkeypatch.setattr(block_check, "compare_block", only_last)
     with pytest.raises(BlockError, match="block 3 of 3"):
         check(tiny, "5b", transformer, plan_of(HERE))
 
@@ -159,7 +159,7 @@ def test_fewer_tokens_where_all_do_not_fit(tiny: Tiny, monkeypatch: pytest.Monke
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(module, plan, i, inputs, device)
 
-    monkeypatch.setattr(block_check, "compare", scarce)
+    monkeypatch.setattr(block_check, "compare_block", scarce)
     monkeypatch.setattr(block_check, "LEAST_PATCHES", 10)
     said = check(tiny, "5b", make_with_lora("5b"), plan_of(HERE, compiled=True))
     tokens = read_geometry(ModelFlags(str(tiny("5b")))).max_text_seq_length + 18

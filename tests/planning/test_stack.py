@@ -535,7 +535,7 @@ def test_late_copies_change_nothing(
     [
         (HostGradients, "finish_copies"),
         (Ring, "invalidate"),
-        (HostTrainedBlocks, "changed"),
+        (HostTrainedBlocks, "mark_updated"),
         (streaming, "compute_waits_for"),
     ],
 )
