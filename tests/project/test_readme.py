@@ -150,6 +150,15 @@ def test_docstrings_of_folders_list_every_module() -> None:
     assert set(re.findall(r"^([\w/]+/) ", (library / "__init__.py").read_text(), re.MULTILINE)) == folders
 
 
+def test_messages_of_the_troubleshooting_page_exist() -> None:
+    rows = re.findall(r"^\| ([^|]+) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    messages = [message.removesuffix("cogvideox_...") for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    source = " ".join(path.read_text() for path in (ROOT / "training").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)  # joins texts that continue on the next line
+    assert len(messages) > 10
+    assert [message for message in messages if message not in joined] == []
+
+
 def test_flags_in_the_text_exist() -> None:
     items = [item for options in OPTIONS.values() for _, item, _ in fields_of(options)]
     known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
