@@ -95,8 +95,8 @@ DIFFERENT = {
     "--encode_tiling": ("true", "--encode_tiling true: the tensors were prepared with false; "),
     "--dataset_file": ("t.csv", "--dataset_file t.csv: the tensors were prepared without it; "),
     "--caption_column": ("c.txt", "--caption_column c.txt: the tensors were prepared without it; "),
-    "--height_buckets": ("32 64", "--height_buckets 32 64: the tensors were prepared with 64; give that"),
-    "--width_buckets": (128, "--width_buckets 128: the tensors were prepared with 96; give that"),
+    "--height_buckets": ("32 64", "--height_buckets 32 64: the tensors were prepared with 64; give this value"),
+    "--width_buckets": (128, "--width_buckets 128: the tensors were prepared with 96; give this value"),
     "--frame_buckets": (5, "--frame_buckets 5: the tensors were prepared with 9; give this value"),
     "--max_num_frames": (49, "--max_num_frames 49: the tensors were prepared with 9; give this value"),
 }
