@@ -1,34 +1,35 @@
-"""The library behind the scripts in training/. A folder's __init__.py says what each of its modules does.
+"""Implements the scripts in training/. The __init__.py of each folder lists its modules.
 
-From bottom to top; imports go downward only, which a test enforces. At the bottom, next to the folders:
+The modules and folders are listed from the lowest layer to the highest. A module imports only from its own folder and
+from lower layers, which a test enforces. These modules of the lowest layer are next to the folders:
 
-errors.py       UsageError: what a user can fix; NonFiniteError: training produced NaN or infinity
-files.py        files that are whole or not there; what a disk refuses
-locks.py        one process at a time in a folder, on any file system
-host_memory.py  memory of the host, or of the container, that is free
-stopping.py     ending early without losing work: signals, the launcher's death, hangs
-finite.py       which tensors hold NaN or infinity
-rng.py          every random draw as a function of (seed, visit, sample, purpose)
+errors.py       defines UsageError, for what a user can fix, and NonFiniteError, for NaN or infinity in training
+files.py        writes files atomically, and turns errors of disks into one line
+locks.py        lets one process at a time write to a folder, on any file system
+host_memory.py  measures the free memory of the host or of the container
+stopping.py     ends a script early without losing work, after signals, the end of the launcher, or a hang
+finite.py       finds tensors that contain NaN or infinity
+rng.py          computes every random number as a function of (seed, visit, sample, purpose)
 
-The folders:
+These are the folders:
 
-config/       the command line and what the files of a model say: flags, their conflicts, sizes and names
-data/         from files to batches: clips that are planned, cached, sampled and put into batches
-data/media/   media files: videos and images are opened, checked, decoded and converted here, and nowhere else
-data/forms/   the forms of data sets: folders, lists and tables are read into samples
-memory/       host memory that passes through the device while it computes
-model/        the network: its parts, its blocks as functions, what is trained of it, and the loss
-optimizer/    master weights, the optimizer step, averages, and who runs backward and step
-runtime/      one run: processes, the output folder, checkpoints, metrics
-preparation/  from a data set to cached tensors, and the reports about it
-planning/     how blocks are executed: the plan, the stack that runs it, and the checks of it
-evaluation/   measuring and showing the model while it trains
-export/       what a run hands over: weights, model card, pipeline folder
+config/       parses the command line, and reads the config files of a model
+data/media/   opens, checks, decodes and converts videos and images, which no other folder does
+data/forms/   reads folders, lists and tables of clips into samples
+data/         selects frames of clips, caches tensors, and puts samples into batches
+memory/       streams host memory through the device while it computes
+model/        has the network, its transformer blocks as functions, the trained weights, and the loss
+optimizer/    has master weights, the optimizer step, averages of weights, and the engines that run backward and step
+runtime/      manages a run: its processes, output folder, checkpoints and metrics
+preparation/  encodes a data set into cached tensors, and reports on it
+planning/     chooses how transformer blocks are executed, executes them, and checks the result
+evaluation/   measures the model and makes validation videos during training
+export/       writes the result of a run: weights, model card and pipeline folder
 
-At the top, next to the folders:
+These modules of the highest layer are next to the folders:
 
-checks.py  what a script looks at before anything heavy is imported
-loop.py    fine_tune: what every script does; Trainer: the one loop
+checks.py  lists the checks that a script makes before it imports anything heavy
+loop.py    has fine_tune, which every training script calls, and Trainer, the training loop
 """
 
 __version__ = "0.1.0"

@@ -19,10 +19,10 @@ from shlex import quote
 
 from cogvideox.errors import DiskError
 
-LOCK_NAME = ".lock"  # name of the lock of a folder that one process at a time writes to
+LOCK_NAME = ".lock"  # name of the lock file of a folder to which one process at a time writes
 TEMPORARY = re.compile(r"\..+\..+\.(\d+)\.tmp")  # see temporary_of
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how each of Git LFS's pointer files begins
-LFS_LONGEST = 1024  # bytes of a pointer, by Git LFS's specification
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the start of every pointer file of Git LFS
+LFS_LONGEST = 1024  # largest size of a pointer in bytes, by the specification of Git LFS
 ABANDONED_AFTER = 3600.0  # seconds after its last change at which a temporary file of another host counts as abandoned
 # Errors of a file system or a disk that the user can do something about.
 DISK_ERRORS = {
@@ -107,11 +107,11 @@ def fsync(path: Path) -> None:
 
 @functools.cache
 def tell_once(text: str) -> None:
-    """Prints a line about the machine to stderr, once per process."""
+    """Prints a line to stderr, once per process however often it is called with this line."""
     print(text, file=sys.stderr)
 
 
-# -- what a disk refuses -----------------------------------------------------------------------------------------------
+# -- errors of disks ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def check_room(folder: Path, needed: int) -> None:
         raise disk_error(folder, errno.ENOSPC, needed)
 
 
-# -- what others left --------------------------------------------------------------------------------------------------
+# -- files of other processes ------------------------------------------------------------------------------------------
 
 
 def stamp_of(path: str | os.PathLike[str]) -> list[int]:

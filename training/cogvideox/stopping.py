@@ -296,10 +296,8 @@ class _Watcher(threading.Thread):
         if self.deadline is None:
             self.deadline = time.monotonic() + _state.grace
         elif time.monotonic() >= self.deadline + (0 if self._told_others() else FAREWELL):
-            decided = _state.status not in (
-                None,
-                REQUEUE_EXIT,
-            )  # a script that was already ending prints its own message
+            # A script that was already ending prints its own message.
+            decided = _state.status not in (None, REQUEUE_EXIT)
             _end(_state.status or 0 if decided else REQUEUE_EXIT, last_line() if speaks() and not decided else "")
 
 

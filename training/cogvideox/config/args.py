@@ -25,7 +25,7 @@ from cogvideox import __version__, stopping
 from cogvideox.config.conflicts import flag_problems, idle_schedule
 from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
 from cogvideox.config.foreign_flags import AcceptedFlag, accepted_flags, request_problems
-from cogvideox.config.options import Options, TrainOptions, derive, fields_of, image_flags, names_of
+from cogvideox.config.options import AnyOptions, Options, TrainOptions, derive, fields_of, image_flags, names_of
 from cogvideox.config.prepared_flags import as_prepared
 from cogvideox.errors import NonFiniteError, UsageError, one_line, public_urls
 from cogvideox.files import disk_errno, disk_error
@@ -40,9 +40,6 @@ USAGE_EXIT, NON_FINITE_EXIT = 2, 3
 NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
-Check = Callable[[Any], Iterator[str]]
-
-
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows for each flag the values that it accepts, although argparse accepts any number of strings."""
 
@@ -51,13 +48,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def value_type(annotation: Any) -> tuple[type, bool]:
-    """Returns (type of one value, whether the flag takes several values)."""
+    """Returns the type of one value of a flag, and whether the flag takes several values."""
     arguments = [a for a in typing.get_args(annotation) if a not in (NoneType, Ellipsis)]
     return (arguments[0] if arguments else annotation), typing.get_origin(annotation) is tuple
 
 
 class ShowAll(argparse.Action):
-    """Prints the help with every flag and ends the script. ``const`` makes the parser that formats it."""
+    """Prints the help with every flag and ends the script. ``const`` is a function that returns the parser for it."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         self.const().print_help()
@@ -65,7 +62,7 @@ class ShowAll(argparse.Action):
 
 
 def build_parser(options_type: type, description: str | None, every: bool = False) -> argparse.ArgumentParser:
-    """Returns a parser that returns every value as the strings that were typed.
+    """Returns a parser that leaves every value as the list of strings that was typed.
 
     Args:
         options_type: The options of the script.
@@ -98,7 +95,12 @@ def build_parser(options_type: type, description: str | None, every: bool = Fals
 
 
 def add_information_flags(group: Any, all_flags: Callable[[], argparse.ArgumentParser]) -> None:
-    """Adds the flags that print something and end the script."""
+    """Adds the flags that print something and end the script.
+
+    Args:
+        group: The group of argparse that shows them.
+        all_flags: Returns the parser for --help_all.
+    """
     group.add_argument("-h", "--help", action="help", help="show the flags that most runs need, and stop")
     group.add_argument(
         "--help_all",
@@ -125,7 +127,7 @@ def help_rows(options_type: type) -> Iterator[tuple[str, AcceptedFlag]]:
 
 
 def metavar_of(item: "dataclasses.Field[Any]", annotation: Any) -> str:
-    """Returns what the help shows as the value of a flag, such as INT, yes|no or [true|false]."""
+    """Returns the placeholder for the value of a flag in the help, such as INT, yes|no or [true|false]."""
     of, many = value_type(annotation)
     shown = (*item.metadata["choices"], *(["DOTTED.NAME"] if item.metadata["dotted"] else []))
     value = "|".join(shown) or ("true|false" if of is bool else of.__name__.upper())
@@ -150,7 +152,12 @@ def as_typed(item: "dataclasses.Field[Any]", texts: Sequence[str]) -> str:
 
 
 def typed_value(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
-    """Converts one string to a typed value.
+    """Returns the value that one string stands for.
+
+    Args:
+        item: The field of the flag.
+        of: The type of the value.
+        text: The string that was typed.
 
     Raises:
         UsageError: The value is not accepted; the message has the rule and the nearest fix.
@@ -187,7 +194,16 @@ def typed_value(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
 
 
 def read_value(item: "dataclasses.Field[Any]", annotation: Any, given: Sequence[str]) -> Any:
-    """Returns the typed value of a flag, given the strings that follow it on the command line."""
+    """Returns the value of a flag.
+
+    Args:
+        item: The field of the flag.
+        annotation: The type of its value.
+        given: The strings that follow the flag on the command line.
+
+    Raises:
+        UsageError: There is no value, or too many, or one that is not accepted.
+    """
     of, many = value_type(annotation)
     bare = "true" if of is bool else item.metadata["const"]
     texts = list(given) or ([bare] if bare else [])
@@ -201,7 +217,7 @@ def read_value(item: "dataclasses.Field[Any]", annotation: Any, given: Sequence[
 
 
 def unknown_flags(rest: Sequence[str], options_type: type) -> Iterator[str]:
-    """Yields a problem for each flag that does not exist, with the most similar one. Ignores the values of that flag.
+    """Yields a problem for each flag that does not exist, with the most similar one. Values of such flags are ignored.
 
     Args:
         rest: The words of the command line that belong to no known flag.
@@ -231,7 +247,7 @@ def spelling(argv: Sequence[str], names: Sequence[str]) -> str:
     return used[0]
 
 
-def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
+def remarks(options: AnyOptions, sources: dict[str, str]) -> Iterator[str]:
     """Yields remarks about flags that are accepted but have no effect, or whose values are unusual."""
     yield from (flag.report for flag in accepted_flags(type(options)) if sources.get(flag.item.name) == NO_EFFECT)
     if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
@@ -241,7 +257,7 @@ def remarks(options: Any, sources: dict[str, str]) -> Iterator[str]:
     if isinstance(options, TrainOptions) and options.optimizer.kind == "prodigy":
         rate = options.optimizer.learning_rate
         if rate < LOW_FOR_PRODIGY:
-            yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; usually 1"
+            yield f"--learning_rate {rate:g}: prodigy multiplies the step size that it finds by this; 1 is usual"
 
 
 def read_flags(
@@ -283,7 +299,7 @@ def read_flags(
     return options_type(**groups), sources
 
 
-def config_text(options: Any, sources: dict[str, str]) -> str:
+def config_text(options: AnyOptions, sources: dict[str, str]) -> str:
     """Returns the text of --print_config: one line per flag with its origin and value."""
     lines = []
     for group_name, item, _ in fields_of(type(options)):
@@ -293,7 +309,7 @@ def config_text(options: Any, sources: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def config_dict(options: Any) -> dict[str, Any]:
+def config_dict(options: AnyOptions) -> dict[str, Any]:
     """Returns all values by flag for config.json, the recipe and trackers, without secrets (also those in URLs)."""
     return {
         item.name: to_show(item, getattr(getattr(options, group), item.name))
@@ -302,7 +318,7 @@ def config_dict(options: Any) -> dict[str, Any]:
 
 
 def to_show(item: "dataclasses.Field[Any]", value: Any) -> Any:
-    """Returns a value that may be shown: HIDDEN for a secret, and URLs without queries, which may be signatures."""
+    """Returns a value without what must not be shown: HIDDEN in place of a secret, and URLs without their queries."""
     if item.metadata["secret"] and value is not None:
         return HIDDEN
     if isinstance(value, tuple):
@@ -310,7 +326,7 @@ def to_show(item: "dataclasses.Field[Any]", value: Any) -> Any:
     return public_urls(value) if isinstance(value, str) else value
 
 
-def hide_secrets(options: Any) -> None:
+def hide_secrets(options: AnyOptions) -> None:
     """Removes the values of secrets from sys.argv, which trackers record."""
     values = [(item, getattr(getattr(options, group), item.name)) for group, item, _ in fields_of(type(options))]
     for secret in [value for item, value in values if item.metadata["secret"] and value]:
@@ -322,7 +338,7 @@ def parse(
     options_type: type[Options],
     description: str | None = None,
     argv: Sequence[str] | None = None,
-    checks: Sequence[Check] = (),
+    checks: Sequence[Callable[[Options], Iterator[str]]] = (),
 ) -> Options:
     """Returns the options of a script. ``--help`` and ``--print_config`` print their text and exit with status 0.
 
@@ -358,12 +374,21 @@ def parse(
 
 
 def run_script(
-    main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
+    main: Callable[[Options], int | None],
+    options_type: type[Options],
+    doc: str | None,
+    checks: Sequence[Callable[[Options], Iterator[str]]],
 ) -> typing.NoReturn:
     """Parses the command line, runs ``main`` with the options, and exits.
 
     The exit status is that of ``main``, or 2 after one line for each problem that the user can fix, 3 after one line if
     training produced NaN or infinity, or 75 if the script was asked to stop.
+
+    Args:
+        main: The work of the script; it returns the exit status.
+        options_type: The options of the script.
+        doc: The text at the top of the help.
+        checks: The checks for ``parse``.
     """
     stopping.install()
     for name in NOISY:
@@ -380,7 +405,10 @@ def run_script(
 
 
 def exit_status(
-    main: Callable[[Options], int | None], options_type: type[Options], doc: str | None, checks: Sequence[Check]
+    main: Callable[[Options], int | None],
+    options_type: type[Options],
+    doc: str | None,
+    checks: Sequence[Callable[[Options], Iterator[str]]],
 ) -> int | None:
     """Returns the status of ``main``, or 2 or 3 after printing what went wrong. Other errors keep their traceback."""
     try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TENSOR_FOLDER = "cogvideox_tensors"  # default of --tensor_cache, inside the data root
+# The default heights and widths of buckets.
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 POLYNOMIAL_END = 1e-7  # learning rate at the end of the polynomial schedule
@@ -20,13 +21,13 @@ MODEL_NAMES = (
     "cogvideox1.5-t2v",
     "cogvideox1.5-i2v",
 )  # values of --model_name in the CogVideo guide
-ADAMS = ("adam", "adamw")
+ADAMS = ("adam", "adamw")  # the optimizers whose moments may have few bits or be in host memory
 OPTIMIZERS = (*ADAMS, "prodigy", "came")
-NAMED_CLASS = "a class by its dotted name"
-WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")
+NAMED_CLASS = "a class by its dotted name"  # in messages, and as the kind of such an optimizer
+WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")  # the weightings that use --snr_gamma
 WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
-MEMORY_PLACES = ("auto", "device", "host")
-HIDDEN = "(not shown)"  # shown in place of a secret
+MEMORY_PLACES = ("auto", "device", "host")  # where a plan may keep weights, activations and optimizer state
+HIDDEN = "(not shown)"  # printed in place of a secret
 INFORMATION = "information"  # the heading of the flags that print something and end the script
 # What --help shows: the headings and their flags, in the order in which people need them. --help_all adds the others.
 MAIN_FLAGS = {
@@ -79,7 +80,7 @@ def flag(
 
     Args:
         default: The value when the flag is absent; REQUIRED if the flag must be given.
-        help: The help line.
+        help: The help line, a noun phrase or an instruction without a capital letter and a period.
         aliases: Other names of the flag.
         choices: The accepted values; empty if there is no such list.
         const: The value when the flag is given without a value; None if it needs one.
@@ -130,7 +131,7 @@ class DataFlags:
 
     data_root: tuple[str, ...] = flag(
         REQUIRED,
-        "folders with the clips, in any form listed in docs/data.md; with --load_tensors, one prepared folder",
+        "folders with the clips, in any form that docs/data.md lists; with --load_tensors, one prepared folder",
         aliases=("instance_data_root",),
     )
     dataset_file: str | None = flag(
@@ -167,7 +168,7 @@ class DataFlags:
     )
     bucket_choice: str = flag(
         "nearest",
-        "buckets of a clip: the nearest one, or every one that it fills and that is about as near in shape",
+        "buckets of a clip: the nearest one, or every one that it fills with a similar aspect ratio",
         choices=("nearest", "every"),
     )
     max_upscale: float = flag(
@@ -206,8 +207,8 @@ class DataFlags:
     video_reader: str = flag("pyav", "decoding library: pyav, which is exact, or decord (0.6), if it is installed")
     decode_timeout: float = flag(120.0, "seconds after which decoding a clip is abandoned", least=1.0)
     decode_memory: float = flag(4.0, "GiB of memory that decoding one clip may use", least=0.5)
-    dataset_name: str | None = flag(None, "refused: download a data set of the hub first")
-    dataset_config_name: str | None = flag(None, "refused, as --dataset_name")
+    dataset_name: str | None = flag(None, "not supported: download a data set of the hub first")
+    dataset_config_name: str | None = flag(None, "not supported, like --dataset_name")
     seed: int = flag(42, "seed of all random numbers", least=0)
     dataloader_num_workers: int = flag(
         0,
@@ -255,8 +256,8 @@ class FirstFrameFlags:
 class PrepareFlags:
     """The flags of prepare_dataset.py alone."""
 
-    output_dir: str = flag(REQUIRED, "folder for the tensors, which a training script then takes as --data_root")
-    save_latents_and_embeddings: bool = flag(True, "accepted for old commands: the script always does this")
+    output_dir: str = flag(REQUIRED, "folder for the tensors; give it to a training script as --data_root")
+    save_latents_and_embeddings: bool = flag(True, "accepted for old commands; the script always saves them")
     save_image_latents: bool | None = flag(
         None, "encode first frames too, for image-to-video (true if the model is an image-to-video model)"
     )
@@ -676,7 +677,7 @@ class HubFlags:
 
 @dataclass(frozen=True)
 class IdleFlags:
-    """Flags of the training scripts of other trainers, each with the reason why it does nothing here."""
+    """Flags of the training scripts of other trainers, each with the reason why it has no effect here."""
 
     enable_model_cpu_offload: bool = idle(
         False, "T5 is freed before training, and the VAE is on the device only for validation"
@@ -686,6 +687,6 @@ class IdleFlags:
 
 @dataclass(frozen=True)
 class ScriptFlags:
-    """The flags that args.parse handles itself."""
+    """The flags that config/args.py handles itself."""
 
     print_config: bool = flag(False, "print the value of every flag and where it comes from, and stop")

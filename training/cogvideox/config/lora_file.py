@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.config.flags import LoraFlags
-from cogvideox.config.options import LoraOptions, target_pattern
+from cogvideox.config.options import LoraOptions, TrainOptions, target_pattern
 from cogvideox.errors import UsageError
 from cogvideox.files import disk_errno
 
@@ -95,7 +95,7 @@ class LoraFile:
         return self.config.get("lora_alpha", rank), bool(self.config.get("use_rslora"))
 
 
-def check_lora(options: Any) -> Iterator[str]:
+def check_lora(options: TrainOptions) -> Iterator[str]:
     """Yields problems of --lora_path, for args.parse."""
     if isinstance(options, LoraOptions) and options.lora.lora_path is not None:
         yield from misfits(read_header(options.lora.lora_path), options.lora)
