@@ -17,7 +17,7 @@ from cogvideox.files import (
     ABANDONED_AFTER,
     LOCK_NAME,
     check_room,
-    disk_errors_told,
+    disk_errors_converted,
     fsync,
     remove_stale_temporaries,
     remove_temporaries,
@@ -35,7 +35,7 @@ def failing_fsync(monkeypatch: pytest.MonkeyPatch, number: int, folders: bool) -
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fails)
-    files.tell_once.cache_clear()
+    files.warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES], ids=errno.errorcode.get)
@@ -123,13 +123,13 @@ def torch_error() -> RuntimeError:
     ids=["safetensors full", "safetensors broken", "FFmpeg", "PyTorch"],
 )
 def test_errors_of_libraries_about_a_disk_are_reported_too(error: Exception, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(DiskError, match=reason), disk_errors_told(tmp_path):
+    with pytest.raises(DiskError, match=reason), disk_errors_converted(tmp_path):
         raise error
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("shape"), OSError(errno.EBADF, "bad"), OSError("text")])
 def test_other_errors_pass(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(type(error)) as passed, disk_errors_told(tmp_path):
+    with pytest.raises(type(error)) as passed, disk_errors_converted(tmp_path):
         raise error
     assert passed.value is error
 

@@ -48,7 +48,7 @@ def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("fcntl.lockf", refused)
     monkeypatch.setattr("fcntl.flock", refused)
-    files.tell_once.cache_clear()
+    files.warn_once.cache_clear()
 
 
 def holder(path: Path, how: str, seconds: float = 60.0) -> subprocess.Popen[str]:

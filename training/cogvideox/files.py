@@ -1,6 +1,6 @@
 """Writes files atomically, and turns errors of disks into one line that says what to do.
 
-``write_atomically`` leaves a complete file or the old one, whenever the process dies. ``disk_errors_told`` and
+``write_atomically`` leaves a complete file or the old one, whenever the process dies. ``disk_errors_converted`` and
 ``what_is_safe`` convert errors of a disk into a DiskError with the folder, the reason and the space. The functions
 below them delete temporary files of processes that died. This module needs only the standard library.
 """
@@ -70,7 +70,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         DiskError: The disk is full, fails or refuses to be written; the old content is unchanged.
     """
     temporary = temporary_of(path)
-    with disk_errors_told(path.parent, len(content)), removed_on_failure(temporary):
+    with disk_errors_converted(path.parent, len(content)), removed_on_failure(temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
@@ -102,11 +102,11 @@ def fsync(path: Path) -> None:
         if error.errno not in NO_FOLDER_FSYNC or not path.is_dir():
             raise
         reason = os.strerror(error.errno)
-        tell_once(f"the file system cannot fsync a folder ({reason}); after a power cut the last file may be missing")
+        warn_once(f"the file system cannot fsync a folder ({reason}); after a power cut the last file may be missing")
 
 
 @functools.cache
-def tell_once(text: str) -> None:
+def warn_once(text: str) -> None:
     """Prints a line to stderr, once per process however often it is called with this line."""
     print(text, file=sys.stderr)
 
@@ -115,7 +115,7 @@ def tell_once(text: str) -> None:
 
 
 @contextmanager
-def disk_errors_told(folder: Path, needed: int | None = None) -> Iterator[None]:
+def disk_errors_converted(folder: Path, needed: int | None = None) -> Iterator[None]:
     """Converts errors of a disk into DiskError, including those of safetensors, PyTorch and FFmpeg.
 
     Args:
@@ -144,7 +144,7 @@ def what_is_safe(folder: Path, safe: Callable[[], str]) -> Iterator[None]:
         safe: Returns the note, such as "what is encoded is safe".
     """
     try:
-        with disk_errors_told(folder):
+        with disk_errors_converted(folder):
             yield
     except DiskError as error:
         raise error.knowing(safe()) from error

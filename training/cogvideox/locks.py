@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox import stopping
-from cogvideox.files import age_of, tell_once
+from cogvideox.files import age_of, warn_once
 
 HEARTBEAT, STALE = 15.0, 300.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 0.002, 0.5  # seconds between attempts to get a lock that another process holds
@@ -56,7 +56,7 @@ def take(path: Path) -> Lock:
         if error.errno not in NO_LOCKS:
             raise
         reason = os.strerror(error.errno)
-        tell_once(f"{path.parent}: its file system has no locks ({reason}); lock files keep other runs out instead")
+        warn_once(f"{path.parent}: its file system has no locks ({reason}); lock files keep other runs out instead")
         return take_file(path.with_name(f".{path.name.removeprefix('.')}.owner"))
     return Lock(file.close)
 

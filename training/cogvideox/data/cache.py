@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.errors import UsageError
-from cogvideox.files import LOCK_NAME, disk_errors_told, remove_stale_temporaries, remove_temporaries, write_atomically
+from cogvideox.files import (
+    LOCK_NAME,
+    disk_errors_converted,
+    remove_stale_temporaries,
+    remove_temporaries,
+    write_atomically,
+)
 from cogvideox.locks import held
 
 if TYPE_CHECKING:
@@ -190,7 +196,7 @@ class Ledger:
         text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
         if not text:
             return
-        with disk_errors_told(self.path.parent, len(text)):
+        with disk_errors_converted(self.path.parent, len(text)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with held(self.path):
                 self._append(text)
@@ -223,7 +229,7 @@ def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         folder: The folder of the cache, which is created.
         say: Prints a line; it is called before a wait.
     """
-    with disk_errors_told(folder):
+    with disk_errors_converted(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with held(folder / LOCK_NAME, lambda: say(f"{folder}: another job is preparing it; waiting")):
         remove_stale_temporaries(folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import INDEX_NAME, PARTS, read_model_index, saves_pipeline
 from cogvideox.config.options import TrainOptions
-from cogvideox.files import disk_errors_told, fsync, removed_on_failure
+from cogvideox.files import disk_errors_converted, fsync, removed_on_failure
 from cogvideox.model.models import part_folder, weight_files
 from cogvideox.runtime.run import Run
 
@@ -50,7 +50,7 @@ def write_pipeline(model: ModelFlags, pipeline: str, transformer: Path) -> Path:
     """
     temporary, target = transformer.parent / f".{PIPELINE_NAME}.tmp", transformer.parent / PIPELINE_NAME
     shutil.rmtree(temporary, ignore_errors=True)
-    with disk_errors_told(transformer.parent), removed_on_failure(temporary):
+    with disk_errors_converted(transformer.parent), removed_on_failure(temporary):
         fill_pipeline(temporary, model, pipeline, transformer)
     remove_pipeline(transformer.parent)
     os.replace(temporary, target)

@@ -26,7 +26,7 @@ from cogvideox.evaluation.validation import Validator, evaluation_mode
 from cogvideox.export.card import write_card
 from cogvideox.export.inference_code import inference_script
 from cogvideox.export.pipeline_folder import remove_pipeline, write_pipeline
-from cogvideox.files import disk_errors_told, fsync, removed_on_failure, write_atomically
+from cogvideox.files import disk_errors_converted, fsync, removed_on_failure, write_atomically
 from cogvideox.model.methods import Method
 from cogvideox.model.tasks import Task
 from cogvideox.planning.execution import base_precision
@@ -141,7 +141,7 @@ def write_weights(method: Method, folder: Path) -> dict[str, Any]:
     temporary, target = folder / ".weights.tmp", folder / method.result
     shutil.rmtree(temporary, ignore_errors=True)
     needed = sum(parameter.nbytes for parameter in method.parameters().values())
-    with disk_errors_told(folder, needed), removed_on_failure(temporary):
+    with disk_errors_converted(folder, needed), removed_on_failure(temporary):
         about: dict[str, Any] = method.export(temporary)
         for path in temporary.rglob("*"):
             fsync(path)

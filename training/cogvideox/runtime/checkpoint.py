@@ -30,7 +30,7 @@ from cogvideox.config.optimizers import make_optimizer
 from cogvideox.config.options import LoraOptions, TrainOptions
 from cogvideox.data.cache import CacheIndex, hash_of
 from cogvideox.errors import DiskError, NonFiniteError, UsageError, first_line
-from cogvideox.files import check_room, disk_errors_told, fsync, removed_on_failure, temporary_of, write_atomically
+from cogvideox.files import check_room, disk_errors_converted, fsync, removed_on_failure, temporary_of, write_atomically
 from cogvideox.model.methods import Method
 from cogvideox.optimizer.engine import Engine
 from cogvideox.optimizer.master_weights import state_bytes
@@ -207,7 +207,7 @@ class Saver:
         target = self.run.output_dir / f"{CHECKPOINT_PREFIX}{step}"
         temporary = self.run.output_dir / f".{target.name}.tmp"
         cleans = removed_on_failure(temporary) if self.run.is_main else nullcontext()
-        with disk_errors_told(self.run.output_dir, self.num_bytes), cleans:
+        with disk_errors_converted(self.run.output_dir, self.num_bytes), cleans:
             self._write(step, temporary, target)
         self.run.barrier()
         self.saved_at = time.monotonic()
@@ -244,7 +244,7 @@ class Saver:
     def announce(self) -> None:
         """Prints how long saving a checkpoint will take, which is also how long a stopped run needs to end."""
         if self.run.is_main and self.num_bytes is not None:
-            with disk_errors_told(self.run.output_dir):
+            with disk_errors_converted(self.run.output_dir):
                 seconds = seconds_to_write(self.run.output_dir, self.num_bytes)
             size = f"{self.num_bytes / 2**30:.3g} GiB"
             self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and takes {seconds:.0f} s")

@@ -26,7 +26,7 @@ from cogvideox.config.args import config_dict
 from cogvideox.config.hub import open_repository
 from cogvideox.config.options import TrainOptions, launched_processes, precision_of, tracker_names, under_deepspeed
 from cogvideox.errors import UsageError, first_line
-from cogvideox.files import LOCK_NAME, disk_errors_told, remove_temporaries, write_atomically
+from cogvideox.files import LOCK_NAME, disk_errors_converted, remove_temporaries, write_atomically
 from cogvideox.locks import Lock, take
 from cogvideox.optimizer.step import LOSS_SCALE, StepResult
 from cogvideox.runtime.ranks import Ranks, check_world
@@ -242,7 +242,7 @@ def lock_output_folder(run: Run, options: TrainOptions) -> str | None:
         )
     if there and train.no_resume:
         return f"--no_resume: {folder} is not empty; give an empty --output_dir, or delete it"
-    with disk_errors_told(folder):
+    with disk_errors_converted(folder):
         remove_temporaries(folder)
     if RUN_CONFIG_NAME not in there:
         write_config(run, options)
@@ -445,7 +445,7 @@ def write_metrics(run: Run, record: dict[str, Any]) -> None:
     numbers = {name: value for name, value in record.items() if name not in (*lists, *texts)}
     line: dict[str, Any] = {name: finite(value) for name, value in numbers.items()} | texts
     line |= {name: [finite(value) for value in values] for name, values in lists.items()}
-    with disk_errors_told(run.output_dir), open(run.output_dir / METRICS_NAME, "a") as file:
+    with disk_errors_converted(run.output_dir), open(run.output_dir / METRICS_NAME, "a") as file:
         file.write(json.dumps(line) + "\n")
     numbers |= {f"{name}/{index}": value for name, values in lists.items() for index, value in enumerate(values)}
     run.accelerator.log({n: v for n, v in numbers.items() if n != "step"}, step=int(record["step"]))

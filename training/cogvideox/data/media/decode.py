@@ -36,7 +36,7 @@ from cogvideox.data.media.mpeg4 import unpacker
 from cogvideox.data.media.packets import decode_packet, existing_stamp, open_video, scan, size_change, strict_decoder
 from cogvideox.data.media.pictures import is_picture, probe_picture, read_picture
 from cogvideox.data.media.planes import EXACT_SCALING, plane_array
-from cogvideox.files import disk_errors_told, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
+from cogvideox.files import disk_errors_converted, fsync, is_lfs_pointer, lfs_rule, removed_on_failure, temporary_of
 
 # Once this many undamaged frames were decoded, a later damaged one cannot be caused by frames missing before the start:
 # a frame of h264 and hevc refers to at most 16 frames, and at most 16 are decoded before they are shown.
@@ -136,7 +136,7 @@ def write_video(path: str | os.PathLike[str], frames_FHWC: np.ndarray, fps: floa
     even_FHWC = np.pad(frames_FHWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     path = Path(path)
     temporary = temporary_of(path)
-    with disk_errors_told(path.parent), removed_on_failure(temporary):
+    with disk_errors_converted(path.parent), removed_on_failure(temporary):
         _encode(temporary, even_FHWC, fps, crf)
         fsync(temporary)
         os.replace(temporary, path)
