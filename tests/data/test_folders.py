@@ -141,8 +141,8 @@ def test_problems_name_the_line_on_which_a_row_starts(tmp_path: Path) -> None:
     rows = ['"two\nlines",a.mp4', "", ",a.mp4", 'x,"\nno.mp4"', "x", "x,a.mp4,z", "nan,a.mp4", "x,", "x,b.mp4"]
     found = problems(tmp_path, **table(tmp_path, "text,video\n" + "\n".join(rows)))
     assert [problem.removeprefix(f"{tmp_path}/t.csv:").split("; ")[0] for problem in found] == [
-        "8: 1 cells, but 2 columns",
-        "9: 3 cells, but 2 columns",
+        "8: has 1 cells, but 2 columns",
+        "9: has 3 cells, but 2 columns",
         "5: blank caption",
         "10: blank caption",
         f"6: no.mp4: no such file in {tmp_path}",
@@ -573,7 +573,7 @@ def test_paths_of_another_machine_say_what_to_remove(tmp_path: Path, start: str)
 def test_a_csv_with_another_separator(tmp_path: Path, sign: str) -> None:
     text = f'video{sign}text\na.mp4{sign}"one{sign} two, three"\nb.mp4{sign}four\n'
     assert captions(tmp_path, **table(tmp_path, text)) == [f"one{sign} two, three", "four"]
-    assert "2: 3 cells, but 2 columns" in problems(tmp_path, **table(tmp_path, f"video,text\na,b{sign}c,d\n"))[0]
+    assert "2: has 3 cells, but 2 columns" in problems(tmp_path, **table(tmp_path, f"video,text\na,b{sign}c,d\n"))[0]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])

@@ -29,7 +29,7 @@ from cogvideox.data.media.decode import VideoError, probe, read_frames
 from cogvideox.data.records import UNREADABLE
 
 Read = Callable[[Case], tuple[Path, Outcome]]
-FIXES = "run|re-encode|convert|save|copy|download|fix|repairs|give|cut|use|remove|list|check|write|make|replace|leave"
+FIXES = "run|re-encode|convert|save|copy|download|fix|repairs|add|cut|use|remove|list|check|write|make|replace|leave"
 CONVERTED = ("Still images", "Transparency", COLORS)
 VIDEOS = [case for title, cases in SECTIONS.items() if title not in CONVERTED for case in cases]
 

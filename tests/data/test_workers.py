@@ -141,7 +141,7 @@ def test_a_job_that_cannot_be_sent_is_an_error(workers: Workers) -> None:
 @pytest.mark.fault("data: a decoder that hangs")
 def test_a_job_that_hangs_is_killed() -> None:
     found = results((pow, 2, 3), (time.sleep, 60), *[(pow, 3, k) for k in range(5)], limits=Limits(1.5, 2**30))
-    assert found == [8, Killed("no result after 1.5 s; --decode_timeout gives it more"), 1, 3, 9, 27, 81]
+    assert found == [8, Killed("no result after 1.5 s; allow more with --decode_timeout"), 1, 3, 9, 27, 81]
 
 
 def test_a_hang_that_no_signal_handler_interrupts() -> None:
@@ -179,7 +179,7 @@ def test_the_clock_starts_with_the_job(tmp_path: Path, monkeypatch: pytest.Monke
 )
 @pytest.mark.fault("data: a decoder that takes too much memory")
 def test_a_job_that_takes_too_much_memory_is_killed(job: tuple[Any, ...]) -> None:
-    reason = "its worker ran out of memory (0.25 GiB); --decode_memory gives it more"
+    reason = "its worker ran out of memory (0.25 GiB); allow more with --decode_memory"
     assert results(job, (pow, 2, 3), limits=Limits(60, 256 * MIB)) == [Killed(reason), 8]
 
 

@@ -146,7 +146,7 @@ def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> _T
         table = _Table(file, columns, [], numbers := [])
         for number, cells in rows:
             if len(cells) != len(columns):
-                rule = f"{len(cells)} cells, but {len(columns)} columns; put quotes around cells with a separator"
+                rule = f"has {len(cells)} cells, but {len(columns)} columns; put quotes around cells with a separator"
                 problems.add("wrong number of cells", f"{file}:{number}: {rule}")
                 continue
             table.rows.append(dict(zip(columns, cells, strict=True)))
@@ -245,7 +245,8 @@ def _objects(file: str, values: list[Any], numbers: Sequence[int], joint: str, p
             table.rows.append(value)
             kept.append(number)
         else:
-            problems.add("no object", f"{file}{joint}{number}: is not an object; it must be one, with a key a column")
+            rule = "is not an object; write an object with one key per column"
+            problems.add("no object", f"{file}{joint}{number}: {rule}")
     table.columns.extend(dict.fromkeys(name for cells in table.rows for name in cells))
     return table
 

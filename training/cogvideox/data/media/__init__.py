@@ -1,7 +1,7 @@
 """Opens, checks, decodes and converts media files. No other part of the library does that.
 
 workers.py        runs functions on media files in processes with limits, results in order
-transforms.py     resize, crop, flip of a whole clip
+transforms.py     resize, crop and flip, the same for all frames of a clip
 faults.py         the error for files that cannot be used
 frames.py         which frames: selection by time
 joined.py         files joined end to end: where the second one begins

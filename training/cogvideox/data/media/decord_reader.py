@@ -1,9 +1,11 @@
 """Reads videos with the decord library, as an alternative to PyAV.
 
-``reader_problem`` says whether decord can be used, and ``read_with_decord`` reads frames. decord is only imported when
-it is asked for. In some files it returns wrong frames without an error, and those are refused: where an edit list hides
-frames, it counts them and later repeats the last frame; in open GOPs, avi and mpegts it seeks to other frames than
-asked for; and of several video streams it chooses by its own rule.
+``reader_problem`` says whether decord can be used, and ``read_with_decord`` reads frames. decord is imported only if it
+is used. It returns wrong frames of some files without an error, so such files are refused:
+
+    edit lists that hide frames     it counts the hidden frames, and repeats the last frame at the end
+    open GOPs, avi, mpegts          it seeks to wrong frames
+    several video streams           it may choose another stream than PyAV does
 """
 
 import os

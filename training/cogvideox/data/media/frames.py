@@ -154,7 +154,7 @@ def frame_indices(
 
     "head", "middle" and "random" choose a start frame and take the frames that are nearest to the times
     start + k / target_fps. "head" starts at the first frame, "middle" in the middle, and "random" at any frame after
-    which all fit. "uniform" spreads the frames over the whole clip and ignores the rate.
+    which all fit. "uniform" spreads the frames over the complete clip and ignores the rate.
 
     Args:
         times: Seconds of the source frames.

@@ -1,6 +1,6 @@
 """Converts the colors of pictures with an ICC profile to sRGB.
 
-``srgb_transform`` returns the conversion that the RGB profile of a picture asks for. Phones store photographs in
+``srgb_transform`` returns the conversion that the RGB profile of a picture requires. Phones store photographs in
 Display P3, whose numbers look pale if they are shown as sRGB. Profiles of CMYK and gray pictures are ignored.
 """
 

@@ -116,7 +116,7 @@ class _Unpacker:
             return Picture(packet, is_empty=len(data) == 1)
         bits = _Bits(data[at + 4 :])
         coding_type = bits(2)
-        while bits(1):  # whole seconds
+        while bits(1):  # one bit for each full second
             pass
         bits(1 + self._clock_bits + 1)
         if packet.dts is None:

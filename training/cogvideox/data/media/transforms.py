@@ -1,4 +1,4 @@
-"""Fits frames to the size of a bucket, with one resize, one crop and one flip for the whole clip.
+"""Fits frames to the size of a bucket, with one resize, one crop and one flip for all frames of a clip.
 
 ``fit`` decides the geometry and returns a ``Fit``, which consists of integers, so that it can be hashed into a cache
 key. The reader resizes while it decodes (decode.read_frames), and ``apply_fit`` crops and flips.

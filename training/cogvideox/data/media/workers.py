@@ -254,9 +254,8 @@ class _Worker:
             kind, value = self._exchange(job, limits.seconds)
         except TimeoutError:
             self._kill()
-            raise _WorkerLost(
-                f"no result after {limits.seconds:g} s; --decode_timeout gives it more", final=True
-            ) from None
+            reason = f"no result after {limits.seconds:g} s; allow more with --decode_timeout"
+            raise _WorkerLost(reason, final=True) from None
         except (EOFError, OSError):
             code = self.wait()
             raise _WorkerLost(_cause_of_death(code), transient=code in (None, -signal.SIGKILL)) from None
@@ -265,7 +264,7 @@ class _Worker:
         if kind == NO_MEMORY:
             self._kill()
             size = f"{limits.memory / 2**30:.3g} GiB"
-            raise _WorkerLost(f"its worker ran out of memory ({size}); --decode_memory gives it more")
+            raise _WorkerLost(f"its worker ran out of memory ({size}); allow more with --decode_memory")
         return value
 
     def _exchange(self, job: Parts, seconds: float) -> tuple[int, Any]:
