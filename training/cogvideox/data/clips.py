@@ -89,7 +89,7 @@ def plan_clip(path: StrPath, recipe: ClipRecipe) -> ClipRecord:
 
     A bad file never raises an error. Its record says what is wrong with it.
     """
-    return _record(path, recipe.request(path), lambda record, info: plan_cuts(record, info, recipe))
+    return _probe_and_plan(path, recipe.request(path), lambda record, info: plan_cuts(record, info, recipe))
 
 
 def measure_clip(path: StrPath, recipe: ClipRecipe) -> ClipRecord:
@@ -97,7 +97,7 @@ def measure_clip(path: StrPath, recipe: ClipRecipe) -> ClipRecord:
 
     This is faster than ``plan_clip`` because the content is not hashed. A bad file never raises an error.
     """
-    return _record(
+    return _probe_and_plan(
         path, "", lambda record, info: replace(record, status=OK, available=frames_at_recipe_rate(info, recipe))
     )
 
@@ -114,10 +114,12 @@ def image_request(path: StrPath) -> str:
 
 def plan_image(path: StrPath) -> ClipRecord:
     """Returns the record of an image that is a first frame. It has no cuts: the image is cut as its clip is."""
-    return _record(path, image_request(path), lambda record, _: replace(record, status=OK, content=content_hash(path)))
+    return _probe_and_plan(
+        path, image_request(path), lambda record, _: replace(record, status=OK, content=content_hash(path))
+    )
 
 
-def _record(path: StrPath, request: str, plan: Callable[[ClipRecord, VideoInfo], ClipRecord]) -> ClipRecord:
+def _probe_and_plan(path: StrPath, request: str, plan: Callable[[ClipRecord, VideoInfo], ClipRecord]) -> ClipRecord:
     """Probes a file and returns its record as ``plan`` completes it, or with the reason why it cannot be used."""
     record = ClipRecord(request, str(path), FAILED, stamp=stamp_of(path))
     try:

@@ -420,11 +420,11 @@ def _index(
         labels,
         stream.index,
         len(container.streams.video),
-        _conversions(container, stream, packets),
+        _packet_conversions(container, stream, packets),
     )
 
 
-def _conversions(container: InputContainer, stream: VideoStream, packets: _PacketLog) -> tuple[str, ...]:
+def _packet_conversions(container: InputContainer, stream: VideoStream, packets: _PacketLog) -> tuple[str, ...]:
     """Returns the names of what is done to the packets of this file that a plain reader does not do."""
     is_first = stream.index == _candidates(container)[0].index
     chosen = () if is_first else (f"stream {stream.index}",)
