@@ -165,9 +165,10 @@ def test_flags_in_the_text_exist() -> None:
     for name in LORA_SCRIPTS:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
     known |= set(bench.build_parser()._option_string_actions)
-    # Flags of other benchmarks, of examples, of tests/tools/odd_files.py and of every script. The last two are flags of
-    # sips and Docker.
+    # Flags of other benchmarks, of examples, of tests/tools/odd_files.py and of every script. The last three are of
+    # sips, Docker and accelerate.
     outside = {
+        "--base",
         "--work_dir",
         "--results",
         "--clips",
@@ -178,6 +179,7 @@ def test_flags_in_the_text_exist() -> None:
         "--write",
         "--out",
         "--shm",
+        "--config_file",
     }
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
     named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
