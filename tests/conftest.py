@@ -267,8 +267,8 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Media files are read in this process: worker processes take half a second each to start."""
-    from preparing import Here
+    from preparing import InlineWorkers
 
     from cogvideox.preparation import prepare
 
-    monkeypatch.setattr(prepare, "worker_pool", lambda data, limits: Here())
+    monkeypatch.setattr(prepare, "worker_pool", lambda data, limits: InlineWorkers())

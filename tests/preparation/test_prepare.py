@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from preparing import Here, complete, preparation, tensor_files
+from preparing import InlineWorkers, complete, preparation, tensor_files
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import EncodeFlags, ModelFlags
@@ -940,7 +940,7 @@ def test_killed_workers_are_remembered_under_their_limits_only(
 ) -> None:
     asked: list[str] = []
 
-    class Killing(Here):
+    class Killing(InlineWorkers):
         def run(self, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
             for function, path, *rest in jobs:
                 asked.append(Path(path).name)

@@ -29,11 +29,11 @@ def test_each_outcome_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "def test_total():\n    assert total(2, 2) == 4\n"
     )
 
-    def said(old: str, new: str) -> str:
+    def outcome_of(old: str, new: str) -> str:
         return mutants.outcome(mutants.Mutant("sums.py", old, new, ("test_sums.py",)), tmp_path)
 
-    assert said("a + b", "a - b") == "killed"
-    assert said("a + b", "a * b") == "SURVIVED"
-    assert said("a / b", "a - b") == "0 places"
-    assert said("return a + b", "return (") == "pytest ended with 2"
+    assert outcome_of("a + b", "a - b") == "killed"
+    assert outcome_of("a + b", "a * b") == "SURVIVED"
+    assert outcome_of("a / b", "a - b") == "0 places"
+    assert outcome_of("return a + b", "return (") == "pytest ended with 2"
     assert (library / "sums.py").read_text() == "def total(a, b):\n    return a + b\n"

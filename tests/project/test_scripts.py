@@ -201,8 +201,8 @@ def test_two_processes_have_the_losses_of_one(
     flags = lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)
     more = ["--gradient_accumulation_steps", 1, "--plan", plan]
     started = [sys.executable, *commands[launcher].split()]
-    said = launch(started, 2, python(LORA_SCRIPT, *flags, *more), tmp_path / "ranks", ACCELERATE_USE_CPU="true")
-    assert ("streamed from the host" in said[0]) == (plan == "lean")
+    printed = launch(started, 2, python(LORA_SCRIPT, *flags, *more), tmp_path / "ranks", ACCELERATE_USE_CPU="true")
+    assert ("streamed from the host" in printed[0]) == (plan == "lean")
     assert losses(output) == pytest.approx(losses(reference), rel=1e-5)
     tolerance = (
         {"rtol": 1e-3, "atol": 1e-5} if plan == "off" else {"rtol": 1e-2, "atol": 1e-4}

@@ -14,10 +14,10 @@ from cogvideox.data.cache import CacheIndex
 from cogvideox.preparation.prepare import Preparation
 
 
-class Here:
+class InlineWorkers:
     """Runs jobs in this process, in place of worker processes that take half a second each to start."""
 
-    def __enter__(self) -> Here:
+    def __enter__(self) -> InlineWorkers:
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -238,13 +238,13 @@ def launch(launcher: Sequence[object], number: int, command: Sequence[object], f
         time.sleep(0.02)
     given = [json.loads(path.read_text()) for path in paths]
     ranks = [Forked([command[0], *argv], **environ) for argv, environ in given]
-    said = [rank.communicate()[0] for rank in ranks]
+    texts = [rank.communicate()[0] for rank in ranks]
     for path, rank in zip(paths, ranks, strict=True):
         path.with_suffix(".tmp").write_text(str(rank.wait() % 256))
         path.with_suffix(".tmp").rename(path.with_suffix(".status"))
     process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+    assert process.returncode == 0, texts
+    return texts
 
 
 def finish(process: Process, status: int = 0) -> str:
