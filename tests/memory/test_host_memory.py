@@ -35,20 +35,20 @@ def group(folder: Path, limit: str, used: int, cache: int = 0, version: int = 2)
         (folder / name).write_text(f"{text}\n")
 
 
-def test_without_groups_it_is_what_the_system_says(tmp_path: Path) -> None:
+def test_without_control_groups_the_system_s_figure_counts(tmp_path: Path) -> None:
     assert host_memory.free_host_bytes() == MACHINE
     member(tmp_path, "0::/")
     assert host_memory.free_host_bytes() == MACHINE
 
 
-def test_a_container_has_its_limit_less_what_it_uses(tmp_path: Path) -> None:
+def test_a_container_has_its_limit_minus_the_memory_in_use(tmp_path: Path) -> None:
     """Cached pages of files count as used, but can be reclaimed."""
     member(tmp_path, "0::/")
     group(tmp_path / "cgroup", str(32 * GIB), used=12 * GIB, cache=2 * GIB)
     assert host_memory.free_host_bytes() == 22 * GIB
 
 
-def test_the_tightest_of_a_job_and_what_it_is_in_counts(tmp_path: Path) -> None:
+def test_the_smallest_limit_of_a_group_and_its_parents_counts(tmp_path: Path) -> None:
     member(tmp_path, "0::/slurm/job_7/step_0")
     group(tmp_path / "cgroup/slurm/job_7/step_0", "max", used=GIB)
     group(tmp_path / "cgroup/slurm/job_7", str(40 * GIB), used=10 * GIB)

@@ -56,7 +56,7 @@ FAULTS: dict[str, tuple[Fault, list[object]]] = {
 
 @pytest.mark.fault("memory: out of memory in validation", times=3)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_training_goes_on_without_videos_as_with_them(
+def test_training_is_the_same_if_validation_runs_out_of_memory(
     model: Path,
     prepared: Path,
     tmp_path: Path,
@@ -139,7 +139,7 @@ def test_a_held_out_loss_that_does_not_fit_is_not_measured(
 
 
 @pytest.mark.fault("memory: out of memory on another rank")
-def test_all_ranks_skip_what_one_of_them_has_no_memory_for(
+def test_all_ranks_skip_what_does_not_fit_on_one_of_them(
     model: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Simulates another rank, which reports no memory in the sum of losses and sends names of skipped videos."""
@@ -174,7 +174,7 @@ def test_all_ranks_skip_what_one_of_them_has_no_memory_for(
 
 
 @pytest.mark.fault("memory: out of memory while the decoder is moved to the device")
-def test_a_vae_that_does_not_fit_goes_back_whole(tmp_path: Path) -> None:
+def test_a_vae_that_does_not_fit_is_moved_back_completely(tmp_path: Path) -> None:
     moved: list[str] = []
 
     class Vae(torch.nn.Module):

@@ -31,7 +31,7 @@ class Held(NamedTuple):
 
 @pytest.mark.long
 @pytest.mark.fault("memory: 10,000 steps in one process", times=STEPS)
-def test_ten_thousand_steps_hold_no_more_than_the_first_thousand(
+def test_memory_does_not_grow_over_ten_thousand_steps(
     tiny: Callable[[str], Path], tensors: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Held] = []

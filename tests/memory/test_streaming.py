@@ -41,7 +41,7 @@ def use(ring: Ring, block: int, step: int) -> None:
     assert (ring.slots[slot] == block).all()  # the copy ahead did not replace it
 
 
-def test_a_step_copies_each_block_twice_but_for_the_turn() -> None:
+def test_a_step_copies_each_block_twice_except_the_last_ones() -> None:
     ring, copied = ring_of(8)
     assert len(ring.slots) == WEIGHT_SLOTS
     for block in range(8):
@@ -55,7 +55,7 @@ def test_a_step_copies_each_block_twice_but_for_the_turn() -> None:
     assert copied == [3, 4, 5, 6, 7]
 
 
-def test_only_some_blocks_are_streamed() -> None:
+def test_the_next_block_skips_resident_ones() -> None:
     ring = Ring({i: torch.zeros(256, dtype=torch.uint8) for i in (1, 4, 7)}, CPU)
     assert [ring.next_block(i, 1) for i in range(9)] == [1, 4, 4, 4, 7, 7, 7, None, None]
     assert [ring.next_block(i, -1) for i in range(9)] == [None, None, 1, 1, 1, 4, 4, 4, 7]
@@ -90,7 +90,7 @@ def test_a_fork_does_not_copy_pinned_memory() -> None:
     assert storage() is None
 
 
-def test_a_buffer_is_given_up_only_when_its_copies_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_buffer_is_freed_only_after_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies on a CPU end at once, so the test checks that the host waits for both streams while the buffer exists."""
     store = HostStore(CPU)
     store.put(0, {"x": torch.zeros(4)})
@@ -124,7 +124,7 @@ def given_up(store: HostStore) -> None:
 
 
 @pytest.mark.parametrize("left_out", [None, "host_waits_for", "compute_waits_for"])
-def test_memory_is_let_go_after_its_last_use(left_out: str | None) -> None:
+def test_memory_is_freed_only_after_its_last_use(left_out: str | None) -> None:
     def races(use: Callable[[HostStore], None]) -> bool:
         with pytest.MonkeyPatch.context() as patch:
             try:
@@ -143,7 +143,7 @@ def test_memory_is_let_go_after_its_last_use(left_out: str | None) -> None:
     assert races(given_up) is (left_out == "compute_waits_for")
 
 
-def test_kept_tensors_come_back_whatever_their_shape() -> None:
+def test_saved_tensors_of_any_shape_are_returned() -> None:
     store = HostStore(CPU)
     for size in (4, 9, 2):  # larger and smaller than the existing buffers
         kept = [{"x": torch.full((size,), float(block)), "o": torch.arange(size)} for block in range(5)]
@@ -159,7 +159,7 @@ def test_kept_tensors_come_back_whatever_their_shape() -> None:
         assert not store.leaving
 
 
-def test_what_was_not_taken_is_not_overwritten() -> None:
+def test_tensors_that_were_not_taken_are_not_overwritten() -> None:
     store = HostStore(CPU)
     store.put(0, {"x": torch.ones(3)})
     with pytest.raises(RuntimeError, match="block 0: tensors saved by an earlier forward pass"):

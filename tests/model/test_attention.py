@@ -34,7 +34,7 @@ def test_operators_are_torch_s_attention(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(found, leaf.grad.transpose(1, 2))
 
 
-def test_operators_are_what_the_compiler_is_told() -> None:
+def test_operators_match_their_fake_implementations() -> None:
     q, k, v, do = inputs(SHAPES[0])
     o, lse = attend(q, k, v, CPU)
     for operator, arguments in ((attend, (q, k, v, CPU)), (attend_backward, (do, q, k, v, o, lse, CPU))):
@@ -47,7 +47,7 @@ def test_a_cpu_has_one_choice() -> None:
         choose_backend(torch.device("cpu"), torch.float32, "flash-4")
 
 
-def test_wrong_gradients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_gradients_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gradient_error(CPU, torch.device("cpu"), torch.float32) < 1e-5
     right = attention.attend_backward
 

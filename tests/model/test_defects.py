@@ -101,7 +101,7 @@ ROW = "| 7 | what | here | {} |"
         ("`tests/config/test_args.py::test_switches`, and more", "7: and more is no name of a test"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_said(cell: str, fault: str | None) -> None:
+def test_errors_in_a_row_are_reported(cell: str, fault: str | None) -> None:
     lines = TEXT.splitlines()
     place = next(number for number, line in enumerate(lines) if line.startswith("| 7 |"))
     lines[place] = ROW.format(cell)
@@ -109,5 +109,5 @@ def test_what_is_wrong_with_a_row_is_said(cell: str, fault: str | None) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda lines: lines[:-1], lambda lines: [*lines, lines[-1]]])
-def test_a_missing_or_repeated_number_is_said(change) -> None:
+def test_a_missing_or_repeated_number_is_reported(change) -> None:
     assert "the numbers are not 1 to 45, each once" in list(problems("\n".join(change(TEXT.splitlines()))))

@@ -54,7 +54,7 @@ def run(model: Path, tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_dropout_is_the_same_whatever_looks_at_the_weights_and_after_a_resume(
+def test_dropout_masks_do_not_depend_on_evaluation_or_resuming(
     prepared: Path, unseen: Path, run: Run, plan: str
 ) -> None:
     flags = ("--lora_dropout", 0.9, *PLANS[plan])

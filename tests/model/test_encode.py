@@ -80,7 +80,7 @@ def test_another_length_gives_other_embeddings(pipeline: Any) -> None:
     assert (short[0, :4] - long[0, :4]).abs().max() > 1e-4
 
 
-def test_captions_tell_apart(pipeline: Any) -> None:
+def test_different_captions_have_different_embeddings(pipeline: Any) -> None:
     embeds = prompt_embeds(pipeline.tokenizer, pipeline.text_encoder, CAPTIONS, LENGTH)
     assert not torch.equal(embeds[0], embeds[1])
 

@@ -346,7 +346,7 @@ def test_every_weight_is_trainable(model: Path) -> None:
     assert FullFinetune.recipe(None) == {}  # type: ignore[arg-type]
 
 
-def test_off_is_the_model_before_training_and_then_what_was_saved(model: Path, tmp_path: Path) -> None:
+def test_base_weights_are_restored_and_then_the_saved_ones(model: Path, tmp_path: Path) -> None:
     method = full(model, torch.bfloat16)
     base = {name: tensor.clone() for name, tensor in method.transformer.state_dict().items()}
     disturb(method)

@@ -166,7 +166,7 @@ def test_fingerprint_covers_types_names_and_shapes(own: Path, change: Any) -> No
     assert models.weight_fingerprint(flags(own), "vae") != before
 
 
-def test_fingerprint_does_not_depend_on_where_the_model_lies(own: Path, tiny: Tiny) -> None:
+def test_fingerprint_does_not_depend_on_where_the_model_is_stored(own: Path, tiny: Tiny) -> None:
     moved = own.rename(own.with_name("elsewhere"))
     (moved / VAE).touch()
     assert models.weight_fingerprint(flags(moved), "vae") == models.weight_fingerprint(flags(tiny("5b")), "vae")
@@ -187,7 +187,7 @@ def test_text_fingerprint_covers_the_tokenizer(own: Path) -> None:
     assert models.text_fingerprint(flags(own)) != before
 
 
-def test_a_folder_beside_the_tokenizer_s_files_is_ignored(own: Path) -> None:
+def test_a_folder_next_to_the_tokenizer_s_files_is_ignored(own: Path) -> None:
     before = models.text_fingerprint(flags(own))
     (own / "tokenizer" / ".ipynb_checkpoints").mkdir()
     assert models.text_fingerprint(flags(own)) == before
@@ -235,14 +235,14 @@ def test_weights_are_freed_when_the_block_ends(tiny: Tiny, block: Any, fails: bo
 
 
 @pytest.mark.parametrize("tiling", [False, True])
-def test_tiling_is_as_asked_for(tiny: Tiny, tiling: bool) -> None:
+def test_tiling_follows_the_flag(tiny: Tiny, tiling: bool) -> None:
     with models.video_encoder(flags(tiny("5b")), "fp32", CPU, tiling) as vae:
         assert vae.use_tiling is tiling
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_t5_on_the_host_gives_what_it_gives_on_the_device(tiny: Tiny, dtype: str, rows: int) -> None:
+def test_t5_on_the_host_gives_the_embeddings_of_the_device(tiny: Tiny, dtype: str, rows: int) -> None:
     captions = ["A red square moves to the right.", "", "word " * 200]
     with models.text_encoder(flags(tiny("5b")), dtype, CPU) as (tokenizer, encoder):
         parts = [captions[start : start + rows] for start in range(0, 3, rows)]
@@ -261,9 +261,7 @@ def test_bytes_of_the_weights_are_those_in_memory(tiny: Tiny, dtype: str) -> Non
     assert models.weight_bytes(flags(tiny("5b")), "vae", dtype) == held
 
 
-def test_t5_goes_to_the_host_where_its_weights_do_not_fit_beside_2_gib(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_t5_is_on_the_host_if_less_than_2_gib_would_stay_free(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model, size = flags(tiny("5b")), models.weight_bytes(flags(tiny("5b")), "text_encoder", "bf16")
     assert models.resolve_t5_on(model, "bf16", CPU, "auto") == "device"
     for spare, place in ((0, "device"), (-1, "host")):

@@ -100,7 +100,7 @@ def test_the_bits_of_a_number(kind: str, bits: float) -> None:
         assert share == pytest.approx(bits, rel=0.02)
 
 
-def test_rows_that_are_not_whole_groups() -> None:
+def test_rows_that_are_not_multiples_of_a_group() -> None:
     with pytest.raises(ValueError, match="multiple of 64 numbers, not 96"):
         quantize(torch.zeros(4, 96), "nf4")
     assert quantize(torch.zeros(4, 96), "int8").data.shape == (4, 96)

@@ -72,7 +72,7 @@ def test_without_its_metadata_the_file_gives_what_was_trained(model: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", EXACTLY)
-def test_a_new_run_goes_on_with_the_matrices_that_were_trained(model: Path, tmp_path: Path, name: str) -> None:
+def test_a_new_run_continues_from_the_trained_matrices(model: Path, tmp_path: Path, name: str) -> None:
     method = trained(model, *EXACTLY[name])
     method.save(tmp_path)
     flags = [*RANK, *EXACTLY[name]]
@@ -159,7 +159,7 @@ def test_what_would_round_or_overflow_is_not_folded(value: float, scale: float) 
             fold_scale(state, scale, rounded=True)
 
 
-def test_a_run_says_which_loaders_read_its_scale(
+def test_a_run_prints_which_loaders_read_its_scale(
     model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--load_tensors", "--max_train_steps", 1]
@@ -181,7 +181,7 @@ def test_a_run_says_which_loaders_read_its_scale(
     assert "its scale, 1.5, is multiplied into its matrices" in (output / "README.md").read_text()
 
 
-def test_for_comfyui_and_back_a_folded_file_is_the_same(model: Path, tmp_path: Path) -> None:
+def test_conversion_to_comfyui_and_back_keeps_a_folded_file(model: Path, tmp_path: Path) -> None:
     trained(model, "--lora_alpha", 8).save(tmp_path)
     comfy, again = tmp_path / "comfy.safetensors", tmp_path / "again"
     convert_lora.main([str(tmp_path), str(comfy), "--to", "comfyui"])

@@ -98,7 +98,7 @@ def test_only_two_blocks_are_on_the_device(encoder: Any) -> None:
     assert ring.slots == []
 
 
-def test_weights_lie_in_the_pinned_buffers(encoder: Any, pinned_now: list[int]) -> None:
+def test_weights_are_stored_in_the_pinned_buffers(encoder: Any, pinned_now: list[int]) -> None:
     before = deepcopy(encoder.state_dict())
     with t5_stream.streamed(encoder, CPU, rows=1):
         assert len(pinned_now) == BLOCKS
@@ -124,7 +124,7 @@ def test_nothing_stays_pinned(encoder: Any, pinned_now: list[int], fails: bool) 
     assert pinned_now == []
 
 
-def test_what_was_pinned_is_undone_where_the_system_allows_no_more(
+def test_buffers_are_freed_if_no_more_memory_can_be_pinned(
     encoder: Any, pinned_now: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pinned = t5_stream.pinned

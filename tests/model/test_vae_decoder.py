@@ -58,7 +58,7 @@ def test_the_largest_that_fits_is_taken_and_remembered(vae: Any, tile: tuple[int
     assert not vae.use_tiling  # encoding is not tiled
 
 
-def test_where_not_even_the_smallest_fits_it_is_out_of_memory(vae: Any) -> None:
+def test_out_of_memory_if_not_even_the_smallest_tile_fits(vae: Any) -> None:
     card = Card(vae, 100)
     vae.decode = card.decode
     Decoder(vae, print)
@@ -68,7 +68,7 @@ def test_where_not_even_the_smallest_fits_it_is_out_of_memory(vae: Any) -> None:
     assert not vae.use_tiling
 
 
-def test_something_larger_is_tiled_and_says_nothing_about_the_rest(vae: Any) -> None:
+def test_tiling_of_a_larger_video_does_not_affect_the_others(vae: Any) -> None:
     card = Card(vae, 144 * 240)
     vae.decode = card.decode
     decoder = Decoder(vae, print)
@@ -80,11 +80,11 @@ def test_something_larger_is_tiled_and_says_nothing_about_the_rest(vae: Any) -> 
     assert card.tried[2:] == [WHOLE]
 
 
-def test_whole_frames_are_not_tried_unless_wanted(vae: Any) -> None:
+def test_complete_frames_are_not_tried_with_tiling(vae: Any) -> None:
     assert Decoder(vae, print, tiled=True).attempts == [LARGE, MIDDLE, SMALL] == tiles_from(*PUBLISHED)
 
 
-def test_a_video_of_tiles_has_its_size_and_hardly_other_pixels(vae: Any) -> None:
+def test_a_tiled_video_has_the_right_size_and_similar_pixels(vae: Any) -> None:
     """Tiles of half of 480x720, which are 240x360, do not work: diffusers assembles 496x760 pixels from them."""
     height, width = 240, 400
     with torch.no_grad():

@@ -73,7 +73,7 @@ def test_in_tiles_too(vae: Any) -> None:
     assert apart(moments(copied, x), moments(vae, x)) < 1e-5
 
 
-def test_a_large_offset_costs_no_digits(vae: Any) -> None:
+def test_a_large_offset_does_not_reduce_precision(vae: Any) -> None:
     """Variances are computed around the mean; a difference of large squares would lose all digits."""
     x = 300 + clip(4, 8, 8).expand(1, 3, 4, 8, 8)[:, :1].repeat(1, 32, 1, 1, 1)
     norm = torch.nn.GroupNorm(8, 32).requires_grad_(False)
@@ -113,7 +113,7 @@ def test_weights_and_names_stay(vae: Any) -> None:
     assert all(copied[name].equal(tensor) for name, tensor in vae.state_dict().items())
 
 
-def test_where_nothing_compiles_all_stays_as_it_was(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_encoder_is_unchanged_if_the_compiler_fails(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(function: Any, **_: Any) -> Any:
         raise RuntimeError("no compiler")
 

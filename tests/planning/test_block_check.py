@@ -61,14 +61,14 @@ def test_every_kind_passes(tiny: Tiny, kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_quantized_base_is_compared_with_the_values_that_it_has(tiny: Tiny, precision: str) -> None:
+def test_a_quantized_base_is_compared_with_its_rounded_values(tiny: Tiny, precision: str) -> None:
     """The tolerance is far smaller than the difference between quantized and original values."""
     for dtype in (torch.float32, torch.bfloat16):
         said = check(tiny, "5b", make_with_lora("5b").to(dtype), plan_of(HERE, AWAY, base_precision=precision))
         assert float(said.split("cosine ")[1].split()[0]) > 0.99995
 
 
-def test_the_model_stays_what_it_is(tiny: Tiny) -> None:
+def test_the_check_does_not_change_the_model(tiny: Tiny) -> None:
     """This includes a LoRA whose matrices B are zero: only those of the copy are randomized."""
     transformer = make_trainable("5b").requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
@@ -83,7 +83,7 @@ def test_the_model_stays_what_it_is(tiny: Tiny) -> None:
     assert all(layer.lora_B["default"].weight.any() for layer in layers)
 
 
-def test_a_lora_that_is_not_zero_is_compared_as_it_is() -> None:
+def test_a_nonzero_lora_is_compared_unchanged() -> None:
     block = make_with_lora("5b").transformer_blocks[0]
     copied = copy_of(block).state_dict()
     assert all(copied[name].equal(tensor) for name, tensor in block.state_dict().items())
@@ -111,7 +111,7 @@ def test_each_difference_is_found(
         check(tiny, "5b", made("5b").to(dtype), plan_of(HERE))
 
 
-def test_the_last_block_is_looked_at_too(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_block_is_checked_too(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     transformer, right = make_with_lora("5b"), block_check.compare_block
 
     def only_last(module: Any, *rest: Any) -> Any:
@@ -138,7 +138,7 @@ def test_a_wrong_size_of_a_gradient_is_found(tiny: Tiny, monkeypatch: pytest.Mon
         check(tiny, "5b", make_with_lora("5b").bfloat16(), plan_of(HERE))
 
 
-def test_likeness() -> None:
+def test_cosine_between() -> None:
     one, other = torch.tensor([3.0, 4.0]), torch.tensor([4.0, -3.0])
     assert cosine_between(one, one, CPU) == 1
     assert cosine_between(one, other, CPU) == 0
@@ -149,7 +149,7 @@ def test_likeness() -> None:
     assert not cosine_between(one * 0, one * 0, CPU) >= -1
 
 
-def test_fewer_tokens_where_all_do_not_fit(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_tokens_are_used_if_all_do_not_fit(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shorter length is then not compiled, because no training step would use that graph."""
     real, seen = block_check.compare_block, []
 

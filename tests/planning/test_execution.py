@@ -70,7 +70,7 @@ def verification(output: Path) -> float:
     return json.loads((output / "recipe.json").read_text())["verification"]["max_difference"]
 
 
-def test_a_lean_run_is_a_run(
+def test_a_run_under_lean_is_complete(
     model: Path,
     tensors: Path,
     reference: Path,
@@ -109,7 +109,7 @@ def test_every_plan_makes_the_same_weights_and_they_resume_each_other(
     assert losses(lean) == losses(fast) == losses(mixed)
 
 
-def test_dropout_has_the_masks_that_it_has_without_a_plan(model: Path, tensors: Path, tmp_path: Path) -> None:
+def test_dropout_masks_are_the_same_with_and_without_a_plan(model: Path, tensors: Path, tmp_path: Path) -> None:
     flags = ("--lora_dropout", 0.5, "--train_batch_size", 2)
     plain = run(model, tensors, tmp_path / "plain", *flags)
     lean = run(model, tensors, tmp_path / "lean", *flags, *LEAN)
@@ -137,7 +137,7 @@ def test_on_a_cpu_nothing_is_planned_unless_asked(
     assert losses(output) == pytest.approx(losses(reference), rel=1e-6)
 
 
-def test_an_optimizer_that_cannot_rest_on_the_host_stays(
+def test_an_optimizer_that_cannot_be_on_the_host_stays_on_the_device(
     model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
 ) -> None:
     """--plan lean is compatible with such an optimizer; --optimizer_state_on host is not."""
@@ -210,7 +210,7 @@ def test_gradient_checkpointing_keeps_attention_outputs_at_most(
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_host_memory_but_not_device_memory(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     free, available = 50 * GIB, 10 * GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setattr(execution, "free_device_bytes", lambda device: float(free))
@@ -222,14 +222,14 @@ def test_memory_of_a_gpu_is_its_own_and_that_of_the_host_is_shared(ranks: int, m
     assert machine.host_bytes == available // ranks
 
 
-def test_ranks_plan_for_the_least_of_each_figure() -> None:
+def test_ranks_plan_for_the_minimum_of_each_figure() -> None:
     """A plan that fits one of two different cards might not fit the other."""
     first, second = Machine(8, 20, copies=3.0), Machine(9, 10, copies=2.0)
     assert execution.minimum_over_ranks([first, second]) == Machine(8, 10, copies=2.0)
     assert execution.minimum_over_ranks([first]) == first
 
 
-def test_a_probe_is_long_enough_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_runs_for_the_intended_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(execution.time, "perf_counter", lambda: now[0])
@@ -352,7 +352,7 @@ def test_weights_that_cannot_be_trained_on_the_host(
         (*LEAN, "--optimizer_state_on", "device"),
     ],
 )
-def test_a_flag_of_its_own_wins_over_the_preset(
+def test_a_flag_takes_precedence_over_the_preset(
     flags: tuple[str, ...], model: Path, tensors: Path, tmp_path: Path, plans: list[Any]
 ) -> None:
     run_whole(model, tensors, tmp_path / "run", "--max_train_steps", 1, *flags)
@@ -364,7 +364,7 @@ def test_a_flag_of_its_own_wins_over_the_preset(
         assert {block.state for block in plans[0].blocks} == {"device"}
 
 
-def test_what_does_not_fit_says_what_stays_on_the_device(
+def test_the_error_names_what_stays_on_the_device(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "measure_machine", lambda *_: Machine(1000, 1000))
@@ -379,7 +379,7 @@ def test_what_does_not_fit_says_what_stays_on_the_device(
 
 
 @pytest.mark.parametrize(("flags", "expected"), [((), (12, 12, 0)), (("--use_ema",), (16, 12, 4))])
-def test_what_state_takes_of_a_trained_number(
+def test_bytes_of_optimizer_state_per_element(
     flags: tuple[str, ...],
     expected: tuple[int, int, int],
     model: Path,
@@ -411,7 +411,7 @@ def test_weights_are_trained_on_the_host_by_one_process(
     ("wanted", "device", "compiled"),
     [("auto", "cpu", False), ("auto", "cuda", True), ("yes", "cpu", True), ("no", "cuda", False)],
 )
-def test_a_gpu_compiles_but_for_dropout(wanted: str, device: str, compiled: bool) -> None:
+def test_blocks_are_compiled_on_a_gpu_except_with_dropout(wanted: str, device: str, compiled: bool) -> None:
     run: Any = SimpleNamespace(device=torch.device(device), compiled=False)
     assert execution.compiles(run, wanted, drops=False) is compiled
     assert not execution.compiles(run, "auto", drops=True)
@@ -433,7 +433,7 @@ def test_a_gpu_compiles_but_for_dropout(wanted: str, device: str, compiled: bool
     ],
 )
 @pytest.mark.fault("memory: out of memory in training")
-def test_out_of_memory_is_told(
+def test_out_of_memory_is_reported(
     error: Exception, told: str, model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:

@@ -132,7 +132,7 @@ def test_keeping_more_costs_memory_and_saves_time() -> None:
     assert host_bytes({BlockPlan(kept=HOST, keep="attention"): 42}, HOST, LARGE) > 8 * GIB
 
 
-def test_a_quantized_block_is_smaller_and_hardly_any_of_it_is_whole() -> None:
+def test_a_quantized_block_is_smaller_and_little_of_it_is_dequantized() -> None:
     small = replace(LARGE, block_bytes=LARGE.block_bytes // 2, matrix_bytes=LARGE.block_bytes)
     for weights, stored in ((DEVICE, LARGE.blocks), (HOST, 3)):
         kinds = {BlockPlan(weights): LARGE.blocks}
@@ -141,7 +141,7 @@ def test_a_quantized_block_is_smaller_and_hardly_any_of_it_is_whole() -> None:
 
 
 @pytest.mark.parametrize("kept", [DEVICE, HOST])
-def test_what_is_on_its_way_is_what_a_store_holds(kept: str) -> None:
+def test_bytes_in_flight_equal_those_of_a_host_store(kept: str) -> None:
     """Compares every mixture with a HostStore. Tensors that stay on the device do not displace those that leave it."""
     heavy, other = BlockPlan(HOST, "linear", HOST), BlockPlan(HOST, "attention", kept)
     units = {heavy: 10, other: 2}
@@ -164,7 +164,7 @@ def test_of_equally_fast_plans_the_one_that_copies_least_is_taken() -> None:
     assert copied_bytes(kinds, HOST, LARGE) == (0, 0, 0, LARGE.trained * LARGE.state_bytes)
 
 
-def test_the_text_says_all() -> None:
+def test_the_text_of_a_plan() -> None:
     text = str(pick(10))
     assert "42 blocks compiled" in text
     assert "streamed from the host" in text
@@ -173,7 +173,7 @@ def test_the_text_says_all() -> None:
     assert re.search(r"predicted: peak 9\.\d\d GiB, \d+\.\d GiB of host memory, \d\.\d\d s a step$", text)
 
 
-def test_what_a_streamed_base_and_an_average_take() -> None:
+def test_memory_of_a_streamed_base_and_an_average() -> None:
     lean = {BlockPlan(HOST, "attention", HOST): 42}
     weights = 42 * LARGE.block_bytes
     more = host_bytes(lean, HOST, replace(LARGE, mapped=True)) - host_bytes(lean, HOST, LARGE)
@@ -201,7 +201,7 @@ def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -
         choose_plan(PRESETS["lean"], WHOLE, replace(FAST, host_bytes=64 * GIB), True, "cudnn")
 
 
-def test_state_on_the_device_takes_room_there_and_does_not_pass() -> None:
+def test_state_on_the_device_takes_memory_and_is_not_copied() -> None:
     kept_state = {BlockPlan(HOST, "attention", HOST, DEVICE): 10, next(iter(LEAN)): 32}
     numbers = 10 * WHOLE.block_trained
     assert peak_bytes(kept_state, HOST, True, WHOLE) - peak_bytes(LEAN, HOST, True, WHOLE) == 12 * numbers
@@ -233,7 +233,7 @@ def test_a_checkpoint_copies_the_state_that_is_on_the_device() -> None:
     assert host_bytes(resident, DEVICE, LARGE) == 0  # the state of a LoRA is small
 
 
-def test_an_average_on_the_host_hides_nothing() -> None:
+def test_an_average_on_the_host_prevents_overlap() -> None:
     averaged = replace(WHOLE, state_bytes=16, average_bytes=4)
     here = {BlockPlan(HOST, "attention", HOST, DEVICE): 42}
     assert step_seconds(LEAN, HOST, True, averaged, FAST) > step_seconds(LEAN, HOST, True, WHOLE, FAST) + 0.2
@@ -241,7 +241,7 @@ def test_an_average_on_the_host_hides_nothing() -> None:
     assert peak_bytes(here, HOST, True, averaged) - peak_bytes(here, HOST, True, WHOLE) == 4 * 42 * WHOLE.block_trained
 
 
-def test_state_that_shall_be_on_the_device_is_there_wherever_the_weights_are() -> None:
+def test_state_on_the_device_does_not_depend_on_where_weights_are() -> None:
     """This holds for the state of blocks and of layers outside them."""
     for gib in (75, 85, 110):
         chosen = choose_plan(Axes(state=(DEVICE,)), WHOLE, replace(FAST, device_bytes=gib * GIB), True, "cudnn")
@@ -271,14 +271,14 @@ def test_sums_of_several_passes_take_twice_the_memory() -> None:
     assert more == WHOLE.block_trained * (2 * (4 - 2) + 2 * 4)  # two blocks are copied out, and two are copied back
 
 
-def test_the_optimizer_s_step_counts_once_whatever_the_passes() -> None:
+def test_the_optimizer_step_counts_once_for_all_passes() -> None:
     """Copies of four passes take four times as long as those of one, but the optimizer step takes the same time."""
     one, two, four = (step_seconds(LEAN, HOST, True, replace(WHOLE, passes=n), FAST) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
 
 @pytest.mark.parametrize(("weights", "hides"), [(HOST, True), (DEVICE, False)])
-def test_weights_that_live_on_the_host_pass_while_the_next_step_begins(weights: str, hides: bool) -> None:
+def test_host_weights_are_updated_during_the_next_forward_pass(weights: str, hides: bool) -> None:
     """State of weights on the device must have passed before the next step begins."""
     kinds = {BlockPlan(weights, "attention"): 42}
     moved = copied_bytes(kinds, HOST, WHOLE)[3] / (COPY_SHARE * FAST.copies * BOTH_WAYS)

@@ -141,7 +141,7 @@ def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
     assert all(of_host(stack.host_trained.gradients, i)[0].dtype == torch.bfloat16 for i in range(3))
 
 
-def test_changed_weights_on_the_host_are_seen() -> None:
+def test_changed_weights_on_the_host_are_used() -> None:
     """The next pass must use the changed weights although the slots still have the old ones."""
     transformer = make_trainable("5b", depth=2)
     installed(transformer, (BlockPlan(HOST, "attention", HOST),))
@@ -153,7 +153,7 @@ def test_changed_weights_on_the_host_are_seen() -> None:
             torch.testing.assert_close(transformer(**arguments)[0], right(**arguments)[0])
 
 
-def test_every_level_keeps_what_it_says() -> None:
+def test_every_level_saves_its_activations() -> None:
     p = blocks.KEPT
     assert list(p) == list(LEVELS)
     for less, more in pairwise(LEVELS):
@@ -163,7 +163,7 @@ def test_every_level_keeps_what_it_says() -> None:
     assert units == [UNITS_KEPT, UNITS_KEPT | {"linear": 12, "all": 20}]
 
 
-def test_inputs_of_layers_without_a_lora_are_not_kept() -> None:
+def test_inputs_of_layers_without_a_lora_are_not_saved() -> None:
     block = make_with_lora("5b", depth=1).transformer_blocks[0]
     p = block_weights(block)
     everything = set(blocks.KEPT["all"]) - {"a", "z"}  # a and z are needed only for gates, which are frozen
@@ -178,7 +178,7 @@ def test_inputs_of_layers_without_a_lora_are_not_kept() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("made", "layers"), [(make_with_lora, 5), (make_trainable, 6)])
-def test_what_is_kept_is_not_computed_again(
+def test_saved_activations_are_not_recomputed(
     made: Callable[..., Any], layers: int, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counts the matrix products and attentions that a backward pass recomputes.
@@ -203,7 +203,7 @@ def test_what_is_kept_is_not_computed_again(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_inputs_of_layers_without_a_lora_are_not_computed_again(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_of_layers_without_a_lora_are_not_recomputed(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = under(make_with_lora("5b", depth=1, targets=TARGETS[:4]), (BlockPlan(DEVICE, level, DEVICE),))
     output = transformer(**arguments_of("5b"))[0]
     calls: list[str] = []
@@ -222,7 +222,7 @@ def test_inputs_of_layers_without_a_lora_are_not_computed_again(level: str, monk
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_what_is_frozen_gets_no_gradient(level: str) -> None:
+def test_frozen_parameters_get_no_gradient(level: str) -> None:
     p = block_weights(make_with_lora("5b", depth=1).transformer_blocks[0])
     generator = torch.Generator().manual_seed(0)
     x, dy, temb = (
@@ -236,7 +236,7 @@ def test_what_is_frozen_gets_no_gradient(level: str) -> None:
     assert {name for name, found in gradients.items() if found} == set(blocks.LORA_LAYERS)
 
 
-def test_what_is_kept_on_the_host_comes_back_from_the_next_such_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_tensors_on_the_host_are_fetched_one_block_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved tensors must be fetched while the blocks in between run, and not afterwards."""
     there, away = BlockPlan(DEVICE, "attention", DEVICE), BlockPlan(DEVICE, "linear", HOST)
     transformer = make_with_lora("5b", depth=6)
@@ -258,7 +258,7 @@ def test_what_is_kept_on_the_host_comes_back_from_the_next_such_block(monkeypatc
     ("made", "precision"),
     [(make_with_lora, AUTO), (make_with_lora, "int8"), (make_with_lora, "nf4"), (make_trainable, AUTO)],
 )
-def test_compiled_is_one_graph_a_pass_and_the_same(
+def test_compiled_blocks_use_one_graph_per_pass_with_equal_results(
     made: Callable[[str], Any], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The functions are traced but not compiled to kernels, which would take most of a minute on a CPU."""
@@ -277,7 +277,7 @@ def test_compiled_is_one_graph_a_pass_and_the_same(
     torch._dynamo.reset()
 
 
-def test_one_graph_a_pass_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_per_pass_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -369,7 +369,7 @@ def test_without_adapters_it_is_the_base_model() -> None:
         (["to_q", "proj_out"], {}, False),
     ],
 )
-def test_what_is_plain(targets: list[str], lora: dict[str, Any], plain: bool) -> None:
+def test_which_loras_are_supported(targets: list[str], lora: dict[str, Any], plain: bool) -> None:
     assert plain_lora(make_with_lora("5b", targets=targets, **lora)) is plain
 
 
@@ -380,7 +380,7 @@ def test_a_lora_on_some_layers_only() -> None:
     check(outcome(under(make_with_lora("5b", targets=targets), MIXED), arguments), right, tolerance=1e-5)
 
 
-def test_blocks_in_front_of_the_first_lora_keep_nothing() -> None:
+def test_blocks_before_the_first_lora_save_nothing() -> None:
     """No backward pass reaches these blocks, so their saved tensors would never be taken."""
     targets: Any = r"transformer_blocks\.2\.attn1\.to_q"
     transformer = make_with_lora("5b", targets=targets)
@@ -421,7 +421,7 @@ def test_a_quantized_base_is_the_transformer_of_diffusers_with_its_values(precis
         torch.testing.assert_close(resident(**arguments)[0], bare(**arguments)[0])
 
 
-def test_what_is_quantized_is_nowhere_else() -> None:
+def test_quantized_matrices_have_no_other_copy() -> None:
     """A module's own weight is empty, so no code can use it by mistake, but PEFT still finds its type and device."""
     for plan in (BlockPlan(), BlockPlan(HOST)):
         transformer = under(make_with_lora("5b"), (plan,), base_precision="nf4")
@@ -444,7 +444,7 @@ def test_the_buffer_of_a_full_size_block(precision: str, share: float) -> None:
     assert unquantized_matrix_bytes(module) == pytest.approx(base_bytes(module), rel=0.01)
 
 
-def test_what_is_stored_is_what_is_predicted() -> None:
+def test_stored_bytes_equal_the_predicted_ones() -> None:
     transformer = make_with_lora("5b")
     plan = ExecutionPlan((BlockPlan(HOST),) * 3, False, "cpu", base_precision="nf4")
     predicted, before = (base_bytes(transformer.transformer_blocks[0], kind) for kind in ("nf4", AUTO))
@@ -455,7 +455,7 @@ def test_what_is_stored_is_what_is_predicted() -> None:
 
 
 @pytest.mark.parametrize(("precision", "least"), [("int8", 0.9998), ("fp8", 0.999), ("nf4", 0.99)])
-def test_a_quantized_base_hardly_turns_the_gradients(precision: str, least: float) -> None:
+def test_a_quantized_base_hardly_changes_the_gradients(precision: str, least: float) -> None:
     def gradients(precision: str) -> Tensor:
         found = outcome(under(make_with_lora("5b"), (BlockPlan(),), base_precision=precision), arguments_of("5b"))
         return torch.cat([g.flatten() for name, g in found.items() if "lora" in name])
@@ -539,7 +539,7 @@ def test_late_copies_change_nothing(
         (streaming, "compute_waits_for"),
     ],
 )
-def test_a_wait_that_is_left_out_is_seen(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wait_is_detected(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Removes one wait. With copies as late as possible or randomly late, at least one result must differ.
 
     A single order is not enough, because another wait may happen to come in time.
@@ -574,7 +574,7 @@ def test_every_stream_waits_for_what_it_touches(
 
 @pytest.mark.parametrize("left_out", ["mark", "wait"])
 @pytest.mark.fault("memory: a stream that does not wait for another")
-def test_a_stream_that_does_not_wait_is_seen(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_does_not_wait_is_detected(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces all events by empty ones, or ignores all waits."""
     monkeypatch.setattr(stream_races.Streams, left_out, lambda *_: {})
     with pytest.raises(stream_races.Race), stream_races.watched(monkeypatch):
@@ -673,7 +673,7 @@ def trained(
     ],
 )
 @pytest.mark.fault("memory: blocks that are streamed to a GPU, compared with resident ones")
-def test_streamed_is_resident_bit_for_bit(compiled: bool, any_length: bool, precision: str) -> None:
+def test_streamed_blocks_equal_resident_ones_bit_for_bit(compiled: bool, any_length: bool, precision: str) -> None:
     torch.use_deterministic_algorithms(True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -731,7 +731,7 @@ def wholly_trained(
 @pytest.mark.gpu
 @pytest.mark.parametrize(("compiled", "accumulation"), [(False, 2), (True, 1)])
 @pytest.mark.fault("memory: blocks that are streamed to a GPU, compared with resident ones")
-def test_all_weights_are_trained_streamed_as_resident_bit_for_bit(compiled: bool, accumulation: int) -> None:
+def test_training_all_weights_streamed_equals_resident_bit_for_bit(compiled: bool, accumulation: int) -> None:
     torch.use_deterministic_algorithms(True)
     torch._dynamo.reset()
     run = partial(wholly_trained, compiled=compiled, accumulation=accumulation)

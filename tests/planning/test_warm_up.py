@@ -95,7 +95,7 @@ def test_training_all_weights_is_the_same_too(
 
 
 @pytest.mark.fault("memory: the largest bucket does not fit, and no plan predicted it")
-def test_what_does_not_fit_is_said_before_the_first_step(
+def test_a_bucket_that_does_not_fit_is_reported_before_the_first_step(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_memory(*_: Any) -> Any:
@@ -143,7 +143,7 @@ def test_the_largest_bucket_has_the_most_tokens(monkeypatch: pytest.MonkeyPatch)
     assert largest_batch(data, 3) == [2, 2, 2]
 
 
-def test_room_is_held_for_what_the_first_step_makes() -> None:
+def test_memory_of_the_first_optimizer_step_is_reserved() -> None:
     parameter = torch.nn.Parameter(torch.ones(8, 4, dtype=torch.bfloat16))
 
     def resident(make: Callable[..., torch.optim.Optimizer]) -> Resident:
