@@ -276,10 +276,14 @@ def test_the_check_of_the_flags_reads_the_lists_only(make: Make, tensors: Path, 
 @pytest.mark.parametrize(
     ("kind", "tensor", "says"),
     [
-        (factory.MOMENTS, torch.zeros(16, 3, 8, 12), "is (16, 3, 8, 12), this model takes (32, F, H, W), mean and log"),
-        (factory.MOMENTS, torch.zeros(3, 32, 8, 12), "is (3, 32, 8, 12), this model takes (32, F, H, W)"),
-        (factory.MOMENTS, torch.zeros(1, 32, 3, 8, 12), "is (1, 32, 3, 8, 12), this model takes (32, F, H, W)"),
-        (factory.MOMENTS, torch.zeros(32, 0, 8, 12), "is (32, 0, 8, 12), this model takes (32, F, H, W)"),
+        (
+            factory.MOMENTS,
+            torch.zeros(16, 3, 8, 12),
+            "has shape (16, 3, 8, 12), this model takes (32, F, H, W), mean and",
+        ),
+        (factory.MOMENTS, torch.zeros(3, 32, 8, 12), "has shape (3, 32, 8, 12), this model takes (32, F, H, W)"),
+        (factory.MOMENTS, torch.zeros(1, 32, 3, 8, 12), "has shape (1, 32, 3, 8, 12), this model takes (32, F, H, W)"),
+        (factory.MOMENTS, torch.zeros(32, 0, 8, 12), "has shape (32, 0, 8, 12), this model takes (32, F, H, W)"),
         (
             factory.MOMENTS,
             torch.zeros(32, 3, 8, 11),
@@ -290,8 +294,12 @@ def test_the_check_of_the_flags_reads_the_lists_only(make: Make, tensors: Path, 
         (factory.MOMENTS, torch.zeros(1).expand(32, 3, 8, 12), "is larger than its data; encode the clip again"),
         (factory.MOMENTS, torch.zeros(32, 3, 8, 12, device="meta"), "is larger than its data; encode the clip again"),
         (factory.MOMENTS, {"moments": torch.zeros(32, 3, 8, 12)}, "is not one tensor in fp32, bf16 or fp16; encode"),
-        (factory.EMBEDS, torch.zeros(226, 32), "is (226, 32), this model takes (32, 32); encode the captions again"),
-        (factory.EMBEDS, torch.zeros(1, 32, 32), "is (1, 32, 32), this model takes (32, 32)"),
+        (
+            factory.EMBEDS,
+            torch.zeros(226, 32),
+            "has shape (226, 32), this model takes (32, 32); encode the captions again",
+        ),
+        (factory.EMBEDS, torch.zeros(1, 32, 32), "has shape (1, 32, 32), this model takes (32, 32)"),
         (factory.EMBEDS, torch.full((32, 32), float("inf")), "holds NaN or infinity"),
     ],
 )
@@ -371,7 +379,7 @@ def test_clips_that_would_share_their_tensors(make: Make, geometry: Geometry) ->
     (line,) = Opened(folder, geometry).refused()
     shared = folder / factory.MOMENTS / "a.pt"
     assert line.startswith(f"{folder}/videos.txt:2: {folder}/videos/a.v1.mp4 and {folder}/videos/a.v2.mp4 would share")
-    assert f"{shared}; name the tensors after the whole name, a.v2.pt" in line
+    assert f"{shared}; give the tensors the full name of the clip, a.v2.pt" in line
     for kind in (factory.MOMENTS, factory.EMBEDS):
         for name in ("a.v1.pt", "a.v2.pt"):
             shutil.copy(folder / kind / "a.pt", folder / kind / name)

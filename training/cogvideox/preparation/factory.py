@@ -1,4 +1,4 @@
-"""Converts folders that CogVideoX-Factory prepared into the tensor cache, for --load_tensors.
+"""Converts folders that CogVideoX-Factory ("the factory") prepared into the tensor cache, for --load_tensors.
 
 ``open_factory`` converts each folder once. Its layout is:
 
@@ -15,16 +15,16 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import DataFlags
 from cogvideox.config.geometry import Geometry
-from cogvideox.config.options import image_flags, resolutions
+from cogvideox.config.options import TrainOptions, image_flags, resolutions
 from cogvideox.config.prepared_flags import MOMENTS, is_factory_layout
 from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, is_key, open_index, sole_writer
 from cogvideox.data.forms.columns import Columns, Problems, is_unicode
@@ -34,19 +34,33 @@ from cogvideox.data.forms.samples import unique_id
 from cogvideox.errors import UsageError
 from cogvideox.files import stamp_of
 
+if TYPE_CHECKING:
+    import torch
+
+    from cogvideox.preparation.encoding import Encoders
+    from cogvideox.runtime.ranks import Ranks
+
 EMBEDS, IMAGES = "prompt_embeds", "image_latents"  # the folders next to MOMENTS
 NAMES = {MOMENTS: "moments_CFHW", EMBEDS: "prompt_LD", IMAGES: "image_moments_KCHW"}  # the tensors in the cache
 
 
 @dataclass(frozen=True)
 class Row:
-    """One clip of the lists, with the files of its tensors."""
+    """Describes one clip of the lists.
+
+    Attributes:
+        id: Name of the clip in the index.
+        caption: The caption, with its id token in front.
+        moments: File of the VAE's posterior of the clip.
+        embeds: File of T5's embedding of the caption.
+        image: File of the posterior of the first frame; None except for image-to-video.
+    """
 
     id: str
     caption: str
     moments: Path
     embeds: Path
-    image: Path | None = None  # for image-to-video
+    image: Path | None = None
 
     def files(self) -> tuple[tuple[str, Path], ...]:
         """Returns (name of the folder, path) of each tensor."""
@@ -54,7 +68,7 @@ class Row:
         return (MOMENTS, self.moments), (EMBEDS, self.embeds), *images
 
 
-def check_tensors(options: Any) -> Iterator[str]:
+def check_tensors(options: TrainOptions) -> Iterator[str]:
     """Yields the problems of the folder that is given with --load_tensors, without reading tensors."""
     folder = Path(options.data.data_root[0])
     if options.loader.load_tensors and is_factory_layout(folder):
@@ -76,22 +90,22 @@ def open_factory(
     data: DataFlags,
     geometry: Geometry,
     cache: TensorCache,
-    encoders: Any,
+    encoders: "Encoders",
     embed_empty: Callable[[], None],
-    ranks: Any,
+    ranks: "Ranks",
     say: Callable[[str], None],
     images: bool = False,
 ) -> CacheIndex:
     """Converts a factory's folder into a cache and returns its index. The main process converts, the others wait.
 
     Args:
-        folder: The factory's folder.
+        folder: The folder that the factory prepared.
         data: The flags of the data.
         geometry: The geometry of the model.
         cache: Where the tensors are written.
-        encoders: The model's prepare.Encoders; a .pt file does not record what made it.
+        encoders: The encoders of the model; a .pt file does not record what made it.
         embed_empty: Writes the embedding of the empty caption into the cache, if it is needed.
-        ranks: A Ranks.
+        ranks: The processes of the run.
         say: Prints a line on the main process.
         images: Whether to convert first frames as well.
 
@@ -104,7 +118,7 @@ def open_factory(
             convert(rows, geometry, cache)
             embed_empty()
     ranks.wait_for_everyone()
-    say(f"{folder}: that its .pt files were made with this VAE and T5 cannot be checked")
+    say(f"{folder}: whether its .pt files were made with this VAE and T5 cannot be checked")
     if images:
         say(
             f"{folder}: its first frames are without the noise that models are trained with; prepare_dataset.py adds it"
@@ -146,7 +160,7 @@ def read_rows(folder: Path, data: DataFlags, images: bool = False) -> list[Row]:
 
 
 def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems, images: bool) -> Iterator[Row]:
-    """Yields the row of each clip, with ids that may repeat; adds problems of the rows."""
+    """Yields the row of each clip, with ids that may repeat, and adds the problems of the rows to ``problems``."""
     captions, videos = columns.captions, columns.videos
     assert captions is not None
     assert videos is not None
@@ -158,8 +172,8 @@ def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems, ima
             rule = "is not Unicode text; write the characters themselves"
             problems.add("not UTF-8", f"{captions.location(number)}: {rule}")
         if owners.setdefault(row.moments, video) != video:
-            whole = os.path.splitext(os.path.basename(video))[0]
-            fix = f"name the tensors after the whole name, {whole}.pt, or rename the clip and them"
+            full = os.path.splitext(os.path.basename(video))[0]
+            fix = f"give the tensors the full name of the clip, {full}.pt, or rename the clip and its tensors"
             both = f"{owners[row.moments]} and {video} would share {row.moments}"
             problems.add("two clips, one file", f"{videos.location(number)}: {both}; {fix}")
         for _, file in row.files():
@@ -171,18 +185,40 @@ def _rows(root: str, columns: Columns, rules: PathRules, problems: Problems, ima
 def _files_of(video: str, images: bool) -> tuple[Path, ...]:
     """Returns the tensor files of a clip. The factory cuts names at the first dot; a file with the full name wins."""
     folder, name = os.path.split(video)
-    beside = Path(os.path.dirname(folder))
-    whole, cut = os.path.splitext(name)[0], name.split(".")[0]
-    stem = whole if os.path.lexists(beside / MOMENTS / f"{whole}.pt") else cut
+    parent = Path(os.path.dirname(folder))
+    full, cut = os.path.splitext(name)[0], name.split(".")[0]
+    stem = full if os.path.lexists(parent / MOMENTS / f"{full}.pt") else cut
     kinds = (MOMENTS, EMBEDS, IMAGES) if images else (MOMENTS, EMBEDS)
-    return tuple(beside / kind / f"{stem}.pt" for kind in kinds)
+    return tuple(parent / kind / f"{stem}.pt" for kind in kinds)
 
 
 # -- the tensors -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ConvertedFile:
+    """Records that the tensor of a .pt file was written into the cache; one line of the ledger.
+
+    Attributes:
+        request: Hash of the path, size and time of the file; the name of the record in the ledger.
+        path: The file.
+        key: Key of the tensor in the cache.
+        shape: Shape of the tensor in the file.
+    """
+
+    request: str
+    path: str
+    key: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ConvertedFile":
+        """Restores a record from its line in the ledger."""
+        return cls(values["request"], values["path"], values["key"], tuple(values["shape"]))
+
+
 def convert(rows: Sequence[Row], geometry: Geometry, cache: TensorCache) -> None:
-    """Writes the tensors into the cache that it lacks. Good files stay converted even if others are bad.
+    """Writes all tensors that are not in the cache yet. Good files stay converted even if others are bad.
 
     Raises:
         UsageError: Some files are bad; the message has all problems.
@@ -197,9 +233,9 @@ def convert(rows: Sequence[Row], geometry: Geometry, cache: TensorCache) -> None
             try:
                 if record is None:
                     record = _convert_file(kind, path, cache)
-                    ledger.append([record])
+                    ledger.append([asdict(record)])
                     bar.update()
-                _check_shape(kind, path, tuple(record["shape"]), geometry)
+                _check_shape(kind, path, record.shape, geometry)
             except UsageError as error:
                 problems.add(kind, str(error))
     if problems:
@@ -213,13 +249,13 @@ def cached_samples(
     known = Ledger(cache.folder).read()
     samples = []
     for row in rows:
-        moments, embeds, *images = (known[_request(path)] for _, path in row.files())
-        sizes = {tuple(record["shape"][2:]) for record in (moments, *images)}
+        moments, embeds, *images = (ConvertedFile.from_json(known[_request(path)]) for _, path in row.files())
+        sizes = {record.shape[2:] for record in (moments, *images)}
         if len(sizes) > 1:
             raise UsageError(f"{row.image}: has another size than {row.moments.name} of its clip; encode both again")
-        bucket = bucket_of(tuple(moments["shape"]), geometry, data)
-        image_keys = tuple(image["key"] for image in images)
-        samples.append(CachedSample(row.id, row.caption, bucket, (moments["key"],), embeds["key"], image_keys))
+        bucket = bucket_of(moments.shape, geometry, data)
+        image_keys = tuple(image.key for image in images)
+        samples.append(CachedSample(row.id, row.caption, bucket, (moments.key,), embeds.key, image_keys))
     return tuple(samples)
 
 
@@ -237,16 +273,20 @@ def bucket_of(shape: tuple[int, ...], geometry: Geometry, data: DataFlags) -> Bu
 
 
 def _request(path: Path) -> str:
+    """Returns the ledger key of the current state of a file, without reading its content."""
     return hash_of(["factory", str(path), *stamp_of(path)])
 
 
-def _record(known: dict[str, dict[str, Any]], path: Path, cache: TensorCache) -> dict[str, Any] | None:
+def _record(known: dict[str, dict[str, Any]], path: Path, cache: TensorCache) -> ConvertedFile | None:
     """Returns the ledger record of a file in its current state, or None if its tensor is not in the cache."""
-    record = known.get(_request(path))
-    return record if record is not None and is_key(record.get("key")) and cache.has(record["key"]) else None
+    values = known.get(_request(path))
+    if values is None or not is_key(values.get("key")) or not cache.has(values["key"]):
+        return None
+    return ConvertedFile.from_json(values)
 
 
-def _convert_file(kind: str, path: Path, cache: TensorCache) -> dict[str, Any]:
+def _convert_file(kind: str, path: Path, cache: TensorCache) -> ConvertedFile:
+    """Writes the tensor of a file into the cache and returns the ledger record of the file."""
     request = _request(path)  # taken before reading, so that a change in the meantime is noticed next time
     try:
         content = path.read_bytes()
@@ -258,10 +298,10 @@ def _convert_file(kind: str, path: Path, cache: TensorCache) -> dict[str, Any]:
     if not cache.has(key):
         stored = tensor.transpose(0, 1).contiguous() if kind == IMAGES else tensor  # one encoding of the image
         cache.write(key, {NAMES[kind]: stored})
-    return {"request": request, "path": str(path), "key": key, "shape": list(tensor.shape)}
+    return ConvertedFile(request, str(path), key, tuple(tensor.shape))
 
 
-def read_tensor(path: Path, content: bytes) -> Any:
+def read_tensor(path: Path, content: bytes) -> "torch.Tensor":
     """Returns the tensor in the content of a .pt file, with finite floats, on the CPU.
 
     Raises:
@@ -292,13 +332,13 @@ def _check_shape(kind: str, path: Path, shape: tuple[int, ...], geometry: Geomet
     if kind == EMBEDS:
         wanted = (geometry.max_text_seq_length, geometry.text_embed_dim)
         if shape != wanted:
-            raise UsageError(f"{path}: is {shape}, this model takes {wanted}; encode the captions again for it")
+            raise UsageError(f"{path}: has shape {shape}, this model takes {wanted}; encode the captions again for it")
         return
     channels = 2 * geometry.latent_channels
     frames = "1" if kind == IMAGES else "F"
     if len(shape) != 4 or shape[0] != channels or 0 in shape or frames not in ("F", str(shape[1])):
         rule = f"this model takes ({channels}, {frames}, H, W), mean and log variance; encode the clips again for it"
-        raise UsageError(f"{path}: is {shape}, {rule}")
+        raise UsageError(f"{path}: has shape {shape}, {rule}")
     for side, size in zip(("height", "width"), shape[2:], strict=True):
         pixels = size * geometry.spatial_compression
         if problem := geometry.problem(side, pixels):
