@@ -25,7 +25,7 @@ CHECKS = (check_preparation, check_data_roots, check_reader)
 def main(options: PrepareOptions) -> int:
     """Prepares the data set, and returns the exit status."""
     folder = Path(options.prepare.output_dir)
-    with what_is_safe(folder, lambda: "what is encoded is safe"):
+    with what_is_safe(folder, lambda: "the tensors encoded so far are safe"):
         return prepare_into(folder, options)
 
 

@@ -1,4 +1,4 @@
-"""args.py, the three files below it, and the command lines of the scripts, with everything heavy made unimportable."""
+"""Tests the command line: flags, their conflicts, and every script in an environment without heavy libraries."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MODEL = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b")
 TRAIN_LEAST = (*MODEL, "--data_root", "d")
 LEAST = dict.fromkeys(SCRIPTS, TRAIN_LEAST) | {PREPARE: (*TRAIN_LEAST, "--output_dir", "o")}
 
-# The guides' commands, prompts shortened.
+# The commands of the guides, with shorter prompts.
 FACTORY_LORA = (
     *MODEL,
     *("--data_root", "/path/to/my/datasets/video-dataset-disney"),
@@ -117,7 +117,7 @@ COGVIDEO_IMAGES = ("--image_column", "images.txt", "--validation_images", "image
 
 
 def instead(command: tuple[str, ...], *flags: str) -> tuple[str, ...]:
-    """The command with these flags, each of which has one value, added or in the place of its own."""
+    """Returns the command with these flags, each with one value, which replace those that it has."""
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))
     there = [place for place, text in enumerate(command) if text in pairs]
     kept = [text for place, text in enumerate(command) if place not in there and place - 1 not in there]
@@ -143,7 +143,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="session")
 def light(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which no heavy library can be imported."""
+    """Returns an environment in which no heavy library can be imported."""
     folder = tmp_path_factory.mktemp("blocked")
     for name in HEAVY:
         (folder / name).mkdir()
@@ -169,7 +169,7 @@ def problems(*argv: str, script: str = LORA) -> tuple[str, ...]:
 # -- without torch -----------------------------------------------------------------------------------------------------
 
 
-def test_the_block_blocks(light: dict[str, str], tmp_path: Path) -> None:
+def test_blocked_libraries_cannot_be_imported(light: dict[str, str], tmp_path: Path) -> None:
     for name in HEAVY:
         assert "is blocked" in run(["-c", f"import {name}"], light, tmp_path).stderr
 
@@ -220,7 +220,7 @@ def test_version(script: str, light: dict[str, str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_commands(name: str, light: dict[str, str], tmp_path: Path) -> None:
-    """All but the defaults, which are in the file of the script's least command."""
+    """Compares all values except defaults, which test_defaults compares."""
     script, command = PUBLISHED[name]
     done = run([str(TRAINING / script), *command, "--print_config"], light, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -311,7 +311,7 @@ def test_switches(given: tuple[str, ...], value: bool) -> None:
     assert parse(*given).loader.pin_memory is value
 
 
-def test_a_bare_flag_with_a_value_of_its_own() -> None:
+def test_a_flag_with_a_value_for_when_it_is_bare() -> None:
     assert parse().data.random_flip is None
     assert parse("--random_flip").data.random_flip == 0.5
     assert parse("--random_flip", "0.25").data.random_flip == 0.25
@@ -336,12 +336,12 @@ def test_choices_are_read_in_any_case() -> None:
     assert parse("--optimizer", "AdamW").optimizer.optimizer == "adamw"
 
 
-def test_the_start_of_a_lora_is_told_its_nearest() -> None:
+def test_init_lora_weights_names_the_nearest_value() -> None:
     (found,) = problems(*LEAST[LORA], "--init_lora_weights", "gausian")
     assert found.endswith("; nearest: gaussian")
 
 
-def test_a_single_target_that_is_no_plain_name_is_an_expression() -> None:
+def test_a_single_target_that_is_not_a_plain_name_is_a_regular_expression() -> None:
     assert [target_pattern(given) for given in (("to_out.0",), ("a|b",), ("to_q", "to_k"))] == [None, "a|b", None]
 
 
@@ -357,7 +357,7 @@ def test_derived_values() -> None:
     assert parse("--load_tensors").loader.tensor_cache is None
 
 
-def test_flags_of_the_training_signal_that_do_nothing_are_refused() -> None:
+def test_flags_of_the_loss_without_effect_are_refused() -> None:
     wrong = ("--snr_gamma", "4", "--p2_k", "2", "--loss_weighting", "debiased", "--ema_decay", "0.9", "--export_best")
     wrong += ("--min_timestep", "500", "--max_timestep", "499", "--keep_best")
     assert problems(*LEAST[LORA], *wrong) == (
@@ -389,7 +389,7 @@ def test_plans_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse().plan.plan == "auto"
 
 
-def test_deepspeed_has_no_average(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ema_is_refused_under_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(check_ema(parse("--use_ema")))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert not list(check_ema(parse()))
@@ -397,7 +397,7 @@ def test_deepspeed_has_no_average(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.startswith("--use_ema: under DeepSpeed")
 
 
-def test_resolutions_take_the_place_of_the_lists() -> None:
+def test_train_resolution_replaces_the_lists_of_buckets() -> None:
     options = parse("--train_resolution", "81x768x1360", "25X256x384")
     assert resolutions(options.data) == [(81, 768, 1360), (25, 256, 384)]
     assert options.data.max_num_frames == 81
@@ -510,7 +510,7 @@ def test_infinite_values_are_refused(flag: str) -> None:
     problems(*LEAST[LORA], flag, "inf")
 
 
-# -- the dialects ------------------------------------------------------------------------------------------------------
+# -- other trainers ----------------------------------------------------------------------------------------------------
 
 # Every flag of each published script.
 FACTORY_FLAGS = """
@@ -554,7 +554,6 @@ COGVIDEO_FLAGS = """
     target_modules checkpointing_steps checkpointing_limit resume_from_checkpoint do_validation validation_steps
     validation_dir validation_prompts validation_images validation_videos gen_fps tracker_name
 """
-# Of image-to-video.
 
 
 @pytest.mark.parametrize(
@@ -616,10 +615,10 @@ OF_PREPARATION = {"--use_slicing", "--num_decode_threads", "--save_image_latents
         (PREPARE, {"--validation_images", "--noised_image_dropout", "--use_slicing", "--num_decode_threads"} | OF_LORA),
     ],
 )
-def test_flags_of_other_scripts_are_taken_and_named(
+def test_flags_of_other_scripts_are_accepted_and_reported(
     script: str, without_effect: set[str], light: dict[str, str], tmp_path: Path
 ) -> None:
-    """Through each script: one line for each such flag, and the configuration without them."""
+    """Each script prints one line for each such flag, and its configuration does not contain them."""
     done = run([str(TRAINING / script), *LEAST[script], *OTHERS_FLAGS, "--print_config"], light, tmp_path)
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(": ", 1) for line in done.stderr.splitlines())
@@ -643,7 +642,7 @@ def test_flags_of_other_scripts_are_taken_and_named(
         (PREPARE, "--max_train_steps 3 --train_steps 4", "--max_train_steps: is the same flag as --train_steps"),
     ],
 )
-def test_flags_of_other_scripts_that_would_surprise_are_refused(script: str, given: str, found: str) -> None:
+def test_flags_of_other_scripts_that_would_change_the_result_are_refused(script: str, given: str, found: str) -> None:
     (problem,) = problems(*LEAST[script], *given.split(), script=script)
     assert problem.startswith(found)
 
@@ -667,7 +666,7 @@ def test_prodigy_with_the_rate_of_adam_is_remarked(capsys: pytest.CaptureFixture
 @pytest.mark.fault("flags: a validation schedule without a prompt or a clip")
 @pytest.mark.parametrize("flag", ["--validation_epochs", "--validation_steps"])
 def test_a_schedule_without_anything_to_validate_is_remarked(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Published commands have it, so the run goes on."""
+    """Published commands have such flags, so the run continues."""
     parse(flag, "10")
     assert capsys.readouterr().err.startswith(f"{flag} 10: has no effect; there is no --validation_prompt and no clip")
     for more in (("--validation_prompt", "p"), ("--validation_data_root", "v"), ("--do_validation", "false")):
@@ -767,7 +766,7 @@ def test_every_flag_has_a_reader() -> None:
         for item in dataclasses.fields(of)
         if item.name not in readers and not item.metadata["idle"]
     }
-    # What parsing itself reads, and refuses.
+    # These flags are read only while the command line is parsed.
     only_here = {"ScriptFlags.print_config", "PrepareFlags.save_latents_and_embeddings"}
     only_here |= {"GuideFlags.model_type", "GuideFlags.training_type"}
     refused = {"DataFlags.dataset_name", "DataFlags.dataset_config_name"}
@@ -776,7 +775,7 @@ def test_every_flag_has_a_reader() -> None:
 
 
 def test_idle_flags_are_read_by_nobody() -> None:
-    """Nor do they have a reader's name, but for those of other scripts."""
+    """No code reads an attribute with the name of such a flag, except pin_memory, which training scripts use."""
     idle = {item.name: of for of in GROUPS.values() for item in dataclasses.fields(of) if item.metadata["idle"]}
     assert {"num_artifact_workers", "use_slicing", "enable_model_cpu_offload"} <= set(idle)
     trees = [ast.parse(path.read_text()) for path in TRAINING.rglob("*.py")]
@@ -833,14 +832,15 @@ def test_defaults_obey_their_own_rules(group: str) -> None:
         ),
     ],
 )
-def test_what_the_user_can_mend_is_a_line(
+def test_an_error_that_the_user_can_fix_is_one_line(
     error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def main(options: typing.Any) -> int:
         raise error
 
     monkeypatch.setattr(stopping, "install", lambda: None)
-    monkeypatch.setattr(stopping, "_state", stopping._State())  # not that of a run in this process
+    # The state of another run in this process must not be used.
+    monkeypatch.setattr(stopping, "_state", stopping._State())
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(SystemExit) as ended:
         args.run_script(main, PrepareOptions, "doc", ())
@@ -848,7 +848,7 @@ def test_what_the_user_can_mend_is_a_line(
     assert capsys.readouterr().err.startswith(line)
 
 
-def test_what_the_user_cannot_mend_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_the_user_cannot_fix_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(options: typing.Any) -> int:
         raise OSError(errno.EBADF, "Bad file descriptor")
 

@@ -45,7 +45,7 @@ def test_size_problem(size, nearest):
 
 
 def nearest(buckets, frames, height, width, max_upscale=10.0):
-    """The one bucket that is chosen, or None."""
+    """Returns the one bucket that is chosen, or None."""
     chosen = choose_buckets(buckets, frames, height, width, max_upscale)
     assert len(chosen) <= 1
     return chosen[0] if chosen else None
@@ -59,7 +59,7 @@ def test_frames_come_first():
 
 
 def test_aspect_comes_before_size():
-    # 1440x2160 holds every bucket; the one of its own aspect ratio wins over larger ones.
+    # A clip of 1440x2160 fills every bucket; the one with its aspect ratio is chosen before larger ones.
     assert nearest(BUCKETS, 49, 1440, 2160) == Bucket(49, 480, 720)
     assert nearest(BUCKETS, 49, 2160, 1440) == Bucket(49, 720, 480)
 
@@ -87,7 +87,7 @@ def test_upscale_is_the_larger_of_both_factors():
 def test_no_clip_is_enlarged_beyond_the_limit():
     buckets = [Bucket(9, 480, 720), Bucket(49, 480, 720), Bucket(9, 240, 360)]
     assert nearest(buckets, 49, 320, 480, 1.5) == Bucket(49, 480, 720)
-    assert nearest(buckets, 49, 319, 480, 1.5) == Bucket(9, 240, 360)  # fewer frames rather than more enlarged
+    assert nearest(buckets, 49, 319, 480, 1.5) == Bucket(9, 240, 360)  # Fewer frames are better than more enlarging.
     assert nearest(buckets, 49, 100, 150, 1.5) is None
     assert nearest(buckets, 49, 100, 150, 4.8) == Bucket(49, 480, 720)
 
@@ -99,7 +99,7 @@ def test_every_bucket_that_a_clip_fills_and_whose_shape_is_about_as_near():
     landscape = [(256, 384), (480, 720), (768, 1360)]
     assert chosen == tuple(Bucket(frames, *size) for frames in (1, 9) for size in landscape)
     assert choose_buckets(buckets, 9, 1280, 720, 1.5, every=True) == (Bucket(1, 720, 480), Bucket(9, 720, 480))
-    # 300x400 is enlarged too much for all but the smallest
+    # A clip of 300x400 would be enlarged too much for all buckets except the smallest.
     assert choose_buckets(buckets, 9, 300, 400, 1.5, every=True) == (Bucket(1, 256, 384), Bucket(9, 256, 384))
     assert choose_buckets(buckets, 0, 300, 400, 1.5, every=True) == ()
     assert choose_buckets(buckets[::-1], 20, 1080, 1920, 1.5, every=True) == chosen

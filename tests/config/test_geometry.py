@@ -1,4 +1,4 @@
-"""geometry.py: every number comes from the configs and agrees with the pipeline that reads the same ones."""
+"""Tests geometry.py: every number comes from the configs and agrees with the pipeline that reads the same configs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def geometry(folder: Path) -> Geometry:
 
 @pytest.fixture
 def configs(tiny: Tiny, tmp_path: Path) -> Path:
-    """The three config files of a model, without its weights."""
+    """Returns a folder with the three config files of a model, without its weights."""
     for part in PARTS:
         (tmp_path / part).mkdir()
         for path in (tiny("5b") / part).glob("*.json"):
@@ -207,7 +207,7 @@ def test_learned_positions_are_for_one_size(tiny: Tiny) -> None:
         options_type=ImageLoraOptions,
     )
     rule = f"this model's learned positions are for 9x64x96 only; nearest: {{}}, or {IGNORE}"
-    assert found == [  # 12 frames become as many latents as 9
+    assert found == [  # The VAE makes as many latent frames of 12 frames as of 9.
         f"--frame_buckets 13: {rule.format(9)}",
         f"--height_buckets 48 80: {rule.format(64)}",
         f"--width 48: {rule.format(96)}",
@@ -251,7 +251,7 @@ def test_broken_folders(configs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no-such-owner/no-such-model", "a b/c", "x/y/z"])
-def test_a_model_that_is_not_there(name: str, tmp_path: Path) -> None:
+def test_a_model_that_does_not_exist(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"--pretrained_model_name_or_path {name}: no such folder"):
         read_geometry(ModelFlags(name, cache_dir=str(tmp_path)))
 
@@ -281,7 +281,7 @@ def test_timesteps_beyond_the_scheduler_s_are_refused(tiny: Tiny) -> None:
     assert not found_problems(tiny("5b"), "--min_timestep", "999", "--max_timestep", "999")
 
 
-# -- configs that lack something, or name something else ---------------------------------------------------------------
+# -- configs without an entry, or with another value -------------------------------------------------------------------
 
 
 CLASSES = {
@@ -293,10 +293,10 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("of", CLASSES)
-def test_what_a_config_does_not_have_is_the_class_s_default(of: Any) -> None:
+def test_missing_config_entries_have_the_defaults_of_the_class(of: Any) -> None:
     theirs = {name: item.default for name, item in inspect.signature(of.__init__).parameters.items()}
     assert CLASSES[of].items() <= theirs.items()
-    assert CLASSES[of] != SCHEDULER_DEFAULTS or len(CLASSES[of]) == len(theirs) - 1  # all but self
+    assert CLASSES[of] != SCHEDULER_DEFAULTS or len(CLASSES[of]) == len(theirs) - 1  # all except self
 
 
 @pytest.mark.fault("data: a scheduler_config.json without one of its entries")
@@ -367,7 +367,7 @@ def test_a_config_that_is_a_list_is_one_line(configs: Path) -> None:
 @pytest.mark.fault("security: a model whose weights are pickles")
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
 def test_weights_in_pickles_only_are_refused_and_not_opened(tiny: Tiny, tmp_path: Path, part: str) -> None:
-    """One that leaves a file behind when it is unpickled leaves none."""
+    """The pickle would create a file when it is unpickled, and the test finds no such file."""
     model, canary = Path(shutil.copytree(tiny("5b"), tmp_path / "model")), tmp_path / "canary"
     for path in (model / part).glob("*.safetensors"):
         path.unlink()

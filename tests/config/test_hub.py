@@ -1,4 +1,4 @@
-"""hub.py: what is uploaded is what lies on the disk, a failure loses nothing, and nobody learns the token."""
+"""Tests hub.py: the files on the disk are uploaded, a failure loses nothing, and the token is never shown."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ NOW = (0.0, 0.0, 0.0)
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """The stand-in, which huggingface_hub asks in this process; there is no saved login, and nobody waits."""
+    """Makes huggingface_hub in this process use a local server, without a saved login and without waits."""
     constants: Any = importlib.import_module("huggingface_hub.constants")
     requests: Any = importlib.import_module("huggingface_hub.utils._http")
     with stand_in(TOKEN) as state:
         monkeypatch.setattr(constants, "ENDPOINT", state.url())
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # of the two ways to upload, the one with plain HTTP
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # The upload by plain HTTP is tested.
         monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
         for module in (requests, hub_module):
             monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
@@ -57,13 +57,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 
 def environment(state: StandIn, home: Path) -> dict[str, str]:
-    """For scripts that are started: the stand-in instead of the hub, and no login."""
+    """Returns the environment of scripts that use the local server in place of the hub and have no login."""
     settings = {"HF_ENDPOINT": state.url(), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     return settings | {"HF_TOKEN": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def shared(output: Path) -> dict[str, bytes]:
-    """What of a run's folder belongs on the hub."""
+    """Returns the files of the folder of a run that belong on the hub."""
     names = ["README.md", "inference.py", "recipe.json", "contact_sheet.png", "curves.png"]
     steps = sorted({path.name[:11] for path in output.glob("validation/step-*.mp4")})
     videos = [path for step in {*steps[:1], *steps[-1:]} for path in output.glob(f"validation/{step}_*.mp4")]
@@ -73,7 +73,7 @@ def shared(output: Path) -> dict[str, bytes]:
 
 
 def assert_kept_secret(state: StandIn, folder: Path | None = None, text: str = "") -> None:
-    """The token is in one header of requests to the hub, and in no other place."""
+    """Checks that the token is in one header of the requests to the hub and nowhere else."""
     secret = TOKEN.encode()
     assert {request.server for request in state.requests} <= {"hub", "storage"}
     for request in state.requests:
@@ -94,7 +94,7 @@ def checked(*flags: object, output: Path = Path("my-lora")) -> list[str]:
     return list(check_hub(options_of(output, *flags)))
 
 
-def test_nothing_is_asked_of_a_run_that_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_push_to_hub_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert checked() == []
 
@@ -110,7 +110,7 @@ def test_no_token_and_no_network_are_seen_before_anything_loads(hub: StandIn, mo
     assert hub.requests == []
 
 
-def test_a_saved_token_does(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_token_suffices(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
     assert checked("--push_to_hub") == []
     assert open_repository(options_of(Path("my-lora"), "--push_to_hub"), print, NOW) == "someone/my-lora"
@@ -159,7 +159,7 @@ def test_the_repository_is_made_or_found(hub: StandIn) -> None:
     assert_kept_secret(hub)
 
 
-def test_without_the_flag_nobody_is_asked(hub: StandIn) -> None:
+def test_without_push_to_hub_the_hub_is_not_contacted(hub: StandIn) -> None:
     assert open_repository(options_of(Path("my-lora")), print, NOW) is None
     assert hub.requests == []
 
@@ -175,20 +175,20 @@ def test_a_missing_right_is_refused_at_once(hub: StandIn) -> None:
     hub.writable = lambda repository: repository.startswith("someone/")
     assert opened() == "someone/my-lora"
     assert "this token may not write there" in refused("--hub_model_id", "team/style")
-    hub.repositories["team/style"] = {}  # it can be read, and that is not enough
+    hub.repositories["team/style"] = {}  # The repository can be read, which is not enough.
     text = refused("--hub_model_id", "team/style")
     assert "this token may not write there" in text
     assert "team/style" in text
 
 
-def test_a_namespace_that_is_not_there(hub: StandIn) -> None:
+def test_a_namespace_that_does_not_exist(hub: StandIn) -> None:
     hub.fail("repos/create", 404)
     assert "there is no such namespace" in refused("--hub_model_id", "nobody/style")
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.fault("export: the hub is unreachable for a while")
-def test_an_outage_that_passes_is_waited_for(hub: StandIn, status: int) -> None:
+def test_a_short_outage_is_waited_for(hub: StandIn, status: int) -> None:
     hub.fail("repos/create", status, times=2)
     hub.fail("auth-check", status)
     said: list[str] = []
@@ -197,8 +197,8 @@ def test_an_outage_that_passes_is_waited_for(hub: StandIn, status: int) -> None:
     assert all(f"({status})" in line and TOKEN not in line for line in said)
 
 
-def test_an_outage_that_stays_is_an_error_without_the_token(hub: StandIn) -> None:
-    """The answer of the stand-in repeats the request's headers, the token among them."""
+def test_a_long_outage_is_an_error_that_does_not_show_the_token(hub: StandIn) -> None:
+    """The answer of the local server repeats the headers of the request, which include the token."""
     hub.fail("repos/create", 503, times=99)
     text = refused()
     assert "503" in text
@@ -206,12 +206,12 @@ def test_an_outage_that_stays_is_an_error_without_the_token(hub: StandIn) -> Non
     assert hub.asked("repos/create") == 1 + len(NOW)
 
 
-def test_a_hub_that_is_not_there(hub: StandIn) -> None:
+def test_a_hub_that_cannot_be_reached(hub: StandIn) -> None:
     hub.close("hub")
     assert "the same command with it uploads" in refused()
 
 
-def test_waits_are_kept_and_only_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_temporary_failures_are_retried_after_each_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(hub_module, "time", SimpleNamespace(sleep=slept.append))
     tries: list[int] = []
@@ -242,7 +242,7 @@ FILES = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A result, and beside it what is nobody's business."""
+    """Returns a folder with a result and with files that must not be uploaded."""
     for name, content in (FILES | {"config.json": b"{}", "checkpoint-1/x.safetensors": b"x"}).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -256,7 +256,7 @@ def sent(folder: Path, said: list[str] | None = None) -> None:
     upload("team/style", options.hub, folder, files, (said if said is not None else []).append, NOW)
 
 
-def test_one_commit_of_what_is_there(hub: StandIn, folder: Path) -> None:
+def test_existing_files_are_uploaded_in_one_commit(hub: StandIn, folder: Path) -> None:
     said: list[str] = []
     sent(folder, said)
     assert hub.repositories == {"team/style": FILES}
@@ -266,7 +266,7 @@ def test_one_commit_of_what_is_there(hub: StandIn, folder: Path) -> None:
     assert_kept_secret(hub, folder)
 
 
-def test_what_is_there_already_is_not_sent_again(hub: StandIn, folder: Path) -> None:
+def test_unchanged_files_are_not_sent_again(hub: StandIn, folder: Path) -> None:
     sent(folder)
     asked = len(hub.requests)
     sent(folder)
@@ -317,8 +317,8 @@ def test_a_card_that_the_hub_does_not_take(hub: StandIn, folder: Path) -> None:
     assert "is not valid" in unsent(folder)
 
 
-def test_a_storage_that_is_gone(hub: StandIn, folder: Path) -> None:
-    """huggingface_hub closes its client where a connection fails, also for the thread that sends the other file."""
+def test_a_storage_that_cannot_be_reached(hub: StandIn, folder: Path) -> None:
+    """huggingface_hub closes its client when a connection fails, even if another thread is sending a file by it."""
     hub.close("storage")
     text = unsent(folder)
     assert "refused" in text or "closed" in text
@@ -334,7 +334,7 @@ PUSH = ("--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "team/style")
 def test_a_run_uploads_its_result_and_keeps_the_token_secret(
     hub: StandIn, model: Path, tensors: Path, tmp_path: Path
 ) -> None:
-    """The script as a user runs it, with trackers, which record flags and command lines."""
+    """Runs the script as a user does, with trackers, which record flags and command lines."""
     output = tmp_path / "lora"
     flags = lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT, *PUSH)
     more = ["--validation_steps", 1, "--max_train_steps", 2, "--report_to", "all"]
@@ -360,7 +360,7 @@ def test_a_run_uploads_its_result_and_keeps_the_token_secret(
 def test_all_weights_are_uploaded_as_a_folder(hub: StandIn, model: Path, tensors: Path, tmp_path: Path) -> None:
     flags = sft_flags(model, tensors, tmp_path / "full", "--load_tensors", "--max_train_steps", 1, *PUSH)
     assert train_all([*flags, "--save_pipeline"]) == 0
-    assert (tmp_path / "full" / "pipeline" / "vae").is_dir()  # which is not uploaded
+    assert (tmp_path / "full" / "pipeline" / "vae").is_dir()  # It is written but not uploaded.
     assert hub.repositories == {"team/style": shared(tmp_path / "full")}
     assert {name for name in hub.repositories["team/style"] if name.startswith("transformer/")} == {
         "transformer/config.json",
@@ -368,7 +368,7 @@ def test_all_weights_are_uploaded_as_a_folder(hub: StandIn, model: Path, tensors
     }
 
 
-def test_of_two_processes_one_asks_the_hub(hub: StandIn, model: Path, tensors: Path, tmp_path: Path) -> None:
+def test_only_one_of_two_processes_contacts_the_hub(hub: StandIn, model: Path, tensors: Path, tmp_path: Path) -> None:
     flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 1, *PUSH)
     command, settings = python(LORA_SCRIPT, *flags), environment(hub, tmp_path / "home")
     for rank in fork_ranks(2, command, **settings):
@@ -376,7 +376,7 @@ def test_of_two_processes_one_asks_the_hub(hub: StandIn, model: Path, tensors: P
     assert (hub.asked("repos/create"), len(hub.commits)) == (1, 1)
     assert hub.repositories == {"team/style": shared(tmp_path / "lora")}
     hub.writable = lambda repository: False
-    for rank in fork_ranks(2, command, **settings):  # each ends by itself: none waits for the other
+    for rank in fork_ranks(2, command, **settings):  # Each process ends without waiting for the other.
         text = finish(rank, status=2)
         assert text.count("this token may not write there") == 1
         assert_kept_secret(hub, tmp_path, text)
@@ -395,7 +395,7 @@ def test_a_refusal_comes_before_anything_loads(
 
 
 @pytest.mark.fault("export: the hub becomes unreachable while training")
-def test_a_hub_that_goes_while_training_costs_nothing(
+def test_a_hub_that_disappears_during_training_loses_nothing(
     hub: StandIn, model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "lora"
@@ -416,7 +416,7 @@ def test_a_hub_that_goes_while_training_costs_nothing(
 
 
 def gone_before(state: StandIn, name: str) -> Any:
-    """The method of that name, with the hub closed before it is called."""
+    """Returns the method of that name, which closes the hub before it runs."""
     module, kind, method = name.rsplit(".", 2)
     original = getattr(getattr(importlib.import_module(module), kind), method)
 

@@ -1,4 +1,4 @@
-"""Every kind of CogVideoX with every method: trained, resumed, validated, exported, used in stock diffusers."""
+"""Trains, resumes, validates and exports every kind of CogVideoX with every method, and loads it in stock diffusers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cogvideox.model import tasks
 from cogvideox.runtime.checkpoint import checkpoints
 
 Tiny = Callable[[str], Path]
-KINDS = ["2b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"]  # 5b is in test_scripts.py
+KINDS = ["2b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"]  # test_scripts.py trains 5b.
 IGNORE = "--ignore_learned_positional_embeddings"
 IMAGE_FLAGS = {
     "5b-i2v": ("--noised_image_dropout", 0.5, "--height", 64, "--width", 96),
@@ -82,7 +82,7 @@ def test_trains_resumes_and_gives_the_validated_video(
     assert not [name for name, tensor in whole.items() if not tensor.any() and "lora_B" in name]
     assert json.loads((output / "recipe.json").read_text())["verification"]["max_difference"] == 0
 
-    for name in ("inference.py", "README.md"):  # all weights are saved without the positions already
+    for name in ("inference.py", "README.md"):  # When all weights are trained, they are saved without the positions.
         assert ("ignore_learned_positions(pipe" in (output / name).read_text()) == (
             kind.endswith("ns") and method == "lora"
         )
@@ -90,7 +90,7 @@ def test_trains_resumes_and_gives_the_validated_video(
     stock = frames_of(output / "inference.py", monkeypatch).numpy()
     assert (stock == validated["step-000003"]).all()
     assert (stock != validated["step-000000"]).any()
-    if kind in IMAGE_FLAGS and method == "lora":  # another image gives another video
+    if kind in IMAGE_FLAGS and method == "lora":  # Another image gives another video.
         Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
         other = frames_of(output / "inference.py", monkeypatch, PROMPT, tmp_path / "red.png").numpy()
         assert other.shape == stock.shape
@@ -106,7 +106,7 @@ def test_trains_resumes_and_gives_the_validated_video(
 
 
 def refused(run: Callable[[list[str]], int], flags: list[str]) -> str:
-    """The only line of the error."""
+    """Returns the only line of the error."""
     with pytest.raises(UsageError) as error:
         run(flags)
     (line,) = error.value.problems
@@ -152,7 +152,7 @@ def test_prepared_buckets_without_learned_positions(tiny: Tiny, image_tensors: P
     assert line == f"--load_tensors: {rule}; prepare that, or give {IGNORE}"
 
 
-def test_a_run_that_would_feed_something_else_is_not_begun(
+def test_a_run_with_other_inputs_than_diffusers_does_not_start(
     tiny: Tiny, image_tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "OFS", 1.0)

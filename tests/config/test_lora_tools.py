@@ -1,4 +1,4 @@
-"""scripts/merge_lora.py, extract_lora.py, convert_lora.py: what goes there and back is the same."""
+"""Tests the scripts that merge, extract and convert a LoRA, and the checks of a LoRA file against the flags."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stock(model: Path) -> Any:
 
 
 def make_lora(folder: Path, model: Path, **config: Any) -> Any:
-    """A LoRA of random numbers in a folder; returns the transformer with it."""
+    """Writes a LoRA of random numbers into a folder, and returns the transformer with it."""
     from diffusers import CogVideoXPipeline
     from peft import LoraConfig, get_peft_model_state_dict
 
@@ -61,7 +61,7 @@ def make_lora(folder: Path, model: Path, **config: Any) -> Any:
 
 
 def with_lora(model: Path, lora: Path) -> Any:
-    """The transformer with a LoRA as stock diffusers loads it."""
+    """Returns the transformer with a LoRA that stock diffusers has loaded."""
     from diffusers import CogVideoXPipeline
 
     parts: Any = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
@@ -71,7 +71,7 @@ def with_lora(model: Path, lora: Path) -> Any:
 
 
 def outputs(transformer: Any) -> Tensor:
-    """What a transformer makes of fixed numbers."""
+    """Returns the output of a transformer for fixed inputs."""
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(1, 3, 16, 8, 12, generator=generator)
     prompt = torch.randn(1, 32, 32, generator=generator)
@@ -86,7 +86,7 @@ def header(path: Path) -> dict[str, str]:
 
 
 def fails(capsys: pytest.CaptureFixture[str], main: Callable[..., None], *argv: object) -> str:
-    """The message with which a command line is refused."""
+    """Returns the message with which a command line is refused."""
     with pytest.raises(SystemExit) as ended:
         main([str(part) for part in argv])
     assert ended.value.code == 2
@@ -126,7 +126,7 @@ def test_strength_and_type_of_the_merged_weights(model: Path, tmp_path: Path) ->
 
 
 def tune(model: Path, folder: Path, rank: int | None = None, more: tuple[str, ...] = ()) -> Any:
-    """A model with other linear weights, whose change has a rank, and with other parameters where named."""
+    """Writes a model whose linear weights differ by matrices of low rank, as do other parameters that are named."""
     tuned, generator = stock(model), torch.Generator().manual_seed(2)
     for name, parameter in tuned.named_parameters():
         if name.endswith(("to_q.weight", "net.2.weight")):
@@ -207,7 +207,7 @@ def there_and_back(lora: Path, folder: Path) -> tuple[Path, Path]:
     "config", [{}, {"use_rslora": True}, {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 3}}]
 )
 @pytest.mark.fault("export: a LoRA is converted to another format and back")
-def test_there_and_back_is_the_same_to_the_bit(model: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+def test_converting_there_and_back_is_bit_exact(model: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     make_lora(tmp_path, model, **config)
     comfy, again = there_and_back(tmp_path, tmp_path)
     assert equal(load_file(again), load_file(tmp_path / WEIGHTS))
@@ -217,7 +217,7 @@ def test_there_and_back_is_the_same_to_the_bit(model: Path, tmp_path: Path, conf
 
 @pytest.mark.parametrize("config", [{"use_rslora": True}, {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 3}}])
 def test_comfyui_s_numbers_alone_give_the_same_change(model: Path, tmp_path: Path, config: dict[str, Any]) -> None:
-    """alpha / rank * up @ down, as ComfyUI computes it; and the way back for a file with no metadata."""
+    """ComfyUI computes alpha / rank * up @ down. A file without metadata is converted back too."""
     adapted = make_lora(tmp_path, model, **config)
     comfy, _ = there_and_back(tmp_path, tmp_path)
     tensors = load_file(comfy)
@@ -263,7 +263,7 @@ def linked(place: Path, target: Path) -> Path:
 
 @pytest.mark.fault("flags: an output that is the input", times=11)
 def test_no_script_replaces_what_it_reads(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither under its own name nor through a link; and what cannot be written is said before the work."""
+    """The input is refused by its name and through a link, and an unwritable output is reported before any work."""
     make_lora(tmp_path / "lora", model)
     file = tmp_path / "lora" / WEIGHTS
     before = file.read_bytes()
@@ -290,7 +290,7 @@ def test_no_script_replaces_what_it_reads(model: Path, tmp_path: Path, capsys: p
 
 
 @pytest.mark.fault("disk: a LoRA script's output cannot be written", times=3)
-def test_a_full_disk_is_a_line_and_leaves_what_was_there(
+def test_a_full_disk_is_one_line_and_keeps_the_old_file(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_lora(tmp_path / "lora", model)
@@ -329,7 +329,7 @@ def test_help_needs_nothing_but_python(script: str, tmp_path: Path) -> None:
     assert f"python scripts/{script}" in done.stdout
 
 
-# -- a LoRA's header against the flags ---------------------------------------------------------------------------------
+# -- the header of a LoRA and the flags --------------------------------------------------------------------------------
 
 
 def fit(**more: Any) -> LoraFlags:

@@ -1,4 +1,4 @@
-"""optimizers.py: each optimizer against its own library, saved and resumed bit for bit, skipped whole."""
+"""Tests optimizers.py: each optimizer equals its library, resumes bit for bit, and can skip a step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cogvideox.optimizer.step import MasterWeights
 BETAS, EPSILON, DECAY = (0.9, 0.95), 1e-8, 1e-4  # the defaults of the flags
 ADAM = {"betas": BETAS, "eps": EPSILON, "weight_decay": DECAY}
 
-# Flags -> what they mean in the library's own words.
+# The flags of each case, and the optimizer of the library that they mean.
 ON_THE_CPU: dict[str, tuple[str, dict[str, Any]]] = {
     "--optimizer adam --use_8bit": ("bitsandbytes.optim.Adam8bit", ADAM),
     "--optimizer adamw --use_8bit_adam": ("bitsandbytes.optim.AdamW8bit", ADAM),
@@ -70,7 +70,7 @@ TORCHAO: dict[str, tuple[str, dict[str, Any]]] = {
     "--optimizer adam --use_4bit --use_torchao": ("torchao.optim.Adam4bit", ADAM),
     "--optimizer adamw --use_fp8 --use_torchao": ("torchao.optim.AdamWFp8", ADAM),
 }
-compiled = pytest.param  # torchao compiles its step: half a minute each
+compiled = pytest.param  # torchao compiles its step, which takes half a minute per case.
 PAGED = "--optimizer bitsandbytes.optim.PagedAdamW8bit"
 EVERY = [*ON_THE_CPU, *(compiled(command, marks=pytest.mark.slow) for command in TORCHAO)]
 EACH_KIND = [command for command in EVERY if command != "--optimizer adam --use_8bit"]
@@ -86,7 +86,7 @@ def lora_flags_without_optimizer() -> list[str]:
 
 
 def parameters(command: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Parameter]:
-    """For torchao one tensor, which it compiles once."""
+    """Returns one parameter for torchao, which compiles its step once for each shape, and several for others."""
     params = all_parameters(dtype, seed)
     return {"down": params["down"]} if command in TORCHAO else params
 
@@ -108,7 +108,7 @@ def library_s(command: str, params: dict[str, Parameter]) -> torch.optim.Optimiz
 @pytest.mark.parametrize("command", EVERY)
 @pytest.mark.parametrize("norm", [0.0, 5.0])
 def test_equals_its_library(command: str, norm: float) -> None:
-    """Bit for bit, moments too, but for what clipping rounds: torch multiplies where the masters divide."""
+    """Weights and moments are bit-identical, except for the rounding of clipping: torch multiplies, we divide."""
     ours, theirs = parameters(command), parameters(command)
     engine, reference = engine_of(command, ours, norm), library_s(command, theirs)
     assert type(engine.groups[0].optimizer) is type(reference)
@@ -132,12 +132,12 @@ def test_equals_its_library(command: str, norm: float) -> None:
             assert all(state[f"{key}/{name}"].equal(t) for key, t in plain_tensors(reference.state[theirs[name]]))
 
 
-# -- going on, and skipping --------------------------------------------------------------------------------------------
+# -- resuming, and skipping --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", EACH_KIND)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_goes_on_bit_for_bit_from_a_safetensors_file(command: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_resumes_bit_for_bit_from_a_safetensors_file(command: str, dtype: torch.dtype, tmp_path: Path) -> None:
     whole, again = parameters(command, dtype), parameters(command, dtype, seed=1)
     engine, resumed = engine_of(command, whole, 5.0), engine_of(command, again, 5.0)
     advance(engine, whole, 0, 4)
@@ -153,7 +153,7 @@ def test_goes_on_bit_for_bit_from_a_safetensors_file(command: str, dtype: torch.
 
 
 def kinds(engine: MasterWeights) -> list[dict[str, type]]:
-    """The type of everything that an optimizer keeps."""
+    """Returns the types of the state of an optimizer."""
     assert engine.resident is not None
     optimizer = engine.resident.optimizer
     kept = [optimizer.state[master] for master in engine.resident.masters] + optimizer.param_groups
@@ -170,8 +170,8 @@ def test_a_run_resumed_before_its_first_step() -> None:
     assert state_equal(engine.state(), resumed.state())
 
 
-def test_prodigy_keeps_the_zero_that_it_makes_of_zeros() -> None:
-    """Of a parameter that starts as zeros, as half of every LoRA does, it keeps a single number."""
+def test_prodigy_stores_one_number_for_a_parameter_of_zeros() -> None:
+    """Prodigy stores a single number for a parameter that starts as zeros, as half of every LoRA does."""
     started, again = {"up": Parameter(torch.zeros(6, 8))}, {"up": Parameter(torch.ones(6, 8))}
     engine, resumed = engine_of("--optimizer prodigy", started), engine_of("--optimizer prodigy", again)
     engine.backward((started["up"] - 1.0).square().sum())
@@ -200,7 +200,7 @@ def test_a_step_that_is_not_finite_changes_nothing(command: str, first: int) -> 
     assert state_equal(engine.state(), reference.state())
 
 
-def test_the_loss_scale_is_taken_out_of_the_gradients() -> None:
+def test_gradients_are_divided_by_the_loss_scale() -> None:
     command = "--optimizer adamw --use_8bit"
     scaled, plain = parameters(command), parameters(command)
     one, other = engine_of(command, scaled, 5.0, scale=True), engine_of(command, plain, 5.0)
@@ -215,8 +215,8 @@ def test_numbers_keep_every_digit() -> None:
         assert (kept, type(kept)) == (number, type(number))
 
 
-def test_what_is_fused_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others do, once a step, to know whether to skip it."""
+def test_fused_optimizers_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other optimizers wait once in each step, to know whether to skip it."""
 
     def waits(command: str, on_host: bool = False) -> bool:
         params = parameters(command)
@@ -233,13 +233,13 @@ def test_what_is_fused_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatc
     assert not waits("--optimizer adam", on_host=True)
 
 
-LARGE = (512, 512)  # bitsandbytes pages out what is larger than 100,000 numbers
+LARGE = (512, 512)  # bitsandbytes pages out tensors of more than 100,000 elements.
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("command", [*EVERY, PAGED])
 def test_on_a_gpu(command: str, tmp_path: Path) -> None:
-    """Equal to its library bit for bit, and after a resumption to itself."""
+    """The result equals that of the library bit for bit, and a resumed run equals one that was not stopped."""
     start, targets = torch.randn(LARGE, device="cuda"), torch.randn(8, *LARGE, device="cuda")
     ours, again, theirs = ({"down": Parameter(start.clone())} for _ in range(3))
     engine, resumed = engine_of(command, ours), engine_of(command, again)
@@ -276,15 +276,15 @@ FUSED = "--optimizer torch.optim.AdamW --optimizer_args fused=True amsgrad=True"
         *((command, True) for command in ("--optimizer adam", "--optimizer adamw", FUSED)),
     ],
 )
-def test_what_steps_on_the_device_is_what_is_fused(command: str, fused: bool) -> None:
-    """Known from the flags, before there is a parameter."""
+def test_steps_on_device_agrees_with_is_fused(command: str, fused: bool) -> None:
+    """The flags show it before there is any parameter."""
     flags = flags_of(command)
     assert steps_on_device(flags) == is_fused(make_optimizer(flags, list(parameters(command).values()))) == fused
     assert bool(list(host_state_problems(flags, deepspeed=False))) == (not fused)
 
 
 @pytest.mark.parametrize("command", ["--optimizer came", "--optimizer adam --use_8bit", "--optimizer adamw", ""])
-def test_a_state_that_cannot_rest_on_the_host_is_refused_before_anything_is_loaded(command: str) -> None:
+def test_state_that_cannot_be_on_the_host_is_refused_before_anything_is_loaded(command: str) -> None:
     flags = [*lora_flags_without_optimizer(), *command.split(), "--optimizer_state_on"]
     found = [list(check_state_place(args.parse(LoraOptions, None, [*flags, place]))) for place in ("host", "auto")]
     assert [len(problems) for problems in found] == [1 if "came" in command or "8bit" in command else 0, 0]
@@ -295,18 +295,18 @@ def test_a_state_that_cannot_rest_on_the_host_is_refused_before_anything_is_load
     ("command", "expected"),
     [
         ("--optimizer adamw", 12),
-        pytest.param("--optimizer adamw --use_8bit --use_torchao", 6, marks=pytest.mark.long),  # it compiles
+        pytest.param("--optimizer adamw --use_8bit --use_torchao", 6, marks=pytest.mark.long),  # It compiles.
         ("--optimizer came", 8),
         ("--optimizer prodigy --learning_rate 1", 20),
         ("--optimizer torch.optim.SGD", 4),
     ],
 )
-def test_what_an_optimizer_keeps_of_a_number(command: str, expected: int) -> None:
-    """Its fp32 master included."""
+def test_state_bytes_per_parameter_element(command: str, expected: int) -> None:
+    """The number includes the fp32 master weight."""
     assert state_bytes(partial(make_optimizer, flags_of(command)), torch.device("cpu")) == expected
 
 
-def test_a_third_moment_rests_on_the_host_too() -> None:
+def test_a_third_moment_is_stored_on_the_host_too() -> None:
     states = []
     for on_host in (False, True):
         params = parameters(FUSED, torch.bfloat16)
@@ -429,7 +429,7 @@ def test_a_class_that_does_not_fit_is_named(given: str) -> None:
 
 
 def test_a_class_with_its_library_s_own_values() -> None:
-    """What no flag gives is left to it, and --print_config shows that."""
+    """Arguments without a given flag have the defaults of the class, and --print_config shows that."""
     flags = flags_of("--optimizer torch.optim.RAdam --beta1 0.8")
     assert (flags.beta1, flags.beta2, flags.epsilon, flags.weight_decay) == (0.8, None, None, None)
     assert optimizer_class(flags) == (torch.optim.RAdam, {"betas": (0.8, 0.999)})

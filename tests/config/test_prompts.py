@@ -1,4 +1,4 @@
-"""prompts.py: validation prompts of the command line and of files."""
+"""Tests prompts.py: validation prompts come from the command line or from files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cogvideox.config.prompts import check_prompts, prompts_of
 from cogvideox.errors import UsageError
 
 
-def test_prompts_are_parted_by_the_separator() -> None:
+def test_prompts_are_split_at_the_separator() -> None:
     flags = ValidationFlags(validation_prompt=" a ::: b:c\n::: :::")
     assert prompts_of(flags) == ["a", "b:c"]
     assert prompts_of(replace(flags, validation_prompt_separator="b")) == ["a :::", ":c\n::: :::"]
@@ -46,7 +46,7 @@ def test_problems_of_the_file(tmp_path: Path, content: bytes | None, reason: str
 
 
 def test_a_run_renders_the_prompts_of_a_file(tmp_path: Path, model: Path, tensors: Path) -> None:
-    """And ends before anything loads where there is none."""
+    """Without the file, the run ends before anything is loaded."""
     (tmp_path / "prompts.txt").write_text("a red disc\na blue square\n")
     flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 1)
     flags += ["--do_validation", "true", "--validation_dir", str(tmp_path), "--validation_prompts"]

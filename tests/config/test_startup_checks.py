@@ -1,7 +1,6 @@
-"""Before the first step and at the end, a run compares itself with diffusers: each planted fault stops it.
+"""Tests that the comparisons of a run with diffusers, before the first step and at the end, find planted faults.
 
-Through the scripts, so that nothing is left out of what a user runs. The checks have tests of their own in
-test_parity.py and test_block_check.py.
+The scripts are run as a user runs them. test_parity.py and test_block_check.py test the comparisons themselves.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from cogvideox.planning.block_check import BlockError
 pytestmark = pytest.mark.usefixtures("small")
 Tiny = Callable[[str], Path]
 FAULT = pytest.mark.fault("numbers: a training computation that differs from diffusers")
-TWO = tuple(BLOCK_FAULTS)[:2]  # the rotary sign, and the modulations
+TWO = tuple(BLOCK_FAULTS)[:2]  # the sign of the rotation, and the modulations
 SCRIPTS = {"lora": (train, lora_flags), "all": (train_all, sft_flags)}
 IMAGE_SCRIPTS = {"lora": (train_image, lora_flags), "all": (train_image_all, sft_flags)}
 
 
 def height_for_width(right: Any, self: Any, frames: int, height: int, width: int) -> Any:
-    """Of a head's numbers a quarter is for time, and of the rest one half each is for height and width."""
+    """Swaps height and width: a quarter of each head is for time, and half of the rest for each of the two."""
 
     def swapped(table: torch.Tensor) -> torch.Tensor:
         time, rest = table.tensor_split([table.shape[1] // 4], dim=1)
@@ -71,7 +70,7 @@ def whole_variance(_: Any, moments: Any, noise: Any) -> Any:
     return mean + log_variance.clamp(-30.0, 20.0).exp() * noise
 
 
-# the owner and the name of what is replaced, and by what; it gets the right function before its arguments
+# The owner and the name of the function that is replaced, and its replacement, whose first argument is the right one.
 CLIP_FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "rotary time one frame later": (rope.RotaryTables, "_compute", later),
     "rotary height and width swapped": (rope.RotaryTables, "_compute", height_for_width),
@@ -92,19 +91,17 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
         return
     owner, name, wrong = (CLIP_FAULTS | IMAGE_FAULTS)[fault]
     right = getattr(owner, name)
-    for place in {
-        owner,
-        parity if hasattr(parity, name) else owner,
-    }:  # a fault in a source file is in all that import it
+    # A fault in a source file would be in every module that imports the function.
+    for place in {owner, parity if hasattr(parity, name) else owner}:
         patch.setattr(place, name, lambda *arguments, **more: wrong(right, *arguments, **more))
 
 
 class FirstStepError(Exception):
-    """A run has passed all checks."""
+    """Raised when a run has passed all checks."""
 
 
 def no_steps(patch: pytest.MonkeyPatch) -> None:
-    """A run ends before its first step."""
+    """Ends a run before its first step."""
 
     def passed(*_: Any) -> None:
         raise FirstStepError
@@ -163,7 +160,7 @@ def test_the_result_is_run_by_diffusers_alone(
     plan: str,
     method: str,
 ) -> None:
-    """Without the check before the first step, what the blocks got wrong is found when the result is written."""
+    """Without the check before the first step, faults of the blocks are found when the result is written."""
     script, flags_of = SCRIPTS[method]
     monkeypatch.setattr(loop, "check_blocks", lambda *_: None)
     flags = flags_of(model, tensors, tmp_path / "out", "--load_tensors", "--plan", plan, "--max_train_steps", 1)

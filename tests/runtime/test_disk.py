@@ -163,7 +163,7 @@ def test_preparation_ends_with_one_line_and_continues(model: Path, clips: Path, 
     command = prepare_command(model, clips, output)
     for moment, nth, number in PREPARE_FAULTS:
         said = finish(Forked(command, disk=[(moment, nth, number)]), 2)
-        check_line(said, output, number, "what is encoded is safe")
+        check_line(said, output, number, "the tensors encoded so far are safe")
         check_complete(output)
     finish(Forked(command))
     same_tensors(output, tensors)
@@ -288,7 +288,7 @@ def test_preparation_on_a_small_disk_continues_when_there_is_space(
 ) -> None:
     output = small_disk(int(share * size_of(tensors))) / "out"
     command = prepare_command(model, clips, output)
-    check_line(finish(Forked(command), 2), output, errno.ENOSPC, "what is encoded is safe")
+    check_line(finish(Forked(command), 2), output, errno.ENOSPC, "the tensors encoded so far are safe")
     check_complete(output)
     small_disk(2**28)
     finish(Forked(command))

@@ -141,7 +141,7 @@ def what_is_safe(folder: Path, safe: Callable[[], str]) -> Iterator[None]:
 
     Args:
         folder: Where the block writes most of its files.
-        safe: Returns the note, such as "what is encoded is safe".
+        safe: Returns the note, such as "the tensors encoded so far are safe".
     """
     try:
         with disk_errors_converted(folder):

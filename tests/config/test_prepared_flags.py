@@ -1,4 +1,4 @@
-"""prepared_flags.py: a run with --load_tensors says what its tensors are, and refuses flags that say otherwise."""
+"""Tests prepared_flags.py: --load_tensors records the flags of the preparation and refuses flags that differ."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def words(flags: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def unusual(model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that was prepared with other flags than a training script's defaults. Read only."""
+    """Returns a folder that was prepared with flags other than the defaults of training. Tests must not change it."""
     folder = tmp_path_factory.mktemp("unusual") / "tensors"
     assert prepare(model, clips, folder, *words(UNUSUAL)) == 0
     return folder
@@ -58,7 +58,7 @@ def problems(folder: Path, *more: object, options_type: Any = LoraOptions) -> tu
     return caught.value.problems
 
 
-def test_what_is_not_given_is_what_was_prepared(unusual: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_are_not_given_have_the_prepared_values(unusual: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = args.config_dict(parse(unusual))
     for name, value in UNUSUAL.items():
         expected = (value,) if name == "--repeats" else value
@@ -72,7 +72,7 @@ def test_what_is_not_given_is_what_was_prepared(unusual: Path, capsys: pytest.Ca
     assert open_index(unusual).recipe["seed"] == 7
 
 
-def test_what_is_given_and_equal_is_taken(unusual: Path) -> None:
+def test_given_flags_that_agree_are_accepted(unusual: Path) -> None:
     size = ("--height_buckets", 64, "--width_buckets", 96, "--frame_buckets", 9, "--max_num_frames", 9)
     lists = ("--caption_column", "prompts.txt", "--video_column", "videos.txt")
     options = parse(unusual, *words(UNUSUAL), *size, *lists, "--encode_tiling", "false", "--video_reader", "pyav")
@@ -103,7 +103,7 @@ DIFFERENT = {
 
 
 @pytest.mark.fault("flags: a flag of the preparation that the prepared folder contradicts", times=len(DIFFERENT))
-def test_what_is_given_and_differs_is_refused_all_at_once(unusual: Path) -> None:
+def test_given_flags_that_differ_are_refused_all_at_once(unusual: Path) -> None:
     given = [word for name, (value, _) in DIFFERENT.items() for word in (name, *str(value).split())]
     found = sorted(problems(unusual, *given))
     assert len(found) == len(DIFFERENT)
@@ -133,7 +133,7 @@ def test_the_files_of_a_run_say_what_the_tensors_are(model: Path, unusual: Path,
 
 
 def test_every_flag_of_clips_and_tensors_is_kept_or_named() -> None:
-    """A new flag must be decided on: does it change tensors?"""
+    """Whoever adds a flag must decide whether it changes tensors."""
     free = {"data_root", "validation_data_root", "allow_path", "max_bad_fraction", "decode_timeout", "decode_memory"}
     free |= {"dataset_name", "dataset_config_name", "seed", "dataloader_num_workers", "t5_on", "max_sequence_length"}
     own = (DataFlags, EncodeFlags, FirstFrameFlags)
@@ -142,12 +142,12 @@ def test_every_flag_of_clips_and_tensors_is_kept_or_named() -> None:
     assert set(PREPARED) <= {item.name for _, item, _ in fields_of(ImageLoraOptions)}
 
 
-# -- folders that do not say -------------------------------------------------------------------------------------------
+# -- folders that do not record every flag -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def older(tensors: Path, tmp_path: Path) -> Path:
-    """As an older version wrote it."""
+    """Returns a folder as an older version wrote it."""
     folder = Path(shutil.copytree(tensors, tmp_path / "older"))
     values = json.loads((folder / "index.json").read_text()) | {"format": 3}
     del values["recipe"]
@@ -157,7 +157,7 @@ def older(tensors: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def factory(tensors: Path, tmp_path: Path) -> Path:
-    """In the layout of the CogVideoX factory, with one clip."""
+    """Returns a folder with the layout of the CogVideoX factory and one clip."""
     index, cache, folder = open_index(tensors), TensorCache(tensors), tmp_path / "factory"
     sample = index.samples[0]
     for name, key in (("video_latents", sample.video_keys[0]), ("prompt_embeds", sample.prompt_key)):
@@ -184,13 +184,14 @@ UNKNOWN = {
 
 @pytest.mark.fault("flags: a flag of the preparation that the prepared folder does not record", times=len(UNKNOWN))
 @pytest.mark.parametrize("kind", ["older", "factory"])
-def test_what_a_folder_does_not_say_is_refused_where_given(kind: str, request: pytest.FixtureRequest) -> None:
+def test_given_flags_that_a_folder_does_not_record_are_refused(kind: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
     found = problems(folder, *words({f"--{name}": value for name, value in UNKNOWN.items()}))
     assert len(found) == len(UNKNOWN)
     assert all("the prepared folder does not record this flag; leave the flag out" in line for line in found)
     flags = args.config_dict(parse(folder))
-    assert [flags[name] for name in UNKNOWN] == [None] * len(UNKNOWN)  # and not a default of the training script
+    # They do not have the defaults of the training script.
+    assert [flags[name] for name in UNKNOWN] == [None] * len(UNKNOWN)
 
 
 def test_an_older_folder_trains_and_says_what_it_can(model: Path, older: Path, tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_a_recipe_that_somebody_else_wrote_is_read_as_flags_are(
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 4}', '{"format": 9}', '{"format": 4, "samples": 3}'])
-def test_an_index_that_cannot_be_read_is_for_others_to_name(tmp_path: Path, content: str) -> None:
+def test_an_unreadable_index_is_left_to_other_checks(tmp_path: Path, content: str) -> None:
     (tmp_path / "index.json").write_text(content)
     assert parse(tmp_path).data.frame_selection == "middle"
     with pytest.raises(UsageError):
@@ -239,7 +240,7 @@ def test_the_clip_recipe_s_flags_are_all_compared(clip_flags: Callable[[], set[s
 
 @pytest.fixture
 def clip_flags() -> Callable[[], set[str]]:
-    """What decides the pixels of a clip, by the name of its flag."""
+    """Returns the settings that decide the pixels of a clip, by the names of their flags."""
     from cogvideox.data.clips import ClipRecipe
 
     named = {"reshape_mode": "video_reshape_mode", "flip_probability": "random_flip", "variants": "num_augmentations"}
