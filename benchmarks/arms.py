@@ -351,5 +351,5 @@ def sample(work: Work, transformer: Any, reserved_gib: float | None) -> dict[str
         "sampling_seconds": round(end.seconds_since(start), 2),
         "sampling_peak_gib": sampling,
         "decoding_peak_gib": peak_gib(work.device),
-        "tile": vae.decode.left[0],
+        "tile": vae.decode.attempts[0],
     }
