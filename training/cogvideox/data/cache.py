@@ -5,9 +5,9 @@
     ledger.jsonl                     one record for each source file and recipe: its plan, or why it failed
     index.json                       the samples of the last preparation, which --load_tensors reads
 
-``TensorCache`` reads and writes tensors, ``Ledger`` the records, ``CacheIndex`` and ``open_index`` the index. The key
-of a tensor is the hash of everything that determines it. So a file is never overwritten with other content, and two
-jobs may share a folder. Moments are stored unscaled, so keys do not depend on scaling factors.
+``TensorCache`` reads and writes the tensors, ``Ledger`` the records. ``CacheIndex`` is the index, and ``open_index``
+reads it. The key of a tensor is the hash of everything that determines it. So a file is never overwritten with other
+content, and two jobs may share a folder. Moments are stored unscaled, so keys do not depend on scaling factors.
 """
 
 import hashlib

@@ -63,7 +63,7 @@ class Problems:
     """Collects problems by kind, as printable lines, and shortens kinds with many problems."""
 
     def __init__(self, captions: bool = True) -> None:
-        """Starts without problems.
+        """Creates an empty collection.
 
         Args:
             captions: Whether a missing caption is a problem.
@@ -89,7 +89,7 @@ class Problems:
         return bool(self._counts)
 
     def lines(self) -> list[str]:
-        """Returns the lines to print: all of a kind, or of more than EXAMPLES the first ones and the total number."""
+        """Returns the lines to print: all problems of a kind, or the first EXAMPLES of them and their number."""
         found = []
         for kind, count in self._counts.items():
             rule = next(iter(self._rules[kind]), None)
