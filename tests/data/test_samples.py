@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 from data_sets import captions, problems, read, touch, write_lists
 
-from cogvideox.config.flags import DataFlags
+from cogvideox.config.flags import DataFlags, LoaderFlags
+from cogvideox.config.options import TrainOptions
 from cogvideox.data.forms import samples
 from cogvideox.data.forms.samples import Sample, check_data_roots, read_samples, read_validation, take_listing
 
@@ -373,10 +375,13 @@ def test_the_check_lists_training_and_validation(tmp_path: Path) -> None:
 
 
 def test_the_check_leaves_a_prepared_folder_to_others(tmp_path: Path) -> None:
-    options = SimpleNamespace(data=DataFlags(data_root=(str(tmp_path),)), loader=SimpleNamespace(load_tensors=True))
-    assert list(check_data_roots(options)) == []
-    options.loader.load_tensors = False
-    assert "has none of: prompts.txt" in next(check_data_roots(options))
+    def found(load_tensors: bool) -> list[str]:
+        flags = {"data": DataFlags(data_root=(str(tmp_path),)), "loader": LoaderFlags(load_tensors=load_tensors)}
+        return list(check_data_roots(TrainOptions(**dict.fromkeys(names) | flags)))
+
+    names = [field.name for field in fields(TrainOptions)]
+    assert found(load_tensors=True) == []
+    assert "has none of: prompts.txt" in found(load_tensors=False)[0]
 
 
 def test_the_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ class BucketBatchSampler:
             last_step: Step at which to stop; it is not included.
 
         Raises:
-            ValueError: batch_size * accumulation * world is not the global batch.
+            ValueError: The global batch is not batch_size * accumulation * world.
         """
         if order.global_batch != batch_size * accumulation * world:
             raise ValueError(f"global batch {order.global_batch} is not {batch_size} * {accumulation} * {world}")

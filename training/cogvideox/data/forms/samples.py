@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from cogvideox.config.flags import DataFlags
-from cogvideox.config.options import PrepareOptions, TrainOptions, needs_captions, reads_clips
+from cogvideox.config.options import AnyOptions, needs_captions, reads_clips
 from cogvideox.data.forms.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, is_unicode
 from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
@@ -86,7 +86,7 @@ def check_no_missing_images(samples: Sequence[Sample]) -> None:
         raise UsageError(problems.lines())
 
 
-def check_data_roots(options: TrainOptions | PrepareOptions) -> Iterator[str]:
+def check_data_roots(options: AnyOptions) -> Iterator[str]:
     """Yields the problems of --data_root and --validation_data_root, for args.parse.
 
     The clips are kept for ``take_listing``, so that folders are read only once.

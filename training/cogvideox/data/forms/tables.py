@@ -56,6 +56,7 @@ class _Table:
     joint: str = ":"
 
     def location(self, row: int) -> str:
+        """Returns where a row, counted from 0, is written, as "file:line"."""
         return f"{self.file}{self.joint}{self.numbers[row]}"
 
 

@@ -122,7 +122,7 @@ def write_video(path: str | os.PathLike[str], frames_FHWC: np.ndarray, fps: floa
 
     Args:
         path: The file to write.
-        frames_FHWC: uint8 RGB frames of shape (F, H, W, 3).
+        frames_FHWC: RGB frames as uint8 of shape (F, H, W, 3).
         fps: Frames per second.
         crf: Quality of x264; 0 is lossless, and larger numbers give smaller files.
 

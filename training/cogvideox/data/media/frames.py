@@ -98,6 +98,7 @@ class VideoInfo:
 
     @property
     def num_frames(self) -> int:
+        """Number of frames that are shown."""
         return len(self.times)
 
     @cached_property

@@ -80,7 +80,7 @@ def apply_fit(frames_FHWC: np.ndarray, fit: Fit) -> np.ndarray:
     """Crops and flips frames that were resized for a ``Fit``.
 
     Args:
-        frames_FHWC: uint8 of shape (F, resize_height, resize_width, 3).
+        frames_FHWC: Frames as uint8 of shape (F, resize_height, resize_width, 3).
         fit: What to do.
 
     Returns:
