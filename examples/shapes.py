@@ -1,7 +1,8 @@
-"""The world that the embedded CogVideoX knows: one shape, its colour, its motion, the wall behind it.
+"""Draws the clips that the CogVideoX in examples/model has learned: a colored shape that moves in front of a wall.
 
-Owns the words, how a scene is drawn, and which scenes are held out. A caption decides its clip, so what a model made of
-a caption can be compared with the clip of every caption. Frames are uint8 RGB (F, H, W, 3).
+The module defines the words of the captions, how a scene is drawn, and which scenes are held out from training. Each
+caption has exactly one clip, so a video that a model makes for a caption can be compared with the clips of all
+captions. Frames are uint8 RGB (F, H, W, 3).
 
     python examples/shapes.py --output_dir demo/shapes
 """
@@ -18,7 +19,7 @@ import numpy as np
 from real_clips import write_video
 
 FRAMES, HEIGHT, WIDTH, FPS = 9, 64, 96, 8
-COLOURS = {
+COLORS = {
     "red": (216, 44, 40),
     "green": (44, 172, 72),
     "blue": (48, 84, 224),
@@ -29,47 +30,47 @@ COLOURS = {
 SHAPES = ("square", "disc", "triangle", "cross", "ring")
 MOTIONS = ("slides to the right", "slides to the left", "rises", "falls", "grows", "shrinks")
 WALLS = ("grey", "black", "sandy", "striped", "checked")
-HELD_OUT_EVERY = 7  # one scene of seven, spread over all words
+HELD_OUT_EVERY = 7  # one scene of seven is held out, with all words among the held-out scenes
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip of the world."""
+    """Describes one clip by its four words."""
 
-    colour: str
+    color: str
     shape: str
     motion: str
     wall: str
 
     @property
     def caption(self) -> str:
-        """What is seen."""
-        return f"A {self.colour} {self.shape} {self.motion} in front of a {self.wall} wall."
+        """Returns the caption, a sentence with the four words."""
+        return f"A {self.color} {self.shape} {self.motion} in front of a {self.wall} wall."
 
     def frames(self) -> np.ndarray:
-        """The clip, (FRAMES, HEIGHT, WIDTH, 3)."""
+        """Returns the clip, (FRAMES, HEIGHT, WIDTH, 3), uint8."""
         return np.stack([self._frame(index / (FRAMES - 1)) for index in range(FRAMES)])
 
     def _frame(self, time: float) -> np.ndarray:
-        """The picture at a time from 0 to 1."""
+        """Returns the frame at a time from 0 to 1, (HEIGHT, WIDTH, 3), uint8."""
         across, down, radius = _place(self.motion, time)
         rows, columns = np.mgrid[:HEIGHT, :WIDTH] + 0.5
         cover = np.clip(0.5 - _distance(self.shape, (columns - across) / radius, (rows - down) / radius) * radius, 0, 1)
-        wall, colour = _wall(self.wall, rows, columns), np.array(COLOURS[self.colour], float)
-        return (wall + cover[..., None] * (colour - wall)).round().astype(np.uint8)
+        wall, color = _wall(self.wall, rows, columns), np.array(COLORS[self.color], float)
+        return (wall + cover[..., None] * (color - wall)).round().astype(np.uint8)
 
 
 def scenes() -> list[Scene]:
-    """All scenes."""
-    return [Scene(*words) for words in product(COLOURS, SHAPES, MOTIONS, WALLS)]
+    """Returns all combinations of the words."""
+    return [Scene(*words) for words in product(COLORS, SHAPES, MOTIONS, WALLS)]
 
 
 def split() -> tuple[list[Scene], list[Scene]]:
-    """(scenes to train on, scenes held out): every word is in both, no combination of four is."""
+    """Returns (scenes to train on, held-out scenes). Both contain every word, but no scene is in both."""
     parts: tuple[list[Scene], list[Scene]] = ([], [])
-    words = (tuple(COLOURS), SHAPES, MOTIONS, WALLS)
+    words = (tuple(COLORS), SHAPES, MOTIONS, WALLS)
     for scene in scenes():
-        chosen = (scene.colour, scene.shape, scene.motion, scene.wall)
+        chosen = (scene.color, scene.shape, scene.motion, scene.wall)
         places = [among.index(word) for among, word in zip(words, chosen, strict=True)]
         spread = sum(weight * place for weight, place in zip((1, 2, 3, 5), places, strict=True))
         parts[spread % HELD_OUT_EVERY == 0].append(scene)
@@ -77,7 +78,16 @@ def split() -> tuple[list[Scene], list[Scene]]:
 
 
 def write_data_set(folder: Path, chosen: Sequence[Scene], captions: Sequence[str] = ()) -> Path:
-    """Writes scenes, with their own captions or others, as the training scripts take it: videos/ and two lists."""
+    """Writes a data set of scenes in the form that the training scripts read: videos/, videos.txt and prompts.txt.
+
+    Args:
+        folder: The folder to write.
+        chosen: The scenes.
+        captions: Captions of the scenes, if they differ from ``Scene.caption``.
+
+    Returns:
+        The folder.
+    """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     own = [scene.caption for scene in chosen]
     names = [f"videos/{number:04d}.mp4" for number in range(len(chosen))]
@@ -90,7 +100,7 @@ def write_data_set(folder: Path, chosen: Sequence[Scene], captions: Sequence[str
 
 
 def _place(motion: str, time: float) -> tuple[float, float, float]:
-    """(centre across, centre down, radius) in pixels."""
+    """Returns (x of the center, y of the center, radius) of the shape, in pixels, at a time from 0 to 1."""
     low, high = 18.0, WIDTH - 18.0
     top, bottom = 17.0, HEIGHT - 17.0
     middle = (WIDTH / 2, HEIGHT / 2)
@@ -105,13 +115,13 @@ def _place(motion: str, time: float) -> tuple[float, float, float]:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How far points lie outside a shape of radius 1 about the origin; negative inside."""
+    """Returns the distance of points from the edge of a shape of radius 1 at the origin; it is negative inside."""
     ax, ay = np.abs(x), np.abs(y)
     if shape == "square":
         return np.maximum(ax, ay) - 0.88
     if shape == "disc":
         return np.hypot(x, y) - 1.0
-    if shape == "triangle":  # its base is down
+    if shape == "triangle":  # its base is at the bottom
         return np.maximum(0.894 * ax - 0.447 * y - 0.447, y - 0.9)
     if shape == "cross":
         return np.minimum(np.maximum(ax - 1.0, ay - 0.3), np.maximum(ay - 1.0, ax - 0.3))
@@ -119,7 +129,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _wall(wall: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The picture behind the shape, float (H, W, 3)."""
+    """Returns the picture behind the shape, (H, W, 3), float."""
     plain = {"grey": (112, 116, 120), "black": (14, 14, 18), "sandy": (190, 164, 116)}
     if wall in plain:
         return np.broadcast_to(np.array(plain[wall], float), (*rows.shape, 3))
@@ -130,7 +140,7 @@ def _wall(wall: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write the clips of moving shapes.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="for the data sets train and held_out")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the data sets train and held_out")
     return parser.parse_args()
 
 

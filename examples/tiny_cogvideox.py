@@ -1,7 +1,8 @@
-"""Random, structurally faithful CogVideoX pipelines of about 2 MB, for tests and for trying a script on a CPU.
+"""Makes random CogVideoX pipelines of about 2 MB, for tests and for trying a script on a CPU.
 
-Owns the tiny configs of the five published layouts. Every class is the real one; only widths and depths are small.
-The VAE keeps the factors 8 (space) and 4 (time), so a latent of 9 x 64 x 96 pixels is 3 x 16 x 8 x 12 (FCHW).
+The module has tiny configs of the five published layouts. All classes are the real ones; only widths and depths are
+small. The VAE compresses 8 times in space and 4 times in time as usual, so the latent of 9 x 64 x 96 pixels is
+3 x 16 x 8 x 12 (FCHW).
 
     python examples/tiny_cogvideox.py --output_dir tiny/5b --kind 5b
 """
@@ -59,18 +60,31 @@ CAPTIONS = (
 
 
 def is_image_to_video(kind: str) -> bool:
+    """Returns whether a kind takes a first frame."""
     return kind.endswith("i2v")
 
 
 def is_version_1_5(kind: str) -> bool:
+    """Returns whether a kind is of CogVideoX 1.5."""
     return kind.startswith("1.5")
 
 
 def make_tiny(folder: Path, kind: str = "5b", seed: int = 0, dtype: torch.dtype | None = None) -> Path:
-    """Save a tiny pipeline of `kind` (one of KINDS) to `folder` and return it; the same arguments give the same bytes.
+    """Writes a tiny pipeline, unless the folder already has this pipeline. The same arguments give the same bytes.
 
-    `dtype` is the weights' own, float32 by default. A folder that already holds this very pipeline is left as it is;
-    FileExistsError if it holds anything else. The global random state of torch is not touched.
+    The global random state of torch does not change.
+
+    Args:
+        folder: The folder to write; new or empty.
+        kind: The published layout, one of KINDS.
+        seed: Seed of the random weights.
+        dtype: Type of the weights; float32 by default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder has other content.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
@@ -80,7 +94,8 @@ def make_tiny(folder: Path, kind: str = "5b", seed: int = 0, dtype: torch.dtype 
         _check_existing(target, recipe)
         return Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: a killed run leaves a dot folder beside, never half a pipeline.
+    # The folder is renamed when it is complete, so that a killed run never leaves an incomplete pipeline under its
+    # name.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         built = Path(temporary) / "pipeline"
         save_pipeline(_build(kind, seed, dtype), built)
@@ -96,7 +111,7 @@ def _check_existing(folder: Path, recipe: dict[str, Any]) -> None:
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
-    """save_pretrained without its progress bars."""
+    """Saves a pipeline with save_pretrained, without its progress bars."""
     from transformers.utils import logging
 
     # transformers draws a progress bar for each file that it writes.
@@ -120,7 +135,7 @@ def _build(kind: str, seed: int, dtype: torch.dtype | None) -> Any:
             "text_encoder": make_text_encoder(len(tokenizer)),
             "transformer": _transformer(kind),
         }
-    # Also for float32: the table of learned positions is computed in float64.
+    # This is needed for float32 too, because the table of learned positions is computed in float64.
     modules = {name: module.to(dtype or torch.float32) for name, module in modules.items()}
     name = "CogVideoXImageToVideoPipeline" if is_image_to_video(kind) else "CogVideoXPipeline"
     return getattr(diffusers, name)(tokenizer=tokenizer, scheduler=make_scheduler(kind), **modules)
@@ -128,10 +143,10 @@ def _build(kind: str, seed: int, dtype: torch.dtype | None) -> Any:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator from a seed, put back afterwards."""
+    """Seeds torch's CPU generator within a block, and restores its state afterwards."""
     import torch
 
-    # The CPU generator alone: torch.manual_seed would also seed the CUDA ones, which are not restored here.
+    # Only the CPU generator is seeded. torch.manual_seed would also seed those of CUDA, which are not restored here.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -153,7 +168,7 @@ def _vae(kind: str) -> Any:
 
 
 def make_text_encoder(vocabulary: int, width: int = TEXT_DIM) -> Any:
-    """A random T5 encoder; the tokens stay visible in what it gives."""
+    """Returns a random T5 encoder whose output still depends clearly on the tokens."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
@@ -180,7 +195,7 @@ def _transformer(kind: str) -> Any:
         in_channels=32 if is_image_to_video(kind) else 16,
         out_channels=16,
         time_embed_dim=TIME_DIM,
-        # Added to the time embedding, hence of its size.
+        # Its embedding is added to the time embedding, so it has the same size.
         ofs_embed_dim=TIME_DIM if kind == "1.5-5b-i2v" else None,
         text_embed_dim=TEXT_DIM,
         max_text_seq_length=TEXT_LENGTH,
@@ -194,7 +209,8 @@ def _transformer(kind: str) -> Any:
         use_learned_positional_embeddings=kind == "5b-i2v",
     )
     if kind == "5b-i2v":
-        # A trained table is not the sinusoidal one it starts as; equal ones would hide code that recomputes it.
+        # A trained table differs from the sinusoidal table that it starts from. If both were equal, tests would not
+        # notice code that recomputes the table.
         video_part = model.patch_embed.pos_embedding[:, TEXT_LENGTH:]
         video_part += 0.1 * torch.randn(video_part.shape)
     return model.eval()
@@ -219,19 +235,19 @@ def make_scheduler(kind: str) -> Any:
 
 
 def make_tokenizer(captions: Sequence[str] = CAPTIONS) -> Any:
-    """A T5 tokenizer that has every word of the captions as one piece."""
+    """Returns a T5 tokenizer that has every word of the captions as one piece."""
     from transformers import T5Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "spiece.model").write_bytes(_sentencepiece_model(captions))
         tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=100, model_max_length=TEXT_LENGTH)
-    # Else the name of the temporary folder is saved.
+    # Otherwise, the name of the temporary folder would be saved.
     tokenizer.name_or_path = ""
     return tokenizer
 
 
 def _sentencepiece_model(captions: Sequence[str]) -> bytes:
-    """A unigram model of a few hundred pieces with T5's ids: pad 0, eos 1, unk 2, no bos."""
+    """Returns a unigram model of a few hundred pieces with the ids of T5: pad 0, eos 1, unk 2, no bos."""
     from sentencepiece import SentencePieceTrainer
 
     written = io.BytesIO()
@@ -241,7 +257,7 @@ def _sentencepiece_model(captions: Sequence[str]) -> bytes:
         model_type="unigram",
         vocab_size=600,
         hard_vocab_limit=False,
-        split_by_unicode_script=False,  # see _text: "cat," has to stay one word
+        split_by_unicode_script=False,  # "cat," must stay one word, see _text
         character_coverage=1.0,
         pad_id=0,
         eos_id=1,
@@ -254,9 +270,10 @@ def _sentencepiece_model(captions: Sequence[str]) -> bytes:
 
 
 def _text(captions: Sequence[str]) -> list[str]:
-    """The captions, each of their words by itself, and single characters, so that nothing is unknown."""
+    """Returns the captions, each of their words alone, and single characters, so that no text has unknown pieces."""
     words = sorted({word.strip(".,") for caption in captions for word in caption.split()} | set(STYLES))
-    # Only strings that stand in two different words can become pieces: the signs make a whole word one of them.
+    # Only strings that occur in two different words can become pieces. With the signs, a complete word is such a
+    # string.
     return [*captions, *(word + sign for word in words for sign in ("", ",", ".")), ALPHABET, SIGNS]
 
 
@@ -264,7 +281,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write a random tiny CogVideoX pipeline.")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; new or empty")
     parser.add_argument("--kind", choices=KINDS, default="5b", help="which published layout (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: %(default)s)")
     return parser.parse_args()
 
 

@@ -1,13 +1,13 @@
-"""Trains the CogVideoX that lies in examples/model: a tiny one that has learned the world of shapes.py.
+"""Trains the CogVideoX in examples/model, a tiny model that has learned the scenes of shapes.py.
 
-The VAE learns first, on shapes and on real footage, by the loop below. Then the transformer learns the shapes through
-prepare_dataset.py and cogvideox_text_to_video_sft.py, as any user's would. T5 is small and random: its output still
-tells the words apart. Last, check_tiny_cogvideox.py measures the result on what it has not seen; without the limits
-nothing is written to --output_dir. What is there already is not done again.
+First the loop below trains the VAE, on shapes and on real footage. Then prepare_dataset.py and
+cogvideox_text_to_video_sft.py train the transformer on the shapes, as they do for any user. T5 is small and random, but
+its output still distinguishes the words. Finally, check_tiny_cogvideox.py measures the result on held-out clips, and
+--output_dir is written only if all limits are met. Stages whose results exist are skipped.
 
     python examples/train_tiny_cogvideox.py --work_dir runs/tiny --output_dir examples/model
 
-Minutes on a GPU; hours on two CPU cores. Shapes: B clips, C colours, F frames, H and W pixels.
+It takes minutes on a GPU, and hours on two CPU cores. In shapes: B clips, C colors, F frames, H and W pixels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENS = ("BUNNY", "CITY")  # words for subjects to come
+TOKENS = ("BUNNY", "CITY")  # words that fine-tunes of this model can use for their subjects
 TEXT_LENGTH, TEXT_DIM = 32, 64
 KL_WEIGHT = 1e-4
 SCRIPT = "cogvideox_text_to_video_sft.py"
@@ -42,7 +42,7 @@ SIZE = ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9
 
 
 def build(seed: int, scaling_factor: float, vae: Any) -> Any:
-    """The whole pipeline, its transformer random."""
+    """Returns a pipeline with the given VAE and a random transformer."""
     from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
     captions = [scene.caption for scene in shapes.scenes()] + [
@@ -73,7 +73,7 @@ def build(seed: int, scaling_factor: float, vae: Any) -> Any:
 
 
 def make_vae(channels: Sequence[int]) -> Any:
-    """A random VAE with the compressions of the published ones: 8 in space, 4 in time."""
+    """Returns a random VAE that compresses as the published ones do: 8 times in space, 4 times in time."""
     from diffusers import AutoencoderKLCogVideoX
 
     return AutoencoderKLCogVideoX(
@@ -87,7 +87,7 @@ def make_vae(channels: Sequence[int]) -> Any:
 
 
 class Footage:
-    """Windows of clips on the device, as varied as size, place, speed, colour and mirroring can make them."""
+    """Draws batches for the VAE: shapes, and parts of films with random size, position, speed and colors."""
 
     def __init__(self, drawn: Tensor, films: Sequence[Tensor], seed: int) -> None:
         self.drawn = drawn  # uint8 (N, F, C, H, W)
@@ -95,7 +95,7 @@ class Footage:
         self.random = np.random.default_rng(seed)
 
     def batch(self, size: int) -> Tensor:
-        """Half shapes, half real, float (B, C, F, H, W) in [-1, 1]."""
+        """Returns a batch of half shapes and half real clips, (B, C, F, H, W), float, from -1 to 1."""
         picks = torch.from_numpy(self.random.integers(len(self.drawn), size=size // 2)).to(self.drawn.device)
         real = torch.stack([self._window() for _ in range(size - size // 2)])
         gain = 0.7 + 0.6 * self.random.random((len(real), 1, 3, 1, 1), dtype=np.float32)
@@ -103,7 +103,7 @@ class Footage:
         return (torch.cat([self.drawn[picks].float(), real]) / 127.5 - 1.0).transpose(1, 2).contiguous()
 
     def _window(self) -> Tensor:
-        """Nine frames out of a film, uint8 (F, C, HEIGHT, WIDTH)."""
+        """Returns nine frames of a random part of a random film, (F, C, HEIGHT, WIDTH), uint8."""
         film = self.films[self.random.integers(len(self.films))]
         step = int(self.random.integers(1, min(5, (len(film) - 1) // (shapes.FRAMES - 1) + 1)))
         start = self.random.integers(len(film) - step * (shapes.FRAMES - 1))
@@ -116,7 +116,7 @@ class Footage:
 
 
 def pyramid(film: Tensor) -> Iterator[Tensor]:
-    """A film, (F, C, H, W), in up to five sizes, the smallest of which just holds a whole frame."""
+    """Yields a film, (F, C, H, W), in up to five sizes. The smallest still covers HEIGHT x WIDTH."""
     largest = min(film.shape[2] / shapes.HEIGHT, film.shape[3] / shapes.WIDTH)
     for factor in [1.0, *(scale for scale in (1.5, 2.0, 3.0, 4.0) if scale < largest)]:
         size = [math.ceil(length * factor / largest) for length in film.shape[2:]]
@@ -124,7 +124,10 @@ def pyramid(film: Tensor) -> Iterator[Tensor]:
 
 
 def train_vae(vae: Any, footage: Footage, steps: int, batch: int, peak: float) -> None:
-    """Squared error and a light pull of the posterior towards a normal distribution (Kingma & Welling 2014, eq. 10)."""
+    """Trains a VAE with the squared error and a small KL divergence from a normal distribution.
+
+    The KL term is equation 10 of Kingma and Welling 2014.
+    """
     device = next(vae.parameters()).device
     optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     start = time.time()
@@ -153,7 +156,7 @@ def train_vae(vae: Any, footage: Footage, steps: int, batch: int, peak: float) -
 
 @torch.no_grad()
 def latent_scale(vae: Any, drawn: Tensor) -> float:
-    """1 / standard deviation of the latents of shapes."""
+    """Returns the scaling factor: 1 / standard deviation of the latents of shapes."""
     video = drawn[::8].float().transpose(1, 2) / 127.5 - 1.0
     latents = torch.cat([vae.encode(clips).latent_dist.mean for clips in video.split(16)])
     return round(1.0 / latents.std().item(), 4)
@@ -163,7 +166,7 @@ def latent_scale(vae: Any, drawn: Tensor) -> float:
 
 
 def make_base(work: Path, options: argparse.Namespace, device: torch.device) -> Path:
-    """A pipeline with a trained VAE and a random transformer."""
+    """Makes a pipeline with a trained VAE and a random transformer."""
     folder = work / "base"
     if (folder / "model_index.json").is_file():
         return folder
@@ -176,7 +179,7 @@ def make_base(work: Path, options: argparse.Namespace, device: torch.device) -> 
     vae.eval()
     figures = check.measure_vae(vae, work / "real")
     if not check.report(figures):
-        raise SystemExit("the VAE misses a limit; give more --vae_steps")
+        raise SystemExit("the VAE does not meet a limit; give more --vae_steps")
     scale = latent_scale(vae, drawn)
     pipeline = build(options.seed, scale, vae.cpu())
     temporary = folder.with_name(".base.tmp")
@@ -188,21 +191,21 @@ def make_base(work: Path, options: argparse.Namespace, device: torch.device) -> 
 
 
 def run(script: str, *flags: object) -> None:
-    """One of the suite's own scripts."""
+    """Runs one of the scripts of this suite."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, ROOT / "training" / script, *flags]
     subprocess.run([str(part) for part in command], check=True, env=environment)
 
 
 def shown() -> list[shapes.Scene]:
-    """The scenes whose videos the runs make."""
+    """Returns the scenes for which validation videos are made."""
     return shapes.split()[1][::40]
 
 
 def train_transformer(
     work: Path, base: Path, options: argparse.Namespace, script: str = SCRIPT, more: Sequence[object] = ()
 ) -> Path:
-    """The run folder of the full fine-tune, which goes on where it was stopped. The script gets ``more`` flags."""
+    """Trains the transformer, or continues a stopped run, and returns the run folder. ``more`` are further flags."""
     tensors, output = work / "tensors", work / "sft"
     data = [work / "shapes" / name for name in ("train", "held_out")]
     common = ["--pretrained_model_name_or_path", base, *SIZE]
@@ -233,7 +236,7 @@ def train_transformer(
 
 
 def assemble(base: Path, trained: Path, folder: Path) -> None:
-    """The finished pipeline, fp16, readable for all, without the paths of the machine that made it."""
+    """Writes the finished pipeline in fp16, readable for all users and without paths of the machine that made it."""
     from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 
     transformer = CogVideoXTransformer3DModel.from_pretrained(trained / "transformer")
@@ -278,7 +281,7 @@ moments that the VAE never saw. Sample with guidance {guidance:g}, {sampling} st
 
 
 def write_card(folder: Path, figures: dict[str, float], facts: dict[str, Any]) -> None:
-    """README.md of the finished pipeline."""
+    """Writes README.md of the finished pipeline."""
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     train, held_out = shapes.split()
     rows = [f"| {check.TEXTS[name]} | {value:g} | {check.LIMITS[name]:g} |" for name, value in figures.items()]
@@ -305,15 +308,17 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--work_dir", type=Path, required=True, help="clips, tensors, checkpoints")
     parser.add_argument("--output_dir", type=Path, required=True, help="the pipeline, once it is good enough")
-    parser.add_argument("--vae_channels", type=int, nargs=4, default=(32, 32, 48, 48), help="of the VAE's levels")
+    parser.add_argument(
+        "--vae_channels", type=int, nargs=4, default=(32, 32, 48, 48), help="channels of the levels of the VAE"
+    )
     parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")
-    parser.add_argument("--vae_batch", type=int, default=32, help="clips in one of them")
-    parser.add_argument("--vae_learning_rate", type=float, default=1.5e-3, help="its peak")
+    parser.add_argument("--vae_batch", type=int, default=32, help="clips per step")
+    parser.add_argument("--vae_learning_rate", type=float, default=1.5e-3, help="largest learning rate")
     parser.add_argument("--steps", type=int, default=3800, help="optimizer steps of the transformer")
-    parser.add_argument("--batch", type=int, default=32, help="clips in one of them")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="its peak")
+    parser.add_argument("--batch", type=int, default=32, help="clips per step")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes that read clips")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and draws")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
     return parser.parse_args()
 
 

@@ -1,13 +1,15 @@
-"""Trains a tiny image-to-video CogVideoX out of examples/model: the same shapes, begun by a picture.
+"""Trains a tiny image-to-video CogVideoX from examples/model, on the same shapes with their first frames.
 
-Its transformer takes 16 channels of an image beside the 16 of the noisy video. The patch embedding's weights for them
-begin at zero, so that before the first step it makes what the text-to-video model makes, whatever the image. Then it
-learns through prepare_dataset.py and cogvideox_image_to_video_sft.py. Captions say the motion alone: next to the whole
-caption the image would tell it nothing, and it would not learn to look. What is there already is not done again.
+Its transformer takes 16 channels of an image in addition to the 16 of the noisy video. The weights of the patch
+embedding for them start at zero, so before the first step the model generates the same videos as the text-to-video
+model, whatever the image. Then prepare_dataset.py and cogvideox_image_to_video_sft.py train it. The captions name only
+the
+motion: if they named shape and color too, the model would not need the image and would not learn to use it. Stages
+whose results exist are skipped.
 
     python examples/train_tiny_image_to_video.py --work_dir runs/tiny-i2v
 
-Minutes on a GPU, offline. On a CPU take less: --clips 12 --steps 3 --batch 2.
+It takes minutes on a GPU. On a CPU, try it with --clips 12 --steps 3 --batch 2.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ SCRIPT = "cogvideox_image_to_video_sft.py"
 
 
 def with_image_channels(transformer: Any) -> Any:
-    """A copy of a text-to-video transformer that also takes an image, which has no effect yet."""
+    """Returns a copy of a text-to-video transformer that also takes an image, which has no effect yet."""
     size = transformer.config.in_channels
     wide = type(transformer).from_config(transformer.config, in_channels=2 * size)
     weights = transformer.state_dict()
@@ -40,7 +42,7 @@ def with_image_channels(transformer: Any) -> Any:
 
 
 def make_base(model: Path, folder: Path) -> Path:
-    """The image-to-video pipeline before training, fp32."""
+    """Makes the image-to-video pipeline before training, in fp32."""
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
     if folder.is_dir():
@@ -55,7 +57,10 @@ def make_base(model: Path, folder: Path) -> Path:
 
 
 def write_shapes(work: Path, clips: int | None) -> None:
-    """The data sets train and held_out; of ``clips`` clips together, evenly taken out of all, where that is given."""
+    """Writes the data sets train and held_out.
+
+    If ``clips`` is given, they have this many clips in total, evenly chosen.
+    """
     share = (clips or len(shapes.scenes())) / len(shapes.scenes())
     for name, scenes in zip(("train", "held_out"), shapes.split(), strict=True):
         places = np.linspace(0, len(scenes) - 1, max(1, round(len(scenes) * share))).round().astype(int)
@@ -64,7 +69,7 @@ def write_shapes(work: Path, clips: int | None) -> None:
 
 
 def write_images(folder: Path) -> list[Path]:
-    """The first frame of each scene whose video is made."""
+    """Writes the first frames of the scenes for which validation videos are made."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number}.png" for number in range(len(tiny.shown()))]
     for path, scene in zip(paths, tiny.shown(), strict=True):
@@ -73,7 +78,7 @@ def write_images(folder: Path) -> list[Path]:
 
 
 def train(model: Path, options: argparse.Namespace) -> None:
-    """Everything: base, data, training, and the finished pipeline in work_dir/model."""
+    """Makes the base model and the data, trains, and writes the finished pipeline to work_dir/model."""
     work = options.work_dir
     base = make_base(model, work / "base")
     write_shapes(work, options.clips)
@@ -93,10 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train a tiny image-to-video CogVideoX.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--work_dir", type=Path, default=Path("runs/tiny-i2v"), help="clips, tensors, run, model")
-    parser.add_argument("--clips", type=int, help="how many of the 900 clips; for a quick try")
+    parser.add_argument("--clips", type=int, help="how many of the 900 clips; for a quick trial")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=32, help="clips in one of them")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="its peak")
+    parser.add_argument("--batch", type=int, default=32, help="clips per step")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes that read clips")
     return parser
 

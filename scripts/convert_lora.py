@@ -1,15 +1,15 @@
-"""Renames a LoRA's tensors: diffusers' names to those that ComfyUI reads, and back.
+"""Renames the tensors of a LoRA from diffusers' names to those that ComfyUI reads, and back.
 
     python scripts/convert_lora.py my-lora my-lora/comfyui.safetensors --to comfyui
     python scripts/convert_lora.py my-lora/comfyui.safetensors my-lora-again --to diffusers
 
 diffusers: transformer.LAYER.lora_A.weight and lora_B.weight; rank and alpha as JSON in the file's metadata.
-ComfyUI:   lora_unet_LAYER.lora_down.weight, lora_up.weight and alpha (a number; scale = alpha / rank), with _ for each
-dot of LAYER. Source of these names: ComfyUI's comfy/lora.py (model_lora_keys_unet) and comfy/weight_adapter/lora.py,
-and kijai's ComfyUI-CogVideoXWrapper, lora_utils.py (merge_lora, for Fun models). For THUDM's models that wrapper's
-model_loading.py calls diffusers' own load_lora_weights: give it the file as it is.
+ComfyUI:   lora_unet_LAYER.lora_down.weight, lora_up.weight and alpha (a number; scale = alpha / rank), with _ in place
+of each dot of LAYER. Sources of these names: ComfyUI's comfy/lora.py (model_lora_keys_unet) and
+comfy/weight_adapter/lora.py, and kijai's ComfyUI-CogVideoXWrapper, lora_utils.py (merge_lora, for Fun models). For
+THUDM's models that wrapper's model_loading.py calls diffusers' own load_lora_weights: give it diffusers' file.
 
-There and back gives the same bits. DoRA has no counterpart there: merge it with scripts/merge_lora.py.
+Converting there and back gives the same bits. ComfyUI has no names for DoRA: merge it with scripts/merge_lora.py.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lora_tools import PREFIX, WEIGHTS_NAME, check_output, lora_file, replace_by
 
 COMFY_PREFIX = "lora_unet_"
 CONFIG_NAME = "lora_adapter_metadata"
-TRAINING_NAME = "cogvideox_training"  # how a LoRA of this suite was scaled in training
+TRAINING_NAME = "cogvideox_training"  # metadata entry with the scale that this suite trained with
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-# All linear layers of CogVideoX 1.0 and 1.5: with _ for dots, a name alone does not say where the dots were.
+# All linear layers of CogVideoX 1.0 and 1.5. A name in which _ replaces the dots does not tell where the dots were.
 IN_BLOCKS = (
     *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
     *("ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear"),
@@ -41,7 +41,7 @@ Tensors = dict[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", help=f"safetensors file, or a folder with {WEIGHTS_NAME}")
     parser.add_argument(
@@ -52,26 +52,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def dotted(flat: str) -> str:
-    """A layer's name out of the one with _ for dots.
+    """Returns the dotted name of a layer whose ComfyUI name has _ in place of each dot.
 
     Raises:
-        ValueError: no layer of CogVideoX is called so.
+        ValueError: CogVideoX has no layer of this name.
     """
     match = re.fullmatch(r"transformer_blocks_(\d+)_(\w+)", flat)
     known, prefix, rest = (IN_BLOCKS, f"transformer_blocks.{match[1]}.", match[2]) if match else (ELSEWHERE, "", flat)
     for name in known:
         if name.replace(".", "_") == rest:
             return prefix + name
-    raise ValueError(f"{COMFY_PREFIX}{flat}: is no linear layer of CogVideoX")
+    raise ValueError(f"{COMFY_PREFIX}{flat}: is not a linear layer of CogVideoX")
 
 
 def by_pattern(layer: str, patterns: dict[str, Any], otherwise: Any) -> Any:
-    """PEFT's value for a layer: of the first pattern that the end of its name matches."""
+    """Returns PEFT's value for a layer: that of the first pattern that matches the end of its name."""
     return next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", layer)), otherwise)
 
 
 def alpha_of(layer: str, rank: int, config: dict[str, Any]) -> float:
-    """The alpha with which alpha / rank is the scale that PEFT's config gives the layer; without a config the rank."""
+    """Returns the alpha for which alpha / rank is the scale in PEFT's config; without a config, the rank."""
     if not config:
         return float(rank)
     alpha = by_pattern(layer, config.get("alpha_pattern") or {}, config.get("lora_alpha", rank))
@@ -79,16 +79,16 @@ def alpha_of(layer: str, rank: int, config: dict[str, Any]) -> float:
 
 
 def config_of(metadata: dict[str, str]) -> dict[str, Any]:
-    """The fields of PEFT's config in a file's metadata, without their prefix."""
+    """Returns the fields of PEFT's config from a file's metadata, without their prefix."""
     fields = json.loads(metadata.get(CONFIG_NAME, "{}"))
     return {name.removeprefix(PREFIX): value for name, value in fields.items()}
 
 
 def to_comfyui(tensors: Tensors, metadata: dict[str, str]) -> tuple[Tensors, dict[str, str]]:
-    """(tensors, metadata) in ComfyUI's names; the metadata stays, for the way back.
+    """Returns (tensors, metadata) with ComfyUI's names. The metadata is unchanged, so that it can be converted back.
 
     Raises:
-        ValueError: a tensor is no plain LoRA's, or its layer is none of CogVideoX.
+        ValueError: A tensor is not part of a plain LoRA, or CogVideoX does not have its layer.
     """
     import torch
 
@@ -102,7 +102,7 @@ def to_comfyui(tensors: Tensors, metadata: dict[str, str]) -> tuple[Tensors, dic
             )
         layer, flat = match[1], match[1].replace(".", "_")
         if dotted(flat) != layer:
-            raise ValueError(f"{key}: is no linear layer of CogVideoX")
+            raise ValueError(f"{key}: is not a linear layer of CogVideoX")
         made[f"{COMFY_PREFIX}{flat}.{PARTS[match[2]]}"] = tensor
         if match[2].startswith("lora_A"):
             made[f"{COMFY_PREFIX}{flat}.alpha"] = torch.tensor(alpha_of(layer, len(tensor), config))
@@ -110,10 +110,10 @@ def to_comfyui(tensors: Tensors, metadata: dict[str, str]) -> tuple[Tensors, dic
 
 
 def to_diffusers(tensors: Tensors, metadata: dict[str, str]) -> tuple[Tensors, dict[str, str]]:
-    """(tensors, metadata) in diffusers' names.
+    """Returns (tensors, metadata) with diffusers' names.
 
     Raises:
-        ValueError: a tensor is none of ComfyUI's plain LoRAs for CogVideoX.
+        ValueError: A tensor is not part of a plain LoRA for CogVideoX in ComfyUI's names.
     """
     back, made, alphas, ranks = {new: old for old, new in PARTS.items()}, {}, {}, {}
     for key, tensor in tensors.items():
@@ -131,9 +131,10 @@ def to_diffusers(tensors: Tensors, metadata: dict[str, str]) -> tuple[Tensors, d
 
 
 def with_config(metadata: dict[str, str], ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, str]:
-    """The metadata with which diffusers scales each layer by alpha / rank; as it is where it says that already.
+    """Returns metadata with which diffusers scales each layer by alpha / rank.
 
-    What it says of a training is dropped where another program has changed the scales since.
+    Metadata that already does so is returned unchanged. If another program has changed the scales, the entry about the
+    training is dropped.
     """
     import torch
 
@@ -151,7 +152,7 @@ def with_config(metadata: dict[str, str], ranks: dict[str, int], alphas: dict[st
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads, renames and writes."""
+    """Reads a LoRA, renames its tensors, and writes it."""
     parser = build_parser()
     given = parser.parse_args(argv)
     from safetensors import SafetensorError, safe_open

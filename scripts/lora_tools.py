@@ -1,11 +1,10 @@
-"""What the LoRA scripts share: the transformer of a model, and files that are whole or not there.
+"""Holds what the LoRA scripts share: finding and loading transformers, and writing files completely or not at all.
 
-Needs diffusers, peft and safetensors, and nothing of training/.
+It needs diffusers, peft and safetensors, but nothing from training/.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -15,14 +14,17 @@ from typing import Any
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
 PREFIX = "transformer."  # diffusers' prefix of a LoRA's keys and of its metadata
-DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # as the header of a safetensors file says it
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # as safetensors names them
 
 
 def transformer_folder(model: str) -> Path:
-    """The folder of a transformer's config.json: in a pipeline's folder, itself, or downloaded.
+    """Returns the folder of a transformer, which has a config.json.
+
+    Args:
+        model: Folder of a pipeline or a transformer, or a hub id, whose transformer is downloaded.
 
     Raises:
-        ValueError: a folder is there, but holds none.
+        ValueError: The folder exists but has no transformer.
     """
     for folder in (Path(model) / "transformer", Path(model)):
         if (folder / "config.json").is_file():
@@ -35,16 +37,20 @@ def transformer_folder(model: str) -> Path:
 
 
 def stored_dtype(folder: Path) -> str:
-    """fp32, fp16 or bf16: what most tensors of a folder's safetensors files are.
+    """Returns the type that most tensors of a folder's safetensors files have: fp32, fp16 or bf16.
 
     Raises:
-        ValueError: it has no such files.
+        ValueError: The folder has no such files, or one cannot be read.
     """
+    from safetensors import SafetensorError, safe_open
+
     found: Counter[str] = Counter()
     for path in folder.glob("*.safetensors"):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found.update(entry["dtype"] for name, entry in header.items() if name != "__metadata__")
+        try:
+            with safe_open(path, "pt") as file:
+                found.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: is not a complete safetensors file ({error})") from error
     names = [name for name, stored in DTYPES.items() if found and stored == found.most_common(1)[0][0]]
     if not names:
         raise ValueError(f"{folder}: has no weights in safetensors files of fp32, fp16 or bf16")
@@ -52,7 +58,7 @@ def stored_dtype(folder: Path) -> str:
 
 
 def load_transformer(folder: Path, dtype: str) -> Any:
-    """A transformer on the CPU."""
+    """Loads a transformer on the CPU, without gradients."""
     from diffusers import CogVideoXTransformer3DModel
 
     return CogVideoXTransformer3DModel.from_pretrained(
@@ -61,34 +67,34 @@ def load_transformer(folder: Path, dtype: str) -> Any:
 
 
 def torch_dtype(name: str) -> Any:
-    """torch's type of fp32, fp16 or bf16."""
+    """Returns the torch dtype for fp32, fp16 or bf16."""
     import torch
 
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
 def lora_file(given: str) -> Path:
-    """A LoRA's file: itself, or the one in a folder.
+    """Returns the path of a LoRA file, given the file or its folder.
 
     Raises:
-        ValueError: there is none, or it is no safetensors file.
+        ValueError: The file does not exist, or is not a safetensors file.
     """
     path = Path(given) / WEIGHTS_NAME if Path(given).is_dir() else Path(given)
     if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(f"{given}: is no .safetensors file and no folder with {WEIGHTS_NAME}")
+        raise ValueError(f"{given}: is neither a .safetensors file nor a folder with {WEIGHTS_NAME}")
     return path
 
 
 def check_output(target: Path, inputs: Sequence[Path], folder: bool) -> None:
-    """Refuses an output, before any work, that would replace what is read, or that cannot be written.
+    """Checks before any work that the output can be written and does not replace an input.
 
     Args:
-        target: what is going to be written.
-        inputs: files and folders that are read; links to them, and other names of them, count as well.
-        folder: whether the target is to be a folder.
+        target: The output.
+        inputs: Files and folders that are read. Links to them and other names of them count as well.
+        folder: Whether the output will be a folder.
 
     Raises:
-        ValueError: the output is one of the inputs, a folder with something in it, or a file where a folder is to be.
+        ValueError: The output is one of the inputs, a folder that is not empty, or of the other kind.
     """
     for source in inputs:
         if target.exists() and target.samefile(source):
@@ -100,12 +106,17 @@ def check_output(target: Path, inputs: Sequence[Path], folder: bool) -> None:
 
 
 def replace_by(target: Path, write: Callable[[Path], Any]) -> None:
-    """Lets ``write`` make a file or folder under another name, and gives it its own name once it is whole.
+    """Writes a file or folder under a temporary name, and renames it when it is complete.
 
-    A target that is a link stays one: what it leads to is written.
+    If the target is a symbolic link, the link is kept, and the file that it points to is replaced.
+
+    Args:
+        target: The output.
+        write: Writes the output to the path that it gets.
 
     Raises:
-        ValueError: the disk is full, fails or refuses; what was there is as it was, and nothing else is left.
+        ValueError: The disk is full, fails or refuses the write. The previous output is unchanged, and no temporary
+            file remains.
     """
     from safetensors import SafetensorError
 
@@ -125,7 +136,7 @@ def replace_by(target: Path, write: Callable[[Path], Any]) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Makes the disk have a file, or all files of a folder."""
+    """Flushes a file, or all files of a folder, to the disk."""
     for part in path.rglob("*") if path.is_dir() else [path]:
         if part.is_file():
             with open(part, "rb") as file:

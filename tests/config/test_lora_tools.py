@@ -188,7 +188,7 @@ def test_what_cannot_be_extracted(model: Path, tmp_path: Path, capsys: pytest.Ca
     given = ("--base_model", model, "--tuned_model", model, "--output_dir", tmp_path / "lora")
     assert "has changed; is this the fine-tune?" in fails(capsys, extract_lora.main, *given)
     assert "--rank 0: must be at least 1" in fails(capsys, extract_lora.main, *given, "--rank", 0)
-    assert "--layers (: is no regular expression" in fails(capsys, extract_lora.main, *given, "--layers", "(")
+    assert "--layers (: is not a valid regular expression" in fails(capsys, extract_lora.main, *given, "--layers", "(")
     assert "has no transformer/config.json" in fails(capsys, extract_lora.main, *given, "--tuned_model", tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -247,10 +247,12 @@ def test_what_cannot_be_converted(model: Path, tmp_path: Path, capsys: pytest.Ca
     output = tmp_path / "x.safetensors"
     assert "DoRA has no counterpart" in fails(capsys, convert_lora.main, tmp_path, output, "--to", "comfyui")
     assert "is not of the form lora_unet_" in fails(capsys, convert_lora.main, tmp_path, output, "--to", "diffusers")
-    assert "is no .safetensors file" in fails(capsys, convert_lora.main, tmp_path / "no", output, "--to", "comfyui")
+    assert "is neither a .safetensors file nor" in fails(
+        capsys, convert_lora.main, tmp_path / "no", output, "--to", "comfyui"
+    )
     save_file({"transformer.attn9.lora_A.weight": torch.ones(1, 2)}, tmp_path / "odd.safetensors")
     told = fails(capsys, convert_lora.main, tmp_path / "odd.safetensors", output, "--to", "comfyui")
-    assert "is no linear layer of CogVideoX" in told
+    assert "is not a linear layer of CogVideoX" in told
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     fails(capsys, convert_lora.main, tmp_path / "torn.safetensors", output, "--to", "comfyui")
     assert not output.exists()

@@ -17,7 +17,7 @@ MODEL = ROOT / "examples" / "model"
 
 
 def words(scene: shapes.Scene) -> tuple[str, ...]:
-    return (scene.colour, scene.shape, scene.motion, scene.wall)
+    return (scene.color, scene.shape, scene.motion, scene.wall)
 
 
 def test_every_word_is_in_both_parts_and_no_scene_is() -> None:
