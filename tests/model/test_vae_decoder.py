@@ -54,7 +54,7 @@ def test_the_largest_that_fits_is_taken_and_remembered(vae: Any, tile: tuple[int
     tried = ladder[: ladder.index(tile) + 1]
     assert vae.decode(0) == vae.decode(0) == "decoded"
     assert card.tried == [*tried, tile]
-    assert said == [f"decoding in tiles of {h}x{w}: more does not fit" for h, w in filter(None, tried)]
+    assert said == [f"decoding in tiles of {h}x{w}: larger ones do not fit in memory" for h, w in filter(None, tried)]
     assert not vae.use_tiling  # encoding is not tiled
 
 

@@ -55,9 +55,8 @@ def plan_of(*kinds: BlockPlan, **more: Any) -> ExecutionPlan:
 def test_every_kind_passes(tiny: Tiny, kind: str, dtype: torch.dtype) -> None:
     for made in (make_with_lora, make_trainable):
         said = check(tiny, kind, made(kind).to(dtype), plan_of(HERE, AWAY), samples=2)
-        assert re.fullmatch(
-            r"checked on \d+ tokens: blocks give what diffusers' .*, cosine (1.0000|0.9999)\d\d .*", said
-        )
+        text = "blocks compute the same as those of diffusers, cosine at least"
+        assert re.fullmatch(rf"checked on \d+ tokens: {text} (1.0000|0.9999)\d\d", said)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
@@ -65,7 +64,7 @@ def test_a_quantized_base_is_compared_with_its_rounded_values(tiny: Tiny, precis
     """The tolerance is far smaller than the difference between quantized and original values."""
     for dtype in (torch.float32, torch.bfloat16):
         said = check(tiny, "5b", make_with_lora("5b").to(dtype), plan_of(HERE, AWAY, base_precision=precision))
-        assert float(said.split("cosine ")[1].split()[0]) > 0.99995
+        assert float(said.split("cosine at least ")[1]) > 0.99995
 
 
 def test_the_check_does_not_change_the_model(tiny: Tiny) -> None:

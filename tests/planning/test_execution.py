@@ -163,7 +163,7 @@ def test_a_quantized_base(
     output = run(model, tensors, tmp_path / "lean", *flags, "--validation_prompt", PROMPT)
     assert plans[0].base_precision == precision
     said = re.search(
-        rf"base in {precision}: gradients of 2 sample blocks: cosine (.*) against float32(; that is low)?",
+        rf"base in {precision}: gradients of 2 sample blocks: cosine (.*) to those in float32(; this is low)?",
         capsys.readouterr().err,
     )
     assert said is not None
@@ -401,7 +401,9 @@ def test_weights_are_trained_on_the_host_by_one_process(
 ) -> None:
     options = args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path), ())
     assert [execution.axes_of(options, world).weights for world in (1, 2)] == [("device", "host"), ("device",)]
-    assert list(execution.host_restrictions(options, 2)) == ["weights are trained on the host on one GPU only"]
+    assert list(execution.host_restrictions(options, 2)) == [
+        "weights can be trained on the host only with a single GPU"
+    ]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="--plan lean: only one GPU can train weights that are stored on the host"):
         args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, *LEAN), ())

@@ -87,7 +87,7 @@ class Decoder:
                     raise
             del self.attempts[0]
             size = "x".join(map(str, self.attempts[0] or ()))
-            self.say(f"decoding in tiles of {size}: more does not fit")
+            self.say(f"decoding in tiles of {size}: larger ones do not fit in memory")
 
     @contextmanager
     def in_tiles(self) -> Iterator[None]:

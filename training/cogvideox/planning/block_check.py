@@ -66,7 +66,7 @@ def check_blocks(run: Run, samples: int, tensors: Tensors, transformer: Any, pla
     blocks = transformer.transformer_blocks
     found = [check_block(run.device, samples, tensors, blocks, i, plan) for i in sorted({0, len(blocks) - 1})]
     tokens, cosine = map(min, zip(*found, strict=True))
-    run.say(f"checked on {tokens} tokens: blocks give what diffusers' blocks give, cosine {cosine:.6f} or more")
+    run.say(f"checked on {tokens} tokens: blocks compute the same as those of diffusers, cosine at least {cosine:.6f}")
 
 
 def check_block(
@@ -85,8 +85,8 @@ def check_block(
     for what, cosine in cosines.items():
         if not cosine >= limits[what]:  # NaN fails
             raise BlockError(
-                f"block {i + 1} of {len(blocks)}, {what}: training and diffusers differ, cosine {cosine:.9g}, where at "
-                f"least {limits[what]:.9g} is right; nothing was trained; please report this"
+                f"block {i + 1} of {len(blocks)}, {what}: training and diffusers differ, cosine {cosine:.9g}, but at "
+                f"least {limits[what]:.9g} is required; nothing was trained; please report this"
             )
     return tokens, min(cosine for what, cosine in cosines.items() if tolerance_factor(what) == 1)
 

@@ -138,13 +138,13 @@ def compiles(run: Run, wanted: str, drops: bool) -> bool:
 def _obstacle(run: Run, options: TrainOptions, transformer: Any) -> str | None:
     """Returns why a Stack cannot run this model, or None if it can."""
     if options.optimizer.use_cpu_offload_optimizer and not isinstance(options, LoraOptions):
-        return "--use_cpu_offload_optimizer places what all weights need itself"
+        return "--use_cpu_offload_optimizer decides itself where weights, gradients and optimizer state are stored"
     if run.accelerator.state.deepspeed_plugin is not None:
         return "DeepSpeed places the weights itself"
     if not is_supported(transformer):
         return "supports only LoRAs without DoRA, on the blocks' attention and feed-forward layers"
     if run.device.type == "cuda" and run.dtype == torch.float32:
-        return "is for --mixed_precision bf16 and fp16"
+        return "requires --mixed_precision bf16 or fp16 on a GPU"
     return None
 
 
@@ -167,7 +167,7 @@ def host_restrictions(options: TrainOptions, world: int) -> Iterator[str]:
     """Yields each reason, other than flags of the plan, why weights and optimizer state must stay on the device."""
     yield from host_state_problems(options.optimizer, deepspeed=False, name="masters and moments")
     if world > 1 and not isinstance(options, LoraOptions):
-        yield "weights are trained on the host on one GPU only"
+        yield "weights can be trained on the host only with a single GPU"
 
 
 def axes_of(options: TrainOptions, world: int = 1) -> Axes:
@@ -192,8 +192,8 @@ def quantization_report(transformer: Any, precision: str, device: torch.device, 
     sample = {id(trained[i]): trained[i] for i in (0, len(trained) // 2, -1)}.values()
     cosine = min(gradient_cosine(block, precision, device, backend) for block in sample)
     exact = str(trained[0].norm1.linear.weight.dtype).removeprefix("torch.")
-    low = f"; that is low (below {LOW_COSINE}): the LoRA is trained on a different base; int8 is closer"
-    text = f"base in {precision}: gradients of {len(sample)} sample blocks: cosine {cosine:.4f} against {exact}"
+    low = f"; this is low (below {LOW_COSINE}): the LoRA adapts to the quantized base; int8 is closer to the original"
+    text = f"base in {precision}: gradients of {len(sample)} sample blocks: cosine {cosine:.4f} to those in {exact}"
     return text if cosine >= LOW_COSINE else text + low
 
 

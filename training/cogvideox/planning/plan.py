@@ -403,8 +403,8 @@ def fastest_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, att
         assert least is not None
         gibs = [f"{size / GIB:.1f}" for size in (*least, machine.device_bytes, machine.host_bytes)]
         raise NoPlanError(
-            "the smallest allowed plan needs {} GiB of the device and {} GiB of the host beyond the weights; {} and {} "
-            "may be filled".format(*gibs)
+            "the smallest allowed plan needs {} GiB of device memory, and {} GiB of host memory in addition to the "
+            "loaded weights; {} and {} GiB are available".format(*gibs)
         )
     enough = AS_FAST * min(seconds for seconds, *_ in found)
     seconds, _, peak, (first, second, count, state) = min(
