@@ -1,6 +1,7 @@
-"""Media files whose every picture shows its number, so "which frame is this" is read from the pixels, not believed.
+"""Makes media files in which each picture shows its number, so that tests read from the pixels which frame it is.
 
-picture -> encode (or plain: one of each container and codec) -> number_in. sequential() is the reference for readers.
+``picture`` draws a number, ``encode`` and ``plain`` make files, and ``number_in`` reads the number of a frame.
+``sequential`` is the reference for readers: a plain decode from start to end, without an index and without seeking.
 Shape suffixes: F frames, H height, W width, C color channels.
 """
 
@@ -19,7 +20,7 @@ import numpy as np
 from av.video.reformatter import Interpolation
 
 HEIGHT, WIDTH, RATE, COUNT = 64, 96, 24, 36  # pixels, frames per second, frames
-MARKS = ((255, 255, 255), (255, 0, 0), (0, 0, 255), (0, 0, 0))  # the top row of a picture that is upright
+MARKS = ((255, 255, 255), (255, 0, 0), (0, 0, 255), (0, 0, 0))  # colors of the top row of an upright picture
 
 X264 = {"g": "12", "bf": "2", "sc_threshold": "0"}
 X265 = {"x265-params": "keyint=12:log-level=none:pools=none:frame-threads=1", "preset": "ultrafast"}
@@ -31,7 +32,10 @@ os.environ.setdefault("SVT_LOG", "1")  # errors only
 
 
 def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """3 x 4 fields: white, red, blue, black, and below them the eight bits of the number in light and dark gray."""
+    """Draws a number in 3 rows of 4 fields.
+
+    The top row is white, red, blue and black. The other rows show the eight bits of the number in light and dark gray.
+    """
     bits = [(200 if number >> bit & 1 else 55,) * 3 for bit in range(8)]
     fields = np.array([*MARKS, *bits], np.uint8).reshape(3, 4, 3)
     rows, columns = np.arange(height) * 3 // height, np.arange(width) * 4 // width
@@ -39,7 +43,14 @@ def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray
 
 
 def number_in(frame_HWC: np.ndarray, *, gray: bool = False) -> int:
-    """The number that a picture shows; -1 if its top row is not there, as when it is turned, mirrored or damaged."""
+    """Returns the number that a picture shows, or -1 if its top row is wrong.
+
+    That is so if the picture is rotated, mirrored or damaged.
+
+    Args:
+        frame_HWC: The picture, as uint8.
+        gray: Whether the picture is gray.
+    """
     height, width = frame_HWC.shape[:2]
     middles = [(height * (2 * row + 1) // 6, width * (2 * column + 1) // 8) for row in range(3) for column in range(4)]
     fields = np.array([frame_HWC[y - 2 : y + 2, x - 2 : x + 2].mean((0, 1)) for y, x in middles])
@@ -52,12 +63,18 @@ def number_in(frame_HWC: np.ndarray, *, gray: bool = False) -> int:
 
 
 def pictures(numbers: Sequence[int] = range(COUNT), height: int = HEIGHT, width: int = WIDTH) -> list[np.ndarray]:
-    """The pictures of these numbers."""
+    """Returns the pictures of these numbers."""
     return [picture(number, height, width) for number in numbers]
 
 
 def written(container: str, fill: Callable[[Any], object], **muxer: str) -> bytes:
-    """The bytes of the file that `fill` writes into the open container."""
+    """Returns the bytes of a file.
+
+    Args:
+        container: Format of the file.
+        fill: Writes packets into the open container.
+        muxer: Options of the container.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         with av.open(str(path), "w", format=container, options=muxer) as output:
@@ -66,7 +83,7 @@ def written(container: str, fill: Callable[[Any], object], **muxer: str) -> byte
 
 
 def add_stream(output: Any, codec: str, frame_HWC: np.ndarray, pix_fmt: str = "yuv420p", **options: str) -> Any:
-    """A video stream for frames of this size, coded by one thread, so that the bytes are the same each time."""
+    """Adds a video stream for frames of this size. One thread encodes it, so that the bytes are always the same."""
     stream = output.add_stream(codec, rate=RATE, options=options)
     stream.height, stream.width, stream.pix_fmt = *frame_HWC.shape[:2], pix_fmt
     stream.codec_context.thread_count = 1
@@ -87,7 +104,20 @@ def encode(
     full_range: bool = False,
     sound: bool = False,
 ) -> bytes:
-    """The bytes of a file with these frames (pictures 0 ... COUNT - 1); pts in frames. A keyframe every 12 frames."""
+    """Returns the bytes of a video file. By default it has a keyframe every 12 frames.
+
+    Args:
+        container: Format of the file.
+        codec: FFmpeg's name of the encoder.
+        frames: RGB or RGBA frames; by default the pictures 0 ... COUNT - 1.
+        options: Options of the encoder; by default those of OPTIONS.
+        muxer: Options of the container.
+        pix_fmt: Pixel format.
+        pts: Timestamps in units of 1 / RATE seconds; by default 0, 1, 2 and so on.
+        aspect: Width of a pixel divided by its height.
+        full_range: Whether the codes of colors have the full range.
+        sound: Whether the file gets a second of silence.
+    """
     frames = pictures() if frames is None else frames
 
     def fill(output: Any) -> None:
@@ -96,11 +126,11 @@ def encode(
         stream.codec_context.sample_aspect_ratio = aspect
         stream.codec_context.color_range = 2 if full_range else 0
         audio = output.add_stream("aac", rate=44100, layout="mono") if sound else None
-        for place, pixels in enumerate(frames):
+        for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgba" if pixels.shape[2] == 4 else "rgb24")
             if full_range:
                 frame = frame.reformat(format=pix_fmt, dst_color_range="JPEG")
-            frame.pts, frame.time_base = pts[place] if pts else place, Fraction(1, RATE)
+            frame.pts, frame.time_base = pts[number] if pts else number, Fraction(1, RATE)
             output.mux(stream.encode(frame))
         output.mux([*stream.encode(), *(silence(audio) if audio else [])])
 
@@ -108,24 +138,24 @@ def encode(
 
 
 def silence(stream: Any) -> list[Any]:
-    """Packets of a second without sound."""
+    """Returns the packets of a second of silence."""
     packets = []
-    for place in range(44):
+    for number in range(44):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-        frame.sample_rate, frame.pts = 44100, place * 1024
+        frame.sample_rate, frame.pts = 44100, number * 1024
         packets += stream.encode(frame)
     return packets + stream.encode(None)
 
 
 @functools.cache
 def plain(container: str = "mp4", codec: str = "libx264") -> bytes:
-    """The pictures as this container and codec hold them; an mp4 has its index in front."""
+    """Returns the bytes of a file with the pictures in this container and codec; the index of an mp4 comes first."""
     pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p", "prores_ks": "yuv422p10le"}.get(codec, "yuv420p")
     return encode(container, codec, pix_fmt=pix_fmt, muxer={"movflags": "faststart"} if container == "mp4" else None)
 
 
 def remux(data: bytes, container: str, skip: int = 0) -> bytes:
-    """The packets of a file but for the first ones, copied into another container."""
+    """Copies the packets of a file into another container, without the first ``skip`` packets."""
 
     def fill(output: Any) -> None:
         with av.open(io.BytesIO(data), "r") as source:
@@ -138,17 +168,28 @@ def remux(data: bytes, container: str, skip: int = 0) -> bytes:
 
 
 def differ(frame_HWC: np.ndarray, other_HWC: np.ndarray) -> bool:
-    """Whether two frames differ by more than two ways of rounding do."""
+    """Returns whether two frames differ by more than rounding."""
     return bool(np.abs(frame_HWC.astype(int) - other_HWC).max() > 2)
 
 
 def sequential(
     path: Path, height: int, width: int, start: int = 0, limit: int = 2000, stream: int = 0, *, on_black: bool = False
 ) -> list[tuple[int | None, np.ndarray]]:
-    """(timestamp, RGB of this size, upright) of all that a plain decode to the end gives, in its order.
+    """Decodes a video from start to end, without an index and without seeking.
 
-    Independent of the reader: no index, no seek. The first `start` packets are left out, those that do not decode are
-    passed over, and after `limit` frames it ends. stream: which one of the videos. on_black: with their alpha applied.
+    Packets that do not decode are skipped.
+
+    Args:
+        path: The file.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+        start: How many packets at the start are left out.
+        limit: Number of frames after which decoding ends.
+        stream: Position of the stream among the video streams.
+        on_black: Whether frames with alpha are composited on black.
+
+    Returns:
+        (timestamp, upright uint8 RGB) of each frame, in the order in which they are decoded.
     """
     pairs: list[tuple[int | None, np.ndarray]] = []
     with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
@@ -168,7 +209,7 @@ def sequential(
 
 
 def composited(frame: av.VideoFrame) -> av.VideoFrame:
-    """The frame as it looks on black; one without alpha as it is."""
+    """Composites a frame on black; a frame without alpha is returned unchanged."""
     if not any(component.is_alpha for component in frame.format.components):
         return frame
     rgba = frame.to_ndarray(format="rgba").astype(int)
@@ -178,7 +219,7 @@ def composited(frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def shown(source: Path | io.BytesIO, stream: int = 0) -> list[int]:
-    """The timestamps of the frames that are shown, in that order, by the packets: those from the first keyframe on."""
+    """Returns the sorted timestamps of the frames that are shown, from the first keyframe on, as packets have them."""
     with av.open(source, "r", metadata_errors="ignore") as container:
         packets = [(packet.pts, packet) for packet in container.demux(video=stream) if packet.size]
     timed = [(pts, packet) for pts, packet in packets if pts is not None]
@@ -187,15 +228,15 @@ def shown(source: Path | io.BytesIO, stream: int = 0) -> list[int]:
 
 
 def keyframes(path: Path, stream: int = 0) -> list[int]:
-    """The places of the keyframes among the packets."""
+    """Returns the positions of the keyframes among the packets."""
     with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
         packets = enumerate(container.demux(video=stream))
-        return [place for place, packet in packets if packet.size and packet.is_keyframe]
+        return [position for position, packet in packets if packet.size and packet.is_keyframe]
 
 
 def resized(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-    """RGB of this size, upright: what `frame` says of its rotation is followed."""
-    # Without these flags the pixels differ from CPU to CPU, and by more than the reader's do from these.
+    """Returns a frame as upright uint8 RGB of this size; the rotation that the frame stores is applied."""
+    # Without these flags, the pixels differ between CPUs, by more than the reader's pixels differ from these.
     exact = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
     if frame.rotation % 180:
         height, width = width, height
