@@ -75,9 +75,9 @@ def test_the_order_of_tensors_does_not_change_the_file(cache: TensorCache) -> No
 def test_every_flipped_byte_is_found(cache: TensorCache) -> None:
     path = cache.path(KEY)
     content = path.read_bytes()
-    for place in range(len(content)):
+    for position in range(len(content)):
         for bits in (0x01, 0x20, 0x80):
-            path.write_bytes(content[:place] + bytes([content[place] ^ bits]) + content[place + 1 :])
+            path.write_bytes(content[:position] + bytes([content[position] ^ bits]) + content[position + 1 :])
             with pytest.raises(CacheError, match="prepare again, which encodes it anew"):
                 cache.read(KEY)
             assert not cache.has(KEY)  # it was renamed, so that the next preparation encodes it anew

@@ -93,7 +93,7 @@ def test_a_stream_that_begins_inside_a_gop_starts_at_its_first_keyframe(tmp_path
     whole = encode(tmp_path / "whole.ts", options={"x264-params": OPEN_GOP})
     with av.open(str(whole)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
-    second = [place for place, packet in enumerate(packets) if packet.is_keyframe][1]
+    second = [position for position, packet in enumerate(packets) if packet.is_keyframe][1]
     assert any(
         packet.pts < packets[second].pts for packet in packets[second:]
     )  # these frames refer to frames that are cut off
@@ -115,9 +115,9 @@ def test_variable_rate(tmp_path):
     assert info.times == pytest.approx([time / RATE for time in pts])
     assert read_numbers(path, range(COUNT), info) == list(range(COUNT))
     chosen = frame_indices(info.times, 10, 7.5, "head")
-    for place, index in enumerate(chosen):
-        distance = abs(pts[index] - 4 * place)
-        assert distance == min(abs(time - 4 * place) for time in pts)
+    for position, index in enumerate(chosen):
+        distance = abs(pts[index] - 4 * position)
+        assert distance == min(abs(time - 4 * position) for time in pts)
 
 
 @pytest.mark.parametrize("clockwise", MATRICES)

@@ -31,7 +31,7 @@ def test_each_frame_shows_its_picture_or_the_one_before(tmp_path: Path, name: st
     path = tmp_path / name
     path.write_bytes(make())
     info = probe(path)
-    assert info.times == pytest.approx([place / RATE for place in range(len(numbers))], abs=1e-3)
+    assert info.times == pytest.approx([position / RATE for position in range(len(numbers))], abs=1e-3)
     assert [number_in(frame) for frame in read_frames(path, info, range(info.num_frames), *SIZE)] == numbers
     assert info.conversions == (("packed b-frames",) if "packed" in name else ())
 
@@ -42,11 +42,11 @@ def test_single_frames_equal_those_of_a_full_decode(tmp_path: Path, name: str) -
     path = tmp_path / name
     path.write_bytes(make())
     info = probe(path)
-    assert [number_in(read_frames(path, info, [place], *SIZE)[0]) for place in (35, 22, 6, 0)] == [
-        numbers[place] for place in (35, 22, 6, 0)
+    assert [number_in(read_frames(path, info, [position], *SIZE)[0]) for position in (35, 22, 6, 0)] == [
+        numbers[position] for position in (35, 22, 6, 0)
     ]
     assert [number_in(frame) for frame in read_frames(path, info, [8, 6, 30, 8], *SIZE)] == [
-        numbers[place] for place in (8, 6, 30, 8)
+        numbers[position] for position in (8, 6, 30, 8)
     ]
 
 

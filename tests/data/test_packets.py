@@ -47,9 +47,9 @@ def with_sound(path: Path, seconds: float) -> Path:
             if packet.size:
                 packet.stream = video
                 container.mux(packet)
-        for place in range(int(seconds * 48000 / 1024)):
+        for position in range(int(seconds * 48000 / 1024)):
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-            frame.sample_rate, frame.pts = 48000, place * 1024
+            frame.sample_rate, frame.pts = 48000, position * 1024
             container.mux(audio.encode(frame))
         container.mux(audio.encode(None))
     return path

@@ -100,10 +100,10 @@ def test_transparency_is_composited_on_black(tmp_path: Path, color: tuple[int, i
 def test_palettes_with_and_without_transparency(tmp_path: Path) -> None:
     few = Image.fromarray(slope() // 128 * 128).quantize(16)
     assert (read(saved(tmp_path / "p.png", few)) == np.asarray(few.convert("RGB"))).all()
-    place = np.asarray(few) == 3
+    is_clear = np.asarray(few) == 3
     clear = read(saved(tmp_path / "q.png", few, transparency=3))
-    assert place.any()
-    assert (clear == np.where(place[..., None], 0, np.asarray(few.convert("RGB")))).all()
+    assert is_clear.any()
+    assert (clear == np.where(is_clear[..., None], 0, np.asarray(few.convert("RGB")))).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -306,11 +306,11 @@ def profile(primaries: np.ndarray, space: bytes = b"RGB ") -> bytes:
     }
     tags |= {name + b"TRC": curve for name in (b"r", b"g", b"b")}
     start = 132 + 12 * len(tags)
-    places = np.cumsum([start, *(len(tag) for tag in tags.values())]).tolist()
+    offsets = np.cumsum([start, *(len(tag) for tag in tags.values())]).tolist()
     table = struct.pack(">I", len(tags))
-    for at, (name, tag) in zip(places, tags.items(), strict=False):
+    for at, (name, tag) in zip(offsets, tags.items(), strict=False):
         table += struct.pack(">4sII", name, at, len(tag))
-    header = struct.pack(">I4xI4s4s4s12x4s", places[-1], 0x04000000, b"mntr", space, b"XYZ ", b"acsp")
+    header = struct.pack(">I4xI4s4s4s12x4s", offsets[-1], 0x04000000, b"mntr", space, b"XYZ ", b"acsp")
     header = header.ljust(68, b"\0") + fixed(0.9642, 1, 0.8249)
     return header.ljust(128, b"\0") + table + b"".join(tags.values())
 

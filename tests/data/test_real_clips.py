@@ -66,7 +66,7 @@ def test_captions_and_files_pair_up(real_clips: Path) -> None:
     assert {real_clips / video for video in videos} == set((real_clips / "videos").glob("*.mp4"))
 
 
-def test_credits_name_author_licence_and_clips(real_clips: Path) -> None:
+def test_credits_name_author_license_and_clips(real_clips: Path) -> None:
     credit = (real_clips / "CREDITS.txt").read_text()
     assert "(c) copyright 2008, Blender Foundation, www.bigbuckbunny.org" in credit
     assert "Creative Commons Attribution 3.0" in credit

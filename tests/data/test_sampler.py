@@ -17,8 +17,8 @@ BATCHES = [1, 2, 3, 4, 8, 25]
 
 
 def order(global_batch: int = 4, seed: int = 0, permutation: list[int] | None = None) -> Order:
-    places = permutation or list(range(len(IDS)))
-    return Order([IDS[i] for i in places], [BUCKETS[i] for i in places], global_batch, seed)
+    positions = permutation or list(range(len(IDS)))
+    return Order([IDS[i] for i in positions], [BUCKETS[i] for i in positions], global_batch, seed)
 
 
 def steps(of: Order, first: int, last: int) -> list[list[tuple[str, int]]]:
@@ -91,9 +91,9 @@ def test_buckets_are_mixed_within_an_epoch() -> None:
 
 
 def test_the_position_in_the_list_has_no_effect() -> None:
-    places = list(range(len(IDS)))
-    random.Random(0).shuffle(places)
-    assert steps(order(), 0, 50) == steps(order(permutation=places), 0, 50)
+    positions = list(range(len(IDS)))
+    random.Random(0).shuffle(positions)
+    assert steps(order(), 0, 50) == steps(order(permutation=positions), 0, 50)
 
 
 def test_an_order_is_a_pure_function_of_the_step() -> None:

@@ -141,8 +141,8 @@ def test_many_problems_of_a_kind_are_cut_short(tmp_path: Path) -> None:
     found = problems(tmp_path)
     assert len(found) == 2
     file = tmp_path / "videos.txt"
-    places = f"{file}:1: no0.mp4, {file}:2: no1.mp4, {file}:3: no2.mp4 and 22 more (25 in all)"
-    assert found[0] == f"{places}: no such file in {tmp_path}; paths are relative to that folder"
+    locations = f"{file}:1: no0.mp4, {file}:2: no1.mp4, {file}:3: no2.mp4 and 22 more (25 in all)"
+    assert found[0] == f"{locations}: no such file in {tmp_path}; paths are relative to that folder"
     assert "is a URL" in found[1]
 
 

@@ -116,8 +116,8 @@ class Order:
 class BucketBatchSampler:
     """Yields the micro-batches of one rank, for a DataLoader.
 
-    The global batch is cut into (accumulation step, rank, place), so that the same samples make up a step however
-    the global batch is divided into ranks and accumulation steps.
+    The global batch is cut by accumulation step, then by rank, then by the position in the micro-batch. So the same
+    samples make up a step, however the global batch is divided into ranks and accumulation steps.
     """
 
     def __init__(
