@@ -1,4 +1,4 @@
-"""Host memory that passes through the device while the device computes.
+"""Streams host memory through the device while the device computes.
 
 graphs.py     lets compiled functions have many graphs, in every thread
 streaming.py  streams weights, saved activations, gradients and optimizer state between host and device

@@ -111,12 +111,12 @@ class Layout:
 
     @property
     def numbers(self) -> int:
-        """The number of elements in ``flat``, padding included."""
+        """Returns the number of elements in ``flat``, padding included."""
         return self.num_bytes // self._dtype.itemsize
 
     @cached_property
     def starts(self) -> list[int]:
-        """The index of each tensor's first element in ``flat``."""
+        """Returns the index of each tensor's first element in ``flat``."""
         return [start // self._dtype.itemsize for start, *_ in self.entries]
 
     @cached_property
@@ -134,7 +134,7 @@ def aligned(size: int) -> int:
 
 
 class SideStream:
-    """A CUDA stream next to the compute stream; without a GPU it does nothing, and copies run at once."""
+    """Wraps a CUDA stream next to the compute stream. Without a GPU there is no stream, and copies run at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -438,7 +438,7 @@ class HostTrainedBlocks:
 
 
 class Slice(NamedTuple):
-    """One contiguous piece of host memory in a Transfer."""
+    """Describes one contiguous piece of host memory in a Transfer."""
 
     host: Tensor  # one-dimensional, on the host
     copy_in: bool = True  # whether it is copied to the device before the work

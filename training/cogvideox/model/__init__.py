@@ -1,4 +1,4 @@
-"""The network: its parts, its blocks as functions of tensors, the methods that train it, and the loss.
+"""Contains the network, its blocks as functions of tensors, the training methods, and the loss.
 
 diffusion.py    the noise schedule, the loss and its weights
 tasks.py        what the transformer gets as input: text-to-video, image-to-video

@@ -1,4 +1,4 @@
-"""One CogVideoX transformer block, written as two pure functions of tensors: ``forward`` and ``backward``.
+"""Computes one CogVideoX transformer block with two pure functions of tensors, ``forward`` and ``backward``.
 
 The block computes what CogVideoXBlock of diffusers computes, with PEFT's LoRA on its linear layers. ``forward`` returns
 the block's output and those activations that it was asked to keep; ``backward`` takes the kept activations, recomputes
@@ -52,7 +52,7 @@ UNITS |= {"n1": 1, "rq": 1, "rk": 1, "n2": 1, "g": 4}
 
 
 class Linear(NamedTuple):
-    """A linear layer with an optional LoRA: y = W x + bias + scale * B A drop(x).
+    """Describes a linear layer with an optional LoRA: y = W x + bias + scale * B A drop(x).
 
     The fields tell which gradients ``linears_backward`` returns: those of ``a`` and ``b`` if there is a LoRA, those of
     ``weight`` and ``bias`` if ``trained`` is set, otherwise none.
@@ -70,7 +70,7 @@ class Linear(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The weight and bias of a layer norm; ``trained`` tells whether they get gradients."""
+    """Holds the weight and bias of a layer norm; ``trained`` tells whether they get gradients."""
 
     weight: Tensor | None  # (D,), or (E,) for queries and keys
     bias: Tensor | None
@@ -79,7 +79,7 @@ class Norm(NamedTuple):
 
 
 class Block(NamedTuple):
-    """All weights of one block. The names are those of the formulas in the module's docstring."""
+    """Holds all weights of one block. The names are those of the formulas in the module's docstring."""
 
     modulation1: Linear  # timestep embedding -> shift, scale, gate of video, then of text: (6 D, time embedding)
     norm1: Norm
@@ -101,7 +101,7 @@ Gradients = tuple[Tensor, ...]
 
 
 class Shared(NamedTuple):
-    """The inputs that all blocks of one forward pass have in common."""
+    """Holds the inputs that all blocks of one forward pass have in common."""
 
     temb: Tensor  # timestep embedding, (B, time embedding)
     rotary: tuple[Tensor, Tensor] | None  # cos and sin, (S, E) each; 1 and 0 for text tokens, which are not rotated

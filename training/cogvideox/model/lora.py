@@ -85,6 +85,7 @@ class SampleDropout(Module):
         return x * kept.to(x.dtype) / (1.0 - self.p)
 
     def _kept(self, x: Tensor, index: int) -> Tensor:
+        """Returns the mask of one sample, True where values are kept, for its position in the global batch."""
         key = key_of(self.seed, "lora dropout", self.position.step, index, self.layer)
         generator = torch.Generator(x.device).manual_seed(key)
         return torch.rand(x.shape, generator=generator, device=x.device) >= self.p

@@ -1,4 +1,4 @@
-"""What is trained: which parameters are added or made trainable, and how the result is written and read back.
+"""Defines what is trained: which parameters are added or made trainable, and how the result is saved and loaded.
 
 ``Method`` lists what the training loop needs of a method. The methods are ``Lora``, a PEFT LoRA on a frozen
 transformer, and ``FullFinetune``, which trains all weights of the transformer.
@@ -47,7 +47,7 @@ ADAPTER = "default"
 
 
 class Method(Protocol):
-    """What the training loop needs of a training method.
+    """Defines the interface of a training method.
 
     Attributes:
         transformer: The model that is trained.
@@ -128,6 +128,7 @@ class Lora:
             self._start_from(self.flags.lora_path)
 
     def _attach(self, seed: int) -> None:
+        """Adds the LoRA to the transformer, with its initialization and dropout."""
         from peft import LoraConfig
 
         flags = self.flags
@@ -267,6 +268,7 @@ class Lora:
         return self._save(folder, rounded=self.flags.fold_lora_scale)
 
     def _save(self, folder: Path, rounded: bool) -> dict[str, Any]:
+        """Writes the LoRA and its metadata; ``rounded`` allows folding a scale that rounds the matrices."""
         from safetensors.torch import save_file
 
         training = self.scaling()

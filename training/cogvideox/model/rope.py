@@ -60,6 +60,7 @@ class RotaryTables:
         return self._tables[shape]
 
     def _compute(self, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Computes the tables of a latent shape."""
         geometry = self.geometry
         patch, patch_t = geometry.patch_size, geometry.patch_size_t
         grid = (height // patch, width // patch)  # in patches

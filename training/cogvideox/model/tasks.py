@@ -1,4 +1,4 @@
-"""Which inputs the transformer gets, and which diffusers pipeline samples from it: text to video or image to video.
+"""Defines the tasks, text to video and image to video: the transformer's inputs and the diffusers pipeline.
 
 ``Task`` lists what the training loop needs of a task. A task makes a predictor of a batch, (x_t, timestep) -> velocity,
 which calls the transformer exactly as the matching diffusers pipeline does. ``losses_of`` is the loss of each sample.
@@ -22,7 +22,7 @@ IMAGE_NAME = "image-{}.png"  # a validation image, which is saved next to the re
 
 
 class Task(Protocol):
-    """What the training loop needs of a task.
+    """Defines the interface of a task.
 
     Attributes:
         pipeline: The class name of the diffusers pipeline that samples from the result.

@@ -45,7 +45,7 @@ GRADIENT = "gradient of "
 
 
 class BlockError(RuntimeError):
-    """Training would compute a block differently from diffusers."""
+    """Reports that training would compute a block differently from diffusers."""
 
 
 def check_blocks(run: Run, samples: int, tensors: Tensors, transformer: Any, plan: Plan) -> None:
@@ -163,7 +163,7 @@ def tolerance_factor(what: str) -> int:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a block, and the gradients with respect to its outputs."""
+    """Holds the inputs of a block, and the gradients with respect to its outputs."""
 
     video: Tensor  # (B, S - L, D)
     text: Tensor  # (B, L, D)

@@ -103,7 +103,7 @@ def base_precision(options: TrainOptions) -> str:
 
 
 def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: list[Bucket], transformer: Any) -> Sizes:
-    """Returns ``sizes_of`` with what the flags add: optimizer state, averages and gradient accumulation.
+    """Returns the sizes of a run, including optimizer state, averages and gradient accumulation.
 
     Raises:
         UsageError: The base cannot be quantized to this precision.
@@ -205,7 +205,7 @@ def sizes_of(
     dtype: torch.dtype,
     precision: str = AUTO,
 ) -> Sizes:
-    """Returns what memory and time depend on, before the flags add theirs.
+    """Returns the sizes of a run, without optimizer state, averages and gradient accumulation.
 
     Args:
         transformer: The transformer with its adapters, on any device.

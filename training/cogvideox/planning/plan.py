@@ -64,7 +64,7 @@ CONTEXT = 0.6 * GIB  # memory of CUDA itself on the card that --vram_budget desc
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a run that memory and time depend on."""
+    """Holds the sizes of a run that memory and time depend on."""
 
     blocks: int
     block_bytes: int  # the weights of one block, without its LoRA
@@ -87,17 +87,17 @@ class Sizes:
 
     @property
     def all_trained(self) -> int:
-        """All trained elements."""
+        """Returns the number of all trained elements."""
         return self.trained + self.blocks * self.block_trained
 
     @property
     def moving_bytes(self) -> int:
-        """Bytes per trained element that pass through the device in an optimizer step."""
+        """Returns the bytes per trained element that pass through the device in an optimizer step."""
         return self.state_bytes - self.average_bytes
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of a block's input."""
+        """Returns the bytes of a block's input."""
         return self.samples * self.tokens * self.width * self.item_bytes
 
     def kept_bytes(self, level: str) -> int:
@@ -108,7 +108,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Machine:
-    """Free memory and measured rates of a machine."""
+    """Holds the free memory and the measured rates of a machine."""
 
     device_bytes: int  # device memory that may be filled
     host_bytes: int  # free host memory
@@ -121,7 +121,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """The plan of one block: where its weights are, which activations forward saves (blocks.KEPT), and where."""
+    """Says for one block where its weights are, which activations forward saves (blocks.KEPT), and where."""
 
     weights: str = DEVICE  # where the weights are, and their gradients if they are trained
     keep: str = "input"  # one of LEVELS
@@ -131,7 +131,7 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Axes:
-    """The allowed values of each axis of a plan, as the flags leave them."""
+    """Lists, for each axis of a plan, the values that the flags allow."""
 
     weights: Sequence[str] = (DEVICE, HOST)
     keep: Sequence[str] = LEVELS
@@ -149,7 +149,7 @@ PRESETS = {  # of --plan
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """One way to run the blocks, chosen before the first step and printed."""
+    """Says how a Stack runs the blocks. The plan is chosen and printed before the first step."""
 
     blocks: tuple[BlockPlan, ...]
     compiled: bool
@@ -192,7 +192,7 @@ class ExecutionPlan:
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """Blocks that diffusers runs: the reference, which supports every training method."""
+    """Lets diffusers' own modules run the blocks, which supports every training method."""
 
     recompute: bool  # whether a block's activations are recomputed in the backward pass
     compiled: bool  # whether torch.compile compiles the blocks, one graph for all of them
@@ -203,7 +203,7 @@ class ModulePlan:
 
 
 class NoPlanError(ValueError):
-    """No allowed plan fits; the message has the sizes of the smallest one."""
+    """Reports that no allowed plan fits; the message has the sizes of the smallest one."""
 
 
 # -- prediction --------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple
 def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
     """Predicts the seconds of a step: each pass takes the larger of its arithmetic and its copies in one direction.
 
-    The maximum is taken over the whole pass and not for each block, because blocks of different kinds take turns and
+    The maximum is taken over a complete pass and not for each block, because blocks of different kinds take turns and
     copies start ahead of time. The arguments are those of ``peak_bytes``, and the machine, which has the rates.
     """
     # One block: 12 D^2 weights in linear layers, 2 FLOP each per token, and two products of S x S x D per sample.
@@ -349,7 +349,7 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     before, behind = before / BOTH_WAYS, (moved - before) / BOTH_WAYS
     hidden = max(forward, weights, kept) + behind - max(forward, weights + behind, kept + behind)
     if sizes.average_bytes and moved:
-        hidden = 0.0  # the average is updated by the host, which waits for the whole pass
+        hidden = 0.0  # the average is updated by the host, which waits for all transfers
     return sizes.passes * total + before + behind - hidden + on_device
 
 

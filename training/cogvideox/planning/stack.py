@@ -55,7 +55,7 @@ def for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Stack:
-    """All blocks of a transformer, executed as a plan says; the module docstring explains how.
+    """Runs all blocks of a transformer under a plan; the module docstring explains how.
 
     Args:
         transformer: A CogVideoX of diffusers for which ``is_supported`` is true: either all of it is trained, or only
