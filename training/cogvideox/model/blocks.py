@@ -396,9 +396,8 @@ def backward(
     shift1, scale1, gate1 = modulations(p.modulation1, shared, x.shape[1])
     shift2, scale2, gate2 = modulations(p.modulation2, shared, x.shape[1])
 
-    # First half: take every activation that the gradients need from ``kept``, or recompute it. Those that no gradient
-    # needs stay None. n1 and n2 are also recomputed if the outputs of their linear layers were not kept, because these
-    # are computed from them.
+    # First half: take every activation that the gradients need from ``kept``, or recompute it; the others stay None. n1
+    # and n2 are also needed to recompute the outputs of their linear layers if these were not kept.
     def obtain(name: str, compute: Callable[[], Tensor]) -> Tensor:
         return kept[name] if name in kept else compute()
 

@@ -89,7 +89,7 @@ class Stack:
         """
         precision = self.plan.base_precision
         own = [base_parameters(module) for module in self.modules]
-        like = stored_weights(self.modules[0], precision, META)
+        like = stored_weights(self.modules[0], precision, META)  # shapes and types only; allocates nothing
         layout, hosts = Layout(flatten(like)), {}
         self.resident: dict[int, list[Weight]] = {}
         for i, (block, parameters) in enumerate(zip(self.plan.blocks, own, strict=True)):
