@@ -317,9 +317,9 @@ def test_a_transformer_without_an_entry_is_diffusers(configs: Path) -> None:
     values = json.loads(path.read_text())
     for name in TRANSFORMER_DEFAULTS:
         path.write_text(json.dumps({entry: value for entry, value in values.items() if entry != name}))
-        whole = CogVideoXTransformer3DModel.load_config(path.parent)
+        complete = CogVideoXTransformer3DModel.load_config(path.parent)
         with torch.device("meta"):
-            config = CogVideoXTransformer3DModel.from_config(whole).config if name != "attention_head_dim" else {}
+            config = CogVideoXTransformer3DModel.from_config(complete).config if name != "attention_head_dim" else {}
         assert config.get(name, TRANSFORMER_DEFAULTS[name]) == TRANSFORMER_DEFAULTS[name]
         geometry(configs)
 

@@ -325,7 +325,7 @@ def test_a_storage_that_cannot_be_reached(hub: StandIn, folder: Path) -> None:
     assert hub.asked("objects/batch") == 1 + len(NOW)
 
 
-# -- whole runs --------------------------------------------------------------------------------------------------------
+# -- complete runs -----------------------------------------------------------------------------------------------------
 
 PUSH = ("--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "team/style")
 

@@ -77,9 +77,9 @@ def test_trains_resumes_and_gives_the_validated_video(
     output, run = tmp_path / "run", script_of(kind, method)
     flags = flags_of(tiny, kind, method, image_tensors, image, output)
     assert run(flags) == 0
-    whole, whole_losses = result_of(output), losses(output)
-    assert all(0.1 < loss < 10 for loss in whole_losses)
-    assert not [name for name, tensor in whole.items() if not tensor.any() and "lora_B" in name]
+    uninterrupted, uninterrupted_losses = result_of(output), losses(output)
+    assert all(0.1 < loss < 10 for loss in uninterrupted_losses)
+    assert not [name for name, tensor in uninterrupted.items() if not tensor.any() and "lora_B" in name]
     assert json.loads((output / "recipe.json").read_text())["verification"]["max_difference"] == 0
 
     for name in ("inference.py", "README.md"):  # When all weights are trained, they are saved without the positions.
@@ -101,8 +101,8 @@ def test_trains_resumes_and_gives_the_validated_video(
     assert [path.name for path in checkpoints(output)] == ["checkpoint-2"]
     (output / "recipe.json").unlink()
     assert run(flags) == 0
-    assert equal(result_of(output), whole)
-    assert losses(output) == whole_losses
+    assert equal(result_of(output), uninterrupted)
+    assert losses(output) == uninterrupted_losses
 
 
 def refused(run: Callable[[list[str]], int], flags: list[str]) -> str:

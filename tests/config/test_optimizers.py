@@ -138,17 +138,17 @@ def test_equals_its_library(command: str, norm: float) -> None:
 @pytest.mark.parametrize("command", EACH_KIND)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resumes_bit_for_bit_from_a_safetensors_file(command: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    whole, again = parameters(command, dtype), parameters(command, dtype, seed=1)
-    engine, resumed = engine_of(command, whole, 5.0), engine_of(command, again, 5.0)
-    advance(engine, whole, 0, 4)
+    uninterrupted, again = parameters(command, dtype), parameters(command, dtype, seed=1)
+    engine, resumed = engine_of(command, uninterrupted, 5.0), engine_of(command, again, 5.0)
+    advance(engine, uninterrupted, 0, 4)
     save_file(engine.state(), tmp_path / "state.safetensors")
     resumed.load_state(load_file(tmp_path / "state.safetensors"))
     assert state_equal(engine.state(), resumed.state())
     assert kinds(engine) == kinds(resumed)
-    advance(engine, whole, 4, 8)
+    advance(engine, uninterrupted, 4, 8)
     advance(resumed, again, 4, 8)
     assert state_equal(engine.state(), resumed.state())
-    assert all(whole[name].equal(again[name]) for name in whole)
+    assert all(uninterrupted[name].equal(again[name]) for name in uninterrupted)
     assert not state_equal(engine.state(), load_file(tmp_path / "state.safetensors"))
 
 
@@ -162,10 +162,10 @@ def kinds(engine: MasterWeights) -> list[dict[str, type]]:
 
 def test_a_run_resumed_before_its_first_step() -> None:
     command = "--optimizer prodigy"
-    whole, again = parameters(command), parameters(command, seed=1)
-    engine, resumed = engine_of(command, whole), engine_of(command, again)
+    uninterrupted, again = parameters(command), parameters(command, seed=1)
+    engine, resumed = engine_of(command, uninterrupted), engine_of(command, again)
     resumed.load_state(engine.state())
-    advance(engine, whole, 0, 3)
+    advance(engine, uninterrupted, 0, 3)
     advance(resumed, again, 0, 3)
     assert state_equal(engine.state(), resumed.state())
 
@@ -335,9 +335,9 @@ def test_a_run_that_stopped_ends_with_the_same_lora(
         return weights(tmp_path / name)
 
     run("stopped", 2)
-    assert equal(run("stopped", 4), run("whole", 4))
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    saved = load_file(tmp_path / "whole" / "checkpoint-4" / "optimizer.safetensors")
+    assert equal(run("stopped", 4), run("uninterrupted", 4))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "uninterrupted")
+    saved = load_file(tmp_path / "uninterrupted" / "checkpoint-4" / "optimizer.safetensors")
     assert any(tensor.dtype == torch.uint8 for tensor in saved.values()) == ("--use_8bit" in more)
 
 

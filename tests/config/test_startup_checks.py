@@ -65,7 +65,7 @@ def noise_as_target(_: Any, schedule: Any, predict: Any, x0: Any, noise: Any, ti
     return (found.float() - noise).square().mean(dim=(1, 2, 3, 4))
 
 
-def whole_variance(_: Any, moments: Any, noise: Any) -> Any:
+def doubled_log_deviation(_: Any, moments: Any, noise: Any) -> Any:
     mean, log_variance = moments.float().chunk(2)
     return mean + log_variance.clamp(-30.0, 20.0).exp() * noise
 
@@ -74,7 +74,7 @@ def whole_variance(_: Any, moments: Any, noise: Any) -> Any:
 CLIP_FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "rotary time one frame later": (rope.RotaryTables, "_compute", later),
     "rotary height and width swapped": (rope.RotaryTables, "_compute", height_for_width),
-    "standard deviation without its half": (dataset, "sample_posterior", whole_variance),
+    "standard deviation without its half": (dataset, "sample_posterior", doubled_log_deviation),
     "noise as the target": (diffusion, "loss", noise_as_target),
     "clip and noise swapped": (diffusion, "loss", lambda right, s, p, x0, e, t: right(s, p, e, x0, t)),
     "timestep in the compute type": (tasks, "velocity_predictor", in_compute_type),
