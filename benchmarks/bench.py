@@ -1,4 +1,4 @@
-"""Trains full-size CogVideoX configs with random weights on a GPU, stock and ours: seconds a step, memory, utilisation.
+"""Trains full-size CogVideoX configs with random weights on a GPU, stock and ours: seconds a step, memory, utilization.
 
     python benchmarks/bench.py --all                     # every row whose result is not there yet
     python benchmarks/bench.py --rows 5b-r128-fast       # some of them

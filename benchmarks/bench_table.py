@@ -66,7 +66,7 @@ def useful_flops(tokens: int, width: int, layers: int, batch: int, trains_all: b
 
 
 def speed_figures(row: dict[str, Any]) -> dict[str, float | None]:
-    """Model FLOPs utilisation, and the share of the limit that is reached; none on devices without known figures."""
+    """Model FLOPs utilization, and the share of the limit that is reached; none on devices without known figures."""
     flops = next((flops for name, flops in PEAK_FLOPS.items() if name in row["device"]), None)
     if flops is None:
         return {"mfu": None, "limit_ratio": None}

@@ -122,7 +122,7 @@ def random_vae(dtype: torch.dtype, quickened: bool) -> Iterator[Any]:
 
 
 def make_clip() -> np.ndarray:
-    """Smooth moving colours with some noise, uint8 (F, H, W, 3)."""
+    """Smooth moving colors with some noise, uint8 (F, H, W, 3)."""
     frames, height, width = clip_size("5b")
     f, h, w = np.ogrid[:frames, :height, :width]
     waves = [np.sin(h / (40 + 9 * c) + w / (25 + 7 * c) + f / (5 + c)) for c in range(3)]

