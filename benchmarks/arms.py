@@ -1,9 +1,8 @@
-"""The arms of bench.py: a plain diffusers and PEFT loop, and this project's training step under a plan.
+"""Measures the two arms of bench.py: a plain loop of diffusers and PEFT, and this project's training step under a plan.
 
-Work (model, rank, batch, device; rank 0: all weights) -> stock(work, steps) or ours(work, plan, steps) -> figures of
-that arm. Nothing is read from files or written: weights, latents and prompts are random, and decide neither time nor
-memory. The steps of our arm are put together from the library's own parts, as loop.Trainer does it, but for data and
-checkpoints.
+``Work`` describes the task, and ``stock`` and ``ours`` return the figures of an arm for it. No files are read or
+written: weights, latents and prompts are random, which affects neither time nor memory. The steps of our arm are built
+from the parts of the library that loop.Trainer uses, without data and checkpoints.
 """
 
 import gc
@@ -41,10 +40,10 @@ from cogvideox.runtime.run import TimeMark
 GIB = 2**30
 NO_MEMORY = "out of memory"
 DTYPE = torch.bfloat16
-LEFT = GIB // 4  # bytes that may stay on the device between arms: the workspaces of cuBLAS
+LEFT = GIB // 4  # bytes that may stay allocated between arms, for the workspaces of cuBLAS
 SAMPLING_STEPS, GUIDANCE = 2, 6.0
-SMALLEST_CARD = 4.0  # GiB; the VAE alone does not decode in what 2b trains in
-PLAN_FLAGS = {  # of training, by the names of plans
+SMALLEST_CARD = 4.0  # GiB; decoding by the VAE needs more memory than training of 2b
+PLAN_FLAGS = {  # flags of the training script for each plan
     "fast": ("--plan", "fast"),
     "auto": ("--plan", "auto"),
     "24gb": ("--vram_budget", "24"),
@@ -58,37 +57,37 @@ PLAN_FLAGS = {  # of training, by the names of plans
 
 @dataclass(frozen=True)
 class Work:
-    """What both arms do: text-to-video steps of one size on one device."""
+    """Describes what both arms do: text-to-video steps with clips of one size on one device."""
 
     kind: str
-    rank: int  # of the LoRA; 0: all weights are trained
+    rank: int  # rank of the LoRA; 0: all weights are trained
     batch: int
     device: torch.device
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The transformer's."""
+        """Returns the config of the transformer."""
         return random_models.TRANSFORMERS[self.kind]
 
     @cached_property
     def scheduler(self) -> Any:
-        """The pipeline's."""
+        """Returns the scheduler of the pipeline."""
         from tiny_cogvideox import make_scheduler
 
         return make_scheduler(self.kind)
 
     @cached_property
     def geometry(self) -> Geometry:
-        """Of the published model."""
+        """Returns the geometry of the published model."""
         return geometry_of(self.config, random_models.vae_config(self.kind), dict(self.scheduler.config))
 
     @cached_property
     def bucket(self) -> Bucket:
-        """The size of the clips."""
+        """Returns the size of the clips."""
         return Bucket(*random_models.clip_size(self.kind))
 
     def options(self, plan_name: str) -> LoraOptions | SftOptions:
-        """As the command line of the training script gives them."""
+        """Returns the options that the training script would parse for a plan."""
         flags = ["--pretrained_model_name_or_path", self.kind, "--data_root", self.kind, "--load_tensors"]
         flags += ["--mixed_precision", "bf16", "--optimizer", "adamw", "--learning_rate", "1e-4"]
         flags += ["--train_batch_size", str(self.batch), *PLAN_FLAGS[plan_name]]
@@ -98,34 +97,34 @@ class Work:
 
     @property
     def width(self) -> int:
-        """Channels of the transformer."""
+        """Returns the number of channels of the transformer, D."""
         return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
     @property
     def tokens(self) -> int:
-        """Tokens of a sample, text and video."""
+        """Returns the number of text and video tokens of a sample."""
         return self.geometry.tokens(self.bucket)
 
     def random(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-        """Normal numbers on the device, a batch of them."""
+        """Returns normal random numbers on the device, (B, *shape)."""
         return torch.randn(self.batch, *shape, device=self.device, dtype=dtype)
 
     def random_prompt(self) -> Tensor:
-        """(B, L, D)."""
+        """Returns random embeddings of prompts, (B, L, D)."""
         return self.random(self.geometry.max_text_seq_length, self.geometry.text_embed_dim)
 
     def random_timestep(self) -> Tensor:
-        """(B,)."""
+        """Returns random timesteps, (B,)."""
         return torch.randint(0, len(self.scheduler.alphas_cumprod), (self.batch,), device=self.device)
 
     def random_batch(self) -> Batch:
-        """What the loader gives, on the device."""
+        """Returns a random batch on the device, in the form that the loader yields."""
         x0, noise = (self.random(*self.geometry.latent_shape(self.bucket), dtype=torch.float32) for _ in range(2))
         ids = tuple(map(str, range(self.batch)))
         return Batch(x0, noise, self.random_timestep(), self.random_prompt(), ids)
 
     def make_transformer(self) -> Any:
-        """Frozen, on the device."""
+        """Returns a frozen random transformer on the device."""
         return random_models.make_transformer(self.kind, str(self.device)).requires_grad_(False)
 
 
@@ -133,7 +132,7 @@ class Work:
 
 
 def peak_gib(device: torch.device) -> dict[str, float | None]:
-    """Peaks since the last call, which are forgotten with this one; none without a GPU."""
+    """Returns the peak memory since the last call, in GiB, and resets it. The values are None without a GPU."""
     if device.type != "cuda":
         return {"allocated": None, "reserved": None}
     peaks = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
@@ -142,10 +141,10 @@ def peak_gib(device: torch.device) -> dict[str, float | None]:
 
 
 def make_room(device: torch.device) -> None:
-    """Frees what an earlier arm left.
+    """Frees the memory of an earlier arm.
 
     Raises:
-        RuntimeError: something is still there, which the next arm's peak would contain.
+        RuntimeError: Some memory is still in use, which would count for the next arm.
     """
     torch._dynamo.reset()
     gc.collect()
@@ -154,12 +153,12 @@ def make_room(device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
         left = torch.cuda.memory_allocated(device)
         if left > LEFT:
-            raise RuntimeError(f"{left / GIB:.2f} GiB of the arm before are still on the device")
+            raise RuntimeError(f"{left / GIB:.2f} GiB of the previous arm are still allocated on the device")
         peak_gib(device)
 
 
 def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Figures, or how it failed, so that what comes next runs all the same."""
+    """Returns the figures, or the error, so that a failure does not end the process."""
     try:
         return measure(*arguments)
     except Exception as error:
@@ -168,7 +167,7 @@ def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
 
 
 class Meter:
-    """Seconds and peaks of an arm's steps. As in training, the host is never more than a step ahead of the device."""
+    """Measures seconds and peak memory of steps. As in training, the host is at most one step ahead of the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -176,19 +175,19 @@ class Meter:
         self.peaks: list[dict[str, float | None]] = []
         gc.collect()
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what making the model has left
+            torch.cuda.empty_cache()  # returns what was needed to make the model
         peak_gib(device)
         self.marks = [TimeMark(device)]
 
     def step_ended(self, loss: Tensor) -> None:
-        """Takes note of a step that the device has been given."""
+        """Records a step that was submitted to the device."""
         self.marks.append(TimeMark(self.device))
         self.losses.append(loss.detach())
         self.peaks.append(peak_gib(self.device))
         self.marks[-2].reached()
 
     def figures(self) -> dict[str, Any]:
-        """Of at least two steps. Peaks are of all steps, the first one with its compiling included."""
+        """Returns the figures of at least two steps. The peaks include the first step and its compilation."""
         self.marks[-1].reached()
         seconds = [end.seconds_since(start) for start, end in pairwise(self.marks)]
         peaks = {name: [peak[name] for peak in self.peaks] for name in self.peaks[0]}
@@ -206,7 +205,7 @@ class Meter:
 
 
 def stock(work: Work, steps: int) -> dict[str, Any]:
-    """As published trainers do it: diffusers, PEFT, accelerate's autocast, full checkpointing, AdamW, clipping."""
+    """Trains as published trainers do: diffusers, PEFT, accelerate's autocast, full checkpointing, AdamW, clipping."""
     from accelerate import Accelerator
     from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
     from peft import LoraConfig
@@ -255,8 +254,8 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
 def run_under_plan(
     transformer: Any, options: LoraOptions | SftOptions, work: Work
 ) -> tuple[ExecutionPlan, HostTrainedBlocks | None, dict[str, Any]]:
-    """Lets a transformer run as the flags say; returns its plan, what is trained on the host, and what is recorded."""
-    transformer.to("cpu")  # where training starts from
+    """Applies the plan that the flags ask for; returns the plan, the host-trained blocks, and figures to record."""
+    transformer.to("cpu")  # training starts with the transformer on the host
     flags = options.plan
     if work.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -283,13 +282,13 @@ def master_weights(
     on_host: bool,
     host_trained: HostTrainedBlocks | None,
 ) -> MasterWeights:
-    """The optimizer's state, as engine.make_engine makes it."""
+    """Returns the optimizer with its master weights, as engine.make_engine makes it."""
     make = partial(make_optimizer, options.optimizer)
     return MasterWeights(method.parameters(), make, options.train.max_grad_norm, False, on_host, host_trained)
 
 
 def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
-    """Training steps under a plan; then what validation needs beside them, if asked for."""
+    """Measures training steps under a plan, and validation after them if asked for."""
     options, device = work.options(name), work.device
     transformer = work.make_transformer()
     method = Lora(transformer, options) if isinstance(options, LoraOptions) else FullFinetune(transformer, options)
@@ -318,9 +317,9 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
 
 
 def sample(work: Work, transformer: Any, reserved_gib: float | None) -> dict[str, Any]:
-    """Peaks of sampling by the stock pipeline and of decoding what fits, with all of training still there.
+    """Measures sampling by the stock pipeline and decoding, while all memory of training is still allocated.
 
-    The process is held to what training reserved, or to a card of SMALLEST_CARD if that has more.
+    The process is limited to the memory that training reserved, or to SMALLEST_CARD if that is more.
     """
     from diffusers import CogVideoXPipeline
 

@@ -1,13 +1,13 @@
-"""Trains full-size CogVideoX configs with random weights on a GPU, stock and ours: seconds a step, memory, utilization.
+"""Measures training of full-size CogVideoX models with random weights on a GPU: seconds per step, memory, utilization.
 
-    python benchmarks/bench.py --all                     # every row whose result is not there yet
-    python benchmarks/bench.py --rows 5b-r128-fast       # some of them
-    python benchmarks/bench.py --table                   # the table of docs/benchmarks.md; --table FILE writes it there
+    python benchmarks/bench.py --all                     # all rows without a result
+    python benchmarks/bench.py --rows 5b-r128-fast       # some rows
+    python benchmarks/bench.py --table                   # print the table; --table FILE writes it into a file
 
-A row is a model, a rank (or sft: all weights), a batch size and a plan: flags of training, arms.PLAN_FLAGS says which.
-Rows that differ in their plan alone share a process: the stock arm first, then each of them, so that every ratio is of
-one run (arms.py). A row's result is a JSON file; what is there is not run again, and a row that fails keeps no other
-from running.
+A row is a model, a rank (or sft: all weights), a batch size and a plan, which arms.PLAN_FLAGS translates into flags of
+training. Rows that differ only in their plan share a process, in which the stock arm runs first, so that the numbers of
+a ratio come from one run. The result of a row is a JSON file. Rows with a result are not run again, and a row that
+fails does not prevent others from running.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from cogvideox.files import write_atomically
 
 @dataclass(frozen=True)
 class Process:
-    """Rows that differ in their plan alone, and how many steps each arm makes."""
+    """Describes rows that differ only in their plan, and the number of steps of each arm."""
 
     kind: str
     rank: int  # 0: all weights are trained
@@ -42,7 +42,7 @@ class Process:
 
     @property
     def rows(self) -> dict[str, str]:
-        """Plans by the names of the rows."""
+        """Returns the plan of each row, by the name of the row."""
         batch = f"-b{self.batch}" if self.batch > 1 else ""
         trained = f"r{self.rank}" if self.rank else "sft"
         return {f"{self.kind}-{trained}{batch}-{plan}": plan for plan in self.plans}
@@ -62,7 +62,7 @@ ROWS = {row: process for process in PROCESSES for row in process.rows}
 
 
 def path_of(results: Path, row: str) -> Path:
-    """Where a row's result lies."""
+    """Returns the path of a row's result."""
     return results / f"{PREFIX}{row}.json"
 
 
@@ -70,19 +70,19 @@ def path_of(results: Path, row: str) -> Path:
 
 
 def stock_arm(work: Work, steps: int) -> dict[str, Any]:
-    """The stock arm's figures, or how it failed: that it does not fit is a result too."""
+    """Returns the figures of the stock arm, or its error. That it does not fit into memory is a result too."""
     make_room(work.device)
     return attempt(stock, work, steps)
 
 
 def our_arm(work: Work, plan: str, process: Process) -> dict[str, Any]:
-    """Our figures, or how it failed."""
+    """Returns our figures, or the error."""
     make_room(work.device)
     return attempt(ours, work, plan, process.steps, process.validates and plan == "lean")
 
 
 def result_of(row: str, work: Work, arm: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
-    """All of a row: what was done and with what, its arm's figures, and the stock arm's beside them."""
+    """Returns the result of a row: the task, the versions, the figures of its arm, and those of the stock arm."""
     plan = ROWS[row].rows[row]
     result = {"row": row, "kind": work.kind, "rank": work.rank, "batch": work.batch, "plan": plan}
     result |= {"clip": str(work.bucket), "tokens": work.tokens, "precision": "bf16"}
@@ -100,7 +100,7 @@ def result_of(row: str, work: Work, arm: dict[str, Any], beside: dict[str, Any])
 
 
 def run_rows(rows: Sequence[str], results: Path, device: torch.device) -> int:
-    """The stock arm, then rows of one process; returns how many failed."""
+    """Runs the stock arm and then the rows of one process; returns how many rows failed."""
     process = ROWS[rows[0]]
     work = Work(process.kind, process.rank, process.batch, device)
     beside = stock_arm(work, process.stock_steps)
@@ -124,12 +124,12 @@ def run_rows(rows: Sequence[str], results: Path, device: torch.device) -> int:
 
 
 def spawn(arguments: Sequence[str]) -> None:
-    """This script in a process of its own; what it has not written has failed."""
+    """Runs this script in a new process. Rows without a result have failed."""
     subprocess.run([sys.executable, __file__, *arguments], check=False)
 
 
 def drive(rows: Sequence[str], results: Path, device: torch.device) -> int:
-    """Runs the rows that are not there yet, a process after the other; returns how many failed."""
+    """Runs the rows without a result, one process after another; returns how many rows failed."""
     failed: list[str] = []
     for process in PROCESSES:
         todo = [row for row in process.rows if row in rows and not path_of(results, row).is_file()]
@@ -141,20 +141,22 @@ def drive(rows: Sequence[str], results: Path, device: torch.device) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Returns the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every row")
     which.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"some of {', '.join(ROWS)}")
-    which.add_argument("--row", nargs="+", choices=ROWS, metavar="ROW", help="in this process, if there or not")
-    which.add_argument("--table", nargs="?", const="", metavar="FILE", help="print the table, or put it into a file")
+    which.add_argument(
+        "--row", nargs="+", choices=ROWS, metavar="ROW", help="run rows in this process, even if they have results"
+    )
+    which.add_argument("--table", nargs="?", const="", metavar="FILE", help="print the table, or write it into a file")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--device", default="cuda")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Runs the script, and returns the exit status."""
     parser = build_parser()
     flags = parser.parse_args(argv)
     if flags.table is not None:

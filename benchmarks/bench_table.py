@@ -1,6 +1,6 @@
-"""What a measured step is held against: FLOPs, limits and published figures; and the table of docs/benchmarks.md.
+"""Computes utilization from measured steps, and writes the table of docs/benchmarks.md.
 
-A row is what bench.py writes; rows -> table(rows), as it is in docs/benchmarks.md between BEGIN and END.
+A row is a result of bench.py. ``table`` returns the Markdown that is in docs/benchmarks.md between BEGIN and END.
 """
 
 import json
@@ -13,10 +13,10 @@ PREFIX = "bench_"
 BEGIN, END = "<!-- bench.py --table: begin -->\n", "<!-- bench.py --table: end -->\n"
 PLANS = ("stock", "fast", "auto", "24gb", "12gb", "8gb", "lean", "lean-int8", "lean-nf4")
 MODELS = ("2b", "5b", "1.5-5b")
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # a second, dense bf16, by a part of the device's name
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # per second, dense bf16; the key is a part of the device's name
 LIMITS = {"2b": dict.fromkeys(PLANS, 0.68), "1.5-5b": dict.fromkeys(PLANS, 8.75)}
 LIMITS["5b"] = {name: 1.84 if name.startswith("lean") else 1.66 for name in PLANS}
-LIMITS_OF_ALL = {"5b": 2.0}  # where all weights are trained
+LIMITS_OF_ALL = {"5b": 2.0}  # limits for training all weights
 """Seconds a sample, on an H100: matmuls and attention at the rates measured there, all else fused to its fewest bytes,
 nothing computed again; for 5b lean with attention outputs kept alone, what that plan can reach.
 At rank 128; the LoRA's own matmuls are 3 % of a step there, less at lower ranks."""
@@ -55,18 +55,18 @@ UNKNOWN = ""
 
 
 def useful_flops(tokens: int, width: int, layers: int, batch: int, trains_all: bool = False) -> float:
-    """FLOPs of a step's matmuls and attention that no way of doing it can leave out.
+    """Returns the FLOPs of the matmuls and the attention of a step that cannot be avoided.
 
-    A block's linear layers take 24 N D^2, attention 4 N^2 D; backward the same again for the linear layers' inputs and,
-    if these are trained, for their weights, and twice for attention. A LoRA's own matmuls are not counted, nor what is
-    computed again.
+    The forward pass of a block takes 24 N D^2 for the linear layers and 4 N^2 D for attention. The backward pass takes
+    as much for the inputs of the linear layers, as much again for their weights if these are trained, and twice as much
+    for attention. The matmuls of a LoRA and recomputation are not counted.
     """
     linear, attention = 24 * tokens * width**2, 4 * tokens**2 * width
     return float(batch * layers * ((3 if trains_all else 2) * linear + 3 * attention))
 
 
 def speed_figures(row: dict[str, Any]) -> dict[str, float | None]:
-    """Model FLOPs utilization, and the share of the limit that is reached; none on devices without known figures."""
+    """Returns the model FLOPs utilization and the share of the limit; empty for devices without known peak FLOPs."""
     flops = next((flops for name, flops in PEAK_FLOPS.items() if name in row["device"]), None)
     if flops is None:
         return {"mfu": None, "limit_ratio": None}
@@ -80,7 +80,7 @@ def speed_figures(row: dict[str, Any]) -> dict[str, float | None]:
 
 
 def read_rows(results: Path) -> list[dict[str, Any]]:
-    """All rows that were measured, in the order of the table."""
+    """Returns all measured rows, in the order of the table."""
     rows = [json.loads(path.read_text()) for path in results.glob(f"{PREFIX}*.json")]
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -91,17 +91,17 @@ def read_rows(results: Path) -> list[dict[str, Any]]:
 
 
 def number(form: str, value: float | None) -> str:
-    """A number, or nothing."""
+    """Returns a number as text, or an empty text for None."""
     return UNKNOWN if value is None else form.format(value)
 
 
 def peak(peaks: dict[str, float | None]) -> str:
-    """Peak allocated, with the peak reserved behind it."""
+    """Returns the peak of allocated memory, followed by that of reserved memory."""
     return number("{:.1f}", peaks["allocated"]) + number(" ({:.1f})", peaks["reserved"])
 
 
 def validation_peak(row: dict[str, Any]) -> str:
-    """The higher peak of sampling and decoding."""
+    """Returns the higher peak of sampling and decoding."""
     if "validation" not in row:
         return UNKNOWN
     both = [row["validation"][name] for name in ("sampling_peak_gib", "decoding_peak_gib")]
@@ -109,7 +109,7 @@ def validation_peak(row: dict[str, Any]) -> str:
 
 
 def cells(row: dict[str, Any]) -> Iterator[str]:
-    """One row's, in the order of HEAD."""
+    """Returns the cells of a row, in the order of HEAD."""
     yield f"{row['kind']}, {row['clip']}"
     yield f"{row['rank'] or 'all weights'}, {row['batch']}"
     yield row["plan"] if "attention" not in row else f"{row['plan']}, {row['attention'].split(':')[0]}"
@@ -127,7 +127,7 @@ def cells(row: dict[str, Any]) -> Iterator[str]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; empty without rows."""
+    """Returns the table in Markdown; empty without rows."""
     if not rows:
         return ""
     lines = [HEAD, ["---"] * len(HEAD), *map(cells, rows)]
@@ -140,10 +140,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def between(text: str) -> tuple[str, str, str]:
-    """A text before its table, the table, and after it.
+    """Splits a text into the part before its table, the table, and the part after it.
 
     Raises:
-        ValueError: it has no place for one.
+        ValueError: The text lacks the line BEGIN or END.
     """
     for mark in (BEGIN, END):
         if mark not in text:
@@ -154,6 +154,6 @@ def between(text: str) -> tuple[str, str, str]:
 
 
 def put_into(page: Path, rows: list[dict[str, Any]]) -> None:
-    """Replaces the table of a file."""
+    """Replaces the table in a file."""
     before, _, after = between(page.read_text())
     page.write_text(before + table(rows) + after)

@@ -1,12 +1,13 @@
-"""The checks of a run's start and end at full size on a GPU: cosines, seconds, memory.
+"""Measures the checks at the start and the end of a run at full size on a GPU: cosines, seconds, memory.
 
     python benchmarks/checks.py --results benchmarks/results
     python benchmarks/checks.py --whole --results benchmarks/results
 
-Single blocks of random weights under the lean plan, whose memory is the least: the cosine of each quantity that
-block_check.py compares, seconds with compiling and without, the peak of the check against what the plan is to take.
---whole: one forward pass of all blocks, by a Stack and by diffusers, with a LoRA and without; what separates the two in
-bf16, and each from fp32, is what the comparison of the export has to allow.
+By default, single blocks with random weights run under the lean plan, which has the least memory. Measured are the
+cosine of each quantity that block_check.py compares, seconds with and without compilation, and the peak memory of the
+check next to the predicted peak of the plan. With --whole, all blocks make a forward pass, by a Stack and by diffusers,
+with and without a LoRA. The difference between the two in bf16, and of each from fp32, is what the comparison at the
+export must allow.
 """
 
 import argparse
@@ -33,18 +34,18 @@ from cogvideox.planning.stack import Stack, base_bytes, base_parameters, unquant
 
 GPU = torch.device("cuda")
 MIB = 2**20
-REST_BYTES = 60 * MIB  # about: in front of and behind the blocks
+REST_BYTES = 60 * MIB  # roughly what is needed before and after the blocks
 CASES = (("auto", 128), ("auto", 0), ("int8", 128), ("nf4", 128))  # precision of the base, rank
 
 
 def geometry(kind: str) -> Geometry:
-    """Of a kind at full size."""
+    """Returns the geometry of a kind at full size."""
     schedule = {"num_train_timesteps": 1000}
     return geometry_of({"use_rotary_positional_embeddings": True} | TRANSFORMERS[kind], vae_config(kind), schedule)
 
 
 def lean(kind: str, block: Any, precision: str, backend: str) -> ExecutionPlan:
-    """The lean plan for one sample of a kind's usual size, with the peak that is predicted for it."""
+    """Returns the lean plan for one sample of a kind's usual size, with its predicted peak."""
     blocks, config = TRANSFORMERS[kind]["num_layers"], TRANSFORMERS[kind]
     trained = sum(p.numel() for p in base_parameters(block) if p.requires_grad)
     sizes = Sizes(
@@ -67,7 +68,7 @@ def lean(kind: str, block: Any, precision: str, backend: str) -> ExecutionPlan:
 
 
 def row_of(kind: str, precision: str, rank: int, backend: str) -> dict[str, Any]:
-    """One case: the check of a run's start, twice, so that the second time nothing is compiled."""
+    """Measures the check at the start of a run for one case, twice, so that nothing is compiled the second time."""
     block = make_block(kind, rank).cpu()
     torch.cuda.empty_cache()
     plan = lean(kind, block, precision, backend)
@@ -93,7 +94,7 @@ def row_of(kind: str, precision: str, rank: int, backend: str) -> dict[str, Any]
 
 
 def cosines(kind: str, block: Any, plan: ExecutionPlan) -> dict[str, float]:
-    """1 - cosine of each quantity at full length."""
+    """Returns 1 - cosine of each quantity at full length."""
     shape = geometry(kind)
     frames, _, height, width = shape.latent_shape(Bucket(*clip_size(kind)))
     tables, length = RotaryTables(shape, GPU)(frames, height, width), shape.max_text_seq_length
@@ -104,7 +105,7 @@ def cosines(kind: str, block: Any, plan: ExecutionPlan) -> dict[str, float]:
 
 @torch.no_grad()
 def whole(kind: str, backend: str, size: tuple[int, int, int]) -> dict[str, Any]:
-    """How far the outputs of a whole transformer are apart, by a Stack and by diffusers, in bf16 and fp32."""
+    """Compares the outputs of a complete transformer, run by a Stack and by diffusers, in bf16 and fp32."""
     from peft import LoraConfig
 
     shape = geometry(kind)
@@ -149,7 +150,7 @@ def whole(kind: str, backend: str, size: tuple[int, int, int]) -> dict[str, Any]
 
 
 def backends() -> list[str]:
-    """Those that this GPU has."""
+    """Returns the attention backends that this GPU supports."""
     found = []
     for backend in attention.BACKENDS:
         try:

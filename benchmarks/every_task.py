@@ -2,10 +2,10 @@
 
     python benchmarks/every_task.py --work_dir /tmp/every_task --results benchmarks/results --methods lora sft
 
-A LoRA of each kind and a full fine-tune of each kind, batch 1, bf16, gradient checkpointing, the size of the guides.
-A run is ended once it has made its steps: the last checkpoint of a full fine-tune is over 30 GB. The kinds named by
---complete run to their end: checkpoint, export, its verification by stock diffusers. One JSON file is written; a row
-that is there already is not run again.
+Each kind is trained with a LoRA and with all weights, with batch size 1, bf16, gradient checkpointing and the clip size
+of the published guides. A run is ended after its steps, because the last checkpoint of a full fine-tune takes over 30
+GB. The kinds named by --complete run to their end, with checkpoint, export and verification by stock diffusers. The
+results are written to one JSON file, and rows with results are not run again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ METHODS: dict[str, list[str]] = {
 
 
 def command_of(kind: str, method: str, work_dir: Path, steps: int) -> list[str]:
-    """The training script's command line."""
+    """Returns the command line of the training script."""
     task = "image_to_video" if is_image_to_video(kind) else "text_to_video"
     frames, height, width = clip_size(kind)
     command = [sys.executable, str(ROOT / f"training/cogvideox_{task}_{method}.py")]
@@ -38,7 +38,7 @@ def command_of(kind: str, method: str, work_dir: Path, steps: int) -> list[str]:
 
 
 def lines_of(output: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl that are about optimizer steps."""
+    """Returns the complete lines of metrics.jsonl that describe optimizer steps."""
     path = output / "metrics.jsonl"
     text = path.read_text() if path.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
@@ -46,7 +46,7 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
 
 
 def run(command: list[str], output: Path, steps: int, complete: bool) -> dict[str, Any]:
-    """Runs a command to its end, or until its steps are made; returns the row."""
+    """Runs a command to its end, or until it has taken its steps; returns the row."""
     started = time.perf_counter()
     log = output.with_suffix(".log")
     with open(log, "w") as file:

@@ -1,6 +1,6 @@
-"""Seconds and memory of decoding clips that are large or long: part of benchmarks/decode.py, which prints the rows.
+"""Measures seconds and memory of decoding large and long clips, for benchmarks/decode.py, which prints the rows.
 
-The clips are made here: one run of frames between keyframes is encoded and stored again and again with later times.
+The clips are made here: the frames between two keyframes are encoded once and stored repeatedly with later times.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ X264 = {"g": "48", "bf": "2", "sc_threshold": "0", "preset": "veryfast", "crf": 
 def make(
     path: Path, codec: str, pix_fmt: str, size: tuple[int, int], frames: int, repeats: int, **options: str
 ) -> Path:
-    """A clip of `frames` moving pictures (height, width), `repeats` times."""
+    """Writes a clip in which ``frames`` moving pictures of (height, width) are repeated."""
     with av.open(str(path), "w") as output:
         stream: Any = output.add_stream(codec, rate=RATE, options=options)
         (stream.height, stream.width), stream.pix_fmt = size, pix_fmt
@@ -40,14 +40,14 @@ def make(
 
 
 def picture(number: int, height: int, width: int) -> av.VideoFrame:
-    """Waves that wander."""
+    """Returns a picture of moving waves."""
     rows, columns = np.arange(height)[:, None], np.arange(width)[None, :]
     grey = 127 + 120 * np.sin((rows + 3 * number) / 19) * np.cos((columns - 5 * number) / 23)
     return av.VideoFrame.from_ndarray(np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2))
 
 
 def damaged(path: Path, second: float) -> Path:
-    """A copy with bytes overwritten in the packet that is decoded at this time."""
+    """Writes a copy in which bytes of the packet at a time are overwritten."""
     with av.open(str(path)) as container:
         container.seek(round(second * av.time_base))
         packet = next(packet for packet in container.demux(video=0) if packet.time_base and packet.dts is not None)
@@ -60,7 +60,7 @@ def damaged(path: Path, second: float) -> Path:
 
 
 def clips(folder: Path) -> Iterator[Path]:
-    """The clips, one after the other; each is deleted when the next one is asked for."""
+    """Yields the clips one after another. Each is deleted before the next one is made."""
     large = folder / "4k_hevc_10_bit_8_s.mp4"
     yield make(large, "libx265", "yuv420p10le", (2160, 3840), 24, 8, **X265)
     large.unlink()
@@ -72,7 +72,7 @@ def clips(folder: Path) -> Iterator[Path]:
 
 
 def decode_window(path: Path, answer: Connection) -> None:
-    """In a process of its own: FRAMES frames from the middle at TARGET_RATE, as a preparation takes them."""
+    """Reads FRAMES frames from the middle at TARGET_RATE, as a preparation does. It runs in a new process."""
     from cogvideox.data.media import decode
     from cogvideox.data.media.faults import VideoError
     from cogvideox.data.media.frames import frame_indices
@@ -102,13 +102,13 @@ def decode_window(path: Path, answer: Connection) -> None:
 
 
 def memory_mib(kind: str) -> int:
-    """Of this process: VmRSS is what it has now, VmHWM the most that it had."""
+    """Returns the memory of this process in MiB: VmRSS is the current value, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) >> 10 for line in lines if line.startswith(kind))
 
 
 def measure(folder: Path) -> list[dict[str, Any]]:
-    """One row a clip: CPU seconds to list the packets and to read the window, frames decoded for it, memory it took."""
+    """Returns a row per clip: CPU seconds for listing packets and reading frames, decoded frames, memory."""
     context = multiprocessing.get_context("spawn")
     rows = []
     for path in clips(folder):

@@ -1,10 +1,10 @@
-"""One block at full width and length on a GPU: gradients against fp32, time, peak and kernels of every way to run it.
+"""Measures one block of full width and length on a GPU: gradients against fp32, time, peak memory and kernels.
 
     python benchmarks/one_block.py --kind 5b --results benchmarks/results
 
-The reference is diffusers' block in fp32, with PEFT's LoRA or trained itself; the stock arm is the same in bf16, eager,
-with autograd. Then model/blocks.py with each attention backend, each level of keeping, eager and compiled.
-A step of the model costs about (forward + backward) x blocks.
+The reference is diffusers' block in fp32, with PEFT's LoRA or with trainable weights. The stock arm is the same block
+in bf16, eager, with autograd. The others are model/blocks.py with each attention backend and each level of saved
+activations, eager and compiled. A step of the model takes about (forward + backward) x blocks.
 """
 
 import argparse
@@ -35,7 +35,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 
 
 def shape_of(kind: str) -> tuple[int, int]:
-    """(tokens, of them text)."""
+    """Returns (number of tokens, number of text tokens)."""
     config = TRANSFORMERS[kind]
     frames, height, width = clip_size(kind)
     latent_frames = (frames - 1) // 4 + 1
@@ -45,7 +45,7 @@ def shape_of(kind: str) -> tuple[int, int]:
 
 
 def make_block(kind: str, rank: int) -> Any:
-    """A random block with a LoRA, or trained itself, bf16, on the GPU."""
+    """Returns a random bf16 block on the GPU, with a LoRA or with trainable weights."""
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -63,7 +63,7 @@ def make_block(kind: str, rank: int) -> Any:
 
 
 def inputs_of(kind: str) -> dict[str, Any]:
-    """Random inputs of a block, and the gradient of its output."""
+    """Returns random inputs of a block and a random gradient of its output."""
     config = TRANSFORMERS[kind]
     tokens, text = shape_of(kind)
     width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -78,7 +78,7 @@ def inputs_of(kind: str) -> dict[str, Any]:
 
 
 def stock_step(block: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Forward and backward of diffusers' block; returns the gradients by name."""
+    """Runs forward and backward of diffusers' block; returns the gradients by name."""
     text = inputs["text"]
     x = inputs["x"].detach().requires_grad_()
     rotary = inputs["rotary"] and tuple(table[text:] for table in inputs["rotary"])
@@ -90,12 +90,12 @@ def stock_step(block: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def to_fp32(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs in fp32."""
+    """Returns the inputs in fp32."""
     return {name: value.float() if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def cosine(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """The lowest cosine of the gradient of the input and of all that is trained together."""
+    """Returns the lower of two cosines: of the input gradient, and of all parameter gradients together."""
     names = [name for name in right if name != "x"]
     trained = [torch.cat([g[name].flatten().double() for name in names]) for g in (found, right)]
     both = [(found["x"].flatten().double(), right["x"].flatten().double()), tuple(trained)]
@@ -103,7 +103,7 @@ def cosine(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 def timed(run: Callable[[], Any], repeats: int = 7) -> float:
-    """Median milliseconds of a call."""
+    """Returns the median milliseconds of a call."""
     seconds = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -116,7 +116,7 @@ def timed(run: Callable[[], Any], repeats: int = 7) -> float:
 
 
 def peak_over(run: Callable[[], Any]) -> float:
-    """MiB that a call needs beside what is there before it."""
+    """Returns the peak memory of a call in MiB, in addition to the memory in use before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -126,7 +126,7 @@ def peak_over(run: Callable[[], Any]) -> float:
 
 
 def named(block: Any, gradients: dict[str, blocks.Gradients]) -> dict[str, Tensor]:
-    """Gradients by the names of their parameters."""
+    """Returns gradients by the names of their parameters."""
     names, found = {p: name for name, p in block.named_parameters()}, {}
     for layer, piece in block_layers(block).items():
         trained = [names[p] for p in piece.parameters() if p.requires_grad]
@@ -135,7 +135,7 @@ def named(block: Any, gradients: dict[str, blocks.Gradients]) -> dict[str, Tenso
 
 
 def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str, right: Any) -> dict[str, Any]:
-    """One row; how is one of WAYS."""
+    """Returns the row of one of WAYS."""
     p = block_weights(block)
     heads, keep = block.attn1.heads, blocks.kept_at(level, p)
     shared = blocks.Shared(inputs["temb"], inputs["rotary"], inputs["text"], heads, backend)
@@ -155,7 +155,7 @@ def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str,
         first = time.perf_counter() - begun
         found = {"x": dx} | named(block, gradients)
         row: dict[str, Any] = {"backend": backend, "level": level, "how": how, "cosine": cosine(found, right)}
-        row["first_s"] = round(first, 1)  # compiling, unless it was done before
+        row["first_s"] = round(first, 1)  # includes compilation, unless that was done before
         del dx, gradients, found
         row["kept_mib"] = round(sum(t.numel() * t.element_size() for t in kept.values()) / MIB, 1)
         row["forward_ms"], row["backward_ms"] = timed(kept_of), timed(lambda: backward(dy, p, shared, kept))
@@ -174,7 +174,9 @@ def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="5b")
-    parser.add_argument("--rank", type=int, default=128, help="of the LoRA; 0: the block's own weights are trained")
+    parser.add_argument(
+        "--rank", type=int, default=128, help="rank of the LoRA; 0: the weights of the block are trained"
+    )
     parser.add_argument("--levels", nargs="+", choices=blocks.KEPT, default=list(blocks.KEPT))
     parser.add_argument("--backends", nargs="+", default=list(attention.BACKENDS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["compiled"])

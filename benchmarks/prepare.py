@@ -1,11 +1,11 @@
-"""Preparation at full size on a GPU: seconds a clip and a caption, peak, and what each way of encoding changes.
+"""Measures preparation at full size on a GPU: seconds per clip and caption, peak memory, differences in results.
 
     python benchmarks/prepare.py --results benchmarks/results
 
-A random VAE of the published size encodes a clip of 49x480x720 as diffusers has it and quickened, whole and in tiles;
-moments are compared with fp32 and with those of diffusers in bf16. One arm stores clips as prepare_dataset.py does. A
-random T5-XXL embeds captions on the device and streamed from the host. Each arm is printed when it is done; one that
-fails is recorded with its error, one that would begin too late is left out.
+A random VAE of the published size encodes a clip of 49x480x720, with diffusers' code and with the optimized code, with
+and without tiles. The moments are compared with fp32 and with those of diffusers in bf16. One arm stores clips as
+prepare_dataset.py does. A random T5-XXL embeds captions, on the device and streamed from the host. Each arm is printed
+when it is finished. An arm that fails is recorded with its error, and an arm that would start too late is skipped.
 """
 
 import argparse
@@ -34,8 +34,8 @@ DEVICE = torch.device("cuda")
 TEXT_LENGTH, WIDTH = 226, 4096
 T5_XXL = {"d_model": WIDTH, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
 CAPTIONS = 64
-CLIPS = 6  # of the arm that stores them
-VAE_ARMS = {  # name: (quickened, in tiles)
+CLIPS = 6  # number of clips of the arm that stores them
+VAE_ARMS = {  # name: (optimized, in tiles)
     "vae, stock": (False, False),
     "vae, quickened": (True, False),
     "vae, stock, tiled": (False, True),
@@ -47,7 +47,7 @@ VAE_ARMS = {  # name: (quickened, in tiles)
 
 
 class Arms:
-    """Runs and records arms."""
+    """Runs arms and records their figures."""
 
     def __init__(self, seconds: float, results: Path | None) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ class Arms:
         self.table = {"clip": clip, "text_length": TEXT_LENGTH, **device_and_versions(), "arms": self.rows}
 
     def run(self, name: str, arm: Callable[..., dict[str, Any]], *arguments: Any) -> None:
-        """One arm, unless the time is over."""
+        """Runs an arm, unless no time is left."""
         row: dict[str, Any] = {"arm": name}
         elapsed = time.perf_counter() - self.begun
         if elapsed > self.seconds:
@@ -70,7 +70,7 @@ class Arms:
         row["at_s"] = round(time.perf_counter() - self.begun, 1)
         self.rows.append(row)
         print(json.dumps(row), flush=True)
-        if self.results:  # after each arm: compiling may take longer than there is time
+        if self.results:  # written after each arm, because compilation may use up the time
             self.results.mkdir(parents=True, exist_ok=True)
             (self.results / "prepare.json").write_text(json.dumps(self.table, indent=1) + "\n")
 
@@ -81,7 +81,7 @@ class Arms:
 
 
 def timed(run: Callable[[], Any], repeats: int = 5) -> dict[str, Any]:
-    """Seconds of the first run (kernels are chosen, graphs compiled) and of the later ones, their peak in GiB."""
+    """Returns seconds of the first run, which compiles, and of later runs, and their peak memory in GiB."""
     first = seconds(run)
     torch.cuda.reset_peak_memory_stats()
     later = [seconds(run) for _ in range(repeats)]
@@ -91,7 +91,7 @@ def timed(run: Callable[[], Any], repeats: int = 5) -> dict[str, Any]:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of one run, the device's work included."""
+    """Returns the seconds of a run, including the work of the device."""
     torch.cuda.synchronize()
     begun = time.perf_counter()
     run()
@@ -104,7 +104,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 @contextmanager
 def random_vae(dtype: torch.dtype, quickened: bool) -> Iterator[Any]:
-    """A VAE of the published size on the GPU, the same weights each time."""
+    """Returns a VAE of the published size on the GPU, always with the same random weights."""
     from diffusers import AutoencoderKLCogVideoX
 
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def random_vae(dtype: torch.dtype, quickened: bool) -> Iterator[Any]:
 
 
 def make_clip() -> np.ndarray:
-    """Smooth moving colors with some noise, uint8 (F, H, W, 3)."""
+    """Returns smooth moving colors with some noise, (F, H, W, 3), uint8."""
     frames, height, width = clip_size("5b")
     f, h, w = np.ogrid[:frames, :height, :width]
     waves = [np.sin(h / (40 + 9 * c) + w / (25 + 7 * c) + f / (5 + c)) for c in range(3)]
@@ -131,19 +131,19 @@ def make_clip() -> np.ndarray:
 
 
 class VaeArms:
-    """Arms that encode one clip, and the moments that they are compared with."""
+    """Runs the arms that encode one clip, and has the reference for their moments."""
 
     def __init__(self) -> None:
         self.clip_FHWC = make_clip()
         self.known: dict[str, Tensor] = {}
 
     def reference(self) -> dict[str, Any]:
-        """Moments in fp32; in tiles would be others."""
+        """Returns the moments in fp32, encoded without tiles, which would change them."""
         with random_vae(torch.float32, quickened=False) as vae:
             return timed(lambda: self._keep("fp32", encode.video_moments(vae, self.clip_FHWC)), repeats=1)
 
     def arm(self, name: str) -> dict[str, Any]:
-        """One of VAE_ARMS in bf16."""
+        """Runs one of VAE_ARMS in bf16."""
         quickened, tiled = VAE_ARMS[name]
         found: dict[str, Tensor] = {}
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -159,14 +159,14 @@ class VaeArms:
 
 
 def apart(moments: Tensor, reference: Tensor) -> dict[str, float]:
-    """The largest difference by the largest value, and the same of root mean squares."""
+    """Returns the largest difference relative to the largest value, and the same ratio of root mean squares."""
     difference, reference = moments.double() - reference.double(), reference.double()
     largest = (difference.abs().max() / reference.abs().max()).item()
     return {"max": float(f"{largest:.3g}"), "rms": float(f"{(difference.norm() / reference.norm()).item():.3g}")}
 
 
 def store(clip_FHWC: np.ndarray) -> dict[str, Any]:
-    """Clips that are decoded already, into a cache: the device's time, and what is not hidden behind it."""
+    """Stores decoded clips in a cache; measures the device's time, and the host's time that it does not hide."""
     with tempfile.TemporaryDirectory() as folder, random_vae(torch.bfloat16, quickened=True) as vae:
         cache = TensorCache(Path(folder))
 
@@ -189,7 +189,7 @@ def store(clip_FHWC: np.ndarray) -> dict[str, Any]:
 
 
 class Tokens:
-    """In place of a tokenizer: random ids, padded as captions are."""
+    """Replaces a tokenizer: it returns random ids, padded as captions are."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -202,7 +202,7 @@ class Tokens:
 
 
 class T5Arms:
-    """Arms that embed captions with one encoder, first on the device, then streamed."""
+    """Runs the arms that embed captions with one encoder, first on the device, then streamed."""
 
     def __init__(self) -> None:
         from transformers import T5Config, T5EncoderModel
@@ -218,14 +218,14 @@ class T5Arms:
         self.tokens, self.known = Tokens(), torch.empty(0)
 
     def embed(self, number: int, at_once: int) -> Tensor:
-        """The first captions."""
+        """Embeds the first captions."""
         names = [str(caption) for caption in range(number)]
         parts = [names[start : start + at_once] for start in range(0, number, at_once)]
         embeds = [encode.prompt_embeds(self.tokens, self.encoder, part, TEXT_LENGTH) for part in parts]
         return torch.cat(embeds)
 
     def arm(self, number: int, at_once: int) -> dict[str, Any]:
-        """So many captions, so many at once."""
+        """Embeds a number of captions in batches."""
         found: dict[str, Tensor] = {}
         row = timed(lambda: found.update(embeds=self.embed(number, at_once)), repeats=3)
         embeds = found["embeds"]
@@ -237,7 +237,7 @@ class T5Arms:
         return row | {"from_one_by_one": apart(embeds, known)}
 
     def streamed(self, arms: Arms) -> dict[str, Any]:
-        """Moves the blocks to the host, and runs the arms that stream them."""
+        """Moves the blocks to the host, and runs the arms that stream them from there."""
         begun = time.perf_counter()
         with t5_stream.streamed(self.encoder, DEVICE, rows=1):
             torch.cuda.synchronize()
@@ -250,7 +250,7 @@ class T5Arms:
 
 
 def t5_arms(arms: Arms) -> dict[str, Any]:
-    """All arms of T5."""
+    """Runs all arms of T5."""
     t5 = T5Arms()
     try:
         arms.run("t5 resident", t5.arm, CAPTIONS, 1)
@@ -262,8 +262,8 @@ def t5_arms(arms: Arms) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=130, help="no arm begins later")
-    parser.add_argument("--only", nargs="+", choices=("vae", "store", "t5"), help="some of the arms")
+    parser.add_argument("--seconds", type=float, default=130, help="no arm starts after this time")
+    parser.add_argument("--only", nargs="+", choices=("vae", "store", "t5"), help="run only these arms")
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     wanted = args.only or ("vae", "store", "t5")

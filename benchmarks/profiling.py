@@ -1,6 +1,7 @@
-"""Where the device's time goes: kernels of a call by torch's profiler, one by one or in groups.
+"""Measures the kernels of a call with torch's profiler, one by one or in groups.
 
-kernels_of(run) and shares_of(run) -> milliseconds. Copies run beside the kernels, on streams of their own.
+``kernels_of`` and ``shares_of`` return milliseconds. Copies run at the same time as kernels, on separate streams, so
+the sum can exceed the duration of the call.
 """
 
 from collections.abc import Callable
@@ -9,17 +10,17 @@ from typing import Any
 import torch
 
 MOST = 24
-GROUPS = (  # by parts of a kernel's name; the first that matches
+GROUPS = (  # parts of a kernel's name, of which the first match decides
     ("attention", ("sdpa", "flash", "fmha", "attn")),
     ("copies", ("memcpy",)),
     ("matrix products", ("nvjet", "gemm", "cutlass", "cublas")),
 )
 REST = "elementwise and norms"
-HOST_CALLS = ("cuda", "cuLaunch", "Activity Buffer")  # beginnings of names that are not the device's work
+HOST_CALLS = ("cuda", "cuLaunch", "Activity Buffer")  # prefixes of names of calls on the host
 
 
 def events_of(run: Callable[[], Any]) -> list[Any]:
-    """Kernels and copies of a call, those that take longest first."""
+    """Returns the kernels and copies of a call, the longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -28,19 +29,19 @@ def events_of(run: Callable[[], Any]) -> list[Any]:
 
 
 def kernels_of(run: Callable[[], Any]) -> list[dict[str, Any]]:
-    """The kernels that take longest."""
+    """Returns the kernels that take longest."""
     events = events_of(run)[:MOST]
     return [{"kernel": e.key[:90], "calls": e.count, "ms": round(e.self_device_time_total / 1000, 3)} for e in events]
 
 
 def group_of(kernel: str) -> str:
-    """What a kernel does, by its name."""
+    """Returns the group of a kernel, by its name."""
     name = kernel.lower()
     return next((group for group, parts in GROUPS if any(part in name for part in parts)), REST)
 
 
 def shares_of(run: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds by group, the longest first."""
+    """Returns milliseconds by group, the longest first."""
     sums: dict[str, float] = {}
     for event in events_of(run):
         group = group_of(event.key)

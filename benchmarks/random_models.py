@@ -1,7 +1,7 @@
-"""Full-size CogVideoX pipeline folders with random weights, and prepared folders with random tensors, for benchmarks.
+"""Makes full-size CogVideoX pipelines with random weights and prepared folders with random tensors, for benchmarks.
 
-Weights decide neither time nor memory. The configs are those of the five published checkpoints; T5 has its real width,
-but one layer, because training never runs it.
+The values of weights affect neither time nor memory. The configs are those of the five published checkpoints. T5 has
+its real width but only one layer, because training never runs it.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ IMAGE_VARIANTS = 2
 
 
 def is_image_to_video(kind: str) -> bool:
-    """Whether a kind takes a first frame."""
+    """Returns whether a kind takes a first frame."""
     return kind.endswith("i2v")
 
 
 def clip_size(kind: str) -> tuple[int, int, int]:
-    """(frames, height, width) that the guides train a kind on."""
+    """Returns the (frames, height, width) on which the published guides train a kind."""
     return (81, 768, 1360) if kind.startswith("1.5") else (49, 480, 720)
 
 
 def vae_config(kind: str) -> dict[str, Any]:
-    """The VAE's config of a kind."""
+    """Returns the config of a kind's VAE."""
     scaled = {"scaling_factor": 1.15258426 if kind == "2b" else 0.7, "invert_scale_latents": kind == "1.5-5b-i2v"}
     return VAE | scaled
 
 
 def make_transformer(kind: str, device: str = "cuda") -> Any:
-    """A random bf16 transformer on the device."""
+    """Returns a random bf16 transformer on the device."""
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
@@ -89,7 +89,7 @@ def make_transformer(kind: str, device: str = "cuda") -> Any:
 
 
 def make_vae(kind: str, device: str = "cuda") -> Any:
-    """A random bf16 VAE on the device."""
+    """Returns a random bf16 VAE on the device."""
     import torch
     from diffusers import AutoencoderKLCogVideoX
 
@@ -98,7 +98,7 @@ def make_vae(kind: str, device: str = "cuda") -> Any:
 
 
 def make_pipeline(kind: str, folder: Path) -> None:
-    """A pipeline folder with random bf16 weights, if it is not there yet."""
+    """Writes a pipeline folder with random bf16 weights, unless it exists."""
     import diffusers
     import torch
     from tiny_cogvideox import make_scheduler, make_tokenizer
@@ -116,12 +116,12 @@ def make_pipeline(kind: str, folder: Path) -> None:
 
 
 def key_of(what: str, number: int) -> str:
-    """A name for a tensor in the cache, as if it were the hash of its content."""
+    """Returns a key for a tensor in the cache, in the form of a hash of its content."""
     return hashlib.sha256(f"{what} {number}".encode()).hexdigest()
 
 
 def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> None:
-    """A prepared folder with random moments and embeddings."""
+    """Writes a prepared folder with random moments and embeddings."""
     import torch
 
     from cogvideox.config.buckets import Bucket

@@ -1,4 +1,4 @@
-"""What a result was measured with."""
+"""Records the environment of a measurement."""
 
 import os
 import subprocess
@@ -9,9 +9,11 @@ from random_models import ROOT
 
 
 def device_and_versions() -> dict[str, Any]:
-    """Device, versions, commit and command, for a result's JSON."""
+    """Returns device, versions, commit and command, for the JSON of a result."""
     from cogvideox.runtime.run import environment
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    commit = os.environ.get("COMMIT") or git.stdout.strip()  # COMMIT where the tree travels without its history
+    commit = (
+        os.environ.get("COMMIT") or git.stdout.strip()
+    )  # COMMIT is set if the files were copied without the git history
     return environment() | {"commit": commit, "command": " ".join(sys.argv)}

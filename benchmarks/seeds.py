@@ -1,9 +1,9 @@
-"""Loss curves of the embedded model under plans, over several seeds: do plans differ by less than seeds do?
+"""Measures whether plans change the losses of the model in examples/model less than seeds do.
 
     python benchmarks/seeds.py --tensors demo/tensors --work_dir /tmp/seeds --results benchmarks/results
 
-Each seed is trained by the real script without a plan (--plan off) and under each plan. Held-out losses and
-the mean training loss of the last quarter are compared: the largest difference that a plan makes for any seed, beside
+The training script runs with each seed, without a plan (--plan off) and under each plan. For the held-out loss and the
+mean training loss of the last quarter, the script compares the largest difference that a plan makes for any seed with
 the standard deviation over the seeds. --tensors is the prepared folder of `make demo`.
 """
 
@@ -25,7 +25,7 @@ FIGURES = ("held_out", "last_quarter")
 
 
 def losses(folder: Path) -> dict[str, float]:
-    """Of a finished run: the last held-out loss, and the mean of the last quarter of the steps."""
+    """Returns the last held-out loss of a finished run, and the mean loss of the last quarter of its steps."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line["loss"] for line in lines if "loss" in line]
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
@@ -33,7 +33,7 @@ def losses(folder: Path) -> dict[str, float]:
 
 
 def train(args: argparse.Namespace, plan: str, seed: int) -> dict[str, float]:
-    """One run, unless it is there."""
+    """Trains one run, which is continued or kept if it exists, and returns its losses."""
     output = args.work_dir / f"{plan}-{seed}"
     command = [sys.executable, str(ROOT / "training/cogvideox_text_to_video_lora.py"), "--load_tensors"]
     command += ["--pretrained_model_name_or_path", str(ROOT / "examples/model"), "--data_root", str(args.tensors)]
@@ -44,8 +44,12 @@ def train(args: argparse.Namespace, plan: str, seed: int) -> dict[str, float]:
     return losses(output)
 
 
-def compare(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Figures by plan and seed -> how far plans and seeds are apart."""
+def compare_plans(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Returns how much the figures differ between plans, and between seeds.
+
+    Args:
+        found: The figures of the runs, by plan; one entry for each seed.
+    """
     table: dict[str, Any] = {}
     for figure in FIGURES:
         of_reference = [run[figure] for run in found[REFERENCE]]
@@ -64,7 +68,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--mixed_precision", default="no")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time")
     args = parser.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {plan: [pool.submit(train, args, plan, seed) for seed in range(args.seeds)] for plan in PLANS}
@@ -73,7 +77,7 @@ def main() -> None:
         "steps": args.steps,
         "precision": args.mixed_precision,
         **device_and_versions(),
-        **compare(found),
+        **compare_plans(found),
         "runs": found,
     }
     print(json.dumps({name: row[name] for name in FIGURES}, indent=1))

@@ -1,11 +1,10 @@
-"""Trains a full-size LoRA, or all weights, end to end on a part of a GPU's memory: the real script, with validation and
-export.
+"""Runs a full-size training script, with validation and export, on a part of a GPU's memory.
 
     python benchmarks/small_card.py --kind 5b --gib 6 --work_dir /tmp/small_card --results benchmarks/results
     python benchmarks/small_card.py --kind 2b --gib 8 --rank 0 --work_dir /tmp/small_card --results benchmarks/results
 
-Weights and tensors are random. --vram_budget holds all of the process to the memory of a card of that size: what needs
-more is out of memory, as there. One JSON file is written: what the script said of its plan, peaks, losses, export.
+Weights and tensors are random. --vram_budget limits the process to the memory of a card of that size, so that it fails
+where it would fail there. The JSON file has the lines that the script printed about its plan, peaks, losses and export.
 """
 
 import argparse
@@ -29,7 +28,7 @@ SAYS += ("run by diffusers alone",)
 
 
 def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> list[str]:
-    """The training script's command line; of rank 0 that which trains all weights."""
+    """Returns the command line of the training script. With rank 0, all weights are trained."""
     script = f"training/cogvideox_text_to_video_{'lora' if rank else 'sft'}.py"
     command = [sys.executable, str(ROOT / script), "--load_tensors", "--plan", "lean", "--vram_budget", str(gib)]
     command += ["--pretrained_model_name_or_path", str(work_dir / kind), "--data_root", str(work_dir / "tensors")]
@@ -41,7 +40,7 @@ def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> 
 
 
 def size_of(video: Path) -> Bucket:
-    """What a video is a clip of."""
+    """Returns the number of frames and the size of a video."""
     info = probe(video)
     return Bucket(info.num_frames, info.height, info.width)
 
@@ -50,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=[kind for kind in KINDS if not is_image_to_video(kind)], default="5b")
     parser.add_argument("--gib", type=float, default=6.0)
-    parser.add_argument("--rank", type=int, default=128, help="of the LoRA; 0: all weights, with checkpoints to match")
+    parser.add_argument("--rank", type=int, default=128, help="rank of the LoRA; 0: all weights are trained")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)

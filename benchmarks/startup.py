@@ -1,7 +1,9 @@
-"""Times what a user waits for before anything happens: python benchmarks/startup.py [--runs 7] [--rows 500000]
+"""Measures how long a user waits for --help, and for the message about a missing file in a large data set.
 
-`--help` of every script: flags are parsed before torch is imported. And a data set of many rows in each form, with one
-file missing at its end, until the script says so: everything is checked before any model loads.
+    python benchmarks/startup.py [--runs 7] [--rows 500000]
+
+Flags are parsed before torch is imported, so --help of every script should be fast. All files of a data set are checked
+before any model is loaded: this is measured with many rows in each form, of which the last one's file is missing.
 """
 
 import argparse
@@ -17,11 +19,11 @@ from pathlib import Path
 
 SCRIPTS = sorted((Path(__file__).resolve().parent.parent / "training").glob("*.py"))
 PREPARE = next(path for path in SCRIPTS if path.stem == "prepare_dataset")
-A_FOLDER = 1000  # files
+FILES_PER_FOLDER = 1000
 
 
 def seconds(command: list[object], status: int) -> float:
-    """One run of a script, interpreter start included."""
+    """Returns the seconds of one run of a script, including the start of the interpreter."""
     started = time.perf_counter()
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     if done.returncode != status:
@@ -36,9 +38,10 @@ def time_help(runs: int) -> None:
 
 
 def make_files(root: Path, rows: int) -> list[tuple[str, str]]:
-    """(path, caption) of each row; the last one's file is not there."""
+    """Writes empty files; returns (path, caption) of each row, of which the last one's file is missing."""
     pairs = [
-        (f"{k // A_FOLDER:04d}/{k:07d}.mp4", f"clip number {k}, with a caption of some words") for k in range(rows)
+        (f"{k // FILES_PER_FOLDER:04d}/{k:07d}.mp4", f"clip number {k}, with a caption of some words")
+        for k in range(rows)
     ]
     for path, _ in pairs[:-1]:
         target = root / path
