@@ -148,7 +148,7 @@ def test_prepared_buckets_without_learned_positions(tiny: Tiny, image_tensors: P
     edit_json(model / "transformer" / "config.json", sample_frames=17)
     more = ("--load_tensors", "--validation_frames", 17)
     line = refused(train_image, lora_flags(model, image_tensors, tmp_path / "lora", *more))
-    rule = "this model's learned positions are for 17x64x96 alone, prepared were 9x64x96"
+    rule = "this model's learned positions are for 17x64x96 only, but the folder has 9x64x96"
     assert line == f"--load_tensors: {rule}; prepare that, or give {IGNORE}"
 
 

@@ -1,4 +1,4 @@
-"""prepare.py on the tiny model: nothing is encoded twice, nothing is lost, on any number of ranks."""
+"""Tests of prepare.py with the tiny model: nothing is encoded twice or lost, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 @dataclass
 class Encoded:
-    """What was encoded while a test ran."""
+    """Counts what was encoded while a test ran."""
 
     clips: int = 0
     captions: list[str] = field(default_factory=list)
@@ -51,6 +51,7 @@ class Encoded:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> Encoded:
+    """Counts the clips and captions that this process encodes."""
     counts = Encoded()
     video, prompt = encode.video_moments, encode.prompt_embeds
 
@@ -70,13 +71,13 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Encoded:
 
 @pytest.fixture
 def data(clips: Path, tmp_path: Path) -> Path:
-    """A copy of the six clips that a test may change."""
+    """Returns a copy of the six clips, which a test may change."""
     return Path(shutil.copytree(clips, tmp_path / "data"))
 
 
 @pytest.fixture(scope="module")
 def prepared(tiny: Tiny, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The six clips in a cache, by real worker processes. Read only: copy it."""
+    """Prepares the six clips with real worker processes. Tests must not change the folder; they copy it."""
     folder = tmp_path_factory.mktemp("prepared")
     complete(tiny("5b"), clips, folder)
     return folder
@@ -84,7 +85,7 @@ def prepared(tiny: Tiny, clips: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def output(prepared: Path, tmp_path: Path) -> Path:
-    """A copy of the prepared cache."""
+    """Returns a copy of the prepared cache, which a test may change."""
     return Path(shutil.copytree(prepared, tmp_path / "output"))
 
 
@@ -93,7 +94,7 @@ def output(prepared: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose weights are stored in bf16."""
+    """Makes a model whose weights are stored in bf16."""
     from tiny_cogvideox import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("half") / "model", "5b", dtype=torch.bfloat16)
@@ -113,7 +114,7 @@ def test_the_default_precision_is_that_of_the_weights_but_fp32_on_a_cpu(half: Pa
 def test_a_folder_keeps_its_precision_on_another_device(
     half: Path, clips: Path, tmp_path: Path, encoded: Encoded, threads: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder as a GPU made it is continued on this CPU: nothing is encoded anew, and a line says why."""
+    """A folder that a GPU prepared is continued on this CPU: nothing is encoded again, and a line explains why."""
     on_gpu = complete(half, clips, tmp_path / "bf16", encode_flags=EncodeFlags(dtype="bf16"))
     assert on_gpu.dtypes == {"vae": "bf16", "text_encoder": "bf16"}
     encoded.clips, encoded.captions = 0, []
@@ -237,7 +238,9 @@ def test_an_interrupted_run_goes_on(
             complete(tiny("5b"), clips, tmp_path)
     assert not (tmp_path / "index.json").exists()
     index = complete(tiny("5b"), clips, tmp_path)
-    assert encoded.clips == 3 + NUM_CLIPS - 1  # a clip is written when the next one is encoded: one was
+    assert (
+        encoded.clips == 3 + NUM_CLIPS - 1
+    )  # a clip is written while the next one is encoded, so one of the three was not written
     assert len(encoded.captions) == NUM_CLIPS + 1
     assert index == open_index(prepared)
     assert tensor_files(tmp_path) == tensor_files(prepared)
@@ -320,7 +323,7 @@ def test_another_recipe_costs_what_it_changes(
     captions_again: int,
 ) -> None:
     if "frame_selection" in changes:
-        # A window of 17 frames at 8 a second is the whole of the first three clips.
+        # The first three clips have exactly 17 frames at 8 frames a second, so their window cannot move.
         complete(tiny("5b"), clips, output, frame_buckets=(9, 17), max_num_frames=17)
         encoded.clips = 0
         changes = changes | {"frame_buckets": (9, 17), "max_num_frames": 17}
@@ -356,7 +359,7 @@ def test_augmentations_are_variants(tiny: Tiny, clips: Path, tmp_path: Path, enc
 @pytest.mark.fault("data: a clip that is shorter than its bucket")
 def test_a_short_clip_goes_to_a_smaller_bucket(tiny: Tiny, clips: Path, tmp_path: Path) -> None:
     records = preparation(tiny("5b"), clips, tmp_path, frame_buckets=(5, 17, 81)).plan()
-    # 17 frames at 8 a second; 60 at 25 and 50 at 30, which give 19 and 14, to which 17 is nearer than 5.
+    # At 8 frames a second, the clips give 17 or 19 frames, and the last one gives 14, so it goes to 5.
     assert [record.cuts[0].bucket.frames for record in records] == [17, 17, 17, 17, 17, 5]
     assert {record.status for record in records} == {OK}
 
@@ -404,7 +407,7 @@ def test_files_that_are_no_videos_are_listed_with_the_reason(
 
 
 def cut_in_the_middle(path: Path) -> None:
-    """Zeros over the last third of the coded pictures: the header and the first frame stay good."""
+    """Overwrites the last coded pictures with zeros; the header and the first frame stay good."""
     content = bytearray(path.read_bytes())
     start = content.index(b"mdat")
     middle = start + (len(content) - start) // 2
@@ -413,6 +416,7 @@ def cut_in_the_middle(path: Path) -> None:
 
 
 def damaged_video(path: Path) -> None:
+    """Writes a video whose header is good and whose last frames do not decode."""
     frames = np.random.default_rng(0).integers(0, 256, (17, 64, 96, 3), np.uint8)
     write_video(path, frames, 8)
     cut_in_the_middle(path)
@@ -526,7 +530,7 @@ def test_what_arrives_is_whole_and_contiguous(shape: tuple[int, ...]) -> None:
     assert all(torch.equal(arrived[name], turned[name]) and arrived[name].is_contiguous() for name in turned)
 
 
-# -- where T5 lies -----------------------------------------------------------------------------------------------------
+# -- where T5 runs -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -563,7 +567,7 @@ def test_t5_that_does_not_fit_on_the_device_names_the_flag(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(encode, "prompt_embeds", full)
-    for place, fix in (("device", "give --t5_on host"), ("host", "end what else uses it")):
+    for place, fix in (("device", "give --t5_on host"), ("host", "stop other programs that use it")):
         with pytest.raises(UsageError, match=f"--t5_on {place}: .* too little free memory for T5; {fix}"):
             complete(tiny("5b"), clips, tmp_path, encode_flags=EncodeFlags(t5_on=place))
 
@@ -587,20 +591,21 @@ def test_a_caption_whose_embedding_is_not_finite_is_named(
 
 @pytest.fixture(scope="module")
 def framed(tiny: Tiny, clips: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prepared cache with two encodings of each first frame added. Read only: copy it."""
+    """Adds two encodings of each first frame to a copy of the prepared cache. Tests must not change the folder."""
     folder = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("framed") / "out"))
     complete(tiny("5b-i2v"), clips, folder, image_variants=2)
     return folder
 
 
 def write_image(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Writes an image of noise and returns its pixels, uint8 (H, W, 3)."""
     frame = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(frame).save(path)
     return frame
 
 
 def with_images(data: Path, sizes: Sequence[tuple[int, int]]) -> list[Path]:
-    """Keeps as many of the first clips (three are 96x64) as there are sizes, and lists an image of its own for each."""
+    """Keeps one clip for each size, the first ones (three are 96x64), and lists an image of that size for each."""
     for name in ("prompts.txt", "videos.txt"):
         lines = (data / name).read_text().splitlines()[: len(sizes)]
         (data / name).write_text("".join(f"{line}\n" for line in lines))
@@ -627,7 +632,7 @@ def test_first_frames_are_added_to_what_is_there(prepared: Path, framed: Path) -
 
 
 def images_of(folder: Path, number: int) -> list[torch.Tensor]:
-    """The encodings of a clip's first frame, one tensor a clip variant."""
+    """Returns the encodings of a clip's first frame, one tensor per variant of the clip."""
     sample = open_index(folder).samples[number]
     return [TensorCache(folder).read(key)["image_moments_KCHW"] for key in sample.image_keys]
 
@@ -635,7 +640,7 @@ def images_of(folder: Path, number: int) -> list[torch.Tensor]:
 def test_a_first_frame_is_the_clip_s_cut_as_the_clip(
     tiny: Tiny, clips: Path, tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In each variant: window, resize, crop and flip are those of the clip."""
+    """In each variant, the first frame has the window, resize, crop and flip of the clip."""
     clips_seen: list[bytes] = []
     images_seen: list[bytes] = []
     image, video = encode.image_moments, encode.video_moments
@@ -652,7 +657,7 @@ def test_a_first_frame_is_the_clip_s_cut_as_the_clip(
 def test_a_listed_image_is_cut_as_its_clip(
     tiny: Tiny, data: Path, tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of any size; only its shape is the clip's."""
+    """An image may have any size, but must have the aspect ratio of its clip."""
     with_images(data, [(128, 192)])
     picture = np.asarray(Image.open(data / "0.png"))
     seen: list[np.ndarray] = []
@@ -719,11 +724,11 @@ def test_images_are_not_looked_at_for_text_to_video(tiny: Tiny, data: Path, tmp_
 def test_bad_images_are_listed_and_their_clips_dropped(
     tiny: Tiny, data: Path, tmp_path: Path, encoded: Encoded, threads: None
 ) -> None:
-    """No image, another shape than the clip's, cut off in the middle."""
+    """The images are: not an image, cut off in the middle, and of another aspect ratio than the clip."""
     paths = with_images(data, [*SHAPES[:2], (64, 64), (96, 128)])
     paths[0].write_text("not an image")
     with Image.open(paths[1]) as picture:
-        picture.convert("RGB").save(paths[1], "JPEG")  # of which the header is read by itself
+        picture.convert("RGB").save(paths[1], "JPEG")  # a header of JPEG can be read although the file is cut off
     paths[1].write_bytes(paths[1].read_bytes()[:-2000])
     made = preparation(tiny("5b-i2v"), data, tmp_path, image_variants=1, max_bad_fraction=0.75)
     records = made.plan()
@@ -736,7 +741,7 @@ def test_bad_images_are_listed_and_their_clips_dropped(
     assert [record.status for record in after] == [FAILED, FAILED, FAILED, OK]
     assert "1.png" in after[1].reason
     assert [sample.id for sample in index.samples] == ["videos/00003.mp4"]
-    assert made.plan() == after  # kept in mind
+    assert made.plan() == after  # the ledger remembers the failures
     assert len(complete(tiny("5b"), data, tmp_path).samples) == 4
 
 
@@ -758,7 +763,7 @@ def test_an_image_that_changes_while_it_is_prepared_is_given_up_for_this_time(
 
 @dataclass
 class Rank:
-    """Like accelerate's PartialState: one of several ranks, each a thread here, one of which runs at a time."""
+    """Replaces Ranks: one of several ranks, each of which is a thread; only one runs at a time."""
 
     process_index: int
     num_processes: int
@@ -803,7 +808,7 @@ def test_ranks_together_make_what_one_makes(
     assert tensor_files(tmp_path).keys() == tensor_files(prepared).keys()
     moments = {f"{key}.safetensors" for sample in indices[0].samples for key in sample.video_keys}
     assert all(tensor_files(tmp_path)[name] == tensor_files(prepared)[name] for name in moments)
-    # Each clip and caption by one rank, and each rank its share.
+    # Each clip and caption is encoded by one rank, and each rank encodes its share.
     assert sorted(encoded.clips_of_thread.values()) == {2: [3, 3], 4: [1, 1, 2, 2]}[ranks]
     assert encoded.clips == NUM_CLIPS
     assert len(encoded.captions) == len(set(encoded.captions)) == NUM_CLIPS + 1
@@ -916,7 +921,7 @@ def test_tensors_that_another_job_takes_away_are_not_indexed(
     records = made.plan()
     key = open_index(output).samples[0].video_keys[0]
     monkeypatch.setattr(made, "_encode_clips", lambda missing, encoders: made.cache.remove(key))
-    with pytest.raises(UsageError, match="1 tensors went missing meanwhile; run the same command again"):
+    with pytest.raises(UsageError, match="1 tensors were removed during the preparation; run the same command again"):
         made.encode(records)
     assert len(complete(tiny("5b"), clips, output).samples) == NUM_CLIPS
 
@@ -953,7 +958,7 @@ def test_killed_workers_are_remembered_under_their_limits_only(
     assert statuses == [OK, KILLED, UNREADABLE, OK, OK, OK]
     asked.clear()
     preparation(tiny("5b"), clips, tmp_path).plan()
-    assert asked == ["00002.mp4"]  # the machine's fault: tried again
+    assert asked == ["00002.mp4"]  # its worker was killed from outside, so the file is tried again
     asked.clear()
     preparation(tiny("5b"), clips, tmp_path, decode_timeout=500.0).plan()
     assert sorted(asked) == ["00001.mp4", "00002.mp4"]

@@ -21,11 +21,17 @@ LONGEST_EXCERPT = 40  # characters of a caption in a note
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one caption."""
+    """Describes the tokens of one caption.
 
-    count: int  # all tokens with the end token, also those after the limit of T5
+    Attributes:
+        count: Number of all tokens, including the end token and those after the limit of T5.
+        unknown: Number of unknown tokens.
+        digest: Hash of the tokens that T5 reads, which is equal for captions with equal embeddings.
+    """
+
+    count: int
     unknown: int
-    digest: str  # hash of the tokens that T5 reads: equal for captions with equal embeddings
+    digest: str
 
 
 def caption_notes(tokenizer: Any, clips: Sequence[tuple[Sample, str]], length: int) -> list[str]:
@@ -76,7 +82,7 @@ def tokens_of(tokenizer: Any, captions: Sequence[str], length: int) -> Iterator[
 
 
 def unknown_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]], unknown: set[str]) -> list[str]:
-    """Captions with characters that T5 does not know, the least readable first."""
+    """Returns lines about captions with characters that T5 does not know, the least readable first."""
     found = {text: made for text, made in tokens.items() if made.unknown}
     if not found:
         return []

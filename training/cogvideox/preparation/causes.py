@@ -32,7 +32,7 @@ Records = Sequence[ClipRecord]
 
 @dataclass(frozen=True)
 class Cause:
-    """The records of clips that cannot be used for one reason."""
+    """Groups the records of clips that cannot be used for the same reason."""
 
     status: str
     records: Records

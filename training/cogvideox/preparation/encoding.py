@@ -30,7 +30,16 @@ Draws = tuple[tuple[object, ...], ...]  # one random-number key for the noise on
 
 @dataclass(frozen=True)
 class Encoders:
-    """The encoders of a pipeline and their settings. They are part of every key in the cache."""
+    """Identifies the encoders of a pipeline and their settings, which are part of every key in the cache.
+
+    Attributes:
+        vae: Fingerprint of the weights of the VAE.
+        text_encoder: Fingerprint of the weights of T5 and of its tokenizer.
+        vae_dtype: Precision of the VAE, for example "bf16".
+        text_dtype: Precision of T5.
+        tiling: Whether the VAE encodes frames in tiles.
+        text_length: Number of tokens of an embedding.
+    """
 
     vae: str
     text_encoder: str
@@ -107,7 +116,7 @@ class VaeInput:
 
     @property
     def pixels(self) -> int:
-        """Returns the number of pixels in all frames that are encoded."""
+        """Number of pixels in all frames that are encoded."""
         return (len(self.draws) or self.bucket.frames) * self.bucket.height * self.bucket.width
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
@@ -155,7 +164,7 @@ def encode_captions(
         return
     place = models.resolve_t5_on(model, encoders.text_dtype, ranks.device, t5_on)
     at_once = batch * (BATCHES_PER_PASS if place == "host" else 1)
-    fix = "give --t5_on host" if place == "device" else "end what else uses it"
+    fix = "give --t5_on host" if place == "device" else "stop other programs that use it"
     room = room_for(f"--t5_on {t5_on}", "for T5", fix)
     with room, models.text_encoder(model, encoders.text_dtype, ranks.device, place, batch) as (tokenizer, encoder):
         bar = tqdm(total=len(captions), desc="encoding captions", unit="caption", disable=not ranks.is_main_process)
@@ -186,7 +195,13 @@ def one_behind(items: Iterable[Item]) -> Iterator[Item]:
 
 @contextmanager
 def room_for(flag: str, what: str, fix: str) -> Iterator[None]:
-    """Turns an out-of-memory error of the device into a UsageError that names a flag and a fix."""
+    """Converts an out-of-memory error of the device into a UsageError.
+
+    Args:
+        flag: The flag and its value that the message names.
+        what: The purpose of the memory, such as "for T5".
+        fix: What the user can do.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -194,7 +209,7 @@ def room_for(flag: str, what: str, fix: str) -> Iterator[None]:
 
 
 def fix_for_memory(tiling: bool) -> str:
-    """Returns what helps if a clip does not fit on the device."""
+    """Returns the advice for a clip that does not fit on the device."""
     if tiling:
-        return "give smaller buckets, or end what else uses it"
+        return "give smaller buckets, or stop other programs that use it"
     return "give --encode_tiling true (other latents than the model was trained on), or smaller buckets"

@@ -1,12 +1,12 @@
 """Encodes a folder of clips and captions into the tensor cache. It can be interrupted and resumed at any point.
 
-``Preparation`` does it in four stages; rank r of R takes items r, r + R, ... of each:
+``Preparation`` does this in four stages; of R ranks, rank r takes items r, r + R, ... in each stage:
 
     samples -> plan (one ledger record per file) -> T5 embeddings of captions -> VAE moments of clips -> index.json
 
 For image-to-video, the first frame of every variant of a clip is encoded too. If the data set names an image for the
-clip, that image takes its place and is cropped as the clip is. Media files are opened in worker processes only, which
-can be killed when a decoder hangs or crashes; this process encodes and writes.
+clip, that image replaces the first frame and is cropped like the clip. Media files are opened only in worker processes,
+which can be killed when a decoder hangs or crashes. This process encodes and writes.
 """
 
 import sys
@@ -55,10 +55,11 @@ class Preparation:
     """Prepares one data set into one folder: ``plan``, then ``check``, then ``encode``.
 
     Attributes:
-        ranks: The processes of the run, of which each prepares its share.
+        ranks: The processes of the run; each prepares its share.
         samples: The samples to train on, followed by ``num_validation`` samples to measure the loss on. Every list of
             records is in this order.
         image_variants: How often each first frame is encoded, each time with different noise; 0 without first frames.
+        skipped: Paths of files that may be clips but have an unsupported format.
     """
 
     def __init__(
@@ -72,6 +73,18 @@ class Preparation:
         image_variants: int = 0,
         need_captions: bool = True,
     ) -> None:
+        """Lists the samples of the data set; no media file is opened.
+
+        Args:
+            model: Which pipeline encodes.
+            data: The flags of the data.
+            flags: The flags of encoding.
+            geometry: The geometry of the model.
+            folder: Where tensors, ledger and index are written.
+            ranks: The processes of the run.
+            image_variants: How often each first frame is encoded; 0 for text-to-video.
+            need_captions: Whether a clip without a caption is an error.
+        """
         self.model, self.data, self.flags, self.geometry, self.folder = model, data, flags, geometry, folder
         self.ranks, self.image_variants = ranks, image_variants
         self.cache = TensorCache(folder)
@@ -87,21 +100,21 @@ class Preparation:
 
     @cached_property
     def requests(self) -> dict[str, str]:
-        """Returns, by path, the ledger's name of each clip: a hash of its stamp at the start and of the clip recipe."""
+        """The ledger key of each clip, by path: a hash of the recipe and of the file's size and time at the start."""
         return {path: self.recipe.request(path) for path in dict.fromkeys(sample.video for sample in self.samples)}
 
     @cached_property
     def image_requests(self) -> dict[str, str]:
-        """Returns the same for each image that the data set names as a first frame, if first frames are encoded."""
+        """The ledger key of each image that is listed as a first frame, by path; empty without first frames."""
         images = (sample.image for sample in self.samples if sample.image is not None and self.image_variants)
         return {path: image_request(path) for path in dict.fromkeys(images)}
 
     @cached_property
     def encoders(self) -> Encoders:
-        """Returns what clips and captions are encoded with.
+        """The encoders of clips and captions, with their precision.
 
-        Without --dtype, a folder keeps the precision of its tensors. Otherwise continuing it on a device with another
-        default precision would encode everything again.
+        Without --dtype, a folder keeps the precision of its tensors. Otherwise a preparation that continues on a device
+        with another default precision would encode everything again.
         """
         here, elsewhere = self._default_encoders()
         if here == elsewhere or self.cache.has(here.prompt_key("")):  # every preparation encodes the empty caption
@@ -109,7 +122,7 @@ class Preparation:
         return elsewhere if self.cache.has(elsewhere.prompt_key("")) else here
 
     def _default_encoders(self) -> tuple[Encoders, Encoders]:
-        """Returns the encoders in the default precision of this device, and in that of the other kind of device."""
+        """Returns the encoders in the default precision of this device, and of the other kind, CPU or GPU."""
         here = Encoders.of(self.model, self.flags, self.geometry, self.ranks.device)
         other = torch.device("cuda" if self.ranks.device.type == "cpu" else "cpu")
         vae_dtype, text_dtype = (models.default_dtype(self.model, part, other) for part in ("vae", "text_encoder"))
@@ -290,6 +303,7 @@ class Preparation:
         return {name: record for name, record in records.items() if record and record.path == files[name]}
 
     def _write(self, records: Iterable[ClipRecord]) -> None:
+        """Appends records to the ledger."""
         self.ledger.append(record.to_json() for record in records)
 
     def _settled(self, record: ClipRecord | None) -> bool:
@@ -299,14 +313,17 @@ class Preparation:
         return record.status != KILLED or record.limits == self._limits()
 
     def _limits(self) -> list[float]:
+        """Returns the limits of a worker as the ledger records them: seconds, and bytes of memory."""
         return [self.limits.seconds, self.limits.memory]
 
     def _killed(self, request: str, path: str, killed: Killed) -> ClipRecord:
+        """Returns the record of a file whose worker was killed. A cause outside of the file is tried again."""
         status = UNREADABLE if killed.transient else KILLED
         return ClipRecord(request, path, status, killed.reason, self._limits())
 
     @contextmanager
     def _sole_writer(self) -> Iterator[None]:
+        """Holds the lock of the folder on the main rank, so that no other job encodes into it."""
         if not self.ranks.is_main_process:
             yield
             return
@@ -314,6 +331,11 @@ class Preparation:
             yield
 
     def _encode_clips(self, missing: dict[str, VaeInput], encoders: Encoders) -> None:
+        """Encodes clips and first frames into the cache. Each is written while the next one is encoded.
+
+        Raises:
+            UsageError: The VAE overflows in its precision, or a clip does not fit on the device.
+        """
         if not missing:
             return
         with models.video_encoder(self.model, encoders.vae_dtype, self.ranks.device, encoders.tiling) as vae:
@@ -357,9 +379,12 @@ class Preparation:
         """
         missing = sum(not self.cache.has(key) for key in index.keys)
         if missing:
-            raise UsageError(f"{self.folder}: {missing} tensors went missing meanwhile; run the same command again")
+            raise UsageError(
+                f"{self.folder}: {missing} tensors were removed during the preparation; run the same command again"
+            )
 
     def _index(self, records: Sequence[ClipRecord], encoders: Encoders) -> CacheIndex:
+        """Returns the index of the usable samples, with the flags that they were prepared with."""
         listed = len(self.samples) - self.num_validation
         pairs = list(zip(self.samples, records, strict=True))
         samples, validation = (

@@ -143,7 +143,7 @@ def stored_bytes(preparation: Preparation) -> int:
 
 @dataclass(frozen=True)
 class Used:
-    """What one clip contributes to one bucket.
+    """Describes what one clip contributes to one bucket.
 
     Attributes:
         place: Index of the clip among the samples.
@@ -161,7 +161,7 @@ class Used:
 
     @property
     def repeats_frames(self) -> bool:
-        """Returns whether a source frame is used more than once."""
+        """Whether a source frame is used more than once."""
         return len(set(self.variant.indices)) < len(self.variant.indices)
 
 

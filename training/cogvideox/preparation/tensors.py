@@ -23,7 +23,7 @@ from cogvideox.runtime.run import Run
 
 @dataclass(frozen=True)
 class Tensors:
-    """The cached data set of a run, with the geometry of its model and the encoders that made the tensors."""
+    """Holds the cached data set of a run, the geometry of its model and the encoders that made the tensors."""
 
     geometry: Geometry
     cache: TensorCache
@@ -101,8 +101,11 @@ def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOpti
     """
     others = sorted({str(sample.bucket) for sample in index.samples if not geometry.has_positions(sample.bucket)})
     if others and not ignores_positions(options):
-        rule = f"this model's learned positions are for {geometry.own_bucket} alone, prepared were {' '.join(others)}"
-        raise UsageError(f"--load_tensors: {rule}; prepare that, or give --ignore_learned_positional_embeddings")
+        rule = (
+            f"this model's learned positions are for {geometry.own_bucket} only, but the folder has {' '.join(others)}"
+        )
+        fix = "prepare that bucket, or give --ignore_learned_positional_embeddings"
+        raise UsageError(f"--load_tensors: {rule}; {fix}")
 
 
 def check_index(index: CacheIndex, encoders: Encoders, folder: Path) -> None:
@@ -133,7 +136,9 @@ def check_flags(index: CacheIndex, data: DataFlags) -> None:
     given = [Bucket(*numbers) for numbers in resolutions(data)]
     if given and not set(there) <= set(given):
         names = " ".join(map(str, there))
-        problems.append(f"--train_resolution {' '.join(data.train_resolution)}: prepared were {names}; give those")
+        problems.append(
+            f"--train_resolution {' '.join(data.train_resolution)}: the tensors were prepared with {names}; give those"
+        )
     for name, of in (("frame_buckets", "frames"), ("height_buckets", "height"), ("width_buckets", "width")):
         values = sorted({getattr(bucket, of) for bucket in there})
         listed = getattr(data, name)

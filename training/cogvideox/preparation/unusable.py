@@ -12,7 +12,11 @@ from cogvideox.errors import UsageError
 
 
 class UnusableClips(UsageError):
-    """Too many clips cannot be used. ``records`` has the record of every sample, for the table of causes."""
+    """Reports that too many clips cannot be used.
+
+    Attributes:
+        records: The record of every sample, for the table of causes.
+    """
 
     def __init__(self, problem: str, records: Sequence[ClipRecord]) -> None:
         super().__init__(problem)
@@ -32,7 +36,7 @@ def check_bad(records: Sequence[ClipRecord], max_bad_fraction: float) -> None:
 
 
 def too_many_bad(records: Sequence[ClipRecord], max_bad_fraction: float) -> int:
-    """Returns how many clips cannot be used if that is more than allowed, else 0."""
+    """Returns how many clips cannot be used, or 0 if that many are allowed."""
     bad = sum(not record.usable for record in records)
     return bad if bad > max_bad(max_bad_fraction, len(records)) else 0
 

@@ -20,7 +20,7 @@ from cogvideox.preparation.prepare import Preparation
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault of a cache, and what to do again to repair it.
+    """Describes a fault of a cache, and what must be made again to repair it.
 
     Attributes:
         text: The line that is printed.
