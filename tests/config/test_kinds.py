@@ -149,7 +149,7 @@ def test_prepared_buckets_without_learned_positions(tiny: Tiny, image_tensors: P
     more = ("--load_tensors", "--validation_frames", 17)
     line = refused(train_image, lora_flags(model, image_tensors, tmp_path / "lora", *more))
     rule = "this model's learned positions are for 17x64x96 only, but the folder has 9x64x96"
-    assert line == f"--load_tensors: {rule}; prepare that, or give {IGNORE}"
+    assert line == f"--load_tensors: {rule}; prepare that bucket, or give {IGNORE}"
 
 
 def test_a_run_with_other_inputs_than_diffusers_does_not_start(

@@ -1,4 +1,4 @@
-"""captions.py: what T5 does not read of captions, with a tokenizer that lacks such characters too."""
+"""Tests of captions.py, with a tokenizer that lacks some characters, as T5's does."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """A T5 tokenizer whose vocabulary has Latin letters and some signs; not T5's own vocabulary."""
+    """Makes a T5 tokenizer with a small vocabulary of Latin letters and some signs."""
     from tiny_cogvideox import make_tokenizer
 
     return make_tokenizer()
 
 
 class Counting:
-    """A tokenizer that counts the texts that it gets."""
+    """Tokenizes, and records the texts that it gets."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.texts = tokenizer, list[str]()
@@ -35,6 +35,7 @@ class Counting:
 
 
 def notes(tokenizer: Any, captions: Iterable[str], contents: Iterable[str] | None = None) -> list[str]:
+    """Returns all notes on captions; the clips differ unless the hashes of their contents are given."""
     samples = [Sample(f"{number}.mp4", caption, f"/{number}.mp4") for number, caption in enumerate(captions)]
     hashes = list(contents) if contents is not None else [sample.id for sample in samples]
     clips = list(zip(samples, hashes, strict=True))
@@ -43,26 +44,28 @@ def notes(tokenizer: Any, captions: Iterable[str], contents: Iterable[str] | Non
 
 def test_captions_that_t5_reads_have_no_notes(tokenizer: Any) -> None:
     assert notes(tokenizer, ["A red square.", "A blue disc."]) == []
-    assert notes(tokenizer, ["", ""]) == []  # missing captions are another rule's
+    assert notes(tokenizer, ["", ""]) == []  # missing captions are reported elsewhere
 
 
 def test_unknown_characters_are_listed_with_their_share(tokenizer: Any) -> None:
     lines = notes(tokenizer, ["A red square.", "A red square 猫", "\u4e00\u53ea\u732b", "A red square \N{DOG FACE}."])
     assert lines[0].startswith("3 captions have characters that T5 does not know (")
     assert "write them in English" in lines[0]
-    assert lines[1] == "  2.mp4: 1 of 2 tokens are unknown: \u4e00 \u53ea \u732b"  # neighbors become one token
+    assert (
+        lines[1] == "  2.mp4: 1 of 2 tokens are unknown: \u4e00 \u53ea \u732b"
+    )  # adjacent unknown characters become one token
     assert {line.split(":")[0] for line in lines[2:4]} == {"  1.mp4", "  3.mp4"}
     assert not any("0.mp4" in line for line in lines)
 
 
-def test_ascii_is_not_taken_to_be_known(tokenizer: Any) -> None:
+def test_ascii_is_not_assumed_to_be_known(tokenizer: Any) -> None:
     lines = notes(tokenizer, ["A {red} square.", "A red square."])
     assert lines[0].startswith("1 caption has characters")
     assert lines[1].endswith("tokens are unknown: { }")
 
 
 def test_a_character_that_is_known_in_combination_is_not_listed(tokenizer: Any) -> None:
-    """A full-width A is normalized to A; an accent alone is unknown, and so is what it makes of an e."""
+    """A full-width A is normalized to A. A combining accent is unknown, alone and after an e."""
     assert notes(tokenizer, ["\N{FULLWIDTH LATIN CAPITAL LETTER A} red square."]) == []
     assert len(notes(tokenizer, ["A re\N{COMBINING ACUTE ACCENT}d square."])) == 2
 
@@ -102,7 +105,7 @@ def test_many_notes_of_a_kind_are_cut_short(tokenizer: Any) -> None:
 
 
 def test_few_captions_are_tokenized(tokenizer: Any) -> None:
-    """The cost of a large data set: each character once, and the captions that may have a problem."""
+    """Each character is tokenized once, and so is each caption that may have a problem; no other caption is."""
     counting = Counting(tokenizer)
     captions = [f"A red square {number}." for number in range(2000)]
     assert len(notes(counting, [*captions, "A red square 猫"])) == 2
@@ -110,7 +113,7 @@ def test_few_captions_are_tokenized(tokenizer: Any) -> None:
 
 
 def test_every_caption_with_an_unknown_token_has_an_unknown_character(tokenizer: Any) -> None:
-    """What is not tokenized has no unknown token: compared with tokenizing everything."""
+    """Captions that are skipped have no unknown token, as tokenizing all of them shows."""
     draw = random.Random(0)
     alphabet = "abcdeé猫한\u1112\u1161\u0301\u0327 \u00a0\u200bſﬁ①{}~\t\N{DOG FACE}\N{VARIATION SELECTOR-16}"
     captions = ["".join(draw.choices(alphabet, k=draw.randint(1, 6))) for _ in range(3000)]

@@ -1,4 +1,4 @@
-"""factory.py: CogVideoX-Factory's prepared folders are read as data, checked, and converted once."""
+"""Tests of factory.py: folders that CogVideoX-Factory prepared are read as data, checked, and converted once."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ Make = Callable[..., Path]
 
 
 def moments(number: int, frames: int = 3) -> Tensor:
+    """Returns the moments of a clip, (32, frames, 8, 12)."""
     return torch.randn(32, frames, 8, 12, generator=torch.Generator().manual_seed(number))
 
 
 def embeds(number: int) -> Tensor:
+    """Returns the embedding of a caption, bf16 (32, 32)."""
     return torch.randn(32, 32, generator=torch.Generator().manual_seed(100 + number)).bfloat16()
 
 
@@ -50,7 +52,7 @@ def geometry(model: Path) -> Geometry:
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     def make(*names: str, videos: tuple[str, ...] = ()) -> Path:
-        """A folder as the factory's prepare_dataset.py leaves it, but without the videos."""
+        """Makes a folder as the factory's prepare_dataset.py does, but without the videos."""
         folder = tmp_path / "factory"
         names = names or NAMES
         for kind, tensor in ((factory.MOMENTS, moments), (factory.EMBEDS, embeds)):
@@ -70,7 +72,7 @@ def flags_of(folder: Path, **values: Any) -> DataFlags:
 
 
 class Opened:
-    """Opens a folder as a run does; counts the embeddings of the empty caption."""
+    """Opens a folder as a run does, and counts the embeddings of the empty caption."""
 
     def __init__(self, folder: Path, geometry: Geometry, **flags: Any) -> None:
         self.cache, self.geometry = TensorCache(folder / "cogvideox_tensors"), geometry
@@ -91,20 +93,21 @@ class Opened:
         self.cache.write(hash_of(""), {"prompt_LD": torch.zeros(32, 32)})
 
     def refused(self) -> tuple[str, ...]:
+        """Returns the problems with which the folder is refused."""
         with pytest.raises(UsageError) as error:
             self()
         assert all(line.isprintable() for line in error.value.problems)
         return error.value.problems
 
 
-# -- what it becomes ---------------------------------------------------------------------------------------------------
+# -- results of the conversion -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("main", [True, False])
-def test_the_tensors_come_through_bit_by_bit(make: Make, geometry: Geometry, main: bool) -> None:
+def test_tensors_are_converted_bit_by_bit(make: Make, geometry: Geometry, main: bool) -> None:
     opened = Opened(make(), geometry, id_token="TOKEN")
     index = opened()
-    assert opened(main) == index  # what the other ranks see once the main process is done
+    assert opened(main) == index  # the other ranks get the same after the main process
     assert opened.empty == 1 + main
     assert [sample.id for sample in index.samples] == [f"videos/{name}.mp4" for name in NAMES]
     assert [sample.caption for sample in index.samples] == [f"TOKEN clip {k}" for k in range(3)]
@@ -152,7 +155,7 @@ def test_the_number_of_frames(geometry: Geometry, latents: int, flags: dict[str,
     assert geometry.moments_shape(bucket) == (32, latents, 8, 12)
 
 
-def test_the_numbers_are_the_model_s(make: Make, geometry: Geometry) -> None:
+def test_the_bucket_depends_on_the_compression_of_the_model(make: Make, geometry: Geometry) -> None:
     other = replace(geometry, spatial_compression=16, temporal_compression=8)
     assert bucket_of((32, 3, 8, 12), other, flags_of(Path("x"))) == Bucket(17, 128, 192)
 
@@ -163,7 +166,7 @@ def test_repeats_and_rows_of_one_clip_have_their_own_ids(make: Make) -> None:
     assert ids == ["videos/a.mp4", "videos/a.mp4#2", "videos/a.mp4#3", "videos/a.mp4#4"]
 
 
-def test_lists_of_other_names_and_folders_of_their_own(make: Make, geometry: Geometry) -> None:
+def test_lists_with_other_names_and_tensors_in_a_subfolder(make: Make, geometry: Geometry) -> None:
     folder = make()
     for name in (factory.MOMENTS, factory.EMBEDS):
         (folder / "sub").mkdir(exist_ok=True)
@@ -176,12 +179,12 @@ def test_lists_of_other_names_and_folders_of_their_own(make: Make, geometry: Geo
     assert [sample.id for sample in index.samples] == [f"sub/videos/{name}.mp4" for name in NAMES]
 
 
-# -- once --------------------------------------------------------------------------------------------------------------
+# -- a file is converted once ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the .pt files that are read."""
+    """Returns a list that gets the name of each .pt file that is read."""
     names: list[str] = []
     read = factory.read_tensor
     monkeypatch.setattr(factory, "read_tensor", lambda path, content: (names.append(path.name), read(path, content))[1])
@@ -207,7 +210,7 @@ def test_a_second_start_reads_nothing_and_an_edited_file_is_seen(
     assert [second.samples[k] for k in (0, 2)] == [first.samples[k] for k in (0, 2)]
 
 
-def test_what_was_interrupted_goes_on(
+def test_an_interrupted_conversion_continues(
     make: Make, geometry: Geometry, loaded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Opened(make(), geometry)
@@ -228,7 +231,7 @@ def test_what_was_interrupted_goes_on(
             opened()
     assert len(loaded) == 4
     opened()
-    assert len(loaded) == 7  # the one that was being written, and the two that were left
+    assert len(loaded) == 7  # the tensor that was being written, and the two that were left
 
 
 def test_a_tensor_that_the_cache_has_lost_is_converted_again(make: Make, geometry: Geometry, loaded: list[str]) -> None:
@@ -240,10 +243,10 @@ def test_a_tensor_that_the_cache_has_lost_is_converted_again(make: Make, geometr
     assert opened.cache.read(key)["prompt_LD"].equal(embeds(2))
 
 
-# -- what it is --------------------------------------------------------------------------------------------------------
+# -- recognizing the layout --------------------------------------------------------------------------------------------
 
 
-def test_which_folders_are_the_factory_s(make: Make, tensors: Path, clips: Path, tmp_path: Path) -> None:
+def test_which_folders_have_the_factory_layout(make: Make, tensors: Path, clips: Path, tmp_path: Path) -> None:
     folder = make()
     assert is_factory_layout(folder)
     assert not is_factory_layout(tensors)
@@ -270,7 +273,7 @@ def test_the_check_of_the_flags_reads_the_lists_only(make: Make, tensors: Path, 
     assert not loaded
 
 
-# -- what is wrong -----------------------------------------------------------------------------------------------------
+# -- faulty files and lists --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,7 +314,7 @@ def test_a_tensor_that_does_not_fit(make: Make, geometry: Geometry, kind: str, t
     assert line.startswith(f"{path}: {says}")
 
 
-def test_positions_of_1_5_end(make: Make, tiny: Callable[[str], Path]) -> None:
+def test_sizes_beyond_the_positions_of_1_5_are_refused(make: Make, tiny: Callable[[str], Path]) -> None:
     folder = make()
     geometry = read_geometry(ModelFlags(str(tiny("1.5-5b"))))
     torch.save(torch.zeros(32, 3, 2 * geometry.sample_height, 12), folder / factory.MOMENTS / "00001.pt")
@@ -330,7 +333,7 @@ def test_damaged_files(make: Make, geometry: Geometry, content: bytes | None) ->
 
 
 class Hostile:
-    """Its pickle makes a file."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -341,7 +344,7 @@ class Hostile:
 
 @pytest.mark.parametrize("how", ["torch.save", "pickle", "legacy", "inside"])
 @pytest.mark.fault("security: a pickle that runs code, in a folder of tensors")
-def test_nothing_of_a_file_is_run(make: Make, geometry: Geometry, tmp_path: Path, how: str) -> None:
+def test_no_code_in_a_file_is_run(make: Make, geometry: Geometry, tmp_path: Path, how: str) -> None:
     folder, canary = make(), tmp_path / "canary"
     path = folder / factory.MOMENTS / "00002.pt"
     hostile = Hostile(canary)
@@ -354,10 +357,12 @@ def test_nothing_of_a_file_is_run(make: Make, geometry: Geometry, tmp_path: Path
     assert line == f"{path}: is not plain tensor data (UnpicklingError); encode the clip again"
     assert not canary.exists()
     pickle.loads(path.read_bytes()) if how == "pickle" else torch.load(path, weights_only=False)
-    assert canary.exists()  # it does bite
+    assert canary.exists()  # the file is really hostile
 
 
-def test_all_files_are_looked_at_and_the_good_ones_kept(make: Make, geometry: Geometry, loaded: list[str]) -> None:
+def test_all_bad_files_are_listed_and_good_ones_stay_converted(
+    make: Make, geometry: Geometry, loaded: list[str]
+) -> None:
     folder = make()
     bad = [folder / factory.MOMENTS / "00000.pt", folder / factory.EMBEDS / "00002.pt"]
     kept = [path.read_bytes() for path in bad]
@@ -388,7 +393,7 @@ def test_clips_that_would_share_their_tensors(make: Make, geometry: Geometry) ->
     assert [row.embeds.name for row in rows] == ["a.v1.pt", "a.v2.pt", "b.pt"]
 
 
-def test_one_clip_of_a_name_with_dots_has_the_factory_s_file(make: Make) -> None:
+def test_a_clip_with_dots_in_its_name_uses_the_shortened_name(make: Make) -> None:
     folder = make("a", videos=("videos/a.v1.mp4",))
     assert [row.moments.name for row in read_rows(folder, flags_of(folder))] == ["a.pt"]
 
@@ -428,11 +433,13 @@ def test_lists_of_unequal_length(make: Make) -> None:
 
 
 def image(number: int) -> Tensor:
+    """Returns the moments of a first frame, (32, 1, 8, 12)."""
     return torch.randn(32, 1, 8, 12, generator=torch.Generator().manual_seed(200 + number))
 
 
 @pytest.fixture
 def with_images(make: Make) -> Path:
+    """Makes a folder that has first frames, too."""
     folder = make()
     (folder / factory.IMAGES).mkdir()
     for number, name in enumerate(NAMES):
@@ -440,7 +447,7 @@ def with_images(make: Make) -> Path:
     return folder
 
 
-def test_first_frames_come_through(with_images: Path, geometry: Geometry) -> None:
+def test_first_frames_are_converted(with_images: Path, geometry: Geometry) -> None:
     opened = Opened(with_images, geometry)
     index = opened(images=True)
     assert opened(main=False, images=True) == index

@@ -1,4 +1,4 @@
-"""proposals.py: buckets that suit clips, legal for the model, against the rule that clips go by."""
+"""Tests of proposals.py: proposed buckets are legal for the model and fit as many clips as announced."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ PHONE: list[Clip] = [(100, 1920, 1080)] * 14 + [(100, 1080, 1920)] * 10 + [(20, 
 
 
 def geometry(model: str) -> Geometry:
+    """Returns the geometry of one of MODELS."""
     return geometry_of(MODELS[model], {}, {})
 
 
 def some_clips(seed: int) -> list[Clip]:
+    """Returns 30 clips of random lengths, in four random sizes."""
     rng = random.Random(seed)
     sizes = [(rng.choice((240, 480, 720, 1080, 1920)), rng.choice((240, 480, 720, 1080, 1920))) for _ in range(4)]
     return [(rng.choice((0, 1, 3, 8, 20, 49, 60, 300)), *rng.choice(sizes)) for _ in range(30)]
@@ -34,7 +36,7 @@ def some_clips(seed: int) -> list[Clip]:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("seed", range(4))
-def test_proposals_are_legal_and_give_the_count_that_they_say(model: str, seed: int) -> None:
+def test_proposals_are_legal_and_fit_the_announced_number_of_clips(model: str, seed: int) -> None:
     of, clips = geometry(model), some_clips(seed)
     fitting = 0
     for number in range(1, 6):
@@ -52,7 +54,7 @@ def test_proposals_are_legal_and_give_the_count_that_they_say(model: str, seed: 
     assert fitting == found.fitting
 
 
-def test_clips_of_a_phone_keep_their_shapes() -> None:
+def test_clips_of_a_phone_keep_their_aspect_ratios() -> None:
     assert propose(PHONE, geometry("1.0"), 1.5, 49, 1).fitting == 24
     found = propose(PHONE, geometry("1.0"), 1.5, 49)
     assert found.flags == "--train_resolution 49x432x768 49x768x432 17x432x768"
@@ -62,12 +64,12 @@ def test_clips_of_a_phone_keep_their_shapes() -> None:
     assert propose(PHONE, geometry("learned positions"), 1.5, 49).flags == "--train_resolution 49x480x720"
 
 
-def test_the_models_own_size_is_for_clips_of_its_shape() -> None:
+def test_the_models_own_size_is_proposed_for_clips_of_its_aspect_ratio() -> None:
     clips: list[Clip] = [(60, 480, 720)] * 3 + [(60, 720, 480)]
     assert propose(clips, geometry("1.0"), 1.5, 49).flags == "--train_resolution 49x480x720 49x720x480"
 
 
-def test_a_few_very_short_clips_shorten_no_others() -> None:
+def test_a_few_very_short_clips_do_not_shorten_the_buckets() -> None:
     clips: list[Clip] = [(60, 480, 720)] * 50 + [(6, 480, 720)]
     assert propose(clips, geometry("1.0"), 1.5, 49, 1).flags == "--train_resolution 49x480x720"
     assert propose(clips, geometry("1.0"), 1.5, 49, 2).flags == "--train_resolution 49x480x720 5x480x720"
@@ -78,7 +80,7 @@ def test_small_clips_and_pictures() -> None:
     assert propose([(49, 10, 10), (0, 480, 720)], geometry("1.0"), 1.5, 49).buckets == ()
     assert propose([], geometry("1.0"), 1.5, 49).buckets == ()
     assert propose([(1, 480, 720)], geometry("1.0"), 1.5, 49).flags == "--train_resolution 1x480x720"
-    # A video that is too short for motion is not made a still.
+    # A video that is too short for any longer bucket does not become a still picture.
     assert propose([(3, 480, 720), (49, 480, 720)], geometry("1.0"), 1.5, 49).fitting == 1
 
 
@@ -86,5 +88,5 @@ def test_legal_counts_and_sizes() -> None:
     assert legal_frames(geometry("1.0"), 49) == [1, 5, 9, 17, 25, 33, 41, 49]
     sizes = legal_sizes(geometry("1.0"))
     assert {(480, 720), (720, 480), (432, 768), (768, 432), (576, 576), (480, 640)} <= set(sizes)
-    assert max(height for height, _ in legal_sizes(geometry("1.5"))) == 768  # where its positions end
+    assert max(height for height, _ in legal_sizes(geometry("1.5"))) == 768  # its positions end there
     assert (768, 1360) in legal_sizes(geometry("1.5"))

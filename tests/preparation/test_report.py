@@ -1,4 +1,4 @@
-"""report.py: what a preparation says before and after, compared with what it then does."""
+"""Tests of report.py: what a preparation reports is compared with what it then does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE = ("--height_buckets", "32", "--width_buckets", "48")
 
 @pytest.fixture
 def configs(tiny: Tiny, tmp_path: Path) -> Path:
-    """A model folder without any weights."""
+    """Makes a model folder without any weights."""
     for part in ("transformer", "vae", "scheduler", "tokenizer"):
         (tmp_path / "model" / part).mkdir(parents=True)
         for path in (tiny("5b") / part).glob("*[!s]"):
@@ -38,16 +38,18 @@ def configs(tiny: Tiny, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(clips: Path, tmp_path: Path) -> Path:
-    """A copy of the six clips that a test may change."""
+    """Returns a copy of the six clips, which a test may change."""
     return Path(shutil.copytree(clips, tmp_path / "data"))
 
 
 def run(model: Path, data: Path, output: Path, *more: str) -> int:
+    """Runs prepare_dataset.py without the checks of its flags, and returns the exit status."""
     argv = ["--model_id", str(model), "--data_root", str(data), "--output_dir", str(output), *SIZE, *more]
     return prepare_dataset.main(parse(PrepareOptions, None, argv))
 
 
 def described(model: Path, data: Path, output: Path, costs: bool = False, **changes: Any) -> list[str]:
+    """Returns the lines of the report on a data set."""
     made = preparation(model, data, output, **changes)
     return report.describe(made, made.plan(), costs).splitlines()
 
@@ -68,7 +70,7 @@ def test_a_dry_run_reads_no_weights_and_encodes_nothing(
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_the_costs_are_what_is_then_written(
+def test_the_announced_bytes_are_written(
     tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tiny("5b"), clips, tmp_path, "--dry_run", "--frame_buckets", "5") == 0
@@ -85,7 +87,7 @@ def test_the_costs_are_what_is_then_written(
 
 
 def test_the_costs_of_first_frames(tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image-to-video model has them without a flag, another one with it; false leaves them out."""
+    """An image-to-video model gets first frames without a flag, another model with it; "false" omits them."""
     flags = ("--frame_buckets", "5", "--num_image_noise_variants", "3")
     assert run(tiny("5b"), clips, tmp_path, *flags) == 0
     capsys.readouterr()
@@ -107,10 +109,10 @@ def test_the_costs_of_first_frames(tiny: Tiny, clips: Path, tmp_path: Path, caps
     assert len(open_index(tmp_path).samples) == 6
 
 
-def test_what_is_done_to_the_clips_of_a_bucket(configs: Path, data: Path, tmp_path: Path) -> None:
+def test_the_table_shows_how_clips_are_resized(configs: Path, data: Path, tmp_path: Path) -> None:
     changes = {"height_buckets": (96,), "width_buckets": (96,), "video_reshape_mode": "center"}
     lines = described(configs, data, tmp_path / "out", **changes, num_augmentations=2)
-    # 96x64, 128x96 and 64x96 (width x height): all but the second are enlarged 1.5 times
+    # The clips are 96x64, 128x96 and 64x96 (width x height); all but the second are enlarged 1.5 times.
     assert lines[1].split() == ["5x96x96", "6", "12", "4", "0%", "33%", "0.1"]
 
 
@@ -146,12 +148,14 @@ def test_captions_that_are_cut_are_named_the_longest_first(configs: Path, data: 
     assert not any("tokens" in line for line in lines[at + 3 :])
 
 
-def test_frame_counts_that_inference_changes_are_said(configs: Path, clips: Path, tmp_path: Path) -> None:
+def test_frame_counts_that_inference_changes_are_reported(configs: Path, clips: Path, tmp_path: Path) -> None:
     lines = described(configs, clips, tmp_path / "out", frame_buckets=(8,))
     assert "8 frames are 2 latent frames, of which inference makes 8 frames" in lines
 
 
-def test_a_validation_clip_that_is_trained_on_is_said(configs: Path, clips: Path, data: Path, tmp_path: Path) -> None:
+def test_a_validation_clip_that_is_trained_on_is_reported(
+    configs: Path, clips: Path, data: Path, tmp_path: Path
+) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (17, 64, 96, 3), np.uint8)
     write_video(data / "videos/00003.mp4", frames, 8)
     lines = described(configs, clips, tmp_path / "out", validation_data_root=(str(data),))
@@ -165,7 +169,7 @@ def test_a_validation_clip_that_is_trained_on_is_said(configs: Path, clips: Path
 
 @pytest.fixture
 def wall(tmp_path: Path) -> Path:
-    """Clips without captions: eight long ones and five of seven frames, landscape and portrait, and two of junk."""
+    """Makes 15 files without captions: 8 long clips, 5 clips of 7 frames, and 2 files that are not videos."""
     folder = tmp_path / "wall"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -179,7 +183,7 @@ def wall(tmp_path: Path) -> Path:
 
 
 def checked(model: Path, data: Path, output: Path, *more: str) -> int:
-    """As the command line does it, with its checks."""
+    """Runs prepare_dataset.py with the checks of its flags, and returns the exit status."""
     argv = ["--model_id", str(model), "--data_root", str(data), "--output_dir", str(output), *more]
     return prepare_dataset.main(parse(PrepareOptions, None, argv, prepare_dataset.CHECKS))
 
@@ -187,7 +191,7 @@ def checked(model: Path, data: Path, output: Path, *more: str) -> int:
 def test_a_dry_run_needs_no_captions(
     configs: Path, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The table comes first, then each cause once, then what to do; and the advice is what it says."""
+    """The table comes first, then each cause once, then what to do. Following the advice works."""
     flags = ("--train_resolution", "17x64x96")
     with pytest.raises(UsageError, match="has no caption; write it next to the clip"):
         checked(configs, wall, tmp_path / "out", *flags)
@@ -217,7 +221,7 @@ def test_a_dry_run_needs_no_captions(
     assert checked(configs, wall, tmp_path / "out", *flags, "--dry_run", "--max_bad_fraction", allowed) == 0
 
 
-def test_suggested_buckets_are_flags_that_give_the_count(
+def test_suggested_buckets_fit_as_many_clips_as_announced(
     configs: Path, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert checked(configs, wall, tmp_path / "out", "--suggest_buckets", "4") == 0
@@ -233,7 +237,7 @@ def test_suggested_buckets_are_flags_that_give_the_count(
     assert not any("too" in line or "other buckets" in line for line in lines)
 
 
-def test_small_clips_are_used_with_the_flag_that_is_said(
+def test_small_clips_are_used_with_the_proposed_flag(
     configs: Path, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UsageError, match="no clip is left to train on; see the table"):
@@ -260,10 +264,11 @@ def test_the_table_is_shown_where_no_clip_is_left(configs: Path, data: Path, tmp
 
 
 def pictures(lines: list[str]) -> list[Path]:
+    """Returns the paths of the contact sheets that a report names."""
     return [Path(line.removeprefix("picture: ")) for line in lines if line.startswith("picture: ")]
 
 
-def test_a_picture_for_every_bucket_drawn_once(configs: Path, clips: Path, tmp_path: Path) -> None:
+def test_one_contact_sheet_per_bucket_is_drawn_once(configs: Path, clips: Path, tmp_path: Path) -> None:
     first = pictures(described(configs, clips, tmp_path, frame_buckets=(9, 17)))
     assert [path.name.split("-")[0] for path in first] == ["9x32x48", "17x32x48"]
     for path in first:
@@ -273,17 +278,17 @@ def test_a_picture_for_every_bucket_drawn_once(configs: Path, clips: Path, tmp_p
     assert pictures(described(configs, clips, tmp_path, frame_buckets=(9, 17))) == first
     assert {path: path.stat().st_mtime_ns for path in first} == before
     (other,) = pictures(described(configs, clips, tmp_path, frame_buckets=(9,)))
-    assert set((tmp_path / "preview").iterdir()) == {other, first[1]}  # what is no longer true of a bucket goes
+    assert set((tmp_path / "preview").iterdir()) == {other, first[1]}  # the outdated sheet of the bucket was removed
 
 
-def test_the_picture_follows_the_clip_and_the_caption(configs: Path, data: Path, tmp_path: Path) -> None:
+def test_a_changed_caption_changes_the_contact_sheet(configs: Path, data: Path, tmp_path: Path) -> None:
     (first,) = pictures(described(configs, data, tmp_path / "out"))
     (data / "prompts.txt").write_text((data / "prompts.txt").read_text().replace("A ", "The "))
     (second,) = pictures(described(configs, data, tmp_path / "out"))
     assert first != second
 
 
-def test_pictures_of_others_stay(configs: Path, clips: Path, tmp_path: Path) -> None:
+def test_other_files_in_the_preview_folder_stay(configs: Path, clips: Path, tmp_path: Path) -> None:
     (tmp_path / "preview").mkdir()
     (tmp_path / "preview" / "mine.png").write_bytes(b"mine")
     described(configs, clips, tmp_path)
@@ -318,13 +323,13 @@ def test_copies_and_repeats_share_their_bytes(configs: Path, data: Path, tmp_pat
     assert once[-1] == thrice[-1] == f"{5 * 32 * 3 * 16 * 24 * 2 / 2**20:.1f}"
 
 
-def test_videos_that_become_stills_are_said(configs: Path, clips: Path, tmp_path: Path) -> None:
+def test_videos_that_become_stills_are_reported(configs: Path, clips: Path, tmp_path: Path) -> None:
     lines = described(configs, clips, tmp_path / "out", frame_buckets=(1,))
     assert "1x32x48: 6 videos give one frame each; to train on motion give longer buckets too" in lines
 
 
-def test_clips_slower_than_the_rate_are_said(configs: Path, data: Path, tmp_path: Path) -> None:
-    """A clip of 6 frames a second at 16: frames are repeated. At --fps 6, or spread over the clip, none is."""
+def test_clips_slower_than_the_sampled_rate_are_reported(configs: Path, data: Path, tmp_path: Path) -> None:
+    """A clip with 6 frames a second repeats frames at 16. At --fps 6, or if spread over the clip, it repeats none."""
     frames = np.random.default_rng(0).integers(0, 256, (20, 64, 96, 3), np.uint8)
     write_video(data / "videos/00001.mp4", frames, 6)
     (data / "prompts.txt").write_text("\n".join(f"A red square {number}." for number in range(6)))
@@ -335,8 +340,8 @@ def test_clips_slower_than_the_rate_are_said(configs: Path, data: Path, tmp_path
         assert not any("repeated" in line for line in described(configs, data, tmp_path / "out", **changes))
 
 
-def test_captions_are_those_of_the_clips_that_are_used(configs: Path, data: Path, tmp_path: Path) -> None:
-    """A copy of a clip with the same caption is no other clip; a clip that is dropped has no say."""
+def test_notes_on_captions_count_used_clips_only(configs: Path, data: Path, tmp_path: Path) -> None:
+    """A copy of a clip with the same caption is not counted, and neither is a clip that cannot be used."""
     shutil.copy(data / "videos/00000.mp4", data / "videos/00002.mp4")
     (data / "videos/00005.mp4").write_text("not a video")
     captions = ["A red square.", "\u732b", "A red square.", "\u72d7", "A blue disc.", "A blue disc."]

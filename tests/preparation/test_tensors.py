@@ -1,4 +1,4 @@
-"""tensors.py: a prepared folder fits the model and the flags, or a line says why not; damage is repaired."""
+"""Tests of tensors.py: a prepared folder is checked against the model and the flags, and damage is repaired."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cogvideox.preparation.tensors import check_flags, open_tensors
 
 
 def refused(flags: list[str]) -> str:
-    """The only line of the error."""
+    """Returns the only line of the error with which training is refused."""
     with pytest.raises(UsageError) as error:
         train(flags)
     (line,) = error.value.problems
@@ -63,7 +63,7 @@ def test_flags_that_fit(tensors: Path) -> None:
     )
     with pytest.raises(UsageError) as error:
         check_flags(index, dataclasses.replace(fresh, id_token="Z"))
-    assert len(error.value.problems) == 4  # all at once
+    assert len(error.value.problems) == 4  # all problems are reported at once
 
 
 @pytest.mark.fault("data: tensors of another model, or made with other flags")
@@ -93,7 +93,7 @@ def test_tensors_of_another_part(model: Path, tensors: Path, tmp_path: Path, par
 
 
 def test_text_to_video_sees_no_first_frames(model: Path, tensors: Path, image_tensors: Path, tmp_path: Path) -> None:
-    """A run is the same with them in the folder: one that was begun before they were added goes on."""
+    """First frames in the folder change nothing, so a run that began before they were added can continue."""
     flags = ["--pretrained_model_name_or_path", model, "--load_tensors", "--data_root"]
     with_images, without = (
         open_tensors(run_alone(tmp_path / "out"), options_of(tmp_path / "out", *flags, folder)).index
@@ -109,7 +109,9 @@ def test_a_folder_of_clips_is_no_prepared_folder(model: Path, clips: Path, tmp_p
     assert "leave out --load_tensors" in line
 
 
-def test_prepared_before_and_prepared_now_are_the_same(model: Path, clips: Path, tensors: Path, tmp_path: Path) -> None:
+def test_preparing_before_or_during_the_run_gives_the_same_data(
+    model: Path, clips: Path, tensors: Path, tmp_path: Path
+) -> None:
     prepared = ["--pretrained_model_name_or_path", model, "--data_root", tensors, "--load_tensors"]
     now = ["--pretrained_model_name_or_path", model, "--data_root", clips, "--tensor_cache", tmp_path / "cache"]
     one = open_tensors(run_alone(tmp_path / "one"), options_of(tmp_path / "one", *prepared))
@@ -138,7 +140,7 @@ def lose(path: Path) -> None:
 
 @pytest.mark.fault("data: a cached tensor is changed, truncated, missing, or contains NaN", times=4)
 @pytest.mark.parametrize("damage", [flip, truncate, lose, poison])
-def test_damage_names_the_file_and_training_from_the_clips_mends_it(
+def test_damage_names_the_file_and_training_from_the_clips_repairs_it(
     model: Path,
     clips: Path,
     tensors: Path,
@@ -193,7 +195,7 @@ def test_damage_found_by_a_worker_ends_the_script_with_one_line(model: Path, ten
 
 @pytest.fixture
 def factory_folder(tensors: Path, tmp_path: Path) -> Path:
-    """The prepared folder of the tests in the factory's layout."""
+    """Writes the prepared folder of the tests in the factory's layout."""
     index, cache, folder = open_index(tensors), TensorCache(tensors), tmp_path / "factory"
     for name in ("video_latents", "prompt_embeds"):
         (folder / name).mkdir(parents=True)
@@ -212,7 +214,7 @@ def test_a_factory_folder_trains_as_ours_does(model: Path, tensors: Path, factor
     assert train(lora_flags(model, factory_folder, tmp_path / "theirs", *more)) == 0
     assert losses(tmp_path / "ours") == losses(tmp_path / "theirs")
     assert equal(weights(tmp_path / "ours"), weights(tmp_path / "theirs"))
-    # what was converted is an ordinary prepared folder
+    # The converted folder is an ordinary prepared folder.
     again = lora_flags(model, tmp_path / "converted", tmp_path / "again", "--load_tensors", "--max_train_steps", 2)
     assert train(again) == 0
     assert losses(tmp_path / "again") == losses(tmp_path / "ours")[:2]

@@ -1,4 +1,4 @@
-"""verify.py: whatever can be wrong with a cache is found, named, and repaired at the cost of that alone."""
+"""Tests of verify.py: each fault of a cache is found and named, and only what is faulty is encoded again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("threads")
 
 @pytest.fixture(scope="module")
 def prepared(tiny: Tiny, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set and, in the folder "tensors" of it, its cache. Read only: copy it."""
+    """Makes a data set with its cache in the folder "tensors". Tests change it only through the fixture data."""
     folder = tmp_path_factory.mktemp("verify") / "data"
     shutil.copytree(clips, folder)
     complete(tiny("5b"), folder, folder / "tensors")
@@ -35,7 +35,7 @@ def prepared(tiny: Tiny, clips: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def data(prepared: Path, tmp_path: Path) -> Iterator[Path]:
-    """The data set at the same path, so that the cache knows its files; changes are undone."""
+    """Returns the data set at the same path, so that the ledger finds its files, and undoes changes afterwards."""
     shutil.copytree(prepared, tmp_path / "copy")
     yield prepared
     shutil.rmtree(prepared)
@@ -43,12 +43,13 @@ def data(prepared: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def faults(tiny: Tiny, data: Path, kind: str = "5b", **changes: Any) -> list[str]:
+    """Returns the sorted lines of all faults of the cache."""
     made = preparation(tiny(kind), data, data / "tensors", **changes)
     return sorted(fault.text for fault in find_faults(made, made.plan()))
 
 
 def run_repair(tiny: Tiny, data: Path) -> tuple[int, int]:
-    """Repairs the cache; returns how many clips and captions were encoded."""
+    """Repairs the cache, and returns how many clips and captions were encoded."""
     counts = [0, 0]
     video, prompt = encode.video_moments, encode.prompt_embeds
 
@@ -71,7 +72,7 @@ def run_repair(tiny: Tiny, data: Path) -> tuple[int, int]:
 
 
 def first_clip(data: Path) -> Path:
-    """The tensor of the first clip."""
+    """Returns the path of the tensor of the first clip."""
     index = open_index(data / "tensors")
     return TensorCache(data / "tensors").path(index.samples[0].video_keys[0])
 
@@ -119,7 +120,7 @@ def test_a_damaged_tensor_is_named_and_alone_encoded_anew(
     assert found.startswith(f"{path}: ")
     assert what in found
     if damage is not Path.unlink:
-        assert path.exists()  # looking changes nothing
+        assert path.exists()  # verification changes nothing
     assert run_repair(tiny, data) == (1, 0)
     assert tensor_files(data) == before
     assert faults(tiny, data) == []
@@ -130,7 +131,7 @@ def test_a_damaged_tensor_is_named_and_alone_encoded_anew(
     [((32, 3, 4, 6), 0.0, "its bucket needs (32, 2, 4, 6)"), ((32, 2, 4, 6), float("nan"), "not finite")],
 )
 @pytest.mark.fault("data: a cached tensor of a wrong type, shape, or value")
-def test_tensors_that_are_whole_but_wrong(
+def test_complete_tensors_of_a_wrong_shape_or_value(
     tiny: Tiny, data: Path, shape: tuple[int, ...], value: float, what: str
 ) -> None:
     path = first_clip(data)
@@ -169,7 +170,7 @@ def test_an_edited_clip(tiny: Tiny, data: Path) -> None:
 def test_an_edit_that_keeps_size_and_time_is_found_by_content(tiny: Tiny, data: Path) -> None:
     path = data / "videos/00001.mp4"
     status, content = path.stat(), bytearray(path.read_bytes())
-    at = content.index(b"x264")  # the encoder's name, in a place that no decoder minds
+    at = content.index(b"x264")  # the name of the encoder, which decoders ignore
     content[at : at + 4] = b"X264"
     path.write_bytes(content)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -198,7 +199,7 @@ def test_an_empty_folder_says_what_to_do(tiny: Tiny, clips: Path, tmp_path: Path
     assert "has no index.json" in fault.text
 
 
-def test_damage_is_found_and_mended_without_an_index(tiny: Tiny, data: Path) -> None:
+def test_damage_is_found_and_repaired_without_an_index(tiny: Tiny, data: Path) -> None:
     path = first_clip(data)
     flip_a_bit(path)
     (data / "tensors" / "index.json").unlink()
@@ -210,7 +211,7 @@ def test_damage_is_found_and_mended_without_an_index(tiny: Tiny, data: Path) -> 
 
 
 @pytest.mark.fault("data: clips of the same name in two folders")
-def test_a_validation_clip_of_the_same_name_hides_nothing(tiny: Tiny, data: Path, clips: Path) -> None:
+def test_a_validation_clip_of_the_same_name_hides_no_fault(tiny: Tiny, data: Path, clips: Path) -> None:
     held = {"validation_data_root": (str(clips),)}
     complete(tiny("5b"), data, data / "tensors", **held)
     lines = (data / "prompts.txt").read_text().splitlines()
@@ -239,7 +240,7 @@ def test_the_flags(tiny: Tiny, data: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def framed(tiny: Tiny, clips: Path, tmp_path: Path) -> Path:
-    """Two clips with a first frame of their own, prepared with two encodings of each."""
+    """Prepares two clips with listed images, each of which is encoded twice."""
     data = tmp_path / "framed"
     shutil.copytree(clips, data)
     for name in ("prompts.txt", "videos.txt"):
@@ -271,7 +272,7 @@ def test_damaged_first_frames_are_found_and_alone_encoded_anew(tiny: Tiny, frame
 
 
 def test_a_changed_image_is_found(tiny: Tiny, framed: Path) -> None:
-    """Also where size and time say nothing; and it is encoded anew."""
+    """The change is found although size and time are the same, and the image is encoded again."""
     path = framed / "1.png"
     status = path.stat()
     flip_a_bit(path)
