@@ -156,7 +156,7 @@ def _vae(kind: str) -> Any:
     from diffusers import AutoencoderKLCogVideoX
 
     return AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 16, 16),
+        block_out_channels=(4, 4, 8, 8),
         latent_channels=16,
         layers_per_block=1,
         norm_num_groups=4,
