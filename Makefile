@@ -11,6 +11,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 3
+# Tests start many processes, each of which would otherwise compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-gpu test-long chaos mutants quality bench fuzz clean
 .DEFAULT_GOAL := demo
