@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import chaos
 import pytest
+import quick_pictures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,6 +84,12 @@ def frozen() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_png() -> None:
+    """Compresses PNG files lightly, here and in forked scripts."""
+    quick_pictures.compress_lightly()
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import disk_faults
+import quick_pictures
 
 # The modules that the scripts import when they run. None of them starts a thread, which a fork would lose.
 IMPORTED = ("cogvideox.loop", "cogvideox.preparation.prepare", "cogvideox.evaluation.before_after")
@@ -105,6 +106,7 @@ if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
     stopping = importlib.import_module("cogvideox.stopping")
+    quick_pictures.compress_lightly()
     gc.freeze()  # imported objects are never freed, and collecting garbage among them would copy their memory pages
     wanted = serve(socket.socket(fileno=int(sys.argv[1])))
     if wanted is not None:
