@@ -13,7 +13,6 @@ def device_and_versions() -> dict[str, Any]:
     from cogvideox.runtime.run import environment
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    commit = (
-        os.environ.get("COMMIT") or git.stdout.strip()
-    )  # COMMIT is set if the files were copied without the git history
+    # COMMIT is set where the files were copied without the git history.
+    commit = os.environ.get("COMMIT") or git.stdout.strip()
     return environment() | {"commit": commit, "command": " ".join(sys.argv)}

@@ -1,4 +1,4 @@
-"""before_after.py: the right videos and the right clip in each row, and nothing of the run changed."""
+"""before_after.py: each row has the right videos and clip, and drawing does not change the run."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.curves import CURVES_NAME
 from cogvideox.runtime.sheets import Panel, SheetRow
 
-BLACK, GREY, WHITE = 20, 128, 240
+BLACK, GRAY, WHITE = 20, 128, 240
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[SheetRow]]]:
-    """(title, rows) of every sheet, which are drawn all the same."""
+    """Records (title, rows) of every sheet, which is still drawn."""
     found: list[tuple[str, list[SheetRow]]] = []
     draw = before_after.contact_sheet
 
@@ -48,7 +48,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[SheetRow]]]:
 
 
 class Decodes(Validator):
-    """A validator without a model, whose training clips are all grey."""
+    """Replaces a validator: it has no model, and decodes every training clip as gray frames."""
 
     def __init__(self, output: Path, texts: list[str]) -> None:
         self.run, self.options = run_alone(output), options_of(output)
@@ -56,7 +56,7 @@ class Decodes(Validator):
 
     def decode(self, moments_CFHW: torch.Tensor) -> np.ndarray:
         self.decoded += 1
-        return np.full((9, 64, 96, 3), GREY, np.uint8)
+        return np.full((9, 64, 96, 3), GRAY, np.uint8)
 
 
 def opened(model: Path, folder: Path, **changes: Any) -> Tensors:
@@ -66,7 +66,7 @@ def opened(model: Path, folder: Path, **changes: Any) -> Tensors:
 
 @pytest.fixture
 def make(model: Path, tensors: Path, tmp_path: Path) -> Callable[..., BeforeAfter]:
-    """make(prompts) is a sheet of a run in tmp_path/lora without a model."""
+    """Returns a function that makes the sheet of a run in tmp_path/lora without a model, given prompts."""
 
     def made(*texts: str) -> BeforeAfter:
         validator = Decodes(tmp_path / "lora", list(texts))
@@ -76,7 +76,7 @@ def make(model: Path, tensors: Path, tmp_path: Path) -> Callable[..., BeforeAfte
 
 
 def video(sheet: BeforeAfter, step: int, prompt: int, *levels: int, size: tuple[int, int] = (64, 96)) -> Path:
-    """A video of plain frames in the validation folder."""
+    """Writes a video of plain frames into the validation folder."""
     path = sheet.validator.path(step, prompt, 0)
     path.parent.mkdir(exist_ok=True)
     write_video(path, np.stack([np.full((*size, 3), level, np.uint8) for level in levels]), 8)
@@ -84,8 +84,8 @@ def video(sheet: BeforeAfter, step: int, prompt: int, *levels: int, size: tuple[
 
 
 def levels(panel: Panel) -> list[int]:
-    """The grey of each frame."""
-    near = {level: level for level in (BLACK, GREY, WHITE)}
+    """Returns the gray level of each frame."""
+    near = {level: level for level in (BLACK, GRAY, WHITE)}
     return [min(near, key=lambda level: abs(level - frame.mean())) for frame in panel.frames]
 
 
@@ -97,7 +97,7 @@ def sample(id: str, caption: str) -> CachedSample:
 
 
 def nearest(prompt: str, *captions: str) -> str:
-    """The caption of the one that is chosen, whatever the order of the samples."""
+    """Returns the caption of the chosen sample, and checks that the order of the samples does not matter."""
     samples = [sample(f"{number:02d}", caption) for number, caption in enumerate(captions)]
     (forward,), (backward,) = (nearest_samples([prompt], some) for some in (samples, samples[::-1]))
     assert forward == backward
@@ -158,7 +158,7 @@ def moments_of(tensors: Tensors) -> torch.Tensor:
 def test_a_clip_is_what_the_pipeline_decodes(
     kind: str, tiny: Callable[[str], Path], model: Path, tensors: Path, tmp_path: Path
 ) -> None:
-    """The scaled mean, F before C as the pipelines hold latents, goes through the whole stock pipeline's decoder."""
+    """The decoded clip equals what the stock pipeline decodes from the scaled mean."""
     moments = moments_of(opened(model, tensors))
     pipeline = diffusers.CogVideoXPipeline.from_pretrained(tiny(kind))
     latents_BFCHW = moments[None, : len(moments) // 2].permute(0, 2, 1, 3, 4) * pipeline.vae.config.scaling_factor
@@ -212,10 +212,10 @@ def test_the_vae_leaves_the_device_whatever_happens(
 
 def test_before_after_and_clip(make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[SheetRow]]]) -> None:
     sheet = make("a red square", "a green disc")
-    video(sheet, 0, 0, BLACK, WHITE, GREY)
-    video(sheet, 2, 0, GREY, BLACK, WHITE)
-    video(sheet, 4, 0, WHITE, GREY, BLACK)
-    video(sheet, 0, 1, WHITE, GREY, WHITE)
+    video(sheet, 0, 0, BLACK, WHITE, GRAY)
+    video(sheet, 2, 0, GRAY, BLACK, WHITE)
+    video(sheet, 4, 0, WHITE, GRAY, BLACK)
+    video(sheet, 0, 1, WHITE, GRAY, WHITE)
     sheet.draw(4)
     sheet.draw(3)  # of another future: resumed from an earlier checkpoint
     sheet.draw(0)
@@ -223,15 +223,15 @@ def test_before_after_and_clip(make: Callable[..., BeforeAfter], drawn: list[tup
     assert title == "lora: before and after training"
     assert [row.label for row in rows] == ["a red square", "a green disc"]
     first, second = ([(panel.label, levels(panel)) for panel in row.panels] for row in rows)
-    clip = ("TRAINING CLIP, as the VAE sees it", [GREY, GREY])
-    assert first == [("BEFORE: step 0", [BLACK, GREY]), ("AFTER: step 4", [WHITE, BLACK]), clip]
+    clip = ("TRAINING CLIP, as the VAE sees it", [GRAY, GRAY])
+    assert first == [("BEFORE: step 0", [BLACK, GRAY]), ("AFTER: step 4", [WHITE, BLACK]), clip]
     assert second == [("BEFORE: step 0", [WHITE, WHITE]), ("AFTER", []), clip]
     assert rows[1].panels[1].caption == "no video in the validation folder"
     assert [row.panels[2].caption for row in rows] == [
         "TOKEN A red square moves to the right.",
         "TOKEN A green disc moves to the right.",
     ]
-    assert (at_3[0].panels[1].label, levels(at_3[0].panels[1])) == ("AFTER: step 2", [GREY, WHITE])
+    assert (at_3[0].panels[1].label, levels(at_3[0].panels[1])) == ("AFTER: step 2", [GRAY, WHITE])
     assert (at_0[0].panels[1].label, at_0[0].panels[1].frames) == ("AFTER", [])
 
 
@@ -239,12 +239,12 @@ def test_high_videos_show_three_frames_beside_each_other(
     make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[SheetRow]]]
 ) -> None:
     sheet = make("a")
-    video(sheet, 0, 0, BLACK, BLACK, WHITE, BLACK, GREY, size=(96, 64))
-    video(sheet, 1, 0, BLACK, BLACK, GREY, size=(64, 64))
+    video(sheet, 0, 0, BLACK, BLACK, WHITE, BLACK, GRAY, size=(96, 64))
+    video(sheet, 1, 0, BLACK, BLACK, GRAY, size=(64, 64))
     sheet.draw(1)
     before, after, clip = drawn[0][1][0].panels
-    assert (levels(before), before.stacked) == ([BLACK, WHITE, GREY], False)
-    assert (levels(after), after.stacked) == ([BLACK, GREY], True)
+    assert (levels(before), before.stacked) == ([BLACK, WHITE, GRAY], False)
+    assert (levels(after), after.stacked) == ([BLACK, GRAY], True)
     assert (len(clip.frames), clip.stacked) == (2, True)
 
 
@@ -309,7 +309,7 @@ def test_a_run_leaves_both_pictures(reference: Path) -> None:
 def test_a_run_that_goes_on_draws_the_same(
     model: Path, tensors: Path, reference: Path, tmp_path: Path, drawn: list[tuple[str, list[SheetRow]]]
 ) -> None:
-    """From the middle, with other videos of the future there; then without the video of step 0."""
+    """The run is resumed from the middle, with videos of later steps present; then without the video of step 0."""
     output = Path(shutil.copytree(reference, tmp_path / "lora"))
     (output / SHEET_NAME).unlink()
     (output / CURVES_NAME).unlink()
@@ -337,7 +337,7 @@ def test_a_run_without_prompts_has_curves_only(
 def test_nothing_of_the_run_is_changed(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each look: the videos are there by then, and so are the lines of metrics.jsonl."""
+    """At each drawing, the videos and the lines of metrics.jsonl exist already."""
     seen = []
     draw = loop.Trainer._draw
 

@@ -1,4 +1,4 @@
-"""held_out.py: the same grid at every step and on any number of ranks, nothing of the run changed."""
+"""held_out.py: every step and number of ranks measures the same grid, and the run itself does not change."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ Tiny = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def prepared(tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four clips to train on, two held out. Read only."""
+    """Prepares four training clips and two held-out clips. Tests must not change the folder."""
     return split(tensors, tmp_path_factory.mktemp("held") / "out", 4, 5, train=slice(4))
 
 
 @pytest.fixture(scope="module")
 def looked(model: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps on them. Read only."""
+    """Trains six steps on them. Tests must not change the folder."""
     output = tmp_path_factory.mktemp("looked") / "lora"
     assert train(lora_flags(model, prepared, output, "--load_tensors")) == 0
     return output
 
 
 def lines(output: Path) -> dict[int, tuple[float, float]]:
-    """(loss, error) by step; a step has one line."""
+    """Returns (loss, error) by step, and checks that each step has one line."""
     found = [line for line in metrics(output) if "held_out_loss" in line]
     assert len({line["step"] for line in found}) == len(found)
     return {int(line["step"]): (line["held_out_loss"], line["held_out_error"]) for line in found}
@@ -80,7 +80,7 @@ def test_each_place_has_a_noise_of_the_first_frame(tiny: Tiny, image_tensors: Pa
 
 
 def test_a_clip_in_several_variants_is_measured_in_the_first(tiny: Tiny, image_tensors: Path, tmp_path: Path) -> None:
-    """As --num_augmentations prepares them; at all places, and with the noises of its own first frame in turn."""
+    """--num_augmentations prepares such clips. All parts of the schedule use the first variant and its first frames."""
     folder = split(image_tensors, tmp_path / "split", 5)
     index = open_index(folder)
     (sample,), other = index.validation, index.samples[0]

@@ -96,7 +96,7 @@ def fill(output: Path, *steps: int) -> None:
 
 
 def videos(output: Path) -> dict[str, list[int]]:
-    """Steps of the videos in each folder."""
+    """Returns the steps of the videos, by folder."""
     found: dict[str, list[int]] = {}
     for path in sorted((output / FOLDER).rglob("step-*.mp4")):
         found.setdefault(path.parent.name, []).append(int(path.name[5:11]))
@@ -128,7 +128,7 @@ def test_videos_of_other_settings_are_moved_away(tmp_path: Path, other: str) -> 
 
 
 def test_videos_of_another_prompt_with_the_same_words_are_moved_away(tmp_path: Path) -> None:
-    """A prompt of a file is in no flag."""
+    """A prompt that is read from a file is not among the flags."""
     bare(tmp_path, texts=["a"]).set_aside_stale(4, 4, {})
     fill(tmp_path, 4)
     bare(tmp_path, texts=["a!"]).set_aside_stale(4, 4, {})
@@ -136,7 +136,7 @@ def test_videos_of_another_prompt_with_the_same_words_are_moved_away(tmp_path: P
 
 
 def test_videos_of_another_image_are_moved_away(tmp_path: Path) -> None:
-    """Whatever its name is."""
+    """The content of the image counts, not its name."""
     image = tmp_path / "image-0.png"
     image.write_bytes(b"one")
     validator = bare(tmp_path)
@@ -162,7 +162,7 @@ def test_videos_that_another_schedule_made_after_the_step_are_moved_away(tmp_pat
 @pytest.mark.parametrize("moved", [1, 2, 3])
 @pytest.mark.fault("kills: an interruption while outdated validation videos are moved away")
 def test_killed_while_moving_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int) -> None:
-    """Killed after the first, the second, or the last video and before settings.json."""
+    """The process is killed after the first, second or last video, before settings.json is written."""
     bare(tmp_path).set_aside_stale(4, 4, {"learning_rate": 1.0})
     fill(tmp_path, 0, 2, 4)
     other = bare(tmp_path, "--guidance_scale", 3.0)
@@ -267,7 +267,7 @@ def test_nothing_of_the_run_is_changed(
 
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, torch.Tensor]]:
-    """(prompt, number, frames) of every video that is sampled."""
+    """Records (prompt, number, frames) of every sampled video."""
     found: list[tuple[int, int, torch.Tensor]] = []
     sample = Validator.sample
 
@@ -329,7 +329,7 @@ def test_videos_of_the_same_settings_are_not_made_again(
 def test_videos_of_other_settings_are_made_again(
     model: Path, tensors: Path, reference: Path, tmp_path: Path, sampled: list[tuple[int, int, torch.Tensor]]
 ) -> None:
-    """The guidance in a finished run; the learning rate in one that was killed before its first checkpoint."""
+    """Guidance changes in a finished run; the learning rate changes in a run killed before its first checkpoint."""
     output = Path(shutil.copytree(reference, tmp_path / "lora"))
     flags = lora_flags(model, tensors, output, "--load_tensors", "--validation_prompt", PROMPT)
     assert train([*flags, "--guidance_scale", "2"]) == 0
@@ -351,7 +351,7 @@ def test_a_run_without_prompts_loads_neither_t5_nor_the_vae(
 
 
 class Loads(Exception):
-    """Ends a run where it would load the transformer."""
+    """Ends a run at the moment when it would load the transformer."""
 
 
 def test_t5_and_vae_are_gone_before_the_transformer_is_loaded(

@@ -1,4 +1,4 @@
-"""card.py: the hub reads what was meant, whatever prompts hold, and every file and program in it works."""
+"""card.py: any prompt is shown as text, and every file and program in the card works."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ SAMPLING = {"height": 480, "width": 720, "num_frames": 49, "guidance_scale": 6.0
 
 
 def facts(**changes: Any) -> Facts:
-    """Of a LoRA that goes to the hub."""
+    """Returns the facts of a LoRA on the hub, with changes."""
     usual = {
         "name": "someone/my-lora",
         "on_hub": True,
@@ -84,7 +84,7 @@ def facts(**changes: Any) -> Facts:
 
 
 def front(text: str) -> dict[str, Any]:
-    """The front matter, as PyYAML and as huggingface_hub find it."""
+    """Returns the front matter, and checks that PyYAML and huggingface_hub read it alike."""
     opening, matter, _ = re.split("^---\n", text, maxsplit=2, flags=re.MULTILINE)
     assert opening == ""
     data = yaml.safe_load(matter)
@@ -97,20 +97,20 @@ def body(text: str) -> str:
 
 
 def tokens(text: str) -> list[Token]:
-    """The elements of the body, those within lines included."""
+    """Returns the Markdown tokens of the body, including those within lines."""
     found = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body(text))
     return [part for token in found for part in (token, *(token.children or []))]
 
 
 def cells(text: str) -> list[str]:
-    """What the cells of the only table show."""
+    """Returns the texts of the cells of the only table."""
     found = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body(text))
     inside = [found[i + 1] for i, token in enumerate(found) if token.type in ("th_open", "td_open")]
     return ["".join(part.content for part in token.children or []) for token in inside]
 
 
 def shown(text: str) -> str:
-    """What a line of a page can show of a text."""
+    """Returns a text as one line of a page can show it."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
@@ -332,7 +332,7 @@ def test_every_file_that_it_names_is_there(reference: Path) -> None:
 
 
 def test_the_files_that_belong_to_a_card(tmp_path: Path) -> None:
-    """Of two prompts with two videos each: pictures, images and videos that are there."""
+    """For two prompts with two videos each, these are the pictures, images and videos that exist."""
     options = options_of(tmp_path, "--num_validation_videos", 2)
     path = partial(Validator.path, SimpleNamespace(run=run_alone(tmp_path), prompts=SimpleNamespace(texts=["a", "b"])))
     validator: Any = SimpleNamespace(

@@ -48,14 +48,14 @@ def script_of(output: Path, *flags: object, sampling: dict[str, Any] | None = No
 
 
 def calls(tree: ast.Module, name: str) -> ast.Call:
-    """The only call of a function or method of this name."""
+    """Returns the only call of a function or method of this name."""
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
     assert len(found) == 1
     return found[0]
 
 
 def values(call: ast.Call) -> dict[str, Any]:
-    """The keyword arguments that are written out."""
+    """Returns the keyword arguments with literal values."""
     return {
         str(k.arg): ast.literal_eval(k.value)
         for k in call.keywords
@@ -110,7 +110,7 @@ def test_tiling_and_slicing_are_the_validation_s(
 def test_the_script_samples_as_the_validation_does(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Flags of which none is a default, against what the stock pipeline is called with."""
+    """All flags differ from their defaults, and are compared with the call of the stock pipeline."""
     import diffusers
 
     called: list[dict[str, Any]] = []
@@ -147,7 +147,7 @@ def test_the_script_samples_as_the_validation_does(
 def test_an_old_diffusers_is_named_before_anything_is_imported_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, old: bool
 ) -> None:
-    """Before 0.39 there is no encode_video, and dtype= is ignored before 0.40."""
+    """Versions before 0.39 have no encode_video, and versions before 0.40 ignore dtype=."""
     tree = script_of(tmp_path)
     end = next(i for i, node in enumerate(tree.body) if ast.unparse(node).startswith("from diffusers"))
     tree.body = tree.body[:end]

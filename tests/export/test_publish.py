@@ -21,7 +21,7 @@ from cogvideox.export.publish import INFERENCE_NAME, MIN_COSINE, RECIPE_NAME, co
 
 
 def test_a_wrong_scale_is_not_faithful() -> None:
-    """Doubling a small effect leaves the cosine near 1: the effect itself is what is compared."""
+    """Doubling a small effect leaves the cosine near 1, so the check compares the effect itself."""
     base = torch.linspace(-1.0, 1.0, 101)
     effect = 1e-3 * torch.linspace(-1.0, 1.0, 101).square()
     assert compare_outputs(base + effect, base + 2 * effect)[1] > MIN_COSINE
@@ -51,7 +51,7 @@ def not_finite(patch: pytest.MonkeyPatch) -> None:
 
 
 def after_writing(change: Callable[[Path], None]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Changes the weights between writing and reloading them."""
+    """Returns a fault that changes the weights between writing and reloading."""
 
     def fault(patch: pytest.MonkeyPatch) -> None:
         write = publish.write_weights
@@ -112,14 +112,14 @@ def test_what_reloads_as_something_else_is_not_published(
             train(flags)
     assert not (output / RECIPE_NAME).exists()
     assert not (output / INFERENCE_NAME).exists()
-    assert train(flags) == 0  # the checkpoint is whole; only the result is written again
+    assert train(flags) == 0  # the checkpoint is complete; only the result is written again
     assert json.loads((output / RECIPE_NAME).read_text())["verification"]["max_difference"] == 0
 
 
 def test_rewriting_alone_is_not_what_is_found(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other side of the test above: the same tensors and metadata, written by somebody else, pass."""
+    """In contrast to the test above, the same tensors and metadata pass if they are only rewritten."""
     after_writing(lambda path: rewrite(path, True, 1.0))(monkeypatch)
     assert train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 1)) == 0
 
@@ -149,7 +149,7 @@ def test_the_recipe_comes_last(model: Path, tensors: Path, tmp_path: Path, monke
 def test_an_extended_run_is_not_finished_until_it_is(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A recipe.json beside weights that it does not describe would call an unfinished folder finished."""
+    """A recipe.json next to weights that it does not describe would mark an unfinished folder as finished."""
     output = tmp_path / "lora"
     assert train(lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 1)) == 0
     after_writing(lambda path: rewrite(path, True, 2.0))(monkeypatch)
