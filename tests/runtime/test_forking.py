@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from running import LORA_SCRIPT, Forked, Process, fork_ranks, python, start
+import running
+from running import LORA_SCRIPT, Forked, Process, fork_ranks, python, server, start
 
 ENDS = {
     "success": ("print('done')", 0, "done\n"),
@@ -74,3 +75,13 @@ def test_ranks_know_each_other(tmp_path: Path) -> None:
     said = [rank.communicate()[0].split() for rank in ranks]
     assert [words[:3] for words in said] == [[str(k), str(k), "3"] for k in range(3)]
     assert len({words[3] for words in said}) == 1
+
+
+def test_processes_of_a_session_share_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "script.py").write_text("import os; print(os.getppid())")
+    first = Forked(python(tmp_path / "script.py")).communicate()[0]
+    with server.__wrapped__() as another:
+        monkeypatch.setattr(running, "server", lambda: another)
+        assert Forked(python(tmp_path / "script.py")).communicate()[0] == first
+    monkeypatch.undo()
+    assert Forked(python(tmp_path / "script.py")).communicate()[0] == first

@@ -4,7 +4,7 @@ A script that is started in the usual way spends six seconds on imports. Tests t
 test its start, use ``Forked`` in running.py, which asks this server for a process. Kills, signals, exit statuses,
 environment variables and ranks behave as in any other process.
 
-    python forking.py SOCKET    reads requests from that file descriptor, one line of JSON each, and answers each
+    python forking.py SOCKET    accepts connections on that file descriptor; requests and answers are lines of JSON
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import json
 import os
 import re
 import runpy
+import select
 import signal
 import socket
 import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import disk_faults
 import quick_pictures
@@ -30,21 +32,51 @@ IMPORTED += ("peft", "matplotlib.figure")
 IMPORTED += ("diffusers.pipelines.cogvideo.pipeline_cogvideox", "transformers.models.t5.modeling_t5")
 
 
-def serve(connection: socket.socket) -> dict[str, Any] | None:
-    """Answers requests until the connection ends. In a forked process, returns the request of that process."""
-    with connection, connection.makefile("rw") as lines:
-        for line in lines:
-            request = json.loads(line)
-            if "pid" in request:
-                pid, status = os.waitpid(request["pid"], os.WNOHANG)
-                answer = os.waitstatus_to_exitcode(status) if pid else None
-            else:
-                answer = os.fork()
-                if answer == 0:
+def serve(listener: socket.socket) -> dict[str, Any] | None:
+    """Answers the requests of all connected test processes until the last of them has ended.
+
+    Returns:
+        In a forked process, the request of that process.
+    """
+    lines_of: dict[socket.socket, TextIO] = {}
+    with ExitStack() as opened:  # a forked process closes every connection, too
+        opened.enter_context(listener)
+        had_one = False
+        while lines_of or not had_one:
+            for connection in select.select([listener, *lines_of], [], [])[0]:
+                if connection is listener:
+                    client = opened.enter_context(listener.accept()[0])
+                    lines_of[client] = opened.enter_context(client.makefile("rw"))
+                    had_one = True
+                    say(lines_of[client], "ready")
+                    continue
+                request = read_request(lines_of[connection])
+                if request is None:
+                    del lines_of[connection]
+                elif "pid" in request:
+                    pid, status = os.waitpid(request["pid"], os.WNOHANG)
+                    say(lines_of[connection], os.waitstatus_to_exitcode(status) if pid else None)
+                elif child := os.fork():
+                    say(lines_of[connection], child)
+                else:
                     return request
-            lines.write(f"{json.dumps(answer)}\n")
-            lines.flush()
     return None
+
+
+def read_request(lines: TextIO) -> dict[str, Any] | None:
+    """Returns the next request of a test process, or None if that has ended."""
+    try:
+        line = lines.readline()
+    except OSError:
+        return None
+    return json.loads(line) if line else None
+
+
+def say(lines: TextIO, answer: Any) -> None:
+    """Sends an answer, unless the test process has ended."""
+    with suppress(OSError):
+        lines.write(f"{json.dumps(answer)}\n")
+        lines.flush()
 
 
 def become(request: dict[str, Any]) -> None:

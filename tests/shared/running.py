@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Union
 
@@ -187,12 +188,31 @@ def outputs() -> "tempfile.TemporaryDirectory[str]":
 
 @functools.cache
 def server() -> Any:
-    """Returns the connection to forking.py, which is started on first use and ends with this process."""
-    ours, its = socket.socketpair()
-    command = [sys.executable, Path(__file__).with_name("forking.py"), str(its.fileno())]
-    subprocess.Popen(command, env=environment(), pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
-    its.close()
-    return ours.makefile("rw")
+    """Returns a connection to forking.py.
+
+    All processes of a test session share one server: the first that needs it starts it, and it ends with the last.
+    """
+    name = f"\0forking-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"  # not a file, but a name in Linux
+    started = None
+    while started is None or started.poll() is None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            try:
+                listener.bind(name)
+            except OSError:
+                pass  # another process has started it
+            else:
+                listener.listen()
+                command = [sys.executable, Path(__file__).with_name("forking.py"), str(listener.fileno())]
+                given = [listener.fileno()]
+                started = subprocess.Popen(command, env=environment(), pass_fds=given, stdin=subprocess.DEVNULL)
+        ours = socket.socket(socket.AF_UNIX)
+        with suppress(OSError):  # a server that has just ended, or one that does not listen yet
+            ours.connect(name)
+            lines = ours.makefile("rw")
+            if lines.readline():
+                return lines
+        time.sleep(0.05)
+    raise RuntimeError(f"forking.py has ended with status {started.returncode}")
 
 
 def ask_server(request: dict[str, Any]) -> Any:
