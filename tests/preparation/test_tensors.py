@@ -35,9 +35,9 @@ def refused(flags: list[str]) -> str:
     ("flag", "value", "says"),
     [
         ("--id_token", "OTHER", "--id_token OTHER: the tensors were prepared with TOKEN; "),
-        ("--height_buckets", 128, "--height_buckets 128: the tensors were prepared with 64; give that"),
-        ("--width_buckets", 128, "--width_buckets 128: the tensors were prepared with 96; give that"),
-        ("--frame_buckets", 5, "--frame_buckets 5: the tensors were prepared with 9; give that"),
+        ("--height_buckets", 128, "--height_buckets 128: the tensors were prepared with 64; give this value"),
+        ("--width_buckets", 128, "--width_buckets 128: the tensors were prepared with 96; give this value"),
+        ("--frame_buckets", 5, "--frame_buckets 5: the tensors were prepared with 9; give this value"),
     ],
 )
 def test_flags_that_do_not_fit_the_tensors(
