@@ -268,5 +268,5 @@ def test_peaks_need_the_memory_of_the_arm_before(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * arms.GIB)
-    with pytest.raises(RuntimeError, match=r"3\.00 GiB of the arm before"):
+    with pytest.raises(RuntimeError, match=r"3\.00 GiB of the previous arm"):
         arms.make_room(torch.device("cuda"))
