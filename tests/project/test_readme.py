@@ -211,11 +211,11 @@ def test_claims_of_the_readme_are_what_was_measured() -> None:
     claims = (
         f"trains in {lean[1]:.1f} GiB of GPU memory",
         f"needs {stock[1]:.1f} GiB",
-        f"All weights train in {every[1]:.1f} GiB instead of {every_stock[1]:.1f} GiB",
-        f"takes {lean[0]:.2f} s a step, {lean[2]:.1f} times as fast",
-        f"a step takes {bench_row('5b-r128-24gb')[0]:.2f} s",
-        f"A step of all weights takes {every[0]:.2f} s, against {every_stock[0]:.2f} s",
-        f"the LoRA is {without[2]:.1f} times as fast",
+        f"Training all weights takes {every[1]:.1f} GiB instead of {every_stock[1]:.1f} GiB",
+        f"takes {lean[0]:.2f} s a step and is {lean[2]:.1f} times as fast",
+        f"With 24 GB of GPU memory, it takes {bench_row('5b-r128-24gb')[0]:.2f} s a step",
+        f"Training all weights takes {every[0]:.2f} s a step, against {every_stock[0]:.2f} s",
+        f"training the LoRA is {without[2]:.1f} times as fast",
         f"{injected[1]} kinds of faults",
     )
     assert [claim for claim in claims if claim not in text] == []
