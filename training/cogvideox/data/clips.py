@@ -1,7 +1,8 @@
-"""Plans which frames of a file are used and in which shape, and decodes them according to the plan.
+"""Chooses the buckets, frames and crops of each clip, and later decodes the chosen frames.
 
-``plan_clip`` reads the packets of a file and returns its ledger record: a hash of its content, and for each bucket and
-each augmentation variant the frame indices and the crop. ``decode_variant`` later turns one variant into uint8 pixels:
+``plan_clip`` reads the packets of a file and returns a record for the ledger. The record contains a hash of the file's
+content, and a list of frame indices and a crop for each bucket and each augmentation variant. ``decode_variant`` turns
+one variant into uint8 pixels:
 
     path + ClipRecipe --plan_clip--> record: content hash, bucket, Variants --decode_variant--> uint8 (F, H, W, 3)
 
@@ -33,16 +34,17 @@ from cogvideox.rng import uniform
 
 StrPath = str | os.PathLike[str]
 
-# Must change whenever the same flags begin to mean other frames or crops, so that all files are planned again.
+# Increase this whenever a change of the code makes the same flags select other frames or crops: all files are then
+# planned again.
 PLAN_VERSION = 3
 
-# Largest ratio between the aspect ratios of an image and its clip. It is above 1 because sizes are whole pixels.
+# The aspect ratios of a first frame and of its clip may differ by this factor, because sizes are rounded to pixels.
 IMAGE_STRETCH = 1.03
 
 
 @dataclass(frozen=True)
 class ClipRecipe:
-    """Holds all settings that decide which pixels of a file are used; see the flags of the same names."""
+    """Holds all settings that decide which pixels of a file are used; config/flags.py describes them."""
 
     buckets: tuple[Bucket, ...]
     fps: float | None  # None: the frames are spread over the clip
@@ -63,9 +65,10 @@ class ClipRecipe:
         return hash_of([PLAN_VERSION, asdict(self)])
 
     def request(self, path: StrPath) -> str:
-        """Returns the ledger key of this recipe applied to the current state of a file, without reading its content.
+        """Returns the ledger key under which the record of a file is stored, without reading the file.
 
-        The state is the size and the time of the last change; a file that does not exist has a key, too.
+        The key depends on the recipe, and on the path, the size and the time of the last change of the file. It also
+        exists for a missing file, whose record says that it is missing.
         """
         return hash_of([str(path), stamp_of(path), self.digest])
 
@@ -77,7 +80,7 @@ def content_hash(path: StrPath) -> str:
 
 
 def content_change(path: str, content: str) -> str | None:
-    """Returns what changed about a file whose content hash was ``content``; None if nothing did."""
+    """Returns None if a file still has the content hash ``content``, or else a phrase that says why not."""
     try:
         return None if content_hash(path) == content else "its content has changed since it was planned"
     except OSError as error:
@@ -93,7 +96,7 @@ def plan_clip(path: StrPath, recipe: ClipRecipe) -> ClipRecord:
 
 
 def measure_clip(path: StrPath, recipe: ClipRecipe) -> ClipRecord:
-    """Returns a record of the size of a clip and of how many frames it can give, without planning it.
+    """Returns a record with the size of a clip and its number of available frames, without planning it.
 
     This is faster than ``plan_clip`` because the content is not hashed. A bad file never raises an error.
     """
@@ -103,24 +106,24 @@ def measure_clip(path: StrPath, recipe: ClipRecipe) -> ClipRecord:
 
 
 def frames_at_recipe_rate(info: VideoInfo, recipe: ClipRecipe) -> int:
-    """Returns how many frames a clip can give at the frame rate of a recipe, after its skipped frames."""
+    """Returns how many frames of a clip are available at a recipe's frame rate, without those that it skips."""
     return frames_available(info.times, recipe.fps, recipe.skip_frames_start, recipe.skip_frames_end)
 
 
 def image_request(path: StrPath) -> str:
-    """Returns the ledger key of the current state of an image that is a first frame, without reading its content."""
+    """Returns the ledger key of a first-frame image: a hash of its path, size and time of the last change."""
     return hash_of(["first frame", str(path), stamp_of(path)])
 
 
 def plan_image(path: StrPath) -> ClipRecord:
-    """Returns the record of an image that is a first frame. It has no cuts: the image is cut as its clip is."""
+    """Returns the record of a first-frame image, which has no cuts because the cuts of its clip are used."""
     return _probe_and_plan(
         path, image_request(path), lambda record, _: replace(record, status=OK, content=content_hash(path))
     )
 
 
 def _probe_and_plan(path: StrPath, request: str, plan: Callable[[ClipRecord, VideoInfo], ClipRecord]) -> ClipRecord:
-    """Probes a file and returns its record as ``plan`` completes it, or with the reason why it cannot be used."""
+    """Probes a file and returns its record, which contains the result of ``plan`` or why the file cannot be used."""
     record = ClipRecord(request, str(path), FAILED, stamp=stamp_of(path))
     try:
         info = probe(path)
@@ -135,7 +138,7 @@ def _probe_and_plan(path: StrPath, request: str, plan: Callable[[ClipRecord, Vid
 
 
 def plan_cuts(record: ClipRecord, info: VideoInfo, recipe: ClipRecipe) -> ClipRecord:
-    """Returns the record of a clip with the buckets that it fills and how, or the reason why it fills none."""
+    """Returns the record with a cut for each bucket that the clip fills, or with the reason why it fills none."""
     available = frames_at_recipe_rate(info, recipe)
     size = (info.height, info.width)
     buckets = choose_buckets(recipe.buckets, available, *size, recipe.max_upscale, recipe.every_bucket)
@@ -148,7 +151,7 @@ def plan_cuts(record: ClipRecord, info: VideoInfo, recipe: ClipRecipe) -> ClipRe
 
 
 def image_refusal(clip: Source, image: Source) -> str | None:
-    """Returns why an image cannot be the first frame of a clip, judged by their sizes; None if it can."""
+    """Returns why the size of an image prevents it from being the first frame of a clip; None if it fits."""
     ratio = (image.width * clip.height) / (image.height * clip.width)
     if max(ratio, 1 / ratio) <= IMAGE_STRETCH:
         return None
@@ -183,10 +186,10 @@ def plan_variant(info: VideoInfo, bucket: Bucket, recipe: ClipRecipe, content: s
 
     Args:
         info: What ``probe`` returned for the file.
-        bucket: The shape that the clip gets.
+        bucket: The number of frames and the size to which the clip is cut.
         recipe: Settings and seed.
-        content: Content hash of the file. Random choices follow from (seed, content, number) alone.
-        number: Which of the variants this is, from 0.
+        content: Content hash of the file. Random choices depend only on (seed, content, number).
+        number: The index of the variant, from 0.
     """
     draw = (recipe.seed, content, number)
     indices = frame_indices(
@@ -210,14 +213,15 @@ def decode_variant(path: StrPath, variant: Variant, stamp: list[int] | None = No
 
     Args:
         path: The file.
-        variant: Which frames, and how they are cut.
-        stamp: Size and time of the last change when the variant was planned, if the file must still be the same.
+        variant: The frame indices and the crop.
+        stamp: Size and time of the last change when the variant was planned. A file that has changed since then is not
+            used. None skips this check.
 
     Returns:
         uint8 RGB frames of shape (F, H, W, 3), or a line that says why they could not be read.
 
     Raises:
-        UsageError: The file system or the machine refuses, though the file may be fine.
+        UsageError: The operating system could not read the file, which itself may be fine.
     """
     try:
         size = (variant.fit.resize_height, variant.fit.resize_width)
@@ -232,13 +236,13 @@ def decode_variant(path: StrPath, variant: Variant, stamp: list[int] | None = No
 
 
 def max_bad(fraction: float, number: int) -> int:
-    """Returns how many of a number of clips may be bad, for --max_bad_fraction."""
-    # The small addend makes up for rounding: 0.07 * 100 is a little less than 7 or a little more.
+    """Returns how many of ``number`` clips may be unusable if --max_bad_fraction is ``fraction``."""
+    # The small addend compensates for rounding: 0.29 * 100 is 28.999999999999996 in floating point.
     return math.floor(fraction * number + 1e-6)
 
 
 def time_decode(path: StrPath, variant: Variant) -> tuple[float, np.ndarray] | str:
-    """Returns the seconds that ``decode_variant`` takes and its frames, or why they could not be read."""
+    """Returns the time of ``decode_variant`` in seconds and the frames, or why the frames could not be read."""
     start = time.perf_counter()
     frames = decode_variant(path, variant)
     return frames if isinstance(frames, str) else (time.perf_counter() - start, frames)

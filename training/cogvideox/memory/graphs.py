@@ -1,7 +1,8 @@
 """Raises torch.compile's limit on graphs, and turns its silent fallback to eager execution into an error.
 
-A run needs a graph for each tensor shape, for each set of saved activations and for sampling, which is more than torch
-allows by default. ``allowing_graphs`` wraps a compiled function so that the limit holds in every thread that calls it.
+By default torch allows eight graphs per function. A run may need more: each tensor shape and each choice of saved
+activations has a graph, and sampling has others. ``allowing_graphs`` wraps a compiled function so that the raised limit
+applies in every thread that calls it.
 """
 
 import threading
@@ -14,7 +15,7 @@ MAX_GRAPHS = 256
 
 
 def allow_graphs() -> None:
-    """Lets torch compile up to MAX_GRAPHS graphs per function in this thread, and raise an error beyond that."""
+    """Raises the limit of this thread to MAX_GRAPHS graphs per function, and makes exceeding it an error."""
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
@@ -22,8 +23,8 @@ def allow_graphs() -> None:
 def allowing_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a compiled function that calls ``allow_graphs`` before its first call in each thread.
 
-    Since torch 2.12 the settings belong to a thread, and on a GPU backward passes run in a thread of autograd, where
-    torch's default limit would end the run at the ninth graph.
+    Each thread has its own settings since torch 2.12, and backward passes on a GPU run in a thread of autograd. Without
+    the call in that thread, torch's default limit would end the run at the ninth graph.
     """
     thread = threading.local()
 

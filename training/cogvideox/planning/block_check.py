@@ -1,11 +1,11 @@
-"""Compares single blocks, executed the way training will, with diffusers' own forward pass and autograd.
+"""Compares single blocks, executed as in training, with diffusers' own forward pass and autograd.
 
-``check_blocks`` runs before the first step, on the first and the last block, in the run's type, attention backend and
-compilation mode, on as many tokens as fit. An ExecutionPlan is checked through a Stack of one copied block, so that
-weights, saved activations and gradients take the same paths as in training. Under a ModulePlan that compiles blocks,
-diffusers' compiled blocks are compared with the same blocks uncompiled. The check runs before the plan moves any
-weights, and stays within the plan's predicted memory, so it does not raise the peak of a run. The letters of the shapes
-are those of blocks.py.
+``check_blocks`` runs before the first step. It compares the first and the last block, with the run's dtype, attention
+backend and compilation mode, on as many tokens as fit into the planned memory. An ExecutionPlan is checked through a
+Stack of one copied block, so that weights, saved activations and gradients take the same paths as in training. Under a
+ModulePlan that compiles blocks, diffusers' compiled blocks are compared with the same blocks uncompiled. The check runs
+before the plan moves any weights, and stays within the plan's predicted memory, so it does not raise the peak of a run.
+model/blocks.py defines the letters that name the dimensions of tensors.
 """
 
 import copy
@@ -34,12 +34,13 @@ TOLERANCES = {torch.float32: 1e-9, torch.float16: 1e-4, torch.bfloat16: 1e-4}
 """How far the cosine may be below 1 for outputs, gradients of inputs, and the gradients of all matrices together."""
 QUANTIZED_TOLERANCE = 1e-3  # used instead if frozen matrices or attention are quantized
 LAYER_FACTOR, NORM_FACTOR = 10, 1000
-"""The factors by which these tolerances are multiplied for the gradients of one layer and of one norm.
+"""Factors of these tolerances: LAYER_FACTOR for the gradients of one layer, NORM_FACTOR for those of one norm.
 
-Gradients of queries and keys are differences of nearly equal numbers, and the gradient of a norm is a sum over all
-tokens in which random numbers nearly cancel. Two correct computations in 16 bits differ by 1e-4 and 2e-2 there.
+Gradients of queries and keys are differences of nearly equal numbers. The gradient of a norm is a sum over all tokens
+in which random numbers nearly cancel. Between two correct computations in 16 bits, the cosine of the former is 1e-4
+below 1, and that of the latter 2e-2.
 """
-LEAST_PATCHES = 64  # video tokens of a sample; fewer would not be a meaningful comparison
+LEAST_PATCHES = 64  # least number of video tokens per sample with which a comparison is meaningful
 CHUNK = 2**24  # elements that are compared at a time
 GRADIENT = "gradient of "
 
@@ -59,7 +60,7 @@ def check_blocks(run: Run, samples: int, tensors: Tensors, transformer: Any, pla
         plan: The plan that training will use.
 
     Raises:
-        BlockError: A quantity of a block differs; the message says which one and by how much.
+        BlockError: An output or a gradient of a block differs by more than its tolerance; the message says which one.
     """
     if not isinstance(plan, ExecutionPlan) and not plan.compiled:
         return  # diffusers' own blocks run uncompiled, so there is nothing to compare
@@ -75,10 +76,11 @@ def check_block(
     """Checks block ``i``.
 
     Returns:
-        The tokens of a sample, and the lowest cosine among the quantities with the strictest tolerance.
+        The number of tokens per sample, and the lowest cosine of the outputs and gradients that must meet the strictest
+        tolerance.
 
     Raises:
-        BlockError: A quantity of the block differs.
+        BlockError: An output or a gradient of the block differs by more than its tolerance.
     """
     tokens, cosines = as_many_tokens_as_fit(device, samples, tensors, blocks[i], i, plan)
     limits = {what: 1 - tolerance_of(plan, blocks[i]) * tolerance_factor(what) for what in cosines}
@@ -94,13 +96,13 @@ def check_block(
 def as_many_tokens_as_fit(
     device: torch.device, samples: int, tensors: Tensors, module: Any, i: int, plan: Plan
 ) -> tuple[int, dict[str, float]]:
-    """Compares block ``i`` on the tokens of the largest bucket, or on half, a quarter and so on, until they fit.
+    """Compares block ``i`` on the tokens of the largest bucket, and halves the video tokens until memory suffices.
 
-    With the tokens of the largest bucket the compiled functions are those that training uses. Shorter lengths are used
-    only here, so they are not compiled unless the plan compiles for any length.
+    The graphs that are compiled for the largest bucket are those of training. A shorter sequence occurs only in this
+    check and would need graphs of its own, so the block runs uncompiled then, unless one graph serves all lengths.
 
     Returns:
-        The tokens of a sample, and the result of ``compare_block``.
+        The number of tokens per sample, and the result of ``compare_block``.
     """
     geometry = tensors.geometry
     bucket = max(buckets_of(tensors), key=geometry.tokens)
@@ -123,7 +125,7 @@ def as_many_tokens_as_fit(
 
 @contextmanager
 def limited_to_plan(plan: Plan, device: torch.device) -> Iterator[None]:
-    """Limits a GPU's memory to an ExecutionPlan's predicted peak within the context; frees unused memory at its end."""
+    """Limits a GPU's memory to an ExecutionPlan's predicted peak, and frees unused memory when the context ends."""
     if device.type != "cuda":
         yield
         return
@@ -136,7 +138,7 @@ def limited_to_plan(plan: Plan, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before)
-        # collect() frees pinned memory at once, and copies on the side streams may still read or write it.
+        # collect() frees pinned memory at once, so copies on the side streams that use this memory must end before it.
         torch.cuda.synchronize(device)
         gc.collect()
         gc.unfreeze()
@@ -144,14 +146,14 @@ def limited_to_plan(plan: Plan, device: torch.device) -> Iterator[None]:
 
 
 def tolerance_of(plan: Plan, module: Any) -> float:
-    """Returns how far the cosines with the strictest tolerance may be below 1 under a plan."""
+    """Returns the strictest tolerance for a plan: how far below 1 a cosine may be, before ``tolerance_factor``."""
     if isinstance(plan, ExecutionPlan) and (plan.base_precision != AUTO or plan.attention == SAGE):
         return QUANTIZED_TOLERANCE
     return TOLERANCES[module.norm1.linear.weight.dtype]
 
 
 def tolerance_factor(what: str) -> int:
-    """Returns the factor by which the tolerance is multiplied for a quantity."""
+    """Returns the factor by which the tolerance is multiplied for an output or a gradient."""
     name = what.removeprefix(GRADIENT)
     if name.startswith("norm"):
         return NORM_FACTOR
@@ -199,13 +201,13 @@ def random_inputs(
 
 @torch.no_grad()
 def balance(inputs: Inputs, stock: Any) -> None:
-    """Scales inputs in place to the norm of what the block adds to them, so that neither hides the other."""
+    """Scales inputs down in place to the norm of what the block adds, so that the sum shows errors of both."""
     for x, y in zip((inputs.video, inputs.text), inputs.call(stock), strict=True):
         x *= ((y - x).float().norm() / x.float().norm()).clamp(0.01, 1.0)
 
 
 def copy_of(module: Any) -> Any:
-    """Copies a block, and randomizes each matrix B of a LoRA that is zero, because A would then have no gradients."""
+    """Copies a block, and randomizes each LoRA matrix B that is zero, because the gradients of A would be zero too."""
     block = copy.deepcopy(module)
     for number, layer in enumerate(lora_layers(block)):
         for adapter, b in layer.lora_B.items():
@@ -218,7 +220,7 @@ def copy_of(module: Any) -> Any:
 
 @torch.no_grad()
 def stock_block(module: Any, plan: Plan, device: torch.device) -> Any:
-    """Returns a copy of a block for diffusers to run on the device, with its matrices rounded as the plan does it."""
+    """Returns a copy of a block on the device for diffusers to run; its matrices have the rounding of the plan."""
     block = copy_of(module).to(device)
     if isinstance(plan, ExecutionPlan) and plan.base_precision != AUTO:
         for matrix, kind in quantization_kinds(block, plan.base_precision).items():
@@ -230,7 +232,7 @@ def stock_block(module: Any, plan: Plan, device: torch.device) -> Any:
 
 
 def compare_block(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.device) -> dict[str, float]:
-    """Returns, for each quantity of block ``i``, the cosine between what training and what diffusers compute."""
+    """Returns, for each output and gradient of block ``i``, the cosine between training's and diffusers'."""
     stock = stock_block(module, plan, device)
     balance(inputs, stock)
     expected = {what: tensor.cpu() for what, tensor in outputs_and_gradients(stock, stock, inputs).items()}
@@ -259,10 +261,10 @@ def outputs_and_gradients(
     """Returns outputs and gradients by name.
 
     Args:
-        run: A function with the signature of a diffusers block that computes with the parameters of the module.
+        run: A function with the signature of a diffusers block. It computes with the parameters of the module.
         module: The block of diffusers that has the parameters.
         inputs: The inputs, and the gradients with respect to the outputs.
-        host_trained: The block's gradients on the host if it is trained there, else None.
+        host_trained: The group of blocks trained on the host that holds the gradients; None if the block is not in one.
     """
     trains_all = base_parameters(module)[0].requires_grad
     leaves = inputs.leaves(with_temb=trains_all)
@@ -282,10 +284,10 @@ def outputs_and_gradients(
 
 
 def take_gradients(host_trained: HostTrainedBlocks) -> None:
-    """Copies the gradients that are summed on the host to the parameters of the only block."""
+    """Copies the gradients of the only block from the host, where they are summed, to its parameters."""
     host_trained.gradients.finish_copies()
     store = host_trained.gradients.store
-    # The host reads the buffers below, so it must wait itself: ``finish_copies`` only makes the compute stream wait.
+    # The host reads the buffers below, so it must wait too: ``finish_copies`` only makes the compute stream wait.
     host_waits_for(compute_event(store.device))
     gradients = store.layouts[0][1].views(store.buffers[0])
     for parameter, gradient in zip(host_trained.parameters[0], gradients, strict=True):
