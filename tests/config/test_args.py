@@ -650,7 +650,7 @@ def test_flags_of_other_scripts_that_would_change_the_result_are_refused(script:
 def test_a_flag_of_another_script_does_not_clash_with_a_name_of_this_one(capsys: pytest.CaptureFixture[str]) -> None:
     """--batch_size is a flag of prepare_dataset.py, and another name of --train_batch_size in the training scripts."""
     assert parse("--batch_size", "2", "--train_batch_size", "3", script=PREPARE).prepare.batch_size == 2
-    assert capsys.readouterr().err == "--train_batch_size: has no effect here; it is for the training scripts\n"
+    assert capsys.readouterr().err == "--train_batch_size: has no effect here; used only by the training scripts\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -101,16 +101,16 @@ def add_information_flags(group: Any, all_flags: Callable[[], argparse.ArgumentP
         group: The group of argparse that shows them.
         all_flags: Returns the parser for --help_all.
     """
-    group.add_argument("-h", "--help", action="help", help="show the flags that most runs need, and stop")
+    group.add_argument("-h", "--help", action="help", help="show the flags that most runs need, and exit")
     group.add_argument(
         "--help_all",
         action=ShowAll,
         nargs=0,
         const=all_flags,
         default=argparse.SUPPRESS,
-        help="show every flag, and stop",
+        help="show every flag, and exit",
     )
-    group.add_argument("--version", action="version", version=__version__, help="show the version, and stop")
+    group.add_argument("--version", action="version", version=__version__, help="show the version, and exit")
 
 
 def help_rows(options_type: type) -> Iterator[tuple[str, AcceptedFlag]]:

@@ -131,39 +131,52 @@ class DataFlags:
 
     data_root: tuple[str, ...] = flag(
         REQUIRED,
-        "folders with the clips, in any form that docs/data.md lists; with --load_tensors, one prepared folder",
+        "folders with the clips, in any form that docs/data.md lists; with --load_tensors, one folder made by "
+        "prepare_dataset.py",
         aliases=("instance_data_root",),
     )
     dataset_file: str | None = flag(
         None, "CSV, JSON or JSON Lines file with one row per clip: a name inside each data_root, or a path"
     )
     caption_column: str | None = flag(
-        None, "file in data_root with one caption per line (prompts.txt, else prompt.txt), or the column of a table"
+        None,
+        "file in data_root with one caption per line (default: prompts.txt, else prompt.txt), or the name of the "
+        "column with the captions in a table",
     )
     video_column: str | None = flag(
-        None, "file in data_root with one path per line, relative to data_root (videos.txt), or the column of a table"
+        None,
+        "file in data_root with one path per line, relative to data_root (default: videos.txt), or the name of the "
+        "column with the paths in a table",
     )
     image_column: str | None = flag(
         None,
-        "file in data_root with one first frame per line, for image-to-video (images.txt), or the column of a table",
+        "file in data_root with one path of a first frame per line, for image-to-video (default: images.txt), or the "
+        "name of the column with these paths in a table",
     )
     repeats: tuple[int, ...] = flag(
-        (1,), "how often each clip occurs in an epoch: one number, or one per data_root", least=1
+        (1,), "number of times that each clip occurs in an epoch: one number for all, or one per data_root", least=1
     )
     validation_data_root: tuple[str, ...] = flag(
-        (), "folders of held-out clips: the loss is measured on them, and they are never trained on"
+        (), "folders of held-out clips, on which the loss is measured without training on them"
     )
-    id_token: str | None = flag(None, "word put before every caption; use it in prompts to invoke what was learned")
-    allow_path: tuple[str, ...] = flag((), "folders outside data_root that listed files may be in")
+    id_token: str | None = flag(
+        None, "trigger word put before every caption; a prompt that contains it calls up what was learned"
+    )
+    allow_path: tuple[str, ...] = flag((), "folders outside data_root from which listed files may be read")
     train_resolution: tuple[str, ...] = flag(
-        (), "buckets as FRAMESxHEIGHTxWIDTH, such as 49x480x720; replaces the three lists of buckets"
+        (),
+        "buckets as FRAMESxHEIGHTxWIDTH, such as 49x480x720; replaces --height_buckets, --width_buckets and "
+        "--frame_buckets",
     )
     height_buckets: tuple[int, ...] = flag(SIZES, "heights to train at, in pixels", least=1)
     width_buckets: tuple[int, ...] = flag(SIZES, "widths to train at, in pixels", least=1)
-    frame_buckets: tuple[int, ...] = flag((49,), "frame counts to train at, each 4k+1; 1 is for images", least=1)
+    frame_buckets: tuple[int, ...] = flag(
+        (49,), "frame counts to train at, each of the form 4k+1; 1 is for images", least=1
+    )
     max_num_frames: int | None = flag(
         None,
-        "most frames of a clip; longer frame buckets are ignored (49, or the longest of --train_resolution)",
+        "largest number of frames of a clip; longer frame buckets are ignored (default: 49, or the longest of "
+        "--train_resolution)",
         least=1,
     )
     bucket_choice: str = flag(
@@ -176,43 +189,46 @@ class DataFlags:
     )
     fps: float | None = flag(
         None,
-        "frames per second at which clips are sampled (that of the model: 8, or 16 for CogVideoX 1.5)",
+        "frames per second at which clips are sampled (default: that of the model, 8, or 16 for CogVideoX 1.5)",
         aliases=("target_fps",),
         least=0.1,
     )
     frame_selection: str = flag(
         "middle",
-        "which frames to use: from the middle, the head, a random position per variant, or spread out (uniform)",
+        "position of the frames to use: in the middle, at the start (head), at random for each variant, or spread "
+        "over the clip (uniform)",
         choices=("middle", "head", "random", "uniform"),
     )
     skip_frames_start: int = flag(0, "source frames to skip at the start of each clip", least=0)
     skip_frames_end: int = flag(0, "source frames to skip at the end of each clip", least=0)
     video_reshape_mode: str = flag(
         "none",
-        "how a clip is fitted to its bucket: none stretches it; center and random keep the aspect ratio and crop",
+        "fitting of a clip to its bucket: none stretches it; center and random keep the aspect ratio and crop",
         choices=("none", "center", "random"),
     )
     random_flip: float | None = flag(
         None, "probability that a variant of a clip is mirrored", const="0.5", least=0.0, most=1.0
     )
     num_augmentations: int | None = flag(
-        None, "variants of each clip to cache, of which each epoch uses one (1; 2 with --random_flip)", least=1
+        None,
+        "variants of each clip to cache, of which each epoch uses one (default: 1, or 2 with --random_flip)",
+        least=1,
     )
     max_bad_fraction: float = flag(
         0.0,
-        "share of clips that may be damaged, too short or too small; with more, the script ends",
+        "share of clips that may be damaged, too short or too small; if more are, the script exits",
         least=0.0,
         most=1.0,
     )
-    video_reader: str = flag("pyav", "decoding library: pyav, which is exact, or decord (0.6), if it is installed")
+    video_reader: str = flag("pyav", "decoding library: pyav, which is exact, or decord 0.6, if it is installed")
     decode_timeout: float = flag(120.0, "seconds after which decoding a clip is abandoned", least=1.0)
     decode_memory: float = flag(4.0, "GiB of memory that decoding one clip may use", least=0.5)
-    dataset_name: str | None = flag(None, "not supported: download a data set of the hub first")
-    dataset_config_name: str | None = flag(None, "not supported, like --dataset_name")
+    dataset_name: str | None = flag(None, "not supported; download a data set of the hub first")
+    dataset_config_name: str | None = flag(None, "not supported; see --dataset_name")
     seed: int = flag(42, "seed of all random numbers", least=0)
     dataloader_num_workers: int = flag(
         0,
-        "worker processes that load tensors; decoding uses the same number, at least one",
+        "worker processes that load tensors; clips are decoded by the same number, but by at least one",
         aliases=("num_workers",),
         least=0,
     )
@@ -224,22 +240,22 @@ class EncodeFlags:
 
     dtype: str | None = flag(
         None,
-        "precision of the VAE and T5 (that of the weight files; fp32 on a CPU)",
+        "precision of the VAE and T5 (default: that of the weight files; fp32 on a CPU)",
         choices=("fp32", "fp16", "bf16"),
     )
     encode_tiling: bool = flag(
         False,
-        "encode in tiles: uses less memory, but the latents differ from those that the model was trained on",
+        "encode in tiles, which needs less memory, but gives other latents than those that the model was trained on",
         aliases=("use_tiling",),
     )
     t5_on: str = flag(
         "auto",
-        "where T5's weights are stored: on the device, or on the host and streamed through 1.5 GiB of device memory, "
-        "with the same result; auto is host if the device has no room",
+        "memory that stores T5's weights: the device, or the host, from which they are streamed through 1.5 GiB of "
+        "device memory with the same result; auto is host if the device has no room",
         choices=("auto", "host", "device"),
     )
     max_sequence_length: int | None = flag(
-        None, "tokens per caption; must be the value in the config of the transformer", least=1
+        None, "tokens per caption; must equal the value in the config of the transformer", least=1
     )
 
 
@@ -259,24 +275,24 @@ class PrepareFlags:
     output_dir: str = flag(REQUIRED, "folder for the tensors; give it to a training script as --data_root")
     save_latents_and_embeddings: bool = flag(True, "accepted for old commands; the script always saves them")
     save_image_latents: bool | None = flag(
-        None, "encode first frames too, for image-to-video (true if the model is an image-to-video model)"
+        None, "encode first frames too, for image-to-video (default: true if the model is an image-to-video model)"
     )
     batch_size: int = flag(1, "captions encoded at once; more than 1 changes the embeddings by rounding", least=1)
     dry_run: bool = flag(
         False,
-        "print what would be encoded and what it would cost, and stop; needs no captions",
+        "print what would be encoded and what it would cost, and exit; needs no captions",
         refused="this one would train",
     )
     suggest_buckets: int | None = flag(
         None,
-        "print at most this many buckets that suit the clips, as a value of --train_resolution, and stop; needs no "
+        "print at most this many buckets that suit the clips, as a value of --train_resolution, and exit; needs no "
         "captions",
         least=1,
         refused="this one would train",
     )
     verify: bool = flag(
         False,
-        "check every tensor in output_dir against the data, and stop without encoding anything",
+        "check every tensor in output_dir against the data, and exit without encoding anything",
         refused="this one would train",
     )
     repair: bool = flag(
@@ -284,7 +300,7 @@ class PrepareFlags:
         "check every tensor in output_dir, and encode again those that are damaged or out of date",
         refused="this one would train",
     )
-    nccl_timeout: int = flag(600, "seconds without progress on any device after which the script ends", least=1)
+    nccl_timeout: int = flag(600, "seconds without progress on any device after which the script exits", least=1)
     use_slicing: bool = idle(False, "clips are encoded one at a time")
     pin_memory: bool = idle(False, "no batch waits for a device")
     num_decode_threads: int = idle(0, "--dataloader_num_workers sets how many processes decode")
@@ -304,10 +320,13 @@ class GuideFlags:
 class LoaderFlags:
     """Where the training scripts read tensors, and how these reach the device."""
 
-    load_tensors: bool = flag(False, "data_root is a folder made by prepare_dataset.py", refused="this one reads clips")
+    load_tensors: bool = flag(
+        False, "read tensors from data_root, a folder made by prepare_dataset.py", refused="this one reads clips"
+    )
     tensor_cache: str | None = flag(
         None,
-        f"folder for tensors made here from clips or from .pt files of the factory (DATA_ROOT/{TENSOR_FOLDER})",
+        "folder for tensors that a training script makes from clips, or from the .pt files of the CogVideoX factory "
+        f"(default: DATA_ROOT/{TENSOR_FOLDER})",
     )
     pin_memory: bool = flag(False, "put batches into page-locked host memory")
     caption_dropout: float = flag(
@@ -324,14 +343,15 @@ class ImageFlags:
     )
     image_latent_scale: str = flag(
         "auto",
-        "how image latents are scaled by the scaling factor of the VAE; auto does what the pipeline of the model does",
+        "scaling of image latents by the scaling factor of the VAE; auto does what the pipeline of the model does",
         choices=("auto", "mul", "div", "none"),
     )
     ignore_learned_positional_embeddings: bool = flag(
         False, "train without the learned position embeddings of CogVideoX-5b-I2V, which fit only one size"
     )
     validation_images: str | None = flag(
-        None, "first frames of the validation videos, one per prompt: paths or URLs, joined by the separator"
+        None,
+        "first frames of the validation videos, one per prompt: paths or URLs, joined by --validation_prompt_separator",
     )
 
 
@@ -340,11 +360,13 @@ class TrainFlags:
     """The length of a run, its checkpoints and its output. Used by loop.py and runtime/."""
 
     output_dir: str = flag(
-        "", "folder of the run: checkpoints, videos, metrics, the result (cogvideox-lora, cogvideox-i2v-sft, ...)"
+        "",
+        "folder of the run, for checkpoints, videos, metrics and the result (default: cogvideox-lora, "
+        "cogvideox-i2v-sft, ...)",
     )
     mixed_precision: str | None = flag(
         None,
-        "type in which the network computes; no is fp32 (the setting of accelerate, else no)",
+        "compute type of the network; no is fp32 (default: the setting of accelerate, else no)",
         choices=("no", "fp16", "bf16"),
     )
     train_batch_size: int = flag(4, "samples per device in one forward pass", aliases=("batch_size",), least=1)
@@ -355,14 +377,17 @@ class TrainFlags:
     )
     gradient_checkpointing: bool = flag(
         False,
-        "recompute blocks in the backward pass: slower, far less memory; a plan then saves at most attention outputs",
+        "recompute blocks in the backward pass, which is slower but needs far less memory; of each block, a plan "
+        "then saves at most the input and the attention outputs",
     )
     max_grad_norm: float = flag(
-        1.0, "largest norm of the gradients, to which larger ones are scaled down; 0 turns this off", least=0.0
+        1.0,
+        "largest norm of the gradients; gradients of a larger norm are scaled down to it; 0 turns this off",
+        least=0.0,
     )
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", least=1)
     save_every_minutes: float | None = flag(
-        None, "minutes between additional checkpoints, as well as those of --checkpointing_steps", least=0.0
+        None, "minutes between checkpoints that are saved in addition to those of --checkpointing_steps", least=0.0
     )
     checkpoints_total_limit: int | None = flag(
         None,
@@ -371,29 +396,30 @@ class TrainFlags:
         least=1,
     )
     keep_best: bool = flag(False, "always keep the checkpoint with the lowest held-out loss; best.json names it")
-    export_best: bool = flag(False, "with --keep_best: export the best checkpoint instead of the last step")
+    export_best: bool = flag(False, "export the best checkpoint of --keep_best instead of the last step")
     resume_from_checkpoint: str | None = flag(
         None,
-        "checkpoint to resume at every start: a folder, or a name in output_dir (the newest, if there is one)",
+        "checkpoint to resume at every start: a folder, or a name in output_dir (default: the newest, if there is one)",
     )
     no_resume: bool = flag(False, "start from the beginning; output_dir must be empty")
     allow_changed: tuple[str, ...] = flag(
         (),
-        "settings that may differ from those of the resumed checkpoint; step and schedule position are kept",
+        "settings that may differ from those of the resumed checkpoint; the step and the position in the schedule "
+        "are kept",
         choices=CHANGEABLE,
     )
     allow_tf32: bool = flag(False, "use TF32 for fp32 matrix products on a GPU")
     nccl_timeout: int = flag(
         600,
-        "seconds after which the run ends if a training step waits for another device, or no device makes progress",
+        "seconds of waiting for another device, or without progress on any device, after which the run exits",
         least=1,
     )
     report_to: str | None = flag(
         None,
-        "tracker to report to, in addition to metrics.jsonl (none)",
+        "tracker to report to, in addition to metrics.jsonl (default: none)",
         choices=("none", "wandb", "tensorboard", "all"),
     )
-    tracker_name: str | None = flag(None, "project name in the tracker (cogvideox)")
+    tracker_name: str | None = flag(None, "project name in the tracker (default: cogvideox)")
     logging_dir: str = flag("logs", "folder in output_dir for the files of trackers")
 
 
@@ -403,19 +429,22 @@ class LossFlags:
 
     loss_weighting: str = flag(
         "none",
-        "how timesteps are weighted in the loss; none weights all the same. model/diffusion.py has the formulas",
+        "weighting of timesteps in the loss; none weights all equally; model/diffusion.py has the formulas",
         choices=WEIGHTINGS,
     )
     snr_gamma: float = flag(
-        5.0, "signal-to-noise ratio at which the weightings with snr in their names are capped", least=1e-3
+        5.0,
+        "signal-to-noise ratio at which the weightings min_snr, min_snr_plus_one and soft_min_snr are capped",
+        least=1e-3,
     )
     p2_gamma: float = flag(1.0, "exponent of the weighting p2", least=0.0)
     p2_k: float = flag(1.0, "constant that the weighting p2 adds to the signal-to-noise ratio", least=1e-3)
     min_timestep: int = flag(0, "first timestep to train on; timestep 0 has the least noise", least=0)
-    max_timestep: int | None = flag(None, "last timestep to train on (the last of the scheduler)", least=0)
+    max_timestep: int | None = flag(None, "last timestep to train on (default: the last of the scheduler)", least=0)
     timestep_sampling: str = flag(
         "uniform",
-        "uniform draws each timestep independently; stratified spreads those of a step evenly over the range",
+        "sampling of timesteps: uniform draws each independently; stratified spreads those of an optimizer step "
+        "evenly over the range",
         choices=("uniform", "stratified"),
     )
     use_ema: bool = flag(
@@ -423,7 +452,7 @@ class LossFlags:
     )
     ema_decay: float = flag(
         0.9999,
-        "share of the average that each step keeps; after n steps at most (1 + n) / (10 + n)",
+        "share of the average that is kept at each step; limited to (1 + n) / (10 + n) after n steps",
         least=0.0,
         below=1.0,
     )
@@ -435,32 +464,33 @@ class PlanFlags:
 
     plan: str = flag(
         "auto",
-        "how transformer blocks are run: auto is the fastest plan that fits into memory; fast keeps weights and as "
-        "many activations as fit on the device; balanced saves attention outputs, for 24 GB cards; lean keeps almost "
-        "nothing on the device; off runs the modules of diffusers",
+        "way of running the transformer blocks: auto is the fastest plan that fits into memory; fast keeps weights "
+        "and as many activations as fit on the device; balanced saves attention outputs, for 24 GB cards; lean keeps "
+        "almost nothing on the device; off runs the modules of diffusers",
         choices=("auto", "fast", "balanced", "lean", "off"),
     )
     vram_budget: float | None = flag(
         None,
-        "GiB of GPU memory that the run may use, T5 and validation included; the plan is for a card of that size",
+        "GiB of GPU memory that the run may use, T5 and validation included; the plan is chosen as for a card of "
+        "that size",
         least=1.0,
     )
     weights_on: str = flag(
         "auto",
-        "where the weights of blocks are stored: on the device, or on the host and streamed",
+        "memory that stores the weights of blocks: the device, or the host, from which they are streamed",
         choices=MEMORY_PLACES,
     )
     keep: str = flag(
         "auto",
-        "activations saved for backward, per block: input; + attention outputs; + outputs of linear layers; all. The "
-        "rest is recomputed",
+        "activations of a block that are saved for the backward pass: input is only its input; attention adds the "
+        "attention outputs; linear adds the outputs of linear layers; all recomputes nothing",
         choices=("auto", "input", "attention", "linear", "all"),
     )
-    kept_on: str = flag("auto", "where saved activations are stored", choices=MEMORY_PLACES)
+    kept_on: str = flag("auto", "memory that stores the saved activations", choices=MEMORY_PLACES)
     optimizer_state_on: str = flag(
         "auto",
-        "where fp32 master weights and the moments of the optimizer are stored; when all weights are trained, auto may "
-        "keep those of some blocks on the device",
+        "memory that stores fp32 master weights and the moments of the optimizer; when all weights are trained, auto "
+        "may keep those of some blocks on the device",
         choices=MEMORY_PLACES,
     )
     compile_blocks: str = flag(
@@ -469,7 +499,7 @@ class PlanFlags:
     attention_backend: str = flag(
         "auto",
         "attention kernel; auto is the fastest exact one that is available and whose gradients pass a check; sage "
-        "(SageAttention 2) quantizes",
+        "(SageAttention 2) is quantized",
         choices=("auto", "flash-4", "cudnn", "flash", "sage", "cpu"),
     )
 
@@ -487,8 +517,8 @@ class LoraPlanFlags(PlanFlags):
     base_precision: str = flag(
         "auto",
         "storage type of the frozen matrices during training and validation: auto is the compute type; int8 and fp8 "
-        "need half as much memory as bf16, nf4 (QLoRA) a third. The cosine similarity to unquantized gradients is "
-        "printed. The exported inference.py loads the unquantized base",
+        "need half as much memory as bf16; nf4 (QLoRA) needs a third; the cosine similarity to unquantized gradients "
+        "is printed; the exported inference.py loads the unquantized base",
         choices=("auto", "int8", "fp8", "nf4"),
     )
 
@@ -498,10 +528,11 @@ class LoraFlags:
     """The LoRA. Used by config/lora_file.py, model/lora.py and model/methods.py."""
 
     rank: int = flag(64, "rank of the LoRA matrices", least=1)
-    lora_alpha: float = flag(64.0, "the LoRA is scaled by lora_alpha / rank", least=0.0)
+    lora_alpha: float = flag(64.0, "scale of the LoRA: its output is multiplied by lora_alpha / rank", least=0.0)
     target_modules: tuple[str, ...] = flag(
         ("to_q", "to_k", "to_v", "to_out.0"),
-        "names of the linear layers that get a LoRA, or one regular expression for full names, such as .*attn1.*",
+        "names of the linear layers that get a LoRA, or one regular expression that matches full names, such as "
+        ".*attn1.*",
     )
     use_rslora: bool = flag(
         False, "scale the LoRA by lora_alpha / sqrt(rank), so that a high rank learns as fast as a low one"
@@ -517,19 +548,20 @@ class LoraFlags:
     )
     init_lora_weights: str = flag(
         "default",
-        "initial matrices: default, gaussian, pissa (from the largest singular values), or pissa_niter_N (pissa with "
-        "N iterations of a faster SVD)",
+        "initial LoRA matrices: default, gaussian, pissa (from the largest singular values), or pissa_niter_N (pissa "
+        "with N iterations of a faster SVD)",
     )
     lora_path: str | None = flag(
         None,
-        "LoRA to start from, a safetensors file or its folder; its rank, alpha and layers must match the flags",
+        "LoRA to start from: a safetensors file, or the folder that contains it; its rank, alpha and layers must "
+        "match the flags",
         aliases=("init_lora_from",),
         refused="this one would not start from it",
     )
     fold_lora_scale: bool = flag(
         False,
-        "multiply the exported matrices by the scale of the LoRA, with rounding, for loaders that ignore the metadata "
-        "of the file. A scale that is a power of two is always multiplied in, without rounding",
+        "multiply the exported matrices by the scale of the LoRA, for loaders that ignore the metadata of the file; "
+        "this rounds, except for a scale that is a power of two, which is always multiplied in",
     )
 
 
@@ -539,8 +571,8 @@ class FullFlags:
 
     save_pipeline: bool = flag(
         False,
-        "also write output_dir/pipeline, a complete pipeline for from_pretrained, of hard links (else copies) to the "
-        "files of the base and the trained ones; --push_to_hub does not upload it",
+        "also write output_dir/pipeline, a complete pipeline for from_pretrained, as hard links (or else copies) of "
+        "the base model's files and of the trained ones; --push_to_hub does not upload it",
         refused="this one makes no transformer; scripts/merge_lora.py merges a LoRA into one",
     )
 
@@ -551,17 +583,19 @@ class OptimizerFlags:
 
     optimizer: str = flag(
         "adam",
-        "adam (L2 penalty), adamw (decoupled weight decay), prodigy (finds its step size; use --learning_rate 1), "
-        "came, or the dotted name of a class, such as torch.optim.RAdam",
+        "optimizer: adam (L2 penalty), adamw (decoupled weight decay), prodigy (finds its step size; use "
+        "--learning_rate 1), came, or the dotted name of a class, such as torch.optim.RAdam",
         choices=OPTIMIZERS,
         dotted=True,
     )
     optimizer_args: tuple[str, ...] = flag(
-        (), "arguments of the class as key=value with Python literals, such as momentum=0.9", only=(NAMED_CLASS,)
+        (),
+        "arguments for an optimizer given by its dotted name, as key=value with Python literals, such as momentum=0.9",
+        only=(NAMED_CLASS,),
     )
     use_8bit: bool = flag(
         False,
-        "store moments in 8 bits, by bitsandbytes (whose weight decay is decoupled for adam too) or torchao",
+        "store moments in 8 bits, with torchao or with bitsandbytes, which decouples weight decay even for adam",
         aliases=("use_8bit_adam",),
         only=ADAMS,
     )
@@ -570,31 +604,35 @@ class OptimizerFlags:
     use_torchao: bool = flag(False, "use torchao instead of bitsandbytes for low-bit moments", only=ADAMS)
     use_cpu_offload_optimizer: bool = flag(
         False,
-        "store master weights and moments, and step, on the CPU, by torchao; for one GPU; needs --max_grad_norm 0",
+        "store master weights and moments in host memory and run the optimizer on the CPU, with torchao; for one GPU "
+        "only; needs --max_grad_norm 0",
         only=ADAMS,
     )
     offload_gradients: bool = flag(
         False,
-        "with --use_cpu_offload_optimizer: free each gradient on the GPU at once; excludes accumulation",
+        "free each gradient on the GPU at once, with --use_cpu_offload_optimizer; excludes gradient accumulation",
         only=ADAMS,
     )
     learning_rate: float = flag(1e-4, "peak learning rate", least=0.0)
     scale_lr: bool = flag(False, "multiply the learning rate by the number of samples per optimizer step")
     lr_scheduler: str = flag("constant", "learning rate schedule", choices=SCHEDULES)
-    lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up; the schedule constant has none", least=0)
+    lr_warmup_steps: int = flag(
+        500, "optimizer steps of linear warm-up, which every schedule except constant has", least=0
+    )
     lr_num_cycles: int = flag(1, "number of cycles of cosine_with_restarts", least=1)
     lr_power: float = flag(1.0, "power of the polynomial schedule", least=0.0)
     beta1: float | None = flag(0.9, "decay of the first moment", aliases=("adam_beta1",), least=0.0, below=1.0)
     beta2: float | None = flag(0.95, "decay of the second moment", aliases=("adam_beta2",), least=0.0, below=1.0)
     beta3: float | None = flag(
         None,
-        "prodigy: decay of the sums for the step size (root of beta2); came: decay of the instability (0.9999)",
+        "decay of prodigy's sums for the step size (default: root of beta2), or of came's instability (default: "
+        "0.9999)",
         aliases=("prodigy_beta3",),
         least=0.0,
         below=1.0,
         only=("prodigy", "came"),
     )
-    weight_decay: float | None = flag(1e-4, "weight decay", aliases=("adam_weight_decay",), least=0.0)
+    weight_decay: float | None = flag(1e-4, "strength of the weight decay", aliases=("adam_weight_decay",), least=0.0)
     epsilon: float | None = flag(
         1e-8,
         "constant added to the root of the second moment",
@@ -602,10 +640,12 @@ class OptimizerFlags:
         least=0.0,
         only=(*ADAMS, "prodigy", NAMED_CLASS),
     )
-    prodigy_decouple: bool = flag(False, "use decoupled weight decay, as adamw does", only=("prodigy",))
-    prodigy_use_bias_correction: bool = flag(False, "use the bias correction of Adam", only=("prodigy",))
+    prodigy_decouple: bool = flag(False, "let prodigy decouple weight decay, as adamw does", only=("prodigy",))
+    prodigy_use_bias_correction: bool = flag(False, "let prodigy use the bias correction of Adam", only=("prodigy",))
     prodigy_safeguard_warmup: bool = flag(
-        False, "exclude the learning rate from the estimate of the step size, for warm-up", only=("prodigy",)
+        False,
+        "let prodigy exclude the learning rate from its estimate of the step size, for warm-up",
+        only=("prodigy",),
     )
 
     @property
@@ -618,8 +658,10 @@ class OptimizerFlags:
 class ValidationFlags:
     """The videos that are made during training. Used by evaluation/validation.py."""
 
-    do_validation: bool | None = flag(None, "make validation videos (true if there are prompts)")
-    validation_prompt: str | None = flag(None, "prompts of the validation videos, joined by the separator :::")
+    do_validation: bool | None = flag(None, "make validation videos (default: true if there are prompts)")
+    validation_prompt: str | None = flag(
+        None, "prompts of the validation videos, joined by --validation_prompt_separator"
+    )
     validation_prompt_separator: str = flag(
         ":::", "separator between two prompts", aliases=("validation_prompt_seperator",)
     )
@@ -627,11 +669,11 @@ class ValidationFlags:
     validation_prompts: str | None = flag(
         None, "file with one prompt per line: a name inside validation_dir, or a path"
     )
-    negative_prompt: str = flag("", "negative prompt")
+    negative_prompt: str = flag("", "negative prompt of the validation videos")
     num_validation_videos: int = flag(1, "videos per prompt", least=1)
     validation_steps: int | None = flag(
         None,
-        "optimizer steps between validations, which also take place before the first and after the last step",
+        "optimizer steps between validations; there is also one before the first step and one after the last",
         least=1,
     )
     validation_epochs: int | None = flag(None, "epochs between validations", least=1)
@@ -639,14 +681,16 @@ class ValidationFlags:
     guidance_scale: float = flag(6.0, "scale of classifier-free guidance; 1 turns it off", least=0.0)
     use_dynamic_cfg: bool = flag(False, "increase the guidance over the sampling steps")
     height: int | None = flag(
-        None, "height of validation videos in pixels (the first given height bucket, else 480)", least=1
+        None, "height of validation videos in pixels (default: the first given height bucket, else 480)", least=1
     )
     width: int | None = flag(
-        None, "width of validation videos in pixels (the first given width bucket, else 720)", least=1
+        None, "width of validation videos in pixels (default: the first given width bucket, else 720)", least=1
     )
-    validation_frames: int | None = flag(None, "frames of validation videos (the longest frame bucket in use)", least=1)
+    validation_frames: int | None = flag(
+        None, "frames of validation videos (default: the longest frame bucket in use)", least=1
+    )
     validation_fps: float | None = flag(
-        None, "frames per second of the video files (--fps)", aliases=("gen_fps",), least=0.1
+        None, "frames per second of the video files (default: --fps)", aliases=("gen_fps",), least=0.1
     )
     enable_slicing: bool = flag(False, "decode validation videos one at a time")
     enable_tiling: bool = flag(False, "decode validation videos in tiles, with far less memory")
@@ -668,10 +712,11 @@ class HubFlags:
     )
     hub_token: str | None = flag(
         None,
-        "token with write access (HF_TOKEN, or that of `hf auth login`; both stay out of the list of processes)",
+        "token with write access (default: HF_TOKEN, else that of `hf auth login`; unlike this flag, these do not "
+        "appear in the list of processes)",
         secret=True,
     )
-    hub_model_id: str | None = flag(None, "name of the repository, or namespace/name (the name of output_dir)")
+    hub_model_id: str | None = flag(None, "name of the repository, or namespace/name (default: the name of output_dir)")
     hub_private: bool = flag(False, "create the repository as private; an existing one is not changed")
 
 
@@ -689,4 +734,4 @@ class IdleFlags:
 class ScriptFlags:
     """The flags that config/args.py handles itself."""
 
-    print_config: bool = flag(False, "print the value of every flag and where it comes from, and stop")
+    print_config: bool = flag(False, "print the value of every flag and where it comes from, and exit")

@@ -36,7 +36,7 @@ class AcceptedFlag:
     @property
     def unused(self) -> str:
         """Why this script does not use the flag; empty if it does."""
-        return self.item.metadata["idle"] or (self.owners and f"it is for {self.owners}")
+        return self.item.metadata["idle"] or (self.owners and f"used only by {self.owners}")
 
     @property
     def refused(self) -> bool:
