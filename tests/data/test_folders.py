@@ -610,7 +610,7 @@ def test_files_of_unknown_formats_are_reported(tmp_path: Path) -> None:
     names = ["c.R3D", "clips.zip", "d.r3d", "sub/b.insv"]
     assert skipped == [str(tmp_path / name) for name in names]
     note, *examples = skipped_notes(skipped)
-    assert note == "files skipped because their format is not read: 2 .r3d, 1 .zip, 1 .insv; convert clips to mp4:"
+    assert note == "files skipped because their format is not supported: 2 .r3d, 1 .zip, 1 .insv; convert clips to mp4:"
     assert [line.strip() for line in examples] == skipped
     assert skipped_notes([]) == []
 

@@ -35,7 +35,7 @@ from running import (
 from cogvideox.config.options import PrepareOptions
 from cogvideox.data.cache import CacheIndex, open_index
 
-# name, container, codec, frames a second, height and width
+# name, container, codec, frames per second, height and width
 MIXED = (
     ("rabbit_crawls", "mp4", "libx264", 25, 270, 480),
     ("rabbit_stands", "webm", "libvpx-vp9", 15, 136, 240),

@@ -327,7 +327,7 @@ def test_another_recipe_encodes_only_what_it_changes(
     captions_again: int,
 ) -> None:
     if "frame_selection" in changes:
-        # The first three clips have exactly 17 frames at 8 frames a second, so their window cannot move.
+        # The first three clips have exactly 17 frames at 8 frames per second, so their window cannot move.
         complete(tiny("5b"), clips, output, frame_buckets=(9, 17), max_num_frames=17)
         encoded.clips = 0
         changes = changes | {"frame_buckets": (9, 17), "max_num_frames": 17}
@@ -363,7 +363,7 @@ def test_augmentations_are_variants(tiny: Tiny, clips: Path, tmp_path: Path, enc
 @pytest.mark.fault("data: a clip that is shorter than its bucket")
 def test_a_short_clip_goes_to_a_smaller_bucket(tiny: Tiny, clips: Path, tmp_path: Path) -> None:
     records = preparation(tiny("5b"), clips, tmp_path, frame_buckets=(5, 17, 81)).plan()
-    # At 8 frames a second, the clips give 17 or 19 frames, and the last one gives 14, so it goes to 5.
+    # At 8 frames per second, the clips give 17 or 19 frames, and the last one gives 14, so it goes to 5.
     assert [record.cuts[0].bucket.frames for record in records] == [17, 17, 17, 17, 17, 5]
     assert {record.status for record in records} == {OK}
 

@@ -329,12 +329,12 @@ def test_videos_that_become_stills_are_reported(configs: Path, clips: Path, tmp_
 
 
 def test_clips_slower_than_the_sampled_rate_are_reported(configs: Path, data: Path, tmp_path: Path) -> None:
-    """A clip with 6 frames a second repeats frames at 16. At --fps 6, or if spread over the clip, it repeats none."""
+    """A clip with 6 frames per second repeats frames at 16. At --fps 6, or if spread over the clip, it repeats none."""
     frames = np.random.default_rng(0).integers(0, 256, (20, 64, 96, 3), np.uint8)
     write_video(data / "videos/00001.mp4", frames, 6)
     (data / "prompts.txt").write_text("\n".join(f"A red square {number}." for number in range(6)))
     note = next(line for line in described(configs, data, tmp_path / "out", fps=16.0) if "frames are repeated" in line)
-    assert note.startswith("3 of the clips have only 6 to 8 frames a second and are sampled at 16, so ")
+    assert note.startswith("3 of the clips have only 6 to 8 frames per second and are sampled at 16, so ")
     assert "--fps 6 repeats none" in note
     for changes in ({"fps": 6.0}, {"frame_selection": "uniform"}, {"frame_buckets": (1,)}):
         assert not any("repeated" in line for line in described(configs, data, tmp_path / "out", **changes))

@@ -112,11 +112,11 @@ class Machine:
 
     device_bytes: int  # device memory that may be filled
     host_bytes: int  # free host memory
-    matmul: float = 5e11  # FLOP a second of matrix products
-    attention: float = 2e11  # FLOP a second of attention in forward
-    attention_backward: float = 2e11  # FLOP a second of attention in backward
-    memory: float = 2e10  # bytes a second, of the device
-    copies: float = 1e10  # bytes a second between host and device, one way
+    matmul: float = 5e11  # FLOP per second of matrix products
+    attention: float = 2e11  # FLOP per second of attention in forward
+    attention_backward: float = 2e11  # FLOP per second of attention in backward
+    memory: float = 2e10  # bytes per second, of the device
+    copies: float = 1e10  # bytes per second between host and device, one way
 
 
 @dataclass(frozen=True)

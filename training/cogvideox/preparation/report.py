@@ -233,7 +233,7 @@ def skipped_notes(skipped: Sequence[str]) -> list[str]:
         return []
     suffixes = Counter(os.path.splitext(path)[1].lower() for path in skipped).most_common()
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes)
-    return [f"files skipped because their format is not read: {kinds}; convert clips to mp4:", *indented(skipped)]
+    return [f"files skipped because their format is not supported: {kinds}; convert clips to mp4:", *indented(skipped)]
 
 
 def color_notes(records: Records) -> Iterator[str]:
@@ -282,7 +282,7 @@ def rate_notes(used: dict[Bucket, list[Used]], fps: float | None) -> Iterator[st
     slowest = math.floor(min(rates) * 100) / 100
     own = f"{slowest:g}" if slowest == max(rates) else f"{slowest:g} to {max(rates):g}"
     yield (
-        f"{len(rates)} of the clips have only {own} frames a second and are sampled at {fps:g}, so some of their "
+        f"{len(rates)} of the clips have only {own} frames per second and are sampled at {fps:g}, so some of their "
         f"frames are repeated; --fps {slowest:g} repeats none, or leave these clips out"
     )
 

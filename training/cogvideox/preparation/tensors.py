@@ -128,7 +128,7 @@ def check_flags(index: CacheIndex, data: DataFlags) -> None:
     Raises:
         UsageError: The id token or the buckets differ from the flags.
     """
-    problems = []
+    problems, fix = [], "give this value, or leave the flag out"
     token = (data.id_token or "").strip()
     if any(not sample.caption.startswith(token) for sample in index.samples):
         problems.append(f"--id_token {token}: the captions were prepared without it; prepare_dataset.py takes the flag")
@@ -136,14 +136,13 @@ def check_flags(index: CacheIndex, data: DataFlags) -> None:
     given = [Bucket(*numbers) for numbers in resolutions(data)]
     if given and not set(there) <= set(given):
         names = " ".join(map(str, there))
-        problems.append(
-            f"--train_resolution {' '.join(data.train_resolution)}: the tensors were prepared with {names}; give those"
-        )
+        shown = " ".join(data.train_resolution)
+        problems.append(f"--train_resolution {shown}: the tensors were prepared with {names}; {fix}")
     for name, of in (("frame_buckets", "frames"), ("height_buckets", "height"), ("width_buckets", "width")):
         values = sorted({getattr(bucket, of) for bucket in there})
         listed = getattr(data, name)
         if listed != getattr(DataFlags, name) and not set(values) <= set(listed):
-            shown = " ".join(map(str, listed))
-            problems.append(f"--{name} {shown}: the tensors were prepared with {values}; give those")
+            shown, seen = " ".join(map(str, listed)), " ".join(map(str, values))
+            problems.append(f"--{name} {shown}: the tensors were prepared with {seen}; {fix}")
     if problems:
         raise UsageError(problems)

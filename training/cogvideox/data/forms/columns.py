@@ -50,7 +50,7 @@ class Columns:
         captions: The captions; None if they could not be read, which is then among the problems.
         videos: Paths of the videos; None as for captions.
         images: Paths of the first frames; None if the data set names none.
-        skipped: Paths of files that may be clips but have a format that is not read.
+        skipped: Paths of files that may be clips but have an unsupported format.
     """
 
     captions: Column | None = None

@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Listing:
-    """Holds all clips in order, and the files that may be clips but have a format that is not read."""
+    """Holds all clips in order, and the files that may be clips but have an unsupported format."""
 
     samples: list[Sample]
     validation: list[Sample]
@@ -57,7 +57,7 @@ def read_samples(data: DataFlags, skipped: list[str] | None = None, need_caption
 
     Args:
         data: The flags.
-        skipped: Receives the paths of files that may be clips but have a format that is not read.
+        skipped: Receives the paths of files that may be clips but have an unsupported format.
         need_captions: Whether a missing caption is an error; otherwise it is empty.
 
     Raises:
