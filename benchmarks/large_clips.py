@@ -42,8 +42,8 @@ def make(
 def picture(number: int, height: int, width: int) -> av.VideoFrame:
     """Returns a picture of moving waves."""
     rows, columns = np.arange(height)[:, None], np.arange(width)[None, :]
-    grey = 127 + 120 * np.sin((rows + 3 * number) / 19) * np.cos((columns - 5 * number) / 23)
-    return av.VideoFrame.from_ndarray(np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2))
+    gray = 127 + 120 * np.sin((rows + 3 * number) / 19) * np.cos((columns - 5 * number) / 23)
+    return av.VideoFrame.from_ndarray(np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2))
 
 
 def damaged(path: Path, second: float) -> Path:

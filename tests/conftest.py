@@ -130,7 +130,7 @@ def pytest_runtest_call() -> None:
 
 # number of clips, width, height, frames per second, frames
 SYNTHETIC = ((3, 96, 64, 8, 17), (2, 128, 96, 25, 60), (1, 64, 96, 30, 50))
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
     "blue": (50, 70, 220),
@@ -142,7 +142,7 @@ COLOURS = {
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """tiny(kind) is the folder of a tiny pipeline of that kind, made on first use. Read only: the session shares it."""
+    """Returns a function that creates a tiny pipeline of a kind on first use. The session shares its folder."""
     from tiny_cogvideox import make_tiny
 
     root = tmp_path_factory.mktemp("tiny")
@@ -151,13 +151,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def real_clips() -> Path:
-    """The data set of examples/real_clips.py, kept between sessions. Fails, never skips, where it cannot be had."""
+    """Returns the data set of examples/real_clips.py, cached between sessions. Fails if it cannot be downloaded."""
     from real_clips import DownloadError, make_clips
 
     cache = Path(os.environ.get("COGVIDEOX_TEST_CACHE") or Path.home() / ".cache" / "cogvideox-tests")
     cache.mkdir(parents=True, exist_ok=True)
     try:
-        with open(cache / ".lock", "w") as lock:  # processes that test side by side share it
+        with open(cache / ".lock", "w") as lock:  # parallel test processes share the cache
             fcntl.flock(lock, fcntl.LOCK_EX)
             return make_clips(cache / "real_clips")
     except DownloadError as error:
@@ -166,27 +166,25 @@ def real_clips() -> Path:
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of six moving shapes (see SYNTHETIC): videos/00000.mp4 and so on, prompts.txt, videos.txt."""
+    """Creates a data set of six moving shapes (see SYNTHETIC): videos/00000.mp4 and so on, prompts.txt, videos.txt."""
     from real_clips import write_video
 
     folder = tmp_path_factory.mktemp("clips")
     (folder / "videos").mkdir()
     sizes = [rest for number, *rest in SYNTHETIC for _ in range(number)]
     names = [f"videos/{index:05d}.mp4" for index in range(len(sizes))]
-    for index, (name, colour, (width, height, fps, frames)) in enumerate(zip(names, COLOURS, sizes, strict=True)):
-        write_video(folder / name, moving_shape(COLOURS[colour], index % 2 == 0, width, height, frames), fps)
-    shapes = [
-        f"A {colour} {'square' if i % 2 == 0 else 'disc'} moves to the right." for i, colour in enumerate(COLOURS)
-    ]
+    for index, (name, color, (width, height, fps, frames)) in enumerate(zip(names, COLORS, sizes, strict=True)):
+        write_video(folder / name, moving_shape(COLORS[color], index % 2 == 0, width, height, frames), fps)
+    shapes = [f"A {color} {'square' if i % 2 == 0 else 'disc'} moves to the right." for i, color in enumerate(COLORS)]
     (folder / "prompts.txt").write_text("".join(f"{line}\n" for line in shapes))
     (folder / "videos.txt").write_text("".join(f"{line}\n" for line in names))
     return folder
 
 
 def moving_shape(
-    colour: tuple[int, int, int], square: bool, width: int, height: int, frames: int
+    color: tuple[int, int, int], square: bool, width: int, height: int, frames: int
 ) -> Iterator[np.ndarray]:
-    """A square or disc that crosses the picture from left to right in front of a grey slope."""
+    """Yields frames (H, W, 3) of a square or disc that crosses the picture from left to right on a gray slope."""
     import numpy as np
 
     rows, columns = np.mgrid[:height, :width]
@@ -196,7 +194,7 @@ def moving_shape(
         x = radius + (width - 2 * radius) * index / max(1, frames - 1)
         across, down = np.abs(columns - x), np.abs(rows - height / 2)
         inside = np.maximum(across, down) < radius if square else np.hypot(across, down) < radius
-        yield np.where(inside[..., None], np.array(colour, np.uint8), background)
+        yield np.where(inside[..., None], np.array(color, np.uint8), background)
 
 
 @pytest.fixture(scope="session")

@@ -183,7 +183,7 @@ def test_a_job_that_takes_too_much_memory_is_killed(job: tuple[Any, ...]) -> Non
     assert results(job, (pow, 2, 3), limits=Limits(60, 256 * MIB)) == [Killed(reason), 8]
 
 
-def test_mapped_memory_does_not_count_towards_the_limit() -> None:
+def test_mapped_memory_does_not_count_toward_the_limit() -> None:
     assert results(code("len(__import__('mmap').mmap(-1, 2**30))"), limits=Limits(60, 256 * MIB)) == [2**30]
 
 

@@ -38,7 +38,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, skipped: Tensor) -> None:
-        """Moves the averages towards the masters; called after each optimizer step.
+        """Moves the averages toward the masters; called after each optimizer step.
 
         Args:
             skipped: Scalar on the device, 1 if the step changed no weight; then the averages do not change either.

@@ -29,7 +29,7 @@ from cogvideox.optimizer.step import StepResult
 class HostMasters:
     """Keeps fp32 masters of some parameters and updates them with a real optimizer.
 
-    torchao creates one for each tensor on the host, and one for all small tensors, which it leaves on the GPU. Towards
+    torchao creates one for each tensor on the host, and one for all small tensors, which it leaves on the GPU. Toward
     torchao this class looks like a torch optimizer.
     """
 

@@ -32,7 +32,7 @@ _CHROMATICITIES = {
     "p3": ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),
 }
 _D65 = (0.3127, 0.3290)
-_LUMA = (0.2627, 0.6780, 0.0593)  # weights of bt2020, by which overly bright colors are faded towards white
+_LUMA = (0.2627, 0.6780, 0.0593)  # weights of bt2020, by which overly bright colors are faded toward white
 _FADED_ABOVE = 2.0  # luma, in units of white
 _CODES = 4096  # codes of 12 bits: HDR has 10 bits, and averages need more
 _STRIP = 64  # rows that are converted at a time, so that intermediate results stay in the cache of the CPU
