@@ -58,11 +58,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on a device. Copies from page-locked memory are asynchronous."""
-        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in self.tensors().items()})
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()}
+        return Batch(ids=self.ids, replaced=self.replaced, **moved)
 
     def pin_memory(self) -> "Batch":
         """Returns the batch in page-locked memory; the DataLoader calls this."""
-        return replace(self, **{n: t.pin_memory() for n, t in self.tensors().items()})
+        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
+        return Batch(ids=self.ids, replaced=self.replaced, **pinned)
 
 
 def collate(samples: Sequence[Batch]) -> Batch:

@@ -338,7 +338,8 @@ def norm_vjp(
     weights = {name: w for name in ("weight", "bias") if (w := getattr(norm, name)) is not None} if norm.trained else {}
 
     def call(x: Tensor, weights: dict[str, Tensor], *more: Tensor) -> Tensor:
-        return function(x, norm._replace(**weights), *more)
+        weight, bias = weights.get("weight", norm.weight), weights.get("bias", norm.bias)
+        return function(x, norm._replace(weight=weight, bias=bias), *more)
 
     dx, dweights, *dmore = torch.func.vjp(call, x, weights, *more)[1](dy)
     return dx, tuple(dweights.values()), dmore
@@ -406,14 +407,14 @@ def backward(
     if "q" in kept:
         q, k, v = (kept[name] for name in "qkv")
     else:
-        q, k, v = (z.view(split) for z in linears(n1, (p.q, p.k, p.v)))
+        q, k, v = (z.view(split) for z in linears(not_none(n1), (p.q, p.k, p.v)))
     rq = obtain("rq", lambda: rotate(q, p.norm_q, rotary))
     rk = obtain("rk", lambda: rotate(k, p.norm_k, rotary))
     o, lse = (kept["o"], kept["lse"]) if "o" in kept else attend(rq, rk, v, shared.backend)
     a = obtain("a", lambda: linears(o.view(x.shape), [p.out])[0]) if "a" in used else None
     h = obtain("h", lambda: x + gate1 * (linears(o.view(x.shape), [p.out])[0] if a is None else a))
     n2 = obtain("n2", lambda: modulate(h, p.norm2, shift2, scale2)) if "n2" in used or "f" not in kept else None
-    f = obtain("f", lambda: linears(n2, [p.ff1])[0])
+    f = obtain("f", lambda: linears(not_none(n2), [p.ff1])[0])
     g = obtain("g", lambda: gelu(f)) if used & {"g", "z"} else None
     z = obtain("z", lambda: linears(not_none(g), [p.ff2])[0]) if "z" in used else None
 

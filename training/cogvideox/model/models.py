@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -26,6 +26,9 @@ from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS
 from cogvideox.errors import UsageError, first_line
 from cogvideox.model import t5_stream, vae_encoder
+
+if TYPE_CHECKING:
+    from diffusers import CogVideoXTransformer3DModel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names of the types
@@ -278,7 +281,7 @@ def load_transformer(model: ModelFlags, dtype: torch.dtype, without_positions: b
 
 
 # Lora.inference copies the source of this function into inference.py.
-def ignore_learned_positions(transformer: torch.nn.Module) -> None:
+def ignore_learned_positions(transformer: "CogVideoXTransformer3DModel") -> None:
     """Removes the learned positional embedding, which fits one video size only; the rotary embedding stays."""
     del transformer.patch_embed.pos_embedding
     transformer.patch_embed.use_learned_positional_embeddings = False

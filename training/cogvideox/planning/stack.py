@@ -18,7 +18,7 @@ by an empty tensor in its module, so that no other code can compute with it. Eit
 on the device, or all weights are. The letters of the shapes are those of blocks.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,8 +103,8 @@ class Stack:
             ):
                 view.copy_(tensor)
             for parameter, form in zip(parameters, forms, strict=True):
-                plain = isinstance(form, Tensor)
-                parameter.data = form if plain else torch.empty(0, dtype=parameter.dtype, device=self.device)
+                nothing = torch.empty(0, dtype=parameter.dtype, device=self.device)
+                parameter.data = form if isinstance(form, Tensor) else nothing
             if block.weights == DEVICE:
                 self.resident[i] = forms
         placed = {id(p) for parameters in own for p in parameters}
@@ -185,13 +185,13 @@ class Stack:
             self._rotary = (rotary[0], padded)
         return self._rotary[1]
 
-    def _trained(self, i: int) -> list[Tensor]:
+    def _trained(self, i: int) -> Sequence[Tensor]:
         """Returns the tensors of a block that autograd returns gradients for, in the order of blocks.Block."""
         if self.trains_all:
             return base_parameters(self.modules[i]) if i in self.resident else []
         return lora_matrices(self.modules[i], self.device)
 
-    def weights(self, i: int, direction: int, trained: list[Tensor]) -> Block:
+    def weights(self, i: int, direction: int, trained: Sequence[Tensor]) -> Block:
         """Returns a block's weights, ready for the compute stream, and starts copying the next streamed block.
 
         Args:
@@ -360,7 +360,7 @@ def lora_matrices(module: Any, device: torch.device) -> list[Tensor]:
 
 
 def block_weights(
-    module: Any, matrices: list[Tensor] | None = None, weight_of: Callable[[Tensor], Weight] = lambda p: p
+    module: Any, matrices: Sequence[Tensor] | None = None, weight_of: Callable[[Tensor], Weight] = lambda p: p
 ) -> Block:
     """Collects a block's weights from its module.
 
@@ -435,12 +435,14 @@ def gradient_cosine(module: Any, precision: str, device: torch.device, backend: 
         kept = blocks.forward(x, p, shared, blocks.KEPT["attention"])[1]
         gradients = blocks.backward(dy, p, shared, {"x": x, **kept})[2]
         found.append(torch.cat([matrix.flatten() for pair in gradients.values() for matrix in pair]).double())
-    return torch.cosine_similarity(*found, dim=0).item()
+    unquantized, quantized = found
+    return torch.cosine_similarity(unquantized, quantized, dim=0).item()
 
 
 def block_weights_on(module: Any, precision: str, device: torch.device) -> Block:
     """Returns a copy of a block's weights on a device in a precision."""
-    forms = dict(zip(base_parameters(module), stored_weights(module, precision, device), strict=True))
+    stored = stored_weights(module, precision, device)
+    forms: dict[Tensor, Weight] = dict(zip(base_parameters(module), stored, strict=True))
 
     def weight_of(p: Tensor) -> Weight:
         form = forms[p]
