@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,10 +170,10 @@ def main() -> None:
     available = backends()
     rows: list[dict[str, Any]] = []
     if args.whole:
-        runs = [lambda: whole(args.kind, available[0], (17, 480, 720))]
+        runs = [partial(whole, args.kind, available[0], (17, 480, 720))]
     else:
         cases = [(*case, available[0]) for case in CASES] + [(*CASES[0], backend) for backend in available[1:]]
-        runs = [lambda case=case: row_of(args.kind, *case) for case in cases]
+        runs = [partial(row_of, args.kind, *case) for case in cases]
     for run in runs:
         rows.append(run())
         print(json.dumps(rows[-1]), flush=True)

@@ -79,9 +79,9 @@ def decode_window(path: Path, answer: Connection) -> None:
 
     decoded, real = 0, decode._frames
 
-    def counted(*args: Any) -> Iterator[Any]:
+    def counted(*args: Any, **named: Any) -> Iterator[Any]:
         nonlocal decoded
-        for frame in real(*args):
+        for frame in real(*args, **named):
             decoded += 1
             yield frame
 

@@ -127,7 +127,8 @@ def peak_over(run: Callable[[], Any]) -> float:
 
 def named(block: Any, gradients: dict[str, blocks.Gradients]) -> dict[str, Tensor]:
     """Returns gradients by the names of their parameters."""
-    names, found = {p: name for name, p in block.named_parameters()}, {}
+    names = {p: name for name, p in block.named_parameters()}
+    found: dict[str, Tensor] = {}
     for layer, piece in block_layers(block).items():
         trained = [names[p] for p in piece.parameters() if p.requires_grad]
         found |= zip(trained, gradients[layer], strict=True) if trained else {}

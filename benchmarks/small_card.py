@@ -23,8 +23,10 @@ from record import device_and_versions
 from cogvideox.config.buckets import Bucket
 from cogvideox.data.media.decode import probe
 
-SAYS = ("attention by", "checked on", "plan:", "measured:", "decoding in tiles", "validation after", "reloaded in")
-SAYS += ("run by diffusers alone",)
+SAYS = (
+    *("attention by", "checked on", "plan:", "measured:", "decoding in tiles", "validation after", "reloaded in"),
+    "run by diffusers alone",
+)
 
 
 def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> list[str]:
