@@ -1,4 +1,4 @@
-"""images.py and the check of --validation_images: what cannot be had is said before anything is loaded."""
+"""images.py and the check of --validation_images: unusable images are reported before any model is loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cogvideox.evaluation.images import fetch_images
 
 
 def options_of(*images: object, separator: str = ":::") -> Any:
-    """Options of a run with an image for each prompt."""
+    """Returns the options of a run with one image for each prompt."""
     prompts = separator.join([PROMPT] * len(images))
     flags = ["--validation_prompt", prompts, "--validation_images", separator.join(map(str, images))]
     flags += ["--validation_prompt_separator", separator]
@@ -53,7 +53,7 @@ def test_an_image_for_each_prompt(flags: tuple[str, ...], problem: str | None) -
 
 
 def test_images_of_a_list(tmp_path: Path, image: Path) -> None:
-    """Of the CogVideo guide: prompts and images a line each, in one folder, to which paths are relative."""
+    """As in the CogVideo guide, two files list prompts and images, one per line; paths are relative to their folder."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.jpg").write_bytes(image.read_bytes())
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
@@ -79,11 +79,11 @@ def test_images_of_a_list(tmp_path: Path, image: Path) -> None:
     assert ["is not UTF-8" in line for line in check_images(options("bad.txt"))] == [True]
     assert list(check_images(options("none.txt", "--do_validation", "false"))) == []
     (tmp_path / "prompts.txt").unlink()
-    assert list(check_images(options("none.txt"))) == []  # which check_prompts says
+    assert list(check_images(options("none.txt"))) == []  # check_prompts reports the missing file
 
 
-def test_files_that_are_no_images_are_all_named(tmp_path: Path, image: Path) -> None:
-    (tmp_path / "text.png").write_text("no image")
+def test_all_files_that_are_not_images_are_listed(tmp_path: Path, image: Path) -> None:
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "torn.jpg").write_bytes(image.read_bytes()[:-500])
     names = ("text.png", "torn.jpg", "missing.png", "")
     lines = list(check_images(options_of(image, *(tmp_path / name for name in names), "http://h/x.png")))
@@ -91,11 +91,11 @@ def test_files_that_are_no_images_are_all_named(tmp_path: Path, image: Path) -> 
     assert all(";" in line for line in lines)
 
 
-def test_images_are_kept_as_they_are_shown(tmp_path: Path) -> None:
-    """Upright, without transparency; whatever the separator."""
+def test_images_are_saved_as_viewers_show_them(tmp_path: Path) -> None:
+    """They are rotated upright and have no transparency. Any separator works."""
     pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "b.png")
     paths = fetch_images(run_alone(tmp_path / "out"), options_of(tmp_path / "a.png", tmp_path / "b.png", separator="|"))
@@ -106,7 +106,7 @@ def test_images_are_kept_as_they_are_shown(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["image-0.png", "image-1.png"]
 
 
-def test_text_to_video_has_none(tmp_path: Path) -> None:
+def test_text_to_video_has_no_images(tmp_path: Path) -> None:
     options = args.parse(LoraOptions, None, lora_flags(Path("model"), Path("data"), tmp_path))
     assert fetch_images(run_alone(tmp_path / "out"), options) == []
     assert list(check_images(options)) == []
@@ -114,7 +114,7 @@ def test_text_to_video_has_none(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path, image: Path) -> Iterator[str]:
-    """The address of a web server with an image and a text."""
+    """Starts a web server with an image and a text file; yields its address."""
     folder = tmp_path / "web"
     folder.mkdir()
     (folder / "image.jpg").write_bytes(image.read_bytes())
@@ -132,37 +132,38 @@ def server(tmp_path: Path, image: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_an_image_of_the_web_is_fetched(tmp_path: Path, server: str, image: Path) -> None:
+def test_an_image_on_a_web_server_is_fetched(tmp_path: Path, server: str, image: Path) -> None:
     (path,) = fetch_images(run_alone(tmp_path / "out"), options_of(f"{server}/image.jpg"))
     assert (np.asarray(Image.open(path)) == np.asarray(Image.open(image))).all()
 
 
-@pytest.mark.parametrize(("name", "says"), [("text.html", "is not a readable image"), ("no.png", "404")])
-def test_what_cannot_be_fetched_is_said(tmp_path: Path, server: str, name: str, says: str) -> None:
+@pytest.mark.parametrize(("name", "message"), [("text.html", "is not a readable image"), ("no.png", "404")])
+def test_an_image_that_cannot_be_fetched_is_reported(tmp_path: Path, server: str, name: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
         fetch_images(run_alone(tmp_path / "out"), options_of(f"{server}/{name}"))
     (line,) = error.value.problems
     assert line.startswith(f"--validation_images {server}/{name}: ")
-    assert says in line
+    assert message in line
     assert line.endswith("download it and give its path")
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_nobody_answers(tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be fetched"):
         fetch_images(run_alone(tmp_path / "out"), options_of("http://127.0.0.1:9/x.png"))
 
 
-# -- addresses that somebody else chose --------------------------------------------------------------------------------
+# -- hostile servers ---------------------------------------------------------------------------------------------------
 
 
-class Answers(BaseHTTPRequestHandler):
-    """By path: a redirect to what follows /to/, a byte now and then, or more bytes than are taken."""
+class HostileHandler(BaseHTTPRequestHandler):
+    """Answers by path: /to/URL redirects to URL, /slow sends a byte now and then, and others send 5000 bytes."""
 
     def log_message(self, *_: Any) -> None:
         pass
 
     def do_GET(self) -> None:
+        """Answers a request."""
         if self.path.startswith("/to/"):
             self.send_response(302)
             self.send_header("Location", self.path.removeprefix("/to/"))
@@ -180,8 +181,9 @@ class Answers(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def answers() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as httpd:
+def hostile() -> Iterator[str]:
+    """Starts a server with HostileHandler; yields its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), HostileHandler) as httpd:
         httpd.daemon_threads = True
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}"
@@ -189,6 +191,7 @@ def answers() -> Iterator[str]:
 
 
 def refusal(folder: Path, url: str) -> str:
+    """Returns the only problem that is reported for a URL."""
     with pytest.raises(UsageError) as error:
         fetch_images(run_alone(folder / "out"), options_of(url))
     (line,) = error.value.problems
@@ -196,43 +199,43 @@ def refusal(folder: Path, url: str) -> str:
 
 
 @pytest.mark.fault("security: an image server that sends a byte now and then")
-def test_a_server_that_never_ends_is_given_up(tmp_path: Path, answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_never_finishes_times_out(tmp_path: Path, hostile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "FETCH_SECONDS", 0.5)
     start = time.monotonic()
-    line = refusal(tmp_path, f"{answers}/slow?X-Signature=secret")
+    line = refusal(tmp_path, f"{hostile}/slow?X-Signature=secret")
     assert time.monotonic() - start < 5
-    assert line == f"--validation_images {answers}/slow: cannot be fetched (no complete answer after 0.5 s); {FIX}"
+    assert line == f"--validation_images {hostile}/slow: cannot be fetched (no complete answer after 0.5 s); {FIX}"
 
 
 @pytest.mark.fault("security: an image server that redirects to a file or another protocol")
 @pytest.mark.parametrize("to", ["file:///etc/hostname", "ftp://127.0.0.1/x.png", "data:image/png;base64,AAAA"])
-def test_only_http_is_followed(tmp_path: Path, answers: str, to: str) -> None:
-    line = refusal(tmp_path, f"{answers}/to/{to}")
+def test_only_http_is_followed(tmp_path: Path, hostile: str, to: str) -> None:
+    line = refusal(tmp_path, f"{hostile}/to/{to}")
     assert "cannot be fetched" in line
     assert to in line
     assert "which is not http or https" in line or "is not allowed" in line
 
 
-def test_a_redirect_within_the_web_is_followed(tmp_path: Path, answers: str, server: str, image: Path) -> None:
-    (path,) = fetch_images(run_alone(tmp_path / "out"), options_of(f"{answers}/to/{server}/image.jpg"))
+def test_a_redirect_within_the_web_is_followed(tmp_path: Path, hostile: str, server: str, image: Path) -> None:
+    (path,) = fetch_images(run_alone(tmp_path / "out"), options_of(f"{hostile}/to/{server}/image.jpg"))
     assert (np.asarray(Image.open(path)) == np.asarray(Image.open(image))).all()
 
 
 @pytest.mark.fault("security: an image of excessive size")
-def test_more_bytes_than_the_limit_are_refused(tmp_path: Path, answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_bytes_than_the_limit_are_refused(tmp_path: Path, hostile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "FETCH_BYTES", 2**12)
-    assert "cannot be fetched (larger than 0 MiB)" in refusal(tmp_path, f"{answers}/much")
+    assert "cannot be fetched (larger than 0 MiB)" in refusal(tmp_path, f"{hostile}/much")
 
 
 @pytest.mark.fault("security: a signed URL that cannot be fetched")
 @pytest.mark.parametrize("path", ["/to/file:///etc/hostname?X-Signature=secret", "/much?secret", "/no#secret"])
-def test_no_message_has_the_signature(tmp_path: Path, answers: str, path: str) -> None:
-    assert "secret" not in refusal(tmp_path, f"{answers}{path}".replace("http://", "http://me:secret@"))
+def test_messages_omit_the_signature(tmp_path: Path, hostile: str, path: str) -> None:
+    assert "secret" not in refusal(tmp_path, f"{hostile}{path}".replace("http://", "http://me:secret@"))
 
 
 @pytest.mark.fault("security: a signed URL with a space in it")
 @pytest.mark.parametrize("space", [" ", "\t"])
-def test_a_url_with_a_space_is_refused_before_it_is_written_anywhere(space: str) -> None:
+def test_a_url_with_a_space_is_refused_before_it_is_written(space: str) -> None:
     (found,) = check_images(options_of(f"https://me:secret@h/a{space}b?X-Signature=secret"))
     assert found == "--validation_images https://h/a: ends at a space; write %20 instead"
 
@@ -241,7 +244,7 @@ FIX = "download it and give its path"
 
 
 @pytest.mark.fault("security: a run whose image has a signed URL")
-def test_no_file_of_a_run_has_the_signature(
+def test_files_of_a_run_omit_the_signature(
     tiny: Callable[[str], Path], image_tensors: Path, tmp_path: Path, server: str
 ) -> None:
     url = f"{server}/image.jpg?X-Signature=topsecret"

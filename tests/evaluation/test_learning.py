@@ -1,5 +1,6 @@
-"""The trained tiny model learns something new, and what it learned is what stock diffusers shows; without learning
-every one of these checks fails.
+"""The trained tiny model learns a new subject, and stock diffusers shows what it learned.
+
+A run with a learning rate of 0 fails each of these checks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PROMPT = "BUNNY A big grey cartoon rabbit stands up in a sunlit meadow and throw
 
 @pytest.fixture(scope="module")
 def data(real_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tensors of two clips of the rabbit, and of a third that is only measured on."""
+    """Prepares two clips of the rabbit for training and a third one for validation."""
     import prepare_dataset
 
     folder = tmp_path_factory.mktemp("rabbit")
@@ -41,7 +42,7 @@ def data(real_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(data: Path, output: Path, learning_rate: float, steps: int) -> Path:
-    """A LoRA run with a video before and after."""
+    """Trains a LoRA with a validation video before and after; returns the output folder."""
     flags = ["--pretrained_model_name_or_path", MODEL, "--data_root", data / "tensors", "--load_tensors"]
     flags += ["--output_dir", output, *SIZE, "--rank", 32, "--lora_alpha", 32, "--train_batch_size", 2]
     flags += ["--target_modules", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -52,7 +53,7 @@ def run(data: Path, output: Path, learning_rate: float, steps: int) -> Path:
 
 
 def target(data: Path) -> np.ndarray:
-    """The clip of the prompt, as training saw it, (F, H, W, 3)."""
+    """Returns the frames of the clip that the prompt describes, as training reads them, (F, H, W, 3)."""
     flags = DataFlags((str(data),), train_resolution=("9x64x96",), video_reshape_mode="center", max_num_frames=9)
     path = data / "clips" / "videos" / "rabbit_stands.mp4"
     record = plan_clip(path, clip_recipe(flags, read_geometry(ModelFlags(str(MODEL)))))
@@ -62,45 +63,48 @@ def target(data: Path) -> np.ndarray:
 
 
 def video(output: Path, step: int) -> np.ndarray:
+    """Returns the frames of the validation video of a step, (F, H, W, 3)."""
     (path,) = output.glob(f"validation/step-{step:06d}_*.mp4")
     info = probe(path)
     return read_frames(path, info, tuple(range(info.num_frames)), info.height, info.width)
 
 
 def error(first: np.ndarray, second: np.ndarray) -> float:
+    """Returns the mean squared difference of two videos."""
     return float(np.square(first.astype(float) - second).mean())
 
 
-def not_learned(data: Path, output: Path, steps: int) -> list[str]:
-    """What does not show that the run has learned."""
-    missing = []
+def failed_signs(data: Path, output: Path, steps: int) -> list[str]:
+    """Returns the signs of learning that a run does not show."""
+    failed = []
     losses = {line["step"]: line["held_out_loss"] for line in metrics(output) if "held_out_loss" in line}
     if not losses[steps] < 0.5 * losses[0]:
-        missing.append("the loss on the clip that was not trained on")
-    wanted = target(data)
-    if not error(video(output, steps), wanted) < 0.3 * error(video(output, 0), wanted):
-        missing.append("the video")
-    return missing
+        failed.append("the loss on the clip that was not trained on")
+    expected = target(data)
+    if not error(video(output, steps), expected) < 0.3 * error(video(output, 0), expected):
+        failed.append("the video")
+    return failed
 
 
 @pytest.fixture(scope="module")
 def learned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trains a LoRA for 120 steps. Tests must not change its folder."""
     return run(data, tmp_path_factory.mktemp("learned") / "lora", 2e-3, 120)
 
 
 @pytest.mark.slow
 def test_a_new_subject_is_learned(data: Path, learned: Path) -> None:
-    assert not_learned(data, learned, 120) == []
+    assert failed_signs(data, learned, 120) == []
 
 
 @pytest.mark.slow
 def test_stock_diffusers_shows_what_was_learned(learned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = frames_of(learned / "inference.py", monkeypatch).numpy()
-    # the file is compressed; tests/project/test_scripts.py compares the frames before that
+    # The video file is compressed. tests/project/test_scripts.py compares the frames before compression.
     assert error(stock, video(learned, 120)) < 0.02 * error(video(learned, 0), video(learned, 120))
 
 
 @pytest.mark.slow
 def test_without_a_learning_rate_nothing_is_learned(data: Path, tmp_path: Path) -> None:
     output = run(data, tmp_path / "lora", 0.0, 2)
-    assert len(not_learned(data, output, 2)) == 2
+    assert len(failed_signs(data, output, 2)) == 2

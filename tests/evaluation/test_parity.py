@@ -1,4 +1,4 @@
-"""parity.py: five kinds of models are fed as their pipelines feed them, and each difference is found."""
+"""parity.py: training feeds five kinds of models as their pipelines do, and the check finds each difference."""
 
 from __future__ import annotations
 
@@ -26,16 +26,24 @@ from cogvideox.model.tasks import ImageToVideo, TextToVideo
 
 Tiny = Callable[[str], Path]
 OWN = Bucket(9, 64, 96)
-# other shapes; of the latent frames that 1.5 pads (odd) and does not (even); 4k frames, and one
+# Other shapes, with odd numbers of latent frames, which 1.5 pads, and even ones; with 4k frames, and with one frame.
 OTHERS = (Bucket(1, 64, 96), Bucket(5, 32, 48), Bucket(13, 64, 32), Bucket(12, 48, 48), Bucket(17, 32, 96))
 LARGER = (Bucket(9, 128, 192), Bucket(9, 96, 64))
 IGNORE = "--ignore_learned_positional_embeddings"
 
 
 def check(
-    tiny: Tiny, kind: str, *buckets: Bucket, flags: tuple[object, ...] = (), said: list[str] | None = None
+    tiny: Tiny, kind: str, *buckets: Bucket, flags: tuple[object, ...] = (), printed: list[str] | None = None
 ) -> None:
-    """The check of a run on these buckets."""
+    """Checks a run on these buckets.
+
+    Args:
+        tiny: Creates the model of a kind.
+        kind: The kind of model.
+        buckets: Buckets of the samples.
+        flags: More flags of the run.
+        printed: Receives the lines that the run prints.
+    """
     images = kind.endswith("i2v")
     options_type = ImageLoraOptions if images else LoraOptions
     argv = lora_flags(tiny(kind), Path("data"), Path("out"), *flags)
@@ -45,7 +53,7 @@ def check(
     samples = tuple(SimpleNamespace(bucket=bucket) for bucket in buckets)
     tensors: Any = SimpleNamespace(geometry=geometry, index=SimpleNamespace(samples=samples, validation=()))
     run = run_alone(Path("/tmp"))
-    run.say = (said if said is not None else []).append  # type: ignore[method-assign]
+    run.say = (printed if printed is not None else []).append  # type: ignore[method-assign]
     transformer = models.load_transformer(options.model, torch.bfloat16, ignores_positions(options))
     task = (ImageToVideo if images else TextToVideo)(options, geometry, run.device, torch.bfloat16)
     check_parity(run, options, tensors, task, transformer)
@@ -53,38 +61,39 @@ def check(
 
 
 @pytest.mark.parametrize("kind", ["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
-def test_every_kind_is_fed_as_its_pipeline_feeds_it(tiny: Tiny, kind: str) -> None:
-    said: list[str] = []
+def test_training_feeds_every_kind_as_its_pipeline_does(tiny: Tiny, kind: str) -> None:
+    printed: list[str] = []
     if kind == "5b-i2v":
-        check(tiny, kind, OWN, said=said)
-        check(tiny, kind, OWN, *OTHERS, *LARGER, flags=(IGNORE,), said=said)
+        check(tiny, kind, OWN, printed=printed)
+        check(tiny, kind, OWN, *OTHERS, *LARGER, flags=(IGNORE,), printed=printed)
     else:
-        check(tiny, kind, OWN, *OTHERS, *(() if kind.startswith("1.5") else LARGER), said=said)
-    assert said[-1].startswith(f"checked on {6 if kind.startswith('1.5') else 8} buckets")
+        check(tiny, kind, OWN, *OTHERS, *(() if kind.startswith("1.5") else LARGER), printed=printed)
+    assert printed[-1].startswith(f"checked on {6 if kind.startswith('1.5') else 8} buckets")
 
 
-def test_another_scale_of_image_latents_is_the_user_s_choice(tiny: Tiny) -> None:
-    for kind, choice, there in (("1.5-5b-i2v", "mul", 1 / 0.7), ("5b-i2v", "none", 0.7)):
-        said: list[str] = []
-        check(tiny, kind, OWN, flags=("--image_latent_scale", choice), said=said)
-        assert f"by {there:.4g} in the pipeline" in said[-1]
-    said = []
-    check(tiny, "5b-i2v", OWN, flags=("--image_latent_scale", "mul"), said=said)
-    assert len(said) == 1
+def test_the_user_may_choose_another_scale_of_image_latents(tiny: Tiny) -> None:
+    for kind, choice, scale in (("1.5-5b-i2v", "mul", 1 / 0.7), ("5b-i2v", "none", 0.7)):
+        printed: list[str] = []
+        check(tiny, kind, OWN, flags=("--image_latent_scale", choice), printed=printed)
+        assert f"by {scale:.4g} in the pipeline" in printed[-1]
+    printed = []
+    check(tiny, "5b-i2v", OWN, flags=("--image_latent_scale", "mul"), printed=printed)
+    assert len(printed) == 1
 
 
 def wrong(owner: Any, name: str, value: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Replaces a function; ``value`` gets the right one before its arguments."""
+    """Returns a fault that replaces a function. ``value`` receives the correct function, then the arguments."""
     right = getattr(owner, name)
     return lambda patch: patch.setattr(owner, name, lambda *a, **k: value(right, *a, **k))
 
 
 def at_the_end(_: Any, latents_FCHW: torch.Tensor, frames: int) -> torch.Tensor:
+    """Pads latents at the end instead of the front."""
     return torch.cat([latents_FCHW, latents_FCHW[-1:].expand(frames, -1, -1, -1)])
 
 
 def called_with(**changes: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Changes what training calls the transformer with."""
+    """Returns a fault that changes arguments with which training calls the transformer, by name."""
 
     def predictor(right: Any, transformer: Any, *rest: Any, **more: Any) -> Any:
         def changed(**arguments: Any) -> Any:
@@ -96,14 +105,16 @@ def called_with(**changes: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch
 
 
 def second_frame(right: Any, image_BCHW: torch.Tensor, frames: int) -> torch.Tensor:
+    """Puts the image on the second frame instead of the first."""
     return right(image_BCHW, frames).roll(1, dims=1)
 
 
 def unscaled(right: Any, moments: Any, prompt: Any, timestep: int, geometry: Any, *rest: Any) -> Any:
+    """Draws a sample whose latents are not scaled."""
     return right(moments, prompt, timestep, replace(geometry, scaling_factor=1.0), *rest)
 
 
-# what is wrong in training, the kind of model, the bucket, and what the check says
+# A fault in training, by name: how it is made, the kind of model, the bucket, and the message of the check.
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, Bucket, str]] = {
     "latents unscaled": (
         wrong(parity, "draw_sample", unscaled),
@@ -119,7 +130,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, Bucket, str]]
         OWN,
         "9x64x96: image latents",
     ),
-    "image on the first frame that is no padding": (
+    "image on the first frame after the padding": (
         wrong(tasks, "on_first_frame", second_frame),
         "1.5-5b-i2v",
         OWN,
@@ -184,8 +195,8 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, Bucket, str]]
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.fault("numbers: transformer inputs in training that differ from inference")
 def test_each_difference_is_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    change, kind, bucket, says = FAULTS[fault]
+    change, kind, bucket, message = FAULTS[fault]
     check(tiny, kind, OWN if kind == "5b-i2v" else bucket)
     change(monkeypatch)
-    with pytest.raises(ParityError, match=re.escape(says)):
+    with pytest.raises(ParityError, match=re.escape(message)):
         check(tiny, kind, bucket)

@@ -1,4 +1,4 @@
-"""pipeline_folder.py: stock diffusers reads the folder alone, and it holds what was trained, stored once."""
+"""pipeline_folder.py: stock diffusers loads the folder without other files, and trained weights are stored once."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ SAMPLING = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2
 
 
 def video(pipe: Any, **more: Any) -> torch.Tensor:
+    """Returns the frames that a pipeline samples with a fixed seed."""
     length = pipe.transformer.config.max_text_seq_length
     generator = torch.Generator().manual_seed(3)
     return pipe(prompt="a red square", generator=generator, **SAMPLING | {"max_sequence_length": length} | more).frames
 
 
 def stock(folder: Path, name: str, **parts: Any) -> Any:
+    """Loads a pipeline of diffusers from a folder, with some of its parts replaced."""
     import diffusers
 
     pipe = getattr(diffusers, name).from_pretrained(folder, **parts)
@@ -39,32 +41,36 @@ def stock(folder: Path, name: str, **parts: Any) -> Any:
 
 
 def trained(folder: Path) -> Any:
+    """Loads a transformer from its folder."""
     from diffusers import CogVideoXTransformer3DModel
 
     return CogVideoXTransformer3DModel.from_pretrained(folder)
 
 
 def weights_of(folder: Path) -> Iterator[Path]:
+    """Yields the paths of all weights below a folder, in order."""
     yield from sorted(folder.rglob("*.safetensors"))
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of all weights with --save_pipeline. Read only."""
-    output = tmp_path_factory.mktemp("whole") / "run"
+def full_run(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trains all weights with --save_pipeline. Tests must not change the folder."""
+    output = tmp_path_factory.mktemp("full_run") / "run"
     flags = ("--load_tensors", "--max_train_steps", 1, "--save_pipeline")
     assert train_all(sft_flags(model, tensors, output, *flags)) == 0
     return output
 
 
-def test_stock_diffusers_reads_it_alone_and_gives_the_same(whole: Path, model: Path) -> None:
-    found = video(stock(whole / PIPELINE_NAME, "CogVideoXPipeline"))
-    expected = video(stock(model, "CogVideoXPipeline", transformer=trained(whole / "transformer")))
+def test_stock_diffusers_loads_the_folder_and_samples_the_same(full_run: Path, model: Path) -> None:
+    found = video(stock(full_run / PIPELINE_NAME, "CogVideoXPipeline"))
+    expected = video(stock(model, "CogVideoXPipeline", transformer=trained(full_run / "transformer")))
     assert (found - expected).abs().max() == 0
     assert (found - video(stock(model, "CogVideoXPipeline"))).abs().max() > 0, "training changed nothing"
 
 
-def test_of_image_to_video_too(tiny: Callable[[str], Path], image_tensors: Path, image: Path, tmp_path: Path) -> None:
+def test_an_image_to_video_folder_samples_the_same(
+    tiny: Callable[[str], Path], image_tensors: Path, image: Path, tmp_path: Path
+) -> None:
     from PIL import Image
 
     base, name = tiny("5b-i2v"), "CogVideoXImageToVideoPipeline"
@@ -77,31 +83,32 @@ def test_of_image_to_video_too(tiny: Callable[[str], Path], image_tensors: Path,
     assert (found - video(stock(base, name), image=first)).abs().max() > 0
 
 
-def test_weights_are_stored_once_and_configs_are_copies(whole: Path, model: Path) -> None:
-    folder = whole / PIPELINE_NAME
-    for source in weights_of(whole / "transformer"):
+def test_weights_are_stored_once_and_configs_are_copies(full_run: Path, model: Path) -> None:
+    folder = full_run / PIPELINE_NAME
+    for source in weights_of(full_run / "transformer"):
         assert (folder / "transformer" / source.name).samefile(source)
     for part in ("vae", "text_encoder"):
         for source in weights_of(model / part):
             assert (folder / part / source.name).samefile(source)
         assert not (folder / part / "config.json").samefile(model / part / "config.json")
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "CogVideoXPipeline"
-    assert not list(whole.rglob("*.tmp"))
+    assert not list(full_run.rglob("*.tmp"))
 
 
 def without_links(*_: object) -> None:
+    """Fails as os.link does between two file systems."""
     raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
-def beside(whole: Path, folder: Path) -> Path:
-    """A copy of the trained transformer, beside which there is no pipeline yet."""
-    return Path(shutil.copytree(whole / "transformer", folder / "transformer"))
+def copy_transformer(full_run: Path, folder: Path) -> Path:
+    """Copies the trained transformer into a folder without a pipeline."""
+    return Path(shutil.copytree(full_run / "transformer", folder / "transformer"))
 
 
 def test_without_hard_links_the_trained_weights_are_still_stored_once(
-    whole: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full_run: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transformer = beside(whole, tmp_path / "run")
+    transformer = copy_transformer(full_run, tmp_path / "run")
     monkeypatch.setattr(os, "link", without_links)
     folder = write_pipeline(ModelFlags(str(model)), "CogVideoXPipeline", transformer)
     moved = Path(shutil.move(tmp_path / "run", tmp_path / "moved")) / PIPELINE_NAME
@@ -109,12 +116,12 @@ def test_without_hard_links_the_trained_weights_are_still_stored_once(
     assert not any(path.is_symlink() for part in PARTS for path in weights_of(moved / part))
     assert folder.name == PIPELINE_NAME
     found = video(stock(moved, "CogVideoXPipeline"))
-    assert (found - video(stock(whole / PIPELINE_NAME, "CogVideoXPipeline"))).abs().max() == 0
+    assert (found - video(stock(full_run / PIPELINE_NAME, "CogVideoXPipeline"))).abs().max() == 0
 
 
 @pytest.mark.parametrize("size", ["10GB", "40KB"])
-def test_a_variant_in_shards_loads_without_being_named(whole: Path, model: Path, tmp_path: Path, size: str) -> None:
-    """Beside it lie files of no variant, which hold something else."""
+def test_a_variant_in_shards_loads_without_being_named(full_run: Path, model: Path, tmp_path: Path, size: str) -> None:
+    """The base model also has files without a variant, whose weights differ."""
     base = Path(shutil.copytree(model, tmp_path / "base"))
     pipe = stock(model, "CogVideoXPipeline")
     for part in (pipe.text_encoder, pipe.vae):
@@ -123,7 +130,7 @@ def test_a_variant_in_shards_loads_without_being_named(whole: Path, model: Path,
                 parameter.mul_(0.9)
     pipe.text_encoder.save_pretrained(base / "text_encoder", variant="half", max_shard_size=size)
     pipe.vae.save_pretrained(base / "vae", variant="half", max_shard_size=size)
-    transformer = beside(whole, tmp_path / "run")
+    transformer = copy_transformer(full_run, tmp_path / "run")
     folder = write_pipeline(ModelFlags(str(base), variant="half"), "CogVideoXPipeline", transformer)
     assert not [path for path in folder.rglob("*") if "half" in path.name]
     assert (len(list(weights_of(folder / "text_encoder"))) > 1) == (size == "40KB")
@@ -131,21 +138,23 @@ def test_a_variant_in_shards_loads_without_being_named(whole: Path, model: Path,
     assert (video(stock(folder, "CogVideoXPipeline")) - video(pipe)).abs().max() == 0
 
 
-def test_of_the_hub_links_lead_to_what_lies_there(whole: Path, model: Path, tmp_path: Path) -> None:
-    """A hub's cache is links to blobs with other names; those may go, the pipeline stays."""
+def test_a_pipeline_outlives_the_cache_of_the_hub(full_run: Path, model: Path, tmp_path: Path) -> None:
+    """The cache consists of links to blobs. The pipeline still loads after the cache is deleted."""
     snapshot = tmp_path / "cache" / "snapshot"
     for path in (path for path in model.rglob("*") if path.is_file()):
         (snapshot / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
         blob = tmp_path / "cache" / f"blob-{path.relative_to(model)}".replace("/", "-")
         shutil.copyfile(path, tmp_path / "cache" / blob.name)
         (snapshot / path.relative_to(model)).symlink_to(tmp_path / "cache" / blob.name)
-    folder = write_pipeline(ModelFlags(str(snapshot)), "CogVideoXPipeline", beside(whole, tmp_path / "run"))
+    folder = write_pipeline(
+        ModelFlags(str(snapshot)), "CogVideoXPipeline", copy_transformer(full_run, tmp_path / "run")
+    )
     assert not any(path.is_symlink() for path in folder.rglob("*"))
     shutil.rmtree(tmp_path / "cache")
     stock(folder, "CogVideoXPipeline")
 
 
-def test_what_fails_leaves_none_and_the_next_result_has_its_own(
+def test_a_failed_write_leaves_no_pipeline_and_the_next_run_writes_one(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
@@ -158,7 +167,7 @@ def test_what_fails_leaves_none_and_the_next_result_has_its_own(
         ):
             train_all([*flags, "--max_train_steps", "2"])
     assert not (output / f".{PIPELINE_NAME}.tmp").exists()
-    assert not (output / PIPELINE_NAME).exists()  # the one that was there had other weights
+    assert not (output / PIPELINE_NAME).exists()  # the old pipeline had other weights
     assert not (output / RECIPE_NAME).exists()
     assert train_all([*flags, "--max_train_steps", "2"]) == 0
     for source in weights_of(output / "transformer"):
@@ -170,14 +179,14 @@ def test_what_fails_leaves_none_and_the_next_result_has_its_own(
 
 
 @pytest.mark.parametrize(
-    ("gone", "found"),
+    ("missing", "message"),
     [("model_index.json", "has no model_index.json"), ("tokenizer", "--save_pipeline: .* has no tokenizer")],
 )
-def test_a_base_that_is_no_whole_pipeline_ends_the_run_at_its_start(
-    model: Path, tensors: Path, tmp_path: Path, gone: str, found: str
+def test_an_incomplete_base_pipeline_ends_the_run_at_its_start(
+    model: Path, tensors: Path, tmp_path: Path, missing: str, message: str
 ) -> None:
     base = Path(shutil.copytree(model, tmp_path / "base"))
-    shutil.rmtree(base / gone) if (base / gone).is_dir() else (base / gone).unlink()
-    with pytest.raises(UsageError, match=found):
+    shutil.rmtree(base / missing) if (base / missing).is_dir() else (base / missing).unlink()
+    with pytest.raises(UsageError, match=message):
         train_all(sft_flags(base, tensors, tmp_path / "run", "--load_tensors", "--save_pipeline"))
     assert not (tmp_path / "run").exists()
