@@ -381,7 +381,7 @@ def test_plans_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("--use_dora").lora.use_dora
     host = parse("--optimizer_state_on", "host", "--optimizer", "came")
     (found,) = check_state_place(host)
-    assert found.startswith("--optimizer_state_on host: --optimizer came cannot skip a step on the device")
+    assert found.startswith("--optimizer_state_on host: --optimizer came cannot keep its state in host memory")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     (found,) = problems(*LEAST[LORA], *lean)
     assert found.startswith("--plan lean, --keep input: DeepSpeed places the weights itself")

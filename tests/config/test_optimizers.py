@@ -418,7 +418,7 @@ UNFIT = {
         "--optimizer torch.optim.RAdam: Invalid beta parameter at index 1: 2.0; see --optimizer_args",
     ],
     "torch.optim.LBFGS": [
-        "--optimizer torch.optim.LBFGS: its step runs the model itself, which is not supported; give another",
+        "--optimizer torch.optim.LBFGS: its step needs a closure, which is not supported; give another",
     ],
 }
 

@@ -331,8 +331,8 @@ def test_two_processes_train_all_weights_under_a_plan_as_one_does(model: Path, t
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ((*LEAN, "--optimizer", "adamw", "--use_8bit"), "--plan lean: --use_8bit cannot skip a step on the device"),
-        (("--weights_on", "host", "--optimizer", "came"), "--weights_on host: --optimizer came cannot skip a step"),
+        ((*LEAN, "--optimizer", "adamw", "--use_8bit"), "--plan lean: --use_8bit cannot keep its state in host memory"),
+        (("--weights_on", "host", "--optimizer", "came"), "--weights_on host: --optimizer came cannot keep its state"),
         ((*LEAN, "--use_cpu_offload_optimizer"), "--plan lean: contradicts --use_cpu_offload_optimizer"),
         ((*LEAN, "--plan", "off", "--keep", "input"), "--keep input: contradicts --plan off"),
     ],
@@ -374,7 +374,7 @@ def test_the_error_names_what_stays_on_the_device(
             run_whole(model, tensors, tmp_path / "run", "--keep", "input", *flags)
         found.append(str(caught.value))
     assert "--rank" not in "".join(found)
-    assert "what stays on the device: masters and moments: --use_torchao cannot skip a step" in found[1]
+    assert "what stays on the device: masters and moments: --use_torchao cannot keep its state" in found[1]
     assert "stays on the device" not in found[0]
 
 

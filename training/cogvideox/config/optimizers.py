@@ -1,8 +1,9 @@
-"""Creates the optimizer that the flags name, and checks what each optimizer needs and does not support.
+"""Creates the optimizer that the flags name, and checks what it needs and whether it supports this run.
 
-``make_optimizer`` returns a combination of algorithm, precision of the moments and library, or any class by its dotted
-name; the modules in optimizer/ give it fp32 master weights, gradients and a learning rate. ``check_optimizer`` reports
-missing packages before anything heavy is imported, so torch is imported inside functions.
+The flags name an algorithm, the precision of its moments and the package that implements it, or the dotted name of any
+optimizer class. ``make_optimizer`` creates the optimizer. The modules in optimizer/ pass fp32 master weights and their
+gradients to it and set the learning rate. ``check_optimizer`` finds problems before the run starts. Importing torch
+takes seconds, so only the functions that need it import it, and a missing package is reported at once.
 """
 
 import ast
@@ -26,26 +27,30 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 ADAM_NAMES = {"adam": "Adam", "adamw": "AdamW"}
-USUAL_BETAS = (0.9, 0.999)  # used if a class has betas without a default
+USUAL_BETAS = (0.9, 0.999)  # used for a class whose argument "betas" has no default
 COMPILERS = ("c++", "g++", "clang++")
 
 
 def make_optimizer(flags: OptimizerFlags, parameters: "Sequence[Parameter]") -> "Optimizer":
-    """Returns the optimizer that the flags name. Its learning rate is set before every step.
+    """Returns the optimizer that the flags name. The modules in optimizer/ set its learning rate before every step.
 
     Raises:
-        UsageError: The class does not accept these parameters.
+        UsageError: The optimizer does not accept the parameters or the arguments.
     """
     kind, arguments = optimizer_class(flags)
     try:
-        with redirect_stdout(io.StringIO()):  # Prodigy prints its arguments.
+        with redirect_stdout(io.StringIO()):  # Prodigy prints to stdout when it is created.
             return kind(parameters, lr=1.0, **arguments)  # Prodigy and CAME refuse a learning rate of 0.
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"--optimizer {flags.optimizer}: {error or 'does not take these parameters'}") from error
 
 
 def optimizer_class(flags: OptimizerFlags) -> tuple[Any, dict[str, Any]]:
-    """Returns the class of the optimizer and its arguments, except for the parameters and the learning rate."""
+    """Returns the class of the optimizer and its arguments, except for the parameters and the learning rate.
+
+    Raises:
+        UsageError: A class that is given by its dotted name does not exist or does not accept the arguments.
+    """
     if flags.kind == NAMED_CLASS:
         kind = named_class(flags.optimizer)
         return kind, class_arguments(kind, flags)
@@ -66,12 +71,13 @@ def optimizer_class(flags: OptimizerFlags) -> tuple[Any, dict[str, Any]]:
     if bits := bits_of(flags):
         library = importlib.import_module("torchao.optim" if flags.use_torchao else "bitsandbytes.optim")
         return getattr(library, ADAM_NAMES[flags.kind] + bits), adam
-    # The fused kernel takes the clipping factor and the non-finite flag as tensors, so the host never waits for them.
+    # The fused kernel reads the divisor of the gradients, and whether to skip the step, from tensors on the device.
+    # Without it, the host would wait for both in every step.
     return getattr(importlib.import_module("torch.optim"), ADAM_NAMES[flags.kind]), adam | {"fused": True}
 
 
 def bits_of(flags: OptimizerFlags) -> str:
-    """Returns the suffix by which bitsandbytes and torchao name the precision of the moments; empty for fp32."""
+    """Returns the precision of the moments as class names in bitsandbytes and torchao end with it, or "" for fp32."""
     return "8bit" if flags.use_8bit else "4bit" if flags.use_4bit else "Fp8" if flags.use_fp8 else ""
 
 
@@ -79,10 +85,10 @@ def bits_of(flags: OptimizerFlags) -> str:
 
 
 def named_class(name: str) -> Any:
-    """Returns the optimizer class of a dotted name.
+    """Imports the optimizer class with this dotted name.
 
     Raises:
-        UsageError: There is no such class; the message has the most similar one.
+        UsageError: There is no such class. The message names the most similar class of the module.
     """
     from torch.optim import Optimizer
 
@@ -102,10 +108,10 @@ def named_class(name: str) -> Any:
 
 
 def class_arguments(kind: Any, flags: OptimizerFlags) -> dict[str, Any]:
-    """Returns the constructor arguments that the flags set; --optimizer_args take precedence.
+    """Returns the constructor arguments that the flags set. --optimizer_args override other flags.
 
     Raises:
-        UsageError: The constructor lacks an argument or needs another type; it lists all such arguments.
+        UsageError: The constructor does not have an argument, or needs another type. The error has all such problems.
     """
     taken = inspect.signature(kind).parameters
     problems: list[str] = []
@@ -124,7 +130,13 @@ def class_arguments(kind: Any, flags: OptimizerFlags) -> dict[str, Any]:
 def shared_arguments(
     taken: Mapping[str, inspect.Parameter], flags: OptimizerFlags, problems: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yields (argument, value) for the flags that many optimizers share, and adds what does not fit to ``problems``."""
+    """Yields (argument, value) for --weight_decay, --epsilon and the betas, if they are given.
+
+    Args:
+        taken: The arguments of the constructor.
+        flags: The flags of the optimizer.
+        problems: A list to which a message is added for each given flag that the constructor does not support.
+    """
     for flag, key in (("weight_decay", "weight_decay"), ("epsilon", "eps")):
         value = getattr(flags, flag)
         if value is not None and key in taken:
@@ -143,17 +155,22 @@ def shared_arguments(
 
 
 def typed_argument(taken: Mapping[str, inspect.Parameter], key: str, text: str) -> Any:
-    """Returns the value of one of --optimizer_args.
+    """Converts one item of --optimizer_args, key=text, and returns the Python value of the text.
+
+    Args:
+        taken: The arguments of the constructor.
+        key: The name of the argument.
+        text: The value, as a Python literal.
 
     Raises:
-        UsageError: The argument or its value is not accepted; the message has the rule and the nearest fix.
+        UsageError: The constructor does not accept the argument or the value. The message suggests a fix.
     """
     names = [name for name, item in taken.items() if name not in ("params", "lr") and item.kind != item.VAR_KEYWORD]
     if key == "lr":
         raise UsageError("the learning rate follows --learning_rate and --lr_scheduler; give those flags")
     if key not in names and not any(item.kind == item.VAR_KEYWORD for item in taken.values()):
         near = difflib.get_close_matches(key, names, 1)
-        raise UsageError(f"no such argument; nearest: {near[0]}" if near else f"is one of {', '.join(names)}")
+        raise UsageError("no such argument; " + (f"nearest: {near[0]}" if near else f"give one of {', '.join(names)}"))
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -166,7 +183,7 @@ def typed_argument(taken: Mapping[str, inspect.Parameter], key: str, text: str) 
 
 
 def misfit(default: Any, value: Any) -> str | None:
-    """Returns what an argument with this default accepts if the value is of another kind, or else None."""
+    """Returns None if the value is of the same kind as the default, or else a text that says what is accepted."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "True or False"
     if isinstance(default, (int, float)):
@@ -177,11 +194,11 @@ def misfit(default: Any, value: Any) -> str | None:
     return "text in quotes" if isinstance(default, str) and not isinstance(value, str) else None
 
 
-# -- problems that need more than the flags ----------------------------------------------------------------------------
+# -- checks of packages, devices and other flags -----------------------------------------------------------------------
 
 
 def check_optimizer(options: TrainOptions) -> Iterator[str]:
-    """Yields missing packages, bad arguments, and what the optimizer does not support in this run."""
+    """Yields a message for each missing package, bad argument, and setting that the optimizer does not support."""
     flags = options.optimizer
     package = package_of(flags)
     if package and importlib.util.find_spec(package) is None:
@@ -189,7 +206,7 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
     elif flags.kind == NAMED_CLASS:
         yield from class_problems(flags)
     if flags.use_torchao and not any(map(shutil.which, (os.environ.get("CXX", COMPILERS[0]), *COMPILERS))):
-        yield "--use_torchao: compiles its step and finds no C++ compiler; install g++, or leave the flag out"
+        yield "--use_torchao: compiles its step, which needs a C++ compiler; install g++, or leave the flag out"
     if flags.use_cpu_offload_optimizer:
         yield from offload_machine_problems(options)
     if under_deepspeed():
@@ -197,7 +214,10 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
 
 
 def check_state_place(options: TrainOptions) -> Iterator[str]:
-    """Yields problems of optimizer state in host memory. check_optimizer reports optimizers that cannot be created."""
+    """Yields a message if the flags place the optimizer state in host memory and the optimizer does not support it.
+
+    Errors in creating the optimizer are ignored here, because check_optimizer reports them.
+    """
     if options.plan.optimizer_state_on == "host" or trains_on_host(options):
         name = "--optimizer_state_on host"
         if options.plan.optimizer_state_on != "host":
@@ -216,13 +236,13 @@ def package_of(flags: OptimizerFlags) -> str | None:
 
 
 def flag_of(flags: OptimizerFlags) -> str:
-    """Returns the flag that selects an optimizer outside torch, as it is typed."""
+    """Returns the flag by which the user selected the optimizer, for messages, such as "--use_8bit"."""
     names = ("use_torchao", "use_cpu_offload_optimizer", "use_8bit")
     return next((f"--{name}" for name in names if getattr(flags, name)), f"--optimizer {flags.optimizer}")
 
 
 def class_problems(flags: OptimizerFlags) -> Iterator[str]:
-    """Yields problems of a class by its dotted name, found by creating it for a small test parameter."""
+    """Creates an optimizer of the class with the dotted name for a small parameter, and yields the problems found."""
     import torch
 
     try:
@@ -236,11 +256,11 @@ def class_problems(flags: OptimizerFlags) -> Iterator[str]:
         yield f"--optimizer {flags.optimizer}: {error}; see --optimizer_args"
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
-        yield f"--optimizer {flags.optimizer}: its step runs the model itself, which is not supported; give another"
+        yield f"--optimizer {flags.optimizer}: its step needs a closure, which is not supported; give another"
 
 
 def offload_machine_problems(options: TrainOptions) -> Iterator[str]:
-    """Yields what the CPU optimizer of torchao does not support on this machine."""
+    """Yields a message for each property of the machine or launch that torchao's CPU optimizer does not support."""
     import torch
 
     name = "--use_cpu_offload_optimizer"
@@ -253,9 +273,13 @@ def offload_machine_problems(options: TrainOptions) -> Iterator[str]:
 
 
 def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
-    """Yields a problem for optimizers that ZeRO cannot run, because it steps flat shards of the parameters alone."""
+    """Yields a message for each choice that DeepSpeed does not support.
+
+    ZeRO passes each optimizer only a flat shard of the weights. Adam works on any shard, but other optimizers may need
+    the shapes of the weights or all shards at once.
+    """
     if flags.kind not in ADAMS:
-        yield f"--optimizer {flags.optimizer}: gets flat shards of the weights under DeepSpeed; give adam or adamw"
+        yield f"--optimizer {flags.optimizer}: is not supported under DeepSpeed; give adam or adamw"
     if flags.use_torchao:
         yield "--use_torchao: does not run under DeepSpeed; give only --use_8bit"
     if flags.use_cpu_offload_optimizer:
@@ -268,20 +292,23 @@ def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
 def host_state_problems(
     flags: OptimizerFlags, deepspeed: bool, name: str = "--optimizer_state_on host"
 ) -> Iterator[str]:
-    """Yields why the state of the optimizer cannot be in host memory between steps; only that of fused Adam can.
+    """Yields a message if the state of the optimizer cannot be stored in host memory between steps.
+
+    Such state is streamed through the device for each step, and a step with gradients that are not finite must be
+    skipped without waiting for the host. Only the fused Adam and AdamW of torch support this.
 
     Args:
         flags: The flags of the optimizer.
         deepspeed: Whether the run is under DeepSpeed.
-        name: The flag that asks for the state in host memory, as it is typed.
+        name: What asks for the state in host memory. Messages begin with it.
     """
     if deepspeed:
         yield f"{name}: DeepSpeed places the state; set offload_optimizer_device: cpu in its configuration"
     elif flags.use_cpu_offload_optimizer:
-        yield f"{name}: contradicts --use_cpu_offload_optimizer, whose state is always there; give one of them"
+        yield f"{name}: contradicts --use_cpu_offload_optimizer, whose state is always in host memory; give one of them"
     elif not steps_on_device(flags):
         yield (
-            f"{name}: {flag_of(flags)} cannot skip a step on the device, or keeps more than plain moments; "
+            f"{name}: {flag_of(flags)} cannot keep its state in host memory, which only torch's Adam and AdamW can; "
             "give --optimizer adam or adamw without low bits, or keep its state on the device"
         )
 
