@@ -1,7 +1,9 @@
-"""Defines the tasks, text to video and image to video: the transformer's inputs and the diffusers pipeline.
+"""Defines the two tasks, text-to-video and image-to-video.
 
-``Task`` lists what the training loop needs of a task. A task makes a predictor of a batch, (x_t, timestep) -> velocity,
-which calls the transformer exactly as the matching diffusers pipeline does. ``losses_of`` is the loss of each sample.
+A task decides which inputs the transformer gets and which diffusers pipeline uses the trained model; ``Task`` is their
+interface. For each batch, a task returns a predictor. This function takes x_t (the noisy latents) and the timestep,
+calls the transformer exactly as the diffusers pipeline does, and returns the predicted velocity. ``losses_of`` computes
+the loss of each sample. Suffixes of names give the shape, with the letters that model/diffusion.py defines.
 """
 
 from collections.abc import Callable
@@ -17,18 +19,20 @@ from cogvideox.model import diffusion
 from cogvideox.model.diffusion import NoiseSchedule, Predictor
 from cogvideox.model.rope import RotaryTables
 
-OFS = 2.0  # the offset that CogVideoX 1.5 image-to-video was trained with
-IMAGE_NAME = "image-{}.png"  # a validation image, which is saved next to the result
+# CogVideoX 1.5 image-to-video has a further input, the offset "ofs". Its diffusers pipeline always passes this value.
+OFS = 2.0
+IMAGE_NAME = "image-{}.png"  # the file name of a validation image in the output directory
 
 
 class Task(Protocol):
     """Defines the interface of a task.
 
     Attributes:
-        pipeline: The class name of the diffusers pipeline that samples from the result.
-        inference: The parts of inference.py that pass inputs other than the prompt: "usage", "defaults", "names" and
-            "arguments".
-        dtype: The compute type, in which the transformer gets its inputs.
+        pipeline: The class name of the diffusers pipeline that makes videos with the trained model.
+        inference: Code for inference.py that handles inputs other than the prompt. "usage" is part of the usage line,
+            "names" are the variables of the command-line arguments, "defaults" are their default values, and
+            "arguments" are the arguments of the pipeline's call.
+        dtype: The type to which the inputs of the transformer are converted.
     """
 
     pipeline: ClassVar[str]
@@ -36,18 +40,18 @@ class Task(Protocol):
     dtype: torch.dtype
 
     def __init__(self, options: TrainOptions, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> None:
-        """Prepares what every batch needs, on the device and in the compute type of training."""
+        """Creates the inputs that are the same for all batches, on the device and in the compute type of training."""
 
     @staticmethod
     def recipe(options: TrainOptions, geometry: Geometry, /) -> dict[str, Any]:
-        """Returns the settings of this task that decide the result; they are compared when a run is resumed."""
+        """Returns the settings of this task that change the trained weights; a resumed run must have the same."""
 
     def predictor(self, transformer: Any, batch: Batch) -> Predictor:
-        """Returns the function (x_t, timestep) -> velocity for the conditions of a batch on the device."""
+        """Returns the predictor for a batch on the device, whose captions (and first frames) it uses."""
 
 
 class TextToVideo:
-    """Generates videos from captions. The transformer gets the noisy latents and the caption's embedding."""
+    """Trains a model that makes videos from captions: the transformer gets the noisy latents and text embeddings."""
 
     pipeline: ClassVar[str] = "CogVideoXPipeline"
     inference: ClassVar[dict[str, str]] = dict.fromkeys(("usage", "defaults", "names", "arguments"), "")
@@ -58,18 +62,18 @@ class TextToVideo:
 
     @staticmethod
     def recipe(_options: TrainOptions, _geometry: Geometry) -> dict[str, Any]:
-        """Returns the flags of this task that decide the result: there are none."""
+        """Returns an empty dict, because this task has no settings."""
         return {}
 
     def predictor(self, transformer: Any, batch: Batch) -> Predictor:
-        """Returns the function that predicts the velocity for the captions of a batch."""
+        """Returns the predictor for the captions of a batch."""
         return velocity_predictor(
             transformer, batch.prompt_BLD.to(self.dtype), self.rotary, lambda x_t_BFCHW: x_t_BFCHW
         )
 
 
 class ImageToVideo:
-    """Generates videos from captions and first frames.
+    """Trains a model that makes videos from captions and first frames.
 
     The latent of the first frame is concatenated to the noisy latents along the channels, as in
     CogVideoXImageToVideoPipeline, so the transformer gets (B, F, 2 C, H, W).
@@ -94,7 +98,7 @@ class ImageToVideo:
 
     @staticmethod
     def recipe(options: TrainOptions, geometry: Geometry) -> dict[str, Any]:
-        """Returns the flags of this task that decide the result, with automatic values resolved."""
+        """Returns the settings that change the trained weights; --image_latent_scale is resolved to a number."""
         flags = image_flags(options)
         assert flags is not None
         return {
@@ -104,7 +108,7 @@ class ImageToVideo:
         }
 
     def predictor(self, transformer: Any, batch: Batch) -> Predictor:
-        """Returns the function that predicts the velocity for the captions and first frames of a batch."""
+        """Returns the predictor for the captions and first frames of a batch."""
         assert batch.image_BCHW is not None
         image_BCHW = batch.image_BCHW * self.scale
 
@@ -120,7 +124,7 @@ def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batc
     """Returns the loss of each sample of a batch, without the weights of --loss_weighting.
 
     Args:
-        task: The task, which decides on the inputs of the transformer.
+        task: The task, which provides the inputs of the transformer.
         schedule: The noise schedule, on the device.
         transformer: The network.
         batch: The samples with their noise and timesteps, on the device.
@@ -135,13 +139,13 @@ def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batc
 def velocity_predictor(
     transformer: Any, prompt_BLD: Tensor, rotary: RotaryTables, inputs: Callable[[Tensor], Tensor], **more: Any
 ) -> Predictor:
-    """Returns the function that predicts the velocity by calling the transformer as the pipelines of diffusers do.
+    """Returns a predictor: a function that calls the transformer as diffusers does and returns the predicted velocity.
 
     Args:
         transformer: The network.
-        prompt_BLD: Embeddings of the captions; their type is the type in which the network computes.
+        prompt_BLD: Embeddings of the captions. The latents are converted to the type of these embeddings.
         rotary: The rotary tables.
-        inputs: A function from x_t to the latents that the network takes, which may have more channels.
+        inputs: A function that turns x_t into the latents that the network takes. It may add channels to x_t.
         more: Further arguments of the transformer.
     """
 
@@ -163,8 +167,9 @@ def image_scale(geometry: Geometry, choice: str = "auto") -> float:
     """Returns the factor by which latents of first frames are multiplied.
 
     Args:
-        geometry: The VAE's scaling factor, and how the model's pipeline applies it.
-        choice: "mul", "div" or "none" for the scaling factor, its inverse or 1; "auto" for the pipeline's choice.
+        geometry: Has the VAE's scaling factor, and whether the model's pipeline divides image latents by it.
+        choice: "mul" returns the scaling factor, "div" returns its inverse, and "none" returns 1. "auto" returns the
+            factor that the model's pipeline uses.
     """
     usual = "div" if geometry.invert_scale_latents else "mul"
     factor = geometry.scaling_factor
@@ -172,9 +177,10 @@ def image_scale(geometry: Geometry, choice: str = "auto") -> float:
 
 
 def on_first_frame(image_BCHW: Tensor, frames: int) -> Tensor:
-    """Puts an image latent on the first latent frame, and zeros on the others.
+    """Returns latents whose first frame is the image latent and whose other frames are zero.
 
-    In CogVideoX 1.5 the first latent frame may be one of those that pad the clip; its pipeline does the same.
+    CogVideoX 1.5 pads clips at the start, so the first latent frame may be padding. The image is placed there
+    nevertheless, because the diffusers pipeline does so.
 
     Args:
         image_BCHW: The image latents, (B, C, H, W).
