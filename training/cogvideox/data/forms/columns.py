@@ -1,8 +1,9 @@
-"""Holds columns of text and the problems found in them: one value for each row, and where that row is in its file.
+"""Defines columns, in which all forms of a data set are read, and collects the problems of a data set.
 
-Lists, tables and captions next to their clips all become a ``Column``, so that each rule for captions and paths is
-written once. ``Problems`` collects everything that is wrong and groups it for the user. ``read_lines`` decodes text
-files into lines.
+A ``Column`` holds one text (a caption or a path) for each row, and knows in which line of which file it is written.
+Lists, tables and captions next to their clips are all read into columns, so that each rule for captions and paths is
+written once. ``Problems`` collects the problems of a data set and groups them by kind for printing. ``read_lines``
+reads a text file.
 """
 
 import os
@@ -14,21 +15,23 @@ from pathlib import Path
 from cogvideox.errors import one_line
 from cogvideox.files import LFS_POINTER, lfs_rule
 
-POINTER = "Git LFS pointer"  # a kind of problem
+POINTER = "Git LFS pointer"  # a kind of problem, see Problems.add
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 EXAMPLES = 3  # how many problems of one kind are printed in full
 NO_CAPTION, NO_CAPTIONS = "no caption", "no captions at all"  # kinds of problems
+# The end of messages about missing captions.
 WITHOUT_CAPTIONS = "prepare_dataset.py --dry_run and --suggest_buckets work without captions"
 
 
 @dataclass(frozen=True)
 class Column:
-    """Holds one stripped value for each row.
+    """Holds one text for each row, without spaces around it.
 
     Attributes:
-        values: The values; None where the value is already among the problems.
-        location: Returns where the value of a row, counted from 0, is written, as "file:line".
-        removal: How the user removes a row, for messages.
+        values: The texts. None replaces a text that cannot be used; its problem has already been reported.
+        location: A function from the index of a row to the place where its text is written. Messages begin with that
+            place, such as "captions.csv:7".
+        removal: An instruction for removing a row, such as "remove the row", which messages suggest as a fix.
         folder: Absolute path of the folder that the column's paths are relative to.
     """
 
@@ -38,18 +41,18 @@ class Column:
     folder: str
 
     def texts(self) -> list[str]:
-        """Returns the values of a column without problems."""
+        """Returns all values as texts. The column must have no problems, since values that are None are left out."""
         return [value for value in self.values if value is not None]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Holds the columns of a data set, which have the same length if there are no problems.
+    """Holds the columns of a data set. If their lengths differ, a problem has been reported.
 
     Attributes:
-        captions: The captions; None if they could not be read, which is then among the problems.
-        videos: Paths of the videos; None as for captions.
-        images: Paths of the first frames; None if the data set names none.
+        captions: The captions. None if they could not be read; the reason has then been reported as a problem.
+        videos: Paths of the videos. None if they could not be read; the reason has then been reported as a problem.
+        images: Paths of the first frames. None if the data set names no first frames.
         skipped: Paths of files that may be clips but have an unsupported format.
     """
 
@@ -60,7 +63,7 @@ class Columns:
 
 
 class Problems:
-    """Collects problems by kind, as printable lines, and shortens kinds with many problems."""
+    """Collects problems of a data set. If a kind of problem is frequent, only examples of it are printed."""
 
     def __init__(self, captions: bool = True) -> None:
         """Creates an empty collection.
@@ -71,10 +74,16 @@ class Problems:
         self.captions = captions
         self._lines: dict[str, list[str]] = defaultdict(list)
         self._counts: dict[str, int] = defaultdict(int)
-        self._rules: dict[str, list[str]] = {}  # by kind: what all lines so far end with, after a colon
+        self._rules: dict[str, list[str]] = {}  # for each kind: the ends that all its lines share
 
     def add(self, kind: str, line: str) -> None:
-        """Adds a problem of a kind. Control characters are escaped, and a long line is cut in its middle."""
+        """Adds a problem. Control characters are escaped, and the middle of a long line is left out.
+
+        Args:
+            kind: A short name, such as "no caption". Problems of one kind are counted and shortened together.
+            line: The message. It begins with a location and ends with a rule (what is wrong and how to fix it), and
+                ": " separates them.
+        """
         if not self.captions and kind in (NO_CAPTION, NO_CAPTIONS):
             return
         line = one_line(line)
@@ -89,7 +98,7 @@ class Problems:
         return bool(self._counts)
 
     def lines(self) -> list[str]:
-        """Returns the lines to print: all problems of a kind, or the first EXAMPLES of them and their number."""
+        """Returns the lines to print. A kind with more than EXAMPLES problems has that many examples and a count."""
         found = []
         for kind, count in self._counts.items():
             rule = next(iter(self._rules[kind]), None)
@@ -98,7 +107,7 @@ class Problems:
 
 
 def _grouped(kind: str, examples: list[str], count: int, rule: str | None) -> list[str]:
-    """Returns examples of a kind with the total number, in one line if all lines end with the same rule."""
+    """Returns the lines for one kind: examples and the count. If all its lines share a rule, this is a single line."""
     if count <= len(examples):
         return examples
     if rule is None:
@@ -111,7 +120,7 @@ def _grouped(kind: str, examples: list[str], count: int, rule: str | None) -> li
 
 
 def _rules(line: str) -> list[str]:
-    """Returns the parts of a line that may be its rule: everything after each of its colons, the longest first."""
+    """Returns the parts of a message that may be its rule: the text after its first ": ", after its second etc."""
     parts = line.split(": ")
     return [": ".join(parts[start:]) for start in range(1, len(parts))]
 
@@ -123,7 +132,7 @@ def first_names(names: Iterable[str]) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Returns whether a text can be written as UTF-8, which half a surrogate pair cannot."""
+    """Returns whether a text can be written as UTF-8. A text with one half of a surrogate pair cannot be."""
     if text.isascii():
         return True
     try:
@@ -136,11 +145,11 @@ def is_unicode(text: str) -> bool:
 def read_lines(file: str, problems: Problems) -> list[str | None] | None:
     r"""Reads the lines of a UTF-8 file, or of a UTF-16 file with a byte order mark.
 
-    A line ends at \n or \r\n only, so captions may contain any other separator.
+    Lines end at \n or \r\n. Other separators of Unicode are part of a line, since captions may contain them.
 
     Returns:
-        The lines, with None for a line that is not valid; or None if the file cannot be read. The reasons are among
-        the problems.
+        The lines, with None for each line that is not valid. If the file cannot be read, None. The reasons are added
+        to ``problems``.
     """
     try:
         data = Path(file).read_bytes()
@@ -150,7 +159,7 @@ def read_lines(file: str, problems: Problems) -> list[str | None] | None:
     if data.startswith(LFS_POINTER):
         problems.add(POINTER, f"{file}: {lfs_rule(os.path.dirname(file))}")
         return None
-    if data.startswith(_UTF16_MARKS):  # as Notepad and PowerShell write
+    if data.startswith(_UTF16_MARKS):  # Notepad and PowerShell write such files.
         return _utf16_lines(file, data, problems)
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
@@ -164,7 +173,7 @@ def _utf16_lines(file: str, data: bytes, problems: Problems) -> list[str | None]
     try:
         return [line.removesuffix("\r") for line in data.decode("utf-16").split("\n")]
     except UnicodeDecodeError as error:
-        rule = f"begins as UTF-16 does, but is not valid UTF-16 (byte {error.start + 1}); save the file as UTF-8"
+        rule = f"has the byte order mark of UTF-16, but is not valid UTF-16 (byte {error.start + 1}); save it as UTF-8"
         problems.add("not UTF-16", f"{file}: {rule}")
         return None
 
