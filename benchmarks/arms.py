@@ -170,12 +170,17 @@ class Meter:
     """Measures seconds and peak memory of steps. As in training, the host is at most one step ahead of the device."""
 
     def __init__(self, device: torch.device) -> None:
+        """Empties the device's caches and starts the measurement of the first step.
+
+        Args:
+            device: The device whose time and peak memory are measured.
+        """
         self.device = device
         self.losses: list[Tensor] = []
         self.peaks: list[dict[str, float | None]] = []
         gc.collect()
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # returns what was needed to make the model
+            torch.cuda.empty_cache()  # frees what creating the model needed
         peak_gib(device)
         self.marks = [TimeMark(device)]
 
@@ -299,6 +304,7 @@ def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
     masters = master_weights(method, options, chosen.state == plan.HOST, host_trained)
 
     def make_step(step: int) -> Tensor:
+        """Runs one optimizer step on a random batch; returns its mean loss."""
         batch = work.random_batch()
         method.draw_for(step, 0)
         losses_B = losses_of(task, schedule, transformer, batch) * weights_T[batch.timestep_B]

@@ -81,7 +81,7 @@ def our_arm(work: Work, plan: str, process: Process) -> dict[str, Any]:
     return attempt(ours, work, plan, process.steps, process.validates and plan == "lean")
 
 
-def result_of(row: str, work: Work, arm: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
+def result_of(row: str, work: Work, arm: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
     """Returns the result of a row: the task, the versions, the figures of its arm, and those of the stock arm."""
     plan = ROWS[row].rows[row]
     result = {"row": row, "kind": work.kind, "rank": work.rank, "batch": work.batch, "plan": plan}
@@ -93,9 +93,9 @@ def result_of(row: str, work: Work, arm: dict[str, Any], beside: dict[str, Any])
     if "failed" not in arm:
         result |= speed_figures(result) | {"ratio": None}
     if plan != "stock":
-        result["stock"] = beside
-        if "failed" not in beside:
-            result["ratio"] = round(beside["seconds_per_step"] / arm["seconds_per_step"], 4)
+        result["stock"] = stock
+        if "failed" not in stock:
+            result["ratio"] = round(stock["seconds_per_step"] / arm["seconds_per_step"], 4)
     return result
 
 
@@ -103,18 +103,18 @@ def run_rows(rows: Sequence[str], results: Path, device: torch.device) -> int:
     """Runs the stock arm and then the rows of one process; returns how many rows failed."""
     process = ROWS[rows[0]]
     work = Work(process.kind, process.rank, process.batch, device)
-    beside = stock_arm(work, process.stock_steps)
+    stock = stock_arm(work, process.stock_steps)
     failed = 0
     for row, plan in process.rows.items():
         if row not in rows:
             continue
-        arm = beside if plan == "stock" else our_arm(work, plan, process)
+        arm = stock if plan == "stock" else our_arm(work, plan, process)
         print(json.dumps({"row": row, **arm}), flush=True)
         is_result = plan == "stock" and arm.get("failed") == NO_MEMORY
         if not is_result and ("failed" in arm or "failed" in arm.get("validation", {})):
             failed += 1
             continue
-        result = result_of(row, work, arm, beside)
+        result = result_of(row, work, arm, stock)
         results.mkdir(parents=True, exist_ok=True)
         write_atomically(path_of(results, row), (json.dumps(result, indent=1) + "\n").encode())
     return failed

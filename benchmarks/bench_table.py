@@ -84,6 +84,7 @@ def read_rows(results: Path) -> list[dict[str, Any]]:
     rows = [json.loads(path.read_text()) for path in results.glob(f"{PREFIX}*.json")]
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        """Returns the sort key of a row: model, method, batch size, rank, plan, name."""
         kind, plan = MODELS.index(row["kind"]), PLANS.index(row["plan"])
         return kind, not row["rank"], row["batch"], row["rank"], plan, row["row"]
 

@@ -126,6 +126,7 @@ def whole(kind: str, backend: str, size: tuple[int, int, int]) -> dict[str, Any]
     }
 
     def outputs() -> dict[str, Tensor]:
+        """Returns the outputs with and without the LoRA, and their difference."""
         with_lora = transformer(**inputs)[0].float()
         transformer.disable_adapters()
         without = transformer(**inputs)[0].float()
@@ -162,6 +163,7 @@ def backends() -> list[str]:
 
 
 def main() -> None:
+    """Checks the gradients of all cases, or one complete model; prints each result and writes them to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="5b")
     parser.add_argument("--whole", action="store_true")

@@ -43,6 +43,7 @@ def ours(path: Path, indices: list[int]) -> np.ndarray:
 
 
 def with_decord(path: Path, indices: list[int]) -> np.ndarray:
+    """Decodes frames of a video with decord and resizes them, (F, H, W, C)."""
     import decord
 
     video = decord.VideoReader(str(path), width=WIDTH, height=HEIGHT, num_threads=1)
@@ -60,6 +61,7 @@ def job(path: Path) -> tuple[Path, list[int]]:
 
 
 def seconds(decode: Decode, path: Path, indices: list[int]) -> float:
+    """Returns the seconds that one decoding of a clip takes."""
     started = time.perf_counter()
     decode(path, indices)
     return time.perf_counter() - started
@@ -131,11 +133,18 @@ def extract_film(folder: Path) -> Path:
 
 
 def cpu() -> str:
+    """Returns the name of the CPU, or "unknown"."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Prints a table that compares the decoders on each clip and in total.
+
+    Args:
+        title: The heading of the first column.
+        rows: Figures of each clip; times are in milliseconds.
+    """
     print(f"{title:24} frames   ours ms  decord ms  ratio (above 1: ours is faster)")
     for row in rows:
         ratio = row["decord_ms"] / row["ours_ms"]
@@ -171,6 +180,7 @@ def measure(repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measures both decoders, prints the tables, and writes decode.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--results", type=Path)

@@ -69,6 +69,7 @@ def run(command: list[str], output: Path, steps: int, complete: bool) -> dict[st
 
 
 def main() -> None:
+    """Trains each kind of model with each method; writes the results after every run, and resumes from them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

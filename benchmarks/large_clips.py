@@ -80,6 +80,7 @@ def decode_window(path: Path, answer: Connection) -> None:
     decoded, real = 0, decode._frames
 
     def counted(*args: Any, **named: Any) -> Iterator[Any]:
+        """Counts the frames that the decoder yields."""
         nonlocal decoded
         for frame in real(*args, **named):
             decoded += 1
@@ -121,6 +122,7 @@ def measure(folder: Path) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
+    """Prints a table of the clips with their times and memory."""
     print("clip                             MiB  frames  probe s   read s  decoded  more MiB")
     for row in rows:
         figures = "{mib:6} {frames:7} {probe_s:8.2f} {read_s:8.2f} {decoded:8} {more_memory_mib:9}  {error}"

@@ -146,6 +146,7 @@ def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str,
     x, dy = inputs["x"], inputs["dy"]
 
     def kept_of() -> dict[str, Tensor]:
+        """Returns the activations that forward saves, and the input."""
         return forward(x, p, shared, keep)[1] | {"x": x}
 
     with torch.no_grad():
@@ -173,6 +174,7 @@ def ours(block: Any, inputs: dict[str, Any], backend: str, level: str, how: str,
 
 
 def main() -> None:
+    """Measures one block with stock code and with each backend and level; writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="5b")
     parser.add_argument(

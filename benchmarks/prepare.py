@@ -50,6 +50,12 @@ class Arms:
     """Runs arms and records their figures."""
 
     def __init__(self, seconds: float, results: Path | None) -> None:
+        """Starts the clock of all arms.
+
+        Args:
+            seconds: No arm starts later than this after the first one.
+            results: Folder for the results; None writes none.
+        """
         self.rows: list[dict[str, Any]] = []
         self.begun, self.seconds, self.results = time.perf_counter(), seconds, results
         clip = "x".join(map(str, clip_size("5b")))
@@ -75,6 +81,7 @@ class Arms:
             (self.results / "prepare.json").write_text(json.dumps(self.table, indent=1) + "\n")
 
     def _clean(self) -> None:
+        """Frees the memory and the compiled code of the previous arm."""
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
@@ -134,6 +141,7 @@ class VaeArms:
     """Runs the arms that encode one clip, and has the reference for their moments."""
 
     def __init__(self) -> None:
+        """Creates the clip that all arms encode."""
         self.clip_FHWC = make_clip()
         self.known: dict[str, Tensor] = {}
 
@@ -155,6 +163,7 @@ class VaeArms:
         return row | {f"from {other}": apart(found["moments"], of) for other, of in self.known.items() if other != name}
 
     def _keep(self, name: str, moments: Tensor) -> None:
+        """Stores the moments of an arm on the host for comparison with others."""
         self.known[name] = moments.cpu()
 
 
@@ -171,10 +180,12 @@ def store(clip_FHWC: np.ndarray) -> dict[str, Any]:
         cache = TensorCache(Path(folder))
 
         def encoded(number: int) -> Iterator[encode.AsyncCopy]:
+            """Encodes the clip a number of times; yields the copies to the host."""
             for _ in range(number):
                 yield encode.AsyncCopy({"moments_CFHW": encode.video_moments(vae, clip_FHWC)})
 
         def stored(number: int) -> None:
+            """Encodes the clip a number of times and stores each result in the cache."""
             for count, arriving in enumerate(one_behind(encoded(number))):
                 cache.write(f"{count:04}", arriving.wait())
 
@@ -192,12 +203,14 @@ class Tokens:
     """Replaces a tokenizer: it returns random ids, padded as captions are."""
 
     def __init__(self) -> None:
+        """Draws the token ids of all captions, (CAPTIONS, TEXT_LENGTH); later captions are longer."""
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(1, 30000, (CAPTIONS, TEXT_LENGTH), generator=generator)
         for number in range(CAPTIONS):
             self.ids[number, 8 + 3 * number :] = 0
 
     def __call__(self, captions: list[str], **_: Any) -> Any:
+        """Returns the token ids of captions, which are given by number."""
         return argparse.Namespace(input_ids=self.ids[[int(caption) for caption in captions]])
 
 
@@ -205,6 +218,7 @@ class T5Arms:
     """Runs the arms that embed captions with one encoder, first on the device, then streamed."""
 
     def __init__(self) -> None:
+        """Creates T5-XXL with random bf16 weights on the device."""
         from transformers import T5Config, T5EncoderModel
 
         torch.manual_seed(0)
@@ -261,6 +275,7 @@ def t5_arms(arms: Arms) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Runs the selected arms and writes their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=130, help="no arm starts after this time")
     parser.add_argument("--only", nargs="+", choices=("vae", "store", "t5"), help="run only these arms")

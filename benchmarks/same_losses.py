@@ -109,6 +109,7 @@ def equal_to_the_bit(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
     """Returns whether two sets of tensors have the same names, types, shapes and bits. Equal bits of NaN are equal."""
 
     def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
+        """Returns type, shape and bytes of each tensor, which are equal only if all bits are."""
         return {
             name: (tensor.dtype, tensor.shape, tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
             for name, tensor in tensors.items()

@@ -61,6 +61,7 @@ def compare_plans(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Trains with each plan and seed, compares the plans, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensors", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, required=True)

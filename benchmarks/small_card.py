@@ -48,6 +48,11 @@ def size_of(video: Path) -> Bucket:
 
 
 def main() -> int:
+    """Trains under a memory limit and writes the figures of the run.
+
+    Returns:
+        The exit status, which is not 0 if the run failed or its videos have the wrong size.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=[kind for kind in KINDS if not is_image_to_video(kind)], default="5b")
     parser.add_argument("--gib", type=float, default=6.0)
@@ -62,9 +67,9 @@ def main() -> int:
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     output = args.work_dir / "run"
-    said = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines() if line.strip().startswith(SAYS)]
+    messages = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines() if line.strip().startswith(SAYS)]
     row: dict[str, Any] = {"kind": args.kind, "gib": args.gib, "rank": args.rank, "status": done.returncode}
-    row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "said": said, **device_and_versions()}
+    row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "said": messages, **device_and_versions()}
     row["host_peak_gib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2)  # of KiB
     row["steps"] = lines_of(output)
     videos = {path.name: size_of(path) for path in sorted(output.glob("validation/*.mp4"))}

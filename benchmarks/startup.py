@@ -32,6 +32,7 @@ def seconds(command: list[object], status: int) -> float:
 
 
 def time_help(runs: int) -> None:
+    """Prints how long --help takes in each script."""
     for script in SCRIPTS:
         times = [seconds([script, "--help"], 0) for _ in range(runs)]
         print(f"{script.name:36} median {statistics.median(times):.3f} s, worst {max(times):.3f} s of {runs}")
@@ -52,18 +53,21 @@ def make_files(root: Path, rows: int) -> list[tuple[str, str]]:
 
 
 def write_lists(root: Path, pairs: list[tuple[str, str]]) -> list[str]:
+    """Writes videos.txt and prompts.txt; returns the flags that select them, of which there are none."""
     (root / "videos.txt").write_text("".join(f"{path}\n" for path, _ in pairs))
     (root / "prompts.txt").write_text("".join(f"{caption}\n" for _, caption in pairs))
     return []
 
 
 def write_csv(root: Path, pairs: list[tuple[str, str]]) -> list[str]:
+    """Writes a CSV file with a header; returns the flags that select it."""
     with open(root / "rows.csv", "w", newline="") as file:
         csv.writer(file).writerows([("video", "caption"), *pairs])
     return ["--dataset_file", "rows.csv"]
 
 
 def write_jsonl(root: Path, pairs: list[tuple[str, str]]) -> list[str]:
+    """Writes a file of JSON lines; returns the flags that select it."""
     (root / "rows.jsonl").write_text("".join(json.dumps({"video": p, "caption": c}) + "\n" for p, c in pairs))
     return ["--dataset_file", "rows.jsonl"]
 
@@ -76,6 +80,7 @@ FORMS: dict[str, Callable[[Path, list[tuple[str, str]]], list[str]]] = {
 
 
 def time_rows(rows: int) -> None:
+    """Prints how long each form of a data set takes to be read until its missing file is reported."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         pairs = make_files(root, rows)
@@ -86,6 +91,7 @@ def time_rows(rows: int) -> None:
 
 
 def main() -> None:
+    """Measures --help and the reading of large data sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--rows", type=int, default=500_000)

@@ -23,6 +23,7 @@ def first_frame(video: Path, height: int, width: int) -> Image.Image:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description="Save the first frame of a video.")
     parser.add_argument("video", type=Path)
     parser.add_argument("picture", type=Path, help="file to write; its suffix selects the format")
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Saves the first frame of the video at the requested size."""
     options = build_parser().parse_args()
     height, width = map(int, options.size.split("x"))
     first_frame(options.video, height, width).save(options.picture)

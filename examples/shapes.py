@@ -139,12 +139,14 @@ def _wall(wall: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def _parse() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description="Write the clips of moving shapes.")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the data sets train and held_out")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Writes the data sets train and held_out."""
     folder = _parse().output_dir
     for name, chosen in zip(("train", "held_out"), split(), strict=True):
         write_data_set(folder / name, chosen)

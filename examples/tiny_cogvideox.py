@@ -105,6 +105,7 @@ def make_tiny(folder: Path, kind: str = "5b", seed: int = 0, dtype: torch.dtype 
 
 
 def _check_existing(folder: Path, recipe: dict[str, Any]) -> None:
+    """Raises FileExistsError if a folder is not the tiny pipeline of this recipe."""
     found = folder / RECIPE_FILE
     if not found.is_file() or json.loads(found.read_text()) != recipe:
         raise FileExistsError(f"{folder} is not empty and not the tiny pipeline {recipe}: remove it or choose another")
@@ -125,6 +126,13 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
 
 
 def _build(kind: str, seed: int, dtype: torch.dtype | None) -> Any:
+    """Returns a pipeline with random weights.
+
+    Args:
+        kind: The published layout that is copied.
+        seed: The seed of the weights.
+        dtype: The type of the weights; float32 if None.
+    """
     import diffusers
     import torch
 
@@ -153,6 +161,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _vae(kind: str) -> Any:
+    """Returns a small VAE with random weights."""
     from diffusers import AutoencoderKLCogVideoX
 
     return AutoencoderKLCogVideoX(
@@ -185,6 +194,7 @@ def make_text_encoder(vocabulary: int, width: int = TEXT_DIM) -> Any:
 
 
 def _transformer(kind: str) -> Any:
+    """Returns a small transformer with random weights."""
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
@@ -217,6 +227,7 @@ def _transformer(kind: str) -> Any:
 
 
 def make_scheduler(kind: str) -> Any:
+    """Returns the scheduler that the published model of this kind has."""
     import diffusers
 
     name = "CogVideoXDDIMScheduler" if kind == "2b" else "CogVideoXDPMScheduler"
@@ -278,6 +289,7 @@ def _text(captions: Sequence[str]) -> list[str]:
 
 
 def _parse() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description="Write a random tiny CogVideoX pipeline.")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; new or empty")
     parser.add_argument("--kind", choices=KINDS, default="5b", help="which published layout (default: %(default)s)")
@@ -286,6 +298,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Writes a random pipeline."""
     options = _parse()
     try:
         folder = make_tiny(options.output_dir, options.kind, options.seed)

@@ -94,6 +94,7 @@ def train(model: Path, options: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         description="Train a tiny image-to-video CogVideoX.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

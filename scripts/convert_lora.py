@@ -140,8 +140,8 @@ def with_config(metadata: dict[str, str], ranks: dict[str, int], alphas: dict[st
 
     config = config_of(metadata)
     wanted = {layer: alphas.get(layer, float(rank)) for layer, rank in ranks.items()}
-    said = {layer: torch.tensor(alpha_of(layer, rank, config)).item() for layer, rank in ranks.items()}
-    if said == wanted:
+    stated = {layer: torch.tensor(alpha_of(layer, rank, config)).item() for layer, rank in ranks.items()}
+    if stated == wanted:
         return metadata
     rank, alpha = max(ranks.values()), max(wanted.values())
     fields: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(ranks)}
