@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job, small: clips of a cartoon rabbit -> tensors -> a text-to-video LoRA -> a video from stock diffusers.
-# The model is the tiny CogVideoX of examples/model, which knows moving shapes and has never seen a rabbit.
+# A small version of the usual task: encodes clips of a cartoon rabbit, trains a text-to-video LoRA on them, and makes a
+# video with stock diffusers. The model is the tiny CogVideoX in examples/model, which was only trained on shapes.
 source "$(dirname "$0")/rabbit.sh"
 model=examples/model
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo with all weights instead of a LoRA: clips of a cartoon rabbit -> tensors -> a transformer that knows it.
+# The demo with all weights instead of a LoRA: encodes clips of a cartoon rabbit and trains the transformer on them.
 source "$(dirname "$0")/rabbit.sh"
 model=examples/model
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The demo for image-to-video: clips of a cartoon rabbit, their first frames -> tensors -> an image-to-video LoRA.
-# The model, an argument, is what examples/train_tiny_image_to_video.py makes.
+# The demo for image-to-video: encodes clips of a cartoon rabbit and their first frames, and trains a LoRA.
+# The optional argument is the model folder, which examples/train_tiny_image_to_video.py makes.
 source "$(dirname "$0")/rabbit.sh"
 model=${1:-runs/tiny-i2v/model}
 [[ -d $model ]] || { echo "$model: no such folder; make it with $(printf %q "$python") examples/train_tiny_image_to_video.py" >&2; exit 1; }
 
-# windows begin with the clip, as the pictures below do
+# Each sample starts at the beginning of its clip, because the pictures below show the first frame.
 encode "$model" "$out/i2v-tensors" --frame_selection head
 for clip in clips/videos/rabbit_stands unseen/videos/rabbit_yawns; do
     "$python" examples/first_frame.py "$out/$clip.mp4" "$out/$(basename "$clip").png" --size 64x96

