@@ -56,7 +56,7 @@ def value_type(annotation: Any) -> tuple[type, bool]:
 class ShowAll(argparse.Action):
     """Prints the help with every flag and ends the script. ``const`` is a function that returns the parser for it."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         self.const().print_help()
         parser.exit()
 
@@ -309,7 +309,7 @@ def config_text(options: AnyOptions, sources: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def config_dict(options: AnyOptions) -> dict[str, Any]:
+def config_dict(options: AnyOptions) -> dict[str, object]:
     """Returns all values by flag for config.json, the recipe and trackers, without secrets (also those in URLs)."""
     return {
         item.name: to_show(item, getattr(getattr(options, group), item.name))
@@ -317,7 +317,7 @@ def config_dict(options: AnyOptions) -> dict[str, Any]:
     }
 
 
-def to_show(item: "dataclasses.Field[Any]", value: Any) -> Any:
+def to_show(item: "dataclasses.Field[Any]", value: object) -> object:
     """Returns a value without what must not be shown: HIDDEN in place of a secret, and URLs without their queries."""
     if item.metadata["secret"] and value is not None:
         return HIDDEN

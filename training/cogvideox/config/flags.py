@@ -61,7 +61,7 @@ CHANGEABLE = (
 
 
 def flag(
-    default: Any,
+    default: object,
     help: str,
     *,
     aliases: Sequence[str] = (),
@@ -106,7 +106,7 @@ def flag(
 REQUIRED: Any = dataclasses.MISSING
 
 
-def idle(default: Any, why: str) -> Any:
+def idle(default: object, why: str) -> Any:
     """Returns the field of a flag of other trainers that has no effect here, with the reason."""
     return flag(default, why, idle=why)
 

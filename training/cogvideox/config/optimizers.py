@@ -182,7 +182,7 @@ def typed_argument(taken: Mapping[str, inspect.Parameter], key: str, text: str) 
     return value
 
 
-def misfit(default: Any, value: Any) -> str | None:
+def misfit(default: object, value: object) -> str | None:
     """Returns None if the value is of the same kind as the default, or else a text that says what is accepted."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "True or False"

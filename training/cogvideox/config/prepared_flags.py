@@ -63,7 +63,7 @@ def is_factory_layout(folder: Path) -> bool:
     )
 
 
-def kept_values(data: DataFlags, encode: EncodeFlags, **effective: Any) -> dict[str, Any]:
+def kept_values(data: DataFlags, encode: EncodeFlags, **effective: object) -> dict[str, Any]:
     """Returns the values of a preparation for index.json, by flag.
 
     Args:
@@ -157,7 +157,7 @@ def parsed_values(folder: Path, values: dict[str, Any], options: TrainOptions, r
             raise UsageError(f"{folder / 'index.json'}: {error}; run prepare_dataset.py again") from None
 
 
-def prepared_conflicts(name: str, given: Any, prepared: Prepared) -> Iterator[str]:
+def prepared_conflicts(name: str, given: object, prepared: Prepared) -> Iterator[str]:
     """Yields a problem if a given flag differs from what was prepared."""
     values = prepared.values
     if name in BUCKETS:
@@ -174,7 +174,7 @@ def prepared_conflicts(name: str, given: Any, prepared: Prepared) -> Iterator[st
         yield f"--{name} {value_text(given)}: the tensors were prepared {then}; {fix}"
 
 
-def seen_buckets(name: str, buckets: set[tuple[int, int, int]]) -> Any:
+def seen_buckets(name: str, buckets: set[tuple[int, int, int]]) -> object:
     """Returns the value of a flag for buckets that describes exactly the buckets of the samples."""
     if name == "train_resolution":
         return tuple("{}x{}x{}".format(*bucket) for bucket in sorted(buckets))
@@ -184,7 +184,7 @@ def seen_buckets(name: str, buckets: set[tuple[int, int, int]]) -> Any:
     return tuple(sorted({bucket[place] for bucket in buckets}))
 
 
-def normalized(name: str, value: Any) -> Any:
+def normalized(name: str, value: Any) -> object:
     """Returns a value in a normal form, in which values of the same meaning are equal."""
     if name in LISTS:
         return None if value in LISTS[name] else value
@@ -197,7 +197,7 @@ def normalized(name: str, value: Any) -> Any:
     return set(value or ()) if name in BUCKETS and name != "max_num_frames" else value
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """Returns a value as it is typed on the command line."""
     if isinstance(value, tuple):
         return " ".join(map(str, value))

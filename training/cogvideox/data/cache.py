@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -44,12 +44,12 @@ class CacheError(UsageError):
     """Reports a tensor file that is missing, damaged, or not the one that was written."""
 
 
-def hash_of(values: Any) -> str:
+def hash_of(values: object) -> str:
     """Returns the SHA-256 of a value that JSON can represent, as 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def is_key(value: Any) -> bool:
+def is_key(value: object) -> bool:
     """Returns whether a value has the form of a key, 64 hexadecimal digits.
 
     An index may come from somebody else and hold anything, for example a path that leads out of the folder.
@@ -191,7 +191,7 @@ class Ledger:
                 continue
         return records
 
-    def append(self, records: Iterable[dict[str, Any]]) -> None:
+    def append(self, records: Iterable[Mapping[str, object]]) -> None:
         """Appends records. Other processes may append at the same time."""
         text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
         if not text:

@@ -57,7 +57,7 @@ class Source:
         """Restores a source from its JSON form."""
         return cls(**values | {"conversions": tuple(values.get("conversions", ()))})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the JSON form; conversions and an assumed matrix appear only where there are some."""
         values = asdict(self)
         return {name: value for name, value in values.items() if name not in ABSENT_IF_FALSE or value}
@@ -85,7 +85,7 @@ class Variant:
         conversions = tuple(values.get("conversions", ()))
         return cls(tuple(values["indices"]), Fit(**values["fit"]), values["reader"], conversions)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the JSON form for the ledger and for the hashes that become cache keys.
 
         Conversions are left out where there are none, because older versions did not have the field, and the keys of
@@ -121,7 +121,7 @@ class Cut:
         """Restores a cut from its JSON form."""
         return cls(Bucket(**values["bucket"]), tuple(map(Variant.from_json, values["variants"])))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the JSON form."""
         return {"bucket": asdict(self.bucket), "variants": [variant.to_json() for variant in self.variants]}
 
@@ -200,7 +200,7 @@ class ClipRecord:
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the values of a line of the ledger; what is not known is absent."""
         values = {
             "request": self.request,

@@ -15,11 +15,10 @@ from the cache, and ``HeldOut.measure`` appends a line to metrics.jsonl with the
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox import stopping
 from cogvideox.data.cache import CachedSample, hash_of
@@ -50,7 +49,7 @@ class HeldOut:
             because losses on different clips cannot be compared.
     """
 
-    def __init__(self, run: Run, tensors: Tensors, seed: int, transformer: Any, losses_of: LossFunction) -> None:
+    def __init__(self, run: Run, tensors: Tensors, seed: int, transformer: nn.Module, losses_of: LossFunction) -> None:
         self.run, self.seed, self.transformer, self.losses_of = run, seed, transformer, losses_of
         self.cache, self.geometry = tensors.cache, tensors.geometry
         self.samples, self.image_variants = tensors.index.validation, tensors.index.image_variants

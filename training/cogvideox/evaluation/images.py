@@ -9,8 +9,9 @@ import io
 import threading
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import IO
 from urllib.parse import urlsplit
+from urllib.request import Request
 
 from cogvideox.config.options import TrainOptions, is_url
 from cogvideox.config.prompts import images_of
@@ -59,7 +60,9 @@ def fetch_as_png(url: str, temporary: Path) -> bytes:
 class WebRedirectsOnly(urllib.request.HTTPRedirectHandler):
     """Follows redirects only to http and https, not to files or ftp."""
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> Request | None:
         """Returns the request for the new URL. Raises OSError if its scheme is neither http nor https."""
         if urlsplit(newurl).scheme not in ("http", "https"):
             raise OSError(f"redirects to {public_urls(newurl)}, which is not http or https")

@@ -82,16 +82,16 @@ def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, 
 class StandInVae:
     """Replaces the VAE. It records what is encoded and decoded, and returns ``image_BCFHW`` for every image."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: object) -> None:
         self.config = config
         self.image_BCFHW = self.pixels_BCFHW = self.decoded_BCFHW = torch.empty(0)
 
-    def encode(self, pixels_BCFHW: Tensor) -> Any:
+    def encode(self, pixels_BCFHW: Tensor) -> SimpleNamespace:
         """Records the pixels, and returns a posterior that can only be sampled."""
         self.pixels_BCFHW = pixels_BCFHW
         return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda _: self.image_BCFHW))
 
-    def decode(self, latents_BCFHW: Tensor) -> Any:
+    def decode(self, latents_BCFHW: Tensor) -> SimpleNamespace:
         """Records the latents, and returns a video of one black pixel."""
         self.decoded_BCFHW = latents_BCFHW
         return SimpleNamespace(sample=latents_BCFHW.new_zeros(1, 3, 1, 1, 1))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox import stopping
 from cogvideox.config.options import TrainOptions
@@ -111,7 +111,9 @@ def without_recipe_entries(names: Sequence[str], settings: dict[str, Any]) -> di
     return {**settings, "recipe": {name: value for name, value in recipe.items() if name not in names}}
 
 
-def interrupt_after_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def interrupt_after_step(
+    _pipeline: object, _step: int, _timestep: object, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Gives a stop signal the chance to end the run after a denoising step. The tensors pass through unchanged."""
     stopping.unit("denoising step")
     return tensors
@@ -125,7 +127,7 @@ class Validator:
         run: Run,
         options: TrainOptions,
         pipeline_name: str,
-        transformer: Any,
+        transformer: nn.Module,
         prompts: Prompts,
         tensors: Tensors,
         order: Order,
@@ -166,7 +168,7 @@ class Validator:
             return list(self.pipeline.vae.decode.attempts)
         return decoding_attempts(*PUBLISHED, tiled=self.flags.enable_tiling)
 
-    def set_aside_stale(self, first_step: int, total_steps: int, recipe: dict[str, Any]) -> None:
+    def set_aside_stale(self, first_step: int, total_steps: int, recipe: Mapping[str, object]) -> None:
         """Moves outdated videos into a folder older-N, so that they are rendered again.
 
         Args:

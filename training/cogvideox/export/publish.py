@@ -14,7 +14,7 @@ from shlex import quote
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox.config.args import config_dict
 from cogvideox.config.geometry import saves_pipeline
@@ -152,7 +152,7 @@ def write_weights(method: Method, folder: Path) -> dict[str, Any]:
     return about
 
 
-def compute_output(task: Task, transformer: Any, batch: Batch, run: Run) -> Tensor:
+def compute_output(task: Task, transformer: nn.Module, batch: Batch, run: Run) -> Tensor:
     """Computes the transformer's output for one batch; returns it in fp32 on the CPU."""
     batch = batch.to(run.device)
     with evaluation_mode(transformer):

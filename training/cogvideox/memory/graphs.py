@@ -7,11 +7,13 @@ applies in every thread that calls it.
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 
 MAX_GRAPHS = 256
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def allow_graphs() -> None:
@@ -20,7 +22,7 @@ def allow_graphs() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-def allowing_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+def allowing_graphs(function: Callable[P, R]) -> Callable[P, R]:
     """Returns a compiled function that calls ``allow_graphs`` before its first call in each thread.
 
     Each thread has its own settings since torch 2.12, and backward passes on a GPU run in a thread of autograd. Without
@@ -28,7 +30,7 @@ def allowing_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     thread = threading.local()
 
-    def call(*arguments: Any, **named: Any) -> Any:
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
         if not hasattr(thread, "ready"):
             allow_graphs()
             thread.ready = True

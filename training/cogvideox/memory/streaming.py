@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property, partial
 from itertools import accumulate, islice
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 from weakref import finalize
 
 import torch
@@ -74,7 +74,7 @@ def pinned(num_bytes: int) -> Tensor:
     buffer = torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
     buffer.zero_()  # the system allocates a page only when it is first written
     if torch.cuda.is_available():
-        runtime: Any = torch.cuda.cudart()
+        runtime = torch.cuda.cudart()
         status = runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
         if int(status) != 0:
             raise MemoryError(

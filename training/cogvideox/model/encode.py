@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox.data.dataset import standard_normal
 
@@ -92,7 +92,7 @@ class AsyncCopy:
 
 
 @torch.no_grad()
-def prompt_embeds(tokenizer: Any, text_encoder: Any, captions: Sequence[str], length: int) -> Tensor:
+def prompt_embeds(tokenizer: Any, text_encoder: nn.Module, captions: Sequence[str], length: int) -> Tensor:
     """Encodes captions with T5, as the pipelines of diffusers do.
 
     T5 gets no attention mask, so padding influences all tokens, and a different length gives different embeddings.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from cogvideox.config.lora_file import (
@@ -385,6 +385,6 @@ def load_saved(pipeline: Any, folder: Path) -> None:
     pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS_NAME, adapter_name=ADAPTER, use_safetensors=True)
 
 
-def trainable(module: Any) -> dict[str, Parameter]:
+def trainable(module: nn.Module) -> dict[str, Parameter]:
     """Returns the trainable parameters of a module by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -16,7 +16,7 @@ device. Only the forward pass is supported.
 Shapes: B captions, L tokens, D channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -47,7 +47,7 @@ class PassingBlock(nn.Module):
         self.block, self.number, self.names, self.layout = block, number, names, layout
         self.ring, self.rows = ring, rows
 
-    def forward(self, hidden_BLD: Tensor, *others: Any, **named: Any) -> tuple[Any, ...]:
+    def forward(self, hidden_BLD: Tensor, *others: object, **named: object) -> tuple[object, ...]:
         """Runs the block on (B, L, D), ``rows`` captions at a time, and joins the outputs.
 
         All other inputs and outputs, such as the bias of relative positions, are the same for all captions, because T5
@@ -110,7 +110,7 @@ def streamed(encoder: Any, device: torch.device, rows: int) -> Iterator[None]:
 
 
 @contextmanager
-def on_host(blocks: Any, names: list[str], layout: Layout) -> Iterator[dict[int, Tensor]]:
+def on_host(blocks: Iterable[nn.Module], names: list[str], layout: Layout) -> Iterator[dict[int, Tensor]]:
     """Moves the named parameters of each block to a pinned buffer; yields the buffers by block number.
 
     At the end of the context, buffers and parameters are freed.
@@ -129,7 +129,7 @@ def on_host(blocks: Any, names: list[str], layout: Layout) -> Iterator[dict[int,
             weight.data = weight.new_empty(0)
 
 
-def shared_names(blocks: Any) -> list[str]:
+def shared_names(blocks: Iterable[nn.Module]) -> list[str]:
     """Returns the parameters that every block has. Only the first block has the table of relative positions."""
     others = [dict(block.named_parameters()) for block in blocks]
     return [name for name in others[-1] if all(name in other for other in others)]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.options import TrainOptions, image_flags
@@ -46,7 +46,7 @@ class Task(Protocol):
     def recipe(options: TrainOptions, geometry: Geometry, /) -> dict[str, Any]:
         """Returns the settings of this task that change the trained weights; a resumed run must have the same."""
 
-    def predictor(self, transformer: Any, batch: Batch) -> Predictor:
+    def predictor(self, transformer: nn.Module, batch: Batch) -> Predictor:
         """Returns the predictor for a batch on the device, whose captions (and first frames) it uses."""
 
 
@@ -65,7 +65,7 @@ class TextToVideo:
         """Returns an empty dict, because this task has no settings."""
         return {}
 
-    def predictor(self, transformer: Any, batch: Batch) -> Predictor:
+    def predictor(self, transformer: nn.Module, batch: Batch) -> Predictor:
         """Returns the predictor for the captions of a batch."""
         return velocity_predictor(
             transformer, batch.prompt_BLD.to(self.dtype), self.rotary, lambda x_t_BFCHW: x_t_BFCHW
@@ -107,7 +107,7 @@ class ImageToVideo:
             "ignore_learned_positional_embeddings": flags.ignore_learned_positional_embeddings,
         }
 
-    def predictor(self, transformer: Any, batch: Batch) -> Predictor:
+    def predictor(self, transformer: nn.Module, batch: Batch) -> Predictor:
         """Returns the predictor for the captions and first frames of a batch."""
         assert batch.image_BCHW is not None
         image_BCHW = batch.image_BCHW * self.scale
@@ -120,7 +120,7 @@ class ImageToVideo:
         )
 
 
-def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batch) -> Tensor:
+def losses_of(task: Task, schedule: NoiseSchedule, transformer: nn.Module, batch: Batch) -> Tensor:
     """Returns the loss of each sample of a batch, without the weights of --loss_weighting.
 
     Args:
@@ -137,7 +137,7 @@ def losses_of(task: Task, schedule: NoiseSchedule, transformer: Any, batch: Batc
 
 
 def velocity_predictor(
-    transformer: Any, prompt_BLD: Tensor, rotary: RotaryTables, inputs: Callable[[Tensor], Tensor], **more: Any
+    transformer: nn.Module, prompt_BLD: Tensor, rotary: RotaryTables, inputs: Callable[[Tensor], Tensor], **more: object
 ) -> Predictor:
     """Returns a predictor: a function that calls the transformer as diffusers does and returns the predicted velocity.
 

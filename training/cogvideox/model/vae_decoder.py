@@ -76,7 +76,7 @@ class Decoder:
         vae.decode = self
         vae.decoder.register_forward_hook(lambda *_: stopping.unit("decoded tile"))  # of a few frames each
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         while True:
             torch.cuda.empty_cache()  # sampling has fragmented the memory
             try:

@@ -163,6 +163,9 @@ def tolerance_factor(what: str) -> int:
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
+BlockFunction = Callable[..., tuple[Tensor, Tensor]]  # called as a diffusers block; returns (video, text)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Holds the inputs of a block, and the gradients with respect to its outputs."""
@@ -174,7 +177,7 @@ class Inputs:
     dvideo: Tensor  # (B, S - L, D)
     dtext: Tensor  # (B, L, D)
 
-    def call(self, block: Callable[..., Any]) -> Any:
+    def call(self, block: BlockFunction) -> tuple[Tensor, Tensor]:
         """Returns the block's outputs (video, text)."""
         return block(self.video, self.text, self.temb, self.rotary)
 
@@ -200,13 +203,13 @@ def random_inputs(
 
 
 @torch.no_grad()
-def balance(inputs: Inputs, stock: Any) -> None:
+def balance(inputs: Inputs, stock: BlockFunction) -> None:
     """Scales inputs down in place to the norm of what the block adds, so that the sum shows errors of both."""
     for x, y in zip((inputs.video, inputs.text), inputs.call(stock), strict=True):
         x *= ((y - x).float().norm() / x.float().norm()).clamp(0.01, 1.0)
 
 
-def copy_of(module: Any) -> Any:
+def copy_of(module: nn.Module) -> nn.Module:
     """Copies a block, and randomizes each LoRA matrix B that is zero, because the gradients of A would be zero too."""
     block = copy.deepcopy(module)
     for number, layer in enumerate(lora_layers(block)):
@@ -219,7 +222,7 @@ def copy_of(module: Any) -> Any:
 
 
 @torch.no_grad()
-def stock_block(module: Any, plan: Plan, device: torch.device) -> Any:
+def stock_block(module: nn.Module, plan: Plan, device: torch.device) -> nn.Module:
     """Returns a copy of a block on the device for diffusers to run; its matrices have the rounding of the plan."""
     block = copy_of(module).to(device)
     if isinstance(plan, ExecutionPlan) and plan.base_precision != AUTO:
@@ -231,7 +234,7 @@ def stock_block(module: Any, plan: Plan, device: torch.device) -> Any:
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
-def compare_block(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch.device) -> dict[str, float]:
+def compare_block(module: nn.Module, plan: Plan, i: int, inputs: Inputs, device: torch.device) -> dict[str, float]:
     """Returns, for each output and gradient of block ``i``, the cosine between training's and diffusers'."""
     stock = stock_block(module, plan, device)
     balance(inputs, stock)
@@ -256,7 +259,7 @@ def compare_block(module: Any, plan: Plan, i: int, inputs: Inputs, device: torch
 
 
 def outputs_and_gradients(
-    run: Callable[..., Any], module: Any, inputs: Inputs, host_trained: HostTrainedBlocks | None = None
+    run: BlockFunction, module: Any, inputs: Inputs, host_trained: HostTrainedBlocks | None = None
 ) -> dict[str, Tensor]:
     """Returns outputs and gradients by name.
 

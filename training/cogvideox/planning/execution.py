@@ -334,7 +334,7 @@ def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backe
     )
 
 
-def seconds_per_call(run: Callable[[], Any]) -> float:
+def seconds_per_call(run: Callable[[], object]) -> float:
     """Returns the seconds of one call on the device, averaged over calls that take about PROBE_SECONDS together."""
 
     def time_calls(calls: int) -> float:

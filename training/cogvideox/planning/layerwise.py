@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox.model.quant import dequantize, quantize
 from cogvideox.planning.plan import AUTO
@@ -33,7 +33,7 @@ def run_layer_by_layer(transformer: Any, device: torch.device, dtype: torch.dtyp
         install_hooks(module, tensors, device, dtype, kinds)
 
 
-def modules_with_tensors(transformer: Any) -> Iterator[tuple[Any, list[Tensor]]]:
+def modules_with_tensors(transformer: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]]:
     """Yields modules with the tensors that only they use; a layer with an adapter includes those of its base layer."""
     adapted = lora_layers(transformer)
     inside = {id(part) for layer in adapted for part in layer.modules()} - {id(layer) for layer in adapted}
@@ -45,17 +45,17 @@ def modules_with_tensors(transformer: Any) -> Iterator[tuple[Any, list[Tensor]]]
 
 
 def install_hooks(
-    module: Any, tensors: list[Tensor], device: torch.device, dtype: torch.dtype, kinds: dict[int, str]
+    module: nn.Module, tensors: list[Tensor], device: torch.device, dtype: torch.dtype, kinds: dict[int, str]
 ) -> None:
     """Installs hooks that move a module's tensors to the device before its forward pass and restore them afterwards."""
     homes = [tensor.data for tensor in tensors]
 
-    def load(*_: Any) -> None:
+    def load(*_: object) -> None:
         for tensor, home in zip(tensors, homes, strict=True):
             here, kind = home.to(device, dtype), kinds.get(id(tensor))
             tensor.data = here if kind is None else dequantize(quantize(here, kind), dtype)
 
-    def restore(*_: Any) -> None:
+    def restore(*_: object) -> None:
         for tensor, home in zip(tensors, homes, strict=True):
             tensor.data = home
 

@@ -74,7 +74,7 @@ class Stack:
         self._rotary: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # cosines given last, padded tables
         self.forward_block, self.backward_block = blocks.forward, blocks.backward
         if plan.compiled:
-            functions = [
+            functions: list[Callable[..., Any]] = [
                 allowing_graphs(torch.compile(function, fullgraph=True, dynamic=False))
                 for function in (blocks.forward, blocks.backward)
             ]
@@ -240,7 +240,7 @@ class RunBlock(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         i, stack = ctx.i, ctx.stack
         here = stack.plan.blocks[i].kept == DEVICE
         count = len(ctx.saved_tensors) - (len(ctx.names) if here else 0)
@@ -389,12 +389,12 @@ def block_weights(
     return Block(*(piece(name, layer) for name, layer in block_layers(module).items()))  # type: ignore[arg-type]
 
 
-def lora_layers(transformer: Any) -> list[Any]:
+def lora_layers(transformer: nn.Module) -> list[Any]:
     """Returns all layers that have a LoRA of PEFT."""
     return [module for module in transformer.modules() if hasattr(module, "lora_A")]
 
 
-def is_supported(transformer: Any) -> bool:
+def is_supported(transformer: nn.Module) -> bool:
     """Returns whether a Stack can run a transformer: all of it is trained, or only plain LoRAs of its blocks are."""
     layers = lora_layers(transformer)
     return plain_lora(transformer) if layers else all(p.requires_grad for p in transformer.parameters())

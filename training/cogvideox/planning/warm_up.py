@@ -8,10 +8,9 @@ backward pass.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox import stopping
 from cogvideox.data.dataset import Batch, LatentDataset, collate
@@ -36,7 +35,7 @@ def largest_batch(dataset: LatentDataset, samples: int) -> Batch:
 
 
 def warm_up(
-    run: Run, engine: Engine, dataset: LatentDataset, samples: int, losses_of: Callable[[Any, Batch], Tensor]
+    run: Run, engine: Engine, dataset: LatentDataset, samples: int, losses_of: Callable[[nn.Module, Batch], Tensor]
 ) -> None:
     """Runs the pass on all ranks.
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -48,6 +48,7 @@ from cogvideox.preparation.unusable import UnusableClips, check_bad
 from cogvideox.runtime.ranks import Ranks
 
 LEDGER_EVERY = 64  # records per write to the ledger while planning
+T = TypeVar("T")
 CHANGED = "has changed while it was prepared; run the same command again"
 
 
@@ -144,7 +145,7 @@ class Preparation:
     def plan(self) -> list[ClipRecord]:
         """Returns the ledger record of every sample, in order. Worker processes probe the files without a record."""
         known = self._known()
-        files: list[tuple[str, str, tuple[Any, ...]]] = []
+        files: list[tuple[str, str, tuple[object, ...]]] = []
         files += [(request, path, (plan_clip, path, self.recipe)) for path, request in self.requests.items()]
         files += [(request, path, (plan_image, path)) for path, request in self.image_requests.items()]
         todo = [file for file in self.share(files) if not self._settled(known.get(file[0]))]
@@ -270,11 +271,11 @@ class Preparation:
             draws = tuple((*drawn, number) for number in range(self.image_variants))
             yield encoders.image_key(draws), file, first, draws
 
-    def share(self, items: list[Any]) -> list[Any]:
+    def share(self, items: list[T]) -> list[T]:
         """Returns this rank's share of a list."""
         return items[self.ranks.process_index :: self.ranks.num_processes]
 
-    def in_workers(self, jobs: Iterable[tuple[Any, ...]], total: int, what: str) -> Iterator[Any]:
+    def in_workers(self, jobs: Iterable[tuple[object, ...]], total: int, what: str) -> Iterator[Any]:
         """Runs jobs in worker processes, with a progress bar.
 
         Args:

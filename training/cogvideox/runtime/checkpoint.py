@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,7 +88,7 @@ def read_checkpoint_json(path: Path) -> Any:
         raise Damage(f"{type(error).__name__} in its json files") from None
 
 
-def listed_files(manifest: Any) -> dict[str, Any]:
+def listed_files(manifest: object) -> dict[str, Any]:
     """Returns the entries of a manifest by file name. Raises Damage if the manifest cannot be trusted."""
     if not isinstance(manifest, dict):
         raise Damage(f"{MANIFEST_NAME} is not a list of files")
@@ -104,7 +104,7 @@ def listed_files(manifest: Any) -> dict[str, Any]:
     return files
 
 
-def check_file(folder: Path, name: str, entry: Any) -> None:
+def check_file(folder: Path, name: str, entry: object) -> None:
     """Raises Damage if a file of a checkpoint differs from its entry in the manifest."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise Damage(f"{MANIFEST_NAME} names {name!r}, which is not inside the checkpoint")
@@ -449,7 +449,7 @@ def check_length(start: StartPoint, total_steps: int | None, output_dir: Path) -
         )
 
 
-def check_recipe(start: StartPoint, now: dict[str, Any], options: TrainOptions) -> None:
+def check_recipe(start: StartPoint, now: Mapping[str, object], options: TrainOptions) -> None:
     """Raises UsageError if settings differ from those of the checkpoint, unless --allow_changed permits it."""
     now = json.loads(json.dumps(now))  # The checkpoint went through JSON too, which turns tuples into lists.
     free = {DATA, *options.train.allow_changed}

@@ -6,11 +6,11 @@ take it. Both rely on the store through which torch.distributed connects the pro
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -111,7 +111,7 @@ class Ranks:
         if any(self.gather([stopped])):
             stopping.stop()
 
-    def check_agreement(self, values: dict[str, Any], fix: str) -> None:
+    def check_agreement(self, values: Mapping[str, object], fix: str) -> None:
         """Checks that all processes have the same values, before a difference can make them diverge or deadlock.
 
         Args:

@@ -123,7 +123,7 @@ def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Seq
         problems.add("missing column", line)
 
 
-def _cell_text(value: Any, row: int, name: str, table: _Table, problems: Problems) -> str | None:
+def _cell_text(value: object, row: int, name: str, table: _Table, problems: Problems) -> str | None:
     """Returns the stripped text of a cell, "" for a missing one, or None for a value of another type."""
     if isinstance(value, str):
         text = value.strip()
@@ -205,7 +205,7 @@ _JSON = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=lambda n
 
 def _read_jsonl(file: str, lines: Lines, problems: Problems) -> _Table:
     numbers: list[int] = []
-    values: list[Any] = []
+    values: list[object] = []
     for number, line in enumerate(lines, start=1):
         if line is None or not line.strip():
             continue
@@ -238,7 +238,7 @@ def _json_error(error: Exception) -> str:
     return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
 
 
-def _objects(file: str, values: list[Any], numbers: Sequence[int], joint: str, problems: Problems) -> _Table:
+def _objects(file: str, values: list[object], numbers: Sequence[int], joint: str, problems: Problems) -> _Table:
     """Returns the table of the values that are objects, and reports the others. Its columns are all their keys."""
     table = _Table(file, [], [], kept := [], joint)
     for number, value in zip(numbers, values, strict=True):

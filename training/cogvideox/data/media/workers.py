@@ -117,7 +117,7 @@ class Workers:
         for thread in self._threads:
             thread.join()
 
-    def run(self, jobs: Iterable[tuple[Any, ...]], ahead: int | None = None) -> Iterator[Any]:
+    def run(self, jobs: Iterable[tuple[object, ...]], ahead: int | None = None) -> Iterator[Any]:
         """Runs jobs and yields their results, or ``Killed``, in the order of the jobs.
 
         A job whose worker dies or runs out of memory is tried once more in a new worker: an earlier file may have
@@ -145,7 +145,7 @@ class Workers:
             for future in waiting:
                 future.cancel()
 
-    def _submit(self, job: tuple[Any, ...]) -> "Future[Any]":
+    def _submit(self, job: tuple[object, ...]) -> "Future[Any]":
         if not self._is_open:
             raise RuntimeError(NOT_OPEN)
         future: Future[Any] = Future()
@@ -399,7 +399,7 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _pack(value: Any) -> Parts:
+def _pack(value: object) -> Parts:
     """Serializes a value into the parts of a message: a pickle, then each array's buffer, without a copy."""
     arrays: list[pickle.PickleBuffer] = []
     body = pickle.dumps(value, 5, buffer_callback=arrays.append)
