@@ -361,8 +361,9 @@ def test_flags_of_the_loss_without_effect_are_refused() -> None:
     wrong = ("--snr_gamma", "4", "--p2_k", "2", "--loss_weighting", "debiased", "--ema_decay", "0.9", "--export_best")
     wrong += ("--min_timestep", "500", "--max_timestep", "499", "--keep_best")
     assert problems(*LEAST[LORA], *wrong) == (
-        "--snr_gamma: has no effect with --loss_weighting debiased; it is for min_snr, min_snr_plus_one, soft_min_snr",
-        "--p2_k: has no effect with --loss_weighting debiased; it is for p2",
+        "--snr_gamma: has no effect with --loss_weighting debiased; used only by "
+        "min_snr, min_snr_plus_one, soft_min_snr",
+        "--p2_k: has no effect with --loss_weighting debiased; used only by p2",
         "--max_timestep 499: is before --min_timestep 500; nearest: --max_timestep 500",
         "--ema_decay: has no effect without --use_ema; give it too, or leave this out",
         "--keep_best: there are no clips to measure the loss on; give --validation_data_root",
