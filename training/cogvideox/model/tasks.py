@@ -47,7 +47,7 @@ class Task(Protocol):
         """Returns the settings of this task that change the trained weights; a resumed run must have the same."""
 
     def predictor(self, transformer: nn.Module, batch: Batch) -> Predictor:
-        """Returns the predictor for a batch on the device, whose captions (and first frames) it uses."""
+        """Returns the predictor that uses the captions and, if needed, the first frames of a batch on the device."""
 
 
 class TextToVideo:

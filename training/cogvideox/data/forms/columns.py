@@ -1,4 +1,4 @@
-"""Defines columns, in which all forms of a data set are read, and collects the problems of a data set.
+"""Defines columns, into which every form of data set is read, and collects the problems of a data set.
 
 A ``Column`` holds one text (a caption or a path) for each row, and knows in which line of which file it is written.
 Lists, tables and captions next to their clips are all read into columns, so that each rule for captions and paths is
@@ -74,7 +74,7 @@ class Problems:
         self.captions = captions
         self._lines: dict[str, list[str]] = defaultdict(list)
         self._counts: dict[str, int] = defaultdict(int)
-        self._rules: dict[str, list[str]] = {}  # for each kind: the ends that all its lines share
+        self._rules: dict[str, list[str]] = {}  # Maps a kind to the rules with which all its lines end.
 
     def add(self, kind: str, line: str) -> None:
         """Adds a problem. Control characters are escaped, and the middle of a long line is left out.
