@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import ModelFlags
@@ -50,7 +50,7 @@ class ParityError(RuntimeError):
     """Reports that training would give the transformer other inputs than inference does."""
 
 
-def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, transformer: Any) -> None:
+def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, transformer: nn.Module) -> None:
     """Compares training with the pipeline for all buckets of a run.
 
     Raises:
@@ -97,7 +97,7 @@ class StandInVae:
         return SimpleNamespace(sample=latents_BCFHW.new_zeros(1, 3, 1, 1, 1))
 
 
-def stock_pipeline(model: ModelFlags, name: str, transformer: Any) -> Any:
+def stock_pipeline(model: ModelFlags, name: str, transformer: nn.Module) -> Any:
     """Returns the diffusers pipeline of a name around the transformer, without T5 and with a stand-in for the VAE."""
     import diffusers
 
@@ -111,7 +111,7 @@ def stock_pipeline(model: ModelFlags, name: str, transformer: Any) -> Any:
 
 
 @contextmanager
-def recorded_calls(transformer: Any, answer: Answer) -> Iterator[list[dict[str, Any]]]:
+def recorded_calls(transformer: nn.Module, answer: Answer) -> Iterator[list[dict[str, Any]]]:
     """Replaces the transformer's forward for a block and records its calls.
 
     Args:

@@ -159,7 +159,7 @@ def compute_output(task: Task, transformer: nn.Module, batch: Batch, run: Run) -
         return task.predictor(transformer, batch)(batch.x0_BFCHW, batch.timestep_B).float().cpu()
 
 
-def pipeline_with(task: Task, transformer: Any) -> Any:
+def pipeline_with(task: Task, transformer: nn.Module) -> Any:
     """Returns the stock pipeline with a transformer and without other models."""
     import diffusers
 

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.geometry import Geometry
@@ -59,7 +60,7 @@ COPY_BYTES = 64 * 2**20
 LOW_COSINE = 0.999  # below this, the report on a quantized base contains a warning
 
 
-def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: Any) -> Plan:
+def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn.Module) -> Plan:
     """Chooses how this run executes the transformer, which must be on the CPU and have its adapters.
 
     Raises:
@@ -135,7 +136,7 @@ def compiles(run: Run, wanted: str, drops: bool) -> bool:
     return wanted == "yes" or (wanted == "auto" and (run.compiled or run.device.type == "cuda"))
 
 
-def _obstacle(run: Run, options: TrainOptions, transformer: Any) -> str | None:
+def _obstacle(run: Run, options: TrainOptions, transformer: nn.Module) -> str | None:
     """Returns why a Stack cannot run this model, or None if it can."""
     if options.optimizer.use_cpu_offload_optimizer and not isinstance(options, LoraOptions):
         return "--use_cpu_offload_optimizer decides itself where weights, gradients and optimizer state are stored"
