@@ -34,17 +34,17 @@ BLACK, GRAY, WHITE = 20, 128, 240
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[SheetRow]]]:
-    """Records (title, rows) of every sheet, which is still drawn."""
-    found: list[tuple[str, list[SheetRow]]] = []
+def sheets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[SheetRow]]]:
+    """Records the title and rows of every sheet. The sheets are drawn as usual."""
+    recorded: list[tuple[str, list[SheetRow]]] = []
     draw = before_after.contact_sheet
 
-    def watched(rows: list[SheetRow], path: Path, title: str) -> None:
-        found.append((title, rows))
+    def record(rows: list[SheetRow], path: Path, title: str) -> None:
+        recorded.append((title, rows))
         draw(rows, path, title)
 
-    monkeypatch.setattr(before_after, "contact_sheet", watched)
-    return found
+    monkeypatch.setattr(before_after, "contact_sheet", record)
+    return recorded
 
 
 class Decodes(Validator):
@@ -111,17 +111,18 @@ def test_the_caption_that_shares_most_words_is_nearest() -> None:
     assert nearest("DOG", *captions) == captions[2]
 
 
-def test_more_of_other_words_is_farther() -> None:
+def test_additional_words_increase_the_distance() -> None:
     assert nearest("a dog", "a dog and a cat and a horse", "a dog runs", "two fish") == "a dog runs"
 
 
 def test_the_id_token_counts_for_nothing() -> None:
     captions = ("MY STYLE a house", "MY STYLE my red car, in my style")
     assert nearest("MY STYLE a red car", *captions) == captions[1]
-    # 1 of 2 words against 2 of 5; with the token's three words in all of them it would be the other way round
+    # The overlap is 1 of 2 words against 2 of 5. If the three words of the token counted, the second would be nearer.
     captions = ("IN MY STYLE dog", "IN MY STYLE dog cat x y z", "IN MY STYLE fish")
     assert nearest("IN MY STYLE dog cat", *captions) == captions[0]
-    assert nearest("MY STYLE", "MY STYLE two words more", "MY STYLE one") == "MY STYLE two words more"  # the first id
+    # Without other shared words, the first id is chosen.
+    assert nearest("MY STYLE", "MY STYLE two words more", "MY STYLE one") == "MY STYLE two words more"
 
 
 def test_equal_captions_give_the_first_id() -> None:
@@ -210,16 +211,16 @@ def test_the_vae_leaves_the_device_whatever_happens(
 # -- the sheet ---------------------------------------------------------------------------------------------------------
 
 
-def test_before_after_and_clip(make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[SheetRow]]]) -> None:
+def test_before_after_and_clip(make: Callable[..., BeforeAfter], sheets: list[tuple[str, list[SheetRow]]]) -> None:
     sheet = make("a red square", "a green disc")
     video(sheet, 0, 0, BLACK, WHITE, GRAY)
     video(sheet, 2, 0, GRAY, BLACK, WHITE)
     video(sheet, 4, 0, WHITE, GRAY, BLACK)
     video(sheet, 0, 1, WHITE, GRAY, WHITE)
     sheet.draw(4)
-    sheet.draw(3)  # of another future: resumed from an earlier checkpoint
+    sheet.draw(3)  # as in a run that was resumed from an earlier checkpoint
     sheet.draw(0)
-    (title, rows), (_, at_3), (_, at_0) = drawn
+    (title, rows), (_, at_3), (_, at_0) = sheets
     assert title == "lora: before and after training"
     assert [row.label for row in rows] == ["a red square", "a green disc"]
     first, second = ([(panel.label, levels(panel)) for panel in row.panels] for row in rows)
@@ -235,37 +236,37 @@ def test_before_after_and_clip(make: Callable[..., BeforeAfter], drawn: list[tup
     assert (at_0[0].panels[1].label, at_0[0].panels[1].frames) == ("AFTER", [])
 
 
-def test_high_videos_show_three_frames_beside_each_other(
-    make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[SheetRow]]]
+def test_tall_videos_show_three_frames_in_a_row(
+    make: Callable[..., BeforeAfter], sheets: list[tuple[str, list[SheetRow]]]
 ) -> None:
     sheet = make("a")
     video(sheet, 0, 0, BLACK, BLACK, WHITE, BLACK, GRAY, size=(96, 64))
     video(sheet, 1, 0, BLACK, BLACK, GRAY, size=(64, 64))
     sheet.draw(1)
-    before, after, clip = drawn[0][1][0].panels
+    before, after, clip = sheets[0][1][0].panels
     assert (levels(before), before.stacked) == ([BLACK, WHITE, GRAY], False)
     assert (levels(after), after.stacked) == ([BLACK, GRAY], True)
     assert (len(clip.frames), clip.stacked) == (2, True)
 
 
 def test_prompts_that_start_alike_have_their_own_videos(
-    make: Callable[..., BeforeAfter], drawn: list[tuple[str, list[SheetRow]]]
+    make: Callable[..., BeforeAfter], sheets: list[tuple[str, list[SheetRow]]]
 ) -> None:
     sheet = make(*(["a cat"] * 12))
     for prompt in range(12):
         video(sheet, 0, prompt, WHITE if prompt == 1 else BLACK)
     sheet.draw(0)
-    title, rows = drawn[0]
+    title, rows = sheets[0]
     assert title == "lora: before and after training, 8 of 12 prompts"
     assert [levels(row.panels[0]) for row in rows] == [[BLACK], [WHITE], *[[BLACK]] * 6]
 
 
-def test_what_cannot_be_read_is_noted(
+def test_unreadable_files_are_noted(
     make: Callable[..., BeforeAfter],
     model: Path,
     tensors: Path,
     tmp_path: Path,
-    drawn: list[tuple[str, list[SheetRow]]],
+    sheets: list[tuple[str, list[SheetRow]]],
 ) -> None:
     sheet = make("a red square")
     path = video(sheet, 0, 0, BLACK, WHITE)
@@ -274,7 +275,7 @@ def test_what_cannot_be_read_is_noted(
     sheet.tensors = opened(model, copy)
     flip_byte(sheet.tensors.cache.path(sheet.nearest[0].video_keys[0]))
     sheet.draw(0)
-    before, _, clip = drawn[0][1][0].panels
+    before, _, clip = sheets[0][1][0].panels
     assert (before.frames, before.caption) == ([], f"{path.name} cannot be read")
     assert (clip.frames, clip.caption) == ([], "videos/00000.mp4 cannot be read")
 
@@ -306,8 +307,8 @@ def test_a_run_leaves_both_pictures(reference: Path) -> None:
 
 
 @pytest.mark.usefixtures("rendered")
-def test_a_run_that_goes_on_draws_the_same(
-    model: Path, tensors: Path, reference: Path, tmp_path: Path, drawn: list[tuple[str, list[SheetRow]]]
+def test_a_resumed_run_draws_the_same(
+    model: Path, tensors: Path, reference: Path, tmp_path: Path, sheets: list[tuple[str, list[SheetRow]]]
 ) -> None:
     """The run is resumed from the middle, with videos of later steps present; then without the video of step 0."""
     output = Path(shutil.copytree(reference, tmp_path / "lora"))
@@ -319,19 +320,19 @@ def test_a_run_that_goes_on_draws_the_same(
         assert (output / name).read_bytes() == (reference / name).read_bytes()
     next((output / FOLDER).glob("step-000000*")).unlink()
     assert train(flags) == 0
-    before, after, clip = drawn[-1][1][0].panels
+    before, after, clip = sheets[-1][1][0].panels
     assert (before.frames, before.caption) == ([], "no video in the validation folder")
     assert [len(panel.frames) for panel in (after, clip)] == [2, 2]
     assert after.label == "AFTER: step 6"
 
 
 def test_a_run_without_prompts_has_curves_only(
-    model: Path, tensors: Path, tmp_path: Path, drawn: list[tuple[str, list[SheetRow]]]
+    model: Path, tensors: Path, tmp_path: Path, sheets: list[tuple[str, list[SheetRow]]]
 ) -> None:
     assert train(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--max_train_steps", 1)) == 0
     assert (tmp_path / "lora" / CURVES_NAME).is_file()
     assert not (tmp_path / "lora" / SHEET_NAME).exists()
-    assert drawn == []
+    assert sheets == []
 
 
 def test_nothing_of_the_run_is_changed(

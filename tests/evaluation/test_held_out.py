@@ -33,9 +33,9 @@ def prepared(tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def looked(model: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trains six steps on them. Tests must not change the folder."""
-    output = tmp_path_factory.mktemp("looked") / "lora"
+def measured_run(model: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trains six steps with the held-out loss. Tests must not change the folder."""
+    output = tmp_path_factory.mktemp("measured_run") / "lora"
     assert train(lora_flags(model, prepared, output, "--load_tensors")) == 0
     return output
 
@@ -50,13 +50,14 @@ def lines(output: Path) -> dict[int, tuple[float, float]]:
 # -- the grid ----------------------------------------------------------------------------------------------------------
 
 
-def test_one_timestep_from_each_eighth_and_noise_of_its_own(model: Path, prepared: Path, tmp_path: Path) -> None:
+def test_each_eighth_of_the_schedule_has_a_timestep_and_noise(model: Path, prepared: Path, tmp_path: Path) -> None:
     alone = Alone(model, prepared, tmp_path)
     losses = alone.held_out.losses()
     assert losses.shape == (2, TIMESTEP_PARTS)
     assert losses.dtype == torch.float64
     assert [int(batch.timestep_B) * TIMESTEP_PARTS // 1000 for batch in alone.seen] == [*range(TIMESTEP_PARTS)] * 2
-    assert len({int(batch.timestep_B) % 125 for batch in alone.seen}) > 8  # anywhere in their eighths
+    # They are not at fixed places within the eighths.
+    assert len({int(batch.timestep_B) % 125 for batch in alone.seen}) > 8
     noises = [batch.noise_BFCHW for batch in alone.seen]
     assert not any(noises[i].equal(noises[j]) for i in range(len(noises)) for j in range(i))
     ids = [sample.id for sample in open_index(prepared).validation]
@@ -67,7 +68,7 @@ def test_one_timestep_from_each_eighth_and_noise_of_its_own(model: Path, prepare
     assert alone.seen[-1].prompt_BLD[0].equal(TensorCache(prepared).read(captions[1])["prompt_LD"])
 
 
-def test_each_place_has_a_noise_of_the_first_frame(tiny: Tiny, image_tensors: Path, tmp_path: Path) -> None:
+def test_each_timestep_has_its_noise_of_the_first_frame(tiny: Tiny, image_tensors: Path, tmp_path: Path) -> None:
     folder = split(image_tensors, tmp_path / "split", 5)
     alone = Alone(tiny("5b-i2v"), folder, tmp_path)
     alone.held_out.losses()
@@ -122,7 +123,7 @@ def test_the_fingerprint_changes_with_whatever_decides_a_loss(
     alone = Alone(model, prepared, tmp_path).held_out
     assert grid() == alone.grid
     others = [grid(seed=1), grid(id="a"), grid(video_keys=("a",)), grid(prompt_key="a"), grid(image_keys=("a",))]
-    others += [grid(of=tiny("2b"))]  # another scaling factor, and another schedule
+    others += [grid(of=tiny("2b"))]  # The 2b model has another scaling factor and another schedule.
     assert len({*others, grid()}) == len(others) + 1
     assert grid(caption="a") == grid()
     alone.samples = alone.samples[::-1]
@@ -137,7 +138,7 @@ def test_a_step_is_measured_again_on_other_clips(model: Path, tensors: Path, pre
     for grid in (first, other, first, other):
         grid.measure(4)
     assert [line["held_out_grid"] for line in metrics(tmp_path / "out")] == [first.grid, other.grid]
-    (tmp_path / "out" / METRICS_NAME).write_text('{"step": 4, "held_out_loss": 1.0}\n')  # of an older version
+    (tmp_path / "out" / METRICS_NAME).write_text('{"step": 4, "held_out_loss": 1.0}\n')  # as an older version wrote it
     first.measure(4)
     assert len(metrics(tmp_path / "out")) == 2
 
@@ -147,7 +148,8 @@ def test_the_ranks_shares_add_up_to_the_same(
     model: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
     expected = Alone(model, prepared, tmp_path).held_out.losses()
-    total = torch.zeros(expected.numel() + 1, dtype=expected.dtype)  # the last one: how many ranks lacked memory
+    # The last element counts the ranks that lacked memory.
+    total = torch.zeros(expected.numel() + 1, dtype=expected.dtype)
     monkeypatch.setattr(held_out.dist, "all_reduce", total.add_)
     counts = []
     for rank in range(world):
@@ -162,7 +164,8 @@ def test_the_ranks_shares_add_up_to_the_same(
 
 
 def test_mean_and_error_are_over_clips() -> None:
-    losses = torch.tensor([[1.0, 3.0], [4.0, 4.0], [2.0, 10.0]], dtype=torch.float64)  # clips: 2, 4, 6
+    # The means of the clips are 2, 4 and 6.
+    losses = torch.tensor([[1.0, 3.0], [4.0, 4.0], [2.0, 10.0]], dtype=torch.float64)
     assert mean_and_error(losses, ["a", "b", "c"]) == (4.0, pytest.approx(2.0 / math.sqrt(3)))
     mean, error = mean_and_error(losses[:1], ["a"])
     assert mean == 2.0
@@ -190,7 +193,7 @@ def test_means_by_timestep_count_each_clip_once(
     assert record["held_out_loss"] == pytest.approx(sum(record["held_out_by_timestep"]) / TIMESTEP_PARTS)
 
 
-def test_no_validation_clips_nothing_measured(model: Path, tensors: Path, tmp_path: Path) -> None:
+def test_without_validation_clips_nothing_is_measured(model: Path, tensors: Path, tmp_path: Path) -> None:
     alone = Alone(model, tensors, tmp_path)
     alone.held_out.measure(0)
     assert not alone.held_out
@@ -222,11 +225,11 @@ def test_a_step_is_measured_once(model: Path, prepared: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("part", ["video", "prompt"])
 @pytest.mark.fault("data: a tensor of a held-out clip is damaged")
 def test_a_damaged_clip_stops_at_the_start(
-    model: Path, prepared: Path, looked: Path, tmp_path: Path, part: str
+    model: Path, prepared: Path, measured_run: Path, tmp_path: Path, part: str
 ) -> None:
-    """Even where a resumed run would not need it for a while; it is not replaced."""
+    """A resumed run checks all held-out clips at its start, and does not encode the damaged one again."""
     folder = Path(shutil.copytree(prepared, tmp_path / "tensors"))
-    output = Path(shutil.copytree(looked, tmp_path / "lora"))
+    output = Path(shutil.copytree(measured_run, tmp_path / "lora"))
     for name in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(output / name)
     sample: CachedSample = open_index(folder).validation[1]
@@ -243,9 +246,9 @@ def test_a_damaged_clip_stops_at_the_start(
 # -- in a run ----------------------------------------------------------------------------------------------------------
 
 
-def test_measured_before_with_each_checkpoint_and_after(looked: Path) -> None:
-    assert list(lines(looked)) == [0, 2, 4, 6]
-    assert all(error > 0 for _, error in lines(looked).values())
+def test_measured_before_with_each_checkpoint_and_after(measured_run: Path) -> None:
+    assert list(lines(measured_run)) == [0, 2, 4, 6]
+    assert all(error > 0 for _, error in lines(measured_run).values())
 
 
 @pytest.mark.parametrize(("flags", "steps"), [(("--validation_steps", 3), [0, 3, 4]), ((), [0, 2, 4])])
@@ -259,20 +262,22 @@ def test_measured_when_the_flags_say(
     assert videos == ({*steps} if flags else {0, 4})
 
 
-def test_training_is_the_same_without_it(model: Path, prepared: Path, looked: Path, tmp_path: Path) -> None:
+def test_training_is_the_same_without_it(model: Path, prepared: Path, measured_run: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(prepared, tmp_path / "copy"))
     dataclasses.replace(open_index(folder), validation=()).save(folder)
     assert train(lora_flags(model, folder, tmp_path / "lora", "--load_tensors")) == 0
     assert not lines(tmp_path / "lora")
-    assert equal(weights(tmp_path / "lora"), weights(looked))
+    assert equal(weights(tmp_path / "lora"), weights(measured_run))
 
 
-def test_it_has_no_weights_whatever_training_has(model: Path, prepared: Path, looked: Path, tmp_path: Path) -> None:
-    """Also of timesteps that are not trained, and where the samples of a step share them out."""
+def test_the_weights_of_the_training_loss_do_not_apply(
+    model: Path, prepared: Path, measured_run: Path, tmp_path: Path
+) -> None:
+    """The loss also covers timesteps that are not trained, and ignores how the samples of a step share timesteps."""
     more = ["--loss_weighting", "min_snr", "--max_timestep", 500, "--timestep_sampling", "stratified"]
     assert train(lora_flags(model, prepared, tmp_path, "--load_tensors", *more, "--max_train_steps", 2)) == 0
-    assert lines(tmp_path)[0] == lines(looked)[0]
-    assert lines(tmp_path)[2] != lines(looked)[2]
+    assert lines(tmp_path)[0] == lines(measured_run)[0]
+    assert lines(tmp_path)[2] != lines(measured_run)[2]
 
 
 @pytest.mark.fault("numbers: a held-out loss in the middle of training", times=2)
@@ -283,7 +288,7 @@ def test_nothing_of_the_run_is_changed(
     measure = HeldOut.measure
 
     def watched(self: HeldOut, step: int) -> None:
-        self.transformer.train(step != 0)  # both modes
+        self.transformer.train(step != 0)  # Both modes are tested.
         before = state_of(self.transformer)
         measure(self, step)
         after = state_of(self.transformer)
@@ -295,7 +300,7 @@ def test_nothing_of_the_run_is_changed(
     assert seen == [0, 2]
 
 
-def test_it_stays_where_nothing_is_learned(model: Path, prepared: Path, tmp_path: Path) -> None:
+def test_the_loss_is_constant_without_learning(model: Path, prepared: Path, tmp_path: Path) -> None:
     flags = ["--load_tensors", "--learning_rate", 0, "--max_train_steps", 4]
     assert train(lora_flags(model, prepared, tmp_path / "lora", *flags)) == 0
     assert len(lines(tmp_path / "lora")) == 3
@@ -303,23 +308,27 @@ def test_it_stays_where_nothing_is_learned(model: Path, prepared: Path, tmp_path
 
 
 @pytest.mark.parametrize("batch", [2, 4])
-def test_the_batch_size_has_no_effect(model: Path, prepared: Path, looked: Path, tmp_path: Path, batch: int) -> None:
+def test_the_batch_size_has_no_effect(
+    model: Path, prepared: Path, measured_run: Path, tmp_path: Path, batch: int
+) -> None:
     flags = ["--load_tensors", "--train_batch_size", batch, "--max_train_steps", 1]
     assert train(lora_flags(model, prepared, tmp_path / "lora", *flags)) == 0
-    assert lines(tmp_path / "lora")[0] == lines(looked)[0]
+    assert lines(tmp_path / "lora")[0] == lines(measured_run)[0]
 
 
-def test_two_ranks_measure_the_same_before_training(model: Path, prepared: Path, looked: Path, tmp_path: Path) -> None:
+def test_two_ranks_measure_the_same_before_training(
+    model: Path, prepared: Path, measured_run: Path, tmp_path: Path
+) -> None:
     flags = lora_flags(model, prepared, tmp_path / "lora", "--load_tensors", "--gradient_accumulation_steps", 1)
     for rank in fork_ranks(2, python(LORA_SCRIPT, *flags)):
         finish(rank)
-    two, one = lines(tmp_path / "lora"), lines(looked)
+    two, one = lines(tmp_path / "lora"), lines(measured_run)
     assert list(two) == list(one)
     for step in one:
-        assert two[step] == pytest.approx(one[step], rel=1e-4)  # another number of threads rounds otherwise
+        assert two[step] == pytest.approx(one[step], rel=1e-4)  # The number of threads affects rounding.
 
 
-def test_it_falls_on_the_clips_that_are_trained_on(model: Path, tensors: Path, tmp_path: Path) -> None:
+def test_the_loss_falls_on_training_clips(model: Path, tensors: Path, tmp_path: Path) -> None:
     folder = split(tensors, tmp_path / "same", *range(6))
     flags = ["--load_tensors", "--max_train_steps", 20, "--checkpointing_steps", 20]
     assert train(lora_flags(model, folder, tmp_path / "lora", *flags)) == 0
@@ -328,9 +337,9 @@ def test_it_falls_on_the_clips_that_are_trained_on(model: Path, tensors: Path, t
 
 
 def test_a_resumed_run_has_the_same_lines_and_measures_only_what_is_missing(
-    model: Path, prepared: Path, looked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, prepared: Path, measured_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = Path(shutil.copytree(looked, tmp_path / "lora"))
+    output = Path(shutil.copytree(measured_run, tmp_path / "lora"))
     for name in ("checkpoint-6", "checkpoint-4"):
         shutil.rmtree(output / name)
     measured: list[int] = []
@@ -338,19 +347,22 @@ def test_a_resumed_run_has_the_same_lines_and_measures_only_what_is_missing(
     monkeypatch.setattr(held_out, "write_metrics", lambda run, r: (measured.append(r["step"]), write(run, r))[1])
     assert train(lora_flags(model, prepared, output, "--load_tensors")) == 0
     assert measured == [4, 6]
-    assert lines(output) == lines(looked)
-    text = (output / METRICS_NAME).read_text().splitlines()  # killed between checkpoint 6 and its measurement
+    assert lines(output) == lines(measured_run)
+    # The run was killed between checkpoint 6 and its measurement.
+    text = (output / METRICS_NAME).read_text().splitlines()
     (output / METRICS_NAME).write_text("\n".join(line for line in text if '"step": 6, "held' not in line))
     assert train(lora_flags(model, prepared, output, "--load_tensors")) == 0
     assert measured == [4, 6, 6]
-    assert lines(output) == lines(looked)
+    assert lines(output) == lines(measured_run)
 
 
-def test_an_earlier_try_s_line_is_not_taken_over(model: Path, prepared: Path, looked: Path, tmp_path: Path) -> None:
-    """Nothing was saved, so the flags may be others: the seed, here."""
-    output = Path(shutil.copytree(looked, tmp_path / "lora"))
+def test_the_line_of_a_run_without_checkpoint_is_replaced(
+    model: Path, prepared: Path, measured_run: Path, tmp_path: Path
+) -> None:
+    """The first run saved no checkpoint, so the next run may use other flags, here another seed."""
+    output = Path(shutil.copytree(measured_run, tmp_path / "lora"))
     for path in output.glob("checkpoint-*"):
         shutil.rmtree(path)
     assert train(lora_flags(model, prepared, output, "--load_tensors", "--seed", 1, "--max_train_steps", 1)) == 0
     assert list(lines(output)) == [0, 1]
-    assert lines(output)[0] != lines(looked)[0]
+    assert lines(output)[0] != lines(measured_run)[0]

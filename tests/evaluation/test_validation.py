@@ -118,7 +118,7 @@ def test_videos_of_other_settings_are_moved_away(tmp_path: Path, other: str) -> 
     fill(tmp_path, 0, 2, 4)
     first = bare(tmp_path)
     first.set_aside_stale(4, 4, {"learning_rate": 1.0})
-    assert videos(tmp_path) == {"older-0": [0, 2, 4]}  # whose settings nobody knows
+    assert videos(tmp_path) == {"older-0": [0, 2, 4]}  # Their settings are unknown.
     fill(tmp_path, 0, 2, 4)
     first.set_aside_stale(4, 4, {"learning_rate": 1.0})
     assert videos(tmp_path) == {"older-0": [0, 2, 4], FOLDER: [0, 2, 4]}
@@ -153,9 +153,9 @@ def test_videos_of_another_image_are_moved_away(tmp_path: Path) -> None:
 def test_videos_that_another_schedule_made_after_the_step_are_moved_away(tmp_path: Path) -> None:
     bare(tmp_path).set_aside_stale(0, 4, {})
     fill(tmp_path, 0, 2, 4)
-    bare(tmp_path).set_aside_stale(2, 4, {})  # the same way again: the same videos
+    bare(tmp_path).set_aside_stale(2, 4, {})  # The same training gives the same videos.
     assert videos(tmp_path) == {FOLDER: [0, 2, 4]}
-    bare(tmp_path).set_aside_stale(2, 8, {})  # the learning rate of steps 3 and 4 is another one now
+    bare(tmp_path).set_aside_stale(2, 8, {})  # This changes the learning rate of steps 3 and 4.
     assert videos(tmp_path) == {FOLDER: [0, 2], "older-0": [4]}
 
 
@@ -251,7 +251,7 @@ def test_nothing_of_the_run_is_changed(
     render = Validator.render
 
     def watched(self: Validator, step: int) -> list[Path]:
-        self.transformer.train(step != 0)  # both modes
+        self.transformer.train(step != 0)  # Both modes are tested.
         before = state_of(self.transformer)
         paths = render(self, step)
         after = state_of(self.transformer)
@@ -305,9 +305,9 @@ def test_hostile_prompts_are_rendered_into_the_folder(model: Path, tensors: Path
     assert len(made) == 2 * (len(HOSTILE) - 1)
     assert all(SAFE.fullmatch(name) for name in made)
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
-    # the prompts' embeddings are the run's own: --data_root may be read-only, and shared
+    # The run stores the prompts' embeddings in its output folder, because --data_root may be read-only and shared.
     assert listing(tensors) == before
-    assert len(list((output / FOLDER / "tensors").rglob("*.safetensors"))) == len(HOSTILE)  # with the empty one
+    assert len(list((output / FOLDER / "tensors").rglob("*.safetensors"))) == len(HOSTILE)  # including the empty prompt
 
 
 def test_videos_of_the_same_settings_are_not_made_again(

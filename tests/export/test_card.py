@@ -180,10 +180,10 @@ def test_a_link_stays_one() -> None:
     assert "m&#93;(x" in text
 
 
-# -- what it says ------------------------------------------------------------------------------------------------------
+# -- contents ------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_hub_is_told() -> None:
+def test_metadata_for_the_hub() -> None:
     data = front(card_text(facts()))
     assert data == {
         "base_model": "THUDM/CogVideoX-5b",
@@ -197,7 +197,7 @@ def test_what_the_hub_is_told() -> None:
     }
 
 
-def test_what_readers_are_told() -> None:
+def test_text_for_readers() -> None:
     text = card_text(facts(pictures=["contact_sheet.png", "curves.png"]))
     assert "# someone/my-lora" in text
     assert "trained on 70 clips for 3000 steps" in text
@@ -253,7 +253,7 @@ def test_a_base_model_on_this_machine(tmp_path: Path) -> None:
     folder = tmp_path / "my model"
     folder.mkdir()
     text = card_text(facts(model=ModelFlags(str(folder))))
-    assert set(front(text)) & {"base_model", "base_model_relation"} == set()  # the hub takes only its own ids
+    assert set(front(text)) & {"base_model", "base_model_relation"} == set()  # The hub only accepts ids of its models.
     assert "a folder named my model on the machine of the training" in text
     assert "'path/to/my model'" in text
     assert str(tmp_path) not in text
@@ -264,7 +264,7 @@ def test_revision_and_variant_are_those_of_the_training() -> None:
     assert "'a/b', revision='main', variant='fp16', dtype=torch.bfloat16," in code
 
 
-def test_what_stays_here_is_loaded_from_here() -> None:
+def test_a_local_result_is_loaded_from_its_folder() -> None:
     code = example(facts(name="my-lora", on_hub=False))
     assert "here = Path('my-lora')" in code
     assert "huggingface_hub" not in code
@@ -304,7 +304,7 @@ def test_the_license_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_hub_that_cannot_be_reached_costs_only_the_license(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_license(ModelFlags("no/such-model")) == {"license": "other"}  # tests are offline
+    assert read_license(ModelFlags("no/such-model")) == {"license": "other"}  # Tests have no network.
 
     def gone(model: ModelFlags, name: str) -> Path:
         raise UsageError("gone")
@@ -319,7 +319,7 @@ def test_a_hub_that_cannot_be_reached_costs_only_the_license(monkeypatch: pytest
 # -- of a run ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_file_that_it_names_is_there(reference: Path) -> None:
+def test_every_file_that_the_card_names_exists(reference: Path) -> None:
     text = (reference / "README.md").read_text()
     targets = [str(token.attrs["href"]) for token in tokens(text) if token.type == "link_open"]
     targets += [str(token.attrs["src"]) for token in tokens(text) if token.type == "image"]
@@ -360,13 +360,14 @@ def test_the_program_runs_in_stock_diffusers(model: Path, reference: Path, monke
     monkeypatch.setattr(
         "diffusers.utils.export_to_video", lambda frames, path, fps: written.append((frames, path, fps))
     )
-    monkeypatch.setattr("diffusers.CogVideoXPipeline.enable_model_cpu_offload", lambda self: None)  # there is no GPU
+    # Offloading needs a GPU.
+    monkeypatch.setattr("diffusers.CogVideoXPipeline.enable_model_cpu_offload", lambda self: None)
     monkeypatch.chdir(reference.parent)
     exec(compile(code.replace(f"path/to/{model.name}", str(model)), "card", "exec"), {})
     ((frames, path, fps),) = written
     assert (len(frames), frames[0].size, path, fps) == (9, (96, 64), "output.mp4", 8)
 
 
-def test_a_video_that_is_not_there_is_left_out() -> None:
+def test_a_missing_video_is_omitted() -> None:
     video = replace(facts().videos[0], before=None)
     assert cells(card_text(facts(videos=[video])))[-3:] == ["a panda", "", "video"]

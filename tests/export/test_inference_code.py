@@ -152,6 +152,6 @@ def test_an_old_diffusers_is_named_before_anything_is_imported_from_it(
     end = next(i for i, node in enumerate(tree.body) if ast.unparse(node).startswith("from diffusers"))
     tree.body = tree.body[:end]
     monkeypatch.setattr("diffusers.__version__", version)
-    told = f"diffusers {version} is too old; 0.40 or newer is needed: pip install -U diffusers"
-    with pytest.raises(SystemExit, match=re.escape(told)) if old else nullcontext():
+    message = f"diffusers {version} is too old; 0.40 or newer is needed: pip install -U diffusers"
+    with pytest.raises(SystemExit, match=re.escape(message)) if old else nullcontext():
         exec(compile(tree, "inference.py", "exec"), {})

@@ -97,11 +97,11 @@ FAULTS = {
 @pytest.mark.filterwarnings("ignore:.*inconsistency was discovered")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.fault("export: weights that differ after they are reloaded")
-def test_what_reloads_as_something_else_is_not_published(
+def test_weights_that_reload_differently_are_not_published(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     output = tmp_path / "lora"
-    scale = ["--lora_alpha", 6]  # of 1.5, which the metadata say
+    scale = ["--lora_alpha", 6]  # a scale of 1.5, which the metadata record
     flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 2, *scale)
     with monkeypatch.context() as patch:
         FAULTS[fault](patch)
@@ -112,11 +112,11 @@ def test_what_reloads_as_something_else_is_not_published(
             train(flags)
     assert not (output / RECIPE_NAME).exists()
     assert not (output / INFERENCE_NAME).exists()
-    assert train(flags) == 0  # the checkpoint is complete; only the result is written again
+    assert train(flags) == 0  # The checkpoint is complete, so only the result is written again.
     assert json.loads((output / RECIPE_NAME).read_text())["verification"]["max_difference"] == 0
 
 
-def test_rewriting_alone_is_not_what_is_found(
+def test_rewritten_equal_weights_are_published(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In contrast to the test above, the same tensors and metadata pass if they are only rewritten."""
@@ -146,7 +146,7 @@ def test_the_recipe_comes_last(model: Path, tensors: Path, tmp_path: Path, monke
     assert not list(output.rglob("*.tmp"))
 
 
-def test_an_extended_run_is_not_finished_until_it_is(
+def test_an_extended_run_is_unfinished_until_its_export(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A recipe.json next to weights that it does not describe would mark an unfinished folder as finished."""
