@@ -42,8 +42,8 @@ def table_of(folder: Path, fine: bool) -> tuple[int, str]:
     (folder / "tests").mkdir(parents=True)
     (folder / "tests" / "test_example.py").write_text(EXAMPLE.replace("{fine}", str(fine)))
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
-    (folder / "tests" / "tools").mkdir()
-    for name in ("tools/chaos.py", "conftest.py"):
+    for name in ("tools/chaos.py", "shared/quick_pictures.py", "conftest.py"):  # conftest imports the other two
+        (folder / "tests" / name).parent.mkdir(exist_ok=True)
         (folder / "tests" / name).write_text((ROOT / "tests" / name).read_text())
     (folder / "docs").mkdir()
     (folder / "docs" / "faults.md").write_text((ROOT / "docs" / "faults.md").read_text())
