@@ -105,7 +105,7 @@ def cosines(kind: str, block: Any, plan: ExecutionPlan) -> dict[str, float]:
 
 
 @torch.no_grad()
-def whole(kind: str, backend: str, size: tuple[int, int, int]) -> dict[str, Any]:
+def compare_model(kind: str, backend: str, size: tuple[int, int, int]) -> dict[str, Any]:
     """Compares the outputs of a complete transformer, run by a Stack and by diffusers, in bf16 and fp32."""
     from peft import LoraConfig
 
@@ -172,7 +172,7 @@ def main() -> None:
     available = backends()
     rows: list[dict[str, Any]] = []
     if args.whole:
-        runs = [partial(whole, args.kind, available[0], (17, 480, 720))]
+        runs = [partial(compare_model, args.kind, available[0], (17, 480, 720))]
     else:
         cases = [(*case, available[0]) for case in CASES] + [(*CASES[0], backend) for backend in available[1:]]
         runs = [partial(row_of, args.kind, *case) for case in cases]

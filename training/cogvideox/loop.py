@@ -80,7 +80,7 @@ class Steps:
 
     Attributes:
         order: Assigns the samples of the data to optimizer steps.
-        total: Number of optimizer steps in the whole run.
+        total: Number of optimizer steps in the complete run.
         recipe: Every setting that decides the result, including the fingerprint of the data.
         start: The checkpoint from which this process continues, or step 0.
     """

@@ -121,7 +121,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Says for one block where its weights are, which activations forward saves (blocks.KEPT), and where."""
+    """Describes one block: where its weights are, which activations forward saves (blocks.KEPT), and where."""
 
     weights: str = DEVICE  # where the weights are, and their gradients if they are trained
     keep: str = "input"  # one of LEVELS
@@ -149,7 +149,7 @@ PRESETS = {  # of --plan
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """Says how a Stack runs the blocks. The plan is chosen and printed before the first step."""
+    """Describes how a Stack runs the blocks. The plan is chosen and printed before the first step."""
 
     blocks: tuple[BlockPlan, ...]
     compiled: bool

@@ -40,7 +40,8 @@ SHEET_CLIPS, SHEET_FRAMES = 8, 4  # clips, and frames per clip, in the contact s
 SHEETS_CLIPS = 64  # clips in all contact sheets together, if there are many buckets
 TRIED = 3  # clips to time
 LARGE = 720  # pixels of the shorter side, from which on players assume bt709 where a file does not say
-TAG_COMMAND = "`ffmpeg -i IN -c copy -bsf:v h264_metadata=matrix_coefficients=1 OUT`"  # hevc_metadata likewise
+# For HEVC, the filter is hevc_metadata.
+TAG_COMMAND = "`ffmpeg -i IN -c copy -bsf:v h264_metadata=matrix_coefficients=1 OUT`"
 TIMED_FRAMES = 9  # the VAE encodes 8 at a time, and the first one apart
 
 Records = Sequence[ClipRecord]

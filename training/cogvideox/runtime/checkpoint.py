@@ -362,7 +362,7 @@ def move_aside(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Says where training starts: at step 0, or from a complete checkpoint.
+    """Describes where training starts: at step 0, or from a complete checkpoint.
 
     Attributes:
         folder: The checkpoint; None if the run is new.

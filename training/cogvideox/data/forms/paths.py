@@ -159,7 +159,7 @@ class PathRules:
         parent, name = os.path.split(full)
         if name in ("", ".", ".."):
             return os.path.realpath(full), _status(full)
-        # Resolving a whole path takes about 20 system calls, so the folder is resolved only once. A single lstat then
+        # Resolving a full path takes about 20 system calls, so the folder is resolved only once. A single lstat then
         # says whether the last part is a link.
         real_parent = self._real_parents.get(parent)
         if real_parent is None:
