@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from cogvideox import __version__, stopping
+from cogvideox import __version__, caches, stopping
 from cogvideox.config.conflicts import flag_problems, idle_schedule
 from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
 from cogvideox.config.foreign_flags import AcceptedFlag, accepted_flags, request_problems
@@ -391,6 +391,7 @@ def run_script(
         checks: The checks for ``parse``.
     """
     stopping.install()
+    caches.use_caches()
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -13,8 +13,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from cogvideox.caches import remembered
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import NO_PICKLES, SCHEDULERS
 from cogvideox.errors import UsageError, first_line
@@ -131,10 +133,16 @@ def weight_fingerprint(model: ModelFlags, part: str) -> str:
 
     It covers the name, shape and type of each tensor, and 16 samples of 4 KiB spread from its first to its last byte.
     Hashing all of T5 would take longer than most runs of prepare_dataset.py, and training or merging changes every
-    sample.
+    sample. The hash is remembered for as long as the files do not change.
     """
+    files = weight_files(model, part)
+    return remembered("fingerprints", files, partial(sampled_hash, files))
+
+
+def sampled_hash(files: Sequence[Path]) -> str:
+    """Computes the hash that ``fingerprint`` describes, of safetensors files in this order."""
     digest = hashlib.sha256()
-    for path in weight_files(model, part):
+    for path in files:
         header, start = read_tensor_entries(path)
         with open(path, "rb") as file:
             for name, entry in sorted(header.items()):
