@@ -10,6 +10,7 @@ A layer with a LoRA computes W x + scale * B A dropout(x). A is (rank, in), B is
 import math
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ class SampleDropout(Module):
     def __init__(self, p: float, layer: str, seed: int, position: "StepPosition") -> None:
         super().__init__()
         self.p, self.layer, self.seed, self.position = p, layer, seed, position
+        exclude_dropout_from_graphs()
 
-    @torch.compiler.disable  # keys change with every step, so each step would compile a new graph
     def forward(self, x: Tensor) -> Tensor:
         """Sets each value of x, (B, ...), to 0 with probability p and divides the others by 1 - p; x in evaluation."""
         if not self.training:
@@ -89,6 +90,16 @@ class SampleDropout(Module):
         key = key_of(self.seed, "lora dropout", self.position.step, index, self.layer)
         generator = torch.Generator(x.device).manual_seed(key)
         return torch.rand(x.shape, generator=generator, device=x.device) >= self.p
+
+
+@cache
+def exclude_dropout_from_graphs() -> None:
+    """Makes torch.compile call ``SampleDropout`` instead of tracing it.
+
+    Its keys change with every step, so each step would compile a new graph. This is not a decorator, because that would
+    import the compiler, which takes more than a second, in every script that imports this module.
+    """
+    SampleDropout.forward = torch.compiler.disable(SampleDropout.forward)  # type: ignore[method-assign]
 
 
 class StepPosition:

@@ -10,7 +10,6 @@ trained, its base grid, over the clip's shape; CogVideoX 1.5 takes the first row
 """
 
 import torch
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor
 
 from cogvideox.config.geometry import Geometry
@@ -61,12 +60,14 @@ class RotaryTables:
 
     def _compute(self, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Computes the tables of a latent shape."""
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed  # takes seconds, so not before the data is read
+
         geometry = self.geometry
         patch, patch_t = geometry.patch_size, geometry.patch_size_t
         grid = (height // patch, width // patch)  # in patches
         base = (geometry.sample_height // patch, geometry.sample_width // patch)
         sliced = patch_t is not None
-        return get_3d_rotary_pos_embed(
+        tables: tuple[Tensor, Tensor] = get_3d_rotary_pos_embed(
             embed_dim=geometry.attention_head_dim,
             crops_coords=None if sliced else centered_region(*grid, *base),
             grid_size=grid,
@@ -75,3 +76,4 @@ class RotaryTables:
             max_size=base if sliced else None,
             device=self.device,
         )
+        return tables
