@@ -62,7 +62,7 @@ class Linear(NamedTuple):
     bias: Tensor | None  # (out,)
     a: Tensor | None = None  # A, (R, in)
     b: Tensor | None = None  # B, (out, R)
-    scale: float = 1.0
+    scale: Tensor | None = None  # a scalar; a number would be a constant of the graph, one for each --lora_alpha
     # The dropout in front of A. ``backward`` applies it to gradients and to recomputed inputs, so it must be linear in
     # its argument and use the same mask at every call within a step.
     drop: Callable[[Tensor], Tensor] | None = None
@@ -148,7 +148,7 @@ def linears(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
     for group in lora_groups(layers):
         members = [layers[i] for i in group]
         for i, u in zip(group, lora_down(apply_dropout(x, members), members), strict=True):
-            ys[i] = ys[i] + F.linear(u, not_none(layers[i].b)) * layers[i].scale
+            ys[i] = ys[i] + F.linear(u, not_none(layers[i].b)) * not_none(layers[i].scale)
     return ys
 
 
@@ -181,10 +181,10 @@ def linears_backward(
         x_in = apply_dropout(not_none(x), members)
         us = lora_down(x_in, members)  # A drop(x): (..., R) for each layer
         # The gradient of all of them together: scale * dy B, (..., sum of R).
-        du = concatenated([dys[i] @ not_none(layers[i].b) * layers[i].scale for i in group], dim=-1)
+        du = concatenated([dys[i] @ not_none(layers[i].b) * not_none(layers[i].scale) for i in group], dim=-1)
         das = (du.flatten(0, -2).mT @ x_in.flatten(0, -2)).split([u.shape[-1] for u in us])
         for i, u, da in zip(group, us, das, strict=True):
-            found[i] = da, dys[i].flatten(0, -2).mT @ u.flatten(0, -2) * layers[i].scale
+            found[i] = da, dys[i].flatten(0, -2).mT @ u.flatten(0, -2) * not_none(layers[i].scale)
         dx = dx + apply_dropout(du @ concatenated([not_none(p.a) for p in members], dim=0), members)
     return dx, found
 

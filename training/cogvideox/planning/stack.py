@@ -54,7 +54,84 @@ def for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class Stack:
+class BlockRunner:
+    """What Stack and ShardedStack (sharded.py) have in common: the plan, the block functions and the rotary tables.
+
+    Args:
+        transformer: A CogVideoX of diffusers for which ``is_supported`` is true.
+        plan: Where weights, saved activations and optimizer state are stored, and what is saved, for each block.
+        device: Where the blocks compute.
+    """
+
+    host_trained: HostTrainedBlocks | None = None
+
+    def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.modules = list(transformer.transformer_blocks)
+        self.heads = self.modules[0].attn1.heads
+        self.store = HostStore(device)
+        self._rotary: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # cosines given last, padded tables
+        self.forward_block, self.backward_block = blocks.forward, blocks.backward
+        if plan.compiled:
+            functions: list[Callable[..., Any]] = [
+                allowing_graphs(torch.compile(function, fullgraph=True, dynamic=False))
+                for function in (blocks.forward, blocks.backward)
+            ]
+            self.forward_block, self.backward_block = map(for_any_length, functions) if plan.any_length else functions
+
+    def weights(self, i: int, direction: int, trained: Sequence[Tensor]) -> Block:
+        """Returns a block's weights, ready for the compute stream.
+
+        Args:
+            i: The block's number.
+            direction: 1 in forward, -1 in backward; says which block is needed next.
+            trained: The tensors that autograd trains, in place of the module's.
+        """
+        raise NotImplementedError
+
+    def shared(self, temb: Tensor, rotary: tuple[Tensor, Tensor] | None, length: int) -> Shared:
+        """Returns what all blocks get besides the tokens.
+
+        Args:
+            temb: The time embedding, (B, time embedding).
+            rotary: Cosines and sines of the video tokens, (S - L, E) each, or None.
+            length: L, the number of text tokens.
+        """
+        return Shared(temb.detach(), self._padded(rotary, length), length, self.heads, self.plan.attention)
+
+    def sample(self, samples: list[Tensor], i: int, trained: Sequence[Tensor], shared: Shared) -> list[Tensor]:
+        """Runs a block without gradients, sample by sample, so that guidance needs the memory of one.
+
+        Args:
+            samples: The tokens of each sample, (1, S, D).
+            i: The block's number.
+            trained: The tensors of the block that autograd trains.
+            shared: What ``shared`` returned for all samples together.
+        """
+        p = self.weights(i, 1, trained)
+        # Saves what training saves, only to drop it: without it another graph would have to be compiled.
+        keep = blocks.kept_at(self.plan.blocks[i].keep, p)
+        conditions = [shared._replace(temb=temb) for temb in shared.temb.split(1)]
+        pairs = zip(samples, conditions, strict=True)
+        return [self.forward_block(sample, p, condition, keep)[0] for sample, condition in pairs]
+
+    def _padded(self, rotary: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor] | None:
+        """Prepends the identity rotation for text tokens to the rotary tables; caches the result for the last tables.
+
+        Args:
+            rotary: Cosines and sines of the video tokens, (S - L, E) each, or None.
+            length: L, the number of text tokens.
+        """
+        if rotary is None:
+            return None
+        if self._rotary is None or self._rotary[0] is not rotary[0]:
+            cos, sin = (table.to(self.device, torch.float32) for table in rotary)
+            text = cos.new_ones(length, cos.shape[1])
+            self._rotary = rotary[0], (torch.cat([text, cos]), torch.cat([torch.zeros_like(text), sin]))
+        return self._rotary[1]
+
+
+class Stack(BlockRunner):
     """Runs all blocks of a transformer under a plan; the module docstring explains how.
 
     Args:
@@ -66,19 +143,8 @@ class Stack:
     """
 
     def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
-        self.modules = list(transformer.transformer_blocks)
-        self.heads = self.modules[0].attn1.heads
+        super().__init__(transformer, plan, device)
         self.trains_all = base_parameters(self.modules[0])[0].requires_grad
-        self.store = HostStore(device)
-        self._rotary: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # cosines given last, padded tables
-        self.forward_block, self.backward_block = blocks.forward, blocks.backward
-        if plan.compiled:
-            functions: list[Callable[..., Any]] = [
-                allowing_graphs(torch.compile(function, fullgraph=True, dynamic=False))
-                for function in (blocks.forward, blocks.backward)
-            ]
-            self.forward_block, self.backward_block = map(for_any_length, functions) if plan.any_length else functions
         self._move_to_plan(transformer)
 
     def _move_to_plan(self, transformer: Any) -> None:
@@ -146,8 +212,7 @@ class Stack:
         """
         length = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        rotary = self._padded(image_rotary_emb, length)
-        shared = Shared(temb.detach(), rotary, length, self.heads, self.plan.attention)
+        shared = self.shared(temb, image_rotary_emb, length)
         if self.host_trained and self.ring:
             # An optimizer step may have changed the weights on the host since the last pass, so the slots may be out of
             # date. The copies that follow wait for that step's update of their block (HostTrainedBlocks.mark_updated).
@@ -156,34 +221,11 @@ class Stack:
             for i in range(len(self.modules)):
                 x = RunBlock.apply(x, temb, i, self, shared, *self._trained(i))
         else:
-            x = self._sample(x, shared)
+            samples = list(x.split(1))
+            for i in range(len(self.modules)):
+                samples = self.sample(samples, i, self._trained(i), shared)
+            x = torch.cat(samples)
         return x[:, length:], x[:, :length]
-
-    def _sample(self, x: Tensor, shared: Shared) -> Tensor:
-        """Runs all blocks without gradients, sample by sample, so that guidance needs the memory of one."""
-        samples = list(x.split(1))
-        conditions = [shared._replace(temb=temb) for temb in shared.temb.split(1)]
-        for i in range(len(self.modules)):
-            p = self.weights(i, 1, self._trained(i))
-            pairs = zip(samples, conditions, strict=True)
-            samples = [self.forward_block(sample, p, condition, ())[0] for sample, condition in pairs]
-        return torch.cat(samples)
-
-    def _padded(self, rotary: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor] | None:
-        """Prepends the identity rotation for text tokens to the rotary tables; caches the result for the last tables.
-
-        Args:
-            rotary: Cosines and sines of the video tokens, (S - L, E) each, or None.
-            length: L, the number of text tokens.
-        """
-        if rotary is None:
-            return None
-        if self._rotary is None or self._rotary[0] is not rotary[0]:
-            cos, sin = (table.to(self.device, torch.float32) for table in rotary)
-            text = cos.new_ones(length, cos.shape[1])
-            padded = (torch.cat([text, cos]), torch.cat([torch.zeros_like(text), sin]))
-            self._rotary = (rotary[0], padded)
-        return self._rotary[1]
 
     def _trained(self, i: int) -> Sequence[Tensor]:
         """Returns the tensors of a block that autograd returns gradients for, in the order of blocks.Block."""
@@ -212,14 +254,16 @@ class Stack:
 
 
 class RunBlock(torch.autograd.Function):
-    """Runs one block of a Stack as an autograd function.
+    """Runs one block of a BlockRunner as an autograd function.
 
     Inputs are x (B, S, D), the time embedding, the block's number, the stack, what all blocks share and the block's
     tensors that autograd trains; the output is y (B, S, D).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _temb: Tensor, i: int, stack: Stack, shared: Shared, *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, _temb: Tensor, i: int, stack: BlockRunner, shared: Shared, *trained: Tensor
+    ) -> Tensor:
         plan = stack.plan.blocks[i]
         if not any(ctx.needs_input_grad):
             # No input needs a gradient, as in blocks before the first LoRA, so no backward pass would take saved
@@ -336,7 +380,7 @@ def lora_target_layers(module: Any) -> dict[str, Any]:
     return {name: pieces[name] for name in LORA_LAYERS}
 
 
-def active_lora(layer: Any) -> tuple[Tensor, Tensor, float, Callable[[Tensor], Tensor] | None] | None:
+def active_lora(layer: Any) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor] | None] | None:
     """Returns (A, B, scale, dropout) of a layer's active adapter, or None. Dropout is None if it drops nothing now."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters or not layer.active_adapters:
         return None
@@ -345,7 +389,7 @@ def active_lora(layer: Any) -> tuple[Tensor, Tensor, float, Callable[[Tensor], T
     matrices = (m.concatenated() if hasattr(m, "concatenated") else m.weight for m in (a, b))
     dropout = layer.lora_dropout[adapter]
     drops = dropout.training and not isinstance(dropout, nn.Identity)
-    return *matrices, layer.scaling[adapter], dropout if drops else None
+    return *matrices, torch.tensor(layer.scaling[adapter]), dropout if drops else None
 
 
 def base_layer_of(layer: Any) -> Any:
