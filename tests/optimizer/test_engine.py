@@ -108,7 +108,7 @@ def test_accelerate_s_configuration_selects_the_engine() -> None:
 
     local = made(None)
     assert (local.writes, made(None, main=False).writes) == (True, False)
-    assert local.masters.dynamic_scale
+    assert local.masters.scale.dynamic
     with pytest.raises(UsageError, match="zero_stage 3"):
         made(plugin)
 

@@ -106,6 +106,42 @@ class StepResult:
         return self.values[self.NAMES.index("skipped")]
 
 
+class LossScale:
+    """The factor of the loss with which fp16 gradients do not underflow; it stays on the device.
+
+    Args:
+        dynamic: Whether the factor adapts; without it is 1.
+        device: Where the loss is computed.
+    """
+
+    def __init__(self, dynamic: bool, device: torch.device) -> None:
+        self.dynamic = dynamic
+        self.value = torch.tensor(INITIAL_SCALE if dynamic else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def adapt(self, skipped: Tensor) -> None:
+        """Halves the factor after an overflow, doubles it after many good steps; does not wait for the device.
+
+        Args:
+            skipped: Scalar on the device, 1 if a gradient of the step overflowed, else 0.
+        """
+        if not self.dynamic:
+            return
+        self.good_steps = torch.where(skipped > 0, 0.0, self.good_steps + 1)
+        grown = self.good_steps >= GROWTH_INTERVAL
+        self.value = self.value * torch.where(skipped > 0, 0.5, torch.where(grown, 2.0, 1.0))
+        self.good_steps = torch.where(grown, 0.0, self.good_steps)
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns what a resumed run needs, by name."""
+        return {LOSS_SCALE: self.value, "good_steps": self.good_steps}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what ``state`` returned."""
+        self.value.copy_(tensors[LOSS_SCALE])
+        self.good_steps.copy_(tensors["good_steps"])
+
+
 class MasterWeights:
     """Trains parameters through fp32 master weights with any optimizer whose step needs only gradients.
 
@@ -135,9 +171,7 @@ class MasterWeights:
         on_device = {name: p for name, p in parameters.items() if p not in on_host}
         self.device = next(iter(on_device.values())).device
         self.max_grad_norm = max_grad_norm
-        self.scale = torch.tensor(INITIAL_SCALE if dynamic_scale else 1.0, device=self.device)
-        self.good_steps = torch.zeros((), device=self.device)
-        self.dynamic_scale = dynamic_scale
+        self.scale = LossScale(dynamic_scale, self.device)
         layout = layout_of(on_device)
         # The last element is the loss, which is averaged by the same all-reduce as the gradients.
         self.buffer = torch.zeros(layout.numbers + 1, device=self.device)
@@ -173,21 +207,20 @@ class MasterWeights:
             # The forward pass has started those updates of the step before that it needed; this starts the others.
             self.transfers.finish()
         self.loss_sum[0] += loss.detach()
-        (loss * self.scale).backward()
+        (loss * self.scale.value).backward()
 
     def step(self, lr: float) -> StepResult:
         """Makes one optimizer step over all ranks. It changes nothing if a gradient is not finite."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.buffer)
             self.buffer.div_(dist.get_world_size())
-        norm = self._norm() / self.scale
+        norm = self._norm() / self.scale.value
         skipped = (~torch.isfinite(norm)).float()
         clip = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else torch.ones_like(norm)
-        self._update(lr, divisor=clip * self.scale, skipped=skipped)
-        result = StepResult(torch.stack([self.loss_sum[0], norm, skipped, self.scale]))
+        self._update(lr, divisor=clip * self.scale.value, skipped=skipped)
+        result = StepResult(torch.stack([self.loss_sum[0], norm, skipped, self.scale.value]))
         self.drop()
-        if self.dynamic_scale:
-            self._adapt_scale(skipped)
+        self.scale.adapt(skipped)
         return result
 
     def drop(self) -> None:
@@ -244,14 +277,6 @@ class MasterWeights:
         if self.transfers:
             self.transfers.synchronize()
 
-    def _adapt_scale(self, skipped: Tensor) -> None:
-        """Halves the loss scale after an overflow, doubles it after many good steps; does not wait for the device."""
-        self.good_steps = torch.where(skipped > 0, 0.0, self.good_steps + 1)
-        grown = self.good_steps >= GROWTH_INTERVAL
-        factor = torch.where(skipped > 0, 0.5, torch.where(grown, 2.0, 1.0))
-        self.scale = self.scale * factor
-        self.good_steps = torch.where(grown, 0.0, self.good_steps)
-
     def named_masters(self) -> dict[str, Tensor]:
         """Returns the masters by the names of their parameters. Call ``wait`` before reading masters on the host."""
         masters = {name: master for group in self.groups for name, master in group.named_masters().items()}
@@ -268,7 +293,7 @@ class MasterWeights:
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of ``state`` on their own devices, without a copy."""
         self.wait()
-        tensors = {LOSS_SCALE: self.scale, "good_steps": self.good_steps}
+        tensors = self.scale.state()
         for group in self.groups:
             tensors |= group.state()
         for key, value in group_numbers(self.groups[0].optimizer).items():  # They are equal in all groups.
@@ -285,8 +310,7 @@ class MasterWeights:
             self._update(0.0, torch.ones((), device=self.device), torch.zeros((), device=self.device))
             self.buffer.zero_()  # Some optimizers add weight decay to the gradients themselves.
         self.wait()
-        self.scale.copy_(tensors[LOSS_SCALE])
-        self.good_steps.copy_(tensors["good_steps"])
+        self.scale.load_state(tensors)
         numbers = self.fresh_numbers | {key: tensor.item() for key, tensor in saved[ALL].items()}
         for group in self.groups:
             group.load_state(saved, numbers)
