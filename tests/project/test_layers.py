@@ -18,7 +18,7 @@ MOST_MODULES = 17  # in one folder
 
 # From bottom to top: folders, and the modules next to them. A module imports from its own folder and from lower rows.
 LAYERS = (
-    ("errors", "files", "finite", "host_memory", "locks", "rng", "stopping"),
+    ("caches", "errors", "files", "finite", "host_memory", "locks", "rng", "stopping"),
     ("config",),
     ("data.media",),
     ("data.forms",),
@@ -51,11 +51,11 @@ def layer_of(module: str) -> str:
 # Without torch, scripts show --help and report all problems, and workers start.
 WITHOUT_TORCH = (
     *(name for name in FILES if layer_of(name) in ("config", "data", "data.media", "data.forms")),
-    *("errors", "files", "locks", "rng", "stopping", "runtime.sheets", "runtime.curves"),
+    *("caches", "errors", "files", "locks", "rng", "stopping", "runtime.sheets", "runtime.curves"),
 )
 WITHOUT_TORCH = tuple(name for name in WITHOUT_TORCH if name != "data.dataset")
 STANDARD_LIBRARY_ONLY = (
-    *("errors", "files", "locks", "rng", "stopping"),
+    *("caches", "errors", "files", "locks", "rng", "stopping"),
     *("config.flags", "config.options", "config.conflicts", "config.args", "config.lora_file", "config.prompts"),
     *("config.buckets", "data.cache", "data.sampler", "data.media.faults", "data.media.workers"),
     *(name for name in FILES if layer_of(name) == "data.forms"),

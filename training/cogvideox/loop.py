@@ -225,7 +225,7 @@ class Trainer:
         self.needs_warm_up = has_no_bound(plan, run.device)
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
         self.engine = make_engine(
-            run.accelerator, method.transformer, method, options, run.dtype, on_host, host_trained
+            run.accelerator, method.transformer, method, options, run.dtype, on_host, host_trained, run.barrier
         )
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
         self.weights_T = diffusion.loss_weights(self.schedule, options.loss)
@@ -290,6 +290,7 @@ class Trainer:
             self.saver.predict_size(self.options)
         if self.options.method == "sft":
             self.saver.announce()  # a LoRA is saved so fast that it needs no announcement
+        self.run.startup.done("evaluation")
         with closing(metrics.bar), closing(batches_of(self._make_loader())) as batches:
             self._run_steps(metrics, batches)
         metrics.close()
@@ -385,6 +386,9 @@ class Trainer:
 
     def _on_metrics(self, step: int, numbers: dict[str, float], samples: list[TrainedSample]) -> None:
         """Receives the metrics of a finished step from the device, and ends the run if too many steps were skipped."""
+        if step == self.steps.first + 1:
+            self.run.startup.done("first step")
+            self.run.say(self.run.startup.line())
         self.skipped.add(step, numbers, samples)
         self.saver.good_until = self.skipped.good_until
 
@@ -428,7 +432,8 @@ class Trainer:
         name, weighting = folder.resolve().name, self.options.loss.loss_weighting
         with self.run.ranks.together():
             if self.run.is_main:
-                draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
+                if step:  # before the first step there is nothing to draw, and importing matplotlib takes a second
+                    draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
                 self.before_after.draw(step)
 
     def _make_loader(self) -> DataLoader[Batch]:
@@ -537,22 +542,31 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
         {"the first step": start.step} | recipe, "give all processes the same command and folders"
     )
     start_trackers(run, options)
+    run.startup.done("imports and processes")
     images = fetch_images(run, options)
     tensors = open_tensors(run, options)
     steps = plan_steps(run, options, tensors, recipe, start)
     fetch_parts(run, options)
+    run.startup.done("data")
     prompts = embed_prompts(run, options, tensors, images)
+    run.startup.done("prompts")
     transformer = models.load_transformer(options.model, run.dtype, ignores_positions(options))
     method = method_type(transformer, options)
+    run.startup.done("model")
     plan = make_plan(run, options, tensors, transformer)
     run.ranks.check_agreement({"the plan": str(plan)}, "give all of them GPUs of one kind, or --plan and its axes")
     run.say(f"plan: {plan}")
+    run.startup.done("plan")
     with explain_memory_errors():
         check_blocks(run, options.train.train_batch_size, tensors, transformer, plan)
+        run.startup.done("block check")
         host_trained = apply_plan(transformer, plan, run.device)
+        run.startup.done("placing weights")
         task = task_type(options, tensors.geometry, run.device, run.dtype)
         check_parity(run, options, tensors, task, transformer)
+        run.startup.done("pipeline check")
         trainer = Trainer(run, options, tensors, prompts, task, method, plan, host_trained, steps)
+        run.startup.done("optimizer and checkpoint")
         trainer.train()
         return trainer.finish()
 

@@ -29,6 +29,8 @@ from cogvideox.config.options import (
     LoraOptions,
     PrepareOptions,
     TrainOptions,
+    copies_and_shards,
+    fsdp_setting,
     launched_processes,
     reads_clips,
     resolution,
@@ -37,6 +39,7 @@ from cogvideox.config.options import (
     tracker_names,
     trains_on_host,
     under_deepspeed,
+    under_fsdp,
 )
 
 LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")  # the flags that store moments in few bits
@@ -281,12 +284,36 @@ def check_ema(options: TrainOptions) -> Iterator[str]:
         )
 
 
-def check_launcher(_options: TrainOptions) -> Iterator[str]:
+def check_launcher(options: TrainOptions) -> Iterator[str]:
     """Yields problems of the configuration of accelerate, for args.parse."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if under_fsdp():
+        yield from (f"accelerate launch (FSDP): {problem}" for problem in fsdp_problems(options))
+
+
+def fsdp_problems(options: TrainOptions) -> Iterator[str]:
+    """Yields what a run under FSDP cannot do, each with the nearest fix."""
+    if fsdp_setting("version", "1") != "2":
+        yield "only version 2 is supported; set fsdp_version: 2 in its configuration"
+    if options.method == "lora":
+        yield "shards all weights, and a LoRA trains few; launch with accelerate_configs/uncompiled_2.yaml"
+    if fsdp_setting("activation_checkpointing") == "true":
+        yield "fsdp_activation_checkpointing: the plan decides what is saved; set it to false, and give --keep"
+    if fsdp_setting("cpu_ram_efficient_loading") == "true":
+        yield "fsdp_cpu_ram_efficient_loading: each process maps the files of the weights already; set it to false"
+    plan, flags = options.plan, options.optimizer
+    if plan.plan in ("off", "lean"):
+        yield f"--plan {plan.plan}: the weights are sharded; give --plan auto, fast or balanced"
+    for name, value in (("--weights_on", plan.weights_on), ("--optimizer_state_on", plan.optimizer_state_on)):
+        if value == "host":
+            yield f"{name} host: sharded weights and their state move together; set fsdp_offload_params: true instead"
+    if flags.use_cpu_offload_optimizer:
+        yield "--use_cpu_offload_optimizer: set fsdp_offload_params: true instead"
+    world = launched_processes()
+    copies, shards = copies_and_shards(world)
+    if copies * shards != world or shards < 2:
         yield (
-            "accelerate launch: its configuration is for FSDP, under which these scripts would not shard anything; "
-            "launch with accelerate_configs/deepspeed.yaml or accelerate_configs/uncompiled_2.yaml"
+            f"dp_replicate_size {copies} times dp_shard_size {shards} must be the number of processes, {world}, with "
+            "at least 2 shards"
         )
 
 

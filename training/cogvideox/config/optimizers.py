@@ -19,7 +19,14 @@ from contextlib import redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.config.flags import ADAMS, NAMED_CLASS, OptimizerFlags
-from cogvideox.config.options import TrainOptions, launched_processes, precision_of, trains_on_host, under_deepspeed
+from cogvideox.config.options import (
+    TrainOptions,
+    launched_processes,
+    precision_of,
+    trains_on_host,
+    under_deepspeed,
+    under_fsdp,
+)
 from cogvideox.errors import UsageError
 
 if TYPE_CHECKING:
@@ -211,6 +218,9 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
         yield from offload_machine_problems(options)
     if under_deepspeed():
         yield from deepspeed_problems(flags)
+    if under_fsdp():
+        with suppress(ImportError, UsageError):
+            yield from fsdp_problems(flags)
 
 
 def check_state_place(options: TrainOptions) -> Iterator[str]:
@@ -286,6 +296,15 @@ def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
         yield (
             "--use_cpu_offload_optimizer: does not run under DeepSpeed; set offload_optimizer_device: cpu in its "
             "configuration"
+        )
+
+
+def fsdp_problems(flags: OptimizerFlags) -> Iterator[str]:
+    """Yields why FSDP cannot shard an optimizer's state: only fused Adam treats each number of a shard on its own."""
+    if not flags.use_cpu_offload_optimizer and not steps_on_device(flags):
+        yield (
+            f"accelerate launch (FSDP): {flag_of(flags)} needs more than the rows of a weight that a process has; give "
+            "--optimizer adam or adamw without low bits"
         )
 
 

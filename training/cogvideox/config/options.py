@@ -267,6 +267,27 @@ def under_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
+def under_fsdp() -> bool:
+    """Returns whether the configuration of accelerate selects FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def fsdp_setting(name: str, default: str = "false") -> str:
+    """Returns a setting of accelerate's fsdp_config, such as "offload_params", in lower case."""
+    return os.environ.get(f"FSDP_{name.upper()}", default).lower()
+
+
+def fsdp_offloads() -> bool:
+    """Returns whether accelerate's configuration keeps sharded weights and optimizer state in host memory."""
+    return under_fsdp() and fsdp_setting("offload_params") == "true"
+
+
+def copies_and_shards(world: int) -> tuple[int, int]:
+    """Returns (copies of the model, processes over which each copy is sharded) of accelerate's parallelism_config."""
+    copies = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
+    return copies, int(os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", str(world // copies)))
+
+
 def tracker_names(report_to: str | None) -> list[str]:
     """Returns the trackers that --report_to selects, without wandb if WANDB_DISABLED is set."""
     names = {None: [], "none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [str(report_to)])

@@ -5,6 +5,7 @@ activations has a graph, and sampling has others. ``allowing_graphs`` wraps a co
 applies in every thread that calls it.
 """
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -37,3 +38,12 @@ def allowing_graphs(function: Callable[P, R]) -> Callable[P, R]:
         return function(*arguments, **named)
 
     return call
+
+
+def compiled_graphs() -> tuple[int, int]:
+    """Returns (number of graphs that this process has compiled or loaded, how many of them came from the cache)."""
+    if "torch._dynamo" not in sys.modules:
+        return 0, 0
+    counters = torch._dynamo.utils.counters
+    loaded = max(counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"])
+    return counters["stats"]["unique_graphs"], loaded

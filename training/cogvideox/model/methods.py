@@ -31,7 +31,7 @@ from cogvideox.config.lora_file import (
     scale_of,
 )
 from cogvideox.config.options import LoraOptions, SftOptions, ignores_positions
-from cogvideox.errors import UsageError
+from cogvideox.errors import UsageError, first_of
 from cogvideox.model.lora import (
     PissaMatrix,
     SampleDropout,
@@ -341,7 +341,7 @@ class FullFinetune:
 
         Both are read from files instead of copying the trained weights, because the host may have no room for a copy.
         """
-        self.transformer.load_state_dict(self.load().state_dict())
+        load_values(self.transformer, self.load().state_dict())
         try:
             yield
         finally:
@@ -353,7 +353,7 @@ class FullFinetune:
         Shards have up to 5 GB. Where a plan stores all tensors of a block in one buffer they are larger, because
         diffusers counts each buffer once.
         """
-        self.transformer.save_pretrained(folder / self.result, max_shard_size="5GB")
+        sharing_tensors(self.transformer).save_pretrained(folder / self.result, max_shard_size="5GB")
         return {}
 
     export = save
@@ -372,12 +372,40 @@ class FullFinetune:
         with torch.no_grad():
             for parameter in self.parameters().values():
                 parameter.fill_(torch.nan)  # so that a weight that is missing in the files is noticed
-        self.transformer.load_state_dict(self.new_transformer(None, folder).state_dict())
+        load_values(self.transformer, self.new_transformer(None, folder).state_dict())
 
     def inference(self, dtype: str) -> tuple[str, str]:
         """Returns code for inference.py that loads the result from the folder ``here``."""
         name = type(self.transformer).__name__
         return f'transformer=diffusers.{name}.from_pretrained(here / "{self.result}", dtype=torch.{dtype}),', ""
+
+
+def sharing_tensors(transformer: Any) -> Any:
+    """Returns a new transformer with the same tensors.
+
+    FSDP2 hooks into ``state_dict`` of what it shards, also while all weights are gathered; a new module has no hooks.
+    """
+    with torch.device("meta"):
+        new = type(transformer).from_config(transformer.config)
+    tensors = dict(transformer.named_buffers()) | dict(transformer.named_parameters())
+    new.load_state_dict({name: tensors[name] for name in new.state_dict()}, assign=True)
+    return new
+
+
+@torch.no_grad()
+def load_values(transformer: Any, values: dict[str, Tensor]) -> None:
+    """Copies values into the tensors that ``sharing_tensors`` would share.
+
+    Raises:
+        RuntimeError: Names or shapes differ.
+    """
+    own = sharing_tensors(transformer).state_dict()
+    shapes, found = ({name: tensor.shape for name, tensor in state.items()} for state in (own, values))
+    if shapes != found:
+        different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise RuntimeError(f"the weights differ in name or shape: {first_of(different)}")
+    for name, tensor in own.items():
+        tensor.copy_(values[name])
 
 
 def load_saved(pipeline: Any, folder: Path) -> None:

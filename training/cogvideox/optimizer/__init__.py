@@ -3,9 +3,11 @@
 Which optimizer a run uses, and with which arguments, is decided by the flags in config/optimizers.py. This folder steps
 whatever optimizer that file makes.
 
-step.py            MasterWeights: sums gradients, clips, skips steps that are not finite, updates; the learning rate
-master_weights.py  where fp32 master weights and moments are stored: on the device, or in host memory between steps
-offload.py         the same as step.py with torchao's CPUOffloadOptimizer, which steps on the CPU
-ema.py             a moving average of the master weights, for validation and export
-engine.py          what runs backward and step: this process (with step.py or offload.py), or DeepSpeed
+step.py             MasterWeights: sums gradients, clips, skips steps that are not finite, updates; the learning rate
+master_weights.py   where fp32 master weights and moments are stored: on the device, or in host memory between steps
+offload.py          the same as step.py with torchao's CPUOffloadOptimizer, which steps on the CPU
+ema.py              a moving average of the master weights, for validation and export
+sharded_weights.py  the same as step.py for weights of which each process has some rows (FSDP2)
+row_files.py        writes and reads safetensors files together with the other processes, each its rows
+engine.py           what runs backward and step: this process (with step, offload or sharded_weights), or DeepSpeed
 """

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from cogvideox.model.methods import Method
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.master_weights import plain_tensors
 from cogvideox.optimizer.offload import OffloadedWeights
+from cogvideox.optimizer.row_files import read_rows, write_rows
+from cogvideox.optimizer.sharded_weights import ShardedWeights, gathered, is_sharded
 from cogvideox.optimizer.step import MasterWeights, StepResult
 
 if TYPE_CHECKING:
@@ -66,14 +68,15 @@ class Engine(Protocol):
     def not_finite(self) -> list[str]: ...
 
 
-class LocalEngine:
-    """Keeps the complete trainable state on every rank, and averages gradients over the ranks in fp32."""
+Masters = TypeVar("Masters", bound=MasterWeights | OffloadedWeights | ShardedWeights)
+
+
+class MasterEngine(Generic[Masters]):
+    """What LocalEngine and ShardedEngine have in common: steps of fp32 master weights, and their average."""
 
     reduces_in_backward = False
 
-    def __init__(
-        self, model: Module, masters: MasterWeights | OffloadedWeights, writes: bool, ema: Ema | None = None
-    ) -> None:
+    def __init__(self, model: Module, masters: Masters, writes: bool, ema: Ema | None = None) -> None:
         """Stores the parts of the engine.
 
         Args:
@@ -124,6 +127,10 @@ class LocalEngine:
         # A finite master may be too large for fp16, so the rounded weights are checked too.
         return not_finite(self.masters.tensors() | averages | rounded)
 
+
+class LocalEngine(MasterEngine[MasterWeights | OffloadedWeights]):
+    """Keeps the complete trainable state on every rank, and averages gradients over the ranks in fp32."""
+
     def save(self, folder: Path) -> None:
         """Writes masters, optimizer state and average to the folder, from one rank."""
         from safetensors.torch import save_file
@@ -140,6 +147,57 @@ class LocalEngine:
         self.masters.load_state(load_file(folder / STATE_NAME))
         if self.ema:
             self.ema.load_state(load_file(folder / EMA_NAME))
+
+
+class ShardedEngine(MasterEngine[ShardedWeights]):
+    """Trains weights that FSDP2 shards over the ranks.
+
+    Its checkpoints are those of LocalEngine, so either reads those of the other, with any number of ranks.
+
+    Args:
+        transformer: The model after fully_shard.
+        masters: Steps this rank's rows of the weights.
+        is_main: Whether this rank creates the files.
+        barrier: Waits for the other ranks, longer than a collective of a training step would.
+        ema: The average of this rank's rows.
+    """
+
+    reduces_in_backward = True
+
+    def __init__(
+        self,
+        transformer: Module,
+        masters: ShardedWeights,
+        is_main: bool,
+        barrier: Callable[[], None],
+        ema: Ema | None = None,
+    ) -> None:
+        super().__init__(transformer, masters, writes=True, ema=ema)
+        self.is_main, self.barrier = is_main, barrier
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Gives each rank a complete copy of the weights, or of their average, while the context lasts."""
+        with super().averaged(), gathered(self.model):
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Writes masters, optimizer state and average to the folder, each rank its rows."""
+        self._write(folder / STATE_NAME, self.masters.tensors())
+        if self.ema:
+            self._write(folder / EMA_NAME, self.ema.tensors())
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        write_rows(path, self.masters.rows(tensors), self.is_main, self.barrier)
+
+    def load(self, folder: Path) -> None:
+        """Restores what ``save`` wrote, or what LocalEngine wrote."""
+        self.masters.load_state(self._read(folder / STATE_NAME, self.masters.tensors()))
+        if self.ema:
+            self.ema.load_state(self._read(folder / EMA_NAME, self.ema.tensors()))
+
+    def _read(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(read_rows(path, self.masters.rows(tensors)))
 
 
 class DeepSpeedEngine:
@@ -257,8 +315,9 @@ def make_engine(
     dtype: torch.dtype,
     state_on_host: bool = False,
     host_trained: HostTrainedBlocks | None = None,
+    barrier: Callable[[], None] = lambda: None,
 ) -> Engine:
-    """Returns the engine that accelerate's configuration asks for.
+    """Returns the engine that accelerate's configuration and the placement of the weights ask for.
 
     Args:
         accelerator: The accelerate.Accelerator of the run.
@@ -268,6 +327,7 @@ def make_engine(
         dtype: The compute type of the model; fp16 needs a loss scale.
         state_on_host: Whether masters and moments are stored in host memory between steps.
         host_trained: The blocks of the transformer that are stored in host memory with their gradients, if any.
+        barrier: Waits for the other ranks while files are written.
 
     Raises:
         UsageError: This engine or optimizer cannot store its state in host memory.
@@ -279,12 +339,15 @@ def make_engine(
     if deepspeed:
         return DeepSpeedEngine(accelerator, transformer, list(parameters.values()), options)
     make = partial(make_optimizer, options.optimizer)
+    scaled, loss = dtype == torch.float16, options.loss
+    if is_sharded(transformer):
+        sharded = ShardedWeights(transformer, make, options.train.max_grad_norm, scaled, accelerator.device)
+        ema = Ema(sharded.parameters, sharded.named_masters(), loss.ema_decay) if loss.use_ema else None
+        return ShardedEngine(transformer, sharded, accelerator.is_main_process, barrier, ema)
     masters: MasterWeights | OffloadedWeights
     if options.optimizer.use_cpu_offload_optimizer:
         masters = OffloadedWeights(parameters, make, options.optimizer.offload_gradients)
     else:
-        scaled = dtype == torch.float16
         masters = MasterWeights(parameters, make, options.train.max_grad_norm, scaled, state_on_host, host_trained)
-    loss = options.loss
     ema = Ema(parameters, masters.named_masters(), loss.ema_decay) if loss.use_ema else None
     return LocalEngine(transformer, masters, accelerator.is_main_process, ema)

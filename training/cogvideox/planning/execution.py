@@ -18,6 +18,7 @@ run must choose the same plan, so they exchange their measurements and each take
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import astuple, replace
 from functools import partial
 from typing import Any
@@ -27,8 +28,8 @@ from torch import nn
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.geometry import Geometry
-from cogvideox.config.optimizers import host_state_problems, make_optimizer
-from cogvideox.config.options import LoraOptions, TrainOptions
+from cogvideox.config.optimizers import host_state_problems, make_optimizer, steps_on_device
+from cogvideox.config.options import LoraOptions, TrainOptions, copies_and_shards, fsdp_offloads, under_fsdp
 from cogvideox.errors import UsageError, first_line
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.graphs import allowing_graphs
@@ -39,6 +40,7 @@ from cogvideox.model.models import DTYPES, free_device_bytes, stored_dtype
 from cogvideox.optimizer.master_weights import state_bytes
 from cogvideox.planning import plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
+from cogvideox.planning.sharded import ShardedStack, sharding_mesh
 from cogvideox.planning.stack import (
     Stack,
     active_lora,
@@ -71,7 +73,9 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     obstacle = _obstacle(run, options, transformer)
     if obstacle and asked:
         raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")
-    if options.plan.plan == "off" or obstacle or (not asked and run.device.type == "cpu"):
+    if obstacle and under_fsdp():
+        raise UsageError(f"accelerate launch: FSDP {obstacle}")
+    if options.plan.plan == "off" or obstacle or (not asked and run.device.type == "cpu" and not under_fsdp()):
         return reference
     try:
         backend, reason = choose_backend(run.device, run.dtype, options.plan.attention_backend)
@@ -87,7 +91,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     compiled = compiles(run, options.plan.compile_blocks, drops)
     try:
         machine = measure_all_ranks(run, backend, sizes, options.plan.vram_budget)
-        chosen = plan.choose_plan(axes_of(options, run.world), sizes, machine, compiled, backend)
+        chosen = choose(run, options, sizes, machine, compiled, backend)
     except (NoPlanError, torch.OutOfMemoryError) as error:
         fix = _smaller(options, sizes, run.world)
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {fix}") from None
@@ -96,6 +100,35 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     predicted = chosen.seconds if run.device.type == "cuda" else 0.0  # the rates of a CPU are not measured
     any_length = compiled and len(buckets) > 1
     return replace(chosen, seconds=predicted, any_length=any_length, base_precision=precision)
+
+
+def choose(
+    run: Run, options: TrainOptions, sizes: Sizes, machine: Machine, compiled: bool, backend: str
+) -> ExecutionPlan:
+    """Returns the fastest plan that fits. All weights are sharded over the ranks where a copy on each does not fit.
+
+    Raises:
+        NoPlanError: No allowed plan fits.
+    """
+    axes, shards = axes_of(options, run.world), shards_of(options, run.world)
+    if shards == 1:
+        return plan.choose_plan(axes, sizes, machine, compiled, backend)
+    axes = replace(axes, weights=(plan.DEVICE,), state=(plan.DEVICE,))
+    if not under_fsdp():
+        with suppress(NoPlanError):
+            return plan.choose_plan(axes, sizes, machine, compiled, backend)
+    return plan.choose_plan(axes, replace(sizes, shards=shards), machine, compiled, backend)
+
+
+def shards_of(options: TrainOptions, world: int) -> int:
+    """Returns over how many ranks the weights of a run may be sharded; 1 if they may not."""
+    if isinstance(options, LoraOptions) or world == 1:
+        return 1
+    if under_fsdp():
+        return copies_and_shards(world)[1]
+    placed = {"--weights_on", "--optimizer_state_on"} & set(options.plan.asked)
+    free = options.plan.plan == "auto" and not placed and not options.optimizer.use_cpu_offload_optimizer
+    return world if free and steps_on_device(options.optimizer) else 1
 
 
 def base_precision(options: TrainOptions) -> str:
@@ -361,6 +394,9 @@ def apply_plan(transformer: Any, chosen: Plan, device: torch.device) -> HostTrai
     Returns:
         The blocks that are trained on the host, or None if there are none.
     """
+    if isinstance(chosen, ExecutionPlan) and chosen.shards > 1:
+        ShardedStack(transformer, chosen, device, sharding_mesh(device, chosen.shards), fsdp_offloads())
+        return None
     if isinstance(chosen, ExecutionPlan):
         stack = Stack(transformer, chosen, device)
         stack.install()

@@ -56,6 +56,7 @@ graph it is small (measured). Without one, the largest matrix, a third of them, 
 HIDDEN_COPY = 0.01  # share of a copy's time by which it slows the arithmetic that it overlaps with
 COPY_SHARE = 0.96  # share of the measured copy rate that is reached while the device computes
 BOTH_WAYS = 0.7  # share of that rate if both directions are busy, as in the optimizer's pass
+SHARDED_SHARE = 1.095  # measured time of a step whose weights are gathered block by block, relative to a copy's
 AS_FAST = 1.01  # predictions are not more precise than this ratio, so plans within it count as equally fast
 FRAGMENTS = 0.94  # share of free device memory that can be filled before fragmentation prevents it
 HOST_SHARES = (0.6, 0.9)  # share of free host memory that plans may pin; the second if no plan fits the first
@@ -84,6 +85,7 @@ class Sizes:
     block_trained: int = 0  # elements of one block if all weights are trained, else 0
     sum_bytes: int = 4  # per element of the gradients that are summed on the host
     passes: int = 1  # forward and backward passes in an optimizer step
+    shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
 
     @property
     def all_trained(self) -> int:
@@ -160,6 +162,7 @@ class ExecutionPlan:
     peak: int = 0  # predicted peak of device memory, in bytes
     pinned: int = 0  # pinned host memory, in bytes
     seconds: float = 0.0  # predicted time of a step; 0 if the machine was not measured
+    shards: int = 1  # processes over which FSDP2 shards weights, gradients and optimizer state
 
     def __str__(self) -> str:
         count = len(self.blocks)
@@ -176,7 +179,8 @@ class ExecutionPlan:
         )
         how = "compiled" + " for any length" * self.any_length if self.compiled else "eager"
         parts = [
-            f"{count} blocks {how}, {count - streamed} on the device"
+            f"{count} blocks {how}, "
+            + (f"sharded over {self.shards} processes" if self.shards > 1 else f"{count - streamed} on the device")
             + (f" and {streamed} streamed from the host" if streamed else ""),
             f"kept for backward: {', '.join(levels)}",
             f"attention by {self.attention}",
@@ -223,18 +227,41 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
         compiled: Whether blocks are compiled.
         sizes: The sizes of the run.
     """
+    if sizes.shards > 1:
+        return sharded_peak_bytes(kinds, compiled, sizes)
     streamed = streamed_blocks(kinds)
     total = sizes.rest_bytes + (sizes.blocks - streamed + min(WEIGHT_SLOTS, streamed)) * sizes.block_bytes
     total += sizes.trained * (sizes.item_bytes + 4)  # weights, and the flat fp32 gradients
     total += (sizes.blocks - streamed) * sizes.block_trained * 4
     total += state_on_device(kinds, state, sizes) * sizes.state_bytes
-    here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
-    passes = sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items()) + in_flight_bytes(kinds, sizes)
+    passes = activation_bytes(kinds, compiled, sizes)
     passes += round(sizes.matrix_bytes * DEQUANTIZED_SHARE[compiled]) + gradient_bytes(streamed, sizes)
+    return total + max(passes, transfer_slot_bytes(streamed, sizes) if copied_bytes(kinds, state, sizes)[3] else 0)
+
+
+def activation_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) -> int:
+    """Returns the device bytes of saved activations, and of those that a backward pass computes."""
+    here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
+    saved = sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items()) + in_flight_bytes(kinds, sizes)
     more = TRAINED_UNITS[compiled] if sizes.block_trained else dict.fromkeys(LEVELS, 0.0)
     work = max(WORKSPACE_UNITS[compiled][kind.keep] + more[kind.keep] for kind in kinds)
-    passes += round((work + ENDS_UNITS) * sizes.unit_bytes)
-    return total + max(passes, transfer_slot_bytes(streamed, sizes) if copied_bytes(kinds, state, sizes)[3] else 0)
+    return saved + round((work + ENDS_UNITS) * sizes.unit_bytes)
+
+
+def sharded_peak_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) -> int:
+    """Predicts the peak of device memory of weights that are sharded: when backward starts or ends, or in evaluation.
+
+    Each process keeps fp32 rows of weights, moments and, from the first backward pass on, gradients. Two blocks are
+    gathered at a time; the gradients of one are in the compute type, and become fp32 before they are summed. To sample
+    and to export, each process gathers all weights.
+    """
+    rows = sizes.all_trained // sizes.shards
+    gathered = sizes.trained * sizes.item_bytes
+    kept = sizes.rest_bytes + rows * sizes.state_bytes + gathered
+    blocks = 2 * sizes.block_bytes + sizes.block_trained * (sizes.item_bytes + 4)
+    start = activation_bytes(kinds, compiled, sizes) + (4 * rows if sizes.passes > 1 else 0)
+    work = round((WORKSPACE_UNITS[compiled]["attention"] + ENDS_UNITS) * sizes.unit_bytes)
+    return kept + max(blocks + start, blocks + work + 4 * rows, sizes.blocks * sizes.block_bytes + work)
 
 
 def transfer_slot_bytes(streamed: int, sizes: Sizes) -> int:
@@ -342,7 +369,7 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     earlier = gradients * (1 - 1 / sizes.passes)  # the sums are copied back to the device in all passes but the first
     total = max(forward, weights, kept) + max(backward, weights + kept + earlier, gradients)
     total += HIDDEN_COPY * (2 * (weights + kept) + gradients + earlier)
-    on_device = 2 * sizes.state_bytes * state_on_device(kinds, state, sizes) / machine.memory
+    on_device = 2 * sizes.state_bytes * state_on_device(kinds, state, sizes) / sizes.shards / machine.memory
     # Optimizer state of host-trained weights passes through the device while the next forward pass runs, and the other
     # state before it. ``hidden`` is the time by which the former overlaps with that forward pass.
     before = trained_on_device(kinds, sizes) * sizes.moving_bytes / copies if state == HOST else 0.0
@@ -350,7 +377,8 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     hidden = max(forward, weights, kept) + behind - max(forward, weights + behind, kept + behind)
     if sizes.average_bytes and moved:
         hidden = 0.0  # the average is updated by the host, which waits for all transfers
-    return sizes.passes * total + before + behind - hidden + on_device
+    shared = SHARDED_SHARE if sizes.shards > 1 else 1.0
+    return shared * (sizes.passes * total + before + behind - hidden + on_device)
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------
@@ -412,4 +440,6 @@ def fastest_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, att
     )
     blocks = mixture(first, second, count, sizes.blocks)
     pinned = pinned_bytes({kind: blocks.count(kind) for kind in blocks}, state, sizes)
-    return ExecutionPlan(blocks, compiled, attention, state, peak=peak, pinned=pinned, seconds=seconds)
+    return ExecutionPlan(
+        blocks, compiled, attention, state, peak=peak, pinned=pinned, seconds=seconds, shards=sizes.shards
+    )

@@ -1,6 +1,7 @@
 """Manages one training run: its processes, output folder, checkpoints and metrics.
 
 run.py         starts a run: processes, device, output folder and its lock, trackers; writes metrics.jsonl
+startup.py     measures the phases of a run until its first step
 ranks.py       connects the processes of a run: barriers, and agreement on the last optimizer step
 checkpoint.py  writes, verifies and finds checkpoints, and compares a checkpoint's settings with the run's
 best.py        keeps the checkpoint with the lowest held-out loss

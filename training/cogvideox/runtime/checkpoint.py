@@ -219,10 +219,11 @@ class Saver:
             temporary.mkdir()
         self.run.barrier()
         self.engine.save(temporary)
-        self.run.barrier()
-        if self.run.is_main:
-            with self.engine.averaged():
+        with self.engine.averaged():
+            if self.run.is_main:
                 self.method.save(temporary)
+            self.run.barrier()
+        if self.run.is_main:
             progress = {"step": step, "recipe": self.recipe}
             (temporary / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
             seal(temporary, target)

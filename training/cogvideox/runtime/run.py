@@ -30,6 +30,7 @@ from cogvideox.files import LOCK_NAME, disk_errors_converted, remove_temporaries
 from cogvideox.locks import Lock, take
 from cogvideox.optimizer.step import LOSS_SCALE, StepResult
 from cogvideox.runtime.ranks import Ranks, check_world
+from cogvideox.runtime.startup import Startup
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,6 +53,7 @@ class Run:
         output_dir: The output folder.
         precision: "no", "fp16" or "bf16".
         compiled: Whether accelerate's configuration asks for torch.compile.
+        startup: Measures the phases before the first step.
         repository: The repository on the hub that receives the result; None on ranks other than the main process.
     """
 
@@ -60,6 +62,7 @@ class Run:
     output_dir: Path
     precision: str
     compiled: bool
+    startup: Startup = field(default_factory=Startup)
     repository: str | None = None
     _lock: Lock | None = field(default=None, repr=False)
 

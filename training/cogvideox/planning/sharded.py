@@ -1,0 +1,121 @@
+"""Runs the transformer blocks of a CogVideoX whose weights FSDP2 shards over the processes of a run.
+
+The idea: torch's fully_shard leaves each process with some rows of every parameter. Hooks around the forward pass of a
+module gather its parameters just before they are needed, and free them afterwards; hooks around its backward pass
+gather them again, and sum the gradients into each process's rows. So each block must run in its own module's forward
+pass, as one autograd function that takes the module's parameters as inputs:
+
+    block i      hook: gather i     RunBlock: blocks.forward     hook: free i
+    meanwhile    gather i + 1, on a stream of its own
+    backward     hook: gather i     RunBlock: blocks.backward    hook: sum gradients of i into rows, free i
+
+``ShardedStack`` is the counterpart of ``Stack`` (stack.py). What is saved for the backward pass, where it is stored and
+whether blocks are compiled follow the plan. Rows are fp32 and are the master weights; what is gathered has the compute
+type. Text and video stay one sequence between blocks. FSDP2 only starts gathering a block where its module is called,
+so nothing may use parameters outside of their module's forward and backward pass; ``gathered`` (sharded_weights.py) is
+for such work.
+"""
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from cogvideox.model.blocks import Block
+from cogvideox.planning.plan import ExecutionPlan
+from cogvideox.planning.stack import BlockRunner, RunBlock, base_parameters, block_weights
+
+BLOCKS = "transformer_blocks"  # the child of the transformer that is sharded block by block
+
+
+def sharding_mesh(device: torch.device, shards: int) -> DeviceMesh:
+    """Returns the processes of a run: one row of them, or a row for each copy of the model if there are several."""
+    world = dist.get_world_size()
+    if shards == world:
+        return init_device_mesh(device.type, (world,))
+    return init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("copy", "shard"))
+
+
+class ShardedStack(BlockRunner):
+    """All blocks of a transformer that is trained completely and sharded.
+
+    Args:
+        transformer: A CogVideoX of diffusers on the CPU, in the compute type; all its parameters are trained.
+        plan: What is saved for the backward pass, where, and whether blocks are compiled.
+        device: Where the blocks compute.
+        mesh: The processes over which the weights are sharded; of two dimensions, the first has copies.
+        offload: Whether rows, gradients and optimizer state are stored on the host.
+    """
+
+    def __init__(
+        self, transformer: Any, plan: ExecutionPlan, device: torch.device, mesh: DeviceMesh, offload: bool = False
+    ) -> None:
+        super().__init__(transformer, plan, device)
+        # FSDP2 warns of in-place operations on the views that blocks return; there are none.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        dtype = next(transformer.parameters()).dtype
+        # The rotary tables are arguments of a block and must stay fp32.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        where = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+        settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": where}
+        for name, child in transformer.named_children():
+            if name != BLOCKS:
+                child.to(device).float()
+        for i, module in enumerate(self.modules):
+            # Block by block, so that no more than one complete fp32 block is on the device. The masters start from the
+            # loaded weights, as those of other engines do.
+            module.to(device).float()
+            module.forward = partial(self.run, i)
+            fully_shard(module, reshard_after_forward=True, **settings)
+        fully_shard(transformer, reshard_after_forward=False, **settings)
+
+    def run(
+        self,
+        i: int,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs one block; the arguments after the first are those of a diffusers block.
+
+        The first block joins text and video to one sequence. Until the last block splits it again, the sequence takes
+        the place of the video tokens, and the text tokens are only passed on for their length.
+
+        Args:
+            i: The block's number.
+            hidden_states: The video tokens, (B, S - L, D); between blocks all tokens, (B, S, D).
+            encoder_hidden_states: The text tokens, (B, L, D).
+            temb: The time embedding, (B, time embedding).
+            image_rotary_emb: Cosines and sines for the video tokens, (S - L, E) each.
+            attention_kwargs: Ignored.
+        """
+        length, text = encoder_hidden_states.shape[1], encoder_hidden_states.detach()
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1) if i == 0 else hidden_states
+        shared = self.shared(temb, image_rotary_emb, length)
+        own: list[Tensor] = list(base_parameters(self.modules[i]))
+        if torch.is_grad_enabled():
+            y = RunBlock.apply(x, temb, i, self, shared, *own)
+        else:
+            y = torch.cat(self.sample(list(x.split(1)), i, own, shared))
+        return (y[:, length:], y[:, :length]) if i == len(self.modules) - 1 else (y, text)
+
+    def weights(self, i: int, direction: int, trained: Sequence[Tensor]) -> Block:
+        """Returns a block's gathered weights; the hooks of its module have gathered them.
+
+        Args:
+            i: The block's number.
+            direction: Ignored: FSDP2 decides what it gathers next.
+            trained: The gathered parameters.
+        """
+        # Freed memory has the address of something else by now.
+        assert all(p.untyped_storage().size() for p in trained), f"block {i}: the weights are not gathered"
+        given = {id(p): t.detach() for p, t in zip(base_parameters(self.modules[i]), trained, strict=True)}
+        return block_weights(self.modules[i], None, lambda p: given[id(p)])
