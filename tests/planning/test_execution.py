@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ from cogvideox.config.options import SftOptions
 from cogvideox.errors import UsageError
 from cogvideox.model.models import load_transformer
 from cogvideox.planning import execution, plan
-from cogvideox.planning.plan import FRAGMENTS, GIB, Machine
+from cogvideox.planning.plan import FRAGMENTS, GIB, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.planning.stack import Stack
 
 Tiny = Callable[[str], Path]
@@ -445,3 +445,73 @@ def test_out_of_memory_is_reported(
     with pytest.raises(UsageError) as caught:
         train(lora_flags(model, tensors, tmp_path / "run", "--load_tensors"))
     assert str(caught.value).startswith(told)
+
+
+WHOLE_5B = Sizes(  # all weights of CogVideoX-5b, 49x480x720
+    blocks=42,
+    block_bytes=252 * 2**20,
+    rest_bytes=0,
+    trained=19_000_000,
+    item_bytes=2,
+    samples=1,
+    tokens=17776,
+    width=3072,
+    heads=48,
+    block_trained=126 * 2**20,
+    sum_bytes=2,
+)
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+HSDP = FSDP | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gib: int, world: int, env: dict[str, str], *flags: object
+) -> ExecutionPlan:
+    """Returns the plan for all weights of 5b on some processes with that much device memory each."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    options = args.parse(SftOptions, None, sft_flags(tmp_path, tmp_path, tmp_path, *flags), ())
+    run = cast(Any, SimpleNamespace(world=world))
+    return execution.choose(run, options, WHOLE_5B, Machine(gib * GIB, 200 * GIB), True, "cudnn")
+
+
+@pytest.mark.parametrize(
+    ("gib", "world", "env", "shards", "state"),
+    [
+        (110, 4, {}, 1, "device"),  # a copy on each GPU
+        (78, 4, {}, 4, "device"),
+        (48, 2, {}, 2, "device"),
+        (36, 2, {}, 1, "host"),  # shards do not fit, but a copy without optimizer state does
+        (110, 4, FSDP, 4, "device"),  # asked for
+        (110, 4, HSDP, 2, "device"),
+        (16, 4, FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, 4, "device"),
+        (78, 1, {}, 1, "host"),
+    ],
+)
+def test_weights_are_sharded_where_a_copy_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gib: int, world: int, env: dict[str, str], shards: int, state: str
+) -> None:
+    found = chosen(monkeypatch, tmp_path, gib, world, env)
+    assert (found.shards, found.state if world > 1 else state) == (shards, state)
+    assert found.peak <= gib * GIB
+    assert ("sharded over" in str(found)) == (shards > 1)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--plan", "fast"), ("--optimizer", "prodigy"), ("--optimizer_state_on", "device")],
+    ids=lambda flags: flags[0],
+)
+def test_weights_are_sharded_only_if_no_flag_asks_for_something_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    with pytest.raises(NoPlanError):
+        chosen(monkeypatch, tmp_path, 78, 4, {}, *flags)
+
+
+def test_offloaded_shards_that_do_not_fit_on_the_host_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(NoPlanError, match="host memory"):
+        chosen(monkeypatch, tmp_path, 8, 2, FSDP | {"FSDP_OFFLOAD_PARAMS": "true"})

@@ -80,7 +80,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     try:
         backend, reason = choose_backend(run.device, run.dtype, options.plan.attention_backend)
     except ValueError as error:
-        if not asked:
+        if not asked and not under_fsdp():
             run.say(f"no plan: {error}")
             return reference
         raise UsageError(f"--attention_backend {options.plan.attention_backend}: {error}") from None
@@ -105,7 +105,10 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
 def choose(
     run: Run, options: TrainOptions, sizes: Sizes, machine: Machine, compiled: bool, backend: str
 ) -> ExecutionPlan:
-    """Returns the fastest plan that fits. All weights are sharded over the ranks where a copy on each does not fit.
+    """Returns the fastest plan that fits.
+
+    All weights are sharded over the ranks where a complete copy on each does not fit. Optimizer state is stored on the
+    host only where the shards do not fit either.
 
     Raises:
         NoPlanError: No allowed plan fits.
@@ -113,11 +116,14 @@ def choose(
     axes, shards = axes_of(options, run.world), shards_of(options, run.world)
     if shards == 1:
         return plan.choose_plan(axes, sizes, machine, compiled, backend)
-    axes = replace(axes, weights=(plan.DEVICE,), state=(plan.DEVICE,))
-    if not under_fsdp():
+    on_device = replace(axes, weights=(plan.DEVICE,), state=(plan.DEVICE,))
+    sharded = replace(sizes, shards=shards, shards_on_host=fsdp_offloads())
+    if under_fsdp():
+        return plan.choose_plan(on_device, sharded, machine, compiled, backend)
+    for allowed, held in ((on_device, sizes), (on_device, sharded)):
         with suppress(NoPlanError):
-            return plan.choose_plan(axes, sizes, machine, compiled, backend)
-    return plan.choose_plan(axes, replace(sizes, shards=shards), machine, compiled, backend)
+            return plan.choose_plan(allowed, held, machine, compiled, backend)
+    return plan.choose_plan(axes, sizes, machine, compiled, backend)
 
 
 def shards_of(options: TrainOptions, world: int) -> int:
@@ -126,8 +132,9 @@ def shards_of(options: TrainOptions, world: int) -> int:
         return 1
     if under_fsdp():
         return copies_and_shards(world)[1]
-    placed = {"--weights_on", "--optimizer_state_on"} & set(options.plan.asked)
-    free = options.plan.plan == "auto" and not placed and not options.optimizer.use_cpu_offload_optimizer
+    flags = options.plan
+    free = {flags.plan, flags.weights_on, flags.optimizer_state_on} == {"auto"}
+    free = free and not options.optimizer.use_cpu_offload_optimizer
     return world if free and steps_on_device(options.optimizer) else 1
 
 

@@ -86,11 +86,17 @@ class Sizes:
     sum_bytes: int = 4  # per element of the gradients that are summed on the host
     passes: int = 1  # forward and backward passes in an optimizer step
     shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
+    shards_on_host: bool = False  # whether each process stores its rows of them in host memory
 
     @property
     def all_trained(self) -> int:
         """Returns the number of all trained elements."""
         return self.trained + self.blocks * self.block_trained
+
+    @property
+    def rows_on_host(self) -> int:
+        """Returns the trained elements of this process whose weights, gradients and state are stored on the host."""
+        return self.all_trained // self.shards if self.shards_on_host else 0
 
     @property
     def moving_bytes(self) -> int:
@@ -251,11 +257,11 @@ def activation_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) 
 def sharded_peak_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) -> int:
     """Predicts the peak of device memory of weights that are sharded: when backward starts or ends, or in evaluation.
 
-    Each process keeps fp32 rows of weights, moments and, from the first backward pass on, gradients. Two blocks are
-    gathered at a time; the gradients of one are in the compute type, and become fp32 before they are summed. To sample
-    and to export, each process gathers all weights.
+    Each process keeps fp32 rows of weights, moments and, from the first backward pass on, gradients, unless they are
+    stored on the host. Two blocks are gathered at a time; the gradients of one are in the compute type, and become fp32
+    before they are summed. To sample and to export, each process gathers all weights.
     """
-    rows = sizes.all_trained // sizes.shards
+    rows = sizes.all_trained // sizes.shards - sizes.rows_on_host
     gathered = sizes.trained * sizes.item_bytes
     kept = sizes.rest_bytes + rows * sizes.state_bytes + gathered
     blocks = 2 * sizes.block_bytes + sizes.block_trained * (sizes.item_bytes + 4)
@@ -300,15 +306,19 @@ def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     if sizes.block_trained:
         # A checkpoint first copies all optimizer state on the device to the host; the export copies all weights.
         again = 0 if sizes.mapped else sizes.blocks * sizes.block_bytes
-        written = max(again, state_on_device(kinds, state, sizes) * sizes.state_bytes) // sizes.ranks
-    return pinned_bytes(kinds, state, sizes) - loaded + written
+        # Rows of sharded state are copied to the host one tensor at a time.
+        copied = state_on_device(kinds, state, sizes) * sizes.state_bytes if sizes.shards == 1 else 0
+        written = max(again, copied) // sizes.ranks
+    moments = sizes.rows_on_host * (sizes.state_bytes - 4)
+    return pinned_bytes(kinds, state, sizes) + moments - loaded + written
 
 
 def pinned_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     """Predicts pinned host memory: weights, saved activations, gradients and optimizer state."""
     weights, kept, gradients, _ = copied_bytes(kinds, state, sizes)
     on_host = sizes.all_trained - state_on_device(kinds, state, sizes)
-    return weights + kept + gradients + on_host * sizes.state_bytes
+    rows = 8 * sizes.rows_on_host  # FSDP2 pins fp32 weights and gradients
+    return weights + kept + gradients + on_host * sizes.state_bytes + rows
 
 
 def streamed_blocks(kinds: dict[BlockPlan, int]) -> int:
