@@ -225,7 +225,7 @@ class Trainer:
         self.needs_warm_up = has_no_bound(plan, run.device)
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
         self.engine = make_engine(
-            run.accelerator, method.transformer, method, options, run.dtype, on_host, host_trained, run.barrier
+            run.accelerator, method.transformer, method, options, run.dtype, on_host, host_trained, run.raise_together
         )
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
         self.weights_T = diffusion.loss_weights(self.schedule, options.loss)

@@ -25,7 +25,7 @@ from cogvideox.model.methods import Method
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.master_weights import plain_tensors
 from cogvideox.optimizer.offload import OffloadedWeights
-from cogvideox.optimizer.row_files import read_rows, write_rows
+from cogvideox.optimizer.row_files import RaiseTogether, raise_error, read_rows, write_rows
 from cogvideox.optimizer.sharded_weights import ShardedWeights, gathered, is_sharded
 from cogvideox.optimizer.step import MasterWeights, StepResult
 
@@ -158,7 +158,7 @@ class ShardedEngine(MasterEngine[ShardedWeights]):
         transformer: The model after fully_shard.
         masters: Steps this rank's rows of the weights.
         is_main: Whether this rank creates the files.
-        barrier: Waits for the other ranks, longer than a collective of a training step would.
+        raise_together: Waits for the other ranks while files are written; see ``write_rows``.
         ema: The average of this rank's rows.
     """
 
@@ -169,11 +169,11 @@ class ShardedEngine(MasterEngine[ShardedWeights]):
         transformer: Module,
         masters: ShardedWeights,
         is_main: bool,
-        barrier: Callable[[], None],
+        raise_together: RaiseTogether,
         ema: Ema | None = None,
     ) -> None:
         super().__init__(transformer, masters, writes=True, ema=ema)
-        self.is_main, self.barrier = is_main, barrier
+        self.is_main, self.raise_together = is_main, raise_together
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -188,7 +188,7 @@ class ShardedEngine(MasterEngine[ShardedWeights]):
             self._write(folder / EMA_NAME, self.ema.tensors())
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        write_rows(path, self.masters.rows(tensors), self.is_main, self.barrier)
+        write_rows(path, self.masters.rows(tensors), self.is_main, self.raise_together)
 
     def load(self, folder: Path) -> None:
         """Restores what ``save`` wrote, or what LocalEngine wrote."""
@@ -315,7 +315,7 @@ def make_engine(
     dtype: torch.dtype,
     state_on_host: bool = False,
     host_trained: HostTrainedBlocks | None = None,
-    barrier: Callable[[], None] = lambda: None,
+    raise_together: RaiseTogether = raise_error,
 ) -> Engine:
     """Returns the engine that accelerate's configuration and the placement of the weights ask for.
 
@@ -327,7 +327,7 @@ def make_engine(
         dtype: The compute type of the model; fp16 needs a loss scale.
         state_on_host: Whether masters and moments are stored in host memory between steps.
         host_trained: The blocks of the transformer that are stored in host memory with their gradients, if any.
-        barrier: Waits for the other ranks while files are written.
+        raise_together: Waits for the other ranks while files are written; see ``write_rows``.
 
     Raises:
         UsageError: This engine or optimizer cannot store its state in host memory.
@@ -343,7 +343,7 @@ def make_engine(
     if is_sharded(transformer):
         sharded = ShardedWeights(transformer, make, options.train.max_grad_norm, scaled, accelerator.device)
         ema = Ema(sharded.parameters, sharded.named_masters(), loss.ema_decay) if loss.use_ema else None
-        return ShardedEngine(transformer, sharded, accelerator.is_main_process, barrier, ema)
+        return ShardedEngine(transformer, sharded, accelerator.is_main_process, raise_together, ema)
     masters: MasterWeights | OffloadedWeights
     if options.optimizer.use_cpu_offload_optimizer:
         masters = OffloadedWeights(parameters, make, options.optimizer.offload_gradients)

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,30 +54,66 @@ class Rows:
         return self.first * self.shape[1:].numel() * self.local.element_size()
 
 
-def write_rows(path: Path, tensors: dict[str, Rows], is_main: bool, barrier: Callable[[], None]) -> None:
+RaiseTogether = Callable[[OSError | None], None]
+
+
+def raise_error(error: OSError | None) -> None:
+    """Raises an error if there is one, as ``write_rows`` needs it where no other process takes part."""
+    if error is not None:
+        raise error
+
+
+def write_rows(path: Path, tensors: dict[str, Rows], is_main: bool, raise_together: RaiseTogether) -> None:
     """Writes a safetensors file together with all other processes, which must call this with the same names.
 
     Args:
         path: The file.
         tensors: This process's rows of each tensor.
         is_main: Whether this process creates the file and writes its header.
-        barrier: Waits for the other processes.
+        raise_together: Waits for the other processes, and raises the error of one of them, if any, in each of them.
+
+    Raises:
+        OSError: The disk of a process is full or fails. Each process raises it, so that none waits for another.
     """
     head, starts = header(tensors)
-    if is_main:
-        with open(path, "wb") as file:
-            file.write(head)
-            file.truncate(len(head) + sum(size_of(rows) for rows in tensors.values()))
-    barrier()  # nobody may write into a file that does not exist, or that is about to be truncated
+    # Nobody may write into a file that does not exist, or that is about to be truncated.
+    raise_together(error_of(partial(create, path, head, tensors)) if is_main else None)
+    raise_together(error_of(partial(fill, path, len(head), starts, tensors)))
+
+
+def error_of(work: Callable[[], None]) -> OSError | None:
+    """Does some work, and returns the error of the disk that ended it, or None."""
+    try:
+        work()
+    except OSError as error:
+        return error
+    return None
+
+
+def create(path: Path, head: bytes, tensors: dict[str, Rows]) -> None:
+    """Creates a file of its final size with what is in front of the data."""
+    with open(path, "wb") as file:
+        file.write(head)
+        file.truncate(len(head) + sum(size_of(rows) for rows in tensors.values()))
+
+
+def fill(path: Path, start: int, starts: dict[str, int], tensors: dict[str, Rows]) -> None:
+    """Writes this process's rows into a file that exists.
+
+    Args:
+        path: The file.
+        start: The offset of the data in the file.
+        starts: The offset of each tensor in the data.
+        tensors: The rows.
+    """
     handle = os.open(path, os.O_WRONLY)
     try:
         for name, rows in tensors.items():
             if rows.writes:
-                write_at(handle, rows.local, len(head) + starts[name] + rows.offset)
+                write_at(handle, rows.local, start + starts[name] + rows.offset)
         os.fsync(handle)
     finally:
         os.close(handle)
-    barrier()  # the file is complete
 
 
 def header(tensors: dict[str, Rows]) -> tuple[bytes, dict[str, int]]:

@@ -95,6 +95,12 @@ class Run:
         """Waits for the other ranks."""
         self.ranks.wait_for_everyone()
 
+    def raise_together(self, error: OSError | None) -> None:
+        """Waits for the other ranks. If ranks have errors, every rank raises the first of them."""
+        for found in self.ranks.gather([error]):
+            if found is not None:
+                raise found
+
     def from_main(self, value: T) -> T:
         """Returns the value of the main process on every rank."""
         values = [value]
