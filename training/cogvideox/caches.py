@@ -24,7 +24,7 @@ FOLDERS = {
     "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash-attention",
 }
 SWITCHES = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}  # FlashAttention 4 writes no cache by default
-SETTLED = 2.0  # seconds; a file that has not changed for so long has a modification time that a later change alters
+SETTLED = 2.0  # seconds; after so long the next change of a file gets another time, however coarse the clock is
 
 
 def cache_folder() -> Path | None:
@@ -33,7 +33,9 @@ def cache_folder() -> Path | None:
     Returns None if there is no such folder: it cannot be created, or it belongs to another user. Compiled kernels are
     executed when they are loaded, so a folder that others can write to must not be used.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(root):  # the specification of the variable says that a relative path is ignored
+        root = os.path.expanduser("~/.cache")
     folder = Path(root) / "cogvideox"
     try:
         folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
@@ -83,13 +85,14 @@ def remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> 
 
     Args:
         kind: What the text is; names its folder in the cache.
-        files: The files. Path, size, modification time and inode of each decide whether it has changed.
+        files: The files. Path, size, inode, and the times of the last change of content and of attributes decide for
+            each whether it has changed. The latter cannot be set back, as tools that copy files do with the former.
         compute: Computes the text.
     """
     folder = cache_folder()
     states = [(path.resolve(), path.stat()) for path in files]
-    identity = [(str(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in states]
-    if folder is None or any(time.time() - status.st_mtime < SETTLED for _, status in states):
+    identity = [(str(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in states]
+    if folder is None or any(time.time() - status.st_ctime < SETTLED for _, status in states):
         return compute()
     entry = folder / kind / hashlib.sha256(repr(identity).encode()).hexdigest()
     with suppress(OSError):
