@@ -1,10 +1,10 @@
 """Measures what a run does until its first optimizer step has finished, phase by phase."""
 
+import os
 import time
 
 import psutil
 
-from cogvideox.caches import cache_folder
 from cogvideox.memory.graphs import compiled_graphs
 
 
@@ -25,5 +25,6 @@ class Startup:
         """Describes all phases up to now, and how many compiled graphs did not have to be compiled again."""
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
         graphs, loaded = compiled_graphs()
-        cache = f"; {loaded} of {graphs} compiled graphs from the cache in {cache_folder()}" if graphs else ""
+        where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torch's temporary folder")
+        cache = f"; {loaded} of {graphs} compiled graphs from the cache in {where}" if graphs else ""
         return f"first step finished after {self._ended - self._began:.1f} s: {phases}{cache}"

@@ -1,0 +1,49 @@
+"""startup.py: the phases of a start add up, and one line says how long they took and what came from the cache."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cogvideox.runtime import startup
+from cogvideox.runtime.startup import Startup
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The first entry is the time now, in seconds after the start of the process."""
+    now = [0.0]
+    made = Startup()
+    began = made._began
+    monkeypatch.setattr(startup.time, "time", lambda: began + now[0])
+    return now
+
+
+def test_the_clock_begins_with_the_process() -> None:
+    made = Startup()
+    made.done("imports")
+    assert 0 < made.seconds["imports"] < time.time()
+    assert "imports" in made.line()
+
+
+def test_each_phase_lasts_from_the_end_of_the_one_before(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "compiled_graphs", lambda: (0, 0))
+    made = Startup()
+    for name, now in (("imports", 2.0), ("data", 5.0), ("imports", 5.5), ("first step", 9.0)):
+        clock[0] = now
+        made.done(name)
+    assert made.seconds == pytest.approx({"imports": 2.5, "data": 3.0, "first step": 3.5})
+    assert made.line() == "first step finished after 9.0 s: imports 2.5, data 3.0, first step 3.5"
+
+
+@pytest.mark.parametrize("folder", ["/somewhere/inductor", None])
+def test_the_line_says_how_many_graphs_came_from_which_cache(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, folder: str | None
+) -> None:
+    monkeypatch.setattr(startup, "compiled_graphs", lambda: (4, 3))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if folder:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+    end = f"3 of 4 compiled graphs from the cache in {folder or 'torch'}"
+    assert end in Startup().line()
