@@ -16,6 +16,7 @@ import yaml
 from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.config import args
 from cogvideox.config.conflicts import check_launcher, flag_problems
+from cogvideox.config.optimizers import check_optimizer
 from cogvideox.config.options import (
     ImageLoraOptions,
     ImageSftOptions,
@@ -23,8 +24,12 @@ from cogvideox.config.options import (
     PrepareOptions,
     SftOptions,
     TrainOptions,
+    copies_and_shards,
     derive,
+    fsdp_offloads,
+    under_fsdp,
 )
+from cogvideox.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -419,12 +424,13 @@ def test_configurations_are_accepted(path):
     lines = path.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:2])
     config = load_config_from_file(str(path))  # raises an error on keys that accelerate does not know
-    gpus = int(path.stem[-1]) if path.stem[-1].isdigit() else None
-    assert config.num_processes == (gpus or {"cpu": 1, "deepspeed": 2}[path.stem])
+    number = {"cpu": 1, "deepspeed": 2, "fsdp2": 2}
+    assert config.num_processes == (number[path.stem] if path.stem in number else int(path.stem[-1]))
     assert (config.num_machines, config.machine_rank) == (1, 0)
     assert config.use_cpu == (path.stem == "cpu")
     assert config.mixed_precision == ("bf16" if path.stem == "deepspeed" else "no")
-    assert config.distributed_type == {"uncompiled_2": "MULTI_GPU", "deepspeed": "DEEPSPEED"}.get(path.stem, "NO")
+    types = {"uncompiled_2": "MULTI_GPU", "deepspeed": "DEEPSPEED", "fsdp2": "FSDP"}
+    assert config.distributed_type == types.get(path.stem, "NO")
     backend = config.dynamo_config.get("dynamo_backend", "no")
     assert (backend.lower() != "no") == path.stem.startswith("compiled")
 
@@ -458,13 +464,82 @@ def test_a_configuration_reaches_the_scripts(monkeypatch):
     assert eager["CUDA_VISIBLE_DEVICES"] == "6"  # the scheduler's choice takes precedence
 
 
-@pytest.mark.parametrize("value", ["true", "True"])
-def test_fsdp_is_refused(monkeypatch, value):
-    """With accelerate's setting for FSDP, each GPU would silently train the complete model."""
-    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    assert not list(check_launcher(None))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
-    (problem,) = check_launcher(None)
-    assert "FSDP" in problem
-    assert "accelerate_configs/deepspeed.yaml" in problem
-    assert check_launcher in TRAINING_CHECKS
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "4"}
+HSDP = ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE")
+
+
+def launch_problems(
+    monkeypatch: pytest.MonkeyPatch, options_type: type[TrainOptions], environment: dict[str, str], *flags: str
+) -> list[str]:
+    """Returns what is refused of a launch, before any model is loaded."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    required = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--output_dir", "o", "--optimizer", "adamw"]
+    try:
+        args.parse(options_type, None, [*required, *flags], (check_launcher, check_optimizer))
+    except UsageError as error:
+        return list(error.problems)
+    return []
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [FSDP, FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, FSDP | dict.fromkeys(HSDP, "2"), {"WORLD_SIZE": "4"}],
+)
+@pytest.mark.parametrize("plan", ["auto", "fast", "balanced"])
+def test_all_weights_train_under_fsdp(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], plan: str) -> None:
+    assert launch_problems(monkeypatch, SftOptions, environment, "--plan", plan) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "problem", "fix"),
+    [
+        ({"FSDP_VERSION": "1"}, (), "only version 2", "fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "True", "FSDP_VERSION": "1"}, (), "only version 2", "fsdp_version: 2"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, (), "fsdp_activation_checkpointing", "--keep"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, (), "fsdp_cpu_ram_efficient_loading", "set it to false"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, (), "fsdp_reshard_after_forward", "set it to true"),
+        ({"WORLD_SIZE": "1"}, (), "nothing to shard", "--num_processes 2"),
+        ({HSDP[0]: "3", HSDP[1]: "2"}, (), "dp_replicate_size 3 times dp_shard_size 2", "4"),
+        ({HSDP[0]: "4", HSDP[1]: "1"}, (), "dp_replicate_size 4 times dp_shard_size 1", "at least 2 shards"),
+        ({}, ("--plan", "off"), "--plan off", "--plan auto"),
+        ({}, ("--optimizer_state_on", "host"), "--optimizer_state_on host", "fsdp_offload_params: true"),
+        ({}, ("--use_cpu_offload_optimizer",), "--use_cpu_offload_optimizer", "fsdp_offload_params: true"),
+        ({}, ("--use_8bit",), "--use_8bit", "--optimizer adam or adamw"),
+        ({}, ("--optimizer", "prodigy"), "--optimizer prodigy", "--optimizer adam or adamw"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_with_a_fix(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], flags: tuple[str, ...], problem: str, fix: str
+) -> None:
+    (line,) = (
+        line
+        for line in launch_problems(monkeypatch, SftOptions, FSDP | environment, *flags)
+        if line.startswith("accelerate launch (FSDP): ")
+    )
+    assert problem in line
+    assert fix in line.split(problem, 1)[1]
+
+
+def test_a_lora_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = launch_problems(monkeypatch, LoraOptions, FSDP)
+    assert "a LoRA trains few; launch with accelerate_configs/uncompiled_2.yaml" in line
+
+
+def test_these_checks_run_before_any_model_is_loaded() -> None:
+    assert {check_launcher, check_optimizer} <= set(TRAINING_CHECKS)
+
+
+def test_the_configuration_for_fsdp_reaches_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables that accelerate sets for each process are those that the scripts read."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = ROOT / "accelerate_configs" / "fsdp2.yaml"
+    parsed = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
+    chosen = {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_USE", "FSDP_"))}
+    assert launch_problems(monkeypatch, SftOptions, chosen | {"WORLD_SIZE": "2"}) == []
+    assert under_fsdp()
+    assert not fsdp_offloads()
+    assert copies_and_shards(2) == (1, 2)

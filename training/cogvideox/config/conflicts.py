@@ -300,6 +300,8 @@ def fsdp_problems(options: TrainOptions) -> Iterator[str]:
         yield "fsdp_activation_checkpointing: the plan decides what is saved; set it to false, and give --keep"
     if fsdp_setting("cpu_ram_efficient_loading") == "true":
         yield "fsdp_cpu_ram_efficient_loading: each process maps the files of the weights already; set it to false"
+    if fsdp_setting("reshard_after_forward", "true") == "false":
+        yield "fsdp_reshard_after_forward: false would keep all weights gathered until backward; set it to true"
     plan, flags = options.plan, options.optimizer
     if plan.plan in ("off", "lean"):
         yield f"--plan {plan.plan}: the weights are sharded; give --plan auto, fast or balanced"
@@ -310,7 +312,9 @@ def fsdp_problems(options: TrainOptions) -> Iterator[str]:
         yield "--use_cpu_offload_optimizer: set fsdp_offload_params: true instead"
     world = launched_processes()
     copies, shards = copies_and_shards(world)
-    if copies * shards != world or shards < 2:
+    if world == 1:
+        yield "one process has nothing to shard; give --num_processes 2 or more, or launch with uncompiled_1.yaml"
+    elif copies * shards != world or shards < 2:
         yield (
             f"dp_replicate_size {copies} times dp_shard_size {shards} must be the number of processes, {world}, with "
             "at least 2 shards"
