@@ -71,8 +71,7 @@ def pinned(num_bytes: int) -> Tensor:
     for name in ADVICE:
         with suppress(AttributeError, OSError):  # advice that this system or kernel does not know
             memory.madvise(getattr(mmap, name))
-    buffer = torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
-    buffer.zero_()  # the system allocates a page only when it is first written
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]  # the system zeroes new pages
     if torch.cuda.is_available():
         runtime = torch.cuda.cudart()
         status = runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
