@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from mappings import shared_mappings
 from running import (
+    LORA_SCRIPT,
     PROMPT,
     SFT_SCRIPT,
+    Forked,
     equal,
     finish,
     fork_ranks,
@@ -118,6 +123,53 @@ def test_dropout_masks_are_the_same_with_and_without_a_plan(model: Path, tensors
         torch.testing.assert_close(tensor, weights(plain)[name], rtol=1e-2, atol=1e-4)
     assert losses(run(model, tensors, tmp_path / "none", *LEAN, *flags[2:])) != pytest.approx(losses(plain), rel=1e-4)
     assert verification(lean) == 0
+
+
+def mapped_by(ranks: list[Forked]) -> list[set[str]]:
+    """Returns, for each rank, the shared weights that it has mapped, as soon as all have or one has ended."""
+    while True:
+        found = [shared_mappings(rank.pid) for rank in ranks]
+        if all(found) or any(rank.poll() is not None for rank in ranks):
+            return found
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("precision", ["auto", "nf4"])
+def test_processes_of_a_machine_share_streamed_weights(
+    precision: str, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    flags = ("--load_tensors", *LEAN, "--base_precision", precision, "--gradient_accumulation_steps")
+    ranks = fork_ranks(2, python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "two", *flags, 1)))
+    first, second = mapped_by(ranks)
+    said, _ = [finish(rank) for rank in ranks]
+    assert len(first) == 1
+    assert first == second
+    assert "one copy in host memory for the 2 processes of this machine" in said
+    one = run(model, tensors, tmp_path / "one", *flags[1:], 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
+    for name, tensor in weights(tmp_path / "two").items():
+        torch.testing.assert_close(tensor, weights(one)[name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_leaves_no_shared_weights(killed: int, model: Path, tensors: Path, tmp_path: Path) -> None:
+    flags = ("--load_tensors", *LEAN, "--dataloader_num_workers", 1)
+    ranks = fork_ranks(2, python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "run", *flags)))
+    ((inode,), _) = mapped_by(ranks)
+    ranks[killed].send_signal(signal.SIGKILL)
+    assert [rank.wait() == 0 for rank in ranks] == [False, False]
+    processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    assert not [process for process in processes if inode in shared_mappings(process)]
+
+
+def test_weights_are_not_shared_with_other_machines(model: Path, tensors: Path, tmp_path: Path) -> None:
+    """Each of two processes is alone on its machine, so both have their own copy."""
+    flags = ("--load_tensors", *LEAN, "--max_train_steps", 1, "--gradient_accumulation_steps", 1)
+    command = python(LORA_SCRIPT, *lora_flags(model, tensors, tmp_path / "two", *flags))
+    ranks = fork_ranks(2, command, LOCAL_WORLD_SIZE="1", LOCAL_RANK="0")
+    assert mapped_by(ranks) == [set(), set()]
+    for rank in ranks:
+        assert "streamed weights" not in finish(rank)
 
 
 def test_image_to_video(tiny: Tiny, image_tensors: Path, image: Path, tmp_path: Path, plans: list[Any]) -> None:

@@ -178,6 +178,8 @@ def test_memory_of_a_streamed_base_and_an_average() -> None:
     weights = 42 * LARGE.block_bytes
     more = host_bytes(lean, HOST, replace(LARGE, mapped=True)) - host_bytes(lean, HOST, LARGE)
     assert more == weights - LARGE.block_bytes  # pages of the file are not replaced by the pinned copies
+    here = replace(LARGE, mapped=True, ranks=4)  # the processes of a machine have one copy
+    assert host_bytes(lean, HOST, replace(here, ranks=1)) - host_bytes(lean, HOST, here) == weights * 3 // 4
     resident = {BlockPlan(keep="attention"): 42}
     with_average = replace(LARGE, state_bytes=LARGE.state_bytes + 4)
     assert (
@@ -197,6 +199,7 @@ def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -
     per_number = 2 + 2 + 12  # weight, gradient, master weight and two moments
     kept = 42 * WHOLE.kept_bytes("attention")
     assert plan.pinned == 42 * WHOLE.block_trained * per_number + kept + WHOLE.trained * 12
+    assert pinned_bytes(LEAN, HOST, replace(WHOLE, ranks=4)) == plan.pinned  # trained weights are not shared
     with pytest.raises(NoPlanError, match="of host memory"):
         choose_plan(PRESETS["lean"], WHOLE, replace(FAST, host_bytes=64 * GIB), True, "cudnn")
 

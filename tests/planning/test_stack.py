@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise, product
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from cogvideox.memory import streaming
 from cogvideox.memory.graphs import MAX_GRAPHS
+from cogvideox.memory.shared import Neighbors
 from cogvideox.memory.streaming import HostGradients, HostTrainedBlocks, Ring
 from cogvideox.model import blocks, quant
 from cogvideox.model.quant import dequantize, quantize
@@ -766,3 +768,50 @@ def test_a_step_does_not_wait_for_the_device(precision: str) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# -- weights that processes share --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["auto", "int8", "nf4"])
+def test_processes_that_share_streamed_weights_compute_what_one_does(precision: str) -> None:
+    """Two threads stand for two processes. The second never reads its own weights of streamed blocks."""
+    right = outcome(under(make_with_lora("5b"), MIXED, base_precision=precision), arguments_of("5b"))
+    models = [make_with_lora("5b") for _ in range(2)]
+    streamed = [i for i in range(len(models[1].transformer_blocks)) if MIXED[i % 2].weights == HOST]
+    for i in streamed:
+        for parameter in base_parameters(models[1].transformer_blocks[i]):
+            parameter.data.fill_(float("nan"))
+    blocks = tuple(MIXED[i % 2] for i in range(len(models[0].transformer_blocks)))
+    plan = ExecutionPlan(blocks, False, "cpu", base_precision=precision)
+    barrier, given = threading.Barrier(2, timeout=60), [[None], [None]]
+
+    def made(rank: int) -> Stack:
+        def gather(items: list[Any]) -> list[Any]:
+            given[rank] = items
+            barrier.wait()
+            found = [item for one in given for item in one]
+            barrier.wait()
+            return found
+
+        return Stack(models[rank], plan, CPU, Neighbors(0, 2, rank, gather))
+
+    with ThreadPoolExecutor() as threads:
+        stacks = list(threads.map(made, range(2)))
+    assert all(stack.shares for stack in stacks)
+    for stack, model in zip(stacks, models, strict=True):
+        stack.install()
+        assert same(outcome(model, arguments_of("5b")), right)
+    hosts, other = (stack.ring.hosts for stack in stacks if stack.ring)
+    assert list(hosts) == streamed
+    hosts[streamed[0]][0] += 1  # the pages are the same, at different addresses
+    assert all(hosts[i].equal(other[i]) and hosts[i].data_ptr() != other[i].data_ptr() for i in streamed)
+
+
+def test_trained_weights_are_not_shared() -> None:
+    def gather(items: list[Any]) -> list[Any]:
+        raise AssertionError("no process waits for another")
+
+    model = make_trainable("5b")
+    plan = ExecutionPlan((BlockPlan(HOST),) * len(model.transformer_blocks), False, "cpu")
+    assert not Stack(model, plan, CPU, Neighbors(0, 2, 0, gather)).shares

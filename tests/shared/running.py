@@ -237,9 +237,13 @@ def ranks_environment(rank: int, number: int, port: str) -> dict[str, str]:
 def fork_ranks(
     number: int, command: Sequence[object], moments: Mapping[int, Moment] | None = None, **more: str
 ) -> list[Forked]:
-    """Starts a command on several ranks, as a launcher does. ``moments`` says when a rank gets a signal."""
+    """Starts a command on several ranks, as a launcher does. ``moments`` says when a rank gets a signal.
+
+    Further arguments are environment variables; they replace those of the launcher.
+    """
     port, at = free_port(), moments or {}
-    return [Forked(command, at.get(rank), **ranks_environment(rank, number, port), **more) for rank in range(number)]
+    given = (ranks_environment(rank, number, port) | more for rank in range(number))
+    return [Forked(command, at.get(rank), **environ) for rank, environ in enumerate(given)]
 
 
 def launch(launcher: Sequence[object], number: int, command: Sequence[object], folder: Path, **more: str) -> list[str]:

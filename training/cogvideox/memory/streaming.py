@@ -72,17 +72,29 @@ def pinned(num_bytes: int) -> Tensor:
         with suppress(AttributeError, OSError):  # advice that this system or kernel does not know
             memory.madvise(getattr(mmap, name))
     buffer = torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]  # the system zeroes new pages
-    if torch.cuda.is_available():
-        runtime = torch.cuda.cudart()
-        status = runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
-        if int(status) != 0:
-            raise MemoryError(
-                f"the system does not allow {num_bytes / 2**30:.1f} GiB more to be pinned (CUDA: {status})"
-            )
-        # Unregister when the memory is freed, or the driver refuses the next buffer at the same address. Whoever drops
-        # the last view must have waited for its copies: the device would go on reading and writing freed memory.
-        finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
+    pin(buffer)
     return buffer
+
+
+def pin(buffer: Tensor) -> None:
+    """Page-locks host memory, so that the device can copy it asynchronously; without a GPU, does nothing.
+
+    The memory must be a memory mapping. It stays page-locked until its last view is dropped.
+
+    Raises:
+        MemoryError: The system does not allow that much memory to be pinned.
+    """
+    if not torch.cuda.is_available():
+        return
+    runtime = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+    if int(status) != 0:
+        raise MemoryError(
+            f"the system does not allow {buffer.nbytes / 2**30:.1f} GiB more to be pinned (CUDA: {status})"
+        )
+    # Unregister when the memory is freed, or the driver refuses the next buffer at the same address. Whoever drops the
+    # last view must have waited for its copies: the device would go on reading and writing freed memory.
+    finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
 
 
 class Layout:

@@ -33,6 +33,7 @@ from cogvideox.config.options import LoraOptions, TrainOptions, copies_and_shard
 from cogvideox.errors import UsageError, first_line
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.graphs import allowing_graphs
+from cogvideox.memory.shared import Neighbors
 from cogvideox.memory.streaming import HostTrainedBlocks, pinned
 from cogvideox.model.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.model.blocks import UNITS, kept_at
@@ -53,12 +54,15 @@ from cogvideox.planning.stack import (
     unquantized_matrix_bytes,
 )
 from cogvideox.preparation.tensors import Tensors
+from cogvideox.runtime.ranks import Ranks
 from cogvideox.runtime.run import Run, with_peaks
 
 Plan = ExecutionPlan | ModulePlan
 AVERAGE_BYTES = 4  # per trained element, with --use_ema
 PROBE_SECONDS = 0.2  # long enough for a card to reach its power limit, as it does in training
 COPY_BYTES = 64 * 2**20
+SHARED = "streamed weights: one copy in host memory for the {} processes of this machine"
+NOT_SHARED = "streamed weights: each process has a copy in host memory, because they cannot map the memory of another"
 LOW_COSINE = 0.999  # below this, the report on a quantized base contains a warning
 
 
@@ -87,6 +91,8 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     run.say(f"attention by {backend}: {reason}")
     buckets, precision = buckets_of(tensors), base_precision(options)
     sizes = sizes_of_run(run, options, tensors.geometry, buckets, transformer)
+    # Machines may have different numbers of ranks, but all ranks must choose the same plan.
+    sizes = replace(sizes, ranks=min(run.ranks.gather([sizes.ranks])))
     drops = isinstance(options, LoraOptions) and options.lora.lora_dropout > 0
     compiled = compiles(run, options.plan.compile_blocks, drops)
     try:
@@ -329,6 +335,15 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def neighbors_of(ranks: Ranks) -> Neighbors | None:
+    """Returns the ranks of this machine, or None on all ranks if one is alone on its machine."""
+    counts = ranks.gather([ranks_here()])
+    if len(counts) == 1 or min(counts) == 1:
+        return None
+    first = ranks.process_index - int(os.environ["LOCAL_RANK"])
+    return Neighbors(first, ranks_here(), ranks.process_index, ranks.gather)
+
+
 def minimum_over_ranks(machines: list[Machine]) -> Machine:
     """Returns the minimum of each figure, so that all ranks choose the same plan and it fits on each of them."""
     return Machine(*map(min, zip(*map(astuple, machines), strict=True)))
@@ -395,8 +410,16 @@ def seconds_per_call(run: Callable[[], object]) -> float:
 # -- setting up --------------------------------------------------------------------------------------------------------
 
 
-def apply_plan(transformer: Any, chosen: Plan, device: torch.device) -> HostTrainedBlocks | None:
+def apply_plan(
+    transformer: Any, chosen: Plan, device: torch.device, ranks: Ranks | None = None
+) -> HostTrainedBlocks | None:
     """Moves the transformer from the CPU to where the plan wants it, and makes it run under the plan.
+
+    Args:
+        transformer: The transformer, on the CPU.
+        chosen: The plan.
+        device: Where the transformer computes.
+        ranks: The processes of the run. Those of one machine share the frozen weights of streamed blocks.
 
     Returns:
         The blocks that are trained on the host, or None if there are none.
@@ -405,8 +428,11 @@ def apply_plan(transformer: Any, chosen: Plan, device: torch.device) -> HostTrai
         ShardedStack(transformer, chosen, device, sharding_mesh(device, chosen.shards), fsdp_offloads())
         return None
     if isinstance(chosen, ExecutionPlan):
-        stack = Stack(transformer, chosen, device)
+        neighbors = neighbors_of(ranks) if ranks is not None else None
+        stack = Stack(transformer, chosen, device, neighbors)
         stack.install()
+        if ranks is not None and neighbors is not None and stack.ring and not stack.trains_all:
+            ranks.say(SHARED.format(neighbors.number) if stack.shares else NOT_SHARED)
         return stack.host_trained
     transformer.to(device)
     if chosen.recompute:

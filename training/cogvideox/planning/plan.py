@@ -78,7 +78,7 @@ class Sizes:
     heads: int
     state_bytes: int = STATE_BYTES  # per trained element: master weight, moments, and the average if there is one
     average_bytes: int = 0  # the part of state_bytes for the average, which is stored where the master weight is
-    ranks: int = 1  # processes on this host; one of them writes checkpoints
+    ranks: int = 1  # processes on this host; one of them writes checkpoints, and all share frozen streamed weights
     mapped: bool = False  # loaded weights are pages of their file, so pinned copies take additional memory
     matrix_bytes: int = 0  # the size of a block's quantized matrices in the compute type
     units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
@@ -166,7 +166,7 @@ class ExecutionPlan:
     any_length: bool = False  # whether one compiled graph serves all buckets; otherwise each length has its own
     base_precision: str = AUTO  # of the blocks' frozen matrices: quant.KINDS, or as they were loaded
     peak: int = 0  # predicted peak of device memory, in bytes
-    pinned: int = 0  # pinned host memory, in bytes
+    pinned: int = 0  # pinned host memory, in bytes: this process's share
     seconds: float = 0.0  # predicted time of a step; 0 if the machine was not measured
     shards: int = 1  # processes over which FSDP2 shards weights, gradients and optimizer state
 
@@ -300,7 +300,7 @@ def in_flight_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
 
 def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     """Predicts the additional host memory; the pinned weights of streamed blocks replace the loaded ones."""
-    weights = streamed_blocks(kinds) * sizes.block_bytes
+    weights = streamed_bytes(kinds, sizes)
     loaded = 0 if sizes.mapped else max(0, weights - sizes.block_bytes)
     written = 0
     if sizes.block_trained:
@@ -314,16 +314,21 @@ def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
 
 
 def pinned_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
-    """Predicts pinned host memory: weights, saved activations, gradients and optimizer state."""
-    weights, kept, gradients, _ = copied_bytes(kinds, state, sizes)
+    """Predicts this process's pinned host memory: weights, saved activations, gradients and optimizer state."""
+    _, kept, gradients, _ = copied_bytes(kinds, state, sizes)
     on_host = sizes.all_trained - state_on_device(kinds, state, sizes)
     rows = 8 * sizes.rows_on_host  # FSDP2 pins fp32 weights and gradients
-    return weights + kept + gradients + on_host * sizes.state_bytes + rows
+    return streamed_bytes(kinds, sizes) + kept + gradients + on_host * sizes.state_bytes + rows
 
 
 def streamed_blocks(kinds: dict[BlockPlan, int]) -> int:
     """Returns how many blocks have their weights on the host."""
     return sum(n for kind, n in kinds.items() if kind.weights == HOST)
+
+
+def streamed_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
+    """Returns the host bytes of streamed weights: this process's share if the processes of a machine share them."""
+    return streamed_blocks(kinds) * sizes.block_bytes // (1 if sizes.block_trained else sizes.ranks)
 
 
 def state_on_device(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from cogvideox.memory.graphs import allowing_graphs
+from cogvideox.memory.shared import Neighbors, share_buffers
 from cogvideox.memory.streaming import HostStore, HostTrainedBlocks, Layout, Ring, pinned
 from cogvideox.model import blocks
 from cogvideox.model.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
@@ -140,39 +141,53 @@ class Stack(BlockRunner):
         plan: The plan, which says for each block which activations are saved, and where weights, saved activations and
             optimizer state are stored.
         device: The device on which the blocks compute.
+        neighbors: The ranks of this machine, if there are several. They share the frozen weights of streamed blocks.
     """
 
-    def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
+    def __init__(
+        self, transformer: Any, plan: ExecutionPlan, device: torch.device, neighbors: Neighbors | None = None
+    ) -> None:
         super().__init__(transformer, plan, device)
         self.trains_all = base_parameters(self.modules[0])[0].requires_grad
-        self._move_to_plan(transformer)
+        self._move_to_plan(transformer, None if self.trains_all else neighbors)
 
-    def _move_to_plan(self, transformer: Any) -> None:
+    def _move_to_plan(self, transformer: Any, neighbors: Neighbors | None) -> None:
         """Moves everything to where the plan wants it, block by block, each into one flat buffer.
 
         All blocks share one layout, on the host and on the device, because on a CPU the rounding of a matrix product
         depends on the alignment of its factors.
+
+        Args:
+            transformer: The transformer.
+            neighbors: The ranks that share the weights of streamed blocks; None if each has its own. Ranks that share
+                but do not fill the memory never read these weights, so if they are loaded lazily, not from disk either.
         """
         precision = self.plan.base_precision
         own = [base_parameters(module) for module in self.modules]
         like = stored_weights(self.modules[0], precision, META)  # shapes and types only; allocates nothing
-        layout, hosts = Layout(flatten(like)), {}
+        layout = Layout(flatten(like))
+        hosts: dict[int, Tensor] = {}
+        streamed = sum(block.weights == HOST for block in self.plan.blocks)
+        shared = share_buffers(streamed, layout.num_bytes, neighbors) if neighbors is not None and streamed else None
         self.resident: dict[int, list[Weight]] = {}
         for i, (block, parameters) in enumerate(zip(self.plan.blocks, own, strict=True)):
             if block.weights == HOST:
-                buffer = hosts[i] = pinned(layout.num_bytes)
+                buffer = hosts[i] = shared.buffers[len(hosts)] if shared else pinned(layout.num_bytes)
             else:
                 buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
             forms = unflatten(like, layout.views(buffer))
-            for view, tensor in zip(
-                flatten(forms), flatten(stored_weights(self.modules[i], precision, self.device)), strict=True
-            ):
-                view.copy_(tensor)
+            if shared is None or shared.filled_here or block.weights == DEVICE:
+                weights = flatten(stored_weights(self.modules[i], precision, self.device))
+                for view, tensor in zip(flatten(forms), weights, strict=True):
+                    view.copy_(tensor)
             for parameter, form in zip(parameters, forms, strict=True):
                 nothing = torch.empty(0, dtype=parameter.dtype, device=self.device)
                 parameter.data = form if isinstance(form, Tensor) else nothing
             if block.weights == DEVICE:
                 self.resident[i] = forms
+        self.shares = shared is not None
+        if shared is not None:
+            shared.publish()
         placed = {id(p) for parameters in own for p in parameters}
         for tensor in (*transformer.parameters(), *transformer.buffers()):
             if id(tensor) not in placed:
