@@ -38,6 +38,7 @@ HSDP = FSDP | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_
 ENGINES = {"copies": (2, COPIES), "fsdp": (2, FSDP), "offload": (2, OFFLOAD), "uneven": (3, FSDP), "hsdp": (4, HSDP)}
 SHARDS = {"copies": 1, "fsdp": 2, "offload": 2, "uneven": 3, "hsdp": 2}
 BUCKETS = ("--height_buckets", 64, 96, "--width_buckets", 64, 96)
+LOW_BUCKETS = ("--height_buckets", 64, "--width_buckets", 64, 96)  # the positions of the tiny 1.5 models end at 64 rows
 STEPS = 4
 Train = Callable[..., str]
 
@@ -55,7 +56,9 @@ class Runs:
         scripts = (LORA_SCRIPT, IMAGE_LORA_SCRIPT) if lora else (SFT_SCRIPT, IMAGE_SFT_SCRIPT)
         self.script = scripts[kind.endswith("i2v")]
         self.more = ("--rank", 4, "--lora_alpha", 8) if lora else ()
-        self.buckets = BUCKETS if kind != "5b-i2v" else ()  # its learned positions are for one resolution
+        own: dict[str, tuple[object, ...]] = {"5b-i2v": ()}  # its learned positions are for one resolution
+        own |= dict.fromkeys(("1.5-5b", "1.5-5b-i2v"), LOW_BUCKETS)
+        self.buckets = own.get(kind, BUCKETS)
         self.model, self.clips, self.folder, self.batch = model, clips, folder, batch
 
     def start(
