@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from cogvideox.optimizer.master_weights import MakeOptimizer, Resident, by_parameter, group_numbers
 from cogvideox.optimizer.row_files import Rows
-from cogvideox.optimizer.step import LossScale, StepResult
+from cogvideox.optimizer.step import LossScale, StepResult, skip_and_clip
 
 
 def gathered_modules(transformer: Any) -> list[FSDPModule]:
@@ -99,8 +99,7 @@ class ShardedWeights:
         dist.all_reduce(squares, group=self.group)
         dist.all_reduce(self.loss)
         norm = squares.sqrt() / self.scale.value
-        skipped = (~torch.isfinite(norm)).float()
-        clip = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else torch.ones_like(norm)
+        skipped, clip = skip_and_clip(norm, self.max_grad_norm)
         where = gradients[0].device
         self.resident.update(gradients, lr, (clip * self.scale.value).to(where), skipped.to(where))
         result = StepResult(torch.stack([self.loss / dist.get_world_size(), norm, skipped, self.scale.value]))

@@ -106,6 +106,20 @@ class StepResult:
         return self.values[self.NAMES.index("skipped")]
 
 
+def skip_and_clip(norm: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
+    """Decides on the device what a step does with its gradients.
+
+    Args:
+        norm: The global gradient norm, a scalar.
+        max_grad_norm: The largest norm that is not clipped; 0 disables clipping.
+
+    Returns:
+        (1 if the step must change nothing because the norm is not finite, else 0; the divisor of the gradients).
+    """
+    clip = (norm / max_grad_norm).clamp(min=1.0) if max_grad_norm else torch.ones_like(norm)
+    return (~torch.isfinite(norm)).float(), clip
+
+
 class LossScale:
     """The factor of the loss with which fp16 gradients do not underflow; it stays on the device.
 
@@ -215,8 +229,7 @@ class MasterWeights:
             dist.all_reduce(self.buffer)
             self.buffer.div_(dist.get_world_size())
         norm = self._norm() / self.scale.value
-        skipped = (~torch.isfinite(norm)).float()
-        clip = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else torch.ones_like(norm)
+        skipped, clip = skip_and_clip(norm, self.max_grad_norm)
         self._update(lr, divisor=clip * self.scale.value, skipped=skipped)
         result = StepResult(torch.stack([self.loss_sum[0], norm, skipped, self.scale.value]))
         self.drop()
