@@ -479,6 +479,9 @@ def test_what_deepspeed_cannot_run_is_named(given: str, start: str, monkeypatch:
     assert found.startswith(f"{start}: ")
     for runs in ("--optimizer adam", "--optimizer adamw --use_8bit"):
         args.parse(LoraOptions, None, [*lora_flags_without_optimizer(), *runs.split()], [check_optimizer])
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    (found,) = problems("--use_8bit")
+    assert found.startswith("--use_8bit: does not run on the CPU; set offload_optimizer_device: none")
 
 
 def test_parameters_that_a_class_does_not_take() -> None:

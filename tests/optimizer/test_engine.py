@@ -98,19 +98,24 @@ def test_one_rank_writes(tmp_path: Path) -> None:
 def test_accelerate_s_configuration_selects_the_engine() -> None:
     model = torch.nn.Linear(4, 16)
     method = SimpleNamespace(parameters=lambda: dict(model.named_parameters()))
-    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
     options = options_of(Path("x"))
 
-    def made(plugin: Any, main: bool = True) -> Any:
-        state = SimpleNamespace(deepspeed_plugin=plugin)
+    def made(main: bool = True) -> Any:
+        state = SimpleNamespace(deepspeed_plugin=None)
         accelerator = SimpleNamespace(state=state, is_main_process=main, num_processes=2)
         return make_engine(accelerator, model, method, options, torch.float16)
 
-    local = made(None)
-    assert (local.writes, made(None, main=False).writes) == (True, False)
+    local = made()
+    assert (local.writes, made(main=False).writes) == (True, False)
     assert local.masters.scale.dynamic
-    with pytest.raises(UsageError, match="zero_stage 3"):
-        made(plugin)
+
+
+def test_zero_3_has_checkpoints_of_its_own() -> None:
+    names = []
+    for stage in (2, 3):
+        state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+        names.append(engine_name(SimpleNamespace(state=state, num_processes=2)))
+    assert names == ["DeepSpeed x 2", "DeepSpeed ZeRO-3 x 2"]
 
 
 def made_with(*flags: object, deepspeed: Any = None, model: torch.nn.Module | None = None, host: bool = True) -> Any:
@@ -211,6 +216,8 @@ def test_deepspeed_receives_the_flags() -> None:
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == 3
     assert plugin.deepspeed_config["gradient_clipping"] == 0.5
     assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 2
+    assert plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] is False
+    assert plugin.deepspeed_config["zero_optimization"]["memory_efficient_linear"] is False
     for _ in range(3):
         engine.backward(torch.tensor(0.5))
     assert done == [1.5, 0.0, 1.5, 0.0, 1.5]  # DeepSpeed divides by 3; the last step needs its rate first.

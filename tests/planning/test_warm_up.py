@@ -12,6 +12,8 @@ import pytest
 import torch
 from running import (
     LORA_SCRIPT,
+    SFT_SCRIPT,
+    WEIGHTS,
     equal,
     finish,
     fork_ranks,
@@ -24,6 +26,7 @@ from running import (
     train_all,
     weights,
 )
+from safetensors.torch import load_file
 
 from cogvideox import loop
 from cogvideox.config.buckets import Bucket
@@ -167,18 +170,26 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-def test_under_deepspeed_a_run_is_the_same(model: Path, tensors: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_under_deepspeed_a_run_is_the_same(model: Path, tensors: Path, tmp_path: Path, stage: str) -> None:
+    """A LoRA is trained by ZeRO-2, and all weights by ZeRO-3."""
     ends = []
     for force in (False, True):
         script = tmp_path / f"{force}.py"
-        script.write_text(FORCED.format(folder=str(LORA_SCRIPT.parent), script=str(LORA_SCRIPT), force=force))
-        launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+        given = LORA_SCRIPT if stage == "2" else SFT_SCRIPT
+        script.write_text(FORCED.format(folder=str(given.parent), script=str(given), force=force))
+        launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
         launched |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
         launched |= {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "none" for what in ("OPTIMIZER", "PARAM")}
         output = tmp_path / str(force)
-        flags = lora_flags(model, tensors, output, "--load_tensors", "--max_train_steps", 2, "--lora_dropout", 0.5)
+        more = ["--load_tensors", "--max_train_steps", 2]
+        if stage == "2":
+            flags = lora_flags(model, tensors, output, *more, "--lora_dropout", 0.5)
+        else:
+            flags = sft_flags(model, tensors, output, *more)
         said = [finish(rank) for rank in fork_ranks(2, python(script, *flags), **launched)]
         assert ("no plan bounds the memory" in said[0]) == force
-        ends.append((losses(output), weights(output)))
+        [result] = [*output.glob(WEIGHTS), *output.glob("transformer/*.safetensors")]
+        ends.append((losses(output), load_file(result)))
     assert ends[0][0] == ends[1][0]
     assert equal(ends[0][1], ends[1][1])

@@ -33,6 +33,7 @@ from cogvideox.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+DEEPSPEED_STAGES = {"deepspeed": 2, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
 SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
 TRAIN = sorted(ROOT.glob("train_*.sh"))
 LORA = "train_text_to_video_lora.sh"
@@ -414,7 +415,7 @@ def test_the_virtual_environment_wins_over_path(sandbox):
 
 def test_every_way_of_running_has_a_configuration():
     names = {path.stem for path in CONFIGS}
-    assert names >= {"cpu", "uncompiled_1", "compiled_1", "uncompiled_2", "deepspeed"}
+    assert names >= {"cpu", "uncompiled_1", "compiled_1", "uncompiled_2", *DEEPSPEED_STAGES}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -424,21 +425,23 @@ def test_configurations_are_accepted(path):
     lines = path.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:2])
     config = load_config_from_file(str(path))  # raises an error on keys that accelerate does not know
-    number = {"cpu": 1, "deepspeed": 2, "fsdp2": 2}
-    assert config.num_processes == (number[path.stem] if path.stem in number else int(path.stem[-1]))
+    assert config.num_processes == (1 if path.stem in ("cpu", "uncompiled_1", "compiled_1") else 2)
     assert (config.num_machines, config.machine_rank) == (1, 0)
     assert config.use_cpu == (path.stem == "cpu")
-    assert config.mixed_precision == ("bf16" if path.stem == "deepspeed" else "no")
-    types = {"uncompiled_2": "MULTI_GPU", "deepspeed": "DEEPSPEED", "fsdp2": "FSDP"}
-    assert config.distributed_type == types.get(path.stem, "NO")
+    assert config.mixed_precision == ("bf16" if path.stem in DEEPSPEED_STAGES else "no")
+    kinds = {"uncompiled_2": "MULTI_GPU", "fsdp2": "FSDP"} | dict.fromkeys(DEEPSPEED_STAGES, "DEEPSPEED")
+    assert config.distributed_type == kinds.get(path.stem, "NO")
     backend = config.dynamo_config.get("dynamo_backend", "no")
     assert (backend.lower() != "no") == path.stem.startswith("compiled")
 
 
-def test_deepspeed_leaves_the_scripts_flags_to_the_scripts():
-    config = yaml.safe_load((ROOT / "accelerate_configs" / "deepspeed.yaml").read_text())["deepspeed_config"]
-    assert config["zero_stage"] == 2
-    assert config["offload_optimizer_device"] in ("none", "cpu")
+@pytest.mark.parametrize(("name", "stage"), DEEPSPEED_STAGES.items())
+def test_deepspeed_leaves_the_scripts_flags_to_the_scripts(name, stage):
+    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text())["deepspeed_config"]
+    assert config["zero_stage"] == stage
+    offloads = name.endswith("_offload")
+    assert config["offload_optimizer_device"] == ("cpu" if offloads else "none")
+    assert config["offload_param_device"] == ("cpu" if offloads and stage == 3 else "none")
     left_to_the_scripts = {"gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu"}
     assert not left_to_the_scripts & set(config), json.dumps(config)
 

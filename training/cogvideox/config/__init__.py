@@ -4,6 +4,7 @@ flags.py           defines every flag once, in frozen dataclasses
 options.py         lists the groups of flags of each script, and derives values from others
 foreign_flags.py   accepts flags of other scripts and trainers, by one rule
 conflicts.py       finds flags that contradict each other
+deepspeed.py       compares the configuration of DeepSpeed with the flags
 prepared_flags.py  reads the flags with which a folder was prepared, for --load_tensors
 args.py            parses the command line, reports all problems and sets the exit status
 buckets.py         decides which frame counts and sizes are valid, and the bucket of a clip

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cogvideox.config.deepspeed import launch_problems
 from cogvideox.config.flags import (
     POLYNOMIAL_END,
     WITH_SNR_GAMMA,
@@ -286,6 +287,8 @@ def check_ema(options: TrainOptions) -> Iterator[str]:
 
 def check_launcher(options: TrainOptions) -> Iterator[str]:
     """Yields problems of the configuration of accelerate, for args.parse."""
+    if under_deepspeed():
+        yield from (f"accelerate launch (DeepSpeed): {problem}" for problem in launch_problems(options))
     if under_fsdp():
         yield from (f"accelerate launch (FSDP): {problem}" for problem in fsdp_problems(options))
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
+from cogvideox.config.deepspeed import offload_device
 from cogvideox.config.flags import ADAMS, NAMED_CLASS, OptimizerFlags
 from cogvideox.config.options import (
     TrainOptions,
@@ -292,6 +293,8 @@ def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
         yield f"--optimizer {flags.optimizer}: is not supported under DeepSpeed; give adam or adamw"
     if flags.use_torchao:
         yield "--use_torchao: does not run under DeepSpeed; give only --use_8bit"
+    if bits_of(flags) and offload_device("offload_optimizer") != "none":
+        yield f"{flag_of(flags)}: does not run on the CPU; set offload_optimizer_device: none, or leave the flag out"
     if flags.use_cpu_offload_optimizer:
         yield (
             "--use_cpu_offload_optimizer: does not run under DeepSpeed; set offload_optimizer_device: cpu in its "

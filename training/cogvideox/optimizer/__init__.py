@@ -10,4 +10,5 @@ ema.py              a moving average of the master weights, for validation and e
 sharded_weights.py  the same as step.py for weights of which each process has some rows (FSDP2)
 row_files.py        writes and reads safetensors files together with the other processes, each its rows
 engine.py           what runs backward and step: this process (with step, offload or sharded_weights), or DeepSpeed
+zero3.py            gathers the weights that DeepSpeed's ZeRO-3 divides between the processes
 """

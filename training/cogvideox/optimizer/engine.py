@@ -5,6 +5,7 @@ of it; a new engine implements that protocol. DeepSpeed saves tensors in its own
 the project are saved as safetensors.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -16,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from cogvideox.config.deepspeed import offload_device
 from cogvideox.config.optimizers import host_state_problems, make_optimizer
-from cogvideox.config.options import TrainOptions
+from cogvideox.config.options import TrainOptions, local_processes
 from cogvideox.errors import UsageError
 from cogvideox.finite import not_finite
 from cogvideox.memory.streaming import HostTrainedBlocks
@@ -28,6 +30,7 @@ from cogvideox.optimizer.offload import OffloadedWeights
 from cogvideox.optimizer.row_files import RaiseTogether, raise_error, read_rows, write_rows
 from cogvideox.optimizer.sharded_weights import ShardedWeights, gathered, is_sharded
 from cogvideox.optimizer.step import MasterWeights, StepResult
+from cogvideox.optimizer.zero3 import complete_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -216,13 +219,10 @@ class DeepSpeedEngine:
             parameters: The trained parameters.
             options: The flags of the run.
 
-        Raises:
-            UsageError: The configuration asks for ZeRO stage 3.
         """
         train = options.train
         plugin = accelerator.state.deepspeed_plugin
-        if plugin.zero_stage == 3:
-            raise UsageError("deepspeed zero_stage 3: no rank has the complete model for validation and export; use 2")
+        self.shards_weights = plugin.zero_stage == 3
         self.accumulation = train.gradient_accumulation_steps
         plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=train.train_batch_size,
@@ -230,7 +230,14 @@ class DeepSpeedEngine:
             gradient_clipping=train.max_grad_norm,
             data_types={"grad_accum_dtype": "fp32"},
             communication_data_type="fp32",
+            # DeepSpeed's own Adam for the CPU is compiled when a run starts and needs the CUDA toolkit. Torch's is not.
+            zero_force_ds_cpu_optimizer=False,
         )
+        # By default, ZeRO-3 replaces torch.nn.functional.linear in the complete process by one that rounds differently.
+        plugin.deepspeed_config.setdefault("zero_optimization", {})["memory_efficient_linear"] = False
+        if offload_device("offload_optimizer") == "cpu":
+            # accelerate launch gives each process one thread, and a step on the CPU needs all.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes()))
         optimizer = make_optimizer(options.optimizer, parameters)
         self.model, _ = accelerator.prepare(transformer, optimizer)
         scaler = getattr(self.model.optimizer, "loss_scaler", None)
@@ -254,6 +261,8 @@ class DeepSpeedEngine:
         module = self.model.module
         first = next(parameter for parameter in module.parameters() if parameter.requires_grad)
         torch.autograd.grad(loss_of(module), first)
+        if self.shards_weights:
+            self.model.empty_partition_cache()  # Its hooks expect the gradients of every parameter, and wait for them.
 
     def step(self, lr: float) -> StepResult:
         """Makes the optimizer step after the last micro-batch."""
@@ -270,18 +279,26 @@ class DeepSpeedEngine:
         return result
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Leaves the trained weights in the model: conflicts.py refuses --use_ema with DeepSpeed."""
-        return nullcontext()
+        """Gives each rank the complete trained weights; conflicts.py refuses --use_ema with DeepSpeed."""
+        return complete_weights(self.model) if self.shards_weights else nullcontext()
+
+    def masters(self) -> list[list[Tensor]]:
+        """Returns this rank's shares of the master weights, by group.
+
+        DeepSpeed joins the parameters of a group into one tensor. With ZeRO-3 it divides a large group further, and the
+        optimizer has these tensors only during a step.
+        """
+        if self.shards_weights:
+            return [[master] for master in self.model.optimizer.fp32_partitioned_groups_flat]
+        inner = getattr(self.model.optimizer, "optimizer", self.model.optimizer)
+        return [group["params"] for group in inner.param_groups]
 
     def not_finite(self) -> list[str]:
-        """Returns what is not finite in this rank's share of the state.
-
-        DeepSpeed joins the parameters of a group into one tensor, so the names are those of groups.
-        """
+        """Returns what is not finite in this rank's share of the state, by the numbers of the groups."""
         inner = getattr(self.model.optimizer, "optimizer", self.model.optimizer)
         tensors = {}
-        for number, group in enumerate(inner.param_groups):
-            for master in group["params"]:
+        for number, group in enumerate(self.masters()):
+            for master in group:
                 tensors[f"master of parameter group {number}"] = master.detach()
                 for key, tensor in plain_tensors(inner.state.get(master, {})):
                     tensors[f"{key} of parameter group {number}"] = tensor
@@ -301,10 +318,14 @@ class DeepSpeedEngine:
 def engine_name(accelerator: "Accelerator") -> str:
     """Returns the engine's name for the recipe of a checkpoint.
 
-    An engine reads only its own checkpoints, and DeepSpeed only those of the same number of processes.
+    An engine reads only its own checkpoints, and DeepSpeed only those of the same number of processes. Those of ZeRO-3
+    have other files than those of lower stages.
     """
-    deepspeed = accelerator.state.deepspeed_plugin is not None
-    return f"DeepSpeed x {accelerator.num_processes}" if deepspeed else "local"
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return "local"
+    kind = "DeepSpeed ZeRO-3" if plugin.zero_stage == 3 else "DeepSpeed"
+    return f"{kind} x {accelerator.num_processes}"
 
 
 def make_engine(

@@ -34,6 +34,7 @@ from cogvideox.files import check_room, disk_errors_converted, fsync, removed_on
 from cogvideox.model.methods import Method
 from cogvideox.optimizer.engine import Engine
 from cogvideox.optimizer.master_weights import state_bytes
+from cogvideox.optimizer.zero3 import num_elements
 from cogvideox.runtime.run import METRICS_NAME, Run
 
 CHECKPOINT_PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
@@ -138,7 +139,7 @@ def step_of(checkpoint: Path) -> int:
 def expected_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
     """Returns the expected bytes of a checkpoint: master, optimizer state, average and value of each element."""
     state = state_bytes(partial(make_optimizer, options.optimizer), device) + 4 * options.loss.use_ema
-    return sum(parameter.numel() * (state + parameter.element_size()) for parameter in parameters)
+    return sum(num_elements(parameter) * (state + parameter.element_size()) for parameter in parameters)
 
 
 def seconds_to_write(folder: Path, num_bytes: int) -> float:

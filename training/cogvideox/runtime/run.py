@@ -226,8 +226,11 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
         project_config=project,
         kwargs_handlers=handlers,
     )
-    if deepspeed and accelerator.state.deepspeed_plugin is None:
+    plugin = accelerator.state.deepspeed_plugin
+    if deepspeed and plugin is None:
         raise UsageError("accelerate launch: its configuration asks for DeepSpeed, and accelerate did not start it")
+    if plugin is not None:
+        plugin.dschf = None  # With it, transformers divides also T5 between the processes under ZeRO-3.
     check_world(accelerator.num_processes)
     return accelerator
 
