@@ -81,3 +81,16 @@ def test_a_file_of_the_user_is_compared_with_the_flags(monkeypatch: pytest.Monke
         "bf16.enabled true",
         "optimizer",
     ]
+
+
+def test_flags_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-2 follows what is saved for backward, but not where weights and state are; ZeRO-3 follows nothing."""
+    assert not problems("--keep", "attention", "--kept_on", "device")
+    assert [text.partition(":")[0] for text in problems("--plan", "lean")] == ["--plan lean"]
+    (found,) = problems("--optimizer_state_on", "host")
+    assert "set offload_optimizer_device: cpu" in found
+    (found,) = problems("--base_precision", "int8", lora=True)
+    assert found.startswith("--base_precision int8: is not supported under DeepSpeed")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    (found,) = problems("--keep", "attention")
+    assert found.startswith("--keep attention: zero_stage 3 runs diffusers' own blocks")

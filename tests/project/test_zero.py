@@ -147,3 +147,13 @@ def test_deepspeed_trains_all_kinds(
     runs.train("one")
     runs.train("two", 2, **environment)
     assert runs.losses("two") == pytest.approx(runs.losses("one"), rel=1e-5)
+
+
+def test_zero_2_runs_under_a_plan(runs: Runs) -> None:
+    """Blocks run as the plan says, also while validation gathers nothing, and the losses are those of one process."""
+    planned = Runs("5b", runs.model, runs.clips, runs.folder, "--keep", "attention")
+    said = planned.train("planned", 2, **ZERO2)
+    assert "kept for backward: attention of" in said
+    assert "optimizer state sharded by DeepSpeed" in said
+    assert runs.losses("planned") == pytest.approx(runs.losses("one"), rel=1e-5)
+    torch.testing.assert_close(exported(runs.folder / "planned"), exported(runs.folder / "one"), rtol=1e-3, atol=1e-5)

@@ -32,6 +32,7 @@ from cogvideox.config.options import (
     TrainOptions,
     copies_and_shards,
     fsdp_setting,
+    host_flags,
     launched_processes,
     reads_clips,
     resolution,
@@ -246,8 +247,6 @@ def plan_problems(options: TrainOptions) -> Iterator[str]:
         yield f"{asked}: contradicts --use_dora, which needs diffusers modules; leave one of them out"
     if trains_on_host(options) and launched_processes() > 1:
         yield f"{asked}: only one GPU can train weights that are stored on the host; launch one process"
-    if asked and under_deepspeed():
-        yield f"{asked}: DeepSpeed places the weights itself; leave it out, or launch with another configuration"
 
 
 def target_problems(target_modules: Sequence[str]) -> Iterator[str]:
@@ -306,11 +305,10 @@ def fsdp_problems(options: TrainOptions) -> Iterator[str]:
     if fsdp_setting("reshard_after_forward", "true") == "false":
         yield "fsdp_reshard_after_forward: false would keep all weights gathered until backward; set it to true"
     plan, flags = options.plan, options.optimizer
-    if plan.plan in ("off", "lean"):
-        yield f"--plan {plan.plan}: the weights are sharded; give --plan auto, fast or balanced"
-    for name, value in (("--weights_on", plan.weights_on), ("--optimizer_state_on", plan.optimizer_state_on)):
-        if value == "host":
-            yield f"{name} host: sharded weights and their state move together; set fsdp_offload_params: true instead"
+    if plan.plan == "off":
+        yield "--plan off: the weights are sharded; give --plan auto, fast or balanced"
+    for given in host_flags(options):
+        yield f"{given}: sharded weights and their state move together; set fsdp_offload_params: true instead"
     if flags.use_cpu_offload_optimizer:
         yield "--use_cpu_offload_optimizer: set fsdp_offload_params: true instead"
     world = launched_processes()

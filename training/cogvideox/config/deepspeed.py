@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cogvideox.config.options import TrainOptions, launched_processes, precision_of
+from cogvideox.config.options import LoraOptions, TrainOptions, host_flags, launched_processes, precision_of
 
 AUTO = "auto"
 OFFLOADED = ("offload_optimizer", "offload_param")
@@ -58,6 +58,7 @@ def launch_problems(options: TrainOptions) -> Iterator[str]:
         yield f"deepspeed_config_file {path}: is not a JSON file with a section zero_optimization; give another file"
         return
     yield from zero_problems(options)
+    yield from plan_problems(options)
     settings = launched_settings() | file_settings(path)
     for name, (flag, expected) in expected_settings(options).items():
         found = setting(settings, name)
@@ -117,3 +118,14 @@ def zero_problems(options: TrainOptions) -> Iterator[str]:
     zero = section(file_settings(given_file()), "zero_optimization")
     if zero.get("memory_efficient_linear"):
         yield "memory_efficient_linear true: changes the rounding of all linear layers; set it to false"
+
+
+def plan_problems(options: TrainOptions) -> Iterator[str]:
+    """Yields the flags of the plan that ZeRO cannot follow."""
+    if zero_stage() == "3" and (asked := ", ".join(options.plan.asked)):
+        yield f"{asked}: zero_stage 3 runs diffusers' own blocks; leave it out, or launch with fsdp2.yaml"
+        return
+    for given in host_flags(options):
+        yield f"{given}: DeepSpeed places weights and state; leave it out, and set offload_optimizer_device: cpu"
+    if isinstance(options, LoraOptions) and options.plan.base_precision != "auto":
+        yield f"--base_precision {options.plan.base_precision}: is not supported under DeepSpeed; give auto"

@@ -252,6 +252,14 @@ def trains_on_host(options: TrainOptions) -> bool:
     return wanted and not isinstance(options, LoraOptions)
 
 
+def host_flags(options: TrainOptions) -> list[str]:
+    """Returns the flags that put weights or optimizer state on the host, as they are typed."""
+    plan = options.plan
+    given = {"--plan lean": plan.plan == "lean", "--weights_on host": plan.weights_on == "host"}
+    given["--optimizer_state_on host"] = plan.optimizer_state_on == "host"
+    return [name for name, is_given in given.items() if is_given]
+
+
 def launched_processes() -> int:
     """Returns the number of processes of this run, as the launcher reports it."""
     return int(os.environ.get("WORLD_SIZE", "1"))

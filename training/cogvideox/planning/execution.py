@@ -11,8 +11,8 @@ plan.choose_plan compare all plans that the flags allow:
 
 ``make_plan`` returns the plan, and ``apply_plan`` moves the transformer to where the plan wants it. A ModulePlan runs
 diffusers' own blocks. It is used for everything that a Stack does not support: DoRA, LoRAs on other layers than
-attention and feed-forward, DeepSpeed, fp32 on a GPU, and a CPU unless a flag of the plan is given. All processes of a
-run must choose the same plan, so they exchange their measurements and each takes the minimum.
+attention and feed-forward, DeepSpeed ZeRO-3, fp32 on a GPU, and a CPU unless a flag of the plan is given. All processes
+of a run must choose the same plan, so they exchange their measurements and each takes the minimum.
 """
 
 import os
@@ -27,9 +27,17 @@ import torch
 from torch import nn
 
 from cogvideox.config.buckets import Bucket
+from cogvideox.config.deepspeed import offload_device, zero_stage
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.optimizers import host_state_problems, make_optimizer, steps_on_device
-from cogvideox.config.options import LoraOptions, TrainOptions, copies_and_shards, fsdp_offloads, under_fsdp
+from cogvideox.config.options import (
+    LoraOptions,
+    TrainOptions,
+    copies_and_shards,
+    fsdp_offloads,
+    under_deepspeed,
+    under_fsdp,
+)
 from cogvideox.errors import UsageError, first_line
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.graphs import allowing_graphs
@@ -43,6 +51,7 @@ from cogvideox.planning import plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.planning.sharded import ShardedStack, sharding_mesh
 from cogvideox.planning.stack import (
+    ModuleStack,
     Stack,
     active_lora,
     base_bytes,
@@ -114,15 +123,20 @@ def choose(
     """Returns the fastest plan that fits.
 
     All weights are sharded over the ranks where a complete copy on each does not fit. Optimizer state is stored on the
-    host only where the shards do not fit either.
+    host only where the shards do not fit either. Under DeepSpeed ZeRO-2, each rank has a complete copy, and the
+    configuration says where the state is stored.
 
     Raises:
         NoPlanError: No allowed plan fits.
     """
     axes, shards = axes_of(options, run.world), shards_of(options, run.world)
+    on_device = replace(axes, weights=(plan.DEVICE,), state=(plan.DEVICE,))
+    if under_deepspeed():
+        offloads = offload_device("offload_optimizer") == "cpu"
+        divided = replace(sizes, shards=run.world, shards_on_host=offloads, deepspeed=True)
+        return plan.choose_plan(on_device, divided, machine, compiled, backend)
     if shards == 1:
         return plan.choose_plan(axes, sizes, machine, compiled, backend)
-    on_device = replace(axes, weights=(plan.DEVICE,), state=(plan.DEVICE,))
     sharded = replace(sizes, shards=shards, shards_on_host=fsdp_offloads())
     if under_fsdp():
         return plan.choose_plan(on_device, sharded, machine, compiled, backend)
@@ -186,8 +200,8 @@ def _obstacle(run: Run, options: TrainOptions, transformer: nn.Module) -> str | 
     """Returns why a Stack cannot run this model, or None if it can."""
     if options.optimizer.use_cpu_offload_optimizer and not isinstance(options, LoraOptions):
         return "--use_cpu_offload_optimizer decides itself where weights, gradients and optimizer state are stored"
-    if run.accelerator.state.deepspeed_plugin is not None:
-        return "DeepSpeed places the weights itself"
+    if under_deepspeed() and zero_stage() == "3":
+        return "DeepSpeed ZeRO-3 gathers the weights for diffusers' own modules"
     if not is_supported(transformer):
         return "supports only LoRAs without DoRA, on the blocks' attention and feed-forward layers"
     if run.device.type == "cuda" and run.dtype == torch.float32:
@@ -424,7 +438,10 @@ def apply_plan(
     Returns:
         The blocks that are trained on the host, or None if there are none.
     """
-    if isinstance(chosen, ExecutionPlan) and chosen.shards > 1:
+    if isinstance(chosen, ExecutionPlan) and chosen.deepspeed:
+        ModuleStack(transformer.to(device), chosen, device)
+        return None
+    if isinstance(chosen, ExecutionPlan) and chosen.sharded:
         ShardedStack(transformer, chosen, device, sharding_mesh(device, chosen.shards), fsdp_offloads())
         return None
     if isinstance(chosen, ExecutionPlan):

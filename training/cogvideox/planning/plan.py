@@ -56,6 +56,7 @@ graph it is small (measured). Without one, the largest matrix, a third of them, 
 HIDDEN_COPY = 0.01  # share of a copy's time by which it slows the arithmetic that it overlaps with
 COPY_SHARE = 0.96  # share of the measured copy rate that is reached while the device computes
 BOTH_WAYS = 0.7  # share of that rate if both directions are busy, as in the optimizer's pass
+ZERO_BUCKETS = 5 * 10**8  # elements of each of DeepSpeed's two buckets of gradients, and of their sum in fp32
 SHARDED_SHARE = 1.095  # measured time of a step whose weights are gathered block by block, relative to a copy's
 AS_FAST = 1.01  # predictions are not more precise than this ratio, so plans within it count as equally fast
 FRAGMENTS = 0.94  # share of free device memory that can be filled before fragmentation prevents it
@@ -87,6 +88,9 @@ class Sizes:
     passes: int = 1  # forward and backward passes in an optimizer step
     shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
     shards_on_host: bool = False  # whether each process stores its rows of them in host memory
+    deepspeed: bool = (
+        False  # whether ZeRO-2 shards only gradients and optimizer state, and each process has all weights
+    )
 
     @property
     def all_trained(self) -> int:
@@ -168,7 +172,13 @@ class ExecutionPlan:
     peak: int = 0  # predicted peak of device memory, in bytes
     pinned: int = 0  # pinned host memory, in bytes: this process's share
     seconds: float = 0.0  # predicted time of a step; 0 if the machine was not measured
-    shards: int = 1  # processes over which FSDP2 shards weights, gradients and optimizer state
+    shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
+    deepspeed: bool = False  # whether DeepSpeed shards gradients and optimizer state, and each process has all weights
+
+    @property
+    def sharded(self) -> bool:
+        """Returns whether FSDP2 shards the weights."""
+        return self.shards > 1 and not self.deepspeed
 
     def __str__(self) -> str:
         count = len(self.blocks)
@@ -186,11 +196,11 @@ class ExecutionPlan:
         how = "compiled" + " for any length" * self.any_length if self.compiled else "eager"
         parts = [
             f"{count} blocks {how}, "
-            + (f"sharded over {self.shards} processes" if self.shards > 1 else f"{count - streamed} on the device")
+            + (f"sharded over {self.shards} processes" if self.sharded else f"{count - streamed} on the device")
             + (f" and {streamed} streamed from the host" if streamed else ""),
             f"kept for backward: {', '.join(levels)}",
             f"attention by {self.attention}",
-            f"optimizer state on the {self.state}" + elsewhere,
+            "optimizer state " + ("sharded by DeepSpeed" if self.deepspeed else f"on the {self.state}") + elsewhere,
         ]
         if self.base_precision != AUTO:
             parts.append(f"base in {self.base_precision}")
@@ -233,6 +243,8 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
         compiled: Whether blocks are compiled.
         sizes: The sizes of the run.
     """
+    if sizes.deepspeed:
+        return zero2_peak_bytes(kinds, compiled, sizes)
     if sizes.shards > 1:
         return sharded_peak_bytes(kinds, compiled, sizes)
     streamed = streamed_blocks(kinds)
@@ -268,6 +280,19 @@ def sharded_peak_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes
     start = activation_bytes(kinds, compiled, sizes) + (4 * rows if sizes.passes > 1 else 0)
     work = round((WORKSPACE_UNITS[compiled]["attention"] + ENDS_UNITS) * sizes.unit_bytes)
     return kept + max(blocks + start, blocks + work + 4 * rows, sizes.blocks * sizes.block_bytes + work)
+
+
+def zero2_peak_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) -> int:
+    """Predicts the peak of device memory under DeepSpeed ZeRO-2, at the start of backward.
+
+    Each process has all weights in the compute type, and a share of fp32 gradients, masters and moments unless these
+    are stored on the host.
+    """
+    rows = sizes.all_trained // sizes.shards - sizes.rows_on_host
+    weights = sizes.rest_bytes + sizes.blocks * sizes.block_bytes + sizes.trained * sizes.item_bytes
+    buckets = min(ZERO_BUCKETS, sizes.all_trained) * (2 * sizes.item_bytes + 4)
+    gradients = sizes.block_trained * sizes.item_bytes
+    return weights + rows * (sizes.state_bytes + 4) + buckets + gradients + activation_bytes(kinds, compiled, sizes)
 
 
 def transfer_slot_bytes(streamed: int, sizes: Sizes) -> int:
@@ -307,7 +332,8 @@ def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
         # A checkpoint first copies all optimizer state on the device to the host; the export copies all weights.
         again = 0 if sizes.mapped else sizes.blocks * sizes.block_bytes
         # Rows of sharded state are copied to the host one tensor at a time.
-        copied = state_on_device(kinds, state, sizes) * sizes.state_bytes if sizes.shards == 1 else 0
+        in_rows = sizes.shards > 1 or sizes.deepspeed
+        copied = 0 if in_rows else state_on_device(kinds, state, sizes) * sizes.state_bytes
         written = max(again, copied) // sizes.ranks
     moments = sizes.rows_on_host * (sizes.state_bytes - 4)
     return pinned_bytes(kinds, state, sizes) + moments - loaded + written
@@ -456,5 +482,13 @@ def fastest_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, att
     blocks = mixture(first, second, count, sizes.blocks)
     pinned = pinned_bytes({kind: blocks.count(kind) for kind in blocks}, state, sizes)
     return ExecutionPlan(
-        blocks, compiled, attention, state, peak=peak, pinned=pinned, seconds=seconds, shards=sizes.shards
+        blocks,
+        compiled,
+        attention,
+        state,
+        peak=peak,
+        pinned=pinned,
+        seconds=seconds,
+        shards=sizes.shards,
+        deepspeed=sizes.deepspeed,
     )

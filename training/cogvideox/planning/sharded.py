@@ -18,7 +18,6 @@ for such work.
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from cogvideox.model.blocks import Block
 from cogvideox.planning.plan import ExecutionPlan
-from cogvideox.planning.stack import BlockRunner, RunBlock, base_parameters, block_weights
+from cogvideox.planning.stack import ModuleStack
 
 BLOCKS = "transformer_blocks"  # the child of the transformer that is sharded block by block
 
@@ -42,7 +41,7 @@ def sharding_mesh(device: torch.device, shards: int) -> DeviceMesh:
     return init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("copy", "shard"))
 
 
-class ShardedStack(BlockRunner):
+class ShardedStack(ModuleStack):
     """All blocks of a transformer that is trained completely and sharded.
 
     Args:
@@ -67,45 +66,12 @@ class ShardedStack(BlockRunner):
         for name, child in transformer.named_children():
             if name != BLOCKS:
                 child.to(device).float()
-        for i, module in enumerate(self.modules):
+        for module in self.modules:
             # Block by block, so that no more than one complete fp32 block is on the device. The masters start from the
             # loaded weights, as those of other engines do.
             module.to(device).float()
-            module.forward = partial(self.run, i)
             fully_shard(module, reshard_after_forward=True, **settings)
         fully_shard(transformer, reshard_after_forward=False, **settings)
-
-    def run(
-        self,
-        i: int,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Runs one block; the arguments after the first are those of a diffusers block.
-
-        The first block joins text and video to one sequence. Until the last block splits it again, the sequence takes
-        the place of the video tokens, and the text tokens are only passed on for their length.
-
-        Args:
-            i: The block's number.
-            hidden_states: The video tokens, (B, S - L, D); between blocks all tokens, (B, S, D).
-            encoder_hidden_states: The text tokens, (B, L, D).
-            temb: The time embedding, (B, time embedding).
-            image_rotary_emb: Cosines and sines for the video tokens, (S - L, E) each.
-            attention_kwargs: Ignored.
-        """
-        length, text = encoder_hidden_states.shape[1], encoder_hidden_states.detach()
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1) if i == 0 else hidden_states
-        shared = self.shared(temb, image_rotary_emb, length)
-        own: list[Tensor] = list(base_parameters(self.modules[i]))
-        if torch.is_grad_enabled():
-            y = RunBlock.apply(x, temb, i, self, shared, *own)
-        else:
-            y = torch.cat(self.sample(list(x.split(1)), i, own, shared))
-        return (y[:, length:], y[:, :length]) if i == len(self.modules) - 1 else (y, text)
 
     def weights(self, i: int, direction: int, trained: Sequence[Tensor]) -> Block:
         """Returns a block's gathered weights; the hooks of its module have gathered them.
@@ -117,5 +83,4 @@ class ShardedStack(BlockRunner):
         """
         # Freed memory has the address of something else by now.
         assert all(p.untyped_storage().size() for p in trained), f"block {i}: the weights are not gathered"
-        given = {id(p): t.detach() for p, t in zip(base_parameters(self.modules[i]), trained, strict=True)}
-        return block_weights(self.modules[i], None, lambda p: given[id(p)])
+        return super().weights(i, direction, trained)

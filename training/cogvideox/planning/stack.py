@@ -19,6 +19,7 @@ on the device, or all weights are. The letters of the shapes are those of blocks
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class BlockRunner:
-    """What Stack and ShardedStack (sharded.py) have in common: the plan, the block functions and the rotary tables.
+    """What Stack and ModuleStack have in common: the plan, the block functions and the rotary tables.
 
     Args:
         transformer: A CogVideoX of diffusers for which ``is_supported`` is true.
@@ -266,6 +267,69 @@ class Stack(BlockRunner):
                 self.ring.fetch(ahead)
         assert forms is not None
         return block_weights(self.modules[i], trained, lambda p: forms[order[id(p)]])
+
+
+class ModuleStack(BlockRunner):
+    """Runs each block in its own module with the module's own parameters, which something else may place.
+
+    A library that hooks into modules or replaces the memory of parameters, as FSDP2 and DeepSpeed do, works with it.
+    All base parameters of the blocks are on the device when their block runs. Text and video stay one sequence between
+    blocks.
+
+    Args:
+        transformer: A CogVideoX of diffusers for which ``is_supported`` is true. It is not moved.
+        plan: The plan, which says for each block which activations are saved and where.
+        device: The device on which the blocks compute.
+    """
+
+    def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
+        super().__init__(transformer, plan, device)
+        self.trains_all = base_parameters(self.modules[0])[0].requires_grad
+        for i, module in enumerate(self.modules):
+            module.forward = partial(self.run, i)
+
+    def run(
+        self,
+        i: int,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs one block; the arguments after the first are those of a diffusers block.
+
+        The first block joins text and video to one sequence. Until the last block splits it again, the sequence takes
+        the place of the video tokens, and the text tokens are only passed on for their length.
+
+        Args:
+            i: The block's number.
+            hidden_states: The video tokens, (B, S - L, D); between blocks all tokens, (B, S, D).
+            encoder_hidden_states: The text tokens, (B, L, D).
+            temb: The time embedding, (B, time embedding).
+            image_rotary_emb: Cosines and sines for the video tokens, (S - L, E) each.
+            attention_kwargs: Ignored.
+        """
+        length, text = encoder_hidden_states.shape[1], encoder_hidden_states.detach()
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1) if i == 0 else hidden_states
+        shared = self.shared(temb, image_rotary_emb, length)
+        module = self.modules[i]
+        trained = base_parameters(module) if self.trains_all else lora_matrices(module, self.device)
+        if torch.is_grad_enabled():
+            y = RunBlock.apply(x, temb, i, self, shared, *trained)
+        else:
+            y = torch.cat(self.sample(list(x.split(1)), i, trained, shared))
+        return (y[:, length:], y[:, :length]) if i == len(self.modules) - 1 else (y, text)
+
+    def weights(self, i: int, direction: int, trained: Sequence[Tensor]) -> Block:
+        """Returns a block's weights, which are on the device.
+
+        Args:
+            i: The block's number.
+            direction: Ignored: what places the weights decides what comes next.
+            trained: The tensors that autograd trains, in place of the module's.
+        """
+        return block_weights(self.modules[i], None if self.trains_all else trained, Tensor.detach)
 
 
 class RunBlock(torch.autograd.Function):
