@@ -217,6 +217,9 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
 
     device = work.device
     accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
+    if accelerator.state.deepspeed_plugin is not None:  # scale.py launches this loop with ZeRO
+        clipped = {"train_micro_batch_size_per_gpu": work.batch, "gradient_clipping": 1.0}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(clipped)
     transformer = work.make_transformer()
     if work.rank:
         targets = ["to_q", "to_k", "to_v", "to_out.0"]
