@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from cogvideox.config.flags import OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.memory.streaming import TRANSFER_SLOTS
+from cogvideox.optimizer import master_weights
 from cogvideox.optimizer import step as step_module
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.master_weights import Optimized, optimizer_tensors
@@ -189,6 +190,20 @@ def test_the_average_is_the_same_with_masters_on_the_host(monkeypatch: pytest.Mo
 def test_masters_on_the_host_need_a_fused_optimizer() -> None:
     with pytest.raises(ValueError, match="SGD cannot pass"):
         MasterWeights(parameters(), partial(torch.optim.SGD, lr=0.0, fused=True), 0.0, False, state_on_host=True)
+
+
+def test_masters_and_moments_are_written_before_they_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinning creates the pages of an empty buffer one after another, which takes longer than writing to them."""
+    pinned: dict[int, torch.Tensor] = {}
+    monkeypatch.setattr(master_weights, "CHUNK_BYTES", SMALL)
+    monkeypatch.setattr(master_weights, "pin", lambda array: pinned.update({array.data_ptr(): array.clone()}))
+    engine = pair(torch.bfloat16)[1][0]
+    (flat,) = engine.passing
+    assert isinstance(flat, master_weights.Flat)
+    assert len(flat.ranges) > 1
+    assert pinned.keys() == {array.data_ptr() for array in flat.arrays.values()}
+    assert all(array.equal(pinned[array.data_ptr()]) for array in flat.arrays.values())
+    assert flat.arrays[master_weights.MASTER].any()
 
 
 BIG = {"first": (700, 1000), "second": (900, 1000), "bias": (7,), "last": (1100, 1000)}  # 8 to 13 MB each

@@ -28,6 +28,7 @@ from cogvideox.memory.streaming import HostGradients, HostTrainedBlocks, Ring
 from cogvideox.model import blocks, quant
 from cogvideox.model.quant import dequantize, quantize
 from cogvideox.optimizer.step import MasterWeights
+from cogvideox.planning import stack as stack_module
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
 from cogvideox.planning.stack import (
     Stack,
@@ -454,6 +455,17 @@ def test_stored_bytes_equal_the_predicted_ones() -> None:
     assert ring is not None
     assert {host.numel() for host in ring.hosts.values()} == {predicted}
     assert predicted < before / 2
+
+
+@pytest.mark.parametrize("precision", [AUTO, "int8"])
+def test_weights_are_written_before_their_buffer_is_pinned(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinning creates the pages of an empty buffer one after another, which takes longer than writing to them."""
+    pinned: dict[int, Tensor] = {}
+    monkeypatch.setattr(stack_module, "pin", lambda buffer: pinned.update({buffer.data_ptr(): buffer.clone()}))
+    stack = installed(make_with_lora("5b"), (BlockPlan(HOST),), base_precision=precision)
+    assert stack.ring
+    assert pinned.keys() == {host.data_ptr() for host in stack.ring.hosts.values()}
+    assert all(host.any() and host.equal(pinned[host.data_ptr()]) for host in stack.ring.hosts.values())
 
 
 @pytest.mark.parametrize(("precision", "least"), [("int8", 0.9998), ("fp8", 0.999), ("nf4", 0.99)])

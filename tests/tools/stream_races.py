@@ -125,7 +125,7 @@ class Streams(TorchDispatchMode):
                 raise Race(f"stream {stream} did not wait for stream {other.stream}")
         self.touched[key][now] = clock[stream]
 
-    def pinned(self, num_bytes: int) -> Tensor:
+    def host_buffer(self, num_bytes: int) -> Tensor:
         """Returns host memory that is freed as soon as the last reference is gone."""
         buffer = torch.zeros(num_bytes, dtype=torch.uint8)
         self.owners[buffer.untyped_storage()._cdata] = HOST
@@ -173,7 +173,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "SideStream", SideStream)
         for module in (streaming, master_weights, stack):
-            patch.setattr(module, "pinned", streams.pinned)
+            patch.setattr(module, "host_buffer", streams.host_buffer)
         patch.setattr(streaming, "compute_event", lambda device: streams.mark(COMPUTE))
         patch.setattr(streaming, "host_waits_for", streams.host_waits)
         for module in (streaming, step_module):

@@ -50,36 +50,56 @@ TRANSFER_SLOTS = 3  # of a TransferPipeline: one slot is filled, one is worked o
 # -- flat buffers ------------------------------------------------------------------------------------------------------
 
 
-def pinned(num_bytes: int) -> Tensor:
-    """Returns zeroed page-locked host memory, which the device can copy asynchronously; without a GPU, plain memory.
+def host_buffer(num_bytes: int) -> Tensor:
+    """Returns zeroed host memory for ``pin``.
 
-    torch's pinned allocator rounds sizes up to powers of two, which would waste gigabytes here, so this function
-    registers a separate memory mapping. The data loader's worker processes do not inherit the mapping, because a fork
-    copies pinned pages immediately.
+    torch's pinned allocator rounds sizes up to powers of two, which would waste gigabytes here, so each buffer is a
+    separate memory mapping. The data loader's worker processes do not inherit it, because a fork copies pinned pages
+    immediately.
+
+    Whatever the host writes into a buffer should be written before ``pin``. Writing creates the pages of the buffer
+    with all cores, but pinning creates missing pages one after another, which takes several times longer.
 
     Args:
         num_bytes: Size of the buffer.
 
     Returns:
-        A uint8 tensor of shape (num_bytes,). Its memory is unregistered and freed with its last view.
-
-    Raises:
-        MemoryError: The system does not allow that much memory to be pinned.
+        A uint8 tensor of shape (num_bytes,). Its memory is freed with its last view.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, max(1, num_bytes), flags=flags)  # a page belongs to one buffer only
     for name in ADVICE:
         with suppress(AttributeError, OSError):  # advice that this system or kernel does not know
             memory.madvise(getattr(mmap, name))
-    buffer = torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]  # the system zeroes new pages
+    return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]  # the system zeroes new pages
+
+
+def pinned(num_bytes: int) -> Tensor:
+    """Returns a pinned ``host_buffer``, for data that only the device writes.
+
+    Raises:
+        MemoryError: The system does not allow that much memory to be pinned.
+    """
+    buffer = host_buffer(num_bytes)
     pin(buffer)
     return buffer
+
+
+def fill(target: Tensor, source: Tensor) -> None:
+    """Copies a tensor into host memory that is not pinned yet, or into any other memory.
+
+    The driver would copy from a device to such memory on one core. So the device copies to a pinned buffer of torch,
+    which the next call uses again, and all cores copy from there.
+    """
+    if source.is_cuda and not target.is_cuda:
+        source = torch.empty_like(source, device=target.device, pin_memory=True).copy_(source)
+    target.copy_(source)
 
 
 def pin(buffer: Tensor) -> None:
     """Page-locks host memory, so that the device can copy it asynchronously; without a GPU, does nothing.
 
-    The memory must be a memory mapping. It stays page-locked until its last view is dropped.
+    The memory must be a memory mapping, such as a ``host_buffer``. It stays page-locked until its last view is dropped.
 
     Raises:
         MemoryError: The system does not allow that much memory to be pinned.

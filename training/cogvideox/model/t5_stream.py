@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvideox.memory.streaming import Layout, Ring, pinned
+from cogvideox.memory.streaming import Layout, Ring, host_buffer, pin
 
 BATCHES_PER_PASS = 32  # batches per copy of the weights; a batch of one caption takes 2 MB between blocks
 SLOTS = 2  # one is in use while the other is filled
@@ -119,9 +119,10 @@ def on_host(blocks: Iterable[nn.Module], names: list[str], layout: Layout) -> It
     weights = [[block.get_parameter(name) for name in names] for block in blocks]
     try:
         for number, of_block in enumerate(weights):
-            hosts[number] = pinned(layout.num_bytes)
+            hosts[number] = host_buffer(layout.num_bytes)
             for weight, view in zip(of_block, layout.views(hosts[number]), strict=True):
                 weight.data = view.copy_(weight)  # frees the original, so that there are never two copies of the model
+            pin(hosts[number])
         yield hosts
     finally:
         hosts.clear()

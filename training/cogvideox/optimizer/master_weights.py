@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cogvideox.memory.streaming import ALIGNMENT, Layout, Slice, Transfer, pinned
+from cogvideox.memory.streaming import ALIGNMENT, Layout, Slice, Transfer, fill, host_buffer, pin
 
 MakeOptimizer = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 STATE_BYTES = 12  # bytes per element: the master and two moments in fp32, as a fused Adam needs them
@@ -172,6 +172,9 @@ class Flat:
         self.pieces = [list(self._pieces(which)) for which in self.ranges]
         self.arrays: dict[str, Tensor] = {}  # one array of masters, and one of each moment, by key
         self.optimized = [self._create(*own, make) for own in zip(self.ranges, self.pieces, strict=True)]
+        if on_host:
+            for array in self.arrays.values():
+                pin(array)
         self.optimizer = self.optimized[0].optimizer
 
     @torch.no_grad()
@@ -186,14 +189,16 @@ class Flat:
         for key, tensor in optimizer_tensors(optimized).items():
             if key not in self.arrays:
                 self.arrays[key] = self.layout.flat(self._allocate(self.layout.num_bytes))
-            self.arrays[key][which].copy_(tensor)
+            fill(self.arrays[key][which], tensor)
         # Between steps the optimizer keeps empty tensors, so that the device memory of the range is free again.
         attach_state(optimized, {key: tensor.new_empty(0) for key, tensor in optimizer_tensors(optimized).items()})
         return optimized
 
     def _allocate(self, num_bytes: int) -> Tensor:
         """Allocates memory for one flat array, as bytes."""
-        return pinned(num_bytes) if self.on_host else torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        if self.on_host:
+            return host_buffer(num_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def _pieces(self, which: slice) -> Iterator[tuple[Tensor, slice]]:
         """Yields, for each parameter that overlaps the range, its elements there and their positions in the range."""

@@ -28,7 +28,7 @@ from torch.nn import Parameter
 
 from cogvideox.memory.graphs import allowing_graphs
 from cogvideox.memory.shared import Neighbors, share_buffers
-from cogvideox.memory.streaming import HostStore, HostTrainedBlocks, Layout, Ring, pinned
+from cogvideox.memory.streaming import HostStore, HostTrainedBlocks, Layout, Ring, fill, host_buffer, pin
 from cogvideox.model import blocks
 from cogvideox.model.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
 from cogvideox.model.lora import SampleDropout
@@ -173,14 +173,14 @@ class Stack(BlockRunner):
         self.resident: dict[int, list[Weight]] = {}
         for i, (block, parameters) in enumerate(zip(self.plan.blocks, own, strict=True)):
             if block.weights == HOST:
-                buffer = hosts[i] = shared.buffers[len(hosts)] if shared else pinned(layout.num_bytes)
+                buffer = hosts[i] = shared.buffers[len(hosts)] if shared else host_buffer(layout.num_bytes)
             else:
                 buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
             forms = unflatten(like, layout.views(buffer))
             if shared is None or shared.filled_here or block.weights == DEVICE:
                 weights = flatten(stored_weights(self.modules[i], precision, self.device))
                 for view, tensor in zip(flatten(forms), weights, strict=True):
-                    view.copy_(tensor)
+                    fill(view, tensor)
             for parameter, form in zip(parameters, forms, strict=True):
                 nothing = torch.empty(0, dtype=parameter.dtype, device=self.device)
                 parameter.data = form if isinstance(form, Tensor) else nothing
@@ -189,6 +189,9 @@ class Stack(BlockRunner):
         self.shares = shared is not None
         if shared is not None:
             shared.publish()
+        else:
+            for buffer in hosts.values():
+                pin(buffer)
         placed = {id(p) for parameters in own for p in parameters}
         for tensor in (*transformer.parameters(), *transformer.buffers()):
             if id(tensor) not in placed:
