@@ -70,6 +70,20 @@ def test_the_plan_fits_and_more_memory_is_never_slower(gib: float) -> None:
     assert pick(gib + 8).seconds <= plan.seconds * AS_FAST
 
 
+@pytest.mark.parametrize(("gib", "steps"), [(70, 20), (14, 20), (8, 60), (14, 2)])
+def test_a_second_level_must_save_more_than_its_compilation_takes(gib: float, steps: int) -> None:
+    machine = replace(FAST, device_bytes=int(gib * GIB))
+    short, long = (choose_plan(PRESETS["auto"], replace(LARGE, steps=n), machine, True, "cudnn") for n in (steps, 3000))
+    assert [len({block.keep for block in plan.blocks}) for plan in (short, long)] == [1, 2]
+    assert 0 < (short.seconds - long.seconds) * steps < 12  # these are the seconds of a step without compilation
+
+
+def test_an_eager_plan_compiles_nothing() -> None:
+    machine = replace(FAST, device_bytes=40 * GIB)
+    long, short = (choose_plan(PRESETS["auto"], replace(LARGE, steps=n), machine, False, "cudnn") for n in (0, 2))
+    assert long == short
+
+
 def test_what_fits_stays_on_the_device() -> None:
     plan = pick(75)
     assert {block.weights for block in plan.blocks} == {DEVICE}

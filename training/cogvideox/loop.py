@@ -553,7 +553,7 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     transformer = models.load_transformer(options.model, run.dtype, ignores_positions(options))
     method = method_type(transformer, options)
     run.startup.done("model")
-    plan = make_plan(run, options, tensors, transformer)
+    plan = make_plan(run, options, tensors, transformer, steps.total)
     run.ranks.check_agreement({"the plan": str(plan)}, "give all of them GPUs of one kind, or --plan and its axes")
     run.say(f"plan: {plan}")
     run.startup.done("plan")

@@ -75,8 +75,16 @@ NOT_SHARED = "streamed weights: each process has a copy in host memory, because 
 LOW_COSINE = 0.999  # below this, the report on a quantized base contains a warning
 
 
-def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn.Module) -> Plan:
-    """Chooses how this run executes the transformer, which must be on the CPU and have its adapters.
+def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn.Module, steps: int) -> Plan:
+    """Chooses how this run executes the transformer.
+
+    Args:
+        run: The run.
+        options: The flags of the script.
+        tensors: The prepared data.
+        transformer: The transformer with its adapters, on the CPU.
+        steps: The number of optimizer steps of the complete run. It does not depend on where a process resumes, so that
+            a resumed run has the same plan.
 
     Raises:
         UsageError: A flag of the plan cannot be followed, or no allowed plan fits.
@@ -101,7 +109,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     buckets, precision = buckets_of(tensors), base_precision(options)
     sizes = sizes_of_run(run, options, tensors.geometry, buckets, transformer)
     # Machines may have different numbers of ranks, but all ranks must choose the same plan.
-    sizes = replace(sizes, ranks=min(run.ranks.gather([sizes.ranks])))
+    sizes = replace(sizes, ranks=min(run.ranks.gather([sizes.ranks])), steps=steps)
     drops = isinstance(options, LoraOptions) and options.lora.lora_dropout > 0
     compiled = compiles(run, options.plan.compile_blocks, drops)
     try:

@@ -4,7 +4,8 @@ The idea: for each block a plan decides where its weights live, which activation
 is recomputed), where these live, and where the optimizer state of host-trained weights lives. ``choose_plan``
 enumerates every mixture of at most two kinds of blocks (BlockPlan), predicts the peak and the time of each mixture, and
 drops those that do not fit. Among the plans whose time is within AS_FAST of the fastest it takes the one that copies
-least.
+least. The time includes each step's share of compiling the blocks, because a plan with two levels compiles twice as
+many graphs, which a short run does not gain back.
 
     Axes (what the flags allow) --> candidates --> peak_bytes, host_bytes <= Machine? --> step_seconds --> ExecutionPlan
 
@@ -53,6 +54,7 @@ TRAFFIC_UNITS = {True: (43.0, 78.0), False: (133.0, 273.0)}
 DEQUANTIZED_SHARE = {True: 0.1, False: 1.2}
 """By compiled: the share of a block's quantized matrices that is dequantized when memory is fullest. In a compiled
 graph it is small (measured). Without one, the largest matrix, a third of them, is dequantized by way of fp32."""
+LEVEL_SECONDS = 12.0  # to compile forward and backward of a block at one level (measured for 5b at 49x480x720)
 HIDDEN_COPY = 0.01  # share of a copy's time by which it slows the arithmetic that it overlaps with
 COPY_SHARE = 0.96  # share of the measured copy rate that is reached while the device computes
 BOTH_WAYS = 0.7  # share of that rate if both directions are busy, as in the optimizer's pass
@@ -86,6 +88,7 @@ class Sizes:
     block_trained: int = 0  # elements of one block if all weights are trained, else 0
     sum_bytes: int = 4  # per element of the gradients that are summed on the host
     passes: int = 1  # forward and backward passes in an optimizer step
+    steps: int = 0  # optimizer steps of the run, over which compilation is spread; 0 if compilation does not count
     shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
     shards_on_host: bool = False  # whether each process stores its rows of them in host memory
     deepspeed: bool = (
@@ -422,6 +425,12 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     return shared * (sizes.passes * total + before + behind - hidden + on_device)
 
 
+def compile_seconds(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) -> float:
+    """Returns the seconds of compilation per optimizer step of the run, if nothing has been compiled before."""
+    levels = {kind.keep for kind in kinds}
+    return LEVEL_SECONDS * len(levels) / sizes.steps if compiled and sizes.steps else 0.0
+
+
 # -- choice ------------------------------------------------------------------------------------------------------------
 
 
@@ -467,7 +476,8 @@ def fastest_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, att
         if peak > machine.device_bytes or host > machine.host_bytes:
             continue
         seconds = step_seconds(kinds, state, compiled, sizes, machine)
-        found.append((seconds, sum(copied_bytes(kinds, state, sizes)), peak, (first, second, count, state)))
+        spread = seconds + compile_seconds(kinds, compiled, sizes)
+        found.append((spread, sum(copied_bytes(kinds, state, sizes)), peak, (first, second, count, state), seconds))
     if not found:
         assert least is not None
         gibs = [f"{size / GIB:.1f}" for size in (*least, machine.device_bytes, machine.host_bytes)]
@@ -475,8 +485,8 @@ def fastest_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, att
             "the smallest allowed plan needs {} GiB of device memory, and {} GiB of host memory in addition to the "
             "loaded weights; {} and {} GiB are available".format(*gibs)
         )
-    enough = AS_FAST * min(seconds for seconds, *_ in found)
-    seconds, _, peak, (first, second, count, state) = min(
+    enough = AS_FAST * min(spread for spread, *_ in found)
+    _, _, peak, (first, second, count, state), seconds = min(
         (plan for plan in found if plan[0] <= enough), key=lambda plan: (plan[1], float(f"{plan[0]:.4g}"), plan[2])
     )
     blocks = mixture(first, second, count, sizes.blocks)
