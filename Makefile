@@ -54,4 +54,4 @@ fuzz: $(VENV)/ready
 	$(BIN)/python tests/tools/fuzz_index.py --count 500
 
 clean:
-	rm -rf demo runs .mypy_cache .ruff_cache
+	rm -rf demo runs .cache .mypy_cache .ruff_cache

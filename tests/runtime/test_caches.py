@@ -35,6 +35,10 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+def test_tests_leave_the_caches_of_the_user_alone() -> None:
+    assert cache_folder() == ROOT / ".cache" / "cogvideox"
+
+
 def test_the_folder_is_private(cache: Path) -> None:
     assert cache_folder() == cache
     assert mode_of(cache) == 0o700

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "training/cogvideox"
-LEFT_OUT = (".git", ".venv", "__pycache__", "runs", "demo", "shared", ".mypy_cache", ".ruff_cache", "results")
+LEFT_OUT = (".git", ".venv", "__pycache__", "runs", "demo", "shared", ".cache", ".mypy_cache", ".ruff_cache", "results")
 
 
 class Mutant(NamedTuple):
