@@ -60,7 +60,7 @@ class Arm:
     gpus: int
     config: str  # a file of accelerate_configs/, without .yaml; with "stock " before it, a plain loop is launched
     flags: tuple[str, ...] = ()
-    steps: int = 9
+    steps: int = 8
     precision: str = "bf16"
     guide: str = ""  # what the published guides say about this row
 

@@ -44,7 +44,7 @@ from cogvideox.config.options import SftOptions
 from cogvideox.errors import UsageError
 from cogvideox.model.models import load_transformer
 from cogvideox.planning import execution, plan
-from cogvideox.planning.plan import FRAGMENTS, GIB, ExecutionPlan, Machine, NoPlanError, Sizes
+from cogvideox.planning.plan import FRAGMENTS, GIB, BlockPlan, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.planning.stack import Stack
 
 Tiny = Callable[[str], Path]
@@ -567,3 +567,27 @@ def test_offloaded_shards_that_do_not_fit_on_the_host_are_refused(
 ) -> None:
     with pytest.raises(NoPlanError, match="host memory"):
         chosen(monkeypatch, tmp_path, 8, 2, FSDP | {"FSDP_OFFLOAD_PARAMS": "true"})
+
+
+@pytest.mark.parametrize(
+    ("world", "environment"), [(4, {}), (1, {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"})]
+)
+def test_under_zero_2_each_process_has_all_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, world: int, environment: dict[str, str]
+) -> None:
+    """On one process with offloading, the device has no optimizer state."""
+    found = chosen(monkeypatch, tmp_path, 78, world, {"ACCELERATE_USE_DEEPSPEED": "true"} | environment)
+    assert (found.shards, found.deepspeed, found.sharded) == (world, True, False)
+    assert "42 on the device" in str(found)
+    assert "optimizer state sharded by DeepSpeed" in str(found)
+    assert found.peak <= 78 * GIB
+    with pytest.raises(NoPlanError):
+        chosen(monkeypatch, tmp_path, 24 if world == 4 else 10, world, {})
+
+
+def test_peaks_measured_under_zero_2() -> None:
+    """The peaks of 5b on four H100 (benchmarks/results/scale_5b_sft_4_*zero2.json), the second with eager blocks."""
+    sizes = replace(WHOLE_5B, shards=4, deepspeed=True)
+    linear = {BlockPlan(keep="linear"): 27, BlockPlan(keep="linear", kept=plan.HOST): 15}
+    assert plan.peak_bytes(linear, plan.DEVICE, True, sizes) / GIB == pytest.approx(63.86, rel=0.01)
+    assert plan.peak_bytes({BlockPlan(): 42}, plan.DEVICE, False, sizes) / GIB == pytest.approx(36.40, rel=0.01)

@@ -58,7 +58,7 @@ LEVEL_SECONDS = 12.0  # to compile forward and backward of a block at one level 
 HIDDEN_COPY = 0.01  # share of a copy's time by which it slows the arithmetic that it overlaps with
 COPY_SHARE = 0.96  # share of the measured copy rate that is reached while the device computes
 BOTH_WAYS = 0.7  # share of that rate if both directions are busy, as in the optimizer's pass
-ZERO_BUCKETS = 5 * 10**8  # elements of each of DeepSpeed's two buckets of gradients, and of their sum in fp32
+ZERO_BUCKET = 5 * 10**8  # elements of the gradients that DeepSpeed sums over the processes at a time
 SHARDED_SHARE = 1.095  # measured time of a step whose weights are gathered block by block, relative to a copy's
 AS_FAST = 1.01  # predictions are not more precise than this ratio, so plans within it count as equally fast
 FRAGMENTS = 0.94  # share of free device memory that can be filled before fragmentation prevents it
@@ -286,16 +286,19 @@ def sharded_peak_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes
 
 
 def zero2_peak_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) -> int:
-    """Predicts the peak of device memory under DeepSpeed ZeRO-2, at the start of backward.
+    """Predicts the peak of device memory under DeepSpeed ZeRO-2: when backward starts or ends, or in the step.
 
-    Each process has all weights in the compute type, and a share of fp32 gradients, masters and moments unless these
-    are stored on the host.
+    Each process has all weights in the compute type, and a share of fp32 masters and moments unless these are stored on
+    the host. Its share of the gradients grows during backward, and is copied in the step. Gradients are summed over the
+    processes in a bucket, which becomes fp32 for that.
     """
     rows = sizes.all_trained // sizes.shards - sizes.rows_on_host
     weights = sizes.rest_bytes + sizes.blocks * sizes.block_bytes + sizes.trained * sizes.item_bytes
-    buckets = min(ZERO_BUCKETS, sizes.all_trained) * (2 * sizes.item_bytes + 4)
-    gradients = sizes.block_trained * sizes.item_bytes
-    return weights + rows * (sizes.state_bytes + 4) + buckets + gradients + activation_bytes(kinds, compiled, sizes)
+    bucket, gradients = min(ZERO_BUCKET, sizes.all_trained), sizes.block_trained * sizes.item_bytes
+    work = round((WORKSPACE_UNITS[compiled]["attention"] + ENDS_UNITS) * sizes.unit_bytes)
+    start = activation_bytes(kinds, compiled, sizes) + bucket * sizes.item_bytes + (4 * rows if sizes.passes > 1 else 0)
+    end = work + gradients + bucket * (sizes.item_bytes + 4) + 4 * rows
+    return weights + rows * sizes.state_bytes + max(start, end, 8 * rows)
 
 
 def transfer_slot_bytes(streamed: int, sizes: Sizes) -> int:
