@@ -845,6 +845,7 @@ def test_an_error_that_the_user_can_fix_is_one_line(
     monkeypatch.setattr(stopping, "install", lambda: None)
     # The state of another run in this process must not be used.
     monkeypatch.setattr(stopping, "_state", stopping._State())
+    monkeypatch.setattr(stopping, "end_process", sys.exit)
     monkeypatch.setattr(sys, "argv", ["/some/script", *LEAST[PREPARE]])
     with pytest.raises(SystemExit) as ended:
         args.run_script(main, PrepareOptions, "doc", ())

@@ -94,6 +94,23 @@ def launched(command: list[object]) -> subprocess.Popen[str]:
     return process
 
 
+def test_objects_are_not_freed_at_the_end(tmp_path: Path) -> None:
+    """Freeing them takes seconds after torch is imported. Threads and exit handlers still finish their work."""
+    code = """
+        import atexit, threading
+        class Freed:
+            def __del__(self, write=os.write): write(1, b"freed")
+        sys.kept = Freed()
+        atexit.register(print, "handled")
+        threading.Thread(target=lambda: (time.sleep(0.2), print("joined"))).start()
+        ready()
+        return 3
+    """
+    process = Script(tmp_path, textwrap.dedent(code)).process
+    assert process.communicate(timeout=30) == ("joined\nhandled\n", "")
+    assert process.returncode == 3
+
+
 def test_handled_signals() -> None:
     assert set(SIGNALS) == {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
