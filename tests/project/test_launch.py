@@ -1,5 +1,6 @@
 """Tests the launch scripts and accelerate's configurations: the commands and exit statuses. Nothing is trained."""
 
+import argparse
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ import yaml
 from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.config import args
 from cogvideox.config.conflicts import check_launcher, flag_problems
+from cogvideox.config.deepspeed import offload_device, zero_stage
 from cogvideox.config.optimizers import check_optimizer
 from cogvideox.config.options import (
     ImageLoraOptions,
@@ -27,12 +29,15 @@ from cogvideox.config.options import (
     copies_and_shards,
     derive,
     fsdp_offloads,
+    under_deepspeed,
     under_fsdp,
 )
 from cogvideox.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+SHARDINGS = {"fsdp2": (1, 2), "fsdp2_offload": (1, 2), "hsdp": (2, 2)}  # copies, and shards of each
+ONE_PROCESS = ("cpu", "uncompiled_1", "compiled_1")
 DEEPSPEED_STAGES = {"deepspeed": 2, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
 SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
 TRAIN = sorted(ROOT.glob("train_*.sh"))
@@ -415,7 +420,7 @@ def test_the_virtual_environment_wins_over_path(sandbox):
 
 def test_every_way_of_running_has_a_configuration():
     names = {path.stem for path in CONFIGS}
-    assert names >= {"cpu", "uncompiled_1", "compiled_1", "uncompiled_2", *DEEPSPEED_STAGES}
+    assert names == {"cpu", "uncompiled_1", "compiled_1", "uncompiled_2", *SHARDINGS, *DEEPSPEED_STAGES}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -425,11 +430,12 @@ def test_configurations_are_accepted(path):
     lines = path.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:2])
     config = load_config_from_file(str(path))  # raises an error on keys that accelerate does not know
-    assert config.num_processes == (1 if path.stem in ("cpu", "uncompiled_1", "compiled_1") else 2)
+    assert config.num_processes == {"hsdp": 4, **dict.fromkeys(ONE_PROCESS, 1)}.get(path.stem, 2)
     assert (config.num_machines, config.machine_rank) == (1, 0)
     assert config.use_cpu == (path.stem == "cpu")
     assert config.mixed_precision == ("bf16" if path.stem in DEEPSPEED_STAGES else "no")
-    kinds = {"uncompiled_2": "MULTI_GPU", "fsdp2": "FSDP"} | dict.fromkeys(DEEPSPEED_STAGES, "DEEPSPEED")
+    kinds = {"uncompiled_2": "MULTI_GPU"} | dict.fromkeys(SHARDINGS, "FSDP")
+    kinds |= dict.fromkeys(DEEPSPEED_STAGES, "DEEPSPEED")
     assert config.distributed_type == kinds.get(path.stem, "NO")
     backend = config.dynamo_config.get("dynamo_backend", "no")
     assert (backend.lower() != "no") == path.stem.startswith("compiled")
@@ -446,13 +452,61 @@ def test_deepspeed_leaves_the_scripts_flags_to_the_scripts(name, stage):
     assert not left_to_the_scripts & set(config), json.dumps(config)
 
 
-def launched_environment(path: Path, *flags: str) -> dict[str, str]:
-    """Returns the environment that `accelerate launch` sets for a script, for configurations of one process."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+def test_zero2_has_the_name_that_the_guides_use_too():
+    own, other = ((ROOT / "accelerate_configs" / f"{name}.yaml").read_text() for name in ("deepspeed", "zero2"))
+    assert yaml.safe_load(own) == yaml.safe_load(other)
 
-    parsed = launch_command_parser().parse_args(["--config_file", str(path), *flags, "script.py"])
-    return prepare_simple_launcher_cmd_env(_validate_launch_command(parsed)[0])[1]
+
+def parsed_launch(path: Path, *flags: str) -> argparse.Namespace:
+    """Returns what `accelerate launch` gives its launchers: its arguments together with those of a configuration."""
+    from accelerate.commands import launch
+
+    caught: list[argparse.Namespace] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for launcher in ("simple_launcher", "multi_gpu_launcher", "deepspeed_launcher"):
+            patch.setattr(launch, launcher, caught.append)
+        launch.launch_command(
+            launch.launch_command_parser().parse_args(["--config_file", str(path), *flags, "script.py"])
+        )
+    return caught[0]
+
+
+def launched_environment(path: Path, *flags: str) -> dict[str, str]:
+    """Returns the environment that `accelerate launch` sets for each script, with the number of processes."""
+    from accelerate.utils import launch
+
+    parsed = parsed_launch(path, *flags)
+    if parsed.multi_gpu or parsed.use_fsdp:
+        environment = launch.prepare_multi_gpu_env(parsed)
+    elif parsed.use_deepspeed:
+        environment = launch.prepare_deepspeed_cmd_env(parsed)[1]
+    else:
+        environment = launch.prepare_simple_launcher_cmd_env(parsed)[1]
+    return environment | {"WORLD_SIZE": str(parsed.num_processes)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_passes_on_every_key_of_a_configuration(path):
+    """accelerate ignores keys in the sections of a configuration that it does not know."""
+    config, passed = yaml.safe_load(path.read_text()), vars(parsed_launch(path))
+    for name, section in config.items():
+        if isinstance(section, dict):
+            assert {key: passed[key] for key in section} == section, name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_agrees_with_the_flags(path, monkeypatch):
+    environment = {k: v for k, v in launched_environment(path).items() if os.environ.get(k) != v}
+    assert launch_problems(monkeypatch, SftOptions, environment) == []
+    world = int(environment["WORLD_SIZE"])
+    assert under_fsdp() == (path.stem in SHARDINGS)
+    assert fsdp_offloads() == (path.stem == "fsdp2_offload")
+    if under_fsdp():
+        assert copies_and_shards(world) == SHARDINGS[path.stem]
+    assert under_deepspeed() == (path.stem in DEEPSPEED_STAGES)
+    if under_deepspeed():
+        assert zero_stage() == str(DEEPSPEED_STAGES[path.stem])
+        assert (offload_device("offload_optimizer") == "cpu") == path.stem.endswith("_offload")
 
 
 def test_a_configuration_reaches_the_scripts(monkeypatch):
@@ -505,6 +559,8 @@ def test_all_weights_train_under_fsdp(monkeypatch: pytest.MonkeyPatch, environme
         ({"WORLD_SIZE": "1"}, (), "nothing to shard", "--num_processes 2"),
         ({HSDP[0]: "3", HSDP[1]: "2"}, (), "dp_replicate_size 3 times dp_shard_size 2", "4"),
         ({HSDP[0]: "4", HSDP[1]: "1"}, (), "dp_replicate_size 4 times dp_shard_size 1", "at least 2 shards"),
+        ({"FSDP_IGNORED_MODULES": "proj_out"}, (), "fsdp_ignored_modules", "leave it out"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, (), "parallelism_config_tp_size 2", "leave it out"),
         ({}, ("--plan", "off"), "--plan off", "--plan auto"),
         ({}, ("--optimizer_state_on", "host"), "--optimizer_state_on host", "fsdp_offload_params: true"),
         ({}, ("--use_cpu_offload_optimizer",), "--use_cpu_offload_optimizer", "fsdp_offload_params: true"),
@@ -533,16 +589,17 @@ def test_these_checks_run_before_any_model_is_loaded() -> None:
     assert {check_launcher, check_optimizer} <= set(TRAINING_CHECKS)
 
 
-def test_the_configuration_for_fsdp_reaches_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables that accelerate sets for each process are those that the scripts read."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
+@pytest.mark.parametrize(("number", "sizes"), [(4, (2, 2)), (6, (2, 3)), (16, (2, 8)), (2, None), (5, None)])
+def test_copies_are_sharded_over_all_processes(
+    monkeypatch: pytest.MonkeyPatch, number: int, sizes: tuple[int, int] | None
+) -> None:
+    environment = launched_environment(ROOT / "accelerate_configs" / "hsdp.yaml", "--num_processes", str(number))
+    problems = launch_problems(monkeypatch, SftOptions, environment)
+    assert bool(problems) == (sizes is None)
+    assert sizes in (copies_and_shards(number), None)
 
-    path = ROOT / "accelerate_configs" / "fsdp2.yaml"
-    parsed = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
-    environment = prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
-    chosen = {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_USE", "FSDP_"))}
-    assert launch_problems(monkeypatch, SftOptions, chosen | {"WORLD_SIZE": "2"}) == []
-    assert under_fsdp()
-    assert not fsdp_offloads()
-    assert copies_and_shards(2) == (1, 2)
+
+def test_a_parallelism_config_without_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", HSDP[0]: "2", "WORLD_SIZE": "4"}
+    (line,) = launch_problems(monkeypatch, SftOptions, environment)
+    assert "accelerate_configs/hsdp.yaml" in line

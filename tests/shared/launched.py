@@ -15,7 +15,7 @@ from pathlib import Path
 SECONDS = 300.0
 
 if __name__ == "__main__":
-    own = Path(sys.argv[1], os.environ["RANK"])
+    own = Path(sys.argv[1], os.environ.get("RANK", "0"))
     own.with_suffix(".tmp").write_text(json.dumps([sys.argv[2:], dict(os.environ)]))
     own.with_suffix(".tmp").rename(own.with_suffix(".json"))
     end = time.monotonic() + SECONDS

@@ -34,6 +34,7 @@ from cogvideox.config.options import (
     fsdp_setting,
     host_flags,
     launched_processes,
+    parallelism_size,
     reads_clips,
     resolution,
     resolutions,
@@ -290,6 +291,8 @@ def check_launcher(options: TrainOptions) -> Iterator[str]:
         yield from (f"accelerate launch (DeepSpeed): {problem}" for problem in launch_problems(options))
     if under_fsdp():
         yield from (f"accelerate launch (FSDP): {problem}" for problem in fsdp_problems(options))
+    elif os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        yield "accelerate launch: parallelism_config: needs FSDP; remove it, or use accelerate_configs/hsdp.yaml"
 
 
 def fsdp_problems(options: TrainOptions) -> Iterator[str]:
@@ -304,6 +307,11 @@ def fsdp_problems(options: TrainOptions) -> Iterator[str]:
         yield "fsdp_cpu_ram_efficient_loading: each process maps the files of the weights already; set it to false"
     if fsdp_setting("reshard_after_forward", "true") == "false":
         yield "fsdp_reshard_after_forward: false would keep all weights gathered until backward; set it to true"
+    if "FSDP_IGNORED_MODULES" in os.environ:
+        yield "fsdp_ignored_modules: all weights are trained and sharded; leave it out"
+    for name in ("tp", "cp", "sp"):
+        if parallelism_size(name) > 1:
+            yield f"parallelism_config_{name}_size {parallelism_size(name)}: is not supported; leave it out"
     plan, flags = options.plan, options.optimizer
     if plan.plan == "off":
         yield "--plan off: the weights are sharded; give --plan auto, fast or balanced"
@@ -318,7 +326,7 @@ def fsdp_problems(options: TrainOptions) -> Iterator[str]:
     elif copies * shards != world or shards < 2:
         yield (
             f"dp_replicate_size {copies} times dp_shard_size {shards} must be the number of processes, {world}, with "
-            "at least 2 shards"
+            "at least 2 shards; change one of them, or --num_processes"
         )
 
 

@@ -290,10 +290,18 @@ def fsdp_offloads() -> bool:
     return under_fsdp() and fsdp_setting("offload_params") == "true"
 
 
+def parallelism_size(name: str) -> int:
+    """Returns a size of accelerate's parallelism_config, such as "dp_replicate"; 1, as there, if it is not given."""
+    return int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1"))
+
+
 def copies_and_shards(world: int) -> tuple[int, int]:
-    """Returns (copies of the model, processes over which each copy is sharded) of accelerate's parallelism_config."""
-    copies = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
-    return copies, int(os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", str(world // copies)))
+    """Returns (copies of the model, processes over which each copy is sharded) of accelerate's parallelism_config.
+
+    Without dp_shard_size, each copy is sharded over all processes that it has.
+    """
+    copies, shards = parallelism_size("dp_replicate"), parallelism_size("dp_shard")
+    return copies, shards if shards > 1 else world // copies
 
 
 def tracker_names(report_to: str | None) -> list[str]:

@@ -206,6 +206,8 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
             "or train on the CPU: --config_file accelerate_configs/cpu.yaml, or ACCELERATE_USE_CPU=true with this one"
         )
     on_cpu = asked_for_cpu or not torch.cuda.is_available()
+    # With it, accelerate divides the processes itself, and refuses a CPU and copies without a dp_shard_size.
+    os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", None)
     handlers = []
     if world > 1 or deepspeed:
         timeout = timedelta(seconds=options.train.nccl_timeout)

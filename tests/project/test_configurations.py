@@ -1,0 +1,50 @@
+"""Tests that `accelerate launch` starts runs with each configuration: on the CPU, with gloo and a tiny model.
+
+test_zero.py launches those of DeepSpeed.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running import SFT_SCRIPT, Forked, finish, free_port, launch, losses, python, sft_flags
+
+NUMBERS = {"uncompiled_1": 1, "compiled_1": 1, "uncompiled_2": 2, "fsdp2": 2, "fsdp2_offload": 2, "hsdp": 4}
+SHARDS = {"fsdp2": 2, "fsdp2_offload": 2, "hsdp": 2}
+GLOBAL_BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def command(tiny: Callable[[str], Path], clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list]:
+    """command(output, ranks) trains two steps with the same global batch on any number of ranks."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def made(output: Path, ranks: int) -> list:
+        flags = sft_flags(tiny("5b"), clips, output, "--tensor_cache", cache, "--max_train_steps", 2)
+        return python(SFT_SCRIPT, *flags, "--gradient_accumulation_steps", GLOBAL_BATCH // ranks)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def right(command: Callable[..., list], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run without a launcher."""
+    output = tmp_path_factory.mktemp("one") / "sft"
+    finish(Forked(command(output, 1)))
+    return losses(output)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "hsdp" else pytest.mark.long) for name in NUMBERS]
+)
+def test_a_configuration_is_launched(
+    name: str, command: Callable[..., list], right: list[float], tmp_path: Path
+) -> None:
+    ranks = NUMBERS[name]
+    launcher = f"-m accelerate.commands.launch --config_file accelerate_configs/{name}.yaml"
+    started = [sys.executable, *launcher.split(), *(["--main_process_port", free_port()] if ranks > 1 else ["--cpu"])]
+    said = launch(started, ranks, command(tmp_path / "sft", ranks), tmp_path / "ranks", ACCELERATE_USE_CPU="true")[0]
+    assert losses(tmp_path / "sft") == pytest.approx(right, rel=1e-5)
+    assert ("sharded over" in said) == (name in SHARDS)
+    assert name not in SHARDS or f"sharded over {SHARDS[name]} processes" in said
