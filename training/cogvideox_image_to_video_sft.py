@@ -1,6 +1,6 @@
 r"""Trains all weights of a CogVideoX image-to-video transformer on a folder of clips and captions.
 
-    accelerate launch --config_file accelerate_configs/uncompiled_1.yaml training/cogvideox_image_to_video_sft.py \
+    python training/cogvideox_image_to_video_sft.py \
         --pretrained_model_name_or_path THUDM/CogVideoX1.5-5B-I2V --data_root video-dataset \
         --height_buckets 480 --width_buckets 720 --frame_buckets 77 --max_num_frames 77 --mixed_precision bf16 \
         --train_batch_size 1 --max_train_steps 20000 --learning_rate 1e-5 --output_dir my-model

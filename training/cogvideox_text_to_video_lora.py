@@ -1,6 +1,6 @@
 r"""Trains a text-to-video LoRA for CogVideoX on a folder of clips and captions.
 
-    accelerate launch --config_file accelerate_configs/uncompiled_1.yaml training/cogvideox_text_to_video_lora.py \
+    python training/cogvideox_text_to_video_lora.py \
         --pretrained_model_name_or_path THUDM/CogVideoX-5b --data_root video-dataset --id_token BW_STYLE \
         --height_buckets 480 --width_buckets 720 --frame_buckets 49 --rank 128 --lora_alpha 128 --mixed_precision bf16 \
         --train_batch_size 1 --max_train_steps 3000 --gradient_checkpointing --output_dir my-lora

@@ -1,6 +1,6 @@
 r"""Trains all weights of a CogVideoX transformer on a folder of clips and captions.
 
-    accelerate launch --config_file accelerate_configs/uncompiled_1.yaml training/cogvideox_text_to_video_sft.py \
+    python training/cogvideox_text_to_video_sft.py \
         --pretrained_model_name_or_path THUDM/CogVideoX-2b --data_root video-dataset \
         --height_buckets 480 --width_buckets 720 --frame_buckets 49 --mixed_precision bf16 \
         --train_batch_size 1 --max_train_steps 20000 --learning_rate 1e-5 --output_dir my-model
