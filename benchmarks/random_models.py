@@ -120,8 +120,10 @@ def key_of(what: str, number: int) -> str:
     return hashlib.sha256(f"{what} {number}".encode()).hexdigest()
 
 
-def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> None:
-    """Writes a prepared folder with random moments and embeddings."""
+def make_tensors(
+    kind: str, pipeline: Path, folder: Path, samples: int = 2, size: tuple[int, int, int] | None = None
+) -> None:
+    """Writes a prepared folder with random moments and embeddings of (frames, height, width), by default clip_size."""
     import torch
 
     from cogvideox.config.buckets import Bucket
@@ -133,7 +135,7 @@ def make_tensors(kind: str, pipeline: Path, folder: Path, samples: int = 2) -> N
     model = ModelFlags(str(pipeline))
     geometry = read_geometry(model)
     encoders = Encoders.of(model, EncodeFlags(), geometry, torch.device("cuda"))
-    cache, bucket = TensorCache(folder), Bucket(*clip_size(kind))
+    cache, bucket = TensorCache(folder), Bucket(*(size or clip_size(kind)))
     cached = []
     for i in range(samples):
         images = (key_of("image", i),) if is_image_to_video(kind) else ()

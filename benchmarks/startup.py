@@ -1,25 +1,39 @@
-"""Measures how long a user waits for --help, and for the message about a missing file in a large data set.
+"""Measures how long a user waits for --help, for the message about a missing file, and for the first training step.
 
-    python benchmarks/startup.py [--runs 7] [--rows 500000]
+    python benchmarks/startup.py [--parts help files training] [--runs 7] [--rows 500000]
+    python benchmarks/startup.py --parts training --model 5b --results benchmarks/results --flags --plan lean
 
 Flags are parsed before torch is imported, so --help of every script should be fast. All files of a data set are checked
 before any model is loaded: this is measured with many rows in each form, of which the last one's file is missing.
+Then a LoRA is trained twice with one cache folder, which is empty at first. The table has the seconds of each phase
+until the first step has finished, as the training script prints them, and those from its last line to its end.
 """
 
 import argparse
 import csv
 import json
+import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-SCRIPTS = sorted((Path(__file__).resolve().parent.parent / "training").glob("*.py"))
+from random_models import KINDS, ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
+from record import device_and_versions
+
+SCRIPTS = sorted((ROOT / "training").glob("*.py"))
 PREPARE = next(path for path in SCRIPTS if path.stem == "prepare_dataset")
 FILES_PER_FOLDER = 1000
+TINY = "tiny"  # the model in examples/model
+TINY_SIZE = (9, 64, 96)
+STARTED = re.compile(r"first step finished after (?P<total>[\d.]+) s: (?P<phases>[^;]*)(?:; (?P<graphs>\d+ of \d+) )?")
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "PYTHONPYCACHEPREFIX")
 
 
 def seconds(command: list[object], status: int) -> float:
@@ -90,14 +104,108 @@ def time_rows(rows: int) -> None:
             print(f"{rows} rows as {name:12} {seconds(command, 2):.2f} s until the missing file is named")
 
 
-def main() -> None:
-    """Measures --help and the reading of large data sets."""
+class Start(NamedTuple):
+    """Holds the times of a training run, in seconds."""
+
+    phases: dict[str, float]  # of each phase until the first step has finished
+    first_step: float  # from the start of the process until then
+    graphs: str  # how many compiled graphs came from the cache, "2 of 2"; empty if none was compiled
+    exit: float  # from the last line that the script prints to its end
+
+    def rows(self) -> dict[str, str]:
+        """Returns all of this as text by title."""
+        figures = self.phases | {"first step finished after": self.first_step, "exit": self.exit}
+        return {name: f"{value:.1f}" for name, value in figures.items()} | {"graphs from the cache": self.graphs or "-"}
+
+
+def measure_start(command: Sequence[str], environment: dict[str, str]) -> Start:
+    """Runs a training script to its end, and returns the times that it printed and the time of its exit.
+
+    Raises:
+        RuntimeError: The script failed, or did not print its phases.
+    """
+    environment = environment | {"PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert process.stdout is not None
+    said, last = [], 0.0
+    for line in process.stdout:
+        said.append(line.strip())
+        if said[-1]:
+            last = time.perf_counter()
+    process.wait()
+    ended = time.perf_counter()
+    found = [match for match in map(STARTED.match, said) if match]
+    if process.returncode or not found:
+        raise RuntimeError("\n".join(said[-30:]))
+    phases = dict(part.rsplit(" ", 1) for part in found[0]["phases"].split(", "))
+    seconds = {name: float(value) for name, value in phases.items()}
+    return Start(seconds, float(found[0]["total"]), found[0]["graphs"] or "", ended - last)
+
+
+def training_command(model: str, folder: Path, flags: Sequence[str]) -> list[str]:
+    """Makes a model and its data unless they exist, and returns the command that trains a LoRA for two steps."""
+    tiny = model == TINY
+    pipeline, tensors = (ROOT / "examples" / "model" if tiny else folder / model), folder / f"{model}-tensors"
+    size = TINY_SIZE if tiny else clip_size(model)
+    if not tiny:
+        make_pipeline(model, pipeline)
+    if not tensors.is_dir():
+        make_tensors(model, pipeline, tensors, size=size)
+    task = "image_to_video" if is_image_to_video(model) else "text_to_video"
+    command = [sys.executable, str(ROOT / f"training/cogvideox_{task}_lora.py"), "--load_tensors"]
+    command += ["--pretrained_model_name_or_path", str(pipeline), "--data_root", str(tensors)]
+    command += ["--train_resolution", "x".join(map(str, size)), "--rank", "16", "--lora_alpha", "16"]
+    command += ["--train_batch_size", "1", "--max_train_steps", "2", "--optimizer", "adamw", "--compile_blocks", "yes"]
+    return [*command, *([] if tiny else ["--mixed_precision", "bf16"]), *flags]
+
+
+def time_training(model: str, folder: Path, flags: Sequence[str]) -> dict[str, Start]:
+    """Trains without and with a cache of compiled kernels, prints both starts, and returns them by name."""
+    command, starts = training_command(model, folder, flags), {}
+    environment = {name: value for name, value in os.environ.items() if name not in CACHES}
+    environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    for name in ("cold", "warm"):
+        output = folder / f"{model}-run"
+        shutil.rmtree(output, ignore_errors=True)
+        starts[name] = measure_start([*command, "--output_dir", str(output)], environment)
+    cold, warm = (start.rows() for start in starts.values())
+    print(f"{f'seconds of a start, {model}':36} {'cold':>8} {'warm':>8}")
+    for title in cold:
+        print(f"{title:36} {cold[title]:>8} {warm.get(title, '-'):>8}")
+    return starts
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=500_000)
-    args = parser.parse_args()
-    time_help(args.runs)
-    time_rows(args.rows)
+    parts = ("help", "files", "training")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--runs", type=int, default=7, help="how often each --help is measured")
+    parser.add_argument("--rows", type=int, default=500_000, help="rows of the data sets")
+    parser.add_argument("--model", choices=(TINY, *KINDS), default=TINY, help="full-size ones are random; need a GPU")
+    parser.add_argument("--work_dir", type=Path, help="where a model, its data and runs are kept; by default nowhere")
+    parser.add_argument("--results", type=Path, help="folder for a JSON file with the phases")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of the training script; last")
+    return parser
+
+
+def main() -> None:
+    """Measures the parts that --parts names."""
+    args = build_parser().parse_args()
+    if "help" in args.parts:
+        time_help(args.runs)
+    if "files" in args.parts:
+        time_rows(args.rows)
+    if "training" in args.parts:
+        with tempfile.TemporaryDirectory() as temporary:
+            starts = time_training(args.model, args.work_dir or Path(temporary), args.flags)
+        if args.results:
+            row = {"model": args.model, **{name: start._asdict() for name, start in starts.items()}}
+            args.results.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(row | device_and_versions(), indent=1)
+            (args.results / f"startup_{args.model}.json").write_text(f"{text}\n")
 
 
 if __name__ == "__main__":

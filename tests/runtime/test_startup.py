@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
+import startup as benchmark
 
+from cogvideox.config import args
+from cogvideox.config.options import LoraOptions
 from cogvideox.runtime import startup
 from cogvideox.runtime.startup import Startup
 
@@ -47,3 +53,26 @@ def test_the_line_says_how_many_graphs_came_from_which_cache(
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
     end = f"3 of 4 compiled graphs from the cache in {folder or 'torch'}"
     assert end in Startup().line()
+
+
+def test_the_benchmark_reads_the_line(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It also measures how long a script takes to end after its last line, which may follow a progress bar."""
+    monkeypatch.setattr(startup, "compiled_graphs", lambda: (4, 3))
+    made = Startup()
+    for name, now in (("imports and processes", 2.0), ("first step", 9.0)):
+        clock[0] = now
+        made.done(name)
+    code = f"import time; print('step 1', end='\\r'); print({made.line()!r}); print('finished:'); time.sleep(0.5)"
+    start = benchmark.measure_start([sys.executable, "-c", code], dict(os.environ))
+    assert start.phases == {"imports and processes": 2.0, "first step": 7.0}
+    assert (start.first_step, start.graphs) == (9.0, "3 of 4")
+    assert 0.5 <= start.exit < 5
+    with pytest.raises(RuntimeError, match="no plan"):
+        benchmark.measure_start([sys.executable, "-c", "print('no plan')"], dict(os.environ))
+
+
+def test_the_benchmark_starts_the_script_with_flags_that_it_accepts(tmp_path: Path) -> None:
+    (tmp_path / "tiny-tensors").mkdir()
+    command = benchmark.training_command("tiny", tmp_path, ["--plan", "lean", "--output_dir", "out"])
+    options = args.parse(LoraOptions, None, command[2:], ())
+    assert (options.train.max_train_steps, options.plan.plan) == (2, "lean")
