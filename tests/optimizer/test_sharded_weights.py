@@ -23,7 +23,7 @@ from cogvideox.config.flags import OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, LocalEngine, ShardedEngine
-from cogvideox.optimizer.row_files import raise_error
+from cogvideox.optimizer.shard_files import raise_error
 from cogvideox.optimizer.sharded_weights import ShardedWeights, gathered, gathered_modules, is_sharded
 from cogvideox.optimizer.step import LOSS_SCALE, MasterWeights
 

@@ -8,7 +8,7 @@ master_weights.py   where fp32 master weights and moments are stored: on the dev
 offload.py          the same as step.py with torchao's CPUOffloadOptimizer, which steps on the CPU
 ema.py              a moving average of the master weights, for validation and export
 sharded_weights.py  the same as step.py for weights of which each process has some rows (FSDP2)
-row_files.py        writes and reads safetensors files together with the other processes, each its rows
+shard_files.py      writes and reads safetensors files together with the other processes, each its shards
 engine.py           what runs backward and step: this process (with step, offload or sharded_weights), or DeepSpeed
 zero3.py            gathers the weights that DeepSpeed's ZeRO-3 divides between the processes
 """

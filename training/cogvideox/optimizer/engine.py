@@ -27,7 +27,7 @@ from cogvideox.model.methods import Method
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.master_weights import plain_tensors
 from cogvideox.optimizer.offload import OffloadedWeights
-from cogvideox.optimizer.row_files import RaiseTogether, raise_error, read_rows, write_rows
+from cogvideox.optimizer.shard_files import RaiseTogether, raise_error, read_shards, write_shards
 from cogvideox.optimizer.sharded_weights import ShardedWeights, gathered, is_sharded
 from cogvideox.optimizer.step import MasterWeights, StepResult
 from cogvideox.optimizer.zero3 import complete_weights
@@ -161,7 +161,7 @@ class ShardedEngine(MasterEngine[ShardedWeights]):
         transformer: The model after fully_shard.
         masters: Steps this rank's rows of the weights.
         is_main: Whether this rank creates the files.
-        raise_together: Waits for the other ranks while files are written; see ``write_rows``.
+        raise_together: Waits for the other ranks while files are written; see ``write_shards``.
         ema: The average of this rank's rows.
     """
 
@@ -191,7 +191,7 @@ class ShardedEngine(MasterEngine[ShardedWeights]):
             self._write(folder / EMA_NAME, self.ema.tensors())
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        write_rows(path, self.masters.rows(tensors), self.is_main, self.raise_together)
+        write_shards(path, self.masters.shards(tensors), self.is_main, self.raise_together)
 
     def load(self, folder: Path) -> None:
         """Restores what ``save`` wrote, or what LocalEngine wrote."""
@@ -200,7 +200,7 @@ class ShardedEngine(MasterEngine[ShardedWeights]):
             self.ema.load_state(self._read(folder / EMA_NAME, self.ema.tensors()))
 
     def _read(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(read_rows(path, self.masters.rows(tensors)))
+        return dict(read_shards(path, self.masters.shards(tensors)))
 
 
 class DeepSpeedEngine:
@@ -348,7 +348,7 @@ def make_engine(
         dtype: The compute type of the model; fp16 needs a loss scale.
         state_on_host: Whether masters and moments are stored in host memory between steps.
         host_trained: The blocks of the transformer that are stored in host memory with their gradients, if any.
-        raise_together: Waits for the other ranks while files are written; see ``write_rows``.
+        raise_together: Waits for the other ranks while files are written; see ``write_shards``.
 
     Raises:
         UsageError: This engine or optimizer cannot store its state in host memory.

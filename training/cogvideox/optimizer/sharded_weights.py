@@ -18,7 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn import Parameter
 
 from cogvideox.optimizer.master_weights import MakeOptimizer, Resident, by_parameter, group_numbers
-from cogvideox.optimizer.row_files import Rows
+from cogvideox.optimizer.shard_files import Shard
 from cogvideox.optimizer.step import LossScale, StepResult, skip_and_clip
 
 
@@ -134,19 +134,20 @@ class ShardedWeights:
         """Returns what a resumed run needs, by name, with this process's rows of each sharded tensor."""
         return self.scale.state() | self.resident.state()
 
-    def rows(self, tensors: dict[str, Tensor]) -> dict[str, Rows]:
+    def shards(self, tensors: dict[str, Tensor]) -> dict[str, Shard]:
         """Describes tensors that are named ``key/parameter`` for a file that all processes write together."""
-        return {name: self._rows(name.partition("/")[2], tensor) for name, tensor in tensors.items()}
+        return {name: self._shard(name.partition("/")[2], tensor) for name, tensor in tensors.items()}
 
-    def _rows(self, name: str, tensor: Tensor) -> Rows:
+    def _shard(self, name: str, tensor: Tensor) -> Shard:
         if name not in self.sharded or not tensor.shape:
-            return Rows(tensor, tensor.shape, writes=dist.get_rank() == 0)
+            return Shard(tensor, tensor.shape, writes=dist.get_rank() == 0)
         sharded = self.sharded[name]
         mesh = sharded.device_mesh
         _, offset = compute_local_shape_and_global_offset(sharded.shape, mesh, sharded.placements)
         coordinate = mesh.get_coordinate()
         assert coordinate is not None
-        return Rows(tensor, sharded.shape, offset[0], writes=mesh.ndim == 1 or coordinate[0] == 0)
+        first = offset[0] * sharded.shape[1:].numel()
+        return Shard(tensor, sharded.shape, first, writes=mesh.ndim == 1 or coordinate[0] == 0)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what ``tensors`` returned, from rows of any number of processes."""

@@ -1,11 +1,12 @@
-"""Writes and reads safetensors files whose tensors are sharded by rows over the processes of a run.
+"""Writes and reads safetensors files whose tensors are sharded over the processes of a run.
 
-The file is an ordinary one: the rows of a tensor are one range of its bytes, so each process writes its rows where they
-belong, and no process ever holds a complete tensor. The number of processes that read it may be another one. All
+The file is an ordinary one. The shard that a process has of a tensor is one range of its elements in row-major order,
+such as some rows, and so one range of bytes in the file. Each process writes its shards where they belong, and no
+process ever holds a complete tensor. The number of processes that read the file, and their shards, may be others. All
 processes must see the same folder.
 
-    file       | header | tensor a: rows 0-4 | rows 5-9 | tensor b: rows 0-7 | rows 8-15 |
-    written by   rank 0   rank 0               rank 1     rank 0               rank 1
+    file       | header | tensor a: elements 0-49 | elements 50-99 | tensor b: elements 0-7 | elements 8-15 |
+    written by   rank 0   rank 0                    rank 1           rank 0                   rank 1
 """
 
 import json
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +35,14 @@ LARGEST_WRITE = 2**30  # bytes; Linux writes at most 2 GiB at a time
 
 
 @dataclass(frozen=True)
-class Rows:
-    """This process's rows of a tensor.
+class Shard:
+    """This process's elements of a tensor, a range of them in row-major order.
 
     Attributes:
-        local: The rows, (rows, ...), on any device; the complete tensor if it is not sharded.
+        local: The elements, of any shape and on any device; the complete tensor if it is not sharded.
         shape: The shape of the complete tensor.
-        first: The index of the first row.
-        writes: Whether this process writes them. Of several processes with the same rows, one does.
+        first: The index of the first element in the flattened complete tensor.
+        writes: Whether this process writes them. Of several processes with the same elements, one does.
     """
 
     local: Tensor
@@ -50,25 +52,25 @@ class Rows:
 
     @property
     def offset(self) -> int:
-        """The offset in bytes of the first row."""
-        return self.first * self.shape[1:].numel() * self.local.element_size()
+        """The offset in bytes of the first element."""
+        return self.first * self.local.element_size()
 
 
 RaiseTogether = Callable[[OSError | None], None]
 
 
 def raise_error(error: OSError | None) -> None:
-    """Raises an error if there is one, as ``write_rows`` needs it where no other process takes part."""
+    """Raises an error if there is one, as ``write_shards`` needs it where no other process takes part."""
     if error is not None:
         raise error
 
 
-def write_rows(path: Path, tensors: dict[str, Rows], is_main: bool, raise_together: RaiseTogether) -> None:
+def write_shards(path: Path, tensors: dict[str, Shard], is_main: bool, raise_together: RaiseTogether) -> None:
     """Writes a safetensors file together with all other processes, which must call this with the same names.
 
     Args:
         path: The file.
-        tensors: This process's rows of each tensor.
+        tensors: This process's shard of each tensor.
         is_main: Whether this process creates the file and writes its header.
         raise_together: Waits for the other processes, and raises the error of one of them, if any, in each of them.
 
@@ -90,48 +92,48 @@ def error_of(work: Callable[[], None]) -> OSError | None:
     return None
 
 
-def create(path: Path, head: bytes, tensors: dict[str, Rows]) -> None:
+def create(path: Path, head: bytes, tensors: dict[str, Shard]) -> None:
     """Creates a file of its final size with what is in front of the data."""
     with open(path, "wb") as file:
         file.write(head)
-        file.truncate(len(head) + sum(size_of(rows) for rows in tensors.values()))
+        file.truncate(len(head) + sum(size_of(shard) for shard in tensors.values()))
 
 
-def fill(path: Path, start: int, starts: dict[str, int], tensors: dict[str, Rows]) -> None:
-    """Writes this process's rows into a file that exists.
+def fill(path: Path, start: int, starts: dict[str, int], tensors: dict[str, Shard]) -> None:
+    """Writes this process's shards into a file that exists.
 
     Args:
         path: The file.
         start: The offset of the data in the file.
         starts: The offset of each tensor in the data.
-        tensors: The rows.
+        tensors: The shards.
     """
     handle = os.open(path, os.O_WRONLY)
     try:
-        for name, rows in tensors.items():
-            if rows.writes:
-                write_at(handle, rows.local, start + starts[name] + rows.offset)
+        for name, shard in tensors.items():
+            if shard.writes:
+                write_at(handle, shard.local, start + starts[name] + shard.offset)
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def header(tensors: dict[str, Rows]) -> tuple[bytes, dict[str, int]]:
+def header(tensors: dict[str, Shard]) -> tuple[bytes, dict[str, int]]:
     """Returns (the bytes in front of the data, the offset of each tensor in the data)."""
     entries, starts, end = {}, {}, 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].local.element_size(), name)):  # keeps all aligned
-        rows = tensors[name]
-        starts[name], end = end, end + size_of(rows)
+        shard = tensors[name]
+        starts[name], end = end, end + size_of(shard)
         offsets = [starts[name], end]
-        entries[name] = {"dtype": DTYPES[rows.local.dtype], "shape": list(rows.shape), "data_offsets": offsets}
+        entries[name] = {"dtype": DTYPES[shard.local.dtype], "shape": list(shard.shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text, starts
 
 
-def size_of(rows: Rows) -> int:
+def size_of(shard: Shard) -> int:
     """Returns the bytes of a complete tensor."""
-    return rows.shape.numel() * rows.local.element_size()
+    return shard.shape.numel() * shard.local.element_size()
 
 
 def write_at(handle: int, tensor: Tensor, offset: int) -> None:
@@ -142,19 +144,31 @@ def write_at(handle: int, tensor: Tensor, offset: int) -> None:
         content, offset = content[written:], offset + written
 
 
-def read_rows(path: Path, tensors: dict[str, Rows]) -> Iterator[tuple[str, Tensor]]:
-    """Yields the name of each tensor of a safetensors file, and of it the rows that ``tensors`` has.
+def read_shards(path: Path, tensors: dict[str, Shard]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the name of each tensor of a safetensors file, and of it the elements that ``tensors`` has.
 
     Args:
         path: The file.
-        tensors: This process's rows by name. A tensor that is not in it is yielded completely.
+        tensors: This process's shards by name. A tensor that is not in it is yielded completely.
     """
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118
-            rows = tensors.get(name)
-            if rows is None or not rows.shape:
+            shard = tensors.get(name)
+            if shard is None or not shard.shape:
                 yield name, file.get_tensor(name)
             else:
-                yield name, file.get_slice(name)[rows.first : rows.first + len(rows.local)]
+                yield name, elements_of(file.get_slice(name), shard)
+
+
+def elements_of(stored: Any, shard: Shard) -> Tensor:
+    """Returns a shard's elements of a tensor in a file, in the shape of ``shard.local``.
+
+    Args:
+        stored: The tensor as safetensors' get_slice returns it. Only the rows that contain the elements are read.
+        shard: Which elements.
+    """
+    width, count = shard.shape[1:].numel(), shard.local.numel()
+    top, bottom = shard.first // width, -(-(shard.first + count) // width)
+    return stored[top:bottom].flatten()[shard.first - top * width :][:count].view_as(shard.local)

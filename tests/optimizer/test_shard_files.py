@@ -1,4 +1,4 @@
-"""row_files.py: processes that each write their rows make an ordinary safetensors file, read with any other number."""
+"""shard_files.py: processes that each write their shards make an ordinary safetensors file, read with any other number."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cogvideox.optimizer import row_files
-from cogvideox.optimizer.row_files import Rows, read_rows, write_rows
+from cogvideox.optimizer import shard_files
+from cogvideox.optimizer.shard_files import Shard, read_shards, write_shards
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 
@@ -27,22 +27,29 @@ def tensors_of(dtype: torch.dtype) -> dict[str, Tensor]:
     return made | {"scale": torch.tensor(65536.0), "good_steps": torch.tensor(3.0), "all/step": torch.tensor(12)}
 
 
-def shares(tensors: dict[str, Tensor], world: int) -> list[dict[str, Rows]]:
-    """Returns the rows of each process, divided as torch.chunk divides, which leaves some processes without rows."""
-    found: list[dict[str, Rows]] = [{} for _ in range(world)]
+def shares(tensors: dict[str, Tensor], world: int, by_rows: bool = True) -> list[dict[str, Shard]]:
+    """Returns the shards of each process, divided as torch.chunk divides, which leaves some processes without any.
+
+    Args:
+        tensors: The complete tensors.
+        world: The number of processes.
+        by_rows: Whether shards consist of complete rows, as those of FSDP2, or of any elements, as those of ZeRO.
+    """
+    found: list[dict[str, Shard]] = [{} for _ in range(world)]
     for name, tensor in tensors.items():
         if not tensor.shape:
             for rank in range(world):
-                found[rank][name] = Rows(tensor, tensor.shape, writes=rank == 0)
+                found[rank][name] = Shard(tensor, tensor.shape, writes=rank == 0)
             continue
-        length = -(-len(tensor) // world)
+        units = tensor if by_rows else tensor.flatten()
+        length = -(-len(units) // world)
         for rank in range(world):
-            first = min(rank * length, len(tensor))
-            found[rank][name] = Rows(tensor[first : first + length], tensor.shape, first)
+            first = min(rank * length, len(units))
+            found[rank][name] = Shard(units[first : first + length], tensor.shape, first * units[0].numel())
     return found
 
 
-def write(path: Path, parts: list[dict[str, Rows]]) -> None:
+def write(path: Path, parts: list[dict[str, Shard]]) -> None:
     """Writes a file from one thread for each process."""
     barrier = threading.Barrier(len(parts), timeout=20)
     found: list[OSError] = []
@@ -57,7 +64,7 @@ def write(path: Path, parts: list[dict[str, Rows]]) -> None:
 
     def one(rank: int) -> None:
         try:
-            write_rows(path, parts[rank], rank == 0, raise_together)
+            write_shards(path, parts[rank], rank == 0, raise_together)
         except BaseException as error:
             errors.append(error)
 
@@ -80,29 +87,29 @@ def check_equal(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(("world", "by_rows"), [(1, True), (3, True), (3, False)])
 def test_the_file_has_the_content_of_one_that_safetensors_writes(
-    tmp_path: Path, dtype: torch.dtype, world: int
+    tmp_path: Path, dtype: torch.dtype, world: int, by_rows: bool
 ) -> None:
     tensors = tensors_of(dtype)
     save_file(tensors, tmp_path / "right.safetensors")
-    write(tmp_path / "rows.safetensors", shares(tensors, world))
+    write(tmp_path / "rows.safetensors", shares(tensors, world, by_rows))
     check_equal(load_file(tmp_path / "rows.safetensors"), load_file(tmp_path / "right.safetensors"))
     sizes = [(tmp_path / name).stat().st_size for name in ("rows.safetensors", "right.safetensors")]
-    assert abs(sizes[0] - sizes[1]) < row_files.LENGTH_BYTES + 16  # the headers may order or pad entries differently
+    assert abs(sizes[0] - sizes[1]) < shard_files.LENGTH_BYTES + 16  # the headers may order or pad entries differently
 
 
 def test_a_tensor_larger_than_one_write_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    pwrite: Callable[..., int] = row_files.os.pwrite
+    pwrite: Callable[..., int] = shard_files.os.pwrite
 
     def short(handle: int, content: memoryview, offset: int) -> int:
         """Writes less than it is given, as Linux may."""
         written.append(pwrite(handle, content[:7], offset))
         return written[-1]
 
-    monkeypatch.setattr(row_files, "LARGEST_WRITE", 10)
-    monkeypatch.setattr(row_files.os, "pwrite", short)
+    monkeypatch.setattr(shard_files, "LARGEST_WRITE", 10)
+    monkeypatch.setattr(shard_files.os, "pwrite", short)
     tensors = tensors_of(torch.float32)
     write(tmp_path / "rows.safetensors", shares(tensors, 2))
     check_equal(load_file(tmp_path / "rows.safetensors"), tensors)
@@ -113,14 +120,14 @@ def test_a_tensor_larger_than_one_write_is_written_in_pieces(tmp_path: Path, mon
 @pytest.mark.parametrize("failing", [0, 2])
 def test_every_process_raises_the_error_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     parts = shares(tensors_of(torch.float32), 3)
-    mine, pwrite = parts[failing]["master/matrix"].local.data_ptr(), row_files.write_at
+    mine, pwrite = parts[failing]["master/matrix"].local.data_ptr(), shard_files.write_at
 
     def full(handle: int, tensor: Tensor, offset: int) -> None:
         if tensor.data_ptr() == mine:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         pwrite(handle, tensor, offset)
 
-    monkeypatch.setattr(row_files, "write_at", full)
+    monkeypatch.setattr(shard_files, "write_at", full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "rows.safetensors", parts)
 
@@ -139,24 +146,25 @@ def test_rows_that_are_not_contiguous_are_written_in_order(tmp_path: Path) -> No
 def test_of_several_processes_with_equal_rows_only_one_writes(tmp_path: Path) -> None:
     """With copies of the shards, a process whose rows another one writes leaves the file alone."""
     tensors = {"a": torch.ones(4, 2)}
-    silent = {"a": Rows(torch.zeros(2, 2), torch.Size((4, 2)), 2, writes=False)}
+    silent = {"a": Shard(torch.zeros(2, 2), torch.Size((4, 2)), 4, writes=False)}
     write(tmp_path / "rows.safetensors", [*shares(tensors, 2), silent])
     assert load_file(tmp_path / "rows.safetensors")["a"].equal(tensors["a"])
 
 
+@pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_any_number_of_processes_reads_its_rows(tmp_path: Path, world: int) -> None:
-    """With 5 processes, some have no row of the shorter tensors."""
+def test_any_number_of_processes_reads_its_shards(tmp_path: Path, world: int, by_rows: bool) -> None:
+    """With 5 processes, some have nothing of the shorter tensors."""
     tensors = tensors_of(torch.float32)
     save_file(tensors, tmp_path / "state.safetensors")
-    for part in shares(tensors, world):
-        check_equal(dict(read_rows(tmp_path / "state.safetensors", part)), {name: part[name].local for name in part})
+    for part in shares(tensors, world, by_rows):
+        check_equal(dict(read_shards(tmp_path / "state.safetensors", part)), {name: part[name].local for name in part})
 
 
 def test_a_tensor_that_nobody_describes_is_read_completely(tmp_path: Path) -> None:
     tensors = tensors_of(torch.float32)
     save_file(tensors, tmp_path / "state.safetensors")
-    check_equal(dict(read_rows(tmp_path / "state.safetensors", {})), tensors)
+    check_equal(dict(read_shards(tmp_path / "state.safetensors", {})), tensors)
 
 
 def test_an_older_file_is_replaced(tmp_path: Path) -> None:
@@ -169,7 +177,7 @@ def test_an_older_file_is_replaced(tmp_path: Path) -> None:
 def test_data_is_aligned_to_the_size_of_its_numbers() -> None:
     """A vector of 3 bytes must not shift the numbers of 8 bytes that follow."""
     tensors = {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2, dtype=torch.float64), "c": torch.ones(1)}
-    head, starts = row_files.header(shares(tensors, 1)[0])
-    assert len(head) % row_files.LENGTH_BYTES == 0
+    head, starts = shard_files.header(shares(tensors, 1)[0])
+    assert len(head) % shard_files.LENGTH_BYTES == 0
     for name, tensor in tensors.items():
         assert (len(head) + starts[name]) % tensor.element_size() == 0
