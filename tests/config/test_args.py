@@ -16,7 +16,6 @@ import pytest
 
 from cogvideox import __version__, stopping
 from cogvideox.config import args, flags
-from cogvideox.config.conflicts import check_ema
 from cogvideox.config.foreign_flags import accepted_flags
 from cogvideox.config.optimizers import check_state_place
 from cogvideox.config.options import (
@@ -385,14 +384,6 @@ def test_plans_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.startswith("--optimizer_state_on host: --optimizer came cannot keep its state in host memory")
     assert problems(*LEAST[LORA], "--plan", "off", "--keep", "all")[0].startswith("--keep all: contradicts --plan off")
     assert parse().plan.plan == "auto"
-
-
-def test_ema_is_refused_under_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not list(check_ema(parse("--use_ema")))
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert not list(check_ema(parse()))
-    (found,) = check_ema(parse("--use_ema"))
-    assert found.startswith("--use_ema: under DeepSpeed")
 
 
 def test_train_resolution_replaces_the_lists_of_buckets() -> None:

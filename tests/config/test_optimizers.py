@@ -464,24 +464,16 @@ def test_what_the_cpu_offload_cannot_do_here(monkeypatch: pytest.MonkeyPatch) ->
     assert all(text.startswith("--use_cpu_offload_optimizer: ") for text in found)
 
 
-@pytest.mark.parametrize(
-    ("given", "start"),
-    [
-        ("--optimizer prodigy", "--optimizer prodigy"),
-        ("--optimizer came", "--optimizer came"),
-        ("--optimizer torch.optim.RAdam", "--optimizer torch.optim.RAdam"),
-        ("--use_8bit --use_torchao", "--use_torchao"),
-    ],
-)
-def test_what_deepspeed_cannot_run_is_named(given: str, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    (found,) = problems(*given.split())
-    assert found.startswith(f"{start}: ")
-    for runs in ("--optimizer adam", "--optimizer adamw --use_8bit"):
+@pytest.mark.parametrize(("launcher", "variable"), [("DeepSpeed", "USE_DEEPSPEED"), ("FSDP", "USE_FSDP")])
+def test_an_optimizer_whose_state_cannot_be_sharded_is_named(
+    launcher: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_{variable}", "true")
+    for given in ("--optimizer prodigy", "--optimizer came", "--optimizer torch.optim.RAdam", "--use_8bit"):
+        (found,) = problems(*given.split())
+        assert found.startswith(f"accelerate launch ({launcher}): {given} needs more than the part of a weight")
+    for runs in ("--optimizer adam", "--optimizer adamw"):
         args.parse(LoraOptions, None, [*lora_flags_without_optimizer(), *runs.split()], [check_optimizer])
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
-    (found,) = problems("--use_8bit")
-    assert found.startswith("--use_8bit: does not run on the CPU; set offload_optimizer_device: none")
 
 
 def test_parameters_that_a_class_does_not_take() -> None:

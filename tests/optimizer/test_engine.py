@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.optim import AdamW8bit
 from fakes import options_of
 from running import equal, lora_flags, train
 from safetensors.torch import load_file
-from stepping import values
 
 from cogvideox import loop
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.errors import UsageError
-from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, engine_name, make_engine
+from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, LocalEngine, make_engine
 from cogvideox.optimizer.step import MasterWeights
 
 
@@ -110,14 +108,6 @@ def test_accelerate_s_configuration_selects_the_engine() -> None:
     assert local.masters.scale.dynamic
 
 
-def test_zero_3_has_checkpoints_of_its_own() -> None:
-    names = []
-    for stage in (2, 3):
-        state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
-        names.append(engine_name(SimpleNamespace(state=state, num_processes=2)))
-    assert names == ["DeepSpeed x 2", "DeepSpeed ZeRO-3 x 2"]
-
-
 def made_with(*flags: object, deepspeed: Any = None, model: torch.nn.Module | None = None, host: bool = True) -> Any:
     """Makes an engine with these flags, with its masters on the host if ``host``."""
     model = model or torch.nn.Linear(4, 16)
@@ -169,126 +159,3 @@ def test_refused_masters_on_the_host(flags: list[object], deepspeed: Any, named:
     assert problem.startswith("--optimizer_state_on host: ")
     assert named in problem
     assert fix in problem
-
-
-def test_deepspeed_receives_the_optimizer() -> None:
-    made: list[Any] = []
-    accelerator = SimpleNamespace(
-        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
-        num_processes=2,
-        device=torch.device("cpu"),
-        prepare=lambda model, optimizer: (made.append(optimizer), SimpleNamespace(optimizer=optimizer))[::-1],
-    )
-    for flags in ((), ("--use_8bit",)):
-        DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options_of(Path("x"), *flags))
-    assert [type(optimizer) for optimizer in made] == [torch.optim.AdamW, AdamW8bit]
-
-
-def test_deepspeed_receives_the_flags() -> None:
-    """DeepSpeed accumulates and clips as the flags say, and two of three backward passes make no step."""
-    done: list[Any] = []
-
-    class Fake:
-        optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
-
-        def backward(self, loss: torch.Tensor) -> None:
-            done.append(loss.item())
-
-        def step(self) -> None:
-            done.append(self.optimizer.param_groups[0]["lr"])
-
-        def is_gradient_accumulation_boundary(self) -> bool:
-            return sum(isinstance(entry, float) and entry > 1 for entry in done) == 3
-
-        def load_checkpoint(self, *_: Any, **__: Any) -> tuple[None, None]:
-            return None, None
-
-    plugin = SimpleNamespace(zero_stage=2, deepspeed_config={})
-    accelerator = SimpleNamespace(
-        state=SimpleNamespace(deepspeed_plugin=plugin),
-        num_processes=2,
-        device=torch.device("cpu"),
-        prepare=lambda *_: (Fake(), None),
-    )
-    options = options_of(Path("x"), "--gradient_accumulation_steps", 3, "--max_grad_norm", 0.5, "--train_batch_size", 2)
-    engine = DeepSpeedEngine(accelerator, None, [torch.nn.Parameter(torch.ones(2))], options)
-    assert engine_name(accelerator) == "DeepSpeed x 2"
-    assert plugin.deepspeed_config["gradient_accumulation_steps"] == 3
-    assert plugin.deepspeed_config["gradient_clipping"] == 0.5
-    assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 2
-    assert plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] is False
-    assert plugin.deepspeed_config["zero_optimization"]["memory_efficient_linear"] is False
-    for _ in range(3):
-        engine.backward(torch.tensor(0.5))
-    assert done == [1.5, 0.0, 1.5, 0.0, 1.5]  # DeepSpeed divides by 3; the last step needs its rate first.
-    with pytest.raises(RuntimeError, match="found nothing to resume from"):
-        engine.load(Path("nowhere"))
-
-
-def deepspeed_around(model: Any, parameters: Any, monkeypatch: pytest.MonkeyPatch) -> DeepSpeedEngine:
-    """Makes our engine with a stand-in for DeepSpeed's, with one rank."""
-    accelerator = SimpleNamespace(
-        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
-        num_processes=1,
-        device=torch.device("cpu"),
-        prepare=lambda *_: (model, None),
-    )
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    return DeepSpeedEngine(accelerator, None, parameters, options_of(Path("x")))
-
-
-def test_deepspeed_steps_with_our_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rate of every group is ours, whatever schedule DeepSpeed's configuration names."""
-    groups = [{"lr": 0.5}, {"lr": 0.5}]
-    at: list[list[float]] = []
-    model = SimpleNamespace(
-        optimizer=SimpleNamespace(param_groups=groups),
-        step=lambda: at.append([group["lr"] for group in groups]),
-        get_global_grad_norm=lambda: 2.0,
-        was_step_applied=lambda: True,
-    )
-    engine = deepspeed_around(model, [torch.nn.Parameter(torch.ones(2))], monkeypatch)
-    results = [engine.step(rate).values.tolist() for rate in (1e-3, 1e-4)]
-    assert at == [[1e-3, 1e-3], [1e-4, 1e-4]]
-    assert results == [[0.0, 2.0, 0.0, 1.0]] * 2  # loss, norm, skipped, loss scale
-
-
-class Scaler:
-    """Imitates DeepSpeed's DynamicLossScaler when each step overflows."""
-
-    cur_scale, raise_error_at_min_scale = 2.0, True
-
-    def update_scale(self) -> None:
-        assert self.cur_scale > 1.0 or not self.raise_error_at_min_scale
-        self.cur_scale = max(1.0, self.cur_scale / 2)
-
-
-@pytest.mark.fault("numbers: an overflow under DeepSpeed", times=2)
-@pytest.mark.parametrize("norm", [float("inf"), None])  # It is None if DeepSpeed's configuration disables norms.
-def test_steps_that_deepspeed_skips_are_counted(monkeypatch: pytest.MonkeyPatch, norm: float | None) -> None:
-    """At the lowest loss scale DeepSpeed alone would end the run with a traceback; here the step is counted."""
-    scaler = Scaler()
-    masters = {"params": [torch.nn.Parameter(torch.ones(4))], "lr": 0.0}
-    inner = torch.optim.AdamW(masters["params"])  # type: ignore[arg-type]
-
-    class Optimizer:
-        optimizer, param_groups, loss_scaler = inner, [masters], scaler
-
-        @property
-        def loss_scale(self) -> float:
-            return scaler.cur_scale
-
-    model = SimpleNamespace(
-        optimizer=Optimizer(),
-        step=scaler.update_scale,
-        get_global_grad_norm=lambda: norm,
-        was_step_applied=lambda: False,
-    )
-    engine = deepspeed_around(model, masters["params"], monkeypatch)
-    found = [values(engine.step(0.1)) for _ in range(4)]
-    assert [step["skipped"] for step in found] == [1.0] * 4
-    assert [step["loss_scale"] for step in found] == [2.0, 1.0, 1.0, 1.0]
-    assert engine.not_finite() == []
-    inner.state[masters["params"][0]]["exp_avg"] = torch.tensor([1.0, torch.nan])
-    assert engine.not_finite() == ["exp_avg of parameter group 0"]

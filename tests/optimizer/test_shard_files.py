@@ -1,4 +1,4 @@
-"""shard_files.py: processes that each write their shards make an ordinary safetensors file, read with any other number."""
+"""shard_files.py: processes that each write their shards make an ordinary safetensors file, which any number reads."""
 
 from __future__ import annotations
 

@@ -1,15 +1,18 @@
 """Conformance of engines: each of them trains as one process does, and reads the checkpoints of the others.
 
 The runs are those of the scripts, with the environment that ``accelerate launch`` sets. Each has accumulation, an
-average of the weights, and two buckets if the model allows them. Losses must agree within 1e-5. An engine that trains
-all weights is added to ENGINES.
+average of the weights, and two buckets if the model allows them, and is interrupted in the middle. Losses must agree
+within 1e-5. An engine that trains all weights is added to ENGINES.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,6 +25,8 @@ from running import (
     Moment,
     finish,
     fork_ranks,
+    free_port,
+    launch,
     losses,
     python,
     safetensors_of,
@@ -35,12 +40,52 @@ COPIES: dict[str, str] = {}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 OFFLOAD = FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}
 HSDP = FSDP | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
-ENGINES = {"copies": (2, COPIES), "fsdp": (2, FSDP), "offload": (2, OFFLOAD), "uneven": (3, FSDP), "hsdp": (4, HSDP)}
-SHARDS = {"copies": 1, "fsdp": 2, "offload": 2, "uneven": 3, "hsdp": 2}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+ZERO2 = ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+ZERO3 = ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+STATE_ON_HOST = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+ALL_ON_HOST = STATE_ON_HOST | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}
+# The tiny weights are so small that ZeRO-3 would keep a copy of all of them, and its buffer is for large ones.
+ZERO3_SETTINGS = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1}
+
+
+class Launch(NamedTuple):
+    """How an engine is started, and how many fp32 numbers for each weight a process must have between two steps.
+
+    Attributes:
+        ranks: The number of processes.
+        environment: What accelerate launch sets.
+        complete: The numbers for each weight that every process has, such as 1 for a complete copy of the weights.
+        divided: The numbers for each weight that are divided between processes: a master, an average, two moments.
+        shards: Between how many processes they are divided.
+        flags: Flags of the script that the run of one process does not have.
+    """
+
+    ranks: int
+    environment: dict[str, str]
+    complete: float
+    divided: float
+    shards: int
+    flags: tuple[str, ...] = ()
+
+
+ENGINES = {
+    "copies": Launch(2, COPIES, 5, 0, 1),  # with a buffer of gradients
+    "fsdp": Launch(2, FSDP, 0, 4, 2),
+    "fsdp_offload": Launch(2, OFFLOAD, 0, 4, 2),
+    "fsdp_uneven": Launch(3, FSDP, 0, 4, 3),
+    "hsdp": Launch(4, HSDP, 0, 4, 2),
+    "zero2": Launch(2, ZERO2, 1, 4, 2),
+    "zero2_offload": Launch(2, ZERO2 | STATE_ON_HOST, 2.25, 5, 2),  # DeepSpeed accumulates complete gradients there
+    "zero2_planned": Launch(2, ZERO2 | STATE_ON_HOST, 2.25, 5, 2, ("--keep", "attention")),
+    "zero2_uneven": Launch(3, ZERO2, 1, 4, 3),
+    "zero3": Launch(2, ZERO3, 0, 6, 2),
+    "zero3_offload": Launch(2, ZERO3 | ALL_ON_HOST, 0, 6, 2),
+    "zero3_uneven": Launch(3, ZERO3, 0, 6, 3),
+}
 BUCKETS = ("--height_buckets", 64, 96, "--width_buckets", 64, 96)
 LOW_BUCKETS = ("--height_buckets", 64, "--width_buckets", 64, 96)  # the positions of the tiny 1.5 models end at 64 rows
 STEPS = 4
-Train = Callable[..., str]
 
 
 class Runs:
@@ -61,22 +106,49 @@ class Runs:
         self.buckets = own.get(kind, BUCKETS)
         self.model, self.clips, self.folder, self.batch = model, clips, folder, batch
 
-    def start(
-        self, name: str, ranks: int, steps: int, environment: Mapping[str, str], moments: dict[int, Moment] | None
-    ) -> list[Forked]:
-        """Starts the script on each rank."""
+    def command(self, name: str, ranks: int, steps: int) -> list[object]:
+        """Returns the command that trains to a step. The global batch is the same for any number of ranks."""
         flags = sft_flags(
             self.model, self.clips, self.folder / name, *self.more, *self.buckets, "--max_train_steps", steps
         )
         flags += ["--tensor_cache", str(self.folder / "cache"), "--learning_rate", "1e-3", "--seed", "3"]
         flags += ["--lr_scheduler", "constant", "--use_ema", "--ema_decay", "0.5"]
-        command = python(self.script, *flags, "--gradient_accumulation_steps", self.batch // ranks)
-        return fork_ranks(ranks, command, moments, **environment) if ranks > 1 else [Forked(command)]
+        return python(self.script, *flags, "--gradient_accumulation_steps", self.batch // ranks)
 
-    def train(self, name: str, ranks: int = 1, steps: int = STEPS, environment: Mapping[str, str] = COPIES) -> str:
+    def start(
+        self,
+        name: str,
+        ranks: int,
+        steps: int,
+        environment: Mapping[str, str],
+        moments: dict[int, Moment] | None = None,
+        flags: Sequence[str] = (),
+    ) -> list[Forked]:
+        """Starts the script on each rank. They say in files how many bytes of tensors they have at each checkpoint."""
+        command = [*self.command(name, ranks, steps), *flags]
+        if environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+            settings = self.folder / "zero3.json"
+            settings.write_text(json.dumps({"zero_optimization": ZERO3_SETTINGS}))
+            environment = {**environment, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(settings)}
+        census = {"COUNT_BYTES": str(self.folder / f"{name}.bytes")}
+        return fork_ranks(ranks, command, moments, **environment, **census) if ranks > 1 else [Forked(command)]
+
+    def train(
+        self,
+        name: str,
+        ranks: int = 1,
+        steps: int = STEPS,
+        environment: Mapping[str, str] = COPIES,
+        flags: Sequence[str] = (),
+    ) -> str:
         """Runs the script to a step and returns what the first rank prints."""
-        said, *_ = [finish(rank) for rank in self.start(name, ranks, steps, environment, None)]
+        said, *_ = [finish(rank) for rank in self.start(name, ranks, steps, environment, flags=flags)]
         return said
+
+    def numbers_per_weight(self, name: str, rank: int) -> list[float]:
+        """Returns how many fp32 numbers a rank had for each weight of the model, at each checkpoint."""
+        weights = sum(tensor.nbytes for tensor in safetensors_of(self.folder / "one" / "transformer").values())
+        return [int(line) / weights for line in Path(f"{self.folder / name}.bytes{rank}").read_text().split()]
 
     def check(self, name: str) -> None:
         """Compares a run with that of one process: losses, masters, moments, averages and exported weights."""
@@ -112,7 +184,7 @@ def runs(
 
 def cases() -> list[object]:
     """Returns all engines with all kinds. Without the long tests, they cover copies, shards and both tasks."""
-    short = {("5b", "copies"), ("5b", "fsdp"), ("5b-i2v", "fsdp")}
+    short = {("5b", "copies"), ("5b", "fsdp"), ("5b-i2v", "fsdp_uneven"), ("5b", "zero2_planned"), ("5b-i2v", "zero3")}
     kinds = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
     pairs = [(kind, engine) for kind in kinds for engine in ENGINES]
     return [pytest.param(*pair, marks=[] if pair in short else pytest.mark.long) for pair in pairs]
@@ -120,42 +192,60 @@ def cases() -> list[object]:
 
 @pytest.mark.parametrize(("kind", "engine"), cases())
 def test_an_engine_trains_as_one_process_does(runs: Callable[..., Runs], kind: str, engine: str) -> None:
-    ranks, environment = ENGINES[engine]
+    """The bytes of all tensors show that each process has only its share of the state."""
+    ranks, environment, complete, divided, shards, flags = ENGINES[engine]
     made = runs(kind, 4 if ranks == 4 else 6, False)
-    said = made.train(engine, ranks, environment=environment)
-    assert ("sharded over" in said) == (SHARDS[engine] > 1)
-    assert SHARDS[engine] == 1 or f"sharded over {SHARDS[engine]} processes" in said
+    made.train(engine, ranks, STEPS // 2, environment, flags)
+    said = made.train(engine, ranks, STEPS, environment, flags)
     made.check(engine)
+    assert ("kept for backward: attention of" in said) >= ("--keep" in flags)
+    for rank in range(ranks):
+        numbers = made.numbers_per_weight(engine, rank)
+        assert numbers == pytest.approx([complete + divided / shards] * 2, rel=0.1)
 
 
-def test_a_run_continues_with_another_number_of_processes(runs: Callable[..., Runs]) -> None:
-    """Two steps are sharded over two processes, one step is made in one process, the last is sharded over three.
+def test_a_run_continues_with_another_engine(runs: Callable[..., Runs]) -> None:
+    """Each step is made by another engine, with another number of processes.
 
     With three processes, some rows of the tiny model are divided unevenly, and one process has no row of others.
     """
     made = runs("5b", 6, False)
-    made.train("other", 2, 2, FSDP)
-    made.train("other", 1, 3)
-    said = made.train("other", 3, STEPS, FSDP)
-    assert "sharded over 3 processes" in said
+    for step, (ranks, environment) in enumerate([(2, ZERO2), (3, FSDP), (1, COPIES), (2, ZERO3)], 1):
+        assert ("resuming from" in made.train("other", ranks, step, environment)) == (step > 1)
     made.check("other")
 
 
-def test_a_killed_rank_ends_the_others_and_the_run_can_continue(runs: Callable[..., Runs]) -> None:
+@pytest.mark.parametrize("environment", [FSDP, pytest.param(ZERO3, marks=pytest.mark.long)], ids=["fsdp", "zero3"])
+def test_a_killed_rank_ends_the_others_and_the_run_can_continue(
+    runs: Callable[..., Runs], environment: dict[str, str]
+) -> None:
     """One of two ranks is killed while both write the second checkpoint; the first checkpoint is complete."""
-    made = runs("5b", 6, False)
+    made, name = runs("5b", 6, False), f"killed {len(environment)}"
     moment: Moment = (f"open .*checkpoint-4.*{STATE_NAME}", 1)
-    first, killed = made.start("killed", 2, STEPS, FSDP, {1: moment})
+    first, killed = made.start(name, 2, STEPS, environment, {1: moment})
     assert killed.wait(120) == -9
     assert first.wait(60) != 0
-    assert [path.name for path in (made.folder / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert "resum" in made.train("killed", 2, STEPS, FSDP)
-    made.check("killed")
+    assert [path.name for path in (made.folder / name).glob("checkpoint-*")] == ["checkpoint-2"]
+    assert "resum" in made.train(name, 2, STEPS, environment)
+    made.check(name)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["5b", "5b-i2v"])
-def test_a_lora_trains_on_two_processes_as_on_one(runs: Callable[..., Runs], kind: str) -> None:
+@pytest.mark.parametrize("engine", ["copies", "zero2", "zero2_offload"])
+def test_a_lora_trains_on_two_processes_as_on_one(runs: Callable[..., Runs], kind: str, engine: str) -> None:
     made = runs(kind, 6, True)
-    made.train("copies", 2)
-    assert losses(made.folder / "copies") == pytest.approx(losses(made.folder / "one"), rel=1e-5)
+    made.train(engine, 2, STEPS // 2, ENGINES[engine].environment)
+    made.train(engine, 2, STEPS, ENGINES[engine].environment)
+    assert losses(made.folder / engine) == pytest.approx(losses(made.folder / "one"), rel=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_configurations_of_deepspeed_are_launched(runs: Callable[..., Runs], name: str, tmp_path: Path) -> None:
+    """accelerate starts the run, on the CPU and in fp32."""
+    made = runs("5b", 6, False)
+    launcher = f"-m accelerate.commands.launch --config_file accelerate_configs/{name}.yaml --mixed_precision no"
+    started = [sys.executable, *launcher.split(), "--main_process_port", free_port()]
+    launch(started, 2, made.command(f"launched {name}", 2, 2), tmp_path / "ranks", ACCELERATE_USE_CPU="true")
+    assert losses(made.folder / f"launched {name}") == pytest.approx(losses(made.folder / "one")[:2], rel=1e-5)

@@ -356,7 +356,7 @@ def test_deepspeed_zero_2_has_the_losses_of_one_process(
     launched |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
     launched |= {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "none" for what in ("OPTIMIZER", "PARAM")}
     for rank in fork_ranks(2, python(LORA_SCRIPT, *flags), **launched):
-        finish(rank)  # a checkpoint of DeepSpeed, which another engine refuses
+        finish(rank)
     assert losses(output) == pytest.approx(losses(reference), rel=1e-4)
 
 

@@ -392,23 +392,16 @@ def test_differences_are_listed_name_by_name(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.fault("security: a checkpoint with files that can run code")
-def test_files_that_can_run_code_are_loaded_from_the_own_folder_only(tmp_path: Path) -> None:
-    own, other = tmp_path / "own", tmp_path / "other"
-    for folder in (own, other):
-        save_steps(run_alone(folder), 2)
-    (own / "checkpoint-3").symlink_to(other / "checkpoint-2")
-
-    def load(wanted: str, safe: bool) -> int:
-        run = run_alone(own)
-        run.accelerator.state.deepspeed_plugin = None if safe else object()
-        return find_start(run, {"seed": 1}, options_of(own, "--resume_from_checkpoint", wanted)).step
-
-    assert load("checkpoint-2", safe=False) == 2
-    assert load(str(other / "checkpoint-2"), safe=True) == 2
-    for wanted in (str(other / "checkpoint-2"), "checkpoint-3", "latest", f"{own}/../other/checkpoint-2"):
-        with pytest.raises(UsageError, match="can run code"):
-            load(wanted, safe=False)
+def test_a_checkpoint_of_an_earlier_version_that_names_the_engine(tmp_path: Path) -> None:
+    """The checkpoints of DeepSpeed's engine were other files, so they are refused."""
+    saver = saver_of(run_alone(tmp_path), FakeEngine())
+    saver.recipe["engine"] = "local"
+    saver.save(2)
+    assert find_start(run_alone(tmp_path), {"seed": 1}, options_of(tmp_path)).step == 2
+    saver.recipe["engine"] = "DeepSpeed x 2"
+    saver.save(4)
+    with pytest.raises(UsageError, match="engine: DeepSpeed x 2 there, None now"):
+        find_start(run_alone(tmp_path), {"seed": 1}, options_of(tmp_path))
 
 
 # -- in complete runs --------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import census
 import disk_faults
 import quick_pictures
 
@@ -95,6 +96,8 @@ def become(request: dict[str, Any]) -> None:
         signal_at(*request["killed_at"])
     for fault in request["disk"]:
         disk_faults.refuse(*fault)
+    if "COUNT_BYTES" in os.environ:
+        census.report_at_saves(Path(os.environ["COUNT_BYTES"] + os.environ["RANK"]))
 
 
 def signal_at(moment: str, nth: int, number: int = signal.SIGKILL) -> None:

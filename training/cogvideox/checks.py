@@ -7,7 +7,7 @@ all problems that it finds, one line each.
 from collections.abc import Iterator
 from pathlib import Path
 
-from cogvideox.config.conflicts import check_ema, check_launcher, check_trackers
+from cogvideox.config.conflicts import check_launcher, check_trackers
 from cogvideox.config.geometry import check_pipeline
 from cogvideox.config.hub import check_hub
 from cogvideox.config.lora_file import check_lora
@@ -67,7 +67,6 @@ TRAINING_CHECKS = (
     check_optimizer,
     check_state_place,
     check_lora,
-    check_ema,
     check_prompts,
     check_images,
     check_trackers,

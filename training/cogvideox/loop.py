@@ -47,7 +47,7 @@ from cogvideox.model import diffusion, models
 from cogvideox.model.diffusion import NoiseSchedule
 from cogvideox.model.methods import Method
 from cogvideox.model.tasks import Task, losses_of
-from cogvideox.optimizer.engine import engine_name, make_engine
+from cogvideox.optimizer.engine import make_engine
 from cogvideox.optimizer.step import learning_rate, rate_jump
 from cogvideox.planning.block_check import check_blocks
 from cogvideox.planning.execution import Plan, apply_plan, apply_vram_budget, make_plan, measured_line
@@ -109,7 +109,6 @@ def recipe_of(
         "method": method_type.__name__,
         "transformer": models.weight_fingerprint(options.model, "transformer"),
         "precision": run.precision,
-        "engine": engine_name(run.accelerator),
         "seed": options.data.seed,
         "samples_per_step": samples_per_step(run, options),
         "caption_dropout": options.loader.caption_dropout,

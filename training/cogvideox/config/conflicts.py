@@ -276,15 +276,6 @@ def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
         yield "--validation_data_root: --load_tensors has the clips of the prepared folder; prepare with the flag"
 
 
-def check_ema(options: TrainOptions) -> Iterator[str]:
-    """Yields problems of --use_ema with the configuration of the launcher, for args.parse."""
-    if options.loss.use_ema and under_deepspeed():
-        yield (
-            "--use_ema: under DeepSpeed no rank has all fp32 weights to average; leave it out, or launch with "
-            "accelerate_configs/uncompiled_2.yaml"
-        )
-
-
 def check_launcher(options: TrainOptions) -> Iterator[str]:
     """Yields problems of the configuration of accelerate, for args.parse."""
     if under_deepspeed():

@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
-from cogvideox.config.deepspeed import offload_device
-from cogvideox.config.flags import ADAMS, NAMED_CLASS, OptimizerFlags
+from cogvideox.config.flags import NAMED_CLASS, OptimizerFlags
 from cogvideox.config.options import (
     TrainOptions,
     launched_processes,
@@ -217,11 +216,9 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
         yield "--use_torchao: compiles its step, which needs a C++ compiler; install g++, or leave the flag out"
     if flags.use_cpu_offload_optimizer:
         yield from offload_machine_problems(options)
-    if under_deepspeed():
-        yield from deepspeed_problems(flags)
-    if under_fsdp():
+    for launcher in ["DeepSpeed"] * under_deepspeed() + ["FSDP"] * under_fsdp():
         with suppress(ImportError, UsageError):
-            yield from fsdp_problems(flags)
+            yield from sharded_state_problems(flags, launcher)
 
 
 def check_state_place(options: TrainOptions) -> Iterator[str]:
@@ -283,31 +280,25 @@ def offload_machine_problems(options: TrainOptions) -> Iterator[str]:
         yield f"{name}: torchao does not support loss scaling, which fp16 needs; give --mixed_precision bf16"
 
 
-def deepspeed_problems(flags: OptimizerFlags) -> Iterator[str]:
-    """Yields a message for each choice that DeepSpeed does not support.
+def sharded_state_problems(flags: OptimizerFlags, launcher: str) -> Iterator[str]:
+    """Yields why an optimizer's state cannot be sharded.
 
-    ZeRO passes each optimizer only a flat shard of the weights. Adam works on any shard, but other optimizers may need
-    the shapes of the weights or all shards at once.
+    A process has only some elements of a weight. Adam treats each element on its own, but other optimizers need the
+    shapes of the weights or all elements at once, and low-bit moments are quantized in blocks of elements.
+
+    Args:
+        flags: The flags of the optimizer.
+        launcher: What shards the state, "DeepSpeed" or "FSDP".
     """
-    if flags.kind not in ADAMS:
-        yield f"--optimizer {flags.optimizer}: is not supported under DeepSpeed; give adam or adamw"
-    if flags.use_torchao:
-        yield "--use_torchao: does not run under DeepSpeed; give only --use_8bit"
-    if bits_of(flags) and offload_device("offload_optimizer") != "none":
-        yield f"{flag_of(flags)}: does not run on the CPU; set offload_optimizer_device: none, or leave the flag out"
-    if flags.use_cpu_offload_optimizer:
+    if not flags.use_cpu_offload_optimizer and not steps_on_device(flags):
+        yield (
+            f"accelerate launch ({launcher}): {flag_of(flags)} needs more than the part of a weight that a process "
+            "has; give --optimizer adam or adamw without low bits"
+        )
+    elif flags.use_cpu_offload_optimizer and launcher == "DeepSpeed":
         yield (
             "--use_cpu_offload_optimizer: does not run under DeepSpeed; set offload_optimizer_device: cpu in its "
             "configuration"
-        )
-
-
-def fsdp_problems(flags: OptimizerFlags) -> Iterator[str]:
-    """Yields why FSDP cannot shard an optimizer's state: only fused Adam treats each number of a shard on its own."""
-    if not flags.use_cpu_offload_optimizer and not steps_on_device(flags):
-        yield (
-            f"accelerate launch (FSDP): {flag_of(flags)} needs more than the rows of a weight that a process has; give "
-            "--optimizer adam or adamw without low bits"
         )
 
 

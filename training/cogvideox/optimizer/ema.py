@@ -9,12 +9,11 @@ was skipped. If the masters are stored on the host, so are the averages; then ea
 the weight 1 - d_n is computed there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from cogvideox.optimizer.master_weights import for_file
 
@@ -25,12 +24,12 @@ class Ema:
     """Keeps the average of each master weight, on the device of the master.
 
     Args:
-        parameters: The parameters of the model by name, in its type.
+        parameters: The parameters of the model by name, in its type, or this process's elements of them.
         masters: The fp32 masters by the same names; an fp32 parameter may be its own master.
         decay: The largest decay, --ema_decay.
     """
 
-    def __init__(self, parameters: dict[str, Parameter], masters: dict[str, Tensor], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], masters: dict[str, Tensor], decay: float) -> None:
         self.parameters, self.masters, self.decay = parameters, masters, decay
         self.averages = {name: master.detach().clone() for name, master in masters.items()}
         # fp32 counts exactly up to 16 million.
@@ -44,10 +43,11 @@ class Ema:
             skipped: Scalar on the device, 1 if the step changed no weight; then the averages do not change either.
         """
         decay = ((1.0 + self.steps) / (10.0 + self.steps)).clamp(max=self.decay)
-        share = torch.where(self.steps > 0, 1.0 - decay, 1.0) * (1.0 - skipped)
+        changed = (1.0 - skipped).to(self.steps.device)
+        share = torch.where(self.steps > 0, 1.0 - decay, 1.0) * changed
         for name, average in self.averages.items():
             average.lerp_(self.masters[name], share.to(average.device))
-        self.steps += 1.0 - skipped
+        self.steps += changed
 
     @contextmanager
     def applied(self) -> Iterator[None]:

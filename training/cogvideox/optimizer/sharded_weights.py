@@ -6,7 +6,7 @@ the master weights. ``ShardedWeights`` steps an optimizer on them; only the grad
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -122,6 +122,10 @@ class ShardedWeights:
     def room_for_state(self) -> Tensor:
         """Returns an empty tensor: the optimizer's state exists already."""
         return torch.empty(0)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Gives each process a complete copy of all weights while the context lasts."""
+        return gathered(self.transformer)
 
     def wait(self) -> None:
         """Does nothing: no transfer runs between steps."""

@@ -35,7 +35,7 @@ from cogvideox.optimizer.master_weights import (
 
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # the defaults of torch.amp.GradScaler
 SAME_RATE = 1e-3  # relative difference up to which two rates count as equal; a slightly longer run changes less
-LOSS_SCALE = "loss_scale"
+LOSS_SCALE, GOOD_STEPS = "loss_scale", "good_steps"
 ALL = "*"  # takes the place of the parameter in the names of tensors that belong to all parameters
 
 
@@ -148,12 +148,12 @@ class LossScale:
 
     def state(self) -> dict[str, Tensor]:
         """Returns what a resumed run needs, by name."""
-        return {LOSS_SCALE: self.value, "good_steps": self.good_steps}
+        return {LOSS_SCALE: self.value, GOOD_STEPS: self.good_steps}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what ``state`` returned."""
         self.value.copy_(tensors[LOSS_SCALE])
-        self.good_steps.copy_(tensors["good_steps"])
+        self.good_steps.copy_(tensors[GOOD_STEPS])
 
 
 class MasterWeights:

@@ -34,7 +34,7 @@ from cogvideox.files import check_room, disk_errors_converted, fsync, removed_on
 from cogvideox.model.methods import Method
 from cogvideox.optimizer.engine import Engine
 from cogvideox.optimizer.master_weights import state_bytes
-from cogvideox.optimizer.zero3 import num_elements
+from cogvideox.optimizer.zero_weights import num_elements
 from cogvideox.runtime.run import METRICS_NAME, Run
 
 CHECKPOINT_PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
@@ -406,10 +406,6 @@ def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> Start
     progress = json.loads((folder / PROGRESS_NAME).read_text())
     start = StartPoint(folder, progress["step"], progress["recipe"])
     check_recipe(start, recipe, options)
-    under_deepspeed = run.accelerator.state.deepspeed_plugin is not None
-    if under_deepspeed and folder.resolve().parent != run.output_dir.resolve():
-        rule = "DeepSpeed's files can run code, so only those of this --output_dir are loaded"
-        raise UsageError(f"--resume_from_checkpoint {folder}: {rule}")
     check_length(start, options.train.max_train_steps, run.output_dir)
     return start
 
@@ -454,10 +450,12 @@ def check_length(start: StartPoint, total_steps: int | None, output_dir: Path) -
 def check_recipe(start: StartPoint, now: Mapping[str, object], options: TrainOptions) -> None:
     """Raises UsageError if settings differ from those of the checkpoint, unless --allow_changed permits it."""
     now = json.loads(json.dumps(now))  # The checkpoint went through JSON too, which turns tuples into lists.
+    # Earlier versions named the engine. Checkpoints of DeepSpeed's engine were other files then.
+    then = {name: value for name, value in start.recipe.items() if (name, value) != ("engine", "local")}
     free = {DATA, *options.train.allow_changed}
-    changed = [name for name in {**start.recipe, **now} if start.recipe.get(name) != now.get(name) and name not in free]
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in free]
     if changed:
-        differences = [f"  {name}: {start.recipe.get(name)} there, {now.get(name)} now" for name in changed]
+        differences = [f"  {name}: {then.get(name)} there, {now.get(name)} now" for name in changed]
         hint = continue_hint(start, changed, options)
         raise UsageError([f"{start.folder}: was made with other settings; give them again, or {hint}", *differences])
 

@@ -1,0 +1,170 @@
+"""zero_weights.py: steps by DeepSpeed equal those of MasterWeights, and so do the checkpoints.
+
+One process divides weights between itself and nobody else. tests/project/test_engines.py has several processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fakes import options_of
+from safetensors.torch import load_file
+from stepping import values
+from torch import Tensor
+from torch.nn import Linear, Module, Sequential
+
+from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, make_engine
+from cogvideox.optimizer.zero_weights import ZeroWeights
+
+STEPS = 4
+FLAGS = ("--gradient_accumulation_steps", 2, "--max_grad_norm", 0.05, "--use_ema", "--optimizer", "adamw")
+STAGES = pytest.mark.parametrize("stage", [2, 3])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    """A process group of this process, with the environment variable that DeepSpeed wants from a launcher."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        yield
+    dist.destroy_process_group()
+
+
+def accelerator_of(stage: int, precision: str | None = None) -> Any:
+    """Imitates an Accelerator whose configuration asks for DeepSpeed."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 8, "reduce_bucket_size": 1}
+    settings: dict[str, Any] = {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    if precision:
+        settings[precision] = {"enabled": True}
+
+    def prepare(model: Module, optimizer: Any) -> tuple[Any, Any]:
+        import deepspeed
+
+        engine, made, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        return engine, made
+
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=settings)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    return SimpleNamespace(state=state, is_main_process=True, device=torch.device("cpu"), prepare=prepare)
+
+
+def model_of(dtype: torch.dtype = torch.float32) -> Sequential:
+    """Returns two layers with the same random weights at every call."""
+    torch.manual_seed(0)
+    return Sequential(Linear(4, 6), Linear(6, 3)).to(dtype)
+
+
+def zero(stage: int, dtype: torch.dtype = torch.float32) -> DeepSpeedEngine:
+    model = model_of(dtype)
+    method: Any = SimpleNamespace(parameters=lambda: dict(model.named_parameters()))
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    made = make_engine(accelerator_of(stage, precision), model, method, options_of(Path("x"), *FLAGS), dtype)
+    assert isinstance(made, DeepSpeedEngine)
+    return made
+
+
+def local(dtype: torch.dtype = torch.float32) -> LocalEngine:
+    model = model_of(dtype)
+    method: Any = SimpleNamespace(parameters=lambda: dict(model.named_parameters()))
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None), is_main_process=True)
+    made = make_engine(accelerator, model, method, options_of(Path("x"), *FLAGS), dtype)
+    assert isinstance(made, LocalEngine)
+    return made
+
+
+def loss_of(model: Module, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    dtype = next(iter(model.state_dict().values())).dtype
+    return model(torch.randn(5, 4, generator=generator).to(dtype)).float().square().mean()
+
+
+def train(engine: DeepSpeedEngine | LocalEngine, first: int = 0, last: int = STEPS, rate: float = 0.01) -> list[float]:
+    """Makes steps of two micro-batches, and returns the numbers of all of them."""
+    numbers: list[float] = []
+    for step in range(first, last):
+        for part in range(2):
+            engine.backward(loss_of(engine.model, 2 * step + part) / 2)
+        numbers += values(engine.step(rate)).values()
+    return numbers
+
+
+def check_close(own: Path, right: Path) -> None:
+    for name in (STATE_NAME, EMA_NAME):
+        found, expected = load_file(own / name), load_file(right / name)
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-7)
+
+
+@STAGES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_and_files_are_those_of_one_process(tmp_path: Path, stage: int, dtype: torch.dtype) -> None:
+    own, right = zero(stage, dtype), local(dtype)
+    own.rehearse(partial(loss_of, step=9))
+    assert train(own) == pytest.approx(train(right), rel=1e-5)
+    for name, engine in (("own", own), ("right", right)):
+        (tmp_path / name).mkdir()
+        engine.save(tmp_path / name)
+    check_close(tmp_path / "own", tmp_path / "right")
+    with own.averaged(), right.averaged():
+        for parameter, expected in zip(own.model.module.parameters(), right.model.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-7)
+    assert train(own, STEPS, 6) == pytest.approx(train(right, STEPS, 6), rel=1e-5)
+
+
+@STAGES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_checkpoints_cross_in_both_directions(tmp_path: Path, stage: int, dtype: torch.dtype) -> None:
+    expected = train(local(dtype), 0, 6)
+    for engines in ((zero(stage, dtype), local(dtype)), (local(dtype), zero(stage, dtype))):
+        first, second = engines
+        train(first)
+        first.save(tmp_path)
+        second.load(tmp_path)
+        assert train(second, STEPS, 6) == pytest.approx(expected[-8:], rel=1e-5)
+
+
+def test_a_fragment_without_elements_is_part_of_the_file() -> None:
+    """With ZeRO-2, a process has no element of most weights, but all processes name the same tensors."""
+    weights = object.__new__(ZeroWeights)
+    fragments = zero(2).masters.fragments
+    weights.fragments = fragments
+    name, fragment = next(iter(fragments.items()))
+    shard = weights.shards({f"exp_avg/{name}": fragment.flat[0:0]})[f"exp_avg/{name}"]
+    assert (shard.shape, shard.local.numel(), shard.first) == (torch.Size((6, 4)), 0, 0)
+
+
+@STAGES
+def test_the_rate_is_ours(stage: int) -> None:
+    """With a rate of 0 nothing changes."""
+    own = zero(stage)
+    before = {name: master.clone() for name, master in own.masters.named_masters().items()}
+    train(own, 0, 1, rate=0.0)
+    assert all(master.equal(before[name]) for name, master in own.masters.named_masters().items())
+
+
+@STAGES
+@pytest.mark.fault("numbers: an overflow under DeepSpeed")
+def test_a_step_that_is_not_finite_is_skipped_and_counted(stage: int) -> None:
+    own = zero(stage)
+    train(own, 0, 1)
+    before = {name: tensor.clone() for name, tensor in own.masters.tensors().items()}
+    averages = {name: tensor.clone() for name, tensor in own.ema.averages.items()} if own.ema else {}
+    for part in range(2):
+        own.backward(loss_of(own.model, part) * (math.inf if part else 1.0))
+    assert values(own.step(0.01))["skipped"] == 1.0
+    assert all(tensor.equal(before[name]) for name, tensor in own.masters.tensors().items())
+    assert own.ema is not None
+    assert all(average.equal(averages[name]) for name, average in own.ema.averages.items())
+    assert own.not_finite() == []
+    next(iter(own.masters.named_masters().values())).view(-1)[0] = math.nan
+    assert own.not_finite() == ["master/0.weight"]
