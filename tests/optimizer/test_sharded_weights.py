@@ -5,6 +5,7 @@ One process shards over itself, so its rows are complete tensors. tests/project/
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from running import finish, fork_ranks, python
 from stepping import values
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -107,6 +109,28 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert not any(before[name].equal(tensor) for name, tensor in weights.named_masters().items())
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_an_overflow_of_one_rank_skips_the_step_on_all(copies: int, tmp_path: Path) -> None:
+    """In fp16, the gradients of one of four ranks overflow at the second step, on copies and on shards."""
+    overflow = Path(__file__).parents[1] / "shared" / "fp16_ranks.py"
+    for rank in fork_ranks(4, python(overflow, copies, tmp_path)):
+        finish(rank)
+    for rank in range(4):
+        right, own = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert [skipped for _, _, skipped, _ in own] == [0, 1, 0]
+        assert [scale for _, _, _, scale in own] == [2**16, 2**16, 2**15]
+        assert torch.tensor(own[::2]).allclose(torch.tensor(right[::2]), rtol=1e-3)
+        assert own[1][2:] == right[1][2:]
+
+
+@pytest.mark.parametrize(("size", "names"), [(65503.0, []), (65520.0, ["weight/0.weight"]), (torch.inf, None)])
+def test_masters_that_are_too_large_for_fp16_are_found(size: float, names: list[str] | None) -> None:
+    model = sharded(torch.float16)
+    engine = ShardedEngine(model, shards(model, scaled=True), True, raise_error, torch.float16)
+    engine.masters.named_masters()["0.weight"].detach()[2, 1] = size
+    assert engine.not_finite() == (["master/0.weight", "weight/0.weight"] if names is None else names)
+
+
 def test_dropped_gradients_have_no_effect() -> None:
     one, other = sharded(), sharded()
     first, second = shards(one), shards(other)
@@ -166,7 +190,7 @@ def sharded_engine() -> ShardedEngine:
     model = sharded()
     weights = shards(model)
     ema = Ema(weights.parameters, weights.named_masters(), 0.5)
-    return ShardedEngine(model, weights, True, raise_error, ema)
+    return ShardedEngine(model, weights, True, raise_error, torch.float32, ema)
 
 
 def advance(engine: LocalEngine | ShardedEngine, first: int, last: int) -> list[float]:

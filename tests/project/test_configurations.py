@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import SFT_SCRIPT, Forked, finish, free_port, launch, losses, python, sft_flags
+from running import SFT_SCRIPT, Forked, finish, fork_ranks, free_port, launch, losses, metrics, python, sft_flags
 
 NUMBERS = {"uncompiled_1": 1, "compiled_1": 1, "uncompiled_2": 2, "fsdp2": 2, "fsdp2_offload": 2, "hsdp": 4}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 SHARDS = {"fsdp2": 2, "fsdp2_offload": 2, "hsdp": 2}
 GLOBAL_BATCH = 4
 
@@ -48,3 +49,16 @@ def test_a_configuration_is_launched(
     assert losses(tmp_path / "sft") == pytest.approx(right, rel=1e-5)
     assert ("sharded over" in said) == (name in SHARDS)
     assert name not in SHARDS or f"sharded over {SHARDS[name]} processes" in said
+
+
+@pytest.mark.long
+def test_shards_train_in_fp16_as_one_process_does(tiny: Callable[[str], Path], clips: Path, tmp_path: Path) -> None:
+    """The guide trains 2b in fp16. Losses differ by the order in which fp16 gradients are summed."""
+    for name, ranks in (("one", 1), ("fsdp", 2)):
+        flags = sft_flags(tiny("2b"), clips, tmp_path / name, "--tensor_cache", tmp_path / "cache")
+        flags += ["--mixed_precision", "fp16", "--learning_rate", "1e-3", "--lr_scheduler", "constant"]
+        command = python(SFT_SCRIPT, *flags, "--gradient_accumulation_steps", GLOBAL_BATCH // ranks)
+        for process in fork_ranks(2, command, **FSDP) if ranks > 1 else [Forked(command)]:
+            finish(process)
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert {line["loss_scale"] for line in metrics(tmp_path / "fsdp") if "loss" in line} == {2.0**16}

@@ -158,6 +158,7 @@ class ShardedEngine(MasterEngine[Sharded]):
         masters: Steps this rank's shards of the weights.
         is_main: Whether this rank creates the files.
         raise_together: Waits for the other ranks while files are written; see ``write_shards``.
+        dtype: The compute type. Masters that are too large for it are not saved.
         ema: The average of this rank's shards.
     """
 
@@ -169,16 +170,25 @@ class ShardedEngine(MasterEngine[Sharded]):
         masters: Sharded,
         is_main: bool,
         raise_together: RaiseTogether,
+        dtype: torch.dtype,
         ema: Ema | None = None,
     ) -> None:
         super().__init__(model, masters, writes=True, ema=ema)
-        self.is_main, self.raise_together = is_main, raise_together
+        self.is_main, self.raise_together, self.dtype = is_main, raise_together, dtype
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Gives each rank a complete copy of the weights, or of their average, while the context lasts."""
         with super().averaged(), self.masters.gathered():
             yield
+
+    def not_finite(self) -> list[str]:
+        """Returns the names of this rank's shards that are not finite, also those that are too large for ``dtype``."""
+        found = super().not_finite()
+        if self.dtype == torch.float32:
+            return found
+        weights = {f"weight/{name}": shard.detach() for name, shard in self.masters.parameters.items()}
+        return found + not_finite(weights, self.dtype)
 
     def save(self, folder: Path) -> None:
         """Writes masters, optimizer state and average to the folder, each rank its shards."""
@@ -255,11 +265,11 @@ def make_engine(
     if deepspeed:
         zero = ZeroWeights(accelerator, transformer, parameters, options)
         ema = Ema(zero.parameters, zero.named_masters(), loss.ema_decay) if loss.use_ema else None
-        return DeepSpeedEngine(zero.engine, zero, accelerator.is_main_process, raise_together, ema)
+        return DeepSpeedEngine(zero.engine, zero, accelerator.is_main_process, raise_together, dtype, ema)
     if is_sharded(transformer):
         sharded = ShardedWeights(transformer, make, options.train.max_grad_norm, scaled, accelerator.device)
         ema = Ema(sharded.parameters, sharded.named_masters(), loss.ema_decay) if loss.use_ema else None
-        return ShardedEngine(transformer, sharded, accelerator.is_main_process, raise_together, ema)
+        return ShardedEngine(transformer, sharded, accelerator.is_main_process, raise_together, dtype, ema)
     masters: MasterWeights | OffloadedWeights
     if options.optimizer.use_cpu_offload_optimizer:
         masters = OffloadedWeights(parameters, make, options.optimizer.offload_gradients)
