@@ -91,7 +91,7 @@ def fill(target: Tensor, source: Tensor) -> None:
     The driver would copy from a device to such memory on one core. So the device copies to a pinned buffer of torch,
     which the next call uses again, and all cores copy from there.
     """
-    if source.is_cuda and not target.is_cuda:
+    if source.is_cuda and target.device.type == "cpu":
         source = torch.empty_like(source, device=target.device, pin_memory=True).copy_(source)
     target.copy_(source)
 
