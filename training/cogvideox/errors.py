@@ -78,3 +78,7 @@ class NonFiniteError(ArithmeticError):
 
     All ranks raise it at the same time.
     """
+
+
+class LostRankError(RuntimeError):
+    """Reports in one line that another process of the run has ended, and how to continue the run."""

@@ -12,6 +12,7 @@ The loop never waits for the device within a step. Losses and norms are copied t
 written to metrics.jsonl when they arrive.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -62,11 +63,13 @@ from cogvideox.runtime.checkpoint import (
     check_length,
     check_same_samples,
     find_start,
+    restart_hint,
     safe_text,
     write_samples,
 )
 from cogvideox.runtime.curves import CURVES_NAME, draw_curves
 from cogvideox.runtime.metrics import column, read_records
+from cogvideox.runtime.ranks import lost_ranks_reported
 from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, TrainedSample, start_run, start_trackers, write_config
 from cogvideox.runtime.skipped import SkippedSteps
 
@@ -519,9 +522,11 @@ def fine_tune(options: TrainOptions, task_type: type[Task], method_type: type[Me
     Raises:
         Stopped: A signal ended the run early; everything is saved.
         DiskError: The disk is full, failed or refused a write; the message says what is safe.
+        LostRankError: Another process of the run has ended.
     """
     folder = Path(options.train.output_dir)
-    with what_is_safe(folder, partial(safe_text, folder)):
+    rank = int(os.environ.get("RANK", "0"))
+    with what_is_safe(folder, partial(safe_text, folder)), lost_ranks_reported(rank, partial(restart_hint, folder)):
         return run_stages(options, task_type, method_type)
 
 

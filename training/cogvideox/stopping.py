@@ -196,13 +196,18 @@ def join_ranks(store: Store, rank: int, number: int, patience: float) -> None:
         _state.watcher.others = _Others(store, rank, number, patience)
 
 
-def leave(status: int | None) -> NoReturn:
+def leave(status: int | None, is_cause: bool = True) -> NoReturn:
     """Exits with a status, and writes it to the file that COGVIDEOX_EXIT_FILE names.
 
     The file is needed because accelerate and torchrun turn every status into 1.
+
+    Args:
+        status: The status; None is 0.
+        is_cause: Whether this rank knows why the run ends. One that only lost the others keeps what they have written.
     """
     status = _state.status = status or 0
-    _write_exit_file(status)
+    with suppress(FileExistsError):
+        _write_exit_file(status, "w" if is_cause else "x")
     if _state.watcher is not None:
         _state.watcher.close()
     end_process(status)
@@ -232,10 +237,11 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _write_exit_file(status: int) -> None:
+def _write_exit_file(status: int, mode: str = "w") -> None:
     """Writes the exit status to its file. Every rank does so, because the launcher may kill the last ones."""
     if path := os.environ.get("COGVIDEOX_EXIT_FILE"):
-        Path(path).write_text(str(status))
+        with open(path, mode) as file:
+            file.write(str(status))
 
 
 def _end(status: int, line: str = "") -> NoReturn:

@@ -27,7 +27,7 @@ from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
 from cogvideox.config.foreign_flags import AcceptedFlag, accepted_flags, request_problems
 from cogvideox.config.options import AnyOptions, Options, TrainOptions, derive, fields_of, image_flags, names_of
 from cogvideox.config.prepared_flags import as_prepared
-from cogvideox.errors import NonFiniteError, UsageError, one_line, public_urls
+from cogvideox.errors import LostRankError, NonFiniteError, UsageError, one_line, public_urls
 from cogvideox.files import disk_errno, disk_error
 
 LOW_FOR_PRODIGY = 0.1  # a learning rate below this is probably meant for another optimizer
@@ -35,7 +35,7 @@ EPILOG = "To see every flag of this script, use --help_all."
 ALL_EPILOG = "Flags of the suite's other scripts are accepted and reported as having no effect."
 IDLE_HEADING = "accepted from other commands, without effect in this script"
 NO_EFFECT = "no effect"  # origin of the value of a flag that the script does not use
-USAGE_EXIT, NON_FINITE_EXIT = 2, 3
+LOST_RANK_EXIT, USAGE_EXIT, NON_FINITE_EXIT = 1, 2, 3
 # Loggers of packages that, when merely installed, warn about extras that the suite does not use.
 NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
@@ -381,8 +381,9 @@ def run_script(
 ) -> typing.NoReturn:
     """Parses the command line, runs ``main`` with the options, and exits.
 
-    The exit status is that of ``main``, or 2 after one line for each problem that the user can fix, 3 after one line if
-    training produced NaN or infinity, or 75 if the script was asked to stop.
+    The exit status is that of ``main``, or 1 after one line if another rank has ended, 2 after one line for each
+    problem that the user can fix, 3 after one line if training produced NaN or infinity, or 75 if the script was asked
+    to stop.
 
     Args:
         main: The work of the script; it returns the exit status.
@@ -398,10 +399,14 @@ def run_script(
         status = exit_status(main, options_type, doc, checks)
     except stopping.Stopped:
         status = stopped_status()
-    except Exception:
-        if not stopping.stops_now():
+    except Exception as error:
+        if stopping.stops_now():
+            status = stopped_status()  # another rank stopped first, so a collective operation failed
+        elif isinstance(error, LostRankError):
+            print(f"{Path(sys.argv[0]).name}: {one_line(str(error))}", file=sys.stderr)
+            stopping.leave(LOST_RANK_EXIT, is_cause=False)
+        else:
             raise
-        status = stopped_status()  # another rank stopped first, so a collective operation failed
     stopping.leave(status)
 
 

@@ -131,6 +131,14 @@ def safe_text(output_dir: Path) -> str:
     return "there is no checkpoint yet" if newest is None else f"{newest.name}, the newest checkpoint, is safe"
 
 
+def restart_hint(output_dir: Path) -> str:
+    """Returns how a run continues that lost a process, for a message."""
+    newest = next(iter(checkpoints(output_dir)), None)
+    if newest is None:
+        return "no checkpoint was saved; the same command starts again"
+    return f"the same command continues from {newest.name} (--resume_from_checkpoint latest)"
+
+
 def step_of(checkpoint: Path) -> int:
     """Returns the optimizer step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))

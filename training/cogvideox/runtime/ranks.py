@@ -5,8 +5,9 @@ take it. Both rely on the store through which torch.distributed connects the pro
 """
 
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from cogvideox import stopping
 from cogvideox.config.options import launched_processes
-from cogvideox.errors import UsageError, first_of
+from cogvideox.errors import LostRankError, UsageError, first_of
 from cogvideox.files import temporary_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 SHARED_SECONDS = 10.0  # Network file systems show new files to other machines some seconds late.
 PATIENCE = timedelta(days=7)  # gloo's timeout; stopping.py ends a run without progress much earlier
 GO, SAVE, STOP = "go", "save", "stop"
+# How gloo, NCCL and the store of torch.distributed say that another process has ended.
+LOST = re.compile("closed by peer|reset by peer|[Bb]roken pipe|remote process exited|failed to recv|recvVector failed")
 
 T = TypeVar("T")
 
@@ -158,6 +161,23 @@ class Ranks:
         if blind:
             rule = f"process {', '.join(blind)} has another folder of this name than process 0"
             raise UsageError(f"{flag} {folder}: {rule}; give one that all machines share")
+
+
+@contextmanager
+def lost_ranks_reported(rank: int, hint: Callable[[], str]) -> Iterator[None]:
+    """Converts the error of a collective operation that another process has left into a LostRankError.
+
+    Args:
+        rank: The number of this process.
+        hint: Returns how the run is continued, for the message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        problem = f"process {rank} lost its connection to the others, because one of them has ended; see its messages"
+        raise LostRankError(f"{problem}; {hint()}") from error
 
 
 class Consensus:

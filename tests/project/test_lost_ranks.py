@@ -1,0 +1,86 @@
+"""Tests what a process says when it loses its connection to another process of the run, under each engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running import SFT_SCRIPT, Forked, finish, fork_ranks, python, sft_flags
+
+from cogvideox import stopping
+from cogvideox.errors import LostRankError
+from cogvideox.runtime.ranks import lost_ranks_reported
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+ENGINES: dict[str, dict[str, str]] = {"copies": {}, "fsdp": FSDP}
+ENGINES |= {f"zero{stage}": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage} for stage in ("2", "3")}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(
+    ("engine", "lost", "micro_batches", "hint"),
+    [
+        ("fsdp", 1, 6, "the same command continues from checkpoint-2 (--resume_from_checkpoint latest)"),
+        ("copies", 1, 6, "the same command continues from checkpoint-2 (--resume_from_checkpoint latest)"),
+        pytest.param("fsdp", 0, 1, "no checkpoint was saved; the same command starts again", marks=pytest.mark.long),
+        pytest.param("zero2", 1, 6, "the same command continues from checkpoint-2", marks=pytest.mark.long),
+        pytest.param("zero3", 0, 6, "the same command continues from checkpoint-2", marks=pytest.mark.long),
+    ],
+)
+def test_a_process_that_lost_another_says_so_in_one_line(
+    tiny: Callable[[str], Path],
+    clips: Path,
+    cache: Path,
+    tmp_path: Path,
+    engine: str,
+    lost: int,
+    micro_batches: int,
+    hint: str,
+) -> None:
+    """A process is killed in the first or third optimizer step, of two micro-batches each."""
+    flags = sft_flags(tiny("5b"), clips, tmp_path / "sft", "--tensor_cache", cache, "--max_train_steps", 4)
+    exit_file = tmp_path / "status"
+    more = ENGINES[engine] | {"COGVIDEOX_EXIT_FILE": str(exit_file)}
+    ranks: list[Forked] = fork_ranks(
+        2, python(SFT_SCRIPT, *flags), {lost: ("^unit micro-batch", micro_batches)}, **more
+    )
+    assert ranks[lost].wait(120) == -9
+    said = finish(ranks[1 - lost], 1)
+    problem = f"process {1 - lost} lost its connection to the others, because one of them has ended; see its messages"
+    assert f"cogvideox_text_to_video_sft.py: {problem}; {hint}" in said
+    assert "Traceback" not in said
+    assert exit_file.read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:29098.", True),
+        ("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:39080: Connection reset by peer.", True),
+        ("NCCL error: remote process exited or there was a network error, NCCL version 2.27.5", True),
+        ("NCCL error: unhandled cuda error", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_which_errors_mean_that_another_process_has_ended(text: str, lost: bool) -> None:
+    expected = re.escape("process 3 lost its connection to the others") if lost else re.escape(text)
+    with pytest.raises(LostRankError if lost else RuntimeError, match=expected), lost_ranks_reported(3, lambda: "hint"):
+        raise RuntimeError(text)
+
+
+def test_the_status_of_the_process_that_knows_the_cause_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COGVIDEOX_EXIT_FILE", str(tmp_path / "status"))
+    monkeypatch.setattr(stopping, "end_process", lambda status: None)
+    monkeypatch.setattr(stopping._state, "status", None)  # restored at the end
+    for status, is_cause, written in ((1, False, "1"), (2, True, "2"), (1, False, "2")):
+        stopping.leave(status, is_cause)
+        assert (tmp_path / "status").read_text() == written
