@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, Sequential
 
 from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, make_engine
-from cogvideox.optimizer.zero_weights import ZeroWeights
+from cogvideox.optimizer.zero_weights import ZeroWeights, configure
 
 STEPS = 4
 FLAGS = ("--gradient_accumulation_steps", 2, "--max_grad_norm", 0.05, "--use_ema", "--optimizer", "adamw")
@@ -131,6 +131,17 @@ def test_checkpoints_cross_in_both_directions(tmp_path: Path, stage: int, dtype:
         first.save(tmp_path)
         second.load(tmp_path)
         assert train(second, STEPS, 6) == pytest.approx(expected[-8:], rel=1e-5)
+
+
+def test_deepspeed_receives_the_flags() -> None:
+    """Also where its configuration says something else, which config/deepspeed.py has refused before."""
+    flags = ("--gradient_accumulation_steps", 3, "--max_grad_norm", 0.5, "--train_batch_size", 2)
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 7, "zero_optimization": {"stage": 3}}
+    configure(settings, options_of(Path("x"), *flags).train)
+    found = [settings[name] for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    assert [*found, settings["gradient_clipping"]] == [2, 3, 0.5]
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+    assert settings["zero_optimization"] == {"stage": 3, "memory_efficient_linear": False}
 
 
 def test_a_fragment_without_elements_is_part_of_the_file() -> None:

@@ -100,6 +100,15 @@ def test_a_requested_checkpoint_that_is_damaged_is_refused(tmp_path: Path) -> No
         resumed(tmp_path, "--resume_from_checkpoint", "checkpoint-4")
 
 
+def test_a_checkpoint_in_another_folder_is_the_one_that_is_loaded(tmp_path: Path) -> None:
+    """The output folder has a checkpoint of the same name."""
+    save_steps(run_alone(tmp_path / "own"), 2)
+    engine = FakeEngine()
+    engine.weight = torch.full((8,), 7.0)
+    saver_of(run_alone(tmp_path / "other"), engine).save(2)
+    assert resumed(tmp_path / "own", "--resume_from_checkpoint", tmp_path / "other" / "checkpoint-2") == (2, 7.0)
+
+
 @pytest.mark.fault("checkpoints: all checkpoints are damaged")
 def test_training_starts_at_step_0_if_all_are_damaged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_steps(run_alone(tmp_path), 2, 4)
