@@ -39,13 +39,16 @@ from safetensors.torch import load_file
 
 from cogvideox.config import args
 from cogvideox.config.buckets import Bucket
+from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.config.options import SftOptions
 from cogvideox.errors import UsageError
+from cogvideox.memory.shared import Neighbors
 from cogvideox.model.models import load_transformer
 from cogvideox.planning import execution, plan
 from cogvideox.planning.plan import FRAGMENTS, GIB, BlockPlan, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.planning.stack import Stack
+from cogvideox.runtime.ranks import Ranks
 
 Tiny = Callable[[str], Path]
 LEAN = ("--plan", "lean")
@@ -149,6 +152,26 @@ def test_processes_of_a_machine_share_streamed_weights(
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
     for name, tensor in weights(tmp_path / "two").items():
         torch.testing.assert_close(tensor, weights(one)[name], rtol=1e-2, atol=1e-4)
+
+
+def test_a_machine_that_cannot_share_weights_says_what_copies_cost(
+    model: Path, tensors: Path, tmp_path: Path, plans: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two processes pins all of the streamed weights, of which the plan counts one half."""
+    said: list[str] = []
+    here = Neighbors(first=0, number=2, own=0, gather=lambda items: items * 2)
+    monkeypatch.delattr("cogvideox.memory.shared.os.memfd_create")
+    monkeypatch.setattr(execution, "neighbors_of", lambda _: here)
+    monkeypatch.setattr(Ranks, "say", lambda _, *lines: said.extend(lines))
+    monkeypatch.setattr(plan, "GIB", 2**10)
+    run(model, tensors, tmp_path / "lora", *LEAN)
+    (line,) = (line for line in said if line.startswith("streamed weights"))
+    block = load_transformer(ModelFlags(pretrained_model_name_or_path=str(model)), torch.float32).transformer_blocks[0]
+    own = len(plans[0].blocks) * sum(parameter.numel() * 4 for parameter in block.parameters())
+    assert "each of the 2 processes of this machine has a copy in host memory" in line
+    assert float(line.split(" GiB more than planned")[0].split()[-1]) == pytest.approx(
+        own / 2 / 2**10, rel=0.05
+    )  # aligned
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -71,7 +71,10 @@ AVERAGE_BYTES = 4  # per trained element, with --use_ema
 PROBE_SECONDS = 0.2  # long enough for a card to reach its power limit, as it does in training
 COPY_BYTES = 64 * 2**20
 SHARED = "streamed weights: one copy in host memory for the {} processes of this machine"
-NOT_SHARED = "streamed weights: each process has a copy in host memory, because they cannot map the memory of another"
+NOT_SHARED = (
+    "streamed weights: each of the {} processes of this machine has a copy in host memory, {:.1f} GiB more than "
+    "planned, because they cannot map the memory of another"
+)
 LOW_COSINE = 0.999  # below this, the report on a quantized base contains a warning
 
 
@@ -457,7 +460,9 @@ def apply_plan(
         stack = Stack(transformer, chosen, device, neighbors)
         stack.install()
         if ranks is not None and neighbors is not None and stack.ring and not stack.trains_all:
-            ranks.say(SHARED.format(neighbors.number) if stack.shares else NOT_SHARED)
+            number, copied = neighbors.number, sum(host.numel() for host in stack.ring.hosts.values())
+            more = copied * (number - 1) / number / plan.GIB
+            ranks.say(SHARED.format(number) if stack.shares else NOT_SHARED.format(number, more))
         return stack.host_trained
     transformer.to(device)
     if chosen.recompute:
