@@ -22,11 +22,15 @@ from torch import Tensor
 from torch.nn import Linear, Module, Sequential
 
 from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, make_engine
+from cogvideox.optimizer.step import GROWTH_INTERVAL, INITIAL_SCALE
 from cogvideox.optimizer.zero_weights import ZeroWeights, configure
 
 STEPS = 4
 FLAGS = ("--gradient_accumulation_steps", 2, "--max_grad_norm", 0.05, "--use_ema", "--optimizer", "adamw")
 STAGES = pytest.mark.parametrize("stage", [2, 3])
+NO_FP16 = not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+FP16 = pytest.param(torch.float16, marks=pytest.mark.skipif(NO_FP16, reason="DeepSpeed has no fp16 on this CPU"))
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP16], ids=str)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,7 +110,7 @@ def check_close(own: Path, right: Path) -> None:
 
 
 @STAGES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 def test_steps_and_files_are_those_of_one_process(tmp_path: Path, stage: int, dtype: torch.dtype) -> None:
     own, right = zero(stage, dtype), local(dtype)
     own.rehearse(partial(loss_of, step=9))
@@ -122,7 +126,7 @@ def test_steps_and_files_are_those_of_one_process(tmp_path: Path, stage: int, dt
 
 
 @STAGES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 def test_checkpoints_cross_in_both_directions(tmp_path: Path, stage: int, dtype: torch.dtype) -> None:
     expected = train(local(dtype), 0, 6)
     for engines in ((zero(stage, dtype), local(dtype)), (local(dtype), zero(stage, dtype))):
@@ -141,6 +145,7 @@ def test_deepspeed_receives_the_flags() -> None:
     found = [settings[name] for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
     assert [*found, settings["gradient_clipping"]] == [2, 3, 0.5]
     assert settings["zero_force_ds_cpu_optimizer"] is False
+    assert settings["fp16"]["auto_cast"] is False  # It would round positions to fp16.
     assert settings["zero_optimization"] == {"stage": 3, "memory_efficient_linear": False}
 
 
@@ -161,6 +166,41 @@ def test_the_rate_is_ours(stage: int) -> None:
     before = {name: master.clone() for name, master in own.masters.named_masters().items()}
     train(own, 0, 1, rate=0.0)
     assert all(master.equal(before[name]) for name, master in own.masters.named_masters().items())
+
+
+def step_of(engine: DeepSpeedEngine | LocalEngine, size: float) -> dict[str, float]:
+    """Makes a step whose loss is multiplied by ``size``, and returns its numbers."""
+    for part in range(2):
+        engine.backward(loss_of(engine.model, part) * size)
+    return values(engine.step(0.01))
+
+
+@STAGES
+@pytest.mark.skipif(NO_FP16, reason="DeepSpeed has no fp16 on this CPU")
+@pytest.mark.fault("numbers: an overflow in fp16 under DeepSpeed", times=3)
+def test_the_loss_scale_of_fp16_is_that_of_one_process(tmp_path: Path, stage: int) -> None:
+    """It is halved by each overflow, also after a checkpoint crosses, and skipped steps are logged alike."""
+    own, right = zero(stage, torch.float16), local(torch.float16)
+    for size in (0.5, 1e6, 0.5, 1e6, 1e6, 0.5):
+        found, expected = step_of(own, size), step_of(right, size)
+        assert found["skipped"] == expected["skipped"] == (size > 1)
+        assert found["loss_scale"] == expected["loss_scale"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    own.save(tmp_path)
+    right.load(tmp_path)
+    assert (right.masters.scale.value.item(), right.masters.scale.good_steps.item()) == (INITIAL_SCALE / 8, 1.0)
+
+
+@STAGES
+@pytest.mark.skipif(NO_FP16, reason="DeepSpeed has no fp16 on this CPU")
+def test_the_loss_scale_of_fp16_grows_and_has_a_lower_limit(tmp_path: Path, stage: int) -> None:
+    """At the limit, DeepSpeed alone would end the run with a traceback."""
+    own, right = zero(stage, torch.float16), local(torch.float16)
+    right.masters.scale.value.fill_(1.0)
+    right.masters.scale.good_steps.fill_(GROWTH_INTERVAL)
+    right.save(tmp_path)
+    own.load(tmp_path)
+    assert [step_of(own, size)["loss_scale"] for size in (0.5, 1e9, 1e9, 0.5)] == [1.0, 2.0, 1.0, 1.0]
 
 
 @STAGES

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from running import SFT_SCRIPT, Forked, finish, fork_ranks, free_port, launch, losses, metrics, python, sft_flags
 
 NUMBERS = {"uncompiled_1": 1, "compiled_1": 1, "uncompiled_2": 2, "fsdp2": 2, "fsdp2_offload": 2, "hsdp": 4}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
+DEEPSPEED_HAS_FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # otherwise DeepSpeed refuses fp16 on this CPU
 SHARDS = {"fsdp2": 2, "fsdp2_offload": 2, "hsdp": 2}
 GLOBAL_BATCH = 4
 
@@ -54,11 +57,12 @@ def test_a_configuration_is_launched(
 @pytest.mark.long
 def test_shards_train_in_fp16_as_one_process_does(tiny: Callable[[str], Path], clips: Path, tmp_path: Path) -> None:
     """The guide trains 2b in fp16. Losses differ by the order in which fp16 gradients are summed."""
-    for name, ranks in (("one", 1), ("fsdp", 2)):
+    zero = {f"zero{stage}": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage} for stage in ("2", "3")}
+    for name, environment in ({"one": {}, "fsdp": FSDP} | (zero if DEEPSPEED_HAS_FP16 else {})).items():
         flags = sft_flags(tiny("2b"), clips, tmp_path / name, "--tensor_cache", tmp_path / "cache")
         flags += ["--mixed_precision", "fp16", "--learning_rate", "1e-3", "--lr_scheduler", "constant"]
-        command = python(SFT_SCRIPT, *flags, "--gradient_accumulation_steps", GLOBAL_BATCH // ranks)
-        for process in fork_ranks(2, command, **FSDP) if ranks > 1 else [Forked(command)]:
+        command = python(SFT_SCRIPT, *flags, "--gradient_accumulation_steps", GLOBAL_BATCH // (2 if environment else 1))
+        for process in fork_ranks(2, command, **environment) if environment else [Forked(command)]:
             finish(process)
-    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    assert {line["loss_scale"] for line in metrics(tmp_path / "fsdp") if "loss" in line} == {2.0**16}
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+        assert {line["loss_scale"] for line in metrics(tmp_path / name) if "loss" in line} == {2.0**16}

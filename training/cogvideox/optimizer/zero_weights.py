@@ -164,7 +164,7 @@ class ZeroWeights:
     def tensors(self) -> dict[str, Tensor]:
         """Returns what a resumed run needs, by name, with this process's elements of each tensor."""
         good_steps = self.scaler.cur_iter - self.scaler.last_overflow_iter - 1 if self.scaler.dynamic else 0
-        found = {LOSS_SCALE: torch.tensor(self.scaler.loss_scale), GOOD_STEPS: torch.tensor(float(good_steps))}
+        found = {LOSS_SCALE: torch.tensor(float(self.scaler.loss_scale)), GOOD_STEPS: torch.tensor(float(good_steps))}
         for name, fragment in self.fragments.items():
             parts = fragment.tensors(self.state[fragment.flat])
             found |= {f"{key}/{name}": tensor for key, tensor in parts.items()}
