@@ -7,11 +7,13 @@ Each arm launches a script with a configuration of accelerate_configs/ and rando
 and ends all of its processes without a checkpoint. Arms are sorted by importance. Those that already have a result,
 that need more GPUs than there are, or that do not fit in the time left are skipped, so the program can be started
 again until all are done. Arms named "stock" train with a plain loop of diffusers and accelerate instead.
+Where FlashAttention 4 is not installed, the names of results end in "cudnn".
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -72,7 +74,6 @@ class Arm:
         return "_".join(parts + ([self.precision] if self.precision != "bf16" else []))
 
 
-CUDNN = ("--attention_backend", "cudnn")
 CHECKPOINTING = ("--gradient_checkpointing",)
 ARMS = (
     Arm("5b", "sft", 4, "fsdp2"),
@@ -87,7 +88,6 @@ ARMS = (
     Arm("2b", "sft", 4, "fsdp2"),
     Arm("2b", "sft", 4, "zero3_offload", CHECKPOINTING, 5, guide="8 GPUs: 14 GB"),
     Arm("5b", "sft", 4, "zero3_offload", CHECKPOINTING, 5, guide="8 GPUs: 28 GB"),
-    Arm("5b", "sft", 4, "fsdp2", CUDNN),
     Arm("2b", "sft", 4, "zero2", precision="fp16", guide="8 GPUs: 17 GB"),
     Arm("2b", "sft", 4, "fsdp2", precision="fp16"),
     Arm("2b", "sft", 4, "zero3", CHECKPOINTING, 6, precision="fp16", guide="8 GPUs: 19 GB"),
@@ -110,6 +110,17 @@ ARMS = (
 )
 
 
+def has_flash() -> bool:
+    """Returns whether FlashAttention 4 is installed, which every plan then uses."""
+    return importlib.util.find_spec("cutlass") is not None and importlib.util.find_spec("flash_attn.cute") is not None
+
+
+def result_of(arm: Arm, results: Path, flash: bool) -> Path:
+    """Returns the path of an arm's result. A plan is measured with FlashAttention 4 and without it."""
+    planned = "stock" not in arm.config and "zero3" not in arm.config
+    return results / f"{PREFIX}{arm.name}{'_cudnn' if planned and not flash else ''}.json"
+
+
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
@@ -120,9 +131,6 @@ def launcher_of(arm: Arm, port: int) -> list[str]:
     file = ROOT / "accelerate_configs" / f"{arm.config.removeprefix('stock ')}.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     launcher += ["--num_processes", str(arm.gpus), "--main_process_port", str(port)]
-    if arm.config == "hsdp":
-        launcher += ["--parallelism_config_dp_replicate_size", "2"]
-        launcher += ["--parallelism_config_dp_shard_size", str(arm.gpus // 2)]
     return launcher
 
 
@@ -139,6 +147,11 @@ def command_of(arm: Arm, work_dir: Path, output: Path, port: int) -> list[str]:
     command += ["--rank", "128", "--lora_alpha", "128"] if arm.method == "lora" else []
     command += ["--optimizer", "adamw", "--learning_rate", "1e-5", "--max_train_steps", "1000"]
     return [*command, "--checkpointing_steps", "1000", "--dataloader_num_workers", "1", *arm.flags]
+
+
+def shown(command: Sequence[str]) -> str:
+    """Returns a command as it is typed in the root of the repository."""
+    return " ".join(["python", *command[1:]]).replace(f"{ROOT}/", "")
 
 
 # -- one arm -----------------------------------------------------------------------------------------------------------
@@ -190,7 +203,7 @@ def measure(arm: Arm, work_dir: Path, port: int) -> dict[str, Any]:
             time.sleep(0.2)
         end_all(process)
     text, lines = log.read_text(errors="replace").replace("\r", "\n"), lines_of(output)
-    row: dict[str, Any] = {"arm": asdict(arm), "launched": " ".join(command), "steps": len(lines)}
+    row: dict[str, Any] = {"arm": asdict(arm), "launched": shown(command), "steps": len(lines)}
     row |= {"said": [line.strip() for line in text.splitlines() if line.strip().startswith(SAID)]}
     row |= {"host_gib": round((free - least[0]) / 2**30, 1), "arm_seconds": round(time.perf_counter() - started, 1)}
     if len(lines) <= WARM_UP:
@@ -207,7 +220,7 @@ def run_arms(arms: Sequence[Arm], work_dir: Path, results: Path, seconds: float)
 
     began, succeeded = time.perf_counter(), True
     for number, arm in enumerate(arms):
-        path = results / f"{PREFIX}{arm.name}.json"
+        path = result_of(arm, results, has_flash())
         left = seconds - (time.perf_counter() - began)
         if path.is_file() or arm.gpus > torch.cuda.device_count() or left < 40:
             continue
@@ -250,8 +263,7 @@ def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
     arm, said = row["arm"], " ".join(row["said"])
     trained = "LoRA, rank 128" if arm["method"] == "lora" else "all weights"
     config = "plain Python" if arm["config"] == "uncompiled_1" else arm["config"]
-    flags = " ".join(flag for flag in arm["flags"] if flag not in CUDNN)
-    how = f"{config} {flags}".strip() + (", fp16" if arm["precision"] == "fp16" else "")
+    how = f"{config} {' '.join(arm['flags'])}".strip() + (", fp16" if arm["precision"] == "fp16" else "")
     attention = said.partition("attention by ")[2].partition(":")[0]
     seconds = row["seconds_per_step"]
     peak = f"{row['peak_gib']:.1f} ({row['reserved_gib']:.1f})"
@@ -272,11 +284,11 @@ def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
 
 def table(results: Path) -> str:
     """Returns the Markdown table of all results, in the order of ARMS, with their devices, versions and commits."""
-    paths = [path for arm in ARMS if (path := results / f"{PREFIX}{arm.name}.json").is_file()]
-    rows = [json.loads(path.read_text()) for path in paths]
+    paths = {result_of(arm, results, flash): None for arm in ARMS for flash in (True, False)}
+    rows = [json.loads(path.read_text()) for path in paths if path.is_file()]
     order = sorted(rows, key=lambda row: (row["arm"]["kind"], row["arm"]["method"], row["arm"]["gpus"]))
     lines = [HEAD, ("---",) * len(HEAD), *map(cells_of, order)]
-    sources = sorted({f"{row['device']}, torch {row['torch']}, commit {row['commit'][:7]}" for row in rows})
+    sources = sorted({f"{row['device']}, torch {row['versions']['torch']}, commit {row['commit'][:7]}" for row in rows})
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"{text}\nMeasured on {'; '.join(sources)}.\n" if rows else ""
 
