@@ -142,19 +142,23 @@ def choose(
     """
     axes, shards = axes_of(options, run.world), shards_of(options, run.world)
     on_device = replace(axes, weights=(plan.DEVICE,), state=(plan.DEVICE,))
+    # Ranks that store activations on the host share its bandwidth. For 5b on four H100, this was no faster than
+    # recomputing them, and pinning the memory took 20 s. So it is only for what does not fit otherwise.
+    here = replace(on_device, kept=(plan.DEVICE,)) if plan.DEVICE in axes.kept else on_device
+    sharded = replace(sizes, shards=shards, shards_on_host=fsdp_offloads())
     if under_deepspeed():
         offloads = offload_device("offload_optimizer") == "cpu"
-        divided = replace(sizes, shards=run.world, shards_on_host=offloads, deepspeed=True)
-        return plan.choose_plan(on_device, divided, machine, compiled, backend)
-    if shards == 1:
-        return plan.choose_plan(axes, sizes, machine, compiled, backend)
-    sharded = replace(sizes, shards=shards, shards_on_host=fsdp_offloads())
-    if under_fsdp():
-        return plan.choose_plan(on_device, sharded, machine, compiled, backend)
-    for allowed, held in ((on_device, sizes), (on_device, sharded)):
+        sharded = replace(sizes, shards=run.world, shards_on_host=offloads, deepspeed=True)
+    ways = [(here, sharded), (on_device, sharded)]
+    if shards == 1 and not under_deepspeed():
+        ways = [(axes, sizes)]
+    elif not under_fsdp() and not under_deepspeed():
+        ways = [(on_device, sizes), *ways, (axes, sizes)]
+    for allowed, held in ways[:-1]:
         with suppress(NoPlanError):
             return plan.choose_plan(allowed, held, machine, compiled, backend)
-    return plan.choose_plan(axes, sizes, machine, compiled, backend)
+    allowed, held = ways[-1]
+    return plan.choose_plan(allowed, held, machine, compiled, backend)
 
 
 def shards_of(options: TrainOptions, world: int) -> int:
