@@ -92,7 +92,7 @@ def test_the_file_has_the_content_of_one_that_safetensors_writes(
     tmp_path: Path, dtype: torch.dtype, world: int, by_rows: bool
 ) -> None:
     tensors = tensors_of(dtype)
-    save_file(tensors, tmp_path / "right.safetensors")
+    save_file(tensors, tmp_path / "right.safetensors", {"format": "pt"})
     write(tmp_path / "rows.safetensors", shares(tensors, world, by_rows))
     check_equal(load_file(tmp_path / "rows.safetensors"), load_file(tmp_path / "right.safetensors"))
     sizes = [(tmp_path / name).stat().st_size for name in ("rows.safetensors", "right.safetensors")]

@@ -156,8 +156,8 @@ class Runs:
         for file in (STATE_NAME, EMA_NAME):
             own, right = (load_file(self.folder / run / f"checkpoint-{STEPS}" / file) for run in (name, "one"))
             check_close(own, right)
-        exports = [safetensors_of(self.folder / run / "transformer") for run in (name, "one")]
-        check_close(*exports)
+        for part in (".", f"checkpoint-{STEPS}"):
+            check_close(*(safetensors_of(self.folder / run / part / "transformer") for run in (name, "one")))
 
 
 def check_close(own: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

@@ -52,6 +52,9 @@ class FakeEngine:
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def save_weights(self, method: Any, folder: Path) -> None:
+        method.save(folder)
+
     def not_finite(self) -> list[str]:
         return not_finite({"weight": self.weight})
 

@@ -380,13 +380,18 @@ class FullFinetune:
         return f'transformer=diffusers.{name}.from_pretrained(here / "{self.result}", dtype=torch.{dtype}),', ""
 
 
+def empty_transformer(transformer: Any) -> Any:
+    """Returns a new transformer of the same config whose tensors have shapes but no memory."""
+    with torch.device("meta"):
+        return type(transformer).from_config(transformer.config)
+
+
 def sharing_tensors(transformer: Any) -> Any:
     """Returns a new transformer with the same tensors.
 
     FSDP2 hooks into ``state_dict`` of what it shards, also while all weights are gathered; a new module has no hooks.
     """
-    with torch.device("meta"):
-        new = type(transformer).from_config(transformer.config)
+    new = empty_transformer(transformer)
     tensors = dict(transformer.named_buffers()) | dict(transformer.named_parameters())
     new.load_state_dict({name: tensors[name] for name in new.state_dict()}, assign=True)
     return new

@@ -9,6 +9,7 @@ offload.py          the same as step.py with torchao's CPUOffloadOptimizer, whic
 ema.py              a moving average of the master weights, for validation and export
 sharded_weights.py  the same as step.py for weights of which each process has some rows (FSDP2)
 shard_files.py      writes and reads safetensors files together with the other processes, each its shards
+model_files.py      writes a sharded transformer as a folder that from_pretrained reads
 zero_weights.py     the same as step.py for weights whose state DeepSpeed's ZeRO divides between the processes
 engine.py           what runs backward and step, with the weights of one of these modules, and writes checkpoints
 """

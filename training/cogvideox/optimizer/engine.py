@@ -20,8 +20,9 @@ from cogvideox.config.options import TrainOptions
 from cogvideox.errors import UsageError
 from cogvideox.finite import not_finite
 from cogvideox.memory.streaming import HostTrainedBlocks
-from cogvideox.model.methods import Method
+from cogvideox.model.methods import FullFinetune, Method
 from cogvideox.optimizer.ema import Ema
+from cogvideox.optimizer.model_files import write_model
 from cogvideox.optimizer.offload import OffloadedWeights
 from cogvideox.optimizer.shard_files import RaiseTogether, raise_error, read_shards, write_shards
 from cogvideox.optimizer.sharded_weights import ShardedWeights, is_sharded
@@ -39,9 +40,9 @@ class Engine(Protocol):
 
     ``backward`` adds the gradients of one micro-batch, ``step`` ends the optimizer step with a learning rate, and
     ``rehearse`` allocates what a step needs without any other effect. ``save`` and ``load`` write and read the engine's
-    part of a checkpoint folder, on all ranks. In the context of ``averaged`` the model has the weights for validation
-    and export. ``not_finite`` returns the names of the tensors of this rank that ``save`` would write and that contain
-    NaN or infinity.
+    part of a checkpoint folder, on all ranks, and ``save_weights`` writes the weights that users load. In the context
+    of ``averaged`` the model has these weights, for validation and export. ``not_finite`` returns the names of the
+    tensors of this rank that ``save`` would write and that contain NaN or infinity.
 
     Attributes:
         reduces_in_backward: Whether ranks wait for each other in a backward pass, not only in a step.
@@ -58,6 +59,8 @@ class Engine(Protocol):
     def step(self, lr: float) -> StepResult: ...
 
     def save(self, folder: Path) -> None: ...
+
+    def save_weights(self, method: Method, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
 
@@ -115,6 +118,12 @@ class MasterEngine(Generic[Masters]):
         with self.ema.applied() if self.ema else nullcontext():
             yield
             self.masters.wait()
+
+    def save_weights(self, method: Method, folder: Path) -> None:
+        """Writes the weights, or their average, as ``method`` does, on all ranks."""
+        with self.averaged():
+            if self.writes:
+                method.save(folder)
 
     def not_finite(self) -> list[str]:
         """Returns the names of weights, masters, moments and averages that are not finite, if this rank saves them."""
@@ -195,6 +204,19 @@ class ShardedEngine(MasterEngine[Sharded]):
         self._write(folder / STATE_NAME, self.masters.tensors())
         if self.ema:
             self._write(folder / EMA_NAME, self.ema.tensors())
+
+    def save_weights(self, method: Method, folder: Path) -> None:
+        """Writes the weights, or their average, on all ranks. No rank gathers them, except those of a LoRA."""
+        if not isinstance(method, FullFinetune):
+            with self.averaged():
+                if self.is_main:
+                    method.save(folder)
+            return
+        values = self.ema.averages if self.ema else self.masters.named_masters()
+        shards = self.masters.shards({f"weight/{name}": tensor.detach() for name, tensor in values.items()})
+        weights = {name.removeprefix("weight/"): shard for name, shard in shards.items()}
+        target = folder / method.result
+        write_model(method.transformer, weights, self.dtype, target, self.is_main, self.raise_together)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         write_shards(path, self.masters.shards(tensors), self.is_main, self.raise_together)

@@ -120,7 +120,8 @@ def fill(path: Path, start: int, starts: dict[str, int], tensors: dict[str, Shar
 
 def header(tensors: dict[str, Shard]) -> tuple[bytes, dict[str, int]]:
     """Returns (the bytes in front of the data, the offset of each tensor in the data)."""
-    entries, starts, end = {}, {}, 0
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as save_pretrained writes it
+    starts, end = {}, 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].local.element_size(), name)):  # keeps all aligned
         shard = tensors[name]
         starts[name], end = end, end + size_of(shard)

@@ -228,10 +228,8 @@ class Saver:
             temporary.mkdir()
         self.run.barrier()
         self.engine.save(temporary)
-        with self.engine.averaged():
-            if self.run.is_main:
-                self.method.save(temporary)
-            self.run.barrier()
+        self.engine.save_weights(self.method, temporary)
+        self.run.barrier()
         if self.run.is_main:
             progress = {"step": step, "recipe": self.recipe}
             (temporary / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
