@@ -2,6 +2,7 @@
 
 flags.py           defines every flag once, in frozen dataclasses
 options.py         lists the groups of flags of each script, and derives values from others
+presets.py         sets flags of the LoRA scripts for a style, a subject or a motion
 foreign_flags.py   accepts flags of other scripts and trainers, by one rule
 conflicts.py       finds flags that contradict each other
 deepspeed.py       compares the configuration of DeepSpeed with the flags

@@ -25,8 +25,18 @@ from cogvideox import __version__, caches, stopping
 from cogvideox.config.conflicts import flag_problems, idle_schedule
 from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
 from cogvideox.config.foreign_flags import AcceptedFlag, accepted_flags, request_problems
-from cogvideox.config.options import AnyOptions, Options, TrainOptions, derive, fields_of, image_flags, names_of
+from cogvideox.config.options import (
+    AnyOptions,
+    LoraOptions,
+    Options,
+    TrainOptions,
+    derive,
+    fields_of,
+    image_flags,
+    names_of,
+)
 from cogvideox.config.prepared_flags import as_prepared
+from cogvideox.config.presets import fill_in
 from cogvideox.errors import LostRankError, NonFiniteError, UsageError, one_line, public_urls
 from cogvideox.files import disk_errno, disk_error
 
@@ -269,6 +279,7 @@ def read_flags(
         UsageError: There are unknown flags, bad values or missing flags; the error lists all of them.
     """
     namespace, rest = build_parser(options_type, description).parse_known_args(list(argv))
+    preset = fill_in(namespace) if issubclass(options_type, LoraOptions) else set()
     problems = list(unknown_flags(rest, options_type))
     values: dict[str, dict[str, Any]] = {name: {} for name in typing.get_type_hints(options_type)}
     sources = {item.name: "default" for _, item, _ in fields_of(options_type)}
@@ -279,7 +290,7 @@ def read_flags(
                 problems.append(f"--{item.name}: is required: {item.metadata['help']}")
             continue
         try:
-            used = spelling(argv, flag.names)
+            used = item.name if item.name in preset else spelling(argv, flag.names)
             value = read_value(item, flag.annotation, getattr(namespace, item.name))
         except UsageError as error:
             problems.extend(error.problems)
@@ -288,6 +299,8 @@ def read_flags(
             problems.append(flag.report)
         elif flag.unused and value is not False:
             sources[item.name] = NO_EFFECT
+        elif item.name in preset:
+            sources[item.name] = "preset"
         else:
             sources[item.name] = "given" if used == item.name else f"given as --{used}"
         if flag.group is not None:

@@ -43,7 +43,7 @@ MAIN_FLAGS = {
         "dataloader_num_workers",
     ),
     "preparation": ("save_image_latents", "suggest_buckets", "dry_run", "verify", "repair"),
-    "LoRA": ("rank", "lora_alpha", "lora_path"),
+    "LoRA": ("preset", "rank", "lora_alpha", "lora_path"),
     "all weights": ("save_pipeline",),
     "length": ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps", "seed"),
     "learning rate": ("learning_rate", "lr_scheduler", "lr_warmup_steps", "optimizer"),
@@ -520,6 +520,19 @@ class LoraPlanFlags(PlanFlags):
         "need half as much memory as bf16; nf4 (QLoRA) needs a third; the cosine similarity to unquantized gradients "
         "is printed; the exported inference.py loads the unquantized base",
         choices=("auto", "int8", "fp8", "nf4"),
+    )
+
+
+@dataclass(frozen=True)
+class PresetFlags:
+    """The goal of a LoRA, for which config/presets.py sets other flags."""
+
+    preset: str | None = flag(
+        None,
+        "starting values for what the LoRA should learn: they set the rank, alpha, learning rate, schedule, optimizer, "
+        "batch size and number of passes over the data, unless these flags are given; docs/training.md lists them",
+        choices=("style", "subject", "motion"),
+        refused="its values are for a LoRA; give the flags of this script",
     )
 
 

@@ -33,6 +33,7 @@ from cogvideox.config.flags import (
     OptimizerFlags,
     PlanFlags,
     PrepareFlags,
+    PresetFlags,
     ScriptFlags,
     TrainFlags,
     ValidationFlags,
@@ -77,6 +78,7 @@ class TrainOptions:
 class LoraOptions(TrainOptions):
     """The options of the LoRA scripts."""
 
+    preset: PresetFlags
     lora: LoraFlags
     plan: LoraPlanFlags
 
