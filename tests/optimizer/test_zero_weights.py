@@ -53,6 +53,7 @@ def accelerator_of(stage: int, precision: str | None = None) -> Any:
     def prepare(model: Module, optimizer: Any) -> tuple[Any, Any]:
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as runtime/run.py does on a CPU
         engine, made, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         return engine, made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 def tensor_bytes() -> int:
     """Returns the bytes of the storages of all tensors that Python knows; a storage that several share counts once."""
     gc.collect()
-    tensors = (found for found in gc.get_objects() if isinstance(found, torch.Tensor) and not found.is_meta)
-    storages = [tensor.untyped_storage() for tensor in tensors if type(tensor).__name__ != "DTensor"]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    found = {}
+    for tensor in gc.get_objects():
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta:  # a DTensor contains another one
+            with suppress(NotImplementedError):  # what the compiler leaves has no storage
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
 
 
 def report_at_saves(path: Path) -> None:
