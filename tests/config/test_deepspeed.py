@@ -83,6 +83,33 @@ def test_a_file_of_the_user_is_compared_with_the_flags(monkeypatch: pytest.Monke
     ]
 
 
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "zero_optimization.round_robin_gradients"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "zero_optimization.offload_optimizer.ratio",
+        ),
+        ({"bf16": {"enabled": "auto", "check_grad_overflow": False}}, "bf16.check_grad_overflow"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types"),
+        ({"fp16": {"enabled": "auto", "loss_scale": 128}}, "fp16.loss_scale 128"),
+        ({"zero_optimization": {"stage": 1}}, "zero_stage 1"),
+    ],
+)
+def test_settings_that_may_change_the_result_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, more: dict[str, object], name: str
+) -> None:
+    path = tmp_path / "ds.json"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+    agreeing: dict[str, object] = {"zero_optimization": {"stage": 3, "sub_group_size": 1e9}, "steps_per_print": 10}
+    path.write_text(json.dumps(agreeing | {"fp16": {"enabled": "auto", "loss_scale": 0, "hysteresis": 2}}))
+    assert not problems()
+    path.write_text(json.dumps(agreeing | more))
+    (found,) = problems()
+    assert found.startswith(f"{name}: ")
+
+
 def test_flags_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO-2 follows what is saved for backward, but not where weights and state are; ZeRO-3 follows nothing."""
     assert not problems("--keep", "attention", "--kept_on", "device")

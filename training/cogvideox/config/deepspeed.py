@@ -15,6 +15,31 @@ from cogvideox.config.options import LoraOptions, TrainOptions, host_flags, laun
 
 AUTO = "auto"
 OFFLOADED = ("offload_optimizer", "offload_param")
+OFFLOADING = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "fast_init"}
+# What a deepspeed_config_file may set, by section: what flags decide and must agree with, and what changes only memory,
+# speed and logs. Other settings change results, such as quantized gradients, or put state where ZeroWeights
+# (optimizer/zero_weights.py) does not find it, such as the "ratio" of an offloaded optimizer.
+SUPPORTED = {
+    "": {
+        *("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "gradient_clipping", "train_batch_size"),
+        *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_allow_untested_optimizer"),
+        *("zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
+        *("tensorboard", "wandb", "csv_monitor", "comms_logger", "flops_profiler"),
+    },
+    "bf16": {"enabled"},
+    "fp16": {
+        *("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
+        "consecutive_hysteresis",
+    },
+    "zero_optimization": {
+        *("stage", *OFFLOADED, "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size"),
+        *("allgather_partitions", "allgather_bucket_size", "sub_group_size", "memory_efficient_linear"),
+        *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters"),
+        *("stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save"),
+    },
+    "zero_optimization.offload_optimizer": OFFLOADING,
+    "zero_optimization.offload_param": OFFLOADING,
+}
 
 
 def given_file() -> str | None:
@@ -59,6 +84,8 @@ def launch_problems(options: TrainOptions) -> Iterator[str]:
         return
     yield from zero_problems(options)
     yield from plan_problems(options)
+    for name in unsupported_settings(file_settings(path)):
+        yield f"{name}: is not supported, because it may change the result or a checkpoint; remove it from {path}"
     settings = launched_settings() | file_settings(path)
     for name, (flag, expected) in expected_settings(options).items():
         found = setting(settings, name)
@@ -68,6 +95,15 @@ def launch_problems(options: TrainOptions) -> Iterator[str]:
     for name in ("optimizer", "scheduler"):
         if name in settings:
             yield f"{name}: --optimizer and --lr_scheduler decide; remove this section from {path}"
+
+
+def unsupported_settings(settings: dict[str, Any]) -> Iterator[str]:
+    """Yields the dotted names of settings that are not in SUPPORTED."""
+    for group, names in SUPPORTED.items():
+        found = settings
+        for name in filter(None, group.split(".")):
+            found = section(found, name)
+        yield from (f"{group}.{name}".lstrip(".") for name in found if name not in names)
 
 
 def launched_settings() -> dict[str, Any]:
@@ -96,12 +132,15 @@ def expected_settings(options: TrainOptions) -> dict[str, tuple[str, Any]]:
         "gradient_clipping": (f"--max_grad_norm {train.max_grad_norm:g}", train.max_grad_norm),
         "bf16.enabled": (f"--mixed_precision {precision}", precision == "bf16"),
         "fp16.enabled": (f"--mixed_precision {precision}", precision == "fp16"),
+        "fp16.loss_scale": ("--mixed_precision fp16, whose loss scale adapts", 0),
     }
 
 
 def zero_problems(options: TrainOptions) -> Iterator[str]:
     """Yields what is not supported of ZeRO."""
     stage = zero_stage()
+    if stage not in ("2", "3"):
+        yield f"zero_stage {stage}: only 2 and 3 are supported; set it to 2"
     if stage == "3" and options.method == "lora":
         yield (
             "zero_stage 3: divides all weights between the processes, and a LoRA trains few; launch with "

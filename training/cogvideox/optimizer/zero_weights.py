@@ -220,12 +220,14 @@ def configure(settings: dict[str, Any], train: TrainFlags) -> None:
     )
     # By default, ZeRO-3 replaces torch.nn.functional.linear in the complete process by one that rounds differently.
     settings.setdefault("zero_optimization", {})["memory_efficient_linear"] = False
-    settings.setdefault("fp16", {}).update(
-        auto_cast=False,  # It would round all inputs of the model to fp16, also positions and timesteps.
-        initial_scale_power=int(math.log2(INITIAL_SCALE)),
-        loss_scale_window=GROWTH_INTERVAL,
-        hysteresis=1,  # An overflow lowers the scale at once.
-    )
+    # The loss scale is that of LossScale; it has no hysteresis, so an overflow lowers it at once.
+    scale = {
+        "initial_scale_power": int(math.log2(INITIAL_SCALE)),
+        "loss_scale_window": GROWTH_INTERVAL,
+        "hysteresis": 1,
+    }
+    # auto_cast would round all inputs of the model to fp16, also positions and timesteps.
+    settings["fp16"] = {**scale, **settings.get("fp16", {}), "auto_cast": False}
 
 
 @contextmanager
