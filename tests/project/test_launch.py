@@ -563,6 +563,8 @@ def test_all_weights_train_under_fsdp(monkeypatch: pytest.MonkeyPatch, environme
         ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, (), "parallelism_config_tp_size 2", "leave it out"),
         ({}, ("--plan", "off"), "--plan off", "--plan auto"),
         ({}, ("--optimizer_state_on", "host"), "--optimizer_state_on host", "fsdp_offload_params: true"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, ("--weights_on", "device"), "--weights_on device", "leave out one"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, ("--optimizer_state_on", "device"), "--optimizer_state_on", "leave out one"),
         ({}, ("--use_cpu_offload_optimizer",), "--use_cpu_offload_optimizer", "fsdp_offload_params: true"),
         ({}, ("--use_8bit",), "--use_8bit", "--optimizer adam or adamw"),
         ({}, ("--optimizer", "prodigy"), "--optimizer prodigy", "--optimizer adam or adamw"),

@@ -31,6 +31,7 @@ from cogvideox.config.options import (
     PrepareOptions,
     TrainOptions,
     copies_and_shards,
+    fsdp_offloads,
     fsdp_setting,
     host_flags,
     launched_processes,
@@ -308,6 +309,9 @@ def fsdp_problems(options: TrainOptions) -> Iterator[str]:
         yield "--plan off: the weights are sharded; give --plan auto, fast or balanced"
     for given in host_flags(options):
         yield f"{given}: sharded weights and their state move together; set fsdp_offload_params: true instead"
+    for name, value in (("--weights_on", plan.weights_on), ("--optimizer_state_on", plan.optimizer_state_on)):
+        if value == "device" and fsdp_offloads():
+            yield f"{name} device: contradicts fsdp_offload_params: true; leave out one of them"
     if flags.use_cpu_offload_optimizer:
         yield "--use_cpu_offload_optimizer: set fsdp_offload_params: true instead"
     world = launched_processes()
