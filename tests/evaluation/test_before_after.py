@@ -28,6 +28,7 @@ from cogvideox.evaluation.before_after import SHEET_NAME, BeforeAfter, nearest_s
 from cogvideox.evaluation.validation import FOLDER, Prompts, Validator
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.curves import CURVES_NAME
+from cogvideox.runtime.report import REPORT_NAME
 from cogvideox.runtime.sheets import Panel, SheetRow
 
 BLACK, GRAY, WHITE = 20, 128, 240
@@ -304,6 +305,9 @@ def test_a_run_leaves_both_pictures(reference: Path) -> None:
     width, height = png_size(reference / SHEET_NAME)
     assert width == 1200
     assert 500 < height < 1000
+    page = (reference / REPORT_NAME).read_text()
+    for text in ("6 of 6 optimizer steps", "; exported", 'src="contact_sheet.png"', 'src="curves.png"', "step-000006"):
+        assert text in page, text
 
 
 @pytest.mark.usefixtures("rendered")

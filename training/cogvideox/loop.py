@@ -70,6 +70,7 @@ from cogvideox.runtime.checkpoint import (
 from cogvideox.runtime.curves import CURVES_NAME, draw_curves
 from cogvideox.runtime.metrics import column, read_records
 from cogvideox.runtime.ranks import lost_ranks_reported
+from cogvideox.runtime.report import write_report
 from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, TrainedSample, start_run, start_trackers, write_config
 from cogvideox.runtime.skipped import SkippedSteps
 
@@ -247,7 +248,7 @@ class Trainer:
         self.steps = steps
         steps.start.load(run, self.engine, method)
         if run.is_main:
-            write_config(run, options)
+            write_config(run, options, str(plan))
             write_samples(run.output_dir, tensors.index)
         self.skipped = SkippedSteps(run, steps.first)
         self.saver = Saver(
@@ -429,7 +430,7 @@ class Trainer:
             self._draw(step)
 
     def _draw(self, step: int) -> None:
-        """Draws the training curves and the before-and-after contact sheet up to a step."""
+        """Draws the training curves and the before-and-after contact sheet up to a step, and writes the report."""
         folder = self.run.output_dir
         name, weighting = folder.resolve().name, self.options.loss.loss_weighting
         with self.run.ranks.together():
@@ -437,6 +438,7 @@ class Trainer:
                 if step:  # before the first step there is nothing to draw, and importing matplotlib takes a second
                     draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
                 self.before_after.draw(step)
+                write_report(folder)
 
     def _make_loader(self) -> DataLoader[Batch]:
         """Returns a loader of this rank's micro-batches from the first step on, and prints how many steps there are."""
@@ -487,6 +489,8 @@ class Trainer:
             step = self._restore_best(step)
         with self.engine.averaged():
             files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.steps.recipe, step)
+        if run.is_main:
+            run.say(f"report: {write_report(run.output_dir)}")
         run.accelerator.end_training()
         if run.repository:  # set on the main process only, so that the other ranks end without waiting for the upload
             upload(run.repository, options.hub, run.output_dir, files, run.say)

@@ -8,5 +8,6 @@ best.py        keeps the checkpoint with the lowest held-out loss
 skipped.py     reports and counts optimizer steps that changed no weight, and ends the run if there are too many
 metrics.py     reads metrics.jsonl
 curves.py      draws loss and learning rate from metrics.jsonl
+report.py      writes report.html: videos, curves, costs and clips of a run on one page
 sheets.py      draws contact sheets: labels and frames in one PNG
 """

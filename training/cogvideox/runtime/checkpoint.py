@@ -520,5 +520,6 @@ def listed(names: list[str]) -> str:
 
 def write_samples(output_dir: Path, index: CacheIndex) -> None:
     """Writes samples.json, the samples that a run is trained on, so that a resumed run can report changes."""
-    content = {"fingerprint": index.fingerprint, "samples": index.digests}
+    captions = {sample.id: sample.caption for sample in index.samples}
+    content = {"fingerprint": index.fingerprint, "samples": index.digests, "captions": captions}
     write_atomically(output_dir / SAMPLES_NAME, json.dumps(content, ensure_ascii=False, indent=0).encode())

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -272,9 +273,10 @@ def open_run_repository(run: Run, options: TrainOptions) -> str | None:
     return None
 
 
-def write_config(run: Run, options: TrainOptions) -> None:
-    """Writes config.json: flags, precision, number of ranks, and versions."""
+def write_config(run: Run, options: TrainOptions, plan: str = "") -> None:
+    """Writes config.json: flags, precision, number of ranks, versions, the command, and the plan once it is known."""
     config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
+    config |= {"command": shlex.join(sys.argv)} | ({"plan": plan} if plan else {})
     write_atomically(run.output_dir / RUN_CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
 
 

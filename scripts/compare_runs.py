@@ -1,0 +1,136 @@
+"""Compares runs on one page, such as those of a sweep: settings, losses, costs and validation videos side by side.
+
+    python scripts/compare_runs.py runs/rank-64 runs/rank-128 --output runs/compare.html
+    python scripts/compare_runs.py runs/rank-64 --output rank-64.html --embed
+
+A browser opens the page from disk without a server. It links to the videos of the runs, or with --embed contains them,
+so that it can be sent to somebody. With one run, the page is the report of that run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
+
+from cogvideox.files import write_atomically
+from cogvideox.runtime.curves import MIN_WINDOW, png, running_mean, thinned
+from cogvideox.runtime.metrics import column
+from cogvideox.runtime.report import RunFiles, Sources, VideoGrid, page, section, table, write_report
+
+LAST_SHARE = 10  # the loss that is shown is the mean of the last tenth of the steps
+WHERE = ("output_dir", "tracker_name", "logging_dir")  # flags that differ between any two runs
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the page to write (compare.html)")
+    parser.add_argument("--embed", action="store_true", help="put videos and pictures into the page")
+    return parser
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Returns a short name for each folder: as many of its last parts as are needed to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    longest = max(map(len, parts))
+    for count in range(1, longest):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def different_flags(runs: Sequence[RunFiles]) -> list[str]:
+    """Returns the flags that do not have the same value in all runs."""
+    flags = [run.config.get("flags", {}) for run in runs]
+    every = dict.fromkeys(name for values in flags for name in values)
+    return [name for name in every if name not in WHERE and any(v.get(name) != flags[0].get(name) for v in flags)]
+
+
+def rows_of(runs: Sequence[RunFiles], names: Sequence[str], flags: Sequence[str]) -> list[tuple[object, ...]]:
+    """Returns a row of the table for each run: name, different flags, steps, losses and costs."""
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        steps, losses = column(run.records, "loss")
+        last = f"{losses[-max(1, len(losses) // LAST_SHARE) :].mean():.5f}" if len(losses) else ""
+        best = min(run.held_out, key=lambda record: float(record["held_out_loss"]), default=None)
+        held_out = f"{best['held_out_loss']:.5f} at step {best['step']}" if best else ""
+        seconds = [record["seconds"] for record in run.steps if record.get("seconds") is not None]
+        median = f"{statistics.median(seconds):.3f}" if seconds else ""
+        values = [run.config.get("flags", {}).get(flag) for flag in flags]
+        rows.append((name, *values, int(steps[-1]) if len(steps) else 0, last, held_out, median))
+    return rows
+
+
+def curves(runs: Sequence[RunFiles], names: Sequence[str]) -> Any:
+    """Returns a figure with the running mean of each run's loss, and its held-out loss with the standard error."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained", facecolor="white")
+    training, held_out = figure.subplots(2, 1, sharex=True)
+    for run, name in zip(runs, names, strict=True):
+        steps, losses = column(run.records, "loss")
+        training.plot(*thinned(steps, running_mean(losses, max(MIN_WINDOW, len(losses) // LAST_SHARE))), label=name)
+        measured, values = column(run.held_out, "held_out_loss")
+        errors = [record.get("held_out_error") or 0.0 for record in run.held_out if record["step"] in measured]
+        held_out.errorbar(measured, values, errors or None, marker="o", capsize=4, label=name)
+    training.set_ylabel("training loss, running mean")
+    held_out.set_ylabel("held-out loss ± standard error")
+    held_out.set_xlabel("optimizer step")
+    for axes in (training, held_out):
+        axes.grid(alpha=0.3)
+    training.legend()
+    return figure
+
+
+def compare(folders: Sequence[Path], target: Path, embed: bool) -> None:
+    """Writes the page that compares several runs."""
+    runs, names = [RunFiles(folder) for folder in folders], names_of(folders)
+    grid, flags = VideoGrid(Sources(target.parent, embed)), different_flags(runs)
+    shown = dict.fromkeys((run.prompt(prompt), number) for run in runs for prompt, number in run.videos)
+    rows = [
+        grid.add(text, [(name, videos_of(run, text, number)) for run, name in zip(runs, names, strict=True)])
+        for text, number in shown
+    ]
+    picture = base64.b64encode(png(curves(runs, names))).decode()
+    head = ("run", *flags, "steps", "loss, last tenth", "best held-out loss", "seconds a step")
+    sections = [
+        section("Runs", table(head, rows_of(runs, names, flags))),
+        section("Curves", f'<img src="data:image/png;base64,{picture}" alt="losses of all runs">'),
+        section("Validation videos", grid.slider() if rows else "", *rows),
+    ]
+    write_atomically(
+        target, page(f"{len(runs)} runs", "Flags that are equal in all runs are left out.", sections, grid)
+    )
+
+
+def videos_of(run: RunFiles, prompt: str, number: int) -> dict[int, Path]:
+    """Returns the videos of a prompt by step; runs may have their prompts in different order."""
+    found = (videos for (index, n), videos in run.videos.items() if (run.prompt(index), n) == (prompt, number))
+    return next(found, {})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the page; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    if missing := [str(folder) for folder in args.runs if not (folder / "config.json").is_file()]:
+        print(f"{', '.join(missing)}: has no config.json; give the output folder of a run", file=sys.stderr)
+        return 2
+    if len(args.runs) == 1:
+        write_report(args.runs[0], args.embed, args.output)
+    else:
+        compare(args.runs, args.output, args.embed)
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
