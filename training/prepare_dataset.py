@@ -24,8 +24,11 @@ CHECKS = (check_preparation, check_data_roots, check_reader)
 
 def main(options: PrepareOptions) -> int:
     """Prepares the data set, and returns the exit status."""
-    folder = Path(options.prepare.output_dir)
-    with what_is_safe(folder, lambda: "the tensors encoded so far are safe"):
+    from cogvideox.runtime.ranks import lost_ranks_reported
+
+    folder, safe = Path(options.prepare.output_dir), "the tensors encoded so far are safe"
+    lost = lost_ranks_reported(lambda: f"{safe}; the same command encodes the others")
+    with what_is_safe(folder, lambda: safe), lost:
         return prepare_into(folder, options)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import SFT_SCRIPT, Forked, finish, fork_ranks, python, sft_flags
+from running import PREPARE_SCRIPT, SFT_SCRIPT, SIZE, Forked, finish, fork_ranks, python, sft_flags
 
 from cogvideox import stopping
 from cogvideox.errors import LostRankError
@@ -59,6 +59,19 @@ def test_a_process_that_lost_another_says_so_in_one_line(
     assert exit_file.read_text() == "1"
 
 
+@pytest.mark.long
+def test_a_process_that_encodes_without_the_others_says_so(
+    tiny: Callable[[str], Path], clips: Path, cache: Path
+) -> None:
+    flags = ["--model_id", tiny("5b"), "--data_root", clips, "--output_dir", cache / "prepared", *SIZE]
+    other, killed = fork_ranks(2, python(PREPARE_SCRIPT, *flags), {1: (r"open .*\.safetensors", 1)})
+    assert killed.wait(120) == -9
+    said = finish(other, 1)
+    assert "process 0 lost its connection to the others" in said
+    assert "the tensors encoded so far are safe; the same command encodes the others" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("text", "lost"),
     [
@@ -69,9 +82,12 @@ def test_a_process_that_lost_another_says_so_in_one_line(
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],
 )
-def test_which_errors_mean_that_another_process_has_ended(text: str, lost: bool) -> None:
+def test_which_errors_mean_that_another_process_has_ended(
+    text: str, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
     expected = re.escape("process 3 lost its connection to the others") if lost else re.escape(text)
-    with pytest.raises(LostRankError if lost else RuntimeError, match=expected), lost_ranks_reported(3, lambda: "hint"):
+    with pytest.raises(LostRankError if lost else RuntimeError, match=expected), lost_ranks_reported(lambda: "hint"):
         raise RuntimeError(text)
 
 

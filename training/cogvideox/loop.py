@@ -12,7 +12,6 @@ The loop never waits for the device within a step. Losses and norms are copied t
 written to metrics.jsonl when they arrive.
 """
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -529,8 +528,7 @@ def fine_tune(options: TrainOptions, task_type: type[Task], method_type: type[Me
         LostRankError: Another process of the run has ended.
     """
     folder = Path(options.train.output_dir)
-    rank = int(os.environ.get("RANK", "0"))
-    with what_is_safe(folder, partial(safe_text, folder)), lost_ranks_reported(rank, partial(restart_hint, folder)):
+    with what_is_safe(folder, partial(safe_text, folder)), lost_ranks_reported(partial(restart_hint, folder)):
         return run_stages(options, task_type, method_type)
 
 

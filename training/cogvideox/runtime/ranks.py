@@ -164,11 +164,10 @@ class Ranks:
 
 
 @contextmanager
-def lost_ranks_reported(rank: int, hint: Callable[[], str]) -> Iterator[None]:
+def lost_ranks_reported(hint: Callable[[], str]) -> Iterator[None]:
     """Converts the error of a collective operation that another process has left into a LostRankError.
 
     Args:
-        rank: The number of this process.
         hint: Returns how the run is continued, for the message.
     """
     try:
@@ -176,6 +175,7 @@ def lost_ranks_reported(rank: int, hint: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
+        rank = os.environ.get("RANK", "0")
         problem = f"process {rank} lost its connection to the others, because one of them has ended; see its messages"
         raise LostRankError(f"{problem}; {hint()}") from error
 
