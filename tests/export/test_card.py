@@ -219,7 +219,7 @@ def test_a_run_without_prompts_and_token() -> None:
     text = card_text(facts(videos=[], token=None))
     assert set(front(text)) & {"widget", "instance_prompt"} == set()
     assert "Gallery" not in text
-    assert "prompt='a video'" in text
+    assert 'prompt="a video"' in text
     assert "Begin prompts" not in text
     assert "## What it makes" not in text
 
@@ -244,7 +244,7 @@ def test_image_to_video() -> None:
     ast.parse(example(facts(made=MADE | {"task": "ImageToVideo"})))
     video = Video("a panda", "validation/a.mp4", "validation/b.mp4", "image-0.png")
     text = card_text(facts(made=MADE | {"task": "ImageToVideo"}, videos=[video]))
-    assert "image=load_image(str(here / 'image-0.png'))," in text
+    assert 'image=load_image(str(here / "image-0.png")),' in text
     assert cells(text)[-3:] == ["a panda (image)", "video", "video"]
     assert "image-0.png" in [token.attrs["href"] for token in tokens(text) if token.type == "link_open"]
 
@@ -255,18 +255,18 @@ def test_a_base_model_on_this_machine(tmp_path: Path) -> None:
     text = card_text(facts(model=ModelFlags(str(folder))))
     assert set(front(text)) & {"base_model", "base_model_relation"} == set()  # The hub only accepts ids of its models.
     assert "a folder named my model on the machine of the training" in text
-    assert "'path/to/my model'" in text
+    assert '"path/to/my model"' in text
     assert str(tmp_path) not in text
 
 
 def test_revision_and_variant_are_those_of_the_training() -> None:
     code = example(facts(model=ModelFlags("a/b", revision="main", variant="fp16")))
-    assert "'a/b', revision='main', variant='fp16', dtype=torch.bfloat16," in code
+    assert '"a/b",\n    revision="main",\n    variant="fp16",\n    dtype=torch.bfloat16,' in code
 
 
 def test_a_local_result_is_loaded_from_its_folder() -> None:
     code = example(facts(name="my-lora", on_hub=False))
-    assert "here = Path('my-lora')" in code
+    assert 'here = Path("my-lora")' in code
     assert "huggingface_hub" not in code
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +14,14 @@ from typing import Any
 
 import pytest
 from fakes import PLAIN, options_of, run_alone
-from running import PROMPT, lora_flags, train
+from running import PROMPT, ROOT, lora_flags, train
+from torch import nn
 
 from cogvideox.evaluation.validation import Validator
-from cogvideox.export.inference_code import inference_script
+from cogvideox.export.inference_code import inference_script, literal
 from cogvideox.export.publish import INFERENCE_NAME
-from cogvideox.model.methods import Lora
-from cogvideox.model.tasks import TextToVideo
+from cogvideox.model.methods import FullFinetune, Lora
+from cogvideox.model.tasks import ImageToVideo, TextToVideo
 from cogvideox.model.vae_decoder import PUBLISHED, tiles_from
 
 HOSTILE = [
@@ -38,13 +42,20 @@ SAMPLING = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2
 TILES = tiles_from(*PUBLISHED)
 
 
-def script_of(output: Path, *flags: object, sampling: dict[str, Any] | None = None) -> ast.Module:
+def script_of(output: Path, *flags: object) -> ast.Module:
+    return ast.parse(code_of(output, TextToVideo, PLAIN, *flags))
+
+
+def code_of(output: Path, task: Any, lora: Any, *flags: object) -> str:
+    """Returns inference.py of a run of the task; its method is a LoRA, or all weights if ``lora`` is None."""
     options = options_of(output, *flags)
-    validator: Any = SimpleNamespace(sampling=sampling or SAMPLING, fps=8.0, flags=options.validation, pipeline=None)
+    validator: Any = SimpleNamespace(sampling=SAMPLING, fps=8.0, flags=options.validation, pipeline=None)
     validator.tiles = Validator.tiles.fget(validator)  # type: ignore[attr-defined]
-    method = SimpleNamespace(inference=lambda dtype: Lora.inference(PLAIN, dtype))
-    task: Any = TextToVideo
-    return ast.parse(inference_script(options, task, method, validator, run_alone(output)))
+    full: Any = SimpleNamespace(transformer=nn.Linear(1, 1), result=FullFinetune.result)
+    method: Any = SimpleNamespace(
+        inference=lambda *code: Lora.inference(lora, *code) if lora else FullFinetune.inference(full, *code)
+    )
+    return inference_script(options, task, method, validator, run_alone(output))
 
 
 def calls(tree: ast.Module, name: str) -> ast.Call:
@@ -63,9 +74,15 @@ def values(call: ast.Call) -> dict[str, Any]:
     }
 
 
+def defaults(tree: ast.Module) -> dict[str, Any]:
+    """Returns the literal default values of the flags."""
+    added = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    flags = [call for call in added if ast.unparse(call.func) == "parser.add_argument" and values(call)]
+    return {ast.literal_eval(call.args[0]): values(call)["default"] for call in flags if "default" in values(call)}
+
+
 def prompt_in(tree: ast.Module) -> str:
-    found = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "PROMPT"]
-    return ast.literal_eval(found[0])
+    return defaults(tree)["--prompt"]
 
 
 def statements(tree: ast.Module) -> list[str]:
@@ -102,9 +119,10 @@ def test_the_first_prompt_is_the_script_s(tmp_path: Path) -> None:
 def test_tiling_and_slicing_are_the_validation_s(
     tmp_path: Path, flags: tuple[str, ...], slicing: list[str], tiles: list[tuple[int, int]]
 ) -> None:
-    lines = [ast.unparse(statement) for statement in script_of(tmp_path, *flags).body]
+    tree = script_of(tmp_path, *flags)
+    lines = [ast.unparse(statement) for statement in tree.body]
     assert [line for line in lines if line.startswith("pipe.vae.enable")] == slicing
-    assert f"TILES = {tiles}" in lines
+    assert f"tiles = {tiles}" in [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Assign)]
 
 
 def test_the_script_samples_as_the_validation_does(
@@ -134,10 +152,15 @@ def test_the_script_samples_as_the_validation_does(
     assert sampling | {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3} == sampling
     assert sampling | {"guidance_scale": 2.5, "use_dynamic_cfg": True} == sampling
     tree = ast.parse((output / INFERENCE_NAME).read_text())
-    assert values(calls(tree, "pipe")) == sampling | {"negative_prompt": "it's"}
-    assert ast.literal_eval(calls(tree, "torch.Generator().manual_seed").args[0]) == called[-1]["generator"] == 7
+    call, given = calls(tree, "pipe"), defaults(tree)
+    used = {k.arg: given[f"--{k.value.attr}"] for k in call.keywords if isinstance(k.value, ast.Attribute)}
+    assert used.pop("prompt") == PROMPT
+    assert values(call) | used == sampling | {"negative_prompt": "it's"}
+    assert ast.unparse(calls(tree, "torch.Generator().manual_seed").args[0]) == "args.seed"
+    assert given["--seed"] == called[-1]["generator"] == 7
     assert values(calls(tree, "encode_video"))["fps"] == 12
-    assert ast.literal_eval(calls(tree, "pipe.set_adapters").args[1]) == [1.0]
+    assert ast.unparse(calls(tree, "pipe.set_adapters").args[1]) == "[args.strength]"
+    assert given["--strength"] == 1
 
 
 @pytest.mark.fault("flags: inference.py with a version of diffusers that is too old")
@@ -150,8 +173,72 @@ def test_an_old_diffusers_is_named_before_anything_is_imported_from_it(
     """Versions before 0.39 have no encode_video, and versions before 0.40 ignore dtype=."""
     tree = script_of(tmp_path)
     end = next(i for i, node in enumerate(tree.body) if ast.unparse(node).startswith("from diffusers"))
+    monkeypatch.setattr("sys.argv", ["inference.py"])
     tree.body = tree.body[:end]
     monkeypatch.setattr("diffusers.__version__", version)
-    message = f"diffusers {version} is too old; 0.40 or newer is needed: pip install -U diffusers"
+    message = f"diffusers {version} is too old: pip install -U 'diffusers>=0.40'"
     with pytest.raises(SystemExit, match=re.escape(message)) if old else nullcontext():
-        exec(compile(tree, "inference.py", "exec"), {})
+        exec(compile(tree, "inference.py", "exec"), {"__file__": "inference.py"})
+
+
+@pytest.mark.parametrize("flags", [(), ("--revision", "main", "--variant", "fp16", "--enable_slicing")])
+@pytest.mark.parametrize("lora", [PLAIN, SimpleNamespace(ignores_positions=True), None])
+@pytest.mark.parametrize("task", [TextToVideo, ImageToVideo])
+def test_the_script_is_formatted(tmp_path: Path, task: Any, lora: Any, flags: tuple[str, ...]) -> None:
+    path = tmp_path / "inference.py"
+    path.write_text(code_of(tmp_path, task, lora, *flags), encoding="utf-8")
+    assert_formatted(path)
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "a long one " * 9, "a long one " * 99])
+def test_texts_are_literals_with_the_quotes_of_the_formatter(tmp_path: Path, text: str) -> None:
+    assert ast.literal_eval(literal(text)) == text
+    path = tmp_path / "inference.py"
+    prompt = ("--validation_prompt", f"a{text}z", "--negative_prompt", text)
+    path.write_text(code_of(tmp_path, TextToVideo, PLAIN, *prompt), encoding="utf-8")
+    assert_formatted(path)
+
+
+def assert_formatted(path: Path) -> None:
+    """Compares a file with what ruff format makes of it, with the settings of this project."""
+    command = [sys.executable, "-m", "ruff", "format", "--diff", "--config", ROOT / "pyproject.toml", path]
+    assert not subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+@pytest.mark.parametrize(("lora", "task"), [(PLAIN, TextToVideo), (None, ImageToVideo)])
+def test_help_lists_the_flags_and_makes_no_video(tmp_path: Path, lora: Any, task: Any) -> None:
+    path = tmp_path / "inference.py"
+    path.write_text(code_of(tmp_path, task, lora, "--validation_prompt", "50% of it: %(prog)s"), encoding="utf-8")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 2  # torch is not imported
+    listed = set(re.findall(r"^  (--\w+)", done.stdout, re.MULTILINE))
+    expected = {"--prompt", "--output", "--seed", "--steps", "--guidance", "--frames", "--height", "--width"}
+    assert listed == expected | ({"--strength"} if lora else set()) | ({"--image"} if task is ImageToVideo else set())
+    assert "what the video shows (default: 50% of it: %(prog)s)" in " ".join(done.stdout.split())
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("a cat", "red.png", "cat.mp4", "--seed", "3"),
+        ("--seed", "3", "a cat", "red.png", "cat.mp4"),
+        ("a cat", "--seed", "3", "red.png", "cat.mp4"),
+        ("a cat", "red.png", "--seed", "3", "--output", "cat.mp4"),
+        ("--prompt", "a cat", "--image", "red.png", "--output", "cat.mp4", "--seed", "3"),
+    ],
+)
+def test_values_are_given_with_flags_or_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    tree = ast.parse(code_of(tmp_path, ImageToVideo, PLAIN))
+    end = next(i for i, node in enumerate(tree.body) if ast.unparse(node).startswith("args = "))
+    tree.body = tree.body[: end + 1]
+    monkeypatch.setattr("sys.argv", ["inference.py", *arguments])
+    variables: dict[str, Any] = {"__file__": "inference.py"}
+    exec(compile(tree, "inference.py", "exec"), variables)
+    args = variables["args"]
+    assert (args.prompt, args.image, args.output, args.seed) == ("a cat", "red.png", "cat.mp4", 3)
+    assert (args.steps, args.guidance, args.strength) == (2, 6, 1)
+    assert (args.frames, args.height, args.width) == (9, 64, 96)

@@ -97,18 +97,50 @@ def test_inference_script_writes_a_video(reference: Path, tmp_path: Path) -> Non
     assert probe(video).num_frames == 9
 
 
-@pytest.mark.parametrize(("gib", "moved"), [(3.9, "enable_sequential_cpu_offload"), (4.1, "enable_model_cpu_offload")])
-def test_inference_script_on_a_gpu(gib: float, moved: str, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts are moved one at a time if the largest fits in addition to 4 GiB, or else one layer at a time."""
-    import diffusers
+@pytest.mark.parametrize(
+    ("gib", "moved"), [(0.9, ["CogVideoXTransformer3DModel", "T5EncoderModel"]), (1.1, ["offload"]), (9, ["cuda"])]
+)
+def test_inference_script_on_a_gpu(
+    gib: float, moved: list[str], reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU holds all models if it also has room to decode; else the largest and room to sample; else blocks.
 
-    called: list[str] = []
-    for name in ("enable_sequential_cpu_offload", "enable_model_cpu_offload"):
-        monkeypatch.setattr(diffusers.CogVideoXPipeline, name, lambda self, name=name: called.append(name))
+    On a CPU, blocks are copied to the device on which they are, without a stream.
+    """
+    import diffusers
+    from diffusers.hooks import apply_group_offloading
+
+    expected, called = frames_of(reference / "inference.py", monkeypatch), []
+
+    def offload(module: Any, **options: Any) -> None:
+        assert options.pop("onload_device") == torch.device("cuda")
+        assert options.pop("use_stream")
+        called.append(type(module).__name__)
+        apply_group_offloading(module, onload_device=torch.device("cpu"), **options)
+
+    pipeline = diffusers.CogVideoXPipeline
+    monkeypatch.setattr(pipeline, "enable_model_cpu_offload", lambda self: called.append("offload"))
+    monkeypatch.setattr(pipeline, "to", lambda self, device: called.append(device))
+    monkeypatch.setattr(diffusers.CogVideoXTransformer3DModel, "enable_group_offload", offload)
+    monkeypatch.setattr("diffusers.hooks.apply_group_offloading", offload)
+    monkeypatch.setattr(diffusers.AutoencoderKLCogVideoX, "to", lambda self, device: self)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(gib * 2**30), 80 * 2**30))
-    assert len(frames_of(reference / "inference.py", monkeypatch)) == 9
-    assert called == [moved]
+    assert frames_of(reference / "inference.py", monkeypatch).equal(expected)
+    assert called == moved
+
+
+def test_inference_script_has_no_warnings_and_obeys_its_flags(reference: Path, tmp_path: Path) -> None:
+    script, folder = reference / "inference.py", tmp_path / "new" / "folder"
+    small = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 1, "--guidance", 1)
+    said = finish(start(python(script, "--output", folder / "all.mp4", *small)))
+    lines = [line for line in re.split(r"[\r\n]+", said) if line.strip() and "%|" not in line]
+    assert lines == [str(folder / "all.mp4")]
+    info = probe(folder / "all.mp4")
+    assert (info.num_frames, info.height, info.width) == (5, 32, 48)
+    for name, flags in (("seed", ("--seed", 9)), ("base", ("--strength", 0)), ("prompt", ("--prompt", "x"))):
+        finish(start(python(script, "--output", folder / f"{name}.mp4", *small, *flags)))
+    assert len({path.read_bytes() for path in folder.iterdir()}) == 4
 
 
 def test_inference_script_decodes_in_tiles_where_frames_do_not_fit(

@@ -20,7 +20,7 @@ from cogvideox.config.options import TrainOptions
 from cogvideox.data.cache import CacheIndex
 from cogvideox.evaluation.before_after import SHEET_NAME
 from cogvideox.evaluation.validation import Validator
-from cogvideox.export.inference_code import generate, oldest_diffusers
+from cogvideox.export.inference_code import generate, literal, oldest_diffusers
 from cogvideox.files import write_atomically
 from cogvideox.model.methods import Method
 from cogvideox.model.tasks import IMAGE_NAME, Task
@@ -236,7 +236,7 @@ def heading(facts: Facts) -> str:
 def usage(facts: Facts) -> str:
     """Returns the section on how to make a video."""
     image = "first_frame.png " if facts.task == "image-to-video" else ""
-    script = f'inference.py in this folder takes a prompt: `python inference.py "a prompt" {image}video.mp4`.'
+    script = f'inference.py in this folder is a command: `python inference.py "a prompt" {image}video.mp4`; see --help.'
     again = " Without one it reproduces the first video of the table below." if facts.videos else ""
     oldest = oldest_diffusers()
     blocks = [
@@ -259,7 +259,7 @@ def example(facts: Facts) -> str:
     is_image_task = facts.task == "image-to-video"
     first = facts.videos[0] if facts.videos else None
     prompt = first.prompt if first else f"{facts.token or ''} a video".strip()
-    image = f"str(here / {first.image!r})" if first and first.image else '"first_frame.png"'
+    image = f"str(here / {literal(first.image)})" if first and first.image else '"first_frame.png"'
     setup = [
         "from pathlib import Path",
         "",
@@ -268,7 +268,7 @@ def example(facts: Facts) -> str:
         f"from diffusers.utils import export_to_video{', load_image' if is_image_task else ''}",
         *(["from huggingface_hub import snapshot_download"] if facts.on_hub else []),
         "",
-        f"here = Path({f'snapshot_download({facts.name!r})' if facts.on_hub else repr(facts.name)})",
+        f"here = Path({f'snapshot_download({literal(facts.name)})' if facts.on_hub else literal(facts.name)})",
     ]
     return generate(
         setup="\n".join(setup),
@@ -279,7 +279,7 @@ def example(facts: Facts) -> str:
         weights=facts.code,
         memory="\n".join(["pipe.enable_model_cpu_offload()", *(f"pipe.vae.{name}()" for name in facts.decoding)]),
         arguments=[
-            f"prompt={prompt!r},",
+            f"prompt={literal(prompt)},",
             *([f"image=load_image({image}),"] if is_image_task else []),
             *(f"{name}={value!r}," for name, value in facts.sampling.items()),
         ],

@@ -8,7 +8,9 @@ video. Texts of users enter the code only through repr(), so a prompt cannot run
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from cogvideox.config.args import NOISY
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.options import TrainOptions
 from cogvideox.config.prompts import prompts_of
@@ -22,7 +24,7 @@ MIN_DIFFUSERS = (0, 40)  # older versions ignore dtype= and load in fp32, or can
 TEMPLATE = """\
 {setup}
 pipe = diffusers.{pipeline}.from_pretrained(
-    {model}, {choices}dtype=torch.{dtype},{parts}
+    {parts}
 )
 {load}{memory}
 video = pipe(
@@ -32,60 +34,108 @@ video = pipe(
 """
 
 SCRIPT_SETUP = '''\
-"""Makes a video with the trained weights in plain diffusers: python inference.py ["a prompt"]{usage} [OUTPUT.mp4]"""
+"""Makes a video with the trained weights in plain diffusers.
 
-import sys
+The default values make the first validation video. Prompt{and_image} and output, in this order, need no flags.
+"""
+
+import argparse
+import logging
 from pathlib import Path
+
+here = Path(__file__).parent
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+for name in ({names}):
+    parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"same as --{{name}}")
+parser.add_argument(
+    "--prompt",
+    default={prompt},
+    help="what the video shows",
+)
+{image_flag}parser.add_argument("--output", default="output.mp4", help="the video file to write")
+{numbers}
+args = parser.parse_intermixed_args()
+Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+
+# These packages, if they are installed, warn about extras that are not used here.
+for name in ({noisy}):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 import diffusers
 import torch
 
 if tuple(map(int, diffusers.__version__.split(".")[:2])) < {diffusers}:
-    sys.exit(f"diffusers {{diffusers.__version__}} is too old; {oldest} or newer is needed: pip install -U diffusers")
+    raise SystemExit(f"diffusers {{diffusers.__version__}} is too old: pip install -U 'diffusers>={oldest}'")
 
+from diffusers.hooks import apply_group_offloading
 from diffusers.utils.export_utils import encode_video
-
-PROMPT = {prompt}
-TILES = {tiles}  # tile sizes for decoding, in the order in which they are tried; None decodes complete frames
-here = Path(__file__).parent
-defaults = [PROMPT,{defaults} "output.mp4"]
-prompt,{names} output = sys.argv[1:] + defaults[len(sys.argv) - 1 :]
 '''
 
-SCRIPT_MEMORY = """\
+STRENGTH = "args.strength"  # code for the scale of the LoRA
+# The flags of numbers, by what they are in Validator.sampling or in the program.
+NUMBERS = {
+    "seed": ("seed", "another number gives another video"),
+    "num_inference_steps": ("steps", "number of denoising steps"),
+    "guidance_scale": ("guidance", "guidance scale; 1 is without guidance"),
+    STRENGTH: ("strength", "scale of the LoRA; 0 gives the base model"),
+    "num_frames": ("frames", "number of frames"),
+    "height": ("height", "in pixels"),
+    "width": ("width", "in pixels"),
+}
+
+SCRIPT_MEMORY = """
+# In order of speed, the GPU holds all models, one model at a time, or the two blocks that compute and come next.
 parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-largest = max(sum(p.nbytes for p in part.parameters()) for part in parts)
-if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > largest + 4 * 2**30:
-    pipe.enable_model_cpu_offload()  # keeps one model at a time on the GPU
-elif torch.cuda.is_available():
-    pipe.enable_sequential_cpu_offload()  # keeps one layer at a time on the GPU: slow, but fits small GPUs
+sizes = [sum(p.nbytes for p in part.parameters()) for part in parts]
+free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+room = 2**30 * (1 + 3 * args.frames * args.height * args.width / (49 * 480 * 720))  # for sampling
+if free > sum(sizes) + 5 * room:  # the rest is for decoding
+    pipe.to("cuda")
+elif free > max(sizes) + room:
+    pipe.enable_model_cpu_offload()
+elif free:
+    streams = {{"onload_device": torch.device("cuda"), "use_stream": True}}
+    pipe.transformer.enable_group_offload(**streams, num_blocks_per_group=1)
+    apply_group_offloading(pipe.text_encoder, **streams, offload_type="leaf_level", low_cpu_mem_usage=True)
+    pipe.vae.to("cuda")
 {slicing}
 
 def decode(latents, decode=pipe.vae.decode):
-    for tile in TILES:
+    # None decodes complete frames. The tiles after it are for memory in which they do not fit.
+    tiles = {tiles}
+    for tile in tiles:
         torch.cuda.empty_cache()
         if tile:
             pipe.vae.enable_tiling(*tile)
         try:
             return decode(latents)
         except torch.OutOfMemoryError:
-            if tile == TILES[-1]:
+            if tile == tiles[-1]:
                 raise
         finally:
             pipe.vae.disable_tiling()  # images are never encoded in tiles
 
 
-pipe.vae.decode = decode"""
+pipe.vae.decode = decode
+"""
 
-SCRIPT_OUTPUT = """\
+SCRIPT_OUTPUT = """
 frames = (video.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
-encode_video(frames, fps={fps}, output_path=output)
-print(output)"""
+encode_video(frames, fps={fps}, output_path=args.output)
+print(args.output)"""
 
 
 def oldest_diffusers() -> str:
     """Returns the oldest version of diffusers that runs the programs, such as 0.40."""
     return ".".join(map(str, MIN_DIFFUSERS))
+
+
+def literal(text: str) -> str:
+    """Returns a text as a Python literal, with the quotes that ruff format would choose."""
+    body = repr(f"'\"{text}")[4:-1]  # with both kinds of quotes in it, repr() puts single ones around
+    if text.count('"') > text.count("'"):
+        return f"'{body}'"
+    return '"' + body.replace("\\'", "'").replace('"', '\\"') + '"'
 
 
 def generate(
@@ -112,15 +162,18 @@ def generate(
         arguments: Code of the arguments of the pipeline's call, one per line.
         output: Code that writes ``video``.
     """
-    parts, load = weights
+    part, load = weights
     choices = {"revision": model.revision, "variant": model.variant}
+    parts = [
+        f"{literal(path)},",
+        *(f"{name}={literal(value)}," for name, value in choices.items() if value),
+        f"dtype=torch.{dtype},",
+        *([part] if part else []),
+    ]
     return TEMPLATE.format(
         setup=setup,
         pipeline=pipeline,
-        model=repr(path),
-        choices="".join(f"{name}={value!r}, " for name, value in choices.items() if value),
-        dtype=dtype,
-        parts=f"\n    {parts}" if parts else "",
+        parts="\n    ".join(parts),
         load=f"{load}\n" if load else "",
         memory=memory,
         arguments="\n    ".join(arguments),
@@ -129,32 +182,52 @@ def generate(
 
 
 def inference_script(options: TrainOptions, task: Task, method: Method, validator: Validator, run: Run) -> str:
-    """Returns inference.py, a script that reproduces the first validation video in stock diffusers."""
+    """Returns inference.py, a command whose default values reproduce the first validation video in stock diffusers."""
     flags, model, dtype = options.validation, options.model, str(run.dtype).removeprefix("torch.")
     folder = Path(model.pretrained_model_name_or_path)
-    prompts = prompts_of(flags) or [f"{options.data.id_token or ''} a video".strip()]
-    setup = SCRIPT_SETUP.format(
-        **task.inference,
-        diffusers=MIN_DIFFUSERS,
-        oldest=oldest_diffusers(),
-        prompt=repr(prompts[0]),
-        tiles=validator.tiles,
-    )
+    weights = method.inference(dtype, STRENGTH)
+    numbers = {"seed": options.data.seed, **validator.sampling}
+    if STRENGTH in weights[1]:
+        numbers[STRENGTH] = 1.0
+    sampling = {
+        name: f"args.{NUMBERS[name][0]}" if name in NUMBERS else value for name, value in validator.sampling.items()
+    }
     arguments = [
-        f"prompt=prompt,{task.inference['arguments']}",
-        f"negative_prompt={flags.negative_prompt!r},",
-        *(f"{name}={value!r}," for name, value in validator.sampling.items()),
-        f"generator=torch.Generator().manual_seed({options.data.seed}),",
+        "prompt=args.prompt,",
+        *task.inference["arguments"].splitlines(),
+        f"negative_prompt={literal(flags.negative_prompt)},",
+        *(f"{name}={value}," for name, value in sampling.items()),
+        "generator=torch.Generator().manual_seed(args.seed),",
         'output_type="pt",',
     ]
     return generate(
-        setup=setup,
+        setup=script_setup(options, task, numbers),
         pipeline=task.pipeline,
         model=model,
         path=str(folder.resolve()) if folder.is_dir() else model.pretrained_model_name_or_path,
         dtype=dtype,
-        weights=method.inference(dtype),
-        memory=SCRIPT_MEMORY.format(slicing="pipe.vae.enable_slicing()\n" if flags.enable_slicing else ""),
+        weights=weights,
+        memory=SCRIPT_MEMORY.format(
+            slicing="pipe.vae.enable_slicing()\n" if flags.enable_slicing else "", tiles=validator.tiles
+        ),
         arguments=arguments,
         output=SCRIPT_OUTPUT.format(fps=round(validator.fps)),
+    )
+
+
+def script_setup(options: TrainOptions, task: Task, numbers: dict[str, Any]) -> str:
+    """Returns the code that reads the command line, whose numbers have these default values."""
+    prompts = prompts_of(options.validation) or [f"{options.data.id_token or ''} a video".strip()]
+    lines = [
+        f'parser.add_argument("--{flag}", type={type(numbers[name]).__name__}, default={numbers[name]}, help="{help_}")'
+        for name, (flag, help_) in NUMBERS.items()
+        if name in numbers
+    ]
+    return SCRIPT_SETUP.format(
+        **task.inference,
+        prompt=literal(prompts[0]),
+        numbers="\n".join(lines),
+        noisy=", ".join(map(literal, NOISY)),
+        diffusers=MIN_DIFFUSERS,
+        oldest=oldest_diffusers(),
     )

@@ -103,11 +103,12 @@ class Method(Protocol):
             folder: The folder that ``save`` or ``export`` wrote.
         """
 
-    def inference(self, dtype: str) -> tuple[str, str]:
+    def inference(self, dtype: str, strength: str = "1.0") -> tuple[str, str]:
         """Returns code for inference.py: an argument of from_pretrained that loads the result, and the lines after it.
 
         Args:
             dtype: The name of a torch dtype, such as "bfloat16".
+            strength: The code of the factor by which a LoRA is scaled.
         """
 
 
@@ -301,14 +302,14 @@ class Lora:
         load_saved(pipeline_of(transformer), folder)
         return transformer
 
-    def inference(self, dtype: str) -> tuple[str, str]:
+    def inference(self, dtype: str, strength: str = "1.0") -> tuple[str, str]:
         """Returns code for inference.py that loads the result from the folder ``here``."""
         name = f'"{WEIGHTS_NAME}"'
         load = f'pipe.load_lora_weights(str(here), weight_name={name}, adapter_name="cogvideox-lora")\n'
         if self.ignores_positions:  # the base model that inference.py loads still has learned positions
             function = inspect.getsource(ignore_learned_positions)
-            load = f"{function}\n\nignore_learned_positions(pipe.transformer)\n{load}"
-        return "", load + 'pipe.set_adapters(["cogvideox-lora"], [1.0])  # 1: the strength of training'
+            load = f"\n\n{function}\n\nignore_learned_positions(pipe.transformer)\n{load}"
+        return "", load + f'pipe.set_adapters(["cogvideox-lora"], [{strength}])  # 1: the strength of training'
 
 
 class FullFinetune:
@@ -374,7 +375,7 @@ class FullFinetune:
                 parameter.fill_(torch.nan)  # so that a weight that is missing in the files is noticed
         load_values(self.transformer, self.new_transformer(None, folder).state_dict())
 
-    def inference(self, dtype: str) -> tuple[str, str]:
+    def inference(self, dtype: str, strength: str = "1.0") -> tuple[str, str]:
         """Returns code for inference.py that loads the result from the folder ``here``."""
         name = type(self.transformer).__name__
         return f'transformer=diffusers.{name}.from_pretrained(here / "{self.result}", dtype=torch.{dtype}),', ""

@@ -29,9 +29,9 @@ class Task(Protocol):
 
     Attributes:
         pipeline: The class name of the diffusers pipeline that makes videos with the trained model.
-        inference: Code for inference.py that handles inputs other than the prompt. "usage" is part of the usage line,
-            "names" are the variables of the command-line arguments, "defaults" are their default values, and
-            "arguments" are the arguments of the pipeline's call.
+        inference: Code for inference.py that handles inputs other than the prompt. "names" are those of the values that
+            need no flag, "and_image" is for a sentence that lists them, "image_flag" declares a flag, and "arguments"
+            are the arguments of the pipeline's call.
         dtype: The type to which the inputs of the transformer are converted.
     """
 
@@ -54,7 +54,12 @@ class TextToVideo:
     """Trains a model that makes videos from captions: the transformer gets the noisy latents and text embeddings."""
 
     pipeline: ClassVar[str] = "CogVideoXPipeline"
-    inference: ClassVar[dict[str, str]] = dict.fromkeys(("usage", "defaults", "names", "arguments"), "")
+    inference: ClassVar[dict[str, str]] = {
+        "names": '"prompt", "output"',
+        "and_image": "",
+        "image_flag": "",
+        "arguments": "",
+    }
 
     def __init__(self, options: TrainOptions, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> None:
         self.rotary = RotaryTables(geometry, device)
@@ -81,10 +86,10 @@ class ImageToVideo:
 
     pipeline: ClassVar[str] = "CogVideoXImageToVideoPipeline"
     inference: ClassVar[dict[str, str]] = {
-        "usage": " [IMAGE]",
-        "defaults": f' here / "{IMAGE_NAME.format(0)}",',
-        "names": " image,",
-        "arguments": "\n    image=diffusers.utils.load_image(str(image)),",
+        "names": '"prompt", "image", "output"',
+        "and_image": ", image",
+        "image_flag": f'parser.add_argument("--image", default=here / "{IMAGE_NAME.format(0)}", help="first frame")\n',
+        "arguments": "image=diffusers.utils.load_image(str(args.image)),",
     }
 
     def __init__(self, options: TrainOptions, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> None:
