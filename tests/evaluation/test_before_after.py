@@ -346,10 +346,10 @@ def test_nothing_of_the_run_is_changed(
     seen = []
     draw = loop.Trainer._draw
 
-    def watched(self: loop.Trainer, step: int) -> None:
+    def watched(self: loop.Trainer, step: int, videos: list[Path]) -> None:
         transformer = self.validator.transformer
         before = state_of(transformer)
-        draw(self, step)
+        draw(self, step, videos)
         after = state_of(transformer)
         assert [name for name in before if before[name] != after[name]] == []
         assert not self.validator.pipeline.vae.training

@@ -195,7 +195,7 @@ def test_killed_while_moving_ends_the_same(tmp_path: Path, monkeypatch: pytest.M
 def test_videos_are_shared_out_over_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
     made: list[list[Path]] = [[] for _ in range(world)]
     monkeypatch.setattr(Validator, "_vae_on_device", lambda self: nullcontext())
-    monkeypatch.setattr(Validator, "sample", lambda self, prompt, number: torch.zeros(1))
+    monkeypatch.setattr(Validator, "sample", lambda self, prompt, number: torch.zeros(1, 1, 3, 8, 8))
     for rank in range(world):
         validator = bare(tmp_path, "--num_validation_videos", 2, texts=["a", "b", "c"])
         validator.transformer = torch.nn.Linear(1, 1)

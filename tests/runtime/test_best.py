@@ -16,9 +16,9 @@ from running import PROMPT, equal, lora_flags, train, weights
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import TIMESTEP_PARTS, HeldOut
 from cogvideox.runtime import best as best_module
-from cogvideox.runtime.best import BEST_NAME, BestCheckpoint, best_of
+from cogvideox.runtime.best import BEST_NAME, BestCheckpoint, best_of, not_better
 from cogvideox.runtime.checkpoint import checkpoints, damage_of, step_of
-from cogvideox.runtime.metrics import GRID
+from cogvideox.runtime.metrics import GRID, column, read_records
 from cogvideox.runtime.run import METRICS_NAME, write_metrics
 
 LOSSES = {0: 0.1, 2: 0.5, 3: 0.8, 4: 0.9, 6: 0.7, 8: 0.6, 10: 0.4}  # There is no checkpoint of step 0.
@@ -282,5 +282,28 @@ def test_without_validation_clips_the_run_ends_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr("cogvideox.model.models.load_transformer", None)
     with pytest.raises(UsageError) as error:
-        train(flags_of(model, tensors, tmp_path))
-    assert [problem.split(":")[0] for problem in error.value.problems] == ["--keep_best"]
+        train(flags_of(model, tensors, tmp_path, "--stop_when_worse", 2))
+    assert [problem.split(":")[0] for problem in error.value.problems] == ["--keep_best", "--stop_when_worse 2"]
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_run_ends_when_the_loss_has_not_improved(
+    model: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The losses of steps 2 and 4 are above that of step 0. The same command does not train on; a higher limit does."""
+    flags = lora_flags(model, prepared, tmp_path, "--load_tensors", "--max_train_steps", 6)
+    for _ in range(2):
+        assert train([*flags, "--stop_when_worse", "2"]) == 0
+        assert "training ends after step 4 of 6" in capsys.readouterr().err
+        assert json.loads((tmp_path / "recipe.json").read_text())["step"] == 4
+        assert column(read_records(tmp_path / METRICS_NAME), "loss")[0].tolist() == [1, 2, 3, 4]
+    assert train([*flags, "--stop_when_worse", "4"]) == 0
+    assert json.loads((tmp_path / "recipe.json").read_text())["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("measured", "last", "count"),
+    [({}, 9, 0), ({0: 1.0}, 9, 0), ({0: 1.0, 2: 0.5, 4: 0.5, 6: 0.7}, 9, 2), ({0: 1.0, 2: 0.5, 4: 0.4}, 2, 0)],
+)
+def test_measurements_that_are_not_better(measured: dict[float, float], last: int, count: int) -> None:
+    assert not_better(measured, last) == count

@@ -35,6 +35,7 @@ from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.data.shared_memory import batch_bytes, choose_workers
 from cogvideox.errors import UsageError, first_line, first_of
 from cogvideox.evaluation.before_after import BeforeAfter
+from cogvideox.evaluation.health import report_health
 from cogvideox.evaluation.held_out import HeldOut
 from cogvideox.evaluation.images import fetch_images
 from cogvideox.evaluation.parity import check_parity
@@ -266,6 +267,7 @@ class Trainer:
             run, tensors, seed, method.transformer, partial(losses_of, task, self.schedule, method.transformer)
         )
         self.best = BestCheckpoint(self.saver, train.keep_best, self.held_out.grid)
+        self.last_step = steps.total  # lower once --stop_when_worse has ended the run
 
     def train(self) -> None:
         """Trains until the last step and saves it.
@@ -305,7 +307,7 @@ class Trainer:
             # all ranks agree in ``_commit`` on the step before which they stop.
             stopping.defer()
         try:
-            while step < self.steps.total:
+            while step < self.last_step:
                 save = self._compute_gradients(step, metrics, batches)
                 rate = learning_rate(self.options.optimizer, step, self.steps.total, self.steps.order.global_batch)
                 result = self.engine.step(rate)
@@ -317,7 +319,7 @@ class Trainer:
                     with metrics.paused():
                         self._save(step)
                     saved = step
-                if self._evaluation_due(step) and step < self.steps.total:
+                if self._evaluation_due(step) and step < self.last_step:
                     with metrics.paused():
                         self._evaluate(step)
         except stopping.Stopped:
@@ -405,7 +407,7 @@ class Trainer:
 
     def _evaluation_due(self, step: int) -> bool:
         """Returns whether the weights are evaluated after a step: always before the first and after the last."""
-        return step in (0, self.steps.total) or self.validator.due(step) or self._held_out_due(step)
+        return step in (0, self.last_step) or self.validator.due(step) or self._held_out_due(step)
 
     def _held_out_due(self, step: int) -> bool:
         """Returns whether the held-out loss is measured after a step.
@@ -419,17 +421,25 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         """Measures the held-out loss and renders the validation videos due after a step, unless they exist."""
-        ends = step in (0, self.steps.total)
+        ends = step in (0, self.last_step)
         with self.engine.averaged():
             if ends or self._held_out_due(step):
                 self.held_out.measure(step)
                 self.best.update(step)
-            if ends or self.validator.due(step):
-                self.validator.render(step)
-            self._draw(step)
+                self._end_if_worse(step)
+            videos = self.validator.render(step) if ends or self.validator.due(step) else []
+            self._draw(step, videos)
 
-    def _draw(self, step: int) -> None:
-        """Draws the training curves and the before-and-after contact sheet up to a step, and writes the report."""
+    def _end_if_worse(self, step: int) -> None:
+        """Makes a step the last one if the held-out loss has not improved for long enough."""
+        limit = self.options.train.stop_when_worse
+        if step < self.last_step and self.best.has_worsened(step, limit):
+            self.last_step = step
+            rule = f"--stop_when_worse {limit}: the held-out loss has not improved in {limit} measurements"
+            self.run.say(f"{rule}; training ends after step {step} of {self.steps.total}")
+
+    def _draw(self, step: int, videos: Sequence[Path]) -> None:
+        """Draws curves and contact sheet up to a step, measures the videos of the step, and writes the report."""
         folder = self.run.output_dir
         name, weighting = folder.resolve().name, self.options.loss.loss_weighting
         with self.run.ranks.together():
@@ -437,6 +447,7 @@ class Trainer:
                 if step:  # before the first step there is nothing to draw, and importing matplotlib takes a second
                     draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
                 self.before_after.draw(step)
+                report_health(self.run, step, videos, self.before_after.health_of_clips())
                 write_report(folder)
 
     def _make_loader(self) -> DataLoader[Batch]:
@@ -479,7 +490,7 @@ class Trainer:
 
     def finish(self) -> int:
         """Evaluates the last step, publishes the result and uploads it if asked; returns the script's exit status."""
-        step = self.steps.total
+        step = self.last_step
         if summary := self.skipped.summary():
             self.run.say(summary)
         self._evaluate(step)
@@ -506,8 +517,7 @@ class Trainer:
             self.run.say(f"the result is the best checkpoint, of step {step}, not of the last step, {last}")
             self.engine.load(self.best.path(step))
             with self.engine.averaged():
-                self.validator.render(step)
-                self._draw(step)
+                self._draw(step, self.validator.render(step))
         return step
 
 

@@ -33,6 +33,7 @@ from cogvideox.config.options import (
     copies_and_shards,
     fsdp_offloads,
     fsdp_setting,
+    held_out_flags,
     host_flags,
     launched_processes,
     parallelism_size,
@@ -171,12 +172,13 @@ def loss_problems(loss: LossFlags, given: set[str]) -> Iterator[str]:
 
 
 def best_problems(options: TrainOptions) -> Iterator[str]:
-    """Yields which flags are missing for --keep_best and --export_best."""
+    """Yields which flags are missing for --keep_best, --export_best and --stop_when_worse."""
     train = options.train
     if train.export_best and not train.keep_best:
         yield "--export_best: no checkpoint is kept for it; add --keep_best"
-    if train.keep_best and not options.data.validation_data_root and not options.loader.load_tensors:
-        yield "--keep_best: there are no clips to measure the loss on; give --validation_data_root"
+    for given in held_out_flags(options):
+        if not options.data.validation_data_root and not options.loader.load_tensors:
+            yield f"{given}: there are no clips to measure the loss on; give --validation_data_root"
 
 
 def hub_problems(hub: HubFlags) -> Iterator[str]:

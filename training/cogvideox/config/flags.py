@@ -397,6 +397,11 @@ class TrainFlags:
     )
     keep_best: bool = flag(False, "always keep the checkpoint with the lowest held-out loss; best.json names it")
     export_best: bool = flag(False, "export the best checkpoint of --keep_best instead of the last step")
+    stop_when_worse: int | None = flag(
+        None,
+        "end the run when this many measurements of the held-out loss in a row were not better than the best one",
+        least=1,
+    )
     resume_from_checkpoint: str | None = flag(
         None,
         "checkpoint to resume at every start: a folder, or a name in output_dir (default: the newest, if there is one)",

@@ -262,6 +262,13 @@ def host_flags(options: TrainOptions) -> list[str]:
     return [name for name, is_given in given.items() if is_given]
 
 
+def held_out_flags(options: TrainOptions) -> list[str]:
+    """Returns the flags that need a held-out loss, as they are typed."""
+    train = options.train
+    given = {"--keep_best": train.keep_best, f"--stop_when_worse {train.stop_when_worse}": train.stop_when_worse}
+    return [name for name, value in given.items() if value]
+
+
 def launched_processes() -> int:
     """Returns the number of processes of this run, as the launcher reports it."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -18,6 +18,7 @@ from cogvideox.data.cache import CachedSample, CacheError
 from cogvideox.data.dataset import read_moments
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
+from cogvideox.evaluation.health import Health, health_of, mean_health
 from cogvideox.evaluation.validation import Validator
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.runtime.run import Run
@@ -35,6 +36,7 @@ class BeforeAfter:
         self.run, self.tensors, self.validator = run, tensors, validator
         self.prompts = validator.prompts.texts[:MAX_PROMPTS]
         self.clips: dict[str, Panel] = {}
+        self.clip_health: dict[str, Health] = {}
 
     @cached_property
     def nearest(self) -> list[CachedSample]:
@@ -49,6 +51,10 @@ class BeforeAfter:
         title = f"{self.run.output_dir.resolve().name}: before and after training{some}"
         if rows:
             contact_sheet(rows, self.run.output_dir / SHEET_NAME, title)
+
+    def health_of_clips(self) -> Health | None:
+        """Returns the means over the training clips on the sheet, or None if none could be decoded."""
+        return mean_health(list(self.clip_health.values())) if self.clip_health else None
 
     def _panels(self, prompt_index: int, step: int) -> list[Panel]:
         """Returns the three panels of a prompt: before training, after it, and the training clip."""
@@ -72,6 +78,7 @@ class BeforeAfter:
         except torch.OutOfMemoryError:
             self.run.say(f"{SHEET_NAME}: out of memory, the training clip {sample.id} is left out; training continues")
             return Panel(label, [], f"{sample.id} does not fit into the memory")
+        self.clip_health[sample.id] = health_of(video_FHWC)
         return frames_panel(label, video_FHWC[shown_frames(*video_FHWC.shape[:3])], sample.caption)
 
 

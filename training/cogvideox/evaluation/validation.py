@@ -100,8 +100,9 @@ def to_uint8_frames(video_BFCHW: Tensor) -> Tensor:
         video_BFCHW: (1, F, 3, H, W), from 0 to 1.
 
     Returns:
-        (F, H, W, 3), uint8, on the CPU.
+        (F, H, W, 3), uint8, on the CPU. Values that are not finite become black.
     """
+    video_BFCHW = video_BFCHW.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return (video_BFCHW[0].permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu()
 
 
@@ -121,6 +122,8 @@ def interrupt_after_step(
 
 class Validator:
     """Renders the validation videos of a run, and knows which of them exist. All ranks must call ``render``."""
+
+    not_finite: tuple[str, ...] = ()  # this rank's videos with NaN or infinite values, since the last message
 
     def __init__(
         self,
@@ -227,6 +230,9 @@ class Validator:
         with self.run.ranks.together():
             skipped = self._make(todo) if todo else []
         skipped = self.run.ranks.gather(skipped)
+        if broken := self.run.ranks.gather(list(self.not_finite)):
+            self.run.say(f"validation after step {step}: NaN or infinite values in {', '.join(broken)}")
+        self.not_finite = ()
         if skipped:
             names = ", ".join(path.name for path, _ in skipped)
             fix = "give smaller --height, --width or --validation_frames, --enable_tiling, or --plan lean"
@@ -256,7 +262,10 @@ class Validator:
             with evaluation_mode(self.transformer), self._vae_on_device():
                 while left:
                     (prompt, number), path = left[0]
-                    write_video(path, self.sample(prompt, number).numpy(), self.fps)
+                    video_BFCHW = self.sample(prompt, number)
+                    if not torch.isfinite(video_BFCHW).all():
+                        self.not_finite = (*self.not_finite, path.name)
+                    write_video(path, to_uint8_frames(video_BFCHW).numpy(), self.fps)
                     del left[0]
         except torch.OutOfMemoryError as error:
             reason = first_line(error)
@@ -275,12 +284,12 @@ class Validator:
         """Samples one video with the current weights. The noise depends only on the seed and the number of the video.
 
         Returns:
-            (F, H, W, 3), uint8.
+            (1, F, 3, H, W), from 0 to 1.
         """
         generator = torch.Generator().manual_seed(self.options.data.seed + number)
         assert self.pipeline is not None
         assert self.prompts.negative_BLD is not None
-        video_BFCHW = self.pipeline(
+        video_BFCHW: Tensor = self.pipeline(
             prompt_embeds=self.prompts.embeds_BLD[prompt].to(self.run.device),
             negative_prompt_embeds=self.prompts.negative_BLD.to(self.run.device),
             **self._image(prompt),
@@ -289,7 +298,7 @@ class Validator:
             output_type="pt",
             callback_on_step_end=interrupt_after_step,
         ).frames
-        return to_uint8_frames(video_BFCHW)
+        return video_BFCHW
 
     def videos(self, prompt: int) -> dict[int, Path]:
         """Returns the paths of the first video of a prompt, by the step after which each was rendered."""

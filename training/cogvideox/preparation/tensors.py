@@ -10,7 +10,14 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.config.conflicts import idle_schedule
 from cogvideox.config.flags import TENSOR_FOLDER, DataFlags
 from cogvideox.config.geometry import Geometry, read_geometry
-from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, noise_variants, resolutions
+from cogvideox.config.options import (
+    TrainOptions,
+    held_out_flags,
+    ignores_positions,
+    image_flags,
+    noise_variants,
+    resolutions,
+)
 from cogvideox.config.prepared_flags import is_factory_layout
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
 from cogvideox.errors import UsageError
@@ -54,9 +61,9 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
         check_index(index, encoders, folder)
         check_flags(index, options.data)
     encoders = replace(encoders, vae_dtype=index.dtypes["vae"], text_dtype=index.dtypes["text_encoder"])
-    if options.train.keep_best and not index.validation:
+    if (given := held_out_flags(options)) and not index.validation:
         rule = "there are no clips to measure the loss on; prepare with --validation_data_root"
-        raise UsageError(f"--keep_best: {rule}")
+        raise UsageError([f"{flag}: {rule}" for flag in given])
     check_first_frames(index, geometry, options)
     index = index if image_flags(options) is not None else index.without_images()
     run.say(f"{len(index.samples)} clips in {folder}")

@@ -6,6 +6,7 @@ kill at any moment, in a resumed run, and in a run that returns to an earlier ch
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -55,6 +56,18 @@ def best_of(output_dir: Path, last: int, grid: str) -> BestEntry | None:
     return {"step": best, "checkpoint": f"{CHECKPOINT_PREFIX}{best}", "held_out_loss": float(measured[best])}
 
 
+def not_better(measured: Mapping[float, float], last: int) -> int:
+    """Returns how many of the newest measurements in a row were not better than the best one before them.
+
+    Args:
+        measured: Held-out losses by step, all on one grid.
+        last: The step after which measurements are ignored.
+    """
+    steps = sorted(step for step in measured if step <= last)
+    best = min(steps, key=lambda step: (measured[step], step), default=None)
+    return len(steps) - 1 - steps.index(best) if best is not None else 0
+
+
 class BestCheckpoint:
     """Protects the best checkpoint from the limit of ``saver``, and writes best.json."""
 
@@ -95,6 +108,13 @@ class BestCheckpoint:
         if not path.is_file() or path.read_bytes() != content:
             write_atomically(path, content)
             self.run.say(f"best so far: {best['checkpoint']}, held-out loss {best['held_out_loss']:.5f}")
+
+    def has_worsened(self, step: int, limit: int | None) -> bool:
+        """Returns, on every rank, whether the held-out loss has not improved in ``limit`` measurements up to a step."""
+        if limit is None:
+            return False
+        count = not_better(losses_on_grid(self.folder, self.grid), step) if self.run.is_main else 0
+        return bool(self.run.from_main(count >= limit))
 
     def step(self) -> int:
         """Returns the step of the best checkpoint, on every rank.

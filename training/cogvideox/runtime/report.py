@@ -220,6 +220,7 @@ def write_report(folder: Path, embed: bool = False, target: Path | None = None) 
         section("Validation videos", grid.slider() if rows else "", *rows),
         *(section(title, picture(folder / name, sources)) for name, title in PICTURES.items()),
         section("Held-out loss", held_out_table(run)),
+        section("Validation videos in numbers", health_table(run)),
         section("Plan and cost", table(("what", "value"), cost_rows(run))),
         section("Training clips", clips_table(run)),
         section("Command", f"<pre>{escape(run.config.get('command', ''))}</pre>" if "command" in run.config else ""),
@@ -257,6 +258,14 @@ def held_out_table(run: RunFiles) -> str:
     return table(("step", "loss", *(f"part {n + 1}" for n in range(parts))), rows) + (
         "<p>Part 1 of the noise schedule has the least noise.</p>" if parts else ""
     )
+
+
+def health_table(run: RunFiles) -> str:
+    """Returns brightness, saturation and motion of the validation videos by step, which health.py explains."""
+    names = ("validation_brightness", "validation_saturation", "validation_motion", "validation_motion_ratio")
+    measured = [record for record in run.records if "validation_motion" in record]
+    head = ("step", "brightness", "saturation", "motion", "motion / that of the training clips")
+    return table(head, [(record["step"], *(record.get(name, "") for name in names)) for record in measured])
 
 
 def cost_rows(run: RunFiles) -> list[tuple[str, str]]:

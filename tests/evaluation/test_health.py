@@ -1,0 +1,74 @@
+"""Tests health.py: numbers that describe validation videos, and what a run says when one is odd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import PROMPT, lora_flags, train
+
+from cogvideox.evaluation.health import Health, health_of, mean_health, numbers_of, oddities
+from cogvideox.evaluation.validation import Validator
+from cogvideox.runtime.metrics import column, read_records
+from cogvideox.runtime.report import RunFiles
+from cogvideox.runtime.run import METRICS_NAME
+
+CLIPS = Health(0.5, 0.3, 0.02)
+LEVEL = 1 / 255
+
+
+def test_means_over_frames_and_pixels() -> None:
+    frames = np.zeros((3, 4, 4, 3), np.uint8)
+    frames[1, ..., 0] = 255  # a red frame between black ones
+    assert health_of(frames) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert health_of(frames[:1]) == (0, 0, 0)
+    assert mean_health([Health(0, 0.2, 0.4), Health(1, 0.4, 0)]) == pytest.approx((0.5, 0.3, 0.2))
+    assert health_of(np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)).motion > 0.2  # no overflow
+
+
+@pytest.mark.parametrize(
+    ("video", "clips", "odd"),
+    [
+        (CLIPS, CLIPS, []),
+        (Health(0.01, 0.0, 0.02), None, ["black"]),
+        (Health(0.99, 0.0, 0.02), None, ["white"]),
+        (Health(0.5, 0.3, 0.1 * LEVEL), CLIPS, ["static"]),
+        (Health(0.5, 0.3, 0.0), CLIPS._replace(motion=0.0), []),  # the clips are pictures
+        (Health(0.5, 0.3, 0.2), CLIPS, ["moves 10 times as much as the training clips"]),
+        (Health(0.5, 0.3, 0.004), CLIPS, ["moves 0.2 times as much as the training clips"]),
+        (Health(0.9, 0.01, 0.02), CLIPS, ["brightness +0.40 against the training clips", "saturation -0.29 against"]),
+    ],
+)
+def test_odd_videos_are_named(video: Health, clips: Health | None, odd: list[str]) -> None:
+    found = list(oddities(video, clips))
+    assert len(found) == len(odd)
+    assert all(text.startswith(start) for text, start in zip(found, odd, strict=True))
+
+
+def test_motion_is_relative_to_the_clips() -> None:
+    assert numbers_of([Health(0.5, 0.25, 0.03)], CLIPS)["validation_motion_ratio"] == pytest.approx(1.5)
+    assert "validation_motion_ratio" not in numbers_of([CLIPS], None)
+
+
+def test_a_run_measures_its_videos_once(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The video of step 0 is half bright, and that of step 2 has NaN. The second start changes nothing."""
+    values = iter([0.5, float("nan")])
+    monkeypatch.setattr(Validator, "sample", lambda *_: torch.full((1, 9, 3, 64, 96), next(values)))
+    flags = lora_flags(
+        model, tensors, tmp_path, "--load_tensors", "--max_train_steps", 2, "--validation_prompt", PROMPT
+    )
+    for _ in range(2):
+        assert train(flags) == 0
+        steps, brightness = column(read_records(tmp_path / METRICS_NAME), "validation_brightness")
+        assert steps.tolist() == [0, 2]
+        assert brightness == pytest.approx([0.5, 0.0], abs=0.02)
+    said = capsys.readouterr().err
+    assert said.count("validation after step 2: NaN or infinite values in step-000002_prompt-0") == 1
+    assert "validation after step 2: step-000002" in said
+    assert ": black, " in said
+    assert "<th>brightness</th>" in (tmp_path / "report.html").read_text()
+    assert len(RunFiles(tmp_path).steps) == 2
