@@ -19,6 +19,7 @@ from cogvideox.config import args, flags
 from cogvideox.config.foreign_flags import accepted_flags
 from cogvideox.config.optimizers import check_state_place
 from cogvideox.config.options import (
+    CaptionOptions,
     ImageLoraOptions,
     ImageSftOptions,
     LoraOptions,
@@ -38,11 +39,15 @@ LORA, SFT, PREPARE = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video
 IMAGE_LORA, IMAGE_SFT = "cogvideox_image_to_video_lora.py", "cogvideox_image_to_video_sft.py"
 TEXT_SCRIPTS = {LORA: LoraOptions, SFT: SftOptions}
 IMAGE_SCRIPTS = {IMAGE_LORA: ImageLoraOptions, IMAGE_SFT: ImageSftOptions}
-SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, PREPARE: PrepareOptions}
+CAPTION = "caption_dataset.py"
+SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, PREPARE: PrepareOptions, CAPTION: CaptionOptions}
 HEAVY = ("torch", "numpy", "av", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 MODEL = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b")
 TRAIN_LEAST = (*MODEL, "--data_root", "d")
-LEAST = dict.fromkeys(SCRIPTS, TRAIN_LEAST) | {PREPARE: (*TRAIN_LEAST, "--output_dir", "o")}
+LEAST = dict.fromkeys(SCRIPTS, TRAIN_LEAST) | {
+    PREPARE: (*TRAIN_LEAST, "--output_dir", "o"),
+    CAPTION: (*TRAIN_LEAST, "--endpoint", "http://localhost/v1"),
+}
 
 # The commands of the guides, with shorter prompts.
 FACTORY_LORA = (
@@ -190,7 +195,7 @@ def test_help_shows_the_main_flags_in_order(script: str, light: dict[str, str], 
     main = [name for names in flags.MAIN_FLAGS.values() for name in names if name in own]
     shown = re.findall(r"^  (?:-h, )?--([a-z0-9_]+)", done.stdout, re.MULTILINE)
     assert shown == [*main, "help", "help_all", "version"]
-    assert len(main) in (range(28, 36) if script != PREPARE else range(12, 20))
+    assert len(main) in {PREPARE: range(12, 20), CAPTION: range(8, 14)}.get(script, range(28, 36))
     assert "--help_all" in done.stdout.splitlines()[-1]
 
 

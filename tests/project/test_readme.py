@@ -13,6 +13,7 @@ from running import ROOT
 
 from cogvideox.config import args
 from cogvideox.config.options import (
+    CaptionOptions,
     ImageLoraOptions,
     ImageSftOptions,
     LoraOptions,
@@ -26,6 +27,7 @@ BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 OPTIONS = {
+    "caption_dataset.py": CaptionOptions,
     "prepare_dataset.py": PrepareOptions,
     "cogvideox_text_to_video_lora.py": LoraOptions,
     "cogvideox_text_to_video_sft.py": SftOptions,
@@ -34,7 +36,12 @@ OPTIONS = {
 }
 
 
-SET_UP = ("python3 -m venv .venv", "source .venv/bin/activate", "pre-commit install")
+SET_UP = (
+    "python3 -m venv .venv",
+    "source .venv/bin/activate",
+    "pre-commit install",
+    """vllm serve Qwen/Qwen2.5-VL-7B-Instruct --max-model-len 16384 --limit-mm-per-prompt '{"image": 8}'""",
+)
 LORA_SCRIPTS = ("merge_lora", "extract_lora", "convert_lora")
 
 
@@ -84,7 +91,7 @@ def test_command(command: str) -> None:
     elif words[0] == "pip":
         flags = {"-r", "-c", "install", "pip", "pre-commit"}
         assert all((ROOT / word).is_file() for word in words if word not in flags)
-    elif words[0] in ("python3", "source", "pre-commit") or words[:2] == ["git", "clone"]:
+    elif words[0] in ("python3", "source", "pre-commit", "vllm") or words[:2] == ["git", "clone"]:
         assert command in SET_UP
     elif words[1] == "-m":
         assert words[2] == "pytest"

@@ -26,9 +26,9 @@ from cogvideox.config.conflicts import flag_problems, idle_schedule
 from cogvideox.config.flags import HIDDEN, INFORMATION, MAIN_FLAGS
 from cogvideox.config.foreign_flags import AcceptedFlag, accepted_flags, request_problems
 from cogvideox.config.options import (
-    AnyOptions,
     LoraOptions,
     Options,
+    ScriptOptions,
     TrainOptions,
     derive,
     fields_of,
@@ -257,7 +257,7 @@ def spelling(argv: Sequence[str], names: Sequence[str]) -> str:
     return used[0]
 
 
-def remarks(options: AnyOptions, sources: dict[str, str]) -> Iterator[str]:
+def remarks(options: ScriptOptions, sources: dict[str, str]) -> Iterator[str]:
     """Yields remarks about flags that are accepted but have no effect, or whose values are unusual."""
     yield from (flag.report for flag in accepted_flags(type(options)) if sources.get(flag.item.name) == NO_EFFECT)
     if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
@@ -312,7 +312,7 @@ def read_flags(
     return options_type(**groups), sources
 
 
-def config_text(options: AnyOptions, sources: dict[str, str]) -> str:
+def config_text(options: ScriptOptions, sources: dict[str, str]) -> str:
     """Returns the text of --print_config: one line per flag with its origin and value."""
     lines = []
     for group_name, item, _ in fields_of(type(options)):
@@ -322,7 +322,7 @@ def config_text(options: AnyOptions, sources: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def config_dict(options: AnyOptions) -> dict[str, object]:
+def config_dict(options: ScriptOptions) -> dict[str, object]:
     """Returns all values by flag for config.json, the recipe and trackers, without secrets (also those in URLs)."""
     return {
         item.name: to_show(item, getattr(getattr(options, group), item.name))
@@ -339,7 +339,7 @@ def to_show(item: "dataclasses.Field[Any]", value: object) -> object:
     return public_urls(value) if isinstance(value, str) else value
 
 
-def hide_secrets(options: AnyOptions) -> None:
+def hide_secrets(options: ScriptOptions) -> None:
     """Removes the values of secrets from sys.argv, which trackers record."""
     values = [(item, getattr(getattr(options, group), item.name)) for group, item, _ in fields_of(type(options))]
     for secret in [value for item, value in values if item.metadata["secret"] and value]:

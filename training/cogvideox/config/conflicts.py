@@ -26,9 +26,10 @@ from cogvideox.config.flags import (
     ValidationFlags,
 )
 from cogvideox.config.options import (
-    AnyOptions,
+    CaptionOptions,
     LoraOptions,
     PrepareOptions,
+    ScriptOptions,
     TrainOptions,
     copies_and_shards,
     fsdp_offloads,
@@ -50,13 +51,15 @@ from cogvideox.config.options import (
 LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")  # the flags that store moments in few bits
 
 
-def flag_problems(options: AnyOptions, sources: dict[str, str]) -> Iterator[str]:
+def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[str]:
     """Yields contradictions between flags. Reads no file.
 
     Args:
         options: The options of the script, with derived values.
         sources: Where each value comes from, by flag.
     """
+    if isinstance(options, CaptionOptions):
+        return
     data: DataFlags = options.data
     given = {name for name, source in sources.items() if source.startswith("given")}
     yield from bucket_problems(data, given)

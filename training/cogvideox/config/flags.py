@@ -27,6 +27,11 @@ NAMED_CLASS = "a class by its dotted name"  # in messages, and as the kind of su
 WITH_SNR_GAMMA = ("min_snr", "min_snr_plus_one", "soft_min_snr")  # the weightings that use --snr_gamma
 WEIGHTINGS = ("none", *WITH_SNR_GAMMA, "debiased", "p2")
 MEMORY_PLACES = ("auto", "device", "host")  # where a plan may keep weights, activations and optimizer state
+CAPTION_PROMPT = (  # default of --caption_prompt
+    "These are {frames} frames of a video clip of {seconds} seconds, in order. Describe the clip in one paragraph of "
+    "60 to 120 English words: what is seen, how it moves and changes, where it is, the light, the style, the camera. "
+    "Write plain sentences in the present tense, begin with the subject, and mention neither frames nor a video."
+)
 HIDDEN = "(not shown)"  # printed in place of a secret
 INFORMATION = "information"  # the heading of the flags that print something and end the script
 # What --help shows: the headings and their flags, in the order in which people need them. --help_all adds the others.
@@ -43,6 +48,7 @@ MAIN_FLAGS = {
         "dataloader_num_workers",
     ),
     "preparation": ("save_image_latents", "suggest_buckets", "dry_run", "verify", "repair"),
+    "captions": ("endpoint", "caption_model", "caption_prompt", "caption_frames", "max_captions", "concurrency"),
     "LoRA": ("preset", "rank", "lora_alpha", "lora_path"),
     "all weights": ("save_pipeline",),
     "length": ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps", "seed"),
@@ -126,8 +132,8 @@ class ModelFlags:
 
 
 @dataclass(frozen=True)
-class DataFlags:
-    """The clips, and how each becomes a tensor. Used by preparation/prepare.py and data/."""
+class FolderFlags:
+    """The folders of clips, and how their files are read. Used by data/forms/ and data/media/."""
 
     data_root: tuple[str, ...] = flag(
         REQUIRED,
@@ -153,16 +159,24 @@ class DataFlags:
         "file in data_root with one path of a first frame per line, for image-to-video (default: images.txt), or the "
         "name of the column with these paths in a table",
     )
-    repeats: tuple[int, ...] = flag(
-        (1,), "number of times that each clip occurs in an epoch: one number for all, or one per data_root", least=1
-    )
     validation_data_root: tuple[str, ...] = flag(
         (), "folders of held-out clips, on which the loss is measured without training on them"
+    )
+    allow_path: tuple[str, ...] = flag((), "folders outside data_root from which listed files may be read")
+    decode_timeout: float = flag(120.0, "seconds after which decoding a clip is abandoned", least=1.0)
+    decode_memory: float = flag(4.0, "GiB of memory that decoding one clip may use", least=0.5)
+
+
+@dataclass(frozen=True)
+class DataFlags(FolderFlags):
+    """The clips, and how each becomes a tensor. Used by preparation/prepare.py and data/."""
+
+    repeats: tuple[int, ...] = flag(
+        (1,), "number of times that each clip occurs in an epoch: one number for all, or one per data_root", least=1
     )
     id_token: str | None = flag(
         None, "trigger word put before every caption; a prompt that contains it calls up what was learned"
     )
-    allow_path: tuple[str, ...] = flag((), "folders outside data_root from which listed files may be read")
     train_resolution: tuple[str, ...] = flag(
         (),
         "buckets as FRAMESxHEIGHTxWIDTH, such as 49x480x720; replaces --height_buckets, --width_buckets and "
@@ -221,8 +235,6 @@ class DataFlags:
         most=1.0,
     )
     video_reader: str = flag("pyav", "decoding library: pyav, which is exact, or decord 0.6, if it is installed")
-    decode_timeout: float = flag(120.0, "seconds after which decoding a clip is abandoned", least=1.0)
-    decode_memory: float = flag(4.0, "GiB of memory that decoding one clip may use", least=0.5)
     dataset_name: str | None = flag(None, "not supported; download a data set of the hub first")
     dataset_config_name: str | None = flag(None, "not supported; see --dataset_name")
     seed: int = flag(42, "seed of all random numbers", least=0)
@@ -305,6 +317,38 @@ class PrepareFlags:
     pin_memory: bool = idle(False, "no batch waits for a device")
     num_decode_threads: int = idle(0, "--dataloader_num_workers sets how many processes decode")
     num_artifact_workers: int = idle(4, "tensors are written while the next clip is encoded, and clips are not copied")
+
+
+@dataclass(frozen=True)
+class CaptionFlags:
+    """The flags of caption_dataset.py alone. Used by preparation/captioning.py and preparation/vision_server.py."""
+
+    endpoint: str = flag(
+        REQUIRED,
+        "URL of an OpenAI-compatible server with a vision-language model, such as http://localhost:8000/v1 of vllm "
+        "serve; a key is read from the environment variable OPENAI_API_KEY",
+    )
+    caption_model: str | None = flag(
+        None, "name of the model on the server (default: the only one that the server lists)"
+    )
+    caption_prompt: str = flag(
+        CAPTION_PROMPT,
+        "instruction for the model; {frames}, {seconds}, {file} and {folder} are replaced by the number of frames, the "
+        "length of the clip, its name, and the name of its folder",
+    )
+    caption_frames: int = flag(8, "frames of a clip that the model sees, spread over its time", least=1, most=64)
+    caption_size: int = flag(512, "pixels of the longer side of these frames; smaller clips are not enlarged", least=32)
+    caption_tokens: int = flag(
+        256, "most tokens of an answer; one that reaches the limit is cut after its last sentence", least=16
+    )
+    max_captions: int | None = flag(
+        None, "stop after this many captions, to try the instruction on a few clips", least=1
+    )
+    concurrency: int = flag(4, "requests that are sent at the same time", least=1, most=256)
+    request_timeout: float = flag(120.0, "seconds that one request may take", least=1.0)
+    request_attempts: int = flag(
+        5, "attempts of a request that fails because the server is busy, restarts or cannot be reached", least=1
+    )
 
 
 @dataclass(frozen=True)

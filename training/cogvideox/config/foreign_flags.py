@@ -64,7 +64,8 @@ def accepted_flags(options_type: type) -> list[AcceptedFlag]:
                 found[item.name] = item, annotation
     foreign = []
     for item, annotation in found.values():
-        names = tuple(name for name in names_of(item) if name not in taken)
+        # Another name of one flag may be the name of another: --batch_size is also short for --train_batch_size.
+        names = (item.name, *(name for name in item.metadata["aliases"] if name not in taken | found.keys()))
         foreign.append(AcceptedFlag(None, item, annotation, names, named(scripts[item.name])))
     return own + foreign
 

@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 from cogvideox.config.flags import (
     NAMED_CLASS,
     TENSOR_FOLDER,
+    CaptionFlags,
     DataFlags,
     EncodeFlags,
     FirstFrameFlags,
+    FolderFlags,
     FullFlags,
     GuideFlags,
     HubFlags,
@@ -49,6 +51,16 @@ class PrepareOptions:
     encode: EncodeFlags
     first_frames: FirstFrameFlags
     prepare: PrepareFlags
+    script: ScriptFlags
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """The options of caption_dataset.py."""
+
+    model: ModelFlags
+    data: FolderFlags
+    caption: CaptionFlags
     script: ScriptFlags
 
 
@@ -121,7 +133,8 @@ SCRIPTS: dict[str, type] = {
 }
 AnyOptions = PrepareOptions | TrainOptions
 ImageOptions = ImageLoraOptions | ImageSftOptions
-Options = TypeVar("Options", bound=AnyOptions)
+ScriptOptions = AnyOptions | CaptionOptions
+Options = TypeVar("Options", bound=ScriptOptions)
 
 
 Fields = tuple[tuple[str, "dataclasses.Field[Any]", Any], ...]
@@ -150,6 +163,8 @@ def derive(options: Options, sources: dict[str, str]) -> Options:
         options: The options as given, with defaults.
         sources: Where each value comes from, by flag; the origin of each derived value is set to "derived".
     """
+    if isinstance(options, CaptionOptions):
+        return options
     data: DataFlags = options.data
     found: dict[str, dict[str, Any]] = {"data": {}}
     if data.num_augmentations is None:

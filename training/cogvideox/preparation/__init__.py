@@ -1,14 +1,16 @@
 """Prepares data sets as cached tensors, and reports on them.
 
-proposals.py  proposes buckets that suit the clips of a folder and a model
-factory.py    converts folders that the CogVideoX factory prepared
-recipe.py     turns flags into the settings of a clip
-encoding.py   encodes captions and clips, under keys of the cache
-prepare.py    prepares folders of clips and captions as cached tensors
-unusable.py   checks how many clips cannot be used
-captions.py   finds captions that T5 cuts off or cannot tell apart
-causes.py     groups the reasons why clips cannot be used, with fixes
-report.py     reports what a preparation does: tables, contact sheets, costs
-verify.py     verifies and repairs a cache
-tensors.py    opens a prepared folder, or prepares one before training
+proposals.py      proposes buckets that suit the clips of a folder and a model
+factory.py        converts folders that the CogVideoX factory prepared
+recipe.py         turns flags into the settings of a clip
+encoding.py       encodes captions and clips, under keys of the cache
+prepare.py        prepares folders of clips and captions as cached tensors
+unusable.py       checks how many clips cannot be used
+captions.py       finds captions that T5 cuts off or cannot tell apart
+causes.py         groups the reasons why clips cannot be used, with fixes
+vision_server.py  asks a vision-language model on a server for a caption
+captioning.py     writes the missing captions of a data set
+report.py         reports what a preparation does: tables, contact sheets, costs
+verify.py         verifies and repairs a cache
+tensors.py        opens a prepared folder, or prepares one before training
 """

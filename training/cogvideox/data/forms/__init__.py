@@ -1,8 +1,9 @@
 """The forms that data sets have: folders, lists and tables are read into samples.
 
-columns.py  one value for each row, its location, and all problems
-paths.py    which files a data set may name
-tables.py   CSV, TSV, JSON lines and JSON -> columns
-folders.py  detects which form a folder has -> columns
-samples.py  folders of clips -> samples
+columns.py      one value for each row, its location, and all problems
+paths.py        which files a data set may name
+tables.py       CSV, TSV, JSON lines and JSON -> columns
+folders.py      detects which form a folder has -> columns
+samples.py      folders of clips -> samples
+uncaptioned.py  clips without a caption, and where their captions are written
 """

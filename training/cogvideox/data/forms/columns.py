@@ -54,12 +54,15 @@ class Columns:
         videos: Paths of the videos. None if they could not be read; the reason has then been reported as a problem.
         images: Paths of the first frames. None if the data set names no first frames.
         skipped: Paths of files that may be clips but have an unsupported format.
+        caption_file: The list or table that has all captions, or would have them; empty if each caption is in a file
+            next to its clip. The location of such a caption is its file, or a folder if it has none.
     """
 
     captions: Column | None = None
     videos: Column | None = None
     images: Column | None = None
     skipped: Sequence[str] = ()
+    caption_file: str = ""
 
 
 class Problems:

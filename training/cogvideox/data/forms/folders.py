@@ -15,10 +15,10 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from shlex import quote
 
-from cogvideox.config.flags import TENSOR_FOLDER, DataFlags
+from cogvideox.config.flags import TENSOR_FOLDER, FolderFlags
 from cogvideox.data.forms.columns import (
     NO_CAPTION,
     NO_CAPTIONS,
@@ -64,7 +64,7 @@ PREVIEW_FOLDER = "preview"  # in the output folder of a preparation: pictures of
 OUTPUTS = (("ledger.jsonl",), ("config.json", "metrics.jsonl"))
 
 
-def read_columns(root: str, data: DataFlags, rules: PathRules, problems: Problems) -> Columns:
+def read_columns(root: str, data: FolderFlags, rules: PathRules, problems: Problems) -> Columns:
     """Reads the rows of a folder in whichever form it has.
 
     Args:
@@ -152,10 +152,26 @@ def _read_lists(root: str, names: Names, rules: PathRules, problems: Problems) -
     # images.txt belongs to videos.txt; a list with another name may be about other clips.
     has_images = names[2] is not None or (names[1] is None and _files(root, IMAGE_FILES))
     images = _read_list(root, names[2], IMAGE_FILES, "--image_column", rules, problems) if has_images else None
+    videos, images = _trimmed(videos), _trimmed(images)
+    # Blank captions at the end stay, because caption_dataset.py leaves a blank line for each that it has not written.
+    captions = _trimmed(captions, len(videos.values) if videos is not None else 0)
     for paths, what in ((videos, "a path"), (images, "an image")):
         if captions is not None and paths is not None:
             _check_counts(captions, paths, what, problems)
-    return Columns(captions, videos, images)
+    file = names[0] or next(iter(_files(root, CAPTION_FILES)), CAPTION_FILES[0])
+    return Columns(captions, videos, images, caption_file=os.path.normpath(os.path.join(root, file)))
+
+
+def _trimmed(column: Column | None, least: int = 0) -> Column | None:
+    return None if column is None else replace(column, values=_without_blank_end(column.values, least))
+
+
+def _without_blank_end(values: Sequence[str | None], least: int = 0) -> Sequence[str | None]:
+    """Returns the values without blank ones at the end, but at least the first ``least`` of them."""
+    end = len(values)
+    while end > least and values[end - 1] == "":
+        end -= 1
+    return values[:end]
 
 
 def _read_list(
@@ -174,9 +190,9 @@ def _read_list(
     file = os.path.normpath(os.path.join(root, files[0]))
     if not _may_read(root, file, rules, problems) or (lines := read_lines(file, problems)) is None:
         return None
-    values = [line if line is None else line.strip() for line in lines]
-    while values and values[-1] == "":
-        values.pop()
+    values = [line if line is None else line.strip() for line in (lines[:-1] if lines[-1] == "" else lines)]
+    if not _without_blank_end(values):
+        values = []
     if not values:
         problems.add("empty list", f"{file}: is empty; it needs one line for each clip")
     return Column(values, lambda row: f"{file}:{row + 1}", "remove its line from each list", root)

@@ -77,6 +77,7 @@ def read_table(file: str, root: str, names: Names, problems: Problems) -> Column
         _read_column(table, root, "--caption_column", names[0], CAPTION_COLUMNS, problems),
         _read_column(table, root, "--video_column", names[1], VIDEO_COLUMNS, problems),
         _read_column(table, root, "--image_column", names[2], IMAGE_COLUMNS, problems) if has_images else None,
+        caption_file=file,
     )
 
 

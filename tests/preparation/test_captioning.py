@@ -1,0 +1,314 @@
+"""caption_dataset.py with a stand-in server: what it asks, where captions go, what it never changes, and its errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import caption_dataset
+import pytest
+from caption_server import CaptionServer, pictures, says, serving, texts
+from data_sets import captions as captions_of
+
+from cogvideox import stopping
+from cogvideox.config.args import parse
+from cogvideox.config.options import CaptionOptions
+from cogvideox.errors import UsageError
+from cogvideox.preparation import captioning, vision_server
+
+
+@pytest.fixture
+def server() -> Iterator[CaptionServer]:
+    with serving(CaptionServer()) as started:
+        yield started
+
+
+@pytest.fixture
+def folder(clips: Path, tmp_path: Path) -> Path:
+    """Three clips without captions: a.mp4, b.mp4, sub/c.mp4."""
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    for number, name in enumerate(("a.mp4", "b.mp4", "sub/c.mp4")):
+        shutil.copy(clips / "videos" / f"0000{number}.mp4", tmp_path / "data" / name)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def caption(model: Path, server: CaptionServer, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """caption(folder, *flags) runs the script without pauses, and returns the exit status."""
+    monkeypatch.setattr(vision_server, "FIRST_PAUSE", 0.0)
+
+    def run(root: Path, *flags: object, endpoint: str = "") -> int:
+        given = ["--model_id", model, "--data_root", root, "--endpoint", endpoint or server.url, *flags]
+        options = parse(CaptionOptions, None, list(map(str, given)), caption_dataset.CHECKS)
+        return caption_dataset.main(options)
+
+    return run
+
+
+def problems_of(call: Callable[..., int], *given: Any, **named: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        call(*given, **named)
+    return "\n".join(caught.value.problems)
+
+
+def test_captions_go_next_to_the_clips_and_can_be_trained_on(
+    folder: Path, caption: Callable[..., int], server: CaptionServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a.txt").write_text("A person wrote this.\n")
+    (folder / "b.txt").write_text(" \n")  # blank, so nobody's text
+    assert caption(folder, "--caption_frames", 3, "--caption_size", 40) == 0
+    assert captions_of(folder) == ["A person wrote this.", "Pictures: 3.", "Pictures: 3."]
+    assert (folder / "a.txt").read_text() == "A person wrote this.\n"
+    assert (folder / "sub" / "c.txt").read_text() == "Pictures: 3.\n"
+    assert [max(picture.size) for picture in pictures(server.requests[0])] == [40, 40, 40]
+    assert server.requests[0]["model"] == "tiny-vl"
+    printed = capsys.readouterr().out
+    assert "tokens: Pictures: 3." in printed
+    assert "2 captions written; 1 were there and are unchanged" in printed
+    assert caption(folder) == 0
+    assert "all 3 clips have a caption; nothing to do" in capsys.readouterr().out
+    assert len(server.requests) == 2
+
+
+def test_frames_are_spread_over_the_time_of_the_clip(
+    folder: Path, caption: Callable[..., int], server: CaptionServer
+) -> None:
+    """The first and the last picture are those of the clip, and each is announced with its time."""
+    from cogvideox.data.media.decode import probe
+
+    assert caption(folder, "--caption_frames", 3, "--max_captions", 1, "--caption_prompt", "{file} in {folder}") == 0
+    times = probe(folder / "a.mp4").times
+    *frames, instruction = texts(server.requests[0])
+    assert frames[0] == "Frame at 0.0 s:"
+    assert frames[-1] == f"Frame at {times[-1]:.1f} s:"
+    assert instruction == "a in data"
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("written", [None, "First.\n\n\n", "First.\n\n\n\n\n", "\n\nThird.\n"])
+def test_a_list_keeps_its_lines_and_gets_the_missing_ones(
+    written: str | None, folder: Path, caption: Callable[..., int]
+) -> None:
+    (folder / "videos.txt").write_text("a.mp4\nb.mp4\nsub/c.mp4\n")
+    if written is not None:
+        (folder / "prompts.txt").write_text(written)
+    assert caption(folder, "--caption_frames", 2) == 0
+    before = ((written or "").split("\n") + [""] * 3)[:3]
+    assert captions_of(folder) == [line or "Pictures: 2." for line in before]
+
+
+def test_a_list_that_lacks_a_line_is_not_filled(folder: Path, caption: Callable[..., int]) -> None:
+    """The missing line may be any of them, so a caption could go to the wrong clip."""
+    (folder / "videos.txt").write_text("a.mp4\nb.mp4\nsub/c.mp4\n")
+    (folder / "prompts.txt").write_text("First.\nSecond.\n")
+    assert "first line without a caption" in problems_of(caption, folder)
+    assert (folder / "prompts.txt").read_text() == "First.\nSecond.\n"
+
+
+def test_an_interrupted_list_is_continued(
+    folder: Path, caption: Callable[..., int], server: CaptionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "videos.txt").write_text("a.mp4\nb.mp4\nsub/c.mp4\n")
+
+    def stop(name: str) -> None:
+        raise stopping.Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stopping, "unit", stop)
+        with pytest.raises(stopping.Stopped):
+            caption(folder, "--concurrency", 1)
+    assert (folder / "prompts.txt").read_text() == "Pictures: 8.\n\n\n"
+    server.answer = lambda number, body: says("Later.")
+    assert caption(folder) == 0
+    assert captions_of(folder) == ["Pictures: 8.", "Later.", "Later."]
+
+
+@pytest.mark.parametrize("form", ["pairs", "list"])
+def test_a_text_written_meanwhile_is_kept(
+    form: str, folder: Path, caption: Callable[..., int], server: CaptionServer
+) -> None:
+    if form == "list":
+        (folder / "videos.txt").write_text("a.mp4\nb.mp4\nsub/c.mp4\n")
+
+    def write_too(number: int, body: dict[str, Any]) -> Any:
+        file = folder / ("prompts.txt" if form == "list" else "a.txt")
+        file.write_text("A person was faster.\n")
+        return says("From the model.")
+
+    server.answer = write_too
+    assert caption(folder, "--concurrency", 1) == 0
+    assert captions_of(folder) == ["A person was faster.", "From the model.", "From the model."]
+
+
+def test_tables_are_not_written(folder: Path, caption: Callable[..., int]) -> None:
+    table = folder / "metadata.csv"
+    table.write_text("file_name,text\na.mp4,\nb.mp4,Here.\n")
+    assert "1 of its rows have no caption; captions are not written into tables" in problems_of(caption, folder)
+    table.write_text("file_name,text\na.mp4,There.\nb.mp4,Here.\n")
+    assert caption(folder) == 0
+
+
+def test_at_most_that_many_requests_run_at_a_time(
+    clips: Path, tmp_path: Path, caption: Callable[..., int], server: CaptionServer
+) -> None:
+    root = Path(shutil.copytree(clips / "videos", tmp_path / "data"))
+    together = threading.Barrier(2, timeout=20)
+
+    def wait(number: int, body: dict[str, Any]) -> Any:
+        if number < 2:
+            together.wait()  # passes only if two requests run at the same time
+        time.sleep(0.05)
+        return says("Done.")
+
+    server.answer = wait
+    assert caption(root, "--concurrency", 2) == 0
+    assert (server.most, len(server.requests)) == (2, 6)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again(
+    status: int, folder: Path, caption: Callable[..., int], server: CaptionServer
+) -> None:
+    server.answer = lambda number, body: (status, {"error": {"message": "busy"}}) if number < 2 else says("Fine.")
+    assert caption(folder, "--request_attempts", 3, "--concurrency", 1) == 0
+    assert len(server.requests) == 5
+
+
+def test_attempts_are_limited(folder: Path, caption: Callable[..., int], server: CaptionServer) -> None:
+    server.answer = lambda number, body: says("Fine.") if number == 0 else (503, {"error": {"message": "no memory"}})
+    found = problems_of(caption, folder, "--request_attempts", 2, "--concurrency", 1)
+    assert "status 503: no memory; tried 2 times; captions so far are written" in found
+    assert len(server.requests) == 3
+    assert (folder / "a.txt").read_text() == "Fine.\n"
+
+
+def test_pauses_double_up_to_a_limit(server: CaptionServer) -> None:
+    from cogvideox.config.flags import CaptionFlags
+
+    pauses: list[float] = []
+    asked = vision_server.VisionServer(CaptionFlags(server.url, request_attempts=8), pauses.append)
+    server.answer = lambda number, body: (503, "busy")
+    with pytest.raises(UsageError, match="busy"):
+        asked.describe(captioning.Stills((), (), 1.0), "Describe.")
+    assert pauses == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_one_refused_clip_does_not_end_the_others(
+    folder: Path, caption: Callable[..., int], server: CaptionServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = lambda number, body: (400, {"message": "unsafe"}) if number == 0 else says("Fine.")
+    assert caption(folder, "--concurrency", 1) == 1
+    assert captions_of(folder / "sub") == ["Fine."]
+    assert not (folder / "a.txt").exists()
+    assert (
+        f"{folder / 'a.mp4'}: --endpoint {server.url}/chat/completions: status 400: unsafe" in capsys.readouterr().out
+    )
+
+
+def test_clips_refused_one_after_the_other_end_the_script(
+    clips: Path, tmp_path: Path, caption: Callable[..., int], server: CaptionServer
+) -> None:
+    root = Path(shutil.copytree(clips / "videos", tmp_path / "data"))
+    server.answer = lambda number, body: (400, {"error": {"message": "At most 1 image(s) may be provided"}})
+    found = problems_of(caption, root, "--concurrency", 1)
+    assert "3 clips in a row got no caption" in found
+    assert "At most 1 image(s) may be provided" in found
+    assert len(server.requests) <= 4
+
+
+def test_a_damaged_clip_is_named(folder: Path, caption: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "b.mp4").write_bytes(b"")
+    assert caption(folder) == 1
+    assert f"1 clip has no caption:\n{folder / 'b.mp4'}: is empty; download it again" in capsys.readouterr().out
+    assert (folder / "sub" / "c.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "found"),
+    [
+        ("<think>Hm. A cat?</think>\n A cat\n  sits. ", "stop", "A cat sits."),
+        ("A cat sits. It is 3.5 m tall. Then it", "length", "A cat sits. It is 3.5 m tall."),
+        ("A cat that", "length", "no complete sentence; raise --caption_tokens"),
+        ("<think>Is it a cat. Or", "length", "no complete sentence; raise --caption_tokens"),
+        ("", "stop", "the answer is empty"),
+    ],
+)
+def test_what_becomes_of_an_answer(
+    text: str,
+    reason: str,
+    found: str,
+    folder: Path,
+    caption: Callable[..., int],
+    server: CaptionServer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.answer = lambda number, body: says(text, reason)
+    caption(folder, "--max_captions", 1)
+    file = folder / "a.txt"
+    assert found in (file.read_text() if file.exists() else capsys.readouterr().out)
+
+
+def test_long_captions_are_counted(
+    folder: Path, caption: Callable[..., int], server: CaptionServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = lambda number, body: says("word " * (400 if number == 0 else 4))
+    assert caption(folder, "--concurrency", 1) == 0
+    assert "1 caption has more than the " in capsys.readouterr().out
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_listens(folder: Path, caption: Callable[..., int]) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{held.getsockname()[1]}/v1"
+        found = problems_of(caption, folder, endpoint=url)
+    assert found.startswith(f"--endpoint {url}: Connection refused; start a server, for example with: vllm serve")
+
+
+def test_a_server_that_does_not_answer(folder: Path, caption: Callable[..., int], server: CaptionServer) -> None:
+    server.answer = lambda number, body: (time.sleep(1.5), says("Late."))[1]
+    found = problems_of(caption, folder, "--request_timeout", 1, "--request_attempts", 1, "--max_captions", 1)
+    assert "timed out; raise --request_timeout or lower --concurrency; tried 1 times" in found
+
+
+def test_a_wrong_path(folder: Path, caption: Callable[..., int], server: CaptionServer) -> None:
+    url = server.url.removesuffix("/v1")
+    found = problems_of(caption, folder, endpoint=url)
+    assert found == f"--endpoint {url}/models: status 404: Not Found; the URL of most servers ends in /v1"
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "file:///etc/passwd", "http://host/v1?key=1"])
+def test_what_is_not_a_server(url: str, folder: Path, caption: Callable[..., int]) -> None:
+    assert "is not the URL of a server; give one such as" in problems_of(caption, folder, endpoint=url)
+
+
+def test_a_model_is_chosen_by_name(folder: Path, caption: Callable[..., int], server: CaptionServer) -> None:
+    server.models = ("big-vl", "small-vl")
+    assert "the server has big-vl, small-vl; choose a model with --caption_model" in problems_of(caption, folder)
+    found = problems_of(caption, folder, "--caption_model", "smal-vl")
+    assert f"--caption_model smal-vl: the server at {server.url} lacks it; nearest: --caption_model small-vl" == found
+    assert caption(folder, "--caption_model", "small-vl") == 0
+    assert {request["model"] for request in server.requests} == {"small-vl"}
+
+
+def test_the_key_of_the_environment_is_sent(
+    folder: Path, caption: Callable[..., int], server: CaptionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert caption(folder, "--max_captions", 1) == 0
+    assert server.keys == ["Bearer secret", "Bearer secret"]
+
+
+def test_a_refused_key_ends_the_script(folder: Path, caption: Callable[..., int], server: CaptionServer) -> None:
+    server.answer = lambda number, body: (401, {"error": {"message": "Incorrect API key"}})
+    found = problems_of(caption, folder)
+    assert "status 401: Incorrect API key; check --endpoint, --caption_model and OPENAI_API_KEY" in found
+    assert not [name for name in os.listdir(folder) if name.endswith(".txt")]

@@ -1,0 +1,57 @@
+r"""Writes captions for the clips of a folder that have none, with a vision-language model.
+
+    vllm serve Qwen/Qwen2.5-VL-7B-Instruct --limit-mm-per-prompt '{"image": 8}'
+    python training/caption_dataset.py --model_id THUDM/CogVideoX-5b --data_root my-clips \
+        --endpoint http://localhost:8000/v1 --max_captions 5
+
+Any server with OpenAI's chat API works. Captions go to a text file next to each clip, or to prompts.txt if videos.txt
+names the clips. A text that is already there is never changed, so the same command continues an interrupted run, and
+captions can be edited at any time. Each caption is printed with its number of T5 tokens. Without --max_captions, all
+clips are captioned.
+"""
+
+from collections.abc import Iterator
+
+from cogvideox.config import args
+from cogvideox.config.geometry import read_geometry
+from cogvideox.config.options import CaptionOptions
+
+
+def check_captioning(options: CaptionOptions) -> Iterator[str]:
+    """Yields the problems of the model and of the URL of the server."""
+    from cogvideox.preparation.vision_server import check_endpoint
+
+    read_geometry(options.model)
+    if problem := check_endpoint(options.caption.endpoint):
+        yield problem
+
+
+CHECKS = (check_captioning,)
+
+
+def main(options: CaptionOptions) -> int:
+    """Captions the clips, and returns the exit status: 1 if a clip has no caption because of an error."""
+    from cogvideox.data.forms.uncaptioned import find_uncaptioned
+    from cogvideox.data.media.workers import Limits
+    from cogvideox.model.models import load_tokenizer
+    from cogvideox.preparation.captioning import Captioning
+    from cogvideox.preparation.vision_server import VisionServer
+
+    clips, present = find_uncaptioned(options.data)
+    if not clips:
+        print(f"all {present} clips have a caption; nothing to do")
+        return 0
+    server = VisionServer(options.caption)
+    server.connect()
+    limits = Limits(options.data.decode_timeout, int(options.data.decode_memory * 2**30))
+    length = read_geometry(options.model).max_text_seq_length
+    captioning = Captioning(server, options.caption, limits, load_tokenizer(options.model), length)
+    try:
+        captioning.run(clips)
+    finally:
+        print(*captioning.report(present), sep="\n")
+    return 1 if captioning.failed else 0
+
+
+if __name__ == "__main__":
+    args.run_script(main, CaptionOptions, __doc__, CHECKS)
