@@ -1,7 +1,7 @@
 """Makes full-size CogVideoX pipelines with random weights and prepared folders with random tensors, for benchmarks.
 
 The values of weights affect neither time nor memory. The configs are those of the five published checkpoints. T5 has
-its real width but only one layer, because training never runs it.
+its real width but only one layer unless more are asked for, because training never runs it.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def make_vae(kind: str, device: str = "cuda") -> Any:
         return AutoencoderKLCogVideoX(**vae_config(kind)).bfloat16()
 
 
-def make_pipeline(kind: str, folder: Path) -> None:
-    """Writes a pipeline folder with random bf16 weights, unless it exists."""
+def make_pipeline(kind: str, folder: Path, text_layers: int = 1) -> None:
+    """Writes a pipeline folder with random bf16 weights, unless it exists. The published T5 has 24 layers."""
     import diffusers
     import torch
     from tiny_cogvideox import make_scheduler, make_tokenizer
@@ -107,7 +107,8 @@ def make_pipeline(kind: str, folder: Path) -> None:
     if (folder / "model_index.json").is_file():
         return
     tokenizer = make_tokenizer()
-    config = T5Config(d_model=4096, num_layers=1, d_kv=64, num_heads=64, d_ff=10240, vocab_size=len(tokenizer))
+    size = {"d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "feed_forward_proj": "gated-gelu"}
+    config = T5Config(**size, num_layers=text_layers, vocab_size=len(tokenizer))
     with torch.device("cuda"):
         text_encoder = T5EncoderModel(config).bfloat16()
     pipeline = diffusers.CogVideoXImageToVideoPipeline if is_image_to_video(kind) else diffusers.CogVideoXPipeline

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import inference as inference_benchmark
 import pytest
 import torch
 from running import (
@@ -132,12 +133,12 @@ def test_inference_script_on_a_gpu(
 
 def test_inference_script_has_no_warnings_and_obeys_its_flags(reference: Path, tmp_path: Path) -> None:
     script, folder = reference / "inference.py", tmp_path / "new" / "folder"
-    small = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 1, "--guidance", 1)
+    small = ("--frames", 17, "--height", 32, "--width", 48, "--steps", 1, "--guidance", 1)
     said = finish(start(python(script, "--output", folder / "all.mp4", *small)))
     lines = [line for line in re.split(r"[\r\n]+", said) if line.strip() and "%|" not in line]
     assert lines == [str(folder / "all.mp4")]
     info = probe(folder / "all.mp4")
-    assert (info.num_frames, info.height, info.width) == (5, 32, 48)
+    assert (info.num_frames, info.height, info.width) == (17, 32, 48)
     for name, flags in (("seed", ("--seed", 9)), ("base", ("--strength", 0)), ("prompt", ("--prompt", "x"))):
         finish(start(python(script, "--output", folder / f"{name}.mp4", *small, *flags)))
     assert len({path.read_bytes() for path in folder.iterdir()}) == 4
@@ -427,3 +428,15 @@ def test_processes_that_do_not_know_each_other_are_refused(
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "do not know each other" in refused(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors"))
+
+
+def test_the_benchmark_of_inference_measures_a_video_or_gives_the_reason(reference: Path, tmp_path: Path) -> None:
+    video = tmp_path / "video.mp4"
+    flags = ["--steps", "1", "--frames", "17", "--height", "32", "--width", "48", "--output", str(video)]
+    figures = inference_benchmark.measure(reference / "inference.py", 8, flags)
+    assert probe(video).num_frames == 17
+    assert 0 < figures["seconds"] < figures["whole_seconds"]
+    assert len(inference_benchmark.row_of(figures).split()) == 4
+    figures = inference_benchmark.measure(reference / "inference.py", 8, ["--height", "33"])
+    assert "divisible by 8" in figures["error"]
+    assert inference_benchmark.row_of(figures).endswith(figures["error"])

@@ -78,7 +78,7 @@ NUMBERS = {
     "num_inference_steps": ("steps", "number of denoising steps"),
     "guidance_scale": ("guidance", "guidance scale; 1 is without guidance"),
     STRENGTH: ("strength", "scale of the LoRA; 0 gives the base model"),
-    "num_frames": ("frames", "number of frames"),
+    "num_frames": ("frames", "number of frames; 9, 17, 25, ... are made exactly"),
     "height": ("height", "in pixels"),
     "width": ("width", "in pixels"),
 }
