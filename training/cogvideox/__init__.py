@@ -8,6 +8,7 @@ caches.py       keeps compiled kernels and bytecode in a private folder of the u
 files.py        writes files atomically, and turns errors of disks into one line
 locks.py        lets one process at a time write to a folder, on any file system
 host_memory.py  measures the free memory of the host or of the container
+progress.py     shows progress as a bar on a terminal, and as a line now and then in a log
 stopping.py     ends a script early without losing work, after signals, the end of the launcher, or a hang
 finite.py       finds tensors that contain NaN or infinity
 rng.py          computes every random number as a function of (seed, visit, sample, purpose)

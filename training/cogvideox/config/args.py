@@ -408,6 +408,8 @@ def run_script(
     caches.use_caches()
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():  # a log would get a line for each change of the bars of other libraries
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         status = exit_status(main, options_type, doc, checks)
     except stopping.Stopped:

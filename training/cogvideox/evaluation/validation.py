@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from cogvideox.model import models
 from cogvideox.model.vae_decoder import PUBLISHED, Decoder, Tile, decoding_attempts
 from cogvideox.preparation.encoding import encode_captions, missing_captions
 from cogvideox.preparation.tensors import Tensors
+from cogvideox.progress import ProgressBar
 from cogvideox.runtime.run import Run, with_peaks
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"
@@ -161,7 +163,9 @@ class Validator:
         pipeline = getattr(diffusers, name)(
             tokenizer=None, text_encoder=None, vae=vae, transformer=self.transformer, scheduler=scheduler
         )
-        pipeline.set_progress_bar_config(desc="validation", leave=False, disable=not self.run.is_main)
+        pipeline.progress_bar = partial(
+            ProgressBar, desc="validation", unit="step", leave=False, disable=not self.run.is_main
+        )
         return pipeline
 
     @property

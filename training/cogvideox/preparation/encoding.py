@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cogvideox import stopping
 from cogvideox.config.buckets import Bucket
@@ -23,6 +22,7 @@ from cogvideox.data.records import ClipRecord, Variant
 from cogvideox.errors import UsageError
 from cogvideox.model import encode, models
 from cogvideox.model.t5_stream import BATCHES_PER_PASS
+from cogvideox.progress import ProgressBar
 from cogvideox.runtime.ranks import Ranks
 
 Draws = tuple[tuple[object, ...], ...]  # one random-number key for the noise on each encoding of a first frame
@@ -167,7 +167,8 @@ def encode_captions(
     fix = "give --t5_on host" if place == "device" else "stop other programs that use it"
     room = room_for(f"--t5_on {t5_on}", "for T5", fix)
     with room, models.text_encoder(model, encoders.text_dtype, ranks.device, place, batch) as (tokenizer, encoder):
-        bar = tqdm(total=len(captions), desc="encoding captions", unit="caption", disable=not ranks.is_main_process)
+        hidden = not ranks.is_main_process
+        bar = ProgressBar(total=len(captions), desc="encoding captions", unit="caption", disable=hidden)
         for start in range(0, len(captions), at_once):
             texts = captions[start : start + at_once]
             embeds_BLD = encode.prompt_embeds(tokenizer, encoder, texts, encoders.text_length)

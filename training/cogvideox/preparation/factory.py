@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import DataFlags
 from cogvideox.config.geometry import Geometry
@@ -33,6 +31,7 @@ from cogvideox.data.forms.paths import PathRules
 from cogvideox.data.forms.samples import unique_id
 from cogvideox.errors import UsageError
 from cogvideox.files import stamp_of
+from cogvideox.progress import ProgressBar
 
 if TYPE_CHECKING:
     import torch
@@ -227,7 +226,7 @@ def convert(rows: Sequence[Row], geometry: Geometry, cache: TensorCache) -> None
     known = ledger.read()
     files = list(dict.fromkeys(file for row in rows for file in row.files()))
     todo = sum(_record(known, path, cache) is None for _, path in files)
-    with tqdm(total=todo, desc="converting tensors", unit="file", disable=not todo) as bar:
+    with ProgressBar(total=todo, desc="converting tensors", unit="file", disable=not todo) as bar:
         for kind, path in files:
             record = _record(known, path, cache)
             try:

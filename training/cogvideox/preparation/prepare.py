@@ -45,6 +45,7 @@ from cogvideox.preparation.encoding import (
 )
 from cogvideox.preparation.recipe import clip_recipe
 from cogvideox.preparation.unusable import UnusableClips, check_bad
+from cogvideox.progress import ProgressBar
 from cogvideox.runtime.ranks import Ranks
 
 LEDGER_EVERY = 64  # records per write to the ledger while planning
@@ -290,7 +291,7 @@ class Preparation:
             return
         with worker_pool(self.data, self.limits) as workers:
             hidden = not self.ranks.is_main_process
-            for result in tqdm(workers.run(jobs), total=total, desc=what, unit="clip", disable=hidden):
+            for result in ProgressBar(workers.run(jobs), total=total, desc=what, unit="clip", disable=hidden):
                 stopping.unit("clip")
                 yield result
 

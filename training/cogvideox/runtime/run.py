@@ -30,6 +30,7 @@ from cogvideox.errors import UsageError, first_line
 from cogvideox.files import LOCK_NAME, disk_errors_converted, remove_temporaries, write_atomically
 from cogvideox.locks import Lock, take
 from cogvideox.optimizer.step import LOSS_SCALE, StepResult
+from cogvideox.progress import ProgressBar
 from cogvideox.runtime.ranks import Ranks, check_world
 from cogvideox.runtime.startup import Startup
 
@@ -367,7 +368,7 @@ class Metrics:
         self.loading_seconds = 0.0
         self.bad_clips = 0  # clips that this process has failed to read so far
         self.samples: list[TrainedSample] = []  # samples of this process since the last step
-        self.bar = tqdm(
+        self.bar = ProgressBar(
             initial=first_step,
             total=total_steps,
             desc="training",
