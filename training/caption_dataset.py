@@ -4,10 +4,11 @@ r"""Writes captions for the clips of a folder that have none, with a vision-lang
     python training/caption_dataset.py --model_id THUDM/CogVideoX-5b --data_root my-clips \
         --endpoint http://localhost:8000/v1 --max_captions 5
 
-Any server with OpenAI's chat API works. Captions go to a text file next to each clip, or to prompts.txt if videos.txt
-names the clips. A text that is already there is never changed, so the same command continues an interrupted run, and
-captions can be edited at any time. Each caption is printed with its number of T5 tokens. Without --max_captions, all
-clips are captioned.
+Any server with OpenAI's chat API works. Without --endpoint, transformers runs the model that --caption_model names,
+which is slower for many clips. Captions go to a text file next to each clip, or to prompts.txt if videos.txt names the
+clips. A text that is already there is never changed, so the same command continues an interrupted run, and captions can
+be edited at any time. Each caption is printed with its number of T5 tokens. Without --max_captions, all clips are
+captioned.
 """
 
 from collections.abc import Iterator
@@ -18,12 +19,11 @@ from cogvideox.config.options import CaptionOptions
 
 
 def check_captioning(options: CaptionOptions) -> Iterator[str]:
-    """Yields the problems of the model and of the URL of the server."""
-    from cogvideox.preparation.vision_server import check_endpoint
+    """Yields the problems of the model and of the flags that choose the captioning model."""
+    from cogvideox.preparation.vision_server import check_model
 
     read_geometry(options.model)
-    if problem := check_endpoint(options.caption.endpoint):
-        yield problem
+    yield from check_model(options.caption)
 
 
 CHECKS = (check_captioning,)
@@ -35,17 +35,18 @@ def main(options: CaptionOptions) -> int:
     from cogvideox.data.media.workers import Limits
     from cogvideox.model.models import load_tokenizer
     from cogvideox.preparation.captioning import Captioning
+    from cogvideox.preparation.vision_local import LocalVisionModel
     from cogvideox.preparation.vision_server import VisionServer
 
     clips, present = find_uncaptioned(options.data)
     if not clips:
         print(f"all {present} clips have a caption; nothing to do")
         return 0
-    server = VisionServer(options.caption)
-    server.connect()
+    model = VisionServer(options.caption) if options.caption.endpoint else LocalVisionModel(options.caption)
+    model.connect()
     limits = Limits(options.data.decode_timeout, int(options.data.decode_memory * 2**30))
     length = read_geometry(options.model).max_text_seq_length
-    captioning = Captioning(server, options.caption, limits, load_tokenizer(options.model), length)
+    captioning = Captioning(model, options.caption, limits, load_tokenizer(options.model), length)
     try:
         captioning.run(clips)
     finally:

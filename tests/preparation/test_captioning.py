@@ -262,6 +262,76 @@ def test_long_captions_are_counted(
     assert "1 caption has more than the " in capsys.readouterr().out
 
 
+# -- in this process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random vision-language model. Read only."""
+    from tiny_vision import make_tiny_vision
+
+    return make_tiny_vision(tmp_path_factory.mktemp("vision"))
+
+
+def local(model: Path, root: Path, *flags: object) -> int:
+    """Runs the script without a server."""
+    given = ["--model_id", model, "--data_root", root, *flags]
+    options = parse(CaptionOptions, None, list(map(str, given)), caption_dataset.CHECKS)
+    return caption_dataset.main(options)
+
+
+def test_a_model_runs_in_this_process(model: Path, vision: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the random model says is what transformers gives for the same pictures and words, computed here again."""
+    from cogvideox.preparation import vision_local
+
+    answers: list[dict[str, Any]] = []
+
+    def keep(answer: dict[str, Any]) -> str:
+        answers.append(answer)
+        return "A sentence."
+
+    monkeypatch.setattr(vision_local, "caption_in", keep)
+    flags = ("--caption_model", vision, "--caption_tokens", 16, "--caption_frames", 2, "--caption_prompt", "Describe.")
+    assert local(model, folder, *flags, "--max_captions", 1) == 0
+    assert expected_answer(vision, folder / "a.mp4") != expected_answer(vision, folder / "b.mp4")
+    (choice,) = answers[0]["choices"]
+    assert choice == {"message": {"content": expected_answer(vision, folder / "a.mp4")}, "finish_reason": "length"}
+    assert (folder / "a.txt").read_text() == "A sentence.\n"
+
+
+def expected_answer(vision: Path, clip: Path) -> str:
+    """Returns what the tiny model says about two frames of a clip, from the pixels and the text of its template."""
+    import io
+
+    import torch
+    from PIL import Image
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    from cogvideox.data.media.stills import stills_of
+
+    stills = stills_of(str(clip), 2, 512)
+    assert isinstance(stills, captioning.Stills)
+    images = [Image.open(io.BytesIO(jpeg)) for jpeg in stills.jpegs]
+    text = "".join(f"Frame at {seconds:.1f} s:<image>" for seconds in stills.times) + "Describe.ASSISTANT:"
+    processor = LlavaProcessor.from_pretrained(vision)
+    inputs = processor(images=images, text=text, return_tensors="pt")
+    with torch.no_grad():
+        tokens = LlavaForConditionalGeneration.from_pretrained(vision).generate(
+            **inputs, max_new_tokens=16, do_sample=False
+        )
+    return str(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def test_a_folder_without_a_vision_model(model: Path, folder: Path) -> None:
+    found = problems_of(local, model, folder, "--caption_model", model)
+    assert found.startswith(f"--caption_model {model}: cannot be loaded (")
+    assert found.endswith("of a vision-language model, such as Qwen/Qwen2.5-VL-3B-Instruct")
+
+
+def test_a_model_must_be_named(model: Path, folder: Path) -> None:
+    assert "--endpoint: is missing; give the URL of a server, or --caption_model" in problems_of(local, model, folder)
+
+
 # -- the server --------------------------------------------------------------------------------------------------------
 
 

@@ -321,15 +321,17 @@ class PrepareFlags:
 
 @dataclass(frozen=True)
 class CaptionFlags:
-    """The flags of caption_dataset.py alone. Used by preparation/captioning.py and preparation/vision_server.py."""
+    """The flags of caption_dataset.py alone. Used by preparation/captioning.py."""
 
-    endpoint: str = flag(
-        REQUIRED,
+    endpoint: str | None = flag(
+        None,
         "URL of an OpenAI-compatible server with a vision-language model, such as http://localhost:8000/v1 of vllm "
-        "serve; a key is read from the environment variable OPENAI_API_KEY",
+        "serve; a key is read from the environment variable OPENAI_API_KEY (default: the model runs in this process)",
     )
     caption_model: str | None = flag(
-        None, "name of the model on the server (default: the only one that the server lists)"
+        None,
+        "name of the model on the server (default: the only one that the server lists); without --endpoint, a folder "
+        "or hub id, such as Qwen/Qwen2.5-VL-3B-Instruct, which transformers runs",
     )
     caption_prompt: str = flag(
         CAPTION_PROMPT,

@@ -8,6 +8,7 @@ prepare.py        prepares folders of clips and captions as cached tensors
 unusable.py       checks how many clips cannot be used
 captions.py       finds captions that T5 cuts off or cannot tell apart
 causes.py         groups the reasons why clips cannot be used, with fixes
+vision_local.py   runs a vision-language model in this process
 vision_server.py  asks a vision-language model on a server for a caption
 captioning.py     writes the missing captions of a data set
 report.py         reports what a preparation does: tables, contact sheets, costs

@@ -13,7 +13,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,7 @@ class VisionServer:
         if wanted is not None and wanted not in names:
             near = difflib.get_close_matches(wanted, names, 1, 0.0)
             nearest = f"nearest: --caption_model {near[0]}" if near else "it has none"
-            raise UsageError(f"--caption_model {wanted}: the server at {self.flags.endpoint} lacks it; {nearest}")
+            raise UsageError(f"--caption_model {wanted}: the server at {self._url} lacks it; {nearest}")
         self.model = wanted or names[0]
 
     def describe(self, stills: Stills, instruction: str) -> str:
@@ -86,14 +86,8 @@ class VisionServer:
             ClipRefused: The server refuses this request, or gives no text.
             UsageError: The server cannot be reached, or would refuse every request.
         """
-        content: list[dict[str, object]] = []
-        for seconds, jpeg in zip(stills.times, stills.jpegs, strict=True):
-            url = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-            content += [
-                {"type": "text", "text": f"Frame at {seconds:.1f} s:"},
-                {"type": "image_url", "image_url": {"url": url}},
-            ]
-        content.append({"type": "text", "text": instruction})
+        urls = [f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" for jpeg in stills.jpegs]
+        content = content_of(stills, instruction, [{"type": "image_url", "image_url": {"url": url}} for url in urls])
         messages = [{"role": "user", "content": content}]
         request = {
             "model": self.model,
@@ -133,7 +127,7 @@ class VisionServer:
         if key := os.environ.get(KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.flags.endpoint.rstrip('/')}/{path}", data, headers)
+        request = urllib.request.Request(f"{self._url}/{path}", data, headers)
         try:
             with urllib.request.urlopen(request, timeout=self.flags.request_timeout) as answer:
                 return answer.status, _parsed(answer.read(MOST_BYTES))
@@ -144,8 +138,12 @@ class VisionServer:
             raise ConnectionError(f"the connection broke ({type(error).__name__})") from None
 
     @property
+    def _url(self) -> str:
+        return (self.flags.endpoint or "").rstrip("/")
+
+    @property
     def _flag(self) -> str:
-        return f"--endpoint {self.flags.endpoint.rstrip('/')}"
+        return f"--endpoint {self._url}"
 
     def _unreachable(self, error: OSError) -> str:
         cause = getattr(error, "reason", error)
@@ -156,11 +154,21 @@ class VisionServer:
         return one_line(f"{self._flag}: {text}; {fix}")
 
 
-def check_endpoint(url: str) -> str | None:
-    """Returns what is wrong with a URL of a server, or None."""
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
-        return f"--endpoint {url}: is not the URL of a server; give one such as http://localhost:8000/v1"
-    return None
+def content_of(stills: Stills, instruction: str, pictures: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Returns the parts of a message: each picture after its time, and the instruction at the end."""
+    parts: list[dict[str, object]] = []
+    for seconds, picture in zip(stills.times, pictures, strict=True):
+        parts += [{"type": "text", "text": f"Frame at {seconds:.1f} s:"}, picture]
+    return [*parts, {"type": "text", "text": instruction}]
+
+
+def check_model(flags: CaptionFlags) -> Iterator[str]:
+    """Yields what is wrong with the flags that choose the model."""
+    url = flags.endpoint
+    if url is None and flags.caption_model is None:
+        yield "--endpoint: is missing; give the URL of a server, or --caption_model with the hub id of a model"
+    if url is not None and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+        yield f"--endpoint {url}: is not the URL of a server; give one such as http://localhost:8000/v1"
 
 
 def caption_in(answer: Any) -> str:
