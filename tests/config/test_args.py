@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from running import ROOT
 
 from cogvideox import __version__, stopping
 from cogvideox.config import args, flags
@@ -848,6 +849,19 @@ def test_an_error_that_the_user_can_fix_is_one_line(
         args.run_script(main, PrepareOptions, "doc", ())
     assert ended.value.code == status
     assert capsys.readouterr().err.startswith(line)
+
+
+def test_the_traceback_of_accelerate_is_announced(tmp_path: Path) -> None:
+    """It follows the message about the problem, and is what a user sees first."""
+    cpu = ROOT / "accelerate_configs" / "cpu.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", cpu]
+    script = [ROOT / "training" / PREPARE, "--model_id", tmp_path, "--data_root", tmp_path / "missing"]
+    lines = subprocess.run([*launcher, *script], capture_output=True, text=True, check=False).stderr.splitlines()
+    first = lines.index("Traceback (most recent call last):")
+    assert lines[0].startswith("prepare_dataset.py: ")
+    assert lines[first - 1] == "(A traceback of the launcher follows. It only says that this script ended with 2.)"
+    alone = subprocess.run([sys.executable, *script], capture_output=True, text=True, check=False).stderr.splitlines()
+    assert alone == lines[: first - 1]
 
 
 def test_an_error_that_the_user_cannot_fix_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -422,7 +422,19 @@ def run_script(
             stopping.leave(LOST_RANK_EXIT, is_cause=False)
         else:
             raise
+    if status in (USAGE_EXIT, NON_FINITE_EXIT):
+        announce_traceback(status)
     stopping.leave(status)
+
+
+def announce_traceback(status: int) -> None:
+    """Says what the traceback means that a launcher is going to print because this script failed."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+    if launched and os.environ.get("RANK", "0") == "0":
+        print(
+            f"(A traceback of the launcher follows. It only says that this script ended with {status}.)",
+            file=sys.stderr,
+        )
 
 
 def exit_status(
