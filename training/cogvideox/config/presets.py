@@ -32,7 +32,7 @@ def fill_in(namespace: Namespace) -> set[str]:
     Returns:
         The names of the added flags; empty without a preset, or if there is no preset of that name.
     """
-    name = " ".join(getattr(namespace, "preset", ())).lower()
+    name = " ".join(namespace.preset).lower() if hasattr(namespace, "preset") else ""
     values = SHARED | PRESETS[name] if name in PRESETS else {}
     if values and hasattr(namespace, "rank"):
         with suppress(ValueError):  # a rank that is not a number is reported with all other problems
