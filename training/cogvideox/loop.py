@@ -27,7 +27,7 @@ from tqdm import tqdm
 from cogvideox import stopping
 from cogvideox.config.geometry import Geometry, read_geometry
 from cogvideox.config.hub import upload
-from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, local_processes
+from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, local_processes, samples_per_step
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, trained_timesteps
@@ -51,6 +51,7 @@ from cogvideox.model.tasks import Task, losses_of
 from cogvideox.optimizer.engine import make_engine
 from cogvideox.optimizer.step import learning_rate, rate_jump
 from cogvideox.planning.block_check import check_blocks
+from cogvideox.planning.dry_run import dry_run
 from cogvideox.planning.execution import Plan, apply_plan, apply_vram_budget, make_plan, measured_line
 from cogvideox.planning.plan import HOST, ExecutionPlan
 from cogvideox.planning.warm_up import has_no_bound, warm_up
@@ -114,7 +115,7 @@ def recipe_of(
         "transformer": models.weight_fingerprint(options.model, "transformer"),
         "precision": run.precision,
         "seed": options.data.seed,
-        "samples_per_step": samples_per_step(run, options),
+        "samples_per_step": samples_per_step(options, run.world),
         "caption_dropout": options.loader.caption_dropout,
         "max_grad_norm": options.train.max_grad_norm,
         **asdict(geometry),
@@ -123,11 +124,6 @@ def recipe_of(
         **task_type.recipe(options, geometry),
         **method_type.recipe(options),
     }
-
-
-def samples_per_step(run: Run, options: TrainOptions) -> int:
-    """Returns the global batch size: samples per optimizer step over all processes and micro-batches."""
-    return options.train.train_batch_size * options.train.gradient_accumulation_steps * run.world
 
 
 def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[str, Any], start: StartPoint) -> Steps:
@@ -151,8 +147,8 @@ def plan_steps(run: Run, options: TrainOptions, tensors: Tensors, recipe: dict[s
     check_same_samples(start, index, options)
     stratified = options.loss.timestep_sampling == "stratified"
     ids, buckets = [s.id for s in index.samples], [s.bucket for s in index.samples]
-    order = Order(ids, buckets, samples_per_step(run, options), options.data.seed, stratified)
-    total = train.max_train_steps or order.steps_through(train.num_train_epochs - 1)
+    order = Order(ids, buckets, samples_per_step(options, run.world), options.data.seed, stratified)
+    total = order.total_steps(train.max_train_steps, train.num_train_epochs)
     check_length(start, total, run.output_dir)
     return Steps(order, total, recipe | {DATA: index.fingerprint}, start)
 
@@ -530,13 +526,15 @@ def fine_tune(options: TrainOptions, task_type: type[Task], method_type: type[Me
         method_type: The class of the method, Lora or FullFinetune.
 
     Returns:
-        The exit status, 0.
+        The exit status: 0, or 1 if --dry_run finds that the run does not fit.
 
     Raises:
         Stopped: A signal ended the run early; everything is saved.
         DiskError: The disk is full, failed or refused a write; the message says what is safe.
         LostRankError: Another process of the run has ended.
     """
+    if options.forecast.dry_run:
+        return dry_run(options, method_type)
     folder = Path(options.train.output_dir)
     with what_is_safe(folder, partial(safe_text, folder)), lost_ranks_reported(partial(restart_hint, folder)):
         return run_stages(options, task_type, method_type)

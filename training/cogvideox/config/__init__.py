@@ -2,6 +2,7 @@
 
 flags.py           defines every flag once, in frozen dataclasses
 options.py         lists the groups of flags of each script, and derives values from others
+cards.py           lists cards with their memory and rates, for --dry_run
 presets.py         sets flags of the LoRA scripts for a style, a subject or a motion
 foreign_flags.py   accepts flags of other scripts and trainers, by one rule
 conflicts.py       finds flags that contradict each other

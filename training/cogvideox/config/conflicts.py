@@ -17,6 +17,7 @@ from cogvideox.config.flags import (
     POLYNOMIAL_END,
     WITH_SNR_GAMMA,
     DataFlags,
+    DryRunFlags,
     HubFlags,
     LoraFlags,
     LossFlags,
@@ -74,12 +75,21 @@ def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[s
         yield from prepare_problems(options.prepare)
     if isinstance(options, TrainOptions):
         yield from train_problems(options)
+        yield from dry_run_problems(options.forecast)
         yield from optimizer_problems(options, given)
         yield from loss_problems(options.loss, given)
         yield from best_problems(options)
         yield from plan_problems(options)
     if isinstance(options, LoraOptions):
         yield from lora_problems(options.lora)
+
+
+def dry_run_problems(flags: DryRunFlags) -> Iterator[str]:
+    """Yields a problem for each flag that says what --dry_run predicts, if --dry_run is not given."""
+    if not flags.dry_run:
+        for name in ("gpu", "host_memory"):
+            if getattr(flags, name) is not None:
+                yield f"--{name} {getattr(flags, name)}: is for a prediction; add --dry_run, or leave it out"
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cogvideox.config.cards import CARDS
+
 TENSOR_FOLDER = "cogvideox_tensors"  # default of --tensor_cache, inside the data root
 # The default heights and widths of buckets.
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
@@ -47,7 +49,7 @@ MAIN_FLAGS = {
         "load_tensors",
         "dataloader_num_workers",
     ),
-    "preparation": ("save_image_latents", "suggest_buckets", "dry_run", "verify", "repair"),
+    "preparation": ("save_image_latents", "suggest_buckets", "verify", "repair"),
     "captions": ("endpoint", "caption_model", "caption_prompt", "caption_frames", "max_captions", "concurrency"),
     "LoRA": ("preset", "rank", "lora_alpha", "lora_path"),
     "all weights": ("save_pipeline",),
@@ -56,7 +58,7 @@ MAIN_FLAGS = {
     "validation": ("validation_prompt", "validation_images", "validation_steps"),
     "plan": ("mixed_precision", "gradient_checkpointing", "plan", "vram_budget", "base_precision"),
     "output": ("output_dir", "checkpointing_steps", "report_to", "push_to_hub"),
-    INFORMATION: ("print_config",),
+    INFORMATION: ("dry_run", "print_config"),
 }
 # Settings on which the state in a checkpoint does not depend, so that a run can be resumed with other values.
 CHANGEABLE = (
@@ -293,7 +295,6 @@ class PrepareFlags:
     dry_run: bool = flag(
         False,
         "print what would be encoded and what it would cost, and exit; needs no captions",
-        refused="this one would train",
     )
     suggest_buckets: int | None = flag(
         None,
@@ -472,6 +473,26 @@ class TrainFlags:
     )
     tracker_name: str | None = flag(None, "project name in the tracker (default: cogvideox)")
     logging_dir: str = flag("logs", "folder in output_dir for the files of trackers")
+
+
+@dataclass(frozen=True)
+class DryRunFlags:
+    """Whether a run is only predicted, and for which machine. Used by planning/dry_run.py."""
+
+    dry_run: bool = flag(
+        False,
+        "print whether the run fits into memory, and its steps, hours and disk space, and exit without encoding or "
+        "training; --gpu names a card that this machine does not have",
+        refused="this one would do its work",
+    )
+    gpu: str | None = flag(
+        None,
+        "card for which --dry_run predicts the run, also on a machine without it (default: the GPU of this machine)",
+        choices=tuple(CARDS),
+    )
+    host_memory: float | None = flag(
+        None, "GiB of free host memory that --dry_run assumes (default: what is free on this machine)", least=1.0
+    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from cogvideox.config.flags import (
     TENSOR_FOLDER,
     CaptionFlags,
     DataFlags,
+    DryRunFlags,
     EncodeFlags,
     FirstFrameFlags,
     FolderFlags,
@@ -77,6 +78,7 @@ class TrainOptions:
     loader: LoaderFlags
     encode: EncodeFlags
     train: TrainFlags
+    forecast: DryRunFlags
     loss: LossFlags
     optimizer: OptimizerFlags
     plan: PlanFlags
@@ -282,6 +284,11 @@ def held_out_flags(options: TrainOptions) -> list[str]:
     train = options.train
     given = {"--keep_best": train.keep_best, f"--stop_when_worse {train.stop_when_worse}": train.stop_when_worse}
     return [name for name, value in given.items() if value]
+
+
+def samples_per_step(options: TrainOptions, world: int) -> int:
+    """Returns the global batch size: samples per optimizer step over all processes and micro-batches."""
+    return options.train.train_batch_size * options.train.gradient_accumulation_steps * world
 
 
 def launched_processes() -> int:

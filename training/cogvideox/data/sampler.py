@@ -67,6 +67,10 @@ class Order:
         """Returns the number of optimizer steps up to the end of an epoch, counted from 0; 0 for epoch -1."""
         return sum(self._batches_through(name, epoch) for name in self.members)
 
+    def total_steps(self, max_steps: int | None, epochs: int) -> int:
+        """Returns the number of optimizer steps of a run: --max_train_steps, or else those of its epochs."""
+        return max_steps or self.steps_through(epochs - 1)
+
     def epoch_of(self, step: int) -> int:
         """Returns the epoch that a step belongs to; both count from 0."""
         # Doubling finds an upper bound, then bisection finds the first epoch that ends after the step.

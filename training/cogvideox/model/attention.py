@@ -162,7 +162,7 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     """Returns why a backend cannot be used, or None."""
     if dtype == torch.float32:
         return "it supports only bf16 and fp16"
-    if backend == FLASH_4 and not _installed("flash_attn", "cute"):
+    if backend == FLASH_4 and not is_installed("flash_attn", "cute"):
         return "flash-attn-4 is not installed"
     if backend in (FLASH_4, CUDNN) and torch.cuda.get_device_capability(device) < HOPPER:
         return "the device is older than Hopper"
@@ -187,7 +187,7 @@ def _problem_of_sage() -> str | None:
     return None if "return_lse" in known else "this sageattention returns no lse; version 2 does"
 
 
-def _installed(package: str, part: str) -> bool:
+def is_installed(package: str, part: str) -> bool:
     """Returns whether a package is installed with this module, which other packages of the same name lack."""
     return find_spec(package) is not None and find_spec(f"{package}.{part}") is not None
 

@@ -2,6 +2,7 @@
 
 plan.py         predicts memory and time of every plan, and chooses one
 execution.py    makes the plan of a run: reads sizes, measures the machine, sets up the transformer
+dry_run.py      predicts memory, time and disk space of a run, for --dry_run
 stack.py        runs all blocks of a transformer under a plan
 sharded.py      runs all blocks of a transformer whose weights are sharded over the processes of a run
 layerwise.py    runs a transformer that stays on the CPU on the device, one layer at a time

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import astuple, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -78,6 +78,26 @@ NOT_SHARED = (
 LOW_COSINE = 0.999  # below this, the report on a quantized base contains a warning
 
 
+class Target(Protocol):
+    """What a plan is made for. A ``Run`` is one; a dry run may describe a machine that does not exist here."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of one process."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type."""
+
+    @property
+    def world(self) -> int:
+        """The number of processes."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether accelerate's configuration asks for torch.compile."""
+
+
 def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn.Module, steps: int) -> Plan:
     """Chooses how this run executes the transformer.
 
@@ -94,7 +114,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     """
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
     asked = options.plan.asked
-    obstacle = _obstacle(run, options, transformer)
+    obstacle = obstacle_to_plan(run, options, transformer)
     if obstacle and asked:
         raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")
     if obstacle and under_fsdp():
@@ -113,8 +133,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     sizes = sizes_of_run(run, options, tensors.geometry, buckets, transformer)
     # Machines may have different numbers of ranks, but all ranks must choose the same plan.
     sizes = replace(sizes, ranks=min(run.ranks.gather([sizes.ranks])), steps=steps)
-    drops = isinstance(options, LoraOptions) and options.lora.lora_dropout > 0
-    compiled = compiles(run, options.plan.compile_blocks, drops)
+    compiled = compiles(run, options.plan.compile_blocks, drops_out(options))
     try:
         machine = measure_all_ranks(run, backend, sizes, options.plan.vram_budget)
         chosen = choose(run, options, sizes, machine, compiled, backend)
@@ -129,7 +148,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
 
 
 def choose(
-    run: Run, options: TrainOptions, sizes: Sizes, machine: Machine, compiled: bool, backend: str
+    run: Target, options: TrainOptions, sizes: Sizes, machine: Machine, compiled: bool, backend: str
 ) -> ExecutionPlan:
     """Returns the fastest plan that fits.
 
@@ -179,6 +198,18 @@ def base_precision(options: TrainOptions) -> str:
 
 
 def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: list[Bucket], transformer: Any) -> Sizes:
+    """Returns the sizes of a run whose weights have been loaded.
+
+    Raises:
+        UsageError: The base cannot be quantized to this precision.
+    """
+    mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
+    return replace(sizes_from_options(run, options, geometry, buckets, transformer), mapped=mapped)
+
+
+def sizes_from_options(
+    run: Target, options: TrainOptions, geometry: Geometry, buckets: list[Bucket], transformer: Any
+) -> Sizes:
     """Returns the sizes of a run, including optimizer state, averages and gradient accumulation.
 
     Raises:
@@ -190,15 +221,20 @@ def sizes_of_run(run: Run, options: TrainOptions, geometry: Geometry, buckets: l
     except ValueError as error:
         raise UsageError(f"--base_precision {precision}: {error}; give int8") from None
     averages = AVERAGE_BYTES if options.loss.use_ema else 0
-    mapped = run.dtype == DTYPES[stored_dtype(options.model, "transformer")]
     passes = options.train.gradient_accumulation_steps
     sum_bytes = 4 if passes > 1 else sizes.sum_bytes
-    state = state_bytes(partial(make_optimizer, options.optimizer), run.device) + averages
+    device = run.device if torch.cuda.is_available() else torch.device("cpu")  # a dry run may be for a GPU elsewhere
+    state = state_bytes(partial(make_optimizer, options.optimizer), device) + averages
     sizes = replace(sizes, state_bytes=state, average_bytes=averages, ranks=ranks_here())
-    return replace(sizes, mapped=mapped, sum_bytes=sum_bytes, passes=passes)
+    return replace(sizes, sum_bytes=sum_bytes, passes=passes)
 
 
-def compiles(run: Run, wanted: str, drops: bool) -> bool:
+def drops_out(options: TrainOptions) -> bool:
+    """Returns whether the LoRA has dropout."""
+    return isinstance(options, LoraOptions) and options.lora.lora_dropout > 0
+
+
+def compiles(run: Target, wanted: str, drops: bool) -> bool:
     """Returns whether blocks are compiled. Dropout prevents it: each step's masks would need another graph.
 
     Raises:
@@ -211,7 +247,7 @@ def compiles(run: Run, wanted: str, drops: bool) -> bool:
     return wanted == "yes" or (wanted == "auto" and (run.compiled or run.device.type == "cuda"))
 
 
-def _obstacle(run: Run, options: TrainOptions, transformer: nn.Module) -> str | None:
+def obstacle_to_plan(run: Target, options: TrainOptions, transformer: nn.Module) -> str | None:
     """Returns why a Stack cannot run this model, or None if it can."""
     if options.optimizer.use_cpu_offload_optimizer and not isinstance(options, LoraOptions):
         return "--use_cpu_offload_optimizer decides itself where weights, gradients and optimizer state are stored"

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,12 @@ def start_processes() -> "PartialState":
     state = PartialState(cpu=not torch.cuda.is_available())
     check_world(state.num_processes)
     return state
+
+
+def alone() -> "Ranks":
+    """Returns a process that works by itself on the CPU, even if a launcher has started others."""
+    state: Any = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, device=torch.device("cpu"))
+    return Ranks(state)
 
 
 def check_world(number: int) -> None:

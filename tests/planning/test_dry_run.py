@@ -1,0 +1,262 @@
+"""Tests --dry_run: its figures for an H100 are compared with measured ones, and its steps with those of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from random_models import TRANSFORMERS, vae_config
+
+from cogvideox.config import args
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.cards import CARDS
+from cogvideox.config.geometry import read_geometry
+from cogvideox.config.options import SCRIPTS, LoraOptions
+from cogvideox.data.cache import CachedSample, CacheIndex, hash_of
+from cogvideox.errors import UsageError
+from cogvideox.model.methods import Lora
+from cogvideox.planning import dry_run
+from cogvideox.planning.plan import GIB
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+TEXT_LORA, IMAGE_SFT = "cogvideox_text_to_video_lora.py", "cogvideox_image_to_video_sft.py"
+SIZE = ("--height_buckets", "32", "--width_buckets", "48", "--frame_buckets", "9")
+BUDGETS = {"8gb": "8", "12gb": "12", "24gb": "24"}
+pytestmark = pytest.mark.usefixtures("threads")
+Tiny = Callable[[str], Path]
+
+
+def configs_of(pipeline: Path, folder: Path) -> Path:
+    """Copies a pipeline without its weights."""
+    for part in ("transformer", "vae", "scheduler", "tokenizer"):
+        (folder / part).mkdir(parents=True)
+        for path in (pipeline / part).glob("*[!s]"):
+            shutil.copy(path, folder / part)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configs of CogVideoX-5b, without weights."""
+    folder = tmp_path_factory.mktemp("5b")
+    scheduler = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
+    configs = {
+        "transformer/config.json": TRANSFORMERS["5b"] | {"_class_name": "CogVideoXTransformer3DModel"},
+        "vae/config.json": vae_config("5b"),
+        "scheduler/scheduler_config.json": scheduler,
+    }
+    for name, config in configs.items():
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of thirty clips of 49x480x720 that has only its index."""
+    folder = tmp_path_factory.mktemp("tensors")
+    keys = hash_of("clip"), hash_of("caption")
+    samples = tuple(CachedSample(str(i), "a caption", Bucket(49, 480, 720), keys[:1], keys[1]) for i in range(30))
+    dtypes = {"vae": "bf16", "text_encoder": "bf16"}
+    CacheIndex(samples, keys[1], 8.0, "v", "t", dtypes, 226).save(folder)
+    return folder
+
+
+def predict(model: Path, data: Path, output: Path, *more: str, script: str = TEXT_LORA, bf16: bool = True) -> int:
+    """Runs a training script with --dry_run in this process; returns the exit status."""
+    argv = ["--pretrained_model_name_or_path", str(model), "--data_root", str(data), "--output_dir", str(output)]
+    argv += ["--dry_run", *(["--mixed_precision", "bf16"] if bf16 else []), *more]
+    module: Any = import_module(script.removesuffix(".py"))
+    return module.main(args.parse(SCRIPTS[script], None, argv))
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found, text
+    return float(found[1])
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ["fast", "24gb", "12gb", "8gb", "lean", "fast-cudnn", "24gb-cudnn", "lean-int8"])
+def test_figures_of_an_h100_are_those_that_were_measured(row: str, published: Path) -> None:
+    measured = json.loads((RESULTS / f"bench_5b-r128-{row}.json").read_text())
+    plan, _, more = row.partition("-")
+    flags = [
+        "--gpu",
+        "h100",
+        "--dry_run",
+        "--mixed_precision",
+        "bf16",
+        "--train_batch_size",
+        "1",
+        "--host_memory",
+        "112",
+    ]
+    flags += ["--vram_budget", BUDGETS[plan]] if plan in BUDGETS else ["--plan", plan]
+    flags += ["--base_precision", "int8"] if more == "int8" else []
+    flags += ["--attention_backend", "cudnn" if more == "cudnn" else "flash-4", "--rank", "128"]
+    named = ["--pretrained_model_name_or_path", str(published), "--data_root", "d"]
+    options = args.read_flags(LoraOptions, [*named, *flags], None)[0]
+    geometry, device = read_geometry(options.model), torch.device("cuda")
+    run = dry_run.PlannedRun(geometry, Lora, device, torch.bfloat16, world=1, compiled=False)
+    buckets = [Bucket(49, 480, 720)]
+    sizes = dry_run.sizes_from_options(run, options, geometry, buckets, dry_run.empty_transformer(run, options))
+    machine, backend, _ = dry_run.machine_for(run, options, sizes)
+    plan_made = dry_run.plan_for(run, options, buckets, machine, backend)
+    assert plan_made.seconds == pytest.approx(measured["seconds_per_step"], rel=0.12)
+    assert plan_made.peak / GIB == pytest.approx(measured["peak_gib"]["allocated"], rel=0.04)
+
+
+@pytest.mark.parametrize("name", list(CARDS))
+def test_every_card_has_plausible_rates(name: str) -> None:
+    card = CARDS[name]
+    assert 6 <= card.gib <= 200
+    assert 1e13 < card.matmul < 1e15
+    assert all(0.2 * card.matmul < rate < card.matmul for rates in card.attention.values() for rate in rates)
+    assert 1e11 < card.memory < 1e13
+    assert 1e10 < card.copies < 1e11
+
+
+# -- data and steps ----------------------------------------------------------------------------------------------------
+
+
+def test_clips_are_counted_without_weights_or_encoding(
+    tiny: Tiny, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = configs_of(tiny("5b"), tmp_path / "model"), Path(shutil.copytree(clips, tmp_path / "data"))
+    flags = ("--num_train_epochs", "3", "--train_batch_size", "4", "--gpu", "rtx3060", *SIZE)
+    assert predict(model, data, tmp_path / "out", *flags) == 0
+    text = capsys.readouterr().out
+    assert "data: 6 of 9x32x48\nsteps: 5 of 4 samples\n" in text  # 18 samples; the last batch is filled
+    assert "time (predicted)" in text
+    assert "rtx3060, 12 GiB; the rates are those of a table of cards, not measured here" in text
+    assert number(r"tensors ([\d.]+)", text) >= 0
+    assert not (tmp_path / "out").exists()
+    assert not list(data.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "prepare_dataset.py"])
+def test_every_script_predicts_the_steps_of_prepared_data(
+    script: str, tiny: Tiny, tensors: Path, image_tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = "image" in script
+    data = image_tensors if image else tensors
+    model = configs_of(tiny("5b-i2v" if image else "5b"), tmp_path / "model")
+    flags = ("--load_tensors", "--gpu", "rtx4090", "--train_batch_size", "1", "--num_train_epochs", "2")
+    more = ("--ignore_learned_positional_embeddings",) if image else ()
+    assert predict(model, data, tmp_path / "out", *flags, *more, script=script) == 0
+    samples = len(json.loads((data / "index.json").read_text())["samples"])
+    text = capsys.readouterr().out
+    assert f"steps: {2 * samples} of 1 sample\n" in text
+    assert number(r"GPU memory \(predicted\): ([\d.]+)", text) < 1.0
+
+
+def test_a_folder_of_the_factory_needs_its_index(published: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "video_latents").mkdir(parents=True)
+    with pytest.raises(UsageError, match="has no index until a run has converted it"):
+        predict(published, tmp_path / "data", tmp_path / "out", "--load_tensors", "--gpu", "h100")
+
+
+# -- what does not fit -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "change"),
+    [
+        ("--gpu rtx3060 --host_memory 16 --plan fast --train_batch_size 1", "leave out --plan"),
+        (
+            "--gpu rtx3060 --host_memory 64 --train_batch_size 8",
+            "--train_batch_size 4 --gradient_accumulation_steps 2",
+        ),
+        ("--gpu rtx3060 --host_memory 8 --rank 256 --train_batch_size 1", "--base_precision int8"),
+    ],
+)
+def test_the_cheapest_change_makes_it_fit(
+    flags: str, change: str, published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--load_tensors", *flags.split()]
+    assert predict(published, index, tmp_path / "out", *given) == 1
+    text = capsys.readouterr().out
+    assert "does not fit: the smallest allowed plan needs" in text
+    assert f"cheapest change: {change}: " in text
+    if change.startswith("leave out"):
+        given = [text for text in given if text not in ("--plan", "fast")]
+    else:
+        names = change.split()[::2]
+        given = [text for i, text in enumerate(given) if not {text, given[i - 1]} & set(names)]
+        given += change.split()
+    assert predict(published, index, tmp_path / "out", *given) == 0
+    assert number(r"GPU memory \(predicted\): ([\d.]+)", capsys.readouterr().out) == pytest.approx(
+        number(r"cheapest change: .*: ([\d.]+) GiB", text), abs=0.02
+    )
+
+
+def test_hardware_that_suffices_is_named(
+    published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--load_tensors", "--gpu", "rtx3060", "--host_memory", "4", "--plan", "fast", "--train_batch_size", "1"]
+    assert predict(published, index, tmp_path / "out", *flags) == 1
+    assert "or a card of 24 GiB, such as rtx" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_reported(
+    published: Path,
+    index: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = ["--load_tensors", "--gpu", "h100", "--train_batch_size", "1", "--max_train_steps", "1200", "--rank", "128"]
+    assert predict(published, index, tmp_path / "out", *flags) == 0
+    text = capsys.readouterr().out
+    elements = 4 * 2 * 128 * 3072 * 42  # four layers of each block have two matrices of rank 128
+    assert number(r"3 checkpoints of ([\d.]+)", text) == pytest.approx(elements * 14 / GIB, abs=0.01)
+    assert number(r"result ([\d.]+)", text) == pytest.approx(elements * 2 / GIB, abs=0.01)
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=GIB))
+    assert predict(published, index, tmp_path / "out", *flags) == 1
+    assert "give --checkpoints_total_limit, or free space" in capsys.readouterr().out
+
+
+def test_what_no_plan_runs_is_not_predicted(
+    published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(published, index, tmp_path / "out", "--load_tensors", "--gpu", "h100", bf16=False) == 0
+    assert "not predicted: requires --mixed_precision bf16 or fp16 on a GPU" in capsys.readouterr().out
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_without_a_gpu_needs_a_card(published: Path, index: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UsageError, match="this machine has no GPU; name a card, such as --gpu rtx4090"):
+        predict(published, index, tmp_path / "out", "--load_tensors")
+
+
+@pytest.mark.parametrize("flag", ["--gpu h100", "--host_memory 16"])
+def test_a_prediction_must_be_asked_for(flag: str) -> None:
+    named = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
+    with pytest.raises(UsageError, match=r"is for a prediction; add --dry_run, or leave it out"):
+        args.parse(LoraOptions, None, [*named, *flag.split()])
+
+
+def test_a_backend_without_a_rate_is_refused(published: Path, index: Path, tmp_path: Path) -> None:
+    flags = ("--load_tensors", "--gpu", "a100", "--attention_backend", "cudnn")
+    with pytest.raises(UsageError, match="its rate on a100 is not known; known are flash"):
+        predict(published, index, tmp_path / "out", *flags)
+
+
+def test_only_the_main_process_predicts(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert predict(published, tmp_path / "nothing", tmp_path / "out", "--gpu", "h100") == 0

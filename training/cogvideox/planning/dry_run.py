@@ -1,0 +1,394 @@
+"""Predicts whether a run fits, and its hours and disk space, for --dry_run. Nothing is encoded, loaded or trained.
+
+    options, configs of the model --> transformer without weights --> Sizes   --.
+    --gpu: a row of cards.py, or probes of this machine's GPU     --> Machine ---+--> choose --> ExecutionPlan
+    headers of the clips, or index.json                           --> samples --> optimizer steps
+
+``dry_run`` prints the report. If no plan fits, it tries changes from the cheapest to the most expensive, and names the
+first one with which the run fits. All figures come from execution.choose and the plan that it returns, so that they are
+the ones that the run itself prints.
+"""
+
+import dataclasses
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cogvideox.config.buckets import Bucket
+from cogvideox.config.cards import CARDS
+from cogvideox.config.flags import TENSOR_FOLDER
+from cogvideox.config.geometry import Geometry, read_config, read_geometry
+from cogvideox.config.options import (
+    LoraOptions,
+    TrainOptions,
+    ignores_positions,
+    launched_processes,
+    noise_variants,
+    precision_of,
+    samples_per_step,
+)
+from cogvideox.config.prepared_flags import is_factory_layout
+from cogvideox.data.cache import open_index
+from cogvideox.data.sampler import Order
+from cogvideox.errors import UsageError
+from cogvideox.host_memory import free_host_bytes
+from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
+from cogvideox.model.methods import Method
+from cogvideox.model.models import ignore_learned_positions
+from cogvideox.planning.execution import (
+    allowed_bytes,
+    base_precision,
+    choose,
+    compiles,
+    drops_out,
+    limit_device_memory,
+    measure_machine,
+    obstacle_to_plan,
+    ranks_here,
+    sizes_from_options,
+)
+from cogvideox.planning.plan import FRAGMENTS, GIB, LEVEL_SECONDS, ExecutionPlan, Machine, NoPlanError, Sizes
+from cogvideox.preparation.prepare import Preparation
+from cogvideox.preparation.report import duration, failures_explained
+from cogvideox.runtime.ranks import alone
+from cogvideox.runtime.run import PRECISIONS
+
+STORED_BYTES = 2  # of an element of the cached tensors, in fp16 or bf16
+PLAN_FLAGS = ("plan", "weights_on", "keep", "kept_on", "optimizer_state_on")
+LOW_RANK = 16
+HOST_GIB = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # free host memory that is tried
+SHORTER = (33, 17, 9)  # frames of clips that are tried in place of longer ones
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Lists the training samples of a run, and the bytes of the tensors that it encodes first."""
+
+    ids: list[str]
+    buckets: list[Bucket]
+    encoded_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """Describes what a run is predicted for. It has the attributes of ``execution.Target``."""
+
+    geometry: Geometry
+    method: type[Method]
+    device: torch.device
+    dtype: torch.dtype
+    world: int
+    compiled: bool
+    steps: int = 0
+
+
+# A change of flags: what to give, the changed options, and the buckets of the changed data.
+Change = tuple[str, TrainOptions, list[Bucket]]
+
+
+def dry_run(options: TrainOptions, method: type[Method]) -> int:
+    """Prints what a run would need, from the main process only.
+
+    Args:
+        options: The flags of the script.
+        method: The class of the method, Lora or FullFinetune.
+
+    Returns:
+        The exit status: 0, or 1 if the run does not fit.
+
+    Raises:
+        UsageError: There is no GPU and none was named, or the data cannot be used.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if options.forecast.gpu is None and not torch.cuda.is_available():
+        raise UsageError("--dry_run: this machine has no GPU; name a card, such as --gpu rtx4090")
+    geometry = read_geometry(options.model)
+    compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    dtype = PRECISIONS[precision_of(options.train.mixed_precision)]
+    run = PlannedRun(geometry, method, torch.device("cuda"), dtype, launched_processes(), compiled)
+    samples = read_samples(options, geometry)
+    order = Order(samples.ids, samples.buckets, samples_per_step(options, run.world), options.data.seed)
+    steps = order.total_steps(options.train.max_train_steps, options.train.num_train_epochs)
+    lines, fits = report(replace(run, steps=steps), options, samples)
+    print("\n".join(lines))
+    return 0 if fits else 1
+
+
+def report(run: PlannedRun, options: TrainOptions, samples: Samples) -> tuple[list[str], bool]:
+    """Returns the lines of the report, and whether the run fits into memory and on the disk."""
+    buckets = sorted(set(samples.buckets))
+    counts = ", ".join(f"{number} of {bucket}" for bucket, number in sorted(Counter(samples.buckets).items()))
+    number = samples_per_step(options, run.world)
+    lines = [f"data: {counts}", f"steps: {run.steps} of {number} {'sample' if number == 1 else 'samples'}"]
+    transformer = empty_transformer(run, options)
+    if reason := no_plan_reason(run, options, transformer):
+        return [*lines, f"memory and time are not predicted: {reason}"], True
+    sizes = sizes_from_options(run, options, run.geometry, buckets, transformer)
+    machine, backend, name = machine_for(run, options, sizes)
+    lines.insert(0, f"{name}; {machine.host_bytes / GIB:.1f} GiB of free host memory for each process")
+    disk, enough = disk_line(options, samples, sizes, run, transformer)
+    try:
+        lines += plan_lines(plan_for(run, options, buckets, machine, backend), machine, run)
+        return [*lines, disk], enough
+    except NoPlanError as error:
+        lines += [f"does not fit: {error}", *ways_out(run, options, buckets, machine, backend)]
+        return [*lines, disk], False
+
+
+def plan_lines(plan: ExecutionPlan, machine: Machine, run: PlannedRun) -> list[str]:
+    """Returns the lines about a plan that fits."""
+    compilation = LEVEL_SECONDS * len({block.keep for block in plan.blocks}) * plan.compiled
+    host = f"{plan.pinned / GIB:.1f} of {machine.host_bytes / GIB:.1f} GiB for each process"
+    return [
+        f"plan: {plan}",
+        f"GPU memory (predicted): {plan.peak / GIB:.2f} of {machine.device_bytes / GIB:.2f} GiB that can be filled",
+        f"pinned host memory (predicted): {host}",
+        f"time (predicted): {plan.seconds:.2f} s a step, {duration(run.steps * plan.seconds + compilation)} for "
+        f"{run.steps} steps, without encoding and validation videos",
+    ]
+
+
+# -- the data ----------------------------------------------------------------------------------------------------------
+
+
+def read_samples(options: TrainOptions, geometry: Geometry) -> Samples:
+    """Returns the training samples: those of a prepared folder, or those that the headers of the clips promise.
+
+    Raises:
+        UsageError: The folder has no index, or too many clips are unusable.
+    """
+    root = Path(options.data.data_root[0])
+    if options.loader.load_tensors:
+        folder = Path(options.loader.tensor_cache or root / TENSOR_FOLDER) if is_factory_layout(root) else root
+        if folder != root and not (folder / "index.json").is_file():
+            rule = "a folder of the CogVideoX factory has no index until a run has converted it"
+            raise UsageError(f"--dry_run: {rule}; start the run once, or give the clips without --load_tensors")
+        index = open_index(folder)
+        return Samples([s.id for s in index.samples], [s.bucket for s in index.samples], 0)
+    folder, variants = Path(str(options.loader.tensor_cache)), noise_variants(options)
+    preparation = Preparation(options.model, options.data, options.encode, geometry, folder, alone(), variants)
+    records = preparation.plan()
+    with failures_explained(preparation, tqdm.write):
+        preparation.check(records)
+    listed = len(records) - preparation.num_validation
+    cuts = [(s.id, cut) for s, r in zip(preparation.samples[:listed], records, strict=False) for cut in r.cuts]
+    numbers = len(preparation.captions(records)) * geometry.max_text_seq_length * geometry.text_embed_dim
+    for record in {record.request: record for record in records}.values():
+        for cut in record.cuts:
+            images = variants * math.prod(geometry.image_shape(cut.bucket))
+            numbers += len(cut.variants) * (math.prod(geometry.moments_shape(cut.bucket)) + images)
+    ids = [f"{name}@{cut.bucket}" for name, cut in cuts]
+    return Samples(ids, [cut.bucket for _, cut in cuts], numbers * STORED_BYTES)
+
+
+def disk_line(
+    options: TrainOptions, samples: Samples, sizes: Sizes, run: PlannedRun, transformer: Any
+) -> tuple[str, bool]:
+    """Returns the line about disk space, and whether there is enough: tensors, checkpoints and the result."""
+    train = options.train
+    number = max(1, -(-run.steps // train.checkpointing_steps))
+    kept = min(
+        number, (train.checkpoints_total_limit or number) + 1
+    )  # the oldest is deleted once a new one is complete
+    one = sizes.all_trained * (sizes.state_bytes + sizes.item_bytes)
+    all_weights = sum(parameter.numel() for parameter in transformer.parameters())
+    result = (sizes.trained if isinstance(options, LoraOptions) else all_weights) * sizes.item_bytes
+    output = Path(train.output_dir).absolute()
+    folder = next(path for path in (output, *output.parents) if path.is_dir())
+    needed, free = samples.encoded_bytes + kept * one + result, shutil.disk_usage(folder).free
+    parts = (
+        f"tensors {samples.encoded_bytes / GIB:.2f}, {kept} checkpoints of {one / GIB:.2f}, result {result / GIB:.2f}"
+    )
+    line = f"disk: {needed / GIB:.2f} GiB ({parts}); {free / GIB:.1f} GiB are free in {folder}"
+    return line if needed < free else f"{line}: give --checkpoints_total_limit, or free space", needed < free
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def empty_transformer(run: PlannedRun, options: TrainOptions) -> Any:
+    """Returns the transformer with its adapters on the meta device, made from its config; no weights are read."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel.from_config(read_config(options.model, "transformer", "config.json"))
+        if ignores_positions(options):
+            ignore_learned_positions(transformer)
+        torch.nn.Module.to(transformer, run.dtype).requires_grad_(False)
+        if isinstance(options, LoraOptions):  # initial values need weights, and do not change sizes
+            options = replace(options, lora=replace(options.lora, init_lora_weights="default", lora_path=None))
+        return run.method(transformer, options).transformer
+
+
+def no_plan_reason(run: PlannedRun, options: TrainOptions, transformer: Any) -> str | None:
+    """Returns why the run uses diffusers' own blocks, whose memory and time are not predicted, or None."""
+    obstacle = obstacle_to_plan(run, options, transformer)
+    return obstacle or ("--plan off runs the blocks of diffusers" if options.plan.plan == "off" else None)
+
+
+def plan_for(
+    run: PlannedRun, options: TrainOptions, buckets: list[Bucket], machine: Machine, backend: str
+) -> ExecutionPlan:
+    """Returns the plan that the run will choose on a machine.
+
+    Raises:
+        NoPlanError: No allowed plan fits.
+    """
+    sizes = sizes_from_options(run, options, run.geometry, buckets, empty_transformer(run, options))
+    # Published weights have the compute type, so they are pages of their file.
+    sizes = replace(sizes, steps=run.steps, mapped=run.dtype != torch.float32)
+    compiled = compiles(run, options.plan.compile_blocks, drops_out(options))
+    chosen = choose(run, options, sizes, machine, compiled, backend)
+    any_length = compiled and len(buckets) > 1
+    return replace(chosen, any_length=any_length, base_precision=base_precision(options))
+
+
+def machine_for(run: PlannedRun, options: TrainOptions, sizes: Sizes) -> tuple[Machine, str, str]:
+    """Returns the machine of --gpu, or else of the GPU here, with its attention backend and its description."""
+    name, budget, wanted = options.forecast.gpu, options.plan.vram_budget, options.plan.attention_backend
+    if name is not None:
+        machine, backend = machine_of_card(options, name)
+        described = f"{name}, {CARDS[name].gib:g} GiB; the rates are those of a table of cards, not measured here"
+    else:
+        if budget is not None:
+            limit_device_memory(budget)
+        try:
+            backend, _ = choose_backend(run.device, run.dtype, wanted)
+        except ValueError as error:
+            raise UsageError(f"--attention_backend {wanted}: {error}") from None
+        machine = measure_machine(run.device, run.dtype, backend, sizes, budget)
+        described = f"{torch.cuda.get_device_name(run.device)}; rates and free memory were measured here"
+    if options.forecast.host_memory is not None:
+        machine = replace(machine, host_bytes=int(options.forecast.host_memory * GIB) // ranks_here())
+    return machine, backend, described
+
+
+def machine_of_card(options: TrainOptions, name: str) -> tuple[Machine, str]:
+    """Returns a machine with a card of the table, this machine's host memory, and the attention backend of the run.
+
+    Raises:
+        UsageError: The table has no rate of the backend that the flags name.
+    """
+    card, wanted, budget = CARDS[name], options.plan.attention_backend, options.plan.vram_budget
+    known = [backend for backend in card.attention if backend == wanted]
+    if wanted == "auto":
+        known = [backend for backend in card.attention if backend != FLASH_4 or is_installed("flash_attn", "cute")]
+    if not known:
+        rule = f"its rate on {name} is not known; known are {', '.join(card.attention)}"
+        raise UsageError(f"--attention_backend {wanted}: {rule}; give one of them, or leave the flag out")
+    gib = card.gib if budget is None else min(card.gib, budget)
+    rates = card.matmul, *card.attention[known[0]], card.memory, card.copies
+    return Machine(int(FRAGMENTS * allowed_bytes(gib)), free_host_bytes() // ranks_here(), *rates), known[0]
+
+
+# -- what would make it fit --------------------------------------------------------------------------------------------
+
+
+def ways_out(
+    run: PlannedRun, options: TrainOptions, buckets: list[Bucket], machine: Machine, backend: str
+) -> Iterator[str]:
+    """Yields the cheapest change of flags with which the run fits, and the smallest hardware on which it does."""
+
+    def plan_if_it_fits(options: TrainOptions, buckets: list[Bucket], machine: Machine) -> ExecutionPlan | None:
+        with suppress(NoPlanError, UsageError):  # nf4 does not suit every model
+            return plan_for(run, options, buckets, machine, backend)
+        return None
+
+    for text, changed, left in changes(options, buckets):
+        if plan := plan_if_it_fits(changed, left, machine):
+            yield f"cheapest change: {text}: {plan.peak / GIB:.2f} GiB, {plan.seconds:.2f} s a step (predicted)"
+            break
+    else:
+        yield "no change of flags was found with which it fits; give a smaller bucket"
+    for gib in HOST_GIB:
+        more = replace(machine, host_bytes=gib * GIB)
+        if more.host_bytes > machine.host_bytes and plan_if_it_fits(options, buckets, more):
+            yield f"or {gib} GiB of free host memory for each process"
+            break
+    for name, card in sorted(CARDS.items(), key=lambda item: item[1].gib):
+        larger = replace(machine, device_bytes=int(FRAGMENTS * allowed_bytes(card.gib)))
+        if larger.device_bytes > machine.device_bytes and plan_if_it_fits(options, buckets, larger):
+            yield f"or a card of {card.gib:g} GiB, such as {name}"
+            break
+
+
+def changes(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Change]:
+    """Yields changes from the cheapest to the most expensive: each alone, then each added to the ones before it."""
+    for kind in CHANGES:
+        yield from kind(options, buckets)
+    texts: list[str] = []
+    for kind in CHANGES:
+        found = list(kind(options, buckets))
+        for text, changed, left in found:
+            if texts:
+                yield ", ".join([*texts, text]), changed, left
+        if found:
+            text, options, buckets = found[-1]
+            texts.append(text)
+
+
+def without_plan_flags(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Change]:
+    """Yields the options without flags that force a plan; any plan computes the same gradients."""
+    forced = [name for name in PLAN_FLAGS if getattr(options.plan, name) != "auto"]
+    if forced:
+        automatic: dict[str, Any] = dict.fromkeys(forced, "auto")
+        yield (
+            f"leave out {' '.join(f'--{name}' for name in forced)}",
+            replace(options, plan=replace(options.plan, **automatic)),
+            buckets,
+        )
+
+
+def smaller_batches(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Change]:
+    """Yields smaller micro-batches that are accumulated to the same global batch, so that the result is the same."""
+    train = options.train
+    for size in range(train.train_batch_size - 1, 0, -1):
+        if train.train_batch_size % size == 0:
+            passes = train.gradient_accumulation_steps * train.train_batch_size // size
+            text = f"--train_batch_size {size} --gradient_accumulation_steps {passes}"
+            changed = replace(train, train_batch_size=size, gradient_accumulation_steps=passes)
+            yield text, replace(options, train=changed), buckets
+
+
+def quantized_bases(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Change]:
+    """Yields a base of fewer bits, which changes gradients a little."""
+    if isinstance(options, LoraOptions) and options.plan.base_precision == "auto":
+        for precision in ("int8", "nf4"):
+            changed = replace(options, plan=replace(options.plan, base_precision=precision))
+            yield f"--base_precision {precision}", changed, buckets
+
+
+def lower_ranks(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Change]:
+    """Yields a LoRA of low rank, which learns less."""
+    if isinstance(options, LoraOptions) and options.lora.rank > LOW_RANK:
+        alpha = options.lora.lora_alpha * LOW_RANK / options.lora.rank
+        changed = replace(options, lora=replace(options.lora, rank=LOW_RANK, lora_alpha=alpha))
+        yield f"--rank {LOW_RANK} --lora_alpha {alpha:g}", changed, buckets
+
+
+def shorter_clips(options: TrainOptions, buckets: list[Bucket]) -> Iterator[Change]:
+    """Yields buckets with fewer frames, so that the model sees less of the motion."""
+    for frames in SHORTER:
+        if frames < max(bucket.frames for bucket in buckets):
+            shorter = sorted({dataclasses.replace(bucket, frames=min(frames, bucket.frames)) for bucket in buckets})
+            again = "clips prepared again with " if options.loader.load_tensors else ""
+            yield f"{again}--train_resolution {' '.join(map(str, shorter))}", options, shorter
+
+
+CHANGES: tuple[Callable[[TrainOptions, list[Bucket]], Iterator[Change]], ...] = (
+    without_plan_flags,
+    smaller_batches,
+    quantized_bases,
+    lower_ranks,
+    shorter_clips,
+)
