@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ import numpy as np
 
 from cogvideox.config.buckets import Bucket, choose_buckets, upscale
 from cogvideox.data.cache import hash_of
+from cogvideox.data.forms.columns import Section
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import VideoInfo, frame_indices, frames_available
@@ -40,6 +42,9 @@ PLAN_VERSION = 3
 
 # The aspect ratios of a first frame and of its clip may differ by this factor, because sizes are rounded to pixels.
 IMAGE_STRETCH = 1.03
+
+# Seconds by which the times in a table may differ from those of the frames, because they are rounded to milliseconds.
+SECTION_SLACK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,30 @@ class ClipRecipe:
         """Hash of all fields and of the version of the planning rules."""
         return hash_of([PLAN_VERSION, asdict(self)])
 
-    def request(self, path: StrPath) -> str:
+    def request(self, path: StrPath, section: Section | None = None) -> str:
         """Returns the ledger key under which the record of a file is stored, without reading the file.
 
         The key depends on the recipe, and on the path, the size and the time of the last change of the file. It also
         exists for a missing file, whose record says that it is missing.
         """
-        return hash_of([str(path), stamp_of(path), self.digest])
+        return hash_of([str(path), stamp_of(path), self.digest, *(section or ())])
+
+    def within(self, section: Section | None, info: VideoInfo) -> "ClipRecipe":
+        """Returns the recipe that also skips the frames before and after a section of the video.
+
+        Raises:
+            VideoError: The section has no frame.
+        """
+        if section is None:
+            return self
+        first = bisect_left(info.times, section.start - SECTION_SLACK)
+        end = info.num_frames if section.end is None else bisect_left(info.times, section.end - SECTION_SLACK)
+        if first >= end:
+            until = "the end" if section.end is None else f"{section.end:g} s"
+            reason = f"no frame is shown from {section.start:g} s to {until}, and the video lasts {info.duration:.2f} s"
+            raise VideoError(f"{reason}; correct start and end in the table")
+        start, rest = self.skip_frames_start + first, self.skip_frames_end + info.num_frames - end
+        return replace(self, skip_frames_start=start, skip_frames_end=rest)
 
 
 def content_hash(path: StrPath) -> str:
@@ -87,21 +109,29 @@ def content_change(path: str, content: str) -> str | None:
         return f"cannot be read ({error.strerror})"
 
 
-def plan_clip(path: StrPath, recipe: ClipRecipe) -> ClipRecord:
-    """Plans a clip from its packets, without decoding more than the first frame.
+def plan_clip(path: StrPath, recipe: ClipRecipe, section: Section | None = None) -> ClipRecord:
+    """Plans a clip, or a section of it, from its packets, without decoding more than the first frame.
 
     A bad file never raises an error. Its record says what is wrong with it.
     """
-    return _probe_and_plan(path, recipe.request(path), lambda record, info: plan_cuts(record, info, recipe))
+    return _probe_and_plan(
+        path,
+        recipe.request(path, section),
+        lambda record, info: plan_cuts(record, info, recipe.within(section, info)),
+    )
 
 
-def measure_clip(path: StrPath, recipe: ClipRecipe) -> ClipRecord:
+def measure_clip(path: StrPath, recipe: ClipRecipe, section: Section | None = None) -> ClipRecord:
     """Returns a record with the size of a clip and its number of available frames, without planning it.
 
     This is faster than ``plan_clip`` because the content is not hashed. A bad file never raises an error.
     """
     return _probe_and_plan(
-        path, "", lambda record, info: replace(record, status=OK, available=frames_at_recipe_rate(info, recipe))
+        path,
+        "",
+        lambda record, info: replace(
+            record, status=OK, available=frames_at_recipe_rate(info, recipe.within(section, info))
+        ),
     )
 
 
@@ -168,7 +198,8 @@ def why_no_bucket(info: VideoInfo, recipe: ClipRecipe, available: int) -> tuple[
     if available < shortest:
         rate = f" at {recipe.fps:g} frames per second" if recipe.fps else ""
         frames = f"{available} {'frame' if available == 1 else 'frames'}"
-        given = f"{info.duration:.2f} s give {frames}{rate}"
+        skipped_seconds = (recipe.skip_frames_start + recipe.skip_frames_end) / info.fps
+        given = f"{info.duration - skipped_seconds:.2f} s give {frames}{rate}"
         return SHORT, f"{given}, but the shortest bucket has {shortest}; add a shorter bucket"
     filled = [bucket for bucket in recipe.buckets if bucket.frames <= available]
     least = min(upscale(bucket, info.height, info.width) for bucket in filled)

@@ -26,6 +26,7 @@ from cogvideox.config.geometry import Geometry
 from cogvideox.config.prepared_flags import kept_values
 from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, sole_writer
 from cogvideox.data.clips import decode_variant, image_refusal, image_request, measure_clip, plan_clip, plan_image
+from cogvideox.data.forms.columns import Section
 from cogvideox.data.forms.samples import Sample, check_no_missing_images, take_listing
 from cogvideox.data.media.workers import Killed, Limits, Workers
 from cogvideox.data.records import FAILED, KILLED, UNREADABLE, ClipRecord, Variant
@@ -101,9 +102,9 @@ class Preparation:
             check_no_missing_images(self.samples)
 
     @cached_property
-    def requests(self) -> dict[str, str]:
-        """The ledger key of each clip, by path: a hash of the recipe and of the file's size and time at the start."""
-        return {path: self.recipe.request(path) for path in dict.fromkeys(sample.video for sample in self.samples)}
+    def requests(self) -> dict[tuple[str, Section | None], str]:
+        """The ledger key of each clip, by path and section: a hash of both, the recipe, and the file stamp."""
+        return {clip: self.recipe.request(*clip) for clip in dict.fromkeys(sample.clip for sample in self.samples)}
 
     @cached_property
     def image_requests(self) -> dict[str, str]:
@@ -147,7 +148,8 @@ class Preparation:
         """Returns the ledger record of every sample, in order. Worker processes probe the files without a record."""
         known = self._known()
         files: list[tuple[str, str, tuple[object, ...]]] = []
-        files += [(request, path, (plan_clip, path, self.recipe)) for path, request in self.requests.items()]
+        for (path, section), request in self.requests.items():
+            files.append((request, path, (plan_clip, path, self.recipe, section)))
         files += [(request, path, (plan_image, path)) for path, request in self.image_requests.items()]
         todo = [file for file in self.share(files) if not self._settled(known.get(file[0]))]
         results = self.in_workers((job for _, _, job in todo), len(todo), "reading headers")
@@ -166,13 +168,14 @@ class Preparation:
 
         Only headers are read, in worker processes; nothing is written.
         """
-        paths = list(self.requests)
-        results = self.in_workers(((measure_clip, path, self.recipe) for path in paths), len(paths), "reading headers")
+        clips = list(self.requests)
+        jobs = ((measure_clip, path, self.recipe, section) for path, section in clips)
+        results = self.in_workers(jobs, len(clips), "reading headers")
         found = {
-            path: self._killed("", path, record) if isinstance(record, Killed) else record
-            for path, record in zip(paths, results, strict=True)
+            clip: self._killed("", clip[0], record) if isinstance(record, Killed) else record
+            for clip, record in zip(clips, results, strict=True)
         }
-        return [found[sample.video] for sample in self.samples]
+        return [found[sample.clip] for sample in self.samples]
 
     def check(self, records: Sequence[ClipRecord]) -> None:
         """Checks that enough clips are usable.
@@ -231,7 +234,7 @@ class Preparation:
 
     def _record(self, sample: Sample, known: dict[str, ClipRecord]) -> ClipRecord:
         """Returns the record of a sample's clip, or the record of its image if that is what cannot be used."""
-        record = recorded(known, self.requests[sample.video], sample.video)
+        record = recorded(known, self.requests[sample.clip], sample.video)
         if not record.usable or sample.image not in self.image_requests:
             return record
         image = recorded(known, self.image_requests[sample.image], sample.image)
@@ -297,9 +300,8 @@ class Preparation:
 
     def _known(self) -> dict[str, ClipRecord]:
         """Returns the ledger's valid records of the files as they are now, without records that name another path."""
-        files = {
-            request: path for requests in (self.requests, self.image_requests) for path, request in requests.items()
-        }
+        files = {request: path for (path, _), request in self.requests.items()}
+        files |= {request: path for path, request in self.image_requests.items()}
         lines = self.ledger.read(files)
         records = {name: ClipRecord.from_json(line) for name, line in lines.items()}
         return {name: record for name, record in records.items() if record and record.path == files[name]}

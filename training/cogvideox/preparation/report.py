@@ -329,7 +329,7 @@ def pick(sample: Sample, variant: Variant) -> tuple[Sample, Variant]:
 def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]]) -> str:
     """Returns a short hash of what a contact sheet shows."""
     requests = preparation.requests
-    return hash_of([[sample.id, sample.caption, requests[sample.video], v.to_json()] for sample, v in clips])[:8]
+    return hash_of([[sample.id, sample.caption, requests[sample.clip], v.to_json()] for sample, v in clips])[:8]
 
 
 # -- costs -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cogvideox.errors import one_line
 from cogvideox.files import LFS_POINTER, lfs_rule
@@ -45,6 +46,18 @@ class Column:
         return [value for value in self.values if value is not None]
 
 
+class Section(NamedTuple):
+    """A part of a video, in seconds from its first frame.
+
+    Attributes:
+        start: Time of the first frame.
+        end: Time of the first frame after the part; None for the end of the video.
+    """
+
+    start: float
+    end: float | None
+
+
 @dataclass(frozen=True)
 class Columns:
     """Holds the columns of a data set. If their lengths differ, a problem has been reported.
@@ -54,6 +67,7 @@ class Columns:
         videos: Paths of the videos. None if they could not be read; the reason has then been reported as a problem.
         images: Paths of the first frames. None if the data set names no first frames.
         skipped: Paths of files that may be clips but have an unsupported format.
+        sections: The part of its file that each clip is; None if each clip is a whole file.
         caption_file: The list or table that has all captions, or would have them; empty if each caption is in a file
             next to its clip. The location of such a caption is its file, or a folder if it has none.
     """
@@ -62,6 +76,7 @@ class Columns:
     videos: Column | None = None
     images: Column | None = None
     skipped: Sequence[str] = ()
+    sections: Sequence["Section | None"] | None = None
     caption_file: str = ""
 
 

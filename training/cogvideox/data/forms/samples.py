@@ -12,7 +12,7 @@ from functools import partial
 
 from cogvideox.config.flags import DataFlags
 from cogvideox.config.options import AnyOptions, needs_captions, reads_clips
-from cogvideox.data.forms.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, is_unicode
+from cogvideox.data.forms.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, Section, is_unicode
 from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
 from cogvideox.errors import UsageError
@@ -30,6 +30,7 @@ class Sample:
         caption: The caption with the id token in front; empty where it is missing and not needed.
         video: Absolute path of the video, with symlinks not followed.
         image: Absolute path of the first frame, if the data set names one.
+        section: The part of the video that the clip is; None for the whole video.
         no_image: Location ("file:line") of the missing image, if other clips have one and this one does not.
     """
 
@@ -37,7 +38,13 @@ class Sample:
     caption: str
     video: str
     image: str | None = None
+    section: Section | None = None
     no_image: str = ""
+
+    @property
+    def clip(self) -> tuple[str, Section | None]:
+        """What is read: the path of the video, and its section."""
+        return self.video, self.section
 
 
 @dataclass(frozen=True)
@@ -215,8 +222,9 @@ def _clips(
         name = os.path.normpath(listed).removeprefix(inside).replace(os.sep, "/")
         image = images[row] if columns.images is not None else None
         gap = columns.images.location(row) if columns.images is not None and image is None else ""
+        section = columns.sections[row] if columns.sections is not None else None
         # The path of the file is not normalized: "link/../a.mp4" is next to the folder that the link leads to.
-        yield Sample(name, _with_token(token, caption), file, image, gap)
+        yield Sample(name, _with_token(token, caption), file, image, section, gap)
 
 
 def _with_unique_id(clip: Sample, uses: dict[str, int]) -> Sample:

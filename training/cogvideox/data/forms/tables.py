@@ -8,6 +8,7 @@ location, and nothing is guessed.
 import csv
 import difflib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from cogvideox.data.forms.columns import (
     Column,
     Columns,
     Problems,
+    Section,
     first_names,
     read_lines,
 )
@@ -29,6 +31,7 @@ from cogvideox.data.forms.columns import (
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 VIDEO_COLUMNS = ("video", "file_name", "video_path", "path")
 IMAGE_COLUMNS = ("image",)
+SECTION_COLUMNS = ("start", "end")
 # Hugging Face's name for the column of files. Its paths are relative to the table and not to the data root.
 _BESIDE_TABLE = "file_name"
 _NO_TEXT = ("nan", "none", "null")  # what other programs write for a missing text
@@ -77,6 +80,7 @@ def read_table(file: str, root: str, names: Names, problems: Problems) -> Column
         _read_column(table, root, "--caption_column", names[0], CAPTION_COLUMNS, problems),
         _read_column(table, root, "--video_column", names[1], VIDEO_COLUMNS, problems),
         _read_column(table, root, "--image_column", names[2], IMAGE_COLUMNS, problems) if has_images else None,
+        sections=_read_sections(table, problems),
         caption_file=file,
     )
 
@@ -109,6 +113,34 @@ def _read_column(
     texts = [_cell_text(value, row, name, table, problems) for row, value in enumerate(values)]
     folder = os.path.dirname(table.file) if name == _BESIDE_TABLE else root
     return Column(texts, table.location, "remove the row", folder)
+
+
+def _read_sections(table: _Table, problems: Problems) -> list[Section | None] | None:
+    """Reads the columns start and end; None for a row in which both are blank. Without these columns returns None."""
+    if not set(SECTION_COLUMNS) & set(table.columns):
+        return None
+    sections: list[Section | None] = []
+    for row, cells in enumerate(table.rows):
+        texts = [_cell_text(cells.get(name), row, name, table, problems) or "" for name in SECTION_COLUMNS]
+        section = _section(*texts)
+        if isinstance(section, str):
+            problems.add("no section", f"{table.location(row)}: {section}")
+        sections.append(None if isinstance(section, str) else section)
+    return sections
+
+
+def _section(start: str, end: str) -> Section | str | None:
+    """Returns the section that two cells describe, or what is wrong with them."""
+    if not (start or end):
+        return None
+    try:
+        section = Section(float(start or 0), float(end) if end else None)
+    except ValueError:
+        return f"start {start} and end {end}: must be seconds, such as 12.5"
+    last = math.inf if section.end is None else section.end
+    if not 0 <= section.start < last or section.start == math.inf or section.end == math.inf:
+        return f"start {start} and end {end}: start must be at least 0 and less than end"
+    return section
 
 
 def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Sequence[str], problems: Problems) -> None:

@@ -1,0 +1,108 @@
+"""The columns start and end of a table, which make clips of parts of a video."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_sets import problems, read, touch
+from running import prepare
+
+from cogvideox.config.buckets import Bucket
+from cogvideox.data.clips import ClipRecipe, decode_variant, measure_clip, plan_clip
+from cogvideox.data.forms.columns import Section
+from cogvideox.data.media.decode import write_video
+
+RECIPE = ClipRecipe((Bucket(9, 32, 32),), 8.0, "middle", 0, 0, "none", 0.0, 1, 42)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video of 48 frames at 8 per second: dark for 3 s, then bright."""
+    file = tmp_path_factory.mktemp("scenes") / "long.mp4"
+    levels = np.repeat(np.array([30, 220], np.uint8), 24)
+    write_video(file, np.broadcast_to(levels[:, None, None, None], (48, 32, 32, 3)).copy(), 8.0)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("metadata.csv", "file_name,text,start,end\na.mp4,One,0,3.5\na.mp4,Two,3.5,\nb.mp4,Whole,,\n"),
+        ("data.tsv", "video\ttext\tend\tstart\na.mp4\tOne\t3.5\t\na.mp4\tTwo\t\t3.5\nb.mp4\tWhole\t\t\n"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.mp4", "text": "One", "end": 3.5}\n{"file_name": "a.mp4", "text": "Two", "start": 3.5}\n'
+            '{"file_name": "b.mp4", "text": "Whole", "start": null}\n',
+        ),
+    ],
+)
+def test_tables_name_sections(name: str, table: str, tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / name).write_text(table)
+    samples = read(tmp_path, dataset_file=name)
+    assert [sample.section for sample in samples] == [Section(0.0, 3.5), Section(3.5, None), None]
+    assert [sample.id for sample in samples] == ["a.mp4", "a.mp4#2", "b.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "rule"),
+    [
+        ("x", "3", "start x and end 3: must be seconds, such as 12.5"),
+        ("3", "3", "start 3 and end 3: start must be at least 0 and less than end"),
+        ("-1", "", "start must be at least 0"),
+        ("inf", "", "start must be at least 0"),
+    ],
+)
+def test_what_is_not_a_section(start: str, end: str, rule: str, tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "metadata.csv").write_text(f"file_name,text,start,end\na.mp4,One,{start},{end}\n")
+    (line,) = problems(tmp_path)
+    assert line.startswith(f"{tmp_path / 'metadata.csv'}:2: ")
+    assert rule in line
+
+
+@pytest.mark.parametrize("selection", ["head", "middle", "random", "uniform"])
+def test_frames_come_from_the_section(selection: str, scenes: Path) -> None:
+    recipe = ClipRecipe(RECIPE.buckets, 8.0, selection, 0, 0, "none", 0.0, 2, 42)
+    levels = []
+    for section in (Section(0.0, 3.0), Section(3.0, 6.0)):
+        record = plan_clip(scenes, recipe, section)
+        assert record.status == "ok", record.reason
+        assert record.available == 24
+        for variant in record.cuts[0].variants:
+            frames = decode_variant(scenes, variant)
+            assert isinstance(frames, np.ndarray)
+            levels.append((int(frames.min()) // 100, int(frames.max()) // 100))
+    assert levels == [(0, 0), (0, 0), (2, 2), (2, 2)]
+    assert measure_clip(scenes, recipe, Section(4.0, None)).available == 16
+
+
+def test_a_section_has_its_own_key_and_a_whole_file_keeps_its_key(scenes: Path) -> None:
+    keys = [RECIPE.request(scenes, section) for section in (None, Section(0.0, 3.0), Section(3.0, None))]
+    assert len(set(keys)) == 3
+    assert keys[0] == RECIPE.request(scenes)
+
+
+def test_a_section_that_is_empty_or_short_is_explained(scenes: Path) -> None:
+    empty = plan_clip(scenes, RECIPE, Section(7.0, None))
+    assert empty.status == "failed"
+    assert empty.reason.startswith("no frame is shown from 7 s to the end, and the video lasts 6.00 s")
+    assert "0.50 s give 4 frames" in plan_clip(scenes, RECIPE, Section(5.5, None)).reason
+
+
+def test_sections_are_prepared(scenes: Path, model: Path, tmp_path: Path) -> None:
+    """Both sections of one file are encoded, each once, and the second preparation finds them."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(scenes, tmp_path / "data" / "long.mp4")
+    rows = "long.mp4,A dark scene,0,3\nlong.mp4,A bright scene,3,6\n"
+    (tmp_path / "data" / "metadata.csv").write_text(f"file_name,text,start,end\n{rows}")
+    for _ in range(2):
+        assert prepare(model, tmp_path / "data", tmp_path / "out", "--max_upscale", 9) == 0
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    keys = [key for sample in index["samples"] for key in sample["video_keys"]]
+    assert [sample["id"] for sample in index["samples"]] == ["long.mp4", "long.mp4#2"]
+    assert len(set(keys)) == 2
