@@ -137,6 +137,7 @@ def test_inference_script_has_no_warnings_and_obeys_its_flags(reference: Path, t
     said = finish(start(python(script, "--output", folder / "all.mp4", *small)))
     lines = [line for line in re.split(r"[\r\n]+", said) if line.strip() and "%|" not in line]
     assert lines == [str(folder / "all.mp4")]
+    assert not re.search(r"(^|[\r\n])\s*\d+%\|", said)  # the bar of the denoising steps, which has no title
     info = probe(folder / "all.mp4")
     assert (info.num_frames, info.height, info.width) == (17, 32, 48)
     for name, flags in (("seed", ("--seed", 9)), ("base", ("--strength", 0)), ("prompt", ("--prompt", "x"))):

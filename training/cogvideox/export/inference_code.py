@@ -98,6 +98,7 @@ elif free:
     pipe.transformer.enable_group_offload(**streams, num_blocks_per_group=1)
     apply_group_offloading(pipe.text_encoder, **streams, offload_type="leaf_level", low_cpu_mem_usage=True)
     pipe.vae.to("cuda")
+pipe.set_progress_bar_config(disable=None)  # shows a bar on a terminal only
 {slicing}
 
 def decode(latents, decode=pipe.vae.decode):
