@@ -21,6 +21,7 @@ from cogvideox.config.foreign_flags import accepted_flags
 from cogvideox.config.optimizers import check_state_place
 from cogvideox.config.options import (
     CaptionOptions,
+    DoctorOptions,
     ImageLoraOptions,
     ImageSftOptions,
     LoraOptions,
@@ -40,14 +41,15 @@ LORA, SFT, PREPARE = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video
 IMAGE_LORA, IMAGE_SFT = "cogvideox_image_to_video_lora.py", "cogvideox_image_to_video_sft.py"
 TEXT_SCRIPTS = {LORA: LoraOptions, SFT: SftOptions}
 IMAGE_SCRIPTS = {IMAGE_LORA: ImageLoraOptions, IMAGE_SFT: ImageSftOptions}
-CAPTION = "caption_dataset.py"
-SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, PREPARE: PrepareOptions, CAPTION: CaptionOptions}
+CAPTION, DOCTOR = "caption_dataset.py", "doctor.py"
+SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, PREPARE: PrepareOptions, CAPTION: CaptionOptions, DOCTOR: DoctorOptions}
 HEAVY = ("torch", "numpy", "av", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 MODEL = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b")
 TRAIN_LEAST = (*MODEL, "--data_root", "d")
 LEAST = dict.fromkeys(SCRIPTS, TRAIN_LEAST) | {
     PREPARE: (*TRAIN_LEAST, "--output_dir", "o"),
     CAPTION: (*TRAIN_LEAST, "--endpoint", "http://localhost/v1"),
+    DOCTOR: MODEL,
 }
 
 # The commands of the guides, with shorter prompts.
@@ -196,7 +198,7 @@ def test_help_shows_the_main_flags_in_order(script: str, light: dict[str, str], 
     main = [name for names in flags.MAIN_FLAGS.values() for name in names if name in own]
     shown = re.findall(r"^  (?:-h, )?--([a-z0-9_]+)", done.stdout, re.MULTILINE)
     assert shown == [*main, "help", "help_all", "version"]
-    assert len(main) in {PREPARE: range(12, 20), CAPTION: range(8, 14)}.get(script, range(28, 37))
+    assert len(main) in {PREPARE: range(12, 20), CAPTION: range(8, 14), DOCTOR: range(2, 4)}.get(script, range(28, 37))
     assert "--help_all" in done.stdout.splitlines()[-1]
 
 

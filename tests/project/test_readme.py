@@ -14,6 +14,7 @@ from running import ROOT
 from cogvideox.config import args
 from cogvideox.config.options import (
     CaptionOptions,
+    DoctorOptions,
     ImageLoraOptions,
     ImageSftOptions,
     LoraOptions,
@@ -28,6 +29,7 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 OPTIONS = {
     "caption_dataset.py": CaptionOptions,
+    "doctor.py": DoctorOptions,
     "prepare_dataset.py": PrepareOptions,
     "cogvideox_text_to_video_lora.py": LoraOptions,
     "cogvideox_text_to_video_sft.py": SftOptions,

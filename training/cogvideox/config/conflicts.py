@@ -28,6 +28,7 @@ from cogvideox.config.flags import (
 )
 from cogvideox.config.options import (
     CaptionOptions,
+    DoctorOptions,
     LoraOptions,
     PrepareOptions,
     ScriptOptions,
@@ -59,7 +60,7 @@ def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[s
         options: The options of the script, with derived values.
         sources: Where each value comes from, by flag.
     """
-    if isinstance(options, CaptionOptions):
+    if isinstance(options, CaptionOptions | DoctorOptions):
         return
     data: DataFlags = options.data
     given = {name for name, source in sources.items() if source.startswith("given")}

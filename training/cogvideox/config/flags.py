@@ -134,6 +134,24 @@ class ModelFlags:
 
 
 @dataclass(frozen=True)
+class OptionalModelFlags(ModelFlags):
+    """The model of doctor.py, which also checks a machine without one."""
+
+    pretrained_model_name_or_path: str = flag(
+        "",
+        "CogVideoX pipeline whose files are checked: a folder, or a hub id, of which only the configs are read",
+        aliases=("model_path", "model_id"),
+    )
+
+
+@dataclass(frozen=True)
+class DoctorFlags:
+    """The flags of doctor.py alone. Used by planning/doctor.py."""
+
+    output_dir: str = flag(".", "existing folder on the disk whose free space and rates are measured")
+
+
+@dataclass(frozen=True)
 class FolderFlags:
     """The folders of clips, and how their files are read. Used by data/forms/ and data/media/."""
 

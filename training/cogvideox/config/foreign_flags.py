@@ -82,7 +82,8 @@ def request_problems(options_type: type[Options], values: dict[str, dict[str, An
         options_type: The options of the script.
         values: The values of the given flags, by group and flag.
     """
-    asked = {name: values["data"][name] for name in ("dataset_name", "dataset_config_name") if name in values["data"]}
+    data = values.get("data", {})
+    asked = {name: data[name] for name in ("dataset_name", "dataset_config_name") if name in data}
     if asked:
         flags = " ".join(f"--{name} {value}" for name, value in asked.items())
         download = f"hf download --repo-type dataset {asked.get('dataset_name', 'NAME')} --local-dir D"

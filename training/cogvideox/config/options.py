@@ -19,6 +19,7 @@ from cogvideox.config.flags import (
     TENSOR_FOLDER,
     CaptionFlags,
     DataFlags,
+    DoctorFlags,
     DryRunFlags,
     EncodeFlags,
     FirstFrameFlags,
@@ -34,6 +35,7 @@ from cogvideox.config.flags import (
     LossFlags,
     ModelFlags,
     OptimizerFlags,
+    OptionalModelFlags,
     PlanFlags,
     PrepareFlags,
     PresetFlags,
@@ -62,6 +64,15 @@ class CaptionOptions:
     model: ModelFlags
     data: FolderFlags
     caption: CaptionFlags
+    script: ScriptFlags
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """The options of doctor.py."""
+
+    model: OptionalModelFlags
+    doctor: DoctorFlags
     script: ScriptFlags
 
 
@@ -135,7 +146,7 @@ SCRIPTS: dict[str, type] = {
 }
 AnyOptions = PrepareOptions | TrainOptions
 ImageOptions = ImageLoraOptions | ImageSftOptions
-ScriptOptions = AnyOptions | CaptionOptions
+ScriptOptions = AnyOptions | CaptionOptions | DoctorOptions
 Options = TypeVar("Options", bound=ScriptOptions)
 
 
@@ -165,7 +176,7 @@ def derive(options: Options, sources: dict[str, str]) -> Options:
         options: The options as given, with defaults.
         sources: Where each value comes from, by flag; the origin of each derived value is set to "derived".
     """
-    if isinstance(options, CaptionOptions):
+    if isinstance(options, CaptionOptions | DoctorOptions):
         return options
     data: DataFlags = options.data
     found: dict[str, dict[str, Any]] = {"data": {}}

@@ -83,14 +83,29 @@ def check_block(
         BlockError: An output or a gradient of the block differs by more than its tolerance.
     """
     tokens, cosines = as_many_tokens_as_fit(device, samples, tensors, blocks[i], i, plan)
-    limits = {what: 1 - tolerance_of(plan, blocks[i]) * tolerance_factor(what) for what in cosines}
+    return tokens, require_agreement(cosines, plan, blocks[i], f"block {i + 1} of {len(blocks)}")
+
+
+def require_agreement(cosines: dict[str, float], plan: Plan, module: Any, name: str) -> float:
+    """Returns the lowest cosine of those that must meet the strictest tolerance.
+
+    Args:
+        cosines: The result of ``compare_block``.
+        plan: The plan under which the block ran.
+        module: The block.
+        name: What the message calls the block.
+
+    Raises:
+        BlockError: An output or a gradient of the block differs by more than its tolerance.
+    """
     for what, cosine in cosines.items():
-        if not cosine >= limits[what]:  # NaN fails
+        limit = 1 - tolerance_of(plan, module) * tolerance_factor(what)
+        if not cosine >= limit:  # NaN fails
             raise BlockError(
-                f"block {i + 1} of {len(blocks)}, {what}: training and diffusers differ, cosine {cosine:.9g}, but at "
-                f"least {limits[what]:.9g} is required; nothing was trained; please report this"
+                f"{name}, {what}: training and diffusers differ, cosine {cosine:.9g}, but at least {limit:.9g} is "
+                "required; nothing was trained; please report this"
             )
-    return tokens, min(cosine for what, cosine in cosines.items() if tolerance_factor(what) == 1)
+    return min(cosine for what, cosine in cosines.items() if tolerance_factor(what) == 1)
 
 
 def as_many_tokens_as_fit(
