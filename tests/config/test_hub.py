@@ -459,7 +459,7 @@ def test_a_finished_run_is_shared_by_the_same_command_with_the_flag(
     assert hub.requests == []
     assert train([*flags, *PUSH[:3]]) == 0
     assert hub.repositories == {"someone/my-lora": shared(output)}
-    assert "snapshot_download('someone/my-lora')" in (output / "README.md").read_text()
+    assert 'snapshot_download("someone/my-lora")' in (output / "README.md").read_text()
 
 
 @pytest.mark.fault("security: a token, searched for in every file and printed line")

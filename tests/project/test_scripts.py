@@ -66,7 +66,7 @@ def test_run_leaves_what_a_user_needs(reference: Path) -> None:
     there = {path.name for path in reference.iterdir()}
     assert {"config.json", "metrics.jsonl", "recipe.json", "inference.py", WEIGHTS, "validation"} <= there
     assert {"checkpoint-2", "checkpoint-4", "checkpoint-6"} <= there
-    assert [line["step"] for line in metrics(reference)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics(reference) if "loss" in line] == [1, 2, 3, 4, 5, 6]
     videos = sorted(path.name for path in (reference / "validation").glob("*.mp4"))
     assert [name[:11] for name in videos] == ["step-000000", "step-000006"]
     assert not list(reference.rglob("*.tmp*"))
@@ -425,7 +425,7 @@ def test_all_problems_come_at_once_before_torch(clips: Path, tmp_path: Path) -> 
 def test_processes_that_do_not_know_each_other_are_refused(
     model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = SimpleNamespace(num_processes=1)
+    alone = SimpleNamespace(num_processes=1, state=SimpleNamespace(deepspeed_plugin=None))
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "do not know each other" in refused(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors"))

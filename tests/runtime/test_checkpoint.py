@@ -485,7 +485,7 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(model: Path, tensors: P
 def test_a_finished_run_is_extended(model: Path, tensors: Path, reference: Path, again: Path) -> None:
     flags = lora_flags(model, tensors, again, "--load_tensors", "--max_train_steps", 8)
     assert train(flags) == 0
-    assert [line["step"] for line in metrics(again)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in metrics(again) if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert losses(again)[:6] == losses(reference)
     assert not equal(weights(again), weights(reference))
     assert json.loads((again / "recipe.json").read_text())["step"] == 8

@@ -79,7 +79,9 @@ MUTANTS = (
         "found_inf=0 * skipped",
         ("test_step.py", "-k", "not_finite_changes"),
     ),
-    Mutant("optimizer/ema.py", "* (1.0 - skipped)", "* 1.0", ("test_ema.py", "-k", "skipped_step")),
+    Mutant(
+        "optimizer/ema.py", "(1.0 - skipped).to", "torch.ones_like(skipped).to", ("test_ema.py", "-k", "skipped_step")
+    ),
     Mutant("runtime/skipped.py", "elif scale <= 1:", "else:", ("test_skipped.py", "-k", "lowers_the_loss_scale")),
     Mutant("finite.py", "(torch.aminmax(tensor))", "(torch.aminmax(tensor)[:1])", ("test_skipped.py", "-k", "which")),
     # streams
