@@ -154,9 +154,10 @@ def rows_in(page: str) -> set[tuple[str, str]]:
     return {(f"{row[0]}: {row[1]}", file) for row in cells[2:] for file in row[-1].split()}
 
 
-def fault_in(line: str) -> str:
-    """Returns the group and the fault of a line of the table."""
-    return "|".join(line.split("|")[1:3])
+def lines_by_fault(lines: Iterable[str]) -> dict[str, str]:
+    """Returns the rows of a table, without its head, by "group: fault"."""
+    rows = [line for line in lines if line.startswith("|")][2:]
+    return {": ".join(cell.strip() for cell in row.split("|")[1:3]): row for row in rows}
 
 
 def run_rows(rows: dict[str, Row]) -> dict[str, Row]:
@@ -184,14 +185,15 @@ def write(rows: dict[str, Row], seconds: float, again: bool) -> None:
     Args:
         rows: The faults and their outcomes.
         seconds: The duration of the run.
-        again: Whether to replace only the rows that ran.
+        again: Whether to replace or add only the rows that ran.
     """
     text = PAGE.read_text(encoding="utf-8")
     said, lines = summary(rows, seconds), table(rows)
     if again:
         before = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
-        new = {fault_in(line): line for line in table(run_rows(rows)).splitlines()}
-        lines = "\n".join(new.get(fault_in(line), line) for line in before if line.startswith("|"))
+        new = table(run_rows(rows)).splitlines()
+        merged = lines_by_fault(before) | lines_by_fault(new)
+        lines = "\n".join([*new[:2], *(merged[name] for name in in_order(merged))])
         said = "\n".join(line for line in before if not line.startswith("|")).strip()
         rerun = "Some tests ran again later, and their rows replace the earlier ones."
         said += f"\n\n{rerun} {summary(run_rows(rows), seconds)}"
