@@ -23,7 +23,7 @@ from cogvideox.errors import UsageError
 from cogvideox.optimizer.step import StepResult
 from cogvideox.runtime import run as run_module
 from cogvideox.runtime.ranks import Ranks
-from cogvideox.runtime.run import LOCK_NAME, METRICS_NAME, RUN_CONFIG_NAME, Metrics, lock_output_folder
+from cogvideox.runtime.run import LOCK_NAME, METRICS_NAME, RUN_CONFIG_NAME, Metrics, lock_output_folder, write_config
 
 
 def take(output: Path, *flags: object) -> str | None:
@@ -320,3 +320,11 @@ def test_a_problem_of_the_main_process_ends_all_ranks(model: Path, tensors: Path
     assert all(rank.returncode in (2, -signal.SIGABRT) for rank in ranks)
     assert all("thesis.txt" in text for text in texts)
     assert sorted(os.listdir(output)) == [LOCK_NAME, "thesis.txt"]
+
+
+def test_the_command_is_recorded_without_queries_of_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--data_root", "https://user:secret@host/clips?key=secret", "a b"])
+    write_config(run_alone(tmp_path), options_of(tmp_path), "the plan")
+    config = json.loads((tmp_path / RUN_CONFIG_NAME).read_text())
+    assert config["command"] == "train.py --data_root https://host/clips 'a b'"
+    assert config["plan"] == "the plan"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from cogvideox.config.args import config_dict
 from cogvideox.config.hub import open_repository
 from cogvideox.config.options import TrainOptions, launched_processes, precision_of, tracker_names, under_deepspeed
-from cogvideox.errors import UsageError, first_line
+from cogvideox.errors import UsageError, first_line, public_urls
 from cogvideox.files import LOCK_NAME, disk_errors_converted, remove_temporaries, write_atomically
 from cogvideox.locks import Lock, take
 from cogvideox.optimizer.step import LOSS_SCALE, StepResult
@@ -277,7 +277,7 @@ def open_run_repository(run: Run, options: TrainOptions) -> str | None:
 def write_config(run: Run, options: TrainOptions, plan: str = "") -> None:
     """Writes config.json: flags, precision, number of ranks, versions, the command, and the plan once it is known."""
     config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
-    config |= {"command": shlex.join(sys.argv)} | ({"plan": plan} if plan else {})
+    config |= {"command": shlex.join(map(public_urls, sys.argv))} | ({"plan": plan} if plan else {})
     write_atomically(run.output_dir / RUN_CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
 
 
