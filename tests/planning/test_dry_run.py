@@ -27,6 +27,7 @@ from cogvideox.planning import dry_run
 from cogvideox.planning.plan import GIB
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+GUIDE = " ".join((Path(__file__).parents[2] / "docs" / "guide.md").read_text().split())
 TEXT_LORA, IMAGE_SFT = "cogvideox_text_to_video_lora.py", "cogvideox_image_to_video_sft.py"
 SIZE = ("--height_buckets", "32", "--width_buckets", "48", "--frame_buckets", "9")
 BUDGETS = {"8gb": "8", "12gb": "12", "24gb": "24"}
@@ -115,6 +116,23 @@ def test_figures_of_an_h100_are_those_that_were_measured(row: str, published: Pa
     plan_made = dry_run.plan_for(run, options, buckets, machine, backend)
     assert plan_made.seconds == pytest.approx(measured["seconds_per_step"], rel=0.12)
     assert plan_made.peak / GIB == pytest.approx(measured["peak_gib"]["allocated"], rel=0.04)
+
+
+@pytest.mark.parametrize(("card", "title"), [("rtx4090", "RTX 4090"), ("rtx3060", "RTX 3060, 12 GB")])
+def test_the_guide_has_the_predictions(
+    card: str, title: str, published: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/guide.md has what is predicted for 64 GiB of host memory, and the pinned memory also for 32 GiB."""
+    flags = ("--load_tensors", "--preset", "style", "--max_train_steps", "2800", "--gpu", card, "--host_memory")
+    assert predict(published, index, tmp_path / "out", *flags, "64") == 0
+    text = capsys.readouterr().out
+    seconds, hours = number(r"([\d.]+) s a step, ", text), number(r"a step, ([\d.]+) hours", text)
+    pinned = r"pinned host memory \(predicted\): ([\d.]+)"
+    times = f"{seconds:.2f} s | {seconds / 3.6:.1f} hours | {hours:.1f} hours"
+    assert f"| {title} | {times} | {number(pinned, text):.1f} GiB | predicted |" in GUIDE
+    assert predict(published, index, tmp_path / "out", *flags, "32") == 0
+    name = title.partition(",")[0]
+    assert f"{number(pinned, capsys.readouterr().out):.1f} GiB on an {name}" in GUIDE
 
 
 @pytest.mark.parametrize("name", list(CARDS))

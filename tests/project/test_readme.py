@@ -22,10 +22,13 @@ from cogvideox.config.options import (
     SftOptions,
     fields_of,
 )
+from cogvideox.config.presets import PRESETS
+from cogvideox.export.inference_code import NUMBERS
 
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 OPTIONS = {
     "caption_dataset.py": CaptionOptions,
@@ -44,6 +47,7 @@ SET_UP = (
     "pre-commit install",
     """vllm serve Qwen/Qwen2.5-VL-7B-Instruct --max-model-len 16384 --limit-mm-per-prompt '{"image": 8}'""",
 )
+INFERENCE_FLAGS = {f"--{name}" for name, _ in NUMBERS.values()}  # of inference.py; all take a number
 LORA_SCRIPTS = ("merge_lora", "extract_lora", "convert_lora")
 
 
@@ -103,7 +107,11 @@ def test_command(command: str) -> None:
             "$DATASET", "Wild-Heart/Disney-VideoGeneration-Dataset"
         )
     elif words[1].endswith("/inference.py"):
-        assert len(words) == (5 if "i2v" in words[1] else 4)
+        positional = 3 if "i2v" in words[1] else 2
+        assert len(words) >= 2 + positional
+        flags = words[2 + positional :]
+        assert set(flags[::2]) <= INFERENCE_FLAGS
+        assert all(float(value) >= 0 for value in flags[1::2])
     elif words[1].startswith(("scripts/", "examples/", "benchmarks/")):
         importlib.import_module(Path(words[1]).stem).build_parser().parse_args(words[2:])
     else:
@@ -173,7 +181,7 @@ def test_flags_in_the_text_exist() -> None:
     known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
     for name in LORA_SCRIPTS:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
-    known |= set(bench.build_parser()._option_string_actions)
+    known |= set(bench.build_parser()._option_string_actions) | INFERENCE_FLAGS
     # Flags of other benchmarks, of examples, of tests/tools/odd_files.py and of every script. The last three are of
     # sips, Docker and accelerate.
     outside = {
@@ -227,6 +235,38 @@ def test_claims_of_the_readme_are_what_was_measured() -> None:
         f"training the LoRA is {without[2]:.1f} times as fast",
         f"{injected[1]} kinds of faults",
     )
+    assert [claim for claim in claims if claim not in text] == []
+
+
+def test_clips_of_the_guide_give_the_steps_of_the_presets() -> None:
+    rows = re.findall(r"`(\w+)` \| (\d+) \| (\d+) clips: (\d+) steps \|$", GUIDE, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(PRESETS)
+    for name, passes, clips, steps in rows:
+        assert passes == PRESETS[name]["num_train_epochs"]
+        assert int(steps) == int(passes) * int(clips)
+
+
+def test_hours_of_the_guide_follow_from_its_steps() -> None:
+    rows = re.findall(r"^\| .* \| ([\d.]+) s \| ([\d.]+) hours \| ([\d.]+) hours \| .* (\w+) \|$", GUIDE, re.MULTILINE)
+    for seconds, thousand, style in [[float(text) for text in row[:3]] for row in rows]:
+        assert (thousand, style) == (round(seconds / 3.6, 1), round(2.8 * seconds / 3.6, 1))
+    measured = [seconds for seconds, *_, source in rows if source == "measured"]
+    assert measured == [f"{bench_row(f'5b-r128-{plan}')[0]:.2f}" for plan in ("fast", "fast-cudnn")]
+    assert len(rows) == 4
+
+
+def test_claims_of_the_guide_about_several_gpus_are_what_was_measured() -> None:
+    names = ("lora_1_uncompiled_1", "lora_4_uncompiled_2")
+    one, four = (json.loads((RESULTS / f"scale_5b_{name}_plan_lean_cudnn.json").read_text()) for name in names)
+    fsdp2, zero2 = (
+        json.loads((RESULTS / f"scale_5b_sft_4_{name}_cudnn.json").read_text()) for name in ("fsdp2", "zero2")
+    )
+    claims = (
+        f"Four H100 train {4 * one['seconds_per_step'] / four['seconds_per_step']:.1f} times as many",
+        f"FSDP2 takes {fsdp2['seconds_per_step']:.2f} s a step for 5b, and DeepSpeed ZeRO-2 takes "
+        f"{zero2['seconds_per_step']:.2f} s",
+    )
+    text = " ".join(GUIDE.split())
     assert [claim for claim in claims if claim not in text] == []
 
 
