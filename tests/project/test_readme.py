@@ -51,15 +51,15 @@ INFERENCE_FLAGS = {f"--{name}" for name, _ in NUMBERS.values()}  # of inference.
 LORA_SCRIPTS = ("merge_lora", "extract_lora", "convert_lora")
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = "".join(page.read_text() for page in PAGES if page.exists())
 
 
 def commands() -> list[str]:
-    """Returns the command lines of all bash blocks."""
+    """Returns the command lines of all bash blocks, each once."""
     blocks = re.findall(r"```bash\n(.*?)```", TEXTS, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if line.strip()]
+    return list(dict.fromkeys(line.split(" #")[0].strip() for line in lines if line.strip()))
 
 
 def links() -> list[tuple[str, str]]:
