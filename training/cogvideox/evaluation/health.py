@@ -38,8 +38,7 @@ def health_of(frames_FHWC: np.ndarray) -> Health:
         frames_FHWC: (F, H, W, 3), uint8.
     """
     highest, lowest = frames_FHWC.max(axis=-1), frames_FHWC.min(axis=-1)
-    pairs = pairwise(frames_FHWC)
-    moved = [np.abs(after.astype(np.int16) - before).mean() for before, after in pairs]
+    moved = [np.abs(after.astype(np.int16) - before).mean() for before, after in pairwise(frames_FHWC)]
     values = (highest.mean(), (highest - lowest).mean(), np.mean(moved) if moved else 0.0)
     return Health(*(float(value) / 255 for value in values))
 

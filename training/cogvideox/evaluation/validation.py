@@ -125,8 +125,6 @@ def interrupt_after_step(
 class Validator:
     """Renders the validation videos of a run, and knows which of them exist. All ranks must call ``render``."""
 
-    not_finite: tuple[str, ...] = ()  # this rank's videos with NaN or infinite values, since the last message
-
     def __init__(
         self,
         run: Run,
@@ -232,11 +230,10 @@ class Validator:
         share = slice(self.run.ranks.process_index, None, self.run.world)
         todo = [(job, path) for job, path in list(zip(jobs, paths, strict=True))[share] if not path.exists()]
         with self.run.ranks.together():
-            skipped = self._make(todo) if todo else []
+            skipped, not_finite = self._make(todo) if todo else ([], [])
         skipped = self.run.ranks.gather(skipped)
-        if broken := self.run.ranks.gather(list(self.not_finite)):
-            self.run.say(f"validation after step {step}: NaN or infinite values in {', '.join(broken)}")
-        self.not_finite = ()
+        if not_finite := self.run.ranks.gather(not_finite):
+            self.run.say(f"validation after step {step}: NaN or infinite values in {', '.join(not_finite)}")
         if skipped:
             names = ", ".join(path.name for path, _ in skipped)
             fix = "give smaller --height, --width or --validation_frames, --enable_tiling, or --plan lean"
@@ -250,7 +247,7 @@ class Validator:
             self._log(step, made)
         return made
 
-    def _make(self, todo: Sequence[tuple[tuple[int, int], Path]]) -> list[tuple[Path, str]]:
+    def _make(self, todo: Sequence[tuple[tuple[int, int], Path]]) -> tuple[list[tuple[Path, str]], list[str]]:
         """Renders this rank's videos until one does not fit into memory.
 
         Later videos are not tried, because they need as much memory and would take as long to fail.
@@ -259,17 +256,16 @@ class Validator:
             todo: The missing videos, as pairs ((index of the prompt, number of the video), path).
 
         Returns:
-            Pairs (path, reason) of the videos that were not rendered.
+            Pairs (path, reason) of the videos that were not rendered, and the names of those with NaN or infinite
+            values.
         """
-        left, reason = list(todo), ""
+        left, not_finite, reason = list(todo), [], ""
         try:
             with evaluation_mode(self.transformer), self._vae_on_device():
                 while left:
-                    (prompt, number), path = left[0]
-                    video_BFCHW = self.sample(prompt, number)
-                    if not torch.isfinite(video_BFCHW).all():
-                        self.not_finite = (*self.not_finite, path.name)
-                    write_video(path, to_uint8_frames(video_BFCHW).numpy(), self.fps)
+                    job, path = left[0]
+                    if not self._write_sample(path, *job):
+                        not_finite.append(path.name)
                     del left[0]
         except torch.OutOfMemoryError as error:
             reason = first_line(error)
@@ -277,7 +273,13 @@ class Validator:
             # Memory is released after the except clause, because the traceback of the error keeps the tensors of the
             # failed call alive.
             release_memory()
-        return [(path, reason) for _, path in left]
+        return [(path, reason) for _, path in left], not_finite
+
+    def _write_sample(self, path: Path, prompt: int, number: int) -> bool:
+        """Renders one video, whose tensor is freed before the next one; returns whether all its values are finite."""
+        video_BFCHW = self.sample(prompt, number)
+        write_video(path, to_uint8_frames(video_BFCHW).numpy(), self.fps)
+        return bool(torch.isfinite(video_BFCHW).all())
 
     def path(self, step: int, prompt: int, video: int) -> Path:
         """Returns the path of a video, whose name contains step, index and first words of the prompt, and number."""
