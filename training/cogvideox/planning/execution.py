@@ -169,10 +169,8 @@ def choose(
         offloads = offload_device("offload_optimizer") == "cpu"
         sharded = replace(sizes, shards=run.world, shards_on_host=offloads, deepspeed=True)
     ways = [(here, sharded), (on_device, sharded)]
-    if shards == 1 and not under_deepspeed():
-        ways = [(axes, sizes)]
-    elif not under_fsdp() and not under_deepspeed():
-        ways = [(on_device, sizes), *ways, (axes, sizes)]
+    if not under_fsdp() and not under_deepspeed():
+        ways = [(axes, sizes)] if shards == 1 else [(on_device, sizes), *ways, (axes, sizes)]
     for allowed, held in ways[:-1]:
         with suppress(NoPlanError):
             return plan.choose_plan(allowed, held, machine, compiled, backend)
