@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import base64
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 
@@ -63,8 +64,8 @@ def rows_of(runs: Sequence[RunFiles], names: Sequence[str], flags: Sequence[str]
         last = f"{losses[-max(1, len(losses) // LAST_SHARE) :].mean():.5f}" if len(losses) else ""
         best = min(run.held_out, key=lambda record: float(record["held_out_loss"]), default=None)
         held_out = f"{best['held_out_loss']:.5f} at step {best['step']}" if best else ""
-        seconds = [record["seconds"] for record in run.steps if record.get("seconds") is not None]
-        median = f"{statistics.median(seconds):.3f}" if seconds else ""
+        _, seconds = column(run.records, "seconds")
+        median = f"{np.median(seconds):.3f}" if len(seconds) else ""
         values = [run.config.get("flags", {}).get(flag) for flag in flags]
         rows.append((name, *values, int(steps[-1]) if len(steps) else 0, last, held_out, median))
     return rows

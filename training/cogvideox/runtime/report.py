@@ -12,7 +12,6 @@ import json
 import mimetypes
 import os
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,8 +21,10 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from cogvideox.files import write_atomically
-from cogvideox.runtime.metrics import MetricRecords, by_grid, read_records
+from cogvideox.runtime.metrics import MetricRecords, by_grid, column, read_records
 
 REPORT_NAME, TEMPLATE = "report.html", Path(__file__).with_suffix(".html")
 VIDEO_NAME = re.compile(r"step-(\d{6})_prompt-(\d+)_.*_(\d+)\.mp4")
@@ -121,11 +122,11 @@ class VideoGrid:
         """
         row, figures = len(self.rows), []
         self.rows.append([])
-        for column, (label, videos) in enumerate(cells):
+        for number, (label, videos) in enumerate(cells):
             self.rows[row].append({step: self.sources.of(path) for step, path in videos.items()})
             caption = f"<figcaption>{escape(label)}: <span></span></figcaption>"
             player = "<video controls loop muted autoplay playsinline></video>"
-            figures.append(f'<figure id="cell-{row}-{column}">{caption}{player}</figure>')
+            figures.append(f'<figure id="cell-{row}-{number}">{caption}{player}</figure>')
         return f'<p>{escape(title)}</p><div class="row">{"".join(figures)}</div>'
 
     @property
@@ -271,11 +272,12 @@ def health_table(run: RunFiles) -> str:
 def cost_rows(run: RunFiles) -> list[tuple[str, str]]:
     """Returns what the run took, by name."""
     rows = [("plan", run.config["plan"])] if "plan" in run.config else []
-    if seconds := [record["seconds"] for record in run.steps if record.get("seconds") is not None]:
-        rows.append(("seconds a step, median", f"{statistics.median(seconds):.3f}"))
-        rows.append(("hours of all steps", f"{sum(seconds) / 3600:.2f}"))
-    if peaks := [record["peak_gib"] for record in run.steps if record.get("peak_gib") is not None]:
-        rows.append(("peak memory on the GPU", f"{max(peaks):.2f} GiB"))
+    (_, seconds), (_, peaks) = column(run.records, "seconds"), column(run.records, "peak_gib")
+    if len(seconds):
+        rows.append(("seconds a step, median", f"{np.median(seconds):.3f}"))
+        rows.append(("hours of all steps", f"{seconds.sum() / 3600:.2f}"))
+    if len(peaks):
+        rows.append(("peak memory on the GPU", f"{peaks.max():.2f} GiB"))
     rows += [(name, str(run.config[name])) for name in ("device", "ranks", "precision") if name in run.config]
     return rows
 

@@ -68,8 +68,8 @@ class Columns:
         images: Paths of the first frames. None if the data set names no first frames.
         skipped: Paths of files that may be clips but have an unsupported format.
         sections: The part of its file that each clip is; None if each clip is a whole file.
-        caption_file: The list or table that has all captions, or would have them; empty if each caption is in a file
-            next to its clip. The location of such a caption is its file, or a folder if it has none.
+        caption_file: The list or table that has all captions, or would have them. Empty if each caption is in a text
+            file next to its clip; then the location of a caption is that text file, or a folder if there is none.
     """
 
     captions: Column | None = None
