@@ -5,6 +5,7 @@
 # make chaos      injects every fault of docs/faults.md and prints a table; takes under an hour on two cores
 # make mutants    makes one line of the library wrong at a time, and checks that the tests fail
 # make quality    checks style and types
+# make image      executes the steps of the Dockerfile in a clean Debian root, without Docker; as root, with debootstrap
 # make bench      measures training steps of full-size models on a GPU; continues where it was stopped
 # make fuzz       reads 500 damaged media files and 500 damaged lists; make test has a short form of it
 PYTHON ?= python3
@@ -14,7 +15,7 @@ WORKERS ?= 3
 # Tests start many processes, each of which would otherwise compile every module again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-gpu test-long chaos mutants quality bench fuzz clean
+.PHONY: demo test test-gpu test-long chaos mutants quality image bench fuzz clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: requirements.txt constraints.txt
@@ -46,6 +47,9 @@ quality: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+image: $(VENV)/ready
+	$(BIN)/python tests/tools/image_steps.py
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench.py --all; status=$$?; $(BIN)/python benchmarks/bench.py --table; exit $$status

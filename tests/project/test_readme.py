@@ -45,6 +45,8 @@ SET_UP = (
     "python3 -m venv .venv",
     "source .venv/bin/activate",
     "pre-commit install",
+    "docker build --tag cogvideox .",
+    "docker run --rm --gpus all cogvideox",
     """vllm serve Qwen/Qwen2.5-VL-7B-Instruct --max-model-len 16384 --limit-mm-per-prompt '{"image": 8}'""",
 )
 INFERENCE_FLAGS = {f"--{name}" for name, _ in NUMBERS.values()}  # of inference.py; all take a number
@@ -90,6 +92,8 @@ def test_command(command: str) -> None:
     words = shlex.split(command)
     while "=" in words[0]:
         words.pop(0)
+    if command not in SET_UP and words[:2] == ["docker", "run"]:
+        words = words[words.index("cogvideox") + 1 :]
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0].startswith("./"):
@@ -97,7 +101,7 @@ def test_command(command: str) -> None:
     elif words[0] == "pip":
         flags = {"-r", "-c", "install", "pip", "pre-commit"}
         assert all((ROOT / word).is_file() for word in words if word not in flags)
-    elif words[0] in ("python3", "source", "pre-commit", "vllm") or words[:2] == ["git", "clone"]:
+    elif words[0] in ("python3", "source", "pre-commit", "vllm", "docker") or words[:2] == ["git", "clone"]:
         assert command in SET_UP
     elif words[1] == "-m":
         assert words[2] == "pytest"
@@ -182,8 +186,8 @@ def test_flags_in_the_text_exist() -> None:
     for name in LORA_SCRIPTS:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
     known |= set(bench.build_parser()._option_string_actions) | INFERENCE_FLAGS
-    # Flags of other benchmarks, of examples, of tests/tools/odd_files.py and of every script. The last three are of
-    # sips, Docker and accelerate.
+    # Flags of other benchmarks, of examples, of tests/tools/odd_files.py and of every script. The last are of sips,
+    # accelerate and Docker.
     outside = {
         "--base",
         "--work_dir",
@@ -195,8 +199,8 @@ def test_flags_in_the_text_exist() -> None:
         "--help_all",
         "--write",
         "--out",
-        "--shm",
         "--config_file",
+        *("--shm", "--user", "--ulimit", "--privileged", "--memory", "--time", "--env", "--build"),
     }
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
     named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
