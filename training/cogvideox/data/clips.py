@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,10 +23,9 @@ import numpy as np
 
 from cogvideox.config.buckets import Bucket, choose_buckets, upscale
 from cogvideox.data.cache import hash_of
-from cogvideox.data.forms.columns import Section
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
-from cogvideox.data.media.frames import VideoInfo, frame_indices, frames_available
+from cogvideox.data.media.frames import Section, VideoInfo, frame_indices, frames_available
 from cogvideox.data.media.transforms import apply_fit, fit
 from cogvideox.data.records import FAILED, OK, SHORT, SMALL, UNREADABLE, ClipRecord, Cut, Source, Variant
 from cogvideox.errors import UsageError, one_line
@@ -42,9 +40,6 @@ PLAN_VERSION = 3
 
 # The aspect ratios of a first frame and of its clip may differ by this factor, because sizes are rounded to pixels.
 IMAGE_STRETCH = 1.03
-
-# Seconds by which the times in a table may differ from those of the frames, because they are rounded to milliseconds.
-SECTION_SLACK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -85,14 +80,12 @@ class ClipRecipe:
         """
         if section is None:
             return self
-        first = bisect_left(info.times, section.start - SECTION_SLACK)
-        end = info.num_frames if section.end is None else bisect_left(info.times, section.end - SECTION_SLACK)
-        if first >= end:
-            until = "the end" if section.end is None else f"{section.end:g} s"
-            reason = f"no frame is shown from {section.start:g} s to {until}, and the video lasts {info.duration:.2f} s"
-            raise VideoError(f"{reason}; correct start and end in the table")
-        start, rest = self.skip_frames_start + first, self.skip_frames_end + info.num_frames - end
-        return replace(self, skip_frames_start=start, skip_frames_end=rest)
+        inside = section.frames(info)
+        return replace(
+            self,
+            skip_frames_start=self.skip_frames_start + inside.start,
+            skip_frames_end=self.skip_frames_end + info.num_frames - inside.stop,
+        )
 
 
 def content_hash(path: StrPath) -> str:

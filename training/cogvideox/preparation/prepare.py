@@ -26,8 +26,8 @@ from cogvideox.config.geometry import Geometry
 from cogvideox.config.prepared_flags import kept_values
 from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, sole_writer
 from cogvideox.data.clips import decode_variant, image_refusal, image_request, measure_clip, plan_clip, plan_image
-from cogvideox.data.forms.columns import Section
 from cogvideox.data.forms.samples import Sample, check_no_missing_images, take_listing
+from cogvideox.data.media.frames import Section
 from cogvideox.data.media.workers import Killed, Limits, Workers
 from cogvideox.data.records import FAILED, KILLED, UNREADABLE, ClipRecord, Variant
 from cogvideox.errors import UsageError

@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+from cogvideox.data.media.frames import Section
 from cogvideox.errors import one_line
 from cogvideox.files import LFS_POINTER, lfs_rule
 
@@ -46,18 +46,6 @@ class Column:
         return [value for value in self.values if value is not None]
 
 
-class Section(NamedTuple):
-    """A part of a video, in seconds from its first frame.
-
-    Attributes:
-        start: Time of the first frame.
-        end: Time of the first frame after the part; None for the end of the video.
-    """
-
-    start: float
-    end: float | None
-
-
 @dataclass(frozen=True)
 class Columns:
     """Holds the columns of a data set. If their lengths differ, a problem has been reported.
@@ -76,7 +64,7 @@ class Columns:
     videos: Column | None = None
     images: Column | None = None
     skipped: Sequence[str] = ()
-    sections: Sequence["Section | None"] | None = None
+    sections: Sequence[Section | None] | None = None
     caption_file: str = ""
 
 

@@ -12,9 +12,10 @@ from functools import partial
 
 from cogvideox.config.flags import DataFlags
 from cogvideox.config.options import AnyOptions, needs_captions, reads_clips
-from cogvideox.data.forms.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, Section, is_unicode
+from cogvideox.data.forms.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, is_unicode
 from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
+from cogvideox.data.media.frames import Section
 from cogvideox.errors import UsageError
 
 LISTING_ATTRIBUTE = "_listing"  # the attribute of DataFlags in which check_data_roots leaves it

@@ -23,10 +23,10 @@ from cogvideox.data.forms.columns import (
     Column,
     Columns,
     Problems,
-    Section,
     first_names,
     read_lines,
 )
+from cogvideox.data.media.frames import Section
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 VIDEO_COLUMNS = ("video", "file_name", "video_path", "path")

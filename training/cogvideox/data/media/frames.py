@@ -1,7 +1,8 @@
 """Chooses which frames of a clip are used, by the times at which they are shown.
 
-``VideoInfo`` describes a file, ``PacketIndex`` says how to find its frames again, and ``frame_indices`` selects frames
-for a target frame rate. All functions depend only on the times of the frames, and no file is opened here.
+``VideoInfo`` describes a file, ``PacketIndex`` says how to find its frames again, ``Section`` is a part of a file, and
+``frame_indices`` selects frames for a target frame rate. All functions depend only on the times of the frames, and no
+file is opened here.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 from cogvideox.data.media.faults import VideoError
 
@@ -22,6 +24,7 @@ ICC = "icc"
 SELECTIONS = ("middle", "head", "random", "uniform")
 
 _CLOCK = 1e-3  # seconds; mkv, webm and flv round their timestamps to milliseconds
+_SECTION_SLACK = 1e-3  # seconds; the times of a section are rounded to milliseconds
 _TIME_SLACK = 1e-6  # seconds or frames; larger than rounding errors of floats, and much smaller than a frame
 
 
@@ -117,6 +120,32 @@ class VideoInfo:
     def duration(self) -> float:
         """Seconds from the first frame to the end of the last, which is assumed to last one usual interval."""
         return self.times[-1] - self.times[0] + 1 / self.fps
+
+
+class Section(NamedTuple):
+    """A part of a video, in seconds from its first frame.
+
+    Attributes:
+        start: Time of the first frame.
+        end: Time of the first frame after the part; None for the end of the video.
+    """
+
+    start: float
+    end: float | None
+
+    def frames(self, info: VideoInfo) -> range:
+        """Returns the indices of the frames of a video that are shown in the section.
+
+        Raises:
+            VideoError: There are none.
+        """
+        first = bisect_left(info.times, self.start - _SECTION_SLACK)
+        end = info.num_frames if self.end is None else bisect_left(info.times, self.end - _SECTION_SLACK)
+        if first >= end:
+            until = "the end" if self.end is None else f"{self.end:g} s"
+            reason = f"no frame is shown from {self.start:g} s to {until}, and the video lasts {info.duration:.2f} s"
+            raise VideoError(f"{reason}; correct start and end in the table")
+        return range(first, end)
 
 
 def frames_available(times: Sequence[float], target_fps: float | None, skip_start: int = 0, skip_end: int = 0) -> int:
