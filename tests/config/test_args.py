@@ -26,6 +26,7 @@ from cogvideox.config.options import (
     ImageSftOptions,
     LoraOptions,
     PrepareOptions,
+    SceneOptions,
     SftOptions,
     fields_of,
     resolutions,
@@ -41,8 +42,9 @@ LORA, SFT, PREPARE = "cogvideox_text_to_video_lora.py", "cogvideox_text_to_video
 IMAGE_LORA, IMAGE_SFT = "cogvideox_image_to_video_lora.py", "cogvideox_image_to_video_sft.py"
 TEXT_SCRIPTS = {LORA: LoraOptions, SFT: SftOptions}
 IMAGE_SCRIPTS = {IMAGE_LORA: ImageLoraOptions, IMAGE_SFT: ImageSftOptions}
-CAPTION, DOCTOR = "caption_dataset.py", "doctor.py"
-SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, PREPARE: PrepareOptions, CAPTION: CaptionOptions, DOCTOR: DoctorOptions}
+CAPTION, DOCTOR, SCENES = "caption_dataset.py", "doctor.py", "split_scenes.py"
+OTHERS = {PREPARE: PrepareOptions, CAPTION: CaptionOptions, DOCTOR: DoctorOptions, SCENES: SceneOptions}
+SCRIPTS = {**TEXT_SCRIPTS, **IMAGE_SCRIPTS, **OTHERS}
 HEAVY = ("torch", "numpy", "av", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 MODEL = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-5b")
 TRAIN_LEAST = (*MODEL, "--data_root", "d")
@@ -50,6 +52,7 @@ LEAST = dict.fromkeys(SCRIPTS, TRAIN_LEAST) | {
     PREPARE: (*TRAIN_LEAST, "--output_dir", "o"),
     CAPTION: (*TRAIN_LEAST, "--endpoint", "http://localhost/v1"),
     DOCTOR: MODEL,
+    SCENES: ("--data_root", "d"),
 }
 
 # The commands of the guides, with shorter prompts.
@@ -198,7 +201,8 @@ def test_help_shows_the_main_flags_in_order(script: str, light: dict[str, str], 
     main = [name for names in flags.MAIN_FLAGS.values() for name in names if name in own]
     shown = re.findall(r"^  (?:-h, )?--([a-z0-9_]+)", done.stdout, re.MULTILINE)
     assert shown == [*main, "help", "help_all", "version"]
-    assert len(main) in {PREPARE: range(12, 20), CAPTION: range(8, 14), DOCTOR: range(2, 4)}.get(script, range(28, 37))
+    lengths = {PREPARE: range(12, 20), CAPTION: range(8, 14), SCENES: range(8, 14), DOCTOR: range(2, 4)}
+    assert len(main) in lengths.get(script, range(28, 37))
     assert "--help_all" in done.stdout.splitlines()[-1]
 
 

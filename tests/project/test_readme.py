@@ -19,6 +19,7 @@ from cogvideox.config.options import (
     ImageSftOptions,
     LoraOptions,
     PrepareOptions,
+    SceneOptions,
     SftOptions,
     fields_of,
 )
@@ -33,6 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 OPTIONS = {
     "caption_dataset.py": CaptionOptions,
     "doctor.py": DoctorOptions,
+    "split_scenes.py": SceneOptions,
     "prepare_dataset.py": PrepareOptions,
     "cogvideox_text_to_video_lora.py": LoraOptions,
     "cogvideox_text_to_video_sft.py": SftOptions,

@@ -31,6 +31,7 @@ from cogvideox.config.options import (
     DoctorOptions,
     LoraOptions,
     PrepareOptions,
+    SceneOptions,
     ScriptOptions,
     TrainOptions,
     copies_and_shards,
@@ -61,6 +62,9 @@ def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[s
         sources: Where each value comes from, by flag.
     """
     if isinstance(options, CaptionOptions | DoctorOptions):
+        return
+    if isinstance(options, SceneOptions):
+        yield from scene_problems(options)
         return
     data: DataFlags = options.data
     given = {name for name, source in sources.items() if source.startswith("given")}
@@ -120,6 +124,24 @@ def prepare_problems(prepare: PrepareFlags) -> Iterator[str]:
     modes = [name for name in ("dry_run", "suggest_buckets", "verify", "repair") if getattr(prepare, name)]
     if len(modes) > 1:
         yield f"--{modes[0]}: contradicts --{modes[1]}; give one of them"
+
+
+def scene_problems(options: SceneOptions) -> Iterator[str]:
+    """Yields contradictions between the flags of split_scenes.py."""
+    scenes, roots = options.scenes, options.data.data_root
+    if len(roots) != 1 or options.data.validation_data_root:
+        yield "--data_root: a table is about one folder; split one folder at a time, without --validation_data_root"
+        return
+    assert scenes.table is not None, "it has been derived"
+    if not scenes.table.lower().endswith((".csv", ".tsv")):
+        yield f"--table {scenes.table}: must end in .csv or .tsv"
+    inside = os.path.join(os.path.abspath(roots[0]), "")
+    if os.path.abspath(scenes.table).startswith(inside):
+        rule = "is inside data_root, where it would be mistaken for the data set that it is made from"
+        yield f"--table {scenes.table}: {rule}; write it next to the folder: --table {inside.rstrip(os.sep)}-scenes.csv"
+    if scenes.max_scene_seconds is not None and scenes.max_scene_seconds < 2 * scenes.min_scene_seconds:
+        rule = f"must be at least twice --min_scene_seconds {scenes.min_scene_seconds:g}, so that no part is too short"
+        yield f"--max_scene_seconds {scenes.max_scene_seconds:g}: {rule}; nearest: {2 * scenes.min_scene_seconds:g}"
 
 
 def train_problems(options: TrainOptions) -> Iterator[str]:

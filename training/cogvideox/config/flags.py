@@ -50,6 +50,7 @@ MAIN_FLAGS = {
         "dataloader_num_workers",
     ),
     "preparation": ("save_image_latents", "suggest_buckets", "verify", "repair"),
+    "scenes": ("table", "detector", "cut_threshold", "min_scene_seconds", "max_scene_seconds", "scene_captions"),
     "captions": ("endpoint", "caption_model", "caption_prompt", "caption_frames", "max_captions", "concurrency"),
     "LoRA": ("preset", "rank", "lora_alpha", "lora_path"),
     "all weights": ("save_pipeline",),
@@ -336,6 +337,38 @@ class PrepareFlags:
     pin_memory: bool = idle(False, "no batch waits for a device")
     num_decode_threads: int = idle(0, "--dataloader_num_workers sets how many processes decode")
     num_artifact_workers: int = idle(4, "tensors are written while the next clip is encoded, and clips are not copied")
+
+
+@dataclass(frozen=True)
+class SceneFlags:
+    """The flags of split_scenes.py alone. Used by preparation/scenes.py."""
+
+    table: str | None = flag(
+        None,
+        "CSV or TSV file to write, or to add new clips to; rows that it has are never changed (default: "
+        "DATA_ROOT-scenes.csv, next to the folder)",
+    )
+    detector: str = flag(
+        "adaptive",
+        "how cuts are found: adaptive compares each frame with the change around it, so that fast movements are no "
+        "cuts; content only compares it with the frame before",
+        choices=("adaptive", "content"),
+    )
+    cut_threshold: float | None = flag(
+        None,
+        "what counts as a cut; lower values find more: for adaptive, how many times larger than around it the change "
+        "is (default 3); for content, the mean change of hue, saturation and brightness, of 255 (default 27)",
+        least=0.1,
+    )
+    min_scene_seconds: float = flag(1.0, "leave out scenes that are shorter than this", least=0.0)
+    max_scene_seconds: float | None = flag(
+        None, "divide longer scenes into equal parts that are not longer than this (default: they stay)", least=0.1
+    )
+    scene_captions: str = flag(
+        "blank",
+        "captions of the scenes of a clip that has a caption: blank, because it describes the whole clip, or repeat",
+        choices=("blank", "repeat"),
+    )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from cogvideox.config.flags import (
     PlanFlags,
     PrepareFlags,
     PresetFlags,
+    SceneFlags,
     ScriptFlags,
     TrainFlags,
     ValidationFlags,
@@ -54,6 +55,15 @@ class PrepareOptions:
     encode: EncodeFlags
     first_frames: FirstFrameFlags
     prepare: PrepareFlags
+    script: ScriptFlags
+
+
+@dataclass(frozen=True)
+class SceneOptions:
+    """The options of split_scenes.py."""
+
+    data: FolderFlags
+    scenes: SceneFlags
     script: ScriptFlags
 
 
@@ -146,7 +156,7 @@ SCRIPTS: dict[str, type] = {
 }
 AnyOptions = PrepareOptions | TrainOptions
 ImageOptions = ImageLoraOptions | ImageSftOptions
-ScriptOptions = AnyOptions | CaptionOptions | DoctorOptions
+ScriptOptions = AnyOptions | SceneOptions | CaptionOptions | DoctorOptions
 Options = TypeVar("Options", bound=ScriptOptions)
 
 
@@ -178,6 +188,12 @@ def derive(options: Options, sources: dict[str, str]) -> Options:
     """
     if isinstance(options, CaptionOptions | DoctorOptions):
         return options
+    if isinstance(options, SceneOptions):
+        if options.scenes.table is not None:
+            return options
+        sources["table"] = "derived"
+        scenes = dataclasses.replace(options.scenes, table=default_table(options.data.data_root[0]))
+        return dataclasses.replace(options, scenes=scenes)
     data: DataFlags = options.data
     found: dict[str, dict[str, Any]] = {"data": {}}
     if data.num_augmentations is None:
@@ -205,6 +221,12 @@ def derive(options: Options, sources: dict[str, str]) -> Options:
         sources.update(dict.fromkeys(values, "derived"))
     groups = {name: dataclasses.replace(getattr(options, name), **values) for name, values in found.items()}
     return dataclasses.replace(options, **groups)
+
+
+def default_table(root: str) -> str:
+    """Returns the default of --table: ROOT-scenes.csv, next to the folder."""
+    root = os.path.normpath(root)
+    return f"{root if os.path.basename(root) not in ('', '.', '..') else os.path.abspath(root)}-scenes.csv"
 
 
 def left_to_library(flags: OptimizerFlags, given: set[str]) -> Iterator[str]:

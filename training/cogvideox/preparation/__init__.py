@@ -8,6 +8,8 @@ prepare.py        prepares folders of clips and captions as cached tensors
 unusable.py       checks how many clips cannot be used
 captions.py       finds captions that T5 cuts off or cannot tell apart
 causes.py         groups the reasons why clips cannot be used, with fixes
+cut_sheet.py      draws the cuts of a table of scenes
+scenes.py         finds the cuts of videos, and writes their scenes into a table
 vision_local.py   runs a vision-language model in this process
 vision_server.py  asks a vision-language model on a server for a caption
 captioning.py     writes the missing captions of a data set

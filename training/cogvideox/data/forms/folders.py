@@ -64,6 +64,29 @@ PREVIEW_FOLDER = "preview"  # in the output folder of a preparation: pictures of
 OUTPUTS = (("ledger.jsonl",), ("config.json", "metrics.jsonl"))
 
 
+def read_rows(folder: str, data: FolderFlags, problems: Problems) -> tuple[Columns, list[str]]:
+    """Reads a folder whose captions may be missing, and finds its videos.
+
+    Args:
+        folder: The folder as given.
+        data: Flags that say how it is read.
+        problems: Collects everything that is wrong.
+
+    Returns:
+        The columns, and the absolute path of the video of each row, with symlinks not followed. Without videos if
+        there are problems.
+    """
+    root = os.path.abspath(folder)
+    if not os.path.isdir(root):
+        kind = "not a folder" if os.path.lexists(root) else "no such folder"
+        problems.add("no folder", f"{folder}: {kind}; give the folder of the clips")
+        return Columns(), []
+    rules = PathRules(root, data.allow_path)
+    columns = read_columns(root, data, rules, problems)
+    files = rules.find(columns.videos, "video", problems) if columns.videos is not None else []
+    return columns, [] if problems else [file for file in files if file is not None]
+
+
 def read_columns(root: str, data: FolderFlags, rules: PathRules, problems: Problems) -> Columns:
     """Reads the rows of a folder in whichever form it has.
 

@@ -33,7 +33,7 @@ VIDEO_COLUMNS = ("video", "file_name", "video_path", "path")
 IMAGE_COLUMNS = ("image",)
 SECTION_COLUMNS = ("start", "end")
 # Hugging Face's name for the column of files. Its paths are relative to the table and not to the data root.
-_BESIDE_TABLE = "file_name"
+BESIDE_TABLE = "file_name"
 _NO_TEXT = ("nan", "none", "null")  # what other programs write for a missing text
 
 Lines = Sequence[str | None]
@@ -111,7 +111,7 @@ def _read_column(
         return None
     values = [cells.get(name) for cells in table.rows]
     texts = [_cell_text(value, row, name, table, problems) for row, value in enumerate(values)]
-    folder = os.path.dirname(table.file) if name == _BESIDE_TABLE else root
+    folder = os.path.dirname(table.file) if name == BESIDE_TABLE else root
     return Column(texts, table.location, "remove the row", folder)
 
 
@@ -172,13 +172,14 @@ def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> _T
     # A row may extend over several lines, so with an invalid line the others cannot be trusted.
     if None in lines:
         return None
-    with _cells_of_any_size():
-        rows = _csv_rows(_delimiter(delimiter, lines), file, lines, problems)
-        columns = [name.strip() for name in next(rows, (0, []))[1]]
+    with cells_of_any_size():
+        rows = csv_rows(separator_of(delimiter, lines), file, lines, problems)
+        columns = [name.strip() for name in next(rows, (range(0), []))[1]]
         if not _is_header(columns, file, problems):
             return None
         table = _Table(file, columns, [], numbers := [])
-        for number, cells in rows:
+        for span, cells in rows:
+            number = span.start + 1
             if len(cells) != len(columns):
                 rule = f"has {len(cells)} cells, but {len(columns)} columns; put quotes around cells with a separator"
                 problems.add("wrong number of cells", f"{file}:{number}: {rule}")
@@ -188,7 +189,7 @@ def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> _T
     return table
 
 
-def _delimiter(usual: str, lines: Lines) -> str:
+def separator_of(usual: str, lines: Lines) -> str:
     """Returns the character that separates cells, which Excel chooses differently in some countries.
 
     If the header does not contain the usual one, the first of semicolon, tab, bar and comma that it contains is taken.
@@ -197,25 +198,25 @@ def _delimiter(usual: str, lines: Lines) -> str:
     return next((sign for sign in (usual, *";\t|,") if sign in header), usual)
 
 
-def _csv_rows(delimiter: str, file: str, lines: Lines, problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """Yields the rows that are not blank, each as the number of its first line and its cells."""
+def csv_rows(delimiter: str, file: str, lines: Lines, problems: Problems) -> Iterator[tuple[range, list[str]]]:
+    """Yields the rows that are not blank, each as the indices of its lines, counted from 0, and its cells."""
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
     while True:
-        start = reader.line_num + 1
+        start = reader.line_num
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             fix = "put quotes around cells with quotes or line breaks, and double the quotes in them"
-            problems.add("malformed row", f"{file}:{start}: malformed row ({error}); {fix}")
+            problems.add("malformed row", f"{file}:{start + 1}: malformed row ({error}); {fix}")
             continue
         if cells and (len(cells) > 1 or cells[0].strip()):
-            yield start, cells
+            yield range(start, reader.line_num), cells
 
 
 @contextmanager
-def _cells_of_any_size() -> Iterator[None]:
+def cells_of_any_size() -> Iterator[None]:
     limit = csv.field_size_limit(2**31 - 1)  # a C long, which has 32 bits on some systems
     try:
         yield

@@ -14,8 +14,7 @@ from typing import Protocol
 
 from cogvideox.config.flags import FolderFlags
 from cogvideox.data.forms.columns import Columns, Problems, read_lines
-from cogvideox.data.forms.folders import read_columns
-from cogvideox.data.forms.paths import PathRules
+from cogvideox.data.forms.folders import read_rows
 from cogvideox.data.forms.tables import TABLE_READERS
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
@@ -131,14 +130,7 @@ def find_uncaptioned(data: FolderFlags) -> tuple[list[Uncaptioned], int]:
 
 
 def _in_folder(folder: str, data: FolderFlags, problems: Problems) -> tuple[list[Uncaptioned], int]:
-    root = os.path.abspath(folder)
-    if not os.path.isdir(root):
-        kind = "not a folder" if os.path.lexists(root) else "no such folder"
-        problems.add("no folder", f"{folder}: {kind}; give the folder of the clips")
-        return [], 0
-    rules = PathRules(root, data.allow_path)
-    columns = read_columns(root, data, rules, problems)
-    files = rules.find(columns.videos, "video", problems) if columns.videos is not None else []
+    columns, files = read_rows(folder, data, problems)
     if problems:
         return [], 0
     captions = columns.captions.values if columns.captions is not None else [""] * len(files)
@@ -151,11 +143,10 @@ def _in_folder(folder: str, data: FolderFlags, problems: Problems) -> tuple[list
     return list(_with_places(columns, files, rows)), len(files) - len(rows)
 
 
-def _with_places(columns: Columns, files: Sequence[str | None], rows: Sequence[int]) -> Iterator[Uncaptioned]:
+def _with_places(columns: Columns, files: Sequence[str], rows: Sequence[int]) -> Iterator[Uncaptioned]:
     store: Store = CaptionList(columns.caption_file, len(files)) if columns.caption_file else TextFiles()
     for row in rows:
         video = files[row]
-        assert video is not None, "the folder has no problems"
         place = columns.caption_file
         if not place:
             assert columns.captions is not None, "captions next to clips are a column, even if all are missing"

@@ -15,5 +15,5 @@ alpha.py          composites transparent videos on black before scaling
 colors.py         HDR and wide-gamut video -> SDR
 decord_reader.py  decord 0.6 as an alternative reader
 decode.py         probe, exact frames, mp4 writing
-stills.py         frames of a clip as JPEG
+stills.py         small frames of a clip, also as JPEG
 """

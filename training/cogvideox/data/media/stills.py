@@ -1,13 +1,18 @@
-"""Encodes single frames of a clip as JPEG, for models that look at pictures."""
+"""Reads small frames of a clip, and encodes them as JPEG for models that look at pictures.
+
+The functions return a line in place of an error, because they run in worker processes on files that may be bad.
+"""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
-from cogvideox.data.media.frames import frame_indices
+from cogvideox.data.media.frames import VideoInfo, frame_indices
 
 JPEG_QUALITY = 90
 
@@ -41,15 +46,45 @@ def stills_of(path: str, count: int, size: int) -> Stills | str:
     try:
         info = probe(path)
         indices = frame_indices(info.times, min(count, info.num_frames), None, "uniform")
-        scale = min(1.0, size / max(info.height, info.width))
-        height, width = (max(1, round(side * scale)) for side in (info.height, info.width))
-        frames_FHWC = read_frames(path, info, indices, height, width)
+        frames_FHWC = read_frames(path, info, indices, *_small_size(info, size))
     except (OSError, VideoError) as error:
         return str(error)
     return Stills(tuple(map(_jpeg, frames_FHWC)), tuple(info.times[index] for index in indices), info.duration)
 
 
-def _jpeg(frame_HWC: "Image.SupportsArrayInterface") -> bytes:
+def info_of(path: str) -> VideoInfo | str:
+    """Returns what ``probe`` finds out about a file, or a line that says why the file cannot be used."""
+    try:
+        return probe(path)
+    except (OSError, VideoError) as error:
+        return str(error)
+
+
+def small_frames(path: str, info: VideoInfo, indices: Sequence[int], size: int) -> np.ndarray | str:
+    """Returns frames of a clip, or a line that says why they cannot be read.
+
+    Args:
+        path: The clip.
+        info: What ``probe`` returned for it.
+        indices: The frames in display order, counted from 0.
+        size: Pixels of the longer side. Smaller frames are not enlarged.
+
+    Returns:
+        uint8 RGB frames of shape (F, H, W, 3), or a line.
+    """
+    try:
+        return read_frames(path, info, indices, *_small_size(info, size))
+    except (OSError, VideoError) as error:
+        return str(error)
+
+
+def _small_size(info: VideoInfo, size: int) -> tuple[int, int]:
+    """Returns height and width with a longer side of ``size`` pixels, or those of the clip if it is smaller."""
+    scale = min(1.0, size / max(info.height, info.width))
+    return max(1, round(info.height * scale)), max(1, round(info.width * scale))
+
+
+def _jpeg(frame_HWC: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(frame_HWC).save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
