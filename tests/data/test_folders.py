@@ -700,6 +700,27 @@ def test_a_file_that_is_like_a_pointer_is_read(tmp_path: Path) -> None:
     assert captions(tmp_path) == [f"A text about {LFS}".strip()]
 
 
+def test_weights_that_are_damaged_or_missing(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "vae", tmp_path / "vae")
+    flags = ModelFlags(str(tmp_path))
+    (weights,) = (tmp_path / "vae").glob("*.safetensors")
+    index = weights.with_name(f"{weights.name}.index.json")
+    index.write_text(json.dumps({"weight_map": {"a": weights.name}}))
+    assert list(weight_problems(flags, ("vae",))) == []
+    index.write_text(json.dumps({"weight_map": {"a": weights.name, "b": "part-2.safetensors"}}))
+    assert list(weight_problems(flags, ("vae",))) == [
+        f"{tmp_path}/vae: part-2.safetensors of 2 files missing; download the model again"
+    ]
+    index.write_text("{")
+    assert list(weight_problems(flags, ("vae",))) == [f"{index}: is damaged; download this file again"]
+    index.unlink()
+    for content in (weights.read_bytes()[:-100], b"damaged", b"damaged a little more", b""):
+        weights.write_bytes(content)
+        (found,) = weight_problems(flags, ("vae",))
+        assert found.startswith(f"{weights}: is damaged or incomplete (")
+        assert found.endswith("; download this file again")
+
+
 def test_weights_that_are_pointers_of_git_lfs(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model / "vae", tmp_path / "vae")
     flags = ModelFlags(str(tmp_path))

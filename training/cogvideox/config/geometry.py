@@ -2,8 +2,8 @@
 
 ``read_geometry`` combines config.json of the transformer and of the VAE with scheduler_config.json into a Geometry,
 which computes every shape that training needs. The check_ functions are the checks for args.parse. This module needs
-only the standard library (and huggingface_hub for a hub model), so that a script with wrong sizes ends before torch is
-imported.
+only the standard library and safetensors (and huggingface_hub for a hub model), so that a script with wrong sizes ends
+before torch is imported.
 """
 
 import json
@@ -24,7 +24,7 @@ from cogvideox.config.options import (
     resolution,
 )
 from cogvideox.errors import UsageError, first_line
-from cogvideox.files import is_lfs_pointer, lfs_rule
+from cogvideox.files import disk_errno, is_lfs_pointer, lfs_rule
 
 INDEX_NAME = "model_index.json"
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")  # the parts of a pipeline other than the transformer
@@ -365,16 +365,45 @@ def check_preparation(options: PrepareOptions) -> Iterator[str]:
 
 
 def weight_problems(model: ModelFlags, parts: Sequence[str]) -> Iterator[str]:
-    """Yields parts of a model folder whose weights are Git LFS pointers, or in pickle files only."""
+    """Yields weight files of a model folder that are missing, damaged or Git LFS pointers, or are pickle files only."""
     for part in parts:
         folder = Path(model.pretrained_model_name_or_path, part)
         weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
         pointers = [path for path in weights if is_lfs_pointer(path, path.stat().st_size)]
         if pointers:
             yield f"{pointers[0]}: {lfs_rule(folder)}"
+        yield from damaged_files([path for path in weights if path not in pointers])
+        yield from missing_files(folder)
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles and not any(folder.glob("*.safetensors")):
             yield f"{folder}: its weights are only in {pickles[0]}; {NO_PICKLES}"
+
+
+def damaged_files(weights: Sequence[Path]) -> Iterator[str]:
+    """Yields safetensors files whose header cannot be read, or does not match their size."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in weights:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            if disk_errno(error) is not None:
+                raise
+            yield f"{path}: is damaged or incomplete ({first_line(error)}); download this file again"
+
+
+def missing_files(folder: Path) -> Iterator[str]:
+    """Yields indices of weights that are damaged, or name files that do not exist."""
+    for index in folder.glob("*.safetensors.index*.json"):
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            yield f"{index}: is damaged; download this file again"
+            continue
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            yield f"{folder}: {', '.join(missing)} of {len(names)} files missing; download the model again"
 
 
 def channel_problems(options: TrainOptions, geometry: Geometry, wanted: str) -> Iterator[str]:
