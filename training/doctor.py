@@ -5,7 +5,8 @@
 The page has versions, devices, the attention kernels that pass, a comparison of a block with diffusers' own, rates of
 copies and of the disk of --output_dir, free memory, and limits. It contains no paths and no tokens. A check that fails
 takes one line, and the others still run; the exit status is then 1. Of a model folder, the configs, the headers of all
-weight files and the tokenizer are read, but no weights are loaded.
+weight files and the tokenizer are read, but no weights are loaded. With --try_training, the training script also trains
+a LoRA of the model for two steps, with a generated clip; without a model, that of the tiny model in examples/model.
 """
 
 from cogvideox.config import args

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cogvideox.config.args import parse
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.options import DoctorOptions
 from cogvideox.errors import UsageError
-from cogvideox.planning import doctor
+from cogvideox.planning import doctor, trial_training
 
 Tiny = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -58,6 +59,52 @@ def test_the_page_of_a_cpu(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFix
     for private in (tmp_path, model, Path.home()):
         assert str(private) not in page
     assert not list(tmp_path.iterdir())
+
+
+def test_training_is_tried_with_the_script(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model needs the image-to-video script, so its choice is tested too."""
+    model = tiny("5b-i2v")
+    assert script.main(options_of("--model_id", model, "--output_dir", tmp_path, "--try_training")) == 0
+    page = capsys.readouterr().out
+    lines = [line.removeprefix("training       ") for line in page.splitlines() if line.startswith("training ")]
+    assert lines[0].startswith("2 steps of a LoRA with the model at ")
+    assert lines[1].startswith("plan: ")
+    assert lines[2].startswith("reloaded in CogVideoXImageToVideoPipeline: max |difference| 0, ")
+    assert lines[-1].startswith("the steps took ")
+    assert lines[-1].count(" and ") == 2
+    assert str(tmp_path) not in page
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_ended_training_is_shown(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = copied(tiny, tmp_path)
+    (file,) = (model / "text_encoder").glob("*.safetensors")
+    file.write_bytes(b"damaged")
+    out = tmp_path / "out"
+    out.mkdir()
+    assert script.main(options_of("--model_id", model, "--output_dir", out, "--try_training")) == 1
+    (failed,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("training       FAILED: "))
+    assert "the training script ended with status 2: " in failed
+    assert "text_encoder" in failed
+    assert str(tmp_path) not in failed
+    assert not list(out.iterdir())
+
+
+def test_without_a_model_the_embedded_one_is_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+
+    def record(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "plan: a\nsomething else\n")
+
+    monkeypatch.setattr(subprocess, "run", record)
+    page = list(trial_training.try_training(options_of().model, tmp_path, torch.bfloat16))
+    assert "the tiny model of the examples at 9x64x96" in page[0]
+    assert page[1] == "plan: a"
+    (words,) = commands
+    assert Path(words[1]).name == "cogvideox_text_to_video_lora.py"
+    assert words[words.index("--mixed_precision") + 1] == "bf16"
+    assert words[words.index("--pretrained_model_name_or_path") + 1] == str(trial_training.EMBEDDED_MODEL)
 
 
 def test_a_failing_check_takes_one_line_and_the_others_run(

@@ -150,6 +150,11 @@ class DoctorFlags:
     """The flags of doctor.py alone. Used by planning/doctor.py."""
 
     output_dir: str = flag(".", "existing folder on the disk whose free space and rates are measured")
+    try_training: bool = flag(
+        False,
+        "also train a LoRA for two steps with the training script, on a generated clip; uses the tiny model of the "
+        "examples if no model is given",
+    )
 
 
 @dataclass(frozen=True)

@@ -8,5 +8,6 @@ sharded.py      runs all blocks of a transformer whose weights are sharded over 
 layerwise.py    runs a transformer that stays on the CPU on the device, one layer at a time
 block_check.py  compares blocks under the plan with diffusers' own before the first step
 doctor.py       checks the machine and the files of a model for doctor.py
+trial_training.py  trains for two steps with the training script, for doctor.py
 warm_up.py      runs the largest bucket before the first step if no plan bounds the memory
 """

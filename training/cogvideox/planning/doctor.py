@@ -33,6 +33,7 @@ from cogvideox.model.rope import RotaryTables
 from cogvideox.planning.block_check import compare_block, random_inputs, require_agreement
 from cogvideox.planning.execution import COPY_BYTES, seconds_per_call
 from cogvideox.planning.plan import DEVICE, GIB, HOST, BlockPlan, ExecutionPlan
+from cogvideox.planning.trial_training import try_training
 from cogvideox.runtime.run import environment
 
 Check = Callable[[], Iterator[str]]
@@ -87,7 +88,7 @@ def examine(options: DoctorOptions, checks: dict[str, Check]) -> Iterator[tuple[
 
 
 def checks_of(options: DoctorOptions) -> dict[str, Check]:
-    """Returns the checks by the name that the page shows. The model is checked if it is given."""
+    """Returns the checks by the name that the page shows. A model and training are checked if they are asked for."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checks: dict[str, Check] = {
         "versions": describe_versions,
@@ -102,6 +103,9 @@ def checks_of(options: DoctorOptions) -> dict[str, Check]:
     }
     if options.model.pretrained_model_name_or_path:
         checks["model"] = partial(check_model, options.model)
+    if options.doctor.try_training:
+        folder = Path(options.doctor.output_dir)
+        checks["training"] = partial(try_training, options.model, folder, compute_dtype(device))
     return checks
 
 
