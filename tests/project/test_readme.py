@@ -9,6 +9,7 @@ from pathlib import Path
 import bench
 import bench_table
 import pytest
+import yaml
 from running import ROOT
 
 from cogvideox.config import args
@@ -126,6 +127,15 @@ def test_command(command: str) -> None:
         assert (ROOT / script).is_file()
         if "--config_file" in words:
             assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+
+
+def test_the_template_of_a_bug_asks_for_the_page_of_the_doctor() -> None:
+    fields = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())["body"]
+    (field,) = (field for field in fields if field["id"] == "doctor")
+    command = re.search(r"python training/doctor.py (.*?)\.\s", field["attributes"]["description"])
+    assert command
+    args.read_flags(DoctorOptions, shlex.split(command[1]), None)
+    assert field["validations"]["required"]
 
 
 def test_there_are_commands() -> None:
