@@ -271,6 +271,18 @@ def test_hours_of_the_guide_follow_from_its_steps() -> None:
     assert len(rows) == 4
 
 
+def test_costs_of_the_guide_follow_from_its_hours() -> None:
+    seconds = dict(re.findall(r"^\| ([^|]*) \| ([\d.]+) s \| [\d.]+ hours", GUIDE, re.MULTILINE))
+    money = r"\$([\d.]+) to \$([\d.]+)"
+    rows = re.findall(rf"^\| ([^|]*) \| {money} \| {money} \| {money} \|$", GUIDE, re.MULTILINE)
+    assert len(rows) == 3
+    for card, *figures in rows:
+        hours = float(seconds[card]) / 3.6
+        prices = [float(text) for text in figures[:2]]
+        assert figures[2:] == [f"{steps * hours * price:.2f}" for steps in (1, 2.8) for price in prices]
+    assert f"about {0.170 * float(seconds['RTX 3060, 12 GB']) / 3.6:.1f} kWh" in GUIDE
+
+
 def test_claims_of_the_guide_about_several_gpus_are_what_was_measured() -> None:
     names = ("lora_1_uncompiled_1", "lora_4_uncompiled_2")
     one, four = (json.loads((RESULTS / f"scale_5b_{name}_plan_lean_cudnn.json").read_text()) for name in names)
