@@ -109,7 +109,7 @@ def unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     curves = sys.modules.get("cogvideox.runtime.curves")
     if curves and "rendered" not in request.fixturenames:
         monkeypatch.setattr(curves, "curves_figure", lambda *_: importlib.import_module("matplotlib.figure"))
-        monkeypatch.setattr(curves, "png", lambda figure: b"not rendered")
+        monkeypatch.setattr(curves, "png", lambda figure: quick_pictures.blank_png())
 
 
 def schedule_as_usual() -> None:

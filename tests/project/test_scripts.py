@@ -358,7 +358,7 @@ def test_trackers(model: Path, tensors: Path, tmp_path: Path) -> None:
 def test_runs_without_the_optional_packages(model: Path, tensors: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.machinery as m\n"
-        "hidden = {'deepspeed', 'bitsandbytes', 'torchao', 'wandb', 'decord', 'tensorboard'}\n"
+        "hidden = {'deepspeed', 'bitsandbytes', 'torchao', 'wandb', 'decord', 'tensorboard', 'trackio'}\n"
         "find = m.PathFinder.find_spec\n"
         "m.PathFinder.find_spec = classmethod(\n"
         "    lambda cls, name, *rest: None if name.split('.')[0] in hidden else find(name, *rest))\n"

@@ -5,6 +5,7 @@ Compressing the contact sheet of a validation takes a tenth of the time of a sho
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,3 +23,12 @@ def compress_lightly() -> None:
         write(image, file, name)
 
     Image.register_save("PNG", write_quickly)
+
+
+def blank_png() -> bytes:
+    """Returns a PNG file of one pixel."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "PNG")
+    return file.getvalue()

@@ -34,7 +34,7 @@ from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loade
 from cogvideox.data.sampler import BucketBatchSampler, Order
 from cogvideox.data.shared_memory import batch_bytes, choose_workers
 from cogvideox.errors import UsageError, first_line, first_of
-from cogvideox.evaluation.before_after import BeforeAfter
+from cogvideox.evaluation.before_after import SHEET_NAME, BeforeAfter
 from cogvideox.evaluation.health import report_health
 from cogvideox.evaluation.held_out import HeldOut
 from cogvideox.evaluation.images import fetch_images
@@ -72,8 +72,9 @@ from cogvideox.runtime.curves import CURVES_NAME, draw_curves
 from cogvideox.runtime.metrics import column, read_records
 from cogvideox.runtime.ranks import lost_ranks_reported
 from cogvideox.runtime.report import write_report
-from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, TrainedSample, start_run, start_trackers, write_config
+from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, TrainedSample, start_run, write_config
 from cogvideox.runtime.skipped import SkippedSteps
+from cogvideox.runtime.trackers import log_media, start_trackers
 
 # After this many steps everything is compiled and all memory is allocated, so step times can be measured.
 STEADY_STEPS = 6
@@ -435,7 +436,7 @@ class Trainer:
             self.run.say(f"{rule}; training ends after step {step} of {self.steps.total}")
 
     def _draw(self, step: int, videos: Sequence[Path]) -> None:
-        """Draws curves and contact sheet up to a step, measures the videos of the step, and writes the report."""
+        """Draws the pictures up to a step, measures its videos, sends both to the trackers, and writes the report."""
         folder = self.run.output_dir
         name, weighting = folder.resolve().name, self.options.loss.loss_weighting
         with self.run.ranks.together():
@@ -444,6 +445,7 @@ class Trainer:
                     draw_curves(folder / METRICS_NAME, folder / CURVES_NAME, name, weighting)
                 self.before_after.draw(step)
                 report_health(self.run, step, videos, self.before_after.health_of_clips())
+                log_media(self.run, step, videos, [folder / SHEET_NAME, folder / CURVES_NAME])
                 write_report(folder)
 
     def _make_loader(self) -> DataLoader[Batch]:

@@ -524,8 +524,8 @@ class TrainFlags:
     )
     report_to: str | None = flag(
         None,
-        "tracker to report to, in addition to metrics.jsonl (default: none)",
-        choices=("none", "wandb", "tensorboard", "all"),
+        "tracker to report to, in addition to metrics.jsonl; all: tensorboard and wandb (default: none)",
+        choices=("none", "wandb", "tensorboard", "trackio", "all"),
     )
     tracker_name: str | None = flag(None, "project name in the tracker (default: cogvideox)")
     logging_dir: str = flag("logs", "folder in output_dir for the files of trackers")

@@ -243,8 +243,8 @@ class Validator:
             )
         missing = {path for path, _ in skipped}
         made = [path for path in paths if path not in missing]
-        if self.run.is_main and made:
-            self._log(step, made)
+        if made:
+            self.run.say(with_peaks(f"validation after step {step}: {made[0].parent}/step-{step:06d}_*.mp4"))
         return made
 
     def _make(self, todo: Sequence[tuple[tuple[int, int], Path]]) -> tuple[list[tuple[Path, str]], list[str]]:
@@ -355,13 +355,3 @@ class Validator:
         finally:
             vae.to("cpu")
             torch.cuda.empty_cache()
-
-    def _log(self, step: int, paths: list[Path]) -> None:
-        """Prints where the videos of a step are, and sends them to wandb if it is a tracker of the run."""
-        self.run.say(with_peaks(f"validation after step {step}: {paths[0].parent}/step-{step:06d}_*.mp4"))
-        for tracker in self.run.accelerator.trackers:
-            if tracker.name == "wandb":
-                import wandb
-
-                videos = [wandb.Video(str(path), caption=path.stem) for path in paths]
-                tracker.log({"validation": videos}, step=step)

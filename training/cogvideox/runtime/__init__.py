@@ -1,6 +1,6 @@
 """Manages one training run: its processes, output folder, checkpoints and metrics.
 
-run.py         starts a run: processes, device, output folder and its lock, trackers; writes metrics.jsonl
+run.py         starts a run: processes, device, output folder and its lock; writes metrics.jsonl
 startup.py     measures the phases of a run until its first step
 ranks.py       connects the processes of a run: barriers, and agreement on the last optimizer step
 checkpoint.py  writes, verifies and finds checkpoints, and compares a checkpoint's settings with the run's
@@ -8,6 +8,7 @@ best.py        keeps the checkpoint with the lowest held-out loss
 skipped.py     reports and counts optimizer steps that changed no weight, and ends the run if there are too many
 metrics.py     reads metrics.jsonl
 curves.py      draws loss and learning rate from metrics.jsonl
+trackers.py    starts trackers, and sends them videos and pictures
 report.py      writes report.html: videos, curves, costs and clips of a run on one page
 sheets.py      draws contact sheets: labels and frames in one PNG
 """

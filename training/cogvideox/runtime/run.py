@@ -1,4 +1,4 @@
-"""Starts a training run: processes and device, the output folder and its lock, trackers, and metrics.jsonl.
+"""Starts a training run: processes and device, the output folder and its lock, and metrics.jsonl.
 
 ``start_run`` returns the ``Run`` that all other parts of training use. ``Metrics`` writes one line of metrics.jsonl per
 optimizer step. It reads the numbers of a step from the device one step late, so that logging never makes it wait.
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from cogvideox.config.args import config_dict
 from cogvideox.config.hub import open_repository
 from cogvideox.config.options import TrainOptions, launched_processes, precision_of, tracker_names, under_deepspeed
-from cogvideox.errors import UsageError, first_line, public_urls
+from cogvideox.errors import UsageError, public_urls
 from cogvideox.files import LOCK_NAME, disk_errors_converted, remove_temporaries, write_atomically
 from cogvideox.locks import Lock, take
 from cogvideox.optimizer.step import LOSS_SCALE, StepResult
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 RUN_CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
-WANDB_SECONDS = 20.0  # how long wandb may try to reach its server; its own default is 90
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")  # their versions are recorded
 
@@ -146,38 +145,6 @@ def start_run(options: TrainOptions) -> Run:
         raise UsageError(problem)
     run.ranks.check_shared(output_dir, "--output_dir")
     return run
-
-
-def start_trackers(run: Run, options: TrainOptions) -> None:
-    """Starts the trackers of --report_to, before anything is loaded that would have to wait for them.
-
-    Raises:
-        UsageError: A tracker cannot start: no network, a wrong key, a folder that cannot be written.
-    """
-    problem = run.from_main(tracker_problem(run, options) if run.is_main else None)
-    if problem:
-        run.accelerator.end_training()
-        raise UsageError(problem)
-
-
-def tracker_problem(run: Run, options: TrainOptions) -> str | None:
-    """Starts the trackers on the main process; returns the problem if that fails."""
-    names = tracker_names(options.train.report_to)
-    if not names:
-        return None
-    config = {name: str(value) for name, value in config_dict(options).items()}
-    wandb: dict[str, Any] = {"dir": str(run.output_dir), "name": run.output_dir.name}
-    if "wandb" in names and "WANDB_INIT_TIMEOUT" not in os.environ:
-        from wandb import Settings
-
-        wandb["settings"] = Settings(init_timeout=WANDB_SECONDS)
-    try:
-        run.accelerator.init_trackers(options.train.tracker_name or "cogvideox", config, {"wandb": wandb})
-    except Exception as error:  # Each tracker raises different errors.
-        run.accelerator.trackers.clear()  # Ending a tracker that did not start would fail.
-        fix = "set WANDB_MODE=offline and upload later with `wandb sync`, " if "wandb" in names else ""
-        return f"--report_to {' '.join(names)}: cannot start: {first_line(error)}; {fix}or leave the flag out"
-    return None
 
 
 def use_growing_segments() -> None:
