@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import caption_dataset
+import numpy as np
 import pytest
 from caption_server import CaptionServer, pictures, says, serving, texts
 from data_sets import captions as captions_of
@@ -19,6 +20,7 @@ from data_sets import captions as captions_of
 from cogvideox import stopping
 from cogvideox.config.args import parse
 from cogvideox.config.options import CaptionOptions
+from cogvideox.data.media.decode import write_video
 from cogvideox.errors import UsageError
 from cogvideox.preparation import captioning, vision_server
 
@@ -146,12 +148,101 @@ def test_a_text_written_meanwhile_is_kept(
     assert captions_of(folder) == ["A person was faster.", "From the model.", "From the model."]
 
 
-def test_tables_are_not_written(folder: Path, caption: Callable[..., int]) -> None:
-    table = folder / "metadata.csv"
-    table.write_text("file_name,text\na.mp4,\nb.mp4,Here.\n")
-    assert "1 of its rows have no caption; captions are not written into tables" in problems_of(caption, folder)
-    table.write_text("file_name,text\na.mp4,There.\nb.mp4,Here.\n")
+SAID = '"Red, then blue; a ""cube""."'  # a caption as a cell of a CSV
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        (
+            "metadata.csv",
+            'file_name , text,note\na.mp4,,"x"\n\nb.mp4,"Here,\non two lines.",y\n"sub/c.mp4",NaN,\n',
+            f'file_name , text,note\na.mp4,{SAID},x\n\nb.mp4,"Here,\non two lines.",y\nsub/c.mp4,{SAID},\n',
+        ),
+        (
+            "metadata.csv",  # as Excel writes it in some countries, with a row on two lines
+            '\ufefffile_name;note;text\r\na.mp4;"one\r\ntwo"; \r\nb.mp4;;"Here; too."\r\nsub/c.mp4;;',
+            f'\ufefffile_name;note;text\r\na.mp4;"one\ntwo";{SAID}\r\nb.mp4;;"Here; too."\r\nsub/c.mp4;;{SAID}',
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.mp4", "n": 1.50}\n\n{"file_name":"b.mp4","text":"H\\u00e9re"}\n'
+            '{"file_name": "sub/c.mp4", "text": null, "x": "é", "y": NaN}\n',
+            '{"file_name": "a.mp4", "n": 1.5, "text": "Red, then blue; a \\"cube\\"."}\n\n'
+            '{"file_name":"b.mp4","text":"H\\u00e9re"}\n'
+            '{"file_name": "sub/c.mp4", "text": "Red, then blue; a \\"cube\\".", "x": "é", "y": NaN}\n',
+        ),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_blank_cells_of_tables_are_filled_and_nothing_else_is_changed(
+    encoding: str, name: str, before: str, after: str, folder: Path, caption: Callable[..., int], server: CaptionServer
+) -> None:
+    mark = "" if encoding == "utf-8" else "\ufeff"
+    coding = "utf-8" if encoding == "utf-8" else "utf-16-be"
+    (folder / name).write_bytes((mark + before.removeprefix(mark)).encode(coding))
+    server.answer = lambda number, body: says('Red, then blue; a "cube".')
     assert caption(folder) == 0
+    assert (folder / name).read_bytes().decode(coding) == mark + after.removeprefix(mark)
+    assert len(server.requests) == 2
+    assert caption(folder) == 0
+    assert len(server.requests) == 2
+
+
+def test_a_cell_written_meanwhile_is_kept(folder: Path, caption: Callable[..., int], server: CaptionServer) -> None:
+    table = folder / "metadata.csv"
+    table.write_text("file_name,text\na.mp4,\nb.mp4,\n")
+
+    def write_too(number: int, body: dict[str, Any]) -> Any:
+        table.write_text("file_name,text\na.mp4,A person was faster.\nb.mp4,\n")
+        return says("From the model.")
+
+    server.answer = write_too
+    assert caption(folder, "--concurrency", 1) == 0
+    assert table.read_text() == "file_name,text\na.mp4,A person was faster.\nb.mp4,From the model.\n"
+
+
+@pytest.mark.parametrize("rows", ["b.mp4,\na.mp4,\n", "a.mp4,\n", "sub/c.mp4,\na.mp4,\nb.mp4,\n"])
+def test_rows_that_move_meanwhile_get_no_captions(
+    rows: str, folder: Path, caption: Callable[..., int], server: CaptionServer
+) -> None:
+    table = folder / "metadata.csv"
+    table.write_text("file_name,text\na.mp4,\nb.mp4,\n")
+
+    def move(number: int, body: dict[str, Any]) -> Any:
+        table.write_text(f"file_name,text\n{rows}")
+        return says("From the model.")
+
+    server.answer = move
+    assert "metadata.csv: has changed while captions were written" in problems_of(caption, folder)
+    assert table.read_text() == f"file_name,text\n{rows}"
+
+
+def test_sections_are_captioned_from_their_own_frames(
+    folder: Path, caption: Callable[..., int], server: CaptionServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The clip is dark for 3 s, then bright; a table outside the folder names both parts."""
+    levels = np.repeat(np.array([30, 220], np.uint8), 24)
+    write_video(folder / "a.mp4", np.broadcast_to(levels[:, None, None, None], (48, 32, 32, 3)).copy(), 8.0)
+    table = tmp_path / "scenes.csv"
+    table.write_text("video,start,end,caption\na.mp4,0.000,3.000,\na.mp4,3.000,,\n")
+    server.answer = lambda number, body: says(
+        " ".join(str(pixel.getpixel((9, 9))[0] // 100) for pixel in pictures(body))
+    )
+    flags = ("--dataset_file", table, "--caption_frames", 3, "--caption_prompt", "{seconds}", "--concurrency", 1)
+    assert caption(folder, *flags) == 0
+    assert table.read_text() == "video,start,end,caption\na.mp4,0.000,3.000,0 0 0\na.mp4,3.000,,2 2 2\n"
+    assert texts(server.requests[1]) == ["Frame at 0.0 s:", "Frame at 1.4 s:", "Frame at 2.9 s:", "3.0"]
+    assert f"{folder / 'a.mp4'} from 3 s to the end: " in capsys.readouterr().out
+
+
+def test_tables_that_cannot_be_filled_are_explained(folder: Path, caption: Callable[..., int]) -> None:
+    (folder / "list.json").write_text('[{"file_name": "a.mp4", "text": ""}]')
+    rule = "1 of its rows have no caption; captions are written into CSV, TSV and JSON lines only; convert the table"
+    assert rule in problems_of(caption, folder, "--dataset_file", "list.json")
+    (folder / "metadata.csv").write_text("file_name,note\na.mp4,\n")
+    rule = "1 of its rows have no caption; add a column with the name caption, or name its column with --caption_column"
+    assert rule in problems_of(caption, folder)
 
 
 def test_at_most_that_many_requests_run_at_a_time(

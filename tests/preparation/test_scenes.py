@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     write_video(root / "sub" / "short.mp4", shots(25), RATE)
     Image.fromarray(shots(1)[0]).save(root / "photo.png")
     (root / "long.txt").write_text("Several shots.\n")
-    (root / "sub" / "short.txt").write_text('A "short" clip,\non two lines.\n')
+    (root / "sub" / "short.txt").write_text("A short clip\non two lines.\n")
     return root
 
 
@@ -70,7 +70,7 @@ def test_scenes_are_rows_and_other_clips_keep_their_captions(
     assert [row["video"] for row in rows] == ["long.mp4", "long.mp4", "photo.png", "sub/short.mp4"]
     assert sections(rows, "long.mp4") == [("0.000", "2.000"), ("2.500", "")]
     assert sections(rows, "sub/short.mp4") == sections(rows, "photo.png") == [("", "")]
-    assert [row["caption"] for row in rows] == ["", "", "", 'A "short" clip,\non two lines.']
+    assert [row["caption"] for row in rows] == ["", "", "", "A short clip\non two lines."]
     printed = capsys.readouterr().out
     assert f"{folder / 'long.mp4'}: 2 scenes, without 1 that are too short" in printed
     assert "1 caption describes more than one scene, so these scenes have none" in printed

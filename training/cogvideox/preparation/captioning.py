@@ -70,7 +70,7 @@ class Captioning:
                     self._write(clip, answer)
                     refused.clear()
                 else:
-                    line = one_line(f"{clip.video}: {answer}")
+                    line = one_line(f"{clip.name}: {answer}")
                     self.failed.append(line)
                     self.say(line)
                     refused.append(line)
@@ -87,11 +87,12 @@ class Captioning:
         (tokens,) = tokens_of(self.tokenizer, [caption], self.length)
         self.cut += tokens.count > self.length
         note = f", of which T5 reads {self.length}" if tokens.count > self.length else ""
-        self.say(f"{clip.video}: {tokens.count} tokens{note}: {' '.join(caption.split())}")
+        self.say(f"{clip.name}: {tokens.count} tokens{note}: {' '.join(caption.split())}")
 
     def _answers(self, clips: Sequence[Uncaptioned]) -> Iterator[tuple[Uncaptioned, Answer]]:
         """Yields each clip with its caption, or with why it has none, in the order of the clips."""
-        jobs = ((stills_of, clip.video, self.flags.caption_frames, self.flags.caption_size) for clip in clips)
+        number, size = self.flags.caption_frames, self.flags.caption_size
+        jobs = ((stills_of, clip.video, number, size, clip.section) for clip in clips)
         asked: deque[tuple[Uncaptioned, Future[Answer]]] = deque()
         pool = ThreadPoolExecutor(self.flags.concurrency)
         try:

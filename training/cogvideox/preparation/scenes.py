@@ -154,17 +154,11 @@ def scenes_of(info: VideoInfo, cuts: Sequence[int], longest: float | None) -> li
 
 
 def _divided(info: VideoInfo, scene: range, longest: float | None) -> Iterator[range]:
-    seconds = seconds_of(info, scene)
+    seconds = info.seconds_of(scene)
     number = max(1, ceil((seconds - TIME_SLACK) / longest)) if longest is not None else 1
     starts = (info.times[scene.start] + seconds * k / number - TIME_SLACK for k in range(1, number))
     bounds = [scene.start, *(bisect_left(info.times, time) for time in starts), scene.stop]
     yield from (range(first, end) for first, end in pairwise(bounds) if first < end)
-
-
-def seconds_of(info: VideoInfo, scene: range) -> float:
-    """Returns how long the frames of a scene are shown."""
-    end = info.times[scene.stop] if scene.stop < info.num_frames else info.duration
-    return end - info.times[scene.start]
 
 
 class SceneSplitter:
@@ -215,7 +209,7 @@ class SceneSplitter:
         scenes = scenes_of(info, search.detector.cuts, flags.max_scene_seconds)
         if len(scenes) == 1:
             return [clip]
-        kept = [scene for scene in scenes if seconds_of(info, scene) > flags.min_scene_seconds - TIME_SLACK]
+        kept = [scene for scene in scenes if info.seconds_of(scene) > flags.min_scene_seconds - TIME_SLACK]
         if not kept:
             rule = f"all of its {len(scenes)} scenes are shorter than --min_scene_seconds {flags.min_scene_seconds:g}"
             self._say(bad_line(clip.video, f"stays one clip, because {rule}; delete its row to leave it out"))

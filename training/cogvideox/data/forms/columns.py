@@ -34,12 +34,14 @@ class Column:
             place, such as "captions.csv:7".
         removal: An instruction for removing a row, such as "remove the row", which messages suggest as a fix.
         folder: Absolute path of the folder that the column's paths are relative to.
+        name: Its name in a table; empty elsewhere.
     """
 
     values: Sequence[str | None]
     location: Callable[[int], str]
     removal: str
     folder: str
+    name: str = ""
 
     def texts(self) -> list[str]:
         """Returns all values as texts. The column must have no problems, since values that are None are left out."""

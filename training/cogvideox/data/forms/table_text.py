@@ -20,6 +20,7 @@ from cogvideox.files import write_atomically
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # by the suffix of the file; JSON lines have none
 _MARKS = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}  # byte order marks and what they mean
+LINE_END = "\r\n"
 _BOM = "\ufeff"  # the byte order mark as a character
 
 
@@ -104,8 +105,10 @@ class TableText:
         if not self.separator:
             return json.dumps(cells, ensure_ascii=False)
         text = io.StringIO()
-        csv.writer(text, delimiter=self.separator, lineterminator="").writerow(cells.get(c, "") for c in self.columns)
-        return text.getvalue()
+        # The writer puts quotes around line breaks only if they are part of its own line end.
+        writer = csv.writer(text, delimiter=self.separator, lineterminator=LINE_END)
+        writer.writerow(cells.get(name, "") for name in self.columns)
+        return text.getvalue().removesuffix(LINE_END)
 
     def write(self) -> None:
         """Writes the file."""

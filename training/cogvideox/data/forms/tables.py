@@ -112,7 +112,7 @@ def _read_column(
     values = [cells.get(name) for cells in table.rows]
     texts = [_cell_text(value, row, name, table, problems) for row, value in enumerate(values)]
     folder = os.path.dirname(table.file) if name == BESIDE_TABLE else root
-    return Column(texts, table.location, "remove the row", folder)
+    return Column(texts, table.location, "remove the row", folder, name)
 
 
 def _read_sections(table: _Table, problems: Problems) -> list[Section | None] | None:
@@ -158,14 +158,21 @@ def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Seq
 
 def _cell_text(value: object, row: int, name: str, table: _Table, problems: Problems) -> str | None:
     """Returns the stripped text of a cell, "" for a missing one, or None for a value of another type."""
-    if isinstance(value, str):
-        text = value.strip()
-        return "" if len(text) < 5 and text.lower() in _NO_TEXT else text
-    if value is None:  # the key is missing, or its value is null or NaN
+    if is_blank(value):
         return ""
+    if isinstance(value, str):
+        return value.strip()
     kind = {bool: "true or false", dict: "an object", list: "a list"}[type(value)]
     problems.add("no text", f"{table.location(row)}: {name} is {kind}; it must be text")
     return None
+
+
+def is_blank(value: object) -> bool:
+    """Returns whether a cell has no text: it is missing, null, NaN, without letters, or one of _NO_TEXT."""
+    if isinstance(value, str):
+        text = value.strip()
+        return not text or (len(text) < 5 and text.lower() in _NO_TEXT)
+    return value is None or value != value
 
 
 def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> _Table | None:

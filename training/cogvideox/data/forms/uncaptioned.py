@@ -1,8 +1,8 @@
 """Finds the clips of a folder that have no caption, and writes captions where the form of the folder has them.
 
 ``find_uncaptioned`` returns an ``Uncaptioned`` for each such clip. Its ``store`` writes the caption: ``TextFiles`` into
-a text file next to each clip, ``CaptionList`` into prompts.txt. A text that somebody wrote is never changed: before a
-caption is written, its place is read again and must still be blank.
+a text file next to each clip, ``CaptionList`` into prompts.txt, ``CaptionCells`` into a table. A text that somebody
+wrote is never changed: before a caption is written, its place is read again and must still be blank.
 """
 
 import os
@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cogvideox.config.flags import FolderFlags
 from cogvideox.data.forms.columns import Columns, Problems, read_lines
 from cogvideox.data.forms.folders import read_rows
-from cogvideox.data.forms.tables import TABLE_READERS
+from cogvideox.data.forms.table_text import TableText, can_be_changed
+from cogvideox.data.forms.tables import CAPTION_COLUMNS, TABLE_READERS, is_blank
+from cogvideox.data.media.frames import Section
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
 
@@ -39,14 +41,24 @@ class Uncaptioned:
     Attributes:
         video: Absolute path of the video.
         place: The file that the caption belongs into.
-        row: The line of that file, counted from 0.
+        row: The line of that file, or the row of the table, counted from 0.
         store: What writes the caption.
+        section: The part of the video that the clip is; None for all of it.
     """
 
     video: str
     place: str
     row: int
     store: Store
+    section: Section | None = None
+
+    @property
+    def name(self) -> str:
+        """The path of the video, followed by the section if there is one, for messages."""
+        if self.section is None:
+            return self.video
+        end = "the end" if self.section.end is None else f"{self.section.end:g} s"
+        return f"{self.video} from {self.section.start:g} s to {end}"
 
     def write(self, caption: str) -> None:
         """Writes the caption as one line, now or within SECONDS_BETWEEN_WRITES of other captions."""
@@ -66,7 +78,32 @@ class TextFiles:
         """Does nothing, because each caption is written at once."""
 
 
-class CaptionList:
+class _WholeFile:
+    """Collects captions for a file that is written as a whole, and writes them from time to time."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, str] = {}
+        self._written_at = time.monotonic()
+
+    def write(self, place: str, row: int, caption: str) -> None:
+        """Takes a caption, and writes the file from time to time."""
+        self._waiting[row] = caption
+        if time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the captions that wait."""
+        self._written_at = time.monotonic()
+        if self._waiting:
+            self._save(self._waiting)
+            self._waiting.clear()
+
+    def _save(self, captions: dict[int, str]) -> None:
+        """Writes captions, by row, where the file is still blank."""
+        raise NotImplementedError
+
+
+class CaptionList(_WholeFile):
     """Writes captions into the blank lines of a list."""
 
     def __init__(self, file: str, length: int) -> None:
@@ -76,26 +113,14 @@ class CaptionList:
             file: Path of the list, which need not exist.
             length: Number of clips, and thus of lines.
         """
+        super().__init__()
         self._file, self._length = file, length
-        self._waiting: dict[int, str] = {}
-        self._written_at = time.monotonic()
 
-    def write(self, place: str, row: int, caption: str) -> None:
-        """Takes a caption, and writes the list from time to time."""
-        self._waiting[row] = caption
-        if time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes the captions that wait into those of their lines that are still blank."""
-        self._written_at = time.monotonic()
-        if not self._waiting:
-            return
+    def _save(self, captions: dict[int, str]) -> None:
         lines = self._lines()
-        for row, caption in self._waiting.items():
+        for row, caption in captions.items():
             lines[row] = lines[row] if lines[row].strip() else caption
         write_atomically(Path(self._file), "".join(f"{line}\n" for line in lines).encode())
-        self._waiting.clear()
 
     def _lines(self) -> list[str]:
         problems = Problems()
@@ -103,17 +128,52 @@ class CaptionList:
         while found and found[-1] == "":
             found.pop()
         if problems or len(found) > self._length:
-            fix = "end every program that writes to it, and run the same command again"
-            raise UsageError(f"{self._file}: has changed while captions were written; {fix}")
+            raise _changed(self._file)
         lines = [line or "" for line in found]
         return lines + [""] * (self._length - len(lines))
+
+
+class CaptionCells(_WholeFile):
+    """Writes captions into the blank cells of a table, and changes nothing else in it."""
+
+    def __init__(self, file: str, column: str) -> None:
+        """Reads a table.
+
+        Args:
+            file: Path of a CSV, TSV or JSON lines file.
+            column: Name of the column of captions.
+
+        Raises:
+            UsageError: The table cannot be read.
+        """
+        super().__init__()
+        self._file, self._column = Path(file), column
+        self._clips = [self._clip(cells) for _, cells in TableText.read(self._file).rows]
+
+    def _clip(self, cells: dict[str, Any]) -> str:
+        """Returns the cells that say which clip a row is about, as a text, because NaN does not equal itself."""
+        return repr({name: value for name, value in cells.items() if name != self._column})
+
+    def _save(self, captions: dict[int, str]) -> None:
+        table = TableText.read(self._file)
+        for row, caption in captions.items():
+            if row >= len(table.rows) or self._clip(table.rows[row][1]) != self._clips[row]:
+                raise _changed(str(self._file))
+            if is_blank(table.rows[row][1].get(self._column)):
+                table.replace(row, self._column, caption)
+        table.write()
+
+
+def _changed(file: str) -> UsageError:
+    fix = "end every program that writes to it, and run the same command again"
+    return UsageError(f"{file}: has changed while captions were written; {fix}")
 
 
 def find_uncaptioned(data: FolderFlags) -> tuple[list[Uncaptioned], int]:
     """Returns the clips without captions of all folders, and the number of clips with a caption.
 
     Raises:
-        UsageError: A folder cannot be read, or its captions are in a table and some are missing.
+        UsageError: A folder cannot be read, or captions cannot be written into its table.
     """
     missing: list[Uncaptioned] = []
     found: list[str] = []
@@ -135,16 +195,21 @@ def _in_folder(folder: str, data: FolderFlags, problems: Problems) -> tuple[list
         return [], 0
     captions = columns.captions.values if columns.captions is not None else [""] * len(files)
     rows = [row for row, caption in enumerate(captions) if not caption]
-    if rows and os.path.splitext(columns.caption_file)[1].lower() in TABLE_READERS:
-        fix = "write them there, or name the clips in videos.txt instead, for which captions go to prompts.txt"
-        rule = f"{columns.caption_file}: {len(rows)} of its rows have no caption; captions are not written into tables"
-        problems.add("table without captions", f"{rule}; {fix}")
+    if rows and _is_table(columns.caption_file) and (rule := _table_problem(columns)):
+        problems.add(
+            "table without captions", f"{columns.caption_file}: {len(rows)} of its rows have no caption; {rule}"
+        )
         return [], 0
     return list(_with_places(columns, files, rows)), len(files) - len(rows)
 
 
 def _with_places(columns: Columns, files: Sequence[str], rows: Sequence[int]) -> Iterator[Uncaptioned]:
-    store: Store = CaptionList(columns.caption_file, len(files)) if columns.caption_file else TextFiles()
+    store: Store = TextFiles()
+    if rows and _is_table(columns.caption_file):
+        assert columns.captions is not None, "a table without this column is a problem"
+        store = CaptionCells(columns.caption_file, columns.captions.name)
+    elif columns.caption_file:
+        store = CaptionList(columns.caption_file, len(files))
     for row in rows:
         video = files[row]
         place = columns.caption_file
@@ -152,4 +217,17 @@ def _with_places(columns: Columns, files: Sequence[str], rows: Sequence[int]) ->
             assert columns.captions is not None, "captions next to clips are a column, even if all are missing"
             blank = columns.captions.location(row)  # a file without text, or the folder if there is none
             place = blank if os.path.isfile(blank) else f"{os.path.splitext(video)[0]}.txt"
-        yield Uncaptioned(video, place, row, store)
+        yield Uncaptioned(video, place, row, store, columns.sections[row] if columns.sections is not None else None)
+
+
+def _is_table(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in TABLE_READERS
+
+
+def _table_problem(columns: Columns) -> str:
+    """Returns why captions cannot be written into a table; empty if they can be."""
+    if not can_be_changed(columns.caption_file):
+        return "captions are written into CSV, TSV and JSON lines only; convert the table"
+    if columns.captions is None:
+        return f"add a column with the name {CAPTION_COLUMNS[1]}, or name its column with --caption_column"
+    return ""

@@ -121,6 +121,11 @@ class VideoInfo:
         """Seconds from the first frame to the end of the last, which is assumed to last one usual interval."""
         return self.times[-1] - self.times[0] + 1 / self.fps
 
+    def seconds_of(self, frames: range) -> float:
+        """Returns how long consecutive frames, given by their indices, are shown."""
+        end = self.times[frames.stop] if frames.stop < self.num_frames else self.duration
+        return end - self.times[frames.start]
+
 
 class Section(NamedTuple):
     """A part of a video, in seconds from its first frame.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
-from cogvideox.data.media.frames import VideoInfo, frame_indices
+from cogvideox.data.media.frames import Section, VideoInfo, frame_indices
 
 JPEG_QUALITY = 90
 
@@ -32,24 +32,28 @@ class Stills:
     duration: float
 
 
-def stills_of(path: str, count: int, size: int) -> Stills | str:
+def stills_of(path: str, count: int, size: int, section: Section | None = None) -> Stills | str:
     """Returns frames at equal distances in time, from the first to the last frame of the clip.
 
     Args:
         path: The clip, or a picture, which has one frame.
         count: How many frames; a shorter clip gives each of its frames.
         size: Pixels of the longer side. Smaller frames are not enlarged.
+        section: The part of the file that the clip is; None for all of it.
 
     Returns:
         The frames, or a line that says why the file cannot be used.
     """
     try:
         info = probe(path)
-        indices = frame_indices(info.times, min(count, info.num_frames), None, "uniform")
+        clip = range(info.num_frames) if section is None else section.frames(info)
+        skipped = (clip.start, info.num_frames - clip.stop)
+        indices = frame_indices(info.times, min(count, len(clip)), None, "uniform", *skipped)
         frames_FHWC = read_frames(path, info, indices, *_small_size(info, size))
     except (OSError, VideoError) as error:
         return str(error)
-    return Stills(tuple(map(_jpeg, frames_FHWC)), tuple(info.times[index] for index in indices), info.duration)
+    times = tuple(info.times[index] - info.times[clip.start] for index in indices)
+    return Stills(tuple(map(_jpeg, frames_FHWC)), times, info.seconds_of(clip))
 
 
 def info_of(path: str) -> VideoInfo | str:
