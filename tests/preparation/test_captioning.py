@@ -286,7 +286,7 @@ def test_pauses_double_up_to_a_limit(server: CaptionServer) -> None:
     asked = vision_server.VisionServer(CaptionFlags(server.url, request_attempts=8), pauses.append)
     server.answer = lambda number, body: (503, "busy")
     with pytest.raises(UsageError, match="busy"):
-        asked.describe(captioning.Stills((), (), 1.0), "Describe.")
+        asked.describe([(captioning.Stills((), (), 1.0), "Describe.")])
     assert pauses == [1, 2, 4, 8, 16, 30, 30]
 
 
@@ -388,6 +388,109 @@ def test_a_model_runs_in_this_process(model: Path, vision: Path, folder: Path, m
     (choice,) = answers[0]["choices"]
     assert choice == {"message": {"content": expected_answer(vision, folder / "a.mp4")}, "finish_reason": "length"}
     assert (folder / "a.txt").read_text() == "A sentence.\n"
+
+
+def test_a_batch_says_what_its_clips_say_alone(
+    model: Path, vision: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names are parts of the instructions, and one clip is a picture, so all rows have other lengths."""
+    from PIL import Image
+
+    from cogvideox.preparation import vision_local
+
+    (folder / "b.mp4").rename(folder / "a-clip-with-a-long-name.mp4")
+    Image.new("RGB", (40, 30), "teal").save(folder / "picture.png")
+    monkeypatch.setattr(vision_local, "caption_in", lambda answer: answer["choices"][0]["message"]["content"])
+    sizes: list[int] = []
+    generate = vision_local.LocalVisionModel._generate
+
+    def counted(self: Any, requests: Any) -> Any:
+        sizes.append(len(requests))
+        return generate(self, requests)
+
+    monkeypatch.setattr(vision_local.LocalVisionModel, "_generate", counted)
+    flags = (
+        "--caption_model",
+        vision,
+        "--caption_tokens",
+        16,
+        "--caption_frames",
+        2,
+        "--caption_prompt",
+        "Is it {file}?",
+    )
+    found = []
+    for number in (1, 3):
+        local(model, folder, *flags, "--concurrency", number)
+        found.append({path.stem: path.read_text() for path in folder.rglob("*.txt")})
+        for path in folder.rglob("*.txt"):
+            path.unlink()
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == 4
+    assert sizes == [1, 1, 1, 1, 3, 1]
+
+
+def test_a_damaged_clip_leaves_the_others_of_its_batch(
+    model: Path, vision: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cogvideox.preparation import vision_local
+
+    (folder / "b.mp4").write_bytes(b"")
+    monkeypatch.setattr(vision_local, "caption_in", lambda answer: "A sentence.")
+    assert local(model, folder, "--caption_model", vision, "--caption_tokens", 16, "--caption_frames", 1) == 1
+    assert sorted(path.name for path in folder.rglob("*.txt")) == ["a.txt", "c.txt"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"), [([5, 6, 1, 0], ("5 6", True)), ([5, 0, 6], ("5 0 6", False)), ([2, 1], ("", True))]
+)
+def test_an_answer_ends_before_the_padding(tokens: list[int], found: tuple[str, bool]) -> None:
+    from types import SimpleNamespace
+
+    from cogvideox.config.flags import CaptionFlags
+    from cogvideox.preparation.vision_local import LocalVisionModel
+
+    run = LocalVisionModel(CaptionFlags())
+    run._model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 2]))
+    run._processor = SimpleNamespace(decode=lambda row, skip_special_tokens: " ".join(map(str, row)))
+    assert run._text(tokens) == found
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (3, "3 clips at the same time; lower --concurrency, to 1 for example"),
+        (1, "a clip; lower --caption_frames or --caption_size, or choose a smaller --caption_model"),
+    ],
+)
+def test_too_little_memory_for_a_batch(
+    number: int, fix: str, model: Path, vision: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "generate", fails)
+    found = problems_of(local, model, folder, "--caption_model", vision, "--concurrency", number)
+    assert found == f"--caption_model: the GPU has no room for {fix}"
+
+
+def test_too_little_memory_for_the_model(
+    model: Path, vision: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "to", fails)
+    found = problems_of(local, model, folder, "--caption_model", vision)
+    assert found == (
+        f"--caption_model {vision}: does not fit on the GPU; choose a smaller one, or a server with --endpoint"
+    )
 
 
 def expected_answer(vision: Path, clip: Path) -> str:

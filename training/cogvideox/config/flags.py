@@ -403,7 +403,9 @@ class CaptionFlags:
     max_captions: int | None = flag(
         None, "stop after this many captions, to try the instruction on a few clips", least=1
     )
-    concurrency: int = flag(4, "requests that are sent at the same time", least=1, most=256)
+    concurrency: int = flag(
+        4, "clips that are described at the same time, by requests to the server or as one batch", least=1, most=256
+    )
     request_timeout: float = flag(120.0, "seconds that one request may take", least=1.0)
     request_attempts: int = flag(
         5, "attempts of a request that fails because the server is busy, restarts or cannot be reached", least=1

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from cogvideox import stopping
@@ -18,17 +19,29 @@ from cogvideox.data.media.stills import Stills, stills_of
 from cogvideox.data.media.workers import Killed, Limits, Workers
 from cogvideox.errors import UsageError, first_of, one_line
 from cogvideox.preparation.captions import plural, tokens_of
-from cogvideox.preparation.vision_server import ClipRefused
+from cogvideox.preparation.vision_server import Answer, ClipRefused, Request
 
 MOST_REFUSED = 3  # clips that the model may refuse one after the other before the script ends
-Answer = str | ClipRefused
+Decoded = tuple[Uncaptioned, Stills | str | Killed]  # a clip, and its frames or why it has none
 
 
 class VisionModel(Protocol):
-    """Describes clips."""
+    """Describes clips.
 
-    def describe(self, stills: Stills, instruction: str) -> str:
-        """Returns the caption of a clip; raises ClipRefused if there is none for it."""
+    Attributes:
+        threads: Number of threads that may call ``describe`` at the same time.
+        batch_size: Number of clips that one call should get.
+    """
+
+    threads: int
+    batch_size: int
+
+    def describe(self, requests: Sequence[Request]) -> list[Answer]:
+        """Returns for each clip its caption, or why there is none.
+
+        Raises:
+            UsageError: The model cannot be used for any clip.
+        """
 
 
 @dataclass
@@ -93,26 +106,27 @@ class Captioning:
         """Yields each clip with its caption, or with why it has none, in the order of the clips."""
         number, size = self.flags.caption_frames, self.flags.caption_size
         jobs = ((stills_of, clip.video, number, size, clip.section) for clip in clips)
-        asked: deque[tuple[Uncaptioned, Future[Answer]]] = deque()
-        pool = ThreadPoolExecutor(self.flags.concurrency)
+        asked: deque[Future[list[tuple[Uncaptioned, Answer]]]] = deque()
+        pool = ThreadPoolExecutor(self.model.threads)
         try:
             with Workers(1, self.limits) as workers:
-                for clip, stills in zip(clips, workers.run(jobs), strict=True):
-                    asked.append((clip, pool.submit(self._ask, clip, stills)))
-                    if len(asked) == self.flags.concurrency:
-                        yield _result(*asked.popleft())
+                decoded = zip(clips, workers.run(jobs), strict=True)
+                while batch := list(islice(decoded, self.model.batch_size)):
+                    asked.append(pool.submit(self._ask, batch))
+                    if len(asked) == self.model.threads:
+                        yield from asked.popleft().result()
                 while asked:
-                    yield _result(*asked.popleft())
+                    yield from asked.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, clip: Uncaptioned, stills: Stills | str | Killed) -> Answer:
-        if not isinstance(stills, Stills):
-            return ClipRefused(stills.reason if isinstance(stills, Killed) else stills.removeprefix(f"{clip.video}: "))
-        try:
-            return self.model.describe(stills, instruction_for(clip.video, stills, self.flags.caption_prompt))
-        except ClipRefused as error:
-            return error
+    def _ask(self, batch: Sequence[Decoded]) -> list[tuple[Uncaptioned, Answer]]:
+        """Returns each clip of a batch with its caption, or with why it has none."""
+        template = self.flags.caption_prompt
+        read = [(clip, found) for clip, found in batch if isinstance(found, Stills)]
+        requests = [(stills, instruction_for(clip.video, stills, template)) for clip, stills in read]
+        answers = iter(self.model.describe(requests) if requests else [])
+        return [(clip, next(answers) if isinstance(found, Stills) else refusal(clip, found)) for clip, found in batch]
 
     def report(self, present: int) -> list[str]:
         """Returns the lines at the end; ``present`` is the number of clips that had a caption before."""
@@ -125,8 +139,9 @@ class Captioning:
         return lines
 
 
-def _result(clip: Uncaptioned, answer: "Future[Answer]") -> tuple[Uncaptioned, Answer]:
-    return clip, answer.result()
+def refusal(clip: Uncaptioned, found: str | Killed) -> ClipRefused:
+    """Returns why a clip has no frames."""
+    return ClipRefused(found.reason if isinstance(found, Killed) else found.removeprefix(f"{clip.video}: "))
 
 
 def instruction_for(video: str, stills: Stills, template: str) -> str:

@@ -31,7 +31,11 @@ _SENTENCES = re.compile(r".*[.!?](?=\s|$)", re.DOTALL)
 
 
 class ClipRefused(Exception):
-    """Says in one line why the server did not describe one clip. Other clips may have no problem."""
+    """Says in one line why the model did not describe one clip. Other clips may have no problem."""
+
+
+Request = tuple[Stills, str]  # frames of a clip, and the instruction for it
+Answer = str | ClipRefused  # the caption of a clip, or why there is none
 
 
 @dataclass
@@ -42,11 +46,18 @@ class VisionServer:
         flags: The flags of captions.
         pause: Waits for a number of seconds.
         model: Name of the model, which ``connect`` finds.
+        threads: Number of threads that may call ``describe``.
+        batch_size: Number of clips of one call.
     """
 
     flags: CaptionFlags
     pause: Callable[[float], None] = time.sleep
     model: str = field(default="", init=False)
+    threads: int = field(init=False)
+    batch_size: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        self.threads = self.flags.concurrency
 
     def connect(self) -> None:
         """Finds the model on the server.
@@ -75,7 +86,17 @@ class VisionServer:
             raise UsageError(f"--caption_model {wanted}: the server at {self._url} lacks it; {nearest}")
         self.model = wanted or names[0]
 
-    def describe(self, stills: Stills, instruction: str) -> str:
+    def describe(self, requests: Sequence[Request]) -> list[Answer]:
+        """Returns the answer for each clip; see ``VisionModel.describe``. Several threads may call this."""
+        answers: list[Answer] = []
+        for stills, instruction in requests:
+            try:
+                answers.append(self.caption(stills, instruction))
+            except ClipRefused as error:
+                answers.append(error)
+        return answers
+
+    def caption(self, stills: Stills, instruction: str) -> str:
         """Returns the caption of a clip.
 
         Args:
