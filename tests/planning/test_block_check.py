@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,3 +188,18 @@ def test_training_uses_the_graphs_of_the_check(tiny: Tiny, monkeypatch: pytest.M
         transformer(**arguments_of("5b", frames=3, samples=1))[0].square().mean().backward()
         counts.append(dynamo.counters["stats"]["unique_graphs"])
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(("peak", "limit"), [(50_000_000, 1 / 80), (40 * 2**30, 1 / 2)])
+def test_the_check_stays_within_the_plan_but_libraries_have_their_workspaces(
+    peak: int, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = [1.0]
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: shares[0])
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    plan = replace(plan_of(BlockPlan("all")), peak=peak)
+    with block_check.limited_to_plan(plan, torch.device("cuda")):
+        assert shares[-1] == limit
+    assert shares[-1] == 1.0

@@ -40,6 +40,7 @@ Gradients of queries and keys are differences of nearly equal numbers. The gradi
 in which random numbers nearly cancel. Between two correct computations in 16 bits, the cosine of the former is 1e-4
 below 1, and that of the latter 2e-2.
 """
+LEAST_LIMIT = 2**30  # bytes of GPU memory; the workspaces of CUDA's libraries exceed what a tiny model needs itself
 LEAST_PATCHES = 64  # least number of video tokens per sample with which a comparison is meaningful
 CHUNK = 2**24  # elements that are compared at a time
 GRADIENT = "gradient of "
@@ -140,13 +141,16 @@ def as_many_tokens_as_fit(
 
 @contextmanager
 def limited_to_plan(plan: Plan, device: torch.device) -> Iterator[None]:
-    """Limits a GPU's memory to an ExecutionPlan's predicted peak, and frees unused memory when the context ends."""
+    """Limits a GPU's memory to an ExecutionPlan's predicted peak, and frees unused memory when the context ends.
+
+    The limit is at least LEAST_LIMIT.
+    """
     if device.type != "cuda":
         yield
         return
     before = torch.cuda.get_per_process_memory_fraction()
     if isinstance(plan, ExecutionPlan):
-        share = plan.peak / torch.cuda.mem_get_info(device)[1]
+        share = max(plan.peak, LEAST_LIMIT) / torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(before, share))
     gc.freeze()  # scanning the objects of libraries takes half a second, and none of them is garbage
     try:
