@@ -84,15 +84,13 @@ NUMBERS = {
 }
 
 SCRIPT_MEMORY = """
-# In order of speed, the GPU holds all models, one model at a time, or the two blocks that compute and come next.
+# The GPU holds all models if they fit, else the two blocks that compute and come next.
 parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-sizes = [sum(p.nbytes for p in part.parameters()) for part in parts]
+size = sum(p.nbytes for part in parts for p in part.parameters())
 free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 room = 2**30 * (1 + 3 * args.frames * args.height * args.width / (49 * 480 * 720))  # for sampling
-if free > sum(sizes) + 5 * room:  # the rest is for decoding
+if free > size + 5 * room:  # the rest is for decoding
     pipe.to("cuda")
-elif free > max(sizes) + room:
-    pipe.enable_model_cpu_offload()
 elif free:
     streams = {{"onload_device": torch.device("cuda"), "use_stream": True}}
     pipe.transformer.enable_group_offload(**streams, num_blocks_per_group=1)
