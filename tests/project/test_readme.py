@@ -199,7 +199,7 @@ def test_flags_in_the_text_exist() -> None:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
     known |= set(bench.build_parser()._option_string_actions) | INFERENCE_FLAGS
     # Flags of other benchmarks, of examples, of tests/tools/odd_files.py and of every script. The last are of sips,
-    # accelerate and Docker.
+    # accelerate, Docker, TensorBoard and trackio.
     outside = {
         "--base",
         "--work_dir",
@@ -213,6 +213,7 @@ def test_flags_in_the_text_exist() -> None:
         "--out",
         "--config_file",
         *("--shm", "--user", "--ulimit", "--privileged", "--memory", "--time", "--env", "--build"),
+        *("--logdir", "--samples_per_plugin", "--project"),
     }
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
     named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
