@@ -236,6 +236,13 @@ def test_ledger_round_trip_and_the_newest_wins(tmp_path: Path) -> None:
     assert ledger.read() == {"a": record("a", status="failed"), "b": record("b")}
 
 
+def test_a_ledger_of_other_records(tmp_path: Path) -> None:
+    health = Ledger(tmp_path, "health.jsonl", "tensor")
+    health.append([{"tensor": "a", "motion": 0.5}, {"tensor": "b", "motion": 0.25}, {"request": "a"}])
+    assert health.read({"a"}) == {"a": {"tensor": "a", "motion": 0.5}}
+    assert Ledger(tmp_path).read() == {}
+
+
 @pytest.mark.fault("data: a truncated ledger")
 def test_an_incomplete_last_line_is_skipped(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from running import PROMPT, lora_flags, train
 
-from cogvideox.evaluation.health import Health, health_of, mean_health, numbers_of, oddities
+from cogvideox.data.health import Health, health_of, mean_health
+from cogvideox.evaluation.health import numbers_of, oddities
 from cogvideox.evaluation.validation import Validator
 from cogvideox.runtime.metrics import column, read_records
 from cogvideox.runtime.report import RunFiles

@@ -23,8 +23,9 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import EncodeFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.data import clips as clips_module
-from cogvideox.data.cache import CacheIndex, TensorCache, open_index
+from cogvideox.data.cache import CacheIndex, Ledger, TensorCache, open_index
 from cogvideox.data.clips import decode_variant
+from cogvideox.data.health import Health, health_of
 from cogvideox.data.media.decode import write_video
 from cogvideox.data.media.transforms import Fit
 from cogvideox.data.media.workers import Killed
@@ -148,7 +149,8 @@ def test_the_index_and_its_tensors(prepared: Path, clips: Path, tiny: Tiny) -> N
     for sample in index.samples:
         assert cache.read(sample.video_keys[0])["moments_CFHW"].shape == (32, 2, 4, 6)
         assert cache.read(sample.prompt_key)["prompt_LD"].shape == (32, 32)
-    assert sorted(path.name for path in prepared.iterdir()) == [".lock", "index.json", "ledger.jsonl", "tensors"]
+    files = [".lock", "health.jsonl", "index.json", "ledger.jsonl", "tensors"]
+    assert sorted(path.name for path in prepared.iterdir()) == files
 
 
 def test_the_tensors_are_those_of_the_clips_and_captions(prepared: Path, clips: Path, tiny: Tiny) -> None:
@@ -163,6 +165,18 @@ def test_the_tensors_are_those_of_the_clips_and_captions(prepared: Path, clips: 
         for caption, key in ((sample.caption, sample.prompt_key), ("", index.empty_prompt_key)):
             wanted = encode.prompt_embeds(tokenizer, encoder, [caption], 32)[0]
             torch.testing.assert_close(cache.read(key)["prompt_LD"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_frames_of_each_clip_are_measured(prepared: Path, framed: Path, clips: Path, tiny: Tiny) -> None:
+    index, found = open_index(prepared), Ledger(prepared, "health.jsonl", "tensor").read()
+    assert set(found) == {sample.video_keys[0] for sample in index.samples}
+    record = preparation(tiny("5b"), clips, prepared).plan()[3]
+    frames = decode_variant(record.path, record.cuts[0].variants[0])
+    assert isinstance(frames, np.ndarray)
+    measured = [found[index.samples[3].video_keys[0]][name] for name in Health._fields]
+    assert measured == pytest.approx(health_of(frames), abs=1e-5)
+    assert min(measured) > 0
+    assert Ledger(framed, "health.jsonl", "tensor").read() == found  # first frames are not measured
 
 
 def test_t5_is_freed_before_the_vae_is_loaded(

@@ -6,6 +6,7 @@ forms/            reads folders, lists and tables into samples
 media/            opens, checks, decodes and converts videos and pictures
 cache.py          stores encoded clips and captions: content-addressed, with checksums
 records.py        what the ledger records about each file
+health.py         brightness, saturation and motion of frames
 clips.py          a file and a recipe -> a plan -> frames
 sampler.py        which samples make up each optimizer step
 shared_memory.py  how many workers of the loader fit into /dev/shm

@@ -3,6 +3,7 @@
     tensors/ab/abcd....safetensors   the moments of one clip variant, or those of its first frame with several noises,
                                      or the embedding of one caption; the header holds a SHA-256 of the tensors
     ledger.jsonl                     one record for each source file and recipe: its plan, or why it failed
+    health.jsonl                     one record for each clip variant: brightness, saturation and motion of its frames
     index.json                       the samples of the last preparation, which --load_tensors reads
 
 ``TensorCache`` reads and writes the tensors, ``Ledger`` the records. ``CacheIndex`` is the index, and ``open_index``
@@ -165,28 +166,28 @@ def checksum(tensors: "dict[str, Tensor]") -> str:
 
 
 class Ledger:
-    """Reads and appends the records of source files, one JSON object in a line.
+    """Reads and appends records, one JSON object in a line. One field of a record is its name.
 
-    A record's ``request`` is a hash of the path, size and time of the file and of the recipe. When the file or the
-    recipe changes, the request does too, and the old record is no longer found.
+    For source files this is ``request``, a hash of the path, size and time of the file and of the recipe. When the file
+    or the recipe changes, the request does too, and the old record is no longer found.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Stores the path of the ledger, which does not have to exist yet."""
-        self.path = folder / "ledger.jsonl"
+    def __init__(self, folder: Path, file: str = "ledger.jsonl", name: str = "request") -> None:
+        """Stores the path of the file, which does not have to exist yet, and the field that names a record."""
+        self.path, self.name = folder / file, name
 
-    def read(self, requests: Container[str] | None = None) -> dict[str, dict[str, Any]]:
-        """Returns the newest record of each request. An incomplete line, left by a kill, is skipped.
+    def read(self, names: Container[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Returns the newest record of each name. An incomplete line, left by a kill, is skipped.
 
         Args:
-            requests: The requests to look for; None for all.
+            names: The names to look for; None for all.
         """
         records = {}
         for line in self._lines():
             try:
                 record = json.loads(line)
-                if requests is None or record["request"] in requests:
-                    records[record["request"]] = record
+                if names is None or record[self.name] in names:
+                    records[record[self.name]] = record
             except (ValueError, KeyError, TypeError):
                 continue
         return records

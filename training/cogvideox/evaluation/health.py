@@ -1,51 +1,23 @@
 """Measures whether validation videos look healthy: brightness, saturation and motion, against training clips.
 
 A LoRA that was trained too long or too fast often shows in these numbers before it shows in the loss: videos stop
-moving, turn black, or drift in color. All values are relative to the range of pixels, so they are between 0 and 1.
+moving, turn black, or drift in color. data/health.py has the numbers.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from cogvideox.data.health import STATIC, Health, blanks, health_of, mean_health
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
 from cogvideox.runtime.metrics import read_records
 from cogvideox.runtime.run import METRICS_NAME, Run, write_metrics
 
-BLACK, WHITE = 0.03, 0.97  # mean brightness of a video that shows nothing
-STATIC = 0.002  # motion of a video in which nothing moves; half a level of 255
 DRIFT = 0.25  # difference of brightness or saturation to the clips that is named
 MOTION_RATIO = 4.0  # a video that moves this many times more or less than the clips is named
-
-
-class Health(NamedTuple):
-    """Describes a video by means over all frames and pixels, each from 0 to 1."""
-
-    brightness: float  # mean of the largest of red, green and blue
-    saturation: float  # mean of largest minus smallest of red, green and blue
-    motion: float  # mean absolute difference of neighboring frames; 0 for a single frame
-
-
-def health_of(frames_FHWC: np.ndarray) -> Health:
-    """Measures a video.
-
-    Args:
-        frames_FHWC: (F, H, W, 3), uint8.
-    """
-    highest, lowest = frames_FHWC.max(axis=-1), frames_FHWC.min(axis=-1)
-    moved = [np.abs(after.astype(np.int16) - before).mean() for before, after in pairwise(frames_FHWC)]
-    values = (highest.mean(), (highest - lowest).mean(), np.mean(moved) if moved else 0.0)
-    return Health(*(float(value) / 255 for value in values))
-
-
-def mean_health(found: Sequence[Health]) -> Health:
-    """Returns the means over several videos."""
-    return Health(*(float(np.mean(values)) for values in zip(*found, strict=True)))
 
 
 def oddities(video: Health, clips: Health | None) -> Iterator[str]:
@@ -55,10 +27,7 @@ def oddities(video: Health, clips: Health | None) -> Iterator[str]:
         video: The validation video.
         clips: The means over training clips, or None if no clip could be decoded.
     """
-    if video.brightness < BLACK:
-        yield "black"
-    elif video.brightness > WHITE and video.saturation < BLACK:
-        yield "white"
+    yield from blanks(video)
     if clips is None:
         return
     if video.motion < STATIC <= clips.motion:

@@ -25,7 +25,7 @@ from cogvideox.config.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.prepared_flags import kept_values
 from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, sole_writer
-from cogvideox.data.clips import decode_variant, image_refusal, image_request, measure_clip, plan_clip, plan_image
+from cogvideox.data.clips import decode_measured, image_refusal, image_request, measure_clip, plan_clip, plan_image
 from cogvideox.data.forms.samples import Sample, check_no_missing_images, take_listing
 from cogvideox.data.media.frames import Section
 from cogvideox.data.media.workers import Killed, Limits, Workers
@@ -91,7 +91,7 @@ class Preparation:
         self.model, self.data, self.flags, self.geometry, self.folder = model, data, flags, geometry, folder
         self.ranks, self.image_variants = ranks, image_variants
         self.cache = TensorCache(folder)
-        self.ledger = Ledger(folder)
+        self.ledger, self.health = Ledger(folder), Ledger(folder, "health.jsonl", "tensor")
         self.recipe = clip_recipe(data, geometry)
         self.limits = Limits(data.decode_timeout, int(data.decode_memory * 2**30))
         listing = take_listing(data, need_captions)
@@ -354,12 +354,15 @@ class Preparation:
         self, missing: dict[str, VaeInput], vae: Any, tiling: bool
     ) -> Iterator[tuple[str, VaeInput, AsyncCopy]]:
         """Decodes clips in workers and starts to encode them; yields (key, clip, copy in progress) if they decode."""
-        jobs = ((decode_variant, clip.path, clip.variant, clip.stamp) for clip in missing.values())
+        jobs = ((decode_measured, clip.path, clip.variant, clip.stamp) for clip in missing.values())
         results = self.in_workers(jobs, len(missing), "encoding clips")
-        for (key, clip), frames in zip(missing.items(), results, strict=True):
-            if isinstance(frames, (str, Killed)):
-                self._give_up(clip, frames)
+        for (key, clip), decoded in zip(missing.items(), results, strict=True):
+            if isinstance(decoded, (str, Killed)):
+                self._give_up(clip, decoded)
                 continue
+            health, frames = decoded
+            if not clip.draws:
+                self.health.append([{"tensor": key} | {name: round(x, 5) for name, x in health._asdict().items()}])
             with room_for(f"--encode_tiling {tiling}".lower(), f"to encode {clip.bucket}", fix_for_memory(tiling)):
                 arriving = AsyncCopy(clip.encode(vae, frames))
             yield key, clip, arriving
