@@ -2,9 +2,11 @@
 
     python scripts/compare_runs.py runs/rank-64 runs/rank-128 --output runs/compare.html
     python scripts/compare_runs.py runs/rank-64 --output rank-64.html --embed
+    python scripts/compare_runs.py my-tensors --output data.html --embed
 
 A browser opens the page from disk without a server. It links to the videos of the runs, or with --embed contains them,
-so that it can be sent to somebody. With one run, the page is the report of that run.
+so that it can be sent to somebody. With one run, the page is the report of that run; with a folder that
+prepare_dataset.py wrote, it is the report about the data set.
 """
 
 from __future__ import annotations
@@ -23,7 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 from cogvideox.files import write_atomically
 from cogvideox.runtime.curves import MIN_WINDOW, png, running_mean, thinned
 from cogvideox.runtime.metrics import column
-from cogvideox.runtime.report import RunFiles, Sources, VideoGrid, page, section, table, write_report
+from cogvideox.runtime.report import (
+    REPORT_NAME,
+    RunFiles,
+    Sources,
+    VideoGrid,
+    moved,
+    page,
+    section,
+    table,
+    write_report,
+)
 
 LAST_SHARE = 10  # the loss that is shown is the mean of the last tenth of the steps
 WHERE = ("output_dir", "tracker_name", "logging_dir")  # flags that differ between any two runs
@@ -32,7 +44,7 @@ WHERE = ("output_dir", "tracker_name", "logging_dir")  # flags that differ betwe
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs, or one prepared folder")
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the page to write (compare.html)")
     parser.add_argument("--embed", action="store_true", help="put videos and pictures into the page")
     return parser
@@ -122,11 +134,17 @@ def videos_of(run: RunFiles, prompt: str, number: int) -> dict[int, Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page; returns the exit status."""
     args = build_parser().parse_args(argv)
-    if missing := [str(folder) for folder in args.runs if not (folder / "config.json").is_file()]:
-        print(f"{', '.join(missing)}: has no config.json; give the output folder of a run", file=sys.stderr)
+    first, *others = args.runs
+    missing = [folder for folder in args.runs if not (folder / "config.json").is_file()]
+    if missing == [first] and not others and (first / REPORT_NAME).is_file():
+        text = moved((first / REPORT_NAME).read_text("utf-8"), first, Sources(args.output.parent, args.embed))
+        write_atomically(args.output, text.encode())
+    elif missing:
+        rule = f"has no config.json; give output folders of runs, or one prepared folder with {REPORT_NAME}"
+        print(f"{', '.join(map(str, missing))}: {rule}", file=sys.stderr)
         return 2
-    if len(args.runs) == 1:
-        write_report(args.runs[0], args.embed, args.output)
+    elif not others:
+        write_report(first, args.embed, args.output)
     else:
         compare(args.runs, args.output, args.embed)
     print(args.output)

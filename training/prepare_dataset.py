@@ -6,8 +6,9 @@ r"""Encodes a folder of clips and captions once, so that training needs neither 
 Then train with --data_root prepared --load_tensors. The same command continues an interrupted preparation, encodes
 clips and captions that have changed, and otherwise does nothing. --save_image_latents adds what image-to-video needs.
 --dry_run prints what would be encoded, and --suggest_buckets 4 prints buckets that suit the clips; neither needs
-captions. --verify lists damaged or outdated tensors, and --repair encodes them again. Use accelerate launch --multi_gpu
-to divide the work among several GPUs.
+captions. report.html in the output folder shows the clips, and those that look odd first. --verify lists damaged or
+outdated tensors, and --repair encodes them again. Use accelerate launch --multi_gpu to divide the work among several
+GPUs.
 """
 
 from pathlib import Path

@@ -17,7 +17,7 @@ from cogvideox.config.geometry import read_geometry
 from cogvideox.config.options import PrepareOptions
 from cogvideox.data.clips import decode_variant, plan_clip
 from cogvideox.data.media.decode import probe, read_frames
-from cogvideox.preparation.recipe import clip_recipe
+from cogvideox.data.recipe import clip_recipe
 
 MODEL = ROOT / "examples" / "model"
 SIZE = ["--train_resolution", "9x64x96"]

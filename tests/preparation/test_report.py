@@ -19,6 +19,7 @@ from cogvideox.config.options import PrepareOptions
 from cogvideox.data.cache import open_index
 from cogvideox.data.media.decode import write_video
 from cogvideox.errors import UsageError
+from cogvideox.preparation import pictures as pictures_module
 from cogvideox.preparation import report
 
 Tiny = Callable[[str], Path]
@@ -278,7 +279,10 @@ def test_one_contact_sheet_per_bucket_is_drawn_once(configs: Path, clips: Path, 
     assert pictures(described(configs, clips, tmp_path, frame_buckets=(9, 17))) == first
     assert {path: path.stat().st_mtime_ns for path in first} == before
     (other,) = pictures(described(configs, clips, tmp_path, frame_buckets=(9,)))
-    assert set((tmp_path / "preview").iterdir()) == {other, first[1]}  # the outdated sheet of the bucket was removed
+    assert set((tmp_path / "preview").glob("*.png")) == {
+        other,
+        first[1],
+    }  # the outdated sheet of the bucket was removed
 
 
 def test_a_changed_caption_changes_the_contact_sheet(configs: Path, data: Path, tmp_path: Path) -> None:
@@ -305,12 +309,15 @@ def test_clips_that_do_not_decode_are_left_out_of_the_picture(
     configs: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(report, "contact_sheet", lambda rows, path, title: drawn.extend(row.label for row in rows))
-    real = report.decode_variant
     monkeypatch.setattr(
-        report, "decode_variant", lambda path, variant: "damaged" if "00002" in str(path) else real(path, variant)
+        pictures_module, "contact_sheet", lambda rows, path, title: drawn.extend(row.label for row in rows)
+    )
+    real = pictures_module.draw_strip
+    monkeypatch.setattr(
+        pictures_module, "draw_strip", lambda path, variant: "damaged" if "00002" in str(path) else real(path, variant)
     )
     described(configs, data, tmp_path / "out")
+    assert (tmp_path / "out/report.html").read_text().count("no picture: it does not decode") == 1
     assert [label.split(":")[0] for label in drawn] == [f"videos/0000{k}.mp4" for k in (0, 1, 3, 4, 5)]
 
 

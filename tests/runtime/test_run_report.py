@@ -91,7 +91,7 @@ def test_a_comparison_lists_what_differs(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_runs.main([str(tmp_path), "--output", str(tmp_path / "page.html")]) == 2
-    assert "has no config.json; give the output folder of a run" in capsys.readouterr().err
+    assert "has no config.json; give output folders of runs" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 

@@ -10,6 +10,10 @@ import numpy as np
 
 BLACK, WHITE = 0.03, 0.97  # mean brightness of a video that shows nothing
 STATIC = 0.002  # motion of a video in which nothing moves; half a level of 255
+DARK, BRIGHT = 0.1, 0.85  # brightness below, and whiteness above which a clip is odd if most clips are not like it
+GRAY, COLORFUL = 0.01, 0.05  # mean saturation of a clip without color, and of a data set with colors
+UNUSUAL = 8.0  # a clip that moves this many times more or less than the median clip is odd
+FEWEST = 4  # clips that a clip is compared with
 
 
 class Health(NamedTuple):
@@ -18,6 +22,11 @@ class Health(NamedTuple):
     brightness: float  # mean of the largest of red, green and blue
     saturation: float  # mean of largest minus smallest of red, green and blue
     motion: float  # mean absolute difference of neighboring frames; 0 for a single frame
+
+    @property
+    def whiteness(self) -> float:
+        """Mean of the smallest of red, green and blue. A bright color such as yellow has none."""
+        return self.brightness - self.saturation
 
 
 def health_of(frames_FHWC: np.ndarray) -> Health:
@@ -50,3 +59,37 @@ def blanks(video: Health) -> Iterator[str]:
         yield "black"
     elif video.brightness > WHITE and video.saturation < BLACK:
         yield "white"
+
+
+def usual_health(found: Sequence[Health]) -> Health | None:
+    """Returns the medians over several clips, or None if they are too few to be compared with."""
+    if len(found) < FEWEST:
+        return None
+    return Health(*(float(np.median(values)) for values in zip(*found, strict=True)))
+
+
+def clip_oddities(clip: Health, frames: int, usual: Health | None) -> Iterator[str]:
+    """Yields what is odd about a clip that is to be trained on.
+
+    Args:
+        clip: The clip.
+        frames: Its number of frames; a single one cannot move.
+        usual: The medians over the clips of the data set, or None to judge the clip alone.
+    """
+    if blank := list(blanks(clip)):
+        yield from blank
+        return
+    if frames > 1 and clip.motion < STATIC:
+        yield "static"
+    if usual is None:
+        return
+    if clip.brightness < DARK <= usual.brightness:
+        yield "very dark, unlike most clips"
+    if clip.whiteness > BRIGHT >= usual.whiteness:
+        yield "very bright, unlike most clips"
+    if clip.saturation < GRAY < COLORFUL <= usual.saturation:
+        yield "without color, unlike most clips"
+    if frames > 1 and min(clip.motion, usual.motion) >= STATIC:
+        ratio = clip.motion / usual.motion
+        if not 1 / UNUSUAL < ratio < UNUSUAL:
+            yield f"moves {ratio:.2g} times as much as the median clip"

@@ -2,7 +2,6 @@
 
 proposals.py      proposes buckets that suit the clips of a folder and a model
 factory.py        converts folders that the CogVideoX factory prepared
-recipe.py         turns flags into the settings of a clip
 encoding.py       encodes captions and clips, under keys of the cache
 prepare.py        prepares folders of clips and captions as cached tensors
 unusable.py       checks how many clips cannot be used
@@ -13,7 +12,9 @@ scenes.py         finds the cuts of videos, and writes their scenes into a table
 vision_local.py   runs a vision-language model in this process
 vision_server.py  asks a vision-language model on a server for a caption
 captioning.py     writes the missing captions of a data set
-report.py         reports what a preparation does: tables, contact sheets, costs
+pictures.py       draws strips and contact sheets of the clips
+data_page.py      writes report.html about the data set, and finds odd clips
+report.py         reports what a preparation does: tables, notes, costs
 verify.py         verifies and repairs a cache
 tensors.py        opens a prepared folder, or prepares one before training
 """

@@ -14,9 +14,9 @@ from cogvideox.config.flags import DataFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.data.clips import bad_line
 from cogvideox.data.forms.columns import EXAMPLES
+from cogvideox.data.recipe import list_buckets
 from cogvideox.data.records import FAILED, KILLED, SHORT, SMALL, UNREADABLE, ClipRecord
 from cogvideox.preparation.proposals import Clip, Proposal, legal_frames, propose
-from cogvideox.preparation.recipe import list_buckets
 
 WORDS = {
     FAILED: "cannot be read or trained on",

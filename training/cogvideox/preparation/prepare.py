@@ -29,6 +29,7 @@ from cogvideox.data.clips import decode_measured, image_refusal, image_request, 
 from cogvideox.data.forms.samples import Sample, check_no_missing_images, take_listing
 from cogvideox.data.media.frames import Section
 from cogvideox.data.media.workers import Killed, Limits, Workers
+from cogvideox.data.recipe import clip_recipe
 from cogvideox.data.records import FAILED, KILLED, UNREADABLE, ClipRecord, Variant
 from cogvideox.errors import UsageError
 from cogvideox.files import stamp_of
@@ -44,7 +45,6 @@ from cogvideox.preparation.encoding import (
     one_behind,
     room_for,
 )
-from cogvideox.preparation.recipe import clip_recipe
 from cogvideox.preparation.unusable import UnusableClips, check_bad
 from cogvideox.progress import ProgressBar
 from cogvideox.runtime.ranks import Ranks

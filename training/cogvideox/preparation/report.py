@@ -1,7 +1,7 @@
-"""Reports what a preparation does with a data set: a table of buckets, notes, contact sheets, and what encoding costs.
+"""Reports what a preparation does with a data set: a table of buckets, notes, odd clips, and what encoding costs.
 
-``describe`` returns the report that scripts print, from the records of the ledger; ``suggest`` prints buckets that suit
-the clips. Nothing here changes what is prepared.
+``describe`` returns the report that scripts print, from the records of the ledger, and writes the page about the data
+set; ``suggest`` prints buckets that suit the clips. Nothing here changes what is prepared.
 """
 
 import math
@@ -11,44 +11,36 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-import numpy as np
 import torch
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.geometry import Geometry
-from cogvideox.data.cache import hash_of
-from cogvideox.data.clips import decode_variant, time_decode
-from cogvideox.data.forms.folders import PREVIEW_FOLDER
+from cogvideox.data.clips import time_decode
 from cogvideox.data.forms.samples import Sample
 from cogvideox.data.media.colors import HDR, WHITE, is_wide_sdr
-from cogvideox.data.media.transforms import resize_factor, stretch
-from cogvideox.data.records import SHORT, SMALL, ClipRecord, Source, Variant
+from cogvideox.data.records import SHORT, SMALL
+from cogvideox.data.used import BUCKET_COLUMNS, Records, Used, bucket_rows, by_bucket
 from cogvideox.errors import UsageError
 from cogvideox.model import encode, models
 from cogvideox.preparation.captions import caption_notes, indented, shared_notes
 from cogvideox.preparation.causes import cause_lines, flags_of, proposal_line, proposal_of
+from cogvideox.preparation.data_page import DataPage
 from cogvideox.preparation.encoding import Encoders, VaeInput, missing_captions
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.proposals import USUAL
 from cogvideox.preparation.unusable import UnusableClips, allowing, too_many_bad
-from cogvideox.runtime.sheets import Panel, SheetRow, contact_sheet, pick_evenly
 
-SHEET_CLIPS, SHEET_FRAMES = 8, 4  # clips, and frames per clip, in the contact sheet of one bucket
-SHEETS_CLIPS = 64  # clips in all contact sheets together, if there are many buckets
 TRIED = 3  # clips to time
 LARGE = 720  # pixels of the shorter side, from which on players assume bt709 where a file does not say
 # For HEVC, the filter is hevc_metadata.
 TAG_COMMAND = "`ffmpeg -i IN -c copy -bsf:v h264_metadata=matrix_coefficients=1 OUT`"
 TIMED_FRAMES = 9  # the VAE encodes 8 at a time, and the first one apart
 
-Records = Sequence[ClipRecord]
-
 
 def describe(preparation: Preparation, records: Records, costs: bool = False) -> str:
-    """Returns the report of a preparation and writes its contact sheets; returns an empty text except on the main rank.
+    """Returns the report of a preparation and writes its page; returns an empty text except on the main rank.
 
     Args:
         preparation: The preparation.
@@ -57,24 +49,16 @@ def describe(preparation: Preparation, records: Records, costs: bool = False) ->
     """
     if not preparation.ranks.is_main_process:
         return ""
-    geometry = preparation.geometry
     used = by_bucket(records)
-    lines = outcome(preparation, records, used)
-    lines += frame_notes(used, geometry)
-    lines += still_notes(used)
-    lines += color_notes(records)
-    if preparation.num_validation:
-        lines.append(f"{preparation.num_validation} of the clips are for validation")
-    lines += skipped_notes(preparation.skipped)
-    lines += leak_notes(preparation, records)
-    lines += rate_notes(used, preparation.recipe.fps)
-    number = len(records) - preparation.num_validation
-    tokenizer, clips = models.load_tokenizer(preparation.model), used_clips(preparation.samples, records)
-    lines += caption_notes(tokenizer, clips, geometry.max_text_seq_length)
-    lines += shared_notes(used_clips(preparation.samples[:number], records[:number]))
-    lines += sheets(preparation, used)
+    notes = notes_on(preparation, records, used)
+    page = DataPage(preparation, records, used)
+    sheets = page.draw()
+    costs_of = cost(preparation, records).splitlines() if costs else []
+    path = page.write(rows_of(preparation, used), sheets, notes, costs_of)
+    lines = [*outcome(preparation, records, used), *notes, *page.odd_lines()]
+    lines += [f"picture: {sheet}" for sheet in sheets.values()]
+    lines += [f"report: {path}", *costs_of]
     if costs:
-        lines.append(cost(preparation, records))
         lines += next_steps(preparation, records) or ["next: the same command without --dry_run encodes this"]
     return "\n".join(lines)
 
@@ -142,73 +126,40 @@ def stored_bytes(preparation: Preparation) -> int:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Used:
-    """Describes what one clip contributes to one bucket.
-
-    Attributes:
-        place: Index of the clip among the samples.
-        variant: The clip's first variant.
-        num_variants: Number of variants of the clip in this bucket.
-        tensors: Names of the clip's tensors; equal names mean the same tensor.
-        source: Size, rate and codec of the clip's file.
-    """
-
-    place: int
-    variant: Variant
-    num_variants: int
-    tensors: frozenset[str]
-    source: Source
-
-    @property
-    def repeats_frames(self) -> bool:
-        """Whether a source frame is used more than once."""
-        return len(set(self.variant.indices)) < len(self.variant.indices)
-
-
-def by_bucket(records: Records) -> dict[Bucket, list[Used]]:
-    """Returns the usable clips by bucket, in the order of the buckets."""
-    found: dict[Bucket, list[Used]] = {}
-    for place, record in enumerate(records):
-        for cut in record.cuts:
-            tensors = frozenset(f"{record.content} {variant}" for variant in cut.variants)
-            used = Used(place, cut.variants[0], len(cut.variants), tensors, record.probed)
-            found.setdefault(cut.bucket, []).append(used)
-    return dict(sorted(found.items()))
-
-
 def outcome(preparation: Preparation, records: Records, used: dict[Bucket, list[Used]]) -> list[str]:
     """Returns the table of buckets, the number of clips that are used, and why the others are not, by cause."""
-    number_bytes = stored_bytes(preparation)
-    lines = [table(used, preparation.geometry, number_bytes, preparation.image_variants)]
+    lines = aligned([BUCKET_COLUMNS, *rows_of(preparation, used)])
     good = sum(record.usable for record in records)
     lines.append(f"{good} of {len(records)} clips are used" + (", and these are not:" if good < len(records) else ""))
     return [*lines, *cause_lines(records, preparation.data, preparation.geometry)]
 
 
-def table(used: dict[Bucket, list[Used]], geometry: Geometry, number_bytes: int, image_variants: int = 0) -> str:
-    """Returns a table with the clips of each bucket, how they are resized, and the size of their tensors in MiB."""
-    rows: list[tuple[str, ...]] = [("bucket", "clips", "variants", "enlarged", "stretched by", "cut off", "MiB")]
-    for bucket, clips in used.items():
-        tensors = set().union(*(clip.tensors for clip in clips))  # copies and repeats share theirs
-        numbers = math.prod(geometry.moments_shape(bucket)) + image_variants * math.prod(geometry.image_shape(bucket))
-        size = len(tensors) * numbers * number_bytes / 2**20
-        rows.append((str(bucket), *bucket_cells(clips), f"{size:.1f}"))
+def rows_of(preparation: Preparation, used: dict[Bucket, list[Used]]) -> list[tuple[str, ...]]:
+    """Returns the rows of the table of buckets."""
+    return bucket_rows(used, preparation.geometry, stored_bytes(preparation), preparation.image_variants)
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Returns a line for each row of a table, with cells of equal width in a column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def bucket_cells(clips: list[Used]) -> tuple[str, ...]:
-    """Returns the cells of a bucket's row: clips, variants, clips enlarged, largest stretch, largest part cut off."""
-    fits = [(clip.variant.fit, clip.source.height, clip.source.width) for clip in clips]
-    upscaled = sum(resize_factor(*fit) > 1.0 for fit in fits)
-    stretched = max(stretch(*fit) for fit in fits) - 1
-    lost = max(1 - fit.height * fit.width / (fit.resize_height * fit.resize_width) for fit, _, _ in fits)
-    counts = (len(clips), sum(clip.num_variants for clip in clips), upscaled)
-    return (*map(str, counts), f"{stretched:.0%}", f"{lost:.0%}")
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 # -- notes -------------------------------------------------------------------------------------------------------------
+
+
+def notes_on(preparation: Preparation, records: Records, used: dict[Bucket, list[Used]]) -> list[str]:
+    """Returns lines about a data set that its user may not expect; details of a line follow it and are indented."""
+    geometry, number = preparation.geometry, len(records) - preparation.num_validation
+    notes = [*frame_notes(used, geometry), *still_notes(used), *color_notes(records)]
+    if preparation.num_validation:
+        notes.append(f"{preparation.num_validation} of the clips are for validation")
+    notes += skipped_notes(preparation.skipped)
+    notes += leak_notes(preparation, records)
+    notes += rate_notes(used, preparation.recipe.fps)
+    tokenizer, clips = models.load_tokenizer(preparation.model), used_clips(preparation.samples, records)
+    notes += caption_notes(tokenizer, clips, geometry.max_text_seq_length)
+    return notes + shared_notes(used_clips(preparation.samples[:number], records[:number]))
 
 
 def frame_notes(used: dict[Bucket, list[Used]], geometry: Geometry) -> Iterator[str]:
@@ -292,44 +243,6 @@ def used_clips(samples: Sequence[Sample], records: Records) -> list[tuple[Sample
     """Returns the samples that are used, each with the hash of its clip's content."""
     pairs = zip(samples, records, strict=True)
     return [(sample, record.content) for sample, record in pairs if record.usable]
-
-
-# -- pictures ----------------------------------------------------------------------------------------------------------
-
-
-def sheets(preparation: Preparation, used: dict[Bucket, list[Used]]) -> list[str]:
-    """Draws a contact sheet for each bucket, with some clips as they are trained on; returns lines with paths.
-
-    The name of a sheet contains the hash of what it shows, so only changed sheets are drawn again.
-    """
-    folder, picks = preparation.folder / PREVIEW_FOLDER, {}
-    number = max(1, min(SHEET_CLIPS, SHEETS_CLIPS // max(1, len(used))))
-    for bucket, clips in used.items():
-        some = [pick(preparation.samples[clip.place], clip.variant) for clip in pick_evenly(clips, number)]
-        picks[folder / f"{bucket}-{digest_of(preparation, some)}.png"] = some
-        for old in set(folder.glob(f"{bucket}-????????.png")) - set(picks):
-            old.unlink(missing_ok=True)
-    todo = [(path, *item) for path, some in picks.items() if not path.is_file() for item in some]
-    jobs = ((decode_variant, sample.video, variant) for _, sample, variant in todo)
-    rows: dict[Path, list[SheetRow]] = {}
-    for (path, sample, _), frames in zip(todo, preparation.in_workers(jobs, len(todo), "drawing"), strict=True):
-        if isinstance(frames, np.ndarray):  # else encoding will say what is wrong with it
-            rows.setdefault(path, []).append(SheetRow(f"{sample.id}: {sample.caption}", [Panel("", list(frames))]))
-    for path, drawn in rows.items():
-        name = path.stem.rpartition("-")[0]
-        contact_sheet(drawn, path, f"{name}: first to last frame of {len(drawn)} clips, as trained on")
-    return [f"picture: {path}" for path in picks if path.is_file()]
-
-
-def pick(sample: Sample, variant: Variant) -> tuple[Sample, Variant]:
-    """Returns a clip with a variant that has only a few of its frames."""
-    return sample, replace(variant, indices=pick_evenly(variant.indices, SHEET_FRAMES))
-
-
-def digest_of(preparation: Preparation, clips: Sequence[tuple[Sample, Variant]]) -> str:
-    """Returns a short hash of what a contact sheet shows."""
-    requests = preparation.requests
-    return hash_of([[sample.id, sample.caption, requests[sample.clip], v.to_json()] for sample, v in clips])[:8]
 
 
 # -- costs -------------------------------------------------------------------------------------------------------------

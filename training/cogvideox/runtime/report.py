@@ -19,7 +19,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -196,6 +196,29 @@ def page(title: str, summary: str, sections: Sequence[str], grid: VideoGrid) -> 
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts, videos=grid.data()).encode()
 
 
+def moved(text: str, folder: Path, sources: Sources) -> str:
+    """Returns a page for another place, which contains its pictures or links to them.
+
+    A page that contains its pictures may be sent away, so it has no links, and no files from outside of its folder,
+    which somebody else may have written into the page.
+
+    Args:
+        text: A page without videos.
+        folder: The folder that it was written into.
+        sources: Makes the addresses at the new place.
+    """
+
+    def address(match: re.Match[str]) -> str:
+        path = folder / unquote(match[2])
+        if sources.embed and not (match[1] == "src" and path.is_file() and path.resolve().is_relative_to(inside)):
+            return ""
+        return f'{match[1]}="{sources.of(path)}"'
+
+    inside = folder.resolve()
+
+    return re.sub(r'\b(src|href)="([^"#]+)"', address, text)
+
+
 # -- the page of a run -------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +256,7 @@ def write_report(folder: Path, embed: bool = False, target: Path | None = None) 
 
 def picture(path: Path, sources: Sources) -> str:
     """Returns a picture, or nothing if the file does not exist."""
-    return f'<img src="{sources.of(path)}" alt="{escape(path.name)}">' if path.is_file() else ""
+    return f'<img src="{sources.of(path)}" alt="{escape(path.name)}" loading="lazy">' if path.is_file() else ""
 
 
 def summary_of(run: RunFiles) -> str:

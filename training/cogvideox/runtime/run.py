@@ -241,10 +241,15 @@ def open_run_repository(run: Run, options: TrainOptions) -> str | None:
     return None
 
 
+def command_line() -> str:
+    """Returns the command of this script, without queries and passwords of URLs."""
+    return shlex.join(map(public_urls, sys.argv))
+
+
 def write_config(run: Run, options: TrainOptions, plan: str = "") -> None:
     """Writes config.json: flags, precision, number of ranks, versions, the command, and the plan once it is known."""
     config = {"flags": config_dict(options), "precision": run.precision, "ranks": run.world, **environment()}
-    config |= {"command": shlex.join(map(public_urls, sys.argv))} | ({"plan": plan} if plan else {})
+    config |= {"command": command_line()} | ({"plan": plan} if plan else {})
     write_atomically(run.output_dir / RUN_CONFIG_NAME, json.dumps(config, indent=1, ensure_ascii=False).encode())
 
 
