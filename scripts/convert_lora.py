@@ -1,15 +1,18 @@
-"""Renames the tensors of a LoRA from diffusers' names to those that ComfyUI reads, and back.
+"""Renames the tensors of a LoRA from diffusers' names to those of other programs, and back.
 
     python scripts/convert_lora.py my-lora my-lora/comfyui.safetensors --to comfyui
     python scripts/convert_lora.py my-lora/comfyui.safetensors my-lora-again --to diffusers
 
-diffusers: transformer.LAYER.lora_A.weight and lora_B.weight; rank and alpha as JSON in the file's metadata.
-ComfyUI:   lora_unet_LAYER.lora_down.weight, lora_up.weight and alpha (a number; scale = alpha / rank), with _ in place
-of each dot of LAYER. Sources of these names: ComfyUI's comfy/lora.py (model_lora_keys_unet) and
-comfy/weight_adapter/lora.py, and kijai's ComfyUI-CogVideoXWrapper, lora_utils.py (merge_lora, for Fun models). For
-THUDM's models that wrapper's model_loading.py calls diffusers' own load_lora_weights: give it diffusers' file.
+diffusers:  transformer.LAYER.lora_A.weight and lora_B.weight; rank and alpha as JSON in the file's metadata.
+comfyui:    lora_unet_LAYER.lora_down.weight, lora_up.weight and alpha (a number; scale = alpha / rank), with _ in place
+            of each dot of LAYER, for the CogVideoX that is part of ComfyUI. It calls the layers of a block by other
+            names: blocks.0.q is transformer_blocks.0.attn1.to_q. Sources: ComfyUI's comfy/lora.py
+            (model_lora_keys_unet), comfy/weight_adapter/lora.py and comfy/ldm/cogvideo/model.py.
+videox-fun: the same with diffusers' names of layers. Source: lora_utils.py (merge_lora) of VideoX-Fun.
 
-Converting there and back gives the same bits. ComfyUI has no names for DoRA: merge it with scripts/merge_lora.py.
+kijai's ComfyUI-CogVideoXWrapper reads diffusers' file as it is (model_loading.py calls load_lora_weights), and that of
+videox-fun. Converting there and back gives the same bits. DoRA cannot be converted: ComfyUI divides by the norms of
+other matrices than PEFT does, so merge it with scripts/merge_lora.py.
 """
 
 from __future__ import annotations
@@ -19,20 +22,27 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_tools import PREFIX, WEIGHTS_NAME, check_output, lora_file, replace_by
 
-COMFY_PREFIX = "lora_unet_"
+FLAT_PREFIX = "lora_unet_"
 CONFIG_NAME = "lora_adapter_metadata"
 TRAINING_NAME = "cogvideox_training"  # metadata entry with the scale that this suite trained with
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 # All linear layers of CogVideoX 1.0 and 1.5. A name in which _ replaces the dots does not tell where the dots were.
-IN_BLOCKS = (
-    *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
-    *("ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear"),
-)
+IN_BLOCKS = {  # diffusers' names in a block, and those of the CogVideoX in ComfyUI
+    "attn1.to_q": "q",
+    "attn1.to_k": "k",
+    "attn1.to_v": "v",
+    "attn1.to_out.0": "attn_out",
+    "ff.net.0.proj": "ff_proj",
+    "ff.net.2": "ff_out",
+    "norm1.linear": "norm1.linear",
+    "norm2.linear": "norm2.linear",
+}
 ELSEWHERE = (
     *("patch_embed.proj", "patch_embed.text_proj", "time_embedding.linear_1", "time_embedding.linear_2"),
     *("ofs_embedding.linear_1", "ofs_embedding.linear_2", "norm_out.linear", "proj_out"),
@@ -47,22 +57,39 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "output", type=Path, help=f"file to write; a name without .safetensors is a folder for {WEIGHTS_NAME}"
     )
-    parser.add_argument("--to", required=True, choices=("comfyui", "diffusers"), help="names of the output")
+    parser.add_argument(
+        "--to", required=True, choices=("comfyui", "videox-fun", "diffusers"), help="names of the output"
+    )
     return parser
 
 
-def dotted(flat: str) -> str:
-    """Returns the dotted name of a layer whose ComfyUI name has _ in place of each dot.
+def flattened(layer: str, target: str) -> str:
+    """Returns the name that a target ("comfyui" or "videox-fun") has for a layer of diffusers, with _ for each dot.
 
     Raises:
         ValueError: CogVideoX has no layer of this name.
     """
-    match = re.fullmatch(r"transformer_blocks_(\d+)_(\w+)", flat)
-    known, prefix, rest = (IN_BLOCKS, f"transformer_blocks.{match[1]}.", match[2]) if match else (ELSEWHERE, "", flat)
-    for name in known:
-        if name.replace(".", "_") == rest:
-            return prefix + name
-    raise ValueError(f"{COMFY_PREFIX}{flat}: is not a linear layer of CogVideoX")
+    match = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", layer)
+    if (match[2] if match else layer) not in (IN_BLOCKS if match else ELSEWHERE):
+        raise ValueError(f"{layer}: is not a linear layer of CogVideoX")
+    if match and target == "comfyui":
+        layer = f"blocks.{match[1]}.{IN_BLOCKS[match[2]]}"
+    return layer.replace(".", "_")
+
+
+def dotted(flat: str) -> str:
+    """Returns diffusers' name of the layer for which ``flattened`` returns a name, whatever its target.
+
+    Raises:
+        ValueError: CogVideoX has no layer of this name.
+    """
+    match = re.fullmatch(r"(transformer_)?blocks_(\d+)_(\w+)", flat)
+    prefix = f"transformer_blocks.{match[2]}." if match else ""
+    target = "videox-fun" if match is None or match[1] else "comfyui"
+    for layer in (prefix + name for name in (IN_BLOCKS if match else ELSEWHERE)):
+        if flattened(layer, target) == flat:
+            return layer
+    raise ValueError(f"{FLAT_PREFIX}{flat}: is not a linear layer of CogVideoX")
 
 
 def by_pattern(layer: str, patterns: dict[str, Any], otherwise: Any) -> Any:
@@ -84,8 +111,10 @@ def config_of(metadata: dict[str, str]) -> dict[str, Any]:
     return {name.removeprefix(PREFIX): value for name, value in fields.items()}
 
 
-def to_comfyui(tensors: Tensors, metadata: dict[str, str]) -> tuple[Tensors, dict[str, str]]:
-    """Returns (tensors, metadata) with ComfyUI's names. The metadata is unchanged, so that it can be converted back.
+def from_diffusers(tensors: Tensors, metadata: dict[str, str], target: str) -> tuple[Tensors, dict[str, str]]:
+    """Returns (tensors, metadata) with the names of a target, "comfyui" or "videox-fun".
+
+    The metadata is unchanged, so that the file can be converted back.
 
     Raises:
         ValueError: A tensor is not part of a plain LoRA, or CogVideoX does not have its layer.
@@ -96,16 +125,17 @@ def to_comfyui(tensors: Tensors, metadata: dict[str, str]) -> tuple[Tensors, dic
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB]\.weight)", key)
         if match is None:
-            dora = "DoRA has no counterpart in ComfyUI, merge it with scripts/merge_lora.py"
+            dora = (
+                "ComfyUI computes DoRA differently; merge it with scripts/merge_lora.py, and for a LoRA of the change, "
+                "give the result to scripts/extract_lora.py"
+            )
             raise ValueError(
                 f"{key}: {dora if 'magnitude' in key else f'is not of the form {PREFIX}LAYER.lora_A.weight'}"
             )
-        layer, flat = match[1], match[1].replace(".", "_")
-        if dotted(flat) != layer:
-            raise ValueError(f"{key}: is not a linear layer of CogVideoX")
-        made[f"{COMFY_PREFIX}{flat}.{PARTS[match[2]]}"] = tensor
+        layer = f"{FLAT_PREFIX}{flattened(match[1], target)}"
+        made[f"{layer}.{PARTS[match[2]]}"] = tensor
         if match[2].startswith("lora_A"):
-            made[f"{COMFY_PREFIX}{flat}.alpha"] = torch.tensor(alpha_of(layer, len(tensor), config))
+            made[f"{layer}.alpha"] = torch.tensor(alpha_of(match[1], len(tensor), config))
     return made, metadata
 
 
@@ -113,13 +143,13 @@ def to_diffusers(tensors: Tensors, metadata: dict[str, str]) -> tuple[Tensors, d
     """Returns (tensors, metadata) with diffusers' names.
 
     Raises:
-        ValueError: A tensor is not part of a plain LoRA for CogVideoX in ComfyUI's names.
+        ValueError: A tensor is not part of a plain LoRA for CogVideoX in the names of "comfyui" or "videox-fun".
     """
     back, made, alphas, ranks = {new: old for old, new in PARTS.items()}, {}, {}, {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(rf"{COMFY_PREFIX}(\w+)\.(lora_down\.weight|lora_up\.weight|alpha)", key)
+        match = re.fullmatch(rf"{FLAT_PREFIX}(\w+)\.(lora_down\.weight|lora_up\.weight|alpha)", key)
         if match is None:
-            raise ValueError(f"{key}: is not of the form {COMFY_PREFIX}LAYER.lora_down.weight, lora_up.weight or alpha")
+            raise ValueError(f"{key}: is not of the form {FLAT_PREFIX}LAYER.lora_down.weight, lora_up.weight or alpha")
         layer = dotted(match[1])
         if match[2] == "alpha":
             alphas[layer] = tensor.item()
@@ -164,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output(output, [source], folder=False)
         with safe_open(source, "pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        convert = to_comfyui if given.to == "comfyui" else to_diffusers
-        made, about = convert(tensors, metadata)
+        to_target = to_diffusers if given.to == "diffusers" else partial(from_diffusers, target=given.to)
+        made, about = to_target(tensors, metadata)
         replace_by(output, lambda path: save_file(made, path, {"format": "pt"} | about))
     except (ValueError, SafetensorError) as error:
         parser.error(f"{given.input}: {error}")

@@ -198,9 +198,9 @@ def test_what_cannot_be_extracted(model: Path, tmp_path: Path, capsys: pytest.Ca
 # -- converted ---------------------------------------------------------------------------------------------------------
 
 
-def there_and_back(lora: Path, folder: Path) -> tuple[Path, Path]:
+def there_and_back(lora: Path, folder: Path, target: str = "comfyui") -> tuple[Path, Path]:
     comfy, again = folder / "comfy.safetensors", folder / "again"
-    convert_lora.main([str(lora), str(comfy), "--to", "comfyui"])
+    convert_lora.main([str(lora), str(comfy), "--to", target])
     convert_lora.main([str(comfy), str(again), "--to", "diffusers"])
     return comfy, again / WEIGHTS
 
@@ -208,10 +208,13 @@ def there_and_back(lora: Path, folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     "config", [{}, {"use_rslora": True}, {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 3}}]
 )
+@pytest.mark.parametrize("target", ["comfyui", "videox-fun"])
 @pytest.mark.fault("export: a LoRA is converted to another format and back")
-def test_converting_there_and_back_is_bit_exact(model: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+def test_converting_there_and_back_is_bit_exact(
+    model: Path, tmp_path: Path, config: dict[str, Any], target: str
+) -> None:
     make_lora(tmp_path, model, **config)
-    comfy, again = there_and_back(tmp_path, tmp_path)
+    comfy, again = there_and_back(tmp_path, tmp_path, target)
     assert equal(load_file(again), load_file(tmp_path / WEIGHTS))
     assert header(again) == header(tmp_path / WEIGHTS)
     assert all(key.startswith("lora_unet_") and key.count(".") <= 2 for key in load_file(comfy))
@@ -226,7 +229,7 @@ def test_comfyui_s_numbers_alone_give_the_same_change(model: Path, tmp_path: Pat
     for name, layer in adapted.named_modules():
         if hasattr(layer, "lora_A"):
             down, up, alpha = (
-                tensors[f"lora_unet_{name.replace('.', '_')}.{part}"]
+                tensors[f"lora_unet_{convert_lora.flattened(name, 'comfyui')}.{part}"]
                 for part in ("lora_down.weight", "lora_up.weight", "alpha")
             )
             torch.testing.assert_close(alpha / len(down) * up @ down, layer.get_delta_weight("default"))
@@ -241,13 +244,14 @@ def test_comfyui_s_numbers_alone_give_the_same_change(model: Path, tmp_path: Pat
 def test_every_linear_layer_has_its_name_back(tiny: Callable[[str], Path], kind: str) -> None:
     layers = [n for n, m in stock(tiny(kind)).named_modules() if type(m) is torch.nn.Linear]
     assert len(layers) > 20
-    assert [convert_lora.dotted(name.replace(".", "_")) for name in layers] == layers
+    for target in ("comfyui", "videox-fun"):
+        assert [convert_lora.dotted(convert_lora.flattened(name, target)) for name in layers] == layers
 
 
 def test_what_cannot_be_converted(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_lora(tmp_path, model, use_dora=True)
     output = tmp_path / "x.safetensors"
-    assert "DoRA has no counterpart" in fails(capsys, convert_lora.main, tmp_path, output, "--to", "comfyui")
+    assert "ComfyUI computes DoRA differently" in fails(capsys, convert_lora.main, tmp_path, output, "--to", "comfyui")
     assert "is not of the form lora_unet_" in fails(capsys, convert_lora.main, tmp_path, output, "--to", "diffusers")
     assert "is neither a .safetensors file nor" in fails(
         capsys, convert_lora.main, tmp_path / "no", output, "--to", "comfyui"
