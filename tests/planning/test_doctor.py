@@ -144,6 +144,12 @@ def test_a_wrong_block_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
         list(doctor.check_block(CPU))
 
 
+def test_a_folder_that_does_not_exist_is_on_the_disk_of_its_parent(tmp_path: Path) -> None:
+    (line,) = doctor.checks_of(options_of("--output_dir", tmp_path / "runs" / "first"))["disk"]()
+    assert "GiB free in --output_dir" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "DISK_BYTES", 2**60)
     with pytest.raises(UsageError, match="GiB are free; give another --output_dir"):

@@ -189,6 +189,11 @@ def sizes(folder: Path, needed: int | None) -> Iterator[tuple[int, str]]:
         yield free, "free"
 
 
+def nearest_folder(folder: Path) -> Path:
+    """Returns the folder if it exists, or else the nearest folder that will contain it."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+
+
 def free_disk_bytes(folder: Path) -> int | None:
     """Returns the free bytes on the disk of a folder, which need not exist yet, or None if not known."""
     for place in (folder, *folder.absolute().parents):

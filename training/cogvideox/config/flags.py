@@ -59,6 +59,7 @@ MAIN_FLAGS = {
     "validation": ("validation_prompt", "validation_images", "validation_steps"),
     "plan": ("mixed_precision", "gradient_checkpointing", "plan", "vram_budget", "base_precision"),
     "output": ("output_dir", "checkpointing_steps", "report_to", "push_to_hub"),
+    "checks": ("try_training",),
     INFORMATION: ("dry_run", "print_config"),
 }
 # Settings on which the state in a checkpoint does not depend, so that a run can be resumed with other values.
@@ -149,7 +150,10 @@ class OptionalModelFlags(ModelFlags):
 class DoctorFlags:
     """The flags of doctor.py alone. Used by planning/doctor.py."""
 
-    output_dir: str = flag(".", "existing folder on the disk whose free space and rates are measured")
+    output_dir: str = flag(
+        ".",
+        "folder on the disk whose free space and rates are measured; if it does not exist, the one above it is used",
+    )
     try_training: bool = flag(
         False,
         "also train a LoRA for two steps with the training script, on a generated clip; uses the tiny model of the "

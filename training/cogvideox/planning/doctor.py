@@ -25,6 +25,7 @@ from cogvideox.config.hub import token_of
 from cogvideox.config.options import DoctorOptions
 from cogvideox.data.shared_memory import SHM_FOLDER, free_shared_memory
 from cogvideox.errors import UsageError, one_line, public_urls
+from cogvideox.files import nearest_folder
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.streaming import pinned
 from cogvideox.model.attention import choose_backend
@@ -90,13 +91,14 @@ def examine(options: DoctorOptions, checks: dict[str, Check]) -> Iterator[tuple[
 def checks_of(options: DoctorOptions) -> dict[str, Check]:
     """Returns the checks by the name that the page shows. A model and training are checked if they are asked for."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = nearest_folder(Path(options.doctor.output_dir))
     checks: dict[str, Check] = {
         "versions": describe_versions,
         "device": describe_devices,
         "attention": partial(check_attention, device),
         "block": partial(check_block, device),
         "copies": partial(measure_copies, device),
-        "disk": partial(measure_disk, Path(options.doctor.output_dir)),
+        "disk": partial(measure_disk, folder),
         "host memory": describe_host_memory,
         "shared memory": describe_shared_memory,
         "limits": describe_limits,
@@ -104,7 +106,6 @@ def checks_of(options: DoctorOptions) -> dict[str, Check]:
     if options.model.pretrained_model_name_or_path:
         checks["model"] = partial(check_model, options.model)
     if options.doctor.try_training:
-        folder = Path(options.doctor.output_dir)
         checks["training"] = partial(try_training, options.model, folder, compute_dtype(device))
     return checks
 
