@@ -158,6 +158,7 @@ def test_rows_are_never_changed_and_deleted_ones_stay_deleted(
     before = table.read_bytes()
     split()
     assert table.read_bytes() == before
+    assert capsys.readouterr().out.splitlines()[-1].endswith("unchanged: nothing to do; table: clips-scenes.csv")
 
 
 def test_an_interrupted_run_continues(
@@ -231,12 +232,21 @@ def test_the_picture_is_drawn_again_only_after_a_change(
     sheets = [tmp_path / "clips-scenes-cuts.png", tmp_path / "clips-scenes-cuts-2.png"]
     assert all(sheet.exists() for sheet in sheets)
     drawn = sheets[0].stat().st_mtime_ns
+    table = tmp_path / "clips-scenes.csv"
+    table.write_text(table.read_text().replace("2.500,,", "2.500,,A caption."))
+    shutil.copy(folder / "long.mp4", folder / "more.mp4")
     split()
     assert sheets[0].stat().st_mtime_ns == drawn
-    (tmp_path / "clips-scenes.csv").write_text("video,start,end,caption\nlong.mp4,2.5,,\n")
+    assert (tmp_path / "clips-scenes-cuts-4.png").exists()
+    table.write_text("video,start,end,caption\nlong.mp4,2.5,,\n")
     split()
     assert sheets[0].stat().st_mtime_ns > drawn
-    assert not sheets[1].exists()
+    assert len(list(tmp_path.glob("*.png"))) == 1
+    pictures = np.asarray(Image.open(sheets[0]))
+    seen = len(pictures)
+    table.write_text("video,start,end,caption\nlong.mp4,2.5,,\nlong.mp4,99,,\n")  # after the end of the video
+    split()
+    assert len(np.asarray(Image.open(sheets[0]))) == seen
 
 
 @pytest.mark.parametrize(
@@ -265,3 +275,21 @@ def test_the_table_of_the_working_directory_is_next_to_it(tmp_path: Path, monkey
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert parse(SceneOptions, None, ["--data_root", "."]).scenes.table == str(tmp_path / "here-scenes.csv")
+
+
+def test_cuts_of_real_films_are_found_and_no_others(
+    real_clips: Path, split: Callable[..., list[dict[str, str]]], tmp_path: Path
+) -> None:
+    """The clips have no cuts; three of them one after the other have two."""
+    shutil.copytree(real_clips / "videos", tmp_path / "clips")
+    names = ("rabbit_yawns", "city_four_towers", "city_two_towers")
+    infos = [(path, probe(path)) for path in (real_clips / "videos" / f"{name}.mp4" for name in names)]
+    films = [read_frames(path, info, range(info.num_frames), 144, 256) for path, info in infos]
+    write_video(tmp_path / "clips" / "joined.mp4", np.concatenate(films), 25.0)
+    ends = [sum(map(len, films[:2])) / 25, len(films[0]) / 25]
+    expected = [("0.000", f"{ends[1]:.3f}"), (f"{ends[1]:.3f}", f"{ends[0]:.3f}"), (f"{ends[0]:.3f}", "")]
+    rows = split()
+    assert [(row["video"], (row["start"], row["end"])) for row in rows if row["start"]] == [
+        ("joined.mp4", section) for section in expected
+    ]
+    assert len(rows) == len(list((tmp_path / "clips").iterdir())) + 2

@@ -4,25 +4,30 @@
 edited.
 """
 
+import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from cogvideox import stopping
+from cogvideox.data.cache import hash_of
 from cogvideox.data.forms.scene_table import Clip
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import Section, VideoInfo
 from cogvideox.data.media.stills import info_of, small_frames
-from cogvideox.data.media.workers import Limits, Workers
+from cogvideox.data.media.workers import Limits, Workers, usual_number
+from cogvideox.files import stamp_of
 from cogvideox.progress import ProgressBar
-from cogvideox.runtime.sheets import Panel, SheetRow, contact_sheet
+from cogvideox.runtime.sheets import Panel, SheetRow, comment_of, contact_sheet
 
 FRAME_SIZE = 320  # pixels of the longer side of a frame
 CUTS_PER_ROW = 3
 CUTS_PER_SHEET = 120
 
-Cut = tuple[str, Panel]  # the name of the file, and the frames around the cut
+Cut = tuple[str, float]  # the path of a file, and the time at which a scene begins or ends
 
 
 def sheet_path(table: Path, number: int = 1) -> Path:
@@ -30,14 +35,10 @@ def sheet_path(table: Path, number: int = 1) -> Path:
     return table.with_name(f"{table.stem}-cuts{f'-{number}' if number > 1 else ''}.png")
 
 
-def is_current(table: Path) -> bool:
-    """Returns whether the sheets were drawn after the last change of the table."""
-    sheet = sheet_path(table)
-    return sheet.exists() and sheet.stat().st_mtime_ns >= table.stat().st_mtime_ns
-
-
 def draw_cuts(table: Path, clips: Mapping[str, Sequence[Clip]], root: str, limits: Limits) -> list[Path]:
-    """Draws the cuts of all files into one or more sheets, and deletes older sheets of the table.
+    """Draws the cuts of all files into one or more sheets, and deletes sheets that the table does not need any more.
+
+    A sheet that shows these cuts already is not drawn again.
 
     Args:
         table: The table, next to which the sheets are written.
@@ -46,63 +47,65 @@ def draw_cuts(table: Path, clips: Mapping[str, Sequence[Clip]], root: str, limit
         limits: Time and memory that decoding one pair of frames may use.
 
     Returns:
-        The sheets; none if there is no cut.
+        The sheets that were drawn.
     """
-    sheets: list[Path] = []
-    waiting: list[Cut] = []
-
-    def draw() -> None:
-        sheets.append(sheet_path(table, len(sheets) + 1))
-        contact_sheet(_rows(waiting), sheets[-1], f"{table.name}: last frame before and first frame after each cut")
-        waiting.clear()
-
-    with stopping.stoppable():
-        for path, pictured in _cuts(clips, limits):
-            waiting.append((path.removeprefix(root).lstrip("/"), pictured))
-            if len(waiting) == CUTS_PER_SHEET:
-                draw()
-    if waiting:
-        draw()
+    cuts = [(path, time) for path, rows in clips.items() for time in _times(rows)]
+    sheets, drawn = [cuts[k : k + CUTS_PER_SHEET] for k in range(0, len(cuts), CUTS_PER_SHEET)], []
+    for number, shown in enumerate(sheets, start=1):
+        path = sheet_path(table, number)
+        digest = hash_of([[file, stamp_of(file), time] for file, time in shown])
+        if comment_of(path) == digest:
+            continue
+        panels = [(file.removeprefix(os.path.join(root, "")), panel) for file, panel in _panels(shown, limits)]
+        title = f"{table.name}: last frame before and first frame after each cut"
+        contact_sheet(_rows(panels), path, title, comment=digest)
+        drawn.append(path)
     number = len(sheets) + 1
     while (old := sheet_path(table, number)).exists():
         old.unlink()
         number += 1
-    return sheets
+    return drawn
 
 
-def _cuts(clips: Mapping[str, Sequence[Clip]], limits: Limits) -> Iterator[Cut]:
-    """Yields each cut that lies within its file and can be decoded."""
-    sections = {path: [row.section for row in rows if row.section is not None] for path, rows in clips.items()}
-    cut = [(path, listed) for path, listed in sections.items() if listed]
-    bar = ProgressBar(cut, desc="drawing cuts", unit="clip", leave=False)
-    with Workers(1, limits) as workers:
-        for path, listed in bar:
-            (info,) = workers.run([(info_of, path)])
-            if not isinstance(info, VideoInfo):
-                continue
-            firsts = _first_frames(info, listed)
-            jobs = ((small_frames, path, info, (first - 1, first), FRAME_SIZE) for first in firsts)
-            for first, frames in zip(firsts, workers.run(jobs), strict=True):
-                stopping.unit("picture of a cut")
-                if isinstance(frames, np.ndarray):
-                    yield path, Panel(f"{info.times[first]:.3f} s", list(frames))
+def _times(rows: Sequence[Clip]) -> list[float]:
+    """Returns the times at which sections of a file begin or end, without the start of the file."""
+    sections = [row.section for row in rows if row.section is not None]
+    return sorted({time for section in sections for time in section if time})
 
 
-def _first_frames(info: VideoInfo, sections: Sequence[Section]) -> list[int]:
-    """Returns the indices of the frames at which sections begin, or which follow the last frame of one."""
-    times = {section.start for section in sections} | {s.end for s in sections if s.end is not None}
+def _panels(cuts: Sequence[Cut], limits: Limits) -> Iterator[tuple[str, Panel]]:
+    """Yields the path and the frames of each cut that lies within its file and can be decoded."""
+    files = {path: [time for file, time in cuts if file == path] for path, _ in cuts}
+    waiting: deque[Cut] = deque()  # the cuts that are being decoded
+    with Workers(usual_number(), limits) as workers, stopping.stoppable():
+
+        def jobs() -> Iterator[tuple[object, ...]]:
+            infos = workers.run((info_of, path) for path in files)
+            for (path, times), info in zip(files.items(), infos, strict=True):
+                for first in _first_frames(info, times) if isinstance(info, VideoInfo) else ():
+                    waiting.append((path, info.times[first]))
+                    yield small_frames, path, info, (first - 1, first), FRAME_SIZE
+
+        bar = ProgressBar(workers.run(jobs()), desc="drawing cuts", unit="cut", total=len(cuts), leave=False)
+        for frames in bar:
+            stopping.unit("picture of a cut")
+            path, time = waiting.popleft()
+            if isinstance(frames, np.ndarray):
+                yield path, Panel(f"{time:.3f} s", list(frames))
+
+
+def _first_frames(info: VideoInfo, times: Sequence[float]) -> list[int]:
+    """Returns the indices of the first frames at or after some times, without those before which there is none."""
     firsts = []
-    for time in sorted(times):
-        try:
+    for time in times:
+        with suppress(VideoError):  # a person may write a time after the end of the video
             firsts.append(Section(time, None).frames(info).start)
-        except VideoError:  # a person wrote a time after the end of the video
-            break
     return [first for first in firsts if first > 0]
 
 
-def _rows(cuts: Sequence[Cut]) -> list[SheetRow]:
+def _rows(panels: Sequence[tuple[str, Panel]]) -> list[SheetRow]:
     rows: list[tuple[str, list[Panel]]] = []
-    for name, panel in cuts:
+    for name, panel in panels:
         if not rows or rows[-1][0] != name or len(rows[-1][1]) == CUTS_PER_ROW:
             rows.append((name, []))
         rows[-1][1].append(panel)

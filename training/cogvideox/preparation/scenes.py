@@ -28,16 +28,15 @@ from cogvideox.data.forms.paths import PathRules
 from cogvideox.data.forms.scene_table import Clip, SceneTable, clips_of
 from cogvideox.data.media.frames import Section, VideoInfo
 from cogvideox.data.media.stills import info_of, small_frames
-from cogvideox.data.media.workers import Killed, Limits, Workers
+from cogvideox.data.media.workers import Killed, Limits, Workers, usual_number
 from cogvideox.errors import one_line
 from cogvideox.preparation.captions import plural
-from cogvideox.preparation.cut_sheet import draw_cuts, is_current
+from cogvideox.preparation.cut_sheet import draw_cuts
 from cogvideox.progress import ProgressBar
 
 FRAME_SIZE = 256  # pixels of the longer side of the frames that are compared, as PySceneDetect itself chooses
 PART_FRAMES = 256  # a part of a file has at least this many frames, unless the file ends
 MOST_PART_FRAMES = 512  # which bounds the memory of a part where keyframes are rare
-MOST_WORKERS = 4
 TIME_SLACK = 1e-3  # seconds; times of frames are rounded to milliseconds in some containers
 THRESHOLDS = {"adaptive": 3.0, "content": 27.0}  # the defaults of PySceneDetect
 
@@ -99,7 +98,7 @@ def find_cuts(paths: Sequence[str], flags: SceneFlags, limits: Limits) -> Iterat
         limits: Time and memory that decoding one part of a file may use.
     """
     parts: deque[_Part] = deque()
-    with Workers(min(MOST_WORKERS, len(os.sched_getaffinity(0))), limits) as workers:
+    with Workers(usual_number(), limits) as workers:
         for frames in workers.run(_jobs(paths, flags, workers, parts)):
             part = parts.popleft()
             search = part.search
@@ -222,12 +221,9 @@ class SceneSplitter:
         return [Clip(clip.video, _section(info, scene), clip.caption if repeats else "") for scene in kept]
 
     def _draw(self) -> None:
-        if is_current(self._file):
-            return
         file = str(self._file.absolute())
         data = replace(self._data, dataset_file=file, caption_column=None, video_column=None, image_column=None)
-        rows = clips_of(data)
-        for sheet in draw_cuts(self._file, rows, self._root, self._limits):
+        for sheet in draw_cuts(self._file, clips_of(data), self._root, self._limits):
             self._say(f"picture of the cuts: {sheet}")
 
     def report(self) -> list[str]:
@@ -245,9 +241,10 @@ class SceneSplitter:
             lines.append(f"{counts['short']} {are} {rule}")
         old = counts["clips"] - counts["new"]
         before = f", of which {old} were handled before and are unchanged" if old else ""
-        cut = f"{counts['cut']} {'was' if counts['cut'] == 1 else 'were'} cut into"
-        scenes = plural(counts["scenes"], "scene", "scenes")
-        lines.append(f"{plural(counts['clips'], 'clip', 'clips')}{before}: {cut} {scenes}; table: {flags.table}")
+        were = "was" if counts["cut"] == 1 else "were"
+        cut = f"{counts['cut']} {were} cut into {plural(counts['scenes'], 'scene', 'scenes')}"
+        result = cut if counts["cut"] else "none was cut" if counts["new"] else "nothing to do"
+        lines.append(f"{plural(counts['clips'], 'clip', 'clips')}{before}: {result}; table: {flags.table}")
         return lines
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from cogvideox.files import write_atomically
 
@@ -24,6 +24,7 @@ MARGIN, GAP, ROW_GAP, PANEL_GAP = 28, 8, 28, 20
 STRIP_HEIGHT = 240  # height of a frame, unless the frames of its panel are too wide for that
 TITLE_SIZE, LABEL_SIZE, CAPTION_SIZE = 26, 16, 13
 MAX_LINES = 3
+_COMMENT = "Comment"  # keyword of a text in PNG files
 LONGEST_LABEL = 2000  # characters; more never fit into MAX_LINES
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -64,7 +65,7 @@ def pick_evenly(items: Sequence[T], number: int) -> tuple[T, ...]:
     return tuple(items[(len(items) - 1) * i // last] for i in range(number))
 
 
-def contact_sheet(rows: Sequence[SheetRow], path: Path, title: str, width: int = 1200) -> None:
+def contact_sheet(rows: Sequence[SheetRow], path: Path, title: str, width: int = 1200, comment: str = "") -> None:
     """Writes a sheet as PNG: the title, then for each row its label above its panels.
 
     A text has at most MAX_LINES lines. Its line breaks are kept. Letters that the font lacks are shown as a box.
@@ -74,6 +75,7 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, title: str, width: int =
         path: The file to write.
         title: The text at the top.
         width: The width of the sheet; its height follows from the content.
+        comment: A text that is stored in the file and not shown; ``comment_of`` returns it.
 
     Raises:
         ValueError: A frame is not a uint8 array of shape (H, W, 3).
@@ -82,8 +84,20 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, title: str, width: int =
     content = _stack([_text_block(title, TITLE_SIZE, inner), *(_row(row, inner) for row in rows)], ROW_GAP, inner)
     sheet = ImageOps.expand(content or Image.new("RGB", (inner, 0)), MARGIN, PAPER)
     file = io.BytesIO()
-    sheet.save(file, "PNG")
+    texts = PngImagePlugin.PngInfo()
+    if comment:
+        texts.add_text(_COMMENT, comment)
+    sheet.save(file, "PNG", pnginfo=texts)
     write_atomically(path, file.getvalue())
+
+
+def comment_of(path: Path) -> str | None:
+    """Returns the comment of a sheet, or None if there is no such file or if it is not a sheet with a comment."""
+    try:
+        with Image.open(path) as sheet:
+            return sheet.info.get(_COMMENT)
+    except OSError:
+        return None
 
 
 def _row(row: SheetRow, width: int) -> MaybeImage:

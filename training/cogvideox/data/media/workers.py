@@ -45,6 +45,7 @@ from typing import Any
 from cogvideox.stopping import STOP_SIGNALS
 
 ATTEMPTS = 2
+USUAL_WORKERS = 4  # see usual_number
 EXIT_SECONDS = 5.0  # how long to wait for a killed process to exit; one that hangs in a dead network mount never does
 
 NOT_OPEN = "workers work only inside their context"
@@ -80,6 +81,11 @@ class Killed:
 
     reason: str
     transient: bool = False
+
+
+def usual_number() -> int:
+    """Returns how many workers a script starts that has no flag for it: one for each core, and at most 4."""
+    return min(USUAL_WORKERS, len(os.sched_getaffinity(0)))
 
 
 class Workers:
