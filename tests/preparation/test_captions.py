@@ -51,9 +51,8 @@ def test_unknown_characters_are_listed_with_their_share(tokenizer: Any) -> None:
     lines = notes(tokenizer, ["A red square.", "A red square 猫", "\u4e00\u53ea\u732b", "A red square \N{DOG FACE}."])
     assert lines[0].startswith("3 captions have characters that T5 does not know (")
     assert "write them in English" in lines[0]
-    assert (
-        lines[1] == "  2.mp4: 1 of 2 tokens are unknown: \u4e00 \u53ea \u732b"
-    )  # adjacent unknown characters become one token
+    assert lines[0].endswith("(19% of their characters); write them in English:")
+    assert lines[1] == "  2.mp4: 3 of 3 characters are unknown: \u4e00 \u53ea \u732b"  # although they are one token
     assert {line.split(":")[0] for line in lines[2:4]} == {"  1.mp4", "  3.mp4"}
     assert not any("0.mp4" in line for line in lines)
 
@@ -61,7 +60,7 @@ def test_unknown_characters_are_listed_with_their_share(tokenizer: Any) -> None:
 def test_ascii_is_not_assumed_to_be_known(tokenizer: Any) -> None:
     lines = notes(tokenizer, ["A {red} square.", "A red square."])
     assert lines[0].startswith("1 caption has characters")
-    assert lines[1].endswith("tokens are unknown: { }")
+    assert lines[1].endswith("2 of 13 characters are unknown: { }")
 
 
 def test_a_character_that_is_known_in_combination_is_not_listed(tokenizer: Any) -> None:

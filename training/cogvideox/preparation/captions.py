@@ -25,12 +25,12 @@ class Tokens:
 
     Attributes:
         count: Number of all tokens, including the end token and those after the limit of T5.
-        unknown: Number of unknown tokens.
+        unknown: Whether a token is unknown.
         digest: Hash of the tokens that T5 reads, which is equal for captions with equal embeddings.
     """
 
     count: int
-    unknown: int
+    unknown: bool
     digest: str
 
 
@@ -78,23 +78,24 @@ def tokens_of(tokenizer: Any, captions: Sequence[str], length: int) -> Iterator[
         batch = list(captions[start : start + BATCH])
         for ids in tokenizer(batch, truncation=False, verbose=False).input_ids:
             seen = ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
-            yield Tokens(len(ids), ids.count(tokenizer.unk_token_id), hash_of(seen))
+            yield Tokens(len(ids), tokenizer.unk_token_id in ids, hash_of(seen))
 
 
 def unknown_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]], unknown: set[str]) -> list[str]:
     """Returns lines about captions with characters that T5 does not know, the least readable first."""
-    found = {text: made for text, made in tokens.items() if made.unknown}
-    if not found:
+    # Adjacent unknown characters become one token, so a share of tokens would be small for a whole sentence.
+    lost = {text: [char for char in text if char in unknown] for text, made in tokens.items() if made.unknown}
+    if not lost:
         return []
-    shares = {text: made.unknown / (made.count - 1) for text, made in found.items()}  # one is for the end
-    total = sum(made.unknown for made in found.values()) / sum(made.count - 1 for made in found.values())
-    rule = f"{plural(len(found), 'caption has', 'captions have')} characters that T5 does not know"
+    sizes = {text: sum(not char.isspace() for char in text) for text in lost}
+    total = sum(map(len, lost.values())) / sum(sizes.values())
+    rule = f"{plural(len(lost), 'caption has', 'captions have')} characters that T5 does not know"
     lines = [
-        f"{clips_of[text][0]}: {found[text].unknown} of {found[text].count - 1} tokens are unknown: "
-        f"{excerpt(' '.join(dict.fromkeys(char for char in text if char in unknown)))}"
-        for text in sorted(found, key=lambda text: -shares[text])
+        f"{clips_of[text][0]}: {len(lost[text])} of {sizes[text]} characters are unknown: "
+        f"{excerpt(' '.join(dict.fromkeys(lost[text])))}"
+        for text in sorted(lost, key=lambda text: -len(lost[text]) / sizes[text])
     ]
-    return [f"{rule} ({total:.0%} of their tokens are unknown); write them in English:", *indented(lines)]
+    return [f"{rule} ({total:.0%} of their characters); write them in English:", *indented(lines)]
 
 
 def confused_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]]) -> list[str]:
