@@ -161,6 +161,39 @@ def test_rows_are_never_changed_and_deleted_ones_stay_deleted(
     assert capsys.readouterr().out.splitlines()[-1].endswith("unchanged: nothing to do; table: clips-scenes.csv")
 
 
+def test_a_table_edited_meanwhile_keeps_the_edit(
+    folder: Path, split: Callable[..., list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scene_table, "SECONDS_BETWEEN_WRITES", 0.0)
+    original = scenes.find_cuts
+
+    def find(*given: object) -> object:
+        for search in original(*given):
+            if search.path.endswith("short.mp4"):
+                (tmp_path / "clips-scenes.csv").write_text("caption,video,start,end\nMine,long.mp4,1,2\n")
+            yield search
+
+    monkeypatch.setattr(scenes, "find_cuts", find)
+    split()
+    edited = 'caption,video,start,end\nMine,long.mp4,1,2\n"A short clip\non two lines.",sub/short.mp4,,\n'
+    assert (tmp_path / "clips-scenes.csv").read_text() == edited
+
+
+def test_a_table_that_lacks_a_column_is_not_changed(
+    folder: Path,
+    split: Callable[..., list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "clips-scenes.csv").write_text("video,caption\nphoto.png,\n")
+    with pytest.raises(
+        UsageError, match=r"clips-scenes.csv: has no column start and end; add it, or name another file"
+    ):
+        split()
+    assert (tmp_path / "clips-scenes.csv").read_text() == "video,caption\nphoto.png,\n"
+    assert capsys.readouterr().out == ""  # nothing was searched
+
+
 def test_an_interrupted_run_continues(
     folder: Path, split: Callable[..., list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

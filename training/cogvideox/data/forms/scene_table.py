@@ -92,7 +92,7 @@ class SceneTable:
             has_images: Whether a new table has a column of first frames.
 
         Raises:
-            UsageError: The table exists and cannot be read.
+            UsageError: The table exists and cannot be read, or lacks a column.
         """
         self._file, self._root = file, root
         self._columns = (VIDEO, *((IMAGE,) if has_images else ()), START, END, CAPTION)
@@ -104,7 +104,7 @@ class SceneTable:
         if file.exists():
             if self._handled_file.exists():
                 self._handled = self._handled_file.read_text(encoding="utf-8").split("\n")[:-1]
-            self.known = _files_in(TableText.read(file), root, rules)
+            self.known = _files_in(self._read(), root, rules)
             self.known.update(os.path.normpath(os.path.join(root, name)) for name in self._handled)
 
     def add(self, video: str, clips: Sequence[Clip]) -> None:
@@ -123,7 +123,7 @@ class SceneTable:
         """
         self._written_at = time.monotonic()
         if self._waiting:
-            table = TableText.read(self._file) if self._file.exists() else TableText.new(self._file, self._columns)
+            table = self._read() if self._file.exists() else TableText.new(self._file, self._columns)
             table.append([self._row(clip, table) for clip in self._waiting])
             table.write()
             self._waiting.clear()
@@ -144,11 +144,15 @@ class SceneTable:
             name = _column_of(table, key)
             if text:
                 cells[name] = self._listed(text, name) if key in (VIDEO, IMAGE) else text
-        missing = [name for name in cells if name not in table.columns]
+        return cells
+
+    def _read(self) -> TableText:
+        table = TableText.read(self._file)
+        missing = [key for key in self._columns if _column_of(table, key) not in table.columns]
         if missing:
             rule = f"has no column {' and '.join(missing)}; add it, or name another file with --table"
             raise UsageError(f"{self._file}: {rule}")
-        return cells
+        return table
 
     def _listed(self, path: str, column: str) -> str:
         """Returns a path as it is written into a column; one outside the folder of the clips stays absolute."""
