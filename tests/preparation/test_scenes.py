@@ -158,7 +158,8 @@ def test_rows_are_never_changed_and_deleted_ones_stay_deleted(
     before = table.read_bytes()
     split()
     assert table.read_bytes() == before
-    assert capsys.readouterr().out.splitlines()[-1].endswith("unchanged: nothing to do; table: clips-scenes.csv")
+    nothing = "4 clips: nothing new (to search them again, delete the table); table: clips-scenes.csv\n"
+    assert capsys.readouterr().out == nothing
 
 
 def test_a_table_edited_meanwhile_keeps_the_edit(
@@ -227,7 +228,10 @@ def test_a_file_that_cannot_be_read_stays_one_clip(
     assert sections(rows, "a.mp4") == [("", "")]
     assert len(rows) == 5
     printed = capsys.readouterr().out
-    assert f"{folder / 'a.mp4'}: stays one clip, because its frames cannot be read: " in printed
+    assert (
+        f"{folder / 'a.mp4'}: stays one clip, because its frames cannot be read; delete its row to leave it out: "
+        in printed
+    )
 
 
 def test_sections_and_clips_with_a_first_frame_are_not_cut(

@@ -203,7 +203,10 @@ class SceneSplitter:
             return [clip]
         info, flags = search.info, self._flags
         if info is None or search.problem:
-            self._say(bad_line(clip.video, f"stays one clip, because its frames cannot be read: {search.problem}"))
+            rule = (
+                f"stays one clip, because its frames cannot be read; delete its row to leave it out: {search.problem}"
+            )
+            self._say(bad_line(clip.video, rule))
             return [clip]
         scenes = scenes_of(info, search.detector.cuts, flags.max_scene_seconds)
         if len(scenes) == 1:
@@ -233,19 +236,25 @@ class SceneSplitter:
         if counts["captions"]:
             lines.append(
                 f"{plural(counts['captions'], 'caption describes', 'captions describe')} more than one scene, so these "
-                "scenes have none: write them, or use caption_dataset.py, or --scene_captions repeat"
+                "scenes have none: write them, or use caption_dataset.py, or start again with --scene_captions repeat"
             )
         if counts["short"]:
             are = "scene is" if counts["short"] == 1 else "scenes are"
             rule = f"left out, because of --min_scene_seconds {flags.min_scene_seconds:g}"
             lines.append(f"{counts['short']} {are} {rule}")
+        return [*lines, f"{plural(counts['clips'], 'clip', 'clips')}{self._result()}; table: {flags.table}"]
+
+    def _result(self) -> str:
+        """Returns what follows the number of clips in the last line."""
+        counts = self._counts
+        if not counts["new"]:
+            return ": nothing new (to search them again, delete the table)"
         old = counts["clips"] - counts["new"]
         before = f", of which {old} were handled before and are unchanged" if old else ""
+        if not counts["cut"]:
+            return f"{before}: none was cut"
         were = "was" if counts["cut"] == 1 else "were"
-        cut = f"{counts['cut']} {were} cut into {plural(counts['scenes'], 'scene', 'scenes')}"
-        result = cut if counts["cut"] else "none was cut" if counts["new"] else "nothing to do"
-        lines.append(f"{plural(counts['clips'], 'clip', 'clips')}{before}: {result}; table: {flags.table}")
-        return lines
+        return f"{before}: {counts['cut']} {were} cut into {plural(counts['scenes'], 'scene', 'scenes')}"
 
 
 def _may_be_cut(clip: Clip) -> bool:
