@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cogvideox.data.forms.samples import Sample
-from cogvideox.preparation.captions import caption_notes, shared_notes, unknown_characters
+from cogvideox.preparation.captions import caption_notes, prompt_notes, shared_notes, unknown_characters
 
 LENGTH = 32
 
@@ -55,6 +55,14 @@ def test_unknown_characters_are_listed_with_their_share(tokenizer: Any) -> None:
     assert lines[1] == "  2.mp4: 3 of 3 characters are unknown: \u4e00 \u53ea \u732b"  # although they are one token
     assert {line.split(":")[0] for line in lines[2:4]} == {"  1.mp4", "  3.mp4"}
     assert not any("0.mp4" in line for line in lines)
+
+
+def test_prompts_that_t5_does_not_read_are_named(tokenizer: Any) -> None:
+    assert prompt_notes(tokenizer, ["A red square.", ""]) == []
+    (line,) = prompt_notes(tokenizer, ["A red square.", "A \u4e00\u53ea \u732b"])
+    assert line == (
+        'the prompt "A \u4e00\u53ea \u732b": 3 of 4 characters are unknown: \u4e00 \u53ea \u732b; write it in English'
+    )
 
 
 def test_ascii_is_not_assumed_to_be_known(tokenizer: Any) -> None:

@@ -32,6 +32,7 @@ from cogvideox.errors import first_line
 from cogvideox.files import write_atomically
 from cogvideox.model import models
 from cogvideox.model.vae_decoder import PUBLISHED, Decoder, Tile, decoding_attempts
+from cogvideox.preparation.captions import prompt_notes
 from cogvideox.preparation.encoding import encode_captions, missing_captions
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.progress import ProgressBar
@@ -69,6 +70,8 @@ def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Seq
     cache = TensorCache(run.output_dir / FOLDER)
     if run.is_main:
         missing = missing_captions(cache, tensors.encoders, wanted)
+        for line in prompt_notes(models.load_tokenizer(options.model), missing) if missing else []:
+            run.say(line)
         encode_captions(cache, options.model, tensors.encoders, missing, 1, run.ranks, options.encode.t5_on)
     run.barrier()
     keys = [tensors.encoders.prompt_key(text) for text in wanted]

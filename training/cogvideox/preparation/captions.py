@@ -87,15 +87,29 @@ def unknown_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]], unk
     lost = {text: [char for char in text if char in unknown] for text, made in tokens.items() if made.unknown}
     if not lost:
         return []
-    sizes = {text: sum(not char.isspace() for char in text) for text in lost}
+    sizes = {text: len("".join(text.split())) for text in lost}
     total = sum(map(len, lost.values())) / sum(sizes.values())
     rule = f"{plural(len(lost), 'caption has', 'captions have')} characters that T5 does not know"
-    lines = [
-        f"{clips_of[text][0]}: {len(lost[text])} of {sizes[text]} characters are unknown: "
-        f"{excerpt(' '.join(dict.fromkeys(lost[text])))}"
-        for text in sorted(lost, key=lambda text: -len(lost[text]) / sizes[text])
-    ]
+    least_readable_first = sorted(lost, key=lambda text: -len(lost[text]) / sizes[text])
+    lines = [f"{clips_of[text][0]}: {lost_text(text, lost[text])}" for text in least_readable_first]
     return [f"{rule} ({total:.0%} of their characters); write them in English:", *indented(lines)]
+
+
+def lost_text(text: str, lost: Sequence[str]) -> str:
+    """Returns how many characters of a text are unknown, and which they are."""
+    size = len("".join(text.split()))
+    return f"{len(lost)} of {size} characters are unknown: {excerpt(' '.join(dict.fromkeys(lost)))}"
+
+
+def prompt_notes(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Returns a line for each prompt with characters that T5 does not know."""
+    unknown = unknown_characters(tokenizer, prompts)
+    lost = {text: [char for char in text if char in unknown] for text in prompts}
+    return [
+        f"the prompt {quoted(text)}: {lost_text(text, characters)}; write it in English"
+        for text, characters in lost.items()
+        if characters and tokenizer.unk_token_id in tokenizer(text).input_ids
+    ]
 
 
 def confused_notes(tokens: dict[str, Tokens], clips_of: dict[str, list[str]]) -> list[str]:
