@@ -16,7 +16,7 @@ from cogvideox.data.forms.columns import Column, Problems
 from cogvideox.data.forms.folders import read_rows
 from cogvideox.data.forms.paths import PathRules
 from cogvideox.data.forms.table_text import TableText
-from cogvideox.data.forms.tables import BESIDE_TABLE, CAPTION_COLUMNS, IMAGE_COLUMNS, VIDEO_COLUMNS
+from cogvideox.data.forms.tables import BESIDE_TABLE, CAPTION_COLUMNS, IMAGE_COLUMNS, VIDEO_COLUMNS, Table
 from cogvideox.data.media.frames import Section
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
@@ -104,7 +104,7 @@ class SceneTable:
         if file.exists():
             if self._handled_file.exists():
                 self._handled = self._handled_file.read_text(encoding="utf-8").split("\n")[:-1]
-            self.known = _files_in(self._read(), root, rules)
+            self.known = _files_in(self._read().table, root, rules)
             self.known.update(os.path.normpath(os.path.join(root, name)) for name in self._handled)
 
     def add(self, video: str, clips: Sequence[Clip]) -> None:
@@ -123,14 +123,14 @@ class SceneTable:
         """
         self._written_at = time.monotonic()
         if self._waiting:
-            table = self._read() if self._file.exists() else TableText.new(self._file, self._columns)
-            table.append([self._row(clip, table) for clip in self._waiting])
-            table.write()
+            text = self._read() if self._file.exists() else TableText.new(self._file, self._columns)
+            text.append([self._row(clip, text.table) for clip in self._waiting])
+            text.write()
             self._waiting.clear()
         if self._handled:
             write_atomically(self._handled_file, "".join(f"{name}\n" for name in self._handled).encode())
 
-    def _row(self, clip: Clip, table: TableText) -> dict[str, str]:
+    def _row(self, clip: Clip, table: Table) -> dict[str, str]:
         start, end = clip.section or (None, None)
         texts = {
             VIDEO: clip.video,
@@ -147,12 +147,12 @@ class SceneTable:
         return cells
 
     def _read(self) -> TableText:
-        table = TableText.read(self._file)
-        missing = [key for key in self._columns if _column_of(table, key) not in table.columns]
+        text = TableText.read(self._file)
+        missing = [key for key in self._columns if _column_of(text.table, key) not in text.table.columns]
         if missing:
             rule = f"has no column {' and '.join(missing)}; add it, or name another file with --table"
             raise UsageError(f"{self._file}: {rule}")
-        return table
+        return text
 
     def _listed(self, path: str, column: str) -> str:
         """Returns a path as it is written into a column; one outside the folder of the clips stays absolute."""
@@ -161,17 +161,17 @@ class SceneTable:
         return os.path.normpath(path).removeprefix(os.path.join(self._root, "")).replace(os.sep, "/")
 
 
-def _column_of(table: TableText, key: str) -> str:
+def _column_of(table: Table, key: str) -> str:
     """Returns the name that a column has in the table, or ``key`` if the table lacks it."""
     return next((name for name in _ALIASES.get(key, ()) if name in table.columns), key)
 
 
-def _files_in(table: TableText, root: str, rules: PathRules) -> set[str]:
+def _files_in(table: Table, root: str, rules: PathRules) -> set[str]:
     """Returns the absolute paths of the files in a table, whether they exist or not."""
     name = _column_of(table, VIDEO)
     folder = os.path.dirname(os.path.abspath(table.file)) if name == BESIDE_TABLE else root
-    values = [str(cells.get(name) or "").strip() for _, cells in table.rows]
-    column = Column(values, lambda row: str(table.file), "remove the row", folder)
+    values = [str(cells.get(name) or "").strip() for cells in table.rows]
+    column = Column(values, table.location, "remove the row", folder)
     return {os.path.normpath(path) for path in rules.find(column, "video", Problems()) if path is not None}
 
 

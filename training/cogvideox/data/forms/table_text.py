@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.data.forms.columns import Problems
-from cogvideox.data.forms.tables import cells_of_any_size, csv_rows, separator_of
+from cogvideox.data.forms.tables import TABLE_READERS, Table, cells_of_any_size, separator_of
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # by the suffix of the file; JSON lines have none
 _MARKS = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}  # byte order marks and what they mean
-LINE_END = "\r\n"
-_BOM = "\ufeff"  # the byte order mark as a character
+_MARK = "\ufeff"  # a byte order mark as a character
+_LINE_END = "\r\n"
 
 
 @dataclass
@@ -33,8 +33,7 @@ class TableText:
         encoding: Python's name of the encoding.
         separator: The character between cells; empty for JSON lines.
         lines: All lines of the file without the line feed, but with a carriage return before it and with the mark.
-        columns: Names of the columns of a CSV; empty for JSON lines.
-        rows: The indices of the lines of each row, and its cells by column.
+        table: What the lines contain, as they were read.
         replaced: Indices of lines whose row is written on an earlier line now.
     """
 
@@ -42,20 +41,19 @@ class TableText:
     encoding: str
     separator: str
     lines: list[str]
-    columns: list[str]
-    rows: list[tuple[range, dict[str, Any]]]
+    table: Table
     replaced: set[int] = field(default_factory=set)
 
     @classmethod
     def new(cls, file: Path, columns: Sequence[str]) -> "TableText":
         """Returns a CSV or TSV that has no rows yet and is not written yet."""
-        table = cls(file, "utf-8", SEPARATORS[file.suffix.lower()], [""], list(columns), [])
-        table.append([{name: name for name in columns}])
-        return table
+        text = cls(file, "utf-8", SEPARATORS[file.suffix.lower()], [""], Table(str(file), list(columns), [], []))
+        text.append([{name: name for name in columns}])
+        return text
 
     @classmethod
     def read(cls, file: Path) -> "TableText":
-        """Reads a table.
+        """Reads a table, which may have no rows.
 
         Raises:
             UsageError: It cannot be read.
@@ -67,48 +65,48 @@ class TableText:
             lines = data.decode(encoding).split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{file}: cannot be read ({error}); save it as UTF-8") from None
-        plain = [line.removesuffix("\r") for line in (lines[0].removeprefix(_BOM), *lines[1:])]
-        separator = SEPARATORS[file.suffix.lower()]
-        table = cls(file, encoding, separator and separator_of(separator, plain), lines, [], [])
-        table.rows.extend(table._cells(plain, problems) if separator else _objects(file, plain))
-        if problems:
+        plain = _plain(lines)
+        table = TABLE_READERS[file.suffix.lower()](str(file), plain, problems)
+        if table is None or problems:
             raise UsageError(problems.lines())
-        return table
-
-    def _cells(self, plain: Sequence[str], problems: Problems) -> list[tuple[range, dict[str, Any]]]:
-        with cells_of_any_size():
-            header, *rows = list(csv_rows(self.separator, str(self.file), plain, problems)) or [(range(0), [])]
-        self.columns.extend(name.strip() for name in header[1])
-        return [(span, dict(zip(self.columns, cells, strict=False))) for span, cells in rows]
+        separator = SEPARATORS[file.suffix.lower()]
+        return cls(file, encoding, separator and separator_of(separator, plain), lines, table)
 
     def replace(self, row: int, column: str, value: str) -> None:
         """Writes a value into a cell."""
-        span, cells = self.rows[row]
-        cells[column] = value
-        end = "\r" if self.lines[span[-1]].endswith("\r") else ""
-        mark = _BOM if span.start == 0 and self.lines[0].startswith(_BOM) else ""
+        start = self.table.numbers[row] - 1
+        span = self.table.spans[row] if self.table.spans else range(start, start + 1)
+        lines = self.lines[span.start : span.stop]
+        end = "\r" if lines[-1].endswith("\r") else ""
+        mark = _MARK if lines[0].startswith(_MARK) else ""
         # Further lines of the row are kept until the file is written, so that rows after it keep their indices.
-        self.lines[span.start] = f"{mark}{self._written(cells)}{end}"
+        self.lines[span.start] = f"{mark}{self._with(_plain(lines), column, value)}{end}"
         self.replaced.update(span[1:])
 
+    def _with(self, lines: Sequence[str], column: str, value: str) -> str:
+        """Returns the text of a row with another value in a cell."""
+        if not self.separator:
+            return json.dumps(json.loads(lines[0]) | {column: value}, ensure_ascii=False)
+        with cells_of_any_size():
+            cells = next(csv.reader((f"{line}\n" for line in lines), delimiter=self.separator, strict=True))
+        cells[self.table.columns.index(column)] = value
+        return self._joined(cells)
+
     def append(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Adds rows at the end. Columns that a row lacks are blank."""
+        """Adds rows to a CSV or TSV, at its end. Columns that a row lacks are blank."""
         end = "\r" if self.lines[0].endswith("\r") else ""
         if self.lines[-1] == "":
             self.lines.pop()
         elif end:
             self.lines[-1] += end
-        self.lines += [f"{self._written(cells)}{end}" for cells in rows]
+        self.lines += [f"{self._joined([cells.get(name, '') for name in self.table.columns])}{end}" for cells in rows]
         self.lines.append("")
 
-    def _written(self, cells: Mapping[str, Any]) -> str:
-        if not self.separator:
-            return json.dumps(cells, ensure_ascii=False)
+    def _joined(self, cells: Sequence[Any]) -> str:
         text = io.StringIO()
         # The writer puts quotes around line breaks only if they are part of its own line end.
-        writer = csv.writer(text, delimiter=self.separator, lineterminator=LINE_END)
-        writer.writerow(cells.get(name, "") for name in self.columns)
-        return text.getvalue().removesuffix(LINE_END)
+        csv.writer(text, delimiter=self.separator, lineterminator=_LINE_END).writerow(cells)
+        return text.getvalue().removesuffix(_LINE_END)
 
     def write(self) -> None:
         """Writes the file."""
@@ -116,11 +114,9 @@ class TableText:
         write_atomically(self.file, text.encode(self.encoding))
 
 
-def _objects(file: Path, plain: Sequence[str]) -> list[tuple[range, dict[str, Any]]]:
-    try:
-        return [(range(n, n + 1), json.loads(line)) for n, line in enumerate(plain) if line.strip()]
-    except ValueError as error:
-        raise UsageError(f"{file}: is not valid JSON lines ({error}); each line must be one JSON object") from None
+def _plain(lines: Sequence[str]) -> list[str]:
+    """Returns lines without carriage returns and without a byte order mark."""
+    return [line.removesuffix("\r") for line in (lines[0].removeprefix(_MARK), *lines[1:])]
 
 
 def can_be_changed(file: str) -> bool:

@@ -41,7 +41,7 @@ Names = tuple[str | None, str | None, str | None]  # --caption_column, --video_c
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """Holds the rows of a table.
 
     Attributes:
@@ -50,6 +50,7 @@ class _Table:
         rows: The cells of each row by column name.
         numbers: The line of each row, or its position in a JSON list, counted from 1.
         joint: What separates the file and the number in messages.
+        spans: The indices of the lines of each row, counted from 0, if a row may have several; else empty.
     """
 
     file: str
@@ -57,6 +58,7 @@ class _Table:
     rows: list[dict[str, Any]]
     numbers: Sequence[int]
     joint: str = ":"
+    spans: Sequence[range] = ()
 
     def location(self, row: int) -> str:
         """Returns where a row, counted from 0, is written, as "file:line"."""
@@ -85,7 +87,7 @@ def read_table(file: str, root: str, names: Names, problems: Problems) -> Column
     )
 
 
-def _open_table(file: str, problems: Problems) -> _Table | None:
+def _open_table(file: str, problems: Problems) -> Table | None:
     suffix = os.path.splitext(file)[1].lower()
     if suffix not in TABLE_READERS:
         rule = f"is not a table; it must end in {' or '.join(TABLE_READERS)}"
@@ -101,7 +103,7 @@ def _open_table(file: str, problems: Problems) -> _Table | None:
 
 
 def _read_column(
-    table: _Table, root: str, flag: str, given: str | None, defaults: Sequence[str], problems: Problems
+    table: Table, root: str, flag: str, given: str | None, defaults: Sequence[str], problems: Problems
 ) -> Column | None:
     """Reads the column that the flag names, or else the first of the default names that the table has."""
     wanted = defaults if given is None else (given,)
@@ -115,7 +117,7 @@ def _read_column(
     return Column(texts, table.location, "remove the row", folder, name)
 
 
-def _read_sections(table: _Table, problems: Problems) -> list[Section | None] | None:
+def _read_sections(table: Table, problems: Problems) -> list[Section | None] | None:
     """Reads the columns start and end; None for a row in which both are blank. Without these columns returns None."""
     if not set(SECTION_COLUMNS) & set(table.columns):
         return None
@@ -143,7 +145,7 @@ def _section(start: str, end: str) -> Section | str | None:
     return section
 
 
-def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Sequence[str], problems: Problems) -> None:
+def _add_missing_column(table: Table, flag: str, given: str | None, wanted: Sequence[str], problems: Problems) -> None:
     near = [match for name in wanted for match in difflib.get_close_matches(name, table.columns, 1)]
     fix = f"nearest: {flag} {quote(near[0])}" if near else f"name one with {flag}"
     rule = f"{table.file}: has no column {' or '.join(wanted)}"
@@ -156,7 +158,7 @@ def _add_missing_column(table: _Table, flag: str, given: str | None, wanted: Seq
         problems.add("missing column", line)
 
 
-def _cell_text(value: object, row: int, name: str, table: _Table, problems: Problems) -> str | None:
+def _cell_text(value: object, row: int, name: str, table: Table, problems: Problems) -> str | None:
     """Returns the stripped text of a cell, "" for a missing one, or None for a value of another type."""
     if is_blank(value):
         return ""
@@ -168,31 +170,32 @@ def _cell_text(value: object, row: int, name: str, table: _Table, problems: Prob
 
 
 def is_blank(value: object) -> bool:
-    """Returns whether a cell has no text: it is missing, null, NaN, without letters, or one of _NO_TEXT."""
+    """Returns whether a cell has no text. It is None if its key is missing, or if its value is null or NaN."""
     if isinstance(value, str):
         text = value.strip()
         return not text or (len(text) < 5 and text.lower() in _NO_TEXT)
-    return value is None or value != value
+    return value is None
 
 
-def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> _Table | None:
+def _read_csv(delimiter: str, file: str, lines: Lines, problems: Problems) -> Table | None:
     # A row may extend over several lines, so with an invalid line the others cannot be trusted.
     if None in lines:
         return None
     with cells_of_any_size():
-        rows = csv_rows(separator_of(delimiter, lines), file, lines, problems)
+        rows = _csv_rows(separator_of(delimiter, lines), file, lines, problems)
         columns = [name.strip() for name in next(rows, (range(0), []))[1]]
         if not _is_header(columns, file, problems):
             return None
-        table = _Table(file, columns, [], numbers := [])
+        table = Table(file, columns, [], numbers := [], spans=(spans := []))
         for span, cells in rows:
-            number = span.start + 1
             if len(cells) != len(columns):
+                number = span.start + 1
                 rule = f"has {len(cells)} cells, but {len(columns)} columns; put quotes around cells with a separator"
                 problems.add("wrong number of cells", f"{file}:{number}: {rule}")
                 continue
             table.rows.append(dict(zip(columns, cells, strict=True)))
-            numbers.append(number)
+            numbers.append(span.start + 1)
+            spans.append(span)
     return table
 
 
@@ -205,7 +208,7 @@ def separator_of(usual: str, lines: Lines) -> str:
     return next((sign for sign in (usual, *";\t|,") if sign in header), usual)
 
 
-def csv_rows(delimiter: str, file: str, lines: Lines, problems: Problems) -> Iterator[tuple[range, list[str]]]:
+def _csv_rows(delimiter: str, file: str, lines: Lines, problems: Problems) -> Iterator[tuple[range, list[str]]]:
     """Yields the rows that are not blank, each as the indices of its lines, counted from 0, and its cells."""
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
     while True:
@@ -244,7 +247,7 @@ def _is_header(columns: list[str], file: str, problems: Problems) -> bool:
 _JSON = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=lambda name: None if name == "NaN" else name)
 
 
-def _read_jsonl(file: str, lines: Lines, problems: Problems) -> _Table:
+def _read_jsonl(file: str, lines: Lines, problems: Problems) -> Table:
     numbers: list[int] = []
     values: list[object] = []
     for number, line in enumerate(lines, start=1):
@@ -259,7 +262,7 @@ def _read_jsonl(file: str, lines: Lines, problems: Problems) -> _Table:
     return _objects(file, values, numbers, ":", problems)
 
 
-def _read_json(file: str, lines: Lines, problems: Problems) -> _Table | None:
+def _read_json(file: str, lines: Lines, problems: Problems) -> Table | None:
     if None in lines:
         return None
     fix = "it must be one list of objects; JSON lines end in .jsonl"
@@ -279,9 +282,9 @@ def _json_error(error: Exception) -> str:
     return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
 
 
-def _objects(file: str, values: list[object], numbers: Sequence[int], joint: str, problems: Problems) -> _Table:
+def _objects(file: str, values: list[object], numbers: Sequence[int], joint: str, problems: Problems) -> Table:
     """Returns the table of the values that are objects, and reports the others. Its columns are all their keys."""
-    table = _Table(file, [], [], kept := [], joint)
+    table = Table(file, [], [], kept := [], joint)
     for number, value in zip(numbers, values, strict=True):
         if isinstance(value, dict):
             table.rows.append(value)
@@ -293,7 +296,7 @@ def _objects(file: str, values: list[object], numbers: Sequence[int], joint: str
     return table
 
 
-TABLE_READERS: dict[str, Callable[[str, Lines, Problems], _Table | None]] = {
+TABLE_READERS: dict[str, Callable[[str, Lines, Problems], Table | None]] = {
     ".csv": partial(_read_csv, ","),
     ".tsv": partial(_read_csv, "\t"),
     ".jsonl": _read_jsonl,

@@ -148,20 +148,21 @@ class CaptionCells(_WholeFile):
         """
         super().__init__()
         self._file, self._column = Path(file), column
-        self._clips = [self._clip(cells) for _, cells in TableText.read(self._file).rows]
+        self._clips = [self._clip(cells) for cells in TableText.read(self._file).table.rows]
 
-    def _clip(self, cells: dict[str, Any]) -> str:
-        """Returns the cells that say which clip a row is about, as a text, because NaN does not equal itself."""
-        return repr({name: value for name, value in cells.items() if name != self._column})
+    def _clip(self, cells: dict[str, Any]) -> dict[str, Any]:
+        """Returns the cells that say which clip a row is about."""
+        return {name: value for name, value in cells.items() if name != self._column}
 
     def _save(self, captions: dict[int, str]) -> None:
-        table = TableText.read(self._file)
+        text = TableText.read(self._file)
+        rows = text.table.rows
         for row, caption in captions.items():
-            if row >= len(table.rows) or self._clip(table.rows[row][1]) != self._clips[row]:
+            if row >= len(rows) or self._clip(rows[row]) != self._clips[row]:
                 raise _changed(str(self._file))
-            if is_blank(table.rows[row][1].get(self._column)):
-                table.replace(row, self._column, caption)
-        table.write()
+            if is_blank(rows[row].get(self._column)):
+                text.replace(row, self._column, caption)
+        text.write()
 
 
 def _changed(file: str) -> UsageError:
