@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,10 +29,12 @@ from cogvideox.planning.plan import (
     NoPlanError,
     Sizes,
     choose_plan,
+    compile_seconds,
     copied_bytes,
     host_bytes,
     in_flight_bytes,
     mixture,
+    mixtures,
     peak_bytes,
     pinned_bytes,
     state_on_device,
@@ -152,6 +156,25 @@ def test_a_quantized_block_is_smaller_and_little_of_it_is_dequantized() -> None:
         kinds = {BlockPlan(weights): LARGE.blocks}
         saved = peak_bytes(kinds, HOST, True, LARGE) - peak_bytes(kinds, HOST, True, small)
         assert saved == pytest.approx((stored / 2 - 0.1) * LARGE.block_bytes)
+
+
+@pytest.mark.parametrize("sizes", [LARGE, replace(WHOLE, sum_bytes=4), replace(WHOLE, average_bytes=4, state_bytes=16)])
+def test_predictions_for_all_mixtures_at_once_are_those_for_each(sizes: Sizes) -> None:
+    kinds = mixtures(PRESETS["auto"], sizes)
+    every = np.stack([*kinds.values()], axis=1)
+    assert (every.sum(axis=1) == 42).all()
+    assert len(np.unique(every, axis=0)) == len(every) == len(kinds) + math.comb(len(kinds), 2) * 41
+    predict = {
+        "peak": lambda kinds, state: peak_bytes(kinds, state, True, sizes),
+        "host": lambda kinds, state: host_bytes(kinds, state, sizes),
+        "seconds": lambda kinds, state: step_seconds(kinds, state, True, sizes, FAST),
+        "compilation": lambda kinds, state: compile_seconds(kinds, True, replace(sizes, steps=10)),
+    }
+    for name, state in itertools.product(predict, (DEVICE, HOST)):
+        at_once = predict[name](kinds, state)
+        for index in range(0, len(every), 97):
+            one = {kind: int(numbers[index]) for kind, numbers in kinds.items() if numbers[index]}
+            assert predict[name](one, state) == at_once[index], name
 
 
 @pytest.mark.parametrize("kept", [DEVICE, HOST])

@@ -1,13 +1,13 @@
 """Chooses how the transformer's blocks are executed, from predictions of memory and time; touches no device.
 
 The idea: for each block a plan decides where its weights live, which activations forward saves for backward (the rest
-is recomputed), where these live, and where the optimizer state of host-trained weights lives. ``choose_plan``
-enumerates every mixture of at most two kinds of blocks (BlockPlan), predicts the peak and the time of each mixture, and
-drops those that do not fit. Among the plans whose time is within AS_FAST of the fastest it takes the one that copies
-least. The time includes each step's share of compiling the blocks, because a plan with two levels compiles twice as
-many graphs, which a short run does not gain back.
+is recomputed), where these live, and where the optimizer state of host-trained weights lives. ``choose_plan`` predicts
+the peak and the time of every mixture of at most two kinds of blocks (BlockPlan), and drops those that do not fit.
+Among the plans whose time is within AS_FAST of the fastest it takes the one that copies least. The time includes each
+step's share of compiling the blocks, because a plan with two levels compiles twice as many graphs, which a short run
+does not gain back.
 
-    Axes (what the flags allow) --> candidates --> peak_bytes, host_bytes <= Machine? --> step_seconds --> ExecutionPlan
+    Axes (what the flags allow) --> mixtures --> peak_bytes, host_bytes <= Machine? --> step_seconds --> ExecutionPlan
 
 The memory model adds up weights, gradients and optimizer state on the device, and the larger need of two moments: the
 start of backward, when all saved activations exist, and the optimizer step, when state passes through the device. The
@@ -16,11 +16,18 @@ time model adds, for each pass, the larger of arithmetic and of copies in one di
 Memory is in bytes, time in seconds, and rates are in FLOP or bytes per second. The letters of shapes are those of
 blocks.py. A "unit" is the size of a block's input, samples * tokens * width * bytes per element.
 benchmarks/one_block.py prints the measured WORKSPACE_UNITS and TRAINED_UNITS.
+
+A mixture is a dictionary with the number of blocks of each kind. The functions that predict accept either a number or,
+to predict all mixtures at once, an array with one number for each mixture, where kinds without a block have a zero.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations_with_replacement, product
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import product
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from cogvideox.memory.streaming import IN_FLIGHT, TRANSFER_SLOTS, WEIGHT_SLOTS
 from cogvideox.optimizer.master_weights import CHUNK_BYTES, STATE_BYTES
@@ -225,6 +232,10 @@ class ModulePlan:
         return f"blocks {blocks}, as diffusers runs them; activations {'recomputed' if self.recompute else 'kept'}"
 
 
+Numbers: TypeAlias = Any  # an int or a float, or an array (mixtures,) of them
+Kinds: TypeAlias = Mapping[BlockPlan, Numbers]  # a mixture, or an array of mixtures: the number of blocks of each kind
+
+
 class NoPlanError(ValueError):
     """Reports that no allowed plan fits; the message has the sizes of the smallest one."""
 
@@ -237,7 +248,12 @@ def mixture(first: BlockPlan, second: BlockPlan, count: int, total: int) -> tupl
     return tuple(first if (i + 1) * count // total > i * count // total else second for i in range(total))
 
 
-def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes) -> int:
+def largest(*numbers: Numbers) -> Numbers:
+    """Returns the largest of several numbers, for each mixture if some of them are arrays."""
+    return reduce(np.maximum, numbers)
+
+
+def peak_bytes(kinds: Kinds, state: str, compiled: bool, sizes: Sizes) -> Numbers:
     """Predicts the peak of device memory: at the start of backward or in the optimizer step, whichever is larger.
 
     Args:
@@ -251,25 +267,26 @@ def peak_bytes(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: S
     if sizes.shards > 1:
         return sharded_peak_bytes(kinds, compiled, sizes)
     streamed = streamed_blocks(kinds)
-    total = sizes.rest_bytes + (sizes.blocks - streamed + min(WEIGHT_SLOTS, streamed)) * sizes.block_bytes
+    total = sizes.rest_bytes + (sizes.blocks - streamed + np.minimum(WEIGHT_SLOTS, streamed)) * sizes.block_bytes
     total += sizes.trained * (sizes.item_bytes + 4)  # weights, and the flat fp32 gradients
     total += (sizes.blocks - streamed) * sizes.block_trained * 4
     total += state_on_device(kinds, state, sizes) * sizes.state_bytes
     passes = activation_bytes(kinds, compiled, sizes)
     passes += round(sizes.matrix_bytes * DEQUANTIZED_SHARE[compiled]) + gradient_bytes(streamed, sizes)
-    return total + max(passes, transfer_slot_bytes(streamed, sizes) if copied_bytes(kinds, state, sizes)[3] else 0)
+    passes_through = copied_bytes(kinds, state, sizes)[3] > 0
+    return total + np.maximum(passes, passes_through * transfer_slot_bytes(streamed, sizes))
 
 
-def activation_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) -> int:
+def activation_bytes(kinds: Kinds, compiled: bool, sizes: Sizes) -> Numbers:
     """Returns the device bytes of saved activations, and of those that a backward pass computes."""
     here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
     saved = sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items()) + in_flight_bytes(kinds, sizes)
     more = TRAINED_UNITS[compiled] if sizes.block_trained else dict.fromkeys(LEVELS, 0.0)
-    work = max(WORKSPACE_UNITS[compiled][kind.keep] + more[kind.keep] for kind in kinds)
-    return saved + round((work + ENDS_UNITS) * sizes.unit_bytes)
+    work = largest(*((n > 0) * (WORKSPACE_UNITS[compiled][kind.keep] + more[kind.keep]) for kind, n in kinds.items()))
+    return saved + np.rint((work + ENDS_UNITS) * sizes.unit_bytes).astype(int)
 
 
-def sharded_peak_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) -> int:
+def sharded_peak_bytes(kinds: Kinds, compiled: bool, sizes: Sizes) -> Numbers:
     """Predicts the peak of device memory of weights that are sharded: when backward starts or ends, or in evaluation.
 
     Each process keeps fp32 rows of weights, moments and, from the first backward pass on, gradients, unless they are
@@ -282,10 +299,10 @@ def sharded_peak_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes
     blocks = 2 * sizes.block_bytes + sizes.block_trained * (sizes.item_bytes + 4)
     start = activation_bytes(kinds, compiled, sizes) + (4 * rows if sizes.passes > 1 else 0)
     work = round((WORKSPACE_UNITS[compiled]["attention"] + ENDS_UNITS) * sizes.unit_bytes)
-    return kept + max(blocks + start, blocks + work + 4 * rows, sizes.blocks * sizes.block_bytes + work)
+    return kept + largest(blocks + start, blocks + work + 4 * rows, sizes.blocks * sizes.block_bytes + work)
 
 
-def zero2_peak_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) -> int:
+def zero2_peak_bytes(kinds: Kinds, compiled: bool, sizes: Sizes) -> Numbers:
     """Predicts the peak of device memory under DeepSpeed ZeRO-2: when backward starts or ends, or in the step.
 
     Each process has all weights in the compute type, and a share of fp32 masters and moments unless these are stored on
@@ -298,41 +315,42 @@ def zero2_peak_bytes(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) 
     work = round((WORKSPACE_UNITS[compiled]["attention"] + ENDS_UNITS) * sizes.unit_bytes)
     start = activation_bytes(kinds, compiled, sizes) + bucket * sizes.item_bytes + (4 * rows if sizes.passes > 1 else 0)
     end = work + gradients + bucket * (sizes.item_bytes + 4) + 4 * rows
-    return weights + rows * sizes.state_bytes + max(start, end, 8 * rows)
+    return weights + rows * sizes.state_bytes + largest(start, end, 8 * rows)
 
 
-def transfer_slot_bytes(streamed: int, sizes: Sizes) -> int:
+def transfer_slot_bytes(streamed: Numbers, sizes: Sizes) -> Numbers:
     """Returns the device bytes of the optimizer's transfer slots."""
     numbers = min(sizes.all_trained, CHUNK_BYTES // STATE_BYTES)
     # Host-trained weights are copied out, and their gradients are copied in and converted to fp32 on the device.
-    with_weights = streamed and sizes.block_trained
-    load = sizes.moving_bytes + (sizes.sum_bytes + sizes.item_bytes if with_weights else 0)
-    return numbers * (TRANSFER_SLOTS * load + (4 if with_weights else 0))
+    with_weights = (streamed > 0) & (sizes.block_trained > 0)
+    load = sizes.moving_bytes + with_weights * (sizes.sum_bytes + sizes.item_bytes)
+    return numbers * (TRANSFER_SLOTS * load + 4 * with_weights)
 
 
-def gradient_bytes(streamed: int, sizes: Sizes) -> int:
+def gradient_bytes(streamed: Numbers, sizes: Sizes) -> Numbers:
     """Returns the device bytes of block gradients: those of the current block, and those on their way to the host."""
-    sums = sizes.sum_bytes * min(IN_FLIGHT, streamed)
-    if streamed and sizes.sum_bytes > sizes.item_bytes:
-        sums += 2 * sizes.sum_bytes  # earlier sums are copied back, one block ahead
+    sums = sizes.sum_bytes * np.minimum(IN_FLIGHT, streamed)
+    if sizes.sum_bytes > sizes.item_bytes:
+        sums = sums + (streamed > 0) * 2 * sizes.sum_bytes  # earlier sums are copied back, one block ahead
     return sizes.block_trained * (sizes.item_bytes + sums)
 
 
-def in_flight_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
+def in_flight_bytes(kinds: Kinds, sizes: Sizes) -> Numbers:
     """Returns the device bytes of saved activations that are on their way to or from the host."""
     away = {kind: n for kind, n in kinds.items() if kind.kept == HOST}
-    total, left = 0, min(IN_FLIGHT, sum(away.values()))
+    blocks = sum(away.values())
+    total, left = 0, np.minimum(IN_FLIGHT, blocks)
     for kind, n in sorted(away.items(), key=lambda item: -sizes.kept_bytes(item[0].keep)):
         # Blocks of different kinds alternate, so each kind has its share of the blocks in flight, rounded up.
-        count = min(left, -(-IN_FLIGHT * n // sum(away.values())))
+        count = np.minimum(left, -(-IN_FLIGHT * n // np.maximum(1, blocks)))
         total, left = total + count * sizes.kept_bytes(kind.keep), left - count
     return total
 
 
-def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
+def host_bytes(kinds: Kinds, state: str, sizes: Sizes) -> Numbers:
     """Predicts the additional host memory; the pinned weights of streamed blocks replace the loaded ones."""
     weights = streamed_bytes(kinds, sizes)
-    loaded = 0 if sizes.mapped else max(0, weights - sizes.block_bytes)
+    loaded = 0 if sizes.mapped else np.maximum(0, weights - sizes.block_bytes)
     written = 0
     if sizes.block_trained:
         # A checkpoint first copies all optimizer state on the device to the host; the export copies all weights.
@@ -340,12 +358,12 @@ def host_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
         # Rows of sharded state are copied to the host one tensor at a time.
         in_rows = sizes.shards > 1 or sizes.deepspeed
         copied = 0 if in_rows else state_on_device(kinds, state, sizes) * sizes.state_bytes
-        written = max(again, copied) // sizes.ranks
+        written = np.maximum(again, copied) // sizes.ranks
     moments = sizes.rows_on_host * (sizes.state_bytes - 4)
     return pinned_bytes(kinds, state, sizes) + moments - loaded + written
 
 
-def pinned_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
+def pinned_bytes(kinds: Kinds, state: str, sizes: Sizes) -> Numbers:
     """Predicts this process's pinned host memory: weights, saved activations, gradients and optimizer state."""
     _, kept, gradients, _ = copied_bytes(kinds, state, sizes)
     on_host = sizes.all_trained - state_on_device(kinds, state, sizes)
@@ -353,28 +371,28 @@ def pinned_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
     return streamed_bytes(kinds, sizes) + kept + gradients + on_host * sizes.state_bytes + rows
 
 
-def streamed_blocks(kinds: dict[BlockPlan, int]) -> int:
+def streamed_blocks(kinds: Kinds) -> Numbers:
     """Returns how many blocks have their weights on the host."""
     return sum(n for kind, n in kinds.items() if kind.weights == HOST)
 
 
-def streamed_bytes(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
+def streamed_bytes(kinds: Kinds, sizes: Sizes) -> Numbers:
     """Returns the host bytes of streamed weights: this process's share if the processes of a machine share them."""
     return streamed_blocks(kinds) * sizes.block_bytes // (1 if sizes.block_trained else sizes.ranks)
 
 
-def state_on_device(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> int:
+def state_on_device(kinds: Kinds, state: str, sizes: Sizes) -> Numbers:
     """Returns how many trained elements have their master weights and moments on the device."""
     blocks = sum(n for kind, n in kinds.items() if kind.weights == HOST and (kind.state or state) == DEVICE)
     return blocks * sizes.block_trained + (trained_on_device(kinds, sizes) if state == DEVICE else 0)
 
 
-def trained_on_device(kinds: dict[BlockPlan, int], sizes: Sizes) -> int:
+def trained_on_device(kinds: Kinds, sizes: Sizes) -> Numbers:
     """Returns how many trained elements have their weights on the device."""
     return sizes.trained + (sizes.blocks - streamed_blocks(kinds)) * sizes.block_trained
 
 
-def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple[int, int, int, int]:
+def copied_bytes(kinds: Kinds, state: str, sizes: Sizes) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     """Returns the bytes copied between host and device.
 
     Returns:
@@ -390,7 +408,12 @@ def copied_bytes(kinds: dict[BlockPlan, int], state: str, sizes: Sizes) -> tuple
     return streamed * sizes.block_bytes, kept, gradients, moved
 
 
-def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes: Sizes, machine: Machine) -> float:
+def all_copied_bytes(kinds: Kinds, state: str, sizes: Sizes) -> Numbers:
+    """Returns the sum of ``copied_bytes``, by which equally fast plans are compared."""
+    return sum(copied_bytes(kinds, state, sizes))
+
+
+def step_seconds(kinds: Kinds, state: str, compiled: bool, sizes: Sizes, machine: Machine) -> Numbers:
     """Predicts the seconds of a step: each pass takes the larger of its arithmetic and its copies in one direction.
 
     The maximum is taken over a complete pass and not for each block, because blocks of different kinds take turns and
@@ -414,46 +437,47 @@ def step_seconds(kinds: dict[BlockPlan, int], state: str, compiled: bool, sizes:
     forward = sizes.blocks * (linear + attend + forward_traffic)
     backward = sizes.blocks * ((2 if trains_all else 1) * linear + attend_backward + backward_traffic) + again
     earlier = gradients * (1 - 1 / sizes.passes)  # the sums are copied back to the device in all passes but the first
-    total = max(forward, weights, kept) + max(backward, weights + kept + earlier, gradients)
+    total = largest(forward, weights, kept) + largest(backward, weights + kept + earlier, gradients)
     total += HIDDEN_COPY * (2 * (weights + kept) + gradients + earlier)
     on_device = 2 * sizes.state_bytes * state_on_device(kinds, state, sizes) / sizes.shards / machine.memory
     # Optimizer state of host-trained weights passes through the device while the next forward pass runs, and the other
     # state before it. ``hidden`` is the time by which the former overlaps with that forward pass.
     before = trained_on_device(kinds, sizes) * sizes.moving_bytes / copies if state == HOST else 0.0
     before, behind = before / BOTH_WAYS, (moved - before) / BOTH_WAYS
-    hidden = max(forward, weights, kept) + behind - max(forward, weights + behind, kept + behind)
-    if sizes.average_bytes and moved:
-        hidden = 0.0  # the average is updated by the host, which waits for all transfers
+    hidden = largest(forward, weights, kept) + behind - largest(forward, weights + behind, kept + behind)
+    if sizes.average_bytes:
+        hidden = hidden * (moved == 0)  # the average is updated by the host, which waits for all transfers
     shared = SHARDED_SHARE if sizes.shards > 1 else 1.0
     return shared * (sizes.passes * total + before + behind - hidden + on_device)
 
 
-def compile_seconds(kinds: dict[BlockPlan, int], compiled: bool, sizes: Sizes) -> float:
+def compile_seconds(kinds: Kinds, compiled: bool, sizes: Sizes) -> Numbers:
     """Returns the seconds of compilation per optimizer step of the run, if nothing has been compiled before."""
-    levels = {kind.keep for kind in kinds}
-    return LEVEL_SECONDS * len(levels) / sizes.steps if compiled and sizes.steps else 0.0
+    levels = sum(sum(n for kind, n in kinds.items() if kind.keep == level) > 0 for level in LEVELS)
+    return LEVEL_SECONDS * levels / sizes.steps if compiled and sizes.steps else 0.0
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------
 
 
-def candidates(axes: Axes, sizes: Sizes) -> Iterator[tuple[BlockPlan, BlockPlan, int, str]]:
-    """Yields all plans with at most two kinds of blocks.
+def mixtures(axes: Axes, sizes: Sizes) -> dict[BlockPlan, np.ndarray]:
+    """Returns all mixtures of at most two kinds of blocks, as an array (mixtures,) of numbers of blocks for each kind.
 
-    A plan is a tuple (first kind, second kind, number of blocks of the first kind, where optimizer state is stored).
     Each kind of host-trained blocks has an additional choice of where its optimizer state is stored.
     """
-    blocks = sizes.blocks
     kinds = [
         BlockPlan(weights, keep, kept, state)
         for weights, keep, kept in product(axes.weights, axes.keep, axes.kept)
         for state in (axes.state if weights == HOST and sizes.block_trained else (None,))
     ]
-    for first, second in combinations_with_replacement(kinds, 2):
-        for count in range(1, blocks + 1) if first == second else range(1, blocks):
-            if first != second or count == blocks:
-                for state in axes.state:
-                    yield first, second, count, state
+    pairs = np.stack(np.triu_indices(len(kinds)), axis=1)  # (pairs, 2) positions in kinds; some have one kind twice
+    first, second = np.repeat(pairs, sizes.blocks, axis=0).T
+    count = np.tile(np.arange(1, sizes.blocks + 1), len(pairs))
+    chosen = (count == sizes.blocks) == (first == second)
+    first, second, count = first[chosen], second[chosen], count[chosen]
+    position = np.arange(len(kinds))[:, None]
+    numbers = np.where(position == first, count, np.where(position == second, sizes.blocks - count, 0))
+    return dict(zip(kinds, numbers, strict=True))
 
 
 def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
@@ -462,46 +486,54 @@ def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, atte
     Raises:
         NoPlanError: No allowed plan fits.
     """
-    comfortable, all_of_it = (replace(machine, host_bytes=int(machine.host_bytes * share)) for share in HOST_SHARES)
-    try:
-        return fastest_plan(axes, sizes, comfortable, compiled, attention)
-    except NoPlanError:
-        return fastest_plan(axes, sizes, all_of_it, compiled, attention)
+    kinds = mixtures(axes, sizes)
 
+    def of_all(predict: Callable[..., Numbers], *arguments: Any) -> np.ndarray:
+        """Returns a prediction for every plan, (mixtures, places of the optimizer state)."""
+        shape = next(iter(kinds.values())).shape
+        return np.stack([np.broadcast_to(predict(kinds, state, *arguments), shape) for state in axes.state], axis=1)
 
-def fastest_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, attention: str) -> ExecutionPlan:
-    """Chooses as ``choose_plan`` does, from plans that may pin all of ``machine.host_bytes``."""
-    found, least = [], None
-    for first, second, count, state in candidates(axes, sizes):
-        kinds = {first: count} if first == second else {first: count, second: sizes.blocks - count}
-        peak, host = peak_bytes(kinds, state, compiled, sizes), host_bytes(kinds, state, sizes)
-        least = min(least or (peak, host), (peak, host))
-        if peak > machine.device_bytes or host > machine.host_bytes:
-            continue
-        seconds = step_seconds(kinds, state, compiled, sizes, machine)
-        spread = seconds + compile_seconds(kinds, compiled, sizes)
-        found.append((spread, sum(copied_bytes(kinds, state, sizes)), peak, (first, second, count, state), seconds))
-    if not found:
-        assert least is not None
-        gibs = [f"{size / GIB:.1f}" for size in (*least, machine.device_bytes, machine.host_bytes)]
-        raise NoPlanError(
-            "the smallest allowed plan needs {} GiB of device memory, and {} GiB of host memory in addition to the "
-            "loaded weights; {} and {} GiB are available".format(*gibs)
-        )
-    enough = AS_FAST * min(spread for spread, *_ in found)
-    _, _, peak, (first, second, count, state), seconds = min(
-        (plan for plan in found if plan[0] <= enough), key=lambda plan: (plan[1], float(f"{plan[0]:.4g}"), plan[2])
-    )
-    blocks = mixture(first, second, count, sizes.blocks)
-    pinned = pinned_bytes({kind: blocks.count(kind) for kind in blocks}, state, sizes)
+    peaks, hosts = of_all(peak_bytes, compiled, sizes), of_all(host_bytes, sizes)
+    fitting = fitting_plans(peaks, hosts, machine)
+    seconds, copied = of_all(step_seconds, compiled, sizes, machine), of_all(all_copied_bytes, sizes)
+    spread = seconds + np.reshape(compile_seconds(kinds, compiled, sizes), (-1, 1))
+    fast = np.argwhere(fitting & (spread <= AS_FAST * spread[fitting].min()))
+    index, place = min(map(tuple, fast), key=lambda plan: (copied[plan], float(f"{spread[plan]:.4g}"), peaks[plan]))
+    chosen = {kind: int(numbers[index]) for kind, numbers in kinds.items() if numbers[index]}
+    (first, count), *others = chosen.items()
+    second = others[0][0] if others else first
     return ExecutionPlan(
-        blocks,
+        mixture(first, second, count, sizes.blocks),
         compiled,
         attention,
-        state,
-        peak=peak,
-        pinned=pinned,
-        seconds=seconds,
+        axes.state[place],
+        peak=int(peaks[index, place]),
+        pinned=int(pinned_bytes(chosen, axes.state[place], sizes)),
+        seconds=float(seconds[index, place]),
         shards=sizes.shards,
         deepspeed=sizes.deepspeed,
+    )
+
+
+def fitting_plans(peaks: np.ndarray, hosts: np.ndarray, machine: Machine) -> np.ndarray:
+    """Returns which plans fit into the smallest of HOST_SHARES with which any does.
+
+    Args:
+        peaks: The peak of device memory of each plan, in bytes.
+        hosts: The host memory of each plan, in bytes, of the same shape.
+        machine: The machine with its free memory.
+
+    Raises:
+        NoPlanError: No plan fits.
+    """
+    for share in HOST_SHARES:
+        available = int(machine.host_bytes * share)
+        fitting = (peaks <= machine.device_bytes) & (hosts <= available)
+        if fitting.any():
+            return fitting
+    least = min(zip(peaks.flat, hosts.flat, strict=True))
+    gibs = [f"{size / GIB:.1f}" for size in (*least, machine.device_bytes, available)]
+    raise NoPlanError(
+        "the smallest allowed plan needs {} GiB of device memory, and {} GiB of host memory in addition to the "
+        "loaded weights; {} and {} GiB are available".format(*gibs)
     )
