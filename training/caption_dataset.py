@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from cogvideox.config import args
 from cogvideox.config.geometry import read_geometry
 from cogvideox.config.options import CaptionOptions
+from cogvideox.errors import UsageError
 
 
 def check_captioning(options: CaptionOptions) -> Iterator[str]:
@@ -42,6 +43,10 @@ def main(options: CaptionOptions) -> int:
     if not clips:
         print(f"all {present} clips have a caption; nothing to do")
         return 0
+    if options.caption.endpoint is None and options.caption.caption_model is None:
+        rule = f"{len(clips)} of {present + len(clips)} clips have no caption, the first is {clips[0].video}"
+        fix = "give --endpoint with the URL of a server, or --caption_model with the hub id of a model"
+        raise UsageError(f"{rule}; {fix}; or write captions yourself, that one into {clips[0].place}")
     model = VisionServer(options.caption) if options.caption.endpoint else LocalVisionModel(options.caption)
     model.connect()
     limits = Limits(options.data.decode_timeout, int(options.data.decode_memory * 2**30))

@@ -529,7 +529,8 @@ def test_a_folder_without_a_vision_model(model: Path, folder: Path) -> None:
 
 
 def test_a_model_must_be_named(model: Path, folder: Path) -> None:
-    assert "--endpoint: is missing; give the URL of a server, or --caption_model" in problems_of(local, model, folder)
+    assert "3 of 3 clips have no caption, the first is" in problems_of(local, model, folder)
+    assert f"that one into {folder / 'a.txt'}" in problems_of(local, model, folder)
 
 
 # -- the server --------------------------------------------------------------------------------------------------------

@@ -186,8 +186,6 @@ def content_of(stills: Stills, instruction: str, pictures: Sequence[dict[str, ob
 def check_model(flags: CaptionFlags) -> Iterator[str]:
     """Yields what is wrong with the flags that choose the model."""
     url = flags.endpoint
-    if url is None and flags.caption_model is None:
-        yield "--endpoint: is missing; give the URL of a server, or --caption_model with the hub id of a model"
     if url is not None and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
         yield f"--endpoint {url}: is not the URL of a server; give one such as http://localhost:8000/v1"
 
