@@ -1,0 +1,197 @@
+"""quickstart.sh: its commands and where it stops, with a stand-in for Python; and one run from clips to a LoRA."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from caption_server import CaptionServer, says, serving
+from running import ROOT, environment
+from test_readme import OPTIONS
+
+from cogvideox.config import args
+
+SCRIPT = ROOT / "quickstart.sh"
+ROWS = 'video,start,end,caption\na.mp4,,,\nb.mp4,1.5,3.5,"A dog, seen from above"\n'
+# Records the words of each call. Its answers are those of a machine with a GPU.
+STAND_IN = f"""#!/bin/sh
+case "$*" in
+    *"import torch, diffusers"*) exit 0 ;;
+    *is_available*) echo bf16; exit ;;
+    -c*) exec {sys.executable} "$@" ;;
+    *--suggest_buckets*) echo "--train_resolution 17x64x96 9x96x64" ;;
+esac
+for word in "$@"; do printf '%s\\n' "$word"; done >> "$CALLS"
+echo >> "$CALLS"
+case "$*" in *"$FAILING"*) exit "${{STATUS:-0}}" ;; esac
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Has a folder of clips, and the table that split_scenes.py would write."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips-lora").mkdir()
+    (tmp_path / "clips-lora" / "clips.csv").write_text(ROWS)
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    return tmp_path
+
+
+def run(folder: Path, *words: object, status: int = 0, **more: str) -> str:
+    """Runs quickstart.sh with the stand-in, and returns what it prints."""
+    paths = {"PYTHON": str(folder / "python"), "CALLS": str(folder / "calls"), "FAILING": "nothing"}
+    done = subprocess.run(
+        [str(SCRIPT), *map(str, words)],
+        env=os.environ | paths | more,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+def calls(folder: Path) -> list[tuple[str, list[str]]]:
+    """Returns the name of each script that was called, and its flags."""
+    found = [call.splitlines() for call in (folder / "calls").read_text().strip().split("\n\n")]
+    return [(Path(call[0]).name, call[1:]) for call in found]
+
+
+def read(call: tuple[str, list[str]]) -> Any:
+    """Returns the options that a script reads from a call."""
+    return args.parse(OPTIONS[call[0]], None, call[1])
+
+
+TEXT, IMAGE = "cogvideox_text_to_video_lora.py", "cogvideox_image_to_video_lora.py"
+LOOK = ["split_scenes.py", "caption_dataset.py", "prepare_dataset.py", "prepare_dataset.py"]
+
+
+def test_every_command_parses_and_hands_its_result_on(folder: Path) -> None:
+    said = run(folder, "clips", "--token", "MYDOG", "--preset", "subject", "--yes", "--", "--rank", "8")
+    made = calls(folder)
+    assert [name for name, _ in made] == [*LOOK, TEXT, "prepare_dataset.py", TEXT]
+    scenes, captions, buckets, look, predict, encode, train = map(read, made)
+    table = "clips-lora/clips.csv"
+    assert scenes.scenes.table == table
+    assert {options.data.dataset_file for options in (captions, buckets, look, predict, encode)} == {table}
+    assert (buckets.prepare.suggest_buckets, look.prepare.dry_run, encode.prepare.dry_run) == (4, True, False)
+    assert predict.forecast.dry_run
+    assert encode.data.train_resolution == ("17x64x96", "9x96x64")
+    assert train.data.data_root == (encode.prepare.output_dir,) == ("clips-lora/tensors",)
+    assert train.data.train_resolution == encode.data.train_resolution == predict.data.train_resolution
+    assert (train.lora.rank, train.optimizer.learning_rate) == (8, 1e-4)
+    assert train.validation.validation_prompt == "MYDOG A dog, seen from above"
+    for name, flags in made:
+        assert f"/training/{name} {flags[0]}" in said
+    assert "--validation_prompt 'MYDOG A dog, seen from above'" in said  # as it can be typed
+    assert "clips-lora/lora/report.html" in said
+
+
+def test_image_to_video_begins_with_a_frame_of_a_clip(folder: Path) -> None:
+    run(folder, "clips", "--token", "T", "--model", "THUDM/CogVideoX-5b-I2V", "--yes")
+    made = calls(folder)
+    assert [name for name, _ in made[4:]] == [IMAGE, "prepare_dataset.py", "first_frame.py", IMAGE]
+    assert made[6][1] == ["clips/b.mp4", "clips-lora/first_frame.png", "--size", "64x96"]
+    assert read(made[7]).image.validation_images == "clips-lora/first_frame.png"
+
+
+def test_nothing_is_encoded_before_an_answer(folder: Path) -> None:
+    said = run(folder, "clips", "--token", "T")
+    assert [name for name, _ in calls(folder)] == [*LOOK, TEXT]
+    assert said.endswith("Nothing was encoded or trained. To do that, add --yes to the command.\n")
+
+
+def test_edited_buckets_are_kept_and_a_begun_training_goes_on(folder: Path) -> None:
+    (folder / "clips-lora" / "buckets.txt").write_text("--train_resolution 9x64x64\n")
+    (folder / "clips-lora" / "lora").mkdir()
+    run(folder, "clips", "--token", "T")
+    made = calls(folder)
+    assert [name for name, _ in made] == ["split_scenes.py", "caption_dataset.py", "prepare_dataset.py", TEXT]
+    assert read(made[-1]).data.train_resolution == ("9x64x64",)
+
+
+def test_a_finished_training_is_named(folder: Path) -> None:
+    (folder / "clips-lora" / "lora").mkdir()
+    (folder / "clips-lora" / "lora" / "recipe.json").touch()
+    assert "clips-lora/lora is finished; its report: clips-lora/lora/report.html" in run(
+        folder, "clips", "--token", "T"
+    )
+
+
+@pytest.mark.parametrize("failing", ["split_scenes", "caption_dataset", "suggest_buckets", "dry_run", "load_tensors"])
+def test_a_failed_step_is_the_last_one(failing: str, folder: Path) -> None:
+    said = run(folder, "clips", "--token", "T", "--yes", status=3, FAILING=failing, STATUS="3")
+    assert failing in " ".join(calls(folder)[-1][0:1] + tuple(calls(folder)[-1][1]))
+    assert said.endswith("this step failed. After the change that it names, give the same command.\n")
+    assert not (folder / "clips-lora" / "buckets.txt").exists() or failing in ("dry_run", "load_tensors")
+
+
+def test_a_stopped_training_is_not_a_failure(folder: Path) -> None:
+    assert "failed" not in run(folder, "clips", "--token", "T", "--yes", status=75, FAILING="load_tensors", STATUS="75")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give the folder of your clips"),
+        (("none",), "none: there is no such folder"),
+        (("clips",), "--token: give a new word"),
+        (("clips", "--token"), "--token: needs a value"),
+        (("clips", "more"), "more: give one folder of clips; clips was given, too"),
+        (("clips", "--token", "T", "--rank", "8"), "--rank: no such flag"),
+        (("clips", "--token", "T", "--preset", "person"), "--preset person: is one of style, subject, motion"),
+    ],
+)
+def test_wrong_words_are_named(words: tuple[str, ...], message: str, folder: Path) -> None:
+    assert f"quickstart.sh: {message}" in run(folder, *words, status=2)
+
+
+def test_the_shown_commands_of_the_help_run(folder: Path) -> None:
+    shown = [line.split() for line in run(folder, "--help").splitlines() if line.startswith("  ./quickstart.sh")]
+    assert len(shown) == 3
+    for words in shown:
+        shutil.copytree(folder / "clips", folder / "my-clips", dirs_exist_ok=True)
+        output = folder / (words[words.index("--output_dir") + 1] if "--output_dir" in words else "my-clips-lora")
+        shutil.copytree(folder / "clips-lora", output, dirs_exist_ok=True)
+        run(folder, *words[1:])
+        for call in calls(folder):
+            read(call)
+
+
+@pytest.mark.slow
+def test_from_clips_without_captions_to_a_lora(clips: Path, tmp_path: Path) -> None:
+    """Uses the embedded model and a server that imitates a vision-language model."""
+    data, out = tmp_path / "my clips", tmp_path / "out"
+    data.mkdir()
+    for number in range(3):
+        shutil.copy(clips / "videos" / f"{number:05d}.mp4", data / f"IMG {number}.mp4")
+    command = [SCRIPT, data, "--token", "MYSTYLE", "--model", ROOT / "examples" / "model", "--output_dir", out, "--yes"]
+
+    def start(*more: object) -> subprocess.CompletedProcess[str]:
+        words = [str(word) for word in (*command, *more)]
+        named = environment(PYTHON=sys.executable)
+        return subprocess.run(words, env=named, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+    done = start()
+    assert done.returncode == 2
+    assert "3 of 3 clips have no caption" in done.stderr
+
+    with serving(CaptionServer(answer=lambda number, body: says("A shape moves."))) as server:
+        small = ("--max_train_steps", 2, "--num_inference_steps", 2, "--rank", 4, "--lora_alpha", 4)
+        done = start("--endpoint", server.url, "--", *small)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert len(list((out / "lora" / "validation").glob("*.mp4"))) == 2
+    with open(out / "clips.csv", newline="") as file:
+        assert [row["caption"] for row in csv.DictReader(file)] == ["A shape moves."] * 3
+    assert start().stdout.startswith(f"{out}/lora is finished")
