@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -217,17 +218,27 @@ def disk_line(
 
 
 def empty_transformer(run: PlannedRun, options: TrainOptions) -> Any:
-    """Returns the transformer with its adapters on the meta device, made from its config; no weights are read."""
+    """Returns the transformer with its adapters on the meta device, made from its config; no weights are read.
+
+    It is made once for all changes of batches and of plans, because it takes longer than a prediction.
+    """
+    shaping = replace(options, train=type(options.train)(), plan=type(options.plan)())
+    return _empty_transformer(run.method, run.dtype, shaping)
+
+
+@lru_cache(maxsize=2)
+def _empty_transformer(method: type[Method], dtype: torch.dtype, options: TrainOptions) -> Any:
+    """Makes the transformer from options whose flags of batches and plans have their defaults."""
     from diffusers import CogVideoXTransformer3DModel
 
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(read_config(options.model, "transformer", "config.json"))
         if ignores_positions(options):
             ignore_learned_positions(transformer)
-        torch.nn.Module.to(transformer, run.dtype).requires_grad_(False)
+        torch.nn.Module.to(transformer, dtype).requires_grad_(False)
         if isinstance(options, LoraOptions):  # initial values need weights, and do not change sizes
             options = replace(options, lora=replace(options.lora, init_lora_weights="default", lora_path=None))
-        return run.method(transformer, options).transformer
+        return method(transformer, options).transformer
 
 
 def no_plan_reason(run: PlannedRun, options: TrainOptions, transformer: Any) -> str | None:
