@@ -212,7 +212,7 @@ def test_flags_in_the_text_exist() -> None:
         "--write",
         "--out",
         "--config_file",
-        *("--shm", "--user", "--ulimit", "--privileged", "--memory", "--env", "--build"),
+        *("--shm", "--user", "--ulimit", "--privileged", "--memory", "--env", "--network", "--build"),
         *("--logdir", "--samples_per_plugin", "--project"),
     }
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
