@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -106,6 +107,12 @@ def test_no_modules_import_each_other() -> None:
         TopologicalSorter({name: own_imports(path) for name, path in FILES.items()}).prepare()
     except CycleError as error:
         pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """The folders of tests are no packages, so pytest stops at the second file of a name before it runs any test."""
+    names = [path.name for path in (TRAINING.parent / "tests").rglob("test_*.py")]
+    assert [name for name, number in Counter(names).items() if number > 1] == []
 
 
 def test_no_folder_is_crowded() -> None:
