@@ -125,5 +125,5 @@ cat << END
 
 the LoRA        $out/lora/pytorch_lora_weights.safetensors
 its report      $out/lora/report.html
-a video         $python $out/lora/inference.py "$token a lighthouse at dawn" lighthouse.mp4
+a video        $(quoted "$python" "$out/lora/inference.py" "$token a lighthouse at dawn" lighthouse.mp4)
 END

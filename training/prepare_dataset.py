@@ -11,6 +11,7 @@ outdated tensors, and --repair encodes them again. Use accelerate launch --multi
 GPUs.
 """
 
+import shlex
 from pathlib import Path
 
 from cogvideox.config import args
@@ -69,7 +70,8 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
         preparation.check(records)
         index, records = preparation.encode(records, prepare.batch_size)
     ranks.say(describe(preparation, records))
-    ranks.say(f"{len(index.samples)} samples in {folder}; train with --data_root {folder} --load_tensors")
+    given = shlex.quote(str(folder))
+    ranks.say(f"{len(index.samples)} samples in {folder}; train with --data_root {given} --load_tensors")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,15 @@ def run(folder: Path, *words: object, status: int = 0, **more: str) -> str:
     )
     assert done.returncode == status, done.stdout
     return done.stdout
+
+
+def test_the_last_command_can_be_typed_for_a_folder_with_a_space(folder: Path) -> None:
+    (folder / "clips").rename(folder / "my clips")
+    (folder / "clips-lora").rename(folder / "my clips-lora")
+    printed = run(folder, "my clips", "--token", "MYSTYLE", "--yes")
+    (line,) = (line for line in printed.splitlines() if line.startswith("a video "))
+    words = ["my clips-lora/lora/inference.py", "MYSTYLE a lighthouse at dawn", "lighthouse.mp4"]
+    assert shlex.split(line)[3:] == words
 
 
 def calls(folder: Path) -> list[tuple[str, list[str]]]:
