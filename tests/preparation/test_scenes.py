@@ -222,8 +222,10 @@ def test_an_interrupted_run_continues(
 def test_a_file_that_cannot_be_read_stays_one_clip(
     folder: Path, split: Callable[..., list[dict[str, str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = (folder / "long.mp4").read_bytes()
-    (folder / "a.mp4").write_bytes(whole[: len(whole) // 2])
+    damaged = bytearray((folder / "long.mp4").read_bytes())
+    start = len(damaged) * 9 // 10
+    damaged[start:] = bytes(len(damaged) - start)  # the last frames
+    (folder / "a.mp4").write_bytes(damaged)
     rows = split()
     assert sections(rows, "a.mp4") == [("", "")]
     assert len(rows) == 5
@@ -232,6 +234,20 @@ def test_a_file_that_cannot_be_read_stays_one_clip(
         f"{folder / 'a.mp4'}: stays one clip, because its frames cannot be read; delete its row to leave it out: "
         in printed
     )
+
+
+def test_a_file_that_cannot_be_opened_is_left_out_until_it_is_repaired(
+    folder: Path, split: Callable[..., list[dict[str, str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a.mp4").write_bytes(bytes(3000))
+    others = [row for row in split() if row["video"] != "a.mp4"]
+    assert split() == others
+    printed = capsys.readouterr().out
+    assert printed.count(f"{folder / 'a.mp4'}: is left out, because it cannot be read: Invalid data") == 2
+    assert "1 file left out that cannot be opened as videos; repair or remove" in printed
+    (folder / "a.mp4").write_bytes((folder / "long.mp4").read_bytes())
+    rows = split()
+    assert sections(rows, "a.mp4") == sections(rows, "long.mp4")
 
 
 def test_sections_and_clips_with_a_first_frame_are_not_cut(

@@ -176,6 +176,8 @@ class SceneSplitter:
     def run(self, clips: Mapping[str, Sequence[Clip]]) -> None:
         """Writes the rows of files that the table does not have. What is finished is written, also if interrupted.
 
+        A file that cannot be opened gets no row, and is tried again in the next run.
+
         Args:
             clips: The rows of the data set by file.
 
@@ -192,6 +194,10 @@ class SceneSplitter:
             with stopping.stoppable():
                 for path, rows in ProgressBar(new.items(), desc="searching for cuts", unit="clip", leave=False):
                     search = next(searches) if any(map(_may_be_cut, rows)) else None
+                    if search is not None and search.info is None:
+                        self._say(bad_line(path, f"is left out, because it {search.problem}"))
+                        self._counts["unreadable"] += 1
+                        continue
                     table.add(path, [scene for row in rows for scene in self._scenes(row, search)])
         finally:
             table.flush()
@@ -202,7 +208,8 @@ class SceneSplitter:
         if search is None or not _may_be_cut(clip):
             return [clip]
         info, flags = search.info, self._flags
-        if info is None or search.problem:
+        assert info is not None, "files that cannot be opened are left out"
+        if search.problem:
             rule = (
                 f"stays one clip, because its frames cannot be read; delete its row to leave it out: {search.problem}"
             )
@@ -238,6 +245,10 @@ class SceneSplitter:
                 f"{plural(counts['captions'], 'caption describes', 'captions describe')} more than one scene, so these "
                 "scenes have none: write them, or use caption_dataset.py, or start again with --scene_captions repeat"
             )
+        if counts["unreadable"]:
+            files = plural(counts["unreadable"], "file", "files")
+            fix = "repair or remove, and give the same command again"
+            lines.append(f"{files} left out that cannot be opened as videos; {fix}")
         if counts["short"]:
             are = "scene is" if counts["short"] == 1 else "scenes are"
             rule = f"left out, because of --min_scene_seconds {flags.min_scene_seconds:g}"
@@ -247,7 +258,7 @@ class SceneSplitter:
     def _result(self) -> str:
         """Returns what follows the number of clips in the last line."""
         counts = self._counts
-        if not counts["new"]:
+        if counts["new"] == counts["unreadable"]:
             return ": nothing new (to search them again, delete the table)"
         old = counts["clips"] - counts["new"]
         before = f", of which {old} were handled before and are unchanged" if old else ""
