@@ -29,13 +29,13 @@ demo: $(VENV)/ready
 	PYTHON=$(BIN)/python bash examples/demo.sh
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not gpu and not long" -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -m "not gpu and not long" -n $(WORKERS) --dist worksteal
 
 test-gpu: $(VENV)/ready
 	COGVIDEOX_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 test-long: $(VENV)/ready
-	$(BIN)/python -m pytest -m "long and not gpu" -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -m "long and not gpu" -n $(WORKERS) --dist worksteal
 
 chaos: $(VENV)/ready
 	$(BIN)/python tests/tools/chaos.py --workers $(WORKERS)

@@ -40,31 +40,17 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # What is imported stays; to look through it for garbage again and again takes a tenth of the time of an import.
 gc.disable()
 
-# Files of which one process runs every test: what their module fixtures make is made once, not once a process.
-# xdist_group would say so in the files, but pytest-xdist 3.8 passes it over under pytest 9.2 without a word.
-TOGETHER = ("test_learning.py", "test_held_out.py", "test_pipeline_folder.py", "test_verify.py", "test_real_folder.py")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Single tests to whichever process is free, the files of TOGETHER first."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.split("::")[0]
-            return path if Path(path).name in TOGETHER else nodeid
-
-    return Scheduling(config, log) if config.getoption("dist") == "loadgroup" else None
-
-
 FAULTS = pytest.StashKey[dict[str, Any]]()  # of all collected tests, those too that pytest leaves out
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow ones first: one that begins last keeps one process busy while the others have nothing left."""
-    items.sort(key=lambda item: (item.get_closest_marker("long") is None, item.get_closest_marker("slow") is None))
+    """Puts files with slow tests first: one that begins last keeps one process busy while the others have nothing left.
+
+    The tests of a file stay together, because each process that runs some of them makes what their fixtures share.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("long") or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     config.stash[FAULTS] = chaos.rows_of(items)
     for item in items:
         item.user_properties += [(chaos.FAULT, fault) for fault in chaos.faults_of(item)]

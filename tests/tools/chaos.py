@@ -127,7 +127,7 @@ def ran(workers: int, more: list[str]) -> tuple[int, dict[str, Row]]:
     """Runs the tests. Returns pytest's exit status and the rows."""
     watching = Watching()
     watching.rows = collected()
-    parallel = ["-n", str(workers), "--dist", "loadgroup"] if workers else []
+    parallel = ["-n", str(workers), "--dist", "worksteal"] if workers else []
     arguments = ["-m", "fault and not gpu", *parallel, *more, str(ROOT / "tests")]
     return int(pytest.main(arguments, [watching])), watching.rows
 
