@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cogvideox.data.health import FEWEST, STATIC, Health, clip_oddities, health_of, mean_health, usual_health
+from cogvideox.data.health import (
+    FEWEST,
+    LOOK_BITS,
+    STATIC,
+    Health,
+    alike,
+    clip_oddities,
+    health_of,
+    look_of,
+    mean_health,
+    usual_health,
+)
 
 USUAL = Health(0.5, 0.3, 0.02)
 
@@ -53,3 +64,18 @@ def test_clips_are_compared_with_the_median_of_several() -> None:
     few = [USUAL] * (FEWEST - 2) + [Health(1.0, 0.0, 1.0)]
     assert usual_health(few) is None
     assert usual_health([*few, USUAL]) == USUAL
+
+
+def test_copies_of_another_quality_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    first, other = (rng.integers(0, 256, (9, 32, 48, 3), np.uint8) for _ in range(2))
+    blocks = [np.kron(frames[:, :8, :9], np.ones((1, 4, 5, 1), np.uint8)) for frames in (first, other)]
+    noisy = np.clip(blocks[0].astype(int) + rng.integers(-3, 4, blocks[0].shape), 0, 255).astype(np.uint8)
+    looks = [look_of(frames) for frames in (*blocks, noisy)]
+    assert all(len(look) == LOOK_BITS // 4 for look in looks)
+    assert alike(looks) == {2: 0}
+    red_is_blue = look_of(blocks[0][..., ::-1])
+    assert alike([*looks, red_is_blue]) == {2: 0}
+    plain = look_of(np.full((5, 32, 48, 3), 7, np.uint8))
+    assert alike([plain] * 2) == {}
+    assert alike([]) == {}

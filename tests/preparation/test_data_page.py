@@ -15,6 +15,7 @@ import compare_runs
 import numpy as np
 import pytest
 from browser import Browser, find_browser
+from PIL import Image
 from preparing import InlineWorkers, preparation
 
 from cogvideox.data.media.decode import write_video
@@ -98,6 +99,26 @@ def test_the_page_says_what_was_prepared(prepared: tuple[Path, list[str]]) -> No
     assert "&lt;b&gt;frame&lt;/b&gt; &amp; nothing else &lt;/script&gt;" in cards(page)["black.mp4"]
     assert re.search(r"· brightness 0\.0\d\d · saturation 0\.\d+ · motion 0\.000", cards(page)["black.mp4"])
     assert page.count("<circle") == 9
+
+
+def test_a_copy_of_another_size_and_quality_looks_like_its_clip(tiny: Tiny, tmp_path: Path) -> None:
+    """The third clip shows something else, and the last two have the same plain frame."""
+    small = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), np.uint8)
+    for name, frame, size in (("a", small[0], 24), ("b", small[0], 16), ("c", small[1], 24)):
+        large = np.asarray(Image.fromarray(frame).resize((6 * size, 4 * size), Image.Resampling.BICUBIC))
+        write_video(tmp_path / f"{name}.mp4", np.stack([np.roll(large, k * size // 8, 1) for k in range(20)]), 8)
+    for name, size in (("d", 24), ("e", 16)):
+        write_video(tmp_path / f"{name}.mp4", np.full((20, 4 * size, 6 * size, 3), 99, np.uint8), 8)
+    for name in "abcde":
+        (tmp_path / f"{name}.txt").write_text(f"Clip {name}.")
+    described(tiny("5b"), tmp_path, tmp_path / "out", encode=True)
+    odd = {
+        name: re.findall('class="odd">(.*?)<', card)
+        for name, card in cards((tmp_path / "out/report.html").read_text()).items()
+    }
+    assert [odd[f"{name}.mp4"] for name in "abc"] == [[], ["looks like a.mp4"], []]
+    assert [odd[f"{name}.mp4"][0] for name in "de"] == ["static", "static"]
+    assert not any("looks" in text for name in "de" for text in odd[f"{name}.mp4"])
 
 
 def test_links_of_the_page_lead_to_files(prepared: tuple[Path, list[str]], data: Path) -> None:

@@ -3,7 +3,7 @@
     tensors/ab/abcd....safetensors   the moments of one clip variant, or those of its first frame with several noises,
                                      or the embedding of one caption; the header holds a SHA-256 of the tensors
     ledger.jsonl                     one record for each source file and recipe: its plan, or why it failed
-    health.jsonl                     one record for each clip variant: brightness, saturation and motion of its frames
+    health.jsonl                     one record for each clip variant: brightness, motion, look of its frames
     index.json                       the samples of the last preparation, which --load_tensors reads
 
 ``TensorCache`` reads and writes the tensors, ``Ledger`` the records. ``CacheIndex`` is the index, and ``open_index``

@@ -23,7 +23,7 @@ import numpy as np
 
 from cogvideox.config.buckets import Bucket, choose_buckets, upscale
 from cogvideox.data.cache import hash_of
-from cogvideox.data.health import Health, health_of
+from cogvideox.data.health import health_of, look_of
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
 from cogvideox.data.media.frames import Section, VideoInfo, frame_indices, frames_available
@@ -260,10 +260,15 @@ def decode_variant(path: StrPath, variant: Variant, stamp: list[int] | None = No
     return apply_fit(frames, variant.fit)
 
 
-def decode_measured(path: StrPath, variant: Variant, stamp: list[int] | None = None) -> tuple[Health, np.ndarray] | str:
-    """Returns brightness, saturation and motion of what ``decode_variant`` returns, and the frames, or its reason."""
+def decode_measured(
+    path: StrPath, variant: Variant, stamp: list[int] | None = None
+) -> tuple[dict[str, object], np.ndarray] | str:
+    """Returns the values of a line of health.jsonl and the frames of ``decode_variant``, or its reason."""
     frames = decode_variant(path, variant, stamp)
-    return frames if isinstance(frames, str) else (health_of(frames), frames)
+    if isinstance(frames, str):
+        return frames
+    numbers = {name: round(value, 5) for name, value in health_of(frames)._asdict().items()}
+    return {**numbers, "look": look_of(frames)}, frames
 
 
 def max_bad(fraction: float, number: int) -> int:

@@ -1,12 +1,14 @@
 """Measures brightness, saturation and motion of frames, by which odd clips and odd validation videos are found.
 
-All values are relative to the range of pixels, so they are between 0 and 1.
+All values are relative to the range of pixels, so they are between 0 and 1. ``look_of`` describes what a clip shows, by
+which ``alike`` finds copies that were encoded again.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 BLACK, WHITE = 0.03, 0.97  # mean brightness of a video that shows nothing
 STATIC = 0.002  # motion of a video in which nothing moves; half a level of 255
@@ -14,6 +16,11 @@ DARK, BRIGHT = 0.1, 0.85  # brightness below, and whiteness above which a clip i
 GRAY, COLORFUL = 0.01, 0.05  # mean saturation of a clip without color, and of a data set with colors
 UNUSUAL = 8.0  # a clip that moves this many times more or less than the median clip is odd
 FEWEST = 4  # clips that a clip is compared with
+LOOK_GRID = 8  # areas in each direction of a frame in a look
+LOOK_BITS = 3 * 3 * LOOK_GRID**2  # bits of a look: of three frames and three colors
+SAME_BITS = 40  # bits in which looks of copies differ at most; those of other clips of a place differ in 80 and more
+PLAIN = 72  # set bits of a look below which the frames are too plain to tell
+COMPARED = 2000  # earlier clips that a clip is compared with
 
 
 class Health(NamedTuple):
@@ -46,6 +53,31 @@ def health_of(frames_FHWC: np.ndarray) -> Health:
     pixels = frames_FHWC[..., 0].size * 255
     pairs = max(1, len(frames_FHWC) - 1) * before.size * 255
     return Health(highest / pixels, (highest - lowest) / pixels, moved / pairs)
+
+
+def look_of(frames_FHWC: np.ndarray) -> str:
+    """Returns what a clip looks like, as LOOK_BITS bits in hexadecimal digits.
+
+    A bit says whether an area of the first, middle or last frame has more red, green or blue than the area to its left.
+    So a copy has almost the same bits in another size or quality.
+    """
+    rows = []
+    for frame in (frames_FHWC[0], frames_FHWC[len(frames_FHWC) // 2], frames_FHWC[-1]):
+        small = np.asarray(Image.fromarray(frame).resize((LOOK_GRID + 1, LOOK_GRID), Image.Resampling.BOX))
+        rows.append(small[:, 1:] > small[:, :-1])
+    return np.packbits(rows).tobytes().hex()
+
+
+def alike(looks: Sequence[str]) -> dict[int, int]:
+    """Returns, by index, the first earlier clip that looks like a clip. Only the last COMPARED ones are compared."""
+    bits = np.array([np.unpackbits(np.frombuffer(bytes.fromhex(look), np.uint8)) for look in looks], bool)
+    found = {}
+    for index in range(1, len(looks)):
+        start = max(0, index - COMPARED)
+        same = (bits[start:index] != bits[index]).sum(axis=1) <= SAME_BITS
+        if same.any() and bits[index].sum() >= PLAIN:
+            found[index] = start + int(same.argmax())
+    return found
 
 
 def mean_health(found: Sequence[Health]) -> Health:

@@ -6,6 +6,7 @@ some clips are shown that are spread evenly over it, in addition to the odd ones
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.data.forms.samples import Sample
-from cogvideox.data.health import Health, clip_oddities, usual_health
+from cogvideox.data.health import LOOK_BITS, Health, alike, clip_oddities, usual_health
 from cogvideox.data.records import ClipRecord
 from cogvideox.data.used import BUCKET_COLUMNS, Records, Used
 from cogvideox.errors import UsageError, one_line
@@ -28,6 +29,7 @@ from cogvideox.runtime.report import REPORT_NAME, Sources, VideoGrid, page, pict
 from cogvideox.runtime.run import command_line
 from cogvideox.runtime.sheets import pick_evenly
 
+LOOK = re.compile(f"[0-9a-f]{{{LOOK_BITS // 4}}}")
 MAX_CLIPS = 200  # clips that the page shows, and again as many odd ones; each has a picture
 MAX_DROPPED = 500  # clips that are listed for one kind of cause
 NAMED = 3  # odd clips on the console
@@ -53,6 +55,7 @@ class Card:
         clip: How the clip is cut.
         held_out: Whether the clip is not trained on.
         health: Its brightness, saturation and motion, if they were measured.
+        look: What it looks like (see ``look_of``), if that was measured.
         odd: What is odd about the clip.
     """
 
@@ -61,6 +64,7 @@ class Card:
     clip: Used
     held_out: bool
     health: Health | None = None
+    look: str = ""
     odd: list[str] = field(default_factory=list)
 
 
@@ -81,14 +85,14 @@ class DataPage:
     @cached_property
     def cards(self) -> list[Card]:
         """Returns all usable clips, in the order of the data set, each with what is odd about it; no repeats."""
-        health, trained = self._health(), len(self.records) - self.preparation.num_validation
+        measured, trained = self._measured(), len(self.records) - self.preparation.num_validation
         pairs = sorted(
             ((clip, bucket) for bucket, clips in self.used.items() for clip in clips), key=lambda pair: pair[0].place
         )
         found: dict[tuple[object, ...], Card] = {}
         for clip, bucket in pairs:
             sample = self.preparation.samples[clip.place]
-            card = Card(sample, bucket, clip, clip.place >= trained, health.get((clip.place, bucket)))
+            card = Card(sample, bucket, clip, clip.place >= trained, *measured.get((clip.place, bucket), ()))
             found.setdefault((sample.clip, sample.caption, bucket), card)
         cards = list(found.values())
         find_odd(cards)
@@ -150,8 +154,8 @@ class DataPage:
         write_atomically(target, page(title, self._summary(), sections, VideoGrid(self.sources)))
         return target
 
-    def _health(self) -> dict[tuple[int, Bucket], Health]:
-        """Returns the measured numbers of each clip, by its place and bucket."""
+    def _measured(self) -> dict[tuple[int, Bucket], tuple[Health, str]]:
+        """Returns the numbers and the look of each clip that was measured, by its place and bucket."""
         try:
             encoders = self.preparation.encoders
         except UsageError:  # the weights are not there, as a dry run allows, and the key of a tensor depends on them
@@ -161,9 +165,11 @@ class DataPage:
         lines = self.preparation.health.read(set(keys.values()))
         found = {}
         for name, key in keys.items():
-            values = [lines.get(key, {}).get(number, math.nan) for number in Health._fields]
+            line = lines.get(key, {})
+            values = [line.get(number, math.nan) for number in Health._fields]
+            look = line.get("look")
             if all(map(is_finite, values)):
-                found[name] = Health(*values)
+                found[name] = Health(*values), look if isinstance(look, str) and LOOK.fullmatch(look) else ""
         return found
 
     def _summary(self) -> str:
@@ -242,7 +248,7 @@ class DataPage:
 
 
 def find_odd(cards: Sequence[Card]) -> None:
-    """Notes on each card what is odd about the clip: its numbers, or that another clip has the same frames."""
+    """Notes on each card what is odd about the clip: its numbers, or that another clip has or shows the same."""
     measured = [card.health for card in cards if card.health]
     moving = [card.health for card in cards if card.health and card.bucket.frames > 1]
     usual, usual_motion = usual_health(measured), usual_health(moving)
@@ -255,6 +261,16 @@ def find_odd(cards: Sequence[Card]) -> None:
         original = first.setdefault((card.bucket, card.clip.tensors), card.sample)
         if original.clip != card.sample.clip:
             card.odd.append(f"the same frames as {original.id}")
+    for bucket in {card.bucket for card in cards}:
+        find_alike([card for card in cards if card.bucket == bucket and card.look])
+
+
+def find_alike(cards: Sequence[Card]) -> None:
+    """Notes on each card of a bucket which earlier clip looks like the clip, unless they have the same frames."""
+    for index, earlier in alike([card.look for card in cards]).items():
+        card, other = cards[index], cards[earlier]
+        if card.clip.tensors != other.clip.tensors:
+            card.odd.append(f"looks like {other.sample.id}")
 
 
 # -- parts of the page -------------------------------------------------------------------------------------------------

@@ -360,9 +360,9 @@ class Preparation:
             if isinstance(decoded, (str, Killed)):
                 self._give_up(clip, decoded)
                 continue
-            health, frames = decoded
+            measured, frames = decoded
             if not clip.draws:
-                self.health.append([{"tensor": key} | {name: round(x, 5) for name, x in health._asdict().items()}])
+                self.health.append([{"tensor": key} | measured])
             with room_for(f"--encode_tiling {tiling}".lower(), f"to encode {clip.bucket}", fix_for_memory(tiling)):
                 arriving = AsyncCopy(clip.encode(vae, frames))
             yield key, clip, arriving
