@@ -114,9 +114,10 @@ step "Encode clips and captions" "${prepare[@]}" "${buckets[@]}"
 prompt="$token $(first caption)"
 videos=(--validation_prompt "$prompt" --validation_steps 500)
 if [[ $task == image ]]; then
-  size=${buckets[1]#*x}
+  size=${buckets[1]#*x} start=$(first start)
   step "Take the first frame of the validation video" \
-    "$python" "$here/examples/first_frame.py" "$clips/$(first video)" "$out/first_frame.png" --size "$size"
+    "$python" "$here/examples/first_frame.py" "$clips/$(first video)" "$out/first_frame.png" --size "$size" \
+    --start "${start:-0}"
   videos+=(--validation_images "$out/first_frame.png")
 fi
 step "Train" "${train[@]}" --data_root "$out/tensors" --load_tensors "${flags[@]}" "${videos[@]}" "$@"

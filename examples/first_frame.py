@@ -1,7 +1,8 @@
-"""Saves the first frame of a video as a picture of a given size, cropped at the center to its aspect ratio.
+"""Saves the first frame of a video or scene as a picture of a given size, cropped at the center to its aspect ratio.
 
 Image-to-video pipelines stretch a picture to the size of the video. Training with --video_reshape_mode center crops
-clips instead, so pictures for validation must be cropped in the same way.
+clips instead, so pictures for validation must be cropped in the same way. The frame is read as training reads it, so
+HDR and rotated videos work.
 
     python examples/first_frame.py clip.mp4 clip.png --size 64x96
 """
@@ -9,17 +10,22 @@ clips instead, so pictures for validation must be cropped in the same way.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import av
 from PIL import Image, ImageOps
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-def first_frame(video: Path, height: int, width: int) -> Image.Image:
-    """Returns the first frame of a video, resized and cropped, in RGB."""
-    with av.open(str(video)) as container:
-        frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    return ImageOps.fit(Image.fromarray(frame), (width, height))
+from cogvideox.data.media.decode import probe, read_frames
+from cogvideox.data.media.frames import Section
+
+
+def first_frame(video: Path, height: int, width: int, start: float = 0.0) -> Image.Image:
+    """Returns the frame of a video that is shown after ``start`` seconds, resized and cropped, in RGB."""
+    info = probe(video)
+    frame_FHWC = read_frames(video, info, Section(start, None).frames(info)[:1], info.height, info.width)
+    return ImageOps.fit(Image.fromarray(frame_FHWC[0]), (width, height))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("video", type=Path)
     parser.add_argument("picture", type=Path, help="file to write; its suffix selects the format")
     parser.add_argument("--size", default="480x720", help="HEIGHTxWIDTH in pixels (%(default)s)")
+    parser.add_argument("--start", type=float, default=0.0, help="seconds from the start of the video (%(default)s)")
     return parser
 
 
@@ -35,7 +42,7 @@ def main() -> None:
     """Saves the first frame of the video at the requested size."""
     options = build_parser().parse_args()
     height, width = map(int, options.size.split("x"))
-    first_frame(options.video, height, width).save(options.picture)
+    first_frame(options.video, height, width, options.start).save(options.picture)
 
 
 if __name__ == "__main__":

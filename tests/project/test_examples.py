@@ -83,6 +83,14 @@ def test_a_first_frame_is_cut_to_the_middle(tmp_path: Path) -> None:
     assert abs(picture[:, 2:-2] - 200).max() < 12
 
 
+def test_the_first_frame_of_a_scene(tmp_path: Path) -> None:
+    frames = np.full((8, 64, 96, 3), 30, np.uint8)
+    frames[4:] = 200
+    write_video(tmp_path / "clip.mp4", frames, 8)
+    means = [np.array(first_frame.first_frame(tmp_path / "clip.mp4", 64, 96, start)).mean() for start in (0, 0.5)]
+    assert np.abs(np.array(means) - (30, 200)).max() < 12
+
+
 def test_first_frame_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "clip.mp4", np.full((2, 64, 96, 3), 90, np.uint8), 8)
     words = ["first_frame.py", str(tmp_path / "clip.mp4"), str(tmp_path / "clip.png"), "--size", "32x48"]

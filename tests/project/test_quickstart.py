@@ -111,7 +111,7 @@ def test_image_to_video_begins_with_a_frame_of_a_clip(folder: Path) -> None:
     run(folder, "clips", "--token", "T", "--model", "THUDM/CogVideoX-5b-I2V", "--yes")
     made = calls(folder)
     assert [name for name, _ in made[4:]] == [IMAGE, "prepare_dataset.py", "first_frame.py", IMAGE]
-    assert made[6][1] == ["clips/b.mp4", "clips-lora/first_frame.png", "--size", "64x96"]
+    assert made[6][1] == ["clips/b.mp4", "clips-lora/first_frame.png", "--size", "64x96", "--start", "1.5"]
     assert read(made[7]).image.validation_images == "clips-lora/first_frame.png"
 
 
