@@ -70,12 +70,12 @@ def look_of(frames_FHWC: np.ndarray) -> str:
 
 def alike(looks: Sequence[str]) -> dict[int, int]:
     """Returns, by index, the first earlier clip that looks like a clip. Only the last COMPARED ones are compared."""
-    bits = np.array([np.unpackbits(np.frombuffer(bytes.fromhex(look), np.uint8)) for look in looks], bool)
+    bits = np.array([np.frombuffer(bytes.fromhex(look), np.uint8) for look in looks])
     found = {}
     for index in range(1, len(looks)):
         start = max(0, index - COMPARED)
-        same = (bits[start:index] != bits[index]).sum(axis=1) <= SAME_BITS
-        if same.any() and bits[index].sum() >= PLAIN:
+        same = np.bitwise_count(bits[start:index] ^ bits[index]).sum(axis=1) <= SAME_BITS
+        if same.any() and np.bitwise_count(bits[index]).sum() >= PLAIN:
             found[index] = start + int(same.argmax())
     return found
 
