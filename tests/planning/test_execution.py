@@ -444,12 +444,12 @@ def test_the_error_names_what_stays_on_the_device(
 ) -> None:
     monkeypatch.setattr(execution, "measure_machine", lambda *_: Machine(1000, 1000))
     found = []
-    for flags in ((), ("--use_8bit", "--use_torchao")):
+    for flags in ((), ("--optimizer", "came")):
         with pytest.raises(UsageError) as caught:
             run_whole(model, tensors, tmp_path / "run", "--keep", "input", *flags)
         found.append(str(caught.value))
     assert "--rank" not in "".join(found)
-    assert "what stays on the device: masters and moments: --use_torchao cannot keep its state" in found[1]
+    assert "what stays on the device: masters and moments: --optimizer came cannot keep its state" in found[1]
     assert "stays on the device" not in found[0]
 
 
