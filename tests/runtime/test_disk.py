@@ -63,7 +63,7 @@ FULL, BROKEN = errno.ENOSPC, errno.EIO
 FAULTS = [
     (r"write \S*/\.config\.json", 1, FULL, "there is no checkpoint yet"),
     (r"write \S*/\.step-000000\S*\.tmp$", 1, FULL, "there is no checkpoint yet"),
-    (r"write \S*/metrics\.jsonl$", 2, FULL, "checkpoint-1, the newest checkpoint, is safe"),
+    (r"write \S*/metrics\.jsonl$", 3, FULL, "checkpoint-1, the newest checkpoint, is safe"),
     (r"write \S*/optimizer\.safetensors$", 1, FULL, "checkpoint-1, the newest checkpoint, is safe"),
     (r"write \S*/ema\.safetensors$", 1, BROKEN, "checkpoint-1, the newest checkpoint, is safe"),
     (r"write \S*/progress\.json$", 1, errno.EDQUOT, "checkpoint-1, the newest checkpoint, is safe"),
