@@ -96,7 +96,7 @@ flags=(--output_dir "$out/lora" "${buckets[@]}" --video_reshape_mode center --pr
 if [[ ! -d $out/lora ]]; then
   step "Look at the data" "${prepare[@]}" "${buckets[@]}" --dry_run
   if [[ $precision == no ]]; then
-    printf '\nThis machine has no GPU, so the training is not predicted; a full-size model would take weeks.\n'
+    printf '\nThis machine has no GPU, so the training is not predicted. Full-size models need a GPU.\n'
   else
     step "Predict the training" "${train[@]}" "${data[@]}" --id_token "$token" --max_bad_fraction 0.2 "${flags[@]}" \
       --dry_run "$@"
