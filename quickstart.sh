@@ -54,11 +54,21 @@ quoted() {
   for word; do if [[ $word =~ ^[A-Za-z0-9_./:=,+-]+$ ]]; then printf ' %s' "$word"; else printf ' %s' "${word@Q}"; fi; done
 }
 
-# step TITLE COMMAND...: prints a command and runs it. If it fails, the script ends.
+# step TITLE COMMAND...: prints a command and runs it. If it fails, the script ends. A signal that stops this script, such
+# as that of docker stop, is handed to the command, which saves its work; the script ends after it, with its status.
 step() {
+  local stopped=1 asked=0 status=0 child
   printf '\n== %s\n$%s\n' "$1" "$(quoted "${@:2}")" >&2
-  "${@:2}" && return
-  local status=$?
+  "${@:2}" &
+  child=$!
+  trap 'stopped=1 asked=75; kill -TERM "$child" 2> /dev/null || :' HUP INT TERM USR1
+  while [[ $stopped ]]; do # a signal ends wait before the command ends
+    stopped=''
+    wait "$child" && status=0 || status=$?
+  done
+  trap - HUP INT TERM USR1
+  ((status)) || status=$asked
+  ((status)) || return 0
   ((status == 75)) || printf 'quickstart.sh: this step failed. After the change that it names, give the same command.\n' >&2
   exit "$status"
 }
@@ -80,8 +90,9 @@ step "Describe the clips that have no caption" "${caption[@]}"
 prepare=("$python" "$here/training/prepare_dataset.py" --model_id "$model" "${data[@]}" --output_dir "$out/tensors"
   --id_token "$token" --video_reshape_mode center --max_bad_fraction 0.2)
 if [[ ! -s $out/buckets.txt ]]; then
-  buckets=$(step "Choose sizes that suit the clips" "${prepare[@]}" --suggest_buckets 4)
-  printf '%s\n' "$buckets" | tee "$out/buckets.txt"
+  step "Choose sizes that suit the clips" "${prepare[@]}" --suggest_buckets 4 > "$out/buckets.new"
+  mv "$out/buckets.new" "$out/buckets.txt"
+  cat "$out/buckets.txt"
 fi
 read -r -a buckets < "$out/buckets.txt"
 

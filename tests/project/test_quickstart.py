@@ -6,8 +6,10 @@ import csv
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,15 @@ for word in "$@"; do printf '%s\\n' "$word"; done >> "$CALLS"
 echo >> "$CALLS"
 case "$*" in *"$FAILING"*) exit "${{STATUS:-0}}" ;; esac
 """
+
+# Before the first word of STAND_IN: waits for a signal in one call, and then saves something for a moment.
+WAITS = """case "$*" in *"$WAITING"*)
+    trap 'kill $!; sleep 0.5; touch "$CALLS.saved"; exit 75' INT TERM
+    sleep 20 &
+    touch "$CALLS.begun"
+    wait; exit 1 ;;
+esac
+case"""
 
 
 @pytest.fixture
@@ -148,6 +159,28 @@ def test_a_failed_step_is_the_last_one(failing: str, folder: Path) -> None:
 
 def test_a_stopped_training_is_not_a_failure(folder: Path) -> None:
     assert "failed" not in run(folder, "clips", "--token", "T", "--yes", status=75, FAILING="load_tensors", STATUS="75")
+
+
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+@pytest.mark.parametrize("waiting", ["suggest_buckets", "load_tensors"])
+def test_a_signal_ends_the_command_that_runs_before_the_script(
+    waiting: str, number: signal.Signals, to_all: bool, folder: Path
+) -> None:
+    """SIGTERM is what `docker stop` sends to the script alone, SIGINT what a terminal sends to all on Ctrl-C."""
+    stand_in = folder / "python"
+    stand_in.write_text(STAND_IN.replace("case", WAITS, 1))
+    paths = {"PYTHON": str(stand_in), "CALLS": str(folder / "calls"), "FAILING": "nothing", "WAITING": waiting}
+    words = [str(SCRIPT), "clips", "--token", "T", "--yes"]
+    script = subprocess.Popen(words, env=os.environ | paths, cwd=folder, start_new_session=True)
+    begun, saved = folder / "calls.begun", folder / "calls.saved"
+    deadline = time.monotonic() + 60
+    while not begun.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (os.killpg if to_all else os.kill)(script.pid, number)
+    assert script.wait(timeout=60) == 75
+    assert saved.exists()
+    assert not (folder / "clips-lora" / "buckets.txt").exists() or waiting == "load_tensors"
 
 
 @pytest.mark.parametrize(
