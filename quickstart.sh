@@ -54,8 +54,8 @@ quoted() {
   for word; do if [[ $word =~ ^[A-Za-z0-9_./:=,+-]+$ ]]; then printf ' %s' "$word"; else printf ' %s' "${word@Q}"; fi; done
 }
 
-# step TITLE COMMAND...: prints a command and runs it. If it fails, the script ends. A signal that stops this script, such
-# as that of docker stop, is handed to the command, which saves its work; the script ends after it, with its status.
+# step TITLE COMMAND...: prints a command and runs it. If it fails, the script ends. A signal that stops this script, as
+# docker stop sends it, is handed to the command, which saves its work; the script ends after it, with its status.
 step() {
   local stopped=1 asked=0 status=0 child
   printf '\n== %s\n$%s\n' "$1" "$(quoted "${@:2}")" >&2
@@ -73,11 +73,16 @@ step() {
   exit "$status"
 }
 
-# first COLUMN: prints a column of the first row of the table that has a caption, or nothing.
+# first: prints caption, file and start of the first row that has a caption, each on a line. A spreadsheet may have
+# saved the table with other separators, so it is read as the training reads it.
 first() {
-  "$python" -c 'import csv, sys
-with open(sys.argv[1], newline="", encoding="utf-8-sig") as file:
-    print(next((row[sys.argv[2]] for row in csv.DictReader(file) if row["caption"].strip()), ""))' "$table" "$1"
+  PYTHONPATH=$here/training "$python" -c 'import os, sys
+from pathlib import Path
+from cogvideox.data.forms.table_text import TableText
+rows = TableText.read(Path(sys.argv[2])).table.rows
+row = next(row for row in rows if (row["caption"] or "").strip())
+print(" ".join(row["caption"].split()), os.path.join(sys.argv[1], row["video"]), row["start"] or 0, sep="\n")' \
+    "$clips" "$table"
 }
 
 step "Find the scenes of long clips" "$python" "$here/training/split_scenes.py" --data_root "$clips" --table "$table"
@@ -94,7 +99,8 @@ if [[ ! -s $out/buckets.txt ]]; then
   mv "$out/buckets.new" "$out/buckets.txt"
   cat "$out/buckets.txt"
 fi
-read -r -a buckets < "$out/buckets.txt"
+buckets=$(tr -d '\r' < "$out/buckets.txt") # an editor may have changed the ends of lines, or added some
+read -r -d '' -a buckets <<< "$buckets" || :
 
 task=text
 if [[ ${model,,} == *i2v* ]] || grep -qs ImageToVideo "$model/model_index.json"; then task=image; fi
@@ -122,13 +128,14 @@ fi
 
 step "Encode clips and captions" "${prepare[@]}" "${buckets[@]}"
 
-prompt="$token $(first caption)"
-videos=(--validation_prompt "$prompt" --validation_steps 500)
+found=$(first)
+mapfile -t found <<< "$found"
+videos=(--validation_prompt "$token ${found[0]}" --validation_steps 500)
 if [[ $task == image ]]; then
-  size=${buckets[1]#*x} start=$(first start)
+  size=${buckets[1]#*x}
   step "Take the first frame of the validation video" \
-    "$python" "$here/examples/first_frame.py" "$clips/$(first video)" "$out/first_frame.png" --size "$size" \
-    --start "${start:-0}"
+    "$python" "$here/examples/first_frame.py" "${found[1]}" "$out/first_frame.png" --size "$size" \
+    --start "${found[2]}"
   videos+=(--validation_images "$out/first_frame.png")
 fi
 step "Train" "${train[@]}" --data_root "$out/tensors" --load_tensors "${flags[@]}" "${videos[@]}" "$@"

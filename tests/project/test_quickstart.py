@@ -141,6 +141,22 @@ def test_edited_buckets_are_kept_and_a_begun_training_goes_on(folder: Path) -> N
     assert read(made[-1]).data.train_resolution == ("9x64x64",)
 
 
+@pytest.mark.parametrize("text", ["--train_resolution 9x64x64 9x64x96", "--train_resolution 9x64x64\r\n9x64x96\r\n"])
+def test_sizes_are_read_however_an_editor_ends_their_lines(text: str, folder: Path) -> None:
+    (folder / "clips-lora" / "buckets.txt").write_bytes(text.encode())
+    run(folder, "clips", "--token", "T", "--yes")
+    assert read(calls(folder)[-1]).data.train_resolution == ("9x64x64", "9x64x96")
+
+
+def test_the_table_may_be_saved_by_a_spreadsheet(folder: Path) -> None:
+    table = 'video;start;end;caption;note\r\na.mp4;;;;\r\nb.mp4;1.5;3.5;"A dog,\r\nfrom above";good\r\n'
+    (folder / "clips-lora" / "clips.csv").write_text(table, encoding="utf-8-sig", newline="")
+    run(folder, "clips", "--token", "T", "--model", "THUDM/CogVideoX-5b-I2V", "--yes")
+    made = calls(folder)
+    assert made[6][1][-2:] == ["--start", "1.5"]
+    assert read(made[7]).validation.validation_prompt == "T A dog, from above"
+
+
 def test_a_finished_training_is_named(folder: Path) -> None:
     (folder / "clips-lora" / "lora").mkdir()
     (folder / "clips-lora" / "lora" / "recipe.json").touch()
