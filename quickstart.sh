@@ -41,7 +41,10 @@ done
 python=${PYTHON:-$([[ -x $here/.venv/bin/python ]] && echo "$here/.venv/bin/python" || echo python3)}
 "$python" -c 'import torch, diffusers' 2> /dev/null || fail "$python has no torch or no diffusers; run make .venv/ready"
 
+[[ ! $clips =~ (^|/)\.\.?$ ]] || clips=$(realpath -- "$clips") # the output folder is named after it
 out=${output_dir:-$clips-lora}
+[[ $(realpath -m -- "$out")/ != "$(realpath -- "$clips")"/* ]] ||
+  fail "--output_dir $out: is inside the folder of clips, where its pictures would be clips; name one outside of it"
 table=$out/clips.csv
 data=(--data_root "$clips" --dataset_file "$table")
 [[ ! -f $out/lora/recipe.json ]] || {

@@ -57,13 +57,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *words: object, status: int = 0, **more: str) -> str:
-    """Runs quickstart.sh with the stand-in, and returns what it prints."""
+def run(folder: Path, *words: object, status: int = 0, within: str = "", **more: str) -> str:
+    """Runs quickstart.sh with the stand-in, ``within`` a folder in ``folder``, and returns what it prints."""
     paths = {"PYTHON": str(folder / "python"), "CALLS": str(folder / "calls"), "FAILING": "nothing"}
     done = subprocess.run(
         [str(SCRIPT), *map(str, words)],
         env=os.environ | paths | more,
-        cwd=folder,
+        cwd=folder / within,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -157,6 +157,12 @@ def test_the_table_may_be_saved_by_a_spreadsheet(folder: Path) -> None:
     assert read(made[7]).validation.validation_prompt == "T A dog, from above"
 
 
+@pytest.mark.parametrize("place", [".", "./", "../clips/."])
+def test_the_current_folder_may_be_the_one_of_the_clips(place: str, folder: Path) -> None:
+    run(folder, place, "--token", "T", "--yes", within="clips")
+    assert read(calls(folder)[0]).scenes.table == str(folder / "clips-lora" / "clips.csv")
+
+
 def test_a_finished_training_is_named(folder: Path) -> None:
     (folder / "clips-lora" / "lora").mkdir()
     (folder / "clips-lora" / "lora" / "recipe.json").touch()
@@ -209,6 +215,10 @@ def test_a_signal_ends_the_command_that_runs_before_the_script(
         (("clips", "more"), "more: give one folder of clips; clips was given, too"),
         (("clips", "--token", "T", "--rank", "8"), "--rank: no such flag"),
         (("clips", "--token", "T", "--preset", "person"), "--preset person: is one of style, subject, motion"),
+        (
+            ("clips", "--token", "T", "--output_dir", "clips/out"),
+            "--output_dir clips/out: is inside the folder of clips",
+        ),
     ],
 )
 def test_wrong_words_are_named(words: tuple[str, ...], message: str, folder: Path) -> None:
