@@ -106,7 +106,11 @@ buckets=$(tr -d '\r' < "$out/buckets.txt") # an editor may have changed the ends
 read -r -d '' -a buckets <<< "$buckets" || :
 
 task=text
-if [[ ${model,,} == *i2v* ]] || grep -qs ImageToVideo "$model/model_index.json"; then task=image; fi
+if [[ -f $model/model_index.json ]]; then
+  if grep -q ImageToVideo "$model/model_index.json"; then task=image; fi
+elif [[ ${model,,} == *i2v* ]]; then
+  task=image
+fi
 precision=$("$python" -c 'import torch
 print("no" if not torch.cuda.is_available() else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16")')
 train=("$python" "$here/training/cogvideox_${task}_to_video_lora.py" --pretrained_model_name_or_path "$model")

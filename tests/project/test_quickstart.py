@@ -163,6 +163,17 @@ def test_the_current_folder_may_be_the_one_of_the_clips(place: str, folder: Path
     assert read(calls(folder)[0]).scenes.table == str(folder / "clips-lora" / "clips.csv")
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "script"), [("CogVideoXPipeline", TEXT), ("CogVideoXImageToVideoPipeline", IMAGE)]
+)
+def test_the_files_of_a_model_tell_more_than_its_name(pipeline: str, script: str, folder: Path) -> None:
+    model = folder / "i2v" / "model"
+    model.mkdir(parents=True)
+    (model / "model_index.json").write_text(f'{{"_class_name": "{pipeline}"}}')
+    run(folder, "clips", "--token", "T", "--model", model)
+    assert calls(folder)[-1][0] == script
+
+
 def test_a_finished_training_is_named(folder: Path) -> None:
     (folder / "clips-lora" / "lora").mkdir()
     (folder / "clips-lora" / "lora" / "recipe.json").touch()
