@@ -138,12 +138,14 @@ step "Encode clips and captions" "${prepare[@]}" "${buckets[@]}"
 found=$(first)
 mapfile -t found <<< "$found"
 videos=(--validation_prompt "$token ${found[0]}" --validation_steps 500)
+example=("$token a lighthouse at dawn" lighthouse.mp4)
 if [[ $task == image ]]; then
   size=${buckets[1]#*x}
   step "Take the first frame of the validation video" \
     "$python" "$here/examples/first_frame.py" "${found[1]}" "$out/first_frame.png" --size "$size" \
     --start "${found[2]}"
   videos+=(--validation_images "$out/first_frame.png")
+  example=("$token ${found[0]}" "$out/first_frame.png" video.mp4)
 fi
 step "Train" "${train[@]}" --data_root "$out/tensors" --load_tensors "${flags[@]}" "${videos[@]}" "$@"
 
@@ -151,5 +153,5 @@ cat << END
 
 the LoRA        $out/lora/pytorch_lora_weights.safetensors
 its report      $out/lora/report.html
-a video        $(quoted "$python" "$out/lora/inference.py" "$token a lighthouse at dawn" lighthouse.mp4)
+a video        $(quoted "$python" "$out/lora/inference.py" "${example[@]}")
 END

@@ -119,8 +119,9 @@ def test_every_command_parses_and_hands_its_result_on(folder: Path) -> None:
 
 
 def test_image_to_video_begins_with_a_frame_of_a_clip(folder: Path) -> None:
-    run(folder, "clips", "--token", "T", "--model", "THUDM/CogVideoX-5b-I2V", "--yes")
+    said = run(folder, "clips", "--token", "T", "--model", "THUDM/CogVideoX-5b-I2V", "--yes")
     made = calls(folder)
+    assert said.endswith("/lora/inference.py 'T A dog, seen from above' clips-lora/first_frame.png video.mp4\n")
     assert [name for name, _ in made[4:]] == [IMAGE, "prepare_dataset.py", "first_frame.py", IMAGE]
     assert made[6][1] == ["clips/b.mp4", "clips-lora/first_frame.png", "--size", "64x96", "--start", "1.5"]
     assert read(made[7]).image.validation_images == "clips-lora/first_frame.png"
