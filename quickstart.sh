@@ -88,7 +88,10 @@ print(" ".join(row["caption"].split()), os.path.join(sys.argv[1], row["video"]),
     "$clips" "$table"
 }
 
-step "Find the scenes of long clips" "$python" "$here/training/split_scenes.py" --data_root "$clips" --table "$table"
+scenes=("$python" "$here/training/split_scenes.py" --data_root "$clips" --table "$table")
+# A model describes each scene by itself. Without one, the caption of a clip is that of all its scenes.
+[[ $endpoint$caption_model ]] || scenes+=(--scene_captions repeat)
+step "Find the scenes of long clips" "${scenes[@]}"
 
 caption=("$python" "$here/training/caption_dataset.py" --model_id "$model" "${data[@]}")
 [[ ! $endpoint ]] || caption+=(--endpoint "$endpoint")

@@ -127,6 +127,14 @@ def test_image_to_video_begins_with_a_frame_of_a_clip(folder: Path) -> None:
     assert read(made[7]).image.validation_images == "clips-lora/first_frame.png"
 
 
+@pytest.mark.parametrize(("more", "captions"), [((), "repeat"), (("--endpoint", "http://localhost:8000/v1"), "blank")])
+def test_scenes_keep_a_caption_unless_a_model_describes_them(
+    more: tuple[str, ...], captions: str, folder: Path
+) -> None:
+    run(folder, "clips", "--token", "T", *more)
+    assert read(calls(folder)[0]).scenes.scene_captions == captions
+
+
 def test_nothing_is_encoded_before_an_answer(folder: Path) -> None:
     said = run(folder, "clips", "--token", "T")
     assert [name for name, _ in calls(folder)] == [*LOOK, TEXT]
