@@ -23,8 +23,8 @@ encode() {
 results() {
     cat <<END
 
+the report           $1/report.html
 before and after     $1/contact_sheet.png
-curves of the loss   $1/curves.png
 the videos           $1/validation
 END
 }
