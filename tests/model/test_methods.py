@@ -266,12 +266,13 @@ def test_dropout_is_the_same_with_another_batch_size_and_with_recomputation(
     found = {}
     for name, flags in shapes.items():
         output = tmp_path / name.replace(" ", "_")
-        more = ["--load_tensors", "--max_train_steps", 2, "--lora_dropout", 0.5, *flags]
+        # A small epsilon would let AdamW enlarge the rounding of gradients that are almost zero.
+        more = ["--load_tensors", "--max_train_steps", 2, "--lora_dropout", 0.5, "--epsilon", 1e-4, *flags]
         assert train(lora_flags(model, tensors, output, *more)) == 0
         found[name] = weights(output)
     assert equal(found["recomputed"], found["accumulated"])
     for name, tensor in found["accumulated"].items():
-        torch.testing.assert_close(found["at once"][name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found["at once"][name], tensor, rtol=1e-3, atol=1e-6)
     assert not all(torch.allclose(found["without"][n], t, rtol=1e-3, atol=1e-4) for n, t in found["at once"].items())
 
 
