@@ -257,7 +257,8 @@ def test_batch_size_and_accumulation_are_interchangeable(
 def test_the_loss_does_not_depend_on_accumulation_or_resuming(model: Path, tensors: Path, tmp_path: Path) -> None:
     """Uses loss weights, a range of timesteps, strata and an average; accumulates or uses a batch; resumes a run."""
     signal = ["--loss_weighting", "min_snr", "--min_timestep", 100, "--max_timestep", 899, "--use_ema"]
-    more = ["--load_tensors", *signal, "--timestep_sampling", "stratified", "--max_train_steps", 4]
+    # A small epsilon would let AdamW enlarge the rounding of gradients that are almost zero.
+    more = ["--load_tensors", *signal, "--timestep_sampling", "stratified", "--max_train_steps", 4, "--epsilon", 1e-4]
     reference, batched, resumed = (
         lora_flags(model, tensors, tmp_path / name, *more) for name in ("reference", "b", "resumed")
     )
