@@ -98,7 +98,7 @@ class DataPage:
         find_odd(cards)
         return cards
 
-    @property
+    @cached_property
     def odd(self) -> list[Card]:
         """Returns the odd clips."""
         return [card for card in self.cards if card.odd]

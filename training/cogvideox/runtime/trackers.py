@@ -17,6 +17,7 @@ from cogvideox.config.args import config_dict
 from cogvideox.config.options import TrainOptions, tracker_names
 from cogvideox.data.media.decode import probe, read_frames
 from cogvideox.data.media.faults import VideoError
+from cogvideox.data.media.stills import small_size
 from cogvideox.errors import UsageError, first_line
 from cogvideox.runtime.run import Run
 
@@ -138,9 +139,7 @@ def animation(path: Path) -> bytes:
         VideoError: The file cannot be read.
     """
     info = probe(path)
-    scale = min(1.0, ANIMATION_SIDE / max(info.height, info.width))
-    height, width = (max(1, round(side * scale)) for side in (info.height, info.width))
-    frames_FHWC = read_frames(path, info, range(info.num_frames), height, width)
+    frames_FHWC = read_frames(path, info, range(info.num_frames), *small_size(info, ANIMATION_SIDE))
     # Pillow's default method gives nearly the same colors, and takes 20 times as long.
     first, *others = (Image.fromarray(frame).quantize(256, Image.Quantize.FASTOCTREE) for frame in frames_FHWC)
     file = io.BytesIO()

@@ -49,7 +49,7 @@ def stills_of(path: str, count: int, size: int, section: Section | None = None) 
         clip = range(info.num_frames) if section is None else section.frames(info)
         skipped = (clip.start, info.num_frames - clip.stop)
         indices = frame_indices(info.times, min(count, len(clip)), None, "uniform", *skipped)
-        frames_FHWC = read_frames(path, info, indices, *_small_size(info, size))
+        frames_FHWC = read_frames(path, info, indices, *small_size(info, size))
     except (OSError, VideoError) as error:
         return str(error)
     times = tuple(info.times[index] - info.times[clip.start] for index in indices)
@@ -77,12 +77,12 @@ def small_frames(path: str, info: VideoInfo, indices: Sequence[int], size: int) 
         uint8 RGB frames of shape (F, H, W, 3), or a line.
     """
     try:
-        return read_frames(path, info, indices, *_small_size(info, size))
+        return read_frames(path, info, indices, *small_size(info, size))
     except (OSError, VideoError) as error:
         return str(error)
 
 
-def _small_size(info: VideoInfo, size: int) -> tuple[int, int]:
+def small_size(info: VideoInfo, size: int) -> tuple[int, int]:
     """Returns height and width with a longer side of ``size`` pixels, or those of the clip if it is smaller."""
     scale = min(1.0, size / max(info.height, info.width))
     return max(1, round(info.height * scale)), max(1, round(info.width * scale))
