@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from cogvideox.config import args
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.config.options import SftOptions
+from cogvideox.model import transformer_files
 from cogvideox.model.methods import FullFinetune
 from cogvideox.model.models import load_transformer
-from cogvideox.optimizer import model_files
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.engine import ShardedEngine
 from cogvideox.optimizer.shard_files import raise_error
@@ -57,7 +57,7 @@ def test_stock_diffusers_reads_sharded_weights_that_nobody_gathers(
     with torch.no_grad():
         for number, master in enumerate(weights.named_masters().values()):
             master.copy_(torch.randn(master.shape, generator=torch.Generator().manual_seed(number)))
-    monkeypatch.setattr(model_files, "LARGEST_FILE", largest)
+    monkeypatch.setattr(transformer_files, "LARGEST_FILE", largest)
     monkeypatch.setattr(ShardedWeights, "gathered", None)
     ShardedEngine(transformer, weights, True, raise_error, torch.bfloat16, ema).save_weights(method, tmp_path)
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) >= files

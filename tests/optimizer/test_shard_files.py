@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cogvideox import tensor_files
 from cogvideox.optimizer import shard_files
 from cogvideox.optimizer.shard_files import Shard, read_shards, write_shards
 
@@ -96,7 +97,7 @@ def test_the_file_has_the_content_of_one_that_safetensors_writes(
     write(tmp_path / "rows.safetensors", shares(tensors, world, by_rows))
     check_equal(load_file(tmp_path / "rows.safetensors"), load_file(tmp_path / "right.safetensors"))
     sizes = [(tmp_path / name).stat().st_size for name in ("rows.safetensors", "right.safetensors")]
-    assert abs(sizes[0] - sizes[1]) < shard_files.LENGTH_BYTES + 16  # the headers may order or pad entries differently
+    assert abs(sizes[0] - sizes[1]) < tensor_files.LENGTH_BYTES + 16  # the headers may order or pad entries differently
 
 
 def test_a_tensor_larger_than_one_write_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +178,7 @@ def test_an_older_file_is_replaced(tmp_path: Path) -> None:
 def test_data_is_aligned_to_the_size_of_its_numbers() -> None:
     """A vector of 3 bytes must not shift the numbers of 8 bytes that follow."""
     tensors = {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2, dtype=torch.float64), "c": torch.ones(1)}
-    head, starts = shard_files.header(shares(tensors, 1)[0])
-    assert len(head) % shard_files.LENGTH_BYTES == 0
+    head, starts = tensor_files.header(shares(tensors, 1)[0])
+    assert len(head) % tensor_files.LENGTH_BYTES == 0
     for name, tensor in tensors.items():
         assert (len(head) + starts[name]) % tensor.element_size() == 0

@@ -19,7 +19,7 @@ MOST_MODULES = 17  # in one folder
 
 # From bottom to top: folders, and the modules next to them. A module imports from its own folder and from lower rows.
 LAYERS = (
-    ("caches", "errors", "files", "finite", "host_memory", "locks", "progress", "rng", "stopping"),
+    ("caches", "errors", "files", "finite", "host_memory", "locks", "progress", "rng", "stopping", "tensor_files"),
     ("config",),
     ("data.media",),
     ("data.forms",),

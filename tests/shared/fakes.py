@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from running import lora_flags
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cogvideox.config import args
 from cogvideox.config.options import LoraOptions
@@ -21,6 +21,7 @@ from cogvideox.finite import not_finite
 from cogvideox.runtime.checkpoint import Saver
 from cogvideox.runtime.ranks import Ranks
 from cogvideox.runtime.run import Run
+from cogvideox.tensor_files import WriteTensors, pieces_of, write_tensors
 
 
 def run_alone(output: Path, logged: list[Any] | None = None) -> Run:
@@ -46,14 +47,14 @@ class FakeEngine:
     def __init__(self) -> None:
         self.weight = torch.arange(8.0)
 
-    def save(self, folder: Path) -> None:
-        save_file({"weight": self.weight}, folder / "optimizer.safetensors")
+    def save(self, folder: Path, write: WriteTensors = write_tensors) -> None:
+        write(folder / "optimizer.safetensors", pieces_of({"weight": self.weight}), {})
 
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def save_weights(self, method: Any, folder: Path) -> None:
-        method.save(folder)
+    def save_weights(self, method: Any, folder: Path, write: WriteTensors = write_tensors) -> None:
+        method.save(folder, write)
 
     def not_finite(self) -> list[str]:
         return not_finite({"weight": self.weight})
@@ -70,9 +71,9 @@ class FakeMethod:
 
     result = "lora.safetensors"
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: WriteTensors = write_tensors) -> None:
         folder.mkdir(exist_ok=True)
-        save_file({"lora": torch.ones(4)}, folder / self.result)
+        write(folder / self.result, pieces_of({"lora": torch.ones(4)}), {})
 
     def resume(self, folder: Path) -> None:
         """Does nothing, because only the engine has state."""

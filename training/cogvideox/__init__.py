@@ -10,6 +10,7 @@ locks.py        lets one process at a time write to a folder, on any file system
 host_memory.py  measures the free memory of the host or of the container
 progress.py     shows progress as a bar on a terminal, and as a line now and then in a log
 stopping.py     ends a script early without losing work, after signals, the end of the launcher, or a hang
+tensor_files.py writes safetensors files tensor by tensor
 finite.py       finds tensors that contain NaN or infinity
 rng.py          computes every random number as a function of (seed, visit, sample, purpose)
 

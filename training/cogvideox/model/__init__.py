@@ -8,6 +8,7 @@ blocks.py       one transformer block, forward and backward, with a choice of th
 attention.py    attention with the fastest kernels of the device
 quant.py        frozen weights in int8, fp8 or nf4
 rope.py         tables of the rotary position embedding
+transformer_files.py  how the weights of a transformer are divided into files
 models.py       the parts of a pipeline: finding, identifying and loading them
 encode.py       clips, first frames and captions -> tensors
 t5_stream.py    T5 with its blocks in host memory

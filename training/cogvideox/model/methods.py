@@ -42,6 +42,8 @@ from cogvideox.model.lora import (
     trained_matrices,
 )
 from cogvideox.model.models import ignore_learned_positions, load_transformer
+from cogvideox.model.transformer_files import create_folder, file_names, groups_of
+from cogvideox.tensor_files import WriteTensors, pieces_of, size_of, write_tensors
 
 ADAPTER = "default"
 
@@ -86,8 +88,13 @@ class Method(Protocol):
                 afterwards.
         """
 
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Writes the weights of a checkpoint into a folder; returns what recipe.json records about the file."""
+    def save(self, folder: Path, write: WriteTensors = write_tensors) -> dict[str, Any]:
+        """Writes the weights of a checkpoint into a folder; returns what recipe.json records about the file.
+
+        Args:
+            folder: The folder.
+            write: Writes each file of tensors.
+        """
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Writes the weights of the result into a folder; returns what recipe.json records about the file."""
@@ -253,7 +260,7 @@ class Lora:
         fields |= {"r": training.rank, "lora_alpha": alpha, "use_rslora": rslora}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
-    def save(self, folder: Path) -> dict[str, Any]:
+    def save(self, folder: Path, write: WriteTensors = write_tensors) -> dict[str, Any]:
         """Writes the LoRA to a folder, in the format that load_lora_weights of diffusers reads.
 
         Loaders that ignore a file's metadata assume a scale of 1. A scale that is a power of two is therefore
@@ -262,25 +269,23 @@ class Lora:
         Returns:
             The scale and how it was folded into B, for recipe.json.
         """
-        return self._save(folder, rounded=False)
+        return self._save(folder, write, rounded=False)
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Writes the final LoRA as ``save`` does; with --fold_lora_scale, any scale is folded into B, with rounding."""
-        return self._save(folder, rounded=self.flags.fold_lora_scale)
+        return self._save(folder, write_tensors, rounded=self.flags.fold_lora_scale)
 
-    def _save(self, folder: Path, rounded: bool) -> dict[str, Any]:
+    def _save(self, folder: Path, write: WriteTensors, rounded: bool) -> dict[str, Any]:
         """Writes the LoRA and its metadata; ``rounded`` allows folding a scale that rounds the matrices."""
-        from safetensors.torch import save_file
-
         training = self.scaling()
         state, folded = fold_scale(self.state(), training.scale, rounded)
         training = replace(training, scale_folded=folded)
         config = {f"{TRANSFORMER_PREFIX}{name}": value for name, value in self.config(training).items()}
         metadata = {CONFIG_KEY: json.dumps(config, indent=2, sort_keys=True)}
-        metadata |= {TRAINING_KEY: json.dumps(asdict(training)), "format": "pt"}
+        metadata |= {TRAINING_KEY: json.dumps(asdict(training))}
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{TRANSFORMER_PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / WEIGHTS_NAME, metadata)
+        tensors = {f"{TRANSFORMER_PREFIX}{name}": tensor for name, tensor in state.items()}
+        write(folder / WEIGHTS_NAME, pieces_of(tensors), metadata)
         return {"lora_scale": training.scale, "lora_scale_folded": folded}
 
     def reload(self, pipeline: Any, folder: Path) -> None:
@@ -348,13 +353,17 @@ class FullFinetune:
         finally:
             self.reload(None, folder)
 
-    def save(self, folder: Path) -> dict[str, Any]:
+    def save(self, folder: Path, write: WriteTensors = write_tensors) -> dict[str, Any]:
         """Writes the transformer to a subfolder, in the format that from_pretrained of diffusers reads.
 
-        Shards have up to 5 GB. Where a plan stores all tensors of a block in one buffer they are larger, because
-        diffusers counts each buffer once.
+        save_pretrained would copy files of 5 GB to the host as a whole; here tensor after tensor is copied.
         """
-        sharing_tensors(self.transformer).save_pretrained(folder / self.result, max_shard_size="5GB")
+        tensors = sharing_tensors(self.transformer).state_dict()
+        sizes = {name: size_of(tensor) for name, tensor in tensors.items()}
+        files = file_names(list(groups_of(sizes)))
+        create_folder(self.transformer, folder / self.result, files, sizes)
+        for file, names in files.items():
+            write(folder / self.result / file, pieces_of({name: tensors[name] for name in names}), {})
         return {}
 
     export = save

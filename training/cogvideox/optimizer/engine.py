@@ -28,6 +28,7 @@ from cogvideox.optimizer.shard_files import RaiseTogether, raise_error, read_sha
 from cogvideox.optimizer.sharded_weights import ShardedWeights, is_sharded
 from cogvideox.optimizer.step import MasterWeights, StepResult
 from cogvideox.optimizer.zero_weights import ZeroWeights
+from cogvideox.tensor_files import WriteTensors, pieces_of, write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,9 +41,10 @@ class Engine(Protocol):
 
     ``backward`` adds the gradients of one micro-batch, ``step`` ends the optimizer step with a learning rate, and
     ``rehearse`` allocates what a step needs without any other effect. ``save`` and ``load`` write and read the engine's
-    part of a checkpoint folder, on all ranks, and ``save_weights`` writes the weights that users load. In the context
-    of ``averaged`` the model has these weights, for validation and export. ``not_finite`` returns the names of the
-    tensors of this rank that ``save`` would write and that contain NaN or infinity.
+    part of a checkpoint folder, on all ranks, and ``save_weights`` writes the weights that users load. ``write`` writes
+    the files of which one rank has all tensors. In the context of ``averaged`` the model has the weights for validation
+    and export. ``not_finite`` returns the names of the tensors of this rank that ``save`` would write and that contain
+    NaN or infinity.
 
     Attributes:
         reduces_in_backward: Whether ranks wait for each other in a backward pass, not only in a step.
@@ -58,9 +60,9 @@ class Engine(Protocol):
 
     def step(self, lr: float) -> StepResult: ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path, write: WriteTensors = write_tensors) -> None: ...
 
-    def save_weights(self, method: Method, folder: Path) -> None: ...
+    def save_weights(self, method: Method, folder: Path, write: WriteTensors = write_tensors) -> None: ...
 
     def load(self, folder: Path) -> None: ...
 
@@ -119,11 +121,11 @@ class MasterEngine(Generic[Masters]):
             yield
             self.masters.wait()
 
-    def save_weights(self, method: Method, folder: Path) -> None:
+    def save_weights(self, method: Method, folder: Path, write: WriteTensors = write_tensors) -> None:
         """Writes the weights, or their average, as ``method`` does, on all ranks."""
         with self.averaged():
             if self.writes:
-                method.save(folder)
+                method.save(folder, write)
 
     def not_finite(self) -> list[str]:
         """Returns the names of weights, masters, moments and averages that are not finite, if this rank saves them."""
@@ -139,14 +141,12 @@ class MasterEngine(Generic[Masters]):
 class LocalEngine(MasterEngine[MasterWeights | OffloadedWeights]):
     """Keeps the complete trainable state on every rank, and averages gradients over the ranks in fp32."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: WriteTensors = write_tensors) -> None:
         """Writes masters, optimizer state and average to the folder, from one rank."""
-        from safetensors.torch import save_file
-
         if self.writes:
-            save_file(self.masters.state(copy=False), folder / STATE_NAME)
+            write(folder / STATE_NAME, self.masters.pieces(), {})
         if self.writes and self.ema:
-            save_file(self.ema.state(copy=False), folder / EMA_NAME)
+            write(folder / EMA_NAME, pieces_of(self.ema.tensors()), {})
 
     def load(self, folder: Path) -> None:
         """Restores what ``save`` wrote."""
@@ -199,18 +199,18 @@ class ShardedEngine(MasterEngine[Sharded]):
         weights = {f"weight/{name}": shard.detach() for name, shard in self.masters.parameters.items()}
         return found + not_finite(weights, self.dtype)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, _write: WriteTensors = write_tensors) -> None:
         """Writes masters, optimizer state and average to the folder, each rank its shards."""
         self._write(folder / STATE_NAME, self.masters.tensors())
         if self.ema:
             self._write(folder / EMA_NAME, self.ema.tensors())
 
-    def save_weights(self, method: Method, folder: Path) -> None:
+    def save_weights(self, method: Method, folder: Path, write: WriteTensors = write_tensors) -> None:
         """Writes the weights, or their average, on all ranks. No rank gathers them, except those of a LoRA."""
         if not isinstance(method, FullFinetune):
             with self.averaged():
                 if self.is_main:
-                    method.save(folder)
+                    method.save(folder, write)
             return
         values = self.ema.averages if self.ema else self.masters.named_masters()
         shards = self.masters.shards({f"weight/{name}": tensor.detach() for name, tensor in values.items()})

@@ -24,6 +24,7 @@ from cogvideox.optimizer.master_weights import (
     set_rate,
 )
 from cogvideox.optimizer.step import StepResult
+from cogvideox.tensor_files import Piece, pieces_of
 
 
 class HostMasters:
@@ -152,6 +153,10 @@ class OffloadedWeights:
             copy: See ``for_file``.
         """
         return for_file(self.tensors(), copy)
+
+    def pieces(self) -> dict[str, Piece]:
+        """Returns the tensors of ``state`` as pieces of a file, to be read one after another before the next step."""
+        return pieces_of(self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of ``state`` on their own devices, without a copy."""

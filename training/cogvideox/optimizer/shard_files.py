@@ -9,7 +9,6 @@ processes must see the same folder.
     written by   rank 0   rank 0                    rank 1           rank 0                   rank 1
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,17 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-LENGTH_BYTES = 8  # of the number in front of the header; also what the start of the data is aligned to
+from cogvideox.tensor_files import content_of, header, size_of
+
 LARGEST_WRITE = 2**30  # bytes; Linux writes at most 2 GiB at a time
 
 
@@ -49,6 +39,11 @@ class Shard:
     shape: torch.Size
     first: int = 0
     writes: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the elements."""
+        return self.local.dtype
 
     @property
     def offset(self) -> int:
@@ -118,28 +113,9 @@ def fill(path: Path, start: int, starts: dict[str, int], tensors: dict[str, Shar
         os.close(handle)
 
 
-def header(tensors: dict[str, Shard]) -> tuple[bytes, dict[str, int]]:
-    """Returns (the bytes in front of the data, the offset of each tensor in the data)."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as save_pretrained writes it
-    starts, end = {}, 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].local.element_size(), name)):  # keeps all aligned
-        shard = tensors[name]
-        starts[name], end = end, end + size_of(shard)
-        offsets = [starts[name], end]
-        entries[name] = {"dtype": DTYPES[shard.local.dtype], "shape": list(shard.shape), "data_offsets": offsets}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % LENGTH_BYTES)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text, starts
-
-
-def size_of(shard: Shard) -> int:
-    """Returns the bytes of a complete tensor."""
-    return shard.shape.numel() * shard.local.element_size()
-
-
 def write_at(handle: int, tensor: Tensor, offset: int) -> None:
     """Writes the bytes of a tensor at an offset of an open file."""
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    content = content_of(tensor)
     while content:
         written = os.pwrite(handle, content[:LARGEST_WRITE], offset)
         content, offset = content[written:], offset + written

@@ -32,6 +32,7 @@ from cogvideox.optimizer.master_weights import (
     group_numbers,
     layout_of,
 )
+from cogvideox.tensor_files import Piece, pieces_of
 
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # the defaults of torch.amp.GradScaler
 SAME_RATE = 1e-3  # relative difference up to which two rates count as equal; a slightly longer run changes less
@@ -302,6 +303,10 @@ class MasterWeights:
             copy: See ``for_file``.
         """
         return for_file(self.tensors(), copy)
+
+    def pieces(self) -> dict[str, Piece]:
+        """Returns the tensors of ``state`` as pieces of a file, to be read one after another before the next step."""
+        return pieces_of(self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of ``state`` on their own devices, without a copy."""

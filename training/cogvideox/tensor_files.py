@@ -1,0 +1,110 @@
+"""Writes safetensors files tensor by tensor, so that at most one tensor exists twice.
+
+    file   | header: name, type, shape and place of each tensor | tensor | tensor | ...
+
+``write_tensors`` needs only shapes and types before it writes, so a ``Piece`` may compute its tensor, or copy it from a
+device, when its turn comes.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+LENGTH_BYTES = 8  # of the number in front of the header; also what the start of the data is aligned to
+
+
+class Described(Protocol):
+    """What has the shape and the type of a tensor: a Tensor, a Piece, or a Shard."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the complete tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its elements."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a file that is computed or copied only when it is written.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its type.
+        read: Returns it, on any device. The value is that of a checkpoint only until the next optimizer step.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+Pieces = Mapping[str, Piece]  # by the names of the tensors in the file
+# Writes a file of these tensors and metadata, now or later; ``write_tensors`` is one.
+WriteTensors = Callable[[Path, Pieces, Mapping[str, str]], None]
+
+
+def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """Returns tensors that exist already as pieces of a file."""
+    return {name: Piece(tensor.shape, tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
+
+
+def size_of(tensor: Described) -> int:
+    """Returns the bytes of a complete tensor."""
+    return tensor.shape.numel() * tensor.dtype.itemsize
+
+
+def header(tensors: Mapping[str, Described], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
+    """Returns (the bytes in front of the data, the offset in the data of each tensor, in the order of the file)."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}  # as save_pretrained writes it
+    starts, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):  # keeps all aligned
+        tensor = tensors[name]
+        starts[name], end = end, end + size_of(tensor)
+        offsets = [starts[name], end]
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, starts
+
+
+def content_of(tensor: Tensor) -> memoryview:
+    """Returns the bytes of a tensor, in host memory."""
+    content: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return content
+
+
+def write_tensors(path: Path, pieces: Pieces, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Args:
+        path: The file.
+        pieces: Its tensors.
+        metadata: Texts by name, for the header.
+
+    Raises:
+        OSError: The disk is full or fails; the file is incomplete.
+    """
+    head, starts = header(pieces, metadata)
+    with open(path, "wb") as file:
+        file.write(head)
+        for name in starts:
+            file.write(content_of(pieces[name].read()))
