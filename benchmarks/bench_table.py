@@ -11,7 +11,10 @@ from typing import Any
 
 PREFIX = "bench_"
 BEGIN, END = "<!-- bench.py --table: begin -->\n", "<!-- bench.py --table: end -->\n"
-PLANS = ("stock", "fast", "auto", "24gb", "12gb", "8gb", "lean", "lean-int8", "lean-nf4")
+PLANS = (
+    *("stock", "fast", "auto", "auto-8bit", "80gb", "80gb-8bit", "24gb", "24gb-8bit", "12gb", "8gb"),
+    *("lean", "lean-8bit", "lean-int8", "lean-nf4"),
+)
 MODELS = ("2b", "5b", "1.5-5b")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # per second, dense bf16; the key is a part of the device's name
 LIMITS = {"2b": dict.fromkeys(PLANS, 0.68), "1.5-5b": dict.fromkeys(PLANS, 8.75)}
@@ -40,10 +43,11 @@ HEAD = (
     "model, clip",
     "rank, batch",
     "plan",
-    "a step",
+    "a step (predicted)",
     "stock / ours",
     "peak (reserved)",
     "in validation",
+    "on the host",
     "MFU",
     "of the limit",
     "factory's guide (in validation)",
@@ -84,9 +88,10 @@ def read_rows(results: Path) -> list[dict[str, Any]]:
     rows = [json.loads(path.read_text()) for path in results.glob(f"{PREFIX}*.json")]
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        """Returns the sort key of a row: model, method, batch size, rank, plan, name."""
+        """Returns the sort key of a row: model, method, batch size, rank, precision, rate of copies, plan, name."""
         kind, plan = MODELS.index(row["kind"]), PLANS.index(row["plan"])
-        return kind, not row["rank"], row["batch"], row["rank"], plan, row["row"]
+        task = kind, not row["rank"], row["batch"], row["rank"]
+        return *task, row["precision"], row.get("copy_rate", 0), plan, row["row"]
 
     return sorted(rows, key=place)
 
@@ -109,18 +114,31 @@ def validation_peak(row: dict[str, Any]) -> str:
     return peak(max(both, key=lambda peaks: peaks["allocated"] or 0.0))
 
 
+def described_plan(row: dict[str, Any]) -> str:
+    """Returns the plan of a row, with everything by which rows of one plan differ."""
+    rate = [f"copies at {row['copy_rate']} GB/s"] if "copy_rate" in row else []
+    attention = [row["attention"].split(":")[0]] if "attention" in row else []
+    return ", ".join([row["plan"], *[row["precision"]] * (row["precision"] != "bf16"), *rate, *attention])
+
+
+def step_time(row: dict[str, Any]) -> str:
+    """Returns the measured time of a step, followed by the predicted one."""
+    return f"{row['seconds_per_step']:.2f} s" + number(" ({:.2f})", row.get("predicted", {}).get("seconds_per_step"))
+
+
 def cells(row: dict[str, Any]) -> Iterator[str]:
     """Returns the cells of a row, in the order of HEAD."""
     yield f"{row['kind']}, {row['clip']}"
     yield f"{row['rank'] or 'all weights'}, {row['batch']}"
-    yield row["plan"] if "attention" not in row else f"{row['plan']}, {row['attention'].split(':')[0]}"
+    yield described_plan(row)
     if "failed" in row:
-        yield from (row["failed"], *[UNKNOWN] * 5)
+        yield from (row["failed"], *[UNKNOWN] * 6)
     else:
-        yield f"{row['seconds_per_step']:.2f} s"
+        yield step_time(row)
         yield number("{:.2f}x", row["ratio"])
         yield peak(row["peak_gib"])
         yield validation_peak(row)
+        yield number("{:.0f}", row.get("host_gib"))
         yield number("{:.0%}", row["mfu"])
         yield number("{:.0%}", row["limit_ratio"])
     guide = GUIDE.get((row["kind"], row["rank"], row["batch"]))
@@ -138,6 +156,41 @@ def table(rows: list[dict[str, Any]]) -> str:
         groups[f"{row['device']}, torch {row['versions']['torch']}, commit {row['commit']}"].append(row["row"])
     shown = [name if len(groups) == 1 else f"{name}: {', '.join(names)}" for name, names in groups.items()]
     return f"{text}\nMemory in GiB. Measured on {'; '.join(shown)}.\n"
+
+
+TRACE_HEAD = (
+    "row",
+    "a step (predicted)",
+    "kernels",
+    "copies in",
+    "copies out",
+    "both directions",
+    "copies beside kernels",
+    "gaps between kernels",
+    "no work at all",
+)
+
+
+def trace_cells(row: dict[str, Any]) -> Iterator[str]:
+    """Returns the cells of a row with a trace, in the order of TRACE_HEAD."""
+    trace = row["trace"]
+    overlap = trace["overlap_ms"]
+    yield row["row"]
+    yield step_time(row)
+    yield from (f"{ms:,.0f}" for ms in trace["busy_ms"].values())
+    yield f"{overlap['copies in and out']:,.0f}"
+    yield f"{overlap['compute and copies in']:,.0f} in, {overlap['compute and copies out']:,.0f} out"
+    longest = sorted(trace["compute_gaps"], key=lambda gap: -gap["ms"])[:1]
+    which = "".join(f", the longest {gap['ms']:,.0f} at {gap['at_ms']:,.0f}" for gap in longest)
+    yield f"{sum(gap['ms'] for gap in trace['compute_gaps']):,.0f}{which}"
+    yield f"{trace['idle_ms']:,.0f}"
+
+
+def trace_table(rows: list[dict[str, Any]]) -> str:
+    """Returns the table of the traced steps in Markdown; empty without one."""
+    traced = [row for row in rows if "trace" in row]
+    lines = [TRACE_HEAD, ["---"] * len(TRACE_HEAD), *map(trace_cells, traced)] if traced else []
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def between(text: str) -> tuple[str, str, str]:
