@@ -1,51 +1,55 @@
 """Measures the two arms of bench.py: a plain loop of diffusers and PEFT, and this project's training step under a plan.
 
 ``Work`` describes the task, and ``stock`` and ``ours`` return the figures of an arm for it. No files are read or
-written: weights, latents and prompts are random, which affects neither time nor memory. The steps of our arm are built
-from the parts of the library that loop.Trainer uses, without data and checkpoints.
+written: weights, latents and prompts are random, which affects neither time nor memory. ``Training``, which memory.py
+uses too, is built from the parts of the library that loop.Trainer uses, without data and checkpoints.
 """
 
 import gc
+import math
 import statistics
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import random_models
 import torch
-from profiling import shares_of
+from profiling import shares_of, trace_of
 from torch import Tensor
 
 from cogvideox.config import args
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.geometry import Geometry, geometry_of
-from cogvideox.config.optimizers import make_optimizer
 from cogvideox.config.options import LoraOptions, SftOptions
 from cogvideox.data.dataset import Batch
 from cogvideox.evaluation.validation import evaluation_mode
 from cogvideox.memory.streaming import HostTrainedBlocks
 from cogvideox.model import attention
 from cogvideox.model.diffusion import NoiseSchedule, loss_weights
-from cogvideox.model.methods import FullFinetune, Lora
+from cogvideox.model.methods import FullFinetune, Lora, Method
 from cogvideox.model.tasks import TextToVideo, losses_of
 from cogvideox.model.vae_decoder import Decoder
-from cogvideox.optimizer.step import MasterWeights, learning_rate
+from cogvideox.optimizer.engine import make_engine
+from cogvideox.optimizer.step import StepResult, learning_rate
 from cogvideox.planning import execution, plan
+from cogvideox.planning.dry_run import PlannedRun
 from cogvideox.planning.plan import ExecutionPlan
-from cogvideox.runtime.run import TimeMark
+from cogvideox.runtime.run import PRECISIONS, TimeMark
 
 GIB = 2**30
 NO_MEMORY = "out of memory"
-DTYPE = torch.bfloat16
 LEFT = GIB // 4  # bytes that may stay allocated between arms, for the workspaces of cuBLAS
 SAMPLING_STEPS, GUIDANCE = 2, 6.0
 SMALLEST_CARD = 4.0  # GiB; decoding by the VAE needs more memory than training of 2b
 PLAN_FLAGS = {  # flags of the training script for each plan
     "fast": ("--plan", "fast"),
     "auto": ("--plan", "auto"),
+    "80gb": ("--vram_budget", "80"),
     "24gb": ("--vram_budget", "24"),
     "12gb": ("--vram_budget", "12"),
     "8gb": ("--vram_budget", "8"),
@@ -53,6 +57,8 @@ PLAN_FLAGS = {  # flags of the training script for each plan
     "lean-int8": ("--plan", "lean", "--base_precision", "int8"),
     "lean-nf4": ("--plan", "lean", "--base_precision", "nf4"),
 }
+PLAN_FLAGS |= {f"{name}-8bit": (*PLAN_FLAGS[name], "--use_8bit") for name in ("auto", "80gb", "24gb", "lean")}
+LOCAL = SimpleNamespace(deepspeed_plugin=None)  # accelerate's state in a run without a launcher
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,12 @@ class Work:
     rank: int  # rank of the LoRA; 0: all weights are trained
     batch: int
     device: torch.device
+    precision: str = "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the compute type."""
+        return PRECISIONS[self.precision]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -86,14 +98,14 @@ class Work:
         """Returns the size of the clips."""
         return Bucket(*random_models.clip_size(self.kind))
 
-    def options(self, plan_name: str) -> LoraOptions | SftOptions:
-        """Returns the options that the training script would parse for a plan."""
-        flags = ["--pretrained_model_name_or_path", self.kind, "--data_root", self.kind, "--load_tensors"]
-        flags += ["--mixed_precision", "bf16", "--optimizer", "adamw", "--learning_rate", "1e-4"]
-        flags += ["--train_batch_size", str(self.batch), *PLAN_FLAGS[plan_name]]
+    def options(self, flags: Sequence[str]) -> LoraOptions | SftOptions:
+        """Returns the options that the training script would parse for this work with some flags of the plan."""
+        argv = ["--pretrained_model_name_or_path", self.kind, "--data_root", self.kind, "--load_tensors"]
+        argv += ["--mixed_precision", self.precision, "--optimizer", "adamw", "--learning_rate", "1e-4"]
+        argv += ["--train_batch_size", str(self.batch), *flags]
         if not self.rank:
-            return args.parse(SftOptions, argv=flags)
-        return args.parse(LoraOptions, argv=[*flags, "--rank", str(self.rank), "--lora_alpha", str(self.rank)])
+            return args.parse(SftOptions, argv=argv)
+        return args.parse(LoraOptions, argv=[*argv, "--rank", str(self.rank), "--lora_alpha", str(self.rank)])
 
     @property
     def width(self) -> int:
@@ -105,9 +117,9 @@ class Work:
         """Returns the number of text and video tokens of a sample."""
         return self.geometry.tokens(self.bucket)
 
-    def random(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-        """Returns normal random numbers on the device, (B, *shape)."""
-        return torch.randn(self.batch, *shape, device=self.device, dtype=dtype)
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns normal random numbers on the device, (B, *shape), by default in the compute type."""
+        return torch.randn(self.batch, *shape, device=self.device, dtype=dtype or self.dtype)
 
     def random_prompt(self) -> Tensor:
         """Returns random embeddings of prompts, (B, L, D)."""
@@ -125,7 +137,7 @@ class Work:
 
     def make_transformer(self) -> Any:
         """Returns a frozen random transformer on the device."""
-        return random_models.make_transformer(self.kind, str(self.device)).requires_grad_(False)
+        return random_models.make_transformer(self.kind, str(self.device), self.dtype).requires_grad_(False)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -213,10 +225,11 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
     """Trains as published trainers do: diffusers, PEFT, accelerate's autocast, full checkpointing, AdamW, clipping."""
     from accelerate import Accelerator
     from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+    from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
     device = work.device
-    accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
+    accelerator = Accelerator(mixed_precision=work.precision, cpu=device.type == "cpu")
     if accelerator.state.deepspeed_plugin is not None:  # scale.py launches this loop with ZeRO
         clipped = {"train_micro_batch_size_per_gpu": work.batch, "gradient_clipping": 1.0}
         accelerator.state.deepspeed_plugin.deepspeed_config.update(clipped)
@@ -226,6 +239,8 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
         transformer.add_adapter(LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules=targets))
     else:
         transformer.requires_grad_(True)  # in bf16, with moments in bf16, as published trainers do it
+    if work.precision == "fp16":  # accelerate's loss scale needs gradients in fp32
+        cast_training_params(transformer)
     transformer.enable_gradient_checkpointing()
     scheduler = CogVideoXDPMScheduler.from_config(work.scheduler.config)
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
@@ -269,14 +284,16 @@ def run_under_plan(
         torch.cuda.empty_cache()
         if flags.vram_budget is not None:
             execution.limit_device_memory(flags.vram_budget)
-    backend, why = attention.choose_backend(work.device, DTYPE)
+    backend, why = attention.choose_backend(work.device, work.dtype, flags.attention_backend)
     precision = execution.base_precision(options)
-    sizes = execution.sizes_of(transformer, work.geometry, [work.bucket], work.batch, DTYPE, precision)
-    machine = execution.measure_machine(work.device, DTYPE, backend, sizes, flags.vram_budget)
-    compiled = work.device.type == "cuda"
-    chosen = plan.choose_plan(execution.axes_of(options), sizes, machine, compiled, backend)
+    run = PlannedRun(work.geometry, Lora if work.rank else FullFinetune, work.device, work.dtype, 1, compiled=False)
+    sizes = execution.sizes_from_options(run, options, work.geometry, [work.bucket], transformer)
+    machine = execution.measure_machine(work.device, work.dtype, backend, sizes, flags.vram_budget)
+    compiled = execution.compiles(run, flags.compile_blocks, execution.drops_out(options))
+    chosen = execution.choose(run, options, sizes, machine, compiled, backend)
     chosen = replace(chosen, base_precision=precision)
     predicted = {"peak_gib": round(chosen.peak / GIB, 3), "seconds_per_step": round(chosen.seconds, 3)}
+    predicted["pinned_gib"] = round(chosen.pinned / GIB, 3)
     measured = {field: float(f"{value:.4g}") for field, value in asdict(machine).items()}
     record = {"execution": str(chosen), "attention": f"{backend}: {why}", "machine": measured, "predicted": predicted}
     if precision != plan.AUTO:
@@ -284,45 +301,96 @@ def run_under_plan(
     return chosen, execution.apply_plan(transformer, chosen, work.device), record
 
 
-def master_weights(
-    method: Lora | FullFinetune,
-    options: LoraOptions | SftOptions,
-    on_host: bool,
-    host_trained: HostTrainedBlocks | None,
-) -> MasterWeights:
-    """Returns the optimizer with its master weights, as engine.make_engine makes it."""
-    make = partial(make_optimizer, options.optimizer)
-    return MasterWeights(method.parameters(), make, options.train.max_grad_norm, False, on_host, host_trained)
+class Training:
+    """Trains a random transformer under a plan, as the training script does with the same flags.
+
+    Attributes:
+        record: The plan, its predictions and the measured machine, for the JSON of a result.
+    """
+
+    def __init__(self, work: Work, flags: Sequence[str]) -> None:
+        """Makes the transformer and the engine, and moves them to where the plan wants them.
+
+        Args:
+            work: What is trained.
+            flags: The flags that choose the plan and the optimizer.
+        """
+        self.work, self.options = work, work.options(flags)
+        self.transformer, options = work.make_transformer(), self.options
+        self.method: Method = (
+            Lora(self.transformer, options)
+            if isinstance(options, LoraOptions)
+            else FullFinetune(self.transformer, options)
+        )
+        chosen, host_trained, self.record = run_under_plan(self.transformer, options, work)
+        self.task = TextToVideo(options, work.geometry, work.device, work.dtype)
+        self.schedule = NoiseSchedule.from_config(work.geometry.schedule).to(work.device)
+        self.weights_T = loss_weights(self.schedule, options.loss)
+        launched: Any = SimpleNamespace(state=LOCAL, device=work.device, is_main_process=True)
+        on_host = chosen.state == plan.HOST
+        self.engine = make_engine(launched, self.transformer, self.method, options, work.dtype, on_host, host_trained)
+
+    def step(self, number: int, steps: int) -> StepResult:
+        """Runs one optimizer step on a random batch, with the learning rate of step ``number`` of ``steps``."""
+        batch = self.work.random_batch()
+        self.method.draw_for(number, 0)
+        losses_B = losses_of(self.task, self.schedule, self.transformer, batch) * self.weights_T[batch.timestep_B]
+        self.engine.backward(losses_B.mean())
+        return self.engine.step(learning_rate(self.options.optimizer, number, steps, self.work.batch))
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """Runs steps, and returns their figures and the record of the plan.
+
+        Raises:
+            RuntimeError: A loss is NaN or infinite.
+        """
+        meter, values = Meter(self.work.device), []
+        for number in range(steps):
+            result = self.step(number, steps)
+            values.append(result.values)
+            meter.step_ended(result.values[0])
+        figures = meter.figures() | scaling_figures(torch.stack(values).cpu())
+        if not all(map(math.isfinite, figures["losses"])):
+            raise RuntimeError(f"losses are not finite: {figures['losses']}")
+        return figures | self.record
+
+    def sample(self, reserved_gib: float | None = None) -> dict[str, Any]:
+        """Measures validation while all memory of training is still allocated; see ``sample``."""
+        with self.engine.averaged():
+            return sample(self.work, self.transformer, reserved_gib)
 
 
-def ours(work: Work, name: str, steps: int, validates: bool) -> dict[str, Any]:
-    """Measures training steps under a plan, and validation after them if asked for."""
-    options, device = work.options(name), work.device
-    transformer = work.make_transformer()
-    method = Lora(transformer, options) if isinstance(options, LoraOptions) else FullFinetune(transformer, options)
-    chosen, host_trained, record = run_under_plan(transformer, options, work)
-    task = TextToVideo(options, work.geometry, device, DTYPE)
-    schedule = NoiseSchedule.from_config(work.geometry.schedule).to(device)
-    weights_T = loss_weights(schedule, options.loss)
-    masters = master_weights(method, options, chosen.state == plan.HOST, host_trained)
+def scaling_figures(values: Tensor) -> dict[str, Any]:
+    """Returns how many steps were skipped, and the loss scale of the last one.
 
-    def make_step(step: int) -> Tensor:
-        """Runs one optimizer step on a random batch; returns its mean loss."""
-        batch = work.random_batch()
-        method.draw_for(step, 0)
-        losses_B = losses_of(task, schedule, transformer, batch) * weights_T[batch.timestep_B]
-        masters.backward(losses_B.mean())
-        return masters.step(learning_rate(options.optimizer, step, steps, work.batch)).values[0]
+    Args:
+        values: StepResult.values of each step, (steps, 4).
+    """
+    column = StepResult.NAMES.index
+    return {
+        "skipped_steps": int(values[:, column("skipped")].sum()),
+        "loss_scale": float(values[-1, column("loss_scale")]),
+    }
 
-    meter = Meter(device)
-    for step in range(steps):
-        meter.step_ended(make_step(step))
-    figures = meter.figures() | record
-    if device.type == "cuda":
-        figures["kernels_ms"] = attempt(shares_of, lambda: make_step(steps - 1))
-    if not validates:
-        return figures
-    return figures | {"validation": attempt(sample, work, transformer, figures["peak_gib"]["reserved"])}
+
+def host_bytes() -> int:
+    """Returns the host memory that this process uses."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def ours(work: Work, flags: Sequence[str], steps: int, validates: bool = False, traces: bool = False) -> dict[str, Any]:
+    """Measures training steps under a plan, and then, if asked for, a traced step and validation."""
+    before = host_bytes()
+    training = Training(work, flags)
+    figures = training.measure(steps)
+    figures["host_gib"] = round((host_bytes() - before) / GIB, 2)
+    if work.device.type == "cuda":
+        figures["kernels_ms"] = attempt(shares_of, lambda: training.step(steps - 1, steps))
+    if traces:
+        figures["trace"] = attempt(trace_of, lambda: training.step(steps - 1, steps))
+    if validates:
+        figures["validation"] = attempt(training.sample, figures["peak_gib"]["reserved"])
+    return figures
 
 
 def sample(work: Work, transformer: Any, reserved_gib: float | None) -> dict[str, Any]:
@@ -349,7 +417,7 @@ def sample(work: Work, transformer: Any, reserved_gib: float | None) -> dict[str
     end = TimeMark(work.device)
     end.reached()
     sampling = peak_gib(work.device)
-    vae = random_models.make_vae(work.kind, str(work.device))
+    vae = random_models.make_vae(work.kind, str(work.device), work.dtype)
     Decoder(vae, print)
     padding = work.geometry.padding_frames(work.geometry.latent_frames(work.bucket.frames))
     with torch.no_grad():

@@ -10,7 +10,10 @@ import hashlib
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "examples")]
@@ -75,12 +78,12 @@ def vae_config(kind: str) -> dict[str, Any]:
     return VAE | scaled
 
 
-def make_transformer(kind: str, device: str = "cuda") -> Any:
-    """Returns a random bf16 transformer on the device."""
+def make_transformer(kind: str, device: str = "cuda", dtype: torch.dtype | None = None) -> Any:
+    """Returns a random transformer on the device, by default in bf16."""
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype or torch.bfloat16)
     try:
         with torch.device(device):
             return CogVideoXTransformer3DModel(**TRANSFORMERS[kind])
@@ -88,13 +91,13 @@ def make_transformer(kind: str, device: str = "cuda") -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def make_vae(kind: str, device: str = "cuda") -> Any:
-    """Returns a random bf16 VAE on the device."""
+def make_vae(kind: str, device: str = "cuda", dtype: torch.dtype | None = None) -> Any:
+    """Returns a random VAE on the device, by default in bf16."""
     import torch
     from diffusers import AutoencoderKLCogVideoX
 
     with torch.device(device):
-        return AutoencoderKLCogVideoX(**vae_config(kind)).bfloat16()
+        return AutoencoderKLCogVideoX(**vae_config(kind)).to(dtype or torch.bfloat16)
 
 
 def make_pipeline(kind: str, folder: Path, text_layers: int = 1) -> None:

@@ -20,13 +20,15 @@ TINY_VAE = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_n
 TINY_VAE |= {"sample_height": 64, "sample_width": 96}
 CPU = ["--device", "cpu", "--results"]
 FIGURES = ("seconds_per_step", "first_step_seconds", "losses", "seconds", "peak_gib", "ratio", "mfu", "limit_ratio")
+LEAN = arms.PLAN_FLAGS["lean"]
 ALL = ["5b-r128-stock", "5b-r128-fast", "5b-r128-24gb", "5b-r128-lean"]
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Shrinks the 5b model, and runs the processes of bench.py in this process."""
-    monkeypatch.setitem(random_models.TRANSFORMERS, "5b", random_models.TRANSFORMERS["5b"] | TINY)
+    """Shrinks the models of version 1, and runs the processes of bench.py in this process."""
+    for kind in ("2b", "5b"):
+        monkeypatch.setitem(random_models.TRANSFORMERS, kind, random_models.TRANSFORMERS[kind] | TINY)
     monkeypatch.setattr(random_models, "VAE", random_models.VAE | TINY_VAE)
     monkeypatch.setattr(random_models, "clip_size", lambda kind: (9, 64, 96))
     yield
@@ -56,7 +58,7 @@ def test_rows_from_end_to_end(tmp_path: Path, spawned: list[list[str]], capsys: 
     assert spawned == [ALL]
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [line["row"] for line in lines[:-1]] == ALL
-    assert lines[-1] == {"failed": []}
+    assert lines[-1] == {"missing": []}
     results = results_in(tmp_path)
     assert list(results) == ALL
     stock = results["5b-r128-stock"]
@@ -85,6 +87,67 @@ def test_all_weights(tmp_path: Path, spawned: list[list[str]]) -> None:
     assert results["5b-sft-lean"]["ratio"] > 0
     assert results["5b-sft-lean"]["useful_flops"] > 0
     assert "| 5b, 9x64x96 | all weights, 1 | stock |" in bench_table.table(list(results.values()))
+
+
+@pytest.mark.parametrize("row", ["2b-sft-lean-fp16", "5b-r128-lean-fp16"])
+def test_fp16_scales_the_loss(row: str, tmp_path: Path, spawned: list[list[str]]) -> None:
+    assert bench.main(["--rows", row, *CPU, str(tmp_path)]) == 0
+    result = results_in(tmp_path)[row]
+    assert result["precision"] == "fp16"
+    assert result["loss_scale"] * 2 ** result["skipped_steps"] == 2.0**16
+    assert all(0 < loss < 1e5 for loss in result["losses"])
+    assert "| lean, fp16, cpu |" in bench_table.table([result])
+
+
+def test_losses_that_are_not_finite_are_a_failure(
+    tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arms, "losses_of", lambda *_: torch.full((1,), torch.inf, requires_grad=True))
+    assert bench.main(["--rows", "5b-sft-auto", *CPU, str(tmp_path)]) == 1
+    assert results_in(tmp_path) == {}
+
+
+def test_eight_bit_moments(tmp_path: Path, spawned: list[list[str]]) -> None:
+    assert bench.main(["--rows", "5b-sft-auto-8bit", *CPU, str(tmp_path)]) == 0
+    assert "--use_8bit" in arms.PLAN_FLAGS["auto-8bit"]
+    assert results_in(tmp_path)["5b-sft-auto-8bit"]["ratio"] > 0
+
+
+def test_rows_that_do_not_fit_in_the_time_left_are_not_run(tmp_path: Path, spawned: list[list[str]]) -> None:
+    rows = ["5b-r16-stock", "5b-r16-lean"]
+    needed = bench.ROW_SECONDS["5b"]
+    assert bench.main(["--rows", *rows, "--seconds", str(needed - 1), *CPU, str(tmp_path)]) == 1
+    assert spawned == []
+    assert bench.main(["--row", *rows, "--seconds", str(needed - 1), *CPU, str(tmp_path)]) == 0
+    assert results_in(tmp_path) == {}
+    assert bench.main(["--rows", *rows, "--seconds", str(needed + 100), *CPU, str(tmp_path)]) == 0
+    assert list(results_in(tmp_path)) == rows
+
+
+def test_rows_with_slow_copies_say_so(
+    tmp_path: Path, spawned: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["--copy_rate", "12", "--seconds", "0", *CPU, str(tmp_path)]) == 1
+    rows = json.loads(capsys.readouterr().out)["missing"]
+    assert {"5b-sft-lean-copies12", "5b-sft-24gb-8bit-copies12", "2b-r128-24gb-copies12"} < set(rows)
+    assert all(row.endswith("-copies12") for row in rows)
+    assert bench.main(["--rows", "5b-sft-lean-copies12", *CPU, str(tmp_path)]) == 0
+    result = results_in(tmp_path)["5b-sft-lean-copies12"]
+    assert (result["copy_rate"], result["ratio"]) == (12, None)
+    assert "stock" not in result
+    assert "| lean, copies at 12 GB/s, cpu |" in bench_table.table([result])
+
+
+def test_a_step_is_traced(tmp_path: Path, spawned: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--rows", "5b-r128-lean-fp16", *CPU, str(tmp_path)]
+    assert bench.main(arguments) == 0
+    assert bench.main([*arguments, "--trace"]) == 0  # the result has no trace, so the row is run again
+    assert bench.main([*arguments, "--trace"]) == 0
+    assert len(spawned) == 2
+    assert results_in(tmp_path)["5b-r128-lean-fp16"]["trace"]["compute_gaps"] == []  # a CPU has no streams
+    capsys.readouterr()
+    assert bench.main(["--traces", *CPU, str(tmp_path)]) == 0
+    assert "| 5b-r128-lean-fp16 |" in capsys.readouterr().out
 
 
 def test_finished_rows_are_not_run_again(tmp_path: Path, spawned: list[list[str]]) -> None:
@@ -117,7 +180,7 @@ def test_a_failed_row_does_not_prevent_the_others(
     assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 1
     assert spawned == [rows[:2], rows[2:]]
     assert set(results_in(tmp_path)) == set(rows[1:])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"failed": ["5b-r128-fast"]}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"missing": ["5b-r128-fast"]}
 
 
 def test_figures_are_shown_where_validation_fails(
@@ -158,7 +221,7 @@ def test_our_arm_trains(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = work.random_batch()
     monkeypatch.setattr(arms.Work, "random_batch", lambda self: batch)
     monkeypatch.setattr(arms, "learning_rate", lambda *_: 1e-2)
-    losses = arms.ours(work, "lean", 12, validates=False)["losses"]
+    losses = arms.ours(work, LEAN, 12)["losses"]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -171,8 +234,8 @@ def test_both_arms_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
         return make(self)
 
-    def random(self: arms.Work, *shape: int, dtype: torch.dtype = arms.DTYPE) -> torch.Tensor:
-        return normal(1, *shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
+    def random(self: arms.Work, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return normal(1, *shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype or self.dtype)
 
     monkeypatch.setattr(arms.Work, "make_transformer", seeded)
     monkeypatch.setattr(arms.Work, "random", random)
@@ -180,7 +243,7 @@ def test_both_arms_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch, "randn_like", torch.clone
     )  # the noise has the shape of the latents, which random() returns
-    first = [arms.stock(work, 2)["losses"][0], arms.ours(work, "fast", 2, validates=False)["losses"][0]]
+    first = [arms.stock(work, 2)["losses"][0], arms.ours(work, arms.PLAN_FLAGS["fast"], 2)["losses"][0]]
     assert first[0] == pytest.approx(first[1], rel=0.02)
 
 
@@ -200,6 +263,7 @@ def test_tokens_and_flops_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch
 def row_of(**changes: Any) -> dict[str, Any]:
     """Returns a row as a measurement would write it."""
     row = {"row": "5b-r256-lean", "kind": "5b", "rank": 256, "batch": 1, "plan": "lean", "clip": "49x480x720"}
+    row |= {"precision": "bf16", "predicted": {"seconds_per_step": 1.9}}
     row |= {"device": "NVIDIA H100 80GB HBM3", "versions": {"torch": "2.11.0"}, "commit": "abc", "useful_flops": 989e12}
     row |= {"seconds_per_step": 2.0, "ratio": 1.96, "peak_gib": {"allocated": 4.21, "reserved": 5.0}}
     row |= changes
@@ -209,10 +273,11 @@ def row_of(**changes: Any) -> dict[str, Any]:
 def test_table() -> None:
     peaks = {"sampling_peak_gib": {"allocated": 3.0, "reserved": 9.0}}
     peaks["decoding_peak_gib"] = {"allocated": 5.5, "reserved": 6.0}
-    rows = [row_of(validation=peaks), row_of(row="other", batch=4, device="NVIDIA H200")]
+    rows = [row_of(validation=peaks, host_gib=23.9), row_of(row="other", batch=4, device="NVIDIA H200")]
     lines = bench_table.table(rows).splitlines()
     assert lines[2] == (
-        "| 5b, 49x480x720 | 256, 1 | lean | 2.00 s | 1.96x | 4.2 (5.0) | 5.5 (6.0) | 50% | 92% | 22.1 (31.9) |"
+        "| 5b, 49x480x720 | 256, 1 | lean | 2.00 s (1.90) | 1.96x | 4.2 (5.0) | 5.5 (6.0) | 24 | 50% | 92% "
+        "| 22.1 (31.9) |"
     )
     assert "| 368% | 47.3 (47.3) |" in lines[3]  # the limit is the time of one sample
     assert {line.count("|") for line in lines[:4]} == {len(bench_table.HEAD) + 1}
@@ -224,7 +289,7 @@ def test_table() -> None:
 def test_a_device_without_known_figures_has_no_utilization() -> None:
     row = row_of(device="Some CPU")
     assert (row["mfu"], row["limit_ratio"]) == (None, None)
-    assert "| 4.2 (5.0) |  |  |  |" in bench_table.table([row])
+    assert "| 4.2 (5.0) |  |  |  |  |" in bench_table.table([row])
 
 
 def test_table_is_put_into_a_file_between_its_marks(tmp_path: Path) -> None:
@@ -243,11 +308,14 @@ def test_every_row_has_a_limit_and_a_plan() -> None:
     for process in bench.PROCESSES:
         assert set(process.plans) <= set(bench_table.PLANS)
         assert set(bench_table.LIMITS[process.kind]) == set(bench_table.PLANS)
-        assert process.plans[0] == "stock"
+        assert (process.plans[0] == "stock") == (process.stock_steps > 0)
+    assert len(bench.ROWS) == sum(len(process.plans) for process in bench.PROCESSES)
     assert set(bench_table.PLANS) == {"stock", *arms.PLAN_FLAGS}
 
 
-@pytest.mark.parametrize("arm", [lambda work: arms.stock(work, 2), lambda work: arms.ours(work, "lean", 2, True)])
+@pytest.mark.parametrize(
+    "arm", [lambda work: arms.stock(work, 2), lambda work: arms.ours(work, LEAN, 2, validates=True)]
+)
 def test_an_arm_frees_all_of_its_memory(arm: Callable[[arms.Work], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Any]] = []
     make = arms.Work.make_transformer
