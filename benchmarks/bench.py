@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from arms import NO_MEMORY, PLAN_FLAGS, Work, attempt, make_room, ours, stock
-from bench_table import PREFIX, put_into, read_rows, speed_figures, table, trace_table, useful_flops
+from bench_table import PREFIX, read_rows, speed_figures, table, trace_table, useful_flops
 from random_models import ROOT
-from record import device_and_versions
+from record import device_and_versions, put_into
 from slow_copies import slowed
 
 from cogvideox.files import write_atomically
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.traces:
             print(trace_table(rows), end="")
         elif flags.table:
-            put_into(Path(flags.table), rows)
+            put_into(Path(flags.table), "bench.py", table(rows))
         else:
             print(table(rows), end="")
         return 0

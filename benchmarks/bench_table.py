@@ -1,6 +1,6 @@
 """Computes utilization from measured steps, and writes the table of docs/benchmarks.md.
 
-A row is a result of bench.py. ``table`` returns the Markdown that is in docs/benchmarks.md between BEGIN and END.
+A row is a result of bench.py. ``table`` returns the Markdown that is in docs/benchmarks.md.
 """
 
 import json
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "bench_"
-BEGIN, END = "<!-- bench.py --table: begin -->\n", "<!-- bench.py --table: end -->\n"
 PLANS = (
     *("stock", "fast", "auto", "auto-8bit", "80gb", "80gb-8bit", "24gb", "24gb-8bit", "12gb", "8gb"),
     *("lean", "lean-8bit", "lean-int8", "lean-nf4"),
@@ -191,23 +190,3 @@ def trace_table(rows: list[dict[str, Any]]) -> str:
     traced = [row for row in rows if "trace" in row]
     lines = [TRACE_HEAD, ["---"] * len(TRACE_HEAD), *map(trace_cells, traced)] if traced else []
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def between(text: str) -> tuple[str, str, str]:
-    """Splits a text into the part before its table, the table, and the part after it.
-
-    Raises:
-        ValueError: The text lacks the line BEGIN or END.
-    """
-    for mark in (BEGIN, END):
-        if mark not in text:
-            raise ValueError(f"has no line {mark.strip()}")
-    before, _, rest = text.partition(BEGIN)
-    inside, _, after = rest.partition(END)
-    return before + BEGIN, inside, END + after
-
-
-def put_into(page: Path, rows: list[dict[str, Any]]) -> None:
-    """Replaces the table in a file."""
-    before, _, after = between(page.read_text())
-    page.write_text(before + table(rows) + after)

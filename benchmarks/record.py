@@ -1,8 +1,9 @@
-"""Records the environment of a measurement."""
+"""Records the environment of a measurement, and writes tables of results into pages."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from random_models import ROOT
@@ -16,3 +17,24 @@ def device_and_versions() -> dict[str, Any]:
     # COMMIT is set where the files were copied without the git history.
     commit = os.environ.get("COMMIT") or git.stdout.strip()
     return environment() | {"commit": commit, "command": " ".join(sys.argv)}
+
+
+def between(text: str, script: str) -> tuple[str, str, str]:
+    """Splits a text into the part before the table of a script, the table, and the part after it.
+
+    Raises:
+        ValueError: The text lacks one of the lines that mark the table.
+    """
+    begin, end = (f"<!-- {script} --table: {edge} -->\n" for edge in ("begin", "end"))
+    for mark in (begin, end):
+        if mark not in text:
+            raise ValueError(f"has no line {mark.strip()}")
+    before, _, rest = text.partition(begin)
+    inside, _, after = rest.partition(end)
+    return before + begin, inside, end + after
+
+
+def put_into(page: Path, script: str, table: str) -> None:
+    """Replaces the table of a script in a page."""
+    before, _, after = between(page.read_text(), script)
+    page.write_text(before + table + after)

@@ -31,10 +31,9 @@ from typing import Any
 import psutil
 from every_task import lines_of
 from random_models import ROOT, clip_size, is_image_to_video, make_pipeline, make_tensors
-from record import device_and_versions
+from record import device_and_versions, put_into
 
 PREFIX = "scale_"
-BEGIN, END = "<!-- scale.py --table: begin -->\n", "<!-- scale.py --table: end -->\n"
 SAMPLES = 8  # at least the number of processes, so that each has a sample of its own in every step
 WARM_UP = 3  # steps before the measured ones
 SAID = ("attention by", "plan:", "first step finished", "streamed weights:", "measured:")
@@ -303,13 +302,6 @@ def table(results: Path) -> str:
     return f"{text}\nMeasured on {'; '.join(sources)}.\n" if rows else ""
 
 
-def write_table(page: Path, results: Path) -> None:
-    """Replaces the table in a page."""
-    text = page.read_text()
-    before, _, rest = text.partition(BEGIN)
-    page.write_text(before + BEGIN + table(results) + END + rest.partition(END)[2])
-
-
 def main() -> int:
     """Measures arms, or writes the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -325,7 +317,7 @@ def main() -> int:
         stock_worker(args.stock_worker, args.steps, args.work_dir)
         return 0
     if args.table:
-        write_table(args.table, args.results)
+        put_into(args.table, "scale.py", table(args.results))
         return 0
     args.results.mkdir(parents=True, exist_ok=True)
     arms = [arm for arm in ARMS if not args.arms or arm.name in args.arms]

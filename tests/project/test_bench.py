@@ -293,7 +293,7 @@ def test_a_device_without_known_figures_has_no_utilization() -> None:
 
 
 def test_table_is_put_into_a_file_between_its_marks(tmp_path: Path) -> None:
-    text = "before\n" + bench_table.BEGIN + "old\n" + bench_table.END + "after\n"
+    text = "before\n<!-- bench.py --table: begin -->\nold\n<!-- bench.py --table: end -->\nafter\n"
     page = tmp_path / "benchmarks.md"
     page.write_text(text)
     (tmp_path / "bench_x.json").write_text(json.dumps(row_of()))

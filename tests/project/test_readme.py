@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 import bench
-import bench_table
 import pytest
+import record
 import yaml
 from running import ROOT
 
@@ -308,7 +308,7 @@ def test_plans_of_the_readme_are_what_was_measured() -> None:
 
 def test_table_of_bench_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--table"]) == 0
-    assert bench_table.between(BENCHMARKS)[1] == capsys.readouterr().out
+    assert record.between(BENCHMARKS, "bench.py")[1] == capsys.readouterr().out
 
 
 def test_names_that_other_trainers_give_are_listed() -> None:

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import scale
 from random_models import ROOT
+from record import put_into
 
 from cogvideox.config import args
 from cogvideox.config.options import LoraOptions, SftOptions
@@ -64,7 +65,7 @@ def test_an_arm_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_table_in_the_docs_is_that_of_the_results(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
-    scale.write_table(page, ROOT / "benchmarks" / "results")
+    put_into(page, "scale.py", scale.table(ROOT / "benchmarks" / "results"))
     assert page.read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
     row = next(iter((ROOT / "benchmarks" / "results").glob("scale_*.json")))
     (tmp_path / row.name).write_text(json.dumps(json.loads(row.read_text()) | {"seconds_per_step": 123.0}))
