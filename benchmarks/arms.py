@@ -152,13 +152,14 @@ def peak_gib(device: torch.device) -> dict[str, float | None]:
     return {name: round(value / GIB, 3) for name, value in peaks.items()}
 
 
-def make_room(device: torch.device) -> None:
-    """Frees the memory of an earlier arm.
+def make_room(device: torch.device, keeps_graphs: bool = False) -> None:
+    """Frees the memory of an earlier arm, and its compiled graphs unless the next arm needs them.
 
     Raises:
         RuntimeError: Some memory is still in use, which would count for the next arm.
     """
-    torch._dynamo.reset()
+    if not keeps_graphs:
+        torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -359,6 +360,16 @@ class Training:
         with self.engine.averaged():
             return sample(self.work, self.transformer, reserved_gib)
 
+    def end(self) -> None:
+        """Frees gradients, master weights and moments. Afterwards the transformer can only sample."""
+        with self.engine.averaged():
+            pass  # the host has all weights by now
+        del self.engine
+        for parameter in self.transformer.parameters():
+            # The engine's hooks keep its gradients alive.
+            (parameter._post_accumulate_grad_hooks or {}).clear()
+        gc.collect()
+
 
 def scaling_figures(values: Tensor) -> dict[str, Any]:
     """Returns how many steps were skipped, and the loss scale of the last one.
@@ -393,7 +404,7 @@ def ours(work: Work, flags: Sequence[str], steps: int, validates: bool = False, 
     return figures
 
 
-def sample(work: Work, transformer: Any, reserved_gib: float | None) -> dict[str, Any]:
+def sample(work: Work, transformer: Any, reserved_gib: float | None = None) -> dict[str, Any]:
     """Measures sampling by the stock pipeline and decoding, while all memory of training is still allocated.
 
     The process is limited to the memory that training reserved, or to SMALLEST_CARD if that is more.
