@@ -173,10 +173,11 @@ TRACE_HEAD = (
 def trace_cells(row: dict[str, Any]) -> Iterator[str]:
     """Returns the cells of a row with a trace, in the order of TRACE_HEAD."""
     trace = row["trace"]
-    overlap = trace["overlap_ms"]
+    overlap, copied = trace["overlap_ms"], trace["copied_gib"]
     yield row["row"]
     yield step_time(row)
-    yield from (f"{ms:,.0f}" for ms in trace["busy_ms"].values())
+    for kind, ms in trace["busy_ms"].items():
+        yield f"{ms:,.0f}" + number(" ({:.1f} GiB)", copied.get(kind))
     yield f"{overlap['copies in and out']:,.0f}"
     yield f"{overlap['compute and copies in']:,.0f} in, {overlap['compute and copies out']:,.0f} out"
     longest = sorted(trace["compute_gaps"], key=lambda gap: -gap["ms"])[:1]

@@ -88,15 +88,18 @@ def summary_of(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         The time from the first to the last event on the device; for each kind of work how long any stream was busy
-        with it, in all and for each stream; how long kinds overlap; the gaps between kernels longer than GAP_MS, with
-        the copies in each; how long the device had no work at all; and how long the host waited for the device.
+        with it, in all and for each stream; the GiB of copies; how long kinds overlap; the gaps between kernels longer
+        than GAP_MS, with the copies in each; how long the device had no work at all; and how long the host waited for
+        the device.
     """
     spans: dict[tuple[int, str], list[Interval]] = {}
-    waiting = 0.0
+    waiting, copied = 0.0, {IN: 0, OUT: 0}
     for event in events:
         work, duration = work_of(event), event.get("dur", 0) / 1000
         if work:
             start = event["ts"] / 1000
+            if work in copied:
+                copied[work] += event["args"].get("bytes", 0)
             spans.setdefault((event["args"]["stream"], work), []).append((start, start + duration))
         elif "Synchronize" in event.get("name", ""):
             waiting += duration
@@ -116,6 +119,7 @@ def summary_of(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "ms": length([whole]),
         "busy_ms": {COMPUTE: length(compute), IN: length(into), OUT: length(out)},
         "streams_ms": streams,
+        "copied_gib": {kind: round(size / 2**30, 3) for kind, size in copied.items()},
         "overlap_ms": {name: length(common(*both)) for name, both in overlaps.items()},
         "idle_ms": length(gaps(every, whole)),
         "host_waits_ms": round(waiting, 2),

@@ -79,7 +79,8 @@ def slowed(rate: float | None, device: torch.device) -> Iterator[dict[str, Any]]
         device: The device. Copies of a CPU are not slowed.
 
     Yields:
-        A dictionary for the JSON of a result. At the end of the context it has the rates and the bytes of all copies.
+        A dictionary for the JSON of a result. At the end of the context it has the rates, and the bytes of all copies
+        without repetitions, those of the planner's probes included.
     """
     record: dict[str, Any] = {}
     if rate is None:

@@ -8,7 +8,8 @@ import pytest
 
 
 def event(category: str, name: str, stream: int, start_ms: float, ms: float) -> dict[str, Any]:
-    return {"cat": category, "name": name, "ts": start_ms * 1000, "dur": ms * 1000, "args": {"stream": stream}}
+    args = {"stream": stream} | ({"bytes": 2**29} if category == "gpu_memcpy" else {})
+    return {"cat": category, "name": name, "ts": start_ms * 1000, "dur": ms * 1000, "args": args}
 
 
 # compute (7)     |    | kernel 10..14 | two kernels 14..20, 19..22 |        | 30..40 |
@@ -39,6 +40,7 @@ def test_summary_of_a_trace() -> None:
             "20": {"copies in": 12.0},
             "24": {"copies out": 8.0},
         },
+        "copied_gib": {"copies in": 1.0, "copies out": 0.5},
         "overlap_ms": {"compute and copies in": 2.0, "compute and copies out": 4.0, "copies in and out": 2.0},
         "idle_ms": 1.0,
         "host_waits_ms": 3.0,
@@ -54,7 +56,8 @@ def test_table_of_traces() -> None:
     traced = row | {"trace": profiling.summary_of(EVENTS)}
     lines = bench_table.trace_table([row, traced]).splitlines()
     assert lines[2:] == [
-        "| 5b-sft-lean | 4.00 s (3.90) | 22 | 12 | 8 | 2 | 2 in, 4 out | 13, the longest 8 at 17 | 1 |"
+        "| 5b-sft-lean | 4.00 s (3.90) | 22 | 12 (1.0 GiB) | 8 (0.5 GiB) | 2 | 2 in, 4 out "
+        "| 13, the longest 8 at 17 | 1 |"
     ]
     assert {line.count("|") for line in lines} == {len(bench_table.TRACE_HEAD) + 1}
     assert bench_table.trace_table([row]) == ""
