@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import arms
+import profiling
 import pytest
 import random_models
 import slow_copies
@@ -13,6 +14,9 @@ from slow_copies import GB, SlowConnection, slowed
 from test_bench import TINY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from cogvideox.memory.streaming import pinned
+from cogvideox.planning.execution import COPY_BYTES, seconds_per_call
 
 CPU = torch.device("cpu")
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
@@ -105,3 +109,28 @@ def test_copies_keep_their_result_and_are_fast_again_at_the_end() -> None:
     with slowed(None, CPU) as record:
         assert torch.Tensor.copy_ is original
     assert record == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [IN, OUT])
+def test_copies_have_the_rate_that_was_asked_for(name: str) -> None:
+    device = torch.device("cuda", 0)
+    host, here = pinned(COPY_BYTES), torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target, source = (here, host) if name == IN else (host, here)
+    with slowed(8, device):
+        seconds = seconds_per_call(lambda: target.copy_(source, non_blocking=True))
+    assert COPY_BYTES / seconds == pytest.approx(8 * GB, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_a_trace_has_the_copies_of_both_directions() -> None:
+    host, here = pinned(COPY_BYTES), torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
+
+    def run() -> None:
+        here.copy_(host, non_blocking=True)
+        here.add_(1)
+        host.copy_(here, non_blocking=True)
+
+    summary = profiling.trace_of(run)
+    assert summary["copied_gib"] == {name: pytest.approx(COPY_BYTES / 2**30, abs=1e-3) for name in (IN, OUT)}
+    assert all(ms > 0 for ms in summary["busy_ms"].values())
