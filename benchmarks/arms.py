@@ -405,9 +405,9 @@ def ours(work: Work, flags: Sequence[str], steps: int, validates: bool = False, 
 
 
 def sample(work: Work, transformer: Any, reserved_gib: float | None = None) -> dict[str, Any]:
-    """Measures sampling by the stock pipeline and decoding, while all memory of training is still allocated.
+    """Measures sampling by the stock pipeline and decoding, with whatever else is allocated.
 
-    The process is limited to the memory that training reserved, or to SMALLEST_CARD if that is more.
+    If the memory that training reserved is given, the process is limited to it, or to SMALLEST_CARD if that is more.
     """
     from diffusers import CogVideoXPipeline
 

@@ -170,7 +170,7 @@ class GuideRow:
     @property
     def seconds(self) -> float:
         """Returns the seconds that the row likely takes."""
-        start, step = {"2b": (15, 1.0), "5b": (30, 2.5), "1.5-5b": (60, 11.0)}[self.kind]
+        start, step = {"2b": (15, 1.0), "5b": (30, 2.5), "1.5-5b": (110, 11.0)}[self.kind]
         return start + step * (STEPS + 1) * self.batch * (1 if self.rank else 1.5) + (0 if self.rank else start / 2)
 
 

@@ -17,6 +17,8 @@ from random_models import ROOT
 from record import put_into
 from test_bench import TINY, TINY_VAE
 
+from cogvideox.errors import UsageError
+
 CPU = torch.device("cpu")
 
 
@@ -70,10 +72,14 @@ def test_flags_keep_training_within_the_memory_of_the_guide() -> None:
 
 @pytest.mark.parametrize("arm", ARMS.values(), ids=lambda arm: arm.name)
 def test_flags_are_valid(arm: guide_memory.Arm) -> None:
-    if arm.row.optimizer == "8bit" and arm.plan == LEAN:
-        pytest.skip("the library is about to allow 8-bit moments on the host")
     row = arm.row
-    options = arms.Work(row.kind, row.rank, row.batch, CPU, row.precision).options(row.flags(arm.plan))
+    work = arms.Work(row.kind, row.rank, row.batch, CPU, row.precision)
+    try:
+        options = work.options(row.flags(arm.plan))
+    except UsageError:
+        if row.optimizer == "8bit" and arm.plan == LEAN:
+            pytest.skip("8-bit moments cannot be stored on the host yet")
+        raise
     assert options.train.mixed_precision == row.precision
 
 
