@@ -28,7 +28,6 @@ from cogvideox.config.geometry import Geometry, geometry_of
 from cogvideox.config.options import LoraOptions, SftOptions
 from cogvideox.data.dataset import Batch
 from cogvideox.evaluation.validation import evaluation_mode
-from cogvideox.memory.streaming import HostTrainedBlocks
 from cogvideox.model import attention
 from cogvideox.model.diffusion import NoiseSchedule, loss_weights
 from cogvideox.model.methods import FullFinetune, Lora, Method
@@ -275,10 +274,10 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
 # -- our arm -----------------------------------------------------------------------------------------------------------
 
 
-def run_under_plan(
+def choose_plan(
     transformer: Any, options: LoraOptions | SftOptions, work: Work
-) -> tuple[ExecutionPlan, HostTrainedBlocks | None, dict[str, Any]]:
-    """Applies the plan that the flags ask for; returns the plan, the host-trained blocks, and figures to record."""
+) -> tuple[ExecutionPlan, dict[str, Any]]:
+    """Moves the transformer to the host; returns the plan that the flags ask for, and figures to record."""
     transformer.to("cpu")  # training starts with the transformer on the host
     flags = options.plan
     if work.device.type == "cuda":
@@ -299,7 +298,7 @@ def run_under_plan(
     record = {"execution": str(chosen), "attention": f"{backend}: {why}", "machine": measured, "predicted": predicted}
     if precision != plan.AUTO:
         record["fidelity"] = execution.quantization_report(transformer, precision, work.device, backend)
-    return chosen, execution.apply_plan(transformer, chosen, work.device), record
+    return chosen, record
 
 
 class Training:
@@ -323,13 +322,14 @@ class Training:
             if isinstance(options, LoraOptions)
             else FullFinetune(self.transformer, options)
         )
-        chosen, host_trained, self.record = run_under_plan(self.transformer, options, work)
+        chosen, self.record = choose_plan(self.transformer, options, work)
+        trained = execution.apply_plan(self.transformer, chosen, work.device)
         self.task = TextToVideo(options, work.geometry, work.device, work.dtype)
         self.schedule = NoiseSchedule.from_config(work.geometry.schedule).to(work.device)
         self.weights_T = loss_weights(self.schedule, options.loss)
         launched: Any = SimpleNamespace(state=LOCAL, device=work.device, is_main_process=True)
         on_host = chosen.state == plan.HOST
-        self.engine = make_engine(launched, self.transformer, self.method, options, work.dtype, on_host, host_trained)
+        self.engine = make_engine(launched, self.transformer, self.method, options, work.dtype, on_host, trained)
 
     def step(self, number: int, steps: int) -> StepResult:
         """Runs one optimizer step on a random batch, with the learning rate of step ``number`` of ``steps``."""

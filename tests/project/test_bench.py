@@ -168,14 +168,14 @@ def test_finished_rows_are_not_run_again(tmp_path: Path, spawned: list[list[str]
 def test_a_failed_row_does_not_prevent_the_others(
     tmp_path: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = arms.run_under_plan
+    choose = arms.choose_plan
 
     def failing(transformer: Any, options: Any, *more: Any) -> Any:
         if options.plan.plan == "fast":
             raise RuntimeError("no such kernel")
-        return run(transformer, options, *more)
+        return choose(transformer, options, *more)
 
-    monkeypatch.setattr(arms, "run_under_plan", failing)
+    monkeypatch.setattr(arms, "choose_plan", failing)
     rows = ["5b-r128-fast", "5b-r128-24gb", "5b-r16-lean"]
     assert bench.main(["--rows", *rows, *CPU, str(tmp_path)]) == 1
     assert spawned == [rows[:2], rows[2:]]
