@@ -6,6 +6,7 @@ One process divides weights between itself and nobody else. tests/project/test_e
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ from stepping import values
 from torch import Tensor
 from torch.nn import Linear, Module, Sequential
 
+from cogvideox.config.deepspeed import offload_device
+from cogvideox.optimizer import zero_weights
 from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, DeepSpeedEngine, LocalEngine, make_engine
 from cogvideox.optimizer.step import GROWTH_INTERVAL, INITIAL_SCALE
 from cogvideox.optimizer.zero_weights import ZeroWeights, configure
@@ -45,7 +48,9 @@ def group() -> Iterator[None]:
 
 def accelerator_of(stage: int, precision: str | None = None) -> Any:
     """Imitates an Accelerator whose configuration asks for DeepSpeed."""
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 8, "reduce_bucket_size": 1}
+    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 8, "reduce_bucket_size": 1}
+    if offload_device("offload_optimizer") == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
     settings: dict[str, Any] = {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
     if precision:
         settings[precision] = {"enabled": True}
@@ -142,12 +147,45 @@ def test_deepspeed_receives_the_flags() -> None:
     """Also where its configuration says something else, which config/deepspeed.py has refused before."""
     flags = ("--gradient_accumulation_steps", 3, "--max_grad_norm", 0.5, "--train_batch_size", 2)
     settings: dict[str, Any] = {"gradient_accumulation_steps": 7, "zero_optimization": {"stage": 3}}
-    configure(settings, options_of(Path("x"), *flags).train)
+    configure(settings, options_of(Path("x"), *flags).train, 45)
     found = [settings[name] for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
     assert [*found, settings["gradient_clipping"]] == [2, 3, 0.5]
     assert settings["zero_force_ds_cpu_optimizer"] is False
     assert settings["fp16"]["auto_cast"] is False  # It would round positions to fp16.
-    assert settings["zero_optimization"] == {"stage": 3, "memory_efficient_linear": False}
+    assert settings["zero_optimization"] == {"stage": 3, "memory_efficient_linear": False, "reduce_bucket_size": 45}
+
+
+def test_the_bucket_of_deepspeed_is_limited_and_that_of_a_user_is_kept() -> None:
+    settings: dict[str, dict[str, Any]] = {"zero_optimization": {}}
+    configure(settings, options_of(Path("x")).train, 10**10)
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 5 * 10**8
+    settings["zero_optimization"]["reduce_bucket_size"] = 7
+    configure(settings, options_of(Path("x")).train, 10**10)
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP16], ids=str)
+def test_a_single_gradient_goes_to_the_host_without_fp32_on_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """With the same bits as through the fp32 share of the gradients, which only sums need."""
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    monkeypatch.setattr(sys.modules[__name__], "FLAGS", (*FLAGS, "--gradient_accumulation_steps", 1))
+
+    def trained() -> tuple[bool, list[Tensor]]:
+        engine = zero(2, dtype)
+        for step in range(STEPS):
+            engine.backward(loss_of(engine.model, step))
+            engine.step(0.01)
+        shares = engine.masters.optimizer._use_compact_grad_partition_buffer(0)
+        return shares, [tensor.clone() for tensor in engine.masters.tensors().values()]
+
+    alone = trained()
+    monkeypatch.setattr(zero_weights, "sums_gradients", lambda *_: True)
+    summed = trained()
+    assert (alone[0], summed[0]) == (False, True)
+    for found, expected in zip(alone[1], summed[1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_fragment_without_elements_is_part_of_the_file() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from cogvideox.config.options import LoraOptions, TrainOptions, host_flags, launched_processes, precision_of
 
 AUTO = "auto"
+ZERO_BUCKET = 5 * 10**8  # elements of the gradients that DeepSpeed sums over the processes at a time, at most
 OFFLOADED = ("offload_optimizer", "offload_param")
 OFFLOADING = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "fast_init"}
 # What a deepspeed_config_file may set, by section: what flags decide and must agree with, and what changes only memory,
@@ -74,6 +75,19 @@ def offload_device(what: str) -> str:
     zero = section(file_settings(given_file()), "zero_optimization")
     device = section(zero, what).get("device", AUTO)
     return os.environ.get(f"ACCELERATE_DEEPSPEED_{what.upper()}_DEVICE", "none") if device == AUTO else str(device)
+
+
+def sums_gradients(processes: int, passes: int, offloads: bool) -> bool:
+    """Returns whether ZeRO-2 has to collect gradients in fp32, for which it keeps this process's share on the GPU.
+
+    They need not be collected if each of them comes from a single process and backward pass, and is copied to the host.
+
+    Args:
+        processes: The number of processes.
+        passes: The number of forward and backward passes in an optimizer step.
+        offloads: Whether the optimizer is on the host.
+    """
+    return processes > 1 or passes > 1 or not offloads
 
 
 def launch_problems(options: TrainOptions) -> Iterator[str]:

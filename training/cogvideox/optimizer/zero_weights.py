@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from cogvideox.config.deepspeed import offload_device
+from cogvideox.config.deepspeed import ZERO_BUCKET, offload_device, sums_gradients, zero_stage
 from cogvideox.config.flags import TrainFlags
 from cogvideox.config.optimizers import make_optimizer
-from cogvideox.config.options import TrainOptions, local_processes
+from cogvideox.config.options import TrainOptions, launched_processes, local_processes
 from cogvideox.optimizer.master_weights import MASTER, MakeOptimizer, Optimized
 from cogvideox.optimizer.shard_files import Shard
 from cogvideox.optimizer.step import GOOD_STEPS, GROWTH_INTERVAL, INITIAL_SCALE, LOSS_SCALE, StepResult
@@ -99,7 +99,7 @@ class ZeroWeights:
     ) -> None:
         plugin = accelerator.state.deepspeed_plugin
         self.divides_weights, self.accumulation = plugin.zero_stage == 3, options.train.gradient_accumulation_steps
-        configure(plugin.deepspeed_config, options.train)
+        configure(plugin.deepspeed_config, options.train, sum(map(num_elements, named.values())))
         if offload_device("offload_optimizer") == "cpu":
             # accelerate launch gives each process one thread, and a step on the CPU needs all.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes()))
@@ -207,19 +207,31 @@ class ZeroWeights:
         return complete_weights(self.engine) if self.divides_weights else nullcontext()
 
 
-def configure(settings: dict[str, Any], train: TrainFlags) -> None:
-    """Writes into a configuration of DeepSpeed what the flags decide, and what it would otherwise do differently."""
+def configure(settings: dict[str, Any], train: TrainFlags, elements: int) -> None:
+    """Writes into a configuration of DeepSpeed what the flags decide, and what it would otherwise do differently.
+
+    Args:
+        settings: The configuration.
+        train: The flags.
+        elements: The number of trained elements.
+    """
+    offloads = offload_device("offload_optimizer") == "cpu"
+    passes = train.gradient_accumulation_steps
+    sums = zero_stage() != "2" or sums_gradients(launched_processes(), passes, offloads)
     settings.update(
         train_micro_batch_size_per_gpu=train.train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        gradient_accumulation_steps=passes,
         gradient_clipping=train.max_grad_norm,
-        data_types={"grad_accum_dtype": "fp32"},
-        communication_data_type="fp32",
+        # Without these, the types are those of the gradients, which changes no bit if none are summed.
+        data_types={"grad_accum_dtype": "fp32" if sums else None},
+        communication_data_type="fp32" if sums else None,
         # DeepSpeed's own Adam for the CPU is compiled when a run starts and needs the CUDA toolkit. Torch's is not.
         zero_force_ds_cpu_optimizer=False,
     )
+    zero = settings.setdefault("zero_optimization", {})
+    zero.setdefault("reduce_bucket_size", min(ZERO_BUCKET, elements))  # DeepSpeed allocates it as a whole.
     # By default, ZeRO-3 replaces torch.nn.functional.linear in the complete process by one that rounds differently.
-    settings.setdefault("zero_optimization", {})["memory_efficient_linear"] = False
+    zero["memory_efficient_linear"] = False
     # The loss scale is that of LossScale; it has no hysteresis, so an overflow lowers it at once.
     scale = {
         "initial_scale_power": int(math.log2(INITIAL_SCALE)),

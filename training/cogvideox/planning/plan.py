@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from cogvideox.config.deepspeed import ZERO_BUCKET, sums_gradients
 from cogvideox.memory.streaming import IN_FLIGHT, TRANSFER_SLOTS, WEIGHT_SLOTS
 from cogvideox.optimizer.master_weights import CHUNK_BYTES, STATE_BYTES
 
@@ -65,7 +66,6 @@ LEVEL_SECONDS = 12.0  # to compile forward and backward of a block at one level 
 HIDDEN_COPY = 0.01  # share of a copy's time by which it slows the arithmetic that it overlaps with
 COPY_SHARE = 0.96  # share of the measured copy rate that is reached while the device computes
 BOTH_WAYS = 0.7  # share of that rate if both directions are busy, as in the optimizer's pass
-ZERO_BUCKET = 5 * 10**8  # elements of the gradients that DeepSpeed sums over the processes at a time
 SHARDED_SHARE = 1.095  # measured time of a step whose weights are gathered block by block, relative to a copy's
 AS_FAST = 1.01  # predictions are not more precise than this ratio, so plans within it count as equally fast
 FRAGMENTS = 0.94  # share of free device memory that can be filled before fragmentation prevents it
@@ -279,11 +279,15 @@ def peak_bytes(kinds: Kinds, state: str, compiled: bool, sizes: Sizes) -> Number
 
 def activation_bytes(kinds: Kinds, compiled: bool, sizes: Sizes) -> Numbers:
     """Returns the device bytes of saved activations, and of those that a backward pass computes."""
-    here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
-    saved = sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items()) + in_flight_bytes(kinds, sizes)
     more = TRAINED_UNITS[compiled] if sizes.block_trained else dict.fromkeys(LEVELS, 0.0)
     work = largest(*((n > 0) * (WORKSPACE_UNITS[compiled][kind.keep] + more[kind.keep]) for kind, n in kinds.items()))
-    return saved + np.rint((work + ENDS_UNITS) * sizes.unit_bytes).astype(int)
+    return saved_bytes(kinds, sizes) + np.rint((work + ENDS_UNITS) * sizes.unit_bytes).astype(int)
+
+
+def saved_bytes(kinds: Kinds, sizes: Sizes) -> Numbers:
+    """Returns the device bytes of saved activations, including those on their way to or from the host."""
+    here = {kind: n for kind, n in kinds.items() if kind.kept == DEVICE}
+    return sum(n * sizes.kept_bytes(kind.keep) for kind, n in here.items()) + in_flight_bytes(kinds, sizes)
 
 
 def sharded_peak_bytes(kinds: Kinds, compiled: bool, sizes: Sizes) -> Numbers:
@@ -303,19 +307,26 @@ def sharded_peak_bytes(kinds: Kinds, compiled: bool, sizes: Sizes) -> Numbers:
 
 
 def zero2_peak_bytes(kinds: Kinds, compiled: bool, sizes: Sizes) -> Numbers:
-    """Predicts the peak of device memory under DeepSpeed ZeRO-2: when backward starts or ends, or in the step.
+    """Predicts the peak of device memory under DeepSpeed ZeRO-2: at the start of backward or at its first full bucket.
 
     Each process has all weights in the compute type, and a share of fp32 masters and moments unless these are stored on
-    the host. Its share of the gradients grows during backward, and is copied in the step. Gradients are summed over the
-    processes in a bucket, which becomes fp32 for that.
+    the host. Backward collects gradients in a bucket. When it is full, DeepSpeed copies it, converts the copy to fp32,
+    sums it over the processes, and adds this process's part to its share of the gradients. That is an fp32 tensor on
+    the device, also if the optimizer is on the host, and it is allocated as a whole at the first full bucket. Then the
+    activations of the blocks in this bucket are gone. The first bucket is the last process's, so this is its peak.
     """
-    rows = sizes.all_trained // sizes.shards - sizes.rows_on_host
+    share = sizes.all_trained // sizes.shards
     weights = sizes.rest_bytes + sizes.blocks * sizes.block_bytes + sizes.trained * sizes.item_bytes
-    bucket, gradients = min(ZERO_BUCKET, sizes.all_trained), sizes.block_trained * sizes.item_bytes
-    work = round((WORKSPACE_UNITS[compiled]["attention"] + ENDS_UNITS) * sizes.unit_bytes)
-    start = activation_bytes(kinds, compiled, sizes) + bucket * sizes.item_bytes + (4 * rows if sizes.passes > 1 else 0)
-    end = work + gradients + bucket * (sizes.item_bytes + 4) + 4 * rows
-    return weights + rows * sizes.state_bytes + largest(start, end, 8 * rows)
+    bucket = min(ZERO_BUCKET, sizes.all_trained)
+    stored = weights + (share - sizes.rows_on_host) * sizes.state_bytes + bucket * sizes.item_bytes
+    backward, saved = activation_bytes(kinds, compiled, sizes), saved_bytes(kinds, sizes)
+    if not sums_gradients(sizes.shards, sizes.passes, sizes.shards_on_host):
+        return stored + backward  # each gradient is copied to the host in the compute type
+    done = min(1.0, (bucket // sizes.block_trained + 1) / sizes.blocks) if sizes.block_trained else 1.0
+    left = np.rint(saved_bytes({kind: n * (1 - done) for kind, n in kinds.items()}, sizes)).astype(int)
+    copies = round(ENDS_UNITS * sizes.unit_bytes) + bucket * (sizes.item_bytes + 4)
+    full = left + sizes.block_trained * sizes.item_bytes + largest(copies, backward - saved) + 4 * share
+    return stored + largest(full, backward + (4 * share if sizes.passes > 1 else 0))
 
 
 def transfer_slot_bytes(streamed: Numbers, sizes: Sizes) -> Numbers:
