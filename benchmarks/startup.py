@@ -171,6 +171,8 @@ def time_training(model: str, folder: Path, flags: Sequence[str]) -> dict[str, S
         output = folder / f"{model}-run"
         shutil.rmtree(output, ignore_errors=True)
         starts[name] = measure_start([*command, "--output_dir", str(output)], environment)
+        # A program that is ended before the table is complete has printed what it measured.
+        print(f"{name}: {json.dumps(starts[name]._asdict())}", flush=True)
     cold, warm = (start.rows() for start in starts.values())
     print(f"{f'seconds of a start, {model}':36} {'cold':>8} {'warm':>8}")
     for title in cold:

@@ -76,3 +76,14 @@ def test_the_benchmark_starts_the_script_with_flags_that_it_accepts(tmp_path: Pa
     command = benchmark.training_command("tiny", tmp_path, ["--plan", "lean", "--output_dir", "out"])
     options = args.parse(LoraOptions, None, command[2:], ())
     assert (options.train.max_train_steps, options.plan.plan) == (2, "lean")
+
+
+def test_the_benchmark_prints_each_start_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny-tensors").mkdir()
+    starts = iter([benchmark.Start({"first step": 9.0}, 9.5, "3 of 4", 0.5)])
+    monkeypatch.setattr(benchmark, "measure_start", lambda *_: next(starts))
+    with pytest.raises(StopIteration):  # The second start is cut off.
+        benchmark.time_training("tiny", tmp_path, ["--plan", "lean"])
+    assert 'cold: {"phases": {"first step": 9.0}, "first_step": 9.5' in capsys.readouterr().out
