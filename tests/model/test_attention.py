@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -102,3 +103,26 @@ def test_backends_of_a_gpu(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None
             assert gradient_error(backend, device, dtype) < attention.GRADIENT_TOLERANCE
     with pytest.raises(ValueError, match="it supports only bf16 and fp16"):
         choose_backend(device, torch.float32)
+
+
+def test_harmless_warnings_of_the_kernels_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a machine with an H200 printed them at each start, also after the check; other warnings are shown."""
+    messages = (
+        "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context... "
+        "(Triggered internally at /pytorch/aten/src/ATen/cuda/CublasHandlePool.cpp:335.)",
+        "Argument aux_data (position 17) cannot be converted to a JitArgument for function 'x'. Its type `<class "
+        "'flash_attn.cute.utils.AuxData'>` is not supported.",
+        "The gradients are wrong",
+    )
+
+    def warns(*_: object) -> float:
+        for message in messages:
+            warnings.warn(message, stacklevel=1)
+        return 0.0
+
+    monkeypatch.setattr(attention, "gradient_error", warns)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert attention._problem(attention.FLASH, torch.device("cuda"), torch.bfloat16) is None
+        warns()
+    assert [str(warning.message) for warning in shown] == ["The gradients are wrong"] * 2

@@ -18,6 +18,7 @@ Shapes: B samples, S tokens, H heads, D channels of a head.
 """
 
 import inspect
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -34,6 +35,12 @@ BACKENDS = (FLASH_4, CUDNN, FLASH)
 HOPPER = (9, 0)
 GRADIENT_TOLERANCE = 2e-2  # relative error of bf16 gradients against fp32; a wrong kernel has an error of 1 or more
 QUANTIZED_TOLERANCE = 4.5e-2  # corresponds to a cosine of 0.999
+# Messages of warnings that the libraries show at each start and that have no effect: that of torch is about the first
+# product of its backward thread, and that of FlashAttention 4 about an argument that is not used.
+HARMLESS = (
+    "Attempting to run cuBLAS, but there was no current CUDA context",
+    "Argument aux_data .* cannot be converted",
+)
 PROBE_SHAPE = (1, 353, 2, 64)  # (B, S, H, D); the odd number of tokens leaves the last tile incomplete
 
 
@@ -168,6 +175,8 @@ def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         return "the device is older than Hopper"
     if backend == SAGE and (problem := _problem_of_sage()):
         return problem
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", message)
     try:
         worst = gradient_error(backend, device, dtype)
     except Exception as error:  # after any failure of a kernel or its compiler, the next backend is tried
