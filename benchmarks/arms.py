@@ -9,6 +9,7 @@ import gc
 import math
 import statistics
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -295,7 +296,15 @@ def choose_plan(
     predicted = {"peak_gib": round(chosen.peak / GIB, 3), "seconds_per_step": round(chosen.seconds, 3)}
     predicted["pinned_gib"] = round(chosen.pinned / GIB, 3)
     measured = {field: float(f"{value:.4g}") for field, value in asdict(machine).items()}
-    record = {"execution": str(chosen), "attention": f"{backend}: {why}", "machine": measured, "predicted": predicted}
+    record: dict[str, Any] = {
+        "execution": str(chosen),
+        "attention": f"{backend}: {why}",
+        "machine": measured,
+        "predicted": predicted,
+    }
+    # Of what these predictions were made, so that a test can repeat them with later constants.
+    kinds = [[asdict(kind), count] for kind, count in Counter(chosen.blocks).items()]
+    record |= {"sizes": asdict(sizes), "kinds": kinds, "state": chosen.state, "compiled": compiled}
     if precision != plan.AUTO:
         record["fidelity"] = execution.quantization_report(transformer, precision, work.device, backend)
     return chosen, record

@@ -30,7 +30,8 @@ from cogvideox.config.geometry import Geometry, geometry_of
 from cogvideox.model import attention
 from cogvideox.model.rope import RotaryTables
 from cogvideox.planning.block_check import BlockError, check_block, compare_block, cosine_between, random_inputs
-from cogvideox.planning.plan import AUTO, DEVICE, HOST, BlockPlan, ExecutionPlan, Sizes, peak_bytes
+from cogvideox.planning.costs import Costs
+from cogvideox.planning.plan import AUTO, DEVICE, HOST, BlockPlan, ExecutionPlan, Sizes
 from cogvideox.planning.stack import Stack, base_bytes, base_parameters, unquantized_matrix_bytes
 
 GPU = torch.device("cuda")
@@ -65,7 +66,7 @@ def lean(kind: str, block: Any, precision: str, backend: str) -> ExecutionPlan:
     )
     kind_of_block = BlockPlan(HOST, "attention", HOST, HOST if trained else None)
     plan = ExecutionPlan((kind_of_block,) * blocks, True, backend, HOST, base_precision=precision)
-    return replace(plan, peak=peak_bytes({kind_of_block: blocks}, HOST, True, sizes))
+    return replace(plan, peak=Costs({kind_of_block: blocks}, HOST, True, sizes).peak_bytes)
 
 
 def row_of(kind: str, precision: str, rank: int, backend: str) -> dict[str, Any]:

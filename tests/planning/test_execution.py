@@ -45,7 +45,8 @@ from cogvideox.config.options import SftOptions
 from cogvideox.errors import UsageError
 from cogvideox.memory.shared import Neighbors
 from cogvideox.model.models import load_transformer
-from cogvideox.planning import execution, plan
+from cogvideox.planning import choice, costs, execution, plan
+from cogvideox.planning.costs import Costs
 from cogvideox.planning.plan import FRAGMENTS, GIB, BlockPlan, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.planning.stack import Stack
 from cogvideox.runtime.ranks import Ranks
@@ -369,16 +370,16 @@ def test_state_of_some_blocks_stays_on_the_device(
     """The run uses accumulation and an average, and is resumed with its optimizer state on the other device."""
     more = ("--use_ema", *LEAN, "--max_train_steps")
     lean = run_whole(model, tensors, tmp_path / "lean", *more, 4)
-    choose = plan.choose_plan
+    choose = choice.choose_plan
 
     def here(*arguments: Any) -> Any:
         chosen = choose(*arguments)
         first, *others = chosen.blocks
         return replace(chosen, blocks=(replace(first, state="device"), *others))
 
-    monkeypatch.setattr(plan, "choose_plan", here)
+    monkeypatch.setattr(choice, "choose_plan", here)
     run_whole(model, tensors, tmp_path / "here", *more, 2)
-    monkeypatch.setattr(plan, "choose_plan", choose)
+    monkeypatch.setattr(choice, "choose_plan", choose)
     assert losses(run_whole(model, tensors, tmp_path / "here", *more, 4)) == losses(lean)
     assert equal(whole(tmp_path / "here"), whole(lean))
     assert equal(*(load_file(tmp_path / run / "checkpoint-4" / "optimizer.safetensors") for run in ("here", "lean")))
@@ -616,7 +617,7 @@ def test_the_peak_of_the_last_process_under_zero_2() -> None:
     """
     sizes = replace(WHOLE_5B, shards=4, deepspeed=True, units_kept=(1, 2, 12, 20))
     linear = {BlockPlan(keep="linear"): 27, BlockPlan(keep="linear", kept=plan.HOST): 15}
-    assert plan.peak_bytes(linear, plan.DEVICE, True, sizes) / GIB == pytest.approx(67.8, rel=0.005)
+    assert Costs(linear, plan.DEVICE, True, sizes).peak_bytes / GIB == pytest.approx(67.8, rel=0.005)
 
 
 WHOLE_2B = Sizes(  # all weights of CogVideoX-2b, 49x480x720
@@ -639,26 +640,28 @@ WHOLE_2B = Sizes(  # all weights of CogVideoX-2b, 49x480x720
 def test_the_peak_measured_under_zero_2_with_the_optimizer_on_the_host() -> None:
     """2b on one H200: the first bucket is full, and the fp32 gradients of all weights are on the GPU."""
     sizes, attention = replace(WHOLE_2B, shards_on_host=True), {BlockPlan(keep="attention"): 30}
-    summed = plan.peak_bytes(attention, plan.DEVICE, True, replace(sizes, passes=2)) / GIB
+    summed = Costs(attention, plan.DEVICE, True, replace(sizes, passes=2)).peak_bytes / GIB
     assert summed == pytest.approx(16.34, rel=0.005)
     # Gradients of one pass are not summed, so that they go to the host at once.
-    assert plan.peak_bytes(attention, plan.DEVICE, True, sizes) / GIB == pytest.approx(9.52, rel=0.005)
+    assert Costs(attention, plan.DEVICE, True, sizes).peak_bytes / GIB == pytest.approx(9.52, rel=0.005)
 
 
 def test_of_large_clips_a_block_needs_more_than_the_copies_of_the_first_full_bucket_of_zero_2() -> None:
     """Then 21 of 30 blocks are left."""
     attention = {BlockPlan(keep="attention"): 30}
-    peaks = [plan.peak_bytes(attention, plan.DEVICE, True, replace(WHOLE_2B, tokens=n * 17776)) for n in (4, 5)]
-    units = 2 * 21 + plan.WORKSPACE_UNITS[True]["attention"] + plan.TRAINED_UNITS[True]["attention"] + plan.ENDS_UNITS
+    peaks = [Costs(attention, plan.DEVICE, True, replace(WHOLE_2B, tokens=n * 17776)).peak_bytes for n in (4, 5)]
+    units = (
+        2 * 21 + costs.WORKSPACE_UNITS[True]["attention"] + costs.TRAINED_UNITS[True]["attention"] + costs.ENDS_UNITS
+    )
     assert peaks[1] - peaks[0] == pytest.approx(units * WHOLE_2B.unit_bytes + 21 * 4 * 17776 * 30, rel=0.001)
 
 
 def test_the_peak_measured_under_zero_2_on_two_gpus() -> None:
     """2b on two H200 that keep all activations: when backward starts."""
     sizes, everything = replace(WHOLE_2B, shards=2), {BlockPlan(keep="all"): 30}
-    assert plan.peak_bytes(everything, plan.DEVICE, True, sizes) / GIB == pytest.approx(52.80, rel=0.005)
+    assert Costs(everything, plan.DEVICE, True, sizes).peak_bytes / GIB == pytest.approx(52.80, rel=0.005)
 
 
 def test_a_small_model_needs_a_small_bucket_under_zero_2() -> None:
     tiny = replace(WHOLE_2B, blocks=1, block_bytes=20, block_trained=10, rest_bytes=0, trained=5, tokens=1, width=1)
-    assert plan.peak_bytes({BlockPlan(): 1}, plan.DEVICE, True, tiny) < 1000
+    assert Costs({BlockPlan(): 1}, plan.DEVICE, True, tiny).peak_bytes < 1000

@@ -594,7 +594,7 @@ class LossFlags:
 
 @dataclass(frozen=True)
 class PlanFlags:
-    """How the transformer blocks are run. Used by planning/execution.py; planning/plan.py chooses what is auto."""
+    """How the transformer blocks are run. Used by planning/execution.py; planning/choice.py chooses what is auto."""
 
     plan: str = flag(
         "auto",

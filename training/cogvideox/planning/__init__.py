@@ -1,6 +1,9 @@
 """Executes the transformer's blocks: chooses a plan, runs it and checks it.
 
-plan.py         predicts memory and time of every plan, and chooses one
+plan.py         describes plans, and the sizes and the machine that one is chosen for
+costs.py        predicts the memory of plans, from a table of the bytes of a block
+timeline.py     predicts the seconds of a step, by a simulated timeline of arithmetic and copies
+choice.py       chooses a plan among all that the flags allow
 execution.py    makes the plan of a run: reads sizes, measures the machine, sets up the transformer
 dry_run.py      predicts memory, time and disk space of a run, for --dry_run
 stack.py        runs all blocks of a transformer under a plan

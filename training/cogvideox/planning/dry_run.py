@@ -45,6 +45,7 @@ from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.attention import FLASH_4, choose_backend, is_installed
 from cogvideox.model.methods import Method
 from cogvideox.model.models import ignore_learned_positions
+from cogvideox.planning.choice import LEVEL_SECONDS
 from cogvideox.planning.execution import (
     allowed_bytes,
     base_precision,
@@ -57,7 +58,7 @@ from cogvideox.planning.execution import (
     ranks_here,
     sizes_from_options,
 )
-from cogvideox.planning.plan import FRAGMENTS, GIB, LEVEL_SECONDS, ExecutionPlan, Machine, NoPlanError, Sizes
+from cogvideox.planning.plan import FRAGMENTS, GIB, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.report import duration, failures_explained
 from cogvideox.runtime.ranks import alone

@@ -3,7 +3,7 @@
 The idea: whether a run fits in memory, and which way of running it is fastest, depends on the model, the largest
 bucket, the flags and the machine. So before the first step this module reads the sizes (``sizes_of_run``), measures
 free memory and rates (``measure_all_ranks``), finds the choices that the flags leave open (``axes_of``), and lets
-plan.choose_plan compare all plans that the flags allow:
+choice.choose_plan compare all plans that the flags allow:
 
     options, buckets, transformer --> sizes_of_run      --> Sizes   --.
     probes of about a second      --> measure_all_ranks --> Machine ---+--> choose_plan --> ExecutionPlan --> apply_plan
@@ -47,7 +47,7 @@ from cogvideox.model.attention import CPU, attend, attend_backward, choose_backe
 from cogvideox.model.blocks import UNITS, kept_at
 from cogvideox.model.models import DTYPES, free_device_bytes, stored_dtype
 from cogvideox.optimizer.master_weights import state_bytes
-from cogvideox.planning import plan
+from cogvideox.planning import choice, plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.planning.sharded import ShardedStack, sharding_mesh
 from cogvideox.planning.stack import (
@@ -173,9 +173,9 @@ def choose(
         ways = [(axes, sizes)] if shards == 1 else [(on_device, sizes), *ways, (axes, sizes)]
     for allowed, held in ways[:-1]:
         with suppress(NoPlanError):
-            return plan.choose_plan(allowed, held, machine, compiled, backend)
+            return choice.choose_plan(allowed, held, machine, compiled, backend)
     allowed, held = ways[-1]
-    return plan.choose_plan(allowed, held, machine, compiled, backend)
+    return choice.choose_plan(allowed, held, machine, compiled, backend)
 
 
 def shards_of(options: TrainOptions, world: int) -> int:

@@ -1,0 +1,208 @@
+"""Compares predicted seconds with a clock in the real code, with times that are easily calculated, and with results.
+
+The real code runs a tiny transformer on a CPU; timed_streams.py records when a GPU would have finished its work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timed_streams import taking, timed
+from tiny_transformers import arguments_of, make_trainable, make_with_lora
+
+from cogvideox.optimizer.step import MasterWeights
+from cogvideox.planning import timeline
+from cogvideox.planning.choice import mixture
+from cogvideox.planning.costs import Costs
+from cogvideox.planning.plan import AUTO, DEVICE, GIB, HOST, BlockPlan, ExecutionPlan, Machine, Sizes
+from cogvideox.planning.stack import Stack, base_bytes, base_parameters
+from cogvideox.planning.timeline import BOTH_WAYS, IN, OUT, Link, Timeline
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+BLOCKS = 8
+RATE = 1e6  # bytes per second of copies
+RANGE = 12 * 3000  # bytes of state that pass through the device at a time
+AWAY = BlockPlan(HOST, "attention", HOST, HOST)
+pytestmark = pytest.mark.usefixtures("small")
+Kinds = dict[BlockPlan, int]
+
+
+# -- the real code -----------------------------------------------------------------------------------------------------
+
+
+def sizes_of(transformer: Any, passes: int) -> Sizes:
+    """Returns the sizes of a tiny transformer with the inputs of ``arguments_of``."""
+    block = transformer.transformer_blocks[0]
+    trained = sum(p.numel() for p in base_parameters(block) if p.requires_grad)
+    every = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    return Sizes(
+        blocks=BLOCKS,
+        block_bytes=base_bytes(block, AUTO),
+        rest_bytes=0,
+        trained=every - trained * BLOCKS,
+        item_bytes=2,
+        samples=2,
+        tokens=32 + 4 * 24,
+        width=block.attn1.inner_dim,
+        heads=block.attn1.heads,
+        block_trained=trained,
+        sum_bytes=2 if passes == 1 else 4,
+        passes=passes,
+    )
+
+
+def clocked(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, seconds: float) -> float:
+    """Returns the seconds of a step of the real code; a block takes ``seconds`` in forward and twice as many after."""
+    with pytest.MonkeyPatch.context() as patch, timed(patch, RATE) as clock:
+        patch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", RANGE)
+        transformer = made("5b", depth=BLOCKS).bfloat16()
+        stack = Stack(transformer, ExecutionPlan(mixture(kinds), False, "cpu", state), torch.device("cpu"))
+        stack.install()
+        stack.forward_block = taking(seconds, clock, stack.forward_block)
+        stack.backward_block = taking(2 * seconds, clock, stack.backward_block)
+        parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+        make = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+        masters = MasterWeights(parameters, make, 0.1, False, state == HOST, stack.host_trained)
+        given = arguments_of("5b").items()
+        arguments = {name: value.bfloat16() if name.endswith("states") else value for name, value in given}
+        ends = []
+        for _ in range(2):
+            for _ in range(passes):
+                masters.backward(transformer(**arguments)[0].float().square().mean() / passes)
+            masters.step(1e-3)
+            ends.append(clock.now)
+        return ends[1] - ends[0]
+
+
+def predicted(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, seconds: float) -> float:
+    """Returns the predicted seconds; copies in both directions do not slow each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timeline, "BOTH_WAYS", 2.0)
+        patch.setattr(Timeline, "compute_seconds", lambda *_: (seconds, 2 * seconds))
+        patch.setattr(Timeline, "update_seconds", lambda *_: 0.0)
+        costs = Costs(kinds, state, False, sizes_of(made("5b", depth=BLOCKS).bfloat16(), passes))
+        return float(Timeline(costs, Machine(0, 0, copies=RATE)).seconds()[0])
+
+
+@pytest.mark.parametrize(("state", "seconds", "tolerance"), [(DEVICE, 0.05, 1e-9), (HOST, 0.001, RANGE / RATE)])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {BlockPlan(HOST, "attention"): BLOCKS},
+        {BlockPlan(HOST, "attention", HOST): BLOCKS},
+        {BlockPlan(HOST, "attention", HOST): 3, BlockPlan(DEVICE, "attention"): BLOCKS - 3},
+        {BlockPlan(DEVICE, "attention", HOST): 4, BlockPlan(HOST, "linear"): BLOCKS - 4},
+        {BlockPlan(DEVICE, "attention", HOST): 1, BlockPlan(HOST, "attention", HOST): BLOCKS - 1},
+    ],
+)
+def test_a_step_of_a_lora_takes_what_its_waits_take(kinds: Kinds, state: str, seconds: float, tolerance: float) -> None:
+    """The copies of a block take 0.21 s. If state passes, its first range has to arrive before anything leaves."""
+    real = clocked(make_with_lora, kinds, state, 1, seconds)
+    assert predicted(make_with_lora, kinds, state, 1, seconds) == pytest.approx(real, abs=tolerance)
+
+
+@pytest.mark.parametrize(("passes", "seconds"), [(1, 0.001), (2, 0.2), (3, 2.0)])
+@pytest.mark.parametrize(
+    ("kinds", "state"),
+    [
+        ({AWAY: BLOCKS}, HOST),
+        ({replace(AWAY, state=DEVICE): BLOCKS}, DEVICE),
+        ({replace(AWAY, state=DEVICE): 3, AWAY: BLOCKS - 3}, DEVICE),
+        ({BlockPlan(DEVICE, "linear", DEVICE): 3, replace(AWAY, kept=DEVICE): BLOCKS - 3}, DEVICE),
+        ({BlockPlan(DEVICE, "linear", DEVICE): BLOCKS}, HOST),
+    ],
+)
+def test_a_step_of_all_weights_takes_what_its_waits_take(kinds: Kinds, state: str, passes: int, seconds: float) -> None:
+    """The copies of a block take up to 1.6 s. State is padded to full groups, which the prediction does not count."""
+    real = clocked(make_trainable, kinds, state, passes, seconds)
+    assert predicted(make_trainable, kinds, state, passes, seconds) == pytest.approx(real, rel=0.04)
+
+
+# -- parts of the timeline ---------------------------------------------------------------------------------------------
+
+
+def test_copies_in_both_directions_slow_each_other() -> None:
+    link, start = Link(1.0, 1), np.zeros(1)
+    assert link.copy(IN, start, np.array([3.0])) == [3.0]
+    both = 1.0 * 2 / BOTH_WAYS  # as long as the shorter copy takes
+    assert link.copy(OUT, start, np.array([1.0])) == pytest.approx(both)
+    assert link.free[IN] == pytest.approx(both + 3.0 - both * BOTH_WAYS / 2)
+    assert link.copy(OUT, start + 10.0, np.array([1.0])) == [11.0]
+    assert link.copy(IN, start + 20.0, np.array([0.0])) == [20.0]
+    assert link.free[IN] < 5
+
+
+LARGE = Sizes(  # CogVideoX-5b, all weights, 49x480x720
+    blocks=42,
+    block_bytes=252 * 2**20,
+    rest_bytes=0,
+    trained=0,
+    item_bytes=2,
+    samples=1,
+    tokens=17776,
+    width=3072,
+    heads=48,
+    block_trained=126 * 2**20,
+    sum_bytes=2,
+)
+H100 = Machine(78 * GIB, 100 * GIB, 7.3e14, 5.3e14, 5.5e14, 2.8e12, 5.4e10)
+
+
+def seconds_of(kinds: Kinds, machine: Machine = H100, sizes: Sizes = LARGE) -> float:
+    return float(Timeline(Costs(kinds, DEVICE, True, sizes), machine).seconds()[0])
+
+
+@pytest.mark.parametrize("count", [4, 14, 28])
+def test_state_of_the_last_blocks_passes_while_the_others_compute(count: int) -> None:
+    late, here = BlockPlan(DEVICE, "attention", DEVICE, HOST), BlockPlan(DEVICE, "attention", DEVICE, DEVICE)
+    for kinds in ({late: count, here: 42 - count}, {here: 42 - count, late: count}):
+        assert mixture(kinds) == (here,) * (42 - count) + (late,) * count
+        free = seconds_of(kinds, replace(H100, copies=1e15))
+        moved = 2 * 12 * LARGE.block_trained * count / (BOTH_WAYS * H100.copies)
+        forward = Timeline(Costs(kinds, DEVICE, True, LARGE), H100).compute_seconds("attention")[0] * 42
+        assert seconds_of(kinds) == pytest.approx(free + max(0.0, moved - forward), abs=0.04)
+
+
+def test_copies_limit_a_step_that_moves_more_than_it_computes() -> None:
+    slow = replace(H100, copies=5e9)
+    weights, saved = 42 * LARGE.block_bytes, 42 * LARGE.kept_bytes("attention")
+    state = 42 * LARGE.block_trained * LARGE.state_bytes
+    forward = (state + 2 * weights) + (state + weights) + saved  # in: also gradients, which are as large as weights
+    backward = (weights + saved) + weights
+    least = (forward + backward) / (BOTH_WAYS * slow.copies)
+    assert seconds_of({AWAY: 42}, slow) == pytest.approx(least, rel=0.03)
+
+
+def test_training_on_several_processes_takes_time_for_their_exchange() -> None:
+    resident = {BlockPlan(DEVICE, "attention", DEVICE, DEVICE): 42}
+    one, fsdp = seconds_of(resident), seconds_of(resident, sizes=replace(LARGE, shards=4))
+    zero = replace(LARGE, shards=4, deepspeed=True)
+    assert one < fsdp < seconds_of(resident, sizes=zero)
+    assert seconds_of(resident, sizes=replace(zero, shards_on_host=True)) > seconds_of(resident, sizes=zero) + 0.5
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def recorded() -> list[Any]:
+    """Returns the results of bench.py that have the sizes of their run; older ones cannot be predicted again."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("bench_*.json"))}
+    return [pytest.param(result, id=name) for name, result in found.items() if "sizes" in result]
+
+
+@pytest.mark.parametrize("result", recorded())
+def test_predictions_are_within_5_percent_of_what_was_measured(result: dict[str, Any]) -> None:
+    sizes = Sizes(**result["sizes"] | {"units_kept": tuple(result["sizes"]["units_kept"])})
+    kinds = {BlockPlan(**kind): count for (*kind_and_count,) in result["kinds"] for kind, count in [kind_and_count]}
+    costs = Costs(kinds, result["state"], result["compiled"], sizes)
+    seconds = float(Timeline(costs, Machine(**result["machine"])).seconds()[0])
+    assert seconds == pytest.approx(result["seconds_per_step"], rel=0.05)
+    assert costs.peak_bytes / GIB == pytest.approx(result["peak_gib"]["allocated"], rel=0.05)

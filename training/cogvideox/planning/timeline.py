@@ -1,0 +1,327 @@
+"""Predicts the seconds of an optimizer step: a simulated timeline of all mixtures at once.
+
+Three streams work at the same time: the device computes, copies come in, and copies go out. The simulation walks the
+blocks in the order of a step, and keeps for each stream when it is free. Work starts when its stream is free and what
+it waits for has happened; these dependencies are those of memory/streaming.py:
+
+    start      the norm of the gradients; updates of state on the device; state of what is trained outside of blocks
+    forward    block i waits for its weights, which come in while the block before computes, and for its update
+               in: weights, and of host-trained blocks state and gradients    out: saved activations, updated state
+    backward   block i waits for its weights and saved activations, which come in one block ahead
+               in: weights, saved activations, earlier sums of gradients      out: gradients of host-trained blocks
+
+State of blocks whose weights are on the device passes from the start of the step on, behind all other copies. These
+blocks are the last ones (``order``), so that their state has the forward pass of the others to pass in.
+
+The arithmetic of a block is counted: FLOP of matrix products and attention at the rates that probes measure, and bytes
+of memory traffic for everything else. Each constant has the measurement that it comes from.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cogvideox.memory.streaming import IN_FLIGHT, WEIGHT_SLOTS
+from cogvideox.planning.costs import GRADIENTS, SAVED, STATE, WEIGHTS, Array, Costs, Kinds, Numbers
+from cogvideox.planning.plan import DEVICE, HOST, BlockPlan, Machine
+
+IN, OUT = 0, 1
+
+# By compiled and whether all weights are trained: the units of memory traffic outside of matrix products and attention,
+# in forward and, by level, in backward. Sources: the kernels in benchmarks/results/one_block_5b.json and
+# one_block_5b_sft.json (one_block.py), as times of the H100's 2.8 TB/s; those of eager blocks from the difference of
+# ``forward_ms`` and ``backward_ms`` to compiled ones.
+TRAFFIC_UNITS = {
+    (True, False): (32.0, {"input": 61.0, "attention": 60.0, "linear": 50.0, "all": 41.0}),
+    (True, True): (26.0, {"input": 106.0, "attention": 105.0, "linear": 102.0, "all": 90.0}),
+    (False, False): (177.0, {"input": 436.0, "attention": 437.0, "linear": 384.0, "all": 290.0}),
+    (False, True): (168.0, {"input": 459.0, "attention": 442.0, "linear": 444.0, "all": 300.0}),
+}
+RECOMPUTED = {"input": (8 / 12, 1.0), "attention": (8 / 12, 0.0), "linear": (0.0, 0.0), "all": (0.0, 0.0)}
+"""By level: the shares of a block's linear layers and of its attention that backward computes again (blocks.py)."""
+# The products of a LoRA reach half the rate of large ones: they make forward of a 5b block 0.31 ms longer (5.39 and
+# 5.08 ms in one_block_5b.json and one_block_5b_sft.json), which are 0.11 TFLOP.
+LORA_SLOWNESS = 2.0
+SUSTAINED = 0.95
+"""The share of a probe's attention rate that a step sustains: a card at its power limit lowers its clock. Measured by
+``kernels_ms`` of 20 results of bench.py: 0.91 to 1.02 of the rates in ``machine``."""
+BOTH_WAYS = 1.5
+"""The rate of copies in both directions at once, together, relative to one direction. In the traced steps of
+benchmarks/LOG.md 41 GB/s came in while 45 GB/s went out, where one direction alone has 54."""
+# By engine: the bytes of device memory that FSDP2 or ZeRO-2 reads and writes for each trained element in addition, to
+# gather weights, to sum gradients and to convert both. By difference of the measured seconds in results/scale_*.json
+# from those without sharding: 0.16 s for 5.6e9 elements on H100 and H200 (FSDP2), 0.28 s (ZeRO-2).
+SHARDING_BYTES = {False: 85, True: 140}
+# Seconds per element of a step on the host: 2b under ZeRO-2 with an offloaded optimizer on one GPU took 1.81 s, where
+# 0.85 s without the step were expected (benchmarks/LOG.md).
+HOST_STEP_SECONDS = 5.7e-10
+
+
+def order(kinds: Kinds, blocks: int) -> Array:
+    """Returns how a mixture of at most two kinds is ordered, as positions in ``kinds``, (blocks, mixtures).
+
+    The blocks of the first kind are spread evenly over the others, so that their copies have time to overlap. Blocks
+    on the device whose state is on the host are the last ones, so that their state passes while the others compute.
+    """
+    counts = np.stack([np.atleast_1d(n) for n in kinds.values()])  # (kinds, mixtures)
+    late = np.array([is_late(kind) for kind in kinds])
+    first, second = (counts > 0).argmax(axis=0), len(counts) - 1 - (counts[::-1] > 0).argmax(axis=0)
+    count, i = np.take_along_axis(counts, first[None], axis=0), np.arange(blocks)[:, None]
+    spread = (i + 1) * count // blocks > i * count // blocks
+    split = np.where(late[first], i >= blocks - count, i < count)
+    return np.where(np.where(late[first] == late[second], spread, split), first, second)
+
+
+def is_late(kind: BlockPlan) -> bool:
+    """Returns whether a kind's weights are on the device while its state passes through the device."""
+    return kind.weights == DEVICE and kind.state == HOST
+
+
+def in_first(present: Array, count: int) -> Array:
+    """Returns where the first ``count`` present blocks are, (blocks, mixtures)."""
+    return present & (np.cumsum(present, axis=0) <= count)
+
+
+def following(values: Array, present: Array) -> Array:
+    """Returns the value of the first present block, and for each block that of the next present one; 0 if none.
+
+    Args:
+        values: (blocks, mixtures).
+        present: Which blocks count, of the same shape.
+
+    Returns:
+        (blocks + 1, mixtures).
+    """
+    found = np.zeros((len(values) + 1, *values.shape[1:]))
+    for i in reversed(range(len(values))):
+        found[i] = np.where(present[i], values[i], found[i + 1])
+    return found
+
+
+class Link:
+    """The copies between host and device. Each direction makes one copy after another; together they are slower.
+
+    Args:
+        rate: Bytes per second of one direction alone.
+        mixtures: The number of mixtures.
+    """
+
+    def __init__(self, rate: float, mixtures: int) -> None:
+        self.rate = rate
+        self.free = np.zeros((2, mixtures))  # when each direction has made all copies so far
+        self.moved = np.zeros(mixtures)  # bytes in both directions
+
+    def copy(self, direction: int, ready: Array, num_bytes: Array) -> Array:
+        """Makes a copy that may start at ``ready``; returns when it ends. No bytes are there at once."""
+        other, alone = 1 - direction, num_bytes / self.rate
+        start = np.maximum(ready, self.free[direction])
+        # While both directions are busy, each has BOTH_WAYS / 2 of its rate, so both lose the same time.
+        lost = (2 / BOTH_WAYS - 1) * np.minimum(alone, np.maximum(0.0, self.free[other] - start))
+        end = start + alone + lost
+        self.free[direction] = np.where(num_bytes > 0, end, self.free[direction])
+        self.free[other] += lost
+        self.moved += num_bytes
+        return np.where(num_bytes > 0, end, ready)
+
+    def exchange(self, ready: Array, inward: Array, outward: Array) -> Array:
+        """Makes copies in both directions at once; returns when those that come in have arrived."""
+        arrived = self.copy(IN, ready, inward)
+        self.copy(OUT, ready, outward)
+        return np.where(inward > 0, self.free[IN], arrived)
+
+    @property
+    def used(self) -> Array:
+        """Returns the seconds that all copies so far take if both directions are always busy."""
+        return self.moved / (BOTH_WAYS * self.rate)
+
+
+class Prefetch:
+    """Copies that come in one block ahead: the next one is issued where the one before is taken.
+
+    Args:
+        link: Makes the copies.
+        now: When the first one may start, (mixtures,).
+        present: Which blocks need a copy, (blocks, mixtures) in the order of the pass.
+        inward: The bytes that come in for a block, of the same shape; 0 if they are on the device already.
+        outward: The bytes that leave meanwhile.
+    """
+
+    def __init__(self, link: Link, now: Array, present: Array, inward: Array, outward: Array | None = None) -> None:
+        self.link, self.present = link, present
+        self.inward = following(inward, present)
+        self.outward = following(np.zeros_like(inward) if outward is None else outward, present)
+        self.arrived = link.exchange(now, self.inward[0], self.outward[0])
+
+    def take(self, i: int, now: Array) -> Array:
+        """Issues the copies of the block after the i-th, and returns when the i-th one can be computed."""
+        here = self.present[i]
+        ready = np.where(here, np.maximum(now, self.arrived), now)
+        following_one = self.link.exchange(now, self.inward[i + 1] * here, self.outward[i + 1] * here)
+        self.arrived = np.where(here, following_one, self.arrived)
+        return ready
+
+
+class Leaving:
+    """Copies that leave after a block, of which IN_FLIGHT may be on their way when the next block starts."""
+
+    def __init__(self, link: Link, now: Array) -> None:
+        self.link, self.ends = link, [now] * IN_FLIGHT
+
+    def put(self, now: Array, num_bytes: Array) -> Array:
+        """Issues a copy; returns when the next block may start."""
+        some = num_bytes > 0
+        oldest, *ends = [*self.ends, self.link.copy(OUT, now, num_bytes)]
+        self.ends = [np.where(some, later, earlier) for earlier, later in zip(self.ends, ends, strict=True)]
+        return np.where(some, np.maximum(now, oldest), now)
+
+
+class Timeline:
+    """Simulates a step of all mixtures; arrays are (blocks, mixtures) unless described otherwise."""
+
+    def __init__(self, costs: Costs, machine: Machine) -> None:
+        self.costs, self.sizes, self.machine = costs, costs.sizes, machine
+        self.kinds = list(costs.kinds)
+        self.order = order(costs.kinds, costs.sizes.blocks)
+        self.streamed = self.of([kind.weights == HOST for kind in self.kinds])
+        self.stored = self.of([kind.kept == HOST for kind in self.kinds])
+        self.late = self.of([is_late(kind) for kind in self.kinds])
+        self.weights, self.saved = self.on_host(WEIGHTS), self.on_host(SAVED)
+        self.gradients = self.on_host(GRADIENTS)
+        self.state = self.on_host(STATE) * (self.sizes.moving_bytes / self.sizes.state_bytes)
+
+    def of(self, values: Sequence[Any]) -> Array:
+        """Returns a value of each kind for every block."""
+        return np.array(values)[self.order]
+
+    def on_host(self, part: str) -> Array:
+        """Returns the bytes of a part of every block, if it is on the host, else 0."""
+        own = [self.costs.parts(kind)[part] for kind in self.kinds]
+        return self.of([float(num_bytes) if place == HOST else 0.0 for place, num_bytes in own])
+
+    # -- arithmetic ----------------------------------------------------------------------------------------------------
+
+    def compute_seconds(self, level: str) -> tuple[float, float]:
+        """Returns the seconds that forward and backward of one block compute, if forward saves a level."""
+        sizes, machine, trains_all = self.sizes, self.machine, self.sizes.block_trained > 0
+        tokens = sizes.samples * sizes.tokens
+        # 12 D^2 weights in linear layers, 2 FLOP each per token, and two products of S x S x D per sample.
+        linear = 24 * tokens * sizes.width**2 / machine.matmul
+        of_lora = 0 if trains_all else sizes.trained / sizes.blocks
+        lora = LORA_SLOWNESS * 2 * of_lora * tokens / machine.matmul
+        scores = 4 * tokens * sizes.tokens * sizes.width
+        attend = scores / (SUSTAINED * machine.attention)
+        attend_backward = 2.5 * scores / (SUSTAINED * machine.attention_backward)
+        traffic, backward_traffic = TRAFFIC_UNITS[self.costs.compiled, trains_all]
+        unit = sizes.unit_bytes / machine.memory
+        linears, attentions = RECOMPUTED[level]
+        # Gradients of the gates need the outputs of all linear layers, so all of these are recomputed.
+        again = 1.0 if linears and trains_all else linears
+        dequantize = sizes.matrix_bytes and (sizes.matrix_bytes + sizes.block_bytes) / machine.memory
+        forward = linear + lora + attend + traffic * unit + dequantize
+        backward = (2 if trains_all else 1) * linear + 2 * lora + attend_backward + backward_traffic[level] * unit
+        backward += again * linear + (linears > 0) * lora + attentions * attend + (1 + again) * dequantize
+        return forward, backward
+
+    def update_seconds(self, elements: Numbers) -> Numbers:
+        """Returns the seconds of an update: it reads gradients twice, and reads and writes weights and state."""
+        sizes = self.sizes
+        traffic = 2 * sizes.moving_bytes + 2 * sizes.item_bytes + 2 * sizes.sum_bytes
+        return elements * traffic / self.machine.memory
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def seconds(self) -> Array:
+        """Returns the seconds of a step of each mixture, (mixtures,)."""
+        sizes, passes = self.sizes, self.sizes.passes
+        total = self.one_pass(0)
+        if passes > 1:
+            total = total + self.one_pass(1)
+        if passes > 2:
+            total = total + (passes - 2) * self.one_pass(2)
+        if sizes.shards > 1 or sizes.deepspeed:
+            total = total + sizes.all_trained * SHARDING_BYTES[sizes.deepspeed] / self.machine.memory
+        return total + sizes.rows_on_host * HOST_STEP_SECONDS
+
+    def one_pass(self, number: int) -> Array:
+        """Returns the seconds of a forward and a backward pass of a step, counted from 0; those after 2 equal it.
+
+        The first pass begins with the updates of the step before.
+        """
+        link = Link(self.machine.copies, self.order.shape[1])
+        now = np.zeros(self.order.shape[1])
+        if number == 0:
+            now = self.start(link, now)
+        leaving = Leaving(link, now)
+        now = self.forward(link, now, leaving, number == 0 and not self.sizes.average_bytes)
+        # Gradients of the first pass keep the compute type, and sums of several have sum_bytes.
+        item, total = (
+            self.streamed * self.sizes.block_trained * n for n in (self.sizes.item_bytes, self.sizes.sum_bytes)
+        )
+        now = self.backward(link, now, leaving, (0 * item, item, total)[number], (item, total, total)[number])
+        return np.maximum(now, link.free[OUT])
+
+    def start(self, link: Link, now: Array) -> Array:
+        """Makes the updates that forward waits for; returns when they have ended."""
+        sizes, in_start = self.sizes, ~self.streamed & ~self.late
+        outside = sizes.trained * (self.costs.state == HOST)
+        blocks = sizes.block_trained * np.sum((self.state == 0) & ~self.streamed, axis=0)
+        now = now + self.update_seconds(blocks + sizes.trained - outside) / sizes.shards
+        moved = outside * sizes.moving_bytes + np.sum(self.state * in_start, axis=0)
+        inward = outward = moved
+        if sizes.average_bytes:  # the average is updated by the host, which waits for all transfers
+            inward = moved + np.sum(self.pass_in * ~in_start, axis=0)
+            outward = moved + np.sum(self.pass_out * ~in_start, axis=0)
+        return np.maximum(link.exchange(now, inward, outward), link.free[OUT])
+
+    @property
+    def pass_in(self) -> Array:
+        """Returns the bytes of state and gradients that come in for the update of every block."""
+        return self.state + self.gradients
+
+    @property
+    def pass_out(self) -> Array:
+        """Returns the bytes of state and new weights that leave after the update of every block."""
+        return self.state + (self.gradients > 0) * self.weights
+
+    def forward(self, link: Link, now: Array, saved: Leaving, updates: bool) -> Array:
+        """Runs the forward pass; returns when it has ended."""
+        forward = np.array([self.compute_seconds(kind.keep)[0] for kind in self.kinds])[self.order]
+        # Frozen weights of the blocks that backward has used last are still there.
+        there = in_first(self.streamed, 0 if self.sizes.block_trained else WEIGHT_SLOTS)
+        inward, outward = self.weights * ~there, np.zeros_like(self.weights)
+        update, behind = np.zeros_like(inward), np.zeros_like(inward)
+        if updates:
+            inward, outward = inward + self.streamed * self.pass_in, self.streamed * self.pass_out
+            update = self.update_seconds(self.sizes.block_trained) * ((self.state > 0) | (self.gradients > 0))
+            behind = now + np.cumsum(self.late * 2 * self.state, axis=0) / (BOTH_WAYS * link.rate)
+        prefetch = Prefetch(link, now, self.streamed, inward, outward)
+        for i in range(self.sizes.blocks):
+            ready = np.where(self.late[i], np.maximum(now, behind[i] + link.used * updates), now)
+            ready = np.maximum(ready, prefetch.take(i, now))
+            now = np.maximum(ready, now + update[i]) + forward[i]
+            now = saved.put(now, self.saved[i])
+        return now
+
+    def backward(self, link: Link, now: Array, left: Leaving, earlier: Array, gradients: Array) -> Array:
+        """Runs the backward pass; returns when it has ended.
+
+        Args:
+            link: The copies.
+            now: When forward has ended, (mixtures,).
+            left: The copies of saved activations.
+            earlier: The bytes of sums of gradients on the host to which those of each block are added.
+            gradients: The bytes of gradients of each block that leave for the host.
+        """
+        down = slice(None, None, -1)
+        backward = np.array([self.compute_seconds(kind.keep)[1] for kind in self.kinds])[self.order][down]
+        streamed, stored = self.streamed[down], self.stored[down]
+        # The last saved activations are still on the device, and backward waits until they have been copied too.
+        saved = Prefetch(link, left.ends[-1], stored, self.saved[down] * ~in_first(stored, IN_FLIGHT))
+        weights = Prefetch(link, now, streamed, self.weights[down] * ~in_first(streamed, WEIGHT_SLOTS))
+        sums = Prefetch(link, now, streamed, earlier[down])
+        leaving = Leaving(link, now)
+        for i in range(self.sizes.blocks):
+            ready = np.maximum(saved.take(i, now), weights.take(i, now))
+            now = leaving.put(sums.take(i, ready + backward[i]), gradients[down][i])
+        return now
