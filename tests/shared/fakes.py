@@ -79,9 +79,11 @@ class FakeMethod:
         """Does nothing, because only the engine has state."""
 
 
-def saver_of(run: Run, engine: FakeEngine, recipe: dict[str, Any] | None = None, limit: int | None = None) -> Saver:
-    """Returns a Saver that saves ``engine`` into the run's folder."""
-    return Saver(run, engine, FakeMethod(), recipe or {"seed": 1}, every=2, limit=limit)  # type: ignore[arg-type]
+def saver_of(
+    run: Run, engine: FakeEngine, recipe: dict[str, Any] | None = None, limit: int | None = None, **more: Any
+) -> Saver:
+    """Returns a Saver that saves ``engine`` into the run's folder; ``more`` are further fields of it."""
+    return Saver(run, engine, FakeMethod(), recipe or {"seed": 1}, every=2, limit=limit, **more)  # type: ignore[arg-type]
 
 
 def save_steps(run: Run, *steps: int, limit: int | None = None) -> None:

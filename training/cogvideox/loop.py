@@ -43,6 +43,7 @@ from cogvideox.evaluation.validation import Prompts, Validator, embed_prompts
 from cogvideox.export.pipeline_folder import fetch_parts
 from cogvideox.export.publish import publish
 from cogvideox.files import what_is_safe
+from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.streaming import HostTrainedBlocks
 from cogvideox.model import diffusion, models
 from cogvideox.model.diffusion import NoiseSchedule
@@ -224,6 +225,7 @@ class Trainer:
         method.transformer.train()  # from_pretrained returns it in evaluation mode, which disables dropout
         self.needs_warm_up = has_no_bound(plan, run.device)
         on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
+        self.plan = plan
         self.engine = make_engine(
             run.accelerator, method.transformer, method, options, run.dtype, on_host, host_trained, run.raise_together
         )
@@ -257,6 +259,8 @@ class Trainer:
             train.checkpoints_total_limit,
             train.save_every_minutes,
             good_until=self.skipped.good_until,
+            # A LoRA is saved so fast that a copy would gain nothing.
+            in_background=options.method == "sft" and run.world == 1,
         )
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, steps.order)
         self.before_after = BeforeAfter(run, tensors, self.validator)
@@ -288,11 +292,11 @@ class Trainer:
                 self._evaluate(self.steps.first)
             metrics.forget_peaks()
         if self.steps.first < self.steps.total:
-            self.saver.predict_size(self.options)
-        if self.options.method == "sft":
-            self.saver.announce()  # a LoRA is saved so fast that it needs no announcement
+            self.saver.check_disk(self.options, self.steps.first, self.steps.total)
+        if self.options.method == "sft":  # a LoRA is saved so fast that it needs no announcement
+            self.saver.announce(self.plan.spare_host if isinstance(self.plan, ExecutionPlan) else free_host_bytes())
         self.run.startup.done("evaluation")
-        with closing(metrics.bar), closing(batches_of(self._make_loader())) as batches:
+        with closing(metrics.bar), closing(self.saver), closing(batches_of(self._make_loader())) as batches:
             self._run_steps(metrics, batches)
         metrics.close()
 
@@ -310,6 +314,7 @@ class Trainer:
                 result = self.engine.step(rate)
                 step += 1
                 metrics.push(step, rate, result)
+                self.saver.check()
                 if step == self.steps.first + STEADY_STEPS:
                     self.run.say(measured_line(metrics.seconds))
                 if save or self.saver.due(step):
@@ -326,6 +331,7 @@ class Trainer:
         metrics.flush()
         if saved < step:
             self._save(step)
+        self.saver.finish()
         stopping.allow(self._describe_progress(step))
 
     def _compute_gradients(self, step: int, metrics: Metrics, batches: Iterator[Batch]) -> bool:
@@ -376,9 +382,9 @@ class Trainer:
         return self.run.ranks.consensus.commit(step, self.saver.overdue())
 
     def _save(self, step: int) -> None:
-        """Saves a checkpoint. A single process can be stopped again from here on."""
+        """Saves a checkpoint. A single process can be stopped at once from here on, unless a thread still writes it."""
         self.saver.save(step)
-        if self.run.world == 1:
+        if self.run.world == 1 and not self.saver.writing:
             stopping.allow(self._describe_progress(step))
 
     def _describe_progress(self, step: int) -> str:
@@ -422,7 +428,7 @@ class Trainer:
         with self.engine.averaged():
             if ends or self._held_out_due(step):
                 self.held_out.measure(step)
-                self.best.update(step)
+                self.saver.after_writing(partial(self.best.update, step))
                 self._end_if_worse(step)
             videos = self.validator.render(step) if ends or self.validator.due(step) else []
             self._draw(step, videos)

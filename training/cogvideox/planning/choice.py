@@ -81,6 +81,7 @@ def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, atte
         axes.state[place],
         peak=int(peaks[place, index]),
         pinned=int(Costs(chosen, axes.state[place], compiled, sizes).pinned_bytes),
+        spare_host=int(machine.host_bytes - hosts[place, index]),
         seconds=float(seconds[place, index]),
         shards=sizes.shards,
         deepspeed=sizes.deepspeed,

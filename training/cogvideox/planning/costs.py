@@ -240,12 +240,8 @@ class Costs:
         """Returns the additional host memory; the pinned weights of streamed blocks replace the loaded ones."""
         sizes = self.sizes
         loaded = 0 if sizes.mapped else largest(0, self.streamed_bytes - sizes.block_bytes)
-        written = 0
-        if sizes.block_trained:
-            # A checkpoint first copies all optimizer state on the device to the host; the export copies all weights.
-            again = 0 if sizes.mapped else sizes.blocks * sizes.block_bytes
-            # Rows of sharded state are copied to the host one tensor at a time.
-            in_rows = sizes.shards > 1 or sizes.deepspeed
-            written = largest(again, 0 if in_rows else self.state_at(DEVICE)) // sizes.ranks
+        # The export loads all trained weights again. A checkpoint needs no further memory: where there is no room for a
+        # copy (runtime/background.py), it is written tensor by tensor.
+        exported = sizes.blocks * sizes.block_bytes // sizes.ranks if sizes.block_trained and not sizes.mapped else 0
         moments = sizes.rows_on_host * (sizes.state_bytes - 4)
-        return self.pinned_bytes + moments - loaded + written
+        return self.pinned_bytes + moments - loaded + exported

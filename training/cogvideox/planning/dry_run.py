@@ -61,6 +61,7 @@ from cogvideox.planning.execution import (
 from cogvideox.planning.plan import FRAGMENTS, GIB, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.report import duration, failures_explained
+from cogvideox.runtime.disk_room import new_at_once
 from cogvideox.runtime.ranks import alone
 from cogvideox.runtime.run import PRECISIONS
 
@@ -198,10 +199,7 @@ def disk_line(
 ) -> tuple[str, bool]:
     """Returns the line about disk space, and whether there is enough: tensors, checkpoints and the result."""
     train = options.train
-    number = max(1, -(-run.steps // train.checkpointing_steps))
-    kept = min(
-        number, (train.checkpoints_total_limit or number) + 1
-    )  # the oldest is deleted once a new one is complete
+    kept = new_at_once(train, 0, run.steps)
     one = sizes.all_trained * (sizes.state_bytes + sizes.item_bytes)
     all_weights = sum(parameter.numel() for parameter in transformer.parameters())
     result = (sizes.trained if isinstance(options, LoraOptions) else all_weights) * sizes.item_bytes

@@ -133,6 +133,7 @@ class ExecutionPlan:
     base_precision: str = AUTO  # of the blocks' frozen matrices: quant.KINDS, or as they were loaded
     peak: int = 0  # predicted peak of device memory, in bytes
     pinned: int = 0  # pinned host memory, in bytes: this process's share
+    spare_host: int = 0  # predicted bytes of this process's share of host memory that stay free while training
     seconds: float = 0.0  # predicted time of a step; 0 if the machine was not measured
     shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
     deepspeed: bool = False  # whether DeepSpeed shards gradients and optimizer state, and each process has all weights

@@ -4,6 +4,8 @@ run.py         starts a run: processes, device, output folder and its lock; writ
 startup.py     measures the phases of a run until its first step
 ranks.py       connects the processes of a run: barriers, and agreement on the last optimizer step
 checkpoint.py  writes, verifies and finds checkpoints, and compares a checkpoint's settings with the run's
+background.py  copies a checkpoint to host memory, and writes it in a thread while training goes on
+disk_room.py   predicts the disk space of a run and the time to write a checkpoint
 best.py        keeps the checkpoint with the lowest held-out loss
 skipped.py     reports and counts optimizer steps that changed no weight, and ends the run if there are too many
 metrics.py     reads metrics.jsonl

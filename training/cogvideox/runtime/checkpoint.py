@@ -14,28 +14,33 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Container, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import torch
-from torch.nn import Parameter
-
 from cogvideox.config.flags import CHANGEABLE
-from cogvideox.config.optimizers import make_optimizer
 from cogvideox.config.options import LoraOptions, TrainOptions
 from cogvideox.data.cache import CacheIndex, hash_of
 from cogvideox.errors import DiskError, NonFiniteError, UsageError, first_line
-from cogvideox.files import check_room, disk_errors_converted, fsync, removed_on_failure, temporary_of, write_atomically
+from cogvideox.files import check_room, disk_errors_converted, fsync, removed_on_failure, size_text, write_atomically
+from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.methods import Method
 from cogvideox.optimizer.engine import Engine
-from cogvideox.optimizer.master_weights import state_bytes
-from cogvideox.optimizer.zero_weights import num_elements
+from cogvideox.runtime.background import Snapshot, Writing
+from cogvideox.runtime.disk_room import (
+    DiskNeeds,
+    check_disk,
+    checkpoint_bytes,
+    new_at_once,
+    result_bytes,
+    seconds_to_write,
+)
 from cogvideox.runtime.run import METRICS_NAME, Run
+from cogvideox.tensor_files import WriteTensors, write_tensors
 
 CHECKPOINT_PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
 MANIFEST_FORMAT = 2
@@ -43,7 +48,7 @@ DAMAGED = "damaged-"  # prefix of the new names of checkpoints that could not be
 SAMPLES_NAME = "samples.json"
 DATA = "data"  # the entry of a recipe that names the samples
 NAMES_SHOWN = 5
-PROBE_LIMIT = 2**26  # largest size in bytes of a file that is written to measure the speed of the disk
+COPY_SHARE = 0.9  # largest share of the free host memory that the copy of a checkpoint may take
 
 
 def file_hash(path: Path) -> str:
@@ -144,30 +149,6 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
 
 
-def expected_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
-    """Returns the expected bytes of a checkpoint: master, optimizer state, average and value of each element."""
-    state = state_bytes(partial(make_optimizer, options.optimizer), device) + 4 * options.loss.use_ema
-    return sum(num_elements(parameter) * (state + parameter.element_size()) for parameter in parameters)
-
-
-def seconds_to_write(folder: Path, num_bytes: int) -> float:
-    """Estimates the seconds to write a checkpoint of ``num_bytes`` bytes.
-
-    The estimate extrapolates from a file of at most PROBE_LIMIT, which is written and read like those of a checkpoint.
-    """
-    probe = temporary_of(folder / "probe")
-    size = max(1, min(num_bytes, PROBE_LIMIT))
-    start = time.monotonic()
-    try:
-        probe.write_bytes(os.urandom(size))
-        fsync(probe)
-        for _ in ("manifest", "verification"):
-            file_hash(probe)
-    finally:
-        probe.unlink(missing_ok=True)
-    return (time.monotonic() - start) * num_bytes / size
-
-
 @dataclass
 class Saver:
     """Writes the checkpoints of a run and removes those beyond the limit. ``save`` is called on all ranks.
@@ -184,6 +165,10 @@ class Saver:
         num_bytes: The expected size of a checkpoint, if known.
         saved_at: The monotonic time of the last checkpoint, or of the start.
         good_until: While steps are skipped, the step before the first of them; its last checkpoint is not removed.
+        in_background: Whether checkpoints are copied to host memory and written while training goes on, where there is
+            room. Only for a single process, because an error of the thread ends only its own process.
+        writing: The checkpoint that a thread writes.
+        afterwards: What waits for its end.
     """
 
     run: Run
@@ -197,6 +182,9 @@ class Saver:
     num_bytes: int | None = None
     saved_at: float = field(default_factory=time.monotonic)
     good_until: int | None = None
+    in_background: bool = False
+    writing: Writing | None = field(default=None, init=False)
+    afterwards: list[Callable[[], None]] = field(default_factory=list, init=False)
 
     def due(self, step: int) -> bool:
         """Returns whether a checkpoint is due after this optimizer step."""
@@ -207,63 +195,151 @@ class Saver:
         return self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
 
     def save(self, step: int) -> None:
-        """Writes a complete checkpoint of ``step``, then removes those beyond the limit.
+        """Saves a complete checkpoint of ``step``, then removes those beyond the limit.
+
+        In the background, this returns when the state is copied to host memory, and a thread writes the copy; ``check``
+        and ``finish`` raise its errors. Where host memory has no room for a copy, this returns when all is written.
 
         Raises:
             NonFiniteError: A tensor that would be saved is not finite; nothing is written or removed.
         """
-        self._check_finite(step)
-        target = self.run.output_dir / f"{CHECKPOINT_PREFIX}{step}"
-        temporary = self.run.output_dir / f".{target.name}.tmp"
-        cleans = removed_on_failure(temporary) if self.run.is_main else nullcontext()
-        with disk_errors_converted(self.run.output_dir, self.num_bytes), cleans:
-            self._write(step, temporary, target)
-        self.run.barrier()
+        self.finish()
+        if self.in_background and self._copy_fits(free_host_bytes()):
+            self._start_writing(step)
+        else:
+            self._check_finite(step)
+            with self._guarded(step):
+                self._make_files(step, write_tensors)
+                self._publish(step)
+            self.run.barrier()
         self.saved_at = time.monotonic()
 
-    def _write(self, step: int, temporary: Path, target: Path) -> None:
+    def _copy_fits(self, free: int) -> bool:
+        return self.num_bytes is not None and self.num_bytes <= COPY_SHARE * free
+
+    @contextmanager
+    def _guarded(self, step: int) -> Iterator[None]:
+        """Removes an unfinished checkpoint after an error, and converts errors of the disk."""
+        cleans = removed_on_failure(self._temporary(step)) if self.run.is_main else nullcontext()
+        with disk_errors_converted(self.run.output_dir, self.num_bytes), cleans:
+            yield
+
+    def _temporary(self, step: int) -> Path:
+        return self.run.output_dir / f".{CHECKPOINT_PREFIX}{step}.tmp"
+
+    def _make_files(self, step: int, write: WriteTensors) -> None:
+        """Makes the temporary folder; ``write`` writes the files of the engine and the method, now or later."""
+        folder = self._temporary(step)
         if self.run.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             check_room(self.run.output_dir, self.num_bytes or 0)
-            temporary.mkdir()
+            folder.mkdir()
         self.run.barrier()
-        self.engine.save(temporary)
-        self.engine.save_weights(self.method, temporary)
+        self.engine.save(folder, write)
+        self.engine.save_weights(self.method, folder, write)
         self.run.barrier()
+
+    def _publish(self, step: int) -> None:
+        """Gives the checkpoint its final name, on the main process, and removes those beyond the limit."""
         if self.run.is_main:
+            folder = self._temporary(step)
             progress = {"step": step, "recipe": self.recipe}
-            (temporary / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
-            seal(temporary, target)
+            (folder / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
+            seal(folder, self.run.output_dir / f"{CHECKPOINT_PREFIX}{step}")
             self._remove_replaced(step, checkpoints(self.run.output_dir))
 
-    def predict_size(self, options: TrainOptions) -> None:
-        """Predicts the size of a checkpoint. Raises DiskError on all ranks if the disk has no room for one."""
-        self.num_bytes = expected_bytes(options, self.method.parameters().values(), self.run.device)
+    # -- in the background --
+
+    def _start_writing(self, step: int) -> None:
+        started, snapshot = time.monotonic(), Snapshot()
+        with self._guarded(step):
+            self._make_files(step, snapshot.add)
+        self.writing = Writing(step, time.monotonic() - started, partial(self._write_snapshot, step, snapshot))
+
+    def _write_snapshot(self, step: int, snapshot: Snapshot) -> None:
+        """Writes a copied checkpoint; a thread runs this."""
+        with self._guarded(step):
+            if bad := snapshot.not_finite():
+                raise self._not_finite_error(step, bad)
+            snapshot.write()
+            self._publish(step)
+
+    def check(self) -> None:
+        """Does what ``finish`` does if the background thread has ended. Called after each step; does not wait."""
+        if self.writing and not self.writing.runs:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until the checkpoint that a thread writes is complete, and does what waited for that.
+
+        Raises:
+            DiskError: The disk is full, fails or refuses to be written; older checkpoints are untouched.
+            NonFiniteError: A tensor of the checkpoint is not finite; older checkpoints are untouched.
+        """
+        writing, self.writing = self.writing, None
+        if writing:
+            seconds = writing.result()
+            waited = f"training waited {writing.waited:.1f} s while it was copied to host memory"
+            self.run.say(f"{CHECKPOINT_PREFIX}{writing.step}: {waited}, and it was written in {seconds:.0f} s")
+        while self.afterwards:
+            self.afterwards.pop(0)()
+
+    def after_writing(self, action: Callable[[], None]) -> None:
+        """Does something that needs the newest checkpoint: at once, or when the thread that writes it has ended."""
+        self.afterwards.append(action)
+        if not self.writing:
+            self.finish()
+
+    def close(self) -> None:
+        """Waits for the background thread after an error of training, without raising that of the thread as well."""
+        if self.writing:
+            self.writing.thread.join()
+            self.writing = None
+
+    def check_disk(self, options: TrainOptions, first: int, total: int) -> None:
+        """Predicts what the steps from ``first`` to ``total`` write; raises DiskError if the disk has less room."""
+        parameters, there = list(self.method.parameters().values()), len(checkpoints(self.run.output_dir))
+        self.num_bytes = checkpoint_bytes(options, parameters, self.run.device)
+        new = new_at_once(options.train, first, total, there)
         shortage = None
         if self.run.is_main:
             try:
-                check_room(self.run.output_dir, self.num_bytes)
+                needs = DiskNeeds(self.num_bytes, result_bytes(parameters), new)
+                check_disk(self.run.output_dir, needs, options.train, there)
             except DiskError as error:
                 shortage = error
         shortage = self.run.from_main(shortage)
         if shortage is not None:
             raise shortage
 
-    def announce(self) -> None:
-        """Prints how long saving a checkpoint will take, which is also how long a stopped run needs to end."""
-        if self.run.is_main and self.num_bytes is not None:
-            with disk_errors_converted(self.run.output_dir):
-                seconds = seconds_to_write(self.run.output_dir, self.num_bytes)
-            size = f"{self.num_bytes / 2**30:.3g} GiB"
-            self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and takes {seconds:.0f} s")
+    def announce(self, spare: int) -> None:
+        """Prints how long saving a checkpoint will take, which is also how long a stopped run needs to end.
+
+        Args:
+            spare: The bytes of host memory that are expected to be free while training.
+        """
+        if not self.run.is_main or self.num_bytes is None:
+            return
+        with disk_errors_converted(self.run.output_dir):
+            seconds = seconds_to_write(self.run.output_dir, self.num_bytes)
+        size, rate = f"{self.num_bytes / 2**30:.3g} GiB", size_text(int(self.num_bytes / seconds))
+        how = f"takes {seconds:.0f} s ({rate} a second were measured)"
+        if self.in_background and self._copy_fits(spare):
+            how += ", while training goes on with a copy in host memory"
+        elif self.in_background:
+            how += f", during which training waits, because {size_text(spare)} of host memory are free for a copy"
+        self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and {how}")
 
     def _check_finite(self, step: int) -> None:
         bad = self.run.ranks.gather(self.engine.not_finite())
         if bad:
-            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            hint = resume_hint(self.run.output_dir, step if self.good_until is None else self.good_until)
-            rule = f"{bad[0]}{more} holds numbers that are not finite; older checkpoints are untouched"
-            raise NonFiniteError(f"{CHECKPOINT_PREFIX}{step} is not saved: {rule}; {hint}")
+            raise self._not_finite_error(step, bad)
+
+    def _not_finite_error(self, step: int, bad: list[str]) -> NonFiniteError:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        hint = resume_hint(self.run.output_dir, step if self.good_until is None else self.good_until)
+        rule = f"{bad[0]}{more} holds numbers that are not finite; older checkpoints are untouched"
+        return NonFiniteError(f"{CHECKPOINT_PREFIX}{step} is not saved: {rule}; {hint}")
 
     def trim(self, step: int) -> None:
         """Removes checkpoints beyond the limit, but none later than ``step``. Called on the main process."""

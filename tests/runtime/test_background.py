@@ -1,0 +1,265 @@
+"""background.py: a checkpoint is copied, and written while training goes on, with all promises of checkpoint.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import FakeEngine, listing, run_alone, saver_of
+from running import SFT_SCRIPT, Forked, equal, finish, losses, python, safetensors_of, sft_flags
+from safetensors.torch import load_file
+
+from cogvideox.errors import DiskError, NonFiniteError
+from cogvideox.runtime import background, checkpoint
+from cogvideox.runtime.background import Snapshot
+from cogvideox.runtime.best import BestCheckpoint
+from cogvideox.runtime.checkpoint import Saver, checkpoints, damage_of
+from cogvideox.tensor_files import pieces_of
+
+
+class Slow:
+    """A disk on which nothing is written before ``release``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_write, self.write = threading.Event(), background.write_tensors
+        monkeypatch.setattr(background, "write_tensors", self)
+
+    def __call__(self, *arguments: Any) -> None:
+        assert self.may_write.wait(60)
+        self.write(*arguments)
+
+    def release(self) -> None:
+        self.may_write.set()
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    disk = Slow(monkeypatch)
+    yield disk
+    disk.release()
+
+
+def saver(folder: Path, engine: FakeEngine, **more: Any) -> Saver:
+    return saver_of(run_alone(folder), engine, num_bytes=1000, in_background=True, **more)
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints(folder)]
+
+
+def test_the_state_of_the_saved_step_is_written_while_training_changes_it(tmp_path: Path, slow: Slow) -> None:
+    engine = FakeEngine()
+    expected = engine.weight.clone()
+    saving = saver(tmp_path, engine)
+    saving.save(2)
+    engine.weight.fill_(9.0)
+    saving.check()
+    assert names(tmp_path) == []
+    assert saving.writing
+    slow.release()
+    saving.finish()
+    assert load_file(tmp_path / "checkpoint-2" / "optimizer.safetensors")["weight"].equal(expected)
+    assert damage_of(tmp_path / "checkpoint-2") is None
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+def test_check_notices_the_end_and_reports_both_times(
+    tmp_path: Path, slow: Slow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saving = saver(tmp_path, FakeEngine())
+    saving.save(2)
+    assert saving.writing
+    slow.release()
+    saving.writing.thread.join()
+    saving.check()
+    assert saving.writing is None
+    line = "checkpoint-2: training waited 0.0 s while it was copied to host memory, and it was written in 0 s"
+    assert line in capsys.readouterr().err
+
+
+def test_one_checkpoint_is_written_at_a_time_and_the_limit_holds(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    saving = saver(tmp_path, engine, limit=2)
+    for step in (2, 4, 6, 8):
+        engine.weight = torch.full((8,), float(step))
+        saving.save(step)
+        assert len(names(tmp_path)) >= min(2, step // 2 - 1)
+    saving.finish()
+    assert names(tmp_path) == ["checkpoint-8", "checkpoint-6"]
+    for step in (6, 8):
+        assert load_file(tmp_path / f"checkpoint-{step}" / "optimizer.safetensors")["weight"].eq(step).all()
+
+
+@pytest.mark.parametrize("free", [1000, 1112])
+def test_without_room_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(checkpoint, "free_host_bytes", lambda: free)
+    saving = saver(tmp_path, FakeEngine())
+    saving.save(2)
+    assert (saving.writing is None) == (free == 1000)
+    saving.finish()
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def fails(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("function", ["write_tensors", "seal"])
+@pytest.mark.parametrize("how", ["finish", "check", "save"])
+@pytest.mark.fault("disk: full while a checkpoint is written in the background")
+def test_a_full_disk_is_reported_and_the_last_checkpoint_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, how: str
+) -> None:
+    saving = saver(tmp_path, FakeEngine(), limit=1)
+    saving.save(2)
+    saving.finish()
+    before = listing(tmp_path)
+    monkeypatch.setattr(background if function == "write_tensors" else checkpoint, function, fails)
+    saving.save(4)
+    assert saving.writing
+    saving.writing.thread.join()
+    act: dict[str, Callable[[], None]] = {"finish": saving.finish, "check": saving.check}
+    act["save"] = partial(saving.save, 6)
+    with pytest.raises(DiskError, match=r"No space left on device, 1000 bytes needed, .* free; free some space"):
+        act[how]()
+    assert listing(tmp_path) == before
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+    assert saving.writing is None
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.fault("numbers: infinity in a tensor that a checkpoint would save in the background")
+def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path: Path, value: float) -> None:
+    engine = FakeEngine()
+    saving = saver(tmp_path, engine, limit=1)
+    saving.save(2)
+    engine.weight[3] = value
+    saving.save(4)
+    with pytest.raises(NonFiniteError, match=r"^checkpoint-4 is not saved: weight holds .* is .*/checkpoint-2: resume"):
+        saving.finish()
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+def test_the_best_checkpoint_is_chosen_when_it_is_complete(tmp_path: Path, slow: Slow) -> None:
+    """The held-out loss is measured while the checkpoint is written, and --checkpoints_total_limit 1 must not win."""
+    saving = saver(tmp_path, FakeEngine(), limit=1)
+    best = BestCheckpoint(saving, wanted=True, grid="g")
+    for step, loss in ((2, 1.0), (4, 2.0)):
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write(f'{{"step": {step}, "held_out_loss": {loss}, "held_out_grid": "g"}}\n')
+        slow.may_write.clear()
+        saving.save(step)
+        saving.after_writing(partial(best.update, step))
+        assert f"checkpoint-{step}" not in names(tmp_path)
+        slow.release()
+        saving.finish()
+        assert saving.kept == 2
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-2"]
+
+
+def test_after_an_error_of_training_the_checkpoint_is_completed(tmp_path: Path, slow: Slow) -> None:
+    saving = saver(tmp_path, FakeEngine())
+    saving.save(2)
+    threading.Timer(0.2, slow.release).start()
+    saving.close()
+    assert names(tmp_path) == ["checkpoint-2"]
+    saving.close()
+
+
+def test_a_snapshot_copies_tensors_of_all_sizes_and_shapes(tmp_path: Path) -> None:
+    """The large one is copied in several parts."""
+    tensors = {"large": torch.arange(3 * background.CHUNK + 5, dtype=torch.int8), "scalar": torch.tensor(3.0)}
+    tensors |= {"empty": torch.zeros(0, 2), "transposed": torch.arange(6.0).view(2, 3).T}
+    snapshot = Snapshot()
+    snapshot.add(tmp_path / "a", pieces_of(tensors), {})
+    snapshot.add(tmp_path / "b", pieces_of({"bad": torch.tensor([1.0, torch.nan])}), {})
+    assert snapshot.not_finite() == ["bad"]
+    copies = snapshot.files[0][1]["large"].read()
+    assert copies.data_ptr() != tensors["large"].data_ptr()
+    snapshot.write()
+    assert snapshot.files == []
+    loaded = load_file(tmp_path / "a")
+    assert all(loaded[name].equal(tensor) for name, tensor in tensors.items())
+
+
+# -- in complete runs --------------------------------------------------------------------------------------------------
+
+SHORT = ("--load_tensors", "--max_train_steps", 3, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+SHORT += ("--gradient_accumulation_steps", 1, "--use_ema")
+
+
+def command_of(model: Path, tensors: Path, output: Path) -> list[object]:
+    return python(SFT_SCRIPT, *sft_flags(model, tensors, output, *SHORT))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    said = finish(Forked(command_of(model, tensors, output)))
+    assert "while training goes on with a copy in host memory" in said
+    assert said.count("while it was copied to host memory, and it was written in") == 3
+    return output
+
+
+def check_same(output: Path, undisturbed: Path) -> None:
+    assert losses(output) == losses(undisturbed)
+    for part in ("transformer", "checkpoint-3", "checkpoint-3/transformer"):
+        assert equal(safetensors_of(output / part), safetensors_of(undisturbed / part)), part
+    assert names(output) == ["checkpoint-3"]
+    assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
+
+
+FOLDER = r"\S*/\.checkpoint-2\.tmp"
+THREAD = rf"(open|os.rename) {FOLDER}"
+MOMENTS = [rf"{THREAD}/optimizer", rf"{THREAD}/progress", rf"{THREAD} ", r"os.rename \S*/checkpoint-1 "]
+PLACES = [
+    rf"write {FOLDER}/optimizer",
+    rf"write {FOLDER}/transformer/diff",
+    rf"fsync {FOLDER}$",
+    rf"os.rename {FOLDER} ",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize("moment", MOMENTS, ids=["state", "progress", "rename", "rotation"])
+@pytest.mark.fault("kills: SIGTERM and SIGKILL while a checkpoint is written in the background")
+def test_a_signal_while_the_thread_writes(
+    model: Path, tensors: Path, undisturbed: Path, tmp_path: Path, moment: str, number: int, status: int
+) -> None:
+    output = tmp_path / "out"
+    command = command_of(model, tensors, output)
+    said = finish(Forked(command, (moment, 1, number)), status)
+    newest, *older = names(output)
+    assert damage_of(output / newest) is None
+    if status == 75:
+        done = len(losses(output))
+        assert f"stopped and saved after step {done} of 3; the same command continues" in said
+        assert (newest, older) == (f"checkpoint-{done}", [])
+    finish(Forked(command))
+    check_same(output, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES, ids=["state", "weights", "fsync", "rename"])
+@pytest.mark.fault("disk: full while a run writes a checkpoint in the background")
+def test_a_full_disk_ends_the_run_with_one_line(
+    model: Path, tensors: Path, undisturbed: Path, tmp_path: Path, place: str
+) -> None:
+    output = tmp_path / "out"
+    command = command_of(model, tensors, output)
+    said = finish(Forked(command, disk=[(place, 1, errno.ENOSPC)]), 2)
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith(f"  {output}: No space left on device, ")
+    assert f"; {names(output)[0]}, the newest checkpoint, is safe; free some space and run" in said.splitlines()[-1]
+    assert all(damage_of(path) is None for path in checkpoints(output))
+    finish(Forked(command))
+    check_same(output, undisturbed)

@@ -1,0 +1,80 @@
+"""disk_room.py: what a run will write is predicted and compared with the free disk space before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cogvideox.config.flags import TrainFlags
+from cogvideox.errors import DiskError
+from cogvideox.runtime import disk_room
+from cogvideox.runtime.disk_room import DiskNeeds, check_disk, new_at_once, seconds_to_write
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("first", "total", "every", "limit", "best", "there", "expected"),
+    [
+        (0, 1000, 500, None, False, 0, 2),
+        (0, 1001, 500, None, False, 0, 3),  # the last step is saved too
+        (0, 10, 500, None, False, 0, 1),
+        (500, 1000, 500, None, False, 1, 1),
+        (1000, 1000, 500, None, False, 2, 0),
+        (0, 5000, 500, 1, False, 0, 2),  # a new one is complete before the oldest is deleted
+        (0, 5000, 500, 2, True, 0, 4),  # and the best one is kept in addition
+        (0, 1000, 500, 5, True, 0, 2),
+        (500, 5000, 500, 2, False, 2, 1),
+        (500, 5000, 500, 2, False, 9, 1),
+    ],
+)
+def test_how_many_checkpoints_a_run_adds(
+    first: int, total: int, every: int, limit: int | None, best: bool, there: int, expected: int
+) -> None:
+    train = TrainFlags(checkpointing_steps=every, checkpoints_total_limit=limit, keep_best=best)
+    assert new_at_once(train, first, total, there) == expected
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, free: float, there: int = 0, **flags: object) -> str:
+    """Returns the message for a run of ten checkpoints of 10 GiB, or an empty text if it fits."""
+    train = TrainFlags(checkpointing_steps=1, **flags)  # type: ignore[arg-type]
+    monkeypatch.setattr(disk_room, "free_disk_bytes", lambda folder: int(free * GIB))
+    needs = DiskNeeds(10 * GIB, 2 * GIB, new_at_once(train, there, 10, there))
+    try:
+        check_disk(Path("out"), needs, train, there)
+    except DiskError as error:
+        return str(error)
+    return ""
+
+
+def test_a_limit_that_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = refusal(monkeypatch, 42)
+    sizes = "102.0 GiB needed (10 checkpoints of 10.0 GiB and 2.0 GiB of result), 42.0 GiB free"
+    assert text == (
+        f"out: No space left on device, {sizes}; give --checkpoints_total_limit 3, or free some space and run the same "
+        "command again"
+    )
+    assert refusal(monkeypatch, 42, checkpoints_total_limit=3) == ""
+    assert "give --checkpoints_total_limit 2, or" in refusal(monkeypatch, 42, keep_best=True)
+    assert refusal(monkeypatch, 42, keep_best=True, checkpoints_total_limit=2) == ""
+    assert refusal(monkeypatch, 102) == ""
+
+
+def test_checkpoints_that_exist_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "give --checkpoints_total_limit 3, or" in refusal(monkeypatch, 22, there=2)
+    assert refusal(monkeypatch, 22, there=2, checkpoints_total_limit=3) == ""
+
+
+def test_without_a_limit_that_fits_only_space_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in (None, 1):
+        assert refusal(monkeypatch, 21, checkpoints_total_limit=limit).endswith(
+            "GiB free; free some space and run the same command again"
+        )
+
+
+def test_the_rate_of_the_disk_is_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 12.0])
+    monkeypatch.setattr(disk_room.time, "monotonic", lambda: next(times))
+    assert seconds_to_write(tmp_path, 4 * disk_room.PROBE_LIMIT) == 8.0
+    assert list(tmp_path.iterdir()) == []

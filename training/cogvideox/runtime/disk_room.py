@@ -1,0 +1,115 @@
+"""Predicts the disk space of a run and the time to write a checkpoint, before the first step.
+
+A checkpoint of all weights of 5b takes tens of gigabytes, so a disk that is too small would end a run after hours.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import Parameter
+
+from cogvideox.config.flags import TrainFlags
+from cogvideox.config.optimizers import make_optimizer
+from cogvideox.config.options import TrainOptions
+from cogvideox.errors import DiskError
+from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
+from cogvideox.optimizer.master_weights import state_bytes
+from cogvideox.optimizer.zero_weights import num_elements
+
+PROBE_LIMIT = 2**28  # largest size in bytes of a file that is written to measure the speed of the disk
+
+
+@dataclass(frozen=True)
+class DiskNeeds:
+    """Describes what a run will write.
+
+    Attributes:
+        checkpoint: The bytes of a checkpoint.
+        result: The bytes of the result.
+        checkpoints: How many new checkpoints exist at once at most.
+    """
+
+    checkpoint: int
+    result: int
+    checkpoints: int
+
+    @property
+    def total(self) -> int:
+        """Returns the bytes of everything."""
+        return self.checkpoints * self.checkpoint + self.result
+
+
+def checkpoint_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
+    """Returns the expected bytes of a checkpoint: master, optimizer state, average and value of each element."""
+    state = state_bytes(partial(make_optimizer, options.optimizer), device) + 4 * options.loss.use_ema
+    return sum(num_elements(parameter) * (state + parameter.element_size()) for parameter in parameters)
+
+
+def result_bytes(parameters: Iterable[Parameter]) -> int:
+    """Returns the bytes of the exported weights."""
+    return sum(num_elements(parameter) * parameter.element_size() for parameter in parameters)
+
+
+def new_at_once(train: TrainFlags, first: int, total: int, there: int = 0) -> int:
+    """Returns how many new checkpoints exist at once at most. A new one is complete before the oldest is deleted.
+
+    Args:
+        train: The flags that say when checkpoints are saved and how many remain.
+        first: Optimizer steps that are done.
+        total: Optimizer steps of the complete run.
+        there: How many checkpoints exist already.
+    """
+    if first >= total:
+        return 0
+    every, limit = train.checkpointing_steps, train.checkpoints_total_limit
+    saved = total // every - first // every + (total % every > 0)
+    return saved if limit is None else max(1, min(saved, limit + 1 + train.keep_best - there))
+
+
+def check_disk(folder: Path, needs: DiskNeeds, train: TrainFlags, there: int = 0) -> None:
+    """Checks that the disk has room for what a run will write.
+
+    Args:
+        folder: The output folder.
+        needs: What the run will write.
+        train: The flags that say how many checkpoints remain.
+        there: How many checkpoints exist already.
+
+    Raises:
+        DiskError: It has less room; the message has the nearest fix.
+    """
+    free = free_disk_bytes(folder)
+    if free is None or free >= needs.total:
+        return
+    sizes = f"{needs.checkpoints} checkpoints of {size_text(needs.checkpoint)} and {size_text(needs.result)} of result"
+    problem = f"{folder}: No space left on device, {size_text(needs.total)} needed ({sizes}), {size_text(free)} free"
+    limit = (free + there * needs.checkpoint - needs.result) // needs.checkpoint - 1 - train.keep_best
+    fewer = limit >= 1 and limit < (train.checkpoints_total_limit or limit + 1)
+    ways = f"give --checkpoints_total_limit {limit}, or free" if fewer else "free"
+    raise DiskError(problem, f"{ways} some space and run the same command again")
+
+
+def seconds_to_write(folder: Path, num_bytes: int) -> float:
+    """Estimates the seconds to write a checkpoint of ``num_bytes`` bytes.
+
+    The estimate extrapolates from a file of at most PROBE_LIMIT, which is written and read like those of a checkpoint.
+    """
+    probe = temporary_of(folder / "probe")
+    size = max(1, min(num_bytes, PROBE_LIMIT))
+    content = os.urandom(size)
+    start = time.monotonic()
+    try:
+        probe.write_bytes(content)
+        fsync(probe)
+        for _ in ("manifest", "verification"):
+            with open(probe, "rb") as file:
+                hashlib.file_digest(file, "sha256")
+    finally:
+        probe.unlink(missing_ok=True)
+    return (time.monotonic() - start) * num_bytes / size
