@@ -19,12 +19,11 @@ from timed_streams import taking, timed
 from tiny_transformers import arguments_of, make_trainable, make_with_lora
 
 from cogvideox.optimizer.step import MasterWeights
-from cogvideox.planning import timeline
 from cogvideox.planning.choice import mixture
 from cogvideox.planning.costs import Costs
 from cogvideox.planning.plan import AUTO, DEVICE, GIB, HOST, BlockPlan, ExecutionPlan, Machine, Sizes
 from cogvideox.planning.stack import Stack, base_bytes, base_parameters
-from cogvideox.planning.timeline import BOTH_WAYS, IN, OUT, Link, Timeline
+from cogvideox.planning.timeline import IN, OUT, Link, Timeline
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BLOCKS = 8
@@ -85,11 +84,11 @@ def clocked(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, sec
 def predicted(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, seconds: float) -> float:
     """Returns the predicted seconds; copies in both directions do not slow each other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timeline, "BOTH_WAYS", 2.0)
         patch.setattr(Timeline, "compute_seconds", lambda *_: (seconds, 2 * seconds))
         patch.setattr(Timeline, "update_seconds", lambda *_: 0.0)
+        patch.setattr(Timeline, "norm_seconds", lambda *_: 0.0)
         costs = Costs(kinds, state, False, sizes_of(made("5b", depth=BLOCKS).bfloat16(), passes))
-        return float(Timeline(costs, Machine(0, 0, copies=RATE)).seconds()[0])
+        return float(Timeline(costs, Machine(0, 0, copies=RATE, both_ways=2 * RATE)).seconds()[0])
 
 
 @pytest.mark.parametrize(("state", "seconds", "tolerance"), [(DEVICE, 0.05, 1e-9), (HOST, 0.001, RANGE / RATE)])
@@ -130,11 +129,11 @@ def test_a_step_of_all_weights_takes_what_its_waits_take(kinds: Kinds, state: st
 
 
 def test_copies_in_both_directions_slow_each_other() -> None:
-    link, start = Link(1.0, 1), np.zeros(1)
+    """At a common rate of 1.6, each direction has 0.8, so a copy of 1 takes 1.25 s next to one of 3."""
+    link, start = Link(1.0, 1.6, 1), np.zeros(1)
     assert link.copy(IN, start, np.array([3.0])) == [3.0]
-    both = 1.0 * 2 / BOTH_WAYS  # as long as the shorter copy takes
-    assert link.copy(OUT, start, np.array([1.0])) == pytest.approx(both)
-    assert link.free[IN] == pytest.approx(both + 3.0 - both * BOTH_WAYS / 2)
+    assert link.copy(OUT, start, np.array([1.0])) == pytest.approx(1.25)
+    assert link.free[IN] == pytest.approx(1.25 + (3.0 - 0.8 * 1.25))
     assert link.copy(OUT, start + 10.0, np.array([1.0])) == [11.0]
     assert link.copy(IN, start + 20.0, np.array([0.0])) == [20.0]
     assert link.free[IN] < 5
@@ -153,7 +152,7 @@ LARGE = Sizes(  # CogVideoX-5b, all weights, 49x480x720
     block_trained=126 * 2**20,
     sum_bytes=2,
 )
-H100 = Machine(78 * GIB, 100 * GIB, 7.3e14, 5.3e14, 5.5e14, 2.8e12, 5.4e10)
+H100 = Machine(78 * GIB, 100 * GIB, 7.3e14, 5.1e14, 5.1e14, 2.8e12, 5.4e10, 8.4e10)
 
 
 def seconds_of(kinds: Kinds, machine: Machine = H100, sizes: Sizes = LARGE) -> float:
@@ -165,19 +164,19 @@ def test_state_of_the_last_blocks_passes_while_the_others_compute(count: int) ->
     late, here = BlockPlan(DEVICE, "attention", DEVICE, HOST), BlockPlan(DEVICE, "attention", DEVICE, DEVICE)
     for kinds in ({late: count, here: 42 - count}, {here: 42 - count, late: count}):
         assert mixture(kinds) == (here,) * (42 - count) + (late,) * count
-        free = seconds_of(kinds, replace(H100, copies=1e15))
-        moved = 2 * 12 * LARGE.block_trained * count / (BOTH_WAYS * H100.copies)
+        free = seconds_of(kinds, replace(H100, copies=1e15, both_ways=2e15))
+        moved = 2 * 12 * LARGE.block_trained * count / H100.both_ways
         forward = Timeline(Costs(kinds, DEVICE, True, LARGE), H100).compute_seconds("attention")[0] * 42
         assert seconds_of(kinds) == pytest.approx(free + max(0.0, moved - forward), abs=0.04)
 
 
 def test_copies_limit_a_step_that_moves_more_than_it_computes() -> None:
-    slow = replace(H100, copies=5e9)
+    slow = replace(H100, copies=5e9, both_ways=7.5e9)
     weights, saved = 42 * LARGE.block_bytes, 42 * LARGE.kept_bytes("attention")
     state = 42 * LARGE.block_trained * LARGE.state_bytes
     forward = (state + 2 * weights) + (state + weights) + saved  # in: also gradients, which are as large as weights
     backward = (weights + saved) + weights
-    least = (forward + backward) / (BOTH_WAYS * slow.copies)
+    least = (forward + backward) / slow.both_ways
     assert seconds_of({AWAY: 42}, slow) == pytest.approx(least, rel=0.03)
 
 

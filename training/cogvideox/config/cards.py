@@ -1,10 +1,12 @@
 """Lists the cards for which --dry_run predicts a run without having one: memory and rates.
 
-The row of the H100 was measured: products of 17776 x 3072 x 12288, attention of 48 heads of 64 and 17776 tokens, and
-copies of pinned memory. All other rows are derived from published specifications: memory, dense bf16 TFLOP/s with fp32
-sums, bandwidth, and the generation of PCI Express. Of these, training reaches shares: of arithmetic and of bandwidth
-the shares that the H100 reaches, of PCI Express 0.8, and in attention the shares that FlashAttention 2 reaches on an
-A100 with heads of 64. So their seconds are rough: cooling, power limits and slower slots of the mainboard change them.
+The row of the H100 was measured: products of 17776 x 3072 x 12288, copies of pinned memory, and attention of 48 heads
+of 64 and 17776 tokens at the rate of complete steps. That is 0.92 of the rate of a short measurement, because the card
+reaches its power limit (``kernels_ms`` in benchmarks/results/bench_5b-*.json). All other rows are derived from
+published specifications: memory, dense bf16 TFLOP/s with fp32 sums, bandwidth, and the generation of PCI Express. Of
+these, training reaches shares: of arithmetic and of bandwidth the shares that the H100 reaches, of PCI Express 0.8, and
+in attention the shares that FlashAttention 2 reaches on an A100 with heads of 64. So their seconds are rough: cooling,
+power limits and slower slots of the mainboard change them.
 This module needs only the standard library.
 """
 
@@ -14,6 +16,7 @@ MATMUL_SHARE = 0.73  # 725 of the 989 TFLOP/s of an H100
 MEMORY_SHARE = 0.84  # 2.8 of its 3.35 TB/s
 ATTENTION_SHARES = (0.6, 0.5)  # of forward and of backward
 PCIE_SHARE = 0.8
+BOTH_WAYS = 1.6  # both directions of copies together, relative to one: 1.58 for the host of an H100, 1.74 of an H200
 PCIE_4, PCIE_4_X8, PCIE_5 = 31.5, 15.75, 63.0  # GB/s in one direction
 
 
@@ -43,7 +46,7 @@ def specified(gib: float, tflops: float, gb_per_second: float, pcie: float, back
     return Card(gib, MATMUL_SHARE * tflops * 1e12, {backend: (forward, backward)}, *rates)
 
 
-HOPPER = {"flash-4": (575e12, 543e12), "cudnn": (426e12, 428e12), "flash": (319e12, 275e12)}
+HOPPER = {"flash-4": (526e12, 497e12), "cudnn": (394e12, 396e12), "flash": (295e12, 254e12)}
 CARDS = {
     "rtx3060": specified(12, 25.5, 360, PCIE_4),
     "rtx3090": specified(24, 71, 936, PCIE_4),

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from cogvideox.config.buckets import Bucket
-from cogvideox.config.cards import CARDS
+from cogvideox.config.cards import BOTH_WAYS, CARDS
 from cogvideox.config.flags import TENSOR_FOLDER
 from cogvideox.config.geometry import Geometry, read_config, read_geometry
 from cogvideox.config.options import (
@@ -297,7 +297,7 @@ def machine_of_card(options: TrainOptions, name: str) -> tuple[Machine, str]:
         rule = f"its rate on {name} is not known; known are {', '.join(card.attention)}"
         raise UsageError(f"--attention_backend {wanted}: {rule}; give one of them, or leave the flag out")
     gib = card.gib if budget is None else min(card.gib, budget)
-    rates = card.matmul, *card.attention[known[0]], card.memory, card.copies
+    rates = card.matmul, *card.attention[known[0]], card.memory, card.copies, BOTH_WAYS * card.copies
     return Machine(int(FRAGMENTS * allowed_bytes(gib)), free_host_bytes() // ranks_here(), *rates), known[0]
 
 

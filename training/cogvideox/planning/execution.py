@@ -6,7 +6,7 @@ free memory and rates (``measure_all_ranks``), finds the choices that the flags 
 choice.choose_plan compare all plans that the flags allow:
 
     options, buckets, transformer --> sizes_of_run      --> Sizes   --.
-    probes of about a second      --> measure_all_ranks --> Machine ---+--> choose_plan --> ExecutionPlan --> apply_plan
+    probes of two seconds         --> measure_all_ranks --> Machine ---+--> choose_plan --> ExecutionPlan --> apply_plan
     --plan and its flags          --> axes_of           --> Axes    --'
 
 ``make_plan`` returns the plan, and ``apply_plan`` moves the transformer to where the plan wants it. A ModulePlan runs
@@ -42,7 +42,7 @@ from cogvideox.errors import UsageError, first_line
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.graphs import allowing_graphs
 from cogvideox.memory.shared import Neighbors
-from cogvideox.memory.streaming import HostTrainedBlocks, pinned
+from cogvideox.memory.streaming import HostTrainedBlocks, SideStream, compute_waits_for, pinned
 from cogvideox.model.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.model.blocks import UNITS, kept_at
 from cogvideox.model.models import DTYPES, free_device_bytes, stored_dtype
@@ -68,7 +68,9 @@ from cogvideox.runtime.run import Run, with_peaks
 
 Plan = ExecutionPlan | ModulePlan
 AVERAGE_BYTES = 4  # per trained element, with --use_ema
-PROBE_SECONDS = 0.2  # long enough for a card to reach its power limit, as it does in training
+PROBE_SECONDS = 0.2
+TURNS_SECONDS = 1.0  # long enough for a card to reach its power limit, as it does in training
+PRODUCTS_PER_BLOCK = 8  # of width x 4 width: three in forward; two to three for gradients and to compute outputs again
 COPY_BYTES = 64 * 2**20
 SHARED = "streamed weights: one copy in host memory for the {} processes of this machine"
 NOT_SHARED = (
@@ -354,7 +356,7 @@ def sizes_of(
 def measure_machine(
     device: torch.device, dtype: torch.dtype, backend: str, sizes: Sizes, budget: float | None
 ) -> Machine:
-    """Measures free memory, and rates by probes that take about a second in all; a CPU gets nominal rates.
+    """Measures free memory, and rates by probes that take about two seconds in all; a CPU gets nominal rates.
 
     Args:
         device: The device of this process.
@@ -443,31 +445,90 @@ def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backe
     o, lse = attend(q, q, q, backend)
     host, here = pinned(COPY_BYTES), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     scores = 4 * tokens**2 * width
+    product, forward, backward = seconds_in_turns(
+        (lambda: x @ w.mT, PRODUCTS_PER_BLOCK),
+        (lambda: attend(q, q, q, backend), 1),
+        (lambda: attend_backward(o, q, q, q, o, lse, backend), 1),
+    )
     return replace(
         machine,
-        matmul=8 * tokens * width**2 / seconds_per_call(lambda: x @ w.mT),
-        attention=scores / seconds_per_call(lambda: attend(q, q, q, backend)),
-        attention_backward=2.5 * scores / seconds_per_call(lambda: attend_backward(o, q, q, q, o, lse, backend)),
+        matmul=8 * tokens * width**2 / product,
+        attention=scores / forward,
+        attention_backward=2.5 * scores / backward,
         memory=2 * here.numel() / seconds_per_call(lambda: here.clone()),
         copies=host.numel() / seconds_per_call(lambda: here.copy_(host, non_blocking=True)),
+        both_ways=rate_of_both_ways(device),
     )
+
+
+def rate_of_both_ways(device: torch.device) -> float:
+    """Returns the bytes per second of copies in both directions at once, together."""
+    sides = SideStream(device), SideStream(device)
+    hosts = [pinned(COPY_BYTES) for _ in sides]
+    here = [torch.empty(COPY_BYTES, dtype=torch.uint8, device=device) for _ in sides]
+    pairs = (here[0], hosts[0]), (hosts[1], here[1])
+    number = 4  # copies in a row, so that the waits between the streams do not count
+
+    def copy() -> None:
+        for side, (target, source) in zip(sides, pairs, strict=True):
+            with side.after_compute():
+                for _ in range(number):
+                    target.copy_(source, non_blocking=True)
+        for side in sides:
+            compute_waits_for(side.record_event())
+
+    return 2 * number * COPY_BYTES / seconds_per_call(copy)
+
+
+def seconds_in_turns(*runs: tuple[Callable[[], object], int]) -> list[float]:
+    """Returns the seconds of one call of each function on the device, while they take turns as in training.
+
+    A card at its power limit lowers its clock, by an amount that depends on what it computes and on how long it has
+    been computing. So the calls follow each other for TURNS_SECONDS, and only the second half of them counts.
+
+    Args:
+        runs: The functions, each with the number of calls in a turn.
+    """
+
+    def turn() -> list[torch.cuda.Event]:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
+        marks[0].record()
+        for mark, (run, calls) in zip(marks[1:], runs, strict=True):
+            for _ in range(calls):
+                run()
+            mark.record()
+        return marks
+
+    turns = calls_within(TURNS_SECONDS, turn)
+    marked = [turn() for _ in range(turns)][turns // 2 :]
+    torch.cuda.synchronize()
+    return [
+        sum(marks[i].elapsed_time(marks[i + 1]) for marks in marked) / 1000 / len(marked) / calls
+        for i, (_, calls) in enumerate(runs)
+    ]
 
 
 def seconds_per_call(run: Callable[[], object]) -> float:
     """Returns the seconds of one call on the device, averaged over calls that take about PROBE_SECONDS together."""
+    calls = calls_within(PROBE_SECONDS, run)
+    return seconds_of(run, calls) / calls
 
-    def time_calls(calls: int) -> float:
-        # Calls return before the device has executed them. Earlier work must not count, and these calls must end.
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-        return time.perf_counter() - started
 
-    time_calls(1)  # the first call chooses and compiles kernels
-    calls = max(1, round(PROBE_SECONDS / time_calls(1)))
-    return time_calls(calls) / calls
+def calls_within(seconds: float, run: Callable[[], object]) -> int:
+    """Returns how many calls take about some seconds, at least one."""
+    seconds_of(run, 1)  # the first call chooses and compiles kernels
+    return max(1, round(seconds / seconds_of(run, 1)))
+
+
+def seconds_of(run: Callable[[], object], calls: int) -> float:
+    """Returns the seconds of some calls on the device."""
+    # Calls return before the device has executed them. Earlier work must not count, and these calls must end.
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 # -- setting up --------------------------------------------------------------------------------------------------------

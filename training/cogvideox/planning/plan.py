@@ -91,6 +91,7 @@ class Machine:
     attention_backward: float = 2e11  # FLOP per second of attention in backward
     memory: float = 2e10  # bytes per second, of the device
     copies: float = 1e10  # bytes per second between host and device, one way
+    both_ways: float = 1.5e10  # bytes per second in both directions together, if both are busy
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ it waits for has happened; these dependencies are those of memory/streaming.py:
 State of blocks whose weights are on the device passes from the start of the step on, behind all other copies. These
 blocks are the last ones (``order``), so that their state has the forward pass of the others to pass in.
 
-The arithmetic of a block is counted: FLOP of matrix products and attention at the rates that probes measure, and bytes
-of memory traffic for everything else. Each constant has the measurement that it comes from.
+The arithmetic of a block is counted: FLOP of matrix products and attention, and bytes of memory traffic for everything
+else, at the rates that probes measure (execution.with_rates). Each constant has the measurement that it comes from.
 """
 
 from collections.abc import Sequence
@@ -43,12 +43,6 @@ RECOMPUTED = {"input": (8 / 12, 1.0), "attention": (8 / 12, 0.0), "linear": (0.0
 # The products of a LoRA reach half the rate of large ones: they make forward of a 5b block 0.31 ms longer (5.39 and
 # 5.08 ms in one_block_5b.json and one_block_5b_sft.json), which are 0.11 TFLOP.
 LORA_SLOWNESS = 2.0
-SUSTAINED = 0.95
-"""The share of a probe's attention rate that a step sustains: a card at its power limit lowers its clock. Measured by
-``kernels_ms`` of 20 results of bench.py: 0.91 to 1.02 of the rates in ``machine``."""
-BOTH_WAYS = 1.5
-"""The rate of copies in both directions at once, together, relative to one direction. In the traced steps of
-benchmarks/LOG.md 41 GB/s came in while 45 GB/s went out, where one direction alone has 54."""
 # By engine: the bytes of device memory that FSDP2 or ZeRO-2 reads and writes for each trained element in addition, to
 # gather weights, to sum gradients and to convert both. By difference of the measured seconds in results/scale_*.json
 # from those without sharding: 0.16 s for 5.6e9 elements on H100 and H200 (FSDP2), 0.28 s (ZeRO-2).
@@ -104,11 +98,12 @@ class Link:
 
     Args:
         rate: Bytes per second of one direction alone.
+        both_ways: Bytes per second of both directions together, if both are busy.
         mixtures: The number of mixtures.
     """
 
-    def __init__(self, rate: float, mixtures: int) -> None:
-        self.rate = rate
+    def __init__(self, rate: float, both_ways: float, mixtures: int) -> None:
+        self.rate, self.both_ways = rate, both_ways
         self.free = np.zeros((2, mixtures))  # when each direction has made all copies so far
         self.moved = np.zeros(mixtures)  # bytes in both directions
 
@@ -116,8 +111,8 @@ class Link:
         """Makes a copy that may start at ``ready``; returns when it ends. No bytes are there at once."""
         other, alone = 1 - direction, num_bytes / self.rate
         start = np.maximum(ready, self.free[direction])
-        # While both directions are busy, each has BOTH_WAYS / 2 of its rate, so both lose the same time.
-        lost = (2 / BOTH_WAYS - 1) * np.minimum(alone, np.maximum(0.0, self.free[other] - start))
+        # While both directions are busy, each has half of their common rate, so both lose the same time.
+        lost = (2 * self.rate / self.both_ways - 1) * np.minimum(alone, np.maximum(0.0, self.free[other] - start))
         end = start + alone + lost
         self.free[direction] = np.where(num_bytes > 0, end, self.free[direction])
         self.free[other] += lost
@@ -133,7 +128,7 @@ class Link:
     @property
     def used(self) -> Array:
         """Returns the seconds that all copies so far take if both directions are always busy."""
-        return self.moved / (BOTH_WAYS * self.rate)
+        return self.moved / self.both_ways
 
 
 class Prefetch:
@@ -210,8 +205,8 @@ class Timeline:
         of_lora = 0 if trains_all else sizes.trained / sizes.blocks
         lora = LORA_SLOWNESS * 2 * of_lora * tokens / machine.matmul
         scores = 4 * tokens * sizes.tokens * sizes.width
-        attend = scores / (SUSTAINED * machine.attention)
-        attend_backward = 2.5 * scores / (SUSTAINED * machine.attention_backward)
+        attend = scores / machine.attention
+        attend_backward = 2.5 * scores / machine.attention_backward
         traffic, backward_traffic = TRAFFIC_UNITS[self.costs.compiled, trains_all]
         unit = sizes.unit_bytes / machine.memory
         linears, attentions = RECOMPUTED[level]
@@ -224,9 +219,14 @@ class Timeline:
         return forward, backward
 
     def update_seconds(self, elements: Numbers) -> Numbers:
-        """Returns the seconds of an update: it reads gradients twice, and reads and writes weights and state."""
+        """Returns the seconds of an update: it reads gradients, and reads and writes weights and state."""
         sizes = self.sizes
-        traffic = 2 * sizes.moving_bytes + 2 * sizes.item_bytes + 2 * sizes.sum_bytes
+        traffic = 2 * sizes.moving_bytes + 2 * sizes.item_bytes + sizes.sum_bytes
+        return elements * traffic / self.machine.memory
+
+    def norm_seconds(self, elements: Numbers) -> Numbers:
+        """Returns the seconds of the norm of gradients, which are converted to fp32 for it (streaming.norms_of)."""
+        traffic = self.sizes.item_bytes + 2 * 4
         return elements * traffic / self.machine.memory
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class Timeline:
 
         The first pass begins with the updates of the step before.
         """
-        link = Link(self.machine.copies, self.order.shape[1])
+        link = Link(self.machine.copies, self.machine.both_ways, self.order.shape[1])
         now = np.zeros(self.order.shape[1])
         if number == 0:
             now = self.start(link, now)
@@ -266,7 +266,8 @@ class Timeline:
         sizes, in_start = self.sizes, ~self.streamed & ~self.late
         outside = sizes.trained * (self.costs.state == HOST)
         blocks = sizes.block_trained * np.sum((self.state == 0) & ~self.streamed, axis=0)
-        now = now + self.update_seconds(blocks + sizes.trained - outside) / sizes.shards
+        norms = self.norm_seconds(sizes.trained + sizes.block_trained * np.sum(~self.streamed, axis=0))
+        now = now + (norms + self.update_seconds(blocks + sizes.trained - outside)) / sizes.shards
         moved = outside * sizes.moving_bytes + np.sum(self.state * in_start, axis=0)
         inward = outward = moved
         if sizes.average_bytes:  # the average is updated by the host, which waits for all transfers
@@ -294,7 +295,7 @@ class Timeline:
         if updates:
             inward, outward = inward + self.streamed * self.pass_in, self.streamed * self.pass_out
             update = self.update_seconds(self.sizes.block_trained) * ((self.state > 0) | (self.gradients > 0))
-            behind = now + np.cumsum(self.late * 2 * self.state, axis=0) / (BOTH_WAYS * link.rate)
+            behind = now + np.cumsum(self.late * 2 * self.state, axis=0) / link.both_ways
         prefetch = Prefetch(link, now, self.streamed, inward, outward)
         for i in range(self.sizes.blocks):
             ready = np.where(self.late[i], np.maximum(now, behind[i] + link.used * updates), now)
@@ -316,6 +317,7 @@ class Timeline:
         down = slice(None, None, -1)
         backward = np.array([self.compute_seconds(kind.keep)[1] for kind in self.kinds])[self.order][down]
         streamed, stored = self.streamed[down], self.stored[down]
+        backward = backward + streamed * self.norm_seconds(self.sizes.block_trained)
         # The last saved activations are still on the device, and backward waits until they have been copied too.
         saved = Prefetch(link, left.ends[-1], stored, self.saved[down] * ~in_first(stored, IN_FLIGHT))
         weights = Prefetch(link, now, streamed, self.weights[down] * ~in_first(streamed, WEIGHT_SLOTS))
