@@ -26,6 +26,7 @@ Without a GPU the same code runs every copy at once, in program order, and there
 """
 
 import mmap
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -162,6 +163,12 @@ def aligned(size: int) -> int:
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
+
+
+# CUDA distributes streams over hardware queues, of which there are 8 by default. Work of two streams that share a queue
+# runs in the order in which it was issued, so kernels would wait behind copies that wait for an event. With the compute
+# stream there are nine streams here. CUDA reads this when the process first uses a GPU.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class SideStream:
