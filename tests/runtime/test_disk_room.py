@@ -36,11 +36,13 @@ def test_how_many_checkpoints_a_run_adds(
     assert new_at_once(train, first, total, there) == expected
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, free: float, there: int = 0, **flags: object) -> str:
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, free: float, there: int = 0, may_shrink: bool = False, **flags: object
+) -> str:
     """Returns the message for a run of ten checkpoints of 10 GiB, or an empty text if it fits."""
     train = TrainFlags(checkpointing_steps=1, **flags)  # type: ignore[arg-type]
     monkeypatch.setattr(disk_room, "free_disk_bytes", lambda folder: int(free * GIB))
-    needs = DiskNeeds(10 * GIB, 2 * GIB, new_at_once(train, there, 10, there))
+    needs = DiskNeeds(10 * GIB, 2 * GIB, new_at_once(train, there, 10, there), may_shrink)
     try:
         check_disk(Path("out"), needs, train, there)
     except DiskError as error:
@@ -71,6 +73,14 @@ def test_without_a_limit_that_fits_only_space_helps(monkeypatch: pytest.MonkeyPa
         assert refusal(monkeypatch, 21, checkpoints_total_limit=limit).endswith(
             "GiB free; free some space and run the same command again"
         )
+
+
+def test_checkpoints_of_weights_only_are_named_if_no_limit_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = "give --checkpoint_weights_only --checkpoints_total_limit 1, or free some space"
+    assert named in refusal(monkeypatch, 6, may_shrink=True)  # the last one, a new one, and the result
+    assert named not in refusal(monkeypatch, 5.9, may_shrink=True)
+    assert named not in refusal(monkeypatch, 7.9, may_shrink=True, keep_best=True)
+    assert "give --checkpoints_total_limit 1, or" in refusal(monkeypatch, 22, may_shrink=True)
 
 
 def test_the_rate_of_the_disk_is_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

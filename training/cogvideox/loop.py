@@ -27,7 +27,13 @@ from tqdm import tqdm
 from cogvideox import stopping
 from cogvideox.config.geometry import Geometry, read_geometry
 from cogvideox.config.hub import upload
-from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, local_processes, samples_per_step
+from cogvideox.config.options import (
+    TrainOptions,
+    ignores_positions,
+    image_flags,
+    local_processes,
+    samples_per_step,
+)
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, trained_timesteps
@@ -47,7 +53,7 @@ from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.streaming import HostTrainedBlocks
 from cogvideox.model import diffusion, models
 from cogvideox.model.diffusion import NoiseSchedule
-from cogvideox.model.methods import Method
+from cogvideox.model.methods import FullFinetune, Method
 from cogvideox.model.tasks import Task, losses_of
 from cogvideox.optimizer.engine import make_engine
 from cogvideox.optimizer.step import learning_rate, rate_jump
@@ -70,6 +76,7 @@ from cogvideox.runtime.checkpoint import (
     write_samples,
 )
 from cogvideox.runtime.curves import CURVES_NAME, draw_curves
+from cogvideox.runtime.disk_room import saves_weights_only
 from cogvideox.runtime.metrics import column, read_records
 from cogvideox.runtime.ranks import lost_ranks_reported
 from cogvideox.runtime.report import write_report
@@ -260,6 +267,7 @@ class Trainer:
             train.save_every_minutes,
             good_until=self.skipped.good_until,
             # A LoRA is saved so fast that a copy would gain nothing.
+            weights_only=saves_weights_only(options),
             in_background=options.method == "sft" and run.world == 1,
         )
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, steps.order)
@@ -574,6 +582,9 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     run.startup.done("prompts")
     transformer = models.load_transformer(options.model, run.dtype, ignores_positions(options))
     method = method_type(transformer, options)
+    if start.folder is not None and start.weights_only and isinstance(method, FullFinetune):
+        transformer = method.new_transformer(None, start.folder)
+        method = method_type(transformer, options)
     run.startup.done("model")
     plan = make_plan(run, options, tensors, transformer, steps.total)
     run.ranks.check_agreement({"the plan": str(plan)}, "give all of them GPUs of one kind, or --plan and its axes")

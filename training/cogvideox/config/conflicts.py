@@ -33,6 +33,7 @@ from cogvideox.config.options import (
     PrepareOptions,
     SceneOptions,
     ScriptOptions,
+    SftOptions,
     TrainOptions,
     copies_and_shards,
     fsdp_offloads,
@@ -84,6 +85,8 @@ def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[s
         yield from optimizer_problems(options, given)
         yield from loss_problems(options.loss, given)
         yield from best_problems(options)
+        if isinstance(options, SftOptions) and options.full.checkpoint_weights_only:
+            yield from weights_only_problems(options)
         yield from plan_problems(options)
     if isinstance(options, LoraOptions):
         yield from lora_problems(options.lora)
@@ -215,6 +218,17 @@ def best_problems(options: TrainOptions) -> Iterator[str]:
     for given in held_out_flags(options):
         if not options.data.validation_data_root and not options.loader.load_tensors:
             yield f"{given}: there are no clips to measure the loss on; give --validation_data_root"
+
+
+def weights_only_problems(options: TrainOptions) -> Iterator[str]:
+    """Yields what a checkpoint without optimizer state and master weights cannot do."""
+    if options.loss.use_ema:
+        rule = "such a checkpoint has one set of weights, and a resumed run needs the trained ones and their average"
+        yield f"--checkpoint_weights_only: contradicts --use_ema; {rule}; leave one of them out"
+    if options.train.export_best:
+        rule = "the best checkpoint cannot be loaded into a run that has other master weights"
+        fix = "leave one of them out; --resume_from_checkpoint checkpoint-N --max_train_steps N exports a checkpoint"
+        yield f"--checkpoint_weights_only: contradicts --export_best; {rule}; {fix}"
 
 
 def hub_problems(hub: HubFlags) -> Iterator[str]:

@@ -23,13 +23,13 @@ from shlex import quote
 from typing import Any
 
 from cogvideox.config.flags import CHANGEABLE
-from cogvideox.config.options import LoraOptions, TrainOptions
+from cogvideox.config.options import LoraOptions, SftOptions, TrainOptions
 from cogvideox.data.cache import CacheIndex, hash_of
 from cogvideox.errors import DiskError, NonFiniteError, UsageError, first_line
 from cogvideox.files import check_room, disk_errors_converted, fsync, removed_on_failure, size_text, write_atomically
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.methods import Method
-from cogvideox.optimizer.engine import Engine
+from cogvideox.optimizer.engine import STATE_NAME, Engine
 from cogvideox.runtime.background import Snapshot, Writing
 from cogvideox.runtime.disk_room import (
     DiskNeeds,
@@ -165,6 +165,7 @@ class Saver:
         num_bytes: The expected size of a checkpoint, if known.
         saved_at: The monotonic time of the last checkpoint, or of the start.
         good_until: While steps are skipped, the step before the first of them; its last checkpoint is not removed.
+        weights_only: Whether checkpoints have only the weights, without the engine's state.
         in_background: Whether checkpoints are copied to host memory and written while training goes on, where there is
             room. Only for a single process, because an error of the thread ends only its own process.
         writing: The checkpoint that a thread writes.
@@ -182,6 +183,7 @@ class Saver:
     num_bytes: int | None = None
     saved_at: float = field(default_factory=time.monotonic)
     good_until: int | None = None
+    weights_only: bool = False
     in_background: bool = False
     writing: Writing | None = field(default=None, init=False)
     afterwards: list[Callable[[], None]] = field(default_factory=list, init=False)
@@ -235,7 +237,8 @@ class Saver:
             check_room(self.run.output_dir, self.num_bytes or 0)
             folder.mkdir()
         self.run.barrier()
-        self.engine.save(folder, write)
+        if not self.weights_only:
+            self.engine.save(folder, write)
         self.engine.save_weights(self.method, folder, write)
         self.run.barrier()
 
@@ -304,7 +307,8 @@ class Saver:
         shortage = None
         if self.run.is_main:
             try:
-                needs = DiskNeeds(self.num_bytes, result_bytes(parameters), new)
+                may_shrink = isinstance(options, SftOptions) and not (self.weights_only or options.loss.use_ema)
+                needs = DiskNeeds(self.num_bytes, result_bytes(parameters), new, may_shrink)
                 check_disk(self.run.output_dir, needs, options.train, there)
             except DiskError as error:
                 shortage = error
@@ -329,6 +333,10 @@ class Saver:
         elif self.in_background:
             how += f", during which training waits, because {size_text(spare)} of host memory are free for a copy"
         self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and {how}")
+        if self.weights_only:
+            self.run.say(
+                f"--checkpoint_weights_only: a run that is stopped or killed resumes {state_after_loss(self.run)}"
+            )
 
     def _check_finite(self, step: int) -> None:
         bad = self.run.ranks.gather(self.engine.not_finite())
@@ -458,15 +466,28 @@ class StartPoint:
     step: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def weights_only(self) -> bool:
+        """Returns whether the checkpoint has only the weights; then the engine must be made from these."""
+        return self.folder is not None and not (self.folder / STATE_NAME).exists()
+
     def load(self, run: Run, engine: Engine, method: Method) -> None:
         """Loads the checkpoint, if there is one, into the engine and the method; otherwise renames damaged ones."""
         if self.folder is None:
             if run.is_main:
                 keep_all_damaged(run.output_dir)
+        elif self.weights_only:
+            run.say(f"resuming from the weights in {self.folder} after step {self.step}, {state_after_loss(run)}")
         else:
             engine.load(self.folder)
             method.resume(self.folder)
             run.say(f"resuming from {self.folder} after step {self.step}")
+
+
+def state_after_loss(run: Run) -> str:
+    """Returns, for a message, with what a run resumes from a checkpoint that has only the weights."""
+    rounded = "" if run.precision == "no" else f", and with master weights that were rounded to {run.precision}"
+    return f"with fresh optimizer state{rounded}, so not as if it had not been interrupted"
 
 
 def find_start(run: Run, recipe: dict[str, Any], options: TrainOptions) -> StartPoint:

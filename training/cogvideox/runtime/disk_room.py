@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from cogvideox.config.flags import TrainFlags
 from cogvideox.config.optimizers import make_optimizer
-from cogvideox.config.options import TrainOptions
+from cogvideox.config.options import SftOptions, TrainOptions
 from cogvideox.errors import DiskError
 from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
 from cogvideox.optimizer.master_weights import state_bytes
@@ -33,11 +33,13 @@ class DiskNeeds:
         checkpoint: The bytes of a checkpoint.
         result: The bytes of the result.
         checkpoints: How many new checkpoints exist at once at most.
+        may_shrink: Whether --checkpoint_weights_only would make a checkpoint as small as the result.
     """
 
     checkpoint: int
     result: int
     checkpoints: int
+    may_shrink: bool = False
 
     @property
     def total(self) -> int:
@@ -45,8 +47,15 @@ class DiskNeeds:
         return self.checkpoints * self.checkpoint + self.result
 
 
+def saves_weights_only(options: TrainOptions) -> bool:
+    """Returns whether checkpoints have no optimizer state and no master weights."""
+    return isinstance(options, SftOptions) and options.full.checkpoint_weights_only
+
+
 def checkpoint_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
     """Returns the expected bytes of a checkpoint: master, optimizer state, average and value of each element."""
+    if saves_weights_only(options):
+        return result_bytes(parameters)
     state = state_bytes(partial(make_optimizer, options.optimizer), device) + 4 * options.loss.use_ema
     return sum(num_elements(parameter) * (state + parameter.element_size()) for parameter in parameters)
 
@@ -90,9 +99,12 @@ def check_disk(folder: Path, needs: DiskNeeds, train: TrainFlags, there: int = 0
     sizes = f"{needs.checkpoints} checkpoints of {size_text(needs.checkpoint)} and {size_text(needs.result)} of result"
     problem = f"{folder}: No space left on device, {size_text(needs.total)} needed ({sizes}), {size_text(free)} free"
     limit = (free + there * needs.checkpoint - needs.result) // needs.checkpoint - 1 - train.keep_best
-    fewer = limit >= 1 and limit < (train.checkpoints_total_limit or limit + 1)
-    ways = f"give --checkpoints_total_limit {limit}, or free" if fewer else "free"
-    raise DiskError(problem, f"{ways} some space and run the same command again")
+    ways = ""
+    if 1 <= limit < (train.checkpoints_total_limit or limit + 1):
+        ways = f"give --checkpoints_total_limit {limit}, or "
+    elif needs.may_shrink and (3 + train.keep_best) * needs.result <= free:
+        ways = "give --checkpoint_weights_only --checkpoints_total_limit 1, or "
+    raise DiskError(problem, f"{ways}free some space and run the same command again")
 
 
 def seconds_to_write(folder: Path, num_bytes: int) -> float:
