@@ -21,7 +21,7 @@ def not_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) 
         dtype: If given, values that are infinite in this type count too.
     """
     flags: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items():  # which may compute each one only now
         if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
             # NaN propagates through both extremes, and this is much faster than isfinite().all().
             flags[tensor.device][name] = torch.stack(torch.aminmax(tensor)).to(dtype or tensor.dtype).isfinite().all()

@@ -7,7 +7,7 @@ device, when its turn comes.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +55,29 @@ class Piece:
     shape: torch.Size
     dtype: torch.dtype
     read: Callable[[], Tensor]
+
+
+class ReadPieces(Mapping[str, Tensor]):
+    """Gives the tensors of pieces by name, and reads each one only when it is asked for.
+
+    Args:
+        pieces: The pieces by the names of the tensors.
+    """
+
+    def __init__(self, pieces: Mapping[str, Piece]) -> None:
+        self.pieces = pieces
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Reads a tensor."""
+        return self.pieces[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        """Returns the names."""
+        return iter(self.pieces)
+
+    def __len__(self) -> int:
+        """Returns the number of tensors."""
+        return len(self.pieces)
 
 
 Pieces = Mapping[str, Piece]  # by the names of the tensors in the file

@@ -5,7 +5,7 @@ of it; a new engine implements that protocol. All of them write the same safeten
 with another engine and another number of processes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from cogvideox.optimizer.shard_files import RaiseTogether, raise_error, read_sha
 from cogvideox.optimizer.sharded_weights import ShardedWeights, is_sharded
 from cogvideox.optimizer.step import MasterWeights, StepResult
 from cogvideox.optimizer.zero_weights import ZeroWeights
-from cogvideox.tensor_files import WriteTensors, pieces_of, write_tensors
+from cogvideox.tensor_files import ReadPieces, WriteTensors, pieces_of, write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -135,11 +135,19 @@ class MasterEngine(Generic[Masters]):
         parameters = self.masters.parameters.items()
         rounded = {f"weight/{name}": p.detach() for name, p in parameters if p.dtype != torch.float32}
         # A finite master may be too large for fp16, so the rounded weights are checked too.
-        return not_finite(self.masters.tensors() | averages | rounded)
+        return not_finite(self._state()) + not_finite(averages | rounded)
+
+    def _state(self) -> Mapping[str, Tensor]:
+        """Returns the masters and the optimizer's state by name."""
+        return self.masters.tensors()
 
 
 class LocalEngine(MasterEngine[MasterWeights | OffloadedWeights]):
     """Keeps the complete trainable state on every rank, and averages gradients over the ranks in fp32."""
+
+    def _state(self) -> Mapping[str, Tensor]:
+        """Returns the masters and the optimizer's state by name; what must be computed exists one after another."""
+        return ReadPieces(self.masters.pieces())
 
     def save(self, folder: Path, write: WriteTensors = write_tensors) -> None:
         """Writes masters, optimizer state and average to the folder, from one rank."""

@@ -15,7 +15,7 @@ import torch
 
 from cogvideox.finite import not_finite
 from cogvideox.memory.streaming import Layout, fill, host_buffer
-from cogvideox.tensor_files import Piece, Pieces, pieces_of, write_tensors
+from cogvideox.tensor_files import Piece, Pieces, ReadPieces, pieces_of, write_tensors
 
 CHUNK = 2**24  # elements that are copied at a time from a device, through one pinned buffer of torch
 
@@ -38,7 +38,7 @@ class Snapshot:
 
     def not_finite(self) -> list[str]:
         """Returns the names of the tensors that contain NaN or infinity."""
-        return [bad for _, pieces, _ in self.files for bad in not_finite({n: p.read() for n, p in pieces.items()})]
+        return [bad for _, pieces, _ in self.files for bad in not_finite(ReadPieces(pieces))]
 
     def write(self) -> None:
         """Writes the files.

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from cogvideox.config.options import SftOptions
 from cogvideox.model import transformer_files
 from cogvideox.model.methods import FullFinetune
 from cogvideox.model.models import load_transformer
+from cogvideox.optimizer.engine import LocalEngine
 from cogvideox.tensor_files import DTYPES, Piece, pieces_of, write_tensors
 
 
@@ -36,21 +38,37 @@ def test_safetensors_reads_every_type_and_shape(tmp_path: Path) -> None:
     assert equal(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
 
 
-def test_each_piece_is_read_once_and_dropped_before_the_next(tmp_path: Path) -> None:
-    """A joined fp32 master must exist for one parameter at a time only."""
-    made: list[weakref.ref[Any]] = []
-    alive: list[int] = []
+class Counted:
+    """Makes pieces that know how many of their tensors exist at a time."""
 
-    def make() -> Tensor:
-        memory = np.full(4, float(len(made)), np.float32)
-        made.append(weakref.ref(memory))
-        alive.append(sum(reference() is not None for reference in made))
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[Any]] = []
+        self.alive: list[int] = []
+
+    def __call__(self) -> Tensor:
+        memory = np.full(4, float(len(self.made)), np.float32)
+        self.made.append(weakref.ref(memory))
+        self.alive.append(sum(reference() is not None for reference in self.made))
         return torch.from_numpy(memory)  # holds the array for as long as its storage is used
 
-    piece = Piece(torch.Size([4]), torch.float32, make)
-    write_tensors(tmp_path / "a.safetensors", dict.fromkeys("cab", piece))
-    assert alive == [1, 1, 1]
+    def pieces(self) -> dict[str, Piece]:
+        return dict.fromkeys("cab", Piece(torch.Size([4]), torch.float32, self))
+
+
+def test_each_piece_is_read_once_and_dropped_before_the_next(tmp_path: Path) -> None:
+    """A joined fp32 master must exist for one parameter at a time only."""
+    counted = Counted()
+    write_tensors(tmp_path / "a.safetensors", counted.pieces())
+    assert counted.alive == [1, 1, 1]
     assert load_file(tmp_path / "a.safetensors")["b"].tolist() == [1.0] * 4
+
+
+def test_pieces_are_checked_for_nan_one_after_another() -> None:
+    counted = Counted()
+    engine: Any = LocalEngine(torch.nn.Linear(1, 1), MagicMock(pieces=counted.pieces, parameters={}), writes=True)
+    assert engine.not_finite() == []
+    assert max(counted.alive) <= 2  # the last one exists until the next one has been read
+    assert len(counted.alive) == 3
 
 
 @pytest.mark.parametrize(("kind", "largest", "files"), [("5b", 5 * 10**9, 1), ("5b-i2v", 2 * 10**5, 3)])
