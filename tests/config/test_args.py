@@ -776,6 +776,7 @@ def test_every_flag_has_a_reader() -> None:
     # These flags are read only while the command line is parsed.
     only_here = {"ScriptFlags.print_config", "PrepareFlags.save_latents_and_embeddings"}
     only_here |= {"GuideFlags.model_type", "GuideFlags.training_type"}
+    only_here |= {"OptimizerFlags.offload_gradients"}  # options.wanted_places turns it into a flag of the plan
     refused = {"DataFlags.dataset_name", "DataFlags.dataset_config_name"}
     assert unread == only_here | refused
     assert {name.split(".")[1] for name in only_here} <= functions

@@ -14,7 +14,8 @@ from torch.nn import Parameter
 from cogvideox.config.flags import SCHEDULES, OptimizerFlags
 from cogvideox.config.optimizers import make_optimizer
 from cogvideox.optimizer import step as step_module
-from cogvideox.optimizer.step import MasterWeights, learning_rate, rate_jump
+from cogvideox.optimizer.adam import split
+from cogvideox.optimizer.step import MasterWeights, learning_rate, rate_jump, rule_of
 
 FLAGS = OptimizerFlags(weight_decay=0.01)
 
@@ -23,7 +24,7 @@ def masters(
     params: dict[str, Parameter], *, norm: float = 0.0, scale: bool = False, rule: str = "adam"
 ) -> MasterWeights:
     flags = OptimizerFlags(optimizer=rule, weight_decay=FLAGS.weight_decay)
-    return MasterWeights(params, partial(make_optimizer, flags), norm, scale)
+    return MasterWeights(params, rule_of(flags), norm, scale, passes=2)
 
 
 # -- against torch -----------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def test_low_precision_equals_fp32_masters_by_hand(dtype: torch.dtype) -> None:
         for name, master in engine.named_masters().items():
             assert master.dtype == torch.float32
             torch.testing.assert_close(master.detach(), wanted[name], rtol=1e-5, atol=1e-5)
-            assert torch.equal(params[name], master.to(dtype))
+            assert torch.equal(params[name], split(master)[0] if dtype == torch.bfloat16 else master.to(dtype))
             wanted[name] = master.detach().clone()  # A tie in rounding must not affect later steps.
     assert params["down"].dtype == dtype
 
@@ -148,7 +149,6 @@ def test_gradients_and_the_loss_are_zero_after_a_step() -> None:
     params = parameters()
     engine = masters(params)
     train(engine, params, 0, 1)
-    assert not engine.buffer.any()
     assert all(p.grad is None for p in params.values())
     engine.backward(0.0 * loss_of(params, 0))
     assert values(engine.step(0.0)) == {"loss": 0.0, "grad_norm": 0.0, "skipped": 0.0, "loss_scale": 1.0}
@@ -200,7 +200,7 @@ def test_the_scale_keeps_small_fp16_gradients() -> None:
 
     def norm(scale: bool) -> float:
         params = {"w": Parameter(torch.ones(1, dtype=torch.float16))}
-        engine = MasterWeights(params, partial(make_optimizer, FLAGS), 0.0, scale)
+        engine = MasterWeights(params, rule_of(FLAGS), 0.0, scale)
         engine.backward((params["w"].float() * 1e-8).sum())
         return values(engine.step(0.1))["grad_norm"]
 

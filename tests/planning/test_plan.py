@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cogvideox.memory.streaming import HostStore
-from cogvideox.optimizer.master_weights import CHUNK_BYTES
+from cogvideox.optimizer.adam_weights import RANGE_BYTES
 from cogvideox.planning.choice import AS_FAST, choose_plan, compile_seconds, mixture, mixtures
 from cogvideox.planning.costs import Costs, Kinds
 from cogvideox.planning.plan import (
@@ -98,7 +98,7 @@ def test_what_fits_stays_on_the_device() -> None:
 
 
 def test_the_smallest_card() -> None:
-    plan = pick(4)
+    plan = pick(3.7)
     assert {block.weights for block in plan.blocks} == {HOST}
     assert plan.state == HOST
     with pytest.raises(NoPlanError, match=r"needs 3\.\d GiB of device memory.* 3\.0 and 90\.0 GiB are available"):
@@ -160,7 +160,7 @@ def test_a_quantized_block_is_smaller_and_little_of_it_is_dequantized() -> None:
         assert saved == pytest.approx((stored / 2 - 0.1) * LARGE.block_bytes)
 
 
-@pytest.mark.parametrize("sizes", [LARGE, replace(WHOLE, sum_bytes=4), replace(WHOLE, average_bytes=4, state_bytes=16)])
+@pytest.mark.parametrize("sizes", [LARGE, replace(WHOLE, sum_bytes=4), replace(WHOLE, average_bytes=4, state_bytes=14)])
 def test_predictions_for_all_mixtures_at_once_are_those_for_each(sizes: Sizes) -> None:
     kinds = mixtures(PRESETS["auto"], sizes)
     every = np.stack([*kinds.values()], axis=1)
@@ -236,9 +236,9 @@ def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -
         PRESETS["lean"], WHOLE, replace(FAST, device_bytes=int(7.4 * GIB), host_bytes=128 * GIB), True, "cudnn"
     )
     assert plan.blocks == mixture(LEAN)
-    per_number = 2 + 2 + 12  # weight, gradient, master weight and two moments
+    per_number = 2 + 2 + 2 + 8  # weight, gradient, low bits of the master, two moments
     kept = 42 * WHOLE.kept_bytes("attention")
-    assert plan.pinned == 42 * WHOLE.block_trained * per_number + kept + WHOLE.trained * 12
+    assert plan.pinned == 42 * WHOLE.block_trained * per_number + kept + WHOLE.trained * 10
     assert costs(LEAN, HOST, replace(WHOLE, ranks=4)).pinned_bytes == plan.pinned  # trained weights are not shared
     with pytest.raises(NoPlanError, match="of host memory"):
         choose_plan(PRESETS["lean"], WHOLE, replace(FAST, host_bytes=64 * GIB), True, "cudnn")
@@ -247,13 +247,13 @@ def test_all_weights_of_5b_are_trained_on_a_card_of_8_gib_out_of_host_memory() -
 def test_state_on_the_device_takes_memory_and_is_not_copied() -> None:
     kept_state = {BlockPlan(HOST, "attention", HOST, DEVICE): 10, next(iter(LEAN)): 32}
     numbers = 10 * WHOLE.block_trained
-    assert costs(kept_state).peak_bytes - costs(LEAN).peak_bytes == 12 * numbers
-    assert costs(LEAN).pinned_bytes - costs(kept_state).pinned_bytes == 12 * numbers
-    assert costs(LEAN).all_copied_bytes - costs(kept_state).all_copied_bytes == 12 * numbers
+    assert costs(kept_state).peak_bytes - costs(LEAN).peak_bytes == WHOLE.state_bytes * numbers
+    assert costs(LEAN).pinned_bytes - costs(kept_state).pinned_bytes == WHOLE.state_bytes * numbers
+    assert costs(LEAN).all_copied_bytes - costs(kept_state).all_copied_bytes == WHOLE.state_bytes * numbers
     assert seconds(kept_state) < seconds(LEAN)
 
 
-@pytest.mark.parametrize(("gib", "least", "most"), [(10, 1, 8), (24, 5, 20), (80, 30, 42)])
+@pytest.mark.parametrize(("gib", "least", "most"), [(10, 0, 8), (24, 5, 20), (80, 30, 42)])
 def test_as_much_state_as_fits_stays_on_the_device(gib: float, least: int, most: int) -> None:
     machine = replace(FAST, device_bytes=int(gib * GIB), host_bytes=160 * GIB)
     chosen = choose_plan(PRESETS["auto"], WHOLE, machine, True, "cudnn")
@@ -262,6 +262,7 @@ def test_as_much_state_as_fits_stays_on_the_device(gib: float, least: int, most:
     text = re.search(r"optimizer state on the (\w+)(?:, of (\d+) blocks on the (\w+))?;", str(chosen))
     there = len(chosen.blocks) - here
     expected = {("host", f"{here}", "device"), ("device", f"{there}", "host"), ("device", None, None)}
+    expected |= set() if here else {("host", None, None)}
     assert text is not None
     assert text.groups() in expected
     assert chosen.peak <= machine.device_bytes
@@ -284,7 +285,7 @@ def test_a_plan_says_how_much_host_memory_it_leaves() -> None:
 
 
 def test_an_average_on_the_host_prevents_overlap() -> None:
-    averaged = replace(WHOLE, state_bytes=16, average_bytes=4)
+    averaged = replace(WHOLE, state_bytes=14, average_bytes=4)
     here = {BlockPlan(HOST, "attention", HOST, DEVICE): 42}
     assert seconds(LEAN, HOST, averaged, FAST) > seconds(LEAN) + 0.2
     assert costs(LEAN, HOST, averaged).all_copied_bytes == costs(LEAN).all_copied_bytes
@@ -307,7 +308,7 @@ def test_a_lora_s_state_may_stay_while_weights_are_streamed() -> None:
 def test_the_optimizer_s_step_may_need_more_than_the_blocks(tokens: int) -> None:
     """With short clips and small blocks, three transfers with gradients and weights take more memory than blocks."""
     lean = costs(LEAN, sizes=replace(WHOLE, tokens=tokens, block_trained=WHOLE.block_trained // 10))
-    assert lean.transfer_slot_bytes == CHUNK_BYTES // 12 * (3 * (12 + 2 + 2) + 4)
+    assert lean.transfer_slot_bytes == 3 * RANGE_BYTES
     backward = lean.activation_bytes + lean.gradient_bytes
     stored = lean.peak_bytes - max(backward, lean.transfer_slot_bytes)
     assert stored == costs(LEAN).peak_bytes - costs(LEAN).activation_bytes - costs(LEAN).gradient_bytes

@@ -24,9 +24,10 @@ from torch import Tensor
 from cogvideox.memory import streaming
 from cogvideox.memory.graphs import MAX_GRAPHS
 from cogvideox.memory.shared import Neighbors
-from cogvideox.memory.streaming import HostGradients, HostTrainedBlocks, Ring
+from cogvideox.memory.streaming import HostGradients, TrainedBlocks
 from cogvideox.model import blocks, quant
 from cogvideox.model.quant import dequantize, quantize
+from cogvideox.optimizer.adam import Adam
 from cogvideox.optimizer.step import MasterWeights
 from cogvideox.planning import stack as stack_module
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, LEVELS, UNITS_KEPT, BlockPlan, ExecutionPlan
@@ -56,10 +57,12 @@ def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
     for parameter in transformer.parameters():
         parameter.grad = None
     stack = getattr(transformer.transformer_blocks[0].forward, "__self__", None)
-    if isinstance(stack, Stack) and stack.host_trained:
+    if isinstance(stack, Stack) and stack.trained_blocks and stack.ring:
         names = {id(p): name for name, p in transformer.named_parameters()}
-        for i, parameters in stack.host_trained.parameters.items():
-            sums = of_host(stack.host_trained.gradients, i)
+        for i, parameters in stack.trained_blocks.parameters.items():
+            if not stack.trained_blocks.on_host(i):
+                continue
+            sums = of_host(stack.trained_blocks.gradients, i)
             gradients |= {names[id(p)]: g.clone() for p, g in zip(parameters, sums, strict=True)}
     return {"output": output.detach(), "sample": sample, **gradients}
 
@@ -119,12 +122,12 @@ def test_every_plan_is_the_transformer_of_diffusers(kind: str, made: Callable[[s
 def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
     transformer = make_trainable("5b").bfloat16()
     stack = installed(transformer, (BlockPlan(HOST, "attention", HOST),))
-    assert stack.host_trained
+    assert stack.trained_blocks
     arguments = {k: v.bfloat16() if k.endswith("states") else v for k, v in arguments_of("5b").items()}
     found: dict[int, list[Tensor]] = {}
     for number in range(passes):
         (transformer(**arguments)[0] * (1 + number)).square().mean().backward()
-        sums = stack.host_trained.gradients
+        sums = stack.trained_blocks.gradients
         found = {i: of_host(sums, i) for i in range(3)}
         assert {g.dtype for gradients in found.values() for g in gradients} == {
             torch.float32 if number else torch.bfloat16
@@ -139,9 +142,9 @@ def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
             parameter.summed, parameter.grad = earlier + parameter.grad.float(), None
     for i, block in enumerate(right.transformer_blocks):
         assert all(g.float().equal(p.summed) for g, p in zip(found[i], base_parameters(block), strict=True))
-    stack.host_trained.gradients.clear()
+    stack.trained_blocks.gradients.clear()
     transformer(**arguments)[0].square().mean().backward()
-    assert all(of_host(stack.host_trained.gradients, i)[0].dtype == torch.bfloat16 for i in range(3))
+    assert all(of_host(stack.trained_blocks.gradients, i)[0].dtype == torch.bfloat16 for i in range(3))
 
 
 def test_changed_weights_on_the_host_are_used() -> None:
@@ -495,7 +498,9 @@ TURNS = (
 )
 AWAY = (BlockPlan(HOST, "attention", HOST, HOST),)
 STATE_HERE = (BlockPlan(HOST, "attention", HOST, DEVICE), BlockPlan(HOST, "input", DEVICE, HOST), BlockPlan(DEVICE))
+STATE_AWAY = (BlockPlan(DEVICE, state=DEVICE), BlockPlan(DEVICE, state=HOST), BlockPlan(HOST, state=HOST))
 RESIDENT = (BlockPlan(DEVICE, "attention", DEVICE),)
+ADAM = Adam(0.9, 0.999, 1e-8, 1e-2, decoupled=True)
 
 
 def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int) -> dict[str, Tensor]:
@@ -507,8 +512,7 @@ def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulatio
     stack = installed(transformer, plans)
     parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     on_host = plans is not RESIDENT
-    make = partial(torch.optim.AdamW, lr=1e-3, fused=True)
-    masters = MasterWeights(parameters, make, 0.1, False, on_host, stack.host_trained)
+    masters = MasterWeights(parameters, ADAM, 0.1, False, on_host, stack.trained_blocks, accumulation)
     found: dict[str, Tensor] = {}
     for step, (frames, samples) in enumerate([(4, 2), (2, 1), (6, 1), (4, 2), (2, 1)]):
         arguments = {
@@ -523,11 +527,13 @@ def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulatio
             masters.load_state(masters.state())
             with torch.no_grad():
                 found["sample"] = transformer(**arguments)[0]
-    return found | masters.state() | {name: p.detach().clone() for name, p in parameters.items()}
+    found |= masters.state() | {name: p.detach().clone() for name, p in parameters.items()}
+    masters.wait()  # for the reads above, which simulated streams give to the device
+    return found
 
 
 @pytest.mark.parametrize("made", [make_with_lora, make_trainable])
-@pytest.mark.parametrize(("plans", "accumulation"), [(AWAY, 1), (TURNS, 2), (STATE_HERE, 1)])
+@pytest.mark.parametrize(("plans", "accumulation"), [(AWAY, 1), (TURNS, 2), (STATE_HERE, 1), (STATE_AWAY, 1)])
 @pytest.mark.fault("memory: copies to and from the device that are late", times=2)
 def test_late_copies_change_nothing(
     made: Callable[..., Any],
@@ -536,7 +542,7 @@ def test_late_copies_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 3000
+        "cogvideox.optimizer.adam_weights.RANGE_BYTES", 12 * 3000
     )  # so small that each block takes several transfers
     right = steps_of(made, RESIDENT, accumulation)
     for seed in (None, 0):
@@ -545,15 +551,16 @@ def test_late_copies_change_nothing(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("owner", "name", "plans"),
     [
-        (HostGradients, "finish_copies"),
-        (Ring, "invalidate"),
-        (HostTrainedBlocks, "mark_updated"),
-        (streaming, "compute_waits_for"),
+        (HostGradients, "finish_copies", AWAY),
+        (TrainedBlocks, "use", STATE_AWAY),
+        (streaming, "compute_waits_for", AWAY),
     ],
 )
-def test_a_missing_wait_is_detected(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wait_is_detected(
+    owner: Any, name: str, plans: tuple[BlockPlan, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Removes one wait. With copies as late as possible or randomly late, at least one result must differ.
 
     A single order is not enough, because another wait may happen to come in time.
@@ -565,7 +572,7 @@ def test_a_missing_wait_is_detected(owner: Any, name: str, monkeypatch: pytest.M
             late_streams.use(patch, seed)
             patch.setattr(owner, name, lambda *_: None)
             try:
-                return not same(steps_of(make_trainable, AWAY, 2), right)
+                return not same(steps_of(make_trainable, plans, 2), right)
             except late_streams.Freed:
                 return True
 
@@ -574,16 +581,22 @@ def test_a_missing_wait_is_detected(owner: Any, name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("made", "plans", "accumulation"),
-    [(make_with_lora, TURNS, 1), (make_trainable, AWAY, 2), (make_trainable, STATE_HERE, 1)],
+    [
+        (make_with_lora, TURNS, 1),
+        (make_trainable, AWAY, 2),
+        (make_trainable, STATE_HERE, 1),
+        (make_trainable, STATE_AWAY, 1),
+    ],
 )
 def test_every_stream_waits_for_what_it_touches(
     made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every access must be ordered by waits, on the compute stream as well as on the side streams."""
-    monkeypatch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", 12 * 3000)
+    monkeypatch.setattr("cogvideox.optimizer.adam_weights.RANGE_BYTES", 12 * 3000)
     with stream_races.watched(monkeypatch) as streams:
         steps_of(made, plans, accumulation)
-    assert len(streams.clocks) == 8 + 2 * (made is make_trainable)  # HostGradients has two more side streams
+    # HostGradients has two more side streams, and weights and state share the one into the device.
+    assert len(streams.clocks) == 8 + (made is make_trainable)
 
 
 @pytest.mark.parametrize("left_out", ["mark", "wait"])
@@ -635,7 +648,7 @@ def delayed(stack: Stack) -> None:
         return call
 
     stack.ring.copy = late(stack.ring.copy)  # type: ignore[method-assign]
-    stores = [stack.store, *([stack.host_trained.gradients.store] if stack.host_trained else [])]
+    stores = [stack.store, *([stack.trained_blocks.gradients.store] if stack.trained_blocks else [])]
     for side in (side for store in stores for side in (store.out, store.back)):
         side.record_event = late_event(side, generator)  # type: ignore[method-assign]
 
@@ -725,9 +738,8 @@ def wholly_trained(
 ) -> dict[str, Tensor]:
     """Returns all weights and master weights after some steps of AdamW with clipping."""
     transformer, stack = wide(plans, compiled, "flash", whole=True)
-    make = partial(torch.optim.AdamW, lr=1e-4, fused=True)
     parameters = dict(transformer.named_parameters())
-    masters = MasterWeights(parameters, make, 0.01, False, plans is not RESIDENT, stack.host_trained)
+    masters = MasterWeights(parameters, ADAM, 0.01, False, plans is not RESIDENT, stack.trained_blocks)
     if delays:
         delayed(stack)
         generator = torch.Generator().manual_seed(1)

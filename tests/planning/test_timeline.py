@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from timed_streams import taking, timed
 from tiny_transformers import arguments_of, make_trainable, make_with_lora
 
+from cogvideox.optimizer.adam import Adam
 from cogvideox.optimizer.step import MasterWeights
 from cogvideox.planning.choice import mixture
 from cogvideox.planning.costs import Costs
@@ -61,15 +61,15 @@ def sizes_of(transformer: Any, passes: int) -> Sizes:
 def clocked(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, seconds: float) -> float:
     """Returns the seconds of a step of the real code; a block takes ``seconds`` in forward and twice as many after."""
     with pytest.MonkeyPatch.context() as patch, timed(patch, RATE) as clock:
-        patch.setattr("cogvideox.optimizer.master_weights.CHUNK_BYTES", RANGE)
+        patch.setattr("cogvideox.optimizer.adam_weights.RANGE_BYTES", RANGE)
         transformer = made("5b", depth=BLOCKS).bfloat16()
         stack = Stack(transformer, ExecutionPlan(mixture(kinds), False, "cpu", state), torch.device("cpu"))
         stack.install()
         stack.forward_block = taking(seconds, clock, stack.forward_block)
         stack.backward_block = taking(2 * seconds, clock, stack.backward_block)
         parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-        make = partial(torch.optim.AdamW, lr=1e-3, fused=True)
-        masters = MasterWeights(parameters, make, 0.1, False, state == HOST, stack.host_trained)
+        adam = Adam(0.9, 0.999, 1e-8, 1e-2, decoupled=True)
+        masters = MasterWeights(parameters, adam, 0.1, False, state == HOST, stack.trained_blocks, passes)
         given = arguments_of("5b").items()
         arguments = {name: value.bfloat16() if name.endswith("states") else value for name, value in given}
         ends = []
@@ -116,13 +116,17 @@ def test_a_step_of_a_lora_takes_what_its_waits_take(kinds: Kinds, state: str, se
         ({replace(AWAY, state=DEVICE): BLOCKS}, DEVICE),
         ({replace(AWAY, state=DEVICE): 3, AWAY: BLOCKS - 3}, DEVICE),
         ({BlockPlan(DEVICE, "linear", DEVICE): 3, replace(AWAY, kept=DEVICE): BLOCKS - 3}, DEVICE),
-        ({BlockPlan(DEVICE, "linear", DEVICE): BLOCKS}, HOST),
+        ({BlockPlan(DEVICE, "linear", DEVICE, HOST): BLOCKS}, DEVICE),
+        (
+            {BlockPlan(DEVICE, "linear", DEVICE, DEVICE): 4, BlockPlan(DEVICE, "linear", DEVICE, HOST): BLOCKS - 4},
+            DEVICE,
+        ),
     ],
 )
 def test_a_step_of_all_weights_takes_what_its_waits_take(kinds: Kinds, state: str, passes: int, seconds: float) -> None:
     """The copies of a block take up to 1.6 s. State is padded to full groups, which the prediction does not count."""
     real = clocked(make_trainable, kinds, state, passes, seconds)
-    assert predicted(make_trainable, kinds, state, passes, seconds) == pytest.approx(real, rel=0.04)
+    assert predicted(make_trainable, kinds, state, passes, seconds) == pytest.approx(real, rel=0.07)
 
 
 # -- parts of the timeline ---------------------------------------------------------------------------------------------
@@ -165,7 +169,7 @@ def test_state_of_the_last_blocks_passes_while_the_others_compute(count: int) ->
     for kinds in ({late: count, here: 42 - count}, {here: 42 - count, late: count}):
         assert mixture(kinds) == (here,) * (42 - count) + (late,) * count
         free = seconds_of(kinds, replace(H100, copies=1e15, both_ways=2e15))
-        moved = 2 * 12 * LARGE.block_trained * count / H100.both_ways
+        moved = 2 * LARGE.state_bytes * LARGE.block_trained * count / H100.both_ways
         forward = Timeline(Costs(kinds, DEVICE, True, LARGE), H100).compute_seconds("attention")[0] * 42
         assert seconds_of(kinds) == pytest.approx(free + max(0.0, moved - forward), abs=0.04)
 

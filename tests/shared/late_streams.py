@@ -80,10 +80,11 @@ class LateSideStream:
         return Recorded(self, ())
 
     def after(self, *events: Event | None) -> AbstractContextManager[Any]:
+        self.give(done, events)  # the stream waits even if no copy follows
         return Recorded(self, events)
 
-    def run_after(self, work: Callable[[], None], event: Event | None) -> None:
-        self.give(work, (event,))
+    def run_after(self, work: Callable[[], None], *events: Event | None) -> None:
+        self.give(work, events)
 
     def give(self, work: Callable[[], None], events: tuple[Event | None, ...]) -> None:
         self.given.append((work, events))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cogvideox.memory import streaming
-from cogvideox.optimizer import master_weights
+from cogvideox.optimizer import adam_weights
 from cogvideox.optimizer import step as step_module
 from cogvideox.planning import stack as stack_module
 
@@ -70,8 +70,8 @@ class TimedStream:
         self.free = max(self.free, *(event or 0.0 for event in events))
         return Timed(self)
 
-    def run_after(self, work: Callable[[], None], event: float | None) -> None:
-        self.free = max(self.free, event or 0.0)
+    def run_after(self, work: Callable[[], None], *events: float | None) -> None:
+        self.free = max(self.free, *(event or 0.0 for event in events))
         work()
 
     def synchronize(self) -> None: ...
@@ -96,7 +96,7 @@ def timed(patch: pytest.MonkeyPatch, rate: float) -> Iterator[Clock]:
         clock.hosts.add(buffer.untyped_storage().data_ptr())
         return buffer
 
-    for module in (streaming, stack_module, master_weights):
+    for module in (streaming, stack_module, adam_weights):
         patch.setattr(module, "host_buffer", host_buffer)
     patch.setattr(TimedStream, "clock", clock, raising=False)
     patch.setattr(streaming, "SideStream", TimedStream)

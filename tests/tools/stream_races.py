@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox.memory import streaming
-from cogvideox.optimizer import master_weights
+from cogvideox.optimizer import adam_weights
 from cogvideox.optimizer import step as step_module
 from cogvideox.planning import stack
 
@@ -172,7 +172,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
 
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "SideStream", SideStream)
-        for module in (streaming, master_weights, stack):
+        for module in (streaming, adam_weights, stack):
             patch.setattr(module, "host_buffer", streams.host_buffer)
         patch.setattr(streaming, "compute_event", lambda device: streams.mark(COMPUTE))
         patch.setattr(streaming, "host_waits_for", streams.host_waits)

@@ -50,7 +50,7 @@ from cogvideox.export.pipeline_folder import fetch_parts
 from cogvideox.export.publish import publish
 from cogvideox.files import what_is_safe
 from cogvideox.host_memory import free_host_bytes
-from cogvideox.memory.streaming import HostTrainedBlocks
+from cogvideox.memory.streaming import TrainedBlocks
 from cogvideox.model import diffusion, models
 from cogvideox.model.diffusion import NoiseSchedule
 from cogvideox.model.methods import FullFinetune, Method
@@ -211,7 +211,7 @@ class Trainer:
         task: What is generated from what.
         method: What is trained. Its transformer has been placed as the plan says.
         plan: How the transformer is executed.
-        host_trained: The blocks whose weights are trained in host memory, if the plan has such blocks.
+        trained_blocks: The blocks of which all weights are trained, if the plan places them.
         steps: The optimizer steps of the run.
     """
 
@@ -224,17 +224,17 @@ class Trainer:
         task: Task,
         method: Method,
         plan: Plan,
-        host_trained: HostTrainedBlocks | None,
+        trained_blocks: TrainedBlocks | None,
         steps: Steps,
     ) -> None:
         self.run, self.options, self.task, self.method = run, options, task, method
         train, seed = options.train, options.data.seed
         method.transformer.train()  # from_pretrained returns it in evaluation mode, which disables dropout
         self.needs_warm_up = has_no_bound(plan, run.device)
-        on_host = isinstance(plan, ExecutionPlan) and plan.state == HOST
+        on_host = plan.state == HOST if isinstance(plan, ExecutionPlan) else options.optimizer.use_cpu_offload_optimizer
         self.plan = plan
         self.engine = make_engine(
-            run.accelerator, method.transformer, method, options, run.dtype, on_host, host_trained, run.raise_together
+            run.accelerator, method.transformer, method, options, run.dtype, on_host, trained_blocks, run.raise_together
         )
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
         self.weights_T = diffusion.loss_weights(self.schedule, options.loss)
@@ -593,12 +593,12 @@ def run_stages(options: TrainOptions, task_type: type[Task], method_type: type[M
     with explain_memory_errors():
         check_blocks(run, options.train.train_batch_size, tensors, transformer, plan)
         run.startup.done("block check")
-        host_trained = apply_plan(transformer, plan, run.device, run.ranks)
+        trained_blocks = apply_plan(transformer, plan, run.device, run.ranks)
         run.startup.done("placing weights")
         task = task_type(options, tensors.geometry, run.device, run.dtype)
         check_parity(run, options, tensors, task, transformer)
         run.startup.done("pipeline check")
-        trainer = Trainer(run, options, tensors, prompts, task, method, plan, host_trained, steps)
+        trainer = Trainer(run, options, tensors, prompts, task, method, plan, trained_blocks, steps)
         run.startup.done("optimizer and checkpoint")
         trainer.train()
         return trainer.finish()

@@ -21,9 +21,7 @@ from cogvideox.config.flags import (
     HubFlags,
     LoraFlags,
     LossFlags,
-    OptimizerFlags,
     PrepareFlags,
-    TrainFlags,
     ValidationFlags,
 )
 from cogvideox.config.options import (
@@ -243,7 +241,7 @@ def hub_problems(hub: HubFlags) -> Iterator[str]:
 
 def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
     """Yields contradictions between the flags of the optimizer, and flags that the chosen optimizer does not have."""
-    flags, train = options.optimizer, options.train
+    flags = options.optimizer
     for item in dataclasses.fields(flags):
         only = item.metadata["only"]
         if only and flags.kind not in only and item.name in given and getattr(flags, item.name) is not False:
@@ -252,29 +250,11 @@ def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
     if len(low) > 1:
         yield f"{low[0]}: contradicts {low[1]}; give one of them"
     if low and low[0] != "--use_8bit" and not flags.use_torchao:
-        yield f"{low[0]}: bitsandbytes has no such optimizer; add --use_torchao"
+        yield f"{low[0]}: only torchao has such an optimizer; add --use_torchao"
     if flags.use_torchao and not low:
         yield "--use_torchao: chooses the library for low-bit moments; add --use_8bit, --use_4bit or --use_fp8"
     if flags.offload_gradients and not flags.use_cpu_offload_optimizer:
-        yield "--offload_gradients: needs an optimizer on the CPU; add --use_cpu_offload_optimizer"
-    if flags.use_cpu_offload_optimizer:
-        yield from offload_problems(flags, train, low)
-
-
-def offload_problems(flags: OptimizerFlags, train: TrainFlags, low: list[str]) -> Iterator[str]:
-    """Yields flags that the CPU optimizer of torchao does not support."""
-    name = "--use_cpu_offload_optimizer"
-    if low:
-        yield f"{name}: contradicts {low[0]}, because moments on the CPU are fp32; give one or the other"
-    if train.max_grad_norm:
-        yield f"{name}: torchao does not clip gradients, and --max_grad_norm is {train.max_grad_norm:g}; give 0"
-    if train.mixed_precision == "fp16":
-        yield f"{name}: torchao does not support loss scaling, which fp16 needs; give --mixed_precision bf16"
-    if flags.offload_gradients and train.gradient_accumulation_steps > 1:
-        yield (
-            f"--offload_gradients: contradicts --gradient_accumulation_steps {train.gradient_accumulation_steps}, "
-            "because each gradient leaves the GPU at once; give 1, or leave --offload_gradients out"
-        )
+        yield "--offload_gradients: needs optimizer state in host memory; add --use_cpu_offload_optimizer"
 
 
 def lora_problems(lora: LoraFlags) -> Iterator[str]:

@@ -747,22 +747,24 @@ class OptimizerFlags:
     )
     use_8bit: bool = flag(
         False,
-        "store moments in 8 bits, with torchao or with bitsandbytes, which decouples weight decay even for adam",
+        "store moments in 8 bits, 2 bytes per weight in place of 8; also under every plan and in host memory",
         aliases=("use_8bit_adam",),
         only=ADAMS,
     )
     use_4bit: bool = flag(False, "store moments in 4 bits; needs --use_torchao", only=ADAMS)
     use_fp8: bool = flag(False, "store moments in fp8; needs --use_torchao", only=ADAMS)
-    use_torchao: bool = flag(False, "use torchao instead of bitsandbytes for low-bit moments", only=ADAMS)
+    use_torchao: bool = flag(
+        False, "take the optimizer for low-bit moments from torchao; its state stays on the device", only=ADAMS
+    )
     use_cpu_offload_optimizer: bool = flag(
         False,
-        "store master weights and moments in host memory and run the optimizer on the CPU, with torchao; for one GPU "
-        "only; needs --max_grad_norm 0",
+        "store the state of the optimizer in host memory, as --optimizer_state_on host does",
         only=ADAMS,
     )
     offload_gradients: bool = flag(
         False,
-        "free each gradient on the GPU at once, with --use_cpu_offload_optimizer; excludes gradient accumulation",
+        "send each gradient to host memory at once, as --weights_on host does; with --use_cpu_offload_optimizer, and "
+        "if all weights are trained",
         only=ADAMS,
     )
     learning_rate: float = flag(1e-4, "peak learning rate", least=0.0)

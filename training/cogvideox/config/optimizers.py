@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 from cogvideox.config.flags import NAMED_CLASS, OptimizerFlags
 from cogvideox.config.options import (
     TrainOptions,
-    launched_processes,
-    precision_of,
     trains_on_host,
     under_deepspeed,
     under_fsdp,
+    wanted_places,
 )
 from cogvideox.errors import UsageError
 
@@ -75,16 +74,15 @@ def optimizer_class(flags: OptimizerFlags) -> tuple[Any, dict[str, Any]]:
         third = inspect.signature(came).parameters["betas"].default[2] if flags.beta3 is None else flags.beta3
         return came, decay | {"betas": (*betas, third)}
     adam = decay | {"betas": betas, "eps": flags.epsilon}
-    if bits := bits_of(flags):
-        library = importlib.import_module("torchao.optim" if flags.use_torchao else "bitsandbytes.optim")
-        return getattr(library, ADAM_NAMES[flags.kind] + bits), adam
+    if flags.use_torchao:
+        return getattr(importlib.import_module("torchao.optim"), ADAM_NAMES[flags.kind] + bits_of(flags)), adam
     # The fused kernel reads the divisor of the gradients, and whether to skip the step, from tensors on the device.
     # Without it, the host would wait for both in every step.
     return getattr(importlib.import_module("torch.optim"), ADAM_NAMES[flags.kind]), adam | {"fused": True}
 
 
 def bits_of(flags: OptimizerFlags) -> str:
-    """Returns the precision of the moments as class names in bitsandbytes and torchao end with it, or "" for fp32."""
+    """Returns the precision of the moments as class names in torchao end with it, or "" for fp32."""
     return "8bit" if flags.use_8bit else "4bit" if flags.use_4bit else "Fp8" if flags.use_fp8 else ""
 
 
@@ -214,8 +212,6 @@ def check_optimizer(options: TrainOptions) -> Iterator[str]:
         yield from class_problems(flags)
     if flags.use_torchao and not any(map(shutil.which, (os.environ.get("CXX", COMPILERS[0]), *COMPILERS))):
         yield "--use_torchao: compiles its step, which needs a C++ compiler; install g++, or leave the flag out"
-    if flags.use_cpu_offload_optimizer:
-        yield from offload_machine_problems(options)
     for launcher in ["DeepSpeed"] * under_deepspeed() + ["FSDP"] * under_fsdp():
         with suppress(ImportError, UsageError):
             yield from sharded_state_problems(flags, launcher)
@@ -226,26 +222,27 @@ def check_state_place(options: TrainOptions) -> Iterator[str]:
 
     Errors in creating the optimizer are ignored here, because check_optimizer reports them.
     """
-    if options.plan.optimizer_state_on == "host" or trains_on_host(options):
+    wanted = wanted_places(options)
+    if wanted.optimizer_state_on == "host" or trains_on_host(options):
         name = "--optimizer_state_on host"
-        if options.plan.optimizer_state_on != "host":
-            name = "--weights_on host" if options.plan.weights_on == "host" else "--plan lean"
+        if options.optimizer.use_cpu_offload_optimizer:
+            name = "--use_cpu_offload_optimizer"
+        elif wanted.optimizer_state_on != "host":
+            name = "--weights_on host" if wanted.weights_on == "host" else "--plan lean"
         with suppress(ImportError, UsageError):
             yield from host_state_problems(options.optimizer, under_deepspeed(), name)
 
 
 def package_of(flags: OptimizerFlags) -> str | None:
     """Returns the package that provides the optimizer, or None if torch does."""
-    if flags.use_torchao or flags.use_cpu_offload_optimizer:
+    if flags.use_torchao:
         return "torchao"
-    if bits_of(flags):
-        return "bitsandbytes"
     return {"prodigy": "prodigyopt", "came": "came_pytorch"}.get(flags.kind)
 
 
 def flag_of(flags: OptimizerFlags) -> str:
     """Returns the flag by which the user selected the optimizer, for messages, such as "--use_8bit"."""
-    names = ("use_torchao", "use_cpu_offload_optimizer", "use_8bit")
+    names = ("use_torchao", "use_8bit")
     return next((f"--{name}" for name in names if getattr(flags, name)), f"--optimizer {flags.optimizer}")
 
 
@@ -267,19 +264,6 @@ def class_problems(flags: OptimizerFlags) -> Iterator[str]:
         yield f"--optimizer {flags.optimizer}: its step needs a closure, which is not supported; give another"
 
 
-def offload_machine_problems(options: TrainOptions) -> Iterator[str]:
-    """Yields a message for each property of the machine or launch that torchao's CPU optimizer does not support."""
-    import torch
-
-    name = "--use_cpu_offload_optimizer"
-    if not torch.cuda.is_available():
-        yield f"{name}: torchao needs a CUDA device, and torch finds none; leave the flag out"
-    if launched_processes() > 1:
-        yield f"{name}: torchao supports only one GPU; launch one process, or use accelerate_configs/deepspeed.yaml"
-    if options.train.mixed_precision is None and precision_of(None) == "fp16":
-        yield f"{name}: torchao does not support loss scaling, which fp16 needs; give --mixed_precision bf16"
-
-
 def sharded_state_problems(flags: OptimizerFlags, launcher: str) -> Iterator[str]:
     """Yields why an optimizer's state cannot be sharded.
 
@@ -290,7 +274,7 @@ def sharded_state_problems(flags: OptimizerFlags, launcher: str) -> Iterator[str
         flags: The flags of the optimizer.
         launcher: What shards the state, "DeepSpeed" or "FSDP".
     """
-    if not flags.use_cpu_offload_optimizer and not steps_on_device(flags):
+    if not steps_on_device(flags):
         yield (
             f"accelerate launch ({launcher}): {flag_of(flags)} needs more than the part of a weight that a process "
             "has; give --optimizer adam or adamw without low bits"
@@ -308,7 +292,7 @@ def host_state_problems(
     """Yields a message if the state of the optimizer cannot be stored in host memory between steps.
 
     Such state is streamed through the device for each step, and a step with gradients that are not finite must be
-    skipped without waiting for the host. Only the fused Adam and AdamW of torch support this.
+    skipped without waiting for the host. Only Adam and AdamW of optimizer/adam.py support this.
 
     Args:
         flags: The flags of the optimizer.
@@ -317,13 +301,16 @@ def host_state_problems(
     """
     if deepspeed:
         yield f"{name}: DeepSpeed places the state; set offload_optimizer_device: cpu in its configuration"
-    elif flags.use_cpu_offload_optimizer:
-        yield f"{name}: contradicts --use_cpu_offload_optimizer, whose state is always in host memory; give one of them"
-    elif not steps_on_device(flags):
+    elif not is_adam(flags):
         yield (
-            f"{name}: {flag_of(flags)} cannot keep its state in host memory, which only torch's Adam and AdamW can; "
-            "give --optimizer adam or adamw without low bits, or keep its state on the device"
+            f"{name}: {flag_of(flags)} cannot keep its state in host memory, which only Adam and AdamW can; "
+            "give --optimizer adam or adamw without --use_torchao, or keep its state on the device"
         )
+
+
+def is_adam(flags: OptimizerFlags) -> bool:
+    """Returns whether the flags select Adam or AdamW as optimizer/adam.py implements them, not those of torchao."""
+    return flags.kind in ADAM_NAMES and not flags.use_torchao
 
 
 def steps_on_device(flags: OptimizerFlags) -> bool:
@@ -331,4 +318,4 @@ def steps_on_device(flags: OptimizerFlags) -> bool:
     from torch.optim import Adam, AdamW
 
     kind, arguments = optimizer_class(flags)
-    return issubclass(kind, (Adam, AdamW)) and bool(arguments.get("fused"))
+    return issubclass(kind, (Adam, AdamW)) and bool(arguments.get("fused")) and not flags.use_8bit

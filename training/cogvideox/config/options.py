@@ -297,9 +297,19 @@ def precision_of(flag: str | None) -> str:
     return flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
+def wanted_places(options: TrainOptions) -> PlanFlags:
+    """Returns the flags of the plan, with what --use_cpu_offload_optimizer and --offload_gradients mean for them."""
+    flags, plan = options.optimizer, options.plan
+    if flags.use_cpu_offload_optimizer:
+        plan = dataclasses.replace(plan, optimizer_state_on="host")
+    if flags.offload_gradients and not isinstance(options, LoraOptions):
+        plan = dataclasses.replace(plan, weights_on="host")
+    return plan
+
+
 def trains_on_host(options: TrainOptions) -> bool:
     """Returns whether the plan asks for block weights that are stored and trained in host memory."""
-    flags = options.plan
+    flags = wanted_places(options)
     wanted = flags.weights_on == "host" or (flags.plan == "lean" and flags.weights_on == "auto")
     return wanted and not isinstance(options, LoraOptions)
 

@@ -13,8 +13,8 @@ Ring: the weights of host-resident blocks. ``fetch`` copies block i + 1 into a s
                compute waits for the copy before it reads a slot; the copy waits for compute before it overwrites one.
 
 HostStore: the activations that forward saves for backward. They leave the device on the stream ``out``, and return on
-the stream ``back``, one block before backward needs them. HostGradients and HostTrainedBlocks: the gradients and
-weights of blocks that are trained while their weights are in host memory.
+the stream ``back``, one block before backward needs them. HostGradients: the gradients of blocks that are
+trained while their weights are in host memory. TrainedBlocks: the order of the optimizer's updates of blocks.
 
 TransferPipeline: host memory that the device modifies, such as optimizer state, in three stages and three slots:
 
@@ -28,10 +28,10 @@ Without a GPU the same code runs every copy at once, in program order, and there
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property, partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 from weakref import finalize
 
@@ -45,6 +45,9 @@ WEIGHT_SLOTS = 3  # one in use, one arriving, and the one used last, which backw
 ADVICE = ("MADV_DONTFORK", "MADV_HUGEPAGE")  # huge pages: fewer pages to create and to register
 IN_FLIGHT = 2  # blocks whose saved tensors may be on their way to the host at a time
 Event: TypeAlias = "torch.cuda.Event | None"  # None without a GPU, where work is complete when a call returns
+# Issues an update of weights on the device that are there after an event; returns the event after which they are new,
+# and the event after which the new ones are on the host too.
+Update: TypeAlias = "Callable[[Tensor, Event], tuple[Event, Event]]"
 TRANSFER_SLOTS = 3  # of a TransferPipeline: one slot is filled, one is worked on, and one is emptied
 
 
@@ -141,6 +144,11 @@ class Layout:
         """Returns a buffer as one vector with its padding, (numbers,); requires that all tensors have one type."""
         return buffer[: self.num_bytes].view(self._dtype)
 
+    def views_of(self, array: Tensor) -> list[Tensor]:
+        """Returns the tensors as views of a vector of any type with ``numbers`` elements; requires one type in all."""
+        pieces = zip(self.starts, (shape for _, _, shape, _ in self.entries), strict=True)
+        return [array[start : start + shape.numel()].view(shape) for start, shape in pieces]
+
     @property
     def numbers(self) -> int:
         """Returns the number of elements in ``flat``, padding included."""
@@ -190,9 +198,9 @@ class SideStream:
             self.stream.wait_event(event)
         return torch.cuda.stream(self.stream)
 
-    def run_after(self, work: Callable[[], None], event: Event) -> None:
-        """Runs work on this stream after an event. Unlike in ``after``, the work may contain kernels."""
-        with self.after(event):
+    def run_after(self, work: Callable[[], None], *events: Event) -> None:
+        """Runs work on this stream after all given events. Unlike in ``after``, the work may contain kernels."""
+        with self.after(*events):
             work()
 
     def synchronize(self) -> None:
@@ -236,13 +244,14 @@ class Ring:
 
     def __init__(self, hosts: dict[int, Tensor], device: torch.device, slots: int = WEIGHT_SLOTS) -> None:
         self.hosts = hosts
-        # By block: a function that returns the event after which the block's new weights may be read.
-        self.update_events: dict[int, Callable[[], Event]] = {}
+        self.updates: dict[int, Update] = {}  # by block: an optimizer's update that its next use has to wait for
         self.side = SideStream(device)
         size = max(host.numel() for host in hosts.values())
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(slots, len(hosts)))]
         self.slot_of: OrderedDict[int, int] = OrderedDict()  # block -> slot, least recently used first
-        self.arrived: dict[int, Event] = {}  # block -> event after its copy
+        self.arrived: dict[int, Event] = {}  # block -> event after which its slot may be read
+        self.written: dict[int, Event] = {}  # block -> event after which its updated weights are on the host
+        self.emptied: dict[int, Event] = {}  # slot -> event after which its updated weights are on the host
 
     def get(self, block: int) -> int:
         """Returns the number of the slot with a block's weights, which the compute stream may read from now on."""
@@ -253,19 +262,28 @@ class Ring:
         return self.slot_of[block]
 
     def fetch(self, block: int) -> None:
-        """Starts copying a block to the device unless it is there; replaces the least recently used block."""
-        if block in self.slot_of:
-            return
+        """Starts copying a block to the device unless it is there; replaces the least recently used block.
+
+        An update of the block by the optimizer is made in the slot, whose new weights then go back to the host too.
+        """
+        if block not in self.slot_of:
+            self._load(block)
+        if block in self.updates:
+            slot, update = self.slot_of[block], self.updates.pop(block)
+            self.arrived[block], self.written[block] = update(self.slots[slot], self.arrived[block])
+            self.emptied[slot] = self.written[block]
+
+    def _load(self, block: int) -> None:
         if len(self.slot_of) < len(self.slots):
             slot = len(self.slot_of)
         else:
             last, slot = self.slot_of.popitem(last=False)
             del self.arrived[last]
-        written = self.update_events[block]() if block in self.update_events else None
-        # The copy waits for two things. It waits for all compute issued so far, because an earlier block may still read
-        # this slot and would see its weights change. And it waits for the optimizer's update of this block on the host,
-        # because it would otherwise copy weights that are out of date or only partly written.
-        with self.side.after(compute_event(self.side.device), written):
+        # The copy waits for three things. It waits for all compute issued so far, because an earlier block may still
+        # read this slot and would see its weights change. It waits until weights that were updated in this slot have
+        # left it. And it waits until this block's own updated weights are on the host.
+        events = compute_event(self.side.device), self.emptied.get(slot), self.written.get(block)
+        with self.side.after(*events):
             self.copy(self.slots[slot], self.hosts[block])
         self.arrived[block] = self.side.record_event()
         self.slot_of[block] = slot
@@ -432,44 +450,78 @@ class HostGradients:
 
 def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Returns the fp32 norm of each gradient; its value does not depend on the device or grouping of the gradients."""
-    if all(gradient.dtype == torch.float32 for gradient in gradients):
-        return list(torch._foreach_norm(list(gradients)))
-    return [torch._foreach_norm([gradient.float()])[0] for gradient in gradients]
+    return list(torch._foreach_norm(list(gradients), 2, torch.float32))
 
 
-class HostTrainedBlocks:
-    """Groups the blocks that are trained while their weights are in host memory, with their gradients.
+class TrainedBlocks:
+    """Groups the blocks of a transformer of which all weights are trained, and orders the optimizer's updates of them.
+
+    An update that passes through the device is issued before its block is used again, in the order of the blocks, so
+    that it runs while earlier blocks compute. Updates of blocks on the device are issued as soon as no other comes
+    before them. The update of a block on the host waits until forward fetches it, and is made in the slot of the ring.
 
     Args:
-        parameters: Each block's parameters by block number, in the layout's order; they are views of the block's host
-            buffer in the ring.
-        ring: The ring that streams the weights to the device.
-        layout: The position of each parameter in a block's buffer.
-        device_state_blocks: The blocks whose master weights and moments are on the device although their weights are
-            not.
+        parameters: Each block's parameters by block number, in the layout's order; they are views of ``weights``.
+        weights: Each block's flat array of weights, on the device or on the host.
+        ring: The ring that streams the blocks on the host to the device, if there are any.
+        state_on_host: The blocks whose optimizer state is on the host.
+        device: Where the blocks compute.
     """
 
     def __init__(
-        self, parameters: dict[int, list[Parameter]], ring: Ring, layout: Layout, device_state_blocks: frozenset[int]
+        self,
+        parameters: dict[int, list[Parameter]],
+        weights: dict[int, Tensor],
+        ring: Ring | None,
+        state_on_host: frozenset[int],
+        device: torch.device,
     ) -> None:
-        self.parameters, self.ring, self.layout = parameters, ring, layout
-        self.device_state_blocks = device_state_blocks
-        self.gradients = HostGradients(ring.side.device)
+        self.parameters, self.weights, self.ring, self.state_on_host = parameters, weights, ring, state_on_host
+        self.gradients = HostGradients(device)
+        self.pending: dict[int, Update] = {}
+        self.updated: dict[int, Event] = {}  # block on the device -> event after its update
 
-    def flat(self, block: int) -> Tensor:
-        """Returns all weights of a block as one vector that is a view of the host buffer."""
-        return self.layout.flat(self.ring.hosts[block])
+    def on_host(self, block: int) -> bool:
+        """Returns whether a block's weights are on the host."""
+        return self.ring is not None and block in self.ring.hosts
 
-    def mark_updated(self, block: int, event: Callable[[], Event]) -> None:
-        """Makes the next copy of a block to the device wait for an update of its weights on the host.
+    def schedule(self, updates: dict[int, Update]) -> None:
+        """Makes the next use of blocks wait for updates of their weights.
 
         Args:
-            block: The block's number.
-            event: A function that issues the update if necessary, and returns the event after which it is complete. It
-                is called just before the copy is issued, so the update need not be issued before the next forward pass
-                needs the block.
+            updates: By block in ascending order, a function that issues the update of weights on the device. It gets
+                the flat array of weights and the event after which they are there, and returns the event after which
+                they are updated, and the one after which blocks on the host have them there.
         """
-        self.ring.update_events[block] = event
+        self.pending = dict(updates)
+        if self.ring:
+            self.ring.updates = {block: partial(self._in_slot, block) for block in updates if self.on_host(block)}
+        self._issue_until_host()
+
+    def _in_slot(self, block: int, slot: Tensor, arrived: Event) -> tuple[Event, Event]:
+        """Issues the update of a block that was copied into a slot, and those of blocks on the device that follow."""
+        weights = slot.view(self.weights[block].dtype)[: self.weights[block].numel()]
+        events = self.pending.pop(block)(weights, arrived)
+        self._issue_until_host()
+        return events
+
+    def _issue_until_host(self) -> None:
+        """Issues pending updates of blocks on the device, in order, up to the first block on the host."""
+        while self.pending and not self.on_host(block := next(iter(self.pending))):
+            self.updated[block] = self.pending.pop(block)(self.weights[block], None)[0]
+
+    def use(self, block: int) -> None:
+        """Makes the compute stream wait until a block on the device has been updated."""
+        if block in self.pending:
+            self.finish()
+        compute_waits_for(self.updated.pop(block, None))
+
+    def finish(self) -> None:
+        """Issues all pending updates."""
+        while self.pending:
+            self._issue_until_host()
+            if self.pending and self.ring:
+                self.ring.fetch(next(iter(self.pending)))
 
 
 # -- host memory that the device modifies ------------------------------------------------------------------------------
@@ -493,85 +545,87 @@ class Transfer(NamedTuple):
 class TransferPipeline:
     """Passes host memory through a few device slots, one transfer after another, in parallel with the compute stream.
 
-    While one transfer is worked on, the next one is copied in and the previous one is copied out. Transfers are issued
-    only as far as ``issue`` asks for, so a forward pass that needs the first ones runs in parallel with the others. The
-    slots stay allocated until ``finish``.
+    While one transfer is worked on, the next one is copied in and the previous one is copied out. The slots are
+    allocated by ``start`` and freed by ``finish``.
+
+    Args:
+        device: The device with the slots.
+        into: The stream of the copies to the device. Streamed weights share it, so that all arrive in the order in
+            which they were issued.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, into: SideStream | None = None) -> None:
         self.device = device
-        self.into, self.work, self.out = SideStream(device), SideStream(device), SideStream(device)
-        self.events: list[Event] = []  # for each transfer issued so far: its slices are back on the host
-        self.pending: Iterator[Event] = iter(())
-        self.kept_alive: list[Tensor] = []
+        self.into, self.work, self.out = into or SideStream(device), SideStream(device), SideStream(device)
+        self.slots: list[Tensor] = []
+        self.free: list[Event] = []  # for each slot: its last transfer has been copied out
+        self.number = 0  # of the next transfer
+        self.kept_alive: Sequence[Tensor] = ()
 
-    def start(self, transfers: Sequence[Transfer], *needed: Tensor) -> None:
+    def start(self, size: int, *needed: Tensor) -> None:
         """Begins a pass that follows all work that the compute stream has been given so far.
 
         Args:
-            transfers: The transfers, in their order.
+            size: The bytes of a slot; see ``slot_bytes``.
             needed: Other device tensors that the work reads. They are kept alive until ``finish``.
         """
         self.finish()
-        size = max(sum(aligned(piece.host.nbytes) for piece in transfer.slices) for transfer in transfers)
-        slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in transfers[:TRANSFER_SLOTS]]
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(TRANSFER_SLOTS)]
         # The first copies wait for compute for two reasons. Earlier kernels may still use the memory that the allocator
         # gives out as slots. And earlier copies, which compute waits for, may still write the host memory.
-        self.events, self.pending = [], self._pass(transfers, slots, compute_event(self.device))
-        self.kept_alive = [*slots, *needed]
+        self.free, self.number, self.kept_alive = [compute_event(self.device)] * TRANSFER_SLOTS, 0, needed
 
-    def issue(self, count: int) -> Event:
-        """Issues the first ``count`` transfers; returns the event after which all of them are back on the host."""
-        self.events += islice(self.pending, max(0, count - len(self.events)))
-        return self.events[count - 1]
+    def run(self, transfer: Transfer, after: Event = None) -> Event:
+        """Issues a transfer; returns the event after its work.
+
+        Args:
+            transfer: The transfer.
+            after: An event that the work has to wait for besides its copies.
+        """
+        here = self.number % len(self.slots)
+        tensors = views_in_slot(transfer.slices, self.slots[here])
+        # The copies in wait until the transfer that used the slot before has been copied out, or they overwrite its
+        # results.
+        with self.into.after(self.free[here]):
+            for piece, tensor in zip(transfer.slices, tensors, strict=True):
+                if piece.copy_in:
+                    tensor.copy_(piece.host, non_blocking=True)
+        # The work waits for the copies in, or it computes with the previous contents of the slot.
+        self.work.run_after(partial(transfer.work, tensors), self.into.record_event(), self.free[here], after)
+        worked = self.work.record_event()
+        # The copies out wait for the work, or they store values from before the update.
+        with self.out.after(worked):
+            for piece, tensor in zip(transfer.slices, tensors, strict=True):
+                if piece.copy_out:
+                    piece.host.copy_(tensor, non_blocking=True)
+        self.free[here] = self.out.record_event()
+        self.number += 1
+        return worked
+
+    def copy_out(self, host: Tensor, tensor: Tensor, after: Event) -> Event:
+        """Copies a tensor to the host after an event; returns the event after the copy."""
+        with self.out.after(after):
+            host.copy_(tensor, non_blocking=True)
+        return self.out.record_event()
 
     def finish(self) -> None:
-        """Issues the remaining transfers, orders later compute after all of them, and frees the slots."""
-        self.events += self.pending
-        if self.kept_alive:
+        """Orders later compute after all transfers and copies, and frees the slots."""
+        if self.slots:
             # The slots and ``needed`` go back to the allocator, and later compute reuses their memory. It must wait for
             # the last transfer, or it overwrites values that are still being worked on or copied out.
-            compute_waits_for(self.events[-1])
-            self.kept_alive = []
+            compute_waits_for(self.work.record_event())
+            compute_waits_for(self.out.record_event())
+            self.slots, self.kept_alive = [], ()
 
     def synchronize(self) -> None:
         """Finishes all transfers and blocks the host until then; afterwards the host may read and write the buffers."""
         self.finish()
         host_waits_for(compute_event(self.device))
 
-    def _pass(self, transfers: Sequence[Transfer], slots: list[Tensor], start: Event) -> Iterator[Event]:
-        """Issues one transfer per iteration; yields the event after which its slices are back on the host."""
-        free = [start] * len(slots)
-        coming = self._fetch(slots[0], transfers[0], start)
-        for number, transfer in enumerate(transfers):
-            here, ahead = number % len(slots), (number + 1) % len(slots)
-            tensors, arrived = coming
-            # The work waits for the copies in, or it computes with the previous contents of the slot.
-            self.work.run_after(partial(transfer.work, tensors), arrived)
-            if number + 1 < len(transfers):
-                # The next copies in wait until the previous transfer in that slot has been copied out, or they
-                # overwrite its results.
-                coming = self._fetch(slots[ahead], transfers[number + 1], free[ahead])
-            # The copies out wait for the work, or they store values from before the update.
-            with self.out.after(self.work.record_event()):
-                for piece, tensor in zip(transfer.slices, tensors, strict=True):
-                    if piece.copy_out:
-                        piece.host.copy_(tensor, non_blocking=True)
-            free[here] = self.out.record_event()
-            yield free[here]
 
-    def _fetch(self, slot: Tensor, transfer: Transfer, free: Event) -> tuple[list[Tensor], Event]:
-        """Starts copying a transfer into a slot after the event ``free``.
-
-        Returns:
-            The device tensors of the slices, and the event after which they have arrived.
-        """
-        tensors = views_in_slot(transfer.slices, slot)
-        with self.into.after(free):
-            for piece, tensor in zip(transfer.slices, tensors, strict=True):
-                if piece.copy_in:
-                    tensor.copy_(piece.host, non_blocking=True)
-        return tensors, self.into.record_event()
+def slot_bytes(transfers: Iterable[Transfer]) -> int:
+    """Returns the bytes of a slot that holds any one of some transfers."""
+    return max(sum(aligned(piece.host.nbytes) for piece in transfer.slices) for transfer in transfers)
 
 
 def views_in_slot(slices: Sequence[Slice], slot: Tensor) -> list[Tensor]:

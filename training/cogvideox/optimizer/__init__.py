@@ -4,8 +4,9 @@ Which optimizer a run uses, and with which arguments, is decided by the flags in
 whatever optimizer that file makes.
 
 step.py             MasterWeights: sums gradients, clips, skips steps that are not finite, updates; the learning rate
-master_weights.py   where fp32 master weights and moments are stored: on the device, or in host memory between steps
-offload.py          the same as step.py with torchao's CPUOffloadOptimizer, which steps on the CPU
+adam.py             Adam and AdamW in one function, with masters and moments in few bytes
+adam_weights.py     the weights that Adam trains, with their state on the device or in host memory
+master_weights.py   fp32 master weights with any other optimizer, on the device
 ema.py              a moving average of the master weights, for validation and export
 sharded_weights.py  the same as step.py for weights of which each process has some rows (FSDP2)
 shard_files.py      writes and reads safetensors files together with the other processes, each its shards

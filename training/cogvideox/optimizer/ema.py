@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from cogvideox.optimizer.adam_weights import Masters
 from cogvideox.optimizer.master_weights import for_file
 
 STEPS_NAME = "steps"  # the name of the step counter among the saved tensors
@@ -29,7 +30,7 @@ class Ema:
         decay: The largest decay, --ema_decay.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], masters: dict[str, Tensor], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor], decay: float) -> None:
         self.parameters, self.masters, self.decay = parameters, masters, decay
         self.averages = {name: master.detach().clone() for name, master in masters.items()}
         # fp32 counts exactly up to 16 million.
@@ -60,10 +61,14 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self, back: bool = False) -> None:
-        """Copies averages into the model, or masters if ``back``. A parameter that is its own master is swapped."""
+        """Copies averages into the model, or masters if ``back``. A parameter that its master needs is swapped."""
         for name, parameter in self.parameters.items():
             master, average = self.masters[name], self.averages[name]
-            if master is parameter:
+            if isinstance(self.masters, Masters):
+                trained = master.clone()
+                self.masters.write(name, average)
+                average.copy_(trained)
+            elif master is parameter:
                 trained = parameter.clone()
                 parameter.copy_(average)
                 average.copy_(trained)

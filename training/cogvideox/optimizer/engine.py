@@ -19,14 +19,13 @@ from cogvideox.config.optimizers import host_state_problems, make_optimizer
 from cogvideox.config.options import TrainOptions
 from cogvideox.errors import UsageError
 from cogvideox.finite import not_finite
-from cogvideox.memory.streaming import HostTrainedBlocks
+from cogvideox.memory.streaming import TrainedBlocks
 from cogvideox.model.methods import FullFinetune, Method
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.model_files import write_model
-from cogvideox.optimizer.offload import OffloadedWeights
 from cogvideox.optimizer.shard_files import RaiseTogether, raise_error, read_shards, write_shards
 from cogvideox.optimizer.sharded_weights import ShardedWeights, is_sharded
-from cogvideox.optimizer.step import MasterWeights, StepResult
+from cogvideox.optimizer.step import MasterWeights, StepResult, rule_of
 from cogvideox.optimizer.zero_weights import ZeroWeights
 from cogvideox.tensor_files import ReadPieces, WriteTensors, pieces_of, write_tensors
 
@@ -71,7 +70,7 @@ class Engine(Protocol):
     def not_finite(self) -> list[str]: ...
 
 
-Masters = TypeVar("Masters", bound=MasterWeights | OffloadedWeights | ShardedWeights | ZeroWeights)
+Masters = TypeVar("Masters", bound=MasterWeights | ShardedWeights | ZeroWeights)
 Sharded = TypeVar("Sharded", bound=ShardedWeights | ZeroWeights)
 
 
@@ -142,7 +141,7 @@ class MasterEngine(Generic[Masters]):
         return self.masters.tensors()
 
 
-class LocalEngine(MasterEngine[MasterWeights | OffloadedWeights]):
+class LocalEngine(MasterEngine[MasterWeights]):
     """Keeps the complete trainable state on every rank, and averages gradients over the ranks in fp32."""
 
     def _state(self) -> Mapping[str, Tensor]:
@@ -268,7 +267,7 @@ def make_engine(
     options: TrainOptions,
     dtype: torch.dtype,
     state_on_host: bool = False,
-    host_trained: HostTrainedBlocks | None = None,
+    trained_blocks: TrainedBlocks | None = None,
     raise_together: RaiseTogether = raise_error,
 ) -> Engine:
     """Returns the engine that accelerate's configuration and the placement of the weights ask for.
@@ -280,7 +279,7 @@ def make_engine(
         options: The flags of the run.
         dtype: The compute type of the model; fp16 needs a loss scale.
         state_on_host: Whether masters and moments are stored in host memory between steps.
-        host_trained: The blocks of the transformer that are stored in host memory with their gradients, if any.
+        trained_blocks: The blocks of which all weights are trained, if a plan places them.
         raise_together: Waits for the other ranks while files are written; see ``write_shards``.
 
     Raises:
@@ -300,10 +299,8 @@ def make_engine(
         sharded = ShardedWeights(transformer, make, options.train.max_grad_norm, scaled, accelerator.device)
         ema = Ema(sharded.parameters, sharded.named_masters(), loss.ema_decay) if loss.use_ema else None
         return ShardedEngine(transformer, sharded, accelerator.is_main_process, raise_together, dtype, ema)
-    masters: MasterWeights | OffloadedWeights
-    if options.optimizer.use_cpu_offload_optimizer:
-        masters = OffloadedWeights(parameters, make, options.optimizer.offload_gradients)
-    else:
-        masters = MasterWeights(parameters, make, options.train.max_grad_norm, scaled, state_on_host, host_trained)
+    passes, norm = options.train.gradient_accumulation_steps, options.train.max_grad_norm
+    rule = rule_of(options.optimizer)
+    masters = MasterWeights(parameters, rule, norm, scaled, state_on_host, trained_blocks, passes)
     ema = Ema(parameters, masters.named_masters(), loss.ema_decay) if loss.use_ema else None
     return LocalEngine(transformer, masters, accelerator.is_main_process, ema)

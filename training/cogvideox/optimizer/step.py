@@ -1,19 +1,18 @@
 """The optimizer step on fp32 master weights, for any optimizer, and the learning rate schedules.
 
 config/optimizers.py decides which optimizer a run uses; ``MasterWeights`` here steps it. Trained parameters stay in the
-compute type inside the model. Each backward pass adds their gradients to one flat fp32 buffer. A step averages the
-buffer over the ranks, clips it, skips the step if a gradient is not finite, and updates the masters, all on the device.
-Only torch's fused optimizers can skip a step there; with any other, the host waits for the device before each step.
+compute type inside the model. Each backward pass adds their gradients to flat arrays. A step averages these over the
+ranks, clips them, skips the step if a gradient is not finite, and updates the masters, all on the device.
 
-Masters and moments are stored as master_weights.py describes: on the device, or on the host, from where they pass
-through the device range by range. So do parameters that are stored on the host with their gradients (streaming.py).
+Adam is stepped by adam.py, and its state is stored as adam_weights.py describes: on the device, or on the host, from
+where it passes through the device while the next forward pass computes. The state of any other optimizer is on the
+device (master_weights.py), and the host waits for the device before each of its steps, unless it is fused.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -21,9 +20,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cogvideox.config.flags import POLYNOMIAL_END, OptimizerFlags
-from cogvideox.memory.streaming import HostTrainedBlocks, TransferPipeline, compute_waits_for, norms_of
+from cogvideox.config.optimizers import make_optimizer
+from cogvideox.memory.streaming import (
+    Event,
+    TrainedBlocks,
+    TransferPipeline,
+    compute_waits_for,
+    norms_of,
+    slot_bytes,
+)
+from cogvideox.optimizer.adam import Adam, adam_of
+from cogvideox.optimizer.adam_weights import Group, Masters
 from cogvideox.optimizer.master_weights import (
-    Flat,
     MakeOptimizer,
     Resident,
     as_tensor,
@@ -31,12 +39,14 @@ from cogvideox.optimizer.master_weights import (
     for_file,
     group_numbers,
     layout_of,
+    measured_state_bytes,
 )
 from cogvideox.tensor_files import Piece, pieces_of
 
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # the defaults of torch.amp.GradScaler
 SAME_RATE = 1e-3  # relative difference up to which two rates count as equal; a slightly longer run changes less
 LOSS_SCALE, GOOD_STEPS = "loss_scale", "good_steps"
+STEP = "step"  # the number of steps, by the name that torch's Adam gives it in its state
 ALL = "*"  # takes the place of the parameter in the names of tensors that belong to all parameters
 
 
@@ -107,6 +117,30 @@ class StepResult:
         return self.values[self.NAMES.index("skipped")]
 
 
+def rule_of(flags: OptimizerFlags) -> Adam | MakeOptimizer:
+    """Returns the optimizer that the flags select, in the form that ``MasterWeights`` takes."""
+    return adam_of(flags) or partial(make_optimizer, flags)
+
+
+def state_bytes(flags: OptimizerFlags, dtype: torch.dtype, device: torch.device) -> float:
+    """Returns the bytes of master and optimizer state per trained weight, beside the weight itself.
+
+    Args:
+        flags: The flags of the optimizer.
+        dtype: The type of the weights.
+        device: Where a step of an optimizer other than Adam is made, to measure its state.
+    """
+    rule = rule_of(flags)
+    if isinstance(rule, Adam):
+        return rule.state_bytes(dtype)
+    return measured_state_bytes(rule, device) + (4 if dtype != torch.float32 else 0)
+
+
+def gradients_are_sums(flags: OptimizerFlags, passes: int, ranks: int) -> bool:
+    """Returns whether gradients on the device are added up in fp32; otherwise they have the type of the weights."""
+    return passes > 1 or ranks > 1 or not isinstance(rule_of(flags), Adam)
+
+
 def skip_and_clip(norm: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
     """Decides on the device what a step does with its gradients.
 
@@ -158,54 +192,78 @@ class LossScale:
 
 
 class MasterWeights:
-    """Trains parameters through fp32 master weights with any optimizer whose step needs only gradients.
+    """Trains parameters through fp32 master weights with Adam, or any other optimizer whose step needs only gradients.
 
     Args:
         parameters: The trained parameters by name, in any float type. Each holds its master, rounded to this type.
-        make: Makes the optimizer for the masters.
+        rule: The settings of Adam, or a function that makes another optimizer for fp32 masters on the device.
         max_grad_norm: Gradients with a larger norm are scaled down to it; 0 disables clipping.
         dynamic_scale: Whether the loss is scaled so that fp16 gradients do not underflow; an overflow halves the scale.
-        state_on_host: Whether masters and moments are stored in pinned host memory and pass through the device in
-            ranges at each step. The results are the same bit for bit. Only for fused optimizers.
-        host_trained: Which blocks are stored on the host with their gradients, and which of them have masters and
-            moments on the device regardless of ``state_on_host``. Only for fused optimizers.
+        state_on_host: Whether the state of parameters outside ``blocks`` is stored in pinned host memory, and passes
+            through the device in ranges at each step. The results are the same bit for bit. Only for Adam.
+        blocks: The blocks of which all weights are trained, with the places of their weights and state. Only for Adam.
+        passes: The number of ``backward`` calls before a ``step``. If there are several, or several ranks, gradients on
+            the device are added up in fp32; otherwise they keep the type of the weights.
     """
 
     def __init__(
         self,
         parameters: dict[str, Parameter],
-        make: MakeOptimizer,
+        rule: Adam | MakeOptimizer,
         max_grad_norm: float,
         dynamic_scale: bool,
         state_on_host: bool = False,
-        host_trained: HostTrainedBlocks | None = None,
+        blocks: TrainedBlocks | None = None,
+        passes: int = 1,
     ) -> None:
-        self.parameters, self.host_trained = parameters, host_trained
-        self.names = {p: name for name, p in parameters.items()}
-        on_host = {p for block in host_trained.parameters.values() for p in block} if host_trained else set()
-        on_device = {name: p for name, p in parameters.items() if p not in on_host}
-        self.device = next(iter(on_device.values())).device
+        self.parameters, self.blocks = parameters, blocks
+        inside = {p for own in blocks.parameters.values() for p in own} if blocks else set()
+        outside = {name: p for name, p in parameters.items() if p not in inside}
+        self.device = next(iter(outside.values())).device
         self.max_grad_norm = max_grad_norm
         self.scale = LossScale(dynamic_scale, self.device)
-        layout = layout_of(on_device)
-        # The last element is the loss, which is averaged by the same all-reduce as the gradients.
-        self.buffer = torch.zeros(layout.numbers + 1, device=self.device)
-        self.flat, self.loss_sum = self.buffer[: layout.numbers], self.buffer[layout.numbers :]
-        self.gradients = dict(zip(on_device, layout.views(self.flat), strict=True))
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._collector(self.gradients[n])) for n, p in on_device.items()
-        ]
-        passes = state_on_host or host_trained is not None
-        self.resident = None if passes else Resident(on_device, list(self.gradients.values()), make)
-        self.passing = [Flat(on_device, make, self.device, lambda: self.flat, on_host=state_on_host)] if passes else []
-        if host_trained:
-            for block, own in host_trained.parameters.items():
-                named, gradients = {self.names[p]: p for p in own}, partial(host_trained.gradients.flat, block)
-                hosted = block not in host_trained.device_state_blocks
-                self.passing.append(Flat(named, make, self.device, gradients, host_trained.flat(block), hosted))
-        self.groups = [self.resident] if self.resident else self.passing
-        self.transfers = TransferPipeline(self.device) if passes else None
-        self.fresh_numbers = group_numbers(self.groups[0].optimizer)
+        self.loss_sum = torch.zeros((), device=self.device)
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.steps = torch.zeros((), dtype=torch.float64, device=self.device)  # that changed something
+        self.used = False  # whether a step has used the gradients, so that the next backward pass clears them
+        self.adam = rule if isinstance(rule, Adam) else None
+        self.resident: Resident | None = None
+        self.groups: list[Group] = []
+        self.block_groups: dict[int, Group] = {}  # those of blocks, by block
+        if isinstance(rule, Adam):
+            self._make_groups(outside, rule, state_on_host, sums=passes > 1 or ranks > 1)
+            on_device = [group for group in self.groups if group.collected is not None]
+            gradients = {name: gradient for group in on_device for name, gradient in group.named_gradients().items()}
+        else:
+            layout = layout_of(parameters)
+            self.flat = torch.zeros(layout.numbers, device=self.device)
+            gradients = dict(zip(parameters, layout.views_of(self.flat), strict=True))
+            self.resident = Resident(parameters, list(gradients.values()), rule)
+            self.fresh_numbers = group_numbers(self.resident.optimizer)
+        self.gradients = gradients
+        for name, gradient in gradients.items():
+            parameters[name].register_post_accumulate_grad_hook(self._collector(gradient))
+        owners = {name: group for group in self.groups for name in group.parameters}
+        self.owners = {name: owners[name] for name in parameters if name in owners}
+        self.passing = [group for group in self.groups if group.state_on_host or group.collected is None]
+        into = blocks.ring.side if blocks and blocks.ring else None
+        self.transfers = TransferPipeline(self.device, into) if self.passing else None
+
+    def _make_groups(self, outside: dict[str, Parameter], adam: Adam, state_on_host: bool, sums: bool) -> None:
+        """Divides the parameters into groups: those outside blocks by type, and one for each block."""
+        names = {p: name for name, p in self.parameters.items()}
+        rest: dict[torch.dtype, dict[str, Parameter]] = {}
+        for name, p in outside.items():
+            rest.setdefault(p.dtype, {})[name] = p
+        self.groups = [Group(own, adam, self.device, state_on_host, sums=sums) for own in rest.values()]
+        if not self.blocks:
+            return
+        for block, own in self.blocks.parameters.items():
+            gradients = partial(self.blocks.gradients.flat, block) if self.blocks.on_host(block) else None
+            named, weights = {names[p]: p for p in own}, self.blocks.weights[block]
+            on_host = block in self.blocks.state_on_host
+            self.block_groups[block] = Group(named, adam, self.device, on_host, weights, gradients, sums)
+        self.groups += self.block_groups.values()
 
     @staticmethod
     def _collector(gradient: Tensor) -> Callable[[Tensor], None]:
@@ -218,30 +276,48 @@ class MasterWeights:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this micro-batch's share of the step's mean loss."""
-        if self.transfers:
-            # The forward pass has started those updates of the step before that it needed; this starts the others.
-            self.transfers.finish()
-        self.loss_sum[0] += loss.detach()
+        self._finish_transfers()
+        if self.used:
+            self._clear_gradients()
+        self.loss_sum += loss.detach()
         (loss * self.scale.value).backward()
+
+    def _finish_transfers(self) -> None:
+        """Issues the updates that no forward pass has needed, and orders later compute after all of them."""
+        if self.blocks:
+            self.blocks.finish()
+        if self.transfers:
+            self.transfers.finish()
 
     def step(self, lr: float) -> StepResult:
         """Makes one optimizer step over all ranks. It changes nothing if a gradient is not finite."""
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.buffer)
-            self.buffer.div_(dist.get_world_size())
+            for total in (*self._collected(), self.loss_sum):
+                dist.all_reduce(total)
+                total.div_(dist.get_world_size())
         norm = self._norm() / self.scale.value
         skipped, clip = skip_and_clip(norm, self.max_grad_norm)
         self._update(lr, divisor=clip * self.scale.value, skipped=skipped)
-        result = StepResult(torch.stack([self.loss_sum[0], norm, skipped, self.scale.value]))
+        result = StepResult(torch.stack([self.loss_sum, norm, skipped, self.scale.value]))
         self.drop()
         self.scale.adapt(skipped)
         return result
 
+    def _collected(self) -> list[Tensor]:
+        """Returns the arrays of gradients on the device."""
+        return [self.flat] if self.resident else [g.collected for g in self.groups if g.collected is not None]
+
     def drop(self) -> None:
-        """Drops gradients and losses that no step has used."""
-        self.buffer.zero_()
-        if self.host_trained:
-            self.host_trained.gradients.clear()
+        """Drops gradients and losses that no step has used. Updates may still read them until the next ``backward``."""
+        self.loss_sum.zero_()
+        self.used = True
+
+    def _clear_gradients(self) -> None:
+        for gradients in self._collected():
+            gradients.zero_()
+        if self.blocks:
+            self.blocks.gradients.clear()
+        self.used = False
 
     def room_for_state(self) -> Tensor:
         """Allocates as much device memory as the first step will for the optimizer's state; empty if it exists."""
@@ -251,9 +327,9 @@ class MasterWeights:
     def _norm(self) -> Tensor:
         """Returns the global gradient norm, summed per parameter so that placement does not change a bit of it."""
         norms = dict(zip(self.gradients, norms_of(list(self.gradients.values())), strict=True))
-        if self.host_trained:
-            for block, parameters in self.host_trained.parameters.items():
-                norms |= zip((self.names[p] for p in parameters), self.host_trained.gradients.norms[block], strict=True)
+        if self.blocks:
+            for block, found in self.blocks.gradients.norms.items():
+                norms |= zip(self.block_groups[block].parameters, found, strict=True)
         return torch.stack([norms[name] for name in self.parameters]).norm()
 
     def _update(self, lr: float, divisor: Tensor, skipped: Tensor) -> None:
@@ -264,37 +340,53 @@ class MasterWeights:
                     return
                 self.flat.div_(divisor)
             self.resident.update(list(self.gradients.values()), lr, divisor, skipped)
-        if self.transfers:
-            self._start_transfers(self.transfers, lr, divisor, skipped)
+        if self.adam:
+            self.steps += 1 - skipped
+            scalars = self.adam.scalars(lr, divisor, skipped, self.steps)
+            for group in self.groups:
+                if group not in self.passing:
+                    group.update(scalars)
+            if self.transfers:
+                self._start_transfers(self.transfers, scalars)
 
-    def _start_transfers(self, transfers: TransferPipeline, lr: float, divisor: Tensor, skipped: Tensor) -> None:
+    def _start_transfers(self, transfers: TransferPipeline, scalars: Tensor) -> None:
         """Starts the updates that pass through the device, in the order in which the next forward pass needs them.
 
-        The compute stream waits only for the parameters that are on the device. A block that is stored on the host is
-        updated when the next forward pass is about to fetch its weights, so that its transfers overlap with the blocks
-        before it. ``mark_updated`` makes that fetch wait, because it would return the old weights otherwise.
+        The compute stream waits for parameters outside the blocks. Those of blocks are updated while it computes the
+        blocks before them.
         """
-        if self.host_trained:
-            self.host_trained.gradients.finish_copies()
-        updates = [list(flat.update(lr, divisor, skipped)) for flat in self.passing]
-        transfers.start([update for group in updates for update in group], divisor, skipped)
-        on_device, *ends = accumulate(map(len, updates))
-        compute_waits_for(transfers.issue(on_device))
-        if self.host_trained:
-            for block, end in zip(self.host_trained.parameters, ends, strict=True):
-                self.host_trained.mark_updated(block, partial(transfers.issue, end))
-        else:
-            transfers.finish()
+        if self.blocks:
+            self.blocks.gradients.finish_copies()
+        firsts = (next(group.transfers(group.weights, scalars)) for group in self.passing)
+        transfers.start(slot_bytes(firsts), scalars)
+        blocks = set(self.block_groups.values())
+        for group in self.passing:
+            if group not in blocks:
+                compute_waits_for(self._pass(transfers, group, scalars, group.weights, None)[0])
+        if self.blocks:
+            hosted = {block: group for block, group in self.block_groups.items() if group in self.passing}
+            self.blocks.schedule({b: partial(self._pass, transfers, g, scalars) for b, g in hosted.items()})
+
+    @staticmethod
+    def _pass(
+        transfers: TransferPipeline, group: Group, scalars: Tensor, weights: Tensor, arrived: Event
+    ) -> tuple[Event, Event]:
+        """Issues the update of a group; see ``streaming.Update``."""
+        updated = arrived
+        for transfer in group.transfers(weights, scalars):
+            updated = transfers.run(transfer, arrived)
+        written = updated if weights is group.weights else transfers.copy_out(group.weights, weights, updated)
+        return updated, written
 
     def wait(self) -> None:
         """Waits until all transfers have ended, so that masters and parameters can be read and written on the host."""
+        self._finish_transfers()
         if self.transfers:
             self.transfers.synchronize()
 
-    def named_masters(self) -> dict[str, Tensor]:
+    def named_masters(self) -> Mapping[str, Tensor]:
         """Returns the masters by the names of their parameters. Call ``wait`` before reading masters on the host."""
-        masters = {name: master for group in self.groups for name, master in group.named_masters().items()}
-        return {name: masters[name] for name in self.parameters}
+        return self.resident.named_masters() if self.resident else Masters(self.owners)
 
     def state(self, copy: bool = True) -> dict[str, Tensor]:
         """Returns what a resumed run needs, as plain tensors by name: masters, optimizer state and loss scale.
@@ -304,20 +396,24 @@ class MasterWeights:
         """
         return for_file(self.tensors(), copy)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors of ``state`` on their own devices; masters that are put together are new."""
+        return {name: piece.read() for name, piece in self.pieces().items()}
+
     def pieces(self) -> dict[str, Piece]:
         """Returns the tensors of ``state`` as pieces of a file, to be read one after another before the next step."""
-        return pieces_of(self.tensors())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors of ``state`` on their own devices, without a copy."""
         self.wait()
         tensors = self.scale.state()
-        for group in self.groups:
-            tensors |= group.state()
-        for key, value in group_numbers(self.groups[0].optimizer).items():  # They are equal in all groups.
-            if self.fresh_numbers.get(key) != value:
-                tensors[f"{key}/{ALL}"] = as_tensor(value)
-        return tensors
+        if self.resident:
+            tensors |= self.resident.state()
+            for key, value in group_numbers(self.resident.optimizer).items():
+                if self.fresh_numbers.get(key) != value:
+                    tensors[f"{key}/{ALL}"] = as_tensor(value)
+        pieces = pieces_of(tensors)
+        for name, group in self.owners.items():
+            own = group.pieces(name) | pieces_of({STEP: self.steps.float()})
+            pieces |= {f"{key}/{name}": piece for key, piece in own.items()}
+        return pieces
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what ``state`` returned, even if its masters were stored on another device."""
@@ -326,9 +422,12 @@ class MasterWeights:
         if stepped and self.resident and not self.resident.fused:
             # A step with zero gradients and a zero rate creates the state that is overwritten below.
             self._update(0.0, torch.ones((), device=self.device), torch.zeros((), device=self.device))
-            self.buffer.zero_()  # Some optimizers add weight decay to the gradients themselves.
+            self._clear_gradients()  # Some optimizers add weight decay to the gradients themselves.
         self.wait()
         self.scale.load_state(tensors)
-        numbers = self.fresh_numbers | {key: tensor.item() for key, tensor in saved[ALL].items()}
-        for group in self.groups:
-            group.load_state(saved, numbers)
+        if self.resident:
+            numbers = self.fresh_numbers | {key: tensor.item() for key, tensor in saved[ALL].items()}
+            self.resident.load_state(saved, numbers)
+        for name, group in self.owners.items():
+            group.load_state(name, saved[name])
+            self.steps.copy_(saved[name].get(STEP, torch.zeros(())))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvideox.memory.streaming import HostTrainedBlocks, compute_event, host_waits_for
+from cogvideox.memory.streaming import TrainedBlocks, compute_event, host_waits_for
 from cogvideox.model.attention import SAGE
 from cogvideox.model.blocks import Block
 from cogvideox.model.quant import dequantize, quantize
@@ -263,7 +263,7 @@ def compare_block(module: nn.Module, plan: Plan, i: int, inputs: Inputs, device:
     if isinstance(plan, ExecutionPlan):
         alone = nn.ModuleDict({"transformer_blocks": nn.ModuleList([own])})
         stack = Stack(alone, replace(plan, blocks=(plan.blocks[i],)), device)
-        found = outputs_and_gradients(stack.run, own, inputs, stack.host_trained)
+        found = outputs_and_gradients(stack.run, own, inputs, stack.trained_blocks)
         del stack
     else:
         compile_block(own.to(device))
@@ -278,7 +278,7 @@ def compare_block(module: nn.Module, plan: Plan, i: int, inputs: Inputs, device:
 
 
 def outputs_and_gradients(
-    run: BlockFunction, module: Any, inputs: Inputs, host_trained: HostTrainedBlocks | None = None
+    run: BlockFunction, module: Any, inputs: Inputs, trained_blocks: TrainedBlocks | None = None
 ) -> dict[str, Tensor]:
     """Returns outputs and gradients by name.
 
@@ -286,14 +286,14 @@ def outputs_and_gradients(
         run: A function with the signature of a diffusers block. It computes with the parameters of the module.
         module: The block of diffusers that has the parameters.
         inputs: The inputs, and the gradients with respect to the outputs.
-        host_trained: The group of blocks trained on the host that holds the gradients; None if the block is not in one.
+        trained_blocks: The trained blocks that hold the gradients of those on the host, if all weights are trained.
     """
     trains_all = base_parameters(module)[0].requires_grad
     leaves = inputs.leaves(with_temb=trains_all)
     video, text = leaves.call(run)
     torch.autograd.backward((video, text), (inputs.dvideo, inputs.dtext))
-    if host_trained is not None:
-        take_gradients(host_trained)
+    if trained_blocks is not None and trained_blocks.ring:
+        take_gradients(trained_blocks)
     inner = {"video": leaves.video.grad, "text": leaves.text.grad, "time embedding": leaves.temb.grad}
     layers = {
         name: torch.cat([p.grad.flatten() for p in piece.parameters() if p.grad is not None])
@@ -305,14 +305,14 @@ def outputs_and_gradients(
     return found
 
 
-def take_gradients(host_trained: HostTrainedBlocks) -> None:
+def take_gradients(trained_blocks: TrainedBlocks) -> None:
     """Copies the gradients of the only block from the host, where they are summed, to its parameters."""
-    host_trained.gradients.finish_copies()
-    store = host_trained.gradients.store
+    trained_blocks.gradients.finish_copies()
+    store = trained_blocks.gradients.store
     # The host reads the buffers below, so it must wait too: ``finish_copies`` only makes the compute stream wait.
     host_waits_for(compute_event(store.device))
     gradients = store.layouts[0][1].views(store.buffers[0])
-    for parameter, gradient in zip(host_trained.parameters[0], gradients, strict=True):
+    for parameter, gradient in zip(trained_blocks.parameters[0], gradients, strict=True):
         parameter.grad = gradient.clone()
 
 

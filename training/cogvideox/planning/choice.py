@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 
 from cogvideox.planning.costs import Array, Costs, Kinds, Numbers
-from cogvideox.planning.plan import GIB, HOST, LEVELS, Axes, BlockPlan, ExecutionPlan, Machine, NoPlanError, Sizes
+from cogvideox.planning.plan import GIB, LEVELS, Axes, BlockPlan, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.planning.timeline import Timeline, order
 
 LEVEL_SECONDS = 12.0  # to compile forward and backward of a block at one level (measured for 5b at 49x480x720)
@@ -35,12 +35,12 @@ def compile_seconds(kinds: Kinds, compiled: bool, sizes: Sizes) -> Numbers:
 def mixtures(axes: Axes, sizes: Sizes) -> dict[BlockPlan, Array]:
     """Returns all mixtures of at most two kinds of blocks, as an array (mixtures,) of numbers of blocks for each kind.
 
-    Each kind of host-trained blocks has an additional choice of where its optimizer state is stored.
+    Each kind has an additional choice of where its optimizer state is stored if all weights are trained.
     """
     kinds = [
         BlockPlan(weights, keep, kept, state)
         for weights, keep, kept in product(axes.weights, axes.keep, axes.kept)
-        for state in (axes.state if weights == HOST and sizes.block_trained else (None,))
+        for state in (axes.state if sizes.block_trained else (None,))
     ]
     pairs = np.stack(np.triu_indices(len(kinds)), axis=1)  # (pairs, 2) positions in kinds; some have one kind twice
     first, second = np.repeat(pairs, sizes.blocks, axis=0).T

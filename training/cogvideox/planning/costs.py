@@ -25,7 +25,7 @@ import numpy as np
 
 from cogvideox.config.deepspeed import ZERO_BUCKET, sums_gradients
 from cogvideox.memory.streaming import IN_FLIGHT, TRANSFER_SLOTS, WEIGHT_SLOTS
-from cogvideox.optimizer.master_weights import CHUNK_BYTES, STATE_BYTES
+from cogvideox.optimizer.adam_weights import RANGE_BYTES
 from cogvideox.planning.plan import DEVICE, HOST, LEVELS, BlockPlan, Sizes
 
 WEIGHTS, SAVED, GRADIENTS, STATE = "weights", "saved", "gradients", "state"
@@ -43,7 +43,6 @@ TRAINED_UNITS = {
 DEQUANTIZED_SHARE = {True: 0.1, False: 1.2}
 """By compiled: the share of a block's quantized matrices that is dequantized when memory is fullest. In a compiled
 graph it is small (measured). Without one, the largest matrix, a third of them, is dequantized by way of fp32."""
-DEVICE_GRADIENT_BYTES = 4  # per element: the sums of gradients on the device are fp32
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Numbers: TypeAlias = Any  # an int or a float, or an array (mixtures,) of them
@@ -80,7 +79,7 @@ class Costs:
     def parts(self, kind: BlockPlan) -> dict[str, tuple[str, float]]:
         """Returns the place and the bytes of each part of one block."""
         sizes = self.sizes
-        gradient = sizes.sum_bytes if kind.weights == HOST else DEVICE_GRADIENT_BYTES
+        gradient = sizes.sum_bytes if kind.weights == HOST else sizes.device_gradient_bytes
         return {
             WEIGHTS: (kind.weights, sizes.block_bytes),
             SAVED: (kind.kept, sizes.kept_bytes(kind.keep)),
@@ -127,7 +126,7 @@ class Costs:
         if self.sizes.shards > 1:
             return self.sharded_peak_bytes
         sizes = self.sizes
-        outside = sizes.rest_bytes + sizes.trained * (sizes.item_bytes + DEVICE_GRADIENT_BYTES)
+        outside = sizes.rest_bytes + sizes.trained * (sizes.item_bytes + sizes.device_gradient_bytes)
         slots = np.minimum(WEIGHT_SLOTS, self.streamed) * sizes.block_bytes
         stored = outside + slots + self.held(DEVICE, WEIGHTS, GRADIENTS) + self.state_at(DEVICE)
         dequantized = round(sizes.matrix_bytes * DEQUANTIZED_SHARE[self.compiled])
@@ -171,13 +170,8 @@ class Costs:
     @cached_property
     def transfer_slot_bytes(self) -> Numbers:
         """Returns the device bytes of the optimizer's transfer slots."""
-        sizes = self.sizes
-        numbers = min(sizes.all_trained, CHUNK_BYTES // STATE_BYTES)
-        # Host-trained weights are copied out, and their gradients are copied in and converted to fp32 on the device.
-        with_weights = (self.streamed > 0) & (sizes.block_trained > 0)
-        load = sizes.moving_bytes + with_weights * (sizes.sum_bytes + sizes.item_bytes)
-        passes = (self.moved_state > 0) | with_weights
-        return passes * numbers * (TRANSFER_SLOTS * load + 4 * with_weights)
+        gradients = self.held(HOST, GRADIENTS)
+        return TRANSFER_SLOTS * np.minimum(RANGE_BYTES, self.moved_state + gradients)
 
     @cached_property
     def sharded_peak_bytes(self) -> Numbers:

@@ -61,7 +61,7 @@ from cogvideox.planning.execution import (
 from cogvideox.planning.plan import FRAGMENTS, GIB, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.report import duration, failures_explained
-from cogvideox.runtime.disk_room import new_at_once, saves_weights_only
+from cogvideox.runtime.disk_room import bytes_per_weight, new_at_once, saves_weights_only
 from cogvideox.runtime.ranks import alone
 from cogvideox.runtime.run import PRECISIONS
 
@@ -200,7 +200,8 @@ def disk_line(
     """Returns the line about disk space, and whether there is enough: tensors, checkpoints and the result."""
     train = options.train
     kept = new_at_once(train, 0, run.steps)
-    one = sizes.all_trained * (sizes.item_bytes + (0 if saves_weights_only(options) else sizes.state_bytes))
+    state = 0 if saves_weights_only(options) else bytes_per_weight(options, torch.device("cpu"))
+    one = sizes.all_trained * (sizes.item_bytes + state)
     all_weights = sum(parameter.numel() for parameter in transformer.parameters())
     result = (sizes.trained if isinstance(options, LoraOptions) else all_weights) * sizes.item_bytes
     output = Path(train.output_dir).absolute()

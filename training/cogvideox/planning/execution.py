@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import astuple, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +28,7 @@ from torch import nn
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.deepspeed import offload_device, zero_stage
 from cogvideox.config.geometry import Geometry
-from cogvideox.config.optimizers import host_state_problems, make_optimizer, steps_on_device
+from cogvideox.config.optimizers import host_state_problems, steps_on_device
 from cogvideox.config.options import (
     LoraOptions,
     TrainOptions,
@@ -37,16 +36,17 @@ from cogvideox.config.options import (
     fsdp_offloads,
     under_deepspeed,
     under_fsdp,
+    wanted_places,
 )
 from cogvideox.errors import UsageError, first_line
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.memory.graphs import allowing_graphs
 from cogvideox.memory.shared import Neighbors
-from cogvideox.memory.streaming import HostTrainedBlocks, SideStream, compute_waits_for, pinned
+from cogvideox.memory.streaming import SideStream, TrainedBlocks, compute_waits_for, pinned
 from cogvideox.model.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.model.blocks import UNITS, kept_at
 from cogvideox.model.models import DTYPES, free_device_bytes, stored_dtype
-from cogvideox.optimizer.master_weights import state_bytes
+from cogvideox.optimizer.step import gradients_are_sums, state_bytes
 from cogvideox.planning import choice, plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.planning.sharded import ShardedStack, sharding_mesh
@@ -67,6 +67,7 @@ from cogvideox.runtime.ranks import Ranks
 from cogvideox.runtime.run import Run, with_peaks
 
 Plan = ExecutionPlan | ModulePlan
+SHARDED_STATE_BYTES = 12  # per trained element: master and moments in fp32
 AVERAGE_BYTES = 4  # per trained element, with --use_ema
 PROBE_SECONDS = 0.2
 TURNS_SECONDS = 1.0  # long enough for a card to reach its power limit, as it does in training
@@ -166,10 +167,12 @@ def choose(
     # Ranks that store activations on the host share its bandwidth. For 5b on four H100, this was no faster than
     # recomputing them, and pinning the memory took 20 s. So it is only for what does not fit otherwise.
     here = replace(on_device, kept=(plan.DEVICE,)) if plan.DEVICE in axes.kept else on_device
-    sharded = replace(sizes, shards=shards, shards_on_host=fsdp_offloads())
+    # Shards are in fp32: masters and moments of 12 bytes, and gradients of 4 bytes.
+    in_rows = replace(sizes, state_bytes=SHARDED_STATE_BYTES + sizes.average_bytes)
+    sharded = replace(in_rows, shards=shards, shards_on_host=fsdp_offloads())
     if under_deepspeed():
         offloads = offload_device("offload_optimizer") == "cpu"
-        sharded = replace(sizes, shards=run.world, shards_on_host=offloads, deepspeed=True)
+        sharded = replace(in_rows, shards=run.world, shards_on_host=offloads, deepspeed=True)
     ways = [(here, sharded), (on_device, sharded)]
     if not under_fsdp() and not under_deepspeed():
         ways = [(axes, sizes)] if shards == 1 else [(on_device, sizes), *ways, (axes, sizes)]
@@ -186,9 +189,8 @@ def shards_of(options: TrainOptions, world: int) -> int:
         return 1
     if under_fsdp():
         return copies_and_shards(world)[1]
-    flags = options.plan
+    flags = wanted_places(options)
     free = {flags.plan, flags.weights_on, flags.optimizer_state_on} == {"auto"}
-    free = free and not options.optimizer.use_cpu_offload_optimizer
     return world if free and steps_on_device(options.optimizer) else 1
 
 
@@ -223,9 +225,11 @@ def sizes_from_options(
     averages = AVERAGE_BYTES if options.loss.use_ema else 0
     passes = options.train.gradient_accumulation_steps
     sum_bytes = 4 if passes > 1 else sizes.sum_bytes
+    device_gradients = 4 if gradients_are_sums(options.optimizer, passes, run.world) else sizes.item_bytes
     device = run.device if torch.cuda.is_available() else torch.device("cpu")  # a dry run may be for a GPU elsewhere
-    state = state_bytes(partial(make_optimizer, options.optimizer), device) + averages
+    state = state_bytes(options.optimizer, run.dtype, device) + averages
     sizes = replace(sizes, state_bytes=state, average_bytes=averages, ranks=ranks_here())
+    sizes = replace(sizes, device_gradient_bytes=device_gradients)
     return replace(sizes, sum_bytes=sum_bytes, passes=passes)
 
 
@@ -249,8 +253,6 @@ def compiles(run: Target, wanted: str, drops: bool) -> bool:
 
 def obstacle_to_plan(run: Target, options: TrainOptions, transformer: nn.Module) -> str | None:
     """Returns why a Stack cannot run this model, or None if it can."""
-    if options.optimizer.use_cpu_offload_optimizer and not isinstance(options, LoraOptions):
-        return "--use_cpu_offload_optimizer decides itself where weights, gradients and optimizer state are stored"
     if under_deepspeed() and zero_stage() == "3":
         return "DeepSpeed ZeRO-3 gathers the weights for diffusers' own modules"
     if not is_supported(transformer):
@@ -284,7 +286,7 @@ def host_restrictions(options: TrainOptions, world: int) -> Iterator[str]:
 
 def axes_of(options: TrainOptions, world: int = 1) -> Axes:
     """Returns the values that the flags leave open for each axis of the plan."""
-    flags, axes = options.plan, plan.PRESETS[options.plan.plan]
+    flags, axes = wanted_places(options), plan.PRESETS[options.plan.plan]
     given = {"weights": flags.weights_on, "keep": flags.keep, "kept": flags.kept_on, "state": flags.optimizer_state_on}
     if list(host_state_problems(options.optimizer, deepspeed=False)):
         axes = replace(axes, state=(plan.DEVICE,))
@@ -536,7 +538,7 @@ def seconds_of(run: Callable[[], object], calls: int) -> float:
 
 def apply_plan(
     transformer: Any, chosen: Plan, device: torch.device, ranks: Ranks | None = None
-) -> HostTrainedBlocks | None:
+) -> TrainedBlocks | None:
     """Moves the transformer from the CPU to where the plan wants it, and makes it run under the plan.
 
     Args:
@@ -546,7 +548,7 @@ def apply_plan(
         ranks: The processes of the run. Those of one machine share the frozen weights of streamed blocks.
 
     Returns:
-        The blocks that are trained on the host, or None if there are none.
+        The blocks of which all weights are trained, or None if the plan does not place them.
     """
     if isinstance(chosen, ExecutionPlan) and chosen.deepspeed:
         ModuleStack(transformer.to(device), chosen, device)
@@ -562,7 +564,7 @@ def apply_plan(
             number, copied = neighbors.number, sum(host.numel() for host in stack.ring.hosts.values())
             more = copied * (number - 1) / number / plan.GIB
             ranks.say(SHARED.format(number) if stack.shares else NOT_SHARED.format(number, more))
-        return stack.host_trained
+        return stack.trained_blocks
     transformer.to(device)
     if chosen.recompute:
         transformer.enable_gradient_checkpointing()

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from cogvideox.optimizer.master_weights import STATE_BYTES
-
 GIB = 2**30
 DEVICE, HOST = "device", "host"
 AUTO = "auto"  # as a base precision: frozen weights stay in the compute type
@@ -38,7 +36,7 @@ class Sizes:
     tokens: int  # of a sample in the largest bucket
     width: int  # D
     heads: int
-    state_bytes: int = STATE_BYTES  # per trained element: master weight, moments, and the average if there is one
+    state_bytes: float = 10.0  # per trained element: master beside the weight, moments, and the average if there is one
     average_bytes: int = 0  # the part of state_bytes for the average, which is stored where the master weight is
     ranks: int = 1  # processes on this host; one of them writes checkpoints, and all share frozen streamed weights
     mapped: bool = False  # loaded weights are pages of their file, so pinned copies take additional memory
@@ -46,6 +44,7 @@ class Sizes:
     units_kept: tuple[int, ...] = tuple(UNITS_KEPT.values())  # of one block, by LEVELS
     block_trained: int = 0  # elements of one block if all weights are trained, else 0
     sum_bytes: int = 4  # per element of the gradients that are summed on the host
+    device_gradient_bytes: int = 2  # per element of gradients on the device
     passes: int = 1  # forward and backward passes in an optimizer step
     steps: int = 0  # optimizer steps of the run, over which compilation is spread; 0 if compilation does not count
     shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
@@ -65,7 +64,7 @@ class Sizes:
         return self.all_trained // self.shards if self.shards_on_host else 0
 
     @property
-    def moving_bytes(self) -> int:
+    def moving_bytes(self) -> float:
         """Returns the bytes per trained element that pass through the device in an optimizer step."""
         return self.state_bytes - self.average_bytes
 

@@ -28,7 +28,7 @@ from torch.nn import Parameter
 
 from cogvideox.memory.graphs import allowing_graphs
 from cogvideox.memory.shared import Neighbors, share_buffers
-from cogvideox.memory.streaming import HostStore, HostTrainedBlocks, Layout, Ring, fill, host_buffer, pin
+from cogvideox.memory.streaming import HostStore, Layout, Ring, TrainedBlocks, fill, host_buffer, pin
 from cogvideox.model import blocks
 from cogvideox.model.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
 from cogvideox.model.lora import SampleDropout
@@ -65,7 +65,7 @@ class BlockRunner:
         device: Where the blocks compute.
     """
 
-    host_trained: HostTrainedBlocks | None = None
+    trained_blocks: TrainedBlocks | None = None
 
     def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
         self.plan, self.device = plan, device
@@ -171,11 +171,13 @@ class Stack(BlockRunner):
         streamed = sum(block.weights == HOST for block in self.plan.blocks)
         shared = share_buffers(streamed, layout.num_bytes, neighbors) if neighbors is not None and streamed else None
         self.resident: dict[int, list[Weight]] = {}
+        buffers: dict[int, Tensor] = {}
         for i, (block, parameters) in enumerate(zip(self.plan.blocks, own, strict=True)):
             if block.weights == HOST:
                 buffer = hosts[i] = shared.buffers[len(hosts)] if shared else host_buffer(layout.num_bytes)
             else:
                 buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
+            buffers[i] = buffer
             forms = unflatten(like, layout.views(buffer))
             if shared is None or shared.filled_here or block.weights == DEVICE:
                 weights = flatten(stored_weights(self.modules[i], precision, self.device))
@@ -199,9 +201,10 @@ class Stack(BlockRunner):
         self.ring = Ring(hosts, self.device) if hosts else None
         self.slots = [unflatten(like, layout.views(slot)) for slot in self.ring.slots] if self.ring else []
         self.order = [{id(p): k for k, p in enumerate(parameters)} for parameters in own]
-        trained = {i: own[i] for i in hosts} if self.trains_all else {}
-        here = frozenset(i for i in trained if (self.plan.blocks[i].state or self.plan.state) == DEVICE)
-        self.host_trained = HostTrainedBlocks(trained, self.ring, layout, here) if trained and self.ring else None
+        if self.trains_all:
+            away = frozenset(i for i, block in enumerate(self.plan.blocks) if (block.state or self.plan.state) == HOST)
+            flat = {i: layout.flat(buffer) for i, buffer in buffers.items()}
+            self.trained_blocks = TrainedBlocks(dict(enumerate(own)), flat, self.ring, away, self.device)
 
     def install(self) -> None:
         """Replaces the forward passes: the first block runs all blocks, and the others return their inputs."""
@@ -232,9 +235,8 @@ class Stack(BlockRunner):
         length = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shared = self.shared(temb, image_rotary_emb, length)
-        if self.host_trained and self.ring:
-            # An optimizer step may have changed the weights on the host since the last pass, so the slots may be out of
-            # date. The copies that follow wait for that step's update of their block (HostTrainedBlocks.mark_updated).
+        if self.trained_blocks and self.ring:
+            # The weights on the host may have changed since the last pass, so the slots may be out of date.
             self.ring.invalidate()
         if torch.is_grad_enabled():
             for i in range(len(self.modules)):
@@ -261,6 +263,8 @@ class Stack(BlockRunner):
             trained: The tensors that autograd trains, in place of the module's.
         """
         forms, order = self.resident.get(i), self.order[i]
+        if self.trained_blocks and forms is not None:
+            self.trained_blocks.use(i)
         if self.ring is not None:
             ahead = self.ring.next_block(i, direction)
             # ``get`` comes first and makes the compute stream wait for this block's copy. It also marks the slot as the
@@ -379,7 +383,7 @@ class RunBlock(torch.autograd.Function):
         dx, dtemb, found = stack.backward_block(dy.contiguous(), stack.weights(i, -1, trained), ctx.shared, kept)
         gradients = [gradient for name in Block._fields for gradient in found.get(name, ())]
         if gradients and not trained:  # the block's weights are on the host, so autograd has no tensor for them
-            stack.host_trained.gradients.add(i, gradients)
+            stack.trained_blocks.gradients.add(i, gradients)
             gradients = []
         return dx, dtemb, None, None, None, *gradients
 

@@ -4,22 +4,21 @@ A checkpoint of all weights of 5b takes tens of gigabytes, so a disk that is too
 """
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn import Parameter
 
 from cogvideox.config.flags import TrainFlags
-from cogvideox.config.optimizers import make_optimizer
 from cogvideox.config.options import SftOptions, TrainOptions
 from cogvideox.errors import DiskError
 from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
-from cogvideox.optimizer.master_weights import state_bytes
+from cogvideox.optimizer.step import state_bytes
 from cogvideox.optimizer.zero_weights import num_elements
 
 PROBE_LIMIT = 2**28  # largest size in bytes of a file that is written to measure the speed of the disk
@@ -56,8 +55,13 @@ def checkpoint_bytes(options: TrainOptions, parameters: Iterable[Parameter], dev
     """Returns the expected bytes of a checkpoint: master, optimizer state, average and value of each element."""
     if saves_weights_only(options):
         return result_bytes(parameters)
-    state = state_bytes(partial(make_optimizer, options.optimizer), device) + 4 * options.loss.use_ema
-    return sum(num_elements(parameter) * (state + parameter.element_size()) for parameter in parameters)
+    state = bytes_per_weight(options, device)
+    return math.ceil(sum(num_elements(parameter) * (state + parameter.element_size()) for parameter in parameters))
+
+
+def bytes_per_weight(options: TrainOptions, device: torch.device) -> float:
+    """Returns the bytes of a checkpoint for a trained weight, beside the weight: fp32 master, moments, average."""
+    return 4 + state_bytes(options.optimizer, torch.float32, device) + 4 * options.loss.use_ema
 
 
 def result_bytes(parameters: Iterable[Parameter]) -> int:

@@ -1,0 +1,250 @@
+"""Weights that Adam trains, in flat arrays beside their state: on the device, or in host memory between steps.
+
+A ``Group`` has all weights of one place: those of a transformer block, or those outside the blocks. Weights, low bits
+of masters, moments and gradients are one array each, in the order of the parameters, which are views of the array:
+
+    parameters       |  a  |      b      |   c   |
+    weights          |===========================|
+    gradients        |===========================|
+    state            |===========|===========|===|     state on the host passes through the device range by range:
+    ranges              range 0      range 1   2       it is copied in, updated there, and copied back
+
+State on the device is updated by one call of ``adam.update``; on a CPU this is made range by range too, because eager
+operations need memory for what lies between them. Either way gives the same bits.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from cogvideox.memory.streaming import ALIGNMENT, Layout, Slice, Transfer, host_buffer, pin
+from cogvideox.optimizer.adam import (
+    FIRST,
+    GROUP,
+    MASTER,
+    SCALE,
+    SECOND,
+    Adam,
+    read_master,
+    read_moment,
+    stored_moment,
+    update_on,
+    write_master,
+)
+from cogvideox.tensor_files import Piece, pieces_of
+
+RANGE_BYTES = 64 * 2**20  # A copy of this size runs at full speed, and takes little of the device's memory.
+assert ALIGNMENT % GROUP == 0  # so that parameters do not share a group, and all ranges have complete groups
+
+
+class Group:
+    """Keeps the weights of some parameters, all of one type, with the state of Adam.
+
+    Args:
+        parameters: The parameters by name. Without ``weights`` they become views of a new array on the device.
+        adam: The settings of Adam.
+        device: Where the updates run.
+        state_on_host: Whether the state is stored in pinned host memory.
+        weights: The array whose views the parameters are, on the device or on the host.
+        gradients: Returns the array of all gradients, which is on the host. By default the group keeps gradients
+            itself, on the device.
+        sums: Whether gradients of several passes or processes are added up, for which those on the device are in fp32.
+            Otherwise they have the type of the weights.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Parameter],
+        adam: Adam,
+        device: torch.device,
+        state_on_host: bool = False,
+        weights: Tensor | None = None,
+        gradients: Callable[[], Tensor] | None = None,
+        sums: bool = True,
+    ) -> None:
+        self.parameters, self.adam, self.device, self.state_on_host = parameters, adam, device, state_on_host
+        self.layout = Layout(list(parameters.values()))
+        self.weights = self._flatten() if weights is None else weights
+        self.types = adam.state_types(self.weights.dtype)
+        self.arrays = {name: self._array(name) for name in self.types}
+        if MASTER in self.arrays:
+            self.arrays[MASTER].copy_(self.weights)
+        if state_on_host:
+            for array in self.arrays.values():
+                pin(array)  # after it was written: that creates pages with all cores
+        self.collected: Tensor | None = None
+        if gradients is None:
+            self.collected = torch.zeros(
+                self.layout.numbers, dtype=torch.float32 if sums else self.weights.dtype, device=device
+            )
+        self._gradients = gradients
+        self._ranges = self._divide()
+
+    @torch.no_grad()
+    def _flatten(self) -> Tensor:
+        """Moves the parameters into one array on the device."""
+        buffer = torch.zeros(self.layout.num_bytes, dtype=torch.uint8, device=self.device)
+        for parameter, view in zip(self.parameters.values(), self.layout.views(buffer), strict=True):
+            view.copy_(parameter)
+            parameter.data = view
+        return self.layout.flat(buffer)
+
+    def _array(self, name: str) -> Tensor:
+        """Returns an array of zeros for a part of the state."""
+        numbers, dtype = self.layout.numbers // (GROUP if name.endswith(SCALE) else 1), self.types[name]
+        if not self.state_on_host:
+            return torch.zeros(numbers, dtype=dtype, device=self.device)
+        return host_buffer(numbers * dtype.itemsize).view(dtype).zero_()
+
+    def _divide(self) -> list[slice]:
+        """Divides the array into the ranges that are updated one after another."""
+        whole = self.device.type != "cpu" and not self.state_on_host and self.collected is not None
+        size = self.layout.numbers if whole else int(RANGE_BYTES / (self.transfer_bytes or 1)) // GROUP * GROUP
+        return [slice(i, min(i + size, self.layout.numbers)) for i in range(0, self.layout.numbers, max(size, GROUP))]
+
+    def gradients(self) -> Tensor:
+        """Returns the array of all gradients, on the device or on the host."""
+        if self.collected is not None:
+            return self.collected
+        assert self._gradients is not None
+        return self._gradients()
+
+    @property
+    def transfer_bytes(self) -> float:
+        """Returns the bytes per weight that pass through a slot of the device, or would."""
+        gradient = 4 if self.collected is None else 0
+        return self.adam.state_bytes(self.weights.dtype) + gradient
+
+    def named_gradients(self) -> dict[str, Tensor]:
+        """Returns the gradients on the device by the names of their parameters."""
+        assert self.collected is not None
+        views = self.layout.views_of(self.collected)
+        return dict(zip(self.parameters, views, strict=True))
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self, scalars: Tensor) -> None:
+        """Updates weights whose state and gradients are on the device, on the current stream."""
+        for which in self._ranges:
+            self._update(self.weights, which, scalars, self._part(which), self.gradients()[which])
+
+    def transfers(self, weights: Tensor, scalars: Tensor) -> Iterator[Transfer]:
+        """Yields the transfers that update weights on the device, with state or gradients of the host.
+
+        Args:
+            weights: The array of weights on the device: this group's, or a copy of it.
+            scalars: What ``Adam.scalars`` returned.
+        """
+        for which in self._ranges:
+            part = self._part(which)
+            pieces = [Slice(tensor) for tensor in part.values()] if self.state_on_host else []
+            if self.collected is None:
+                pieces.append(Slice(self.gradients()[which], copy_out=False))
+            yield Transfer(pieces, partial(self._update_passing, weights, which, scalars))
+
+    def _update_passing(self, weights: Tensor, which: slice, scalars: Tensor, passing: Sequence[Tensor]) -> None:
+        """Updates a range of weights with the tensors of a transfer."""
+        arrived = iter(passing)
+        state = {name: next(arrived) for name in self.arrays} if self.state_on_host else self._part(which)
+        self._update(weights, which, scalars, state, next(arrived, None))
+
+    @torch.no_grad()
+    def _update(
+        self, weights: Tensor, which: slice, scalars: Tensor, state: Mapping[str, Tensor], gradient: Tensor | None
+    ) -> None:
+        gradient = self.gradients()[which] if gradient is None else gradient
+        grouped = {name: t if name.endswith(SCALE) else t.view(-1, GROUP) for name, t in state.items()}
+        step = update_on(self.device.type, self.adam)
+        step(weights[which].view(-1, GROUP), gradient.view(-1, GROUP), grouped, scalars)
+
+    def _part(self, which: slice) -> dict[str, Tensor]:
+        """Returns the state of a range by name."""
+        groups = slice(which.start // GROUP, which.stop // GROUP)
+        return {name: array[groups if name.endswith(SCALE) else which] for name, array in self.arrays.items()}
+
+    # -- by parameter --------------------------------------------------------------------------------------------------
+
+    def _of(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns a parameter's weights and state, each (groups, GROUP) or, for scales, (groups,)."""
+        start = self.starts[name]
+        which = slice(start, start + -(-self.parameters[name].numel() // GROUP) * GROUP)
+        state = {key: t if key.endswith(SCALE) else t.view(-1, GROUP) for key, t in self._part(which).items()}
+        return self.weights[which].view(-1, GROUP), state
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """Returns the index of the first weight of each parameter in the arrays."""
+        return dict(zip(self.parameters, self.layout.starts, strict=True))
+
+    def _shaped(self, name: str, grouped: Tensor) -> Tensor:
+        """Returns numbers of a parameter, (groups, GROUP), without padding in its shape; scales stay as they are."""
+        parameter = self.parameters[name]
+        return grouped.view(-1)[: parameter.numel()].view(parameter.shape) if grouped.dim() > 1 else grouped
+
+    def _grouped(self, tensor: Tensor) -> Tensor:
+        """Returns the inverse of ``_shaped``, padded with zeros."""
+        flat = tensor.reshape(-1)
+        return torch.nn.functional.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
+
+    def master(self, name: str) -> Tensor:
+        """Returns the master of a parameter, fp32, where its state is stored; a new tensor if it is put together."""
+        weight, state = self._of(name)
+        return self._shaped(name, read_master(weight.to(state[FIRST].device), state))
+
+    @torch.no_grad()
+    def write_master(self, name: str, value: Tensor) -> None:
+        """Stores a master, and rounds it into the parameter."""
+        weight, state = self._of(name)
+        write_master(self._grouped(value.to(weight.device, torch.float32)), weight, state)
+
+    def pieces(self, name: str) -> dict[str, Piece]:
+        """Returns the master and the moments of a parameter by name, as a checkpoint stores them.
+
+        The names are those of torch.optim.Adam. The codes of 8-bit moments have the parameter's shape.
+        """
+        moments = {key: t for key, t in self._of(name)[1].items() if key.startswith((FIRST, SECOND))}
+        master = Piece(self.parameters[name].shape, torch.float32, lambda: self.master(name).detach())
+        return {MASTER: master} | pieces_of({key: self._shaped(name, t) for key, t in moments.items()})
+
+    @torch.no_grad()
+    def load_state(self, name: str, saved: Mapping[str, Tensor]) -> None:
+        """Restores what ``pieces`` describe, or a state whose moments have another format."""
+        self.write_master(name, saved[MASTER])
+        _, state = self._of(name)
+        for key in (FIRST, SECOND):
+            given = {key: torch.zeros_like(state[key], dtype=torch.float32)}  # of weights that never made a step
+            if key in saved:
+                given = {part: saved[part] for part in (key, f"{key}{SCALE}") if part in saved}
+                given[key] = self._grouped(given[key])
+            if given[key].dtype != state[key].dtype:
+                given = stored_moment(read_moment(given, key), key, state[key].dtype)
+            for part, tensor in given.items():
+                state[part].copy_(tensor)
+
+
+class Masters(Mapping[str, Tensor]):
+    """The fp32 masters of groups by the names of their parameters. Each access may put a new tensor together.
+
+    Args:
+        owners: The group of each parameter.
+    """
+
+    def __init__(self, owners: dict[str, Group]) -> None:
+        self.owners = owners
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.owners[name].master(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.owners)
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Stores a master, and rounds it into its parameter."""
+        self.owners[name].write_master(name, value)
