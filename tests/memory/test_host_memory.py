@@ -62,3 +62,11 @@ def test_version_1(limit: int, free: int, tmp_path: Path) -> None:
     member(tmp_path, "9:name=systemd:/elsewhere", "4:memory:/docker/abc", "3:cpuset:/")
     group(tmp_path / "cgroup/memory/docker/abc", str(limit), used=10 * GIB, cache=2 * GIB, version=1)
     assert host_memory.free_host_bytes() == free
+
+
+@pytest.mark.parametrize(("high", "free"), [("max", 22 * GIB), (20 * GIB, 10 * GIB), (60 * GIB, 22 * GIB)])
+def test_above_memory_high_a_group_is_slowed_down(tmp_path: Path, high: object, free: int) -> None:
+    member(tmp_path, "0::/")
+    group(tmp_path / "cgroup", str(32 * GIB), used=12 * GIB, cache=2 * GIB)
+    (tmp_path / "cgroup" / "memory.high").write_text(f"{high}\n")
+    assert host_memory.free_host_bytes() == free

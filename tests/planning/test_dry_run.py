@@ -15,6 +15,7 @@ import pytest
 import torch
 from random_models import TRANSFORMERS, vae_config
 
+from cogvideox import host_memory
 from cogvideox.config import args
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.cards import CARDS
@@ -29,6 +30,7 @@ from cogvideox.planning.plan import GIB
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GUIDE = " ".join((Path(__file__).parents[2] / "docs" / "guide.md").read_text().split())
 TEXT_LORA, IMAGE_SFT = "cogvideox_text_to_video_lora.py", "cogvideox_image_to_video_sft.py"
+TEXT_SFT = "cogvideox_text_to_video_sft.py"
 SIZE = ("--height_buckets", "32", "--width_buckets", "48", "--frame_buckets", "9")
 BUDGETS = {"8gb": "8", "12gb": "12", "24gb": "24"}
 pytestmark = pytest.mark.usefixtures("threads")
@@ -226,6 +228,35 @@ def test_hardware_that_suffices_is_named(
     flags = ["--load_tensors", "--gpu", "rtx3060", "--host_memory", "4", "--plan", "fast", "--train_batch_size", "1"]
     assert predict(published, index, tmp_path / "out", *flags) == 1
     assert "or a card of 24 GiB, such as rtx" in capsys.readouterr().out
+
+
+def test_a_container_of_64_gb_decides_on_a_machine_of_256(
+    published: Path,
+    index: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """4 GiB of the container are in use, a quarter of which are cached pages of files, such as mapped weights."""
+    monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=256 * GIB))
+    monkeypatch.setattr(host_memory, "MOUNT", tmp_path)
+    monkeypatch.setattr(host_memory, "MEMBERSHIP", tmp_path / "self")
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
+    (tmp_path / "self").write_text("0::/\n")
+    flags = ["--load_tensors", "--gpu", "rtx4090", "--train_batch_size", "1", "--max_train_steps", "100"]
+    flags += ["--optimizer", "adamw"]
+    assert predict(published, index, tmp_path / "out", *flags, script=TEXT_SFT) == 0
+    assert number(r"; ([\d.]+) GiB of free host memory", capsys.readouterr().out) == 256
+    contents = {"memory.max": 64 * 10**9, "memory.current": 4 * GIB, "memory.stat": f"anon 7\nactive_file {GIB}"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(f"{content}\n")
+    assert predict(published, index, tmp_path / "out", *flags, script=TEXT_SFT) == 1
+    text = capsys.readouterr().out
+    assert number(r"; ([\d.]+) GiB of free host memory", text) == pytest.approx(64e9 / GIB - 3, abs=0.05)
+    available = number(
+        r"does not fit: .* GiB of host memory in addition .*; [\d.]+ and ([\d.]+) GiB are available", text
+    )
+    assert available == pytest.approx(0.9 * (64e9 / GIB - 3), abs=0.1)
 
 
 def test_a_full_disk_is_reported(

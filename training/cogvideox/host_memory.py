@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 
 MOUNT, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-CGROUP_FILES = (  # (limit, use, prefix of the statistics that include subgroups) of cgroup v2, then of v1
-    ("memory.max", "memory.current", ""),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+CGROUP_FILES = (  # (limits, use, prefix of the statistics that include subgroups) of cgroup v2, then of v1
+    # Above memory.high, the system takes memory away from the group and slows it down, so it counts as a limit too.
+    (("memory.max", "memory.high"), "memory.current", ""),
+    (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_"),
 )
 CACHE = ("inactive_file", "active_file")  # cached pages of files, which the system can free
 
@@ -39,12 +40,14 @@ def groups() -> Iterator[Path]:
 
 def left_in(group: Path) -> int | None:
     """Returns the bytes that the limit of a group leaves, or None if it has no limit."""
-    for limit, use, prefix in CGROUP_FILES:
+    for limits, use, prefix in CGROUP_FILES:
         try:
-            most, used = (group / limit).read_text().strip(), int((group / use).read_text())
+            most = [(group / limit).read_text().strip() for limit in limits if (group / limit).exists()]
+            used = int((group / use).read_text())
             lines = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
         except OSError:  # files of the other cgroup version, or the root group
             continue
-        if most != "max":
-            return int(most) - used + sum(int(value) for name, value in lines if name in {prefix + n for n in CACHE})
+        cached = sum(int(value) for name, value in lines if name in {prefix + n for n in CACHE})
+        numbers = [int(text) for text in most if text != "max"]
+        return min(numbers) - used + cached if numbers else None
     return None

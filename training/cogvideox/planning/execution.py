@@ -143,6 +143,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     except (NoPlanError, torch.OutOfMemoryError) as error:
         fix = _smaller(options, sizes, run.world)
         raise UsageError(f"{', '.join(asked) or '--plan auto'}: {error}; {fix}") from None
+    run.say(host_memory_line(chosen, machine))
     if precision != AUTO:
         run.say(quantization_report(transformer, precision, run.device, backend))
     predicted = chosen.seconds if run.device.type == "cuda" else 0.0  # the rates of a CPU are not measured
@@ -231,6 +232,13 @@ def sizes_from_options(
     sizes = replace(sizes, state_bytes=state, average_bytes=averages, ranks=ranks_here())
     sizes = replace(sizes, device_gradient_bytes=device_gradients)
     return replace(sizes, sum_bytes=sum_bytes, passes=passes)
+
+
+def host_memory_line(chosen: ExecutionPlan, machine: Machine) -> str:
+    """Returns what a plan will take of the host memory, for the user to read before any of it is pinned."""
+    pinned, used, free = chosen.pinned, machine.host_bytes - chosen.spare_host, machine.host_bytes
+    gibs = [f"{size / plan.GIB:.1f} GiB" for size in (pinned, max(0, used), free)]
+    return "host memory: {} will be pinned; {} more than now will be used at most, of {} that are free".format(*gibs)
 
 
 def drops_out(options: TrainOptions) -> bool:
