@@ -40,19 +40,20 @@ Kinds = dict[BlockPlan, int]
 def sizes_of(transformer: Any, passes: int) -> Sizes:
     """Returns the sizes of a tiny transformer with the inputs of ``arguments_of``."""
     block = transformer.transformer_blocks[0]
-    trained = sum(p.numel() for p in base_parameters(block) if p.requires_grad)
+    whole = base_parameters(block)[0].requires_grad
     every = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    outside = every - whole * BLOCKS * sum(p.numel() for p in base_parameters(block))
     return Sizes(
         blocks=BLOCKS,
         block_bytes=base_bytes(block, AUTO),
         rest_bytes=0,
-        trained=every - trained * BLOCKS,
+        trained=outside,
         item_bytes=2,
         samples=2,
         tokens=32 + 4 * 24,
         width=block.attn1.inner_dim,
         heads=block.attn1.heads,
-        block_trained=trained,
+        block_trained=whole * base_bytes(block, AUTO) // 2,  # with the padding of flat arrays, which counts here
         sum_bytes=2 if passes == 1 else 4,
         passes=passes,
     )
@@ -85,8 +86,8 @@ def predicted(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, s
     """Returns the predicted seconds; copies in both directions do not slow each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Timeline, "compute_seconds", lambda *_: (seconds, 2 * seconds))
-        patch.setattr(Timeline, "update_seconds", lambda *_: 0.0)
-        patch.setattr(Timeline, "norm_seconds", lambda *_: 0.0)
+        for work in ("update", "norm", "collect"):
+            patch.setattr(Timeline, f"{work}_seconds", lambda *_: 0.0)
         costs = Costs(kinds, state, False, sizes_of(made("5b", depth=BLOCKS).bfloat16(), passes))
         return float(Timeline(costs, Machine(0, 0, copies=RATE, both_ways=2 * RATE)).seconds()[0])
 
@@ -118,15 +119,16 @@ def test_a_step_of_a_lora_takes_what_its_waits_take(kinds: Kinds, state: str, se
         ({BlockPlan(DEVICE, "linear", DEVICE): 3, replace(AWAY, kept=DEVICE): BLOCKS - 3}, DEVICE),
         ({BlockPlan(DEVICE, "linear", DEVICE, HOST): BLOCKS}, DEVICE),
         (
-            {BlockPlan(DEVICE, "linear", DEVICE, DEVICE): 4, BlockPlan(DEVICE, "linear", DEVICE, HOST): BLOCKS - 4},
+            {BlockPlan(DEVICE, "linear", DEVICE, HOST): BLOCKS - 4, BlockPlan(DEVICE, "linear", DEVICE, DEVICE): 4},
             DEVICE,
         ),
+        ({BlockPlan(DEVICE, "linear", DEVICE, HOST): BLOCKS - 4, AWAY: 4}, DEVICE),
     ],
 )
 def test_a_step_of_all_weights_takes_what_its_waits_take(kinds: Kinds, state: str, passes: int, seconds: float) -> None:
-    """The copies of a block take up to 1.6 s. State is padded to full groups, which the prediction does not count."""
+    """The copies of a block take up to 1.6 s. The clock makes them in the order of their issue, so a range waits."""
     real = clocked(make_trainable, kinds, state, passes, seconds)
-    assert predicted(make_trainable, kinds, state, passes, seconds) == pytest.approx(real, rel=0.07)
+    assert predicted(make_trainable, kinds, state, passes, seconds) == pytest.approx(real, rel=0.05)
 
 
 # -- parts of the timeline ---------------------------------------------------------------------------------------------
@@ -188,8 +190,16 @@ def test_training_on_several_processes_takes_time_for_their_exchange() -> None:
     resident = {BlockPlan(DEVICE, "attention", DEVICE, DEVICE): 42}
     one, fsdp = seconds_of(resident), seconds_of(resident, sizes=replace(LARGE, shards=4))
     zero = replace(LARGE, shards=4, deepspeed=True)
+    assert seconds_of(resident, sizes=replace(LARGE, ranks=4)) > one + 0.1  # also if each has all weights
     assert one < fsdp < seconds_of(resident, sizes=zero)
     assert seconds_of(resident, sizes=replace(zero, shards_on_host=True)) > seconds_of(resident, sizes=zero) + 0.5
+
+
+def test_updates_of_8_bit_state_are_bound_by_arithmetic() -> None:
+    resident = {BlockPlan(DEVICE, "attention", DEVICE, DEVICE): 42}
+    fast = replace(H100, memory=1e15)
+    exact, quantized = (seconds_of(resident, fast, replace(LARGE, state_bytes=n)) for n in (10.0, 4 + 2 / 64))
+    assert quantized - exact == pytest.approx(42 * 1.22e-3, rel=0.05)  # 1.22 ms a block were measured
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

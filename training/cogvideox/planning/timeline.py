@@ -43,10 +43,13 @@ RECOMPUTED = {"input": (8 / 12, 1.0), "attention": (8 / 12, 0.0), "linear": (0.0
 # The products of a LoRA reach half the rate of large ones: they make forward of a 5b block 0.31 ms longer (5.39 and
 # 5.08 ms in one_block_5b.json and one_block_5b_sft.json), which are 0.11 TFLOP.
 LORA_SLOWNESS = 2.0
-# By engine: the bytes of device memory that FSDP2 or ZeRO-2 reads and writes for each trained element in addition, to
-# gather weights, to sum gradients and to convert both. By difference of the measured seconds in results/scale_*.json
-# from those without sharding: 0.16 s for 5.6e9 elements on H100 and H200 (FSDP2), 0.28 s (ZeRO-2).
-SHARDING_BYTES = {False: 85, True: 140}
+# By engine, whether DeepSpeed's: seconds per trained element in which several processes sum gradients, and gather and
+# convert weights if these are sharded. By difference of the seconds in benchmarks/results/scale_*_sft_*.json, measured
+# on hosts with NVLink, from predictions for one process: 0.16 s for 5.6e9 elements under FSDP2, 0.28 s under ZeRO-2.
+EXCHANGE_SECONDS = {False: 3e-11, True: 5e-11}
+# Seconds per element of an update of 8-bit state, which is bound by its arithmetic: 1.22 ms for 132 million weights on
+# an H200 (benchmarks/LOG.md).
+EIGHT_BIT_SECONDS = 9.2e-12
 # Seconds per element of a step on the host: 2b under ZeRO-2 with an offloaded optimizer on one GPU took 1.81 s, where
 # 0.85 s without the step were expected (benchmarks/LOG.md).
 HOST_STEP_SECONDS = 5.7e-10
@@ -105,7 +108,6 @@ class Link:
     def __init__(self, rate: float, both_ways: float, mixtures: int) -> None:
         self.rate, self.both_ways = rate, both_ways
         self.free = np.zeros((2, mixtures))  # when each direction has made all copies so far
-        self.moved = np.zeros(mixtures)  # bytes in both directions
 
     def copy(self, direction: int, ready: Array, num_bytes: Array) -> Array:
         """Makes a copy that may start at ``ready``; returns when it ends. No bytes are there at once."""
@@ -116,7 +118,6 @@ class Link:
         end = start + alone + lost
         self.free[direction] = np.where(num_bytes > 0, end, self.free[direction])
         self.free[other] += lost
-        self.moved += num_bytes
         return np.where(num_bytes > 0, end, ready)
 
     def exchange(self, ready: Array, inward: Array, outward: Array) -> Array:
@@ -124,11 +125,6 @@ class Link:
         arrived = self.copy(IN, ready, inward)
         self.copy(OUT, ready, outward)
         return np.where(inward > 0, self.free[IN], arrived)
-
-    @property
-    def used(self) -> Array:
-        """Returns the seconds that all copies so far take if both directions are always busy."""
-        return self.moved / self.both_ways
 
 
 class Prefetch:
@@ -153,7 +149,7 @@ class Prefetch:
         here = self.present[i]
         ready = np.where(here, np.maximum(now, self.arrived), now)
         following_one = self.link.exchange(now, self.inward[i + 1] * here, self.outward[i + 1] * here)
-        self.arrived = np.where(here, following_one, self.arrived)
+        self.arrived = np.where(here, np.maximum(self.arrived, following_one), self.arrived)
         return ready
 
 
@@ -180,10 +176,10 @@ class Timeline:
         self.order = order(costs.kinds, costs.sizes.blocks)
         self.streamed = self.of([kind.weights == HOST for kind in self.kinds])
         self.stored = self.of([kind.kept == HOST for kind in self.kinds])
-        self.late = self.of([is_late(kind) for kind in self.kinds])
         self.weights, self.saved = self.on_host(WEIGHTS), self.on_host(SAVED)
         self.gradients = self.on_host(GRADIENTS)
         self.state = self.on_host(STATE) * (self.sizes.moving_bytes / self.sizes.state_bytes)
+        self.late = (self.state > 0) & ~self.streamed  # weights on the device whose state passes through it
 
     def of(self, values: Sequence[Any]) -> Array:
         """Returns a value of each kind for every block."""
@@ -222,11 +218,17 @@ class Timeline:
         """Returns the seconds of an update: it reads gradients, and reads and writes weights and state."""
         sizes = self.sizes
         traffic = 2 * sizes.moving_bytes + 2 * sizes.item_bytes + sizes.sum_bytes
-        return elements * traffic / self.machine.memory
+        seconds = traffic / self.machine.memory
+        # State in 8 bits has a scale for each group, so its bytes per element are not a whole number.
+        return elements * (max(seconds, EIGHT_BIT_SECONDS) if sizes.moving_bytes % 1 else seconds)
 
     def norm_seconds(self, elements: Numbers) -> Numbers:
-        """Returns the seconds of the norm of gradients, which are converted to fp32 for it (streaming.norms_of)."""
-        traffic = self.sizes.item_bytes + 2 * 4
+        """Returns the seconds of the norm of gradients, which reads them."""
+        return elements * self.sizes.item_bytes / self.machine.memory
+
+    def collect_seconds(self, elements: Numbers) -> Numbers:
+        """Returns the seconds of adding gradients to those on the device, which are filled with zeros before."""
+        traffic = self.sizes.item_bytes + 3 * self.sizes.device_gradient_bytes
         return elements * traffic / self.machine.memory
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -239,8 +241,8 @@ class Timeline:
             total = total + self.one_pass(1)
         if passes > 2:
             total = total + (passes - 2) * self.one_pass(2)
-        if sizes.shards > 1 or sizes.deepspeed:
-            total = total + sizes.all_trained * SHARDING_BYTES[sizes.deepspeed] / self.machine.memory
+        if sizes.shards > 1 or sizes.deepspeed or sizes.ranks > 1:
+            total = total + sizes.all_trained * EXCHANGE_SECONDS[sizes.deepspeed]
         return total + sizes.rows_on_host * HOST_STEP_SECONDS
 
     def one_pass(self, number: int) -> Array:
@@ -263,16 +265,15 @@ class Timeline:
 
     def start(self, link: Link, now: Array) -> Array:
         """Makes the updates that forward waits for; returns when they have ended."""
-        sizes, in_start = self.sizes, ~self.streamed & ~self.late
+        sizes = self.sizes
         outside = sizes.trained * (self.costs.state == HOST)
         blocks = sizes.block_trained * np.sum((self.state == 0) & ~self.streamed, axis=0)
         norms = self.norm_seconds(sizes.trained + sizes.block_trained * np.sum(~self.streamed, axis=0))
         now = now + (norms + self.update_seconds(blocks + sizes.trained - outside)) / sizes.shards
-        moved = outside * sizes.moving_bytes + np.sum(self.state * in_start, axis=0)
-        inward = outward = moved
+        inward = outward = now * 0 + outside * sizes.moving_bytes
         if sizes.average_bytes:  # the average is updated by the host, which waits for all transfers
-            inward = moved + np.sum(self.pass_in * ~in_start, axis=0)
-            outward = moved + np.sum(self.pass_out * ~in_start, axis=0)
+            inward = inward + np.sum(self.pass_in, axis=0)
+            outward = outward + np.sum(self.pass_out, axis=0)
         return np.maximum(link.exchange(now, inward, outward), link.free[OUT])
 
     @property
@@ -295,10 +296,11 @@ class Timeline:
         if updates:
             inward, outward = inward + self.streamed * self.pass_in, self.streamed * self.pass_out
             update = self.update_seconds(self.sizes.block_trained) * ((self.state > 0) | (self.gradients > 0))
-            behind = now + np.cumsum(self.late * 2 * self.state, axis=0) / link.both_ways
+            behind = np.cumsum(self.late * (2 * self.state + self.saved), axis=0) / link.both_ways
         prefetch = Prefetch(link, now, self.streamed, inward, outward)
         for i in range(self.sizes.blocks):
-            ready = np.where(self.late[i], np.maximum(now, behind[i] + link.used * updates), now)
+            # The blocks on the host come first, so this state passes after the last of them has arrived.
+            ready = np.where(self.late[i], np.maximum(now, prefetch.arrived + behind[i]), now)
             ready = np.maximum(ready, prefetch.take(i, now))
             now = np.maximum(ready, now + update[i]) + forward[i]
             now = saved.put(now, self.saved[i])
@@ -317,7 +319,8 @@ class Timeline:
         down = slice(None, None, -1)
         backward = np.array([self.compute_seconds(kind.keep)[1] for kind in self.kinds])[self.order][down]
         streamed, stored = self.streamed[down], self.stored[down]
-        backward = backward + streamed * self.norm_seconds(self.sizes.block_trained)
+        trained = self.sizes.block_trained
+        backward = backward + np.where(streamed, self.norm_seconds(trained), self.collect_seconds(trained))
         # The last saved activations are still on the device, and backward waits until they have been copied too.
         saved = Prefetch(link, left.ends[-1], stored, self.saved[down] * ~in_first(stored, IN_FLIGHT))
         weights = Prefetch(link, now, streamed, self.weights[down] * ~in_first(streamed, WEIGHT_SLOTS))
