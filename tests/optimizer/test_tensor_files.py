@@ -23,6 +23,7 @@ from cogvideox.model import transformer_files
 from cogvideox.model.methods import FullFinetune
 from cogvideox.model.models import load_transformer
 from cogvideox.optimizer.engine import LocalEngine
+from cogvideox.runtime.checkpoint import file_hash
 from cogvideox.tensor_files import DTYPES, Piece, pieces_of, write_tensors
 
 
@@ -30,7 +31,8 @@ def test_safetensors_reads_every_type_and_shape(tmp_path: Path) -> None:
     tensors = {str(dtype): torch.arange(-3, 3).to(dtype).view(2, 3) for dtype in DTYPES}
     tensors |= {"scalar": torch.tensor(7.0), "empty": torch.zeros(0, 4), "odd": torch.ones(3, dtype=torch.uint8)}
     tensors["transposed"] = torch.arange(6.0).view(2, 3).T
-    write_tensors(tmp_path / "a.safetensors", pieces_of(tensors), {"note": "b"})
+    known = write_tensors(tmp_path / "a.safetensors", pieces_of(tensors), {"note": "b"})
+    assert known == file_hash(tmp_path / "a.safetensors")
     assert equal(load_file(tmp_path / "a.safetensors"), tensors)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "note": "b"}

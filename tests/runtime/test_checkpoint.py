@@ -17,6 +17,7 @@ import torch
 from fakes import FakeEngine, FakeMethod, edit_json, flip_byte, listing, options_of, run_alone, save_steps, saver_of
 from running import PROMPT, equal, lora_flags, losses, metrics, train, weights
 
+from cogvideox import tensor_files
 from cogvideox.data.cache import hash_of
 from cogvideox.errors import DiskError, NonFiniteError, UsageError
 from cogvideox.runtime import checkpoint
@@ -371,6 +372,32 @@ def test_seal_finds_a_file_that_changes_while_it_is_written(tmp_path: Path, monk
     monkeypatch.setattr(checkpoint, "fsync", lambda path: (before(path), path.is_dir() and lose(path)))
     with pytest.raises(DiskError, match=r"optimizer.safetensors is missing; is the disk full, or does it fail"):
         save_steps(run_alone(tmp_path), 4, limit=1)
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.fault("disk: it stores something else than what was written")
+def test_a_file_that_is_not_what_was_to_be_written_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    """The manifest has the hash of the tensors in memory, not of what the disk returned."""
+    save_steps(run_alone(tmp_path), 2)
+    real = tensor_files.write_hashed
+
+    def other(file: Any, content: memoryview, digest: Any) -> None:
+        real(file, content, digest)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(b"x")
+
+    monkeypatch.setattr(tensor_files, "write_hashed", other)
+    saver = saver_of(run_alone(tmp_path), FakeEngine(), num_bytes=100, in_background=in_background)
+
+    def save() -> None:
+        saver.save(4)
+        saver.finish()
+
+    with pytest.raises(DiskError, match=r"safetensors is not what was written; is the disk full, or does it fail"):
+        save()
     assert names(tmp_path) == ["checkpoint-2"]
 
 

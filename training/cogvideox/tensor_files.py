@@ -6,11 +6,13 @@
 device, when its turn comes.
 """
 
+import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -82,7 +84,7 @@ class ReadPieces(Mapping[str, Tensor]):
 
 Pieces = Mapping[str, Piece]  # by the names of the tensors in the file
 # Writes a file of these tensors and metadata, now or later; ``write_tensors`` is one.
-WriteTensors = Callable[[Path, Pieces, Mapping[str, str]], None]
+WriteTensors = Callable[[Path, Pieces, Mapping[str, str]], object]
 
 
 def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
@@ -115,8 +117,8 @@ def content_of(tensor: Tensor) -> memoryview:
     return content
 
 
-def write_tensors(path: Path, pieces: Pieces, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file.
+def write_tensors(path: Path, pieces: Pieces, metadata: Mapping[str, str] | None = None) -> str:
+    """Writes a safetensors file, and returns the SHA-256 of what was to be written, in hex.
 
     Args:
         path: The file.
@@ -127,7 +129,22 @@ def write_tensors(path: Path, pieces: Pieces, metadata: Mapping[str, str] | None
         OSError: The disk is full or fails; the file is incomplete.
     """
     head, starts = header(pieces, metadata)
+    digest = hashlib.sha256(head)
     with open(path, "wb") as file:
         file.write(head)
         for name in starts:
-            file.write(content_of(pieces[name].read()))
+            write_hashed(file, content_of(pieces[name].read()), digest)
+    return digest.hexdigest()
+
+
+def write_hashed(file: BinaryIO, content: memoryview, digest: "hashlib._Hash") -> None:
+    """Writes to a file and adds the content to a hash at the same time, because both are slow and neither holds Python.
+
+    Reading the file again for its hash would take as long as the hash alone.
+    """
+    hashing = threading.Thread(target=digest.update, args=(content,))
+    hashing.start()
+    try:
+        file.write(content)
+    finally:
+        hashing.join()

@@ -40,14 +40,17 @@ class Snapshot:
         """Returns the names of the tensors that contain NaN or infinity."""
         return [bad for _, pieces, _ in self.files for bad in not_finite(ReadPieces(pieces))]
 
-    def write(self) -> None:
-        """Writes the files.
+    def write(self) -> dict[Path, str]:
+        """Writes the files, and returns the SHA-256 of each.
 
         Raises:
             OSError: The disk is full or fails.
         """
+        hashes = {}
         while self.files:
-            write_tensors(*self.files.pop(0))
+            path, pieces, metadata = self.files.pop(0)
+            hashes[path] = write_tensors(path, pieces, metadata)
+        return hashes
 
 
 class Writing:

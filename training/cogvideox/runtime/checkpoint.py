@@ -40,7 +40,7 @@ from cogvideox.runtime.disk_room import (
     seconds_to_write,
 )
 from cogvideox.runtime.run import METRICS_NAME, Run
-from cogvideox.tensor_files import WriteTensors, write_tensors
+from cogvideox.tensor_files import Pieces, WriteTensors, write_tensors
 
 CHECKPOINT_PREFIX, PROGRESS_NAME, MANIFEST_NAME = "checkpoint-", "progress.json", "manifest.json"
 MANIFEST_FORMAT = 2
@@ -61,10 +61,18 @@ class Damage(ValueError):
     """Reports why a checkpoint cannot be used."""
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of a folder: size and hash of every other file, and a checksum of that list."""
+def manifest_of(folder: Path, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    """Returns the manifest of a folder: size and hash of every other file, and a checksum of that list.
+
+    Args:
+        folder: The folder.
+        hashes: The hashes that are known; the other files are read.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
-    files = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in paths}
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hashes.get(path) or file_hash(path)}
+        for path in paths
+    }
     return {"format": MANIFEST_FORMAT, "sha256": hash_of(files), "files": files}
 
 
@@ -210,9 +218,14 @@ class Saver:
             self._start_writing(step)
         else:
             self._check_finite(step)
+            hashes: dict[Path, str] = {}
+
+            def write(path: Path, pieces: Pieces, metadata: Mapping[str, str]) -> None:
+                hashes[path] = write_tensors(path, pieces, metadata)
+
             with self._guarded(step):
-                self._make_files(step, write_tensors)
-                self._publish(step)
+                self._make_files(step, write)
+                self._publish(step, hashes)
             self.run.barrier()
         self.saved_at = time.monotonic()
 
@@ -242,13 +255,13 @@ class Saver:
         self.engine.save_weights(self.method, folder, write)
         self.run.barrier()
 
-    def _publish(self, step: int) -> None:
+    def _publish(self, step: int, hashes: Mapping[Path, str]) -> None:
         """Gives the checkpoint its final name, on the main process, and removes those beyond the limit."""
         if self.run.is_main:
             folder = self._temporary(step)
             progress = {"step": step, "recipe": self.recipe}
             (folder / PROGRESS_NAME).write_text(json.dumps(progress, indent=1))
-            seal(folder, self.run.output_dir / f"{CHECKPOINT_PREFIX}{step}")
+            seal(folder, self.run.output_dir / f"{CHECKPOINT_PREFIX}{step}", hashes)
             self._remove_replaced(step, checkpoints(self.run.output_dir))
 
     # -- in the background --
@@ -264,8 +277,7 @@ class Saver:
         with self._guarded(step):
             if bad := snapshot.not_finite():
                 raise self._not_finite_error(step, bad)
-            snapshot.write()
-            self._publish(step)
+            self._publish(step, snapshot.write())
 
     def check(self) -> None:
         """Does what ``finish`` does if the background thread has ended. Called after each step; does not wait."""
@@ -393,13 +405,18 @@ def resume_hint(output_dir: Path, step: int) -> str:
     return f"the last good checkpoint is {good}: resume with --resume_from_checkpoint {good.name}, {lower}"
 
 
-def seal(temporary: Path, target: Path) -> None:
+def seal(temporary: Path, target: Path, hashes: Mapping[Path, str]) -> None:
     """Verifies a written folder and renames it to its final name, replacing a folder that has this name.
+
+    Args:
+        temporary: The folder.
+        target: Its final name.
+        hashes: The hashes of what its files were to contain, as far as they are known.
 
     Raises:
         DiskError: What can be read from the disk is not what was written.
     """
-    write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest_of(temporary), indent=1).encode())
+    write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest_of(temporary, hashes), indent=1).encode())
     for path in (*temporary.rglob("*"), temporary):
         fsync(path)
     problem = damage_of(temporary)

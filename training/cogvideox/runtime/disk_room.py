@@ -20,6 +20,7 @@ from cogvideox.errors import DiskError
 from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
 from cogvideox.optimizer.step import state_bytes
 from cogvideox.optimizer.zero_weights import num_elements
+from cogvideox.tensor_files import pieces_of, write_tensors
 
 PROBE_LIMIT = 2**28  # largest size in bytes of a file that is written to measure the speed of the disk
 
@@ -118,14 +119,13 @@ def seconds_to_write(folder: Path, num_bytes: int) -> float:
     """
     probe = temporary_of(folder / "probe")
     size = max(1, min(num_bytes, PROBE_LIMIT))
-    content = os.urandom(size)
+    content = pieces_of({"probe": torch.frombuffer(bytearray(os.urandom(size)), dtype=torch.uint8)})
     start = time.monotonic()
     try:
-        probe.write_bytes(content)
+        write_tensors(probe, content)
         fsync(probe)
-        for _ in ("manifest", "verification"):
-            with open(probe, "rb") as file:
-                hashlib.file_digest(file, "sha256")
+        with open(probe, "rb") as file:
+            hashlib.file_digest(file, "sha256")
     finally:
         probe.unlink(missing_ok=True)
     return (time.monotonic() - start) * num_bytes / size
