@@ -59,8 +59,12 @@ def sizes_of(transformer: Any, passes: int) -> Sizes:
     )
 
 
-def clocked(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, seconds: float) -> float:
-    """Returns the seconds of a step of the real code; a block takes ``seconds`` in forward and twice as many after."""
+def clocked(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, seconds: float) -> tuple[float, int]:
+    """Runs the real code, in which a block takes ``seconds`` in forward and twice as many in backward.
+
+    Returns:
+        The seconds of a step, and the bytes of pinned host memory.
+    """
     with pytest.MonkeyPatch.context() as patch, timed(patch, RATE) as clock:
         patch.setattr("cogvideox.optimizer.adam_weights.RANGE_BYTES", RANGE)
         transformer = made("5b", depth=BLOCKS).bfloat16()
@@ -79,17 +83,18 @@ def clocked(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, sec
                 masters.backward(transformer(**arguments)[0].float().square().mean() / passes)
             masters.step(1e-3)
             ends.append(clock.now)
-        return ends[1] - ends[0]
+        return ends[1] - ends[0], clock.host_bytes
 
 
-def predicted(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, seconds: float) -> float:
-    """Returns the predicted seconds; copies in both directions do not slow each other."""
+def predicted(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, seconds: float) -> tuple[float, float]:
+    """Returns the predicted seconds and pinned bytes; copies in both directions do not slow each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Timeline, "compute_seconds", lambda *_: (seconds, 2 * seconds))
         for work in ("update", "norm", "collect"):
             patch.setattr(Timeline, f"{work}_seconds", lambda *_: 0.0)
         costs = Costs(kinds, state, False, sizes_of(made("5b", depth=BLOCKS).bfloat16(), passes))
-        return float(Timeline(costs, Machine(0, 0, copies=RATE, both_ways=2 * RATE)).seconds()[0])
+        machine = Machine(0, 0, copies=RATE, both_ways=2 * RATE)
+        return float(Timeline(costs, machine).seconds()[0]), float(costs.pinned_bytes)
 
 
 @pytest.mark.parametrize(("state", "seconds", "tolerance"), [(DEVICE, 0.05, 1e-9), (HOST, 0.001, RANGE / RATE)])
@@ -105,8 +110,10 @@ def predicted(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, s
 )
 def test_a_step_of_a_lora_takes_what_its_waits_take(kinds: Kinds, state: str, seconds: float, tolerance: float) -> None:
     """The copies of a block take 0.21 s. If state passes, its first range has to arrive before anything leaves."""
-    real = clocked(make_with_lora, kinds, state, 1, seconds)
-    assert predicted(make_with_lora, kinds, state, 1, seconds) == pytest.approx(real, abs=tolerance)
+    real, pinned = clocked(make_with_lora, kinds, state, 1, seconds)
+    expected, expected_pinned = predicted(make_with_lora, kinds, state, 1, seconds)
+    assert expected == pytest.approx(real, abs=tolerance)
+    assert expected_pinned == pytest.approx(pinned, rel=0.02)
 
 
 @pytest.mark.parametrize(("passes", "seconds"), [(1, 0.001), (2, 0.2), (3, 2.0)])
@@ -127,8 +134,10 @@ def test_a_step_of_a_lora_takes_what_its_waits_take(kinds: Kinds, state: str, se
 )
 def test_a_step_of_all_weights_takes_what_its_waits_take(kinds: Kinds, state: str, passes: int, seconds: float) -> None:
     """The copies of a block take up to 1.6 s. The clock makes them in the order of their issue, so a range waits."""
-    real = clocked(make_trainable, kinds, state, passes, seconds)
-    assert predicted(make_trainable, kinds, state, passes, seconds) == pytest.approx(real, rel=0.05)
+    real, pinned = clocked(make_trainable, kinds, state, passes, seconds)
+    expected, expected_pinned = predicted(make_trainable, kinds, state, passes, seconds)
+    assert expected == pytest.approx(real, rel=0.05)
+    assert expected_pinned == pytest.approx(pinned, rel=0.02)
 
 
 # -- parts of the timeline ---------------------------------------------------------------------------------------------
@@ -206,8 +215,8 @@ def test_updates_of_8_bit_state_are_bound_by_arithmetic() -> None:
 
 
 def recorded() -> list[Any]:
-    """Returns the results of bench.py that have the sizes of their run; older ones cannot be predicted again."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("bench_*.json"))}
+    """Returns the results that have the sizes of their run; older ones cannot be predicted again."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     return [pytest.param(result, id=name) for name, result in found.items() if "sizes" in result]
 
 

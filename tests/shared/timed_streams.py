@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import finalize
 
 import pytest
 import torch
@@ -31,9 +32,13 @@ class Clock:
     now: float = 0.0
     free: dict[str, float] = field(default_factory=lambda: {"in": 0.0, "out": 0.0})
     hosts: set[int] = field(default_factory=set)  # addresses of host memory
+    host_bytes: int = 0  # of all host memory that is allocated now
 
     def direction_of(self, target: Tensor) -> str:
         return "out" if target.untyped_storage().data_ptr() in self.hosts else "in"
+
+    def freed(self, num_bytes: int) -> None:
+        self.host_bytes -= num_bytes
 
     def waits_for(self, event: float | None) -> None:
         self.now = max(self.now, event or 0.0)
@@ -94,6 +99,8 @@ def timed(patch: pytest.MonkeyPatch, rate: float) -> Iterator[Clock]:
     def host_buffer(num_bytes: int) -> Tensor:
         buffer = make(num_bytes)
         clock.hosts.add(buffer.untyped_storage().data_ptr())
+        clock.host_bytes += num_bytes
+        finalize(buffer.untyped_storage(), clock.freed, num_bytes)
         return buffer
 
     for module in (streaming, stack_module, adam_weights):
