@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -213,13 +214,22 @@ def measure(arm: Arm, work_dir: Path, port: int) -> dict[str, Any]:
     text, lines = log.read_text(errors="replace").replace("\r", "\n"), lines_of(output)
     row: dict[str, Any] = {"arm": asdict(arm), "launched": shown(command), "steps": len(lines)}
     row |= {"said": [line.strip() for line in text.splitlines() if line.strip().startswith(SAID)]}
-    row |= {"host_gib": round((free - least[0]) / 2**30, 1), "arm_seconds": round(time.perf_counter() - started, 1)}
+    row |= predicted(" ".join(row["said"])) | {
+        "host_gib": round((free - least[0]) / 2**30, 1),
+        "arm_seconds": round(time.perf_counter() - started, 1),
+    }
     if len(lines) <= WARM_UP:
         return row | {"failed": text[-3000:]}
     seconds = [line["seconds"] for line in lines]
     row |= {"seconds_per_step": round(statistics.median(seconds[WARM_UP:]), 4), "seconds": seconds}
     row |= {name: max(line[name] for line in lines) for name in ("peak_gib", "reserved_gib") if name in lines[0]}
     return row | {"losses": [line["loss"] for line in lines]}
+
+
+def predicted(said: str) -> dict[str, Any]:
+    """Returns what the plan predicted, from the lines of a run; nothing if it has no plan."""
+    found = re.search(r"predicted: peak ([\d.]+) GiB.*?, ([\d.]+) s a step", said)
+    return {"predicted": {"peak_gib": float(found[1]), "seconds_per_step": float(found[2])}} if found else {}
 
 
 def run_arms(arms: Sequence[Arm], work_dir: Path, results: Path, seconds: float) -> bool:

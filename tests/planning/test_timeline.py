@@ -228,3 +228,15 @@ def test_predictions_are_within_5_percent_of_what_was_measured(result: dict[str,
     seconds = float(Timeline(costs, Machine(**result["machine"])).seconds()[0])
     assert seconds == pytest.approx(result["seconds_per_step"], rel=0.05)
     assert costs.peak_bytes / GIB == pytest.approx(result["peak_gib"]["allocated"], rel=0.05)
+
+
+def printed() -> list[Any]:
+    """Returns the results of scale.py that have the prediction of their run; older ones were predicted otherwise."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("scale_*.json"))}
+    return [pytest.param(result, id=name) for name, result in found.items() if "predicted" in result]
+
+
+@pytest.mark.parametrize("result", printed())
+def test_printed_predictions_are_within_5_percent_of_what_was_measured(result: dict[str, Any]) -> None:
+    assert result["predicted"]["seconds_per_step"] == pytest.approx(result["seconds_per_step"], rel=0.05)
+    assert result["predicted"]["peak_gib"] == pytest.approx(result["peak_gib"], rel=0.05)

@@ -19,7 +19,7 @@ from cogvideox.config.options import LoraOptions, SftOptions
 TRAINS = """
 import json, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print("plan: as chosen", child.pid, flush=True)
+print("plan: predicted: peak 2.85 GiB, 1.5 GiB of host memory, 0.52 s a step;", child.pid, flush=True)
 for step in range(100):
     with open(sys.argv[1] + "/metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step, "loss": 1.0, "seconds": 0.5 + 9 * (step == 0), "peak_gib": step}) + "\\n")
@@ -53,6 +53,7 @@ def test_an_arm_is_ended_with_all_its_processes(tmp_path: Path, monkeypatch: pyt
     assert row["steps"] >= scale.ARMS[0].steps
     assert (row["seconds_per_step"], row["seconds"][0]) == (0.5, 9.5)
     assert row["peak_gib"] == row["steps"] - 1
+    assert row["predicted"] == {"peak_gib": 2.85, "seconds_per_step": 0.52}
     [said] = row["said"]
     assert not psutil.pid_exists(int(said.split()[-1]))
 
