@@ -739,7 +739,9 @@ def wholly_trained(
     """Returns all weights and master weights after some steps of AdamW with clipping."""
     transformer, stack = wide(plans, compiled, "flash", whole=True)
     parameters = dict(transformer.named_parameters())
-    masters = MasterWeights(parameters, ADAM, 0.01, False, plans is not RESIDENT, stack.trained_blocks)
+    masters = MasterWeights(
+        parameters, ADAM, 0.01, False, plans is not RESIDENT, stack.trained_blocks, passes=accumulation
+    )
     if delays:
         delayed(stack)
         generator = torch.Generator().manual_seed(1)
