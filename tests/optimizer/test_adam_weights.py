@@ -96,7 +96,7 @@ def test_odd_sizes_differ_by_rounding_only(dtype: torch.dtype, monkeypatch: pyte
 def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A few slots on the device serve all ranges, and each update sees the state in one slot."""
+    """A few slots on the device serve all ranges, and each update sees the state in one of them."""
     monkeypatch.setattr(adam_weights, "RANGE_BYTES", SMALL)
     (_, (engine, params)) = pair(torch.bfloat16)
     (hosted,) = engine.passing
@@ -108,7 +108,8 @@ def test_a_range_is_in_host_memory_between_steps_and_on_the_device_during_its_ow
     def watched(device: str, settings: Adam) -> Any:
         def call(weight: Any, gradient: Any, state: dict[str, torch.Tensor], scalars: Any) -> None:
             assert state.keys() == homes.keys()
-            assert len({tensor.untyped_storage().data_ptr() for tensor in state.values()}) == 1
+            # torch.compile refuses to change tensors of several types in one memory.
+            assert len({tensor.untyped_storage().data_ptr() for tensor in state.values()}) == len(state)
             seen.append(state["low"].data_ptr())
             update(device, settings)(weight, gradient, state, scalars)
 

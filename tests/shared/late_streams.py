@@ -71,7 +71,7 @@ class LateSideStream:
 
     late: Callable[[], bool] = staticmethod(lambda: True)
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, urgent: bool = False) -> None:
         self.device = device
         self.given: list[tuple[Callable[[], None], tuple[Event | None, ...]]] = []
         self.done = 0

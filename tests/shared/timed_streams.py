@@ -65,7 +65,7 @@ class TimedStream:
 
     clock: Clock
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, urgent: bool = False) -> None:
         self.device, self.free = device, 0.0
 
     def after_compute(self) -> Timed:

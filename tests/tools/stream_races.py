@@ -155,7 +155,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
     streams = Streams()
 
     class SideStream(streaming.SideStream):
-        def __init__(self, device: torch.device) -> None:
+        def __init__(self, device: torch.device, urgent: bool = False) -> None:
             super().__init__(device)
             self.number = streams.add()
 

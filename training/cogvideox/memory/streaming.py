@@ -31,7 +31,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import zip_longest
 from typing import NamedTuple, TypeAlias
 from weakref import finalize
 
@@ -182,9 +182,15 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 class SideStream:
     """Wraps a CUDA stream next to the compute stream. Without a GPU there is no stream, and copies run at once."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, urgent: bool = False) -> None:
+        """Creates the stream.
+
+        Args:
+            device: The device of the stream.
+            urgent: Whether its kernels go before those of the compute stream that have not started yet.
+        """
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device, priority=-1 if urgent else 0) if device.type == "cuda" else None
 
     def after_compute(self) -> AbstractContextManager[object]:
         """Returns a context whose copies start after all work that the compute stream has been given so far."""
@@ -556,21 +562,26 @@ class TransferPipeline:
 
     def __init__(self, device: torch.device, into: SideStream | None = None) -> None:
         self.device = device
-        self.into, self.work, self.out = into or SideStream(device), SideStream(device), SideStream(device)
-        self.slots: list[Tensor] = []
+        self.into, self.out = into or SideStream(device), SideStream(device)
+        # The kernels of an update are short, and those of a block are long, so without priority each would wait.
+        self.work = SideStream(device, urgent=True)
+        self.slots: list[list[Tensor]] = []
         self.free: list[Event] = []  # for each slot: its last transfer has been copied out
         self.number = 0  # of the next transfer
         self.kept_alive: Sequence[Tensor] = ()
 
-    def start(self, size: int, *needed: Tensor) -> None:
+    def start(self, sizes: Sequence[int], *needed: Tensor) -> None:
         """Begins a pass that follows all work that the compute stream has been given so far.
 
         Args:
-            size: The bytes of a slot; see ``slot_bytes``.
+            sizes: The bytes of each slice in a slot; see ``slot_bytes``.
             needed: Other device tensors that the work reads. They are kept alive until ``finish``.
         """
         self.finish()
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(TRANSFER_SLOTS)]
+        # Each slice has memory of its own, because torch.compile does not see that views of one buffer are disjoint.
+        self.slots = [
+            [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes] for _ in range(TRANSFER_SLOTS)
+        ]
         # The first copies wait for compute for two reasons. Earlier kernels may still use the memory that the allocator
         # gives out as slots. And earlier copies, which compute waits for, may still write the host memory.
         self.free, self.number, self.kept_alive = [compute_event(self.device)] * TRANSFER_SLOTS, 0, needed
@@ -583,7 +594,8 @@ class TransferPipeline:
             after: An event that the work has to wait for besides its copies.
         """
         here = self.number % len(self.slots)
-        tensors = views_in_slot(transfer.slices, self.slots[here])
+        memory = zip(self.slots[here], transfer.slices, strict=False)
+        tensors = [buffer[: piece.host.nbytes].view(piece.host.dtype) for buffer, piece in memory]
         # The copies in wait until the transfer that used the slot before has been copied out, or they overwrite its
         # results.
         with self.into.after(self.free[here]):
@@ -623,12 +635,7 @@ class TransferPipeline:
         host_waits_for(compute_event(self.device))
 
 
-def slot_bytes(transfers: Iterable[Transfer]) -> int:
-    """Returns the bytes of a slot that holds any one of some transfers."""
-    return max(sum(aligned(piece.host.nbytes) for piece in transfer.slices) for transfer in transfers)
-
-
-def views_in_slot(slices: Sequence[Slice], slot: Tensor) -> list[Tensor]:
-    """Returns the device tensor of each slice: consecutive, aligned views of a slot."""
-    starts = accumulate((aligned(piece.host.nbytes) for piece in slices), initial=0)
-    return [slot[i : i + piece.host.nbytes].view(piece.host.dtype) for i, piece in zip(starts, slices, strict=False)]
+def slot_bytes(transfers: Iterable[Transfer]) -> list[int]:
+    """Returns the bytes of each slice in a slot that holds any one of some transfers."""
+    sizes = ([aligned(piece.host.nbytes) for piece in transfer.slices] for transfer in transfers)
+    return [max(same) for same in zip_longest(*sizes, fillvalue=0)]
