@@ -100,7 +100,7 @@ CHECKPOINT = """
     checkpoint.COPY_SHARE = {share}
     engine, out = FakeEngine(), Path({out!r})
     engine.weight = torch.ones(300 * 2**18)  # 300 MiB
-    saver = saver_of(run_alone(out), engine, num_bytes=engine.weight.nbytes, in_background=True)
+    saver = saver_of(run_alone(out), engine, copy_bytes=engine.weight.nbytes, in_background=True)
     saver.save(1)  # imports everything
     saver.finish()
     used = 2**40 - left_in(Path({limit!r}).parent)

@@ -54,7 +54,7 @@ class Counted:
         return torch.from_numpy(memory)  # holds the array for as long as its storage is used
 
     def pieces(self) -> dict[str, Piece]:
-        return dict.fromkeys("cab", Piece(torch.Size([4]), torch.float32, self))
+        return dict.fromkeys("cab", Piece(torch.Size([4]), torch.float32, (), self))
 
 
 def test_each_piece_is_read_once_and_dropped_before_the_next(tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_a_file_that_is_not_what_was_to_be_written_is_damage(
         file.write(b"x")
 
     monkeypatch.setattr(tensor_files, "write_hashed", other)
-    saver = saver_of(run_alone(tmp_path), FakeEngine(), num_bytes=100, in_background=in_background)
+    saver = saver_of(run_alone(tmp_path), FakeEngine(), num_bytes=100, copy_bytes=100, in_background=in_background)
 
     def save() -> None:
         saver.save(4)

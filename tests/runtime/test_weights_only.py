@@ -84,7 +84,9 @@ def test_the_size_is_that_of_the_weights() -> None:
 
 
 def test_in_the_background_only_weights_are_written_too(tmp_path: Path) -> None:
-    saver = saver_of(run_alone(tmp_path), FakeEngine(), num_bytes=1000, in_background=True, weights_only=True)
+    saver = saver_of(
+        run_alone(tmp_path), FakeEngine(), num_bytes=1000, copy_bytes=1000, in_background=True, weights_only=True
+    )
     saver.save(2)
     saver.finish()
     assert {path.name for path in (tmp_path / "checkpoint-2").glob("*.safetensors")} == {"lora.safetensors"}

@@ -46,17 +46,23 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a file that is computed or copied only when it is written.
+    """A tensor of a file that is put together from its parts only when it is written.
 
     Attributes:
         shape: Its shape.
         dtype: Its type.
-        read: Returns it, on any device. The value is that of a checkpoint only until the next optimizer step.
+        parts: The tensors from which it is made, on any device. The next optimizer step changes them.
+        put_together: Makes it from the parts, or from copies of them, and reads nothing else that a step changes.
     """
 
     shape: torch.Size
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    parts: tuple[Tensor, ...]
+    put_together: Callable[..., Tensor]
+
+    def read(self) -> Tensor:
+        """Returns the tensor, on any device."""
+        return self.put_together(*self.parts)
 
 
 class ReadPieces(Mapping[str, Tensor]):
@@ -89,7 +95,7 @@ WriteTensors = Callable[[Path, Pieces, Mapping[str, str]], object]
 
 def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
     """Returns tensors that exist already as pieces of a file."""
-    return {name: Piece(tensor.shape, tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
+    return {name: Piece(t.shape, t.dtype, (t.detach(),), Tensor.detach) for name, t in tensors.items()}
 
 
 def size_of(tensor: Described) -> int:

@@ -24,6 +24,7 @@ from cogvideox.memory.streaming import ALIGNMENT, Layout, Slice, Transfer, host_
 from cogvideox.optimizer.adam import (
     FIRST,
     GROUP,
+    LOW,
     MASTER,
     SCALE,
     SECOND,
@@ -207,7 +208,14 @@ class Group:
         The names are those of torch.optim.Adam. The codes of 8-bit moments have the parameter's shape.
         """
         moments = {key: t for key, t in self._of(name)[1].items() if key.startswith((FIRST, SECOND))}
-        master = Piece(self.parameters[name].shape, torch.float32, lambda: self.master(name).detach())
+        weight, state = self._of(name)
+        kept = {key: state[key] for key in (LOW, MASTER) if key in state}
+
+        def put_together(weight: Tensor, *tensors: Tensor) -> Tensor:
+            here = weight.to(tensors[0].device) if tensors else weight
+            return self._shaped(name, read_master(here, dict(zip(kept, tensors, strict=True)))).detach()
+
+        master = Piece(self.parameters[name].shape, torch.float32, (weight.detach(), *kept.values()), put_together)
         return {MASTER: master} | pieces_of({key: self._shaped(name, t) for key, t in moments.items()})
 
     @torch.no_grad()

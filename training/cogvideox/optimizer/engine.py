@@ -48,10 +48,12 @@ class Engine(Protocol):
     Attributes:
         reduces_in_backward: Whether ranks wait for each other in a backward pass, not only in a step.
         model: The module with which the loss is computed.
+        ema: The average that ``averaged`` puts into the model, if there is one.
     """
 
     reduces_in_backward: bool
     model: Module
+    ema: Ema | None
 
     def backward(self, loss: Tensor) -> None: ...
 

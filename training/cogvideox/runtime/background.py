@@ -3,38 +3,59 @@
     training     step N | add, add, add | step N+1 | step N+2 | ...      waits only while tensors are copied
     thread                              | not_finite, write, rename |    needs the time of the disk
 
-The next optimizer step changes what a checkpoint contains, so training waits until everything is copied.
+The next optimizer step changes what a checkpoint contains, so training waits until everything is copied. What is copied
+are the parts as they are stored; the thread puts them together.
 """
 
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cogvideox.finite import not_finite
-from cogvideox.memory.streaming import Layout, fill, host_buffer
-from cogvideox.tensor_files import Piece, Pieces, ReadPieces, pieces_of, write_tensors
+from cogvideox.memory.streaming import fill, host_buffer
+from cogvideox.tensor_files import Pieces, ReadPieces, write_tensors
 
 CHUNK = 2**24  # elements that are copied at a time from a device, through one pinned buffer of torch
+OWN_BUFFER = 2**20  # bytes from which a copy has a buffer of huge pages of its own
 
 
 class Snapshot:
-    """Keeps copies of tensors until their files are written. The memory of a file is freed when it is complete."""
+    """Keeps copies of tensors until the files that contain them are written.
 
-    def __init__(self) -> None:
-        self.files: list[tuple[Path, dict[str, Piece], Mapping[str, str]]] = []
+    Args:
+        shares: Whether a tensor that is part of several files is copied once. This is wrong if its values change before
+            all files have been added, as weights do that are replaced by their average.
+    """
+
+    def __init__(self, shares: bool) -> None:
+        self.shares = shares
+        self.files: list[tuple[Path, Pieces, Mapping[str, str]]] = []
+        # The original and its flat copy, by address. An original is kept so that no other tensor gets its address.
+        self.copies: dict[tuple[torch.device, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def add(self, path: Path, pieces: Pieces, metadata: Mapping[str, str]) -> None:
         """Copies the tensors of a file, with all cores. It has the arguments of ``write_tensors``."""
-        layout = Layout([torch.empty(piece.shape, dtype=piece.dtype, device="meta") for piece in pieces.values()])
-        copies = dict(zip(pieces, layout.views(host_buffer(layout.num_bytes)), strict=True))
-        for name, piece in pieces.items():
-            source = piece.read().reshape(-1)
-            for part, values in zip(copies[name].view(-1).split(CHUNK), source.split(CHUNK), strict=True):
-                fill(part, values)
-        self.files.append((path, pieces_of(copies), metadata))
+        copied = {name: replace(p, parts=tuple(map(self._copy, p.parts))) for name, p in pieces.items()}
+        self.files.append((path, copied, metadata))
+
+    def _copy(self, part: Tensor) -> Tensor:
+        """Returns a copy of a tensor in host memory."""
+        source = part.reshape(-1)
+        key = source.device, source.data_ptr(), source.dtype
+        _, target = self.copies.get(key, (None, None))
+        if target is None or target.numel() < source.numel():
+            large = part.nbytes >= OWN_BUFFER
+            target = host_buffer(part.nbytes).view(part.dtype) if large else torch.empty_like(source, device="cpu")
+            for piece, values in zip(target.split(CHUNK), source.split(CHUNK), strict=True):
+                fill(piece, values)
+            if self.shares:
+                self.copies[key] = source, target
+        return target[: source.numel()].view(part.shape)
 
     def not_finite(self) -> list[str]:
         """Returns the names of the tensors that contain NaN or infinity."""
@@ -47,6 +68,7 @@ class Snapshot:
             OSError: The disk is full or fails.
         """
         hashes = {}
+        self.copies.clear()  # so that memory is free when the last file that needs it is complete
         while self.files:
             path, pieces, metadata = self.files.pop(0)
             hashes[path] = write_tensors(path, pieces, metadata)

@@ -35,6 +35,7 @@ from cogvideox.runtime.disk_room import (
     DiskNeeds,
     check_disk,
     checkpoint_bytes,
+    copy_bytes,
     new_at_once,
     result_bytes,
     seconds_to_write,
@@ -171,6 +172,7 @@ class Saver:
         every_minutes: Largest number of minutes between checkpoints; None sets no such limit.
         kept: The step of a checkpoint that the limit does not remove, the best one.
         num_bytes: The expected size of a checkpoint, if known.
+        copy_bytes: The expected size of a copy of it in host memory, if known.
         saved_at: The monotonic time of the last checkpoint, or of the start.
         good_until: While steps are skipped, the step before the first of them; its last checkpoint is not removed.
         weights_only: Whether checkpoints have only the weights, without the engine's state.
@@ -189,6 +191,7 @@ class Saver:
     every_minutes: float | None = None
     kept: int | None = None
     num_bytes: int | None = None
+    copy_bytes: int | None = None
     saved_at: float = field(default_factory=time.monotonic)
     good_until: int | None = None
     weights_only: bool = False
@@ -230,7 +233,7 @@ class Saver:
         self.saved_at = time.monotonic()
 
     def _copy_fits(self, free: int) -> bool:
-        return self.num_bytes is not None and self.num_bytes <= COPY_SHARE * free
+        return self.copy_bytes is not None and self.copy_bytes <= COPY_SHARE * free
 
     @contextmanager
     def _guarded(self, step: int) -> Iterator[None]:
@@ -267,7 +270,7 @@ class Saver:
     # -- in the background --
 
     def _start_writing(self, step: int) -> None:
-        started, snapshot = time.monotonic(), Snapshot()
+        started, snapshot = time.monotonic(), Snapshot(shares=self.engine.ema is None)
         with self._guarded(step):
             self._make_files(step, snapshot.add)
         self.writing = Writing(step, time.monotonic() - started, partial(self._write_snapshot, step, snapshot))
@@ -315,6 +318,7 @@ class Saver:
         """Predicts what the steps from ``first`` to ``total`` write; raises DiskError if the disk has less room."""
         parameters, there = list(self.method.parameters().values()), len(checkpoints(self.run.output_dir))
         self.num_bytes = checkpoint_bytes(options, parameters, self.run.device)
+        self.copy_bytes = copy_bytes(options, parameters, self.run.device)
         new = new_at_once(options.train, first, total, there)
         shortage = None
         if self.run.is_main:
@@ -341,7 +345,7 @@ class Saver:
         size, rate = f"{self.num_bytes / 2**30:.3g} GiB", size_text(int(self.num_bytes / seconds))
         how = f"takes {seconds:.0f} s ({rate} a second were measured)"
         if self.in_background and self._copy_fits(spare):
-            how += ", while training goes on with a copy in host memory"
+            how += f", while training goes on; {size_text(self.copy_bytes or 0)} are copied to host memory first"
         elif self.in_background:
             how += f", during which training waits, because {size_text(spare)} of host memory are free for a copy"
         self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and {how}")

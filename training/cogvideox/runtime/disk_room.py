@@ -60,6 +60,18 @@ def checkpoint_bytes(options: TrainOptions, parameters: Iterable[Parameter], dev
     return math.ceil(sum(num_elements(parameter) * (state + parameter.element_size()) for parameter in parameters))
 
 
+def copy_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
+    """Returns the bytes of a copy of what a checkpoint is made from: weights, their state as it is stored, average."""
+    if saves_weights_only(options):
+        return result_bytes(parameters)
+
+    def of_one(parameter: Parameter) -> float:
+        average = options.loss.use_ema * (4 + parameter.element_size())  # in fp32, and rounded as the weights are
+        return parameter.element_size() + state_bytes(options.optimizer, parameter.dtype, device) + average
+
+    return math.ceil(sum(num_elements(parameter) * of_one(parameter) for parameter in parameters))
+
+
 def bytes_per_weight(options: TrainOptions, device: torch.device) -> float:
     """Returns the bytes of a checkpoint for a trained weight, beside the weight: fp32 master, moments, average."""
     return 4 + state_bytes(options.optimizer, torch.float32, device) + 4 * options.loss.use_ema
