@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from cogvideox.runtime.best import BestCheckpoint
 from cogvideox.runtime.checkpoint import Saver, checkpoints, damage_of
 from cogvideox.runtime.disk_room import copy_bytes
 from cogvideox.tensor_files import Piece, pieces_of
+
+WAITS = "during which training waits: a copy needs 1000 bytes of host memory, and 1.1 KiB are free"
 
 
 class Slow:
@@ -90,6 +93,26 @@ def test_check_notices_the_end_and_reports_both_times(
     assert saving.writing is None
     line = "checkpoint-2: training waited 0.0 s while it was copied to host memory, and it was written in 0 s"
     assert line in capsys.readouterr().err
+
+
+def test_the_thread_leaves_the_cores_to_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    priority = lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())  # noqa: E731
+    monkeypatch.setattr(background, "write_tensors", lambda *_: seen.append(priority()))
+    saving = saver(tmp_path, FakeEngine())
+    before = priority()
+    saving.save(2)
+    saving.close()
+    assert seen == [background.NICE] * 2
+    assert priority() == before
+
+
+@pytest.mark.parametrize(("spare", "said"), [(1200, "training goes on; 1000 bytes are"), (1100, WAITS)])
+def test_what_to_expect_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], spare: int, said: str) -> None:
+    saver(tmp_path, FakeEngine()).announce(spare)
+    text = capsys.readouterr().err
+    assert re.search(r"writes .* GiB and takes \d+ s \(.* a second were measured\), ", text)
+    assert said in text
 
 
 def test_one_checkpoint_is_written_at_a_time_and_the_limit_holds(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ The next optimizer step changes what a checkpoint contains, so training waits un
 are the parts as they are stored; the thread puts them together.
 """
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from cogvideox.memory.streaming import fill, host_buffer
 from cogvideox.tensor_files import Pieces, ReadPieces, write_tensors
 
 CHUNK = 2**24  # elements that are copied at a time from a device, through one pinned buffer of torch
+NICE = 10  # lowers the priority of the thread, because training needs the cores more
 OWN_BUFFER = 2**20  # bytes from which a copy has a buffer of huge pages of its own
 
 
@@ -100,6 +104,9 @@ class Writing:
 
     def _run(self) -> None:
         started = time.monotonic()
+        if sys.platform == "linux":  # where each thread has a priority, which the threads that it starts inherit
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             self.work()
         except BaseException as error:

@@ -347,7 +347,10 @@ class Saver:
         if self.in_background and self._copy_fits(spare):
             how += f", while training goes on; {size_text(self.copy_bytes or 0)} are copied to host memory first"
         elif self.in_background:
-            how += f", during which training waits, because {size_text(spare)} of host memory are free for a copy"
+            needed = size_text(self.copy_bytes or 0)
+            how += (
+                f", during which training waits: a copy needs {needed} of host memory, and {size_text(spare)} are free"
+            )
         self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and {how}")
         if self.weights_only:
             self.run.say(
