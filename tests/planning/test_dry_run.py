@@ -257,6 +257,9 @@ def test_a_container_of_64_gb_decides_on_a_machine_of_256(
         r"does not fit: .* GiB of host memory in addition .*; [\d.]+ and ([\d.]+) GiB are available", text
     )
     assert available == pytest.approx(0.9 * (64e9 / GIB - 3), abs=0.1)
+    assert predict(published, index, tmp_path / "out", *flags, "--use_8bit", script=TEXT_SFT) == 0
+    text = capsys.readouterr().out
+    assert number(r"pinned host memory \(predicted\): ([\d.]+) of", text) <= 51
 
 
 def test_a_full_disk_is_reported(
