@@ -136,11 +136,22 @@ def test_presets_are_obeyed(name: str) -> None:
 
 def test_a_mixture_is_spread_evenly() -> None:
     first, second = BlockPlan(HOST), BlockPlan(DEVICE)
-    blocks = mixture({first: 10, second: 32})
-    assert blocks.count(first) == 10
-    places = [i for i, block in enumerate(blocks) if block == first]
-    gaps = {b - a for a, b in itertools.pairwise(places)}
-    assert gaps <= {4, 5}
+    for blocks in (mixture({first: 10, second: 32}), mixture({second: 32, first: 10})):
+        assert blocks.count(first) == 10
+        places = [i for i, block in enumerate(blocks) if block == first]
+        gaps = {b - a for a, b in itertools.pairwise(places)}
+        assert gaps <= {4, 5}
+
+
+@pytest.mark.parametrize("count", [1, 10, 21, 41])
+def test_a_mixture_begins_and_ends_with_what_is_on_the_device(count: int) -> None:
+    """Then forward begins before a copy has ended, and so does backward."""
+    here, away = BlockPlan(HOST, "attention", HOST, DEVICE), BlockPlan(HOST, "attention", HOST, HOST)
+    for kinds in ({here: count, away: 42 - count}, {away: 42 - count, here: count}):
+        assert mixture(kinds)[0] == here
+    saved, others = BlockPlan(HOST, "linear", DEVICE), BlockPlan(HOST, "attention", HOST)
+    for kinds in ({saved: count, others: 42 - count}, {others: 42 - count, saved: count}):
+        assert mixture(kinds)[-1] == saved
 
 
 def test_keeping_more_costs_memory_and_saves_time() -> None:

@@ -58,14 +58,20 @@ HOST_STEP_SECONDS = 5.7e-10
 def order(kinds: Kinds, blocks: int) -> Array:
     """Returns how a mixture of at most two kinds is ordered, as positions in ``kinds``, (blocks, mixtures).
 
-    The blocks of the first kind are spread evenly over the others, so that their copies have time to overlap. Blocks
-    on the device whose state is on the host are the last ones, so that their state passes while the others compute.
+    The kinds are spread evenly, so that copies have time to overlap. The first block is the one with less on the host,
+    so that forward begins before a copy has ended; if only the place of saved activations differs, the last block has
+    them on the device, so that backward does. Blocks on the device whose state is on the host are the last ones, so
+    that their state passes while the others compute.
     """
     counts = np.stack([np.atleast_1d(n) for n in kinds.values()])  # (kinds, mixtures)
-    late = np.array([is_late(kind) for kind in kinds])
     first, second = (counts > 0).argmax(axis=0), len(counts) - 1 - (counts[::-1] > 0).argmax(axis=0)
     count, i = np.take_along_axis(counts, first[None], axis=0), np.arange(blocks)[:, None]
-    spread = (i + 1) * count // blocks > i * count // blocks
+    away = np.array([[kind.weights, kind.state].count(HOST) for kind in kinds])
+    begins = away[first] != away[second]
+    is_first = np.where(begins, away[first] < away[second], np.array([kind.kept == DEVICE for kind in kinds])[first])
+    n = np.where(is_first, count, blocks - count)  # of the kind that the model begins or ends with
+    spread = np.where(begins, i * n % blocks < n, (i + 1) * n // blocks > i * n // blocks) == is_first
+    late = np.array([is_late(kind) for kind in kinds])
     split = np.where(late[first], i >= blocks - count, i < count)
     return np.where(np.where(late[first] == late[second], spread, split), first, second)
 
