@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from cogvideox.finite import not_finite
-from cogvideox.memory.streaming import fill, host_buffer
+from cogvideox.memory.streaming import aligned, fill, host_buffer
 from cogvideox.tensor_files import Pieces, ReadPieces, write_tensors
 
 CHUNK = 2**24  # elements that are copied at a time from a device, through one pinned buffer of torch
 NICE = 10  # lowers the priority of the thread, because training needs the cores more
-OWN_BUFFER = 2**20  # bytes from which a copy has a buffer of huge pages of its own
+ARENA = 2**30  # bytes that are allocated at a time; a mapping for each tensor would have few huge pages
 
 
 class Snapshot:
@@ -39,6 +39,7 @@ class Snapshot:
     def __init__(self, shares: bool) -> None:
         self.shares = shares
         self.files: list[tuple[Path, Pieces, Mapping[str, str]]] = []
+        self.arena = torch.empty(0, dtype=torch.uint8)  # what is left of the newest allocation
         # The original and its flat copy, by address. An original is kept so that no other tensor gets its address.
         self.copies: dict[tuple[torch.device, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -53,13 +54,19 @@ class Snapshot:
         key = source.device, source.data_ptr(), source.dtype
         _, target = self.copies.get(key, (None, None))
         if target is None or target.numel() < source.numel():
-            large = part.nbytes >= OWN_BUFFER
-            target = host_buffer(part.nbytes).view(part.dtype) if large else torch.empty_like(source, device="cpu")
+            target = self._allocate(source.nbytes).view(source.dtype)
             for piece, values in zip(target.split(CHUNK), source.split(CHUNK), strict=True):
                 fill(piece, values)
             if self.shares:
                 self.copies[key] = source, target
         return target[: source.numel()].view(part.shape)
+
+    def _allocate(self, num_bytes: int) -> Tensor:
+        """Returns host memory, whose pages do not exist yet, so that all cores create them while they copy."""
+        if self.arena.numel() < aligned(num_bytes):
+            self.arena = host_buffer(max(ARENA, aligned(num_bytes)))
+        memory, self.arena = self.arena[:num_bytes], self.arena[aligned(num_bytes) :]
+        return memory
 
     def not_finite(self) -> list[str]:
         """Returns the names of the tensors that contain NaN or infinity."""
@@ -73,6 +80,7 @@ class Snapshot:
         """
         hashes = {}
         self.copies.clear()  # so that memory is free when the last file that needs it is complete
+        self.arena = torch.empty(0, dtype=torch.uint8)
         while self.files:
             path, pieces, metadata = self.files.pop(0)
             hashes[path] = write_tensors(path, pieces, metadata)
