@@ -279,7 +279,7 @@ def test_the_size_of_the_copy_is_predicted(flags: tuple[str, ...], size: float, 
 # -- in complete runs --------------------------------------------------------------------------------------------------
 
 SHORT = ("--load_tensors", "--max_train_steps", 3, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
-SHORT += ("--gradient_accumulation_steps", 1, "--use_ema")
+SHORT += ("--gradient_accumulation_steps", 1, "--mixed_precision", "bf16")
 
 
 def command_of(model: Path, tensors: Path, output: Path) -> list[object]:

@@ -718,7 +718,7 @@ class FullFlags:
 
     checkpoint_weights_only: bool = flag(
         False,
-        "save only the weights in checkpoints, rounded to the compute type: with bf16, a seventh of the disk space; a "
+        "save only the weights in checkpoints, rounded to the compute type: with bf16, a sixth of the disk space; a "
         "run that resumes from one has fresh optimizer state, so its result differs from that of an uninterrupted run",
     )
     save_pipeline: bool = flag(

@@ -39,6 +39,7 @@ from cogvideox.memory.graphs import allowing_graphs
 GROUP = 256  # elements that share a scale
 FP32, BF16, EIGHT_BIT = MOMENTS = ("fp32", "bf16", "8bit")
 MASTER, LOW, FIRST, SECOND = "master", "low", "exp_avg", "exp_avg_sq"
+WEIGHT = "weight"  # the upper bits of a master, which are not part of its state
 SCALE = ".scale"  # after the name of a moment: the scales of its groups
 HALF, LOW_BITS = 1 << 15, 16
 CODES_FIRST, CODES_SECOND = 127.0, 255.0  # the largest codes

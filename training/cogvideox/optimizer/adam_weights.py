@@ -28,7 +28,9 @@ from cogvideox.optimizer.adam import (
     MASTER,
     SCALE,
     SECOND,
+    WEIGHT,
     Adam,
+    join,
     read_master,
     read_moment,
     stored_moment,
@@ -220,8 +222,11 @@ class Group:
 
     @torch.no_grad()
     def load_state(self, name: str, saved: Mapping[str, Tensor]) -> None:
-        """Restores what ``pieces`` describe, or a state whose moments have another format."""
-        self.write_master(name, saved[MASTER])
+        """Restores what ``pieces`` describe, or a state whose moments have another format.
+
+        In place of a master there may be the weight and the lower bits.
+        """
+        self.write_master(name, saved[MASTER] if MASTER in saved else join(saved[WEIGHT], saved[LOW]))
         _, state = self._of(name)
         for key in (FIRST, SECOND):
             given = {key: torch.zeros_like(state[key], dtype=torch.float32)}  # of weights that never made a step

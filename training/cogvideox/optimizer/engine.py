@@ -21,13 +21,14 @@ from cogvideox.errors import UsageError
 from cogvideox.finite import not_finite
 from cogvideox.memory.streaming import TrainedBlocks
 from cogvideox.model.methods import FullFinetune, Method
+from cogvideox.optimizer.adam import LOW, MASTER, WEIGHT, join
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.model_files import write_model
-from cogvideox.optimizer.shard_files import RaiseTogether, raise_error, read_shards, write_shards
+from cogvideox.optimizer.shard_files import RaiseTogether, Shard, raise_error, read_shards, write_shards
 from cogvideox.optimizer.sharded_weights import ShardedWeights, is_sharded
 from cogvideox.optimizer.step import MasterWeights, StepResult, rule_of
 from cogvideox.optimizer.zero_weights import ZeroWeights
-from cogvideox.tensor_files import ReadPieces, WriteTensors, pieces_of, write_tensors
+from cogvideox.tensor_files import Piece, Pieces, ReadPieces, WriteTensors, pieces_of, write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,9 +50,11 @@ class Engine(Protocol):
         reduces_in_backward: Whether ranks wait for each other in a backward pass, not only in a step.
         model: The module with which the loss is computed.
         ema: The average that ``averaged`` puts into the model, if there is one.
+        refers: Whether ``save`` writes only the lower bits of masters whose upper bits ``save_weights`` writes.
     """
 
     reduces_in_backward: bool
+    refers: bool
     model: Module
     ema: Ema | None
 
@@ -80,6 +83,7 @@ class MasterEngine(Generic[Masters]):
     """What all engines have in common: steps of fp32 master weights, and their average."""
 
     reduces_in_backward = False
+    refers = False
 
     def __init__(self, model: Module, masters: Masters, writes: bool, ema: Ema | None = None) -> None:
         """Stores the parts of the engine.
@@ -144,7 +148,22 @@ class MasterEngine(Generic[Masters]):
 
 
 class LocalEngine(MasterEngine[MasterWeights]):
-    """Keeps the complete trainable state on every rank, and averages gradients over the ranks in fp32."""
+    """Keeps the complete trainable state on every rank, and averages gradients over the ranks in fp32.
+
+    Args:
+        model: The module with which the loss is computed.
+        masters: The master weights of its trained parameters.
+        writes: Whether this rank writes checkpoints.
+        ema: The average of the masters, if there is one.
+        refers: Whether the weights that users load are the upper bits of the masters. A checkpoint then has only the
+            lower bits beside them.
+    """
+
+    def __init__(
+        self, model: Module, masters: MasterWeights, writes: bool, ema: Ema | None = None, refers: bool = False
+    ) -> None:
+        super().__init__(model, masters, writes, ema)
+        self.refers = refers
 
     def _state(self) -> Mapping[str, Tensor]:
         """Returns the masters and the optimizer's state by name; what must be computed exists one after another."""
@@ -153,7 +172,8 @@ class LocalEngine(MasterEngine[MasterWeights]):
     def save(self, folder: Path, write: WriteTensors = write_tensors) -> None:
         """Writes masters, optimizer state and average to the folder, from one rank."""
         if self.writes:
-            write(folder / STATE_NAME, self.masters.pieces(), {})
+            pieces = self.masters.pieces()
+            write(folder / STATE_NAME, lower_bits(pieces) if self.refers else pieces, {})
         if self.writes and self.ema:
             write(folder / EMA_NAME, pieces_of(self.ema.tensors()), {})
 
@@ -161,9 +181,36 @@ class LocalEngine(MasterEngine[MasterWeights]):
         """Restores what ``save`` wrote."""
         from safetensors.torch import load_file
 
-        self.masters.load_state(load_file(folder / STATE_NAME))
+        tensors = load_file(folder / STATE_NAME)
+        if any(name.startswith(f"{LOW}/") for name in tensors):
+            for path in weight_files(folder):
+                tensors |= {f"{WEIGHT}/{name}": weight for name, weight in load_file(path).items()}
+        self.masters.load_state(tensors)
         if self.ema:
             self.ema.load_state(load_file(folder / EMA_NAME))
+
+
+def lower_bits(pieces: Pieces) -> dict[str, Piece]:
+    """Returns the pieces of a checkpoint with the lower bits of masters in place of those that consist of two parts."""
+    found = {}
+    for name, piece in pieces.items():
+        key, _, parameter = name.partition("/")
+        if key == MASTER and [part.dtype for part in piece.parts] == [torch.bfloat16, torch.int16]:
+            shaped = partial(first_elements, shape=piece.shape)
+            found[f"{LOW}/{parameter}"] = Piece(piece.shape, torch.int16, piece.parts[1:], shaped)
+        else:
+            found[name] = piece
+    return found
+
+
+def first_elements(padded: Tensor, shape: torch.Size) -> Tensor:
+    """Returns the first elements of a tensor in a shape."""
+    return padded.reshape(-1)[: shape.numel()].view(shape)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files with the trained weights of a checkpoint."""
+    return sorted((folder / FullFinetune.result).glob("*.safetensors"))
 
 
 class ShardedEngine(MasterEngine[Sharded]):
@@ -232,9 +279,21 @@ class ShardedEngine(MasterEngine[Sharded]):
 
     def load(self, folder: Path) -> None:
         """Restores what ``save`` wrote, or what LocalEngine wrote."""
-        self.masters.load_state(self._read(folder / STATE_NAME, self.masters.tensors()))
+        self.masters.load_state(self._read_state(folder, self.masters.shards(self.masters.tensors())))
         if self.ema:
             self.ema.load_state(self._read(folder / EMA_NAME, self.ema.tensors()))
+
+    def _read_state(self, folder: Path, shards: dict[str, Shard]) -> dict[str, Tensor]:
+        """Returns the state by name; masters of which a checkpoint has the lower bits are joined with its weights."""
+        masters = {name.removeprefix(f"{MASTER}/"): shard for name, shard in shards.items() if name.startswith(MASTER)}
+        lows = {f"{LOW}/{name}": shard for name, shard in masters.items()}
+        found = dict(read_shards(folder / STATE_NAME, shards | lows))
+        if found.keys() & lows.keys():
+            for path in weight_files(folder):
+                for name, weight in read_shards(path, masters):
+                    if f"{LOW}/{name}" in found:
+                        found[f"{MASTER}/{name}"] = join(weight, found.pop(f"{LOW}/{name}"))
+        return found
 
     def _read(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict(read_shards(path, self.masters.shards(tensors)))
@@ -305,4 +364,5 @@ def make_engine(
     rule = rule_of(options.optimizer)
     masters = MasterWeights(parameters, rule, norm, scaled, state_on_host, trained_blocks, passes)
     ema = Ema(parameters, masters.named_masters(), loss.ema_decay) if loss.use_ema else None
-    return LocalEngine(transformer, masters, accelerator.is_main_process, ema)
+    refers = isinstance(method, FullFinetune) and ema is None
+    return LocalEngine(transformer, masters, accelerator.is_main_process, ema, refers)

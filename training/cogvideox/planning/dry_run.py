@@ -200,8 +200,9 @@ def disk_line(
     """Returns the line about disk space, and whether there is enough: tensors, checkpoints and the result."""
     train = options.train
     kept = new_at_once(train, 0, run.steps)
-    state = 0 if saves_weights_only(options) else bytes_per_weight(options, torch.device("cpu"))
-    one = sizes.all_trained * (sizes.item_bytes + state)
+    refers = not isinstance(options, LoraOptions) and not options.loss.use_ema and run.world == 1
+    state = bytes_per_weight(options, run.dtype, torch.device("cpu"), refers)
+    one = sizes.all_trained * (sizes.item_bytes + (0 if saves_weights_only(options) else state))
     all_weights = sum(parameter.numel() for parameter in transformer.parameters())
     result = (sizes.trained if isinstance(options, LoraOptions) else all_weights) * sizes.item_bytes
     output = Path(train.output_dir).absolute()

@@ -317,7 +317,7 @@ class Saver:
     def check_disk(self, options: TrainOptions, first: int, total: int) -> None:
         """Predicts what the steps from ``first`` to ``total`` write; raises DiskError if the disk has less room."""
         parameters, there = list(self.method.parameters().values()), len(checkpoints(self.run.output_dir))
-        self.num_bytes = checkpoint_bytes(options, parameters, self.run.device)
+        self.num_bytes = checkpoint_bytes(options, parameters, self.run.device, self.engine.refers)
         self.copy_bytes = copy_bytes(options, parameters, self.run.device)
         new = new_at_once(options.train, first, total, there)
         shortage = None

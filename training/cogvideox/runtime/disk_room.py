@@ -7,7 +7,8 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cogvideox.config.flags import TrainFlags
 from cogvideox.config.options import SftOptions, TrainOptions
 from cogvideox.errors import DiskError
 from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
+from cogvideox.optimizer.adam import adam_of
 from cogvideox.optimizer.step import state_bytes
 from cogvideox.optimizer.zero_weights import num_elements
 from cogvideox.tensor_files import pieces_of, write_tensors
@@ -52,12 +54,26 @@ def saves_weights_only(options: TrainOptions) -> bool:
     return isinstance(options, SftOptions) and options.full.checkpoint_weights_only
 
 
-def checkpoint_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
-    """Returns the expected bytes of a checkpoint: master, optimizer state, average and value of each element."""
+def checkpoint_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device, refers: bool) -> int:
+    """Returns the expected bytes of a checkpoint: weights, their masters, moments and average.
+
+    Args:
+        options: The flags.
+        parameters: The trained parameters.
+        device: The device of training.
+        refers: Whether the engine saves the lower bits of masters, as far as weights are their upper bits.
+    """
     if saves_weights_only(options):
         return result_bytes(parameters)
-    state = bytes_per_weight(options, device)
-    return math.ceil(sum(num_elements(parameter) * (state + parameter.element_size()) for parameter in parameters))
+    return bytes_of_all(parameters, lambda dtype: bytes_per_weight(options, dtype, device, refers))
+
+
+def bytes_of_all(parameters: Iterable[Parameter], beside: Callable[[torch.dtype], float]) -> int:
+    """Returns the bytes of all weights with those that ``beside`` returns for a weight of a type."""
+    elements: Counter[torch.dtype] = Counter()
+    for parameter in parameters:
+        elements[parameter.dtype] += num_elements(parameter)
+    return math.ceil(sum(count * (dtype.itemsize + beside(dtype)) for dtype, count in elements.items()))
 
 
 def copy_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
@@ -65,21 +81,25 @@ def copy_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: t
     if saves_weights_only(options):
         return result_bytes(parameters)
 
-    def of_one(parameter: Parameter) -> float:
-        average = options.loss.use_ema * (4 + parameter.element_size())  # in fp32, and rounded as the weights are
-        return parameter.element_size() + state_bytes(options.optimizer, parameter.dtype, device) + average
+    def beside(dtype: torch.dtype) -> float:
+        average = options.loss.use_ema * (4 + dtype.itemsize)  # in fp32, and rounded as the weights are
+        return state_bytes(options.optimizer, dtype, device) + average
 
-    return math.ceil(sum(num_elements(parameter) * of_one(parameter) for parameter in parameters))
+    return bytes_of_all(parameters, beside)
 
 
-def bytes_per_weight(options: TrainOptions, device: torch.device) -> float:
-    """Returns the bytes of a checkpoint for a trained weight, beside the weight: fp32 master, moments, average."""
-    return 4 + state_bytes(options.optimizer, torch.float32, device) + 4 * options.loss.use_ema
+def bytes_per_weight(options: TrainOptions, dtype: torch.dtype, device: torch.device, refers: bool) -> float:
+    """Returns the bytes of a checkpoint for a weight, beside the weight: master or lower bits, moments, average.
+
+    The arguments are those of ``checkpoint_bytes``, with the type of the weight.
+    """
+    master = 2 if refers and dtype == torch.bfloat16 and adam_of(options.optimizer) else 4
+    return master + state_bytes(options.optimizer, torch.float32, device) + 4 * options.loss.use_ema
 
 
 def result_bytes(parameters: Iterable[Parameter]) -> int:
     """Returns the bytes of the exported weights."""
-    return sum(num_elements(parameter) * parameter.element_size() for parameter in parameters)
+    return bytes_of_all(parameters, lambda _: 0.0)
 
 
 def new_at_once(train: TrainFlags, first: int, total: int, there: int = 0) -> int:
