@@ -138,6 +138,23 @@ def test_without_room_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pyt
     assert names(tmp_path) == ["checkpoint-2"]
 
 
+def test_if_the_system_refuses_memory_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit of the process, such as ulimit -v, is not part of the free memory."""
+
+    def refuses(_: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(background, "host_buffer", refuses)
+    saving = saver(tmp_path, FakeEngine())
+    saving.save(2)
+    assert saving.writing is None
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+    said = "checkpoint-2: no host memory for a copy ([Errno 12] Cannot allocate memory), so training waits"
+    assert said in capsys.readouterr().err
+
+
 def fails(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 

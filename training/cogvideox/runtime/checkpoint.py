@@ -8,6 +8,7 @@ the size and SHA-256 of every other file and a checksum of that list. A damaged 
 renamed so that a person can inspect it. ``Saver`` writes checkpoints and ``find_start`` finds the one to resume from.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -217,9 +218,8 @@ class Saver:
             NonFiniteError: A tensor that would be saved is not finite; nothing is written or removed.
         """
         self.finish()
-        if self.in_background and self._copy_fits(free_host_bytes()):
-            self._start_writing(step)
-        else:
+        copied = self.in_background and self._copy_fits(free_host_bytes()) and self._start_writing(step)
+        if not copied:
             self._check_finite(step)
             hashes: dict[Path, str] = {}
 
@@ -269,11 +269,19 @@ class Saver:
 
     # -- in the background --
 
-    def _start_writing(self, step: int) -> None:
+    def _start_writing(self, step: int) -> bool:
+        """Copies a checkpoint and starts the thread that writes it; returns whether the system gave memory for that."""
         started, snapshot = time.monotonic(), Snapshot(shares=self.engine.ema is None)
-        with self._guarded(step):
-            self._make_files(step, snapshot.add)
+        try:
+            with self._guarded(step):
+                self._make_files(step, snapshot.add)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:  # a limit of the process, such as ulimit -v
+                raise
+            self.run.say(f"{CHECKPOINT_PREFIX}{step}: no host memory for a copy ({error}), so training waits")
+            return False
         self.writing = Writing(step, time.monotonic() - started, partial(self._write_snapshot, step, snapshot))
+        return True
 
     def _write_snapshot(self, step: int, snapshot: Snapshot) -> None:
         """Writes a copied checkpoint; a thread runs this."""
