@@ -48,6 +48,9 @@ Event: TypeAlias = "torch.cuda.Event | None"  # None without a GPU, where work i
 # Issues an update of weights on the device that are there after an event; returns the event after which they are new,
 # and the event after which the new ones are on the host too.
 Update: TypeAlias = "Callable[[Tensor, Event], tuple[Event, Event]]"
+# Blocks on the device whose updates are issued before they are used. A stream takes about a thousand pieces of work
+# before the host has to wait for it; an update has up to a hundred, and must not keep the host from issuing forward.
+UPDATES_AHEAD = 3
 TRANSFER_SLOTS = 3  # of a TransferPipeline: one slot is filled, one is worked on, and one is emptied
 
 
@@ -463,8 +466,8 @@ class TrainedBlocks:
     """Groups the blocks of a transformer of which all weights are trained, and orders the optimizer's updates of them.
 
     An update that passes through the device is issued before its block is used again, in the order of the blocks, so
-    that it runs while earlier blocks compute. Updates of blocks on the device are issued as soon as no other comes
-    before them. The update of a block on the host waits until forward fetches it, and is made in the slot of the ring.
+    that it runs while earlier blocks compute. Updates of blocks on the device are issued UPDATES_AHEAD blocks before
+    they are used. That of a block on the host is issued when forward fetches it, and made in the slot of the ring.
 
     Args:
         parameters: Each block's parameters by block number, in the layout's order; they are views of ``weights``.
@@ -499,35 +502,41 @@ class TrainedBlocks:
                 the flat array of weights and the event after which they are there, and returns the event after which
                 they are updated, and the one after which blocks on the host have them there.
         """
-        self.pending = dict(updates)
+        self.pending, self.updated = dict(updates), {}
         if self.ring:
             self.ring.updates = {block: partial(self._in_slot, block) for block in updates if self.on_host(block)}
-        self._issue_until_host()
+        self._issue_ahead()
 
     def _in_slot(self, block: int, slot: Tensor, arrived: Event) -> tuple[Event, Event]:
         """Issues the update of a block that was copied into a slot, and those of blocks on the device that follow."""
         weights = slot.view(self.weights[block].dtype)[: self.weights[block].numel()]
         events = self.pending.pop(block)(weights, arrived)
-        self._issue_until_host()
+        self._issue_ahead()
         return events
 
-    def _issue_until_host(self) -> None:
-        """Issues pending updates of blocks on the device, in order, up to the first block on the host."""
-        while self.pending and not self.on_host(block := next(iter(self.pending))):
-            self.updated[block] = self.pending.pop(block)(self.weights[block], None)[0]
+    def _issue_ahead(self) -> None:
+        """Issues the next pending updates of blocks on the device, up to the first block on the host."""
+        while self.pending and not self.on_host(next(iter(self.pending))) and len(self.updated) < UPDATES_AHEAD:
+            self._issue(next(iter(self.pending)))
+
+    def _issue(self, block: int) -> None:
+        self.updated[block] = self.pending.pop(block)(self.weights[block], None)[0]
 
     def use(self, block: int) -> None:
         """Makes the compute stream wait until a block on the device has been updated."""
         if block in self.pending:
             self.finish()
         compute_waits_for(self.updated.pop(block, None))
+        self._issue_ahead()
 
     def finish(self) -> None:
         """Issues all pending updates."""
         while self.pending:
-            self._issue_until_host()
-            if self.pending and self.ring:
-                self.ring.fetch(next(iter(self.pending)))
+            block = next(iter(self.pending))
+            if self.ring and self.on_host(block):
+                self.ring.fetch(block)
+            else:
+                self._issue(block)
 
 
 # -- host memory that the device modifies ------------------------------------------------------------------------------
