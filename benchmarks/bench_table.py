@@ -180,9 +180,8 @@ def trace_cells(row: dict[str, Any]) -> Iterator[str]:
         yield f"{ms:,.0f}" + number(" ({:.1f} GiB)", copied.get(kind))
     yield f"{overlap['copies in and out']:,.0f}"
     yield f"{overlap['compute and copies in']:,.0f} in, {overlap['compute and copies out']:,.0f} out"
-    longest = sorted(trace["compute_gaps"], key=lambda gap: -gap["ms"])[:1]
-    which = "".join(f", the longest {gap['ms']:,.0f} at {gap['at_ms']:,.0f}" for gap in longest)
-    yield f"{sum(gap['ms'] for gap in trace['compute_gaps']):,.0f}{which}"
+    which = "".join(f", the longest {gap['ms']:,.0f} at {gap['at_ms']:,.0f}" for gap in trace["compute_gaps"][:1])
+    yield f"{trace['gaps_ms']:,.0f}{which}"
     yield f"{trace['idle_ms']:,.0f}"
 
 

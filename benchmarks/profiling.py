@@ -23,6 +23,7 @@ GROUPS = (  # parts of a kernel's name, of which the first match decides
 REST = "elementwise and norms"
 COMPUTE, IN, OUT = "compute", "copies in", "copies out"
 GAP_MS = 1.0  # shorter gaps between kernels are not listed
+LONGEST_GAPS = 20  # that are listed
 HOST_CALLS = ("cuda", "cuLaunch", "Activity Buffer")  # prefixes of names of calls on the host
 
 
@@ -88,9 +89,9 @@ def summary_of(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         The time from the first to the last event on the device; for each kind of work how long any stream was busy
-        with it, in all and for each stream; the GiB of copies; how long kinds overlap; the gaps between kernels longer
-        than GAP_MS, with the copies in each; how long the device had no work at all; and how long the host waited for
-        the device.
+        with it, in all and for each stream; the GiB of copies; how long kinds overlap; the sum of the gaps between
+        kernels longer than GAP_MS, and the longest ones with the copies in each; how long the device had no work at
+        all; and how long the host waited for the device.
     """
     spans: dict[tuple[int, str], list[Interval]] = {}
     waiting, copied = 0.0, {IN: 0, OUT: 0}
@@ -115,6 +116,7 @@ def summary_of(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         streams.setdefault(str(stream), {})[work] = length(merged(own))
     overlaps = {"compute and copies in": (compute, into), "compute and copies out": (compute, out)}
     overlaps["copies in and out"] = (into, out)
+    long_gaps = [gap for gap in gaps(compute, whole) if gap[1] - gap[0] > GAP_MS]
     return {
         "ms": length([whole]),
         "busy_ms": {COMPUTE: length(compute), IN: length(into), OUT: length(out)},
@@ -123,11 +125,11 @@ def summary_of(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "overlap_ms": {name: length(common(*both)) for name, both in overlaps.items()},
         "idle_ms": length(gaps(every, whole)),
         "host_waits_ms": round(waiting, 2),
+        "gaps_ms": length(long_gaps),
         "compute_gaps": [
             {"at_ms": round(gap[0] - whole[0], 2), "ms": length([gap])}
             | {kind: length(common([gap], own)) for kind, own in ((IN, into), (OUT, out))}
-            for gap in gaps(compute, whole)
-            if gap[1] - gap[0] > GAP_MS
+            for gap in sorted(long_gaps, key=lambda gap: gap[0] - gap[1])[:LONGEST_GAPS]
         ],
     }
 

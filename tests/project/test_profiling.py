@@ -44,9 +44,10 @@ def test_summary_of_a_trace() -> None:
         "overlap_ms": {"compute and copies in": 2.0, "compute and copies out": 4.0, "copies in and out": 2.0},
         "idle_ms": 1.0,
         "host_waits_ms": 3.0,
+        "gaps_ms": 13.0,
         "compute_gaps": [
-            {"at_ms": 0.0, "ms": 5.0, "copies in": 5.0, "copies out": 0.0},
             {"at_ms": 17.0, "ms": 8.0, "copies in": 5.0, "copies out": 4.0},
+            {"at_ms": 0.0, "ms": 5.0, "copies in": 5.0, "copies out": 0.0},
         ],
     }
 
