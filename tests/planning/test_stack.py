@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from cogvideox.memory import streaming
 from cogvideox.memory.graphs import MAX_GRAPHS
 from cogvideox.memory.shared import Neighbors
-from cogvideox.memory.streaming import HostGradients, TrainedBlocks
+from cogvideox.memory.streaming import HostGradients, Layout, TrainedBlocks
 from cogvideox.model import blocks, quant
 from cogvideox.model.quant import dequantize, quantize
 from cogvideox.optimizer.adam import Adam
@@ -62,14 +63,14 @@ def outcome(transformer: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
         for i, parameters in stack.trained_blocks.parameters.items():
             if not stack.trained_blocks.on_host(i):
                 continue
-            sums = of_host(stack.trained_blocks.gradients, i)
+            sums = of_host(stack.trained_blocks, i)
             gradients |= {names[id(p)]: g.clone() for p, g in zip(parameters, sums, strict=True)}
     return {"output": output.detach(), "sample": sample, **gradients}
 
 
-def of_host(sums: HostGradients, block: int) -> list[Tensor]:
+def of_host(trained: TrainedBlocks, block: int) -> list[Tensor]:
     """Returns the gradients of a block, as views of the host buffer."""
-    return sums.store.layouts[block][1].views(sums.store.buffers[block])
+    return Layout(trained.parameters[block]).views_of(trained.gradients.flat(block))
 
 
 def installed(
@@ -127,12 +128,12 @@ def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
     found: dict[int, list[Tensor]] = {}
     for number in range(passes):
         (transformer(**arguments)[0] * (1 + number)).square().mean().backward()
-        sums = stack.trained_blocks.gradients
-        found = {i: of_host(sums, i) for i in range(3)}
+        norms = stack.trained_blocks.gradients.norms
+        found = {i: of_host(stack.trained_blocks, i) for i in range(3)}
         assert {g.dtype for gradients in found.values() for g in gradients} == {
             torch.float32 if number else torch.bfloat16
         }
-        assert all(norm.equal(g.float().norm()) for i in found for norm, g in zip(sums.norms[i], found[i], strict=True))
+        assert all(norm.equal(g.float().norm()) for i in found for norm, g in zip(norms[i], found[i], strict=True))
     right = make_trainable("5b").bfloat16()
     installed(right, (BlockPlan(DEVICE, "attention", DEVICE),))
     for number in range(passes):
@@ -144,7 +145,7 @@ def test_gradients_on_the_host_are_summed_in_fp32(passes: int) -> None:
         assert all(g.float().equal(p.summed) for g, p in zip(found[i], base_parameters(block), strict=True))
     stack.trained_blocks.gradients.clear()
     transformer(**arguments)[0].square().mean().backward()
-    assert all(of_host(stack.trained_blocks.gradients, i)[0].dtype == torch.bfloat16 for i in range(3))
+    assert all(of_host(stack.trained_blocks, i)[0].dtype == torch.bfloat16 for i in range(3))
 
 
 def test_changed_weights_on_the_host_are_used() -> None:
@@ -503,8 +504,10 @@ RESIDENT = (BlockPlan(DEVICE, "attention", DEVICE),)
 ADAM = Adam(0.9, 0.999, 1e-8, 1e-2, decoupled=True)
 
 
-def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int) -> dict[str, Tensor]:
-    """Returns the trained weights, master weights and moments after steps of AdamW with clipping, with buckets in turn.
+def steps_of(
+    made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int, adam: Adam = ADAM
+) -> dict[str, Tensor]:
+    """Returns the trained weights, master weights and moments after steps of Adam with clipping, with buckets in turn.
 
     The gradients of one step are not finite. Between two steps, the state is saved and loaded and a video is sampled.
     """
@@ -512,7 +515,7 @@ def steps_of(made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulatio
     stack = installed(transformer, plans)
     parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     on_host = plans is not RESIDENT
-    masters = MasterWeights(parameters, ADAM, 0.1, False, on_host, stack.trained_blocks, accumulation)
+    masters = MasterWeights(parameters, adam, 0.1, False, on_host, stack.trained_blocks, accumulation)
     found: dict[str, Tensor] = {}
     for step, (frames, samples) in enumerate([(4, 2), (2, 1), (6, 1), (4, 2), (2, 1)]):
         arguments = {
@@ -548,6 +551,25 @@ def test_late_copies_change_nothing(
     for seed in (None, 0):
         late_streams.use(monkeypatch, seed)
         assert same(steps_of(made, plans, accumulation), right), seed
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_padding_does_not_change_moments_of_8_bits(accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding shares a scale with the last elements of a parameter, so it is zero, also in memory that was used before.
+
+    The decay of Adam, unlike that of AdamW, is part of the moments.
+    """
+    empty = torch.empty
+
+    def used(*size: Any, **given: Any) -> Tensor:
+        memory = empty(*size, **given)
+        return memory.fill_(255) if memory.dtype == torch.uint8 else memory  # NaN in any type
+
+    monkeypatch.setattr(torch, "empty", used)
+    adam = replace(ADAM, decoupled=False, moments="8bit")
+    right = steps_of(make_trainable, RESIDENT, accumulation, adam)
+    assert all(tensor.isfinite().all() for tensor in right.values())
+    assert same(steps_of(make_trainable, AWAY, accumulation, adam), right)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from torch.nn import Parameter
 ALIGNMENT = 256
 WEIGHT_SLOTS = 3  # one in use, one arriving, and the one used last, which backward needs first after forward
 ADVICE = ("MADV_DONTFORK", "MADV_HUGEPAGE")  # huge pages: fewer pages to create and to register
+SUMS = "sums"  # the name of what HostGradients stores if there are several passes
 IN_FLIGHT = 2  # blocks whose saved tensors may be on their way to the host at a time
 Event: TypeAlias = "torch.cuda.Event | None"  # None without a GPU, where work is complete when a call returns
 # Issues an update of weights on the device that are there after an event; returns the event after which they are new,
@@ -432,13 +433,26 @@ class HostGradients:
             block: The block's number.
             gradients: The gradients on the device, in the order of the block's parameters.
         """
+        kept = {str(k): gradient for k, gradient in enumerate(gradients)}
         if block in self.norms:
-            earlier = self.store.take(block).values()
-            gradients = [one.float() + other for one, other in zip(earlier, gradients, strict=True)]
+            gradients, array = self._sums(self.store.take(block), gradients)
+            # Sums are stored with their zero padding, because it replaces gradients of the first pass.
+            kept = {SUMS: array}
             if following := [other for other in self.norms if other < block]:
                 self.store.fetch(max(following))  # backward runs from the last block to the first
-        self.store.put(block, {str(k): gradient for k, gradient in enumerate(gradients)})
+        self.store.put(block, kept)
         self.norms[block] = norms_of(gradients)
+
+    @staticmethod
+    def _sums(earlier: dict[str, Tensor], gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Returns the sums of earlier gradients and new ones in fp32, and the array with padding that they share."""
+        layout = Layout(gradients)
+        array = torch.zeros(layout.numbers, dtype=torch.float32, device=gradients[0].device)
+        sums = layout.views_of(array)
+        before = layout.views_of(earlier[SUMS]) if SUMS in earlier else earlier.values()
+        for total, one, other in zip(sums, before, gradients, strict=True):
+            total.copy_(one).add_(other)
+        return sums, array
 
     def finish_copies(self) -> None:
         """Orders later compute after all copies of gradients to the host, and frees their device memory."""
@@ -448,7 +462,7 @@ class HostGradients:
         self.store.leaving.clear()
 
     def flat(self, block: int) -> Tensor:
-        """Returns all gradients of a block as one vector that is a view of the host buffer."""
+        """Returns all gradients of a block as one vector, with zero padding, that is a view of the host buffer."""
         return self.store.layouts[block][1].flat(self.store.buffers[block])
 
     def clear(self) -> None:

@@ -156,7 +156,8 @@ class Stack(BlockRunner):
         """Moves everything to where the plan wants it, block by block, each into one flat buffer.
 
         All blocks share one layout, on the host and on the device, because on a CPU the rounding of a matrix product
-        depends on the alignment of its factors.
+        depends on the alignment of its factors. Padding is zero, because moments of 8 bits have scales in common with
+        it (optimizer/adam_weights.py).
 
         Args:
             transformer: The transformer.
@@ -176,7 +177,7 @@ class Stack(BlockRunner):
             if block.weights == HOST:
                 buffer = hosts[i] = shared.buffers[len(hosts)] if shared else host_buffer(layout.num_bytes)
             else:
-                buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
+                buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=self.device)
             buffers[i] = buffer
             forms = unflatten(like, layout.views(buffer))
             if shared is None or shared.filled_here or block.weights == DEVICE:
