@@ -14,7 +14,7 @@ from cogvideox.config.flags import OptimizerFlags
 from cogvideox.memory.streaming import TRANSFER_SLOTS
 from cogvideox.optimizer import adam_weights
 from cogvideox.optimizer import step as step_module
-from cogvideox.optimizer.adam import Adam
+from cogvideox.optimizer.adam import Adam, is_compiled, update, update_on
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.step import MasterWeights, rule_of
 
@@ -259,3 +259,11 @@ def test_on_a_gpu_the_device_holds_three_ranges_and_only_during_a_step(monkeypat
     engine.step(0.1)
     assert torch.cuda.max_memory_allocated() - rest < 3.3 * 12 * 2**20
     assert torch.cuda.memory_allocated() - rest < 10**4
+
+
+def test_without_triton_an_update_on_a_gpu_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert [is_compiled(device) for device in ("cpu", "cuda")] == [False, True]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not is_compiled("cuda")
+    assert update_on.__wrapped__("cuda", Adam(0.9, 0.99, 1e-8, 0.0, decoupled=True)).func is update  # type: ignore[attr-defined]

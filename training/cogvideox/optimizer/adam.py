@@ -25,6 +25,7 @@ On a GPU ``update`` is compiled to one kernel. The arrays are (groups, GROUP), a
 wherever they are stored and however they are divided into arrays.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -199,10 +200,15 @@ def update(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], scalar
             state[part].copy_(torch.where(keeps, state[part], tensor))
 
 
+def is_compiled(device: str) -> bool:
+    """Returns whether ``update_on`` compiles the update for a type of device: on a GPU, if Triton is installed."""
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 @cache
 def update_on(device: str, adam: Adam) -> Callable[[Tensor, Tensor, Mapping[str, Tensor], Tensor], None]:
-    """Returns ``update`` with these settings for a type of device: compiled to one kernel on a GPU."""
-    if device != "cuda":
+    """Returns ``update`` with these settings for a type of device, compiled to one kernel where that is possible."""
+    if not is_compiled(device):
         return partial(update, adam=adam)
     compiled = allowing_graphs(torch.compile(partial(update, adam=adam), fullgraph=True, dynamic=False))
 

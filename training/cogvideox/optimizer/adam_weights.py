@@ -9,8 +9,8 @@ of masters, moments and gradients are one array each, in the order of the parame
     state            |===========|===========|===|     state on the host passes through the device range by range:
     ranges              range 0      range 1   2       it is copied in, updated there, and copied back
 
-State on the device is updated by one call of ``adam.update``; on a CPU this is made range by range too, because eager
-operations need memory for what lies between them. Either way gives the same bits.
+State on the device is updated by one call of ``adam.update``; where that is not compiled, as on a CPU, it is made range
+by range too, because its operations need memory for what lies between them. Either way gives the same bits.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +30,7 @@ from cogvideox.optimizer.adam import (
     SECOND,
     WEIGHT,
     Adam,
+    is_compiled,
     join,
     read_master,
     read_moment,
@@ -104,7 +105,7 @@ class Group:
 
     def _divide(self) -> list[slice]:
         """Divides the array into the ranges that are updated one after another."""
-        whole = self.device.type != "cpu" and not self.state_on_host and self.collected is not None
+        whole = is_compiled(self.device.type) and not self.state_on_host and self.collected is not None
         size = self.layout.numbers if whole else int(RANGE_BYTES / (self.transfer_bytes or 1)) // GROUP * GROUP
         return [slice(i, min(i + size, self.layout.numbers)) for i in range(0, self.layout.numbers, max(size, GROUP))]
 
