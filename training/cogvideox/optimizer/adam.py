@@ -10,10 +10,17 @@ the upper half of its master, so only the lower half is stored besides (``split`
 Where two bf16 numbers are equally near, the weight is the one that is farther from zero. torch would take the one whose
 last bit is zero, but then the difference would need 17 bits. The two differ in one of 131,072 masters on average.
 
-The moments are stored in fp32, in bf16, or in 8 bits. 8-bit moments are quantized in groups of GROUP elements, each
-with the largest absolute value as its scale. Their codes are not linear, so that small values keep their relative
-precision: a first moment is stored as its square root, and a second moment, which spans twice as many orders of
-magnitude, as its fourth root.
+The moments are stored in fp32, in bf16, or in 8 bits. 8-bit moments are quantized in groups of GROUP elements:
+
+    second   scale * (code / 255)^8                                uint8; scale: the largest of the group
+    first    scale * code * |code| / 127^2 * root of the second    int8; scale: the largest ratio to this root
+
+Three decisions keep the steps those of exact moments. Powers of the codes keep the relative precision of elements whose
+gradients are thousands of times smaller than the largest of the group. The ratio of the moments has limits that follow
+from beta1 and beta2, so however coarse a code is, no step is longer than exact moments allow. Codes are rounded up or
+down at random, so that the mean of what is stored is the value: a code that is rounded to the nearest would stay
+forever where the decay of a step is less than half the distance to the next code, and small elements would freeze. The
+random numbers are a hash of gradient, master and step, so a repeated or resumed step gives the same bits.
 
     | bytes per weight    | fp32 weight | bf16 weight | fp16 weight |
     | master              | the weight  | 2           | 4           |
@@ -42,9 +49,12 @@ FP32, BF16, EIGHT_BIT = MOMENTS = ("fp32", "bf16", "8bit")
 MASTER, LOW, FIRST, SECOND = "master", "low", "exp_avg", "exp_avg_sq"
 WEIGHT = "weight"  # the upper bits of a master, which are not part of its state
 SCALE = ".scale"  # after the name of a moment: the scales of its groups
-HALF, LOW_BITS = 1 << 15, 16
+FIRST_SCALE, SECOND_SCALE = f"{FIRST}{SCALE}", f"{SECOND}{SCALE}"
+HALF, LOW_BITS, LOW_MASK = 1 << 15, 16, (1 << 16) - 1
+MIXERS = 0x7FEB352D, 0x2C1B3C6D  # odd multipliers of a hash whose every output bit depends on every input bit
 CODES_FIRST, CODES_SECOND = 127.0, 255.0  # the largest codes
-SMALLEST_SCALE = 1e-38  # prevents a division by zero; any scale of a group with a nonzero element is larger
+SQUARE, EIGHTH = 1, 3  # a code of a first moment is squared, and one of a second moment three times
+SMALLEST = 1e-38  # prevents divisions by zero; no normal fp32 number is smaller
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class Adam:
         return sum(dtype.itemsize / (GROUP if name.endswith(SCALE) else 1) for name, dtype in types)
 
     def scalars(self, lr: float, divisor: Tensor, skipped: Tensor, steps: Tensor) -> Tensor:
-        """Returns what ``update`` needs of a step, (5,) fp32 on the device, without waiting for the device.
+        """Returns what ``update`` needs of a step, (6,) fp32 on the device, without waiting for the device.
 
         Args:
             lr: The learning rate.
@@ -97,7 +107,7 @@ class Adam:
         """
         first, second = 1 - self.beta1**steps, (1 - self.beta2**steps).sqrt()
         decay = torch.full_like(steps, 1 - lr * self.weight_decay if self.decoupled else 1.0)
-        return torch.stack([divisor.to(steps), decay, -lr / first, second, skipped.to(steps)]).float()
+        return torch.stack([divisor.to(steps), decay, -lr / first, second, skipped.to(steps), steps]).float()
 
 
 def adam_of(flags: OptimizerFlags) -> Adam | None:
@@ -146,30 +156,72 @@ def write_master(master: Tensor, weight: Tensor, state: Mapping[str, Tensor]) ->
 # -- moments -----------------------------------------------------------------------------------------------------------
 
 
-def read_moment(state: Mapping[str, Tensor], name: str) -> Tensor:
-    """Returns a moment in fp32, (groups, GROUP)."""
-    stored = state[name]
-    if f"{name}{SCALE}" not in state:
-        return stored.float()
-    scale, codes = state[f"{name}{SCALE}"].unsqueeze(-1), stored.float()
-    if name == FIRST:
-        return codes * codes.abs() * (scale / CODES_FIRST**2)
-    root = codes / CODES_SECOND
-    return (root * root) * (root * root) * scale
+def read_moments(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the first and the second moment in fp32, (groups, GROUP)."""
+    first, second = state[FIRST].float(), state[SECOND].float()
+    if FIRST_SCALE not in state:
+        return first, second
+    second = power(second / CODES_SECOND, EIGHTH) * state[SECOND_SCALE].unsqueeze(-1)
+    ratio = power(first / CODES_FIRST, SQUARE) * first.sign() * state[FIRST_SCALE].unsqueeze(-1)
+    return ratio * second.sqrt(), second
 
 
-def stored_moment(value: Tensor, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns a moment, (groups, GROUP) fp32, as the arrays of a type store it, by name."""
+def stored_moments(first: Tensor, second: Tensor, dtype: torch.dtype, noise: Tensor | None) -> dict[str, Tensor]:
+    """Returns moments, (groups, GROUP) fp32, as arrays of state store them, by name.
+
+    Args:
+        first: The first moment.
+        second: The second moment.
+        dtype: The type of the array of the first moment.
+        noise: (groups, GROUP) int32, random bits that decide how codes are rounded; needed for 8 bits.
+    """
     if dtype.is_floating_point:
-        return {name: value.to(dtype)}
-    scale = value.abs().amax(dim=-1, keepdim=True)
-    share = value.abs() / scale.clamp(min=SMALLEST_SCALE)
-    if name == FIRST:
-        codes = torch.round(share.sqrt() * CODES_FIRST) * value.sign()
-    else:
-        # A second moment of zero beside a first moment that is not would make a huge step, so the least code is 1.
-        codes = torch.round(share.sqrt().sqrt() * CODES_SECOND).clamp(min=1.0)
-    return {name: codes.to(dtype), f"{name}{SCALE}": scale.squeeze(-1)}
+        return {FIRST: first.to(dtype), SECOND: second.to(dtype)}
+    assert noise is not None
+    ratio = first / second.sqrt().clamp(min=SMALLEST**0.5)
+    largest_ratio, largest = ratio.abs().amax(dim=-1, keepdim=True), second.amax(dim=-1, keepdim=True)
+    share, share_of_ratio = (second / largest.clamp(min=SMALLEST), ratio.abs() / largest_ratio.clamp(min=SMALLEST))
+    return {
+        FIRST: (rounded_root(share_of_ratio, SQUARE, CODES_FIRST, noise) * ratio.sign()).to(torch.int8),
+        SECOND: rounded_root(share, EIGHTH, CODES_SECOND, noise >> LOW_BITS).to(torch.uint8),
+        FIRST_SCALE: largest_ratio.squeeze(-1),
+        SECOND_SCALE: largest.squeeze(-1),
+    }
+
+
+def power(value: Tensor, squarings: int) -> Tensor:
+    """Squares a value several times."""
+    for _ in range(squarings):
+        value = value * value
+    return value
+
+
+def rounded_root(share: Tensor, roots: int, codes: float, noise: Tensor) -> Tensor:
+    """Returns codes whose powers have the mean ``share`` if the noise is uniform.
+
+    Args:
+        share: Values from 0 to 1.
+        roots: How many square roots are taken.
+        codes: The largest code, which stands for 1.
+        noise: int32, whose low 16 bits are used.
+    """
+    root = share
+    for _ in range(roots):
+        root = root.sqrt()
+    below = (root * codes).floor()
+    lower, upper = power(below / codes, roots), power((below + 1) / codes, roots)
+    chance = ((noise & LOW_MASK) + 0.5) / (1 << LOW_BITS)
+    return torch.where(share > lower + chance * (upper - lower), below + 1, below).clamp(max=codes)
+
+
+def hashed(step: Tensor, *values: Tensor) -> Tensor:
+    """Returns random bits, int32, that depend on a step and on all bits of fp32 values."""
+    bits = step.to(torch.int32)
+    for value in values:
+        bits = (bits ^ value.view(torch.int32)) * MIXERS[0]
+        bits = (bits ^ ((bits >> LOW_BITS) & LOW_MASK)) * MIXERS[1]
+        bits = bits ^ ((bits >> LOW_BITS) & LOW_MASK)
+    return bits
 
 
 # -- the step ----------------------------------------------------------------------------------------------------------
@@ -185,8 +237,8 @@ def update(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], scalar
         scalars: What ``Adam.scalars`` returned for this step.
         adam: The settings.
     """
-    divisor, decay, rate, bias, skipped = scalars.unbind()
-    master, first, second = read_master(weight, state), read_moment(state, FIRST), read_moment(state, SECOND)
+    divisor, decay, rate, bias, skipped, step = scalars.unbind()
+    master, (first, second) = read_master(weight, state), read_moments(state)
     found = gradient.float() / divisor
     if not adam.decoupled:
         found = found.add(master, alpha=adam.weight_decay)
@@ -194,10 +246,10 @@ def update(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], scalar
     new_second = (second * adam.beta2).addcmul(found, found, value=1 - adam.beta2)
     new = master * decay + rate * new_first / (new_second.sqrt() / bias + adam.eps)
     keeps = skipped > 0
+    noise = hashed(step, found, master) if adam.moments == EIGHT_BIT else None
     write_master(torch.where(keeps, master, new), weight, state)
-    for name, value in ((FIRST, new_first), (SECOND, new_second)):
-        for part, tensor in stored_moment(value, name, state[name].dtype).items():
-            state[part].copy_(torch.where(keeps, state[part], tensor))
+    for name, tensor in stored_moments(new_first, new_second, state[FIRST].dtype, noise).items():
+        state[name].copy_(torch.where(keeps, state[name], tensor))
 
 
 def is_compiled(device: str) -> bool:

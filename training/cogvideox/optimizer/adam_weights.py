@@ -30,11 +30,12 @@ from cogvideox.optimizer.adam import (
     SECOND,
     WEIGHT,
     Adam,
+    hashed,
     is_compiled,
     join,
     read_master,
-    read_moment,
-    stored_moment,
+    read_moments,
+    stored_moments,
     update_on,
     write_master,
 )
@@ -229,15 +230,15 @@ class Group:
         """
         self.write_master(name, saved[MASTER] if MASTER in saved else join(saved[WEIGHT], saved[LOW]))
         _, state = self._of(name)
-        for key in (FIRST, SECOND):
-            given = {key: torch.zeros_like(state[key], dtype=torch.float32)}  # of weights that never made a step
-            if key in saved:
-                given = {part: saved[part] for part in (key, f"{key}{SCALE}") if part in saved}
-                given[key] = self._grouped(given[key])
-            if given[key].dtype != state[key].dtype:
-                given = stored_moment(read_moment(given, key), key, state[key].dtype)
-            for part, tensor in given.items():
-                state[part].copy_(tensor)
+        names = [key for key in saved if key.startswith((FIRST, SECOND))]
+        given = {key: saved[key] if key.endswith(SCALE) else self._grouped(saved[key]) for key in names}
+        if FIRST not in given:  # of weights that never made a step
+            given = dict.fromkeys((FIRST, SECOND), torch.zeros_like(state[FIRST], dtype=torch.float32))
+        if given[FIRST].dtype != state[FIRST].dtype:
+            moments = read_moments(given)
+            given = stored_moments(*moments, state[FIRST].dtype, hashed(torch.zeros(()), *moments))
+        for key, tensor in given.items():
+            state[key].copy_(tensor)
 
 
 class Masters(Mapping[str, Tensor]):
