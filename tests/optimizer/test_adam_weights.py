@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import late_streams
@@ -14,7 +15,7 @@ from cogvideox.config.flags import OptimizerFlags
 from cogvideox.memory.streaming import TRANSFER_SLOTS
 from cogvideox.optimizer import adam_weights
 from cogvideox.optimizer import step as step_module
-from cogvideox.optimizer.adam import Adam, is_compiled, update, update_on
+from cogvideox.optimizer.adam import MOMENTS, Adam, is_compiled, read_moment, update, update_on
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.step import MasterWeights, rule_of
 
@@ -267,3 +268,35 @@ def test_without_triton_an_update_on_a_gpu_is_not_compiled(monkeypatch: pytest.M
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not is_compiled("cuda")
     assert update_on.__wrapped__("cuda", Adam(0.9, 0.99, 1e-8, 0.0, decoupled=True)).func is update  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_moments_of_bitsandbytes_are_loaded(moments: str) -> None:
+    """Checkpoints of earlier versions have them. Those of large tensors have 8 bits, those of small ones 32."""
+    from bitsandbytes.functional import dequantize_blockwise
+    from bitsandbytes.optim import AdamW8bit
+
+    shapes = {"large": (70, 77), "small": (6, 8)}
+    first = parameters(torch.bfloat16, shapes=shapes)
+    then = MasterWeights(first, partial(AdamW8bit, lr=1.0), 0.0, False)
+    for step in range(3):
+        then.backward(torch.stack([(p.float() - step).square().sum() for p in first.values()]).sum())
+        then.step(rate(step))
+    state = then.state()
+    assert state["state1/large"].dtype == torch.uint8
+    assert state["state1/small"].dtype == torch.float32
+    params = parameters(torch.bfloat16, seed=1, shapes=shapes)
+    now = MasterWeights(params, Adam(0.9, 0.999, 1e-8, 0.0, decoupled=True, moments=moments), 0.0, False)
+    now.load_state(state)
+    assert now.steps == 3
+    assert all(now.named_masters()[name].equal(state[f"master/{name}"]) for name in shapes)
+    for name, group in now.owners.items():
+        _, kept = group._of(name)
+        for key, number in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            right = state[f"state{number}/{name}"]
+            if name == "large":
+                scales, table = (state[f"{part}{number}/{name}"] for part in ("absmax", "qmap"))
+                right = dequantize_blockwise(right, absmax=scales, code=table, blocksize=256)
+            found = read_moment(kept, key).flatten()[: right.numel()].view(right.shape)
+            share = {"fp32": 0.0, "bf16": 2**-8, "8bit": 1 / 127}[moments]  # the largest error, of the largest value
+            torch.testing.assert_close(found, right, rtol=0.0, atol=share * right.abs().max().item())

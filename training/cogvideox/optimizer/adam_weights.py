@@ -41,6 +41,7 @@ from cogvideox.optimizer.adam import (
 )
 from cogvideox.tensor_files import Piece, pieces_of
 
+BITSANDBYTES_GROUP = 256  # elements that share a scale in moments of bitsandbytes
 RANGE_BYTES = 64 * 2**20  # A copy of this size runs at full speed, and takes little of the device's memory.
 assert ALIGNMENT % GROUP == 0  # so that parameters do not share a group, and all ranges have complete groups
 
@@ -226,8 +227,9 @@ class Group:
     def load_state(self, name: str, saved: Mapping[str, Tensor]) -> None:
         """Restores what ``pieces`` describe, or a state whose moments have another format.
 
-        In place of a master there may be the weight and the lower bits.
+        In place of a master there may be the weight and the lower bits. The moments may be those of bitsandbytes.
         """
+        saved = dict(saved) | moments_of_bitsandbytes(saved)
         self.write_master(name, saved[MASTER] if MASTER in saved else join(saved[WEIGHT], saved[LOW]))
         _, state = self._of(name)
         names = [key for key in saved if key.startswith((FIRST, SECOND))]
@@ -239,6 +241,24 @@ class Group:
             given = stored_moments(*moments, state[FIRST].dtype, hashed(torch.zeros(()), *moments))
         for key, tensor in given.items():
             state[key].copy_(tensor)
+
+
+def moments_of_bitsandbytes(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the moments in fp32 by the names of ``Group.pieces`` if bitsandbytes stored them; otherwise nothing.
+
+    Earlier versions trained with its optimizers, whose moments of small tensors are in fp32. 8-bit codes are numbers of
+    entries in a table, and BITSANDBYTES_GROUP of them share a scale.
+    """
+    found = {}
+    for key, number in ((FIRST, 1), (SECOND, 2)):
+        if (stored := saved.get(f"state{number}")) is None:
+            continue
+        found[key] = stored.float()
+        if f"qmap{number}" in saved:
+            values, scales = saved[f"qmap{number}"][stored.long()], saved[f"absmax{number}"]
+            each = scales.repeat_interleave(BITSANDBYTES_GROUP)[: values.numel()]
+            found[key] = values * each.view(values.shape)
+    return found
 
 
 class Masters(Mapping[str, Tensor]):
