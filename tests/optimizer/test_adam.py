@@ -212,6 +212,18 @@ def test_rounding_is_right_on_average() -> None:
     assert (ratios - first / second.sqrt()).abs().max() < 0.005
 
 
+def test_elements_with_equal_gradients_are_not_rounded_alike() -> None:
+    """Errors of many elements in one direction would add up."""
+    settings = adam(EIGHT_BIT)
+    weight, state = torch.randn(1, GROUP, generator=torch.Generator().manual_seed(0)), fresh(settings, torch.float32, 1)
+    gradient = torch.full((1, GROUP), 0.3)
+    gradient[:, 0] = 1.0
+    update(weight, gradient, state, step_of(settings, 0.1, 1), settings)
+    codes = state[SECOND][0, 1:].float()
+    assert codes.max() - codes.min() == 1
+    assert 20 < (codes == codes.max()).sum() < GROUP - 20
+
+
 def test_moments_decay_at_the_rate_of_beta() -> None:
     """Without gradients codes that are rounded to the nearest would stay where they are."""
     settings = adam(EIGHT_BIT, weight_decay=0.0)
