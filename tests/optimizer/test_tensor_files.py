@@ -92,3 +92,11 @@ def test_a_saved_transformer_is_the_one_that_diffusers_saves(
     assert len(list(ours.glob("*.safetensors"))) >= files
     configs = [json.loads((folder / "config.json").read_text()) for folder in (ours, theirs)]
     assert configs[0] == configs[1]
+
+
+def test_a_tensor_that_was_written_can_still_be_resized(tmp_path: Path) -> None:
+    """FSDP2 frees gathered weights by resizing their memory."""
+    weight = torch.arange(6.0)
+    write_tensors(tmp_path / "one.safetensors", pieces_of({"weight": weight, "empty": torch.zeros(0)}))
+    assert load_file(tmp_path / "one.safetensors")["weight"].equal(torch.arange(6.0))
+    weight.untyped_storage().resize_(0)

@@ -143,10 +143,11 @@ def test_the_test_has_no_state_of_training(row: str, plan: str) -> None:
     training = arms.Training(guide_memory.SharedWork("5b", arm.row.rank, 1, CPU), arm.row.flags(plan))
     training.measure(2)
     masters: Any = training.engine.masters  # type: ignore[attr-defined]
-    state = [weakref.ref(masters), weakref.ref(masters.buffer)]
-    del masters
+    group = masters.groups[-1]
+    state = [weakref.ref(masters), weakref.ref(group), weakref.ref(group.arrays["exp_avg"])]
+    del masters, group
     training.end()
-    assert [found() for found in state] == [None, None]
+    assert [found() for found in state] == [None] * 3
     assert arms.sample(training.work, training.transformer)["sampling_seconds"] > 0
 
 

@@ -6,6 +6,7 @@
 device, when its turn comes.
 """
 
+import ctypes
 import hashlib
 import json
 import threading
@@ -118,9 +119,15 @@ def header(tensors: Mapping[str, Described], metadata: Mapping[str, str] | None 
 
 
 def content_of(tensor: Tensor) -> memoryview:
-    """Returns the bytes of a tensor, in host memory."""
-    content: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return content
+    """Returns the bytes of a tensor, in host memory.
+
+    Tensor.numpy would return them too, but torch never frees or resizes the memory of such a tensor afterwards, which
+    FSDP2 does with gathered weights.
+    """
+    whole = tensor.detach().cpu().contiguous()
+    memory = (ctypes.c_ubyte * whole.nbytes).from_address(whole.data_ptr())
+    memory.owner = whole  # type: ignore[attr-defined]  # so that the memory exists as long as the view
+    return memoryview(memory).cast("B")
 
 
 def write_tensors(path: Path, pieces: Pieces, metadata: Mapping[str, str] | None = None) -> str:
