@@ -207,6 +207,7 @@ def test_flags_in_the_text_exist() -> None:
         "--clips",
         "--steps",
         "--batch",
+        "--compare",
         "--help",
         "--help_all",
         "--write",
