@@ -39,7 +39,7 @@ from cogvideox.optimizer.adam import (
     update_on,
     write_master,
 )
-from cogvideox.tensor_files import Piece, pieces_of
+from cogvideox.tensor_files import Piece, ReadPieces, pieces_of
 
 BITSANDBYTES_GROUP = 256  # elements that share a scale in moments of bitsandbytes
 RANGE_BYTES = 64 * 2**20  # A copy of this size runs at full speed, and takes little of the device's memory.
@@ -73,6 +73,7 @@ class Group:
     ) -> None:
         self.parameters, self.adam, self.device, self.state_on_host = parameters, adam, device, state_on_host
         self.layout = Layout(list(parameters.values()))
+        self.starts = dict(zip(parameters, self.layout.starts, strict=True))  # of each parameter in the arrays
         self.weights = self._flatten() if weights is None else weights
         self.types = adam.state_types(self.weights.dtype)
         self.arrays = {name: self._array(name) for name in self.types}
@@ -181,11 +182,6 @@ class Group:
         state = {key: t if key.endswith(SCALE) else t.view(-1, GROUP) for key, t in self._part(which).items()}
         return self.weights[which].view(-1, GROUP), state
 
-    @property
-    def starts(self) -> dict[str, int]:
-        """Returns the index of the first weight of each parameter in the arrays."""
-        return dict(zip(self.parameters, self.layout.starts, strict=True))
-
     def _shaped(self, name: str, grouped: Tensor) -> Tensor:
         """Returns numbers of a parameter, (groups, GROUP), without padding in its shape; scales stay as they are."""
         parameter = self.parameters[name]
@@ -195,11 +191,6 @@ class Group:
         """Returns the inverse of ``_shaped``, padded with zeros."""
         flat = tensor.reshape(-1)
         return torch.nn.functional.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
-
-    def master(self, name: str) -> Tensor:
-        """Returns the master of a parameter, fp32, where its state is stored; a new tensor if it is put together."""
-        weight, state = self._of(name)
-        return self._shaped(name, read_master(weight.to(state[FIRST].device), state))
 
     @torch.no_grad()
     def write_master(self, name: str, value: Tensor) -> None:
@@ -212,8 +203,8 @@ class Group:
 
         The names are those of torch.optim.Adam. The codes of 8-bit moments have the parameter's shape.
         """
-        moments = {key: t for key, t in self._of(name)[1].items() if key.startswith((FIRST, SECOND))}
         weight, state = self._of(name)
+        moments = {key: tensor for key, tensor in state.items() if key.startswith((FIRST, SECOND))}
         kept = {key: state[key] for key in (LOW, MASTER) if key in state}
 
         def put_together(weight: Tensor, *tensors: Tensor) -> Tensor:
@@ -261,7 +252,7 @@ def moments_of_bitsandbytes(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-class Masters(Mapping[str, Tensor]):
+class Masters(ReadPieces):
     """The fp32 masters of groups by the names of their parameters. Each access may put a new tensor together.
 
     Args:
@@ -269,16 +260,8 @@ class Masters(Mapping[str, Tensor]):
     """
 
     def __init__(self, owners: dict[str, Group]) -> None:
+        super().__init__({name: group.pieces(name)[MASTER] for name, group in owners.items()})
         self.owners = owners
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.owners[name].master(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.owners)
-
-    def __len__(self) -> int:
-        return len(self.owners)
 
     def write(self, name: str, value: Tensor) -> None:
         """Stores a master, and rounds it into its parameter."""
