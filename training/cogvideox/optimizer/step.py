@@ -136,9 +136,9 @@ def state_bytes(flags: OptimizerFlags, dtype: torch.dtype, device: torch.device)
     return measured_state_bytes(rule, device) + (4 if dtype != torch.float32 else 0)
 
 
-def gradients_are_sums(flags: OptimizerFlags, passes: int, ranks: int) -> bool:
+def gradients_are_sums(rule: Adam | MakeOptimizer, passes: int, ranks: int) -> bool:
     """Returns whether gradients on the device are added up in fp32; otherwise they have the type of the weights."""
-    return passes > 1 or ranks > 1 or not isinstance(rule_of(flags), Adam)
+    return passes > 1 or ranks > 1 or not isinstance(rule, Adam)
 
 
 def skip_and_clip(norm: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
@@ -231,7 +231,7 @@ class MasterWeights:
         self.groups: list[Group] = []
         self.block_groups: dict[int, Group] = {}  # those of blocks, by block
         if isinstance(rule, Adam):
-            self._make_groups(outside, rule, state_on_host, sums=passes > 1 or ranks > 1)
+            self._make_groups(outside, rule, state_on_host, sums=gradients_are_sums(rule, passes, ranks))
             on_device = [group for group in self.groups if group.collected is not None]
             gradients = {name: gradient for group in on_device for name, gradient in group.named_gradients().items()}
         else:

@@ -46,7 +46,7 @@ from cogvideox.memory.streaming import SideStream, TrainedBlocks, compute_waits_
 from cogvideox.model.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.model.blocks import UNITS, kept_at
 from cogvideox.model.models import DTYPES, free_device_bytes, stored_dtype
-from cogvideox.optimizer.step import gradients_are_sums, state_bytes
+from cogvideox.optimizer.step import gradients_are_sums, rule_of, state_bytes
 from cogvideox.planning import choice, plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
 from cogvideox.planning.sharded import ShardedStack, sharding_mesh
@@ -226,7 +226,7 @@ def sizes_from_options(
     averages = AVERAGE_BYTES if options.loss.use_ema else 0
     passes = options.train.gradient_accumulation_steps
     sum_bytes = 4 if passes > 1 else sizes.sum_bytes
-    device_gradients = 4 if gradients_are_sums(options.optimizer, passes, run.world) else sizes.item_bytes
+    device_gradients = 4 if gradients_are_sums(rule_of(options.optimizer), passes, run.world) else sizes.item_bytes
     device = run.device if torch.cuda.is_available() else torch.device("cpu")  # a dry run may be for a GPU elsewhere
     state = state_bytes(options.optimizer, run.dtype, device) + averages
     sizes = replace(sizes, state_bytes=state, average_bytes=averages, ranks=ranks_here())
