@@ -133,7 +133,7 @@ def test_a_step_of_a_lora_takes_what_its_waits_take(kinds: Kinds, state: str, se
     ],
 )
 def test_a_step_of_all_weights_takes_what_its_waits_take(kinds: Kinds, state: str, passes: int, seconds: float) -> None:
-    """The copies of a block take up to 1.6 s. The clock makes them in the order of their issue, so a range waits."""
+    """The copies of a block take up to 1.6 s. The clock makes copies in the order in which they are issued."""
     real, pinned = clocked(make_trainable, kinds, state, passes, seconds)
     expected, expected_pinned = predicted(make_trainable, kinds, state, passes, seconds)
     assert expected == pytest.approx(real, rel=0.05)

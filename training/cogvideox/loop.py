@@ -27,13 +27,7 @@ from tqdm import tqdm
 from cogvideox import stopping
 from cogvideox.config.geometry import Geometry, read_geometry
 from cogvideox.config.hub import upload
-from cogvideox.config.options import (
-    TrainOptions,
-    ignores_positions,
-    image_flags,
-    local_processes,
-    samples_per_step,
-)
+from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, local_processes, samples_per_step
 from cogvideox.data.cache import hash_of
 from cogvideox.data.clips import max_bad
 from cogvideox.data.dataset import Batch, LatentDataset, batches_of, build_loader, trained_timesteps

@@ -121,8 +121,8 @@ def header(tensors: Mapping[str, Described], metadata: Mapping[str, str] | None 
 def content_of(tensor: Tensor) -> memoryview:
     """Returns the bytes of a tensor, in host memory.
 
-    Tensor.numpy would return them too, but torch never frees or resizes the memory of such a tensor afterwards, which
-    FSDP2 does with gathered weights.
+    Tensor.numpy is not used, because torch refuses to resize the memory of a tensor after that call. FSDP2 frees
+    gathered weights by resizing their memory to zero.
     """
     whole = tensor.detach().cpu().contiguous()
     memory = (ctypes.c_ubyte * whole.nbytes).from_address(whole.data_ptr())
