@@ -137,7 +137,7 @@ def cells(row: dict[str, Any]) -> Iterator[str]:
         yield number("{:.2f}x", row["ratio"])
         yield peak(row["peak_gib"])
         yield validation_peak(row)
-        yield number("{:.0f}", row.get("host_gib"))
+        yield number("{:.0f}", None if row.get("host_gib") is None else max(0.0, row["host_gib"]))
         yield number("{:.0%}", row["mfu"])
         yield number("{:.0%}", row["limit_ratio"])
     guide = GUIDE.get((row["kind"], row["rank"], row["batch"]))
