@@ -7,8 +7,11 @@ Then train with --data_root prepared --load_tensors. The same command continues 
 clips and captions that have changed, and otherwise does nothing. --save_image_latents adds what image-to-video needs.
 --dry_run prints what would be encoded, and --suggest_buckets 4 prints buckets that suit the clips; neither needs
 captions. report.html in the output folder shows the clips, and those that look odd first. --verify lists damaged or
-outdated tensors, and --repair encodes them again. Use accelerate launch --multi_gpu to divide the work among several
-GPUs.
+outdated tensors, and --repair encodes them again.
+
+On several GPUs or machines, start the script with accelerate launch or torchrun, or start it as often as you like, for
+example as a SLURM job array, always with the same flags and the same folder, which all machines must share. All
+processes divide the work as they go. Each may be killed, and started again by itself.
 """
 
 import shlex
@@ -39,12 +42,15 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
     from cogvideox.preparation.prepare import Preparation
     from cogvideox.preparation.report import describe, failures_explained, suggest
     from cogvideox.preparation.verify import find_faults, repair
-    from cogvideox.runtime.ranks import Ranks, start_processes
+    from cogvideox.runtime.ranks import Ranks, start_processes, unconnected
 
     prepare = options.prepare
-    ranks = Ranks(start_processes(), prepare.nccl_timeout)
+    if prepare.verify or prepare.repair:  # the ranks gather the faults that they have found
+        ranks = Ranks(start_processes(), prepare.nccl_timeout)
+        ranks.check_shared(folder, "--output_dir")
+    else:
+        ranks = unconnected(prepare.nccl_timeout)
     geometry = read_geometry(options.model)
-    ranks.check_shared(folder, "--output_dir")
     with_images = geometry.image_to_video if prepare.save_image_latents is None else prepare.save_image_latents
     image_variants = options.first_frames.num_image_noise_variants if with_images else 0
     preparation = Preparation(

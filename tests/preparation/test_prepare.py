@@ -1,14 +1,11 @@
-"""Tests of prepare.py with the tiny model: nothing is encoded twice or lost, on any number of ranks."""
+"""Tests of prepare.py with the tiny model: nothing is encoded twice or lost, and bad clips are reported."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import EncodeFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.data import clips as clips_module
-from cogvideox.data.cache import CacheIndex, Ledger, TensorCache, open_index
+from cogvideox.data.cache import Ledger, TensorCache, open_index
 from cogvideox.data.clips import decode_variant
 from cogvideox.data.health import Health, health_of
 from cogvideox.data.media.decode import write_video
@@ -47,7 +44,6 @@ class Encoded:
 
     clips: int = 0
     captions: list[str] = field(default_factory=list)
-    clips_of_thread: Counter[int] = field(default_factory=Counter, compare=False)
 
 
 @pytest.fixture
@@ -58,7 +54,6 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Encoded:
 
     def count_clip(vae: Any, frames: np.ndarray) -> torch.Tensor:
         counts.clips += 1
-        counts.clips_of_thread[threading.get_ident()] += 1
         return video(vae, frames)
 
     def count_captions(tokenizer: Any, encoder: Any, captions: list[str], length: int) -> torch.Tensor:
@@ -149,7 +144,7 @@ def test_the_index_and_its_tensors(prepared: Path, clips: Path, tiny: Tiny) -> N
     for sample in index.samples:
         assert cache.read(sample.video_keys[0])["moments_CFHW"].shape == (32, 2, 4, 6)
         assert cache.read(sample.prompt_key)["prompt_LD"].shape == (32, 32)
-    files = [".lock", "health.jsonl", "index.json", "ledger.jsonl", "tensors"]
+    files = [".claims", "health.jsonl", "index.json", "ledger.jsonl", "tensors"]
     assert sorted(path.name for path in prepared.iterdir()) == files
 
 
@@ -763,61 +758,7 @@ def test_an_image_that_changes_during_the_preparation_is_skipped_once(
     assert len(complete(tiny("5b-i2v"), data, tmp_path, image_variants=1).samples) == len(index.samples) + 1
 
 
-# -- ranks and processes -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Rank:
-    """Replaces Ranks: one of several ranks, each of which is a thread; only one runs at a time."""
-
-    process_index: int
-    num_processes: int
-    barrier: threading.Barrier
-    turn: threading.Lock
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def is_main_process(self) -> bool:
-        return self.process_index == 0
-
-    def wait_for_everyone(self) -> None:
-        self.turn.release()
-        try:
-            self.barrier.wait(60)
-        finally:
-            self.turn.acquire()
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.fault("ranks: several processes prepare the same folder")
-def test_several_ranks_make_the_same_tensors_as_one(
-    tiny: Tiny, clips: Path, prepared: Path, tmp_path: Path, encoded: Encoded, threads: None, ranks: int
-) -> None:
-    barrier, turn = threading.Barrier(ranks), threading.Lock()
-
-    def work(number: int) -> CacheIndex:
-        try:
-            with turn:
-                return complete(tiny("5b"), clips, tmp_path, Rank(number, ranks, barrier, turn))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(ranks) as pool:
-        indices = list(pool.map(work, range(ranks)))
-    assert indices == [open_index(prepared)] * ranks
-    assert open_index(tmp_path) == open_index(prepared)
-    assert tensor_files(tmp_path).keys() == tensor_files(prepared).keys()
-    moments = {f"{key}.safetensors" for sample in indices[0].samples for key in sample.video_keys}
-    assert all(tensor_files(tmp_path)[name] == tensor_files(prepared)[name] for name in moments)
-    # Each clip and caption is encoded by one rank, and each rank encodes its share.
-    assert sorted(encoded.clips_of_thread.values()) == {2: [3, 3], 4: [1, 1, 2, 2]}[ranks]
-    assert encoded.clips == NUM_CLIPS
-    assert len(encoded.captions) == len(set(encoded.captions)) == NUM_CLIPS + 1
-    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == NUM_CLIPS
+# -- processes -------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_probed_or_decoded_in_this_process(
@@ -891,16 +832,22 @@ def test_a_clip_that_is_missing_for_a_while_is_not_recorded_as_failed(
 
 
 @pytest.mark.fault("ranks: two jobs prepare the same folder")
-def test_tensors_that_another_job_removes_are_not_indexed(
-    tiny: Tiny, clips: Path, output: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+def test_a_tensor_that_is_removed_during_the_preparation_is_encoded_again(
+    tiny: Tiny, clips: Path, output: Path, encoded: Encoded, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
-    made = preparation(tiny("5b"), clips, output)
-    records = made.plan()
-    key = open_index(output).samples[0].video_keys[0]
-    monkeypatch.setattr(made, "_encode_clips", lambda missing, encoders: made.cache.remove(key))
-    with pytest.raises(UsageError, match="1 tensors were removed during the preparation; run the same command again"):
-        made.encode(records)
-    assert len(complete(tiny("5b"), clips, output).samples) == NUM_CLIPS
+    made, index = preparation(tiny("5b"), clips, output), open_index(output)
+    records, key = made.plan(), index.samples[0].video_keys[0]
+    encode_clips, passes = made._encode_clips, []
+
+    def removing(*arguments: Any) -> None:
+        encode_clips(*arguments)
+        passes.append(made.cache.has(key))
+        if len(passes) == 1:
+            made.cache.remove(key)
+
+    monkeypatch.setattr(made, "_encode_clips", removing)
+    assert made.encode(records)[0] == index
+    assert (passes, encoded.clips) == ([True, True], 1)
 
 
 def test_a_validation_set_without_usable_clips_is_an_error(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import PREPARE_SCRIPT, SFT_SCRIPT, SIZE, Forked, finish, fork_ranks, python, sft_flags
+from running import SFT_SCRIPT, Forked, finish, fork_ranks, python, sft_flags
 
 from cogvideox import stopping
 from cogvideox.errors import LostRankError
@@ -57,19 +57,6 @@ def test_a_process_that_lost_another_says_so_in_one_line(
     assert f"cogvideox_text_to_video_sft.py: {problem}; {hint}" in said
     assert "Traceback" not in said
     assert exit_file.read_text() == "1"
-
-
-@pytest.mark.long
-def test_a_process_that_encodes_without_the_others_says_so(
-    tiny: Callable[[str], Path], clips: Path, cache: Path
-) -> None:
-    flags = ["--model_id", tiny("5b"), "--data_root", clips, "--output_dir", cache / "prepared", *SIZE]
-    other, killed = fork_ranks(2, python(PREPARE_SCRIPT, *flags), {1: (r"open .*\.safetensors", 1)})
-    assert killed.wait(120) == -9
-    said = finish(other, 1)
-    assert "process 0 lost its connection to the others" in said
-    assert "the tensors encoded so far are safe; the same command encodes the others" in said
-    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

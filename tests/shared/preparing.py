@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from cogvideox.config.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.data.cache import CacheIndex
 from cogvideox.preparation.prepare import Preparation
+from cogvideox.runtime.ranks import alone
 
 
 class InlineWorkers:
@@ -39,15 +38,16 @@ def preparation(
     model: Path,
     root: Path,
     output: Path,
-    state: Any = None,
+    ranks: Any = None,
     encode_flags: EncodeFlags | None = None,
     image_variants: int = 0,
     **changes: Any,
 ) -> Preparation:
     flags = ModelFlags(str(model))
-    state = state or PartialState()
     given = data_flags(root, **changes)
-    return Preparation(flags, given, encode_flags or EncodeFlags(), read_geometry(flags), output, state, image_variants)
+    return Preparation(
+        flags, given, encode_flags or EncodeFlags(), read_geometry(flags), output, ranks or alone(), image_variants
+    )
 
 
 def complete(*arguments: Any, caption_batch: int = 4, **changes: Any) -> CacheIndex:

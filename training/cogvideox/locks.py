@@ -55,10 +55,15 @@ def take(path: Path) -> Lock:
             raise BlockingIOError(errno.EAGAIN, "another process has it") from None
         if error.errno not in NO_LOCKS:
             raise
-        reason = os.strerror(error.errno)
-        warn_once(f"{path.parent}: its file system has no locks ({reason}); lock files keep other runs out instead")
+        warn_of_lock_files(path.parent, error)
         return take_file(path.with_name(f".{path.name.removeprefix('.')}.owner"))
     return Lock(file.close)
+
+
+def warn_of_lock_files(folder: Path, error: OSError) -> None:
+    """Says once that lock files are used in a folder, because taking a POSIX lock there has raised this error."""
+    reason = os.strerror(error.errno or 0)
+    warn_once(f"{folder}: its file system has no locks ({reason}); lock files keep other runs out instead")
 
 
 @contextmanager

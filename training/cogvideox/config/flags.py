@@ -341,7 +341,9 @@ class PrepareFlags:
         "check every tensor in output_dir, and encode again those that are damaged or out of date",
         refused="this one would train",
     )
-    nccl_timeout: int = flag(600, "seconds without progress on any device after which the script exits", least=1)
+    nccl_timeout: int = flag(
+        600, "seconds after which the script exits if it waits for other processes and none makes progress", least=1
+    )
     use_slicing: bool = idle(False, "clips are encoded one at a time")
     pin_memory: bool = idle(False, "no batch waits for a device")
     num_decode_threads: int = idle(0, "--dataloader_num_workers sets how many processes decode")

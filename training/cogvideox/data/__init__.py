@@ -5,6 +5,7 @@ forms/folders.py decides which form a data set has. media/frames.py decides whic
 forms/            reads folders, lists and tables into samples
 media/            opens, checks, decodes and converts videos and pictures
 cache.py          stores encoded clips and captions: content-addressed, with checksums
+claims.py         divides work among all processes that share a folder
 records.py        what the ledger records about each file
 recipe.py         turns flags into the settings of a clip
 health.py         brightness, saturation and motion of frames

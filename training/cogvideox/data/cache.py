@@ -4,6 +4,7 @@
                                      or the embedding of one caption; the header holds a SHA-256 of the tensors
     ledger.jsonl                     one record for each source file and recipe: its plan, or why it failed
     health.jsonl                     one record for each clip variant: brightness, motion, look of its frames
+    .claims                          which process works on what now (see claims.py)
     index.json                       the samples of the last preparation, which --load_tensors reads
 
 ``TensorCache`` reads and writes the tensors, ``Ledger`` the records. ``CacheIndex`` is the index, and ``open_index``
@@ -28,7 +29,6 @@ from cogvideox.files import (
     LOCK_NAME,
     disk_errors_converted,
     remove_stale_temporaries,
-    remove_temporaries,
     write_atomically,
 )
 from cogvideox.locks import held
@@ -182,15 +182,20 @@ class Ledger:
         Args:
             names: The names to look for; None for all.
         """
-        records = {}
-        for line in self._lines():
+        return dict(self.named(self._lines(), names))
+
+    def named(
+        self, lines: Iterable[bytes], names: Container[str] | None = None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields the name and the record of each line that holds a record, of these names or of all."""
+        for line in lines:
             try:
                 record = json.loads(line)
-                if names is None or record[self.name] in names:
-                    records[record[self.name]] = record
+                name = record[self.name]
             except (ValueError, KeyError, TypeError):
                 continue
-        return records
+            if isinstance(name, str) and (names is None or name in names):
+                yield name, record
 
     def append(self, records: Iterable[Mapping[str, object]]) -> None:
         """Appends records. Other processes may append at the same time."""
@@ -220,11 +225,35 @@ class Ledger:
                 yield from file
 
 
+class NewRecords:
+    """Tells of which names a ledger has got a record, from any process, since this object was created."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        """Remembers where the ledger ends now."""
+        self.ledger, self.position = ledger, self._size(ledger.path)
+        self.names: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        """Returns whether a record of this name was added."""
+        if name not in self.names and self._size(self.ledger.path) > self.position:
+            with open(self.ledger.path, "rb") as file:
+                file.seek(self.position)
+                added = file.read()
+            complete = added[: added.rfind(b"\n") + 1]  # another process may be writing the last line
+            self.position += len(complete)
+            self.names.update(name for name, _ in self.ledger.named(complete.splitlines()))
+        return name in self.names
+
+    @staticmethod
+    def _size(path: Path) -> int:
+        return path.stat().st_size if path.exists() else 0
+
+
 @contextmanager
 def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds the lock with which only one job at a time encodes into a folder.
+    """Holds the lock with which only one job at a time converts tensors into a folder.
 
-    A second job waits, and then finds most of its work done.
+    A second job waits, and then finds its work done.
 
     Args:
         folder: The folder of the cache, which is created.
@@ -234,8 +263,6 @@ def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     with held(folder / LOCK_NAME, lambda: say(f"{folder}: another job is preparing it; waiting")):
         remove_stale_temporaries(folder)
-        # Only the job that holds this lock writes tensors, and its ranks wait here, so nobody uses these files.
-        remove_temporaries(folder / "tensors")
         yield
 
 

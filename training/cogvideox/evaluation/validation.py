@@ -72,7 +72,9 @@ def embed_prompts(run: Run, options: TrainOptions, tensors: Tensors, images: Seq
         missing = missing_captions(cache, tensors.encoders, wanted)
         for line in prompt_notes(models.load_tokenizer(options.model), missing) if missing else []:
             run.say(line)
-        encode_captions(cache, options.model, tensors.encoders, missing, 1, run.ranks, options.encode.t5_on)
+        encode_captions(
+            cache, options.model, tensors.encoders, missing, len(missing), 1, run.ranks, options.encode.t5_on
+        )
     run.barrier()
     keys = [tensors.encoders.prompt_key(text) for text in wanted]
     *embeds, negative = (cache.read(key)["prompt_LD"].unsqueeze(0).to(run.dtype) for key in keys)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -141,7 +142,8 @@ def encode_captions(
     cache: TensorCache,
     model: ModelFlags,
     encoders: Encoders,
-    captions: Sequence[str],
+    captions: Iterable[str],
+    total: int,
     batch: int,
     ranks: Ranks,
     t5_on: str = "auto",
@@ -152,7 +154,8 @@ def encode_captions(
         cache: Where the embeddings are written.
         model: The pipeline that T5 belongs to.
         encoders: The precision and the text length.
-        captions: The captions to embed.
+        captions: The captions to embed. They are taken one batch at a time.
+        total: The expected number of captions, for the progress bar.
         batch: Captions per forward pass.
         ranks: The processes of the run: the device, and which process shows the progress bar.
         t5_on: Where the weights of T5 are kept: "device", "host" or "auto".
@@ -160,17 +163,19 @@ def encode_captions(
     Raises:
         UsageError: T5 does not fit on the device, or it overflows in its precision.
     """
-    if not captions:
+    captions = iter(captions)
+    first = list(islice(captions, 1))
+    if not first:
         return
+    captions = chain(first, captions)
     place = models.resolve_t5_on(model, encoders.text_dtype, ranks.device, t5_on)
     at_once = batch * (BATCHES_PER_PASS if place == "host" else 1)
     fix = "give --t5_on host" if place == "device" else "stop other programs that use it"
     room = room_for(f"--t5_on {t5_on}", "for T5", fix)
     with room, models.text_encoder(model, encoders.text_dtype, ranks.device, place, batch) as (tokenizer, encoder):
         hidden = not ranks.is_main_process
-        bar = ProgressBar(total=len(captions), desc="encoding captions", unit="caption", disable=hidden)
-        for start in range(0, len(captions), at_once):
-            texts = captions[start : start + at_once]
+        bar = ProgressBar(total=total, desc="encoding captions", unit="caption", disable=hidden)
+        while texts := list(islice(captions, at_once)):
             embeds_BLD = encode.prompt_embeds(tokenizer, encoder, texts, encoders.text_length)
             for text, embed in zip(texts, embeds_BLD, strict=True):
                 if not torch.isfinite(embed).all():

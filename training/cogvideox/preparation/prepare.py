@@ -1,8 +1,12 @@
 """Encodes a folder of clips and captions into the tensor cache. It can be interrupted and resumed at any point.
 
-``Preparation`` does this in four stages; of R ranks, rank r takes items r, r + R, ... in each stage:
+``Preparation`` does this in four stages:
 
     samples -> plan (one ledger record per file) -> T5 embeddings of captions -> VAE moments of clips -> index.json
+
+Any number of processes may do this in one folder at a time. Each claims what it works on (data/claims.py), and sees in
+the folder what the others have done. Nothing is sent between them, so each may end and start again by itself. Every
+process writes the index when all tensors of its samples exist.
 
 For image-to-video, the first frame of every variant of a clip is encoded too. If the data set names an image for the
 clip, that image replaces the first frame and is cropped like the clip. Media files are opened only in worker processes,
@@ -10,10 +14,11 @@ which can be killed when a decoder hangs or crashes. This process encodes and wr
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +29,8 @@ from cogvideox import stopping
 from cogvideox.config.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.prepared_flags import kept_values
-from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, sole_writer
+from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, NewRecords, TensorCache, hash_of
+from cogvideox.data.claims import Claims
 from cogvideox.data.clips import decode_measured, image_refusal, image_request, measure_clip, plan_clip, plan_image
 from cogvideox.data.forms.samples import Sample, check_no_missing_images, take_listing
 from cogvideox.data.media.frames import Section
@@ -32,7 +38,7 @@ from cogvideox.data.media.workers import Killed, Limits, Workers
 from cogvideox.data.recipe import clip_recipe
 from cogvideox.data.records import FAILED, KILLED, UNREADABLE, ClipRecord, Variant
 from cogvideox.errors import UsageError
-from cogvideox.files import stamp_of
+from cogvideox.files import remove_stale_temporaries, stamp_of
 from cogvideox.model import models
 from cogvideox.model.encode import AsyncCopy
 from cogvideox.preparation.encoding import (
@@ -41,7 +47,6 @@ from cogvideox.preparation.encoding import (
     VaeInput,
     encode_captions,
     fix_for_memory,
-    missing_captions,
     one_behind,
     room_for,
 )
@@ -58,7 +63,7 @@ class Preparation:
     """Prepares one data set into one folder: ``plan``, then ``check``, then ``encode``.
 
     Attributes:
-        ranks: The processes of the run; each prepares its share.
+        ranks: The processes of the launch. They need not be connected, and other launches may do the same work.
         samples: The samples to train on, followed by ``num_validation`` samples to measure the loss on. Every list of
             records is in this order.
         image_variants: How often each first frame is encoded, each time with different noise; 0 without first frames.
@@ -146,22 +151,33 @@ class Preparation:
 
     def plan(self) -> list[ClipRecord]:
         """Returns the ledger record of every sample, in order. Worker processes probe the files without a record."""
-        known = self._known()
-        files: list[tuple[str, str, tuple[object, ...]]] = []
+        new = NewRecords(self.ledger)
+        known, claims = self._known(), self._claims(new.has)
+        jobs: dict[str, tuple[Any, ...]] = {}
         for (path, section), request in self.requests.items():
-            files.append((request, path, (plan_clip, path, self.recipe, section)))
-        files += [(request, path, (plan_image, path)) for path, request in self.image_requests.items()]
-        todo = [file for file in self.share(files) if not self._settled(known.get(file[0]))]
-        results = self.in_workers((job for _, _, job in todo), len(todo), "reading headers")
-        batch: list[ClipRecord] = []
-        for (request, path, _), record in zip(todo, results, strict=True):
-            batch.append(self._killed(request, path, record) if isinstance(record, Killed) else record)
-            if len(batch) == LEDGER_EVERY:
-                self._write(batch)
-                batch = []
-        self._write(batch)
-        self.ranks.wait_for_everyone()
+            jobs[request] = plan_clip, path, self.recipe, section
+        jobs |= {request: (plan_image, path) for path, request in self.image_requests.items()}
+        left = {request: job for request, job in jobs.items() if not self._settled(known.get(request))}
+        while left:
+            self._plan(left, claims)
+            with claims:
+                claims.wait(left, self.ranks.patience)
+            left = {request: job for request, job in left.items() if not new.has(request)}
         return self._records()
+
+    def _plan(self, jobs: dict[str, tuple[Any, ...]], claims: Claims) -> None:
+        """Writes the records of the files that no other process reads; ``jobs`` has the jobs of workers by request."""
+        batch: list[ClipRecord] = []
+        with claims:
+            for request, record in self._in_workers_by_key(
+                claims.take(jobs), jobs.__getitem__, jobs, "reading headers"
+            ):
+                path = jobs[request][1]
+                batch.append(self._killed(request, path, record) if isinstance(record, Killed) else record)
+                if len(batch) == LEDGER_EVERY:
+                    self._write(batch)
+                    batch = []
+            self._write(batch)
 
     def measure(self) -> list[ClipRecord]:
         """Returns the size and the number of usable frames of every clip, or why it cannot be read, in order.
@@ -208,24 +224,23 @@ class Preparation:
         encoders = self.encoders
         if self.ranks.is_main_process and (note := self.precision_note()):
             tqdm.write(note, file=sys.stderr)
-        with self._sole_writer():
-            # The main rank may have waited for another job, which has added tensors: no rank looks before it.
-            self.ranks.wait_for_everyone()
-            # The work is split before each rank looks for existing tensors. In the other order the ranks would split
-            # different lists, because some add tensors while others look, and some items would belong to no rank.
-            prompts = missing_captions(self.cache, encoders, self.share(self.captions(records)))
-            encode_captions(self.cache, self.model, encoders, prompts, caption_batch, self.ranks, self.flags.t5_on)
-            clips = self.share(list(self.vae_inputs(records, encoders).items()))
-            self._encode_clips({key: clip for key, clip in clips if not self.cache.has(key)}, encoders)
-            self.ranks.wait_for_everyone()
-            final = self._records()
-            self.check(final)
-            index = self._index(final, encoders)
-            if self.ranks.is_main_process:
-                self._check_complete(index)
-                index.save(self.folder)
-        self.ranks.wait_for_everyone()
-        return index, final
+            remove_stale_temporaries(self.folder)
+        claims = self._claims(self.cache.has)
+        while True:
+            with claims:
+                self._encode_captions(records, encoders, claims, caption_batch)
+                self._encode_clips(self.vae_inputs(records, encoders), encoders, claims)
+            # Another process may have found that a clip does not decode, or may have ended before its work was done.
+            records = self._records()
+            self.check(records)
+            index = self._index(records, encoders)
+            missing = [key for key in index.keys if not self.cache.has(key)]
+            if not missing:
+                break
+            with claims:
+                claims.wait(missing, self.ranks.patience)
+        index.save(self.folder)
+        return index, list(records)
 
     def _records(self) -> list[ClipRecord]:
         """Returns the ledger record of every sample, in order, with the record of its image, if any, in ``image``."""
@@ -298,6 +313,28 @@ class Preparation:
                 stopping.unit("clip")
                 yield result
 
+    def _in_workers_by_key(
+        self, keys: Iterable[str], job_of: Callable[[str], tuple[Any, ...]], todo: Collection[str], what: str
+    ) -> Iterator[tuple[str, Any]]:
+        """Runs the jobs of keys, which are asked for when a worker is free; yields each key and its result."""
+        begun: deque[str] = deque()
+
+        def jobs() -> Iterator[tuple[Any, ...]]:
+            for key in keys:
+                begun.append(key)
+                yield job_of(key)
+
+        for result in self.in_workers(jobs(), self._expected(len(todo)), what):
+            yield begun.popleft(), result
+
+    def _expected(self, number: int) -> int:
+        """Returns how many of a number of items this process will probably take."""
+        return -(-number // self.ranks.num_processes)
+
+    def _claims(self, is_done: Callable[[str], bool]) -> Claims:
+        """Returns the claims with which this process takes its part of the work."""
+        return Claims(self.folder, is_done, self.ranks.process_index, self.ranks.num_processes)
+
     def _known(self) -> dict[str, ClipRecord]:
         """Returns the ledger's valid records of the files as they are now, without records that name another path."""
         files = {request: path for (path, _), request in self.requests.items()}
@@ -325,25 +362,27 @@ class Preparation:
         status = UNREADABLE if killed.transient else KILLED
         return ClipRecord(request, path, status, killed.reason, self._limits())
 
-    @contextmanager
-    def _sole_writer(self) -> Iterator[None]:
-        """Holds the lock of the folder on the main rank, so that no other job encodes into it."""
-        if not self.ranks.is_main_process:
-            yield
-            return
-        with sole_writer(self.folder, tqdm.write):
-            yield
+    def _encode_captions(self, records: Sequence[ClipRecord], encoders: Encoders, claims: Claims, batch: int) -> None:
+        """Embeds the captions that no other process embeds."""
+        texts = {encoders.prompt_key(text): text for text in self.captions(records)}
+        taken = (texts[key] for key in claims.take(texts))
+        expected = self._expected(sum(not self.cache.has(key) for key in texts))
+        encode_captions(self.cache, self.model, encoders, taken, expected, batch, self.ranks, self.flags.t5_on)
 
-    def _encode_clips(self, missing: dict[str, VaeInput], encoders: Encoders) -> None:
-        """Encodes clips and first frames into the cache. Each is written while the next one is encoded.
+    def _encode_clips(self, clips: dict[str, VaeInput], encoders: Encoders, claims: Claims) -> None:
+        """Encodes the clips and first frames that no other process encodes. Each is written during the next one.
 
         Raises:
             UsageError: The VAE overflows in its precision, or a clip does not fit on the device.
         """
-        if not missing:
+        todo = {key: clip for key, clip in clips.items() if not self.cache.has(key)}
+        keys = claims.take(todo)
+        first = next(keys, None)
+        if first is None:
             return
+        keys = chain([first], keys)
         with models.video_encoder(self.model, encoders.vae_dtype, self.ranks.device, encoders.tiling) as vae:
-            for key, clip, arriving in one_behind(self._start_encoding(missing, vae, encoders.tiling)):
+            for key, clip, arriving in one_behind(self._start_encoding(keys, todo, vae, encoders.tiling)):
                 tensors = arriving.wait()
                 if not all(torch.isfinite(moments).all() for moments in tensors.values()):
                     rule = f"--dtype {encoders.vae_dtype}: the VAE overflows on {clip.path}; give bf16 or fp32"
@@ -351,12 +390,15 @@ class Preparation:
                 self.cache.write(key, tensors)
 
     def _start_encoding(
-        self, missing: dict[str, VaeInput], vae: Any, tiling: bool
+        self, keys: Iterator[str], clips: dict[str, VaeInput], vae: Any, tiling: bool
     ) -> Iterator[tuple[str, VaeInput, AsyncCopy]]:
         """Decodes clips in workers and starts to encode them; yields (key, clip, copy in progress) if they decode."""
-        jobs = ((decode_measured, clip.path, clip.variant, clip.stamp) for clip in missing.values())
-        results = self.in_workers(jobs, len(missing), "encoding clips")
-        for (key, clip), decoded in zip(missing.items(), results, strict=True):
+
+        def job_of(key: str) -> tuple[Any, ...]:
+            return decode_measured, clips[key].path, clips[key].variant, clips[key].stamp
+
+        for key, decoded in self._in_workers_by_key(keys, job_of, clips, "encoding clips"):
+            clip = clips[key]
             if isinstance(decoded, (str, Killed)):
                 self._give_up(clip, decoded)
                 continue
@@ -377,18 +419,6 @@ class Preparation:
         else:
             status = FAILED
         self._write(replace(r, status=status, reason=reason, limits=limits, cuts=()) for r in clip.records)
-
-    def _check_complete(self, index: CacheIndex) -> None:
-        """Checks that every tensor of the index exists.
-
-        Raises:
-            UsageError: A tensor is missing, because another job has moved it away or has given up its clip.
-        """
-        missing = sum(not self.cache.has(key) for key in index.keys)
-        if missing:
-            raise UsageError(
-                f"{self.folder}: {missing} tensors were removed during the preparation; run the same command again"
-            )
 
     def _index(self, records: Sequence[ClipRecord], encoders: Encoders) -> CacheIndex:
         """Returns the index of the usable samples, with the flags that they were prepared with."""

@@ -80,7 +80,7 @@ def convert_here(run: Run, options: TrainOptions, geometry: Geometry, encoders: 
     def embed_empty() -> None:
         if options.loader.caption_dropout:
             missing = missing_captions(cache, encoders, [""])
-            encode_captions(cache, options.model, encoders, missing, 1, run.ranks, options.encode.t5_on)
+            encode_captions(cache, options.model, encoders, missing, len(missing), 1, run.ranks, options.encode.t5_on)
 
     images = image_flags(options) is not None
     root = Path(data.data_root[0])

@@ -51,6 +51,32 @@ def alone() -> "Ranks":
     return Ranks(state)
 
 
+def unconnected(patience: float) -> "Ranks":
+    """Returns this process of a launch without a connection to the others, so that each may end and start by itself.
+
+    The launcher is accelerate or torchrun, or srun, which starts the tasks of a SLURM job.
+
+    Args:
+        patience: Seconds in which other processes must make progress while this one waits for them.
+    """
+    rank, number, local = (
+        int(os.environ.get(name, os.environ.get(of_slurm, default)))
+        for name, of_slurm, default in (
+            ("RANK", "SLURM_PROCID", "0"),
+            ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "1"),
+            ("LOCAL_RANK", "SLURM_LOCALID", "0"),
+        )
+    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        device = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show a task its own GPU only
+        torch.cuda.set_device(device)
+    state: Any = SimpleNamespace(
+        process_index=rank % number, num_processes=number, is_main_process=rank == 0, device=device
+    )
+    return Ranks(state, patience, connected=False)
+
+
 def check_world(number: int) -> None:
     """Raises UsageError if accelerate connected a different number of processes than were launched."""
     launched = launched_processes()
@@ -69,20 +95,23 @@ class Ranks:
     group, because the timeout of the collectives in a training step would end them.
     """
 
-    def __init__(self, state: "PartialState | AcceleratorState", patience: float = 600) -> None:
+    def __init__(self, state: "PartialState | AcceleratorState", patience: float = 600, connected: bool = True) -> None:
         """Connects the ranks.
 
         Args:
             state: What accelerate knows about this process.
             patience: Seconds without progress of any rank, while one is in a barrier, after which all ranks end.
+            connected: Whether accelerate has connected the processes; without it, nothing here waits for another rank.
         """
         self.process_index: int = state.process_index
         self.num_processes: int = state.num_processes
         self.is_main_process: bool = state.is_main_process
         self.device: torch.device = state.device
-        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_processes > 1 else None
-        self.consensus = Consensus(connect_store() if self.num_processes > 1 else None)
-        if self.num_processes > 1:
+        self.patience = patience
+        connected = connected and self.num_processes > 1
+        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if connected else None
+        self.consensus = Consensus(connect_store() if connected else None)
+        if connected:
             stopping.join_ranks(connect_store(), self.process_index, self.num_processes, patience)
 
     def say(self, *lines: str) -> None:
