@@ -1,12 +1,13 @@
-"""Measures whether plans, or 8-bit moments, change the losses of the model in examples/model less than seeds do.
+"""Measures whether plans, or a smaller state, change the losses of the model in examples/model less than seeds do.
 
     python benchmarks/seeds.py --tensors demo/tensors --work_dir /tmp/seeds --results benchmarks/results
-    python benchmarks/seeds.py --compare moments --steps 600 --tensors demo/tensors --work_dir /tmp/seeds
+    python benchmarks/seeds.py --compare moments --steps 600 --tensors demo/tensors --work_dir /tmp/seeds \
+        --mixed_precision bf16 --jobs 4
 
 A training script runs with each seed, with the flags of a reference and with those of each variant: a LoRA without a
-plan (--plan off) and under each plan, or all weights with exact and with 8-bit moments. For the held-out loss and the
-mean training loss of the last quarter, the script compares the difference that a variant makes, the largest of any
-seed and the mean over the seeds, with the standard deviation over the seeds. --tensors is the prepared folder of
+plan (--plan off) and under each plan, or all weights with exact state and with each smaller one. For the held-out loss
+and the mean training loss of the last quarter, the script compares the difference that a variant makes, the largest of
+any seed and the mean over the seeds, with the standard deviation over the seeds. --tensors is the prepared folder of
 `make demo`.
 """
 
@@ -25,7 +26,23 @@ from record import device_and_versions
 
 LORA = ["--rank", "32", "--lora_alpha", "32", "--learning_rate", "2e-3"]
 # The settings of examples/full_finetune.sh.
-ALL_WEIGHTS = ["--learning_rate", "3e-4", "--lr_scheduler", "cosine", "--lr_warmup_steps", "10"]
+ALL_WEIGHTS = [
+    "--learning_rate",
+    "3e-4",
+    "--lr_scheduler",
+    "cosine",
+    "--lr_warmup_steps",
+    "10",
+    "--compile_blocks",
+    "no",
+]
+MOMENTS = {
+    "exact": [],
+    "8bit": ["--use_8bit"],
+    "bf16": ["--use_bf16_moments"],
+    "stochastic": ["--use_stochastic_rounding"],
+    "stochastic-8bit": ["--use_stochastic_rounding", "--use_8bit"],
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,7 @@ COMPARISONS = {
     "plans": Comparison(
         "cogvideox_text_to_video_lora.py", LORA, {plan: ["--plan", plan] for plan in ("off", "fast", "lean")}
     ),
-    "moments": Comparison("cogvideox_text_to_video_sft.py", ALL_WEIGHTS, {"exact": [], "8bit": ["--use_8bit"]}),
+    "moments": Comparison("cogvideox_text_to_video_sft.py", ALL_WEIGHTS, MOMENTS),
 }
 FIGURES = ("held_out", "last_quarter")
 

@@ -303,6 +303,9 @@ def test_state_that_cannot_be_on_the_host_is_refused_before_anything_is_loaded(c
     [
         ("--optimizer adamw", 10),
         ("--optimizer adamw --use_8bit", 4 + 8 / 256),
+        ("--optimizer adamw --use_bf16_moments", 6),
+        ("--optimizer adamw --use_stochastic_rounding --mixed_precision bf16", 8),
+        ("--optimizer adamw --use_8bit --use_stochastic_rounding --mixed_precision bf16", 2 + 8 / 256),
         pytest.param("--optimizer adamw --use_8bit --use_torchao", 6, marks=pytest.mark.long),  # It compiles.
         ("--optimizer came", 8),
         ("--optimizer prodigy --learning_rate 1", 20),
@@ -319,7 +322,12 @@ def test_state_bytes_per_parameter_element(command: str, expected: int) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [("--use_8bit",), ("--optimizer", "prodigy", "--learning_rate", "1"), ("--optimizer", "torch.optim.RAdam")],
+    [
+        ("--use_8bit",),
+        ("--use_bf16_moments", "--use_stochastic_rounding", "--mixed_precision", "bf16"),
+        ("--optimizer", "prodigy", "--learning_rate", "1"),
+        ("--optimizer", "torch.optim.RAdam"),
+    ],
 )
 @pytest.mark.fault("checkpoints: a run is resumed, with every optimizer")
 def test_a_run_that_stopped_ends_with_the_same_lora(
@@ -357,6 +365,14 @@ def problems(*given: object, checks: bool = True) -> tuple[str, ...]:
         ("--optimizer_args a=1", "--optimizer_args: has no effect with --optimizer adam", "a class by its dotted name"),
         ("--use_8bit --use_4bit --use_torchao", "--use_8bit: contradicts --use_4bit", "one of them"),
         ("--use_4bit", "--use_4bit: only torchao has such an optimizer", "--use_torchao"),
+        ("--use_8bit --use_bf16_moments", "--use_8bit: contradicts --use_bf16_moments", "one of them"),
+        ("--use_bf16_moments --use_fp8", "--use_bf16_moments: contradicts --use_fp8", "one of them"),
+        ("--use_stochastic_rounding", "--use_stochastic_rounding: concerns weights in bf16 only", "leave it out"),
+        (
+            "--use_stochastic_rounding --mixed_precision bf16 --use_8bit --use_torchao",
+            "--use_stochastic_rounding: torchao's optimizers do not have this",
+            "leave --use_torchao out",
+        ),
         ("--use_fp8", "--use_fp8: only torchao has such an optimizer", "--use_torchao"),
         ("--use_torchao", "--use_torchao: chooses the library for low-bit moments", "--use_8bit"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from cogvideox.optimizer.adam import (
     join,
     read_master,
     read_moments,
+    rounded_at_random,
     split,
     stored_moments,
     update,
@@ -170,6 +172,51 @@ def test_a_skipped_step_changes_no_bit(dtype: torch.dtype, moments: str, bad: fl
     assert not any(torch.equal(before[name], tensor) for name, tensor in {**state, "weight": weight}.items())
 
 
+# -- random rounding ---------------------------------------------------------------------------------------------------
+
+
+def test_rounding_to_bf16_at_random_gives_a_neighbor_and_is_right_on_average() -> None:
+    values = torch.randn(512, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 512)
+    below = values.view(torch.int32) & ~0xFFFF
+    neighbors = [bits.view(torch.float32) for bits in (below, below + (1 << 16))]
+    found = [rounded_at_random(values, hashed(torch.tensor(float(seed)), values)).float() for seed in range(2000)]
+    assert all(((one == neighbors[0]) | (one == neighbors[1])).all() for one in found)
+    distance = (neighbors[1] - neighbors[0]).abs()
+    error = (torch.stack(found).double().mean(0) - values).abs() / distance
+    assert error.max() < 0.06  # five deviations of the mean of 2,000 coins
+    exact = values.bfloat16().float()
+    assert torch.equal(rounded_at_random(exact, hashed(ONE, values)).float(), exact)
+
+
+@pytest.mark.parametrize("moments", [FP32, BF16, EIGHT_BIT])
+def test_weights_without_masters_follow_those_with_masters(moments: str) -> None:
+    """Steps of a hundredth of the distance to the next bf16 number are lost if they are rounded to the nearest."""
+    with_masters, without = adam(moments, weight_decay=0.0), replace(adam(moments, weight_decay=0.0), masters=False)
+    moved = {}
+    for settings in (with_masters, without):
+        weight, state = torch.ones(64, GROUP, dtype=torch.bfloat16), fresh(settings, torch.bfloat16, 64)
+        assert ("low" in state) == settings.masters
+        for step in range(1, 101):
+            gradient = gradient_of(step, 64) + torch.logspace(-5, 0, GROUP)
+            update(weight, gradient, state, step_of(settings, 1e-4, step), settings)
+        moved[settings.masters] = 1.0 - read_master(weight, state).mean()
+    assert moved[True] > 2e-3
+    torch.testing.assert_close(moved[False], moved[True], rtol=0.03, atol=0.0)
+
+
+def test_bf16_moments_decay_at_the_rate_of_beta() -> None:
+    """With 0.999, the decay of a step is a quarter of half the distance to the next bf16 number."""
+    settings = adam(BF16, weight_decay=0.0, beta2=0.999)
+    generator = torch.Generator().manual_seed(0)
+    weight, start = torch.randn(64, GROUP, generator=generator), torch.rand(64, GROUP, generator=generator) + 1.0
+    state = fresh(settings, torch.float32, 64)
+    state[SECOND].copy_(start)
+    for step in range(1, 101):
+        update(weight, torch.zeros(64, GROUP), state, step_of(settings, 0.0, 1000 + step), settings)
+    part = (state[SECOND].float() / start).mean()
+    torch.testing.assert_close(part, torch.tensor(0.999**100), rtol=2e-3, atol=0.0)
+
+
 # -- 8-bit moments -----------------------------------------------------------------------------------------------------
 
 
@@ -307,20 +354,27 @@ def test_random_bits_are_uniform_and_depend_on_step_and_values() -> None:
     torch.testing.assert_close(over_steps.float().mean(0), torch.full((4,), 32767.5), rtol=0.03, atol=0.0)
 
 
-# -- 8-bit moments in MasterWeights ------------------------------------------------------------------------------------
+# -- few bits in MasterWeights -----------------------------------------------------------------------------------------
 
 
-def engine_of(moments: str, dtype: torch.dtype = torch.bfloat16) -> tuple[MasterWeights, dict[str, torch.nn.Parameter]]:
+def engine_of(
+    moments: str, dtype: torch.dtype = torch.bfloat16, masters: bool = True, state_on_host: bool = False
+) -> tuple[MasterWeights, dict[str, torch.nn.Parameter]]:
     params = parameters(dtype)
-    return MasterWeights(params, adam(moments), 5.0, False), params
+    return MasterWeights(params, replace(adam(moments), masters=masters), 5.0, False, state_on_host), params
 
 
-def test_8_bit_moments_are_the_same_wherever_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+SMALLER = [(EIGHT_BIT, True), (BF16, True), (FP32, False), (EIGHT_BIT, False)]  # moments, and whether there are masters
+
+
+@pytest.mark.parametrize(("moments", "masters"), SMALLER)
+def test_smaller_state_is_the_same_wherever_it_is_stored(
+    monkeypatch: pytest.MonkeyPatch, moments: str, masters: bool
+) -> None:
     """Random bits depend on the numbers alone, not on the ranges in which arrays pass through the device."""
     monkeypatch.setattr(adam_weights, "RANGE_BYTES", 12 * 512)
-    on_device, params = engine_of(EIGHT_BIT)
-    again = parameters(torch.bfloat16)
-    on_host = MasterWeights(again, adam(EIGHT_BIT), 5.0, False, state_on_host=True)
+    on_device, params = engine_of(moments, masters=masters)
+    on_host, again = engine_of(moments, masters=masters, state_on_host=True)
     assert len(on_host.passing[0]._ranges) > 1
     train(on_device, params, 0, 5)
     train(on_host, again, 0, 5)
@@ -329,10 +383,13 @@ def test_8_bit_moments_are_the_same_wherever_they_are_stored(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resumed_run_with_8_bit_moments_continues_bit_for_bit(dtype: torch.dtype) -> None:
-    one, params = engine_of(EIGHT_BIT, dtype)
+@pytest.mark.parametrize(("moments", "masters"), SMALLER)
+def test_a_resumed_run_with_smaller_state_continues_bit_for_bit(
+    dtype: torch.dtype, moments: str, masters: bool
+) -> None:
+    one, params = engine_of(moments, dtype, masters)
     train(one, params, 0, 5)
-    other, again = engine_of(EIGHT_BIT, dtype)
+    other, again = engine_of(moments, dtype, masters)
     train(other, again, 50, 52)  # Loading must overwrite this state.
     other.load_state(one.state())
     assert state_equal(one.state(), other.state())
@@ -340,7 +397,8 @@ def test_a_resumed_run_with_8_bit_moments_continues_bit_for_bit(dtype: torch.dty
     train(other, again, 5, 10)
     assert state_equal(one.state(), other.state())
     assert all(params[name].equal(again[name]) for name in params)
-    assert one.state()[f"{FIRST}/down"].dtype == torch.int8
+    types = {EIGHT_BIT: torch.int8, BF16: torch.bfloat16, FP32: torch.float32}
+    assert one.state()[f"{FIRST}/down"].dtype == types[moments]
     assert LOW not in {name.split("/")[0] for name in one.state()}
 
 

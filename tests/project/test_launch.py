@@ -567,6 +567,13 @@ def test_all_weights_train_under_fsdp(monkeypatch: pytest.MonkeyPatch, environme
         ({"FSDP_OFFLOAD_PARAMS": "true"}, ("--optimizer_state_on", "device"), "--optimizer_state_on", "leave out one"),
         ({}, ("--use_cpu_offload_optimizer",), "--use_cpu_offload_optimizer", "fsdp_offload_params: true"),
         ({}, ("--use_8bit",), "--use_8bit", "--optimizer adam or adamw"),
+        ({}, ("--use_bf16_moments",), "--use_bf16_moments", "--optimizer adam or adamw"),
+        (
+            {},
+            ("--use_stochastic_rounding", "--mixed_precision", "bf16"),
+            "--use_stochastic_rounding",
+            "--optimizer adam or adamw",
+        ),
         ({}, ("--optimizer", "prodigy"), "--optimizer prodigy", "--optimizer adam or adamw"),
     ],
 )

@@ -40,6 +40,7 @@ from cogvideox.config.options import (
     host_flags,
     launched_processes,
     parallelism_size,
+    precision_of,
     reads_clips,
     resolution,
     resolutions,
@@ -50,7 +51,8 @@ from cogvideox.config.options import (
     under_fsdp,
 )
 
-LOW_BIT = ("use_8bit", "use_4bit", "use_fp8")  # the flags that store moments in few bits
+LOW_BIT = ("use_8bit", "use_bf16_moments", "use_4bit", "use_fp8")  # the flags that store moments in few bits
+ONLY_TORCHAO, NOT_TORCHAO = ("use_4bit", "use_fp8"), ("use_bf16_moments", "use_stochastic_rounding")
 
 
 def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[str]:
@@ -249,8 +251,15 @@ def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
     low = [f"--{name}" for name in LOW_BIT if getattr(flags, name)]
     if len(low) > 1:
         yield f"{low[0]}: contradicts {low[1]}; give one of them"
-    if low and low[0] != "--use_8bit" and not flags.use_torchao:
-        yield f"{low[0]}: only torchao has such an optimizer; add --use_torchao"
+    for name in ONLY_TORCHAO:
+        if getattr(flags, name) and not flags.use_torchao and len(low) == 1:
+            yield f"--{name}: only torchao has such an optimizer; add --use_torchao"
+    for name in NOT_TORCHAO:
+        if getattr(flags, name) and flags.use_torchao:
+            yield f"--{name}: torchao's optimizers do not have this; leave --use_torchao out"
+    if flags.use_stochastic_rounding and precision_of(options.train.mixed_precision) != "bf16":
+        rule = "concerns weights in bf16 only"
+        yield f"--use_stochastic_rounding: {rule}; give --mixed_precision bf16, or leave it out"
     if flags.use_torchao and not low:
         yield "--use_torchao: chooses the library for low-bit moments; add --use_8bit, --use_4bit or --use_fp8"
     if flags.offload_gradients and not flags.use_cpu_offload_optimizer:

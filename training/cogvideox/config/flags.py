@@ -753,6 +753,17 @@ class OptimizerFlags:
         aliases=("use_8bit_adam",),
         only=ADAMS,
     )
+    use_bf16_moments: bool = flag(
+        False,
+        "store moments in bf16, 4 bytes per weight in place of 8, rounded at random; under every plan",
+        only=ADAMS,
+    )
+    use_stochastic_rounding: bool = flag(
+        False,
+        "train bf16 weights without master weights: each step is rounded up or down at random; saves 2 bytes per "
+        "weight",
+        only=ADAMS,
+    )
     use_4bit: bool = flag(False, "store moments in 4 bits; needs --use_torchao", only=ADAMS)
     use_fp8: bool = flag(False, "store moments in fp8; needs --use_torchao", only=ADAMS)
     use_torchao: bool = flag(

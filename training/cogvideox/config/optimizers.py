@@ -242,7 +242,7 @@ def package_of(flags: OptimizerFlags) -> str | None:
 
 def flag_of(flags: OptimizerFlags) -> str:
     """Returns the flag by which the user selected the optimizer, for messages, such as "--use_8bit"."""
-    names = ("use_torchao", "use_8bit")
+    names = ("use_torchao", "use_8bit", "use_bf16_moments", "use_stochastic_rounding")
     return next((f"--{name}" for name in names if getattr(flags, name)), f"--optimizer {flags.optimizer}")
 
 
@@ -318,4 +318,5 @@ def steps_on_device(flags: OptimizerFlags) -> bool:
     from torch.optim import Adam, AdamW
 
     kind, arguments = optimizer_class(flags)
-    return issubclass(kind, (Adam, AdamW)) and bool(arguments.get("fused")) and not flags.use_8bit
+    own = flags.use_8bit or flags.use_bf16_moments or flags.use_stochastic_rounding  # what torch's does not have
+    return issubclass(kind, (Adam, AdamW)) and bool(arguments.get("fused")) and not own

@@ -28,6 +28,10 @@ random numbers are a hash of gradient, master and step, so a repeated or resumed
     | moments, bf16       | 4           | 4           | 4           |
     | moments, 8-bit      | 2.03        | 2.03        | 2.03        |
 
+A bf16 weight can also be trained without a master. Its step is then rounded to bf16 at random, with chances that make
+the mean of many roundings the exact step. bf16 moments are rounded in the same way: the decay of a step is less than
+their rounding error, so moments that are rounded to the nearest would stop to decay.
+
 On a GPU ``update`` is compiled to one kernel. The arrays are (groups, GROUP), and the same numbers give the same bits
 wherever they are stored and however they are divided into arrays.
 """
@@ -68,6 +72,7 @@ class Adam:
         weight_decay: The decay rate of weights.
         decoupled: Whether weights decay by themselves, as in AdamW, or through their gradients, as in Adam.
         moments: The format of the moments, one of MOMENTS.
+        masters: Whether bf16 weights have masters; without them, steps are rounded at random.
     """
 
     beta1: float
@@ -76,12 +81,13 @@ class Adam:
     weight_decay: float
     decoupled: bool
     moments: str = FP32
+    masters: bool = True
 
     def state_types(self, weight: torch.dtype) -> dict[str, torch.dtype]:
         """Returns the type of each array of state by name, for weights of a type; scales have one number a group."""
         master: dict[torch.dtype, dict[str, torch.dtype]] = {
             torch.float32: {},
-            torch.bfloat16: {LOW: torch.int16},
+            torch.bfloat16: {LOW: torch.int16} if self.masters else {},
             torch.float16: {MASTER: torch.float32},
         }
         if self.moments == EIGHT_BIT:
@@ -116,7 +122,8 @@ def adam_of(flags: OptimizerFlags) -> Adam | None:
         return None
     values = flags.beta1, flags.beta2, flags.epsilon, flags.weight_decay
     beta1, beta2, eps, decay = (value or 0.0 for value in values)  # the flags of Adam have defaults
-    return Adam(beta1, beta2, eps, decay, flags.kind == "adamw", EIGHT_BIT if flags.use_8bit else FP32)
+    moments = EIGHT_BIT if flags.use_8bit else BF16 if flags.use_bf16_moments else FP32
+    return Adam(beta1, beta2, eps, decay, flags.kind == "adamw", moments, not flags.use_stochastic_rounding)
 
 
 # -- masters -----------------------------------------------------------------------------------------------------------
@@ -135,14 +142,21 @@ def join(weight: Tensor, low: Tensor) -> Tensor:
 
 
 def read_master(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Returns the fp32 masters of weights, of the same shape; for fp32 weights these themselves."""
+    """Returns the fp32 masters of weights, of the same shape: the weights themselves where no state belongs to them."""
     if LOW in state:
         return join(weight, state[LOW])
-    return state.get(MASTER, weight)
+    return state.get(MASTER, weight).float()
 
 
-def write_master(master: Tensor, weight: Tensor, state: Mapping[str, Tensor]) -> None:
-    """Stores fp32 masters, and rounds them into the weights."""
+def write_master(master: Tensor, weight: Tensor, state: Mapping[str, Tensor], noise: Tensor | None = None) -> None:
+    """Stores fp32 masters, and rounds them into the weights: to the nearest, or at random if there is noise.
+
+    Args:
+        master: The masters, fp32.
+        weight: The weights, of the same shape.
+        state: The state, by name.
+        noise: Random bits, int32, for bf16 weights without masters.
+    """
     if LOW in state:
         upper, low = split(master)
         weight.copy_(upper)
@@ -150,7 +164,18 @@ def write_master(master: Tensor, weight: Tensor, state: Mapping[str, Tensor]) ->
         return
     if MASTER in state:
         state[MASTER].copy_(master)
-    weight.copy_(master)
+    weight.copy_(master if noise is None else rounded_at_random(master, noise))
+
+
+def rounded_at_random(values: Tensor, noise: Tensor) -> Tensor:
+    """Returns finite fp32 values in bf16: one of the two nearest numbers, so that the mean over the noise is the value.
+
+    Args:
+        values: fp32.
+        noise: int32 of the same shape, whose low 16 bits are used.
+    """
+    bits = values.view(torch.int32) + (noise & LOW_MASK)
+    return (bits >> LOW_BITS).to(torch.int16).view(torch.bfloat16)
 
 
 # -- moments -----------------------------------------------------------------------------------------------------------
@@ -173,11 +198,13 @@ def stored_moments(first: Tensor, second: Tensor, dtype: torch.dtype, noise: Ten
         first: The first moment.
         second: The second moment.
         dtype: The type of the array of the first moment.
-        noise: (groups, GROUP) int32, random bits that decide how codes are rounded; needed for 8 bits.
+        noise: (groups, GROUP) int32, random bits that decide how numbers are rounded; needed for bf16 and 8 bits.
     """
-    if dtype.is_floating_point:
-        return {FIRST: first.to(dtype), SECOND: second.to(dtype)}
+    if dtype == torch.float32:
+        return {FIRST: first, SECOND: second}
     assert noise is not None
+    if dtype == torch.bfloat16:
+        return {FIRST: rounded_at_random(first, noise), SECOND: rounded_at_random(second, noise >> LOW_BITS)}
     ratio = first / second.sqrt().clamp(min=SMALLEST**0.5)
     largest_ratio, largest = ratio.abs().amax(dim=-1, keepdim=True), second.amax(dim=-1, keepdim=True)
     share, share_of_ratio = (second / largest.clamp(min=SMALLEST), ratio.abs() / largest_ratio.clamp(min=SMALLEST))
@@ -246,8 +273,9 @@ def update(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], scalar
     new_second = (second * adam.beta2).addcmul(found, found, value=1 - adam.beta2)
     new = master * decay + rate * new_first / (new_second.sqrt() / bias + adam.eps)
     keeps = skipped > 0
-    noise = hashed(step, found, master) if adam.moments == EIGHT_BIT else None
-    write_master(torch.where(keeps, master, new), weight, state)
+    noise = hashed(step, found, master) if adam.moments != FP32 else None
+    without = weight.dtype == torch.bfloat16 and not adam.masters
+    write_master(torch.where(keeps, master, new), weight, state, hashed(step, master, found) if without else None)
     for name, tensor in stored_moments(new_first, new_second, state[FIRST].dtype, noise).items():
         state[name].copy_(torch.where(keeps, state[name], tensor))
 

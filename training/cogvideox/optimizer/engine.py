@@ -191,11 +191,11 @@ class LocalEngine(MasterEngine[MasterWeights]):
 
 
 def lower_bits(pieces: Pieces) -> dict[str, Piece]:
-    """Returns the pieces of a checkpoint with the lower bits of masters in place of those that consist of two parts."""
+    """Returns the pieces of a checkpoint with the lower bits of masters in place of masters whose weights are bf16."""
     found = {}
     for name, piece in pieces.items():
         key, _, parameter = name.partition("/")
-        if key == MASTER and [part.dtype for part in piece.parts] == [torch.bfloat16, torch.int16]:
+        if key == MASTER and piece.parts[0].dtype == torch.bfloat16:
             shaped = partial(first_elements, shape=piece.shape)
             found[f"{LOW}/{parameter}"] = Piece(piece.shape, torch.int16, piece.parts[1:], shaped)
         else:
@@ -203,9 +203,9 @@ def lower_bits(pieces: Pieces) -> dict[str, Piece]:
     return found
 
 
-def first_elements(padded: Tensor, shape: torch.Size) -> Tensor:
-    """Returns the first elements of a tensor in a shape."""
-    return padded.reshape(-1)[: shape.numel()].view(shape)
+def first_elements(*padded: Tensor, shape: torch.Size) -> Tensor:
+    """Returns the first elements of low bits in a shape. Weights without masters have none, which means zeros."""
+    return padded[0].reshape(-1)[: shape.numel()].view(shape) if padded else torch.zeros(shape, dtype=torch.int16)
 
 
 def weight_files(folder: Path) -> list[Path]:
