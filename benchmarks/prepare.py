@@ -1,16 +1,23 @@
 """Measures preparation at full size on a GPU: seconds per clip and caption, peak memory, differences in results.
 
     python benchmarks/prepare.py --results benchmarks/results
+    python benchmarks/prepare.py --only ranks --gpus 1 2 --results benchmarks/results
 
 A random VAE of the published size encodes a clip of 49x480x720, with diffusers' code and with the optimized code, with
 and without tiles. The moments are compared with fp32 and with those of diffusers in bf16. One arm stores clips as
 prepare_dataset.py does. A random T5-XXL embeds captions, on the device and streamed from the host. Each arm is printed
 when it is finished. An arm that fails is recorded with its error, and an arm that would start too late is skipped.
+
+With --only ranks, prepare_dataset.py itself encodes clips from files, with as many processes as --gpus says, one after
+the other. It takes about 80 seconds for 1 and 2.
 """
 
 import argparse
 import gc
 import json
+import multiprocessing
+import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -21,11 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from random_models import VAE, clip_size
+from random_models import ROOT, VAE, clip_size
 from record import device_and_versions
 from torch import Tensor
 
 from cogvideox.data.cache import TensorCache
+from cogvideox.data.media.decode import write_video
 from cogvideox.model import encode, models, t5_stream, vae_encoder
 from cogvideox.preparation.encoding import one_behind
 
@@ -35,6 +43,7 @@ TEXT_LENGTH, WIDTH = 226, 4096
 T5_XXL = {"d_model": WIDTH, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
 CAPTIONS = 64
 CLIPS = 6  # number of clips of the arm that stores them
+CLIPS_OF_RANK = 18  # number of clips for each process of the arms with several GPUs
 VAE_ARMS = {  # name: (optimized, in tiles)
     "vae, stock": (False, False),
     "vae, quickened": (True, False),
@@ -49,13 +58,15 @@ VAE_ARMS = {  # name: (optimized, in tiles)
 class Arms:
     """Runs arms and records their figures."""
 
-    def __init__(self, seconds: float, results: Path | None) -> None:
+    def __init__(self, seconds: float, results: Path | None, name: str = "prepare") -> None:
         """Starts the clock of all arms.
 
         Args:
             seconds: No arm starts later than this after the first one.
             results: Folder for the results; None writes none.
+            name: Name of the file of the results.
         """
+        self.name = name
         self.rows: list[dict[str, Any]] = []
         self.begun, self.seconds, self.results = time.perf_counter(), seconds, results
         clip = "x".join(map(str, clip_size("5b")))
@@ -78,7 +89,7 @@ class Arms:
         print(json.dumps(row), flush=True)
         if self.results:  # written after each arm, because compilation may use up the time
             self.results.mkdir(parents=True, exist_ok=True)
-            (self.results / "prepare.json").write_text(json.dumps(self.table, indent=1) + "\n")
+            (self.results / f"{self.name}.json").write_text(json.dumps(self.table, indent=1) + "\n")
 
     def _clean(self) -> None:
         """Frees the memory and the compiled code of the previous arm."""
@@ -274,20 +285,128 @@ def t5_arms(arms: Arms) -> dict[str, Any]:
         models.free_weights(t5.encoder)
 
 
+# -- several GPUs ------------------------------------------------------------------------------------------------------
+
+
+class RanksArms:
+    """Runs the arms in which several processes prepare one folder, each on a GPU."""
+
+    def __init__(self, folder: Path, vae: dict[str, Any] = VAE, size: tuple[int, int, int] | None = None) -> None:
+        """Makes the tiny example pipeline with a VAE of the published size, and one clip.
+
+        Args:
+            folder: An empty folder for models, clips and tensors.
+            vae: The config of the VAE.
+            size: Frames, height and width of the clips.
+        """
+        from diffusers import AutoencoderKLCogVideoX
+
+        self.folder, self.size = folder, size or clip_size("5b")
+        self.rates: dict[int, float] = {}
+        shutil.copytree(ROOT / "examples" / "model", folder / "model", ignore=lambda *_: ["vae"])
+        torch.manual_seed(0)
+        AutoencoderKLCogVideoX(**vae).to(torch.bfloat16).save_pretrained(folder / "model" / "vae")
+        frames, height, width = self.size
+        write_video(folder / "clip.mp4", make_clip()[:frames, :height, :width], 8)
+
+    def arm(self, number: int) -> dict[str, Any]:
+        """Prepares with a number of processes; returns the clips per second while all of them encode."""
+        folder = self.folder / str(number)
+        self._make_clips(folder, number * CLIPS_OF_RANK)
+        spawn = multiprocessing.get_context("spawn")
+        arguments = [(folder / f"{rank}.json", rank, number, self._flags(folder)) for rank in range(number)]
+        processes = [spawn.Process(target=record_clips, args=given) for given in arguments]
+        begun = time.perf_counter()
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        times = [json.loads(path.read_text()) for path, *_ in arguments]
+        self.rates[number] = rate = rate_together(times)
+        row = {"gpus": number, "clips": [len(own) for own in times], "clips_a_second": round(rate, 4)}
+        row |= {"all_s": round(time.perf_counter() - begun, 1)}
+        first = min(self.rates)
+        return row | ({"times_as_fast": round(rate / self.rates[first], 4), "as": first} if number != first else {})
+
+    def _make_clips(self, folder: Path, number: int) -> None:
+        """Writes copies of the clip that differ in a box that decoders skip, so that each is encoded."""
+        folder.mkdir()
+        clip = (self.folder / "clip.mp4").read_bytes()
+        for count in range(number):
+            (folder / f"{count:03}.mp4").write_bytes(
+                clip + (16).to_bytes(4, "big") + b"free" + count.to_bytes(8, "big")
+            )
+            (folder / f"{count:03}.txt").write_text("Waves of color.")
+
+    def _flags(self, folder: Path) -> list[str]:
+        """Returns the flags of prepare_dataset.py."""
+        names = ("--frame_buckets", "--height_buckets", "--width_buckets")
+        buckets = [text for name, value in zip(names, self.size, strict=True) for text in (name, str(value))]
+        data = ["--model_id", self.folder / "model", "--data_root", folder, "--output_dir", folder / "tensors"]
+        return [*map(str, data), *buckets, "--dtype", "bf16"]
+
+
+def record_clips(path: Path, rank: int, number: int, flags: list[str]) -> None:
+    """Runs prepare_dataset.py as one of a number of processes, and writes when it stored each clip, in seconds."""
+    import prepare_dataset
+
+    from cogvideox import caches
+    from cogvideox.config import args
+    from cogvideox.config.options import PrepareOptions
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
+    caches.use_caches()
+    times: list[float] = []
+    write = TensorCache.write
+
+    def recorded(cache: TensorCache, key: str, tensors: dict[str, Tensor]) -> int:
+        size = write(cache, key, tensors)
+        if "moments_CFHW" in tensors:
+            times.append(time.time())
+        return size
+
+    TensorCache.write = recorded  # type: ignore[method-assign,assignment]
+    prepare_dataset.main(args.parse(PrepareOptions, None, flags, prepare_dataset.CHECKS))
+    path.write_text(json.dumps(times))
+
+
+def rate_together(times: list[list[float]]) -> float:
+    """Returns the sum of the rates of all processes in the time in which each of them encodes.
+
+    Args:
+        times: When each process stored its clips, in seconds.
+    """
+    begin, end = max(min(own) for own in times), min(max(own) for own in times)
+    inside = [[when for when in own if begin <= when <= end] for own in times]
+    return sum((len(own) - 1) / (max(own) - min(own)) for own in inside)
+
+
+def ranks_arms(arms: Arms, numbers: list[int]) -> None:
+    """Runs an arm for each number of GPUs."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = RanksArms(Path(folder))
+        for number in numbers:
+            arms.run(f"prepare_dataset.py on {number} GPUs", ranks.arm, number)
+
+
 def main() -> None:
     """Runs the selected arms and writes their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=130, help="no arm starts after this time")
-    parser.add_argument("--only", nargs="+", choices=("vae", "store", "t5"), help="run only these arms")
+    parser.add_argument("--only", nargs="+", choices=("vae", "store", "t5", "ranks"), help="run only these arms")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2], help="numbers of GPUs of the arm ranks")
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     wanted = args.only or ("vae", "store", "t5")
-    arms, vae = Arms(args.seconds, args.results), VaeArms()
-    if "vae" in wanted:
+    arms = Arms(args.seconds, args.results, "prepare_ranks" if wanted == ["ranks"] else "prepare")
+    if "ranks" in wanted:
+        ranks_arms(arms, args.gpus)
+    vae = VaeArms() if {"vae", "store"} & set(wanted) else None
+    if vae and "vae" in wanted:
         arms.run("vae, fp32", vae.reference)
         for name in VAE_ARMS:
             arms.run(name, vae.arm, name)
-    if "store" in wanted:
+    if vae and "store" in wanted:
         arms.run("store", store, vae.clip_FHWC)
     if "t5" in wanted:
         arms.run("t5 on the host", t5_arms, arms)

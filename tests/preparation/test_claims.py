@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from running import PREPARE_SCRIPT, SIZE, Forked, Moment, finish, fork_ranks, py
 from cogvideox.data.cache import Ledger, NewRecords
 from cogvideox.data.claims import CLAIMS_NAME, Claims, offset_of
 from cogvideox.errors import LostRankError
+from cogvideox.runtime.ranks import unconnected
 
 NUM_CLIPS, NUM_CAPTIONS = 6, 7  # the empty caption is embedded, too
 KEYS = [f"{number:015x}" + 49 * "0" for number in range(8)]
@@ -231,3 +233,25 @@ def test_new_records_are_those_that_any_process_adds(tmp_path: Path) -> None:
         file.write(json.dumps({"request": "b"})[-3:] + "\n")
     assert new.has("b")
     assert new.names == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, (0, 1, True)),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURM_PROCID": "1"}, (2, 4, False)),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "0"}, (0, 8, True)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}, (5, 8, False)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1, True)),  # a batch script, which srun did not start
+    ],
+)
+def test_launchers_and_srun_give_each_process_its_place(
+    environment: dict[str, str], place: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ranks = unconnected(600)
+    assert (ranks.process_index, ranks.num_processes, ranks.is_main_process) == place
+    assert ranks.gather(["own"]) == ["own"]

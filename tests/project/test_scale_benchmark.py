@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import prepare
 import psutil
 import pytest
 import scale
@@ -71,3 +72,11 @@ def test_the_table_in_the_docs_is_that_of_the_results(tmp_path: Path) -> None:
     row = next(iter((ROOT / "benchmarks" / "results").glob("scale_*.json")))
     (tmp_path / row.name).write_text(json.dumps(json.loads(row.read_text()) | {"seconds_per_step": 123.0}))
     assert "| 123.00 s |" in scale.table(tmp_path)
+
+
+def test_the_rate_of_several_processes_counts_only_the_time_in_which_all_encode() -> None:
+    """The first process encodes a clip in 2 s while it is alone, and all encode one a second together."""
+    first, second = [0.0, 2.0, 4.0, 5.0, 6.0, 7.0], [4.5, 5.5, 6.5, 20.0]
+    assert prepare.rate_together([[1.0, 2.0, 4.0]]) == pytest.approx(2 / 3)
+    assert prepare.rate_together([first, second[:3]]) == pytest.approx(2)
+    assert prepare.rate_together([first, first]) == pytest.approx(2 * 5 / 7)

@@ -66,13 +66,11 @@ class Claims:
         The keys of this process's shard are first; those of the other shards follow, so that a process which has
         finished its shard helps the others, and takes over the work of one that has ended.
         """
-        for number in range(self.shards):
-            shard = (self.shard + number) % self.shards
-            for key in keys:
-                if offset_of(key) % self.shards == shard and not self.is_done(key) and self._claim(key):
-                    self._release_done()  # this key too, if its process ended between the test and the claim
-                    if key in self._held:
-                        yield key
+        for key in sorted(keys, key=lambda key: (offset_of(key) - self.shard) % self.shards):
+            if not self.is_done(key) and self._claim(key):
+                self._release_done()  # this key too, if its process ended between the test and the claim
+                if key in self._held:
+                    yield key
 
     def wait(self, keys: Collection[str], patience: float) -> None:
         """Waits until all keys are done or one of them can be claimed, because its process has ended or given it up.

@@ -183,6 +183,7 @@ def encode_captions(
                 cache.write(encoders.prompt_key(text), {"prompt_LD": embed.clone()})
             stopping.unit("caption")
             bar.update(len(texts))
+        bar.total = bar.n  # other processes may have taken more or fewer than expected
         bar.close()
 
 

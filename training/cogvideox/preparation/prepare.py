@@ -309,9 +309,12 @@ class Preparation:
             return
         with worker_pool(self.data, self.limits) as workers:
             hidden = not self.ranks.is_main_process
-            for result in ProgressBar(workers.run(jobs), total=total, desc=what, unit="clip", disable=hidden):
-                stopping.unit("clip")
-                yield result
+            with ProgressBar(total=total, desc=what, unit="clip", disable=hidden) as bar:
+                for result in workers.run(jobs):
+                    stopping.unit("clip")
+                    yield result
+                    bar.update()
+                bar.total = bar.n  # other processes may have taken more or fewer than expected
 
     def _in_workers_by_key(
         self, keys: Iterable[str], job_of: Callable[[str], tuple[Any, ...]], todo: Collection[str], what: str
