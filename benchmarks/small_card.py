@@ -2,14 +2,19 @@
 
     python benchmarks/small_card.py --kind 5b --gib 6 --work_dir /tmp/small_card --results benchmarks/results
     python benchmarks/small_card.py --kind 2b --gib 8 --rank 0 --work_dir /tmp/small_card --results benchmarks/results
+    python benchmarks/small_card.py --kind 5b --gib 24 --rank 0 --host_gib 64 --kill_after 4 \
+        --work_dir /tmp/small_card --results benchmarks/results --flags --use_8bit
 
 Weights and tensors are random. --vram_budget limits the process to the memory of a card of that size, so that it fails
-where it would fail there. The JSON file has the lines that the script printed about its plan, peaks, losses and export.
+where it would fail there. --host_gib limits host memory with a control group of Linux, which needs the rights of root.
+The JSON file has the lines that the script printed about its plan, peaks, losses and export.
 """
 
 import argparse
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -25,20 +30,55 @@ from cogvideox.data.media.decode import probe
 
 SAYS = (
     *("attention by", "checked on", "plan:", "measured:", "decoding in tiles", "validation after", "reloaded in"),
-    "run by diffusers alone",
+    *("run by diffusers alone", "checkpoint", "resum"),
 )
+MOUNT, GROUP = Path("/sys/fs/cgroup"), "small_card"  # of control groups, and the name of ours
+LIMITS = (("memory.max", "memory.peak"), ("memory.limit_in_bytes", "memory.max_usage_in_bytes"))  # of version 2, 1
 
 
-def command_of(kind: str, work_dir: Path, gib: float, rank: int, steps: int) -> list[str]:
+def command_of(args: argparse.Namespace) -> list[str]:
     """Returns the command line of the training script. With rank 0, all weights are trained."""
-    script = f"training/cogvideox_text_to_video_{'lora' if rank else 'sft'}.py"
-    command = [sys.executable, str(ROOT / script), "--load_tensors", "--plan", "lean", "--vram_budget", str(gib)]
-    command += ["--pretrained_model_name_or_path", str(work_dir / kind), "--data_root", str(work_dir / "tensors")]
-    command += ["--output_dir", str(work_dir / "run"), "--train_resolution", "x".join(map(str, clip_size(kind)))]
+    script, work_dir, rank = f"cogvideox_text_to_video_{'lora' if args.rank else 'sft'}.py", args.work_dir, args.rank
+    command = [sys.executable, str(ROOT / "training" / script), "--load_tensors", "--vram_budget", str(args.gib)]
+    command += ["--pretrained_model_name_or_path", str(work_dir / args.kind), "--data_root", str(work_dir / "tensors")]
+    command += ["--output_dir", str(work_dir / "run"), "--train_resolution", "x".join(map(str, clip_size(args.kind)))]
     command += ["--rank", str(rank), "--lora_alpha", str(rank)] if rank else []
-    command += ["--mixed_precision", "bf16", "--train_batch_size", "1", "--max_train_steps", str(steps)]
+    command += ["--mixed_precision", "bf16", "--train_batch_size", "1", "--max_train_steps", str(args.steps)]
     command += ["--optimizer", "adamw", "--learning_rate", "1e-4", "--dataloader_num_workers", "2"]
-    return [*command, "--validation_prompt", "A red square moves to the right.", "--num_inference_steps", "2"]
+    if args.kill_after:
+        command += ["--checkpointing_steps", str(args.kill_after - 1), "--checkpoints_total_limit", "1"]
+    command += ["--validation_prompt", "A red square moves to the right.", "--num_inference_steps", "2"]
+    return command + args.flags
+
+
+def control_group(gib: float) -> tuple[Path, Path]:
+    """Creates a control group with a limit; returns its folder, and the file with the peak of its memory."""
+    for root, (limit, peak) in zip((MOUNT, MOUNT / "memory"), LIMITS, strict=True):
+        folder = root / GROUP
+        try:
+            folder.mkdir(exist_ok=True)
+            (folder / limit).write_text(str(int(gib * 2**30)))
+        except OSError:
+            continue
+        return folder, folder / peak
+    raise SystemExit(f"--host_gib {gib}: no control group can be made in {MOUNT}; run as root, or leave it out")
+
+
+def start(command: list[str], group: Path | None, log: Path) -> subprocess.Popen[bytes]:
+    """Starts the training script in a session of its own, and in the control group if there is one."""
+    if group is not None:
+        command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs"), *command]
+    with log.open("ab") as file:
+        return subprocess.Popen(command, stderr=file, stdout=file, start_new_session=True)
+
+
+def kill_after(step: int, run: subprocess.Popen[bytes], output: Path) -> None:
+    """Kills a run when it has made a step and has a complete checkpoint, or returns when it ends before."""
+    while run.poll() is None:
+        if len(lines_of(output)) >= step and any(output.glob("checkpoint-*")):
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        time.sleep(0.2)
 
 
 def size_of(video: Path) -> Bucket:
@@ -58,30 +98,46 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=6.0)
     parser.add_argument("--rank", type=int, default=128, help="rank of the LoRA; 0: all weights are trained")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--host_gib", type=float, help="limit of the host memory")
+    parser.add_argument(
+        "--kill_after",
+        type=int,
+        default=0,
+        help="save a checkpoint before this step, kill the run after it, and resume",
+    )
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument(
+        "--flags", nargs=argparse.REMAINDER, default=["--plan", "lean"], help="more flags of the script; last"
+    )
     args = parser.parse_args()
     make_pipeline(args.kind, args.work_dir / args.kind)
     make_tensors(args.kind, args.work_dir / args.kind, args.work_dir / "tensors")
-    command = command_of(args.kind, args.work_dir, args.gib, args.rank, args.steps)
+    group, peak = control_group(args.host_gib) if args.host_gib else (None, None)
+    command, output, log = command_of(args), args.work_dir / "run", args.work_dir / "run.log"
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    output = args.work_dir / "run"
-    messages = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines() if line.strip().startswith(SAYS)]
-    row: dict[str, Any] = {"kind": args.kind, "gib": args.gib, "rank": args.rank, "status": done.returncode}
+    if args.kill_after:
+        kill_after(args.kill_after, start(command, group, log), output)
+    status = start(command, group, log).wait()
+    said = log.read_text().replace("\r", "\n").splitlines()
+    messages = [line.strip() for line in said if line.strip().startswith(SAYS)]
+    row: dict[str, Any] = {"kind": args.kind, "gib": args.gib, "rank": args.rank, "status": status}
+    row |= {"flags": args.flags, "killed_after": args.kill_after, "host_gib": args.host_gib}
     row |= {"whole_run_seconds": round(time.perf_counter() - started, 1), "said": messages, **device_and_versions()}
     row["host_peak_gib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2)  # of KiB
+    row["group_peak_gib"] = round(int(peak.read_text()) / 2**30, 2) if peak and peak.exists() else None
     row["steps"] = lines_of(output)
     videos = {path.name: size_of(path) for path in sorted(output.glob("validation/*.mp4"))}
     row["videos"] = {name: str(size) for name, size in videos.items()}
     recipe = output / "recipe.json"
     row["verification"] = json.loads(recipe.read_text())["verification"] if recipe.is_file() else None
     print(json.dumps(row, indent=1))
-    if done.returncode or set(videos.values()) != {Bucket(*clip_size(args.kind))}:
-        print(done.stderr[-3000:], file=sys.stderr)
-        return done.returncode or 1
+    if status or set(videos.values()) != {Bucket(*clip_size(args.kind))}:
+        print("\n".join(said)[-3000:], file=sys.stderr)
+        return status or 1
     args.results.mkdir(parents=True, exist_ok=True)
-    name = f"small_card_{args.kind}{'' if args.rank else '_sft'}.json"
+    limited = f"_host_{args.host_gib:.0f}" if args.host_gib else ""
+    name = f"small_card_{args.kind}{'' if args.rank else '_sft'}{limited}.json"
     (args.results / name).write_text(json.dumps(row, indent=1) + "\n")
     return 0
 
