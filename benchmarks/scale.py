@@ -5,9 +5,10 @@
 
 Each arm launches a script with a configuration of accelerate_configs/ and random full-size weights, takes some steps,
 and ends all of its processes without a checkpoint. Arms are sorted by importance. Those that already have a result,
-that need more GPUs than there are, or that do not fit in the time left are skipped, so the program can be started
-again until all are done. Arms named "stock" train with a plain loop of diffusers and accelerate instead.
-Where FlashAttention 4 is not installed, the names of results end in "cudnn".
+that need more GPUs than there are, or that do not fit in the time left are skipped, so the program can be started again
+until all are done. The share of communication of --sequence_parallel is that of a step which the exchanges take alone,
+by the rate that the script measures before it chooses a plan. Arms named "stock" train with a plain loop of diffusers
+and accelerate instead. Where FlashAttention 4 is not installed, the names of results end in "cudnn".
 """
 
 from __future__ import annotations
@@ -68,6 +69,12 @@ class Arm:
     guide: str = ""  # what the published guides say about this row
 
     @property
+    def groups(self) -> int:
+        """Returns how many samples are trained at the same time."""
+        parallel = dict(zip(self.flags, self.flags[1:], strict=False)).get("--sequence_parallel", "1")
+        return self.gpus // int(parallel)
+
+    @property
     def name(self) -> str:
         """Returns the name of the arm, which is part of a file name."""
         values = [flag.removeprefix("--") for flag in self.flags if not flag.startswith("--gradient_checkpointing")]
@@ -116,6 +123,9 @@ ARMS = (
     Arm("1.5-5b", "sft", 4, "zero2", CHECKPOINTING, 5, guide="8 GPUs: 55 GB"),
     Arm("1.5-5b", "sft", 4, "zero3_offload", CHECKPOINTING, 4, guide="8 GPUs: 40 GB"),
     Arm("1.5-5b", "sft", 1, "zero2_offload", CHECKPOINTING, 4, guide="56 GB"),
+    Arm("1.5-5b", "lora", 2, "uncompiled_2", ("--sequence_parallel", "2")),
+    Arm("1.5-5b", "lora", 1, "uncompiled_1", steps=6),
+    Arm("1.5-5b", "lora", 4, "uncompiled_2", ("--sequence_parallel", "4")),
 )
 
 
@@ -223,13 +233,24 @@ def measure(arm: Arm, work_dir: Path, port: int) -> dict[str, Any]:
     seconds = [line["seconds"] for line in lines]
     row |= {"seconds_per_step": round(statistics.median(seconds[WARM_UP:]), 4), "seconds": seconds}
     row |= {name: max(line[name] for line in lines) for name in ("peak_gib", "reserved_gib") if name in lines[0]}
+    row["communication"] = communication_share(row)
     return row | {"losses": [line["loss"] for line in lines]}
 
 
 def predicted(said: str) -> dict[str, Any]:
     """Returns what the plan predicted, from the lines of a run; nothing if it has no plan."""
-    found = re.search(r"predicted: peak ([\d.]+) GiB.*?, ([\d.]+) s a step", said)
-    return {"predicted": {"peak_gib": float(found[1]), "seconds_per_step": float(found[2])}} if found else {}
+    text = r"predicted: peak ([\d.]+) GiB.*?, ([\d.]+) s a step(?:, ([\d.]+) s of it communication)?"
+    found = re.search(text, said)
+    if found is None:
+        return {}
+    names = ("peak_gib", "seconds_per_step", "communication_seconds")
+    return {"predicted": {name: float(n) for name, n in zip(names, found.groups(), strict=True) if n is not None}}
+
+
+def communication_share(row: dict[str, Any]) -> str:
+    """Returns the share of a step in which processes exchange tensors, as text; empty if they do not."""
+    seconds = row.get("predicted", {}).get("communication_seconds")
+    return f"{seconds / row['seconds_per_step']:.1%} communication" if seconds else ""
 
 
 def run_arms(arms: Sequence[Arm], work_dir: Path, results: Path, seconds: float) -> bool:
@@ -249,7 +270,16 @@ def run_arms(arms: Sequence[Arm], work_dir: Path, results: Path, seconds: float)
         row = measure(arm, work_dir, 29500 + number) | device_and_versions()
         failed = "failed" in row
         path.with_suffix(".failed" if failed else ".json").write_text(json.dumps(row, indent=1) + "\n")
-        figures = ("seconds_per_step", "peak_gib", "reserved_gib", "host_gib", "arm_seconds", "said", "failed")
+        figures = (
+            "seconds_per_step",
+            "communication",
+            "peak_gib",
+            "reserved_gib",
+            "host_gib",
+            "arm_seconds",
+            "said",
+            "failed",
+        )
         print(json.dumps({arm.name: {name: row[name] for name in figures if name in row}}), flush=True)
         succeeded = succeeded and not failed
     return succeeded
@@ -285,7 +315,8 @@ def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
     attention = said.partition("attention by ")[2].partition(":")[0]
     seconds = row["seconds_per_step"]
     peak = f"{row['peak_gib']:.1f} ({row['reserved_gib']:.1f})"
-    rate = f"{arm['gpus'] / seconds:.3f}"
+    rate = f"{Arm(**arm).groups / seconds:.3f}"
+    shares = ", ".join(filter(None, [f"{seconds:.2f} s", row.get("communication")]))
     return (
         arm["kind"],
         trained,
@@ -293,7 +324,7 @@ def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
         row["device"].removeprefix("NVIDIA ").partition(" ")[0],
         how,
         attention,
-        f"{seconds:.2f} s",
+        shares,
         rate,
         peak,
         f"{row['host_gib']:.0f}",

@@ -14,7 +14,7 @@ import torch
 from cogvideox.memory.streaming import HostStore
 from cogvideox.optimizer.adam_weights import RANGE_BYTES
 from cogvideox.planning.choice import AS_FAST, choose_plan, compile_seconds, mixture, mixtures
-from cogvideox.planning.costs import Costs, Kinds
+from cogvideox.planning.costs import ENDS_UNITS, EXCHANGED_UNITS, Costs, Kinds
 from cogvideox.planning.plan import (
     DEVICE,
     GIB,
@@ -88,6 +88,32 @@ def test_an_eager_plan_compiles_nothing() -> None:
     machine = replace(FAST, device_bytes=40 * GIB)
     long, short = (choose_plan(PRESETS["auto"], replace(LARGE, steps=n), machine, False, "cudnn") for n in (0, 2))
     assert long == short
+
+
+def test_divided_tokens_take_less_memory_and_time() -> None:
+    """Two processes need half of the time and the activations, and in addition what they exchange."""
+    kinds = {BlockPlan(DEVICE, "attention"): 42}
+    half = replace(LARGE, tokens=LARGE.tokens // 2, sequence_parallel=2)
+    fast = replace(FAST, exchange=1e30)
+    assert seconds(kinds, DEVICE, half, fast) == pytest.approx(seconds(kinds, DEVICE, LARGE) / 2, rel=0.01)
+    exchanged = 42 * (4 + 8) * half.unit_bytes / FAST.exchange
+    assert seconds(kinds, DEVICE, half) == pytest.approx(seconds(kinds, DEVICE, half, fast) + exchanged)
+    one, two = (costs(kinds, DEVICE, sizes).activation_bytes for sizes in (LARGE, half))
+    assert two - one / 2 == pytest.approx((ENDS_UNITS + EXCHANGED_UNITS) * half.unit_bytes)
+    plan = choose_plan(PRESETS["auto"], half, FAST, True, "cudnn")
+    assert plan.exchanging == pytest.approx(exchanged)
+    assert f"tokens divided between 2 processes; predicted: peak {plan.peak / GIB:.2f} GiB" in str(plan)
+    assert str(plan).endswith(f"s a step, {plan.exchanging:.3f} s of it communication")
+
+
+def test_a_complete_sample_fits_in_evaluation() -> None:
+    """If few tokens are trained on each process, a pass over all of them needs the most memory."""
+    kinds = {BlockPlan(DEVICE, "input"): 42}
+    for parallel, evaluation_is_larger in ((1, False), (2, False), (16, True)):
+        sizes = replace(LARGE, tokens=LARGE.tokens // parallel, sequence_parallel=parallel)
+        found = costs(kinds, DEVICE, sizes)
+        assert (found.complete_sample_bytes > found.activation_bytes) == evaluation_is_larger
+        assert found.peak_bytes >= found.held(DEVICE, "weights") + found.complete_sample_bytes
 
 
 def test_what_fits_stays_on_the_device() -> None:

@@ -60,6 +60,7 @@ class Launch(NamedTuple):
         divided: The numbers for each weight that are divided between processes: a master, an average, two moments.
         shards: Between how many processes they are divided.
         flags: Flags of the script that the run of one process does not have.
+        divided_tokens: Between how many processes the tokens of a sample are divided.
     """
 
     ranks: int
@@ -67,7 +68,8 @@ class Launch(NamedTuple):
     complete: float
     divided: float
     shards: int
-    flags: tuple[str, ...] = ()
+    flags: tuple[object, ...] = ()
+    divided_tokens: int = 1
 
 
 ENGINES = {
@@ -84,6 +86,10 @@ ENGINES = {
     "zero3": Launch(2, ZERO3, 0, 6, 2),
     "zero3_offload": Launch(2, ZERO3 | ALL_ON_HOST, 0, 6, 2),
     "zero3_uneven": Launch(3, ZERO3, 0, 6, 3),
+    "tokens": Launch(2, COPIES, 5, 0, 1, divided_tokens=2),
+    "tokens_copies": Launch(4, COPIES, 5, 0, 1, ("--keep", "input"), divided_tokens=2),
+    "tokens_fsdp": Launch(2, FSDP, 0, 4, 2, ("--keep", "all"), divided_tokens=2),
+    "tokens_hsdp": Launch(4, HSDP, 0, 4, 2, divided_tokens=2),
 }
 BUCKETS = ("--height_buckets", 64, 96, "--width_buckets", 64, 96)
 LOW_BUCKETS = ("--height_buckets", 64, "--width_buckets", 64, 96)  # the positions of the tiny 1.5 models end at 64 rows
@@ -108,14 +114,20 @@ class Runs:
         self.buckets = own.get(kind, BUCKETS)
         self.model, self.clips, self.folder, self.batch = model, clips, folder, batch
 
-    def command(self, name: str, ranks: int, steps: int) -> list[object]:
-        """Returns the command that trains to a step. The global batch is the same for any number of ranks."""
+    def command(self, name: str, groups: int, steps: int) -> list[object]:
+        """Returns the command that trains to a step. The global batch is the same for any number of ranks.
+
+        Args:
+            name: The name of the run.
+            groups: How many micro-batches are trained at the same time.
+            steps: The step.
+        """
         flags = sft_flags(
             self.model, self.clips, self.folder / name, *self.more, *self.buckets, "--max_train_steps", steps
         )
         flags += ["--tensor_cache", str(self.folder / "cache"), "--learning_rate", "1e-3", "--seed", "3"]
         flags += ["--lr_scheduler", "constant", "--use_ema", "--ema_decay", "0.5"]
-        return python(self.script, *flags, "--gradient_accumulation_steps", self.batch // ranks)
+        return python(self.script, *flags, "--gradient_accumulation_steps", self.batch // groups)
 
     def start(
         self,
@@ -124,10 +136,12 @@ class Runs:
         steps: int,
         environment: Mapping[str, str],
         moments: dict[int, Moment] | None = None,
-        flags: Sequence[str] = (),
+        flags: Sequence[object] = (),
+        divided_tokens: int = 1,
     ) -> list[Forked]:
         """Starts the script on each rank. They say in files how many bytes of tensors they have at each checkpoint."""
-        command = [*self.command(name, ranks, steps), *flags]
+        command = [*self.command(name, ranks // divided_tokens, steps), *flags]
+        command += ["--sequence_parallel", divided_tokens] if divided_tokens > 1 else []
         if environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
             settings = self.folder / "zero3.json"
             settings.write_text(json.dumps({"zero_optimization": ZERO3_SETTINGS}))
@@ -141,10 +155,12 @@ class Runs:
         ranks: int = 1,
         steps: int = STEPS,
         environment: Mapping[str, str] = COPIES,
-        flags: Sequence[str] = (),
+        flags: Sequence[object] = (),
+        divided_tokens: int = 1,
     ) -> str:
         """Runs the script to a step and returns what the first rank prints."""
-        said, *_ = [finish(rank) for rank in self.start(name, ranks, steps, environment, flags=flags)]
+        started = self.start(name, ranks, steps, environment, None, flags, divided_tokens)
+        said, *_ = [finish(rank) for rank in started]
         return said
 
     def numbers_per_weight(self, name: str, rank: int) -> list[float]:
@@ -187,6 +203,7 @@ def runs(
 def cases() -> list[object]:
     """Returns all engines with all kinds. Without the long tests, they cover copies, shards and both tasks."""
     short = {("5b", "copies"), ("5b", "fsdp"), ("5b-i2v", "fsdp_uneven"), ("5b", "zero2_planned"), ("5b-i2v", "zero3")}
+    short |= {("5b", "tokens")}
     kinds = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
     # Compiling takes minutes on two cores, so only one kind is compiled.
     pairs = [(kind, engine) for kind in kinds for engine in ENGINES if engine != "zero2_compiled" or kind == "5b"]
@@ -196,12 +213,14 @@ def cases() -> list[object]:
 @pytest.mark.parametrize(("kind", "engine"), cases())
 def test_an_engine_trains_as_one_process_does(runs: Callable[..., Runs], kind: str, engine: str) -> None:
     """The bytes of all tensors show that each process has only its share of the state."""
-    ranks, environment, complete, divided, shards, flags = ENGINES[engine]
+    ranks, environment, complete, divided, shards, flags, divided_tokens = ENGINES[engine]
     made = runs(kind, 4 if ranks == 4 else 6, False)
-    made.train(engine, ranks, STEPS // 2, environment, flags)
-    said = made.train(engine, ranks, STEPS, environment, flags)
+    made.train(engine, ranks, STEPS // 2, environment, flags, divided_tokens)
+    said = made.train(engine, ranks, STEPS, environment, flags, divided_tokens)
+    assert (f"tokens divided between {divided_tokens} processes" in said) == (divided_tokens > 1)
     made.check(engine)
-    assert ("kept for backward: attention of" in said) >= ("--keep" in flags)
+    if "--keep" in flags:
+        assert f"kept for backward: {flags[flags.index('--keep') + 1]} of" in said
     for rank in range(ranks):
         numbers = made.numbers_per_weight(engine, rank)
         assert numbers == pytest.approx([complete + divided / shards] * 2, rel=0.1)
@@ -235,11 +254,13 @@ def test_a_killed_rank_ends_the_others_and_the_run_can_continue(
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["5b", "5b-i2v"])
-@pytest.mark.parametrize("engine", ["copies", "zero2", "zero2_offload"])
-def test_a_lora_trains_on_two_processes_as_on_one(runs: Callable[..., Runs], kind: str, engine: str) -> None:
-    made = runs(kind, 6, True)
-    made.train(engine, 2, STEPS // 2, ENGINES[engine].environment)
-    made.train(engine, 2, STEPS, ENGINES[engine].environment)
+@pytest.mark.parametrize("engine", ["copies", "zero2", "zero2_offload", "tokens", "tokens_copies", "tokens_lean"])
+def test_a_lora_trains_on_several_processes_as_on_one(runs: Callable[..., Runs], kind: str, engine: str) -> None:
+    lean = Launch(2, COPIES, 5, 0, 1, ("--plan", "lean"), divided_tokens=2)
+    ranks, environment, *_, flags, divided_tokens = (ENGINES | {"tokens_lean": lean})[engine]
+    made = runs(kind, 4 if ranks == 4 else 6, True)
+    for steps in (STEPS // 2, STEPS):
+        made.train(engine, ranks, steps, environment, flags, divided_tokens)
     assert losses(made.folder / engine) == pytest.approx(losses(made.folder / "one"), rel=1e-5)
 
 

@@ -18,6 +18,7 @@ from cogvideox.checks import TRAINING_CHECKS
 from cogvideox.config import args
 from cogvideox.config.conflicts import check_launcher, flag_problems
 from cogvideox.config.deepspeed import offload_device, zero_stage
+from cogvideox.config.geometry import check_heads
 from cogvideox.config.optimizers import check_optimizer
 from cogvideox.config.options import (
     ImageLoraOptions,
@@ -560,7 +561,7 @@ def test_all_weights_train_under_fsdp(monkeypatch: pytest.MonkeyPatch, environme
         ({HSDP[0]: "3", HSDP[1]: "2"}, (), "dp_replicate_size 3 times dp_shard_size 2", "4"),
         ({HSDP[0]: "4", HSDP[1]: "1"}, (), "dp_replicate_size 4 times dp_shard_size 1", "at least 2 shards"),
         ({"FSDP_IGNORED_MODULES": "proj_out"}, (), "fsdp_ignored_modules", "leave it out"),
-        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, (), "parallelism_config_tp_size 2", "leave it out"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, (), "parallelism_config_tp_size 2", "--sequence_parallel"),
         ({}, ("--plan", "off"), "--plan off", "--plan auto"),
         ({}, ("--optimizer_state_on", "host"), "--optimizer_state_on host", "fsdp_offload_params: true"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, ("--weights_on", "device"), "--weights_on device", "leave out one"),
@@ -606,6 +607,42 @@ def test_copies_are_sharded_over_all_processes(
     problems = launch_problems(monkeypatch, SftOptions, environment)
     assert bool(problems) == (sizes is None)
     assert sizes in (copies_and_shards(number), None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "problem", "fix"),
+    [
+        ({"WORLD_SIZE": "3"}, (), "--sequence_parallel 2: must divide the number of processes, 3", "--num_processes 4"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, (), "--sequence_parallel 2: is not supported", "fsdp2.yaml"),
+        ({}, ("--lora_dropout", "0.1"), "--sequence_parallel: contradicts --lora_dropout 0.1", "leave one of them out"),
+        ({}, ("--plan", "off"), "--sequence_parallel 2: contradicts --plan off", "leave one of them out"),
+        ({}, ("--use_dora",), "--sequence_parallel 2: contradicts --use_dora", "leave one of them out"),
+    ],
+)
+def test_what_cannot_divide_tokens_is_refused_with_a_fix(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], flags: tuple[str, ...], problem: str, fix: str
+) -> None:
+    world = {"WORLD_SIZE": "2", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    found = launch_problems(monkeypatch, LoraOptions, world | environment, "--sequence_parallel", "2", *flags)
+    (line,) = (line for line in found if line.startswith(problem))
+    assert fix in line
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "4"}, FSDP, FSDP | dict.fromkeys(HSDP, "2")])
+def test_tokens_are_divided_with_copies_and_shards(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    assert launch_problems(monkeypatch, SftOptions, environment, "--sequence_parallel", "2") == []
+
+
+def test_each_process_computes_a_head(model: Path) -> None:
+    """The tiny model has two heads."""
+    required = ["--pretrained_model_name_or_path", str(model), "--data_root", "d"]
+    for number, nearest in ((1, None), (2, None), (3, "nearest: --sequence_parallel 2")):
+        options = args.parse(LoraOptions, None, [*required, "--sequence_parallel", str(number)], ())
+        problems = list(check_heads(options))
+        assert [nearest in problem for problem in problems] == ([True] if nearest else [])
+    assert check_heads in TRAINING_CHECKS
 
 
 def test_a_parallelism_config_without_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

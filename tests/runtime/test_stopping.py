@@ -371,15 +371,20 @@ def test_a_signal_while_torch_is_imported(number: int, model: Path, tensors: Pat
     assert finish(process, 75).endswith(f"stopped; {LINE}\n")
 
 
-@pytest.mark.fault("signals: a signal to one of two ranks, in an unfinished step")
-def test_one_of_two_ranks_stops_both_before_the_same_step(model: Path, tensors: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("signals: a signal to one of two ranks, in an unfinished step", times=2)
+@pytest.mark.parametrize(("first", "more"), [(1, ()), (2, ("--sequence_parallel", 2))])
+def test_one_of_two_ranks_stops_both_before_the_same_step(
+    model: Path, tensors: Path, tmp_path: Path, first: int, more: tuple[object, ...]
+) -> None:
+    """If they divide the tokens of a sample, both need each other for the unfinished step, so they finish it."""
+
     def ranks_of(name: str, moments: dict[int, Moment] | None = None) -> list[Forked]:
-        flags = lora_flags(model, tensors, tmp_path / name, "--load_tensors", "--max_train_steps", 3)
+        flags = lora_flags(model, tensors, tmp_path / name, "--load_tensors", "--max_train_steps", 4, *more)
         return fork_ranks(2, python(LORA_SCRIPT, *flags), moments)
 
     texts = [finish(rank, 75) for rank in ranks_of("stopped", {1: ("unit micro-batch", 3, TERM)})]
     step = saved_after(texts[0])
-    assert step in steps_at(1, "unit micro-batch", (1,))
+    assert step in steps_at(first, "unit micro-batch", (1,))
     assert (tmp_path / "stopped" / f"checkpoint-{step}").is_dir()
     for name in ("stopped", "uninterrupted"):
         for rank in ranks_of(name):

@@ -13,15 +13,15 @@ from torch import Tensor
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
-def make_with_lora(kind: str, depth: int = 3, targets: list[str] = TARGETS, **lora: Any) -> Any:
+def make_with_lora(kind: str, depth: int = 3, targets: list[str] = TARGETS, heads: int = 2, **lora: Any) -> Any:
     """Returns a random tiny transformer with a nonzero LoRA. Every call returns the same weights."""
     with torch.random.fork_rng():
-        transformer = make_trainable(kind, depth).requires_grad_(False)
+        transformer = make_trainable(kind, depth, heads).requires_grad_(False)
         transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **lora))
     return transformer
 
 
-def make_trainable(kind: str, depth: int = 3) -> Any:
+def make_trainable(kind: str, depth: int = 3, heads: int = 2) -> Any:
     """Returns a random tiny transformer whose weights are all trained. Every call returns the same weights.
 
     The function seeds torch's global generator and draws from it.
@@ -29,7 +29,7 @@ def make_trainable(kind: str, depth: int = 3) -> Any:
     from diffusers import CogVideoXTransformer3DModel
 
     torch.manual_seed(0)
-    config = dict(tiny_cogvideox._transformer(kind).config) | {"num_layers": depth}
+    config = dict(tiny_cogvideox._transformer(kind).config) | {"num_layers": depth, "num_attention_heads": heads}
     return CogVideoXTransformer3DModel.from_config(config)
 
 

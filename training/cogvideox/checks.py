@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cogvideox.config.conflicts import check_launcher, check_trackers
-from cogvideox.config.geometry import check_pipeline
+from cogvideox.config.geometry import check_heads, check_pipeline
 from cogvideox.config.hub import check_hub
 from cogvideox.config.lora_file import check_lora
 from cogvideox.config.optimizers import check_optimizer, check_state_place
@@ -72,5 +72,6 @@ TRAINING_CHECKS = (
     check_trackers,
     check_hub,
     check_pipeline,
+    check_heads,
     check_launcher,
 )

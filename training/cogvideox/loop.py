@@ -350,18 +350,19 @@ class Trainer:
         Raises:
             Stopped: A rank was asked to stop, so no rank takes this step.
         """
-        train = self.options.train
-        if self.engine.reduces_in_backward:
-            # The backward pass itself communicates, so the ranks must agree before it. Otherwise a rank that stops
-            # would leave the others waiting in theirs.
+        train, ranks = self.options.train, self.run.ranks
+        if self.engine.reduces_in_backward or ranks.sequence:
+            # The passes themselves communicate, so the ranks must agree before them. Otherwise a rank that stops would
+            # leave the others waiting in theirs.
             self._commit(step)
         for micro in range(train.gradient_accumulation_steps):
-            self.run.ranks.consensus.may_stop(step)
+            ranks.consensus.may_stop(step)
             with metrics.loading():
                 batch = next(batches)
             metrics.bad_clips = self.bad_clips.count(batch.replaced)
-            metrics.samples += batch.samples()
-            self.method.draw_for(step, (micro * self.run.world + self.run.ranks.process_index) * len(batch.ids))
+            if not ranks.sequence or ranks.sequence.rank == 0:  # the others have the same samples
+                metrics.samples += batch.samples()
+            self.method.draw_for(step, (micro * ranks.data_number + ranks.data_index) * len(batch.ids))
             batch = batch.to(self.run.device)
             losses_B = losses_of(self.task, self.schedule, self.engine.model, batch)
             losses_B = losses_B * self.weights_T[batch.timestep_B]
@@ -464,8 +465,8 @@ class Trainer:
             order,
             train.train_batch_size,
             train.gradient_accumulation_steps,
-            run.ranks.process_index,
-            run.world,
+            run.ranks.data_index,
+            run.ranks.data_number,
             self.steps.first,
             self.steps.total,
         )

@@ -290,6 +290,20 @@ def plan_problems(options: TrainOptions) -> Iterator[str]:
         yield f"{asked}: contradicts --use_dora, which needs diffusers modules; leave one of them out"
     if trains_on_host(options) and launched_processes() > 1:
         yield f"{asked}: only one GPU can train weights that are stored on the host; launch one process"
+    if options.plan.sequence_parallel > 1 and isinstance(options, LoraOptions) and options.lora.lora_dropout > 0:
+        rule = "the masks of dropout are drawn for all tokens of a sample; leave one of them out"
+        yield f"--sequence_parallel: contradicts --lora_dropout {options.lora.lora_dropout:g}; {rule}"
+
+
+def sequence_problems(options: TrainOptions) -> Iterator[str]:
+    """Yields how --sequence_parallel contradicts the launcher."""
+    parallel, world = options.plan.sequence_parallel, launched_processes()
+    if world % parallel:
+        fix = f"launch with --num_processes {-(-world // parallel) * parallel}, or leave it out"
+        yield f"--sequence_parallel {parallel}: must divide the number of processes, {world}; {fix}"
+    if parallel > 1 and under_deepspeed():
+        fix = "launch with accelerate_configs/fsdp2.yaml or uncompiled_2.yaml"
+        yield f"--sequence_parallel {parallel}: is not supported under DeepSpeed; {fix}"
 
 
 def target_problems(target_modules: Sequence[str]) -> Iterator[str]:
@@ -320,6 +334,7 @@ def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
 
 def check_launcher(options: TrainOptions) -> Iterator[str]:
     """Yields problems of the configuration of accelerate, for args.parse."""
+    yield from sequence_problems(options)
     if under_deepspeed():
         yield from (f"accelerate launch (DeepSpeed): {problem}" for problem in launch_problems(options))
     if under_fsdp():
@@ -344,7 +359,8 @@ def fsdp_problems(options: TrainOptions) -> Iterator[str]:
         yield "fsdp_ignored_modules: all weights are trained and sharded; leave it out"
     for name in ("tp", "cp", "sp"):
         if parallelism_size(name) > 1:
-            yield f"parallelism_config_{name}_size {parallelism_size(name)}: is not supported; leave it out"
+            given = f"parallelism_config_{name}_size {parallelism_size(name)}"
+            yield f"{given}: is not supported; leave it out, and give --sequence_parallel to divide long clips"
     plan, flags = options.plan, options.optimizer
     if plan.plan == "off":
         yield "--plan off: the weights are sharded; give --plan auto, fast or balanced"

@@ -638,12 +638,18 @@ class PlanFlags:
         "(SageAttention 2) is quantized",
         choices=("auto", "flash-4", "cudnn", "flash", "sage", "cpu"),
     )
+    sequence_parallel: int = flag(
+        1,
+        "number of consecutive processes that train on the same samples, each on a part of their tokens; for videos "
+        "that are too long, or too slow, on one GPU",
+        least=1,
+    )
 
     @property
     def asked(self) -> list[str]:
         """The flags of the plan that were set to a specific value, as they are typed."""
-        values = dataclasses.asdict(self).items()
-        return [f"--{name} {value}" for name, value in values if value not in ("auto", "off", None)]
+        values = [(item, getattr(self, item.name)) for item in dataclasses.fields(self)]
+        return [f"--{item.name} {value}" for item, value in values if value not in (item.default, "off")]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "max_text_seq_length": 226,
     "text_embed_dim": 4096,
 }
+DEFAULT_HEADS = 30
 VAE_DEFAULTS: dict[str, Any] = {
     "latent_channels": 16,
     "block_out_channels": (128, 256, 256, 512),
@@ -307,6 +308,17 @@ def check_pipeline(options: TrainOptions) -> Iterator[str]:
     missing = [part for part in PARTS if folder.is_dir() and not (folder / part).is_dir()]
     if missing:
         yield f"--save_pipeline: {folder} has no {', '.join(missing)}; give the folder of a complete pipeline"
+
+
+def check_heads(options: TrainOptions) -> Iterator[str]:
+    """Yields a problem if attention has fewer heads than --sequence_parallel has processes, for args.parse."""
+    parallel = options.plan.sequence_parallel
+    if parallel == 1:
+        return
+    heads = read_config(options.model, "transformer", "config.json").get("num_attention_heads", DEFAULT_HEADS)
+    if parallel > heads:
+        rule = f"each process computes at least one attention head, and the model has {heads}"
+        yield f"--sequence_parallel {parallel}: {rule}; nearest: --sequence_parallel {heads}"
 
 
 def hub_file(model: ModelFlags, name: str) -> Path:

@@ -331,7 +331,8 @@ def held_out_flags(options: TrainOptions) -> list[str]:
 
 def samples_per_step(options: TrainOptions, world: int) -> int:
     """Returns the global batch size: samples per optimizer step over all processes and micro-batches."""
-    return options.train.train_batch_size * options.train.gradient_accumulation_steps * world
+    groups = world // options.plan.sequence_parallel  # each of them trains on samples of its own
+    return options.train.train_batch_size * options.train.gradient_accumulation_steps * groups
 
 
 def launched_processes() -> int:

@@ -6,6 +6,7 @@ methods.py      what is trained, and how it is saved and loaded: a LoRA, or all 
 lora.py         additions to PEFT's LoRA: choice of layers, PiSSA, repeatable dropout, folded scale
 blocks.py       one transformer block, forward and backward, with a choice of the activations to keep
 attention.py    attention with the fastest kernels of the device
+sequence.py     attention of several processes, each with a part of the tokens of a sample
 quant.py        frozen weights in int8, fp8 or nf4
 rope.py         tables of the rotary position embedding
 transformer_files.py  how the weights of a transformer are divided into files

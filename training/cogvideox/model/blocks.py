@@ -38,6 +38,7 @@ from torch.nn import functional as F
 
 from cogvideox.model.attention import attend, attend_backward
 from cogvideox.model.quant import Weight, dequantize
+from cogvideox.model.sequence import Division, attend_divided, attend_divided_backward
 
 KEPT: dict[str, tuple[str, ...]] = {
     "input": ("x",),
@@ -101,13 +102,18 @@ Gradients = tuple[Tensor, ...]
 
 
 class Shared(NamedTuple):
-    """Holds the inputs that all blocks of one forward pass have in common."""
+    """Holds the inputs that all blocks of one forward pass have in common.
+
+    If the tokens of a sample are divided between processes, ``rotary`` and ``text_length`` are those of this process's
+    tokens, and S in the shapes of tokens is their number.
+    """
 
     temb: Tensor  # timestep embedding, (B, time embedding)
     rotary: tuple[Tensor, Tensor] | None  # cos and sin, (S, E) each; 1 and 0 for text tokens, which are not rotated
     text_length: int  # L
     heads: int  # H
     backend: str  # of attention.BACKENDS
+    division: Division | None = None  # how the tokens are divided; None if this process has all of them
 
 
 Kept = dict[str, Tensor]
@@ -345,6 +351,22 @@ def norm_vjp(
     return dx, tuple(dweights.values()), dmore
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+    """Returns the attention output of this process's tokens, and the log-sum-exp of the heads that it computes."""
+    if shared.division is None:
+        return attend(q, k, v, shared.backend)
+    return attend_divided(q, k, v, shared.backend, shared.division.group, shared.division[1:])
+
+
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, shared: Shared
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k and v of ``attention``, for a gradient ``do`` of its output."""
+    if shared.division is None:
+        return attend_backward(do, q, k, v, o, lse, shared.backend)
+    return attend_divided_backward(do, q, k, v, o, lse, shared.backend, shared.division.group, shared.division[1:])
+
+
 # -- the block ---------------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +387,7 @@ def forward(x: Tensor, p: Block, shared: Shared, keep: tuple[str, ...]) -> tuple
     n1 = modulate(x, p.norm1, shift, scale)
     q, k, v = (z.view(split) for z in linears(n1, (p.q, p.k, p.v)))  # (B, S, D) -> (B, S, H, E)
     rq, rk = rotate(q, p.norm_q, shared.rotary), rotate(k, p.norm_k, shared.rotary)
-    o, lse = attend(rq, rk, v, shared.backend)  # (B, S, H, E), (B, H, S)
+    o, lse = attention(rq, rk, v, shared)  # (B, S, H, E), (B, H, S)
     (a,) = linears(o.view(x.shape), [p.out])  # (B, S, D)
     h = x + gate * a
     shift, scale, gate = modulations(p.modulation2, shared, x.shape[1])
@@ -410,7 +432,7 @@ def backward(
         q, k, v = (z.view(split) for z in linears(not_none(n1), (p.q, p.k, p.v)))
     rq = obtain("rq", lambda: rotate(q, p.norm_q, rotary))
     rk = obtain("rk", lambda: rotate(k, p.norm_k, rotary))
-    o, lse = (kept["o"], kept["lse"]) if "o" in kept else attend(rq, rk, v, shared.backend)
+    o, lse = (kept["o"], kept["lse"]) if "o" in kept else attention(rq, rk, v, shared)
     a = obtain("a", lambda: linears(o.view(x.shape), [p.out])[0]) if "a" in used else None
     h = obtain("h", lambda: x + gate1 * (linears(o.view(x.shape), [p.out])[0] if a is None else a))
     n2 = obtain("n2", lambda: modulate(h, p.norm2, shift2, scale2)) if "n2" in used or "f" not in kept else None
@@ -426,7 +448,7 @@ def backward(
     # h feeds both the second branch and the sum, so its gradient has two terms; the same holds for x at the end.
     dh = dy + dh
     do, (found["out"],) = linears_backward([gate1 * dh], o.view(x.shape), [p.out])
-    drq, drk, dv = attend_backward(do.view(split), rq, rk, v, o, lse, shared.backend)
+    drq, drk, dv = attention_backward(do.view(split), rq, rk, v, o, lse, shared)
     dq, found["norm_q"], _ = norm_vjp(lambda q, norm: rotate(q, norm, rotary), q, p.norm_q, drq)
     dk, found["norm_k"], _ = norm_vjp(lambda k, norm: rotate(k, norm, rotary), k, p.norm_k, drk)
     dqkv = [dz.reshape(x.shape) for dz in (dq, dk, dv)]

@@ -126,6 +126,8 @@ def as_many_tokens_as_fit(
     rotary = RotaryTables(geometry, device)(frames, height, width)
     length = geometry.max_text_seq_length
     patches = geometry.tokens(bucket) - length
+    if isinstance(plan, ExecutionPlan) and plan.sequence_parallel > 1:
+        plan = replace(plan, compiled=False)  # graphs of training are for divided tokens, and each process checks alone
     while True:
         try:
             with limited_to_plan(plan, device):

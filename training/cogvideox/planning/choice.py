@@ -13,7 +13,7 @@ import numpy as np
 
 from cogvideox.planning.costs import Array, Costs, Kinds, Numbers
 from cogvideox.planning.plan import GIB, LEVELS, Axes, BlockPlan, ExecutionPlan, Machine, NoPlanError, Sizes
-from cogvideox.planning.timeline import Timeline, order
+from cogvideox.planning.timeline import Timeline, exchange_seconds, order
 
 LEVEL_SECONDS = 12.0  # to compile forward and backward of a block at one level (measured for 5b at 49x480x720)
 AS_FAST = 1.01  # predictions are not more precise than this ratio, so plans within it count as equally fast
@@ -85,6 +85,8 @@ def choose_plan(axes: Axes, sizes: Sizes, machine: Machine, compiled: bool, atte
         seconds=float(seconds[place, index]),
         shards=sizes.shards,
         deepspeed=sizes.deepspeed,
+        sequence_parallel=sizes.sequence_parallel,
+        exchanging=sizes.passes * sum(n * sum(exchange_seconds(k.keep, sizes, machine)) for k, n in chosen.items()),
     )
 
 

@@ -35,6 +35,7 @@ WORKSPACE_UNITS = {
     False: {"input": 38.2, "attention": 37.2, "linear": 28.2, "all": 25.2},
 }
 ENDS_UNITS = 1.8  # tensors before the first and after the last block
+EXCHANGED_UNITS = 7.0  # counted, not measured: what attention's backward pass has of all tokens of some heads
 # By compiled and level: the units that backward needs in addition if all weights are trained, without their gradients.
 TRAINED_UNITS = {
     True: {"input": 0.6, "attention": 1.5, "linear": 0.0, "all": 0.0},
@@ -116,6 +117,11 @@ class Costs:
         """Returns the bytes by which equally fast plans are compared: of weights, activations, gradients and state."""
         return self.held(HOST, WEIGHTS, SAVED, GRADIENTS) + self.held(HOST, GRADIENTS) + self.moved_state
 
+    @cached_property
+    def ends_units(self) -> float:
+        """Returns the units of tensors outside the blocks, where each process has all tokens."""
+        return ENDS_UNITS * self.sizes.sequence_parallel
+
     # -- device memory -------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -131,7 +137,14 @@ class Costs:
         stored = outside + slots + self.held(DEVICE, WEIGHTS, GRADIENTS) + self.state_at(DEVICE)
         dequantized = round(sizes.matrix_bytes * DEQUANTIZED_SHARE[self.compiled])
         backward = self.activation_bytes + self.gradient_bytes + dequantized
-        return stored + largest(backward, self.transfer_slot_bytes)
+        return stored + largest(backward, self.transfer_slot_bytes, self.complete_sample_bytes)
+
+    @property
+    def complete_sample_bytes(self) -> int:
+        """Returns the device bytes of a pass without gradients over all tokens, if training divides them, else 0."""
+        parallel = self.sizes.sequence_parallel
+        units = (WORKSPACE_UNITS[self.compiled]["attention"] + ENDS_UNITS) * parallel * (parallel > 1)
+        return round(units * self.sizes.unit_bytes / self.sizes.samples)
 
     @cached_property
     def activation_bytes(self) -> Numbers:
@@ -139,7 +152,8 @@ class Costs:
         more = TRAINED_UNITS[self.compiled] if self.sizes.block_trained else dict.fromkeys(LEVELS, 0.0)
         units = {level: WORKSPACE_UNITS[self.compiled][level] + more[level] for level in LEVELS}
         work = largest(*((n > 0) * units[kind.keep] for kind, n in self.kinds.items()))
-        return self.saved_bytes + np.rint((work + ENDS_UNITS) * self.sizes.unit_bytes).astype(int)
+        exchanged = EXCHANGED_UNITS * (self.sizes.sequence_parallel > 1)
+        return self.saved_bytes + np.rint((work + exchanged + self.ends_units) * self.sizes.unit_bytes).astype(int)
 
     @cached_property
     def saved_bytes(self) -> Numbers:
@@ -187,8 +201,9 @@ class Costs:
         kept = sizes.rest_bytes + rows * sizes.state_bytes + gathered
         blocks = 2 * sizes.block_bytes + sizes.block_trained * (sizes.item_bytes + 4)
         start = self.activation_bytes + (4 * rows if sizes.passes > 1 else 0)
-        work = round((WORKSPACE_UNITS[self.compiled]["attention"] + ENDS_UNITS) * sizes.unit_bytes)
-        return kept + largest(blocks + start, blocks + work + 4 * rows, sizes.blocks * sizes.block_bytes + work)
+        work = round((WORKSPACE_UNITS[self.compiled]["attention"] + self.ends_units) * sizes.unit_bytes)
+        evaluation = sizes.blocks * sizes.block_bytes + largest(work, self.complete_sample_bytes)
+        return kept + largest(blocks + start, blocks + work + 4 * rows, evaluation)
 
     @cached_property
     def zero2_peak_bytes(self) -> Numbers:
@@ -211,7 +226,7 @@ class Costs:
             return stored + backward  # each gradient is copied to the host in the compute type
         done = min(1.0, (bucket // sizes.block_trained + 1) / sizes.blocks) if sizes.block_trained else 1.0
         left = replace(self, kinds={kind: n * (1 - done) for kind, n in self.kinds.items()}).saved_bytes
-        copies = round(ENDS_UNITS * sizes.unit_bytes) + bucket * (sizes.item_bytes + 4)
+        copies = round(self.ends_units * sizes.unit_bytes) + bucket * (sizes.item_bytes + 4)
         full = np.rint(left) + sizes.block_trained * sizes.item_bytes + 4 * share
         full = full + largest(copies, backward - self.saved_bytes)
         return stored + largest(full, backward + (4 * share if sizes.passes > 1 else 0))

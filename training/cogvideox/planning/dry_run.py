@@ -261,7 +261,7 @@ def plan_for(
     sizes = replace(sizes, steps=run.steps, mapped=run.dtype != torch.float32)
     compiled = compiles(run, options.plan.compile_blocks, drops_out(options))
     chosen = choose(run, options, sizes, machine, compiled, backend)
-    any_length = compiled and len(buckets) > 1
+    any_length = compiled and len(buckets) > 1 and chosen.sequence_parallel == 1
     return replace(chosen, any_length=any_length, base_precision=base_precision(options))
 
 

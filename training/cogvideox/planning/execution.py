@@ -46,6 +46,7 @@ from cogvideox.memory.streaming import SideStream, TrainedBlocks, compute_waits_
 from cogvideox.model.attention import CPU, attend, attend_backward, choose_backend
 from cogvideox.model.blocks import UNITS, kept_at
 from cogvideox.model.models import DTYPES, free_device_bytes, stored_dtype
+from cogvideox.model.sequence import SequenceGroup, to_heads
 from cogvideox.optimizer.step import gradients_are_sums, rule_of, state_bytes
 from cogvideox.planning import choice, plan
 from cogvideox.planning.plan import AUTO, LEVELS, Axes, ExecutionPlan, Machine, ModulePlan, NoPlanError, Sizes
@@ -147,7 +148,8 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
     if precision != AUTO:
         run.say(quantization_report(transformer, precision, run.device, backend))
     predicted = chosen.seconds if run.device.type == "cuda" else 0.0  # the rates of a CPU are not measured
-    any_length = compiled and len(buckets) > 1
+    # The number of all tokens is a constant of graphs whose attention is divided.
+    any_length = compiled and len(buckets) > 1 and chosen.sequence_parallel == 1
     return replace(chosen, seconds=predicted, any_length=any_length, base_precision=precision)
 
 
@@ -230,6 +232,8 @@ def sizes_from_options(
     device = run.device if torch.cuda.is_available() else torch.device("cpu")  # a dry run may be for a GPU elsewhere
     state = state_bytes(options.optimizer, run.dtype, device) + averages
     sizes = replace(sizes, state_bytes=state, average_bytes=averages, ranks=ranks_here())
+    parallel = options.plan.sequence_parallel
+    sizes = replace(sizes, tokens=-(-sizes.tokens // parallel), sequence_parallel=parallel)
     sizes = replace(sizes, device_gradient_bytes=device_gradients)
     return replace(sizes, sum_bytes=sum_bytes, passes=passes)
 
@@ -402,7 +406,11 @@ def measure_all_ranks(run: Run, backend: str, sizes: Sizes, budget: float | None
     for number, one in enumerate(found):
         if isinstance(one, str):
             raise torch.OutOfMemoryError(f"process {number}: {one}")
-    return minimum_over_ranks([one for one in found if not isinstance(one, str)])
+    machine = minimum_over_ranks([one for one in found if not isinstance(one, str)])
+    if run.ranks.sequence is None or run.device.type != "cuda":
+        return machine
+    rate = exchange_rate(run.device, run.dtype, sizes, run.ranks.sequence)
+    return replace(machine, exchange=min(run.ranks.gather([rate])))
 
 
 def ranks_here() -> int:
@@ -448,13 +456,13 @@ def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backe
     Probes use the shapes of one sample, so they need less memory than the backward pass of a block.
     """
     assert backend != CPU
-    tokens, width, heads = sizes.tokens, sizes.width, sizes.heads
+    tokens, width, heads, parallel = sizes.tokens, sizes.width, sizes.heads, sizes.sequence_parallel
     x = torch.randn(tokens, width, device=device, dtype=dtype)
     w = torch.randn(4 * width, width, device=device, dtype=dtype)
-    q = x.view(1, tokens, heads, width // heads)
+    q = torch.randn(1, tokens * parallel, -(-heads // parallel), width // heads, device=device, dtype=dtype)
     o, lse = attend(q, q, q, backend)
     host, here = pinned(COPY_BYTES), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-    scores = 4 * tokens**2 * width
+    scores = 4 * q.shape[1] * q.numel()
     product, forward, backward = seconds_in_turns(
         (lambda: x @ w.mT, PRODUCTS_PER_BLOCK),
         (lambda: attend(q, q, q, backend), 1),
@@ -469,6 +477,15 @@ def with_rates(machine: Machine, device: torch.device, dtype: torch.dtype, backe
         copies=host.numel() / seconds_per_call(lambda: here.copy_(host, non_blocking=True)),
         both_ways=rate_of_both_ways(device),
     )
+
+
+def exchange_rate(device: torch.device, dtype: torch.dtype, sizes: Sizes, group: SequenceGroup) -> float:
+    """Returns the bytes per second of a tensor of one sample's tokens that the processes of a group exchange."""
+    division = group.division_of(sizes.tokens * group.size)
+    x = torch.zeros(1, sizes.tokens, sizes.heads, sizes.width // sizes.heads, dtype=dtype, device=device)
+    to_heads(x, division)  # the first call connects the processes
+    calls = 10  # the same number on each process
+    return calls * x.nbytes / seconds_of(lambda: to_heads(x, division), calls)
 
 
 def rate_of_both_ways(device: torch.device) -> float:
@@ -558,15 +575,16 @@ def apply_plan(
     Returns:
         The blocks of which all weights are trained, or None if the plan does not place them.
     """
+    group = ranks.sequence if ranks is not None else None
     if isinstance(chosen, ExecutionPlan) and chosen.deepspeed:
-        ModuleStack(transformer.to(device), chosen, device)
+        ModuleStack(transformer.to(device), chosen, device, group)
         return None
     if isinstance(chosen, ExecutionPlan) and chosen.sharded:
-        ShardedStack(transformer, chosen, device, sharding_mesh(device, chosen.shards), fsdp_offloads())
+        ShardedStack(transformer, chosen, device, sharding_mesh(device, chosen.shards), fsdp_offloads(), group)
         return None
     if isinstance(chosen, ExecutionPlan):
         neighbors = neighbors_of(ranks) if ranks is not None else None
-        stack = Stack(transformer, chosen, device, neighbors)
+        stack = Stack(transformer, chosen, device, neighbors, group)
         stack.install()
         if ranks is not None and neighbors is not None and stack.ring and not stack.trains_all:
             number, copied = neighbors.number, sum(host.numel() for host in stack.ring.hosts.values())

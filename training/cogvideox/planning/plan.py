@@ -33,7 +33,7 @@ class Sizes:
     trained: int  # trained elements outside the blocks' own weights: of LoRAs, or of layers outside the blocks
     item_bytes: int  # of an element in the compute type
     samples: int  # in a micro-batch
-    tokens: int  # of a sample in the largest bucket
+    tokens: int  # of a sample in the largest bucket: those of one process, if several divide them
     width: int  # D
     heads: int
     state_bytes: float = 10.0  # per trained element: master beside the weight, moments, and the average if there is one
@@ -52,6 +52,7 @@ class Sizes:
     deepspeed: bool = (
         False  # whether ZeRO-2 shards only gradients and optimizer state, and each process has all weights
     )
+    sequence_parallel: int = 1  # processes that divide the tokens of a sample
 
     @property
     def all_trained(self) -> int:
@@ -91,6 +92,7 @@ class Machine:
     memory: float = 2e10  # bytes per second, of the device
     copies: float = 1e10  # bytes per second between host and device, one way
     both_ways: float = 1.5e10  # bytes per second in both directions together, if both are busy
+    exchange: float = 1e11  # bytes per second of tensors that are exchanged between processes that divide a sample
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ class ExecutionPlan:
     seconds: float = 0.0  # predicted time of a step; 0 if the machine was not measured
     shards: int = 1  # processes over which weights, gradients and optimizer state are sharded
     deepspeed: bool = False  # whether DeepSpeed shards gradients and optimizer state, and each process has all weights
+    sequence_parallel: int = 1  # processes that divide the tokens of a sample
+    exchanging: float = 0.0  # predicted seconds of a step in which these processes exchange tensors
 
     @property
     def sharded(self) -> bool:
@@ -165,11 +169,14 @@ class ExecutionPlan:
             f"attention by {self.attention}",
             "optimizer state " + ("sharded by DeepSpeed" if self.deepspeed else f"on the {self.state}") + elsewhere,
         ]
+        if self.sequence_parallel > 1:
+            parts.append(f"tokens divided between {self.sequence_parallel} processes")
         if self.base_precision != AUTO:
             parts.append(f"base in {self.base_precision}")
         if self.seconds:
             host = f", {self.pinned / GIB:.1f} GiB of host memory" if self.pinned else ""
-            parts.append(f"predicted: peak {self.peak / GIB:.2f} GiB{host}, {self.seconds:.2f} s a step")
+            waits = f", {self.exchanging:.3f} s of it communication" if self.exchanging else ""
+            parts.append(f"predicted: peak {self.peak / GIB:.2f} GiB{host}, {self.seconds:.2f} s a step{waits}")
         return "; ".join(parts)
 
 

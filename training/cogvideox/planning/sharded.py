@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from cogvideox.model.blocks import Block
+from cogvideox.model.sequence import SequenceGroup
 from cogvideox.planning.plan import ExecutionPlan
 from cogvideox.planning.stack import ModuleStack
 
@@ -50,12 +51,19 @@ class ShardedStack(ModuleStack):
         device: Where the blocks compute.
         mesh: The processes over which the weights are sharded; of two dimensions, the first has copies.
         offload: Whether rows, gradients and optimizer state are stored on the host.
+        group: The processes that divide the tokens of a sample in training.
     """
 
     def __init__(
-        self, transformer: Any, plan: ExecutionPlan, device: torch.device, mesh: DeviceMesh, offload: bool = False
+        self,
+        transformer: Any,
+        plan: ExecutionPlan,
+        device: torch.device,
+        mesh: DeviceMesh,
+        offload: bool = False,
+        group: SequenceGroup | None = None,
     ) -> None:
-        super().__init__(transformer, plan, device)
+        super().__init__(transformer, plan, device, group)
         # FSDP2 warns of in-place operations on the views that blocks return; there are none.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         dtype = next(transformer.parameters()).dtype

@@ -33,6 +33,7 @@ from cogvideox.model import blocks
 from cogvideox.model.blocks import LORA_LAYERS, Block, Linear, Norm, Shared
 from cogvideox.model.lora import SampleDropout
 from cogvideox.model.quant import Quantized, Weight, quantize
+from cogvideox.model.sequence import SequenceGroup, joined
 from cogvideox.planning.plan import AUTO, DEVICE, HOST, ExecutionPlan
 
 META = torch.device("meta")
@@ -63,12 +64,16 @@ class BlockRunner:
         transformer: A CogVideoX of diffusers for which ``is_supported`` is true.
         plan: Where weights, saved activations and optimizer state are stored, and what is saved, for each block.
         device: Where the blocks compute.
+        group: The processes that divide the tokens of a sample in training. Passes without gradients are not divided,
+            because each process makes them alone.
     """
 
     trained_blocks: TrainedBlocks | None = None
 
-    def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+    def __init__(
+        self, transformer: Any, plan: ExecutionPlan, device: torch.device, group: SequenceGroup | None = None
+    ) -> None:
+        self.plan, self.device, self.group = plan, device, group
         self.modules = list(transformer.transformer_blocks)
         self.heads = self.modules[0].attn1.heads
         self.store = HostStore(device)
@@ -100,6 +105,21 @@ class BlockRunner:
             length: L, the number of text tokens.
         """
         return Shared(temb.detach(), self._padded(rotary, length), length, self.heads, self.plan.attention)
+
+    def divided(self, x: Tensor, shared: Shared) -> tuple[Tensor, Shared]:
+        """Returns this process's tokens, and what the blocks get with them; all tokens if a sample is not divided.
+
+        Args:
+            x: All tokens, (B, S, D).
+            shared: What the blocks get with all tokens.
+        """
+        if self.group is None or not torch.is_grad_enabled():
+            return x, shared
+        division = self.group.division_of(x.shape[1])
+        own = division.own
+        rotary = shared.rotary and (shared.rotary[0][own], shared.rotary[1][own])
+        text = len(range(shared.text_length)[own])
+        return x[:, own].contiguous(), shared._replace(rotary=rotary, text_length=text, division=division)
 
     def sample(self, samples: list[Tensor], i: int, trained: Sequence[Tensor], shared: Shared) -> list[Tensor]:
         """Runs a block without gradients, sample by sample, so that guidance needs the memory of one.
@@ -143,12 +163,18 @@ class Stack(BlockRunner):
             optimizer state are stored.
         device: The device on which the blocks compute.
         neighbors: The ranks of this machine, if there are several. They share the frozen weights of streamed blocks.
+        group: The processes that divide the tokens of a sample in training.
     """
 
     def __init__(
-        self, transformer: Any, plan: ExecutionPlan, device: torch.device, neighbors: Neighbors | None = None
+        self,
+        transformer: Any,
+        plan: ExecutionPlan,
+        device: torch.device,
+        neighbors: Neighbors | None = None,
+        group: SequenceGroup | None = None,
     ) -> None:
-        super().__init__(transformer, plan, device)
+        super().__init__(transformer, plan, device, group)
         self.trains_all = base_parameters(self.modules[0])[0].requires_grad
         self._move_to_plan(transformer, None if self.trains_all else neighbors)
 
@@ -235,7 +261,7 @@ class Stack(BlockRunner):
         """
         length = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        shared = self.shared(temb, image_rotary_emb, length)
+        x, shared = self.divided(x, self.shared(temb, image_rotary_emb, length))
         if self.trained_blocks and self.ring:
             # The weights on the host may have changed since the last pass, so the slots may be out of date.
             self.ring.invalidate()
@@ -247,6 +273,7 @@ class Stack(BlockRunner):
             for i in range(len(self.modules)):
                 samples = self.sample(samples, i, self._trained(i), shared)
             x = torch.cat(samples)
+        x = joined(x, shared.division)
         return x[:, length:], x[:, :length]
 
     def _trained(self, i: int) -> Sequence[Tensor]:
@@ -288,10 +315,15 @@ class ModuleStack(BlockRunner):
         transformer: A CogVideoX of diffusers for which ``is_supported`` is true. It is not moved.
         plan: The plan, which says for each block which activations are saved and where.
         device: The device on which the blocks compute.
+        group: The processes that divide the tokens of a sample in training.
     """
 
-    def __init__(self, transformer: Any, plan: ExecutionPlan, device: torch.device) -> None:
-        super().__init__(transformer, plan, device)
+    common: Shared  # what the blocks of the current forward pass get; the first block sets it
+
+    def __init__(
+        self, transformer: Any, plan: ExecutionPlan, device: torch.device, group: SequenceGroup | None = None
+    ) -> None:
+        super().__init__(transformer, plan, device, group)
         self.trains_all = base_parameters(self.modules[0])[0].requires_grad
         for i, module in enumerate(self.modules):
             module.forward = partial(self.run, i)
@@ -307,27 +339,33 @@ class ModuleStack(BlockRunner):
     ) -> tuple[Tensor, Tensor]:
         """Runs one block; the arguments after the first are those of a diffusers block.
 
-        The first block joins text and video to one sequence. Until the last block splits it again, the sequence takes
-        the place of the video tokens, and the text tokens are only passed on for their length.
+        The first block joins text and video to one sequence. Until the last block splits it again, the sequence, or the
+        part of it that this process has, takes the place of the video tokens, and the text tokens are only passed on
+        for their length.
 
         Args:
             i: The block's number.
-            hidden_states: The video tokens, (B, S - L, D); between blocks all tokens, (B, S, D).
+            hidden_states: The video tokens, (B, S - L, D); between blocks all of this process's tokens.
             encoder_hidden_states: The text tokens, (B, L, D).
             temb: The time embedding, (B, time embedding).
             image_rotary_emb: Cosines and sines for the video tokens, (S - L, E) each.
             attention_kwargs: Ignored.
         """
         length, text = encoder_hidden_states.shape[1], encoder_hidden_states.detach()
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1) if i == 0 else hidden_states
-        shared = self.shared(temb, image_rotary_emb, length)
-        module = self.modules[i]
+        x = hidden_states
+        if i == 0:
+            x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+            x, self.common = self.divided(x, self.shared(temb, image_rotary_emb, length))
+        shared, module = self.common, self.modules[i]
         trained = base_parameters(module) if self.trains_all else lora_matrices(module, self.device)
         if torch.is_grad_enabled():
             y = RunBlock.apply(x, temb, i, self, shared, *trained)
         else:
             y = torch.cat(self.sample(list(x.split(1)), i, trained, shared))
-        return (y[:, length:], y[:, :length]) if i == len(self.modules) - 1 else (y, text)
+        if i < len(self.modules) - 1:
+            return y, text
+        y = joined(y, shared.division)
+        return y[:, length:], y[:, :length]
 
     def weights(self, i: int, direction: int, trained: Sequence[Tensor]) -> Block:
         """Returns a block's weights, which are on the device.

@@ -24,7 +24,7 @@ import numpy as np
 
 from cogvideox.memory.streaming import IN_FLIGHT, WEIGHT_SLOTS
 from cogvideox.planning.costs import GRADIENTS, SAVED, STATE, WEIGHTS, Array, Costs, Kinds, Numbers
-from cogvideox.planning.plan import DEVICE, HOST, BlockPlan, Machine
+from cogvideox.planning.plan import DEVICE, HOST, BlockPlan, Machine, Sizes
 
 IN, OUT = 0, 1
 
@@ -40,6 +40,9 @@ TRAFFIC_UNITS = {
 }
 RECOMPUTED = {"input": (8 / 12, 1.0), "attention": (8 / 12, 0.0), "linear": (0.0, 0.0), "all": (0.0, 0.0)}
 """By level: the shares of a block's linear layers and of its attention that backward computes again (blocks.py)."""
+EXCHANGED = (4, 8)
+"""Units that processes which divide a sample exchange in forward (q, k, v; o) and backward (do, q, k, v, o; dq, dk, dv)
+of a block. Attention that backward computes again exchanges those of forward once more."""
 # The products of a LoRA reach half the rate of large ones: they make forward of a 5b block 0.31 ms longer (5.39 and
 # 5.08 ms in one_block_5b.json and one_block_5b_sft.json), which are 0.11 TFLOP.
 LORA_SLOWNESS = 2.0
@@ -74,6 +77,14 @@ def order(kinds: Kinds, blocks: int) -> Array:
     late = np.array([is_late(kind) for kind in kinds])
     split = np.where(late[first], i >= blocks - count, i < count)
     return np.where(np.where(late[first] == late[second], spread, split), first, second)
+
+
+def exchange_seconds(level: str, sizes: Sizes, machine: Machine) -> tuple[float, float]:
+    """Returns the seconds in which forward and backward of a block exchange tensors between processes."""
+    if sizes.sequence_parallel == 1:
+        return 0.0, 0.0
+    forward, backward = (units * sizes.unit_bytes / machine.exchange for units in EXCHANGED)
+    return forward, backward + RECOMPUTED[level][1] * forward
 
 
 def is_late(kind: BlockPlan) -> bool:
@@ -206,7 +217,7 @@ class Timeline:
         linear = 24 * tokens * sizes.width**2 / machine.matmul
         of_lora = 0 if trains_all else sizes.trained / sizes.blocks
         lora = LORA_SLOWNESS * 2 * of_lora * tokens / machine.matmul
-        scores = 4 * tokens * sizes.tokens * sizes.width
+        scores = 4 * tokens * sizes.tokens * sizes.sequence_parallel * sizes.width
         attend = scores / machine.attention
         attend_backward = 2.5 * scores / machine.attention_backward
         traffic, backward_traffic = TRAFFIC_UNITS[self.costs.compiled, trains_all]
@@ -215,10 +226,11 @@ class Timeline:
         # Gradients of the gates need the outputs of all linear layers, so all of these are recomputed.
         again = 1.0 if linears and trains_all else linears
         dequantize = sizes.matrix_bytes and (sizes.matrix_bytes + sizes.block_bytes) / machine.memory
-        forward = linear + lora + attend + traffic * unit + dequantize
+        exchange, exchange_backward = exchange_seconds(level, sizes, machine)
+        forward = linear + lora + attend + traffic * unit + dequantize + exchange
         backward = (2 if trains_all else 1) * linear + 2 * lora + attend_backward + backward_traffic[level] * unit
         backward += again * linear + (linears > 0) * lora + attentions * attend + (1 + again) * dequantize
-        return forward, backward
+        return forward, backward + exchange_backward
 
     def update_seconds(self, elements: Numbers) -> Numbers:
         """Returns the seconds of an update: it reads gradients, and reads and writes weights and state."""

@@ -22,6 +22,7 @@ from cogvideox import stopping
 from cogvideox.config.options import launched_processes
 from cogvideox.errors import LostRankError, UsageError, first_of
 from cogvideox.files import temporary_of
+from cogvideox.model.sequence import make_sequence_group
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -93,20 +94,34 @@ class Ranks:
 
     Barriers wait for work whose length differs between ranks (encoding, sampling, exporting). They use a separate gloo
     group, because the timeout of the collectives in a training step would end them.
+
+    Attributes:
+        sequence: The ranks that divide the tokens of this rank's samples; None if it has all tokens.
+        data_index: The number of this rank's micro-batch among those that are trained at the same time.
+        data_number: How many micro-batches are trained at the same time.
     """
 
-    def __init__(self, state: "PartialState | AcceleratorState", patience: float = 600, connected: bool = True) -> None:
+    def __init__(
+        self,
+        state: "PartialState | AcceleratorState",
+        patience: float = 600,
+        connected: bool = True,
+        sequence_parallel: int = 1,
+    ) -> None:
         """Connects the ranks.
 
         Args:
             state: What accelerate knows about this process.
             patience: Seconds without progress of any rank, while one is in a barrier, after which all ranks end.
             connected: Whether accelerate has connected the processes; without it, nothing here waits for another rank.
+            sequence_parallel: The number of ranks that train on the same samples, each on a part of their tokens.
         """
         self.process_index: int = state.process_index
         self.num_processes: int = state.num_processes
         self.is_main_process: bool = state.is_main_process
         self.device: torch.device = state.device
+        self.sequence = make_sequence_group(sequence_parallel, timedelta(seconds=patience))
+        self.data_index, self.data_number = (n // sequence_parallel for n in (self.process_index, self.num_processes))
         self.patience = patience
         connected = connected and self.num_processes > 1
         self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if connected else None

@@ -134,7 +134,7 @@ def start_run(options: TrainOptions) -> Run:
     accelerator = make_accelerator(options)
     output_dir = Path(options.train.output_dir)
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
-    ranks = Ranks(accelerator.state, options.train.nccl_timeout)
+    ranks = Ranks(accelerator.state, options.train.nccl_timeout, sequence_parallel=options.plan.sequence_parallel)
     run = Run(accelerator, ranks, output_dir, precision_of(options.train.mixed_precision), compiled)
     torch.backends.cuda.matmul.allow_tf32 = options.train.allow_tf32
     torch.backends.cudnn.allow_tf32 = options.train.allow_tf32  # torch enables it by default
