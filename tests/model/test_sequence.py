@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from running import finish, fork_ranks, python
 
+from cogvideox.model.attention import GRADIENT_TOLERANCE
 from cogvideox.model.sequence import Division, shares
 
 SCRIPT = Path(__file__).parents[1] / "shared" / "divided_tokens.py"
@@ -30,6 +31,8 @@ def test_outputs_and_gradients_are_those_of_one_process(
         finish(process)
     for rank in range(ranks):
         errors = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert errors.pop("check")["error"] < 1e-5
+        assert errors.pop("faulty check")["error"] > GRADIENT_TOLERANCE
         assert len(errors) == (2 if more else 16)
         for what, found in errors.items():
             assert found["outputs"] < 1e-5, what

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import read_geometry
 from cogvideox.model import blocks
+from cogvideox.model.sequence import SequenceGroup
 from cogvideox.planning import block_check, stack
 from cogvideox.planning.block_check import BlockError, check_blocks, copy_of, cosine_between
 from cogvideox.planning.execution import apply_plan
@@ -66,6 +68,14 @@ def test_a_quantized_base_is_compared_with_its_rounded_values(tiny: Tiny, precis
     for dtype in (torch.float32, torch.bfloat16):
         said = check(tiny, "5b", make_with_lora("5b").to(dtype), plan_of(HERE, AWAY, base_precision=precision))
         assert float(said.split("cosine at least ")[1]) > 0.99995
+
+
+@pytest.mark.parametrize("error", [0.019, 0.021, float("nan")])
+def test_wrong_exchanges_between_processes_end_the_run(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+    run, group = run_alone(Path("/tmp")), SequenceGroup("", 0, 2)
+    monkeypatch.setattr(block_check, "division_error", lambda *_: error)
+    with pytest.raises(BlockError, match="process 0: attention of divided tokens") if error != 0.019 else nullcontext():
+        block_check.check_division(run, group, plan_of(HERE))
 
 
 def test_the_check_does_not_change_the_model(tiny: Tiny) -> None:

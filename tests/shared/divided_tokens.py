@@ -2,7 +2,8 @@
 
     python divided_tokens.py HEADS FOLDER [compile]    writes FOLDER/RANK.json: the errors by what was computed
 
-The mean of the gradients over the ranks is compared, as engines compute it.
+The mean of the gradients over the ranks is compared, as engines compute it. Finally, the check before training runs,
+and once more while the parts of tensors arrive in the wrong order.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cogvideox.model import sequence
 from cogvideox.model.sequence import SequenceGroup, make_sequence_group
 from cogvideox.planning.plan import DEVICE, HOST, LEVELS, BlockPlan, ExecutionPlan
 from cogvideox.planning.stack import ModuleStack, Stack
@@ -82,5 +84,9 @@ if __name__ == "__main__":
                 modules = number % 2 == 1
                 own = outcome(divided(make(kind, heads=heads), level, group, modules, compiled), kind)
                 found[f"{kind} {make.__name__} {level}"] = error(own, right, ranks)
+    found["check"] = {"error": sequence.division_error(group, "cpu", CPU, torch.float32)}
+    exchange = sequence.exchange
+    sequence.exchange = lambda *arguments: exchange(*arguments)[::-1]
+    found["faulty check"] = {"error": sequence.division_error(group, "cpu", CPU, torch.float32)}
     (folder / f"{group.rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -31,6 +31,7 @@ from cogvideox.model.attention import attend, attend_backward
 
 GROUPS: dict[str, dist.ProcessGroup] = {}
 """The processes that divide a sample, by the name of ``Division.group``: operators of torch take no other objects."""
+CHECKED_TOKENS = 353
 
 
 class Division(NamedTuple):
@@ -216,3 +217,19 @@ def joined(x: Tensor, division: Division | None) -> Tensor:
     """Returns the tokens of all processes, (B, S, D), from those of this one; x if the sample is not divided."""
     y: Tensor = Join.apply(x, division) if division is not None else x
     return y
+
+
+def division_error(group: SequenceGroup, backend: str, device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the largest relative error of divided attention and its gradients, against attention without division.
+
+    All processes of the group call this. The inputs are random and small, and the processes cannot share them evenly.
+    """
+    division, generator = group.division_of(CHECKED_TOKENS), torch.Generator().manual_seed(0)
+    shape = (1, CHECKED_TOKENS, group.size + 1, 64)
+    q, k, v, do = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    o, lse = attend(q, k, v, backend)
+    right = [x[:, division.own] for x in (o, *attend_backward(do, q, k, v, o, lse, backend))]
+    q, k, v, do = (x[:, division.own].contiguous() for x in (q, k, v, do))
+    o, lse = attend_divided(q, k, v, backend, division.group, division[1:])
+    found = (o, *attend_divided_backward(do, q, k, v, o, lse, backend, division.group, division[1:]))
+    return max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(found, right, strict=True))

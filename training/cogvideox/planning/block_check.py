@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox.memory.streaming import TrainedBlocks, compute_event, host_waits_for
-from cogvideox.model.attention import SAGE
+from cogvideox.model.attention import GRADIENT_TOLERANCE, SAGE
 from cogvideox.model.blocks import Block
 from cogvideox.model.quant import dequantize, quantize
 from cogvideox.model.rope import RotaryTables
+from cogvideox.model.sequence import SequenceGroup, division_error
 from cogvideox.planning.execution import Plan, buckets_of, compile_block
 from cogvideox.planning.plan import AUTO, ExecutionPlan
 from cogvideox.planning.stack import Stack, base_parameters, block_layers, lora_layers, quantization_kinds
@@ -65,10 +66,28 @@ def check_blocks(run: Run, samples: int, tensors: Tensors, transformer: Any, pla
     """
     if not isinstance(plan, ExecutionPlan) and not plan.compiled:
         return  # diffusers' own blocks run uncompiled, so there is nothing to compare
+    if run.ranks.sequence is not None and isinstance(plan, ExecutionPlan):
+        check_division(run, run.ranks.sequence, plan)
     blocks = transformer.transformer_blocks
     found = [check_block(run.device, samples, tensors, blocks, i, plan) for i in sorted({0, len(blocks) - 1})]
     tokens, cosine = map(min, zip(*found, strict=True))
     run.say(f"checked on {tokens} tokens: blocks compute the same as those of diffusers, cosine at least {cosine:.6f}")
+
+
+def check_division(run: Run, group: SequenceGroup, plan: ExecutionPlan) -> None:
+    """Checks that attention of divided tokens has the results of attention of all tokens, on all processes.
+
+    Raises:
+        BlockError: The results differ on a process. Every process raises it.
+    """
+    errors = run.ranks.gather([division_error(group, plan.attention, run.device, run.dtype)])
+    worst = max(range(len(errors)), key=errors.__getitem__)
+    if not errors[worst] <= GRADIENT_TOLERANCE:  # NaN fails
+        raise BlockError(
+            f"process {worst}: attention of divided tokens has a relative error of {errors[worst]:.2g}; nothing was "
+            "trained; run without --sequence_parallel, and check the connections between the GPUs, such as with "
+            "NCCL_P2P_DISABLE=1"
+        )
 
 
 def check_block(
