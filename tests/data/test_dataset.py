@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ from cogvideox.data.dataset import (
 )
 from cogvideox.data.sampler import BucketBatchSampler, Order, Visit
 from cogvideox.errors import UsageError
-from cogvideox.loop import BadClips
+from cogvideox.loop import BadClips, check_same_clips
 
 Tiny = Callable[[str], Path]
 BUCKET = Bucket(9, 64, 96)
@@ -532,6 +534,13 @@ def test_bad_clips_are_counted_and_reported_once_and_limited(capsys: pytest.Capt
     with pytest.raises(UsageError) as error:
         BadClips(0.2, 100).count([(str(k), "torn") for k in range(30)])
     assert error.value.problems[19:21] == ("19: torn", "... and 10 more")
+
+
+@pytest.mark.parametrize("last", ["c", "d"])
+def test_ranks_that_divide_a_sample_must_read_the_same_clip(last: str) -> None:
+    ranks: Any = SimpleNamespace(gather=lambda own: [("a",), ("a",), *own, (last,)])
+    with pytest.raises(UsageError, match="process 3 has read d in place of c") if last == "d" else nullcontext():
+        check_same_clips(ranks, 2, ("c",))
 
 
 @pytest.mark.fault("numbers: NaN or infinity in a cached tensor", times=4)

@@ -90,6 +90,11 @@ ENGINES = {
     "tokens_copies": Launch(4, COPIES, 5, 0, 1, ("--keep", "input"), divided_tokens=2),
     "tokens_fsdp": Launch(2, FSDP, 0, 4, 2, ("--keep", "all"), divided_tokens=2),
     "tokens_hsdp": Launch(4, HSDP, 0, 4, 2, divided_tokens=2),
+    "tokens_zero2": Launch(2, ZERO2, 1, 4, 2, ("--keep", "attention"), divided_tokens=2),
+}
+LORA_ENGINES = {name: ENGINES[name] for name in ("copies", "zero2", "zero2_offload", "tokens", "tokens_copies")} | {
+    "tokens_zero2": ENGINES["tokens_zero2"],
+    "tokens_lean": Launch(2, COPIES, 5, 0, 1, ("--plan", "lean"), divided_tokens=2),
 }
 BUCKETS = ("--height_buckets", 64, 96, "--width_buckets", 64, 96)
 LOW_BUCKETS = ("--height_buckets", 64, "--width_buckets", 64, 96)  # the positions of the tiny 1.5 models end at 64 rows
@@ -254,10 +259,11 @@ def test_a_killed_rank_ends_the_others_and_the_run_can_continue(
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["5b", "5b-i2v"])
-@pytest.mark.parametrize("engine", ["copies", "zero2", "zero2_offload", "tokens", "tokens_copies", "tokens_lean"])
+@pytest.mark.parametrize(
+    "engine", ["copies", "zero2", "zero2_offload", "tokens", "tokens_copies", "tokens_lean", "tokens_zero2"]
+)
 def test_a_lora_trains_on_several_processes_as_on_one(runs: Callable[..., Runs], kind: str, engine: str) -> None:
-    lean = Launch(2, COPIES, 5, 0, 1, ("--plan", "lean"), divided_tokens=2)
-    ranks, environment, *_, flags, divided_tokens = (ENGINES | {"tokens_lean": lean})[engine]
+    ranks, environment, *_, flags, divided_tokens = LORA_ENGINES[engine]
     made = runs(kind, 4 if ranks == 4 else 6, True)
     for steps in (STEPS // 2, STEPS):
         made.train(engine, ranks, steps, environment, flags, divided_tokens)

@@ -609,11 +609,14 @@ def test_copies_are_sharded_over_all_processes(
     assert sizes in (copies_and_shards(number), None)
 
 
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
 @pytest.mark.parametrize(
     ("environment", "flags", "problem", "fix"),
     [
         ({"WORLD_SIZE": "3"}, (), "--sequence_parallel 2: must divide the number of processes, 3", "--num_processes 4"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, (), "--sequence_parallel 2: is not supported", "fsdp2.yaml"),
+        (ZERO3, (), "accelerate launch (DeepSpeed): --sequence_parallel 2: zero_stage 3", "fsdp2.yaml"),
         ({}, ("--lora_dropout", "0.1"), "--sequence_parallel: contradicts --lora_dropout 0.1", "leave one of them out"),
         ({}, ("--plan", "off"), "--sequence_parallel 2: contradicts --plan off", "leave one of them out"),
         ({}, ("--use_dora",), "--sequence_parallel 2: contradicts --use_dora", "leave one of them out"),
@@ -622,13 +625,22 @@ def test_copies_are_sharded_over_all_processes(
 def test_what_cannot_divide_tokens_is_refused_with_a_fix(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], flags: tuple[str, ...], problem: str, fix: str
 ) -> None:
-    world = {"WORLD_SIZE": "2", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-    found = launch_problems(monkeypatch, LoraOptions, world | environment, "--sequence_parallel", "2", *flags)
+    found = launch_problems(
+        monkeypatch, LoraOptions, {"WORLD_SIZE": "2"} | environment, "--sequence_parallel", "2", *flags
+    )
     (line,) = (line for line in found if line.startswith(problem))
     assert fix in line
 
 
-@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "4"}, FSDP, FSDP | dict.fromkeys(HSDP, "2")])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "4"},
+        FSDP,
+        FSDP | dict.fromkeys(HSDP, "2"),
+        {"WORLD_SIZE": "2", **ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    ],
+)
 def test_tokens_are_divided_with_copies_and_shards(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:

@@ -72,7 +72,7 @@ from cogvideox.runtime.checkpoint import (
 from cogvideox.runtime.curves import CURVES_NAME, draw_curves
 from cogvideox.runtime.disk_room import saves_weights_only
 from cogvideox.runtime.metrics import column, read_records
-from cogvideox.runtime.ranks import lost_ranks_reported
+from cogvideox.runtime.ranks import Ranks, lost_ranks_reported
 from cogvideox.runtime.report import write_report
 from cogvideox.runtime.run import METRICS_NAME, Metrics, Run, TrainedSample, start_run, write_config
 from cogvideox.runtime.skipped import SkippedSteps
@@ -189,6 +189,25 @@ class BadClips:
             listed = first_of([f"{clip}: {reason}" for clip, reason in self.reasons.items()])
             raise UsageError([*listed, f"{rule}; fix them, or allow it with a larger fraction"])
         return bad
+
+
+def check_same_clips(ranks: Ranks, size: int, ids: tuple[str, ...]) -> None:
+    """Checks that ranks which divide the tokens of a sample have read the same clips.
+
+    Args:
+        ranks: The ranks of the run.
+        size: How many consecutive ranks divide a sample.
+        ids: The clips that this rank has read.
+
+    Raises:
+        UsageError: A rank could not read a clip that another one has read. Every rank raises it.
+    """
+    everyone = ranks.gather([ids])
+    for number, theirs in enumerate(everyone):
+        first = number // size * size
+        if theirs != everyone[first]:
+            rule = f"process {number} has read {', '.join(theirs)} in place of {', '.join(everyone[first])}"
+            raise UsageError(f"--max_bad_fraction: {rule}; check its disk, and start the run again, which resumes it")
 
 
 class Trainer:
@@ -359,6 +378,8 @@ class Trainer:
             ranks.consensus.may_stop(step)
             with metrics.loading():
                 batch = next(batches)
+            if ranks.sequence and self.dataset.replace_bad:
+                check_same_clips(ranks, ranks.sequence.size, batch.ids)
             metrics.bad_clips = self.bad_clips.count(batch.replaced)
             if not ranks.sequence or ranks.sequence.rank == 0:  # the others have the same samples
                 metrics.samples += batch.samples()

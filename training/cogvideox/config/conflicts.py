@@ -301,9 +301,6 @@ def sequence_problems(options: TrainOptions) -> Iterator[str]:
     if world % parallel:
         fix = f"launch with --num_processes {-(-world // parallel) * parallel}, or leave it out"
         yield f"--sequence_parallel {parallel}: must divide the number of processes, {world}; {fix}"
-    if parallel > 1 and under_deepspeed():
-        fix = "launch with accelerate_configs/fsdp2.yaml or uncompiled_2.yaml"
-        yield f"--sequence_parallel {parallel}: is not supported under DeepSpeed; {fix}"
 
 
 def target_problems(target_modules: Sequence[str]) -> Iterator[str]:
