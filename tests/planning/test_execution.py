@@ -41,7 +41,7 @@ from cogvideox.config import args
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import read_geometry
-from cogvideox.config.options import SftOptions
+from cogvideox.config.options import SftOptions, samples_per_step
 from cogvideox.errors import UsageError
 from cogvideox.memory.shared import Neighbors
 from cogvideox.model.models import load_transformer
@@ -505,6 +505,19 @@ def test_bytes_of_optimizer_state_per_element(
     sizes = execution.sizes_of_run(run, options, geometry, [Bucket(9, 64, 96)], transformer)  # type: ignore[arg-type]
     assert (sizes.state_bytes, sizes.moving_bytes, sizes.average_bytes) == expected
     assert sizes.ranks == 2
+
+
+def test_processes_that_divide_a_sample_count_as_one(model: Path, tensors: Path, tmp_path: Path) -> None:
+    """Each of them has a part of the tokens, rounded up, and the global batch is that of the groups."""
+    transformer, bucket = load_transformer(ModelFlags(str(model)), torch.float32), Bucket(9, 64, 96)
+    run: Any = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, world=6)
+    geometry = read_geometry(ModelFlags(str(model)))
+    for parallel, samples in ((1, 12), (3, 4)):
+        flags = sft_flags(model, tensors, tmp_path, "--sequence_parallel", parallel)
+        options = args.parse(SftOptions, None, flags, ())
+        sizes = execution.sizes_of_run(run, options, geometry, [bucket], transformer)
+        assert (sizes.sequence_parallel, sizes.tokens) == (parallel, -(-geometry.tokens(bucket) // parallel))
+        assert samples_per_step(options, 6) == samples
 
 
 def test_weights_are_trained_on_the_host_by_one_process(

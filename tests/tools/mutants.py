@@ -64,6 +64,7 @@ MUTANTS = (
     Mutant("model/rope.py", "round((base_height - height) / 2.0)", "0", ("test_rope.py",)),
     Mutant("model/lora.py", "/ (1.0 - self.p)", "* (1.0 - self.p)", ("test_methods.py", "-k", "dropout_is_a_function")),
     Mutant("model/lora.py", "dim=1, sign=-1.0", "dim=1, sign=1.0", ("test_methods.py", "-k", "pissa_starts")),
+    Mutant("model/sequence.py", " * ctx.division.size, None", ", None", ("test_sequence.py", "-k", "one_process")),
     # the optimizer step
     Mutant(
         "optimizer/step.py",
