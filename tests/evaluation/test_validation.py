@@ -14,10 +14,11 @@ import pytest
 import torch
 from evaluating import bare
 from fakes import listing, state_of
-from running import PROMPT, lora_flags, train
+from running import LORA_SCRIPT, PROMPT, Forked, finish, fork_ranks, lora_flags, losses, metrics, python, train
 
 from cogvideox.data.sampler import Order
 from cogvideox.evaluation import validation
+from cogvideox.evaluation.before_after import SHEET_NAME
 from cogvideox.evaluation.validation import FOLDER, Prompts, Validator, evaluation_mode
 from cogvideox.model import models
 from cogvideox.runtime.checkpoint import checkpoints
@@ -205,6 +206,41 @@ def test_videos_are_shared_out_over_the_ranks(tmp_path: Path, monkeypatch: pytes
     assert len(paths) == 6
     assert sorted(path for share in made for path in share) == sorted(paths)
     assert max(map(len, made)) - min(map(len, made)) <= 1
+
+
+@pytest.fixture(scope="module")
+def validated_by_one(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one process, which renders two videos before and after a step that changes nothing."""
+    output = tmp_path_factory.mktemp("one") / "lora"
+    finish(Forked(rendering(model, tensors, output, ranks=1)))
+    return output
+
+
+def rendering(model: Path, tensors: Path, output: Path, ranks: int) -> list[object]:
+    """Returns the command of a run that renders a video for each of two prompts."""
+    flags = ["--load_tensors", "--validation_prompt", f"{PROMPT}:::a disc", "--max_train_steps", 1]
+    flags += ["--learning_rate", 0, "--num_inference_steps", 2, "--gradient_accumulation_steps", 6 // ranks]
+    return python(LORA_SCRIPT, *lora_flags(model, tensors, output, *flags))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.fault("ranks: two processes in place of one")
+def test_ranks_render_the_videos_of_one_process(
+    model: Path, tensors: Path, validated_by_one: Path, tmp_path: Path, ranks: int
+) -> None:
+    """One of three ranks has no video to render. What rank 0 makes of the videos is the same, too."""
+    output = tmp_path / "lora"
+    for rank in fork_ranks(ranks, rendering(model, tensors, output, ranks)):
+        finish(rank)
+    videos = [{path.name: path.read_bytes() for path in run.rglob("*.mp4")} for run in (output, validated_by_one)]
+    assert videos[0] == videos[1]
+    assert len(videos[0]) == 4
+    for name in (SHEET_NAME, "inference.py"):
+        assert (output / name).read_bytes() == (validated_by_one / name).read_bytes()
+    assert losses(output) == pytest.approx(losses(validated_by_one), rel=1e-5)  # the mean over ranks and micro-batches
+    health = [[line for line in metrics(run) if "validation_motion" in line] for run in (output, validated_by_one)]
+    assert health[0] == health[1]
+    assert len(health[0]) == 2
 
 
 @pytest.mark.parametrize("seed", [0, 7])

@@ -506,7 +506,8 @@ if ranks.process_index == 1 and sys.argv[2] == "hang":
     wait_in_vain()
 if ranks.process_index == 1:
     for _ in range(8): time.sleep(0.5); stopping.unit("a clip")
-ranks.wait_for_everyone()
+with stopping.phase("the evaluation after step 3"):
+    ranks.wait_for_everyone()
 """
 
 
@@ -518,9 +519,43 @@ def two_ranks(folder: Path, patience: float, how: str) -> list[Forked]:
 @pytest.mark.fault("ranks: one of two hangs while the other waits in a barrier")
 def test_a_rank_that_hangs_ends_all_with_their_stacks(tmp_path: Path) -> None:
     texts = [finish(rank, 1) for rank in two_ranks(tmp_path, 2, "hang")]
-    assert all("no rank made progress for 2 s (--nccl_timeout)" in text for text in texts)
+    rule = "no rank made progress for 2 s (--nccl_timeout) during"
+    assert f"rank 0: {rule} the evaluation after step 3; this one waits for the others; give more seconds" in texts[0]
+    assert f"rank 1: {rule} the start; this one last finished: start; give more seconds" in texts[1]
     assert "in wait_for_everyone" in texts[0]
     assert "in wait_in_vain" in texts[1]
+    assert not any("no answer" in text for text in texts)
+
+
+@pytest.mark.fault("ranks: one of two is suspended while both train")
+def test_a_suspended_rank_is_named_with_the_step(model: Path, tensors: Path, tmp_path: Path) -> None:
+    """The other rank waits in the sum of the gradients, which would wait for ever."""
+    flags = lora_flags(model, tensors, tmp_path / "lora", "--load_tensors", "--nccl_timeout", 5)
+    ranks = fork_ranks(2, python(LORA_SCRIPT, *flags), {1: ("^unit micro-batch", 4, signal.SIGSTOP)})
+    text = finish(ranks[0], 1)
+    ranks[1].send_signal(signal.SIGKILL)
+    ranks[1].wait()
+    rule = "no rank made progress for 5 s (--nccl_timeout) during step 2; this one waits for the others"
+    assert f"rank 0: {rule}; give more seconds if the work is only slow. Its threads:" in text
+    assert "no answer from rank 1" in text
+
+
+FROM_MAIN = """
+from datetime import timedelta
+from accelerate import PartialState
+from cogvideox.runtime.ranks import Ranks
+ranks = Ranks(PartialState(cpu=True, timeout=timedelta(seconds=1)), 60)
+if ranks.is_main_process:
+    time.sleep(4)
+print(ranks.from_main(f"by {ranks.process_index}"))
+"""
+
+
+def test_no_rank_waits_for_the_main_one_in_a_collective_operation_of_training(tmp_path: Path) -> None:
+    """Rank 0 needs four seconds, and the operations of an optimizer step may take one."""
+    (tmp_path / "ranks.py").write_text(script_of(FROM_MAIN))
+    for rank in fork_ranks(2, python(tmp_path / "ranks.py")):
+        assert "by 0" in finish(rank)
 
 
 def test_a_rank_that_makes_progress_is_waited_for(tmp_path: Path) -> None:

@@ -330,11 +330,13 @@ class Trainer:
             stopping.defer()
         try:
             while step < self.last_step:
-                save = self._compute_gradients(step, metrics, batches)
-                rate = learning_rate(self.options.optimizer, step, self.steps.total, self.steps.order.global_batch)
-                result = self.engine.step(rate)
-                step += 1
-                metrics.push(step, rate, result)
+                with stopping.phase(f"step {step + 1}"):
+                    save = self._compute_gradients(step, metrics, batches)
+                    rate = learning_rate(self.options.optimizer, step, self.steps.total, self.steps.order.global_batch)
+                    with stopping.waiting():
+                        result = self.engine.step(rate)
+                        step += 1
+                        metrics.push(step, rate, result)
                 self.saver.check()
                 if step == self.steps.first + STEADY_STEPS:
                     self.run.say(measured_line(metrics.seconds))
@@ -407,7 +409,8 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         """Saves a checkpoint. A single process can be stopped at once from here on, unless a thread still writes it."""
-        self.saver.save(step)
+        with stopping.phase(f"the checkpoint of step {step}"):
+            self.saver.save(step)
         if self.run.world == 1 and not self.saver.writing:
             stopping.allow(self._describe_progress(step))
 
@@ -449,7 +452,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         """Measures the held-out loss and renders the validation videos due after a step, unless they exist."""
         ends = step in (0, self.last_step)
-        with self.engine.averaged():
+        with stopping.phase(f"the evaluation after step {step}"), self.engine.averaged():
             if ends or self._held_out_due(step):
                 self.held_out.measure(step)
                 self.saver.after_writing(partial(self.best.update, step))
@@ -525,7 +528,7 @@ class Trainer:
         run, options = self.run, self.options
         if options.train.export_best:
             step = self._restore_best(step)
-        with self.engine.averaged():
+        with stopping.phase("the export"), self.engine.averaged():
             files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.steps.recipe, step)
         if run.is_main:
             run.say(f"report: {write_report(run.output_dir)}")

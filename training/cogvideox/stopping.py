@@ -71,6 +71,7 @@ class _State:
         self.grace = UNWINDING
         self.units = 0
         self.last_unit = "start"
+        self.phase = "the start"  # what the run does now, for the message about a hang
         self.waiting_since: float | None = None  # when this rank began to wait for other ranks
         self.watcher: _Watcher | None = None
 
@@ -138,11 +139,24 @@ def stoppable() -> Iterator[None]:
 @contextmanager
 def waiting() -> Iterator[None]:
     """Marks a wait for other ranks; the run ends if no rank makes progress meanwhile."""
-    _state.waiting_since = time.monotonic()
+    before, _state.waiting_since = _state.waiting_since, time.monotonic()
     try:
         yield
     finally:
-        _state.waiting_since = None
+        _state.waiting_since = before
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Names what the run does in a block, such as "the export", for messages about ranks that wait too long."""
+    before, _state.phase = _state.phase, name
+    yield
+    _state.phase = before  # after an error, the message of the error needs the name
+
+
+def current_phase() -> str:
+    """Returns the name of what the run does now."""
+    return _state.phase
 
 
 def stop() -> NoReturn:
@@ -377,16 +391,21 @@ class _Others:
 
     def _end_hang(self) -> NoReturn:
         """Prints the stacks of this rank and ends it, once all ranks know or FAREWELL seconds have passed."""
-        known = self.store.add("hang", 1)
+        self.store.add(f"hang/{self.rank}", 1)
+        self.store.add("hang", 1)
         what = "waits for the others" if _state.waiting_since is not None else f"last finished: {_state.last_unit}"
-        rule = f"no rank made progress for {self.patience:g} s (--nccl_timeout)"
-        os.write(2, f"rank {self.rank}: {rule}; this one {what}. Its threads:\n".encode())
+        rule = f"no rank made progress for {self.patience:g} s (--nccl_timeout) during {_state.phase}"
+        fix = "give more seconds if the work is only slow"
+        os.write(2, f"rank {self.rank}: {rule}; this one {what}; {fix}. Its threads:\n".encode())
         faulthandler.dump_traceback(2, all_threads=True)
         end = time.monotonic() + FAREWELL
-        while known < self.number and time.monotonic() < end:
+        while (silent := self._silent()) and time.monotonic() < end:
             time.sleep(PERIOD)
-            known = self.store.add("hang", 0)
-        _end(HANG_EXIT)
+        _end(HANG_EXIT, f"no answer from rank {', '.join(map(str, silent))}" if silent else "")
+
+    def _silent(self) -> list[int]:
+        """Returns the ranks that do not know of the hang, because they are suspended or their machine is gone."""
+        return [rank for rank in range(self.number) if not self.store.add(f"hang/{rank}", 0)]
 
 
 def _bytes_moved() -> int:

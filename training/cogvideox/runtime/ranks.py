@@ -33,6 +33,9 @@ PATIENCE = timedelta(days=7)  # gloo's timeout; stopping.py ends a run without p
 GO, SAVE, STOP = "go", "save", "stop"
 # How gloo, NCCL and the store of torch.distributed say that another process has ended.
 LOST = re.compile("closed by peer|reset by peer|[Bb]roken pipe|remote process exited|failed to recv|recvVector failed")
+TIMED_OUT = re.compile(
+    "[Tt]imed out waiting|collective operation timeout"
+)  # how gloo and NCCL say that one is too slow
 
 T = TypeVar("T")
 
@@ -92,8 +95,8 @@ def check_world(number: int) -> None:
 class Ranks:
     """Represents this process and its connections to the other processes of the run.
 
-    Barriers wait for work whose length differs between ranks (encoding, sampling, exporting). They use a separate gloo
-    group, because the timeout of the collectives in a training step would end them.
+    Everything here may wait for work whose length differs between ranks (encoding, sampling, exporting). It uses a
+    separate gloo group, because the timeout of the collectives in a training step would end it.
 
     Attributes:
         sequence: The ranks that divide the tokens of this rank's samples; None if it has all tokens.
@@ -142,6 +145,14 @@ class Ranks:
         with stopping.waiting():
             dist.all_gather_object(lists, items, self._patient)
         return [item for part in lists for item in part]
+
+    def from_main(self, value: T) -> T:
+        """Returns the value of the main process on every rank, which may take long to find it."""
+        values = [value]
+        if self._patient is not None:
+            with stopping.waiting():
+                dist.broadcast_object_list(values, src=0, group=self._patient)
+        return values[0]
 
     def wait_for_everyone(self) -> None:
         """Returns when every process has called this."""
@@ -216,7 +227,7 @@ class Ranks:
 
 @contextmanager
 def lost_ranks_reported(hint: Callable[[], str]) -> Iterator[None]:
-    """Converts the error of a collective operation that another process has left into a LostRankError.
+    """Converts the error of a collective operation that another process has left or delayed into a LostRankError.
 
     Args:
         hint: Returns how the run is continued, for the message.
@@ -224,11 +235,16 @@ def lost_ranks_reported(hint: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not LOST.search(str(error)):
+        rank, phase = os.environ.get("RANK", "0"), stopping.current_phase()
+        if LOST.search(str(error)):
+            problem = (
+                f"lost its connection to the others during {phase}, because one of them has ended; see its messages"
+            )
+        elif TIMED_OUT.search(str(error)):
+            problem = f"waited too long for the others during {phase}; if they are only slow, raise --nccl_timeout"
+        else:
             raise
-        rank = os.environ.get("RANK", "0")
-        problem = f"process {rank} lost its connection to the others, because one of them has ended; see its messages"
-        raise LostRankError(f"{problem}; {hint()}") from error
+        raise LostRankError(f"process {rank} {problem}; {hint()}") from error
 
 
 class Consensus:

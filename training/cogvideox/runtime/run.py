@@ -41,6 +41,10 @@ RUN_CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")  # their versions are recorded
 
+# The collective operations of a step may take this many seconds longer than --nccl_timeout, because their errors name
+# neither the rank nor the phase. So stopping.py, whose message does, ends the run first.
+WATCHER_SECONDS = 30
+
 T = TypeVar("T")
 
 
@@ -104,10 +108,7 @@ class Run:
 
     def from_main(self, value: T) -> T:
         """Returns the value of the main process on every rank."""
-        values = [value]
-        if self.world > 1:
-            torch.distributed.broadcast_object_list(values)
-        return values[0]
+        return self.ranks.from_main(value)
 
 
 def memory_peaks() -> tuple[float, float] | None:
@@ -179,7 +180,7 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
     os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", None)
     handlers = []
     if world > 1 or deepspeed:
-        timeout = timedelta(seconds=options.train.nccl_timeout)
+        timeout = timedelta(seconds=options.train.nccl_timeout + WATCHER_SECONDS)
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
     if deepspeed and on_cpu:
         import deepspeed as library
