@@ -112,11 +112,12 @@ def exchange(parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], group: 
     Returns:
         What each process has sent to this one.
     """
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    sent = torch.cat([part.flatten() for part in parts])
-    received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=GROUPS[group])
-    return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+    in_sizes, out_sizes = [part.numel() for part in parts], [torch.Size(shape).numel() for shape in shapes]
+    sent, received = (parts[0].new_empty(sum(sizes)) for sizes in (in_sizes, out_sizes))
+    for place, part in zip(sent.split(in_sizes), parts, strict=True):
+        place.view(part.shape).copy_(part)
+    dist.all_to_all_single(received, sent, out_sizes, in_sizes, group=GROUPS[group])
+    return [part.view(shape) for part, shape in zip(received.split(out_sizes), shapes, strict=True)]
 
 
 def to_heads(x: Tensor, division: Division) -> Tensor:
