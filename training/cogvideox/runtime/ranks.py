@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SHARED_SECONDS = 10.0  # Network file systems show new files to other machines some seconds late.
 PATIENCE = timedelta(days=7)  # gloo's timeout; stopping.py ends a run without progress much earlier
+# The collective operations of a step may take this many seconds longer than --nccl_timeout, because their errors name
+# neither the rank nor the phase. So stopping.py, whose message does, ends the run first.
+WATCHER_SECONDS = 30
 GO, SAVE, STOP = "go", "save", "stop"
 # How gloo, NCCL and the store of torch.distributed say that another process has ended.
 LOST = re.compile("closed by peer|reset by peer|[Bb]roken pipe|remote process exited|failed to recv|recvVector failed")
@@ -123,7 +126,7 @@ class Ranks:
         self.num_processes: int = state.num_processes
         self.is_main_process: bool = state.is_main_process
         self.device: torch.device = state.device
-        self.sequence = make_sequence_group(sequence_parallel, timedelta(seconds=patience))
+        self.sequence = make_sequence_group(sequence_parallel, timedelta(seconds=patience + WATCHER_SECONDS))
         self.data_index, self.data_number = (n // sequence_parallel for n in (self.process_index, self.num_processes))
         self.patience = patience
         connected = connected and self.num_processes > 1

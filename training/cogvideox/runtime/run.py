@@ -31,7 +31,7 @@ from cogvideox.files import LOCK_NAME, disk_errors_converted, remove_temporaries
 from cogvideox.locks import Lock, take
 from cogvideox.optimizer.step import LOSS_SCALE, StepResult
 from cogvideox.progress import ProgressBar
-from cogvideox.runtime.ranks import Ranks, check_world
+from cogvideox.runtime.ranks import WATCHER_SECONDS, Ranks, check_world
 from cogvideox.runtime.startup import Startup
 
 if TYPE_CHECKING:
@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 RUN_CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "av")  # their versions are recorded
-
-# The collective operations of a step may take this many seconds longer than --nccl_timeout, because their errors name
-# neither the rank nor the phase. So stopping.py, whose message does, ends the run first.
-WATCHER_SECONDS = 30
 
 T = TypeVar("T")
 
