@@ -36,9 +36,8 @@ WATCHER_SECONDS = 30
 GO, SAVE, STOP = "go", "save", "stop"
 # How gloo, NCCL and the store of torch.distributed say that another process has ended.
 LOST = re.compile("closed by peer|reset by peer|[Bb]roken pipe|remote process exited|failed to recv|recvVector failed")
-TIMED_OUT = re.compile(
-    "[Tt]imed out waiting|collective operation timeout"
-)  # how gloo and NCCL say that one is too slow
+# How gloo and NCCL say that another process is too slow.
+TIMED_OUT = re.compile("[Tt]imed out waiting|collective operation timeout")
 
 T = TypeVar("T")
 
