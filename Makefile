@@ -32,7 +32,8 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not gpu and not long" -n $(WORKERS) --dist worksteal
 
 test-gpu: $(VENV)/ready
-	COGVIDEOX_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
+	COGVIDEOX_TEST_GPU=1 $(BIN)/python -m pytest -m "gpu and not timed" -n 4 --dist worksteal
+	COGVIDEOX_TEST_GPU=1 $(BIN)/python -m pytest -m "gpu and timed"
 
 test-long: $(VENV)/ready
 	$(BIN)/python -m pytest -m "long and not gpu" -n $(WORKERS) --dist worksteal

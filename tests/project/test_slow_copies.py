@@ -112,6 +112,7 @@ def test_copies_keep_their_result_and_are_fast_again_at_the_end() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timed
 @pytest.mark.parametrize("name", [IN, OUT])
 def test_copies_have_the_rate_that_was_asked_for(name: str) -> None:
     device = torch.device("cuda", 0)
@@ -123,6 +124,7 @@ def test_copies_have_the_rate_that_was_asked_for(name: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timed
 def test_a_trace_has_the_copies_of_both_directions() -> None:
     host, here = pinned(COPY_BYTES), torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
 
