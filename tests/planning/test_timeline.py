@@ -23,7 +23,7 @@ from cogvideox.planning.choice import mixture
 from cogvideox.planning.costs import Costs
 from cogvideox.planning.plan import AUTO, DEVICE, GIB, HOST, BlockPlan, ExecutionPlan, Machine, Sizes
 from cogvideox.planning.stack import Stack, base_bytes, base_parameters
-from cogvideox.planning.timeline import IN, OUT, Link, Timeline
+from cogvideox.planning.timeline import IN, LAST, OUT, Link, Timeline
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BLOCKS = 8
@@ -82,14 +82,16 @@ def clocked(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, sec
             for _ in range(passes):
                 masters.backward(transformer(**arguments)[0].float().square().mean() / passes)
             masters.step(1e-3)
-            ends.append(clock.now)
-        return ends[1] - ends[0], clock.host_bytes
+            ends.append(clock.compute.record())
+        times = clock.times()
+        return times[ends[1]] - times[ends[0]], clock.host_bytes
 
 
 def predicted(made: Callable[..., Any], kinds: Kinds, state: str, passes: int, seconds: float) -> tuple[float, float]:
     """Returns the predicted seconds and pinned bytes; copies in both directions do not slow each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Timeline, "compute_seconds", lambda *_: (seconds, 2 * seconds))
+        patch.setattr("cogvideox.planning.timeline.RANGE_BYTES", RANGE)
         for work in ("update", "norm", "collect"):
             patch.setattr(Timeline, f"{work}_seconds", lambda *_: 0.0)
         costs = Costs(kinds, state, False, sizes_of(made("5b", depth=BLOCKS).bfloat16(), passes))
@@ -133,11 +135,27 @@ def test_a_step_of_a_lora_takes_what_its_waits_take(kinds: Kinds, state: str, se
     ],
 )
 def test_a_step_of_all_weights_takes_what_its_waits_take(kinds: Kinds, state: str, passes: int, seconds: float) -> None:
-    """The copies of a block take up to 1.6 s. The clock makes copies in the order in which they are issued."""
+    """The copies of a block take up to 1.6 s. A direction makes those of one stream until that has none ready."""
     real, pinned = clocked(make_trainable, kinds, state, passes, seconds)
     expected, expected_pinned = predicted(make_trainable, kinds, state, passes, seconds)
     assert expected == pytest.approx(real, rel=0.05)
     assert expected_pinned == pytest.approx(pinned, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "state"),
+    [
+        ({BlockPlan(HOST, "linear", HOST, DEVICE): 3, BlockPlan(HOST, "attention", DEVICE, DEVICE): 5}, HOST),
+        ({BlockPlan(HOST, "attention", HOST, DEVICE): 6, BlockPlan(HOST, "linear", HOST, HOST): 2}, HOST),
+        ({BlockPlan(DEVICE, "linear", HOST, HOST): 4, BlockPlan(DEVICE, "linear", DEVICE, HOST): 4}, DEVICE),
+        ({BlockPlan(HOST, "all", HOST, DEVICE): 4, BlockPlan(HOST, "all", DEVICE, DEVICE): 4}, DEVICE),
+    ],
+)
+def test_updates_wait_while_saved_activations_leave(kinds: Kinds, state: str) -> None:
+    """The first plans are like those of 2b and 5b within 24 GB. Without this wait, 6 to 18 % less were predicted."""
+    real, _ = clocked(make_trainable, kinds, state, 1, 0.1)
+    expected, _ = predicted(make_trainable, kinds, state, 1, 0.1)
+    assert expected == pytest.approx(real, rel=0.03)
 
 
 # -- parts of the timeline ---------------------------------------------------------------------------------------------
@@ -152,6 +170,32 @@ def test_copies_in_both_directions_slow_each_other() -> None:
     assert link.copy(OUT, start + 10.0, np.array([1.0])) == [11.0]
     assert link.copy(IN, start + 20.0, np.array([0.0])) == [20.0]
     assert link.free[IN] < 5
+
+
+def test_copies_of_updates_let_all_others_out_go_first() -> None:
+    link, start, second = Link(1.0, 2.0, 1), np.zeros(1), np.ones(1)
+    link.copy_last(start, 3 * second)
+    assert link.free[LAST] == [3.0]
+    assert link.copy(OUT, start + 1.0, 4 * second) == [5.0]  # in its midst
+    assert link.free[LAST] == [7.0]
+    link.copy_last(start + 9.0, second)
+    assert link.copy(OUT, start + 7.0, 2.5 * second) == [9.5]  # before it begins, half a second too long
+    assert link.free[LAST] == [10.5]
+    assert link.left(start + 7.0, 0.5 * second) == [10.0]
+    assert link.left(start + 7.0, 1.5 * second) == [0.0]  # they had ended by then
+
+
+def test_copies_of_updates_and_copies_in_slow_each_other() -> None:
+    """At a common rate of 1.6, each direction has 0.8."""
+    link, start = Link(1.0, 1.6, 1), np.zeros(1)
+    link.copy_last(start, np.ones(1))
+    assert link.copy(IN, start, np.array([3.0])) == pytest.approx(3.25)
+    assert link.free[LAST] == pytest.approx(1.25)
+    link.copy_last(start + 3.0, np.ones(1))
+    assert link.free[LAST] == pytest.approx(4.0 + 0.25 * 0.25)
+    link.reach = np.array([0.5])  # copies come in for half a second while those of updates wait
+    link.copy(IN, start + 10.0, np.array([3.0]))
+    assert link.copy(OUT, start + 10.0, np.ones(1)) == pytest.approx(11.0 + 0.25 * 0.5)
 
 
 LARGE = Sizes(  # CogVideoX-5b, all weights, 49x480x720
@@ -221,12 +265,12 @@ def recorded() -> list[Any]:
 
 
 @pytest.mark.parametrize("result", recorded())
-def test_predictions_are_within_9_percent_of_what_was_measured(result: dict[str, Any]) -> None:
+def test_predictions_are_within_5_percent_of_what_was_measured(result: dict[str, Any]) -> None:
     sizes = Sizes(**result["sizes"] | {"units_kept": tuple(result["sizes"]["units_kept"])})
     kinds = {BlockPlan(**kind): count for (*kind_and_count,) in result["kinds"] for kind, count in [kind_and_count]}
     costs = Costs(kinds, result["state"], result["compiled"], sizes)
     seconds = float(Timeline(costs, Machine(**result["machine"])).seconds()[0])
-    assert seconds == pytest.approx(result["seconds_per_step"], rel=0.09)
+    assert seconds == pytest.approx(result["seconds_per_step"], rel=0.05)
     assert costs.peak_bytes / GIB == pytest.approx(result["peak_gib"]["allocated"], rel=0.05)
 
 

@@ -1,8 +1,9 @@
-"""Gives the streams of a simulated GPU a clock on a CPU: all work runs at once, and is recorded with the time it takes.
+"""Gives the streams of a simulated GPU a clock on a CPU: all work runs at once, and is recorded to be timed later.
 
-``timed`` replaces streaming.SideStream and the waits of the compute stream. A copy takes its bytes divided by a rate,
-and starts when its stream, all earlier copies in its direction and the events that it waits for have ended. ``taking``
-gives a function seconds of the compute stream. So the clock shows when a GPU would finish, by the waits in the code.
+``timed`` replaces streaming.SideStream and the waits of the compute stream. ``Clock.times`` replays what was recorded,
+as a GPU would: the work of a stream runs in order and waits for events, and each direction makes one copy at a time,
+in its bytes divided by a rate. As on a GPU (benchmarks/LOG.md), a direction makes copies of one stream until that has
+none ready. ``taking`` gives a function seconds of the compute stream.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import finalize
 
 import pytest
@@ -23,16 +24,82 @@ from cogvideox.optimizer import adam_weights
 from cogvideox.optimizer import step as step_module
 from cogvideox.planning import stack as stack_module
 
+LATENCY = 1e-12  # seconds from an event to the work that waits for it; so this work is not ready at once
+
+
+class Event:
+    """What a stream records, and other streams wait for."""
+
+
+class Kernel(NamedTuple):
+    """Work of some seconds."""
+
+    seconds: float
+
+
+class Copy(NamedTuple):
+    """A copy in a direction, with its number among all copies."""
+
+    direction: str
+    num_bytes: int
+    number: int
+
+
+class Wait(NamedTuple):
+    """A wait for an event."""
+
+    event: Event
+
+
+@dataclass
+class Stream:
+    """The work of a stream in order; an Event among it is one that it records."""
+
+    work: list[Kernel | Copy | Wait | Event] = field(default_factory=list)
+    done: int = 0  # of the work, in a replay
+    now: float = 0.0  # when it was done
+
+    def record(self) -> Event:
+        """Records an event."""
+        event = Event()
+        self.work.append(event)
+        return event
+
+    def wait(self, *events: Event | None) -> None:
+        """Lets all later work wait for events."""
+        self.work += [Wait(event) for event in events if event]
+
+    def advance(self, times: dict[Event, float]) -> Copy | None:
+        """Replays the work up to the next copy, which is returned, or to a wait for an event without a time."""
+        while self.done < len(self.work):
+            match self.work[self.done]:
+                case Copy() as copy:
+                    return copy
+                case Wait(event):
+                    if event not in times:
+                        return None
+                    self.now = max(self.now, times[event] + LATENCY)
+                case Kernel(seconds):
+                    self.now += seconds
+                case Event() as event:
+                    times[event] = self.now
+            self.done += 1
+        return None
+
 
 @dataclass
 class Clock:
-    """The time of the compute stream, and when each direction of copies is free."""
+    """All streams, of which the first one computes."""
 
     rate: float
-    now: float = 0.0
-    free: dict[str, float] = field(default_factory=lambda: {"in": 0.0, "out": 0.0})
+    streams: list[Stream] = field(default_factory=lambda: [Stream()])
     hosts: set[int] = field(default_factory=set)  # addresses of host memory
     host_bytes: int = 0  # of all host memory that is allocated now
+    copies: int = 0  # that were recorded
+
+    @property
+    def compute(self) -> Stream:
+        return self.streams[0]
 
     def direction_of(self, target: Tensor) -> str:
         return "out" if target.untyped_storage().data_ptr() in self.hosts else "in"
@@ -40,12 +107,33 @@ class Clock:
     def freed(self, num_bytes: int) -> None:
         self.host_bytes -= num_bytes
 
-    def waits_for(self, event: float | None) -> None:
-        self.now = max(self.now, event or 0.0)
+    def times(self) -> dict[Event, float]:
+        """Replays all work, once; returns when each event happened."""
+        times: dict[Event, float] = {}
+        free, last = {"in": 0.0, "out": 0.0}, dict.fromkeys(("in", "out"), self.compute)
+        while copies := self._ready(times):
+            ranks = []
+            for stream, copy in copies:
+                end = free[copy.direction]
+                goes_on = stream is last[copy.direction] and stream.now <= end
+                ranks.append((max(stream.now, end), not goes_on, stream.now, copy.number))
+            (start, *_), (stream, copy) = min(zip(ranks, copies, strict=True))
+            stream.now = free[copy.direction] = start + copy.num_bytes / self.rate
+            last[copy.direction] = stream
+            stream.done += 1
+        return times
+
+    def _ready(self, times: dict[Event, float]) -> list[tuple[Stream, Copy]]:
+        """Replays everything but copies; returns the streams that have come to one."""
+        known = -1
+        while known < len(times):
+            known = len(times)
+            reached = [(stream, stream.advance(times)) for stream in self.streams]
+        return [(stream, copy) for stream, copy in reached if copy]
 
 
 class Timed(TorchFunctionMode):
-    """Makes copies, and records the time they take on a stream."""
+    """Makes copies, and records them on a stream."""
 
     def __init__(self, side: TimedStream) -> None:
         super().__init__()
@@ -54,9 +142,8 @@ class Timed(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.copy_:
             clock = self.side.clock
-            direction = clock.direction_of(args[0])
-            self.side.free = max(self.side.free, clock.free[direction]) + args[0].nbytes / clock.rate
-            clock.free[direction] = self.side.free
+            self.side.stream.work.append(Copy(clock.direction_of(args[0]), args[0].nbytes, clock.copies))
+            clock.copies += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -66,23 +153,24 @@ class TimedStream:
     clock: Clock
 
     def __init__(self, device: torch.device, urgent: bool = False) -> None:
-        self.device, self.free = device, 0.0
+        self.device, self.stream = device, Stream()
+        self.clock.streams.append(self.stream)
 
     def after_compute(self) -> Timed:
-        return self.after(self.clock.now)
+        return self.after(self.clock.compute.record())
 
-    def after(self, *events: float | None) -> Timed:
-        self.free = max(self.free, *(event or 0.0 for event in events))
+    def after(self, *events: Event | None) -> Timed:
+        self.stream.wait(*events)
         return Timed(self)
 
-    def run_after(self, work: Callable[[], None], *events: float | None) -> None:
-        self.free = max(self.free, *(event or 0.0 for event in events))
+    def run_after(self, work: Callable[[], None], *events: Event | None) -> None:
+        self.stream.wait(*events)
         work()
 
     def synchronize(self) -> None: ...
 
-    def record_event(self) -> float:
-        return self.free
+    def record_event(self) -> Event:
+        return self.stream.record()
 
 
 @contextmanager
@@ -107,10 +195,10 @@ def timed(patch: pytest.MonkeyPatch, rate: float) -> Iterator[Clock]:
         patch.setattr(module, "host_buffer", host_buffer)
     patch.setattr(TimedStream, "clock", clock, raising=False)
     patch.setattr(streaming, "SideStream", TimedStream)
-    patch.setattr(streaming, "compute_event", lambda _: clock.now)
+    patch.setattr(streaming, "compute_event", lambda _: clock.compute.record())
     patch.setattr(streaming, "host_waits_for", lambda _: None)
     for module in (streaming, step_module):
-        patch.setattr(module, "compute_waits_for", clock.waits_for)
+        patch.setattr(module, "compute_waits_for", clock.compute.wait)
     yield clock
 
 
@@ -118,7 +206,7 @@ def taking(seconds: float, clock: Clock, function: Callable[..., Any]) -> Callab
     """Returns a function whose calls take some seconds of the compute stream."""
 
     def call(*arguments: Any) -> Any:
-        clock.now += seconds
+        clock.compute.work.append(Kernel(seconds))
         return function(*arguments)
 
     return call

@@ -65,7 +65,9 @@ class Ema:
         for name, parameter in self.parameters.items():
             master, average = self.masters[name], self.averages[name]
             if isinstance(self.masters, Masters):
-                self.masters.swap(name, average)
+                trained = master.clone()
+                self.masters.write(name, average)
+                average.copy_(trained)
             elif master is parameter:
                 trained = parameter.clone()
                 parameter.copy_(average)

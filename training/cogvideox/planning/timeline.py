@@ -7,11 +7,17 @@ it waits for has happened; these dependencies are those of memory/streaming.py:
     start      the norm of the gradients; updates of state on the device; state of what is trained outside of blocks
     forward    block i waits for its weights, which come in while the block before computes, and for its update
                in: weights, and of host-trained blocks state and gradients    out: saved activations, updated state
-    backward   block i waits for its weights and saved activations, which come in one block ahead
+    backward   waits for all updates; block i waits for its weights and saved activations, which come in one block ahead
                in: weights, saved activations, earlier sums of gradients      out: gradients of host-trained blocks
 
-State of blocks whose weights are on the device passes from the start of the step on, behind all other copies. These
-blocks are the last ones (``order``), so that their state has the forward pass of the others to pass in.
+State of blocks whose weights are on the device passes behind that of all others. These blocks are the last ones
+(``order``), so that their state has the forward pass of the others to pass in.
+
+Streams do not share a direction of the link: it makes the copies of one stream until that has none ready. All saved
+activations of a block are ready at once, but each copy of an update waits for a kernel. So saved activations leave
+first, and an update, which passes in ranges through TRANSFER_SLOTS slots, cannot go on before earlier ranges and
+weights have left their slots. (Source: the gaps between kernels, of 10 to 34 ms, in the traces of
+benchmarks/results/bench_*-sft-24gb*.json, in which only saved activations and then one range are copied.)
 
 The arithmetic of a block is counted: FLOP of matrix products and attention, and bytes of memory traffic for everything
 else, at the rates that probes measure (execution.with_rates). Each constant has the measurement that it comes from.
@@ -22,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from cogvideox.memory.streaming import IN_FLIGHT, WEIGHT_SLOTS
+from cogvideox.memory.streaming import IN_FLIGHT, TRANSFER_SLOTS, WEIGHT_SLOTS
+from cogvideox.optimizer.adam_weights import RANGE_BYTES
 from cogvideox.planning.costs import GRADIENTS, SAVED, STATE, WEIGHTS, Array, Costs, Kinds, Numbers
 from cogvideox.planning.plan import DEVICE, HOST, BlockPlan, Machine, Sizes
 
-IN, OUT = 0, 1
+IN, OUT, LAST = 0, 1, 2  # copies in; copies out; copies out of updates, which let all others go first
 
 # By compiled and whether all weights are trained: the units of memory traffic outside of matrix products and attention,
 # in forward and, by level, in backward. Sources: the kernels in benchmarks/results/one_block_5b.json and
@@ -124,24 +131,48 @@ class Link:
 
     def __init__(self, rate: float, both_ways: float, mixtures: int) -> None:
         self.rate, self.both_ways = rate, both_ways
-        self.free = np.zeros((2, mixtures))  # when each direction has made all copies so far
-
-    def copy(self, direction: int, ready: Array, num_bytes: Array) -> Array:
-        """Makes a copy that may start at ``ready``; returns when it ends. No bytes are there at once."""
-        other, alone = 1 - direction, num_bytes / self.rate
-        start = np.maximum(ready, self.free[direction])
         # While both directions are busy, each has half of their common rate, so both lose the same time.
-        lost = (2 * self.rate / self.both_ways - 1) * np.minimum(alone, np.maximum(0.0, self.free[other] - start))
-        end = start + alone + lost
-        self.free[direction] = np.where(num_bytes > 0, end, self.free[direction])
-        self.free[other] += lost
+        self.slowness = 2 * rate / both_ways - 1
+        self.free = np.zeros((3, mixtures))  # when all copies of a kind that were issued so far have ended
+        self.begin = np.zeros(mixtures)  # of the LAST copies since their last pause
+        self.reach = np.full(mixtures, np.inf)  # seconds for which copies come in while LAST ones let others go first
+
+    def copy(self, kind: int, ready: Array, num_bytes: Array) -> Array:
+        """Makes a copy in or out that may start at ``ready``; returns when it ends. No bytes are there at once."""
+        start, alone = np.maximum(ready, self.free[kind]), num_bytes / self.rate
+        if kind == IN:
+            end = start + alone + np.maximum(self._lose(OUT, start, alone), self._lose(LAST, start, alone))
+        else:
+            end = start + alone + self._lose(IN, start, np.minimum(alone, self.reach))
+            taken = np.maximum(0.0, end - np.maximum(start, self.begin))
+            self.free[LAST] += np.where(self.free[LAST] > start, taken, 0.0)
+        self.free[kind] = np.where(num_bytes > 0, end, self.free[kind])
         return np.where(num_bytes > 0, end, ready)
 
-    def exchange(self, ready: Array, inward: Array, outward: Array) -> Array:
-        """Makes copies in both directions at once; returns when those that come in have arrived."""
-        arrived = self.copy(IN, ready, inward)
-        self.copy(OUT, ready, outward)
-        return np.where(inward > 0, self.free[IN], arrived)
+    def copy_last(self, ready: Array, seconds: Array) -> None:
+        """Makes a copy out that lets all others go first, also those that are still to be issued.
+
+        Args:
+            ready: When the copy may start, (mixtures,).
+            seconds: How long it takes if no other copy is made meanwhile; 0 if there is none.
+        """
+        start = np.maximum(ready, self.free[OUT])
+        self.begin = np.where((seconds > 0) & (start > self.free[LAST]), start, self.begin)
+        start = np.maximum(start, self.free[LAST])
+        end = start + seconds + self._lose(IN, start, seconds)
+        self.free[LAST] = np.where(seconds > 0, end, self.free[LAST])
+
+    def left(self, now: Array, later: Array) -> Array:
+        """Returns when all LAST copies but those of the last ``later`` seconds have ended, or 0 if that was before."""
+        end = self.free[LAST] - later
+        # They pause while others leave, so what has not ended by now is still to end when these have left.
+        return np.where(end > np.maximum(now, self.free[OUT]), end, 0.0)
+
+    def _lose(self, other: int, start: Array, alone: Array) -> Array:
+        """Returns the time that a copy loses to copies in the other direction, which lose it, too."""
+        lost = self.slowness * np.minimum(alone, np.maximum(0.0, self.free[other] - start))
+        self.free[other] += lost
+        return lost
 
 
 class Prefetch:
@@ -152,22 +183,79 @@ class Prefetch:
         now: When the first one may start, (mixtures,).
         present: Which blocks need a copy, (blocks, mixtures) in the order of the pass.
         inward: The bytes that come in for a block, of the same shape; 0 if they are on the device already.
-        outward: The bytes that leave meanwhile.
     """
 
-    def __init__(self, link: Link, now: Array, present: Array, inward: Array, outward: Array | None = None) -> None:
-        self.link, self.present = link, present
-        self.inward = following(inward, present)
-        self.outward = following(np.zeros_like(inward) if outward is None else outward, present)
-        self.arrived = link.exchange(now, self.inward[0], self.outward[0])
+    def __init__(self, link: Link, now: Array, present: Array, inward: Array) -> None:
+        self.link, self.present, self.inward = link, present, following(inward, present)
+        self.arrived = self.issue(0, now, np.ones_like(now))
 
     def take(self, i: int, now: Array) -> Array:
         """Issues the copies of the block after the i-th, and returns when the i-th one can be computed."""
         here = self.present[i]
         ready = np.where(here, np.maximum(now, self.arrived), now)
-        following_one = self.link.exchange(now, self.inward[i + 1] * here, self.outward[i + 1] * here)
+        following_one = self.issue(i + 1, now, here)
         self.arrived = np.where(here, np.maximum(self.arrived, following_one), self.arrived)
         return ready
+
+    def issue(self, i: int, now: Array, some: Array) -> Array:
+        """Issues the copy of the first present block from the i-th on, of some mixtures; returns when it ends."""
+        return self.link.copy(IN, now, self.inward[i] * some)
+
+
+class Updates(Prefetch):
+    """Weights that come in one block ahead, with the state and gradients that pass through the device to update them.
+
+    They pass in ranges. Those after the first TRANSFER_SLOTS wait for what leaves ``early``, and for all of the block
+    before. The ``rest`` leaves when the block has been updated. State of blocks that are not present passes behind all.
+
+    Args:
+        link: Makes the copies.
+        now: When the first one may start, (mixtures,).
+        present: Which blocks come in, (blocks, mixtures).
+        weights: The bytes of weights that come in, of the same shape, as all that follow.
+        state: The bytes of state, which comes in and leaves.
+        gradients: The bytes of gradients, which come in; for them new weights leave.
+        ranges: The number of ranges.
+    """
+
+    def __init__(
+        self, link: Link, now: Array, present: Array, weights: Array, state: Array, gradients: Array, ranges: Array
+    ) -> None:
+        behind = np.where(present, 0.0, 2 * state / link.both_ways)  # seconds; as much comes in as leaves
+        total = behind.sum(axis=0)
+        self.passes, self.later = behind > 0, total - np.cumsum(behind, axis=0)
+        state = np.where(present, state, 0.0)
+        waiting = np.maximum(0, ranges - TRANSFER_SLOTS) / ranges  # share of the ranges
+        self.waits, early = (state + gradients) * waiting > 0, state * waiting
+        # What is still to come in when the early part has left: the last range, and gradients for which nothing left.
+        to_come = (early > 0) * state / ranges + gradients * waiting
+        # Without state nothing leaves meanwhile, and with it the early part starts to leave after the first range.
+        idle = np.where(early > 0, 0.0, to_come)
+        lead = np.where(early > 0, (state + gradients) * (1 - 1 / ranges), to_come)
+        rest = state * (1 - waiting) + (gradients > 0) * weights
+        last = present & (np.cumsum(present, axis=0) == np.sum(present, axis=0))
+        self.to_come, self.rest = to_come / link.rate, (idle + rest) / link.rate + last * total
+        self.leaving = following(early / link.rate + self.rest, present)
+        self.lead = following(lead, present) / link.rate
+        slots = np.where(early > 0, TRANSFER_SLOTS * (state + gradients) / ranges, np.inf)
+        self.slots = following(slots, present) / link.rate
+        link.copy_last(now, ~present.any(axis=0) * total)
+        super().__init__(link, now, present, weights + state + gradients)
+
+    def take(self, i: int, now: Array) -> Array:
+        """Issues the copies of the block after the i-th, and returns when the i-th one can be computed."""
+        link, waits = self.link, self.present[i] & self.waits[i]
+        come = np.maximum(self.arrived, link.left(now, self.rest[i]) + self.to_come[i])
+        self.arrived = np.where(waits, come, self.arrived)
+        link.free[IN] = np.where(waits, np.maximum(link.free[IN], self.arrived), link.free[IN])
+        return np.maximum(super().take(i, now), link.left(now, self.later[i]) * self.passes[i])
+
+    def issue(self, i: int, now: Array, some: Array) -> Array:
+        """Issues the copies of the first present block from the i-th on, of some mixtures; returns when they end."""
+        arrived = super().issue(i, now, some)
+        self.link.reach = np.where(some > 0, self.slots[i], self.link.reach)
+        self.link.copy_last(arrived - self.lead[i], self.leaving[i] * some)
+        return np.where(self.leaving[i] * some > 0, np.maximum(arrived, self.link.free[IN]), arrived)
 
 
 class Leaving:
@@ -196,7 +284,9 @@ class Timeline:
         self.weights, self.saved = self.on_host(WEIGHTS), self.on_host(SAVED)
         self.gradients = self.on_host(GRADIENTS)
         self.state = self.on_host(STATE) * (self.sizes.moving_bytes / self.sizes.state_bytes)
-        self.late = (self.state > 0) & ~self.streamed  # weights on the device whose state passes through it
+        # A range has room for fp32 gradients, also if those on the host have another type.
+        moving = self.sizes.block_trained * (self.sizes.moving_bytes + 4 * self.streamed)
+        self.ranges = np.maximum(1, np.ceil(moving / RANGE_BYTES))
 
     def of(self, values: Sequence[Any]) -> Array:
         """Returns a value of each kind for every block."""
@@ -290,39 +380,25 @@ class Timeline:
         now = now + (norms + self.update_seconds(blocks + sizes.trained - outside)) / sizes.shards
         inward = outward = now * 0 + outside * sizes.moving_bytes
         if sizes.average_bytes:  # the average is updated by the host, which waits for all transfers
-            inward = inward + np.sum(self.pass_in, axis=0)
-            outward = outward + np.sum(self.pass_out, axis=0)
-        return np.maximum(link.exchange(now, inward, outward), link.free[OUT])
-
-    @property
-    def pass_in(self) -> Array:
-        """Returns the bytes of state and gradients that come in for the update of every block."""
-        return self.state + self.gradients
-
-    @property
-    def pass_out(self) -> Array:
-        """Returns the bytes of state and new weights that leave after the update of every block."""
-        return self.state + (self.gradients > 0) * self.weights
+            inward = inward + np.sum(self.state + self.gradients, axis=0)
+            outward = outward + np.sum(self.state + (self.gradients > 0) * self.weights, axis=0)
+        link.copy(IN, now, inward)
+        link.copy(OUT, now, outward)
+        return np.maximum(now, link.free.max(axis=0))
 
     def forward(self, link: Link, now: Array, saved: Leaving, updates: bool) -> Array:
         """Runs the forward pass; returns when it has ended."""
         forward = np.array([self.compute_seconds(kind.keep)[0] for kind in self.kinds])[self.order]
         # Frozen weights of the blocks that backward has used last are still there.
         there = in_first(self.streamed, 0 if self.sizes.block_trained else WEIGHT_SLOTS)
-        inward, outward = self.weights * ~there, np.zeros_like(self.weights)
-        update, behind = np.zeros_like(inward), np.zeros_like(inward)
-        if updates:
-            inward, outward = inward + self.streamed * self.pass_in, self.streamed * self.pass_out
-            update = self.update_seconds(self.sizes.block_trained) * ((self.state > 0) | (self.gradients > 0))
-            behind = np.cumsum(self.late * (2 * self.state + self.saved), axis=0) / link.both_ways
-        prefetch = Prefetch(link, now, self.streamed, inward, outward)
+        state, gradients = self.state * updates, self.gradients * updates
+        update = self.update_seconds(self.sizes.block_trained) * ((state > 0) | (gradients > 0))
+        incoming = Updates(link, now, self.streamed, self.weights * ~there, state, gradients, self.ranges)
         for i in range(self.sizes.blocks):
-            # The blocks on the host come first, so this state passes after the last of them has arrived.
-            ready = np.where(self.late[i], np.maximum(now, prefetch.arrived + behind[i]), now)
-            ready = np.maximum(ready, prefetch.take(i, now))
-            now = np.maximum(ready, now + update[i]) + forward[i]
+            now = np.maximum(incoming.take(i, now), now + update[i]) + forward[i]
             now = saved.put(now, self.saved[i])
-        return now
+        link.reach = np.full_like(now, np.inf)
+        return np.maximum(now, link.free[LAST])  # backward waits for all updates
 
     def backward(self, link: Link, now: Array, left: Leaving, earlier: Array, gradients: Array) -> Array:
         """Runs the backward pass; returns when it has ended.
