@@ -247,18 +247,26 @@ def fork_ranks(
 
 
 def launch(launcher: Sequence[object], number: int, command: Sequence[object], folder: Path, **more: str) -> list[str]:
-    """Runs a command with a launcher and returns the output of each process; all of them must succeed.
+    """Runs a command with a launcher and returns the output of each process; all of them must succeed."""
+    return launch_machines([launcher], number, command, folder, **more)
 
-    The launcher itself starts stand-ins (launched.py). Each process is forked with the arguments and the environment
-    that its stand-in got, and the stand-in exits with the status of the process.
+
+def launch_machines(
+    launchers: Sequence[Sequence[object]], number: int, command: Sequence[object], folder: Path, **more: str
+) -> list[str]:
+    """Runs a command with the launchers of several machines, and returns the output of each of ``number`` processes.
+
+    The launchers themselves start stand-ins (launched.py). Each process is forked with the arguments and the
+    environment that its stand-in got, and the stand-in exits with the status of the process. All must succeed.
     """
     folder.mkdir()
-    process = start([*launcher, Path(__file__).with_name("launched.py"), folder, *command[1:]], **more)
+    stand_in = [Path(__file__).with_name("launched.py"), folder, *command[1:]]
+    machines = [start([*launcher, *stand_in], **more) for launcher in launchers]
     paths = [folder / f"{rank}.json" for rank in range(number)]
     end = time.monotonic() + 300
     while not all(path.exists() for path in paths):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, f"{launcher} has not started {number} processes"
+        assert all(machine.poll() is None for machine in machines), [machine.communicate()[0] for machine in machines]
+        assert time.monotonic() < end, f"{launchers} have not started {number} processes"
         time.sleep(0.02)
     given = [json.loads(path.read_text()) for path in paths]
     ranks = [Forked([command[0], *argv], **environ) for argv, environ in given]
@@ -266,8 +274,9 @@ def launch(launcher: Sequence[object], number: int, command: Sequence[object], f
     for path, rank in zip(paths, ranks, strict=True):
         path.with_suffix(".tmp").write_text(str(rank.wait() % 256))
         path.with_suffix(".tmp").rename(path.with_suffix(".status"))
-    process.communicate(timeout=300)
-    assert process.returncode == 0, texts
+    for machine in machines:
+        machine.communicate(timeout=300)
+        assert machine.returncode == 0, texts
     return texts
 
 

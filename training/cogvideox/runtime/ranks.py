@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -130,9 +131,10 @@ class Ranks:
         self.patience = patience
         connected = connected and self.num_processes > 1
         self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if connected else None
-        self.consensus = Consensus(connect_store() if connected else None)
+        attempt = self.from_main(uuid4().hex)
+        self.consensus = Consensus(connect_store(attempt) if connected else None)
         if connected:
-            stopping.join_ranks(connect_store(), self.process_index, self.num_processes, patience)
+            stopping.join_ranks(connect_store(attempt), self.process_index, self.num_processes, patience)
 
     def say(self, *lines: str) -> None:
         """Prints lines on the standard output, from the main process only, without breaking a progress bar."""
@@ -304,9 +306,14 @@ class Consensus:
         return written.decode()
 
 
-def connect_store() -> dist.Store:
-    """Opens a separate connection to the store through which the launched processes found each other."""
+def connect_store(attempt: str) -> dist.Store:
+    """Opens a separate connection to the store through which the launched processes found each other.
+
+    Args:
+        attempt: A name that only the processes of this start have. A launcher that restarts processes may keep the
+            store with what the former ones wrote. Its TORCHELASTIC_RESTART_COUNT is no such name: each machine counts
+            the failures of its own processes.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"cogvideox/{restart}", store)
+    return dist.PrefixStore(f"cogvideox/{attempt}", store)
