@@ -123,6 +123,8 @@ ARMS = (
     Arm("1.5-5b", "sft", 4, "zero2", CHECKPOINTING, 5, guide="8 GPUs: 55 GB"),
     Arm("1.5-5b", "sft", 4, "zero3_offload", CHECKPOINTING, 4, guide="8 GPUs: 40 GB"),
     Arm("1.5-5b", "sft", 1, "zero2_offload", CHECKPOINTING, 4, guide="56 GB"),
+    Arm("5b-i2v", "lora", 1, "uncompiled_1", ("--plan", "fast")),
+    Arm("5b-i2v", "lora", 1, "uncompiled_1", ("--plan", "lean")),
     Arm("1.5-5b", "lora", 2, "uncompiled_2", ("--sequence_parallel", "2")),
     Arm("1.5-5b", "lora", 1, "uncompiled_1", steps=6),
     Arm("1.5-5b", "lora", 4, "uncompiled_2", ("--sequence_parallel", "4")),
