@@ -2,15 +2,25 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray_train
+import torch.distributed as dist
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from launching import launched_environment
 from running import (
     LORA_SCRIPT,
+    ROOT,
     Forked,
     finish,
     fork_ranks,
@@ -23,6 +33,10 @@ from running import (
     start,
 )
 
+from cogvideox.config import args
+from cogvideox.config.options import SftOptions
+
+PAGE = (ROOT / "docs" / "distributed.md").read_text()
 STEPS = 40
 
 
@@ -69,6 +83,15 @@ def test_two_machines_train_as_one_does(command: Callable[..., list], right: lis
     assert losses(tmp_path / "lora") == right
 
 
+def wait_for(path: Path, processes: "list[subprocess.Popen[str]]") -> None:
+    """Waits until a file or folder exists, while all of the processes run."""
+    end = time.monotonic() + 300
+    while not path.exists():
+        assert time.monotonic() < end
+        assert [process.poll() for process in processes] == [None] * len(processes)
+        time.sleep(0.02)
+
+
 def worker_of(launcher: int) -> int:
     """Returns the only process that a launcher has started."""
     (worker,) = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
@@ -86,11 +109,7 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_resumes(
     more = {"ACCELERATE_USE_CPU": "true", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     machines = [start([*launcher, *command(output)[1:]], **more) for _ in range(2)]
     try:
-        end = time.monotonic() + 300
-        while not (output / "checkpoint-4").exists():
-            assert time.monotonic() < end
-            assert [one.poll() for one in machines] == [None, None]
-            time.sleep(0.02)
+        wait_for(output / "checkpoint-4", machines)
         os.kill(worker_of(machines[machine].pid), signal.SIGKILL)
         said = "".join(finish(one) for one in machines)
     finally:
@@ -98,3 +117,155 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_resumes(
             one.kill()  # the worker of a launcher that is gone stops by itself
     assert "resuming from" in said
     assert losses(output) == right
+
+
+class Slurm:
+    """Runs examples/slurm.sbatch as a job of two machines with one task each, with stand-ins for srun and scontrol."""
+
+    def __init__(self, folder: Path, python: str) -> None:
+        programs = {
+            "srun": f'exec {sys.executable} {ROOT}/tests/shared/srun.py "$@"',
+            "scontrol": f'case $1 in show) echo 127.0.0.1; echo other ;; *) echo "$@" >> {folder}/asked ;; esac',
+            "python": python,
+        }
+        for name, code in programs.items():
+            program = folder / "bin" / name
+            program.parent.mkdir(exist_ok=True)
+            program.write_text(f"#!/bin/bash\n{code}\n")
+            program.chmod(0o755)
+        self.folder = folder
+        self.environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "STEP": str(folder)}
+        self.environment |= {"SLURM_JOB_ID": free_port(), "SLURM_JOB_NODELIST": "node[1-2]"}
+        self.environment |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "ACCELERATE_USE_CPU": "true"}
+
+    def submit(self, *command: object) -> "subprocess.Popen[str]":
+        return start(["bash", ROOT / "examples" / "slurm.sbatch", *command], **self.environment)
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to all processes of the step, but not to the batch script."""
+        for task in range(2):
+            os.killpg(int((self.folder / str(task)).read_text()), number)
+
+    def asked(self) -> str:
+        """Returns what the job asked of SLURM."""
+        asked = self.folder / "asked"
+        return asked.read_text() if asked.exists() else ""
+
+
+@pytest.mark.parametrize(("status", "requeues"), [(75, True), (0, False), (1, False), (2, False)])
+def test_a_slurm_job_queues_itself_again_only_if_it_was_stopped(status: int, requeues: bool, tmp_path: Path) -> None:
+    seen = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $#" >> "$STEP/seen"'
+    slurm = Slurm(tmp_path, f'{seen}; sleep "$RANK"; exit $(({status} * RANK))')
+    finish(slurm.submit("script.py", "--validation_prompt", "a b $RANK"), status)
+    port = 20000 + int(slurm.environment["SLURM_JOB_ID"]) % 10000
+    lines = sorted((tmp_path / "seen").read_text().splitlines())
+    assert lines == [f"{rank} 2 0 1 127.0.0.1 {port} 3" for rank in range(2)]
+    assert slurm.asked() == (f"requeue {slurm.environment['SLURM_JOB_ID']}\n" if requeues else "")
+
+
+@pytest.mark.long
+def test_a_slurm_job_stops_on_a_signal_and_resumes(
+    command: Callable[..., list], right: list[float], tmp_path: Path
+) -> None:
+    slurm = Slurm(tmp_path, f'exec {sys.executable} "$@"')
+    flags = command(tmp_path / "lora")[1:]
+    job = slurm.submit(*flags)
+    wait_for(tmp_path / "lora" / "checkpoint-4", [job])
+    slurm.signal(signal.SIGUSR1)
+    assert "stopped and saved after step" in finish(job, 75)
+    assert slurm.asked().startswith("requeue ")
+    assert "resuming from" in finish(slurm.submit(*flags))
+    assert losses(tmp_path / "lora") == right
+    assert slurm.asked().count("requeue") == 1
+
+
+def test_slurm_warns_the_tasks_before_the_job_ends() -> None:
+    """With "B:", the signal would go to the batch script only, which has to outlive it to queue the job again."""
+    settings = re.findall(r"^#SBATCH --([\w-]+) ?(.*)$", (ROOT / "examples" / "slurm.sbatch").read_text(), re.MULTILINE)
+    assert dict(settings).items() >= {"signal": "USR1@600", "requeue": "", "open-mode": "append"}.items()
+
+
+def test_what_skypilot_starts_on_a_machine(tmp_path: Path) -> None:
+    task = yaml.safe_load((ROOT / "examples" / "skypilot.yaml").read_text())
+    assert set(task) == {"name", "resources", "num_nodes", "workdir", "volumes", "setup", "run"}
+    subprocess.run(["bash", "-n", "-c", task["setup"]], check=True)
+    accelerate = tmp_path / ".venv" / "bin" / "accelerate"
+    accelerate.parent.mkdir(parents=True)
+    accelerate.write_text('#!/bin/bash\nprintf "%s\\n" "$@" > called\n')
+    accelerate.chmod(0o755)
+    machine = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    environment = os.environ | machine | {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8"}
+    subprocess.run(["bash", "-c", task["run"]], cwd=tmp_path, env=environment, check=True)
+    words = (tmp_path / "called").read_text().splitlines()
+    launcher = launch_command_parser().parse_args(words[1:])
+    assert (launcher.num_machines, launcher.machine_rank, launcher.num_processes) == (2, 1, 16)
+    assert (launcher.main_process_ip, launcher.main_process_port) == ("10.0.0.7", 29500)
+    assert (ROOT / launcher.config_file).is_file()
+    assert (ROOT / launcher.training_script).is_file()
+    options, _ = args.read_flags(SftOptions, launcher.training_script_args, None)
+    (shared,) = task["volumes"]
+    assert all(path.startswith(f"{shared}/") for path in (*options.data.data_root, options.train.output_dir))
+
+
+def test_what_ray_starts_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's classes are replaced by one that records its arguments. The worker has Ray's own process group."""
+    made: dict[str, dict[str, Any]] = {}
+
+    def stand_in(name: str) -> Callable[..., Any]:
+        def make(*positional: Any, **named: Any) -> Any:
+            made[name] = named
+            run = (lambda: positional[0](named["train_loop_config"])) if positional else None
+            return SimpleNamespace(fit=run, **named)
+
+        return make
+
+    classes = {name: stand_in(name) for name in ("FailureConfig", "RunConfig", "ScalingConfig")}
+    torch_classes = {name: stand_in(name) for name in ("TorchConfig", "TorchTrainer")}
+    monkeypatch.setitem(sys.modules, "ray.train", SimpleNamespace(**classes))
+    monkeypatch.setitem(sys.modules, "ray.train.torch", SimpleNamespace(**torch_classes))
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(ray_train.subprocess, "run", lambda words, env, **_: started.append((words, env)))
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    flags = ["training/cogvideox_text_to_video_sft.py", "--output_dir", "a b", "--max_failures", "7"]
+    monkeypatch.setattr(sys, "argv", ["ray_train.py", "--workers", "16", *flags])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ray_train.main()
+    finally:
+        dist.destroy_process_group()
+    [(words, environment)] = started
+    assert words == [sys.executable, *flags]
+    assert environment["MASTER_PORT"] not in ("29500", "0")
+    assert made["ScalingConfig"] == {"num_workers": 16, "use_gpu": True}
+    assert made["FailureConfig"] == {"max_failures": 3}
+
+
+def test_what_the_page_says_of_fsdp_is_what_its_configuration_sets() -> None:
+    """In SLURM there is no launcher that reads accelerate_configs/fsdp2.yaml."""
+    exported = re.search(r"--export ALL,(\S+)`", PAGE)
+    assert exported
+    set_by_page = dict(pair.split("=") for pair in exported[1].split(","))
+    set_by_file = launched_environment(ROOT / "accelerate_configs" / "fsdp2.yaml")
+    assert {name: set_by_file[name] for name in set_by_page} == set_by_page
+
+
+def test_messages_about_lost_processes_exist() -> None:
+    section = PAGE.split("## When a process is lost")[1].split("\n## ")[0]
+    messages = re.findall(r"`([a-z]+ [^`]{15,})`", section)
+    ends = "(process|rank) [0-9]+:? |during (step [0-9]+|the export)|[0-9]+ s|[0-9]+$"  # what the code fills in
+    parts = [part.strip(" ,;") for message in messages for part in re.sub(ends, "\n", message).split("\n")]
+    source = " ".join(path.read_text() for path in (ROOT / "training" / "cogvideox").rglob("*.py"))
+    assert len(messages) == 4
+    assert [part for part in parts if part not in source] == []
+
+
+def test_variables_of_the_guides_are_explained_and_not_set() -> None:
+    section = PAGE.split("## Variables in the guides")[1]
+    names = set(re.findall(r"^\| `(\w+)", section, re.MULTILINE)) | {"TORCHDYNAMO_VERBOSE"}
+    assert len(names) == 8
+    names -= {"WANDB_MODE", "TOKENIZERS_PARALLELISM"}  # are harmless
+    files = [
+        path for folder in ("", "scripts", "examples", "accelerate_configs") for path in (ROOT / folder).glob("*.*")
+    ]
+    code = "\n".join(path.read_text() for path in files if path.suffix in (".sh", ".sbatch", ".yaml", ".py"))
+    assert [name for name in names if re.search(rf"^[^#\n]*\b{name}\b", code, re.MULTILINE)] == []

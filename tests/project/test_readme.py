@@ -10,7 +10,9 @@ import bench
 import pytest
 import record
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from running import ROOT
+from torch.distributed.run import get_args_parser
 
 from cogvideox.config import args
 from cogvideox.config.options import (
@@ -109,6 +111,8 @@ def test_command(command: str) -> None:
     elif words[1] == "-m":
         assert words[2] == "pytest"
         assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests"))
+    elif words[0] == "sky":
+        assert (ROOT / words[-1]).is_file()
     elif words[0] == "hf":
         assert " ".join(words) in (ROOT / "scripts" / "sweep.sh").read_text().replace(
             "$DATASET", "Wild-Heart/Disney-VideoGeneration-Dataset"
@@ -119,14 +123,30 @@ def test_command(command: str) -> None:
         flags = words[2 + positional :]
         assert set(flags[::2]) <= INFERENCE_FLAGS
         assert all(float(value) >= 0 for value in flags[1::2])
-    elif words[1].startswith(("scripts/", "examples/", "benchmarks/")):
-        importlib.import_module(Path(words[1]).stem).build_parser().parse_args(words[2:])
+    elif words[1].startswith(("scripts/", "benchmarks/")) or (
+        words[1].startswith("examples/") and words[0] == "python"
+    ):
+        parsed = importlib.import_module(Path(words[1]).stem).build_parser().parse_args(words[2:])
+        if words[1] == "examples/ray_train.py":
+            check_script(parsed.command)
+    elif words[:2] == ["accelerate", "launch"]:
+        launched = launch_command_parser().parse_args(words[2:])
+        assert (ROOT / launched.config_file).is_file()
+        check_script([launched.training_script, *launched.training_script_args])
+    elif words[0] == "torchrun":
+        started = get_args_parser().parse_args(words[1:])
+        check_script([started.training_script, *started.training_script_args])
     else:
-        script = next(word for word in words if word.startswith("training/"))
-        args.read_flags(OPTIONS[Path(script).name], words[words.index(script) + 1 :], None)
-        assert (ROOT / script).is_file()
-        if "--config_file" in words:
-            assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+        script = next(i for i, word in enumerate(words) if word.startswith("training/"))
+        assert all((ROOT / word).is_file() for word in words[:script] if word.startswith("examples/"))
+        assert words[0] in ("python", "sbatch")
+        check_script(words[script:])
+
+
+def check_script(words: list[str]) -> None:
+    """Checks that a script of this project exists and accepts the flags that follow its name."""
+    args.read_flags(OPTIONS[Path(words[0]).name], words[1:], None)
+    assert (ROOT / words[0]).is_file()
 
 
 def test_the_template_of_a_bug_asks_for_the_page_of_the_doctor() -> None:
@@ -197,9 +217,11 @@ def test_flags_in_the_text_exist() -> None:
     known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
     for name in LORA_SCRIPTS:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
-    known |= set(bench.build_parser()._option_string_actions) | INFERENCE_FLAGS
+    for parser in (bench.build_parser(), launch_command_parser(), get_args_parser()):
+        known |= set(parser._option_string_actions)
+    known |= INFERENCE_FLAGS
     # Flags of other benchmarks, of examples, of tests/tools/odd_files.py and of every script. The last are of sips,
-    # accelerate, Docker, TensorBoard and trackio.
+    # Docker, TensorBoard, trackio and SLURM.
     outside = {
         "--base",
         "--work_dir",
@@ -212,9 +234,9 @@ def test_flags_in_the_text_exist() -> None:
         "--help_all",
         "--write",
         "--out",
-        "--config_file",
         *("--shm", "--user", "--ulimit", "--privileged", "--memory", "--env", "--network", "--build"),
         *("--logdir", "--samples_per_plugin", "--project"),
+        *("--signal", "--kill", "--export"),
     }
     text = re.sub(r"```.*?```", "", TEXTS, flags=re.DOTALL).replace("\\_", "_")
     named = set(re.findall(r"--[a-z0-9_]+", text)) - outside
