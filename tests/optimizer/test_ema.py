@@ -16,9 +16,10 @@ from torch.nn import Parameter
 
 from cogvideox.errors import UsageError
 from cogvideox.evaluation.held_out import HeldOut
-from cogvideox.optimizer.adam import split
+from cogvideox.optimizer.adam import Adam, split
 from cogvideox.optimizer.ema import STEPS_NAME, Ema
 from cogvideox.optimizer.engine import EMA_NAME
+from cogvideox.optimizer.step import MasterWeights
 from cogvideox.runtime.checkpoint import damage_of
 
 SHAPES = {"down": (8, 5), "up": (6, 8), "bias": (7,)}
@@ -112,6 +113,33 @@ def test_the_model_has_the_average_in_the_context_and_its_weights_after(dtype: t
     assert equal(ema.state(), averages)
     assert {name: p.data_ptr() for name, p in params.items()} == addresses
     assert all(average.dtype == torch.float32 for average in ema.averages.values())
+
+
+def stored(master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a master as the model stores it; torch rounds it to another number if two are equally near."""
+    return split(master)[0] if dtype == torch.bfloat16 else master.to(dtype, copy=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masters"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False)],
+)
+def test_evaluations_change_no_bit_of_averages_and_weights(dtype: torch.dtype, masters: bool) -> None:
+    """Weights without masters cannot hold all bits of an average."""
+    found = []
+    for evaluates in (False, True):
+        params = parameters(dtype)
+        weights = MasterWeights(params, Adam(0.9, 0.95, 1e-8, 0.01, True, masters=masters), 0.0, False)
+        ema = Ema(params, weights.named_masters(), 0.999)
+        for _ in range(20):
+            weights.backward(sum((p.float() - 1).square().mean() for p in params.values()))
+            ema.update(weights.step(1e-2).skipped)
+            rounded = {name: stored(average, dtype) for name, average in ema.averages.items()}
+            if evaluates:
+                with ema.applied():
+                    assert equal(dict(params), rounded)
+        found.append(ema.state() | weights.state())
+    assert equal(*found)
 
 
 def test_a_small_share_is_not_lost_to_bf16() -> None:

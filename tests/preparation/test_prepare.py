@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,6 +255,20 @@ def test_an_interrupted_run_continues(
     assert len(encoded.captions) == NUM_CLIPS + 1
     assert index == open_index(prepared)
     assert tensor_files(tmp_path) == tensor_files(prepared)
+
+
+def test_temporary_files_of_killed_processes_are_deleted(
+    tiny: Tiny, clips: Path, output: Path, encoded: Encoded
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    tensor = next(output.rglob("*.safetensors"))
+    left, used = (tensor.with_name(f".x.{socket.gethostname()}.{pid}.tmp") for pid in (ended.pid, os.getppid()))
+    left.write_bytes(b"half")
+    used.write_bytes(b"half")
+    complete(tiny("5b"), clips, output)
+    assert not left.exists()
+    assert used.exists()
 
 
 @pytest.mark.fault("data: a cached tensor is deleted")

@@ -440,6 +440,14 @@ def test_a_checkpoint_of_an_earlier_version_that_names_the_engine(tmp_path: Path
         find_start(run_alone(tmp_path), {"seed": 1}, options_of(tmp_path))
 
 
+def test_a_checkpoint_of_an_earlier_version_that_lacks_a_switch(tmp_path: Path) -> None:
+    run, options = run_alone(tmp_path), options_of(tmp_path)
+    saver_of(run, FakeEngine(), {"seed": 1}).save(2)
+    assert find_start(run, {"seed": 1, "use_bf16_moments": False}, options).step == 2
+    with pytest.raises(UsageError, match="use_bf16_moments: None there, True now"):
+        find_start(run, {"seed": 1, "use_bf16_moments": True}, options)
+
+
 # -- in complete runs --------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from cogvideox.optimizer.adam import (
     join,
     read_master,
     read_moments,
+    split,
     stored_moments,
     update_on,
     write_master,
@@ -111,6 +112,11 @@ class Group:
         whole = is_compiled(self.device.type) and not self.state_on_host and self.collected is not None
         size = self.layout.numbers if whole else int(RANGE_BYTES / (self.transfer_bytes or 1)) // GROUP * GROUP
         return [slice(i, min(i + size, self.layout.numbers)) for i in range(0, self.layout.numbers, max(size, GROUP))]
+
+    @property
+    def has_masters(self) -> bool:
+        """Returns whether masters have more bits than bf16 weights."""
+        return self.weights.dtype != torch.bfloat16 or LOW in self.types
 
     def gradients(self) -> Tensor:
         """Returns the array of all gradients, on the device or on the host."""
@@ -266,3 +272,15 @@ class Masters(ReadPieces):
     def write(self, name: str, value: Tensor) -> None:
         """Stores a master, and rounds it into its parameter."""
         self.owners[name].write_master(name, value)
+
+    def swap(self, name: str, value: Tensor) -> None:
+        """Exchanges a master with an fp32 value, and rounds it into its parameter. A second call undoes this exactly.
+
+        A bf16 weight without a master takes the upper bits of the value, whose lower bits stay where they are.
+        """
+        trained, new = self[name].clone(), value
+        if not self.owners[name].has_masters:
+            new, low = split(value)
+            trained = join(trained.bfloat16(), low)
+        self.write(name, new)
+        value.copy_(trained)

@@ -65,9 +65,7 @@ class Ema:
         for name, parameter in self.parameters.items():
             master, average = self.masters[name], self.averages[name]
             if isinstance(self.masters, Masters):
-                trained = master.clone()
-                self.masters.write(name, average)
-                average.copy_(trained)
+                self.masters.swap(name, average)
             elif master is parameter:
                 trained = parameter.clone()
                 parameter.copy_(average)

@@ -222,9 +222,10 @@ class Preparation:
             UnusableClips: More clips than --max_bad_fraction allows could not be decoded.
         """
         encoders = self.encoders
-        if self.ranks.is_main_process and (note := self.precision_note()):
-            tqdm.write(note, file=sys.stderr)
+        if self.ranks.is_main_process:
             remove_stale_temporaries(self.folder)
+            if note := self.precision_note():
+                tqdm.write(note, file=sys.stderr)
         claims = self._claims(self.cache.has)
         while True:
             with claims:

@@ -587,6 +587,8 @@ def check_recipe(start: StartPoint, now: Mapping[str, object], options: TrainOpt
     now = json.loads(json.dumps(now))  # The checkpoint went through JSON too, which turns tuples into lists.
     # Earlier versions named the engine. Checkpoints of DeepSpeed's engine were other files then.
     then = {name: value for name, value in start.recipe.items() if (name, value) != ("engine", "local")}
+    # They did not have some of the switches, and trained as this version does where those are off.
+    then = {name: False for name, value in now.items() if value is False} | then
     free = {DATA, *options.train.allow_changed}
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in free]
     if changed:
