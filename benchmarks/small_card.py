@@ -14,10 +14,12 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ def control_group(gib: float) -> tuple[Path, Path]:
     """Creates a control group with a limit; returns its folder, and the file with the peak of its memory."""
     for root, (limit, peak) in zip((MOUNT, MOUNT / "memory"), LIMITS, strict=True):
         folder = root / GROUP
+        with suppress(OSError):
+            folder.rmdir()  # otherwise the peak would be that of an earlier run
         try:
             folder.mkdir(exist_ok=True)
             (folder / limit).write_text(str(int(gib * 2**30)))
@@ -62,6 +66,14 @@ def control_group(gib: float) -> tuple[Path, Path]:
             continue
         return folder, folder / peak
     raise SystemExit(f"--host_gib {gib}: no control group can be made in {MOUNT}; run as root, or leave it out")
+
+
+def empty_places(work_dir: Path) -> tuple[Path, Path]:
+    """Returns the output folder and the log of the run, and deletes those of an earlier run."""
+    output, log = work_dir / "run", work_dir / "run.log"
+    shutil.rmtree(output, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    return output, log
 
 
 def start(command: list[str], group: Path | None, log: Path) -> subprocess.Popen[bytes]:
@@ -114,7 +126,7 @@ def main() -> int:
     make_pipeline(args.kind, args.work_dir / args.kind)
     make_tensors(args.kind, args.work_dir / args.kind, args.work_dir / "tensors")
     group, peak = control_group(args.host_gib) if args.host_gib else (None, None)
-    command, output, log = command_of(args), args.work_dir / "run", args.work_dir / "run.log"
+    command, (output, log) = command_of(args), empty_places(args.work_dir)
     started = time.perf_counter()
     if args.kill_after:
         kill_after(args.kill_after, start(command, group, log), output)

@@ -55,6 +55,23 @@ def test_a_run_starts_in_the_control_group(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "log").read_text() == "ran\n"
 
 
+def test_nothing_of_an_earlier_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, log = small_card.empty_places(tmp_path)
+    (output / "checkpoint-3").mkdir(parents=True)
+    log.write_text("plan: an old one")
+    assert small_card.empty_places(tmp_path) == (output, log)
+    assert not output.exists()
+    assert not log.exists()
+    monkeypatch.setattr(small_card, "MOUNT", tmp_path)
+    group = tmp_path / small_card.GROUP
+    group.mkdir()
+    removed: list[Path] = []
+    rmdir = Path.rmdir
+    monkeypatch.setattr(Path, "rmdir", lambda path: (removed.append(path), rmdir(path)))
+    small_card.control_group(64.0)
+    assert removed == [group]
+
+
 def test_without_control_groups_the_flag_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_card, "MOUNT", tmp_path / "missing")
     with pytest.raises(SystemExit, match=r"--host_gib 64\.0: no control group can be made"):
