@@ -73,6 +73,14 @@ def test_a_request_to_stop_reaches_a_rank_whose_machine_counts_other_restarts(
     assert "stopped and saved after step" in said[0]
 
 
+def test_ranks_without_a_launcher_end_without_errors_of_their_store(
+    command: Callable[..., list], tmp_path: Path
+) -> None:
+    """Rank 0 has the store, as under srun. It must not end while the watcher of another rank uses the store."""
+    said = [finish(rank) for rank in fork_ranks(2, command(tmp_path / "lora"))]
+    assert "TCPStore" not in "".join(said)
+
+
 def test_two_machines_train_as_one_does(command: Callable[..., list], right: list[float], tmp_path: Path) -> None:
     where = f"--num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {free_port()}"
     launcher = f"-m accelerate.commands.launch --config_file accelerate_configs/uncompiled_2.yaml {where}"

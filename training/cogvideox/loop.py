@@ -532,7 +532,7 @@ class Trainer:
             files = publish(run, options, self.task, self.method, self.validator, self.dataset, self.steps.recipe, step)
         if run.is_main:
             run.say(f"report: {write_report(run.output_dir)}")
-        run.accelerator.end_training()
+        run.disconnect()
         if run.repository:  # set on the main process only, so that the other ranks end without waiting for the upload
             upload(run.repository, options.hub, run.output_dir, files, run.say)
         return 0

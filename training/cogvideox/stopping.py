@@ -210,6 +210,13 @@ def join_ranks(store: Store, rank: int, number: int, patience: float) -> None:
         _state.watcher.others = _Others(store, rank, number, patience)
 
 
+def part_from_ranks() -> None:
+    """Ends the exchange of the watcher with the other ranks, after which the process that has the store may end it."""
+    if _state.watcher is not None:
+        with _state.watcher.exchanging:
+            _state.watcher.parted = True
+
+
 def leave(status: int | None, is_cause: bool = True) -> NoReturn:
     """Exits with a status, and writes it to the file that COGVIDEOX_EXIT_FILE names.
 
@@ -279,6 +286,8 @@ class _Watcher(threading.Thread):
         self.bell, self.ringer = bell, ringer
         self.parent = parent if is_launcher(parent) else None
         self.others: _Others | None = None
+        self.exchanging = threading.Lock()  # held while the store is used
+        self.parted = False  # whether the store must not be used any more; the main thread sets it
         self.first_signal: float | None = None
         self.deadline: float | None = None
         self.closing = False
@@ -302,9 +311,10 @@ class _Watcher(threading.Thread):
         return self.others is None or not _state.asked or self.others.all_know()
 
     def _asked_by_others(self) -> bool:
-        if self.others is not None and not self.others.exchange():
-            self.others = None  # the store is gone; a failing collective operation will report why
-        return self.others is not None and self.others.stopping > 0
+        with self.exchanging:
+            if self.others is not None and (self.parted or not self.others.exchange()):
+                self.others = None  # if the store is gone, a failing collective operation will report why
+            return self.others is not None and self.others.stopping > 0
 
     def _heard(self) -> bytes:
         """Waits at most PERIOD seconds, and returns the numbers of the signals that have arrived."""

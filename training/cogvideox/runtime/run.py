@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from cogvideox import stopping
 from cogvideox.config.args import config_dict
 from cogvideox.config.hub import open_repository
 from cogvideox.config.options import TrainOptions, launched_processes, precision_of, tracker_names, under_deepspeed
@@ -106,6 +107,12 @@ class Run:
         """Returns the value of the main process on every rank."""
         return self.ranks.from_main(value)
 
+    def disconnect(self) -> None:
+        """Ends the trackers and the connection of the ranks, once no rank uses the store of the main process."""
+        stopping.part_from_ranks()
+        self.barrier()
+        self.accelerator.end_training()
+
 
 def memory_peaks() -> tuple[float, float] | None:
     """Returns the peaks of the memory that tensors used and that torch reserved, in GiB; None without a GPU."""
@@ -138,7 +145,7 @@ def start_run(options: TrainOptions) -> Run:
     problem = (lock_output_folder(run, options) or open_run_repository(run, options)) if run.is_main else None
     problem = run.from_main(problem)
     if problem:
-        accelerator.end_training()
+        run.disconnect()
         raise UsageError(problem)
     run.ranks.check_shared(output_dir, "--output_dir")
     return run

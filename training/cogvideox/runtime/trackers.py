@@ -35,7 +35,7 @@ def start_trackers(run: Run, options: TrainOptions) -> None:
     """
     problem = run.from_main(tracker_problem(run, options) if run.is_main else None)
     if problem:
-        run.accelerator.end_training()
+        run.disconnect()
         raise UsageError(problem)
 
 
