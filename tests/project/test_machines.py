@@ -21,6 +21,7 @@ from launching import launched_environment
 from running import (
     LORA_SCRIPT,
     ROOT,
+    SFT_SCRIPT,
     Forked,
     finish,
     fork_ranks,
@@ -30,6 +31,7 @@ from running import (
     losses,
     python,
     ranks_environment,
+    sft_flags,
     start,
 )
 
@@ -89,6 +91,21 @@ def test_two_machines_train_as_one_does(command: Callable[..., list], right: lis
     launch_machines(launchers, 2, command(tmp_path / "lora"), folder, ACCELERATE_USE_CPU="true")
     assert [json.loads((folder / f"{rank}.json").read_text())[1]["GROUP_RANK"] for rank in range(2)] == ["0", "1"]
     assert losses(tmp_path / "lora") == right
+
+
+@pytest.mark.long
+def test_hsdp_has_a_sharded_copy_on_each_machine(tiny: Callable[[str], Path], clips: Path, tmp_path: Path) -> None:
+    def flags(name: str, ranks: int) -> list:
+        more = ("--max_train_steps", 2, "--gradient_accumulation_steps", 4 // ranks)
+        return python(SFT_SCRIPT, *sft_flags(tiny("5b"), clips, tmp_path / name, *more))
+
+    finish(Forked(flags("one", 1)))
+    where = f"--num_machines 2 --num_processes 4 --main_process_ip 127.0.0.1 --main_process_port {free_port()}"
+    launcher = f"-m accelerate.commands.launch --config_file accelerate_configs/hsdp.yaml {where}"
+    launchers = [[sys.executable, *launcher.split(), "--machine_rank", machine] for machine in range(2)]
+    said = launch_machines(launchers, 4, flags("two", 4), tmp_path / "ranks", ACCELERATE_USE_CPU="true")
+    assert "sharded over 2 processes" in said[0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 def wait_for(path: Path, processes: "list[subprocess.Popen[str]]") -> None:
