@@ -388,6 +388,15 @@ def test_flags_that_contradict_each_other(given: str, start: str, fix: str) -> N
     assert fix in found.split("; ")[-1]
 
 
+@pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_torchao_without_low_bits_is_refused_under_every_launcher(
+    launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchao has no class of this name."""
+    monkeypatch.setenv(launcher, "true")
+    assert any(line.startswith("--use_torchao: chooses the library for low-bit") for line in problems("--use_torchao"))
+
+
 def test_flags_without_effect_that_say_so_are_no_problem() -> None:
     assert not flags_of("--optimizer adamw --prodigy_decouple false --use_8bit false").use_8bit
 

@@ -317,6 +317,7 @@ def steps_on_device(flags: OptimizerFlags) -> bool:
     """Returns whether the flags select the fused Adam of torch, which can skip a step without waiting for the host."""
     from torch.optim import Adam, AdamW
 
+    if flags.use_torchao or flags.use_8bit or flags.use_bf16_moments or flags.use_stochastic_rounding:
+        return False  # torch has no such Adam
     kind, arguments = optimizer_class(flags)
-    own = flags.use_8bit or flags.use_bf16_moments or flags.use_stochastic_rounding  # what torch's does not have
-    return issubclass(kind, (Adam, AdamW)) and bool(arguments.get("fused")) and not own
+    return issubclass(kind, (Adam, AdamW)) and bool(arguments.get("fused"))
