@@ -18,7 +18,6 @@ import pytest
 import stream_races
 import torch
 from peft import LoraConfig
-from tiny_cogvideox import KINDS
 from tiny_transformers import TARGETS, arguments_of, make_trainable, make_with_lora
 from torch import Tensor
 
@@ -107,8 +106,11 @@ def same(found: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return found.keys() == right.keys() and all(found[name].equal(right[name]) for name in right)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("made", [make_with_lora, make_trainable])
+@pytest.mark.parametrize(
+    "kind",  # The others have parts of these two in other combinations.
+    ["2b", "1.5-5b-i2v", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("5b", "5b-i2v", "1.5-5b"))],
+)
 def test_every_plan_is_the_transformer_of_diffusers(kind: str, made: Callable[[str], Any]) -> None:
     arguments = arguments_of(kind)
     right = outcome(made(kind), arguments)
@@ -263,7 +265,12 @@ def test_saved_tensors_on_the_host_are_fetched_one_block_ahead(monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("made", "precision"),
-    [(make_with_lora, AUTO), (make_with_lora, "int8"), (make_with_lora, "nf4"), (make_trainable, AUTO)],
+    [
+        (make_with_lora, AUTO),
+        pytest.param(make_with_lora, "int8", marks=pytest.mark.long),
+        (make_with_lora, "nf4"),
+        (make_trainable, AUTO),
+    ],
 )
 def test_compiled_blocks_use_one_graph_per_pass_with_equal_results(
     made: Callable[[str], Any], precision: str, monkeypatch: pytest.MonkeyPatch
@@ -536,7 +543,15 @@ def steps_of(
 
 
 @pytest.mark.parametrize("made", [make_with_lora, make_trainable])
-@pytest.mark.parametrize(("plans", "accumulation"), [(AWAY, 1), (TURNS, 2), (STATE_HERE, 1), (STATE_AWAY, 1)])
+@pytest.mark.parametrize(
+    ("plans", "accumulation"),
+    [
+        (AWAY, 1),
+        pytest.param(TURNS, 2, marks=pytest.mark.long),
+        pytest.param(STATE_HERE, 1, marks=pytest.mark.long),
+        (STATE_AWAY, 1),
+    ],
+)
 @pytest.mark.fault("memory: copies to and from the device that are late", times=2)
 def test_late_copies_change_nothing(
     made: Callable[..., Any],
@@ -606,7 +621,7 @@ def test_a_missing_wait_is_detected(
     [
         (make_with_lora, TURNS, 1),
         (make_trainable, AWAY, 2),
-        (make_trainable, STATE_HERE, 1),
+        pytest.param(make_trainable, STATE_HERE, 1, marks=pytest.mark.long),
         (make_trainable, STATE_AWAY, 1),
     ],
 )

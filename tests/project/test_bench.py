@@ -53,6 +53,7 @@ def results_in(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["row"]: row for row in bench_table.read_rows(folder)}
 
 
+@pytest.mark.long
 def test_rows_from_end_to_end(tmp_path: Path, spawned: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--rows", *ALL, *CPU, str(tmp_path)]) == 0
     assert spawned == [ALL]

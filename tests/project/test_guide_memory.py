@@ -83,6 +83,7 @@ def test_every_row_is_measured_once_and_the_most_important_first() -> None:
     assert names.index("2b-r16-adamw-kept-budget") < names.index("5b-r16-b4-adamw-budget")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("tiny")
 def test_rows_from_end_to_end(tmp_path: Path, spawned: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     names = ["5b-r16-adamw-budget", "5b-sft-adamw-budget", "2b-sft-adamw-fp16-36gb-budget", "5b-r16-adamw-lean"]

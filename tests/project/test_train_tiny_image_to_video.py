@@ -42,6 +42,7 @@ def test_an_image_has_no_effect_before_training() -> None:
         assert not wide(torch.cat([image, video], dim=2), **rest)[0].allclose(made, atol=0.1)
 
 
+@pytest.mark.long
 def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def run(script: str, *flags: object) -> None:
         assert in_process(*STAGES[script], [str(part) for part in flags]) in (0, None)
