@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from running import equal, losses, safetensors_of, sft_flags, train_all
 from cogvideox.config import args
 from cogvideox.config.options import SftOptions
 from cogvideox.errors import UsageError
-from cogvideox.runtime.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoints, damage_of
+from cogvideox.runtime.checkpoint import MANIFEST_NAME, PROGRESS_NAME, checkpoints, damage_of, state_after_loss
 from cogvideox.runtime.disk_room import checkpoint_bytes
 
 FLAG = "--checkpoint_weights_only"
@@ -45,6 +46,13 @@ def test_a_checkpoint_has_the_weights_of_a_complete_one_and_nothing_else(complet
         assert equal(safetensors_of(folder / "transformer"), safetensors_of(complete / name / "transformer"))
         sizes = [sum(p.stat().st_size for p in f.rglob("*.safetensors")) for f in (folder, complete / name)]
         assert 5.8 < sizes[1] / sizes[0] < 6.2  # 2 bytes a weight, and 2 of the master's lower bits and 8 of moments
+
+
+def test_weights_without_masters_lose_only_the_state_of_the_optimizer(tmp_path: Path) -> None:
+    run = replace(run_alone(tmp_path), precision="bf16")
+    assert state_after_loss(run, {"use_stochastic_rounding": False}).startswith(LOST)
+    without = "with fresh optimizer state, so not as if it had not been interrupted"
+    assert state_after_loss(run, {"use_stochastic_rounding": True}) == without
 
 
 def test_a_run_resumes_from_its_weights_and_says_so(

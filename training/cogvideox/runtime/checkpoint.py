@@ -361,9 +361,8 @@ class Saver:
             )
         self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and {how}")
         if self.weights_only:
-            self.run.say(
-                f"--checkpoint_weights_only: a run that is stopped or killed resumes {state_after_loss(self.run)}"
-            )
+            lost = state_after_loss(self.run, self.recipe)
+            self.run.say(f"--checkpoint_weights_only: a run that is stopped or killed resumes {lost}")
 
     def _check_finite(self, step: int) -> None:
         bad = self.run.ranks.gather(self.engine.not_finite())
@@ -509,16 +508,19 @@ class StartPoint:
             if run.is_main:
                 keep_all_damaged(run.output_dir)
         elif self.weights_only:
-            run.say(f"resuming from the weights in {self.folder} after step {self.step}, {state_after_loss(run)}")
+            lost = state_after_loss(run, self.recipe)
+            run.say(f"resuming from the weights in {self.folder} after step {self.step}, {lost}")
         else:
             engine.load(self.folder)
             method.resume(self.folder)
             run.say(f"resuming from {self.folder} after step {self.step}")
 
 
-def state_after_loss(run: Run) -> str:
-    """Returns, for a message, with what a run resumes from a checkpoint that has only the weights."""
-    rounded = "" if run.precision == "no" else f", and with master weights that were rounded to {run.precision}"
+def state_after_loss(run: Run, recipe: Mapping[str, object]) -> str:
+    """Returns, for a message, with what a run of this recipe resumes from a checkpoint that has only the weights."""
+    rounded = ""
+    if run.precision != "no" and not recipe.get("use_stochastic_rounding"):
+        rounded = f", and with master weights that were rounded to {run.precision}"
     return f"with fresh optimizer state{rounded}, so not as if it had not been interrupted"
 
 
