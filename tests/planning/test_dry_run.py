@@ -145,7 +145,21 @@ def test_every_card_has_plausible_rates(name: str) -> None:
     assert 1e13 < card.matmul < 1e15
     assert all(0.2 * card.matmul < rate < card.matmul for rates in card.attention.values() for rate in rates)
     assert 1e11 < card.memory < 1e13
-    assert 1e10 < card.copies < 1e11
+    assert 1e10 < card.copies <= card.exchange < 3e11
+
+
+def test_cards_without_nvlink_exchange_divided_tokens_slowly(
+    published: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seconds = {}
+    for card in ("h200", "rtx4090"):
+        flags = ("--load_tensors", "--gpu", card, "--host_memory", "112", "--sequence_parallel", "2")
+        assert predict(published, index, tmp_path / "out", *flags, "--train_batch_size", "1") == 0
+        seconds[card] = number(r"s a step, ([\d.]+) s of it communication", capsys.readouterr().out)
+    # 12 units of 8888 tokens of 3072 numbers for each of 42 blocks, or 16 where attention is computed again.
+    assert seconds["h200"] == pytest.approx(12 * 42 * 8888 * 3072 * 2 / 2.4e11, rel=0.01)
+    assert 6 < seconds["rtx4090"] / seconds["h200"] < 16
 
 
 # -- data and steps ----------------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def machine_of_card(options: TrainOptions, name: str) -> tuple[Machine, str]:
         rule = f"its rate on {name} is not known; known are {', '.join(card.attention)}"
         raise UsageError(f"--attention_backend {wanted}: {rule}; give one of them, or leave the flag out")
     gib = card.gib if budget is None else min(card.gib, budget)
-    rates = card.matmul, *card.attention[known[0]], card.memory, card.copies, BOTH_WAYS * card.copies
+    rates = card.matmul, *card.attention[known[0]], card.memory, card.copies, BOTH_WAYS * card.copies, card.exchange
     return Machine(int(FRAGMENTS * allowed_bytes(gib)), free_host_bytes() // ranks_here(), *rates), known[0]
 
 
