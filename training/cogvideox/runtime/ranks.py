@@ -311,8 +311,8 @@ def connect_store(attempt: str) -> dist.Store:
 
     Args:
         attempt: A name that only the processes of this start have. A launcher that restarts processes may keep the
-            store with what the former ones wrote. Its TORCHELASTIC_RESTART_COUNT is no such name: each machine counts
-            the failures of its own processes.
+            store with what the former ones wrote. TORCHELASTIC_RESTART_COUNT of torchrun would not do, because each
+            machine counts only the failures of its own processes.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
