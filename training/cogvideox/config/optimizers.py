@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ADAM_NAMES = {"adam": "Adam", "adamw": "AdamW"}
 USUAL_BETAS = (0.9, 0.999)  # used for a class whose argument "betas" has no default
+NOT_OF_TORCH = ("use_torchao", "use_8bit", "use_bf16_moments", "use_stochastic_rounding")  # flags of Adam
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -242,8 +243,7 @@ def package_of(flags: OptimizerFlags) -> str | None:
 
 def flag_of(flags: OptimizerFlags) -> str:
     """Returns the flag by which the user selected the optimizer, for messages, such as "--use_8bit"."""
-    names = ("use_torchao", "use_8bit", "use_bf16_moments", "use_stochastic_rounding")
-    return next((f"--{name}" for name in names if getattr(flags, name)), f"--optimizer {flags.optimizer}")
+    return next((f"--{name}" for name in NOT_OF_TORCH if getattr(flags, name)), f"--optimizer {flags.optimizer}")
 
 
 def class_problems(flags: OptimizerFlags) -> Iterator[str]:
@@ -317,7 +317,7 @@ def steps_on_device(flags: OptimizerFlags) -> bool:
     """Returns whether the flags select the fused Adam of torch, which can skip a step without waiting for the host."""
     from torch.optim import Adam, AdamW
 
-    if flags.use_torchao or flags.use_8bit or flags.use_bf16_moments or flags.use_stochastic_rounding:
+    if any(getattr(flags, name) for name in NOT_OF_TORCH):
         return False  # torch has no such Adam
     kind, arguments = optimizer_class(flags)
     return issubclass(kind, (Adam, AdamW)) and bool(arguments.get("fused"))

@@ -83,11 +83,15 @@ class Adam:
     moments: str = FP32
     masters: bool = True
 
+    def rounds_at_random(self, weight: torch.dtype) -> bool:
+        """Returns whether steps of weights of a type are rounded at random, because they have no masters."""
+        return weight == torch.bfloat16 and not self.masters
+
     def state_types(self, weight: torch.dtype) -> dict[str, torch.dtype]:
         """Returns the type of each array of state by name, for weights of a type; scales have one number a group."""
         master: dict[torch.dtype, dict[str, torch.dtype]] = {
             torch.float32: {},
-            torch.bfloat16: {LOW: torch.int16} if self.masters else {},
+            torch.bfloat16: {} if self.rounds_at_random(torch.bfloat16) else {LOW: torch.int16},
             torch.float16: {MASTER: torch.float32},
         }
         if self.moments == EIGHT_BIT:
@@ -274,8 +278,8 @@ def update(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], scalar
     new = master * decay + rate * new_first / (new_second.sqrt() / bias + adam.eps)
     keeps = skipped > 0
     noise = hashed(step, found, master) if adam.moments != FP32 else None
-    without = weight.dtype == torch.bfloat16 and not adam.masters
-    write_master(torch.where(keeps, master, new), weight, state, hashed(step, master, found) if without else None)
+    noise_of_weights = hashed(step, master, found) if adam.rounds_at_random(weight.dtype) else None
+    write_master(torch.where(keeps, master, new), weight, state, noise_of_weights)
     for name, tensor in stored_moments(new_first, new_second, state[FIRST].dtype, noise).items():
         state[name].copy_(torch.where(keeps, state[name], tensor))
 

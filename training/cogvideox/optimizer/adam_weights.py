@@ -113,11 +113,6 @@ class Group:
         size = self.layout.numbers if whole else int(RANGE_BYTES / (self.transfer_bytes or 1)) // GROUP * GROUP
         return [slice(i, min(i + size, self.layout.numbers)) for i in range(0, self.layout.numbers, max(size, GROUP))]
 
-    @property
-    def has_masters(self) -> bool:
-        """Returns whether masters have more bits than bf16 weights."""
-        return self.weights.dtype != torch.bfloat16 or LOW in self.types
-
     def gradients(self) -> Tensor:
         """Returns the array of all gradients, on the device or on the host."""
         if self.collected is not None:
@@ -278,8 +273,8 @@ class Masters(ReadPieces):
 
         A bf16 weight without a master takes the upper bits of the value, whose lower bits stay where they are.
         """
-        trained, new = self[name].clone(), value
-        if not self.owners[name].has_masters:
+        trained, new, group = self[name].clone(), value, self.owners[name]
+        if group.adam.rounds_at_random(group.weights.dtype):
             new, low = split(value)
             trained = join(trained.bfloat16(), low)
         self.write(name, new)
