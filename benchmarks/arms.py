@@ -58,6 +58,7 @@ PLAN_FLAGS = {  # flags of the training script for each plan
     "lean-nf4": ("--plan", "lean", "--base_precision", "nf4"),
 }
 PLAN_FLAGS |= {f"{name}-8bit": (*PLAN_FLAGS[name], "--use_8bit") for name in ("auto", "80gb", "24gb", "lean")}
+PLAN_FLAGS["80gb-device-8bit"] = ("--plan", "fast", *PLAN_FLAGS["80gb-8bit"])  # nothing is stored on the host
 LOCAL = SimpleNamespace(deepspeed_plugin=None)  # accelerate's state in a run without a launcher
 
 
@@ -222,8 +223,15 @@ class Meter:
 # -- the stock arm -----------------------------------------------------------------------------------------------------
 
 
-def stock(work: Work, steps: int) -> dict[str, Any]:
-    """Trains as published trainers do: diffusers, PEFT, accelerate's autocast, full checkpointing, AdamW, clipping."""
+def stock(work: Work, steps: int, offloads: bool = False) -> dict[str, Any]:
+    """Trains as published trainers do: diffusers, PEFT, accelerate's autocast, full checkpointing, AdamW, clipping.
+
+    Args:
+        work: What is trained.
+        steps: The number of steps.
+        offloads: Whether torchao's CPUOffloadOptimizer has weights, gradients and moments on the host and makes AdamW's
+            steps there, so that gradients are not clipped.
+    """
     from accelerate import Accelerator
     from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
     from diffusers.training_utils import cast_training_params
@@ -251,7 +259,13 @@ def stock(work: Work, steps: int) -> dict[str, Any]:
     if transformer.config.use_rotary_positional_embeddings:
         rotary = pipe._prepare_rotary_positional_embeddings(work.bucket.height, work.bucket.width, frames, device)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4)
+    values: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 1e-4}
+    if offloads:
+        from torchao.optim import CPUOffloadOptimizer
+
+        optimizer = CPUOffloadOptimizer(parameters, torch.optim.AdamW, offload_gradients=True, **values)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **values)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     clean, prompt = work.random(frames, *rest), work.random_prompt()
     meter = Meter(device)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from arms import NO_MEMORY, PLAN_FLAGS, Work, attempt, make_room, ours, stock
-from bench_table import PREFIX, read_rows, speed_figures, table, trace_table, useful_flops
+from bench_table import OFFLOAD, PREFIX, STOCK, read_rows, speed_figures, table, trace_table, useful_flops
 from random_models import ROOT
 from record import device_and_versions, put_into
 from slow_copies import slowed
@@ -61,6 +61,7 @@ class Process:
 
 
 EIGHT_BIT = ("24gb-8bit", "lean-8bit", "auto-8bit")
+EIGHT_BIT_5B = ("80gb-8bit", "80gb-device-8bit", *EIGHT_BIT)
 PROCESSES = (
     Process("2b", 128, 1, ("stock", "fast", "24gb", "lean"), validates=True),
     Process("5b", 128, 1, ("stock", "fast", "24gb", "12gb", "8gb", "lean", "lean-int8", "lean-nf4"), validates=True),
@@ -69,7 +70,7 @@ PROCESSES = (
     Process("5b", 64, 4, ("stock", "lean"), steps=4, stock_steps=3),
     Process("1.5-5b", 128, 1, ("stock", "fast", "24gb", "lean"), steps=4, stock_steps=2),
     Process("2b", 0, 1, ("stock", "fast", "24gb", "lean", *EIGHT_BIT), stock_steps=4),
-    Process("5b", 0, 1, ("stock", "lean", "24gb", "auto", "80gb", "80gb-8bit", *EIGHT_BIT), steps=5, stock_steps=4),
+    Process("5b", 0, 1, (*STOCK, "lean", "24gb", "auto", "80gb", *EIGHT_BIT_5B), steps=5, stock_steps=4),
     Process("1.5-5b", 0, 1, ("24gb", "24gb-8bit"), steps=3, stock_steps=0),
     Process("2b", 128, 1, ("stock", "fast", "24gb", "lean"), precision="fp16"),
     Process("2b", 0, 1, ("stock", "fast", "24gb", "lean"), stock_steps=4, precision="fp16"),
@@ -93,20 +94,22 @@ def path_of(results: Path, row: str) -> Path:
 def is_done(results: Path, row: str, traces: bool) -> bool:
     """Returns whether a row has a result, and a trace in it if traces are wanted."""
     path = path_of(results, row)
-    return path.is_file() and (not traces or ROWS[row].rows[row] == "stock" or "trace" in json.loads(path.read_text()))
+    return path.is_file() and (not traces or ROWS[row].rows[row] in STOCK or "trace" in json.loads(path.read_text()))
 
 
 # -- one process -------------------------------------------------------------------------------------------------------
 
 
-def stock_arm(work: Work, steps: int) -> dict[str, Any]:
-    """Returns the figures of the stock arm, or its error. That it does not fit into memory is a result too."""
+def stock_arm(work: Work, steps: int, offloads: bool = False) -> dict[str, Any]:
+    """Returns the figures of a stock arm, or its error. That it does not fit into memory is a result too."""
     make_room(work.device)
-    return attempt(stock, work, steps)
+    return attempt(stock, work, steps, offloads)
 
 
-def our_arm(work: Work, plan: str, process: Process, traces: bool) -> dict[str, Any]:
-    """Returns our figures, or the error."""
+def measured_arm(work: Work, plan: str, process: Process, traces: bool) -> dict[str, Any]:
+    """Returns the figures of a row other than the first stock arm, or the error."""
+    if plan == OFFLOAD:
+        return stock_arm(work, process.stock_steps, offloads=True)
     make_room(work.device)
     with slowed(process.copy_rate, work.device) as copies:
         validates = process.validates and plan == "lean"
@@ -125,7 +128,7 @@ def result_of(row: str, work: Work, arm: dict[str, Any], stock: dict[str, Any] |
     result |= arm
     if "failed" not in arm:
         result |= speed_figures(result) | {"ratio": None}
-    if plan != "stock" and stock is not None:
+    if plan not in STOCK and stock is not None:
         result["stock"] = stock
         if "failed" not in stock:
             result["ratio"] = round(stock["seconds_per_step"] / arm["seconds_per_step"], 4)
@@ -140,9 +143,9 @@ def run_rows(rows: Sequence[str], results: Path, device: torch.device, seconds: 
     for row, plan in process.rows.items():
         if row not in rows or time.perf_counter() - began > seconds - ROW_SECONDS[process.kind]:
             continue
-        arm = stock if stock and plan == "stock" else our_arm(work, plan, process, traces)
+        arm = stock if stock and plan == "stock" else measured_arm(work, plan, process, traces)
         print(json.dumps({"row": row, **arm}), flush=True)
-        is_result = plan == "stock" and arm.get("failed") == NO_MEMORY
+        is_result = plan in STOCK and arm.get("failed") == NO_MEMORY
         parts = [arm, arm.get("validation", {}), arm.get("trace", {})]
         if not is_result and any("failed" in part for part in parts):
             failed += 1

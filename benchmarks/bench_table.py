@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "bench_"
+OFFLOAD = "stock-offload"  # the stock loop with torchao's optimizer on the host
+STOCK = ("stock", OFFLOAD)
 PLANS = (
-    *("stock", "fast", "auto", "auto-8bit", "80gb", "80gb-8bit", "24gb", "24gb-8bit", "12gb", "8gb"),
+    *STOCK,
+    *("fast", "auto", "auto-8bit", "80gb", "80gb-8bit", "80gb-device-8bit", "24gb", "24gb-8bit", "12gb", "8gb"),
     *("lean", "lean-8bit", "lean-int8", "lean-nf4"),
 )
 MODELS = ("2b", "5b", "1.5-5b")

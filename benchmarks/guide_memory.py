@@ -9,7 +9,9 @@ A row is a row of a guide with one of two plans: "budget" is what --vram_budget 
 takes in the guide, and "lean" what --plan lean needs at least. Each takes four steps with random weights, samples and
 decodes a video with two sampling steps, and does so again without the state of training. The four peaks are those that
 the guide of the CogVideoX factory has: before training, in training, in validation, and in the test afterwards.
-Rows with a result, and those that do not fit in the time left, are skipped. Weights are made once a process.
+Rows with a result, and those that do not fit in the time left, are skipped. Weights are made once a process. To run
+several of these programs on one GPU at the same time, give each its own --rows and --shared_gpu: memory is that of each
+process, but seconds are then not recorded.
 """
 
 from __future__ import annotations
@@ -279,8 +281,11 @@ def measure(arm: Arm, device: torch.device) -> dict[str, Any]:
     return {"peaks_gib": peaks} | figures | {"validation": validation, "test": test}
 
 
-def run_arms(arms: Sequence[Arm], results: Path, device: torch.device, seconds: float) -> int:
-    """Runs the measurements of one process for which there is time; returns how many failed."""
+def run_arms(arms: Sequence[Arm], results: Path, device: torch.device, seconds: float, shared: bool) -> int:
+    """Runs the measurements of one process for which there is time; returns how many failed.
+
+    Seconds are not recorded if other programs share the GPU.
+    """
     began, failed, graphs = time.perf_counter(), 0, None
     for arm in arms:
         started = time.perf_counter()
@@ -289,8 +294,14 @@ def run_arms(arms: Sequence[Arm], results: Path, device: torch.device, seconds: 
         shapes = arm.row.rank, arm.row.batch
         make_room(device, keeps_graphs=graphs == shapes)
         graphs = shapes
-        result = {"arm": arm.name, "row": asdict(arm.row), "plan": arm.plan, "flags": arm.row.flags(arm.plan)}
-        result |= attempt(measure, arm, device) | {"arm_seconds": round(time.perf_counter() - started, 1)}
+        result: dict[str, Any] = {"arm": arm.name, "row": asdict(arm.row), "plan": arm.plan}
+        result |= (
+            {"flags": arm.row.flags(arm.plan)}
+            | attempt(measure, arm, device)
+            | {"arm_seconds": round(time.perf_counter() - started, 1)}
+        )
+        if shared:
+            result |= {"seconds_per_step": None, "seconds": None, "shared_gpu": True}
         shown = ("arm", "peaks_gib", "seconds_per_step", "predicted", "execution", "arm_seconds", "failed")
         print(json.dumps({name: result[name] for name in shown if name in result}), flush=True)
         if "failed" in result:
@@ -310,7 +321,7 @@ def spawn(arguments: Sequence[str]) -> None:
     subprocess.run([sys.executable, __file__, *arguments], check=False)
 
 
-def drive(arms: Sequence[Arm], results: Path, device: torch.device, seconds: float) -> int:
+def drive(arms: Sequence[Arm], results: Path, device: torch.device, seconds: float, shared: bool) -> int:
     """Runs the measurements without a result, a process for each model; returns how many have none in the end."""
     began = time.perf_counter()
     todo = [arm for arm in arms if not path_of(results, arm).is_file()]
@@ -319,6 +330,7 @@ def drive(arms: Sequence[Arm], results: Path, device: torch.device, seconds: flo
         left = seconds - (time.perf_counter() - began)
         if left > min(ARMS[name].row.seconds for name in names):
             flags = ["--results", str(results), "--device", str(device), "--seconds", str(left)]
+            flags += ["--shared_gpu"] * shared
             spawn(["--in_process", "--rows", *names, *flags])
     missing = [arm.name for arm in arms if not path_of(results, arm).is_file()]
     print(json.dumps({"missing": missing}), flush=True)
@@ -334,10 +346,11 @@ def peaks_cell(peaks: Sequence[float | None]) -> str:
 
 
 def our_cells(result: dict[str, Any] | None) -> tuple[str, str]:
-    """Returns the seconds of a step and the peaks of a result, or empty cells without one."""
+    """Returns the seconds of a step, if they were recorded, and the peaks of a result; empty cells without one."""
     if result is None:
         return UNKNOWN, UNKNOWN
-    return f"{result['seconds_per_step']:.2f} s", peaks_cell(result["peaks_gib"])
+    seconds = result["seconds_per_step"]
+    return UNKNOWN if seconds is None else f"{seconds:.2f} s", peaks_cell(result["peaks_gib"])
 
 
 def cells_of(row: GuideRow, found: dict[str, dict[str, Any]]) -> tuple[str, ...]:
@@ -374,6 +387,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=1e9, help="start only rows that end in this time")
+    parser.add_argument("--shared_gpu", action="store_true", help="other programs use the GPU: record memory only")
     parser.add_argument("--list", action="store_true", help="print the rows by importance, with the seconds they take")
     parser.add_argument("--table", type=Path, metavar="PAGE", help="only write the table of all results into this page")
     parser.add_argument("--in_process", action="store_true", help=argparse.SUPPRESS)
@@ -395,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {device}: there is no GPU; --device cpu takes hours")
     run = run_arms if flags.in_process else drive
-    return min(1, run(arms, flags.results, device, flags.seconds))
+    return min(1, run(arms, flags.results, device, flags.seconds, flags.shared_gpu))
 
 
 if __name__ == "__main__":

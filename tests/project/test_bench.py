@@ -311,7 +311,7 @@ def test_every_row_has_a_limit_and_a_plan() -> None:
         assert set(bench_table.LIMITS[process.kind]) == set(bench_table.PLANS)
         assert (process.plans[0] == "stock") == (process.stock_steps > 0)
     assert len(bench.ROWS) == sum(len(process.plans) for process in bench.PROCESSES)
-    assert set(bench_table.PLANS) == {"stock", *arms.PLAN_FLAGS}
+    assert set(bench_table.PLANS) == {*bench_table.STOCK, *arms.PLAN_FLAGS}
 
 
 @pytest.mark.parametrize(
