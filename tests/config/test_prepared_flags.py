@@ -80,6 +80,18 @@ def test_given_flags_that_agree_are_accepted(unusual: Path) -> None:
     assert parse(unusual, "--train_resolution", "9x64x96").data.fps == 10
 
 
+def test_validation_videos_have_the_size_of_the_prepared_clips(unusual: Path, tmp_path: Path) -> None:
+    """Without flags for buckets, they follow from the folder: by single lists of sizes here, by buckets below."""
+    validation = parse(unusual).validation
+    assert (validation.validation_frames, validation.height, validation.width) == (9, 64, 96)
+    assert parse(unusual, "--height", 32).validation.height == 32
+    recipe = {"train_resolution": ["1x96x64", "17x96x64"]}  # as somebody else may write it
+    index = json.loads((unusual / "index.json").read_text()) | {"recipe": recipe}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    validation = parse(tmp_path).validation
+    assert (validation.validation_frames, validation.height, validation.width) == (17, 96, 64)
+
+
 DIFFERENT = {
     "--fps": (16, "--fps 16: the tensors were prepared with 10; "),
     "--frame_selection": ("middle", "--frame_selection middle: the tensors were prepared with head; "),

@@ -31,6 +31,7 @@ from cogvideox.config.options import (
     ScriptOptions,
     TrainOptions,
     derive,
+    derive_video_size,
     fields_of,
     image_flags,
     names_of,
@@ -370,6 +371,7 @@ def parse(
     problems = list(flag_problems(options, sources))
     options, found = as_prepared(options, sources, read_value)
     problems.extend(found)
+    options = derive_video_size(options, sources)
     if not problems and os.environ.get("RANK", "0") == "0":
         for remark in remarks(options, sources):
             print(remark, file=sys.stderr)

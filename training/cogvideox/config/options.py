@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from cogvideox.config.flags import (
     NAMED_CLASS,
+    SIZES,
     TENSOR_FOLDER,
     CaptionFlags,
     DataFlags,
@@ -201,22 +202,45 @@ def derive(options: Options, sources: dict[str, str]) -> Options:
     if data.max_num_frames is None:
         found["data"]["max_num_frames"] = max((frames for frames, _, _ in resolutions(data)), default=49)
     if isinstance(options, TrainOptions):
-        validation = options.validation
         given = {name for name, source in sources.items() if source.startswith("given")}
-        most = data.max_num_frames or found["data"]["max_num_frames"]
-        height = data.height_buckets[0] if "height_buckets" in given else 480
-        width = data.width_buckets[0] if "width_buckets" in given else 720
-        usual = (max((count for count in data.frame_buckets if count <= most), default=49), height, width)
-        listed = [numbers for numbers in resolutions(data) if numbers[0] <= most]
-        longest = max(listed, key=lambda numbers: numbers[0], default=usual)  # the first of several equal ones
-        wanted = dict(zip(("validation_frames", "height", "width"), longest, strict=True))
-        found["validation"] = {name: value for name, value in wanted.items() if getattr(validation, name) is None}
         if not options.train.output_dir:
             task = "i2v-" if options.task == "i2v" else ""
             found["train"] = {"output_dir": f"cogvideox-{task}{options.method}"}
         found["optimizer"] = dict.fromkeys(left_to_library(options.optimizer, given))
         if options.loader.tensor_cache is None and not options.loader.load_tensors:
             found["loader"] = {"tensor_cache": str(Path(data.data_root[0]) / TENSOR_FOLDER)}
+    return with_values(options, found, sources)
+
+
+def derive_video_size(options: Options, sources: dict[str, str]) -> Options:
+    """Returns the options with the size of validation videos filled in, which follows from the buckets.
+
+    This is separate from ``derive`` because --load_tensors replaces the buckets by those of the preparation first.
+
+    Args:
+        options: The options with buckets that are final.
+        sources: Where each value comes from, by flag; the origin of each derived value is set to "derived".
+    """
+    if not isinstance(options, TrainOptions):
+        return options
+    wanted = dict(zip(("validation_frames", "height", "width"), longest_bucket(options.data), strict=True))
+    missing = {name: value for name, value in wanted.items() if getattr(options.validation, name) is None}
+    return with_values(options, {"validation": missing}, sources)
+
+
+def longest_bucket(data: DataFlags) -> tuple[int, int, int]:
+    """Returns (frames, height, width) of the longest bucket, the first of several; 480x720 if no sizes are chosen."""
+    listed = resolutions(data)
+    most = data.max_num_frames or max((frames for frames, _, _ in listed), default=49)
+    # The lists are empty if the folder of --load_tensors does not record them.
+    height = 480 if data.height_buckets in (SIZES, None, ()) else data.height_buckets[0]
+    width = 720 if data.width_buckets in (SIZES, None, ()) else data.width_buckets[0]
+    usual = (max((count for count in data.frame_buckets or () if count <= most), default=49), height, width)
+    return max((bucket for bucket in listed if bucket[0] <= most), key=lambda bucket: bucket[0], default=usual)
+
+
+def with_values(options: Options, found: dict[str, dict[str, Any]], sources: dict[str, str]) -> Options:
+    """Returns the options with derived values, which are given by group and flag, and marks them in the sources."""
     for values in found.values():
         sources.update(dict.fromkeys(values, "derived"))
     groups = {name: dataclasses.replace(getattr(options, name), **values) for name, values in found.items()}
