@@ -162,6 +162,7 @@ class Slurm:
         self.environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "STEP": str(folder)}
         self.environment |= {"SLURM_JOB_ID": free_port(), "SLURM_JOB_NODELIST": "node[1-2]"}
         self.environment |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "ACCELERATE_USE_CPU": "true"}
+        self.environment |= {"SLURM_CPUS_PER_TASK": "8"}
 
     def submit(self, *command: object) -> "subprocess.Popen[str]":
         return start(["bash", ROOT / "examples" / "slurm.sbatch", *command], **self.environment)
@@ -179,12 +180,13 @@ class Slurm:
 
 @pytest.mark.parametrize(("status", "requeues"), [(75, True), (0, False), (1, False), (2, False)])
 def test_a_slurm_job_queues_itself_again_only_if_it_was_stopped(status: int, requeues: bool, tmp_path: Path) -> None:
-    seen = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $#" >> "$STEP/seen"'
+    seen = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT"'
+    seen += ' "$SLURM_CPUS_PER_TASK $#" >> "$STEP/seen"'
     slurm = Slurm(tmp_path, f'{seen}; sleep "$RANK"; exit $(({status} * RANK))')
     finish(slurm.submit("script.py", "--validation_prompt", "a b $RANK"), status)
     port = 20000 + int(slurm.environment["SLURM_JOB_ID"]) % 10000
     lines = sorted((tmp_path / "seen").read_text().splitlines())
-    assert lines == [f"{rank} 2 0 1 127.0.0.1 {port} 3" for rank in range(2)]
+    assert lines == [f"{rank} 2 0 1 127.0.0.1 {port} 8 3" for rank in range(2)]
     assert slurm.asked() == (f"requeue {slurm.environment['SLURM_JOB_ID']}\n" if requeues else "")
 
 
