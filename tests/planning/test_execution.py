@@ -41,7 +41,7 @@ from cogvideox.config import args
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import ModelFlags
 from cogvideox.config.geometry import read_geometry
-from cogvideox.config.options import SftOptions, samples_per_step
+from cogvideox.config.options import LoraOptions, SftOptions, samples_per_step
 from cogvideox.errors import UsageError
 from cogvideox.memory.shared import Neighbors
 from cogvideox.model.models import load_transformer
@@ -518,6 +518,42 @@ def test_processes_that_divide_a_sample_count_as_one(model: Path, tensors: Path,
         sizes = execution.sizes_of_run(run, options, geometry, [bucket], transformer)
         assert (sizes.sequence_parallel, sizes.tokens) == (parallel, -(-geometry.tokens(bucket) // parallel))
         assert samples_per_step(options, 6) == samples
+
+
+OFFLOADED = ("--use_cpu_offload_optimizer", "--offload_gradients")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--optimizer_state_on", "device"), "--use_cpu_offload_optimizer: contradicts --optimizer_state_on device"),
+        (("--weights_on", "device"), "--offload_gradients: contradicts --weights_on device"),
+        (("--plan", "off"), "--offload_gradients: contradicts --plan off"),
+    ],
+)
+def test_flags_of_the_optimizer_that_contradict_those_of_the_plan(
+    flags: tuple[str, ...], told: str, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"{told}; leave one of them out"):
+        args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, *OFFLOADED, *flags), ())
+
+
+def test_gradients_that_a_run_cannot_send_to_the_host_are_refused(
+    model: Path, tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "obstacle_to_plan", lambda *_: "requires --mixed_precision bf16 on a GPU")
+    with pytest.raises(UsageError, match="--offload_gradients: requires --mixed_precision bf16 on a GPU"):
+        run_whole(model, tensors, tmp_path / "run", *OFFLOADED)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--offload_gradients: only one GPU can train weights that are stored on the"):
+        args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, *OFFLOADED), ())
+
+
+def test_a_lora_says_that_its_gradients_are_not_sent_to_the_host(
+    model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args.parse(LoraOptions, None, lora_flags(model, tensors, tmp_path, *OFFLOADED), ())
+    assert "--offload_gradients: has no effect on a LoRA" in capsys.readouterr().err
 
 
 def test_weights_are_trained_on_the_host_by_one_process(

@@ -263,6 +263,8 @@ def remarks(options: ScriptOptions, sources: dict[str, str]) -> Iterator[str]:
     yield from (flag.report for flag in accepted_flags(type(options)) if sources.get(flag.item.name) == NO_EFFECT)
     if isinstance(options, TrainOptions) and options.data.image_column and image_flags(options) is None:
         yield "--image_column: has no effect here; a text-to-video model is not conditioned on images"
+    if isinstance(options, LoraOptions) and options.optimizer.offload_gradients:
+        yield "--offload_gradients: has no effect on a LoRA, whose gradients are small"
     if isinstance(options, TrainOptions) and not options.loader.load_tensors:  # which may contain held-out clips
         yield from idle_schedule(options.validation, bool(options.data.validation_data_root))
     if isinstance(options, TrainOptions) and options.optimizer.kind == "prodigy":

@@ -33,6 +33,7 @@ from cogvideox.config.options import (
     ScriptOptions,
     SftOptions,
     TrainOptions,
+    asked_of_plan,
     copies_and_shards,
     fsdp_offloads,
     fsdp_setting,
@@ -49,6 +50,7 @@ from cogvideox.config.options import (
     trains_on_host,
     under_deepspeed,
     under_fsdp,
+    wanted_places,
 )
 
 LOW_BIT = ("use_8bit", "use_bf16_moments", "use_4bit", "use_fp8")  # the flags that store moments in few bits
@@ -283,7 +285,11 @@ def lora_problems(lora: LoraFlags) -> Iterator[str]:
 
 def plan_problems(options: TrainOptions) -> Iterator[str]:
     """Yields what a plan cannot run, as far as flags show it. The rest is checked when the model is loaded."""
-    asked = ", ".join(options.plan.asked)
+    asked, wanted = ", ".join(asked_of_plan(options)), wanted_places(options)
+    for name, place in (("use_cpu_offload_optimizer", "optimizer_state_on"), ("offload_gradients", "weights_on")):
+        given = getattr(options.plan, place)
+        if given not in ("auto", getattr(wanted, place)):
+            yield f"--{name}: contradicts --{place} {given}; leave one of them out"
     if asked and options.plan.plan == "off":
         yield f"{asked}: contradicts --plan off; leave one of them out"
     if asked and isinstance(options, LoraOptions) and options.lora.use_dora:

@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cogvideox.config.options import LoraOptions, TrainOptions, host_flags, launched_processes, precision_of
+from cogvideox.config.options import (
+    LoraOptions,
+    TrainOptions,
+    asked_of_plan,
+    host_flags,
+    launched_processes,
+    precision_of,
+)
 
 AUTO = "auto"
 ZERO_BUCKET = 5 * 10**8  # elements of the gradients that DeepSpeed sums over the processes at a time, at most
@@ -175,7 +182,7 @@ def zero_problems(options: TrainOptions) -> Iterator[str]:
 
 def plan_problems(options: TrainOptions) -> Iterator[str]:
     """Yields the flags of the plan that ZeRO cannot follow."""
-    if zero_stage() == "3" and (asked := ", ".join(options.plan.asked)):
+    if zero_stage() == "3" and (asked := ", ".join(asked_of_plan(options))):
         yield f"{asked}: zero_stage 3 runs diffusers' own blocks; leave it out, or launch with fsdp2.yaml"
         return
     for given in host_flags(options):

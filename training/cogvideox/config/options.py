@@ -331,6 +331,12 @@ def wanted_places(options: TrainOptions) -> PlanFlags:
     return plan
 
 
+def asked_of_plan(options: TrainOptions) -> list[str]:
+    """Returns the flags that only a plan can follow, as they are typed."""
+    offloads = options.optimizer.offload_gradients and not isinstance(options, LoraOptions)
+    return [*options.plan.asked, *["--offload_gradients"] * offloads]
+
+
 def trains_on_host(options: TrainOptions) -> bool:
     """Returns whether the plan asks for block weights that are stored and trained in host memory."""
     flags = wanted_places(options)

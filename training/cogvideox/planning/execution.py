@@ -32,6 +32,7 @@ from cogvideox.config.optimizers import host_state_problems, steps_on_device
 from cogvideox.config.options import (
     LoraOptions,
     TrainOptions,
+    asked_of_plan,
     copies_and_shards,
     fsdp_offloads,
     under_deepspeed,
@@ -117,7 +118,7 @@ def make_plan(run: Run, options: TrainOptions, tensors: Tensors, transformer: nn
         UsageError: A flag of the plan cannot be followed, or no allowed plan fits.
     """
     reference = ModulePlan(recompute=options.train.gradient_checkpointing, compiled=run.compiled)
-    asked = options.plan.asked
+    asked = asked_of_plan(options)
     obstacle = obstacle_to_plan(run, options, transformer)
     if obstacle and asked:
         raise UsageError(f"{', '.join(asked)}: {obstacle}; leave it out")
@@ -278,7 +279,7 @@ def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
     """Returns advice on the flags that could make a plan fit."""
     is_lora = isinstance(options, LoraOptions)
     ways = [f"--train_batch_size below {sizes.samples}"] if sizes.samples > 1 else []
-    ways += [] if options.plan.asked else ["--plan off, with --gradient_checkpointing"]
+    ways += [] if asked_of_plan(options) else ["--plan off, with --gradient_checkpointing"]
     ways += ["a smaller bucket or --rank" if is_lora else "a smaller bucket"]
     stays = [] if is_lora else [f"; what stays on the device: {reason}" for reason in host_restrictions(options, world)]
     return f"give {', '.join(ways)}, or free memory{''.join(stays)}"
