@@ -128,6 +128,16 @@ def test_videos_of_other_settings_are_moved_away(tmp_path: Path, other: str) -> 
     assert videos(tmp_path) == {"older-0": [0, 2, 4], "older-1": [0, 2, 4]}
 
 
+def test_videos_of_an_earlier_version_stay(tmp_path: Path) -> None:
+    """It named where the state was stored, and lacked a switch."""
+    bare(tmp_path).set_aside_stale(4, 4, {"seed": 1, "offload_gradients": True})
+    fill(tmp_path, 0, 4)
+    bare(tmp_path).set_aside_stale(4, 4, {"seed": 1, "use_bf16_moments": False})
+    assert videos(tmp_path) == {FOLDER: [0, 4]}
+    bare(tmp_path).set_aside_stale(4, 4, {"seed": 1, "use_bf16_moments": True})
+    assert videos(tmp_path) == {"older-0": [0, 4]}
+
+
 def test_videos_of_another_prompt_with_the_same_words_are_moved_away(tmp_path: Path) -> None:
     """A prompt that is read from a file is not among the flags."""
     bare(tmp_path, texts=["a"]).set_aside_stale(4, 4, {})

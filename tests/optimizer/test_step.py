@@ -285,6 +285,17 @@ def test_state_before_the_first_step() -> None:
     assert state_equal(engine.state(), resumed.state())
 
 
+def test_state_of_an_earlier_version_without_a_scale() -> None:
+    """Under torchao's optimizer on the host, it saved masters and the state of Adam only."""
+    params, other = parameters(), parameters(seed=1)
+    engine, resumed = masters(params), masters(other)
+    train(engine, params, 0, 2)
+    resumed.load_state({name: tensor for name, tensor in engine.state().items() if "/" in name})
+    train(engine, params, 2, 4)
+    train(resumed, other, 2, 4)
+    assert state_equal(engine.state(), resumed.state())
+
+
 def test_load_state_copies() -> None:
     params = parameters()
     engine = masters(params)

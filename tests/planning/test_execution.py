@@ -549,6 +549,15 @@ def test_gradients_that_a_run_cannot_send_to_the_host_are_refused(
         args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, *OFFLOADED), ())
 
 
+def test_a_run_continues_with_its_state_in_another_memory(model: Path, tensors: Path, tmp_path: Path) -> None:
+    fast = ("--plan", "fast", "--max_train_steps")
+    here = run_whole(model, tensors, tmp_path / "here", *fast, 4)
+    run_whole(model, tensors, tmp_path / "moved", *fast, 2)
+    moved = run_whole(model, tensors, tmp_path / "moved", *fast, 4, *OFFLOADED)
+    assert losses(moved) == losses(here)
+    assert equal(whole(moved), whole(here))
+
+
 def test_a_lora_says_that_its_gradients_are_not_sent_to_the_host(
     model: Path, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -448,6 +448,12 @@ def test_a_checkpoint_of_an_earlier_version_that_lacks_a_switch(tmp_path: Path) 
         find_start(run, {"seed": 1, "use_bf16_moments": True}, options)
 
 
+def test_a_checkpoint_of_an_earlier_version_that_names_the_place_of_the_state(tmp_path: Path) -> None:
+    run = run_alone(tmp_path)
+    saver_of(run, FakeEngine(), {"seed": 1, "use_cpu_offload_optimizer": True, "offload_gradients": False}).save(2)
+    assert find_start(run, {"seed": 1}, options_of(tmp_path)).step == 2
+
+
 # -- in complete runs --------------------------------------------------------------------------------------------------
 
 

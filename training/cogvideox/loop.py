@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cogvideox import stopping
+from cogvideox.config.flags import PLACES_OF_STATE
 from cogvideox.config.geometry import Geometry, read_geometry
 from cogvideox.config.hub import upload
 from cogvideox.config.options import TrainOptions, ignores_positions, image_flags, local_processes, samples_per_step
@@ -112,6 +113,7 @@ def recipe_of(
     The recipe contains only the global batch size, not how it is split over processes and micro-batches. A run can be
     resumed only with an equal recipe.
     """
+    optimizer = {name: value for name, value in asdict(options.optimizer).items() if name not in PLACES_OF_STATE}
     return {
         "task": task_type.__name__,
         "method": method_type.__name__,
@@ -123,7 +125,7 @@ def recipe_of(
         "max_grad_norm": options.train.max_grad_norm,
         **asdict(geometry),
         **asdict(options.loss),
-        **asdict(options.optimizer),
+        **optimizer,
         **task_type.recipe(options, geometry),
         **method_type.recipe(options),
     }

@@ -68,6 +68,8 @@ CHANGEABLE = (
     *("max_grad_norm", "caption_dropout", "noised_image_dropout", "lora_dropout", "loss_weighting", "snr_gamma"),
     *("p2_gamma", "p2_k", "min_timestep", "max_timestep", "timestep_sampling", "ema_decay", "samples_per_step", "data"),
 )
+# Flags of the optimizer that only say where its state is stored, so that they are not part of a run's recipe.
+PLACES_OF_STATE = ("use_cpu_offload_optimizer", "offload_gradients")
 
 
 def flag(

@@ -36,6 +36,7 @@ from cogvideox.preparation.captions import prompt_notes
 from cogvideox.preparation.encoding import encode_captions, missing_captions
 from cogvideox.preparation.tensors import Tensors
 from cogvideox.progress import ProgressBar
+from cogvideox.runtime.checkpoint import as_written_now
 from cogvideox.runtime.run import Run, with_peaks
 
 FOLDER, SETTINGS_NAME = "validation", "settings.json"
@@ -196,6 +197,7 @@ class Validator:
         path = folder / SETTINGS_NAME
         if self.run.is_main and self.prompts.texts:
             previous = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            previous["recipe"] = as_written_now(previous.get("recipe", {}), settings["recipe"])
             allowed = self.options.train.allow_changed
             same_recipe = without_recipe_entries(
                 allowed, {**previous, "total_steps": total_steps}

@@ -186,9 +186,9 @@ class LossScale:
         return {LOSS_SCALE: self.value, GOOD_STEPS: self.good_steps}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what ``state`` returned."""
-        self.value.copy_(tensors[LOSS_SCALE])
-        self.good_steps.copy_(tensors[GOOD_STEPS])
+        """Restores what ``state`` returned. Earlier versions did not save it under torchao's optimizer on the host."""
+        self.value.copy_(tensors.get(LOSS_SCALE, self.value))
+        self.good_steps.copy_(tensors.get(GOOD_STEPS, self.good_steps))
 
 
 class MasterWeights:

@@ -23,7 +23,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from cogvideox.config.flags import CHANGEABLE
+from cogvideox.config.flags import CHANGEABLE, PLACES_OF_STATE
 from cogvideox.config.options import LoraOptions, SftOptions, TrainOptions
 from cogvideox.data.cache import CacheIndex, hash_of
 from cogvideox.errors import DiskError, NonFiniteError, UsageError, first_line
@@ -587,16 +587,27 @@ def check_length(start: StartPoint, total_steps: int | None, output_dir: Path) -
 def check_recipe(start: StartPoint, now: Mapping[str, object], options: TrainOptions) -> None:
     """Raises UsageError if settings differ from those of the checkpoint, unless --allow_changed permits it."""
     now = json.loads(json.dumps(now))  # The checkpoint went through JSON too, which turns tuples into lists.
-    # Earlier versions named the engine. Checkpoints of DeepSpeed's engine were other files then.
-    then = {name: value for name, value in start.recipe.items() if (name, value) != ("engine", "local")}
-    # They did not have some of the switches, and trained as this version does where those are off.
-    then = {name: False for name, value in now.items() if value is False} | then
+    then = as_written_now(start.recipe, now)
     free = {DATA, *options.train.allow_changed}
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in free]
     if changed:
         differences = [f"  {name}: {then.get(name)} there, {now.get(name)} now" for name in changed]
         hint = continue_hint(start, changed, options)
         raise UsageError([f"{start.folder}: was made with other settings; give them again, or {hint}", *differences])
+
+
+def as_written_now(then: Mapping[str, object], now: Mapping[str, object]) -> dict[str, object]:
+    """Returns a recipe that an earlier version may have written as this version writes it.
+
+    Args:
+        then: The recipe that was written.
+        now: A recipe of this version.
+    """
+    # Earlier versions did not have some of the switches, and trained as this version does where those are off.
+    found = {name: False for name, value in now.items() if value is False} | dict(then)
+    # They named the places of state, and the engine. Checkpoints of DeepSpeed's engine were other files then.
+    found = {name: value for name, value in found.items() if name not in PLACES_OF_STATE}
+    return {name: value for name, value in found.items() if (name, value) != ("engine", "local")}
 
 
 def check_same_samples(start: StartPoint, index: CacheIndex, options: TrainOptions) -> None:
