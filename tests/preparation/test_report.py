@@ -227,7 +227,7 @@ def test_suggested_buckets_fit_as_many_clips_as_announced(
 ) -> None:
     assert checked(configs, wall, tmp_path / "out", "--suggest_buckets", "4") == 0
     said = capsys.readouterr()
-    assert "13 of 15 clips fit:" in said.err.splitlines()
+    assert said.err.splitlines()[-1] == "13 of 15 clips fit these buckets; give this to prepare_dataset.py:"
     flags = said.out.split()
     assert flags[0] == "--train_resolution"
     assert 2 <= len(flags) - 1 <= 4

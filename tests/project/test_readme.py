@@ -220,6 +220,7 @@ def test_flags_in_the_text_exist() -> None:
     for parser in (bench.build_parser(), launch_command_parser(), get_args_parser()):
         known |= set(parser._option_string_actions)
     known |= INFERENCE_FLAGS
+    known |= set(re.findall(r"^# (--\w+)", (ROOT / "quickstart.sh").read_text(), re.MULTILINE))
     # Flags of other benchmarks, of examples, of tests/tools/odd_files.py and of every script. The last are of sips,
     # Docker, TensorBoard, trackio and SLURM.
     outside = {

@@ -111,7 +111,8 @@ def suggest(preparation: Preparation, number: int) -> None:
     if not proposal.buckets:
         rule = f"none of {len(records)} clips fills a bucket that this model takes"
         raise UsageError(f"--suggest_buckets {number}: {rule}; give a larger --max_upscale, or longer clips")
-    print(f"{proposal.fitting} of {proposal.num_clips} clips fit:", file=sys.stderr)
+    fitting = f"{proposal.fitting} of {proposal.num_clips} clips fit these buckets"
+    print(f"{fitting}; give this to prepare_dataset.py:", file=sys.stderr)
     print(flags_of(proposal, preparation.data), flush=True)
 
 
