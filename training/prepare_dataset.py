@@ -39,8 +39,9 @@ def main(options: PrepareOptions) -> int:
 
 def prepare_into(folder: Path, options: PrepareOptions) -> int:
     """Plans which tensors to make, then verifies or encodes them, and returns the exit status."""
+    from cogvideox.data.cache import publishing
     from cogvideox.preparation.prepare import Preparation
-    from cogvideox.preparation.report import describe, failures_explained, suggest
+    from cogvideox.preparation.report import describe, prepare_and_report, suggest
     from cogvideox.preparation.verify import find_faults, repair
     from cogvideox.runtime.ranks import Ranks, start_processes, unconnected
 
@@ -60,22 +61,20 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
     if prepare.suggest_buckets:
         suggest(preparation, prepare.suggest_buckets)
         return 0
-    records = preparation.plan()
     if prepare.verify or prepare.repair:
+        records = preparation.plan()
         faults = ranks.gather(find_faults(preparation, records))
         ranks.say(*(fault.text for fault in faults), f"faults: {len(faults)}")
         if prepare.verify:
             return 1 if faults else 0
         repair(preparation, faults, records)
-        records = preparation.plan()
     if prepare.dry_run:
-        ranks.say(describe(preparation, records, costs=True))
+        records = preparation.plan()
+        with publishing(folder, ranks.say):
+            ranks.say(describe(preparation, records, costs=True))
         preparation.check(records)
         return 0
-    with failures_explained(preparation, ranks.say):
-        preparation.check(records)
-        index, records = preparation.encode(records, prepare.batch_size)
-    ranks.say(describe(preparation, records))
+    index = prepare_and_report(preparation, ranks.say, prepare.batch_size)
     given = shlex.quote(str(folder))
     ranks.say(f"{len(index.samples)} samples in {folder}; train with --data_root {given} --load_tensors")
     return 0

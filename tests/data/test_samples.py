@@ -368,7 +368,7 @@ def test_the_check_lists_training_and_validation(tmp_path: Path) -> None:
     (two / "b.mp4").unlink()
     # A wrong number of repeats is reported by the flags' own checks, which run as well.
     data = DataFlags(data_root=roots, validation_data_root=(str(tmp_path / "no"),), repeats=(1, 2, 3))
-    found = list(check_data_roots(SimpleNamespace(data=data)))
+    found = list(check_data_roots(SimpleNamespace(data=data, loader=LoaderFlags())))
     assert [problem.split(": ")[0] for problem in found] == [
         f"{one}/videos.txt:1", f"{two}/videos.txt:2", f"--validation_data_root {tmp_path}/no",
     ]  # fmt: skip
@@ -395,14 +395,14 @@ def test_the_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(samples, "_read_folder", counted)
     data, equal = (DataFlags(data_root=(str(tmp_path),), validation_data_root=(str(tmp_path),)) for _ in range(2))
-    assert list(check_data_roots(SimpleNamespace(data=data))) == []
+    assert list(check_data_roots(SimpleNamespace(data=data, loader=LoaderFlags()))) == []
     assert data == equal
-    listing = take_listing(data)
+    listing = take_listing(data, tmp_path)
     assert len(roots) == 2
     assert (listing.samples, listing.validation) == (read_samples(equal), read_validation(equal))
     (tmp_path / "prompts.txt").write_text("a blue disc\n")
-    assert take_listing(data).samples[0].caption == "a blue disc"
-    assert take_listing(equal).samples[0].caption == "a blue disc"
+    assert take_listing(data, tmp_path).samples[0].caption == "a blue disc"
+    assert take_listing(equal, tmp_path).samples[0].caption == "a blue disc"
 
 
 @pytest.mark.fault("data: a table with hundreds of thousands of rows")

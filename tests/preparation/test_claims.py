@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from preparing import tensor_files
-from running import PREPARE_SCRIPT, SIZE, Forked, Moment, finish, fork_ranks, python
+from running import PREPARE_SCRIPT, SIZE, Forked, Moment, eventually, finish, fork_ranks, is_suspended, python
 
 from cogvideox.data.cache import Ledger, NewRecords
 from cogvideox.data.claims import CLAIMS_NAME, Claims, offset_of
@@ -63,18 +63,6 @@ def check_equal(folder: Path, alone: Path, encoded_again: int = 0) -> None:
     records, measured = ((folder / name).read_text().splitlines() for name in ("ledger.jsonl", "health.jsonl"))
     assert (len(records), len(measured)) == (NUM_CLIPS, NUM_CLIPS + encoded_again)
     assert sorted(map(str, folder.iterdir())) == sorted(str(folder / path.name) for path in alone.iterdir())
-
-
-def eventually(is_true: Callable[[], bool]) -> None:
-    """Waits until something is true."""
-    end = time.monotonic() + 120
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def is_suspended(process: Forked) -> bool:
-    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 # -- whole preparations ------------------------------------------------------------------------------------------------

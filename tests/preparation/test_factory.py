@@ -84,7 +84,9 @@ class Opened:
         encoders = SimpleNamespace(
             vae="V", text_encoder="T", vae_dtype="fp32", text_dtype="bf16", text_length=32, prompt_key=hash_of
         )
-        ranks = SimpleNamespace(is_main_process=main, wait_for_everyone=lambda: None)
+        ranks = SimpleNamespace(
+            is_main_process=main, wait_for_everyone=lambda: None, from_main=lambda value: value if main else True
+        )
         said, embed = self.said.append, self.embed_empty
         return open_factory(self.folder, self.data, self.geometry, self.cache, encoders, embed, ranks, said, images)
 
@@ -121,6 +123,28 @@ def test_tensors_are_converted_bit_by_bit(make: Make, geometry: Geometry, main: 
     assert index.dtypes == {"vae": "fp32", "text_encoder": "bf16"}
     assert open_index(opened.cache.folder) == index
     assert "cannot be checked" in opened.said[-1]
+
+
+def test_files_that_are_added_are_published_whichever_run_ends_last(
+    make: Make, geometry: Geometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Opened(make(), geometry)
+    other = Opened(opened.folder, geometry)
+
+    def add_and_convert() -> None:
+        if not other.said:
+            for kind, tensor in ((factory.MOMENTS, moments), (factory.EMBEDS, embeds)):
+                torch.save(tensor(9).clone(), opened.folder / kind / "added.pt")
+            for name, line in (("videos.txt", "videos/added.mp4"), ("prompts.txt", "TOKEN added")):
+                with open(opened.folder / name, "a") as lines:
+                    lines.write(f"{line}\n")
+            assert len(other().samples) == 4
+        other.embed_empty()
+
+    monkeypatch.setattr(opened, "embed_empty", add_and_convert)
+    index = opened()
+    assert index.samples[-1].id == "videos/added.mp4"
+    assert open_index(opened.cache.folder) == index
 
 
 def test_samples_of_it_are_trained_on(make: Make, geometry: Geometry) -> None:

@@ -67,7 +67,8 @@ def run_repair(tiny: Tiny, data: Path) -> tuple[int, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "video_moments", count_video)
         patch.setattr(encode, "prompt_embeds", count_prompt)
-        made.encode(made.plan(), 4)
+        index, _ = made.encode(made.plan(), 4)
+        assert made.publish(index)
     return counts[0], counts[1]
 
 

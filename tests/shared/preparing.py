@@ -41,20 +41,21 @@ def preparation(
     ranks: Any = None,
     encode_flags: EncodeFlags | None = None,
     image_variants: int = 0,
+    flags: DataFlags | None = None,
     **changes: Any,
 ) -> Preparation:
-    flags = ModelFlags(str(model))
-    given = data_flags(root, **changes)
-    return Preparation(
-        flags, given, encode_flags or EncodeFlags(), read_geometry(flags), output, ranks or alone(), image_variants
-    )
+    model_flags, given = ModelFlags(str(model)), flags or data_flags(root, **changes)
+    where = read_geometry(model_flags), output, ranks or alone()
+    return Preparation(model_flags, given, encode_flags or EncodeFlags(), *where, image_variants)
 
 
 def complete(*arguments: Any, caption_batch: int = 4, **changes: Any) -> CacheIndex:
     made = preparation(*arguments, **changes)
     records = made.plan()
     made.check(records)
-    return made.encode(records, caption_batch)[0]
+    index, _ = made.encode(records, caption_batch)
+    assert made.publish(index)
+    return index
 
 
 def tensor_files(folder: Path) -> dict[str, bytes]:

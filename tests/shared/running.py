@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Union
@@ -285,6 +285,19 @@ def finish(process: Process, status: int = 0) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == status, output[-4000:]
     return output
+
+
+def eventually(is_true: Callable[[], bool]) -> None:
+    """Waits until something is true."""
+    end = time.monotonic() + 120
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_suspended(process: Process) -> bool:
+    """Returns whether a process was stopped by SIGSTOP."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def python(script: Path, *flags: object) -> list[object]:

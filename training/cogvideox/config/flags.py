@@ -13,6 +13,7 @@ from typing import Any
 from cogvideox.config.cards import CARDS
 
 TENSOR_FOLDER = "cogvideox_tensors"  # default of --tensor_cache, inside the data root
+TENSOR_INDEX = "index.json"  # name of the list of samples in a folder of tensors
 # The default heights and widths of buckets.
 SIZES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")

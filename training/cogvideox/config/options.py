@@ -305,6 +305,11 @@ def reads_clips(options: AnyOptions) -> bool:
     return not isinstance(options, TrainOptions) or not options.loader.load_tensors
 
 
+def tensor_folder(options: AnyOptions) -> Path:
+    """Returns the folder into which a script that reads clips prepares them."""
+    return Path(options.prepare.output_dir if isinstance(options, PrepareOptions) else str(options.loader.tensor_cache))
+
+
 def needs_captions(options: AnyOptions) -> bool:
     """Returns whether captions are used, which they are not when prepare_dataset.py only inspects a data set."""
     return not isinstance(options, PrepareOptions) or not (options.prepare.dry_run or options.prepare.suggest_buckets)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogvideox.config.flags import DataFlags, EncodeFlags
+from cogvideox.config.flags import TENSOR_INDEX, DataFlags, EncodeFlags
 from cogvideox.config.options import Options, TrainOptions, fields_of, resolution
 from cogvideox.errors import UsageError
 
@@ -58,7 +58,7 @@ class Prepared:
 
 def is_factory_layout(folder: Path) -> bool:
     """Returns whether a folder, or one of its subfolders, was prepared by the CogVideoX factory."""
-    return not (folder / "index.json").is_file() and any(
+    return not (folder / TENSOR_INDEX).is_file() and any(
         path.is_dir() for pattern in (MOMENTS, f"*/{MOMENTS}") for path in folder.glob(pattern)
     )
 
@@ -118,7 +118,7 @@ def read_prepared(folder: Path, options: TrainOptions, read: Read) -> Prepared |
     if is_factory_layout(folder):
         return Prepared({"num_augmentations": 1, "num_image_noise_variants": 1}, chosen=FACTORY_TAKES)
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / TENSOR_INDEX).read_text(encoding="utf-8"))
         if index["format"] not in INDEX_FORMATS:
             return None
         samples = [sample["bucket"] for sample in (*index["samples"], *index["validation"])]
@@ -154,7 +154,7 @@ def parsed_values(folder: Path, values: dict[str, Any], options: TrainOptions, r
         try:
             yield item.name, read(item, annotation, texts)
         except UsageError as error:
-            raise UsageError(f"{folder / 'index.json'}: {error}; run prepare_dataset.py again") from None
+            raise UsageError(f"{folder / TENSOR_INDEX}: {error}; run prepare_dataset.py again") from None
 
 
 def prepared_conflicts(name: str, given: object, prepared: Prepared) -> Iterator[str]:

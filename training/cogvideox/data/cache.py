@@ -5,6 +5,7 @@
     ledger.jsonl                     one record for each source file and recipe: its plan, or why it failed
     health.jsonl                     one record for each clip variant: brightness, motion, look of its frames
     .claims                          which process works on what now (see claims.py)
+    .index                           whose lock a process has while it writes the index and the report
     index.json                       the samples of the last preparation, which --load_tensors reads
 
 ``TensorCache`` reads and writes the tensors, ``Ledger`` the records. ``CacheIndex`` is the index, and ``open_index``
@@ -24,11 +25,13 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.config.buckets import Bucket
+from cogvideox.config.flags import TENSOR_INDEX
 from cogvideox.errors import UsageError
 from cogvideox.files import (
     LOCK_NAME,
     disk_errors_converted,
     remove_stale_temporaries,
+    stamp_of,
     write_atomically,
 )
 from cogvideox.locks import held
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_FORMAT, OLD_FORMATS = 4, (3,)  # format 3 does not have the recipe
+INDEX_LOCK = ".index"
 _KEY_FIELDS = ("video_keys", "image_keys")  # fields of CachedSample that hold several keys
 _KEY_PATTERN = re.compile("[0-9a-f]{64}")
 
@@ -266,6 +270,18 @@ def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def publishing(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock with which only one process at a time writes the index, and what is shown of it.
+
+    Args:
+        folder: The folder of the cache, which exists.
+        say: Prints a line; it is called before a wait.
+    """
+    with held(folder / INDEX_LOCK, lambda: say(f"{folder}: another process is writing the report; waiting")):
+        yield
+
+
 @dataclass(frozen=True)
 class CachedSample:
     """Names a sample and its tensors in the cache.
@@ -321,9 +337,31 @@ class CacheIndex:
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Writes index.json into a folder."""
-        content = json.dumps({"format": INDEX_FORMAT} | asdict(self), indent=1, ensure_ascii=False)
-        write_atomically(folder / "index.json", content.encode())
+        """Writes index.json into a folder that no other process prepares."""
+        write_atomically(folder / TENSOR_INDEX, self._content())
+
+    def publish(self, folder: Path, before: list[int]) -> bool:
+        """Writes index.json into a folder, unless another process has replaced it. The lock of ``publishing`` is held.
+
+        Args:
+            folder: The folder of the cache.
+            before: Size and time of the index before the samples were listed; [] if there was none.
+
+        Returns:
+            Whether the folder has this index now. Otherwise its samples must be listed again, because it has another
+            one, which may have samples that were added since.
+        """
+        path, content = folder / TENSOR_INDEX, self._content()
+        if path.is_file() and path.read_bytes() == content:
+            return True
+        if stamp_of(path) != before:
+            return False
+        write_atomically(path, content)
+        return True
+
+    def _content(self) -> bytes:
+        """Returns the content of index.json."""
+        return json.dumps({"format": INDEX_FORMAT} | asdict(self), indent=1, ensure_ascii=False).encode()
 
     @property
     def keys(self) -> set[str]:
@@ -356,7 +394,7 @@ def open_index(folder: Path) -> CacheIndex:
     Raises:
         UsageError: The folder was not prepared, or by another version, or its index was changed or damaged.
     """
-    path = folder / "index.json"
+    path = folder / TENSOR_INDEX
     if not path.is_file():
         raise UsageError(
             f"--load_tensors: {folder} has no index.json; run prepare_dataset.py --output_dir {quote(str(folder))}, "

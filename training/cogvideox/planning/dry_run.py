@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.cards import BOTH_WAYS, CARDS
-from cogvideox.config.flags import TENSOR_FOLDER
+from cogvideox.config.flags import TENSOR_FOLDER, TENSOR_INDEX
 from cogvideox.config.geometry import Geometry, read_config, read_geometry
 from cogvideox.config.options import (
     LoraOptions,
@@ -173,7 +173,7 @@ def read_samples(options: TrainOptions, geometry: Geometry) -> Samples:
     root = Path(options.data.data_root[0])
     if options.loader.load_tensors:
         folder = Path(options.loader.tensor_cache or root / TENSOR_FOLDER) if is_factory_layout(root) else root
-        if folder != root and not (folder / "index.json").is_file():
+        if folder != root and not (folder / TENSOR_INDEX).is_file():
             rule = "a folder of the CogVideoX factory has no index until a run has converted it"
             raise UsageError(f"--dry_run: {rule}; start the run once, or give the clips without --load_tensors")
         index = open_index(folder)

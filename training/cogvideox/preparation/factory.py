@@ -20,11 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.config.buckets import Bucket
-from cogvideox.config.flags import DataFlags
+from cogvideox.config.flags import TENSOR_INDEX, DataFlags
 from cogvideox.config.geometry import Geometry
 from cogvideox.config.options import TrainOptions, image_flags, resolutions
 from cogvideox.config.prepared_flags import MOMENTS, is_factory_layout
-from cogvideox.data.cache import CachedSample, CacheIndex, Ledger, TensorCache, hash_of, is_key, open_index, sole_writer
+from cogvideox.data.cache import (
+    CachedSample,
+    CacheIndex,
+    Ledger,
+    TensorCache,
+    hash_of,
+    is_key,
+    open_index,
+    publishing,
+    sole_writer,
+)
 from cogvideox.data.forms.columns import Columns, Problems, is_unicode
 from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
@@ -111,29 +121,34 @@ def open_factory(
     Raises:
         UsageError: Lists or files are wrong; the message has all problems.
     """
-    rows = read_rows(folder, data, images)
-    if ranks.is_main_process:
-        with sole_writer(cache.folder, say):
-            convert(rows, geometry, cache)
-            embed_empty()
-    ranks.wait_for_everyone()
     say(f"{folder}: whether its .pt files were made with this VAE and T5 cannot be checked")
     if images:
         say(
             f"{folder}: its first frames are without the noise that models are trained with; prepare_dataset.py adds it"
         )
-    index = CacheIndex(
-        samples=cached_samples(rows, geometry, cache, data),
-        empty_prompt_key=encoders.prompt_key(""),
-        fps=data.fps or float(geometry.default_fps),
-        vae=encoders.vae,
-        text_encoder=encoders.text_encoder,
-        dtypes={"vae": encoders.vae_dtype, "text_encoder": encoders.text_dtype},
-        text_length=encoders.text_length,
-        image_variants=int(images),
-    )
-    if ranks.is_main_process:
-        index.save(cache.folder)  # from now on --data_root can name the cache instead of the folder
+    published = False
+    while not published:  # another run may have listed more files than this one, and may be done earlier
+        before = stamp_of(cache.folder / TENSOR_INDEX)
+        rows = read_rows(folder, data, images)
+        if ranks.is_main_process:
+            with sole_writer(cache.folder, say):
+                convert(rows, geometry, cache)
+                embed_empty()
+        ranks.wait_for_everyone()
+        index = CacheIndex(
+            samples=cached_samples(rows, geometry, cache, data),
+            empty_prompt_key=encoders.prompt_key(""),
+            fps=data.fps or float(geometry.default_fps),
+            vae=encoders.vae,
+            text_encoder=encoders.text_encoder,
+            dtypes={"vae": encoders.vae_dtype, "text_encoder": encoders.text_dtype},
+            text_length=encoders.text_length,
+            image_variants=int(images),
+        )
+        if ranks.is_main_process:
+            with publishing(cache.folder, say):  # from now on --data_root can name the cache instead of the folder
+                published = index.publish(cache.folder, before)
+        published = ranks.from_main(published)
     return index
 
 

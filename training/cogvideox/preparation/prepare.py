@@ -6,7 +6,8 @@
 
 Any number of processes may do this in one folder at a time. Each claims what it works on (data/claims.py), and sees in
 the folder what the others have done. Nothing is sent between them, so each may end and start again by itself. Every
-process writes the index when all tensors of its samples exist.
+process publishes the index when all tensors of its samples exist; ``prepare_and_report`` in report.py lists the samples
+again if another process has published a different one.
 
 For image-to-video, the first frame of every variant of a clip is encoded too. If the data set names an image for the
 clip, that image replaces the first frame and is cropped like the clip. Media files are opened only in worker processes,
@@ -60,7 +61,7 @@ CHANGED = "has changed while it was prepared; run the same command again"
 
 
 class Preparation:
-    """Prepares one data set into one folder: ``plan``, then ``check``, then ``encode``.
+    """Prepares one data set into one folder: ``plan``, then ``check``, then ``encode``, then ``publish``.
 
     Attributes:
         ranks: The processes of the launch. They need not be connected, and other launches may do the same work.
@@ -99,12 +100,18 @@ class Preparation:
         self.ledger, self.health = Ledger(folder), Ledger(folder, "health.jsonl", "tensor")
         self.recipe = clip_recipe(data, geometry)
         self.limits = Limits(data.decode_timeout, int(data.decode_memory * 2**30))
-        listing = take_listing(data, need_captions)
+        listing = take_listing(data, folder, need_captions)
+        self.index_before = listing.index
         self.samples: list[Sample] = listing.samples + listing.validation
         self.num_validation = len(listing.validation)
         self.skipped = listing.skipped
         if image_variants:
             check_no_missing_images(self.samples)
+
+    def again(self) -> "Preparation":
+        """Returns a preparation of the clips that the data set has now, with the same settings."""
+        where = self.folder, self.ranks, self.image_variants
+        return Preparation(self.model, self.data, self.flags, self.geometry, *where)
 
     @cached_property
     def requests(self) -> dict[tuple[str, Section | None], str]:
@@ -209,7 +216,7 @@ class Preparation:
         check_bad(records, self.data.max_bad_fraction)
 
     def encode(self, records: Sequence[ClipRecord], caption_batch: int = 1) -> tuple[CacheIndex, list[ClipRecord]]:
-        """Encodes what is missing, captions first, and writes the index.
+        """Encodes what is missing, captions first.
 
         Args:
             records: The record of every sample, from ``plan``.
@@ -237,11 +244,16 @@ class Preparation:
             index = self._index(records, encoders)
             missing = [key for key in index.keys if not self.cache.has(key)]
             if not missing:
-                break
+                return index, list(records)
             with claims:
                 claims.wait(missing, self.ranks.patience)
-        index.save(self.folder)
-        return index, list(records)
+
+    def publish(self, index: CacheIndex) -> bool:
+        """Writes the index, unless another one was published since the clips were listed; returns whether it is there.
+
+        The lock of ``publishing`` is held.
+        """
+        return index.publish(self.folder, self.index_before)
 
     def _records(self) -> list[ClipRecord]:
         """Returns the ledger record of every sample, in order, with the record of its image, if any, in ``image``."""

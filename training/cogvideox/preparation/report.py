@@ -1,7 +1,7 @@
 """Reports what a preparation does with a data set: a table of buckets, notes, odd clips, and what encoding costs.
 
-``describe`` returns the report that scripts print, from the records of the ledger, and writes the page about the data
-set; ``suggest`` prints buckets that suit the clips. Nothing here changes what is prepared.
+``prepare_and_report`` prepares a data set, publishes its index, and prints the report. ``describe`` returns the report,
+from the records of the ledger, and writes the page about the data set; ``suggest`` prints buckets that suit the clips.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.geometry import Geometry
+from cogvideox.data.cache import CacheIndex, publishing
 from cogvideox.data.clips import time_decode
 from cogvideox.data.forms.samples import Sample
 from cogvideox.data.media.colors import HDR, WHITE, is_wide_sdr
@@ -37,6 +38,38 @@ LARGE = 720  # pixels of the shorter side, from which on players assume bt709 wh
 # For HEVC, the filter is hevc_metadata.
 TAG_COMMAND = "`ffmpeg -i IN -c copy -bsf:v h264_metadata=matrix_coefficients=1 OUT`"
 TIMED_FRAMES = 9  # the VAE encodes 8 at a time, and the first one apart
+
+
+def prepare_and_report(preparation: Preparation, say: Callable[[str], None], caption_batch: int = 1) -> CacheIndex:
+    """Encodes what is missing, then publishes the index, the page and the pictures, and prints the report.
+
+    Another process may have listed the clips later and found more, but it may be done earlier. So no process replaces
+    an index that another one has published since it listed the clips. It lists them again, and prepares what it did not
+    know of; usually the other process has encoded that already.
+
+    Args:
+        preparation: The preparation.
+        say: Prints a line on the main rank.
+        caption_batch: Captions per forward pass of T5.
+
+    Returns:
+        The index that was published.
+
+    Raises:
+        UsageError: Too many clips cannot be used, or the data set is no longer valid when it is listed again.
+    """
+    while True:
+        records = preparation.plan()
+        with failures_explained(preparation, say):
+            preparation.check(records)
+            index, records = preparation.encode(records, caption_batch)
+        with publishing(preparation.folder, say):
+            published = preparation.publish(index)
+            report = describe(preparation, records) if published else ""
+        if all(preparation.ranks.gather([published])):
+            say(report)
+            return index
+        preparation = preparation.again()
 
 
 def describe(preparation: Preparation, records: Records, costs: bool = False) -> str:

@@ -17,6 +17,7 @@ from cogvideox.config.options import (
     image_flags,
     noise_variants,
     resolutions,
+    tensor_folder,
 )
 from cogvideox.config.prepared_flags import is_factory_layout
 from cogvideox.data.cache import CacheIndex, TensorCache, open_index
@@ -24,7 +25,7 @@ from cogvideox.errors import UsageError
 from cogvideox.preparation.encoding import Encoders, encode_captions, missing_captions, other_encoders
 from cogvideox.preparation.factory import open_factory
 from cogvideox.preparation.prepare import Preparation
-from cogvideox.preparation.report import describe, failures_explained
+from cogvideox.preparation.report import prepare_and_report
 from cogvideox.runtime.run import Run
 
 
@@ -48,7 +49,7 @@ def open_tensors(run: Run, options: TrainOptions) -> Tensors:
     encoders = Encoders.of(options.model, options.encode, geometry, run.ranks.device)
     root = Path(options.data.data_root[0])
     if not options.loader.load_tensors:
-        folder = Path(str(options.loader.tensor_cache))
+        folder = tensor_folder(options)
         run.ranks.check_shared(folder, "--tensor_cache")
         index = prepare_here(run, options, geometry, folder)
     elif is_factory_layout(root):
@@ -88,16 +89,10 @@ def convert_here(run: Run, options: TrainOptions, geometry: Geometry, encoders: 
 
 
 def prepare_here(run: Run, options: TrainOptions, geometry: Geometry, folder: Path) -> CacheIndex:
-    """Prepares the data as prepare_dataset.py does; returns the index."""
+    """Prepares the data as prepare_dataset.py does; returns the index, which all ranks have."""
     image_variants = noise_variants(options)
     preparation = Preparation(options.model, options.data, options.encode, geometry, folder, run.ranks, image_variants)
-    records = preparation.plan()
-    with failures_explained(preparation, run.say):
-        preparation.check(records)
-        index, records = preparation.encode(records)
-    run.say(describe(preparation, records))
-    run.barrier()  # drawing takes longer than the time limit of the next collective, so the other ranks wait here
-    return index
+    return prepare_and_report(preparation, run.say)
 
 
 def check_first_frames(index: CacheIndex, geometry: Geometry, options: TrainOptions) -> None:

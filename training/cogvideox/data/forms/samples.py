@@ -9,14 +9,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Self
 
-from cogvideox.config.flags import DataFlags
-from cogvideox.config.options import AnyOptions, needs_captions, reads_clips
+from cogvideox.config.flags import TENSOR_INDEX, DataFlags
+from cogvideox.config.options import AnyOptions, needs_captions, reads_clips, tensor_folder
 from cogvideox.data.forms.columns import NO_CAPTION, WITHOUT_CAPTIONS, Column, Columns, Problems, is_unicode
 from cogvideox.data.forms.folders import read_columns
 from cogvideox.data.forms.paths import PathRules
 from cogvideox.data.media.frames import Section
 from cogvideox.errors import UsageError
+from cogvideox.files import stamp_of
 
 LISTING_ATTRIBUTE = "_listing"  # the attribute of DataFlags in which check_data_roots leaves it
 
@@ -50,11 +53,25 @@ class Sample:
 
 @dataclass(frozen=True)
 class Listing:
-    """Holds all clips in order, and the files that may be clips but have an unsupported format."""
+    """Holds what was found in the folders of a data set.
+
+    Attributes:
+        samples: The clips to train on, in order.
+        validation: The clips to measure the loss on, in order.
+        skipped: Paths of files that may be clips but have an unsupported format.
+        index: Size and time of the index of the tensors before anything was listed. An index with others is from a
+            process that may have listed more clips.
+    """
 
     samples: list[Sample]
     validation: list[Sample]
     skipped: list[str]
+    index: list[int]
+
+    @classmethod
+    def begin(cls, folder: Path) -> Self:
+        """Returns an empty listing of clips that are prepared into a folder."""
+        return cls([], [], [], stamp_of(folder / TENSOR_INDEX))
 
 
 def read_samples(data: DataFlags, skipped: list[str] | None = None, need_captions: bool = True) -> list[Sample]:
@@ -101,7 +118,7 @@ def check_data_roots(options: AnyOptions) -> Iterator[str]:
     """
     if not reads_clips(options):
         return
-    listing = Listing([], [], [])
+    listing = Listing.begin(tensor_folder(options))
     readers = ((listing.samples, partial(read_samples, skipped=listing.skipped)), (listing.validation, read_validation))
     for into, read in readers:
         try:
@@ -111,11 +128,16 @@ def check_data_roots(options: AnyOptions) -> Iterator[str]:
     vars(options.data)[LISTING_ATTRIBUTE] = listing  # incomplete if there are problems, but then the run ends
 
 
-def take_listing(data: DataFlags, need_captions: bool = True) -> Listing:
+def take_listing(data: DataFlags, folder: Path, need_captions: bool = True) -> Listing:
     """Returns the clips of all folders, as ``check_data_roots`` read them, or else reads them.
 
     The clips that were kept belong to the flags object and not to its values: another run with equal flags in the same
     process reads its folders again. They can be taken once.
+
+    Args:
+        data: The flags.
+        folder: Where the clips are prepared.
+        need_captions: Whether a missing caption is an error.
 
     Raises:
         UsageError: As for ``read_samples``.
@@ -123,7 +145,7 @@ def take_listing(data: DataFlags, need_captions: bool = True) -> Listing:
     kept: Listing | None = vars(data).pop(LISTING_ATTRIBUTE, None)
     if kept is not None:
         return kept
-    listing = Listing([], [], [])
+    listing = Listing.begin(folder)
     listing.validation.extend(read_validation(data, need_captions))
     listing.samples.extend(read_samples(data, listing.skipped, need_captions))
     return listing
