@@ -280,7 +280,7 @@ def test_the_size_of_the_copy_is_predicted(flags: tuple[str, ...], size: float, 
     """In bytes of an element in bf16: weight 2, low bits 2, moments 8 or 2; with an average 4 and 2."""
     options = args.parse(SftOptions, None, sft_flags(Path("m"), Path("d"), Path("o"), *flags), ())
     parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
-    predicted = copy_bytes(options, [parameter], torch.device("cpu"))
+    predicted = copy_bytes(options, parameter.numel(), parameter.dtype, torch.device("cpu"))
     assert predicted / parameter.numel() == pytest.approx(size, abs=0.01)
     masters = MasterWeights({"p": parameter}, rule_of(options.optimizer), 1.0, dynamic_scale=False)
     snapshot = Snapshot(shares=not options.loss.use_ema)

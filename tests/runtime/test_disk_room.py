@@ -36,6 +36,13 @@ def test_how_many_checkpoints_a_run_adds(
     assert new_at_once(train, first, total, there) == expected
 
 
+@pytest.mark.parametrize(("total", "limit", "expected"), [(1000, 2, 3), (2, 2, 2), (1000, None, 1)])
+def test_checkpoints_by_the_clock_fill_the_limit(total: int, limit: int | None, expected: int) -> None:
+    """Without a limit, their number is not known."""
+    train = TrainFlags(checkpointing_steps=5000, save_every_minutes=30, checkpoints_total_limit=limit)
+    assert new_at_once(train, 0, total) == expected
+
+
 def refusal(
     monkeypatch: pytest.MonkeyPatch, free: float, there: int = 0, may_shrink: bool = False, **flags: object
 ) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import FakeEngine, run_alone, saver_of
+from fakes import FakeEngine, FakeMethod, run_alone, saver_of
 from running import equal, losses, safetensors_of, sft_flags, train_all
 
 from cogvideox.config import args
@@ -85,11 +85,25 @@ def test_what_needs_more_than_weights_is_refused(flag: str, needs: tuple[str, ..
 
 
 def test_the_size_is_that_of_the_weights() -> None:
-    parameters = [torch.nn.Parameter(torch.zeros(10, dtype=torch.bfloat16))]
+    where = torch.bfloat16, torch.device("cpu")
     for more, size in (((), 120), (("--use_8bit",), 61), (("--use_ema",), 180), ((FLAG,), 20)):
         options = args.parse(SftOptions, None, sft_flags(Path("m"), Path("d"), Path("o"), *more), ())
-        assert checkpoint_bytes(options, parameters, torch.device("cpu"), refers=not options.loss.use_ema) == size
-    assert checkpoint_bytes(options, parameters, torch.device("cpu"), refers=False) == 20
+        assert checkpoint_bytes(options, 10, *where, refers=not options.loss.use_ema) == size
+    assert checkpoint_bytes(options, 10, *where, refers=False) == 20
+
+
+def test_the_size_is_that_of_the_compute_type_also_where_weights_are_sharded_in_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ShardedWeights replaces the parameters by fp32 shards of the masters."""
+    run = replace(run_alone(tmp_path), precision="bf16")
+    parameters = {"p": torch.nn.Parameter(torch.zeros(10))}
+    monkeypatch.setattr(FakeMethod, "parameters", lambda _: parameters, raising=False)
+    for more, size in (((), 140), ((FLAG,), 20)):
+        options = args.parse(SftOptions, None, sft_flags(Path("m"), Path("d"), tmp_path, *more), ())
+        saver = saver_of(run, FakeEngine())
+        saver.check_disk(options, 0, 10)
+        assert saver.num_bytes == size
 
 
 def test_in_the_background_only_weights_are_written_too(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ from cogvideox.planning.execution import (
 from cogvideox.planning.plan import FRAGMENTS, GIB, ExecutionPlan, Machine, NoPlanError, Sizes
 from cogvideox.preparation.prepare import Preparation
 from cogvideox.preparation.report import duration, failures_explained
-from cogvideox.runtime.disk_room import bytes_per_weight, new_at_once, saves_weights_only
+from cogvideox.runtime.disk_room import checkpoint_bytes, new_at_once
 from cogvideox.runtime.ranks import alone
 from cogvideox.runtime.run import PRECISIONS
 
@@ -201,8 +201,7 @@ def disk_line(
     train = options.train
     kept = new_at_once(train, 0, run.steps)
     refers = not isinstance(options, LoraOptions) and not options.loss.use_ema and run.world == 1
-    state = bytes_per_weight(options, run.dtype, torch.device("cpu"), refers)
-    one = sizes.all_trained * (sizes.item_bytes + (0 if saves_weights_only(options) else state))
+    one = checkpoint_bytes(options, sizes.all_trained, run.dtype, torch.device("cpu"), refers)
     all_weights = sum(parameter.numel() for parameter in transformer.parameters())
     result = (sizes.trained if isinstance(options, LoraOptions) else all_weights) * sizes.item_bytes
     output = Path(train.output_dir).absolute()

@@ -31,6 +31,7 @@ from cogvideox.files import check_room, disk_errors_converted, fsync, removed_on
 from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.methods import Method
 from cogvideox.optimizer.engine import STATE_NAME, Engine
+from cogvideox.optimizer.zero_weights import num_elements
 from cogvideox.runtime.background import Snapshot, Writing
 from cogvideox.runtime.disk_room import (
     DiskNeeds,
@@ -38,7 +39,6 @@ from cogvideox.runtime.disk_room import (
     checkpoint_bytes,
     copy_bytes,
     new_at_once,
-    result_bytes,
     seconds_to_write,
 )
 from cogvideox.runtime.run import METRICS_NAME, Run
@@ -324,19 +324,20 @@ class Saver:
 
     def check_disk(self, options: TrainOptions, first: int, total: int) -> None:
         """Predicts what the steps from ``first`` to ``total`` write; raises DiskError if the disk has less room."""
-        parameters, there = list(self.method.parameters().values()), len(checkpoints(self.run.output_dir))
-        self.num_bytes = checkpoint_bytes(options, parameters, self.run.device, self.engine.refers)
-        self.copy_bytes = copy_bytes(options, parameters, self.run.device)
+        run, there = self.run, len(checkpoints(self.run.output_dir))
+        weights = sum(map(num_elements, self.method.parameters().values()))
+        self.num_bytes = checkpoint_bytes(options, weights, run.dtype, run.device, self.engine.refers)
+        self.copy_bytes = copy_bytes(options, weights, run.dtype, run.device)
         new = new_at_once(options.train, first, total, there)
         shortage = None
-        if self.run.is_main:
+        if run.is_main:
             try:
                 may_shrink = isinstance(options, SftOptions) and not (self.weights_only or options.loss.use_ema)
-                needs = DiskNeeds(self.num_bytes, result_bytes(parameters), new, may_shrink)
-                check_disk(self.run.output_dir, needs, options.train, there)
+                needs = DiskNeeds(self.num_bytes, weights * run.dtype.itemsize, new, may_shrink)
+                check_disk(run.output_dir, needs, options.train, there)
             except DiskError as error:
                 shortage = error
-        shortage = self.run.from_main(shortage)
+        shortage = run.from_main(shortage)
         if shortage is not None:
             raise shortage
 

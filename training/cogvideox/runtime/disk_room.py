@@ -7,13 +7,10 @@ import hashlib
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import Parameter
 
 from cogvideox.config.flags import TrainFlags
 from cogvideox.config.options import SftOptions, TrainOptions
@@ -21,7 +18,6 @@ from cogvideox.errors import DiskError
 from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
 from cogvideox.optimizer.adam import adam_of
 from cogvideox.optimizer.step import state_bytes
-from cogvideox.optimizer.zero_weights import num_elements
 from cogvideox.tensor_files import pieces_of, write_tensors
 
 PROBE_LIMIT = 2**28  # largest size in bytes of a file that is written to measure the speed of the disk
@@ -54,52 +50,34 @@ def saves_weights_only(options: TrainOptions) -> bool:
     return isinstance(options, SftOptions) and options.full.checkpoint_weights_only
 
 
-def checkpoint_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device, refers: bool) -> int:
+def checkpoint_bytes(
+    options: TrainOptions, weights: int, dtype: torch.dtype, device: torch.device, refers: bool
+) -> int:
     """Returns the expected bytes of a checkpoint: weights, their masters, moments and average.
 
     Args:
         options: The flags.
-        parameters: The trained parameters.
+        weights: The number of trained weights.
+        dtype: The compute type, in which weights are saved. In training, sharded weights are in fp32.
         device: The device of training.
         refers: Whether the engine saves the lower bits of masters, as far as weights are their upper bits.
     """
     if saves_weights_only(options):
-        return result_bytes(parameters)
-    return bytes_of_all(parameters, lambda dtype: bytes_per_weight(options, dtype, device, refers))
-
-
-def bytes_of_all(parameters: Iterable[Parameter], beside: Callable[[torch.dtype], float]) -> int:
-    """Returns the bytes of all weights with those that ``beside`` returns for a weight of a type."""
-    elements: Counter[torch.dtype] = Counter()
-    for parameter in parameters:
-        elements[parameter.dtype] += num_elements(parameter)
-    return math.ceil(sum(count * (dtype.itemsize + beside(dtype)) for dtype, count in elements.items()))
-
-
-def copy_bytes(options: TrainOptions, parameters: Iterable[Parameter], device: torch.device) -> int:
-    """Returns the bytes of a copy of what a checkpoint is made from: weights, their state as it is stored, average."""
-    if saves_weights_only(options):
-        return result_bytes(parameters)
-
-    def beside(dtype: torch.dtype) -> float:
-        average = options.loss.use_ema * (4 + dtype.itemsize)  # in fp32, and rounded as the weights are
-        return state_bytes(options.optimizer, dtype, device) + average
-
-    return bytes_of_all(parameters, beside)
-
-
-def bytes_per_weight(options: TrainOptions, dtype: torch.dtype, device: torch.device, refers: bool) -> float:
-    """Returns the bytes of a checkpoint for a weight, beside the weight: master or lower bits, moments, average.
-
-    The arguments are those of ``checkpoint_bytes``, with the type of the weight.
-    """
+        return weights * dtype.itemsize
     master = 2 if refers and dtype == torch.bfloat16 and adam_of(options.optimizer) else 4
-    return master + state_bytes(options.optimizer, torch.float32, device) + 4 * options.loss.use_ema
+    state = master + state_bytes(options.optimizer, torch.float32, device) + 4 * options.loss.use_ema
+    return math.ceil(weights * (dtype.itemsize + state))
 
 
-def result_bytes(parameters: Iterable[Parameter]) -> int:
-    """Returns the bytes of the exported weights."""
-    return bytes_of_all(parameters, lambda _: 0.0)
+def copy_bytes(options: TrainOptions, weights: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Returns the bytes of a copy of what a checkpoint is made from: weights, their state as it is stored, average.
+
+    The arguments are those of ``checkpoint_bytes``.
+    """
+    if saves_weights_only(options):
+        return weights * dtype.itemsize
+    average = options.loss.use_ema * (4 + dtype.itemsize)  # in fp32, and rounded as the weights are
+    return math.ceil(weights * (dtype.itemsize + state_bytes(options.optimizer, dtype, device) + average))
 
 
 def new_at_once(train: TrainFlags, first: int, total: int, there: int = 0) -> int:
@@ -115,7 +93,11 @@ def new_at_once(train: TrainFlags, first: int, total: int, there: int = 0) -> in
         return 0
     every, limit = train.checkpointing_steps, train.checkpoints_total_limit
     saved = total // every - first // every + (total % every > 0)
-    return saved if limit is None else max(1, min(saved, limit + 1 + train.keep_best - there))
+    if limit is None:
+        return saved
+    if train.save_every_minutes is not None:
+        saved = total - first  # how many there will be is not known, but no step is saved twice
+    return max(1, min(saved, limit + 1 + train.keep_best - there))
 
 
 def check_disk(folder: Path, needs: DiskNeeds, train: TrainFlags, there: int = 0) -> None:
