@@ -64,6 +64,20 @@ def test_the_lowest_loss_of_the_existing_checkpoints(
         assert found == {"step": expected, "checkpoint": f"checkpoint-{expected}", "held_out_loss": losses[expected]}  # type: ignore[index]
 
 
+def test_a_best_checkpoint_that_has_only_the_weights_cannot_be_exported(tmp_path: Path) -> None:
+    """It may be of an earlier part of the run, which had --checkpoint_weights_only."""
+    saver = saver_of(run_alone(tmp_path), FakeEngine(), weights_only=True)
+    saver.save(2)
+    measured(tmp_path, {2: 0.5})
+    BestCheckpoint(saver, wanted=True, grid="g").start(2)
+    with pytest.raises(UsageError, match=r"has only the weights; leave .* checkpoint-2 --max_train_steps 2$"):
+        BestCheckpoint(saver, wanted=True, grid="g").start(2, exports=True)
+    saver.weights_only = False
+    saver.save(4)
+    measured(tmp_path, {2: 0.5, 4: 0.4})
+    BestCheckpoint(saver, wanted=True, grid="g").start(4, exports=True)
+
+
 @pytest.mark.parametrize("other", ["h", None])
 def test_losses_of_other_clips_are_not_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str | None

@@ -307,7 +307,7 @@ class Trainer:
             warm_up(self.run, self.engine, self.dataset, samples, partial(losses_of, self.task, self.schedule))
         metrics = Metrics(self.run, self.steps.first, self.steps.total, self._on_metrics)
         self._report_rate_jump()
-        self.best.start(self.steps.first)
+        self.best.start(self.steps.first, self.options.train.export_best)
         self.validator.set_aside_stale(self.steps.first, self.steps.total, self.steps.recipe)
         if self._evaluation_due(self.steps.first):
             # A run that was killed between a checkpoint and its evaluation has some results. Only the others are made.

@@ -12,7 +12,7 @@ from typing import TypedDict
 
 from cogvideox.errors import UsageError
 from cogvideox.files import write_atomically
-from cogvideox.runtime.checkpoint import CHECKPOINT_PREFIX, Saver, checkpoints, damage_of, step_of
+from cogvideox.runtime.checkpoint import CHECKPOINT_PREFIX, Saver, StartPoint, checkpoints, damage_of, step_of
 from cogvideox.runtime.metrics import column, of_grid, read_records
 from cogvideox.runtime.run import METRICS_NAME
 
@@ -82,12 +82,25 @@ class BestCheckpoint:
         self.saver, self.wanted, self.grid = saver, wanted, grid
         self.folder, self.run = saver.run.output_dir, saver.run
 
-    def start(self, step: int) -> None:
-        """Updates at the start of a run, and prints which checkpoints have a loss that cannot be compared."""
+    def start(self, step: int, exports: bool = False) -> None:
+        """Updates at the start of a run, and prints which checkpoints have a loss that cannot be compared.
+
+        Args:
+            step: The number of steps that are done.
+            exports: Whether the best checkpoint will be the result of the run.
+
+        Raises:
+            UsageError: The best checkpoint so far could not be the result, because it has only the weights.
+        """
         if self.wanted and self.run.is_main and (others := not_comparable(self.folder, self.grid)):
             names = ", ".join(f"{CHECKPOINT_PREFIX}{other}" for other in others)
             self.run.say(f"--keep_best: {names}: measured on other held-out clips, so not compared with the current")
         self.update(step)
+        best = self.run.from_main(self.saver.kept)
+        if exports and best is not None and StartPoint(self.path(best)).weights_only:
+            rule = "is the best checkpoint so far, and has only the weights"
+            fix = f"leave the flag out, or export it with --resume_from_checkpoint {self.path(best).name}"
+            raise UsageError(f"--export_best: {self.path(best)}: {rule}; {fix} --max_train_steps {best}")
 
     def update(self, step: int) -> None:
         """Finds the best checkpoint up to a step after a measurement, and removes what the limit no longer protects."""
