@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -201,7 +200,8 @@ def test_temporaries_of_ended_processes_are_deleted_and_others_kept(
     dead = leave_temporary(tmp_path, monkeypatch, f"{KEY}.safetensors", dead_process())
     living = leave_temporary(tmp_path, monkeypatch, "index.json", os.getppid())
     with monkeypatch.context() as patch:
-        patch.setattr(socket, "gethostname", lambda: "another-machine")
+        # Containers may share the name of the host, and number their processes alike.
+        patch.setattr("cogvideox.files.machine_id", lambda: "another container")
         elsewhere = leave_temporary(tmp_path, monkeypatch, "index.json", dead_process())
     finished = tmp_path / "sub" / "kept.safetensors"
     finished.write_bytes(b"")
@@ -210,13 +210,6 @@ def test_temporaries_of_ended_processes_are_deleted_and_others_kept(
     assert living.exists()
     assert elsewhere.exists()
     assert finished.exists()
-
-
-def test_temporaries_on_a_machine_whose_name_has_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "gethostname", lambda: "node-1.cluster.example")
-    dead = leave_temporary(tmp_path, monkeypatch, f"{KEY}.safetensors", dead_process())
-    remove_stale_temporaries(tmp_path)
-    assert not dead.exists()
 
 
 # -- the ledger --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from cogvideox.data.media.transforms import Fit
 from cogvideox.data.media.workers import Killed
 from cogvideox.data.records import FAILED, KILLED, OK, SHORT, UNREADABLE, Variant
 from cogvideox.errors import UsageError
+from cogvideox.files import machine_name
 from cogvideox.model import encode, models
 from cogvideox.preparation import encoding, prepare
 from cogvideox.preparation.encoding import Encoders
@@ -263,7 +263,7 @@ def test_temporary_files_of_killed_processes_are_deleted(
     ended = subprocess.Popen(["true"])
     ended.wait()
     tensor = next(output.rglob("*.safetensors"))
-    left, used = (tensor.with_name(f".x.{socket.gethostname()}.{pid}.tmp") for pid in (ended.pid, os.getppid()))
+    left, used = (tensor.with_name(f".x.{machine_name()}.{pid}.tmp") for pid in (ended.pid, os.getppid()))
     left.write_bytes(b"half")
     used.write_bytes(b"half")
     complete(tiny("5b"), clips, output)

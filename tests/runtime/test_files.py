@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from cogvideox.files import (
     check_room,
     disk_errors_converted,
     fsync,
+    machine_name,
     remove_stale_temporaries,
     remove_temporaries,
     write_atomically,
@@ -163,7 +163,7 @@ def temporary(folder: Path, name: str, host: str, pid: int) -> Path:
 
 
 def test_the_process_that_has_the_lock_removes_all_temporary_files(tmp_path: Path) -> None:
-    here = socket.gethostname()
+    here = machine_name()
     nested = tmp_path / "cache" / "tensors"
     gone = [temporary(tmp_path / "a", "x.json", host, pid) for host in (here, "node-7", "a.b.c") for pid in (1, 99999)]
     kept = [temporary(nested, "x", "node-7", 1), tmp_path / "x.tmp", tmp_path / ".x.tmp", tmp_path / "a" / "x"]
@@ -175,7 +175,7 @@ def test_the_process_that_has_the_lock_removes_all_temporary_files(tmp_path: Pat
 
 
 def test_only_stale_files_are_removed_if_others_may_write(tmp_path: Path) -> None:
-    here, now = socket.gethostname(), (tmp_path / "now")
+    here, now = machine_name(), (tmp_path / "now")
     now.touch()
     old, new = (temporary(tmp_path, name, "node-7", 1) for name in ("old", "new"))
     dead, alive = temporary(tmp_path, "x", here, 2**22 + 1), temporary(tmp_path, "x", here, os.getpid())

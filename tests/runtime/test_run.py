@@ -20,6 +20,7 @@ from fakes import options_of, run_alone
 from running import LORA_SCRIPT, Forked, lora_flags, python, train
 
 from cogvideox.errors import UsageError
+from cogvideox.files import machine_name
 from cogvideox.optimizer.step import StepResult
 from cogvideox.runtime import run as run_module
 from cogvideox.runtime.ranks import Ranks
@@ -125,7 +126,7 @@ def gone() -> int:
 
 
 def temporary(folder: Path, name: str, pid: int, host: str | None = None) -> Path:
-    path = folder / f".{name}.{host or socket.gethostname()}.{pid}.tmp"
+    path = folder / f".{name}.{host or machine_name()}.{pid}.tmp"
     path.write_text("{")
     return path
 

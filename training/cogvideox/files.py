@@ -7,6 +7,7 @@ below them delete temporary files of processes that died. This module needs only
 
 import errno
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -23,7 +24,9 @@ LOCK_NAME = ".lock"  # name of the lock file of a folder to which one process at
 TEMPORARY = re.compile(r"\..+\..+\.(\d+)\.tmp")  # see temporary_of
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the start of every pointer file of Git LFS
 LFS_LONGEST = 1024  # largest size of a pointer in bytes, by the specification of Git LFS
-ABANDONED_AFTER = 3600.0  # seconds after its last change at which a temporary file of another host counts as abandoned
+# Seconds after its last change at which a temporary file of another machine counts as abandoned.
+ABANDONED_AFTER = 3600.0
+MACHINE_DIGITS = 12  # hexadecimal digits in the name of a machine
 # Errors of a file system or a disk that the user can do something about.
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG),
@@ -58,9 +61,26 @@ def lfs_rule(folder: str | os.PathLike[str] = "") -> str:
     return f"is a Git LFS pointer, not the file itself; run: git{where} lfs pull"
 
 
+def machine_id() -> str:
+    """Returns an identifier of the running machine and container, within which process ids are unique.
+
+    The host name is not enough: containers may share it and use the same process ids.
+    """
+    try:
+        start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{start} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def machine_name() -> str:
+    """Returns ``machine_id`` in a form that file names can contain."""
+    return hashlib.sha256(machine_id().encode()).hexdigest()[:MACHINE_DIGITS]
+
+
 def temporary_of(path: Path) -> Path:
-    """Returns the path under which this process writes a file until it is complete."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    """Returns the path under which this process writes a file until it is complete. No other process has the same."""
+    return path.with_name(f".{path.name}.{machine_name()}.{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -248,12 +268,12 @@ def remove_temporaries(folder: Path) -> None:
 def remove_stale_temporaries(folder: Path) -> None:
     """Deletes abandoned temporary files under a folder that other processes may be writing to.
 
-    Files of this machine are abandoned when their process no longer exists, files of other hosts when nobody has
-    written to them for ABANDONED_AFTER seconds.
+    Files of this machine are abandoned when their process no longer exists, files of other machines and containers when
+    nobody has written to them for ABANDONED_AFTER seconds.
     """
     paths = [(path, match) for path in folder.rglob(".*.tmp") if (match := TEMPORARY.fullmatch(path.name))]
     for path, match in paths:
-        here = path.name.endswith(f".{socket.gethostname()}.{match[1]}.tmp")
+        here = path.name.endswith(f".{machine_name()}.{match[1]}.tmp")
         gone = not Path("/proc", match[1]).exists() if here else (age_of(path) or 0.0) > ABANDONED_AFTER
         if gone:
             path.unlink(missing_ok=True)
@@ -264,7 +284,7 @@ def age_of(path: Path) -> float | None:
 
     The clock is that of the file system, which may differ from that of this machine.
     """
-    probe = path.with_name(f".{socket.gethostname()}.{os.getpid()}.now")
+    probe = path.with_name(f".{machine_name()}.{os.getpid()}.now")
     try:
         probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime

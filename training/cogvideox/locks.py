@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox import stopping
-from cogvideox.files import age_of, warn_once
+from cogvideox.files import age_of, machine_id, warn_once
 
 HEARTBEAT, STALE = 15.0, 300.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 0.002, 0.5  # seconds between attempts to get a lock that another process holds
@@ -185,18 +185,6 @@ def this_process() -> dict[str, Any]:
     """Returns the content of a lock file of this process."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "machine": machine_id(), "pid": pid, "started": process_start(pid)}
-
-
-def machine_id() -> str:
-    """Returns an identifier of the running machine and container, within which process ids are unique.
-
-    The host name is not enough: containers may share it and use the same process ids.
-    """
-    try:
-        start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{start} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # not Linux
-        return socket.gethostname()
 
 
 def process_start(pid: int) -> str | None:
