@@ -1,14 +1,16 @@
 r"""Writes captions for the clips of a folder that have none, with a vision-language model.
 
-    vllm serve Qwen/Qwen2.5-VL-7B-Instruct --limit-mm-per-prompt '{"image": 8}'
+    vllm serve Qwen/Qwen2.5-VL-7B-Instruct --max-model-len 16384 --limit-mm-per-prompt '{"image": 8}'
     python training/caption_dataset.py --model_id THUDM/CogVideoX-5b --data_root my-clips \
         --endpoint http://localhost:8000/v1 --max_captions 5
 
-Any server with OpenAI's chat API works. Without --endpoint, transformers runs the model that --caption_model names,
-which is slower for many clips. Captions go to a text file next to each clip, to prompts.txt if videos.txt names the
-clips, or into the blank cells of a table. A text that is already there is never changed, so the same command continues
-an interrupted run, and captions can be edited at any time. Each caption is printed with its number of T5 tokens.
-Without --max_captions, all clips are captioned.
+The first command starts a server, and the second one is for another terminal. Any server with OpenAI's chat API works.
+Without --endpoint, transformers runs the model that --caption_model names, which is slower for many clips.
+
+Captions go to a text file next to each clip, to prompts.txt if videos.txt names the clips, or into the blank cells of a
+table. A text that is already there is never changed, so the same command continues an interrupted run, and captions can
+be edited at any time. Each caption is printed with its number of T5 tokens. Without --max_captions, all clips are
+captioned.
 """
 
 from collections.abc import Iterator

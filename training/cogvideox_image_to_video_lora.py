@@ -1,13 +1,14 @@
 r"""Trains an image-to-video LoRA for CogVideoX on a folder of clips and captions.
 
     python training/cogvideox_image_to_video_lora.py \
-        --pretrained_model_name_or_path THUDM/CogVideoX-5b-I2V --data_root video-dataset --id_token BW_STYLE \
-        --height_buckets 480 --width_buckets 720 --frame_buckets 49 --rank 128 --lora_alpha 128 --mixed_precision bf16 \
-        --train_batch_size 1 --max_train_steps 3000 --gradient_checkpointing --output_dir my-lora
+        --pretrained_model_name_or_path THUDM/CogVideoX-5b-I2V --data_root my-clips --id_token MYSTYLE \
+        --train_resolution 49x480x720 --video_reshape_mode center --preset style --mixed_precision bf16 \
+        --validation_prompt "MYSTYLE a lighthouse in a storm" --validation_images lighthouse.png --output_dir my-lora
 
-Clips, their first frames and captions are encoded once, before training (or by prepare_dataset.py; then use
---load_tensors). The result loads with CogVideoXImageToVideoPipeline.load_lora_weights; the exported inference.py shows
-how. The same command continues a stopped run.
+Clips, their first frames and captions are encoded once, before training. If prepare_dataset.py has encoded them, give
+its output folder as --data_root, and --load_tensors. The run chooses a plan that fits into the memory of the GPU;
+--dry_run says what the run will need. The result loads with CogVideoXImageToVideoPipeline.load_lora_weights;
+inference.py in the output folder makes videos with it. The same command continues a stopped run.
 """
 
 from cogvideox.checks import TRAINING_CHECKS

@@ -1,13 +1,15 @@
 r"""Trains all weights of a CogVideoX image-to-video transformer on a folder of clips and captions.
 
     python training/cogvideox_image_to_video_sft.py \
-        --pretrained_model_name_or_path THUDM/CogVideoX1.5-5B-I2V --data_root video-dataset \
-        --height_buckets 480 --width_buckets 720 --frame_buckets 77 --max_num_frames 77 --mixed_precision bf16 \
-        --train_batch_size 1 --max_train_steps 20000 --learning_rate 1e-5 --output_dir my-model
+        --pretrained_model_name_or_path THUDM/CogVideoX1.5-5B-I2V --data_root my-clips --output_dir my-model \
+        --train_resolution 77x480x720 --video_reshape_mode center --mixed_precision bf16 \
+        --train_batch_size 1 --max_train_steps 20000 --learning_rate 1e-5
 
-Clips, their first frames and captions are encoded once, before training (or by prepare_dataset.py; then use
---load_tensors). The result, a folder named transformer, loads with CogVideoXTransformer3DModel.from_pretrained; the
-exported inference.py shows how. The same command continues a stopped run.
+Clips, their first frames and captions are encoded once, before training. If prepare_dataset.py has encoded them, give
+its output folder as --data_root, and --load_tensors. The run chooses a plan that fits into the memory of the GPU;
+--dry_run says what the run will need. The result, a folder named transformer, loads with
+CogVideoXTransformer3DModel.from_pretrained; inference.py in the output folder makes videos with it. The same command
+continues a stopped run.
 """
 
 from cogvideox.checks import TRAINING_CHECKS

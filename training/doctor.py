@@ -1,12 +1,15 @@
 """Checks this machine, and optionally the files of a model, and prints one page that can be pasted into an issue.
 
-    python training/doctor.py --model_id CogVideoX-5b --output_dir runs
+    python training/doctor.py
+    python training/doctor.py --model_id THUDM/CogVideoX-5b --output_dir my-lora
 
-The page has versions, devices, the attention kernels that pass, a comparison of a block with diffusers' own, rates of
-copies and of the disk of --output_dir, free memory, and limits. It contains no paths and no tokens. A check that fails
-takes one line, and the others still run; the exit status is then 1. Of a model folder, the configs, the headers of all
-weight files and the tokenizer are read, but no weights are loaded. With --try_training, the training script also trains
-a LoRA of the model for two steps, with a generated clip; without a model, that of the tiny model in examples/model.
+The page lists versions, GPUs, the attention kernels that work here, a comparison of a block with diffusers' own block,
+the rates of copies between host and GPU and of the disk of --output_dir, free memory, and limits. It contains no paths
+and no tokens. If a check fails, one line says so, the others still run, and the exit status is 1.
+
+--model_id also checks the files of a model. If it is a folder, the configs, the tokenizer and the headers of all weight
+files are read, but no weights are loaded. --try_training trains a LoRA of the model for two steps, on a generated clip,
+or a LoRA of the tiny model in examples/model if no model is given.
 """
 
 from cogvideox.config import args

@@ -1,13 +1,15 @@
 r"""Encodes a folder of clips and captions once, so that training needs neither the VAE nor T5.
 
-    python training/prepare_dataset.py --model_id THUDM/CogVideoX-5b --data_root video-dataset --output_dir prepared \
-        --height_buckets 480 --width_buckets 720 --frame_buckets 49
+    python training/prepare_dataset.py --model_id THUDM/CogVideoX-5b --data_root my-clips --output_dir my-tensors \
+        --id_token MYSTYLE --train_resolution 49x480x720 --video_reshape_mode center
 
-Then train with --data_root prepared --load_tensors. The same command continues an interrupted preparation, encodes
-clips and captions that have changed, and otherwise does nothing. --save_image_latents adds what image-to-video needs.
---dry_run prints what would be encoded, and --suggest_buckets 4 prints buckets that suit the clips; neither needs
-captions. report.html in the output folder shows the clips, and those that look odd first. --verify lists damaged or
-outdated tensors, and --repair encodes them again.
+Before that, --suggest_buckets 4 prints a value of --train_resolution that suits the clips, and --dry_run prints what
+would be encoded; neither needs captions. report.html in the output folder shows the clips, and those that look odd
+first. Then train with --data_root my-tensors --load_tensors.
+
+The same command continues an interrupted preparation, encodes clips and captions that have changed, and otherwise does
+nothing. --save_image_latents adds what image-to-video needs. --verify lists damaged or outdated tensors, and --repair
+encodes them again.
 
 On several GPUs or machines, start the script with accelerate launch or torchrun, or start it as often as you like, for
 example as a SLURM job array, always with the same flags and the same folder, which all machines must share. All

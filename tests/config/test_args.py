@@ -437,10 +437,14 @@ def test_train_resolution_replaces_the_lists_of_buckets() -> None:
         (LORA, ("--validation_prompt", "p", "--validation_prompts", "f"), "--validation_prompt"),
         (LORA, ("--validation_dir", "V"), "--validation_dir V"),
         (LORA, ("--validation_dir", "V", "--validation_prompt", "p"), "--validation_dir V"),
-        (LORA, ("--init_lora_weights", "pisa"), "--init_lora_weights pisa: is one of default, gaussian, pissa, pissa_"),
-        (LORA, ("--init_lora_weights", "pissa_niter_0"), "--init_lora_weights pissa_niter_0: is one of"),
+        (LORA, ("--init_lora_weights", "pisa"), "--init_lora_weights pisa: must be one of default, gaussian, pissa"),
+        (LORA, ("--init_lora_weights", "pissa_niter_0"), "--init_lora_weights pissa_niter_0: must be one of"),
         (LORA, ("--init_lora_weights", "pissa", "--use_dora"), "--init_lora_weights pissa: contradicts --use_dora"),
-        (LORA, ("--init_lora_weights", "pissa", "--lora_alpha", "0"), "--lora_alpha 0: PiSSA divides"),
+        (
+            LORA,
+            ("--init_lora_weights", "pissa", "--lora_alpha", "0"),
+            "--lora_alpha 0: PiSSA divides by the scale of the LoRA; nearest: --lora_alpha 64",
+        ),
         (LORA, ("--plan", "lean", "--use_dora"), "--plan lean: contradicts --use_dora"),
         (
             LORA,

@@ -314,7 +314,7 @@ def test_a_machine_without_a_gpu_needs_a_card(published: Path, index: Path, tmp_
 @pytest.mark.parametrize("flag", ["--gpu h100", "--host_memory 16"])
 def test_a_prediction_must_be_asked_for(flag: str) -> None:
     named = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
-    with pytest.raises(UsageError, match=r"is for a prediction; add --dry_run, or leave it out"):
+    with pytest.raises(UsageError, match=r"is only used to predict a run; add --dry_run, or leave it out"):
         args.parse(LoraOptions, None, [*named, *flag.split()])
 
 

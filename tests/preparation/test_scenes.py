@@ -306,7 +306,7 @@ def test_the_picture_is_drawn_again_only_after_a_change(
     ("flags", "rule"),
     [
         (("--table", "clips/scenes.csv"), "--table clips/scenes.csv: is inside data_root"),
-        (("--table", "scenes.json"), "--table scenes.json: must end in .csv or .tsv"),
+        (("--table", "scenes.json"), "--table scenes.json: must end in .csv or .tsv; nearest: --table scenes.csv"),
         (("--data_root", "clips", "more"), "split one folder at a time"),
         (("--validation_data_root", "more"), "split one folder at a time"),
         (("--max_scene_seconds", "1.5"), "must be at least twice --min_scene_seconds 1, so that no part is too short"),

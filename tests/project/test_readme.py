@@ -143,6 +143,16 @@ def test_command(command: str) -> None:
         check_script(words[script:])
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_command_in_the_help(name: str) -> None:
+    """The help of each script starts with commands that its readers can copy."""
+    text = importlib.import_module(name.removesuffix(".py")).__doc__ or ""
+    found = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.startswith("    python training/")]
+    assert found
+    for command in found:
+        check_script(shlex.split(command)[1:])
+
+
 def check_script(words: list[str]) -> None:
     """Checks that a script of this project exists and accepts the flags that follow its name."""
     args.read_flags(OPTIONS[Path(words[0]).name], words[1:], None)

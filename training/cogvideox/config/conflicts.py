@@ -73,7 +73,8 @@ def flag_problems(options: ScriptOptions, sources: dict[str, str]) -> Iterator[s
     given = {name for name, source in sources.items() if source.startswith("given")}
     yield from bucket_problems(data, given)
     if data.frame_selection == "uniform" and data.fps is not None:
-        yield "--frame_selection uniform: has no frame rate; leave out --fps, or use middle, head or random"
+        rule = "spreads the frames over the whole clip, so there is no frame rate"
+        yield f"--frame_selection uniform: {rule}; leave out --fps, or use middle, head or random"
     if reads_clips(options) and len(data.repeats) not in (1, len(data.data_root)):
         yield (
             f"--repeats {' '.join(map(str, data.repeats))}: {len(data.repeats)} numbers for {len(data.data_root)} "
@@ -99,7 +100,7 @@ def dry_run_problems(flags: DryRunFlags) -> Iterator[str]:
     if not flags.dry_run:
         for name in ("gpu", "host_memory"):
             if getattr(flags, name) is not None:
-                yield f"--{name} {getattr(flags, name)}: is for a prediction; add --dry_run, or leave it out"
+                yield f"--{name} {getattr(flags, name)}: is only used to predict a run; add --dry_run, or leave it out"
 
 
 def bucket_problems(data: DataFlags, given: set[str]) -> Iterator[str]:
@@ -135,11 +136,12 @@ def scene_problems(options: SceneOptions) -> Iterator[str]:
     """Yields contradictions between the flags of split_scenes.py."""
     scenes, roots = options.scenes, options.data.data_root
     if len(roots) != 1 or options.data.validation_data_root:
-        yield "--data_root: a table is about one folder; split one folder at a time, without --validation_data_root"
+        yield "--data_root: a table is for one folder; split one folder at a time, and leave out --validation_data_root"
         return
     assert scenes.table is not None, "it has been derived"
     if not scenes.table.lower().endswith((".csv", ".tsv")):
-        yield f"--table {scenes.table}: must end in .csv or .tsv"
+        nearest = f"{os.path.splitext(scenes.table)[0]}.csv"
+        yield f"--table {scenes.table}: must end in .csv or .tsv; nearest: --table {nearest}"
     inside = os.path.join(os.path.abspath(roots[0]), "")
     if os.path.abspath(scenes.table).startswith(inside):
         rule = "is inside data_root, where it would be mistaken for the data set that it is made from"
@@ -274,13 +276,13 @@ def lora_problems(lora: LoraFlags) -> Iterator[str]:
     init = lora.init_lora_weights
     given = f"--init_lora_weights {init}"
     if not re.fullmatch("default|gaussian|pissa|pissa_niter_[1-9][0-9]*", init):
-        yield f"{given}: is one of default, gaussian, pissa, pissa_niter_N; nearest: {nearest_init(init)}"
+        yield f"{given}: must be one of default, gaussian, pissa, pissa_niter_N; nearest: {nearest_init(init)}"
     elif lora.lora_path and init != "default":
         yield f"{given}: contradicts --lora_path {lora.lora_path}, which has the matrices to start from; give one"
     if init.startswith("pissa") and lora.use_dora:
         yield f"{given}: contradicts --use_dora, with which the result is not a plain LoRA; give one of them"
     if init.startswith("pissa") and not lora.lora_alpha:
-        yield "--lora_alpha 0: PiSSA divides by the scale of the LoRA; give the rank"
+        yield f"--lora_alpha 0: PiSSA divides by the scale of the LoRA; nearest: --lora_alpha {lora.rank}"
 
 
 def plan_problems(options: TrainOptions) -> Iterator[str]:
@@ -332,7 +334,8 @@ def load_tensors_problems(options: TrainOptions) -> Iterator[str]:
     if len(options.data.data_root) > 1:
         yield "--data_root: --load_tensors takes one prepared folder; prepare all folders of clips into one"
     if options.data.validation_data_root:
-        yield "--validation_data_root: --load_tensors has the clips of the prepared folder; prepare with the flag"
+        rule = "with --load_tensors, held-out clips are those of the prepared folder"
+        yield f"--validation_data_root: {rule}; give this flag to prepare_dataset.py instead"
 
 
 def check_launcher(options: TrainOptions) -> Iterator[str]:

@@ -170,8 +170,7 @@ class FolderFlags:
 
     data_root: tuple[str, ...] = flag(
         REQUIRED,
-        "folders with the clips, in any form that docs/data.md lists; with --load_tensors, one folder made by "
-        "prepare_dataset.py",
+        "folders with the clips, in any form that docs/data.md lists",
         aliases=("instance_data_root",),
     )
     dataset_file: str | None = flag(
@@ -208,7 +207,7 @@ class DataFlags(FolderFlags):
         (1,), "number of times that each clip occurs in an epoch: one number for all, or one per data_root", least=1
     )
     id_token: str | None = flag(
-        None, "trigger word put before every caption; a prompt that contains it calls up what was learned"
+        None, "trigger word that is put before every caption; prompts that contain it use what was learned"
     )
     train_resolution: tuple[str, ...] = flag(
         (),
@@ -250,7 +249,7 @@ class DataFlags(FolderFlags):
     skip_frames_end: int = flag(0, "source frames to skip at the end of each clip", least=0)
     video_reshape_mode: str = flag(
         "none",
-        "fitting of a clip to its bucket: none stretches it; center and random keep the aspect ratio and crop",
+        "how a clip is fitted to its bucket: none stretches it; center and random crop it and keep its aspect ratio",
         choices=("none", "center", "random"),
     )
     random_flip: float | None = flag(
@@ -364,19 +363,19 @@ class SceneFlags:
     )
     detector: str = flag(
         "adaptive",
-        "how cuts are found: adaptive compares each frame with the change around it, so that fast movements are no "
-        "cuts; content only compares it with the frame before",
+        "how cuts are found: adaptive compares the change between two frames with the changes around it, so that fast "
+        "movements do not count as cuts; content uses only the change itself",
         choices=("adaptive", "content"),
     )
     cut_threshold: float | None = flag(
         None,
-        "what counts as a cut; lower values find more: for adaptive, how many times larger than around it the change "
-        "is (default 3); for content, the mean change of hue, saturation and brightness, of 255 (default 27)",
+        "change that counts as a cut; lower values find more cuts: for adaptive, a multiple of the changes around it "
+        "(default 3); for content, the mean change of hue, saturation and brightness, from 0 to 255 (default 27)",
         least=0.1,
     )
     min_scene_seconds: float = flag(1.0, "leave out scenes that are shorter than this", least=0.0)
     max_scene_seconds: float | None = flag(
-        None, "divide longer scenes into equal parts that are not longer than this (default: they stay)", least=0.1
+        None, "divide longer scenes into equal parts that are not longer than this (default: do not divide)", least=0.1
     )
     scene_captions: str = flag(
         "blank",
@@ -435,7 +434,9 @@ class LoaderFlags:
     """Where the training scripts read tensors, and how these reach the device."""
 
     load_tensors: bool = flag(
-        False, "read tensors from data_root, a folder made by prepare_dataset.py", refused="this one reads clips"
+        False,
+        "read tensors from data_root, which is then one folder that prepare_dataset.py wrote",
+        refused="this one reads clips",
     )
     tensor_cache: str | None = flag(
         None,
@@ -480,7 +481,8 @@ class TrainFlags:
     )
     mixed_precision: str | None = flag(
         None,
-        "compute type of the network; no is fp32 (default: the setting of accelerate, else no)",
+        "compute type of the network: bf16, or fp16 on GPUs older than the RTX 30 series; no is fp32, which is slow "
+        "(default: the setting of accelerate, else no)",
         choices=("no", "fp16", "bf16"),
     )
     train_batch_size: int = flag(4, "samples per device in one forward pass", aliases=("batch_size",), least=1)
@@ -491,8 +493,8 @@ class TrainFlags:
     )
     gradient_checkpointing: bool = flag(
         False,
-        "recompute blocks in the backward pass, which is slower but needs far less memory; of each block, a plan "
-        "then saves at most the input and the attention outputs",
+        "recompute blocks in the backward pass, which is slower but needs far less memory; rarely needed, because a "
+        "plan decides what is recomputed; with this flag, it saves at most the input and the attention outputs",
     )
     max_grad_norm: float = flag(
         1.0,
