@@ -266,6 +266,10 @@ def test_a_quantized_base(
         (("--plan", "lean", "--attention_backend", "cudnn"), "--attention_backend cudnn: cudnn needs a GPU"),
         (("--plan", "fast", "--vram_budget", "0.6001"), "--vram_budget"),
         (("--plan", "fast", "--vram_budget", "1", "--rank", "60000"), "the smallest allowed plan needs"),
+        (
+            ("--plan", "fast", "--vram_budget", "1", "--rank", "60000"),
+            "leave out --plan fast, --vram_budget 1.0, or give",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(

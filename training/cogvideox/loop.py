@@ -632,7 +632,7 @@ def explain_memory_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         line = first_line(error)
-        fix = "give --plan lean, a smaller bucket, --train_batch_size, or --rank of a LoRA, or a larger --vram_budget"
+        fix = "give --plan lean, a smaller bucket, --train_batch_size or --rank (of a LoRA), or a larger --vram_budget"
         raise UsageError(f"the GPU's memory does not suffice; {fix} ({line})") from None
     except MemoryError as error:
         fix = "free some memory, or give --weights_on, --kept_on or --optimizer_state_on device"

@@ -277,12 +277,14 @@ def obstacle_to_plan(run: Target, options: TrainOptions, transformer: nn.Module)
 
 def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
     """Returns advice on the flags that could make a plan fit."""
-    is_lora = isinstance(options, LoraOptions)
-    ways = [f"--train_batch_size below {sizes.samples}"] if sizes.samples > 1 else []
-    ways += [] if asked_of_plan(options) else ["--plan off, with --gradient_checkpointing"]
-    ways += ["a smaller bucket or --rank" if is_lora else "a smaller bucket"]
+    is_lora, asked = isinstance(options, LoraOptions), asked_of_plan(options)
+    first = f"leave out {', '.join(asked)}" if asked else "give --plan off with --gradient_checkpointing"
+    ways = [f"a --train_batch_size below {sizes.samples}"] if sizes.samples > 1 else []
+    ways += ["a smaller --rank"] if is_lora else []
+    ways += ["a smaller bucket"]
     stays = [] if is_lora else [f"; what stays on the device: {reason}" for reason in host_restrictions(options, world)]
-    return f"give {', '.join(ways)}, or free memory{''.join(stays)}"
+    fix = f"{first}, or give {' or '.join(ways)}, or free memory"
+    return f"{fix}; --dry_run names the smallest change that fits{''.join(stays)}"
 
 
 def buckets_of(tensors: Tensors) -> list[Bucket]:
