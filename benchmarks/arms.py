@@ -398,7 +398,7 @@ def scaling_figures(values: Tensor) -> dict[str, Any]:
     """Returns how many steps were skipped, and the loss scale of the last one.
 
     Args:
-        values: StepResult.values of each step, (steps, 4).
+        values: StepResult.values of each step, (steps, 8).
     """
     column = StepResult.NAMES.index
     return {

@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from fakes import flip_byte, poison
-from running import lora_flags, losses, metrics, train
+from running import LORA_SCRIPT, finish, fork_ranks, lora_flags, losses, metrics, python, train
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.flags import LossFlags, ModelFlags
@@ -584,6 +584,17 @@ def test_a_run_replaces_bad_clips_and_counts_them(
     assert counts[-1] == 1
     assert capsys.readouterr().err.count(f"{sample.id}: cannot be read") == 1
     assert all(loss > 0 for loss in losses(tmp_path / "lora"))
+
+
+def test_bad_clips_of_all_ranks_are_counted(model: Path, tensors: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(tensors, tmp_path / "cache"))
+    for sample in open_index(cache).samples[:2]:
+        TensorCache(cache).path(sample.video_keys[0]).unlink()
+    flags = lora_flags(model, cache, tmp_path / "lora", "--load_tensors", "--max_bad_fraction", 0.4)
+    texts = [finish(rank) for rank in fork_ranks(2, python(LORA_SCRIPT, *flags))]
+    found = [text.count("cannot be read, another clip replaces it") for text in texts]
+    assert min(found) > 0
+    assert [line["bad_clips"] for line in metrics(tmp_path / "lora")][-1] == sum(found)
 
 
 def test_too_many_bad_clips_end_the_run(model: Path, tensors: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.engine import EMA_NAME, STATE_NAME, LocalEngine, ShardedEngine
 from cogvideox.optimizer.shard_files import raise_error
 from cogvideox.optimizer.sharded_weights import ShardedWeights, gathered, gathered_modules, is_sharded
-from cogvideox.optimizer.step import LOSS_SCALE, MasterWeights
+from cogvideox.optimizer.step import LOSS_SCALE, MasterWeights, RankNumbers
 
 MAKE = partial(make_optimizer, OptimizerFlags(optimizer="adamw", weight_decay=0.01))
 CPU = torch.device("cpu")
@@ -121,6 +121,22 @@ def test_an_overflow_of_one_rank_skips_the_step_on_all(copies: int, tmp_path: Pa
         assert [scale for _, _, _, scale in own] == [2**16, 2**16, 2**15]
         assert torch.tensor(own[::2]).allclose(torch.tensor(right[::2]), rtol=1e-3)
         assert own[1][2:] == right[1][2:]
+
+
+def test_the_numbers_of_all_ranks_are_combined_with_the_loss(tmp_path: Path) -> None:
+    """Bad clips are added up, seconds and memory are the largest, and the loss needs no second operation for them."""
+    script = Path(__file__).parents[1] / "shared" / "rank_numbers.py"
+    for rank in fork_ranks(2, python(script, tmp_path)):
+        finish(rank)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    # Copies sum all gradients in one array and shards sum the squares of their norms; the loss is one operation more.
+    for own, other in zip(first, second, strict=True):
+        for step, ((mine, result, operations), (theirs, same, _)) in enumerate(zip(own, other, strict=True)):
+            assert result == same
+            assert result["loss"] == pytest.approx((mine[0] + theirs[0]) / 2)
+            numbers = [result[name] for name in RankNumbers._fields]
+            assert numbers == [7 + 2 * step, 1.25, 20.5, 24.0]
+            assert operations == 2
 
 
 @pytest.mark.parametrize(("size", "names"), [(65503.0, []), (65520.0, ["weight/0.weight"]), (torch.inf, None)])

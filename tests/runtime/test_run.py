@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_a_refused_resume_changes_nothing(model: Path, tensors: Path, reference:
 
 
 def result(loss: float = 1.0, skipped: float = 0.0) -> StepResult:
-    return StepResult(torch.tensor([loss, 0.5, skipped, 1.0]))
+    return StepResult(torch.tensor([loss, 0.5, skipped, 1.0, 0.0, 0.0, 0.0, 0.0]))
 
 
 def metrics_of(output: Path, first: int = 0, logged: list[Any] | None = None) -> Metrics:
@@ -265,6 +266,24 @@ def test_every_step_is_written_once_and_one_step_late(tmp_path: Path) -> None:
         (3, 3.0, 0.3),
     ]
     assert [line["step"] for line in strict_lines(tmp_path)] == [1, 2, 3]
+
+
+def test_the_numbers_of_a_rank_are_those_of_its_step(tmp_path: Path) -> None:
+    metrics = metrics_of(tmp_path)
+    with metrics.loading():
+        time.sleep(0.02)
+    metrics.bad_clips = 2
+    first = metrics.of_rank()
+    assert (first.bad_clips, first.peak_gib) == (2, 0.0)
+    assert first.loading_seconds >= 0.02
+    metrics.push(1, 0.1, StepResult(torch.tensor([1.0, 0.5, 0.0, 1.0, *first])))
+    assert metrics.of_rank() == (2, 0.0, 0.0, 0.0)
+    metrics.close()
+    (line,) = strict_lines(tmp_path)
+    assert line["bad_clips"] == 2
+    assert isinstance(line["bad_clips"], int)
+    assert line["loading_seconds"] == round(first.loading_seconds, 5)
+    assert "peak_gib" not in line  # there is no GPU
 
 
 @pytest.mark.parametrize(("precision", "written"), [("fp16", True), ("bf16", False)])

@@ -336,7 +336,7 @@ class Trainer:
                     save = self._compute_gradients(step, metrics, batches)
                     rate = learning_rate(self.options.optimizer, step, self.steps.total, self.steps.order.global_batch)
                     with stopping.waiting():
-                        result = self.engine.step(rate)
+                        result = self.engine.step(rate, metrics.of_rank())
                         step += 1
                         metrics.push(step, rate, result)
                 self.saver.check()
@@ -384,8 +384,9 @@ class Trainer:
                 batch = next(batches)
             if ranks.sequence and self.dataset.replace_bad:
                 check_same_clips(ranks, ranks.sequence.size, batch.ids)
-            metrics.bad_clips = self.bad_clips.count(batch.replaced)
+            bad_clips = self.bad_clips.count(batch.replaced)
             if not ranks.sequence or ranks.sequence.rank == 0:  # the others have the same samples
+                metrics.bad_clips = bad_clips
                 metrics.samples += batch.samples()
             self.method.draw_for(step, (micro * ranks.data_number + ranks.data_index) * len(batch.ids))
             batch = batch.to(self.run.device)

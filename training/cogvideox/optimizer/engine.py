@@ -26,7 +26,7 @@ from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.model_files import write_model
 from cogvideox.optimizer.shard_files import RaiseTogether, Shard, raise_error, read_shards, write_shards
 from cogvideox.optimizer.sharded_weights import ShardedWeights, is_sharded
-from cogvideox.optimizer.step import MasterWeights, StepResult, rule_of
+from cogvideox.optimizer.step import UNMEASURED, MasterWeights, RankNumbers, StepResult, rule_of
 from cogvideox.optimizer.zero_weights import ZeroWeights
 from cogvideox.tensor_files import Piece, Pieces, ReadPieces, WriteTensors, pieces_of, write_tensors
 
@@ -62,7 +62,7 @@ class Engine(Protocol):
 
     def rehearse(self, loss_of: Callable[[Module], Tensor]) -> None: ...
 
-    def step(self, lr: float) -> StepResult: ...
+    def step(self, lr: float, own: RankNumbers = UNMEASURED) -> StepResult: ...
 
     def save(self, folder: Path, write: WriteTensors = write_tensors) -> None: ...
 
@@ -107,9 +107,14 @@ class MasterEngine(Generic[Masters]):
         self.masters.drop()
         del room
 
-    def step(self, lr: float) -> StepResult:
-        """Makes one optimizer step over all ranks, and updates the average if there is one."""
-        result = self.masters.step(lr)
+    def step(self, lr: float, own: RankNumbers = UNMEASURED) -> StepResult:
+        """Makes one optimizer step over all ranks, and updates the average if there is one.
+
+        Args:
+            lr: The learning rate.
+            own: Numbers of this rank, which the result has over all ranks.
+        """
+        result = self.masters.step(lr, own)
         if self.ema:
             self.masters.wait()  # The average reads masters on the host, where a transfer may still be writing them.
             self.ema.update(result.skipped)

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from cogvideox.optimizer.master_weights import MakeOptimizer, Resident, by_parameter, group_numbers
 from cogvideox.optimizer.shard_files import Shard
-from cogvideox.optimizer.step import LossScale, StepResult, skip_and_clip
+from cogvideox.optimizer.step import UNMEASURED, LossScale, RankNumbers, StepNumbers, StepResult, skip_and_clip
 
 
 def gathered_modules(transformer: Any) -> list[FSDPModule]:
@@ -80,7 +80,7 @@ class ShardedWeights:
         self.parameters = {name: Parameter(sharded.to_local().detach()) for name, sharded in self.sharded.items()}
         first = next(iter(self.sharded.values()))
         self.group = first.device_mesh.get_group(first.device_mesh.ndim - 1)  # HSDP: the ranks that share one copy
-        self.loss = torch.zeros((), device=device)
+        self.numbers = StepNumbers(device)
         self.scale = LossScale(dynamic_scale, device)
         zeros = [torch.zeros_like(parameter) for parameter in self.parameters.values()]
         self.resident = Resident(self.parameters, zeros, make)
@@ -89,20 +89,20 @@ class ShardedWeights:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this micro-batch's share of the step's mean loss; FSDP2 averages over the ranks."""
-        self.loss += loss.detach()
+        self.numbers.loss += loss.detach()
         (loss * self.scale.value).backward()
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, own: RankNumbers = UNMEASURED) -> StepResult:
         """Makes one optimizer step over all ranks. It changes nothing if a gradient is not finite."""
         gradients = [self._gradient(name) for name in self.sharded]
         squares = torch.stack([norm.to(self.device) for norm in torch._foreach_norm(gradients)]).square().sum()
         dist.all_reduce(squares, group=self.group)
-        dist.all_reduce(self.loss)
+        reduced = self.numbers.reduce(own)
         norm = squares.sqrt() / self.scale.value
         skipped, clip = skip_and_clip(norm, self.max_grad_norm)
         where = gradients[0].device
         self.resident.update(gradients, lr, (clip * self.scale.value).to(where), skipped.to(where))
-        result = StepResult(torch.stack([self.loss / dist.get_world_size(), norm, skipped, self.scale.value]))
+        result = StepResult.of(reduced, norm, skipped, self.scale.value)
         self.scale.adapt(skipped)
         self.drop()
         return result
@@ -114,7 +114,7 @@ class ShardedWeights:
 
     def drop(self) -> None:
         """Drops gradients and losses, and copies of the weights that FSDP2 gathered before they changed."""
-        self.loss.zero_()
+        self.numbers.loss.zero_()
         for sharded in self.sharded.values():
             sharded.grad = None
         free_gathered(self.transformer)

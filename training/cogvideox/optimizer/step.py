@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -98,18 +99,83 @@ def rate_jump(flags: OptimizerFlags, then: float, step: int, total_steps: int, g
     )
 
 
+class RankNumbers(NamedTuple):
+    """What the host of one rank has measured for an optimizer step; see ``StepNumbers`` for how ranks combine it.
+
+    Attributes:
+        bad_clips: How many clips this rank has failed to read since the start.
+        loading_seconds: How long this rank waited for its batches.
+        peak_gib: The peak of the memory that tensors used, 0 without a GPU.
+        reserved_gib: The peak of the memory that torch reserved, 0 without a GPU.
+    """
+
+    bad_clips: int = 0
+    loading_seconds: float = 0.0
+    peak_gib: float = 0.0
+    reserved_gib: float = 0.0
+
+
+UNMEASURED = RankNumbers()
+
+
+class StepNumbers:
+    """Collects the numbers of a rank's step on the device, and combines them over the ranks in one all-reduce.
+
+    A sum is the only reduction that serves all of them. So a number of which the largest is wanted has an element for
+    each rank, which is zero on the other ranks.
+
+    Attributes:
+        loss: Where each micro-batch's share of the step's mean loss is added, a scalar.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        connected = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
+        self.connected = connected
+        self.of_all = torch.zeros(2 + (len(RankNumbers._fields) - 1) * self.world, device=device)
+        self.loss, self.bad_clips = self.of_all[0], self.of_all[1]
+        self.largest = self.of_all[2:].view(-1, self.world)
+
+    def reduce(self, own: RankNumbers) -> tuple[Tensor, Tensor]:
+        """Combines the numbers of all ranks, and clears those of this rank; the host does not wait for the device.
+
+        Args:
+            own: The numbers of this rank.
+
+        Returns:
+            The mean loss, and the numbers of ``RankNumbers`` over all ranks: the sum of the first, and the largest of
+            each other.
+        """
+        bad_clips, *largest = own
+        self.bad_clips.fill_(bad_clips)
+        for row, number in zip(self.largest, largest, strict=True):
+            row[self.rank].fill_(number)
+        if self.connected:
+            dist.all_reduce(self.of_all)
+        loss = self.loss / self.world
+        combined = torch.cat([self.bad_clips[None], self.largest.amax(dim=1)])
+        self.of_all.zero_()
+        return loss, combined
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Holds the results of one optimizer step on the device, so that the host need not wait for them.
 
     Attributes:
-        values: (4,) fp32: the mean loss, the gradient norm before clipping, whether the step was skipped (0 or 1), and
-            the loss scale, which is always 1 except with fp16.
+        values: (8,) fp32: the mean loss, the gradient norm before clipping, whether the step was skipped (0 or 1), the
+            loss scale, which is always 1 except with fp16, and the numbers of ``RankNumbers`` over all ranks.
     """
 
     values: Tensor
 
-    NAMES = ("loss", "grad_norm", "skipped", LOSS_SCALE)
+    NAMES = ("loss", "grad_norm", "skipped", LOSS_SCALE, *RankNumbers._fields)
+
+    @classmethod
+    def of(cls, reduced: tuple[Tensor, Tensor], norm: Tensor, skipped: Tensor, scale: Tensor) -> "StepResult":
+        """Joins what ``StepNumbers.reduce`` returned with the other results of a step, which are scalars."""
+        loss, of_ranks = reduced
+        return cls(torch.cat([torch.stack([loss, norm, skipped, scale]), of_ranks]))
 
     @property
     def skipped(self) -> Tensor:
@@ -222,8 +288,7 @@ class MasterWeights:
         self.device = next(iter(outside.values())).device
         self.max_grad_norm = max_grad_norm
         self.scale = LossScale(dynamic_scale, self.device)
-        self.loss_sum = torch.zeros((), device=self.device)
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.numbers = StepNumbers(self.device)
         self.steps = torch.zeros((), dtype=torch.float64, device=self.device)  # that changed something
         self.used = False  # whether a step has used the gradients, so that the next backward pass clears them
         self.adam = rule if isinstance(rule, Adam) else None
@@ -231,7 +296,7 @@ class MasterWeights:
         self.groups: list[Group] = []
         self.block_groups: dict[int, Group] = {}  # those of blocks, by block
         if isinstance(rule, Adam):
-            self._make_groups(outside, rule, state_on_host, sums=gradients_are_sums(rule, passes, ranks))
+            self._make_groups(outside, rule, state_on_host, sums=gradients_are_sums(rule, passes, self.numbers.world))
             on_device = [group for group in self.groups if group.collected is not None]
             gradients = {name: gradient for group in on_device for name, gradient in group.named_gradients().items()}
         else:
@@ -279,7 +344,7 @@ class MasterWeights:
         self._finish_transfers()
         if self.used:
             self._clear_gradients()
-        self.loss_sum += loss.detach()
+        self.numbers.loss += loss.detach()
         (loss * self.scale.value).backward()
 
     def _finish_transfers(self) -> None:
@@ -289,16 +354,17 @@ class MasterWeights:
         if self.transfers:
             self.transfers.finish()
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, own: RankNumbers = UNMEASURED) -> StepResult:
         """Makes one optimizer step over all ranks. It changes nothing if a gradient is not finite."""
-        if dist.is_available() and dist.is_initialized():
-            for total in (*self._collected(), self.loss_sum):
+        if self.numbers.connected:
+            for total in self._collected():
                 dist.all_reduce(total)
-                total.div_(dist.get_world_size())
+                total.div_(self.numbers.world)
+        reduced = self.numbers.reduce(own)
         norm = self._norm() / self.scale.value
         skipped, clip = skip_and_clip(norm, self.max_grad_norm)
         self._update(lr, divisor=clip * self.scale.value, skipped=skipped)
-        result = StepResult(torch.stack([self.loss_sum, norm, skipped, self.scale.value]))
+        result = StepResult.of(reduced, norm, skipped, self.scale.value)
         self.drop()
         self.scale.adapt(skipped)
         return result
@@ -309,7 +375,7 @@ class MasterWeights:
 
     def drop(self) -> None:
         """Drops gradients and losses that no step has used. Updates may still read them until the next ``backward``."""
-        self.loss_sum.zero_()
+        self.numbers.loss.zero_()
         self.used = True
 
     def _clear_gradients(self) -> None:

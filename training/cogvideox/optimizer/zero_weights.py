@@ -30,7 +30,16 @@ from cogvideox.config.optimizers import make_optimizer
 from cogvideox.config.options import TrainOptions, launched_processes, local_processes
 from cogvideox.optimizer.master_weights import MASTER, MakeOptimizer, Optimized
 from cogvideox.optimizer.shard_files import Shard
-from cogvideox.optimizer.step import GOOD_STEPS, GROWTH_INTERVAL, INITIAL_SCALE, LOSS_SCALE, StepResult
+from cogvideox.optimizer.step import (
+    GOOD_STEPS,
+    GROWTH_INTERVAL,
+    INITIAL_SCALE,
+    LOSS_SCALE,
+    UNMEASURED,
+    RankNumbers,
+    StepNumbers,
+    StepResult,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -108,7 +117,7 @@ class ZeroWeights:
         self.optimizer: Any = self.engine.optimizer
         self.scaler: Any = self.optimizer.loss_scaler
         self.scaler.raise_error_at_min_scale = False  # Steps that are skipped at a scale of 1 are counted instead.
-        self.loss_sum = torch.zeros(1, device=accelerator.device)
+        self.device, self.numbers = accelerator.device, StepNumbers(accelerator.device)
         find = fragment_of_zero_3 if self.divides_weights else fragment_of_zero_2
         self.fragments = {name: find(self.optimizer, parameter) for name, parameter in named.items()}
         self.state: dict[Tensor, dict[str, Tensor]] = self.optimizer.optimizer.state
@@ -125,28 +134,25 @@ class ZeroWeights:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a micro-batch. The loss is multiplied because DeepSpeed divides by the accumulation."""
-        self.loss_sum[0] += loss.detach()
+        self.numbers.loss += loss.detach()
         self.engine.backward(loss * self.accumulation)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, own: RankNumbers = UNMEASURED) -> StepResult:
         """Makes the optimizer step after the last micro-batch. It changes nothing if a gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        scale = torch.as_tensor(float(self.scaler.loss_scale), device=self.loss_sum.device)
+        scale = torch.as_tensor(float(self.scaler.loss_scale), device=self.device)
         self.engine.step()
-        dist.all_reduce(self.loss_sum)
-        self.loss_sum /= dist.get_world_size()
-        norm = torch.as_tensor(self.engine.get_global_grad_norm() or 0.0, device=self.loss_sum.device).float()
+        reduced = self.numbers.reduce(own)
+        norm = torch.as_tensor(self.engine.get_global_grad_norm() or 0.0, device=self.device).float()
         skipped = (~torch.isfinite(norm)).float() if self.engine.was_step_applied() else torch.ones_like(norm)
-        result = StepResult(torch.stack([self.loss_sum[0], norm, skipped, scale]))
-        self.loss_sum.zero_()
-        return result
+        return StepResult.of(reduced, norm, skipped, scale)
 
     def drop(self) -> None:
         """Drops losses that no step has used, and copies of the weights that ZeRO-3 gathered."""
-        self.loss_sum.zero_()
+        self.numbers.loss.zero_()
         if self.divides_weights:
             self.engine.empty_partition_cache()  # Its hooks expect the gradients of every parameter, and wait for them.
 

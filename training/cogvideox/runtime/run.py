@@ -30,7 +30,7 @@ from cogvideox.config.options import TrainOptions, launched_processes, precision
 from cogvideox.errors import UsageError, public_urls
 from cogvideox.files import LOCK_NAME, disk_errors_converted, remove_temporaries, write_atomically
 from cogvideox.locks import Lock, take
-from cogvideox.optimizer.step import LOSS_SCALE, StepResult
+from cogvideox.optimizer.step import LOSS_SCALE, RankNumbers, StepResult
 from cogvideox.progress import ProgressBar
 from cogvideox.runtime.ranks import WATCHER_SECONDS, Ranks, check_world
 from cogvideox.runtime.startup import Startup
@@ -305,8 +305,6 @@ class Pending:
     Attributes:
         step: The number of the step, counted from 1.
         lr: The learning rate of the step.
-        loading_seconds: How long this process waited for batches.
-        bad_clips: How many clips this process has failed to read since the start.
         samples: The samples of this process in the step.
         values: StepResult.values on the CPU, valid once ``end`` is reached.
         start: The end of the step before.
@@ -315,8 +313,6 @@ class Pending:
 
     step: int
     lr: float
-    loading_seconds: float
-    bad_clips: int
     samples: list[TrainedSample]
     values: torch.Tensor
     start: TimeMark
@@ -332,6 +328,10 @@ class Metrics:
         total_steps: The length of the run.
         on_step: Called for each step whose numbers have arrived, with the step, the values of StepResult by name, and
             the samples of this process.
+
+    Attributes:
+        bad_clips: How many clips this process has failed to read since the start.
+        samples: The samples of this process since the last step.
     """
 
     def __init__(self, run: Run, first_step: int, total_steps: int, on_step: StepCallback | None = None) -> None:
@@ -342,8 +342,8 @@ class Metrics:
         self.seconds = 0.0  # duration of that step
         self.mark = TimeMark(run.device)  # the end of the step before
         self.loading_seconds = 0.0
-        self.bad_clips = 0  # clips that this process has failed to read so far
-        self.samples: list[TrainedSample] = []  # samples of this process since the last step
+        self.bad_clips = 0
+        self.samples: list[TrainedSample] = []
         self.bar = ProgressBar(
             initial=first_step,
             total=total_steps,
@@ -368,13 +368,16 @@ class Metrics:
             lines = [line for line in self.path.read_text().splitlines() if step and finished_by(line, step)]
             write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
+    def of_rank(self) -> RankNumbers:
+        """Returns the numbers of this rank for the step whose gradients have been computed."""
+        return RankNumbers(self.bad_clips, self.loading_seconds, *(memory_peaks() or (0.0, 0.0)))
+
     def push(self, step: int, lr: float, result: StepResult) -> None:
         """Queues the numbers of a step, and writes those of the step before, which have arrived by now."""
         values = result.values.to("cpu", non_blocking=True)
         end = TimeMark(self.run.device)
         self.flush()
-        of_step = (self.loading_seconds, self.bad_clips, self.samples)
-        self.pending = Pending(step, lr, *of_step, values, self.mark, end)
+        self.pending = Pending(step, lr, self.samples, values, self.mark, end)
         self.mark, self.loading_seconds, self.samples = end, 0.0, []
 
     def flush(self) -> None:
@@ -385,13 +388,14 @@ class Metrics:
         pending.end.reached()
         self.last = dict(zip(StepResult.NAMES, pending.values.tolist(), strict=True))
         self.seconds = pending.end.seconds_since(pending.start)
-        record = {"step": pending.step, "lr": pending.lr, **self.last}
+        record = {"step": pending.step, "lr": pending.lr, **self.last, "seconds": round(self.seconds, 5)}
+        record |= {"loading_seconds": round(record["loading_seconds"], 5), "bad_clips": int(record["bad_clips"])}
         if self.run.precision != "fp16":
             del record[LOSS_SCALE]  # It is always 1.
-        record |= {"seconds": round(self.seconds, 5)}
-        record |= {"loading_seconds": round(pending.loading_seconds, 5), "bad_clips": pending.bad_clips}
-        if peaks := memory_peaks():
-            record["peak_gib"], record["reserved_gib"] = (round(peak, 3) for peak in peaks)
+        for name in ("peak_gib", "reserved_gib"):
+            record[name] = round(record[name], 3)
+            if not torch.cuda.is_available():
+                del record[name]
         if self.run.is_main:
             self._write(record)
         if self.on_step:
