@@ -31,6 +31,10 @@ import quick_pictures
 IMPORTED = ("cogvideox.loop", "cogvideox.preparation.prepare", "cogvideox.evaluation.before_after")
 IMPORTED += ("peft", "matplotlib.figure")
 IMPORTED += ("diffusers.pipelines.cogvideo.pipeline_cogvideox", "transformers.models.t5.modeling_t5")
+IMPORTED += ("transformers.models.t5.tokenization_t5", "diffusers.schedulers.scheduling_ddim_cogvideox")
+IMPORTED += ("matplotlib.backends.backend_agg", "cogvideox.checks", "cogvideox.preparation.verify")
+# Where there is a GPU, DeepSpeed may start CUDA when it is imported, and CUDA does not work after a fork.
+WITHOUT_GPU = ("deepspeed",)
 
 
 def serve(listener: socket.socket) -> dict[str, Any] | None:
@@ -138,10 +142,11 @@ def signal_at(moment: str, nth: int, number: int = signal.SIGKILL) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2] / "training")
-    for name in IMPORTED:
+    for name in (*IMPORTED, *(WITHOUT_GPU if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else ())):
         importlib.import_module(name)
     stopping = importlib.import_module("cogvideox.stopping")
     quick_pictures.compress_lightly()
+    quick_pictures.leave_curves_blank()
     gc.freeze()  # imported objects are never freed, and collecting garbage among them would copy their memory pages
     wanted = serve(socket.socket(fileno=int(sys.argv[1])))
     if wanted is not None:

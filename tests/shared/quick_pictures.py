@@ -1,12 +1,16 @@
-"""Makes this process write PNG files quickly: they are larger, but their pixels are the same.
+"""Makes this process write pictures quickly.
 
-Compressing the contact sheet of a validation takes a tenth of the time of a short run.
+PNG files are larger, but their pixels are the same: compressing the contact sheet of a validation takes a tenth of the
+time of a short run. The picture of a run's curves is one pixel, because drawing it takes a third of that time.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 
@@ -23,6 +27,17 @@ def compress_lightly() -> None:
         write(image, file, name)
 
     Image.register_save("PNG", write_quickly)
+
+
+def leave_curves_blank(replace: Callable[[ModuleType, str, Any], None] = setattr) -> None:
+    """Replaces the picture of curves by one of a pixel. Like the real one, it needs matplotlib.
+
+    Args:
+        replace: Called with the module, the name of a function, and its replacement.
+    """
+    curves = importlib.import_module("cogvideox.runtime.curves")
+    replace(curves, "curves_figure", lambda *_: importlib.import_module("matplotlib.figure"))
+    replace(curves, "png", lambda figure: blank_png())
 
 
 def blank_png() -> bytes:
