@@ -243,7 +243,6 @@ class Trainer:
         steps: Steps,
     ) -> None:
         self.run, self.options, self.task, self.method = run, options, task, method
-        train, seed = options.train, options.data.seed
         method.transformer.train()  # from_pretrained returns it in evaluation mode, which disables dropout
         self.needs_warm_up = has_no_bound(plan, run.device)
         on_host = plan.state == HOST if isinstance(plan, ExecutionPlan) else options.optimizer.use_cpu_offload_optimizer
@@ -253,44 +252,20 @@ class Trainer:
         )
         self.schedule = NoiseSchedule.from_config(tensors.geometry.schedule).to(run.device)
         self.weights_T = diffusion.loss_weights(self.schedule, options.loss)
-        bad_fraction = options.data.max_bad_fraction
-        images = image_flags(options)
-        self.dataset = LatentDataset(
-            tensors.cache,
-            tensors.index,
-            tensors.geometry,
-            seed,
-            options.loader.caption_dropout,
-            replace_bad=bad_fraction > 0,
-            timesteps=trained_timesteps(options.loss, len(self.schedule)),
-            image_dropout=images.noised_image_dropout if images is not None else 0.0,
-        )
-        self.bad_clips = BadClips(bad_fraction, len(tensors.index.samples))
+        self.dataset = self._make_dataset(tensors)
+        self.bad_clips = BadClips(options.data.max_bad_fraction, len(tensors.index.samples))
         self.steps = steps
         steps.start.load(run, self.engine, method)
         if run.is_main:
             write_config(run, options, str(plan))
             write_samples(run.output_dir, tensors.index)
         self.skipped = SkippedSteps(run, steps.first)
-        self.saver = Saver(
-            run,
-            self.engine,
-            method,
-            steps.recipe,
-            train.checkpointing_steps,
-            train.checkpoints_total_limit,
-            train.save_every_minutes,
-            good_until=self.skipped.good_until,
-            # A LoRA is saved so fast that a copy would gain nothing.
-            weights_only=saves_weights_only(options),
-            in_background=options.method == "sft" and run.world == 1,
-        )
+        self.saver = self._make_saver()
         self.validator = Validator(run, options, task.pipeline, method.transformer, prompts, tensors, steps.order)
         self.before_after = BeforeAfter(run, tensors, self.validator)
-        self.held_out = HeldOut(
-            run, tensors, seed, method.transformer, partial(losses_of, task, self.schedule, method.transformer)
-        )
-        self.best = BestCheckpoint(self.saver, train.keep_best, self.held_out.grid)
+        losses = partial(losses_of, task, self.schedule, method.transformer)
+        self.held_out = HeldOut(run, tensors, options.data.seed, method.transformer, losses)
+        self.best = BestCheckpoint(self.saver, options.train.keep_best, self.held_out.grid)
         self.last_step = steps.total  # lower once --stop_when_worse has ended the run
 
     def train(self) -> None:
@@ -483,6 +458,37 @@ class Trainer:
                 report_health(self.run, step, videos, self.before_after.health_of_clips())
                 log_media(self.run, step, videos, [folder / SHEET_NAME, folder / CURVES_NAME])
                 write_report(folder)
+
+    def _make_dataset(self, tensors: Tensors) -> LatentDataset:
+        """Returns the training samples, with the timesteps that the loss trains."""
+        options, images = self.options, image_flags(self.options)
+        return LatentDataset(
+            tensors.cache,
+            tensors.index,
+            tensors.geometry,
+            options.data.seed,
+            options.loader.caption_dropout,
+            replace_bad=options.data.max_bad_fraction > 0,
+            timesteps=trained_timesteps(options.loss, len(self.schedule)),
+            image_dropout=images.noised_image_dropout if images is not None else 0.0,
+        )
+
+    def _make_saver(self) -> Saver:
+        """Returns what saves checkpoints of the engine as the flags ask for."""
+        train = self.options.train
+        return Saver(
+            self.run,
+            self.engine,
+            self.method,
+            self.steps.recipe,
+            train.checkpointing_steps,
+            train.checkpoints_total_limit,
+            train.save_every_minutes,
+            good_until=self.skipped.good_until,
+            weights_only=saves_weights_only(self.options),
+            # A LoRA is saved so fast that a copy would gain nothing.
+            in_background=self.options.method == "sft" and self.run.world == 1,
+        )
 
     def _make_loader(self) -> DataLoader[Batch]:
         """Returns a loader of this rank's micro-batches from the first step on, and prints how many steps there are."""

@@ -55,9 +55,6 @@ def publish(
 ) -> list[Path]:
     """Writes and verifies the result of a finished run. The main process does the work, and the others wait.
 
-    The transformer's output for one training sample is computed four times: as trained, after reloading the weights,
-    without training, and by diffusers alone in a new transformer.
-
     Args:
         run: The processes and the output folder.
         options: The flags.
@@ -72,7 +69,7 @@ def publish(
         The files to upload; an empty list except on the main process.
 
     Raises:
-        RuntimeError: The reloaded weights give another output than the trained ones.
+        RuntimeError: The weights that were written do not compute what was trained; see ``verify``.
     """
     files: list[Path] = []
     if run.is_main:
@@ -82,31 +79,13 @@ def publish(
         about = write_weights(method, folder)
         if about.get("lora_scale_folded") == NOT_FOLDED and about["lora_scale"] != 1:
             run.say(scale_warning(about["lora_scale"]))
-        batch = collate([dataset[Visit(0, 0)]])
-        before = compute_output(task, method.transformer, batch, run)
-        after = compute_reloaded_output(method, folder, task, batch, run)
-        with method.base_weights(folder):
-            base = compute_output(task, method.transformer, batch, run)
-        stock = compute_output_by_diffusers(method, folder, task, batch, run, base_precision(options))
-        difference, cosine = compare_outputs(before, after)
-        run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")
         exact = run.device.type == "cpu" and run.dtype == torch.float32
         exact = exact and about.get("lora_scale_folded") != FOLDED_ROUNDED
-        same = preserves_effect(base, before, after) and cosine >= MIN_COSINE  # false for NaN
-        if not same or (exact and difference != 0):
-            raise RuntimeError(f"{folder / method.result}: reloaded, it gives another output; please report this")
-        apart, likeness = compare_outputs(after, stock)
-        run.say(f"run by diffusers alone, in a new transformer: max |difference| {apart:.3g}, cosine {likeness:.7f}")
-        if not agree_within_rounding(after, stock, run):
-            raise RuntimeError(
-                f"{folder / method.result}: diffusers' own blocks give another output than those of training, cosine "
-                f"{likeness:.6f}; please report this"
-            )
+        verification = verify(run, task, method, collate([dataset[Visit(0, 0)]]), base_precision(options), exact)
         write_atomically(folder / INFERENCE_NAME, inference_script(options, task, method, validator, run).encode())
         made = {"step": step, **recipe, **about, "flags": config_dict(options), **environment()}
         made["prepared"] = dataset.index.recipe  # the flags of the preparation, which has another seed
-        made["verification"] = {"max_difference": difference, "cosine": cosine}
-        made["verification"] |= {"diffusers_max_difference": apart, "diffusers_cosine": likeness}
+        made["verification"] = verification
         shown = write_card(run, options, task, method, validator, dataset.index, made)
         if saves_pipeline(options):
             complete = write_pipeline(options.model, task.pipeline, folder / method.result)
@@ -150,6 +129,48 @@ def write_weights(method: Method, folder: Path) -> dict[str, Any]:
         os.replace(temporary / method.result, target)
         shutil.rmtree(temporary)
     return about
+
+
+def verify(run: Run, task: Task, method: Method, batch: Batch, precision: str, exact: bool) -> dict[str, float]:
+    """Checks that the weights in the output folder compute what was trained.
+
+    The transformer's output is computed four times: as trained, after reloading the weights, without training, and by
+    diffusers alone in a new transformer.
+
+    Args:
+        run: The processes and the output folder.
+        task: What is generated from what.
+        method: What was trained.
+        batch: The training sample on which outputs are compared.
+        precision: In which precision training computed the weights that were not trained.
+        exact: Whether reloading must not change any number.
+
+    Returns:
+        The differences, for recipe.json.
+
+    Raises:
+        RuntimeError: The reloaded weights, or diffusers alone, give another output than the trained weights.
+    """
+    folder = run.output_dir
+    before = compute_output(task, method.transformer, batch, run)
+    after = compute_reloaded_output(method, folder, task, batch, run)
+    with method.base_weights(folder):
+        base = compute_output(task, method.transformer, batch, run)
+    stock = compute_output_by_diffusers(method, folder, task, batch, run, precision)
+    difference, cosine = compare_outputs(before, after)
+    run.say(f"reloaded in {task.pipeline}: max |difference| {difference:.3g}, cosine {cosine:.7f}")
+    same = preserves_effect(base, before, after) and cosine >= MIN_COSINE  # false for NaN
+    if not same or (exact and difference != 0):
+        raise RuntimeError(f"{folder / method.result}: reloaded, it gives another output; please report this")
+    apart, likeness = compare_outputs(after, stock)
+    run.say(f"run by diffusers alone, in a new transformer: max |difference| {apart:.3g}, cosine {likeness:.7f}")
+    if not agree_within_rounding(after, stock, run):
+        raise RuntimeError(
+            f"{folder / method.result}: diffusers' own blocks give another output than those of training, cosine "
+            f"{likeness:.6f}; please report this"
+        )
+    found = {"max_difference": difference, "cosine": cosine}
+    return found | {"diffusers_max_difference": apart, "diffusers_cosine": likeness}
 
 
 def compute_output(task: Task, transformer: nn.Module, batch: Batch, run: Run) -> Tensor:
