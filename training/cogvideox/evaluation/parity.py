@@ -70,7 +70,7 @@ def check_parity(run: Run, options: TrainOptions, tensors: Tensors, task: Task, 
             check_positions(transformer, geometry, bucket, ignores_positions(options))
     check_bucket(task, pipeline, schedule, geometry, buckets[0])
     check_loss(task, pipeline, schedule, geometry, buckets[0])
-    run.say(f"checked on {len(buckets)} buckets: the transformer gets what {task.pipeline} gives it")
+    run.say(f"checked on {len(buckets)} buckets: the transformer gets the same inputs as in {task.pipeline}")
     if isinstance(task, ImageToVideo) and relative_image_scale(task, geometry) != 1.0:
         usual = image_scale(geometry)
         run.say(f"but image latents are multiplied by {task.scale:.4g}, as asked, and by {usual:.4g} in the pipeline")
