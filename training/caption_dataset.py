@@ -23,7 +23,7 @@ from cogvideox.errors import UsageError
 
 def check_captioning(options: CaptionOptions) -> Iterator[str]:
     """Yields the problems of the model and of the flags that choose the captioning model."""
-    from cogvideox.preparation.vision_server import check_model
+    from cogvideox.preparation.captioning.vision_server import check_model
 
     read_geometry(options.model)
     yield from check_model(options.caption)
@@ -37,9 +37,9 @@ def main(options: CaptionOptions) -> int:
     from cogvideox.data.forms.uncaptioned import find_uncaptioned
     from cogvideox.data.media.workers import Limits
     from cogvideox.model.models import load_tokenizer
-    from cogvideox.preparation.captioning import Captioning
-    from cogvideox.preparation.vision_local import LocalVisionModel
-    from cogvideox.preparation.vision_server import VisionServer
+    from cogvideox.preparation.captioning.missing_captions import Captioning
+    from cogvideox.preparation.captioning.vision_local import LocalVisionModel
+    from cogvideox.preparation.captioning.vision_server import VisionServer
 
     clips, present = find_uncaptioned(options.data)
     if not clips:

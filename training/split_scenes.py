@@ -37,7 +37,7 @@ CHECKS = (check_splitting,)
 def main(options: SceneOptions) -> int:
     """Writes the table and the picture of its cuts."""
     from cogvideox.data.forms.scene_table import clips_of
-    from cogvideox.preparation.scenes import SceneSplitter
+    from cogvideox.preparation.scenes.splitting import SceneSplitter
 
     splitter = SceneSplitter(options)
     splitter.run(clips_of(options.data))

@@ -22,7 +22,7 @@ from cogvideox.config.args import parse
 from cogvideox.config.options import CaptionOptions
 from cogvideox.data.media.decode import write_video
 from cogvideox.errors import UsageError
-from cogvideox.preparation import captioning, vision_server
+from cogvideox.preparation.captioning import missing_captions, vision_server
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_pauses_double_up_to_a_limit(server: CaptionServer) -> None:
     asked = vision_server.VisionServer(CaptionFlags(server.url, request_attempts=8), pauses.append)
     server.answer = lambda number, body: (503, "busy")
     with pytest.raises(UsageError, match="busy"):
-        asked.describe([(captioning.Stills((), (), 1.0), "Describe.")])
+        asked.describe([(missing_captions.Stills((), (), 1.0), "Describe.")])
     assert pauses == [1, 2, 4, 8, 16, 30, 30]
 
 
@@ -379,7 +379,7 @@ def local(model: Path, root: Path, *flags: object) -> int:
 
 def test_a_model_runs_in_this_process(model: Path, vision: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the random model says is what transformers gives for the same pictures and words, computed here again."""
-    from cogvideox.preparation import vision_local
+    from cogvideox.preparation.captioning import vision_local
 
     answers: list[dict[str, Any]] = []
 
@@ -402,7 +402,7 @@ def test_a_batch_says_what_its_clips_say_alone(
     """The names are parts of the instructions, and one clip is a picture, so all rows have other lengths."""
     from PIL import Image
 
-    from cogvideox.preparation import vision_local
+    from cogvideox.preparation.captioning import vision_local
 
     (folder / "b.mp4").rename(folder / "a-clip-with-a-long-name.mp4")
     Image.new("RGB", (40, 30), "teal").save(folder / "picture.png")
@@ -439,7 +439,7 @@ def test_a_batch_says_what_its_clips_say_alone(
 def test_a_damaged_clip_leaves_the_others_of_its_batch(
     model: Path, vision: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cogvideox.preparation import vision_local
+    from cogvideox.preparation.captioning import vision_local
 
     (folder / "b.mp4").write_bytes(b"")
     monkeypatch.setattr(vision_local, "caption_in", lambda answer: "A sentence.")
@@ -454,7 +454,7 @@ def test_an_answer_ends_before_the_padding(tokens: list[int], found: tuple[str, 
     from types import SimpleNamespace
 
     from cogvideox.config.flags import CaptionFlags
-    from cogvideox.preparation.vision_local import LocalVisionModel
+    from cogvideox.preparation.captioning.vision_local import LocalVisionModel
 
     run = LocalVisionModel(CaptionFlags())
     run._model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 2]))
@@ -510,7 +510,7 @@ def expected_answer(vision: Path, clip: Path) -> str:
     from cogvideox.data.media.stills import stills_of
 
     stills = stills_of(str(clip), 2, 512)
-    assert isinstance(stills, captioning.Stills)
+    assert isinstance(stills, missing_captions.Stills)
     images = [Image.open(io.BytesIO(jpeg)) for jpeg in stills.jpegs]
     text = "".join(f"Frame at {seconds:.1f} s:<image>" for seconds in stills.times) + "Describe.ASSISTANT:"
     processor = LlavaProcessor.from_pretrained(vision)

@@ -19,7 +19,7 @@ from cogvideox.config.options import SceneOptions
 from cogvideox.data.forms import scene_table
 from cogvideox.data.media.decode import probe, read_frames, write_video
 from cogvideox.errors import UsageError
-from cogvideox.preparation import cut_sheet, scenes
+from cogvideox.preparation.scenes import cut_sheet, splitting
 
 RATE = 10.0
 
@@ -108,9 +108,9 @@ def test_times_of_variable_frame_rates_are_those_of_the_frames(
 def test_videos_of_many_parts_are_cut_as_if_they_had_one(
     detector: str, folder: Path, split: Callable[..., list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scenes, "PART_FRAMES", 7)
-    monkeypatch.setattr(scenes, "MOST_PART_FRAMES", 9)
-    parts = list(scenes.parts_of(probe(folder / "long.mp4")))
+    monkeypatch.setattr(splitting, "PART_FRAMES", 7)
+    monkeypatch.setattr(splitting, "MOST_PART_FRAMES", 9)
+    parts = list(splitting.parts_of(probe(folder / "long.mp4")))
     assert [k for part in parts for k in part] == list(range(55))
     assert len(parts) >= 6
     rows = split("--detector", detector, "--min_scene_seconds", 0)
@@ -118,10 +118,10 @@ def test_videos_of_many_parts_are_cut_as_if_they_had_one(
 
 
 def test_parts_begin_at_keyframes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scenes, "PART_FRAMES", 3)
+    monkeypatch.setattr(splitting, "PART_FRAMES", 3)
     info = probe(folder / "long.mp4")
     assert info.packets is not None
-    for part in scenes.parts_of(info):
+    for part in splitting.parts_of(info):
         assert info.packets.pts[part.start] in info.packets.keyframes
 
 
@@ -166,7 +166,7 @@ def test_a_table_edited_meanwhile_keeps_the_edit(
     folder: Path, split: Callable[..., list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(scene_table, "SECONDS_BETWEEN_WRITES", 0.0)
-    original = scenes.find_cuts
+    original = splitting.find_cuts
 
     def find(*given: object) -> object:
         for search in original(*given):
@@ -174,7 +174,7 @@ def test_a_table_edited_meanwhile_keeps_the_edit(
                 (tmp_path / "clips-scenes.csv").write_text("caption,video,start,end\nMine,long.mp4,1,2\n")
             yield search
 
-    monkeypatch.setattr(scenes, "find_cuts", find)
+    monkeypatch.setattr(splitting, "find_cuts", find)
     split()
     edited = 'caption,video,start,end\nMine,long.mp4,1,2\n"A short clip\non two lines.",sub/short.mp4,,\n'
     assert (tmp_path / "clips-scenes.csv").read_text() == edited
@@ -210,11 +210,11 @@ def test_an_interrupted_run_continues(
             if len(searched) == 2:
                 raise KeyboardInterrupt
 
-    original = scenes.find_cuts
-    monkeypatch.setattr(scenes, "find_cuts", find)
+    original = splitting.find_cuts
+    monkeypatch.setattr(splitting, "find_cuts", find)
     with pytest.raises(KeyboardInterrupt):
         split()
-    monkeypatch.setattr(scenes, "find_cuts", original)
+    monkeypatch.setattr(splitting, "find_cuts", original)
     assert split() == wanted
     assert searched == ["long.mp4", "photo.png"]
 

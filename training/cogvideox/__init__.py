@@ -16,18 +16,20 @@ rng.py          computes every random number as a function of (seed, visit, samp
 
 These are the folders:
 
-config/       parses the command line, and reads the config files of a model
-data/media/   opens, checks, decodes and converts videos and images, which no other folder does
-data/forms/   reads folders, lists and tables of clips into samples
-data/         selects frames of clips, caches tensors, and puts samples into batches
-memory/       streams host memory through the device while it computes
-model/        has the network, its transformer blocks as functions, the trained weights, and the loss
-optimizer/    has master weights, the optimizer step, averages of weights, and the engines that run backward and step
-runtime/      manages a run: its processes, output folder, checkpoints and metrics
-preparation/  encodes a data set into cached tensors, and reports on it
-planning/     chooses how transformer blocks are executed, executes them, and checks the result
-evaluation/   measures the model and makes validation videos during training
-export/       writes the result of a run: weights, model card and pipeline folder
+config/                  parses the command line, and reads the config files of a model
+data/media/              opens, checks, decodes and converts videos and images, which no other folder does
+data/forms/              reads folders, lists and tables of clips into samples
+data/                    selects frames of clips, caches tensors, and puts samples into batches
+memory/                  streams host memory through the device while it computes
+model/                   has the network, its transformer blocks as functions, the trained weights, and the loss
+optimizer/               has master weights, the optimizer step, averages of weights, and the engines that run it
+runtime/                 manages a run: its processes, output folder, checkpoints and metrics
+preparation/             encodes a data set into cached tensors, and reports on it
+preparation/captioning/  writes the missing captions of a data set
+preparation/scenes/      finds the scenes of long videos
+planning/                chooses how transformer blocks are executed, executes them, and checks the result
+evaluation/              measures the model and makes validation videos during training
+export/                  writes the result of a run: weights, model card and pipeline folder
 
 These modules of the highest layer are next to the folders:
 

@@ -354,7 +354,7 @@ class PrepareFlags:
 
 @dataclass(frozen=True)
 class SceneFlags:
-    """The flags of split_scenes.py alone. Used by preparation/scenes.py."""
+    """The flags of split_scenes.py alone. Used by preparation/scenes/splitting.py."""
 
     table: str | None = flag(
         None,
@@ -386,7 +386,7 @@ class SceneFlags:
 
 @dataclass(frozen=True)
 class CaptionFlags:
-    """The flags of caption_dataset.py alone. Used by preparation/captioning.py."""
+    """The flags of caption_dataset.py alone. Used by preparation/captioning/missing_captions.py."""
 
     endpoint: str | None = flag(
         None,

@@ -31,7 +31,7 @@ from cogvideox.data.media.stills import info_of, small_frames
 from cogvideox.data.media.workers import Killed, Limits, Workers, usual_number
 from cogvideox.errors import one_line
 from cogvideox.preparation.captions import plural
-from cogvideox.preparation.cut_sheet import draw_cuts
+from cogvideox.preparation.scenes.cut_sheet import draw_cuts
 from cogvideox.progress import ProgressBar
 
 FRAME_SIZE = 256  # pixels of the longer side of the frames that are compared, as PySceneDetect itself chooses

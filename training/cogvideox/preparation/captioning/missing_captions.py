@@ -18,8 +18,8 @@ from cogvideox.data.forms.uncaptioned import Uncaptioned
 from cogvideox.data.media.stills import Stills, stills_of
 from cogvideox.data.media.workers import Killed, Limits, Workers
 from cogvideox.errors import UsageError, first_of, one_line
+from cogvideox.preparation.captioning.vision_server import Answer, ClipRefused, Request
 from cogvideox.preparation.captions import plural, tokens_of
-from cogvideox.preparation.vision_server import Answer, ClipRefused, Request
 
 MOST_REFUSED = 3  # clips that the model may refuse one after the other before the script ends
 Decoded = tuple[Uncaptioned, Stills | str | Killed]  # a clip, and its frames or why it has none

@@ -14,7 +14,7 @@ from PIL import Image
 from cogvideox.config.flags import CaptionFlags
 from cogvideox.data.media.stills import Stills
 from cogvideox.errors import UsageError, first_line
-from cogvideox.preparation.vision_server import Answer, ClipRefused, Request, caption_in, content_of
+from cogvideox.preparation.captioning.vision_server import Answer, ClipRefused, Request, caption_in, content_of
 
 SMALLER = "lower --caption_frames or --caption_size, or choose a smaller --caption_model"
 
