@@ -71,9 +71,10 @@ def prepare_into(folder: Path, options: PrepareOptions) -> int:
             return 1 if faults else 0
         repair(preparation, faults, records)
     if prepare.dry_run:
-        records = preparation.plan()
-        with publishing(folder, ranks.say):
-            ranks.say(describe(preparation, records, costs=True))
+        with preparation.workers_kept():
+            records = preparation.plan()
+            with publishing(folder, ranks.say):
+                ranks.say(describe(preparation, records, costs=True))
         preparation.check(records)
         return 0
     index = prepare_and_report(preparation, ranks.say, prepare.batch_size)

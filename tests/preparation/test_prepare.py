@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import running
 import torch
 from PIL import Image
 from preparing import InlineWorkers, complete, preparation, tensor_files
@@ -24,6 +25,7 @@ from cogvideox.data import clips as clips_module
 from cogvideox.data.cache import Ledger, TensorCache, open_index
 from cogvideox.data.clips import decode_variant
 from cogvideox.data.health import Health, health_of
+from cogvideox.data.media import workers
 from cogvideox.data.media.decode import write_video
 from cogvideox.data.media.transforms import Fit
 from cogvideox.data.media.workers import Killed
@@ -914,3 +916,17 @@ def test_a_malformed_ledger_line_is_ignored(
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert complete(tiny("5b"), clips, output) == index
     assert encoded == Encoded()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_all_stages_share_their_worker_processes(
+    tiny: Tiny, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    """Each worker spends a third of a second on imports, which would be a third of the time of a small preparation."""
+    started: list[Any] = []
+    spawn = workers._spawn
+    monkeypatch.setattr(workers, "_spawn", lambda *given: started.append(spawn(*given)) or started[-1])
+    assert running.prepare(tiny("5b"), clips, tmp_path, *["--dry_run"] * dry_run) == 0
+    assert (tmp_path / "report.html").is_file()
+    assert len(started) == 1
+    assert started[0].returncode is not None

@@ -17,6 +17,7 @@ which can be killed when a decoder hangs or crashes. This process encodes and wr
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -102,6 +103,7 @@ class Preparation:
         self.limits = Limits(data.decode_timeout, int(data.decode_memory * 2**30))
         listing = take_listing(data, folder, need_captions)
         self.index_before = listing.index
+        self._kept_workers: Workers | None = None
         self.samples: list[Sample] = listing.samples + listing.validation
         self.num_validation = len(listing.validation)
         self.skipped = listing.skipped
@@ -307,6 +309,19 @@ class Preparation:
         """Returns this rank's share of a list."""
         return items[self.ranks.process_index :: self.ranks.num_processes]
 
+    @contextmanager
+    def workers_kept(self) -> Iterator[Workers]:
+        """Lets the stages in this context share their worker processes. Otherwise, each stage starts its own."""
+        if self._kept_workers is not None:
+            yield self._kept_workers
+            return
+        with worker_pool(self.data, self.limits) as workers:
+            self._kept_workers = workers
+            try:
+                yield workers
+            finally:
+                self._kept_workers = None
+
     def in_workers(self, jobs: Iterable[tuple[object, ...]], total: int, what: str) -> Iterator[Any]:
         """Runs jobs in worker processes, with a progress bar.
 
@@ -320,7 +335,7 @@ class Preparation:
         """
         if not total:
             return
-        with worker_pool(self.data, self.limits) as workers:
+        with self.workers_kept() as workers:
             hidden = not self.ranks.is_main_process
             with ProgressBar(total=total, desc=what, unit="clip", disable=hidden) as bar:
                 for result in workers.run(jobs):

@@ -59,13 +59,14 @@ def prepare_and_report(preparation: Preparation, say: Callable[[str], None], cap
         UsageError: Too many clips cannot be used, or the data set is no longer valid when it is listed again.
     """
     while True:
-        records = preparation.plan()
-        with failures_explained(preparation, say):
-            preparation.check(records)
-            index, records = preparation.encode(records, caption_batch)
-        with publishing(preparation.folder, say):
-            published = preparation.publish(index)
-            report = describe(preparation, records) if published else ""
+        with preparation.workers_kept():
+            records = preparation.plan()
+            with failures_explained(preparation, say):
+                preparation.check(records)
+                index, records = preparation.encode(records, caption_batch)
+            with publishing(preparation.folder, say):
+                published = preparation.publish(index)
+                report = describe(preparation, records) if published else ""
         if all(preparation.ranks.gather([published])):
             say(report)
             return index
