@@ -90,7 +90,9 @@ def test_clips_that_are_added_are_published_whichever_process_ends_last(
     ends_last, ends_first = (older, newer) if last == "older" else (newer, older)
     said: list[str] = []
     before_publishing(ends_last, monkeypatch, lambda: said.append(prepared(ends_first)))
-    assert "7 of 7 clips are used" in prepared(ends_last)
+    late = prepared(ends_last)
+    assert "7 of 7 clips are used" in late
+    assert "other flags" not in late
     assert f"{len(ends_first.samples)} of {len(ends_first.samples)} clips are used" in said[0]
     assert len((folder / "health.jsonl").read_text().splitlines()) == 7  # each clip was encoded once
     check_like_a_fresh_one(folder, tiny, data, 7)
@@ -105,6 +107,18 @@ def test_clips_that_were_removed_stay_away(
     before_publishing(older, monkeypatch, lambda: prepared(preparation(tiny("5b"), data, tmp_path / "out")))
     assert "5 of 5 clips are used" in prepared(older)
     check_like_a_fresh_one(tmp_path / "out", tiny, data, 5)
+
+
+def test_processes_with_other_flags_are_told(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    """Both end well, but only the index of the last one remains."""
+    last = preparation(tiny("5b"), data, tmp_path / "out", id_token="TOKEN")
+    first = preparation(tiny("5b"), data, tmp_path / "out")
+    before_publishing(last, monkeypatch, lambda: prepared(first))
+    rule = "another process has meanwhile prepared it with other flags, and this one replaces its index"
+    assert f"out: {rule}: --id_token None there, TOKEN here; give all processes the same flags" in prepared(last)
+    assert open_index(tmp_path / "out").samples[0].caption.startswith("TOKEN")
 
 
 def test_the_age_of_a_list_counts_from_the_check_of_the_flags(

@@ -17,7 +17,7 @@ import torch
 
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.geometry import Geometry
-from cogvideox.data.cache import CacheIndex, publishing
+from cogvideox.data.cache import CacheIndex, open_index, publishing
 from cogvideox.data.clips import time_decode
 from cogvideox.data.forms.samples import Sample
 from cogvideox.data.media.colors import HDR, WHITE, is_wide_sdr
@@ -70,7 +70,23 @@ def prepare_and_report(preparation: Preparation, say: Callable[[str], None], cap
         if all(preparation.ranks.gather([published])):
             say(report)
             return index
+        if line := other_flags(preparation, index):
+            say(line)
         preparation = preparation.again()
+
+
+def other_flags(preparation: Preparation, index: CacheIndex) -> str:
+    """Returns a message if another process has prepared the folder with other flags, else an empty text.
+
+    Args:
+        preparation: The preparation of this process.
+        index: Its index, which will replace the one that the other process has published.
+    """
+    there, here = open_index(preparation.folder).recipe, index.recipe
+    differ = [f"--{name} {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]]
+    rule = "another process has meanwhile prepared it with other flags, and this one replaces its index"
+    fix = "give all processes the same flags"
+    return f"{preparation.folder}: {rule}: {'; '.join(differ)}; {fix}" if differ else ""
 
 
 def describe(preparation: Preparation, records: Records, costs: bool = False) -> str:
