@@ -36,7 +36,7 @@ done
 [[ $clips ]] || fail "give the folder of your clips, such as: ./quickstart.sh my-clips --token MYSTYLE"
 [[ -d $clips ]] || fail "$clips: there is no such folder"
 [[ $token ]] || fail "--token: give a new word for what is to be learned, such as --token MYSTYLE"
-[[ $preset =~ ^(style|subject|motion)$ ]] || fail "--preset $preset: is one of style, subject, motion"
+[[ $preset =~ ^(style|subject|motion)$ ]] || fail "--preset $preset: must be one of style, subject, motion"
 
 python=${PYTHON:-$([[ -x $here/.venv/bin/python ]] && echo "$here/.venv/bin/python" || echo python3)}
 "$python" -c 'import torch, diffusers' 2> /dev/null || fail "$python has no torch or no diffusers; run make .venv/ready"

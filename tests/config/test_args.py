@@ -286,7 +286,7 @@ def test_problems_give_flag_value_rule_and_fix() -> None:
         "THUDM/CogVideoX-5b",
         "--optimiser: no such flag; nearest: --optimizer",
         "--fps 0: must be at least 0.1; nearest: 0.1",
-        "--mixed_precision bf61: is one of no, fp16, bf16; nearest: bf16",
+        "--mixed_precision bf61: must be one of no, fp16, bf16; nearest: bf16",
         "--learning_rate nan: must be a finite number",
         "--rank 1.5: takes a whole number",
         "--height_buckets 0: must be at least 1; nearest: 1",
@@ -372,9 +372,9 @@ def test_flags_of_the_loss_without_effect_are_refused() -> None:
     wrong = ("--snr_gamma", "4", "--p2_k", "2", "--loss_weighting", "debiased", "--ema_decay", "0.9", "--export_best")
     wrong += ("--min_timestep", "500", "--max_timestep", "499", "--keep_best")
     assert problems(*LEAST[LORA], *wrong) == (
-        "--snr_gamma: has no effect with --loss_weighting debiased; used only by "
-        "min_snr, min_snr_plus_one, soft_min_snr",
-        "--p2_k: has no effect with --loss_weighting debiased; used only by p2",
+        "--snr_gamma: has no effect with --loss_weighting debiased; leave it out, or give --loss_weighting "
+        "min_snr or min_snr_plus_one or soft_min_snr",
+        "--p2_k: has no effect with --loss_weighting debiased; leave it out, or give --loss_weighting p2",
         "--max_timestep 499: is before --min_timestep 500; nearest: --max_timestep 500",
         "--ema_decay: has no effect without --use_ema; give it too, or leave this out",
         "--keep_best: there are no clips to measure the loss on; give --validation_data_root",

@@ -65,7 +65,7 @@ def test_nothing_changes_without_a_preset() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(UsageError, match=r"--preset styl: is one of style, subject, motion; nearest: style"):
+    with pytest.raises(UsageError, match=r"--preset styl: must be one of style, subject, motion; nearest: style"):
         parsed("--preset", "styl")
 
 

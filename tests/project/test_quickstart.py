@@ -234,7 +234,7 @@ def test_a_signal_ends_the_command_that_runs_before_the_script(
         (("clips", "--token"), "--token: needs a value"),
         (("clips", "more"), "more: give one folder of clips; clips was given, too"),
         (("clips", "--token", "T", "--rank", "8"), "--rank: no such flag"),
-        (("clips", "--token", "T", "--preset", "person"), "--preset person: is one of style, subject, motion"),
+        (("clips", "--token", "T", "--preset", "person"), "--preset person: must be one of style, subject, motion"),
         (
             ("clips", "--token", "T", "--output_dir", "clips/out"),
             "--output_dir clips/out: is inside the folder of clips",

@@ -185,7 +185,7 @@ def typed_value(item: "dataclasses.Field[Any]", of: type, text: str) -> Any:
         value = next((choice for choice in choices if choice.lower() == text.lower()), None)
         if value is None:
             near = difflib.get_close_matches(text.lower(), choices, 1, 0.4)
-            among = f"is one of {', '.join(choices)}" + (", or a dotted name" if item.metadata["dotted"] else "")
+            among = f"must be one of {', '.join(choices)}" + (", or a dotted name" if item.metadata["dotted"] else "")
             raise UsageError(f"{name}: {among}" + (f"; nearest: {near[0]}" if near else ""))
         return value
     try:

@@ -201,10 +201,8 @@ def loss_problems(loss: LossFlags, given: set[str]) -> Iterator[str]:
     """Yields contradictions between the flags of the loss, and parameters of weightings that are not used."""
     for name, weightings in (("snr_gamma", WITH_SNR_GAMMA), ("p2_gamma", ("p2",)), ("p2_k", ("p2",))):
         if name in given and loss.loss_weighting not in weightings:
-            yield (
-                f"--{name}: has no effect with --loss_weighting {loss.loss_weighting}; used only by "
-                f"{', '.join(weightings)}"
-            )
+            rule = f"has no effect with --loss_weighting {loss.loss_weighting}"
+            yield f"--{name}: {rule}; leave it out, or give --loss_weighting {' or '.join(weightings)}"
     if loss.max_timestep is not None and loss.max_timestep < loss.min_timestep:
         yield (
             f"--max_timestep {loss.max_timestep}: is before --min_timestep {loss.min_timestep}; "
@@ -251,7 +249,8 @@ def optimizer_problems(options: TrainOptions, given: set[str]) -> Iterator[str]:
     for item in dataclasses.fields(flags):
         only = item.metadata["only"]
         if only and flags.kind not in only and item.name in given and getattr(flags, item.name) is not False:
-            yield f"--{item.name}: has no effect with --optimizer {flags.optimizer}; used only by {', '.join(only)}"
+            rule = f"has no effect with --optimizer {flags.optimizer}"
+            yield f"--{item.name}: {rule}; leave it out, or give --optimizer {' or '.join(only)}"
     low = [f"--{name}" for name in LOW_BIT if getattr(flags, name)]
     if len(low) > 1:
         yield f"{low[0]}: contradicts {low[1]}; give one of them"

@@ -532,7 +532,7 @@ class TrainFlags:
     allow_tf32: bool = flag(False, "use TF32 for fp32 matrix products on a GPU")
     nccl_timeout: int = flag(
         600,
-        "seconds of waiting for another device, or without progress on any device, after which the run exits",
+        "seconds after which a run on several GPUs exits, if one waits for another that long or none makes progress",
         least=1,
     )
     report_to: str | None = flag(
