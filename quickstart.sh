@@ -39,7 +39,8 @@ done
 [[ $preset =~ ^(style|subject|motion)$ ]] || fail "--preset $preset: must be one of style, subject, motion"
 
 python=${PYTHON:-$([[ -x $here/.venv/bin/python ]] && echo "$here/.venv/bin/python" || echo python3)}
-"$python" -c 'import torch, diffusers' 2> /dev/null || fail "$python has no torch or no diffusers; run make .venv/ready"
+"$python" -c 'from importlib.util import find_spec
+assert find_spec("torch") and find_spec("diffusers")' 2> /dev/null || fail "$python has no torch or no diffusers; run make .venv/ready"
 
 [[ ! $clips =~ (^|/)\.\.?$ ]] || clips=$(realpath -- "$clips") # the output folder is named after it
 out=${output_dir:-$clips-lora}

@@ -91,9 +91,8 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     importlib.reload(sys.modules["huggingface_hub.constants"])  # its values are read from the environment
-    log = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
+    for descriptor, path in ((1, request["output"]), (2, request.get("errors", request["output"]))):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.argv = request["argv"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     if request["killed_at"]:

@@ -186,13 +186,18 @@ def outputs() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="forked-")
 
 
+def server_name() -> str:
+    """Returns the name of the socket of the server of this test session, without the zero byte at its start."""
+    return f"forking-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+
+
 @functools.cache
 def server() -> Any:
     """Returns a connection to forking.py.
 
     All processes of a test session share one server: the first that needs it starts it, and it ends with the last.
     """
-    name = f"\0forking-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"  # not a file, but a name in Linux
+    name = f"\0{server_name()}"  # not a file, but a name in Linux
     started = None
     while started is None or started.poll() is None:
         with socket.socket(socket.AF_UNIX) as listener:
