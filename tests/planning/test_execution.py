@@ -489,6 +489,17 @@ def test_the_error_names_what_stays_on_the_device(
     assert "stays on the device" not in found[0]
 
 
+@pytest.mark.parametrize(("flags", "names"), [((), False), (("--use_8bit",), True)])
+def test_the_error_names_the_flag_with_which_state_is_not_sharded(
+    flags: tuple[str, ...], names: bool, model: Path, tensors: Path, tmp_path: Path
+) -> None:
+    options, sizes = args.parse(SftOptions, None, sft_flags(model, tensors, tmp_path, *flags), ()), SimpleNamespace()
+    sizes.samples = 1
+    rule = "all weights and their state, which --use_8bit cannot shard; adam and adamw without such a flag can"
+    assert (rule in execution._smaller(options, sizes, 2)) == names  # type: ignore[arg-type]
+    assert rule not in execution._smaller(options, sizes, 1)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [((), (8, 8, 0)), (("--use_ema",), (12, 8, 4)), (("--use_8bit",), (2 + 8 / 256, 2 + 8 / 256, 0))],

@@ -28,7 +28,7 @@ from torch import nn
 from cogvideox.config.buckets import Bucket
 from cogvideox.config.deepspeed import offload_device, zero_stage
 from cogvideox.config.geometry import Geometry
-from cogvideox.config.optimizers import host_state_problems, steps_on_device
+from cogvideox.config.optimizers import flag_of, host_state_problems, steps_on_device
 from cogvideox.config.options import (
     LoraOptions,
     TrainOptions,
@@ -283,6 +283,9 @@ def _smaller(options: TrainOptions, sizes: Sizes, world: int) -> str:
     ways += ["a smaller --rank"] if is_lora else []
     ways += ["a smaller bucket"]
     stays = [] if is_lora else [f"; what stays on the device: {reason}" for reason in host_restrictions(options, world)]
+    if not is_lora and world > 1 and not steps_on_device(options.optimizer):
+        rule = f"which {flag_of(options.optimizer)} cannot shard; adam and adamw without such a flag can"
+        stays += [f"; what every GPU has: all weights and their state, {rule}"]
     fix = f"{first}, or give {' or '.join(ways)}, or free memory"
     return f"{fix}; --dry_run names the smallest change that fits{''.join(stays)}"
 
