@@ -161,6 +161,16 @@ def test_videos_of_another_image_are_moved_away(tmp_path: Path) -> None:
     assert videos(tmp_path) == {"older-0": [0, 4]}
 
 
+def test_a_run_that_exports_an_earlier_checkpoint_moves_no_video(tmp_path: Path) -> None:
+    bare(tmp_path).set_aside_stale(0, 4, {})
+    fill(tmp_path, 0, 2, 4)
+    for _ in range(2):
+        bare(tmp_path).set_aside_stale(2, 2, {})
+        assert videos(tmp_path) == {FOLDER: [0, 2, 4]}
+    bare(tmp_path).set_aside_stale(4, 4, {})
+    assert videos(tmp_path) == {FOLDER: [0, 2, 4]}
+
+
 def test_videos_that_another_schedule_made_after_the_step_are_moved_away(tmp_path: Path) -> None:
     bare(tmp_path).set_aside_stale(0, 4, {})
     fill(tmp_path, 0, 2, 4)

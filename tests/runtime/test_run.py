@@ -238,6 +238,12 @@ def test_metrics_continue_at_the_resumed_step(tmp_path: Path) -> None:
     ]
 
 
+def test_a_run_that_exports_an_earlier_checkpoint_keeps_later_metrics(tmp_path: Path) -> None:
+    (tmp_path / METRICS_NAME).write_text('{"step": 2}\n{"step": 4}\n{"step": 6')
+    Metrics(run_alone(tmp_path), 2, 2).close()
+    assert (tmp_path / METRICS_NAME).read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
 def test_metrics_of_an_earlier_start_are_removed_if_nothing_was_saved(tmp_path: Path) -> None:
     (tmp_path / METRICS_NAME).write_text('{"step": 1}\n{"step": 2}\n')
     metrics_of(tmp_path).close()

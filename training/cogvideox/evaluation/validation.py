@@ -9,6 +9,7 @@ clips for the contact sheet.
 import gc
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -184,7 +185,7 @@ class Validator:
 
         Args:
             first_step: The step from which the run continues. Later videos are outdated if the number of steps, and
-                thus the learning rate schedule, has changed.
+                thus the learning rate schedule, has changed, and if their steps are repeated.
             total_steps: Number of optimizer steps in the run.
             recipe: The settings that decide the result. All videos made with other settings are outdated, except for
                 settings in --allow_changed.
@@ -202,7 +203,8 @@ class Validator:
             same_recipe = without_recipe_entries(
                 allowed, {**previous, "total_steps": total_steps}
             ) == without_recipe_entries(allowed, settings)
-            last_good = total_steps if previous == settings else first_step if same_recipe else -1
+            repeats_none = previous == settings or first_step == total_steps
+            last_good = (math.inf if repeats_none else first_step) if same_recipe else -1
             stale = [video for video in folder.glob("step-*.mp4") if int(video.name[5:11]) > last_good]
             older = folder / f"older-{len(list(folder.glob('older-*')))}"
             for video in stale:

@@ -324,7 +324,8 @@ class Metrics:
 
     Args:
         run: The run.
-        first_step: The number of steps that are done; lines of later steps are removed from metrics.jsonl.
+        first_step: The number of steps that are done. Lines of later steps are removed from metrics.jsonl, because
+            these steps are repeated, unless the run only exports an earlier checkpoint.
         total_steps: The length of the run.
         on_step: Called for each step whose numbers have arrived, with the step, the values of StepResult by name, and
             the samples of this process.
@@ -354,7 +355,7 @@ class Metrics:
         )
         self.forget_peaks()
         if run.is_main:
-            self._keep_until(first_step)
+            self._keep_until(first_step if first_step < total_steps else math.inf)
 
     def forget_peaks(self) -> None:
         """Resets the memory peaks, so that they do not include encoding and checks before training."""
@@ -362,7 +363,7 @@ class Metrics:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    def _keep_until(self, step: int) -> None:
+    def _keep_until(self, step: float) -> None:
         """Removes the lines of steps that will be repeated from metrics.jsonl."""
         if self.path.is_file():
             lines = [line for line in self.path.read_text().splitlines() if step and finished_by(line, step)]
@@ -453,7 +454,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def finished_by(line: str, step: int) -> bool:
+def finished_by(line: str, step: float) -> bool:
     """Returns whether a line of metrics.jsonl is complete and belongs to a step up to ``step``."""
     try:
         return json.loads(line)["step"] <= step
