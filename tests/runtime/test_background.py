@@ -7,12 +7,14 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import psutil
 import pytest
 import torch
 from fakes import FakeEngine, listing, run_alone, saver_of
@@ -26,12 +28,13 @@ from cogvideox.optimizer.adam import join, split
 from cogvideox.optimizer.ema import Ema
 from cogvideox.optimizer.step import MasterWeights, rule_of
 from cogvideox.runtime import background, checkpoint
-from cogvideox.runtime.background import Snapshot
+from cogvideox.runtime.background import Reserve, Snapshot
 from cogvideox.runtime.best import BestCheckpoint
 from cogvideox.runtime.checkpoint import Saver, checkpoints, damage_of
 from cogvideox.runtime.disk_room import copy_bytes
 from cogvideox.tensor_files import Piece, pieces_of
 
+RESERVES = "while training goes on; 1000 bytes of host memory are reserved for copies"
 WAITS = "during which training waits: a copy needs 1000 bytes of host memory, and 1.1 KiB are free"
 
 
@@ -107,7 +110,7 @@ def test_the_thread_leaves_the_cores_to_training(tmp_path: Path, monkeypatch: py
     assert priority() == before
 
 
-@pytest.mark.parametrize(("spare", "said"), [(1200, "training goes on; 1000 bytes are"), (1100, WAITS)])
+@pytest.mark.parametrize(("spare", "said"), [(1200, RESERVES), (1100, WAITS)])
 def test_what_to_expect_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], spare: int, said: str) -> None:
     saver(tmp_path, FakeEngine()).announce(spare)
     text = capsys.readouterr().err
@@ -128,10 +131,60 @@ def test_one_checkpoint_is_written_at_a_time_and_the_limit_holds(tmp_path: Path)
         assert load_file(tmp_path / f"checkpoint-{step}" / "optimizer.safetensors")["weight"].eq(step).all()
 
 
+def test_all_copies_use_the_memory_that_is_reserved_after_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: Slow
+) -> None:
+    """Later checks of the free memory do not count, because the run has this memory already."""
+    engine, free = FakeEngine(), MagicMock(return_value=2000)
+    monkeypatch.setattr(checkpoint, "free_host_bytes", free)
+    saving = saver(tmp_path, engine)
+    saving.check()
+    free.return_value = 0
+    assert saving.reserve
+    memory = saving.reserve.memory()
+    assert memory.nbytes == 1000
+    seen = []
+    monkeypatch.setattr(background, "fill", lambda target, source: seen.append(target) or target.copy_(source))
+    for step in (2, 4):
+        slow.may_write.clear()
+        engine.weight = torch.full((8,), float(step))
+        saving.save(step)
+        assert saving.writing
+        engine.weight.fill_(-1.0)
+        slow.release()
+        saving.finish()
+    assert [copy.data_ptr() for copy in seen[: len(seen) // 2]] == [copy.data_ptr() for copy in seen[len(seen) // 2 :]]
+    assert all(memory.data_ptr() <= copy.data_ptr() < memory.data_ptr() + 1000 for copy in seen)
+    for step in (2, 4):
+        assert load_file(tmp_path / f"checkpoint-{step}" / "optimizer.safetensors")["weight"].eq(step).all()
+    saving.close()
+    assert saving.reserve is None
+
+
+def test_a_reserve_creates_its_pages_and_does_not_write_to_them_later() -> None:
+    size, process = 2**28, psutil.Process()
+    before, began = process.memory_info().rss, time.monotonic()
+    reserve = Reserve(size)
+    while process.memory_info().rss - before < 0.9 * size:
+        assert time.monotonic() - began < 60
+        time.sleep(0.01)
+    del reserve
+    for _ in range(10):  # ended at different moments
+        memory = Reserve(size).memory()
+        memory.fill_(7)
+        time.sleep(0.01)
+        assert memory.eq(7).all()
+
+
 @pytest.mark.parametrize("free", [1000, 1112])
-def test_without_room_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+@pytest.mark.parametrize("reserves", [False, True])
+def test_without_room_for_a_copy_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, reserves: bool
+) -> None:
     monkeypatch.setattr(checkpoint, "free_host_bytes", lambda: free)
     saving = saver(tmp_path, FakeEngine())
+    if reserves:
+        saving.check()
     saving.save(2)
     assert (saving.writing is None) == (free == 1000)
     saving.finish()
@@ -148,6 +201,7 @@ def test_if_the_system_refuses_memory_training_waits(
 
     monkeypatch.setattr(background, "host_buffer", refuses)
     saving = saver(tmp_path, FakeEngine())
+    saving.check()
     saving.save(2)
     assert saving.writing is None
     assert os.listdir(tmp_path) == ["checkpoint-2"]

@@ -4,7 +4,8 @@
     thread                              | not_finite, write, rename |    needs the time of the disk
 
 The next optimizer step changes what a checkpoint contains, so training waits until everything is copied. What is copied
-are the parts as they are stored; the thread puts them together.
+are the parts as they are stored; the thread puts them together. All copies of a run use the same memory, which a
+``Reserve`` makes ready before the first one.
 """
 
 import os
@@ -26,6 +27,48 @@ from cogvideox.tensor_files import Pieces, ReadPieces, write_tensors
 CHUNK = 2**24  # elements that are copied at a time from a device, through one pinned buffer of torch
 NICE = 10  # lowers the priority of the thread, because training needs the cores more
 ARENA = 2**30  # bytes that are allocated at a time; a mapping for each tensor would have few huge pages
+PAGE, TOUCHED = 2**12, 2**26  # bytes of the smallest page, and of the pages that are created at a time
+
+
+def lower_priority() -> None:
+    """Lowers the priority of this thread, on Linux, where each thread has its own and its threads inherit it."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+class Reserve:
+    """Keeps host memory for copies, and creates its pages in a thread.
+
+    The system creates a page when it is first written, which takes several times as long as copying to it.
+
+    Attributes:
+        num_bytes: The size of the memory; 0 if the system refused it.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        try:
+            self._memory = host_buffer(num_bytes)
+        except OSError:  # a limit of the process, such as ulimit -v
+            self._memory = torch.empty(0, dtype=torch.uint8)
+        self.num_bytes = self._memory.numel()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._create_pages, name="memory of checkpoints", daemon=True)
+        self._thread.start()
+
+    def _create_pages(self) -> None:
+        lower_priority()
+        pages = self._memory.numpy()[::PAGE]
+        for start in range(0, len(pages), TOUCHED // PAGE):
+            if self._ended.is_set():
+                return
+            pages[start : start + TOUCHED // PAGE] = 0
+
+    def memory(self) -> Tensor:
+        """Ends the thread, and returns the memory, (num_bytes,) uint8. Copying creates the pages that are missing."""
+        self._ended.set()
+        self._thread.join()
+        return self._memory
 
 
 class Snapshot:
@@ -34,12 +77,14 @@ class Snapshot:
     Args:
         shares: Whether a tensor that is part of several files is copied once. This is wrong if its values change before
             all files have been added, as weights do that are replaced by their average.
+        memory: Host memory for the copies, uint8. More is allocated if it is not enough.
     """
 
-    def __init__(self, shares: bool) -> None:
+    def __init__(self, shares: bool, memory: Tensor | None = None) -> None:
         self.shares = shares
         self.files: list[tuple[Path, Pieces, Mapping[str, str]]] = []
-        self.arena = torch.empty(0, dtype=torch.uint8)  # what is left of the newest allocation
+        # What is left of the memory, or of the newest allocation.
+        self.arena = torch.empty(0, dtype=torch.uint8) if memory is None else memory
         # The original and its flat copy, by address. An original is kept so that no other tensor gets its address.
         self.copies: dict[tuple[torch.device, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -112,9 +157,7 @@ class Writing:
 
     def _run(self) -> None:
         started = time.monotonic()
-        if sys.platform == "linux":  # where each thread has a priority, which the threads that it starts inherit
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        lower_priority()
         try:
             self.work()
         except BaseException as error:

@@ -32,7 +32,7 @@ from cogvideox.host_memory import free_host_bytes
 from cogvideox.model.methods import Method
 from cogvideox.optimizer.engine import STATE_NAME, Engine
 from cogvideox.optimizer.zero_weights import num_elements
-from cogvideox.runtime.background import Snapshot, Writing
+from cogvideox.runtime.background import Reserve, Snapshot, Writing
 from cogvideox.runtime.disk_room import (
     DiskNeeds,
     check_disk,
@@ -179,6 +179,7 @@ class Saver:
         weights_only: Whether checkpoints have only the weights, without the engine's state.
         in_background: Whether checkpoints are copied to host memory and written while training goes on, where there is
             room. Only for a single process, because an error of the thread ends only its own process.
+        reserve: The memory of copies, after the first step; empty if there was no room.
         writing: The checkpoint that a thread writes.
         afterwards: What waits for its end.
     """
@@ -197,6 +198,7 @@ class Saver:
     good_until: int | None = None
     weights_only: bool = False
     in_background: bool = False
+    reserve: Reserve | None = field(default=None, init=False)
     writing: Writing | None = field(default=None, init=False)
     afterwards: list[Callable[[], None]] = field(default_factory=list, init=False)
 
@@ -218,7 +220,7 @@ class Saver:
             NonFiniteError: A tensor that would be saved is not finite; nothing is written or removed.
         """
         self.finish()
-        copied = self.in_background and self._copy_fits(free_host_bytes()) and self._start_writing(step)
+        copied = self.in_background and self._has_room() and self._start_writing(step)
         if not copied:
             self._check_finite(step)
             hashes: dict[Path, str] = {}
@@ -231,6 +233,10 @@ class Saver:
                 self._publish(step, hashes)
             self.run.barrier()
         self.saved_at = time.monotonic()
+
+    def _has_room(self) -> bool:
+        """Returns whether there is host memory for a copy of a checkpoint."""
+        return bool(self.reserve and self.reserve.num_bytes) or self._copy_fits(free_host_bytes())
 
     def _copy_fits(self, free: int) -> bool:
         return self.copy_bytes is not None and self.copy_bytes <= COPY_SHARE * free
@@ -271,7 +277,8 @@ class Saver:
 
     def _start_writing(self, step: int) -> bool:
         """Copies a checkpoint and starts the thread that writes it; returns whether the system gave memory for that."""
-        started, snapshot = time.monotonic(), Snapshot(shares=self.engine.ema is None)
+        started, memory = time.monotonic(), self.reserve.memory() if self.reserve else None
+        snapshot = Snapshot(shares=self.engine.ema is None, memory=memory)
         try:
             with self._guarded(step):
                 self._make_files(step, snapshot.add)
@@ -291,7 +298,12 @@ class Saver:
             self._publish(step, snapshot.write())
 
     def check(self) -> None:
-        """Does what ``finish`` does if the background thread has ended. Called after each step; does not wait."""
+        """Does what ``finish`` does if the background thread has ended. Called after each step; does not wait.
+
+        After the first step, when training has all of its memory, this reserves what is left for copies.
+        """
+        if self.in_background and self.reserve is None:
+            self.reserve = Reserve(self.copy_bytes or 0 if self._copy_fits(free_host_bytes()) else 0)
         if self.writing and not self.writing.runs:
             self.finish()
 
@@ -317,10 +329,16 @@ class Saver:
             self.finish()
 
     def close(self) -> None:
-        """Waits for the background thread after an error of training, without raising that of the thread as well."""
+        """Waits for the background thread after an error of training, without raising that of the thread as well.
+
+        The memory of copies is freed.
+        """
         if self.writing:
             self.writing.thread.join()
             self.writing = None
+        if self.reserve:
+            self.reserve.memory()
+            self.reserve = None
 
     def check_disk(self, options: TrainOptions, first: int, total: int) -> None:
         """Predicts what the steps from ``first`` to ``total`` write; raises DiskError if the disk has less room."""
@@ -354,7 +372,7 @@ class Saver:
         size, rate = f"{self.num_bytes / 2**30:.3g} GiB", size_text(int(self.num_bytes / seconds))
         how = f"takes {seconds:.0f} s ({rate} a second were measured)"
         if self.in_background and self._copy_fits(spare):
-            how += f", while training goes on; {size_text(self.copy_bytes or 0)} are copied to host memory first"
+            how += f", while training goes on; {size_text(self.copy_bytes or 0)} of host memory are reserved for copies"
         elif self.in_background:
             needed = size_text(self.copy_bytes or 0)
             how += (
