@@ -75,6 +75,7 @@ PROBE_SECONDS = 0.2
 TURNS_SECONDS = 1.0  # long enough for a card to reach its power limit, as it does in training
 PRODUCTS_PER_BLOCK = 8  # of width x 4 width: three in forward; two to three for gradients and to compute outputs again
 COPY_BYTES = 64 * 2**20
+EXCHANGES = 10
 SHARED = "streamed weights: one copy in host memory for the {} processes of this machine"
 NOT_SHARED = (
     "streamed weights: each of the {} processes of this machine has a copy in host memory, {:.1f} GiB more than "
@@ -489,9 +490,15 @@ def exchange_rate(device: torch.device, dtype: torch.dtype, sizes: Sizes, group:
     """Returns the bytes per second of a tensor of one sample's tokens that the processes of a group exchange."""
     division = group.division_of(sizes.tokens * group.size)
     x = torch.zeros(1, sizes.tokens, sizes.heads, sizes.width // sizes.heads, dtype=dtype, device=device)
-    to_heads(x, division)  # the first call connects the processes
-    calls = 10  # the same number on each process
-    return calls * x.nbytes / seconds_of(lambda: to_heads(x, division), calls)
+    # Each process makes the same number of calls. Those before the first mark connect the processes, and make each
+    # device wait for the others; otherwise the time until the last process starts would count.
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for mark in marks:
+        for _ in range(EXCHANGES):
+            to_heads(x, division)
+        mark.record()
+    torch.cuda.synchronize()
+    return EXCHANGES * x.nbytes * 1000 / marks[0].elapsed_time(marks[1])
 
 
 def rate_of_both_ways(device: torch.device) -> float:
