@@ -10,7 +10,7 @@ import math
 import statistics
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -180,6 +180,12 @@ def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
         return {"failed": NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error) or repr(error)}
 
 
+def forget_hooks(parameters: Iterable[Tensor]) -> None:
+    """Removes the hooks of an engine or an optimizer, which keep gradients and weights alive."""
+    for parameter in parameters:
+        (parameter._post_accumulate_grad_hooks or {}).clear()
+
+
 class Meter:
     """Measures seconds and peak memory of steps. As in training, the host is at most one step ahead of the device."""
 
@@ -283,6 +289,7 @@ def stock(work: Work, steps: int, offloads: bool = False) -> dict[str, Any]:
         loss.item()
         meter.step_ended(loss)
     accelerator.free_memory()
+    forget_hooks(parameters)
     return meter.figures()
 
 
@@ -388,9 +395,7 @@ class Training:
         with self.engine.averaged():
             pass  # the host has all weights by now
         del self.engine
-        for parameter in self.transformer.parameters():
-            # The engine's hooks keep its gradients alive.
-            (parameter._post_accumulate_grad_hooks or {}).clear()
+        forget_hooks(self.transformer.parameters())
         gc.collect()
 
 
