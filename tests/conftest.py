@@ -230,6 +230,20 @@ def reference(model: Path, tensors: Path, tmp_path_factory: pytest.TempPathFacto
     return output
 
 
+@pytest.fixture(scope="session")
+def forking_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that runs a script as Python does, but in a forked process. It starts Python for code and modules."""
+    import forked_python
+    import running
+
+    running.server()
+    path = tmp_path_factory.mktemp("forking") / "python"
+    forked = f"{sys.executable} {forked_python.__file__} {running.server_name()}"
+    path.write_text(f'#!/bin/sh\ncase "$1" in -*) exec {sys.executable} "$@" ;; esac\nexec {forked} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture(scope="module")
 def small() -> Iterator[None]:
     """The tiny models are slower on several threads."""

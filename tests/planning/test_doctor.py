@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def test_the_page_of_a_cpu(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFix
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def forking(forking_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training script is forked, because a started one spends seconds on imports."""
+    monkeypatch.setattr(sys, "executable", str(forking_python))
+
+
+@pytest.mark.usefixtures("forking")
 def test_training_is_tried_with_the_script(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The model needs the image-to-video script, so its choice is tested too."""
     model = tiny("5b-i2v")
@@ -76,6 +84,7 @@ def test_training_is_tried_with_the_script(tiny: Tiny, tmp_path: Path, capsys: p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("forking")
 def test_what_ended_training_is_shown(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = copied(tiny, tmp_path)
     (file,) = (model / "text_encoder").glob("*.safetensors")

@@ -13,11 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import forked_python
 import pytest
 from caption_server import CaptionServer, says, serving
-from running import ROOT, environment, server_name
-from running import server as forking_server
+from running import ROOT, environment
 from test_readme import OPTIONS
 
 from cogvideox.config import args
@@ -41,7 +39,7 @@ case "$*" in *"$FAILING"*) exit "${{STATUS:-0}}" ;; esac
 FORKING = f"""#!/bin/sh
 case "$*" in
     *--suggest_buckets*) ;;
-    *prepare_dataset.py* | *_lora.py*) exec {sys.executable} {Path(forked_python.__file__)} {{name}} "$@" ;;
+    *prepare_dataset.py* | *_lora.py*) exec {{python}} "$@" ;;
 esac
 exec {sys.executable} "$@"
 """
@@ -269,15 +267,14 @@ def test_the_shown_commands_of_the_help_run(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_clips_without_captions_to_a_lora(clips: Path, tmp_path: Path) -> None:
+def test_from_clips_without_captions_to_a_lora(clips: Path, forking_python: Path, tmp_path: Path) -> None:
     """Uses the embedded model and a server that imitates a vision-language model."""
     data, out = tmp_path / "my clips", tmp_path / "out"
     data.mkdir()
     for number in range(3):
         shutil.copy(clips / "videos" / f"{number:05d}.mp4", data / f"IMG {number}.mp4")
-    forking_server()
     python = tmp_path / "python"
-    python.write_text(FORKING.format(name=server_name()))
+    python.write_text(FORKING.format(python=forking_python))
     python.chmod(0o755)
     command = [SCRIPT, data, "--token", "MYSTYLE", "--model", ROOT / "examples" / "model", "--output_dir", out, "--yes"]
 

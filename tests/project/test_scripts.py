@@ -177,6 +177,7 @@ def test_published_command_trains_on_real_clips(model: Path, real_clips: Path, t
     flags += ["--frame_buckets", 9, "--dataloader_num_workers", 2, "--pin_memory"]
     flags += ["--validation_prompt", 'BW_STYLE A black and white scene:::BW_STYLE A panda\'s song, in a "red" jacket']
     flags += ["--validation_prompt_separator", ":::", "--num_validation_videos", 1, "--validation_epochs", 10]
+    flags += ["--num_inference_steps", 5]
     flags += ["--seed", 42, "--rank", 128, "--lora_alpha", 128, "--mixed_precision", "bf16", "--output_dir", output]
     flags += ["--max_num_frames", 49, "--train_batch_size", 1, "--max_train_steps", 3, "--checkpointing_steps", 1000]
     flags += ["--gradient_accumulation_steps", 1, "--gradient_checkpointing", "--learning_rate", "1e-3"]
@@ -433,7 +434,10 @@ def test_processes_that_do_not_know_each_other_are_refused(
     assert "do not know each other" in refused(lora_flags(model, tensors, tmp_path / "lora", "--load_tensors"))
 
 
-def test_the_benchmark_of_inference_measures_a_video_or_gives_the_reason(reference: Path, tmp_path: Path) -> None:
+def test_the_benchmark_of_inference_measures_a_video_or_gives_the_reason(
+    reference: Path, tmp_path: Path, forking_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(forking_python))
     video = tmp_path / "video.mp4"
     flags = ["--steps", "1", "--frames", "17", "--height", "32", "--width", "48", "--output", str(video)]
     figures = inference_benchmark.measure(reference / "inference.py", 8, flags)

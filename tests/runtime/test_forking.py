@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import forked_python
 import pytest
 import running
 from running import LORA_SCRIPT, Forked, Process, fork_ranks, python, server, start
@@ -89,11 +88,12 @@ def test_processes_of_a_session_share_a_server(tmp_path: Path, monkeypatch: pyte
     assert Forked(python(tmp_path / "script.py")).communicate()[0] == first
 
 
-def test_a_program_that_starts_python_can_fork_instead(tmp_path: Path) -> None:
+def test_a_program_that_starts_python_can_fork_instead(forking_python: Path, tmp_path: Path) -> None:
     """Standard output and standard error stay apart, and the exit status is that of the script."""
     code = "import os, sys\nprint(sys.argv[1:], os.environ['GIVEN'])\nsys.exit('no such file')"
     (tmp_path / "script.py").write_text(code)
-    server()
-    command = [forked_python.__file__, running.server_name(), str(tmp_path / "script.py"), "a b"]
-    done = subprocess.run([sys.executable, *command], env=os.environ | {"GIVEN": "7"}, capture_output=True, text=True)
+    command = [forking_python, tmp_path / "script.py", "a b"]
+    done = subprocess.run(command, env=os.environ | {"GIVEN": "7"}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "['a b'] 7\n", "no such file\n")
+    done = subprocess.run([forking_python, "-c", "import sys; print('torch' in sys.modules)"], stdout=subprocess.PIPE)
+    assert done.stdout == b"False\n"
