@@ -34,7 +34,15 @@ from cogvideox.config.geometry import (
     check_text_to_video,
     read_geometry,
 )
-from cogvideox.config.options import ImageLoraOptions, ImageSftOptions, LoraOptions, PrepareOptions, SftOptions, derive
+from cogvideox.config.options import (
+    ImageLoraOptions,
+    ImageSftOptions,
+    LoraOptions,
+    PrepareOptions,
+    SftOptions,
+    derive,
+    derive_video_size,
+)
 from cogvideox.errors import UsageError
 from cogvideox.model.diffusion import NoiseSchedule
 from cogvideox.model.models import load_weights
@@ -137,7 +145,8 @@ CHECKS = {
 def found_problems(folder: Path, *given: str, options_type: Any = LoraOptions) -> list[str]:
     argv = ["--pretrained_model_name_or_path", str(folder), "--data_root", "d", *given]
     options, sources = args.read_flags(options_type, argv, None)
-    return list(CHECKS[options_type](derive(options, sources)))
+    options = derive_video_size(derive(options, sources), sources)
+    return list(CHECKS[options_type](options))
 
 
 def test_a_good_command_has_no_problem(tiny: Tiny) -> None:
