@@ -9,7 +9,8 @@ A row is a row of a guide with one of two plans: "budget" is what --vram_budget 
 takes in the guide, and "lean" what --plan lean needs at least. Each takes four steps with random weights, samples and
 decodes a video with two sampling steps, and does so again without the state of training. The four peaks are those that
 the guide of the CogVideoX factory has: before training, in training, in validation, and in the test afterwards.
-Rows with a result, and those that do not fit in the time left, are skipped. Weights are made once a process. To run
+Rows with a result, and those that do not fit in the time left, are skipped. Weights are made once a process, and so is
+host memory, of which the system creates new pages slowly. To run
 several of these programs on one GPU at the same time, give each its own --rows and --shared_gpu: memory is that of each
 process, but seconds are then not recorded.
 """
@@ -21,10 +22,11 @@ import copy
 import gc
 import json
 import math
+import mmap
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -38,6 +40,7 @@ from record import device_and_versions, put_into
 from torch import nn
 
 from cogvideox.files import write_atomically
+from cogvideox.memory import streaming
 from cogvideox.planning.plan import CONTEXT
 
 SCRIPT, PREFIX = "guide_memory.py", "memory_"
@@ -255,6 +258,44 @@ class SharedWork(Work):
         return copy.deepcopy(base, shared)
 
 
+class ReusedMappings:
+    """Stands for the module mmap, and gives host memory of an earlier row to the next one. New pages take longer."""
+
+    def __init__(self) -> None:
+        self._mappings: list[mmap.mmap] = []
+        self._taken: set[int] = set()  # of this row, by id
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mmap, name)
+
+    def mmap(self, fileno: int, length: int, flags: int) -> mmap.mmap:
+        """Returns zeroed memory of at least ``length`` bytes, with the arguments of ``mmap.mmap``."""
+        # A tensor refers to the memory that it has. Here, the list, the loop and the argument refer to it.
+        unused = [m for m in self._mappings if sys.getrefcount(m) == 3]
+        found = min((m for m in unused if length <= len(m) <= 1.1 * length), key=len, default=None)
+        del unused
+        if found is None:
+            found = mmap.mmap(fileno, length, flags=flags)
+            self._mappings.append(found)
+        else:
+            torch.frombuffer(found, dtype=torch.uint8).zero_()
+        self._taken.add(id(found))
+        return found
+
+    def lent(self, run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """Calls a function that allocates host memory."""
+        streaming.mmap = self  # type: ignore[assignment]
+        try:
+            return run(*arguments)
+        finally:
+            streaming.mmap = mmap
+
+    def next_row(self) -> None:
+        """Frees what the last row did not use."""
+        self._mappings = [m for m in self._mappings if id(m) in self._taken]
+        self._taken.clear()
+
+
 def validation_peak(sampled: dict[str, Any]) -> float | None:
     """Returns the higher peak of sampling and decoding, in GiB."""
     return max(
@@ -287,17 +328,19 @@ def run_arms(arms: Sequence[Arm], results: Path, device: torch.device, seconds: 
     Seconds are not recorded if other programs share the GPU.
     """
     began, failed, graphs = time.perf_counter(), 0, None
+    memory = ReusedMappings()
     for arm in arms:
         started = time.perf_counter()
         if started - began > seconds - arm.row.seconds:
             continue
         shapes = arm.row.rank, arm.row.batch
         make_room(device, keeps_graphs=graphs == shapes)
+        memory.next_row()
         graphs = shapes
         result: dict[str, Any] = {"arm": arm.name, "row": asdict(arm.row), "plan": arm.plan}
         result |= (
             {"flags": arm.row.flags(arm.plan)}
-            | attempt(measure, arm, device)
+            | attempt(memory.lent, measure, arm, device)
             | {"arm_seconds": round(time.perf_counter() - started, 1)}
         )
         if shared:

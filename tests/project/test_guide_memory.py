@@ -17,6 +17,8 @@ from random_models import ROOT
 from record import put_into
 from test_bench import TINY, TINY_VAE
 
+from cogvideox.memory import streaming
+
 CPU = torch.device("cpu")
 
 
@@ -185,3 +187,22 @@ def test_the_table_in_the_docs_is_that_of_the_results(tmp_path: Path) -> None:
 
 def test_estimates_are_finite() -> None:
     assert all(math.isfinite(row.seconds) and row.seconds < 300 for row in ROWS)
+
+
+def test_host_memory_of_a_row_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    mappings = guide_memory.ReusedMappings()
+    monkeypatch.setattr(streaming, "mmap", mappings)
+    first, other = streaming.host_buffer(10_000).fill_(7), streaming.host_buffer(10_000)
+    address = first.data_ptr()
+    assert other.data_ptr() != address
+    del first
+    mappings.next_row()
+    again, larger = streaming.host_buffer(9_500), streaming.host_buffer(20_000)
+    assert again.data_ptr() == address
+    assert again.shape == (9_500,)
+    assert not again.any()
+    assert larger.data_ptr() not in (address, other.data_ptr())
+    mappings.next_row()
+    del other
+    mappings.next_row()
+    assert not mappings._mappings
