@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -278,7 +279,8 @@ def publishing(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         folder: The folder of the cache, which exists.
         say: Prints a line; it is called before a wait.
     """
-    with held(folder / INDEX_LOCK, lambda: say(f"{folder}: another process is writing the report; waiting")):
+    waits = partial(say, f"{folder}: another process is writing the report; waiting")
+    with disk_errors_converted(folder), held(folder / INDEX_LOCK, waits):
         yield
 
 
