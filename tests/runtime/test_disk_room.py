@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from fakes import run_alone
+from running import finish, fork_ranks, python
 
 from cogvideox.config.flags import TrainFlags
 from cogvideox.errors import DiskError
@@ -93,5 +96,16 @@ def test_checkpoints_of_weights_only_are_named_if_no_limit_fits(monkeypatch: pyt
 def test_the_rate_of_the_disk_is_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 12.0])
     monkeypatch.setattr(disk_room.time, "monotonic", lambda: next(times))
-    assert seconds_to_write(tmp_path, 4 * disk_room.PROBE_LIMIT) == 8.0
+    assert seconds_to_write(run_alone(tmp_path), 4 * disk_room.PROBE_LIMIT) == 8.0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_announced_seconds_are_those_of_ranks_that_share_a_disk(tmp_path: Path) -> None:
+    """Two ranks write their parts of each file to a disk that serves one at a time; the first then reads all twice."""
+    script = Path(__file__).parents[1] / "shared" / "announced_save.py"
+    texts = [finish(rank) for rank in fork_ranks(2, python(script, tmp_path))]
+    announced, taken = json.loads((tmp_path / "seconds.json").read_text())
+    assert taken > 1
+    assert announced == pytest.approx(taken, rel=0.2)
+    assert not list(tmp_path.glob(".probe*"))
+    assert [text.count("a second were measured), during which training waits") for text in texts] == [1, 0]

@@ -44,7 +44,7 @@ def options_of(output: Path, *more: object) -> Any:
 class FakeEngine:
     """Imitates an engine that has one tensor."""
 
-    ema, refers = None, False
+    ema, refers, shares_files = None, False, False
 
     def __init__(self) -> None:
         self.weight = torch.arange(8.0)

@@ -51,10 +51,12 @@ class Engine(Protocol):
         model: The module with which the loss is computed.
         ema: The average that ``averaged`` puts into the model, if there is one.
         refers: Whether ``save`` writes only the lower bits of masters whose upper bits ``save_weights`` writes.
+        shares_files: Whether every rank writes its part of each file of a checkpoint.
     """
 
     reduces_in_backward: bool
     refers: bool
+    shares_files: bool
     model: Module
     ema: Ema | None
 
@@ -84,6 +86,7 @@ class MasterEngine(Generic[Masters]):
 
     reduces_in_backward = False
     refers = False
+    shares_files = False
 
     def __init__(self, model: Module, masters: Masters, writes: bool, ema: Ema | None = None) -> None:
         """Stores the parts of the engine.
@@ -233,6 +236,7 @@ class ShardedEngine(MasterEngine[Sharded]):
     """
 
     reduces_in_backward = True
+    shares_files = True
 
     def __init__(
         self,

@@ -362,13 +362,15 @@ class Saver:
     def announce(self, spare: int) -> None:
         """Prints how long saving a checkpoint will take, which is also how long a stopped run needs to end.
 
+        All ranks call this, because all may take part in saving.
+
         Args:
             spare: The bytes of host memory that are expected to be free while training.
         """
-        if not self.run.is_main or self.num_bytes is None:
+        if self.num_bytes is None:
             return
         with disk_errors_converted(self.run.output_dir):
-            seconds = seconds_to_write(self.run.output_dir, self.num_bytes)
+            seconds = seconds_to_write(self.run, self.num_bytes, self.engine.shares_files)
         size, rate = f"{self.num_bytes / 2**30:.3g} GiB", size_text(int(self.num_bytes / seconds))
         how = f"takes {seconds:.0f} s ({rate} a second were measured)"
         if self.in_background and self._copy_fits(spare):
@@ -378,8 +380,10 @@ class Saver:
             how += (
                 f", during which training waits: a copy needs {needed} of host memory, and {size_text(spare)} are free"
             )
+        else:
+            how += ", during which training waits"
         self.run.say(f"estimate: saving a checkpoint, also when stopped, writes {size} and {how}")
-        if self.weights_only:
+        if self.weights_only and self.run.is_main:
             lost = state_after_loss(self.run, self.recipe)
             self.run.say(f"--checkpoint_weights_only: a run that is stopped or killed resumes {lost}")
 

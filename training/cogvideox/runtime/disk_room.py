@@ -9,6 +9,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,8 +18,12 @@ from cogvideox.config.options import SftOptions, TrainOptions
 from cogvideox.errors import DiskError
 from cogvideox.files import free_disk_bytes, fsync, size_text, temporary_of
 from cogvideox.optimizer.adam import adam_of
+from cogvideox.optimizer.shard_files import Shard, write_shards
 from cogvideox.optimizer.step import state_bytes
 from cogvideox.tensor_files import pieces_of, write_tensors
+
+if TYPE_CHECKING:
+    from cogvideox.runtime.run import Run
 
 PROBE_LIMIT = 2**28  # largest size in bytes of a file that is written to measure the speed of the disk
 
@@ -126,20 +131,43 @@ def check_disk(folder: Path, needs: DiskNeeds, train: TrainFlags, there: int = 0
     raise DiskError(problem, f"{ways}free some space and run the same command again")
 
 
-def seconds_to_write(folder: Path, num_bytes: int) -> float:
-    """Estimates the seconds to write a checkpoint of ``num_bytes`` bytes.
+def seconds_to_write(run: "Run", num_bytes: int, shared: bool = False) -> float:
+    """Estimates the seconds to write a checkpoint of ``num_bytes`` bytes. Called on all ranks, which get the same.
 
-    The estimate extrapolates from a file of at most PROBE_LIMIT, which is written and read like those of a checkpoint.
+    The estimate extrapolates from a file of at most PROBE_LIMIT, which is written and read like those of a checkpoint:
+    by the main process, or by all ranks at once, which then compete for the disk.
+
+    Args:
+        run: The ranks and the output folder.
+        num_bytes: The size of the checkpoint.
+        shared: Whether every rank writes its part of each file; see ``Engine.shares_files``.
     """
-    probe = temporary_of(folder / "probe")
-    size = max(1, min(num_bytes, PROBE_LIMIT))
-    content = pieces_of({"probe": torch.frombuffer(bytearray(os.urandom(size)), dtype=torch.uint8)})
+    probe = run.from_main(temporary_of(run.output_dir / "probe"))
+    size = max(run.world, min(num_bytes, PROBE_LIMIT))
     start = time.monotonic()
     try:
-        write_tensors(probe, content)
-        fsync(probe)
-        with open(probe, "rb") as file:
-            hashlib.file_digest(file, "sha256")
+        if shared:
+            write_shards(probe, {"probe": shard_of(run, size)}, run.is_main, run.raise_together)
+        elif run.is_main:
+            write_tensors(probe, pieces_of({"probe": random_bytes(size)}))
+            fsync(probe)
+        # The main process verifies each file. Before that, it reads files whose hash no process knows.
+        for _ in range(2 if shared else 1):
+            if run.is_main:
+                with open(probe, "rb") as file:
+                    hashlib.file_digest(file, "sha256")
     finally:
-        probe.unlink(missing_ok=True)
-    return (time.monotonic() - start) * num_bytes / size
+        if run.is_main:
+            probe.unlink(missing_ok=True)
+    return run.from_main((time.monotonic() - start) * num_bytes / size)
+
+
+def shard_of(run: "Run", size: int) -> Shard:
+    """Returns this rank's part of a tensor of ``size`` bytes that all ranks write."""
+    first, end = (size * rank // run.world for rank in (run.ranks.process_index, run.ranks.process_index + 1))
+    return Shard(random_bytes(end - first), torch.Size([size]), first)
+
+
+def random_bytes(size: int) -> torch.Tensor:
+    """Returns bytes that no disk can compress."""
+    return torch.frombuffer(bytearray(os.urandom(size)), dtype=torch.uint8)
