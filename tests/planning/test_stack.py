@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, product
 from typing import Any
 
@@ -542,6 +542,18 @@ def steps_of(
     return found
 
 
+@cache
+def resident_steps_of(made: Callable[..., Any], accumulation: int) -> dict[str, Tensor]:
+    """Returns the same of resident blocks. Tests must not change the tensors."""
+    return steps_of(made, RESIDENT, accumulation)
+
+
+def pass_in_ranges(monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]) -> None:
+    """Makes transfers of state so small that a block takes several: two with a LoRA, else more than there are slots."""
+    numbers = 3000 if made is make_with_lora else 12000
+    monkeypatch.setattr("cogvideox.optimizer.adam_weights.RANGE_BYTES", 12 * numbers)
+
+
 @pytest.mark.parametrize("made", [make_with_lora, make_trainable])
 @pytest.mark.parametrize(
     ("plans", "accumulation"),
@@ -559,10 +571,8 @@ def test_late_copies_change_nothing(
     accumulation: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "cogvideox.optimizer.adam_weights.RANGE_BYTES", 12 * 3000
-    )  # so small that each block takes several transfers
-    right = steps_of(made, RESIDENT, accumulation)
+    right = resident_steps_of(made, accumulation)
+    pass_in_ranges(monkeypatch, made)
     for seed in (None, 0):
         late_streams.use(monkeypatch, seed)
         assert same(steps_of(made, plans, accumulation), right), seed
@@ -602,7 +612,7 @@ def test_a_missing_wait_is_detected(
 
     A single order is not enough, because another wait may happen to come in time.
     """
-    right = steps_of(make_trainable, RESIDENT, 2)
+    right = resident_steps_of(make_trainable, 2)
 
     def is_seen(seed: int | None) -> bool:
         with monkeypatch.context() as patch:
@@ -629,7 +639,7 @@ def test_every_stream_waits_for_what_it_touches(
     made: Callable[..., Any], plans: tuple[BlockPlan, ...], accumulation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every access must be ordered by waits, on the compute stream as well as on the side streams."""
-    monkeypatch.setattr("cogvideox.optimizer.adam_weights.RANGE_BYTES", 12 * 3000)
+    pass_in_ranges(monkeypatch, made)
     with stream_races.watched(monkeypatch) as streams:
         steps_of(made, plans, accumulation)
     # HostGradients has two more side streams, and weights and state share the one into the device.
