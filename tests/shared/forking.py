@@ -143,6 +143,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2] / "training")
     for name in (*IMPORTED, *(WITHOUT_GPU if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else ())):
         importlib.import_module(name)
+    # transformers compiles a thousand regular expressions for the first model that a process loads.
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("t5")
     stopping = importlib.import_module("cogvideox.stopping")
     quick_pictures.compress_lightly()
     quick_pictures.leave_curves_blank()
