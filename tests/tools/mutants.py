@@ -68,9 +68,15 @@ MUTANTS = (
     # the optimizer step
     Mutant(
         "optimizer/step.py",
-        "total.div_(dist.get_world_size())",
+        "total.div_(self.numbers.world)",
         "pass",
         ("test_step.py", "-k", "ranks_with_the"),
+    ),
+    Mutant(
+        "optimizer/step.py",
+        "self.largest.amax(dim=1)",
+        "self.largest[:, 0]",
+        ("test_sharded_weights.py", "-k", "all_ranks"),
     ),
     Mutant("optimizer/step.py", ".clamp(min=1.0)", ".clamp(max=1.0)", ("test_step.py", "-k", "fp32_equals_torch")),
     Mutant("optimizer/step.py", "skipped > 0, 0.5,", "skipped > 0, 1.0,", ("test_step.py", "-k", "scale_halves")),
@@ -98,6 +104,8 @@ MUTANTS = (
     # the order of samples
     Mutant("data/sampler.py", "(micro * self.world + self.rank)", "(self.rank + micro)", ("test_sampler.py",)),
     Mutant("data/sampler.py", "p // size)[p % size]", "0)[p % size]", ("test_sampler.py",)),
+    # what several processes prepare
+    Mutant("data/cache.py", "stamp_of(path) != before", "False", ("test_added_clips.py", "-k", "whichever_process")),
     # checkpoints
     Mutant(
         "runtime/checkpoint.py",
