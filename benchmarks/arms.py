@@ -229,6 +229,19 @@ class Meter:
 # -- the stock arm -----------------------------------------------------------------------------------------------------
 
 
+def stock_optimizer(parameters: list[Tensor], offloads: bool) -> torch.optim.Optimizer:
+    """Returns AdamW of torch, or torchao's, which makes AdamW's steps on the host."""
+    values: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 1e-4}
+    if not offloads:
+        return torch.optim.AdamW(parameters, **values)
+    from torchao.optim import CPUOffloadOptimizer
+
+    optimizer: torch.optim.Optimizer = CPUOffloadOptimizer(
+        parameters, torch.optim.AdamW, offload_gradients=True, **values
+    )
+    return optimizer
+
+
 def stock(work: Work, steps: int, offloads: bool = False) -> dict[str, Any]:
     """Trains as published trainers do: diffusers, PEFT, accelerate's autocast, full checkpointing, AdamW, clipping.
 
@@ -265,14 +278,7 @@ def stock(work: Work, steps: int, offloads: bool = False) -> dict[str, Any]:
     if transformer.config.use_rotary_positional_embeddings:
         rotary = pipe._prepare_rotary_positional_embeddings(work.bucket.height, work.bucket.width, frames, device)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
-    values: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 1e-4}
-    if offloads:
-        from torchao.optim import CPUOffloadOptimizer
-
-        optimizer = CPUOffloadOptimizer(parameters, torch.optim.AdamW, offload_gradients=True, **values)
-    else:
-        optimizer = torch.optim.AdamW(parameters, **values)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    model, optimizer = accelerator.prepare(transformer, stock_optimizer(parameters, offloads))
     clean, prompt = work.random(frames, *rest), work.random_prompt()
     meter = Meter(device)
     for _ in range(steps):
