@@ -12,6 +12,7 @@ import pytest
 import split_scenes
 from data_sets import problems, read
 from PIL import Image
+from preparing import InlineWorkers
 from running import prepare
 
 from cogvideox.config.args import parse
@@ -46,6 +47,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def processes() -> None:
+    """For tests that decode in worker processes."""
+
+
+@pytest.fixture(autouse=True)
+def inline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decodes in this process: each worker takes a third of a second to start, and a run starts four."""
+    if "processes" not in request.fixturenames:
+        for module in (splitting, cut_sheet):
+            monkeypatch.setattr(module, "Workers", lambda number, limits: InlineWorkers())
+
+
+@pytest.fixture
 def split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, str]]]:
     """split(*flags) runs the script on the folder ``clips`` and returns the rows of clips-scenes.csv."""
     monkeypatch.chdir(tmp_path)
@@ -63,6 +77,7 @@ def sections(rows: Sequence[dict[str, str]], video: str) -> list[tuple[str, str]
     return [(row["start"], row["end"]) for row in rows if row["video"] == video]
 
 
+@pytest.mark.usefixtures("processes")
 def test_scenes_are_rows_and_other_clips_keep_their_captions(
     folder: Path, split: Callable[..., list[dict[str, str]]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -195,6 +210,7 @@ def test_a_table_that_lacks_a_column_is_not_changed(
     assert capsys.readouterr().out == ""  # nothing was searched
 
 
+@pytest.mark.usefixtures("processes")
 def test_an_interrupted_run_continues(
     folder: Path, split: Callable[..., list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -219,6 +235,7 @@ def test_an_interrupted_run_continues(
     assert searched == ["long.mp4", "photo.png"]
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_file_that_cannot_be_read_stays_one_clip(
     folder: Path, split: Callable[..., list[dict[str, str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +284,7 @@ def test_sections_and_clips_with_a_first_frame_are_not_cut(
     ]
 
 
+@pytest.mark.usefixtures("threads")
 def test_scenes_are_prepared(
     folder: Path, split: Callable[..., list[dict[str, str]]], model: Path, tmp_path: Path
 ) -> None:
@@ -330,6 +348,7 @@ def test_the_table_of_the_working_directory_is_next_to_it(tmp_path: Path, monkey
     assert parse(SceneOptions, None, ["--data_root", "."]).scenes.table == str(tmp_path / "here-scenes.csv")
 
 
+@pytest.mark.usefixtures("processes")
 def test_cuts_of_real_films_are_found_and_no_others(
     real_clips: Path, split: Callable[..., list[dict[str, str]]], tmp_path: Path
 ) -> None:
