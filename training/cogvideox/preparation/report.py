@@ -25,7 +25,7 @@ from cogvideox.data.records import SHORT, SMALL
 from cogvideox.data.used import BUCKET_COLUMNS, Records, Used, bucket_rows, by_bucket
 from cogvideox.errors import UsageError
 from cogvideox.model import encode, models
-from cogvideox.preparation.captions import caption_notes, indented, shared_notes
+from cogvideox.preparation.captions import caption_notes, indented, plural, shared_notes
 from cogvideox.preparation.causes import cause_lines, flags_of, proposal_line, proposal_of
 from cogvideox.preparation.data_page import DataPage
 from cogvideox.preparation.encoding import Encoders, VaeInput, missing_captions
@@ -138,7 +138,8 @@ def next_steps(preparation: Preparation, records: Records) -> list[str]:
             steps.append(f"other buckets: {proposal_line(proposal, preparation.data)}")
     bad = too_many_bad(records, preparation.data.max_bad_fraction)
     if bad and good:
-        steps.append(f"fix or remove the {bad} clips that are not used, or continue without: {allowing(records)}")
+        unused = plural(bad, "clip that is", "clips that are")
+        steps.append(f"fix or remove the {unused} not used, or continue without: {allowing(records)}")
     return [f"next: {step}" for step in steps]
 
 
