@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import in_group
 import pytest
 from running import ROOT, SFT_SCRIPT, environment, sft_flags
 
@@ -51,15 +52,16 @@ def limit_of(group: Path) -> Path:
     return next((group / name for name in ("memory.limit_in_bytes",) if (group / name).exists()), group / "memory.max")
 
 
-def run_in(group: Path, command: list[object]) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a control group."""
-    enter = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', group]
-    words = [str(word) for word in (*enter, *command)]
+def run_in(group: Path, python: Path | str, command: list[object]) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a control group, in a process that ``python`` starts or forks."""
+    words = [str(word) for word in (python, in_group.__file__, group, *command)]
     return subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False, timeout=300)
 
 
-def run_code(group: Path, code: str) -> subprocess.CompletedProcess[str]:
-    return run_in(group, [sys.executable, "-c", BEGIN + textwrap.dedent(code)])
+def run_code(group: Path, python: Path | str, folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Writes code to a script in a folder, and runs it in a control group."""
+    (folder / "code.py").write_text(BEGIN + textwrap.dedent(code))
+    return run_in(group, python, [folder / "code.py"])
 
 
 def test_pages_of_a_mapped_file_are_not_counted_but_those_of_a_copy_are(group: Path, tmp_path: Path) -> None:
@@ -72,6 +74,8 @@ def test_pages_of_a_mapped_file_are_not_counted_but_those_of_a_copy_are(group: P
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the group reads them itself
     done = run_code(
         group,
+        sys.executable,
+        tmp_path,
         f"""
         import mmap
         before = free_host_bytes()
@@ -120,12 +124,12 @@ CHECKPOINT = """
 )
 @pytest.mark.fault("memory: a control group without room for a copy of a checkpoint")
 def test_a_checkpoint_fits_into_the_limit(
-    group: Path, tmp_path: Path, room: float, share: float, status: int, said: str
+    group: Path, forking_python: Path, tmp_path: Path, room: float, share: float, status: int, said: str
 ) -> None:
     """The last case shows that the limit kills a process that copies a checkpoint without room."""
     limit_of(group).write_text(str(2**40))
     code = CHECKPOINT.format(share=share, out=str(tmp_path / "out"), limit=str(limit_of(group)), room=room)
-    done = run_code(group, code)
+    done = run_code(group, forking_python, tmp_path, code)
     assert done.returncode == status, done.stderr
     assert done.stdout.split() == [said] * bool(said)
 
@@ -136,7 +140,7 @@ def test_the_script_prints_what_the_group_leaves_before_it_places_anything(
 ) -> None:
     limit_of(group).write_text(str(4 * 2**30))
     flags = sft_flags(model, tensors, tmp_path / "out", "--load_tensors", "--plan", "lean", "--max_train_steps", 2)
-    done = run_in(group, [sys.executable, SFT_SCRIPT, *flags])
+    done = run_in(group, sys.executable, [SFT_SCRIPT, *flags])
     assert done.returncode == 0, done.stderr
     line = (
         r"host memory: [\d.]+ GiB will be pinned; [\d.]+ GiB more than now will be used at most, of ([\d.]+) GiB that"

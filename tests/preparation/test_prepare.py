@@ -28,7 +28,7 @@ from cogvideox.data.health import Health, health_of
 from cogvideox.data.media import workers
 from cogvideox.data.media.decode import write_video
 from cogvideox.data.media.transforms import Fit
-from cogvideox.data.media.workers import Killed
+from cogvideox.data.media.workers import Killed, Workers
 from cogvideox.data.records import FAILED, KILLED, OK, SHORT, UNREADABLE, Variant
 from cogvideox.errors import UsageError
 from cogvideox.files import machine_name
@@ -222,7 +222,7 @@ def test_a_second_run_encodes_and_loads_nothing(
     before, index = tensor_files(output), open_index(output)
     for name in ("text_encoder", "video_encoder"):
         monkeypatch.setattr(models, name, never)
-    monkeypatch.setattr(prepare, "worker_pool", never)
+    monkeypatch.setattr(Workers, "run", never)
     assert complete(tiny("5b"), clips, output) == index
     assert encoded == Encoded()
     assert tensor_files(output) == before
@@ -691,7 +691,7 @@ def test_a_second_run_encodes_no_first_frame(
     tiny: Tiny, clips: Path, framed: Path, tmp_path: Path, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = Path(shutil.copytree(framed, tmp_path / "out"))
-    monkeypatch.setattr(prepare, "worker_pool", lambda *_: pytest.fail("a file was opened"))
+    monkeypatch.setattr(Workers, "run", lambda *_: pytest.fail("a file was opened"))
     assert complete(tiny("5b-i2v"), clips, output, image_variants=2) == open_index(framed)
     assert complete(tiny("5b"), clips, output) == open_index(framed).without_images()
     assert encoded == Encoded()

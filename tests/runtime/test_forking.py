@@ -95,5 +95,7 @@ def test_a_program_that_starts_python_can_fork_instead(forking_python: Path, tmp
     command = [forking_python, tmp_path / "script.py", "a b"]
     done = subprocess.run(command, env=os.environ | {"GIVEN": "7"}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "['a b'] 7\n", "no such file\n")
+    (tmp_path / "script.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert subprocess.run(command).returncode == -signal.SIGKILL
     done = subprocess.run([forking_python, "-c", "import sys; print('torch' in sys.modules)"], stdout=subprocess.PIPE)
     assert done.stdout == b"False\n"

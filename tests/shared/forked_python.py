@@ -1,7 +1,7 @@
 """Runs a Python script as `python` does, but in a process that is forked from the server of forking.py.
 
 It is for programs that start Python themselves, such as shell scripts. The forked process writes to the standard output
-and the standard error of this one, which exits with its status. Signals are not passed on.
+and the standard error of this one, which ends as it does, with its status or by its signal. Signals are not passed on.
 
     python forked_python.py SERVER SCRIPT FLAGS...    SERVER is the name of the server's socket, without the zero byte
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def run(name: str, argv: list[str]) -> int:
-    """Runs a script with its arguments in a forked process, and returns the exit status."""
+    """Runs a script with its arguments in a forked process; returns the exit status, or the negative signal."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(f"\0{name}")
         lines = connection.makefile("rw")
@@ -31,8 +31,11 @@ def run(name: str, argv: list[str]) -> int:
         pid = ask(request | {"output": output, "errors": errors})
         while (status := ask({"pid": pid})) is None:
             time.sleep(0.02)
-    return int(status) if status >= 0 else 128 - int(status)
+    return int(status)
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1], sys.argv[2:]))
+    ended = run(sys.argv[1], sys.argv[2:])
+    if ended < 0:
+        os.kill(os.getpid(), -ended)
+    sys.exit(ended)

@@ -51,9 +51,10 @@ def preparation(
 
 def complete(*arguments: Any, caption_batch: int = 4, **changes: Any) -> CacheIndex:
     made = preparation(*arguments, **changes)
-    records = made.plan()
-    made.check(records)
-    index, _ = made.encode(records, caption_batch)
+    with made.workers_kept():
+        records = made.plan()
+        made.check(records)
+        index, _ = made.encode(records, caption_batch)
     assert made.publish(index)
     return index
 
