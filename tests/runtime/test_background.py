@@ -170,7 +170,7 @@ def test_a_reserve_creates_its_pages_and_does_not_write_to_them_later() -> None:
         time.sleep(0.01)
     del reserve
     for _ in range(10):  # ended at different moments
-        memory = Reserve(size).memory()
+        memory = Reserve(size // 4).memory()
         memory.fill_(7)
         time.sleep(0.01)
         assert memory.eq(7).all()
