@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from caption_server import CaptionServer, pictures, says, serving, texts
 from data_sets import captions as captions_of
+from preparing import decode_inline
 
 from cogvideox import stopping
 from cogvideox.config.args import parse
@@ -29,6 +30,18 @@ from cogvideox.preparation.captioning import missing_captions, vision_server
 def server() -> Iterator[CaptionServer]:
     with serving(CaptionServer()) as started:
         yield started
+
+
+@pytest.fixture
+def processes() -> None:
+    """For tests that decode in worker processes."""
+
+
+@pytest.fixture(autouse=True)
+def inline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decodes in this process, because a worker takes a third of a second to start."""
+    if "processes" not in request.fixturenames:
+        decode_inline(monkeypatch, missing_captions)
 
 
 @pytest.fixture
@@ -59,6 +72,7 @@ def problems_of(call: Callable[..., int], *given: Any, **named: Any) -> str:
     return "\n".join(caught.value.problems)
 
 
+@pytest.mark.usefixtures("processes")
 def test_captions_go_next_to_the_clips_and_can_be_trained_on(
     folder: Path, caption: Callable[..., int], server: CaptionServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +127,7 @@ def test_a_list_that_lacks_a_line_is_not_filled(folder: Path, caption: Callable[
     assert (folder / "prompts.txt").read_text() == "First.\nSecond.\n"
 
 
+@pytest.mark.usefixtures("processes")
 def test_an_interrupted_list_is_continued(
     folder: Path, caption: Callable[..., int], server: CaptionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +266,7 @@ def test_tables_that_cannot_be_filled_are_explained(folder: Path, caption: Calla
     assert rule in problems_of(caption, folder)
 
 
+@pytest.mark.usefixtures("processes")
 def test_at_most_that_many_requests_run_at_a_time(
     clips: Path, tmp_path: Path, caption: Callable[..., int], server: CaptionServer
 ) -> None:
@@ -319,6 +335,7 @@ def test_clips_refused_one_after_the_other_end_the_script(
     assert len(server.requests) <= 4
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_damaged_clip_is_named(folder: Path, caption: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "b.mp4").write_bytes(b"")
     assert caption(folder) == 1
@@ -436,6 +453,7 @@ def test_a_batch_says_what_its_clips_say_alone(
     assert sizes == [1, 1, 1, 1, 3, 1]
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_damaged_clip_leaves_the_others_of_its_batch(
     model: Path, vision: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 import split_scenes
 from data_sets import problems, read
 from PIL import Image
-from preparing import InlineWorkers
+from preparing import decode_inline
 from running import prepare
 
 from cogvideox.config.args import parse
@@ -55,8 +55,7 @@ def processes() -> None:
 def inline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decodes in this process: each worker takes a third of a second to start, and a run starts four."""
     if "processes" not in request.fixturenames:
-        for module in (splitting, cut_sheet):
-            monkeypatch.setattr(module, "Workers", lambda number, limits: InlineWorkers())
+        decode_inline(monkeypatch, splitting, cut_sheet)
 
 
 @pytest.fixture

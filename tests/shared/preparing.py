@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import pytest
 
 from cogvideox.config.flags import DataFlags, EncodeFlags, ModelFlags
 from cogvideox.config.geometry import read_geometry
@@ -25,6 +28,12 @@ class InlineWorkers:
     def run(self, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         for function, *arguments in jobs:
             yield function(*arguments)
+
+
+def decode_inline(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
+    """Lets modules that start worker processes decode in this process."""
+    for module in modules:
+        monkeypatch.setattr(module, "Workers", lambda number, limits: InlineWorkers())
 
 
 def data_flags(root: Path, **changes: Any) -> DataFlags:
