@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import bench
+import guide_memory
 import pytest
 import record
 import yaml
@@ -227,7 +228,8 @@ def test_flags_in_the_text_exist() -> None:
     known = {f"--{name}" for item in items for name in (item.name, *item.metadata["aliases"])}
     for name in LORA_SCRIPTS:
         known |= set(importlib.import_module(name).build_parser()._option_string_actions)
-    for parser in (bench.build_parser(), launch_command_parser(), get_args_parser()):
+    benchmarks = bench.build_parser(), guide_memory.build_parser()
+    for parser in (*benchmarks, launch_command_parser(), get_args_parser()):
         known |= set(parser._option_string_actions)
     known |= INFERENCE_FLAGS
     known |= set(re.findall(r"^# (--\w+)", (ROOT / "quickstart.sh").read_text(), re.MULTILINE))
