@@ -16,7 +16,7 @@ from cogvideox.config.flags import TrainFlags
 from cogvideox.config.geometry import geometry_of
 from cogvideox.config.options import SftOptions
 from cogvideox.planning.dry_run import STORED_BYTES
-from cogvideox.runtime.disk_room import bytes_per_weight
+from cogvideox.runtime.disk_room import checkpoint_bytes
 
 PAGE = (ROOT / "docs" / "costs.md").read_text()
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
@@ -102,6 +102,6 @@ def test_formulas_count_the_bytes_of_the_code() -> None:
     assert formulas["clip"].startswith(f"{STORED_BYTES} *")
     flags = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--output_dir", "o", "--optimizer", "adamw"]
     options, _ = args.read_flags(SftOptions, flags, None)
-    beside = bytes_per_weight(options, torch.bfloat16, torch.device("cpu"), refers=False)
-    assert eval(formulas["checkpoint"], {"weights": 1}) == torch.bfloat16.itemsize + beside
+    one = checkpoint_bytes(options, 1, torch.bfloat16, torch.device("cpu"), refers=False)
+    assert eval(formulas["checkpoint"], {"weights": 1}) == one
     assert f"`--nccl_timeout` ({TrainFlags.nccl_timeout} s)" in PAGE
