@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,11 +314,12 @@ def test_every_signal_at_every_moment(model: Path, clips: Path, tmp_path: Path, 
     assert_same_run(output, tmp_path / "uninterrupted" / "lora")
 
 
-# Every rank reaches these moments, because there are a second video and enough clips for two ranks.
+# Every rank reaches these moments, because there are a second video and enough clips for two ranks. How many clips a
+# rank encodes beyond its first one depends on the other rank, which takes what nobody has begun.
 RANK_MOMENTS: list[tuple[str, int, int | None]] = [
     (r"read .*/text_encoder/config\.json", 1, None),
     ("unit caption", 1, None),
-    ("unit clip", 2, None),
+    ("unit clip", 1, None),
     ("unit micro-batch", 1, None),
     ("unit micro-batch", 3, 1),
     ("unit denoising step", 1, 3),
@@ -351,6 +353,8 @@ def test_ranks_stop_together_at_every_moment(model: Path, clips: Path, tmp_path:
         return fork_ranks(2, python(LORA_SCRIPT, *flags), dict.fromkeys(hit, moment) if moment else None)
 
     for place, (moment, nth, saved) in enumerate(RANK_MOMENTS):
+        if moment == "unit clip":  # A rank without a signal may have prepared all clips by now.
+            shutil.rmtree(tmp_path / "stopped" / "cache")
         texts = [finish(rank, 75) for rank in ranks_of("stopped", (moment, nth, SIGNALS[place % len(SIGNALS)]))]
         assert not any("Traceback" in text for text in texts), moment
         if saved:
