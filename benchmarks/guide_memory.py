@@ -9,10 +9,11 @@ A row is a row of a guide with one of two plans: "budget" is what --vram_budget 
 takes in the guide, and "lean" what --plan lean needs at least. Each takes four steps with random weights, samples and
 decodes a video with two sampling steps, and does so again without the state of training. The four peaks are those that
 the guide of the CogVideoX factory has: before training, in training, in validation, and in the test afterwards.
-Rows with a result, and those that do not fit in the time left, are skipped. Weights are made once a process, and so is
-host memory, of which the system creates new pages slowly. To run
-several of these programs on one GPU at the same time, give each its own --rows and --shared_gpu: memory is that of each
-process, but seconds are then not recorded.
+Rows with a result, and those that do not fit in the time left, are skipped. A process makes the weights once, and uses
+the host memory of a row for the next one, because the system creates new memory slowly.
+
+To run several of these programs on one GPU at the same time, give each its own --rows, and --shared_gpu: memory is that
+of each process, and seconds are not recorded.
 """
 
 from __future__ import annotations

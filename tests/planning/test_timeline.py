@@ -135,7 +135,7 @@ def test_a_step_of_a_lora_takes_what_its_waits_take(kinds: Kinds, state: str, se
     ],
 )
 def test_a_step_of_all_weights_takes_what_its_waits_take(kinds: Kinds, state: str, passes: int, seconds: float) -> None:
-    """The copies of a block take up to 1.6 s. The link makes all ready copies of one stream first."""
+    """Copying what a block saves takes up to 1.6 s. Of the copies that can start, those of one stream go first."""
     real, pinned = clocked(make_trainable, kinds, state, passes, seconds)
     expected, expected_pinned = predicted(make_trainable, kinds, state, passes, seconds)
     assert expected == pytest.approx(real, rel=0.05)
